@@ -1,0 +1,111 @@
+"""Every error that a driver may raise.
+
+    DispatchError
+    ├── Retryable          the same call may succeed later
+    │   ├── Unreachable    no connection: refused, no route, name not resolved
+    │   ├── TimedOut       connected, but idle for longer than allowed
+    │   ├── Busy           the peer asks to come back later (retry_after, seconds)
+    │   └── Interrupted    the link broke midway
+    ├── Permanent          the same call will fail again until somebody changes something
+    │   ├── Misconfigured  the target's settings are wrong
+    │   ├── NotTrusted     certificate or host key not accepted
+    │   ├── Denied         authenticated or authorised: no
+    │   ├── NotFound       bucket, project, folder or study does not exist
+    │   └── Rejected       this item only; the other items go on
+    └── Cancelled          somebody asked the dispatch to stop
+
+Messages hold paths, UIDs, host names and the peer's own words; never a patient's data, never a secret.
+What is not one of these is a bug: it propagates and is not retried.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+
+class DispatchError(Exception):
+    """A dispatch, or one item of it, did not succeed.
+
+    Survives pickling with all its fields.
+
+    Args:
+        message: one sentence that says what happened and, where known, what to change.
+        target: name of the target, "" where the caller fills it in.
+        item: relative path of the item that it is about, None for the whole target.
+    """
+
+    retryable: ClassVar[bool] = False
+
+    def __init__(self, message: str, target: str = "", item: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.target = target
+        self.item = item
+
+    def __str__(self) -> str:
+        where = f"{self.target}: " if self.target else ""
+        what = f" ({self.item})" if self.item else ""
+        return f"{where}{self.message}{what}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.message, self.target, self.item), dict(self.__dict__)
+
+
+class Retryable(DispatchError):
+    """The same call may succeed later."""
+
+    retryable = True
+
+
+class Unreachable(Retryable):
+    """No connection could be made."""
+
+
+class TimedOut(Retryable):
+    """The peer stayed silent for longer than the target's idle timeout."""
+
+
+class Busy(Retryable):
+    """The peer is out of resources, or asks to come back later.
+
+    Args:
+        retry_after: seconds that the peer asks to wait; wins over the target's own back-off.
+    """
+
+    def __init__(
+        self, message: str, target: str = "", item: str | None = None, retry_after: float | None = None
+    ) -> None:
+        super().__init__(message, target, item)
+        self.retry_after = retry_after
+
+
+class Interrupted(Retryable):
+    """The link broke midway; what was confirmed before stays confirmed."""
+
+
+class Permanent(DispatchError):
+    """The same call fails again until somebody changes something."""
+
+
+class Misconfigured(Permanent):
+    """The target's settings, or the call itself, are wrong."""
+
+
+class NotTrusted(Permanent):
+    """The peer's certificate or host key is not accepted."""
+
+
+class Denied(Permanent):
+    """The peer refuses these credentials, or this operation to them."""
+
+
+class NotFound(Permanent):
+    """What the target names (bucket, project, folder, study) does not exist at the peer."""
+
+
+class Rejected(Permanent):
+    """The peer refuses this item, and only this one."""
+
+
+class Cancelled(DispatchError):
+    """Somebody asked the dispatch to stop; what was confirmed stays confirmed."""

@@ -1,0 +1,91 @@
+"""Names of folders at the target: a template filled from DICOM headers, made safe for any file system."""
+
+from __future__ import annotations
+
+import re
+import string
+from pathlib import PurePosixPath
+
+from transfer.plan import Item, Plan
+
+MAX_NAME_BYTES = 120
+UNKNOWN = "unknown"
+FIELDS = (
+    "dispatch_id",
+    "PatientID",
+    "StudyInstanceUID",
+    "AccessionNumber",
+    "StudyDate",
+    "StudyTime",
+    "SeriesInstanceUID",
+    "Modality",
+    "SeriesNumber",
+)
+_UNSAFE = re.compile(r"[/\\\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
+
+def fields_of(template: str) -> list[str]:
+    """Return the fields that a template names.
+
+    Raises:
+        ValueError: the template is empty, absolute, climbs (`..`), or names a field that there isn't.
+    """
+    try:
+        parsed = list(string.Formatter().parse(template))
+    except ValueError as exc:
+        raise ValueError(f"layout {template!r}: {exc}") from exc
+    names = [name for _, name, _, _ in parsed if name is not None]
+    unknown = [name for name in names if name not in FIELDS]
+    if unknown or any(spec or conversion for _, name, spec, conversion in parsed if name):
+        raise ValueError(f"layout {template!r}: fields are {', '.join('{%s}' % f for f in FIELDS)}")
+    parts = template.split("/")
+    if not all(part.strip() for part in parts) or any(part in (".", "..") for part in parts):
+        raise ValueError(f"layout {template!r}: must be a relative path without empty parts, '.' or '..'")
+    return names
+
+
+def sanitised(value: str) -> str:
+    """Make one path component of a value: no separator, no control character, no leading dot, at most 120 bytes.
+
+    What is empty, or only dots and blanks, becomes `unknown`.
+    """
+    value = _UNSAFE.sub("_", value).strip().lstrip(".").strip()
+    value = value.encode("utf-8", "replace")[:MAX_NAME_BYTES].decode("utf-8", "ignore").rstrip()
+    return value or UNKNOWN
+
+
+def names(plan: Plan, template: str) -> dict[str, str]:
+    """Map each item's path to the folder (relative, POSIX) that the template gives it.
+
+    A file without a DICOM header takes the values of the DICOM file nearest to it: same folder, else a folder
+    above or below, else the first of the plan.
+    """
+    nearest = _Nearest(plan)
+    return {item.path: _filled(template, plan.dispatch_id, item if item.header else nearest(item)) for item in plan.items}
+
+
+def _filled(template: str, dispatch_id: str, item: Item | None) -> str:
+    header = item.header if item else None
+    values = {name: sanitised(str(getattr(header, name, "") or "")) for name in FIELDS}
+    values["dispatch_id"] = dispatch_id
+    parts = [part.format(**values) for part in template.split("/")]
+    return "/".join(sanitised(part) for part in parts)
+
+
+class _Nearest:
+    """Finds the DICOM file whose header stands for a file that has none."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.first: Item | None = None
+        self.by_folder: dict[PurePosixPath, Item] = {}
+        for item in plan.items:
+            if item.header:
+                self.first = self.first or item
+                for folder in PurePosixPath(item.path).parents:
+                    self.by_folder.setdefault(folder, item)
+
+    def __call__(self, item: Item) -> Item | None:
+        for folder in PurePosixPath(item.path).parents:
+            if folder in self.by_folder:
+                return self.by_folder[folder]
+        return self.first

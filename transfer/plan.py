@@ -1,0 +1,252 @@
+"""The plan: the frozen list of what one dispatch sends, read once.
+
+A plan is made from the source (`scan`), moved onto the staged copy (`staging.stage`), narrowed for each target
+(`Plan.narrowed`) and handed to the driver, which opens files only through `Plan.open`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from transfer.errors import Misconfigured, NotFound, Rejected
+from transfer.globs import excluded
+from transfer.header import Damaged, Header, NotDicom, read_header
+
+READERS = 4  # threads that read headers: the work waits for the disk more than for the interpreter
+HEAD_BYTES = 65_536  # of a file that isn't DICOM, its first bytes stand for its content in the dispatch id
+DISPATCH_ID_CHARS = 20  # hexadecimal, 80 bits
+# Our own traces in a folder that a target wrote or that is being written: never data.
+OWN_NAMES = (".complete", ".incoming-*", ".talaria-*")
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a received study came from, for targets that pass it on or send it back."""
+
+    sender_aet: str = ""
+    receiver_aet: str = ""
+    sender_host: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One file of a plan.
+
+    Attributes:
+        path: relative POSIX path, unique in the plan; bytes that are not UTF-8 are kept as surrogates.
+        size: bytes.
+        mtime_ns: modification time, nanoseconds since the epoch.
+        header: what the DICOM header says, None if the file isn't DICOM or can't be sent as such.
+        problem: why no target may have this file (a link out of the source, unreadable), "" if there is none.
+        not_sent: why targets that carry only DICOM reject (damaged) or skip (not DICOM) it, "" if they take it.
+        damaged: whether `not_sent` is a rejection.
+    """
+
+    path: str
+    size: int
+    mtime_ns: int
+    header: Header | None = None
+    problem: str = ""
+    not_sent: str = ""
+    damaged: bool = False
+
+    @property
+    def shown(self) -> str:
+        """The path for logs, JSON and the ledger: valid UTF-8, one line."""
+        safe = self.path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        return safe if safe.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in safe)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one dispatch sends to one target.
+
+    Attributes:
+        dispatch_id: derived from the content, so that the same study sent again is the same dispatch.
+        root: the folder that the items' paths are relative to.
+        items: every file that the target shall have in the end, sorted by path.
+        done: paths of the items that the ledger says the target already has; only the others are sent.
+        origin: where the study came from.
+    """
+
+    dispatch_id: str
+    root: Path
+    items: tuple[Item, ...] = field(repr=False)
+    done: frozenset[str] = field(default=frozenset(), repr=False)
+    origin: Origin = Origin()
+
+    @property
+    def pending(self) -> tuple[Item, ...]:
+        """The items that have no outcome yet, in order."""
+        return tuple(item for item in self.items if item.path not in self.done)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all items."""
+        return sum(item.size for item in self.items)
+
+    def file(self, item: Item) -> Path:
+        """Where the item's bytes are."""
+        return self.root / item.path
+
+    def narrowed(self, items: Iterable[Item], done: Iterable[str] = ()) -> Plan:
+        """The same plan with these items only, of which `done` need not be sent."""
+        return replace(self, items=tuple(items), done=frozenset(done))
+
+    @contextmanager
+    def open(self, item: Item) -> Iterator[int]:
+        """Open the item's file for reading; yields a file descriptor.
+
+        Call `check` after the last byte was read and before the peer gets it in a form that it would keep.
+
+        Raises:
+            Rejected: the file is gone or is not the one that was planned.
+        """
+        try:
+            fd = os.open(self.file(item), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError as exc:
+            raise Rejected(f"can't be read: {exc.strerror}", item=item.shown) from exc
+        try:
+            self.check(item, fd)
+            yield fd
+        finally:
+            os.close(fd)
+
+    def check(self, item: Item, fd: int) -> None:
+        """Raise Rejected if the open file has changed since the plan was made."""
+        now = os.fstat(fd)
+        if (now.st_size, now.st_mtime_ns) != (item.size, item.mtime_ns):
+            raise Rejected("changed since the dispatch was planned", item=item.shown)
+
+
+def scan(paths: Iterable[Path | str], exclude: tuple[str, ...] = (), origin: Origin = Origin()) -> Plan:
+    """Plan the files below the given files and folders.
+
+    Paths in the plan are relative to the folder, if it is one, or else to the nearest folder that holds them
+    all. Symbolic links are followed as long as they stay inside the source.
+
+    Raises:
+        NotFound: a path doesn't exist.
+        Misconfigured: there is nothing to send.
+    """
+    sources = _sources(paths)
+    root = sources[0] if len(sources) == 1 and sources[0].is_dir() else _common_folder(sources)
+    found: dict[str, Path] = {}
+    for source in sources:
+        for path in _files(source, sources):
+            relative = os.path.relpath(path, root)
+            if not excluded(relative, exclude) and not excluded(relative, OWN_NAMES):
+                found.setdefault(relative, path)
+    if not found:
+        raise Misconfigured(f"nothing to send in {', '.join(str(s) for s in sources)}")
+    with ThreadPoolExecutor(READERS) as pool:
+        items = tuple(pool.map(lambda name: _item(name, found[name], sources), sorted(found)))
+    return Plan(_dispatch_id(root, items), root, items, origin=origin)
+
+
+def _sources(paths: Iterable[Path | str]) -> list[Path]:
+    """Resolve the paths; drop those that lie in another one."""
+    resolved: list[Path] = []
+    for path in paths:
+        try:
+            resolved.append(Path(path).resolve(strict=True))
+        except (OSError, RuntimeError) as exc:
+            raise NotFound(f"{path}: no such file or folder") from exc
+    if not resolved:
+        raise Misconfigured("no path to send was given")
+    unique = sorted(set(resolved))
+    return [p for p in unique if not any(other != p and other in p.parents for other in unique)]
+
+
+def _common_folder(sources: list[Path]) -> Path:
+    return Path(os.path.commonpath([s.parent for s in sources]))
+
+
+def _inside(path: str, sources: list[Path]) -> bool:
+    real = Path(path)
+    return any(real == s or s in real.parents for s in sources)
+
+
+def _files(source: Path, sources: list[Path]) -> Iterator[Path]:
+    """Every file below a source. A link to a folder outside comes as a path of its own, to be refused by name."""
+    if not source.is_dir():
+        yield source
+        return
+    stack, seen = [str(source)], {os.path.realpath(source)}
+    while stack:
+        folder = stack.pop()
+        try:
+            entries = list(os.scandir(folder))
+        except OSError:
+            yield Path(folder)  # refused by name: it can't be listed
+            continue
+        for entry in entries:
+            if not entry.is_dir():
+                yield Path(entry.path)
+            elif not entry.is_symlink():
+                stack.append(entry.path)
+            else:
+                real = os.path.realpath(entry.path)
+                if not _inside(real, sources):
+                    yield Path(entry.path)
+                elif real not in seen and not folder.startswith(real):  # a link to its own parent is a loop
+                    seen.add(real)
+                    stack.append(entry.path)
+
+
+def _item(relative: str, path: Path, sources: list[Path]) -> Item:
+    """Read one file's facts; whatever is wrong with it becomes part of the item."""
+    try:
+        if path.is_symlink() and not _inside(os.path.realpath(path), sources):
+            return Item(relative, 0, 0, problem="a symbolic link that leads out of the source")
+        info = path.stat()
+        if not stat.S_ISREG(info.st_mode):
+            return Item(relative, 0, 0, problem="can't be listed" if path.is_dir() else "not a regular file")
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as exc:
+        return Item(relative, 0, 0, problem=f"can't be read: {exc.strerror}")
+    try:
+        info = os.fstat(fd)
+        try:
+            header = read_header(fd, info.st_size)
+        except NotDicom as exc:
+            return Item(relative, info.st_size, info.st_mtime_ns, not_sent=str(exc))
+        except Damaged as exc:
+            # An empty file says nothing of itself but its name.
+            damaged = info.st_size > 0 or relative.lower().endswith((".dcm", ".dicom"))
+            return Item(relative, info.st_size, info.st_mtime_ns, not_sent=str(exc), damaged=damaged)
+        return Item(relative, info.st_size, info.st_mtime_ns, header)
+    except OSError as exc:
+        return Item(relative, 0, 0, problem=f"can't be read: {exc.strerror}")
+    finally:
+        os.close(fd)
+
+
+def _dispatch_id(root: Path, items: tuple[Item, ...]) -> str:
+    """Derive the id from names, sizes, times and content marks: same files, same id, wherever they lie."""
+    digest = hashlib.sha256()
+    for item in items:
+        mark = item.header.SOPInstanceUID.encode() if item.header else _head(root / item.path)
+        name = item.path.encode("utf-8", "surrogateescape")
+        digest.update(b"%s\0%d\0%d\0%s\n" % (name, item.size, item.mtime_ns, mark))
+    return digest.hexdigest()[:DISPATCH_ID_CHARS]
+
+
+def _head(path: Path) -> bytes:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError:
+        return b""
+    try:
+        return hashlib.sha256(os.pread(fd, HEAD_BYTES, 0)).digest()
+    except OSError:
+        return b""
+    finally:
+        os.close(fd)

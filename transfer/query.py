@@ -1,0 +1,54 @@
+"""Queries, and what they match. Keys are DICOM attributes; terms as in PS3.4 Annex C."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Query:
+    """What to look for. Empty keys match everything; several keys must all match.
+
+    Attributes:
+        AccessionNumber, StudyDescription, SeriesDescription: exact values, any of them matches.
+        StudyDate: one date or a range, `YYYYMMDD`, `FROM-TO`, `-TO` or `FROM-`.
+        PatientName, PatientID: `*` and `?` are wild cards.
+        level: `study` or `series`: what one match is.
+    """
+
+    AccessionNumber: tuple[str, ...] = ()
+    PatientID: str = field(default="", repr=False)
+    PatientName: str = field(default="", repr=False)
+    StudyDate: str = ""
+    Modality: str = ""
+    StudyInstanceUID: str = ""
+    SeriesInstanceUID: str = ""
+    StudyDescription: tuple[str, ...] = ()
+    SeriesDescription: tuple[str, ...] = ()
+    level: str = "study"
+
+
+@dataclass(frozen=True)
+class Match:
+    """One study or series that a peer has.
+
+    Attributes:
+        attributes: values by DICOM keyword, as the peer gave them.
+        instances: how many instances the peer announces, None if it doesn't say.
+    """
+
+    attributes: dict[str, Any] = field(repr=False)
+    instances: int | None = None
+
+    @property
+    def StudyInstanceUID(self) -> str:
+        return str(self.attributes.get("StudyInstanceUID", ""))
+
+    @property
+    def SeriesInstanceUID(self) -> str:
+        return str(self.attributes.get("SeriesInstanceUID", ""))
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON of one match in `query --json`."""
+        return {**self.attributes, "instances": self.instances}

@@ -1,0 +1,225 @@
+"""Outcomes of items, and the receipt of a delivery to one target.
+
+`OnOutcome` is a driver's only way out while it pushes: outcomes, bytes moved, and the question whether to stop.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from transfer.errors import Cancelled
+from transfer.plan import Item, Plan
+
+
+class Kind(StrEnum):
+    """What became of an item at a target."""
+
+    DELIVERED = "delivered"
+    WARNING = "warning"  # delivered, and the peer has something to say
+    ALREADY = "already"  # the target had it before
+    REJECTED = "rejected"
+    SKIPPED = "skipped"  # not for this target: excluded, or not DICOM
+
+
+ARRIVED = frozenset((Kind.DELIVERED, Kind.WARNING, Kind.ALREADY))
+
+
+class Level(StrEnum):
+    """How a delivery was verified; each level includes the ones before it."""
+
+    ACCEPTED = "accepted"  # the peer confirmed each item
+    LISTED = "listed"  # the peer was asked afterwards what it has
+    PROVEN = "proven"  # storage commitment, or a checksum taken at the other side
+
+
+class State(StrEnum):
+    """How a delivery to one target, or a whole dispatch, ended."""
+
+    DELIVERED = "delivered"
+    PARTIAL = "partial"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    WAITING = "waiting"
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """The peer's last word on one item. `detail` is its reason, free of patients' data."""
+
+    kind: Kind
+    detail: str = ""
+
+    @property
+    def arrived(self) -> bool:
+        return self.kind in ARRIVED
+
+
+DELIVERED = Outcome(Kind.DELIVERED)
+ALREADY = Outcome(Kind.ALREADY)
+
+
+@dataclass(frozen=True, slots=True)
+class ItemResult:
+    """One line of a receipt."""
+
+    path: str
+    sop_instance_uid: str
+    outcome: Kind
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What became of a plan at one target.
+
+    Attributes:
+        target: the target's name.
+        items: every item of the plan, in order.
+        bytes: bytes of the items that were delivered now (without `already`).
+        seconds: wall time of the push, all attempts.
+        verified: the verification level that was reached, which may be lower than the one asked for.
+        attempts: how often the push was begun in this run.
+        hook: `none`, `done` or `failed`.
+        error: why the push as a whole did not end, None if it did.
+        notes: sentences for people, e.g. why a level was not reached.
+    """
+
+    target: str
+    items: tuple[ItemResult, ...] = field(repr=False)
+    bytes: int = 0
+    seconds: float = 0.0
+    verified: Level = Level.ACCEPTED
+    attempts: int = 1
+    hook: str = "none"
+    error: str | None = None
+    notes: tuple[str, ...] = ()
+    stopped: State | None = None  # CANCELLED or WAITING, where that is why items have no outcome
+    unsent: int = 0  # items without an outcome
+
+    @property
+    def counts(self) -> dict[Kind, int]:
+        """How many items ended in which way."""
+        seen = Counter(item.outcome for item in self.items)
+        return {kind: seen[kind] for kind in Kind}
+
+    @property
+    def state(self) -> State:
+        """Delivered if every item that is for this target arrived and its hook did not fail."""
+        if self.stopped:
+            return self.stopped
+        counts = self.counts
+        arrived = sum(counts[kind] for kind in ARRIVED)
+        if counts[Kind.REJECTED] == 0 and self.unsent == 0 and self.error is None:
+            return State.PARTIAL if self.hook == "failed" else State.DELIVERED
+        return State.PARTIAL if arrived else State.FAILED
+
+    def to_json(self, all_items: bool = False) -> dict[str, Any]:
+        """The JSON of one target in `send --json`: keys as documented in docs/cli.md."""
+        counts = self.counts
+        return {
+            "state": str(self.state),
+            "delivered": counts[Kind.DELIVERED],
+            "warnings": counts[Kind.WARNING],
+            "already": counts[Kind.ALREADY],
+            "rejected": counts[Kind.REJECTED],
+            "skipped": counts[Kind.SKIPPED],
+            "unsent": self.unsent,
+            "bytes": self.bytes,
+            "seconds": round(self.seconds, 3),
+            "attempts": self.attempts,
+            "verified": str(self.verified),
+            "hook": self.hook,
+            "error": self.error,
+            "notes": list(self.notes),
+            "items": [
+                {
+                    "path": item.path,
+                    "sop_instance_uid": item.sop_instance_uid,
+                    "outcome": str(item.outcome),
+                    "detail": item.detail,
+                }
+                for item in self.items
+                if all_items or item.outcome is not Kind.DELIVERED
+            ],
+        }
+
+
+def overall(states: list[State]) -> State:
+    """The state of a dispatch, from those of its targets."""
+    if all(state is State.DELIVERED for state in states):
+        return State.DELIVERED
+    if State.CANCELLED in states:
+        return State.CANCELLED
+    if any(state in (State.DELIVERED, State.PARTIAL) for state in states):
+        return State.PARTIAL
+    return State.WAITING if all(state is State.WAITING for state in states) else State.FAILED
+
+
+class OnOutcome:
+    """What a driver calls while it pushes; safe to call from several threads.
+
+    Args:
+        record: keeps an outcome for good (the ledger) before it counts.
+        cancelled: set by whoever wants the push to stop.
+        moved: told the bytes that went out, for progress.
+    """
+
+    def __init__(
+        self,
+        record: Callable[[Item, Outcome], None] = lambda item, outcome: None,
+        cancelled: threading.Event | None = None,
+        moved: Callable[[int], None] = lambda count: None,
+    ) -> None:
+        self._record = record
+        self._lock = threading.Lock()
+        self._moved = moved
+        self._begun = time.monotonic()
+        self.cancelled = cancelled or threading.Event()
+        self.outcomes: dict[str, Outcome] = {}
+
+    def __call__(self, item: Item, outcome: Outcome) -> None:
+        """Tell an item's outcome: once per item, after the peer's confirmation."""
+        with self._lock:
+            if item.path in self.outcomes:
+                raise RuntimeError(f"second outcome for {item.shown}")
+            self._record(item, outcome)
+            self.outcomes[item.path] = outcome
+
+    def revoke(self, item: Item, detail: str) -> None:
+        """Take a confirmed delivery back: verification found that the peer doesn't have the item."""
+        outcome = Outcome(Kind.REJECTED, detail)
+        with self._lock:
+            self._record(item, outcome)
+            self.outcomes[item.path] = outcome
+
+    def moved(self, count: int) -> None:
+        """Tell that `count` more bytes went out."""
+        self._moved(count)
+
+    def check(self) -> None:
+        """Raise Cancelled if the dispatch shall stop; drivers ask between items and between pieces of large ones."""
+        if self.cancelled.is_set():
+            raise Cancelled("the dispatch was cancelled")
+
+    def receipt(self, target: str, plan: Plan, verified: Level = Level.ACCEPTED, notes: tuple[str, ...] = ()) -> Receipt:
+        """The receipt of this push: outcomes told here, `already` for the items that were done before."""
+        results, size, unsent = [], 0, 0
+        for item in plan.items:
+            outcome = self.outcomes.get(item.path)
+            if outcome is None and item.path in plan.done:
+                outcome = ALREADY
+            if outcome is None:
+                unsent += 1
+                continue
+            if outcome.kind in (Kind.DELIVERED, Kind.WARNING):
+                size += item.size
+            uid = item.header.SOPInstanceUID if item.header else ""
+            results.append(ItemResult(item.shown, uid, outcome.kind, outcome.detail))
+        seconds = time.monotonic() - self._begun
+        return Receipt(target, tuple(results), size, seconds, verified, notes=notes, unsent=unsent)
