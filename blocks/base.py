@@ -1,0 +1,178 @@
+"""What every target has: direction, people, exclusion, retry policy, timeouts, limits. No input or output here."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from abc import ABC
+from enum import StrEnum
+from typing import ClassVar
+
+from prefect.blocks.core import Block
+from pydantic import ConfigDict, Field, SecretStr, field_validator, model_validator
+
+from transfer.globs import patterns
+from transfer.layout import fields_of
+from transfer.receipt import Level
+from transfer.window import Window
+
+NAME = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?")  # what Prefect allows for a block document
+HOST = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?\.?|\[?[0-9A-Fa-f:.]+(%[A-Za-z0-9_.-]+)?\]?")
+EMAIL = re.compile(r"[^@\s,;<>]+@[^@\s,;<>]+")
+CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+LOGO = "https://raw.githubusercontent.com/PrefectHQ/prefect/main/docs/logo/dark.svg"
+
+
+class Direction(StrEnum):
+    """What a target may be used for."""
+
+    STORE = "store"
+    QUERY = "query"
+    BOTH = "both"
+
+
+class Target(Block, ABC):
+    """A place that studies are delivered to, or queried and pulled from.
+
+    Every field has a default where old documents must still load; the name of a target is the name of its block
+    document, unique over all types.
+    """
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
+    type_name: ClassVar[str] = ""  # in targets.yaml
+    can_query: ClassVar[bool] = False  # whether `query` and `both` are directions of this type
+    where: ClassVar[tuple[str, ...]] = ()  # the fields that say where the data goes
+    _block_schema_capabilities: ClassVar[list[str]] = ["talaria-target"]
+
+    direction: Direction = Field(
+        default=Direction.STORE, description="What the target is used for: store, query, or both."
+    )
+    contact: str = Field(default="", description="E-mail address of whom to ask when the target fails.")
+    description: str = Field(default="", description="What people should know of this target.")
+    exclude: str = Field(
+        default="",
+        description="Comma-separated globs of names of files and folders that are not sent, as in *.png,*.json.",
+    )
+    enabled: bool = Field(default=True, description="Whether the target takes part; a disabled one is refused.")
+    max_attempts: int = Field(default=5, ge=1, le=50, description="How often a push is tried in one run.")
+    retry_delay_s: float = Field(
+        default=30, ge=0, le=86_400, description="Seconds before the second attempt at most; doubles with each one."
+    )
+    retry_max_delay_s: float = Field(default=900, ge=0, le=86_400, description="Longest wait between attempts, seconds.")
+    connect_timeout_s: float = Field(default=10, gt=0, le=3600, description="Seconds to wait for a connection.")
+    idle_timeout_s: float = Field(
+        default=60, gt=0, le=86_400, description="Seconds of silence after which the peer counts as hung."
+    )
+    concurrency: int = Field(
+        default=4, ge=1, le=64, description="Connections or associations used at once inside one dispatch."
+    )
+    max_dispatches: int = Field(
+        default=2, ge=1, le=1000, description="Dispatches at once to this target, over all workers."
+    )
+    bandwidth_limit: int | None = Field(
+        default=None, ge=1024, description="Most bytes per second of one dispatch; none for no limit."
+    )
+    window: str | None = Field(
+        default=None,
+        description="When it may be sent to, as in 18:00-06:00 Mon-Fri Europe/Berlin; urgent dispatches may ignore it.",
+    )
+    verify: Level = Field(
+        default=Level.ACCEPTED,
+        description="How deliveries are verified: accepted by the peer, listed by it afterwards, or proven.",
+    )
+
+    @property
+    def name(self) -> str:
+        """The target's name; the type's name as long as it is not saved under one."""
+        return self._block_document_name or self.type_name
+
+    def named(self, name: str) -> Target:
+        """Give the target a name without saving it."""
+        check_name(name)
+        self._block_document_name = name
+        return self
+
+    @property
+    def endpoint(self) -> str:
+        """A mark of where the data goes: the ledger's rows count as long as it is the same."""
+        parts = []
+        for field in self.where:
+            value = getattr(self, field)
+            parts.append(value.get_secret_value() if isinstance(value, SecretStr) else str(value))
+        return hashlib.sha256("\0".join([self.type_name, *parts]).encode()).hexdigest()[:16]
+
+    @property
+    def stores(self) -> bool:
+        return self.direction is not Direction.QUERY
+
+    @property
+    def queries(self) -> bool:
+        return self.direction is not Direction.STORE
+
+    @property
+    def globs(self) -> tuple[str, ...]:
+        """The exclusion patterns."""
+        return patterns(self.exclude)
+
+    @field_validator("contact")
+    @classmethod
+    def _contact(cls, value: str) -> str:
+        if value and not EMAIL.fullmatch(value):
+            raise ValueError(f"{value!r} is not an e-mail address")
+        return value
+
+    @field_validator("window")
+    @classmethod
+    def _window(cls, value: str | None) -> str | None:
+        if value is not None:
+            Window.parse(value)
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Target:
+        if self.queries and not self.can_query:
+            raise ValueError(f"direction {self.direction}: a target of type {self.type_name} can only store")
+        if self.retry_max_delay_s < self.retry_delay_s:
+            raise ValueError("retry_max_delay_s must not be less than retry_delay_s")
+        return self
+
+
+def check_name(name: str) -> str:
+    """Return the name of a target, or raise ValueError if Prefect would not take it."""
+    if not NAME.fullmatch(name):
+        raise ValueError(f"name {name!r}: use lower-case letters, digits and dashes")
+    return name
+
+
+def check_host(value: str) -> str:
+    """Return a host name, IPv4 or IPv6 address (without brackets), or raise ValueError."""
+    value = value.strip()
+    if not HOST.fullmatch(value):
+        raise ValueError(f"{value!r} is not a host name or an IP address")
+    return value.strip("[]")
+
+
+def check_argument(value: str) -> str:
+    """Refuse what a program would take for an option, or that holds control characters.
+
+    For values that become part of a command line, a URL or a path at the other side.
+    """
+    if value.startswith("-"):
+        raise ValueError(f"{value!r} must not begin with '-'")
+    if CONTROL.search(value):
+        raise ValueError("must not hold control characters")
+    return value
+
+
+def check_layout(value: str) -> str:
+    """Return a layout template, or raise ValueError with the fields that there are."""
+    fields_of(value)
+    return value
+
+
+LAYOUT = Field(
+    default="{dispatch_id}",
+    description="Name of the folder that a dispatch gets; fields: dispatch_id, PatientID, StudyInstanceUID, "
+    "AccessionNumber, StudyDate, StudyTime, SeriesInstanceUID, Modality, SeriesNumber, each in braces.",
+)

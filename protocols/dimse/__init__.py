@@ -1,0 +1,1 @@
+"""DICOM upper layer and DIMSE: associations, C-STORE from disk, storage commitment."""

@@ -1,0 +1,67 @@
+"""The one interface between a dispatch and a type of target."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from blocks.base import Target
+from transfer.health import Health
+from transfer.plan import Plan
+from transfer.query import Match, Query
+from transfer.receipt import Level, OnOutcome, Receipt
+
+T = TypeVar("T", bound=Target)
+
+
+@dataclass(frozen=True)
+class HookResult:
+    """What a target's own script did: exit code (None if it could not be run or was stopped) and last output."""
+
+    exit_code: int | None
+    output: str
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a type of target does and doesn't; asserted by the conformance suite.
+
+    Attributes:
+        dicom_only: carries DICOM instances only; other files are skipped.
+        keeps_names: files keep their relative paths at the other side.
+        atomic_replace: no reader ever sees half a file, or half a dispatch, under a final name.
+        verifies_by: the levels that the driver can reach.
+    """
+
+    dicom_only: bool = False
+    keeps_names: bool = False
+    atomic_replace: bool = False
+    verifies_by: tuple[Level, ...] = (Level.ACCEPTED,)
+
+
+@dataclass(frozen=True)
+class Driver(Generic[T]):
+    """What can be done with one type of target. A capability is a function that is there.
+
+    Attributes:
+        check: staged probes, from name resolution to a written and removed probe object; leaves nothing behind,
+            and puts every failure into the Health that it returns.
+        push: delivers `plan.pending`; returns when every one of them has an outcome. Idempotent per item; may
+            run again after a crash, also with nothing pending (then it only completes what comes last, such as a
+            marker). Raises Retryable when the link is lost, Permanent when nothing can be sent at all, Cancelled
+            when `on_outcome.check()` does; never swallows what it doesn't know.
+        find: yields what the target has, as the peer gives it.
+        retrieve: fetches what the query names into a folder; the receipt compares with what was announced.
+        hook: runs the target's own script after everything is there; None of an argument's characters reaches a
+            shell unquoted. Raises Retryable if it could not be run for want of a link.
+    """
+
+    target: type[T]
+    check: Callable[[T], Health]
+    push: Callable[[T, Plan, OnOutcome], Receipt]
+    find: Callable[[T, Query], Iterator[Match]] | None = None
+    retrieve: Callable[[T, Query, Path, OnOutcome], Receipt] | None = None
+    hook: Callable[[T, Plan, OnOutcome], HookResult] | None = None
+    facts: Facts = Facts()
