@@ -1,0 +1,94 @@
+"""Starts real servers for tests: on loopback, on free ports, stopped by their own process ids."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+START_S = 30  # a busy machine; most are up in less than one
+STOP_S = 5
+# These would override the certificates that a test names.
+AMBIENT_TRUST = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR", "AWS_CA_BUNDLE")
+
+
+def free_port() -> int:
+    """Return a TCP port of 127.0.0.1 that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def program(name: str) -> str:
+    """Return the path of a server's program; a missing one is a failure, never a skip."""
+    path = shutil.which(name, path=os.environ["PATH"] + ":/usr/sbin:/sbin")
+    if path is None:
+        raise RuntimeError(f"{name} is not installed: run `make servers`")
+    return path
+
+
+def listening(port: int) -> bool:
+    """Tell whether something accepts connections on 127.0.0.1:port."""
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=1).close()
+    except OSError:
+        return False
+    return True
+
+
+@contextmanager
+def server(
+    argv: Sequence[str],
+    port: int,
+    log: Path,
+    *,
+    env: Mapping[str, str] | None = None,
+    ready: Callable[[], bool] | None = None,
+    cwd: Path | None = None,
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a server until the block ends; yields when `ready` says so, or when its port answers.
+
+    Raises:
+        RuntimeError: it ended, or was not ready in time; the message ends with its log.
+    """
+    environment = {k: v for k, v in os.environ.items() if k not in AMBIENT_TRUST} | dict(env or {})
+    with log.open("ab") as out:
+        process = subprocess.Popen(
+            argv, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=environment, cwd=cwd, start_new_session=True
+        )
+    try:
+        wait(process, ready or (lambda: listening(port)), log)
+        yield process
+    finally:
+        stop(process)
+
+
+def wait(process: subprocess.Popen[bytes], ready: Callable[[], bool], log: Path) -> None:
+    """Wait until a started server is ready."""
+    end = time.monotonic() + START_S
+    while not ready():
+        if process.poll() is not None or time.monotonic() > end:
+            text = log.read_text(errors="replace")[-2000:]
+            raise RuntimeError(f"{process.args!r} is not ready (exit code {process.poll()}):\n{text}")
+        time.sleep(0.02)
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """Stop a server's whole process group: politely, then by force."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, number)
+        except ProcessLookupError:
+            break
+        try:
+            process.wait(STOP_S)
+            break
+        except subprocess.TimeoutExpired:
+            continue
+    process.wait()
