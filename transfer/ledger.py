@@ -14,11 +14,11 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from transfer.plan import Item
+from transfer.plan import Item, Plan
 from transfer.receipt import ARRIVED, ItemResult, Kind, Outcome
 
 BUSY_S = 30  # how long a writer waits for another process's commit
@@ -172,14 +172,29 @@ class Ledger:
                 (dispatch_id, destination, endpoint, outcome, exit_code, output, time.time()),
             )
 
-    def run_begins(self, flow_run_id: str, dispatch_id: str, owner: str) -> None:
-        """Note which process runs a flow run."""
+    def run_begins(self, flow_run_id: str, owner: str) -> None:
+        """Note which process runs a flow run; its dispatch id, if it has one, stays."""
         with self._lock:
             self._db.execute(
-                "INSERT INTO runs VALUES (?,?,?,?,NULL) ON CONFLICT DO UPDATE SET"
-                " dispatch_id=excluded.dispatch_id, owner=excluded.owner, begun=excluded.begun, ended=NULL",
-                (flow_run_id, dispatch_id, owner, time.time()),
+                "INSERT INTO runs VALUES (?,'',?,?,NULL) ON CONFLICT DO UPDATE SET"
+                " owner=excluded.owner, begun=excluded.begun, ended=NULL",
+                (flow_run_id, owner, time.time()),
             )
+
+    def same_dispatch(self, flow_run_id: str, plan: Plan) -> Plan:
+        """Give a plan the dispatch id that its flow run had when it first ran.
+
+        A run that is taken up again goes on with its own dispatch, also if a file has changed since.
+        """
+        with self._lock:
+            row = self._db.execute("SELECT dispatch_id FROM runs WHERE flow_run_id=?", (flow_run_id,)).fetchone()
+            if row and row[0]:
+                return replace(plan, dispatch_id=row[0])
+            self._db.execute(
+                "INSERT INTO runs VALUES (?,?,'',?,NULL) ON CONFLICT DO UPDATE SET dispatch_id=excluded.dispatch_id",
+                (flow_run_id, plan.dispatch_id, time.time()),
+            )
+        return plan
 
     def run_ends(self, flow_run_id: str) -> None:
         """Note that a flow run is over, however it ended."""

@@ -1,0 +1,217 @@
+"""One plan to one target: what every type has in common around its driver's push.
+
+Narrows the plan for the target, asks the ledger what is there already, pushes, and makes the receipt. Knows no
+Prefect; may be called again after any error, and then sends only what has no outcome yet.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from blocks.base import Target
+from tasks.driver import Driver, Facts, HookResult
+from transfer.errors import Cancelled, DispatchError, Retryable
+from transfer.globs import excluded
+from transfer.home import Home
+from transfer.ledger import Ledger
+from transfer.plan import Item, Plan
+from transfer.receipt import ALREADY, ItemResult, Kind, Level, OnOutcome, Outcome, Receipt, State
+
+OUTPUT_BYTES = 65_536  # of a hook's output, its end is kept
+
+
+class Progress:
+    """How far a delivery is: items with an outcome, and bytes; safe to read from another thread."""
+
+    def __init__(self, items: int, size: int) -> None:
+        self.items, self.size = items, size
+        self.done = 0
+        self.moved = 0
+        self._lock = threading.Lock()
+
+    def add(self, *, done: int = 0, moved: int = 0) -> None:
+        with self._lock:
+            self.done += done
+            self.moved += moved
+
+    @property
+    def percent(self) -> float:
+        """By bytes, so that a large file moves too; 100 only when every item has its outcome."""
+        if self.done >= self.items:
+            return 100.0
+        by_bytes = self.moved / self.size if self.size else self.done / self.items
+        return min(99.0, max(100 * by_bytes, 0.0))
+
+
+class Delivery:
+    """A plan on its way to a target. Not a dataclass, so that Prefect doesn't walk through thousands of items.
+
+    Args:
+        force: what the ledger knows is forgotten first.
+    """
+
+    def __init__(
+        self,
+        driver: Driver[Any],
+        target: Target,
+        plan: Plan,
+        ledger: Ledger,
+        home: Home,
+        cancelled: threading.Event,
+        *,
+        force: bool = False,
+    ) -> None:
+        self.driver, self.target = driver, target
+        self.ledger, self.home, self.cancelled = ledger, home, cancelled
+        self.refused, wanted = sort_out(driver.facts, target, plan)
+        self.plan = plan.narrowed(wanted)
+        self.attempts = 0
+        self.error: DispatchError | None = None
+        self.hook = "none"
+        self.hook_output = ""
+        self.stopped: State | None = None
+        self._told: dict[str, Outcome] = {}
+        self._before: frozenset[str] | None = None
+        self._last: Receipt | None = None
+        self._seconds = 0.0
+        self._force = force
+        self.progress = Progress(len(self.plan.items), self.plan.size)
+
+    def push(self) -> Receipt:
+        """Make one attempt.
+
+        Raises:
+            DispatchError: as the driver does; what was confirmed is in the ledger.
+        """
+        self.attempts += 1
+        self.error = None
+        begun = time.monotonic()
+        plan, key = self.plan, (self.plan.dispatch_id, self.target.name, self.target.endpoint)
+        lock = hashlib.sha256("\0".join(key).encode()).hexdigest()[:24]
+        try:
+            # The same dispatch to the same place, started twice: the second waits, then finds all of it done.
+            with self.home.exclusive(lock, OnOutcome(cancelled=self.cancelled).check):
+                if self._before is None:
+                    self.ledger.begin(*key, force=self._force)
+                known = self.ledger.outcomes(*key[:2], plan.items)
+                if self._before is None:
+                    self._before = frozenset(path for path, outcome in known.items() if outcome.arrived)
+                    for item in plan.items:
+                        if item.path in self._before:
+                            self.progress.add(done=1, moved=item.size)
+                done = {p for p, o in known.items() if o.arrived or p in self._told}
+                on_outcome = OnOutcome(self._record(key), self.cancelled, lambda count: self.progress.add(moved=count))
+                on_outcome.check()
+                for item in self.refused:
+                    if item.path not in self._told:
+                        self._record(key)(item, self.refused[item])
+                self._last = self.driver.push(self.target, plan.narrowed(plan.items, done), on_outcome)
+        except DispatchError as exc:
+            exc.target = exc.target or self.target.name
+            self.error = exc
+            if isinstance(exc, Cancelled):
+                self.stopped = State.CANCELLED
+            raise
+        finally:
+            self._seconds += time.monotonic() - begun
+        return self.receipt()
+
+    def run_hook(self) -> None:
+        """Run the target's own script once; what it did is in the ledger.
+
+        Raises:
+            DispatchError: it could not be run.
+        """
+        assert self.driver.hook is not None
+        key = (self.plan.dispatch_id, self.target.name, self.target.endpoint)
+        on_outcome = OnOutcome(cancelled=self.cancelled)
+        try:
+            result = self.driver.hook(self.target, self.plan, on_outcome)
+        except DispatchError as exc:
+            result = HookResult(None, exc.message)
+            if isinstance(exc, Cancelled):
+                raise
+        self.hook = "done" if result.exit_code == 0 else "failed"
+        self.hook_output = result.output[-OUTPUT_BYTES:]
+        self.ledger.record_hook(*key, self.hook, result.exit_code, self.hook_output)
+        if self.hook == "failed":
+            code = "was not run" if result.exit_code is None else f"ended with exit code {result.exit_code}"
+            raise HookFailed(f"the script {code}: {self.hook_output.strip()[-500:]}", self.target.name)
+
+    @property
+    def wants_hook(self) -> bool:
+        """Whether there is a hook to run: it is configured, everything arrived, and it has not been done before."""
+        if self.driver.hook is None or not getattr(self.target, "on_complete", None):
+            return False
+        row = self.ledger.hook(self.plan.dispatch_id, self.target.name)
+        if row and row.outcome == "done":
+            self.hook = "done"
+            return False
+        return self.receipt().state is State.DELIVERED
+
+    def receipt(self) -> Receipt:
+        """What became of the plan so far, over all attempts of this run."""
+        known = self.ledger.outcomes(self.plan.dispatch_id, self.target.name, self.plan.items)
+        rows, size, unsent = [], 0, 0
+        for item in self.plan.items:
+            outcome = self._told.get(item.path) or known.get(item.path)
+            if outcome and outcome.arrived and item.path in (self._before or ()):
+                outcome = ALREADY
+            if outcome is None:
+                unsent += 1
+                continue
+            if outcome.kind in (Kind.DELIVERED, Kind.WARNING):
+                size += item.size
+            rows.append(_result(item, outcome))
+        rows += [_result(item, outcome) for item, outcome in self.refused.items()]
+        return Receipt(
+            self.target.name,
+            tuple(sorted(rows, key=lambda row: row.path)),
+            size,
+            self._seconds,
+            self._last.verified if self._last else Level.ACCEPTED,
+            max(1, self.attempts),
+            self.hook,
+            self.error.message if self.error else None,
+            self._last.notes if self._last else (),
+            self.stopped,
+            unsent,
+        )
+
+    def _record(self, key: tuple[str, str, str]) -> Callable[[Item, Outcome], None]:
+        def record(item: Item, outcome: Outcome) -> None:
+            self.ledger.record(*key, item, outcome)
+            if item.path not in self._told and item not in self.refused:
+                self.progress.add(done=1)
+            self._told[item.path] = outcome
+
+        return record
+
+
+class HookFailed(Retryable):
+    """The target's own script did not end well; it may be run again, the data is not sent again."""
+
+
+def sort_out(facts: Facts, target: Target, plan: Plan) -> tuple[dict[Item, Outcome], list[Item]]:
+    """Split a plan into what the target does not get, each with its outcome, and what it does."""
+    refused: dict[Item, Outcome] = {}
+    wanted = []
+    for item in plan.items:
+        if excluded(item.path, target.globs):
+            refused[item] = Outcome(Kind.SKIPPED, f"excluded by {target.exclude}")
+        elif item.problem:
+            refused[item] = Outcome(Kind.REJECTED, item.problem)
+        elif facts.dicom_only and item.header is None:
+            refused[item] = Outcome(Kind.REJECTED if item.damaged else Kind.SKIPPED, item.not_sent)
+        else:
+            wanted.append(item)
+    return refused, wanted
+
+
+def _result(item: Item, outcome: Outcome) -> ItemResult:
+    uid = item.header.SOPInstanceUID if item.header else ""
+    return ItemResult(item.shown, uid, outcome.kind, outcome.detail)

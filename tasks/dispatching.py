@@ -1,0 +1,170 @@
+"""One dispatch as it runs: its targets, its files, its deliveries, its end."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Awaitable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from typing import Any, TypeVar
+
+from prefect import get_client
+from prefect.client.schemas.objects import State as RunState
+from prefect.concurrency.asyncio import concurrency
+from prefect.context import FlowRunContext
+from prefect.logging import get_run_logger
+from prefect.states import AwaitingRetry, Cancelled, Completed, Failed
+
+from blocks.base import Target
+from tasks import DRIVERS, running
+from tasks.delivery import Delivery
+from tasks.push import failure_of, hook_task, push_task
+from tasks.report import progress_shown, report
+from tasks.stage import stage_files
+from tasks.targets import check_destination, limit, load
+from transfer.errors import DispatchError
+from transfer.home import Home
+from transfer.ledger import Ledger
+from transfer.plan import Origin, Plan
+from transfer.receipt import Receipt, State, overall
+from transfer.staging import discard
+from transfer.window import Window
+
+R = TypeVar("R")
+OFF_PEAK = "22:00-06:00"  # UTC, unless TALARIA_OFF_PEAK says otherwise
+LEASE_S = 60  # a killed worker's place at a target is free again after this
+LOOK_S = 0.5  # between two looks at the cancel flag
+GRACE_S = 5  # for a driver to stop by itself, before what it waits for is cancelled
+DISABLED_S = 60  # a dispatch to a disabled target looks again after this
+
+
+class Dispatch:
+    """A dispatch to several targets within a flow run; made by `dispatching`."""
+
+    def __init__(self, flow_run_id: str, targets: Sequence[Target], home: Home, ledger: Ledger) -> None:
+        self.flow_run_id, self.targets, self.home, self.ledger = flow_run_id, targets, home, ledger
+        self.cancelled = running.flag(flow_run_id)
+        self.staging = home.staging / flow_run_id
+        self.deliveries: list[Delivery] = []
+        self.again: datetime | None = None  # when what waits may be tried
+
+    async def stage(self, paths: list[str], exclude: str, origin: Origin) -> Plan:
+        """Plan and stage the files; a run that is taken up again keeps its dispatch id."""
+        staged = await stage_files(paths, exclude, origin, self.staging, self.cancelled)
+        return self.ledger.same_dispatch(self.flow_run_id, staged.plan)
+
+    async def deliver(self, plan: Plan, priority: str, force: bool) -> list[Receipt]:
+        """Push to all targets at once; what one of them does never holds up another."""
+        self.deliveries = [
+            Delivery(DRIVERS.of(target), target, plan, self.ledger, self.home, self.cancelled, force=force)
+            for target in self.targets
+        ]
+        async with progress_shown(self.deliveries):
+            await asyncio.gather(*(self._deliver(delivery, priority) for delivery in self.deliveries))
+        return [delivery.receipt() for delivery in self.deliveries]
+
+    async def _deliver(self, delivery: Delivery, priority: str) -> None:
+        target, logger = delivery.target, get_run_logger()
+        opening = opens(target, priority)
+        if opening:
+            delivery.stopped = State.WAITING
+            self.again = min(self.again or opening, opening)
+            logger.info("%s: waits until %s", target.name, opening.isoformat())
+            return
+        try:
+            async with get_client() as client:
+                slot = await limit(client, target)
+            async with concurrency(slot, occupy=1, strict=True, lease_duration=LEASE_S):
+                await self._stoppable(push_task(delivery.driver, target)(delivery))
+            if delivery.wants_hook:
+                await self._stoppable(hook_task(target)(delivery))
+        except Exception as exc:  # one target's failure, whatever it is, must not end the other deliveries
+            if delivery.hook == "failed":
+                return
+            if delivery.error is None:
+                logger.exception("%s: unexpected error", target.name)
+                delivery.error = failure_of(exc, target.name)
+        except asyncio.CancelledError:
+            if not self.cancelled.is_set():
+                raise
+        if self.cancelled.is_set() and delivery.receipt().unsent:
+            delivery.stopped = State.CANCELLED
+
+    async def _stoppable(self, work: Awaitable[R]) -> R:
+        """Wait for work; when the run is cancelled, let it stop by itself, then cancel it."""
+        task = asyncio.ensure_future(work)
+        while not (await asyncio.wait([task], timeout=LOOK_S))[0]:
+            if self.cancelled.is_set():
+                await asyncio.wait([task], timeout=GRACE_S)
+                task.cancel()
+                break
+        return await task
+
+    async def conclude(self, plan: Plan, receipts: list[Receipt]) -> RunState[Any]:
+        """Leave the receipts behind and return the state that the flow run ends in."""
+        state = overall([receipt.state for receipt in receipts])
+        outputs = {delivery.target.name: delivery.hook_output for delivery in self.deliveries}
+        await report(self.home, plan.dispatch_id, self.flow_run_id, state, receipts, outputs)
+        message = "; ".join(_sentence(receipt) for receipt in receipts)
+        if self.again and not self.cancelled.is_set():
+            return AwaitingRetry(scheduled_time=self.again, message=message)
+        if state is State.DELIVERED:
+            return Completed(message=message)
+        return Cancelled(message=message) if state is State.CANCELLED else Failed(message=message)
+
+
+@asynccontextmanager
+async def dispatching(targets: list[str]) -> AsyncIterator[Dispatch]:
+    """Load the targets and open the ledger for the flow run that is running; staging is gone at the end.
+
+    Raises:
+        NotFound, Misconfigured: a target isn't there or may not be sent to.
+    """
+    context = FlowRunContext.get()
+    if context is None or context.flow_run is None:
+        raise RuntimeError("a dispatch runs inside a flow run")
+    flow_run_id, home = str(context.flow_run.id), Home.current()
+    async with get_client() as client:
+        chosen = await load(client, targets)
+    for target in chosen:
+        if target.enabled:
+            check_destination(target)
+    # A thread for each target that is pushed to, and some to spare: a hung one must not hold up another.
+    executor = ThreadPoolExecutor(len(chosen) + 8, thread_name_prefix="push")
+    asyncio.get_running_loop().set_default_executor(executor)
+    with Ledger(home.ledger) as ledger:
+        dispatch = Dispatch(flow_run_id, chosen, home, ledger)
+        try:
+            yield dispatch
+        finally:
+            await asyncio.to_thread(discard, dispatch.staging)
+            running.forget(flow_run_id)
+
+
+def opens(target: Target, priority: str, now: datetime | None = None) -> datetime | None:
+    """Return when a target may be sent to, or None if that is now."""
+    now = now or datetime.now(UTC)
+    if not target.enabled:
+        return now + timedelta(seconds=DISABLED_S)
+    windows = []
+    if target.window and priority != "urgent":
+        windows.append(Window.parse(target.window))
+    if priority == "offpeak":
+        windows.append(Window.parse(os.environ.get("TALARIA_OFF_PEAK") or OFF_PEAK))
+    openings = [opening for window in windows if (opening := window.opens(now))]
+    return max(openings) if openings else None
+
+
+def refusal(error: DispatchError) -> RunState[Any]:
+    """The state of a run that could not begin."""
+    return Failed(message=str(error))
+
+
+def _sentence(receipt: Receipt) -> str:
+    counts = ", ".join(f"{count} {kind}" for kind, count in receipt.counts.items() if count)
+    rest = [f"{receipt.unsent} not sent"] if receipt.unsent else []
+    rest += [receipt.error] if receipt.error else []
+    rest += [f"hook {receipt.hook}"] if receipt.hook == "failed" else []
+    return f"{receipt.target} {receipt.state}: " + ", ".join([counts or "nothing", *rest])

@@ -1,0 +1,89 @@
+"""The Prefect skin of a delivery: type-specific tasks with the target's own retry policy."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from typing import Any
+
+from prefect import Task, task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State, TaskRun
+from prefect.logging import get_run_logger
+
+from blocks.base import Target
+from tasks.delivery import Delivery
+from tasks.driver import Driver
+from transfer.errors import Busy, DispatchError, Retryable
+from transfer.receipt import Receipt
+
+MAX_RETRY_AFTER_S = 86_400  # a peer that asks for more than a day means "don't"
+
+
+def delay_before(attempt: int, target: Target, error: BaseException | None) -> float:
+    """Seconds to wait before an attempt (2 is the first retry).
+
+    Exponential back-off with full jitter: any time up to `retry_delay_s`, doubled with each attempt, at most
+    `retry_max_delay_s`. A peer's `Retry-After` wins.
+    """
+    if isinstance(error, Busy) and error.retry_after is not None:
+        return min(max(0.0, error.retry_after), MAX_RETRY_AFTER_S)
+    longest = min(target.retry_max_delay_s, target.retry_delay_s * 2 ** (attempt - 2))
+    return random.uniform(0, longest)  # noqa: S311 - spreads load, guards nothing
+
+
+def push_task(driver: Driver[Any], target: Target) -> Task[[Delivery], Any]:
+    """Return the task `push-<type>`, with the retry policy of this target; its argument is a Delivery."""
+    return _with_policy(push, f"push-{driver.target.type_name}", target.max_attempts, target)
+
+
+def hook_task(target: Target) -> Task[[Delivery], Any]:
+    """Return the task `run-hook`, which has attempts of its own: its failure never sends data again."""
+    return _with_policy(run_hook, f"hook-{target.type_name}", getattr(target, "hook_attempts", 1), target)
+
+
+@task(cache_policy=NO_CACHE, persist_result=False)
+async def push(delivery: Delivery) -> Receipt:
+    """Push what has no outcome yet to the delivery's target."""
+    logger = get_run_logger()
+    target = delivery.target
+    receipt = await asyncio.to_thread(delivery.push)
+    counts = ", ".join(f"{count} {kind}" for kind, count in receipt.counts.items() if count)
+    logger.info("%s: %s, %d bytes in %.1f s", target.name, counts or "nothing to do", receipt.bytes, receipt.seconds)
+    return receipt
+
+
+@task(cache_policy=NO_CACHE, persist_result=False)
+async def run_hook(delivery: Delivery) -> None:
+    """Run the target's own script on its server."""
+    try:
+        await asyncio.to_thread(delivery.run_hook)
+    finally:
+        if delivery.hook_output:
+            get_run_logger().info("%s: the script said: %s", delivery.target.name, delivery.hook_output)
+
+
+def _with_policy(base: Task[[Delivery], Any], name: str, attempts: int, target: Target) -> Task[[Delivery], Any]:
+    def is_retryable(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
+        # A plain function: Prefect takes anything else for "no retry". The engine reads the delay of the next
+        # attempt from the task after this, so that the peer's Retry-After can decide it.
+        error = state.data if isinstance(state.data, BaseException) else None
+        if not isinstance(error, Retryable):
+            return False
+        task.retry_delay_seconds = delay_before((run.run_count or 1) + 1, target, error)
+        return True
+
+    return base.with_options(
+        name=name,
+        task_run_name=f"{name} {target.name}",
+        retries=attempts - 1,
+        retry_delay_seconds=target.retry_delay_s,
+        retry_condition_fn=is_retryable,
+    )
+
+
+def failure_of(error: BaseException, target: str) -> DispatchError:
+    """Return an error as one of ours: what a driver doesn't know is named by its type only, its text may hold PHI."""
+    if isinstance(error, DispatchError):
+        return error
+    return DispatchError(f"unexpected {type(error).__name__}: see the run's log", target)

@@ -1,0 +1,128 @@
+"""What people see of a dispatch in Prefect: progress while it runs, receipts at its end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+from uuid import UUID
+
+import httpx
+from prefect.artifacts import (
+    acreate_markdown_artifact,
+    acreate_progress_artifact,
+    acreate_table_artifact,
+    aupdate_progress_artifact,
+)
+from prefect.events import emit_event
+from prefect.exceptions import PrefectException
+
+from tasks.delivery import Delivery
+from transfer.home import Home
+from transfer.ledger import write_json
+from transfer.receipt import Kind, Receipt, State
+
+PROGRESS_S = 1.5  # between two updates of a target's progress; each costs the server 35 ms
+SHOWN_ITEMS = 500  # lines of the artifact's list; the JSON file has all
+
+
+@asynccontextmanager
+async def progress_shown(deliveries: Sequence[Delivery]) -> AsyncIterator[None]:
+    """Keep one progress artifact per target up to date while the block runs."""
+    artifacts: dict[str, UUID] = {}
+    shown: dict[str, float] = {}
+
+    async def update() -> None:
+        for delivery in deliveries:
+            name, now = delivery.target.name, round(delivery.progress.percent, 1)
+            text = f"{delivery.progress.done} of {delivery.progress.items} items to {name}"
+            if name not in artifacts:
+                artifacts[name] = await acreate_progress_artifact(now, f"progress-{name}", text)
+            elif shown[name] != now:
+                await aupdate_progress_artifact(artifacts[name], now, text)
+            shown[name] = now
+
+    async def keep() -> None:
+        while True:
+            # A server that is away for a moment costs an update, not the dispatch.
+            with suppress(httpx.HTTPError, PrefectException):
+                await update()
+            await asyncio.sleep(PROGRESS_S)
+
+    keeper = asyncio.create_task(keep())
+    try:
+        yield
+    finally:
+        keeper.cancel()
+        with suppress(asyncio.CancelledError):
+            await keeper
+        with suppress(httpx.HTTPError, PrefectException):
+            await update()
+
+
+def document(dispatch_id: str, flow_run_id: str, state: State, receipts: Sequence[Receipt]) -> dict[str, Any]:
+    """The JSON of `send --json`, with all items."""
+    return {
+        "dispatch_id": dispatch_id,
+        "flow_run_id": flow_run_id,
+        "state": str(state),
+        "targets": {receipt.target: receipt.to_json(all_items=True) for receipt in receipts},
+    }
+
+
+async def report(
+    home: Home, dispatch_id: str, flow_run_id: str, state: State, receipts: Sequence[Receipt], outputs: dict[str, str]
+) -> None:
+    """Leave the receipts behind: a JSON file, events, and artifacts on the run.
+
+    Args:
+        outputs: what hooks printed, by target.
+    """
+    path = home.receipt(flow_run_id)
+    write_json(path, document(dispatch_id, flow_run_id, state, receipts))
+    for receipt in receipts:
+        emit_event(
+            "talaria.receipt",
+            resource={"prefect.resource.id": f"talaria.target.{receipt.target}", "prefect.resource.name": receipt.target},
+            payload={"dispatch_id": dispatch_id, "flow_run_id": flow_run_id, **receipt.to_json() | {"items": []}},
+        )
+    await acreate_table_artifact([_row(receipt) for receipt in receipts], "receipt", f"dispatch {dispatch_id}: {state}")
+    await acreate_markdown_artifact(
+        _markdown(dispatch_id, state, receipts, outputs, str(path)), "receipt-details", f"dispatch {dispatch_id}: details"
+    )
+
+
+def _row(receipt: Receipt) -> dict[str, Any]:
+    counts = receipt.to_json() | {"target": receipt.target}
+    keys = ("target", "state", "delivered", "warnings", "already", "rejected", "skipped", "unsent", "bytes", "seconds")
+    return {key: counts[key] for key in (*keys, "attempts", "verified", "hook")} | {"error": receipt.error or ""}
+
+
+def _markdown(
+    dispatch_id: str, state: State, receipts: Sequence[Receipt], outputs: dict[str, str], path: str
+) -> str:
+    lines = [f"# Dispatch `{dispatch_id}`: {state}", "", f"All items: `{path}` on the machine that sent them.", ""]
+    lines += ["Runs, targets and earlier receipts: [runs](/runs) · [targets](/blocks) · [receipts](/artifacts/key/receipt)", ""]
+    for receipt in receipts:
+        counts = ", ".join(f"{count} {kind}" for kind, count in receipt.counts.items() if count) or "nothing"
+        lines += [f"## {receipt.target}: {receipt.state}", "", f"{counts}; verified: {receipt.verified}."]
+        lines += [f"\n**{_plain(receipt.error)}**"] if receipt.error else []
+        lines += [f"\n{_plain(note)}" for note in receipt.notes]
+        odd = [item for item in receipt.items if item.outcome is not Kind.DELIVERED]
+        if odd:
+            lines += ["", "| item | outcome | reason |", "|---|---|---|"]
+            lines += [f"| {_plain(i.path)} | {i.outcome} | {_plain(i.detail)} |" for i in odd[:SHOWN_ITEMS]]
+        if len(odd) > SHOWN_ITEMS:
+            lines += ["", f"… and {len(odd) - SHOWN_ITEMS} more: see the JSON file."]
+        if outputs.get(receipt.target):
+            lines += ["", "The script said:", "", *("    " + line for line in outputs[receipt.target].splitlines())]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _plain(text: str) -> str:
+    """Keep a value from being read as Markdown or HTML."""
+    for sign in "\\`*_[]<>|":
+        text = text.replace(sign, "\\" + sign)
+    return text.replace("\n", " ")

@@ -1,0 +1,36 @@
+"""The runs of this process: how to stop one, and that it is ours.
+
+A run in a worker's thread can't be interrupted by a signal; it looks at its flag between items instead.
+"""
+
+from __future__ import annotations
+
+import threading
+
+_lock = threading.Lock()
+_flags: dict[str, threading.Event] = {}
+
+
+def flag(flow_run_id: str) -> threading.Event:
+    """Return the flag that stops a run; the same one for the same run."""
+    with _lock:
+        return _flags.setdefault(flow_run_id, threading.Event())
+
+
+def forget(flow_run_id: str) -> None:
+    """The run is over."""
+    with _lock:
+        _flags.pop(flow_run_id, None)
+
+
+def running() -> list[str]:
+    """Return the ids of the runs that can be stopped here."""
+    with _lock:
+        return list(_flags)
+
+
+def stop_all() -> None:
+    """Ask every run of this process to stop."""
+    with _lock:
+        for event in _flags.values():
+            event.set()

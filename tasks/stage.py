@@ -1,0 +1,48 @@
+"""Planning and staging, as a task."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from pathlib import Path
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from prefect.logging import get_run_logger
+
+from transfer.errors import Cancelled
+from transfer.globs import patterns
+from transfer.plan import Origin, Plan, scan
+from transfer.staging import stage
+
+
+class Staged:
+    """The plan of the staged files. A plain class, so that Prefect doesn't walk through thousands of items."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+
+
+def plan_and_stage(
+    paths: list[str], exclude: str, origin: Origin, into: Path, cancelled: threading.Event
+) -> Plan:
+    """Plan the files below `paths` without the excluded ones and bring them into the folder `into`.
+
+    Raises:
+        NotFound, Misconfigured, Busy, Cancelled: as `scan` and `stage` do.
+    """
+
+    def check() -> None:
+        if cancelled.is_set():
+            raise Cancelled("the dispatch was cancelled")
+
+    return stage(scan(paths, patterns(exclude), origin), into, check)
+
+
+@task(name="stage", cache_policy=NO_CACHE, persist_result=False)
+async def stage_files(paths: list[str], exclude: str, origin: Origin, into: Path, cancel: object) -> Staged:
+    """Stage a dispatch's files; its log says how many and how much."""
+    cancelled = cancel if isinstance(cancel, threading.Event) else threading.Event()
+    plan = await asyncio.to_thread(plan_and_stage, paths, exclude, origin, into, cancelled)
+    get_run_logger().info("%d files, %d bytes, dispatch %s", len(plan.items), plan.size, plan.dispatch_id)
+    return Staged(plan)

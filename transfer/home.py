@@ -1,0 +1,97 @@
+"""Where Talaria keeps its state on this machine, and who is alive there.
+
+    TALARIA_HOME (default ~/.talaria, mode 0700)
+    ├── ledger.sqlite     what arrived where
+    ├── receipts/         one JSON file per flow run
+    ├── staging/          one folder per running flow run
+    ├── owners/           one locked file per living process that runs dispatches
+    └── locks/            one file per dispatch and destination in progress
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+WAIT_S = 0.2  # between two looks at a lock that somebody else holds
+
+
+@dataclass(frozen=True)
+class Home:
+    """The state directory."""
+
+    root: Path
+
+    @classmethod
+    def current(cls) -> Home:
+        """The one that TALARIA_HOME names; made if it isn't there.
+
+        Raises:
+            OSError: it can't be made or written to.
+        """
+        home = cls(Path(os.environ.get("TALARIA_HOME") or "~/.talaria").expanduser().absolute())
+        home.root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return home
+
+    @property
+    def ledger(self) -> Path:
+        return self.root / "ledger.sqlite"
+
+    def receipt(self, flow_run_id: str) -> Path:
+        """Where the receipts of a flow run are."""
+        return self.root / "receipts" / f"{flow_run_id}.json"
+
+    @property
+    def staging(self) -> Path:
+        return self.root / "staging"
+
+    @contextmanager
+    def owner(self) -> Iterator[str]:
+        """Be an owner of flow runs: yields an id that counts as alive until the block, or the process, ends."""
+        folder = self.root / "owners"
+        folder.mkdir(exist_ok=True, mode=0o700)
+        name = uuid.uuid4().hex
+        path = folder / name
+        with open(path, "w", encoding="ascii") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                yield name
+            finally:
+                path.unlink(missing_ok=True)
+
+    def alive(self, owner: str) -> bool:
+        """Tell whether an owner's process still runs; the kernel drops the lock of a killed one."""
+        try:
+            with open(self.root / "owners" / owner, encoding="ascii") as file:
+                return not _take(file.fileno())
+        except FileNotFoundError:
+            return False
+
+    @contextmanager
+    def exclusive(self, name: str, check: Callable[[], None] = lambda: None) -> Iterator[None]:
+        """Hold a lock over all processes of this state directory; waits for it.
+
+        Args:
+            check: called while waiting; may raise to give up.
+        """
+        folder = self.root / "locks"
+        folder.mkdir(exist_ok=True, mode=0o700)
+        with open(folder / name, "a", encoding="ascii") as file:
+            while not _take(file.fileno()):
+                check()
+                time.sleep(WAIT_S)
+            yield
+
+
+def _take(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
