@@ -13,12 +13,16 @@ from __future__ import annotations
 import os
 import struct
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+
+from transfer.charset import decoded
 
 PREAMBLE_BYTES = 132  # 128 bytes of preamble and "DICM"
 WINDOW_BYTES = 16_384  # one read holds the header of most images
 MAX_UID_CHARS = 64  # PS3.5 section 9.1
 MAX_DEPTH = 64  # nested sequences; real objects stay below 12
+MAX_VALUE_BYTES = 65_536  # no value that is wanted comes near; a damaged length must not fill the memory
 UNDEFINED = 0xFFFFFFFF
 
 IMPLICIT_LITTLE = "1.2.840.10008.1.2"
@@ -28,24 +32,15 @@ MEDIA_STORAGE_DIRECTORY = "1.2.840.10008.1.3.10"
 
 # VRs whose length field has 32 bits, PS3.5 table 7.1-1.
 _LONG = frozenset((b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV"))
-_SHORT = frozenset(
-    b"AE AS AT CS DA DS DT FD FL IS LO LT PN SH SL SS ST TM UI UL US".split()
-)
+_SHORT = frozenset(b"AE AS AT CS DA DS DT FD FL IS LO LT PN SH SL SS ST TM UI UL US".split())
 _PIXEL_DATA = 0x7FE00010
 _ITEM, _ITEM_END, _SEQUENCE_END = 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD
-_WANTED = {
-    0x00080005: "SpecificCharacterSet",
-    0x00080016: "SOPClassUID",
-    0x00080018: "SOPInstanceUID",
-    0x00080020: "StudyDate",
-    0x00080030: "StudyTime",
-    0x00080050: "AccessionNumber",
-    0x00080060: "Modality",
-    0x00100020: "PatientID",
-    0x0020000D: "StudyInstanceUID",
-    0x0020000E: "SeriesInstanceUID",
-    0x00200011: "SeriesNumber",
-}
+# Specific Character Set, the two SOP UIDs, Study Date and Time, Accession Number, Modality, Patient ID, the UIDs of
+# study and series, Series Number.
+_HEADER_TAGS = frozenset(
+    (0x00080005, 0x00080016, 0x00080018, 0x00080020, 0x00080030, 0x00080050, 0x00080060, 0x00100020, 0x0020000D,
+     0x0020000E, 0x00200011)
+)  # fmt: skip
 
 
 class NotDicom(Exception):
@@ -82,6 +77,18 @@ def read_header(fd: int, size: int) -> Header:
         Damaged: empty, truncated, without preamble, without a needed UID, or not parsable.
         OSError: the file can't be read.
     """
+    return read_elements(fd, size, ())[0]
+
+
+def read_elements(fd: int, size: int, tags: Iterable[int]) -> tuple[Header, dict[int, bytes]]:
+    """Read the header as `read_header` does, and with it the undecoded values of other top-level elements.
+
+    Sequences are left out, and values of more than 64 KiB.
+
+    Args:
+        tags: the elements that are wanted besides those of the header, as 0xGGGGEEEE.
+    """
+    wanted = _HEADER_TAGS.union(tags)
     if size == 0:
         raise Damaged("the file is empty")
     window = _Window(fd, size)
@@ -96,14 +103,14 @@ def read_header(fd: int, size: int) -> Header:
         if _text(meta.get(0x00020002, b"")) == MEDIA_STORAGE_DIRECTORY:
             raise NotDicom("a DICOMDIR, which is no instance")
         if syntax == DEFLATED_LITTLE:
-            found = _deflated(fd, offset, size)
+            found = _deflated(fd, offset, size, wanted)
         else:
             endian = ">" if syntax == EXPLICIT_BIG else "<"
             found = {}
-            _Walk(window, endian, explicit=syntax != IMPLICIT_LITTLE).top(offset, found)
+            _Walk(window, endian, syntax != IMPLICIT_LITTLE, wanted).top(offset, found)
     except struct.error as exc:
         raise Damaged("truncated") from exc
-    return _header(found, syntax, offset)
+    return _header(found, syntax, offset), found
 
 
 class _Window:
@@ -164,9 +171,10 @@ def _meta(window: _Window) -> tuple[dict[int, bytes], int]:
 class _Walk:
     """Steps over the elements of a data set, keeping the few values that are wanted."""
 
-    def __init__(self, window: _Window, endian: str, explicit: bool) -> None:
+    def __init__(self, window: _Window, endian: str, explicit: bool, wanted: frozenset[int]) -> None:
         self.window = window
         self.explicit = explicit
+        self.wanted = wanted
         self.tag = struct.Struct(endian + "HH")
         self.short = struct.Struct(endian + "HH2sH")
         self.long = struct.Struct(endian + "I")
@@ -203,7 +211,7 @@ class _Walk:
                 raise Damaged(
                     f"truncated: element ({tag >> 16:04X},{tag & 0xFFFF:04X}) ends at byte {pos}, the file at {size}"
                 )
-            if tag in _WANTED:
+            if tag in self.wanted and length <= MAX_VALUE_BYTES:
                 found[tag] = self.window.at(start, length)
             elif tag == 0 and length == 0:
                 break  # zeros appended to the file
@@ -252,7 +260,7 @@ class _Walk:
         return pos + length
 
 
-def _deflated(fd: int, offset: int, size: int) -> dict[int, bytes]:
+def _deflated(fd: int, offset: int, size: int, wanted: frozenset[int]) -> dict[int, bytes]:
     """Inflate the data set (PS3.5 Annex A.5) piece by piece; keep the first MiB, where the header is."""
     keep = 1 << 20
     inflate = zlib.decompressobj(-zlib.MAX_WBITS)
@@ -273,7 +281,7 @@ def _deflated(fd: int, offset: int, size: int) -> dict[int, bytes]:
         raise Damaged("truncated: the deflated data set has no end")
     found: dict[int, bytes] = {}
     try:
-        _Walk(_Window(fd, len(data), bytes(data)), "<", explicit=True).top(0, found)
+        _Walk(_Window(fd, len(data), bytes(data)), "<", True, wanted).top(0, found)
     except Damaged:
         if len(data) < keep:
             raise  # else only the element that the cut goes through: what is wanted comes before it
@@ -282,16 +290,6 @@ def _deflated(fd: int, offset: int, size: int) -> dict[int, bytes]:
 
 def _text(raw: bytes) -> str:
     return raw.rstrip(b"\0 ").decode("latin-1").strip()
-
-
-def _decoded(raw: bytes, charset: bytes) -> str:
-    """Decode a value that may hold other than ASCII, by the data set's Specific Character Set."""
-    if raw.isascii() and b"\x1b" not in raw:
-        return _text(raw)
-    from pydicom.charset import convert_encodings, decode_bytes
-
-    encodings = convert_encodings([part.strip() for part in _text(charset).split("\\")])
-    return decode_bytes(raw, encodings, set()).strip("\0 ")
 
 
 def _header(found: dict[int, bytes], syntax: str, offset: int) -> Header:
@@ -314,6 +312,6 @@ def _header(found: dict[int, bytes], syntax: str, offset: int) -> Header:
         SeriesNumber=_text(found.get(0x00200011, b"")),
         StudyDate=_text(found.get(0x00080020, b"")),
         StudyTime=_text(found.get(0x00080030, b"")),
-        AccessionNumber=_decoded(found.get(0x00080050, b""), charset),
-        PatientID=_decoded(found.get(0x00100020, b""), charset),
+        AccessionNumber=decoded(found.get(0x00080050, b""), charset).strip("\0 "),
+        PatientID=decoded(found.get(0x00100020, b""), charset).strip("\0 "),
     )
