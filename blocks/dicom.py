@@ -1,0 +1,126 @@
+"""A DICOM node: C-STORE to it, C-FIND and C-GET or C-MOVE from it."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import ClassVar
+
+from pydantic import Field, HttpUrl, field_validator, model_validator
+
+from blocks.base import LOGO, Target, check_host
+
+AET_CHARS = 16  # PS3.5 table 6.2-1, VR AE
+SENDER = "sender"  # as `host`: the node that the study came from
+MIN_PDU = 4096  # bytes; PS3.8 Annex D.1 sets no least length, DCMTK's is 4096
+
+
+class Transcode(StrEnum):
+    """What may be done to an instance whose transfer syntax the peer refuses."""
+
+    NEVER = "never"
+    LOSSLESS = "lossless"
+    ANY = "any"
+
+
+class DicomTarget(Target):
+    """A PACS, a modality or any other DICOM node that is reached over TCP without encryption.
+
+    Instances go out as they are, by C-STORE over several associations; a transfer syntax that the node refuses is
+    converted without loss, unless told otherwise. Can be queried and pulled from.
+    """
+
+    _block_type_name = "DICOM Target"
+    _block_type_slug = "dicom-target"
+    _documentation_url = HttpUrl("https://dicom.nema.org/medical/dicom/current/output/html/part04.html#chapter_B")
+    _logo_url = HttpUrl(LOGO)
+    _code_example = """```python
+from blocks.dicom import DicomTarget
+
+pacs = DicomTarget.load("BLOCK_NAME")
+```"""
+
+    type_name: ClassVar[str] = "dicom"
+    can_query: ClassVar[bool] = True
+    where: ClassVar[tuple[str, ...]] = ("host", "port", "aet_target", "pass_receiver_aet")
+
+    host: str = Field(
+        description="Host name or IP address; the word sender stands for the node that the study came from."
+    )
+    port: int = Field(default=104, ge=1, le=65_535, description="TCP port of the node.")
+    aet_target: str = Field(default="ANY-SCP", description="AE title of the node, which is called.")
+    aet_source: str = Field(default="TALARIA", description="AE title that this side gives as its own, the calling one.")
+    pass_sender_aet: bool = Field(
+        default=False, description="Whether to call with the AE title of the study's sender instead of aet_source."
+    )
+    pass_receiver_aet: bool = Field(
+        default=False, description="Whether to call the AE title that the study's sender called instead of aet_target."
+    )
+    transcode: Transcode = Field(
+        default=Transcode.LOSSLESS,
+        description="What to do if the node refuses a file's transfer syntax: never convert, lossless, or any way.",
+    )
+    max_pdu: int = Field(
+        default=131_072,
+        ge=0,
+        le=1 << 24,
+        description="Largest PDU in bytes that is sent or received; 0 leaves it to the node.",
+    )
+    storage_commitment_port: int = Field(
+        default=0,
+        ge=0,
+        le=65_535,
+        description="Port on which storage commitment reports are awaited; 0 for the same association only.",
+    )
+    storage_commitment_host: str = Field(
+        default="", description="Address to listen on for the report; empty for all addresses of this machine."
+    )
+    storage_commitment_aet: str = Field(
+        default="",
+        description="AE title of the node that answers storage commitment requests; empty for the called one.",
+    )
+    storage_commitment_wait_s: float = Field(
+        default=60, gt=0, le=86_400, description="Seconds to wait for the storage commitment report."
+    )
+
+    @field_validator("host")
+    @classmethod
+    def _host(cls, value: str) -> str:
+        return check_host(value)
+
+    @field_validator("storage_commitment_host")
+    @classmethod
+    def _listen_on(cls, value: str) -> str:
+        return check_host(value) if value.strip() else ""
+
+    @field_validator("aet_target", "aet_source")
+    @classmethod
+    def _aet(cls, value: str) -> str:
+        return check_aet(value)
+
+    @field_validator("storage_commitment_aet")
+    @classmethod
+    def _optional_aet(cls, value: str) -> str:
+        return check_aet(value) if value.strip() else ""
+
+    @field_validator("max_pdu")
+    @classmethod
+    def _max_pdu(cls, value: int) -> int:
+        if 0 < value < MIN_PDU:
+            raise ValueError(f"max_pdu must be 0 (no limit) or at least {MIN_PDU} bytes")
+        return value
+
+    @model_validator(mode="after")
+    def _sender_only_stores(self) -> DicomTarget:
+        if self.host == SENDER and self.queries:
+            raise ValueError("host 'sender' stands for a study's origin: such a target can only store")
+        return self
+
+
+def check_aet(value: str) -> str:
+    """Return an AE title without its insignificant blanks, or raise ValueError (PS3.5 table 6.2-1, VR AE)."""
+    value = value.strip(" ")
+    if not 1 <= len(value) <= AET_CHARS:
+        raise ValueError(f"AE title {value!r}: must have 1 to {AET_CHARS} characters")
+    if "\\" in value or not value.isascii() or not value.isprintable():
+        raise ValueError(f"AE title {value!r}: use ASCII letters, digits, blanks and signs, but no backslash")
+    return value

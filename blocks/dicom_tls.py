@@ -1,0 +1,66 @@
+"""A DICOM node behind TLS."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import ClassVar
+
+from pydantic import Field, HttpUrl, SecretStr, model_validator
+
+from blocks.base import LOGO
+from blocks.dicom import DicomTarget
+
+
+class TlsProfile(StrEnum):
+    """Secure connection profiles of PS3.15 Annex B."""
+
+    BCP195 = "bcp195"
+    NONDOWNGRADING = "bcp195-nondowngrading"
+
+
+class DicomTlsTarget(DicomTarget):
+    """A PACS, a modality or any other DICOM node that is reached over TLS, by the BCP 195 profiles of PS3.15.
+
+    The node's certificate is verified against `ca_cert`, or the system's trust store; a certificate of our own is
+    shown if one is set. Everything else is as for a DICOM target.
+    """
+
+    _block_type_name = "DICOM TLS Target"
+    _block_type_slug = "dicom-tls-target"
+    _documentation_url = HttpUrl("https://dicom.nema.org/medical/dicom/current/output/html/part15.html#chapter_B")
+    _logo_url = HttpUrl(LOGO)
+    _code_example = """```python
+from blocks.dicom_tls import DicomTlsTarget
+
+pacs = DicomTlsTarget.load("BLOCK_NAME")
+```"""
+
+    type_name: ClassVar[str] = "dicom-tls"
+
+    port: int = Field(default=2762, ge=1, le=65_535, description="TCP port of the node.")
+    tls_key: SecretStr = Field(
+        default=SecretStr(""), description="Private key of our certificate: path of a PEM file, or its text."
+    )
+    tls_cert: str = Field(
+        default="",
+        description="Our certificate with its chain, if the node asks for one: path of a PEM file, or its text.",
+    )
+    tls_key_password: SecretStr = Field(default=SecretStr(""), description="Password of an encrypted private key.")
+    ca_cert: str = Field(
+        default="",
+        description="Certificates that are trusted to vouch for the node: path of a PEM file or folder, or PEM text; "
+        "empty for the system's trust store.",
+    )
+    tls_profile: TlsProfile = Field(
+        default=TlsProfile.BCP195,
+        description="Secure connection profile: bcp195, or bcp195-nondowngrading for the strictest suites only.",
+    )
+    verify_hostname: bool = Field(
+        default=True, description="Whether the node's certificate must be for the host that is connected to."
+    )
+
+    @model_validator(mode="after")
+    def _key_with_cert(self) -> DicomTlsTarget:
+        if self.tls_key.get_secret_value() and not self.tls_cert:
+            raise ValueError("tls_key is set without tls_cert: set both, or none")
+        return self

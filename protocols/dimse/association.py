@@ -1,0 +1,282 @@
+"""Associations: asked for, used and ended by pynetdicom, over a connection of ours.
+
+pynetdicom negotiates (ACSE), keeps the state machine of PS3.8 section 9.2, and carries every service but one:
+C-STORE, which `store.Sender` does on the borrowed connection.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any, cast
+
+from pydicom.uid import UID
+from pynetdicom import _config, build_context
+from pynetdicom.association import Association
+from pynetdicom.pdu_primitives import AsynchronousOperationsWindowNegotiation
+from pynetdicom.presentation import PresentationContext
+
+from protocols import tls
+from protocols.dimse.transport import PLAIN_ALERT, SLICE_S, Entity, Peer, Transport, connect, speaks_tls
+from transfer.errors import Busy, DispatchError, Interrupted, Misconfigured, TimedOut
+
+_config.LOG_HANDLER_LEVEL = "none"  # its handlers write identifiers, thus patients' data, to the log
+
+MAX_CONTEXTS = 128  # odd numbers of one byte, PS3.8 section 9.3.2.2
+RELEASE_S = 5  # an answer to A-RELEASE-RQ is a courtesy: everything was confirmed before
+GRACE_S = 1  # for pynetdicom to notice its own time limit
+VERIFICATION = "1.2.840.10008.1.1"
+
+# PS3.8 table 9-21: why an association was rejected, by source and reason.
+REASONS = {
+    (1, 1): "no reason given",
+    (1, 2): "application context name not supported",
+    (1, 3): "calling AE title not recognised",
+    (1, 7): "called AE title not recognised",
+    (2, 1): "no reason given",
+    (2, 2): "protocol version not supported",
+    (3, 1): "temporary congestion",
+    (3, 2): "local limit exceeded",
+}
+REMEDIES = {
+    (1, 3): ": correct aet_source, or make it known to the peer",
+    (1, 7): ": correct aet_target",
+}
+# PS3.8 table 9-26: why the peer's provider aborted.
+ABORT_REASONS = {
+    1: "unrecognised PDU",
+    2: "unexpected PDU",
+    4: "unrecognised PDU parameter",
+    5: "unexpected PDU parameter",
+    6: "invalid PDU parameter value",
+}
+
+
+class Link:
+    """One established association.
+
+    Attributes:
+        accepted: context id by (abstract syntax, transfer syntax); empty if the peer accepted none, in which case
+            the association is over.
+        window: how many operations may be outstanding at once (PS3.7 Annex D.3.3.3); 1 if the peer grants no more.
+        max_send: largest PDU that the peer takes, bytes; 0 for any.
+    """
+
+    def __init__(self, peer: Peer, assoc: Association, transport: Transport) -> None:
+        self.peer = peer
+        self.assoc = assoc
+        self.transport = transport
+        self.accepted: dict[tuple[str, str], int] = {
+            (str(cx.abstract_syntax), str(cx.transfer_syntax[0])): cx.context_id or 0 for cx in assoc.accepted_contexts
+        }
+        invoked = assoc.acceptor.asynchronous_operations[0] if assoc.is_established else 1
+        asked = assoc.requestor.asynchronous_operations[0]
+        self.window = max(1, asked if invoked == 0 else min(asked, invoked))
+        self.max_send: int = assoc.acceptor.maximum_length or 0
+
+    def echo(self) -> None:
+        """Send C-ECHO and wait for the answer.
+
+        Raises:
+            Interrupted: the association ended, or the peer answers with a failure. TimedOut: it doesn't answer.
+        """
+        begun = time.monotonic()
+        status = self.assoc.send_c_echo()
+        if "Status" not in status:
+            raise self.lost("C-ECHO", begun)
+        if status.Status != 0:
+            raise Interrupted(f"{self.peer.where}: C-ECHO answered with status {status.Status:04X}")
+
+    def lost(self, doing: str, begun: float) -> DispatchError:
+        """Name why an operation of pynetdicom's got no answer: it tells timeouts and aborts alike, by nothing."""
+        if isinstance(self.transport.failure, OSError) and self.peer.tls and self.transport.failure.args:
+            return tls.classify(self.transport.failure, self.peer.where, has_cert=bool(self.peer.tls.cert))
+        if self.transport.timed_out or time.monotonic() - begun >= self.peer.idle_timeout_s:
+            return TimedOut(f"{self.peer.where}: no answer to {doing} within {self.peer.idle_timeout_s:g} s")
+        return Interrupted(f"{self.peer.where}: the peer ended the association during {doing}")
+
+    def release(self) -> None:
+        """End the association in order; abort it if the peer doesn't answer soon."""
+        with suppress(Exception):  # nothing that is still to come can change what was confirmed
+            self.assoc.acse_timeout = min(RELEASE_S, self.peer.idle_timeout_s)
+            self.assoc.release()
+        self._end()
+
+    def abort(self) -> None:
+        """End the association at once."""
+        with suppress(Exception):
+            if self.assoc.is_established:
+                self.assoc.abort()
+        self._end()
+
+    def drop(self) -> None:
+        """Break the connection: for a peer that is gone, or in the middle of a PDU, where an abort can't be told."""
+        self.transport.hang_up(reset=True)
+        self._end()
+
+    def _end(self) -> None:
+        self.transport.hang_up()
+        with suppress(Exception):
+            self.assoc.kill()
+        self.transport.dispose()
+        if self.assoc.is_alive():
+            self.assoc.join(GRACE_S)
+
+
+def associate(
+    peer: Peer,
+    contexts: Sequence[tuple[str, Sequence[str]]],
+    check: Callable[[], None] = lambda: None,
+    *,
+    window: int = 1,
+    negotiation: Sequence[Any] = (),
+    handlers: Sequence[Any] = (),
+) -> Link:
+    """Connect to the peer and negotiate an association.
+
+    Args:
+        contexts: at most 128 of (abstract syntax, transfer syntaxes to choose from).
+        check: called several times a second while waiting; may raise to stop.
+        window: operations that we should like to have outstanding at once.
+        negotiation: further items of pynetdicom's for the request, such as role selections.
+        handlers: event handlers of pynetdicom's for requests that the peer makes.
+
+    Returns:
+        A link. If the peer accepted the association and no context, `accepted` is empty and the link over.
+
+    Raises:
+        Unreachable, TimedOut, Interrupted: no answer. Busy: rejected for now. Misconfigured: rejected for good, or
+        the peer speaks something else. NotTrusted, Denied: as `tls.classify` says.
+    """
+    return negotiate(
+        connect(peer, check), peer, contexts, check, window=window, negotiation=negotiation, handlers=handlers
+    )
+
+
+def negotiate(
+    sock: Any,
+    peer: Peer,
+    contexts: Sequence[tuple[str, Sequence[str]]],
+    check: Callable[[], None] = lambda: None,
+    *,
+    window: int = 1,
+    negotiation: Sequence[Any] = (),
+    handlers: Sequence[Any] = (),
+) -> Link:
+    """Negotiate an association over a connected socket, which belongs to it from now on; see `associate`."""
+    items = list(negotiation)
+    if window > 1:
+        operations = AsynchronousOperationsWindowNegotiation()
+        operations.maximum_number_operations_invoked = window
+        operations.maximum_number_operations_performed = 1
+        items.append(operations)
+    ae = Entity(peer.calling, sock, peer.idle_timeout_s)
+    ae.acse_timeout = ae.dimse_timeout = peer.idle_timeout_s
+    ae.network_timeout = None  # who waits has a limit of its own
+    made: list[Association | BaseException] = []
+
+    def run() -> None:
+        try:
+            address = sock.getpeername()
+            made.append(
+                ae.associate(
+                    (address[0], *address[2:]) if len(address) == 4 else address[0],
+                    address[1],
+                    contexts=[_context(*each) for each in contexts],
+                    ae_title=peer.called,
+                    max_pdu=peer.max_pdu,
+                    ext_neg=items,
+                    evt_handlers=list(handlers),
+                )
+            )
+        except BaseException as exc:  # told to the thread that waits
+            made.append(exc)
+
+    begun = time.monotonic()
+    # In a thread of its own, so that a wait for a silent peer can be called off.
+    thread = threading.Thread(target=run, name="negotiation", daemon=True)
+    thread.start()
+    try:
+        while thread.is_alive():
+            thread.join(SLICE_S)
+            check()
+            if time.monotonic() - begun > peer.idle_timeout_s + GRACE_S:
+                break
+    except BaseException:
+        _give_up(sock, thread)
+        raise
+    if thread.is_alive():
+        _give_up(sock, thread)
+        raise TimedOut(f"{peer.where}: no answer to the association request within {peer.idle_timeout_s:g} s")
+    [assoc] = made
+    if isinstance(assoc, OSError):
+        sock.close()
+        raise Interrupted(f"{peer.where}: the peer closed the connection at once") from assoc
+    if isinstance(assoc, BaseException):
+        sock.close()
+        raise assoc
+    transport = cast(Transport, assoc.dul.socket)
+    link = Link(peer, assoc, transport)
+    if assoc.is_established:
+        return link
+    silent = time.monotonic() - begun >= peer.idle_timeout_s
+    link.drop()
+    answer = assoc.acceptor.primitive
+    if answer is not None and answer.result == 0 and transport.head[:1] == b"\x02":
+        return link
+    raise _refused(link, silent) from transport.failure
+
+
+def _give_up(sock: Any, thread: threading.Thread) -> None:
+    """End a negotiation from outside: its threads see the connection end."""
+    with suppress(OSError):
+        sock.shutdown(2)
+    thread.join(GRACE_S)
+    sock.close()
+
+
+def _context(abstract: str, syntaxes: Sequence[str]) -> PresentationContext:
+    return build_context(UID(abstract), [UID(syntax) for syntax in syntaxes])
+
+
+def _refused(link: Link, silent: bool) -> DispatchError:
+    """Name why there is no association."""
+    peer, transport = link.peer, link.transport
+    head = bytes(transport.head)
+    if head[:1] == b"\x03" and len(head) >= 10:
+        return rejection(peer, *head[7:10])
+    if head[:1] == b"\x07" and len(head) >= 10:
+        return Interrupted(f"{peer.where}: {aborted(*head[8:10])} instead of answering the association request")
+    if head.startswith(PLAIN_ALERT) and peer.tls is None:
+        return _wants_tls(peer)
+    if head and head[0] not in (2, 3, 7):
+        return Misconfigured(f"{peer.where}: the peer does not speak DICOM on this port: correct host or port")
+    if transport.failure is not None and peer.tls is not None:
+        return tls.classify(transport.failure, peer.where, has_cert=bool(peer.tls.cert))
+    if silent or transport.timed_out:
+        return TimedOut(f"{peer.where}: no answer to the association request within {peer.idle_timeout_s:g} s")
+    if not head and peer.tls is None and speaks_tls(peer):
+        return _wants_tls(peer)
+    return Interrupted(f"{peer.where}: the peer closed the connection without an answer to the association request")
+
+
+def _wants_tls(peer: Peer) -> DispatchError:
+    return Misconfigured(f"{peer.where}: the peer expects TLS on this port: use a target of type dicom-tls")
+
+
+def rejection(peer: Peer, result: int, source: int, reason: int) -> DispatchError:
+    """Classify A-ASSOCIATE-RJ (PS3.8 section 9.3.4): 1 is for good, 2 for now."""
+    words = REASONS.get((source, reason), f"source {source}, reason {reason}")
+    if result == 2:
+        return Busy(f"{peer.where}: association rejected for now: {words}")
+    remedy = REMEDIES.get((source, reason), "")
+    return Misconfigured(f"{peer.where}: association rejected: {words}{remedy}")
+
+
+def aborted(source: int, reason: int) -> str:
+    """Say in words what an A-ABORT tells (PS3.8 section 9.3.8)."""
+    if source == 0:
+        return "the peer aborted"
+    return f"the peer's provider aborted ({ABORT_REASONS.get(reason, 'no reason given')})"

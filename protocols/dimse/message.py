@@ -1,0 +1,97 @@
+"""C-STORE as bytes: the command set that goes out, the response that comes back.
+
+Sources: PS3.7 section 9.3.1 and Annex E (command sets, always implicit VR little endian), PS3.8 sections 9.3.4 to
+9.3.8 (PDUs) and Annex E.2 (message control header).
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+P_DATA_TF, RELEASE_RQ, RELEASE_RP, ABORT = 0x04, 0x05, 0x06, 0x07
+COMMAND, LAST = 0x01, 0x02  # bits of the message control header
+HEADERS = 12  # bytes before a fragment: PDU type, reserved, PDU length; PDV length, context id, control header
+C_STORE_RQ, C_STORE_RSP = 0x0001, 0x8001
+NO_DATASET = 0x0101
+RELEASE_RP_PDU = b"\x06\x00\x00\x00\x00\x04\x00\x00\x00\x00"
+# A fragment's header costs a peer that grants almost nothing more than the fragment; PS3.8 sets no least length.
+MIN_FRAGMENT = 64
+
+_HEAD = struct.Struct("<HHI")
+_FRAGMENT = struct.Struct(">BxIIBB")
+
+
+def fragment_header(length: int, context: int, control: int) -> bytes:
+    """PDU and PDV header of a fragment of `length` bytes that is alone in its PDU."""
+    return _FRAGMENT.pack(P_DATA_TF, length + 6, length + 2, context, control)
+
+
+class StoreCommand:
+    """Builds the C-STORE-RQ command sets of one SOP class: all but message id and instance is made once."""
+
+    def __init__(self, sop_class: str) -> None:
+        uid = _uid(sop_class)
+        self._begin = _element(0x0002, uid) + _element(0x0100, struct.pack("<H", C_STORE_RQ)) + _HEAD.pack(0, 0x0110, 2)
+        # Priority MEDIUM; a data set follows (any value but 0101).
+        self._middle = _element(0x0700, b"\0\0") + _element(0x0800, b"\1\0")
+        self._length = len(self._begin) + 2 + len(self._middle)
+
+    def build(self, message_id: int, sop_instance: str) -> bytes:
+        """Return the command set (PS3.7 table 9.3-1)."""
+        uid = _uid(sop_instance)
+        length = self._length + 8 + len(uid)
+        return b"".join(
+            (
+                b"\0\0\0\0\4\0\0\0", struct.pack("<I", length),
+                self._begin, message_id.to_bytes(2, "little"), self._middle,
+                _HEAD.pack(0, 0x1000, len(uid)), uid,
+            )
+        )  # fmt: skip
+
+
+def _uid(value: str) -> bytes:
+    raw = value.encode("ascii", "replace")
+    return raw + b"\0" if len(raw) % 2 else raw
+
+
+def _element(element: int, value: bytes) -> bytes:
+    return _HEAD.pack(0, element, len(value)) + value
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """A C-STORE-RSP. `status` and `message_id` are None where the peer left them out."""
+
+    command: int | None
+    message_id: int | None
+    status: int | None
+    comment: str = ""
+    sop_instance: str = ""
+    has_dataset: bool = False
+
+
+def parse_response(command_set: bytes) -> Response:
+    """Read a command set; what is missing or cut short stays None."""
+    values: dict[int, bytes] = {}
+    pos = 0
+    while pos + 8 <= len(command_set):
+        group, element, length = _HEAD.unpack_from(command_set, pos)
+        pos += 8
+        if group == 0 and pos + length <= len(command_set):
+            values[element] = bytes(command_set[pos : pos + length])
+        pos += length
+
+    def number(element: int) -> int | None:
+        value = values.get(element, b"")
+        return int.from_bytes(value, "little") if len(value) == 2 else None
+
+    comment = values.get(0x0902, b"").decode("latin-1").strip("\0 ")
+    return Response(
+        command=number(0x0100),
+        message_id=number(0x0120),
+        status=number(0x0900),
+        comment="".join(c for c in comment if c.isprintable())[:64],
+        sop_instance=values.get(0x1000, b"").decode("latin-1").strip("\0 "),
+        has_dataset=number(0x0800) not in (None, NO_DATASET),
+    )

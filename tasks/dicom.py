@@ -1,0 +1,174 @@
+"""DICOM targets, plain and with TLS: C-ECHO and C-STORE."""
+
+from __future__ import annotations
+
+import socket
+
+from blocks.dicom import SENDER, DicomTarget
+from blocks.dicom_tls import DicomTlsTarget
+from protocols import tls
+from protocols.dimse import transport
+from protocols.dimse.association import VERIFICATION, Link, negotiate
+from protocols.dimse.contexts import DEFLATED_LITTLE, LOSSLESS, UNCOMPRESSED, names
+from protocols.dimse.fleet import Fleet
+from protocols.dimse.transport import Peer
+from tasks.driver import Driver, Facts
+from transfer.errors import Misconfigured
+from transfer.health import Health
+from transfer.plan import Origin, Plan
+from transfer.receipt import Level, OnOutcome, Receipt
+from transfer.throttle import Throttle
+
+# What `check` asks for beside C-ECHO: the classes that most studies are made of, and the syntaxes that they come in.
+CHECKED_CLASSES = (
+    "1.2.840.10008.5.1.4.1.1.2",  # CT
+    "1.2.840.10008.5.1.4.1.1.2.1",  # Enhanced CT
+    "1.2.840.10008.5.1.4.1.1.4",  # MR
+    "1.2.840.10008.5.1.4.1.1.1",  # CR
+    "1.2.840.10008.5.1.4.1.1.1.1",  # DX for presentation
+    "1.2.840.10008.5.1.4.1.1.6.1",  # US
+    "1.2.840.10008.5.1.4.1.1.7",  # Secondary Capture
+    "1.2.840.10008.5.1.4.1.1.12.1",  # XA
+    "1.2.840.10008.5.1.4.1.1.20",  # NM
+    "1.2.840.10008.5.1.4.1.1.128",  # PET
+    "1.2.840.10008.5.1.4.1.1.66.4",  # Segmentation
+    "1.2.840.10008.5.1.4.1.1.88.33",  # Comprehensive SR
+    "1.2.840.10008.5.1.4.1.1.104.1",  # Encapsulated PDF
+    "1.2.840.10008.5.1.4.1.1.481.3",  # RT Structure Set
+)
+CHECKED_SYNTAXES = (
+    *UNCOMPRESSED,
+    DEFLATED_LITTLE,
+    *LOSSLESS,
+    "1.2.840.10008.1.2.4.50",  # JPEG baseline
+    "1.2.840.10008.1.2.4.70",  # JPEG lossless, first-order prediction
+)
+
+
+def connect(target: DicomTarget, origin: Origin) -> Peer:
+    """Return whom to talk to, for a study that came from `origin`.
+
+    Raises:
+        Misconfigured: the target takes something over from the study's origin, and the study has none.
+    """
+    host, called, calling = target.host, target.aet_target, target.aet_source
+    if host == SENDER:
+        host = _from_origin(target, origin.sender_host, "host is sender", "--sender-host")
+    if target.pass_sender_aet:
+        calling = _from_origin(target, origin.sender_aet, "pass_sender_aet is on", "--sender-aet")
+    if target.pass_receiver_aet:
+        called = _from_origin(target, origin.receiver_aet, "pass_receiver_aet is on", "--receiver-aet")
+    return _peer(target, host, called, calling)
+
+
+def _peer(target: DicomTarget, host: str, called: str, calling: str) -> Peer:
+    return Peer(
+        host,
+        target.port,
+        called,
+        calling,
+        connect_timeout_s=target.connect_timeout_s,
+        idle_timeout_s=target.idle_timeout_s,
+        max_pdu=target.max_pdu,
+        tls=_tls(target),
+    )
+
+
+def _from_origin(target: DicomTarget, value: str, why: str, option: str) -> str:
+    if not value.strip():
+        raise Misconfigured(f"{why}, but this dispatch does not say where the study came from: {option}", target.name)
+    return value.strip()
+
+
+def _tls(target: DicomTarget) -> tls.Tls | None:
+    if not isinstance(target, DicomTlsTarget):
+        return None
+    return tls.Tls(
+        ca=target.ca_cert,
+        cert=target.tls_cert,
+        key=target.tls_key.get_secret_value(),
+        key_password=target.tls_key_password.get_secret_value(),
+        verify_hostname=target.verify_hostname,
+        profile=str(target.tls_profile),
+    )
+
+
+def check(target: DicomTarget) -> Health:
+    """Probe name, TCP, TLS, association, C-ECHO and the presentation contexts that the peer accepts."""
+    health = Health()
+    probes = ["resolve", "tcp", *(["tls"] if isinstance(target, DicomTlsTarget) else []), "associate", "echo"]
+    if target.host == SENDER:
+        health.skip(*probes, why="the node is known only when a study has come from it")
+        return health
+    link: Link | None = None
+    try:
+        link = _probe(health, target)
+    finally:
+        if link is not None:
+            link.release()
+    health.skip(*probes[len(health.probes) :])
+    return health
+
+
+def _probe(health: Health, target: DicomTarget) -> Link | None:
+    """Make the probes on one connection, each on top of the one before; stop at the first that fails."""
+    # A check has no study: titles that would come from one are replaced by the target's own.
+    peer = _peer(target, target.host, target.aet_target, target.aet_source)
+    with health.probe("resolve") as probe:
+        probe.detail = ", ".join(dict.fromkeys(str(address[0]) for _, address in transport.resolve(peer)))
+    if not health.ok:
+        return None
+    sock: socket.socket | None = None
+    with health.probe("tcp") as probe:
+        sock = transport.connect_tcp(peer)
+        probe.detail = "connected to {}:{}".format(*sock.getpeername()[:2])
+    if sock is None:
+        return None
+    if peer.tls is not None:
+        with health.probe("tls") as probe:
+            sock = wrapped = transport.handshake(sock, peer, peer.tls)
+            probe.detail = tls.peer_facts(wrapped)
+        if not health.ok:
+            return None
+    link: Link | None = None
+    with health.probe("associate") as probe:
+        asked: list[tuple[str, tuple[str, ...]]] = [(VERIFICATION, UNCOMPRESSED)]
+        asked += [(each, (syntax,)) for each in CHECKED_CLASSES for syntax in CHECKED_SYNTAXES]
+        link = negotiate(sock, peer, asked)
+        if not link.accepted:
+            raise Misconfigured(f"{peer.where}: the peer accepted the association, but none of what was offered")
+        probe.detail = _accepted(link)
+    if link is None:
+        return None
+    with health.probe("echo"):
+        if not any(abstract == VERIFICATION for abstract, _ in link.accepted):
+            raise Misconfigured(f"{peer.where}: the peer does not accept the Verification SOP class (C-ECHO)")
+        link.echo()
+    return link
+
+
+def _accepted(link: Link) -> str:
+    """Tell which of the storage contexts a peer accepts."""
+    stored = {abstract for abstract, _ in link.accepted} - {VERIFICATION}
+    syntaxes = {syntax for abstract, syntax in link.accepted if abstract != VERIFICATION}
+    refused = [each for each in CHECKED_CLASSES if each not in stored]
+    text = f"accepts {len(stored)} of {len(CHECKED_CLASSES)} storage classes tried"
+    if refused:
+        text += f" (not {names(refused)})"
+    return f"{text}; transfer syntaxes: {names(s for s in CHECKED_SYNTAXES if s in syntaxes)}"
+
+
+def push(target: DicomTarget, plan: Plan, on_outcome: OnOutcome) -> Receipt:
+    """Store the plan's pending instances, over `concurrency` associations."""
+    peer = connect(target, plan.origin)
+    fleet = Fleet(peer, plan, on_outcome, target.concurrency, str(target.transcode), Throttle(target.bandwidth_limit))
+    fleet.deliver()
+    return on_outcome.receipt(target.name, plan, verified=Level.ACCEPTED, notes=tuple(fleet.notes))
+
+
+driver = Driver(
+    target=DicomTarget,
+    check=check,
+    push=push,
+    facts=Facts(dicom_only=True, verifies_by=(Level.ACCEPTED, Level.LISTED, Level.PROVEN)),
+)

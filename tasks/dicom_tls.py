@@ -1,0 +1,15 @@
+"""DICOM targets behind TLS: all is as for DICOM targets but the connection, which `protocols.dimse` makes."""
+
+from __future__ import annotations
+
+from blocks.dicom_tls import DicomTlsTarget
+from tasks.dicom import check, push
+from tasks.driver import Driver, Facts
+from transfer.receipt import Level
+
+driver: Driver[DicomTlsTarget] = Driver(
+    target=DicomTlsTarget,
+    check=check,
+    push=push,
+    facts=Facts(dicom_only=True, verifies_by=(Level.ACCEPTED, Level.LISTED, Level.PROVEN)),
+)
