@@ -120,6 +120,11 @@ class Orthanc:
         made.write_text("\n".join(["function rule(uid)", *lines, "return true", "end"]))
         made.rename(self.folder / "rules.lua")
 
+    def know(self, aet: str, port: int) -> None:
+        """Make a peer on loopback known, where C-MOVE and commitment reports go that name its AE title."""
+        modality = {"AET": aet, "Host": "127.0.0.1", "Port": port}
+        self.request("PUT", f"/modalities/{aet.lower()}", json.dumps(modality).encode())
+
     def log(self) -> str:
         """What it has logged so far."""
         return (self.folder / "orthanc.log").read_text(errors="replace")
@@ -201,16 +206,16 @@ def orthanc(
 
 
 @functools.cache
-def _running() -> Orthanc:
+def _running(tls: Leaf | None, trusted: Path | None) -> Orthanc:
     stack = ExitStack()
     atexit.register(stack.close)
     folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="talaria-orthanc-"))
-    return stack.enter_context(orthanc(Path(folder) / "orthanc"))
+    return stack.enter_context(orthanc(Path(folder) / "orthanc", tls=tls, trusted=trusted))
 
 
-def shared_orthanc() -> Orthanc:
-    """One plain Orthanc for all tests of this process, emptied now; it ends with the process."""
-    server = _running()
+def shared_orthanc(tls: Leaf | None = None, trusted: Path | None = None) -> Orthanc:
+    """One Orthanc for all tests of this process that ask for the same, emptied now; it ends with the process."""
+    server = _running(tls, trusted)
     server.clear()
     return server
 
