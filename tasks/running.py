@@ -9,6 +9,7 @@ import threading
 
 _lock = threading.Lock()
 _flags: dict[str, threading.Event] = {}
+_stopping = threading.Event()
 
 
 def flag(flow_run_id: str) -> threading.Event:
@@ -29,8 +30,14 @@ def running() -> list[str]:
         return list(_flags)
 
 
+def stopping() -> bool:
+    """Tell whether every run of this process has been asked to stop, to be taken up by another one."""
+    return _stopping.is_set()
+
+
 def stop_all() -> None:
     """Ask every run of this process to stop."""
+    _stopping.set()
     with _lock:
         for event in _flags.values():
             event.set()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from prefect.blocks.core import Block
 from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.objects import BlockDocument
 from pydantic import ValidationError
@@ -58,7 +59,7 @@ def from_document(document: BlockDocument) -> Target:
         Misconfigured: its values don't fit the type (any more).
     """
     try:
-        target = Target._from_block_document(document)
+        target = Block._from_block_document(document)
     except (ValidationError, RuntimeError, TypeError, ValueError) as exc:
         # A validation error repeats the values, which may be secrets: only the fields are told.
         fields = [".".join(map(str, e["loc"])) for e in exc.errors()] if isinstance(exc, ValidationError) else []

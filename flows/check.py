@@ -1,0 +1,32 @@
+"""The check of a target, where dispatches run."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from prefect import flow, get_client
+from prefect.client.schemas.objects import State
+from prefect.states import Completed, Failed
+
+from tasks.checking import check_target, report_health
+from tasks.targets import load
+from transfer.errors import DispatchError
+
+
+@flow(name="check", persist_result=False)
+async def check(target: str) -> State[Any]:
+    """Check a target: from name resolution to a probe object that is written and removed.
+
+    Args:
+        target: name of the target.
+    """
+    try:
+        async with get_client() as client:
+            (found,) = await load(client, [target])
+        health = await asyncio.to_thread(check_target, found)
+    except DispatchError as error:
+        return Failed(message=str(error))
+    await report_health(found, health)
+    bad = ", ".join(probe.name for probe in health.probes if probe.result == "failed" and not probe.informative)
+    return Completed(message="healthy") if health.ok else Failed(message=f"failed: {bad}")

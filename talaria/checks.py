@@ -1,0 +1,45 @@
+"""Tests of targets from the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from talaria.cli.session import Session, api
+from talaria.runs import create, result_of
+from talaria.settings import load_settings
+from talaria.targetfile import read
+from tasks.checking import check_target, keep, last_check
+from tasks.targets import all_targets, load
+from transfer.errors import NotFound
+
+
+def check_file(file: Path, name: str | None) -> list[dict[str, Any]]:
+    """Check the targets of a file here, without saving them (a secret must not become a run's parameter)."""
+    load_settings()
+    targets = read(file)
+    if name is not None and name not in targets:
+        raise NotFound(f"{file} has no target named {name}; it has {', '.join(targets)}")
+    chosen = [target for key, target in targets.items() if name in (None, key)]
+    return [check_target(target).to_json(target.name) for target in chosen]
+
+
+def check_saved(name: str | None) -> list[dict[str, Any]]:
+    """Check one saved target, or all enabled ones: on the worker if one runs, else here."""
+    with api() as session:
+        targets = session.run(load, [name]) if name else [t for t in session.run(all_targets) if t.enabled]
+        return [_test(session, target) for target in targets]
+
+
+def _test(session: Session, target: Any) -> dict[str, Any]:
+    if session.own or session.address is None:
+        return _shown(keep(target, check_target(target)))
+    flow_run = session.run(create, "check", {"target": target.name}, f"check of {target.name}", "urgent")
+    result_of(session, flow_run)
+    return _shown(last_check(target.name) or {"name": target.name, "ok": False, "probes": []})
+
+
+def _shown(document: dict[str, Any]) -> dict[str, Any]:
+    return {key: document[key] for key in ("name", "ok", "probes")}
+
+

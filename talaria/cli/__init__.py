@@ -1,0 +1,22 @@
+"""The command line. Modules here import what is heavy inside commands: Prefect alone takes two seconds."""
+
+from __future__ import annotations
+
+import typer
+
+from talaria.cli import jobs, send, serve, target
+from talaria.cli.output import Commands
+
+app = typer.Typer(
+    name="talaria",
+    cls=Commands,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Delivers DICOM studies, and results made from them, to targets, and proves the delivery.",
+    epilog="Exit codes: 0 done, 1 not everything was delivered or healthy, 2 wrong use or bad configuration, "
+    "3 the server or the state directory can't be reached.",
+)
+app.add_typer(target.app, name="target")
+app.add_typer(jobs.app, name="jobs")
+send.add_to(app)
+serve.add_to(app)

@@ -1,0 +1,113 @@
+"""`talaria up`, `status`, `recover`, `prune` and `demo`."""
+
+from __future__ import annotations
+
+import re
+import time
+from typing import Annotated, Any
+
+import typer
+
+from talaria.cli.output import DONE, NO_SERVER, NOT_ALL, print_json, table
+from talaria.cli.session import api
+from talaria.settings import load_settings
+from transfer.home import Home
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")]
+_AGE = re.compile(r"(\d+)([dhm])")
+_SECONDS = {"d": 86_400, "h": 3_600, "m": 60}
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the commands to the command line."""
+    app.command(epilog="Example: talaria up --port 4200 --workers 2")(up)
+    app.command(epilog="Example: talaria status --json")(status)
+    app.command(epilog="Example: talaria recover")(recover)
+    app.command(epilog="Example: talaria prune --older-than 30d")(prune)
+    app.command(epilog="Example: talaria demo")(demo)
+
+
+def up(
+    host: Annotated[str | None, typer.Option(help="Address to listen on; default 127.0.0.1.")] = None,
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port to listen on; default 4200.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, max=64, help="Worker processes; default 1.")] = None,
+    no_auth: Annotated[bool, typer.Option("--no-auth", help="Let everybody on this machine in; loopback only.")] = False,
+) -> None:
+    """Run the embedded Prefect server, its UI and workers in the foreground; Ctrl-C drains and stops."""
+    from talaria.up import up as serve
+
+    settings = load_settings()
+    serve(
+        settings, Home.current(), host or settings.host, port or settings.port, workers or settings.workers, auth=not no_auth
+    )
+
+
+def status(as_json: Json = False) -> None:
+    """What runs, what waits, and how the targets were when they were last checked."""
+    from talaria.status import collect
+
+    load_settings()
+    document = collect(Home.current())
+    if as_json:
+        print_json(document)
+    else:
+        server = document["server"]
+        print(f"server: {'ok' if server['ok'] else 'not running'} {server['url'] or ''}".rstrip())
+        for worker in document["workers"]:
+            print(f"worker: {worker['name']} {worker['status'].lower()}, last seen {worker['last_seen']}")
+        for name, count in document["queues"].items():
+            print(f"queue {name}: {count} waiting")
+        rows = [[t["name"], t["type"], "yes" if t["enabled"] else "no", _check(t["last_check"])] for t in document["targets"]]
+        table("", ["target", "type", "enabled", "last check"], rows)
+    raise typer.Exit(DONE if document["server"]["ok"] else NO_SERVER)
+
+
+def recover(as_json: Json = False) -> None:
+    """Take up what a crash left unfinished; `talaria up` does it by itself when it starts."""
+    from talaria import recovery
+    from talaria.registry import POOL
+    from talaria.runs import find, run_here
+
+    with api() as session:
+        taken = session.run(recovery.recover, session.home, POOL, alone=session.own)
+        if session.own:
+            for run_id in taken:
+                run_here(session, session.run(find, run_id))
+    if as_json:
+        print_json({"recovered": taken})
+    else:
+        print("\n".join(taken) or "nothing to take up")
+
+
+def prune(
+    older_than: Annotated[str, typer.Option(help="Age, as in 30d, 12h or 90m.", metavar="AGE")] = "30d",
+    as_json: Json = False,
+) -> None:
+    """Forget old ledger rows and receipts, and clear orphans of staging."""
+    from talaria.recovery import clear
+    from transfer.ledger import Ledger
+
+    age = _AGE.fullmatch(older_than)
+    if not age:
+        raise ValueError(f"--older-than {older_than!r}: expected a number and d, h or m, as in 30d")
+    before = time.time() - int(age[1]) * _SECONDS[age[2]]
+    load_settings()
+    home = Home.current()
+    with Ledger(home.ledger) as ledger:
+        rows = ledger.prune(before)
+        receipts, orphans = clear(home, ledger, before)
+    if as_json:
+        print_json({"rows": rows, "receipts": receipts, "staging": orphans})
+    else:
+        print(f"{rows} ledger rows, {receipts} receipts, {orphans} staging folders removed")
+
+
+def demo() -> None:
+    """Send a study to an embedded PACS and an archive folder, and show the receipts."""
+    from talaria.demo import run
+
+    raise typer.Exit(DONE if run() else NOT_ALL)
+
+
+def _check(last: dict[str, Any] | None) -> str:
+    return "never" if last is None else f"{'ok' if last['ok'] else 'failed'} {last['time']}"

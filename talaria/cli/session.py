@@ -1,0 +1,76 @@
+"""A command's connection to a Prefect server."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
+
+from talaria.cli.output import say
+from talaria.server import Address, reached, running
+from talaria.settings import Settings, load_settings
+from transfer.home import Home
+
+if TYPE_CHECKING:
+    from prefect.client.orchestration import PrefectClient
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@dataclass
+class Session:
+    """A server that answers.
+
+    Attributes:
+        address: of the embedded server, None for one that PREFECT_API_URL names.
+        own: whether this command started it, for its own duration; no worker runs beside it then.
+    """
+
+    settings: Settings
+    home: Home
+    address: Address | None
+    own: bool
+
+    def run(self, call: Callable[Concatenate[PrefectClient, P], Awaitable[R]], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Call a coroutine function with a client as its first argument."""
+        from prefect import get_client
+
+        async def with_client() -> R:
+            async with get_client() as client:
+                return await call(client, *args, **kwargs)
+
+        return asyncio.run(with_client())
+
+
+@contextmanager
+def api() -> Iterator[Session]:
+    """Reach the server; start the embedded one for the length of the block if there is none."""
+    import os
+
+    settings = load_settings()
+    home = Home.current()
+    if not os.environ.get("PREFECT_API_URL") and running(home) is None:
+        say("no server runs: starting one for this command (`talaria up` keeps one running)")
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+    with reached(home) as (address, own):
+        if own:
+            _register()
+        yield Session(settings, home, address, own)
+
+
+def _register() -> None:
+    """Make sure that a server which has just been started knows our types and deployments."""
+    from prefect import get_client
+
+    from talaria.registry import register
+
+    async def with_client() -> None:
+        async with get_client() as client:
+            await register(client)
+
+    asyncio.run(with_client())
+
+

@@ -1,0 +1,238 @@
+"""`talaria target`: what is known of targets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from talaria.cli.output import DONE, NOT_ALL, Commands, print_json, say, table
+from talaria.cli.session import api
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    help="Create, show, test and remove targets.\n\nExample: talaria target apply targets.yaml",
+)
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")]
+Name = Annotated[str, typer.Argument(help="Name of the target.")]
+
+
+@app.command(epilog="Example: talaria target types --json")
+def types(as_json: Json = False) -> None:
+    """The eight types: what each can do, and its fields."""
+    from blocks import TYPES
+    from talaria.targetfile import field_names
+    from tasks import DRIVERS
+
+    found: dict[str, Any] = {}
+    for name, cls in TYPES.items():
+        driver = DRIVERS.get(name)
+        fields = {
+            field: {
+                "description": cls.model_fields[field].description,
+                "required": cls.model_fields[field].is_required(),
+                "secret": "SecretStr" in str(cls.model_fields[field].annotation),
+            }
+            for field in field_names(cls)
+        }
+        abilities = {} if driver is None else {
+            "push": True,
+            "query": driver.find is not None,
+            "pull": driver.retrieve is not None,
+            "hook": driver.hook is not None,
+            "dicom_only": driver.facts.dicom_only,
+            "verifies": [str(level) for level in driver.facts.verifies_by],
+        }  # fmt: skip
+        found[name] = {"works": driver is not None, **abilities, "fields": fields}
+    if as_json:
+        print_json({"types": found})
+        return
+    rows = []
+    for name, one in found.items():
+        can = [word for word in ("push", "query", "pull", "hook") if one.get(word)]
+        rows.append([name, ", ".join(can) or "not yet", ", ".join(one.get("verifies", ())),
+                     ", ".join(f + ("*" if one["fields"][f]["required"] else "") for f in one["fields"])])  # fmt: skip
+    table("Types (fields with * are required)", ["type", "can", "verifies", "fields"], rows)
+
+
+@app.command(epilog="Example: talaria target apply targets.yaml --dry-run")
+def apply(
+    file: Annotated[Path, typer.Argument(help="YAML file with a mapping `targets`.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False,
+    prune: Annotated[bool, typer.Option("--prune", help="Remove the targets that the file doesn't list.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Create or update the targets listed in a file; all of them or, if one is wrong, none."""
+    from talaria.targetfile import read
+    from tasks.targets import documents, remove, save
+
+    wanted = read(file)
+    with api() as session:
+        there = {str(document.name) for document in session.run(documents)}
+        done = [{"name": name, "action": "updated" if name in there else "created"} for name in wanted]
+        done += [{"name": name, "action": "removed"} for name in sorted(there - set(wanted)) if prune]
+        if not dry_run:
+            for name, target in wanted.items():
+                session.run(save, target, name)
+            for one in done:
+                if one["action"] == "removed":
+                    session.run(remove, one["name"])
+    if as_json:
+        print_json({"dry_run": dry_run, "targets": done})
+        return
+    for one in done:
+        print(f"{one['name']}: {'would be ' if dry_run else ''}{one['action']}")
+
+
+@app.command("list", epilog="Example: talaria target list --json")
+def list_(as_json: Json = False) -> None:
+    """All targets."""
+    from talaria.targetfile import values_of
+    from tasks.checking import last_check
+    from tasks.targets import all_targets
+
+    with api() as session:
+        targets = session.run(all_targets)
+    found = []
+    for target in targets:
+        check = last_check(target.name)
+        state = None if check is None else {"ok": check["ok"], "time": check["time"]}
+        found.append({"name": target.name, **values_of(target, secrets=True), "direction": str(target.direction),
+                      "enabled": target.enabled, "last_check": state})  # fmt: skip
+    if as_json:
+        print_json({"targets": found})
+        return
+    rows = [
+        [one["name"], one["type"], one["direction"], "yes" if one["enabled"] else "no", _place(one), one.get("description", ""),
+         "" if one["last_check"] is None else f"{'ok' if one['last_check']['ok'] else 'failed'} {one['last_check']['time']}"]
+        for one in found
+    ]  # fmt: skip
+    table("", ["name", "type", "direction", "enabled", "where", "description", "last check"], rows)
+
+
+@app.command(epilog="Example: talaria target show pacs")
+def show(name: Name, as_json: Json = False) -> None:
+    """One target's settings; secrets are never shown."""
+    from talaria.targetfile import values_of
+    from tasks.targets import load
+
+    with api() as session:
+        (target,) = session.run(load, [name])
+    values = {"name": name, **values_of(target, secrets=True)}
+    if as_json:
+        defaults = target.model_dump(mode="json")
+        secret = {f for f, info in type(target).model_fields.items() if "SecretStr" in str(info.annotation)}
+        print_json({"name": name} | {k: v for k, v in defaults.items() if k != "block_type_slug" and k not in secret} | values)
+        return
+    for field, value in values.items():
+        print(f"{field}: {value}")
+
+
+@app.command(epilog="Example: talaria target remove old-pacs")
+def remove(name: Name, as_json: Json = False) -> None:
+    """Remove a target; what was delivered stays in the ledger."""
+    from tasks import targets
+
+    with api() as session:
+        session.run(targets.remove, name)
+    _done(name, "removed", as_json)
+
+
+@app.command(epilog="Example: talaria target rename pacs archive-pacs")
+def rename(
+    old: Annotated[str, typer.Argument(help="Its name now.")],
+    new: Annotated[str, typer.Argument(help="Its name from now on.")],
+    as_json: Json = False,
+) -> None:
+    """Give a target another name."""
+    from blocks.base import check_name
+    from tasks import targets
+
+    check_name(new)
+    with api() as session:
+        (target,) = session.run(targets.load, [old])
+        if session.run(targets.documents, [new]):
+            raise ValueError(f"a target named {new} is there already")
+        session.run(targets.save, target, new)
+        session.run(targets.remove, old)
+    _done(new, f"renamed from {old}", as_json)
+
+
+@app.command(epilog="Example: talaria target enable pacs")
+def enable(name: Name, as_json: Json = False) -> None:
+    """Let a target take part again."""
+    _set_enabled(name, True, as_json)
+
+
+@app.command(epilog="Example: talaria target disable pacs")
+def disable(name: Name, as_json: Json = False) -> None:
+    """Take a target out: dispatches to it are refused, queued ones wait."""
+    _set_enabled(name, False, as_json)
+
+
+@app.command(epilog="Example: talaria target export > targets.yaml")
+def export(as_json: Json = False) -> None:
+    """All targets as `apply` reads them, secrets left out."""
+    import yaml
+
+    from talaria.targetfile import values_of
+    from tasks.targets import all_targets
+
+    with api() as session:
+        targets = session.run(all_targets)
+    document = {"targets": {target.name: values_of(target) for target in targets}}
+    if as_json:
+        print_json(document)
+    else:
+        print(yaml.safe_dump(document, sort_keys=False, allow_unicode=True), end="")
+
+
+@app.command(epilog="Example: talaria target test pacs --json")
+def test(
+    name: Annotated[str | None, typer.Argument(help="Name of the target.")] = None,
+    all_: Annotated[bool, typer.Option("--all", help="Test every enabled target.")] = False,
+    file: Annotated[Path | None, typer.Option(help="Test the targets of a file, saved or not.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Check targets where dispatches run, step by step; writes and removes a probe object."""
+    from talaria.checks import check_file, check_saved
+
+    if (name is not None) + all_ + (file is not None) != 1 and not (name and file):
+        raise ValueError("say which: a NAME, --all, or --file FILE.yaml")
+    found = check_file(file, name) if file else check_saved(name)
+    if as_json:
+        print_json(found[0] if name and found else {"targets": found})
+    else:
+        for one in found:
+            rows = [[p["name"], p["result"], f"{p['ms']:.0f} ms", p["detail"]] for p in one["probes"]]
+            table(f"{one['name']}: {'ok' if one['ok'] else 'not ok'}", ["probe", "result", "time", "detail"], rows)
+    if not found:
+        say("there are no targets to test")
+    raise typer.Exit(DONE if all(one["ok"] for one in found) else NOT_ALL)
+
+
+def _set_enabled(name: str, enabled: bool, as_json: bool) -> None:
+    from tasks import targets
+
+    with api() as session:
+        (target,) = session.run(targets.load, [name])
+        target.enabled = enabled
+        session.run(targets.save, target, name)
+    _done(name, "enabled" if enabled else "disabled", as_json)
+
+
+def _done(name: str, action: str, as_json: bool) -> None:
+    if as_json:
+        print_json({"name": name, "action": action})
+    else:
+        print(f"{name}: {action}")
+
+
+def _place(values: dict[str, Any]) -> str:
+    """Where a target is, in a few words."""
+    parts = [str(values[key]) for key in ("host", "port", "url", "endpoint_url", "bucket", "folder") if values.get(key)]
+    return " ".join(parts)
+
+

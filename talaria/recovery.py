@@ -1,0 +1,139 @@
+"""Takes up what a crash left unfinished: the runs of processes that are no more.
+
+The ledger knows which process began a run; the kernel knows whether that process lives. A run whose owner is dead
+is put back into the queue under its own id, where the ledger makes it send only what is missing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from datetime import UTC, datetime
+from uuid import UUID
+
+import httpx
+from prefect import get_client
+from prefect.client.orchestration import PrefectClient
+from prefect.client.schemas.actions import GlobalConcurrencyLimitUpdate
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+    WorkPoolFilter,
+    WorkPoolFilterName,
+)
+from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.exceptions import ObjectNotFound, PrefectException
+from prefect.states import AwaitingRetry, Cancelled
+
+from transfer.home import Home
+from transfer.ledger import Ledger
+from transfer.staging import discard
+
+MAX_RUNS = 20  # a run that crashed that often is left for people to look at
+PATIENCE_S = 600  # how long a run's end waits for a server that is away
+logger = logging.getLogger(__name__)
+
+
+async def recover(client: PrefectClient, home: Home, pool: str, *, alone: bool) -> list[str]:
+    """Put the runs of dead owners back into the queue; clear away what they left in staging.
+
+    Args:
+        alone: nobody but the processes of this state directory works for the server (the embedded one).
+
+    Returns:
+        The ids of the runs that were taken up.
+    """
+    taken = []
+    with Ledger(home.ledger) as ledger:
+        owners = ledger.unfinished()
+        lost = {run_id for run_id, owner in owners.items() if not home.alive(owner)}
+        if alone:
+            lost |= await _strays(client, pool, {run_id for run_id in owners if run_id not in lost})
+        for run_id in lost:
+            if await _take_up(client, run_id):
+                taken.append(run_id)
+            ledger.run_ends(run_id)
+        living = set(ledger.unfinished())
+        await asyncio.to_thread(clear_staging, home, ledger)
+    if alone and not living:
+        await _free_slots(client)
+    return taken
+
+
+def clear_staging(home: Home, ledger: Ledger) -> int:
+    """Remove the staging folders of runs that nobody runs any more; return how many there were."""
+    count = 0
+    living = {run_id for run_id, owner in ledger.unfinished().items() if home.alive(owner)}
+    if home.staging.is_dir():
+        for folder in home.staging.iterdir():
+            if folder.name not in living:
+                discard(folder)
+                count += 1
+    return count
+
+
+def clear(home: Home, ledger: Ledger, before: float) -> tuple[int, int]:
+    """Remove receipts older than `before` (seconds since the epoch) and orphans of staging; return how many of each."""
+    receipts = home.receipt("").parent
+    old = [path for path in receipts.glob("*.json") if path.stat().st_mtime < before] if receipts.is_dir() else []
+    for path in old:
+        path.unlink(missing_ok=True)
+    return len(old), clear_staging(home, ledger)
+
+
+async def settle(run_id: str) -> None:
+    """Make sure that a run which this process has ended is at an end at the server, too.
+
+    An engine that lost its server may leave a run in Running: then it is put back into the queue. Waits for the
+    server if it is away.
+    """
+    end = time.monotonic() + PATIENCE_S
+    while time.monotonic() < end:
+        try:
+            async with get_client() as client:
+                await _take_up(client, run_id)
+            return
+        except (httpx.HTTPError, PrefectException):
+            await asyncio.sleep(2)
+    logger.error("run %s could not be settled: the server is away", run_id)
+
+
+async def _take_up(client: PrefectClient, run_id: str) -> bool:
+    """Put an unfinished run back into the queue, or finish its cancellation."""
+    try:
+        flow_run = await client.read_flow_run(UUID(run_id))
+    except ObjectNotFound:
+        return False
+    state = flow_run.state
+    if state is None or state.type is StateType.SCHEDULED:
+        return False
+    if state.type is StateType.CANCELLING:
+        await client.set_flow_run_state(flow_run.id, Cancelled(message="cancelled"), force=True)
+        return False
+    if state.is_final() and state.type is not StateType.CRASHED:
+        return False
+    if flow_run.run_count >= MAX_RUNS:
+        return False
+    await client.set_flow_run_state(
+        flow_run.id, AwaitingRetry(scheduled_time=datetime.now(UTC), message="taken up after a crash"), force=True
+    )
+    return True
+
+
+async def _strays(client: PrefectClient, pool: str, owned: set[str]) -> set[str]:
+    """Find runs of the pool that are under way by their state, yet owned by nobody."""
+    under_way = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
+    found: list[FlowRun] = await client.read_flow_runs(
+        flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=under_way))),
+        work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=[pool])),
+    )
+    return {str(run.id) for run in found} - owned
+
+
+async def _free_slots(client: PrefectClient) -> None:
+    """Free the places at targets that killed runs still hold."""
+    for limit in await client.read_global_concurrency_limits(limit=200):
+        if limit.name.startswith("talaria-") and limit.active_slots:
+            await client.update_global_concurrency_limit(limit.name, GlobalConcurrencyLimitUpdate(active_slots=0))

@@ -1,0 +1,78 @@
+"""What Talaria keeps at a Prefect server: block types, the work pool with its queues, and deployments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import Flow
+from prefect.client.orchestration import PrefectClient
+from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.filters import WorkQueueFilter, WorkQueueFilterName
+from prefect.client.schemas.objects import WorkPool
+from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
+from prefect.utilities.callables import parameter_schema
+
+from blocks import TYPES
+from flows.check import check
+from flows.dispatch import dispatch
+from talaria.worker import TalariaWorker
+
+POOL = "talaria"
+# Lower numbers first: an urgent dispatch overtakes, an off-peak one goes last.
+QUEUES = {"urgent": 1, "normal": 10, "offpeak": 100}
+FLOWS: dict[str, tuple[Flow[..., Any], str]] = {
+    "dispatch": (dispatch, "flows.dispatch:dispatch"),
+    "check": (check, "flows.check:check"),
+}
+
+
+async def register(client: PrefectClient) -> None:
+    """Bring everything up to date at the server; may be done again at any time."""
+    for cls in TYPES.values():
+        await cls.aregister_type_and_schema(client=client)
+    await _pool(client)
+    for name, (flow, entrypoint) in FLOWS.items():
+        await _deployment(client, name, flow, entrypoint)
+
+
+async def deployed(client: PrefectClient, name: str) -> Any:
+    """Return the deployment of a flow, registered first if it isn't there."""
+    try:
+        return await client.read_deployment_by_name(f"{name}/talaria")
+    except ObjectNotFound:
+        await register(client)
+        return await client.read_deployment_by_name(f"{name}/talaria")
+
+
+async def _pool(client: PrefectClient) -> WorkPool:
+    try:
+        pool = await client.read_work_pool(POOL)
+    except ObjectNotFound:
+        template = TalariaWorker.get_default_base_job_template()
+        try:
+            pool = await client.create_work_pool(
+                WorkPoolCreate(name=POOL, type=TalariaWorker.type, base_job_template=template)
+            )
+        except ObjectAlreadyExists:
+            pool = await client.read_work_pool(POOL)
+    for name, priority in QUEUES.items():
+        found = await client.read_work_queues(
+            work_pool_name=POOL, work_queue_filter=WorkQueueFilter(name=WorkQueueFilterName(any_=[name]))
+        )
+        if not found:
+            await client.create_work_queue(name=name, work_pool_name=POOL, priority=priority)
+    return pool
+
+
+async def _deployment(client: PrefectClient, name: str, flow: Flow[..., Any], entrypoint: str) -> None:
+    await client.create_deployment(
+        flow_id=await client.create_flow(flow),
+        name="talaria",
+        description=(flow.description or "").split("\n\n")[0],
+        work_pool_name=POOL,
+        work_queue_name="normal",
+        entrypoint=entrypoint,
+        parameter_openapi_schema=parameter_schema(flow).model_dump_for_openapi(),
+        enforce_parameter_schema=True,
+        tags=["talaria"],
+    )

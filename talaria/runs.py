@@ -1,0 +1,195 @@
+"""Flow runs as commands use them: made, run here if no worker does, followed to their end."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+from prefect.client.orchestration import PrefectClient
+from prefect.client.schemas.filters import (
+    ArtifactFilter,
+    ArtifactFilterFlowRunId,
+    DeploymentFilter,
+    DeploymentFilterId,
+)
+from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.client.schemas.sorting import FlowRunSort
+from prefect.exceptions import ObjectNotFound
+from prefect.flow_engine import run_flow
+from prefect.states import AwaitingRetry, Cancelled, Cancelling, Scheduled
+
+from talaria.cli.session import Session
+from talaria.recovery import settle
+from talaria.registry import FLOWS, deployed
+from tasks import running
+from transfer.errors import Misconfigured, NotFound
+from transfer.ledger import Ledger
+
+POLL_S = 0.25
+PROGRESS_S = 1.0  # between two looks at the progress artifacts
+SOON_S = 20  # a next attempt further away than this is not waited for
+TAG = "talaria"
+
+
+async def create(
+    client: PrefectClient, flow: str, parameters: dict[str, Any], name: str, queue: str, begin: datetime | None = None
+) -> FlowRun:
+    """Create a flow run of one of our deployments, to begin now or then."""
+    deployment = await deployed(client, flow)
+    return await client.create_flow_run_from_deployment(
+        deployment.id,
+        parameters=parameters,
+        name=name,
+        work_queue_name=queue,
+        tags=[TAG],
+        state=Scheduled(scheduled_time=begin or datetime.now(UTC)),
+    )
+
+
+def run_here(session: Session, flow_run: FlowRun) -> None:
+    """Run a dispatch in this process, in the place of a worker; returns when it has ended."""
+    run_id = str(flow_run.id)
+    with session.home.owner() as owner, Ledger(session.home.ledger) as ledger:
+        ledger.run_begins(run_id, owner)
+        flow = FLOWS["dispatch"][0]
+        asyncio.run(run_flow(flow, flow_run=flow_run, return_type="state"))  # type: ignore[arg-type]
+        asyncio.run(settle(run_id))
+        ledger.run_ends(run_id)
+
+
+def result_of(session: Session, flow_run: FlowRun, show: Callable[[dict[str, tuple[float, str]]], None] | None = None) -> FlowRun:
+    """Follow a flow run to its end, running it here if the server was started for this command.
+
+    Ctrl-C cancels the run, and waits until it has stopped; a second one leaves at once.
+
+    Args:
+        show: told the progress (percent, words) by target from time to time.
+
+    Returns:
+        The run as it ended; or as it waits, if its next attempt is not soon.
+    """
+    worker = None
+    if session.own:
+        worker = threading.Thread(target=run_here, args=(session, flow_run), daemon=True)
+        worker.start()
+    try:
+        return _follow(session, flow_run.id, worker, show)
+    except KeyboardInterrupt:
+        running.flag(str(flow_run.id)).set()
+        session.run(_cancel, flow_run.id)
+        return _follow(session, flow_run.id, worker, show)
+
+
+def _follow(
+    session: Session,
+    run_id: UUID,
+    worker: threading.Thread | None,
+    show: Callable[[dict[str, tuple[float, str]]], None] | None,
+) -> FlowRun:
+    async def follow(client: PrefectClient) -> FlowRun:
+        shown = 0.0
+        while True:
+            flow_run = await client.read_flow_run(run_id)
+            if show and time.monotonic() - shown > PROGRESS_S:
+                show(await progress(client, run_id))
+                shown = time.monotonic()
+            if _at_rest(flow_run) and not (worker and worker.is_alive()):
+                if show:
+                    show(await progress(client, run_id))
+                return flow_run
+            await asyncio.sleep(POLL_S)
+
+    return session.run(follow)
+
+
+def _at_rest(flow_run: FlowRun) -> bool:
+    """Tell whether a run has ended, or waits for a time that is not soon."""
+    state = flow_run.state
+    if state is None:
+        return False
+    if state.type is StateType.SCHEDULED:
+        begin = state.state_details.scheduled_time
+        return begin is not None and begin - datetime.now(UTC) > timedelta(seconds=SOON_S)
+    # A crashed run is taken up again by whoever lives.
+    return state.is_final() and state.type is not StateType.CRASHED
+
+
+async def progress(client: PrefectClient, run_id: UUID) -> dict[str, tuple[float, str]]:
+    """Read the progress artifacts of a run: percent and words by target."""
+    found = await client.read_artifacts(
+        artifact_filter=ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[run_id]))
+    )
+    return {
+        str(artifact.key).removeprefix("progress-"): (float(str(artifact.data)), artifact.description or "")
+        for artifact in found
+        if artifact.type == "progress"
+    }
+
+
+async def cancel(client: PrefectClient, run_id: UUID) -> str:
+    """Ask a run to stop; return the name of the state that it is in then."""
+    flow_run = await client.read_flow_run(run_id)
+    if flow_run.state is None or flow_run.state.is_final():
+        raise Misconfigured(f"run {run_id} has ended: {flow_run.state_name}")
+    return await _cancel(client, run_id)
+
+
+async def _cancel(client: PrefectClient, run_id: UUID) -> str:
+    flow_run = await client.read_flow_run(run_id)
+    if flow_run.state is None or flow_run.state.is_final():
+        return str(flow_run.state_name)
+    # Nobody runs what is only scheduled.
+    state = Cancelled() if flow_run.state.type is StateType.SCHEDULED else Cancelling()
+    await client.set_flow_run_state(run_id, state, force=state.type is StateType.CANCELLED)
+    return str(state.name)
+
+
+async def retry(client: PrefectClient, run_id: UUID) -> FlowRun:
+    """Put a run that has ended back into the queue, under its own id."""
+    flow_run = await client.read_flow_run(run_id)
+    if flow_run.state is None or not flow_run.state.is_final():
+        raise Misconfigured(f"run {run_id} has not ended: {flow_run.state_name}")
+    await client.set_flow_run_state(run_id, AwaitingRetry(scheduled_time=datetime.now(UTC)), force=True)
+    return await client.read_flow_run(run_id)
+
+
+async def dispatches(client: PrefectClient, limit: int) -> list[FlowRun]:
+    """The newest runs of dispatches."""
+    deployment = await deployed(client, "dispatch")
+    return await client.read_flow_runs(
+        deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=[deployment.id])),
+        sort=FlowRunSort.EXPECTED_START_TIME_DESC,
+        limit=limit,
+    )
+
+
+async def find(client: PrefectClient, job: str) -> FlowRun:
+    """Find a run by its id, the beginning of it, or the id of its dispatch (the newest run of it).
+
+    Raises:
+        NotFound: there is none.
+    """
+    try:
+        return await client.read_flow_run(UUID(job))
+    except (ValueError, ObjectNotFound):
+        pass
+    for flow_run in await dispatches(client, 200):
+        if str(flow_run.id).startswith(job) or dispatch_of(flow_run) == job:
+            return flow_run
+    raise NotFound(f"no job {job}: `talaria jobs list` shows them")
+
+
+def name_of(dispatch_id: str, targets: list[str]) -> str:
+    """The name of a dispatch's run."""
+    return f"{dispatch_id} to {', '.join(targets)}"
+
+
+def dispatch_of(flow_run: FlowRun) -> str:
+    """The dispatch id in a run's name, "" for runs that others made."""
+    first, _, rest = flow_run.name.partition(" to ")
+    return first if rest else ""

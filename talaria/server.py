@@ -1,0 +1,252 @@
+"""The embedded Prefect server: one process, on SQLite in the state directory.
+
+Whoever starts it holds `server.lock`; whoever uses one that a command started for its own duration holds
+`users.lock` together with others, and the owner waits for them before it stops. The kernel drops both locks, and
+kills the server, when their holder is killed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import httpx
+
+from talaria.settings import client_environment, server_environment
+from transfer.home import Home
+
+READY_S = 180  # the first start migrates the database: 8 s on an idle machine, minutes on a very busy one
+STOP_S = 15
+PR_SET_PDEATHSIG = 1  # prctl(2)
+
+
+class ServerError(Exception):
+    """The server can't be started or reached; the text says what to do. Exit code 3."""
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a running embedded server is."""
+
+    url: str  # of the API
+    auth: bool
+
+    @property
+    def ui(self) -> str:
+        return self.url.removesuffix("/api")
+
+
+def child(argv: list[str], env: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:
+    """Start a process that ends with us, also if we are killed; its output goes to the end of `log`."""
+    parent = os.getpid()
+
+    def die_with_parent() -> None:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
+
+    log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with log.open("ab") as out:
+        return subprocess.Popen(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=out,
+            env={**os.environ, **env},
+            start_new_session=True,  # Ctrl-C in the terminal is for us; we stop our children in order
+            preexec_fn=die_with_parent,  # noqa: PLW1509 - no threads run yet
+        )
+
+
+def stop_child(process: subprocess.Popen[bytes], wait_s: float = STOP_S) -> None:
+    """Stop a child: politely, then by force."""
+    process.terminate()
+    try:
+        process.wait(wait_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+@contextmanager
+def _locked(path: Path, how: int) -> Iterator[IO[str] | None]:
+    """Hold a lock; yields None if it was asked for without waiting and somebody else has it."""
+    with open(path, "a", encoding="ascii") as file:
+        try:
+            fcntl.flock(file, how)
+        except BlockingIOError:
+            yield None
+            return
+        yield file
+
+
+def running(home: Home) -> Address | None:
+    """Return where the embedded server of this state directory runs, None if it doesn't.
+
+    Raises:
+        ServerError: it is being started, and does not become ready.
+    """
+    end = time.monotonic() + READY_S
+    while True:
+        with _locked(home.root / "server.lock", fcntl.LOCK_EX | fcntl.LOCK_NB) as free:
+            if free:
+                return None
+        try:
+            known = json.loads((home.root / "server.json").read_text(encoding="utf-8"))
+            address = Address(known["url"], known["auth"])
+            if healthy(address.url):
+                return address
+        except (OSError, ValueError, KeyError):
+            pass
+        if time.monotonic() > end:
+            raise ServerError(f"the server of {home.root} does not answer; see {home.root}/logs/server.log")
+        time.sleep(0.2)
+
+
+def healthy(url: str) -> bool:
+    """Tell whether a Prefect API answers."""
+    try:
+        return httpx.get(f"{url}/health", timeout=5, trust_env=False).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+class EmbeddedServer:
+    """The server process; made by `serving`."""
+
+    def __init__(self, home: Home, host: str, port: int, auth: bool) -> None:
+        self.home, self.host, self.port, self.auth = home, host, port, auth
+        connect = "127.0.0.1" if host in ("0.0.0.0", "") else "[::1]" if host == "::" else host  # noqa: S104
+        self.address = Address(f"http://{f'[{host}]' if host.count(':') > 1 and host != '::' else connect}:{port}/api", auth)
+        self.log = home.root / "logs" / "server.log"
+        self.process = self._start()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        argv = [sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app"]
+        argv += ["--host", self.host, "--port", str(self.port), "--timeout-keep-alive", "5", "--log-level", "warning"]
+        return child(argv, server_environment(self.home, self.host, self.port, auth=self.auth), self.log)
+
+    def wait(self, check: Callable[[], None] = lambda: None) -> None:
+        """Wait until it answers.
+
+        Raises:
+            ServerError: it ended, or is not ready in time; the message ends with its log.
+        """
+        end = time.monotonic() + READY_S
+        while not healthy(self.address.url):
+            check()
+            if self.process.poll() is not None or time.monotonic() > end:
+                raise ServerError(f"the server did not start:\n{_tail(self.log)}")
+            time.sleep(0.1)
+        record = self.home.root / "server.json"
+        part = record.with_suffix(".part")
+        part.write_text(json.dumps({"url": self.address.url, "auth": self.auth, "pid": self.process.pid}), encoding="utf-8")
+        part.chmod(0o600)
+        part.replace(record)
+
+    def restart(self) -> None:
+        """Start it again after it died."""
+        self.process = self._start()
+
+    def stop(self) -> None:
+        stop_child(self.process)
+        (self.home.root / "server.json").unlink(missing_ok=True)
+
+
+@contextmanager
+def serving(home: Home, host: str, port: int, *, auth: bool) -> Iterator[EmbeddedServer]:
+    """Start the embedded server of a state directory; it is stopped when the block ends.
+
+    Raises:
+        ServerError: one runs already, the port is taken, or it can't be started.
+    """
+    with _locked(home.root / "server.lock", fcntl.LOCK_EX | fcntl.LOCK_NB) as lock:
+        if lock is None:
+            raise ServerError(f"the server of {home.root} runs already: stop it first, or use another TALARIA_HOME")
+        (home.root / "server.json").unlink(missing_ok=True)
+        check_port(host, port)
+        server = EmbeddedServer(home, host, port, auth)
+        try:
+            yield server
+        finally:
+            server.stop()
+
+
+def check_port(host: str, port: int) -> None:
+    """Raise ServerError if nothing can listen there."""
+    try:
+        family, kind, number, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, number) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as exc:
+        raise ServerError(f"can't listen on {host}:{port} ({exc.strerror}): choose another with --host and --port") from exc
+
+
+def use(environment: Mapping[str, str]) -> None:
+    """Let this process be a client of the server that the environment names."""
+    os.environ.update(environment)
+    if "prefect" in sys.modules:  # it has read its settings when it was imported
+        from prefect.context import refresh_global_settings_context
+
+        refresh_global_settings_context()
+
+
+@contextmanager
+def reached(home: Home) -> Iterator[tuple[Address | None, bool]]:
+    """Make a Prefect API reachable for the length of the block.
+
+    PREFECT_API_URL set: that server. Else the embedded one, which is started, and stopped at the end, if it does
+    not run. Yields its address (None for a server that isn't ours) and whether it was started here. The
+    environment of this process is set, and Prefect told to look at it again if it is imported already.
+
+    Raises:
+        ServerError: there is no server to be had.
+    """
+    url = os.environ.get("PREFECT_API_URL")
+    if url:
+        if not healthy(url.rstrip("/")):
+            raise ServerError(f"no Prefect server answers at PREFECT_API_URL={url}")
+        yield None, False
+        return
+    with _locked(home.root / "users.lock", fcntl.LOCK_SH) as users:
+        address = running(home)
+        if address:
+            use(client_environment(home, address.url, auth=address.auth))
+            yield address, False
+            return
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        try:
+            with serving(home, "127.0.0.1", port, auth=True) as server:
+                use(client_environment(home, server.address.url, auth=True))
+                server.wait()
+                try:
+                    yield server.address, True
+                finally:
+                    assert users is not None
+                    # Others that came meanwhile use this server: stop it when the last of them has ended.
+                    fcntl.flock(users, fcntl.LOCK_EX)
+        finally:
+            for name in client_environment(home, "", auth=True):
+                os.environ.pop(name, None)
+
+
+def _tail(log: Path) -> str:
+    try:
+        return log.read_text(encoding="utf-8", errors="replace")[-2000:]
+    except OSError:
+        return ""

@@ -1,0 +1,101 @@
+"""Settings, and the environment that Prefect is started with. Imports nothing heavy: every command begins here."""
+
+from __future__ import annotations
+
+import base64
+import os
+import secrets
+from pathlib import Path
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+
+from transfer.home import Home
+from transfer.window import Window
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+class Settings(BaseSettings):
+    """`TALARIA_*` variables, then `talaria.toml` in the current folder or in the state directory."""
+
+    model_config = SettingsConfigDict(env_prefix="TALARIA_", extra="ignore")
+
+    home: Path = Field(default=Path("~/.talaria"), description="State directory.")
+    host: str = Field(default="127.0.0.1", description="Address that `talaria up` listens on.")
+    port: int = Field(default=4200, ge=1, le=65535, description="Port that `talaria up` listens on.")
+    workers: int = Field(default=1, ge=1, le=64, description="Worker processes of `talaria up`.")
+    limit: int = Field(default=8, ge=1, le=256, description="Dispatches at once in one worker.")
+    off_peak: str = Field(default="22:00-06:00", description="Off-peak hours, as in a target's window.")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        home = Path(os.environ.get("TALARIA_HOME") or "~/.talaria").expanduser()
+        files = [Path("talaria.toml"), home / "talaria.toml"]
+        return (init_settings, env_settings, *(TomlConfigSettingsSource(settings_cls, file) for file in files))
+
+
+def load_settings() -> Settings:
+    """Read the settings and make them hold for everything in this process.
+
+    Raises:
+        ValueError: a setting is wrong.
+    """
+    settings = Settings()
+    Window.parse(settings.off_peak)
+    os.environ["TALARIA_HOME"] = str(settings.home.expanduser().absolute())
+    os.environ["TALARIA_OFF_PEAK"] = settings.off_peak
+    return settings
+
+
+def secret(home: Home, name: str, make: str) -> str:
+    """Return a secret of the state directory, made on first use; its file has mode 0600."""
+    path = home.root / name
+    try:
+        fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+    except FileExistsError:
+        return path.read_text(encoding="ascii").strip()
+    with open(fd, "w", encoding="ascii") as file:
+        file.write(make + "\n")
+    return make
+
+
+def auth_string(home: Home) -> str:
+    """The `user:password` of the embedded server's API."""
+    return secret(home, "api.auth", f"talaria:{secrets.token_urlsafe(24)}")
+
+
+def server_environment(home: Home, host: str, port: int, *, auth: bool) -> dict[str, str]:
+    """The environment of the embedded server."""
+    key = secret(home, "encryption.key", base64.urlsafe_b64encode(secrets.token_bytes(32)).decode("ascii"))
+    shown = f"[{host}]" if ":" in host else host
+    environment = client_environment(home, f"http://{shown}:{port}/api", auth=auth) | {
+        "PREFECT_SERVER_ENCRYPTION_KEY": key,
+        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
+        "PREFECT_UI_API_URL": "/api",
+        "PREFECT_LOGGING_SERVER_LEVEL": "WARNING",
+    }
+    if auth:
+        environment["PREFECT_SERVER_API_AUTH_STRING"] = auth_string(home)
+    return environment
+
+
+def client_environment(home: Home, url: str, *, auth: bool) -> dict[str, str]:
+    """The environment of a client of the embedded server."""
+    environment = {
+        "PREFECT_HOME": str(home.root / "prefect"),
+        "PREFECT_API_URL": url,
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "DO_NOT_TRACK": "1",
+        "PREFECT_CLIENT_METRICS_ENABLED": "false",
+    }
+    if auth:
+        environment["PREFECT_API_AUTH_STRING"] = auth_string(home)
+    return environment

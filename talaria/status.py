@@ -1,0 +1,85 @@
+"""What `talaria status` tells."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from typing import Any
+
+from talaria.server import healthy, running, use
+from talaria.settings import client_environment
+from transfer.home import Home
+
+
+def collect(home: Home) -> dict[str, Any]:
+    """Return the JSON of `status`; starts nothing."""
+    url, address = os.environ.get("PREFECT_API_URL"), None
+    if url:
+        ok = healthy(url.rstrip("/"))
+    else:
+        address = running(home)
+        ok = address is not None
+        if address:
+            url = address.url
+            use(client_environment(home, address.url, auth=address.auth))
+    document: dict[str, Any] = {"server": {"ok": ok, "url": url}, "workers": [], "queues": {}, "targets": []}
+    return document | asyncio.run(_ask()) if ok else document
+
+
+async def _ask() -> dict[str, Any]:
+    from prefect import get_client
+    from prefect.client.schemas.filters import (
+        FlowRunFilter,
+        FlowRunFilterState,
+        FlowRunFilterStateType,
+        WorkPoolFilter,
+        WorkPoolFilterName,
+        WorkQueueFilter,
+        WorkQueueFilterName,
+    )
+    from prefect.client.schemas.objects import StateType
+    from prefect.exceptions import ObjectNotFound
+
+    from talaria.registry import POOL, QUEUES
+    from tasks.checking import last_check
+    from tasks.targets import all_targets
+
+    async with get_client() as client:
+        try:
+            workers = await client.read_workers_for_work_pool(POOL)
+        except ObjectNotFound:
+            workers = []
+        queues = {}
+        for queue in QUEUES:
+            waiting = await client.read_flow_runs(
+                flow_run_filter=FlowRunFilter(
+                    state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED]))
+                ),
+                work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=[POOL])),
+                work_queue_filter=WorkQueueFilter(name=WorkQueueFilterName(any_=[queue])),
+                limit=200,
+            )
+            queues[queue] = len(waiting)
+        targets = await all_targets(client)
+    online = [worker for worker in workers if str(worker.status) != "OFFLINE" and "OFFLINE" not in str(worker.status)]
+    return {
+        "workers": [
+            {
+                "name": worker.name,
+                "status": "ONLINE",
+                "last_seen": worker.last_heartbeat_time.isoformat(timespec="seconds") if worker.last_heartbeat_time else None,
+            }
+            for worker in online
+        ],
+        "queues": queues,
+        "targets": [
+            {
+                "name": target.name,
+                "type": target.type_name,
+                "direction": str(target.direction),
+                "enabled": target.enabled,
+                "last_check": last_check(target.name),
+            }
+            for target in targets
+        ],
+    }

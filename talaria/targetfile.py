@@ -1,0 +1,132 @@
+"""`targets.yaml`: targets as people write them, and as `export` writes them back."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import SecretStr, ValidationError
+
+from blocks import TYPES, Target
+from blocks.base import check_name
+from transfer.errors import Misconfigured
+
+_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
+FILE = "file:"
+# What Prefect adds to a block's own fields.
+_PREFECT = ("block_type_slug",)
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice, of which YAML's usual reader would silently drop the first."""
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    keys = [loader.construct_object(key) for key, _ in node.value]  # type: ignore[no-untyped-call]
+    twice = [key for key in keys if keys.count(key) > 1]
+    if twice:
+        raise yaml.constructor.ConstructorError(None, None, f"{twice[0]!r} stands twice", node.start_mark)
+    return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+def read(path: Path) -> dict[str, Target]:
+    """Read the targets of a file, secrets filled in.
+
+    Raises:
+        Misconfigured: the first thing that is wrong, with the name of the target and of the field.
+    """
+    try:
+        document = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 - a SafeLoader
+    except OSError as exc:
+        raise Misconfigured(f"{path}: {exc.strerror}") from exc
+    except (yaml.YAMLError, UnicodeDecodeError) as exc:
+        raise Misconfigured(f"{path}: {exc}") from exc
+    if not isinstance(document, dict) or set(document) != {"targets"} or not isinstance(document["targets"], dict):
+        raise Misconfigured(f"{path}: expected one key `targets` with a mapping of names to targets")
+    if not document["targets"]:
+        raise Misconfigured(f"{path}: names no target")
+    return {str(name): make(str(name), values, path.parent) for name, values in document["targets"].items()}
+
+
+def make(name: str, values: Any, folder: Path = Path()) -> Target:
+    """Make a target of the values that a file gives.
+
+    Args:
+        folder: what relative `file:` paths are relative to.
+
+    Raises:
+        Misconfigured: with the field and the remedy; values are not repeated, they may be secrets.
+    """
+    try:
+        check_name(name)
+    except ValueError as exc:
+        raise Misconfigured(str(exc)) from exc
+    if not isinstance(values, dict) or "type" not in values:
+        raise Misconfigured(f"target {name}: needs a type, one of {', '.join(TYPES)}")
+    fields = dict(values)
+    kind = fields.pop("type")
+    if kind not in TYPES:
+        raise Misconfigured(f"target {name}: type {kind!r} is none of {', '.join(TYPES)}")
+    cls = TYPES[str(kind)]
+    known = field_names(cls)
+    for field in fields:
+        if field not in known:
+            raise Misconfigured(f"target {name}: {kind} has no field {field!r}; it has {', '.join(known)}")
+    filled = {field: _filled(value, f"target {name}: {field}", folder) for field, value in fields.items()}
+    try:
+        return cls(**filled).named(name)
+    except ValidationError as exc:
+        raise Misconfigured(f"target {name}: " + "; ".join(_words(error) for error in exc.errors())) from exc
+
+
+def field_names(cls: type[Target]) -> list[str]:
+    """The fields that a target of this type may have in a file."""
+    return [name for name in cls.model_fields if name not in _PREFECT]
+
+
+def values_of(target: Target, *, secrets: bool = False) -> dict[str, Any]:
+    """The values of a target that differ from the defaults; secrets left out, or masked if `secrets`."""
+    values: dict[str, Any] = {"type": target.type_name}
+    for name in field_names(type(target)):
+        value, field = getattr(target, name), type(target).model_fields[name]
+        if value == field.get_default(call_default_factory=True):
+            continue
+        if isinstance(value, SecretStr):
+            if secrets and value.get_secret_value():
+                values[name] = "********"
+            continue
+        values[name] = value
+    dumped = target.model_dump(mode="json", include=set(values) - {"type"})
+    return {"type": target.type_name} | {name: dumped.get(name, value) for name, value in values.items() if name != "type"}
+
+
+def _filled(value: Any, where: str, folder: Path) -> Any:
+    """Put variables and files in place of their names."""
+    if not isinstance(value, str):
+        return value
+    if value.startswith(FILE) and not value.startswith("file://"):  # file:// is a DICOMweb folder
+        path = folder / Path(value.removeprefix(FILE)).expanduser()
+        try:
+            return path.read_text(encoding="utf-8").strip("\r\n")
+        except (OSError, UnicodeDecodeError) as exc:
+            raise Misconfigured(f"{where}: can't read {path}: {exc}") from exc
+
+    def variable(match: re.Match[str]) -> str:
+        if match[1] not in os.environ:
+            raise Misconfigured(f"{where}: the environment variable {match[1]} is not set")
+        return os.environ[match[1]]
+
+    return _VARIABLE.sub(variable, value)
+
+
+def _words(error: Any) -> str:
+    """One error of pydantic without the value that caused it."""
+    where = ".".join(str(part) for part in error["loc"])
+    text = str(error["msg"]).removeprefix("Value error, ")
+    return f"{where}: {text}" if where else text

@@ -1,0 +1,136 @@
+"""`talaria up`: the embedded server and its workers, in the foreground."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import subprocess
+import sys
+import threading
+import time
+from types import FrameType
+
+from talaria.cli.output import say
+from talaria.server import EmbeddedServer, ServerError, child, serving, stop_child, use
+from talaria.settings import LOOPBACK, Settings, client_environment
+from transfer.home import Home
+
+LOOK_S = 0.3  # between two looks at the processes
+CALM_S = 2.0  # before a worker that died is started again
+
+
+def up(settings: Settings, home: Home, host: str, port: int, workers: int, *, auth: bool) -> None:
+    """Serve until SIGINT or SIGTERM: the first drains (running dispatches are finished), the second stops at once.
+
+    Raises:
+        ServerError: the server can't be started, or an open address was asked for without authentication.
+    """
+    if not auth and host not in LOOPBACK:
+        raise ServerError(f"--no-auth is for loopback only, not for {host}")
+    asked = _Asked()
+    with serving(home, host, port, auth=auth) as server:
+        server.wait(asked.check)
+        use(client_environment(home, server.address.url, auth=auth))
+        taken = _prepare(home)
+        _announce(home, server, taken)
+        crew = _Crew(home, settings.limit, workers)
+        try:
+            _watch(server, crew, asked)
+            crew.drain(asked)
+        finally:
+            crew.stop()
+    say("stopped")
+
+
+class _Asked:
+    """Counts how often somebody asked us to stop."""
+
+    def __init__(self) -> None:
+        self.times = 0
+        self.event = threading.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell started us with SIGINT ignored
+            signal.signal(number, self._ask)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.times += 1
+        self.event.set()
+
+    def check(self) -> None:
+        if self.times:
+            raise ServerError("stopped before the server was ready")
+
+
+class _Crew:
+    """The worker processes."""
+
+    def __init__(self, home: Home, limit: int, count: int) -> None:
+        self.log = home.root / "logs" / "worker.log"
+        self.env = {
+            "TALARIA_LIMIT": str(limit),
+            "PREFECT_WORKER_QUERY_SECONDS": "0.5",
+            "PREFECT_WORKER_PREFETCH_SECONDS": "1",
+            "PREFECT_LOGGING_LEVEL": "INFO",
+            # A run whose server is away for a moment must not end for that.
+            "PREFECT_CLIENT_MAX_RETRIES": "8",
+        }
+        self.members = [self._start() for _ in range(count)]
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        return child([sys.executable, "-c", "from talaria.worker import main; main()"], self.env, self.log)
+
+    def keep(self) -> None:
+        """Start the ones again that died."""
+        for index, member in enumerate(self.members):
+            if member.poll() is not None:
+                say(f"a worker ended with exit code {member.returncode}: starting another (log: {self.log})")
+                time.sleep(CALM_S)
+                self.members[index] = self._start()
+
+    def drain(self, asked: _Asked) -> None:
+        """Let the workers finish what they run; stop waiting when asked a second time."""
+        for member in self.members:
+            member.terminate()
+        while asked.times < 2 and any(member.poll() is None for member in self.members):
+            time.sleep(LOOK_S)
+        if asked.times >= 2:
+            for member in self.members:
+                member.terminate()
+
+    def stop(self) -> None:
+        for member in self.members:
+            stop_child(member)
+
+
+def _watch(server: EmbeddedServer, crew: _Crew, asked: _Asked) -> None:
+    """Keep server and workers alive until somebody asks to stop."""
+    while not asked.event.wait(LOOK_S):
+        if server.process.poll() is not None:
+            say(f"the server ended with exit code {server.process.returncode}: starting it again (log: {server.log})")
+            server.restart()
+            server.wait(asked.check)
+        crew.keep()
+    say("stopping: running dispatches are finished first; ask again to stop at once")
+
+
+def _prepare(home: Home) -> list[str]:
+    """Register what the server must know, and take up what a crash left; return the runs taken up."""
+    from prefect import get_client
+
+    from talaria.recovery import recover
+    from talaria.registry import POOL, register
+
+    async def prepare() -> list[str]:
+        async with get_client() as client:
+            await register(client)
+            return await recover(client, home, POOL, alone=True)
+
+    return asyncio.run(prepare())
+
+
+def _announce(home: Home, server: EmbeddedServer, taken: list[str]) -> None:
+    say(f"Prefect UI: {server.address.ui}")
+    if server.auth:
+        say(f"the UI asks for a password once: it is the line in {home.root / 'api.auth'}")
+    for run_id in taken:
+        say(f"taken up after a crash: {run_id}")
+    say("ready: Ctrl-C drains and stops")

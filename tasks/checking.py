@@ -1,0 +1,47 @@
+"""Checks of targets, and what is kept of them."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from typing import Any
+
+from prefect.artifacts import acreate_table_artifact
+
+from blocks.base import Target
+from tasks import DRIVERS
+from transfer.health import Health
+from transfer.home import Home
+from transfer.ledger import write_json
+
+
+def check_target(target: Target) -> Health:
+    """Run a target's staged probes.
+
+    Raises:
+        Misconfigured: its type has no driver.
+    """
+    return DRIVERS.of(target).check(target)
+
+
+async def report_health(target: Target, health: Health) -> None:
+    """Leave the result behind: an artifact on the run, and a file for `talaria status`."""
+    document = keep(target, health)
+    await acreate_table_artifact(document["probes"], f"check-{target.name}", "healthy" if health.ok else "not healthy")
+
+
+def keep(target: Target, health: Health) -> dict[str, Any]:
+    """Write the result of a check into the state directory and return it."""
+    document = health.to_json(target.name) | {"time": datetime.now(UTC).isoformat(timespec="seconds")}
+    write_json(Home.current().root / "checks" / f"{target.name}.json", document)
+    return document
+
+
+def last_check(name: str) -> dict[str, Any] | None:
+    """Return the last check of a target on this machine."""
+    try:
+        text = (Home.current().root / "checks" / f"{name}.json").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    document: dict[str, Any] = json.loads(text)
+    return document
