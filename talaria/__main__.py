@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
+import sys
+from typing import Any
+
+import typer
+
 from talaria.cli import app
+from talaria.cli.output import exit_code_of, wrong_use
+
+# What Typer raises for a wrong command line; it has no public name.
+UsageError: Any = typer.BadParameter.__mro__[1]
 
 
 def main() -> None:
-    """Run the command line."""
-    app()
+    """Run the command line and exit with the code that its help tells."""
+    try:
+        code = app(standalone_mode=False)
+    except UsageError as exc:
+        help_text = getattr(exc, "ctx", None) and len(sys.argv) == 1
+        code = 2 if help_text else wrong_use(exc.format_message())
+    except Exception as exc:
+        code = exit_code_of(exc)
+    except KeyboardInterrupt as exc:
+        code = exit_code_of(exc)
+    sys.exit(code if isinstance(code, int) else 0)
 
 
 if __name__ == "__main__":

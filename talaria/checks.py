@@ -41,5 +41,3 @@ def _test(session: Session, target: Any) -> dict[str, Any]:
 
 def _shown(document: dict[str, Any]) -> dict[str, Any]:
     return {key: document[key] for key in ("name", "ok", "probes")}
-
-

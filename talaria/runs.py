@@ -17,7 +17,7 @@ from prefect.client.schemas.filters import (
     DeploymentFilter,
     DeploymentFilterId,
 )
-from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import ObjectNotFound
 from prefect.flow_engine import run_flow
@@ -62,7 +62,9 @@ def run_here(session: Session, flow_run: FlowRun) -> None:
         ledger.run_ends(run_id)
 
 
-def result_of(session: Session, flow_run: FlowRun, show: Callable[[dict[str, tuple[float, str]]], None] | None = None) -> FlowRun:
+def result_of(
+    session: Session, flow_run: FlowRun, show: Callable[[dict[str, tuple[float, str]]], None] | None = None
+) -> FlowRun:
     """Follow a flow run to its end, running it here if the server was started for this command.
 
     Ctrl-C cancels the run, and waits until it has stopped; a second one leaves at once.
@@ -114,7 +116,7 @@ def _at_rest(flow_run: FlowRun) -> bool:
         return False
     if state.type is StateType.SCHEDULED:
         begin = state.state_details.scheduled_time
-        return begin is not None and begin - datetime.now(UTC) > timedelta(seconds=SOON_S)
+        return begin is not None and begin > datetime.now(UTC) + timedelta(seconds=SOON_S)
     # A crashed run is taken up again by whoever lives.
     return state.is_final() and state.type is not StateType.CRASHED
 
@@ -144,7 +146,7 @@ async def _cancel(client: PrefectClient, run_id: UUID) -> str:
     if flow_run.state is None or flow_run.state.is_final():
         return str(flow_run.state_name)
     # Nobody runs what is only scheduled.
-    state = Cancelled() if flow_run.state.type is StateType.SCHEDULED else Cancelling()
+    state: State[Any] = Cancelled() if flow_run.state.type is StateType.SCHEDULED else Cancelling()
     await client.set_flow_run_state(run_id, state, force=state.type is StateType.CANCELLED)
     return str(state.name)
 

@@ -66,7 +66,7 @@ def child(argv: list[str], env: Mapping[str, str], log: Path) -> subprocess.Pope
             stderr=out,
             env={**os.environ, **env},
             start_new_session=True,  # Ctrl-C in the terminal is for us; we stop our children in order
-            preexec_fn=die_with_parent,  # noqa: PLW1509 - no threads run yet
+            preexec_fn=die_with_parent,
         )
 
 
@@ -129,7 +129,9 @@ class EmbeddedServer:
     def __init__(self, home: Home, host: str, port: int, auth: bool) -> None:
         self.home, self.host, self.port, self.auth = home, host, port, auth
         connect = "127.0.0.1" if host in ("0.0.0.0", "") else "[::1]" if host == "::" else host  # noqa: S104
-        self.address = Address(f"http://{f'[{host}]' if host.count(':') > 1 and host != '::' else connect}:{port}/api", auth)
+        self.address = Address(
+            f"http://{f'[{host}]' if host.count(':') > 1 and host != '::' else connect}:{port}/api", auth
+        )
         self.log = home.root / "logs" / "server.log"
         self.process = self._start()
 
@@ -152,7 +154,9 @@ class EmbeddedServer:
             time.sleep(0.1)
         record = self.home.root / "server.json"
         part = record.with_suffix(".part")
-        part.write_text(json.dumps({"url": self.address.url, "auth": self.auth, "pid": self.process.pid}), encoding="utf-8")
+        part.write_text(
+            json.dumps({"url": self.address.url, "auth": self.auth, "pid": self.process.pid}), encoding="utf-8"
+        )
         part.chmod(0o600)
         part.replace(record)
 
@@ -192,7 +196,9 @@ def check_port(host: str, port: int) -> None:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
     except OSError as exc:
-        raise ServerError(f"can't listen on {host}:{port} ({exc.strerror}): choose another with --host and --port") from exc
+        raise ServerError(
+            f"can't listen on {host}:{port} ({exc.strerror}): choose another with --host and --port"
+        ) from exc
 
 
 def use(environment: Mapping[str, str]) -> None:
@@ -237,9 +243,8 @@ def reached(home: Home) -> Iterator[tuple[Address | None, bool]]:
                 try:
                     yield server.address, True
                 finally:
-                    assert users is not None
                     # Others that came meanwhile use this server: stop it when the last of them has ended.
-                    fcntl.flock(users, fcntl.LOCK_EX)
+                    fcntl.flock(users, fcntl.LOCK_EX)  # type: ignore[arg-type]  # taken with waiting: never None
         finally:
             for name in client_environment(home, "", auth=True):
                 os.environ.pop(name, None)

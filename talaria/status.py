@@ -67,7 +67,9 @@ async def _ask() -> dict[str, Any]:
             {
                 "name": worker.name,
                 "status": "ONLINE",
-                "last_seen": worker.last_heartbeat_time.isoformat(timespec="seconds") if worker.last_heartbeat_time else None,
+                "last_seen": worker.last_heartbeat_time.isoformat(timespec="seconds")
+                if worker.last_heartbeat_time
+                else None,
             }
             for worker in online
         ],

@@ -25,7 +25,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    keys = [loader.construct_object(key) for key, _ in node.value]  # type: ignore[no-untyped-call]
+    keys = [loader.construct_object(key) for key, _ in node.value]
     twice = [key for key in keys if keys.count(key) > 1]
     if twice:
         raise yaml.constructor.ConstructorError(None, None, f"{twice[0]!r} stands twice", node.start_mark)
@@ -103,7 +103,9 @@ def values_of(target: Target, *, secrets: bool = False) -> dict[str, Any]:
             continue
         values[name] = value
     dumped = target.model_dump(mode="json", include=set(values) - {"type"})
-    return {"type": target.type_name} | {name: dumped.get(name, value) for name, value in values.items() if name != "type"}
+    return {"type": target.type_name} | {
+        name: dumped.get(name, value) for name, value in values.items() if name != "type"
+    }
 
 
 def _filled(value: Any, where: str, folder: Path) -> Any:

@@ -60,6 +60,7 @@ class TalariaWorker(BaseWorker[BaseJobConfiguration, BaseVariables, TalariaResul
         self.threads = ThreadPoolExecutor(limit, thread_name_prefix="run")
         self.draining = False
         self.active: set[str] = set()
+        self.ended = asyncio.Event()  # nothing runs any more, and nothing new is taken
         return self
 
     async def get_and_submit_flow_runs(self) -> list[FlowRun]:
@@ -69,7 +70,7 @@ class TalariaWorker(BaseWorker[BaseJobConfiguration, BaseVariables, TalariaResul
         self,
         flow_run: FlowRun,
         configuration: BaseJobConfiguration,
-        task_status: anyio.abc.TaskStatus[str] | None = None,
+        task_status: anyio.abc.TaskStatus[Any] | None = None,
     ) -> TalariaResult:
         """Run one flow run in a thread, to its end."""
         run_id = str(flow_run.id)
@@ -90,11 +91,18 @@ class TalariaWorker(BaseWorker[BaseJobConfiguration, BaseVariables, TalariaResul
                 raise
         finally:
             self.active.discard(run_id)
+            if self.draining and not self.active:
+                self.ended.set()
             running.forget(run_id)
             if not self.draining or not running.stopping():
                 await settle(run_id)
                 self.ledger.run_ends(run_id)
         return TalariaResult(status_code=0, identifier=identifier)
+
+    async def idle(self) -> None:
+        """Wait until nothing runs."""
+        if self.active:
+            await self.ended.wait()
 
     async def _flow_of(self, flow_run: FlowRun) -> Flow[..., Any]:
         if flow_run.deployment_id is None:
@@ -157,8 +165,7 @@ async def work(pool: str, limit: int) -> None:
             group.start_soon(worker.start)
             group.start_soon(worker.watch)
             await stop.wait()
-            while worker.active:
-                await anyio.sleep(0.1)
+            await worker.idle()
             group.cancel_scope.cancel()
 
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 import typer
 
 from talaria.cli import jobs, send, serve, target
-from talaria.cli.output import Commands
 
 app = typer.Typer(
     name="talaria",
-    cls=Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Delivers DICOM studies, and results made from them, to targets, and proves the delivery.",

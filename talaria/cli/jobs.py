@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from talaria.cli.output import Commands, print_json, table
+from talaria.cli.output import print_json, table
 from talaria.cli.send import finish, receipt, show_receipt, trimmed
 from talaria.cli.session import api
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import FlowRun
 
-app = typer.Typer(cls=Commands, no_args_is_help=True, help="List, show, retry and cancel dispatches.\n\nExample: talaria jobs list")
+app = typer.Typer(no_args_is_help=True, help="List, show, retry and cancel dispatches.\n\nExample: talaria jobs list")
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")]
 Job = Annotated[str, typer.Argument(help="Id of the run (or its beginning), or of the dispatch.")]
 
@@ -30,7 +30,9 @@ def list_(
     if as_json:
         print_json({"jobs": found})
         return
-    rows = [[one["id"], one["state"], one["dispatch_id"], ", ".join(one["targets"]), one["begun"] or ""] for one in found]
+    rows = [
+        [one["id"], one["state"], one["dispatch_id"], ", ".join(one["targets"]), one["begun"] or ""] for one in found
+    ]
     table("", ["run", "state", "dispatch", "targets", "begun"], rows)
 
 
@@ -47,9 +49,7 @@ def show(
         flow_run = session.run(runs.find, job)
         document = trimmed(receipt(session, flow_run), all_items)
         document["run"] = _line(flow_run)
-        document["progress"] = {
-            name: percent for name, (percent, _) in session.run(runs.progress, flow_run.id).items()
-        }
+        document["progress"] = {name: percent for name, (percent, _) in session.run(runs.progress, flow_run.id).items()}
     if as_json:
         print_json(document)
         return

@@ -7,9 +7,7 @@ import sqlite3
 import sys
 from typing import Any
 
-import click
 import typer
-from typer.core import TyperGroup
 
 from talaria.server import ServerError
 from transfer.errors import Denied, DispatchError, Misconfigured, NotFound
@@ -17,35 +15,36 @@ from transfer.errors import Denied, DispatchError, Misconfigured, NotFound
 DONE, NOT_ALL, WRONG_USE, NO_SERVER = 0, 1, 2, 3
 
 
-class Commands(TyperGroup):
-    """Turns errors into exit codes for every command below it."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except (Misconfigured, NotFound, Denied, ValueError) as exc:
-            raise fail(str(exc), WRONG_USE) from exc
-        except DispatchError as exc:
-            raise fail(str(exc), NOT_ALL) from exc
-        except ServerError as exc:
-            raise fail(str(exc), NO_SERVER) from exc
-        except sqlite3.Error as exc:
-            raise fail(f"the ledger can't be used: {exc}", NO_SERVER) from exc
-        except OSError as exc:
-            raise fail(f"the state directory or the server can't be reached: {exc}", NO_SERVER) from exc
-        except Exception as exc:
-            if _is_api_error(exc):
-                raise fail(f"the Prefect server did not answer as expected: {exc}", NO_SERVER) from exc
-            raise
+def exit_code_of(exc: BaseException) -> int:
+    """Say what went wrong on one line, and return the exit code for it; what is not known propagates."""
+    if isinstance(exc, typer.Abort | KeyboardInterrupt):
+        return _fail("interrupted", NOT_ALL)
+    if isinstance(exc, Misconfigured | NotFound | Denied | ValueError):
+        return _fail(str(exc), WRONG_USE)
+    if isinstance(exc, DispatchError):
+        return _fail(str(exc), NOT_ALL)
+    if isinstance(exc, ServerError):
+        return _fail(str(exc), NO_SERVER)
+    if isinstance(exc, sqlite3.Error):
+        return _fail(f"the ledger can't be used: {exc}", NO_SERVER)
+    if isinstance(exc, OSError):
+        return _fail(f"the state directory or the server can't be reached: {exc}", NO_SERVER)
+    if _is_api_error(exc):
+        return _fail(f"the Prefect server did not answer as expected: {exc}", NO_SERVER)
+    raise exc
 
 
-def fail(message: str, code: int) -> typer.Exit:
-    """Say what is wrong, on one line, and return the exit to raise; with `--json` stdout gets a document too."""
+def wrong_use(message: str) -> int:
+    """Say how the command line was wrong."""
+    return _fail(f"{message} (`--help` shows how)", WRONG_USE)
+
+
+def _fail(message: str, code: int) -> int:
     line = " ".join(message.split())
-    if "--json" in sys.argv:
+    if "--json" in sys.argv:  # stdout is one JSON document, also now
         print_json({"error": line})
     print(f"talaria: {line}", file=sys.stderr)
-    return typer.Exit(code)
+    return code
 
 
 def print_json(document: dict[str, Any]) -> None:
@@ -73,6 +72,6 @@ def table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
     console.print(shown)
 
 
-def _is_api_error(exc: Exception) -> bool:
+def _is_api_error(exc: BaseException) -> bool:
     """Tell errors of Prefect's client without importing it before it is needed."""
     return any(cls.__module__.partition(".")[0] in ("httpx", "prefect") for cls in type(exc).__mro__)

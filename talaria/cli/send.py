@@ -35,16 +35,28 @@ def add_to(app: typer.Typer) -> None:
 
 def send(
     paths: Annotated[list[Path], typer.Argument(help="Files and folders to send.", metavar="PATH...")],
-    to: Annotated[list[str], typer.Option("--to", help="Names of targets, separated by commas.", metavar="NAME[,NAME...]")],
-    exclude: Annotated[str, typer.Option(help="Comma-separated globs of names that are not sent.", metavar="GLOBS")] = "",
-    priority: Annotated[Priority, typer.Option(help="urgent ignores windows, offpeak waits for the off-peak hours.")] = Priority.NORMAL,
-    sender_aet: Annotated[str, typer.Option(help="AE title that the study came from, for targets that pass it on.")] = "",
-    receiver_aet: Annotated[str, typer.Option(help="AE title that the sender called, for targets that pass it on.")] = "",
+    to: Annotated[
+        list[str], typer.Option("--to", help="Names of targets, separated by commas.", metavar="NAME[,NAME...]")
+    ],
+    exclude: Annotated[
+        str, typer.Option(help="Comma-separated globs of names that are not sent.", metavar="GLOBS")
+    ] = "",
+    priority: Annotated[
+        Priority, typer.Option(help="urgent ignores windows, offpeak waits for the off-peak hours.")
+    ] = Priority.NORMAL,
+    sender_aet: Annotated[
+        str, typer.Option(help="AE title that the study came from, for targets that pass it on.")
+    ] = "",
+    receiver_aet: Annotated[
+        str, typer.Option(help="AE title that the sender called, for targets that pass it on.")
+    ] = "",
     sender_host: Annotated[str, typer.Option(help="Host that the study came from, for targets that send back.")] = "",
     force: Annotated[bool, typer.Option("--force", help="Send again what has arrived before.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be sent.")] = False,
     no_wait: Annotated[bool, typer.Option("--no-wait", help="Return as soon as the dispatch is queued.")] = False,
-    all_items: Annotated[bool, typer.Option("--all-items", help="List every item in the JSON, delivered ones too.")] = False,
+    all_items: Annotated[
+        bool, typer.Option("--all-items", help="List every item in the JSON, delivered ones too.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")] = False,
 ) -> None:
     """Send files and folders to one or more targets, and wait for the receipts."""
@@ -83,7 +95,9 @@ def _destinations(session: Session, names: Any) -> list[Target]:
     return targets
 
 
-def _send(session: Session, plan: Plan, parameters: dict[str, Any], *, no_wait: bool, all_items: bool, as_json: bool) -> None:
+def _send(
+    session: Session, plan: Plan, parameters: dict[str, Any], *, no_wait: bool, all_items: bool, as_json: bool
+) -> None:
     from talaria import runs
 
     queue = parameters["priority"]
@@ -105,7 +119,10 @@ def finish(session: Session, flow_run: FlowRun, *, all_items: bool, as_json: boo
     """Follow a dispatch to its end, show its receipts, and exit with the code that they deserve."""
     from talaria.runs import result_of
 
-    say(f"run {flow_run.id}" + (f": {session.address.ui}/runs/flow-run/{flow_run.id}" if session.address and not session.own else ""))
+    say(
+        f"run {flow_run.id}"
+        + (f": {session.address.ui}/runs/flow-run/{flow_run.id}" if session.address and not session.own else "")
+    )
     with _bars() as show:
         ended = result_of(session, flow_run, show)
     document = receipt(session, ended)
@@ -148,7 +165,18 @@ def trimmed(document: dict[str, Any], all_items: bool) -> dict[str, Any]:
 
 def show_receipt(document: dict[str, Any]) -> None:
     """Print receipts for people."""
-    columns = ["delivered", "warnings", "already", "rejected", "skipped", "unsent", "bytes", "seconds", "verified", "hook"]
+    columns = [
+        "delivered",
+        "warnings",
+        "already",
+        "rejected",
+        "skipped",
+        "unsent",
+        "bytes",
+        "seconds",
+        "verified",
+        "hook",
+    ]
     rows = [[name, one["state"], *(one[column] for column in columns)] for name, one in document["targets"].items()]
     table(f"Dispatch {document['dispatch_id']}: {document['state']}", ["target", "state", *columns], rows)
     if document.get("error"):

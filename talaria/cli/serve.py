@@ -31,14 +31,21 @@ def up(
     host: Annotated[str | None, typer.Option(help="Address to listen on; default 127.0.0.1.")] = None,
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port to listen on; default 4200.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, max=64, help="Worker processes; default 1.")] = None,
-    no_auth: Annotated[bool, typer.Option("--no-auth", help="Let everybody on this machine in; loopback only.")] = False,
+    no_auth: Annotated[
+        bool, typer.Option("--no-auth", help="Let everybody on this machine in; loopback only.")
+    ] = False,
 ) -> None:
     """Run the embedded Prefect server, its UI and workers in the foreground; Ctrl-C drains and stops."""
     from talaria.up import up as serve
 
     settings = load_settings()
     serve(
-        settings, Home.current(), host or settings.host, port or settings.port, workers or settings.workers, auth=not no_auth
+        settings,
+        Home.current(),
+        host or settings.host,
+        port or settings.port,
+        workers or settings.workers,
+        auth=not no_auth,
     )
 
 
@@ -57,7 +64,10 @@ def status(as_json: Json = False) -> None:
             print(f"worker: {worker['name']} {worker['status'].lower()}, last seen {worker['last_seen']}")
         for name, count in document["queues"].items():
             print(f"queue {name}: {count} waiting")
-        rows = [[t["name"], t["type"], "yes" if t["enabled"] else "no", _check(t["last_check"])] for t in document["targets"]]
+        rows = [
+            [t["name"], t["type"], "yes" if t["enabled"] else "no", _check(t["last_check"])]
+            for t in document["targets"]
+        ]
         table("", ["target", "type", "enabled", "last check"], rows)
     raise typer.Exit(DONE if document["server"]["ok"] else NO_SERVER)
 

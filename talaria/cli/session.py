@@ -72,5 +72,3 @@ def _register() -> None:
             await register(client)
 
     asyncio.run(with_client())
-
-

@@ -7,11 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from talaria.cli.output import DONE, NOT_ALL, Commands, print_json, say, table
+from talaria.cli.output import DONE, NOT_ALL, print_json, say, table
 from talaria.cli.session import api
 
 app = typer.Typer(
-    cls=Commands,
     no_args_is_help=True,
     help="Create, show, test and remove targets.\n\nExample: talaria target apply targets.yaml",
 )
@@ -124,7 +123,9 @@ def show(name: Name, as_json: Json = False) -> None:
     if as_json:
         defaults = target.model_dump(mode="json")
         secret = {f for f, info in type(target).model_fields.items() if "SecretStr" in str(info.annotation)}
-        print_json({"name": name} | {k: v for k, v in defaults.items() if k != "block_type_slug" and k not in secret} | values)
+        print_json(
+            {"name": name} | {k: v for k, v in defaults.items() if k != "block_type_slug" and k not in secret} | values
+        )
         return
     for field, value in values.items():
         print(f"{field}: {value}")
@@ -234,5 +235,3 @@ def _place(values: dict[str, Any]) -> str:
     """Where a target is, in a few words."""
     parts = [str(values[key]) for key in ("host", "port", "url", "endpoint_url", "bucket", "folder") if values.get(key)]
     return " ".join(parts)
-
-

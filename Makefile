@@ -1,0 +1,49 @@
+# `make demo` and `make test` set everything up by themselves on Debian with Python 3.11 and pip, root or not.
+PYTHON ?= python3
+UV_VERSION := 0.13.9
+UV := .cache/uv/bin/uv
+BIN := .venv/bin
+
+.PHONY: install demo test test-all lint lock servers clean
+.DELETE_ON_ERROR:
+
+install: .venv/.installed
+
+# pip into a folder works without python3-venv, and where Debian manages the environment.
+$(UV):
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --root-user-action=ignore --upgrade --target .cache/uv uv==$(UV_VERSION)
+
+# The lock names versions and hashes but no package index, so that a hospital's own mirror serves as well: uv
+# exports it, and installs from the index that is configured here, refusing what doesn't match its hash.
+.venv/.installed: pyproject.toml uv.lock | $(UV)
+	$(UV) export --quiet --frozen --all-extras --no-emit-project --format requirements.txt --output-file .cache/requirements.txt
+	test -x $(BIN)/python || $(UV) venv --quiet --python $(PYTHON) .venv
+	$(UV) pip install --quiet --python $(BIN)/python --require-hashes --requirements .cache/requirements.txt
+	$(UV) pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	touch $@
+
+lock: | $(UV)
+	$(UV) lock --upgrade
+	sed -i -E 's#https://[^/"]*/simple#https://index.invalid/simple#g; s#https://[^/"]*/packages/#https://index.invalid/packages/#g' uv.lock
+
+demo: install
+	$(BIN)/talaria demo
+
+# The real servers that tests talk to.
+servers:
+	sh tests/servers/install.sh
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/mypy
+
+test: install servers lint
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: install servers lint
+	$(BIN)/python -m pytest --timeout 1800
+
+clean:
+	rm -rf .venv .cache build *.egg-info
