@@ -59,7 +59,9 @@ class Target(Block, ABC):
     retry_delay_s: float = Field(
         default=30, ge=0, le=86_400, description="Seconds before the second attempt at most; doubles with each one."
     )
-    retry_max_delay_s: float = Field(default=900, ge=0, le=86_400, description="Longest wait between attempts, seconds.")
+    retry_max_delay_s: float = Field(
+        default=900, ge=0, le=86_400, description="Longest wait between attempts, seconds."
+    )
     connect_timeout_s: float = Field(default=10, gt=0, le=3600, description="Seconds to wait for a connection.")
     idle_timeout_s: float = Field(
         default=60, gt=0, le=86_400, description="Seconds of silence after which the peer counts as hung."

@@ -126,7 +126,8 @@ class Delivery:
         Raises:
             DispatchError: it could not be run.
         """
-        assert self.driver.hook is not None
+        if self.driver.hook is None:
+            raise TypeError(f"targets of type {self.target.type_name} have no hook")
         key = (self.plan.dispatch_id, self.target.name, self.target.endpoint)
         on_outcome = OnOutcome(cancelled=self.cancelled)
         try:

@@ -70,7 +70,7 @@ def _with_policy(base: Task[[Delivery], Any], name: str, attempts: int, target: 
         error = state.data if isinstance(state.data, BaseException) else None
         if not isinstance(error, Retryable):
             return False
-        task.retry_delay_seconds = delay_before((run.run_count or 1) + 1, target, error)
+        task.retry_delay_seconds = [delay_before((run.run_count or 1) + 1, target, error)]
         return True
 
     return base.with_options(

@@ -84,12 +84,17 @@ async def report(
     for receipt in receipts:
         emit_event(
             "talaria.receipt",
-            resource={"prefect.resource.id": f"talaria.target.{receipt.target}", "prefect.resource.name": receipt.target},
+            resource={
+                "prefect.resource.id": f"talaria.target.{receipt.target}",
+                "prefect.resource.name": receipt.target,
+            },
             payload={"dispatch_id": dispatch_id, "flow_run_id": flow_run_id, **receipt.to_json() | {"items": []}},
         )
     await acreate_table_artifact([_row(receipt) for receipt in receipts], "receipt", f"dispatch {dispatch_id}: {state}")
     await acreate_markdown_artifact(
-        _markdown(dispatch_id, state, receipts, outputs, str(path)), "receipt-details", f"dispatch {dispatch_id}: details"
+        _markdown(dispatch_id, state, receipts, outputs, str(path)),
+        "receipt-details",
+        f"dispatch {dispatch_id}: details",
     )
 
 
@@ -99,11 +104,12 @@ def _row(receipt: Receipt) -> dict[str, Any]:
     return {key: counts[key] for key in (*keys, "attempts", "verified", "hook")} | {"error": receipt.error or ""}
 
 
-def _markdown(
-    dispatch_id: str, state: State, receipts: Sequence[Receipt], outputs: dict[str, str], path: str
-) -> str:
+def _markdown(dispatch_id: str, state: State, receipts: Sequence[Receipt], outputs: dict[str, str], path: str) -> str:
     lines = [f"# Dispatch `{dispatch_id}`: {state}", "", f"All items: `{path}` on the machine that sent them.", ""]
-    lines += ["Runs, targets and earlier receipts: [runs](/runs) · [targets](/blocks) · [receipts](/artifacts/key/receipt)", ""]
+    lines += [
+        "Runs, targets and earlier receipts: [runs](/runs) · [targets](/blocks) · [receipts](/artifacts/key/receipt)",
+        "",
+    ]
     for receipt in receipts:
         counts = ", ".join(f"{count} {kind}" for kind, count in receipt.counts.items() if count) or "nothing"
         lines += [f"## {receipt.target}: {receipt.state}", "", f"{counts}; verified: {receipt.verified}."]

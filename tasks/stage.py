@@ -23,9 +23,7 @@ class Staged:
         self.plan = plan
 
 
-def plan_and_stage(
-    paths: list[str], exclude: str, origin: Origin, into: Path, cancelled: threading.Event
-) -> Plan:
+def plan_and_stage(paths: list[str], exclude: str, origin: Origin, into: Path, cancelled: threading.Event) -> Plan:
     """Plan the files below `paths` without the excluded ones and bring them into the folder `into`.
 
     Raises:

@@ -63,7 +63,9 @@ def from_document(document: BlockDocument) -> Target:
     except (ValidationError, RuntimeError, TypeError, ValueError) as exc:
         # A validation error repeats the values, which may be secrets: only the fields are told.
         fields = [".".join(map(str, e["loc"])) for e in exc.errors()] if isinstance(exc, ValidationError) else []
-        raise Misconfigured(f"its settings are not valid: {', '.join(fields) or type(exc).__name__}", str(document.name)) from exc
+        raise Misconfigured(
+            f"its settings are not valid: {', '.join(fields) or type(exc).__name__}", str(document.name)
+        ) from exc
     if not isinstance(target, Target):
         raise Misconfigured("is not a target", str(document.name))
     return target

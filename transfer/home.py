@@ -1,11 +1,11 @@
 """Where Talaria keeps its state on this machine, and who is alive there.
 
-    TALARIA_HOME (default ~/.talaria, mode 0700)
-    ├── ledger.sqlite     what arrived where
-    ├── receipts/         one JSON file per flow run
-    ├── staging/          one folder per running flow run
-    ├── owners/           one locked file per living process that runs dispatches
-    └── locks/            one file per dispatch and destination in progress
+TALARIA_HOME (default ~/.talaria, mode 0700)
+├── ledger.sqlite     what arrived where
+├── receipts/         one JSON file per flow run
+├── staging/          one folder per running flow run
+├── owners/           one locked file per living process that runs dispatches
+└── locks/            one file per dispatch and destination in progress
 """
 
 from __future__ import annotations
