@@ -20,6 +20,8 @@ from transfer.plan import Item, Plan
 FICLONE = 0x40049409  # ioctl_ficlone(2)
 COPY_BYTES = 1 << 24  # one call of copy_file_range(2)
 FULL = (errno.ENOSPC, errno.EDQUOT)
+# How copy_file_range(2) says that these two file systems can't: then the bytes go through our hands.
+NOT_IN_KERNEL = (errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM)
 
 
 def stage(plan: Plan, into: Path, check: Callable[[], None] = lambda: None) -> Plan:
@@ -84,24 +86,30 @@ def _copy(source: str, copy: Path) -> None:
     os.utime(copy, ns=(info.st_atime_ns, info.st_mtime_ns))
 
 
-def copy_bytes(reader: int, writer: int, moved: Callable[[int], None] = lambda count: None) -> int:
+def copy_bytes(
+    reader: int, writer: int, moved: Callable[[int], None] = lambda count: None, piece_bytes: int = COPY_BYTES
+) -> int:
     """Copy all bytes between two open files inside the kernel where it can; return how many.
 
     Args:
         moved: called with the count of every piece; may raise to stop.
+        piece_bytes: the largest piece.
     """
     total, in_kernel = 0, True
     while True:
         if in_kernel:
             try:
-                count = os.copy_file_range(reader, writer, COPY_BYTES)
+                count = os.copy_file_range(reader, writer, piece_bytes)
             except OSError as exc:
-                if total or exc.errno in FULL:
+                if total or exc.errno not in NOT_IN_KERNEL:
                     raise
                 in_kernel = False
                 continue
+            if count == 0 and total == 0:  # some file systems answer so for "can't" (copy_file_range(2), BUGS)
+                in_kernel = False
+                continue
         else:
-            piece = os.read(reader, 1 << 20)
+            piece = os.read(reader, min(piece_bytes, 1 << 20))
             count = len(piece)
             while piece:
                 piece = piece[os.write(writer, piece) :]
