@@ -1,0 +1,188 @@
+"""Brings files into a file system so that nobody ever sees half of one, and nothing is lost when the power goes.
+
+POSIX calls only, no threads: what is copied under one name, flushed, and given its final name by one rename.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import stat
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
+
+READ_BYTES = 1 << 20  # one read while comparing
+# What link(2) says where the file system, or the owner, allows no hard link.
+NO_LINK = (errno.EPERM, errno.EXDEV, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES, errno.EINVAL)
+
+
+class Silent(Exception):
+    """A file system did not answer in time."""
+
+
+def within(seconds: float, ask: Callable[[], T]) -> T:
+    """Return what `ask` returns; a share whose server is gone may block it for ever, and then its thread is left.
+
+    Raises:
+        Silent: no answer in time.
+        OSError: as `ask` does.
+    """
+    answers: list[T] = []
+    errors: list[OSError] = []
+
+    def run() -> None:
+        try:
+            answers.append(ask())
+        except OSError as exc:
+            errors.append(exc)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if errors:
+        raise errors[0]
+    if not answers:
+        raise Silent
+    return answers[0]
+
+
+def make_folders(path: Path, below: Path, mode: int | None = None, group: int | None = None) -> list[Path]:
+    """Make the folders from `below` (which exists) down to `path`; return those that are new, the highest first."""
+    made: list[Path] = []
+    missing = []
+    while path != below and not path.is_dir():
+        missing.append(path)
+        path = path.parent
+    for folder in reversed(missing):
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            if not folder.is_dir():  # else somebody else was faster
+                raise
+            continue
+        own(folder, mode, group)
+        made.append(folder)
+    return made
+
+
+def own(folder: Path, mode: int | None, group: int | None) -> None:
+    """Give a folder its permissions and group; a set-group-ID bit that it inherited stays (chmod(2) drops it)."""
+    if group is not None:
+        os.chown(folder, -1, group)
+    if mode is not None:
+        os.chmod(folder, mode | (folder.stat().st_mode & stat.S_ISGID))
+
+
+def flush_folder(folder: Path) -> None:
+    """Wait until the entries of a folder are on disk, where the file system knows of such a thing."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    except OSError as exc:
+        if exc.errno not in (errno.EINVAL, errno.EBADF, errno.EOPNOTSUPP):  # shares that can't flush folders
+            raise
+    finally:
+        os.close(fd)
+
+
+def flush_soon(fd: int) -> None:
+    """Begin to write a file's content to disk, so that a later fsync(2) waits less."""
+    with suppress(OSError):
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def move_folder(source: Path, final: Path) -> bool:
+    """Give a whole folder its final name in one step; False if there is something of that name."""
+    try:
+        os.rename(source, final)
+    except OSError as exc:
+        if exc.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            return False
+        raise
+    return True
+
+
+def move_file(source: Path, final: Path) -> bool:
+    """Give a file its final name in one step; False, and nothing changed, if there is something of that name.
+
+    rename(2) replaces what is there, also what another process put there since we looked; link(2) doesn't.
+    """
+    try:
+        os.link(source, final, follow_symlinks=False)
+    except FileExistsError:
+        return False
+    except OSError as exc:
+        if exc.errno not in NO_LINK:
+            raise
+        if os.path.lexists(final):
+            return False
+        os.rename(source, final)
+        return True
+    os.unlink(source)
+    return True
+
+
+def same_content(one: int, other: Path, check: Callable[[], None]) -> bool:
+    """Compare an open file with another, byte by byte.
+
+    Args:
+        check: called between pieces; may raise to stop.
+    """
+    with open(other, "rb", buffering=0) as file:
+        if os.fstat(one).st_size != os.fstat(file.fileno()).st_size:
+            return False
+        offset = 0
+        while True:
+            check()
+            mine = os.pread(one, READ_BYTES, offset)
+            if mine != os.pread(file.fileno(), len(mine) or 1, offset):
+                return False
+            if not mine:
+                return True
+            offset += len(mine)
+
+
+def checksum(fd: int, check: Callable[[], None], *, from_disk: bool = False) -> bytes:
+    """SHA-256 of an open file, from its beginning.
+
+    Args:
+        check: called between pieces; may raise to stop.
+        from_disk: drop what the page cache holds first, so that the disk, or the share, is really asked.
+    """
+    if from_disk:
+        flush_soon(fd)
+    digest, offset = hashlib.sha256(), 0
+    while piece := os.pread(fd, READ_BYTES, offset):
+        check()
+        digest.update(piece)
+        offset += len(piece)
+    return digest.digest()
+
+
+def room(folder: Path) -> tuple[int, int, int]:
+    """Free bytes, free inodes and the size of a block; -1 where the file system doesn't tell."""
+    info = os.statvfs(folder)
+    free = info.f_bavail * info.f_frsize if info.f_blocks else -1
+    return free, info.f_favail if info.f_files else -1, info.f_frsize or 4096
+
+
+def readable(fd: int) -> bool:
+    """Tell whether an open file can be read to its end: whose fault an input/output error was."""
+    offset = 0
+    try:
+        while piece := os.pread(fd, READ_BYTES, offset):
+            offset += len(piece)
+    except OSError:
+        return False
+    return True
+
+
+def size(count: int) -> str:
+    """A number of bytes for people."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"

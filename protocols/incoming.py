@@ -1,0 +1,352 @@
+"""Writes the files of a plan into a hidden folder beside the place where they shall be, whole and flushed.
+
+    <root>/.incoming-<dispatch id>/<owner>/
+    ├── parts/               files that are being written
+    └── files/<name>/...     whole files: what a killed dispatch goes on with
+
+What is here has not arrived yet: giving it its final name is the caller's step, when all of it is here.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import shutil
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from protocols import filesystem as fs
+from transfer.errors import Busy, Interrupted, Rejected
+from transfer.plan import Item, Plan
+from transfer.receipt import Kind, OnOutcome, Outcome
+from transfer.staging import copy_bytes
+from transfer.throttle import Throttle
+
+PIECE_BYTES = 4 << 20  # between two looks at the cancel flag: a share of 1 MB/s is left within five seconds
+BATCH_FILES = 64  # written, then flushed together: flushing each at once takes three times as long
+# What the file system says of one file, whose fault it then is.
+ITEM_ERRORS = {
+    errno.ENAMETOOLONG: "its name is too long for the file system",
+    errno.EILSEQ: "the file system doesn't take the characters of its name",
+    errno.EINVAL: "the file system doesn't take its name",
+    errno.EFBIG: "it is larger than the file system allows",
+    errno.EISDIR: "there is a folder of its name",
+    errno.EEXIST: "there is a file in the place of its folder",
+    errno.ENOTDIR: "there is a file in the place of its folder",
+}
+
+
+class Stopped(Exception):
+    """Another thread's error ends this one's work."""
+
+
+@dataclass(frozen=True)
+class Style:
+    """How files are written.
+
+    Attributes:
+        threads: files written at once.
+        bandwidth_limit: bytes per second, None for no limit.
+        link: whether a hard link to the source may stand for a copy.
+        mode, dir_mode: permissions of files and folders, None for what the umask gives.
+        group: number of the group that they get, None for the user's own.
+    """
+
+    threads: int = 4
+    bandwidth_limit: int | None = None
+    link: bool = False
+    mode: int | None = None
+    dir_mode: int | None = None
+    group: int | None = None
+
+
+class Place:
+    """One folder of the target: where its files are written, and where they shall be.
+
+    Args:
+        folder: its name, relative to `root`; may have several parts.
+        hidden: what is written goes below a folder of this name.
+    """
+
+    def __init__(self, root: Path, folder: str, hidden: str, owner: str) -> None:
+        self.items: list[Item] = []
+        self.final = root / folder
+        self.existed = os.path.lexists(self.final)
+        near = self.final
+        while not near.is_dir():
+            near = near.parent
+        # On the file system of the final name, which may be one of its own: a rename can't cross over.
+        above = root if near.stat().st_dev == root.stat().st_dev else near
+        self.base = above / hidden / owner
+        self.parts = self.base / "parts"
+        self.files = self.base / "files" / folder
+        self._known: set[str] = set()
+        self._numbers = itertools.count()
+        self._unique = uuid.uuid4().hex[:12]  # several processes may be at it
+        self._lock = threading.Lock()
+
+    def part(self) -> str:
+        """Return the path of a file to write."""
+        return f"{self.parts}/{self._unique}-{next(self._numbers)}"
+
+    def make_for(self, kept: str, style: Style) -> None:
+        """Make the folders that a whole file will be in."""
+        folder = os.path.dirname(kept)
+        if folder in self._known:
+            return
+        with self._lock:
+            if not self._known:
+                fs.make_folders(self.parts, self.base.parent.parent)
+                fs.make_folders(self.files.parent, self.base)
+            # Only what will be seen gets the permissions that the target asks for.
+            fs.make_folders(Path(folder), self.files.parent, style.dir_mode, style.group)
+            self._known.add(folder)
+
+    def discard(self) -> None:
+        """Remove what was written and is not under its final name."""
+        shutil.rmtree(self.base, ignore_errors=True)
+        with suppress(OSError):  # files of another owner are in it
+            self.base.parent.rmdir()
+
+
+class Incoming:
+    """Brings the items of a plan into the hidden folders of their places, several at once.
+
+    Args:
+        where: the place of each item, by its path.
+    """
+
+    def __init__(self, plan: Plan, where: dict[str, Place], on_outcome: OnOutcome, style: Style) -> None:
+        self.plan, self.where, self.on_outcome, self.style = plan, where, on_outcome, style
+        self._throttle = Throttle(style.bandwidth_limit)
+        # A hard link shares owner and permissions with the source: none of its own can be given to it.
+        self._linking = style.link and style.mode is None and style.group is None
+        self._linked: list[Item] = []
+        self._failed = threading.Event()
+
+    def kept(self, item: Item) -> str:
+        """Where the item is when it is whole."""
+        return f"{self.where[item.path].files}/{item.path}"
+
+    def bring(self, items: list[Item]) -> list[Item]:
+        """Write, or find written, what is in these items; return those that are here now, flushed.
+
+        The others were rejected, which has been told.
+
+        Raises:
+            Busy: they don't fit.
+            Interrupted: something else was written than should be.
+            Cancelled, OSError: as they come; what is whole by then stays for the next attempt.
+        """
+        resumed = self._resumed(items)
+        copying = [item for item in items if item.path not in resumed]
+        self._need_room(copying)
+        self.in_threads([item for item in items if item.path in resumed], self._flush)
+        self.in_threads(copying, self._copy)
+        for item in self._linked:
+            self._check_link(item)
+        return [item for item in items if item.path not in self.on_outcome.outcomes]
+
+    def check(self) -> None:
+        """Raise if the work shall stop, or has failed in another thread."""
+        self.on_outcome.check()
+        if self._failed.is_set():
+            raise Stopped
+
+    def in_threads(self, items: list[Item], work: Callable[[list[Item]], None]) -> None:
+        """Do the work in batches, several at once; the first error stops the others and is raised."""
+        if not items:
+            return
+        threads = min(self.style.threads, len(items))
+        size = min(BATCH_FILES, -(-len(items) // threads))
+        first: list[BaseException] = []
+
+        def run(batch: list[Item]) -> None:
+            if self._failed.is_set():
+                return
+            try:
+                work(batch)
+            except Stopped:
+                pass
+            except BaseException as exc:
+                first.append(exc)
+                self._failed.set()
+
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(run, (items[start : start + size] for start in range(0, len(items), size))))
+        if first:
+            raise first[0]
+
+    def same_checksum(self, item: Item, file: Path | str) -> bool:
+        """Compare the SHA-256 of an item with that of a file that is read back.
+
+        Raises:
+            Rejected: the item can't be read (any more).
+        """
+        with self.plan.open(item) as fd:
+            ours = fs.checksum(fd, self.check)
+        fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return fs.checksum(fd, self.check, from_disk=True) == ours
+        finally:
+            os.close(fd)
+
+    def prove(self, items: list[Item]) -> None:
+        """Compare checksums of what is here with the source's.
+
+        Raises:
+            Interrupted: one differs; it is removed.
+        """
+
+        def work(batch: list[Item]) -> None:
+            for item in batch:
+                if not self.same_checksum(item, self.kept(item)):
+                    os.unlink(self.kept(item))
+                    raise Interrupted("a file that was read back is not the one that was written", item=item.shown)
+
+        self.in_threads(items, work)
+
+    def _resumed(self, items: list[Item]) -> frozenset[str]:
+        """Return the paths of the items that an earlier attempt has written; clear what else it left."""
+        wanted = {self.kept(item): item for item in items}
+        found: set[str] = set()
+        for place in set(self.where.values()):
+            if not place.base.is_dir():
+                continue
+            shutil.rmtree(place.parts, ignore_errors=True)
+            for folder, _, files in os.walk(place.files):
+                for file in files:
+                    kept = f"{folder}/{file}"
+                    # Only whole files come here, and the dispatch's id stands for the files as they are.
+                    if kept in wanted and os.lstat(kept).st_size == wanted[kept].size:
+                        found.add(wanted[kept].path)
+                    else:
+                        os.unlink(kept)
+        return frozenset(found)
+
+    def _need_room(self, items: list[Item]) -> None:
+        needs: dict[Path, list[Item]] = {}
+        for item in items:
+            place = self.where[item.path]
+            needs.setdefault(place.base.parent.parent, []).append(item)
+        for folder, group in needs.items():
+            if self._linking and self.plan.root.stat().st_dev == folder.stat().st_dev:
+                continue
+            free, inodes, block = fs.room(folder)
+            need = sum(-(-item.size // block) * block for item in group)
+            if 0 <= free < need:
+                raise Busy(f"no room: {fs.size(need)} are needed, {fs.size(free)} are free")
+            if 0 <= inodes < len(group):
+                raise Busy(f"no room: {len(group)} files are to come, {inodes} more are possible")
+
+    def _copy(self, batch: list[Item]) -> None:
+        """Write a batch of files under the names that they keep, then flush them."""
+        open_files: list[int] = []
+        try:
+            for item in batch:
+                self.check()
+                try:
+                    open_files.append(self._copy_item(item))
+                except Rejected as exc:
+                    self.on_outcome(item, Outcome(Kind.REJECTED, exc.message))
+            for fd in open_files:
+                self.check()
+                os.fdatasync(fd)
+        finally:
+            for fd in open_files:
+                os.close(fd)
+
+    def _copy_item(self, item: Item) -> int:
+        """Write one file; return its descriptor, to be flushed and closed."""
+        place, kept = self.where[item.path], self.kept(item)
+        with _blamed_on(item):
+            place.make_for(kept, self.style)
+            with self.plan.open(item) as reader:
+                if self._linking and self._link(item, reader, kept):
+                    return os.dup(reader)
+                part = place.part()
+                writer = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+                try:
+                    self._fill(item, reader, writer)
+                    os.rename(part, kept)
+                except BaseException:
+                    os.close(writer)
+                    with suppress(OSError):
+                        os.unlink(part)
+                    raise
+                return writer
+
+    def _link(self, item: Item, reader: int, kept: str) -> bool:
+        """Make a hard link to the source; say whether that could be done."""
+        try:
+            os.link(self.plan.file(item), kept)
+        except OSError as exc:
+            if exc.errno not in fs.NO_LINK:
+                raise
+            if exc.errno != errno.EMLINK:  # which is about this one file
+                self._linking = False
+            return False
+        if os.lstat(kept).st_ino != os.fstat(reader).st_ino:
+            os.unlink(kept)
+            raise Rejected("changed since the dispatch was planned", item=item.shown)
+        self._linked.append(item)
+        self.on_outcome.moved(item.size)  # no byte goes anywhere: nothing to throttle
+        return True
+
+    def _check_link(self, item: Item) -> None:
+        """Look once more, just before it is seen, whether what a link shares with the source is still the same."""
+        now = os.lstat(self.kept(item))
+        if (now.st_size, now.st_mtime_ns) != (item.size, item.mtime_ns):
+            os.unlink(self.kept(item))
+            self.on_outcome(item, Outcome(Kind.REJECTED, "changed since the dispatch was planned"))
+
+    def _fill(self, item: Item, reader: int, writer: int) -> None:
+        """Copy the content, and set all that belongs to the file but its name."""
+        try:
+            copy_bytes(reader, writer, self._moved, min(PIECE_BYTES, self._throttle.piece))
+        except OSError as exc:
+            if exc.errno == errno.EIO and not fs.readable(reader):
+                raise Rejected(f"can't be read: {exc.strerror}", item=item.shown) from exc
+            raise
+        self.plan.check(item, reader)
+        written = os.fstat(writer).st_size
+        if written != item.size:
+            raise Interrupted(f"a file has {written} bytes after {item.size} were written", item=item.shown)
+        if self.style.group is not None:
+            os.fchown(writer, -1, self.style.group)
+        if self.style.mode is not None:
+            os.fchmod(writer, self.style.mode)
+        os.utime(writer, ns=(item.mtime_ns, item.mtime_ns))
+        fs.flush_soon(writer)
+
+    def _moved(self, count: int) -> None:
+        self._throttle.spend(count)
+        self.on_outcome.moved(count)
+        self.check()
+
+    def _flush(self, batch: list[Item]) -> None:
+        """Flush files that an earlier attempt wrote; it may have been killed before it did."""
+        for item in batch:
+            self.check()
+            fd = os.open(self.kept(item), os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+
+
+@contextmanager
+def _blamed_on(item: Item) -> Iterator[None]:
+    """Reject the item for what the file system says of it alone."""
+    try:
+        yield
+    except OSError as exc:
+        if exc.errno in ITEM_ERRORS:
+            raise Rejected(ITEM_ERRORS[exc.errno], item=item.shown) from exc
+        raise

@@ -1,0 +1,409 @@
+"""Folder targets: files go to `<folder>/<name>/<relative path>`, and `<name>` appears when it is whole.
+
+What is written lies in `<folder>/.incoming-<dispatch id>/` first (protocols/incoming.py). A new `<name>` then comes
+by one rename; into one that is there already, each file comes by a rename of its own. `.complete` comes last.
+
+Messages never hold `<name>`: a layout may make it of a patient's data.
+"""
+
+from __future__ import annotations
+
+import errno
+import grp
+import os
+import pwd
+import shutil
+import stat
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from blocks.folder import FolderTarget, Link
+from protocols import filesystem as fs
+from protocols.incoming import ITEM_ERRORS, Incoming, Place, Style
+from tasks.driver import Driver, Facts
+from transfer.errors import (
+    Busy,
+    Cancelled,
+    Denied,
+    DispatchError,
+    Interrupted,
+    Misconfigured,
+    NotFound,
+    Permanent,
+    Rejected,
+    Unreachable,
+)
+from transfer.header import Damaged, NotDicom, read_header
+from transfer.health import Health
+from transfer.layout import names
+from transfer.plan import Item, Plan
+from transfer.receipt import ALREADY, Kind, Level, OnOutcome, Outcome, Receipt
+
+MARKER = ".complete"
+REPLACED = Outcome(Kind.WARNING, "replaced an older file of this name")
+
+# What the file system says, and what it means for the whole target.
+ERRORS: dict[int, type[DispatchError]] = {
+    errno.ENOENT: NotFound,
+    errno.ENOTDIR: Misconfigured,
+    errno.ELOOP: Misconfigured,
+    errno.ENAMETOOLONG: Misconfigured,
+    errno.EXDEV: Misconfigured,
+    errno.EACCES: Denied,
+    errno.EPERM: Denied,
+    errno.EROFS: Denied,
+    errno.ENOSPC: Busy,
+    errno.EDQUOT: Busy,
+    errno.EMFILE: Busy,
+    errno.ENFILE: Busy,
+    errno.ENOMEM: Busy,
+    errno.EAGAIN: Busy,
+    errno.EBUSY: Busy,
+    errno.ENOLCK: Busy,
+    errno.EIO: Interrupted,
+    errno.ESTALE: Interrupted,
+    errno.EREMOTEIO: Interrupted,
+    errno.ECONNRESET: Interrupted,
+    errno.ECONNABORTED: Interrupted,
+    errno.ENODEV: Unreachable,
+    errno.ENXIO: Unreachable,
+    errno.ENOTCONN: Unreachable,
+    errno.ECONNREFUSED: Unreachable,
+    errno.EHOSTDOWN: Unreachable,
+    errno.EHOSTUNREACH: Unreachable,
+    errno.ENETUNREACH: Unreachable,
+    errno.ENETDOWN: Unreachable,
+    errno.ETIMEDOUT: Unreachable,
+}
+
+
+@contextmanager
+def errors(target: FolderTarget) -> Iterator[None]:
+    """Turn what the file system says into our own errors, and name the folder in them."""
+    try:
+        yield
+    except fs.Silent as exc:
+        raise Unreachable(f"{target.folder} did not answer within {target.connect_timeout_s:g} s", target.name) from exc
+    except (Busy, Interrupted) as exc:
+        if not exc.target:
+            exc.message, exc.target = f"{target.folder}: {exc.message}", target.name
+        raise
+    except OSError as exc:
+        exc.filename = exc.filename2 = None  # a path below the folder may hold a patient's data
+        kind = ERRORS.get(exc.errno or 0)
+        if kind is None:
+            raise
+        if kind is NotFound and Path(target.folder).is_dir():
+            raise Interrupted(
+                f"{target.folder}: what is being written there vanishes: another program clears it", target.name
+            ) from exc
+        raise kind(_words(target, exc), target.name) from exc
+
+
+def _words(target: FolderTarget, exc: OSError) -> str:
+    """What to tell of an error of the file system: where, what it says, and what to do."""
+    if exc.errno in (errno.ENOSPC, errno.EDQUOT):
+        remedy = f"{fs.size(fs.room(Path(target.folder))[0])} are free; make room"
+    elif exc.errno in (errno.EACCES, errno.EPERM):
+        remedy = f"user {_user()} must be able to write to it"
+    else:
+        remedy = {
+            errno.ENOENT: "make the folder, or mount the share that it lies on",
+            errno.ENOTDIR: "name a folder",
+            errno.EROFS: "mount it so that it can be written to",
+            errno.EXDEV: "one folder of a dispatch must lie on one file system",
+        }.get(exc.errno or 0, "")
+    return f"{target.folder}: {exc.strerror}" + (f": {remedy}" if remedy else "")
+
+
+def _user() -> str:
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return str(os.geteuid())
+
+
+# ---- connect
+
+
+def connect(target: FolderTarget) -> Path:
+    """Return the target's folder, which is there and answers.
+
+    Raises:
+        NotFound: it doesn't exist; it is never made, since a share that isn't mounted looks just so.
+        Misconfigured: it is no folder, or the group doesn't exist.
+        Unreachable: the file system doesn't answer.
+        Denied: the way to it is closed.
+    """
+    root = Path(target.folder)
+    with errors(target):
+        info = fs.within(target.connect_timeout_s, root.stat)
+        if not stat.S_ISDIR(info.st_mode):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+    _style(target)
+    return root
+
+
+def _style(target: FolderTarget) -> Style:
+    group: int | None = None
+    if target.group is not None:
+        try:
+            group = int(target.group) if target.group.isdecimal() else grp.getgrnam(target.group).gr_gid
+        except KeyError as exc:
+            raise Misconfigured(f"group {target.group!r} does not exist on this machine", target.name) from exc
+    return Style(
+        threads=target.concurrency,
+        bandwidth_limit=target.bandwidth_limit,
+        link=target.link is Link.AUTO,
+        mode=int(target.mode, 8) if target.mode else None,
+        dir_mode=int(target.dir_mode, 8) if target.dir_mode else None,
+        group=group,
+    )
+
+
+# ---- check
+
+
+def check(target: FolderTarget) -> Health:
+    """Probe: the folder is there, what a delivery does can be done in it, there is room."""
+    health = Health()
+    with health.probe("folder") as probe:
+        root = connect(target)
+        probe.detail = str(root.resolve())
+    if not health.ok:
+        health.skip("authorize", "space")
+        return health
+    with health.probe("authorize") as probe, errors(target):
+        _rehearse(target, root)
+        probe.detail = f"written, renamed and removed as user {_user()}"
+    with health.probe("space") as probe, errors(target):
+        free, inodes, _ = fs.room(root)
+        if free == 0 or inodes == 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        probe.detail = f"{fs.size(free)} are free" if free > 0 else "the file system doesn't tell"
+    return health
+
+
+def _rehearse(target: FolderTarget, root: Path) -> None:
+    """Do once what a delivery does, under names that are no delivery's, and remove it."""
+    style = _style(target)
+    probe = root / f".talaria-{uuid.uuid4().hex}"
+    renamed = probe.with_name(f"{probe.name}-renamed")
+    try:
+        probe.mkdir()
+        fs.own(probe, style.dir_mode, style.group)
+        file = probe / "probe"
+        file.write_bytes(b"probe")
+        fs.own(file, style.mode, style.group)
+        fs.flush_folder(probe)
+        probe.rename(renamed)
+        if (renamed / "probe").read_bytes() != b"probe":
+            raise Misconfigured(f"{target.folder}: what is written there can't be read back", target.name)
+    finally:
+        for left in (probe, renamed):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+# ---- push
+
+
+def push(target: FolderTarget, plan: Plan, on_outcome: OnOutcome) -> Receipt:
+    """Copy what is pending, give it its final name at once, and put the marker last."""
+    on_outcome.check()
+    root = connect(target)
+    with errors(target):
+        job = _Push(target, plan, on_outcome, root)
+        try:
+            return job.run()
+        except (Cancelled, Permanent):
+            job.discard()  # nobody will go on with it
+            raise
+
+
+class _Push:
+    """One push; its steps stand here in the order in which they are made."""
+
+    def __init__(self, target: FolderTarget, plan: Plan, on_outcome: OnOutcome, root: Path) -> None:
+        self.target, self.plan, self.on_outcome, self.root = target, plan, on_outcome, root
+        self.style = _style(target)
+        self.places: dict[str, Place] = {}
+        self.where: dict[str, Place] = {}
+        self.notes: list[str] = []
+        for path, folder in names(plan, target.layout).items():
+            if folder not in self.places:
+                self.places[folder] = Place(root, folder, f".incoming-{plan.dispatch_id}", target.name)
+            self.where[path] = self.places[folder]
+        for item in plan.items:
+            self.where[item.path].items.append(item)
+        self.incoming = Incoming(plan, self.where, on_outcome, self.style)
+
+    def run(self) -> Receipt:
+        here = self.incoming.bring([item for item in self.plan.pending if not self._already(item)])
+        if self.target.verify is Level.PROVEN:
+            self.incoming.prove(here)
+        for place in self.places.values():
+            self.on_outcome.check()
+            self._publish(place, [item for item in here if self.where[item.path] is place])
+        verified = self._verify(frozenset(item.path for item in here))
+        for place in self.places.values():
+            self._mark(place)
+        self.discard()
+        return self.on_outcome.receipt(self.target.name, self.plan, verified, tuple(self.notes))
+
+    def discard(self) -> None:
+        """Remove what lies beside the final names."""
+        for place in self.places.values():
+            place.discard()
+
+    def _already(self, item: Item) -> bool:
+        """Tell an item that is there under its final name, whole; say whether it is."""
+        place = self.where[item.path]
+        if not place.existed:
+            return False
+        final = place.final / item.path
+        try:
+            info = final.lstat()
+            if not stat.S_ISREG(info.st_mode) or info.st_size != item.size:
+                return False
+            # A file system that keeps coarser times needs a look at the content.
+            if info.st_mtime_ns != item.mtime_ns:
+                with self.plan.open(item) as fd:
+                    if not fs.same_content(fd, final, self.on_outcome.check):
+                        return False
+        except (FileNotFoundError, NotADirectoryError, PermissionError, Rejected):
+            return False
+        except OSError as exc:
+            if exc.errno in ITEM_ERRORS:
+                return False
+            raise
+        self.on_outcome(item, ALREADY)
+        return True
+
+    def _publish(self, place: Place, items: list[Item]) -> None:
+        """Give the files of one place their final names, then tell that they have arrived."""
+        if not items:
+            return
+        for written, _, _ in os.walk(str(place.files), topdown=False):
+            fs.flush_folder(Path(written))
+        new = fs.make_folders(place.final.parent, self.root, self.style.dir_mode, self.style.group)
+        touched = {folder.parent for folder in new}
+        if fs.move_folder(place.files, place.final):
+            outcomes = [Outcome(Kind.DELIVERED)] * len(items)
+            touched.add(place.final.parent)
+        else:
+            outcomes = [self._merge(place, item, touched) for item in items]
+        for folder in touched:
+            fs.flush_folder(folder)
+        for item, outcome in zip(items, outcomes, strict=True):
+            self.on_outcome(item, outcome)
+
+    def _merge(self, place: Place, item: Item, touched: set[Path]) -> Outcome:
+        """Bring one file into a folder that is there already; another file of its name is not simply lost."""
+        kept, final = Path(self.incoming.kept(item)), place.final / item.path
+        try:
+            new = fs.make_folders(final.parent, place.final, self.style.dir_mode, self.style.group)
+            touched |= {folder.parent for folder in new} | {final.parent}
+            if fs.move_file(kept, final):
+                return Outcome(Kind.DELIVERED)
+            if not stat.S_ISREG(final.lstat().st_mode):
+                return Outcome(Kind.REJECTED, ITEM_ERRORS[errno.EISDIR])
+            with open(kept, "rb") as file:
+                if fs.same_content(file.fileno(), final, self.on_outcome.check):
+                    return ALREADY
+            if other := _other_instance(item, final):
+                return Outcome(Kind.REJECTED, f"another instance has its name there, {other}: use a finer layout")
+            kept.replace(final)
+        except OSError as exc:
+            if exc.errno in ITEM_ERRORS:
+                return Outcome(Kind.REJECTED, ITEM_ERRORS[exc.errno])
+            raise
+        return REPLACED
+
+    def _verify(self, proven: frozenset[str]) -> Level:
+        """Reach the level that is asked for, for all items; what isn't there is taken back.
+
+        Args:
+            proven: paths of the items whose checksums were compared before they got their final names.
+        """
+        level = self.target.verify
+        if level is Level.ACCEPTED:
+            return level
+        old: list[Item] = []
+        for item in self._arrived(self.plan.items):
+            self.on_outcome.check()
+            if why := self._lacks(item):
+                self.on_outcome.revoke(item, why)
+            elif item.path not in proven:
+                old.append(item)
+        if level is Level.LISTED:
+            return level
+        unread: list[Item] = []
+
+        def work(batch: list[Item]) -> None:
+            for item in batch:
+                try:
+                    if not self.incoming.same_checksum(item, self.where[item.path].final / item.path):
+                        self.on_outcome.revoke(item, "its checksum there is not the one of what was sent")
+                except (Rejected, PermissionError):
+                    unread.append(item)
+
+        self.incoming.in_threads(old, work)
+        if not unread:
+            return level
+        self.notes.append(f"not proven: {len(unread)} files that were there before can't be read again")
+        return Level.LISTED
+
+    def _arrived(self, items: Iterable[Item]) -> Iterator[Item]:
+        """Those items that the target has, as far as was told now or before."""
+        for item in items:
+            outcome = self.on_outcome.outcomes.get(item.path)
+            if outcome.arrived if outcome else item.path in self.plan.done:
+                yield item
+
+    def _lacks(self, item: Item) -> str:
+        """Say why an item is not there under its final name, "" if it is."""
+        try:
+            info = (self.where[item.path].final / item.path).stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return "it was delivered, but is not there any more"
+        return "" if info.st_size == item.size else f"it has {info.st_size} bytes there instead of {item.size}"
+
+    def _mark(self, place: Place) -> None:
+        """Put the marker, if every file of the plan is there; its time tells when something came to an old one."""
+        if len(list(self._arrived(place.items))) < len(place.items) or not place.final.is_dir():
+            return
+        marker, told = place.final / MARKER, self.on_outcome.outcomes
+        if os.path.lexists(marker):
+            if any(item.path in told and told[item.path].kind is not Kind.ALREADY for item in place.items):
+                os.utime(marker)
+            return
+        if gone := sum(1 for item in place.items if item.path not in told and self._lacks(item)):
+            self.notes.append(f"no {MARKER}: {gone} files that had been delivered are not there any more")
+            return
+        marker.touch()
+        fs.own(marker, self.style.mode, self.style.group)
+        fs.flush_folder(place.final)
+
+
+def _other_instance(item: Item, final: Path) -> str:
+    """Return the SOP Instance UID of the DICOM file at `final` if it is another instance than the item, else ""."""
+    if item.header is None:
+        return ""
+    with open(final, "rb") as file, suppress(NotDicom, Damaged):
+        there = read_header(file.fileno(), os.fstat(file.fileno()).st_size).SOPInstanceUID
+        return there if there != item.header.SOPInstanceUID else ""
+    return ""
+
+
+driver = Driver(
+    target=FolderTarget,
+    check=check,
+    push=push,
+    facts=Facts(
+        keeps_names=True,
+        atomic_replace=True,
+        verifies_by=(Level.ACCEPTED, Level.LISTED, Level.PROVEN),
+    ),
+)
