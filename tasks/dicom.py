@@ -8,10 +8,10 @@ from blocks.dicom import SENDER, DicomTarget
 from blocks.dicom_tls import DicomTlsTarget
 from protocols import tls
 from protocols.dimse import transport
-from protocols.dimse.association import VERIFICATION, Link, negotiate
+from protocols.dimse.association import Link, negotiate
 from protocols.dimse.contexts import DEFLATED_LITTLE, LOSSLESS, UNCOMPRESSED, names
 from protocols.dimse.fleet import Fleet
-from protocols.dimse.transport import Peer
+from protocols.dimse.transport import VERIFICATION, Peer
 from tasks.driver import Driver, Facts
 from transfer.errors import Misconfigured
 from transfer.health import Health
@@ -128,6 +128,7 @@ def _probe(health: Health, target: DicomTarget) -> Link | None:
         with health.probe("tls") as probe:
             sock = wrapped = transport.handshake(sock, peer, peer.tls)
             probe.detail = tls.peer_facts(wrapped)
+            transport.verdict(wrapped, peer, peer.tls)
         if not health.ok:
             return None
     link: Link | None = None

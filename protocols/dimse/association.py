@@ -19,7 +19,17 @@ from pynetdicom.pdu_primitives import AsynchronousOperationsWindowNegotiation
 from pynetdicom.presentation import PresentationContext
 
 from protocols import tls
-from protocols.dimse.transport import PLAIN_ALERT, SLICE_S, Entity, Peer, Transport, connect, speaks_tls
+from protocols.dimse.transport import (
+    ABORT_REASONS,
+    PLAIN_ALERT,
+    REASONS,
+    SLICE_S,
+    Entity,
+    Peer,
+    Transport,
+    connect,
+    speaks_tls,
+)
 from transfer.errors import Busy, DispatchError, Interrupted, Misconfigured, TimedOut
 
 _config.LOG_HANDLER_LEVEL = "none"  # its handlers write identifiers, thus patients' data, to the log
@@ -27,30 +37,10 @@ _config.LOG_HANDLER_LEVEL = "none"  # its handlers write identifiers, thus patie
 MAX_CONTEXTS = 128  # odd numbers of one byte, PS3.8 section 9.3.2.2
 RELEASE_S = 5  # an answer to A-RELEASE-RQ is a courtesy: everything was confirmed before
 GRACE_S = 1  # for pynetdicom to notice its own time limit
-VERIFICATION = "1.2.840.10008.1.1"
 
-# PS3.8 table 9-21: why an association was rejected, by source and reason.
-REASONS = {
-    (1, 1): "no reason given",
-    (1, 2): "application context name not supported",
-    (1, 3): "calling AE title not recognised",
-    (1, 7): "called AE title not recognised",
-    (2, 1): "no reason given",
-    (2, 2): "protocol version not supported",
-    (3, 1): "temporary congestion",
-    (3, 2): "local limit exceeded",
-}
 REMEDIES = {
     (1, 3): ": correct aet_source, or make it known to the peer",
     (1, 7): ": correct aet_target",
-}
-# PS3.8 table 9-26: why the peer's provider aborted.
-ABORT_REASONS = {
-    1: "unrecognised PDU",
-    2: "unexpected PDU",
-    4: "unrecognised PDU parameter",
-    5: "unexpected PDU parameter",
-    6: "invalid PDU parameter value",
 }
 
 
@@ -179,11 +169,11 @@ def negotiate(
 
     def run() -> None:
         try:
-            address = sock.getpeername()
+            # The connection is there; the address is for pynetdicom's records.
             made.append(
                 ae.associate(
-                    (address[0], *address[2:]) if len(address) == 4 else address[0],
-                    address[1],
+                    "127.0.0.1",
+                    peer.port,
                     contexts=[_context(*each) for each in contexts],
                     ae_title=peer.called,
                     max_pdu=peer.max_pdu,
@@ -211,9 +201,6 @@ def negotiate(
         _give_up(sock, thread)
         raise TimedOut(f"{peer.where}: no answer to the association request within {peer.idle_timeout_s:g} s")
     [assoc] = made
-    if isinstance(assoc, OSError):
-        sock.close()
-        raise Interrupted(f"{peer.where}: the peer closed the connection at once") from assoc
     if isinstance(assoc, BaseException):
         sock.close()
         raise assoc
@@ -248,7 +235,7 @@ def _refused(link: Link, silent: bool) -> DispatchError:
     if head[:1] == b"\x03" and len(head) >= 10:
         return rejection(peer, *head[7:10])
     if head[:1] == b"\x07" and len(head) >= 10:
-        return Interrupted(f"{peer.where}: {aborted(*head[8:10])} instead of answering the association request")
+        return Interrupted(f"{peer.where}: {aborted(*head[8:10])} that was asked for")
     if head.startswith(PLAIN_ALERT) and peer.tls is None:
         return _wants_tls(peer)
     if head and head[0] not in (2, 3, 7):
@@ -278,5 +265,5 @@ def rejection(peer: Peer, result: int, source: int, reason: int) -> DispatchErro
 def aborted(source: int, reason: int) -> str:
     """Say in words what an A-ABORT tells (PS3.8 section 9.3.8)."""
     if source == 0:
-        return "the peer aborted"
-    return f"the peer's provider aborted ({ABORT_REASONS.get(reason, 'no reason given')})"
+        return "the peer aborted the association"
+    return f"the peer's provider aborted the association ({ABORT_REASONS.get(reason, 'no reason given')})"

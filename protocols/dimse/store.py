@@ -169,6 +169,8 @@ class Sender:
         self._sock = self.link.transport.lend()
         self._plain = not isinstance(self._sock, ssl.SSLSocket)
         self._sock.settimeout(SLICE_S)
+        self._received += self.link.transport.ahead
+        self.link.transport.ahead.clear()
         if not self.link.assoc.is_established:
             self.link.transport.take_back()
             raise Interrupted(f"{self.peer.where}: the peer ended the association")
@@ -280,7 +282,7 @@ class Sender:
 
     def _take(self, kind: int, body: bytes) -> Response | None:
         if kind == message.ABORT:
-            raise Interrupted(f"{self.peer.where}: {aborted(*(body + bytes(4))[2:4])} the association")
+            raise Interrupted(f"{self.peer.where}: {aborted(*(body + bytes(4))[2:4])}")
         if kind == message.RELEASE_RQ:
             with suppress(OSError):
                 self._sock.send(message.RELEASE_RP_PDU)

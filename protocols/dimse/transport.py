@@ -19,15 +19,46 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from pynetdicom import AE
+from pydicom.uid import UID
+from pynetdicom import AE, PYNETDICOM_IMPLEMENTATION_UID, build_context
+from pynetdicom._globals import APPLICATION_CONTEXT_NAME
 from pynetdicom.association import Association
+from pynetdicom.pdu import A_ASSOCIATE_RQ
+from pynetdicom.pdu_primitives import A_ASSOCIATE, ImplementationClassUIDNotification, MaximumLengthNotification
 from pynetdicom.transport import T_CONNECT, AddressInformation, AssociationSocket
 
 from protocols import tls
-from transfer.errors import DispatchError, Interrupted, TimedOut, Unreachable
+from transfer.errors import DispatchError, Interrupted, Misconfigured, TimedOut, Unreachable
 
 SLICE_S = 0.2  # how often a wait looks whether it shall stop
+VERIFICATION = "1.2.840.10008.1.1"
+PROBE_S = 3  # for a second opinion on what a port speaks
+VERDICT_S = 0.3  # a peer that takes our certificate may stay silent; one that doesn't says so at once
+RECEIVE = 65_536  # bytes
+ABORT_PDU = b"\x07\0\0\0\0\4\0\0\0\0"
+HEAD = 16  # bytes: enough for every PDU that ends an association
 PLAIN_ALERT = b"\x15\x03"  # how a TLS alert begins (RFC 8446 section 5.1): what a TLS peer answers to a plain request
+
+# PS3.8 table 9-21: why an association was rejected, by source and reason.
+REASONS = {
+    (1, 1): "no reason given",
+    (1, 2): "application context name not supported",
+    (1, 3): "calling AE title not recognised",
+    (1, 7): "called AE title not recognised",
+    (2, 1): "no reason given",
+    (2, 2): "protocol version not supported",
+    (3, 1): "temporary congestion",
+    (3, 2): "local limit exceeded",
+}
+# PS3.8 table 9-26: why the peer's provider aborted.
+ABORT_REASONS = {
+    0: "no reason given",
+    1: "unrecognised PDU",
+    2: "unexpected PDU",
+    4: "unrecognised PDU parameter",
+    5: "unexpected PDU parameter",
+    6: "invalid PDU parameter value",
+}
 
 
 @dataclass(frozen=True)
@@ -138,16 +169,50 @@ def handshake(
                 _wait(wrapped, select.POLLIN, peer.connect_timeout_s, check)
             except ssl.SSLWantWriteError:
                 _wait(wrapped, select.POLLOUT, peer.connect_timeout_s, check)
-    except TimeoutError as exc:
-        wrapped.close()
-        raise TimedOut(f"{peer.where}: no answer to the TLS handshake within {peer.connect_timeout_s:g} s") from exc
     except OSError as exc:
         wrapped.close()
-        raise tls.classify(exc, peer.where, has_cert=bool(settings.cert)) from exc
+        raise _no_handshake(exc, peer, settings) from exc
     except BaseException:
         wrapped.close()
         raise
     return wrapped
+
+
+def _no_handshake(exc: OSError, peer: Peer, settings: tls.Tls) -> DispatchError:
+    if isinstance(exc, TimeoutError):
+        error: DispatchError = TimedOut(
+            f"{peer.where}: no answer to the TLS handshake within {peer.connect_timeout_s:g} s"
+        )
+    else:
+        error = tls.classify(exc, peer.where, has_cert=bool(settings.cert))
+    # Peers without TLS answer its first bytes in one of three ways: by an A-ABORT, which `classify` knows for what
+    # it is, by hanging up, or not at all.
+    if isinstance(error, Interrupted | TimedOut) and speaks_dicom(peer):
+        return Misconfigured(f"{peer.where}: the peer speaks DICOM without TLS on this port: use its TLS port, or a "
+                             "target of type dicom")  # fmt: skip
+    return error
+
+
+def verdict(sock: ssl.SSLSocket, peer: Peer, settings: tls.Tls) -> None:
+    """Wait shortly for the peer's opinion of our certificate: TLS 1.3 gives it after the handshake.
+
+    The socket is closed if it is a bad one.
+
+    Raises:
+        Misconfigured, Denied, Interrupted: the peer ended the connection, as `tls.classify` says.
+    """
+    if sock.version() != "TLSv1.3" or not _poll(sock, select.POLLIN, VERDICT_S):
+        return
+    try:
+        ended = not sock.recv(1)
+    except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+        return
+    except OSError as exc:
+        sock.close()
+        raise tls.classify(exc, peer.where, has_cert=bool(settings.cert)) from exc
+    if ended:
+        sock.close()
+        raise tls.classify(ConnectionResetError(), peer.where, has_cert=bool(settings.cert))
 
 
 def _wait(sock: socket.socket, events: int, seconds: float, check: Callable[[], None]) -> None:
@@ -172,6 +237,7 @@ class Transport(AssociationSocket):
 
     Attributes:
         head: the first bytes that came from the peer: they tell a rejection from an abort, from no DICOM at all.
+        ahead: bytes that were read and not yet asked for.
         failure: what ended the connection, if that was an error of the socket or of TLS.
         timed_out: whether the peer fell silent in the middle of a PDU, or took no more bytes.
     """
@@ -180,12 +246,17 @@ class Transport(AssociationSocket):
         super().__init__(assoc, client_socket=sock)
         # Told as for the acceptor of a connection; ours belongs to the requestor, and the state machine asks for it.
         self.event_queue.get_nowait()
+        self._is_connected = False
+        self._ready.clear()
         sock.setblocking(False)
         self.head = b""
+        self.ahead = bytearray()
         self.failure: OSError | None = None
         self.timed_out = False
         self._idle_timeout_s = idle_timeout_s
         self._sock = sock
+        self._ended = False
+        self._kind = 0
         self._lent = threading.Event()
         self._resting = threading.Event()
         self._returned = threading.Event()
@@ -194,9 +265,12 @@ class Transport(AssociationSocket):
 
     def connect(self, primitive: T_CONNECT) -> None:
         """Tell the state machine that the connection is there."""
-        self.assoc.requestor.address_info = AddressInformation.from_tuple(self._sock.getsockname())
+        with suppress(OSError):
+            self.assoc.requestor.address_info = AddressInformation.from_tuple(self._sock.getsockname())
+        self._is_connected = True
         primitive.result = "Evt2"
         self.provider_queue.put(primitive)
+        self._ready.set()
 
     @property
     def ready(self) -> bool:
@@ -204,36 +278,57 @@ class Transport(AssociationSocket):
         if self._lent.is_set():
             self._resting.set()
             self._returned.wait()
-        if self.socket is None:
-            return False
-        if isinstance(self.socket, ssl.SSLSocket) and self.socket.pending():
+        if self.ahead:
             return True
-        try:
-            return bool(_poll(self.socket, select.POLLIN, 0))
-        except (OSError, ValueError):
-            self.event_queue.put("Evt17")  # transport connection closed
+        if self.socket is None or not self._is_connected or self._ended:
             return False
+        # A look at the descriptor doesn't do: bytes of TLS need not hold any for us. So what is there is read.
+        try:
+            self._fetch()
+        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            return False
+        except OSError as exc:
+            self._fail(exc)
+        # The end of the connection is told by a read that gets nothing.
+        return True
+
+    def _fetch(self) -> None:
+        if self.socket is None:
+            self._ended = True
+            return
+        piece = self.socket.recv(RECEIVE)
+        self._ended = not piece
+        self.ahead += piece
+        if len(self.head) < HEAD:
+            self.head = (self.head + piece)[:HEAD]
+
+    def _fail(self, exc: OSError) -> None:
+        self._ended = True
+        self.failure = self.failure or exc
 
     def recv(self, nr_bytes: int) -> bytearray:
         """Read so many bytes, or fewer if the connection ends; OSError if the peer falls silent in between."""
-        data = bytearray()
-        while len(data) < nr_bytes and self.socket is not None:
+        while len(self.ahead) < nr_bytes and not self._ended:
             try:
-                piece = self.socket.recv(nr_bytes - len(data))
+                self._fetch()
             except (BlockingIOError, ssl.SSLWantReadError):
                 self._await(select.POLLIN)
-                continue
             except ssl.SSLWantWriteError:
                 self._await(select.POLLOUT)
-                continue
             except OSError as exc:
-                self.failure = exc
-                raise
-            if not piece:
-                break
-            if len(self.head) < 16:
-                self.head += piece[:16]
-            data += piece
+                self._fail(exc)
+        data = self.ahead[:nr_bytes]
+        del self.ahead[:nr_bytes]
+        return self._understood(data)
+
+    def _understood(self, data: bytearray) -> bytearray:
+        """Replace reasons that the standard doesn't list: they'd end pynetdicom's thread. `head` has the real ones."""
+        if len(data) == 6:
+            self._kind = data[0]
+        elif len(data) == 4 and self._kind == 0x03 and (data[2], data[3]) not in REASONS:
+            data[2:4] = b"\1\1"
+        elif len(data) == 4 and self._kind == 0x07:
+            data[2:4] = bytes((data[2] if data[2] in (0, 2) else 2, data[3] if data[3] in ABORT_REASONS else 0))
         return data
 
     def send(self, bytestream: bytes) -> None:
@@ -248,7 +343,14 @@ class Transport(AssociationSocket):
                 except ssl.SSLWantReadError:
                     self._await(select.POLLIN)
         except OSError as exc:
-            self.failure = self.failure or exc
+            with suppress(BlockingIOError, ssl.SSLWantReadError):
+                try:
+                    self._fetch()  # why the peer hung up, if it said so
+                except ssl.SSLError as alert:
+                    self.failure = alert
+                except OSError:
+                    pass
+            self._fail(exc)
             self.event_queue.put("Evt17")
 
     def _await(self, events: int) -> None:
@@ -313,10 +415,33 @@ def speaks_tls(peer: Peer) -> bool:
     context.verify_mode = ssl.CERT_NONE
     try:
         with connect_tcp(peer) as sock:
-            sock.settimeout(min(peer.connect_timeout_s, 3))
+            sock.settimeout(min(peer.connect_timeout_s, PROBE_S))
             context.wrap_socket(sock).close()
     except ssl.SSLError as exc:
         return "ALERT" in (exc.reason or "")  # it understood, and refuses
     except (OSError, DispatchError):
         return False
     return True
+
+
+def speaks_dicom(peer: Peer) -> bool:
+    """Tell whether the peer answers a plain association request, whatever its answer is."""
+    request = A_ASSOCIATE()
+    request.application_context_name = UID(APPLICATION_CONTEXT_NAME)
+    request.calling_ae_title, request.called_ae_title = peer.calling, peer.called
+    context = build_context(VERIFICATION)
+    context.context_id = 1
+    request.presentation_context_definition_list = [context]
+    limit, implementation = MaximumLengthNotification(), ImplementationClassUIDNotification()
+    implementation.implementation_class_uid = UID(PYNETDICOM_IMPLEMENTATION_UID)
+    request.user_information = [limit, implementation]
+    try:
+        with connect_tcp(peer) as sock:
+            sock.settimeout(min(peer.connect_timeout_s, PROBE_S))
+            sock.sendall(A_ASSOCIATE_RQ(request).encode())
+            answer = sock.recv(1)
+            with suppress(OSError):
+                sock.sendall(ABORT_PDU)
+    except (OSError, DispatchError):
+        return False
+    return answer in (b"\x02", b"\x03", b"\x07")
