@@ -9,7 +9,7 @@ from blocks.dicom_tls import DicomTlsTarget
 from protocols import tls
 from protocols.dimse import transport
 from protocols.dimse.association import Link, negotiate
-from protocols.dimse.contexts import DEFLATED_LITTLE, LOSSLESS, UNCOMPRESSED, names
+from protocols.dimse.contexts import UNCOMPRESSED, names
 from protocols.dimse.fleet import Fleet
 from protocols.dimse.transport import VERIFICATION, Peer
 from tasks.driver import Driver, Facts
@@ -38,10 +38,12 @@ CHECKED_CLASSES = (
 )
 CHECKED_SYNTAXES = (
     *UNCOMPRESSED,
-    DEFLATED_LITTLE,
-    *LOSSLESS,
+    "1.2.840.10008.1.2.1.99",  # deflated
     "1.2.840.10008.1.2.4.50",  # JPEG baseline
     "1.2.840.10008.1.2.4.70",  # JPEG lossless, first-order prediction
+    "1.2.840.10008.1.2.4.80",  # JPEG-LS lossless
+    "1.2.840.10008.1.2.4.90",  # JPEG 2000 lossless
+    "1.2.840.10008.1.2.5",  # RLE
 )
 
 

@@ -1,4 +1,4 @@
-"""Which presentation contexts to ask for, and which one to use.
+"""Which presentation contexts to ask for.
 
 One context per (SOP class, transfer syntax), so that the answer tells of each syntax whether the peer takes it: of
 several syntaxes in one context it would choose a single one (PS3.8 section 9.3.3.2).
@@ -6,61 +6,51 @@ several syntaxes in one context it would choose a single one (PS3.8 section 9.3.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable
 
 from pydicom.uid import UID
 
 from protocols.dimse.association import MAX_CONTEXTS
+from protocols.transcode import fallbacks
 
-EXPLICIT_LITTLE, IMPLICIT_LITTLE = "1.2.840.10008.1.2.1", "1.2.840.10008.1.2"
-DEFLATED_LITTLE = "1.2.840.10008.1.2.1.99"
-# What every peer should take; the explicit one keeps the value representations of private elements.
-UNCOMPRESSED = (EXPLICIT_LITTLE, IMPLICIT_LITTLE)
-# What a peer that stores compressed data only may take instead, best known first.
-LOSSLESS = (
-    "1.2.840.10008.1.2.4.90",  # JPEG 2000, lossless only
-    "1.2.840.10008.1.2.4.80",  # JPEG-LS lossless
-    "1.2.840.10008.1.2.5",  # RLE
-)
+# What every peer should take. Asked for even if nothing may be converted: the answer is part of the rejection.
+UNCOMPRESSED = ("1.2.840.10008.1.2.1", "1.2.840.10008.1.2")
 
 Pair = tuple[str, str]  # SOP class, transfer syntax
 
 
-def groups(needed: Iterable[Pair], fallbacks: Sequence[str]) -> list[list[Pair]]:
-    """Distribute the contexts that a plan needs over as few associations as hold them (128 each).
+def groups(needed: Iterable[Pair], policy: str, room: int = MAX_CONTEXTS) -> list[list[Pair]]:
+    """Distribute the contexts that a plan needs over as few associations as hold them.
 
     Args:
         needed: what the plan's instances have.
-        fallbacks: syntaxes to ask for beside, for every SOP class.
+        policy: what they may be converted to, as in `protocols.transcode`.
+        room: contexts in one association.
 
     Returns:
-        One list per association. All contexts of a SOP class are in the same list.
+        One list per association. All contexts of a SOP class are in the same list: what the plan holds first, then
+        what that may be converted to.
     """
-    by_class: dict[str, list[str]] = {}
+    by_class: dict[str, dict[str, None]] = {}
     for sop_class, syntax in needed:
-        syntaxes = by_class.setdefault(sop_class, [])
-        if syntax not in syntaxes:
-            syntaxes.append(syntax)
+        by_class.setdefault(sop_class, {})[syntax] = None
     made: list[list[Pair]] = []
-    for sop_class, syntaxes in by_class.items():
-        wanted = [*syntaxes, *(syntax for syntax in fallbacks if syntax not in syntaxes)][:MAX_CONTEXTS]
-        pairs = [(sop_class, syntax) for syntax in wanted]
-        if not made or len(made[-1]) + len(pairs) > MAX_CONTEXTS:
+    for sop_class, held in by_class.items():
+        wanted = dict.fromkeys((*held, *UNCOMPRESSED))
+        for syntax in held:
+            wanted |= dict.fromkeys(fallbacks(syntax, policy))
+        pairs = [(sop_class, syntax) for syntax in wanted][:room]
+        if not made or len(made[-1]) + len(pairs) > room:
             made.append([])
         made[-1].extend(pairs)
     return made
 
 
-def offered(pairs: Iterable[Pair], sop_class: str) -> list[str]:
+def of_class(pairs: Iterable[Pair], sop_class: str) -> list[str]:
     """The transfer syntaxes among these pairs for a SOP class."""
     return [syntax for each, syntax in pairs if each == sop_class]
 
 
-def conversions(accepted: Mapping[Pair, int], sop_class: str, allowed: Collection[str]) -> list[str]:
-    """The accepted syntaxes that an instance may be converted to, best first."""
-    return [syntax for syntax in (*UNCOMPRESSED, *LOSSLESS) if syntax in allowed and (sop_class, syntax) in accepted]
-
-
-def names(syntaxes: Iterable[str]) -> str:
+def names(uids: Iterable[str]) -> str:
     """Name transfer syntaxes or SOP classes for people."""
-    return ", ".join(UID(syntax).name for syntax in syntaxes) or "none"
+    return ", ".join(UID(uid).name for uid in uids) or "none"

@@ -12,11 +12,12 @@ from contextlib import ExitStack
 
 from protocols.dimse import contexts
 from protocols.dimse.association import Link, associate
-from protocols.dimse.contexts import LOSSLESS, UNCOMPRESSED, Pair, names
+from protocols.dimse.contexts import Pair, names, of_class
 from protocols.dimse.message import Response
 from protocols.dimse.status import Meaning, meaning
 from protocols.dimse.store import Changed, Instance, Sender
 from protocols.dimse.transport import Peer
+from protocols.transcode import converted, fallbacks
 from transfer.errors import Busy, Cancelled, Denied, DispatchError, Interrupted, Rejected, Retryable
 from transfer.header import Header
 from transfer.plan import Item, Plan
@@ -24,15 +25,17 @@ from transfer.receipt import DELIVERED, Kind, OnOutcome, Outcome
 from transfer.throttle import Throttle
 
 WINDOW = 16  # operations outstanding, if the peer grants it: hides 16 round trips, and repeats at most 16 instances
-NEVER = "never"
 
 
 class Fleet:
     """Sends the pending items of a plan over up to `concurrency` associations.
 
     Args:
-        transcode: `never`, `lossless` or `any`: what may be done about a transfer syntax that the peer refuses.
+        transcode: what may be done about a transfer syntax that the peer refuses; see `protocols.transcode`.
         throttle: what all associations together may send.
+
+    Attributes:
+        notes: what people should know although everything was delivered.
     """
 
     def __init__(
@@ -43,7 +46,7 @@ class Fleet:
         self.notes: list[str] = []
         self._lock = threading.Lock()
         self._todo: deque[Item] = deque()
-        self._offered: list[Pair] = []
+        self._asked: list[Pair] = []
         self._errors: list[BaseException] = []
         self._stop = threading.Event()
         self._threads: list[threading.Thread] = []
@@ -56,30 +59,29 @@ class Fleet:
             Permanent: nothing can be sent. Cancelled: as `on_outcome.check` says.
         """
         items = self.plan.pending
-        fallbacks = UNCOMPRESSED if self.transcode == NEVER else (*UNCOMPRESSED, *LOSSLESS)
-        for group in contexts.groups((_pair(item) for item in items), fallbacks):
+        for group in contexts.groups((_pair(item) for item in items), self.transcode):
             classes = {sop_class for sop_class, _ in group}
-            self._offered = group
-            self._todo = deque(item for item in items if _header(item).SOPClassUID in classes)
-            self._run()
+            self._run([item for item in items if _header(item).SOPClassUID in classes], group)
 
-    def _run(self) -> None:
-        """Empty the queue: this thread opens the first association, and the others follow once that one stands."""
+    def _run(self, items: Sequence[Item], asked: list[Pair]) -> None:
+        """Send items whose contexts fit into one association.
+
+        This thread opens the first association, and the others follow once that one stands: a peer that refuses us
+        does so once.
+        """
+        self._todo, self._asked = deque(items), asked
         self._errors, self._threads = [], []
-        self._stop.clear()
-        wanted = len(self._todo)
         self._work(self._more)
         for thread in self._threads:
             thread.join()
-        left = [item for item in self.plan.pending if item.path not in self.on_outcome.outcomes]
-        left = [item for item in left if _pair(item)[0] in {pair[0] for pair in self._offered}]
+        left = sum(item.path not in self.on_outcome.outcomes for item in items)
         error = min(self._errors, key=_weight, default=None)
+        if error is not None and (left or _weight(error) < 0):
+            raise error
         if left:
-            raise error or Interrupted(f"{self.peer.where}: {len(left)} of {wanted} instances have no answer")
+            raise Interrupted(f"{self.peer.where}: {left} of {len(items)} instances have no answer")
         if error is not None:
-            if _weight(error) < 0:
-                raise error
-            self.notes.append(f"not every association lasted: {error}")
+            self.notes.append(f"not every association was granted or lasted: {error}")
 
     def _more(self) -> None:
         for _ in range(min(self.concurrency - 1, len(self._todo))):
@@ -91,114 +93,153 @@ class Fleet:
         """Serve the queue over one association, and over a new one if an instance had to be kept back midway."""
         try:
             while self._todo and not self._stop.is_set():
-                link = associate(self.peer, _syntaxes(self._offered), self._check, window=WINDOW)
-                if not link.accepted:
-                    self._refuse_all()
-                    return
-                try:
+                contexts_asked = [(sop_class, (syntax,)) for sop_class, syntax in self._asked]
+                link = associate(self.peer, contexts_asked, self.on_outcome.check, window=WINDOW)
+                if link.accepted:
                     established()
-                    established = lambda: None  # noqa: E731
-                    self._serve(link)
-                except Changed:
-                    link.drop()
-                except BaseException:
-                    link.abort()
-                    raise
+                    established = _nothing
+                    _Run(self, link).serve()
                 else:
-                    link.release()
-        except BaseException as exc:  # raised by whoever waits for all of them
+                    self._refuse_all(link)
+        except BaseException as exc:  # raised by who waits for all of them
             with self._lock:
                 self._errors.append(exc)
             if not isinstance(exc, Retryable) or isinstance(exc, Busy):
                 self._stop.set()
 
-    def _check(self) -> None:
-        self.on_outcome.check()
-
-    def _next(self) -> Item | None:
+    def next(self) -> Item | None:
+        """Take the next item out of the queue; None if there is none, or no more shall be sent."""
         with self._lock:
             return self._todo.popleft() if self._todo and not self._stop.is_set() else None
 
-    def _serve(self, link: Link) -> None:
-        outstanding: dict[int, Item] = {}
-        with Sender(link, self.throttle, self.on_outcome.moved, self._check) as sender:
-            while (item := self._next()) is not None:
-                self._check()
-                try:
-                    outstanding[self._send(sender, link, item)] = item
-                except Rejected as exc:
-                    self.on_outcome(item, Outcome(Kind.REJECTED, exc.message))
-                except Changed as exc:
-                    self.on_outcome(item, Outcome(Kind.REJECTED, str(exc)))
-                    while outstanding:
-                        self._settle(sender.receive(), outstanding)
-                    raise
-                while len(outstanding) >= sender.window:
-                    self._settle(sender.receive(), outstanding)
-            while outstanding:
-                self._settle(sender.receive(), outstanding)
+    def stop(self) -> None:
+        """Let no association take another item."""
+        self._stop.set()
 
-    def _send(self, sender: Sender, link: Link, item: Item) -> int:
-        header = _header(item)
-        with ExitStack() as stack:
-            fd = stack.enter_context(self.plan.open(item))
-            offset, size = header.dataset_offset, item.size
-            context = link.accepted.get(_pair(item))
-            if context is None:
-                raise self._refused(link, header)
-            instance = Instance(
-                fd, offset, size, context, header.SOPClassUID, header.SOPInstanceUID, lambda: self.plan.check(item, fd)
-            )
-            return sender.send(instance)
-
-    def _refused(self, link: Link, header: Header) -> Rejected:
-        tried = contexts.offered(self._offered, header.SOPClassUID)
-        taken = contexts.offered(link.accepted, header.SOPClassUID)
-        return Rejected(
-            f"the peer accepts {names([header.SOPClassUID])} not as {names([header.TransferSyntaxUID])}; "
-            f"offered: {names(tried)}; accepted: {names(taken)}"
+    def refusal(self, link: Link, header: Header) -> str:
+        """Say which syntaxes were offered for an instance that can't be sent, and which of them the peer takes."""
+        offered, accepted = of_class(self._asked, header.SOPClassUID), of_class(link.accepted, header.SOPClassUID)
+        return (
+            f"the peer does not accept {names([header.SOPClassUID])} in {names([header.TransferSyntaxUID])}; "
+            f"offered: {names(offered)}; accepted: {names(accepted)}"
         )
 
-    def _refuse_all(self) -> None:
+    def _refuse_all(self, link: Link) -> None:
         """Reject what is left: the peer accepted the association, but no context of it."""
-        while (item := self._next()) is not None:
-            header = _header(item)
-            tried = names(contexts.offered(self._offered, header.SOPClassUID))
-            self.on_outcome(
-                item,
-                Outcome(
-                    Kind.REJECTED,
-                    f"the peer accepts no {names([header.SOPClassUID])}; offered: {tried}; accepted: none",
-                ),
-            )
+        while (item := self.next()) is not None:
+            self.on_outcome(item, Outcome(Kind.REJECTED, self.refusal(link, _header(item))))
 
-    def _settle(self, response: Response, outstanding: dict[int, Item]) -> None:
-        """Tell the outcome that a response gives to the item that it is for."""
-        item = outstanding.get(response.message_id or 0)
-        if item is None:
-            raise Interrupted(
-                f"{self.peer.where}: the peer answered message {response.message_id}, which was not asked: "
-                "outcome unknown"
+
+class _Run:
+    """What one association does: takes items, sends them, tells their outcomes."""
+
+    def __init__(self, fleet: Fleet, link: Link) -> None:
+        self.fleet, self.link = fleet, link
+        self.plan, self.on_outcome, self.peer = fleet.plan, fleet.on_outcome, fleet.peer
+        self.outstanding: dict[int, Item] = {}
+        self.error: DispatchError | None = None  # the peer's refusal of more than one instance
+
+    def serve(self) -> None:
+        """Send items until there are no more, or an instance had to be kept back; then end the association."""
+        sender = Sender(self.link, self.fleet.throttle, self.on_outcome.moved, self.on_outcome.check)
+        try:
+            with sender:
+                while (item := self.fleet.next()) is not None:
+                    self.on_outcome.check()
+                    self._send(sender, item)
+                self._settle(sender, 0)
+        except Changed:
+            self.link.abort()
+        except BaseException:
+            if sender.torn:
+                self.link.drop()
+            else:
+                self.link.abort()
+            raise
+        else:
+            self.link.release()
+        if self.error is not None:
+            raise self.error
+
+    def _send(self, sender: Sender, item: Item) -> None:
+        """Send an item, having read what it can of it while the peer was busy with the one before."""
+        with ExitStack() as stack:
+            try:
+                instance = self._open(sender, item, stack)
+                sender.prepare(instance)
+            except (Rejected, Changed) as exc:
+                self.on_outcome(item, Outcome(Kind.REJECTED, str(exc.args[0])))
+                return
+            self._settle(sender, sender.window - 1)
+            if self.error is not None:
+                return  # which leaves the item without an outcome: it is sent when the peer is asked again
+            try:
+                sender.transmit(instance)
+            except Changed as exc:
+                self.on_outcome(item, Outcome(Kind.REJECTED, str(exc)))
+                self._settle(sender, 0)
+                raise
+            self.outstanding[instance.message_id] = item
+
+    def _open(self, sender: Sender, item: Item, stack: ExitStack) -> Instance:
+        """Open an item's file, or a converted copy of it if the peer doesn't take its transfer syntax."""
+        header = _header(item)
+        fd = stack.enter_context(self.plan.open(item))
+
+        def verify() -> None:
+            self.plan.check(item, fd)
+
+        offset, size = header.dataset_offset, item.size
+        context = self.link.accepted.get(_pair(item))
+        if context is None:
+            accepted = of_class(self.link.accepted, header.SOPClassUID)
+            targets = [to for to in fallbacks(header.TransferSyntaxUID, self.fleet.transcode) if to in accepted]
+            if not targets:
+                raise Rejected(self.fleet.refusal(self.link, header))
+            copy = stack.enter_context(
+                converted(fd, offset, header.TransferSyntaxUID, targets, check=self.on_outcome.check)
             )
-        if response.status is None:
-            raise Interrupted(f"{self.peer.where}: the peer's response holds no status: outcome unknown")
-        del outstanding[response.message_id or 0]
-        means, words = meaning(response.status)
-        detail = f"status {response.status:04X}: {words}"
+            fd_sent, offset, size = copy.fd, 0, copy.size
+            context = self.link.accepted[header.SOPClassUID, copy.syntax]
+        else:
+            fd_sent = fd
+        return Instance(fd_sent, offset, size, context, header.SOPClassUID, header.SOPInstanceUID, verify)
+
+    def _settle(self, sender: Sender, most: int) -> None:
+        """Wait for responses until at most so many are outstanding."""
+        while len(self.outstanding) > most:
+            self._tell(sender.receive())
+
+    def _tell(self, response: Response) -> None:
+        """Tell the outcome that a response gives to the item that it is for."""
+        where, number, status = self.peer.where, response.message_id, response.status
+        item = self.outstanding.get(-1 if number is None else number)
+        if item is None:
+            raise Interrupted(f"{where}: the peer answered a message that was not sent ({number}): outcome unknown")
+        if status is None:
+            raise Interrupted(f"{where}: the peer's response has no status: outcome unknown", item=item.shown)
+        means, words = meaning(status)
+        detail = f"status {status:04X}: {words}"
         if response.comment:
             detail += f" ({response.comment})"
+        del self.outstanding[number or 0]
         if means is Meaning.SUCCESS:
             self.on_outcome(item, DELIVERED)
         elif means is Meaning.WARNING:
             self.on_outcome(item, Outcome(Kind.WARNING, detail))
         elif means is Meaning.ALREADY:
             self.on_outcome(item, Outcome(Kind.ALREADY, detail))
-        elif means is Meaning.BUSY:
-            raise Busy(f"{self.peer.where}: the peer can't store now: {detail}", item=item.shown)
-        elif means is Meaning.DENIED:
-            raise Denied(f"{self.peer.where}: the peer does not let us store: {detail}", item=item.shown)
-        else:
+        elif means is Meaning.FAILURE:
             self.on_outcome(item, Outcome(Kind.REJECTED, detail))
+        else:
+            # Nothing more is sent, but what is outstanding gets its answer, and the association a proper end.
+            kind, said = (Busy, "can't store now") if means is Meaning.BUSY else (Denied, "does not let us store")
+            self.error = self.error or kind(f"{where}: the peer {said}: {detail}", item=item.shown)
+            self.fleet.stop()
+
+
+def _nothing() -> None:
+    pass
 
 
 def _weight(error: BaseException) -> int:
@@ -219,7 +260,3 @@ def _header(item: Item) -> Header:
 def _pair(item: Item) -> Pair:
     header = _header(item)
     return header.SOPClassUID, header.TransferSyntaxUID
-
-
-def _syntaxes(pairs: Sequence[Pair]) -> list[tuple[str, tuple[str, ...]]]:
-    return [(sop_class, (syntax,)) for sop_class, syntax in pairs]

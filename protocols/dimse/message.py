@@ -7,47 +7,78 @@ Sources: PS3.7 section 9.3.1 and Annex E (command sets, always implicit VR littl
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 P_DATA_TF, RELEASE_RQ, RELEASE_RP, ABORT = 0x04, 0x05, 0x06, 0x07
+EXPECTED = (P_DATA_TF, RELEASE_RQ, ABORT)  # PDU types that a peer may send during a transfer
 COMMAND, LAST = 0x01, 0x02  # bits of the message control header
 HEADERS = 12  # bytes before a fragment: PDU type, reserved, PDU length; PDV length, context id, control header
+PDV_HEADER = 6  # bytes of them that count for the peer's maximum length (PS3.8 Annex D.1)
 C_STORE_RQ, C_STORE_RSP = 0x0001, 0x8001
 NO_DATASET = 0x0101
 RELEASE_RP_PDU = b"\x06\x00\x00\x00\x00\x04\x00\x00\x00\x00"
-# A fragment's header costs a peer that grants almost nothing more than the fragment; PS3.8 sets no least length.
-MIN_FRAGMENT = 64
 
 _HEAD = struct.Struct("<HHI")
 _FRAGMENT = struct.Struct(">BxIIBB")
 
 
-def fragment_header(length: int, context: int, control: int) -> bytes:
+def header(length: int, context: int, control: int) -> bytes:
     """PDU and PDV header of a fragment of `length` bytes that is alone in its PDU."""
     return _FRAGMENT.pack(P_DATA_TF, length + 6, length + 2, context, control)
+
+
+def put_header(memory: bytearray, pos: int, length: int, context: int, control: int) -> None:
+    """Write a `header` into memory."""
+    _FRAGMENT.pack_into(memory, pos, P_DATA_TF, length + 6, length + 2, context, control)
+
+
+def fragments(body: bytes) -> Iterator[tuple[int, bytes]]:
+    """The control headers and fragments in the variable field of a P-DATA-TF PDU."""
+    pos = 0
+    while pos + 6 <= len(body):
+        length = int.from_bytes(body[pos : pos + 4], "big")
+        yield body[pos + 5], body[pos + 6 : pos + 4 + length]
+        pos += 4 + max(length, 2)
 
 
 class StoreCommand:
     """Builds the C-STORE-RQ command sets of one SOP class: all but message id and instance is made once."""
 
     def __init__(self, sop_class: str) -> None:
-        uid = _uid(sop_class)
-        self._begin = _element(0x0002, uid) + _element(0x0100, struct.pack("<H", C_STORE_RQ)) + _HEAD.pack(0, 0x0110, 2)
+        # The group length comes before, and counts from here on.
+        self._begin = (
+            _element(0x0002, _uid(sop_class))
+            + _element(0x0100, struct.pack("<H", C_STORE_RQ))
+            + _HEAD.pack(0, 0x0110, 2)
+        )
         # Priority MEDIUM; a data set follows (any value but 0101).
         self._middle = _element(0x0700, b"\0\0") + _element(0x0800, b"\1\0")
-        self._length = len(self._begin) + 2 + len(self._middle)
+        self._length = len(self._begin) + 2 + len(self._middle) + 8
 
     def build(self, message_id: int, sop_instance: str) -> bytes:
         """Return the command set (PS3.7 table 9.3-1)."""
         uid = _uid(sop_instance)
-        length = self._length + 8 + len(uid)
         return b"".join(
             (
-                b"\0\0\0\0\4\0\0\0", struct.pack("<I", length),
-                self._begin, message_id.to_bytes(2, "little"), self._middle,
-                _HEAD.pack(0, 0x1000, len(uid)), uid,
+                _HEAD.pack(0, 0, 4),
+                (self._length + len(uid)).to_bytes(4, "little"),
+                self._begin,
+                message_id.to_bytes(2, "little"),
+                self._middle,
+                _HEAD.pack(0, 0x1000, len(uid)),
+                uid,
             )
-        )  # fmt: skip
+        )
+
+    def pdus(self, context: int, message_id: int, sop_instance: str, fragment: int) -> bytes:
+        """Return the command set as PDUs, in fragments of at most so many bytes."""
+        data = self.build(message_id, sop_instance)
+        if len(data) <= fragment:
+            return header(len(data), context, COMMAND | LAST) + data
+        pieces = [data[pos : pos + fragment] for pos in range(0, len(data), fragment)]
+        made = b"".join(header(len(piece), context, COMMAND) + piece for piece in pieces[:-1])
+        return made + header(len(pieces[-1]), context, COMMAND | LAST) + pieces[-1]
 
 
 def _uid(value: str) -> bytes:

@@ -9,10 +9,12 @@ negotiation before, release or abort after. Figures: docs/performance.md, sectio
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import socket
 import ssl
+import struct
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -22,26 +24,32 @@ from typing import Self
 from protocols import tls
 from protocols.dimse import message
 from protocols.dimse.association import Link, aborted
-from protocols.dimse.message import Response, StoreCommand, fragment_header
+from protocols.dimse.message import Response, StoreCommand
 from protocols.dimse.transport import SLICE_S
 from transfer.errors import DispatchError, Interrupted, TimedOut
 from transfer.throttle import Throttle
 
 BUFFER = 1 << 20  # bytes that one system call sends: more doesn't go faster, less does go slower
 PDU = 131_072  # bytes, for a peer that takes any
-COMMAND_ROOM = 512  # bytes before the data in the buffer, for the command set: two UIDs of 64 characters and headers
+COMMAND_ROOM = 1024  # bytes before the data in the buffer: a command set of two long UIDs, cut into small PDUs
+MIN_FRAGMENT = 8  # bytes; PS3.8 sets no least PDU, and a peer that grants almost nothing gets its way
 IOV_MAX = 1024  # pieces that preadv(2) takes at once
 MAX_RESPONSE = 1 << 20  # bytes; a longer PDU in answer to C-STORE is nonsense
-RECEIVE = 65_536
+RECEIVE = 65_536  # bytes
+_SLICE = struct.pack("ll", int(SLICE_S), int(SLICE_S % 1 * 1e6))  # struct timeval
+
+
+class Changed(Exception):
+    """The instance must not be sent after all, and part of it has been: the association can't go on."""
 
 
 @dataclass(eq=False)
 class Instance:
-    """A file on its way to the peer.
+    """A data set on its way to the peer.
 
     Attributes:
         fd: open file. It is read by position, so that its offset doesn't matter.
-        offset: where the data set begins, bytes.
+        offset: where the data set begins, bytes; moves on as it is read.
         size: of the file, bytes.
         context: presentation context id.
         verify: called after the last byte was read and before the last fragment goes out; raises to keep the
@@ -67,71 +75,60 @@ class _Buffer:
     def __init__(self, fragment: int) -> None:
         self.fragment = fragment  # bytes of data in a PDU
         self.step = fragment + message.HEADERS
-        self.count = max(1, min(IOV_MAX, BUFFER // self.step))
-        self.memory = bytearray(COMMAND_ROOM + self.count * self.step)
+        count = max(1, min(IOV_MAX, BUFFER // self.step))
+        self.capacity = count * fragment
+        self.memory = bytearray(COMMAND_ROOM + count * self.step)
         self.view = memoryview(self.memory)
-        self.context = -1
         begin = COMMAND_ROOM + message.HEADERS
-        self.places = [self.view[begin + n * self.step : begin + n * self.step + fragment] for n in range(self.count)]
+        self.places = [self.view[begin + n * self.step : begin + n * self.step + fragment] for n in range(count)]
         self.begin = self.end = COMMAND_ROOM  # of what is to be sent
-        self.patched = -1
+        self.payload = 0  # bytes of data in it
+        self._context = -1
+        self._patched = -1  # where the header of a last fragment is
 
-    @property
-    def capacity(self) -> int:
-        return self.count * self.fragment
-
-    def address(self, context: int) -> None:
-        """Write the headers of full fragments for a context, if they aren't there."""
-        if self.context != context:
-            self.context, self.patched = context, -1
-            header = fragment_header(self.fragment, context, 0)
+    def load(self, commands: StoreCommand, instance: Instance) -> None:
+        """Put the command set of an instance before the data, and its context into all headers."""
+        if self._context != instance.context:
+            self._context, self._patched = instance.context, -1
+            header = message.header(self.fragment, self._context, 0)
             for pos in range(COMMAND_ROOM, len(self.memory), self.step):
                 self.memory[pos : pos + message.HEADERS] = header
-
-    def command(self, command_set: bytes, max_fragment: int) -> None:
-        """Put the command set before the data."""
-        pdus = b"".join(
-            fragment_header(len(piece), self.context, message.COMMAND | (message.LAST if last else 0)) + piece
-            for piece, last in _pieces(command_set, max_fragment)
-        )
+        pdus = commands.pdus(instance.context, instance.message_id, instance.sop_instance, self.fragment)
         self.begin = COMMAND_ROOM - len(pdus)
         self.memory[self.begin : COMMAND_ROOM] = pdus
 
-    def fill(self, fd: int, offset: int, left: int) -> int:
-        """Read the next bytes of a file that has `left` more; mark the last fragment. Return how many came."""
-        if self.patched >= 0:
-            header = fragment_header(self.fragment, self.context, 0)
-            self.memory[self.patched : self.patched + message.HEADERS] = header
-            self.patched = -1
+    def fill(self, instance: Instance) -> bool:
+        """Read what comes next of an instance; mark the last fragment. Tell whether the file had what it should."""
+        if self._patched >= 0:
+            message.put_header(self.memory, self._patched, self.fragment, self._context, 0)
+            self._patched = -1
+        left = instance.size - instance.offset
         want = min(left, self.capacity)
         full, rest = divmod(want, self.fragment)
         places = self.places[:full]
         if rest:
             places.append(self.places[full][:rest])
-        got = os.preadv(fd, places, offset)
-        while got < want:  # a short read: go on byte for byte where it stopped
-            which, done = divmod(got, self.fragment)
-            more = os.preadv(fd, [self.places[which][done : min(self.fragment, done + want - got)]], offset + got)
-            if not more:
-                break
-            got += more
-        if got < want:
-            return got
+        self.payload = os.preadv(instance.fd, places, instance.offset) if want else 0
+        if self.payload < want and not self._complete(instance, want):
+            return False
+        instance.offset += want
+        self.end = COMMAND_ROOM + full * self.step + (message.HEADERS + rest if rest else 0)
         if want == left:
             at = full if rest else full - 1
-            self.patched = COMMAND_ROOM + at * self.step
-            header = fragment_header(rest or self.fragment, self.context, message.LAST)
-            self.memory[self.patched : self.patched + message.HEADERS] = header
-        self.end = COMMAND_ROOM + full * self.step + (message.HEADERS + rest if rest else 0)
-        return got
+            self._patched = COMMAND_ROOM + at * self.step
+            message.put_header(self.memory, self._patched, rest or self.fragment, self._context, message.LAST)
+        return True
 
-
-def _pieces(data: bytes, length: int) -> list[tuple[bytes, bool]]:
-    return [(data[pos : pos + length], pos + length >= len(data)) for pos in range(0, len(data), length)]
-
-
-class Changed(Exception):
-    """The instance must not be sent after all, and half of it has been: the association can't go on."""
+    def _complete(self, instance: Instance, want: int) -> bool:
+        """Go on after a short read, place by place."""
+        while self.payload < want:
+            which, done = divmod(self.payload, self.fragment)
+            place = self.places[which][done : min(self.fragment, done + want - self.payload)]
+            count = os.preadv(instance.fd, [place], instance.offset + self.payload)
+            if not count:
+                return False
+            self.payload += count
+        return True
 
 
 class Sender:
@@ -141,6 +138,10 @@ class Sender:
         throttle: shared by all senders of a dispatch.
         moved: told the bytes that went out.
         check: called between pieces and several times a second while waiting; may raise to stop.
+
+    Attributes:
+        window: how many instances may be without a response at once.
+        torn: whether the connection ends in the middle of a PDU, so that an abort can't be told any more.
     """
 
     def __init__(
@@ -153,79 +154,93 @@ class Sender:
         self.link = link
         self.peer = link.peer
         self.window = link.window
+        self.torn = False
         self._throttle, self._moved, self._check = throttle, moved, check
         limits = [limit for limit in (link.max_send, link.peer.max_pdu) if limit]
-        self._fragment = max(message.MIN_FRAGMENT, min([PDU, *limits]) - 6)
-        self._buffer = _Buffer(self._fragment)
+        # Fragments are of even length (PS3.8 Annex E.2), and no longer than what a throttle lets go at once.
+        fragment = min(PDU, *limits, throttle.piece) - message.PDV_HEADER if limits else min(PDU, throttle.piece)
+        self._buffer = _Buffer(max(MIN_FRAGMENT, fragment & ~1))
         self._commands: dict[str, StoreCommand] = {}
         self._message_id = 0
         self._received = bytearray()
         self._command_set = bytearray()
+        self._scratch = bytearray(RECEIVE)
         self._sock: socket.socket
         self._plain = False
-        self._scratch = bytearray(RECEIVE)
 
     def __enter__(self) -> Self:
-        self._sock = self.link.transport.lend()
-        self._plain = not isinstance(self._sock, ssl.SSLSocket)
-        self._sock.settimeout(SLICE_S)
+        sock = self._sock = self.link.transport.lend()
         self._received += self.link.transport.ahead
         self.link.transport.ahead.clear()
-        if not self.link.assoc.is_established:
-            self.link.transport.take_back()
-            raise Interrupted(f"{self.peer.where}: the peer ended the association")
+        self._plain = not isinstance(sock, ssl.SSLSocket)
+        if self._plain:
+            # Time limits of the kernel's: those of Python's sockets cost a poll(2) before every call.
+            sock.settimeout(None)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _SLICE)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _SLICE)
+        else:
+            sock.settimeout(SLICE_S)
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.link.transport.take_back()
 
-    def send(self, instance: Instance) -> int:
-        """Send an instance; return the id of the message that its response will name.
+    def prepare(self, instance: Instance) -> None:
+        """Read the beginning of an instance, or all of a small one: can be done while the peer is busy.
 
         Raises:
-            TimedOut: the peer takes no more bytes. Interrupted: the connection ended.
-            Changed: `verify` raised, after part of the instance had gone out; its error is the cause.
-            Other errors: what `verify` raised, before anything had gone out; the association goes on.
+            Changed: the file ends early. Other errors: what `verify` raised. Nothing has been sent.
         """
         self._message_id = self._message_id % 0xFFFF + 1
         instance.message_id = self._message_id
-        command = self._commands.get(instance.sop_class)
-        if command is None:
-            command = self._commands[instance.sop_class] = StoreCommand(instance.sop_class)
-        buffer = self._buffer
-        buffer.address(instance.context)
-        buffer.command(command.build(self._message_id, instance.sop_instance), self._fragment)
-        offset, started = instance.offset, False
-        while offset < instance.size:
-            left = instance.size - offset
-            got = buffer.fill(instance.fd, offset, left)
-            offset += got
-            try:
-                if got < min(left, buffer.capacity):
-                    instance.verify()
-                    raise Changed("the file ends earlier than it did")  # noqa: TRY301
-                if offset >= instance.size:
-                    instance.verify()
-            except Changed:
-                raise
-            except Exception as exc:
-                if not started:
-                    raise
-                raise Changed(str(exc)) from exc
-            self._transmit(buffer.view[buffer.begin : buffer.end], got)
-            buffer.begin, started = COMMAND_ROOM, True
-        return instance.message_id
+        commands = self._commands.get(instance.sop_class)
+        if commands is None:
+            commands = self._commands[instance.sop_class] = StoreCommand(instance.sop_class)
+        self._buffer.load(commands, instance)
+        self._fill(instance)
 
-    def _transmit(self, data: memoryview, payload: int) -> None:
-        """Write bytes, in pieces as the throttle has them."""
-        piece = self._throttle.piece
-        while data:
-            part = data[:piece]
-            self._pay(len(part))
-            self._write(part)
-            data = data[len(part) :]
+    def _fill(self, instance: Instance) -> None:
+        if not self._buffer.fill(instance):
+            instance.verify()  # knows better why
+            raise Changed("the file ends early")
+        if instance.offset >= instance.size:
+            instance.verify()
+
+    def transmit(self, instance: Instance) -> None:
+        """Send the instance that was prepared last; its response will name its message id.
+
+        Raises:
+            TimedOut: the peer takes no more bytes. Interrupted: the connection ended.
+            Changed: the file is not what it was, and part of it has gone out: end the association.
+        """
+        buffer = self._buffer
+        self._send(buffer)
+        while instance.offset < instance.size:
+            buffer.begin = COMMAND_ROOM
+            try:
+                self._fill(instance)
+            except DispatchError as exc:
+                raise Changed(exc.message) from exc
+            self._send(buffer)
+
+    def _send(self, buffer: _Buffer) -> None:
+        """Write what is in the buffer, if there is a throttle in pieces of whole PDUs."""
+        if self._throttle.limit is None:
+            self._write(buffer.view[buffer.begin : buffer.end])
+            self._moved(buffer.payload)
             self._check()
-        self._moved(payload)
+            return
+        stride = max(1, self._throttle.piece // buffer.step) * buffer.step
+        pos, left = buffer.begin, buffer.payload
+        while pos < buffer.end:
+            stop = min(buffer.end, max(pos, COMMAND_ROOM) + stride)
+            self._pay(stop - pos)
+            self._write(buffer.view[pos:stop])
+            data = min(left, stride // buffer.step * buffer.fragment)
+            self._moved(data)
+            left -= data
+            pos = stop
+            self._check()
 
     def _pay(self, count: int) -> None:
         wait = self._throttle.delay(count)
@@ -235,13 +250,16 @@ class Sender:
             self._check()
 
     def _write(self, data: memoryview) -> None:
-        end = time.monotonic() + self.peer.idle_timeout_s
+        end = 0.0
+        self.torn = True
         while data:
             try:
                 sent = self._sock.send(data)
-            except TimeoutError as exc:
+            except (BlockingIOError, TimeoutError) as exc:
                 self._check()
-                if time.monotonic() >= end:
+                now = time.monotonic()
+                end = end or now - SLICE_S + self.peer.idle_timeout_s
+                if now >= end:
                     raise TimedOut(
                         f"{self.peer.where}: the peer took no bytes for {self.peer.idle_timeout_s:g} s"
                     ) from exc
@@ -249,7 +267,8 @@ class Sender:
             except OSError as exc:
                 raise self._broken(exc) from exc
             data = data[sent:]
-            end = time.monotonic() + self.peer.idle_timeout_s
+            end = 0.0
+        self.torn = False
 
     def receive(self) -> Response:
         """Wait for the next response.
@@ -259,12 +278,12 @@ class Sender:
         """
         while True:
             pdu = self._pdu()
-            if pdu is not None:
-                response = self._take(*pdu)
-                if response is not None:
-                    return response
+            if pdu is None:
+                self._read()
                 continue
-            self._read()
+            response = self._take(*pdu)
+            if response is not None:
+                return response
 
     def _pdu(self) -> tuple[int, bytes] | None:
         """Cut the next PDU off what was received."""
@@ -272,7 +291,7 @@ class Sender:
         if len(data) < 6:
             return None
         length = int.from_bytes(data[2:6], "big")
-        if length > MAX_RESPONSE or data[0] not in (4, 5, 6, 7):
+        if length > MAX_RESPONSE or data[0] not in message.EXPECTED:
             raise Interrupted(f"{self.peer.where}: the peer sent what is no answer to C-STORE (PDU type {data[0]:02X})")
         if len(data) < 6 + length:
             return None
@@ -284,16 +303,12 @@ class Sender:
         if kind == message.ABORT:
             raise Interrupted(f"{self.peer.where}: {aborted(*(body + bytes(4))[2:4])}")
         if kind == message.RELEASE_RQ:
-            with suppress(OSError):
-                self._sock.send(message.RELEASE_RP_PDU)
+            if not self.torn:
+                with suppress(OSError):
+                    self._sock.send(message.RELEASE_RP_PDU)
             raise Interrupted(f"{self.peer.where}: the peer released the association")
-        if kind != message.P_DATA_TF:
-            raise Interrupted(f"{self.peer.where}: the peer sent PDU type {kind:02X} in answer to C-STORE")
         response = None
-        while len(body) >= 6:
-            length = int.from_bytes(body[:4], "big")
-            control, piece = body[5], body[6 : 4 + length]
-            body = body[4 + max(length, 2) :]
+        for control, piece in message.fragments(body):
             if control & message.COMMAND:
                 self._command_set += piece
                 if control & message.LAST:
@@ -312,10 +327,12 @@ class Sender:
                 self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
             try:
                 count = self._sock.recv_into(self._scratch)
-            except TimeoutError as exc:
+            except (BlockingIOError, TimeoutError) as exc:
                 self._check()
                 if time.monotonic() >= end:
-                    raise TimedOut(f"{self.peer.where}: no answer for {self.peer.idle_timeout_s:g} s") from exc
+                    raise TimedOut(
+                        f"{self.peer.where}: no answer to C-STORE within {self.peer.idle_timeout_s:g} s"
+                    ) from exc
                 continue
             except OSError as exc:
                 raise self._broken(exc) from exc
@@ -326,6 +343,7 @@ class Sender:
 
     def _broken(self, exc: OSError) -> DispatchError:
         """Name why the connection ended: an abort that the peer sent before it tells more than a reset."""
+        self.torn = True
         if isinstance(exc, ssl.SSLError) and "ALERT" in (exc.reason or "") and self.peer.tls:
             return tls.classify(exc, self.peer.where, has_cert=bool(self.peer.tls.cert))
         with suppress(OSError):
@@ -337,4 +355,6 @@ class Sender:
                 while (pdu := self._pdu()) is not None:
                     if pdu[0] == message.ABORT:
                         self._take(*pdu)
+        if exc.errno in (errno.EPIPE, errno.ECONNRESET) or isinstance(exc, ssl.SSLError):
+            return Interrupted(f"{self.peer.where}: the peer broke the connection")
         return Interrupted(f"{self.peer.where}: the connection broke: {exc.strerror or exc}")
