@@ -38,7 +38,8 @@ class Target(Block, ABC):
     document, unique over all types.
     """
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+    # A refused value may be a secret, or hold one (a URL with a password): errors name the field only.
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, hide_input_in_errors=True)
 
     type_name: ClassVar[str] = ""  # in targets.yaml
     can_query: ClassVar[bool] = False  # whether `query` and `both` are directions of this type
