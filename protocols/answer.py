@@ -1,0 +1,141 @@
+"""An HTTP/1.1 answer, whose body is read as it comes (RFC 9112 sections 6 and 7)."""
+
+from __future__ import annotations
+
+import io
+import zlib
+from collections.abc import Iterator
+from email.message import Message
+from http.client import HTTPException, parse_headers
+
+from protocols.link import Link
+from transfer.errors import Interrupted
+
+HEAD_LINES = 256  # lines of an answer's head that are read
+BODY_BYTES = 16 << 20  # of an answer that is read into memory: a STOW answer has some 500 bytes per instance
+INFLATED_BYTES = 1 << 20  # of a compressed answer, one piece
+
+
+class Answer:
+    """An answer, whose body is read as it comes.
+
+    Attributes:
+        early: it came before the whole request was sent, which was then broken off.
+    """
+
+    def __init__(self, link: Link, method: str, where: str) -> None:
+        self.link = link
+        self.where = where
+        try:
+            self.status, self.reason, self.headers, http11 = _head(link)
+        except (ValueError, HTTPException) as exc:
+            raise Interrupted(f"{where}: the answer is not HTTP/1.1: {exc}") from exc
+        self.early = False
+        coding = self.headers.get("Transfer-Encoding", "").lower()
+        self._chunked = "chunked" in coding
+        length = self.headers.get("Content-Length", "").split(",")[0].strip()
+        self._length = int(length) if length.isdecimal() and not coding else None
+        if method == "HEAD" or self.status in (204, 304):
+            self._chunked, self._length = False, 0
+        options = self.headers.get("Connection", "").lower()
+        self._keep = "close" not in options and (http11 or "keep-alive" in options)
+        self._done = self._length == 0
+
+    @property
+    def media_type(self) -> str:
+        """The Content-Type without its parameters, in lower case."""
+        return self.headers.get("Content-Type", "").split(";")[0].strip().lower()
+
+    @property
+    def reusable(self) -> bool:
+        """Whether the connection can carry another request."""
+        return self._done and self._keep and not self.early and not self.link.ahead
+
+    def close(self) -> None:
+        """Leave the rest of it unread, and give its connection up."""
+        self.link.close()
+
+    def chunks(self) -> Iterator[memoryview]:
+        """The body in pieces as they come; a piece holds until the next one is asked for.
+
+        Raises:
+            Interrupted: it ended before its announced end. TimedOut.
+        """
+        raw = self._raw()
+        coding = self.headers.get("Content-Encoding", "").strip().lower()
+        if coding in ("gzip", "x-gzip", "deflate"):  # we ask for none, but some proxies know better
+            return self._inflated(raw)
+        return raw
+
+    def read(self, limit: int = BODY_BYTES) -> bytes:
+        """The whole body.
+
+        Raises:
+            Interrupted: it is cut short, or longer than `limit` bytes.
+        """
+        data = bytearray()
+        for piece in self.chunks():
+            data += piece
+            if len(data) > limit:
+                raise Interrupted(f"{self.where}: an answer of more than {limit} bytes")
+        return bytes(data)
+
+    def _raw(self) -> Iterator[memoryview]:
+        if self._done:
+            return
+        if self._chunked:
+            yield from self._chunks()
+        elif self._length is None:
+            while piece := self.link.take(1 << 62):
+                yield piece
+            self._keep = False
+        else:
+            yield from self._exactly(self._length)
+        self._done = True
+
+    def _exactly(self, count: int) -> Iterator[memoryview]:
+        left = count
+        while left:
+            piece = self.link.take(left)
+            if not piece:
+                raise Interrupted(f"{self.where}: the answer was cut short: {count - left} of {count} bytes came")
+            left -= len(piece)
+            yield piece
+
+    def _chunks(self) -> Iterator[memoryview]:
+        try:
+            while size := int(self.link.line().split(b";")[0], 16):
+                yield from self._exactly(size)
+                self.link.line()
+            while self.link.line():  # trailer fields
+                pass
+        except ValueError as exc:
+            raise Interrupted(f"{self.where}: the answer's chunks are damaged") from exc
+
+    def _inflated(self, raw: Iterator[memoryview]) -> Iterator[memoryview]:
+        unzip = zlib.decompressobj(47)  # 32 + 15: gzip or zlib, whichever it is
+        try:
+            for piece in raw:
+                data = bytes(piece)
+                while data:
+                    yield memoryview(unzip.decompress(data, INFLATED_BYTES))
+                    data = unzip.unconsumed_tail
+            yield memoryview(unzip.flush())
+        except zlib.error as exc:
+            raise Interrupted(f"{self.where}: the answer's compression is damaged") from exc
+
+
+def _head(link: Link) -> tuple[int, str, Message, bool]:
+    """Read an answer's head: status, reason, fields, and whether it is HTTP/1.1."""
+    line = link.line()
+    version, _, rest = line.partition(b" ")
+    code, _, reason = rest.partition(b" ")
+    if not version.startswith(b"HTTP/1.") or len(code) != 3 or not code.isdigit():
+        raise ValueError(f"it begins with {line[:40]!r}" if line.isascii() else "it begins with other bytes")
+    block = bytearray()
+    for _ in range(HEAD_LINES):
+        line = link.line()
+        block += line + b"\r\n"
+        if not line:
+            return int(code), reason.decode("latin-1").strip(), parse_headers(io.BytesIO(block)), version != b"HTTP/1.0"
+    raise ValueError("its head has no end")

@@ -1,0 +1,345 @@
+"""An HTTP/1.1 client for bodies of any size (RFC 9110, RFC 9112), on sockets of its own.
+
+Bodies go out in pieces of a length that is known beforehand, so no server has to understand chunked requests; an
+answer that comes before the whole body was sent is read and respected; a request can be stopped at any time.
+http.client, urllib3 and httpx look at the answer only when the last byte is out, and can't be stopped in a wait;
+their speed is in docs/performance.md. Redirects are followed within one origin only, so that neither data nor
+credentials go to a host that nobody named.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+from urllib.parse import urljoin, urlsplit
+
+from protocols.answer import Answer
+from protocols.link import Link, connect, handshake
+from protocols.tls import Tls
+from transfer.errors import Interrupted, Misconfigured, TimedOut
+
+CONTINUE_S = 1.0  # how long to wait for "100 Continue" before the body goes anyway (curl's value; RFC 9110 10.1.1)
+STALE_S = 0.5  # a connection idle for so long may have been closed by a server that tires quickly (Orthanc: 1 s)
+LEFTOVER_BYTES = 1 << 20  # of an answer that nobody wants: read so that the connection can be used again
+REDIRECTS = (301, 302, 303, 307, 308)
+MAX_REDIRECTS = 5
+PORTS = {"http": 80, "https": 443}
+AGENT = "talaria"
+
+
+class Body(Protocol):
+    """What a request carries; may be asked for its pieces again if the request has to be sent again."""
+
+    @property
+    def length(self) -> int:
+        """Bytes, exactly."""
+
+    def __iter__(self) -> Iterator[memoryview]: ...
+
+    def sent(self, count: int) -> None:
+        """Told the bytes that went out."""
+
+
+@dataclass(frozen=True)
+class Content:
+    """A body that is in memory."""
+
+    data: bytes
+
+    @property
+    def length(self) -> int:
+        return len(self.data)
+
+    def __iter__(self) -> Iterator[memoryview]:
+        yield memoryview(self.data)
+
+    def sent(self, count: int) -> None:
+        pass
+
+
+class Authorizer(Protocol):
+    """Where the Authorization field comes from."""
+
+    def header(self, check: Callable[[], None]) -> str:
+        """Return the field's value."""
+
+    def renew(self, refused: str, check: Callable[[], None]) -> bool:
+        """Get another value after this one was refused; False if there is none to be had."""
+
+    @property
+    def secrets(self) -> frozenset[str]:
+        """What no message may show."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A server: scheme, host and port, and how to talk to it."""
+
+    scheme: str
+    host: str
+    port: int
+    tls: Tls = field(default=Tls(), repr=False)
+    connect_timeout_s: float = 10.0
+    idle_timeout_s: float = 60.0
+
+    @classmethod
+    def of(cls, url: str, tls: Tls, connect_timeout_s: float, idle_timeout_s: float) -> Origin:
+        """The server that a URL names."""
+        parts = urlsplit(url)
+        return cls(
+            parts.scheme,
+            parts.hostname or "",
+            parts.port or PORTS[parts.scheme],
+            tls,
+            connect_timeout_s,
+            idle_timeout_s,
+        )
+
+    @property
+    def authority(self) -> str:
+        """The Host field; the port only where it isn't the scheme's own."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return host if self.port == PORTS[self.scheme] else f"{host}:{self.port}"
+
+    @property
+    def where(self) -> str:
+        """The server, for messages."""
+        return f"{self.scheme}://{self.authority}"
+
+    def connect(self, check: Callable[[], None]) -> Link:
+        """Make a connection; raises as `link.connect` and `link.handshake` do."""
+        sock = connect(self.host, self.port, self.connect_timeout_s, check)
+        if self.scheme == "https":
+            sock = handshake(sock, self.host, self.where, self.tls, self.connect_timeout_s, check)
+        return Link(sock, self.where, self.idle_timeout_s, check, has_cert=bool(self.tls.cert))
+
+
+class Session:
+    """Requests to one origin, over connections that are kept and used again; safe to use from several threads.
+
+    Args:
+        authorizer: gives the Authorization field; None for none.
+        check: called several times a second while a request is on its way; may raise to stop it.
+    """
+
+    def __init__(
+        self, origin: Origin, authorizer: Authorizer | None = None, check: Callable[[], None] = lambda: None
+    ) -> None:
+        self.origin, self.authorizer, self.check = origin, authorizer, check
+        self._idle: list[Link] = []
+        self._lock = threading.Lock()
+
+    def close(self) -> None:
+        with self._lock:
+            links, self._idle = self._idle, []
+        for link in links:
+            link.close()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    @contextmanager
+    def request(
+        self,
+        method: str,
+        path: str,
+        headers: Mapping[str, str] | None = None,
+        body: Body | None = None,
+        *,
+        expect: bool = False,
+    ) -> Iterator[Answer]:
+        """Send a request; yields its answer, of whatever status, whose body must be read inside the block.
+
+        A refused authorization is renewed once. Redirects within the origin are followed: those that keep the
+        method always, others for GET.
+
+        Args:
+            path: with the query, encoded.
+            expect: ask the server to look at the head before the body goes (`Expect: 100-continue`).
+
+        Raises:
+            Unreachable, TimedOut, Interrupted, NotTrusted, Denied, Misconfigured: no answer could be had.
+        """
+        answer = self._ask(_Request(method, path, headers or {}, body, expect))
+        try:
+            yield answer
+            self._give_back(answer)
+        except BaseException:
+            answer.close()
+            raise
+
+    def _ask(self, request: _Request) -> Answer:
+        renewed, redirects = False, 0
+        while True:
+            authorization = self.authorizer.header(self.check) if self.authorizer else ""
+            answer = self._exchange(replace(request, authorization=authorization))
+            try:
+                if answer.status == 417 and request.expect:
+                    request = replace(request, expect=False)
+                elif answer.status in (401, 403) and not renewed and self._renewed(authorization):
+                    renewed = True
+                elif answer.status in REDIRECTS and "Location" in answer.headers:
+                    redirects += 1
+                    request = replace(request, path=self._redirected(answer, request, redirects))
+                else:
+                    return answer
+                self._give_back(answer)
+            except BaseException:
+                answer.close()
+                raise
+
+    def _renewed(self, refused: str) -> bool:
+        return self.authorizer is not None and self.authorizer.renew(refused, self.check)
+
+    def _redirected(self, answer: Answer, request: _Request, redirects: int) -> str:
+        """The path that an answer points to; only within this origin, and only if the request may follow."""
+        here = self.origin.where
+        target = urlsplit(urljoin(here + request.path, str(answer.headers["Location"])))
+        try:
+            origin = (target.scheme, target.hostname, target.port or PORTS.get(target.scheme))
+        except ValueError:
+            origin = ("", None, None)
+        if origin != (self.origin.scheme, self.origin.host, self.origin.port):
+            shown = f"{origin[0]}://{origin[1]}" + (f":{origin[2]}" if origin[2] != PORTS.get(origin[0]) else "")
+            raise Misconfigured(
+                f"{here}: answers {answer.status} and points to {shown}, which is not followed: "
+                "set url to that, if it is the right place"
+            )
+        if redirects > MAX_REDIRECTS:
+            raise Misconfigured(f"{here}{target.path}: redirected too often: correct url or its prefixes")
+        if request.method != "GET" and answer.status not in (307, 308):
+            raise Misconfigured(
+                f"{here}: answers {answer.status} and points to {target.path}, where a {request.method} can't follow: "
+                "correct url or its prefixes"
+            )
+        return target.path + (f"?{target.query}" if target.query else "")
+
+    def _exchange(self, request: _Request) -> Answer:
+        while True:
+            link, idle_s = self._link()
+            try:
+                return self._on(link, request)
+            except Interrupted:
+                link.close()
+                # The server may have closed it just as we began: that says nothing about the request.
+                if link.used == 0 or idle_s < STALE_S:
+                    raise
+            except BaseException:
+                link.close()
+                raise
+
+    def _on(self, link: Link, request: _Request) -> Answer:
+        exchange = _Exchange(link, request.method)
+        if exchange.send(memoryview(request.head(self.origin.authority))) and request.body is not None:
+            exchange.upload(request.body, request.expect)
+        answer = exchange.answer
+        while answer is None or answer.status < 200:  # 1xx: the final one is still to come
+            answer = Answer(link, request.method, link.where)
+        answer.early = exchange.broken_off
+        link.used += 1
+        return answer
+
+    def _link(self) -> tuple[Link, float]:
+        """Return a connection and how long it has been idle."""
+        while True:
+            with self._lock:
+                link = self._idle.pop() if self._idle else None
+            if link is None:
+                return self.origin.connect(self.check), 0.0
+            with suppress(OSError):
+                if not link.heard():
+                    return link, time.monotonic() - link.idle_since
+            link.close()  # by the server, or it said something that nobody asked for
+
+    def _give_back(self, answer: Answer) -> None:
+        """Keep the connection if it can carry another request; little that is left of the answer is read first."""
+        if not answer.early and not answer.reusable:
+            with suppress(Interrupted, ValueError):
+                if int(answer.headers.get("Content-Length", LEFTOVER_BYTES + 1)) <= LEFTOVER_BYTES:
+                    answer.read(LEFTOVER_BYTES)
+        if answer.reusable:
+            link = answer.link
+            link.idle_since = time.monotonic()
+            with self._lock:
+                self._idle.append(link)
+        else:
+            answer.close()
+
+
+@dataclass(frozen=True)
+class _Request:
+    method: str
+    path: str
+    headers: Mapping[str, str] = field(repr=False)
+    body: Body | None = field(repr=False)
+    expect: bool
+    authorization: str = field(default="", repr=False)
+
+    def head(self, authority: str) -> bytes:
+        fields = {"Host": authority, "User-Agent": AGENT, "Accept-Encoding": "identity", **self.headers}
+        if self.authorization:
+            fields["Authorization"] = self.authorization
+        if self.body is not None:
+            fields["Content-Length"] = str(self.body.length)
+            if self.expect:
+                fields["Expect"] = "100-continue"
+        lines = [f"{self.method} {self.path} HTTP/1.1", *(f"{name}: {value}" for name, value in fields.items())]
+        if any(not line.isprintable() for line in lines):
+            raise ValueError("a header field holds a control character")
+        return "\r\n".join([*lines, "", ""]).encode("latin-1")
+
+
+class _Exchange:
+    """One request on its way out, while the server may speak at any time.
+
+    Attributes:
+        answer: the final answer, if it came before everything was sent.
+        broken_off: whether what was sent ends before its announced end.
+    """
+
+    def __init__(self, link: Link, method: str) -> None:
+        self.answer: Answer | None = None
+        self.broken_off = False
+        self._link, self._method = link, method
+
+    def upload(self, body: Body, expect: bool) -> None:
+        """Send a body, as far as the server lets us."""
+        if expect and self._link.listen(CONTINUE_S):
+            self._hear()
+            if self.answer:  # the server has no need of the body
+                self.broken_off = True
+                return
+        for piece in body:
+            if not self.send(piece, body.sent):
+                return
+
+    def send(self, data: memoryview, sent: Callable[[int], None] = lambda count: None) -> bool:
+        """Send bytes; False if there is no use in sending more."""
+        while data:
+            try:
+                data = data[self._link.send(data, sent, deaf=self.answer is not None) :]
+            except (Interrupted, TimedOut):
+                if self.answer is None:
+                    raise
+                self.broken_off = True  # the server had said all it wanted to say
+                return False
+            if data and not self._hear():
+                return False
+        return True
+
+    def _hear(self) -> bool:
+        """Read what the server says in between; False if it wants no more of the request."""
+        answer = Answer(self._link, self._method, self._link.where)
+        if answer.status < 200:
+            return True
+        self.answer = answer
+        # After an early success the server may still be reading; after an error it is not.
+        self.broken_off = answer.status >= 300
+        return not self.broken_off

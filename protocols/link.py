@@ -1,0 +1,304 @@
+"""One TCP connection, with TLS or without, that can be stopped at any time and hears the peer while it sends.
+
+The socket never blocks: every wait is a short `poll`, after which the caller's `check` may raise. Nothing of the
+environment (proxies, certificates) has a say.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import socket
+import ssl
+import time
+from collections.abc import Callable
+from contextlib import suppress
+
+from protocols import tls
+from transfer.errors import Interrupted, TimedOut, Unreachable
+
+SLICE_S = 0.2  # the longest wait between two looks at `check`
+READ_BYTES = 262_144  # one read; larger ones are not faster on loopback
+LINE_BYTES = 65_536  # the longest line of a head or of a chunk's size that is read
+
+_AGAIN_READ = (BlockingIOError, ssl.SSLWantReadError)
+
+
+def resolve(host: str, port: int) -> list[tuple[socket.AddressFamily, tuple[object, ...]]]:
+    """Return the addresses of a host, in the system's order.
+
+    Raises:
+        Unreachable: its name is not known.
+    """
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as exc:
+        reason = exc.strerror if isinstance(exc, OSError) else str(exc)
+        raise Unreachable(f"{host}: the name can't be resolved: {reason}") from exc
+    return [(family, address) for family, _, _, _, address in found]
+
+
+def connect(host: str, port: int, timeout_s: float, check: Callable[[], None]) -> socket.socket:
+    """Connect to the first address of a host that answers, each within `timeout_s`.
+
+    Raises:
+        Unreachable: none does; the message has the reason of the last one.
+    """
+    failure: OSError = OSError("it has no address")
+    for family, address in resolve(host, port):
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            sock.setblocking(False)
+            code = sock.connect_ex(address)
+            if code == errno.EINPROGRESS:
+                if not _ready(sock, select.POLLOUT, timeout_s, check):
+                    raise TimeoutError(f"no answer within {timeout_s:g} s")  # noqa: TRY301
+                code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if code:
+                raise OSError(code, os.strerror(code))  # noqa: TRY301
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        except OSError as exc:
+            failure = exc
+            sock.close()
+        except BaseException:
+            sock.close()
+            raise
+        else:
+            return sock
+    raise Unreachable(f"{host} port {port}: {failure.strerror or failure}") from failure
+
+
+def handshake(
+    sock: socket.socket, host: str, where: str, settings: tls.Tls, timeout_s: float, check: Callable[[], None]
+) -> ssl.SSLSocket:
+    """Shake hands on a connected socket, which is closed if that fails.
+
+    Raises:
+        NotTrusted, Denied, Misconfigured, Interrupted: as `tls.classify` says. TimedOut: no answer.
+    """
+    try:
+        wrapped = settings.client().wrap_socket(sock, server_hostname=host, do_handshake_on_connect=False)
+    except BaseException:
+        sock.close()
+        raise
+    try:
+        wrapped.setblocking(False)
+        while True:
+            try:
+                wrapped.do_handshake()
+            except ssl.SSLWantReadError:
+                events = select.POLLIN
+            except ssl.SSLWantWriteError:
+                events = select.POLLOUT
+            else:
+                return wrapped
+            if not _ready(wrapped, events, timeout_s, check):
+                raise TimedOut(f"{where}: no answer to the TLS handshake within {timeout_s:g} s")  # noqa: TRY301
+    except OSError as exc:
+        wrapped.close()
+        raise tls.classify(exc, where, has_cert=bool(settings.cert)) from exc
+    except BaseException:
+        wrapped.close()
+        raise
+
+
+def _ready(sock: socket.socket, events: int, timeout_s: float, check: Callable[[], None]) -> bool:
+    """Wait until the socket can be read or written; False if it can't within `timeout_s`."""
+    poll = select.poll()
+    poll.register(sock, events)
+    end = time.monotonic() + timeout_s
+    while True:
+        check()
+        left = end - time.monotonic()
+        if left <= 0:
+            return False
+        if poll.poll(max(1, int(min(left, SLICE_S) * 1000))):
+            return True
+
+
+class Link:
+    """A connection that is made, and what has been read from it ahead of its use.
+
+    Args:
+        where: the peer, for messages.
+        idle_timeout_s: how long the peer may neither take nor give a byte.
+        check: called several times a second while waiting, and between pieces; may raise to stop.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        where: str,
+        idle_timeout_s: float,
+        check: Callable[[], None],
+        *,
+        has_cert: bool = False,
+    ) -> None:
+        self.sock, self.where, self.idle_timeout_s, self.check = sock, where, idle_timeout_s, check
+        self.idle_since = time.monotonic()
+        self.used = 0  # requests that were answered on it
+        self._has_cert = has_cert
+        self._buffer = bytearray(READ_BYTES)
+        self._view = memoryview(self._buffer)
+        self._start = self._end = 0  # of what was read and not yet taken
+        self._readable = select.poll()
+        self._readable.register(sock, select.POLLIN)
+
+    def close(self) -> None:
+        with suppress(OSError):
+            self.sock.close()
+
+    # ---- sending
+
+    def send(self, data: memoryview, sent: Callable[[int], None] = lambda count: None, *, deaf: bool = False) -> int:
+        """Send all of it, unless the peer speaks first; return the bytes that went out.
+
+        Args:
+            deaf: whether to go on though the peer speaks.
+
+        Raises:
+            Interrupted: the connection is gone, and the peer left no word. TimedOut: it takes nothing any more.
+        """
+        done = 0
+        while done < len(data):
+            self.check()
+            try:
+                if not deaf and self.heard():
+                    break
+                count = self.sock.send(data[done:])
+            except ssl.SSLWantReadError:
+                self._wait(select.POLLIN)
+            except (BlockingIOError, ssl.SSLWantWriteError):
+                self._wait(select.POLLOUT | select.POLLIN)
+            except OSError as exc:
+                # What the peer said before it closed is still in our own buffer.
+                if not deaf and self._last_words():
+                    break
+                raise self._broken(exc, "while the request was being sent") from exc
+            else:
+                done += count
+                sent(count)
+        return done
+
+    def listen(self, timeout_s: float) -> bool:
+        """Tell whether the peer says something within this time.
+
+        Raises:
+            Interrupted: the connection is gone.
+        """
+        end = time.monotonic() + timeout_s
+        try:
+            while not self.heard():
+                if not _ready(self.sock, select.POLLIN, end - time.monotonic(), self.check):
+                    return False
+        except OSError as exc:
+            raise self._broken(exc, "before its answer") from exc
+        return True
+
+    def heard(self) -> bool:
+        """Tell, without waiting, whether the peer has sent something.
+
+        Raises:
+            OSError: the connection is gone.
+        """
+        if self._start < self._end:
+            return True
+        pending = self.sock.pending() if isinstance(self.sock, ssl.SSLSocket) else 0
+        if not pending and not self._readable.poll(0):
+            return False
+        try:
+            count = self._receive()
+        except _AGAIN_READ:  # a part of a TLS record, or a session ticket
+            return False
+        if count == 0:
+            raise ConnectionResetError(errno.ECONNRESET, "closed by the peer")
+        return True
+
+    def _last_words(self) -> bool:
+        with suppress(OSError):
+            return self.heard()
+        return False
+
+    # ---- receiving
+
+    def fill(self) -> bool:
+        """Wait for bytes; False if the peer has closed the connection.
+
+        Raises:
+            Interrupted: the connection broke. TimedOut: nothing came.
+        """
+        while True:
+            self.check()
+            try:
+                return self._receive() > 0
+            except _AGAIN_READ:
+                self._wait(select.POLLIN)
+            except ssl.SSLWantWriteError:
+                self._wait(select.POLLOUT)
+            except OSError as exc:
+                raise self._broken(exc, "while its answer was awaited") from exc
+
+    def line(self) -> bytes:
+        """Take one line, without its end.
+
+        Raises:
+            Interrupted: the connection ended within it; ValueError: it is too long.
+        """
+        searched = self._start
+        while True:
+            end = self._buffer.find(b"\n", searched, self._end)
+            if end >= 0:
+                taken = bytes(self._view[self._start : end])
+                self._start = end + 1
+                return taken.removesuffix(b"\r")
+            if self._end - self._start > LINE_BYTES:
+                raise ValueError("a line without end")
+            self._make_room()
+            searched = self._end
+            if not self.fill():
+                raise Interrupted(f"{self.where}: the connection was closed in the middle of an answer")
+
+    def take(self, limit: int) -> memoryview:
+        """Take what has come, at least one byte, at most `limit`; empty if the peer has closed.
+
+        The view holds until the next call.
+        """
+        if self._start == self._end and not self.fill():
+            return self._view[:0]
+        count = min(limit, self._end - self._start)
+        taken = self._view[self._start : self._start + count]
+        self._start += count
+        return taken
+
+    @property
+    def ahead(self) -> bool:
+        """Whether there are bytes that nobody has taken."""
+        return self._start < self._end
+
+    def _receive(self) -> int:
+        if self._start == self._end:
+            self._start = self._end = 0
+        try:
+            count = self.sock.recv_into(self._view[self._end :])
+        except ssl.SSLZeroReturnError:
+            return 0
+        self._end += count
+        return count
+
+    def _make_room(self) -> None:
+        """Move what is left to the beginning."""
+        if self._start:
+            left = bytes(self._view[self._start : self._end])
+            self._view[: len(left)] = left
+            self._start, self._end = 0, len(left)
+
+    def _wait(self, events: int) -> None:
+        if not _ready(self.sock, events, self.idle_timeout_s, self.check):
+            raise TimedOut(f"{self.where}: silent for {self.idle_timeout_s:g} s")
+
+    def _broken(self, exc: OSError, when: str) -> Exception:
+        if isinstance(exc, ssl.SSLError) and not isinstance(exc, ssl.SSLEOFError | ssl.SSLZeroReturnError):
+            # With TLS 1.3 a peer refuses our certificate only after the handshake.
+            return tls.classify(exc, self.where, has_cert=self._has_cert)
+        return Interrupted(f"{self.where}: the connection broke {when}: {exc.strerror or exc}")
