@@ -1,0 +1,166 @@
+"""Authorization of HTTP requests: fixed (basic, bearer), or a token by OAuth2 client credentials.
+
+Source: RFC 6749 sections 2.3.1 (client authentication), 4.4 (client credentials) and 5 (answers), RFC 6750.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from urllib.parse import quote_plus, urlencode, urlsplit
+
+from protocols import words
+from protocols.answer import Answer
+from protocols.http import Content, Origin, Session
+from protocols.link import SLICE_S
+from transfer.errors import Busy, Denied, DispatchError, Misconfigured, NotFound
+
+EARLY_S = 60.0  # a token is renewed so long before its end, or after four fifths of a short life
+UNTOLD_S = 300.0  # lifetime of a token whose server doesn't tell it
+MAX_TOKEN_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """The same Authorization field for every request."""
+
+    value: str = field(repr=False)
+
+    @classmethod
+    def basic(cls, user: str, password: str) -> Fixed:
+        """User and password (RFC 7617), in UTF-8."""
+        return cls("Basic " + base64.b64encode(f"{user}:{password}".encode()).decode())
+
+    @classmethod
+    def bearer(cls, token: str) -> Fixed:
+        return cls(f"Bearer {token}")
+
+    def header(self, check: Callable[[], None]) -> str:
+        return self.value
+
+    def renew(self, refused: str, check: Callable[[], None]) -> bool:
+        return False
+
+    @property
+    def secrets(self) -> frozenset[str]:
+        """What no message may show."""
+        return frozenset((self.value, self.value.partition(" ")[2]))
+
+
+@dataclass
+class _Token:
+    value: str
+    until: float  # time.monotonic()
+
+
+class ClientCredentials:
+    """A bearer token of an OAuth2 server, fetched when it is first needed and shared by all that use this object.
+
+    Args:
+        url: the server's token endpoint.
+        origin: that server, and how to talk to it.
+    """
+
+    def __init__(self, url: str, client_id: str, client_secret: str, scope: str, origin: Origin) -> None:
+        self.url, self.client_id, self.client_secret, self.scope, self.origin = (
+            url, client_id, client_secret, scope, origin,
+        )  # fmt: skip
+        self._lock = threading.Lock()
+        self._token: _Token | None = None
+        self._in_body = False  # the server wants the client's secret in the form instead of the header
+
+    def header(self, check: Callable[[], None]) -> str:
+        """Return the Authorization field, with a token that has not expired.
+
+        Raises:
+            Denied: the server refuses the client. Unreachable, TimedOut, Busy, Misconfigured: no token.
+        """
+        self._acquire(check)
+        try:
+            if self._token is None or time.monotonic() >= self._token.until:
+                self._token = self._fetch(check)
+            return f"Bearer {self._token.value}"
+        finally:
+            self._lock.release()
+
+    def renew(self, refused: str, check: Callable[[], None]) -> bool:
+        """Fetch another token, unless somebody has done so since; False if it is the refused one again."""
+        self._acquire(check)
+        try:
+            if self._token is None or f"Bearer {self._token.value}" == refused:
+                self._token = self._fetch(check)
+            return f"Bearer {self._token.value}" != refused
+        finally:
+            self._lock.release()
+
+    @property
+    def secrets(self) -> frozenset[str]:
+        """What no message may show, as of now."""
+        token = self._token
+        return frozenset((self.client_secret, *([token.value] if token else ())))
+
+    def _acquire(self, check: Callable[[], None]) -> None:
+        while not self._lock.acquire(timeout=SLICE_S):
+            check()
+
+    def _fetch(self, check: Callable[[], None]) -> _Token:
+        with Session(self.origin, check=check) as session:
+            status, answer, body = self._ask(session)
+            if status in (400, 401) and not self._in_body and _error(body) in ("invalid_client", "invalid_request", ""):
+                # Servers must know the header form (RFC 6749 2.3.1); some know only the other one.
+                self._in_body = True
+                status, answer, body = self._ask(session)
+                self._in_body = status == 200
+        if status != 200:
+            raise self._refused(status, answer, body)
+        try:
+            document = json.loads(body)
+            value = document["access_token"]
+            kind = str(document.get("token_type", "Bearer"))
+            lifetime = float(document.get("expires_in") or UNTOLD_S)
+        except (ValueError, TypeError, KeyError, AttributeError) as exc:
+            raise Misconfigured(f"{self._where}: the answer holds no access_token: check token_url") from exc
+        if not isinstance(value, str) or not value or not value.isascii() or not value.isprintable():
+            raise Misconfigured(f"{self._where}: the access_token is none that a request can carry")
+        if kind.lower() != "bearer":
+            raise Misconfigured(f"{self._where}: gives a token of type {words.clean(kind)}, only Bearer is known")
+        return _Token(value, time.monotonic() + lifetime - min(EARLY_S, lifetime / 5))
+
+    def _ask(self, session: Session) -> tuple[int, Answer, bytes]:
+        form = {"grant_type": "client_credentials"} | ({"scope": self.scope} if self.scope else {})
+        headers = {"Content-Type": "application/x-www-form-urlencoded", "Accept": "application/json"}
+        if self._in_body:
+            form |= {"client_id": self.client_id, "client_secret": self.client_secret}
+        else:
+            basic = f"{quote_plus(self.client_id)}:{quote_plus(self.client_secret)}"
+            headers["Authorization"] = "Basic " + base64.b64encode(basic.encode()).decode()
+        parts = urlsplit(self.url)
+        path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        with session.request("POST", path, headers, Content(urlencode(form).encode())) as answer:
+            return answer.status, answer, answer.read(MAX_TOKEN_BYTES)
+
+    def _refused(self, status: int, answer: Answer, body: bytes) -> DispatchError:
+        said = words.quote(body, answer.media_type, self.secrets)
+        text = f"{self._where}: no token: {status} {words.clean(answer.reason)}" + (f": {said!r}" if said else "")
+        if status in (408, 425, 429) or status >= 500:
+            return Busy(text)
+        if status in (404, 405, 410):
+            return NotFound(f"{text}; check token_url")
+        if status in (400, 401, 403):
+            return Denied(f"{text}; check client_id, client_secret and scope")
+        return Misconfigured(text)
+
+    @property
+    def _where(self) -> str:
+        return self.origin.where + urlsplit(self.url).path
+
+
+def _error(body: bytes) -> str:
+    try:
+        return str(json.loads(body).get("error", ""))
+    except (ValueError, AttributeError):
+        return ""
