@@ -1,0 +1,294 @@
+"""Searches by QIDO-RS (PS3.18 section 10.6): every page, and only what the query really asks for.
+
+Servers differ: some cap a page below the limit that was asked for, some ignore `offset` and send the first page
+again, some refuse attributes or filters that they don't know, many ignore those. So pages are fetched until one
+brings nothing new; what was sent twice counts once; and everything is compared with the query on this side, by the
+rules of `dicommatch`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from protocols import dicomweb
+from protocols.dicommatch import of_series, of_study
+from protocols.dicomweb import Attributes, Service, keyworded
+from protocols.words import forms
+from transfer.errors import DispatchError, Misconfigured, NotFound
+from transfer.query import Match, Query
+
+PAGE = 200  # results; Azure refuses to give more at once
+MOST = 100_000  # results that are asked for at once of a server that ignores `offset`
+ROUND = 5  # a limit that a server sets itself is divisible by this
+
+STUDY_UID, SERIES_UID, SOP_UID = "0020000D", "0020000E", "00080018"
+STUDY_FIELDS = (
+    "StudyDescription", "ModalitiesInStudy", "NumberOfStudyRelatedSeries", "NumberOfStudyRelatedInstances",
+)  # fmt: skip
+SERIES_FIELDS = ("SeriesDescription", "BodyPartExamined", "NumberOfSeriesRelatedInstances")
+# What servers need not match on (PS3.18 table 10.6.1-5), so it may be left out if they refuse.
+OPTIONAL = frozenset(("StudyDescription",))
+
+_LEVELS = (("studies", "StudyInstanceUID"), ("series", "SeriesInstanceUID"), ("instances", "SOPInstanceUID"))
+
+Keys = tuple[tuple[str, str], ...]
+
+
+def find(service: Service, query: Query) -> Iterator[Match]:
+    """Yield the studies or series that match, each once.
+
+    Raises:
+        Misconfigured: the query is none, or the server can't answer it in full.
+    """
+    service = service.hiding(forms(query.PatientName.strip("*?")) | {query.PatientID.strip("*?")})
+    for study in _studies(service, query):
+        if query.level == "series":
+            for series in series_of(service, study, query):
+                yield Match({**study, **series}, _count(series.get("NumberOfSeriesRelatedInstances")))
+        elif _has_series(service, study, query):
+            yield Match(study, _count(study.get("NumberOfStudyRelatedInstances")))
+
+
+def series_of(service: Service, study: dict[str, Any], query: Query) -> Iterator[dict[str, Any]]:
+    """Yield the series of a study that match a query, as values by keyword."""
+    tests = list(of_series(query))
+    uid = str(study["StudyInstanceUID"])
+    for found in _search(service, ("studies", uid, "series"), (), SERIES_FIELDS, SERIES_UID):
+        series = keyworded(found)
+        if all(test(_text(series.get(keyword))) for keyword, test in tests):
+            yield series
+
+
+def instances(service: Service, study_uid: str, series_uid: str) -> Iterator[str]:
+    """Yield the SOP instance UIDs of a series.
+
+    Raises:
+        NotFound: the server has no such resource, because it has no such series, or no such service.
+    """
+    segments = ("studies", study_uid, "series", series_uid, "instances")
+    for found in _search(service, segments, (), (), SOP_UID, missing_is_none=False):
+        yield dicomweb.text(found, SOP_UID)
+
+
+def probe(service: Service, *segments: str) -> dict[str, Any] | None:
+    """Ask for one study, or one of what is below one; returns it, None if there is none."""
+    path = service.path(service.qido, *(segments or ("studies",)), query=[("limit", "1")])
+    try:
+        found = _page(service, path)[0]
+    except _Refused as exc:
+        raise exc.error from exc
+    return keyworded(found[0]) if found else None
+
+
+def any_instance(service: Service) -> tuple[str, str, str] | None:
+    """Return the UIDs (study, series, instance) of some instance, None if none is to be found."""
+    uids: list[str] = []
+    segments: list[str] = []
+    for level, keyword in _LEVELS:
+        segments.append(level)
+        found = probe(service, *segments)
+        if not found or not found.get(keyword):
+            return None
+        uids.append(str(found[keyword]))
+        segments.append(uids[-1])
+    return uids[0], uids[1], uids[2]
+
+
+def _studies(service: Service, query: Query) -> Iterator[dict[str, Any]]:
+    tests = list(of_study(query))
+    seen: set[str] = set()
+    for keys in _study_keys(service, query):
+        for found in _search(service, ("studies",), keys, STUDY_FIELDS, STUDY_UID):
+            study = keyworded(found)
+            uid = str(study.get("StudyInstanceUID", ""))
+            if uid and uid not in seen and all(test(_text(study.get(keyword))) for keyword, test in tests):
+                seen.add(uid)
+                yield study
+
+
+def _study_keys(service: Service, query: Query) -> Iterator[Keys]:
+    """The searches that together find every study of a query: one value of each key that is a list."""
+    common = [
+        (keyword, value.strip())
+        for keyword, value in (
+            ("PatientID", query.PatientID),
+            ("PatientName", query.PatientName),
+            ("StudyDate", query.StudyDate),
+        )
+        if value.strip()
+    ]
+    modalities = _listed(query.Modality)
+    if len(modalities) == 1:
+        common.append(("ModalitiesInStudy", modalities[0]))
+    studies = _listed(query.StudyInstanceUID)
+    if not studies and query.SeriesInstanceUID.strip():
+        studies = _studies_of_series(service, _listed(query.SeriesInstanceUID))
+    lists = [
+        [("AccessionNumber", value.strip()) for value in dict.fromkeys(query.AccessionNumber) if value.strip()],
+        [("StudyInstanceUID", value) for value in studies],
+    ]
+    if not any(lists):  # else the search is narrow enough
+        lists.append([("StudyDescription", value.strip()) for value in query.StudyDescription if value.strip()])
+    for choice in itertools.product(*(values for values in lists if values)):
+        yield (*common, *choice)
+
+
+def _studies_of_series(service: Service, series: list[str]) -> list[str]:
+    """The studies that series belong to; none if the server can't search for series without their study."""
+    found: list[str] = []
+    try:
+        for uid in series:
+            keys = (("SeriesInstanceUID", uid),)
+            for one in _search(service, ("series",), keys, (), SERIES_UID):
+                if dicomweb.text(one, SERIES_UID) == uid:
+                    found.append(dicomweb.text(one, STUDY_UID))
+    except (Misconfigured, NotFound):
+        return []
+    return [uid for uid in dict.fromkeys(found) if uid]
+
+
+def _has_series(service: Service, study: dict[str, Any], query: Query) -> bool:
+    """Whether one series of a study passes all tests that a query has for series."""
+    tests = dict(of_series(query))
+    if not tests:
+        return True
+    modalities = study.get("ModalitiesInStudy")
+    if set(tests) == {"Modality"} and modalities:
+        return any(tests["Modality"](str(one)) for one in ([modalities] if isinstance(modalities, str) else modalities))
+    return next(series_of(service, study, query), None) is not None
+
+
+def _search(
+    service: Service,
+    segments: tuple[str, ...],
+    keys: Keys,
+    fields: Sequence[str],
+    uid_tag: str,
+    *,
+    missing_is_none: bool = True,
+) -> Iterator[Attributes]:
+    """Yield all results of a search, page by page, each once."""
+    search = _Pages(service, segments, keys, fields)
+    seen: set[str] = set()
+    offset, limit = 0, PAGE
+    turns = False  # whether the server has ever turned to another page
+    while True:
+        try:
+            results, more = search.page(limit, offset)
+        except NotFound:
+            if missing_is_none and len(segments) > 1:
+                return
+            raise
+        fresh = 0
+        for result in results:
+            uid = dicomweb.text(result, uid_tag)
+            if uid and uid not in seen:
+                seen.add(uid)
+                fresh += 1
+                yield result
+        turns = turns or (fresh > 0 and offset > 0)
+        if not results or not search.paged:
+            if more:
+                raise search.cut_short(len(seen))
+            return
+        if fresh:
+            offset += len(results)
+        elif turns and not more:  # beyond the end it gives some page again
+            return
+        elif len(results) >= limit and limit < MOST:
+            # Full, and nothing new: `offset` means nothing to this server, so all must come at once.
+            offset, limit = 0, limit * 10
+        elif more or (limit > PAGE and len(results) <= limit // 10) or search.may_be_capped(len(results)):
+            raise search.cut_short(len(seen))
+        else:
+            return
+
+
+class _Pages:
+    """One search, in the words that the server takes.
+
+    Attributes:
+        paged: whether it takes `limit` and `offset`.
+    """
+
+    def __init__(self, service: Service, segments: tuple[str, ...], keys: Keys, fields: Sequence[str]) -> None:
+        self.service, self.segments, self.keys, self.fields = service, segments, keys, fields
+        self.paged = True
+        self._all = True  # whether it takes our optional keys, and includefield
+
+    def page(self, limit: int, offset: int) -> tuple[list[Attributes], bool]:
+        """Fetch a page; returns the results, and whether the server says that there are more."""
+        while True:
+            query = [(key, value) for key, value in self.keys if self._all or key not in OPTIONAL]
+            query += [("includefield", field) for field in self.fields if self._all]
+            query += [("limit", str(limit)), ("offset", str(offset))] if self.paged else []
+            try:
+                return _page(self.service, self.service.path(self.service.qido, *self.segments, query=query))
+            except _Refused as exc:
+                # It doesn't say which parameter it doesn't like: those that we can do without go first.
+                if self._all and (self.fields or any(key in OPTIONAL for key, _ in self.keys)):
+                    self._all = False
+                elif self.paged:
+                    self.paged = False
+                else:
+                    raise exc.error from exc
+
+    def may_be_capped(self, count: int) -> bool:
+        """Whether a server that ignores `offset` may have held results back.
+
+        One that ignores `limit` too has no pages at all. One that doesn't may have a limit of its own; those are
+        round numbers.
+        """
+        if count < ROUND or count % ROUND:
+            return False
+        return len(self.page(count // 2, 0)[0]) <= count // 2
+
+    def cut_short(self, count: int) -> Misconfigured:
+        path = self.service.path(self.service.qido, *self.segments)
+        return Misconfigured(
+            f"{self.service.where}{path}: the server gives {count} results, and may have more, but ignores offset: "
+            "narrow the query"
+        )
+
+
+class _Refused(Exception):
+    """The server doesn't take this search (400)."""
+
+    def __init__(self, error: DispatchError) -> None:
+        super().__init__(error.message)
+        self.error = error
+
+
+def _page(service: Service, path: str) -> tuple[list[Attributes], bool]:
+    """Fetch one page; returns the results, and whether the server says that there are more."""
+    status, answer, body = service.get(path, f"{dicomweb.JSON}, application/json;q=0.9")
+    if status == 204 or (status in (200, 206) and not body.strip()):
+        return [], False
+    if status == 400:
+        raise _Refused(service.error(answer, body, path))
+    if status not in (200, 206):
+        raise service.error(answer, body, path)
+    try:
+        results = dicomweb.parse(body)
+    except ValueError as exc:
+        raise dicomweb.unexpected(service, answer, body, path) from exc
+    # PS3.18 section 8.3.4.4: "Warning: 299 ...: There are additional results that can be requested".
+    more = any(warning.strip().startswith("299") for warning in answer.headers.get_all("Warning") or ())
+    return [result for result in results if result], more
+
+
+def _listed(value: str) -> list[str]:
+    return [part.strip() for part in value.replace("\\", ",").split(",") if part.strip()]
+
+
+def _text(value: Any) -> str:
+    return "\\".join(str(one) for one in value) if isinstance(value, list) else "" if value is None else str(value)
+
+
+def _count(value: Any) -> int | None:
+    try:
+        return int(str(value))
+    except ValueError:
+        return None

@@ -1,0 +1,184 @@
+"""Verifies what a DICOMweb server was sent: asks it what it has (QIDO), or reads it back and compares (WADO).
+
+Servers may write file meta information of their own, and may change the header (merge patients, coerce elements), so
+what was read back is the same if the pixel data is, in the same transfer syntax; and the whole data set where there
+is no pixel data.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+import time
+import warnings
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable
+from contextlib import closing
+from enum import Enum
+from pathlib import Path
+
+from pydicom.filereader import read_dataset
+from pydicom.tag import BaseTag
+
+from protocols import dicomweb, qido, wado
+from protocols.dicomweb import Service
+from transfer.errors import Denied, Misconfigured, NotFound, Rejected
+from transfer.header import DEFLATED_LITTLE, EXPLICIT_BIG, IMPLICIT_LITTLE, Header
+from transfer.plan import Item, Plan
+
+LISTED_WAIT_S = 20.0  # how long a server may take until what it took shows up in its searches
+FIRST_WAIT_S = 0.25  # doubles with each look
+COMPARE_BYTES = 1 << 20
+PIXELS = frozenset((0x7FE00008, 0x7FE00009, 0x7FE00010))  # float, double float and integer pixel data
+
+
+class Unverifiable(Exception):
+    """The server doesn't answer what verification asks; the text says why."""
+
+
+class Verdict(Enum):
+    """What reading an instance back showed."""
+
+    SAME = "the same"
+    CHANGED = "changed by the server, but for the pixel data"
+    UNLIKE = "can't be compared"
+    OTHER = "read back with other pixel data"
+    MISSING = "accepted, but can't be read back"
+
+
+def unlisted(service: Service, items: Iterable[Item], check: Callable[[], None]) -> list[Item]:
+    """Return the items that the server does not list; those that show up a little later count as listed.
+
+    Raises:
+        Unverifiable: it can't be searched. DispatchError: it can't be reached just now.
+    """
+    by_series: dict[tuple[str, str], list[Item]] = defaultdict(list)
+    for item in items:
+        if item.header:
+            by_series[item.header.StudyInstanceUID, item.header.SeriesInstanceUID].append(item)
+    end, wait = time.monotonic() + LISTED_WAIT_S, FIRST_WAIT_S
+    while True:
+        for key, wanted in list(by_series.items()):
+            check()
+            listed = _listed(service, *key)
+            by_series[key] = [item for item in wanted if item.header and item.header.SOPInstanceUID not in listed]
+            if not by_series[key]:
+                del by_series[key]
+        if not by_series or time.monotonic() > end:
+            return [item for left in by_series.values() for item in left]
+        dicomweb.pause(wait, check)
+        wait *= 2
+
+
+def _listed(service: Service, study: str, series: str) -> set[str]:
+    try:
+        try:
+            return set(qido.instances(service, study, series))
+        except NotFound:
+            qido.probe(service)  # raises if it is the whole service that isn't there
+            return set()
+    except (NotFound, Misconfigured, Denied) as exc:
+        raise Unverifiable(exc.message) from exc
+
+
+def read_back(
+    service: Service,
+    plan: Plan,
+    items: Iterable[Item],
+    *,
+    concurrency: int,
+    check: Callable[[], None],
+    told: Callable[[Item, Verdict], None],
+) -> None:
+    """Fetch items again and tell how each compares with what was sent.
+
+    Raises:
+        Unverifiable: the server gives nothing back. DispatchError: it can't be reached just now.
+    """
+    queue = deque(items)
+    errors: list[BaseException] = []
+    with tempfile.TemporaryDirectory(prefix="talaria-") as folder:
+
+        def work() -> None:
+            while queue and not errors:
+                try:
+                    item = queue.popleft()
+                except IndexError:
+                    return
+                try:
+                    check()
+                    told(item, _compare(service, plan, item, Path(folder), check))
+                except BaseException as exc:
+                    errors.append(exc)
+
+        threads = [threading.Thread(target=work, name="read-back", daemon=True) for _ in range(concurrency)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    if errors:
+        raise dicomweb.gravest(errors)
+
+
+def _compare(service: Service, plan: Plan, item: Item, folder: Path, check: Callable[[], None]) -> Verdict:
+    if item.header is None:
+        return Verdict.UNLIKE
+    sent = item.header
+    uids = (sent.StudyInstanceUID, sent.SeriesInstanceUID, sent.SOPInstanceUID)
+    try:
+        with closing(wado.fetch(service, uids, lambda count: check())) as contents:
+            for content in contents:
+                with wado.spooled(content, folder) as (file, got):
+                    if got.SOPInstanceUID == sent.SOPInstanceUID:
+                        with plan.open(item) as ours, file.open("rb") as theirs:
+                            return _verdict(ours, sent, theirs.fileno(), got, check)
+    except NotFound:
+        return Verdict.MISSING
+    except Rejected:  # theirs is damaged, or ours is not what it was
+        return Verdict.UNLIKE
+    except (Misconfigured, Denied) as exc:
+        raise Unverifiable(exc.message) from exc
+    return Verdict.MISSING
+
+
+def _verdict(ours: int, sent: Header, theirs: int, got: Header, check: Callable[[], None]) -> Verdict:
+    if got.TransferSyntaxUID != sent.TransferSyntaxUID:
+        return Verdict.UNLIKE
+    if _same(ours, sent.dataset_offset, theirs, got.dataset_offset, check):
+        return Verdict.SAME
+    pixels = [_pixel_data(fd, header) for fd, header in ((ours, sent), (theirs, got))]
+    if pixels[0] is None or pixels[1] is None:
+        return Verdict.UNLIKE
+    return Verdict.CHANGED if _same(ours, pixels[0], theirs, pixels[1], check) else Verdict.OTHER
+
+
+def _same(ours: int, at: int, theirs: int, there: int, check: Callable[[], None]) -> bool:
+    """Compare two files from these positions to their ends."""
+    while True:
+        check()
+        piece = os.pread(ours, COMPARE_BYTES, at)
+        if piece != os.pread(theirs, COMPARE_BYTES, there):
+            return False
+        if not piece:
+            return True
+        at, there = at + len(piece), there + len(piece)
+
+
+def _pixel_data(fd: int, header: Header) -> int | None:
+    """The position of the pixel data (or what stands for it), None if there is none to be found."""
+    syntax = header.TransferSyntaxUID
+    if syntax == DEFLATED_LITTLE:
+        return None
+    with open(os.dup(fd), "rb") as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        file.seek(header.dataset_offset)
+        found: list[int] = []
+
+        def at_pixels(tag: BaseTag, vr: str | None, length: int) -> bool:
+            if tag in PIXELS:
+                found.append(tag)
+            return tag in PIXELS
+
+        read_dataset(file, syntax == IMPLICIT_LITTLE, syntax != EXPLICIT_BIG, stop_when=at_pixels, specific_tags=[])
+        return file.tell() if found else None

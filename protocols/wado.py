@@ -1,0 +1,274 @@
+"""Retrieves instances by WADO-RS (PS3.18 section 10.4): each goes to disk as it comes, and gets its name when whole."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from protocols import dicomweb
+from protocols.answer import Answer
+from protocols.dicomweb import Service
+from protocols.multipart import Parts, parameters
+from transfer.errors import Busy, Misconfigured, NotFound, Rejected
+from transfer.header import Damaged, Header, NotDicom, read_header
+from transfer.plan import Item, Plan
+from transfer.receipt import ALREADY, DELIVERED, Kind, OnOutcome, Outcome
+from transfer.staging import FULL
+from transfer.throttle import Throttle
+
+DICOM = "application/dicom"
+# As it is stored; and for servers that don't know the star, in whatever syntax they like.
+ACCEPTS = (f'multipart/related; type="{DICOM}"; transfer-syntax=*', f'multipart/related; type="{DICOM}"')
+TEMPORARY = ".talaria-"  # how names of files that are not whole begin
+UID = re.compile(r"[0-9.]{1,64}")  # PS3.5 section 9.1; becomes a file name
+
+
+def path(service: Service, uids: tuple[str, ...]) -> str:
+    """The path of a study, a series or an instance, by its UID and those above it."""
+    names = ("studies", "series", "instances")
+    return service.path(service.wado, *(part for pair in zip(names, uids, strict=False) for part in pair))
+
+
+def fetch(
+    service: Service, uids: tuple[str, ...], pace: Callable[[int], None]
+) -> Generator[Iterator[memoryview], None, None]:
+    """Yield the content of each instance of a study, a series or an instance, as it comes.
+
+    Each content must be read to its end, or left, before the next.
+
+    Args:
+        uids: of the study, the series and the instance; fewer for all that is below.
+        pace: called with the bytes that came; may wait, or raise to stop.
+
+    Raises:
+        NotFound: there is no such resource. Misconfigured: the answer is something else.
+        Interrupted: it was cut short; what came whole before has been yielded.
+    """
+    where = path(service, uids)
+    for last, accept in ((False, ACCEPTS[0]), (True, ACCEPTS[1])):
+        with service.session.request("GET", where, {"Accept": accept}) as answer:
+            if answer.status in (200, 206):
+                yield from _contents(service, answer, where, pace)
+                return
+            body = answer.read()
+            if last or answer.status not in (400, 406, 415):
+                raise service.error(answer, body, where)
+
+
+def _contents(
+    service: Service, answer: Answer, where: str, pace: Callable[[int], None]
+) -> Iterator[Iterator[memoryview]]:
+    kind, options = parameters(answer.headers.get("Content-Type", ""))
+    pieces = _paced(answer.chunks(), pace)
+    if kind == DICOM:  # one instance without an envelope
+        yield pieces
+    elif kind.startswith("multipart/") and options.get("boundary"):
+        parts = Parts(pieces, options["boundary"], service.where)
+        for head in parts:
+            if head.get_content_type() not in (DICOM, "text/plain", "application/octet-stream"):
+                raise Misconfigured(
+                    f"{service.where}{where}: the answer holds {head.get_content_type()} instead of {DICOM}"
+                )
+            yield parts.content()
+    else:
+        raise dicomweb.unexpected(service, answer, answer.read(), where)
+
+
+def _paced(pieces: Iterator[memoryview], pace: Callable[[int], None]) -> Iterator[memoryview]:
+    for piece in pieces:
+        pace(len(piece))
+        yield piece
+
+
+@contextmanager
+def spooled(content: Iterator[memoryview], folder: Path) -> Iterator[tuple[Path, Header]]:
+    """Write the content of an instance to a temporary file of a folder; what is still there at the end is removed.
+
+    Raises:
+        Rejected: what came is no whole DICOM file. Busy: there is no room.
+    """
+    file = folder / f"{TEMPORARY}{secrets.token_hex(8)}"
+    fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        try:
+            for piece in content:
+                rest = piece
+                while rest:
+                    rest = rest[os.write(fd, rest) :]
+            header = read_header(fd, os.fstat(fd).st_size)
+        except OSError as exc:
+            if exc.errno in FULL:
+                raise Busy(f"no room in {folder}") from exc
+            raise
+        except (NotDicom, Damaged) as exc:
+            raise Rejected(f"the server gave a file that is damaged: {exc}") from exc
+        finally:
+            os.close(fd)
+        yield file, header
+    finally:
+        with suppress(FileNotFoundError):
+            file.unlink()
+
+
+@dataclass(frozen=True)
+class Series:
+    """A series to retrieve: its instances by UID, and how many the server says there are (None if it doesn't)."""
+
+    study: str
+    uid: str
+    instances: frozenset[str] = field(repr=False)
+    announced: int | None = None
+
+
+@dataclass(frozen=True)
+class _Job:
+    series: Series
+    instance: str = ""  # "" for all of the series at once
+
+
+class Retrieval:
+    """Brings the instances of some series into a folder, as `<SOP instance UID>.dcm`.
+
+    What is there already is not asked for again, so that the same retrieval, begun again, fetches what is missing.
+
+    Attributes:
+        notes: what went otherwise than announced, for people.
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        series: list[Series],
+        folder: Path,
+        on_outcome: OnOutcome,
+        *,
+        concurrency: int,
+        bandwidth_limit: int | None = None,
+    ) -> None:
+        self.service, self.series, self.folder, self.on_outcome = service, series, folder, on_outcome
+        self.notes: list[str] = []
+        self._throttle = Throttle(bandwidth_limit)
+        self._lock = threading.Lock()
+        self._items: dict[str, Item] = {}  # by SOP instance UID
+        self._missing: dict[str, Series] = {}
+        self._refused: dict[str, str] = {}  # why an instance did not come
+        self._errors: list[BaseException] = []
+        self._jobs: deque[_Job] = deque()
+        self._concurrency = concurrency
+
+    def run(self) -> Plan:
+        """Fetch what is missing; returns what was announced as a plan, whose outcomes have been told.
+
+        Raises:
+            DispatchError: not all could be asked for; what came is in the folder, and has been told.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for leftover in self.folder.glob(f"{TEMPORARY}*"):
+            leftover.unlink(missing_ok=True)
+        for one in self.series:
+            for uid in sorted(one.instances):
+                self._announce(one, uid)
+            missing = [uid for uid in one.instances if uid in self._missing]
+            # A series of which nothing is here comes in one answer; of others, only what is missing.
+            whole = len(missing) == len(one.instances) and len(missing) != 1
+            self._jobs += [_Job(one)] if whole else [_Job(one, uid) for uid in sorted(missing)]
+        self._work_off()  # series, and instances of series of which some are here
+        self._jobs += [_Job(one, uid) for uid, one in sorted(self._missing.items()) if uid not in self._refused]
+        self._work_off()  # what was announced and did not come with its series
+        for uid in sorted(self._missing):
+            text = self._refused.get(uid, "announced by the server, but not given")
+            self.on_outcome(self._items[uid], Outcome(Kind.REJECTED, text))
+        return Plan("", self.folder, tuple(sorted(self._items.values(), key=lambda item: item.path)))
+
+    def _announce(self, series: Series, uid: str) -> None:
+        if not UID.fullmatch(uid):
+            raise Misconfigured(f"{self.service.where}: lists an instance whose UID is none")
+        if uid in self._items:
+            return
+        final = self.folder / f"{uid}.dcm"
+        with suppress(OSError, NotDicom, Damaged), final.open("rb") as file:
+            info = os.fstat(file.fileno())
+            header = read_header(file.fileno(), info.st_size)
+            if header.SOPInstanceUID == uid:
+                self._items[uid] = Item(final.name, info.st_size, info.st_mtime_ns, header)
+                self.on_outcome(self._items[uid], ALREADY)
+                return
+        header = Header("", uid, "", series.study, series.uid, 0)
+        self._items[uid] = Item(final.name, 0, 0, header)
+        self._missing[uid] = series
+
+    def _work_off(self) -> None:
+        threads = [
+            threading.Thread(target=self._work, name="wado", daemon=True)
+            for _ in range(min(self._concurrency, len(self._jobs)))
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if self._errors:
+            raise dicomweb.gravest(self._errors)
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                if self._errors or not self._jobs:
+                    return
+                job = self._jobs.popleft()
+            try:
+                self.on_outcome.check()
+                self._do(job)
+            except BaseException as exc:
+                with self._lock:
+                    self._errors.append(exc)
+
+    def _do(self, job: _Job) -> None:
+        uids = (job.series.study, job.series.uid) + ((job.instance,) if job.instance else ())
+        contents = fetch(self.service, uids, self._pace)
+        try:
+            for content in contents:
+                try:
+                    with spooled(content, self.folder) as (file, header):
+                        self._keep(job, file, header)
+                except Rejected as exc:
+                    with self._lock:
+                        if job.instance:
+                            self._refused[job.instance] = exc.message
+        except (NotFound, Misconfigured) as exc:
+            # Of a series: its instances may still be had one by one.
+            with self._lock:
+                if job.instance:
+                    self._refused[job.instance] = exc.message
+        finally:
+            contents.close()
+
+    def _keep(self, job: _Job, file: Path, header: Header) -> None:
+        """Give a whole file its name, if it is what was asked for and isn't there yet."""
+        uid = header.SOPInstanceUID
+        wanted = uid == job.instance if job.instance else header.SeriesInstanceUID == job.series.uid
+        if not wanted or not UID.fullmatch(uid):
+            raise Rejected("the server gave another instance than was asked for")
+        with self._lock:
+            known = uid in self._items
+            if known and uid not in self._missing:
+                return  # a second copy
+            if not known and job.series.instances:
+                self.notes.append(f"{uid}: came with its series, but was not announced")
+        final = file.replace(self.folder / f"{uid}.dcm")
+        info = final.stat()
+        item = Item(final.name, info.st_size, info.st_mtime_ns, header)
+        with self._lock:
+            self._items[uid] = item
+            self._missing.pop(uid, None)
+        self.on_outcome(item, DELIVERED)
+
+    def _pace(self, count: int) -> None:
+        self.on_outcome.moved(count)
+        dicomweb.pause(self._throttle.delay(count), self.on_outcome.check)
