@@ -1,0 +1,176 @@
+"""A DICOMweb server, or a local folder that answers like one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar
+from urllib.parse import unquote, urlsplit
+
+from pydantic import Field, HttpUrl, SecretStr, field_validator, model_validator
+
+from blocks.base import CONTROL, LOGO, Target, check_host
+
+
+class DicomWebTarget(Target):
+    """A DICOMweb server: STOW-RS to send, QIDO-RS to query, WADO-RS to retrieve. Or a local folder of DICOM files.
+
+    Requests are authorized by user and password, by a fixed token, or by a token that OAuth2 client credentials get.
+    With a `file://` URL the folder is searched by an index that is kept up to date.
+    """
+
+    _block_type_name = "DICOMweb Target"
+    _block_type_slug = "dicomweb-target"
+    _documentation_url = HttpUrl("https://dicom.nema.org/medical/dicom/current/output/html/part18.html")
+    _logo_url = HttpUrl(LOGO)
+    _code_example = """```python
+from blocks.dicomweb import DicomWebTarget
+
+archive = DicomWebTarget.load("BLOCK_NAME")
+```"""
+
+    type_name: ClassVar[str] = "dicomweb"
+    can_query: ClassVar[bool] = True
+    where: ClassVar[tuple[str, ...]] = ("url", "stow_url_prefix")
+
+    url: str = Field(
+        description="Base URL of the services, as in https://pacs.example.org/dicom-web; or a local folder, as in "
+        "file:///data/dicom."
+    )
+    qido_url_prefix: str = Field(default="", description="Path below url where searches are answered; empty for url.")
+    wado_url_prefix: str = Field(default="", description="Path below url where instances are given out; empty for url.")
+    stow_url_prefix: str = Field(default="", description="Path below url where instances are taken; empty for url.")
+    http_user: str = Field(default="", description="User name for basic authentication.")
+    http_password: SecretStr = Field(default=SecretStr(""), description="Password of http_user.")
+    access_token: SecretStr = Field(
+        default=SecretStr(""), description="Token that is sent as it is, as a bearer token."
+    )
+    token_url: str = Field(default="", description="OAuth2 token endpoint that gives tokens for client credentials.")
+    client_id: str = Field(default="", description="OAuth2 client, for token_url.")
+    client_secret: SecretStr = Field(default=SecretStr(""), description="Secret of the OAuth2 client.")
+    scope: str = Field(default="", description="Scopes that are asked for at token_url, separated by blanks.")
+    ca_cert: str = Field(
+        default="",
+        description="Certificates that are trusted to vouch for the server: path of a PEM file or folder, or PEM text; "
+        "empty for the system's trust store.",
+    )
+    tls_cert: str = Field(
+        default="",
+        description="Our certificate with its chain, if the server asks for one: path of a PEM file, or its text.",
+    )
+    tls_key: SecretStr = Field(
+        default=SecretStr(""), description="Private key of our certificate: path of a PEM file, or its text."
+    )
+    tls_key_password: SecretStr = Field(default=SecretStr(""), description="Password of an encrypted private key.")
+    batch_bytes: int = Field(
+        default=20_000_000, ge=1, description="Most bytes of one request; a larger instance goes alone."
+    )
+    batch_items: int = Field(default=100, ge=1, le=10_000, description="Most instances of one request.")
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder that a `file://` URL names, None for a server."""
+        parts = urlsplit(self.url)
+        return Path(unquote(parts.path)) if parts.scheme == "file" else None
+
+    @field_validator("url")
+    @classmethod
+    def _url(cls, value: str) -> str:
+        value = value.strip()
+        if value.lower().startswith("file:"):
+            return check_folder(value)
+        return check_url(value)
+
+    @field_validator("token_url")
+    @classmethod
+    def _token_url(cls, value: str) -> str:
+        return check_url(value.strip(), query=True) if value.strip() else ""
+
+    @field_validator("qido_url_prefix", "wado_url_prefix", "stow_url_prefix")
+    @classmethod
+    def _prefix(cls, value: str) -> str:
+        value = value.strip().strip("/")
+        if "://" in value or any(sign in value for sign in "?#\\ ") or CONTROL.search(value) or not value.isascii():
+            raise ValueError("must be a path below url, as in rs or api/dicom-web")
+        if any(part in ("", ".", "..") for part in value.split("/")) and value:
+            raise ValueError("must be a path without empty parts, '.' or '..'")
+        return value
+
+    @field_validator("http_user", "client_id", "scope")
+    @classmethod
+    def _one_line(cls, value: str) -> str:
+        if CONTROL.search(value):
+            raise ValueError("must not hold control characters")
+        return value
+
+    @field_validator("access_token")
+    @classmethod
+    def _token(cls, value: SecretStr) -> SecretStr:
+        token = value.get_secret_value().strip()
+        if not token.isascii() or not token.isprintable() or " " in token:
+            # The value itself must not show up in the message.
+            raise ValueError("is no token that a request can carry: paste it without line breaks and the word Bearer")
+        return SecretStr(token)
+
+    @model_validator(mode="after")
+    def _one_authorization(self) -> DicomWebTarget:
+        used = [
+            name
+            for name, value in (
+                ("http_user", self.http_user),
+                ("access_token", self.access_token.get_secret_value()),
+                ("token_url", self.token_url),
+            )
+            if value
+        ]
+        if len(used) > 1:
+            raise ValueError(f"{' and '.join(used)} are set: use one way to authorize")
+        if self.http_password.get_secret_value() and not self.http_user:
+            raise ValueError("http_password is set without http_user")
+        if ":" in self.http_user:
+            raise ValueError("http_user must not hold a colon")
+        client = bool(self.client_id), bool(self.client_secret.get_secret_value())
+        if self.token_url and not all(client):
+            raise ValueError("token_url needs client_id and client_secret")
+        if any(client) and not self.token_url:
+            raise ValueError("client_id and client_secret need token_url")
+        if self.tls_key.get_secret_value() and not self.tls_cert:
+            raise ValueError("tls_key is set without tls_cert: set both, or none")
+        if used and self.folder is not None:
+            raise ValueError(f"{used[0]} is of no use for a folder: remove it")
+        return self
+
+
+def check_url(value: str, *, query: bool = False) -> str:
+    """Return an http(s) URL without a slash at its end, or raise ValueError that says what to change."""
+    if CONTROL.search(value) or " " in value or not value.isascii():
+        raise ValueError("a URL must be ASCII without blanks: encode other characters with %")
+    try:
+        parts = urlsplit(value)
+        port = parts.port
+    except ValueError as exc:
+        raise ValueError(f"not a URL: {exc}") from exc
+    if parts.scheme not in ("http", "https"):
+        raise ValueError("must begin with http://, https:// or file:///")
+    if parts.username is not None or parts.password is not None:
+        # Without the value, which holds the password.
+        raise ValueError("must not hold a user or password: use http_user and http_password")
+    if not parts.hostname or port == 0:
+        raise ValueError("names no host")
+    check_host(parts.hostname)
+    if parts.fragment or (parts.query and not query):
+        raise ValueError("must end with its path: remove what follows ? or #")
+    if any(part in (".", "..") for part in parts.path.split("/")):
+        raise ValueError("must not hold '.' or '..' in its path")
+    return value if query else value.rstrip("/")
+
+
+def check_folder(value: str) -> str:
+    """Return a file URL, or raise ValueError that says what to change."""
+    parts = urlsplit(value)
+    if parts.netloc not in ("", "localhost") or not parts.path.startswith("/") or not value.startswith("file://"):
+        raise ValueError("a folder needs an absolute path and three slashes, as in file:///data/dicom")
+    if parts.query or parts.fragment:
+        raise ValueError("encode ? as %3F and # as %23 in the path of a folder")
+    if CONTROL.search(unquote(parts.path)):
+        raise ValueError("must not hold control characters")
+    return value

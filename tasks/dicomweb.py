@@ -1,0 +1,363 @@
+"""DICOMweb targets: STOW-RS, QIDO-RS and WADO-RS; and folders that are searched like a server (`file://`)."""
+
+from __future__ import annotations
+
+import functools
+import socket
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from blocks.dicomweb import DicomWebTarget
+from protocols import dicomweb, link, qido, readback, tls, wado
+from protocols.answer import Answer
+from protocols.dicomweb import Service
+from protocols.http import Authorizer, Content, Origin, Session
+from protocols.oauth import ClientCredentials, Fixed
+from protocols.readback import Unverifiable, Verdict
+from protocols.stow import Store
+from protocols.wado import Retrieval, Series
+from tasks import dicomweb_folder
+from tasks.driver import Driver, Facts
+from transfer.errors import DispatchError, Misconfigured, NotFound
+from transfer.health import Health, Probe
+from transfer.plan import Item, Plan
+from transfer.query import Match, Query
+from transfer.receipt import Level, OnOutcome, Receipt
+
+# The table of errors is where answers are read: `dicomweb.STATUS_ERRORS`; those of sockets and TLS, `protocols.link`.
+
+BOGUS = "1.2.826.0.1.3680043.8.498.0"  # a UID below pydicom's root that no object has
+# What a server may answer to a STOW request without instances: all of these come from a STOW service.
+STOW_ANSWERS = frozenset((200, 201, 202, 204, 400, 406, 409, 411, 415, 422))
+WADO_NONE = frozenset((204, 400, 404, 406, 409, 410))  # for an instance that isn't there
+
+
+@contextmanager
+def connect(target: DicomWebTarget, check: Callable[[], None] = lambda: None) -> Iterator[Service]:
+    """Yield the target's services; connections are made as they are needed, and closed at the end."""
+    parts = urlsplit(target.url)
+    trust = _tls(target)
+    secrets = [
+        target.http_password, target.access_token, target.client_secret, target.tls_key, target.tls_key_password,
+    ]  # fmt: skip
+    try:
+        with Session(_origin(target, target.url, trust), _authorizer(target, trust), check) as session:
+            yield Service(
+                session,
+                parts.path.rstrip("/"),
+                target.qido_url_prefix,
+                target.wado_url_prefix,
+                target.stow_url_prefix,
+                frozenset(secret.get_secret_value() for secret in secrets) - {""},
+            )
+    except DispatchError as exc:
+        exc.target = exc.target or target.name
+        raise
+
+
+def _tls(target: DicomWebTarget) -> tls.Tls:
+    return tls.Tls(
+        ca=target.ca_cert,
+        cert=target.tls_cert,
+        key=target.tls_key.get_secret_value(),
+        key_password=target.tls_key_password.get_secret_value(),
+    )
+
+
+def _origin(target: DicomWebTarget, url: str, trust: tls.Tls) -> Origin:
+    return Origin.of(url, trust, target.connect_timeout_s, target.idle_timeout_s)
+
+
+def _authorizer(target: DicomWebTarget, trust: tls.Tls) -> Authorizer | None:
+    if target.http_user:
+        return Fixed.basic(target.http_user, target.http_password.get_secret_value())
+    if target.access_token.get_secret_value():
+        return Fixed.bearer(target.access_token.get_secret_value())
+    if target.token_url:
+        secret = target.client_secret.get_secret_value()
+        return _credentials(
+            target.token_url, target.client_id, secret, target.scope, _origin(target, target.token_url, trust)
+        )
+    return None
+
+
+@functools.lru_cache(maxsize=64)
+def _credentials(url: str, client_id: str, secret: str, scope: str, origin: Origin) -> ClientCredentials:
+    """One object per client and process, so that dispatches share its token."""
+    return ClientCredentials(url, client_id, secret, scope, origin)
+
+
+def check(target: DicomWebTarget) -> Health:
+    """Probe name, TCP, TLS, credentials, rights, and each of the services that the target's direction needs."""
+    if target.folder is not None:
+        return dicomweb_folder.check(target)
+    health = Health()
+    probes = ["resolve", "tcp", *(["tls"] if target.url.startswith("https:") else [])]
+    probes += ["authenticate", "authorize", "qido", "stow", "wado"]
+    _probe_connection(health, target)
+    if health.ok:
+        with connect(target) as service:
+            _probe_services(health, target, service)
+    health.skip(*probes[len(health.probes) :])
+    return health
+
+
+def _probe_connection(health: Health, target: DicomWebTarget) -> None:
+    origin = _origin(target, target.url, _tls(target))
+    with health.probe("resolve") as probe:
+        probe.detail = ", ".join(
+            dict.fromkeys(str(address[0]) for _, address in link.resolve(origin.host, origin.port))
+        )
+    if not health.ok:
+        return
+    sock: socket.socket | None = None
+    with health.probe("tcp") as probe:
+        sock = link.connect(origin.host, origin.port, origin.connect_timeout_s, _go_on)
+        probe.detail = "connected to {} port {}".format(*sock.getpeername()[:2])
+    if sock is None:
+        return
+    if origin.scheme == "https":
+        with health.probe("tls") as probe:
+            wrapped = sock = link.handshake(
+                sock, origin.host, origin.where, origin.tls, origin.connect_timeout_s, _go_on
+            )
+            probe.detail = tls.peer_facts(wrapped)
+    sock.close()
+
+
+def _probe_services(health: Health, target: DicomWebTarget, service: Service) -> None:
+    needs_qido = target.queries or target.verify is not Level.ACCEPTED
+    needs_wado = target.queries or target.verify is Level.PROVEN
+    asked: dict[str, _Asked] = {}
+    with health.probe("authenticate") as probe:
+        authorizer = service.session.authorizer
+        if authorizer is not None:
+            authorizer.header(_go_on)
+        asked["qido"] = _ask(service, "GET", service.path(service.qido, "studies", query=[("limit", "1")]))
+        if target.stores:
+            asked["stow"] = _ask_stow(service)
+        for one in asked.values():
+            if one.answer.status == 401:
+                raise service.error(one.answer, one.body, one.path)
+        probe.detail = "credentials accepted" if authorizer else "no credentials are set, and none are asked for"
+        if authorizer and target.url.startswith("http:"):
+            probe.detail += "; they go over the network unencrypted"
+    if not health.ok:
+        return
+    with health.probe("authorize"):
+        for name, one in asked.items():
+            if one.answer.status == 403 and (name == "stow" or needs_qido):
+                raise service.error(one.answer, one.body, one.path)
+    if not health.ok:
+        return
+    with health.probe("qido", informative=not needs_qido) as probe:
+        _judge_qido(service, asked["qido"], probe)
+    if "stow" in asked:
+        with health.probe("stow") as probe:
+            _judge_stow(service, asked["stow"], probe)
+    else:
+        health.skip("stow", why="the target is for queries only")
+    if needs_wado:
+        with health.probe("wado") as probe:
+            _probe_wado(service, probe)
+    else:
+        health.skip("wado", why="nothing is retrieved from this target")
+
+
+def _go_on() -> None:
+    """A check can't be cancelled; all its waits have an end."""
+
+
+@dataclass(frozen=True)
+class _Asked:
+    path: str
+    answer: Answer
+    body: bytes
+
+
+def _ask(service: Service, method: str, path: str, headers: dict[str, str] | None = None, body: bytes = b"") -> _Asked:
+    headers = {"Accept": dicomweb.ACCEPT} | (headers or {})
+    with service.session.request(method, path, headers, Content(body) if body else None) as answer:
+        return _Asked(path, answer, answer.read())
+
+
+def _ask_stow(service: Service) -> _Asked:
+    """Send a request without instances; to servers that this breaks, one with a part that is none."""
+    path = service.path(service.stow, "studies")
+    headers = {"Content-Type": 'multipart/related; type="application/dicom"; boundary=talaria'}
+    asked = _ask(service, "POST", path, headers, b"--talaria--\r\n")
+    if asked.answer.status == 500:
+        part = b"--talaria\r\nContent-Type: application/dicom\r\n\r\nnothing\r\n--talaria--\r\n"
+        asked = _ask(service, "POST", path, headers, part)
+    return asked
+
+
+def _judge_qido(service: Service, asked: _Asked, probe: Probe) -> None:
+    status = asked.answer.status
+    if status not in (200, 204, 206):
+        raise service.error(asked.answer, asked.body, asked.path)
+    try:
+        found = dicomweb.parse(asked.body) if asked.body.strip() else []
+    except ValueError as exc:
+        raise dicomweb.unexpected(service, asked.answer, asked.body, asked.path) from exc
+    probe.detail = f"answers {status}, {'has studies' if found else 'no study'}"
+
+
+def _judge_stow(service: Service, asked: _Asked, probe: Probe) -> None:
+    status = asked.answer.status
+    if status not in STOW_ANSWERS:
+        raise service.error(asked.answer, asked.body, asked.path)
+    if asked.answer.media_type == "text/html" and status < 400:
+        raise dicomweb.unexpected(service, asked.answer, asked.body, asked.path)
+    probe.detail = f"answers {status} to a request without instances; nothing was stored"
+
+
+def _probe_wado(service: Service, probe: Probe) -> None:
+    """Ask for an instance and look at the beginning of what comes; without one, for one that there isn't."""
+    uids = qido.any_instance(service)
+    with service.session.request(
+        "GET", wado.path(service, uids or (BOGUS,) * 3), {"Accept": wado.ACCEPTS[1]}
+    ) as answer:
+        if uids and answer.status == 200:
+            kind = answer.media_type
+            answer.close()  # what it is is enough
+            if kind not in (wado.DICOM, "multipart/related"):
+                raise Misconfigured(f"{service.where}: gives {kind or 'no type'} instead of instances")
+            probe.detail = "gives instances"
+        elif not uids and answer.status in WADO_NONE:
+            probe.detail = f"answers {answer.status} for an instance that is not there"
+        elif answer.status != 200:
+            raise service.error(answer, answer.read(), wado.path(service, uids or (BOGUS,) * 3))
+
+
+def push(target: DicomWebTarget, plan: Plan, on_outcome: OnOutcome) -> Receipt:
+    """Store the plan's pending instances in batches, several requests at once."""
+    if target.folder is not None:
+        return dicomweb_folder.push(target, plan, on_outcome)
+    with connect(target, on_outcome.check) as service:
+        store = Store(
+            service,
+            plan,
+            on_outcome,
+            batch_bytes=target.batch_bytes,
+            batch_items=target.batch_items,
+            concurrency=target.concurrency,
+            bandwidth_limit=target.bandwidth_limit,
+        )
+        store.run()
+        level, notes = _verify(target, service, plan, on_outcome)
+    if store.unlisted and level is Level.ACCEPTED:
+        notes.append(f"{store.unlisted} instance(s) were accepted without being named: verify=listed would make sure")
+    return on_outcome.receipt(target.name, plan, verified=level, notes=tuple(notes))
+
+
+def _verify(target: DicomWebTarget, service: Service, plan: Plan, on_outcome: OnOutcome) -> tuple[Level, list[str]]:
+    """Go as far as `target.verify` says, or the server lets us; take back what turns out not to be there."""
+    told = on_outcome.outcomes
+    items = [item for item in plan.items if item.path in plan.done or (item.path in told and told[item.path].arrived)]
+    if target.verify is Level.ACCEPTED or not items:
+        return Level.ACCEPTED if target.verify is Level.ACCEPTED else target.verify, []
+    level, notes = Level.ACCEPTED, []
+    try:
+        missing = readback.unlisted(service, items, on_outcome.check)
+        for item in missing:
+            on_outcome.revoke(item, "accepted, but not listed by the server afterwards")
+        items = [item for item in items if item not in missing]
+        level = Level.LISTED
+    except Unverifiable as exc:
+        notes.append(f"can't be verified by listing: {exc}")
+    if target.verify is Level.PROVEN:
+        why = _prove(target, service, plan, items, on_outcome)
+        level = level if why else Level.PROVEN
+        notes += [why] if why else []
+    return level, notes
+
+
+def _prove(target: DicomWebTarget, service: Service, plan: Plan, items: list[Item], on_outcome: OnOutcome) -> str:
+    """Read everything back and compare; returns why that proves less than it should, "" if it doesn't."""
+    unproven: list[Item] = []
+
+    def told(item: Item, verdict: Verdict) -> None:
+        if verdict in (Verdict.OTHER, Verdict.MISSING):
+            on_outcome.revoke(item, str(verdict.value))
+        elif verdict is Verdict.UNLIKE:
+            unproven.append(item)
+
+    try:
+        readback.read_back(service, plan, items, concurrency=target.concurrency, check=on_outcome.check, told=told)
+    except Unverifiable as exc:
+        return f"can't be proven by reading back: {exc}"
+    if unproven:
+        return (
+            f"{len(unproven)} instance(s) can't be proven: the server gives them back in another transfer syntax, "
+            f"or changed where there is no pixel data to compare ({unproven[0].shown})"
+        )
+    return ""
+
+
+def find(target: DicomWebTarget, query: Query) -> Iterator[Match]:
+    """Yield the studies or series that match."""
+    if target.folder is not None:
+        yield from dicomweb_folder.find(target, query)
+        return
+    with connect(target) as service:
+        yield from qido.find(service, query)
+
+
+def retrieve(target: DicomWebTarget, query: Query, folder: Path, on_outcome: OnOutcome) -> Receipt:
+    """Fetch what matches into a folder, as `<SOP instance UID>.dcm`; what is there already is not fetched again.
+
+    Raises:
+        NotFound: nothing matches.
+    """
+    if target.folder is not None:
+        return dicomweb_folder.retrieve(target, query, folder, on_outcome)
+    with connect(target, on_outcome.check) as service:
+        series = [_announced(service, match) for match in qido.find(service, replace(query, level="series"))]
+        if not series:
+            raise NotFound(f"{service.where}: nothing matches the query")
+        retrieval = Retrieval(
+            service,
+            series,
+            folder,
+            on_outcome,
+            concurrency=target.concurrency,
+            bandwidth_limit=target.bandwidth_limit,
+        )
+        plan = retrieval.run()
+    return _compared(on_outcome.receipt(target.name, plan, Level.LISTED, tuple(retrieval.notes)), plan, series)
+
+
+def _announced(service: Service, match: Match) -> Series:
+    uids: frozenset[str] = frozenset()
+    with suppress(NotFound, Misconfigured):  # not every server lists instances
+        uids = frozenset(qido.instances(service, match.StudyInstanceUID, match.SeriesInstanceUID))
+    return Series(match.StudyInstanceUID, match.SeriesInstanceUID, uids, match.instances)
+
+
+def _compared(receipt: Receipt, plan: Plan, series: list[Series]) -> Receipt:
+    """Compare with the counts that the server announced: what is short of them makes the receipt a partial one."""
+    seen = Counter(item.header.SeriesInstanceUID for item in plan.items if item.header)
+    short, notes = 0, []
+    for one in series:
+        if one.announced is not None and seen[one.uid] < one.announced:
+            short += one.announced - seen[one.uid]
+            notes.append(f"series {one.uid}: {one.announced} instances are announced, {seen[one.uid]} are to be had")
+        if not seen[one.uid]:
+            notes.append(f"series {one.uid}: nothing came")
+            short += one.announced is None
+    return replace(receipt, unsent=receipt.unsent + short, notes=(*receipt.notes, *notes))
+
+
+driver = Driver(
+    target=DicomWebTarget,
+    check=check,
+    push=push,
+    find=find,
+    retrieve=retrieve,
+    facts=Facts(dicom_only=True, verifies_by=(Level.ACCEPTED, Level.LISTED, Level.PROVEN)),
+)
