@@ -1,0 +1,113 @@
+"""What a query's keys match, as Orthanc matches them: PS3.4 section C.2.2.2, but upper and lower case are alike.
+
+Blanks around a value don't count, nor do empty components at the end of a person's name. A name with several
+component groups (alphabetic, ideographic, phonetic) matches as a whole or by one of them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+
+from transfer.errors import Misconfigured
+from transfer.query import Query
+
+Test = Callable[[str], bool]
+
+_DATE = re.compile(r"(\d{4}(?:\d{2}){0,2})?(-)?(\d{4}(?:\d{2}){0,2})?")
+
+
+def of_study(query: Query) -> Iterator[tuple[str, Test]]:
+    """The tests that a study's attributes must pass, by keyword.
+
+    Raises:
+        Misconfigured: a date that is none.
+    """
+    if query.AccessionNumber:
+        yield "AccessionNumber", one_of(query.AccessionNumber)
+    if query.StudyDescription:
+        yield "StudyDescription", one_of(query.StudyDescription)
+    if query.PatientID.strip():
+        yield "PatientID", like(query.PatientID)
+    if query.PatientName.strip():
+        yield "PatientName", named(query.PatientName)
+    if query.StudyDate.strip():
+        yield "StudyDate", between(query.StudyDate)
+    if query.StudyInstanceUID.strip():
+        yield "StudyInstanceUID", one_of(_listed(query.StudyInstanceUID))
+
+
+def of_series(query: Query) -> Iterator[tuple[str, Test]]:
+    """The tests that the attributes of one and the same series must pass, by keyword."""
+    if query.Modality.strip():
+        tests = [like(modality) for modality in _listed(query.Modality)]
+        yield "Modality", lambda value: any(test(value) for test in tests)
+    if query.SeriesDescription:
+        yield "SeriesDescription", one_of(query.SeriesDescription)
+    if query.SeriesInstanceUID.strip():
+        yield "SeriesInstanceUID", one_of(_listed(query.SeriesInstanceUID))
+
+
+def _listed(value: str) -> list[str]:
+    """Split a list of values; neither sign can be in a UID or a code string."""
+    return [part for part in re.split(r"[\\,]", value) if part.strip()]
+
+
+def _plain(value: str) -> str:
+    return value.strip().casefold()
+
+
+def one_of(values: Iterable[str]) -> Test:
+    """Exact values, any of which matches; an empty one matches nothing."""
+    wanted = frozenset(_plain(value) for value in values) - {""}
+    return lambda value: _plain(value) in wanted
+
+
+def like(pattern: str) -> Test:
+    """A value in which `*` stands for any characters, none too, and `?` for exactly one."""
+    folded = _plain(pattern)
+    if "*" not in folded and "?" not in folded:
+        return lambda value: _plain(value) == folded
+    first, *rest = [re.escape(part).replace(r"\?", ".") for part in re.split(r"\*+", folded)]
+    # What stands between two stars is looked for once, from the left, and never again: the groups are atomic, so
+    # no value, however long, takes more than a moment.
+    middle = "".join(f"(?>.*?{part})" for part in rest[:-1])
+    last = f".*{rest[-1]}" if rest else ""
+    regex = re.compile(first + middle + last, re.DOTALL)
+    return lambda value: regex.fullmatch(_plain(value)) is not None
+
+
+def named(pattern: str) -> Test:
+    """A person's name, with wild cards."""
+    test = like(_trimmed(pattern))
+
+    def matches(value: str) -> bool:
+        names = [_trimmed(name) for name in value.split("\\")]
+        return any(test(name) or ("=" in name and any(map(test, map(_trimmed, name.split("="))))) for name in names)
+
+    return matches
+
+
+def _trimmed(name: str) -> str:
+    """A name without the delimiters at the end of its groups, and without empty groups at its end."""
+    return "=".join(group.strip().rstrip("^ ") for group in name.split("=")).rstrip("=")
+
+
+def between(period: str) -> Test:
+    """A date, or a range of dates that includes its ends; an end may be left out, and may be a month or a year.
+
+    Raises:
+        Misconfigured: it is neither.
+    """
+    parsed = _DATE.fullmatch(period.strip())
+    if not parsed or not (parsed[1] or parsed[3]) or (not parsed[2] and len(parsed[1] or "") != 8):
+        raise Misconfigured(
+            f"study date {period!r}: must be YYYYMMDD, or a range such as 20240101-20240131, -20240131 or 20240101-"
+        )
+    first, last = parsed[1] or "", (parsed[3] or "") if parsed[2] else parsed[1]
+
+    def matches(value: str) -> bool:
+        date = value.strip().replace(".", "")  # ACR-NEMA wrote 2024.01.31
+        return bool(date) and date >= first and date[: len(last)] <= last
+
+    return matches
