@@ -1,0 +1,310 @@
+"""Brings an index up to date with its folder: looks at every directory entry, reads only headers that are new.
+
+Symbolic links are not followed: what one inside the folder leads to is found where it is, what leads out of the
+folder is not part of it.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import stat
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
+from typing import NamedTuple
+
+from protocols.dicomindex import DAMAGED, INSTANCE, NOT_DICOM, TAGS, Index, Instance, Stamp
+from transfer.header import Damaged, NotDicom, read_elements
+
+READERS = 8  # threads that read headers where the time goes into waiting, as on a share
+CHUNK = 256  # files that are read between two looks at whether to stop
+FIRST_CHUNK = 16  # as long as nobody knows how slow the folder is
+WAITING = 0.5  # share of the time; with less, threads cost more than they gain
+# Two writes closer together than this may leave the same times (the kernel's clock of files ticks every 10 ms or
+# faster): a header counts only if it is read later than that after the last write.
+TICK_NS = 20_000_000
+# Times without a fraction of a second come from a file system that has none, or has even seconds only (FAT).
+COARSE_NS = 2_000_000_000
+OWN = (b".talaria-", b".incoming-")  # names of our own, here and in folders that other targets write
+MARKER = b".complete"
+# A share whose server is gone: no answer can be given. Any other error is about one file or folder.
+GONE = frozenset(
+    (errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ECONNABORTED, errno.ECONNRESET, errno.EHOSTDOWN,
+     errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN)
+)  # fmt: skip
+
+
+@dataclass
+class Change:
+    """What differs between a folder and what the index has of it.
+
+    Attributes:
+        path: relative to the root, `b""` for the root itself.
+        mark: stands for all its entries as they were seen.
+        read: names of the files whose headers must be read.
+        gone: names that are there no more.
+    """
+
+    path: bytes
+    mark: bytes
+    read: list[bytes]
+    gone: list[bytes]
+
+
+@dataclass
+class Changes:
+    """What differs between a whole tree and its index.
+
+    Attributes:
+        vanished: folders that are there no more.
+        unchanged: how many files are as they were.
+        unreadable: how many folders can't be listed.
+        newest: the latest time of any file that must be read, nanoseconds since the epoch.
+    """
+
+    folders: list[Change] = field(default_factory=list)
+    vanished: list[bytes] = field(default_factory=list)
+    unchanged: int = 0
+    unreadable: int = 0
+    newest: int = 0
+
+    def __bool__(self) -> bool:
+        return bool(self.folders or self.vanished)
+
+
+def look(index: Index, root: bytes, check: Callable[[], None]) -> Changes:
+    """Find out what has changed. No file is opened.
+
+    Args:
+        check: called for each folder; may raise to stop.
+
+    Raises:
+        OSError: the root can't be listed, or the share is gone.
+    """
+    known = index.folders()
+    found = Changes()
+    stack = [b""]
+    while stack:
+        path = stack.pop()
+        check()
+        try:
+            files, below = _list(os.path.join(root, path) if path else root)
+        except OSError as exc:
+            if not path or exc.errno in GONE:
+                raise
+            if exc.errno not in (errno.ENOENT, errno.ENOTDIR):  # else it vanished this moment
+                found.unreadable += 1
+            continue
+        stack.extend(os.path.join(path, name) for name in below)
+        folder, mark = known.pop(path, (None, None))
+        now = _mark(files)
+        if now == mark:
+            found.unchanged += len(files)
+            continue
+        stamps = {} if folder is None else index.stamps(folder)
+        read = [name for name, stamp in files.items() if stamps.get(name) != stamp]
+        found.unchanged += len(files) - len(read)
+        found.newest = max([found.newest, *(max(files[name].mtime_ns, files[name].ctime_ns) for name in read)])
+        found.folders.append(Change(path, now, read, [name for name in stamps if name not in files]))
+    found.vanished = list(known)
+    return found
+
+
+def _list(path: bytes) -> tuple[dict[bytes, Stamp], list[bytes]]:
+    """Return the stamps of a directory's files by name, and the names of the directories in it."""
+    files, below = {}, []
+    with os.scandir(path) as entries:
+        for entry in entries:
+            name = entry.name
+            if name.startswith(OWN) or name == MARKER:
+                continue
+            try:
+                info = entry.stat(follow_symlinks=False)
+            except FileNotFoundError:  # removed since the directory was opened
+                continue
+            if stat.S_ISREG(info.st_mode):
+                files[name] = Stamp.of(info)
+            elif stat.S_ISDIR(info.st_mode):
+                below.append(name)
+    return files, below
+
+
+def _mark(files: dict[bytes, Stamp]) -> bytes:
+    lines = [b"%b\0%d %d %d %d" % (name, *stamp) for name, stamp in files.items()]
+    lines.sort()
+    return hashlib.blake2b(b"\n".join(lines), digest_size=16).digest()
+
+
+# ---- reading what has changed
+
+
+class Read(NamedTuple):
+    """What one file turned out to be.
+
+    Attributes:
+        stamp: None if the file can't be read, or is gone.
+        settled: whether the file can't have changed since without a change of its stamp.
+    """
+
+    name: bytes
+    stamp: Stamp | None
+    kind: int = NOT_DICOM
+    instance: Instance | None = None
+    settled: bool = True
+
+
+@dataclass
+class Work:
+    """How many files were read, found gone, and could not be read."""
+
+    read: int = 0
+    removed: int = 0
+    unreadable: int = 0
+
+
+def apply(index: Index, root: bytes, changes: Changes, between: Callable[[], None]) -> Work:
+    """Read the headers of new and changed files into the index, and take out what is gone.
+
+    Args:
+        between: called after every few files; may save the index, and may raise to stop: what was read until then
+            stays in the index.
+
+    Raises:
+        OSError: the share is gone.
+    """
+    work = Work()
+    known = index.folders()
+    if changes.newest:
+        _let_it_tick(changes.newest)
+    try:
+        with index.changing():
+            for path in changes.vanished:
+                work.removed += index.remove_folder(known[path][0])
+        with _Reader() as reader:
+            for change in changes.folders:
+                folder = known[change.path][0] if change.path in known else index.add_folder(change.path)
+                _bring_up(
+                    index,
+                    os.path.join(root, change.path) if change.path else root,
+                    folder,
+                    change,
+                    reader,
+                    work,
+                    between,
+                )
+    finally:
+        index.settle()
+    return work
+
+
+def _bring_up(
+    index: Index, where: bytes, folder: int, change: Change, reader: _Reader, work: Work, between: Callable[[], None]
+) -> None:
+    """Bring one folder up to date."""
+    with index.changing():
+        index.remove_files(folder, change.gone)
+    work.removed += len(change.gone)
+    names, whole = iter(change.read), True
+    while chunk := list(islice(names, reader.chunk)):
+        with index.changing():
+            for read in reader.read(where, chunk):
+                whole &= _put(index, folder, read, work)
+        between()
+    if whole:
+        index.mark_folder(folder, change.mark)
+
+
+class _Reader:
+    """Reads headers, in threads if that turns out to be mostly waiting."""
+
+    def __init__(self) -> None:
+        self.chunk = FIRST_CHUNK
+        self._pool: ThreadPoolExecutor | None = None
+
+    def __enter__(self) -> _Reader:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._pool:
+            self._pool.shutdown(cancel_futures=True)
+
+    def read(self, where: bytes, names: list[bytes]) -> Iterable[Read]:
+        if self._pool:
+            return self._pool.map(partial(_read, where), names)
+        begun, worked = time.perf_counter(), time.thread_time()
+        found = [_read(where, name) for name in names]
+        took, worked = time.perf_counter() - begun, time.thread_time() - worked
+        if len(names) >= FIRST_CHUNK:
+            self.chunk = CHUNK
+            if took - worked > WAITING * took:
+                self._pool = ThreadPoolExecutor(READERS)
+        return found
+
+
+def _let_it_tick(newest: int) -> None:
+    """Wait until a later write must leave a later time than the newest there is."""
+    age = time.time_ns() - newest
+    if age < TICK_NS:
+        time.sleep(min(TICK_NS, TICK_NS - age) / 1e9)
+
+
+def _put(index: Index, folder: int, read: Read, work: Work) -> bool:
+    """Enter a file into the index; tell whether it needn't be looked at again as long as its stamp is the same."""
+    if read.stamp is None:
+        work.unreadable += read.kind == DAMAGED
+        index.remove_files(folder, [read.name])
+        return False
+    work.read += 1
+    stamp = read.stamp if read.settled else read.stamp._replace(size=-1)  # equals no file's
+    index.put_file(folder, read.name, stamp, read.kind, read.instance)
+    return read.settled
+
+
+def _read(where: bytes, name: bytes) -> Read:
+    """Read one file's header."""
+    try:
+        fd = os.open(os.path.join(where, name), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as exc:
+        return _failed(name, exc)
+    try:
+        info = os.fstat(fd)
+        if not stat.S_ISREG(info.st_mode):
+            return Read(name, None)
+        kind, instance = _kind(fd, info.st_size)
+        stamp = Stamp.of(info)
+        return Read(name, stamp, kind, instance, stamp == Stamp.of(os.fstat(fd)) and not _coarse(stamp))
+    except OSError as exc:
+        return _failed(name, exc)
+    finally:
+        os.close(fd)
+
+
+def _failed(name: bytes, exc: OSError) -> Read:
+    if exc.errno in GONE:
+        raise exc
+    vanished = exc.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+    return Read(name, None, NOT_DICOM if vanished else DAMAGED)
+
+
+def _kind(fd: int, size: int) -> tuple[int, Instance | None]:
+    try:
+        header, elements = read_elements(fd, size, TAGS)
+    except NotDicom:
+        return NOT_DICOM, None
+    except Damaged:
+        return DAMAGED, None
+    if not header.StudyInstanceUID or not header.SeriesInstanceUID:
+        return DAMAGED, None  # belongs nowhere; servers refuse such instances
+    return INSTANCE, Instance(header, elements)
+
+
+def _coarse(stamp: Stamp) -> bool:
+    """Tell whether the file may be written again and keep its times."""
+    latest = max(stamp.mtime_ns, stamp.ctime_ns)
+    whole = stamp.mtime_ns % 1_000_000_000 == 0 and stamp.ctime_ns % 1_000_000_000 == 0
+    return whole and abs(time.time_ns() - latest) < COARSE_NS
