@@ -1,28 +1,236 @@
-"""What is done with a folder that stands for a DICOMweb server (`file://`)."""
+"""DICOMweb targets whose URL is a folder (`file://`): the same four functions as for a server.
+
+Files and folders may be named after patients, so messages hold the folder itself, never a path below it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import errno
+import logging
+import os
+import pwd
+import stat
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from blocks.dicomweb import DicomWebTarget
+from protocols import filesystem as fs
+from protocols.dicomfolder import DicomFolder
+from protocols.dicomstore import Store, fetch
+from protocols.incoming import Style
+from transfer.errors import (
+    Busy,
+    Denied,
+    DispatchError,
+    Interrupted,
+    Misconfigured,
+    NotFound,
+    Unreachable,
+)
 from transfer.health import Health
+from transfer.home import Home
 from transfer.plan import Plan
 from transfer.query import Match, Query
-from transfer.receipt import OnOutcome, Receipt
+from transfer.receipt import Level, OnOutcome, Receipt
+
+logger = logging.getLogger(__name__)
+
+# What the file system says, and what it means for the whole target.
+ERRORS: dict[int, type[DispatchError]] = {
+    errno.ENOENT: NotFound,
+    errno.ENOTDIR: Misconfigured,
+    errno.ELOOP: Misconfigured,
+    errno.ENAMETOOLONG: Misconfigured,
+    errno.EXDEV: Misconfigured,
+    errno.EACCES: Denied,
+    errno.EPERM: Denied,
+    errno.EROFS: Denied,
+    errno.ENOSPC: Busy,
+    errno.EDQUOT: Busy,
+    errno.EMFILE: Busy,
+    errno.ENFILE: Busy,
+    errno.ENOMEM: Busy,
+    errno.EAGAIN: Busy,
+    errno.EBUSY: Busy,
+    errno.EIO: Interrupted,
+    errno.ESTALE: Interrupted,
+    errno.EREMOTEIO: Interrupted,
+    errno.ECONNRESET: Interrupted,
+    errno.ECONNABORTED: Interrupted,
+    errno.ENODEV: Unreachable,
+    errno.ENXIO: Unreachable,
+    errno.ENOTCONN: Unreachable,
+    errno.ECONNREFUSED: Unreachable,
+    errno.EHOSTDOWN: Unreachable,
+    errno.EHOSTUNREACH: Unreachable,
+    errno.ENETUNREACH: Unreachable,
+    errno.ENETDOWN: Unreachable,
+    errno.ETIMEDOUT: Unreachable,
+}
+REMEDIES = {
+    errno.ENOENT: "make the folder, or mount the share that it lies on",
+    errno.ENOTDIR: "name a folder",
+    errno.EROFS: "mount it so that it can be written to",
+    errno.ENOSPC: "make room",
+    errno.EDQUOT: "make room",
+}
+
+
+@contextmanager
+def errors(target: DicomWebTarget) -> Iterator[None]:
+    """Turn what the file system says into our own errors, and name the folder in them."""
+    try:
+        yield
+    except fs.Silent as exc:
+        raise Unreachable(f"{target.url} did not answer within {target.connect_timeout_s:g} s", target.name) from exc
+    except DispatchError as exc:
+        exc.target = exc.target or target.name
+        raise
+    except OSError as exc:
+        exc.filename = exc.filename2 = None  # a path below the folder may hold a patient's data
+        kind = ERRORS.get(exc.errno or 0)
+        if kind is None:
+            raise
+        if kind is NotFound and target.folder and target.folder.is_dir():
+            raise Interrupted(
+                f"{target.url}: what is being read or written there vanishes: another program clears it", target.name
+            ) from exc
+        remedy = REMEDIES.get(exc.errno or 0, "")
+        if exc.errno in (errno.EACCES, errno.EPERM):
+            remedy = f"user {_user()} must have the right to do this"
+        raise kind(f"{target.url}: {exc.strerror}" + (f": {remedy}" if remedy else ""), target.name) from exc
+
+
+def _user() -> str:
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return str(os.geteuid())
+
+
+# ---- connect
+
+
+def connect(target: DicomWebTarget) -> Path:
+    """Return the target's folder, which is there and answers.
+
+    Raises:
+        NotFound: it doesn't exist; it is never made, since a share that isn't mounted looks just so.
+        Misconfigured: it is no folder. Unreachable: its file system doesn't answer. Denied: the way to it is closed.
+    """
+    root = target.folder
+    if root is None:
+        raise Misconfigured(f"{target.url} is no folder", target.name)
+    with errors(target):
+        info = fs.within(target.connect_timeout_s, root.stat)
+        if not stat.S_ISDIR(info.st_mode):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+    return root
+
+
+def opened(target: DicomWebTarget, check: Callable[[], None] = lambda: None) -> DicomFolder:
+    """Return the target's folder with its index; the caller closes it, and wraps its use in `errors`."""
+    try:
+        state: Path | None = Home.current().root
+    except OSError:
+        state = None  # then the index of a read-only folder is kept in memory
+    with errors(target):
+        return DicomFolder(connect(target), state, check)
+
+
+# ---- check
 
 
 def check(target: DicomWebTarget) -> Health:
-    raise NotImplementedError
+    """Probe: the folder is there, can be listed (to query it), and written to (to store in it)."""
+    health = Health()
+    with health.probe("folder") as probe:
+        root = connect(target)
+        probe.detail = str(root.resolve())
+    if not health.ok:
+        health.skip("authorize", "qido")
+        return health
+    if target.stores:
+        with health.probe("authorize") as probe, errors(target):
+            _rehearse(target, root)
+            probe.detail = f"written, renamed and removed as user {_user()}"
+    else:
+        health.skip("authorize", why="nothing is stored here")
+    with health.probe("qido") as probe, errors(target):
+        # A first look at a large folder takes minutes: not in a check.
+        with os.scandir(root) as entries:
+            empty = next(entries, None) is None
+        probe.detail = "the folder is empty" if empty else "the folder can be listed"
+    return health
+
+
+def _rehearse(target: DicomWebTarget, root: Path) -> None:
+    """Do once what a push does, under names that are no instance's, and remove it.
+
+    Raises:
+        Misconfigured: something else can be read there than was written.
+    """
+    probe = root / f".talaria-{uuid.uuid4().hex}"
+    renamed = probe.with_name(f"{probe.name}-renamed")
+    try:
+        probe.write_bytes(b"probe")
+        probe.replace(renamed)
+        if renamed.read_bytes() != b"probe":
+            raise Misconfigured(f"{target.url}: what is written there can't be read back", target.name)
+    finally:
+        probe.unlink(missing_ok=True)
+        renamed.unlink(missing_ok=True)
+
+
+# ---- push
 
 
 def push(target: DicomWebTarget, plan: Plan, on_outcome: OnOutcome) -> Receipt:
-    raise NotImplementedError
+    """Put what is pending into the folder, as `<study>/<series>/<instance>.dcm`."""
+    on_outcome.check()
+    root = connect(target).resolve()
+    style = Style(threads=target.concurrency, bandwidth_limit=target.bandwidth_limit)
+    with errors(target):
+        store = Store(root, target.name, plan, on_outcome, style)
+        try:
+            reached = store.run(target.verify)
+        except (Busy, Interrupted, Denied) as exc:
+            exc.message = f"{target.url}: {exc.message}"
+            raise
+    return on_outcome.receipt(target.name, plan, verified=reached, notes=tuple(store.notes))
+
+
+# ---- find
 
 
 def find(target: DicomWebTarget, query: Query) -> Iterator[Match]:
-    raise NotImplementedError
+    """Yield what the folder has, as it is now."""
+    with errors(target), opened(target) as folder:
+        yield from folder.find(query)
+        if folder.report.unreadable:
+            logger.warning("%s: %s", target.url, _unread(folder))
 
 
-def retrieve(target: DicomWebTarget, query: Query, folder: Path, on_outcome: OnOutcome) -> Receipt:
-    raise NotImplementedError
+# ---- retrieve
+
+
+def retrieve(target: DicomWebTarget, query: Query, into: Path, on_outcome: OnOutcome) -> Receipt:
+    """Copy the instances of all series that match into a folder, as `<SOP instance UID>.dcm`.
+
+    Raises:
+        NotFound: nothing matches.
+    """
+    on_outcome.check()
+    with errors(target), opened(target, on_outcome.check) as folder:
+        held = list(folder.instances(query))
+        if not held:
+            raise NotFound(f"{target.url}: nothing matches the query")
+        plan = fetch(held, into, on_outcome, threads=target.concurrency, bandwidth_limit=target.bandwidth_limit)
+        notes = (_unread(folder),) if folder.report.unreadable else ()
+    return on_outcome.receipt(target.name, plan, verified=Level.LISTED, notes=notes)
+
+
+def _unread(folder: DicomFolder) -> str:
+    return f"{folder.report.unreadable} files or folders can't be read by user {_user()}: what is in them is left out"

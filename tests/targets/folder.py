@@ -49,7 +49,7 @@ def harness(folder: Path, *, name: str, link: Link = Link.NEVER) -> Harness:
 
     @contextmanager
     def cut(count: int) -> Iterator[Target]:
-        with _stale_after(count):
+        with stale_after(count):
             yield usual
 
     @contextmanager
@@ -59,7 +59,7 @@ def harness(folder: Path, *, name: str, link: Link = Link.NEVER) -> Harness:
 
     @contextmanager
     def shorten() -> Iterator[Target]:
-        with _losing_the_end():
+        with losing_the_end():
             yield usual
 
     return Harness(
@@ -87,7 +87,7 @@ def _patched(**functions: Callable[..., Any]) -> Iterator[None]:
 
 
 @contextmanager
-def _stale_after(limit: int) -> Iterator[None]:
+def stale_after(limit: int) -> Iterator[None]:
     """Let the system calls that bring data fail once, after so many bytes, as those of a share whose server went."""
     moved, broken, lock = 0, False, threading.Lock()
 
@@ -117,7 +117,7 @@ def _stale_after(limit: int) -> Iterator[None]:
 
 
 @contextmanager
-def _losing_the_end() -> Iterator[None]:
+def losing_the_end() -> Iterator[None]:
     """Let the last byte of every file that is written vanish without an error."""
     in_kernel, write = os.copy_file_range, os.write
 

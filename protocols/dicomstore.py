@@ -1,0 +1,315 @@
+"""Puts instances into a folder that others query, and brings what they asked for out of one.
+
+    <root>/<study>/<series>/<SOP instance>.dcm       UIDs, made safe as names
+    <root>/.incoming-<dispatch id>/<owner>/          what is being written; gone when the dispatch has arrived
+
+An instance appears under its name when it is whole and flushed to disk, by one rename; the same instance again changes
+nothing, another version of it takes its place.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import secrets
+import stat
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from protocols import filesystem as fs
+from protocols.dicomfolder import Held
+from protocols.incoming import ITEM_ERRORS, PIECE_BYTES, Incoming, Place, Style
+from transfer.errors import Busy, Cancelled, Denied, Misconfigured, Permanent, Rejected
+from transfer.header import Damaged, Header, NotDicom, read_header
+from transfer.layout import sanitised
+from transfer.plan import Item, Plan
+from transfer.receipt import ALREADY, DELIVERED, Kind, Level, OnOutcome, Outcome
+from transfer.staging import FULL, copy_bytes
+from transfer.throttle import Throttle
+
+REPLACED = Outcome(Kind.WARNING, "replaced another version of this instance")
+UID = re.compile(r"[0-9.]{1,64}")  # PS3.5 section 9.1
+TEMPORARY = ".talaria-"  # how names of files that are not whole begin
+
+
+# ---- into the folder
+
+
+class Store(Incoming):
+    """One push into a folder.
+
+    Args:
+        root: the folder, with no link on the way to it.
+        owner: name of the target, which another one's push into the same folder is told from.
+
+    Attributes:
+        notes: why a level was not reached, for people.
+    """
+
+    def __init__(self, root: Path, owner: str, plan: Plan, on_outcome: OnOutcome, style: Style) -> None:
+        self.root = root
+        self.notes: list[str] = []
+        self.places: dict[str, Place] = {}
+        where: dict[str, Place] = {}
+        for item in plan.items:
+            header = _header(item)
+            folder = f"{sanitised(header.StudyInstanceUID)}/{sanitised(header.SeriesInstanceUID)}"
+            if folder not in self.places:
+                self.places[folder] = Place(root, folder, f".incoming-{plan.dispatch_id}", owner)
+            where[item.path] = self.places[folder]
+        super().__init__(plan, where, on_outcome, style)
+
+    def kept(self, item: Item) -> str:
+        return f"{self.where[item.path].files}/{_name(item)}"
+
+    def final(self, item: Item) -> Path:
+        """Where the instance shall be."""
+        return self.where[item.path].final / _name(item)
+
+    def run(self, level: Level) -> Level:
+        """Bring what is pending; returns the level of verification that was reached for all of the plan.
+
+        Raises:
+            Denied: a link leads out of the folder.
+            DispatchError, OSError: as `Incoming.bring` does; what is whole by then stays for the next attempt, unless
+                there will be none.
+        """
+        try:
+            self._stay_inside()
+            proven: set[str] = set()
+            for items in self._rounds():
+                missing = [item for item in items if not self._already(item)]
+                here = self.bring(missing)
+                if level is Level.PROVEN:
+                    self.prove(here)
+                    proven |= {item.path for item in here}
+                self._publish(here)
+            reached = self._verify(level, proven)
+        except (Cancelled, Permanent):
+            self.discard()  # nobody will go on with it
+            raise
+        self.discard()
+        return reached
+
+    def discard(self) -> None:
+        """Remove what lies beside the final names."""
+        for place in self.places.values():
+            place.discard()
+
+    def _stay_inside(self) -> None:
+        for place in self.places.values():
+            if Path(os.path.realpath(place.final)) != place.final:
+                raise Denied(f"a symbolic link leads from {place.final.relative_to(self.root)} to elsewhere")
+
+    def _rounds(self) -> Iterable[list[Item]]:
+        """The pending items, such that no round has two of one name: a plan may hold an instance twice."""
+        pending = []
+        for item in self.plan.pending:
+            if _header(item).StudyInstanceUID and _header(item).SeriesInstanceUID:
+                pending.append(item)
+            else:
+                self.on_outcome(item, Outcome(Kind.REJECTED, "has no Study or Series Instance UID"))
+        while pending:
+            first = {self.final(item): item for item in reversed(pending)}
+            yield (items := [item for item in pending if first[self.final(item)] is item])
+            taken = {item.path for item in items}
+            pending = [item for item in pending if item.path not in taken]
+
+    def _already(self, item: Item) -> bool:
+        """Tell an instance that is there, the same to the last byte; say whether it is."""
+        try:
+            info = self.final(item).lstat()
+            if not stat.S_ISREG(info.st_mode) or info.st_size != item.size:
+                return False
+            with self.plan.open(item) as fd:
+                if not fs.same_content(fd, self.final(item), self.on_outcome.check):
+                    return False
+        except (FileNotFoundError, NotADirectoryError, PermissionError, Rejected):
+            return False
+        self.on_outcome(item, ALREADY)
+        return True
+
+    def _publish(self, items: list[Item]) -> None:
+        """Give whole files their final names, series by series, and tell that they have arrived."""
+        for place in self.places.values():
+            mine = [item for item in items if self.where[item.path] is place]
+            if not mine:
+                continue
+            self.on_outcome.check()
+            new = fs.make_folders(place.final, self.root, self.style.dir_mode, self.style.group)
+            outcomes = [self._rename(item) for item in mine]
+            for folder in {place.final, *(folder.parent for folder in new)}:
+                fs.flush_folder(folder)
+            for item, outcome in zip(mine, outcomes, strict=True):
+                self.on_outcome(item, outcome)
+
+    def _rename(self, item: Item) -> Outcome:
+        kept, final = Path(self.kept(item)), self.final(item)
+        try:
+            if fs.move_file(kept, final):
+                return DELIVERED
+            if not stat.S_ISREG(final.lstat().st_mode):
+                return Outcome(Kind.REJECTED, ITEM_ERRORS[errno.EISDIR])
+            with kept.open("rb") as file:
+                if fs.same_content(file.fileno(), final, self.on_outcome.check):
+                    return ALREADY
+            kept.replace(final)
+        except OSError as exc:
+            if exc.errno in ITEM_ERRORS:
+                return Outcome(Kind.REJECTED, ITEM_ERRORS[exc.errno])
+            raise
+        return REPLACED
+
+    def _verify(self, level: Level, proven: set[str]) -> Level:
+        """Look, or read, whether all that has arrived is there; what isn't is taken back."""
+        if level is Level.ACCEPTED:
+            return level
+        reached = level
+        for item in self.plan.items:
+            outcome = self.on_outcome.outcomes.get(item.path)
+            if not (outcome.arrived if outcome else item.path in self.plan.done):
+                continue
+            self.on_outcome.check()
+            try:
+                size = self.final(item).lstat().st_size
+                if size != item.size:
+                    self.on_outcome.revoke(item, f"it has {size} bytes there instead of {item.size}")
+                elif (
+                    level is Level.PROVEN and item.path not in proven and not self.same_checksum(item, self.final(item))
+                ):
+                    self.on_outcome.revoke(item, "its checksum there is not the one of what was sent")
+            except (FileNotFoundError, NotADirectoryError):
+                self.on_outcome.revoke(item, "it was delivered, but is not there any more")
+            except (Rejected, PermissionError):
+                reached = Level.LISTED
+        if reached is not level:
+            self.notes.append("not proven: some files that were there before can't be read again")
+        return reached
+
+
+def _header(item: Item) -> Header:
+    if item.header is None:
+        raise ValueError(f"{item.shown} is not DICOM and must not come here")
+    return item.header
+
+
+def _name(item: Item) -> str:
+    return f"{sanitised(_header(item).SOPInstanceUID)}.dcm"
+
+
+# ---- out of the folder
+
+
+def fetch(
+    instances: Iterable[Held], into: Path, on_outcome: OnOutcome, *, threads: int, bandwidth_limit: int | None = None
+) -> Plan:
+    """Copy instances into a folder, as `<SOP instance UID>.dcm`; returns them as a plan whose outcomes have been told.
+
+    What is there already is not copied again. An instance that is in several series comes once.
+
+    Raises:
+        Busy, Misconfigured: `into` is full, or can't be written to.
+        Cancelled, OSError: what came until then is in the folder, and has been told.
+    """
+    with _writing(into):
+        into.mkdir(parents=True, exist_ok=True)
+        for leftover in into.glob(f"{TEMPORARY}*"):
+            leftover.unlink(missing_ok=True)
+    unique: dict[str, Held] = {}
+    for one in instances:
+        on_outcome.check()
+        unique.setdefault(one.SOPInstanceUID, one)
+    throttle = Throttle(bandwidth_limit)
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            items = list(pool.map(lambda one: _bring(one, into, on_outcome, throttle), unique.values()))
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return Plan("", into, tuple(sorted(items, key=lambda item: item.path)))
+
+
+def _bring(one: Held, into: Path, on_outcome: OnOutcome, throttle: Throttle) -> Item:
+    """Copy one instance, and tell its outcome."""
+    on_outcome.check()
+    uid = one.SOPInstanceUID
+    header = Header(one.SOPClassUID, uid, one.TransferSyntaxUID, one.StudyInstanceUID, one.SeriesInstanceUID, 0)
+    item = Item(f"{sanitised(uid)}.dcm", 0, 0, header)
+    final = into / item.path
+    there = _read(final, uid)
+    if there is not None and there.size == one.size:
+        on_outcome(there, ALREADY)
+        return there
+    try:
+        _copy(one, final, on_outcome, throttle)
+    except Rejected as exc:
+        on_outcome(item, Outcome(Kind.REJECTED, exc.message))
+        return item
+    item = _read(final, uid) or item
+    on_outcome(item, DELIVERED)
+    return item
+
+
+def _read(path: Path, uid: str) -> Item | None:
+    """The item of a whole file that holds this instance; None if it doesn't."""
+    with suppress(OSError, NotDicom, Damaged), path.open("rb") as file:
+        info = os.fstat(file.fileno())
+        header = read_header(file.fileno(), info.st_size)
+        if header.SOPInstanceUID == uid:
+            return Item(path.name, info.st_size, info.st_mtime_ns, header)
+    return None
+
+
+def _copy(one: Held, final: Path, on_outcome: OnOutcome, throttle: Throttle) -> None:
+    """Copy a file, whole or not at all.
+
+    Raises:
+        Rejected: it is not the file any more whose header was read, or can't be read.
+    """
+    if not UID.fullmatch(one.SOPInstanceUID):
+        raise Rejected("its SOP Instance UID is none")
+    source = Plan("", one.path.parent, ())
+    item = Item(one.path.name, one.size, one.stamp.mtime_ns)
+    part = final.parent / f"{TEMPORARY}{secrets.token_hex(8)}"
+
+    def moved(count: int) -> None:
+        throttle.spend(count)
+        on_outcome.moved(count)
+        on_outcome.check()
+
+    with source.open(item) as reader:
+        with _writing(final.parent):
+            writer = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:
+            copy_bytes(reader, writer, moved, min(PIECE_BYTES, throttle.piece))
+            source.check(item, reader)
+            if _uid(writer) != one.SOPInstanceUID:
+                raise Rejected("the file holds another instance than before: ask again")
+            with _writing(final.parent):
+                part.replace(final)
+        except OSError as exc:
+            if exc.errno in FULL:
+                raise Busy(f"no room in {final.parent}") from exc
+            raise
+        finally:
+            os.close(writer)
+            part.unlink(missing_ok=True)
+
+
+@contextmanager
+def _writing(into: Path) -> Iterator[None]:
+    """Tell an error of the folder that is written to from one of the folder that is read."""
+    try:
+        yield
+    except OSError as exc:
+        kind = Busy if exc.errno in FULL else Misconfigured
+        raise kind(f"can't write to {into}: {exc.strerror}") from exc
+
+
+def _uid(fd: int) -> str:
+    try:
+        return read_header(fd, os.fstat(fd).st_size).SOPInstanceUID
+    except (NotDicom, Damaged):
+        return ""

@@ -1,0 +1,86 @@
+"""A folder as a DICOMweb target (`file://`), on the disk of the test."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import quote
+
+import pydicom
+
+from blocks.base import Target
+from blocks.dicomweb import DicomWebTarget
+from tests import studies
+from tests.harness import Harness
+from tests.targets.folder import losing_the_end, stale_after
+from transfer.errors import NotFound
+from transfer.plan import Item, Plan
+
+
+def target(folder: Path) -> DicomWebTarget:
+    """Return a target that stores in a folder and can be queried."""
+    made = DicomWebTarget(
+        url=f"file://{quote(str(folder))}", direction="both", retry_delay_s=0, connect_timeout_s=5, concurrency=2
+    )
+    made.named("dicomweb-file")
+    return made
+
+
+def held(folder: Path) -> dict[str, bytes]:
+    """What any program finds in the folder: the bytes of every file that has a final name, by SOP instance UID."""
+    found = {}
+    for path in folder.rglob("*.dcm"):
+        hidden = any(part.startswith((".incoming-", ".talaria-")) for part in path.relative_to(folder).parts)
+        if path.is_file() and not hidden:
+            with studies.quiet():
+                uid = str(pydicom.dcmread(path, stop_before_pixels=True).SOPInstanceUID)
+            assert uid not in found, f"{uid} is there twice"
+            found[uid] = path.read_bytes()
+    return found
+
+
+@contextmanager
+def harness(folder: Path) -> Iterator[Harness]:
+    """A folder whose name must be encoded in a URL, for the conformance suite."""
+    root = folder / "archive #1 ü%20"
+    root.mkdir()
+    usual = target(root)
+
+    def names() -> set[str]:
+        return {os.path.relpath(path, root) for path in root.rglob("*")}
+
+    def final(seen: str) -> bool:
+        return not any(part.startswith((".incoming-", ".talaria-")) for part in seen.split("/"))
+
+    @contextmanager
+    def cut(count: int) -> Iterator[Target]:
+        with stale_after(count):
+            yield usual
+
+    @contextmanager
+    def reject(plan: Plan, item: Item) -> Iterator[Target]:
+        assert item.header
+        series = root / item.header.StudyInstanceUID / item.header.SeriesInstanceUID
+        (series / f"{item.header.SOPInstanceUID}.dcm").mkdir(parents=True)
+        yield usual
+
+    @contextmanager
+    def shorten() -> Iterator[Target]:
+        with losing_the_end():
+            yield usual
+
+    yield Harness(
+        name="dicomweb-file",
+        target=usual,
+        dead=target(root / "not-mounted"),
+        dead_error=NotFound,
+        read_back=lambda plan: held(root),
+        names=names,
+        final=final,
+        leftovers=names,
+        cut=cut,
+        reject=reject,
+        shorten=shorten,
+    )
