@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from urllib.parse import quote
 
@@ -28,16 +29,33 @@ def target(folder: Path) -> DicomWebTarget:
     return made
 
 
-def held(folder: Path) -> dict[str, bytes]:
+HIDDEN = (".incoming-", ".talaria-")
+
+
+def seen(root: Path) -> list[str]:
+    """Every name below a folder; what vanishes meanwhile may be among them."""
+    return [
+        os.path.relpath(os.path.join(folder, name), root)
+        for folder, folders, files in os.walk(root)
+        for name in (*folders, *files)
+    ]
+
+
+def final(name: str) -> bool:
+    """Whether nothing on the way to a name says that it is not yet whole."""
+    return not any(part.startswith(HIDDEN) for part in name.split("/"))
+
+
+def held(root: Path) -> dict[str, bytes]:
     """What any program finds in the folder: the bytes of every file that has a final name, by SOP instance UID."""
     found = {}
-    for path in folder.rglob("*.dcm"):
-        hidden = any(part.startswith((".incoming-", ".talaria-")) for part in path.relative_to(folder).parts)
-        if path.is_file() and not hidden:
+    for path in (root / name for name in seen(root) if final(name)):
+        if path.is_file():
+            data = path.read_bytes()
             with studies.quiet():
-                uid = str(pydicom.dcmread(path, stop_before_pixels=True).SOPInstanceUID)
+                uid = str(pydicom.dcmread(BytesIO(data), stop_before_pixels=True).SOPInstanceUID)
             assert uid not in found, f"{uid} is there twice"
-            found[uid] = path.read_bytes()
+            found[uid] = data
     return found
 
 
@@ -49,10 +67,7 @@ def harness(folder: Path) -> Iterator[Harness]:
     usual = target(root)
 
     def names() -> set[str]:
-        return {os.path.relpath(path, root) for path in root.rglob("*")}
-
-    def final(seen: str) -> bool:
-        return not any(part.startswith((".incoming-", ".talaria-")) for part in seen.split("/"))
+        return set(seen(root))
 
     @contextmanager
     def cut(count: int) -> Iterator[Target]:
