@@ -17,6 +17,7 @@ from tests.servers.certificates import Authority
 from tests.servers.dicomweb import Scripted, scripted
 from tests.servers.orthanc import DICOMWEB_ROOT, shared_orthanc, tls_front
 from tests.servers.relay import relay
+from tests.targets import dicomweb_file
 from transfer.plan import Item, Plan
 
 CANNOT_UNDERSTAND = 0xC000  # PS3.4 table B.2-1: this instance is refused for good
@@ -140,4 +141,5 @@ HARNESSES: dict[str, Callable[[Path], AbstractContextManager[Harness]]] = {
     "dicomweb-orthanc": _orthanc,
     "dicomweb-orthanc-tls": _orthanc_tls,
     "dicomweb-script": _script,
+    "dicomweb-file": dicomweb_file.harness,
 }
