@@ -1,0 +1,238 @@
+"""XNAT's REST interface, as far as a delivery needs it: log in, look, import, watch the prearchive, log out.
+
+Speaks through a session of pyxnat, whose own judgement of answers is left aside: it takes a failed login for an old
+server, and its parser of error pages fails on every one of them (UnboundLocalError, pyxnat 1.6.4).
+
+Source: XNAT 1.8's own REST classes (DicomZipImporter, GradualDicomImporter, PrearcSessionArchiver, ScanList, FileList).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from importlib import import_module
+from typing import Any
+
+import requests
+from requests.auth import HTTPBasicAuth
+
+from protocols.http import Body
+from protocols.http import Session as Http
+from protocols.requests_adapter import Adapter
+from protocols.xnat_answers import (
+    Entry,
+    Place,
+    Refused,
+    Session,
+    entry_of,
+    judged,
+    line,
+    part,
+    places,
+    session_of,
+    table,
+    value_of,
+    words_of,
+)
+
+CLOSE_S = 3.0  # for the last request of all; a cancelled push must be over within five
+ZIP = "application/zip"
+IMAGE_SESSION = "xnat:imageSessionData"
+
+
+class Client:
+    """A login to one XNAT server; may be used from several threads.
+
+    Args:
+        url: base URL, without a slash at the end.
+        user, password: or an alias token and its secret.
+        connect: makes what carries the requests; its argument is called several times a second in every wait, and may
+            raise to stop it.
+        check: that argument, until the session is closed.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        user: str,
+        password: str,
+        connect: Callable[[Callable[[], None]], Http],
+        check: Callable[[], None],
+    ) -> None:
+        # pyxnat brings pandas and nibabel: seconds, which only those shall pay who use it.
+        self._interface: Any = import_module("pyxnat").Interface(server=url, user=user, password=password, verify=True)
+        self._session: requests.Session = self._interface._http
+        # Bytes: requests would encode text as Latin-1, XNAT reads UTF-8.
+        self._session.auth = HTTPBasicAuth(user.encode(), password.encode())
+        self._session.trust_env = False  # no .netrc, proxy or certificate bundle of the environment
+        self._session.proxies = {}
+        self._session.headers["User-Agent"] = "talaria"  # a browser would be sent to the login page, not refused
+        self._connect = connect
+        self._entered = False
+        self._mount(check)
+
+    def _mount(self, check: Callable[[], None]) -> None:
+        adapter = Adapter(self._connect(check))
+        self._session.mount("http://", adapter)
+        self._session.mount("https://", adapter)
+
+    def login(self) -> None:
+        """Open a session at XNAT; its cookie goes with every later request.
+
+        Raises:
+            Refused: the credentials are not accepted (401), or this is no XNAT.
+        """
+        answer = judged(self._interface.get("/data/JSESSION", allow_redirects=False))
+        text = answer.text.strip()
+        if not re.fullmatch(r"[\w.-]{8,200}", text):
+            raise Refused(answer.status_code, words_of(answer), page=True)
+        self._entered = True
+
+    def close(self) -> None:
+        """End the session at XNAT, whatever happened before, within `CLOSE_S`; never raises."""
+        end = time.monotonic() + CLOSE_S
+
+        def hurry() -> None:
+            if time.monotonic() > end:
+                raise TimeoutError
+
+        self._session.close()
+        self._mount(hurry)
+        if self._entered:
+            with suppress(Exception):
+                self._interface.delete("/data/JSESSION", allow_redirects=False)
+        self._session.close()
+
+    def version(self) -> str:
+        """XNAT's version, "" if it doesn't tell. Releases since 1.8 tell it at another address than those before."""
+        with suppress(Refused):
+            text = self._get("/data/version").text.strip()
+            if text and not text.startswith("{"):
+                return text
+        with suppress(Refused, ValueError, AttributeError):
+            return str(json.loads(self._get("/xapi/siteConfig/buildInfo").text).get("version", ""))
+        return ""
+
+    def projects(self, permission: str = "") -> set[str]:
+        """IDs of the projects that the user sees, or may do something in: `create`, `edit`, `read`, `delete`."""
+        query = {"columns": "ID", "format": "json"}
+        if permission:
+            query = {"permissions": permission, "dataType": "xnat:subjectData", "format": "json"}
+        return {value_of(row, "id") for row in self._rows("/data/projects", query)}
+
+    def sessions_of(self, project: str, uid: str) -> list[tuple[str, str]]:
+        """Label, and label of the subject, of the archived sessions of a study in a project."""
+        rows = self._rows(
+            f"/data/projects/{part(project)}/experiments",
+            {
+                "xsiType": IMAGE_SESSION,
+                f"{IMAGE_SESSION}/UID": uid,
+                "columns": f"ID,label,subject_label,{IMAGE_SESSION}/UID",
+                "format": "json",
+            },
+        )
+        # A server that doesn't filter by this column gives all of them.
+        return sorted(
+            (value_of(row, "label"), value_of(row, "subject_label")) for row in rows if value_of(row, "uid") == uid
+        )
+
+    def labels_of(self, project: str, subject: str) -> list[str]:
+        """Labels of a subject's sessions; none if there is no such subject."""
+        path = f"/data/projects/{part(project)}/subjects/{part(subject)}/experiments"
+        try:
+            return [value_of(row, "label") for row in self._rows(path, {"columns": "ID,label", "format": "json"})]
+        except Refused as exc:
+            if exc.status == 404:
+                return []
+            raise
+
+    def session(self, project: str, label: str) -> Session | None:
+        """The archived session with that label, None if there is none."""
+        path = f"/data/projects/{part(project)}/experiments/{part(label)}"
+        try:
+            found = self._json(path, {"format": "json"})
+        except Refused as exc:
+            if exc.status == 404:
+                return None
+            raise
+        return session_of(found)
+
+    def files(self, project: str, label: str) -> set[str]:
+        """Names of all files of all scans of an archived session."""
+        path = f"/data/projects/{part(project)}/experiments/{part(label)}/scans/ALL/files"
+        return {value_of(row, "name") for row in self._rows(path, {"format": "json"})}
+
+    def prearchive(self, project: str) -> list[Entry]:
+        """What is in a project's prearchive."""
+        rows = self._rows(f"/data/prearchive/projects/{part(project)}", {"format": "json"})
+        return [entry_of(row) for row in rows]
+
+    def entry(self, entry: Entry) -> Entry | None:
+        """The same entry as it is now, None if it is gone."""
+        try:
+            rows = self._rows(entry.path, {"format": "json"})
+        except Refused as exc:
+            if exc.status == 404:
+                return None
+            raise
+        return entry_of(rows[0]) if rows else None
+
+    def entry_files(self, entry: Entry) -> tuple[set[str], int]:
+        """Names of the files of all scans of an entry, and how many there are."""
+        names: set[str] = set()
+        count = 0
+        for scan in self._rows(f"{entry.path}/scans", {"format": "json"}):
+            resources = f"{entry.path}/scans/{part(value_of(scan, 'id'))}/resources"
+            for resource in self._rows(resources, {"format": "json"}):
+                files = f"{resources}/{part(value_of(resource, 'label'))}/files"
+                found = [value_of(row, "name") for row in self._rows(files, {"format": "json"})]
+                names.update(found)
+                count += len(found)
+        return names, count
+
+    def discard(self, entry: Entry) -> None:
+        """Delete an entry of the prearchive."""
+        judged(self._interface.delete(entry.path, allow_redirects=False))
+
+    def log_of(self, entry: Entry) -> str:
+        """The last words that XNAT wrote of an entry, "" if it wrote none or doesn't show them."""
+        with suppress(Refused):
+            answer = self._get(f"{entry.path}/logs/last", {"format": "json"})
+            with suppress(ValueError):
+                rows = table(answer)
+                return line(" ".join(value_of(row, "entry") or value_of(row, "message") for row in rows))
+            return line(answer.text)
+        return ""
+
+    def import_zip(self, query: dict[str, str], body: Body) -> list[Place]:
+        """Send a zip to the import service; return where its sessions went, none if XNAT took nothing."""
+        answer = judged(
+            self._interface.post(
+                "/data/services/import",
+                params={"import-handler": "DICOM-zip", "inbody": "true", **query},
+                data=body,
+                headers={"Content-Type": ZIP, "Accept": "*/*"},
+                allow_redirects=False,
+            )
+        )
+        return list(places(answer.text))
+
+    def _get(self, path: str, query: dict[str, str] | None = None) -> requests.Response:
+        return judged(self._interface.get(path, params=query, allow_redirects=False))
+
+    def _json(self, path: str, query: dict[str, str]) -> Any:
+        answer = self._get(path, query)
+        try:
+            return answer.json()
+        except ValueError as exc:
+            raise Refused(answer.status_code, "the answer is not JSON", page=True) from exc
+
+    def _rows(self, path: str, query: dict[str, str]) -> list[dict[str, Any]]:
+        answer = self._get(path, query)
+        try:
+            return table(answer)
+        except ValueError as exc:
+            raise Refused(answer.status_code, "the answer is not a table", page=True) from exc

@@ -1,0 +1,233 @@
+"""What XNAT answers: its refusals, its tables, and what it says of sessions.
+
+XNAT answers a request that it doesn't take, or that comes without a login, with a web page, and sometimes with status
+200. So every answer is judged by its status and by what it is.
+"""
+
+from __future__ import annotations
+
+import csv
+import html
+import io
+import json
+import re
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
+from typing import Any
+from urllib.parse import quote, unquote
+
+import requests
+
+MAX_WORDS = 300  # characters of an answer that are worth quoting
+BUSY_STATES = ("BUILDING", "ARCHIVING", "MOVING", "DELETING", "SEPARATING", "QUEUED")
+FAILED_STATES = ("CONFLICT", "ERROR")
+
+_TITLE = re.compile(r"<(h3|h2|h1|title|p)\b[^>]*>(.*?)</\1>", re.IGNORECASE | re.DOTALL)
+_TAG = re.compile(r"<[^>]*>")
+_URI = re.compile(r"/(?:(archive|prearchive)/projects|xapi/(direct-archive))/([^/]+)(?:/(.*))?")
+
+
+class Refused(Exception):
+    """An answer that is not what was asked for.
+
+    Attributes:
+        status: of HTTP.
+        words: the server's own, one line. They may hold a session's label, and with it a patient's ID.
+        page: it was a web page where data was expected.
+        retry_after: seconds that the server asks to wait.
+        location: where it redirects to.
+    """
+
+    def __init__(
+        self, status: int, words: str, page: bool = False, retry_after: float | None = None, location: str = ""
+    ) -> None:
+        super().__init__(f"status {status}")
+        self.status, self.words, self.page = status, words, page
+        self.retry_after, self.location = retry_after, location
+
+
+@dataclass(frozen=True)
+class Scan:
+    """A scan of an archived session: its ID at XNAT, its series, and how many files it has."""
+
+    id: str
+    uid: str
+    files: int
+
+
+@dataclass(frozen=True)
+class Session:
+    """An archived session. What names a patient stays out of `repr`."""
+
+    id: str
+    uid: str
+    label: str = field(repr=False)
+    patient_id: str = field(repr=False)
+    scans: tuple[Scan, ...] = ()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A session in the prearchive."""
+
+    project: str
+    timestamp: str
+    folder: str = field(repr=False)
+    name: str = field(repr=False)
+    uid: str  # of the study; XNAT calls it the tag
+    status: str
+
+    @property
+    def path(self) -> str:
+        return f"/data/prearchive/projects/{part(self.project)}/{part(self.timestamp)}/{part(self.folder)}"
+
+    @property
+    def shown(self) -> str:
+        """Where it is, without the session's label."""
+        return f"/prearchive/projects/{self.project}/{self.timestamp}"
+
+    @property
+    def state(self) -> str:
+        """The status without the mark of a lock."""
+        return self.status.lstrip("_").upper()
+
+    @property
+    def working(self) -> bool:
+        """Whether XNAT is at work on it."""
+        return self.status.startswith("_") or self.state.startswith(BUSY_STATES)
+
+    @property
+    def failed(self) -> bool:
+        return self.state.startswith(FAILED_STATES)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an import said that it put a session: an URI of its answer."""
+
+    kind: str  # archive, prearchive or direct-archive
+    project: str
+    rest: str = field(repr=False, default="")
+
+    @property
+    def shown(self) -> str:
+        """The URI without subject and session."""
+        timestamp = "/" + self.rest.split("/", maxsplit=1)[0] if self.kind == "prearchive" and self.rest else ""
+        return f"/{self.kind}/projects/{self.project}{timestamp}"
+
+
+def judged(answer: requests.Response) -> requests.Response:
+    """Return an answer with data in it.
+
+    Raises:
+        Refused: any status but 200 and 201, and every web page.
+    """
+    page = is_page(answer)
+    if answer.status_code in (200, 201) and not page:
+        return answer
+    raise Refused(
+        answer.status_code,
+        words_of(answer),
+        page,
+        _seconds(answer.headers.get("Retry-After", "")),
+        answer.headers.get("Location", ""),
+    )
+
+
+def part(value: str) -> str:
+    return quote(value, safe="")
+
+
+def value_of(row: dict[str, Any], name: str) -> str:
+    """A column of a row: XNAT gives it by its name, or by the path of its field, in any case of letters."""
+    for key, value in row.items():
+        if key.lower().rpartition("/")[2] == name:
+            return "" if value is None else str(value)
+    return ""
+
+
+def table(answer: requests.Response) -> list[dict[str, Any]]:
+    """The rows of a table, which come as JSON, or from some addresses always as CSV.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    text = answer.text
+    if text.lstrip().startswith("{"):
+        found = json.loads(text)
+        try:
+            return [row for row in found["ResultSet"]["Result"] if isinstance(row, dict)]
+        except (KeyError, TypeError) as exc:
+            raise ValueError("no ResultSet") from exc
+    if "csv" not in answer.headers.get("Content-Type", ""):
+        raise ValueError("neither JSON nor CSV")
+    return list(csv.DictReader(io.StringIO(text)))
+
+
+def session_of(document: Any) -> Session:
+    """The session that XNAT's JSON form of an item describes."""
+    try:
+        item = document["items"][0]
+        facts = item["data_fields"]
+        scans = tuple(_scan(scan) for scan in _children(item, "scans/scan"))
+        number, uid, label, patient = (str(facts.get(name, "")) for name in ("ID", "UID", "label", "dcmPatientId"))
+        return Session(number, uid, label, patient, scans)
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as exc:
+        raise Refused(200, "the answer is not the description of a session", page=True) from exc
+
+
+def _children(item: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    return [child for group in item.get("children", ()) if group.get("field") == name for child in group["items"]]
+
+
+def _scan(item: dict[str, Any]) -> Scan:
+    facts = item["data_fields"]
+    files = sum(int(one["data_fields"].get("file_count") or 0) for one in _children(item, "file"))
+    return Scan(str(facts.get("ID", "")), str(facts.get("UID", "")), files)
+
+
+def entry_of(row: dict[str, Any]) -> Entry:
+    return Entry(*(value_of(row, name) for name in ("project", "timestamp", "foldername", "name", "tag", "status")))
+
+
+def places(text: str) -> Iterator[Place]:
+    """The URIs of an import's answer: with or without /data before them, ended by any kind of line end."""
+    for line in text.split():
+        found = _URI.search(line)
+        if not found:
+            raise Refused(200, "the answer is not a list of sessions", page=True)
+        kind, direct, project, rest = found.groups()
+        yield Place(kind or direct, unquote(project), unquote(rest or ""))
+
+
+def is_page(answer: requests.Response) -> bool:
+    kind = answer.headers.get("Content-Type", "").lower()
+    return "html" in kind or answer.content[:200].lstrip().lower().startswith((b"<!doctype html", b"<html"))
+
+
+def words_of(answer: requests.Response) -> str:
+    """What an error says: the text of XNAT's error page stands in its <h3>; other pages have a title."""
+    text = answer.text
+    if is_page(answer):
+        found = {tag.lower(): inner for tag, inner in reversed(_TITLE.findall(text))}
+        text = next((found[tag] for tag in ("h3", "h1", "h2", "title", "p") if found.get(tag)), text)
+    return line(text) or str(answer.reason or "")
+
+
+def line(text: str) -> str:
+    """One short line without markup and control characters."""
+    plain = " ".join(html.unescape(_TAG.sub(" ", text)).split())
+    plain = "".join(c for c in plain if c.isprintable())
+    return plain if len(plain) <= MAX_WORDS else plain[:MAX_WORDS] + "…"
+
+
+def _seconds(value: str) -> float | None:
+    """Seconds of a Retry-After header, which gives them or a date."""
+    if value.strip().isdigit():
+        return float(value)
+    with suppress(ValueError, TypeError):
+        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+    return None
