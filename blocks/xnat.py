@@ -1,0 +1,128 @@
+"""The XNAT target: which project of which server a study goes to, and under which names."""
+
+from __future__ import annotations
+
+import re
+from enum import StrEnum
+from typing import ClassVar
+from urllib.parse import urlsplit
+
+from pydantic import Field, HttpUrl, SecretStr, field_validator
+
+from blocks.base import CONTROL, LOGO, Target, check_argument, check_layout
+
+PROJECT = re.compile(r"[A-Za-z0-9_-]+")  # what XNAT takes for the ID of a project
+NAME_FIELDS = (
+    "fields: PatientID, StudyInstanceUID, AccessionNumber, StudyDate, StudyTime, Modality, SeriesInstanceUID, "
+    "SeriesNumber, dispatch_id, each in braces."
+)
+
+
+class Destination(StrEnum):
+    """Where in XNAT a session shall end."""
+
+    ARCHIVE = "archive"
+    PREARCHIVE = "prearchive"
+
+
+class Overwrite(StrEnum):
+    """What happens to a study of which XNAT has a session already.
+
+    Never does one study change the session of another.
+    """
+
+    NONE = "none"  # nothing is sent
+    APPEND = "append"  # what is missing is added
+    DELETE = "delete"  # what is sent replaces what is there
+
+
+class XnatTarget(Target):
+    """Delivers whole studies to a project of an XNAT server, one session per study, and sees that they are archived."""
+
+    _block_type_name = "XNAT Target"
+    _block_type_slug = "xnat-target"
+    _logo_url = HttpUrl(LOGO)
+    _documentation_url = HttpUrl("https://wiki.xnat.org/xnat-api/image-session-import-service-api")
+    _code_example = """```python
+from blocks.xnat import XnatTarget
+
+x = XnatTarget.load("BLOCK_NAME")
+```"""
+
+    type_name: ClassVar[str] = "xnat"
+    where: ClassVar[tuple[str, ...]] = ("host", "project_id", "destination")
+
+    host: str = Field(description="Base URL of the XNAT server, as in https://xnat.example.org.")
+    project_id: str = Field(description="ID of the project, which is not its title or its running title.")
+    user: str = Field(description="User name, or the alias of an alias token.")
+    password: SecretStr = Field(description="Password of the user, or the secret of the alias token.")
+    subject: str = Field(default="{PatientID}", description=f"Label of the subject; {NAME_FIELDS}")
+    session: str = Field(
+        default="{PatientID}_{StudyDate}_{StudyTime}", description=f"Label of the session; {NAME_FIELDS}"
+    )
+    destination: Destination = Field(
+        default=Destination.ARCHIVE, description="Where the session shall end: archive, or prearchive for a review."
+    )
+    overwrite: Overwrite = Field(
+        default=Overwrite.NONE,
+        description="What to do if XNAT has a session of the study: none refuses, append adds what is missing, "
+        "delete replaces what is sent.",
+    )
+    ca_cert: str = Field(
+        default="",
+        description="Certificates that are trusted to vouch for the server: path of a PEM file or folder, or PEM text; "
+        "empty for the system's trust store.",
+    )
+    archive_timeout_s: float = Field(
+        default=600,
+        ge=0,
+        le=86_400,
+        description="Seconds to wait, after the upload, for XNAT to build and archive a session.",
+    )
+    concurrency: int = Field(
+        default=2, ge=1, le=64, description="Studies that are imported at once inside one dispatch."
+    )
+
+    @field_validator("host")
+    @classmethod
+    def _host(cls, value: str) -> str:
+        value = value.strip().rstrip("/")
+        url = urlsplit(value)
+        if url.scheme not in ("http", "https") or not url.hostname:
+            raise ValueError(f"{value!r} is not a URL: begin with https:// or http://")
+        if url.username is not None or url.query or url.fragment:
+            raise ValueError("host is a base URL only: the user goes into user and password, nothing follows a ? or #")
+        if CONTROL.search(value) or " " in value:
+            raise ValueError("host must not hold blanks or control characters")
+        try:
+            url.port  # noqa: B018
+        except ValueError as exc:
+            raise ValueError(f"{value!r}: the port is not a number from 0 to 65535") from exc
+        return value
+
+    @field_validator("project_id")
+    @classmethod
+    def _project(cls, value: str) -> str:
+        value = value.strip()
+        if not PROJECT.fullmatch(value):
+            raise ValueError(f"{value!r} is not the ID of an XNAT project: letters, digits, '_' and '-' only")
+        return value
+
+    @field_validator("user")
+    @classmethod
+    def _user(cls, value: str) -> str:
+        if not value or ":" in value:
+            raise ValueError("user must not be empty or hold a colon")
+        return check_argument(value)
+
+    @field_validator("password")
+    @classmethod
+    def _password(cls, value: SecretStr) -> SecretStr:
+        if not value.get_secret_value():
+            raise ValueError("password must not be empty")
+        return value
+
+    @field_validator("subject", "session")
+    @classmethod
+    def _name(cls, value: str) -> str:
+        return check_layout(value)

@@ -1,0 +1,177 @@
+"""Labels of subjects and sessions: filled from templates, made fit for XNAT, and never one for two of a kind.
+
+XNAT knows a session by its label, unique within the project, and not by its study. So before a label is used, XNAT is
+asked what it has: a session of this study, under whatever label, is used again; a label that another study has gets
+a suffix made from the study's UID, the same one each time. Likewise a subject's label that had to be changed to fit
+(`A/1` and `A:1` both become `A_1`) gets a suffix if XNAT's subject of that label is another patient.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from blocks.xnat import XnatTarget
+from protocols.xnat import Client
+from protocols.xnat_answers import Refused, Session
+from transfer.header import Header
+from transfer.layout import FIELDS, UNKNOWN
+from transfer.plan import Item, Plan
+
+MAX_LABEL_CHARS = 100  # XNAT keeps 255, but a label is a folder's name there, beside others in a path
+DIGEST_CHARS = 8
+LOOKED_AT = 3  # sessions of a subject that are asked whose they are
+
+_UNFIT = re.compile(r"[^A-Za-z0-9_-]")  # what XNAT itself turns into an underscore
+
+
+@dataclass(frozen=True)
+class Study:
+    """The items of one study, sorted by path; `pending` are those that are to be sent."""
+
+    uid: str
+    items: tuple[Item, ...] = field(repr=False)
+    pending: tuple[Item, ...] = field(repr=False)
+
+    @property
+    def shown(self) -> str:
+        """For messages, which never hold a label."""
+        return f"study {self.uid}"
+
+
+@dataclass(frozen=True)
+class Name:
+    """How a study is called at XNAT, and the archived session of it that is there already."""
+
+    subject: str = field(repr=False)
+    session: str = field(repr=False)
+    existing: Session | None = field(default=None, repr=False)
+    hidden: frozenset[str] = field(default=frozenset(), repr=False)  # what no message may show
+
+
+def digest(text: str, chars: int = DIGEST_CHARS) -> str:
+    """A short mark of a text, the same each time."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:chars]
+
+
+def label_of(text: str) -> tuple[str, bool]:
+    """Make a label of a text; tell whether it still says all that the text did.
+
+    Accents are dropped, all else that XNAT doesn't take becomes an underscore. Where that loses letters or digits of
+    other scripts, or the text is too long, a digest of the text is added: such texts must not become one label.
+    """
+    plain = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
+    label = _UNFIT.sub("_", plain)
+    lost = any(c.isalnum() and not c.isascii() for c in plain) or not any(c.isalnum() for c in label)
+    if lost or len(label) > MAX_LABEL_CHARS:
+        label = label[: MAX_LABEL_CHARS - DIGEST_CHARS - 1].strip("_") + "-" + digest(text)
+        return label.lstrip("-"), False
+    return label, label == text
+
+
+def values_of(study: Study, dispatch_id: str) -> dict[str, str]:
+    """What the fields of a template stand for: of each the first value that any file of the study has.
+
+    A study without a patient's ID is nobody else's: its patient is told by the study.
+    """
+    values = {}
+    for name in FIELDS:
+        found = (str(getattr(item.header, name, "") or "").strip() for item in study.items)
+        values[name] = next((value for value in found if value), UNKNOWN)
+    if values["PatientID"] == UNKNOWN:
+        values["PatientID"] = f"{UNKNOWN}-{digest(study.uid)}"
+    # DA and TM of PS3.5 table 6.2-1, and of ACR-NEMA with its dots and colons; fractions of a second tell nobody.
+    values["StudyDate"] = values["StudyDate"].replace(".", "")
+    values["StudyTime"] = values["StudyTime"].partition(".")[0].replace(":", "")
+    return values | {"dispatch_id": dispatch_id}
+
+
+def candidates(label: str, uid: str) -> Iterator[str]:
+    """The labels that a study may have, in the order in which they are tried."""
+    yield label
+    for chars in (DIGEST_CHARS, 2 * DIGEST_CHARS):
+        yield f"{label[: MAX_LABEL_CHARS - chars - 1]}-{digest(uid, chars)}"
+
+
+def header_of(item: Item) -> Header:
+    """An item's header; a target that carries only DICOM gets no item without one."""
+    if item.header is None:
+        raise ValueError(f"{item.shown} is no DICOM file")
+    return item.header
+
+
+def entry_name(SOPInstanceUID: str) -> str:
+    """What an instance is called in the zip, and so at XNAT, which keeps the names of files."""
+    return re.sub(r"[^A-Za-z0-9.-]", "_", SOPInstanceUID).lstrip(".") + ".dcm"
+
+
+class Names:
+    """Gives the studies of a plan their names, one after the other."""
+
+    def __init__(self, client: Client, target: XnatTarget, plan: Plan) -> None:
+        self._client, self._target, self._plan = client, target, plan
+        self._sessions: dict[str, str] = {}  # label: study
+        self._subjects: dict[str, str] = {}  # label: patient's ID
+
+    def name(self, study: Study, *, avoid: Iterable[str] = ()) -> Name:
+        """Return the name of a study.
+
+        Args:
+            avoid: labels that turned out to be another study's.
+        """
+        values = values_of(study, self._plan.dispatch_id)
+        subject = self._subject(values)
+        wish, _ = label_of(self._target.session.format(**values))
+        session, known_subject, existing = self._session(study, wish, set(avoid))
+        self._sessions[session] = study.uid
+        patients = {header_of(item).PatientID for item in study.items}
+        hidden = frozenset({*patients, values["PatientID"], subject, known_subject, wish, session} - {""})
+        return Name(known_subject or subject, session, existing, hidden)
+
+    def _session(self, study: Study, wish: str, avoid: set[str]) -> tuple[str, str, Session | None]:
+        """The label, the subject that the session is under if there is one, and the session."""
+        project, labels = self._target.project_id, list(candidates(wish, study.uid))
+        try:
+            known = dict(self._client.sessions_of(project, study.uid))
+        except Refused as exc:
+            if exc.status in (401, 403) or exc.status >= 500:
+                raise
+            known = {}  # this server doesn't search by UID: by label then
+        for label in sorted(known, key=lambda one: (labels.index(one) if one in labels else len(labels), one)):
+            if existing := self._client.session(project, label):
+                return label, known[label], existing
+        for label in labels:
+            if label in avoid or self._sessions.get(label, study.uid) != study.uid:
+                continue
+            existing = self._client.session(project, label)
+            if existing is None or existing.uid == study.uid or self._is_ours(study, label):
+                return label, "", existing
+        return labels[-1], "", None
+
+    def _is_ours(self, study: Study, label: str) -> bool:
+        """Whether a session has this study's files though it has another UID: some projects replace UIDs."""
+        ours = {entry_name(header_of(item).SOPInstanceUID) for item in study.items}
+        return not ours.isdisjoint(self._client.files(self._target.project_id, label))
+
+    def _subject(self, values: dict[str, str]) -> str:
+        text = self._target.subject.format(**values)
+        label, exact = label_of(text)
+        patient = values["PatientID"]
+        if not exact and "{PatientID}" in self._target.subject and self._is_other(label, patient):
+            label = f"{label[: MAX_LABEL_CHARS - DIGEST_CHARS - 1]}-{digest(text)}"
+        self._subjects.setdefault(label, patient)
+        return label
+
+    def _is_other(self, label: str, patient: str) -> bool:
+        """Whether that subject is another patient, as far as XNAT tells."""
+        if label in self._subjects:
+            return self._subjects[label] != patient
+        project = self._target.project_id
+        for session in self._client.labels_of(project, label)[:LOOKED_AT]:
+            found = self._client.session(project, session)
+            if found and found.patient_id:
+                return found.patient_id.strip() != patient
+        return False

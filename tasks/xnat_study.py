@@ -1,0 +1,401 @@
+"""One study to XNAT: look, import, see it through to the archive, compare what is there, tell.
+
+XNAT's word on an import is worth little by itself: 200 comes with files left out (unreadable for XNAT, or filtered),
+with a session that stays in the prearchive, or under no project at all; 400 comes with a session that gets archived
+a minute later. So no outcome is told before XNAT was asked what it has of the study, file by file.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from blocks.xnat import Destination, Overwrite, XnatTarget
+from protocols.words import clean
+from protocols.xnat import Client
+from protocols.xnat_answers import Entry, Place, Refused, Session
+from tasks.xnat_held import Held, distinct, held_in_archive, held_in_prearchive, name_of
+from tasks.xnat_names import Name, Names, Study
+from tasks.xnat_zip import PIECE_BYTES, ZipBody
+from transfer.errors import Busy, Denied, Interrupted, Misconfigured, Rejected, TimedOut
+from transfer.plan import Item, Plan
+from transfer.receipt import ALREADY, Kind, Level, OnOutcome, Outcome
+from transfer.throttle import Throttle
+
+POLL_S = (0.2, 5.0)  # between two looks at the prearchive: at first, and at most
+COLLISION_S = 2.0  # until files of a broken import that XNAT is still writing may be sent again
+MAX_NAMES = 3  # labels that are tried if other studies take them at the same moment
+
+# XNAT's own words, by what they mean here (GradualDicomImporter, DicomZipImporter, PrearcSessionArchiver).
+_UNREADABLE = re.compile(r"unable to read DICOM object (\S+)|object (\S+) contains no SOP")
+_COLLISION = "Concurrent file sends"
+_BROKEN = "unable to read data from file"
+_WORKING = ("already be in progress", "already archiving", "in use", "lock session", "did not return a valid data URI")
+_OTHER_STUDY = "modification of session UID"
+_OUR_FAULT = ("Parameter dest format error", "identify upload format", "Unsupported format", "Importer is limited")
+
+
+@dataclass
+class _Ended:
+    """How an import ended, as far as XNAT tells: in the archive, in the prearchive, or refused."""
+
+    archived: Session | None = None
+    entry: Entry | None = None
+    warning: str = ""
+    refused: str = ""
+
+
+class _Taken(Exception):
+    """Another study got this label while ours was on its way."""
+
+
+@dataclass
+class Importer:
+    """What the imports of a push have in common."""
+
+    client: Client
+    target: XnatTarget
+    plan: Plan
+    names: Names
+    tell: OnOutcome
+    check: Callable[[], None]
+    throttle: Throttle
+    notes: set[str] = field(default_factory=set)
+    listed: bool = True  # whether XNAT showed what it has of every study
+
+    def deliver(self, study: Study, name: Name) -> None:
+        """Import what XNAT lacks of a study; tell every pending item's outcome.
+
+        Raises:
+            Retryable: the link, the session or XNAT's patience was lost; nothing of this study was told.
+            Denied, Misconfigured: nothing can be sent at all.
+        """
+        avoid: set[str] = set()
+        while True:
+            try:
+                _Delivery(self, study, name).run()
+            except _Taken:
+                avoid.add(name.session)
+                if len(avoid) >= MAX_NAMES:
+                    raise Busy(f"{study.shown}: other studies keep taking its label at XNAT") from None
+                name = self.names.name(study, avoid=avoid)
+            else:
+                return
+
+
+class _Delivery:
+    def __init__(self, shared: Importer, study: Study, name: Name) -> None:
+        self.shared, self.study, self.name = shared, study, name
+        self.client, self.target = shared.client, shared.target
+        self.project = shared.target.project_id
+        self.rejected: dict[Item, str] = {}
+        self.twins: dict[Item, Item] = {}  # a file of an instance that another file has too
+
+    # ---- the way of a study
+
+    def run(self) -> None:
+        entry = self._wait_for_earlier()
+        held = self._held(self.name.existing, entry)
+        pending = self._unique(self.study.pending)
+        again = held is None or self.target.overwrite is Overwrite.DELETE
+        lacking = dict.fromkeys(pending, "") if again or held is None else held.lacks(pending)
+        already = [item for item in pending if item not in lacking]
+        if not pending:
+            self._verify(held)
+            return
+        if held is not None and lacking and not self._may_add():
+            self._refuse(lacking, already)
+            return
+        if not lacking:
+            self._tell(already, (), "")
+            return
+        ended = self._import([item for item in pending if item in lacking])
+        if ended is None:  # none of the files was left
+            self._tell(already, (), "")
+        elif ended.refused:
+            for item in lacking:
+                self.rejected.setdefault(item, ended.refused)
+            self._tell(already, (), "")
+        else:
+            self._confirm(ended, already, [item for item in lacking if item not in self.rejected])
+
+    def _may_add(self) -> bool:
+        """Whether a session that is there may get more: by `overwrite`, or because this dispatch made it."""
+        ours = any(item.path in self.shared.plan.done for item in self.study.items)
+        return ours or self.target.overwrite is not Overwrite.NONE
+
+    def _refuse(self, lacking: dict[Item, str], already: list[Item]) -> None:
+        why = "Session already exists: XNAT has this study without this file, and overwrite is none: set it to append"
+        for item in lacking:
+            self.rejected[item] = why
+        self._tell(already, (), "")
+
+    def _unique(self, items: Iterable[Item]) -> list[Item]:
+        """One item for each instance: XNAT keeps a single file of it."""
+        first: dict[str, Item] = {}
+        for item in items:
+            known = first.setdefault(name_of(item), item)
+            if known is not item:
+                self.twins[item] = known
+        return list(first.values())
+
+    # ---- what XNAT has
+
+    def _wait_for_earlier(self) -> Entry | None:
+        """Wait while XNAT is still at work on an earlier import of this session; return what is in the prearchive."""
+        entry = self._find()
+        if entry is None or not entry.working:
+            return entry
+        ended = self._see_through(entry)
+        if ended.warning:
+            raise Busy(f"{self.study.shown}: XNAT is still at work on an earlier import of it ({entry.shown})")
+        self.name = self.shared.names.name(self.study)  # what there is now
+        return ended.entry
+
+    def _find(self) -> Entry | None:
+        """This study's entry in the prearchive, the latest if there are several."""
+        try:
+            entries = self.client.prearchive(self.project)
+        except Refused as exc:
+            if exc.status in (403, 404):  # who may create sessions may not always see the prearchive
+                return None
+            raise
+        # Of two entries made in the same millisecond the second gets a number behind its name.
+        ours = [one for one in entries if one.uid == self.study.uid and one.name.startswith(self.name.session)]
+        return max(ours, key=lambda one: one.timestamp, default=None)
+
+    def _held(self, session: Session | None, entry: Entry | None) -> Held | None:
+        """What XNAT has of the study where it shall go, None if nothing; a failed entry counts for nothing."""
+        if session is not None:
+            return held_in_archive(self.client, self.project, session)
+        wanted = self.target.destination is Destination.PREARCHIVE
+        if entry is not None and wanted and not entry.failed and not entry.state.startswith("RECEIVING"):
+            return held_in_prearchive(self.client, entry)
+        return None
+
+    # ---- the import
+
+    def _import(self, items: list[Item]) -> _Ended | None:
+        """Send items until XNAT takes them, without those that it can't read, or that change; None if none is left."""
+        collided_until = time.monotonic() + self.target.idle_timeout_s
+        while items:
+            self.shared.check()
+            try:
+                return self._ended(self._send(items))
+            except Rejected as exc:
+                items = self._without(items, exc.item, exc.message)
+            except Refused as exc:
+                words = self._words(exc.words)
+                if found := _UNREADABLE.search(exc.words):
+                    culprit = next((i for i in items if name_of(i) in found.groups()), None)
+                    if culprit:
+                        items = self._without(items, culprit.shown, words)
+                        continue
+                if _COLLISION in exc.words and time.monotonic() < collided_until:
+                    self._sleep(COLLISION_S)
+                    continue
+                return self._after_refusal(exc, words)
+        return None
+
+    def _without(self, items: list[Item], shown: str | None, why: str) -> list[Item]:
+        for item in items:
+            if item.shown == shown:
+                self.rejected[item] = why
+        return [item for item in items if item not in self.rejected]
+
+    def _send(self, items: list[Item]) -> list[Place] | None:
+        """Send a zip of these items; None if XNAT has it all but doesn't answer in time."""
+        names = [(item, name_of(item)) for item in items]
+        destination = self.target.destination
+        query = {
+            "dest": f"/{destination}/projects/{self.project}",
+            "project": self.project,
+            "subject": self.name.subject,
+            "session": self.name.session,
+            "overwrite": Overwrite.NONE.value,
+        }
+        if self.name.existing is not None:
+            # Only ever to a session of this very study: `delete` would put another study's session aside.
+            delete = self.target.overwrite is Overwrite.DELETE
+            query["overwrite"] = Overwrite.DELETE.value if delete else Overwrite.APPEND.value
+            if delete:
+                query["overwrite_files"] = "true"
+        shared = self.shared
+        with ZipBody(shared.plan, names, shared.throttle, shared.check, shared.tell.moved) as body:
+            try:
+                return self.client.import_zip(query, body)
+            except TimedOut:
+                if not body.finished:
+                    raise
+                return None  # it unpacks, builds and archives before it answers: see how far it is
+
+    def _after_refusal(self, exc: Refused, words: str) -> _Ended:
+        """What a refused import came to: XNAT may be at work on it all the same."""
+        if exc.status in (400, 409, 500) and any(part in exc.words for part in _OUR_FAULT):
+            raise Misconfigured(f"XNAT doesn't understand the import: {words}") from None
+        if exc.status == 404:
+            raise Misconfigured(f"XNAT's import service is not what it should be: {words}") from None
+        if _BROKEN in exc.words:
+            raise Interrupted(f"{self.study.shown}: XNAT could not read the upload to its end: {words}") from None
+        if exc.status not in (400, 409, 413, 423) or (exc.page and exc.status < 400) or _COLLISION in exc.words:
+            raise exc
+        entry = self._find()
+        if entry is not None and entry.working:
+            return self._see_through(entry)
+        if exc.status == 423 or any(part in exc.words for part in _WORKING):
+            raise Busy(f"{self.study.shown}: {words}") from None
+        reason = self._words(self.client.log_of(entry)) if entry is not None and entry.failed else ""
+        if _OTHER_STUDY in exc.words + reason and self.name.existing is None:
+            if entry is not None:
+                self._discard(entry)
+            raise _Taken
+        return _Ended(entry=entry, refused=self._refusal(words, entry, reason))
+
+    def _discard(self, entry: Entry) -> None:
+        """Take away the entry that our own import left, before it is sent again under another label."""
+        try:
+            self.client.discard(entry)
+        except Refused:
+            self.shared.notes.add(f"{entry.shown} holds a session in conflict that could not be removed")
+
+    def _refusal(self, words: str, entry: Entry | None, reason: str) -> str:
+        state = f" (in the prearchive: {entry.state})" if entry is not None else ""
+        return f"{reason}; {words}{state}" if reason and reason not in words else f"{words}{state}"
+
+    # ---- after the import
+
+    def _ended(self, places: list[Place] | None) -> _Ended:
+        """See an accepted import through to its end."""
+        for place in places or ():
+            if place.project != self.project:
+                raise Denied(
+                    f"XNAT put {self.study.shown} under project {place.project!r} instead of {self.project!r} (see "
+                    f"{place.shown}): the user may not create sessions there, or there is no such project"
+                )
+        archived = [place for place in places or () if place.kind == "archive"]
+        if archived:
+            label = archived[0].rest.rpartition("experiments/")[2].strip("/")
+            return self._archived(label or self.name.session) or _Ended(warning="XNAT doesn't show the session")
+        entry = self._find()
+        if entry is not None:
+            return self._see_through(entry)
+        found = self._archived(self.name.session)
+        if found:
+            return found
+        if places is None:
+            raise TimedOut(f"{self.study.shown}: XNAT was silent for {self.target.idle_timeout_s:g} s after the upload")
+        if places:
+            return _Ended(warning=f"XNAT put it to {places[0].shown}, and doesn't show it any more")
+        why = "XNAT took none of the files and gave no reason: an import filter or an anonymisation script refuses them"
+        return _Ended(refused=why)
+
+    def _archived(self, label: str) -> _Ended | None:
+        session = self.client.session(self.project, label)
+        return _Ended(archived=session) if session is not None else None
+
+    def _see_through(self, entry: Entry) -> _Ended:
+        """Watch an entry of the prearchive until it is where it shall be, or will not get there by itself."""
+        end = time.monotonic() + self.target.archive_timeout_s
+        pause = POLL_S[0]
+        stays = self.target.destination is Destination.PREARCHIVE
+        now: Entry | None = entry
+        while True:
+            if now is None:
+                return self._archived(self.name.session) or _Ended(
+                    refused="the session left XNAT's prearchive, and is not in the archive either"
+                )
+            entry = now
+            if entry.failed and not entry.working:
+                reason = self._words(self.client.log_of(entry))
+                return _Ended(entry=entry, refused=f"{entry.state}: {reason or 'XNAT gives no reason'}")
+            if stays and entry.state == "READY" and not entry.working:
+                return _Ended(entry=entry)
+            if time.monotonic() >= end:
+                waited = f"after {self.target.archive_timeout_s:g} s"
+                return _Ended(entry=entry, warning=f"in XNAT's prearchive, not archived {waited}: {entry.state}")
+            self._sleep(pause)
+            pause = min(2 * pause, POLL_S[1])
+            now = self.client.entry(entry)
+
+    def _confirm(self, ended: _Ended, already: list[Item], sent: list[Item]) -> None:
+        """Compare what XNAT has with what it was sent; tell."""
+        try:
+            held = self._held(ended.archived, None)
+            if held is None and ended.entry is not None:
+                held = held_in_prearchive(self.client, ended.entry)
+        except Refused as exc:
+            if exc.status not in (403, 404):
+                raise
+            held = None
+        if held is None:
+            self.shared.listed = False
+            self.shared.notes.add("XNAT doesn't let this user list the files of a session")
+            self._tell(already, sent, ended.warning)
+            return
+        lacking = held.lacks([item for item in distinct(self.study.items) if item not in self.rejected])
+        for item, seen in lacking.items():
+            if item in sent:
+                self.rejected[item] = f"XNAT left it out: {seen}"
+        self._tell(already, [item for item in sent if item not in lacking], ended.warning)
+        if self.target.verify is not Level.ACCEPTED:
+            self._revoke({item: seen for item, seen in lacking.items() if item.path in self.shared.plan.done})
+
+    def _verify(self, held: Held | None) -> None:
+        """Nothing was to be sent: see that what was delivered earlier is there."""
+        if held is None:
+            self._revoke(dict.fromkeys(self.study.items, "XNAT has no session of the study"))
+        else:
+            self._revoke(held.lacks(distinct(self.study.items)))
+
+    def _revoke(self, lacking: dict[Item, str]) -> None:
+        for item, seen in lacking.items():
+            self.shared.tell.revoke(item, f"delivered earlier, but not there: {seen}")
+
+    def _tell(self, already: Iterable[Item], delivered: Iterable[Item], warning: str) -> None:
+        tell = self.shared.tell
+        outcomes: dict[Item, Outcome] = {}
+        for item in already:
+            outcomes[item] = ALREADY
+        for item in delivered:
+            outcomes[item] = Outcome(Kind.WARNING, warning) if warning else Outcome(Kind.DELIVERED)
+        for item, why in self.rejected.items():
+            outcomes[item] = Outcome(Kind.REJECTED, why)
+        for twin, first in self.twins.items():
+            outcomes[twin] = self._twin(twin, first, outcomes[first])
+        for item, outcome in outcomes.items():
+            tell(item, outcome)
+
+    def _twin(self, twin: Item, first: Item, outcome: Outcome) -> Outcome:
+        if not outcome.arrived:
+            return outcome
+        if self._same(twin, first):
+            return Outcome(outcome.kind, outcome.detail or f"the same instance as {first.shown}")
+        return Outcome(Kind.REJECTED, f"{first.shown} has the same SOP Instance UID, and other content")
+
+    def _same(self, one: Item, other: Item) -> bool:
+        plan = self.shared.plan
+        if one.size != other.size:
+            return False
+        try:
+            with plan.open(one) as a, plan.open(other) as b:
+                for offset in range(0, one.size, PIECE_BYTES):
+                    self.shared.check()
+                    if os.pread(a, PIECE_BYTES, offset) != os.pread(b, PIECE_BYTES, offset):
+                        return False
+        except (Rejected, OSError):
+            return False
+        return True
+
+    # ---- small things
+
+    def _words(self, words: str) -> str:
+        return clean(words, self.name.hidden)
+
+    def _sleep(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            self.shared.check()
+            time.sleep(min(0.2, left))

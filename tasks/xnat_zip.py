@@ -1,0 +1,242 @@
+"""The zip of a study's files as the body of a request: read while it is sent, by way of the plan only.
+
+A zip tells each file's CRC-32 before its bytes. Small files are read once: sum, look, send. Large ones are summed by
+a thread that stays a little ahead of what is being sent, so that the second reading comes from the page cache.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+
+from protocols.zipstream import Entry, directory, length
+from transfer.errors import Rejected
+from transfer.plan import Item, Plan
+from transfer.throttle import Throttle
+
+PIECE_BYTES = 1 << 20  # one send; larger ones are not faster
+AHEAD_BYTES = 256 << 20  # what is summed but not sent stays well within the page cache
+WAIT_S = 0.2  # between two looks at whether to stop
+
+
+class ZipBody:
+    """A body for `protocols.http`, good for several requests one after the other. Use it in a `with` block.
+
+    A file that is not, or no longer, the one of the plan stops the request before its last byte, so that no server
+    ever gets a whole zip with it.
+
+    Args:
+        names: what each file is called in the zip.
+        check: called while waiting and between pieces; may raise to stop.
+        moved: told the bytes that went out.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        names: Sequence[tuple[Item, str]],
+        throttle: Throttle,
+        check: Callable[[], None],
+        moved: Callable[[int], None],
+    ) -> None:
+        self._plan, self._throttle, self._check = plan, throttle, check
+        self.sent = moved
+        self.piece = min(PIECE_BYTES, throttle.piece)
+        # Large files first, the largest before all: its sum is known before the connection is made, and every other
+        # is ready by the time it is needed, so the server never waits in the middle of a request.
+        ordered = sorted(names, key=lambda one: (-one[0].size if self._large(one[0]) else 0, one[0].path))
+        self._files = [(item, Entry.of(name, item.size)) for item, name in ordered]
+        self.length = length(entry for _, entry in self._files)
+        self.finished = False  # whether the last byte went out
+        self._sums: _Sums | None = None
+
+    def __enter__(self) -> ZipBody:
+        """Begin to read.
+
+        Raises:
+            Rejected: the first file changed, or can't be read.
+        """
+        large = [item for item, _ in self._files if self._large(item)]
+        if large:
+            self._sums = _Sums(self._plan, large)
+            try:
+                self._sums.wait_for(large[0], self._check)
+            except BaseException:
+                self._sums.stop()
+                raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._sums:
+            self._sums.stop()
+
+    def __len__(self) -> int:
+        return self.length  # for `requests`, which looks for it
+
+    def __iter__(self) -> Iterator[memoryview]:
+        self.finished = False
+        buffer = _Buffer(self.piece)
+        for item, entry in self._files:
+            if self._sums and self._large(item):
+                yield from self._paid(buffer.flushed())
+                yield from self._large_file(item, entry, buffer, self._sums)
+            else:
+                head = len(entry.local())
+                if not buffer.room(head + item.size):
+                    yield from self._paid(buffer.flushed())
+                self._small_file(item, entry, head, buffer)
+        for record in directory(entry for _, entry in self._files):
+            if not buffer.room(len(record)):
+                yield from self._paid(buffer.flushed())
+            buffer.put(record)
+        yield from self._paid(buffer.flushed())
+        self.finished = True
+
+    def _large(self, item: Item) -> bool:
+        return item.size + 1024 > self.piece  # with its header it doesn't fit into one piece
+
+    def _small_file(self, item: Item, entry: Entry, head: int, buffer: _Buffer) -> None:
+        """Put a file and its header into the buffer, if it is the one that was planned."""
+        self._check()
+        with self._plan.open(item) as fd:
+            data = buffer.free[head : head + item.size]
+            _read(fd, data, 0, item)
+            self._plan.check(item, fd)
+        entry.crc = zlib.crc32(data)
+        buffer.put(entry.local())
+        buffer.skip(item.size)
+
+    def _large_file(self, item: Item, entry: Entry, buffer: _Buffer, sums: _Sums) -> Iterator[memoryview]:
+        entry.crc = sums.wait_for(item, self._check)
+        with self._plan.open(item) as fd:
+            buffer.put(entry.local())
+            done = 0
+            while done < item.size:
+                data = buffer.free[: item.size - done]
+                _read(fd, data, done, item)
+                buffer.skip(len(data))
+                done += len(data)
+                if done == item.size:
+                    self._plan.check(item, fd)
+                yield from self._paid(buffer.flushed())
+        sums.forget(item)
+
+    def _paid(self, pieces: Iterator[memoryview]) -> Iterator[memoryview]:
+        for piece in pieces:
+            self._throttle.spend(len(piece))
+            yield piece
+
+
+class _Buffer:
+    """Gathers small files and headers, so that one system call sends many."""
+
+    def __init__(self, size: int) -> None:
+        # An empty buffer takes any header, and any record of the directory.
+        self._view = memoryview(bytearray(size + 1024))
+        self._used = 0
+
+    @property
+    def free(self) -> memoryview:
+        return self._view[self._used :]
+
+    def room(self, count: int) -> bool:
+        return self._used + count <= len(self._view)
+
+    def put(self, data: bytes) -> None:
+        self._view[self._used : self._used + len(data)] = data
+        self._used += len(data)
+
+    def skip(self, count: int) -> None:
+        self._used += count
+
+    def flushed(self) -> Iterator[memoryview]:
+        used, self._used = self._used, 0
+        if used:
+            yield self._view[:used]
+
+
+class _Sums:
+    """The CRC-32 of files, computed by a thread that stays at most `AHEAD_BYTES` ahead of who asks for them."""
+
+    def __init__(self, plan: Plan, items: Sequence[Item]) -> None:
+        self._plan = plan
+        self._todo = deque(items)
+        self._known: dict[str, int | BaseException] = {}
+        self._ahead = 0
+        self._stopped = False
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._work, name="crc-32", daemon=True)
+        self._thread.start()
+
+    def wait_for(self, item: Item, check: Callable[[], None]) -> int:
+        """Return the sum of a file as soon as it is known, or raise what kept it from being so."""
+        with self._changed:
+            while item.path not in self._known:
+                check()
+                self._changed.wait(WAIT_S)
+            found = self._known[item.path]
+        if isinstance(found, BaseException):
+            raise found
+        return found
+
+    def forget(self, item: Item) -> None:
+        """A file was sent: the thread may go on to another."""
+        with self._changed:
+            self._ahead -= item.size
+            self._changed.notify_all()
+
+    def stop(self) -> None:
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+        self._thread.join()
+
+    def _work(self) -> None:
+        buffer = memoryview(bytearray(PIECE_BYTES))
+        while self._todo:
+            item = self._todo.popleft()
+            with self._changed:
+                # A file larger than the limit goes alone.
+                while not self._stopped and self._ahead and self._ahead + item.size > AHEAD_BYTES:
+                    self._changed.wait()
+                if self._stopped:
+                    return
+                self._ahead += item.size
+            try:
+                found: int | BaseException = self._sum(item, buffer)
+            except BaseException as exc:  # told to the thread that asks
+                found = exc
+            with self._changed:
+                self._known[item.path] = found
+                self._changed.notify_all()
+
+    def _sum(self, item: Item, buffer: memoryview) -> int:
+        crc = done = 0
+        with self._plan.open(item) as fd:
+            while done < item.size and not self._stopped:
+                data = buffer[: item.size - done]
+                _read(fd, data, done, item)
+                crc = zlib.crc32(data, crc)
+                done += len(data)
+            self._plan.check(item, fd)
+        return crc
+
+
+def _read(fd: int, into: memoryview, offset: int, item: Item) -> None:
+    """Fill a buffer from an open file.
+
+    Raises:
+        Rejected: the file has become shorter, or can't be read.
+    """
+    done = 0
+    while done < len(into):
+        try:
+            count = os.preadv(fd, [into[done:]], offset + done)
+        except OSError as exc:
+            raise Rejected(f"can't be read: {exc.strerror}", item=item.shown) from exc
+        if count == 0:
+            raise Rejected("changed since the dispatch was planned", item=item.shown)
+        done += count
