@@ -124,12 +124,18 @@ class Session:
     Args:
         authorizer: gives the Authorization field; None for none.
         check: called several times a second while a request is on its way; may raise to stop it.
+        follow: whether redirects are followed; else they are answers like others.
     """
 
     def __init__(
-        self, origin: Origin, authorizer: Authorizer | None = None, check: Callable[[], None] = lambda: None
+        self,
+        origin: Origin,
+        authorizer: Authorizer | None = None,
+        check: Callable[[], None] = lambda: None,
+        *,
+        follow: bool = True,
     ) -> None:
-        self.origin, self.authorizer, self.check = origin, authorizer, check
+        self.origin, self.authorizer, self.check, self.follow = origin, authorizer, check, follow
         self._idle: list[Link] = []
         self._lock = threading.Lock()
 
@@ -185,7 +191,7 @@ class Session:
                     request = replace(request, expect=False)
                 elif answer.status in (401, 403) and not renewed and self._renewed(authorization):
                     renewed = True
-                elif answer.status in REDIRECTS and "Location" in answer.headers:
+                elif self.follow and answer.status in REDIRECTS and "Location" in answer.headers:
                     redirects += 1
                     request = replace(request, path=self._redirected(answer, request, redirects))
                 else:
