@@ -15,6 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from importlib import import_module
 from typing import Any
+from urllib.parse import unquote
 
 import requests
 from requests.auth import HTTPBasicAuth
@@ -41,6 +42,8 @@ from protocols.xnat_answers import (
 CLOSE_S = 3.0  # for the last request of all; a cancelled push must be over within five
 ZIP = "application/zip"
 IMAGE_SESSION = "xnat:imageSessionData"
+
+_SCAN = re.compile(r"/scans/([^/]+)/")
 
 
 class Client:
@@ -71,7 +74,6 @@ class Client:
         self._session.proxies = {}
         self._session.headers["User-Agent"] = "talaria"  # a browser would be sent to the login page, not refused
         self._connect = connect
-        self._entered = False
         self._mount(check)
 
     def _mount(self, check: Callable[[], None]) -> None:
@@ -89,7 +91,6 @@ class Client:
         text = answer.text.strip()
         if not re.fullmatch(r"[\w.-]{8,200}", text):
             raise Refused(answer.status_code, words_of(answer), page=True)
-        self._entered = True
 
     def close(self) -> None:
         """End the session at XNAT, whatever happened before, within `CLOSE_S`; never raises."""
@@ -101,7 +102,7 @@ class Client:
 
         self._session.close()
         self._mount(hurry)
-        if self._entered:
+        if self._session.cookies:  # it may have been opened by a request that failed
             with suppress(Exception):
                 self._interface.delete("/data/JSESSION", allow_redirects=False)
         self._session.close()
@@ -160,10 +161,20 @@ class Client:
             raise
         return session_of(found)
 
-    def files(self, project: str, label: str) -> set[str]:
-        """Names of all files of all scans of an archived session."""
+    def files(self, project: str, label: str) -> list[tuple[str, str]]:
+        """ID of the scan, "" if XNAT doesn't tell, and name of each file of an archived session."""
         path = f"/data/projects/{part(project)}/experiments/{part(label)}/scans/ALL/files"
-        return {value_of(row, "name") for row in self._rows(path, {"format": "json"})}
+        found = []
+        try:
+            rows = self._rows(path, {"format": "json"})
+        except Refused as exc:
+            if exc.status == 404:  # no scan at all
+                return []
+            raise
+        for row in rows:
+            scan = _SCAN.search(value_of(row, "uri"))
+            found.append((unquote(scan[1]) if scan else "", value_of(row, "name")))
+        return found
 
     def prearchive(self, project: str) -> list[Entry]:
         """What is in a project's prearchive."""
@@ -180,18 +191,15 @@ class Client:
             raise
         return entry_of(rows[0]) if rows else None
 
-    def entry_files(self, entry: Entry) -> tuple[set[str], int]:
-        """Names of the files of all scans of an entry, and how many there are."""
-        names: set[str] = set()
-        count = 0
+    def entry_files(self, entry: Entry) -> list[str]:
+        """Names of the files of all scans of an entry."""
+        names: list[str] = []
         for scan in self._rows(f"{entry.path}/scans", {"format": "json"}):
             resources = f"{entry.path}/scans/{part(value_of(scan, 'id'))}/resources"
             for resource in self._rows(resources, {"format": "json"}):
                 files = f"{resources}/{part(value_of(resource, 'label'))}/files"
-                found = [value_of(row, "name") for row in self._rows(files, {"format": "json"})]
-                names.update(found)
-                count += len(found)
-        return names, count
+                names += (value_of(row, "name") for row in self._rows(files, {"format": "json"}))
+        return names
 
     def discard(self, entry: Entry) -> None:
         """Delete an entry of the prearchive."""

@@ -10,7 +10,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from urllib.parse import urlsplit
 
 from blocks.xnat import XnatTarget
@@ -69,9 +69,10 @@ def classified(hidden: Iterable[str] = ()) -> Iterator[None]:
         yield
     except Refused as exc:
         words = clean(exc.words, hidden)
-        if exc.page and exc.status < 400:
-            # A page of the login, or of a proxy, in the place of data.
-            raise Interrupted(f"XNAT answered with a web page (status {exc.status}): {words}") from exc
+        if exc.status < 400:
+            # A page of the login, or of a proxy, in the place of data; or the way to one.
+            what = "a redirect" if exc.status >= 300 else "a web page"
+            raise Interrupted(f"XNAT answered with {what} (status {exc.status}): {words}") from exc
         kind = STATUS.get(exc.status, Busy if exc.status >= 500 else Misconfigured)
         message = f"XNAT answered with status {exc.status}: {words}"
         if kind is Busy:
@@ -93,7 +94,7 @@ def connect(target: XnatTarget, check: Callable[[], None]) -> Iterator[Client]:
     """
     origin = _origin(target)
     user, password = target.user, target.password.get_secret_value()
-    client = Client(target.host, user, password, lambda ask: Http(origin, check=ask), check)
+    client = Client(target.host, user, password, lambda ask: Http(origin, check=ask, follow=False), check)
     try:
         with classified((password,)):
             try:
@@ -102,6 +103,11 @@ def connect(target: XnatTarget, check: Callable[[], None]) -> Iterator[Client]:
                 words = clean(exc.words, (password,))
                 if exc.status == 401:
                     raise Denied(f"XNAT refuses the login of user {user}: {words}") from exc
+                if 300 <= exc.status < 400:
+                    raise Misconfigured(
+                        f"{target.host} answers {exc.status} and points to {_server(exc.location)}, which is not "
+                        "followed: set host to where XNAT is"
+                    ) from exc
                 if exc.page and exc.status < 400:
                     raise Misconfigured(
                         f"{target.host} answers with a web page instead of a session: it is not the base URL of an "
@@ -113,6 +119,12 @@ def connect(target: XnatTarget, check: Callable[[], None]) -> Iterator[Client]:
         yield client
     finally:
         client.close()
+
+
+def _server(location: str) -> str:
+    """Where a redirect points to, without what the path may hold."""
+    url = urlsplit(location)
+    return f"{url.scheme}://{url.netloc}" if url.netloc else "another page of it"
 
 
 def _origin(target: XnatTarget) -> Origin:
@@ -154,13 +166,13 @@ def check(target: XnatTarget) -> Health:
 
 def _check_xnat(target: XnatTarget, health: Health, ask: Callable[[], None], rest: list[str]) -> None:
     """The probes that need a login; takes those that it makes off `rest`."""
-    with health.probe("authenticate") as probe:
-        rest.remove("authenticate")
-        with connect(target, ask):
+    with ExitStack() as ends:
+        with health.probe("authenticate") as probe:
+            rest.remove("authenticate")
+            client = ends.enter_context(connect(target, ask))
             probe.detail = f"logged in as {target.user}"
-    if health.error:
-        return
-    with connect(target, ask) as client:
+        if health.error:
+            return
         rest.remove("project")
         with health.probe("project") as probe, classified():
             _see_project(client, target)

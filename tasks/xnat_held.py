@@ -2,65 +2,77 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+import re
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 from protocols.xnat import Client
 from protocols.xnat_answers import Entry, Session
 from tasks.xnat_names import entry_name, header_of
 from transfer.plan import Item
 
+_TELLING = re.compile(r"[0-2](\.\d+){2,}\.dcm")  # the name of a file that was sent under its instance's UID
 
-@dataclass(frozen=True)
+
 class Held:
     """What XNAT has of a study.
 
-    Attributes:
-        names: of its files.
-        counts: files by series; None where XNAT tells only how many there are in all.
-        total: files in all.
+    Files that were sent by us, or by anybody who names them so, tell which instances they are. Of the others (XNAT
+    gives names of its own to what came over DICOM, and some servers to all) only the number is known.
+
+    Args:
+        files: series, where XNAT tells it, else "", and name of each file.
     """
 
-    names: set[str]
-    counts: dict[str, int] | None
-    total: int
+    def __init__(self, files: Iterable[tuple[str, str]] = ()) -> None:
+        self.names: set[str] = set()
+        self.counts: Counter[str] = Counter()  # files by series
+        self.loose: Counter[str] = Counter()  # of them, those whose names tell nothing
+        for series, name in files:
+            self.names.add(name)
+            self.counts[series] += 1
+            self.loose[series] += not _TELLING.fullmatch(name)
 
-    def lacks(self, items: Sequence[Item]) -> dict[Item, str]:
-        """The items that XNAT doesn't have, each with what was seen.
+    def lacks(self, items: Iterable[Item], study: Sequence[Item], before: Held | None = None) -> dict[Item, str]:
+        """Return those of the items that XNAT doesn't have, each with what was seen.
 
-        A server that gives the files names of its own (or a session that came another way) is compared by count:
-        series by series where it can be.
+        Args:
+            items: one for each instance.
+            study: all items of the study, one for each instance.
+            before: what XNAT had before these items were imported.
         """
+        groups = by_series(study)
+        if not self.counts.keys() & groups.keys():
+            groups = {"": list(study)}  # XNAT doesn't tell series, or a script gave them other UIDs
+        wanted = set(items)
         missing: dict[Item, str] = {}
-        for uid, members in by_series(items).items():
-            absent = [item for item in members if name_of(item) not in self.names]
+        for series, members in groups.items():
+            unseen = [item for item in members if name_of(item) not in self.names]
+            absent = [item for item in unseen if item in wanted]
             if not absent:
                 continue
-            if self.counts is None:
-                count, wanted, what = self.total, len(items), "the study"
-            else:
-                count, wanted, what = self.counts.get(uid, 0), len(members), f"series {uid}"
-            if len(absent) == len(members) and count >= wanted:
-                continue  # as many as there should be, under names of XNAT's own
-            seen = f"XNAT has {count} of {wanted} files of {what}"
-            for item in absent:
-                missing[item] = seen if len(absent) == len(members) else f"{seen}, and not this one"
+            loose = self._loose(series)
+            if loose == len(unseen) or (before is not None and loose - before._loose(series) >= len(absent)):
+                continue  # just as many without a telling name as there should be
+            count = self.counts[series] if series else self.counts.total()
+            what = f"series {series}" if series else "the study"
+            seen = f"XNAT has {count} of {len(members)} files of {what}, and not this one"
+            missing |= dict.fromkeys(absent, seen)
         return missing
+
+    def _loose(self, series: str) -> int:
+        return self.loose[series] if series else self.loose.total()
 
 
 def held_in_archive(client: Client, project: str, session: Session) -> Held:
     """What an archived session has."""
-    counts: dict[str, int] = defaultdict(int)
-    for scan in session.scans:
-        counts[scan.uid] += scan.files
-    return Held(client.files(project, session.label), counts, sum(counts.values()))
+    series = {scan.id: scan.uid for scan in session.scans}
+    return Held((series.get(scan, ""), name) for scan, name in client.files(project, session.label))
 
 
 def held_in_prearchive(client: Client, entry: Entry) -> Held:
     """What an entry of the prearchive has; the prearchive doesn't tell the UIDs of series."""
-    names, total = client.entry_files(entry)
-    return Held(names, None, total)
+    return Held(("", name) for name in client.entry_files(entry))
 
 
 def name_of(item: Item) -> str:

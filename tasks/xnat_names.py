@@ -2,8 +2,8 @@
 
 XNAT knows a session by its label, unique within the project, and not by its study. So before a label is used, XNAT is
 asked what it has: a session of this study, under whatever label, is used again; a label that another study has gets
-a suffix made from the study's UID, the same one each time. Likewise a subject's label that had to be changed to fit
-(`A/1` and `A:1` both become `A_1`) gets a suffix if XNAT's subject of that label is another patient.
+a suffix made from the study's UID, the same one each time. Likewise a subject's label gets a suffix if XNAT's subject
+of that label is another patient: `A/1` and `A:1` would both become `A_1`.
 """
 
 from __future__ import annotations
@@ -123,13 +123,14 @@ class Names:
             avoid: labels that turned out to be another study's.
         """
         values = values_of(study, self._plan.dispatch_id)
-        subject = self._subject(values)
         wish, _ = label_of(self._target.session.format(**values))
-        session, known_subject, existing = self._session(study, wish, set(avoid))
+        session, subject, existing = self._session(study, wish, set(avoid))
+        subject = subject or self._subject(values)
         self._sessions[session] = study.uid
         patients = {header_of(item).PatientID for item in study.items}
-        hidden = frozenset({*patients, values["PatientID"], subject, known_subject, wish, session} - {""})
-        return Name(known_subject or subject, session, existing, hidden)
+        plain, _ = label_of(values["PatientID"])
+        hidden = frozenset({*patients, values["PatientID"], plain, subject, wish, session} - {""})
+        return Name(subject, session, existing, hidden)
 
     def _session(self, study: Study, wish: str, avoid: set[str]) -> tuple[str, str, Session | None]:
         """The label, the subject that the session is under if there is one, and the session."""
@@ -154,24 +155,29 @@ class Names:
     def _is_ours(self, study: Study, label: str) -> bool:
         """Whether a session has this study's files though it has another UID: some projects replace UIDs."""
         ours = {entry_name(header_of(item).SOPInstanceUID) for item in study.items}
-        return not ours.isdisjoint(self._client.files(self._target.project_id, label))
+        return any(name in ours for _, name in self._client.files(self._target.project_id, label))
 
     def _subject(self, values: dict[str, str]) -> str:
         text = self._target.subject.format(**values)
-        label, exact = label_of(text)
-        patient = values["PatientID"]
-        if not exact and "{PatientID}" in self._target.subject and self._is_other(label, patient):
+        label, _ = label_of(text)
+        if "{PatientID}" in self._target.subject and self._is_other(label, values):
             label = f"{label[: MAX_LABEL_CHARS - DIGEST_CHARS - 1]}-{digest(text)}"
-        self._subjects.setdefault(label, patient)
+        self._subjects.setdefault(label, values["PatientID"])
         return label
 
-    def _is_other(self, label: str, patient: str) -> bool:
-        """Whether that subject is another patient, as far as XNAT tells."""
+    def _is_other(self, label: str, values: dict[str, str]) -> bool:
+        """Whether the subject of that label is a patient whose ID is another and becomes the same label.
+
+        XNAT keeps the patient's ID with each session, unless a script replaced it: an ID that would not have become
+        this label tells nothing.
+        """
+        patient = values["PatientID"]
         if label in self._subjects:
             return self._subjects[label] != patient
         project = self._target.project_id
         for session in self._client.labels_of(project, label)[:LOOKED_AT]:
             found = self._client.session(project, session)
-            if found and found.patient_id:
-                return found.patient_id.strip() != patient
+            theirs = found.patient_id.strip() if found else ""
+            if theirs and theirs != patient:
+                return label_of(self._target.subject.format(**values | {"PatientID": theirs}))[0] == label
         return False

@@ -91,6 +91,7 @@ class _Delivery:
         self.shared, self.study, self.name = shared, study, name
         self.client, self.target = shared.client, shared.target
         self.project = shared.target.project_id
+        self.whole = distinct(study.items)
         self.rejected: dict[Item, str] = {}
         self.twins: dict[Item, Item] = {}  # a file of an instance that another file has too
 
@@ -101,7 +102,7 @@ class _Delivery:
         held = self._held(self.name.existing, entry)
         pending = self._unique(self.study.pending)
         again = held is None or self.target.overwrite is Overwrite.DELETE
-        lacking = dict.fromkeys(pending, "") if again or held is None else held.lacks(pending)
+        lacking = dict.fromkeys(pending, "") if again or held is None else held.lacks(pending, self.whole)
         already = [item for item in pending if item not in lacking]
         if not pending:
             self._verify(held)
@@ -111,6 +112,7 @@ class _Delivery:
             return
         if not lacking:
             self._tell(already, (), "")
+            self._verify(held)
             return
         ended = self._import([item for item in pending if item in lacking])
         if ended is None:  # none of the files was left
@@ -120,7 +122,8 @@ class _Delivery:
                 self.rejected.setdefault(item, ended.refused)
             self._tell(already, (), "")
         else:
-            self._confirm(ended, already, [item for item in lacking if item not in self.rejected])
+            sent = [item for item in lacking if item not in self.rejected]
+            self._confirm(ended, already, sent, held or Held())
 
     def _may_add(self) -> bool:
         """Whether a session that is there may get more: by `overwrite`, or because this dispatch made it."""
@@ -240,7 +243,9 @@ class _Delivery:
             raise Misconfigured(f"XNAT's import service is not what it should be: {words}") from None
         if _BROKEN in exc.words:
             raise Interrupted(f"{self.study.shown}: XNAT could not read the upload to its end: {words}") from None
-        if exc.status not in (400, 409, 413, 423) or (exc.page and exc.status < 400) or _COLLISION in exc.words:
+        if _COLLISION in exc.words:
+            raise Busy(f"{self.study.shown}: XNAT is still writing files of an earlier import: {words}") from None
+        if exc.status not in (400, 409, 413, 423):
             raise exc
         entry = self._find()
         if entry is not None and entry.working:
@@ -320,7 +325,7 @@ class _Delivery:
             pause = min(2 * pause, POLL_S[1])
             now = self.client.entry(entry)
 
-    def _confirm(self, ended: _Ended, already: list[Item], sent: list[Item]) -> None:
+    def _confirm(self, ended: _Ended, already: list[Item], sent: list[Item], before: Held) -> None:
         """Compare what XNAT has with what it was sent; tell."""
         try:
             held = self._held(ended.archived, None)
@@ -335,22 +340,22 @@ class _Delivery:
             self.shared.notes.add("XNAT doesn't let this user list the files of a session")
             self._tell(already, sent, ended.warning)
             return
-        lacking = held.lacks([item for item in distinct(self.study.items) if item not in self.rejected])
+        study = [item for item in self.whole if item not in self.rejected]
+        lacking = held.lacks(sent, study, before)
         for item, seen in lacking.items():
-            if item in sent:
-                self.rejected[item] = f"XNAT left it out: {seen}"
+            self.rejected[item] = f"XNAT left it out: {seen}"
         self._tell(already, [item for item in sent if item not in lacking], ended.warning)
-        if self.target.verify is not Level.ACCEPTED:
-            self._revoke({item: seen for item, seen in lacking.items() if item.path in self.shared.plan.done})
+        self._verify(held)
 
     def _verify(self, held: Held | None) -> None:
-        """Nothing was to be sent: see that what was delivered earlier is there."""
+        """See that what was delivered earlier is there; take back what isn't."""
+        done = [item for item in self.whole if item.path in self.shared.plan.done]
+        if self.target.verify is Level.ACCEPTED or not done:
+            return
         if held is None:
-            self._revoke(dict.fromkeys(self.study.items, "XNAT has no session of the study"))
+            lacking = dict.fromkeys(done, "XNAT has no session of the study")
         else:
-            self._revoke(held.lacks(distinct(self.study.items)))
-
-    def _revoke(self, lacking: dict[Item, str]) -> None:
+            lacking = held.lacks(done, self.whole)
         for item, seen in lacking.items():
             self.shared.tell.revoke(item, f"delivered earlier, but not there: {seen}")
 
