@@ -289,6 +289,8 @@ class Server(ThreadingHTTPServer):
             return Reply("<!DOCTYPE html><html><head><title>XNAT</title></head></html>", kind="text/html")
         if request.path == "/data/services/auth" and request.method == "PUT":
             return self._form_login(request)
+        if request.parts[0] not in ("data", "xapi", "REST"):
+            raise Refusal(404, "Not Found")
         cookie = self._authenticate(request)
         if cookie is None:
             if BROWSERS.search(request.headers.get("User-Agent", "")):

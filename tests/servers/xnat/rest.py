@@ -37,8 +37,6 @@ class Rest:
         parts = request.parts
         if parts[:1] == ["xapi"]:
             return self._xapi(request)
-        if parts[:1] not in (["data"], ["REST"]):
-            raise Refusal(404, NOT_FOUND)
         parts = parts[1:]
         if parts[:1] == ["archive"]:
             parts = parts[1:]
