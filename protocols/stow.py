@@ -40,6 +40,7 @@ HOPELESS = 3  # instances, each alone, that a server answers with 500 before it 
 # A proxy that limits bodies may reset the connection instead of answering 413. What such a push learned holds for the
 # next attempts, for so many seconds.
 SUSPICION_S = 900.0
+LEAST_LIMIT_BYTES = 256_000  # no proxy's limit is lower
 _suspected: dict[str, tuple[int, float]] = {}
 
 
@@ -148,8 +149,9 @@ class Store:
                 if not batch.items:
                     return []
             except Interrupted:
-                if len(batch.items) > 1 and body.out:
-                    _suspected[self._key] = (max(1, body.length // 4), time.monotonic() + SUSPICION_S)
+                if len(batch.items) > 1 and body.out and body.length > LEAST_LIMIT_BYTES:
+                    limit = max(LEAST_LIMIT_BYTES, body.length // 4)
+                    _suspected[self._key] = (limit, time.monotonic() + SUSPICION_S)
                 raise
             else:
                 return self._judge(batch, body, answer, content)
