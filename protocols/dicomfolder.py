@@ -292,9 +292,11 @@ class DicomFolder:
 
 def _place(root: Path, state_dir: Path | None) -> tuple[Path | None, int]:
     """Return where the index of a folder is kept, and with which permissions: it holds patients' data."""
-    if os.access(root, os.W_OK | os.X_OK):
-        # Whoever shares the folder as a member of its group may share the index.
-        return root / NAME, 0o600 | (root.stat().st_mode & 0o060)
+    index = root / NAME
+    # One that another user keeps there for himself is left to him.
+    if os.access(root, os.W_OK | os.X_OK) and (not os.path.lexists(index) or os.access(index, os.R_OK)):
+        # Whoever may list the folder as a member of its group may read the index.
+        return index, 0o600 | (root.stat().st_mode & 0o040)
     if state_dir is None:
         return None, 0
     folder = state_dir / "indexes"

@@ -50,17 +50,21 @@ class Store(Incoming):
     """
 
     def __init__(self, root: Path, owner: str, plan: Plan, on_outcome: OnOutcome, style: Style) -> None:
-        self.root = root
+        self.root, self.owner = root, owner
         self.notes: list[str] = []
         self.places: dict[str, Place] = {}
-        where: dict[str, Place] = {}
-        for item in plan.items:
+        super().__init__(plan, {}, on_outcome, style)
+        self._find_places()
+
+    def _find_places(self) -> None:
+        """Give each item the place of its series, as places are before anything is written."""
+        self.places.clear()
+        for item in self.plan.items:
             header = _header(item)
             folder = f"{sanitised(header.StudyInstanceUID)}/{sanitised(header.SeriesInstanceUID)}"
             if folder not in self.places:
-                self.places[folder] = Place(root, folder, f".incoming-{plan.dispatch_id}", owner)
-            where[item.path] = self.places[folder]
-        super().__init__(plan, where, on_outcome, style)
+                self.places[folder] = Place(self.root, folder, f".incoming-{self.plan.dispatch_id}", self.owner)
+            self.where[item.path] = self.places[folder]
 
     def kept(self, item: Item) -> str:
         return f"{self.where[item.path].files}/{_name(item)}"
@@ -87,6 +91,7 @@ class Store(Incoming):
                     self.prove(here)
                     proven |= {item.path for item in here}
                 self._publish(here)
+                self._find_places()
             reached = self._verify(level, proven)
         except (Cancelled, Permanent):
             self.discard()  # nobody will go on with it
