@@ -1,0 +1,299 @@
+"""A folder as a DICOMweb target: the same answers as the server, and what only a folder can go through."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import threading
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from blocks.dicomweb import DicomWebTarget
+from tasks import DRIVERS
+from tests import studies
+from tests.harness import attempt
+from tests.servers.orthanc import shared_orthanc
+from tests.targets.dicomweb_file import held, seen, target
+from tests.test_dicomfolder_orthanc import mixed, upload
+from transfer.errors import Busy, Cancelled, Denied, Interrupted, Misconfigured, NotFound, Unreachable
+from transfer.plan import scan
+from transfer.query import Query
+from transfer.receipt import Kind, Level, OnOutcome, Receipt, State
+
+driver = DRIVERS["dicomweb"]
+
+
+def retrieve(source: DicomWebTarget, into: Path, told: OnOutcome | None = None, **keys: Any) -> Receipt:
+    assert driver.retrieve
+    return driver.retrieve(source, Query(**keys), into, told or OnOutcome())
+
+
+def find(source: DicomWebTarget, **keys: Any) -> list[dict[str, Any]]:
+    assert driver.find
+    return [match.attributes for match in driver.find(source, Query(**keys))]
+
+
+def series(root: Path, count: int, **changes: Any) -> list[Path]:
+    study, uid = studies.uid(), studies.uid()
+    return [studies.dicom(root / f"{number}.dcm", study=study, series=uid, **changes) for number in range(count)]
+
+
+# ---- the same as a server
+
+
+def test_server_and_folder_answer_the_same(tmp_path: Path) -> None:
+    mixed(tmp_path, seed=7)
+    server = shared_orthanc()
+    upload(server, tmp_path)
+    there = DicomWebTarget(
+        url=server.dicomweb_url, http_user=server.user, http_password=server.password, direction="both"
+    )
+    here = target(tmp_path)
+    # Orthanc's plug-in doesn't decode what a URL must encode, so no blanks and carets.
+    for keys in (
+        {},
+        {"PatientName": "q*"},
+        {"PatientID": "p3"},
+        {"Modality": "CT"},
+        {"StudyDescription": ("thorax", "Knee*left")},
+        {"SeriesDescription": ("t1 axial",), "Modality": "M*"},
+        {"AccessionNumber": ("ACC003", "acc005", "ACC*")},
+        {"StudyDate": "20130101-20161231"},
+    ):
+        for level in ("study", "series"):
+            order = ("StudyInstanceUID", "SeriesInstanceUID")
+            wanted, got = (
+                sorted(find(one, level=level, **keys), key=lambda found: [found.get(uid, "") for uid in order])
+                for one in (there, here)
+            )
+            for attributes in wanted:
+                attributes.pop("RetrieveURL")
+            # Where a study's files disagree, Orthanc looks for one of them and answers with another.
+            if not keys:
+                assert got == wanted
+            assert [one[order[level == "series"]] for one in got] == [
+                one[order[level == "series"]] for one in wanted
+            ], keys
+
+
+# ---- check
+
+
+def test_check_of_a_folder_that_can_only_be_read(tmp_path: Path) -> None:
+    source = target(tmp_path)
+    source.direction = "query"
+    studies.dicom(tmp_path / "a.dcm")
+    with mock.patch.object(Path, "write_bytes", side_effect=OSError(errno.EROFS, "Read-only file system")):
+        assert driver.check(source).ok
+        source.direction = "both"
+        health = driver.check(source)
+    assert [(probe.name, probe.result) for probe in health.probes] == [
+        ("folder", "ok"), ("authorize", "failed"), ("qido", "ok"),
+    ]  # fmt: skip
+    assert isinstance(health.error, Denied)
+    assert "Read-only" in health.probes[1].detail
+
+
+def test_check_of_a_file(tmp_path: Path) -> None:
+    health = driver.check(target(studies.write(tmp_path / "file", b"")))
+    assert isinstance(health.error, Misconfigured)
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"),
+    [
+        (errno.ESTALE, Interrupted),
+        (errno.EACCES, Denied),
+        (errno.ENOTCONN, Unreachable),
+        (errno.EHOSTDOWN, Unreachable),
+        (errno.EMFILE, Busy),
+    ],
+)
+def test_errors_of_the_file_system_are_told_apart(tmp_path: Path, number: int, kind: type[Exception]) -> None:
+    source = target(tmp_path)
+    error = OSError(number, os.strerror(number), f"{tmp_path}/{studies.PATIENT_NAME}")
+    with mock.patch.object(os, "scandir", side_effect=error), pytest.raises(kind, match=os.strerror(number)) as caught:
+        find(source)
+    assert studies.PATIENT_NAME not in str(caught.value) + repr(caught.value.__cause__)
+    assert source.name in str(caught.value)
+
+
+# ---- push
+
+
+def test_pushed_instances_can_be_queried_at_once(tmp_path: Path) -> None:
+    root, study = tmp_path / "root", tmp_path / "study"
+    root.mkdir()
+    series(study, 3, PatientName="Quell^A")
+    assert find(target(root)) == []
+    assert attempt(target(root), study).require().state is State.DELIVERED
+    (found,) = find(target(root), PatientName="quell*")
+    assert found["NumberOfStudyRelatedInstances"] == 3
+    uids = {item.header.SOPInstanceUID for item in scan([study]).items if item.header}
+    parts = {tuple(path.relative_to(root).parts) for path in root.rglob("*.dcm")}
+    assert parts == {
+        (found["StudyInstanceUID"], series_uid, f"{uid}.dcm") for uid in uids for _, series_uid, _ in parts
+    }
+
+
+def test_another_version_of_an_instance_takes_its_place_with_a_warning(tmp_path: Path) -> None:
+    root, study = tmp_path / "root", tmp_path / "study"
+    root.mkdir()
+    (path,) = series(study, 1, PatientName="Before^X")
+    attempt(target(root), study).require()
+    path.write_bytes(path.read_bytes().replace(b"Before^X", b"Behind^Y"))
+    sent = attempt(target(root), study)
+    assert [outcome.kind for outcome in sent.outcomes.values()] == [Kind.WARNING]
+    assert list(held(root).values()) == [path.read_bytes()]
+    assert find(target(root))[0]["PatientName"] == "Behind^Y"
+
+
+def test_plan_that_holds_an_instance_twice(tmp_path: Path) -> None:
+    root, study = tmp_path / "root", tmp_path / "study"
+    root.mkdir()
+    (path,) = series(study, 1, PatientName="Before^X")
+    studies.write(study / "copy.dcm", path.read_bytes())
+    studies.write(study / "other.dcm", path.read_bytes().replace(b"Before^X", b"Behind^Y"))
+    sent = attempt(target(root), study)
+    assert sent.require().state is State.DELIVERED
+    assert {p: outcome.kind for p, outcome in sent.outcomes.items()} == {
+        "0.dcm": Kind.DELIVERED, "copy.dcm": Kind.ALREADY, "other.dcm": Kind.WARNING,
+    }  # fmt: skip
+    assert len(held(root)) == 1
+    assert not [name for name in seen(root) if ".incoming" in name]
+
+
+def test_instance_without_a_series_is_rejected(tmp_path: Path) -> None:
+    root, study = tmp_path / "root", tmp_path / "study"
+    root.mkdir()
+    series(study, 1)
+    ds = studies.dataset()
+    del ds.SeriesInstanceUID
+    studies.write(study / "none.dcm", studies.encoded(ds))
+    sent = attempt(target(root), study)
+    assert set(sent.rejected) == {"none.dcm"}
+    assert len(held(root)) == 1
+
+
+def test_uids_can_not_lead_out_of_the_folder(tmp_path: Path) -> None:
+    root, study = tmp_path / "root", tmp_path / "study"
+    root.mkdir()
+    ds = studies.dataset()
+    with studies.quiet():
+        ds.StudyInstanceUID, ds.SeriesInstanceUID = "../../out", "../x"
+        studies.write(study / "a.dcm", studies.encoded(ds))
+    attempt(target(root), study)
+    assert {path.name for path in tmp_path.iterdir()} == {"root", "study"}
+    assert len(held(root)) == 1
+
+
+def test_links_can_not_lead_out_of_the_folder(tmp_path: Path) -> None:
+    root, study, outside = tmp_path / "root", tmp_path / "study", tmp_path / "outside"
+    root.mkdir()
+    outside.mkdir()
+    series(study, 1)
+    header = scan([study]).items[0].header
+    assert header
+    (root / header.StudyInstanceUID).symlink_to(outside)
+    sent = attempt(target(root), study)
+    assert isinstance(sent.error, Denied)
+    assert not list(outside.iterdir())
+
+
+# ---- retrieve
+
+
+def test_retrieve_brings_what_matches_and_then_nothing_more(tmp_path: Path) -> None:
+    root, into = tmp_path / "root", tmp_path / "into"
+    ct = series(root / "ct", 3, Modality="CT")
+    series(root / "mr", 2, Modality="MR")
+    receipt = retrieve(target(root), into, Modality="CT")
+    assert (receipt.state, receipt.verified) == (State.DELIVERED, Level.LISTED)
+    assert receipt.counts[Kind.DELIVERED] == 3
+    assert sorted(path.read_bytes() for path in into.iterdir()) == sorted(path.read_bytes() for path in ct)
+    assert receipt.bytes == sum(path.stat().st_size for path in ct)
+    again = retrieve(target(root), into, Modality="CT")
+    assert again.counts[Kind.ALREADY] == 3
+    next(into.iterdir()).write_bytes(b"half")
+    assert retrieve(target(root), into, Modality="CT").counts[Kind.DELIVERED] == 1
+    assert all(path.stat().st_nlink == 1 for path in into.iterdir()), "what is retrieved must not share its bytes"
+
+
+def test_retrieve_of_nothing_is_NotFound(tmp_path: Path) -> None:
+    series(tmp_path / "root", 1)
+    with pytest.raises(NotFound):
+        retrieve(target(tmp_path / "root"), tmp_path / "into", AccessionNumber=("nothing",))
+
+
+def test_retrieve_into_a_folder_that_can_not_be_written_to(tmp_path: Path) -> None:
+    series(tmp_path / "root", 1)
+    studies.write(tmp_path / "into", b"a file")
+    with pytest.raises(Misconfigured, match="into"):
+        retrieve(target(tmp_path / "root"), tmp_path / "into")
+
+
+def test_file_that_changes_between_look_and_copy_is_rejected_for_now(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    paths = series(root, 3)
+    really = os.open
+
+    def meddling(path: Any, flags: int, *args: Any, **options: Any) -> int:
+        if os.fsdecode(path) == str(paths[1]) and threading.current_thread() is not threading.main_thread():
+            paths[1].write_bytes(paths[2].read_bytes())
+        return really(path, flags, *args, **options)
+
+    with mock.patch.object(os, "open", meddling):
+        receipt = retrieve(target(root), tmp_path / "into")
+    assert receipt.state is State.PARTIAL
+    assert receipt.counts[Kind.REJECTED] == 1
+    assert len(list((tmp_path / "into").iterdir())) == 2
+
+
+def test_retrieve_can_be_cancelled(tmp_path: Path) -> None:
+    root, into = tmp_path / "root", tmp_path / "into"
+    series(root, 30)
+    cancelled = threading.Event()
+    told = OnOutcome(lambda item, outcome: cancelled.set(), cancelled)
+    with pytest.raises(Cancelled):
+        retrieve(target(root), into, told)
+    assert 0 < len(told.outcomes) < 30
+    assert not [path for path in into.iterdir() if path.name.startswith(".")]
+
+
+def test_full_disk_at_the_destination_is_Busy(tmp_path: Path) -> None:
+    series(tmp_path / "root", 2)
+    with (
+        mock.patch.object(os, "copy_file_range", side_effect=OSError(errno.ENOSPC, "No space left on device")),
+        pytest.raises(Busy, match="into"),
+    ):
+        retrieve(target(tmp_path / "root"), tmp_path / "into")
+    assert not list((tmp_path / "into").iterdir())
+
+
+def test_what_can_not_be_read_is_in_the_notes(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    paths = series(root, 3)
+    really = os.open
+
+    def closed(path: Any, *args: Any, **options: Any) -> int:
+        if os.fsdecode(path) == str(paths[0]):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return really(path, *args, **options)
+
+    with mock.patch.object(os, "open", closed):
+        receipt = retrieve(target(root), tmp_path / "into")
+    assert receipt.counts[Kind.DELIVERED] == 2
+    assert any("can't be read" in note for note in receipt.notes)
+
+
+def test_index_and_copies_are_private_to_their_user(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    series(root, 1)
+    root.chmod(0o755)
+    find(target(root))
+    (index,) = root.glob(".talaria-*")
+    assert not stat.S_IMODE(index.stat().st_mode) & 0o007
