@@ -50,21 +50,10 @@ class Store(Incoming):
     """
 
     def __init__(self, root: Path, owner: str, plan: Plan, on_outcome: OnOutcome, style: Style) -> None:
-        self.root, self.owner = root, owner
         self.notes: list[str] = []
-        self.places: dict[str, Place] = {}
-        super().__init__(plan, {}, on_outcome, style)
-        self._find_places()
-
-    def _find_places(self) -> None:
-        """Give each item the place of its series, as places are before anything is written."""
-        self.places.clear()
-        for item in self.plan.items:
-            header = _header(item)
-            folder = f"{sanitised(header.StudyInstanceUID)}/{sanitised(header.SeriesInstanceUID)}"
-            if folder not in self.places:
-                self.places[folder] = Place(self.root, folder, f".incoming-{self.plan.dispatch_id}", self.owner)
-            self.where[item.path] = self.places[folder]
+        self._root, self._owner = root, owner
+        self.places = _places(plan, root, owner)
+        super().__init__(plan, _where(plan, self.places), on_outcome, style)
 
     def kept(self, item: Item) -> str:
         return f"{self.where[item.path].files}/{_name(item)}"
@@ -91,7 +80,8 @@ class Store(Incoming):
                     self.prove(here)
                     proven |= {item.path for item in here}
                 self._publish(here)
-                self._find_places()
+                self.places = _places(self.plan, self._root, self._owner)  # as they are before anything is written
+                self.where = _where(self.plan, self.places)
             reached = self._verify(level, proven)
         except (Cancelled, Permanent):
             self.discard()  # nobody will go on with it
@@ -107,7 +97,7 @@ class Store(Incoming):
     def _stay_inside(self) -> None:
         for place in self.places.values():
             if Path(os.path.realpath(place.final)) != place.final:
-                raise Denied(f"a symbolic link leads from {place.final.relative_to(self.root)} to elsewhere")
+                raise Denied(f"a symbolic link leads from {place.final.relative_to(self._root)} to elsewhere")
 
     def _rounds(self) -> Iterable[list[Item]]:
         """The pending items, such that no round has two of one name: a plan may hold an instance twice."""
@@ -144,7 +134,7 @@ class Store(Incoming):
             if not mine:
                 continue
             self.on_outcome.check()
-            new = fs.make_folders(place.final, self.root, self.style.dir_mode, self.style.group)
+            new = fs.make_folders(place.final, self._root, self.style.dir_mode, self.style.group)
             outcomes = [self._rename(item) for item in mine]
             for folder in {place.final, *(folder.parent for folder in new)}:
                 fs.flush_folder(folder)
@@ -193,6 +183,21 @@ class Store(Incoming):
         if reached is not level:
             self.notes.append("not proven: some files that were there before can't be read again")
         return reached
+
+
+def _folder(item: Item) -> str:
+    header = _header(item)
+    return f"{sanitised(header.StudyInstanceUID)}/{sanitised(header.SeriesInstanceUID)}"
+
+
+def _places(plan: Plan, root: Path, owner: str) -> dict[str, Place]:
+    """The places of the plan's series, by folder."""
+    folders = dict.fromkeys(_folder(item) for item in plan.items)
+    return {folder: Place(root, folder, f".incoming-{plan.dispatch_id}", owner) for folder in folders}
+
+
+def _where(plan: Plan, places: dict[str, Place]) -> dict[str, Place]:
+    return {item.path: places[_folder(item)] for item in plan.items}
 
 
 def _header(item: Item) -> Header:
