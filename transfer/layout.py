@@ -37,7 +37,7 @@ def fields_of(template: str) -> list[str]:
     names = [name for _, name, _, _ in parsed if name is not None]
     unknown = [name for name in names if name not in FIELDS]
     if unknown or any(spec or conversion for _, name, spec, conversion in parsed if name):
-        raise ValueError(f"layout {template!r}: fields are {', '.join('{%s}' % f for f in FIELDS)}")
+        raise ValueError(f"layout {template!r}: fields are {', '.join(f'{{{field}}}' for field in FIELDS)}")
     parts = template.split("/")
     if not all(part.strip() for part in parts) or any(part in (".", "..") for part in parts):
         raise ValueError(f"layout {template!r}: must be a relative path without empty parts, '.' or '..'")
@@ -60,16 +60,23 @@ def names(plan: Plan, template: str) -> dict[str, str]:
     A file without a DICOM header takes the values of the DICOM file nearest to it: same folder, else a folder
     above or below, else the first of the plan.
     """
-    nearest = _Nearest(plan)
-    return {item.path: _filled(template, plan.dispatch_id, item if item.header else nearest(item)) for item in plan.items}
+    fields = [name for name in fields_of(template) if name != "dispatch_id"]
+    nearest = _Nearest(plan) if fields else None
+    made: dict[tuple[str, ...], str] = {}  # a few folders for thousands of items
+    found = {}
+    for item in plan.items:
+        source = item if item.header or nearest is None else nearest(item)
+        header = source.header if source else None
+        values = tuple(str(getattr(header, name, "") or "") for name in fields)
+        if values not in made:
+            made[values] = _filled(template, plan.dispatch_id, dict(zip(fields, values, strict=True)))
+        found[item.path] = made[values]
+    return found
 
 
-def _filled(template: str, dispatch_id: str, item: Item | None) -> str:
-    header = item.header if item else None
-    values = {name: sanitised(str(getattr(header, name, "") or "")) for name in FIELDS}
-    values["dispatch_id"] = dispatch_id
-    parts = [part.format(**values) for part in template.split("/")]
-    return "/".join(sanitised(part) for part in parts)
+def _filled(template: str, dispatch_id: str, values: dict[str, str]) -> str:
+    safe = {name: sanitised(value) for name, value in values.items()} | {"dispatch_id": dispatch_id}
+    return "/".join(sanitised(part.format(**safe)) for part in template.split("/"))
 
 
 class _Nearest:
