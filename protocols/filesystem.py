@@ -5,6 +5,7 @@ POSIX calls only, no threads: what is copied under one name, flushed, and given 
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import hashlib
 import os
@@ -20,6 +21,13 @@ T = TypeVar("T")
 READ_BYTES = 1 << 20  # one read while comparing
 # What link(2) says where the file system, or the owner, allows no hard link.
 NO_LINK = (errno.EPERM, errno.EXDEV, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES, errno.EINVAL)
+# File systems that syncfs(2) flushes in full; others (CIFS, FUSE) want fsync(2) for each file.
+FLUSHED_AS_A_WHOLE = frozenset(
+    ("ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "zfs", "bcachefs", "tmpfs", "ramfs", "overlay", "nfs", "nfs4")
+)
+# File systems where each call waits for a network: there many threads wait at once.
+LOCAL = FLUSHED_AS_A_WHOLE - {"nfs", "nfs4", "overlay"}
+CHECK_S = 0.2  # between two looks at the cancel flag while a flush goes on
 
 
 class Silent(Exception):
@@ -91,8 +99,57 @@ def flush_folder(folder: Path) -> None:
         os.close(fd)
 
 
+def kind(folder: Path) -> str:
+    """Name of the type of the file system that a folder lies on, as mount(8) shows it; "" if it can't be told."""
+    real = os.path.realpath(folder)
+    best, found = -1, ""
+    try:
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as mounts:
+            for line in mounts:
+                left, _, right = line.partition(" - ")
+                # proc(5): blanks and the like in a mount point are octal escapes.
+                point = left.split(" ")[4].encode("latin-1", "surrogateescape").decode("unicode_escape")
+                point = point.encode("latin-1").decode("utf-8", "surrogateescape")
+                inside = real == point or real.startswith(point.rstrip("/") + "/")
+                if inside and len(point) >= best:  # of two mounts on one point, the later one is seen
+                    best, found = len(point), right.split(" ")[0]
+    except (OSError, IndexError, ValueError):
+        return ""
+    return found
+
+
+def flush_all(folder: Path, check: Callable[[], None]) -> bool:
+    """Wait until all that was written to a file system is on disk; False if it has no such call.
+
+    Args:
+        check: called now and then; may raise to stop, and then the flush ends by itself.
+    """
+    try:
+        syncfs = ctypes.CDLL(None, use_errno=True).syncfs
+    except (AttributeError, OSError):
+        return False
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    failed: list[int] = []
+
+    def run() -> None:
+        try:
+            if syncfs(fd):
+                failed.append(ctypes.get_errno())
+        finally:
+            os.close(fd)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(CHECK_S)
+        check()
+    if failed:
+        raise OSError(failed[0], os.strerror(failed[0]))
+    return True
+
+
 def flush_soon(fd: int) -> None:
-    """Begin to write a file's content to disk, so that a later fsync(2) waits less."""
+    """Begin to write a file's content to disk, so that a later flush waits less."""
     with suppress(OSError):
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 

@@ -29,7 +29,9 @@ from transfer.staging import copy_bytes
 from transfer.throttle import Throttle
 
 PIECE_BYTES = 4 << 20  # between two looks at the cancel flag: a share of 1 MB/s is left within five seconds
-BATCH_FILES = 64  # written, then flushed together: flushing each at once takes three times as long
+BATCH_FILES = 64  # one thread's share at a time
+FEW_FILES = 16  # which are flushed one by one: what others have written to the disk is not waited for
+SMALL_BYTES = 128 << 10  # below that, on a local disk, threads only wait for the interpreter
 # What the file system says of one file, whose fault it then is.
 ITEM_ERRORS = {
     errno.ENAMETOOLONG: "its name is too long for the file system",
@@ -82,8 +84,8 @@ class Place:
         while not near.is_dir():
             near = near.parent
         # On the file system of the final name, which may be one of its own: a rename can't cross over.
-        above = root if near.stat().st_dev == root.stat().st_dev else near
-        self.base = above / hidden / owner
+        self.above = root if near.stat().st_dev == root.stat().st_dev else near
+        self.base = self.above / hidden / owner
         self.parts = self.base / "parts"
         self.files = self.base / "files" / folder
         self._known: set[str] = set()
@@ -97,12 +99,12 @@ class Place:
 
     def make_for(self, kept: str, style: Style) -> None:
         """Make the folders that a whole file will be in."""
-        folder = os.path.dirname(kept)
+        folder = kept.rpartition("/")[0]
         if folder in self._known:
             return
         with self._lock:
             if not self._known:
-                fs.make_folders(self.parts, self.base.parent.parent)
+                fs.make_folders(self.parts, self.above)
                 fs.make_folders(self.files.parent, self.base)
             # Only what will be seen gets the permissions that the target asks for.
             fs.make_folders(Path(folder), self.files.parent, style.dir_mode, style.group)
@@ -128,6 +130,10 @@ class Incoming:
         # A hard link shares owner and permissions with the source: none of its own can be given to it.
         self._linking = style.link and style.mode is None and style.group is None
         self._linked: list[Item] = []
+        self._kinds = {place.above: "" for place in where.values()}
+        for folder in self._kinds:
+            self._kinds[folder] = fs.kind(folder)
+        self._local = fs.LOCAL.issuperset(self._kinds.values())
         self._failed = threading.Event()
 
     def kept(self, item: Item) -> str:
@@ -147,11 +153,12 @@ class Incoming:
         resumed = self._resumed(items)
         copying = [item for item in items if item.path not in resumed]
         self._need_room(copying)
-        self.in_threads([item for item in items if item.path in resumed], self._flush)
         self.in_threads(copying, self._copy)
         for item in self._linked:
             self._check_link(item)
-        return [item for item in items if item.path not in self.on_outcome.outcomes]
+        here = [item for item in items if item.path not in self.on_outcome.outcomes]
+        self._flush(here)
+        return here
 
     def check(self) -> None:
         """Raise if the work shall stop, or has failed in another thread."""
@@ -164,6 +171,11 @@ class Incoming:
         if not items:
             return
         threads = min(self.style.threads, len(items))
+        if self._local and sum(item.size for item in items) < SMALL_BYTES * len(items):
+            threads = 1
+        if threads == 1:
+            work(items)
+            return
         size = min(BATCH_FILES, -(-len(items) // threads))
         first: list[BaseException] = []
 
@@ -234,7 +246,7 @@ class Incoming:
         needs: dict[Path, list[Item]] = {}
         for item in items:
             place = self.where[item.path]
-            needs.setdefault(place.base.parent.parent, []).append(item)
+            needs.setdefault(place.above, []).append(item)
         for folder, group in needs.items():
             if self._linking and self.plan.root.stat().st_dev == folder.stat().st_dev:
                 continue
@@ -246,41 +258,32 @@ class Incoming:
                 raise Busy(f"no room: {len(group)} files are to come, {inodes} more are possible")
 
     def _copy(self, batch: list[Item]) -> None:
-        """Write a batch of files under the names that they keep, then flush them."""
-        open_files: list[int] = []
-        try:
-            for item in batch:
-                self.check()
-                try:
-                    open_files.append(self._copy_item(item))
-                except Rejected as exc:
-                    self.on_outcome(item, Outcome(Kind.REJECTED, exc.message))
-            for fd in open_files:
-                self.check()
-                os.fdatasync(fd)
-        finally:
-            for fd in open_files:
-                os.close(fd)
+        """Write files, each whole, under the names that they keep."""
+        for item in batch:
+            self.check()
+            try:
+                self._copy_item(item)
+            except Rejected as exc:
+                self.on_outcome(item, Outcome(Kind.REJECTED, exc.message))
 
-    def _copy_item(self, item: Item) -> int:
-        """Write one file; return its descriptor, to be flushed and closed."""
+    def _copy_item(self, item: Item) -> None:
         place, kept = self.where[item.path], self.kept(item)
         with _blamed_on(item):
             place.make_for(kept, self.style)
             with self.plan.open(item) as reader:
                 if self._linking and self._link(item, reader, kept):
-                    return os.dup(reader)
+                    return
                 part = place.part()
                 writer = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
                 try:
                     self._fill(item, reader, writer)
                     os.rename(part, kept)
                 except BaseException:
-                    os.close(writer)
                     with suppress(OSError):
                         os.unlink(part)
                     raise
-                return writer
+                finally:
+                    os.close(writer)
 
     def _link(self, item: Item, reader: int, kept: str) -> bool:
         """Make a hard link to the source; say whether that could be done."""
@@ -330,8 +333,20 @@ class Incoming:
         self.on_outcome.moved(count)
         self.check()
 
-    def _flush(self, batch: list[Item]) -> None:
-        """Flush files that an earlier attempt wrote; it may have been killed before it did."""
+    def _flush(self, items: list[Item]) -> None:
+        """Wait until what is here is on disk, also what an earlier attempt wrote, or whoever made a link's source.
+
+        Flushing a whole file system costs one commit of its journal, where each file costs its own.
+        """
+        by_folder: dict[Path, list[Item]] = {}
+        for item in items:
+            by_folder.setdefault(self.where[item.path].above, []).append(item)
+        for folder, group in by_folder.items():
+            as_a_whole = len(group) >= FEW_FILES and self._kinds[folder] in fs.FLUSHED_AS_A_WHOLE
+            if not (as_a_whole and fs.flush_all(folder, self.check)):
+                self.in_threads(group, self._flush_each)
+
+    def _flush_each(self, batch: list[Item]) -> None:
         for item in batch:
             self.check()
             fd = os.open(self.kept(item), os.O_RDONLY | os.O_CLOEXEC)

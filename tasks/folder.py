@@ -156,7 +156,7 @@ def _style(target: FolderTarget) -> Style:
     return Style(
         threads=target.concurrency,
         bandwidth_limit=target.bandwidth_limit,
-        link=target.link is Link.AUTO,
+        link=target.link == Link.AUTO,
         mode=int(target.mode, 8) if target.mode else None,
         dir_mode=int(target.dir_mode, 8) if target.dir_mode else None,
         group=group,
@@ -171,7 +171,7 @@ def check(target: FolderTarget) -> Health:
     health = Health()
     with health.probe("folder") as probe:
         root = connect(target)
-        probe.detail = str(root.resolve())
+        probe.detail = f"{root.resolve()} on {fs.kind(root) or 'a file system that is not told'}"
     if not health.ok:
         health.skip("authorize", "space")
         return health

@@ -110,7 +110,7 @@ class Plan:
             Rejected: the file is gone or is not the one that was planned.
         """
         try:
-            fd = os.open(self.file(item), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            fd = os.open(f"{self.root}/{item.path}", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         except OSError as exc:
             raise Rejected(f"can't be read: {exc.strerror}", item=item.shown) from exc
         try:
