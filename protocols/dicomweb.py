@@ -54,6 +54,8 @@ ADVICE = {
     410: "check url and the prefixes",
 }
 MAX_RETRY_AFTER_S = 86_400.0
+# In a value of a query. RFC 3986 section 3.4 allows more; those signs separate values for some servers.
+QUERY_SAFE = "*?/:@!$'()-._~"
 _SAFE = "@:$&!*'(),;=+-._~%"  # in a path, RFC 3986 section 3.3
 
 
@@ -83,7 +85,7 @@ class Service:
         given = [part for part in (*self.base.split("/"), *prefix.split("/")) if part]  # may be encoded already
         path = "".join("/" + percent(part, safe=_SAFE) for part in given)
         path += "".join("/" + percent(segment, safe="") for segment in segments)
-        text = urlencode(list(query), quote_via=percent, safe="*,")
+        text = urlencode(list(query), quote_via=percent, safe=QUERY_SAFE)
         return f"{path}?{text}" if text else path
 
     def hiding(self, values: Iterable[str]) -> Service:

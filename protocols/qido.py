@@ -9,6 +9,7 @@ rules of `dicommatch`.
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ from transfer.query import Match, Query
 
 PAGE = 200  # results; Azure refuses to give more at once
 MOST = 100_000  # results that are asked for at once of a server that ignores `offset`
-ROUND = 5  # a limit that a server sets itself is divisible by this
+CAPS = frozenset((10, 20, 25, 30, 50, 100, 200, 250, 500, 1000, 2000, 5000, 10_000))  # that servers set themselves
 
 STUDY_UID, SERIES_UID, SOP_UID = "0020000D", "0020000E", "00080018"
 STUDY_FIELDS = (
@@ -32,6 +33,8 @@ SERIES_FIELDS = ("SeriesDescription", "BodyPartExamined", "NumberOfSeriesRelated
 OPTIONAL = frozenset(("StudyDescription",))
 
 _LEVELS = (("studies", "StudyInstanceUID"), ("series", "SeriesInstanceUID"), ("instances", "SOPInstanceUID"))
+
+_ENCODED = re.compile(r"[^A-Za-z0-9" + re.escape(dicomweb.QUERY_SAFE) + "]+")  # what a URL can't hold as it is
 
 Keys = tuple[tuple[str, str], ...]
 
@@ -100,12 +103,25 @@ def _studies(service: Service, query: Query) -> Iterator[dict[str, Any]]:
     tests = list(of_study(query))
     seen: set[str] = set()
     for keys in _study_keys(service, query):
-        for found in _search(service, ("studies",), keys, STUDY_FIELDS, STUDY_UID):
-            study = keyworded(found)
-            uid = str(study.get("StudyInstanceUID", ""))
-            if uid and uid not in seen and all(test(_text(study.get(keyword))) for keyword, test in tests):
-                seen.add(uid)
-                yield study
+        for wording in _wordings(keys):
+            any_found = False
+            for found in _search(service, ("studies",), wording, STUDY_FIELDS, STUDY_UID):
+                any_found = True
+                study = keyworded(found)
+                uid = str(study.get("StudyInstanceUID", ""))
+                if uid and uid not in seen and all(test(_text(study.get(keyword))) for keyword, test in tests):
+                    seen.add(uid)
+                    yield study
+            if any_found:
+                break
+
+
+def _wordings(keys: Keys) -> Iterator[Keys]:
+    """The search as it is, and one for servers that don't decode `%5E` (Orthanc's plugin 1.7): wild cards instead."""
+    yield keys
+    loose = tuple((key, _ENCODED.sub("*", value)) for key, value in keys)
+    if loose != keys:
+        yield loose
 
 
 def _study_keys(service: Service, query: Query) -> Iterator[Keys]:
@@ -238,10 +254,9 @@ class _Pages:
     def may_be_capped(self, count: int) -> bool:
         """Whether a server that ignores `offset` may have held results back.
 
-        One that ignores `limit` too has no pages at all. One that doesn't may have a limit of its own; those are
-        round numbers.
+        One that ignores `limit` too has no pages at all. One that doesn't may have a limit of its own.
         """
-        if count < ROUND or count % ROUND:
+        if count not in CAPS:
             return False
         return len(self.page(count // 2, 0)[0]) <= count // 2
 
