@@ -598,7 +598,7 @@ def test_hundred_thousand_files(tmp_path: Path) -> None:
     assert look(tmp_path / "data").read == 100_000
     begun = time.monotonic()
     with opened_files() as opened, DicomFolder(tmp_path / "data") as folder:
-        found = list(folder.find(Query(StudyDescription=("Study 7",), Modality="CT")))
+        found = list(folder.find(Query(StudyDescription=("Study 00007",), Modality="CT")))
     assert time.monotonic() - begun < 2
     assert not opened
     assert found
