@@ -84,7 +84,7 @@ class Fleet:
             self.notes.append(f"not every association was granted or lasted: {error}")
 
     def _more(self) -> None:
-        for _ in range(min(self.concurrency - 1, len(self._todo))):
+        for _ in range(min(self.concurrency, len(self._todo)) - 1):
             thread = threading.Thread(target=self._work, name="association", daemon=True)
             self._threads.append(thread)
             thread.start()
@@ -104,7 +104,7 @@ class Fleet:
         except BaseException as exc:  # raised by who waits for all of them
             with self._lock:
                 self._errors.append(exc)
-            if not isinstance(exc, Retryable) or isinstance(exc, Busy):
+            if not isinstance(exc, Retryable):  # one that is not granted for now, or breaks, leaves the others be
                 self._stop.set()
 
     def next(self) -> Item | None:
