@@ -12,6 +12,7 @@ What it confirmed it keeps, so that C-FIND and storage commitment answer truly u
 
 from __future__ import annotations
 
+import select
 import socket
 import ssl
 import struct
@@ -83,6 +84,8 @@ class Scp:
         reverse: so many C-STORE requests are answered together, the last one first.
         finds: whether C-FIND is supported.
         keep_data: whether the data sets are kept.
+        watch: whether to look, before each answer, if the other side has gone on without it (`early` counts).
+        host: the address to listen on.
     """
 
     port: int = 0
@@ -101,6 +104,8 @@ class Scp:
     reverse: int = 1
     finds: bool = True
     keep_data: bool = True
+    watch: bool = False
+    host: str = "127.0.0.1"
     tls: ssl.SSLContext | None = None
     stores: list[Store] = field(default_factory=list)
     kept: dict[str, Store] = field(default_factory=dict)
@@ -109,6 +114,8 @@ class Scp:
     commits: list[Commit] = field(default_factory=list)
     reported: list[tuple[str, int | None]] = field(default_factory=list)  # transaction, status of the answer
     echoes: int = 0
+    early: int = 0
+    most_open: int = 0  # associations at once
     errors: list[BaseException] = field(default_factory=list)
     lock: threading.RLock = field(default_factory=threading.RLock)
     stopped: threading.Event = field(default_factory=threading.Event)
@@ -140,7 +147,8 @@ def scp(**settings: Any) -> Iterator[Scp]:
         BaseException: what a script raised, once the block is through.
     """
     peer = Scp(**settings)
-    listener = socket.create_server(("127.0.0.1", peer.port), backlog=128)
+    family = socket.AF_INET6 if ":" in peer.host else socket.AF_INET
+    listener = socket.create_server((peer.host, peer.port), family=family, backlog=128)
     listener.settimeout(POLL_S)
     peer.port = listener.getsockname()[1]
     threads: list[threading.Thread] = []
@@ -254,7 +262,8 @@ class _Connection:
                 self.association.ended = "aborted"
                 raise _End
             else:
-                raise AssertionError(f"a PDU of type {kind} came")
+                self.association.ended = "alien"  # a TLS handshake, for one, which finds out what we speak
+                raise _End
 
     def associate(self, body: bytes) -> None:
         proposal = wire.decode_proposal(self.association.number, body)
@@ -277,6 +286,8 @@ class _Connection:
             uid = sop_class.encode()
             user += wire.item(0x54, struct.pack(">H", len(uid)) + uid + bytes(roles))
         called, calling = body[4:20], body[20:36]
+        with self.peer.lock:
+            self.peer.most_open = max(self.peer.most_open, self.peer.open)
         self.pdu(2, struct.pack(">HH", 1, 0) + called + calling + bytes(32) + items + wire.item(0x50, user))
 
     def p_data(self, length: int) -> None:
@@ -341,6 +352,8 @@ class _Connection:
                 peer.repeated.append(store.SOPInstanceUID)
         if abstract != store.SOPClassUID:
             raise AssertionError(f"{store.SOPClassUID} came in a context of {abstract}")
+        if peer.watch and select.select([self.socket], [], [], 0.05)[0]:
+            peer.early += 1
         script: Script = peer.on_store(store) if peer.on_store else 0
         self.waiting.append((context, store, script))
         if len(self.waiting) >= peer.reverse:
