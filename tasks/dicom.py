@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import socket
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
 
 from blocks.dicom import SENDER, DicomTarget
 from blocks.dicom_tls import DicomTlsTarget
 from protocols import tls
 from protocols.dimse import transport
 from protocols.dimse.association import Link, negotiate
+from protocols.dimse.commitment import CannotCommit, commit, reason, report_listener
 from protocols.dimse.contexts import UNCOMPRESSED, names
+from protocols.dimse.find import CannotList, Stored, missing
 from protocols.dimse.fleet import Fleet
+from protocols.dimse.listener import Listener, shared
 from protocols.dimse.transport import VERIFICATION, Peer
 from tasks.driver import Driver, Facts
 from transfer.errors import Misconfigured
+from transfer.header import Header
 from transfer.health import Health
-from transfer.plan import Origin, Plan
+from transfer.plan import Item, Origin, Plan
 from transfer.receipt import Level, OnOutcome, Receipt
 from transfer.throttle import Throttle
 
+LISTEN_S = 10  # for another process to give up the port on which commitment reports come in
 # What `check` asks for beside C-ECHO: the classes that most studies are made of, and the syntaxes that they come in.
 CHECKED_CLASSES = (
     "1.2.840.10008.5.1.4.1.1.2",  # CT
@@ -162,11 +169,86 @@ def _accepted(link: Link) -> str:
 
 
 def push(target: DicomTarget, plan: Plan, on_outcome: OnOutcome) -> Receipt:
-    """Store the plan's pending instances, over `concurrency` associations."""
+    """Store the plan's pending instances, over `concurrency` associations, and verify as the target says."""
     peer = connect(target, plan.origin)
     fleet = Fleet(peer, plan, on_outcome, target.concurrency, str(target.transcode), Throttle(target.bandwidth_limit))
     fleet.deliver()
-    return on_outcome.receipt(target.name, plan, verified=Level.ACCEPTED, notes=tuple(fleet.notes))
+    level, notes = _verify(target, peer, plan, on_outcome)
+    return on_outcome.receipt(target.name, plan, verified=level, notes=(*fleet.notes, *notes))
+
+
+def _verify(target: DicomTarget, peer: Peer, plan: Plan, on_outcome: OnOutcome) -> tuple[Level, list[str]]:
+    """Reach the level that the target asks for, or the best one below it; say why it is below."""
+    arrived: dict[str, list[Item]] = {}
+    for item in plan.items:
+        told = on_outcome.outcomes.get(item.path)
+        if item.header is not None and (told.arrived if told else item.path in plan.done):
+            arrived.setdefault(item.header.SOPInstanceUID, []).append(item)
+    notes: list[str] = []
+    if target.verify is Level.ACCEPTED or not arrived:
+        return Level.ACCEPTED, notes
+    if target.verify is Level.PROVEN:
+        try:
+            arrived = _prove(target, peer, arrived, on_outcome, notes)
+        except CannotCommit as exc:
+            notes.append(f"not proven: {exc}")
+        if not arrived:
+            return Level.PROVEN, notes
+    try:
+        wanted = [_stored(items[0]) for items in arrived.values()]
+        for uid in missing(peer, wanted, on_outcome.check):
+            for item in arrived[uid]:
+                on_outcome.revoke(item, "confirmed by the peer, but it does not list the instance afterwards")
+    except CannotList as exc:
+        notes.append(f"not listed: {exc}")
+        return Level.ACCEPTED, notes
+    return Level.LISTED, notes
+
+
+def _prove(
+    target: DicomTarget, peer: Peer, arrived: dict[str, list[Item]], on_outcome: OnOutcome, notes: list[str]
+) -> dict[str, list[Item]]:
+    """Ask for storage commitment; take back what is refused, and return what the peer said nothing of."""
+    peer = replace(peer, called=target.storage_commitment_aet or peer.called)
+    instances = {uid: _header(items[0]).SOPClassUID for uid, items in arrived.items()}
+    with ExitStack() as stack:
+        listener = None
+        if target.storage_commitment_port:
+            try:
+                listener = stack.enter_context(_listen(target, peer, on_outcome))
+            except Misconfigured as exc:
+                notes.append(f"storage commitment is awaited on the same association only: {exc.message}")
+        transactions = commit(peer, instances, target.storage_commitment_wait_s, listener, on_outcome.check)
+    left = dict(arrived)
+    for transaction in transactions:
+        for uid, code in transaction.failed.items():
+            for item in left.pop(uid, ()):
+                on_outcome.revoke(item, reason(code))
+        for uid in transaction.committed:
+            left.pop(uid, None)
+    if left:
+        silent = sum(not transaction.reported.is_set() for transaction in transactions)
+        why = f"no report within {target.storage_commitment_wait_s:g} s" if silent else "the report leaves them out"
+        notes.append(f"not proven: storage commitment of {len(left)} of {len(arrived)} instances: {why}")
+    return left
+
+
+def _listen(target: DicomTarget, peer: Peer, on_outcome: OnOutcome) -> AbstractContextManager[Listener]:
+    """Listen for reports on associations that the peer opens, under the AE title that it was called with."""
+    context = peer.tls.server() if peer.tls and peer.tls.cert else None
+    host, port = target.storage_commitment_host, target.storage_commitment_port
+    return shared(host, port, lambda: report_listener(host, port, peer.calling), context, LISTEN_S, on_outcome.check)
+
+
+def _header(item: Item) -> Header:
+    if item.header is None:
+        raise RuntimeError(f"{item.shown} is not DICOM and should not have come here")
+    return item.header
+
+
+def _stored(item: Item) -> Stored:
+    header = _header(item)
+    return Stored(header.StudyInstanceUID, header.SeriesInstanceUID, header.SOPInstanceUID)
 
 
 driver = Driver(

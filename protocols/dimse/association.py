@@ -6,11 +6,12 @@ C-STORE, which `store.Sender` does on the borrowed connection.
 
 from __future__ import annotations
 
+import ssl
 import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from pydicom.uid import UID
 from pynetdicom import _config, build_context
@@ -44,6 +45,13 @@ REMEDIES = {
 }
 
 
+T = TypeVar("T")
+
+
+def _nothing() -> None:
+    pass
+
+
 class Link:
     """One established association.
 
@@ -66,14 +74,53 @@ class Link:
         self.window = max(1, asked if invoked == 0 else min(asked, invoked))
         self.max_send: int = assoc.acceptor.maximum_length or 0
 
-    def echo(self) -> None:
+    def call(self, doing: str, function: Callable[[Association], T], check: Callable[[], None] = _nothing) -> T:
+        """Run an operation of pynetdicom's, in a thread of its own, so that the wait for it can be called off.
+
+        Args:
+            doing: what it is, for messages.
+            function: gets pynetdicom's association.
+            check: called several times a second; may raise to stop, which breaks the connection.
+
+        Raises:
+            Interrupted: the association ended.
+            Other errors: what `check` or the function raised.
+        """
+        made: list[T] = []
+        failed: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                made.append(function(self.assoc))
+            except BaseException as exc:  # told to the thread that waits
+                failed.append(exc)
+
+        begun = time.monotonic()
+        thread = threading.Thread(target=run, name=doing, daemon=True)
+        thread.start()
+        try:
+            while thread.is_alive():
+                thread.join(SLICE_S)
+                check()
+        except BaseException:
+            self.transport.hang_up(reset=True)
+            thread.join(GRACE_S)
+            raise
+        if failed:
+            # pynetdicom raises a RuntimeError for an association that ended before it was asked.
+            if isinstance(failed[0], RuntimeError) and not self.assoc.is_established:
+                raise self.lost(doing, begun) from failed[0]
+            raise failed[0]
+        return made[0]
+
+    def echo(self, check: Callable[[], None] = _nothing) -> None:
         """Send C-ECHO and wait for the answer.
 
         Raises:
             Interrupted: the association ended, or the peer answers with a failure. TimedOut: it doesn't answer.
         """
         begun = time.monotonic()
-        status = self.assoc.send_c_echo()
+        status = self.call("C-ECHO", lambda assoc: assoc.send_c_echo(), check)
         if "Status" not in status:
             raise self.lost("C-ECHO", begun)
         if status.Status != 0:
@@ -81,8 +128,9 @@ class Link:
 
     def lost(self, doing: str, begun: float) -> DispatchError:
         """Name why an operation of pynetdicom's got no answer: it tells timeouts and aborts alike, by nothing."""
-        if isinstance(self.transport.failure, OSError) and self.peer.tls and self.transport.failure.args:
-            return tls.classify(self.transport.failure, self.peer.where, has_cert=bool(self.peer.tls.cert))
+        failure = self.transport.failure
+        if isinstance(failure, ssl.SSLError) and self.peer.tls:
+            return tls.classify(failure, self.peer.where, has_cert=bool(self.peer.tls.cert))
         if self.transport.timed_out or time.monotonic() - begun >= self.peer.idle_timeout_s:
             return TimedOut(f"{self.peer.where}: no answer to {doing} within {self.peer.idle_timeout_s:g} s")
         return Interrupted(f"{self.peer.where}: the peer ended the association during {doing}")
@@ -118,7 +166,7 @@ class Link:
 def associate(
     peer: Peer,
     contexts: Sequence[tuple[str, Sequence[str]]],
-    check: Callable[[], None] = lambda: None,
+    check: Callable[[], None] = _nothing,
     *,
     window: int = 1,
     negotiation: Sequence[Any] = (),
@@ -149,7 +197,7 @@ def negotiate(
     sock: Any,
     peer: Peer,
     contexts: Sequence[tuple[str, Sequence[str]]],
-    check: Callable[[], None] = lambda: None,
+    check: Callable[[], None] = _nothing,
     *,
     window: int = 1,
     negotiation: Sequence[Any] = (),

@@ -1,0 +1,222 @@
+"""Storage commitment: the peer's word that it keeps what it got.
+
+N-ACTION asks for it; the answer, an N-EVENT-REPORT, comes on the same association or on a new one that the peer
+opens to our listener, at once or much later.
+
+Source: PS3.4 Annex J (Storage Commitment Push Model), PS3.3 section C.14.1.1 (failure reasons).
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from pydicom.dataset import Dataset
+from pydicom.uid import generate_uid
+from pynetdicom import evt
+
+from protocols.dimse.association import Link, associate
+from protocols.dimse.contexts import UNCOMPRESSED
+from protocols.dimse.listener import Listener
+from protocols.dimse.transport import SLICE_S, Peer
+from transfer.errors import DispatchError, Retryable
+
+PUSH_MODEL = "1.2.840.10008.1.20.1"
+PUSH_MODEL_INSTANCE = "1.2.840.10008.1.20.1.1"
+REQUEST_COMMITMENT = 1  # action type, PS3.4 table J.3-1
+BATCH = 1000  # instances in one transaction: some peers hold all of it in memory, or in one database statement
+# How long the association stays open for a report if there is a listener too: some peers report on it as long as it
+# is there, others only after it has ended.
+LINGER_S = 3.0
+
+REASONS = {
+    0x0110: "processing failure",
+    0x0112: "no such object instance",
+    0x0119: "class-instance conflict",
+    0x0122: "referenced SOP class not supported",
+    0x0131: "duplicate transaction UID",
+    0x0213: "resource limitation",
+}
+
+
+class CannotCommit(Exception):
+    """The peer gives no commitment; the text says why."""
+
+
+@dataclass
+class Transaction:
+    """One request and what was reported on it.
+
+    Attributes:
+        instances: SOP class by SOP instance UID.
+        committed: the instances that the peer takes responsibility for.
+        failed: failure reason (0008,1197) of those that it doesn't.
+    """
+
+    instances: dict[str, str]
+    uid: str = field(default_factory=lambda: str(generate_uid(prefix=None)))  # can't be guessed: 2.25 and a UUID
+    committed: set[str] = field(default_factory=set)
+    failed: dict[str, int] = field(default_factory=dict)
+    reported: threading.Event = field(default_factory=threading.Event)
+
+    def take(self, report: Dataset) -> None:
+        """Take the report (PS3.4 table J.3-2); what it says of instances that were not asked for is ignored."""
+        for one in report.get("ReferencedSOPSequence") or ():
+            self.committed.add(str(one.get("ReferencedSOPInstanceUID", "")))
+        for one in report.get("FailedSOPSequence") or ():
+            self.failed[str(one.get("ReferencedSOPInstanceUID", ""))] = int(one.get("FailureReason", 0x0110))
+        self.failed = {uid: reason for uid, reason in self.failed.items() if uid in self.instances}
+        self.committed = (self.committed & self.instances.keys()) - self.failed.keys()
+        self.reported.set()
+
+    @property
+    def request(self) -> Dataset:
+        """The action information (PS3.4 table J.3-1)."""
+        ds = Dataset()
+        ds.TransactionUID = self.uid
+        references = []
+        for uid, sop_class in self.instances.items():
+            one = Dataset()
+            one.ReferencedSOPClassUID, one.ReferencedSOPInstanceUID = sop_class, uid
+            references.append(one)
+        ds.ReferencedSOPSequence = references
+        return ds
+
+
+class Transactions:
+    """The transactions that wait for a report, by UID; reports may come from any thread."""
+
+    def __init__(self) -> None:
+        self._open: dict[str, Transaction] = {}
+        self._lock = threading.Lock()
+
+    def add(self, transaction: Transaction) -> None:
+        with self._lock:
+            self._open[transaction.uid] = transaction
+
+    def remove(self, transaction: Transaction) -> None:
+        with self._lock:
+            self._open.pop(transaction.uid, None)
+
+    def report(self, event: evt.Event) -> tuple[int, Dataset | None]:
+        """Handle an N-EVENT-REPORT; return the status of the response."""
+        try:
+            report = event.event_information
+            with self._lock:
+                transaction = self._open.get(str(report.get("TransactionUID", "")))
+            if transaction is None:
+                return 0x0112, None  # no such object instance: a report that nobody waits for (any more)
+            transaction.take(report)
+        except Exception:  # whatever a peer sends must not end the listener
+            return 0x0110, None
+        return 0x0000, None
+
+
+OPEN = Transactions()  # of this process: listeners are shared by all its dispatches
+
+
+def report_listener(host: str, port: int, ae_title: str) -> Listener:
+    """Listen for reports on associations that peers open."""
+    return Listener(host, port, ae_title, [PUSH_MODEL], [(evt.EVT_N_EVENT_REPORT, OPEN.report)])
+
+
+def commit(
+    peer: Peer,
+    instances: dict[str, str],
+    wait_s: float,
+    listener: Listener | None,
+    check: Callable[[], None] = lambda: None,
+) -> list[Transaction]:
+    """Ask a peer to commit itself to instances (SOP class by UID), and wait for its reports.
+
+    Args:
+        wait_s: seconds to wait for the reports, all together.
+        listener: where reports on new associations come in; None to wait on the same association only.
+
+    Returns:
+        The transactions; those that were not reported on in time have `reported` unset.
+
+    Raises:
+        CannotCommit: the peer doesn't do it, or gives no answer to the request.
+        Retryable: there is no association now.
+    """
+    uids = list(instances)
+    transactions = [
+        Transaction({uid: instances[uid] for uid in uids[at : at + BATCH]}) for at in range(0, len(uids), BATCH)
+    ]
+    for transaction in transactions:
+        OPEN.add(transaction)
+    try:
+        _ask(peer, transactions, wait_s, listener, check)
+    finally:
+        for transaction in transactions:
+            OPEN.remove(transaction)
+    return transactions
+
+
+def _ask(
+    peer: Peer,
+    transactions: Sequence[Transaction],
+    wait_s: float,
+    listener: Listener | None,
+    check: Callable[[], None],
+) -> None:
+    try:
+        link = associate(peer, [(PUSH_MODEL, UNCOMPRESSED)], check, handlers=[(evt.EVT_N_EVENT_REPORT, OPEN.report)])
+    except Retryable:
+        raise
+    except DispatchError as exc:
+        raise CannotCommit(exc.message) from exc
+    if not link.accepted:
+        raise CannotCommit("the peer does not do storage commitment")
+    try:
+        for transaction in transactions:
+            _request(link, transaction, check)
+        end = time.monotonic() + wait_s
+        on_link = min(wait_s, LINGER_S) if listener else wait_s
+        _wait(transactions, time.monotonic() + on_link, check, link)
+    except CannotCommit:
+        link.release()
+        raise
+    except Retryable as exc:
+        link.abort()
+        # A peer that doesn't know what to say to N-ACTION wouldn't know it the next time either.
+        raise CannotCommit(exc.message) from exc
+    except BaseException:
+        link.abort()
+        raise
+    link.release()
+    if listener:
+        _wait(transactions, end, check)
+
+
+def _request(link: Link, transaction: Transaction, check: Callable[[], None]) -> None:
+    """Send one N-ACTION and wait for its response."""
+    begun = time.monotonic()
+    status, _ = link.call(
+        "N-ACTION",
+        lambda assoc: assoc.send_n_action(transaction.request, REQUEST_COMMITMENT, PUSH_MODEL, PUSH_MODEL_INSTANCE),
+        check,
+    )
+    if "Status" not in status:
+        raise link.lost("N-ACTION", begun)
+    if status.Status != 0:
+        comment = status.get("ErrorComment", "")
+        text = f"the peer refused storage commitment with status {status.Status:04X}"
+        raise CannotCommit(f"{text} ({comment})" if comment else text)
+
+
+def _wait(transactions: Sequence[Transaction], end: float, check: Callable[[], None], link: Link | None = None) -> None:
+    """Wait until everything is reported, the time is up, or the association that it was to come on is over."""
+    for transaction in transactions:
+        while not transaction.reported.wait(min(SLICE_S, max(0.0, end - time.monotonic()))):
+            check()
+            if time.monotonic() >= end or (link is not None and not link.assoc.is_established):
+                return
+
+
+def reason(code: int) -> str:
+    """Say a failure reason in words."""
+    return f"storage commitment failed: {code:04X} {REASONS.get(code, 'unknown reason')}"

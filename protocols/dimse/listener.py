@@ -1,0 +1,157 @@
+"""A listener for associations that peers open to us; shared by all who need the same port in this process."""
+
+from __future__ import annotations
+
+import select
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, cast
+
+from pydicom.uid import UID
+from pynetdicom import AE
+from pynetdicom.association import Association
+from pynetdicom.transport import RequestHandler, ThreadedAssociationServer
+
+from protocols.dimse.contexts import UNCOMPRESSED
+from protocols.dimse.transport import SLICE_S, VERIFICATION
+from transfer.errors import Misconfigured
+
+HANDSHAKE_S = 10  # for a peer to begin, and to shake hands
+IDLE_S = 60  # silence on an association after which it is ended
+TLS_HANDSHAKE = b"\x16"  # how a TLS connection begins (RFC 8446 section 5.1); an association begins with 01
+
+
+class Listener:
+    """A port on which peers' associations are served by pynetdicom, in threads of its own.
+
+    Args:
+        abstract_syntaxes: of the services that peers report with; C-ECHO is answered too.
+        handlers: event handlers of pynetdicom's.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        ae_title: str,
+        abstract_syntaxes: Sequence[str],
+        handlers: Sequence[Any],
+    ) -> None:
+        ae = AE(ae_title)
+        ae.acse_timeout = ae.dimse_timeout = HANDSHAKE_S
+        ae.network_timeout = IDLE_S
+        for abstract_syntax in abstract_syntaxes:
+            # A peer that comes to report is the SCP although it asked for the association (PS3.7 Annex D.3.3.4).
+            ae.add_supported_context(
+                UID(abstract_syntax), [UID(each) for each in UNCOMPRESSED], scu_role=True, scp_role=True
+            )
+        ae.add_supported_context(VERIFICATION)
+        self._server = cast(
+            _Server,
+            ae.make_server((host, port), evt_handlers=list(handlers), server_class=_Server, request_handler=_Handler),
+        )
+        ae._servers.append(self._server)  # what `start_server` does, which knows no server class
+        self.port = int(self._server.server_address[1])
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, args=(SLICE_S,), name="dicom-listener", daemon=True
+        )
+        self._thread.start()
+
+    def offer(self, tls: ssl.SSLContext | None) -> None:
+        """Let peers come with TLS too, if nobody has seen to that before."""
+        self._server.tls = self._server.tls or tls
+
+    def close(self) -> None:
+        """Listen no more, and break the associations that are open."""
+        self._server.shutdown()
+        for assoc in self._server.active_associations:
+            with suppress(OSError, AttributeError):  # it may end by itself meanwhile
+                assoc.dul.socket.socket.shutdown(socket.SHUT_RDWR)  # type: ignore[union-attr]
+            assoc.kill()
+        self._thread.join(HANDSHAKE_S)
+
+
+class _Server(ThreadedAssociationServer):
+    tls: ssl.SSLContext | None = None
+    daemon_threads = True
+
+
+class _Handler(RequestHandler):
+    """Begins TLS in the connection's own thread, if the peer does; pynetdicom's server would wait for it alone."""
+
+    def _create_association(self) -> Association:
+        assoc = super()._create_association()
+        assoc.dul.daemon = True  # else a peer that stays keeps the process alive
+        return assoc
+
+    def handle(self) -> None:
+        """Serve a connection, if it begins with TLS or an association request."""
+        sock = self.request
+        try:
+            sock.settimeout(HANDSHAKE_S)
+            first = sock.recv(1, socket.MSG_PEEK)
+            context = self.server.tls if isinstance(self.server, _Server) else None
+            if first == TLS_HANDSHAKE and context is not None:
+                sock = self.request = context.wrap_socket(sock, server_side=True)
+            elif first != b"\x01":
+                raise ConnectionAbortedError
+            sock.settimeout(IDLE_S)  # also of half a PDU, which pynetdicom would wait for without end
+        except OSError:
+            sock.close()
+            return
+        super().handle()
+
+
+_LOCK = threading.Lock()
+_SHARED: dict[tuple[str, int], tuple[Listener, int]] = {}
+
+
+@contextmanager
+def shared(
+    host: str,
+    port: int,
+    make: Callable[[], Listener],
+    tls: ssl.SSLContext | None,
+    wait_s: float,
+    check: Callable[[], None] = lambda: None,
+) -> Iterator[Listener]:
+    """Listen on a port until the block ends; several blocks of one process share a listener.
+
+    Args:
+        make: makes the listener, if there is none.
+        tls: a server's context, for peers that come with TLS.
+        wait_s: how long to wait for another process to give the port up, seconds.
+
+    Raises:
+        Misconfigured: the port can't be listened on.
+    """
+    end = time.monotonic() + wait_s
+    while True:
+        with _LOCK:
+            listener, users = _SHARED.get((host, port), (None, 0))
+            try:
+                listener = listener or make()
+            except OSError as exc:
+                if time.monotonic() >= end:
+                    where = f"{host or 'all addresses'}, port {port}"
+                    raise Misconfigured(f"can't listen on {where}: {exc.strerror or exc}") from exc
+            else:
+                listener.offer(tls)
+                _SHARED[host, port] = listener, users + 1
+                break
+        select.select([], [], [], SLICE_S)
+        check()
+    try:
+        yield listener
+    finally:
+        with _LOCK:
+            listener, users = _SHARED[host, port]
+            if users == 1:
+                del _SHARED[host, port]
+                listener.close()
+            else:
+                _SHARED[host, port] = listener, users - 1
