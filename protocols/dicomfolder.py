@@ -283,6 +283,8 @@ class DicomFolder:
             " ORDER BY d.path, f.name",
             (series,),
         ):
+            if b"/" in name or b".." in folder.split(b"/") or folder.startswith(b"/"):
+                continue  # no look at a directory finds such names: somebody put them into the index
             path = Path(os.fsdecode(os.path.join(self._root, folder, name)))
             held = Held(path, Stamp(size, mtime_ns, ctime_ns, inode), uid, class_uid, syntax, study_uid, series_uid)
             if uid not in last or ctime_ns > last[uid].stamp.ctime_ns:  # a push keeps the time of modification

@@ -12,6 +12,7 @@ A header's values are kept once for all files that share them: usually one row p
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 import secrets
@@ -152,28 +153,33 @@ class Index:
         self.is_saved = False
         self._touched: set[int] = set()  # series whose count, or header that speaks for it, may have changed
         for source in dict.fromkeys([path, *others]):
-            self.db = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+            self.db = _database()
             if source is not None and self._load(source):
                 self.is_saved = source == path
                 break
             self.db.close()
         else:
-            self.db = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+            self.db = _database()
             self.db.executescript(SCHEMA)
         self._changed = not self.is_saved
-        self.db.execute("PRAGMA trusted_schema=OFF")
 
     def _load(self, source: Path) -> bool:
-        """Read a file; tell whether it is an index of ours and whole."""
+        """Read a file; tell whether it is an index of ours and whole.
+
+        Whoever may write to a folder may put any file in the index's place; one with other tables, or with triggers
+        and views, is none of ours.
+        """
         try:
             data = _read(source)
             if not data:
                 return False
             self.db.deserialize(data)
-            marks = [self.db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")]
-            return marks == [APPLICATION_ID, VERSION] and self.db.execute("PRAGMA quick_check(1)").fetchone() == ("ok",)
-        except (OSError, sqlite3.Error):
+            return _schema(self.db) == _own_schema() and self._is_whole()
+        except (OSError, MemoryError, sqlite3.Error):
             return False
+
+    def _is_whole(self) -> bool:
+        return bool(self.db.execute("PRAGMA quick_check(1)").fetchone() == ("ok",))
 
     def close(self) -> None:
         self.db.close()
@@ -339,6 +345,24 @@ class Index:
             self.is_saved = False
         else:
             self._changed, self.is_saved = False, True
+
+
+def _database() -> sqlite3.Connection:
+    db = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+    db.execute("PRAGMA trusted_schema=OFF")
+    return db
+
+
+def _schema(db: sqlite3.Connection) -> list[Any]:
+    marks = [db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")]
+    return [*marks, *db.execute("SELECT type, name, sql FROM sqlite_schema ORDER BY name")]
+
+
+@functools.cache
+def _own_schema() -> list[Any]:
+    with contextlib.closing(_database()) as db:
+        db.executescript(SCHEMA)
+        return _schema(db)
 
 
 def _read(path: Path) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import random
 import shutil
 import signal
 import stat
@@ -246,6 +247,72 @@ def test_every_transfer_syntax(tmp_path: Path) -> None:
     assert len({one.TransferSyntaxUID for one in held}) == len(paths)
 
 
+def answers(folder: DicomFolder) -> Any:
+    """Everything that a folder can tell."""
+    return (
+        [match.attributes for match in folder.find(Query())],
+        [match.attributes for match in folder.find(Query(level="series"))],
+        [(held.path, held.SOPInstanceUID, held.size) for held in folder.instances(Query())],
+    )
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_index_that_kept_up_says_the_same_as_a_new_one(tmp_path: Path, seed: int) -> None:
+    choose = random.Random(seed)
+    root = tmp_path / "data"
+    root.mkdir()
+    uids = {kind: [studies.uid() for _ in range(count)] for kind, count in (("study", 3), ("series", 6), ("sop", 20))}
+    folders = [root, root / "a", root / "a" / "b", root / "c"]
+
+    def write() -> None:
+        path = choose.choice(folders) / f"{choose.randint(0, 12)}.dcm"
+        if choose.random() < 0.2:
+            studies.write(path, choose.choice([b"", b"no DICOM" * 100, studies.ct_bytes()[:-1]]))
+            return
+        number = choose.randrange(6)
+        studies.dicom(
+            path,
+            study=uids["study"][number // 2],
+            series=uids["series"][number],
+            SOPInstanceUID=choose.choice(uids["sop"]),
+            PatientID=choose.choice(["1", "1", "1", "2"]),
+            PatientName=choose.choice(["A", "B"]),
+            Modality=choose.choice(["CT", "MR"]),
+        )
+
+    def files() -> list[Path]:
+        return [path for path in sorted(root.rglob("*.dcm")) if path.is_file()]
+
+    def remove() -> None:
+        if found := files():
+            choose.choice(found).unlink()
+
+    def move() -> None:
+        if len(found := files()) > 1:
+            one, other = choose.sample(found, 2)
+            one.replace(other)
+
+    def remove_folder() -> None:
+        shutil.rmtree(choose.choice(folders[1:]), ignore_errors=True)
+
+    kept = DicomFolder(root)
+    for step in range(25):
+        for _ in range(choose.randint(1, 4)):
+            choose.choice([write, write, write, remove, move, remove_folder if step % 7 == 6 else write])()
+        if choose.random() < 0.3:
+            kept.close()
+            kept = DicomFolder(root)  # from its file
+        with (
+            mock.patch.object(dicomfolder, "_place", lambda *_: (None, 0)),
+            mock.patch.object(dicomfolder, "NAME", "-"),
+        ):
+            new = DicomFolder(root)
+        with new:
+            assert answers(kept) == answers(new), f"step {step}"
+            assert (kept.report.damaged, kept.report.not_dicom) == (new.report.damaged, new.report.not_dicom)
+    kept.close()
+
+
 # ---- whose folder it is
 
 
@@ -401,7 +468,15 @@ def older(path: Path) -> None:
     db.close()
 
 
-@pytest.mark.parametrize("damage", [garbage, cut_short, empty, holes, a_folder, older])
+def with_a_trigger(path: Path) -> None:
+    import sqlite3
+
+    with sqlite3.connect(path) as db:
+        db.execute("CREATE TRIGGER evil AFTER DELETE ON files BEGIN DELETE FROM studies; END")
+    db.close()
+
+
+@pytest.mark.parametrize("damage", [garbage, cut_short, empty, holes, a_folder, older, with_a_trigger])
 def test_damaged_index_is_made_anew(tmp_path: Path, damage: Callable[[Path], None]) -> None:
     series(tmp_path / "a", 5, PatientName="Quell^A")
     look(tmp_path)
@@ -409,6 +484,19 @@ def test_damaged_index_is_made_anew(tmp_path: Path, damage: Callable[[Path], Non
     assert names(tmp_path) == ["Quell^A"]
     expected = 5 if damage is a_folder else 0  # nothing of ours may take its place, and nothing is lost
     assert look(tmp_path).read == expected
+
+
+def test_index_can_not_lead_out_of_the_folder(tmp_path: Path) -> None:
+    outside = studies.dicom(tmp_path / "outside.dcm")
+    root = tmp_path / "root"
+    series(root / "a", 1)
+    look(root)
+    index = Index(root / NAME)
+    index.db.execute("UPDATE files SET name=?", (b"../../outside.dcm",))
+    (root / NAME).write_bytes(index.db.serialize())
+    index.close()
+    with DicomFolder(root) as folder:
+        assert outside not in {held.path.resolve() for held in folder.instances(Query())}
 
 
 def test_index_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
