@@ -1,0 +1,46 @@
+"""A folder on a server, filled by rsync over SSH."""
+
+from __future__ import annotations
+
+import re
+from typing import ClassVar
+
+from pydantic import Field, HttpUrl, field_validator
+
+from blocks.base import LOGO
+from blocks.ssh import SshTarget, check_folder
+
+WILD = re.compile(r"[*?\[\]\\]")
+
+
+class RsyncTarget(SshTarget):
+    """A folder on a Linux server that is filled by rsync over SSH.
+
+    A dispatch becomes visible at once, when it is whole; what an interrupted one has sent is not sent again. Can
+    run a script on the server when everything is there.
+    """
+
+    _block_type_name = "rsync Target"
+    _block_type_slug = "rsync-target"
+    _documentation_url = HttpUrl("https://download.samba.org/pub/rsync/rsync.1")
+    _logo_url = HttpUrl(LOGO)
+    _code_example = """```python
+from blocks.rsync import RsyncTarget
+
+server = RsyncTarget.load("BLOCK_NAME")
+```"""
+
+    type_name: ClassVar[str] = "rsync"
+
+    concurrency: int = Field(default=1, ge=1, le=1, description="Connections used at once; rsync uses one.")
+    compress: bool = Field(
+        default=False, description="Whether rsync compresses; pays only on slow links with uncompressed images."
+    )
+
+    @field_validator("folder")
+    @classmethod
+    def _folder(cls, value: str) -> str:
+        value = check_folder(value)
+        if WILD.search(value):
+            raise ValueError(f"{value!r}: rsync would take *, ?, brackets and backslashes for a pattern")
+        return value
