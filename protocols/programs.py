@@ -1,0 +1,51 @@
+"""Programs of the system that a protocol is spoken with: started apart from us, and stopped for sure."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+from contextlib import suppress
+from typing import Any
+
+from transfer.errors import Misconfigured
+
+GRACE_S = 2.0  # between SIGTERM and SIGKILL; a cancelled push must be over within 5
+PACKAGES = {"rsync": "rsync"}  # Debian's; everything else here is in openssh-client
+# What a program may know of our environment: no settings of its own (RSYNC_*, SSH_*), no secrets of other targets.
+KEPT = ("PATH", "HOME", "USER", "LOGNAME", "TMPDIR")
+
+
+def program(name: str) -> str:
+    """Return the path of a program.
+
+    Raises:
+        Misconfigured: it is not installed.
+    """
+    path = shutil.which(name)
+    if path is None:
+        package = PACKAGES.get(name, "openssh-client")
+        raise Misconfigured(f"the program {name} is missing here: install the package {package}")
+    return path
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Return what a program gets as its environment; its messages are the English ones."""
+    return {name: os.environ[name] for name in KEPT if name in os.environ} | {"LC_ALL": "C"} | more
+
+
+def stop(process: subprocess.Popen[Any], grace_s: float = GRACE_S) -> None:
+    """End a process that leads its own group, and everything in that group; returns when it is gone."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        if process.poll() is not None:
+            break
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(grace_s)
+    process.wait()
+    for stream in (process.stdin, process.stdout, process.stderr):
+        if stream is not None:
+            with suppress(OSError):
+                stream.close()

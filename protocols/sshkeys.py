@@ -1,0 +1,69 @@
+"""Private keys of SSH, brought into a form that ssh reads without asking for a passphrase.
+
+Decrypting them here, instead of answering ssh's prompt, tells a wrong passphrase from a key that the host refuses.
+"""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+from typing import Any
+
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    load_pem_private_key,
+    load_ssh_private_key,
+)
+
+from transfer.errors import Misconfigured
+
+
+def private_key(text: str, passphrase: str = "") -> tuple[bytes, bytes]:
+    """Return a private key that needs no passphrase any more, and its certificate if one lies beside it.
+
+    Args:
+        text: the key itself, or the path of its file.
+
+    Raises:
+        Misconfigured: there is no such file, everybody may read it, it is no key, or the passphrase doesn't fit.
+    """
+    certificate = b""
+    if "-----BEGIN" not in text and "PuTTY-User-Key-File" not in text:
+        path = Path(text.strip()).expanduser()
+        try:
+            mode = path.stat().st_mode
+            text = path.read_text(encoding="utf-8", errors="replace")
+            beside = path.with_name(path.name + "-cert.pub")
+            certificate = beside.read_bytes() if beside.is_file() else b""
+        except (OSError, ValueError, RuntimeError) as exc:
+            raise Misconfigured(f"private_key: {path} can't be read: {getattr(exc, 'strerror', None) or exc}") from exc
+        if mode & stat.S_IROTH:
+            raise Misconfigured(f"private_key: everybody may read {path}: chmod 600")
+    return _decrypted(text, passphrase), certificate
+
+
+def _decrypted(text: str, passphrase: str) -> bytes:
+    """Return the key's text, made anew without encryption if it had one."""
+    if "PuTTY-User-Key-File" in text:
+        raise Misconfigured("private_key is in PuTTY's format: convert it with puttygen -O private-openssh")
+    data = ("\n".join(line.strip() for line in text.strip().splitlines()) + "\n").encode()
+    openssh = b"BEGIN OPENSSH PRIVATE KEY" in data
+    load = load_ssh_private_key if openssh else load_pem_private_key
+    try:
+        try:
+            load(data, None)
+        except TypeError:  # it is encrypted
+            if not passphrase:
+                raise Misconfigured("private_key is encrypted: set passphrase") from None
+            key: Any = load(data, passphrase.encode())
+            return bytes(key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
+    except UnsupportedAlgorithm as exc:
+        if passphrase or not openssh:
+            raise Misconfigured("private_key is of a type that can't be used: make an ed25519 key") from exc
+    except ValueError as exc:
+        why = "passphrase does not open private_key" if passphrase else "private_key is no key that OpenSSH could use"
+        raise Misconfigured(f"{why}; ssh-keygen -t ed25519 makes one") from exc
+    return data
