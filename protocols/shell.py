@@ -1,0 +1,208 @@
+"""A POSIX shell on the other side: scripts through its standard input, so that nothing is quoted twice.
+
+The command that the user's login shell sees is the constant `sh -s`, which every shell takes the same way; what
+follows is read by a POSIX shell, in which `quote` makes any value safe, byte for byte.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import select
+import subprocess
+import time
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+
+from protocols.ssh import END_S, Client, Started, quote, short
+from transfer.errors import Interrupted, Misconfigured, TimedOut
+
+COMMAND = "sh -s"
+POLL_S = 0.2  # between two looks at whether to stop
+PIECE = 65_536
+HOOK_OUTPUT_BYTES = 65_536  # of a script's output, its end is kept
+HANG_UP_S = 0.5  # ssh waits for whatever the program has left running; we don't
+KILL_S = 5  # a script that was told to end has this long before it is killed
+
+
+class NoShell(Misconfigured):
+    """The account may log in, but gets no shell that runs commands."""
+
+
+class Shell:
+    """A shell that runs one script after the other over one login. A context manager.
+
+    Args:
+        options: further options of ssh, as `Name=value`.
+
+    Raises:
+        NoShell: logged in, but there is none.
+        DispatchError: as `Started.failure` says.
+    """
+
+    def __init__(self, client: Client, *options: str) -> None:
+        self._client, self._options = client, options
+
+    def __enter__(self) -> Shell:
+        login = self._client.login
+        self.started = self._client.start(COMMAND, *self._options)
+        try:
+            # The handshake, the login (programs that it runs), and the start of a shell: each may take its time.
+            self.run("", idle_s=2 * login.connect_timeout_s + login.idle_timeout_s)
+        except BaseException:
+            self.started.stop()
+            raise
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.started.close()
+
+    def run(
+        self, script: str, *, idle_s: float | None = None, check: Callable[[], None] = lambda: None
+    ) -> tuple[int, bytes]:
+        """Run a script; return its exit code and what it printed, errors included, its messages in English.
+
+        Args:
+            idle_s: seconds of silence after which the other side counts as hung.
+            check: called again and again; may raise to stop.
+        """
+        token = uuid.uuid4().hex
+        frame = f"(\nLC_ALL=C\nexport LC_ALL\nunset CDPATH\n{script}\n) </dev/null 2>&1\nprintf '%s %d\\n' {token} $?\n"
+        _send(self.started, frame)
+        output, end = bytearray(), token.encode() + b" "
+        idle_s = idle_s or self._client.login.idle_timeout_s
+        silent_since = time.monotonic()
+        while True:
+            check()
+            piece = _receive(self.started, POLL_S)
+            if piece is None:
+                if time.monotonic() - silent_since > idle_s:
+                    raise TimedOut(f"{self._client.login.shown}: no answer for {idle_s:g} s")
+                continue
+            if not piece:
+                raise _ended(self.started, bytes(output))
+            silent_since = time.monotonic()
+            start = max(0, len(output) - len(end))
+            output += piece
+            at = output.find(end, start)
+            if at >= 0 and output.endswith(b"\n"):
+                return int(output[at + len(end) :]), bytes(output[:at])
+
+
+def run_script(
+    client: Client,
+    script: str,
+    arguments: tuple[str, ...],
+    *,
+    timeout_s: float,
+    check: Callable[[], None] = lambda: None,
+) -> tuple[int | None, str]:
+    """Run a program on the host with these arguments, unchanged; return its exit code and its last output.
+
+    The exit code is None if the program is not there, may not be executed, or was stopped after `timeout_s`. It is
+    stopped, too, when the link breaks, so that a later try doesn't find it running. What it leaves running in the
+    background is not waited for.
+
+    Raises:
+        Interrupted: the link broke before the program ended.
+        DispatchError: no connection, no login, no shell; or what `check` raises.
+    """
+    token = uuid.uuid4().hex
+    with_arguments = " ".join(quote(value) for value in (script, *arguments))
+    # One compound command, so that the shell has read all of it before the first one takes the standard input.
+    frame = f"""{{
+if [ ! -f {quote(script)} ] || [ ! -x {quote(script)} ]; then printf '%s -\\n' {token}; exit; fi
+exec 3<&0
+group=; lead=
+if command -v setsid >/dev/null 2>&1; then group=-; lead=setsid; fi
+printf '%s +\\n' {token}
+$lead {with_arguments} </dev/null 2>&1 3<&- &
+child=$!
+{{ cat <&3; kill -TERM $group$child; sleep {KILL_S}; kill -KILL $group$child; }} >/dev/null 2>&1 &
+watcher=$!
+wait $child
+code=$?
+printf '%s %d\\n' {token} $code
+kill $watcher 2>/dev/null
+exit
+}}
+"""
+    started = client.start(COMMAND)
+    try:
+        _send(started, frame)
+        return _follow(started, script, token.encode() + b" ", timeout_s, check)
+    finally:
+        started.close(HANG_UP_S)
+
+
+def _follow(
+    started: Started, script: str, mark: bytes, timeout_s: float, check: Callable[[], None]
+) -> tuple[int | None, str]:
+    login = started.client.login
+    output, begun, stopped = bytearray(), False, False
+    end = time.monotonic() + 2 * login.connect_timeout_s + login.idle_timeout_s
+    while True:
+        check()
+        piece = _receive(started, POLL_S)
+        if piece == b"" and not stopped:
+            if begun:
+                raise Interrupted(f"{login.shown}: the link broke while {script} was running")
+            raise _ended(started, bytes(output))
+        output += piece or b""
+        told = re.search(mark + rb"(-|\+|\d+)\n", output)
+        if told and told[1] == b"-":
+            return None, f"{script}: not there, or not executable"
+        if told and told[1] == b"+":
+            del output[: told.end()]
+            begun, end = True, time.monotonic() + timeout_s
+            told = re.search(mark + rb"(\d+)\n", output)
+        if told and not stopped:
+            return int(told[1]), _last(output[: told.start()])
+        if told or piece == b"" or (stopped and time.monotonic() > end):
+            return None, f"{_last(output[: told.start()] if told else output)}\nstopped after {timeout_s:g} s"
+        if begun and len(output) > 2 * HOOK_OUTPUT_BYTES:
+            del output[:-HOOK_OUTPUT_BYTES]
+        if time.monotonic() > end:
+            if not begun:
+                raise TimedOut(f"{login.shown}: no answer")
+            _close_input(started)
+            stopped, end = True, time.monotonic() + KILL_S + END_S
+
+
+def _last(output: bytearray) -> str:
+    return bytes(output[-HOOK_OUTPUT_BYTES:]).decode("utf-8", "replace")
+
+
+def _send(started: Started, text: str) -> None:
+    data = text.encode("utf-8", "surrogateescape")
+    assert started.process.stdin is not None  # noqa: S101 - for the type checker: it was started with a pipe
+    with suppress(BrokenPipeError):  # its end is seen, and named, where its output is read
+        while data:
+            data = data[os.write(started.process.stdin.fileno(), data) :]
+
+
+def _receive(started: Started, wait_s: float) -> bytes | None:
+    """Return what has come, b"" at the end, None if nothing came in time."""
+    assert started.process.stdout is not None  # noqa: S101
+    poll = select.poll()
+    poll.register(started.process.stdout, select.POLLIN)
+    if not poll.poll(wait_s * 1000):
+        return None
+    return os.read(started.process.stdout.fileno(), PIECE)
+
+
+def _close_input(started: Started) -> None:
+    if started.process.stdin is not None:
+        with suppress(OSError):
+            started.process.stdin.close()
+
+
+def _ended(started: Started, output: bytes) -> Exception:
+    """Return why a shell has ended that should not: no login, no shell, or a broken link."""
+    with suppress(subprocess.TimeoutExpired):
+        started.process.wait(END_S)
+    if started.process.returncode == 255 or not started.facts.method:
+        return started.failure()
+    said = short(output.decode("utf-8", "replace") + " " + started.errors)
+    return NoShell(f"{started.client.login.shown}: logged in, but the account gets no shell there ({said})")
