@@ -1,0 +1,182 @@
+"""The packets of SFTP, version 3, and the bookkeeping of many that are on the way.
+
+Source: draft-ietf-secsh-filexfer-02.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import IntEnum
+
+INIT, VERSION_ANSWER, OPEN, CLOSE, READ, WRITE, LSTAT, FSTAT = 1, 2, 3, 4, 5, 6, 7, 8
+OPENDIR, READDIR, REMOVE, MKDIR, RMDIR, REALPATH, STAT, RENAME = 11, 12, 13, 14, 15, 16, 17, 18
+STATUS, HANDLE, DATA, NAME, ATTRS, EXTENDED, EXTENDED_REPLY = 101, 102, 103, 104, 105, 200, 201
+FLAG_READ, FLAG_WRITE, FLAG_CREATE, FLAG_TRUNCATE, FLAG_EXCLUSIVE = 0x01, 0x02, 0x08, 0x10, 0x20
+HAS_SIZE, HAS_OWNER, HAS_MODE, HAS_TIMES, HAS_EXTENDED = 0x1, 0x2, 0x4, 0x8, 0x80000000
+HEAD_BYTES = 9  # length, type, request id
+
+Answered = Callable[[int, bytes], None]
+LOST = 0  # as the type of an answer: there will be none
+
+
+class Code(IntEnum):
+    """Status codes (draft section 7)."""
+
+    OK = 0
+    EOF = 1
+    NO_SUCH_FILE = 2
+    PERMISSION_DENIED = 3
+    FAILURE = 4
+    BAD_MESSAGE = 5
+    NO_CONNECTION = 6
+    CONNECTION_LOST = 7
+    OP_UNSUPPORTED = 8
+
+
+class Status(Exception):
+    """The server's answer was not OK. `words` is what it said, `path` what it was about."""
+
+    def __init__(self, code: int, words: str, path: bytes = b"") -> None:
+        super().__init__(code, words, path)
+        self.code, self.words, self.path = code, words, path
+
+    def __str__(self) -> str:
+        name = Code(self.code).name if self.code in Code.__members__.values() else f"status {self.code}"
+        return self.words or name.lower().replace("_", " ")
+
+
+@dataclass(frozen=True)
+class Attributes:
+    """What a server tells of a file; None for what it keeps to itself."""
+
+    size: int | None = None
+    mode: int | None = None
+
+    @property
+    def is_folder(self) -> bool:
+        return self.mode is not None and self.mode & 0o170000 == 0o040000
+
+
+@dataclass(frozen=True)
+class Space:
+    """The room on a file system: for the user that asks, root's reserve left out."""
+
+    free_bytes: int
+    free_files: int
+    read_only: bool
+
+
+class Window:
+    """Bytes that may be on the way; first come, first served."""
+
+    def __init__(self, size: int) -> None:
+        self._free = size
+        self._waiters: deque[tuple[int, asyncio.Future[None]]] = deque()
+        self._is_open = False
+
+    async def take(self, count: int) -> None:
+        """Wait until `count` bytes may go."""
+        if not self._waiters and (count <= self._free or self._is_open):
+            self._free -= count
+            return
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiters.append((count, future))
+        try:
+            await future
+        except asyncio.CancelledError:
+            if future.done() and not future.cancelled():
+                self.give(count)
+            raise
+
+    def give(self, count: int) -> None:
+        """Say that `count` bytes are not on the way any more."""
+        self._free += count
+        while self._waiters and (self._waiters[0][0] <= self._free or self._is_open):
+            count, future = self._waiters.popleft()
+            if not future.done():
+                self._free -= count
+                future.set_result(None)
+
+    def open(self) -> None:
+        """Let everybody through: the connection is lost, and they shall find out."""
+        self._is_open = True
+        self.give(0)
+
+
+class Writes:
+    """The writes of one file that are on the way."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, window: Window, moved: Callable[[int], None]) -> None:
+        self._loop, self._window, self._moved = loop, window, moved
+        self._count = 0
+        self._lost = False
+        self._done: asyncio.Future[None] | None = None
+        self.failed: Status | None = None
+
+    def sent(self, count: int) -> Answered:
+        """Note a write of `count` bytes; return what its answer is told to."""
+        self._count += 1
+
+        def answered(kind: int, body: bytes) -> None:
+            self._count -= 1
+            self._window.give(count)
+            if kind == STATUS:
+                status = status_of(body)
+                if status.code == Code.OK:
+                    self._moved(count)
+                else:
+                    self.failed = self.failed or status
+            else:
+                self.failed = self.failed or Status(Code.CONNECTION_LOST, "connection lost")
+            if not self._count and self._done is not None and not self._done.done():
+                self._done.set_result(None)
+
+        return answered
+
+    async def settled(self) -> None:
+        """Wait until every write has been answered; raise the first failure."""
+        if self._count:
+            self._done = self._loop.create_future()
+            await self._done
+        if self.failed:
+            raise self.failed
+
+
+def string(value: bytes) -> bytes:
+    return len(value).to_bytes(4, "big") + value
+
+
+def take(body: bytes, at: int = 0) -> bytes:
+    """Return the string at a place of an answer."""
+    length = int.from_bytes(body[at : at + 4], "big")
+    return body[at + 4 : at + 4 + length]
+
+
+def status_of(body: bytes, path: bytes = b"") -> Status:
+    code = int.from_bytes(body[:4], "big")
+    return Status(code, take(body, 4).decode("utf-8", "replace") if len(body) > 8 else "", path)
+
+
+def attributes_of(body: bytes) -> Attributes:
+    flags, at = int.from_bytes(body[:4], "big"), 4
+    size = mode = None
+    if flags & HAS_SIZE:
+        size = int.from_bytes(body[at : at + 8], "big")
+        at += 8
+    if flags & HAS_OWNER:
+        at += 8
+    if flags & HAS_MODE:
+        mode = int.from_bytes(body[at : at + 4], "big")
+    return Attributes(size, mode)
+
+
+def space_of(body: bytes) -> Space | None:
+    """Read an answer to `statvfs@openssh.com` (OpenSSH's PROTOCOL, section 4.4): eleven numbers of 64 bits."""
+    if len(body) < 88:
+        return None
+    numbers = struct.unpack_from(">11Q", body)
+    return Space(free_bytes=numbers[1] * numbers[4], free_files=numbers[7], read_only=bool(numbers[9] & 1))
