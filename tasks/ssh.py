@@ -1,0 +1,147 @@
+"""What rsync and SFTP do alike: log in, check the way to the host, run the target's script."""
+
+from __future__ import annotations
+
+import socket
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from blocks.ssh import HostKeyPolicy, SshTarget
+from protocols.shell import run_script
+from protocols.ssh import Client, Facts, Login, greeting, quote
+from protocols.sshkeys import private_key
+from tasks.driver import HookResult
+from transfer.errors import Denied, DispatchError, Misconfigured, Unreachable
+from transfer.health import Health
+from transfer.home import Home
+from transfer.layout import names
+from transfer.plan import Item, Plan
+from transfer.receipt import OnOutcome
+
+MARKER = ".complete"
+
+
+def login(target: SshTarget) -> Login:
+    """Return how to log in to a target.
+
+    Raises:
+        Misconfigured: the private key can't be used.
+    """
+    key, certificate = b"", b""
+    if text := target.private_key.get_secret_value().strip():
+        key, certificate = private_key(text, target.passphrase.get_secret_value())
+    return Login(
+        host=target.host,
+        port=target.port,
+        user=target.user,
+        key=key,
+        certificate=certificate,
+        password=target.password.get_secret_value(),
+        pins=target.pins,
+        accept_new=target.host_key_policy is HostKeyPolicy.ACCEPT_NEW,
+        known_hosts=(Home.current().root / "known_hosts", Path("~/.ssh/known_hosts").expanduser()),
+        connect_timeout_s=target.connect_timeout_s,
+        idle_timeout_s=target.idle_timeout_s,
+    )
+
+
+@contextmanager
+def named(target: SshTarget) -> Iterator[None]:
+    """Put the target's name on every error of ours that passes."""
+    try:
+        yield
+    except DispatchError as exc:
+        exc.target = exc.target or target.name
+        raise
+
+
+def under(folder: str, name: str) -> str:
+    """Return a path below a folder on the server."""
+    return f"{folder.rstrip('/')}/{name}"
+
+
+def by_folder(target: SshTarget, plan: Plan) -> dict[str, list[Item]]:
+    """Return the plan's items by the folder, below the target's, that the layout gives them."""
+    folders: dict[str, list[Item]] = {}
+    by_path = names(plan, target.layout)
+    for item in plan.items:
+        folders.setdefault(by_path[item.path], []).append(item)
+    return folders
+
+
+def hook(target: SshTarget, plan: Plan, on_outcome: OnOutcome) -> HookResult:
+    """Run `<folder>/<script> <destination folder> <target's name>` on the server, once per destination folder.
+
+    Every folder gets its run even if one fails; the result is the first that was not good.
+
+    Raises:
+        Retryable: the link was lost before it ended.
+        Misconfigured: the account has no shell.
+    """
+    script = under(target.folder, target.hook_script)
+    bad: int | None = 0
+    said: list[str] = []
+    with named(target), Client(login(target)) as client:
+        folders = sorted(by_folder(target, plan))
+        for name in folders:
+            on_outcome.check()
+            code, output = run_script(
+                client,
+                script,
+                (under(target.folder, name), target.name),
+                timeout_s=target.hook_timeout_s,
+                check=on_outcome.check,
+            )
+            said.append(f"{name}: {output}" if len(folders) > 1 else output)
+            bad = bad if bad != 0 else code
+    return HookResult(bad, "\n".join(said))
+
+
+def probe_host(health: Health, target: SshTarget) -> bool:
+    """Probe name and port; tell whether to go on."""
+    with health.probe("resolve") as probe:
+        try:
+            found = socket.getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM)
+        except OSError as exc:
+            raise Unreachable(f"{target.host}: {exc.strerror or exc}") from exc
+        probe.detail = ", ".join(dict.fromkeys(str(entry[4][0]) for entry in found))
+    if health.error is None:
+        with health.probe("tcp") as probe:
+            line = greeting(target.host, target.port, target.connect_timeout_s)
+            if not line.startswith("SSH-"):
+                raise Misconfigured(f"{target.host}:{target.port}: what answers is not SSH: {line[:80]!r}")
+            probe.detail = line
+    return health.error is None
+
+
+def probe_login(health: Health, error: DispatchError | None, facts: Facts) -> bool:
+    """Report how a login went, whose error (None if it went well) was kept; tell whether we are in."""
+    got_in = bool(facts.method)
+    with health.probe("trust") as probe:
+        if error is not None and not got_in and not isinstance(error, Denied):
+            raise error
+        probe.detail = f"{facts.key_type} {facts.fingerprint}"
+    if health.error is None:
+        with health.probe("authenticate") as probe:
+            if error is not None and not got_in:
+                raise error
+            probe.detail = f"by {facts.method}; cipher {facts.cipher}"
+    return health.error is None
+
+
+def probe_name() -> str:
+    """Return a name for a file that a check writes and removes."""
+    return f".talaria-probe-{uuid.uuid4().hex[:12]}"
+
+
+def script_there(target: SshTarget) -> str:
+    """Return a shell script that fails if the target's own script can't be run."""
+    script = quote(under(target.folder, target.hook_script))
+    return f"[ -f {script} ] && [ -x {script} ]"
+
+
+def no_script(target: SshTarget) -> Misconfigured:
+    """The error for that."""
+    return Misconfigured(f"{under(target.folder, target.hook_script)}: not there, or not executable for this user")
