@@ -64,6 +64,7 @@ class _Crew:
     """The worker processes."""
 
     def __init__(self, home: Home, limit: int, count: int) -> None:
+        self.home = home
         self.log = home.root / "logs" / "worker.log"
         self.env = {
             "TALARIA_LIMIT": str(limit),
@@ -79,11 +80,13 @@ class _Crew:
         return child([sys.executable, "-c", "from talaria.worker import main; main()"], self.env, self.log)
 
     def keep(self) -> None:
-        """Start the ones again that died."""
+        """Start the ones again that died, and put what they ran back into the queue."""
         for index, member in enumerate(self.members):
             if member.poll() is not None:
                 say(f"a worker ended with exit code {member.returncode}: starting another (log: {self.log})")
                 time.sleep(CALM_S)
+                for run_id in asyncio.run(_recover(self.home, alone=len(self.members) == 1)):
+                    say(f"taken up after a crash: {run_id}")
                 self.members[index] = self._start()
 
     def drain(self, asked: _Asked) -> None:
@@ -116,15 +119,25 @@ def _prepare(home: Home) -> list[str]:
     """Register what the server must know, and take up what a crash left; return the runs taken up."""
     from prefect import get_client
 
-    from talaria.recovery import recover
-    from talaria.registry import POOL, register
+    from talaria.registry import register
 
     async def prepare() -> list[str]:
         async with get_client() as client:
             await register(client)
-            return await recover(client, home, POOL, alone=True)
+        return await _recover(home, alone=True)
 
     return asyncio.run(prepare())
+
+
+async def _recover(home: Home, *, alone: bool) -> list[str]:
+    """Take up the runs of dead workers; `alone` if no worker lives."""
+    from prefect import get_client
+
+    from talaria.recovery import recover
+    from talaria.registry import POOL
+
+    async with get_client() as client:
+        return await recover(client, home, POOL, alone=alone)
 
 
 def _announce(home: Home, server: EmbeddedServer, taken: list[str]) -> None:

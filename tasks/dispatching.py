@@ -20,6 +20,7 @@ from prefect.states import AwaitingRetry, Cancelled, Completed, Failed
 from blocks.base import Target
 from tasks import DRIVERS, running
 from tasks.delivery import Delivery
+from tasks.patience import is_outage, patiently
 from tasks.push import failure_of, hook_task, push_task
 from tasks.report import progress_shown, report
 from tasks.stage import stage_files
@@ -74,14 +75,12 @@ class Dispatch:
             logger.info("%s: waits until %s", target.name, opening.isoformat())
             return
         try:
-            async with get_client() as client:
-                slot = await limit(client, target)
-            async with concurrency(slot, occupy=1, strict=True, lease_duration=LEASE_S):
-                await self._stoppable(push_task(delivery.driver, target)(delivery))
+            # Once a push has begun, its own retries decide; before, a server that is away is waited for.
+            await self._stoppable(patiently(lambda: self._push(delivery), lambda: delivery.attempts > 0))
             if delivery.wants_hook:
                 await self._stoppable(hook_task(target)(delivery))
         except Exception as exc:  # one target's failure, whatever it is, must not end the other deliveries
-            if delivery.hook == "failed":
+            if delivery.hook == "failed" or (is_outage(exc) and delivery.receipt().state is State.DELIVERED):
                 return
             if delivery.error is None:
                 logger.exception("%s: unexpected error", target.name)
@@ -91,6 +90,15 @@ class Dispatch:
                 raise
         if self.cancelled.is_set() and delivery.receipt().unsent:
             delivery.stopped = State.CANCELLED
+
+    async def _push(self, delivery: Delivery) -> None:
+        """Push as soon as the target has a place free; the place is held for as long as the push takes."""
+        async with get_client() as client:
+            slot = await limit(client, delivery.target)
+        async with concurrency(
+            slot, occupy=1, strict=True, lease_duration=LEASE_S, raise_on_lease_renewal_failure=False
+        ):
+            await push_task(delivery.driver, delivery.target)(delivery)
 
     async def _stoppable(self, work: Awaitable[R]) -> R:
         """Wait for work; when the run is cancelled, let it stop by itself, then cancel it."""
@@ -106,7 +114,7 @@ class Dispatch:
         """Leave the receipts behind and return the state that the flow run ends in."""
         state = overall([receipt.state for receipt in receipts])
         outputs = {delivery.target.name: delivery.hook_output for delivery in self.deliveries}
-        await report(self.home, plan.dispatch_id, self.flow_run_id, state, receipts, outputs)
+        await patiently(lambda: report(self.home, plan.dispatch_id, self.flow_run_id, state, receipts, outputs))
         message = "; ".join(_sentence(receipt) for receipt in receipts)
         if self.again and not self.cancelled.is_set():
             return AwaitingRetry(scheduled_time=self.again, message=message)
@@ -126,8 +134,7 @@ async def dispatching(targets: list[str]) -> AsyncIterator[Dispatch]:
     if context is None or context.flow_run is None:
         raise RuntimeError("a dispatch runs inside a flow run")
     flow_run_id, home = str(context.flow_run.id), Home.current()
-    async with get_client() as client:
-        chosen = await load(client, targets)
+    chosen = await patiently(lambda: _load(targets))
     for target in chosen:
         if target.enabled:
             check_destination(target)
@@ -141,6 +148,11 @@ async def dispatching(targets: list[str]) -> AsyncIterator[Dispatch]:
         finally:
             await asyncio.to_thread(discard, dispatch.staging)
             running.forget(flow_run_id)
+
+
+async def _load(names: list[str]) -> list[Target]:
+    async with get_client() as client:
+        return await load(client, names)
 
 
 def opens(target: Target, priority: str, now: datetime | None = None) -> datetime | None:

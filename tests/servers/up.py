@@ -1,0 +1,139 @@
+"""Talaria as people run it: `talaria up` in a state directory of its own, and the commands beside it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import yaml
+
+from tests.servers.process import free_port, stop
+
+READY_S = 180  # the first start migrates the database
+COMMAND_S = 120
+
+
+class Talaria:
+    """One state directory; its server and worker run between `start` and `stop`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.home = folder / "talaria"
+        self.port = free_port()
+        self.log = folder / "up.log"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/api"
+
+    @property
+    def env(self) -> dict[str, str]:
+        return {**os.environ, "TALARIA_HOME": str(self.home), "HOME": str(self.folder)}
+
+    def start(self, *options: str) -> Talaria:
+        """Run `talaria up`; returns when it says that it is ready."""
+        seen = self.log.stat().st_size if self.log.exists() else 0
+        with self.log.open("ab") as out:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "talaria", "up", "--port", str(self.port), *options],
+                stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=self.env, start_new_session=True,
+            )  # fmt: skip
+        self.until(lambda: b"ready:" in self.log.read_bytes()[seen:], READY_S, alive=True)
+        return self
+
+    def stop(self) -> None:
+        """Stop it as Ctrl-C does."""
+        if self.process:
+            stop(self.process, wait_s=60)
+            self.process = None
+
+    def kill(self) -> None:
+        """Kill it with everything that it started: a power cut."""
+        assert self.process
+        for child in self.children():
+            child.kill()
+        self.process.kill()
+        self.process.wait()
+        self.process = None
+
+    def children(self) -> list[psutil.Process]:
+        assert self.process
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def child(self, mark: str) -> psutil.Process:
+        """The child whose command line holds `mark`: `uvicorn` for the server, `talaria.worker` for the worker."""
+        (found,) = [child for child in self.children() if any(mark in part for part in child.cmdline())]
+        return found
+
+    def until(self, condition: Callable[[], object], seconds: float = 60, *, alive: bool = False) -> None:
+        """Wait for a condition."""
+        end = time.monotonic() + seconds
+        while not condition():
+            if alive and self.process and self.process.poll() is not None:
+                raise AssertionError(f"talaria up ended:\n{self.log.read_text()}")
+            if time.monotonic() > end:
+                raise AssertionError(f"waited {seconds} s in vain:\n{self.log.read_text()[-3000:]}")
+            time.sleep(0.05)
+
+    def __call__(self, *args: str, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+        """Run a command to its end."""
+        return subprocess.run(
+            [sys.executable, "-m", "talaria", *args],
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, env={**self.env, **(env or {})},
+            timeout=COMMAND_S, cwd=self.folder, check=False,
+        )  # fmt: skip
+
+    def json(self, *args: str, code: int = 0) -> Any:
+        """Run a command with `--json`; its stdout must be one document and its exit code the expected one."""
+        ran = self(*args, "--json")
+        assert ran.returncode == code, f"{args}: exit code {ran.returncode}\n{ran.stdout}\n{ran.stderr}"
+        return json.loads(ran.stdout)
+
+    def background(self, *args: str) -> subprocess.Popen[bytes]:
+        """Start a command and leave it running."""
+        with (self.folder / "background.log").open("ab") as out:
+            return subprocess.Popen(
+                [sys.executable, "-m", "talaria", *args],
+                stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=self.env, cwd=self.folder, start_new_session=True,
+            )  # fmt: skip
+
+    def apply(self, **targets: dict[str, Any]) -> None:
+        """Save targets; underscores of their names stand for dashes."""
+        path = self.folder / "targets.yaml"
+        path.write_text(yaml.safe_dump({"targets": {name.replace("_", "-"): one for name, one in targets.items()}}))
+        ran = self("target", "apply", str(path))
+        assert ran.returncode == 0, ran.stderr
+
+    def api(self, method: str, path: str, **body: Any) -> Any:
+        """Call the Prefect API as any client with the password may."""
+        user, _, password = (self.home / "api.auth").read_text().strip().partition(":")
+        answer = httpx.request(method, self.url + path, json=body or None, auth=(user, password), timeout=60)
+        answer.raise_for_status()
+        return answer.json() if answer.content else None
+
+    def run(self, run_id: str) -> Any:
+        """A flow run as the API tells it."""
+        return self.api("GET", f"/flow_runs/{run_id}")
+
+
+@contextmanager
+def talaria(folder: Path, *options: str) -> Iterator[Talaria]:
+    """Run `talaria up` until the block ends."""
+    one = Talaria(folder)
+    try:
+        yield one.start(*options)
+    finally:
+        if one.process and one.process.poll() is None:
+            one.process.send_signal(signal.SIGTERM)
+        one.stop()

@@ -1,0 +1,263 @@
+"""Dispatches as people make them: the command line, the server, the worker, a PACS and an archive."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import studies
+from tests.servers.dcmtk import StoreScp, storescp
+from tests.servers.relay import relay
+from tests.servers.up import Talaria, talaria
+
+pytestmark = pytest.mark.timeout(600)
+FAST = {"max_attempts": 3, "retry_delay_s": 0.2, "retry_max_delay_s": 0.5, "idle_timeout_s": 10}
+
+
+@pytest.fixture(scope="module")
+def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Talaria]:
+    with talaria(tmp_path_factory.mktemp("up")) as one:
+        yield one
+
+
+@pytest.fixture
+def pacs(tmp_path: Path) -> Iterator[StoreScp]:
+    with storescp(tmp_path / "pacs") as one:
+        yield one
+
+
+def dicom(port: int, **fields: Any) -> dict[str, Any]:
+    return {"type": "dicom", "host": "127.0.0.1", "port": port, "aet_target": "STORESCP", **FAST, **fields}
+
+
+def folder(path: Path, **fields: Any) -> dict[str, Any]:
+    path.mkdir(parents=True, exist_ok=True)
+    return {"type": "folder", "folder": str(path), **FAST, **fields}
+
+
+def files(path: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file()}
+
+
+def test_a_study_goes_to_a_pacs_and_an_archive(up: Talaria, pacs: StoreScp, tmp_path: Path) -> None:
+    sent = studies.sample(tmp_path / "study")
+    up.apply(pacs=dicom(pacs.port), archive=folder(tmp_path / "archive", exclude="*.png, *.json"))
+    result = up.json("send", str(tmp_path / "study"), "--to", "pacs,archive")
+    instances = [p for p in sent if p.suffix == ".dcm"]
+    assert result["state"] == "delivered"
+    assert result["targets"]["pacs"]["delivered"] == len(instances) == len(pacs.files())
+    assert result["targets"]["archive"]["delivered"] == len(instances)
+    assert {i["outcome"] for i in result["targets"]["pacs"]["items"]} == {"skipped"}
+    arrived = files(tmp_path / "archive" / result["dispatch_id"])
+    assert arrived.pop(".complete") == b""
+    assert arrived == {str(p.relative_to(tmp_path / "study")): p.read_bytes() for p in instances}
+    assert not list((up.home / "staging").iterdir())
+    again = up.json("send", str(tmp_path / "study"), "--to", "pacs,archive")
+    assert again["targets"]["pacs"]["already"] == len(instances) and again["targets"]["pacs"]["delivered"] == 0
+    assert again["dispatch_id"] == result["dispatch_id"]
+    shown = up.json("jobs", "show", result["flow_run_id"])
+    assert shown["targets"] == result["targets"] and shown["run"]["state"] == "Completed"
+    artifacts = up.api("POST", "/artifacts/filter", flow_runs={"id": {"any_": [result["flow_run_id"]]}})
+    assert {a["key"] for a in artifacts} == {"receipt", "receipt-details", "progress-pacs", "progress-archive"}
+    assert [a["data"] for a in artifacts if a["type"] == "progress"] == [100.0, 100.0]
+    assert studies.PATIENT_NAME not in json.dumps(artifacts) and studies.PATIENT_ID not in json.dumps(artifacts)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["/no/such/study", "--to", "good"], "/no/such/study"),
+        (["EMPTY", "--to", "good"], "nothing to send"),
+        (["STUDY", "--to", "nobody"], "nobody"),
+        (["STUDY", "--to", "off"], "disabled"),
+        (["STUDY", "--to", "source"], "query"),
+        (["STUDY", "--to", ","], "--to"),
+        (["STUDY"], "--to"),
+    ],
+)
+def test_bad_input_is_refused_in_one_line(up: Talaria, tmp_path: Path, arguments: list[str], word: str) -> None:
+    (tmp_path / "empty").mkdir()
+    studies.ct(tmp_path / "study", 1)
+    up.apply(
+        good=folder(tmp_path / "good"),
+        off=folder(tmp_path / "off", enabled=False),
+        source=dicom(1, direction="query"),
+    )
+    names = {"EMPTY": str(tmp_path / "empty"), "STUDY": str(tmp_path / "study")}
+    ran = up("send", *[names.get(a, a) for a in arguments])
+    assert ran.returncode == 2 and ran.stdout == ""
+    assert word in ran.stderr and len(ran.stderr.strip().splitlines()) == 1
+    assert not files(tmp_path / "good")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("targets: {a: {type: folder, folder: /x, colour: red}}", ["a", "colour"]),
+        ("targets: {a: {type: floppy}}", ["a", "floppy"]),
+        ("targets: {a: {type: folder}}", ["a", "folder"]),
+        ("targets: {A_b: {type: folder, folder: /x}}", ["A_b"]),
+        ("targets: {a: {type: folder, folder: /x, direction: query}}", ["a", "query"]),
+        ("targets: {a: {type: folder, folder: /x}, a: {type: folder, folder: /y}}", ["twice"]),
+        ("targets: {a: {type: s3, bucket: b, secret_access_key: '${NO_SUCH_VARIABLE}'}}", ["a", "NO_SUCH_VARIABLE"]),
+        ("targets: {a: {type: dicom, host: h, port: 99999, aet_target: X}}", ["a", "port"]),
+        ("targets: [", []),
+        ("other: {}", ["targets"]),
+    ],
+)
+def test_a_wrong_target_file_is_refused_in_one_line(up: Talaria, tmp_path: Path, text: str, words: list[str]) -> None:
+    path = tmp_path / "targets.yaml"
+    path.write_text(text)
+    ran = up("target", "apply", str(path))
+    assert ran.returncode == 2 and ran.stdout == "" and len(ran.stderr.strip().splitlines()) == 1
+    for word in words:
+        assert word in ran.stderr
+
+
+def test_bad_files_are_rejected_and_the_others_go(up: Talaria, pacs: StoreScp, tmp_path: Path) -> None:
+    good = studies.ct(tmp_path / "study", 3)
+    bad = studies.damaged(tmp_path / "study")
+    (tmp_path / "study" / "notes.txt").write_text("no DICOM")
+    (tmp_path / "outside.dcm").write_bytes(good[0].read_bytes())
+    (tmp_path / "study" / "link.dcm").symlink_to(tmp_path / "outside.dcm")
+    up.apply(pacs=dicom(pacs.port), archive=folder(tmp_path / "archive"))
+    result = up.json("send", str(tmp_path / "study"), "--to", "pacs,archive", code=1)
+    to_pacs = result["targets"]["pacs"]
+    assert to_pacs["delivered"] == 3 == len(pacs.files())
+    said = {item["path"]: (item["outcome"], item["detail"]) for item in to_pacs["items"]}
+    assert said.pop("notes.txt")[0] == "skipped"
+    outcome, detail = said.pop("link.dcm")
+    assert outcome == "rejected" and "link" in detail
+    for path in bad.values():
+        outcome, detail = said[path.name]
+        assert outcome == "rejected" and detail, path.name
+    arrived = files(tmp_path / "archive" / result["dispatch_id"])
+    assert "notes.txt" in arrived and "link.dcm" not in arrived
+    assert up.run(result["flow_run_id"])["state"]["type"] == "FAILED"
+
+
+def test_retry_in_the_ui_sends_only_what_is_missing(up: Talaria, tmp_path: Path) -> None:
+    studies.ct(tmp_path / "study", 40, side=128)
+    with storescp(tmp_path / "pacs") as scp, relay(scp.port) as link:
+        up.apply(pacs=dicom(link.port, max_attempts=1, concurrency=1))
+        link.cut_after = 500_000
+        result = up.json("send", str(tmp_path / "study"), "--to", "pacs", code=1)
+        first = result["targets"]["pacs"]
+        assert result["state"] == "partial" and 0 < first["delivered"] < 40
+        assert first["unsent"] == 40 - first["delivered"] and first["error"]
+        before, confirmed = link.sent, first["delivered"]
+        # What the UI's Retry button does.
+        up.api("POST", f"/flow_runs/{result['flow_run_id']}/set_state",
+               state={"type": "SCHEDULED", "name": "AwaitingRetry"}, force=True)  # fmt: skip
+        up.until(lambda: up.run(result["flow_run_id"])["state"]["type"] == "COMPLETED")
+        second = up.json("jobs", "show", result["flow_run_id"])["targets"]["pacs"]
+        assert second["already"] == confirmed and second["delivered"] == 40 - confirmed
+        assert len(scp.files()) == 40
+        size = sum(p.stat().st_size for p in (tmp_path / "study").iterdir())
+        assert link.sent - before < size * (40 - confirmed + 1) / 40 + 50_000
+
+
+def test_one_dead_target_delays_no_other(up: Talaria, pacs: StoreScp, tmp_path: Path) -> None:
+    studies.ct(tmp_path / "study", 3)
+    up.apply(dead=dicom(1, max_attempts=9, retry_delay_s=300, retry_max_delay_s=300), pacs=dicom(pacs.port))
+    sending = up.background("send", str(tmp_path / "study"), "--to", "dead,pacs")
+    try:
+        up.until(lambda: len(pacs.names()) == 3, 120)
+    finally:
+        sending.kill()
+        sending.wait()
+    job = up.json("jobs", "list")["jobs"][0]["id"]
+    up("jobs", "cancel", job)
+    up.until(lambda: up.run(job)["state"]["type"] == "CANCELLED", 30)
+
+
+@pytest.mark.parametrize("victim", ["talaria.worker", "uvicorn", "everything"])
+def test_killed_in_the_middle_it_is_taken_up_by_itself(victim: str, tmp_path: Path) -> None:
+    count = 60
+    studies.ct(tmp_path / "study", count, side=64)
+    one = Talaria(tmp_path)
+    with storescp(tmp_path / "pacs") as scp, relay(scp.port, delay_s=0.02) as link:
+        try:
+            one.start()
+            one.apply(pacs=dicom(link.port, concurrency=1), archive=folder(tmp_path / "archive"))
+            queued = one.json("send", str(tmp_path / "study"), "--to", "pacs,archive", "--no-wait")
+            one.until(lambda: len(scp.names()) >= 10)
+            if victim == "everything":
+                one.kill()
+                one.start()
+            else:
+                one.child(victim).kill()
+            done = lambda: (one.home / "receipts" / f"{queued['flow_run_id']}.json").exists()  # noqa: E731
+            one.until(lambda: done() and one.run(queued["flow_run_id"])["state"]["type"] == "COMPLETED", 180)
+            assert len(scp.files()) == count
+            # Each stored instance is one line in the log of storescp: at most the one that was under way comes twice.
+            assert scp.log().count("Received Store Request") <= count + 1
+            archived = files(tmp_path / "archive" / queued["dispatch_id"])
+            assert len(archived) == count + 1 and ".complete" in archived
+            assert {p.name for p in (tmp_path / "archive").iterdir()} == {queued["dispatch_id"]}
+            assert not list((one.home / "staging").iterdir())
+        finally:
+            one.stop()
+
+
+def test_send_without_a_server_starts_one_for_its_own_duration(tmp_path: Path) -> None:
+    studies.ct(tmp_path / "study", 2)
+    one = Talaria(tmp_path)
+    one.apply(archive=folder(tmp_path / "archive"))
+    result = one.json("send", str(tmp_path / "study"), "--to", "archive")
+    assert result["state"] == "delivered" and len(files(tmp_path / "archive")) == 3
+    assert one("status").returncode == 3
+    assert not (one.home / "server.json").exists()
+
+
+def test_a_dry_run_sends_nothing(up: Talaria, tmp_path: Path) -> None:
+    studies.sample(tmp_path / "study")
+    up.apply(archive=folder(tmp_path / "archive", exclude="*.json"))
+    result = up.json("send", str(tmp_path / "study"), "--to", "archive", "--dry-run", "--exclude", "*.png")
+    assert result["dry_run"] and result["targets"]["archive"]["files"] == len(list((tmp_path / "study").rglob("*.dcm")))
+    assert not files(tmp_path / "archive")
+
+
+def test_cancel_stops_within_seconds(up: Talaria, tmp_path: Path) -> None:
+    studies.ct(tmp_path / "study", 50, side=64)
+    with storescp(tmp_path / "pacs") as scp, relay(scp.port, delay_s=0.1) as link:
+        up.apply(pacs=dicom(link.port, concurrency=1))
+        queued = up.json("send", str(tmp_path / "study"), "--to", "pacs", "--no-wait")
+        up.until(lambda: scp.names())
+        up.api("POST", f"/flow_runs/{queued['flow_run_id']}/set_state", state={"type": "CANCELLING"})
+        begun = time.monotonic()
+        up.until(lambda: up.run(queued["flow_run_id"])["state"]["type"] == "CANCELLED", 10)
+        assert time.monotonic() - begun < 8
+        assert len(scp.names()) < 50
+        shown = up.json("jobs", "show", queued["flow_run_id"])
+        assert shown["state"] == "cancelled" and shown["targets"]["pacs"]["unsent"] > 0
+        link.delay_s = 0
+        assert up.json("jobs", "retry", queued["flow_run_id"])["state"] == "delivered"
+        assert len(scp.files()) == 50
+
+
+def test_the_server_wants_its_password_and_hides_secrets(up: Talaria, tmp_path: Path) -> None:
+    up.apply(cloud={"type": "s3", "bucket": "b", "access_key_id": "AK", "secret_access_key": "very secret"})
+    ran = subprocess.run(
+        [sys.executable, "-c", f"import urllib.request as u; u.urlopen('{up.url}/block_documents/filter', b'{{}}')"],
+        capture_output=True, text=True, check=False, env={k: v for k, v in os.environ.items() if "proxy" not in k.lower()},
+    )  # fmt: skip
+    assert "401" in ran.stderr
+    for path in (up.home / "api.auth", up.home / "encryption.key", up.home / "ledger.sqlite"):
+        assert path.stat().st_mode & 0o077 == 0
+    assert up.home.stat().st_mode & 0o077 == 0
+    listed = (
+        up("target", "list", "--json").stdout + up("target", "show", "cloud").stdout + up("target", "export").stdout
+    )
+    assert "cloud" in listed and "very secret" not in listed
+    for path in up.home.rglob("*"):
+        if path.is_file():
+            assert b"very secret" not in path.read_bytes(), path
