@@ -1,7 +1,7 @@
 """What the three DICOMweb services share: where they are, what their statuses mean, DICOM JSON and XML.
 
 Sources: PS3.18 sections 8.5 (status codes), 10.5 (store), 10.6 (search) and 10.4 (retrieve), Annex F (DICOM JSON),
-PS3.19 Annex A (Native DICOM Model), RFC 9110 sections 10.2.3 (Retry-After) and 15.
+PS3.19 Annex A (Native DICOM Model), RFC 9110 section 15.
 """
 
 from __future__ import annotations
@@ -9,9 +9,8 @@ from __future__ import annotations
 import json
 import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import quote as percent
 from urllib.parse import urlencode
@@ -53,7 +52,6 @@ ADVICE = {
     405: "this service is not at this place: check url and the prefixes",
     410: "check url and the prefixes",
 }
-MAX_RETRY_AFTER_S = 86_400.0
 # In a value of a query. RFC 3986 section 3.4 allows more; those signs separate values for some servers.
 QUERY_SAFE = "*?/:@!$'()-._~"
 _SAFE = "@:$&!*'(),;=+-._~%"  # in a path, RFC 3986 section 3.3
@@ -119,27 +117,12 @@ class Service:
             text += f": {said!r}"
         if status in ADVICE:
             text += f"; {ADVICE[status]}"
-        return Busy(text, retry_after=retry_after(answer.headers)) if kind is Busy else kind(text)
+        return Busy(text, retry_after=answer.retry_after) if kind is Busy else kind(text)
 
     def get(self, path: str, accept: str) -> tuple[int, Answer, bytes]:
         """Fetch a small resource; returns status, head and body."""
         with self.session.request("GET", path, {"Accept": accept}) as answer:
             return answer.status, answer, answer.read()
-
-
-def retry_after(headers: Mapping[str, str] | Any) -> float | None:
-    """Seconds that a Retry-After field asks to wait, whether it names them or a date; None if there is none."""
-    value = str(headers.get("Retry-After") or "").strip()
-    if not value:
-        return None
-    try:
-        seconds = float(value)
-    except ValueError:
-        try:
-            seconds = parsedate_to_datetime(value).timestamp() - time.time()
-        except (ValueError, OverflowError):
-            return None
-    return min(max(0.0, seconds), MAX_RETRY_AFTER_S) if seconds == seconds else None
 
 
 def pause(seconds: float, check: Callable[[], None]) -> None:

@@ -147,7 +147,7 @@ class ClientCredentials:
         said = words.quote(body, answer.media_type, self.secrets)
         text = f"{self._where}: no token: {status} {words.clean(answer.reason)}" + (f": {said!r}" if said else "")
         if status in (408, 425, 429) or status >= 500:
-            return Busy(text)
+            return Busy(text, retry_after=answer.retry_after)
         if status in (404, 405, 410):
             return NotFound(f"{text}; check token_url")
         if status in (400, 401, 403):

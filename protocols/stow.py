@@ -273,8 +273,7 @@ class Store:
         if failure.code in stow_answer.ALREADY:
             return Outcome(Kind.ALREADY, text)
         if stow_answer.is_busy(failure.code):
-            wait = dicomweb.retry_after(answer.headers)
-            return Busy(f"{self._key}: {text}: {item.shown}", retry_after=wait)
+            return Busy(f"{self._key}: {text}: {item.shown}", retry_after=answer.retry_after)
         if failure.code in stow_answer.ONCE_MORE and not batch.last:
             return Batch((item,), last=True)
         return Outcome(Kind.REJECTED, text)
