@@ -260,7 +260,9 @@ def negotiate(
     link.drop()
     answer = assoc.acceptor.primitive
     if answer is not None and answer.result == 0 and transport.head[:1] == b"\x02":
-        return link
+        if answer.presentation_context_definition_results_list:
+            return link
+        raise Interrupted(f"{peer.where}: the peer's answer to the association request makes no sense")
     raise _refused(link, silent) from transport.failure
 
 
