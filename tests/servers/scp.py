@@ -28,6 +28,7 @@ import pydicom
 from pydicom.dataset import Dataset
 
 from tests.servers import wire
+from tests.servers.process import listening
 from tests.servers.steps import (
     Abort,
     Answer,
@@ -86,6 +87,7 @@ class Scp:
         keep_data: whether the data sets are kept.
         watch: whether to look, before each answer, if the other side has gone on without it (`early` counts).
         host: the address to listen on.
+        report_tls: with which a commitment is reported on a new association; None for a plain connection.
     """
 
     port: int = 0
@@ -106,6 +108,7 @@ class Scp:
     keep_data: bool = True
     watch: bool = False
     host: str = "127.0.0.1"
+    report_tls: ssl.SSLContext | None = None
     tls: ssl.SSLContext | None = None
     stores: list[Store] = field(default_factory=list)
     kept: dict[str, Store] = field(default_factory=dict)
@@ -492,12 +495,16 @@ class _Connection:
 
         self.peer.stopped.wait(step.delay_s)
         assert step.port is not None
+        if not listening(step.port):  # pynetdicom would leave its socket behind
+            self.peer.reported.append((commit.transaction, None))
+            return
         try:
             ae = AE(self.peer.aet)
             ae.acse_timeout = ae.dimse_timeout = ae.network_timeout = ae.connection_timeout = 5
             ae.add_requested_context(COMMITMENT, [IMPLICIT, EXPLICIT])
             role = build_role(COMMITMENT, scu_role=False, scp_role=True)
-            assoc = ae.associate("127.0.0.1", step.port, ae_title=commit.calling, ext_neg=[role])
+            tls = (self.peer.report_tls, "127.0.0.1") if self.peer.report_tls else None
+            assoc = ae.associate("127.0.0.1", step.port, ae_title=commit.calling, ext_neg=[role], tls_args=tls)
             if not assoc.is_established:
                 self.peer.reported.append((commit.transaction, None))
                 return
