@@ -385,7 +385,8 @@ def test_a_peer_that_cannot_list(plan: Plan) -> None:
 
 def test_listed_by_dcmqrscp(plan: Plan, tmp_path: Path) -> None:
     with dcmqrscp(tmp_path / "server") as server:
-        target = dicom_target(server.port, aet_target=server.aet, verify="listed")
+        # With several associations at once it gives two instances one file name, and loses the first of them.
+        target = dicom_target(server.port, aet_target=server.aet, verify="listed", concurrency=1)
         receipt = attempt(target, plan).require()
         assert (receipt.state, receipt.verified, receipt.notes) == (State.DELIVERED, Level.LISTED, ())
 
