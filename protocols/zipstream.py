@@ -49,6 +49,17 @@ class Entry:
         """Whether the local header needs the ZIP64 record."""
         return self.size >= LIMIT_32
 
+    @property
+    def local_size(self) -> int:
+        """Bytes of the local header."""
+        return _LOCAL.size + len(self.name) + (20 if self.big else 0)
+
+    @property
+    def central_size(self) -> int:
+        """Bytes of the entry in the central directory; the offset must be set."""
+        wide = 8 * (2 * self.big + (self.offset >= LIMIT_32))
+        return _CENTRAL.size + len(self.name) + (4 + wide if wide else 0)
+
     def local(self) -> bytes:
         """The local header. In it the ZIP64 record always holds both sizes (section 4.5.3)."""
         extra = struct.pack("<HHQQ", 1, 16, self.size, self.size) if self.big else b""
@@ -79,8 +90,8 @@ def length(entries: Iterable[Entry]) -> int:
     position = directory = count = 0
     for entry in entries:
         entry.offset = position
-        position += len(entry.local()) + entry.size
-        directory += len(entry.central())
+        position += entry.local_size + entry.size
+        directory += entry.central_size
         count += 1
     return position + directory + len(_end(count, position, directory))
 
@@ -89,7 +100,7 @@ def directory(entries: Iterable[Entry]) -> Iterator[bytes]:
     """What follows the last file: the central directory, in pieces, and the end records. Offsets must be set."""
     start = size = count = 0
     for entry in entries:
-        start = entry.offset + len(entry.local()) + entry.size
+        start = entry.offset + entry.local_size + entry.size
         piece = entry.central()
         size += len(piece)
         count += 1

@@ -33,8 +33,8 @@ class Held:
             self.counts[series] += 1
             self.loose[series] += not _TELLING.fullmatch(name)
 
-    def lacks(self, items: Iterable[Item], study: Sequence[Item], before: Held | None = None) -> dict[Item, str]:
-        """Return those of the items that XNAT doesn't have, each with what was seen.
+    def lacks(self, items: Iterable[Item], study: Sequence[Item], before: Held | None = None) -> dict[str, str]:
+        """Return the paths of those of the items that XNAT doesn't have, each with what was seen.
 
         Args:
             items: one for each instance.
@@ -44,11 +44,11 @@ class Held:
         groups = by_series(study)
         if not self.counts.keys() & groups.keys():
             groups = {"": list(study)}  # XNAT doesn't tell series, or a script gave them other UIDs
-        wanted = set(items)
-        missing: dict[Item, str] = {}
+        wanted = {item.path for item in items}
+        missing: dict[str, str] = {}
         for series, members in groups.items():
             unseen = [item for item in members if name_of(item) not in self.names]
-            absent = [item for item in unseen if item in wanted]
+            absent = [item.path for item in unseen if item.path in wanted]
             if not absent:
                 continue
             loose = self._loose(series)

@@ -105,7 +105,10 @@ def header_of(item: Item) -> Header:
 
 def entry_name(SOPInstanceUID: str) -> str:
     """What an instance is called in the zip, and so at XNAT, which keeps the names of files."""
-    return re.sub(r"[^A-Za-z0-9.-]", "_", SOPInstanceUID).lstrip(".") + ".dcm"
+    name = SOPInstanceUID
+    if not (name.isascii() and name.replace(".", "0").isdigit()):  # as all are that follow PS3.5 section 9.1
+        name = re.sub(r"[^A-Za-z0-9.-]", "_", name)
+    return (name.lstrip(".") or "_") + ".dcm"
 
 
 class Names:

@@ -35,6 +35,7 @@ _COLLISION = "Concurrent file sends"
 _BROKEN = "unable to read data from file"
 _WORKING = ("already be in progress", "already archiving", "in use", "lock session", "did not return a valid data URI")
 _OTHER_STUDY = "modification of session UID"
+_EXISTS = "Session already exists: XNAT has this study without this file, and overwrite is none: set it to append"
 _OUR_FAULT = ("Parameter dest format error", "identify upload format", "Unsupported format", "Importer is limited")
 
 
@@ -46,6 +47,7 @@ class _Ended:
     entry: Entry | None = None
     warning: str = ""
     refused: str = ""
+    silent: bool = False  # XNAT did not answer the import: what is not there may still come
 
 
 class _Taken(Exception):
@@ -92,8 +94,8 @@ class _Delivery:
         self.client, self.target = shared.client, shared.target
         self.project = shared.target.project_id
         self.whole = distinct(study.items)
-        self.rejected: dict[Item, str] = {}
-        self.twins: dict[Item, Item] = {}  # a file of an instance that another file has too
+        self.rejected: dict[str, str] = {}  # by path
+        self.twins: dict[str, Item] = {}  # by path of a file of an instance that another file has too, that other one
 
     # ---- the way of a study
 
@@ -101,40 +103,36 @@ class _Delivery:
         entry = self._wait_for_earlier()
         held = self._held(self.name.existing, entry)
         pending = self._unique(self.study.pending)
-        again = held is None or self.target.overwrite is Overwrite.DELETE
-        lacking = dict.fromkeys(pending, "") if again or held is None else held.lacks(pending, self.whole)
-        already = [item for item in pending if item not in lacking]
-        if not pending:
-            self._verify(held)
-            return
-        if held is not None and lacking and not self._may_add():
-            self._refuse(lacking, already)
-            return
+        if held is None or self.target.overwrite is Overwrite.DELETE:
+            lacking = pending
+        else:
+            paths = held.lacks(pending, self.whole)
+            lacking = [item for item in pending if item.path in paths]
+        sending = {item.path for item in lacking}
+        already = [item for item in pending if item.path not in sending]
         if not lacking:
             self._tell(already, (), "")
             self._verify(held)
-            return
-        ended = self._import([item for item in pending if item in lacking])
-        if ended is None:  # none of the files was left
-            self._tell(already, (), "")
-        elif ended.refused:
-            for item in lacking:
-                self.rejected.setdefault(item, ended.refused)
+        elif held is not None and not self._may_add():
+            self.rejected = dict.fromkeys(sending, _EXISTS)
             self._tell(already, (), "")
         else:
-            sent = [item for item in lacking if item not in self.rejected]
-            self._confirm(ended, already, sent, held or Held())
+            self._tell_import(already, lacking, held or Held())
+
+    def _tell_import(self, already: list[Item], lacking: list[Item], before: Held) -> None:
+        ended = self._import(lacking)
+        left = [item for item in lacking if item.path not in self.rejected]
+        if ended is not None and not ended.refused:
+            self._confirm(ended, already, left, before)
+            return
+        if ended is not None:  # else no file was left to be imported
+            self.rejected |= dict.fromkeys((item.path for item in left), ended.refused)
+        self._tell(already, (), "")
 
     def _may_add(self) -> bool:
         """Whether a session that is there may get more: by `overwrite`, or because this dispatch made it."""
         ours = any(item.path in self.shared.plan.done for item in self.study.items)
         return ours or self.target.overwrite is not Overwrite.NONE
-
-    def _refuse(self, lacking: dict[Item, str], already: list[Item]) -> None:
-        why = "Session already exists: XNAT has this study without this file, and overwrite is none: set it to append"
-        for item in lacking:
-            self.rejected[item] = why
-        self._tell(already, (), "")
 
     def _unique(self, items: Iterable[Item]) -> list[Item]:
         """One item for each instance: XNAT keeps a single file of it."""
@@ -142,7 +140,7 @@ class _Delivery:
         for item in items:
             known = first.setdefault(name_of(item), item)
             if known is not item:
-                self.twins[item] = known
+                self.twins[item.path] = known
         return list(first.values())
 
     # ---- what XNAT has
@@ -206,8 +204,8 @@ class _Delivery:
     def _without(self, items: list[Item], shown: str | None, why: str) -> list[Item]:
         for item in items:
             if item.shown == shown:
-                self.rejected[item] = why
-        return [item for item in items if item not in self.rejected]
+                self.rejected[item.path] = why
+        return [item for item in items if item.path not in self.rejected]
 
     def _send(self, items: list[Item]) -> list[Place] | None:
         """Send a zip of these items; None if XNAT has it all but doesn't answer in time."""
@@ -285,17 +283,20 @@ class _Delivery:
             label = archived[0].rest.rpartition("experiments/")[2].strip("/")
             return self._archived(label or self.name.session) or _Ended(warning="XNAT doesn't show the session")
         entry = self._find()
-        if entry is not None:
-            return self._see_through(entry)
-        found = self._archived(self.name.session)
-        if found:
-            return found
+        ended = self._see_through(entry) if entry else self._archived(self.name.session)
         if places is None:
-            raise TimedOut(f"{self.study.shown}: XNAT was silent for {self.target.idle_timeout_s:g} s after the upload")
+            if ended is None or (ended.entry and ended.entry.state.startswith("RECEIVING")):
+                raise self._silence()
+            ended.silent = True
+        if ended is not None:
+            return ended
         if places:
             return _Ended(warning=f"XNAT put it to {places[0].shown}, and doesn't show it any more")
         why = "XNAT took none of the files and gave no reason: an import filter or an anonymisation script refuses them"
         return _Ended(refused=why)
+
+    def _silence(self) -> TimedOut:
+        return TimedOut(f"{self.study.shown}: XNAT was silent for {self.target.idle_timeout_s:g} s after the upload")
 
     def _archived(self, label: str) -> _Ended | None:
         session = self.client.session(self.project, label)
@@ -340,11 +341,13 @@ class _Delivery:
             self.shared.notes.add("XNAT doesn't let this user list the files of a session")
             self._tell(already, sent, ended.warning)
             return
-        study = [item for item in self.whole if item not in self.rejected]
+        study = [item for item in self.whole if item.path not in self.rejected]
         lacking = held.lacks(sent, study, before)
-        for item, seen in lacking.items():
-            self.rejected[item] = f"XNAT left it out: {seen}"
-        self._tell(already, [item for item in sent if item not in lacking], ended.warning)
+        if lacking and ended.silent:
+            raise self._silence()
+        for path, seen in lacking.items():
+            self.rejected[path] = f"XNAT left it out: {seen}"
+        self._tell(already, [item for item in sent if item.path not in lacking], ended.warning)
         self._verify(held)
 
     def _verify(self, held: Held | None) -> None:
@@ -353,25 +356,22 @@ class _Delivery:
         if self.target.verify is Level.ACCEPTED or not done:
             return
         if held is None:
-            lacking = dict.fromkeys(done, "XNAT has no session of the study")
+            lacking = {item.path: "XNAT has no session of the study" for item in done}
         else:
             lacking = held.lacks(done, self.whole)
-        for item, seen in lacking.items():
-            self.shared.tell.revoke(item, f"delivered earlier, but not there: {seen}")
+        for item in done:
+            if seen := lacking.get(item.path):
+                self.shared.tell.revoke(item, f"delivered earlier, but not there: {seen}")
 
     def _tell(self, already: Iterable[Item], delivered: Iterable[Item], warning: str) -> None:
-        tell = self.shared.tell
-        outcomes: dict[Item, Outcome] = {}
-        for item in already:
-            outcomes[item] = ALREADY
-        for item in delivered:
-            outcomes[item] = Outcome(Kind.WARNING, warning) if warning else Outcome(Kind.DELIVERED)
-        for item, why in self.rejected.items():
-            outcomes[item] = Outcome(Kind.REJECTED, why)
-        for twin, first in self.twins.items():
-            outcomes[twin] = self._twin(twin, first, outcomes[first])
-        for item, outcome in outcomes.items():
-            tell(item, outcome)
+        outcomes = dict.fromkeys((item.path for item in already), ALREADY)
+        fine = Outcome(Kind.WARNING, warning) if warning else Outcome(Kind.DELIVERED)
+        outcomes |= dict.fromkeys((item.path for item in delivered), fine)
+        outcomes |= {path: Outcome(Kind.REJECTED, why) for path, why in self.rejected.items()}
+        for item in self.study.pending:
+            first = self.twins.get(item.path)
+            outcome = outcomes[first.path if first else item.path]
+            self.shared.tell(item, self._twin(item, first, outcome) if first else outcome)
 
     def _twin(self, twin: Item, first: Item, outcome: Outcome) -> Outcome:
         if not outcome.arrived:

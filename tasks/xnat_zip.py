@@ -1,23 +1,32 @@
 """The zip of a study's files as the body of a request: read while it is sent, by way of the plan only.
 
 A zip tells each file's CRC-32 before its bytes. Small files are read once: sum, look, send. Large ones are summed by
-a thread that stays a little ahead of what is being sent, so that the second reading comes from the page cache.
+a thread that stays a little ahead of what is being sent, so that the second reading comes from the page cache. A
+second thread fills buffers while the one that asks for them sends.
 """
 
 from __future__ import annotations
 
 import os
 import threading
-import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from queue import Empty, SimpleQueue
 
 from protocols.zipstream import Entry, directory, length
 from transfer.errors import Rejected
 from transfer.plan import Item, Plan
 from transfer.throttle import Throttle
 
+try:  # ten times as fast: 32 GB/s instead of 3
+    from isal.isal_zlib import crc32
+except ImportError:  # no wheel for this processor
+    from zlib import crc32
+
 PIECE_BYTES = 1 << 20  # one send; larger ones are not faster
+ROOM_BYTES = 1024  # in a buffer beyond a piece: any header, and any record of the directory
+BUFFERS = 3  # one being filled, one being sent, one to hand over
 AHEAD_BYTES = 256 << 20  # what is summed but not sent stays well within the page cache
 WAIT_S = 0.2  # between two looks at whether to stop
 
@@ -78,84 +87,146 @@ class ZipBody:
 
     def __iter__(self) -> Iterator[memoryview]:
         self.finished = False
-        buffer = _Buffer(self.piece)
-        for item, entry in self._files:
-            if self._sums and self._large(item):
-                yield from self._paid(buffer.flushed())
-                yield from self._large_file(item, entry, buffer, self._sums)
-            else:
-                head = len(entry.local())
-                if not buffer.room(head + item.size):
-                    yield from self._paid(buffer.flushed())
-                self._small_file(item, entry, head, buffer)
-        for record in directory(entry for _, entry in self._files):
-            if not buffer.room(len(record)):
-                yield from self._paid(buffer.flushed())
-            buffer.put(record)
-        yield from self._paid(buffer.flushed())
+        filler = _Filler(self._fill, self.piece + ROOM_BYTES)
+        try:
+            while (piece := filler.next(self._check)) is not None:
+                self._throttle.spend(len(piece))
+                yield piece
+                filler.give_back(piece)
+        finally:
+            filler.stop()
         self.finished = True
 
     def _large(self, item: Item) -> bool:
-        return item.size + 1024 > self.piece  # with its header it doesn't fit into one piece
+        return item.size + ROOM_BYTES > self.piece  # with its header it doesn't fit into one piece
 
-    def _small_file(self, item: Item, entry: Entry, head: int, buffer: _Buffer) -> None:
-        """Put a file and its header into the buffer, if it is the one that was planned."""
-        self._check()
+    def _fill(self, out: _Filler) -> None:
+        """Write the zip into buffers. Runs in a thread of its own."""
+        for item, entry in self._files:
+            if self._sums and self._large(item):
+                self._large_file(item, entry, out, self._sums)
+            else:
+                self._small_file(item, entry, out)
+        for record in directory(entry for _, entry in self._files):
+            out.make_room(len(record))
+            out.put(record)
+
+    def _small_file(self, item: Item, entry: Entry, out: _Filler) -> None:
+        """Write a file and its header, if it is the one that was planned."""
+        out.ask()
+        head = entry.local_size
+        out.make_room(head + item.size)
         with self._plan.open(item) as fd:
-            data = buffer.free[head : head + item.size]
+            data = out.free[head : head + item.size]
             _read(fd, data, 0, item)
             self._plan.check(item, fd)
-        entry.crc = zlib.crc32(data)
-        buffer.put(entry.local())
-        buffer.skip(item.size)
+        entry.crc = crc32(data)
+        out.put(entry.local())
+        out.skip(item.size)
 
-    def _large_file(self, item: Item, entry: Entry, buffer: _Buffer, sums: _Sums) -> Iterator[memoryview]:
-        entry.crc = sums.wait_for(item, self._check)
+    def _large_file(self, item: Item, entry: Entry, out: _Filler, sums: _Sums) -> None:
+        entry.crc = sums.wait_for(item, out.ask)
+        out.make_room(entry.local_size)
+        out.put(entry.local())
         with self._plan.open(item) as fd:
-            buffer.put(entry.local())
             done = 0
             while done < item.size:
-                data = buffer.free[: item.size - done]
+                data = out.free[: item.size - done]
                 _read(fd, data, done, item)
-                buffer.skip(len(data))
                 done += len(data)
                 if done == item.size:
                     self._plan.check(item, fd)
-                yield from self._paid(buffer.flushed())
+                out.skip(len(data))
+                out.flush()
         sums.forget(item)
 
-    def _paid(self, pieces: Iterator[memoryview]) -> Iterator[memoryview]:
-        for piece in pieces:
-            self._throttle.spend(len(piece))
-            yield piece
+
+class _Stopped(Exception):
+    """Nobody wants the rest."""
 
 
-class _Buffer:
-    """Gathers small files and headers, so that one system call sends many."""
+class _Filler:
+    """Fills buffers in a thread while others are being sent: reading and summing cost the link no time.
 
-    def __init__(self, size: int) -> None:
-        # An empty buffer takes any header, and any record of the directory.
-        self._view = memoryview(bytearray(size + 1024))
+    Args:
+        fill: writes everything, by way of `put`, or of `free` and `skip`.
+        size: of a buffer, bytes.
+    """
+
+    def __init__(self, fill: Callable[[_Filler], None], size: int) -> None:
+        self._full: SimpleQueue[memoryview | BaseException | None] = SimpleQueue()
+        self._empty: SimpleQueue[memoryview | None] = SimpleQueue()
+        self._stopped = False
         self._used = 0
+        self._fill = fill
+        self._view: memoryview | None = None
+        for _ in range(BUFFERS):
+            self._empty.put(memoryview(bytearray(size)))
+        self._thread = threading.Thread(target=self._work, name="zip", daemon=True)
+        self._thread.start()
+
+    # ---- for who sends
+
+    def next(self, check: Callable[[], None]) -> memoryview | None:
+        """Return what is to be sent next, None at the end, or raise what went wrong."""
+        while True:
+            check()
+            with suppress(Empty):
+                found = self._full.get(timeout=WAIT_S)
+                if isinstance(found, BaseException):
+                    raise found
+                return found
+
+    def give_back(self, piece: memoryview) -> None:
+        """A piece was sent."""
+        self._empty.put(memoryview(piece.obj))
+
+    def stop(self) -> None:
+        self._stopped = True
+        self._empty.put(None)
+        self._thread.join()
+
+    # ---- for who fills
+
+    def ask(self) -> None:
+        if self._stopped:
+            raise _Stopped
 
     @property
     def free(self) -> memoryview:
+        """What is left of the buffer at hand; there is always some."""
+        if self._view is None:
+            self._view, self._used = self._empty.get(), 0
+        if self._view is None:
+            raise _Stopped
         return self._view[self._used :]
 
-    def room(self, count: int) -> bool:
-        return self._used + count <= len(self._view)
+    def make_room(self, count: int) -> None:
+        if len(self.free) < count:
+            self.flush()
 
     def put(self, data: bytes) -> None:
-        self._view[self._used : self._used + len(data)] = data
-        self._used += len(data)
+        self.free[: len(data)] = data
+        self.skip(len(data))
 
     def skip(self, count: int) -> None:
         self._used += count
 
-    def flushed(self) -> Iterator[memoryview]:
-        used, self._used = self._used, 0
-        if used:
-            yield self._view[:used]
+    def flush(self) -> None:
+        if self._view is not None and self._used:
+            self._full.put(self._view[: self._used])
+            self._view = None
+
+    def _work(self) -> None:
+        try:
+            self._fill(self)
+            self.flush()
+        except _Stopped:
+            return
+        except BaseException as exc:  # told to who sends
+            self._full.put(exc)
+        else:
+            self._full.put(None)
 
 
 class _Sums:
@@ -219,7 +290,7 @@ class _Sums:
             while done < item.size and not self._stopped:
                 data = buffer[: item.size - done]
                 _read(fd, data, done, item)
-                crc = zlib.crc32(data, crc)
+                crc = crc32(data, crc)
                 done += len(data)
             self._plan.check(item, fd)
         return crc

@@ -379,6 +379,18 @@ def test_silent_and_nothing_there(server: Xnat, study: Path) -> None:
     assert time.monotonic() - begun < 4
 
 
+def test_silent_and_only_what_was_there_before(server: Xnat, study: Path) -> None:
+    """An append that XNAT never answers: the session is there, what was sent is not, and may still come."""
+    uid = studies.uid(56)
+    studies.ct(study / "a", 2, study=uid)
+    target = xnat_target(server.url, overwrite="append", idle_timeout_s=1)
+    attempt(target, study).require()
+    studies.ct(study / "b", 2, study=uid)
+    server.faults.append(Fault("POST", "/data/services/import", hang_up=True, wait_s=4))
+    fails(attempt(target, study), TimedOut)
+    assert all_of(attempt(target, study / "b"), Kind.DELIVERED)
+
+
 def test_an_earlier_import_still_at_work_is_waited_for(server: Xnat, study: Path) -> None:
     """The link broke after the upload; XNAT goes on, and the next attempt finds what it made."""
     server.rules.archive_s = 2
