@@ -1,0 +1,215 @@
+"""rsync over ssh: the system's rsync, its arguments, its progress and what its exit codes mean.
+
+Source: rsync(1), of 3.1.3 and later; the other side may be older. Names go through a list that ends each with a NUL,
+paths on the other side through rsync's own protocol (`-s`), so no shell sees either.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import select
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from protocols.memfiles import tail
+from protocols.programs import program
+from protocols.ssh import Client, Started, remote_shell, short
+from transfer.errors import Busy, Denied, DispatchError, Interrupted, Misconfigured, NotFound, TimedOut, Unreachable
+
+PARTIAL = ".talaria-partial"  # in each folder; holds what has come of a file when the link breaks
+TEMPORARY = ".talaria-temp"  # in the folder that is sent to; holds files that are coming
+POLL_S = 0.2  # between two looks at whether to stop
+PIECE = 65_536
+SLOWEST_SUM = 20 << 20  # bytes a second that either side computes checksums at, in silence
+
+# rsync(1), EXIT VALUES. 255 is ssh's own, 127 and 126 are the shell's on the other side.
+PARTLY = (23, 24, 25)
+EXITS: dict[int, tuple[type[DispatchError], str]] = {
+    1: (Misconfigured, "rsync doesn't know an option: it is too old on one side"),
+    2: (Misconfigured, "what answers is not rsync: the account runs SFTP only, or its login prints text"),
+    3: (Misconfigured, "rsync can't use a folder that it was given"),
+    4: (Misconfigured, "rsync is too old on one side"),
+    5: (Misconfigured, "the server's rsync doesn't start"),
+    6: (Misconfigured, "the server's rsync can't write its log"),
+    10: (Interrupted, "the link broke"),
+    11: (Interrupted, "reading or writing a file failed"),
+    12: (Interrupted, "the link broke"),
+    13: (Interrupted, "rsync could not report"),
+    14: (Interrupted, "rsync lost its helper process"),
+    20: (Interrupted, "rsync was stopped"),
+    21: (Interrupted, "rsync lost its helper process"),
+    22: (Busy, "no memory for rsync"),
+    23: (Interrupted, "not everything was transferred"),
+    24: (Interrupted, "files vanished while they were sent"),
+    30: (TimedOut, "the server was silent for too long"),
+    35: (Unreachable, "no connection in time"),
+    126: (Misconfigured, "rsync may not be run on the server"),
+    127: (Misconfigured, "rsync is not installed on the server"),
+}
+# What the system said weighs more than rsync's code: errno(3) in C's words.
+WORDS: tuple[tuple[str, type[DispatchError]], ...] = (
+    (r"No space left on device|Disk quota exceeded", Busy),
+    (r"Read-only file system|Permission denied|Operation not permitted", Denied),
+    (r"command not found|not found$", Misconfigured),
+    (r"Not a directory|No such file or directory", NotFound),
+)
+_PROGRESS = re.compile(rb"[\r\n]\s*(\d+)\s+\d+%")
+_ESCAPED = re.compile(rb"\\#([0-7]{3})")
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run of rsync ended: its exit code, its last words, what it printed, and the ssh that it used."""
+
+    code: int
+    words: str
+    output: bytes
+    started: Started
+
+    def failure(self) -> DispatchError:
+        """Return the error that the exit code and the words mean."""
+        lines = [line for line in self.words.splitlines() if "rsync error:" not in line] or [self.words]
+        said = short(" ".join(lines))
+        shown = self.started.client.login.shown
+        if self.code == 255:
+            return self.started.failure()
+        kind, meaning = EXITS.get(self.code, (Interrupted, f"rsync ended with exit code {self.code}"))
+        if self.code in (3, 11, 12, 13, *PARTLY):
+            kind = next((error for pattern, error in WORDS if re.search(pattern, self.words, re.MULTILINE)), kind)
+        return kind(f"{shown}: {meaning} ({said})" if said else f"{shown}: {meaning}")
+
+
+@dataclass(frozen=True)
+class Rsync:
+    """How to run rsync towards one folder on a host.
+
+    Attributes:
+        control: where an ssh listens that is connected already, "" for a connection of its own.
+        limit: bytes per second, None for no limit.
+    """
+
+    client: Client
+    control: str = ""
+    limit: int | None = None
+    compress: bool = False
+    check: Callable[[], None] = lambda: None
+    moved: Callable[[int], None] = lambda count: None
+
+    def send(self, source: Path, paths: Iterable[str], folder: str, *, there: str = "") -> Result:
+        """Send the files with these paths below `source` to the same paths below `folder`.
+
+        The folder exists, and TEMPORARY in it.
+
+        What was interrupted before goes on where it stopped. New files and folders get the modes that the umask of
+        the account leaves.
+
+        Args:
+            there: a folder of which files with the same length and time are not sent again.
+
+        Raises:
+            what `check` does; rsync and its ssh are then gone.
+        """
+        options = [
+            "--times",
+            "--omit-dir-times",
+            "--chmod=D0777,F0666",
+            f"--partial-dir={PARTIAL}",
+            f"--temp-dir={TEMPORARY}",
+            "--compress" if self.compress else "--no-compress",
+            "--info=progress2",
+            "--no-human-readable",
+        ]
+        if self.limit is not None:
+            options.append(f"--bwlimit={max(1, self.limit // 1024)}")  # KiB
+        return self._run([*options, *_besides(there)], source, paths, folder)
+
+    def differing(
+        self,
+        source: Path,
+        paths: Iterable[str],
+        folder: str,
+        *,
+        checksum: bool = False,
+        size: int = 0,
+        there: str = "",
+    ) -> tuple[Result, list[str]]:
+        """Return which files rsync would have to send: by length, or by checksum.
+
+        Args:
+            size: bytes of all of them, for the time that checksums may take.
+            there: as in `send`.
+        """
+        options = [
+            "--dry-run",
+            "--checksum" if checksum else "--size-only",
+            "--no-times",
+            "--out-format=%i %n",
+            *_besides(there),
+        ]
+        extra_s = size // SLOWEST_SUM if checksum else 0
+        result = self._run(options, source, paths, folder, extra_s=extra_s)
+        lines = [line for line in result.output.split(b"\n") if line.startswith((b"<f", b"cL"))]
+        return result, [_unescaped(line.split(b" ", 1)[1]) for line in lines]
+
+    def _run(self, options: list[str], source: Path, paths: Iterable[str], folder: str, *, extra_s: int = 0) -> Result:
+        client = self.client
+        log, errors = client.file(), client.file()
+        ssh_options = [f"ControlPath={self.control}"] if self.control else []
+        idle_s = max(1, round(client.login.idle_timeout_s)) + extra_s
+        host = client.login.host
+        argv = [
+            program("rsync"),
+            "-s",
+            "--8-bit-output",
+            "--from0",
+            "--files-from=-",
+            f"--timeout={idle_s}",
+            *options,
+            "-e",
+            remote_shell(client.argv(*ssh_options, log=log)),
+            f"{source}/",
+            f"{f'[{host}]' if ':' in host else host}:{folder}/",
+        ]
+        # With "./" before each: even in a list with NULs rsync takes a name that begins with # or ; for a comment.
+        listed = client.file(b"".join(b"./" + path.encode("utf-8", "surrogateescape") + b"\0" for path in paths))
+        with open(listed, "rb") as names:
+            started = client.run(argv, log, errors, stdin=names)
+        try:
+            output = self._follow(started)
+            code = started.process.wait()
+        finally:
+            started.stop()
+        return Result(code, tail(errors).decode("utf-8", "replace"), output, started)
+
+    def _follow(self, started: Started) -> bytes:
+        """Read what rsync prints until it ends; tell the bytes that it says have moved."""
+        if started.process.stdout is None:
+            raise TypeError("rsync was started without a pipe")
+        fd, output, told = started.process.stdout.fileno(), bytearray(), 0
+        poll = select.poll()
+        poll.register(fd, select.POLLIN)
+        while True:
+            self.check()
+            if not poll.poll(POLL_S * 1000):
+                continue
+            piece = os.read(fd, PIECE)
+            if not piece:
+                return bytes(output)
+            output += piece
+            seen = _PROGRESS.findall(output)
+            if seen:
+                moved, told = int(seen[-1]) - told, int(seen[-1])
+                if moved > 0:
+                    self.moved(moved)
+                del output[: max(output.rfind(b"\r"), output.rfind(b"\n"))]
+
+
+def _besides(folder: str) -> list[str]:
+    return [f"--compare-dest={folder}"] if folder else []
+
+
+def _unescaped(name: bytes) -> str:
+    r"""Return a name as it is: rsync prints control characters as \#ooo."""
+    return _ESCAPED.sub(lambda found: bytes([int(found[1], 8)]), name).decode("utf-8", "surrogateescape")
