@@ -205,4 +205,5 @@ def _ended(started: Started, output: bytes) -> Exception:
     if started.process.returncode == 255 or not started.facts.method:
         return started.failure()
     said = short(output.decode("utf-8", "replace") + " " + started.errors)
-    return NoShell(f"{started.client.login.shown}: logged in, but the account gets no shell there ({said})")
+    why = "the account gets no shell there, which rsync and scripts need; SFTP needs none"
+    return NoShell(f"{started.client.login.shown}: logged in, but {why} ({said})")
