@@ -1,0 +1,425 @@
+"""rsync targets: folders on servers that give a shell and have rsync.
+
+Everything goes into `<folder>/.incoming-<dispatch>/`, where an interrupted transfer finds again what has come. When
+it is whole, one rename makes it visible; if the folder is there already, file after file is renamed into it. All of
+it over one connection: a shell holds it, rsync uses it.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from blocks.rsync import RsyncTarget
+from protocols.programs import program
+from protocols.rsync import PARTIAL, PARTLY, TEMPORARY, WORDS, Result, Rsync
+from protocols.shell import Shell
+from protocols.ssh import Client, quote, short
+from tasks import ssh
+from tasks.driver import Driver, Facts
+from transfer.errors import Busy, Denied, DispatchError, Interrupted, Misconfigured, Rejected
+from transfer.health import Health
+from transfer.plan import Item, Plan
+from transfer.receipt import DELIVERED, Kind, Level, OnOutcome, Outcome, Receipt
+
+SOCKET_CHARS = 60  # of the folder: unix(7) allows 108 for the path; ssh adds 17 while it makes the socket
+
+SLOWEST_RENAMES = 100  # files a second that a server renames, one program each
+INCOMPLETE = 3  # exit code of PLACE
+# Scripts for a POSIX shell on the server; every @NAME@ is replaced by quoted words.
+# Prints where it is, and what an earlier attempt has given its final name already, though we were not told.
+PREPARE = """
+mkdir -p @FOLDER@ && cd @FOLDER@ && mkdir -p @FOLDERS@ && [ -w . ] || exit 1
+chmod 700 @INCOMING@
+pwd
+cd @INCOMING@ && for one in placed-*; do [ ! -e "$one" ] || echo "$one"; done
+"""
+# mv -T never moves into a folder that is there; where mv doesn't know it, nobody but us makes folders of this name.
+# Folders stay enterable for the group whatever the umask.
+PLACE = """
+cd @FOLDER@ || exit 1
+base=$(pwd)
+place() {  # number, name, how many files must have come ("" where an earlier attempt brought some)
+  from=@INCOMING@/$1 to=./$2
+  [ -d "$from" ] || return 0
+  rm -rf "$from/@TEMPORARY@"
+  find "$from" -type d -name @PARTIAL@ -prune -exec rm -rf {} +
+  count=$(find "$from" ! -type d -exec printf '%.0sx' {} + | wc -c)
+  [ -z "$3" ] || [ "$count" -eq "$3" ] || { echo "$count of $3 files have come"; exit 3; }
+  find "$from" -type d -exec chmod g+rx {} +
+  case $to in ./*/*) mkdir -p "${to%/*}" || return 1 ;; esac
+  if [ ! -e "$to" ]; then
+    if mv -T -- "$from" "$to" 2>/dev/null; then return 0; fi
+    if [ ! -e "$to" ]; then mv -- "$from" "$to"; return; fi
+  fi
+  rm -f "$to/@MARKER@"
+  cd "$from" || return 1
+  find . -type d -exec sh -c '
+    to=$1; shift
+    for one do [ -d "$to/$one" ] || mkdir "$to/$one"; done' sh "$base/$to" {} +
+  find . ! -type d -exec sh -c '
+    to=$1; shift
+    for one do
+      if [ -d "$to/$one" ]; then echo "$one: a folder of this name is in the way"
+      else mv -f -- "$one" "$to/$one"; fi
+    done' sh "$base/$to" {} +
+  cd "$base" || return 1
+  [ -z "$(find "$from" ! -type d | head -n 1)" ]
+}
+note() { if [ $? -eq 0 ]; then : >@INCOMING@/placed-$1; else code=2; fi; }
+@DROP@
+code=0
+@PLACES@
+exit $code
+"""
+LEFT = """
+cd @FOLDER@/@INCOMING@ && find @PLACE@ ! -type d -exec printf '%s\\0' {} +
+"""
+FINISH = """
+cd @FOLDER@ || exit 1
+for one in @NAMES@; do
+  if [ ! -d "./$one" ]; then printf '%s\\0' "$one"
+  elif [ ! -e "./$one/@MARKER@" ]; then : >"./$one/@MARKER@" || exit 1
+  fi
+done
+rm -rf @INCOMING@
+"""
+REMOVE = """
+cd @FOLDER@ && rm -f -- @PATHS@
+"""
+PROBE = """
+folder=@FOLDER@
+while [ ! -e "$folder" ]; do
+  case $folder in */*) up=${folder%/*}; folder=${up:-/} ;; *) folder=. ;; esac
+done
+cd "$folder" || exit 1
+: >@PROBE@ && mv -- @PROBE@ @PROBE@- && rm -- @PROBE@- || exit 1
+printf '%s' "$folder"
+"""
+
+
+def check(target: RsyncTarget) -> Health:
+    """Probe name, port, host key, login, shell, writing in the folder, rsync on both sides, and the script."""
+    health = Health()
+    rest = ["trust", "authenticate", "shell", "authorize", "rsync", *(["hook"] if target.on_complete else [])]
+    if ssh.probe_host(health, target):
+        try:
+            with Client(ssh.login(target)) as client:
+                _check(health, target, client)
+        except DispatchError:
+            with health.probe("authenticate"):
+                raise
+    health.skip(*(name for name in rest if name not in {probe.name for probe in health.probes}))
+    return health
+
+
+def _check(health: Health, target: RsyncTarget, client: Client) -> None:
+    shell, error = Shell(client), None
+    try:
+        shell.__enter__()
+    except DispatchError as exc:
+        error = exc
+    try:
+        if not ssh.probe_login(health, error, shell.started.facts):
+            return
+        with health.probe("shell"):
+            if error is not None:
+                raise error
+        if error is not None:
+            return
+        with health.probe("authorize") as probe:
+            code, output = shell.run(_filled(PROBE, FOLDER=target.folder, PROBE=ssh.probe_name()))
+            if code:
+                raise _said(output, target)
+            place = output.decode("utf-8", "replace")
+            probe.detail = f"{place}: a file was written and removed"
+            if place != target.folder:
+                probe.detail += f"; {target.folder} will be made"
+        with health.probe("rsync") as probe:
+            program("rsync")
+            code, output = shell.run("rsync --version")
+            if code:
+                raise Misconfigured(f"{client.login.shown}: rsync is not installed on the server")
+            probe.detail = output.decode("utf-8", "replace").split("\n")[0].strip()
+        if target.on_complete:
+            with health.probe("hook"):
+                if shell.run(ssh.script_there(target))[0]:
+                    raise ssh.no_script(target)
+    finally:
+        if error is None:
+            shell.__exit__(None, None, None)
+
+
+def push(target: RsyncTarget, plan: Plan, on_outcome: OnOutcome) -> Receipt:
+    """Send every pending file, make all visible at once, then put the marker; told when visible."""
+    on_outcome.check()
+    with ssh.named(target), Client(ssh.login(target)) as client, _socket() as control:
+        options = ("ControlMaster=yes", f"ControlPath={control}")
+        with Shell(client, *options) as shell:
+            rsync = Rsync(client, control, target.bandwidth_limit, target.compress, on_outcome.check, on_outcome.moved)
+            return _Push(target, plan, on_outcome, shell, rsync).run()
+
+
+@contextmanager
+def _socket() -> Iterator[str]:
+    """A place for a socket that nobody else reaches."""
+    where = tempfile.gettempdir()
+    folder = tempfile.mkdtemp(prefix="talaria-", dir=where if len(where) < SOCKET_CHARS else "/tmp")  # noqa: S108
+    try:
+        yield f"{folder}/s"
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@dataclass
+class _Folder:
+    """One folder that the layout makes: its name, where it grows, and what it shall hold."""
+
+    name: str
+    number: int
+    items: list[Item]
+    pending: list[Item] = field(default_factory=list)
+    sent: list[Item] = field(default_factory=list)
+
+
+class _Push:
+    def __init__(self, target: RsyncTarget, plan: Plan, on_outcome: OnOutcome, shell: Shell, rsync: Rsync) -> None:
+        self.target, self.plan, self.on_outcome, self.shell, self.rsync = target, plan, on_outcome, shell, rsync
+        self.incoming = f".incoming-{plan.dispatch_id}"
+        self.base = target.folder  # absolute once the server has told
+        self.placed: set[int] = set()  # numbers of the folders that an earlier attempt has made visible
+        self.notes: list[str] = []
+        waiting = {item.path for item in plan.pending}
+        self.folders = [
+            _Folder(name, number, items, [item for item in items if item.path in waiting])
+            for number, (name, items) in enumerate(ssh.by_folder(target, plan).items())
+        ]
+
+    def run(self) -> Receipt:
+        growing = [folder for folder in self.folders if folder.pending]
+        if growing:
+            self.prepare(growing)
+            for folder in growing:
+                self.send(folder)
+            self.place(growing)
+        verified = self.verify()
+        self.finish()
+        return self.on_outcome.receipt(self.target.name, self.plan, verified, tuple(self.notes))
+
+    def script(self, text: str, **words: str | list[str]) -> tuple[int, bytes]:
+        """Run one of the scripts above in the target's folder."""
+        filled = _filled(text, FOLDER=self.target.folder, INCOMING=self.incoming, MARKER=ssh.MARKER, **words)
+        idle_s = self.target.idle_timeout_s + len(self.plan.items) / SLOWEST_RENAMES
+        return self.shell.run(filled, idle_s=idle_s, check=self.on_outcome.check)
+
+    def reject(self, item: Item, reason: str) -> None:
+        self.on_outcome(item, Outcome(Kind.REJECTED, reason))
+
+    def unchanged(self, items: list[Item]) -> list[Item]:
+        """Return the items whose files are as planned; the others are rejected."""
+        good = []
+        for item in items:
+            try:
+                with self.plan.open(item):
+                    good.append(item)
+            except Rejected as exc:
+                self.reject(item, exc.message)
+        return good
+
+    def prepare(self, growing: list[_Folder]) -> None:
+        """Make the folders that rsync writes to."""
+        places = [f"{self.incoming}/{folder.number}/{TEMPORARY}" for folder in growing]
+        code, output = self.script(PREPARE, FOLDERS=places)
+        if code:
+            raise _said(output, self.target)
+        self.base, *placed = output.decode("utf-8", "surrogateescape").split("\n")
+        self.placed = {int(name.removeprefix("placed-")) for name in placed if name}
+
+    def send(self, folder: _Folder) -> None:
+        """Bring a folder's files to where it grows; what has changed meanwhile is rejected."""
+        items = self.unchanged(folder.pending)
+        if not items:
+            return
+        place = f"{self.base}/{self.incoming}/{folder.number}"
+        there = f"{self.base}/{folder.name}" if folder.number in self.placed else ""
+        result = self.rsync.send(self.plan.root, [item.path for item in items], place, there=there)
+        missing: dict[str, str] = {}
+        if result.code in PARTLY:
+            missing = self.missing(result, items, place, there)
+        elif result.code:
+            raise result.failure()
+        for item in self.unchanged(items):
+            if item.path in missing:
+                self.reject(item, missing[item.path])
+            else:
+                folder.sent.append(item)
+
+    def missing(self, result: Result, items: list[Item], place: str, there: str) -> dict[str, str]:
+        """Return why which files have not come, where rsync says that some have not.
+
+        Raises:
+            DispatchError: the reason holds for every file, or none has come.
+        """
+        error = result.failure()
+        if isinstance(error, Busy):
+            raise error
+        again, paths = self.rsync.differing(self.plan.root, [item.path for item in items], place, there=there)
+        if again.code not in (0, *PARTLY):
+            raise again.failure()
+        if len(paths) == len(items) and isinstance(error, Denied):
+            raise error
+        lines = result.words.splitlines()
+        return {
+            path: short(next((line for line in lines if path in line), "rsync could not transfer it")) for path in paths
+        }
+
+    def place(self, growing: list[_Folder]) -> None:
+        """Give the folders their final names, and tell what has arrived."""
+        sent = {item.path for folder in growing for item in folder.sent}
+        drop = [
+            f"{self.incoming}/{folder.number}/{item.path}"
+            for folder in growing
+            for item in folder.items
+            if item.path not in sent
+        ]
+        calls = (
+            f"place {folder.number} {quote(folder.name)} {self.expected(folder)}; note {folder.number}"
+            for folder in growing
+            if folder.sent
+        )
+        code, output = self.script(
+            PLACE,
+            DROP=_Script(f"rm -f -- {' '.join(map(quote, drop))}" if drop else ""),
+            PLACES=_Script("\n".join(calls)),
+            PARTIAL=PARTIAL,
+            TEMPORARY=TEMPORARY,
+        )
+        if code == INCOMPLETE:  # what an attempt at other items has left, or a fault of rsync: begin anew
+            self.script("rm -rf @FOLDER@/@INCOMING@")
+            raise Interrupted(f"{self.target.folder}: {short(output.decode('utf-8', 'replace'))}")
+        if code not in (0, 2):
+            raise _said(output, self.target)
+        left: dict[str, str] = {}
+        if code:
+            left = self.left(growing, output.decode("utf-8", "replace"))
+        for folder in growing:
+            for item in folder.sent:
+                if item.path in left:
+                    self.reject(item, left[item.path])
+                else:
+                    self.on_outcome(item, DELIVERED)
+
+    def expected(self, folder: _Folder) -> str:
+        """How many files must be where a folder grows: rsync has been seen to leave out a name without a word."""
+        return "''" if folder.number in self.placed else str(len(folder.sent))
+
+    def left(self, growing: list[_Folder], said: str) -> dict[str, str]:
+        """Return why which files could not be renamed into a folder that was there.
+
+        Raises:
+            DispatchError: none could.
+        """
+        left: dict[str, str] = {}
+        for folder in growing:
+            code, output = self.script(LEFT, PLACE=str(folder.number))
+            if code:
+                continue
+            for name in output.decode("utf-8", "surrogateescape").split("\0"):
+                path = name.removeprefix(f"{folder.number}/")
+                reasons = [line for line in said.splitlines() if path and path in line]
+                if path:
+                    left[path] = short(reasons[0].split(": ", 1)[-1]) if reasons else short(said)
+        sent = sum(len(folder.sent) for folder in growing)
+        error = _said(said.encode(), self.target)
+        if len(left) == sent and not isinstance(error, Misconfigured):
+            raise error
+        return left
+
+    # ---- after
+
+    def has_arrived(self, item: Item) -> bool:
+        outcome = self.on_outcome.outcomes.get(item.path)
+        return outcome.arrived if outcome else item.path in self.plan.done
+
+    def verify(self) -> Level:
+        """Ask rsync what it would have to send; take back what it names."""
+        wanted = self.target.verify
+        if wanted is Level.ACCEPTED:
+            return wanted
+        for folder in self.folders:
+            items = {item.path: item for item in self.unchanged_after(folder)}
+            if not items:
+                continue
+            result, paths = self.rsync.differing(
+                self.plan.root,
+                items,
+                ssh.under(self.target.folder, folder.name),
+                checksum=wanted is Level.PROVEN,
+                size=sum(item.size for item in items.values()),
+            )
+            if result.code:
+                raise result.failure()
+            for path in paths:
+                self.on_outcome.revoke(items[path], "asked afterwards, the server does not hold what was sent")
+            if paths:  # rsync would take what has the right length and time for good
+                self.script(REMOVE, PATHS=[f"./{folder.name}/{path}" for path in paths])
+        return wanted
+
+    def unchanged_after(self, folder: _Folder) -> list[Item]:
+        """Return the items that have arrived and can still be compared; the others are taken back."""
+        good = []
+        for item in filter(self.has_arrived, folder.items):
+            try:
+                with self.plan.open(item):
+                    good.append(item)
+            except Rejected as exc:
+                self.on_outcome.revoke(item, exc.message)
+        return good
+
+    def finish(self) -> None:
+        """Put the marker into every folder that has all its files; take away where they grew."""
+        whole = [folder.name for folder in self.folders if all(map(self.has_arrived, folder.items))]
+        code, output = self.script(FINISH, NAMES=whole)
+        if code:
+            if self.plan.pending:
+                raise _said(output, self.target)
+            self.notes.append(f"{self.target.folder} has been taken away since it was delivered to")
+            return
+        for name in filter(None, output.decode("utf-8", "replace").split("\0")):
+            self.notes.append(f"{ssh.under(self.target.folder, name)} has been taken away since it was delivered")
+
+
+class _Script(str):
+    """Text of a script that is put into another as it is."""
+
+
+def _filled(text: str, **words: str | list[str]) -> str:
+    """Put words into a script, quoted, in one pass: what is put in is not looked at again."""
+
+    def word(found: re.Match[str]) -> str:
+        value = words[found[1]]
+        if isinstance(value, _Script):
+            return value
+        return quote(value) if isinstance(value, str) else " ".join(map(quote, value))
+
+    return re.sub(r"@([A-Z]+)@", word, text)
+
+
+def _said(output: bytes, target: RsyncTarget) -> DispatchError:
+    """Return the error that a script's words mean."""
+    words = output.decode("utf-8", "replace").strip()
+    kind = next((error for pattern, error in WORDS if re.search(pattern, words, re.MULTILINE)), Misconfigured)
+    return kind(f"{target.folder}: {short(words)}")
+
+
+driver = Driver(
+    target=RsyncTarget,
+    check=check,
+    push=push,
+    hook=ssh.hook,
+    facts=Facts(keeps_names=True, atomic_replace=True, verifies_by=(Level.ACCEPTED, Level.LISTED, Level.PROVEN)),
+)
