@@ -1,0 +1,110 @@
+"""Broken links, full disks, read-only folders: what rsync and SFTP have in common, against OpenSSH."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import studies
+from tests.harness import Harness, attempt
+from tests.servers.relay import relay
+from tests.targets import rsync, sftp
+from tests.watching import watched
+from transfer.errors import Retryable
+from transfer.plan import scan
+
+MEGABYTE = 1 << 20
+HARNESSES = rsync.HARNESSES | {"sftp-openssh": sftp.openssh}
+# Sent again after a break: what SFTP has on the way, and what rsync says about blocks that are there.
+SLACK_BYTES = 6 * MEGABYTE
+
+
+@pytest.fixture(params=HARNESSES)
+def harness(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Harness]:
+    folder = tmp_path / "server"
+    folder.mkdir()
+    with HARNESSES[request.param](folder) as made:
+        yield made
+
+
+def large(path: Path, size: int) -> Path:
+    """Write a file of bytes that repeat nowhere."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "wb") as file:
+        for _ in range(0, size, MEGABYTE):
+            file.write(os.urandom(min(MEGABYTE, size - file.tell())))
+    return path
+
+
+def resume(harness: Harness, study: Path, cut_after: int) -> tuple[int, int]:
+    """Send over a link that breaks once; return the bytes that went before the break, and after it."""
+    plan = scan([study])
+    folder = Path(harness.target.folder)  # type: ignore[attr-defined]
+    with (
+        relay(harness.target.port, cut_after=cut_after) as link,  # type: ignore[attr-defined]
+        watched(folder, study, [item.path for item in plan.items], plan.dispatch_id) as seen,
+    ):
+        target = harness.target.model_copy(update={"port": link.port})
+        first = attempt(target, plan)
+        assert isinstance(first.error, Retryable), repr(first.error)
+        assert link.cuts == 1
+        before = link.sent
+        second = attempt(target, plan, done=first.arrived)
+        receipt = second.require()
+        after = link.sent - before
+    assert not seen.wrong
+    assert seen.looks > 1
+    if harness.driver.facts.atomic_replace:
+        assert not seen.partly
+    assert not receipt.unsent
+    assert harness.read_back(plan) == {item.path: plan.file(item).read_bytes() for item in plan.items}
+    assert not {name for name in harness.names() if not harness.final(name)}
+    return before, after
+
+
+@pytest.mark.parametrize("percent", [10, 50, 90])
+def test_a_large_file_goes_on_where_the_link_broke(harness: Harness, tmp_path: Path, percent: int) -> None:
+    size = 64 * MEGABYTE
+    large(tmp_path / "study" / "large.dcm", size)
+    before, after = resume(harness, tmp_path / "study", size * percent // 100)
+    assert after < size - before + SLACK_BYTES
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("percent", [10, 50, 90])
+def test_a_file_of_a_gigabyte_goes_on_where_the_link_broke(harness: Harness, tmp_path: Path, percent: int) -> None:
+    size = 1024 * MEGABYTE
+    large(tmp_path / "study" / "large.dcm", size)
+    before, after = resume(harness, tmp_path / "study", size * percent // 100)
+    assert after < size - before + 2 * SLACK_BYTES
+
+
+def test_between_files_what_has_come_is_not_sent_again(harness: Harness, tmp_path: Path) -> None:
+    size = 8 * MEGABYTE
+    for number in range(6):
+        large(tmp_path / "study" / f"series {number % 2}" / f"{number}.dcm", size)
+    before, after = resume(harness, tmp_path / "study", 3 * size)
+    assert after < 6 * size - before + SLACK_BYTES + size
+
+
+def test_a_link_that_breaks_three_times(harness: Harness, tmp_path: Path) -> None:
+    size = 24 * MEGABYTE
+    large(tmp_path / "study" / "large.dcm", size)
+    studies.ct(tmp_path / "study", 20)
+    plan = scan([tmp_path / "study"])
+    with relay(harness.target.port) as link:  # type: ignore[attr-defined]
+        target = harness.target.model_copy(update={"port": link.port})
+        done: set[str] = set()
+        for _ in range(3):
+            link.cut_after = link.sent + 10 * MEGABYTE
+            sent = attempt(target, plan, done=done)
+            done |= sent.arrived
+            if sent.receipt:
+                break
+        link.cut_after = None
+        attempt(target, plan, done=done).require()
+    assert harness.read_back(plan) == {item.path: plan.file(item).read_bytes() for item in plan.items}
