@@ -75,7 +75,7 @@ class Relay:
                     await writer.drain()
 
         task = asyncio.create_task(deliver())
-        piece = b"-"
+        piece, broken = b"-", False
         while piece:
             try:
                 piece = await reader.read(PIECE)
@@ -91,10 +91,14 @@ class Relay:
                         await writer.drain()
                     self.sent += len(piece)
                     self.cut()
+                    broken = True
                     break
                 self.sent += len(piece)
             await queue.put((loop.time() + self.delay_s, piece))
-        await task if not self.cuts else task.cancel()
+        if broken:
+            task.cancel()
+        else:
+            await task  # what a later connection's server said last must still pass
 
     def cut(self) -> None:
         """Reset every connection now, and let later ones through again."""
