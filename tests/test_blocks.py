@@ -1,0 +1,161 @@
+"""The eight types of target as Prefect blocks: described, validated, saved and loaded, secrets masked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from prefect.blocks.core import Block
+from prefect.testing.standard_test_suites import BlockStandardTestSuite
+from pydantic import SecretStr, ValidationError
+
+from blocks import TYPES, Target
+from talaria import targetfile
+from tests.servers.up import Talaria, talaria
+from transfer.errors import Misconfigured
+
+SECRET = "s3cr3t-value-of-a-test"
+# The least that each type needs, and its secrets.
+NEEDED: dict[str, dict[str, Any]] = {
+    "dicom": {"host": "pacs.example.org", "aet_target": "ARCHIVE"},
+    "dicom-tls": {"host": "pacs.example.org", "aet_target": "ARCHIVE"},
+    "dicomweb": {"url": "https://pacs.example.org/dicom-web"},
+    "folder": {"folder": "/data/archive"},
+    "rsync": {"host": "files.example.org", "user": "talaria", "folder": "/data"},
+    "s3": {"bucket": "studies"},
+    "sftp": {"host": "files.example.org", "user": "talaria", "folder": "/data"},
+    "xnat": {"host": "https://xnat.example.org", "project_id": "P1", "user": "u", "password": "p"},
+}
+
+
+def secrets_of(cls: type[Target]) -> list[str]:
+    return [name for name, field in cls.model_fields.items() if "SecretStr" in str(field.annotation)]
+
+
+def filled(name: str) -> Target:
+    """A target of this type whose password, or the like, is SECRET."""
+    values = dict(NEEDED[name])
+    for field in ("password", "http_password", "secret_access_key", "tls_key_password"):
+        if field in TYPES[name].model_fields:
+            values[field] = SECRET
+            values |= {"http_user": "u"} if field == "http_password" else {}
+            values |= {"access_key_id": "AK"} if field == "secret_access_key" else {}
+    return TYPES[name](**values)
+
+
+def test_there_are_eight_types() -> None:
+    assert set(TYPES) == set(NEEDED)
+
+
+@pytest.mark.parametrize("name", NEEDED)
+class TestEveryBlock(BlockStandardTestSuite):
+    @pytest.fixture
+    def block(self, name: str) -> type[Block]:
+        return TYPES[name]
+
+    @pytest.fixture(autouse=True)
+    def _each_by_name(self, name: str) -> None:
+        """Run every test of the suite for every type."""
+
+    def test_has_a_valid_image(self, block: type[Block]) -> None:
+        assert str(block._logo_url).startswith("https://")  # not fetched: tests have no network
+
+    def test_has_what_every_target_has(self, block: type[Block]) -> None:
+        for field in Target.model_fields:
+            assert field in block.model_fields
+
+    def test_hides_its_secrets(self, name: str) -> None:
+        target = filled(name)
+        for text in (repr(target), str(target), target.model_dump_json(), repr(target.model_dump())):
+            assert SECRET not in text
+        for field in secrets_of(type(target)):
+            assert isinstance(getattr(target, field), SecretStr | type(None))
+
+    def test_refuses_unknown_fields_and_directions_that_it_has_not(self, name: str) -> None:
+        with pytest.raises(ValidationError):
+            TYPES[name](**NEEDED[name], colour="red")
+        if not TYPES[name].can_query:
+            with pytest.raises(ValidationError, match="query"):
+                TYPES[name](**NEEDED[name], direction="query")
+
+    @pytest.mark.parametrize(
+        ("field", "value"),
+        [
+            ("contact", "nobody"),
+            ("max_attempts", 0),
+            ("retry_delay_s", -1),
+            ("connect_timeout_s", 0),
+            ("idle_timeout_s", 0),
+            ("concurrency", 0),
+            ("max_dispatches", 0),
+            ("bandwidth_limit", 0),
+            ("window", "whenever"),
+            ("window", "18:00-06:00 Mon-Fri Atlantis/Center"),
+            ("verify", "hoped"),
+            ("direction", "sideways"),
+        ],
+    )
+    def test_refuses_wrong_values(self, name: str, field: str, value: Any) -> None:
+        with pytest.raises(ValidationError, match=field):
+            TYPES[name](**NEEDED[name], **{field: value})
+
+    def test_defaults_are_those_of_the_design(self, name: str) -> None:
+        target = TYPES[name](**NEEDED[name])
+        assert (target.direction, target.contact, target.exclude, target.enabled) == ("store", "", "", True)
+        assert (target.max_attempts, target.retry_delay_s, target.retry_max_delay_s) == (5, 30, 900)
+        assert (target.connect_timeout_s, target.idle_timeout_s, target.max_dispatches) == (10, 60, 2)
+        assert (target.bandwidth_limit, target.window, target.verify) == (None, None, "accepted")
+
+
+@pytest.mark.parametrize("name", [n for n in NEEDED if "host" in TYPES[n].model_fields and n != "xnat"])
+@pytest.mark.parametrize("host", ["-oProxyCommand=x", "a b", "", "a\nb", "$(id)", "a;b"])
+def test_hosts_that_are_none_are_refused(name: str, host: str) -> None:
+    with pytest.raises(ValidationError, match="host"):
+        TYPES[name](**{**NEEDED[name], "host": host})
+
+
+@pytest.mark.parametrize("aet", ["", "A" * 17, "BACK\\SLASH", "TAB\t", "   "])
+def test_ae_titles_that_are_none_are_refused(aet: str) -> None:
+    with pytest.raises(ValidationError, match="aet_target"):
+        TYPES["dicom"](host="h", aet_target=aet)
+
+
+@pytest.mark.parametrize("aet", ["ARCHIVE", "My PACS.1", "A" * 16, "a-b_c"])
+@pytest.mark.parametrize("host", ["10.0.0.1", "pacs_1.local", "::1", "fe80::1", "sender"])
+def test_nodes_that_real_networks_have_are_taken(aet: str, host: str) -> None:
+    assert TYPES["dicom"](host=host, aet_target=aet).aet_target == aet  # type: ignore[attr-defined]
+
+
+def test_a_refused_value_is_not_repeated() -> None:
+    with pytest.raises(Misconfigured) as caught:
+        targetfile.make("a", {"type": "sftp", **NEEDED["sftp"], "password": SECRET, "port": "x"})
+    assert SECRET not in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Talaria]:
+    with talaria(tmp_path_factory.mktemp("up")) as one:
+        yield one
+
+
+@pytest.mark.timeout(600)
+def test_all_types_make_the_round_trip_through_the_server(up: Talaria, monkeypatch: pytest.MonkeyPatch) -> None:
+    targets = {name: filled(name) for name in NEEDED}
+    documents = {name: targetfile.values_of(target) | {f: SECRET for f in secrets_of(type(target)) if getattr(target, f)}
+                 for name, target in targets.items()}  # fmt: skip
+    up.apply(**{name.replace("-", "_"): values for name, values in documents.items()})
+    shown = json.dumps(up.api("POST", "/block_documents/filter"))
+    assert SECRET not in shown and "********" in shown
+    exported = up.json("target", "export")["targets"]
+    for name, target in targets.items():
+        assert exported[name] == targetfile.values_of(target)
+    # A list that `apply` reads again keeps everything but the secrets.
+    assert {one["name"] for one in up.json("target", "list")["targets"]} == set(NEEDED)
+    up.json("target", "rename", "folder", "shelf")
+    up.json("target", "disable", "shelf")
+    assert up.json("target", "show", "shelf")["enabled"] is False
+    up.json("target", "remove", "shelf")
+    assert "shelf" not in up("target", "list", "--json").stdout
+    assert up("target", "show", "shelf").returncode == 2
