@@ -33,7 +33,6 @@ from transfer.ledger import Ledger
 POLL_S = 0.25
 PROGRESS_S = 1.0  # between two looks at the progress artifacts
 SOON_S = 20  # a next attempt further away than this is not waited for
-TAG = "talaria"
 
 
 async def create(
@@ -46,7 +45,6 @@ async def create(
         parameters=parameters,
         name=name,
         work_queue_name=queue,
-        tags=[TAG],
         state=Scheduled(scheduled_time=begin or datetime.now(UTC)),
     )
 

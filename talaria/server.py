@@ -45,7 +45,8 @@ class Address:
 
     @property
     def ui(self) -> str:
-        return self.url.removesuffix("/api")
+        """The UI that asks for the password by itself, also on a link to a run."""
+        return self.url.removesuffix("/api") + "/v2"
 
 
 def child(argv: list[str], env: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:
@@ -243,11 +244,22 @@ def reached(home: Home) -> Iterator[tuple[Address | None, bool]]:
                 try:
                     yield server.address, True
                 finally:
+                    _send_what_is_queued()
                     # Others that came meanwhile use this server: stop it when the last of them has ended.
                     fcntl.flock(users, fcntl.LOCK_EX)  # type: ignore[arg-type]  # taken with waiting: never None
         finally:
             for name in client_environment(home, "", auth=True):
                 os.environ.pop(name, None)
+
+
+def _send_what_is_queued() -> None:
+    """Send the log lines and events that Prefect keeps back for a moment, before their server is gone."""
+    if "prefect" in sys.modules:
+        from prefect.events.worker import EventsWorker
+        from prefect.logging.handlers import APILogWorker
+
+        APILogWorker.drain_all(timeout=5)
+        EventsWorker.drain_all(timeout=5)
 
 
 def _tail(log: Path) -> str:

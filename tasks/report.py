@@ -107,7 +107,7 @@ def _row(receipt: Receipt) -> dict[str, Any]:
 def _markdown(dispatch_id: str, state: State, receipts: Sequence[Receipt], outputs: dict[str, str], path: str) -> str:
     lines = [f"# Dispatch `{dispatch_id}`: {state}", "", f"All items: `{path}` on the machine that sent them.", ""]
     lines += [
-        "Runs, targets and earlier receipts: [runs](/runs) · [targets](/blocks) · [receipts](/artifacts/key/receipt)",
+        "Runs, targets and earlier receipts: [runs](/v2/runs) · [targets](/v2/blocks) · [receipts](/v2/artifacts/key/receipt)",
         "",
     ]
     for receipt in receipts:

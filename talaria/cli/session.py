@@ -54,7 +54,6 @@ def api() -> Iterator[Session]:
     home = Home.current()
     if not os.environ.get("PREFECT_API_URL") and running(home) is None:
         say("no server runs: starting one for this command (`talaria up` keeps one running)")
-    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     with reached(home) as (address, own):
         if own:
             _register()

@@ -24,10 +24,14 @@ def types(as_json: Json = False) -> None:
     from blocks import TYPES
     from talaria.targetfile import field_names
     from tasks import DRIVERS
+    from transfer.errors import Misconfigured
 
     found: dict[str, Any] = {}
     for name, cls in TYPES.items():
-        driver = DRIVERS.get(name)
+        try:
+            driver = DRIVERS.get(name)
+        except Misconfigured:  # its extra is not installed
+            driver = None
         fields = {
             field: {
                 "description": cls.model_fields[field].description,
