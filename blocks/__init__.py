@@ -1,15 +1,30 @@
-"""What a target is: one Prefect block per type (types are added here as they come)."""
-from importlib import import_module
+"""What a target is: one Prefect block per type.
+
+Importing this package makes all types known to Prefect, so that a saved document loads as its own class.
+"""
+
+from __future__ import annotations
 
 from blocks.base import Direction, Target
+from blocks.dicom import DicomTarget
+from blocks.dicom_tls import DicomTlsTarget
+from blocks.dicomweb import DicomWebTarget
+from blocks.folder import FolderTarget
+from blocks.rsync import RsyncTarget
+from blocks.s3 import S3Target
+from blocks.sftp import SftpTarget
+from blocks.xnat import XnatTarget
 
-TYPES: dict[str, type[Target]] = {}
-for _name in ("dicom", "dicom_tls", "dicomweb", "folder", "rsync", "s3", "sftp", "xnat"):
-    try:
-        _module = import_module(f"blocks.{_name}")
-    except ModuleNotFoundError:
-        continue
-    for _cls in vars(_module).values():
-        if isinstance(_cls, type) and issubclass(_cls, Target) and _cls.__module__ == f"blocks.{_name}" and _cls.type_name:
-            TYPES[_cls.type_name] = _cls
+_CLASSES: tuple[type[Target], ...] = (
+    DicomTarget,
+    DicomTlsTarget,
+    DicomWebTarget,
+    FolderTarget,
+    RsyncTarget,
+    S3Target,
+    SftpTarget,
+    XnatTarget,
+)
+TYPES: dict[str, type[Target]] = {cls.type_name: cls for cls in _CLASSES}
+
 __all__ = ["TYPES", "Direction", "Target"]

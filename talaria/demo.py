@@ -88,9 +88,8 @@ def pacs(folder: Path) -> Iterator[int]:
 
 def run() -> bool:
     """Send a study to the PACS, an archive folder and a DICOMweb folder; tell whether all of it arrived."""
-    from blocks.dicomweb import DicomWebTarget
-
     from blocks.dicom import DicomTarget
+    from blocks.dicomweb import DicomWebTarget
     from blocks.folder import FolderTarget
     from talaria import runs
 

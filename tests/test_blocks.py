@@ -143,8 +143,10 @@ def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Talaria]:
 @pytest.mark.timeout(600)
 def test_all_types_make_the_round_trip_through_the_server(up: Talaria, monkeypatch: pytest.MonkeyPatch) -> None:
     targets = {name: filled(name) for name in NEEDED}
-    documents = {name: targetfile.values_of(target) | {f: SECRET for f in secrets_of(type(target)) if getattr(target, f)}
-                 for name, target in targets.items()}  # fmt: skip
+    documents = {
+        name: targetfile.values_of(target) | {f: SECRET for f in secrets_of(type(target)) if getattr(target, f)}
+        for name, target in targets.items()
+    }
     up.apply(**{name.replace("-", "_"): values for name, values in documents.items()})
     shown = json.dumps(up.api("POST", "/block_documents/filter"))
     assert SECRET not in shown and "********" in shown

@@ -155,8 +155,12 @@ def test_retry_in_the_ui_sends_only_what_is_missing(up: Talaria, tmp_path: Path)
         assert first["unsent"] == 40 - first["delivered"] and first["error"]
         before, confirmed = link.sent, first["delivered"]
         # What the UI's Retry button does.
-        up.api("POST", f"/flow_runs/{result['flow_run_id']}/set_state",
-               state={"type": "SCHEDULED", "name": "AwaitingRetry"}, force=True)  # fmt: skip
+        up.api(
+            "POST",
+            f"/flow_runs/{result['flow_run_id']}/set_state",
+            state={"type": "SCHEDULED", "name": "AwaitingRetry"},
+            force=True,
+        )
         up.until(lambda: up.run(result["flow_run_id"])["state"]["type"] == "COMPLETED")
         second = up.json("jobs", "show", result["flow_run_id"])["targets"]["pacs"]
         assert second["already"] == confirmed and second["delivered"] == 40 - confirmed
@@ -246,10 +250,14 @@ def test_cancel_stops_within_seconds(up: Talaria, tmp_path: Path) -> None:
 
 def test_the_server_wants_its_password_and_hides_secrets(up: Talaria, tmp_path: Path) -> None:
     up.apply(cloud={"type": "s3", "bucket": "b", "access_key_id": "AK", "secret_access_key": "very secret"})
+    env = {k: v for k, v in os.environ.items() if "proxy" not in k.lower()}
     ran = subprocess.run(
         [sys.executable, "-c", f"import urllib.request as u; u.urlopen('{up.url}/block_documents/filter', b'{{}}')"],
-        capture_output=True, text=True, check=False, env={k: v for k, v in os.environ.items() if "proxy" not in k.lower()},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+        env=env,
+    )
     assert "401" in ran.stderr
     for path in (up.home / "api.auth", up.home / "encryption.key", up.home / "ledger.sqlite"):
         assert path.stat().st_mode & 0o077 == 0

@@ -207,7 +207,9 @@ class OnOutcome:
         if self.cancelled.is_set():
             raise Cancelled("the dispatch was cancelled")
 
-    def receipt(self, target: str, plan: Plan, verified: Level = Level.ACCEPTED, notes: tuple[str, ...] = ()) -> Receipt:
+    def receipt(
+        self, target: str, plan: Plan, verified: Level = Level.ACCEPTED, notes: tuple[str, ...] = ()
+    ) -> Receipt:
         """The receipt of this push: outcomes told here, `already` for the items that were done before."""
         results, size, unsent = [], 0, 0
         for item in plan.items:

@@ -65,7 +65,7 @@ def retry(
     no_wait: Annotated[bool, typer.Option("--no-wait", help="Return as soon as it is queued.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Run a dispatch that has ended again, under its own id: only what is missing is sent, only a failed hook is run."""
+    """Run a dispatch that has ended again: only what is missing is sent, only a failed hook is run."""
     from talaria import runs
 
     with api() as session:

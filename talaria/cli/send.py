@@ -221,9 +221,14 @@ class _bars:
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
         self.progress = Progress(
-            TextColumn("{task.fields[name]}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
-            TextColumn("{task.description}"), TimeElapsedColumn(), console=Console(stderr=True), transient=not sys.stderr.isatty(),
-        )  # fmt: skip
+            TextColumn("{task.fields[name]}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TextColumn("{task.description}"),
+            TimeElapsedColumn(),
+            console=Console(stderr=True),
+            transient=not sys.stderr.isatty(),
+        )
         self.tasks: dict[str, Any] = {}
         self.progress.start()
         return self.show

@@ -40,14 +40,18 @@ def types(as_json: Json = False) -> None:
             }
             for field in field_names(cls)
         }
-        abilities = {} if driver is None else {
-            "push": True,
-            "query": driver.find is not None,
-            "pull": driver.retrieve is not None,
-            "hook": driver.hook is not None,
-            "dicom_only": driver.facts.dicom_only,
-            "verifies": [str(level) for level in driver.facts.verifies_by],
-        }  # fmt: skip
+        abilities = (
+            {}
+            if driver is None
+            else {
+                "push": True,
+                "query": driver.find is not None,
+                "pull": driver.retrieve is not None,
+                "hook": driver.hook is not None,
+                "dicom_only": driver.facts.dicom_only,
+                "verifies": [str(level) for level in driver.facts.verifies_by],
+            }
+        )
         found[name] = {"works": driver is not None, **abilities, "fields": fields}
     if as_json:
         print_json({"types": found})
@@ -55,8 +59,14 @@ def types(as_json: Json = False) -> None:
     rows = []
     for name, one in found.items():
         can = [word for word in ("push", "query", "pull", "hook") if one.get(word)]
-        rows.append([name, ", ".join(can) or "not yet", ", ".join(one.get("verifies", ())),
-                     ", ".join(f + ("*" if one["fields"][f]["required"] else "") for f in one["fields"])])  # fmt: skip
+        rows.append(
+            [
+                name,
+                ", ".join(can) or "not yet",
+                ", ".join(one.get("verifies", ())),
+                ", ".join(f + ("*" if one["fields"][f]["required"] else "") for f in one["fields"]),
+            ]
+        )
     table("Types (fields with * are required)", ["type", "can", "verifies", "fields"], rows)
 
 
@@ -102,16 +112,32 @@ def list_(as_json: Json = False) -> None:
     for target in targets:
         check = last_check(target.name)
         state = None if check is None else {"ok": check["ok"], "time": check["time"]}
-        found.append({"name": target.name, **values_of(target, secrets=True), "direction": str(target.direction),
-                      "enabled": target.enabled, "last_check": state})  # fmt: skip
+        found.append(
+            {
+                "name": target.name,
+                **values_of(target, secrets=True),
+                "direction": str(target.direction),
+                "enabled": target.enabled,
+                "last_check": state,
+            }
+        )
     if as_json:
         print_json({"targets": found})
         return
     rows = [
-        [one["name"], one["type"], one["direction"], "yes" if one["enabled"] else "no", _place(one), one.get("description", ""),
-         "" if one["last_check"] is None else f"{'ok' if one['last_check']['ok'] else 'failed'} {one['last_check']['time']}"]
+        [
+            one["name"],
+            one["type"],
+            one["direction"],
+            "yes" if one["enabled"] else "no",
+            _place(one),
+            one.get("description", ""),
+            ""
+            if one["last_check"] is None
+            else f"{'ok' if one['last_check']['ok'] else 'failed'} {one['last_check']['time']}",
+        ]
         for one in found
-    ]  # fmt: skip
+    ]
     table("", ["name", "type", "direction", "enabled", "where", "description", "last check"], rows)
 
 

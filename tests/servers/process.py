@@ -79,7 +79,7 @@ def wait(process: subprocess.Popen[bytes], ready: Callable[[], bool], log: Path)
         time.sleep(0.02)
 
 
-def stop(process: subprocess.Popen[bytes]) -> None:
+def stop(process: subprocess.Popen[bytes], wait_s: float = STOP_S) -> None:
     """Stop a server's whole process group: politely, then by force."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
@@ -87,7 +87,7 @@ def stop(process: subprocess.Popen[bytes]) -> None:
         except ProcessLookupError:
             break
         try:
-            process.wait(STOP_S)
+            process.wait(wait_s)
             break
         except subprocess.TimeoutExpired:
             continue

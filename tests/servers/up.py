@@ -47,8 +47,12 @@ class Talaria:
         with self.log.open("ab") as out:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "talaria", "up", "--port", str(self.port), *options],
-                stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=self.env, start_new_session=True,
-            )  # fmt: skip
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                env=self.env,
+                start_new_session=True,
+            )
         self.until(lambda: b"ready:" in self.log.read_bytes()[seen:], READY_S, alive=True)
         return self
 
@@ -90,9 +94,14 @@ class Talaria:
         """Run a command to its end."""
         return subprocess.run(
             [sys.executable, "-m", "talaria", *args],
-            stdin=subprocess.DEVNULL, capture_output=True, text=True, env={**self.env, **(env or {})},
-            timeout=COMMAND_S, cwd=self.folder, check=False,
-        )  # fmt: skip
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            env={**self.env, **(env or {})},
+            timeout=COMMAND_S,
+            cwd=self.folder,
+            check=False,
+        )
 
     def json(self, *args: str, code: int = 0) -> Any:
         """Run a command with `--json`; its stdout must be one document and its exit code the expected one."""
@@ -105,8 +114,13 @@ class Talaria:
         with (self.folder / "background.log").open("ab") as out:
             return subprocess.Popen(
                 [sys.executable, "-m", "talaria", *args],
-                stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=self.env, cwd=self.folder, start_new_session=True,
-            )  # fmt: skip
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                env=self.env,
+                cwd=self.folder,
+                start_new_session=True,
+            )
 
     def apply(self, **targets: dict[str, Any]) -> None:
         """Save targets; underscores of their names stand for dashes."""
