@@ -9,6 +9,7 @@ import os
 import ssl
 import time
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +58,15 @@ class Tls:
     profile: str = "bcp195"
 
     def client(self) -> ssl.SSLContext:
-        """Return a context to connect with.
+        """Return a context to connect with; the same one every time.
 
         Raises:
             Misconfigured: a file is missing or isn't what it should be; the message names the setting.
         """
+        return self._client
+
+    @cached_property
+    def _client(self) -> ssl.SSLContext:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.check_hostname = self.verify_hostname
         self._fill(context)

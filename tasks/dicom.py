@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 
-from blocks.dicom import SENDER, DicomTarget
+from blocks.base import check_host
+from blocks.dicom import SENDER, DicomTarget, check_aet
 from blocks.dicom_tls import DicomTlsTarget
 from protocols import tls
 from protocols.dimse import transport
@@ -62,11 +64,11 @@ def connect(target: DicomTarget, origin: Origin) -> Peer:
     """
     host, called, calling = target.host, target.aet_target, target.aet_source
     if host == SENDER:
-        host = _from_origin(target, origin.sender_host, "host is sender", "--sender-host")
+        host = _from_origin(target, check_host, origin.sender_host, "host is sender", "--sender-host")
     if target.pass_sender_aet:
-        calling = _from_origin(target, origin.sender_aet, "pass_sender_aet is on", "--sender-aet")
+        calling = _from_origin(target, check_aet, origin.sender_aet, "pass_sender_aet is on", "--sender-aet")
     if target.pass_receiver_aet:
-        called = _from_origin(target, origin.receiver_aet, "pass_receiver_aet is on", "--receiver-aet")
+        called = _from_origin(target, check_aet, origin.receiver_aet, "pass_receiver_aet is on", "--receiver-aet")
     return _peer(target, host, called, calling)
 
 
@@ -83,10 +85,13 @@ def _peer(target: DicomTarget, host: str, called: str, calling: str) -> Peer:
     )
 
 
-def _from_origin(target: DicomTarget, value: str, why: str, option: str) -> str:
+def _from_origin(target: DicomTarget, check: Callable[[str], str], value: str, why: str, option: str) -> str:
     if not value.strip():
         raise Misconfigured(f"{why}, but this dispatch does not say where the study came from: {option}", target.name)
-    return value.strip()
+    try:
+        return check(value)
+    except ValueError as exc:
+        raise Misconfigured(f"{why}, but the study's origin can't be used: {exc}", target.name) from exc
 
 
 def _tls(target: DicomTarget) -> tls.Tls | None:

@@ -74,6 +74,10 @@ class Link:
         self.window = max(1, asked if invoked == 0 else min(asked, invoked))
         self.max_send: int = assoc.acceptor.maximum_length or 0
 
+    def context(self, abstract_syntax: str) -> int | None:
+        """The id of a context for an abstract syntax, whatever its transfer syntax; None if there is none."""
+        return next((number for (abstract, _), number in self.accepted.items() if abstract == abstract_syntax), None)
+
     def call(self, doing: str, function: Callable[[Association], T], check: Callable[[], None] = _nothing) -> T:
         """Run an operation of pynetdicom's, in a thread of its own, so that the wait for it can be called off.
 

@@ -6,17 +6,18 @@ Every association takes instances in the plan's order, so that within one associ
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 from protocols.dimse import contexts
-from protocols.dimse.association import Link, associate
-from protocols.dimse.contexts import Pair, names, of_class
+from protocols.dimse.association import MAX_CONTEXTS, Link, associate
+from protocols.dimse.contexts import UNCOMPRESSED, Pair, names, of_class
 from protocols.dimse.message import Response
 from protocols.dimse.status import Meaning, meaning
 from protocols.dimse.store import Changed, Instance, Sender
-from protocols.dimse.transport import Peer
+from protocols.dimse.transport import VERIFICATION, Peer
 from protocols.transcode import converted, fallbacks
 from transfer.errors import Busy, Cancelled, Denied, DispatchError, Interrupted, Rejected, Retryable
 from transfer.header import Header
@@ -25,6 +26,8 @@ from transfer.receipt import DELIVERED, Kind, OnOutcome, Outcome
 from transfer.throttle import Throttle
 
 WINDOW = 16  # operations outstanding, if the peer grants it: hides 16 round trips, and repeats at most 16 instances
+# A conversion may take minutes, and peers end associations on which nothing happens (Orthanc after 30 s).
+KEEP_ALIVE_S = 8
 
 
 class Fleet:
@@ -59,7 +62,7 @@ class Fleet:
             Permanent: nothing can be sent. Cancelled: as `on_outcome.check` says.
         """
         items = self.plan.pending
-        for group in contexts.groups((_pair(item) for item in items), self.transcode):
+        for group in contexts.groups((_pair(item) for item in items), self.transcode, MAX_CONTEXTS - 1):
             classes = {sop_class for sop_class, _ in group}
             self._run([item for item in items if _header(item).SOPClassUID in classes], group)
 
@@ -89,23 +92,39 @@ class Fleet:
             self._threads.append(thread)
             thread.start()
 
-    def _work(self, established: Callable[[], None] = lambda: None) -> None:
-        """Serve the queue over one association, and over a new one if an instance had to be kept back midway."""
+    def _work(self, established: Callable[[], None] | None = None) -> None:
+        """Serve the queue over one association, and over a new one if an instance had to be kept back midway.
+
+        Args:
+            established: called once the first association stands; None for the thread of a further one.
+        """
+        stands = False
         try:
             while self._todo and not self._stop.is_set():
-                contexts_asked = [(sop_class, (syntax,)) for sop_class, syntax in self._asked]
-                link = associate(self.peer, contexts_asked, self.on_outcome.check, window=WINDOW)
-                if link.accepted:
+                stands = False
+                link = associate(self.peer, self._contexts(), self.on_outcome.check, window=WINDOW)
+                stands = True
+                if established is not None:
                     established()
-                    established = _nothing
+                    established = None
+                if link.accepted:
                     _Run(self, link).serve()
                 else:
                     self._refuse_all(link)
         except BaseException as exc:  # raised by who waits for all of them
             with self._lock:
                 self._errors.append(exc)
-            if not isinstance(exc, Retryable):  # one that is not granted for now, or breaks, leaves the others be
+            # An association that isn't granted stops nobody: the queue is emptied by those that are.
+            refused = isinstance(exc, DispatchError) and not stands
+            lost = isinstance(exc, Retryable) and not isinstance(exc, Busy)
+            if isinstance(exc, Cancelled) or not (refused or lost):
                 self._stop.set()
+
+    def _contexts(self) -> list[tuple[str, tuple[str, ...]]]:
+        wanted: list[tuple[str, tuple[str, ...]]] = [(sop_class, (syntax,)) for sop_class, syntax in self._asked]
+        if any(syntax not in UNCOMPRESSED for _, syntax in self._asked):
+            wanted.append((VERIFICATION, UNCOMPRESSED))
+        return wanted
 
     def next(self) -> Item | None:
         """Take the next item out of the queue; None if there is none, or no more shall be sent."""
@@ -196,14 +215,28 @@ class _Run:
             targets = [to for to in fallbacks(header.TransferSyntaxUID, self.fleet.transcode) if to in accepted]
             if not targets:
                 raise Rejected(self.fleet.refusal(self.link, header))
-            copy = stack.enter_context(
-                converted(fd, offset, header.TransferSyntaxUID, targets, check=self.on_outcome.check)
-            )
+            self._settle(sender, 0)
+            keep_alive = self._keep_alive(sender)
+            copy = stack.enter_context(converted(fd, offset, header.TransferSyntaxUID, targets, check=keep_alive))
             fd_sent, offset, size = copy.fd, 0, copy.size
             context = self.link.accepted[header.SOPClassUID, copy.syntax]
         else:
             fd_sent = fd
         return Instance(fd_sent, offset, size, context, header.SOPClassUID, header.SOPInstanceUID, verify)
+
+    def _keep_alive(self, sender: Sender) -> Callable[[], None]:
+        """Make what a long conversion calls: it stops it if the dispatch shall stop, and sends C-ECHO now and then."""
+        said = time.monotonic()
+        context = self.link.context(VERIFICATION)
+
+        def check() -> None:
+            nonlocal said
+            self.on_outcome.check()
+            if context is not None and time.monotonic() - said > KEEP_ALIVE_S:
+                sender.echo(context)
+                said = time.monotonic()
+
+        return check
 
     def _settle(self, sender: Sender, most: int) -> None:
         """Wait for responses until at most so many are outstanding."""
@@ -236,10 +269,6 @@ class _Run:
             kind, said = (Busy, "can't store now") if means is Meaning.BUSY else (Denied, "does not let us store")
             self.error = self.error or kind(f"{where}: the peer {said}: {detail}", item=item.shown)
             self.fleet.stop()
-
-
-def _nothing() -> None:
-    pass
 
 
 def _weight(error: BaseException) -> int:

@@ -1,4 +1,4 @@
-"""C-STORE as bytes: the command set that goes out, the response that comes back.
+"""C-STORE and C-ECHO as bytes: the command set that goes out, the response that comes back.
 
 Sources: PS3.7 section 9.3.1 and Annex E (command sets, always implicit VR little endian), PS3.8 sections 9.3.4 to
 9.3.8 (PDUs) and Annex E.2 (message control header).
@@ -16,6 +16,7 @@ COMMAND, LAST = 0x01, 0x02  # bits of the message control header
 HEADERS = 12  # bytes before a fragment: PDU type, reserved, PDU length; PDV length, context id, control header
 PDV_HEADER = 6  # bytes of them that count for the peer's maximum length (PS3.8 Annex D.1)
 C_STORE_RQ, C_STORE_RSP = 0x0001, 0x8001
+C_ECHO_RQ, C_ECHO_RSP = 0x0030, 0x8030
 NO_DATASET = 0x0101
 RELEASE_RP_PDU = b"\x06\x00\x00\x00\x00\x04\x00\x00\x00\x00"
 
@@ -81,6 +82,18 @@ class StoreCommand:
         return made + header(len(pieces[-1]), context, COMMAND | LAST) + pieces[-1]
 
 
+def echo_pdu(context: int, message_id: int) -> bytes:
+    """Return a C-ECHO-RQ (PS3.7 table 9.3-12) as one PDU."""
+    command = (
+        _element(0x0002, _uid("1.2.840.10008.1.1"))
+        + _element(0x0100, struct.pack("<H", C_ECHO_RQ))
+        + _element(0x0110, struct.pack("<H", message_id))
+        + _element(0x0800, struct.pack("<H", NO_DATASET))
+    )
+    command = _element(0x0000, struct.pack("<I", len(command))) + command
+    return header(len(command), context, COMMAND | LAST) + command
+
+
 def _uid(value: str) -> bytes:
     raw = value.encode("ascii", "replace")
     return raw + b"\0" if len(raw) % 2 else raw
@@ -92,7 +105,7 @@ def _element(element: int, value: bytes) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """A C-STORE-RSP. `status` and `message_id` are None where the peer left them out."""
+    """What came back. `status` and `message_id` are None where the peer left them out."""
 
     command: int | None
     message_id: int | None

@@ -271,11 +271,20 @@ class Sender:
         self.torn = False
 
     def receive(self) -> Response:
-        """Wait for the next response.
+        """Wait for the next response to C-STORE.
 
         Raises:
             TimedOut: none comes. Interrupted: the peer aborts, releases, or says what makes no sense here.
         """
+        return self._response(message.C_STORE_RSP)
+
+    def echo(self, context: int) -> None:
+        """Send C-ECHO and wait for the response, to show the peer that we are there; nothing may be outstanding."""
+        self._message_id = self._message_id % 0xFFFF + 1
+        self._write(memoryview(message.echo_pdu(context, self._message_id)))
+        self._response(message.C_ECHO_RSP)
+
+    def _response(self, command: int) -> Response:
         while True:
             pdu = self._pdu()
             if pdu is None:
@@ -283,6 +292,8 @@ class Sender:
                 continue
             response = self._take(*pdu)
             if response is not None:
+                if response.command != command:
+                    raise Interrupted(f"{self.peer.where}: the peer sent an unexpected message in answer to C-STORE")
                 return response
 
     def _pdu(self) -> tuple[int, bytes] | None:
@@ -314,8 +325,6 @@ class Sender:
                 if control & message.LAST:
                     response = message.parse_response(bytes(self._command_set))
                     self._command_set.clear()
-        if response is not None and response.command != message.C_STORE_RSP:
-            raise Interrupted(f"{self.peer.where}: the peer sent an unexpected message in answer to C-STORE")
         return response
 
     def _read(self) -> None:
