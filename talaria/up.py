@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import time
 from types import FrameType
 
 from talaria.cli.output import say
-from talaria.server import EmbeddedServer, ServerError, child, serving, stop_child, use
+from talaria.server import EmbeddedServer, ServerError, child, healthy, serving, stop_child, use
 from talaria.settings import LOOPBACK, Settings, client_environment
 from transfer.home import Home
 
@@ -22,24 +23,38 @@ CALM_S = 2.0  # before a worker that died is started again
 def up(settings: Settings, home: Home, host: str, port: int, workers: int, *, auth: bool) -> None:
     """Serve until SIGINT or SIGTERM: the first drains (running dispatches are finished), the second stops at once.
 
+    With PREFECT_API_URL set, the workers serve that server, and none is embedded.
+
     Raises:
-        ServerError: the server can't be started, or an open address was asked for without authentication.
+        ServerError: the server can't be started or reached.
+        ValueError: an open address was asked for without authentication.
     """
     if not auth and host not in LOOPBACK:
-        raise ServerError(f"--no-auth is for loopback only, not for {host}")
+        raise ValueError(f"--no-auth is for loopback only, not for {host}")
     asked = _Asked()
-    with serving(home, host, port, auth=auth) as server:
-        server.wait(asked.check)
-        use(client_environment(home, server.address.url, auth=auth))
-        taken = _prepare(home)
-        _announce(home, server, taken)
-        crew = _Crew(home, settings.limit, workers)
-        try:
-            _watch(server, crew, asked)
-            crew.drain(asked)
-        finally:
-            crew.stop()
+    url = os.environ.get("PREFECT_API_URL")
+    if url:
+        if not healthy(url.rstrip("/")):
+            raise ServerError(f"no Prefect server answers at PREFECT_API_URL={url}")
+        _serve(settings, home, None, workers, asked)
+    else:
+        with serving(home, host, port, auth=auth) as server:
+            server.wait(asked.check)
+            use(client_environment(home, server.address.url, auth=auth))
+            _serve(settings, home, server, workers, asked)
     say("stopped")
+
+
+def _serve(settings: Settings, home: Home, server: EmbeddedServer | None, workers: int, asked: _Asked) -> None:
+    """Work for a server, embedded or not, until somebody asks to stop."""
+    taken = _prepare(home, alone=server is not None)
+    _announce(home, server, taken)
+    crew = _Crew(home, settings.limit, workers, alone=server is not None and workers == 1)
+    try:
+        _watch(server, crew, asked)
+        crew.drain(asked)
+    finally:
+        crew.stop()
 
 
 class _Asked:
@@ -63,8 +78,8 @@ class _Asked:
 class _Crew:
     """The worker processes."""
 
-    def __init__(self, home: Home, limit: int, count: int) -> None:
-        self.home = home
+    def __init__(self, home: Home, limit: int, count: int, *, alone: bool) -> None:
+        self.home, self.alone = home, alone
         self.log = home.root / "logs" / "worker.log"
         self.env = {
             "TALARIA_LIMIT": str(limit),
@@ -86,7 +101,7 @@ class _Crew:
             if member.poll() is not None:
                 say(f"a worker ended with exit code {member.returncode}: starting another (log: {self.log})")
                 time.sleep(CALM_S)
-                for run_id in asyncio.run(_recover(self.home, alone=len(self.members) == 1)):
+                for run_id in asyncio.run(_recover(self.home, alone=self.alone)):
                     say(f"taken up after a crash: {run_id}")
                 self.members[index] = self._start()
 
@@ -105,10 +120,10 @@ class _Crew:
             stop_child(member)
 
 
-def _watch(server: EmbeddedServer, crew: _Crew, asked: _Asked) -> None:
+def _watch(server: EmbeddedServer | None, crew: _Crew, asked: _Asked) -> None:
     """Keep server and workers alive until somebody asks to stop."""
     while not asked.event.wait(LOOK_S):
-        if server.process.poll() is not None:
+        if server and server.process.poll() is not None:
             say(f"the server ended with exit code {server.process.returncode}: starting it again (log: {server.log})")
             server.restart()
             server.wait(asked.check)
@@ -116,7 +131,7 @@ def _watch(server: EmbeddedServer, crew: _Crew, asked: _Asked) -> None:
     say("stopping: running dispatches are finished first; ask again to stop at once")
 
 
-def _prepare(home: Home) -> list[str]:
+def _prepare(home: Home, *, alone: bool) -> list[str]:
     """Register what the server must know, and take up what a crash left; return the runs taken up."""
     from prefect import get_client
 
@@ -125,13 +140,13 @@ def _prepare(home: Home) -> list[str]:
     async def prepare() -> list[str]:
         async with get_client() as client:
             await register(client)
-        return await _recover(home, alone=True)
+        return await _recover(home, alone=alone)
 
     return asyncio.run(prepare())
 
 
 async def _recover(home: Home, *, alone: bool) -> list[str]:
-    """Take up the runs of dead workers; `alone` if no worker lives."""
+    """Take up the runs of dead workers; `alone` if no other worker than ours may live."""
     from prefect import get_client
 
     from talaria.recovery import recover
@@ -141,9 +156,9 @@ async def _recover(home: Home, *, alone: bool) -> list[str]:
         return await recover(client, home, POOL, alone=alone)
 
 
-def _announce(home: Home, server: EmbeddedServer, taken: list[str]) -> None:
-    say(f"Prefect UI: {server.address.ui}")
-    if server.auth:
+def _announce(home: Home, server: EmbeddedServer | None, taken: list[str]) -> None:
+    say(f"Prefect UI: {server.address.ui if server else os.environ['PREFECT_API_URL'].removesuffix('/api')}")
+    if server and server.auth:
         say(f"the UI asks for a password once: it is the line in {home.root / 'api.auth'}")
     for run_id in taken:
         say(f"taken up after a crash: {run_id}")
