@@ -279,6 +279,7 @@ class Client:
         learn = login.accept_new and not any(hostkeys.is_known(login.host, login.port, f) for f in login.known_hosts)
         if learn and login.known_hosts:
             login.known_hosts[0].parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            login.known_hosts[0].touch(mode=0o600)
         files = " ".join(_quoted(file) for file in login.known_hosts) or "/dev/null"
         return [
             f"StrictHostKeyChecking={'accept-new' if learn else 'yes'}",
