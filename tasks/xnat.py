@@ -81,6 +81,7 @@ def classified(hidden: Iterable[str] = ()) -> Iterator[None]:
     except DispatchError as exc:
         for value in sorted(hidden, key=len, reverse=True):
             exc.message = exc.message.replace(value, BLOT) if len(value) > 2 else exc.message
+        exc.args = (exc.message,)
         raise
 
 

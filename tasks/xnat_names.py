@@ -141,9 +141,9 @@ class Names:
         try:
             known = dict(self._client.sessions_of(project, study.uid))
         except Refused as exc:
-            if exc.status in (401, 403) or exc.status >= 500:
+            if exc.status in (401, 403):
                 raise
-            known = {}  # this server doesn't search by UID: by label then
+            known = {}  # this server doesn't search by UID (what else is wrong the next request tells): by label then
         for label in sorted(known, key=lambda one: (labels.index(one) if one in labels else len(labels), one)):
             if existing := self._client.session(project, label):
                 return label, known[label], existing

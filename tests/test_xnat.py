@@ -121,6 +121,17 @@ def test_a_renamed_session_is_found_by_its_study(server: Xnat, study: Path) -> N
     assert sessions(server) == {"VISIT_1": (uid, 4)}
 
 
+@pytest.mark.parametrize("status", [400, 404, 500])
+def test_a_server_that_does_not_search_by_study(server: Xnat, study: Path, status: int) -> None:
+    uid = studies.uid(56)
+    target = xnat_target(server.url, overwrite="append")
+    server.faults.append(Fault("GET", "/data/projects/P/experiments", error(status, "unknown column"), times=9))
+    for name in "ab":
+        studies.ct(study / name, 2, study=uid)
+        assert all_of(attempt(target, study / name), Kind.DELIVERED)
+    assert sessions(server) == {LABEL: (uid, 4)}
+
+
 def test_a_label_taken_meanwhile(server: Xnat, study: Path, tmp_path: Path) -> None:
     """Another dispatch archives a study under our label while ours is on its way."""
     studies.ct(study, 2)
