@@ -1,0 +1,1 @@
+"""Comparisons of our drivers with other programs; each is run by itself: python -m benchmarks.<type>."""
