@@ -1,0 +1,60 @@
+"""What the documents say is what the product does."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.main import get_command
+
+from blocks import TYPES, Target
+from flows.check import check
+from flows.dispatch import dispatch
+from talaria.cli import app
+from talaria.targetfile import field_names
+from tasks import DRIVERS
+
+ROOT = Path(__file__).parents[1]
+
+
+def section(text: str, title: str) -> str:
+    found = re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
+    assert found, f"no section {title}"
+    return found[1]
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_every_field_is_described_as_the_block_describes_it(name: str) -> None:
+    text = (ROOT / "docs/targets.md").read_text()
+    common, own = section(text, "Every target"), section(text, f"`{name}`")
+    for field in field_names(TYPES[name]):
+        words = TYPES[name].model_fields[field].description
+        shared = field in Target.model_fields and Target.model_fields[field].description == words
+        place = common if shared else own
+        assert f"| `{field}` |" in place, field
+        assert str(words).replace("|", "\\|") in place, field
+
+
+def test_the_readme_tells_what_each_type_can_do() -> None:
+    text = (ROOT / "README.md").read_text()
+    for name, driver in DRIVERS.items():
+        pull = "yes" if driver.find and driver.retrieve else "no"
+        levels = ", ".join(driver.facts.verifies_by)
+        assert f"| `{name}` | yes | {pull} | {levels} |" in text, name
+    assert set(DRIVERS) == set(TYPES)
+
+
+def test_every_command_is_documented() -> None:
+    text = (ROOT / "docs/cli.md").read_text()
+    for name, command in get_command(app).commands.items():  # type: ignore[attr-defined]
+        assert f"`talaria {name}" in text or f"talaria {name} " in text, name
+        for sub in getattr(command, "commands", {}):
+            assert re.search(rf"`(talaria {name} )?{sub}\b", text), f"{name} {sub}"
+
+
+def test_the_deployment_file_names_our_flows() -> None:
+    document = yaml.safe_load((ROOT / "deployments/prefect.yaml").read_text())
+    flows = {"flows.dispatch:dispatch": dispatch, "flows.check:check": check}
+    assert {one["entrypoint"] for one in document["deployments"]} == set(flows)
