@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from tests.servers import process
 from tests.servers.certificates import Leaf
-from transfer.header import read_header
+from transfer.header import Damaged, read_header
 
 STORE_AET = "STORESCP"
 QUERY_AET = "QRSCP"
@@ -33,10 +33,11 @@ class StoreScp:
         return {entry.name for entry in os.scandir(self.received)}
 
     def files(self) -> dict[str, bytes]:
-        """Every stored DICOM file by its SOP instance UID."""
+        """Every stored DICOM file, whole, by its SOP instance UID."""
         found = {}
         for path in self.received.iterdir():
-            with path.open("rb") as file:
+            # One that it is still writing is not stored yet: storescp writes under the final name.
+            with path.open("rb") as file, suppress(Damaged):
                 uid = read_header(file.fileno(), path.stat().st_size).SOPInstanceUID
                 found[uid] = file.read()
         return found
@@ -117,7 +118,7 @@ class QueryScp:
     aet: str = QUERY_AET
 
     def files(self) -> dict[str, bytes]:
-        """Every stored DICOM file by its SOP instance UID."""
+        """Every stored DICOM file, whole, by its SOP instance UID."""
         found = {}
         for path in self.storage.glob("*.dcm"):
             with path.open("rb") as file:
