@@ -59,10 +59,12 @@ ERRORS: tuple[tuple[str, type[DispatchError]], ...] = (
     (r"[Cc]onnection (reset|closed|aborted)|Broken pipe|[Dd]isconnect(ed|ing)?|Corrupted|message authentication code",
      Interrupted),
 )  # fmt: skip
+BUSY = 2  # the entry above with what a server says before it hangs up on one client too many
 _NOISE = re.compile(r"debug\d: |OpenSSH_|Authenticated to |Warning: Permanently added|Transferred: |Bytes per second")
 _HOST_KEY = re.compile(r"Server host (?:key|certificate): (\S+) (SHA256:\S+)")
 _METHOD = re.compile(r"Authenticated to .* using \"([\w-]+)\"|Authentication succeeded \(([\w-]+)\)")
 _SOFTWARE = re.compile(r"remote software version (.+)")
+_NO_SSH = re.compile(r"exchange_identification: banner line \d+: (.*)")  # what came instead of SSH's first line
 _CIPHER = re.compile(r"kex: client->server cipher: (\S+)")
 
 _ASKPASS = """#!/bin/sh
@@ -161,10 +163,13 @@ class Started:
         except subprocess.TimeoutExpired:
             stop(self.process)
         login, words, facts = self.client.login, self.words, self.facts
-        text = f"{words}\n{self.errors}"
+        came = _NO_SSH.search(_text(tail(self._log)))
+        text = f"{words}\n{self.errors}\n{came[1] if came else ''}"
         kind = next((error for pattern, error in ERRORS if re.search(pattern, text)), None)
         if kind is NotTrusted:
             return NotTrusted(_why_not_trusted(login, facts, words))
+        if kind is Busy and came and not facts.software and not re.search(ERRORS[BUSY][0], came[1]):
+            return Misconfigured(f"{login.shown}: what answers is not SSH: {short(came[1])}")
         if kind is None or (kind is Busy and facts.method):
             kind = Interrupted if facts.method else Unreachable
         said = words or self.errors.strip() or f"ssh ended with exit code {self.process.returncode}"

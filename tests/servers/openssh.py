@@ -158,14 +158,14 @@ def shared() -> Server:
 
 
 @contextmanager
-def temporary_user(home: Path) -> Iterator[str]:
-    """Make a user with PASSWORD (root only), who owns the folder `home`; removed afterwards."""
+def temporary_user(home: Path, password: str = PASSWORD) -> Iterator[str]:
+    """Make a user with a password (root only), who owns the folder `home`; removed afterwards."""
     name = f"talaria-{uuid.uuid4().hex[:8]}"
     home.mkdir(parents=True, exist_ok=True)
     subprocess.run([process.program("useradd"), "-M", "-d", str(home), "-s", "/bin/sh", name], check=True)
     try:
-        subprocess.run([process.program("chpasswd")], input=f"{name}:{PASSWORD}\n", text=True, check=True)
+        subprocess.run([process.program("chpasswd")], input=f"{name}:{password}\n", text=True, check=True)
         subprocess.run(["chown", f"{name}:", str(home)], check=True)
         yield name
     finally:
-        subprocess.run([process.program("userdel"), name], check=False, stderr=subprocess.DEVNULL)
+        subprocess.run([process.program("userdel"), "-f", name], check=True, capture_output=True)

@@ -50,7 +50,9 @@ class Odd:
 
 
 @contextmanager
-def odd(folder: Path, root: Path, *, without: tuple[str, ...] = (), login: str = "publickey") -> Iterator[Odd]:
+def odd(
+    folder: Path, root: Path, *, without: tuple[str, ...] = (), login: str = "publickey", password: str = PASSWORD
+) -> Iterator[Odd]:
     """Run one.
 
     Args:
@@ -64,13 +66,15 @@ def odd(folder: Path, root: Path, *, without: tuple[str, ...] = (), login: str =
     host, key = make_key(folder / "host"), make_key(folder / "user")
     control = folder / "control"
     control.write_text("")
+    secret = folder / "secret"
+    secret.write_text(password)
     argv = [
         sys.executable, "-m", "tests.servers.sftp_odd", "--port", str(port), "--root", str(root), "--login", login,
-        "--host-key", str(host), "--authorized", f"{key}.pub", "--control", str(control),
+        "--host-key", str(host), "--authorized", f"{key}.pub", "--control", str(control), "--secret", str(secret),
         "--without", ",".join(without),
     ]  # fmt: skip
     with process.server(argv, port, folder / "odd.log", cwd=Path(__file__).parents[2]):
-        yield Odd(port, root, control, key, public(host), fingerprint(host))
+        yield Odd(port, root, control, key, public(host), fingerprint(host), password=password)
 
 
 def main() -> None:
@@ -78,9 +82,10 @@ def main() -> None:
     from asyncssh import sftp
 
     parser = argparse.ArgumentParser()
-    for option in ("port", "root", "host-key", "authorized", "control", "without", "login"):
+    for option in ("port", "root", "host-key", "authorized", "control", "secret", "without", "login"):
         parser.add_argument(f"--{option}", default="")
     given = parser.parse_args()
+    secret = Path(given.secret).read_text()
     without = set(given.without.split(",")) - {""}
     lacking = {"posix-rename": b"posix-rename@openssh.com", "limits": b"limits@openssh.com"}
     gone = {lacking[word] for word in without if word in lacking}
@@ -154,7 +159,7 @@ def main() -> None:
             return bool(given.login == "password")
 
         def validate_password(self, username: str, password: str) -> bool:
-            return bool(password == PASSWORD)
+            return bool(password == secret)
 
         def kbdint_auth_supported(self) -> bool:
             return bool(given.login == "keyboard-interactive")
@@ -163,7 +168,7 @@ def main() -> None:
             return "", "", "", [("Your secret word: ", False)]
 
         def validate_kbdint_response(self, username: str, responses: Any) -> bool:
-            return bool(list(responses) == [PASSWORD])
+            return bool(list(responses) == [secret])
 
     async def serve() -> None:
         more: Mapping[str, Any] = {"authorized_client_keys": given.authorized} if given.login == "publickey" else {}

@@ -48,7 +48,9 @@ def _odd(without: tuple[str, ...], login: str) -> Odd:
 
 def odd_target(server: Odd, folder: str, *, login: str = "publickey") -> SftpTarget:
     """A target that reaches an odd server."""
-    secret: dict[str, Any] = {"private_key": server.key.read_text()} if login == "publickey" else {"password": PASSWORD}
+    secret: dict[str, Any] = {"password": server.password}
+    if login == "publickey":
+        secret = {"private_key": server.key.read_text()}
     return SftpTarget(
         host="127.0.0.1", port=server.port, user=server.user, folder=folder, host_key=server.host_key, **secret, **TIMES
     )
