@@ -106,10 +106,8 @@ def _row(receipt: Receipt) -> dict[str, Any]:
 
 def _markdown(dispatch_id: str, state: State, receipts: Sequence[Receipt], outputs: dict[str, str], path: str) -> str:
     lines = [f"# Dispatch `{dispatch_id}`: {state}", "", f"All items: `{path}` on the machine that sent them.", ""]
-    lines += [
-        "Runs, targets and earlier receipts: [runs](/v2/runs) · [targets](/v2/blocks) · [receipts](/v2/artifacts/key/receipt)",
-        "",
-    ]
+    links = {"runs": "/v2/runs", "targets": "/v2/blocks", "earlier receipts": "/v2/artifacts/key/receipt"}
+    lines += [" · ".join(f"[{words}]({path})" for words, path in links.items()), ""]
     for receipt in receipts:
         counts = ", ".join(f"{count} {kind}" for kind, count in receipt.counts.items() if count) or "nothing"
         lines += [f"## {receipt.target}: {receipt.state}", "", f"{counts}; verified: {receipt.verified}."]

@@ -98,11 +98,11 @@ class Ledger:
                 db.execute("DELETE FROM items WHERE dispatch_id=? AND destination=?", (dispatch_id, destination))
                 db.execute("DELETE FROM hooks WHERE dispatch_id=? AND destination=?", (dispatch_id, destination))
             else:
-                arrived = [str(kind) for kind in ARRIVED]
+                arrived = json.dumps([str(kind) for kind in ARRIVED])
                 db.execute(
                     "DELETE FROM items WHERE dispatch_id=? AND destination=?"
-                    f" AND (endpoint<>? OR outcome NOT IN ({','.join('?' * len(arrived))}))",
-                    (dispatch_id, destination, endpoint, *arrived),
+                    " AND (endpoint<>? OR outcome NOT IN (SELECT value FROM json_each(?)))",
+                    (dispatch_id, destination, endpoint, arrived),
                 )
                 db.execute(
                     "DELETE FROM hooks WHERE dispatch_id=? AND destination=? AND endpoint<>?",
@@ -214,11 +214,12 @@ class Ledger:
                 " EXCEPT SELECT dispatch_id FROM runs WHERE ended IS NULL"
             )
             ids = [row[0] for row in db.execute(old, (before,))]
-            count = 0
-            for table in ("items", "hooks", "runs"):
-                for dispatch_id in ids:
-                    count += db.execute(f"DELETE FROM {table} WHERE dispatch_id=?", (dispatch_id,)).rowcount
-        return count
+            deletions = (
+                "DELETE FROM items WHERE dispatch_id=?",
+                "DELETE FROM hooks WHERE dispatch_id=?",
+                "DELETE FROM runs WHERE dispatch_id=?",
+            )
+            return sum(db.execute(delete, (one,)).rowcount for delete in deletions for one in ids)
 
 
 def write_json(path: Path, document: dict[str, Any]) -> None:
