@@ -6,10 +6,10 @@ import os
 import re
 import secrets
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from protocols import dicomweb
@@ -119,11 +119,10 @@ def spooled(content: Iterator[memoryview], folder: Path) -> Iterator[tuple[Path,
 
 @dataclass(frozen=True)
 class Series:
-    """A series to retrieve: its instances by UID, and how many the server says there are (None if it doesn't)."""
+    """A series to retrieve, and how many instances the server says it has (None if it doesn't say)."""
 
     study: str
     uid: str
-    instances: frozenset[str] = field(repr=False)
     announced: int | None = None
 
 
@@ -137,6 +136,11 @@ class Retrieval:
     """Brings the instances of some series into a folder, as `<SOP instance UID>.dcm`.
 
     What is there already is not asked for again, so that the same retrieval, begun again, fetches what is missing.
+    A series comes in one answer. Which instances it should have is asked only where the count is not what was
+    announced: servers take longer to list a series than to give it.
+
+    Args:
+        listed: returns the UIDs of a series' instances, None if the server lists none.
 
     Attributes:
         notes: what went otherwise than announced, for people.
@@ -148,23 +152,25 @@ class Retrieval:
         series: list[Series],
         folder: Path,
         on_outcome: OnOutcome,
+        listed: Callable[[Series], set[str] | None],
         *,
         concurrency: int,
         bandwidth_limit: int | None = None,
     ) -> None:
         self.service, self.series, self.folder, self.on_outcome = service, series, folder, on_outcome
         self.notes: list[str] = []
+        self._listed = listed
         self._throttle = Throttle(bandwidth_limit)
         self._lock = threading.Lock()
-        self._items: dict[str, Item] = {}  # by SOP instance UID
-        self._missing: dict[str, Series] = {}
+        self._here: dict[str, Item] = {}  # by SOP instance UID
+        self._counts: Counter[str] = Counter()  # of what is here, by series
         self._refused: dict[str, str] = {}  # why an instance did not come
         self._errors: list[BaseException] = []
         self._jobs: deque[_Job] = deque()
         self._concurrency = concurrency
 
     def run(self) -> Plan:
-        """Fetch what is missing; returns what was announced as a plan, whose outcomes have been told.
+        """Fetch what is missing; returns what should be here as a plan, whose outcomes have been told.
 
         Raises:
             DispatchError: not all could be asked for; what came is in the folder, and has been told.
@@ -172,37 +178,56 @@ class Retrieval:
         self.folder.mkdir(parents=True, exist_ok=True)
         for leftover in self.folder.glob(f"{TEMPORARY}*"):
             leftover.unlink(missing_ok=True)
+        self._look()
+        missing: dict[str, Series] = {}
         for one in self.series:
-            for uid in sorted(one.instances):
-                self._announce(one, uid)
-            missing = [uid for uid in one.instances if uid in self._missing]
-            # A series of which nothing is here comes in one answer; of others, only what is missing.
-            whole = len(missing) == len(one.instances) and len(missing) != 1
-            self._jobs += [_Job(one)] if whole else [_Job(one, uid) for uid in sorted(missing)]
-        self._work_off()  # series, and instances of series of which some are here
-        self._jobs += [_Job(one, uid) for uid, one in sorted(self._missing.items()) if uid not in self._refused]
-        self._work_off()  # what was announced and did not come with its series
-        for uid in sorted(self._missing):
-            text = self._refused.get(uid, "announced by the server, but not given")
-            self.on_outcome(self._items[uid], Outcome(Kind.REJECTED, text))
-        return Plan("", self.folder, tuple(sorted(self._items.values(), key=lambda item: item.path)))
+            if not self._counts[one.uid]:
+                self._jobs.append(_Job(one))
+            elif self._counts[one.uid] != one.announced:
+                missing |= self._missing(one)
+        self._jobs += [_Job(one, uid) for uid, one in sorted(missing.items())]
+        self._work_off()
+        # What did not come with its series may still come alone.
+        missing = {
+            uid: missing
+            for one in self.series
+            if self._counts[one.uid] != one.announced
+            for uid, missing in self._missing(one).items()
+        }
+        self._jobs += [_Job(one, uid) for uid, one in sorted(missing.items()) if uid not in self._refused]
+        self._work_off()
+        items = dict(self._here)
+        for uid, one in sorted(missing.items()):
+            if uid not in items:
+                items[uid] = Item(f"{uid}.dcm", 0, 0, Header("", uid, "", one.study, one.uid, 0))
+                text = self._refused.get(uid, "listed by the server, but not given")
+                self.on_outcome(items[uid], Outcome(Kind.REJECTED, text))
+        return Plan("", self.folder, tuple(sorted(items.values(), key=lambda item: item.path)))
 
-    def _announce(self, series: Series, uid: str) -> None:
-        if not UID.fullmatch(uid):
+    def _look(self) -> None:
+        """Find what is in the folder already."""
+        wanted = {one.uid for one in self.series}
+        for path in self.folder.glob("*.dcm"):
+            self.on_outcome.check()
+            with suppress(OSError, NotDicom, Damaged), path.open("rb") as file:
+                info = os.fstat(file.fileno())
+                header = read_header(file.fileno(), info.st_size)
+                if header.SOPInstanceUID == path.stem and header.SeriesInstanceUID in wanted:
+                    self._here[path.stem] = Item(path.name, info.st_size, info.st_mtime_ns, header)
+                    self._counts[header.SeriesInstanceUID] += 1
+                    self.on_outcome(self._here[path.stem], ALREADY)
+
+    def _missing(self, series: Series) -> dict[str, Series]:
+        """What the server lists of a series and is not here."""
+        uids = self._listed(series)
+        if uids is None:
+            note = f"series {series.uid}: can't be compared, the server neither counts nor lists it"
+            if series.announced is None and note not in self.notes:
+                self.notes.append(note)
+            return {}
+        if not all(UID.fullmatch(uid) for uid in uids):
             raise Misconfigured(f"{self.service.where}: lists an instance whose UID is none")
-        if uid in self._items:
-            return
-        final = self.folder / f"{uid}.dcm"
-        with suppress(OSError, NotDicom, Damaged), final.open("rb") as file:
-            info = os.fstat(file.fileno())
-            header = read_header(file.fileno(), info.st_size)
-            if header.SOPInstanceUID == uid:
-                self._items[uid] = Item(final.name, info.st_size, info.st_mtime_ns, header)
-                self.on_outcome(self._items[uid], ALREADY)
-                return
-        header = Header("", uid, "", series.study, series.uid, 0)
-        self._items[uid] = Item(final.name, 0, 0, header)
-        self._missing[uid] = series
+        return {uid: series for uid in uids if uid not in self._here}
 
     def _work_off(self) -> None:
         threads = [
@@ -256,17 +281,15 @@ class Retrieval:
         if not wanted or not UID.fullmatch(uid):
             raise Rejected("the server gave another instance than was asked for")
         with self._lock:
-            known = uid in self._items
-            if known and uid not in self._missing:
+            if uid in self._here:
                 return  # a second copy
-            if not known and job.series.instances:
-                self.notes.append(f"{uid}: came with its series, but was not announced")
+            self._here[uid] = Item(f"{uid}.dcm", 0, 0, header)
         final = file.replace(self.folder / f"{uid}.dcm")
         info = final.stat()
         item = Item(final.name, info.st_size, info.st_mtime_ns, header)
         with self._lock:
-            self._items[uid] = item
-            self._missing.pop(uid, None)
+            self._here[uid] = item
+            self._counts[job.series.uid] += 1
         self.on_outcome(item, DELIVERED)
 
     def _pace(self, count: int) -> None:

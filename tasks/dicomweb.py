@@ -6,7 +6,7 @@ import functools
 import socket
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -317,7 +317,10 @@ def retrieve(target: DicomWebTarget, query: Query, folder: Path, on_outcome: OnO
     if target.folder is not None:
         return dicomweb_folder.retrieve(target, query, folder, on_outcome)
     with connect(target, on_outcome.check) as service:
-        series = [_announced(service, match) for match in qido.find(service, replace(query, level="series"))]
+        series = [
+            Series(match.StudyInstanceUID, match.SeriesInstanceUID, match.instances)
+            for match in qido.find(service, replace(query, level="series"))
+        ]
         if not series:
             raise NotFound(f"{service.where}: nothing matches the query")
         retrieval = Retrieval(
@@ -325,6 +328,7 @@ def retrieve(target: DicomWebTarget, query: Query, folder: Path, on_outcome: OnO
             series,
             folder,
             on_outcome,
+            lambda one: _listed(service, one),
             concurrency=target.concurrency,
             bandwidth_limit=target.bandwidth_limit,
         )
@@ -332,11 +336,11 @@ def retrieve(target: DicomWebTarget, query: Query, folder: Path, on_outcome: OnO
     return _compared(on_outcome.receipt(target.name, plan, Level.LISTED, tuple(retrieval.notes)), plan, series)
 
 
-def _announced(service: Service, match: Match) -> Series:
-    uids: frozenset[str] = frozenset()
-    with suppress(NotFound, Misconfigured):  # not every server lists instances
-        uids = frozenset(qido.instances(service, match.StudyInstanceUID, match.SeriesInstanceUID))
-    return Series(match.StudyInstanceUID, match.SeriesInstanceUID, uids, match.instances)
+def _listed(service: Service, series: Series) -> set[str] | None:
+    try:
+        return set(qido.instances(service, series.study, series.uid))
+    except (NotFound, Misconfigured):  # not every server lists instances
+        return None
 
 
 def _compared(receipt: Receipt, plan: Plan, series: list[Series]) -> Receipt:

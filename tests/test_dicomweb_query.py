@@ -452,7 +452,7 @@ def test_retrieve_cancelled(server: Scripted, tmp_path: Path) -> None:
 
 
 def test_uid_that_is_a_path(server: Scripted, tmp_path: Path) -> None:
-    hold(server, *series_of(1))
+    server.withheld = set(hold(server, *series_of(1)))  # so that the list is asked for
     usual = server._search
 
     def search(segments: list[str], query: list[tuple[str, str]]) -> Reply:
