@@ -8,9 +8,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import pydicom
 import pytest
 
 from tests import studies
@@ -269,3 +272,45 @@ def test_the_server_wants_its_password_and_hides_secrets(up: Talaria, tmp_path: 
     for path in up.home.rglob("*"):
         if path.is_file():
             assert b"very secret" not in path.read_bytes(), path
+
+
+def test_a_study_of_500_images_arrives_whole(up: Talaria, pacs: StoreScp, tmp_path: Path) -> None:
+    sent = studies.ct(tmp_path / "study", 500, side=32)
+    up.apply(pacs=dicom(pacs.port))
+    result = up.json("send", str(tmp_path / "study"), "--to", "pacs")
+    assert result["targets"]["pacs"]["delivered"] == 500
+    arrived = pacs.files()
+    assert len(arrived) == 500
+    for path in sent[::50]:
+        ds = pydicom.dcmread(path)
+        assert pydicom.dcmread(BytesIO(arrived[ds.SOPInstanceUID])).PixelData == ds.PixelData
+
+
+def test_a_dispatch_waits_for_its_target_s_window_unless_it_is_urgent(up: Talaria, tmp_path: Path) -> None:
+    studies.ct(tmp_path / "study", 2)
+    now = datetime.now(UTC)
+    later, end = ((now + timedelta(hours=hours)).strftime("%H:%M") for hours in (2, 3))
+    up.apply(archive=folder(tmp_path / "archive", window=f"{later}-{end}"))
+    result = up.json("send", str(tmp_path / "study"), "--to", "archive", code=1)
+    assert result["state"] == result["targets"]["archive"]["state"] == "waiting"
+    state = up.run(result["flow_run_id"])["state"]
+    assert state["name"] == "AwaitingRetry"
+    begin = datetime.fromisoformat(state["state_details"]["scheduled_time"])
+    assert timedelta(hours=1, minutes=58) < begin - now < timedelta(hours=2, minutes=1)
+    assert not files(tmp_path / "archive")
+    urgent = up.json("send", str(tmp_path / "study"), "--to", "archive", "--priority", "urgent")
+    assert urgent["state"] == "delivered" and len(files(tmp_path / "archive")) == 3
+
+
+def test_no_patient_s_data_is_left_anywhere(up: Talaria, pacs: StoreScp, tmp_path: Path) -> None:
+    (tmp_path / "study").mkdir()
+    studies.dicom(tmp_path / "study" / "good.dcm")
+    (tmp_path / "study" / "cut.dcm").write_bytes((tmp_path / "study" / "good.dcm").read_bytes()[:-100])
+    up.apply(pacs=dicom(pacs.port), gone=folder(tmp_path / "gone", max_attempts=1))
+    (tmp_path / "gone").rmdir()
+    up.json("send", str(tmp_path / "study"), "--to", "pacs,gone", code=1)
+    for path in up.home.rglob("*"):
+        if path.is_file():
+            content = path.read_bytes()
+            for value in (studies.PATIENT_NAME, studies.PATIENT_ID, studies.BIRTH_DATE):
+                assert value.encode() not in content, (path, value)
