@@ -1,0 +1,189 @@
+"""An S3 bucket: at AWS, or at any store that speaks S3 (MinIO, Ceph, and many more)."""
+
+from __future__ import annotations
+
+import re
+from enum import StrEnum
+from typing import Any, ClassVar
+from urllib.parse import urlsplit
+
+from pydantic import Field, HttpUrl, SecretStr, ValidationInfo, field_validator, model_validator
+
+from blocks.base import CONTROL, LAYOUT, LOGO, Target, check_argument, check_host, check_layout
+
+MIB = 1 << 20
+MIN_PART = 5 * MIB  # S3 refuses smaller parts, but for the last one
+MAX_PART = 5 << 30  # S3's limit
+BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,253}[A-Za-z0-9]")  # what stores other than AWS take, too
+ACCESS_POINT = re.compile(r"arn:[a-z-]+:s3[a-z-]*:[a-z0-9-]+:\d+:accesspoint[:/][A-Za-z0-9-]+")
+
+
+class Checksum(StrEnum):
+    """Which checksum goes with every object, for the store to compare with what it got."""
+
+    AUTO = "auto"
+    CRC64NVME = "crc64nvme"
+    CRC32 = "crc32"
+    SHA256 = "sha256"
+    OFF = "off"
+
+
+class Addressing(StrEnum):
+    """Where the bucket's name stands in a URL."""
+
+    AUTO = "auto"
+    PATH = "path"
+    VIRTUAL = "virtual"
+
+
+class Encryption(StrEnum):
+    """How the store encrypts what it keeps; the values are those of S3's own header field."""
+
+    AES256 = "AES256"
+    KMS = "aws:kms"
+    KMS_DSSE = "aws:kms:dsse"
+
+
+class S3Target(Target):
+    """A bucket at AWS or at any other store that speaks S3.
+
+    Each dispatch gets a prefix of its own; a manifest with names, sizes and checksums comes after the files, and an
+    empty object `.complete` last.
+    """
+
+    _block_type_name = "S3 Target"
+    _block_type_slug = "s3-target"
+    _documentation_url = HttpUrl("https://docs.aws.amazon.com/AmazonS3/latest/API/Welcome.html")
+    _logo_url = HttpUrl(LOGO)
+    _code_example = """```python
+from blocks.s3 import S3Target
+
+cloud = S3Target.load("BLOCK_NAME")
+```"""
+
+    type_name: ClassVar[str] = "s3"
+    where: ClassVar[tuple[str, ...]] = ("endpoint_url", "bucket", "prefix", "layout")
+
+    bucket: str = Field(description="Name of the bucket, which must exist, or the ARN of an access point.")
+    prefix: str = Field(default="", description="What the keys of all objects begin with, without slashes around it.")
+    layout: str = LAYOUT
+    region: str | None = Field(
+        default=None, description="Region of the bucket; none to ask AWS, or for us-east-1 at other stores."
+    )
+    endpoint_url: str | None = Field(
+        default=None, description="URL of a store that is not AWS, as in https://minio.example.org:9000."
+    )
+    addressing_style: Addressing = Field(
+        default=Addressing.AUTO,
+        description="Where the bucket's name goes in URLs: path, virtual (in the host name), or auto: virtual at AWS, "
+        "path elsewhere.",
+    )
+    access_key_id: str | None = Field(
+        default=None, description="Access key; none for the profile or what the worker's environment provides."
+    )
+    secret_access_key: SecretStr | None = Field(default=None, description="Secret of the access key.")
+    session_token: SecretStr | None = Field(default=None, description="Token of temporary credentials.")
+    profile: str | None = Field(
+        default=None, description="Profile of the worker's AWS configuration files that holds the credentials."
+    )
+    ca_cert: str | None = Field(
+        default=None,
+        description="Path or PEM text of the authorities that may vouch for the store; none for the system's.",
+    )
+    sse: Encryption | None = Field(
+        default=None, description="Encryption at the store: AES256, aws:kms or aws:kms:dsse; none for the bucket's own."
+    )
+    kms_key_id: str | None = Field(default=None, description="Key for aws:kms; none for the account's default key.")
+    storage_class: str | None = Field(
+        default=None, description="Storage class of the objects, as in STANDARD_IA; none for the bucket's own."
+    )
+    checksum: Checksum = Field(
+        default=Checksum.AUTO,
+        description="Checksum that the store compares: auto finds out what it supports, crc64nvme, crc32, sha256, or "
+        "off.",
+    )
+    multipart_bytes: int = Field(
+        default=16 * MIB,
+        ge=MIN_PART,
+        le=MAX_PART,
+        description="Size in bytes of the parts that larger files are sent in; each connection holds one in memory.",
+    )
+    concurrency: int = Field(default=8, ge=1, le=64, description="Connections used at once inside one dispatch.")
+
+    @field_validator(
+        "region", "endpoint_url", "access_key_id", "secret_access_key", "session_token", "profile", "ca_cert", "sse",
+        "kms_key_id", "storage_class", mode="before",
+    )  # fmt: skip
+    @classmethod
+    def _none(cls, value: Any) -> Any:
+        """A form sends empty text for what nobody filled in."""
+        text = value.get_secret_value() if isinstance(value, SecretStr) else value
+        return None if isinstance(text, str) and not text.strip() else value
+
+    @field_validator("bucket")
+    @classmethod
+    def _bucket(cls, value: str) -> str:
+        value = value.strip()
+        if value.endswith("--x-s3"):
+            raise ValueError(f"{value!r} is a directory bucket (S3 Express), which can't be used: name another bucket")
+        if not BUCKET.fullmatch(value) and not ACCESS_POINT.fullmatch(value):
+            raise ValueError(f"{value!r} is not the name of a bucket: letters, digits, dots and dashes, 3 to 255")
+        return value
+
+    @field_validator("prefix")
+    @classmethod
+    def _prefix(cls, value: str) -> str:
+        value = value.strip().strip("/")
+        if CONTROL.search(value):
+            raise ValueError("prefix must not hold control characters")
+        if value and any(part in ("", ".", "..") for part in value.split("/")):
+            raise ValueError(f"prefix {value!r}: must not hold empty parts, '.' or '..'")
+        return value
+
+    @field_validator("layout")
+    @classmethod
+    def _layout(cls, value: str) -> str:
+        return check_layout(value)
+
+    @field_validator("endpoint_url")
+    @classmethod
+    def _endpoint_url(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        value = value.strip().rstrip("/")
+        parts = urlsplit(value)
+        form = "write it as in https://minio.example.org:9000"
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"endpoint_url is not an http or https URL: {form}")
+        if parts.username is not None or parts.password is not None:
+            raise ValueError("endpoint_url must not hold credentials: use access_key_id and secret_access_key")
+        if parts.query or parts.fragment or CONTROL.search(value):
+            raise ValueError(f"endpoint_url holds more than scheme, host, port and path: {form}")
+        check_host(parts.hostname)
+        try:
+            parts.port  # noqa: B018 - raises if it is none
+        except ValueError as exc:
+            raise ValueError(f"endpoint_url {value!r}: {exc}") from exc
+        return value
+
+    @field_validator("region", "access_key_id", "profile", "kms_key_id", "storage_class")
+    @classmethod
+    def _one_word(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is None:
+            return None
+        value = check_argument(value.strip())
+        if info.field_name != "profile" and " " in value:
+            raise ValueError(f"{value!r} must not hold blanks")
+        return value
+
+    @model_validator(mode="after")
+    def _together(self) -> S3Target:
+        if (self.access_key_id is None) != (self.secret_access_key is None):
+            raise ValueError("access_key_id and secret_access_key belong together: set both, or none")
+        if self.session_token is not None and self.access_key_id is None:
+            raise ValueError("session_token belongs to access_key_id and secret_access_key: set these too")
+        if self.access_key_id is not None and self.profile is not None:
+            raise ValueError("credentials come from access_key_id or from profile: set one of them")
+        if self.kms_key_id is not None and self.sse not in (Encryption.KMS, Encryption.KMS_DSSE):
+            raise ValueError("kms_key_id belongs to sse aws:kms or aws:kms:dsse: set sse too")
+        return self
