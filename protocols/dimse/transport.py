@@ -34,6 +34,7 @@ SLICE_S = 0.2  # how often a wait looks whether it shall stop
 VERIFICATION = "1.2.840.10008.1.1"
 PROBE_S = 3  # for a second opinion on what a port speaks
 VERDICT_S = 0.3  # a peer that takes our certificate may stay silent; one that doesn't says so at once
+REACTOR_S = 0.001  # how often pynetdicom's threads look for work
 RECEIVE = 65_536  # bytes
 ABORT_PDU = b"\x07\0\0\0\0\4\0\0\0\0"
 HEAD = 16  # bytes: enough for every PDU that ends an association
@@ -359,20 +360,28 @@ class Transport(AssociationSocket):
             raise TimeoutError("the peer fell silent")
 
     def lend(self) -> socket.socket:
-        """Hand the socket out, once pynetdicom's thread has let go of it."""
+        """Hand the socket out, once pynetdicom's threads have let go of it.
+
+        Both look for work every millisecond, which would cost as much as sending a small instance. The reactor of
+        the association is paused by its own checkpoint, as pynetdicom's `release` does; the upper layer's in `ready`.
+        """
         self._resting.clear()
         self._returned.clear()
+        self.assoc._reactor_checkpoint.clear()
         self._lent.set()
-        while not self._resting.wait(SLICE_S):
-            if not self.assoc.dul.is_alive():
-                raise Interrupted("the association ended")
+        while not (self._resting.wait(REACTOR_S) and self.assoc._is_paused):
+            if not self.assoc.dul.is_alive() or not self.assoc.is_alive():
+                self.take_back()
+                raise Interrupted("the peer ended the association")
+            time.sleep(REACTOR_S)
         return self._sock
 
     def take_back(self) -> None:
-        """Let pynetdicom's thread go on with the socket."""
+        """Let pynetdicom's threads go on with the socket."""
         self._lent.clear()
         with suppress(OSError):
             self._sock.setblocking(False)
+        self.assoc._reactor_checkpoint.set()
         self._returned.set()
 
     def hang_up(self, *, reset: bool = False) -> None:
