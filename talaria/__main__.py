@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -19,6 +20,9 @@ def main() -> None:
     """Run the command line and exit with the code that its help tells."""
     # What happens is told by the command itself; Prefect's own lines are on the run. Read when it is imported.
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+    # Prefect's own files belong to our state directory, not to the user's home.
+    home = Path(os.environ.get("TALARIA_HOME") or "~/.talaria").expanduser()
+    os.environ.setdefault("PREFECT_HOME", str(home / "prefect"))
     try:
         code = app(standalone_mode=False)
     except UsageError as exc:

@@ -20,7 +20,6 @@ _MODULES = {
     "dicomweb": "tasks.dicomweb",
     "folder": "tasks.folder",
     "rsync": "tasks.rsync",
-    "s3": "tasks.s3",
     "sftp": "tasks.sftp",
     "xnat": "tasks.xnat",
 }

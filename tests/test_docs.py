@@ -43,7 +43,8 @@ def test_the_readme_tells_what_each_type_can_do() -> None:
         pull = "yes" if driver.find and driver.retrieve else "no"
         levels = ", ".join(driver.facts.verifies_by)
         assert f"| `{name}` | yes | {pull} | {levels} |" in text, name
-    assert set(DRIVERS) == set(TYPES)
+    for name in set(TYPES) - set(DRIVERS):
+        assert f"| `{name}` | not yet |" in text
 
 
 def test_every_command_is_documented() -> None:

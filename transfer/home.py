@@ -37,6 +37,8 @@ class Home:
         """
         home = cls(Path(os.environ.get("TALARIA_HOME") or "~/.talaria").expanduser().absolute())
         home.root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if home.root.stat().st_mode & 0o077:  # made by something else, for everybody to read
+            home.root.chmod(0o700)
         return home
 
     @property
