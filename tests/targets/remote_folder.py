@@ -78,4 +78,3 @@ class RemoteFolder:
         obstacle = self.folder / name / item.path
         obstacle.mkdir(parents=True)
         yield self.target
-
