@@ -20,7 +20,7 @@ from protocols.dimse.store import Instance, Sender
 from protocols.dimse.transport import Peer, speaks_dicom, speaks_tls
 from tests import studies
 from tests.servers.scp import Scp, scp
-from tests.servers.steps import Abort, Close, Reject, Silence, Store, Wait
+from tests.servers.steps import Abort, Answer, Close, Reject, Silence, Store, Wait
 from tests.targets.dicom_tls import certificates
 from transfer.errors import Cancelled, Interrupted, TimedOut
 from transfer.plan import Plan, scan
@@ -235,3 +235,14 @@ def test_what_arrives_is_the_data_set(plan: Plan) -> None:
         sent = plan.file(item).read_bytes()[item.header.dataset_offset :]
         assert server.kept[item.header.SOPInstanceUID].data == sent
         assert pydicom.uid.UID(server.kept[item.header.SOPInstanceUID].syntax) == item.header.TransferSyntaxUID
+
+
+def test_what_a_peer_says_of_a_patient_is_kept_back(plan: Plan) -> None:
+    comment = f"unknown {studies.PATIENT_NAME} {studies.PATIENT_ID} {studies.BIRTH_DATE}"
+    told = OnOutcome()
+    with scp(on_store=lambda store: Answer(0xC123, comment=comment)) as server:
+        Fleet(peer_of(server), plan, told, 1, "never", Throttle(None)).deliver()
+    for outcome in told.outcomes.values():
+        assert "C123" in outcome.detail
+        assert "unknown" in outcome.detail
+        assert not [word for word in studies.PHI if word.casefold() in outcome.detail.casefold()]

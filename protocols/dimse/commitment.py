@@ -203,9 +203,7 @@ def _request(link: Link, transaction: Transaction, check: Callable[[], None]) ->
     if "Status" not in status:
         raise link.lost("N-ACTION", begun)
     if status.Status != 0:
-        comment = status.get("ErrorComment", "")
-        text = f"the peer refused storage commitment with status {status.Status:04X}"
-        raise CannotCommit(f"{text} ({comment})" if comment else text)
+        raise CannotCommit(f"the peer refused storage commitment with status {status.Status:04X}")
 
 
 def _wait(transactions: Sequence[Transaction], end: float, check: Callable[[], None], link: Link | None = None) -> None:

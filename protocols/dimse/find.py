@@ -15,6 +15,7 @@ from pynetdicom.association import Association
 from protocols.dimse.association import Link, associate
 from protocols.dimse.contexts import UNCOMPRESSED
 from protocols.dimse.transport import SLICE_S, Peer
+from protocols.words import clean, forms
 from transfer.errors import Busy, Denied, DispatchError, Interrupted, Misconfigured, Retryable
 
 STUDY_ROOT_FIND = "1.2.840.10008.5.1.4.1.2.2.1"
@@ -43,13 +44,15 @@ def find(link: Link, model: str, identifier: Dataset, check: Callable[[], None] 
     if "Status" not in status:
         raise link.lost("C-FIND", begun)
     if status.Status != 0:
-        raise refusal(link, status)
+        raise refusal(link, status, identifier)
     return matches
 
 
-def refusal(link: Link, status: Dataset) -> DispatchError:
-    """Classify a final status of C-FIND that is not success."""
-    code, comment = int(status.Status), str(status.get("ErrorComment", ""))
+def refusal(link: Link, status: Dataset, identifier: Dataset) -> DispatchError:
+    """Classify a final status of C-FIND that is not success; the peer's words lose what was asked for."""
+    code = int(status.Status)
+    asked = {form for element in identifier for form in forms(str(element.value))}
+    comment = clean(str(status.get("ErrorComment", "")), asked)
     text = f"{link.peer.where}: C-FIND answered with status {code:04X}" + (f" ({comment})" if comment else "")
     if code & 0xFF00 == 0xA700 or code == 0x0213:
         return Busy(text)

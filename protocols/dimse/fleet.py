@@ -18,7 +18,9 @@ from protocols.dimse.message import Response
 from protocols.dimse.status import Meaning, meaning
 from protocols.dimse.store import Changed, Instance, Sender
 from protocols.dimse.transport import VERIFICATION, Peer
+from protocols.private import identifying
 from protocols.transcode import converted, fallbacks
+from protocols.words import clean
 from transfer.errors import Busy, Cancelled, Denied, DispatchError, Interrupted, Rejected, Retryable
 from transfer.header import Header
 from transfer.plan import Item, Plan
@@ -254,7 +256,7 @@ class _Run:
         means, words = meaning(status)
         detail = f"status {status:04X}: {words}"
         if response.comment:
-            detail += f" ({response.comment})"
+            detail += f" ({clean(response.comment, identifying(self.plan, [item]))})"
         del self.outstanding[number or 0]
         if means is Meaning.SUCCESS:
             self.on_outcome(item, DELIVERED)
