@@ -15,7 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydicom.dataset import Dataset
 
+from protocols.dimse.association import associate
+from protocols.dimse.contexts import UNCOMPRESSED
+from protocols.dimse.find import STUDY_ROOT_FIND, find
+from protocols.dimse.transport import Peer
 from tests import studies
 from tests.harness import Sent, attempt
 from tests.servers.dcmtk import dcmqrscp, storescp
@@ -452,3 +457,17 @@ def test_a_wait_within_a_script_is_no_answer(plan: Plan) -> None:
     """N-ACTION itself is answered late, within the idle timeout."""
     with scp(on_commit=lambda commit: [Wait(1), 0, Report()]) as peer:
         assert_proven(push(peer, plan))
+
+
+def test_many_queries_on_one_association() -> None:
+    """A fast peer's answers are not lost between two operations of pynetdicom's."""
+    query = Dataset()
+    query.QueryRetrieveLevel, query.StudyInstanceUID, query.SeriesInstanceUID = "IMAGE", "1.2", "1.3"
+    query.SOPInstanceUID = ""
+    with scp() as peer:
+        link = associate(Peer("127.0.0.1", peer.port, idle_timeout_s=3), [(STUDY_ROOT_FIND, UNCOMPRESSED)])
+        try:
+            for _ in range(1200):
+                assert find(link, STUDY_ROOT_FIND, query) == []
+        finally:
+            link.abort()

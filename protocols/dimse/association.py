@@ -37,6 +37,7 @@ _config.LOG_HANDLER_LEVEL = "none"  # its handlers write identifiers, thus patie
 
 MAX_CONTEXTS = 128  # odd numbers of one byte, PS3.8 section 9.3.2.2
 RELEASE_S = 5  # an answer to A-RELEASE-RQ is a courtesy: everything was confirmed before
+REACTOR_S = 0.001  # between looks at pynetdicom's reactor
 GRACE_S = 1  # for pynetdicom to notice its own time limit
 
 REMEDIES = {
@@ -95,6 +96,7 @@ class Link:
 
         def run() -> None:
             try:
+                self._wait_for_reactor()
                 made.append(function(self.assoc))
             except BaseException as exc:  # told to the thread that waits
                 failed.append(exc)
@@ -116,6 +118,15 @@ class Link:
                 raise self.lost(doing, begun) from failed[0]
             raise failed[0]
         return made[0]
+
+    def _wait_for_reactor(self) -> None:
+        """Wait until pynetdicom's reactor has woken up from the operation before this one.
+
+        Else the next operation takes it for paused, sends its request, and loses the response to the reactor, which
+        wakes up meanwhile: seen once in some hundred C-FIND to a fast peer.
+        """
+        while self.assoc._is_paused and self.assoc._reactor_checkpoint.is_set() and self.assoc.is_established:
+            time.sleep(REACTOR_S)
 
     def echo(self, check: Callable[[], None] = _nothing) -> None:
         """Send C-ECHO and wait for the answer.
