@@ -133,8 +133,11 @@ def relay(upstream_port: int, *, host: str = "127.0.0.1", **settings: float | in
         ready.set()
         await stopped.wait()
         listener.close()
-        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
             task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.sleep(0)  # what they have closed is closed in the loop's next turn
 
     stops: list[asyncio.Event] = []
     thread = threading.Thread(target=lambda: (asyncio.run(main()), done.set()), daemon=True)
