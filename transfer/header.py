@@ -161,8 +161,11 @@ def _meta(window: _Window) -> tuple[dict[int, bytes], int]:
             start = pos + 12
         elif vr not in _SHORT:
             raise Damaged("the file meta information is not explicit VR little endian")
-        values[group << 16 | element] = window.at(start, length)
         pos = start + length
+        if pos > window.size:
+            raise Damaged(f"truncated: the file meta information ends at byte {pos}, the file at {window.size}")
+        if length <= MAX_VALUE_BYTES:
+            values[group << 16 | element] = window.at(start, length)
     if pos >= window.size:
         raise Damaged("truncated: no data set after the file meta information")
     return values, pos
@@ -198,10 +201,11 @@ class _Walk:
 
     def top(self, pos: int, found: dict[int, bytes]) -> None:
         """Step over the whole data set; what is wanted goes into `found`."""
-        size = self.window.size
+        size, tag = self.window.size, 0
         while pos < size:
-            if size - pos < 8 and not any(self.window.at(pos, size - pos)):
-                break  # padding at the end of the file
+            if size - pos < 8 or not any(self.window.at(pos, 8)):
+                self.padding(pos, after=tag)
+                break
             tag, vr, length, start = self.element(pos, self.explicit)
             if length == UNDEFINED:
                 pos = self.fragments(start) if tag == _PIXEL_DATA else self.sequence(start, self.nested(vr), 0)
@@ -213,8 +217,14 @@ class _Walk:
                 )
             if tag in self.wanted and length <= MAX_VALUE_BYTES:
                 found[tag] = self.window.at(start, length)
-            elif tag == 0 and length == 0:
-                break  # zeros appended to the file
+
+    def padding(self, pos: int, after: int) -> None:
+        """Accept zeros that some writers fill a file up with; a few may also be the beginning of a group's number."""
+        rest = self.window.size - pos
+        if any(self.window.at(pos, min(rest, MAX_VALUE_BYTES))) or (rest < 8 and after < _PIXEL_DATA):
+            raise Damaged(
+                f"truncated: the file ends at byte {self.window.size}, within an element that begins at {pos}"
+            )
 
     def nested(self, vr: bytes) -> bool:
         """Tell whether the items of a sequence are explicit: those of UN never are (PS3.5 section 6.2.2)."""
