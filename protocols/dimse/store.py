@@ -3,8 +3,9 @@
 What this replaces of pynetdicom: `Association.send_c_store` and, while instances go out, the loop of its upper
 layer. There, every PDU passes through a queue to a thread that polls, is encoded by itself and written by itself,
 from a data set that was read or copied before. Here a file's bytes are read by one `preadv` into a buffer that is
-laid out as PDUs, headers in place, and leave by one system call for many PDUs. pynetdicom keeps the rest:
-negotiation before, release or abort after. Figures: docs/performance.md, section DICOM.
+laid out as PDUs, headers in place, and leave by one system call for many PDUs. 500 CT images of 0.5 MB to a sink that
+discards them cost 3.3 s of CPU there and 0.15 s here; more in docs/performance.md. pynetdicom keeps the rest:
+negotiation and state machine before, release or abort after, every other service.
 """
 
 from __future__ import annotations
