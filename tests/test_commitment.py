@@ -467,7 +467,7 @@ def test_many_queries_on_one_association() -> None:
     with scp() as peer:
         link = associate(Peer("127.0.0.1", peer.port, idle_timeout_s=3), [(STUDY_ROOT_FIND, UNCOMPRESSED)])
         try:
-            for _ in range(1200):
+            for _ in range(400):
                 assert find(link, STUDY_ROOT_FIND, query) == []
         finally:
             link.abort()
