@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from datetime import date, datetime, time, timedelta
+from datetime import UTC, date, datetime, time, timedelta
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
@@ -42,24 +42,28 @@ class Window:
             raise ValueError(f"window {text!r}: unknown time zone {zone!r}") from exc
 
     def opens(self, now: datetime) -> datetime | None:
-        """Return when the window opens next, or None if it is open at `now` (an aware datetime)."""
-        local = now.astimezone(self.zone)
-        for back in (1, 0):
-            day = local.date() - timedelta(days=back)
-            if day.weekday() in self.days and self._open(day) <= local < self._close(day):
+        """Return when the window opens next, or None if it is open at `now` (an aware datetime).
+
+        Times are compared in UTC: two datetimes of one zone compare by their clocks, which lie when summer time ends.
+        """
+        today, now = now.astimezone(self.zone).date(), now.astimezone(UTC)
+        for ahead in range(-1, 9):
+            day = today + timedelta(days=ahead)
+            if day.weekday() not in self.days:
+                continue
+            begin, end = self._open(day), self._close(day)
+            if begin <= now < end:
                 return None
-        for ahead in range(9):
-            day = local.date() + timedelta(days=ahead)
-            if day.weekday() in self.days and self._open(day) > local:
-                return self._open(day)
+            if now < begin < end:
+                return begin.astimezone(self.zone)
         raise AssertionError("a window has at least one day")
 
     def _open(self, day: date) -> datetime:
-        return datetime.combine(day, self.begin, self.zone)
+        return datetime.combine(day, self.begin, self.zone).astimezone(UTC)
 
     def _close(self, day: date) -> datetime:
         last = day if self.end > self.begin else day + timedelta(days=1)
-        return datetime.combine(last, self.end, self.zone)
+        return datetime.combine(last, self.end, self.zone).astimezone(UTC)
 
 
 def _clock(text: str) -> time:
