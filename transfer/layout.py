@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import string
 from pathlib import PurePosixPath
 
 from transfer.plan import Item, Plan
 
-MAX_NAME_BYTES = 120
+MAX_NAME_BYTES = 120  # of one value
+MAX_COMPONENT_BYTES = 240  # of all values and text between two slashes; file systems take 255
+MARK_CHARS = 12  # hexadecimal, 48 bits
 UNKNOWN = "unknown"
 FIELDS = (
     "dispatch_id",
@@ -22,6 +25,7 @@ FIELDS = (
     "SeriesNumber",
 )
 _UNSAFE = re.compile(r"[/\\\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+_LEADING = re.compile(r"^[\s.]+")  # a hidden name, or one of our own such as .incoming-
 
 
 def fields_of(template: str) -> list[str]:
@@ -44,14 +48,14 @@ def fields_of(template: str) -> list[str]:
     return names
 
 
-def sanitised(value: str) -> str:
-    """Make one path component of a value: no separator, no control character, no leading dot, at most 120 bytes.
+def sanitised(value: str, most: int = MAX_NAME_BYTES) -> str:
+    """Make one path component of a value: no separator, no control character, no leading dot, at most `most` bytes.
 
     What is empty, or only dots and blanks, becomes `unknown`.
     """
-    value = _UNSAFE.sub("_", value).strip().lstrip(".").strip()
-    value = value.encode("utf-8", "replace")[:MAX_NAME_BYTES].decode("utf-8", "ignore").rstrip()
-    return value or UNKNOWN
+    value = _UNSAFE.sub("_", value)
+    value = _LEADING.sub("", value)
+    return value.encode()[:most].decode("utf-8", "ignore").rstrip() or UNKNOWN
 
 
 def names(plan: Plan, template: str) -> dict[str, str]:
@@ -76,7 +80,16 @@ def names(plan: Plan, template: str) -> dict[str, str]:
 
 def _filled(template: str, dispatch_id: str, values: dict[str, str]) -> str:
     safe = {name: sanitised(value) for name, value in values.items()} | {"dispatch_id": dispatch_id}
-    return "/".join(sanitised(part.format(**safe)) for part in template.split("/"))
+    return "/".join(_component(part.format(**safe)) for part in template.split("/"))
+
+
+def _component(text: str) -> str:
+    """Make a path component of several values; one that had to be cut stays different from others cut like it."""
+    whole = sanitised(text, len(text.encode()))
+    if len(whole.encode()) <= MAX_COMPONENT_BYTES:
+        return whole
+    mark = hashlib.sha256(text.encode()).hexdigest()[:MARK_CHARS]
+    return f"{sanitised(whole, MAX_COMPONENT_BYTES - MARK_CHARS - 1)}-{mark}"
 
 
 class _Nearest:
