@@ -1,0 +1,40 @@
+"""Errors survive a process boundary whole, and say in one line what, where and which file."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+
+from transfer import errors
+
+CLASSES = [
+    one for one in vars(errors).values() if isinstance(one, type) and issubclass(one, errors.DispatchError)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_survives_pickle(kind: type[errors.DispatchError]) -> None:
+    error = kind("no room: 5 MB", "archive", "a/1.dcm")
+    error.message = "changed later"
+    copy = pickle.loads(pickle.dumps(error))
+    assert type(copy) is kind
+    assert str(copy) == str(error) == "archive: changed later (a/1.dcm)"
+    assert vars(copy) == vars(error)
+
+
+def test_retry_after_survives_pickle() -> None:
+    copy = pickle.loads(pickle.dumps(errors.Busy("later", "pacs", retry_after=12.5)))
+    assert copy.retry_after == 12.5
+
+
+def test_which_are_worth_another_attempt() -> None:
+    assert {one.__name__ for one in CLASSES if one.retryable} == {
+        "Retryable", "Unreachable", "TimedOut", "Busy", "Interrupted",
+    }  # fmt: skip
+
+
+def test_text() -> None:
+    assert str(errors.Denied("no")) == "no"
+    assert str(errors.Denied("no", "pacs")) == "pacs: no"
+    assert str(errors.Rejected("no", item="1.dcm")) == "no (1.dcm)"
