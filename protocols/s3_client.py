@@ -1,0 +1,168 @@
+"""boto3 as we use it: credentials, region, URLs and the rare operations; the sending is done by others.
+
+A client neither retries (whoever calls knows what may be done again), nor reads from the environment where to
+connect and whom to trust.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from email.message import Message
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import boto3
+import botocore.session
+from botocore.awsrequest import AWSPreparedRequest, AWSResponse
+from botocore.config import Config
+from botocore.exceptions import NoCredentialsError
+
+from protocols.tls import Tls
+
+DEFAULT_REGION = "us-east-1"
+AWS_DOMAINS = (".amazonaws.com", ".amazonaws.com.cn")
+_OFF = (None, None, None, None)  # a variable that is read neither from the environment nor from a file
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to reach a bucket.
+
+    Attributes:
+        region: None to find out.
+        endpoint_url: None for AWS.
+        addressing: `auto`, `path` or `virtual`.
+        access_key: with `secret_key` and perhaps `token`; None for `profile`, or for the default chain.
+        hidden: what no message may show.
+    """
+
+    bucket: str
+    region: str | None = None
+    endpoint_url: str | None = None
+    addressing: str = "auto"
+    access_key: str | None = None
+    secret_key: str | None = field(default=None, repr=False)
+    token: str | None = field(default=None, repr=False)
+    profile: str | None = None
+    tls: Tls = field(default=Tls(), repr=False)
+    connect_timeout_s: float = 10.0
+    idle_timeout_s: float = 60.0
+    hidden: frozenset[str] = field(default=frozenset(), repr=False)
+
+    @property
+    def at_aws(self) -> bool:
+        """Whether the bucket's region can be asked for."""
+        host = urlsplit(self.endpoint_url).hostname if self.endpoint_url else None
+        return host is None or host.endswith(AWS_DOMAINS)
+
+
+@dataclass(frozen=True)
+class Aim:
+    """Where the requests of a client go, and how they are signed.
+
+    Attributes:
+        base: the path before an object's key, not encoded.
+    """
+
+    url: str
+    base: str
+    region: str
+    service: str
+
+
+class _Raw:
+    """An answer's body as boto3 reads it."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+
+    def stream(self, *_: Any) -> Iterator[bytes]:
+        yield self._data
+
+
+class Account:
+    """Credentials, and the clients that use them.
+
+    Raises:
+        botocore.exceptions.BotoCoreError: there are none, or no such profile.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        variables: dict[str, Any] = {"ca_bundle": _OFF}
+        if settings.access_key:
+            # What a profile in the worker's files says is for others.
+            variables |= dict.fromkeys(("profile", "config_file", "credentials_file"), _OFF)
+        self._core: Any = botocore.session.Session(session_vars=variables, profile=settings.profile)
+        self._core.register_component("data_loader", _loader())
+        if settings.access_key:
+            self._core.set_credentials(settings.access_key, settings.secret_key or "", settings.token)
+        self.credentials: Any = self._core.get_credentials()
+        if self.credentials is None:
+            raise NoCredentialsError
+
+    @property
+    def region(self) -> str:
+        """The region to begin with."""
+        region = self._settings.region
+        if region is None and self._settings.at_aws:
+            region = self._core.get_config_variable("region")
+        return str(region or DEFAULT_REGION)
+
+    def client(self, region: str, carry: Callable[[AWSPreparedRequest], AWSResponse]) -> tuple[Any, Aim]:
+        """Return a client whose requests are sent by `carry`, and where it aims at."""
+        style = self._settings.addressing
+        if style == "auto" and self._settings.endpoint_url and not self._settings.at_aws:
+            style = "path"  # few stores have a host name for each bucket
+        options: dict[str, Any] = {
+            "signature_version": "s3v4",
+            "s3": {"addressing_style": style},
+            "retries": {"total_max_attempts": 1, "mode": "standard"},
+            # Ours are told where they are wanted; boto3's own break older stores.
+            "request_checksum_calculation": "when_required",
+            "response_checksum_validation": "when_required",
+            "ignore_configured_endpoint_urls": True,
+        }
+        client: Any = boto3.Session(botocore_session=self._core).client(
+            "s3", region_name=region, endpoint_url=self._settings.endpoint_url, config=Config(**options)
+        )
+        aim = _aim(client, self._settings.bucket)
+
+        def before_send(request: AWSPreparedRequest, **_: Any) -> AWSResponse:
+            return carry(request)
+
+        client.meta.events.register("before-send.s3", before_send)
+        return client, aim
+
+
+def _aim(client: Any, bucket: str) -> Aim:
+    """Let the client make a request that is not sent, and see what it looks like."""
+    seen: list[AWSPreparedRequest] = []
+
+    def keep(request: AWSPreparedRequest, **_: Any) -> AWSResponse:
+        seen.append(request)
+        return answer_of(request, 200, Message(), b"")
+
+    client.meta.events.register("before-send.s3", keep)
+    client.head_object(Bucket=bucket, Key="k")
+    client.meta.events.unregister("before-send.s3", keep)
+    authorization = seen[0].headers["Authorization"]
+    text = authorization.decode() if isinstance(authorization, bytes) else authorization
+    # AWS4-HMAC-SHA256 Credential=<access key>/<day>/<region>/<service>/aws4_request, ...
+    region, service = text.split(",")[0].split("/")[-3:-1]
+    url = str(seen[0].url)
+    return Aim(url, unquote(urlsplit(url).path.removesuffix("k")), region, service)
+
+
+def answer_of(request: AWSPreparedRequest, status: int, headers: Message, body: bytes) -> AWSResponse:
+    """An answer in the form in which boto3 takes it."""
+    fields: Any = headers
+    return AWSResponse(str(request.url), status, fields, _Raw(body))
+
+
+@functools.cache
+def _loader() -> Any:
+    """Reads boto3's descriptions of services, which take 50 ms, once in a process."""
+    return botocore.session.Session().get_component("data_loader")

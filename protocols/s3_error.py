@@ -1,0 +1,103 @@
+"""What an S3 store says of a request that it refuses ("List of error codes", Amazon S3 API reference)."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from email.message import Message
+from email.utils import parsedate_to_datetime
+
+from botocore.exceptions import ClientError
+
+from protocols.words import clean
+
+BUSY_STATUS = frozenset((408, 425, 429, 500, 502, 503, 504, 507, 509))
+# Codes that mean "later", whatever their status is; the X ones are MinIO's.
+BUSY_CODES = frozenset((
+    "SlowDown", "SlowDownRead", "SlowDownWrite", "ServiceUnavailable", "InternalError", "RequestTimeout", "Throttling",
+    "ThrottlingException", "RequestLimitExceeded", "RequestThrottled", "BandwidthLimitExceeded", "TooManyRequests",
+    "OperationAborted", "QuotaExceeded", "XMinioServerNotInitialized", "XMinioStorageFull",
+    "XMinioAdminBucketQuotaExceeded",
+))  # fmt: skip
+# The bytes that came are not those whose checksum was announced.
+MISMATCH_CODES = frozenset(("BadDigest", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch", "IncompleteBody"))
+# What a status means where the answer has no body, as that to HEAD.
+_BY_STATUS = {
+    301: "PermanentRedirect", 400: "BadRequest", 401: "Unauthorized", 403: "Forbidden", 404: "NotFound",
+    405: "MethodNotAllowed", 411: "MissingContentLength", 412: "PreconditionFailed", 501: "NotImplemented",
+    503: "ServiceUnavailable",
+}  # fmt: skip
+_ELEMENT = re.compile(r"<(Code|Message)>([^<]*)</\1>")
+
+
+class StoreError(Exception):
+    """The store's own word for what it refuses.
+
+    Attributes:
+        status: of HTTP.
+        code: S3's, e.g. `NoSuchBucket`.
+        words: what it says, one line.
+        retry_after: seconds that it asks to wait, None if it names none.
+        region: where the bucket is, if it says so.
+    """
+
+    def __init__(
+        self, status: int, code: str, words: str = "", retry_after: float | None = None, region: str | None = None
+    ) -> None:
+        code = code or _BY_STATUS.get(status, "no code")
+        super().__init__(f"{code} ({status}): {words}" if words else f"{code} ({status})")
+        self.status, self.code, self.words, self.retry_after, self.region = status, code, words, retry_after, region
+
+    @property
+    def busy(self) -> bool:
+        """Whether the same request may succeed later."""
+        return (self.status in BUSY_STATUS and self.code != "NotImplemented") or self.code in BUSY_CODES
+
+    @property
+    def mismatch(self) -> bool:
+        """Whether what came was not what had been announced."""
+        return self.code in MISMATCH_CODES
+
+    @classmethod
+    def of_answer(cls, status: int, headers: Message, body: bytes, hidden: Iterable[str]) -> StoreError:
+        """Read it from an answer."""
+        text = body.decode("utf-8", "replace")
+        found = {name: html.unescape(value).strip() for name, value in _ELEMENT.findall(text)}
+        return cls(
+            status,
+            clean(found.get("Code", ""), hidden),
+            clean(found.get("Message", ""), hidden),
+            seconds(headers.get("Retry-After")),
+            headers.get("x-amz-bucket-region"),
+        )
+
+    @classmethod
+    def of_boto(cls, exc: ClientError, hidden: Iterable[str]) -> StoreError:
+        """Read it from what boto3 raises."""
+        facts = exc.response.get("ResponseMetadata", {})
+        headers = facts.get("HTTPHeaders", {})
+        error = exc.response.get("Error", {})
+        code = str(error.get("Code", ""))
+        return cls(
+            int(facts.get("HTTPStatusCode", 0)),
+            "" if code.isdecimal() else clean(code, hidden),  # boto3 makes one of the status if there is none
+            "" if code.isdecimal() else clean(str(error.get("Message", "")), hidden),
+            seconds(headers.get("retry-after")),
+            headers.get("x-amz-bucket-region"),
+        )
+
+
+def seconds(retry_after: str | None) -> float | None:
+    """The seconds that a Retry-After field asks for (RFC 9110 section 10.2.3); None if there is none to be read."""
+    if retry_after is None:
+        return None
+    text = retry_after.strip()
+    if text.isdecimal():
+        return float(text)
+    try:
+        when = parsedate_to_datetime(text)
+    except (TypeError, ValueError):
+        return None
+    return max(0.0, (when.replace(tzinfo=when.tzinfo or UTC) - datetime.now(UTC)).total_seconds())
