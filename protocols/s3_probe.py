@@ -1,0 +1,180 @@
+"""Finds out what a store does with checksums, by small objects that are written, read back and removed.
+
+Whether a store compares a checksum, only a wrong one tells; whether it computes those that it tells, or repeats what
+it was told, the same. What was written is read back each time: a store that gives back other bytes is found out
+before anybody's data goes there.
+"""
+
+from __future__ import annotations
+
+import random
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from email.message import Message
+
+from protocols.s3 import Payload, Store
+from protocols.s3_checksums import CRC32, CRC64NVME, MD5, Algorithm, Mismatch, Support, encoded
+from protocols.s3_error import StoreError
+from protocols.s3_keys import under
+from protocols.s3_upload import Form, Gone, Upload
+from transfer.errors import DispatchError
+
+NAME = ".talaria-probe-"
+# Bytes that no conversion of text or compression leaves alone; the same in every run.
+SAMPLE = random.Random(5).randbytes(4096) + b"\r\n\x1a\n\0" * 3  # noqa: S311
+MODE = {"x-amz-checksum-mode": "ENABLED"}
+AUTOMATIC = (CRC64NVME, CRC32, MD5)  # in order of preference: fast first; MD5 is all that older stores know
+NOT_SUPPORTED = frozenset((400, 404, 405, 411, 412, 415, 501))  # what stores answer to what they don't know
+READ_BYTES = 1 << 20  # of a probe that comes back
+REMOVE_S = 3.0  # for taking probes away, though the dispatch was cancelled
+TRAILING = "STREAMING-UNSIGNED-PAYLOAD-TRAILER"
+
+
+class Corrupts(Exception):
+    """The store gives back other bytes than it was given."""
+
+
+class Prober:
+    """Writes, reads and removes probes below a prefix.
+
+    Args:
+        headers: what goes with every object, such as its encryption.
+    """
+
+    def __init__(self, store: Store, prefix: str, headers: Mapping[str, str]) -> None:
+        self.store, self.headers = store, headers
+        self.key = under(prefix, NAME + uuid.uuid4().hex[:12])
+        self.read_back = self.removed = True
+        self._versions: dict[str | None, None] = {}
+
+    def checksums(self, candidates: Iterable[Algorithm] = AUTOMATIC) -> Support:
+        """Find the first algorithm that the store compares, else the first that it computes, else none.
+
+        Raises:
+            Corrupts: what was written comes back otherwise.
+            StoreError: writing is refused altogether. DispatchError: no answer.
+        """
+        best = Support()
+        try:
+            for algorithm in candidates:
+                found = self._try(algorithm)
+                if found.verifies or (found.tells and not best.tells):
+                    best = found
+                if found.verifies:
+                    break
+            if not self._versions:  # nothing was taken: with checksums, or at all?
+                self.write({})
+                self.compare()
+        finally:
+            self.remove()
+        return Support(best.algorithm, best.verifies, best.tells, self.read_back, self.removed)
+
+    def _try(self, algorithm: Algorithm) -> Support:
+        right = algorithm.of(memoryview(SAMPLE))
+        wrong = algorithm.of(memoryview(SAMPLE[1:]))
+        if self._refused(lambda: self.write(algorithm.header(right))):
+            return Support()
+        told = self.compare()
+        verifies = self._refused(lambda: self.write(algorithm.header(wrong)))
+        if not verifies:  # a right one in the answer is then of the store's own making
+            told = self.compare()
+        return Support(algorithm, verifies, told is not None and algorithm.told(told) == encoded(right))
+
+    @staticmethod
+    def _refused(write: Callable[[], object]) -> bool:
+        try:
+            write()
+        except StoreError as exc:
+            if exc.busy or exc.status not in NOT_SUPPORTED:
+                raise
+            return True
+        return False
+
+    def parts(self, support: Support) -> Form:
+        """Find how the store takes the checksum of an object that comes in parts; raises as `checksums`."""
+        algorithm = support.algorithm
+        forms = [Form.PLAIN]
+        if algorithm and algorithm is not MD5:
+            forms = [*([Form.FULL] if algorithm.whole else []), Form.COMPOSITE, Form.PLAIN]
+        try:
+            for form in forms:
+                upload = Upload(self.store, self.key, self.headers, support, form)
+                try:
+                    upload.create()
+                    upload.put(1, Payload(memoryview(SAMPLE)))
+                    upload.complete(len(SAMPLE), algorithm.of(memoryview(SAMPLE)) if algorithm else None)
+                except (StoreError, Mismatch, Gone) as exc:
+                    with suppress(StoreError):
+                        upload.abort()
+                    if form is Form.PLAIN or (isinstance(exc, StoreError) and exc.status not in NOT_SUPPORTED):
+                        raise
+                else:
+                    self._versions[upload.version] = None
+                    self.compare()
+                    return form
+        finally:
+            self.remove()
+        raise AssertionError("the last form is returned or raises")
+
+    def trailing(self) -> str:
+        """Tell what the store does with checksums that follow the data, as boto3 and others send them over TLS."""
+        digest = encoded(CRC32.of(memoryview(SAMPLE)))
+        field = CRC32.field
+        body = b"%x\r\n%b\r\n0\r\n%b:%b\r\n\r\n" % (len(SAMPLE), SAMPLE, field.encode(), digest.encode())
+        headers = {
+            "content-encoding": "aws-chunked",
+            "x-amz-decoded-content-length": str(len(SAMPLE)),
+            "x-amz-trailer": field,
+        }
+        try:
+            self.write(headers, body, TRAILING)
+            self.compare()
+        except StoreError as exc:
+            if exc.busy or exc.status not in NOT_SUPPORTED:
+                raise
+            return f"refused: {exc}"
+        except Corrupts as exc:
+            return f"spoil the object: {exc}"
+        finally:
+            self.remove()
+        return "taken"
+
+    def write(self, headers: Mapping[str, str], body: bytes = SAMPLE, sha256: str | None = None) -> None:
+        """Write the probe; raises as `Store.put`."""
+        told = self.store.put(self.key, Payload(memoryview(body)), {**self.headers, **headers}, sha256)
+        self._versions[told.get("x-amz-version-id")] = None
+
+    def compare(self) -> Message | None:
+        """Read the probe back; return the head of the answer, None if reading is not allowed.
+
+        Raises:
+            Corrupts: it is not what was written.
+        """
+        data = bytearray()
+        try:
+            with self.store.get(self.key, MODE) as answer:
+                for piece in answer.chunks():
+                    data += piece
+                    if len(data) > READ_BYTES:
+                        break
+        except StoreError as exc:
+            if exc.status == 403:
+                self.read_back = False
+                return None
+            if exc.status == 404:
+                raise Corrupts("what was written is not there") from exc
+            raise
+        if data != SAMPLE:
+            raise Corrupts(f"{len(SAMPLE)} bytes were written, {len(data)} bytes other than these came back")
+        return answer.headers
+
+    def remove(self) -> None:
+        """Remove all that was written, every version; what is left is told by `removed`."""
+        versions, self._versions = self._versions, {}
+        try:
+            with self.store.grace(REMOVE_S):
+                for version in versions:
+                    self.store.delete(self.key, version)
+        except (StoreError, DispatchError):
+            self.removed = False
