@@ -20,6 +20,7 @@ _MODULES = {
     "dicomweb": "tasks.dicomweb",
     "folder": "tasks.folder",
     "rsync": "tasks.rsync",
+    "s3": "tasks.s3",
     "sftp": "tasks.sftp",
     "xnat": "tasks.xnat",
 }

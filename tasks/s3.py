@@ -1,0 +1,224 @@
+"""S3 targets: a prefix of a bucket, at AWS or at any store that speaks S3.
+
+What a store's words mean is in `s3_errors.py`, one push in `s3_push.py`, large files in `s3_large.py`, checksums in
+`s3_support.py`, verification in `s3_verify.py`.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from urllib.parse import urlsplit
+
+from pydantic import SecretStr
+
+from blocks.s3 import Checksum, S3Target
+from protocols.http import Origin
+from protocols.link import connect as dial
+from protocols.link import handshake, resolve
+from protocols.s3 import Store
+from protocols.s3_client import Settings
+from protocols.s3_error import StoreError
+from protocols.s3_probe import Prober
+from protocols.tls import Tls, peer_facts
+from protocols.words import BLOT, MIN_PRIVATE_CHARS
+from tasks.driver import Driver, Facts
+from tasks.s3_errors import CREDENTIALS, errors, of
+from tasks.s3_push import Push
+from tasks.s3_support import Supports
+from transfer.errors import Denied, DispatchError
+from transfer.health import Health
+from transfer.layout import names
+from transfer.plan import Plan
+from transfer.receipt import Level, OnOutcome, Receipt
+
+# The table of errors is in `s3_errors`: CODES and STATUS, FOREIGN for what boto3 raises; sockets: `protocols.link`.
+
+
+@contextmanager
+def connect(target: S3Target, check: Callable[[], None] = lambda: None, hidden: Iterable[str] = ()) -> Iterator[Store]:
+    """Yield the target's bucket; connections are made as they are needed, and closed at the end.
+
+    Args:
+        hidden: what no message may show, beside the secrets.
+
+    Raises:
+        Misconfigured: there are no credentials, or settings contradict each other. Denied: none can be had.
+    """
+    private = frozenset(hidden) | {_secret(target.secret_access_key) or "", _secret(target.session_token) or ""}
+    where = f"{target.endpoint_url or 'AWS'}, bucket {target.bucket}"
+    settings = Settings(
+        bucket=target.bucket,
+        region=target.region,
+        endpoint_url=target.endpoint_url,
+        addressing=target.addressing_style.value,
+        access_key=target.access_key_id,
+        secret_key=_secret(target.secret_access_key),
+        token=_secret(target.session_token),
+        profile=target.profile,
+        tls=_tls(target),
+        connect_timeout_s=target.connect_timeout_s,
+        idle_timeout_s=target.idle_timeout_s,
+        hidden=private - {""},
+    )
+    try:
+        with errors(where):
+            store = Store(settings, check)
+        with store:
+            yield store
+    except DispatchError as exc:
+        exc.target = exc.target or target.name
+        for value in sorted(private, key=len, reverse=True):
+            if len(value) >= MIN_PRIVATE_CHARS:
+                exc.message = exc.message.replace(value, BLOT)
+        raise
+
+
+def _secret(value: SecretStr | None) -> str | None:
+    return value.get_secret_value() if value else None
+
+
+def _tls(target: S3Target) -> Tls:
+    return Tls(ca=target.ca_cert or "")
+
+
+# ---- check
+
+
+def check(target: S3Target) -> Health:
+    """Probe name, TCP, TLS, credentials, rights; write, read, remove objects; see which checksums the store knows."""
+    health = Health()
+    order = ["resolve", "tcp", "tls", "authenticate", "authorize", "write", "checksum", "multipart", "trailers"]
+    if target.endpoint_url and urlsplit(target.endpoint_url).scheme == "http":
+        order.remove("tls")
+        order.remove("trailers")  # such checksums are sent over TLS only
+    try:
+        with connect(target) as store:
+            _probe_connection(health, store.origin)
+            if health.ok:
+                _probe_bucket(health, target, store)
+            if health.ok:
+                _probe_objects(health, target, store, trailers="trailers" in order)
+    except DispatchError:  # no credentials: the network can be tried all the same
+        if target.endpoint_url:
+            url, tls = target.endpoint_url, _tls(target)
+            _probe_connection(health, Origin.of(url, tls, target.connect_timeout_s, target.idle_timeout_s))
+        else:
+            health.skip("resolve", "tcp", "tls")
+        with health.probe("authenticate"):
+            raise
+    seen = {probe.name for probe in health.probes}
+    health.skip(*(name for name in order if name not in seen))
+    return health
+
+
+def _probe_connection(health: Health, origin: Origin) -> None:
+    with health.probe("resolve") as probe:
+        found = resolve(origin.host, origin.port)
+        probe.detail = ", ".join(dict.fromkeys(str(address[0]) for _, address in found))
+    if not health.ok:
+        return
+    sock: socket.socket | None = None
+    with health.probe("tcp") as probe:
+        sock = dial(origin.host, origin.port, origin.connect_timeout_s, lambda: None)
+        probe.detail = "connected to {} port {}".format(*sock.getpeername()[:2])
+    if sock is None:
+        return
+    if origin.scheme == "https":
+        with health.probe("tls") as probe:
+            sock = wrapped = handshake(
+                sock, origin.host, origin.where, origin.tls, origin.connect_timeout_s, lambda: None
+            )
+            probe.detail = peer_facts(wrapped)
+    sock.close()
+
+
+def _probe_bucket(health: Health, target: S3Target, store: Store) -> None:
+    """Any answer to a signed request but those about the credentials means that these are good."""
+    refused: StoreError | None = None
+    with health.probe("authenticate") as probe, errors(store.where):
+        try:
+            store.locate()
+            store.call("head_bucket")
+        except StoreError as exc:
+            refused = exc
+        try:
+            # An answer to HEAD has no body to say why; and a bucket that may be looked at may not be listed.
+            store.call("list_objects_v2", Prefix=target.prefix, MaxKeys=1)
+        except StoreError as exc:
+            refused = exc
+        if refused and (refused.code in CREDENTIALS or refused.status == 400 or refused.busy):
+            raise refused
+        probe.detail = f"credentials accepted, region {store.region}"
+        if not store.secure:
+            probe.detail += "; data goes over the network unencrypted"
+    if not health.ok:
+        return
+    with health.probe("authorize") as probe:
+        if refused:
+            raise of(refused, store.where)
+        probe.detail = f"bucket {target.bucket} may be listed"
+
+
+def _probe_objects(health: Health, target: S3Target, store: Store, *, trailers: bool) -> None:
+    supports = Supports(target, store)
+    with health.probe("write") as probe, errors(store.where):
+        prober = Prober(store, target.prefix, supports.headers)
+        try:
+            prober.write({})
+            prober.compare()
+        finally:
+            prober.remove()
+        probe.detail = "an object was written"
+        probe.detail += ", read back" if prober.read_back else ", and may not be read"
+        if not prober.removed:
+            raise Denied(f"{store.where}: {prober.key} was written and can't be removed: the key must be allowed to")
+        probe.detail += " and removed"
+    if not health.ok:
+        return
+    with health.probe("checksum") as probe:
+        support = supports.probe()
+        probe.detail = str(support)
+        if target.checksum is Checksum.OFF:
+            probe.detail = "switched off; what was written came back"
+    if not health.ok:
+        return
+    with health.probe("multipart") as probe:
+        probe.detail = f"taken, checksum form {supports.probe_form().lower()}"
+    if trailers:
+        with health.probe("trailers", informative=True) as probe, errors(store.where):
+            did = Prober(store, target.prefix, supports.headers).trailing()
+            probe.detail = f"{did}; this target sends none, other programs may"
+
+
+# ---- push
+
+
+def push(target: S3Target, plan: Plan, on_outcome: OnOutcome) -> Receipt:
+    """Put what is pending, then the manifests, then the markers."""
+    on_outcome.check()
+    folders = names(plan, target.layout)
+    # A layout may make names of a patient's data, and a store may quote keys.
+    private = {part for folder in set(folders.values()) for part in folder.split("/")} - {plan.dispatch_id}
+    with connect(target, on_outcome.check, private) as store:
+        job = Push(target, plan, on_outcome, store, folders)
+        store.check = job.check
+        try:
+            return job.run()
+        except BaseException as exc:
+            job.give_up(exc)
+            raise
+
+
+driver = Driver(
+    target=S3Target,
+    check=check,
+    push=push,
+    facts=Facts(
+        keeps_names=True,
+        # Files appear one by one, each whole; the marker says when all are there.
+        atomic_replace=False,
+        verifies_by=(Level.ACCEPTED, Level.LISTED, Level.PROVEN),
+    ),
+)

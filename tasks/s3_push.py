@@ -1,0 +1,397 @@
+"""One push to a bucket.
+
+    <prefix>/<name>/<path>                                the files, several at once, large ones in parts
+    <prefix>/<name>/.talaria-manifest-<dispatch id>.json  names, sizes and checksums, after all files
+    <prefix>/<name>/.complete                             empty, last
+
+An object is visible whole or not at all, so that nothing needs a temporary name. What is there already, with the
+same size and SHA-256, is left alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
+
+from blocks.s3 import S3Target
+from protocols.s3 import SHA256_FIELD, Payload, Store, Stored
+from protocols.s3_checksums import Mismatch
+from protocols.s3_error import StoreError
+from protocols.s3_keys import MAX_KEY_BYTES, content_type, keys, under
+from protocols.s3_upload import Upload, stale
+from tasks.s3_errors import CREDENTIALS, errors, of
+from tasks.s3_large import Large
+from tasks.s3_support import Supports
+from tasks.s3_verify import Sums, Verifier
+from transfer.errors import DispatchError, Interrupted, Rejected, TimedOut, Unreachable
+from transfer.plan import Item, Plan
+from transfer.receipt import ALREADY, DELIVERED, Kind, Level, OnOutcome, Outcome, Receipt
+from transfer.throttle import Throttle
+
+MARKER = ".complete"
+MANIFEST = ".talaria-manifest-{}.json"
+LARGE_AT_ONCE = 2  # while the parts of one large file are sent, the next one is hashed
+ABORT_S = 3.0  # for giving up what is unfinished, though the dispatch was cancelled
+LOST_LINK = (Interrupted, Unreachable, TimedOut)
+REPLACED = Outcome(Kind.WARNING, "replaced another object of this key")
+
+
+class Push:
+    """One push; its steps are called in the order in which they stand here.
+
+    Args:
+        folders: by path, the folder that the layout gives.
+    """
+
+    def __init__(
+        self, target: S3Target, plan: Plan, on_outcome: OnOutcome, store: Store, folders: dict[str, str]
+    ) -> None:
+        self.target, self.plan, self.on_outcome, self.store = target, plan, on_outcome, store
+        self.folders = folders
+        self.keys = keys(target.prefix, folders, (item.path for item in plan.items))
+        self.supports = Supports(target, store)
+        self.sums: dict[str, Sums] = {}
+        self.uploads: set[Upload] = set()  # that are under way
+        self.unfinished: dict[str, list[str]] = {}  # uploads of earlier attempts, by key
+        self._verifier = Verifier(target.verify, store, self.supports, self.keys, self.sums, self._sums_of, on_outcome)
+        self._throttle = Throttle(target.bandwidth_limit)
+        self._there: dict[str, int] | None = {}  # size by key; None if the bucket may not be listed
+        self._written: set[str] = set()  # folders that something was put into
+        self._notes: list[str] = []
+        self._failed = threading.Event()
+        self._first: BaseException | None = None
+        self._lock = threading.Lock()
+        self._local = threading.local()
+
+    def run(self) -> Receipt:
+        with errors(self.store.where):
+            self.store.locate()
+            self._look()
+        self._send(self.plan.pending)
+        if self.target.verify is not Level.ACCEPTED:
+            self._each(filter(self._arrived, self.plan.items), self._verifier.verify)
+        self._finish()
+        notes = (*self.supports.notes, *self._notes, *self._verifier.notes)
+        return self.on_outcome.receipt(self.target.name, self.plan, self._verifier.level, notes)
+
+    def give_up(self, why: BaseException) -> None:
+        """Abort the uploads under way, unless the next attempt can go on with them."""
+        if isinstance(why, LOST_LINK):
+            return
+        with suppress(DispatchError, StoreError), self.store.grace(ABORT_S):
+            for upload in tuple(self.uploads):
+                upload.abort()
+
+    # ---- what is there
+
+    def _look(self) -> None:
+        """Find out what is there, and which uploads earlier attempts have left unfinished."""
+        for folder in sorted(set(self.folders.values())):
+            try:
+                for page in self.store.pages(
+                    "list_objects_v2", {"ContinuationToken": "NextContinuationToken"}, Prefix=self._key(folder, "")
+                ):
+                    for row in page.get("Contents", ()):
+                        if self._there is not None:
+                            self._there[row["Key"]] = int(row["Size"])
+            except StoreError as exc:
+                if not _only_denied(exc):
+                    raise
+                self._there = None  # a key that may only write is a sensible one: each object is asked for by name
+        large = {self.folders[item.path] for item in self.plan.pending if self._is_large(item)}
+        for folder in large:
+            self.unfinished |= stale(self.store, self._key(folder, ""))
+
+    def _key(self, folder: str, name: str) -> str:
+        return under(self.target.prefix, folder) + f"/{name}"
+
+    def _is_large(self, item: Item) -> bool:
+        return item.size > self.target.multipart_bytes
+
+    def _stored(self, key: str, size: int | None = None) -> Stored | None:
+        """What the store says of an object; None if it isn't there, or not with this size."""
+        if self._there is not None and (key not in self._there or size not in (None, self._there[key])):
+            return None
+        try:
+            return self.store.head(key)
+        except StoreError as exc:
+            if _only_denied(exc):  # what isn't there is denied, too, if the bucket may not be listed
+                return None
+            raise of(exc, self.store.where) from exc
+
+    def _is_there(self, item: Item, sha256: str) -> bool:
+        """Tell an item that is there with the same size and SHA-256; say whether it is."""
+        stored = self._stored(self.keys[item.path], item.size)
+        if stored is None or stored.size != item.size or stored.sha256 != sha256:
+            return False
+        self.on_outcome(item, ALREADY)
+        return True
+
+    def _unmark(self, item: Item) -> None:
+        """Before something is put into a folder, take its marker away: it is not complete any more."""
+        folder = self.folders[item.path]
+        with self._lock:
+            if folder in self._written:
+                return
+            marker = self._key(folder, MARKER)
+            if self._stored(marker) is not None:
+                self._remove_marker(marker)
+            self._written.add(folder)
+
+    def _remove_marker(self, marker: str) -> None:
+        try:
+            self.store.delete(marker)
+        except StoreError as exc:
+            if not _only_denied(exc):
+                raise of(exc, self.store.where) from exc
+            self._notes.append(f"the {MARKER} of an earlier dispatch was there all the time: it can't be removed")
+        else:
+            if self._there is not None:
+                self._there.pop(marker, None)
+
+    # ---- several at once
+
+    def check(self) -> None:
+        """Raise if this push shall stop, or has failed in another thread."""
+        if self._failed.is_set():
+            raise _Stopped
+        self.on_outcome.check()
+
+    def _each(self, items: Iterable[Item], work: Callable[[Item], None]) -> None:
+        """Do something with each item."""
+        waiting = iter(items)
+        with ThreadPoolExecutor(self.target.concurrency, "s3-ask") as pool, self._stopping():
+            wait([pool.submit(self._guard, work, waiting) for _ in range(self.target.concurrency)])
+
+    def _guard(self, work: Callable[[Item], None], waiting: Iterator[Item]) -> None:
+        """Work through items that several threads share; the first error stops all of them."""
+        try:
+            while True:
+                self.check()
+                with self._lock:
+                    item = next(waiting, None)
+                if item is None:
+                    return
+                try:
+                    work(item)
+                except Rejected as exc:
+                    self.on_outcome(item, Outcome(Kind.REJECTED, exc.message))
+        except _Stopped:
+            pass
+        except BaseException as exc:
+            with self._lock:
+                self._first = self._first or exc
+            self._failed.set()
+
+    @contextmanager
+    def _stopping(self) -> Iterator[None]:
+        """Raise what a thread has raised; stop all of them if this one is interrupted."""
+        try:
+            yield
+        except BaseException:
+            self._failed.set()
+            raise
+        if self._first:
+            raise self._first
+
+    # ---- sending
+
+    def _send(self, items: tuple[Item, ...]) -> None:
+        if not items:
+            return
+        small = [item for item in items if not self._is_large(item)]
+        large = [item for item in items if self._is_large(item)]
+        _ = self.supports.support, large and self.supports.form  # found out before there are threads
+        waiting = iter(small)
+        with (
+            ThreadPoolExecutor(self.target.concurrency, "s3-put") as self.pool,
+            ThreadPoolExecutor(LARGE_AT_ONCE, "s3-large") as captains,
+            self._stopping(),
+        ):
+            futures = [captains.submit(self._guard, self._send_large, iter([item])) for item in large]
+            for _ in range(min(self.target.concurrency, len(small))):
+                futures.append(self.pool.submit(self._guard, self._send_small, waiting))
+            wait(futures)
+        for item in items:  # what was not gone on with is of no use to anybody
+            for left in self.unfinished.pop(self.keys[item.path], ()):
+                self.forget(self.keys[item.path], left)
+
+    def _send_small(self, item: Item) -> None:
+        key = self._checked_key(item)
+        with self.plan.open(item) as fd:
+            data = self.read(item, fd, 0, item.size)
+            self.plan.check(item, fd)
+        sha256 = hashlib.sha256(data).hexdigest()
+        support = self.supports.support
+        digest = support.algorithm.of(data) if support.algorithm else None
+        self.sums[item.path] = Sums.of(sha256, digest)
+        if self._is_there(item, sha256):
+            return
+        self._unmark(item)
+        self.put(key, data, self.headers(item, sha256), sha256, digest, item)
+        self._tell(item)
+
+    def _send_large(self, item: Item) -> None:
+        key = self._checked_key(item)
+        with self.plan.open(item) as fd:
+            file = Large(self, item, key, fd)
+            self.sums[item.path] = file.hash()
+            if self._is_there(item, file.sha256):
+                return
+            self._unmark(item)
+            self.sums[item.path] = file.send()
+        self._tell(item)
+
+    def _checked_key(self, item: Item) -> str:
+        key = self.keys[item.path]
+        size = len(key.encode())
+        if size > MAX_KEY_BYTES:
+            raise Rejected(f"its key would have {size} bytes, S3 takes {MAX_KEY_BYTES}", item=item.shown)
+        return key
+
+    def headers(self, item: Item, sha256: str) -> dict[str, str]:
+        """The head that an item's object gets."""
+        kind = content_type(item.path, item.header is not None)
+        return {"content-type": kind, SHA256_FIELD: sha256, **self.supports.headers}
+
+    def put(
+        self, key: str, data: memoryview, headers: dict[str, str], sha256: str, digest: bytes | None, item: Item | None
+    ) -> None:
+        """Put an object that is in memory; a second time if the store got something else.
+
+        Raises:
+            Rejected: it did so again, or keeps something else, which is then removed.
+        """
+        support, shown = self.supports.support, item.shown if item else None
+        headers |= support.header(digest)
+        for last in (False, True):
+            try:
+                with errors(self.store.where, shown):
+                    told = self.store.put(key, self.payload(data) if item else Payload(data), headers, sha256)
+                break
+            except Mismatch as exc:
+                if last:
+                    raise Rejected(f"the store got other bytes than were sent: {exc}", item=shown) from exc
+        try:
+            support.compare(digest, told)
+        except Mismatch as exc:
+            with errors(self.store.where):
+                self.store.delete(key, told.get("x-amz-version-id"))
+            raise Rejected(f"the store keeps other bytes than were sent: {exc}", item=shown) from exc
+
+    def payload(self, data: memoryview) -> Payload:
+        """A body that keeps to the bandwidth limit and tells the bytes that went out."""
+        return Payload(data, self._throttle.piece, self._throttle.spend, self.on_outcome.moved)
+
+    def read(self, item: Item, fd: int, start: int, size: int) -> memoryview:
+        """Read a piece of a file; it holds until this thread reads the next one."""
+        buffer: bytearray = getattr(self._local, "buffer", bytearray())
+        if len(buffer) < size:
+            buffer = self._local.buffer = bytearray(size)
+        view, done = memoryview(buffer)[:size], 0
+        while done < size:
+            try:
+                count = os.preadv(fd, [view[done:]], start + done)
+            except OSError as exc:
+                raise Rejected(f"can't be read: {exc.strerror}", item=item.shown) from exc
+            if count == 0:
+                raise Rejected("changed since the dispatch was planned: it has become shorter", item=item.shown)
+            done += count
+        return view
+
+    def forget(self, key: str, upload_id: str) -> None:
+        """Abort an upload that nobody goes on with."""
+        upload = Upload(self.store, key, {}, self.supports.support, self.supports.form)
+        upload.id = upload_id
+        with errors(self.store.where):
+            upload.abort()
+
+    def _tell(self, item: Item) -> None:
+        replaced = self._there is not None and self.keys[item.path] in self._there
+        self.on_outcome(item, REPLACED if replaced else DELIVERED)
+
+    # ---- what comes last
+
+    def _arrived(self, item: Item) -> bool:
+        outcome = self.on_outcome.outcomes.get(item.path)
+        return outcome.arrived if outcome else item.path in self.plan.done
+
+    def _finish(self) -> None:
+        """Put manifests and markers, if every file of the plan is there."""
+        self.on_outcome.check()
+        folders: dict[str, list[Item]] = {}
+        for item in self.plan.items:
+            folders.setdefault(self.folders[item.path], []).append(item)
+        manifests = [f for f in folders if self._lacks(f, MANIFEST.format(self.plan.dispatch_id))]
+        markers = [f for f in folders if self._lacks(f, MARKER)]
+        for folder in manifests:
+            self._each([item for item in folders[folder] if item.path not in self.sums], self._know)
+        if not all(map(self._arrived, self.plan.items)):
+            return
+        for folder in manifests:
+            self._put_manifest(folder, folders[folder])
+        for folder in markers:
+            self._put(self._key(folder, MARKER), b"", "application/octet-stream")
+
+    def _lacks(self, folder: str, name: str) -> bool:
+        return folder in self._written or self._stored(self._key(folder, name)) is None
+
+    def _know(self, item: Item) -> None:
+        """Learn the SHA-256 of an item that an earlier attempt has sent."""
+        if not self._arrived(item):
+            return
+        stored = self._verifier.stored.get(item.path)
+        if stored is None:
+            with errors(self.store.where):
+                stored = self.store.head(self.keys[item.path])
+            if stored is None or stored.size != item.size:
+                self.on_outcome.revoke(item, "it had been delivered, and the store does not have it any more")
+                return
+        try:
+            self.sums[item.path] = Sums(stored.sha256) if stored.sha256 else self._sums_of(item)
+        except Rejected as exc:
+            self.on_outcome.revoke(item, exc.message)
+
+    def _sums_of(self, item: Item) -> Sums:
+        with self.plan.open(item) as fd:
+            return Large(self, item, self.keys[item.path], fd).hash()
+
+    def _put_manifest(self, folder: str, items: list[Item]) -> None:
+        start = len(self._key(folder, ""))
+        files = [
+            {
+                "name": self.keys[item.path][start:],
+                "size": item.size,
+                "sha256": self.sums[item.path].sha256,
+                "content_type": content_type(item.path, item.header is not None),
+                **({"sop_instance_uid": item.header.SOPInstanceUID} if item.header else {}),
+            }
+            for item in items
+        ]
+        document = {"dispatch_id": self.plan.dispatch_id, "files": files}
+        text = json.dumps(document, ensure_ascii=False, indent=1).encode()
+        self._put(self._key(folder, MANIFEST.format(self.plan.dispatch_id)), text, "application/json")
+
+    def _put(self, key: str, content: bytes, kind: str) -> None:
+        data = memoryview(content)
+        sha256 = hashlib.sha256(data).hexdigest()
+        algorithm = self.supports.support.algorithm
+        headers = {"content-type": kind, SHA256_FIELD: sha256, **self.supports.headers}
+        try:
+            self.put(key, data, headers, sha256, algorithm.of(data) if algorithm else None, None)
+        except Rejected as exc:
+            raise Interrupted(f"{self.store.where}: {exc.message}") from exc
+
+
+class _Stopped(Exception):
+    """Another thread's error ends this one's work."""
+
+
+def _only_denied(exc: StoreError) -> bool:
+    """Whether it is this one operation that the key may not do."""
+    return exc.status == 403 and exc.code not in CREDENTIALS

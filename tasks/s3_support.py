@@ -1,0 +1,106 @@
+"""What goes along with a target's objects: fields of their heads, and the checksum that the store supports."""
+
+from __future__ import annotations
+
+import threading
+
+from blocks.s3 import Checksum, S3Target
+from protocols.s3 import Store
+from protocols.s3_checksums import ALGORITHMS, Algorithm, Support
+from protocols.s3_probe import AUTOMATIC, Prober
+from protocols.s3_upload import Form
+from tasks.s3_errors import errors
+from transfer.receipt import Level
+
+_lock = threading.Lock()
+# What stores were found to do, once in a process.
+_supports: dict[tuple[str, ...], Support] = {}
+_forms: dict[tuple[str, ...], Form] = {}
+
+
+def common_headers(target: S3Target) -> dict[str, str]:
+    """The fields that every object of a target gets."""
+    fields = {
+        "x-amz-server-side-encryption": target.sse.value if target.sse else None,
+        "x-amz-server-side-encryption-aws-kms-key-id": target.kms_key_id,
+        "x-amz-storage-class": target.storage_class,
+    }
+    return {name: value for name, value in fields.items() if value}
+
+
+class Supports:
+    """The checksum of one push, found when it is first asked for; ask before there are threads."""
+
+    def __init__(self, target: S3Target, store: Store) -> None:
+        self.target, self.store = target, store
+        self.headers = common_headers(target)
+        self.notes: list[str] = []
+        self._key = (store.where, target.checksum.value, *self.headers.values())
+        self._support: Support | None = None
+        self._form: Form | None = None
+
+    @property
+    def support(self) -> Support:
+        """The checksum of objects.
+
+        Raises:
+            DispatchError: the store doesn't keep what it is given, refuses to be written to, or can't be reached.
+        """
+        if self._support is None:
+            self._support = self._found()
+            if not self._support.read_back:
+                self.notes.append("the key may not read: whether the store keeps what it is given could not be tried")
+            if not self._support.removed:
+                self.notes.append("the key may not delete: an object .talaria-probe-* of 4 kB stays below the prefix")
+        return self._support
+
+    def _found(self) -> Support:
+        explicit = ALGORITHMS.get(self.target.checksum.value)
+        proving = self.target.verify is Level.PROVEN
+        if self.target.checksum is Checksum.OFF or (explicit and not proving):
+            return Support(explicit)
+        with _lock:
+            known = _supports.get(self._key)
+        if known is None:
+            known = self.probe()
+            with _lock:
+                _supports[self._key] = known
+        return known
+
+    @property
+    def candidates(self) -> tuple[Algorithm, ...]:
+        """The algorithms that the target's setting leaves to try."""
+        if self.target.checksum is Checksum.AUTO:
+            return AUTOMATIC
+        explicit = ALGORITHMS.get(self.target.checksum.value)
+        return (explicit,) if explicit else ()
+
+    def probe(self) -> Support:
+        """Try what the store does; an algorithm that was asked for by name stays, whatever that is."""
+        with errors(self.store.where):
+            found = Prober(self.store, self.target.prefix, self.headers).checksums(self.candidates)
+        if self.target.checksum is not Checksum.AUTO and self.candidates:
+            return Support(self.candidates[0], found.verifies, found.tells, found.read_back, found.removed)
+        return found
+
+    @property
+    def form(self) -> Form:
+        """How the checksum of an object in parts is made; raises as `support`."""
+        if self._form is None:
+            algorithm = self.support.algorithm
+            if self.target.checksum is Checksum.AUTO:
+                with _lock:
+                    known = _forms.get(self._key)
+                self._form = known or self.probe_form()
+                with _lock:
+                    _forms[self._key] = self._form
+            elif algorithm is None:
+                self._form = Form.PLAIN
+            else:
+                self._form = Form.FULL if algorithm.whole else Form.COMPOSITE
+        return self._form
+
+    def probe_form(self) -> Form:
+        """Try in which form the store takes it."""
+        with errors(self.store.where):
+            return Prober(self.store, self.target.prefix, self.headers).parts(self.support)
