@@ -203,6 +203,10 @@ class _Walk:
         """Step over the whole data set; what is wanted goes into `found`."""
         size, tag = self.window.size, 0
         while pos < size:
+            if self.explicit:
+                pos, tag = self.short_ones(pos, tag, found)
+                if pos == size:
+                    break
             if size - pos < 8 or not any(self.window.at(pos, 8)):
                 self.padding(pos, after=tag)
                 break
@@ -217,6 +221,26 @@ class _Walk:
                 )
             if tag in self.wanted and length <= MAX_VALUE_BYTES:
                 found[tag] = self.window.at(start, length)
+
+    def short_ones(self, pos: int, tag: int, found: dict[int, bytes]) -> tuple[int, int]:
+        """Step over elements with 16-bit lengths as far as the window goes: most are, and this halves the time.
+
+        Returns:
+            where the next element begins, and the tag of the one before it.
+        """
+        data, start, unpack = self.window.data, self.window.start, self.short.unpack_from
+        at, end = pos - start, len(data)
+        if at < 0:
+            return pos, tag
+        while at + 8 <= end:
+            group, number, vr, length = unpack(data, at)
+            value = at + 8
+            if vr not in _SHORT or value + length > end or group == 0xFFFE:
+                break
+            tag, at = group << 16 | number, value + length
+            if tag in self.wanted and length <= MAX_VALUE_BYTES:
+                found[tag] = data[value:at]
+        return start + at, tag
 
     def padding(self, pos: int, after: int) -> None:
         """Accept zeros that some writers fill a file up with; a few may also be the beginning of a group's number."""
