@@ -6,16 +6,18 @@ paths on the other side through rsync's own protocol (`-s`), so no shell sees ei
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import select
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from protocols.memfiles import tail
 from protocols.programs import program
-from protocols.ssh import Client, Started, remote_shell, short
+from protocols.ssh import END_S, Client, Started, remote_shell, short
 from transfer.errors import Busy, Denied, DispatchError, Interrupted, Misconfigured, NotFound, TimedOut, Unreachable
 
 PARTIAL = ".talaria-partial"  # in each folder; holds what has come of a file when the link breaks
@@ -97,7 +99,7 @@ class Rsync:
     check: Callable[[], None] = lambda: None
     moved: Callable[[int], None] = lambda count: None
 
-    def send(self, source: Path, paths: Iterable[str], folder: str, *, there: str = "") -> Result:
+    def send(self, source: Path, paths: Iterable[str], folder: str, *, largest: int = 0, there: str = "") -> Result:
         """Send the files with these paths below `source` to the same paths below `folder`.
 
         The folder exists, and TEMPORARY in it.
@@ -106,6 +108,7 @@ class Rsync:
         the account leaves.
 
         Args:
+            largest: bytes of the largest file: either side may be silent for as long as it reads what has come of it.
             there: a folder of which files with the same length and time are not sent again.
 
         Raises:
@@ -123,7 +126,8 @@ class Rsync:
         ]
         if self.limit is not None:
             options.append(f"--bwlimit={max(1, self.limit // 1024)}")  # KiB
-        return self._run([*options, *_besides(there)], source, paths, folder)
+        quiet_s = largest / SLOWEST_SUM + (PIECE / self.limit if self.limit else 0)
+        return self._run([*options, *_besides(there)], source, paths, folder, quiet_s=quiet_s)
 
     def differing(
         self,
@@ -148,16 +152,16 @@ class Rsync:
             "--out-format=%i %n",
             *_besides(there),
         ]
-        extra_s = size // SLOWEST_SUM if checksum else 0
-        result = self._run(options, source, paths, folder, extra_s=extra_s)
+        quiet_s = size / SLOWEST_SUM if checksum else 0
+        result = self._run(options, source, paths, folder, quiet_s=quiet_s)
         lines = [line for line in result.output.split(b"\n") if line.startswith((b"<f", b"cL"))]
         return result, [_unescaped(line.split(b" ", 1)[1]) for line in lines]
 
-    def _run(self, options: list[str], source: Path, paths: Iterable[str], folder: str, *, extra_s: int = 0) -> Result:
+    def _run(self, options: list[str], source: Path, paths: Iterable[str], folder: str, *, quiet_s: float) -> Result:
         client = self.client
         log, errors = client.file(), client.file()
         ssh_options = [f"ControlPath={self.control}"] if self.control else []
-        idle_s = max(1, round(client.login.idle_timeout_s)) + extra_s
+        idle_s = math.ceil(client.login.idle_timeout_s + quiet_s)
         host = client.login.host
         argv = [
             program("rsync"),
@@ -177,23 +181,31 @@ class Rsync:
         with open(listed, "rb") as names:
             started = client.run(argv, log, errors, stdin=names)
         try:
-            output = self._follow(started)
+            output = self._follow(started, idle_s)
             code = started.process.wait()
         finally:
             started.stop()
         return Result(code, tail(errors).decode("utf-8", "replace"), output, started)
 
-    def _follow(self, started: Started) -> bytes:
-        """Read what rsync prints until it ends; tell the bytes that it says have moved."""
+    def _follow(self, started: Started, idle_s: float) -> bytes:
+        """Read what rsync prints until it ends; tell the bytes that it says have moved.
+
+        rsync's own timeout, and ssh's, take the other side's signs of life for progress, even if nothing of ours
+        gets through; so the time counts here as well.
+        """
         if started.process.stdout is None:
             raise TypeError("rsync was started without a pipe")
         fd, output, told = started.process.stdout.fileno(), bytearray(), 0
         poll = select.poll()
         poll.register(fd, select.POLLIN)
+        heard = time.monotonic()
         while True:
             self.check()
             if not poll.poll(POLL_S * 1000):
+                if time.monotonic() - heard > idle_s + END_S:
+                    raise TimedOut(f"{self.client.login.shown}: nothing has moved for {idle_s:g} s")
                 continue
+            heard = time.monotonic()
             piece = os.read(fd, PIECE)
             if not piece:
                 return bytes(output)

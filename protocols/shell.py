@@ -55,8 +55,11 @@ class Shell:
             raise
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        self.started.close()
+    def __exit__(self, kind: object, *exc: object) -> None:
+        if kind is None:
+            self.started.close()
+        else:
+            self.started.stop()
 
     def run(
         self, script: str, *, idle_s: float | None = None, check: Callable[[], None] = lambda: None
@@ -202,8 +205,9 @@ def _ended(started: Started, output: bytes) -> Exception:
     """Return why a shell has ended that should not: no login, no shell, or a broken link."""
     with suppress(subprocess.TimeoutExpired):
         started.process.wait(END_S)
-    if started.process.returncode == 255 or not started.facts.method:
+    refused = re.search(r"(exec|shell) request failed", started.words)
+    if not started.facts.method or (started.process.returncode == 255 and not refused):
         return started.failure()
-    said = short(output.decode("utf-8", "replace") + " " + started.errors)
+    words = started.words if refused else output.decode("utf-8", "replace") + " " + started.errors
     why = "the account gets no shell there, which rsync and scripts need; SFTP needs none"
-    return NoShell(f"{started.client.login.shown}: logged in, but {why} ({said})")
+    return NoShell(f"{started.client.login.shown}: logged in, but {why} ({short(words)})")

@@ -246,7 +246,9 @@ class _Push:
             return
         place = f"{self.base}/{self.incoming}/{folder.number}"
         there = f"{self.base}/{folder.name}" if folder.number in self.placed else ""
-        result = self.rsync.send(self.plan.root, [item.path for item in items], place, there=there)
+        largest = max(item.size for item in items)
+        paths = [item.path for item in items]
+        result = self.rsync.send(self.plan.root, paths, place, largest=largest, there=there)
         missing: dict[str, str] = {}
         if result.code in PARTLY:
             missing = self.missing(result, items, place, there)

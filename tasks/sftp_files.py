@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from blocks.sftp import Rename, SftpTarget
 from protocols.sftp import WINDOW_BYTES, Sftp
-from protocols.sftpwire import FLAG_CREATE, FLAG_READ, FLAG_TRUNCATE, FLAG_WRITE, Code, Status, Window
+from protocols.sftpwire import FLAG_CREATE, FLAG_READ, FLAG_TRUNCATE, FLAG_WRITE, Code, Space, Status, Window
 from protocols.ssh import Client
 from tasks import ssh
 from transfer.errors import Busy, Denied, DispatchError, Interrupted, Misconfigured, NotFound, Rejected
@@ -145,7 +145,8 @@ class Sending:
             await self.mkdir(session, path)
         except Status as exc:
             error = await self.why(session, exc, path)
-            if not isinstance(error, (Rejected, Denied, NotFound)):
+            folder = next(f for f in self.folders if path.startswith(encoded(f.path) + b"/"))
+            if not isinstance(error, (Denied, NotFound)) or not await self.may_write(session, folder):
                 raise error from exc
             self.barred[path] = error.message
 
@@ -158,7 +159,9 @@ class Sending:
                 there = await session.stat(path)
             except Status:
                 if exc.code == Code.FAILURE and posixpath.dirname(path) not in self.barred:
-                    return  # a server that hides what it has: opening the file will tell
+                    space = await self.space(session, path)
+                    if space is None or not space.read_only:
+                        return  # a server that hides what it has: opening the file will tell
                 raise exc from None
             if there.mode is not None and not there.is_folder:
                 raise Status(Code.FAILURE, "a file is in the way of the folder", path) from exc
@@ -371,8 +374,8 @@ class Sending:
         """Return the error that a status means; FAILURE gets its meaning from the state of the file system."""
         shown = path.decode("utf-8", "backslashreplace") if item is None else item.shown
         kind = ERRORS.get(status.code, Rejected)
-        if status.code in (Code.FAILURE, Code.PERMISSION_DENIED):
-            space = await session.space(encoded(self.target.folder)) or await session.space(b".")
+        if status.code in (Code.FAILURE, Code.PERMISSION_DENIED, Code.NO_SUCH_FILE):
+            space = await self.space(session, path)
             if space and space.read_only:
                 return Denied(f"{self.target.folder}: the file system is read-only")
             if space and status.code == Code.FAILURE:
@@ -383,7 +386,7 @@ class Sending:
                 return Busy(f"{self.target.folder}: {status.words}")
         if item is None:
             return Denied(f"{shown}: {status}") if kind is Rejected else kind(f"{shown}: {status}")
-        if kind is Denied and not await self.may_write(session, item):
+        if kind is Denied and not await self.may_write(session, self.folder_of[item.path]):
             return Denied(f"{self.folder_of[item.path].path}: {status}")
         if kind in (Denied, NotFound, Rejected):
             with suppress(Status):
@@ -392,14 +395,23 @@ class Sending:
             return Rejected(str(status), item=item.shown)
         return kind(f"{shown}: {status}")
 
-    async def may_write(self, session: Sftp, item: Item) -> bool:
-        """Tell whether anything at all may be written into the dispatch's folder."""
-        name = encoded(f"{self.folder_of[item.path].path}/.incoming-{self.plan.dispatch_id}-probe")
+    async def space(self, session: Sftp, path: bytes) -> Space | None:
+        """Return what room there is where a path is, or would be; None if the server doesn't tell."""
+        while True:
+            space = await session.space(path or b".")
+            if space is not None or path in (b"", b"/") or not session.extensions:
+                return space
+            path = posixpath.dirname(path.rstrip(b"/"))
+
+    async def may_write(self, session: Sftp, folder: Folder) -> bool:
+        """Tell whether anything at all may be written into a dispatch's folder."""
+        name = encoded(f"{folder.path}/{ssh.probe_name()}")
         try:
             await session.close_file(await session.open(name, FLAG_WRITE | FLAG_CREATE | FLAG_TRUNCATE))
-            await session.remove(name)
         except Status:
             return False
+        with suppress(Status):
+            await session.remove(name)
         return True
 
 
