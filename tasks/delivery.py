@@ -19,7 +19,7 @@ from transfer.globs import excluded
 from transfer.home import Home
 from transfer.ledger import Ledger
 from transfer.plan import Item, Plan
-from transfer.receipt import ALREADY, ItemResult, Kind, Level, OnOutcome, Outcome, Receipt, State
+from transfer.receipt import ALREADY, UNSENT, ItemResult, Kind, Level, OnOutcome, Outcome, Receipt, State
 
 OUTPUT_BYTES = 65_536  # of a hook's output, its end is kept
 
@@ -75,6 +75,7 @@ class Delivery:
         self.hook_output = ""
         self.stopped: State | None = None
         self._told: dict[str, Outcome] = {}
+        self._stumbled: set[str] = set()
         self._before: frozenset[str] | None = None
         self._last: Receipt | None = None
         self._seconds = 0.0
@@ -109,9 +110,13 @@ class Delivery:
                 for item in self.refused:
                     if item.path not in self._told:
                         self._record(key)(item, self.refused[item])
-                self._last = self.driver.push(self.target, plan.narrowed(plan.items, done), on_outcome)
+                # What an attempt stumbled over comes last in the next one, so that it holds up nothing else.
+                items = sorted(plan.items, key=lambda item: item.shown in self._stumbled)
+                self._last = self.driver.push(self.target, plan.narrowed(items, done), on_outcome)
         except DispatchError as exc:
             exc.target = exc.target or self.target.name
+            if exc.item:
+                self._stumbled.add(exc.item)
             self.error = exc
             if isinstance(exc, Cancelled):
                 self.stopped = State.CANCELLED
@@ -157,14 +162,13 @@ class Delivery:
     def receipt(self) -> Receipt:
         """What became of the plan so far, over all attempts of this run."""
         known = self.ledger.outcomes(self.plan.dispatch_id, self.target.name, self.plan.items)
-        rows, size, unsent = [], 0, 0
+        rows, size = [], 0
         for item in self.plan.items:
             outcome = self._told.get(item.path) or known.get(item.path)
             if outcome and outcome.arrived and item.path in (self._before or ()):
                 outcome = ALREADY
             if outcome is None:
-                unsent += 1
-                continue
+                outcome = UNSENT
             if outcome.kind in (Kind.DELIVERED, Kind.WARNING):
                 size += item.size
             rows.append(_result(item, outcome))
@@ -180,7 +184,6 @@ class Delivery:
             self.error.message if self.error else None,
             self._last.notes if self._last else (),
             self.stopped,
-            unsent,
         )
 
     def _record(self, key: tuple[str, str, str]) -> Callable[[Item, Outcome], None]:

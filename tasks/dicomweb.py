@@ -354,7 +354,7 @@ def _compared(receipt: Receipt, plan: Plan, series: list[Series]) -> Receipt:
         if not seen[one.uid]:
             notes.append(f"series {one.uid}: nothing came")
             short += one.announced is None
-    return replace(receipt, unsent=receipt.unsent + short, notes=(*receipt.notes, *notes))
+    return replace(receipt, missing=receipt.missing + short, notes=(*receipt.notes, *notes))
 
 
 driver = Driver(

@@ -176,7 +176,6 @@ def refusal(error: DispatchError) -> RunState[Any]:
 
 def _sentence(receipt: Receipt) -> str:
     counts = ", ".join(f"{count} {kind}" for kind, count in receipt.counts.items() if count)
-    rest = [f"{receipt.unsent} not sent"] if receipt.unsent else []
-    rest += [receipt.error] if receipt.error else []
+    rest = [receipt.error] if receipt.error else []
     rest += [f"hook {receipt.hook}"] if receipt.hook == "failed" else []
     return f"{receipt.target} {receipt.state}: " + ", ".join([counts or "nothing", *rest])

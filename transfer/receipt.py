@@ -25,6 +25,7 @@ class Kind(StrEnum):
     ALREADY = "already"  # the target had it before
     REJECTED = "rejected"
     SKIPPED = "skipped"  # not for this target: excluded, or not DICOM
+    UNSENT = "unsent"  # no confirmation yet; only in receipts, never in the ledger
 
 
 ARRIVED = frozenset((Kind.DELIVERED, Kind.WARNING, Kind.ALREADY))
@@ -62,6 +63,7 @@ class Outcome:
 
 DELIVERED = Outcome(Kind.DELIVERED)
 ALREADY = Outcome(Kind.ALREADY)
+UNSENT = Outcome(Kind.UNSENT, "no confirmation yet")
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +102,12 @@ class Receipt:
     error: str | None = None
     notes: tuple[str, ...] = ()
     stopped: State | None = None  # CANCELLED or WAITING, where that is why items have no outcome
-    unsent: int = 0  # items without an outcome
+    missing: int = 0  # announced, and not come: known by their number only
+
+    @property
+    def unsent(self) -> int:
+        """How many items have no confirmation yet."""
+        return self.counts[Kind.UNSENT] + self.missing
 
     @property
     def counts(self) -> dict[Kind, int]:
@@ -211,17 +218,16 @@ class OnOutcome:
         self, target: str, plan: Plan, verified: Level = Level.ACCEPTED, notes: tuple[str, ...] = ()
     ) -> Receipt:
         """The receipt of this push: outcomes told here, `already` for the items that were done before."""
-        results, size, unsent = [], 0, 0
+        results, size = [], 0
         for item in plan.items:
             outcome = self.outcomes.get(item.path)
             if outcome is None and item.path in plan.done:
                 outcome = ALREADY
             if outcome is None:
-                unsent += 1
-                continue
+                outcome = UNSENT
             if outcome.kind in (Kind.DELIVERED, Kind.WARNING):
                 size += item.size
             uid = item.header.SOPInstanceUID if item.header else ""
             results.append(ItemResult(item.shown, uid, outcome.kind, outcome.detail))
         seconds = time.monotonic() - self._begun
-        return Receipt(target, tuple(results), size, seconds, verified, notes=notes, unsent=unsent)
+        return Receipt(target, tuple(results), size, seconds, verified, notes=notes)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from talaria.cli.output import DONE, NO_SERVER, NOT_ALL, print_json, table
+from talaria.cli.output import DONE, NO_SERVER, NOT_ALL, print_json, say, table
 from talaria.cli.session import api
 from talaria.settings import load_settings
 from transfer.home import Home
@@ -55,6 +55,9 @@ def status(as_json: Json = False) -> None:
 
     load_settings()
     document = collect(Home.current())
+    if not document["server"]["ok"]:
+        document["error"] = "no server runs: `talaria up` starts it"
+        say(f"talaria: {document['error']}")
     if as_json:
         print_json(document)
     else:
