@@ -202,7 +202,7 @@ class HookFailed(Retryable):
 
 def sort_out(facts: Facts, target: Target, plan: Plan) -> tuple[dict[Item, Outcome], list[Item]]:
     """Split a plan into what the target does not get, each with its outcome, and what it does."""
-    refused: dict[Item, Outcome] = {}
+    refused = {item: Outcome(Kind.SKIPPED, item.not_sent) for item in plan.left_out}
     wanted = []
     for item in plan.items:
         if excluded(item.path, target.globs):

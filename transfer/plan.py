@@ -21,6 +21,7 @@ from transfer.header import Damaged, Header, NotDicom, read_header
 
 READERS = 4  # threads that read headers: the work waits for the disk more than for the interpreter
 HEAD_BYTES = 65_536  # of a file that isn't DICOM, its first bytes stand for its content in the dispatch id
+MAX_LINKED_FOLDERS = 10_000  # links to folders that hold links to folders multiply
 DISPATCH_ID_CHARS = 20  # hexadecimal, 80 bits
 # Our own traces in a folder that a target wrote or that is being written: never data.
 OWN_NAMES = (".complete", ".incoming-*", ".talaria-*")
@@ -59,9 +60,14 @@ class Item:
 
     @property
     def shown(self) -> str:
-        """The path for logs, JSON and the ledger: valid UTF-8, one line."""
-        safe = self.path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-        return safe if safe.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in safe)
+        """The path for logs, JSON and the ledger: valid UTF-8, one line, different for different paths.
+
+        What can't be shown is escaped as in Python; a backslash of the name itself is doubled.
+        """
+        if self.path.isprintable() and "\\" not in self.path:
+            return self.path
+        safe = self.path.replace("\\", "\\\\").encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in safe)
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,7 @@ class Plan:
         items: every file that the target shall have in the end, sorted by path.
         done: paths of the items that the ledger says the target already has; only the others are sent.
         origin: where the study came from.
+        left_out: files of the source that no target gets, `not_sent` says why; not part of the dispatch's identity.
     """
 
     dispatch_id: str
@@ -81,6 +88,7 @@ class Plan:
     items: tuple[Item, ...] = field(repr=False)
     done: frozenset[str] = field(default=frozenset(), repr=False)
     origin: Origin = Origin()
+    left_out: tuple[Item, ...] = field(default=(), repr=False)
 
     @property
     def pending(self) -> tuple[Item, ...]:
@@ -139,26 +147,36 @@ def scan(paths: Iterable[Path | str], exclude: tuple[str, ...] = (), origin: Ori
     sources = _sources(paths)
     root = sources[0] if len(sources) == 1 and sources[0].is_dir() else _common_folder(sources)
     found: dict[str, Path] = {}
+    left_out: dict[str, str] = {}
     for source in sources:
         for path in _files(source, sources):
             relative = os.path.relpath(path, root)
-            if not excluded(relative, exclude) and not excluded(relative, OWN_NAMES):
+            if excluded(relative, exclude):
+                left_out[relative] = f"excluded by {','.join(exclude)}"
+            elif excluded(relative, OWN_NAMES):
+                left_out[relative] = "a name that Talaria keeps for itself"
+            else:
                 found.setdefault(relative, path)
     if not found:
         raise Misconfigured(f"nothing to send in {', '.join(str(s) for s in sources)}")
     with ThreadPoolExecutor(READERS) as pool:
         items = tuple(pool.map(lambda name: _item(name, found[name], sources), sorted(found)))
-    return Plan(_dispatch_id(root, items), root, items, origin=origin)
+    aside = tuple(Item(name, 0, 0, not_sent=why) for name, why in sorted(left_out.items()))
+    return Plan(_dispatch_id(root, items), root, items, origin=origin, left_out=aside)
 
 
 def _sources(paths: Iterable[Path | str]) -> list[Path]:
     """Resolve the paths; drop those that lie in another one."""
     resolved: list[Path] = []
     for path in paths:
+        if not str(path):
+            raise Misconfigured("an empty path was given to send")
         try:
             resolved.append(Path(path).resolve(strict=True))
-        except (OSError, RuntimeError) as exc:
-            raise NotFound(f"{path}: no such file or folder") from exc
+        except (FileNotFoundError, NotADirectoryError, ValueError) as exc:
+            raise NotFound(f"{path!s}: no such file or folder") from exc
+        except (OSError, RuntimeError) as exc:  # RuntimeError: symbolic links in a circle
+            raise NotFound(f"{path!s}: {getattr(exc, 'strerror', None) or 'symbolic links in a circle'}") from exc
     if not resolved:
         raise Misconfigured("no path to send was given")
     unique = sorted(set(resolved))
@@ -175,30 +193,45 @@ def _inside(path: str, sources: list[Path]) -> bool:
 
 
 def _files(source: Path, sources: list[Path]) -> Iterator[Path]:
-    """Every file below a source. A link to a folder outside comes as a path of its own, to be refused by name."""
+    """Every file below a source, in no order that matters.
+
+    A link to a folder inside the source is followed, unless it leads back to a folder that it is in. A link to one
+    outside, and a folder that can't be listed, come as paths of their own, to be refused by name.
+    """
     if not source.is_dir():
         yield source
         return
-    stack, seen = [str(source)], {os.path.realpath(source)}
+    links, top = 0, os.path.realpath(source)
+    # A folder, where it really is, and the real folders on the way to it.
+    stack: list[tuple[str, str, frozenset[str]]] = [(str(source), top, frozenset((top,)))]
     while stack:
-        folder = stack.pop()
+        folder, place, above = stack.pop()
         try:
-            entries = list(os.scandir(folder))
+            with os.scandir(folder) as listing:
+                entries = list(listing)
         except OSError:
-            yield Path(folder)  # refused by name: it can't be listed
+            yield Path(folder)
             continue
         for entry in entries:
-            if not entry.is_dir():
+            try:
+                is_folder = entry.is_dir()
+            except OSError:  # a link in a circle, or to what may not be looked at
+                is_folder = False
+            if not is_folder:
                 yield Path(entry.path)
-            elif not entry.is_symlink():
-                stack.append(entry.path)
-            else:
+                continue
+            real = f"{place}/{entry.name}"
+            if entry.is_symlink():
                 real = os.path.realpath(entry.path)
                 if not _inside(real, sources):
                     yield Path(entry.path)
-                elif real not in seen and not folder.startswith(real):  # a link to its own parent is a loop
-                    seen.add(real)
-                    stack.append(entry.path)
+                    continue
+                if any(one == real or one.startswith(f"{real}/") for one in above):
+                    continue
+                links += 1
+                if links > MAX_LINKED_FOLDERS:
+                    raise Misconfigured(f"{source}: more than {MAX_LINKED_FOLDERS} links to folders, of one another")
+            stack.append((entry.path, real, above | {real}))
 
 
 def _item(relative: str, path: Path, sources: list[Path]) -> Item:
@@ -233,7 +266,10 @@ def _dispatch_id(root: Path, items: tuple[Item, ...]) -> str:
     """Derive the id from names, sizes, times and content marks: same files, same id, wherever they lie."""
     digest = hashlib.sha256()
     for item in items:
-        mark = item.header.SOPInstanceUID.encode() if item.header else _head(root / item.path)
+        # What is refused is not read: a link may lead anywhere.
+        mark = item.problem.encode() or (
+            item.header.SOPInstanceUID.encode() if item.header else _head(root / item.path)
+        )
         name = item.path.encode("utf-8", "surrogateescape")
         digest.update(b"%s\0%d\0%d\0%s\n" % (name, item.size, item.mtime_ns, mark))
     return digest.hexdigest()[:DISPATCH_ID_CHARS]
