@@ -6,7 +6,12 @@ import atexit
 import os
 import re
 import shutil
+import subprocess
+import sys
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -40,3 +45,89 @@ def _own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.T
     home = tmp_path_factory.getbasetemp() / "home"
     home.mkdir(exist_ok=True)
     monkeypatch.setenv("TALARIA_HOME", str(home / "talaria"))
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that any user can reach; pytest's own are closed to all but the one who runs it."""
+    folder = Path(tempfile.mkdtemp(prefix="talaria-open-"))
+    folder.chmod(0o777)
+    yield folder
+    for inner, _, _ in os.walk(folder):
+        os.chmod(inner, 0o700)
+    shutil.rmtree(folder)
+
+
+NOBODY = 65534
+
+
+@pytest.fixture
+def as_nobody() -> Callable[[], AbstractContextManager[None]]:
+    """Give up root's power over permissions for a while, if we have it."""
+
+    @contextmanager
+    def dropped() -> Iterator[None]:
+        if os.geteuid() != 0:
+            yield
+            return
+        groups, group = os.getgroups(), os.getegid()
+        os.setgroups([])
+        os.setegid(NOBODY)
+        os.seteuid(NOBODY)
+        try:
+            yield
+        finally:
+            os.seteuid(0)
+            os.setegid(group)
+            os.setgroups(groups)
+
+    return dropped
+
+
+# ---- tests that mount: `@pytest.mark.mounts` runs one in a mount namespace of its own, where it may
+
+UNSHARED = "TALARIA_TEST_UNSHARED"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Run a test that mounts in a process whose mounts nobody else sees, and which end with it."""
+    if pyfuncitem.get_closest_marker("mounts") is None or UNSHARED in os.environ:
+        return None
+    root = [] if os.geteuid() == 0 else ["--map-root-user"]
+    ran = subprocess.run(
+        [
+            "unshare",
+            *root,
+            "--mount",
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            pyfuncitem.nodeid,
+        ],
+        cwd=pyfuncitem.config.rootpath,
+        env={**os.environ, UNSHARED: "1"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stdout
+    return True
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Callable[[str], Path]:
+    """Mount a small file system in memory; its argument are mount(8)'s options, as in `size=2m`."""
+
+    def mounted(options: str) -> Path:
+        assert UNSHARED in os.environ, "mark the test with @pytest.mark.mounts"
+        folder = tmp_path / "disk"
+        folder.mkdir(exist_ok=True)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", folder], check=True)
+        return folder
+
+    return mounted
