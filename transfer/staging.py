@@ -31,7 +31,7 @@ def stage(plan: Plan, into: Path, check: Callable[[], None] = lambda: None) -> P
     The folder must not exist, or be left over from this dispatch; the caller removes it with `discard`.
 
     Args:
-        check: called between files; may raise to stop.
+        check: called between files, and between pieces of those that are copied; may raise to stop.
 
     Raises:
         Busy: no room for copies.
@@ -45,7 +45,7 @@ def stage(plan: Plan, into: Path, check: Callable[[], None] = lambda: None) -> P
     items = []
     for item in plan.items:
         check()
-        items.append(item if item.problem else _stage_item(plan, item, into, made))
+        items.append(item if item.problem else _stage_item(plan, item, into, made, check))
     return replace(plan, root=into, items=tuple(items))
 
 
@@ -54,7 +54,7 @@ def discard(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _stage_item(plan: Plan, item: Item, into: Path, made: set[Path]) -> Item:
+def _stage_item(plan: Plan, item: Item, into: Path, made: set[Path], check: Callable[[], None]) -> Item:
     copy = into / item.path
     if copy.parent not in made:
         copy.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -64,7 +64,7 @@ def _stage_item(plan: Plan, item: Item, into: Path, made: set[Path]) -> Item:
         try:
             os.link(real, copy)
         except OSError:  # another file system, too many links, or not ours to link
-            _copy(real, copy)
+            _copy(real, copy, check)
         now = os.stat(copy)
     except OSError as exc:
         if exc.errno in FULL:
@@ -75,13 +75,13 @@ def _stage_item(plan: Plan, item: Item, into: Path, made: set[Path]) -> Item:
     return item
 
 
-def _copy(source: str, copy: Path) -> None:
+def _copy(source: str, copy: Path, check: Callable[[], None]) -> None:
     """Copy content and times, sharing blocks where the file system can; the copy has the source's final time."""
     with open(source, "rb") as reader, open(copy, "xb") as writer:
         try:
             fcntl.ioctl(writer, FICLONE, reader.fileno())
         except OSError:
-            copy_bytes(reader.fileno(), writer.fileno())
+            copy_bytes(reader.fileno(), writer.fileno(), lambda count: check())
         info = os.fstat(reader.fileno())
     os.utime(copy, ns=(info.st_atime_ns, info.st_mtime_ns))
 

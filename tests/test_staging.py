@@ -1,0 +1,210 @@
+"""Staging: without copying where it can, whole where it must, and nothing is left."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from tests import studies
+from transfer.errors import Busy, Cancelled, NotFound
+from transfer.plan import Plan, scan
+from transfer.staging import copy_bytes, discard, stage
+
+
+@pytest.fixture
+def elsewhere() -> Iterator[Path]:
+    """A folder on another file system."""
+    folder = Path(tempfile.mkdtemp(dir="/dev/shm"))
+    yield folder
+    shutil.rmtree(folder)
+
+
+def assert_staged(plan: Plan, staged: Plan) -> None:
+    assert staged.dispatch_id == plan.dispatch_id
+    assert staged.items == plan.items
+    for item in staged.items:
+        assert staged.file(item).read_bytes() == plan.file(item).read_bytes()
+        with staged.open(item) as fd:
+            staged.check(item, fd)
+
+
+def test_links_where_it_can(tmp_path: Path) -> None:
+    studies.sample(tmp_path / "source")
+    studies.odd_names(tmp_path / "source" / "odd")
+    plan = scan([tmp_path / "source"])
+    staged = stage(plan, tmp_path / "staging" / "run")
+    assert_staged(plan, staged)
+    assert all(staged.file(item).stat().st_ino == plan.file(item).stat().st_ino for item in plan.items)
+    assert (tmp_path / "staging" / "run").stat().st_mode & 0o777 == 0o700
+    discard(staged.root)
+    assert not staged.root.exists()
+    assert scan([tmp_path / "source"]) == plan, "the source is as it was"
+
+
+def test_copies_where_it_must(tmp_path: Path, elsewhere: Path) -> None:
+    studies.sample(tmp_path)
+    studies.write(tmp_path / "empty.txt", b"")
+    studies.write(tmp_path / "large", os.urandom(20 << 20))
+    plan = scan([tmp_path])
+    staged = stage(plan, elsewhere / "run")
+    assert_staged(plan, staged)
+    (tmp_path / "CT" / "1.dcm").unlink()  # held still
+    assert staged.file(staged.items[0]).exists()
+
+
+def test_a_link_inside_the_source_becomes_a_file(tmp_path: Path) -> None:
+    studies.ct(tmp_path / "source" / "a", 1)
+    (tmp_path / "source" / "file.dcm").symlink_to("a/CT0001.dcm")
+    (tmp_path / "source" / "folder").symlink_to("a")
+    plan = scan([tmp_path / "source"])
+    staged = stage(plan, tmp_path / "run")
+    assert_staged(plan, staged)
+    assert not any(path.is_symlink() for path in staged.root.rglob("*"))
+
+
+def test_problems_stay_and_are_not_touched(tmp_path: Path) -> None:
+    outside = studies.note(tmp_path / "outside.json")
+    studies.ct(tmp_path / "source", 1)
+    (tmp_path / "source" / "out").symlink_to(outside)
+    os.mkfifo(tmp_path / "source" / "fifo")
+    plan = scan([tmp_path / "source"])
+    staged = stage(plan, tmp_path / "run")
+    assert staged.items == plan.items
+    assert {path.name for path in staged.root.rglob("*")} == {"CT0001.dcm"}
+
+
+def test_what_changed_since_it_was_planned(tmp_path: Path, elsewhere: Path) -> None:
+    for into in (tmp_path / "run", elsewhere / "run"):
+        source = tmp_path / f"source-{into.parent.name}"
+        studies.ct(source, 4)
+        plan = scan([source])
+        with open(source / "CT0001.dcm", "ab") as file:
+            file.write(b"\0\0")
+        time.sleep(0.01)
+        (source / "CT0002.dcm").touch()
+        (source / "CT0003.dcm").unlink()
+        staged = stage(plan, into)
+        assert [item.problem for item in staged.items] == [
+            "changed since the dispatch was planned",
+            "changed since the dispatch was planned",
+            "can't be read: No such file or directory",
+            "",
+        ]
+        assert [item.path for item in staged.items] == [item.path for item in plan.items]
+
+
+def test_a_change_after_staging_is_noticed_when_it_is_read(tmp_path: Path) -> None:
+    """A hard link keeps a file from vanishing, not from being written to."""
+    (file,) = studies.ct(tmp_path / "source", 1)
+    staged = stage(scan([tmp_path / "source"]), tmp_path / "run")
+    time.sleep(0.01)
+    with open(file, "r+b") as other:
+        other.write(b"x")
+    with pytest.raises(Exception, match="changed"), staged.open(staged.items[0]):
+        pass
+
+
+def test_what_an_earlier_run_left_is_replaced(tmp_path: Path) -> None:
+    studies.ct(tmp_path / "source", 1)
+    studies.ct(tmp_path / "run", 1, first=9)
+    staged = stage(scan([tmp_path / "source"]), tmp_path / "run")
+    assert {path.name for path in staged.root.iterdir()} == {"CT0001.dcm"}
+
+
+def test_the_source_is_gone(tmp_path: Path) -> None:
+    studies.ct(tmp_path / "source", 1)
+    plan = scan([tmp_path / "source"])
+    shutil.rmtree(tmp_path / "source")
+    with pytest.raises(NotFound, match="source"):
+        stage(plan, tmp_path / "run")
+
+
+def test_stops_between_files_and_within_a_copy(tmp_path: Path, elsewhere: Path) -> None:
+    studies.ct(tmp_path, 5)
+    studies.write(tmp_path / "large", bytes(64 << 20))
+    plan = scan([tmp_path])
+
+    def stopping(after: int) -> Callable[[], None]:
+        calls = 0
+
+        def check() -> None:
+            nonlocal calls
+            calls += 1
+            if calls > after:
+                raise Cancelled("stop")
+
+        return check
+
+    for after in (0, 3, 12):
+        with pytest.raises(Cancelled):
+            stage(plan, elsewhere / "run", stopping(after))
+    with pytest.raises(Cancelled):
+        stage(plan.narrowed(plan.items[-1:]), elsewhere / "run", stopping(2))
+
+
+@pytest.mark.mounts
+def test_no_room_is_busy(tmp_path: Path, disk: Callable[[str], Path]) -> None:
+    small = disk("size=1m")
+    studies.ct(tmp_path / "source", 8, side=256)  # 137 kB each
+    plan = scan([tmp_path / "source"])
+    with pytest.raises(Busy, match="no room"):
+        stage(plan, small / "run")
+    discard(small / "run")
+    assert not list(small.iterdir())
+    staged = stage(plan.narrowed(plan.items[:6]), small / "run")
+    assert not any(item.problem for item in staged.items)
+
+
+# ---- copying
+
+
+def copied(data: bytes, tmp_path: Path, piece_bytes: int = 1 << 24) -> tuple[bytes, list[int]]:
+    source = studies.write(tmp_path / "source", data)
+    pieces: list[int] = []
+    with open(source, "rb") as reader, open(tmp_path / "copy", "wb") as writer:
+        assert copy_bytes(reader.fileno(), writer.fileno(), pieces.append, piece_bytes) == len(data)
+    return (tmp_path / "copy").read_bytes(), pieces
+
+
+@pytest.mark.parametrize("size", [0, 1, 4096, 1_000_000, 3_000_001])
+@pytest.mark.parametrize("in_kernel", [True, False])
+def test_copies_all(tmp_path: Path, size: int, in_kernel: bool) -> None:
+    data = os.urandom(size)
+    unsupported = mock.patch("os.copy_file_range", side_effect=OSError(errno.EXDEV, "cross-device"))
+    with mock.MagicMock() if in_kernel else unsupported:
+        copy, pieces = copied(data, tmp_path, 1_000_000)
+    assert copy == data
+    assert sum(pieces) == size
+    assert all(0 < piece <= 1_000_000 for piece in pieces)
+
+
+def test_a_kernel_that_copies_nothing_is_not_believed(tmp_path: Path) -> None:
+    with mock.patch("os.copy_file_range", return_value=0):
+        assert copied(b"x" * 5000, tmp_path)[0] == b"x" * 5000
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.ESTALE])
+def test_a_real_error_of_the_kernel_is_raised(tmp_path: Path, number: int) -> None:
+    with (
+        mock.patch("os.copy_file_range", side_effect=OSError(number, "x")),
+        pytest.raises(OSError, match="x") as caught,
+    ):
+        copied(b"x", tmp_path)
+    assert caught.value.errno == number
+
+
+def test_short_writes_are_continued(tmp_path: Path) -> None:
+    write = os.write
+    with (
+        mock.patch("os.copy_file_range", side_effect=OSError(errno.EXDEV, "x")),
+        mock.patch("os.write", lambda fd, data: write(fd, data[:7])),
+    ):
+        assert copied(b"0123456789" * 20, tmp_path)[0] == b"0123456789" * 20
