@@ -22,13 +22,15 @@ from protocols.link import Link, connect, handshake
 from protocols.tls import Tls
 from transfer.errors import Interrupted, Misconfigured, TimedOut
 
-CONTINUE_S = 1.0  # how long to wait for "100 Continue" before the body goes anyway (curl's value; RFC 9110 10.1.1)
+# How long to wait for "100 Continue" before the body goes anyway (RFC 9110 section 10.1.1); some servers never say it.
+CONTINUE_S = 0.3
 STALE_S = 0.5  # a connection idle for so long may have been closed by a server that tires quickly (Orthanc: 1 s)
 LEFTOVER_BYTES = 1 << 20  # of an answer that nobody wants: read so that the connection can be used again
 REDIRECTS = (301, 302, 303, 307, 308)
 MAX_REDIRECTS = 5
 PORTS = {"http": 80, "https": 443}
 AGENT = "talaria"
+_without_continue: set[str] = set()  # servers that did not say it in time: this process asks them no more
 
 
 class Body(Protocol):
@@ -173,6 +175,7 @@ class Session:
         Raises:
             Unreachable, TimedOut, Interrupted, NotTrusted, Denied, Misconfigured: no answer could be had.
         """
+        expect = expect and self.origin.where not in _without_continue
         answer = self._ask(_Request(method, path, headers or {}, body, expect))
         try:
             yield answer
@@ -317,8 +320,11 @@ class _Exchange:
 
     def upload(self, body: Body, expect: bool) -> None:
         """Send a body, as far as the server lets us."""
-        if expect and self._link.listen(CONTINUE_S):
-            self._hear()
+        if expect:
+            if not self._link.listen(CONTINUE_S):
+                _without_continue.add(self._link.where)
+            else:
+                self._hear()
             if self.answer:  # the server has no need of the body
                 self.broken_off = True
                 return

@@ -41,6 +41,7 @@ def server() -> Iterator[Scripted]:
 def forgetful(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give each test a process that has met no server yet."""
     monkeypatch.setattr(stow, "_suspected", {})
+    monkeypatch.setattr(http, "_without_continue", set())
 
 
 @pytest.fixture
@@ -558,7 +559,7 @@ def test_proxy_that_resets_instead_of_413(server: Scripted, tmp_path: Path) -> N
     server.script = [Limit()] * 1000
     target = dicomweb_target(server.url, concurrency=1)
     done: set[str] = set()
-    errors = []
+    errors: list[Exception | None] = []
     while len(done) < 40 and len(errors) < 5:
         sent = attempt(target, plan, done=done)
         done |= sent.arrived
@@ -611,10 +612,13 @@ def test_expect_refused_sends_no_body(server: Scripted, tmp_path: Path, status: 
     assert sent.error if status != 413 else sent.rejected
 
 
-def test_expect_ignored(server: Scripted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http, "CONTINUE_S", 0.1)
+def test_expect_ignored(server: Scripted, tmp_path: Path) -> None:
+    """The wait is short, and the next push does without."""
     server.continues = False
-    all_delivered(push(server, big(tmp_path)), server)
+    plan = big(tmp_path)
+    all_delivered(push(server, plan), server)
+    all_delivered(push(server, plan), server)
+    assert ["expect" in request.headers for request in server.of("POST")] == [True, False]
 
 
 def test_expect_not_understood(server: Scripted, tmp_path: Path) -> None:
@@ -722,7 +726,17 @@ def test_cancel_while_the_server_hangs(server: Scripted, plan: Plan) -> None:
 
 
 def test_other_requests_are_finished_when_one_fails(server: Scripted, plan: Plan) -> None:
-    server.script = [Reply(503), lambda _: Reply(delay_s=0.5, status=200)]
+    other = threading.Event()
+
+    def refuse(request: Request) -> Reply:
+        assert other.wait(5)
+        return Reply(503)
+
+    def slow(request: Request) -> Reply:
+        other.set()
+        return Reply(delay_s=0.5)
+
+    server.script = [refuse, slow]
     sent = push(server, plan, batch_items=4, concurrency=2)
     assert isinstance(sent.error, Busy)
     assert len(sent.arrived) == 4
