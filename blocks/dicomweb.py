@@ -161,6 +161,7 @@ def check_url(value: str, *, query: bool = False) -> str:
         raise ValueError("must end with its path: remove what follows ? or #")
     if any(part in (".", "..") for part in parts.path.split("/")):
         raise ValueError("must not hold '.' or '..' in its path")
+    value = parts.scheme + value[len(parts.scheme) :]  # in lower case
     return value if query else value.rstrip("/")
 
 

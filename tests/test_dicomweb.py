@@ -138,7 +138,7 @@ def test_bad_fields(fields: dict[str, Any], advice: str) -> None:
 
 
 def test_defaults_and_names() -> None:
-    target = DicomWebTarget(url="https://pacs/rs/")
+    target = DicomWebTarget(url="HTTPS://pacs/rs/")
     assert target.url == "https://pacs/rs"
     assert (target.batch_bytes, target.batch_items, target.concurrency) == (20_000_000, 100, 4)
     assert target.can_query
@@ -148,7 +148,8 @@ def test_defaults_and_names() -> None:
 
 
 def test_secrets_are_not_shown() -> None:
-    target = DicomWebTarget(url="http://pacs", http_user="u", http_password=PASSWORD, tls_cert="c", tls_key="k3y-text")
+    secrets: dict[str, Any] = {"http_password": PASSWORD, "tls_cert": "c", "tls_key": "k3y-text"}
+    target = DicomWebTarget(url="http://pacs", http_user="u", **secrets)
     for text in (repr(target), str(target), target.model_dump_json()):
         assert PASSWORD not in text
         assert "k3y-text" not in text
