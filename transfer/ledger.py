@@ -227,8 +227,12 @@ def write_json(path: Path, document: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     part = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
     fd = os.open(part, os.O_CREAT | os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    with open(fd, "w", encoding="utf-8") as writer:
-        json.dump(document, writer, indent=1)
-        writer.flush()
-        os.fsync(writer.fileno())
-    os.replace(part, path)
+    try:
+        with open(fd, "w", encoding="utf-8") as writer:
+            json.dump(document, writer, indent=1)
+            writer.flush()
+            os.fsync(writer.fileno())
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise

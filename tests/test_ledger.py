@@ -1,0 +1,244 @@
+"""The ledger: what was committed is there, whoever else writes and however the writer ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+import stat
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests import studies
+from transfer.ledger import HookRow, Ledger, write_json
+from transfer.plan import Item, Plan, scan
+from transfer.receipt import ALREADY, DELIVERED, ItemResult, Kind, Outcome
+
+ITEMS = tuple(Item(f"a/{number}.dcm", 100 + number, 1_700_000_000_000_000_000 + number) for number in range(5))
+REJECTED = Outcome(Kind.REJECTED, "A900: data set does not match SOP class")
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "state" / "ledger.sqlite"
+
+
+def test_keeps_outcomes(path: Path) -> None:
+    warned = Outcome(Kind.WARNING, "B007: element discarded")
+    with Ledger(path) as ledger:
+        ledger.begin("d1", "pacs", "e1")
+        for item, outcome in zip(ITEMS, (DELIVERED, warned, ALREADY, REJECTED), strict=False):
+            ledger.record("d1", "pacs", "e1", item, outcome)
+    with Ledger(path) as ledger:
+        assert ledger.outcomes("d1", "pacs", ITEMS) == {
+            "a/0.dcm": DELIVERED, "a/1.dcm": warned, "a/2.dcm": ALREADY, "a/3.dcm": REJECTED,
+        }  # fmt: skip
+        assert ledger.outcomes("d2", "pacs", ITEMS) == {}
+        assert ledger.outcomes("d1", "archive", ITEMS) == {}
+        assert ledger.results("d1")["pacs"][3] == ItemResult("a/3.dcm", "", Kind.REJECTED, REJECTED.detail)
+
+
+def test_a_row_is_about_the_file_as_it_was(path: Path) -> None:
+    with Ledger(path) as ledger:
+        ledger.record("d", "pacs", "e", ITEMS[0], DELIVERED)
+        for changed in (replace(ITEMS[0], size=7), replace(ITEMS[0], mtime_ns=7), replace(ITEMS[0], path="b")):
+            assert ledger.outcomes("d", "pacs", (changed,)) == {}
+        assert ledger.outcomes("d", "pacs", (ITEMS[0],)) == {"a/0.dcm": DELIVERED}
+
+
+def test_keys_are_the_names_that_are_no_text(path: Path, tmp_path: Path) -> None:
+    studies.odd_names(tmp_path / "study")
+    studies.write(tmp_path / "study" / "new\\nline.dcm", studies.ct_bytes())  # shown naively, it is new<LF>line.dcm
+    plan = scan([tmp_path / "study"])
+    same = tuple(replace(item, size=1, mtime_ns=1) for item in plan.items)
+    with Ledger(path) as ledger:
+        for item in same[::2]:
+            ledger.record("d", "pacs", "e", item, DELIVERED)
+        assert set(ledger.outcomes("d", "pacs", same)) == {item.path for item in same[::2]}
+
+
+def test_begin_forgets_what_may_be_tried_again(path: Path) -> None:
+    with Ledger(path) as ledger:
+        for item, outcome in zip(ITEMS, (DELIVERED, REJECTED, ALREADY), strict=False):
+            ledger.record("d", "pacs", "e", item, outcome)
+        ledger.record("d", "archive", "e", ITEMS[0], REJECTED)
+        ledger.begin("d", "pacs", "e")
+        assert set(ledger.outcomes("d", "pacs", ITEMS)) == {"a/0.dcm", "a/2.dcm"}
+        assert set(ledger.outcomes("d", "archive", ITEMS)) == {"a/0.dcm"}
+
+
+def test_another_endpoint_begins_anew(path: Path) -> None:
+    with Ledger(path) as ledger:
+        ledger.record("d", "pacs", "old place", ITEMS[0], DELIVERED)
+        ledger.record_hook("d", "pacs", "old place", "done", 0, "")
+        ledger.begin("d", "pacs", "new place")
+        assert ledger.outcomes("d", "pacs", ITEMS) == {}
+        assert ledger.hook("d", "pacs") is None
+
+
+def test_force_begins_anew(path: Path) -> None:
+    with Ledger(path) as ledger:
+        ledger.record("d", "pacs", "e", ITEMS[0], DELIVERED)
+        ledger.record("d2", "pacs", "e", ITEMS[0], DELIVERED)
+        ledger.record_hook("d", "pacs", "e", "done", 0, "")
+        ledger.begin("d", "pacs", "e", force=True)
+        assert ledger.outcomes("d", "pacs", ITEMS) == {}
+        assert ledger.hook("d", "pacs") is None
+        assert ledger.outcomes("d2", "pacs", ITEMS)
+
+
+def test_a_later_outcome_replaces_an_earlier_one(path: Path) -> None:
+    with Ledger(path) as ledger:
+        ledger.record("d", "pacs", "e", ITEMS[0], DELIVERED)
+        ledger.record("d", "pacs", "e", ITEMS[0], REJECTED)
+        assert ledger.outcomes("d", "pacs", ITEMS) == {"a/0.dcm": REJECTED}
+        with sqlite3.connect(path) as db:
+            assert db.execute("SELECT attempts FROM items").fetchall() == [(2,)]
+        db.close()
+
+
+def test_hooks(path: Path) -> None:
+    with Ledger(path) as ledger:
+        assert ledger.hook("d", "nas") is None
+        ledger.record_hook("d", "nas", "e", "failed", 3, "no such queue")
+        ledger.record_hook("d", "nas", "e", "done", 0, "ok")
+        assert ledger.hook("d", "nas") == HookRow("done", 0, "ok", 2)
+
+
+def test_runs(path: Path) -> None:
+    plan = Plan("first", Path("/x"), ITEMS)
+    with Ledger(path) as ledger:
+        ledger.run_begins("r1", "owner-1")
+        ledger.run_begins("r2", "owner-2")
+        assert ledger.same_dispatch("r1", plan).dispatch_id == "first"
+        # Taken up again by another process, after a file has changed: still the same dispatch.
+        ledger.run_begins("r1", "owner-3")
+        assert ledger.same_dispatch("r1", replace(plan, dispatch_id="second")).dispatch_id == "first"
+        assert ledger.unfinished() == {"r1": "owner-3", "r2": "owner-2"}
+        ledger.run_ends("r1")
+        assert ledger.unfinished() == {"r2": "owner-2"}
+
+
+def test_prune_forgets_whole_dispatches_that_are_over(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Ledger(path) as ledger:
+        now = time.time()
+        for dispatch, age in (("old", 50), ("new", 1), ("mixed", 50), ("running", 50)):
+            monkeypatch.setattr(time, "time", lambda age=age: now - age)
+            ledger.record(dispatch, "pacs", "e", ITEMS[0], DELIVERED)
+        monkeypatch.setattr(time, "time", lambda: now)
+        ledger.record("mixed", "pacs", "e", ITEMS[1], DELIVERED)
+        ledger.run_begins("r", "owner")
+        ledger.same_dispatch("r", Plan("running", Path("/x"), ()))
+        assert ledger.prune(now - 10) == 1
+        assert not ledger.results("old")
+        assert all(ledger.results(dispatch) for dispatch in ("new", "mixed", "running"))
+        assert len(ledger.results("mixed")["pacs"]) == 2
+
+
+def test_only_its_owner_may_read_it(path: Path) -> None:
+    with Ledger(path) as ledger:
+        ledger.record("d", "pacs", "e", ITEMS[0], DELIVERED)
+        for file in path.parent.iterdir():
+            assert stat.S_IMODE(file.stat().st_mode) == 0o600, file.name
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+
+
+def test_a_damaged_file_is_an_error_not_an_empty_ledger(path: Path) -> None:
+    path.parent.mkdir()
+    path.write_bytes(b"this is no database" * 100)
+    with pytest.raises(sqlite3.DatabaseError):
+        Ledger(path)
+
+
+def test_threads_share_it(path: Path) -> None:
+    with Ledger(path) as ledger:
+
+        def work(thread: int) -> None:
+            for number in range(100):
+                ledger.record("d", f"t{thread}", "e", Item(str(number), 1, 1), DELIVERED)
+                ledger.outcomes("d", f"t{thread}", ITEMS)
+
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert {name: len(rows) for name, rows in ledger.results("d").items()} == {f"t{n}": 100 for n in range(6)}
+
+
+WRITER = textwrap.dedent("""
+    import sys
+    from pathlib import Path
+    from transfer.ledger import Ledger
+    from transfer.plan import Item
+    from transfer.receipt import DELIVERED
+
+    path, destination, count = sys.argv[1:]
+    with Ledger(Path(path)) as ledger:
+        for number in range(int(count)):
+            ledger.record("d", destination, "e", Item(f"{number}.dcm", number, number), DELIVERED)
+            print(number, flush=True)
+""")
+
+
+def writer(path: Path, destination: str, count: int) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(path), destination, str(count)],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+    )
+
+
+def test_processes_share_it(path: Path) -> None:
+    """All at once, from the moment where the file isn't there."""
+    writers = [writer(path, f"t{number}", 150) for number in range(5)]
+    for process in writers:
+        process.communicate(timeout=60)
+        assert process.returncode == 0
+    with Ledger(path) as ledger:
+        assert {name: len(rows) for name, rows in ledger.results("d").items()} == {f"t{n}": 150 for n in range(5)}
+
+
+@pytest.mark.parametrize("after", [1, 20, 333])
+def test_a_killed_writer_loses_nothing_that_it_committed(path: Path, after: int) -> None:
+    process = writer(path, "pacs", 1_000_000)
+    assert process.stdout is not None
+    said = [int(process.stdout.readline()) for _ in range(after)]
+    process.send_signal(signal.SIGKILL)
+    said += [int(line) for line in process.stdout.read().splitlines() if line]
+    process.stdout.close()
+    assert process.wait() == -signal.SIGKILL
+    with Ledger(path) as ledger:
+        rows = {row.path for row in ledger.results("d")["pacs"]}
+        assert {f"{number}.dcm" for number in said} <= rows
+        assert len(rows) - len(said) <= 1, "committed, and killed before it could say so"
+        ledger.record("d", "pacs", "e", ITEMS[0], DELIVERED)
+
+
+def test_a_reader_is_not_held_up_by_a_writer(path: Path) -> None:
+    with Ledger(path) as ledger, Ledger(path) as other:
+        ledger.record("d", "pacs", "e", ITEMS[0], DELIVERED)
+        ledger._db.execute("BEGIN IMMEDIATE")
+        begun = time.monotonic()
+        assert other.outcomes("d", "pacs", ITEMS)
+        assert time.monotonic() - begun < 1
+        ledger._db.execute("ROLLBACK")
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "receipts" / "r.json"
+    write_json(path, {"a": 1})
+    assert path.read_text() == '{\n "a": 1\n}'
+    with pytest.raises(TypeError):
+        write_json(path, {"a": 1, "b": object()})
+    assert path.read_text() == '{\n "a": 1\n}'
+    assert os.listdir(path.parent) == ["r.json"]
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
