@@ -95,7 +95,16 @@ def test_excluded_and_own_names_are_never_in_it(tmp_path: Path) -> None:
     studies.write(tmp_path / ".complete", b"")
     studies.ct(tmp_path / ".incoming-0123" / "x", 1)
     studies.write(tmp_path / "sub" / ".talaria-probe", b"")
-    assert paths(scan([tmp_path], ("*.png", "private"))) == {"CT0001.dcm"}
+    plan = scan([tmp_path], ("*.png", "private"))
+    assert paths(plan) == {"CT0001.dcm"}
+    own = "a name that Talaria keeps for itself"
+    assert {item.path: item.not_sent for item in plan.left_out} == {
+        "a.png": "excluded by *.png,private",
+        "private/a.json": "excluded by *.png,private",
+        ".complete": own,
+        ".incoming-0123/x/CT0001.dcm": own,
+        "sub/.talaria-probe": own,
+    }
 
 
 def test_odd_names(tmp_path: Path) -> None:
