@@ -125,7 +125,7 @@ class Fleet:
     def _contexts(self) -> list[tuple[str, tuple[str, ...]]]:
         wanted: list[tuple[str, tuple[str, ...]]] = [(sop_class, (syntax,)) for sop_class, syntax in self._asked]
         if any(syntax not in UNCOMPRESSED for _, syntax in self._asked):
-            wanted.append((VERIFICATION, UNCOMPRESSED))
+            wanted.append((VERIFICATION, UNCOMPRESSED[1:]))
         return wanted
 
     def next(self) -> Item | None:
