@@ -235,12 +235,24 @@ class Incoming:
             for folder, _, files in os.walk(place.files):
                 for file in files:
                     kept = f"{folder}/{file}"
-                    # Only whole files come here, and the dispatch's id stands for the files as they are.
-                    if kept in wanted and os.lstat(kept).st_size == wanted[kept].size:
+                    if kept in wanted and self._is_whole(wanted[kept], kept):
                         found.add(wanted[kept].path)
                     else:
                         os.unlink(kept)
         return frozenset(found)
+
+    def _is_whole(self, item: Item, kept: str) -> bool:
+        """Tell whether what an earlier attempt kept is this item, and not what its file was then."""
+        info = os.lstat(kept)
+        if info.st_size != item.size:
+            return False
+        if info.st_mtime_ns == item.mtime_ns:
+            return True
+        try:  # the file system may keep coarser times than the source's
+            with self.plan.open(item) as fd:
+                return fs.same_content(fd, Path(kept), self.check)
+        except Rejected:
+            return False
 
     def _need_room(self, items: list[Item]) -> None:
         needs: dict[Path, list[Item]] = {}

@@ -304,8 +304,9 @@ class _Push:
         kept, final = Path(self.incoming.kept(item)), place.final / item.path
         try:
             new = fs.make_folders(final.parent, place.final, self.style.dir_mode, self.style.group)
-            touched |= {folder.parent for folder in new} | {final.parent}
+            touched |= {folder.parent for folder in new}
             if fs.move_file(kept, final):
+                touched.add(final.parent)
                 return Outcome(Kind.DELIVERED)
             if not stat.S_ISREG(final.lstat().st_mode):
                 return Outcome(Kind.REJECTED, ITEM_ERRORS[errno.EISDIR])
@@ -315,6 +316,7 @@ class _Push:
             if other := _other_instance(item, final):
                 return Outcome(Kind.REJECTED, f"another instance has its name there, {other}: use a finer layout")
             kept.replace(final)
+            touched.add(final.parent)
         except OSError as exc:
             if exc.errno in ITEM_ERRORS:
                 return Outcome(Kind.REJECTED, ITEM_ERRORS[exc.errno])

@@ -1,0 +1,508 @@
+"""Folder targets: layout, folders that are there already, permissions, links, verification, what is told."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import subprocess
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from blocks.folder import FolderTarget
+from protocols import filesystem as fs
+from tasks.folder import check
+from tests import studies
+from tests.harness import Sent, attempt
+from transfer.errors import Denied, Misconfigured, NotFound, Unreachable
+from transfer.plan import scan
+from transfer.receipt import Kind, Level, State
+
+
+@pytest.fixture
+def archive(tmp_path: Path) -> Path:
+    folder = tmp_path / "archive"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Path:
+    return tmp_path / "study"
+
+
+def target(folder: Path, **fields: Any) -> FolderTarget:
+    made = FolderTarget(folder=str(folder), **fields)
+    made.named("archive")
+    return made
+
+
+def tree(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
+
+
+def delivered(sent: Sent) -> Sent:
+    assert sent.require().state is State.DELIVERED, sent.rejected
+    return sent
+
+
+# ---- layout
+
+
+def test_the_default_layout(archive: Path, study: Path) -> None:
+    studies.ct(study / "a", 1)
+    plan = delivered(attempt(target(archive), study)).plan
+    assert tree(archive) == {f"{plan.dispatch_id}/a/CT0001.dcm", f"{plan.dispatch_id}/.complete"}
+    assert (archive / plan.dispatch_id / ".complete").read_bytes() == b""
+    assert os.listdir(archive) == [plan.dispatch_id]
+
+
+def test_a_layout_over_several_studies(archive: Path, study: Path) -> None:
+    for name, patient in (("x", "P1"), ("y", "P2")):
+        studies.dicom(study / name / "1.dcm", PatientID=patient, StudyDate="20240102")
+        studies.note(study / name / "note.json")
+    delivered(attempt(target(archive, layout="{PatientID}/{StudyDate}"), study))
+    assert tree(archive) == {
+        f"{patient}/20240102/{name}"
+        for patient, folder in (("P1", "x"), ("P2", "y"))
+        for name in (".complete", f"{folder}/1.dcm", f"{folder}/note.json")
+    }
+
+
+def test_values_of_a_header_stay_inside_the_folder(archive: Path, study: Path) -> None:
+    studies.dicom(study / "1.dcm", PatientID="../../../etc", AccessionNumber="/abs")
+    delivered(attempt(target(archive, layout="{PatientID}/{AccessionNumber}"), study))
+    assert tree(archive) == {"_.._.._etc/_abs/1.dcm", "_.._.._etc/_abs/.complete"}
+    assert os.listdir(archive.parent) == ["archive", "study"] or set(os.listdir(archive.parent)) == {"archive", "study"}
+
+
+# ---- into a folder that is there already
+
+SAME = {"layout": "{PatientID}"}
+
+
+def test_two_dispatches_share_a_folder(archive: Path, study: Path) -> None:
+    studies.dicom(study / "one" / "1.dcm")
+    studies.dicom(study / "two" / "2.dcm")
+    delivered(attempt(target(archive, **SAME), study / "one"))
+    marker = archive / studies.PATIENT_ID / ".complete"
+    os.utime(marker, (0, 0))
+    delivered(attempt(target(archive, **SAME), study / "two"))
+    assert tree(archive) == {f"{studies.PATIENT_ID}/{name}" for name in ("1.dcm", "2.dcm", ".complete")}
+    assert marker.stat().st_mtime > 0, "whoever watches the marker learns of the second"
+    assert os.listdir(archive) == [studies.PATIENT_ID]
+
+
+def test_many_dispatches_into_one_folder_at_once(archive: Path, study: Path) -> None:
+    wanted = {}
+    for number in range(6):
+        for path in studies.ct(study / str(number) / f"series{number}", 12):
+            wanted[str(path.relative_to(study / str(number)))] = path.read_bytes()
+        studies.write(study / str(number) / "shared" / f"{number}.txt", str(number).encode())
+        wanted[f"shared/{number}.txt"] = str(number).encode()
+    sent: list[Sent] = []
+    gate = threading.Barrier(6)
+
+    def work(number: int) -> None:
+        gate.wait()
+        sent.append(attempt(target(archive, layout="all"), study / str(number)))
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(sent) == 6
+    for one in sent:
+        delivered(one)
+    got = {str(p.relative_to(archive / "all")): p.read_bytes() for p in (archive / "all").rglob("*") if p.is_file()}
+    assert got.pop(".complete") == b""
+    assert got == wanted
+    assert os.listdir(archive) == ["all"]
+
+
+def test_another_instance_of_the_same_name_is_not_lost(archive: Path, study: Path) -> None:
+    (first,) = studies.ct(study / "one", 1)
+    studies.ct(study / "two", 2)
+    delivered(attempt(target(archive, layout="all"), study / "one"))
+    sent = attempt(target(archive, layout="all"), study / "two")
+    assert sent.require().state is State.PARTIAL
+    assert set(sent.rejected) == {"CT0001.dcm"}
+    assert "another instance" in sent.rejected["CT0001.dcm"]
+    assert "layout" in sent.rejected["CT0001.dcm"]
+    assert (archive / "all" / "CT0001.dcm").read_bytes() == first.read_bytes()
+    assert tree(archive) == {"all/CT0001.dcm", "all/CT0002.dcm", "all/.complete"}
+
+
+def test_a_newer_version_replaces_an_older_one_with_a_warning(archive: Path, study: Path) -> None:
+    note = studies.note(study / "result.json")
+    delivered(attempt(target(archive, layout="all"), study))
+    new = studies.note(note).read_bytes()
+    sent = delivered(attempt(target(archive, layout="all"), study))
+    assert sent.outcomes["result.json"].kind is Kind.WARNING
+    assert (archive / "all" / "result.json").read_bytes() == new
+
+
+def test_the_same_content_with_another_time_is_already_there(archive: Path, study: Path) -> None:
+    """As on file systems that keep coarser times."""
+    studies.ct(study, 1)
+    first = delivered(attempt(target(archive), study))
+    there = archive / first.plan.dispatch_id / "CT0001.dcm"
+    os.utime(there, (0, 0))
+    inode = there.stat().st_ino
+    again = delivered(attempt(target(archive), first.plan))
+    assert again.outcomes["CT0001.dcm"].kind is Kind.ALREADY
+    assert again.moved == 0
+    assert there.stat().st_ino == inode
+
+
+def test_what_is_in_the_way_rejects_one_file(archive: Path, study: Path) -> None:
+    studies.ct(study, 2)
+    studies.ct(study / "sub", 1)
+    (archive / "all" / "CT0001.dcm").mkdir(parents=True)
+    (archive / "all" / "sub").write_text("a file")
+    sent = attempt(target(archive, layout="all"), study)
+    assert set(sent.rejected) == {"CT0001.dcm", "sub/CT0001.dcm"}
+    assert sent.arrived == {"CT0002.dcm"}
+    assert (archive / "all" / "sub").read_text() == "a file"
+    assert not (archive / "all" / ".complete").exists()
+    assert os.listdir(archive) == ["all"]
+
+
+def test_a_file_in_the_place_of_the_folder(archive: Path, study: Path) -> None:
+    studies.ct(study, 2)
+    (archive / "all").write_text("a file")
+    sent = attempt(target(archive, layout="all"), study)
+    assert len(sent.rejected) == 2
+    assert (archive / "all").read_text() == "a file"
+    assert os.listdir(archive) == ["all"]
+
+
+def test_a_name_too_long_for_the_file_system_rejects_one_file(archive: Path, study: Path) -> None:
+    """The source may take longer names than the target; a path that is too long stands for that."""
+    studies.ct(study, 1)
+    deep = study.joinpath(*["d" * 200] * 19)
+    here = os.getcwd()
+    study.mkdir(exist_ok=True)
+    try:
+        for part in deep.relative_to(study).parts:
+            os.chdir(study if here == os.getcwd() else ".")
+            os.mkdir(part)
+            os.chdir(part)
+        Path("1.dcm").write_bytes(studies.ct_bytes())
+    finally:
+        os.chdir(here)
+    longer = archive / ("a" * 200) / ("b" * 200)
+    longer.mkdir(parents=True)
+    plan = scan([study])
+    sent = attempt(target(longer), plan)
+    assert sent.arrived == {"CT0001.dcm"}
+    assert all("too long" in why or "can't be read" in why for why in sent.rejected.values())
+    assert len(sent.rejected) + len([item for item in plan.items if item.problem]) == 1
+
+
+# ---- what is handed over again
+
+
+def test_a_dispatch_that_was_moved_away_is_not_missed(archive: Path, study: Path) -> None:
+    """Whoever works on what arrives may take it away; the ledger knows that it had come."""
+    studies.ct(study, 2)
+    first = delivered(attempt(target(archive), study))
+    shutil.rmtree(archive / first.plan.dispatch_id)
+    again = attempt(target(archive), first.plan, done=first.arrived)
+    assert again.require().state is State.DELIVERED
+    assert not list(archive.iterdir())
+
+
+def test_a_marker_that_is_missing_is_completed(archive: Path, study: Path) -> None:
+    """As after a kill between the last file and the marker."""
+    studies.ct(study, 2)
+    first = delivered(attempt(target(archive), study))
+    marker = archive / first.plan.dispatch_id / ".complete"
+    marker.unlink()
+    delivered(attempt(target(archive), first.plan, done=first.arrived))
+    assert marker.exists()
+    marker.unlink()
+    (archive / first.plan.dispatch_id / "CT0001.dcm").unlink()
+    sent = attempt(target(archive), first.plan, done=first.arrived)
+    assert any("1 files" in note for note in sent.require().notes)
+    assert not marker.exists(), "marked as complete, but a file is missing"
+
+
+def test_verification_finds_what_is_gone_or_damaged(archive: Path, study: Path) -> None:
+    studies.ct(study, 4)
+    first = delivered(attempt(target(archive), study))
+    there = archive / first.plan.dispatch_id
+    (there / "CT0001.dcm").unlink()
+    os.truncate(there / "CT0002.dcm", 10)
+    data = bytearray((there / "CT0003.dcm").read_bytes())
+    data[-1] ^= 1
+    (there / "CT0003.dcm").write_bytes(data)
+    accepted = attempt(target(archive), first.plan, done=first.arrived)
+    assert accepted.require().state is State.DELIVERED
+    assert accepted.require().verified is Level.ACCEPTED
+    listed = attempt(target(archive, verify="listed"), first.plan, done=first.arrived)
+    assert set(listed.rejected) == {"CT0001.dcm", "CT0002.dcm"}
+    proven = attempt(target(archive, verify="proven"), first.plan, done=first.arrived)
+    assert set(proven.rejected) == {"CT0001.dcm", "CT0002.dcm", "CT0003.dcm"}
+    assert proven.require().state is State.PARTIAL
+    again = attempt(target(archive, verify="proven"), first.plan, done={"CT0004.dcm"})
+    assert delivered(again).require().verified is Level.PROVEN
+
+
+def test_what_cannot_be_read_again_is_not_called_proven(archive: Path, study: Path) -> None:
+    files = studies.ct(study, 2)
+    first = delivered(attempt(target(archive), study))
+    files[0].unlink()
+    sent = attempt(target(archive, verify="proven"), first.plan, done=first.arrived)
+    assert sent.require().verified is Level.LISTED
+    assert sent.require().notes
+
+
+# ---- permissions, links
+
+
+def test_permissions_and_group(archive: Path, study: Path) -> None:
+    studies.ct(study / "sub", 2)
+    group = os.getgid()
+    plan = delivered(attempt(target(archive, mode="0640", dir_mode="0750", group=str(group)), study)).plan
+    for path in (archive / plan.dispatch_id, *(archive / plan.dispatch_id).rglob("*")):
+        wanted = 0o750 if path.is_dir() else 0o640
+        assert stat.S_IMODE(path.stat().st_mode) == wanted, path
+        assert path.stat().st_gid == group
+    assert stat.S_IMODE((study / "sub" / "CT0001.dcm").stat().st_mode) != 0o640
+
+
+def test_without_permissions_the_umask_decides(archive: Path, study: Path) -> None:
+    studies.ct(study / "sub", 1)
+    before = os.umask(0o027)
+    try:
+        plan = delivered(attempt(target(archive), study)).plan
+    finally:
+        os.umask(before)
+    for path in (archive / plan.dispatch_id).rglob("*"):
+        assert stat.S_IMODE(path.stat().st_mode) == (0o750 if path.is_dir() else 0o640)
+
+
+def test_a_folder_that_hands_its_group_down_keeps_doing_so(archive: Path, study: Path) -> None:
+    studies.ct(study / "sub", 1)
+    archive.chmod(0o2775)
+    plan = delivered(attempt(target(archive, dir_mode="0770"), study)).plan
+    assert stat.S_IMODE((archive / plan.dispatch_id / "sub").stat().st_mode) == 0o2770
+
+
+def test_a_group_that_does_not_exist(archive: Path, study: Path) -> None:
+    studies.ct(study, 1)
+    sent = attempt(target(archive, group="no-such-group"), study)
+    assert isinstance(sent.error, Misconfigured)
+    assert "no-such-group" in str(sent.error)
+    assert not check(target(archive, group="no-such-group")).ok
+
+
+def test_links_only_where_it_is_told_so(archive: Path, study: Path) -> None:
+    (file,) = studies.ct(study, 1)
+    plan = scan([study])
+    there = archive / plan.dispatch_id / "CT0001.dcm"
+    for fields, linked in (({}, False), ({"link": "auto"}, True), ({"link": "auto", "mode": "0600"}, False)):
+        shutil.rmtree(archive / plan.dispatch_id, ignore_errors=True)
+        mode = file.stat().st_mode
+        delivered(attempt(target(archive, **fields), plan))
+        assert (there.stat().st_ino == file.stat().st_ino) is linked
+        assert there.read_bytes() == file.read_bytes()
+        assert file.stat().st_mode == mode, "the source's own permissions"
+
+
+def test_times_are_kept(archive: Path, study: Path) -> None:
+    (file,) = studies.ct(study, 1)
+    os.utime(file, ns=(1, 1_234_567_890_123_456_789))
+    plan = delivered(attempt(target(archive), study)).plan
+    assert (archive / plan.dispatch_id / "CT0001.dcm").stat().st_mtime_ns == 1_234_567_890_123_456_789
+
+
+# ---- a folder that isn't as it should be
+
+
+def test_a_missing_folder_is_never_made(archive: Path, study: Path) -> None:
+    studies.ct(study, 1)
+    sent = attempt(target(archive / "share" / "x"), study)
+    assert isinstance(sent.error, NotFound)
+    assert "mount" in str(sent.error)
+    assert not list(archive.iterdir())
+
+
+def test_a_file_in_the_place_of_the_target(archive: Path, study: Path) -> None:
+    studies.ct(study, 1)
+    file = studies.write(archive / "file", b"x")
+    for folder in (file, file / "below"):
+        assert isinstance(attempt(target(folder), study).error, Misconfigured)
+        assert isinstance(check(target(folder)).error, Misconfigured)
+
+
+def test_no_permission(open_folder: Path, as_nobody: Callable[[], AbstractContextManager[None]]) -> None:
+    studies.ct(open_folder / "study", 1)
+    closed = open_folder / "closed"
+    closed.mkdir(mode=0o555)
+    (open_folder / "secret").mkdir(mode=0o700)
+    plan = scan([open_folder / "study"])
+    with as_nobody():
+        if os.geteuid() != os.getuid():
+            for folder in (closed, open_folder / "secret" / "below"):
+                sent = attempt(target(folder), plan)
+                assert isinstance(sent.error, Denied)
+                assert "nobody" in str(sent.error)
+                assert not sent.outcomes
+                health = check(target(folder))
+                assert isinstance(health.error, Denied)
+        else:
+            closed.chmod(0o555)
+            assert isinstance(attempt(target(closed), plan).error, Denied)
+            assert isinstance(check(target(closed)).error, Denied)
+    assert not list(closed.iterdir())
+
+
+def test_a_share_that_hangs_is_unreachable(archive: Path, study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    studies.ct(study, 1)
+    over = threading.Event()
+    real = Path.stat
+
+    def hanging(path: Path, **options: Any) -> os.stat_result:
+        if path == archive:
+            over.wait(20)
+        return real(path, **options)
+
+    monkeypatch.setattr(Path, "stat", hanging)
+    begun = time.monotonic()
+    sent = attempt(target(archive, connect_timeout_s=0.3), study)
+    over.set()
+    assert isinstance(sent.error, Unreachable)
+    assert "0.3 s" in str(sent.error)
+    assert time.monotonic() - begun < 5
+
+
+def test_a_check_that_fails_leaves_nothing(archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "rename", lambda self, to: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+    health = check(target(archive))
+    assert not health.ok
+    assert [(probe.name, probe.result) for probe in health.probes][:2] == [("folder", "ok"), ("authorize", "failed")]
+    assert "Input/output error" in health.probes[1].detail
+    assert not list(archive.iterdir())
+
+
+def test_check_tells_what_it_found(archive: Path) -> None:
+    health = check(target(archive))
+    assert {probe.name: probe.result for probe in health.probes} == {"folder": "ok", "authorize": "ok", "space": "ok"}
+    assert str(archive) in health.probes[0].detail
+    assert "free" in health.probes[2].detail
+
+
+# ---- what is told
+
+
+def test_messages_hold_nothing_of_the_patient(archive: Path, study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layout may make folders of a patient's data; what goes wrong in them must not tell."""
+    studies.dicom(study / "1.dcm")
+    studies.dicom(study / "2.dcm")
+    layout = {"layout": "{PatientID}/{AccessionNumber}"}
+    first = delivered(attempt(target(archive, **layout), study))
+    texts = [repr(first.receipt)]
+    there = archive / studies.PATIENT_ID / studies.ACCESSION
+    (there / "1.dcm").unlink()
+    (there / "1.dcm").mkdir()
+    rejected = attempt(target(archive, **layout), first.plan)
+    texts += [*rejected.rejected.values(), repr(rejected.receipt)]
+    shutil.rmtree(archive / studies.PATIENT_ID)
+
+    def fail(number: int) -> Callable[..., None]:
+        def call(*args: Any, **options: Any) -> None:
+            raise OSError(number, os.strerror(number), str(there), None, str(there))
+
+        return call
+
+    for number in (2, 5, 13, 28, 116):
+        for name in ("rename", "open", "link"):
+            with monkeypatch.context() as patch:
+                real = getattr(os, name)
+                patch.setattr(
+                    os,
+                    name,
+                    lambda *a, real=real, number=number, **o: (
+                        fail(number)() if ".incoming" in str(a[0]) else real(*a, **o)
+                    ),
+                )
+                sent = attempt(target(archive, **layout), first.plan)
+            if sent.error:
+                texts += ["".join(traceback.format_exception(sent.error)), repr(sent.error)]
+            texts += list(sent.rejected.values())
+            shutil.rmtree(archive / studies.PATIENT_ID, ignore_errors=True)
+    assert len(texts) > 10
+    for text in texts:
+        assert studies.PATIENT_ID not in text
+        assert studies.ACCESSION not in text
+
+
+# ---- the block
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"folder": "relative/path"}, "absolute"),
+        ({"folder": ""}, "absolute"),
+        ({"folder": "/a\nb"}, "control"),
+        ({"layout": "{PatientName}"}, "fields are"),
+        ({"layout": "../{PatientID}"}, "relative path"),
+        ({"mode": 640}, "quotes"),
+        ({"mode": "rw-r--r--"}, "octal"),
+        ({"mode": "0999"}, "octal"),
+        ({"mode": "0040"}, "owner"),
+        ({"dir_mode": "0640"}, "owner"),
+        ({"group": " "}, "group"),
+        ({"link": "always"}, "never"),
+        ({"direction": "query"}, "only store"),
+        ({"unknown": 1}, "Extra"),
+    ],
+)
+def test_fields_that_are_refused(fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        FolderTarget(**{"folder": "/data", **fields})
+
+
+def test_modes_are_octal() -> None:
+    assert FolderTarget(folder="/data", mode="640", dir_mode="0o2750").mode == "0640"
+    assert FolderTarget(folder="/data", dir_mode="0o2750").dir_mode == "2750"
+
+
+def test_the_endpoint_is_the_place() -> None:
+    one = FolderTarget(folder="/data")
+    assert one.endpoint == FolderTarget(folder="/data", concurrency=1).endpoint
+    assert one.endpoint != FolderTarget(folder="/data2").endpoint
+    assert one.endpoint != FolderTarget(folder="/data", layout="{PatientID}").endpoint
+
+
+# ---- file systems
+
+
+def test_kinds_of_file_systems(tmp_path: Path) -> None:
+    said = subprocess.run(["findmnt", "-no", "FSTYPE", "-T", tmp_path], capture_output=True, text=True, check=True)
+    assert fs.kind(tmp_path) == said.stdout.strip()
+    assert fs.kind(Path("/dev/shm")) == "tmpfs"
+    assert fs.kind(Path("/proc/self")) == "proc"
+
+
+def test_a_flush_of_everything(tmp_path: Path) -> None:
+    calls = 0
+
+    def looked() -> None:
+        nonlocal calls
+        calls += 1
+
+    assert fs.flush_all(tmp_path, looked)
+    assert calls
