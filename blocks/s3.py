@@ -103,7 +103,7 @@ cloud = S3Target.load("BLOCK_NAME")
         "off.",
     )
     multipart_bytes: int = Field(
-        default=16 * MIB,
+        default=8 * MIB,
         ge=MIN_PART,
         le=MAX_PART,
         description="Size in bytes of the parts that larger files are sent in; each connection holds one in memory.",
