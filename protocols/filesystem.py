@@ -161,6 +161,8 @@ def move_folder(source: Path, final: Path) -> bool:
     except OSError as exc:
         if exc.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
             return False
+        if exc.errno in (errno.EXDEV, errno.EBUSY) and os.path.ismount(final):
+            return False  # a file system of its own, of which we are inside
         raise
     return True
 

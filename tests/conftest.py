@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import atexit
+import functools
+import json
 import os
 import re
 import shutil
@@ -84,38 +86,52 @@ def as_nobody() -> Callable[[], AbstractContextManager[None]]:
     return dropped
 
 
-# ---- tests that mount: `@pytest.mark.mounts` runs one in a mount namespace of its own, where it may
+# ---- tests that mount: those with `@pytest.mark.mounts` run in a mount namespace of their own, all in one process
 
-UNSHARED = "TALARIA_TEST_UNSHARED"
+UNSHARED = "TALARIA_TEST_UNSHARED"  # in that process: the file that takes what failed
+_mounting: list[str] = []
+_failed: dict[str, str] = {}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    mounting = [item for item in items if item.get_closest_marker("mounts")]
+    _mounting[:] = [item.nodeid for item in mounting]
+    for item in mounting:
+        item.add_marker(pytest.mark.timeout(600))  # the first waits for all
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if UNSHARED in os.environ and report.failed:
+        with open(os.environ[UNSHARED], "a", encoding="utf-8") as file:
+            print(json.dumps([report.nodeid, report.longreprtext]), file=file)
+
+
+@functools.cache
+def _run_unshared(root: Path) -> str:
+    """Run them in a process whose mounts nobody else sees, and which end with it; return what went wrong at all."""
+    mapped = [] if os.geteuid() == 0 else ["--map-root-user"]
+    with tempfile.NamedTemporaryFile("r", encoding="utf-8") as failures:
+        ran = subprocess.run(
+            ["unshare", *mapped, "--mount", sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *_mounting],
+            cwd=root,
+            env={**os.environ, UNSHARED: failures.name},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        _failed.update(json.loads(line) for line in failures)
+    return "" if ran.returncode in (0, 1) else ran.stdout  # 1: tests failed, which is told by name
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
-    """Run a test that mounts in a process whose mounts nobody else sees, and which end with it."""
+    """Tell of a test that mounts what became of it in the other process."""
     if pyfuncitem.get_closest_marker("mounts") is None or UNSHARED in os.environ:
         return None
-    root = [] if os.geteuid() == 0 else ["--map-root-user"]
-    ran = subprocess.run(
-        [
-            "unshare",
-            *root,
-            "--mount",
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            pyfuncitem.nodeid,
-        ],
-        cwd=pyfuncitem.config.rootpath,
-        env={**os.environ, UNSHARED: "1"},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert ran.returncode == 0, ran.stdout
+    wrong = _run_unshared(pyfuncitem.config.rootpath) or _failed.get(pyfuncitem.nodeid)
+    if wrong:
+        pytest.fail(wrong, pytrace=False)
     return True
 
 
