@@ -44,7 +44,7 @@ LONG_WAYS = {"5ms": 0.0025, "20ms": 0.010}  # seconds in each direction
 SEVERAL = 4  # associations, the default of a target
 # Bytes of a set in proportion, for sinks that would take minutes: an Orthanc stores some MB/s of small files, and a
 # round trip of 20 ms lets one association send 50 instances a second.
-SHARE = {"discard": 1.0, "storescp": 1.0, "orthanc": 0.1, "5ms": 0.2, "20ms": 0.05}
+SHARE = {"discard": 1.0, "storescp": 1.0, "orthanc": 0.1, "5ms": 0.2, "20ms": 0.2}
 NODELAY = {"TCP_NODELAY": "1"}
 
 
