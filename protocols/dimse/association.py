@@ -88,7 +88,7 @@ class Link:
             check: called several times a second; may raise to stop, which breaks the connection.
 
         Raises:
-            Interrupted: the association ended.
+            Interrupted: the association ended. TimedOut: the peer is silent, and pynetdicom doesn't notice.
             Other errors: what `check` or the function raised.
         """
         made: list[T] = []
@@ -108,8 +108,10 @@ class Link:
             while thread.is_alive():
                 thread.join(SLICE_S)
                 check()
+                self._still_heard(doing, begun)
         except BaseException:
             self.transport.hang_up(reset=True)
+            self.assoc._is_paused = True  # what an operation that missed its turn waits for
             thread.join(GRACE_S)
             raise
         if failed:
@@ -118,6 +120,11 @@ class Link:
                 raise self.lost(doing, begun) from failed[0]
             raise failed[0]
         return made[0]
+
+    def _still_heard(self, doing: str, begun: float) -> None:
+        """Raise TimedOut for a silence that pynetdicom should have noticed by itself."""
+        if time.monotonic() - max(begun, self.transport.heard) > self.peer.idle_timeout_s + 2 * GRACE_S:
+            raise TimedOut(f"{self.peer.where}: no answer to {doing} within {self.peer.idle_timeout_s:g} s")
 
     def _wait_for_reactor(self) -> None:
         """Wait until pynetdicom's reactor has woken up from the operation before this one.
@@ -152,9 +159,17 @@ class Link:
 
     def release(self) -> None:
         """End the association in order; abort it if the peer doesn't answer soon."""
-        with suppress(Exception):  # nothing that is still to come can change what was confirmed
-            self.assoc.acse_timeout = min(RELEASE_S, self.peer.idle_timeout_s)
-            self.assoc.release()
+        self.assoc.acse_timeout = min(RELEASE_S, self.peer.idle_timeout_s)
+
+        def run() -> None:
+            with suppress(Exception):  # nothing that is still to come can change what was confirmed
+                self.assoc.release()
+
+        # In a thread of its own: pynetdicom waits without limit for its reactor, which a request of the peer's that
+        # comes just now may keep from pausing.
+        thread = threading.Thread(target=run, name="release", daemon=True)
+        thread.start()
+        thread.join(RELEASE_S + GRACE_S)
         self._end()
 
     def abort(self) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from pydicom.dataset import Dataset
@@ -26,10 +26,11 @@ from transfer.errors import DispatchError, Retryable
 PUSH_MODEL = "1.2.840.10008.1.20.1"
 PUSH_MODEL_INSTANCE = "1.2.840.10008.1.20.1.1"
 REQUEST_COMMITMENT = 1  # action type, PS3.4 table J.3-1
-BATCH = 1000  # instances in one transaction: some peers hold all of it in memory, or in one database statement
+BATCH = 10_000  # instances in one transaction: a megabyte of UIDs, which peers hold in memory
 # How long the association stays open for a report if there is a listener too: some peers report on it as long as it
 # is there, others only after it has ended.
 LINGER_S = 3.0
+ANSWER_S = 2.0  # for pynetdicom to send the response to a report
 
 REASONS = {
     0x0110: "processing failure",
@@ -100,8 +101,14 @@ class Transactions:
         with self._lock:
             self._open.pop(transaction.uid, None)
 
-    def report(self, event: evt.Event) -> tuple[int, Dataset | None]:
-        """Handle an N-EVENT-REPORT; return the status of the response."""
+    def report(self, event: evt.Event, served: list[threading.Thread] | None = None) -> tuple[int, Dataset | None]:
+        """Handle an N-EVENT-REPORT; return the status of the response.
+
+        Args:
+            served: gets the thread, of pynetdicom's, that will send the response.
+        """
+        if served is not None:
+            served.append(threading.current_thread())
         try:
             report = event.event_information
             with self._lock:
@@ -132,7 +139,7 @@ def commit(
     """Ask a peer to commit itself to instances (SOP class by UID), and wait for its reports.
 
     Args:
-        wait_s: seconds to wait for the reports, all together.
+        wait_s: seconds to wait for a report, from its request on.
         listener: where reports on new associations come in; None to wait on the same association only.
 
     Returns:
@@ -149,22 +156,30 @@ def commit(
     for transaction in transactions:
         OPEN.add(transaction)
     try:
-        _ask(peer, transactions, wait_s, listener, check)
+        end = 0.0
+        for transaction in transactions:
+            begun = time.monotonic()
+            _ask(peer, transaction, min(wait_s, LINGER_S) if listener else wait_s, check)
+            end = begun + wait_s
+        if listener:
+            for transaction in transactions:
+                _wait(transaction, end, check)
     finally:
         for transaction in transactions:
             OPEN.remove(transaction)
     return transactions
 
 
-def _ask(
-    peer: Peer,
-    transactions: Sequence[Transaction],
-    wait_s: float,
-    listener: Listener | None,
-    check: Callable[[], None],
-) -> None:
+def _ask(peer: Peer, transaction: Transaction, wait_s: float, check: Callable[[], None]) -> None:
+    """Ask for one transaction, and wait for the report on the same association.
+
+    On an association of its own: a report on one transaction that comes while the next is asked for would have
+    pynetdicom's threads wait for each other.
+    """
+    served: list[threading.Thread] = []
+    handlers = [(evt.EVT_N_EVENT_REPORT, OPEN.report, [served])]
     try:
-        link = associate(peer, [(PUSH_MODEL, UNCOMPRESSED)], check, handlers=[(evt.EVT_N_EVENT_REPORT, OPEN.report)])
+        link = associate(peer, [(PUSH_MODEL, UNCOMPRESSED)], check, handlers=handlers)
     except Retryable:
         raise
     except DispatchError as exc:
@@ -172,11 +187,8 @@ def _ask(
     if not link.accepted:
         raise CannotCommit("the peer does not do storage commitment")
     try:
-        for transaction in transactions:
-            _request(link, transaction, check)
-        end = time.monotonic() + wait_s
-        on_link = min(wait_s, LINGER_S) if listener else wait_s
-        _wait(transactions, time.monotonic() + on_link, check, link)
+        _request(link, transaction, check)
+        _wait(transaction, time.monotonic() + wait_s, check, link)
     except CannotCommit:
         link.release()
         raise
@@ -187,9 +199,9 @@ def _ask(
     except BaseException:
         link.abort()
         raise
+    for thread in served:
+        thread.join(ANSWER_S)
     link.release()
-    if listener:
-        _wait(transactions, end, check)
 
 
 def _request(link: Link, transaction: Transaction, check: Callable[[], None]) -> None:
@@ -206,13 +218,12 @@ def _request(link: Link, transaction: Transaction, check: Callable[[], None]) ->
         raise CannotCommit(f"the peer refused storage commitment with status {status.Status:04X}")
 
 
-def _wait(transactions: Sequence[Transaction], end: float, check: Callable[[], None], link: Link | None = None) -> None:
-    """Wait until everything is reported, the time is up, or the association that it was to come on is over."""
-    for transaction in transactions:
-        while not transaction.reported.wait(min(SLICE_S, max(0.0, end - time.monotonic()))):
-            check()
-            if time.monotonic() >= end or (link is not None and not link.assoc.is_established):
-                return
+def _wait(transaction: Transaction, end: float, check: Callable[[], None], link: Link | None = None) -> None:
+    """Wait until it is reported, the time is up, or the association that the report was to come on is over."""
+    while not transaction.reported.wait(min(SLICE_S, max(0.0, end - time.monotonic()))):
+        check()
+        if time.monotonic() >= end or (link is not None and not link.assoc.is_established):
+            return
 
 
 def reason(code: int) -> str:

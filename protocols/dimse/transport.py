@@ -239,6 +239,7 @@ class Transport(AssociationSocket):
     Attributes:
         head: the first bytes that came from the peer: they tell a rejection from an abort, from no DICOM at all.
         ahead: bytes that were read and not yet asked for.
+        heard: when something came from the peer last; `time.monotonic`.
         failure: what ended the connection, if that was an error of the socket or of TLS.
         timed_out: whether the peer fell silent in the middle of a PDU, or took no more bytes.
     """
@@ -252,6 +253,7 @@ class Transport(AssociationSocket):
         sock.setblocking(False)
         self.head = b""
         self.ahead = bytearray()
+        self.heard = time.monotonic()
         self.failure: OSError | None = None
         self.timed_out = False
         self._idle_timeout_s = idle_timeout_s
@@ -299,6 +301,7 @@ class Transport(AssociationSocket):
             return
         piece = self.socket.recv(RECEIVE)
         self._ended = not piece
+        self.heard = time.monotonic()
         self.ahead += piece
         if len(self.head) < HEAD:
             self.head = (self.head + piece)[:HEAD]
