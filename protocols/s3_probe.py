@@ -166,7 +166,7 @@ class Prober:
                 raise Corrupts("what was written is not there") from exc
             raise
         if data != SAMPLE:
-            raise Corrupts(f"{len(SAMPLE)} bytes were written, {len(data)} bytes other than these came back")
+            raise Corrupts(f"{len(SAMPLE)} bytes were written, {len(data)} other ones came back")
         return answer.headers
 
     def remove(self) -> None:
