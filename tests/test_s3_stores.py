@@ -53,7 +53,8 @@ def test_the_spoiler_spoils(spoiler: S3Server) -> None:
     """Why boto3's default can't be used: it is this that a push has to avoid, or to find out."""
     client = boto3.client(
         "s3", endpoint_url=spoiler.url, region_name="us-east-1", aws_access_key_id=spoiler.access_key,
-        aws_secret_access_key=spoiler.secret_key, verify=spoiler.ca or None, config=Config(s3={"addressing_style": "path"}),
+        aws_secret_access_key=spoiler.secret_key, verify=spoiler.ca or None,
+        config=Config(s3={"addressing_style": "path"}),
     )  # fmt: skip
     client.put_object(Bucket="lab", Key="spoilt", Body=b"x" * 100)
     client.close()
