@@ -20,17 +20,8 @@ from pynetdicom.pdu_primitives import AsynchronousOperationsWindowNegotiation
 from pynetdicom.presentation import PresentationContext
 
 from protocols import tls
-from protocols.dimse.transport import (
-    ABORT_REASONS,
-    PLAIN_ALERT,
-    REASONS,
-    SLICE_S,
-    Entity,
-    Peer,
-    Transport,
-    connect,
-    speaks_tls,
-)
+from protocols.dimse.entity import ABORT_REASONS, REASONS, Entity, Transport
+from protocols.dimse.transport import PLAIN_ALERT, SLICE_S, Peer, connect, speaks_tls
 from transfer.errors import Busy, DispatchError, Interrupted, Misconfigured, TimedOut
 
 _config.LOG_HANDLER_LEVEL = "none"  # its handlers write identifiers, thus patients' data, to the log

@@ -1,9 +1,4 @@
-"""The connection below an association: made by us, so that its errors have names, and lent to pynetdicom.
-
-pynetdicom's own transport logs the cause of a failure and keeps it to itself, reads without a time limit (a peer
-that sends three bytes of a PDU and falls silent holds its thread for ever) and looks for data by `select`, which
-knows no descriptor above 1023. `Transport` keeps its interface to the state machine and does these otherwise.
-"""
+"""The connection below an association: made by us, so that its errors have names."""
 
 from __future__ import annotations
 
@@ -11,8 +6,6 @@ import errno
 import select
 import socket
 import ssl
-import struct
-import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -20,12 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pydicom.uid import UID
-from pynetdicom import AE, PYNETDICOM_IMPLEMENTATION_UID, build_context
+from pynetdicom import PYNETDICOM_IMPLEMENTATION_UID, build_context
 from pynetdicom._globals import APPLICATION_CONTEXT_NAME
-from pynetdicom.association import Association
 from pynetdicom.pdu import A_ASSOCIATE_RQ
 from pynetdicom.pdu_primitives import A_ASSOCIATE, ImplementationClassUIDNotification, MaximumLengthNotification
-from pynetdicom.transport import T_CONNECT, AddressInformation, AssociationSocket
 
 from protocols import tls
 from transfer.errors import DispatchError, Interrupted, Misconfigured, TimedOut, Unreachable
@@ -34,32 +25,8 @@ SLICE_S = 0.2  # how often a wait looks whether it shall stop
 VERIFICATION = "1.2.840.10008.1.1"
 PROBE_S = 3  # for a second opinion on what a port speaks
 VERDICT_S = 0.3  # a peer that takes our certificate may stay silent; one that doesn't says so at once
-REACTOR_S = 0.001  # how often pynetdicom's threads look for work
-RECEIVE = 65_536  # bytes
 ABORT_PDU = b"\x07\0\0\0\0\4\0\0\0\0"
-HEAD = 16  # bytes: enough for every PDU that ends an association
 PLAIN_ALERT = b"\x15\x03"  # how a TLS alert begins (RFC 8446 section 5.1): what a TLS peer answers to a plain request
-
-# PS3.8 table 9-21: why an association was rejected, by source and reason.
-REASONS = {
-    (1, 1): "no reason given",
-    (1, 2): "application context name not supported",
-    (1, 3): "calling AE title not recognised",
-    (1, 7): "called AE title not recognised",
-    (2, 1): "no reason given",
-    (2, 2): "protocol version not supported",
-    (3, 1): "temporary congestion",
-    (3, 2): "local limit exceeded",
-}
-# PS3.8 table 9-26: why the peer's provider aborted.
-ABORT_REASONS = {
-    0: "no reason given",
-    1: "unrecognised PDU",
-    2: "unexpected PDU",
-    4: "unrecognised PDU parameter",
-    5: "unexpected PDU parameter",
-    6: "invalid PDU parameter value",
-}
 
 
 @dataclass(frozen=True)
@@ -202,7 +169,7 @@ def verdict(sock: ssl.SSLSocket, peer: Peer, settings: tls.Tls) -> None:
     Raises:
         Misconfigured, Denied, Interrupted: the peer ended the connection, as `tls.classify` says.
     """
-    if sock.version() != "TLSv1.3" or not _poll(sock, select.POLLIN, VERDICT_S):
+    if sock.version() != "TLSv1.3" or not poll(sock, select.POLLIN, VERDICT_S):
         return
     try:
         ended = not sock.recv(1)
@@ -230,194 +197,11 @@ def _wait(sock: socket.socket, events: int, seconds: float, check: Callable[[], 
         check()
 
 
-class Transport(AssociationSocket):
-    """A connected socket under pynetdicom's state machine, which can be lent to a sender of our own.
-
-    While it is lent (`lend`), the threads of pynetdicom rest and only the borrower reads and writes; after
-    `take_back` they go on where they were, so that release and abort are theirs again.
-
-    Attributes:
-        head: the first bytes that came from the peer: they tell a rejection from an abort, from no DICOM at all.
-        ahead: bytes that were read and not yet asked for.
-        heard: when something came from the peer last; `time.monotonic`.
-        failure: what ended the connection, if that was an error of the socket or of TLS.
-        timed_out: whether the peer fell silent in the middle of a PDU, or took no more bytes.
-    """
-
-    def __init__(self, assoc: Association, sock: socket.socket, idle_timeout_s: float) -> None:
-        super().__init__(assoc, client_socket=sock)
-        # Told as for the acceptor of a connection; ours belongs to the requestor, and the state machine asks for it.
-        self.event_queue.get_nowait()
-        self._is_connected = False
-        self._ready.clear()
-        sock.setblocking(False)
-        self.head = b""
-        self.ahead = bytearray()
-        self.heard = time.monotonic()
-        self.failure: OSError | None = None
-        self.timed_out = False
-        self._idle_timeout_s = idle_timeout_s
-        self._sock = sock
-        self._ended = False
-        self._kind = 0
-        self._lent = threading.Event()
-        self._resting = threading.Event()
-        self._returned = threading.Event()
-        # pynetdicom's thread must not keep a process alive that has nothing else to do.
-        assoc.dul.daemon = True
-
-    def connect(self, primitive: T_CONNECT) -> None:
-        """Tell the state machine that the connection is there."""
-        with suppress(OSError):
-            self.assoc.requestor.address_info = AddressInformation.from_tuple(self._sock.getsockname())
-        self._is_connected = True
-        primitive.result = "Evt2"
-        self.provider_queue.put(primitive)
-        self._ready.set()
-
-    @property
-    def ready(self) -> bool:
-        """Whether there is something to read. The state machine asks all the time; it rests here while lent."""
-        if self._lent.is_set():
-            self._resting.set()
-            self._returned.wait()
-        if self.ahead:
-            return True
-        if self.socket is None or not self._is_connected or self._ended:
-            return False
-        # A look at the descriptor doesn't do: bytes of TLS need not hold any for us. So what is there is read.
-        try:
-            self._fetch()
-        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
-            return False
-        except OSError as exc:
-            self._fail(exc)
-        # The end of the connection is told by a read that gets nothing.
-        return True
-
-    def _fetch(self) -> None:
-        if self.socket is None:
-            self._ended = True
-            return
-        piece = self.socket.recv(RECEIVE)
-        self._ended = not piece
-        self.heard = time.monotonic()
-        self.ahead += piece
-        if len(self.head) < HEAD:
-            self.head = (self.head + piece)[:HEAD]
-
-    def _fail(self, exc: OSError) -> None:
-        self._ended = True
-        self.failure = self.failure or exc
-
-    def recv(self, nr_bytes: int) -> bytearray:
-        """Read so many bytes, or fewer if the connection ends; OSError if the peer falls silent in between."""
-        while len(self.ahead) < nr_bytes and not self._ended:
-            try:
-                self._fetch()
-            except (BlockingIOError, ssl.SSLWantReadError):
-                self._await(select.POLLIN)
-            except ssl.SSLWantWriteError:
-                self._await(select.POLLOUT)
-            except OSError as exc:
-                self._fail(exc)
-        data = self.ahead[:nr_bytes]
-        del self.ahead[:nr_bytes]
-        return self._understood(data)
-
-    def _understood(self, data: bytearray) -> bytearray:
-        """Replace reasons that the standard doesn't list: they'd end pynetdicom's thread. `head` has the real ones."""
-        if len(data) == 6:
-            self._kind = data[0]
-        elif len(data) == 4 and self._kind == 0x03 and (data[2], data[3]) not in REASONS:
-            data[2:4] = b"\1\1"
-        elif len(data) == 4 and self._kind == 0x07:
-            data[2:4] = bytes((data[2] if data[2] in (0, 2) else 2, data[3] if data[3] in ABORT_REASONS else 0))
-        return data
-
-    def send(self, bytestream: bytes) -> None:
-        """Write all bytes; an end of the connection becomes an event of the state machine."""
-        left = memoryview(bytestream)
-        try:
-            while left and self.socket is not None:
-                try:
-                    left = left[self.socket.send(left) :]
-                except (BlockingIOError, ssl.SSLWantWriteError):
-                    self._await(select.POLLOUT)
-                except ssl.SSLWantReadError:
-                    self._await(select.POLLIN)
-        except OSError as exc:
-            with suppress(BlockingIOError, ssl.SSLWantReadError):
-                try:
-                    self._fetch()  # why the peer hung up, if it said so
-                except ssl.SSLError as alert:
-                    self.failure = alert
-                except OSError:
-                    pass
-            self._fail(exc)
-            self.event_queue.put("Evt17")
-
-    def _await(self, events: int) -> None:
-        if self.socket is None or not _poll(self.socket, events, self._idle_timeout_s):
-            self.timed_out = True
-            raise TimeoutError("the peer fell silent")
-
-    def lend(self) -> socket.socket:
-        """Hand the socket out, once pynetdicom's threads have let go of it.
-
-        Both look for work every millisecond, which would cost as much as sending a small instance. The reactor of
-        the association is paused by its own checkpoint, as pynetdicom's `release` does; the upper layer's in `ready`.
-        """
-        self._resting.clear()
-        self._returned.clear()
-        self.assoc._reactor_checkpoint.clear()
-        self._lent.set()
-        while not (self._resting.wait(REACTOR_S) and self.assoc._is_paused):
-            if not self.assoc.dul.is_alive() or not self.assoc.is_alive():
-                self.take_back()
-                raise Interrupted("the peer ended the association")
-            time.sleep(REACTOR_S)
-        return self._sock
-
-    def take_back(self) -> None:
-        """Let pynetdicom's threads go on with the socket."""
-        self._lent.clear()
-        with suppress(OSError):
-            self._sock.setblocking(False)
-        self.assoc._reactor_checkpoint.set()
-        self._returned.set()
-
-    def hang_up(self, *, reset: bool = False) -> None:
-        """End the connection from any thread; whoever waits for it wakes up."""
-        with suppress(OSError):
-            if reset:  # what is still in the buffers must not reach the peer
-                self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            socket.socket.shutdown(self._sock, socket.SHUT_RDWR)
-
-    def dispose(self) -> None:
-        """Close the socket for good, after the association's threads have ended."""
-        self._returned.set()
-        self.assoc.dul.join(self._idle_timeout_s)
-        with suppress(OSError):
-            self._sock.close()
-
-
-class Entity(AE):
-    """An application entity whose associations run over a connection that is already there."""
-
-    def __init__(self, ae_title: str, sock: socket.socket, idle_timeout_s: float) -> None:
-        super().__init__(ae_title)
-        self._connection = sock
-        self._idle_timeout_s = idle_timeout_s
-
-    def _create_socket(self, assoc: Association, address: object, tls_args: object) -> Transport:
-        return Transport(assoc, self._connection, self._idle_timeout_s)
-
-
-def _poll(sock: socket.socket, events: int, seconds: float) -> bool:
-    poll = select.poll()
-    poll.register(sock, events)
-    return bool(poll.poll(seconds * 1000))
+def poll(sock: socket.socket, events: int, seconds: float) -> bool:
+    """Tell whether a socket is ready within so many seconds."""
+    ready = select.poll()
+    ready.register(sock, events)
+    return bool(ready.poll(seconds * 1000))
 
 
 def speaks_tls(peer: Peer) -> bool:
