@@ -26,8 +26,8 @@ from protocols.words import BLOT, MIN_PRIVATE_CHARS
 from tasks.driver import Driver, Facts
 from tasks.s3_errors import CREDENTIALS, errors, of
 from tasks.s3_push import Push
-from tasks.s3_support import Supports
-from transfer.errors import Denied, DispatchError
+from tasks.s3_support import Supports, forget
+from transfer.errors import Denied, DispatchError, Permanent
 from transfer.health import Health
 from transfer.layout import names
 from transfer.plan import Plan
@@ -208,6 +208,8 @@ def push(target: S3Target, plan: Plan, on_outcome: OnOutcome) -> Receipt:
             return job.run()
         except BaseException as exc:
             job.give_up(exc)
+            if isinstance(exc, Permanent):
+                forget()  # it may be refused because of what the store was once found to support
             raise
 
 

@@ -13,9 +13,16 @@ from tasks.s3_errors import errors
 from transfer.receipt import Level
 
 _lock = threading.Lock()
-# What stores were found to do, once in a process.
+# What stores were found to do, once in a process; by place, setting and fields.
 _supports: dict[tuple[str, ...], Support] = {}
 _forms: dict[tuple[str, ...], Form] = {}
+
+
+def forget() -> None:
+    """Find everything out anew, because a store may have become another."""
+    with _lock:
+        _supports.clear()
+        _forms.clear()
 
 
 def common_headers(target: S3Target) -> dict[str, str]:

@@ -53,6 +53,8 @@ class Relay:
             await asyncio.gather(
                 self._pump(reader, up_writer, counted=True), self._pump(up_reader, writer, counted=False)
             )
+        except asyncio.CancelledError:
+            pass  # the relay ends
         finally:
             self._writers -= pair
             for one in pair:

@@ -15,6 +15,7 @@ from typing import Any
 from blocks.base import Target
 from blocks.s3 import S3Target
 from protocols.s3_keys import keys
+from tasks.s3_support import forget
 from tests.harness import Harness
 from tests.servers.certificates import Authority, Leaf
 from tests.servers.process import free_port
@@ -141,6 +142,7 @@ def harness_of_moto(folder: Path, *, tls: bool) -> Iterator[Harness]:
 def harness_of_stub(folder: Path, *, tls: bool = False, **settings: Any) -> Iterator[Harness]:
     """A store of our own, which compares signatures and checksums."""
     context = accepting(certificates()[1]) if tls else None
+    forget()  # another store had this port before
     with stub(context, buckets={"lab": {}}, **settings) as store:
         usual = stub_target(store, tls=tls)
 
