@@ -252,7 +252,7 @@ def test_cancel_stops_within_seconds(up: Talaria, tmp_path: Path) -> None:
 
 
 def test_the_server_wants_its_password_and_hides_secrets(up: Talaria, tmp_path: Path) -> None:
-    up.apply(cloud={"type": "s3", "bucket": "b", "access_key_id": "AK", "secret_access_key": "very secret"})
+    up.apply(cloud={"type": "s3", "bucket": "studies", "access_key_id": "AK", "secret_access_key": "very secret"})
     env = {k: v for k, v in os.environ.items() if "proxy" not in k.lower()}
     ran = subprocess.run(
         [sys.executable, "-c", f"import urllib.request as u; u.urlopen('{up.url}/block_documents/filter', b'{{}}')"],
