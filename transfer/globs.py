@@ -7,8 +7,9 @@ stripped; empty patterns are ignored.
 
 from __future__ import annotations
 
-from fnmatch import fnmatchcase
-from pathlib import PurePosixPath
+import re
+from fnmatch import translate
+from functools import lru_cache
 
 
 def patterns(globs: str) -> tuple[str, ...]:
@@ -18,4 +19,10 @@ def patterns(globs: str) -> tuple[str, ...]:
 
 def excluded(path: str, globs: tuple[str, ...]) -> bool:
     """Tell whether a relative POSIX path, or any folder on the way to it, matches one of the patterns."""
-    return any(fnmatchcase(name, glob) for name in PurePosixPath(path).parts for glob in globs)
+    return bool(globs) and any(map(_any_of(globs).match, path.split("/")))
+
+
+@lru_cache(maxsize=64)
+def _any_of(globs: tuple[str, ...]) -> re.Pattern[str]:
+    """Return one pattern for all: it is asked for each file of each dispatch."""
+    return re.compile("|".join(map(translate, globs)))

@@ -146,11 +146,12 @@ def scan(paths: Iterable[Path | str], exclude: tuple[str, ...] = (), origin: Ori
     """
     sources = _sources(paths)
     root = sources[0] if len(sources) == 1 and sources[0].is_dir() else _common_folder(sources)
-    found: dict[str, Path] = {}
+    found: dict[str, str] = {}
     left_out: dict[str, str] = {}
+    above = len(str(root).rstrip("/")) + 1
     for source in sources:
-        for path in _files(source, sources):
-            relative = os.path.relpath(path, root)
+        for path in _files(str(source), sources):
+            relative = path[above:]
             if excluded(relative, exclude):
                 left_out[relative] = f"excluded by {','.join(exclude)}"
             elif excluded(relative, OWN_NAMES):
@@ -192,25 +193,25 @@ def _inside(path: str, sources: list[Path]) -> bool:
     return any(real == s or s in real.parents for s in sources)
 
 
-def _files(source: Path, sources: list[Path]) -> Iterator[Path]:
+def _files(source: str, sources: list[Path]) -> Iterator[str]:
     """Every file below a source, in no order that matters.
 
     A link to a folder inside the source is followed, unless it leads back to a folder that it is in. A link to one
     outside, and a folder that can't be listed, come as paths of their own, to be refused by name.
     """
-    if not source.is_dir():
+    if not os.path.isdir(source):
         yield source
         return
     links, top = 0, os.path.realpath(source)
     # A folder, where it really is, and the real folders on the way to it.
-    stack: list[tuple[str, str, frozenset[str]]] = [(str(source), top, frozenset((top,)))]
+    stack: list[tuple[str, str, frozenset[str]]] = [(source, top, frozenset((top,)))]
     while stack:
         folder, place, above = stack.pop()
         try:
             with os.scandir(folder) as listing:
                 entries = list(listing)
         except OSError:
-            yield Path(folder)
+            yield folder
             continue
         for entry in entries:
             try:
@@ -218,13 +219,13 @@ def _files(source: Path, sources: list[Path]) -> Iterator[Path]:
             except OSError:  # a link in a circle, or to what may not be looked at
                 is_folder = False
             if not is_folder:
-                yield Path(entry.path)
+                yield entry.path
                 continue
             real = f"{place}/{entry.name}"
             if entry.is_symlink():
                 real = os.path.realpath(entry.path)
                 if not _inside(real, sources):
-                    yield Path(entry.path)
+                    yield entry.path
                     continue
                 if any(one == real or one.startswith(f"{real}/") for one in above):
                     continue
@@ -234,14 +235,16 @@ def _files(source: Path, sources: list[Path]) -> Iterator[Path]:
             stack.append((entry.path, real, above | {real}))
 
 
-def _item(relative: str, path: Path, sources: list[Path]) -> Item:
+def _item(relative: str, path: str, sources: list[Path]) -> Item:
     """Read one file's facts; whatever is wrong with it becomes part of the item."""
     try:
-        if path.is_symlink() and not _inside(os.path.realpath(path), sources):
-            return Item(relative, 0, 0, problem="a symbolic link that leads out of the source")
-        info = path.stat()
-        if not stat.S_ISREG(info.st_mode):
-            return Item(relative, 0, 0, problem="can't be listed" if path.is_dir() else "not a regular file")
+        mode = os.lstat(path).st_mode
+        if stat.S_ISLNK(mode):
+            if not _inside(os.path.realpath(path), sources):
+                return Item(relative, 0, 0, problem="a symbolic link that leads out of the source")
+            mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode):
+            return Item(relative, 0, 0, problem="can't be listed" if stat.S_ISDIR(mode) else "not a regular file")
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as exc:
         return Item(relative, 0, 0, problem=f"can't be read: {exc.strerror}")
