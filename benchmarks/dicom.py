@@ -42,6 +42,7 @@ SINKS = ("discard", "storescp", "orthanc", "5ms", "20ms")
 SETS = ("ct", "small", "large")
 LONG_WAYS = {"5ms": 0.0025, "20ms": 0.010}  # seconds in each direction
 SEVERAL = 4  # associations, the default of a target
+MANY = 8  # on a long way each association waits for its answers
 # Bytes of a set in proportion, for sinks that would take minutes: an Orthanc stores some MB/s of small files, and a
 # round trip of 20 ms lets one association send 50 instances a second.
 SHARE = {"discard": 1.0, "storescp": 1.0, "orthanc": 0.1, "5ms": 0.2, "20ms": 0.2}
@@ -150,14 +151,16 @@ def ours(task: str, *arguments: object) -> Run:
     return run([sys.executable, "-m", "benchmarks.dicom", f"--task={task}", *map(str, arguments)])
 
 
-def candidates(port: int, folder: Path) -> tuple[dict[str, Callable[[], Run]], dict[str, Callable[[], Run]]]:
+def candidates(
+    port: int, folder: Path, associations: Sequence[int]
+) -> tuple[dict[str, Callable[[], Run]], dict[str, Callable[[], Run]]]:
     """Who takes part, by name: in every round, and once. Programs of DCMTK get PDUs as large as they take them."""
     dcmsend = ["dcmsend", "-pdu", "131072", "+sd", "127.0.0.1", str(port), str(folder)]
     storescu = ["storescu", "-pdu", "131072", "+sd", "127.0.0.1", str(port), str(folder)]
     return {
         "talaria": partial(ours, "send", port, 1, folder),
         "talaria, sending only": partial(ours, "send-planned", port, 1, folder),
-        f"talaria, {SEVERAL} associations": partial(ours, "send", port, SEVERAL, folder),
+        **{f"talaria, {count} associations": partial(ours, "send", port, count, folder) for count in associations},
         REFERENCE: partial(program, dcmsend, NODELAY),
         "storescu+": partial(program, storescu, NODELAY),
     }, {
@@ -234,7 +237,7 @@ def compare(name: str, sets: Sequence[str], rounds: int, *, with_slow: bool, sha
             folder = make(root / name, each, SHARE[name] if share is None else share)
             files = list(folder.iterdir())
             size = sum(path.stat().st_size for path in files)
-            every, once = candidates(port, folder)
+            every, once = candidates(port, folder, (SEVERAL, MANY) if name in LONG_WAYS else (SEVERAL,))
             found = in_turn(every, rounds, empty)
             for slow, candidate in once.items() if with_slow else ():  # enough to see where they are
                 empty()
