@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import secrets
 import socket
 import ssl
 import struct
@@ -382,7 +383,8 @@ class Scripted:
             return Reply(
                 401, as_json({"error": "invalid_client", "error_description": f"no: {given[1]}"}), "application/json"
             )
-        self.tokens.append(f"token-{len(self.tokens) + 1}-xyz")
+        # Of no other server's: one that is kept of a server that had this port before must not be given out again.
+        self.tokens.append(f"token-{len(self.tokens) + 1}-{secrets.token_hex(4)}-xyz")
         document: dict[str, Any] = {"access_token": self.tokens[-1], "token_type": "bearer"}
         if self.lifetime_s is not None:
             document["expires_in"] = self.lifetime_s
