@@ -13,6 +13,7 @@ from pydantic import ConfigDict, Field, SecretStr, field_validator, model_valida
 
 from transfer.globs import patterns
 from transfer.layout import fields_of
+from transfer.plan import Origin
 from transfer.receipt import Level
 from transfer.window import Window
 
@@ -98,12 +99,21 @@ class Target(Block, ABC):
 
     @property
     def endpoint(self) -> str:
-        """A mark of where the data goes: the ledger's rows count as long as it is the same."""
+        """A mark of where the data goes, as far as the target itself says so."""
+        return self.endpoint_for(Origin())
+
+    def endpoint_for(self, origin: Origin) -> str:
+        """A mark of where the data of a study from `origin` goes: the ledger's rows count as long as it is the same."""
         parts = []
         for field in self.where:
             value = getattr(self, field)
             parts.append(value.get_secret_value() if isinstance(value, SecretStr) else str(value))
+        parts += self.places(origin)
         return hashlib.sha256("\0".join([self.type_name, *parts]).encode()).hexdigest()[:16]
+
+    def places(self, origin: Origin) -> list[str]:
+        """What of a study's origin decides where its data goes; empty where that is the target's own matter."""
+        return []
 
     @property
     def stores(self) -> bool:

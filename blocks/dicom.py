@@ -8,6 +8,7 @@ from typing import ClassVar
 from pydantic import Field, HttpUrl, field_validator, model_validator
 
 from blocks.base import LOGO, Target, check_host
+from transfer.plan import Origin
 
 AET_CHARS = 16  # PS3.5 table 6.2-1, VR AE
 SENDER = "sender"  # as `host`: the node that the study came from
@@ -108,6 +109,11 @@ pacs = DicomTarget.load("BLOCK_NAME")
         if 0 < value < MIN_PDU:
             raise ValueError(f"max_pdu must be 0 (no limit) or at least {MIN_PDU} bytes")
         return value
+
+    def places(self, origin: Origin) -> list[str]:
+        """The sender's address and the title that it called, where the target takes them over."""
+        found = [f"sender_host={origin.sender_host.strip().lower()}"] if self.host == SENDER else []
+        return found + ([f"receiver_aet={origin.receiver_aet.strip()}"] if self.pass_receiver_aet else [])
 
     @model_validator(mode="after")
     def _sender_only_stores(self) -> DicomTarget:

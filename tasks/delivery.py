@@ -82,6 +82,11 @@ class Delivery:
         self._force = force
         self.progress = Progress(len(self.plan.items), self.plan.size)
 
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What the ledger's rows go by: dispatch, destination, and where that is for a study of this origin."""
+        return self.plan.dispatch_id, self.target.name, self.target.endpoint_for(self.plan.origin)
+
     def push(self) -> Receipt:
         """Make one attempt.
 
@@ -91,14 +96,14 @@ class Delivery:
         self.attempts += 1
         self.error = None
         begun = time.monotonic()
-        plan, key = self.plan, (self.plan.dispatch_id, self.target.name, self.target.endpoint)
+        plan, key = self.plan, self.key
         lock = hashlib.sha256("\0".join(key).encode()).hexdigest()[:24]
         try:
             # The same dispatch to the same place, started twice: the second waits, then finds all of it done.
             with self.home.exclusive(lock, OnOutcome(cancelled=self.cancelled).check):
                 if self._before is None:
                     self.ledger.begin(*key, force=self._force)
-                known = self.ledger.outcomes(*key[:2], plan.items)
+                known = self.ledger.outcomes(*key[:2], plan.items, key[2])
                 if self._before is None:
                     self._before = frozenset(path for path, outcome in known.items() if outcome.arrived)
                     for item in plan.items:
@@ -133,7 +138,7 @@ class Delivery:
         """
         if self.driver.hook is None:
             raise TypeError(f"targets of type {self.target.type_name} have no hook")
-        key = (self.plan.dispatch_id, self.target.name, self.target.endpoint)
+        key = self.key
         on_outcome = OnOutcome(cancelled=self.cancelled)
         try:
             result = self.driver.hook(self.target, self.plan, on_outcome)
@@ -161,7 +166,7 @@ class Delivery:
 
     def receipt(self) -> Receipt:
         """What became of the plan so far, over all attempts of this run."""
-        known = self.ledger.outcomes(self.plan.dispatch_id, self.target.name, self.plan.items)
+        known = self.ledger.outcomes(*self.key[:2], self.plan.items, self.key[2])
         rows, size = [], 0
         for item in self.plan.items:
             outcome = self._told.get(item.path) or known.get(item.path)

@@ -122,14 +122,21 @@ class Ledger:
                  str(outcome.kind), outcome.detail, time.time()),
             )  # fmt: skip
 
-    def outcomes(self, dispatch_id: str, destination: str, items: tuple[Item, ...]) -> dict[str, Outcome]:
-        """Return the outcomes, by path, of those items whose row is about the file as it is now."""
+    def outcomes(
+        self, dispatch_id: str, destination: str, items: tuple[Item, ...], endpoint: str | None = None
+    ) -> dict[str, Outcome]:
+        """Return the outcomes, by path, of those items whose row is about the file as it is now.
+
+        Args:
+            endpoint: count only rows about this one; None for any.
+        """
         with self._lock:
             rows = {
                 path: (size, mtime_ns, Outcome(Kind(outcome), detail))
                 for path, size, mtime_ns, outcome, detail in self._db.execute(
-                    "SELECT path, size, mtime_ns, outcome, detail FROM items WHERE dispatch_id=? AND destination=?",
-                    (dispatch_id, destination),
+                    "SELECT path, size, mtime_ns, outcome, detail FROM items WHERE dispatch_id=? AND destination=?"
+                    " AND endpoint=coalesce(?,endpoint)",
+                    (dispatch_id, destination, endpoint),
                 )
             }
         found = {}
