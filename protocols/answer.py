@@ -130,16 +130,25 @@ class Answer:
             raise Interrupted(f"{self.where}: the answer's chunks are damaged") from exc
 
     def _inflated(self, raw: Iterator[memoryview]) -> Iterator[memoryview]:
-        unzip = zlib.decompressobj(47)  # 32 + 15: gzip or zlib, whichever it is
+        unzip = None
         try:
             for piece in raw:
                 data = bytes(piece)
                 while data:
+                    if unzip is None or unzip.eof:  # gzip may have several members (RFC 1952 section 2.2)
+                        unzip = zlib.decompressobj(_window_bits(data))
                     yield memoryview(unzip.decompress(data, INFLATED_BYTES))
-                    data = unzip.unconsumed_tail
-            yield memoryview(unzip.flush())
+                    data = unzip.unused_data if unzip.eof else unzip.unconsumed_tail
         except zlib.error as exc:
             raise Interrupted(f"{self.where}: the answer's compression is damaged") from exc
+        if unzip is not None and not unzip.eof:
+            raise Interrupted(f"{self.where}: the answer was cut short before it was compressed")
+
+
+def _window_bits(data: bytes) -> int:
+    """What zlib must be told of compressed data that begin like this: gzip or zlib, or "deflate" as some mistake it."""
+    is_zlib = data[0] & 15 == 8 and (len(data) < 2 or int.from_bytes(data[:2]) % 31 == 0)  # RFC 1950 section 2.2
+    return 47 if data[0] == 0x1F or is_zlib else -15
 
 
 def _head(link: Link) -> tuple[int, str, Message, bool]:
@@ -152,6 +161,8 @@ def _head(link: Link) -> tuple[int, str, Message, bool]:
     block = bytearray()
     for _ in range(HEAD_LINES):
         line = link.line()
+        if line and b":" not in line and line[:1] not in (b" ", b"\t"):
+            continue  # no field; the parser would take it, and all that follows, for the body
         block += line + b"\r\n"
         if not line:
             return int(code), reason.decode("latin-1").strip(), parse_headers(io.BytesIO(block)), version != b"HTTP/1.0"

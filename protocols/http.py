@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Protocol
+from urllib.parse import quote as encoded
 from urllib.parse import urljoin, urlsplit
 
 from protocols.answer import Answer
@@ -28,6 +29,7 @@ STALE_S = 0.5  # a connection idle for so long may have been closed by a server 
 LEFTOVER_BYTES = 1 << 20  # of an answer that nobody wants: read so that the connection can be used again
 REDIRECTS = (301, 302, 303, 307, 308)
 MAX_REDIRECTS = 5
+SAFE = "/?:@!$&'()*+,;=-._~%"  # stays as it is in a path and a query that a server names (RFC 3986 section 3.3)
 PORTS = {"http": 80, "https": 443}
 AGENT = "talaria"
 _without_continue: set[str] = set()  # servers that did not say it in time: this process asks them no more
@@ -210,25 +212,26 @@ class Session:
     def _redirected(self, answer: Answer, request: _Request, redirects: int) -> str:
         """The path that an answer points to; only within this origin, and only if the request may follow."""
         here = self.origin.where
-        target = urlsplit(urljoin(here + request.path, str(answer.headers["Location"])))
         try:
+            target = urlsplit(urljoin(here + request.path, str(answer.headers["Location"])))
             origin = (target.scheme, target.hostname, target.port or PORTS.get(target.scheme))
-        except ValueError:
-            origin = ("", None, None)
+        except ValueError as exc:
+            raise Misconfigured(f"{here}: answers {answer.status} and points to what is no URL") from exc
         if origin != (self.origin.scheme, self.origin.host, self.origin.port):
             shown = f"{origin[0]}://{origin[1]}" + (f":{origin[2]}" if origin[2] != PORTS.get(origin[0]) else "")
             raise Misconfigured(
                 f"{here}: answers {answer.status} and points to {shown}, which is not followed: "
                 "set url to that, if it is the right place"
             )
+        path = encoded(target.path, SAFE) or "/"
         if redirects > MAX_REDIRECTS:
-            raise Misconfigured(f"{here}{target.path}: redirected too often: correct url or its prefixes")
+            raise Misconfigured(f"{here}{path}: redirected too often: correct url or its prefixes")
         if request.method != "GET" and answer.status not in (307, 308):
             raise Misconfigured(
-                f"{here}: answers {answer.status} and points to {target.path}, where a {request.method} can't follow: "
+                f"{here}: answers {answer.status} and points to {path}, where a {request.method} can't follow: "
                 "correct url or its prefixes"
             )
-        return target.path + (f"?{target.query}" if target.query else "")
+        return path + (f"?{encoded(target.query, SAFE)}" if target.query else "")
 
     def _exchange(self, request: _Request) -> Answer:
         while True:

@@ -164,7 +164,7 @@ class Store:
         expect = not self._arrived and body.length >= EXPECT_BYTES
         with self.service.session.request("POST", self.path, headers, body, expect=expect) as answer:
             if answer.status < 300:
-                return answer, answer.read()
+                return answer, answer.read().strip()
             content = b""
             with suppress(Interrupted):  # a server that refuses a body may not wait until its words are read
                 content = answer.read()

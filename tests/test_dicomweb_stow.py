@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from email.utils import formatdate
 from pathlib import Path
@@ -494,14 +496,57 @@ def test_xml_with_entities_is_not_read(server: Scripted, plan: Plan) -> None:
 
 
 def test_gzipped_answer(server: Scripted, plan: Plan) -> None:
-    import gzip
-
     def zipped(request: Request) -> Reply:
         body = gzip.compress(as_json(listing(dict.fromkeys(request.uids, 0))))
         return Reply(200, body, headers={"Content-Encoding": "gzip"})
 
     server.script = [zipped]
     assert kinds(push(server, plan)) == [Kind.DELIVERED] * 8
+
+
+def _deflated(data: bytes) -> bytes:
+    packer = zlib.compressobj(wbits=-15)
+    return packer.compress(data) + packer.flush()
+
+
+@pytest.mark.parametrize("chunked", [0, 1, 70])
+@pytest.mark.parametrize(
+    ("pack", "name"),
+    [
+        (lambda data: gzip.compress(data[:40]) + gzip.compress(data[40:]), "X-GZIP"),
+        (zlib.compress, "deflate"),
+        (_deflated, "deflate"),
+    ],
+    ids=["members", "zlib", "raw"],
+)
+def test_compressed_answers(
+    server: Scripted, plan: Plan, pack: Callable[[bytes], bytes], name: str, chunked: int
+) -> None:
+    def packed(request: Request) -> Reply:
+        body = pack(as_json(listing(dict.fromkeys(request.uids, 0))))
+        return Reply(200, body, headers={"Content-Encoding": name}, chunked=chunked)
+
+    server.script = [packed]
+    assert kinds(push(server, plan)) == [Kind.DELIVERED] * 8
+
+
+def test_compressed_answer_without_its_end(server: Scripted, plan: Plan) -> None:
+    server.script = [Reply(200, gzip.compress(as_json(listing()))[:-9], headers={"Content-Encoding": "gzip"})]
+    sent = push(server, plan)
+    assert isinstance(sent.error, Interrupted)
+    assert "cut short" in sent.error.message
+
+
+def test_body_of_blanks_is_none(server: Scripted, plan: Plan) -> None:
+    server.script = [Reply(200, b"\r\n", "text/plain")]
+    assert kinds(push(server, plan)) == [Kind.DELIVERED] * 8
+
+
+def test_head_with_a_line_that_is_no_field(server: Scripted, plan: Plan) -> None:
+    server.script = [Reply(503, headers={"X-Odd": "1\r\nno field at all", "Retry-After": "7"})]
+    sent = push(server, plan, idle_timeout_s=1)
+    assert isinstance(sent.error, Busy)
+    assert sent.error.retry_after == 7
 
 
 def test_chunked_answer(server: Scripted, plan: Plan) -> None:
@@ -674,6 +719,29 @@ def test_redirect_to_another_host_is_not_followed(server: Scripted, plan: Plan, 
         assert "pass-word" not in sent.error.message
         assert "t0ken" not in sent.error.message
         assert not other.requests
+
+
+@pytest.mark.parametrize("location", ["http://[::1/rs", "http://a:99999999/rs", "//[x"])
+def test_redirect_to_what_is_no_url(server: Scripted, plan: Plan, location: str) -> None:
+    server.script = [Reply(307, headers={"Location": location})]
+    sent = push(server, plan)
+    assert isinstance(sent.error, Misconfigured)
+    assert "no URL" in sent.error.message
+
+
+@pytest.mark.parametrize(
+    ("location", "path"), [("/rs/a b", "/rs/a%20b"), ("/rs/\xfc\x01%20", "/rs/%C3%BC%01%20"), ("?x=a b", "/rs/studies")]
+)
+def test_redirect_that_is_not_encoded(server: Scripted, plan: Plan, location: str, path: str) -> None:
+    server.script = [Reply(307, headers={"Location": location})]
+    push(server, plan)
+    assert [request.path for request in server.requests] == ["/rs/studies", path]
+
+
+def test_redirect_to_the_root(server: Scripted, plan: Plan) -> None:
+    server.script = [Reply(307, headers={"Location": f"http://127.0.0.1:{server.port}"})]
+    push(server, plan)
+    assert server.requests[1].path == "/"
 
 
 def test_redirect_loop(server: Scripted, plan: Plan) -> None:
