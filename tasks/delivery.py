@@ -68,7 +68,7 @@ class Delivery:
         self.driver, self.target = driver, target
         self.ledger, self.home, self.cancelled = ledger, home, cancelled
         self.refused, wanted = sort_out(driver.facts, target, plan)
-        self.plan = plan.narrowed(wanted)
+        self.plan = plan.narrowed(wanted, lacks=lacking(self.refused))
         self.attempts = 0
         self.error: DispatchError | None = None
         self.hook = "none"
@@ -219,6 +219,11 @@ def sort_out(facts: Facts, target: Target, plan: Plan) -> tuple[dict[Item, Outco
         else:
             wanted.append(item)
     return refused, wanted
+
+
+def lacking(refused: dict[Item, Outcome]) -> int:
+    """How many of the files that a target does not get it should have: what it skips is not for it."""
+    return sum(outcome.kind is Kind.REJECTED for outcome in refused.values())
 
 
 def _result(item: Item, outcome: Outcome) -> ItemResult:

@@ -374,7 +374,7 @@ class _Push:
 
     def _mark(self, place: Place) -> None:
         """Put the marker, if every file of the plan is there; its time tells when something came to an old one."""
-        if len(list(self._arrived(place.items))) < len(place.items) or not place.final.is_dir():
+        if self.plan.lacks or len(list(self._arrived(place.items))) < len(place.items) or not place.final.is_dir():
             return
         marker, told = place.final / MARKER, self.on_outcome.outcomes
         if os.path.lexists(marker):

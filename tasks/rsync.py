@@ -383,8 +383,13 @@ class _Push:
         return good
 
     def finish(self) -> None:
-        """Put the marker into every folder that has all its files; take away where they grew."""
+        """Put the marker into every folder that has all its files; take away where they grew.
+
+        Which folder lacks what can't be sent is not known: then none is marked.
+        """
         whole = [folder.name for folder in self.folders if all(map(self.has_arrived, folder.items))]
+        if self.plan.lacks:
+            whole = []
         code, output = self.script(FINISH, NAMES=whole)
         if code:
             if self.plan.pending:

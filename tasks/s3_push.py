@@ -331,7 +331,7 @@ class Push:
         markers = [f for f in folders if self._lacks(f, MARKER)]
         for folder in manifests:
             self._each([item for item in folders[folder] if item.path not in self.sums], self._know)
-        if not all(map(self._arrived, self.plan.items)):
+        if self.plan.lacks or not all(map(self._arrived, self.plan.items)):
             return
         for folder in manifests:
             self._put_manifest(folder, folders[folder])

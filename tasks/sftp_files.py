@@ -356,7 +356,12 @@ class Sending:
         return outcome.arrived if outcome else item.path in self.plan.done
 
     async def mark(self, session: Sftp) -> None:
-        """Put the marker into every folder that has all its files."""
+        """Put the marker into every folder that has all its files.
+
+        Which folder lacks what can't be sent is not known: then none is marked.
+        """
+        if self.plan.lacks:
+            return
         for folder in self.folders:
             if not all(map(self.has_arrived, folder.items)):
                 continue

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from blocks.base import Target
 from tasks import DRIVERS
-from tasks.delivery import sort_out
+from tasks.delivery import lacking, sort_out
 from tasks.driver import Driver
 from transfer.errors import DispatchError, Unreachable
 from transfer.plan import Item, Plan, scan
@@ -122,7 +122,7 @@ def attempt(
     driver = DRIVERS.of(target)
     plan = scan([source]) if isinstance(source, Path) else source
     refused, wanted = sort_out(driver.facts, target, plan)
-    sent = Sent(plan.narrowed(wanted, done), refused)
+    sent = Sent(plan.narrowed(wanted, done, lacking(refused)), refused)
     lock = threading.Lock()
 
     def record(item: Item, outcome: Outcome) -> None:

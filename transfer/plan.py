@@ -20,6 +20,7 @@ from transfer.globs import excluded
 from transfer.header import Damaged, Header, NotDicom, read_header
 
 READERS = 4  # threads that read headers: the work waits for the disk more than for the interpreter
+BATCH_FILES = 32  # one reader's share at a time
 HEAD_BYTES = 65_536  # of a file that isn't DICOM, its first bytes stand for its content in the dispatch id
 MAX_LINKED_FOLDERS = 10_000  # links to folders that hold links to folders multiply
 DISPATCH_ID_CHARS = 20  # hexadecimal, 80 bits
@@ -81,6 +82,8 @@ class Plan:
         done: paths of the items that the ledger says the target already has; only the others are sent.
         origin: where the study came from.
         left_out: files of the source that no target gets, `not_sent` says why; not part of the dispatch's identity.
+        lacks: how many files the target should have that can't be sent, and are not among `items`: as long as there
+            are any, nothing says that it is complete.
     """
 
     dispatch_id: str
@@ -89,6 +92,7 @@ class Plan:
     done: frozenset[str] = field(default=frozenset(), repr=False)
     origin: Origin = Origin()
     left_out: tuple[Item, ...] = field(default=(), repr=False)
+    lacks: int = 0
 
     @property
     def pending(self) -> tuple[Item, ...]:
@@ -104,9 +108,9 @@ class Plan:
         """Where the item's bytes are."""
         return self.root / item.path
 
-    def narrowed(self, items: Iterable[Item], done: Iterable[str] = ()) -> Plan:
-        """The same plan with these items only, of which `done` need not be sent."""
-        return replace(self, items=tuple(items), done=frozenset(done))
+    def narrowed(self, items: Iterable[Item], done: Iterable[str] = (), lacks: int | None = None) -> Plan:
+        """The same plan with these items only, of which `done` need not be sent; `lacks` is kept unless given."""
+        return replace(self, items=tuple(items), done=frozenset(done), lacks=self.lacks if lacks is None else lacks)
 
     @contextmanager
     def open(self, item: Item) -> Iterator[int]:
@@ -160,8 +164,7 @@ def scan(paths: Iterable[Path | str], exclude: tuple[str, ...] = (), origin: Ori
                 found.setdefault(relative, path)
     if not found:
         raise Misconfigured(f"nothing to send in {', '.join(str(s) for s in sources)}")
-    with ThreadPoolExecutor(READERS) as pool:
-        items = tuple(pool.map(lambda name: _item(name, found[name], sources), sorted(found)))
+    items = tuple(_items(found, sources))
     aside = tuple(Item(name, 0, 0, not_sent=why) for name, why in sorted(left_out.items()))
     return Plan(_dispatch_id(root, items), root, items, origin=origin, left_out=aside)
 
@@ -233,6 +236,16 @@ def _files(source: str, sources: list[Path]) -> Iterator[str]:
                 if links > MAX_LINKED_FOLDERS:
                     raise Misconfigured(f"{source}: more than {MAX_LINKED_FOLDERS} links to folders, of one another")
             stack.append((entry.path, real, above | {real}))
+
+
+def _items(found: dict[str, str], sources: list[Path]) -> Iterator[Item]:
+    """Read the facts of all files, in the order of their relative paths."""
+    names = sorted(found)
+    # A task for each file would cost a fifth of what its header does.
+    batches = [names[start : start + BATCH_FILES] for start in range(0, len(names), BATCH_FILES)]
+    with ThreadPoolExecutor(READERS) as pool:
+        for items in pool.map(lambda batch: [_item(name, found[name], sources) for name in batch], batches):
+            yield from items
 
 
 def _item(relative: str, path: str, sources: list[Path]) -> Item:
