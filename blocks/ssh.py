@@ -65,7 +65,10 @@ class SshTarget(Target, ABC):
     hook_timeout_s: float = Field(default=600, gt=0, le=86_400, description="Seconds the script may take.")
     hook_attempts: int = Field(default=3, ge=1, le=50, description="How often the script is tried in one run.")
     hook_retry_delay_s: float = Field(
-        default=30, ge=0, le=86_400, description="Seconds before the second try of the script; doubles with each one."
+        default=30,
+        ge=0,
+        le=86_400,
+        description="Seconds before the second try of the script; doubles with each one, up to retry_max_delay_s.",
     )
 
     @property

@@ -30,6 +30,10 @@ class NoShell(Misconfigured):
     """The account may log in, but gets no shell that runs commands."""
 
 
+class NoScript(Misconfigured):
+    """The program is not there, or may not be executed."""
+
+
 class Shell:
     """A shell that runs one script after the other over one login. A context manager.
 
@@ -103,11 +107,11 @@ def run_script(
 ) -> tuple[int | None, str]:
     """Run a program on the host with these arguments, unchanged; return its exit code and its last output.
 
-    The exit code is None if the program is not there, may not be executed, or was stopped after `timeout_s`. It is
-    stopped, too, when the link breaks, so that a later try doesn't find it running. What it leaves running in the
-    background is not waited for.
+    The exit code is None if the program was stopped after `timeout_s`. It is stopped, too, when the link breaks, so
+    that a later try doesn't find it running. What it leaves running in the background is not waited for.
 
     Raises:
+        NoScript: the program is not there, or may not be executed.
         Interrupted: the link broke before the program ended.
         DispatchError: no connection, no login, no shell; or what `check` raises.
     """
@@ -155,7 +159,7 @@ def _follow(
         output += piece or b""
         told = re.search(mark + rb"(-|\+|\d+)\n", output)
         if told and told[1] == b"-":
-            return None, f"{script}: not there, or not executable"
+            raise NoScript(f"{script}: not there, or not executable for this user")
         if told and told[1] == b"+":
             del output[: told.end()]
             begun, end = True, time.monotonic() + timeout_s

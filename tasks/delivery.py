@@ -22,6 +22,7 @@ from transfer.plan import Item, Plan
 from transfer.receipt import ALREADY, UNSENT, ItemResult, Kind, Level, OnOutcome, Outcome, Receipt, State
 
 OUTPUT_BYTES = 65_536  # of a hook's output, its end is kept
+SHOWN_CHARS = 500  # of it, in the run's state
 
 
 class Progress:
@@ -73,6 +74,7 @@ class Delivery:
         self.error: DispatchError | None = None
         self.hook = "none"
         self.hook_output = ""
+        self.hook_told = ""  # how it ended, in a sentence without its output
         self.stopped: State | None = None
         self._told: dict[str, Outcome] = {}
         self._stumbled: set[str] = set()
@@ -134,24 +136,31 @@ class Delivery:
         """Run the target's own script once; what it did is in the ledger.
 
         Raises:
-            DispatchError: it could not be run.
+            HookFailed: it did not end well, or in time.
+            DispatchError: it could not be run (not there, not executable, no login), or the link was lost while it
+                ran, or somebody stopped it.
         """
         if self.driver.hook is None:
             raise TypeError(f"targets of type {self.target.type_name} have no hook")
         key = self.key
         on_outcome = OnOutcome(cancelled=self.cancelled)
+        failure: DispatchError | None = None
         try:
             result = self.driver.hook(self.target, self.plan, on_outcome)
         except DispatchError as exc:
-            result = HookResult(None, exc.message)
-            if isinstance(exc, Cancelled):
-                raise
+            exc.target = exc.target or self.target.name
+            result, failure = HookResult(None, exc.message), exc
         self.hook = "done" if result.exit_code == 0 else "failed"
-        self.hook_output = result.output[-OUTPUT_BYTES:]
+        self.hook_output = result.output.encode()[-OUTPUT_BYTES:].decode("utf-8", "ignore")
         self.ledger.record_hook(*key, self.hook, result.exit_code, self.hook_output)
+        if failure is not None:
+            self.hook_told = f"the script was not run to its end: {failure.message}"
+            self.stopped = State.CANCELLED if isinstance(failure, Cancelled) else None
+            raise failure
+        how = "was stopped, its time was up" if result.exit_code is None else f"ended with exit code {result.exit_code}"
+        self.hook_told = f"the script {how}"
         if self.hook == "failed":
-            code = "was not run" if result.exit_code is None else f"ended with exit code {result.exit_code}"
-            raise HookFailed(f"the script {code}: {self.hook_output.strip()[-500:]}", self.target.name)
+            raise HookFailed(f"{self.hook_told}: {self.hook_output.strip()[-SHOWN_CHARS:]}", self.target.name)
 
     @property
     def wants_hook(self) -> bool:
@@ -187,7 +196,7 @@ class Delivery:
             max(1, self.attempts),
             self.hook,
             self.error.message if self.error else None,
-            self._last.notes if self._last else (),
+            (*(self._last.notes if self._last else ()), *([self.hook_told] if self.hook == "failed" else ())),
             self.stopped,
         )
 

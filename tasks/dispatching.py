@@ -113,7 +113,7 @@ class Dispatch:
     async def conclude(self, plan: Plan, receipts: list[Receipt]) -> RunState[Any]:
         """Leave the receipts behind and return the state that the flow run ends in."""
         state = overall([receipt.state for receipt in receipts])
-        outputs = {delivery.target.name: delivery.hook_output for delivery in self.deliveries}
+        outputs = {d.target.name: f"{d.hook_told}\n{d.hook_output}" for d in self.deliveries if d.hook_told}
         await patiently(lambda: report(self.home, plan.dispatch_id, self.flow_run_id, state, receipts, outputs))
         message = "; ".join(_sentence(receipt) for receipt in receipts)
         if self.again and not self.cancelled.is_set():

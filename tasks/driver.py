@@ -18,7 +18,7 @@ T = TypeVar("T", bound=Target)
 
 @dataclass(frozen=True)
 class HookResult:
-    """What a target's own script did: exit code (None if it could not be run or was stopped) and last output."""
+    """What a target's own script did: exit code (None if it was stopped when its time was up) and last output."""
 
     exit_code: int | None
     output: str
@@ -55,7 +55,8 @@ class Driver(Generic[T]):
         find: yields what the target has, as the peer gives it.
         retrieve: fetches what the query names into a folder; the receipt compares with what was announced.
         hook: runs the target's own script after everything is there; None of an argument's characters reaches a
-            shell unquoted. Raises Retryable if it could not be run for want of a link.
+            shell unquoted. Raises Retryable if it could not be run for want of a link, Permanent if it can't be run
+            at all.
     """
 
     target: type[T]

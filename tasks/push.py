@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Callable
 from typing import Any
 
 from prefect import Task, task
@@ -32,14 +33,31 @@ def delay_before(attempt: int, target: Target, error: BaseException | None) -> f
     return random.uniform(0, longest)  # noqa: S311 - spreads load, guards nothing
 
 
+def hook_delay_before(attempt: int, target: Target) -> float:
+    """Seconds to wait before an attempt at a target's script: its own delay, doubled with each attempt.
+
+    Without jitter: one script on one server is no crowd. At most `retry_max_delay_s`, unless the first delay is longer.
+    """
+    first: float = getattr(target, "hook_retry_delay_s", 0.0)
+    return min(max(first, target.retry_max_delay_s), first * 2 ** (attempt - 2))
+
+
 def push_task(driver: Driver[Any], target: Target) -> Task[[Delivery], Any]:
     """Return the task `push-<type>`, with the retry policy of this target; its argument is a Delivery."""
-    return _with_policy(push, f"push-{driver.target.type_name}", target.max_attempts, target)
+
+    def delay(attempt: int, error: BaseException) -> float:
+        return delay_before(attempt, target, error)
+
+    return _with_policy(push, f"push-{driver.target.type_name}", target, target.max_attempts, delay)
 
 
 def hook_task(target: Target) -> Task[[Delivery], Any]:
-    """Return the task `run-hook`, which has attempts of its own: its failure never sends data again."""
-    return _with_policy(run_hook, f"hook-{target.type_name}", getattr(target, "hook_attempts", 1), target)
+    """Return the task `hook-<type>`, which has a policy of its own: its failure never sends data again."""
+
+    def delay(attempt: int, error: BaseException) -> float:
+        return hook_delay_before(attempt, target)
+
+    return _with_policy(run_hook, f"hook-{target.type_name}", target, getattr(target, "hook_attempts", 1), delay)
 
 
 @task(cache_policy=NO_CACHE, persist_result=False)
@@ -59,25 +77,34 @@ async def run_hook(delivery: Delivery) -> None:
     try:
         await asyncio.to_thread(delivery.run_hook)
     finally:
-        if delivery.hook_output:
-            get_run_logger().info("%s: the script said: %s", delivery.target.name, delivery.hook_output)
+        if delivery.hook_told:
+            logger = get_run_logger()
+            logger.info(
+                "%s: %s; it said: %s", delivery.target.name, delivery.hook_told, delivery.hook_output or "nothing"
+            )
 
 
-def _with_policy(base: Task[[Delivery], Any], name: str, attempts: int, target: Target) -> Task[[Delivery], Any]:
+def _with_policy(
+    base: Task[[Delivery], Any],
+    name: str,
+    target: Target,
+    attempts: int,
+    delay: Callable[[int, BaseException], float],
+) -> Task[[Delivery], Any]:
     def is_retryable(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
         # A plain function: Prefect takes anything else for "no retry". The engine reads the delay of the next
         # attempt from the task after this, so that the peer's Retry-After can decide it.
         error = state.data if isinstance(state.data, BaseException) else None
         if not isinstance(error, Retryable):
             return False
-        task.retry_delay_seconds = [delay_before((run.run_count or 1) + 1, target, error)]
+        task.retry_delay_seconds = [delay((run.run_count or 1) + 1, error)]
         return True
 
     return base.with_options(
         name=name,
         task_run_name=f"{name} {target.name}",
         retries=attempts - 1,
-        retry_delay_seconds=target.retry_delay_s,
+        retry_delay_seconds=0,  # is_retryable sets it
         retry_condition_fn=is_retryable,
     )
 

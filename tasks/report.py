@@ -77,7 +77,7 @@ async def report(
     """Leave the receipts behind: a JSON file, events, and artifacts on the run.
 
     Args:
-        outputs: what hooks printed, by target.
+        outputs: how hooks ended, and what they printed, by target.
     """
     path = home.receipt(flow_run_id)
     write_json(path, document(dispatch_id, flow_run_id, state, receipts))
@@ -120,7 +120,12 @@ def _markdown(dispatch_id: str, state: State, receipts: Sequence[Receipt], outpu
         if len(odd) > SHOWN_ITEMS:
             lines += ["", f"… and {len(odd) - SHOWN_ITEMS} more: see the JSON file."]
         if outputs.get(receipt.target):
-            lines += ["", "The script said:", "", *("    " + line for line in outputs[receipt.target].splitlines())]
+            lines += [
+                "",
+                "The script at the end:",
+                "",
+                *("    " + line for line in outputs[receipt.target].splitlines()),
+            ]
         lines.append("")
     return "\n".join(lines)
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from blocks.ssh import HostKeyPolicy, SshTarget
-from protocols.shell import run_script
+from protocols.shell import NoScript, run_script
 from protocols.ssh import Client, Facts, Login, greeting, quote
 from protocols.sshkeys import private_key
 from tasks.driver import HookResult
@@ -78,7 +78,7 @@ def hook(target: SshTarget, plan: Plan, on_outcome: OnOutcome) -> HookResult:
 
     Raises:
         Retryable: the link was lost before it ended.
-        Misconfigured: the account has no shell.
+        Misconfigured: the script is not there or not executable, or the account has no shell.
     """
     script = under(target.folder, target.hook_script)
     bad: int | None = 0
@@ -142,6 +142,6 @@ def script_there(target: SshTarget) -> str:
     return f"[ -f {script} ] && [ -x {script} ]"
 
 
-def no_script(target: SshTarget) -> Misconfigured:
+def no_script(target: SshTarget) -> NoScript:
     """The error for that."""
-    return Misconfigured(f"{under(target.folder, target.hook_script)}: not there, or not executable for this user")
+    return NoScript(f"{under(target.folder, target.hook_script)}: not there, or not executable for this user")

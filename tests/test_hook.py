@@ -9,22 +9,25 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from prefect.client.schemas.objects import State as RunState
+from prefect.client.schemas.objects import StateType, TaskRun
 from pydantic import SecretStr
 
 from blocks.rsync import RsyncTarget
 from blocks.sftp import SftpTarget
 from blocks.ssh import SshTarget
 from tasks import DRIVERS
-from tasks.delivery import Delivery
+from tasks.delivery import Delivery, HookFailed
+from tasks.push import hook_delay_before, hook_task, push_task
 from tests import studies
 from tests.harness import Sent, attempt
 from tests.servers.openssh import shared
 from tests.servers.relay import relay
-from transfer.errors import Cancelled, DispatchError, Retryable, Unreachable
+from transfer.errors import Cancelled, DispatchError, Misconfigured, Permanent, Retryable, Unreachable
 from transfer.home import Home
 from transfer.ledger import Ledger
 from transfer.plan import scan
-from transfer.receipt import OnOutcome
+from transfer.receipt import Kind, OnOutcome, State
 
 SCRIPT = """#!/bin/sh
 printf '%s\\0' "$@" >> "$(dirname "$0")/calls"
@@ -147,9 +150,8 @@ def test_a_script_that_can_not_be_run_fails_the_hook_and_the_check(target: SshTa
     assert "mercure_complete.sh: not there, or not executable" in health.probes[-1].detail
     sent = attempt(target, study)
     sent.require()
-    code, output = run(target, sent)
-    assert code is None
-    assert "not there, or not executable" in output
+    with pytest.raises(Permanent, match="not there, or not executable"):  # another attempt would find the same
+        run(target, sent)
 
 
 def test_a_script_without_its_interpreter(target: SshTarget, study: Path) -> None:
@@ -292,3 +294,62 @@ def test_no_hook_where_something_was_rejected(target: SshTarget, study: Path, le
     one.push()
     assert not one.wants_hook
     assert not (Path(target.folder) / one.plan.dispatch_id / ".complete").exists()
+
+
+def test_one_that_can_not_be_run_fails_for_good_and_the_data_stays_delivered(
+    target: SshTarget, study: Path, ledger: Ledger, tmp_path: Path
+) -> None:
+    one = delivery(target, study, ledger, tmp_path)
+    one.push()
+    with pytest.raises(Misconfigured, match="not there, or not executable"):
+        one.run_hook()
+    row = ledger.hook(one.plan.dispatch_id, target.name)
+    assert row is not None
+    assert (row.outcome, row.exit_code) == ("failed", None)
+    assert "not there, or not executable" in row.output
+    receipt = one.receipt()
+    assert (receipt.hook, receipt.error, receipt.state) == ("failed", None, State.PARTIAL)
+    assert receipt.counts[Kind.DELIVERED] == 2
+    assert (Path(target.folder) / one.plan.dispatch_id / ".complete").exists()
+
+
+def test_a_cancelled_one_is_told_as_such_and_is_run_by_the_next_run(
+    target: SshTarget, study: Path, ledger: Ledger, tmp_path: Path
+) -> None:
+    script = install(target, SCRIPT + "sleep 300\n")
+    one = delivery(target, study, ledger, tmp_path)
+    one.push()
+    threading.Timer(1.5, one.cancelled.set).start()
+    with pytest.raises(Cancelled):
+        one.run_hook()
+    receipt = one.receipt()
+    assert (receipt.hook, receipt.state) == ("failed", State.CANCELLED)
+    script.write_text(SCRIPT)
+    again = delivery(target, study, ledger, tmp_path)
+    again.push()
+    assert again.wants_hook
+    again.run_hook()
+    assert again.receipt().hook == "done"
+
+
+def test_it_has_a_retry_policy_of_its_own(target: SshTarget) -> None:
+    """Not the push's: a script may need minutes where a transfer is tried again at once, and the other way round."""
+    target.hook_attempts, target.hook_retry_delay_s = 4, 7
+    target.max_attempts, target.retry_delay_s, target.retry_max_delay_s = 9, 100, 200
+    task = hook_task(target)
+    assert (task.name, task.retries) == (f"hook-{target.type_name}", 3)
+    assert task.retry_condition_fn is not None
+    delays = []
+    for count in (1, 2, 3):
+        run = TaskRun(task_key="hook", dynamic_key="0", flow_run_id=None, run_count=count)
+        failed = RunState(type=StateType.FAILED, data=HookFailed("the script ended with exit code 1"))
+        assert task.retry_condition_fn(task, run, failed)
+        delays.append(task.retry_delay_seconds)
+    assert delays == [[7], [14], [28]]
+    for final in (Misconfigured("not there"), Cancelled("stopped"), ValueError("a bug")):
+        run = TaskRun(task_key="hook", dynamic_key="0", flow_run_id=None, run_count=1)
+        assert not task.retry_condition_fn(task, run, RunState(type=StateType.FAILED, data=final))
+    target.retry_delay_s = target.retry_max_delay_s = 0
+    assert hook_delay_before(3, target) == 7, "what the push may wait at most shortens no first delay"
+    push = push_task(DRIVERS.of(target), target)
+    assert (push.name, push.retries) == (f"push-{target.type_name}", 8)
