@@ -27,6 +27,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -173,46 +174,66 @@ def candidates(
 
 
 @contextmanager
-def discard(folder: Path) -> Iterator[int]:
-    """Compile and run the sink that throws everything away; yields its port."""
+def discard(folder: Path) -> Iterator[tuple[int, int]]:
+    """Compile and run the sink that throws everything away; yields its port and its process id."""
     folder.mkdir()
     built = folder / "discard"
     source = Path(__file__).with_name("discard.c")
     subprocess.run([process.program("cc"), "-O2", "-o", str(built), str(source)], check=True)
     port = process.free_port()
-    with process.server([str(built), str(port)], port, folder / "discard.log"):
-        yield port
+    with process.server([str(built), str(port)], port, folder / "discard.log") as running:
+        yield port, running.pid
 
 
 @contextmanager
-def sink(name: str, folder: Path) -> Iterator[tuple[int, Callable[[], None]]]:
-    """Run a sink; yields its port, and what empties it between runs."""
+def sink(name: str, folder: Path) -> Iterator[Sink]:
+    """Run a sink until the block ends."""
     with ExitStack() as stack:
         if name == "storescp":
-            server = stack.enter_context(storescp(folder / name, "--ignore", "-pdu", "131072", env=NODELAY))
-            yield server.port, _nothing
+            server = stack.enter_context(storescp(folder / name, "--ignore", "-q", "-pdu", "131072", env=NODELAY))
+            yield Sink(server.port, server.process.pid)
         elif name == "orthanc":
             archive = stack.enter_context(orthanc(folder / name))
-            yield archive.dicom_port, archive.clear
+            yield Sink(archive.dicom_port, archive.pid, archive.clear)
         else:
-            port = stack.enter_context(discard(folder / name))
+            port, pid = stack.enter_context(discard(folder / name))
             if name in LONG_WAYS:
                 port = stack.enter_context(relay(port, delay_s=LONG_WAYS[name])).port
-            yield port, _nothing
+            yield Sink(port, pid)
 
 
-def _nothing() -> None:
-    pass
+@dataclass(frozen=True)
+class Sink:
+    """A running sink: its port, its process, and what empties it between runs."""
+
+    port: int
+    pid: int
+    empty: Callable[[], None] = lambda: None
+
+    def cpu_s(self) -> float:
+        """What it has used so far, with its children: who is busy all the time is the limit."""
+        total = 0
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            with suppress(OSError):
+                # proc(5): after the name in brackets come state, parent, group, session; CPU times are 14 to 17.
+                fields = path.read_text().rpartition(")")[2].split()
+                if int(fields[3]) == self.pid:
+                    total += sum(map(int, fields[11:15]))
+        return total / os.sysconf("SC_CLK_TCK")
 
 
 # ---- what is told
 
 
-def table(found: Mapping[str, list[Run]], size: int) -> str:
-    """Medians, and medians of the rounds' ratios to the reference: of rates, and of CPU times."""
+def table(found: Mapping[str, list[Run]], busy: Mapping[str, Sequence[float]], size: int) -> str:
+    """Medians, and medians of the rounds' ratios to the reference: of rates, and of CPU times.
+
+    Args:
+        busy: CPU seconds of the sink in each run, the warm-up too.
+    """
     lines = [
-        f"| sender | MB/s | wall s | CPU s | peak MiB | rate to {REFERENCE} | CPU to {REFERENCE} |",
-        "|---|---|---|---|---|---|---|",
+        f"| sender | MB/s | wall s | CPU s | sink's CPU s | peak MiB | rate to {REFERENCE} | CPU to {REFERENCE} |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, runs in found.items():
         pairs = list(zip(runs, found[REFERENCE][: len(runs)], strict=True))
@@ -221,8 +242,9 @@ def table(found: Mapping[str, list[Run]], size: int) -> str:
         wall, cpu, peak = (
             statistics.median(getattr(one, what) for one in runs) for what in ("wall_s", "cpu_s", "peak_mib")
         )
-        figures = f"{size / MB / wall:.0f} | {wall:.2f} | {cpu:.2f} | {peak:.0f} | {_spread(rates)} | {_spread(cpus)}"
-        lines.append(f"| {name} | {figures} |")
+        receiver = statistics.median(busy[name][-len(runs) :])
+        times = f"{size / MB / wall:.0f} | {wall:.2f} | {cpu:.2f} | {receiver:.2f}"
+        lines.append(f"| {name} | {times} | {peak:.0f} | {_spread(rates)} | {_spread(cpus)} |")
     return "\n".join(lines)
 
 
@@ -232,18 +254,30 @@ def _spread(ratios: Sequence[float]) -> str:
 
 def compare(name: str, sets: Sequence[str], rounds: int, *, with_slow: bool, share: float | None, root: Path) -> None:
     """Measure all candidates at one sink, set by set."""
-    with sink(name, root) as (port, empty):
+    with sink(name, root) as receiver:
         for each in sets:
             folder = make(root / name, each, SHARE[name] if share is None else share)
             files = list(folder.iterdir())
             size = sum(path.stat().st_size for path in files)
-            every, once = candidates(port, folder, (SEVERAL, MANY) if name in LONG_WAYS else (SEVERAL,))
-            found = in_turn(every, rounds, empty)
+            every, once = candidates(receiver.port, folder, (SEVERAL, MANY) if name in LONG_WAYS else (SEVERAL,))
+            busy: dict[str, list[float]] = {who: [] for who in (*every, *once)}
+            watched = {who: partial(_with_sink, one, receiver, busy[who]) for who, one in every.items()}
+            found = in_turn(watched, rounds, receiver.empty)
             for slow, candidate in once.items() if with_slow else ():  # enough to see where they are
-                empty()
-                found[slow] = [candidate()]
-            print(f"\n{each}: {len(files)} files, {size / MB:.0f} MB, to {name}\n\n{table(found, size)}", flush=True)
+                receiver.empty()
+                found[slow] = [_with_sink(candidate, receiver, busy[slow])]
+            print(
+                f"\n{each}: {len(files)} files, {size / MB:.0f} MB, to {name}\n\n{table(found, busy, size)}", flush=True
+            )
             shutil.rmtree(folder)
+
+
+def _with_sink(candidate: Callable[[], Run], receiver: Sink, busy: list[float]) -> Run:
+    """Run a candidate and note the CPU time that the sink used meanwhile."""
+    before = receiver.cpu_s()
+    measured = candidate()
+    busy.append(receiver.cpu_s() - before)
+    return measured
 
 
 def idle() -> Run:
@@ -263,7 +297,7 @@ def whole(sets: Sequence[str], rounds: int, share: float, root: Path) -> None:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "TALARIA_"))}
     environment = kept | {"TALARIA_HOME": str(home), "HOME": str(root)}
     log = (root / "up.log").open("wb")
-    with discard(root / "sink") as at:
+    with discard(root / "sink") as (at, _):
         up = subprocess.Popen(
             [talaria, "up", "--port", str(port)], env=environment, stdout=log, stderr=log, start_new_session=True
         )

@@ -13,7 +13,7 @@ import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ class Orthanc:
     Attributes:
         dicom_port: C-STORE and the rest of DIMSE; under TLS if it was started so.
         http_port: REST and DICOMweb, plain HTTP.
+        pid: its process.
     """
 
     dicom_port: int
@@ -50,6 +51,7 @@ class Orthanc:
     aet: str = AET
     user: str = USER
     password: str = PASSWORD
+    pid: int = 0
 
     @property
     def url(self) -> str:
@@ -201,8 +203,8 @@ def orthanc(
         return process.listening(made.dicom_port)
 
     argv = [process.program("Orthanc"), str(folder / "orthanc.json")]
-    with process.server(argv, made.http_port, folder / "orthanc.log", ready=ready):
-        yield made
+    with process.server(argv, made.http_port, folder / "orthanc.log", ready=ready) as running:
+        yield replace(made, pid=running.pid)
 
 
 @functools.cache
