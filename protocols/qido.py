@@ -9,6 +9,7 @@ rules of `dicommatch`.
 from __future__ import annotations
 
 import itertools
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -19,6 +20,8 @@ from protocols.dicomweb import Attributes, Service, keyworded
 from protocols.words import forms
 from transfer.errors import DispatchError, Misconfigured, NotFound
 from transfer.query import Match, Query
+
+logger = logging.getLogger(__name__)
 
 PAGE = 200  # results; Azure refuses to give more at once
 MOST = 100_000  # results that are asked for at once of a server that ignores `offset`
@@ -190,26 +193,36 @@ def _search(
     seen: set[str] = set()
     offset, limit = 0, PAGE
     turns = False  # whether the server has ever turned to another page
+    first: list[str] = []  # the UIDs on the first page, and in order those on all
+    pages: list[list[str]] = []
     while True:
         try:
             results, more = search.page(limit, offset)
         except NotFound:
+            if seen and search.paged:  # what some servers say beyond the last page; all at once shows it
+                search.paged = False
+                continue
             if missing_is_none and len(segments) > 1:
                 return
             raise
         fresh = 0
-        for result in results:
-            uid = dicomweb.text(result, uid_tag)
+        uids = [dicomweb.text(result, uid_tag) for result in results]
+        for uid, result in zip(uids, results, strict=True):
             if uid and uid not in seen:
                 seen.add(uid)
                 fresh += 1
                 yield result
-        turns = turns or (fresh > 0 and offset > 0)
+        if offset == 0:
+            first = sorted(uids)
+        turns = turns or (offset > 0 and sorted(uids) != first)
         if not results or not search.paged:
             if more:
                 raise search.cut_short(len(seen))
             return
-        if fresh:
+        # Some servers give a row for each instance of a study: pages that bring nothing new, and are no others again.
+        repeated = uids in pages and set(uids) != set(pages[-1][-1:])
+        pages.append(uids)
+        if fresh or (turns and not repeated and offset < MOST):
             offset += len(results)
         elif turns and not more:  # beyond the end it gives some page again
             return
@@ -219,6 +232,12 @@ def _search(
         elif more or (limit > PAGE and len(results) <= limit // 10) or search.may_be_capped(len(results)):
             raise search.cut_short(len(seen))
         else:
+            if limit == PAGE and len(seen) > 1:
+                logger.warning(
+                    "%s: gives %d results and ignores offset: whether it has more can't be told",
+                    service.where,
+                    len(seen),
+                )
             return
 
 
@@ -279,6 +298,8 @@ class _Refused(Exception):
 def _page(service: Service, path: str) -> tuple[list[Attributes], bool]:
     """Fetch one page; returns the results, and whether the server says that there are more."""
     status, answer, body = service.get(path, f"{dicomweb.JSON}, application/json;q=0.9")
+    if status == 416:  # no such page
+        raise NotFound(service.error(answer, body, path).message)
     if status == 204 or (status in (200, 206) and not body.strip()):
         return [], False
     if status == 400:

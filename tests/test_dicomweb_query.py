@@ -143,6 +143,49 @@ def test_overlapping_pages(many: Scripted) -> None:
     assert len(matches) == len(study_uids(matches)) == 50
 
 
+@pytest.mark.parametrize("studies_there", [5, 50])
+@pytest.mark.parametrize("status", [400, 404, 416])
+def test_server_refuses_what_is_beyond_the_last_page(
+    server: Scripted, monkeypatch: pytest.MonkeyPatch, status: int, studies_there: int
+) -> None:
+    monkeypatch.setattr(qido, "PAGE", 20)
+    hold(server, *(studies.ct_bytes() for _ in range(studies_there)))
+    usual = server._search
+
+    def search(segments: list[str], query: list[tuple[str, str]]) -> Reply:
+        reply = usual(segments, query)
+        return Reply(status) if reply.status == 204 else reply
+
+    server._search = search  # type: ignore[method-assign]
+    assert len(study_uids(found(server))) == studies_there
+
+
+@pytest.mark.parametrize(
+    ("times", "repeats"), [(1, False), (19, False), (40, False), (70, False), (450, False), (1, True), (19, True)]
+)
+def test_server_has_a_row_for_each_instance(
+    server: Scripted, monkeypatch: pytest.MonkeyPatch, times: int, repeats: bool
+) -> None:
+    """As pynetdicom's own server answers searches for studies."""
+    monkeypatch.setattr(qido, "PAGE", 20)
+    rows = [{qido.STUDY_UID: {"vr": "UI", "Value": [f"2.25.{n}"]}} for n in range(5) for _ in range(times)]
+
+    def search(segments: list[str], query: list[tuple[str, str]]) -> Reply:
+        offset, limit = int(dict(query)["offset"]), int(dict(query)["limit"])
+        page = rows[offset : offset + limit] or (rows[:limit] if repeats else [])
+        return Reply(200, as_json(page)) if page else Reply(204)
+
+    server._search = search  # type: ignore[method-assign]
+    assert len(study_uids(found(server))) == 5
+    assert len(server.of("GET")) < 20 + 5 * times / 10
+
+
+def test_server_that_may_have_more_is_in_the_log(many: Scripted, caplog: pytest.LogCaptureFixture) -> None:
+    many.ignores, many.cap = {"offset"}, 13
+    assert len(found(many)) == 13
+    assert "13 results and ignores offset" in caplog.text
+
+
 def test_unknown_parameters_are_left_out(many: Scripted) -> None:
     for rejected in ({"includefield"}, {"limit"}, {"includefield", "limit", "offset"}):
         many.rejects = rejected
