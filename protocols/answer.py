@@ -142,7 +142,7 @@ class Answer:
         except zlib.error as exc:
             raise Interrupted(f"{self.where}: the answer's compression is damaged") from exc
         if unzip is not None and not unzip.eof:
-            raise Interrupted(f"{self.where}: the answer was cut short before it was compressed")
+            raise Interrupted(f"{self.where}: the compressed answer was cut short")
 
 
 def _window_bits(data: bytes) -> int:

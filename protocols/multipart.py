@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from email.message import Message
 from email.parser import BytesParser
+from email.utils import collapse_rfc2231_value
 
 from transfer.errors import Interrupted
 
@@ -16,7 +17,9 @@ def parameters(content_type: str) -> tuple[str, dict[str, str]]:
     message = Message()
     message["Content-Type"] = content_type
     found = message.get_params() or []
-    return (found[0][0].lower() if found else ""), {name.lower(): value for name, value in found[1:]}
+    return (found[0][0].lower() if found else ""), {
+        name.lower(): collapse_rfc2231_value(value) for name, value in found[1:]
+    }
 
 
 class Parts:

@@ -233,11 +233,8 @@ def _search(
             raise search.cut_short(len(seen))
         else:
             if limit == PAGE and len(seen) > 1:
-                logger.warning(
-                    "%s: gives %d results and ignores offset: whether it has more can't be told",
-                    service.where,
-                    len(seen),
-                )
+                text = "%s: gives %d results and ignores offset: whether it has more can't be told"
+                logger.warning(text, service.where, len(seen))
             return
 
 

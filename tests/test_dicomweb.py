@@ -591,6 +591,7 @@ def test_multipart_parameters() -> None:
         "multipart/related",
         {"type": "application/dicom", "boundary": "a b;c"},
     )
+    assert parameters("multipart/related; boundary*=us-ascii'en'a%20b") == ("multipart/related", {"boundary": "a b"})
     assert parameters("") == ("", {})
 
 
