@@ -37,24 +37,31 @@ class Relay:
     connections: int = 0
     cuts: int = 0
     _writers: set[asyncio.StreamWriter] = field(default_factory=set, repr=False)
+    _tasks: set[asyncio.Task[None]] = field(default_factory=set, repr=False)
 
-    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Serve a connection in a task of our own: one that asyncio makes complains aloud when it is cancelled."""
         self.connections += 1
+        self._writers.add(writer)
+        task = asyncio.get_running_loop().create_task(self._serve(reader, writer))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        pair = {writer}
         try:
-            up_reader, up_writer = await asyncio.open_connection(*self.upstream)
-        except OSError:
-            self._reset(writer)
-            return
-        pair = {writer, up_writer}
-        for one in pair:
-            one.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._writers |= pair
-        try:
+            try:
+                up_reader, up_writer = await asyncio.open_connection(*self.upstream)
+            except OSError:
+                self._reset(writer)
+                return
+            pair.add(up_writer)
+            self._writers.add(up_writer)
+            for one in pair:
+                one.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             await asyncio.gather(
                 self._pump(reader, up_writer, counted=True), self._pump(up_reader, writer, counted=False)
             )
-        except asyncio.CancelledError:
-            pass  # the relay ends
         finally:
             self._writers -= pair
             for one in pair:
@@ -109,6 +116,10 @@ class Relay:
         for writer in list(self._writers):
             self._reset(writer)
 
+    def unserved(self) -> list[asyncio.StreamWriter]:
+        """Connections whose task ended before it began."""
+        return list(self._writers)
+
     @staticmethod
     def _reset(writer: asyncio.StreamWriter) -> None:
         sock = writer.get_extra_info("socket")
@@ -126,7 +137,7 @@ def relay(upstream_port: int, *, host: str = "127.0.0.1", **settings: float | in
 
     async def main() -> None:
         one = Relay(0, (host, upstream_port), **settings)  # type: ignore[arg-type]
-        listener = await asyncio.start_server(one.serve, "127.0.0.1", 0)
+        listener = await asyncio.start_server(one.accept, "127.0.0.1", 0)
         one.port = listener.sockets[0].getsockname()[1]
         made.append(one)
         loops.append(asyncio.get_running_loop())
@@ -139,10 +150,16 @@ def relay(upstream_port: int, *, host: str = "127.0.0.1", **settings: float | in
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        for writer in one.unserved():
+            writer.close()
         await asyncio.sleep(0)  # what they have closed is closed in the loop's next turn
 
+    def run() -> None:
+        asyncio.run(main())
+        done.set()
+
     stops: list[asyncio.Event] = []
-    thread = threading.Thread(target=lambda: (asyncio.run(main()), done.set()), daemon=True)
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
     if not ready.wait(10):
         raise RuntimeError("the relay did not start")
