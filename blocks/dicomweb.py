@@ -31,6 +31,7 @@ archive = DicomWebTarget.load("BLOCK_NAME")
     type_name: ClassVar[str] = "dicomweb"
     can_query: ClassVar[bool] = True
     where: ClassVar[tuple[str, ...]] = ("url", "stow_url_prefix")
+    host_in: ClassVar[str] = "url"
 
     url: str = Field(
         description="Base URL of the services, as in https://pacs.example.org/dicom-web; or a local folder, as in "
@@ -70,7 +71,8 @@ archive = DicomWebTarget.load("BLOCK_NAME")
     def folder(self) -> Path | None:
         """The folder that a `file://` URL names, None for a server."""
         parts = urlsplit(self.url)
-        return Path(unquote(parts.path)) if parts.scheme == "file" else None
+        # Bytes that are no UTF-8 stay what they are.
+        return Path(unquote(parts.path, errors="surrogateescape")) if parts.scheme == "file" else None
 
     @field_validator("url")
     @classmethod
@@ -125,7 +127,7 @@ archive = DicomWebTarget.load("BLOCK_NAME")
         if len(used) > 1:
             raise ValueError(f"{' and '.join(used)} are set: use one way to authorize")
         if self.http_password.get_secret_value() and not self.http_user:
-            raise ValueError("http_password is set without http_user")
+            raise ValueError("http_password is set without http_user: set both, or none")
         if ":" in self.http_user:
             raise ValueError("http_user must not hold a colon")
         client = bool(self.client_id), bool(self.client_secret.get_secret_value())
@@ -167,6 +169,9 @@ def check_url(value: str, *, query: bool = False) -> str:
 
 def check_folder(value: str) -> str:
     """Return a file URL, or raise ValueError that says what to change."""
+    if CONTROL.search(value):  # urlsplit drops some of them
+        raise ValueError("must not hold control characters")
+    value = "file:" + value[len("file:") :]  # in lower case
     parts = urlsplit(value)
     if parts.netloc not in ("", "localhost") or not parts.path.startswith("/") or not value.startswith("file://"):
         raise ValueError("a folder needs an absolute path and three slashes, as in file:///data/dicom")

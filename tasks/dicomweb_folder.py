@@ -148,7 +148,7 @@ def check(target: DicomWebTarget) -> Health:
     health = Health()
     with health.probe("folder") as probe:
         root = connect(target)
-        probe.detail = str(root.resolve())
+        probe.detail = os.fsencode(root.resolve()).decode(errors="backslashreplace")
     if not health.ok:
         health.skip("authorize", "qido")
         return health

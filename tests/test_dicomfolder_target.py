@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 from typing import Any
 from unittest import mock
+from urllib.parse import quote
 
 import pytest
 
@@ -96,6 +97,19 @@ def test_check_of_a_folder_that_can_only_be_read(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert isinstance(health.error, Denied)
     assert "Read-only" in health.probes[1].detail
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9", "fö 100%+;[x]?#".encode(), b"%41", b"a\\b"])
+def test_folder_of_any_name(tmp_path: Path, name: bytes) -> None:
+    folder = tmp_path / os.fsdecode(name)
+    folder.mkdir()
+    there = target(tmp_path).model_copy(update={"url": f"file://{quote(os.fsencode(folder))}"})
+    assert attempt(there, series(tmp_path / "study", 2)[0].parent).require().state is State.DELIVERED
+    assert len(list(folder.rglob("*.dcm"))) == 2
+    assert len(find(there)) == 1
+    health = driver.check(there)
+    assert health.ok
+    assert all(probe.detail.encode() for probe in health.probes)  # can be printed
 
 
 def test_check_of_a_file(tmp_path: Path) -> None:

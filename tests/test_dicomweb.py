@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import pickle
 import ssl
 import threading
@@ -113,6 +114,8 @@ def test_good_fields(fields: dict[str, Any]) -> None:
         ({"url": "file://server/share"}, "three slashes"),
         ({"url": "file:///data?x"}, "%3F"),
         ({"url": "file:data"}, "three slashes"),
+        ({"url": "file:///da\nta"}, "control characters"),
+        ({"url": "file:///da%0Ata"}, "control characters"),
         ({"url": "http://pacs", "stow_url_prefix": "http://other/rs"}, "path below url"),
         ({"url": "http://pacs", "qido_url_prefix": "a/../../b"}, "'..'"),
         ({"url": "http://pacs", "http_user": "u", "access_token": TOKEN}, "one way to authorize"),
@@ -143,7 +146,14 @@ def test_defaults_and_names() -> None:
     assert (target.batch_bytes, target.batch_items, target.concurrency) == (20_000_000, 100, 4)
     assert target.can_query
     assert target.folder is None
-    assert DicomWebTarget(url="file:///data/My%20Files").folder == Path("/data/My Files")
+    for url, folder in (
+        ("file:///data/My%20Files", "/data/My Files"),
+        ("FILE:///data/My Files", "/data/My Files"),
+        ("file:///data/f%C3%B6%20100%25/ö+%2B;[x]", "/data/fö 100%/ö++;[x]"),
+        ("file:///data/caf%E9", os.fsdecode(b"/data/caf\xe9")),
+        ("file:///data/a%3Fb%23c", "/data/a?b#c"),
+    ):
+        assert DicomWebTarget(url=url).folder == Path(folder)
     assert driver.facts.dicom_only
 
 
