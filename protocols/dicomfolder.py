@@ -10,9 +10,10 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,9 @@ from protocols.dicomscan import Changes, Work, apply, look
 from protocols.dicomweb import keyworded
 from transfer.query import Match, Query
 
+INDEXES = "indexes"  # the folder of the state directory where those are kept that can't be in their folders
+SUFFIX = ".sqlite"
+OWN_INDEX = re.compile(r"[0-9a-f]{32}\.sqlite(\.[0-9a-f]{12}\.part)?")
 SAVE_EVERY_S = 20.0  # of a long first look, so much is lost at most when the process is killed
 # How long to wait for another process that is reading the same headers. The lock only spares both the same work;
 # where a file system has no locks, or one is held for ever, everything works without.
@@ -112,6 +116,8 @@ class DicomFolder:
         self._root = os.fsencode(self.root)
         self._check = check
         self._path, self._mode = _place(self.root, state_dir)
+        if self._path and self._path.parent != self.root:
+            _note_use(self._path)
         self._stamp = _stamp(self._path)
         # An index that others keep in a folder that we can't write to is a start.
         self._index = Index(self._path, self.root / NAME)
@@ -301,12 +307,37 @@ def _place(root: Path, state_dir: Path | None) -> tuple[Path | None, int]:
         return index, 0o600 | (root.stat().st_mode & 0o040)
     if state_dir is None:
         return None, 0
-    folder = state_dir / "indexes"
+    folder = state_dir / INDEXES
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError:
         return None, 0
-    return folder / f"{hashlib.sha256(os.fsencode(root)).hexdigest()[:32]}.sqlite", 0o600
+    return folder / f"{hashlib.sha256(os.fsencode(root)).hexdigest()[:32]}{SUFFIX}", 0o600
+
+
+def _note_use(index: Path) -> None:
+    """Set the time of the last access, which not every file system does by itself; the other times stay."""
+    with suppress(OSError):
+        os.utime(index, ns=(time.time_ns(), index.stat().st_mtime_ns))
+
+
+def clear_indexes(state_dir: Path, before: float) -> int:
+    """Remove indexes from the state directory that nobody has used since; return how many there were.
+
+    One that is needed again is made anew from its folder: nothing is lost but time.
+
+    Args:
+        before: seconds since the epoch.
+    """
+    count = 0
+    folder = state_dir / INDEXES
+    for path in folder.iterdir() if folder.is_dir() else ():
+        with suppress(OSError):
+            info = path.lstat()
+            if OWN_INDEX.fullmatch(path.name) and max(info.st_atime, info.st_mtime) < before:
+                path.unlink()
+                count += path.suffix == SUFFIX
+    return count
 
 
 def _stamp(path: Path | None) -> Stamp | None:

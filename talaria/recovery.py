@@ -27,6 +27,7 @@ from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.exceptions import ObjectNotFound, PrefectException
 from prefect.states import AwaitingRetry, Cancelled
 
+from protocols.dicomfolder import clear_indexes
 from transfer.home import Home
 from transfer.ledger import Ledger
 from transfer.staging import discard
@@ -74,13 +75,17 @@ def clear_staging(home: Home, ledger: Ledger) -> int:
     return count
 
 
-def clear(home: Home, ledger: Ledger, before: float) -> tuple[int, int]:
-    """Remove receipts older than `before` (seconds since the epoch) and orphans of staging; return how many of each."""
+def clear(home: Home, ledger: Ledger, before: float) -> tuple[int, int, int]:
+    """Remove what is older than `before` (seconds since the epoch), and orphans of staging; return how many of each.
+
+    Returns:
+        How many receipts, staging folders, and indexes of read-only folders that nobody has used since.
+    """
     receipts = home.receipt("").parent
     old = [path for path in receipts.glob("*.json") if path.stat().st_mtime < before] if receipts.is_dir() else []
     for path in old:
         path.unlink(missing_ok=True)
-    return len(old), clear_staging(home, ledger)
+    return len(old), clear_staging(home, ledger), clear_indexes(home.root, before)
 
 
 async def settle(run_id: str) -> None:

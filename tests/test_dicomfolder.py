@@ -23,7 +23,7 @@ import pydicom
 import pytest
 
 from protocols import dicomfolder, dicomscan
-from protocols.dicomfolder import DicomFolder, IndexReport
+from protocols.dicomfolder import DicomFolder, IndexReport, clear_indexes
 from protocols.dicomindex import NAME, Index
 from tests import studies
 from transfer.query import Query
@@ -374,6 +374,34 @@ def test_read_only_folder_is_indexed_in_the_state_directory(public: Path) -> Non
 
     assert as_nobody(work) == [4, 0, 4, True, [4], [0o700, 0o600]]
     assert not (data / NAME).exists()
+
+
+def test_indexes_that_nobody_uses_any_more_are_removed(public: Path) -> None:
+    state = public / "state"
+    state.mkdir()
+    state.chmod(0o777)
+    for name in ("used", "unused"):
+        series(public / name, 2)
+        read_only(public / name)
+
+    def work() -> list[Any]:
+        folder = state / "indexes"
+        look(public / "unused", state)
+        (unused,) = folder.iterdir()
+        look(public / "used", state)
+        (used,) = set(folder.iterdir()) - {unused}
+        part = unused.with_name(f"{unused.name}.0123456789ab.part")
+        part.touch()
+        other = folder / "notes.txt"
+        other.touch()
+        for path in (used, unused, part, other):
+            os.utime(path, (1000, 1000))
+        again = look(public / "used", state)  # nothing to save, but it counts as used
+        removed = [clear_indexes(state, 500), clear_indexes(state, 2000)]
+        left = set(folder.iterdir()) == {used, other}
+        return [again.read, removed, left, look(public / "unused", state).read, clear_indexes(public / "none", 2000)]
+
+    assert as_nobody(work) == [0, [0, 1], True, 2, 0]
 
 
 def test_read_only_folder_without_state_directory_is_indexed_in_memory(public: Path) -> None:

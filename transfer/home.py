@@ -4,6 +4,7 @@ TALARIA_HOME (default ~/.talaria, mode 0700)
 ├── ledger.sqlite     what arrived where
 ├── receipts/         one JSON file per flow run
 ├── staging/          one folder per running flow run
+├── indexes/          one file per folder that is searched and can't hold its index itself
 ├── owners/           one locked file per living process that runs dispatches
 └── locks/            one file per dispatch and destination in progress
 """

@@ -96,7 +96,7 @@ def prune(
     older_than: Annotated[str, typer.Option(help="Age, as in 30d, 12h or 90m.", metavar="AGE")] = "30d",
     as_json: Json = False,
 ) -> None:
-    """Forget old ledger rows and receipts, and clear orphans of staging."""
+    """Forget old ledger rows, receipts and indexes of folders, and clear orphans of staging."""
     from talaria.recovery import clear
     from transfer.ledger import Ledger
 
@@ -108,11 +108,11 @@ def prune(
     home = Home.current()
     with Ledger(home.ledger) as ledger:
         rows = ledger.prune(before)
-        receipts, orphans = clear(home, ledger, before)
+        receipts, orphans, indexes = clear(home, ledger, before)
     if as_json:
-        print_json({"rows": rows, "receipts": receipts, "staging": orphans})
+        print_json({"rows": rows, "receipts": receipts, "staging": orphans, "indexes": indexes})
     else:
-        print(f"{rows} ledger rows, {receipts} receipts, {orphans} staging folders removed")
+        print(f"{rows} ledger rows, {receipts} receipts, {orphans} staging folders, {indexes} indexes removed")
 
 
 def demo() -> None:
