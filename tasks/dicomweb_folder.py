@@ -17,7 +17,7 @@ from pathlib import Path
 
 from blocks.dicomweb import DicomWebTarget
 from protocols import filesystem as fs
-from protocols.dicomfolder import DicomFolder
+from protocols.dicomfolder import DicomFolder, IndexReport
 from protocols.dicomstore import Store, fetch
 from protocols.incoming import Style
 from transfer.errors import (
@@ -209,8 +209,7 @@ def find(target: DicomWebTarget, query: Query) -> Iterator[Match]:
     """Yield what the folder has, as it is now."""
     with errors(target), opened(target) as folder:
         yield from folder.find(query)
-        if folder.report.unreadable:
-            logger.warning("%s: %s", target.url, _unread(folder))
+        _log(target, folder.report)
 
 
 # ---- retrieve
@@ -225,12 +224,29 @@ def retrieve(target: DicomWebTarget, query: Query, into: Path, on_outcome: OnOut
     on_outcome.check()
     with errors(target), opened(target, on_outcome.check) as folder:
         held = list(folder.instances(query))
+        _log(target, folder.report)
         if not held:
             raise NotFound(f"{target.url}: nothing matches the query")
         plan = fetch(held, into, on_outcome, threads=target.concurrency, bandwidth_limit=target.bandwidth_limit)
-        notes = (_unread(folder),) if folder.report.unreadable else ()
+        notes = tuple(text for _, text in _passed_over(folder.report))
     return on_outcome.receipt(target.name, plan, verified=Level.LISTED, notes=notes)
 
 
-def _unread(folder: DicomFolder) -> str:
-    return f"{folder.report.unreadable} files or folders can't be read by user {_user()}: what is in them is left out"
+def _log(target: DicomWebTarget, report: IndexReport) -> None:
+    logger.info(
+        "%s: headers of %d files read, %d files unchanged, %d gone", target.url, report.read, report.unchanged,
+        report.removed,
+    )  # fmt: skip
+    for level, text in _passed_over(report):
+        logger.log(level, "%s: %s", target.url, text)
+
+
+def _passed_over(report: IndexReport) -> Iterator[tuple[int, str]]:
+    """Say what of a folder is in no answer, and why; each with the level at which it is logged."""
+    if report.not_dicom:
+        yield logging.INFO, f"{report.not_dicom} files are not DICOM: passed over"
+    if report.damaged:
+        yield logging.WARNING, f"{report.damaged} files are damaged, or belong to no series: passed over"
+    if report.unreadable:
+        text = f"{report.unreadable} files or folders can't be read by user {_user()}: what is in them is left out"
+        yield logging.WARNING, text

@@ -304,6 +304,20 @@ def test_what_can_not_be_read_is_in_the_notes(tmp_path: Path) -> None:
     assert any("can't be read" in note for note in receipt.notes)
 
 
+def test_what_is_passed_over_is_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = tmp_path / "root"
+    whole = series(root, 3)
+    (root / "half.dcm").write_bytes(whole[0].read_bytes()[:-100])
+    for name in ("a.txt", "b.txt"):
+        (root / name).write_text("no image")
+    caplog.set_level("INFO")
+    assert [found["NumberOfStudyRelatedInstances"] for found in find(target(root))] == [3]
+    notes = retrieve(target(root), tmp_path / "into").notes
+    for text in ("2 files are not DICOM", "1 files are damaged"):
+        assert text in caplog.text
+        assert any(text in note for note in notes)
+
+
 def test_index_and_copies_are_private_to_their_user(tmp_path: Path) -> None:
     root = tmp_path / "root"
     series(root, 1)
