@@ -57,6 +57,11 @@ def find(service: Service, query: Query) -> Iterator[Match]:
             yield Match(study, _count(study.get("NumberOfStudyRelatedInstances")))
 
 
+def announced(match: Match) -> int | None:
+    """How many instances the server says that the match's study has."""
+    return _count(match.attributes.get("NumberOfStudyRelatedInstances"))
+
+
 def series_of(service: Service, study: dict[str, Any], query: Query) -> Iterator[dict[str, Any]]:
     """Yield the series of a study that match a query, as values by keyword."""
     tests = list(of_series(query))

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 from blocks.dicomweb import DicomWebTarget
 from protocols import dicomweb, link, qido, readback, tls, wado
 from protocols.answer import Answer
+from protocols.dicommatch import of_series
 from protocols.dicomweb import Service
 from protocols.http import Authorizer, Content, Origin, Session
 from protocols.oauth import ClientCredentials, Fixed
@@ -317,10 +318,8 @@ def retrieve(target: DicomWebTarget, query: Query, folder: Path, on_outcome: OnO
     if target.folder is not None:
         return dicomweb_folder.retrieve(target, query, folder, on_outcome)
     with connect(target, on_outcome.check) as service:
-        series = [
-            Series(match.StudyInstanceUID, match.SeriesInstanceUID, match.instances)
-            for match in qido.find(service, replace(query, level="series"))
-        ]
+        matches = list(qido.find(service, replace(query, level="series")))
+        series = [Series(match.StudyInstanceUID, match.SeriesInstanceUID, match.instances) for match in matches]
         if not series:
             raise NotFound(f"{service.where}: nothing matches the query")
         retrieval = Retrieval(
@@ -333,7 +332,8 @@ def retrieve(target: DicomWebTarget, query: Query, folder: Path, on_outcome: OnO
             bandwidth_limit=target.bandwidth_limit,
         )
         plan = retrieval.run()
-    return _compared(on_outcome.receipt(target.name, plan, Level.LISTED, tuple(retrieval.notes)), plan, series)
+    whole = {} if any(of_series(query)) else {match.StudyInstanceUID: qido.announced(match) for match in matches}
+    return _compared(on_outcome.receipt(target.name, plan, Level.LISTED, tuple(retrieval.notes)), plan, series, whole)
 
 
 def _listed(service: Service, series: Series) -> set[str] | None:
@@ -343,17 +343,27 @@ def _listed(service: Service, series: Series) -> set[str] | None:
         return None
 
 
-def _compared(receipt: Receipt, plan: Plan, series: list[Series]) -> Receipt:
-    """Compare with the counts that the server announced: what is short of them makes the receipt a partial one."""
+def _compared(receipt: Receipt, plan: Plan, series: list[Series], studies: dict[str, int | None]) -> Receipt:
+    """Compare with the counts that the server announced: what is short of them makes the receipt a partial one.
+
+    Args:
+        studies: what is announced of studies that all of was asked for.
+    """
     seen = Counter(item.header.SeriesInstanceUID for item in plan.items if item.header)
     short, notes = 0, []
+    known: Counter[str] = Counter()  # instances by study that came, or are missed already
     for one in series:
+        known[one.study] += max(one.announced or 0, seen[one.uid])
         if one.announced is not None and seen[one.uid] < one.announced:
             short += one.announced - seen[one.uid]
             notes.append(f"series {one.uid}: {one.announced} instances are announced, {seen[one.uid]} are to be had")
         if not seen[one.uid]:
             notes.append(f"series {one.uid}: nothing came")
             short += one.announced is None
+    for study, count in studies.items():
+        if count is not None and known[study] < count:  # a series is not listed
+            short += count - known[study]
+            notes.append(f"study {study}: {count} instances are announced, {known[study]} of them in its series")
     return replace(receipt, missing=receipt.missing + short, notes=(*receipt.notes, *notes))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -395,6 +396,28 @@ def test_retrieve_fewer_listed_than_counted(server: Scripted, tmp_path: Path) ->
     assert receipt.unsent == 2
     assert any("8 instances are announced" in note for note in receipt.notes)
     assert set(files(tmp_path / "out")) == set(uids)
+
+
+def test_retrieve_fewer_series_than_the_study_has(server: Scripted, tmp_path: Path) -> None:
+    study, hidden = studies.uid(56), studies.uid(56)
+    hold(server, *series_of(3, study=study), *series_of(2, study=study, series=hidden))
+    usual = server._search
+
+    def search(segments: list[str], query: list[tuple[str, str]]) -> Reply:
+        reply = usual(segments, query)
+        if segments[-1] == "series" and reply.body:
+            reply.body = as_json([row for row in json.loads(reply.body) if row[qido.SERIES_UID]["Value"] != [hidden]])
+        return reply
+
+    server._search = search  # type: ignore[method-assign]
+    receipt = fetched(server, tmp_path / "out")
+    assert receipt.state is State.PARTIAL
+    assert len(files(tmp_path / "out")) == 3
+    assert receipt.unsent == 2
+    assert any("5 instances are announced" in note for note in receipt.notes)
+    (series,) = {item.header.SeriesInstanceUID for item in scan([tmp_path / "out"]).items if item.header}
+    one = fetched(server, tmp_path / "one", Query(SeriesInstanceUID=series))  # all that was asked for
+    assert one.state is State.DELIVERED
 
 
 def test_retrieve_from_a_server_that_lists_no_instances(server: Scripted, tmp_path: Path) -> None:
