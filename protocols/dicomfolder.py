@@ -59,6 +59,7 @@ class IndexReport:
         not_dicom: files in the folder that are something else.
         damaged: files that are DICOM, or meant to be, but are broken or say not which series they belong to.
         unreadable: files and folders that this process may not read.
+        links: symbolic links, which are not followed.
         saved: whether the index is in its file; False where it is in memory only.
     """
 
@@ -68,6 +69,7 @@ class IndexReport:
     not_dicom: int = 0
     damaged: int = 0
     unreadable: int = 0
+    links: int = 0
     saved: bool = False
 
 
@@ -179,6 +181,7 @@ class DicomFolder:
             counts.get(NOT_DICOM, 0),
             counts.get(DAMAGED, 0),
             changes.unreadable + work.unreadable,
+            changes.links,
             self._index.is_saved,
         )
 

@@ -64,6 +64,7 @@ class Changes:
         vanished: folders that are there no more.
         unchanged: how many files are as they were.
         unreadable: how many folders can't be listed.
+        links: how many symbolic links there are, which are not followed.
         newest: the latest time of any file that must be read, nanoseconds since the epoch.
     """
 
@@ -71,6 +72,7 @@ class Changes:
     vanished: list[bytes] = field(default_factory=list)
     unchanged: int = 0
     unreadable: int = 0
+    links: int = 0
     newest: int = 0
 
     def __bool__(self) -> bool:
@@ -93,13 +95,14 @@ def look(index: Index, root: bytes, check: Callable[[], None]) -> Changes:
         path = stack.pop()
         check()
         try:
-            files, below = _list(os.path.join(root, path) if path else root)
+            files, below, links = _list(os.path.join(root, path) if path else root)
         except OSError as exc:
             if not path or exc.errno in GONE:
                 raise
             if exc.errno not in (errno.ENOENT, errno.ENOTDIR):  # else it vanished this moment
                 found.unreadable += 1
             continue
+        found.links += links
         stack.extend(os.path.join(path, name) for name in below)
         folder, mark = known.pop(path, (None, None))
         now = _mark(files)
@@ -115,9 +118,9 @@ def look(index: Index, root: bytes, check: Callable[[], None]) -> Changes:
     return found
 
 
-def _list(path: bytes) -> tuple[dict[bytes, Stamp], list[bytes]]:
-    """Return the stamps of a directory's files by name, and the names of the directories in it."""
-    files, below = {}, []
+def _list(path: bytes) -> tuple[dict[bytes, Stamp], list[bytes], int]:
+    """Return a directory's files by name with their stamps, the names of directories, and how many links there are."""
+    files, below, links = {}, [], 0
     with os.scandir(path) as entries:
         for entry in entries:
             name = entry.name
@@ -131,7 +134,9 @@ def _list(path: bytes) -> tuple[dict[bytes, Stamp], list[bytes]]:
                 files[name] = Stamp.of(info)
             elif stat.S_ISDIR(info.st_mode):
                 below.append(name)
-    return files, below
+            elif stat.S_ISLNK(info.st_mode):
+                links += 1
+    return files, below, links
 
 
 def _mark(files: dict[bytes, Stamp]) -> bytes:

@@ -247,6 +247,8 @@ def _passed_over(report: IndexReport) -> Iterator[tuple[int, str]]:
         yield logging.INFO, f"{report.not_dicom} files are not DICOM: passed over"
     if report.damaged:
         yield logging.WARNING, f"{report.damaged} files are damaged, or belong to no series: passed over"
+    if report.links:
+        yield logging.INFO, f"{report.links} symbolic links are not followed"
     if report.unreadable:
         text = f"{report.unreadable} files or folders can't be read by user {_user()}: what is in them is left out"
         yield logging.WARNING, text

@@ -310,10 +310,11 @@ def test_what_is_passed_over_is_counted(tmp_path: Path, caplog: pytest.LogCaptur
     (root / "half.dcm").write_bytes(whole[0].read_bytes()[:-100])
     for name in ("a.txt", "b.txt"):
         (root / name).write_text("no image")
+    (root / "elsewhere").symlink_to(tmp_path)
     caplog.set_level("INFO")
     assert [found["NumberOfStudyRelatedInstances"] for found in find(target(root))] == [3]
     notes = retrieve(target(root), tmp_path / "into").notes
-    for text in ("2 files are not DICOM", "1 files are damaged"):
+    for text in ("2 files are not DICOM", "1 files are damaged", "1 symbolic links are not"):
         assert text in caplog.text
         assert any(text in note for note in notes)
 
