@@ -132,7 +132,7 @@ class Target(Block, ABC):
     @classmethod
     def _contact(cls, value: str) -> str:
         if value and not EMAIL.fullmatch(value):
-            raise ValueError(f"{value!r} is not an e-mail address")
+            raise ValueError(f"{value!r} is not an e-mail address: write it as in pacs-team@example.org")
         return value
 
     @field_validator("window")

@@ -62,7 +62,7 @@ archive = FolderTarget.load("BLOCK_NAME")
     @classmethod
     def _folder(cls, value: str) -> str:
         if not value.startswith("/"):
-            raise ValueError(f"{value!r} is not an absolute path")
+            raise ValueError(f"{value!r} is not an absolute path: begin it with /")
         if CONTROL.search(value):
             raise ValueError("must not hold control characters")
         return value

@@ -5,15 +5,18 @@ from __future__ import annotations
 import base64
 import os
 import secrets
+import tomllib
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 from transfer.home import Home
 from transfer.window import Window
+from transfer.words import what_is_wrong
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_WHERE = " (a variable TALARIA_..., or a key of talaria.toml)"
 
 
 class Settings(BaseSettings):
@@ -46,10 +49,18 @@ def load_settings() -> Settings:
     """Read the settings and make them hold for everything in this process.
 
     Raises:
-        ValueError: a setting is wrong.
+        ValueError: a setting is wrong; the message names it and what is allowed.
     """
-    settings = Settings()
-    Window.parse(settings.off_peak)
+    try:
+        settings = Settings()
+    except ValidationError as exc:
+        raise ValueError(f"setting {what_is_wrong(exc.errors(), Settings.model_fields)}{_WHERE}") from exc
+    except tomllib.TOMLDecodeError as exc:
+        raise ValueError(f"talaria.toml can't be read: {exc}") from exc
+    try:
+        Window.parse(settings.off_peak)
+    except ValueError as exc:
+        raise ValueError(f"setting off_peak: {exc}{_WHERE}") from exc
     os.environ["TALARIA_HOME"] = str(settings.home.expanduser().absolute())
     os.environ["TALARIA_OFF_PEAK"] = settings.off_peak
     return settings

@@ -13,6 +13,7 @@ from pydantic import SecretStr, ValidationError
 from blocks import TYPES, Target
 from blocks.base import check_name
 from transfer.errors import Misconfigured
+from transfer.words import what_is_wrong
 
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 FILE = "file:"
@@ -82,7 +83,7 @@ def make(name: str, values: Any, folder: Path = Path()) -> Target:
     try:
         return cls(**filled).named(name)
     except ValidationError as exc:
-        raise Misconfigured(f"target {name}: " + "; ".join(_words(error) for error in exc.errors())) from exc
+        raise Misconfigured(f"target {name}: " + what_is_wrong(exc.errors(), cls.model_fields)) from exc
 
 
 def field_names(cls: type[Target]) -> list[str]:
@@ -125,10 +126,3 @@ def _filled(value: Any, where: str, folder: Path) -> Any:
         return os.environ[match[1]]
 
     return _VARIABLE.sub(variable, value)
-
-
-def _words(error: Any) -> str:
-    """One error of pydantic without the value that caused it."""
-    where = ".".join(str(part) for part in error["loc"])
-    text = str(error["msg"]).removeprefix("Value error, ")
-    return f"{where}: {text}" if where else text

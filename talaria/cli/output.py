@@ -11,6 +11,7 @@ import typer
 
 from talaria.server import ServerError
 from transfer.errors import Denied, DispatchError, Misconfigured, NotFound
+from transfer.words import plain
 
 DONE, NOT_ALL, WRONG_USE, NO_SERVER = 0, 1, 2, 3
 
@@ -36,7 +37,7 @@ def exit_code_of(exc: BaseException) -> int:
 
 def wrong_use(message: str) -> int:
     """Say how the command line was wrong."""
-    return _fail(f"{message} (`--help` shows how)", WRONG_USE)
+    return _fail(f"{plain(message)} (`--help` shows how)", WRONG_USE)
 
 
 def _fail(message: str, code: int) -> int:

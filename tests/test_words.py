@@ -1,0 +1,103 @@
+"""Wrong values are refused in one sentence: the field, what is wrong, what is allowed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from blocks import TYPES
+from talaria import targetfile
+from talaria.settings import load_settings
+from tests.test_blocks import NEEDED
+from transfer.errors import Misconfigured
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("port", 99999, "port: must be a number, at least 1 and at most 65535"),
+        ("port", "x", "port: must be a whole number, at least 1 and at most 65535"),
+        ("port", None, "port: must be a whole number, at least 1 and at most 65535"),
+        ("bandwidth_limit", 1, "bandwidth_limit: must be a number, at least 1024"),
+        ("connect_timeout_s", 0, "connect_timeout_s: must be a number, more than 0 and at most 3600"),
+        ("verify", "hoped", "verify: must be 'accepted', 'listed' or 'proven'"),
+        ("enabled", "perhaps", "enabled: must be true or false"),
+        ("aet_target", 1234, "aet_target: must be text: put it in quotes, or leave the field out"),
+        ("window", "whenever", "window 'whenever': expected HH:MM-HH:MM [Mon-Fri] [Europe/Berlin]"),
+        ("contact", "me", "contact: 'me' is not an e-mail address: write it as in pacs-team@example.org"),
+        ("direction", "sideways", "direction: must be 'store', 'query' or 'both'"),
+    ],
+)
+def test_a_wrong_value_is_told_with_what_is_allowed(field: str, value: Any, words: str) -> None:
+    with pytest.raises(Misconfigured) as caught:
+        targetfile.make("pacs", {"type": "dicom", **NEEDED["dicom"], field: value})
+    assert str(caught.value) == f"target pacs: {words}"
+
+
+@pytest.mark.parametrize("name", NEEDED)
+def test_no_message_is_pydantic_s_own(name: str) -> None:
+    for field in targetfile.field_names(TYPES[name]):
+        for value in (None, True, -1, 10**9, 1.5, "", "zzz", "a\nb", [1], {"a": 1}):
+            try:
+                targetfile.make("x", {"type": name, **NEEDED[name], field: value})
+            except Misconfigured as exc:
+                text = str(exc)
+                assert text.startswith("target x: ") and "\n" not in text, text
+                assert "Value error" not in text and "Input should" not in text and "None" not in text, text
+    for field in [field for field in NEEDED[name] if TYPES[name].model_fields[field].is_required()]:
+        with pytest.raises(Misconfigured, match=f"{field}: is required"):
+            targetfile.make("x", {"type": name, **{k: v for k, v in NEEDED[name].items() if k != field}})
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "words"),
+    [
+        ("TALARIA_PORT", "x", "setting port: must be a whole number, at least 1 and at most 65535"),
+        ("TALARIA_WORKERS", "0", "setting workers: must be a number, at least 1 and at most 64"),
+        ("TALARIA_OFF_PEAK", "night", "setting off_peak: window 'night': expected HH:MM-HH:MM"),
+    ],
+)
+def test_a_wrong_setting_is_told_by_name(
+    variable: str, value: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ValueError, match="setting") as caught:
+        load_settings()
+    assert words in str(caught.value) and "TALARIA_" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_settings_file_that_is_none_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TALARIA_HOME", str(tmp_path))
+    (tmp_path / "talaria.toml").write_text("port: 4200\n")
+    with pytest.raises(ValueError, match=r"talaria\.toml can't be read"):
+        load_settings()
+
+
+def command(*args: str, home: Path) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "TALARIA_HOME": str(home)}
+    return subprocess.run(
+        [sys.executable, "-m", "talaria", *args], capture_output=True, text=True, env=env, check=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["send", "/tmp", "--to", "a", "--priority", "foo"], ["--priority", "'foo'", "'urgent', 'normal', 'offpeak'"]),
+        (["up", "--port", "99999"], ["--port", "65535"]),
+        (["jobs", "list", "--limit", "none"], ["--limit", "'none'"]),
+        (["prune", "--older-than", "soon"], ["--older-than", "30d"]),
+        (["target", "frobnicate"], ["frobnicate"]),
+    ],
+)
+def test_a_wrong_option_is_told_in_one_line(arguments: list[str], words: list[str], tmp_path: Path) -> None:
+    ran = command(*arguments, home=tmp_path)
+    assert ran.returncode == 2 and ran.stdout == "" and len(ran.stderr.strip().splitlines()) == 1
+    assert "Value error" not in ran.stderr
+    for word in words:
+        assert word in ran.stderr
