@@ -24,16 +24,13 @@ from typing import IO
 
 import httpx
 
+from talaria.errors import ServerError
 from talaria.settings import client_environment, server_environment
 from transfer.home import Home
 
 READY_S = 180  # the first start migrates the database: 8 s on an idle machine, minutes on a very busy one
 STOP_S = 15
 PR_SET_PDEATHSIG = 1  # prctl(2)
-
-
-class ServerError(Exception):
-    """The server can't be started or reached; the text says what to do. Exit code 3."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ import time
 from types import FrameType
 
 from talaria.cli.output import say
-from talaria.server import EmbeddedServer, ServerError, child, healthy, serving, stop_child, use
+from talaria.errors import ServerError
+from talaria.server import EmbeddedServer, child, healthy, serving, stop_child, use
 from talaria.settings import LOOPBACK, Settings, client_environment
 from transfer.home import Home
 

@@ -1,6 +1,12 @@
-"""The command line. Modules here import what is heavy inside commands: Prefect alone takes two seconds."""
+"""The command line.
+
+Modules here import what is heavy inside commands: Prefect takes two seconds, what reads settings and speaks HTTP half
+of one. Help and wrong use need neither.
+"""
 
 from __future__ import annotations
+
+from typing import Annotated
 
 import typer
 
@@ -14,6 +20,25 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 1 not everything was delivered or healthy, 2 wrong use or bad configuration, "
     "3 the server or the state directory can't be reached.",
 )
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"talaria {version('talaria')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """What stands before every command."""
+
+
 app.add_typer(target.app, name="target")
 app.add_typer(jobs.app, name="jobs")
 send.add_to(app)

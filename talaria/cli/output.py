@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from talaria.server import ServerError
+from talaria.errors import ServerError
 from transfer.errors import Denied, DispatchError, Misconfigured, NotFound
 from transfer.words import plain
 

@@ -10,7 +10,6 @@ import typer
 
 from talaria.cli.output import DONE, NO_SERVER, NOT_ALL, print_json, say, table
 from talaria.cli.session import api
-from talaria.settings import load_settings
 from transfer.home import Home
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")]
@@ -36,6 +35,7 @@ def up(
     ] = False,
 ) -> None:
     """Run the embedded Prefect server, its UI and workers in the foreground; Ctrl-C drains and stops."""
+    from talaria.settings import load_settings
     from talaria.up import up as serve
 
     settings = load_settings()
@@ -51,6 +51,7 @@ def up(
 
 def status(as_json: Json = False) -> None:
     """What runs, what waits, and how the targets were when they were last checked."""
+    from talaria.settings import load_settings
     from talaria.status import collect
 
     load_settings()
@@ -98,6 +99,7 @@ def prune(
 ) -> None:
     """Forget old ledger rows, receipts and indexes of folders, and clear orphans of staging."""
     from talaria.recovery import clear
+    from talaria.settings import load_settings
     from transfer.ledger import Ledger
 
     age = _AGE.fullmatch(older_than)

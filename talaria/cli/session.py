@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
 from talaria.cli.output import say
-from talaria.server import Address, reached, running
-from talaria.settings import Settings, load_settings
 from transfer.home import Home
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import PrefectClient
+
+    from talaria.server import Address
+    from talaria.settings import Settings
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -49,6 +50,9 @@ class Session:
 def api() -> Iterator[Session]:
     """Reach the server; start the embedded one for the length of the block if there is none."""
     import os
+
+    from talaria.server import reached, running
+    from talaria.settings import load_settings
 
     settings = load_settings()
     home = Home.current()

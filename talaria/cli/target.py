@@ -72,7 +72,7 @@ def types(as_json: Json = False) -> None:
 
 @app.command(epilog="Example: talaria target apply targets.yaml --dry-run")
 def apply(
-    file: Annotated[Path, typer.Argument(help="YAML file with a mapping `targets`.")],
+    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="YAML file with a mapping `targets`.")],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False,
     prune: Annotated[bool, typer.Option("--prune", help="Remove the targets that the file doesn't list.")] = False,
     as_json: Json = False,
@@ -224,14 +224,16 @@ def export(as_json: Json = False) -> None:
 def test(
     name: Annotated[str | None, typer.Argument(help="Name of the target.")] = None,
     all_: Annotated[bool, typer.Option("--all", help="Test every enabled target.")] = False,
-    file: Annotated[Path | None, typer.Option(help="Test the targets of a file, saved or not.")] = None,
+    file: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="Test the targets of a file, saved or not.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Check targets where dispatches run, step by step; writes and removes a probe object."""
-    from talaria.checks import check_file, check_saved
-
     if (name is not None) + all_ + (file is not None) != 1 and not (name and file):
         raise ValueError("say which: a NAME, --all, or --file FILE.yaml")
+    from talaria.checks import check_file, check_saved
+
     found = check_file(file, name) if file else check_saved(name)
     if as_json:
         print_json(found[0] if name and found else {"targets": found})

@@ -1,0 +1,42 @@
+"""A command that needs neither targets nor a server answers at once."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HEAVY = ("prefect", "httpx", "pydantic_settings", "pydicom", "yaml")
+SCRIPT = f"""
+import sys
+from talaria.__main__ import main
+try:
+    main()
+finally:
+    print(*[name for name in {HEAVY} if name in sys.modules], file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["--version"], 0),
+        (["--help"], 0),
+        (["send", "--help"], 0),
+        (["target", "apply", "--help"], 0),
+        (["send"], 2),
+        (["send", "/tmp", "--to", "a", "--priority", "foo"], 2),
+        (["jobs", "frobnicate"], 2),
+        (["target", "apply", "/no/such.yaml"], 2),
+        (["target", "test", "--file", "/no/such.yaml"], 2),
+        (["target", "test"], 2),
+    ],
+)
+def test_help_version_and_wrong_use_load_nothing_heavy(arguments: list[str], code: int, tmp_path: Path) -> None:
+    ran = subprocess.run(
+        [sys.executable, "-P", "-c", SCRIPT, *arguments], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert ran.returncode == code, ran.stderr
+    assert ran.stderr.splitlines()[-1] == ""
