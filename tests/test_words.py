@@ -90,7 +90,7 @@ def command(*args: str, home: Path) -> subprocess.CompletedProcess[str]:
     [
         (["send", "/tmp", "--to", "a", "--priority", "foo"], ["--priority", "'foo'", "'urgent', 'normal', 'offpeak'"]),
         (["up", "--port", "99999"], ["--port", "65535"]),
-        (["jobs", "list", "--limit", "none"], ["--limit", "'none'"]),
+        (["jobs", "list", "--limit", "none"], ["--limit", "must be a whole number"]),
         (["prune", "--older-than", "soon"], ["--older-than", "30d"]),
         (["target", "frobnicate"], ["frobnicate"]),
     ],
@@ -98,6 +98,6 @@ def command(*args: str, home: Path) -> subprocess.CompletedProcess[str]:
 def test_a_wrong_option_is_told_in_one_line(arguments: list[str], words: list[str], tmp_path: Path) -> None:
     ran = command(*arguments, home=tmp_path)
     assert ran.returncode == 2 and ran.stdout == "" and len(ran.stderr.strip().splitlines()) == 1
-    assert "Value error" not in ran.stderr
+    assert "Value error" not in ran.stderr and "Input should" not in ran.stderr
     for word in words:
         assert word in ran.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -30,6 +31,7 @@ _SAID = {
 }
 _BOUNDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
 OWN = "Value error, "  # what pydantic puts before the message of a validator
+_PARSING = re.compile(", unable to parse string as an? [a-z]+")
 
 
 def what_is_wrong(errors: Iterable[Mapping[str, Any]], fields: Mapping[str, Any]) -> str:
@@ -43,8 +45,9 @@ def what_is_wrong(errors: Iterable[Mapping[str, Any]], fields: Mapping[str, Any]
 
 
 def plain(text: str) -> str:
-    """Take away what pydantic puts before the words of a validator."""
-    return text.replace(OWN, "")
+    """Take what is pydantic's own out of a message that others made of its words."""
+    text = _PARSING.sub("", text.replace(OWN, ""))
+    return text.replace("Input should be a valid integer", "must be a whole number").replace("Input should", "must")
 
 
 def _words(error: Mapping[str, Any], fields: Mapping[str, Any]) -> str:
