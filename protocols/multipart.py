@@ -32,8 +32,10 @@ class Parts:
 
     def __init__(self, pieces: Iterator[memoryview], boundary: str, where: str) -> None:
         self._pieces, self._where = pieces, where
-        self._delimiter = b"\r\n--" + boundary.encode("latin-1")
-        self._data = b"\r\n"  # the first delimiter has no line end before it
+        self._dashed = b"--" + boundary.encode("latin-1")
+        self._line_end = b""  # CR LF; some servers write LF alone: the first line tells
+        self._delimiter = b"\n" + self._dashed
+        self._data = b"\n"  # the first delimiter has no line end before it
         self._at = 0  # position in it
         self._within = True  # before the first delimiter there may be a preamble
 
@@ -71,15 +73,25 @@ class Parts:
 
     def _head(self) -> Message:
         """Read a part's head; the present position is behind its delimiter."""
-        while (end := self._data.find(b"\r\n\r\n", self._at)) < 0:
+        if not self._line_end:
+            end = self._find(b"\n")
+            self._line_end = b"\r\n" if self._data[end - 1 : end] == b"\r" else b"\n"
+            self._delimiter = self._line_end + self._dashed
+        blank_line = self._line_end * 2
+        end = self._find(blank_line)
+        # The first line is what follows the delimiter: nothing, or blanks.
+        head = self._data[self._at : end].partition(self._line_end)[2]
+        self._at = end + len(blank_line)
+        self._within = True
+        return BytesParser().parsebytes(head + blank_line)
+
+    def _find(self, sign: bytes) -> int:
+        """Find what must be within a part's head."""
+        while (end := self._data.find(sign, self._at)) < 0:
             if len(self._data) - self._at > HEAD_BYTES:
                 raise Interrupted(f"{self._where}: a part of the answer has a head without end")
             self._more()
-        # The first line is what follows the delimiter: nothing, or blanks.
-        head = self._data[self._at : end].partition(b"\r\n")[2]
-        self._at = end + 4
-        self._within = True
-        return BytesParser().parsebytes(head + b"\r\n\r\n")
+        return end
 
     def _more(self) -> None:
         piece = next(self._pieces, None)

@@ -588,6 +588,12 @@ def test_multipart(size: int) -> None:
     assert got == [(name, content.replace(b"--bb", b"--x")) for name, content in expected]
 
 
+@pytest.mark.parametrize("size", [1, 2, 7, 1000])
+def test_multipart_with_bare_line_feeds(size: int) -> None:
+    body = b"preamble\n--b \nX: 1\n\none\r\n--\r\n--x\r\n--b\n\ntwo\n\n--b\nX: 3\n\n\n--b--\nepilogue --b"
+    assert parts_of(body, size) == [("1", b"one\r\n--\r\n--x\r"), ("", b"two\n"), ("3", b"")]
+
+
 @pytest.mark.parametrize("size", [1, 5, 100])
 @pytest.mark.parametrize("cut", range(1, 30, 4))
 def test_multipart_cut_short(size: int, cut: int) -> None:
