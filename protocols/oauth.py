@@ -10,6 +10,7 @@ import json
 import threading
 import time
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, field
 from urllib.parse import quote_plus, urlencode, urlsplit
 
@@ -17,7 +18,7 @@ from protocols import words
 from protocols.answer import Answer
 from protocols.http import Content, Origin, Session
 from protocols.link import SLICE_S
-from transfer.errors import Busy, Denied, DispatchError, Misconfigured, NotFound
+from transfer.errors import Busy, Cancelled, Denied, DispatchError, Misconfigured, NotFound
 
 EARLY_S = 60.0  # a token is renewed so long before its end, or after four fifths of a short life
 UNTOLD_S = 300.0  # lifetime of a token whose server doesn't tell it
@@ -71,6 +72,9 @@ class ClientCredentials:
         )  # fmt: skip
         self._lock = threading.Lock()
         self._token: _Token | None = None
+        self._failed: tuple[float, DispatchError] | None = (
+            None  # when no token could be had (time.monotonic()), and why
+        )
         self._in_body = False  # the server wants the client's secret in the form instead of the header
 
     def header(self, check: Callable[[], None]) -> str:
@@ -79,20 +83,22 @@ class ClientCredentials:
         Raises:
             Denied: the server refuses the client. Unreachable, TimedOut, Busy, Misconfigured: no token.
         """
+        asked = time.monotonic()
         self._acquire(check)
         try:
             if self._token is None or time.monotonic() >= self._token.until:
-                self._token = self._fetch(check)
+                self._token = self._fetched(asked, check)
             return f"Bearer {self._token.value}"
         finally:
             self._lock.release()
 
     def renew(self, refused: str, check: Callable[[], None]) -> bool:
         """Fetch another token, unless somebody has done so since; False if it is the refused one again."""
+        asked = time.monotonic()
         self._acquire(check)
         try:
             if self._token is None or f"Bearer {self._token.value}" == refused:
-                self._token = self._fetch(check)
+                self._token = self._fetched(asked, check)
             return f"Bearer {self._token.value}" != refused
         finally:
             self._lock.release()
@@ -106,6 +112,17 @@ class ClientCredentials:
     def _acquire(self, check: Callable[[], None]) -> None:
         while not self._lock.acquire(timeout=SLICE_S):
             check()
+
+    def _fetched(self, asked: float, check: Callable[[], None]) -> _Token:
+        """Fetch a token, unless somebody has failed to while we waited: servers lock clients that fail too often."""
+        if self._failed and self._failed[0] > asked:
+            raise copy(self._failed[1])
+        try:
+            return self._fetch(check)
+        except DispatchError as exc:
+            if not isinstance(exc, Cancelled):
+                self._failed = time.monotonic(), exc
+            raise
 
     def _fetch(self, check: Callable[[], None]) -> _Token:
         with Session(self.origin, check=check) as session:

@@ -289,6 +289,19 @@ def test_oauth_wrong_secret(server: Scripted, plan: Plan, caplog: pytest.LogCapt
     assert not server.of("POST")
 
 
+@pytest.mark.parametrize("reply", [Reply(403, delay_s=0.3), Reply(hangs=True)])
+def test_oauth_threads_share_a_failure(server: Scripted, tmp_path: Path, reply: Reply) -> None:
+    studies.ct(tmp_path, 40)
+    asked: list[Request] = []
+    server._token = lambda request: asked.append(request) or reply  # type: ignore[func-returns-value,method-assign]
+    sent = attempt(oauth(server, concurrency=4, batch_items=10, idle_timeout_s=1), tmp_path)
+    assert isinstance(sent.error, Denied | TimedOut)
+    assert len(asked) == 1
+    assert sent.seconds < 2.5
+    server._token = type(server)._token.__get__(server)  # type: ignore[method-assign]
+    assert attempt(oauth(server, concurrency=4, idle_timeout_s=1), tmp_path).require().state is State.DELIVERED
+
+
 @pytest.mark.parametrize(
     ("reply", "error"),
     [
