@@ -134,6 +134,9 @@ def _wordings(keys: Keys) -> Iterator[Keys]:
 
 def _study_keys(service: Service, query: Query) -> Iterator[Keys]:
     """The searches that together find every study of a query: one value of each key that is a list."""
+    for values in (query.AccessionNumber, query.StudyDescription, query.SeriesDescription):
+        if values and not any(value.strip() for value in values):
+            return  # blanks match nothing: not worth a list of all that there is
     common = [
         (keyword, value.strip())
         for keyword, value in (

@@ -257,6 +257,12 @@ def test_filters(archive: Scripted, query: Query, accessions: set[str], level: s
         assert all(match.attributes["Modality"] in ("CT", "MR") for match in matches)
 
 
+@pytest.mark.parametrize("key", ["AccessionNumber", "StudyDescription", "SeriesDescription"])
+def test_list_of_blanks_asks_for_nothing(archive: Scripted, key: str) -> None:
+    assert found(archive, Query(**{key: ("", " ")})) == []
+    assert not archive.requests
+
+
 def test_filters_that_a_server_refuses(archive: Scripted) -> None:
     archive.rejects = {"StudyDescription", "includefield"}
     matches = found(archive, Query(StudyDescription=("Thorax",)))
