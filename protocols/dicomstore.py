@@ -12,7 +12,6 @@ from __future__ import annotations
 import errno
 import os
 import re
-import secrets
 import stat
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from protocols import filesystem as fs
+from protocols import partial
 from protocols.dicomfolder import Held
 from protocols.incoming import ITEM_ERRORS, PIECE_BYTES, Incoming, Place, Style
 from transfer.errors import Busy, Cancelled, Denied, Misconfigured, Permanent, Rejected
@@ -32,7 +32,6 @@ from transfer.throttle import Throttle
 
 REPLACED = Outcome(Kind.WARNING, "replaced another version of this instance")
 UID = re.compile(r"[0-9.]{1,64}")  # PS3.5 section 9.1
-TEMPORARY = ".talaria-"  # how names of files that are not whole begin
 
 
 # ---- into the folder
@@ -226,8 +225,7 @@ def fetch(
     """
     with _writing(into):
         into.mkdir(parents=True, exist_ok=True)
-        for leftover in into.glob(f"{TEMPORARY}*"):
-            leftover.unlink(missing_ok=True)
+        partial.sweep(into)
     unique: dict[str, Held] = {}
     for one in instances:
         on_outcome.check()
@@ -282,7 +280,6 @@ def _copy(one: Held, final: Path, on_outcome: OnOutcome, throttle: Throttle) -> 
         raise Rejected("its SOP Instance UID is none")
     source = Plan("", one.path.parent, ())
     item = Item(one.path.name, one.size, one.stamp.mtime_ns)
-    part = final.parent / f"{TEMPORARY}{secrets.token_hex(8)}"
 
     def moved(count: int) -> None:
         throttle.spend(count)
@@ -291,7 +288,7 @@ def _copy(one: Held, final: Path, on_outcome: OnOutcome, throttle: Throttle) -> 
 
     with source.open(item) as reader:
         with _writing(final.parent):
-            writer = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            part, writer = partial.create(final.parent)
         try:
             copy_bytes(reader, writer, moved, min(PIECE_BYTES, throttle.piece))
             source.check(item, reader)
@@ -304,8 +301,8 @@ def _copy(one: Held, final: Path, on_outcome: OnOutcome, throttle: Throttle) -> 
                 raise Busy(f"no room in {final.parent}") from exc
             raise
         finally:
-            os.close(writer)
             part.unlink(missing_ok=True)
+            os.close(writer)
 
 
 @contextmanager

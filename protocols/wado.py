@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import secrets
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator
@@ -12,7 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from protocols import dicomweb
+from protocols import dicomweb, partial
 from protocols.answer import Answer
 from protocols.dicomweb import Service
 from protocols.multipart import Parts, parameters
@@ -26,7 +25,6 @@ from transfer.throttle import Throttle
 DICOM = "application/dicom"
 # As it is stored; and for servers that don't know the star, in whatever syntax they like.
 ACCEPTS = (f'multipart/related; type="{DICOM}"; transfer-syntax=*', f'multipart/related; type="{DICOM}"')
-TEMPORARY = ".talaria-"  # how names of files that are not whole begin
 UID = re.compile(r"[0-9.]{1,64}")  # PS3.5 section 9.1; becomes a file name
 
 
@@ -94,8 +92,7 @@ def spooled(content: Iterator[memoryview], folder: Path) -> Iterator[tuple[Path,
     Raises:
         Rejected: what came is no whole DICOM file. Busy: there is no room.
     """
-    file = folder / f"{TEMPORARY}{secrets.token_hex(8)}"
-    fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    file, fd = partial.create(folder)
     try:
         try:
             for piece in content:
@@ -109,12 +106,11 @@ def spooled(content: Iterator[memoryview], folder: Path) -> Iterator[tuple[Path,
             raise
         except (NotDicom, Damaged) as exc:
             raise Rejected(f"the server gave a file that is damaged: {exc}") from exc
-        finally:
-            os.close(fd)
         yield file, header
     finally:
         with suppress(FileNotFoundError):
             file.unlink()
+        os.close(fd)
 
 
 @dataclass(frozen=True)
@@ -176,8 +172,7 @@ class Retrieval:
             DispatchError: not all could be asked for; what came is in the folder, and has been told.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        for leftover in self.folder.glob(f"{TEMPORARY}*"):
-            leftover.unlink(missing_ok=True)
+        partial.sweep(self.folder)
         self._look()
         missing: dict[str, Series] = {}
         for one in self.series:

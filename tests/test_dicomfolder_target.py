@@ -14,6 +14,7 @@ from urllib.parse import quote
 import pytest
 
 from blocks.dicomweb import DicomWebTarget
+from protocols import partial
 from tasks import DRIVERS
 from tests import studies
 from tests.harness import attempt
@@ -265,6 +266,22 @@ def test_file_that_changes_between_look_and_copy_is_rejected_for_now(tmp_path: P
     assert receipt.state is State.PARTIAL
     assert receipt.counts[Kind.REJECTED] == 1
     assert len(list((tmp_path / "into").iterdir())) == 2
+
+
+def test_retrieve_takes_nothing_from_others(tmp_path: Path) -> None:
+    """Into a folder that another process is retrieving into, that has an index, and that rsync writes to."""
+    series(tmp_path / "root", 2)
+    into = tmp_path / "into"
+    series(into, 1)
+    assert len(find(target(into))) == 1
+    (into / ".talaria-temp").mkdir()
+    (into / ".talaria-0123456789abcdef").write_bytes(b"of a process that was killed")
+    other, fd = partial.create(into)
+    assert retrieve(target(tmp_path / "root"), into).state is State.DELIVERED
+    assert {path.name for path in into.glob(".talaria-*")} == {other.name, ".talaria-index.sqlite", ".talaria-temp"}
+    os.close(fd)
+    retrieve(target(tmp_path / "root"), into)
+    assert not other.exists()
 
 
 def test_retrieve_can_be_cancelled(tmp_path: Path) -> None:

@@ -1,0 +1,59 @@
+"""Files that are being written beside their final names, and how they are told from those that a killed process left.
+
+The writer holds a lock on its file, which the kernel drops with the process: what nobody holds is a leftover.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import secrets
+import stat
+import time
+from contextlib import suppress
+from pathlib import Path
+
+NAME = re.compile(r"\.talaria-[0-9a-f]{16}")  # other files of ours begin alike
+STALE_S = 3600  # where the file system has no locks, older ones count as left behind
+
+
+def create(folder: Path) -> tuple[Path, int]:
+    """Make a file to write; returns its path and its descriptor, which holds the lock as long as it is open."""
+    while True:
+        path = folder / f".talaria-{secrets.token_hex(8)}"
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(fd).st_nlink:
+                return path, fd
+        except BlockingIOError:
+            pass
+        except OSError:  # no locks here
+            return path, fd
+        os.close(fd)  # somebody took it for a leftover before it was locked
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed processes left in a folder."""
+    for path in folder.glob(".talaria-*"):
+        if NAME.fullmatch(path.name):
+            with suppress(OSError):
+                _remove(path)
+
+
+def _remove(path: Path) -> None:
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        info = os.fstat(fd)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_left = True
+        except BlockingIOError:
+            is_left = False
+        except OSError:
+            is_left = info.st_mtime < time.time() - STALE_S
+        if is_left and stat.S_ISREG(info.st_mode):
+            path.unlink()
+    finally:
+        os.close(fd)
