@@ -13,16 +13,16 @@ import errno
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 from protocols import filesystem as fs
 from protocols import partial
 from protocols.dicomfolder import Held
 from protocols.incoming import ITEM_ERRORS, PIECE_BYTES, Incoming, Place, Style
-from transfer.errors import Busy, Cancelled, Denied, Misconfigured, Permanent, Rejected
+from transfer.errors import Busy, Cancelled, Denied, Permanent, Rejected
 from transfer.header import Damaged, Header, NotDicom, read_header
 from transfer.layout import sanitised
 from transfer.plan import Item, Plan
@@ -223,7 +223,7 @@ def fetch(
         Busy, Misconfigured: `into` is full, or can't be written to.
         Cancelled, OSError: what came until then is in the folder, and has been told.
     """
-    with _writing(into):
+    with partial.writing(into):
         into.mkdir(parents=True, exist_ok=True)
         partial.sweep(into)
     unique: dict[str, Held] = {}
@@ -287,14 +287,14 @@ def _copy(one: Held, final: Path, on_outcome: OnOutcome, throttle: Throttle) -> 
         on_outcome.check()
 
     with source.open(item) as reader:
-        with _writing(final.parent):
+        with partial.writing(final.parent):
             part, writer = partial.create(final.parent)
         try:
             copy_bytes(reader, writer, moved, min(PIECE_BYTES, throttle.piece))
             source.check(item, reader)
             if _uid(writer) != one.SOPInstanceUID:
                 raise Rejected("the file holds another instance than before: ask again")
-            with _writing(final.parent):
+            with partial.writing(final.parent):
                 part.replace(final)
         except OSError as exc:
             if exc.errno in FULL:
@@ -303,16 +303,6 @@ def _copy(one: Held, final: Path, on_outcome: OnOutcome, throttle: Throttle) -> 
         finally:
             part.unlink(missing_ok=True)
             os.close(writer)
-
-
-@contextmanager
-def _writing(into: Path) -> Iterator[None]:
-    """Tell an error of the folder that is written to from one of the folder that is read."""
-    try:
-        yield
-    except OSError as exc:
-        kind = Busy if exc.errno in FULL else Misconfigured
-        raise kind(f"can't write to {into}: {exc.strerror}") from exc
 
 
 def _uid(fd: int) -> str:

@@ -11,11 +11,29 @@ import re
 import secrets
 import stat
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from transfer.errors import Busy, Misconfigured
+from transfer.staging import FULL
 
 NAME = re.compile(r"\.talaria-[0-9a-f]{16}")  # other files of ours begin alike
 STALE_S = 3600  # where the file system has no locks, older ones count as left behind
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Tell an error of the folder that is written to from one of what is read.
+
+    Raises:
+        Busy: it is full. Misconfigured: it can't be written to.
+    """
+    try:
+        yield
+    except OSError as exc:
+        kind = Busy if exc.errno in FULL else Misconfigured
+        raise kind(f"can't write to {folder}: {exc.strerror}") from exc
 
 
 def create(folder: Path) -> tuple[Path, int]:

@@ -15,11 +15,10 @@ from protocols import dicomweb, partial
 from protocols.answer import Answer
 from protocols.dicomweb import Service
 from protocols.multipart import Parts, parameters
-from transfer.errors import Busy, Misconfigured, NotFound, Rejected
+from transfer.errors import Misconfigured, NotFound, Rejected
 from transfer.header import Damaged, Header, NotDicom, read_header
 from transfer.plan import Item, Plan
 from transfer.receipt import ALREADY, DELIVERED, Kind, OnOutcome, Outcome
-from transfer.staging import FULL
 from transfer.throttle import Throttle
 
 DICOM = "application/dicom"
@@ -90,20 +89,18 @@ def spooled(content: Iterator[memoryview], folder: Path) -> Iterator[tuple[Path,
     """Write the content of an instance to a temporary file of a folder; what is still there at the end is removed.
 
     Raises:
-        Rejected: what came is no whole DICOM file. Busy: there is no room.
+        Rejected: what came is no whole DICOM file. Busy: there is no room. Misconfigured: nothing can be written there.
     """
-    file, fd = partial.create(folder)
+    with partial.writing(folder):
+        file, fd = partial.create(folder)
     try:
         try:
             for piece in content:
                 rest = piece
-                while rest:
-                    rest = rest[os.write(fd, rest) :]
+                with partial.writing(folder):
+                    while rest:
+                        rest = rest[os.write(fd, rest) :]
             header = read_header(fd, os.fstat(fd).st_size)
-        except OSError as exc:
-            if exc.errno in FULL:
-                raise Busy(f"no room in {folder}") from exc
-            raise
         except (NotDicom, Damaged) as exc:
             raise Rejected(f"the server gave a file that is damaged: {exc}") from exc
         yield file, header
@@ -171,7 +168,8 @@ class Retrieval:
         Raises:
             DispatchError: not all could be asked for; what came is in the folder, and has been told.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with partial.writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
         partial.sweep(self.folder)
         self._look()
         missing: dict[str, Series] = {}

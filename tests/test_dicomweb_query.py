@@ -437,6 +437,14 @@ def test_retrieve_from_a_server_that_lists_no_instances(server: Scripted, tmp_pa
     assert set(files(tmp_path / "out")) == set(uids)
 
 
+@pytest.mark.parametrize("into", ["/proc/none", "file/below", "file"])
+def test_retrieve_into_what_is_no_folder(server: Scripted, tmp_path: Path, into: str) -> None:
+    hold(server, *series_of(2))
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(Misconfigured, match="can't write to"):
+        fetched(server, tmp_path / into)
+
+
 def test_retrieve_cut_midway_then_the_rest(server: Scripted, tmp_path: Path) -> None:
     uids = hold(server, *series_of(10))
     server.wado_cut = 30_000  # of some 70,000
