@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from blocks import Target
 from talaria.cli.session import Session, api
 from talaria.runs import create, result_of
 from talaria.settings import load_settings
 from talaria.targetfile import read
 from tasks.checking import check_target, keep, last_check
-from tasks.targets import all_targets, load
+from tasks.targets import Broken, all_targets, load
 from transfer.errors import NotFound
 
 
@@ -27,11 +28,14 @@ def check_file(file: Path, name: str | None) -> list[dict[str, Any]]:
 def check_saved(name: str | None) -> list[dict[str, Any]]:
     """Check one saved target, or all enabled ones: on the worker if one runs, else here."""
     with api() as session:
-        targets = session.run(load, [name]) if name else [t for t in session.run(all_targets) if t.enabled]
-        return [_test(session, target) for target in targets]
+        targets = session.run(load, [name]) if name else session.run(all_targets)
+        return [_test(session, one) for one in targets if name or isinstance(one, Broken) or one.enabled]
 
 
-def _test(session: Session, target: Any) -> dict[str, Any]:
+def _test(session: Session, target: Target | Broken) -> dict[str, Any]:
+    if isinstance(target, Broken):
+        probe = {"name": "settings", "result": "failed", "ms": 0.0, "detail": target.reason}
+        return {"name": target.name, "ok": False, "probes": [probe]}
     if session.own or session.address is None:
         return _shown(keep(target, check_target(target)))
     flow_run = session.run(create, "check", {"target": target.name}, f"check of {target.name}", "urgent")

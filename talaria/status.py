@@ -40,6 +40,7 @@ async def _ask() -> dict[str, Any]:
     from prefect.client.schemas.objects import StateType
     from prefect.exceptions import ObjectNotFound
 
+    from blocks import Target
     from talaria.registry import POOL, QUEUES
     from tasks.checking import last_check
     from tasks.targets import all_targets
@@ -78,8 +79,9 @@ async def _ask() -> dict[str, Any]:
             {
                 "name": target.name,
                 "type": target.type_name,
-                "direction": str(target.direction),
-                "enabled": target.enabled,
+                "direction": str(target.direction) if isinstance(target, Target) else None,
+                "enabled": target.enabled if isinstance(target, Target) else None,
+                "broken": None if isinstance(target, Target) else target.reason,
                 "last_check": last_check(target.name),
             }
             for target in targets

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from prefect.blocks.core import Block
@@ -13,21 +14,30 @@ from pydantic import ValidationError
 from blocks import TYPES, Target
 from tasks import DRIVERS
 from transfer.errors import Misconfigured, NotFound
+from transfer.words import what_is_wrong
 
 PAGE = 200  # documents a request; Prefect's own limit
 
 
-async def all_targets(client: PrefectClient) -> list[Target]:
-    """Return every saved target, with secrets, by name.
+@dataclass(frozen=True)
+class Broken:
+    """A saved target whose settings are not valid (any more): nothing can be sent to it until it is applied again."""
 
-    A document that no longer validates is left out; `documents` tells it.
-    """
-    found = []
+    name: str
+    type_name: str
+    reason: str
+
+
+async def all_targets(client: PrefectClient) -> list[Target | Broken]:
+    """Return every saved target, with secrets, by name; one that can't be loaded as what is wrong with it."""
+    found: list[Target | Broken] = []
+    types = {cls.get_block_type_slug(): name for name, cls in TYPES.items()}
     for document in await documents(client):
         try:
             found.append(from_document(document))
-        except Misconfigured:
-            continue
+        except Misconfigured as exc:
+            slug = document.block_type.slug if document.block_type else ""
+            found.append(Broken(str(document.name), types.get(slug, slug), exc.message))
     return sorted(found, key=lambda target: target.name)
 
 
@@ -61,14 +71,21 @@ def from_document(document: BlockDocument) -> Target:
     try:
         target = Block._from_block_document(document)
     except (ValidationError, RuntimeError, TypeError, ValueError) as exc:
-        # A validation error repeats the values, which may be secrets: only the fields are told.
-        fields = [".".join(map(str, e["loc"])) for e in exc.errors()] if isinstance(exc, ValidationError) else []
         raise Misconfigured(
-            f"its settings are not valid: {', '.join(fields) or type(exc).__name__}", str(document.name)
+            f"its settings are not valid ({_wrong(document, exc)}): apply it again", str(document.name)
         ) from exc
     if not isinstance(target, Target):
         raise Misconfigured("is not a target", str(document.name))
     return target
+
+
+def _wrong(document: BlockDocument, exc: Exception) -> str:
+    """What is wrong with a document, without its values: they may be secrets."""
+    if not isinstance(exc, ValidationError):
+        return type(exc).__name__
+    slugs = {cls.get_block_type_slug(): cls for cls in TYPES.values()}
+    cls = slugs.get(document.block_type.slug if document.block_type else "")
+    return what_is_wrong(exc.errors(), cls.model_fields if cls else {})
 
 
 async def load(client: PrefectClient, names: Iterable[str]) -> list[Target]:
@@ -82,10 +99,14 @@ async def load(client: PrefectClient, names: Iterable[str]) -> list[Target]:
     found = {document.name: document for document in await documents(client, wanted)}
     missing = [name for name in wanted if name not in found]
     if missing:
-        known = sorted(str(document.name) for document in await documents(client))
-        there = f"there are: {', '.join(known)}" if known else "there are none yet: `talaria target apply FILE.yaml`"
-        raise NotFound(f"no target named {', '.join(missing)}; {there}")
+        raise await _no_target(client, missing)
     return [from_document(found[name]) for name in wanted]
+
+
+async def _no_target(client: PrefectClient, names: Iterable[str]) -> NotFound:
+    known = sorted(str(document.name) for document in await documents(client))
+    there = f"there are: {', '.join(known)}" if known else "there are none yet: `talaria target apply FILE.yaml`"
+    return NotFound(f"no target named {', '.join(names)}; {there}")
 
 
 def check_destination(target: Target) -> None:
@@ -123,10 +144,10 @@ async def remove(client: PrefectClient, name: str) -> None:
     """Remove a target.
 
     Raises:
-        NotFound: there is none of that name.
+        NotFound: there is none of that name; the message lists those that there are.
     """
     found = await documents(client, [name])
     if not found:
-        raise NotFound(f"no target named {name}")
+        raise await _no_target(client, [name])
     for document in found:
         await client.delete_block_document(document.id)

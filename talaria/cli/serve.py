@@ -69,7 +69,7 @@ def status(as_json: Json = False) -> None:
         for name, count in document["queues"].items():
             print(f"queue {name}: {count} waiting")
         rows = [
-            [t["name"], t["type"], "yes" if t["enabled"] else "no", _check(t["last_check"])]
+            [t["name"], t["type"], "broken" if t["broken"] else _yes(t["enabled"]), _check(t["last_check"])]
             for t in document["targets"]
         ]
         table("", ["target", "type", "enabled", "last check"], rows)
@@ -122,6 +122,10 @@ def demo() -> None:
     from talaria.demo import run
 
     raise typer.Exit(DONE if run() else NOT_ALL)
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
 
 
 def _check(last: dict[str, Any] | None) -> str:

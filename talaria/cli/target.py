@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from talaria.cli.output import DONE, NOT_ALL, print_json, say, table
 from talaria.cli.session import api
+
+if TYPE_CHECKING:
+    from blocks import Target
+    from tasks.targets import Broken
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -101,26 +105,11 @@ def apply(
 
 @app.command("list", epilog="Example: talaria target list --json")
 def list_(as_json: Json = False) -> None:
-    """All targets."""
-    from talaria.targetfile import values_of
-    from tasks.checking import last_check
+    """All targets; one whose settings are not valid any more is listed as broken, with the reason."""
     from tasks.targets import all_targets
 
     with api() as session:
-        targets = session.run(all_targets)
-    found = []
-    for target in targets:
-        check = last_check(target.name)
-        state = None if check is None else {"ok": check["ok"], "time": check["time"]}
-        found.append(
-            {
-                "name": target.name,
-                **values_of(target, secrets=True),
-                "direction": str(target.direction),
-                "enabled": target.enabled,
-                "last_check": state,
-            }
-        )
+        found = [_entry(one) for one in session.run(all_targets)]
     if as_json:
         print_json({"targets": found})
         return
@@ -128,10 +117,10 @@ def list_(as_json: Json = False) -> None:
         [
             one["name"],
             one["type"],
-            one["direction"],
-            "yes" if one["enabled"] else "no",
+            one["direction"] or "",
+            "broken" if one["broken"] else "yes" if one["enabled"] else "no",
             _place(one),
-            one.get("description", ""),
+            one["broken"] or one.get("description", ""),
             ""
             if one["last_check"] is None
             else f"{'ok' if one['last_check']['ok'] else 'failed'} {one['last_check']['time']}",
@@ -139,6 +128,22 @@ def list_(as_json: Json = False) -> None:
         for one in found
     ]
     table("", ["name", "type", "direction", "enabled", "where", "description", "last check"], rows)
+
+
+def _entry(one: Target | Broken) -> dict[str, Any]:
+    """What `list` tells of a target."""
+    from blocks import Target
+    from talaria.targetfile import values_of
+    from tasks.checking import last_check
+
+    check = last_check(one.name)
+    state = None if check is None else {"ok": check["ok"], "time": check["time"]}
+    if not isinstance(one, Target):
+        values = {"type": one.type_name, "direction": None, "enabled": None, "broken": one.reason}
+    else:
+        own = {"direction": str(one.direction), "enabled": one.enabled, "broken": None}
+        values = values_of(one, secrets=True) | own
+    return {"name": one.name, **values, "last_check": state}
 
 
 @app.command(epilog="Example: talaria target show pacs")
@@ -208,12 +213,16 @@ def export(as_json: Json = False) -> None:
     """All targets as `apply` reads them, secrets left out."""
     import yaml
 
+    from blocks import Target
     from talaria.targetfile import values_of
     from tasks.targets import all_targets
 
     with api() as session:
-        targets = session.run(all_targets)
-    document = {"targets": {target.name: values_of(target) for target in targets}}
+        found = session.run(all_targets)
+    for one in found:
+        if not isinstance(one, Target):
+            say(f"talaria: {one.name} is left out: {one.reason}")
+    document = {"targets": {one.name: values_of(one) for one in found if isinstance(one, Target)}}
     if as_json:
         print_json(document)
     else:
