@@ -10,7 +10,7 @@ from talaria.cli.session import Session, api
 from talaria.runs import create, result_of
 from talaria.settings import load_settings
 from talaria.targetfile import read
-from tasks.checking import check_target, keep, last_check
+from tasks.checking import check_target, forget_check, keep, last_check
 from tasks.targets import Broken, all_targets, load
 from transfer.errors import NotFound
 
@@ -39,8 +39,11 @@ def _test(session: Session, target: Target | Broken) -> dict[str, Any]:
     if session.own or session.address is None:
         return _shown(keep(target, check_target(target)))
     flow_run = session.run(create, "check", {"target": target.name}, f"check of {target.name}", "urgent")
-    result_of(session, flow_run)
-    return _shown(last_check(target.name) or {"name": target.name, "ok": False, "probes": []})
+    forget_check(target.name)
+    ended = result_of(session, flow_run)
+    detail = (ended.state and ended.state.message) or "the check did not run to its end"
+    probe = {"name": "check", "result": "failed", "ms": 0.0, "detail": detail}
+    return _shown(last_check(target.name) or {"name": target.name, "ok": False, "probes": [probe]})
 
 
 def _shown(document: dict[str, Any]) -> dict[str, Any]:

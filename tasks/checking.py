@@ -45,3 +45,8 @@ def last_check(name: str) -> dict[str, Any] | None:
         return None
     document: dict[str, Any] = json.loads(text)
     return document
+
+
+def forget_check(name: str) -> None:
+    """The last check of a target says nothing any more: the target is gone, or is checked anew."""
+    (Home.current().root / "checks" / f"{name}.json").unlink(missing_ok=True)

@@ -170,9 +170,11 @@ def show(name: Name, as_json: Json = False) -> None:
 def remove(name: Name, as_json: Json = False) -> None:
     """Remove a target; what was delivered stays in the ledger."""
     from tasks import targets
+    from tasks.checking import forget_check
 
     with api() as session:
         session.run(targets.remove, name)
+        forget_check(name)
     _done(name, "removed", as_json)
 
 
@@ -185,6 +187,7 @@ def rename(
     """Give a target another name."""
     from blocks.base import check_name
     from tasks import targets
+    from tasks.checking import forget_check
 
     check_name(new)
     with api() as session:
@@ -193,6 +196,7 @@ def rename(
             raise ValueError(f"a target named {new} is there already")
         session.run(targets.save, target, new)
         session.run(targets.remove, old)
+        forget_check(old)
     _done(new, f"renamed from {old}", as_json)
 
 
