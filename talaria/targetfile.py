@@ -91,6 +91,13 @@ def field_names(cls: type[Target]) -> list[str]:
     return [name for name in cls.model_fields if name not in _PREFECT]
 
 
+def same(target: Target, saved: object) -> bool:
+    """Tell whether a saved target has the type and all the values, secrets too, of this one."""
+    return type(saved) is type(target) and all(
+        getattr(saved, field) == getattr(target, field) for field in field_names(type(target))
+    )
+
+
 def values_of(target: Target, *, secrets: bool = False) -> dict[str, Any]:
     """The values of a target that differ from the defaults; secrets left out, or masked if `secrets`."""
     values: dict[str, Any] = {"type": target.type_name}

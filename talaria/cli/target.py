@@ -82,25 +82,28 @@ def apply(
     as_json: Json = False,
 ) -> None:
     """Create or update the targets listed in a file; all of them or, if one is wrong, none."""
-    from talaria.targetfile import read
-    from tasks.targets import documents, remove, save
+    from talaria.targetfile import read, same
+    from tasks.targets import all_targets, remove, save
 
     wanted = read(file)
     with api() as session:
-        there = {str(document.name) for document in session.run(documents)}
-        done = [{"name": name, "action": "updated" if name in there else "created"} for name in wanted]
-        done += [{"name": name, "action": "removed"} for name in sorted(there - set(wanted)) if prune]
-        if not dry_run:
-            for name, target in wanted.items():
-                session.run(save, target, name)
-            for one in done:
-                if one["action"] == "removed":
-                    session.run(remove, one["name"])
+        there = {one.name: one for one in session.run(all_targets)}
+        actions = {
+            name: "created" if name not in there else "unchanged" if same(target, there[name]) else "updated"
+            for name, target in wanted.items()
+        }
+        actions |= {name: "removed" for name in there if prune and name not in wanted}
+        done = [{"name": name, "action": action} for name, action in actions.items()]
+        for name, action in actions.items() if not dry_run else ():
+            if action == "removed":
+                session.run(remove, name)
+            elif action != "unchanged":
+                session.run(save, wanted[name], name)
     if as_json:
         print_json({"dry_run": dry_run, "targets": done})
         return
-    for one in done:
-        print(f"{one['name']}: {'would be ' if dry_run else ''}{one['action']}")
+    for name, action in actions.items():
+        print(f"{name}: {'would be ' if dry_run and action != 'unchanged' else ''}{action}")
 
 
 @app.command("list", epilog="Example: talaria target list --json")
