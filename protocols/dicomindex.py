@@ -4,7 +4,7 @@ The database lives in memory: it is read whole from the file, changed there, and
 renaming it. So no reader ever sees half of it, a process that is killed leaves the last saved one, and no locks are
 needed, which network shares often don't have or get wrong (SQLite's write-ahead log can't be on one at all). Two
 processes at once have a copy each; the last to save wins, and what its copy lacks is read from the files again.
-A file of 100,000 instances has some 20 MB, and is read in milliseconds.
+A file of 100,000 instances has some 20 MB, and is read in milliseconds. Behind the database it holds a digest of it.
 
 A header's values are kept once for all files that share them: usually one row per series.
 """
@@ -29,6 +29,7 @@ from transfer.header import Header
 NAME = ".talaria-index.sqlite"  # hidden, and one of the names that no plan and no index takes for data
 APPLICATION_ID = 0x54414C49  # "TALI": the mark of our own files (PRAGMA application_id)
 VERSION = 1  # of the tables; a file of another version is made anew
+DIGEST_BYTES = 32
 STALE_S = 3600  # a part of an index that is older was left behind by a process that was killed
 
 NOT_DICOM, DAMAGED, INSTANCE = range(3)  # kinds of file
@@ -171,9 +172,10 @@ class Index:
         """
         try:
             data = _read(source)
-            if not data:
-                return False
-            self.db.deserialize(data)
+            database, digest = memoryview(data)[:-DIGEST_BYTES], data[-DIGEST_BYTES:]
+            if digest != _digest(database):
+                return False  # empty, cut short, or damaged in a way that SQLite would not notice
+            self.db.deserialize(database)
             return _schema(self.db) == _own_schema() and self._is_whole()
         except (OSError, MemoryError, sqlite3.Error):
             return False
@@ -335,7 +337,8 @@ class Index:
         part = self.path.with_name(f"{self.path.name}.{secrets.token_hex(6)}.part")
         try:
             _sweep(self.path)
-            _write(part, self.db.serialize(), mode)
+            data = self.db.serialize()
+            _write(part, (data, _digest(data)), mode)
             part.replace(self.path)
         except OSError:
             # A full disk, a folder that has become read-only, a share that lets nobody rename over an open file: the
@@ -372,11 +375,16 @@ def _read(path: Path) -> bytes:
         return file.read() if stat.S_ISREG(os.fstat(fd).st_mode) else b""
 
 
-def _write(path: Path, data: bytes, mode: int) -> None:
+def _digest(data: bytes | memoryview) -> bytes:
+    """What an index file ends with, behind its database."""
+    return hashlib.blake2b(data, digest_size=DIGEST_BYTES).digest()
+
+
+def _write(path: Path, pieces: Iterable[bytes], mode: int) -> None:
     """Write a new file, flushed to the disk: whatever name it gets afterwards has it whole."""
     fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, mode)
     with open(fd, "wb") as file:
-        file.write(data)
+        file.writelines(pieces)
         file.flush()
         os.fsync(fd)
 

@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -488,23 +488,36 @@ def a_folder(path: Path) -> None:
     path.mkdir()
 
 
-def older(path: Path) -> None:
-    import sqlite3
+def by_sql(path: Path, statement: str) -> None:
+    """Change an index as somebody does who knows how they are kept."""
+    with closing(Index(path)) as index:
+        index.add_folder(b"so that something has changed")
+        index.db.execute(statement)
+        index.save(0o600)
 
-    with sqlite3.connect(path) as db:
-        db.execute("PRAGMA user_version = 0")
-    db.close()
+
+def older(path: Path) -> None:
+    by_sql(path, "PRAGMA user_version = 0")
+
+
+def one_wrong_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[data.index(b"Quell^A")] ^= 0xFF
+    path.write_bytes(data)
+
+
+def other_text(path: Path) -> None:
+    path.write_bytes(path.read_bytes().replace(b"Quell^A", b"Qu3ll^B"))
 
 
 def with_a_trigger(path: Path) -> None:
-    import sqlite3
-
-    with sqlite3.connect(path) as db:
-        db.execute("CREATE TRIGGER evil AFTER DELETE ON files BEGIN DELETE FROM studies; END")
-    db.close()
+    by_sql(path, "CREATE TRIGGER evil AFTER DELETE ON files BEGIN DELETE FROM studies; END")
 
 
-@pytest.mark.parametrize("damage", [garbage, cut_short, empty, holes, a_folder, older, with_a_trigger])
+DAMAGES = (garbage, cut_short, empty, holes, a_folder, one_wrong_byte, other_text, older, with_a_trigger)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_index_is_made_anew(tmp_path: Path, damage: Callable[[Path], None]) -> None:
     series(tmp_path / "a", 5, PatientName="Quell^A")
     look(tmp_path)
@@ -519,10 +532,9 @@ def test_index_can_not_lead_out_of_the_folder(tmp_path: Path) -> None:
     root = tmp_path / "root"
     series(root / "a", 1)
     look(root)
-    index = Index(root / NAME)
-    index.db.execute("UPDATE files SET name=?", (b"../../outside.dcm",))
-    (root / NAME).write_bytes(index.db.serialize())
-    index.close()
+    by_sql(root / NAME, "UPDATE files SET name=CAST('../../outside.dcm' AS BLOB)")
+    with closing(Index(root / NAME)) as index:
+        assert index.is_saved
     with DicomFolder(root) as folder:
         assert outside not in {held.path.resolve() for held in folder.instances(Query())}
 
