@@ -28,7 +28,7 @@ from protocols.link import SLICE_S
 from protocols.private import identifying
 from protocols.stow_answer import Lists
 from protocols.stow_body import Batch, Body, batches, uid_of
-from transfer.errors import Busy, DispatchError, Interrupted, Rejected
+from transfer.errors import Busy, DispatchError, Interrupted, Rejected, TimedOut
 from transfer.plan import Item, Plan
 from transfer.receipt import DELIVERED, Kind, OnOutcome, Outcome
 from transfer.throttle import Throttle
@@ -42,6 +42,9 @@ HOPELESS = 3  # instances, each alone, that a server answers with 500 before it 
 SUSPICION_S = 900.0
 LEAST_LIMIT_BYTES = 256_000  # no proxy's limit is lower
 _suspected: dict[str, tuple[int, float]] = {}
+# A server may also break down at one instance, each time that it gets it. So what was on its way when the link broke
+# goes last in the next attempt, and in quarters: by dispatch and place, the paths, most instances together, until when.
+_stumbled: dict[str, tuple[frozenset[str], int, float]] = {}
 
 
 class Store:
@@ -69,7 +72,15 @@ class Store:
         limit, until = _suspected.get(self._key, (batch_bytes, 0.0))
         if time.monotonic() < until:
             batch_bytes = min(batch_bytes, limit)
-        self._queue = deque(batches(plan.pending, batch_bytes, batch_items, concurrency))
+        self._suspects: tuple[frozenset[str], int] = frozenset(), batch_items
+        suspects, most, until = _stumbled.get(self._key + plan.dispatch_id, (frozenset(), 1, 0.0))
+        if time.monotonic() > until:
+            suspects = frozenset()
+        parts: tuple[list[Item], list[Item]] = [], []
+        for item in plan.pending:
+            parts[item.path in suspects].append(item)
+        self._queue = deque(batches(parts[False], batch_bytes, batch_items, concurrency))
+        self._queue += batches(parts[True], batch_bytes, min(most, batch_items), concurrency)
         self._workers = min(concurrency, max(1, len(self._queue)))
         self._throttle = Throttle(bandwidth_limit)
         self._turn = threading.Condition()
@@ -148,13 +159,22 @@ class Store:
                 batch = Batch(tuple(item for item in batch.items if item is not body.current))
                 if not batch.items:
                     return []
-            except Interrupted:
-                if len(batch.items) > 1 and body.out and body.length > LEAST_LIMIT_BYTES:
-                    limit = max(LEAST_LIMIT_BYTES, body.length // 4)
-                    _suspected[self._key] = (limit, time.monotonic() + SUSPICION_S)
+            except (Interrupted, TimedOut) as exc:
+                if body.out:
+                    self._suspect(batch, body, exc)
                 raise
             else:
                 return self._judge(batch, body, answer, content)
+
+    def _suspect(self, batch: Batch, body: Body, exc: DispatchError) -> None:
+        """Note for the next attempts what was on its way when the link broke."""
+        until = time.monotonic() + SUSPICION_S
+        with self._turn:
+            known, most = self._suspects
+            self._suspects = known.union(item.path for item in batch.items), min(most, -(-len(batch.items) // 4))
+            _stumbled[self._key + self.plan.dispatch_id] = (*self._suspects, until)
+            if isinstance(exc, Interrupted) and len(batch.items) > 1 and body.length > LEAST_LIMIT_BYTES:
+                _suspected[self._key] = (max(LEAST_LIMIT_BYTES, body.length // 4), until)
 
     def _post(self, body: Body) -> tuple[Answer, bytes]:
         headers = {

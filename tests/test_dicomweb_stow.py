@@ -43,6 +43,7 @@ def server() -> Iterator[Scripted]:
 def forgetful(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give each test a process that has met no server yet."""
     monkeypatch.setattr(stow, "_suspected", {})
+    monkeypatch.setattr(stow, "_stumbled", {})
     monkeypatch.setattr(http, "_without_continue", set())
 
 
@@ -612,6 +613,29 @@ def test_proxy_that_resets_instead_of_413(server: Scripted, tmp_path: Path) -> N
     assert errors[-1] is None
     assert len(errors) <= 3
     assert all(isinstance(error, Interrupted) for error in errors[:-1])
+
+
+@pytest.mark.parametrize("fault", [Reply(resets=True), Reply(hangs=True)])
+@pytest.mark.parametrize("concurrency", [1, 4])
+def test_server_that_breaks_down_at_one_instance(
+    server: Scripted, tmp_path: Path, fault: Reply, concurrency: int
+) -> None:
+    studies.ct(tmp_path, 24)
+    plan = scan([tmp_path])
+    poison = uids(plan)[3]
+
+    def breaks(request: Request) -> Reply | None:
+        server.script.append(breaks)
+        return fault if poison in request.uids else None
+
+    server.script = [breaks] * 4
+    target = dicomweb_target(server.url, concurrency=concurrency, batch_items=8, idle_timeout_s=0.3)
+    done: set[str] = set()
+    for _ in range(5):
+        sent = attempt(target, plan, done=done)
+        assert isinstance(sent.error, Interrupted | TimedOut)
+        done |= sent.arrived
+    assert len(done) == 23
 
 
 # ---- early answers, Expect
