@@ -43,7 +43,8 @@ SUSPICION_S = 900.0
 LEAST_LIMIT_BYTES = 256_000  # no proxy's limit is lower
 _suspected: dict[str, tuple[int, float]] = {}
 # A server may also break down at one instance, each time that it gets it. So what was on its way when the link broke
-# goes last in the next attempt, and in quarters: by dispatch and place, the paths, most instances together, until when.
+# goes last in the next attempt, and then in quarters: by dispatch and place, the paths, most of them in one request,
+# until when.
 _stumbled: dict[str, tuple[frozenset[str], int, float]] = {}
 
 
@@ -74,11 +75,10 @@ class Store:
             batch_bytes = min(batch_bytes, limit)
         self._suspects: tuple[frozenset[str], int] = frozenset(), batch_items
         suspects, most, until = _stumbled.get(self._key + plan.dispatch_id, (frozenset(), 1, 0.0))
-        if time.monotonic() > until:
-            suspects = frozenset()
+        self._stumbled = suspects if time.monotonic() < until else frozenset[str]()
         parts: tuple[list[Item], list[Item]] = [], []
         for item in plan.pending:
-            parts[item.path in suspects].append(item)
+            parts[item.path in self._stumbled].append(item)
         self._queue = deque(batches(parts[False], batch_bytes, batch_items, concurrency))
         self._queue += batches(parts[True], batch_bytes, min(most, batch_items), concurrency)
         self._workers = min(concurrency, max(1, len(self._queue)))
@@ -171,7 +171,10 @@ class Store:
         until = time.monotonic() + SUSPICION_S
         with self._turn:
             known, most = self._suspects
-            self._suspects = known.union(item.path for item in batch.items), min(most, -(-len(batch.items) // 4))
+            paths = [item.path for item in batch.items]
+            if self._stumbled.issuperset(paths):
+                most = min(most, -(-len(paths) // 4))
+            self._suspects = known.union(paths), most
             _stumbled[self._key + self.plan.dispatch_id] = (*self._suspects, until)
             if isinstance(exc, Interrupted) and len(batch.items) > 1 and body.length > LEAST_LIMIT_BYTES:
                 _suspected[self._key] = (max(LEAST_LIMIT_BYTES, body.length // 4), until)
