@@ -28,6 +28,7 @@ XML = "application/dicom+xml"
 # JSON first; XML for servers that have nothing else. Orthanc takes the first that it knows.
 ACCEPT = f"{JSON}, {XML};q=0.9, application/json;q=0.8, application/xml;q=0.7"
 
+RESULT_BYTES = 128 << 20  # of a search: servers without pages give all at once, some 1 kB for each result
 # What a status means where nothing more specific is known of the request.
 STATUS_ERRORS: dict[int, type[DispatchError]] = {
     401: Denied,
@@ -120,9 +121,9 @@ class Service:
         return Busy(text, retry_after=answer.retry_after) if kind is Busy else kind(text)
 
     def get(self, path: str, accept: str) -> tuple[int, Answer, bytes]:
-        """Fetch a small resource; returns status, head and body."""
+        """Fetch what a search finds; returns status, head and body."""
         with self.session.request("GET", path, {"Accept": accept}) as answer:
-            return answer.status, answer, answer.read()
+            return answer.status, answer, answer.read(RESULT_BYTES)
 
 
 def pause(seconds: float, check: Callable[[], None]) -> None:

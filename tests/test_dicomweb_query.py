@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,17 @@ def test_server_ignores_offset_and_limit(many: Scripted) -> None:
     many.ignores = {"offset", "limit"}
     matches = found(many)
     assert len(matches) == len(study_uids(matches)) == 50
+
+
+def test_server_gives_much_at_once(many: Scripted) -> None:
+    many.ignores = {"offset", "limit"}
+    usual = many._search
+
+    def search(segments: list[str], query: list[tuple[str, str]]) -> Reply:
+        return replace(usual(segments, query), body=usual(segments, query).body + b" " * (20 << 20))
+
+    many._search = search  # type: ignore[method-assign]
+    assert len(study_uids(found(many))) == 50
 
 
 @pytest.mark.parametrize("cap", [10, 20, 25])
