@@ -383,3 +383,22 @@ def test_thousands_of_files_are_read_quickly(tmp_path: Path) -> None:
     begun = time.monotonic()
     assert len(scan([tmp_path]).items) == 2000
     assert time.monotonic() - begun < 10  # half a second on an idle machine
+
+
+def test_a_slow_share_is_read_in_threads_and_the_order_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    studies.ct(tmp_path, 200)
+    at_once, most, really = 0, 0, os.open
+
+    def slow(path: str, *rest: int) -> int:
+        nonlocal at_once, most
+        at_once += 1
+        most = max(most, at_once)
+        time.sleep(0.01)
+        at_once -= 1
+        return really(path, *rest)
+
+    monkeypatch.setattr("transfer.plan.os.open", slow)
+    items = scan([tmp_path]).items
+    assert [item.path for item in items] == sorted(path.name for path in tmp_path.iterdir())
+    assert all(item.header for item in items)
+    assert most > 1
