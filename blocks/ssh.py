@@ -84,7 +84,10 @@ class SshTarget(Target, ABC):
     @field_validator("user")
     @classmethod
     def _user(cls, value: str) -> str:
-        return check_argument(value.strip())
+        value = check_argument(value.strip())
+        if any(char in value for char in "\"'`$;|&<>(){}"):  # ssh of today refuses these as well
+            raise ValueError(f"{value!r} is not the name of a user: it holds a sign that shells know")
+        return value
 
     @field_validator("folder")
     @classmethod

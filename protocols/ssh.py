@@ -314,7 +314,13 @@ class Client:
 
 
 def remote_shell(argv: list[str]) -> str:
-    """Return an ssh command as rsync's -e takes it: split at blanks, with quotes but no backslashes (rsync(1))."""
+    """Return an ssh command as rsync's -e takes it: split at blanks, with quotes but no backslashes (rsync(1)).
+
+    Raises:
+        Misconfigured: an argument holds both kinds of quotes, which can't be written so.
+    """
+    if odd := next((arg for arg in argv if "'" in arg and '"' in arg), None):
+        raise Misconfigured(f"rsync can't be given {odd!r}: it holds both kinds of quotes")
     return " ".join(f"'{arg}'" if "'" not in arg else f'"{arg}"' for arg in argv)
 
 

@@ -187,6 +187,9 @@ def test_a_host_that_is_not_there_is_unreachable_even_if_pinned(
     [
         ("user", "-oProxyCommand=touch owned"),
         ("user", "a\nb"),
+        ("user", """a'b" -oProxyCommand=id\t"""),
+        ("user", """a'b" -oProxyCommand=id \""""),
+        ("user", "$(id)"),
         ("host", "-oProxyCommand=touch owned"),
         ("host", "host name"),
         ("host", "host;id"),
