@@ -7,6 +7,7 @@ import re
 from abc import ABC
 from enum import StrEnum
 from typing import ClassVar
+from urllib.parse import urlsplit
 
 from prefect.blocks.core import Block
 from pydantic import ConfigDict, Field, SecretStr, field_validator, model_validator
@@ -45,6 +46,7 @@ class Target(Block, ABC):
     type_name: ClassVar[str] = ""  # in targets.yaml
     can_query: ClassVar[bool] = False  # whether `query` and `both` are directions of this type
     where: ClassVar[tuple[str, ...]] = ()  # the fields that say where the data goes
+    host_in: ClassVar[str] = ""  # the field that names the host, alone or in a URL
     _block_schema_capabilities: ClassVar[list[str]] = ["talaria-target"]
 
     direction: Direction = Field(
@@ -114,6 +116,12 @@ class Target(Block, ABC):
     def places(self, origin: Origin) -> list[str]:
         """What of a study's origin decides where its data goes; empty where that is the target's own matter."""
         return []
+
+    @property
+    def node(self) -> str:
+        """Name or address of the host that the target is on; "" if it is on none, or the settings don't say."""
+        value = str(getattr(self, self.host_in) or "") if self.host_in else ""
+        return (urlsplit(value).hostname or "") if "://" in value else value
 
     @property
     def stores(self) -> bool:

@@ -43,6 +43,7 @@ pacs = DicomTarget.load("BLOCK_NAME")
     type_name: ClassVar[str] = "dicom"
     can_query: ClassVar[bool] = True
     where: ClassVar[tuple[str, ...]] = ("host", "port", "aet_target", "pass_receiver_aet")
+    host_in: ClassVar[str] = "host"
 
     host: str = Field(
         description="Host name or IP address; the word sender stands for the node that the study came from."
@@ -109,6 +110,11 @@ pacs = DicomTarget.load("BLOCK_NAME")
         if 0 < value < MIN_PDU:
             raise ValueError(f"max_pdu must be 0 (no limit) or at least {MIN_PDU} bytes")
         return value
+
+    @property
+    def node(self) -> str:
+        """The node's host; "" for one that is known only when a study has come from it."""
+        return "" if self.host == SENDER else super().node
 
     def places(self, origin: Origin) -> list[str]:
         """The sender's address and the title that it called, where the target takes them over."""

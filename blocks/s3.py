@@ -63,6 +63,7 @@ cloud = S3Target.load("BLOCK_NAME")
 
     type_name: ClassVar[str] = "s3"
     where: ClassVar[tuple[str, ...]] = ("endpoint_url", "bucket", "prefix", "layout")
+    host_in: ClassVar[str] = "endpoint_url"
 
     bucket: str = Field(description="Name of the bucket, which must exist, or the ARN of an access point.")
     prefix: str = Field(default="", description="What the keys of all objects begin with, without slashes around it.")

@@ -30,6 +30,7 @@ class SshTarget(Target, ABC):
     """A folder on a server that is reached over SSH."""
 
     where: ClassVar[tuple[str, ...]] = ("host", "port", "user", "folder", "layout")
+    host_in: ClassVar[str] = "host"
 
     host: str = Field(description="Host name or IP address of the server.")
     port: int = Field(default=22, ge=1, le=65_535, description="TCP port of the server's SSH.")

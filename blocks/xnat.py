@@ -51,6 +51,7 @@ x = XnatTarget.load("BLOCK_NAME")
 
     type_name: ClassVar[str] = "xnat"
     where: ClassVar[tuple[str, ...]] = ("host", "project_id", "destination")
+    host_in: ClassVar[str] = "host"
 
     host: str = Field(description="Base URL of the XNAT server, as in https://xnat.example.org.")
     project_id: str = Field(description="ID of the project, which is not its title or its running title.")

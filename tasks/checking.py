@@ -9,19 +9,27 @@ from typing import Any
 from prefect.artifacts import acreate_table_artifact
 
 from blocks.base import Target
+from protocols.ping import Ping
 from tasks import DRIVERS
-from transfer.health import Health
+from transfer.health import FAILED, OK, SKIPPED, Health
 from transfer.home import Home
 from transfer.ledger import write_json
 
 
 def check_target(target: Target) -> Health:
-    """Run a target's staged probes.
+    """Run a target's staged probes; its host is pinged meanwhile, for people to know.
 
     Raises:
         Misconfigured: its type has no driver.
     """
-    return DRIVERS.of(target).check(target)
+    driver = DRIVERS.of(target)
+    ping = Ping(target.node) if target.node else None
+    health = driver.check(target)
+    if ping is not None:
+        echo = ping.result()
+        result = SKIPPED if echo.answered is None else OK if echo.answered else FAILED
+        health.hint("ping", result, ping.ms, echo.detail, after="resolve")
+    return health
 
 
 async def report_health(target: Target, health: Health) -> None:

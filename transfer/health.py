@@ -54,6 +54,11 @@ class Health:
             probe.ms = round((time.monotonic() - begun) * 1000, 1)
             self.probes.append(probe)
 
+    def hint(self, name: str, result: str, ms: float, detail: str, after: str = "") -> None:
+        """Add what makes no target unhealthy, behind the probe `after` if there is one."""
+        at = next((n + 1 for n, probe in enumerate(self.probes) if probe.name == after), 0)
+        self.probes.insert(at, Probe(name, result, ms, detail, informative=True))
+
     def skip(self, *names: str, why: str = "an earlier probe failed") -> None:
         """Tell which probes were not made."""
         self.probes.extend(Probe(name, SKIPPED, detail=why) for name in names)
