@@ -121,7 +121,7 @@ class ClientCredentials:
             return self._fetch(check)
         except DispatchError as exc:
             if not isinstance(exc, Cancelled):
-                self._failed = time.monotonic(), exc
+                self._failed = time.monotonic(), copy(exc)  # without its traceback, which holds a whole push
             raise
 
     def _fetch(self, check: Callable[[], None]) -> _Token:
