@@ -6,6 +6,7 @@ component groups (alphabetic, ideographic, phonetic) matches as a whole or by on
 
 from __future__ import annotations
 
+import calendar
 import re
 from collections.abc import Callable, Iterable, Iterator
 
@@ -93,18 +94,45 @@ def _trimmed(name: str) -> str:
     return "=".join(group.strip().rstrip("^ ") for group in name.split("=")).rstrip("=")
 
 
+def in_days(period: str) -> str:
+    """The same date, or range of dates, with ends that are days: servers know no months and years (PS3.5 table 6.2-1).
+
+    Raises:
+        Misconfigured: it is neither.
+    """
+    first, last = _ends(period)
+    if first == last and len(first) == 8:
+        return first
+    if last:
+        month = last[4:6] or "12"
+        last = last[:4] + month + (last[6:] or _last_day(last[:4], month))
+    return f"{first + '0101'[len(first) - 4 :] if first else ''}-{last}"
+
+
+def _last_day(year: str, month: str) -> str:
+    try:
+        return f"{calendar.monthrange(int(year), int(month))[1]:02}"
+    except (calendar.IllegalMonthError, ValueError):  # no month of any year
+        return "31"
+
+
+def _ends(period: str) -> tuple[str, str]:
+    parsed = _DATE.fullmatch(period.strip())
+    if not parsed or not (parsed[1] or parsed[3]) or (not parsed[2] and len(parsed[1] or "") != 8):
+        raise Misconfigured(
+            f"study date {period!r}: must be YYYYMMDD, or a range such as 20240101-20240131, -20240131 or 20240101-"
+        )
+    first = parsed[1] or ""
+    return first, (parsed[3] or "") if parsed[2] else first
+
+
 def between(period: str) -> Test:
     """A date, or a range of dates that includes its ends; an end may be left out, and may be a month or a year.
 
     Raises:
         Misconfigured: it is neither.
     """
-    parsed = _DATE.fullmatch(period.strip())
-    if not parsed or not (parsed[1] or parsed[3]) or (not parsed[2] and len(parsed[1] or "") != 8):
-        raise Misconfigured(
-            f"study date {period!r}: must be YYYYMMDD, or a range such as 20240101-20240131, -20240131 or 20240101-"
-        )
-    first, last = parsed[1] or "", (parsed[3] or "") if parsed[2] else parsed[1]
+    first, last = _ends(period)
 
     def matches(value: str) -> bool:
         date = value.strip().replace(".", "")  # ACR-NEMA wrote 2024.01.31

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from protocols import dicomweb
-from protocols.dicommatch import of_series, of_study
+from protocols.dicommatch import in_days, of_series, of_study
 from protocols.dicomweb import Attributes, Service, keyworded
 from protocols.words import forms
 from transfer.errors import DispatchError, Misconfigured, NotFound
@@ -142,7 +142,7 @@ def _study_keys(service: Service, query: Query) -> Iterator[Keys]:
         for keyword, value in (
             ("PatientID", query.PatientID),
             ("PatientName", query.PatientName),
-            ("StudyDate", query.StudyDate),
+            ("StudyDate", query.StudyDate.strip() and in_days(query.StudyDate)),
         )
         if value.strip()
     ]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protocols.dicommatch import between, like, named, of_series, of_study, one_of
+from protocols.dicommatch import between, in_days, like, named, of_series, of_study, one_of
 from transfer.errors import Misconfigured
 from transfer.query import Query
 
@@ -62,6 +62,24 @@ def test_range_of_months_and_years_includes_the_last(day: str) -> None:
     assert between(f"{day[:6]}-{day[:6]}")(day)
     assert not between(f"-{int(day[:4]) - 1}")(day)
     assert not between("19000101-")("")
+
+
+@pytest.mark.parametrize(
+    ("period", "days"),
+    [
+        ("20240229", "20240229"),
+        (" 20240101-20240131 ", "20240101-20240131"),
+        ("2023-2024", "20230101-20241231"),
+        ("202302-202402", "20230201-20240229"),
+        ("-202302", "-20230228"),
+        ("2024-", "20240101-"),
+        ("202406-", "20240601-"),
+        ("20240101-20240101", "20240101"),
+        ("-202399", "-20239931"),
+    ],
+)
+def test_servers_are_asked_for_days(period: str, days: str) -> None:
+    assert in_days(period) == days
 
 
 @pytest.mark.parametrize(

@@ -250,6 +250,7 @@ def archive(server: Scripted, request: pytest.FixtureRequest) -> Scripted:
         (Query(StudyDate="20240110-20240210"), {"A2", "A3"}),
         (Query(StudyDate="-20240115"), {"A1", "A2"}),
         (Query(StudyDate="20240201-"), {"A3", "A10", ""}),
+        (Query(StudyDate="202401-202401"), {"A1", "A2"}),
         (Query(Modality="MR"), {"A2", "A10"}),
         (Query(StudyDescription=("Thorax",)), {"A1", "A10"}),
         (Query(StudyDescription=("Thorax", "Kopf, nativ")), {"A1", "A2", "A10"}),
