@@ -272,7 +272,8 @@ def test_filters(archive: Scripted, query: Query, accessions: set[str], level: s
 
 @pytest.mark.parametrize("key", ["AccessionNumber", "StudyDescription", "SeriesDescription"])
 def test_list_of_blanks_asks_for_nothing(archive: Scripted, key: str) -> None:
-    assert found(archive, Query(**{key: ("", " ")})) == []
+    keys: dict[str, Any] = {key: ("", " ")}
+    assert found(archive, Query(**keys)) == []
     assert not archive.requests
 
 
