@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -9,14 +10,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import httpx
 import psutil
 import yaml
+from prefect.context import refresh_global_settings_context
 
+from talaria.__main__ import main
 from tests.servers.process import free_port, stop
 
 READY_S = 180  # the first start migrates the database
@@ -109,6 +113,31 @@ class Talaria:
         assert ran.returncode == code, f"{args}: exit code {ran.returncode}\n{ran.stdout}\n{ran.stderr}"
         return json.loads(ran.stdout)
 
+    def here(self, *args: str) -> subprocess.CompletedProcess[str]:
+        """Run a command beside a running `talaria up`, within this process: it takes a tenth of the time.
+
+        What is the same in any process may be tested so; Prefect is imported once.
+        """
+        out, err = io.StringIO(), io.StringIO()
+        with (
+            mock.patch.dict(os.environ, self.env),
+            mock.patch.object(sys, "argv", ["talaria", *args]),
+            redirect_stdout(out),
+            redirect_stderr(err),
+        ):
+            try:
+                main()
+            except SystemExit as exc:
+                code = int(exc.code or 0)
+        refresh_global_settings_context()
+        return subprocess.CompletedProcess(args, code, out.getvalue(), err.getvalue())
+
+    def told(self, *args: str, code: int = 0) -> Any:
+        """As `json`, with `here`."""
+        ran = self.here(*args, "--json")
+        assert ran.returncode == code, f"{args}: exit code {ran.returncode}\n{ran.stdout}\n{ran.stderr}"
+        return json.loads(ran.stdout)
+
     def background(self, *args: str) -> subprocess.Popen[bytes]:
         """Start a command and leave it running."""
         with (self.folder / "background.log").open("ab") as out:
@@ -126,13 +155,17 @@ class Talaria:
         """Save targets; underscores of their names stand for dashes."""
         path = self.folder / "targets.yaml"
         path.write_text(yaml.safe_dump({"targets": {name.replace("_", "-"): one for name, one in targets.items()}}))
-        ran = self("target", "apply", str(path))
+        ran = (self.here if self.process else self)("target", "apply", str(path))
         assert ran.returncode == 0, ran.stderr
 
     def api(self, method: str, path: str, **body: Any) -> Any:
         """Call the Prefect API as any client with the password may."""
         user, _, password = (self.home / "api.auth").read_text().strip().partition(":")
-        answer = httpx.request(method, self.url + path, json=body or None, auth=(user, password), timeout=60)
+        for _ in range(50):
+            answer = httpx.request(method, self.url + path, json=body or None, auth=(user, password), timeout=60)
+            if answer.status_code != 503:
+                break
+            time.sleep(0.2)  # on SQLite, so answers a server that another client writes to; Prefect's client asks again
         answer.raise_for_status()
         return answer.json() if answer.content else None
 
