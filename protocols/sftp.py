@@ -213,6 +213,21 @@ class Sftp:
 
     # ---- names
 
+    async def listdir(self, path: bytes) -> list[bytes]:
+        """Return the names in a folder."""
+        handle = take(await self._ask(wire.OPENDIR, string(path), path=path, wanted=wire.HANDLE))
+        names: list[bytes] = []
+        try:
+            while True:
+                names += wire.names_of(await self._ask(wire.READDIR, string(handle), path=path, wanted=wire.NAME))
+        except Status as exc:
+            if exc.code != Code.EOF:
+                raise
+        finally:
+            with suppress(Status, DispatchError):
+                await self.close_file(handle)
+        return names
+
     async def mkdir(self, path: bytes) -> None:
         await self._ask(wire.MKDIR, string(path), struct.pack(">I", 0), path=path)
 

@@ -17,6 +17,7 @@ OPENDIR, READDIR, REMOVE, MKDIR, RMDIR, REALPATH, STAT, RENAME = 11, 12, 13, 14,
 STATUS, HANDLE, DATA, NAME, ATTRS, EXTENDED, EXTENDED_REPLY = 101, 102, 103, 104, 105, 200, 201
 FLAG_READ, FLAG_WRITE, FLAG_CREATE, FLAG_TRUNCATE, FLAG_EXCLUSIVE = 0x01, 0x02, 0x08, 0x10, 0x20
 HAS_SIZE, HAS_OWNER, HAS_MODE, HAS_TIMES, HAS_EXTENDED = 0x1, 0x2, 0x4, 0x8, 0x80000000
+FIXED = ((HAS_SIZE, 8), (HAS_OWNER, 8), (HAS_MODE, 4), (HAS_TIMES, 8))  # attributes and their bytes (draft section 5)
 HEAD_BYTES = 9  # length, type, request id
 
 Answered = Callable[[int, bytes], None]
@@ -172,6 +173,25 @@ def attributes_of(body: bytes) -> Attributes:
     if flags & HAS_MODE:
         mode = int.from_bytes(body[at : at + 4], "big")
     return Attributes(size, mode)
+
+
+def names_of(body: bytes) -> list[bytes]:
+    """Read an answer to READDIR (draft section 7): the names, without what else it says of each."""
+    names, at = [], 4
+    for _ in range(int.from_bytes(body[:4], "big")):
+        if at >= len(body):
+            break
+        name = take(body, at)
+        names.append(name)
+        at += 4 + len(name)
+        at += 4 + int.from_bytes(body[at : at + 4], "big")  # the line for people
+        flags = int.from_bytes(body[at : at + 4], "big")
+        at += 4 + sum(size for flag, size in FIXED if flags & flag)
+        if flags & HAS_EXTENDED:
+            count, at = int.from_bytes(body[at : at + 4], "big"), at + 4
+            for _ in range(min(2 * count, len(body))):
+                at += 4 + int.from_bytes(body[at : at + 4], "big")
+    return names
 
 
 def space_of(body: bytes) -> Space | None:

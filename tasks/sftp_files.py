@@ -73,6 +73,7 @@ class Sending:
         self.posix = True
         self.sized = True  # whether the server tells lengths
         self.notes: list[str] = []
+        self.found: set[str] = set()  # folders that were there before: an earlier attempt may have left something
 
     async def files(self, sessions: list[Sftp]) -> None:
         """Deliver what is pending; further connections are added to `sessions`."""
@@ -83,6 +84,7 @@ class Sending:
             more = group.create_task(self.connect_more(sessions, group))
             await self.work(sessions[0])
             more.cancel()
+        await self.clear(sessions[0])
         if not self.renames:
             self.notes.append("the server can't rename: files were visible while they were being written")
         if not self.sized:
@@ -118,6 +120,7 @@ class Sending:
         """Make a dispatch's folder and what is missing above it."""
         try:
             if (await session.stat(encoded(path))).is_folder:
+                self.found.add(path)
                 return
         except Status:
             pass
@@ -252,9 +255,18 @@ class Sending:
             raise error from exc
 
     def temporary(self, item: Item, final: bytes) -> bytes:
-        """A name beside the final one that every attempt at this dispatch gives to this file."""
-        mark = hashlib.sha256(item.path.encode("utf-8", "surrogateescape")).hexdigest()[:16]
-        return posixpath.dirname(final) + f"/.incoming-{self.plan.dispatch_id}-{mark}".encode()
+        """A name beside the final one that every attempt at this dispatch gives to this file, as it is now.
+
+        What came of a file that has changed since would be gone on with, and a sample may not show the change.
+        """
+        what = f"{item.path}\0{item.size}\0{item.mtime_ns}"
+        mark = hashlib.sha256(what.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+        return posixpath.dirname(final) + b"/" + self.hidden + mark.encode()
+
+    @property
+    def hidden(self) -> bytes:
+        """What the names of this dispatch's temporary files begin with."""
+        return f".incoming-{self.plan.dispatch_id}-".encode()
 
     async def write(self, session: Sftp, item: Item, fd: int, path: bytes, *, resume: bool) -> None:
         """Write a file whole; what the server keeps has been compared with the plan when this returns."""
@@ -343,6 +355,23 @@ class Sending:
             except Status:
                 raise exc from None
             await session.rename(old, new)
+
+    async def clear(self, session: Sftp) -> None:
+        """Remove what earlier attempts have left of files that have changed, or are not to be sent any more."""
+        below = {
+            posixpath.dirname(folder.final(item))
+            for folder in self.folders
+            if folder.path in self.found
+            for item in folder.items
+        }
+
+        async def one(path: bytes) -> None:
+            with suppress(Status):
+                for name in await session.listdir(path):
+                    if name.startswith(self.hidden):
+                        await session.remove(path + b"/" + name)
+
+        await each(below, FILES_AT_ONCE, one)
 
     async def pace(self, count: int) -> None:
         if delay := self.throttle.delay(count):
