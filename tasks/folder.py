@@ -293,6 +293,9 @@ class _Push:
             outcomes = [Outcome(Kind.DELIVERED)] * len(items)
             touched.add(place.final.parent)
         else:
+            # It is not complete any more, whoever marked it.
+            with suppress(FileNotFoundError, IsADirectoryError, PermissionError):
+                (place.final / MARKER).unlink()
             outcomes = [self._merge(place, item, touched) for item in items]
         for folder in touched:
             fs.flush_folder(folder)

@@ -101,6 +101,24 @@ def test_two_dispatches_share_a_folder(archive: Path, study: Path) -> None:
     assert os.listdir(archive) == [studies.PATIENT_ID]
 
 
+def test_a_folder_is_not_marked_while_another_dispatch_comes_into_it(archive: Path, study: Path) -> None:
+    for number in range(1, 4):
+        studies.dicom(study / ("one" if number == 1 else "two") / f"{number}.dcm")
+    delivered(attempt(target(archive, **SAME), study / "one"))
+    marker = archive / studies.PATIENT_ID / ".complete"
+    assert marker.exists()
+    obstacle = marker.with_name("3.dcm")
+    obstacle.mkdir()
+    seen = []
+    sent = attempt(target(archive, **SAME), study / "two", told=lambda *_: seen.append(marker.exists()))
+    assert set(sent.rejected) == {"3.dcm"}
+    assert seen == [False, False]
+    assert not marker.exists(), "marked as complete, but a file is missing"
+    obstacle.rmdir()
+    delivered(attempt(target(archive, **SAME), sent.plan, done=sent.arrived))
+    assert marker.exists()
+
+
 def test_many_dispatches_into_one_folder_at_once(archive: Path, study: Path) -> None:
     wanted = {}
     for number in range(6):
