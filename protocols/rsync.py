@@ -174,7 +174,8 @@ class Rsync:
             "-e",
             remote_shell(client.argv(*ssh_options, log=log)),
             f"{source}/",
-            f"{f'[{host}]' if ':' in host else host}:{folder}/",
+            # A relative folder that begins with a colon would name a module of an rsync daemon.
+            f"{f'[{host}]' if ':' in host else host}:{folder if folder.startswith('/') else f'./{folder}'}/",
         ]
         # With "./" before each: even in a list with NULs rsync takes a name that begins with # or ; for a comment.
         listed = client.file(b"".join(b"./" + path.encode("utf-8", "surrogateescape") + b"\0" for path in paths))

@@ -346,11 +346,12 @@ def test_missing_parents_are_made_and_a_relative_folder_begins_at_home(tmp_path:
     studies.ct(study, 1)
     assert attempt(target(tmp_path / "x" / "y z" / "it's"), study).require().state is State.DELIVERED
     with ordinary(tmp_path) as (server, home):
-        for folder in ("~/of mine/deep", "."):
-            one = target(folder, server)
+        for folder in ("~/of mine/deep", ".", ":module"):  # the last one is no daemon's
+            one = target(folder, server, verify=Level.LISTED)
             assert DRIVERS.of(one).check(one).ok
             sent = attempt(one, study)
             assert sent.require().state is State.DELIVERED
+            assert attempt(one, sent.plan, done=sent.arrived).require().verified is Level.LISTED
             place = home / one.folder if IS_ROOT else Path.home() / one.folder
             assert RemoteFolder(place, one).read_back(sent.plan) == content(sent)
 
