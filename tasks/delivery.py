@@ -99,10 +99,9 @@ class Delivery:
         self.error = None
         begun = time.monotonic()
         plan, key = self.plan, self.key
-        lock = hashlib.sha256("\0".join(key).encode()).hexdigest()[:24]
         try:
             # The same dispatch to the same place, started twice: the second waits, then finds all of it done.
-            with self.home.exclusive(lock, OnOutcome(cancelled=self.cancelled).check):
+            with self.home.exclusive(self._lock("push"), OnOutcome(cancelled=self.cancelled).check):
                 if self._before is None:
                     self.ledger.begin(*key, force=self._force)
                 known = self.ledger.outcomes(*key[:2], plan.items, key[2])
@@ -142,8 +141,15 @@ class Delivery:
         """
         if self.driver.hook is None:
             raise TypeError(f"targets of type {self.target.type_name} have no hook")
-        key = self.key
         on_outcome = OnOutcome(cancelled=self.cancelled)
+        # The same dispatch, started twice: the second waits, then finds that it has been run.
+        with self.home.exclusive(self._lock("hook"), on_outcome.check):
+            if not self._hook_is_done():
+                self._run_hook(on_outcome)
+
+    def _run_hook(self, on_outcome: OnOutcome) -> None:
+        assert self.driver.hook is not None  # noqa: S101 - for the type checker
+        key = self.key
         failure: DispatchError | None = None
         try:
             result = self.driver.hook(self.target, self.plan, on_outcome)
@@ -167,11 +173,16 @@ class Delivery:
         """Whether there is a hook to run: it is configured, everything arrived, and it has not been done before."""
         if self.driver.hook is None or not getattr(self.target, "on_complete", None):
             return False
+        return not self._hook_is_done() and self.receipt().state is State.DELIVERED
+
+    def _hook_is_done(self) -> bool:
         row = self.ledger.hook(self.plan.dispatch_id, self.target.name)
         if row and row.outcome == "done":
             self.hook = "done"
-            return False
-        return self.receipt().state is State.DELIVERED
+        return self.hook == "done"
+
+    def _lock(self, what: str) -> str:
+        return hashlib.sha256("\0".join((*self.key, what)).encode()).hexdigest()[:24]
 
     def receipt(self) -> Receipt:
         """What became of the plan so far, over all attempts of this run."""

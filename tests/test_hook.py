@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -353,3 +354,17 @@ def test_it_has_a_retry_policy_of_its_own(target: SshTarget) -> None:
     assert hook_delay_before(3, target) == 7, "what the push may wait at most shortens no first delay"
     push = push_task(DRIVERS.of(target), target)
     assert (push.name, push.retries) == (f"push-{target.type_name}", 8)
+
+
+def test_it_runs_once_though_the_dispatch_was_started_twice(
+    target: SshTarget, study: Path, ledger: Ledger, tmp_path: Path
+) -> None:
+    install(target, SCRIPT + "sleep 1\n")
+    both = [delivery(target, study, ledger, tmp_path) for _ in range(2)]
+    for one in both:
+        one.push()
+        assert one.wants_hook
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(Delivery.run_hook, both))
+    assert [one.receipt().hook for one in both] == ["done", "done"]
+    assert len(calls(target)) == 1
