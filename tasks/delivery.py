@@ -152,7 +152,7 @@ class Delivery:
         key = self.key
         failure: DispatchError | None = None
         try:
-            result = self.driver.hook(self.target, self.plan, on_outcome)
+            result = self.driver.hook(self.target, self.plan, on_outcome, _Ran(self.ledger, *key))
         except DispatchError as exc:
             exc.target = exc.target or self.target.name
             result, failure = HookResult(None, exc.message), exc
@@ -219,6 +219,24 @@ class Delivery:
             self._told[item.path] = outcome
 
         return record
+
+
+class _Ran:
+    """The folders of a dispatch for which the script has ended well, in the ledger; their names may be a patient's."""
+
+    def __init__(self, ledger: Ledger, dispatch_id: str, destination: str, endpoint: str) -> None:
+        self._ledger, self._dispatch_id, self._endpoint = ledger, dispatch_id, endpoint
+        self._destination = destination
+
+    def __contains__(self, folder: object) -> bool:
+        return self._ledger.hook(self._dispatch_id, self._row(folder)) is not None
+
+    def add(self, folder: str) -> None:
+        self._ledger.record_hook(self._dispatch_id, self._row(folder), self._endpoint, "done", 0, "")
+
+    def _row(self, folder: object) -> str:
+        mark = hashlib.sha256(str(folder).encode("utf-8", "surrogateescape")).hexdigest()[:24]
+        return f"{self._destination}/{mark}"
 
 
 class HookFailed(Retryable):

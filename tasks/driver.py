@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from blocks.base import Target
 from transfer.health import Health
@@ -22,6 +22,14 @@ class HookResult:
 
     exit_code: int | None
     output: str
+
+
+class Ran(Protocol):
+    """The folders that a target's own script has been run for with success; a set is one."""
+
+    def __contains__(self, folder: object, /) -> bool: ...
+
+    def add(self, folder: str, /) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -54,9 +62,9 @@ class Driver(Generic[T]):
             when `on_outcome.check()` does; never swallows what it doesn't know.
         find: yields what the target has, as the peer gives it.
         retrieve: fetches what the query names into a folder; the receipt compares with what was announced.
-        hook: runs the target's own script after everything is there; None of an argument's characters reaches a
-            shell unquoted. Raises Retryable if it could not be run for want of a link, Permanent if it can't be run
-            at all.
+        hook: runs the target's own script after everything is there, for every folder that is not among those given,
+            and adds those for which it ended well; none of an argument's characters reaches a shell unquoted. Raises
+            Retryable if it could not be run for want of a link, Permanent if it can't be run at all.
     """
 
     target: type[T]
@@ -64,5 +72,5 @@ class Driver(Generic[T]):
     push: Callable[[T, Plan, OnOutcome], Receipt]
     find: Callable[[T, Query], Iterator[Match]] | None = None
     retrieve: Callable[[T, Query, Path, OnOutcome], Receipt] | None = None
-    hook: Callable[[T, Plan, OnOutcome], HookResult] | None = None
+    hook: Callable[[T, Plan, OnOutcome, Ran], HookResult] | None = None
     facts: Facts = Facts()

@@ -12,7 +12,7 @@ from blocks.ssh import HostKeyPolicy, SshTarget
 from protocols.shell import NoScript, run_script
 from protocols.ssh import Client, Facts, Login, greeting, quote
 from protocols.sshkeys import private_key
-from tasks.driver import HookResult
+from tasks.driver import HookResult, Ran
 from transfer.errors import Denied, DispatchError, Misconfigured, Unreachable
 from transfer.health import Health
 from transfer.home import Home
@@ -71,10 +71,11 @@ def by_folder(target: SshTarget, plan: Plan) -> dict[str, list[Item]]:
     return folders
 
 
-def hook(target: SshTarget, plan: Plan, on_outcome: OnOutcome) -> HookResult:
+def hook(target: SshTarget, plan: Plan, on_outcome: OnOutcome, ran: Ran) -> HookResult:
     """Run `<folder>/<script> <destination folder> <target's name>` on the server, once per destination folder.
 
-    Every folder gets its run even if one fails; the result is the first that was not good.
+    Every folder gets its run even if one fails, and none another one once that was good; the result is the first that
+    was not.
 
     Raises:
         Retryable: the link was lost before it ended.
@@ -84,7 +85,7 @@ def hook(target: SshTarget, plan: Plan, on_outcome: OnOutcome) -> HookResult:
     bad: int | None = 0
     said: list[str] = []
     with named(target), Client(login(target)) as client:
-        folders = sorted(by_folder(target, plan))
+        folders = sorted(folder for folder in by_folder(target, plan) if folder not in ran)
         for name in folders:
             on_outcome.check()
             code, output = run_script(
@@ -96,6 +97,8 @@ def hook(target: SshTarget, plan: Plan, on_outcome: OnOutcome) -> HookResult:
             )
             said.append(f"{name}: {output}" if len(folders) > 1 else output)
             bad = bad if bad != 0 else code
+            if code == 0:
+                ran.add(name)
     return HookResult(bad, "\n".join(said))
 
 

@@ -71,10 +71,12 @@ def calls(target: SshTarget) -> list[list[str]]:
     return [words[at : at + 2] for at in range(0, len(words), 2)]
 
 
-def run(target: SshTarget, sent: Sent, on_outcome: OnOutcome | None = None) -> tuple[int | None, str]:
+def run(
+    target: SshTarget, sent: Sent, on_outcome: OnOutcome | None = None, ran: set[str] | None = None
+) -> tuple[int | None, str]:
     hook = DRIVERS.of(target).hook
     assert hook is not None
-    result = hook(target, sent.plan, on_outcome or OnOutcome())
+    result = hook(target, sent.plan, on_outcome or OnOutcome(), set() if ran is None else ran)
     return result.exit_code, result.output
 
 
@@ -368,3 +370,32 @@ def test_it_runs_once_though_the_dispatch_was_started_twice(
         list(pool.map(Delivery.run_hook, both))
     assert [one.receipt().hook for one in both] == ["done", "done"]
     assert len(calls(target)) == 1
+
+
+def test_of_several_folders_only_those_that_failed_get_another_run(
+    target: SshTarget, ledger: Ledger, tmp_path: Path
+) -> None:
+    for modality in ("CT", "MR", "US"):
+        studies.dicom(tmp_path / "study" / f"{modality}.dcm", Modality=modality)
+    target.layout = "{Modality}"
+    script = install(target, SCRIPT + 'case "$1" in */MR) exit 4;; esac\n')
+    one = delivery(target, tmp_path / "study", ledger, tmp_path)
+    one.push()
+    with pytest.raises(HookFailed, match="exit code 4"):
+        one.run_hook()
+    script.write_text(SCRIPT)
+    again = delivery(target, tmp_path / "study", ledger, tmp_path)
+    again.push()
+    assert again.wants_hook
+    again.run_hook()
+    assert again.receipt().hook == "done"
+    assert [call[0].rsplit("/", 1)[1] for call in calls(target)] == ["CT", "MR", "US", "MR"]
+    (tmp_path / "home").mkdir(exist_ok=True)
+    forced = Delivery(
+        DRIVERS.of(target), target, scan([tmp_path / "study"]), ledger, Home(tmp_path / "home"), threading.Event(),
+        force=True,
+    )  # fmt: skip
+    forced.push()
+    assert forced.wants_hook
+    forced.run_hook()
+    assert len(calls(target)) == 7

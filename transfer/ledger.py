@@ -96,7 +96,10 @@ class Ledger:
         with self._writing() as db:
             if force:
                 db.execute("DELETE FROM items WHERE dispatch_id=? AND destination=?", (dispatch_id, destination))
-                db.execute("DELETE FROM hooks WHERE dispatch_id=? AND destination=?", (dispatch_id, destination))
+                db.execute(
+                    "DELETE FROM hooks WHERE dispatch_id=? AND (destination=? OR destination GLOB ? || '/*')",
+                    (dispatch_id, destination, destination),
+                )
             else:
                 arrived = json.dumps([str(kind) for kind in ARRIVED])
                 db.execute(
@@ -105,8 +108,9 @@ class Ledger:
                     (dispatch_id, destination, endpoint, arrived),
                 )
                 db.execute(
-                    "DELETE FROM hooks WHERE dispatch_id=? AND destination=? AND endpoint<>?",
-                    (dispatch_id, destination, endpoint),
+                    "DELETE FROM hooks WHERE dispatch_id=? AND (destination=? OR destination GLOB ? || '/*')"
+                    " AND endpoint<>?",
+                    (dispatch_id, destination, destination, endpoint),
                 )
 
     def record(self, dispatch_id: str, destination: str, endpoint: str, item: Item, outcome: Outcome) -> None:
