@@ -11,9 +11,11 @@ import os
 import select
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from ipaddress import ip_address
 
 from protocols import tls
 from transfer.errors import Interrupted, TimedOut, Unreachable
@@ -39,6 +41,39 @@ def resolve(host: str, port: int) -> list[tuple[socket.AddressFamily, tuple[obje
     return [(family, address) for family, _, _, _, address in found]
 
 
+def resolve_within(
+    host: str, port: int, timeout_s: float, check: Callable[[], None]
+) -> list[tuple[socket.AddressFamily, tuple[object, ...]]]:
+    """Resolve as `resolve` does, in a thread: the system's resolver can't be stopped, and has its own idea of time.
+
+    Raises:
+        Unreachable: the name is not known, or not within `timeout_s`.
+    """
+    with suppress(ValueError):
+        ip_address(host.partition("%")[0])
+        return resolve(host, port)  # nobody has to be asked
+    found: list[list[tuple[socket.AddressFamily, tuple[object, ...]]]] = []
+    failed: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            found.append(resolve(host, port))
+        except BaseException as exc:
+            failed.append(exc)
+
+    thread = threading.Thread(target=work, name="resolve", daemon=True)
+    thread.start()
+    end = time.monotonic() + timeout_s
+    while thread.is_alive() and (left := end - time.monotonic()) > 0:
+        check()
+        thread.join(min(left, SLICE_S))
+    if failed:
+        raise failed[0]
+    if not found:
+        raise Unreachable(f"{host}: the name was not resolved within {timeout_s:g} s")
+    return found[0]
+
+
 def connect(host: str, port: int, timeout_s: float, check: Callable[[], None]) -> socket.socket:
     """Connect to the first address of a host that answers, each within `timeout_s`.
 
@@ -46,7 +81,7 @@ def connect(host: str, port: int, timeout_s: float, check: Callable[[], None]) -
         Unreachable: none does; the message has the reason of the last one.
     """
     failure: OSError = OSError("it has no address")
-    for family, address in resolve(host, port):
+    for family, address in resolve_within(host, port, timeout_s, check):
         sock = socket.socket(family, socket.SOCK_STREAM)
         try:
             sock.setblocking(False)

@@ -110,9 +110,8 @@ def check(target: DicomWebTarget) -> Health:
 def _probe_connection(health: Health, target: DicomWebTarget) -> None:
     origin = _origin(target, target.url, _tls(target))
     with health.probe("resolve") as probe:
-        probe.detail = ", ".join(
-            dict.fromkeys(str(address[0]) for _, address in link.resolve(origin.host, origin.port))
-        )
+        found = link.resolve_within(origin.host, origin.port, origin.connect_timeout_s, _go_on)
+        probe.detail = ", ".join(dict.fromkeys(str(address[0]) for _, address in found))
     if not health.ok:
         return
     sock: socket.socket | None = None

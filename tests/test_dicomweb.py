@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import pickle
+import socket
 import ssl
 import threading
 import time
@@ -29,6 +30,7 @@ from tests.servers.dicomweb import Reply, Request, Scripted, scripted, uid_of
 from tests.targets.dicomweb import dicomweb_target
 from transfer.errors import (
     Busy,
+    Cancelled,
     Denied,
     DispatchError,
     Interrupted,
@@ -517,6 +519,32 @@ def test_check_nobody_there() -> None:
 def test_check_says_that_credentials_go_unencrypted(server: Scripted) -> None:
     health = check(dicomweb_target(server.url, http_user="lab", http_password=PASSWORD))
     assert "unencrypted" in str(health.probes)
+
+
+def test_name_that_is_resolved_too_slowly(server: Scripted, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = threading.Event()
+    resolver = socket.getaddrinfo
+
+    def slow(host: str, *args: Any, **options: Any) -> Any:
+        if host != "localhost":
+            return resolver(host, *args, **options)
+        asked.wait(10)
+        return resolver(host, *args, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", slow)
+    url = server.url.replace("127.0.0.1", "localhost")
+    sent = attempt(dicomweb_target(url, connect_timeout_s=0.5), plan)
+    assert type(sent.error) is Unreachable
+    assert "not resolved within 0.5 s" in sent.error.message
+    assert sent.seconds < 3
+    cancelled = threading.Event()
+    timer = threading.Timer(0.3, cancelled.set)
+    timer.start()
+    assert type(attempt(dicomweb_target(url, connect_timeout_s=60), plan, cancelled=cancelled).error) is Cancelled
+    health = check(dicomweb_target(url, connect_timeout_s=0.5))
+    assert [probe.name for probe in health.probes if probe.result == "failed"] == ["resolve"]
+    asked.set()
+    assert attempt(dicomweb_target(url, connect_timeout_s=5), plan).require().state is State.DELIVERED
 
 
 def test_connection_that_is_never_made(plan: Plan) -> None:
