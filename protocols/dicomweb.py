@@ -6,6 +6,7 @@ PS3.19 Annex A (Native DICOM Model), RFC 9110 section 15.
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 import xml.etree.ElementTree as ElementTree
@@ -237,15 +238,21 @@ def keyworded(attributes: Attributes) -> dict[str, Any]:
     """Values by DICOM keyword: one value as it is, several as a list, none as ""; sequences are left out."""
     found: dict[str, Any] = {}
     for tag, element in attributes.items():
-        try:
-            keyword = keyword_for_tag(int(tag, 16))
-        except ValueError:
-            continue
+        keyword = _keyword(tag)
         if not keyword or not isinstance(element, dict) or element.get("vr") in ("SQ", "OB", "OW", "UN"):
             continue
         plain = [_plain(value) for value in values(attributes, tag)]
         found[keyword] = plain[0] if len(plain) == 1 else plain or ""
     return found
+
+
+@functools.lru_cache(maxsize=4096)  # a look into pydicom's dictionary takes longer than all the rest
+def _keyword(tag: str) -> str:
+    """The keyword of a tag, "" if it has none or is no tag."""
+    try:
+        return keyword_for_tag(int(tag, 16))
+    except ValueError:
+        return ""
 
 
 def _plain(value: Any) -> Any:
