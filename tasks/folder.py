@@ -294,7 +294,7 @@ class _Push:
             touched.add(place.final.parent)
         else:
             # It is not complete any more, whoever marked it.
-            with suppress(FileNotFoundError, IsADirectoryError, PermissionError):
+            with suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError):
                 (place.final / MARKER).unlink()
             outcomes = [self._merge(place, item, touched) for item in items]
         for folder in touched:
