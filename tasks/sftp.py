@@ -19,7 +19,7 @@ from protocols.shell import Shell
 from protocols.ssh import Client
 from tasks import ssh
 from tasks.driver import Driver, Facts
-from tasks.sftp_files import Sending, encoded, first, plain, together
+from tasks.sftp_files import Sending, encoded, first, is_there, plain, together
 from tasks.sftp_verify import verify
 from transfer.errors import DispatchError, Misconfigured
 from transfer.health import Health
@@ -85,7 +85,7 @@ async def _check_folder(health: Health, target: SftpTarget, session: Sftp) -> No
                 await session.close_file(await session.open(name, FLAG_WRITE | FLAG_CREATE | FLAG_TRUNCATE))
             except Status as exc:
                 failed = failed or exc
-                if exc.code != Code.NO_SUCH_FILE:
+                if exc.code != Code.NO_SUCH_FILE or await is_there(session, candidate):
                     raise plain(exc, candidate) from exc
                 continue
             renamed = await _probe_rename(session, name)

@@ -126,7 +126,7 @@ class Sending:
             pass
         missing = [path]
         while above := posixpath.dirname(missing[-1].rstrip("/")).rstrip("/"):
-            if above in (".", "") or await self.is_there(session, above):
+            if above in (".", "") or await is_there(session, above):
                 break
             missing.append(above)
         for one in reversed(missing):
@@ -134,13 +134,6 @@ class Sending:
                 await self.mkdir(session, encoded(one))
             except Status as exc:
                 raise await self.why(session, exc, encoded(one)) from exc
-
-    async def is_there(self, session: Sftp, path: str) -> bool:
-        try:
-            await session.stat(encoded(path))
-        except Status:
-            return False
-        return True
 
     async def make_subfolder(self, session: Sftp, path: bytes) -> None:
         """Make a folder in a dispatch's folder; if that can't be, its files are rejected and the others go on."""
@@ -451,6 +444,21 @@ class Sending:
 
 def encoded(path: str) -> bytes:
     return path.encode("utf-8", "surrogateescape")
+
+
+async def is_there(session: Sftp, path: str) -> bool:
+    """Tell whether there is a folder of this name, as far as the server says.
+
+    Raises:
+        Misconfigured: something else is in its place.
+    """
+    try:
+        there = await session.stat(encoded(path))
+    except Status:
+        return False
+    if there.mode is not None and not there.is_folder:
+        raise Misconfigured(f"{path}: a file is in the place of a folder")
+    return True
 
 
 def plain(status: Status, path: str) -> DispatchError:

@@ -288,6 +288,21 @@ def test_a_file_where_a_folder_should_be_costs_what_lies_below_it(tmp_path: Path
     assert len(sent.arrived) == 2
 
 
+@pytest.mark.parametrize("below", ["", "/deep/er"])
+def test_a_file_in_the_place_of_the_target_is_told_by_the_check_and_the_push(
+    tmp_path: Path, study: Path, below: str
+) -> None:
+    (tmp_path / "in").write_text("no folder")
+    studies.ct(study, 1)
+    one = target(tmp_path / f"in{below}")
+    error = attempt(one, study).error
+    assert isinstance(error, Misconfigured), repr(error)
+    assert f"{tmp_path}/in: a file is in the place" in error.message
+    health = DRIVERS.of(one).check(one)
+    assert next(probe for probe in health.probes if probe.result == "failed").name == "authorize"
+    assert isinstance(health.error, Misconfigured)
+
+
 def test_a_name_that_is_too_long_there_is_rejected_alone(tmp_path: Path, study: Path) -> None:
     studies.ct(study, 3)
     with strange(tmp_path) as (server, remote), server.doing("refuse CT0002"):
