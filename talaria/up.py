@@ -94,7 +94,7 @@ class _Crew:
         self.members = [self._start() for _ in range(count)]
 
     def _start(self) -> subprocess.Popen[bytes]:
-        return child([sys.executable, "-c", "from talaria.worker import main; main()"], self.env, self.log)
+        return child([sys.executable, "-P", "-c", "from talaria.worker import main; main()"], self.env, self.log)
 
     def keep(self) -> None:
         """Start the ones again that died, and put what they ran back into the queue."""

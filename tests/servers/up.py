@@ -50,7 +50,7 @@ class Talaria:
         seen = self.log.stat().st_size if self.log.exists() else 0
         with self.log.open("ab") as out:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "talaria", "up", "--port", str(self.port), *options],
+                [sys.executable, "-P", "-m", "talaria", "up", "--port", str(self.port), *options],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,
@@ -97,7 +97,7 @@ class Talaria:
     def __call__(self, *args: str, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
         """Run a command to its end."""
         return subprocess.run(
-            [sys.executable, "-m", "talaria", *args],
+            [sys.executable, "-P", "-m", "talaria", *args],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -142,7 +142,7 @@ class Talaria:
         """Start a command and leave it running."""
         with (self.folder / "background.log").open("ab") as out:
             return subprocess.Popen(
-                [sys.executable, "-m", "talaria", *args],
+                [sys.executable, "-P", "-m", "talaria", *args],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,
