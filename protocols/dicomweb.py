@@ -158,9 +158,12 @@ def parse(body: bytes) -> list[Attributes]:
         ValueError: it is neither.
     """
     text = body.removeprefix(b"\xef\xbb\xbf").strip()
-    if text[:1] == b"<":
-        return [_native(_xml(text))]
-    document = json.loads(text)
+    try:
+        if text[:1] == b"<":
+            return [_native(_xml(text))]
+        document = json.loads(text)
+    except RecursionError as exc:
+        raise ValueError("nested too deeply") from exc
     document = document if isinstance(document, list) else [document]
     if not all(isinstance(one, dict) for one in document):
         raise ValueError("not DICOM JSON")
@@ -251,7 +254,7 @@ def _keyword(tag: str) -> str:
     """The keyword of a tag, "" if it has none or is no tag."""
     try:
         return keyword_for_tag(int(tag, 16))
-    except ValueError:
+    except (ValueError, OverflowError):
         return ""
 
 

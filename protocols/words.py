@@ -53,7 +53,7 @@ def date_forms(date: str) -> set[str]:
 def _json(text: str) -> str:
     try:
         document = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
     found: list[str] = []
 

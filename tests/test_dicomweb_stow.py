@@ -490,6 +490,14 @@ def test_body_cut_short(server: Scripted, plan: Plan) -> None:
     assert not sent.outcomes
 
 
+@pytest.mark.parametrize("body", [b"[" * 100_000, b'{"a":' * 100_000])
+@pytest.mark.parametrize("status", [200, 409])
+def test_answer_without_a_bottom(server: Scripted, plan: Plan, status: int, body: bytes) -> None:
+    server.script = [Reply(status, body)] * 20
+    sent = push(server, plan)
+    assert isinstance(sent.error, Interrupted) if status == 200 else len(sent.rejected) == 8
+
+
 def test_xml_with_entities_is_not_read(server: Scripted, plan: Plan) -> None:
     bomb = b'<?xml version="1.0"?><!DOCTYPE x [<!ENTITY a "aaaa">]><NativeDicomModel>&a;</NativeDicomModel>'
     server.script = [Reply(200, bomb, XML)]
