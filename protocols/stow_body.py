@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
+from transfer.errors import Rejected
 from transfer.plan import Item, Plan
 
 SHARE_BYTES = 1 << 20  # batches are not made smaller than this only to keep all connections busy
@@ -120,7 +121,11 @@ class Body:
                 while at < item.size:
                     if self._fill == len(self._view):
                         yield from self._flush()
-                    count = os.preadv(fd, [self._view[self._fill : self._fill + item.size - at]], at)
+                    room = self._view[self._fill : self._fill + item.size - at]
+                    try:
+                        count = os.preadv(fd, [room], at)
+                    except OSError as exc:  # a broken disk, a share that is gone
+                        raise Rejected(f"can't be read: {exc.strerror}", item=item.shown) from exc
                     if count == 0:
                         break  # shorter than planned: the check says so
                     at += count

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
+import os
 import threading
 import time
 import zlib
@@ -852,6 +854,22 @@ def test_file_that_is_gone_or_changed(server: Scripted, plan: Plan) -> None:
     assert sent.require().state is State.PARTIAL
     assert set(sent.rejected) == {plan.items[1].path, plan.items[3].path}
     assert set(server.stored) == set(uids(plan)) - {uids(plan)[1], uids(plan)[3]}
+
+
+def test_file_that_can_not_be_read_to_its_end(server: Scripted, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = os.preadv
+    bad = plan.file(plan.items[3]).stat().st_ino
+
+    def broken(fd: int, buffers: Any, offset: int) -> int:
+        if os.fstat(fd).st_ino == bad:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", broken)
+    sent = push(server, plan)
+    assert list(sent.rejected) == [plan.items[3].path]
+    assert "can't be read" in sent.rejected[plan.items[3].path]
+    assert len(sent.arrived) == 7
 
 
 def test_changed_while_it_is_sent(server: Scripted, tmp_path: Path) -> None:
