@@ -21,7 +21,7 @@ from protocols.shell import Shell
 from protocols.ssh import Client, quote, short
 from tasks import ssh
 from tasks.driver import Driver, Facts
-from transfer.errors import Busy, Denied, DispatchError, Interrupted, Misconfigured, Rejected
+from transfer.errors import Busy, Denied, DispatchError, Interrupted, Misconfigured, NotFound, Rejected
 from transfer.health import Health
 from transfer.plan import Item, Plan
 from transfer.receipt import DELIVERED, Kind, Level, OnOutcome, Outcome, Receipt
@@ -45,7 +45,7 @@ cd @FOLDER@ || exit 1
 base=$(pwd)
 place() {  # number, name, how many files must have come ("" where an earlier attempt brought some)
   from=@INCOMING@/$1 to=./$2
-  [ -d "$from" ] || return 0
+  [ -d "$from" ] || { echo "what has come is gone: another attempt or program has cleared it"; exit 3; }
   rm -rf "$from/@TEMPORARY@"
   find "$from" -type d -name @PARTIAL@ -prune -exec rm -rf {} +
   count=$(find "$from" ! -type d -exec printf '%.0sx' {} + | wc -c)
@@ -253,12 +253,18 @@ class _Push:
         if result.code in PARTLY:
             missing = self.missing(result, items, place, there)
         elif result.code:
-            raise result.failure()
+            raise self.lost(result.failure())
         for item in self.unchanged(items):
             if item.path in missing:
                 self.reject(item, missing[item.path])
             else:
                 folder.sent.append(item)
+
+    def lost(self, error: DispatchError) -> DispatchError:
+        """Return what an error means that came after we had made the folders: they are not wrong, they vanish."""
+        if not isinstance(error, NotFound):
+            return error
+        return Interrupted(f"{error.message}: what is being written vanishes, another attempt or program clears it")
 
     def missing(self, result: Result, items: list[Item], place: str, there: str) -> dict[str, str]:
         """Return why which files have not come, where rsync says that some have not.
@@ -271,7 +277,7 @@ class _Push:
             raise error
         again, paths = self.rsync.differing(self.plan.root, [item.path for item in items], place, there=there)
         if again.code not in (0, *PARTLY):
-            raise again.failure()
+            raise self.lost(again.failure())
         if len(paths) == len(items) and isinstance(error, Denied):
             raise error
         lines = result.words.splitlines()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -180,6 +181,33 @@ def test_what_rsync_leaves_out_without_a_word_is_noticed(tmp_path: Path, study: 
     assert "2 of 3 files" in sent.error.message
     assert not sent.outcomes
     assert not below(tmp_path / "in")
+    assert attempt(one, study).require().state is State.DELIVERED
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_what_vanishes_while_it_is_written_is_neither_delivered_nor_given_up(
+    tmp_path: Path, study: Path, when: str
+) -> None:
+    """As when the same dispatch is sent from two machines at once, and the other one has just ended."""
+    studies.ct(study, 3)
+    real = protocol.Rsync.send
+
+    def send(self: protocol.Rsync, *arguments: Any, **more: Any) -> protocol.Result:
+        if when == "before":
+            clear()
+        result = real(self, *arguments, **more)
+        clear()
+        return result
+
+    def clear() -> None:
+        for path in (tmp_path / "in").glob(".incoming-*"):
+            shutil.rmtree(path)
+
+    one = target(tmp_path / "in")
+    with mock.patch.object(protocol.Rsync, "send", send):
+        sent = attempt(one, study)
+    assert isinstance(sent.error, Interrupted), repr(sent.error)
+    assert not sent.outcomes
     assert attempt(one, study).require().state is State.DELIVERED
 
 
