@@ -8,10 +8,11 @@ import os
 from contextlib import suppress
 
 from protocols.sftp import Sftp
-from protocols.sftpwire import Code, Status
+from protocols.sftpwire import FLAG_CREATE, FLAG_WRITE, Code, Status
 from protocols.shell import Shell
 from protocols.ssh import quote
-from tasks.sftp_files import FILES_AT_ONCE, Sending, each
+from tasks import ssh
+from tasks.sftp_files import FILES_AT_ONCE, Folder, Sending, each, encoded
 from transfer.errors import Cancelled, DispatchError, Rejected
 from transfer.plan import Item
 from transfer.receipt import Level
@@ -58,7 +59,8 @@ def _arrived(sending: Sending) -> Pairs:
 async def _listed(sending: Sending, session: Sftp) -> bool:
     """Ask for the length of every file.
 
-    A server that tells none hides them; one that tells some doesn't have the others.
+    A server that tells none hides them, unless it tells of an earlier marker, or the folder is gone; one that tells
+    some doesn't have the others.
     """
     pairs = _arrived(sending)
     sizes: dict[str, int] = {}
@@ -71,13 +73,30 @@ async def _listed(sending: Sending, session: Sftp) -> bool:
                 sizes[item.path] = size
 
     await each(pairs, FILES_AT_ONCE, ask)
-    if pairs and not sizes:
+    hidden = {id(folder) for folder in sending.folders if not sizes and await _hides(sending, session, folder)}
+    if pairs and hidden:
         sending.notes.append("not listed: the server does not tell what it has")
-        return False
     for item, _ in pairs:
+        if id(sending.folder_of[item.path]) in hidden:
+            continue
         if (size := sizes.get(item.path)) != item.size:
             held = f"{size} of {item.size} bytes" if size is not None else "nothing"
             sending.on_outcome.revoke(item, f"asked afterwards, the server has {held} of it")
+    return not hidden
+
+
+async def _hides(sending: Sending, session: Sftp, folder: Folder) -> bool:
+    """Tell whether a server of which we learned no file's length may have the files of a folder all the same."""
+    with suppress(Status):
+        await session.stat(encoded(f"{folder.path}/{ssh.MARKER}"))
+        return False
+    name = encoded(f"{folder.path}/{ssh.probe_name()}")
+    try:
+        await session.close_file(await session.open(name, FLAG_WRITE | FLAG_CREATE))
+    except Status as exc:
+        return exc.code != Code.NO_SUCH_FILE
+    with suppress(Status):
+        await session.remove(name)
     return True
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -286,6 +287,24 @@ def test_a_file_where_a_folder_should_be_costs_what_lies_below_it(tmp_path: Path
     sent = attempt(one, plan)
     assert set(sent.rejected) == {"a/deep/CT0001.dcm", "a/deep/CT0002.dcm"}
     assert len(sent.arrived) == 2
+
+
+@pytest.mark.parametrize("what", ["the folder", "all files"])
+def test_listed_takes_everything_back_where_everything_has_been_taken_away(
+    tmp_path: Path, study: Path, what: str
+) -> None:
+    studies.ct(study, 2)
+    one = target(tmp_path / "in", verify=Level.LISTED)
+    sent = attempt(one, study)
+    assert sent.require().verified is Level.LISTED
+    folder = tmp_path / "in" / sent.plan.dispatch_id
+    for file in folder.glob("*.dcm"):
+        file.unlink()
+    if what == "the folder":
+        shutil.rmtree(folder)
+    again = attempt(one, sent.plan, done=sent.arrived)
+    assert again.require().counts[Kind.REJECTED] == 2
+    assert attempt(one, sent.plan).require().state is State.DELIVERED
 
 
 @pytest.mark.parametrize("below", ["", "/deep/er"])
