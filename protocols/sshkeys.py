@@ -39,6 +39,11 @@ def private_key(text: str, passphrase: str = "") -> tuple[bytes, bytes]:
             beside = path.with_name(path.name + "-cert.pub")
             certificate = beside.read_bytes() if beside.is_file() else b""
         except (OSError, ValueError, RuntimeError) as exc:
+            # What doesn't look like a path may be a key that lost its first line: it must not show.
+            if not text.strip().startswith(("/", "~")) or "\n" in text.strip():
+                raise Misconfigured(
+                    "private_key is neither a key, which begins with -----BEGIN, nor the path of a file to read"
+                ) from None
             raise Misconfigured(f"private_key: {path} can't be read: {getattr(exc, 'strerror', None) or exc}") from exc
         if mode & stat.S_IROTH:
             raise Misconfigured(f"private_key: everybody may read {path}: chmod 600")

@@ -139,6 +139,14 @@ def test_a_key_that_can_not_be_used_is_misconfigured(
     assert next(probe for probe in health.probes if probe.result == "failed").name == "authenticate"
 
 
+def test_a_spoilt_key_does_not_show(keys: dict[str, Path]) -> None:
+    body = keys["ed25519"].read_text().splitlines()[1:-1]
+    for text in ("\n".join(body), "".join(body), body[0]):
+        with pytest.raises(Misconfigured, match="BEGIN") as caught:
+            private_key(text)
+        assert body[0] not in str(caught.value) + repr(caught.value.__cause__)
+
+
 def test_a_key_that_everybody_may_read_is_refused(keys: dict[str, Path], tmp_path: Path) -> None:
     copy = tmp_path / "key"
     shutil.copy(keys["ed25519"], copy)
