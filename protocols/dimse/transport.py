@@ -6,6 +6,7 @@ import errno
 import select
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -55,17 +56,35 @@ class Peer:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
-def resolve(peer: Peer) -> list[tuple[socket.AddressFamily, tuple[Any, ...]]]:
+def resolve(peer: Peer, check: Callable[[], None] = lambda: None) -> list[tuple[socket.AddressFamily, tuple[Any, ...]]]:
     """Return the addresses of the peer, in the system's order.
 
     Raises:
-        Unreachable: its name is not known.
+        Unreachable: its name is not known, or nobody says so within the time for a connection.
     """
-    try:
-        found = socket.getaddrinfo(peer.host, peer.port, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError) as exc:
-        reason = exc.strerror if isinstance(exc, OSError) else str(exc)
-        raise Unreachable(f"{peer.host}: the name can't be resolved: {reason}") from exc
+    answers: list[list[Any] | Exception] = []
+
+    def ask() -> None:
+        try:
+            answers.append(socket.getaddrinfo(peer.host, peer.port, type=socket.SOCK_STREAM))
+        except Exception as exc:  # told to the thread that waits
+            answers.append(exc)
+
+    # In a thread of its own: the system's resolver knows no time limit of ours, and can't be called off.
+    thread = threading.Thread(target=ask, name="resolve", daemon=True)
+    thread.start()
+    end = time.monotonic() + peer.connect_timeout_s
+    while thread.is_alive() and (left := end - time.monotonic()) > 0:
+        thread.join(min(left, SLICE_S))
+        check()
+    if not answers:
+        raise Unreachable(f"{peer.host}: the name was not resolved within {peer.connect_timeout_s:g} s")
+    [found] = answers
+    if isinstance(found, OSError | UnicodeError):
+        reason = found.strerror if isinstance(found, OSError) else str(found)
+        raise Unreachable(f"{peer.host}: the name can't be resolved: {reason}") from found
+    if isinstance(found, Exception):
+        raise found
     return [(family, address) for family, _, _, _, address in found]
 
 
@@ -86,7 +105,7 @@ def connect(peer: Peer, check: Callable[[], None] = lambda: None) -> socket.sock
 def connect_tcp(peer: Peer, check: Callable[[], None] = lambda: None) -> socket.socket:
     """Connect without TLS; see `connect`."""
     failure: OSError | None = None
-    for family, address in resolve(peer):
+    for family, address in resolve(peer, check):
         sock = socket.socket(family, socket.SOCK_STREAM)
         try:
             sock.setblocking(False)
