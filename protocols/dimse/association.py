@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar, cast
 
+import pydicom.config
 from pydicom.uid import UID
 from pynetdicom import _config, build_context
 from pynetdicom.association import Association
@@ -25,8 +26,11 @@ from protocols.dimse.transport import PLAIN_ALERT, SLICE_S, Peer, connect, speak
 from transfer.errors import Busy, DispatchError, Interrupted, Misconfigured, TimedOut
 
 _config.LOG_HANDLER_LEVEL = "none"  # its handlers write identifiers, thus patients' data, to the log
+# What files and peers hold is passed on as it is; pydicom would warn of each UID that isn't quite one.
+pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
 
 MAX_CONTEXTS = 128  # odd numbers of one byte, PS3.8 section 9.3.2.2
+MIN_PDU = 8  # bytes: a PDV header and a fragment, whose length is even (PS3.8 Annex E.2)
 RELEASE_S = 5  # an answer to A-RELEASE-RQ is a courtesy: everything was confirmed before
 REACTOR_S = 0.001  # between looks at pynetdicom's reactor
 GRACE_S = 1  # for pynetdicom to notice its own time limit
@@ -59,7 +63,9 @@ class Link:
         self.assoc = assoc
         self.transport = transport
         self.accepted: dict[tuple[str, str], int] = {
-            (str(cx.abstract_syntax), str(cx.transfer_syntax[0])): cx.context_id or 0 for cx in assoc.accepted_contexts
+            (str(cx.abstract_syntax), str(cx.transfer_syntax[0])): cx.context_id or 0
+            for cx in assoc.accepted_contexts
+            if cx.transfer_syntax
         }
         invoked = assoc.acceptor.asynchronous_operations[0] if assoc.is_established else 1
         asked = assoc.requestor.asynchronous_operations[0]
@@ -276,6 +282,9 @@ def negotiate(
     transport = cast(Transport, assoc.dul.socket)
     link = Link(peer, assoc, transport)
     if assoc.is_established:
+        if 0 < link.max_send < MIN_PDU:
+            link.abort()
+            raise Misconfigured(f"{peer.where}: the peer takes PDUs of {link.max_send} bytes only, which hold no data")
         return link
     silent = time.monotonic() - begun >= peer.idle_timeout_s
     link.drop()
@@ -309,6 +318,8 @@ def _refused(link: Link, silent: bool) -> DispatchError:
         return Interrupted(f"{peer.where}: {aborted(*head[8:10])} that was asked for")
     if head.startswith(PLAIN_ALERT) and peer.tls is None:
         return _wants_tls(peer)
+    if head[:1] == b"\x02" and not (silent or transport.timed_out):
+        return Interrupted(f"{peer.where}: the peer's answer to the association request makes no sense")
     if head and head[0] not in (2, 3, 7):
         return Misconfigured(f"{peer.where}: the peer does not speak DICOM on this port: correct host or port")
     if transport.failure is not None and peer.tls is not None:

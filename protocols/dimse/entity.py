@@ -7,6 +7,7 @@ knows no descriptor above 1023. `Transport` keeps its interface to the state mac
 
 from __future__ import annotations
 
+import errno
 import select
 import socket
 import ssl
@@ -19,12 +20,16 @@ from pynetdicom import AE
 from pynetdicom.association import Association
 from pynetdicom.transport import T_CONNECT, AddressInformation, AssociationSocket
 
+from protocols.dimse.answer import tidied
 from protocols.dimse.transport import poll
 from transfer.errors import Interrupted
 
 REACTOR_S = 0.001  # how often pynetdicom's threads look for work
 RECEIVE = 65_536  # bytes
 HEAD = 16  # bytes: enough for every PDU that ends an association
+HEAD_BYTES = 6  # of a PDU: type, reserved, length
+ACCEPTANCE = b"\x02"  # PDU type of A-ASSOCIATE-AC
+MAX_ACCEPTANCE = 1 << 20  # bytes; 128 contexts take 12 kB
 
 # PS3.8 table 9-21: why an association was rejected, by source and reason.
 REASONS = {
@@ -83,6 +88,16 @@ class Transport(AssociationSocket):
         self._returned = threading.Event()
         # pynetdicom's thread must not keep a process alive that has nothing else to do.
         assoc.dul.daemon = True
+        self._act = assoc.dul.state_machine.do_action
+        assoc.dul.state_machine.do_action = self._do_action  # type: ignore[method-assign]
+
+    def _do_action(self, event: str) -> None:
+        """Make a step of the state machine; what it can't digest ends the connection, not pynetdicom's thread."""
+        try:
+            self._act(event)
+        except Exception as exc:  # of a decoder: whatever a peer sends
+            self.failure = self.failure or ConnectionAbortedError(errno.ECONNABORTED, f"not understood: {exc}")
+            self.hang_up()
 
     def connect(self, primitive: T_CONNECT) -> None:
         """Tell the state machine that the connection is there."""
@@ -130,6 +145,14 @@ class Transport(AssociationSocket):
 
     def recv(self, nr_bytes: int) -> bytearray:
         """Read so many bytes, or fewer if the connection ends; OSError if the peer falls silent in between."""
+        self._buffer(nr_bytes)
+        if nr_bytes == HEAD_BYTES and self.ahead[:1] == ACCEPTANCE and len(self.ahead) >= nr_bytes:
+            self._tidy()
+        data = self.ahead[:nr_bytes]
+        del self.ahead[:nr_bytes]
+        return self._understood(data)
+
+    def _buffer(self, nr_bytes: int) -> None:
         while len(self.ahead) < nr_bytes and not self._ended:
             try:
                 self._fetch()
@@ -139,16 +162,25 @@ class Transport(AssociationSocket):
                 self._await(select.POLLOUT)
             except OSError as exc:
                 self._fail(exc)
-        data = self.ahead[:nr_bytes]
-        del self.ahead[:nr_bytes]
-        return self._understood(data)
+
+    def _tidy(self) -> None:
+        """Put an acceptance in place of the peer's that pynetdicom understands, once all of it is here."""
+        length = int.from_bytes(self.ahead[2:HEAD_BYTES], "big")
+        if length > MAX_ACCEPTANCE:
+            return
+        end = HEAD_BYTES + length
+        self._buffer(end)
+        if len(self.ahead) >= end:
+            body = tidied(bytes(self.ahead[HEAD_BYTES:end]))
+            self.ahead[:end] = self.ahead[:2] + len(body).to_bytes(4, "big") + body
 
     def _understood(self, data: bytearray) -> bytearray:
         """Replace reasons that the standard doesn't list: they'd end pynetdicom's thread. `head` has the real ones."""
-        if len(data) == 6:
+        if len(data) == HEAD_BYTES:
             self._kind = data[0]
-        elif len(data) == 4 and self._kind == 0x03 and (data[2], data[3]) not in REASONS:
-            data[2:4] = b"\1\1"
+        elif len(data) == 4 and self._kind == 0x03:
+            data[1] = data[1] if data[1] in (1, 2) else 1
+            data[2:4] = data[2:4] if (data[2], data[3]) in REASONS else b"\1\1"
         elif len(data) == 4 and self._kind == 0x07:
             data[2:4] = bytes((data[2] if data[2] in (0, 2) else 2, data[3] if data[3] in ABORT_REASONS else 0))
         return data

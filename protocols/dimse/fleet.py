@@ -22,7 +22,7 @@ from protocols.private import identifying
 from protocols.transcode import converted, fallbacks
 from protocols.words import clean
 from transfer.errors import Busy, Cancelled, Denied, DispatchError, Interrupted, Rejected, Retryable
-from transfer.header import Header
+from transfer.header import MAX_UID_CHARS, Header
 from transfer.plan import Item, Plan
 from transfer.receipt import DELIVERED, Kind, OnOutcome, Outcome
 from transfer.throttle import Throttle
@@ -63,10 +63,20 @@ class Fleet:
             Retryable: some have none; what was confirmed has been told.
             Permanent: nothing can be sent. Cancelled: as `on_outcome.check` says.
         """
-        items = self.plan.pending
+        items = [item for item in self.plan.pending if self._can_ask(item)]
         for group in contexts.groups((_pair(item) for item in items), self.transcode, MAX_CONTEXTS - 1):
             classes = {sop_class for sop_class, _ in group}
             self._run([item for item in items if _header(item).SOPClassUID in classes], group)
+
+    def _can_ask(self, item: Item) -> bool:
+        """Reject an item whose presentation context can't be written down; nothing else would come of it."""
+        header = _header(item)
+        for name in ("SOPClassUID", "TransferSyntaxUID"):
+            uid: str = getattr(header, name)
+            if not (0 < len(uid) <= MAX_UID_CHARS and uid.isascii()):
+                self.on_outcome(item, Outcome(Kind.REJECTED, f"its {name} is no UID: no peer can be asked to take it"))
+                return False
+        return True
 
     def _run(self, items: Sequence[Item], asked: list[Pair]) -> None:
         """Send items whose contexts fit into one association.

@@ -32,8 +32,8 @@ from transfer.throttle import Throttle
 
 BUFFER = 1 << 20  # bytes that one system call sends: more doesn't go faster, less does go slower
 PDU = 131_072  # bytes, for a peer that takes any
-COMMAND_ROOM = 1024  # bytes before the data in the buffer: a command set of two long UIDs, cut into small PDUs
-MIN_FRAGMENT = 8  # bytes; PS3.8 sets no least PDU, and a peer that grants almost nothing gets its way
+COMMAND_ROOM = 2048  # bytes before the data in the buffer: a command set of two long UIDs, cut into smallest PDUs
+MIN_FRAGMENT = 2  # bytes; PS3.8 sets no least PDU, and a peer that grants almost nothing gets its way
 IOV_MAX = 1024  # pieces that preadv(2) takes at once
 MAX_RESPONSE = 1 << 20  # bytes; a longer PDU in answer to C-STORE is nonsense
 RECEIVE = 65_536  # bytes

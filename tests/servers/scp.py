@@ -31,6 +31,7 @@ from tests.servers import wire
 from tests.servers.process import listening
 from tests.servers.steps import (
     Abort,
+    Accept,
     Answer,
     Close,
     Commit,
@@ -272,8 +273,12 @@ class _Connection:
         proposal = wire.decode_proposal(self.association.number, body)
         self.association.proposal = proposal
         self.limit = proposal.max_pdu or 1 << 20
-        if self.peer.on_associate:
-            self.play(self.peer.on_associate(proposal))
+        script = self.peer.on_associate(proposal) if self.peer.on_associate else None
+        if isinstance(script, Accept):
+            self.contexts = {cx.id: (cx.abstract_syntax, cx.offered[0]) for cx in proposal.contexts}
+            self.write(script.data)
+            return
+        self.play(script)
         items = wire.item(0x10, APPLICATION_CONTEXT.encode())
         for context in proposal.contexts:
             answer = self.peer.accept(context)

@@ -94,6 +94,13 @@ class Reject:
 
 
 @dataclass(frozen=True)
+class Accept:
+    """An A-ASSOCIATE-AC of these bytes, which is taken to accept every context as it was asked for."""
+
+    data: bytes
+
+
+@dataclass(frozen=True)
 class Close:
     """The connection's end, with a FIN."""
 
@@ -134,5 +141,5 @@ class Report:
     delay_s: float = 0.0
 
 
-Step = int | Answer | Partly | Raw | Abort | Reject | Close | Reset | Silence | Wait | Report
+Step = int | Accept | Answer | Partly | Raw | Abort | Reject | Close | Reset | Silence | Wait | Report
 Script = Step | Sequence[Step] | None

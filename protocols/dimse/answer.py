@@ -1,0 +1,83 @@
+"""Makes of a peer's A-ASSOCIATE-AC one that pynetdicom takes: it ends the association over what it doesn't know.
+
+The standard has a receiver ignore items that it doesn't know (PS3.8 section 9.3.1), and peers are not exact about
+some of those that nobody needs here: the implementation's version name, or an answer to what was not asked.
+
+Source: PS3.8 tables 9-17 to 9-19 and Annex D, PS3.7 Annex D.3.3.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+
+AC_BYTES = 68  # before the first item: protocol version, AE titles, reserved
+APPLICATION, CONTEXT, SYNTAX, USER = 0x10, 0x21, 0x40, 0x50
+MAX_LENGTH, IMPLEMENTATION, WINDOW, ROLE = 0x51, 0x52, 0x53, 0x54
+APPLICATION_CONTEXT = b"1.2.840.10008.3.1.1.1"
+UNKNOWN = b"1.2.3"  # for the implementation of a peer that doesn't name it
+CAREFUL_PDU = 16_384  # bytes, for a peer that doesn't say what it takes: every implementation's least default
+ACCEPTED, NO_REASON = 0, 2  # result of a context, PS3.8 table 9-18
+RESULTS = range(5)
+MAX_UID = 64
+
+
+def tidied(body: bytes) -> bytes:
+    """Return the variable field of an A-ASSOCIATE-AC without what can be ignored; as it is if it makes no sense."""
+    try:
+        items = list(_items(body[AC_BYTES:]))
+        user = dict(_items(b"".join(value for kind, value in items if kind == USER)))
+    except ValueError:
+        return body
+    made = [_item(APPLICATION, APPLICATION_CONTEXT)]
+    made += [context for kind, value in items if kind == CONTEXT and (context := _context(value))]
+    limit, implementation = user.get(MAX_LENGTH, b""), user.get(IMPLEMENTATION, b"")
+    inner = _item(MAX_LENGTH, limit if len(limit) == 4 else struct.pack(">I", CAREFUL_PDU))
+    inner += _item(IMPLEMENTATION, implementation if _is_uid(implementation) else UNKNOWN)
+    if len(user.get(WINDOW, b"")) == 4:
+        inner += _item(WINDOW, user[WINDOW])
+    for kind, value in _items(b"".join(value for kind, value in items if kind == USER)):
+        if kind == ROLE:
+            inner += _item(ROLE, value)
+    return body[:AC_BYTES] + b"".join(made) + _item(USER, inner)
+
+
+def _context(value: bytes) -> bytes:
+    """The answer to one context; nothing for one that can't have been asked for."""
+    if len(value) < 4 or value[0] % 2 == 0:
+        return b""
+    number, result = value[0], value[2] if value[2] in RESULTS else NO_REASON
+    try:
+        syntax = dict(_items(value[4:])).get(SYNTAX, b"").strip(b"\0 ")
+    except ValueError:
+        syntax = b""
+    if not _is_uid(syntax):
+        # Only an accepted context has to name one.
+        result, syntax = result or NO_REASON, UNKNOWN
+    return _item(CONTEXT, bytes((number, 0, result, 0)) + _item(SYNTAX, syntax))
+
+
+def _items(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Type and value of each item.
+
+    Raises:
+        ValueError: the last one is cut short.
+    """
+    pos = 0
+    while pos < len(data):
+        head = data[pos : pos + 4]
+        if len(head) < 4:
+            raise ValueError("half an item")
+        end = pos + 4 + int.from_bytes(head[2:], "big")
+        if end > len(data):
+            raise ValueError("an item longer than what it is in")
+        yield head[0], data[pos + 4 : end]
+        pos = end
+
+
+def _item(kind: int, value: bytes) -> bytes:
+    return struct.pack(">BBH", kind, 0, len(value)) + value
+
+
+def _is_uid(value: bytes) -> bool:
+    return 0 < len(value) <= MAX_UID and value.isascii() and value.decode().isprintable()
