@@ -23,7 +23,7 @@ from contextlib import suppress
 
 from protocols import sftpwire as wire
 from protocols.sftpwire import Answered, Attributes, Code, Space, Status, Window, Writes, string, take
-from protocols.ssh import Client, Started
+from protocols.ssh import Client, Started, short
 from transfer.errors import DispatchError, Misconfigured, TimedOut
 
 VERSION = 3
@@ -33,6 +33,7 @@ SAFE_BYTES = 32_768  # data in one request that every server takes (draft sectio
 LARGEST_BYTES = 261_120  # OpenSSH's limit for a packet, without room for the header
 LONGEST_ANSWER = 1 << 20  # bytes; longer means that what comes is no SFTP
 READS = 16  # read requests at once
+SSH_FAILED = 255  # exit code of ssh for failures of its own; others are the server's program's (ssh(1))
 LOOK_S = 0.25  # between two looks at the clock
 
 
@@ -362,7 +363,15 @@ class Sftp:
             self._ending = self._loop.create_task(self._tell_why())
 
     async def _tell_why(self) -> None:
-        self._fail(await asyncio.to_thread(self.started.failure))
+        error = await asyncio.to_thread(self.started.failure)
+        code = self.started.process.returncode
+        if not self._greeted.done() and self.started.facts.method and code is not None and 0 <= code < SSH_FAILED:
+            said = bytes(self._came[:80]).decode("utf-8", "replace") + self.started.errors
+            error = Misconfigured(
+                f"{self.started.client.login.shown}: logged in, but the server's SFTP ends at once, exit code {code}"
+                + (f" ({short(said)})" if said.strip() else "")
+            )
+        self._fail(error)
 
     def _fail(self, error: DispatchError) -> None:
         """End everything that waits with an error."""

@@ -175,6 +175,19 @@ def test_a_server_without_a_shell_proves_by_reading_back_and_runs_no_hook(
 # ---- what is found out afterwards
 
 
+@pytest.mark.parametrize(("command", "words"), [("false", "exit code 1"), ("echo not today", "not today")])
+def test_an_account_whose_sftp_does_not_start_is_misconfigured(
+    tmp_path: Path, study: Path, command: str, words: str
+) -> None:
+    studies.ct(study, 1)
+    with openssh(tmp_path / "sshd", more=f"ForceCommand {command}") as server:
+        one = target(tmp_path / "in", server, private_key=SecretStr(str(server.key)))
+        error = attempt(one, study).error
+        assert isinstance(error, Misconfigured), repr(error)
+        assert words in error.message
+        assert probes(one)["sftp"] == "failed"
+
+
 def test_listed_takes_back_what_is_not_there(tmp_path: Path, study: Path) -> None:
     studies.ct(study, 4)
     one = target(tmp_path / "in", verify=Level.LISTED)
