@@ -67,8 +67,9 @@ _SOFTWARE = re.compile(r"remote software version (.+)")
 _NO_SSH = re.compile(r"exchange_identification: banner line \d+: (.*)")  # what came instead of SSH's first line
 _CIPHER = re.compile(r"kex: client->server cipher: (\S+)")
 
+# Answers for the password alone: neither whether to trust a host, nor with what an expired password shall be replaced.
 _ASKPASS = """#!/bin/sh
-case "$1" in *yes/no*) exit 1 ;; esac
+case "$1" in *yes/no*|*"ew password"*|*"ew UNIX password"*) exit 1 ;; esac
 exec cat {path}
 """
 

@@ -240,6 +240,23 @@ def test_a_password_opens_and_a_wrong_one_is_denied(kind: type[SshTarget], metho
         assert isinstance(DRIVERS.of(one).check(one).error, Denied)
 
 
+@pytest.mark.skipif(not IS_ROOT, reason="needs an account whose password can expire")
+def test_an_expired_password_is_denied_and_never_changed(kind: type[SshTarget], tmp_path: Path) -> None:
+    with password_server("keyboard-interactive", kind, tmp_path) as one:
+        hashed = shadow(one.user)
+        subprocess.run(["chage", "-d", "0", one.user], check=True)
+        sent = send(one, tmp_path)
+        assert isinstance(sent.error, Denied), repr(sent.error)
+        assert shadow(one.user) == hashed
+        subprocess.run(["chage", "-d", "20000", one.user], check=True)
+        assert send(one, tmp_path).error is None
+
+
+def shadow(user: str) -> str:
+    lines = Path("/etc/shadow").read_text().splitlines()
+    return next(line.split(":")[1] for line in lines if line.startswith(f"{user}:"))
+
+
 @pytest.mark.parametrize("password", ["p'a\"s $(x) `y` \\ %h ;#", "pässwörd 影", "-oProxyCommand=x", "yes"])
 def test_passwords_of_any_characters(password: str, tmp_path: Path) -> None:
     with password_server("password", SftpTarget, tmp_path, password) as one:
