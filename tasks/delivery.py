@@ -185,12 +185,17 @@ class Delivery:
         return hashlib.sha256("\0".join((*self.key, what)).encode()).hexdigest()[:24]
 
     def receipt(self) -> Receipt:
-        """What became of the plan so far, over all attempts of this run."""
+        """What became of the plan so far, over all attempts of this run; before the first, what is there already."""
         known = self.ledger.outcomes(*self.key[:2], self.plan.items, self.key[2])
+        before = self._before
+        if before is None:
+            # What was refused will be tried again; what is forced is sent again.
+            known = {} if self._force else {path: outcome for path, outcome in known.items() if outcome.arrived}
+            before = frozenset(known)
         rows, size = [], 0
         for item in self.plan.items:
             outcome = self._told.get(item.path) or known.get(item.path)
-            if outcome and outcome.arrived and item.path in (self._before or ()):
+            if outcome and outcome.arrived and item.path in before:
                 outcome = ALREADY
             if outcome is None:
                 outcome = UNSENT
@@ -204,7 +209,7 @@ class Delivery:
             size,
             self._seconds,
             self._last.verified if self._last else Level.ACCEPTED,
-            max(1, self.attempts),
+            self.attempts if self.stopped is State.WAITING else max(1, self.attempts),
             self.hook,
             self.error.message if self.error else None,
             (*(self._last.notes if self._last else ()), *([self.hook_told] if self.hook == "failed" else ())),

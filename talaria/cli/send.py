@@ -82,7 +82,7 @@ def send(
         if dry_run:
             _show_plan(plan, targets, as_json)
             return
-        _send(session, plan, parameters, no_wait=no_wait, all_items=all_items, as_json=as_json)
+        _send(session, plan, targets, parameters, no_wait=no_wait, all_items=all_items, as_json=as_json)
 
 
 def _destinations(session: Session, names: Any) -> list[Target]:
@@ -96,7 +96,14 @@ def _destinations(session: Session, names: Any) -> list[Target]:
 
 
 def _send(
-    session: Session, plan: Plan, parameters: dict[str, Any], *, no_wait: bool, all_items: bool, as_json: bool
+    session: Session,
+    plan: Plan,
+    targets: list[Target],
+    parameters: dict[str, Any],
+    *,
+    no_wait: bool,
+    all_items: bool,
+    as_json: bool,
 ) -> None:
     from talaria import runs
 
@@ -106,13 +113,31 @@ def _send(
     if no_wait:
         if session.own:
             say("queued: it runs as soon as `talaria up` does")
-        queued = {"dispatch_id": plan.dispatch_id, "flow_run_id": str(flow_run.id), "state": "waiting", "targets": {}}
         if as_json:
-            print_json(queued)
+            print_json(trimmed(_queued(session, plan, targets, flow_run, force=parameters["force"]), all_items))
         else:
             print(f"dispatch {plan.dispatch_id} queued as run {flow_run.id}")
         return
     finish(session, flow_run, all_items=all_items, as_json=as_json)
+
+
+def _queued(session: Session, plan: Plan, targets: list[Target], flow_run: FlowRun, *, force: bool) -> dict[str, Any]:
+    """The receipts of a dispatch that has not begun: everything waits, but for what is at a target already."""
+    from threading import Event
+
+    from tasks import DRIVERS
+    from tasks.delivery import Delivery
+    from tasks.report import document
+    from transfer.ledger import Ledger
+    from transfer.receipt import State
+
+    receipts = []
+    with Ledger(session.home.ledger) as ledger:
+        for target in targets:
+            delivery = Delivery(DRIVERS.of(target), target, plan, ledger, session.home, Event(), force=force)
+            delivery.stopped = State.WAITING
+            receipts.append(delivery.receipt())
+    return document(plan.dispatch_id, str(flow_run.id), State.WAITING, receipts)
 
 
 def finish(session: Session, flow_run: FlowRun, *, all_items: bool, as_json: bool) -> None:
@@ -141,7 +166,8 @@ def receipt(session: Session, flow_run: FlowRun) -> dict[str, Any]:
     try:
         document: dict[str, Any] = json.loads(session.home.receipt(str(flow_run.id)).read_text(encoding="utf-8"))
     except OSError:
-        names = {"CANCELLED": "cancelled", "SCHEDULED": "waiting", "PENDING": "waiting", "RUNNING": "waiting"}
+        under_way = ("SCHEDULED", "PENDING", "RUNNING", "CANCELLING")
+        names = {"CANCELLED": "cancelled"} | dict.fromkeys(under_way, "waiting")
         document = {
             "dispatch_id": dispatch_of(flow_run),
             "flow_run_id": str(flow_run.id),
@@ -149,6 +175,10 @@ def receipt(session: Session, flow_run: FlowRun) -> dict[str, Any]:
             "targets": {},
             "error": state.message if state else None,
         }
+    if state and state.type.value == "CANCELLED":  # what waited when it was cancelled waits no more
+        parts = [document, *document["targets"].values()]
+        for part in [part for part in parts if part["state"] == "waiting"]:
+            part["state"] = "cancelled"
     return document
 
 
