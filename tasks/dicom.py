@@ -233,7 +233,11 @@ def _prove(
             left.pop(uid, None)
     if left:
         silent = sum(not transaction.reported.is_set() for transaction in transactions)
-        why = f"no report within {target.storage_commitment_wait_s:g} s" if silent else "the report leaves them out"
+        why = "the report leaves them out"
+        if silent:
+            why = f"no report within {target.storage_commitment_wait_s:g} s"
+            if listener is None:
+                why += " or before the association that it was to come on ended"
         notes.append(f"not proven: storage commitment of {len(left)} of {len(arrived)} instances: {why}")
     return left
 

@@ -129,6 +129,14 @@ def test_reported_too_late(plan: Plan) -> None:
         assert sent.seconds < 6
 
 
+def test_the_association_ends_before_the_report(plan: Plan) -> None:
+    with scp(on_commit=lambda commit: [0, Close()]) as peer:
+        sent = push(peer, plan, storage_commitment_wait_s=30)
+        assert sent.require().verified is Level.LISTED
+        assert "or before the association" in notes(sent)
+        assert sent.seconds < 10
+
+
 def test_never_reported(plan: Plan) -> None:
     with scp(on_commit=lambda commit: 0) as peer:
         begun = time.monotonic()
