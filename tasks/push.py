@@ -39,7 +39,8 @@ def hook_delay_before(attempt: int, target: Target) -> float:
     Without jitter: one script on one server is no crowd. At most `retry_max_delay_s`, unless the first delay is longer.
     """
     first: float = getattr(target, "hook_retry_delay_s", 0.0)
-    return min(max(first, target.retry_max_delay_s), first * 2 ** (attempt - 2))
+    longest = max(first, target.retry_max_delay_s)
+    return float(min(longest, first * 2 ** (attempt - 2)))
 
 
 def push_task(driver: Driver[Any], target: Target) -> Task[[Delivery], Any]:
