@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -157,11 +157,12 @@ def _check(health: Health, target: RsyncTarget, client: Client) -> None:
 def push(target: RsyncTarget, plan: Plan, on_outcome: OnOutcome) -> Receipt:
     """Send every pending file, make all visible at once, then put the marker; told when visible."""
     on_outcome.check()
-    with ssh.named(target), Client(ssh.login(target)) as client, _socket() as control:
+    hide = ssh.hiding(target, plan)
+    with ssh.named(target, hide), Client(ssh.login(target)) as client, _socket() as control:
         options = ("ControlMaster=yes", f"ControlPath={control}")
         with Shell(client, *options) as shell:
             rsync = Rsync(client, control, target.bandwidth_limit, target.compress, on_outcome.check, on_outcome.moved)
-            return _Push(target, plan, on_outcome, shell, rsync).run()
+            return _Push(target, plan, on_outcome, shell, rsync, hide).run()
 
 
 @contextmanager
@@ -187,7 +188,16 @@ class _Folder:
 
 
 class _Push:
-    def __init__(self, target: RsyncTarget, plan: Plan, on_outcome: OnOutcome, shell: Shell, rsync: Rsync) -> None:
+    def __init__(
+        self,
+        target: RsyncTarget,
+        plan: Plan,
+        on_outcome: OnOutcome,
+        shell: Shell,
+        rsync: Rsync,
+        hide: Callable[[str], str],
+    ) -> None:
+        self.hide = hide
         self.target, self.plan, self.on_outcome, self.shell, self.rsync = target, plan, on_outcome, shell, rsync
         self.incoming = f".incoming-{plan.dispatch_id}"
         self.base = target.folder  # absolute once the server has told
@@ -208,7 +218,7 @@ class _Push:
             self.place(growing)
         verified = self.verify()
         self.finish()
-        return self.on_outcome.receipt(self.target.name, self.plan, verified, tuple(self.notes))
+        return self.on_outcome.receipt(self.target.name, self.plan, verified, tuple(map(self.hide, self.notes)))
 
     def script(self, text: str, **words: str | list[str]) -> tuple[int, bytes]:
         """Run one of the scripts above in the target's folder."""
@@ -217,7 +227,7 @@ class _Push:
         return self.shell.run(filled, idle_s=idle_s, check=self.on_outcome.check)
 
     def reject(self, item: Item, reason: str) -> None:
-        self.on_outcome(item, Outcome(Kind.REJECTED, reason))
+        self.on_outcome(item, Outcome(Kind.REJECTED, self.hide(reason)))
 
     def unchanged(self, items: list[Item]) -> list[Item]:
         """Return the items whose files are as planned; the others are rejected."""

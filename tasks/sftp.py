@@ -126,8 +126,9 @@ def _check_script(target: SftpTarget, client: Client) -> None:
 def push(target: SftpTarget, plan: Plan, on_outcome: OnOutcome) -> Receipt:
     """Write every pending file, then the marker; each is told when it has its final name."""
     on_outcome.check()
-    with ssh.named(target), Client(ssh.login(target)) as client:
-        return asyncio.run(_unless_cancelled(_push(Sending(target, plan, on_outcome, client)), on_outcome))
+    hide = ssh.hiding(target, plan)
+    with ssh.named(target, hide), Client(ssh.login(target)) as client:
+        return asyncio.run(_unless_cancelled(_push(Sending(target, plan, on_outcome, client, hide)), on_outcome))
 
 
 async def _push(sending: Sending) -> Receipt:
@@ -141,7 +142,8 @@ async def _push(sending: Sending) -> Receipt:
         await asyncio.shield(together(one.close(by_force=True) for one in sessions))
         raise
     await together(one.close() for one in sessions)
-    return sending.on_outcome.receipt(sending.target.name, sending.plan, verified, tuple(sending.notes))
+    notes = tuple(map(sending.hide, sending.notes))
+    return sending.on_outcome.receipt(sending.target.name, sending.plan, verified, notes)
 
 
 async def _unless_cancelled(push: Awaitable[Receipt], on_outcome: OnOutcome) -> Receipt:

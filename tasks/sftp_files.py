@@ -60,8 +60,10 @@ class _NoRename(Exception):
 class Sending:
     """One push to an SFTP server: its files, and what is known of the server."""
 
-    def __init__(self, target: SftpTarget, plan: Plan, on_outcome: OnOutcome, client: Client) -> None:
-        self.target, self.plan, self.on_outcome, self.client = target, plan, on_outcome, client
+    def __init__(
+        self, target: SftpTarget, plan: Plan, on_outcome: OnOutcome, client: Client, hide: Callable[[str], str]
+    ) -> None:
+        self.target, self.plan, self.on_outcome, self.client, self.hide = target, plan, on_outcome, client, hide
         self.folders = [
             Folder(ssh.under(target.folder, name), items) for name, items in ssh.by_folder(target, plan).items()
         ]
@@ -220,7 +222,7 @@ class Sending:
                 except _NoRename:
                     await self.bring(session, item, fd, final)
         except Rejected as exc:
-            outcome = Outcome(Kind.REJECTED, exc.message)
+            outcome = Outcome(Kind.REJECTED, self.hide(exc.message))
         self.on_outcome(item, outcome)
 
     def check_way(self, item: Item, final: bytes) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from blocks.ssh import HostKeyPolicy, SshTarget
 from protocols.shell import NoScript, run_script
 from protocols.ssh import Client, Facts, Login, greeting, quote
 from protocols.sshkeys import private_key
+from protocols.words import BLOT, MIN_PRIVATE_CHARS
 from tasks.driver import HookResult, Ran
 from transfer.errors import Denied, DispatchError, Misconfigured, Unreachable
 from transfer.health import Health
@@ -21,6 +23,7 @@ from transfer.plan import Item, Plan
 from transfer.receipt import OnOutcome
 
 MARKER = ".complete"
+PRIVATE_FIELDS = ("{PatientID}", "{AccessionNumber}")  # of a layout
 
 
 def login(target: SshTarget) -> Login:
@@ -48,13 +51,36 @@ def login(target: SshTarget) -> Login:
 
 
 @contextmanager
-def named(target: SshTarget) -> Iterator[None]:
-    """Put the target's name on every error of ours that passes."""
+def named(target: SshTarget, hide: Callable[[str], str]) -> Iterator[None]:
+    """Put the target's name on every error of ours that passes, and take out what must not show."""
     try:
         yield
     except DispatchError as exc:
         exc.target = exc.target or target.name
+        exc.message = hide(exc.message)
         raise
+
+
+def hiding(target: SshTarget, plan: Plan) -> Callable[[str], str]:
+    """Return what takes a patient's data, of which a layout may make names of folders, out of a text.
+
+    Paths are the words that servers use for what went wrong.
+    """
+    template = target.layout.split("/")
+    private = {
+        part
+        for name in set(names(plan, target.layout).values())
+        for form, part in zip(template, name.split("/"), strict=True)
+        if any(field in form for field in PRIVATE_FIELDS)
+    }
+    if not private:
+        return str
+    # In a path even a short one is meant; elsewhere it would blot out ordinary words.
+    longest = sorted(private, key=len, reverse=True)
+    in_paths = "|".join(re.escape(part) for part in longest)
+    anywhere = "|".join(re.escape(part) for part in longest if len(part) >= MIN_PRIVATE_CHARS)
+    pattern = re.compile(rf"(?<=/)(?:{in_paths})(?=$|[/'\":;\s])" + (f"|{anywhere}" if anywhere else ""))
+    return lambda text: pattern.sub(BLOT, text)
 
 
 def under(folder: str, name: str) -> str:
@@ -84,7 +110,8 @@ def hook(target: SshTarget, plan: Plan, on_outcome: OnOutcome, ran: Ran) -> Hook
     script = under(target.folder, target.hook_script)
     bad: int | None = 0
     said: list[str] = []
-    with named(target), Client(login(target)) as client:
+    hide = hiding(target, plan)
+    with named(target, hide), Client(login(target)) as client:
         folders = sorted(folder for folder in by_folder(target, plan) if folder not in ran)
         for name in folders:
             on_outcome.check()
@@ -95,7 +122,7 @@ def hook(target: SshTarget, plan: Plan, on_outcome: OnOutcome, ran: Ran) -> Hook
                 timeout_s=target.hook_timeout_s,
                 check=on_outcome.check,
             )
-            said.append(f"{name}: {output}" if len(folders) > 1 else output)
+            said.append(f"{hide('/' + name)[1:]}: {output}" if len(folders) > 1 else output)
             bad = bad if bad != 0 else code
             if code == 0:
                 ran.add(name)

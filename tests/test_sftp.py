@@ -169,7 +169,7 @@ def test_a_server_without_a_shell_proves_by_reading_back_and_runs_no_hook(
         assert sent.require().verified is Level.PROVEN
         assert probes(one)["hook"] == "failed"
         with pytest.raises(Misconfigured, match="no shell"):
-            DRIVERS.of(one).hook(one, sent.plan, OnOutcome())  # type: ignore[misc]
+            DRIVERS.of(one).hook(one, sent.plan, OnOutcome(), set())  # type: ignore[misc]
 
 
 # ---- what is found out afterwards

@@ -1,0 +1,96 @@
+"""A layout may make folders of a patient's data: nothing that is told of them tells it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from pydantic import SecretStr
+
+from blocks.rsync import RsyncTarget
+from blocks.sftp import SftpTarget
+from blocks.ssh import SshTarget
+from tasks import DRIVERS
+from tasks.ssh import hiding
+from tests import studies
+from tests.harness import attempt
+from tests.servers.openssh import shared
+from transfer.errors import DispatchError
+from transfer.plan import scan
+from transfer.receipt import Level, OnOutcome, State
+
+LAYOUT = "{PatientID}/acc-{AccessionNumber}/{Modality}"
+
+
+@pytest.fixture(params=[RsyncTarget, SftpTarget], ids=lambda kind: kind.type_name)
+def target(request: pytest.FixtureRequest, tmp_path: Path) -> SshTarget:
+    server = shared()
+    (tmp_path / "in").mkdir()
+    one: SshTarget = request.param(
+        host="127.0.0.1", port=server.port, user=server.user, folder=str(tmp_path / "in"), layout=LAYOUT,
+        host_key=server.host_keys[0], private_key=SecretStr(str(server.key)), connect_timeout_s=5, idle_timeout_s=10,
+    )  # fmt: skip
+    return one
+
+
+def test_messages_notes_and_details_hold_nothing_of_the_patient(target: SshTarget, tmp_path: Path) -> None:
+    study, texts = tmp_path / "study", []
+    for modality in ("CT", "MR"):
+        studies.dicom(study / f"{modality}.dcm", Modality=modality)
+    folder = Path(target.folder)
+    there = folder / studies.PATIENT_ID / f"acc-{studies.ACCESSION}"
+    plan = scan([study])
+
+    # A folder where a file should be, and a file where a folder should be.
+    (there / "CT" / "CT.dcm").mkdir(parents=True)
+    sent = attempt(target, plan)
+    assert set(sent.rejected) == {"CT.dcm"}
+    texts += [repr(sent.receipt), *sent.rejected.values()]
+    for obstacle in (there / "CT", there, there.parent):
+        shutil.rmtree(folder)
+        obstacle.parent.mkdir(parents=True)
+        obstacle.write_text("in the way")
+        sent = attempt(target, plan)
+        assert sent.error or sent.rejected
+        texts += [str(sent.error), repr(sent.receipt), *sent.rejected.values()]
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+    # What has been taken away.
+    sent = attempt(target, plan)
+    assert sent.require().state is State.DELIVERED
+    shutil.rmtree(folder / studies.PATIENT_ID)
+    for level in Level:
+        target.verify = level
+        again = attempt(target, plan, done=sent.arrived)
+        texts += [str(again.error), repr(again.receipt), *again.rejected.values()]
+
+    # The script at the end names the folders that it was run for.
+    script = folder / "mercure_complete.sh"
+    script.write_text("#!/bin/sh\necho said\n")
+    script.chmod(0o755)
+    hook = DRIVERS.of(target).hook
+    assert hook
+    result = hook(target, plan, OnOutcome(), set())
+    assert result.output.count("said") == 2
+    assert "/CT: said" in result.output
+    texts.append(result.output)
+    target.hook_script = "other.sh"
+    with pytest.raises(DispatchError) as caught:
+        hook(target, plan, OnOutcome(), set())
+    texts.append(str(caught.value))
+    for text in texts:
+        assert studies.PATIENT_ID not in text, text
+        assert studies.ACCESSION not in text, text
+    assert any("***" in text for text in texts)
+
+
+def test_what_is_hidden_is_no_more_than_that(target: SshTarget, tmp_path: Path) -> None:
+    studies.dicom(tmp_path / "study" / "1.dcm", PatientID="12")
+    plan = scan([tmp_path / "study"])
+    target.layout = "{PatientID}/{Modality}"
+    hide = hiding(target, plan)
+    assert hide("mv: can't move '/in/12/CT': 12 bytes of 512") == "mv: can't move '/in/***/CT': 12 bytes of 512"
+    target.layout = "{dispatch_id}/{StudyInstanceUID}"
+    assert hiding(target, plan)(f"/in/{plan.dispatch_id}/1.2") == f"/in/{plan.dispatch_id}/1.2"
