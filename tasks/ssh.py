@@ -66,6 +66,8 @@ def hiding(target: SshTarget, plan: Plan) -> Callable[[str], str]:
 
     Paths are the words that servers use for what went wrong.
     """
+    if not any(field in target.layout for field in PRIVATE_FIELDS):
+        return str
     template = target.layout.split("/")
     private = {
         part
@@ -73,8 +75,6 @@ def hiding(target: SshTarget, plan: Plan) -> Callable[[str], str]:
         for form, part in zip(template, name.split("/"), strict=True)
         if any(field in form for field in PRIVATE_FIELDS)
     }
-    if not private:
-        return str
     # In a path even a short one is meant; elsewhere it would blot out ordinary words.
     longest = sorted(private, key=len, reverse=True)
     in_paths = "|".join(re.escape(part) for part in longest)
