@@ -18,7 +18,7 @@ from tasks.driver import HookResult, Ran
 from transfer.errors import Denied, DispatchError, Misconfigured, Unreachable
 from transfer.health import Health
 from transfer.home import Home
-from transfer.layout import names
+from transfer.layout import UNKNOWN, names
 from transfer.plan import Item, Plan
 from transfer.receipt import OnOutcome
 
@@ -75,6 +75,9 @@ def hiding(target: SshTarget, plan: Plan) -> Callable[[str], str]:
         for form, part in zip(template, name.split("/"), strict=True)
         if any(field in form for field in PRIVATE_FIELDS)
     }
+    private.discard(UNKNOWN)
+    if not private:
+        return str
     # In a path even a short one is meant; elsewhere it would blot out ordinary words.
     longest = sorted(private, key=len, reverse=True)
     in_paths = "|".join(re.escape(part) for part in longest)

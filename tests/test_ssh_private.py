@@ -92,5 +92,6 @@ def test_what_is_hidden_is_no_more_than_that(target: SshTarget, tmp_path: Path) 
     target.layout = "{PatientID}/{Modality}"
     hide = hiding(target, plan)
     assert hide("mv: can't move '/in/12/CT': 12 bytes of 512") == "mv: can't move '/in/***/CT': 12 bytes of 512"
+    assert hiding(target, plan.narrowed(()))("/in/12/") == "/in/12/"
     target.layout = "{dispatch_id}/{StudyInstanceUID}"
     assert hiding(target, plan)(f"/in/{plan.dispatch_id}/1.2") == f"/in/{plan.dispatch_id}/1.2"
