@@ -21,11 +21,11 @@ from tasks.dicom import driver
 from tests import studies
 from tests.harness import attempt
 from tests.servers import wire
-from tests.servers.scp import Scp, scp
-from tests.servers.steps import Accept, Raw, Reject, Silence
+from tests.servers.scp import Association, Scp, scp
+from tests.servers.steps import Accept, Raw, Reject, Script, Silence
 from tests.servers.wire import Proposal
 from tests.targets.dicom import dicom_target
-from transfer.errors import Busy, Cancelled, DispatchError, Interrupted, Misconfigured, Unreachable
+from transfer.errors import Busy, Cancelled, DispatchError, Interrupted, Misconfigured, TimedOut, Unreachable
 from transfer.receipt import State
 
 IDLE_S = 2.0
@@ -195,6 +195,49 @@ def test_cancelled_while_a_name_is_resolved(study: Path) -> None:
     sent = attempt(dicom_target(104, host="pacs.example.org", connect_timeout_s=30), study, cancelled=cancelled)
     assert type(sent.error) is Cancelled
     assert sent.seconds < 0.5 + SOON_S
+
+
+HALF = {"a head": b"\x04\0\0", "a message": b"\x04\0\0\0\0\x20\0\0\0\x02\x01\x03"}
+
+
+@pytest.mark.parametrize("half", HALF)
+def test_silence_in_the_middle_of_what_follows_the_answer(half: str, study: Path) -> None:
+    with scp(on_associate=lambda proposal: [Raw(answer(proposal) + HALF[half]), Silence()]) as peer:
+        sent = attempt(target_of(peer), study)
+        assert type(sent.error) is TimedOut
+        assert str(peer.port) in str(sent.error)
+        assert sent.seconds < IDLE_S + SOON_S
+
+
+@pytest.mark.parametrize("half", HALF)
+def test_cancelled_in_the_middle_of_what_follows_the_answer(half: str, study: Path) -> None:
+    cancelled = threading.Event()
+    with scp(on_associate=lambda proposal: [Raw(answer(proposal) + HALF[half]), Silence()]) as peer:
+        threading.Timer(0.5, cancelled.set).start()
+        sent = attempt(target_of(peer, idle_timeout_s=60), study, cancelled=cancelled)
+        assert type(sent.error) is Cancelled
+        assert sent.seconds < 0.5 + SOON_S
+        assert peer.wait_closed()
+
+
+def test_cancelled_while_half_an_answer_is_there_before_its_time(study: Path) -> None:
+    """An abort is told by pynetdicom, which would read that half first, and wait for the other one."""
+    studies.multiframe(study / "large.dcm", 40)
+    cancelled, said = threading.Event(), threading.Event()
+
+    def on_data(association: Association, size: int) -> Script:
+        if size > 1_000_000 and not said.is_set():
+            said.set()
+            threading.Timer(0.5, cancelled.set).start()
+            return Raw(HALF["a head"])
+        return None
+
+    with scp(on_data=on_data) as peer:
+        target = target_of(peer, idle_timeout_s=60, concurrency=1, bandwidth_limit=4 << 20)
+        sent = attempt(target, study, cancelled=cancelled)
+        assert type(sent.error) is Cancelled
+        assert sent.seconds < 5
+        assert peer.wait_closed()
 
 
 @pytest.mark.parametrize("granted", [8, 9, 13, 14, 40, 1000])

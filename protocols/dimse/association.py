@@ -31,7 +31,7 @@ pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
 
 MAX_CONTEXTS = 128  # odd numbers of one byte, PS3.8 section 9.3.2.2
 MIN_PDU = 8  # bytes: a PDV header and a fragment, whose length is even (PS3.8 Annex E.2)
-RELEASE_S = 5  # an answer to A-RELEASE-RQ is a courtesy: everything was confirmed before
+RELEASE_S = 3  # an answer to A-RELEASE-RQ is a courtesy: everything was confirmed before
 REACTOR_S = 0.001  # between looks at pynetdicom's reactor
 GRACE_S = 1  # for pynetdicom to notice its own time limit
 
@@ -157,24 +157,29 @@ class Link:
     def release(self) -> None:
         """End the association in order; abort it if the peer doesn't answer soon."""
         self.assoc.acse_timeout = min(RELEASE_S, self.peer.idle_timeout_s)
-
-        def run() -> None:
-            with suppress(Exception):  # nothing that is still to come can change what was confirmed
-                self.assoc.release()
-
-        # In a thread of its own: pynetdicom waits without limit for its reactor, which a request of the peer's that
-        # comes just now may keep from pausing.
-        thread = threading.Thread(target=run, name="release", daemon=True)
-        thread.start()
-        thread.join(RELEASE_S + GRACE_S)
+        self._try(self.assoc.release, RELEASE_S + GRACE_S)
         self._end()
 
     def abort(self) -> None:
         """End the association at once."""
-        with suppress(Exception):
-            if self.assoc.is_established:
-                self.assoc.abort()
+        if self.assoc.is_established:
+            self._try(self.assoc.abort, GRACE_S)
         self._end()
+
+    def _try(self, end: Callable[[], None], seconds: float) -> None:
+        """Let pynetdicom end the association, if it can within so many seconds.
+
+        It waits without limit for its reactor, which a request of the peer's that comes just now may keep from
+        pausing, and for its upper layer, which may be waiting for the other half of a PDU.
+        """
+
+        def run() -> None:
+            with suppress(Exception):  # nothing that is still to come can change what was confirmed
+                end()
+
+        thread = threading.Thread(target=run, name="end", daemon=True)
+        thread.start()
+        thread.join(seconds)
 
     def drop(self) -> None:
         """Break the connection: for a peer that is gone, or in the middle of a PDU, where an abort can't be told."""

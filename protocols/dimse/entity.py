@@ -14,6 +14,7 @@ import ssl
 import struct
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 
 from pynetdicom import AE
@@ -22,7 +23,6 @@ from pynetdicom.transport import T_CONNECT, AddressInformation, AssociationSocke
 
 from protocols.dimse.answer import tidied
 from protocols.dimse.transport import poll
-from transfer.errors import Interrupted
 
 REACTOR_S = 0.001  # how often pynetdicom's threads look for work
 RECEIVE = 65_536  # bytes
@@ -212,21 +212,31 @@ class Transport(AssociationSocket):
             self.timed_out = True
             raise TimeoutError("the peer fell silent")
 
-    def lend(self) -> socket.socket:
+    def lend(self, check: Callable[[], None] = lambda: None) -> socket.socket:
         """Hand the socket out, once pynetdicom's threads have let go of it.
 
         Both look for work every millisecond, which would cost as much as sending a small instance. The reactor of
         the association is paused by its own checkpoint, as pynetdicom's `release` does; the upper layer's in `ready`.
+
+        Args:
+            check: called while a thread is still in the middle of a PDU of the peer's; may raise to stop.
+
+        Raises:
+            ConnectionError: the association is over. TimeoutError: the peer fell silent in the middle of a PDU.
         """
         self._resting.clear()
         self._returned.clear()
         self.assoc._reactor_checkpoint.clear()
         self._lent.set()
-        while not (self._resting.wait(REACTOR_S) and self.assoc._is_paused):
-            if not self.assoc.dul.is_alive() or not self.assoc.is_alive():
-                self.take_back()
-                raise Interrupted("the peer ended the association")
-            time.sleep(REACTOR_S)
+        try:
+            while not (self._resting.wait(REACTOR_S) and self.assoc._is_paused):
+                if not self.assoc.dul.is_alive() or not self.assoc.is_alive():
+                    raise (TimeoutError if self.timed_out else ConnectionAbortedError)  # noqa: TRY301
+                check()
+                time.sleep(REACTOR_S)
+        except BaseException:
+            self.take_back()
+            raise
         return self._sock
 
     def take_back(self) -> None:

@@ -142,7 +142,7 @@ class Sender:
 
     Attributes:
         window: how many instances may be without a response at once.
-        torn: whether the connection ends in the middle of a PDU, so that an abort can't be told any more.
+        torn: whether the connection is in the middle of a PDU, so that an abort can't be told.
     """
 
     def __init__(
@@ -170,7 +170,15 @@ class Sender:
         self._plain = False
 
     def __enter__(self) -> Self:
-        sock = self._sock = self.link.transport.lend()
+        # Until it is ours the peer may be in the middle of a PDU, which an abort would have to wait for.
+        self.torn = True
+        try:
+            sock = self._sock = self.link.transport.lend(self._check)
+        except TimeoutError as exc:
+            raise TimedOut(f"{self.peer.where}: the peer fell silent for {self.peer.idle_timeout_s:g} s") from exc
+        except ConnectionError as exc:
+            raise Interrupted(f"{self.peer.where}: the peer ended the association") from exc
+        self.torn = False
         self._received += self.link.transport.ahead
         self.link.transport.ahead.clear()
         self._plain = not isinstance(sock, ssl.SSLSocket)
