@@ -242,3 +242,20 @@ def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     assert path.read_text() == '{\n "a": 1\n}'
     assert os.listdir(path.parent) == ["r.json"]
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_a_second_process_that_closes_the_ledger_leaves_it_to_the_first(path: Path) -> None:
+    """POSIX drops the locks of a process that closes any descriptor of a file: SQLite's must stay."""
+    with Ledger(path) as worker, Ledger(path) as run:
+        run.run_begins("run", "owner")
+        subprocess.run([sys.executable, "-c", CLOSES, str(path)], check=True)
+        with Ledger(path) as next_run:
+            next_run.run_begins("next", "owner")
+            subprocess.run([sys.executable, "-c", CLOSES, str(path)], check=True)
+            run.run_ends("run")
+        assert worker.unfinished() == {"next": "owner"}
+    with Ledger(path) as ledger:
+        assert ledger.unfinished() == {"next": "owner"}
+
+
+CLOSES = "import sys; from pathlib import Path; from transfer.ledger import Ledger; Ledger(Path(sys.argv[1])).close()"
