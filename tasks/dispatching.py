@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
@@ -25,6 +25,7 @@ from tasks.push import failure_of, hook_task, push_task
 from tasks.report import progress_shown, report
 from tasks.stage import stage_files
 from tasks.targets import check_destination, limit, load
+from transfer.errors import Cancelled as DispatchCancelled
 from transfer.errors import DispatchError
 from transfer.home import Home
 from transfer.ledger import Ledger
@@ -36,8 +37,8 @@ from transfer.window import Window
 R = TypeVar("R")
 OFF_PEAK = "22:00-06:00"  # UTC, unless TALARIA_OFF_PEAK says otherwise
 LEASE_S = 60  # a killed worker's place at a target is free again after this
-LOOK_S = 0.5  # between two looks at the cancel flag
-GRACE_S = 5  # for a driver to stop by itself, before what it waits for is cancelled
+LOOK_S = 0.25  # between two looks at the cancel flag
+GRACE_S = 3  # for a driver to stop by itself, before what it waits for is cancelled: all in all it takes less than 5
 DISABLED_S = 60  # a dispatch to a disabled target looks again after this
 
 
@@ -53,7 +54,12 @@ class Dispatch:
 
     async def stage(self, paths: list[str], exclude: str, origin: Origin) -> Plan:
         """Plan and stage the files; a run that is taken up again keeps its dispatch id."""
-        staged = await stage_files(paths, exclude, origin, self.staging, self.cancelled)
+        try:
+            staged = await self._stoppable(stage_files(paths, exclude, origin, self.staging, self.cancelled))
+        except asyncio.CancelledError as exc:
+            if not self.cancelled.is_set():
+                raise
+            raise DispatchCancelled("the dispatch was cancelled while its files were read") from exc
         return self.ledger.same_dispatch(self.flow_run_id, staged.plan)
 
     async def deliver(self, plan: Plan, priority: str, force: bool) -> list[Receipt]:
@@ -76,7 +82,11 @@ class Dispatch:
             return
         try:
             # Once a push has begun, its own retries decide; before, a server that is away is waited for.
-            await self._stoppable(patiently(lambda: self._push(delivery), lambda: delivery.attempts > 0))
+            await self._stoppable(
+                patiently(lambda: self._push(delivery), lambda: delivery.attempts > 0),
+                # It waits for a place at the target, or for its next attempt: no driver is at work.
+                idle=lambda: delivery.attempts == 0 or delivery.error is not None,
+            )
             if delivery.wants_hook:
                 await self._stoppable(hook_task(target)(delivery))
         except Exception as exc:  # one target's failure, whatever it is, must not end the other deliveries
@@ -100,12 +110,13 @@ class Dispatch:
         ):
             await push_task(delivery.driver, delivery.target)(delivery)
 
-    async def _stoppable(self, work: Awaitable[R]) -> R:
-        """Wait for work; when the run is cancelled, let it stop by itself, then cancel it."""
+    async def _stoppable(self, work: Awaitable[R], idle: Callable[[], bool] = lambda: False) -> R:
+        """Wait for work; when the run is cancelled, let it stop by itself unless it is idle, then cancel it."""
         task = asyncio.ensure_future(work)
         while not (await asyncio.wait([task], timeout=LOOK_S))[0]:
             if self.cancelled.is_set():
-                await asyncio.wait([task], timeout=GRACE_S)
+                if not idle():
+                    await asyncio.wait([task], timeout=GRACE_S)
                 task.cancel()
                 break
         return await task
@@ -170,8 +181,8 @@ def opens(target: Target, priority: str, now: datetime | None = None) -> datetim
 
 
 def refusal(error: DispatchError) -> RunState[Any]:
-    """The state of a run that could not begin."""
-    return Failed(message=str(error))
+    """The state of a run that could not begin, or was stopped before it did."""
+    return Cancelled(message=str(error)) if isinstance(error, DispatchCancelled) else Failed(message=str(error))
 
 
 def _sentence(receipt: Receipt) -> str:

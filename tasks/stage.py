@@ -34,7 +34,9 @@ def plan_and_stage(paths: list[str], exclude: str, origin: Origin, into: Path, c
         if cancelled.is_set():
             raise Cancelled("the dispatch was cancelled")
 
-    return stage(scan(paths, patterns(exclude), origin), into, check)
+    plan = scan(paths, patterns(exclude), origin)
+    check()  # nobody clears the folder away if the run has ended meanwhile
+    return stage(plan, into, check)
 
 
 @task(name="stage", cache_policy=NO_CACHE, persist_result=False)
