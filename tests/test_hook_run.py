@@ -1,16 +1,19 @@
-"""The script at the end as people see it: `talaria send`, a failure, `talaria jobs retry`."""
+"""rsync and SFTP targets as people see them: broken links, the script at the end, `talaria jobs retry`."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests import studies
 from tests.servers.openssh import shared
+from tests.servers.relay import relay
 from tests.servers.up import Talaria, talaria
 
 pytestmark = pytest.mark.timeout(300)
@@ -48,22 +51,22 @@ def snapshot(folder: Path) -> dict[str, tuple[int, int, int]]:
     return found
 
 
+def fields(name: str, folder: Path, **more: Any) -> dict[str, Any]:
+    server = shared()
+    folder.mkdir()
+    return {
+        "type": name.removeprefix("by-"), "host": "127.0.0.1", "port": server.port, "user": server.user,
+        "folder": str(folder), "host_key": server.host_keys[0], "private_key": str(server.key),
+        "on_complete": True, "hook_attempts": 2, "hook_retry_delay_s": DELAY_S,
+        # The push's own policy must not be the script's.
+        "retry_delay_s": 120, "retry_max_delay_s": 120, **more,
+    }  # fmt: skip
+
+
 @pytest.fixture
 def folders(up: Talaria, tmp_path: Path) -> dict[str, Path]:
-    server = shared()
-    found, targets = {}, {}
-    for name in TARGETS:
-        found[name] = tmp_path / f"in {name}"
-        found[name].mkdir()
-        fields: dict[str, Any] = {
-            "type": name.removeprefix("by-"), "host": "127.0.0.1", "port": server.port, "user": server.user,
-            "folder": str(found[name]), "host_key": server.host_keys[0], "private_key": str(server.key),
-            "on_complete": True, "hook_attempts": 2, "hook_retry_delay_s": DELAY_S,
-            # The push's own policy must not be the script's.
-            "retry_delay_s": 120, "retry_max_delay_s": 120,
-        }  # fmt: skip
-        targets[name.replace("-", "_")] = fields
-    up.apply(**targets)
+    found = {name: tmp_path / f"in {name}" for name in TARGETS}
+    up.apply(**{name.replace("-", "_"): fields(name, folder) for name, folder in found.items()})
     return found
 
 
@@ -117,3 +120,44 @@ def test_a_script_that_is_not_there(up: Talaria, folders: dict[str, Path], tmp_p
         assert (one["state"], one["hook"], one["delivered"], one["attempts"]) == ("partial", "failed", 1, 1)
         assert any("not there, or not executable" in note for note in one["notes"])
         assert (folders[name] / result["dispatch_id"] / ".complete").exists()
+
+
+@pytest.mark.slow
+def test_a_script_that_is_cancelled(up: Talaria, folders: dict[str, Path], tmp_path: Path) -> None:
+    studies.ct(tmp_path / "study", 2)
+    install(folders["by-sftp"], 'echo $$ > "$0.pid"; exec sleep 200')
+    run = up.json("send", str(tmp_path / "study"), "--to", "by-sftp", "--no-wait")["flow_run_id"]
+    pid = folders["by-sftp"] / "mercure_complete.sh.pid"
+    up.until(lambda: pid.exists() and pid.read_text().strip())
+    assert up("jobs", "cancel", run).returncode == 0
+    up.until(lambda: up.run(run)["state_type"] == "CANCELLED", 20)
+    one = up.json("jobs", "show", run)["targets"]["by-sftp"]
+    assert (one["state"], one["hook"], one["delivered"]) == ("cancelled", "failed", 2)
+    up.until(lambda: not psutil.pid_exists(int(pid.read_text())), 15)
+    install(folders["by-sftp"], "exit 0")
+    one = up.json("jobs", "retry", run)["targets"]["by-sftp"]
+    assert (one["state"], one["hook"], one["already"]) == ("delivered", "done", 2)
+
+
+@pytest.mark.slow
+def test_a_link_that_breaks_costs_no_whole_file(up: Talaria, tmp_path: Path) -> None:
+    size = 40 << 20
+    (tmp_path / "study").mkdir()
+    (tmp_path / "study" / "large.bin").write_bytes(os.urandom(size))
+    with ExitStack() as stack:
+        links = {name: stack.enter_context(relay(shared().port, cut_after=size // 2)) for name in TARGETS}
+        soon = {"retry_delay_s": 0.2, "retry_max_delay_s": 0.5, "on_complete": False}
+        up.apply(
+            **{
+                name.replace("-", "_"): fields(name, tmp_path / name, port=link.port, **soon)
+                for name, link in links.items()
+            }
+        )
+        result = up.json("send", str(tmp_path / "study"), "--to", ",".join(TARGETS))
+        for name, link in links.items():
+            one = result["targets"][name]
+            assert (one["state"], one["delivered"], one["attempts"], link.cuts) == ("delivered", 1, 2, 1)
+            assert link.sent < size + (10 << 20)
+            arrived = tmp_path / name / result["dispatch_id"] / "large.bin"
+            assert arrived.read_bytes() == (tmp_path / "study" / "large.bin").read_bytes()
+            assert {path.name for path in arrived.parent.iterdir()} == {"large.bin", ".complete"}
