@@ -22,7 +22,7 @@ from tests import studies
 from tests.harness import attempt
 from tests.servers import wire
 from tests.servers.scp import Association, Scp, scp
-from tests.servers.steps import Accept, Raw, Reject, Script, Silence
+from tests.servers.steps import Abort, Accept, Raw, Reject, Script, Silence
 from tests.servers.wire import Proposal
 from tests.targets.dicom import dicom_target
 from transfer.errors import Busy, Cancelled, DispatchError, Interrupted, Misconfigured, TimedOut, Unreachable
@@ -307,3 +307,12 @@ def test_odd_identifiers_are_sent_as_they_are(changes: dict[str, str], study: Pa
     with scp() as peer:
         assert attempt(target_of(peer), study).require().state is State.DELIVERED
         assert len(peer.kept) == 4
+
+
+def test_people_are_told_once_of_associations_that_were_not_granted(tmp_path: Path) -> None:
+    for number in range(60):
+        studies.dicom(tmp_path / "study" / f"{number:02}.dcm", SOPClassUID=f"2.25.99.{number}")
+    with scp(on_associate=lambda proposal: Abort() if proposal.association % 2 == 0 else None) as peer:
+        receipt = attempt(target_of(peer), tmp_path / "study").require()
+        assert receipt.state is State.DELIVERED
+        assert len(receipt.notes) == 1

@@ -95,8 +95,9 @@ class Fleet:
             raise error
         if left:
             raise Interrupted(f"{self.peer.where}: {left} of {len(items)} instances have no answer")
-        if error is not None:
-            self.notes.append(f"not every association was granted or lasted: {error}")
+        note = f"not every association was granted or lasted: {error}"
+        if error is not None and note not in self.notes:
+            self.notes.append(note)
 
     def _more(self) -> None:
         for _ in range(min(self.concurrency, len(self._todo)) - 1):
