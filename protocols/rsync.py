@@ -6,12 +6,14 @@ paths on the other side through rsync's own protocol (`-s`), so no shell sees ei
 
 from __future__ import annotations
 
+import fcntl
 import math
 import os
 import re
 import select
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +24,8 @@ from transfer.errors import Busy, Denied, DispatchError, Interrupted, Misconfigu
 
 PARTIAL = ".talaria-partial"  # in each folder; holds what has come of a file when the link breaks
 TEMPORARY = ".talaria-temp"  # in the folder that is sent to; holds files that are coming
-POLL_S = 0.2  # between two looks at whether to stop
+LOOK_S = 0.05  # between two looks at what rsync has printed, and at whether to stop
+PIPE_BYTES = 1 << 20  # what it prints meanwhile must not fill the pipe and stop it
 PIECE = 65_536
 SLOWEST_SUM = 20 << 20  # bytes a second that either side computes checksums at, in silence
 
@@ -197,26 +200,39 @@ class Rsync:
         if started.process.stdout is None:
             raise TypeError("rsync was started without a pipe")
         fd, output, told = started.process.stdout.fileno(), bytearray(), 0
+        os.set_blocking(fd, False)
+        with suppress(OSError):
+            fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
         poll = select.poll()
-        poll.register(fd, select.POLLIN)
+        # Only the end wakes us: rsync prints a line for each small file, and to run for each took the time of a third.
+        poll.register(fd, 0)
         heard = time.monotonic()
         while True:
             self.check()
-            if not poll.poll(POLL_S * 1000):
-                if time.monotonic() - heard > idle_s + END_S:
-                    raise TimedOut(f"{self.client.login.shown}: nothing has moved for {idle_s:g} s")
-                continue
-            heard = time.monotonic()
-            piece = os.read(fd, PIECE)
-            if not piece:
+            over = bool(poll.poll(LOOK_S * 1000))
+            piece = _all_there(fd)
+            if piece:
+                heard = time.monotonic()
+                output += piece
+                seen = _PROGRESS.findall(output)
+                if seen:
+                    moved, told = int(seen[-1]) - told, int(seen[-1])
+                    if moved > 0:
+                        self.moved(moved)
+                    del output[: max(output.rfind(b"\r"), output.rfind(b"\n"))]
+            elif time.monotonic() - heard > idle_s + END_S:
+                raise TimedOut(f"{self.client.login.shown}: nothing has moved for {idle_s:g} s")
+            if over:
                 return bytes(output)
-            output += piece
-            seen = _PROGRESS.findall(output)
-            if seen:
-                moved, told = int(seen[-1]) - told, int(seen[-1])
-                if moved > 0:
-                    self.moved(moved)
-                del output[: max(output.rfind(b"\r"), output.rfind(b"\n"))]
+
+
+def _all_there(fd: int) -> bytes:
+    """Read what a pipe that doesn't block holds."""
+    pieces = []
+    with suppress(BlockingIOError):
+        while piece := os.read(fd, PIECE):
+            pieces.append(piece)
+    return b"".join(pieces)
 
 
 def _besides(folder: str) -> list[str]:

@@ -234,8 +234,8 @@ class _Push:
         good = []
         for item in items:
             try:
-                with self.plan.open(item):
-                    good.append(item)
+                self.plan.check(item)
+                good.append(item)
             except Rejected as exc:
                 self.reject(item, exc.message)
         return good
@@ -392,8 +392,8 @@ class _Push:
         good = []
         for item in filter(self.has_arrived, folder.items):
             try:
-                with self.plan.open(item):
-                    good.append(item)
+                self.plan.check(item)
+                good.append(item)
             except Rejected as exc:
                 self.on_outcome.revoke(item, exc.message)
         return good
