@@ -34,6 +34,7 @@ from transfer.staging import discard
 
 MAX_RUNS = 20  # a run that crashed that often is left for people to look at
 PATIENCE_S = 600  # how long a run's end waits for a server that is away
+TAKEN_UP = "taken up after a crash"  # what the state of a run says that is back in the queue
 logger = logging.getLogger(__name__)
 
 
@@ -48,10 +49,10 @@ async def recover(client: PrefectClient, home: Home, pool: str, *, alone: bool) 
     """
     taken = []
     with Ledger(home.ledger) as ledger:
+        # Asked first: a run is in the ledger before it is under way at the server.
+        lost = await _under_way(client, pool) if alone else set()
         owners = ledger.unfinished()
-        lost = {run_id for run_id, owner in owners.items() if not home.alive(owner)}
-        if alone:
-            lost |= await _strays(client, pool, {run_id for run_id in owners if run_id not in lost})
+        lost = {run_id for run_id in lost | set(owners) if not (owners.get(run_id) and home.alive(owners[run_id]))}
         for run_id in lost:
             if await _take_up(client, run_id):
                 taken.append(run_id)
@@ -63,16 +64,26 @@ async def recover(client: PrefectClient, home: Home, pool: str, *, alone: bool) 
     return taken
 
 
+async def taken_up(client: PrefectClient, pool: str) -> list[str]:
+    """Return the ids of the runs that are back in the queue after a crash, and that no worker has begun yet."""
+    queued: list[FlowRun] = await client.read_flow_runs(
+        flow_run_filter=FlowRunFilter(
+            state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED]))
+        ),
+        work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=[pool])),
+    )
+    return [str(run.id) for run in queued if run.state and run.state.message == TAKEN_UP]
+
+
 def clear_staging(home: Home, ledger: Ledger) -> int:
     """Remove the staging folders of runs that nobody runs any more; return how many there were."""
-    count = 0
+    # Listed first: a run is in the ledger before it has a folder.
+    folders = list(home.staging.iterdir()) if home.staging.is_dir() else []
     living = {run_id for run_id, owner in ledger.unfinished().items() if home.alive(owner)}
-    if home.staging.is_dir():
-        for folder in home.staging.iterdir():
-            if folder.name not in living:
-                discard(folder)
-                count += 1
-    return count
+    orphans = [folder for folder in folders if folder.name not in living]
+    for folder in orphans:
+        discard(folder)
+    return len(orphans)
 
 
 def clear(home: Home, ledger: Ledger, before: float) -> tuple[int, int, int]:
@@ -122,19 +133,19 @@ async def _take_up(client: PrefectClient, run_id: str) -> bool:
     if flow_run.run_count >= MAX_RUNS:
         return False
     await client.set_flow_run_state(
-        flow_run.id, AwaitingRetry(scheduled_time=datetime.now(UTC), message="taken up after a crash"), force=True
+        flow_run.id, AwaitingRetry(scheduled_time=datetime.now(UTC), message=TAKEN_UP), force=True
     )
     return True
 
 
-async def _strays(client: PrefectClient, pool: str, owned: set[str]) -> set[str]:
-    """Find runs of the pool that are under way by their state, yet owned by nobody."""
+async def _under_way(client: PrefectClient, pool: str) -> set[str]:
+    """Find the runs of the pool that are under way by their state, whoever owns them."""
     under_way = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
     found: list[FlowRun] = await client.read_flow_runs(
         flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=under_way))),
         work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=[pool])),
     )
-    return {str(run.id) for run in found} - owned
+    return {str(run.id) for run in found}
 
 
 async def _free_slots(client: PrefectClient) -> None:

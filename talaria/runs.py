@@ -50,14 +50,36 @@ async def create(
 
 
 def run_here(session: Session, flow_run: FlowRun) -> None:
-    """Run a dispatch in this process, in the place of a worker; returns when it has ended."""
+    """Run a flow run in this process, in the place of a worker; returns when it has ended, or waits for long."""
     run_id = str(flow_run.id)
+    flow, _ = FLOWS[session.run(_flow_name, flow_run)]
     with session.home.owner() as owner, Ledger(session.home.ledger) as ledger:
-        ledger.run_begins(run_id, owner)
-        flow = FLOWS["dispatch"][0]
-        asyncio.run(run_flow(flow, flow_run=flow_run, return_type="state"))  # type: ignore[arg-type]
-        asyncio.run(settle(run_id))
-        ledger.run_ends(run_id)
+        while True:
+            ledger.run_begins(run_id, owner)
+            asyncio.run(run_flow(flow, flow_run=flow_run, return_type="state"))  # type: ignore[arg-type]
+            asyncio.run(settle(run_id))
+            ledger.run_ends(run_id)
+            # It may wait for a window that opens soon, or have lost its server: there is no worker to take it up.
+            flow_run = session.run(_when_due, flow_run.id)
+            if _at_rest(flow_run) or flow_run.state is None or flow_run.state.is_final():
+                return
+
+
+async def _flow_name(client: PrefectClient, flow_run: FlowRun) -> str:
+    return (await client.read_flow(flow_run.flow_id)).name
+
+
+async def _when_due(client: PrefectClient, run_id: UUID) -> FlowRun:
+    """Read a run that has stopped; one that goes on soon when its time has come."""
+    while True:
+        flow_run = await client.read_flow_run(run_id)
+        state = flow_run.state
+        if state is None or state.type is not StateType.SCHEDULED or _at_rest(flow_run):
+            return flow_run
+        begin = state.state_details.scheduled_time
+        if begin is None or begin <= datetime.now(UTC):
+            return flow_run
+        await asyncio.sleep(POLL_S)
 
 
 def result_of(
@@ -98,7 +120,9 @@ def _follow(
             if show and time.monotonic() - shown > PROGRESS_S:
                 show(await progress(client, run_id))
                 shown = time.monotonic()
-            if _at_rest(flow_run) and not (worker and worker.is_alive()):
+            if worker and flow_run.state and flow_run.state.type is StateType.CANCELLING:
+                running.flag(str(run_id)).set()  # by the UI or another command: no worker watches for us
+            if not worker.is_alive() if worker else _at_rest(flow_run):
                 if show:
                     show(await progress(client, run_id))
                 return flow_run

@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
 
@@ -39,6 +39,7 @@ class Address:
 
     url: str  # of the API
     auth: bool
+    workers: bool = True  # whether workers run beside it; none do for a server that a command started
 
     @property
     def ui(self) -> str:
@@ -103,7 +104,7 @@ def running(home: Home) -> Address | None:
                 return None
         try:
             known = json.loads((home.root / "server.json").read_text(encoding="utf-8"))
-            address = Address(known["url"], known["auth"])
+            address = Address(known["url"], known["auth"], known["workers"])
             if healthy(address.url):
                 return address
         except (OSError, ValueError, KeyError):
@@ -124,11 +125,11 @@ def healthy(url: str) -> bool:
 class EmbeddedServer:
     """The server process; made by `serving`."""
 
-    def __init__(self, home: Home, host: str, port: int, auth: bool) -> None:
+    def __init__(self, home: Home, host: str, port: int, auth: bool, workers: bool) -> None:
         self.home, self.host, self.port, self.auth = home, host, port, auth
         connect = "127.0.0.1" if host in ("0.0.0.0", "") else "[::1]" if host == "::" else host  # noqa: S104
         self.address = Address(
-            f"http://{f'[{host}]' if host.count(':') > 1 and host != '::' else connect}:{port}/api", auth
+            f"http://{f'[{host}]' if host.count(':') > 1 and host != '::' else connect}:{port}/api", auth, workers
         )
         self.log = home.root / "logs" / "server.log"
         self.process = self._start()
@@ -152,9 +153,7 @@ class EmbeddedServer:
             time.sleep(0.1)
         record = self.home.root / "server.json"
         part = record.with_suffix(".part")
-        part.write_text(
-            json.dumps({"url": self.address.url, "auth": self.auth, "pid": self.process.pid}), encoding="utf-8"
-        )
+        part.write_text(json.dumps(asdict(self.address) | {"pid": self.process.pid}), encoding="utf-8")
         part.chmod(0o600)
         part.replace(record)
 
@@ -168,8 +167,11 @@ class EmbeddedServer:
 
 
 @contextmanager
-def serving(home: Home, host: str, port: int, *, auth: bool) -> Iterator[EmbeddedServer]:
+def serving(home: Home, host: str, port: int, *, auth: bool, workers: bool = True) -> Iterator[EmbeddedServer]:
     """Start the embedded server of a state directory; it is stopped when the block ends.
+
+    Args:
+        workers: whether the caller runs workers beside it; if not, whoever uses it runs dispatches by itself.
 
     Raises:
         ServerError: one runs already, the port is taken, or it can't be started.
@@ -179,7 +181,7 @@ def serving(home: Home, host: str, port: int, *, auth: bool) -> Iterator[Embedde
             raise ServerError(f"the server of {home.root} runs already: stop it first, or use another TALARIA_HOME")
         (home.root / "server.json").unlink(missing_ok=True)
         check_port(host, port)
-        server = EmbeddedServer(home, host, port, auth)
+        server = EmbeddedServer(home, host, port, auth, workers)
         try:
             yield server
         finally:
@@ -213,8 +215,9 @@ def reached(home: Home) -> Iterator[tuple[Address | None, bool]]:
     """Make a Prefect API reachable for the length of the block.
 
     PREFECT_API_URL set: that server. Else the embedded one, which is started, and stopped at the end, if it does
-    not run. Yields its address (None for a server that isn't ours) and whether it was started here. The
-    environment of this process is set, and Prefect told to look at it again if it is imported already.
+    not run. Yields its address (None for a server that isn't ours) and whether dispatches must be run here, for no
+    worker runs beside it: it was started here, or by another command for its own duration. The environment of
+    this process is set, and Prefect told to look at it again if it is imported already.
 
     Raises:
         ServerError: there is no server to be had.
@@ -229,13 +232,13 @@ def reached(home: Home) -> Iterator[tuple[Address | None, bool]]:
         address = running(home)
         if address:
             use(client_environment(home, address.url, auth=address.auth))
-            yield address, False
+            yield address, not address.workers
             return
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         try:
-            with serving(home, "127.0.0.1", port, auth=True) as server:
+            with serving(home, "127.0.0.1", port, auth=True, workers=False) as server:
                 use(client_environment(home, server.address.url, auth=True))
                 server.wait()
                 try:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests import studies
@@ -203,3 +206,60 @@ def test_a_worker_killed_within_a_push_to_a_folder_loses_nothing(tmp_path: Path)
         assert not list((one.home / "staging").iterdir())
     finally:
         one.stop()
+
+
+def test_a_killed_send_with_a_server_of_its_own_is_taken_up(tmp_path: Path) -> None:
+    sent = studies.ct(tmp_path / "study", 12)
+    one = Talaria(tmp_path)
+    one.apply(archive=folder(tmp_path / "archive", bandwidth_limit=SLOW, concurrency=1))
+    sending = one.background("send", str(tmp_path / "study"), "--to", "archive")
+    one.until(lambda: len(files(tmp_path / "archive")) > 3)
+    children = psutil.Process(sending.pid).children(recursive=True)
+    sending.kill()
+    sending.wait()
+    psutil.wait_procs(children, 10)
+    assert not any(child.is_running() for child in children)  # its server went with it
+    (job,) = one.json("jobs", "list")["jobs"]
+    assert job["state"] == "AwaitingRetry"  # not Running: nobody runs it
+    assert one.json("recover") == {"recovered": [job["id"]]}
+    shown = one.json("jobs", "show", job["id"])
+    assert shown["state"] == "delivered" and shown["run"]["state"] == "Completed"
+    result = shown["targets"]["archive"]
+    assert result["delivered"] + result["already"] == len(sent)
+    assert len(files(tmp_path / "archive")) == len(sent) + 1 and not list((one.home / "staging").iterdir())
+    assert one.json("recover") == {"recovered": []}
+
+
+def test_commands_share_the_server_that_one_of_them_started(tmp_path: Path) -> None:
+    studies.ct(tmp_path / "slow", 60)
+    studies.ct(tmp_path / "fast", 2)
+    one = Talaria(tmp_path)
+    one.apply(
+        archive=folder(tmp_path / "archive", bandwidth_limit=SLOW, concurrency=1), shelf=folder(tmp_path / "shelf")
+    )
+    first = one.background("send", str(tmp_path / "slow"), "--to", "archive")
+    one.until(lambda: files(tmp_path / "archive"))
+    # No worker serves the second; it runs its dispatch by itself.
+    result = one.json("send", str(tmp_path / "fast"), "--to", "shelf")
+    assert result["state"] == "delivered" and first.poll() is None
+    # The first is running, and can be cancelled from here.
+    job = next(j for j in one.json("jobs", "list")["jobs"] if j["targets"] == ["archive"])
+    assert job["state"] == "Running"
+    one.json("jobs", "cancel", job["id"])
+    assert first.wait(CANCEL_S + 20) == 1
+    receipt = json.loads((one.home / "receipts" / f"{job['id']}.json").read_text())
+    assert receipt["state"] == "cancelled" and receipt["targets"]["archive"]["unsent"] > 0
+
+
+def test_ctrl_c_cancels_what_a_command_runs_by_itself(tmp_path: Path) -> None:
+    studies.ct(tmp_path / "study", 12)
+    one = Talaria(tmp_path)
+    one.apply(archive=folder(tmp_path / "archive", bandwidth_limit=SLOW, concurrency=1))
+    sending = one.background("send", str(tmp_path / "study"), "--to", "archive", "--json")
+    one.until(lambda: len(files(tmp_path / "archive")) > 2)
+    sending.send_signal(signal.SIGINT)
+    assert sending.wait(CANCEL_S + 20) == 1
+    (job,) = one.json("jobs", "list")["jobs"]
+    assert job["state"] == "Cancelled"
+    one.apply(archive=folder(tmp_path / "archive"))
+    assert one.json("jobs", "retry", job["id"])["state"] == "delivered"

@@ -80,13 +80,15 @@ def recover(as_json: Json = False) -> None:
     """Take up what a crash left unfinished; `talaria up` does it by itself when it starts."""
     from talaria import recovery
     from talaria.registry import POOL
-    from talaria.runs import find, run_here
+    from talaria.runs import find, result_of
 
     with api() as session:
-        taken = session.run(recovery.recover, session.home, POOL, alone=session.own)
-        if session.own:
+        if session.own:  # this or another command has put them back into the queue; no worker runs them
+            taken = session.run(recovery.taken_up, POOL)
             for run_id in taken:
-                run_here(session, session.run(find, run_id))
+                result_of(session, session.run(find, run_id))
+        else:
+            taken = session.run(recovery.recover, session.home, POOL, alone=False)
     if as_json:
         print_json({"recovered": taken})
     else:

@@ -27,7 +27,7 @@ class Session:
 
     Attributes:
         address: of the embedded server, None for one that PREFECT_API_URL names.
-        own: whether this command started it, for its own duration; no worker runs beside it then.
+        own: whether this command, or another one, started it for its own duration; no worker runs beside it then.
     """
 
     settings: Settings
@@ -59,19 +59,16 @@ def api() -> Iterator[Session]:
     if not os.environ.get("PREFECT_API_URL") and running(home) is None:
         say("no server runs: starting one for this command (`talaria up` keeps one running)")
     with reached(home) as (address, own):
+        session = Session(settings, home, address, own)
         if own:
-            _register()
-        yield Session(settings, home, address, own)
+            session.run(_prepare, home)
+        yield session
 
 
-def _register() -> None:
-    """Make sure that a server which has just been started knows our types and deployments."""
-    from prefect import get_client
+async def _prepare(client: PrefectClient, home: Home) -> None:
+    """Let a server that has just been started know our types and deployments, and that killed runs run no more."""
+    from talaria.recovery import recover
+    from talaria.registry import POOL, register
 
-    from talaria.registry import register
-
-    async def with_client() -> None:
-        async with get_client() as client:
-            await register(client)
-
-    asyncio.run(with_client())
+    await register(client)
+    await recover(client, home, POOL, alone=True)
