@@ -3,20 +3,42 @@
 from __future__ import annotations
 
 import hashlib
-from concurrent.futures import FIRST_EXCEPTION, Future, wait
-from typing import TYPE_CHECKING
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from typing import Protocol
 
+from blocks.s3 import S3Target
+from protocols.s3 import Payload, Store
 from protocols.s3_checksums import Mismatch
 from protocols.s3_upload import Gone, Upload, part_size
 from tasks.s3_errors import errors
+from tasks.s3_support import Supports
 from tasks.s3_verify import Sums
 from transfer.errors import Rejected
-from transfer.plan import Item
-
-if TYPE_CHECKING:
-    from tasks.s3_push import Push
+from transfer.plan import Item, Plan
 
 HASHED_BYTES = 4 << 20  # read at once to be hashed, between two looks at the cancel flag
+
+
+class Push(Protocol):
+    """What a large file needs of the push that it is part of."""
+
+    target: S3Target
+    plan: Plan
+    store: Store
+    supports: Supports
+    pool: ThreadPoolExecutor
+    uploads: set[Upload]
+    unfinished: dict[str, list[str]]
+
+    def check(self) -> None: ...
+
+    def read(self, item: Item, fd: int, start: int, size: int) -> memoryview: ...
+
+    def headers(self, item: Item, sha256: str) -> dict[str, str]: ...
+
+    def payload(self, data: memoryview) -> Payload: ...
+
+    def forget(self, key: str, upload_id: str) -> None: ...
 
 
 class Large:
