@@ -15,6 +15,7 @@ from transfer.home import Home
 from transfer.window import Window
 from transfer.words import what_is_wrong
 
+POOL = "talaria"  # the work pool at the server that workers take runs from
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _WHERE = " (a variable TALARIA_..., or a key of talaria.toml)"
 

@@ -7,7 +7,7 @@ import os
 from typing import Any
 
 from talaria.server import healthy, running, use
-from talaria.settings import client_environment
+from talaria.settings import POOL, client_environment
 from transfer.home import Home
 
 
@@ -41,7 +41,7 @@ async def _ask() -> dict[str, Any]:
     from prefect.exceptions import ObjectNotFound
 
     from blocks import Target
-    from talaria.registry import POOL, QUEUES
+    from talaria.registry import QUEUES
     from tasks.checking import last_check
     from tasks.targets import all_targets
 

@@ -14,7 +14,7 @@ from types import FrameType
 from talaria.cli.output import say
 from talaria.errors import ServerError
 from talaria.server import EmbeddedServer, child, healthy, serving, stop_child, use
-from talaria.settings import LOOPBACK, Settings, client_environment
+from talaria.settings import LOOPBACK, POOL, Settings, client_environment
 from transfer.home import Home
 
 LOOK_S = 0.3  # between two looks at the processes
@@ -151,7 +151,6 @@ async def _recover(home: Home, *, alone: bool) -> list[str]:
     from prefect import get_client
 
     from talaria.recovery import recover
-    from talaria.registry import POOL
 
     async with get_client() as client:
         return await recover(client, home, POOL, alone=alone)

@@ -35,6 +35,7 @@ from prefect.utilities.importtools import import_object
 from prefect.workers.base import BaseJobConfiguration, BaseVariables, BaseWorker, BaseWorkerResult
 
 from talaria.recovery import settle
+from talaria.settings import POOL
 from tasks import running
 from transfer.home import Home
 from transfer.ledger import Ledger
@@ -171,6 +172,4 @@ async def work(pool: str, limit: int) -> None:
 
 def main() -> None:
     """Entry point of a worker process."""
-    from talaria.registry import POOL
-
     anyio.run(work, POOL, int(os.environ.get("TALARIA_LIMIT", "8")))

@@ -79,8 +79,8 @@ def status(as_json: Json = False) -> None:
 def recover(as_json: Json = False) -> None:
     """Take up what a crash left unfinished; `talaria up` does it by itself when it starts."""
     from talaria import recovery
-    from talaria.registry import POOL
     from talaria.runs import find, result_of
+    from talaria.settings import POOL
 
     with api() as session:
         if session.own:  # this or another command has put them back into the queue; no worker runs them
