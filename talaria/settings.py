@@ -12,8 +12,8 @@ from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 from transfer.home import Home
+from transfer.validation import what_is_wrong
 from transfer.window import Window
-from transfer.words import what_is_wrong
 
 POOL = "talaria"  # the work pool at the server that workers take runs from
 LOOPBACK = ("127.0.0.1", "localhost", "::1")

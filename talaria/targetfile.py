@@ -13,7 +13,7 @@ from pydantic import SecretStr, ValidationError
 from blocks import TYPES, Target
 from blocks.base import check_name
 from transfer.errors import Misconfigured
-from transfer.words import what_is_wrong
+from transfer.validation import what_is_wrong
 
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 FILE = "file:"

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from blocks import TYPES, Target
 from tasks import DRIVERS
 from transfer.errors import Misconfigured, NotFound
-from transfer.words import what_is_wrong
+from transfer.validation import what_is_wrong
 
 PAGE = 200  # documents a request; Prefect's own limit
 

@@ -11,7 +11,7 @@ import typer
 
 from talaria.errors import ServerError
 from transfer.errors import Denied, DispatchError, Misconfigured, NotFound
-from transfer.words import plain
+from transfer.validation import plain
 
 DONE, NOT_ALL, WRONG_USE, NO_SERVER = 0, 1, 2, 3
 

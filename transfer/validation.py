@@ -1,4 +1,7 @@
-"""What pydantic finds wrong with a value, in a sentence that says what is allowed; the value is never repeated."""
+"""What pydantic finds wrong with a value, in a sentence that says what is allowed.
+
+The value is not repeated, unless a validator of ours does so in its own message.
+"""
 
 from __future__ import annotations
 
