@@ -34,7 +34,7 @@ def plan_and_stage(paths: list[str], exclude: str, origin: Origin, into: Path, c
         if cancelled.is_set():
             raise Cancelled("the dispatch was cancelled")
 
-    plan = scan(paths, patterns(exclude), origin)
+    plan = scan(paths, patterns(exclude), origin, check)
     check()  # nobody clears the folder away if the run has ended meanwhile
     return stage(plan, into, check)
 

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests import studies
-from transfer.errors import Misconfigured, NotFound, Rejected
+from transfer.errors import Cancelled, Misconfigured, NotFound, Rejected
 from transfer.plan import Item, Plan, scan
 
 
@@ -402,3 +402,22 @@ def test_a_slow_share_is_read_in_threads_and_the_order_stays(tmp_path: Path, mon
     assert [item.path for item in items] == sorted(path.name for path in tmp_path.iterdir())
     assert all(item.header for item in items)
     assert most > 1
+
+
+def test_planning_can_be_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    studies.ct(tmp_path, 200)
+    read, really = 0, os.open
+
+    def counted(path: str, *rest: int) -> int:
+        nonlocal read
+        read += 1
+        return really(path, *rest)
+
+    def check() -> None:
+        if read:
+            raise Cancelled("the dispatch was cancelled")
+
+    monkeypatch.setattr("transfer.plan.os.open", counted)
+    with pytest.raises(Cancelled):
+        scan([tmp_path], check=check)
+    assert read < 100

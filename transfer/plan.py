@@ -10,7 +10,7 @@ import hashlib
 import os
 import stat
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -147,11 +147,19 @@ class Plan:
             raise Rejected("changed since the dispatch was planned", item=item.shown)
 
 
-def scan(paths: Iterable[Path | str], exclude: tuple[str, ...] = (), origin: Origin = Origin()) -> Plan:
+def scan(
+    paths: Iterable[Path | str],
+    exclude: tuple[str, ...] = (),
+    origin: Origin = Origin(),
+    check: Callable[[], None] = lambda: None,
+) -> Plan:
     """Plan the files below the given files and folders.
 
     Paths in the plan are relative to the folder, if it is one, or else to the nearest folder that holds them
     all. Symbolic links are followed as long as they stay inside the source.
+
+    Args:
+        check: called between folders and every few files; may raise to stop.
 
     Raises:
         NotFound: a path doesn't exist.
@@ -163,7 +171,7 @@ def scan(paths: Iterable[Path | str], exclude: tuple[str, ...] = (), origin: Ori
     left_out: dict[str, str] = {}
     above = len(str(root).rstrip("/")) + 1
     for source in sources:
-        for path in _files(str(source), sources):
+        for path in _files(str(source), sources, check):
             relative = path[above:]
             if excluded(relative, exclude):
                 left_out[relative] = f"excluded by {','.join(exclude)}"
@@ -173,7 +181,7 @@ def scan(paths: Iterable[Path | str], exclude: tuple[str, ...] = (), origin: Ori
                 found.setdefault(relative, path)
     if not found:
         raise Misconfigured(f"nothing to send in {', '.join(str(s) for s in sources)}")
-    items = tuple(_items(found, sources))
+    items = tuple(_items(found, sources, check))
     aside = tuple(Item(name, 0, 0, not_sent=why) for name, why in sorted(left_out.items()))
     return Plan(_dispatch_id(root, items), root, items, origin=origin, left_out=aside)
 
@@ -205,7 +213,7 @@ def _inside(path: str, sources: list[Path]) -> bool:
     return any(real == s or s in real.parents for s in sources)
 
 
-def _files(source: str, sources: list[Path]) -> Iterator[str]:
+def _files(source: str, sources: list[Path], check: Callable[[], None]) -> Iterator[str]:
     """Every file below a source, in no order that matters.
 
     A link to a folder inside the source is followed, unless it leads back to a folder that it is in. A link to one
@@ -219,6 +227,7 @@ def _files(source: str, sources: list[Path]) -> Iterator[str]:
     stack: list[tuple[str, str, frozenset[str]]] = [(source, top, frozenset((top,)))]
     while stack:
         folder, place, above = stack.pop()
+        check()
         try:
             with os.scandir(folder) as listing:
                 entries = list(listing)
@@ -247,12 +256,13 @@ def _files(source: str, sources: list[Path]) -> Iterator[str]:
             stack.append((entry.path, real, above | {real}))
 
 
-def _items(found: dict[str, str], sources: list[Path]) -> Iterator[Item]:
+def _items(found: dict[str, str], sources: list[Path], check: Callable[[], None]) -> Iterator[Item]:
     """Read the facts of all files, in the order of their relative paths: in threads if that is mostly waiting."""
     names = sorted(found)
     batches = [names[start : start + BATCH_FILES] for start in range(0, len(names), BATCH_FILES)]
 
     def read(batch: list[str]) -> list[Item]:
+        check()
         return [_item(name, found[name], sources) for name in batch]
 
     for number, batch in enumerate(batches):
