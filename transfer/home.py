@@ -85,11 +85,27 @@ class Home:
         """
         folder = self.root / "locks"
         folder.mkdir(exist_ok=True, mode=0o700)
-        with open(folder / name, "a", encoding="ascii") as file:
-            while not _take(file.fileno()):
-                check()
-                time.sleep(WAIT_S)
-            yield
+        path = folder / name
+        while True:
+            with open(path, "a", encoding="ascii") as file:
+                while not _take(file.fileno()):
+                    check()
+                    time.sleep(WAIT_S)
+                if not _is_still(path, file.fileno()):
+                    continue  # who held it has removed the file: a lock on it keeps nobody out any more
+                try:
+                    yield
+                    return
+                finally:
+                    path.unlink(missing_ok=True)
+
+
+def _is_still(path: Path, fd: int) -> bool:
+    """Tell whether an open file is the one that has this name."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(fd))
+    except FileNotFoundError:
+        return False
 
 
 def _take(fd: int) -> bool:
