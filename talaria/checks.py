@@ -38,8 +38,8 @@ def _test(session: Session, target: Target | Broken) -> dict[str, Any]:
         return {"name": target.name, "ok": False, "probes": [probe]}
     if session.own or session.address is None:
         return _shown(keep(target, check_target(target)))
+    forget_check(target.name)  # first: a fast worker's result must not be taken for an old one
     flow_run = session.run(create, "check", {"target": target.name}, f"check of {target.name}", "urgent")
-    forget_check(target.name)
     ended = result_of(session, flow_run)
     detail = (ended.state and ended.state.message) or "the check did not run to its end"
     probe = {"name": "check", "result": "failed", "ms": 0.0, "detail": detail}
