@@ -22,6 +22,7 @@ NAME = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?")  # what Prefect allows for a
 HOST = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?\.?|\[?[0-9A-Fa-f:.]+(%[A-Za-z0-9_.-]+)?\]?")
 EMAIL = re.compile(r"[^@\s,;<>]+@[^@\s,;<>]+")
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+NO_ORIGIN = Origin()
 LOGO = "https://raw.githubusercontent.com/PrefectHQ/prefect/main/docs/logo/dark.svg"
 
 
@@ -99,12 +100,7 @@ class Target(Block, ABC):
         self._block_document_name = name
         return self
 
-    @property
-    def endpoint(self) -> str:
-        """A mark of where the data goes, as far as the target itself says so."""
-        return self.endpoint_for(Origin())
-
-    def endpoint_for(self, origin: Origin) -> str:
+    def endpoint_for(self, origin: Origin = NO_ORIGIN) -> str:
         """A mark of where the data of a study from `origin` goes: the ledger's rows count as long as it is the same."""
         parts = []
         for field in self.where:

@@ -79,7 +79,9 @@ def test_where_a_study_came_from_matters_to_no_other_target(tmp_path: Path, ledg
         assert kinds(dispatches.send(Origin("MODALITY2", "US TOO", "127.0.0.2"))) == {Kind.ALREADY}
         assert len(peer.stores) == 3
         # Rows of before this mattered still count.
-        assert dispatches.target.endpoint == dispatches.target.endpoint_for(Origin("MODALITY2", "US", "127.0.0.2"))
+        assert dispatches.target.endpoint_for() == dispatches.target.endpoint_for(
+            Origin("MODALITY2", "US", "127.0.0.2")
+        )
 
 
 def test_two_senders_at_once_take_nothing_of_each_other_for_their_own(tmp_path: Path, ledger: Ledger) -> None:

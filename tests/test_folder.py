@@ -500,9 +500,9 @@ def test_modes_are_octal() -> None:
 
 def test_the_endpoint_is_the_place() -> None:
     one = FolderTarget(folder="/data")
-    assert one.endpoint == FolderTarget(folder="/data", concurrency=1).endpoint
-    assert one.endpoint != FolderTarget(folder="/data2").endpoint
-    assert one.endpoint != FolderTarget(folder="/data", layout="{PatientID}").endpoint
+    assert one.endpoint_for() == FolderTarget(folder="/data", concurrency=1).endpoint_for()
+    assert one.endpoint_for() != FolderTarget(folder="/data2").endpoint_for()
+    assert one.endpoint_for() != FolderTarget(folder="/data", layout="{PatientID}").endpoint_for()
 
 
 # ---- file systems

@@ -95,9 +95,9 @@ def test_secrets_do_not_show() -> None:
 
 def test_the_ledger_counts_per_place() -> None:
     same = block(access_key_id="A", secret_access_key="x", region="eu-1", concurrency=2)
-    assert same.endpoint == block().endpoint
+    assert same.endpoint_for() == block().endpoint_for()
     for other in ({"bucket": "other"}, {"prefix": "p"}, {"endpoint_url": "http://minio"}, {"layout": "{Modality}"}):
-        assert block(**other).endpoint != block().endpoint
+        assert block(**other).endpoint_for() != block().endpoint_for()
 
 
 # ---- keys
