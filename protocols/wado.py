@@ -15,7 +15,7 @@ from protocols import dicomweb, partial
 from protocols.answer import Answer
 from protocols.dicomweb import Service
 from protocols.multipart import Parts, parameters
-from transfer.errors import Misconfigured, NotFound, Rejected
+from transfer.errors import DispatchError, Misconfigured, NotFound, Rejected
 from transfer.header import Damaged, Header, NotDicom, read_header
 from transfer.plan import Item, Plan
 from transfer.receipt import ALREADY, DELIVERED, Kind, OnOutcome, Outcome
@@ -105,7 +105,7 @@ def spooled(content: Iterator[memoryview], folder: Path) -> Iterator[tuple[Path,
             raise Rejected(f"the server gave a file that is damaged: {exc}") from exc
         yield file, header
     finally:
-        with suppress(FileNotFoundError):
+        with suppress(OSError):  # it has its name by now; or the next retrieval sweeps it away
             file.unlink()
         os.close(fd)
 
@@ -251,21 +251,28 @@ class Retrieval:
         uids = (job.series.study, job.series.uid) + ((job.instance,) if job.instance else ())
         contents = fetch(self.service, uids, self._pace)
         try:
-            for content in contents:
+            while (content := self._next(job, contents)) is not None:
                 try:
                     with spooled(content, self.folder) as (file, header):
                         self._keep(job, file, header)
                 except Rejected as exc:
-                    with self._lock:
-                        if job.instance:
-                            self._refused[job.instance] = exc.message
-        except (NotFound, Misconfigured) as exc:
-            # Of a series: its instances may still be had one by one.
-            with self._lock:
-                if job.instance:
-                    self._refused[job.instance] = exc.message
+                    self._refuse(job, exc)
         finally:
             contents.close()
+
+    def _next(self, job: _Job, contents: Iterator[Iterator[memoryview]]) -> Iterator[memoryview] | None:
+        """The next content; None if there is none left, or the server refuses."""
+        try:
+            return next(contents, None)
+        except (NotFound, Misconfigured) as exc:
+            self._refuse(job, exc)
+            return None
+
+    def _refuse(self, job: _Job, exc: DispatchError) -> None:
+        """Note why an instance doesn't come; those of a series may still be had one by one."""
+        if job.instance:
+            with self._lock:
+                self._refused[job.instance] = exc.message
 
     def _keep(self, job: _Job, file: Path, header: Header) -> None:
         """Give a whole file its name, if it is what was asked for and isn't there yet."""
@@ -277,8 +284,9 @@ class Retrieval:
             if uid in self._here:
                 return  # a second copy
             self._here[uid] = Item(f"{uid}.dcm", 0, 0, header)
-        final = file.replace(self.folder / f"{uid}.dcm")
-        info = final.stat()
+        with partial.writing(self.folder):
+            final = file.replace(self.folder / f"{uid}.dcm")
+            info = final.stat()
         item = Item(final.name, info.st_size, info.st_mtime_ns, header)
         with self._lock:
             self._here[uid] = item

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,7 +14,7 @@ from typing import Any
 import pytest
 
 from blocks.dicomweb import DicomWebTarget
-from protocols import qido, readback
+from protocols import partial, qido, readback
 from tasks.dicomweb import driver, find, retrieve
 from tests import studies
 from tests.harness import attempt
@@ -457,6 +459,28 @@ def test_retrieve_into_what_is_no_folder(server: Scripted, tmp_path: Path, into:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(Misconfigured, match="can't write to"):
         fetched(server, tmp_path / into)
+
+
+@pytest.mark.parametrize("fails", ["create", "write", "rename"])
+def test_retrieve_into_a_folder_that_takes_no_files(
+    server: Scripted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
+    """It ends with the first instance: no server is asked for each one that can't be written either."""
+
+    def refuse(*args: Any) -> Any:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    hold(server, *series_of(20))
+    if fails == "create":
+        monkeypatch.setattr(partial, "create", refuse)
+    elif fails == "write":  # as the kernel does to a disk that has errors: nothing can be removed any more, either
+        monkeypatch.setattr(os, "write", refuse)
+        monkeypatch.setattr(Path, "unlink", refuse)
+    else:
+        monkeypatch.setattr(Path, "replace", refuse)
+    with pytest.raises(Misconfigured, match=r"can't write to .*Read-only"):
+        fetched(server, tmp_path / "out")
+    assert len([request for request in server.of("GET") if 'application/dicom"' in request.headers["accept"]]) == 1
 
 
 def test_retrieve_cut_midway_then_the_rest(server: Scripted, tmp_path: Path) -> None:
