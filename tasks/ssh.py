@@ -52,13 +52,17 @@ def login(target: SshTarget) -> Login:
 
 @contextmanager
 def named(target: SshTarget, hide: Callable[[str], str]) -> Iterator[None]:
-    """Put the target's name on every error of ours that passes, and take out what must not show."""
+    """Put the target's name on every error of ours that passes, and take out what must not show.
+
+    Prefect logs an error's repr, and in the end its traceback with what it came from.
+    """
     try:
         yield
     except DispatchError as exc:
         exc.target = exc.target or target.name
         exc.message = hide(exc.message)
-        raise
+        exc.args = (exc.message,)
+        raise exc from None
 
 
 def hiding(target: SshTarget, plan: Plan) -> Callable[[str], str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import traceback
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,11 @@ def target(request: pytest.FixtureRequest, tmp_path: Path) -> SshTarget:
     return one
 
 
+def told(error: BaseException | None) -> str:
+    """All that Prefect's log may show of an error: it prints its repr, and in the end its traceback."""
+    return f"{error} {error!r} {error.args} {''.join(traceback.format_exception(error))}" if error else ""
+
+
 def test_messages_notes_and_details_hold_nothing_of_the_patient(target: SshTarget, tmp_path: Path) -> None:
     study, texts = tmp_path / "study", []
     for modality in ("CT", "MR"):
@@ -53,7 +59,7 @@ def test_messages_notes_and_details_hold_nothing_of_the_patient(target: SshTarge
         obstacle.write_text("in the way")
         sent = attempt(target, plan)
         assert sent.error or sent.rejected
-        texts += [str(sent.error), repr(sent.receipt), *sent.rejected.values()]
+        texts += [told(sent.error), repr(sent.receipt), *sent.rejected.values()]
     shutil.rmtree(folder)
     folder.mkdir()
 
@@ -64,7 +70,7 @@ def test_messages_notes_and_details_hold_nothing_of_the_patient(target: SshTarge
     for level in Level:
         target.verify = level
         again = attempt(target, plan, done=sent.arrived)
-        texts += [str(again.error), repr(again.receipt), *again.rejected.values()]
+        texts += [told(again.error), repr(again.receipt), *again.rejected.values()]
 
     # The script at the end names the folders that it was run for.
     script = folder / "mercure_complete.sh"
@@ -79,7 +85,7 @@ def test_messages_notes_and_details_hold_nothing_of_the_patient(target: SshTarge
     target.hook_script = "other.sh"
     with pytest.raises(DispatchError) as caught:
         hook(target, plan, OnOutcome(), set())
-    texts.append(str(caught.value))
+    texts.append(told(caught.value))
     for text in texts:
         assert studies.PATIENT_ID not in text, text
         assert studies.ACCESSION not in text, text
