@@ -16,7 +16,7 @@ from pydantic import SecretStr
 from blocks.s3 import Checksum, S3Target
 from protocols.http import Origin
 from protocols.link import connect as dial
-from protocols.link import handshake, resolve
+from protocols.link import handshake, resolve_within
 from protocols.s3 import Store
 from protocols.s3_client import Settings
 from protocols.s3_error import StoreError
@@ -27,7 +27,7 @@ from tasks.driver import Driver, Facts
 from tasks.s3_errors import CREDENTIALS, errors, of
 from tasks.s3_push import Push
 from tasks.s3_support import Supports, forget
-from transfer.errors import Denied, DispatchError, Permanent
+from transfer.errors import Denied, DispatchError, Misconfigured, Permanent
 from transfer.health import Health
 from transfer.layout import names
 from transfer.plan import Plan
@@ -44,7 +44,8 @@ def connect(target: S3Target, check: Callable[[], None] = lambda: None, hidden: 
         hidden: what no message may show, beside the secrets.
 
     Raises:
-        Misconfigured: there are no credentials, or settings contradict each other. Denied: none can be had.
+        Misconfigured: there are no credentials, or settings contradict each other, or `endpoint_url` can name no
+            host. Denied: no credentials can be had.
     """
     private = frozenset(hidden) | {_secret(target.secret_access_key) or "", _secret(target.session_token) or ""}
     where = f"{target.endpoint_url or 'AWS'}, bucket {target.bucket}"
@@ -63,8 +64,11 @@ def connect(target: S3Target, check: Callable[[], None] = lambda: None, hidden: 
         hidden=private - {""},
     )
     try:
-        with errors(where):
-            store = Store(settings, check)
+        try:
+            with errors(where):
+                store = Store(settings, check)
+        except ValueError as exc:  # boto3's word for a host name that is none
+            raise Misconfigured(f"{where}: {exc}: correct endpoint_url") from exc
         with store:
             yield store
     except DispatchError as exc:
@@ -72,7 +76,8 @@ def connect(target: S3Target, check: Callable[[], None] = lambda: None, hidden: 
         for value in sorted(private, key=len, reverse=True):
             if len(value) >= MIN_PRIVATE_CHARS:
                 exc.message = exc.message.replace(value, BLOT)
-        raise
+        exc.args = (exc.message,)
+        raise exc from None  # its repr, and what it came from, are logged as well
 
 
 def _secret(value: SecretStr | None) -> str | None:
@@ -100,7 +105,7 @@ def check(target: S3Target) -> Health:
                 _probe_bucket(health, target, store)
             if health.ok:
                 _probe_objects(health, target, store, trailers="trailers" in order)
-    except DispatchError:  # no credentials: the network can be tried all the same
+    except DispatchError:  # most likely no credentials: the network can be tried all the same
         if target.endpoint_url:
             url, tls = target.endpoint_url, _tls(target)
             _probe_connection(health, Origin.of(url, tls, target.connect_timeout_s, target.idle_timeout_s))
@@ -115,7 +120,7 @@ def check(target: S3Target) -> Health:
 
 def _probe_connection(health: Health, origin: Origin) -> None:
     with health.probe("resolve") as probe:
-        found = resolve(origin.host, origin.port)
+        found = resolve_within(origin.host, origin.port, origin.connect_timeout_s, lambda: None)
         probe.detail = ", ".join(dict.fromkeys(str(address[0]) for _, address in found))
     if not health.ok:
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import traceback
 from email.message import Message
 from typing import Any
 
@@ -20,6 +21,7 @@ from protocols.s3_error import StoreError, seconds
 from protocols.s3_keys import content_type, keys
 from protocols.s3_sign import EMPTY_SHA256, UNSIGNED, Credentials, Signer
 from protocols.s3_upload import MAX_PARTS, part_size
+from tasks.s3 import connect
 from tasks.s3_errors import of
 from transfer.errors import Busy, Denied, Interrupted, Misconfigured, NotFound, Rejected
 
@@ -91,6 +93,17 @@ def test_secrets_do_not_show() -> None:
     made = block(access_key_id="AKIA", secret_access_key=SECRET, session_token=SECRET + "t")
     for text in (repr(made), str(made), made.model_dump_json(), repr(made.model_dump())):
         assert SECRET not in text
+
+
+def test_secrets_do_not_show_in_what_is_logged_of_an_error() -> None:
+    made = block(access_key_id="AKIA", secret_access_key=SECRET, region="eu-central-1")
+    with pytest.raises(Denied) as caught, connect(made, hidden=["4711-XQ"]):
+        raise Denied(f"refused: {SECRET} for 4711-XQ") from ValueError(f"{SECRET} 4711-XQ")
+    error = caught.value
+    for text in (str(error), repr(error), repr(error.args), "".join(traceback.format_exception(error))):
+        # The lines of this test are in the traceback; what they were filled with is not.
+        assert SECRET not in text
+        assert "refused: *** for ***" in text
 
 
 def test_the_ledger_counts_per_place() -> None:
