@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ from tests.servers.process import free_port
 from tests.servers.s3 import accepting
 from tests.servers.s3_stub import ACCESS_KEY, REGION, SECRET_KEY, Misdeed, Refusal, Request, Stub, stub
 from tests.targets.s3 import certificates, stub_target
+from tests.targets.s3 import target as target_at
 from transfer.errors import Denied, Interrupted, Misconfigured, NotFound, NotTrusted, Retryable, TimedOut, Unreachable
 from transfer.health import Health
 from transfer.receipt import State
@@ -156,6 +158,26 @@ def test_check_of_no_store() -> None:
     health = driver.check(target)
     assert type(health.error) is Unreachable
     assert results(health)["resolve"] == "failed"
+
+
+def test_check_of_a_name_that_nobody_resolves(monkeypatch: pytest.MonkeyPatch) -> None:
+    over = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **options: over.wait(5) and [])
+    begun = time.monotonic()
+    health = driver.check(target_at("http://minio.example.org", ACCESS_KEY, SECRET_KEY, connect_timeout_s=0.3))
+    assert time.monotonic() - begun < 3
+    over.set()
+    assert type(health.error) is Unreachable
+    assert "not resolved within 0.3 s" in detail(health, "resolve")
+
+
+@pytest.mark.parametrize("host", [f"{'x' * 64}.example.org", "minio..example.org", "minio_1.invalid"])
+def test_names_that_no_host_can_have(study: Path, host: str) -> None:
+    target = target_at(f"https://{host}", ACCESS_KEY, SECRET_KEY)
+    assert results(driver.check(target))["resolve"] == "failed"
+    sent = attempt(target, study)
+    assert type(sent.error) is Misconfigured
+    assert "correct endpoint_url" in sent.error.message
 
 
 # ---- trust
