@@ -17,7 +17,7 @@ from blocks.xnat import XnatTarget
 from protocols.http import PORTS, Origin
 from protocols.http import Session as Http
 from protocols.link import connect as dial
-from protocols.link import handshake, resolve
+from protocols.link import handshake, resolve_within
 from protocols.tls import Tls, peer_facts
 from protocols.words import BLOT, clean
 from protocols.xnat import Client
@@ -143,7 +143,7 @@ def check(target: XnatTarget) -> Health:
         """A check has nobody to stop it; its timeouts do."""
 
     with health.probe("resolve") as probe:
-        addresses = resolve(origin.host, origin.port)
+        addresses = resolve_within(origin.host, origin.port, origin.connect_timeout_s, ask)
         probe.detail = ", ".join(str(address[0]) for _, address in addresses)
     if health.error is None:
         rest.remove("tcp")

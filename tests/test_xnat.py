@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import ssl
 import threading
 import time
@@ -843,6 +844,24 @@ def test_check_stops_where_it_fails(
     assert sorted(probe.name for probe in health.probes) == sorted(NAMES)
     assert [probe.name for probe in health.probes if probe.result == "failed"] == [failed]
     assert all(probe.detail for probe in health.probes)
+
+
+def test_check_of_a_name_that_nobody_resolves(monkeypatch: pytest.MonkeyPatch) -> None:
+    over = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **options: over.wait(5) and [])
+    begun = time.monotonic()
+    health = check(xnat_target("http://xnat.example.org", connect_timeout_s=0.3))
+    assert time.monotonic() - begun < 3
+    over.set()
+    assert type(health.error) is Unreachable
+    assert "not resolved within 0.3 s" in health.probes[0].detail
+
+
+@pytest.mark.parametrize("host", [f"{'x' * 64}.example.org", "xnat..example.org"])
+def test_check_of_a_name_that_no_host_can_have(host: str) -> None:
+    health = check(xnat_target(f"https://{host}"))
+    assert type(health.error) is Unreachable
+    assert host in health.probes[0].detail
 
 
 def test_check_of_something_else() -> None:
