@@ -6,12 +6,10 @@ import errno
 import select
 import socket
 import ssl
-import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
 
 from pydicom.uid import UID
 from pynetdicom import PYNETDICOM_IMPLEMENTATION_UID, build_context
@@ -19,7 +17,7 @@ from pynetdicom._globals import APPLICATION_CONTEXT_NAME
 from pynetdicom.pdu import A_ASSOCIATE_RQ
 from pynetdicom.pdu_primitives import A_ASSOCIATE, ImplementationClassUIDNotification, MaximumLengthNotification
 
-from protocols import tls
+from protocols import link, tls
 from transfer.errors import DispatchError, Interrupted, Misconfigured, TimedOut, Unreachable
 
 SLICE_S = 0.2  # how often a wait looks whether it shall stop
@@ -56,36 +54,11 @@ class Peer:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
-def resolve(peer: Peer, check: Callable[[], None] = lambda: None) -> list[tuple[socket.AddressFamily, tuple[Any, ...]]]:
-    """Return the addresses of the peer, in the system's order.
-
-    Raises:
-        Unreachable: its name is not known, or nobody says so within the time for a connection.
-    """
-    answers: list[list[Any] | Exception] = []
-
-    def ask() -> None:
-        try:
-            answers.append(socket.getaddrinfo(peer.host, peer.port, type=socket.SOCK_STREAM))
-        except Exception as exc:  # told to the thread that waits
-            answers.append(exc)
-
-    # In a thread of its own: the system's resolver knows no time limit of ours, and can't be called off.
-    thread = threading.Thread(target=ask, name="resolve", daemon=True)
-    thread.start()
-    end = time.monotonic() + peer.connect_timeout_s
-    while thread.is_alive() and (left := end - time.monotonic()) > 0:
-        thread.join(min(left, SLICE_S))
-        check()
-    if not answers:
-        raise Unreachable(f"{peer.host}: the name was not resolved within {peer.connect_timeout_s:g} s")
-    [found] = answers
-    if isinstance(found, OSError | UnicodeError):
-        reason = found.strerror if isinstance(found, OSError) else str(found)
-        raise Unreachable(f"{peer.host}: the name can't be resolved: {reason}") from found
-    if isinstance(found, Exception):
-        raise found
-    return [(family, address) for family, _, _, _, address in found]
+def resolve(
+    peer: Peer, check: Callable[[], None] = lambda: None
+) -> list[tuple[socket.AddressFamily, tuple[object, ...]]]:
+    """Return the addresses of the peer, in the system's order; see `link.resolve_within`."""
+    return link.resolve_within(peer.host, peer.port, peer.connect_timeout_s, check)
 
 
 def connect(peer: Peer, check: Callable[[], None] = lambda: None) -> socket.socket:
