@@ -18,6 +18,7 @@ HEAD_LINES = 256  # lines of an answer's head that are read
 MAX_RETRY_AFTER_S = 86_400.0  # who asks for more means "never"
 BODY_BYTES = 16 << 20  # of an answer that is read into memory: a STOW answer has some 500 bytes per instance
 INFLATED_BYTES = 1 << 20  # of a compressed answer, one piece
+MEMBER = b"\x1f\x8b"  # how a member of gzip begins (RFC 1952 section 2.3.1)
 
 
 class Answer:
@@ -130,13 +131,21 @@ class Answer:
             raise Interrupted(f"{self.where}: the answer's chunks are damaged") from exc
 
     def _inflated(self, raw: Iterator[memoryview]) -> Iterator[memoryview]:
-        unzip = None
+        unzip, behind = None, b""
         try:
             for piece in raw:
-                data = bytes(piece)
+                data, behind = behind + bytes(piece), b""
                 while data:
-                    if unzip is None or unzip.eof:  # gzip may have several members (RFC 1952 section 2.2)
-                        unzip = zlib.decompressobj(_window_bits(data))
+                    if unzip is not None and unzip.eof:  # gzip may have several members (RFC 1952 section 2.2)
+                        if not MEMBER.startswith(data[:2]):  # padding, which gzip(1) ignores as well
+                            for _ in raw:
+                                pass
+                            return
+                        if len(data) < len(MEMBER):
+                            behind = data
+                            break
+                        unzip = None
+                    unzip = unzip or zlib.decompressobj(_window_bits(data))
                     yield memoryview(unzip.decompress(data, INFLATED_BYTES))
                     data = unzip.unused_data if unzip.eof else unzip.unconsumed_tail
         except zlib.error as exc:

@@ -527,8 +527,13 @@ def _deflated(data: bytes) -> bytes:
         (lambda data: gzip.compress(data[:40]) + gzip.compress(data[40:]), "X-GZIP"),
         (zlib.compress, "deflate"),
         (_deflated, "deflate"),
+        (lambda data: gzip.compress(data) + bytes(100), "gzip"),
+        (lambda data: gzip.compress(data) + b"\x1f\x8c, or so", "gzip"),
+        (lambda data: gzip.compress(data[:40]) + gzip.compress(data[40:]) + bytes(100), "gzip"),
+        (lambda data: zlib.compress(data) + bytes(100), "deflate"),
+        (lambda data: gzip.compress(data) + b"\x1f", "gzip"),
     ],
-    ids=["members", "zlib", "raw"],
+    ids=["members", "zlib", "raw", "padded", "rubbish", "members padded", "zlib padded", "half a mark"],
 )
 def test_compressed_answers(
     server: Scripted, plan: Plan, pack: Callable[[bytes], bytes], name: str, chunked: int
@@ -541,8 +546,14 @@ def test_compressed_answers(
     assert kinds(push(server, plan)) == [Kind.DELIVERED] * 8
 
 
-def test_compressed_answer_without_its_end(server: Scripted, plan: Plan) -> None:
-    server.script = [Reply(200, gzip.compress(as_json(listing()))[:-9], headers={"Content-Encoding": "gzip"})]
+@pytest.mark.parametrize("chunked", [0, 1])
+@pytest.mark.parametrize(
+    "body",
+    [gzip.compress(as_json(listing()))[:-9], gzip.compress(as_json(listing())) + gzip.compress(b" ")[:-9]],
+    ids=["first", "second"],
+)
+def test_compressed_answer_without_its_end(server: Scripted, plan: Plan, body: bytes, chunked: int) -> None:
+    server.script = [Reply(200, body, headers={"Content-Encoding": "gzip"}, chunked=chunked)]
     sent = push(server, plan)
     assert isinstance(sent.error, Interrupted)
     assert "cut short" in sent.error.message
