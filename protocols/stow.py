@@ -48,6 +48,13 @@ _suspected: dict[str, tuple[int, float]] = {}
 _stumbled: dict[str, tuple[frozenset[str], int, float]] = {}
 
 
+def _forget() -> None:
+    """Drop what is not suspected any more: there may be many dispatches, of many paths."""
+    now = time.monotonic()
+    for key in [key for key, (_, _, until) in list(_stumbled.items()) if until <= now]:
+        _stumbled.pop(key, None)  # another dispatch may have done it
+
+
 class Store:
     """One push: sends the pending instances of a plan, and tells the outcome of each.
 
@@ -74,8 +81,8 @@ class Store:
         if time.monotonic() < until:
             batch_bytes = min(batch_bytes, limit)
         self._suspects: tuple[frozenset[str], int] = frozenset(), batch_items
-        suspects, most, until = _stumbled.get(self._key + plan.dispatch_id, (frozenset(), 1, 0.0))
-        self._stumbled = suspects if time.monotonic() < until else frozenset[str]()
+        _forget()
+        self._stumbled, most, _ = _stumbled.get(self._key + plan.dispatch_id, (frozenset[str](), 1, 0.0))
         parts: tuple[list[Item], list[Item]] = [], []
         for item in plan.pending:
             parts[item.path in self._stumbled].append(item)

@@ -659,6 +659,16 @@ def test_server_that_breaks_down_at_one_instance(
     assert len(done) == 23
 
 
+def test_what_was_suspected_is_forgotten(server: Scripted, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stow, "SUSPICION_S", 0.05)
+    server.script = [Reply(resets=True)]
+    assert isinstance(push(server, plan).error, Interrupted)
+    assert stow._stumbled
+    time.sleep(0.1)
+    all_delivered(push(server, scan([plan.root])), server)  # another dispatch
+    assert not stow._stumbled
+
+
 # ---- early answers, Expect
 
 
