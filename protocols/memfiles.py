@@ -45,10 +45,12 @@ class MemoryFiles:
 
 
 def tail(path: str, limit: int = 1 << 20) -> bytes:
-    """Return the last `limit` bytes of such a file, b"" if it is gone."""
+    """Return the last lines of such a file, whole ones, up to `limit` bytes; b"" if it is gone."""
     try:
         with open(path, "rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - limit))
-            return file.read(limit)
+            skipped = max(0, os.fstat(file.fileno()).st_size - limit)
+            file.seek(skipped)
+            lines = file.read(limit)
     except OSError:
         return b""
+    return lines.partition(b"\n")[2] if skipped else lines

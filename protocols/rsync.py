@@ -76,7 +76,7 @@ class Result:
     def failure(self) -> DispatchError:
         """Return the error that the exit code and the words mean."""
         lines = [line for line in self.words.splitlines() if "rsync error:" not in line] or [self.words]
-        said = short(" ".join(lines))
+        said = short(" ".join(lines), self.started.client.hide)
         shown = self.started.client.login.shown
         if self.code == 255:
             return self.started.failure()

@@ -369,7 +369,7 @@ class Sftp:
             said = bytes(self._came[:80]).decode("utf-8", "replace") + self.started.errors
             error = Misconfigured(
                 f"{self.started.client.login.shown}: logged in, but the server's SFTP ends at once, exit code {code}"
-                + (f" ({short(said)})" if said.strip() else "")
+                + (f" ({short(said, self.started.client.hide)})" if said.strip() else "")
             )
         self._fail(error)
 

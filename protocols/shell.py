@@ -22,6 +22,7 @@ COMMAND = "sh -s"
 POLL_S = 0.2  # between two looks at whether to stop
 PIECE = 65_536
 HOOK_OUTPUT_BYTES = 65_536  # of a script's output, its end is kept
+NAME_CHARS = 255  # the longest name that file systems take
 HANG_UP_S = 0.5  # ssh waits for whatever the program has left running; we don't
 KILL_S = 5  # a script that was told to end has this long before it is killed
 
@@ -107,6 +108,7 @@ def run_script(
 ) -> tuple[int | None, str]:
     """Run a program on the host with these arguments, unchanged; return its exit code and its last output.
 
+    The client takes out of the output what must not show.
     The exit code is None if the program was stopped after `timeout_s`. It is stopped, too, when the link breaks, so
     that a later try doesn't find it running. What it leaves running in the background is not waited for.
 
@@ -146,7 +148,7 @@ exit
 def _follow(
     started: Started, script: str, mark: bytes, timeout_s: float, check: Callable[[], None]
 ) -> tuple[int | None, str]:
-    login = started.client.login
+    login, hide = started.client.login, started.client.hide
     output, begun, stopped = bytearray(), False, False
     end = time.monotonic() + 2 * login.connect_timeout_s + login.idle_timeout_s
     while True:
@@ -165,9 +167,9 @@ def _follow(
             begun, end = True, time.monotonic() + timeout_s
             told = re.search(mark + rb"(\d+)\n", output)
         if told and not stopped:
-            return int(told[1]), _last(output[: told.start()])
+            return int(told[1]), _last(output[: told.start()], hide)
         if told or piece == b"" or (stopped and time.monotonic() > end):
-            return None, f"{_last(output[: told.start()] if told else output)}\nstopped after {timeout_s:g} s"
+            return None, f"{_last(output[: told.start()] if told else output, hide)}\nstopped after {timeout_s:g} s"
         if begun and len(output) > 2 * HOOK_OUTPUT_BYTES:
             del output[:-HOOK_OUTPUT_BYTES]
         if time.monotonic() > end:
@@ -177,8 +179,10 @@ def _follow(
             stopped, end = True, time.monotonic() + KILL_S + END_S
 
 
-def _last(output: bytearray) -> str:
-    return bytes(output[-HOOK_OUTPUT_BYTES:]).decode("utf-8", "replace")
+def _last(output: bytearray, hide: Callable[[str], str]) -> str:
+    """Return the end of a script's output without what must not show, of which a cut may have left a half in front."""
+    text = hide(bytes(output[-HOOK_OUTPUT_BYTES:]).decode("utf-8", "replace"))
+    return text[NAME_CHARS:] if len(output) >= HOOK_OUTPUT_BYTES else text
 
 
 def _send(started: Started, text: str) -> None:
@@ -214,4 +218,4 @@ def _ended(started: Started, output: bytes) -> Exception:
         return started.failure()
     words = started.words if refused else output.decode("utf-8", "replace") + " " + started.errors
     why = "the account gets no shell there, which rsync and scripts need; SFTP needs none"
-    return NoShell(f"{started.client.login.shown}: logged in, but {why} ({short(words)})")
+    return NoShell(f"{started.client.login.shown}: logged in, but {why} ({short(words, started.client.hide)})")

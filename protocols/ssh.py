@@ -22,6 +22,7 @@ import shlex
 import socket
 import subprocess
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -170,11 +171,11 @@ class Started:
         if kind is NotTrusted:
             return NotTrusted(_why_not_trusted(login, facts, words))
         if kind is Busy and came and not facts.software and not re.search(ERRORS[BUSY][0], came[1]):
-            return Misconfigured(f"{login.shown}: what answers is not SSH: {short(came[1])}")
+            return Misconfigured(f"{login.shown}: what answers is not SSH: {short(came[1], self.client.hide)}")
         if kind is None or (kind is Busy and facts.method):
             kind = Interrupted if facts.method else Unreachable
         said = words or self.errors.strip() or f"ssh ended with exit code {self.process.returncode}"
-        return kind(f"{login.shown}: {short(said)}")
+        return kind(f"{login.shown}: {short(said, self.client.hide)}")
 
     def stop(self) -> None:
         """End the process and what it has started."""
@@ -193,12 +194,15 @@ class Started:
 class Client:
     """Starts `ssh` for one login. A context manager: what it has put into files is gone at its end.
 
+    Args:
+        hide: takes out of the other side's words what must not show.
+
     Raises:
         Misconfigured: ssh is not installed.
     """
 
-    def __init__(self, login: Login) -> None:
-        self.login = login
+    def __init__(self, login: Login, hide: Callable[[str], str] = str) -> None:
+        self.login, self.hide = login, hide
         self._ssh = program("ssh")
         self._files = MemoryFiles()
         self._options: list[str] = []
@@ -348,9 +352,13 @@ def greeting(host: str, port: int, timeout_s: float) -> str:
     return _text(line.split(b"\n")[0]).strip()
 
 
-def short(text: str) -> str:
-    """Cut foreign words to a length that a message bears, on one line."""
-    text = " ".join(text.split())
+def short(text: str, hide: Callable[[str], str] = str) -> str:
+    """Cut foreign words to a length that a message bears, on one line.
+
+    Args:
+        hide: takes out what must not show; called first, because it would not know the half of it that a cut leaves.
+    """
+    text = " ".join(hide(text).split())
     return text if len(text) <= WORDS_CHARS else text[: WORDS_CHARS - 1] + "…"
 
 

@@ -158,7 +158,7 @@ def push(target: RsyncTarget, plan: Plan, on_outcome: OnOutcome) -> Receipt:
     """Send every pending file, make all visible at once, then put the marker; told when visible."""
     on_outcome.check()
     hide = ssh.hiding(target, plan)
-    with ssh.named(target, hide), Client(ssh.login(target)) as client, _socket() as control:
+    with ssh.named(target, hide), Client(ssh.login(target), hide) as client, _socket() as control:
         options = ("ControlMaster=yes", f"ControlPath={control}")
         with Shell(client, *options) as shell:
             rsync = Rsync(client, control, target.bandwidth_limit, target.compress, on_outcome.check, on_outcome.moved)
@@ -245,7 +245,7 @@ class _Push:
         places = [f"{self.incoming}/{folder.number}/{TEMPORARY}" for folder in growing]
         code, output = self.script(PREPARE, FOLDERS=places)
         if code:
-            raise _said(output, self.target)
+            raise _said(output, self.target, self.hide)
         self.base, *placed = output.decode("utf-8", "surrogateescape").split("\n")
         self.placed = {int(name.removeprefix("placed-")) for name in placed if name}
 
@@ -292,7 +292,8 @@ class _Push:
             raise error
         lines = result.words.splitlines()
         return {
-            path: short(next((line for line in lines if path in line), "rsync could not transfer it")) for path in paths
+            path: short(next((line for line in lines if path in line), "rsync could not transfer it"), self.hide)
+            for path in paths
         }
 
     def place(self, growing: list[_Folder]) -> None:
@@ -318,9 +319,9 @@ class _Push:
         )
         if code == INCOMPLETE:  # what an attempt at other items has left, or a fault of rsync: begin anew
             self.script("rm -rf @FOLDER@/@INCOMING@")
-            raise Interrupted(f"{self.target.folder}: {short(output.decode('utf-8', 'replace'))}")
+            raise Interrupted(f"{self.target.folder}: {short(output.decode('utf-8', 'replace'), self.hide)}")
         if code not in (0, 2):
-            raise _said(output, self.target)
+            raise _said(output, self.target, self.hide)
         left: dict[str, str] = {}
         if code:
             left = self.left(growing, output.decode("utf-8", "replace"))
@@ -350,9 +351,9 @@ class _Push:
                 path = name.removeprefix(f"{folder.number}/")
                 reasons = [line for line in said.splitlines() if path and path in line]
                 if path:
-                    left[path] = short(reasons[0].split(": ", 1)[-1]) if reasons else short(said)
+                    left[path] = short(reasons[0].split(": ", 1)[-1] if reasons else said, self.hide)
         sent = sum(len(folder.sent) for folder in growing)
-        error = _said(said.encode(), self.target)
+        error = _said(said.encode(), self.target, self.hide)
         if len(left) == sent and not isinstance(error, Misconfigured):
             raise error
         return left
@@ -409,7 +410,7 @@ class _Push:
         code, output = self.script(FINISH, NAMES=whole)
         if code:
             if self.plan.pending:
-                raise _said(output, self.target)
+                raise _said(output, self.target, self.hide)
             self.notes.append(f"{self.target.folder} has been taken away since it was delivered to")
             return
         for name in filter(None, output.decode("utf-8", "replace").split("\0")):
@@ -432,11 +433,11 @@ def _filled(text: str, **words: str | list[str]) -> str:
     return re.sub(r"@([A-Z]+)@", word, text)
 
 
-def _said(output: bytes, target: RsyncTarget) -> DispatchError:
+def _said(output: bytes, target: RsyncTarget, hide: Callable[[str], str] = str) -> DispatchError:
     """Return the error that a script's words mean."""
     words = output.decode("utf-8", "replace").strip()
     kind = next((error for pattern, error in WORDS if re.search(pattern, words, re.MULTILINE)), Misconfigured)
-    return kind(f"{target.folder}: {short(words)}")
+    return kind(f"{target.folder}: {short(words, hide)}")
 
 
 driver = Driver(

@@ -127,7 +127,7 @@ def push(target: SftpTarget, plan: Plan, on_outcome: OnOutcome) -> Receipt:
     """Write every pending file, then the marker; each is told when it has its final name."""
     on_outcome.check()
     hide = ssh.hiding(target, plan)
-    with ssh.named(target, hide), Client(ssh.login(target)) as client:
+    with ssh.named(target, hide), Client(ssh.login(target), hide) as client:
         return asyncio.run(_unless_cancelled(_push(Sending(target, plan, on_outcome, client, hide)), on_outcome))
 
 

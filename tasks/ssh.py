@@ -118,7 +118,7 @@ def hook(target: SshTarget, plan: Plan, on_outcome: OnOutcome, ran: Ran) -> Hook
     bad: int | None = 0
     said: list[str] = []
     hide = hiding(target, plan)
-    with named(target, hide), Client(login(target)) as client:
+    with named(target, hide), Client(login(target), hide) as client:
         folders = sorted(folder for folder in by_folder(target, plan) if folder not in ran)
         for name in folders:
             on_outcome.check()

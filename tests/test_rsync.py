@@ -491,5 +491,5 @@ def test_nothing_of_the_users_ssh_configuration_or_of_rsyncs_environment_counts(
 )
 def test_exit_codes_and_words(code: int, words: str, kind: type[Exception]) -> None:
     started = mock.Mock()
-    started.client.login.shown = "host:22"
+    started.client.login.shown, started.client.hide = "host:22", str
     assert type(protocol.Result(code, words, b"", started).failure()) is kind

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import traceback
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from pydantic import SecretStr
@@ -12,7 +13,12 @@ from pydantic import SecretStr
 from blocks.rsync import RsyncTarget
 from blocks.sftp import SftpTarget
 from blocks.ssh import SshTarget
+from protocols.memfiles import tail
+from protocols.rsync import Result
+from protocols.shell import _last
+from protocols.ssh import WORDS_CHARS, Client, Facts, Login, Started
 from tasks import DRIVERS
+from tasks.rsync import _said
 from tasks.ssh import hiding
 from tests import studies
 from tests.harness import attempt
@@ -74,12 +80,12 @@ def test_messages_notes_and_details_hold_nothing_of_the_patient(target: SshTarge
 
     # The script at the end names the folders that it was run for.
     script = folder / "mercure_complete.sh"
-    script.write_text("#!/bin/sh\necho said\n")
+    script.write_text('#!/bin/sh\necho "said of $1"\n')
     script.chmod(0o755)
     hook = DRIVERS.of(target).hook
     assert hook
     result = hook(target, plan, OnOutcome(), set())
-    assert result.output.count("said") == 2
+    assert result.output.count("said of") == 2
     assert "/CT: said" in result.output
     texts.append(result.output)
     target.hook_script = "other.sh"
@@ -90,6 +96,40 @@ def test_messages_notes_and_details_hold_nothing_of_the_patient(target: SshTarge
         assert studies.PATIENT_ID not in text, text
         assert studies.ACCESSION not in text, text
     assert any("***" in text for text in texts)
+
+
+def test_a_patients_data_is_found_before_words_are_cut(target: SshTarget, tmp_path: Path) -> None:
+    """What is left of an identifier that was cut in two is not recognised."""
+    studies.dicom(tmp_path / "study" / "1.dcm")
+    hide = hiding(target, scan([tmp_path / "study"]))
+    started = Started(Client(Login("host"), hide), mock.Mock(returncode=255), "", "")
+    words = mock.PropertyMock()
+    with mock.patch.multiple(Started, words=words, facts=Facts()):
+        for length in range(WORDS_CHARS - 60, WORDS_CHARS):
+            words.return_value = text = f"{'.' * length}/{studies.PATIENT_ID}/CT: it went wrong"
+            for error in (
+                started.failure(),
+                Result(23, text, b"", started).failure(),
+                _said(text.encode(), target, hide),  # type: ignore[arg-type]
+            ):
+                assert f"./{studies.PATIENT_ID[0]}" not in error.message
+
+
+def test_the_end_of_a_long_output_does_not_begin_with_half_an_identifier(target: SshTarget, tmp_path: Path) -> None:
+    studies.dicom(tmp_path / "study" / "1.dcm")
+    hide = hiding(target, scan([tmp_path / "study"]))
+    for more in range(20):
+        output = f"/in/{studies.PATIENT_ID}/CT ".encode() * 4000 + b"." * more
+        told = _last(bytearray(output), hide)
+        assert len(told) > 20_000
+        assert not any(studies.PATIENT_ID[at:] in told for at in range(len(studies.PATIENT_ID) - 4))
+
+
+def test_the_end_of_a_log_begins_with_a_whole_line(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text("mkdir /in/4711-XQ\nmkdir /in/0815-XQ\n")
+    assert tail(str(log), 25) == b"mkdir /in/0815-XQ\n"
+    assert tail(str(log), 100) == log.read_bytes()
 
 
 def test_what_is_hidden_is_no_more_than_that(target: SshTarget, tmp_path: Path) -> None:
