@@ -74,6 +74,11 @@ archive = DicomWebTarget.load("BLOCK_NAME")
         # Bytes that are no UTF-8 stay what they are.
         return Path(unquote(parts.path, errors="surrogateescape")) if parts.scheme == "file" else None
 
+    @property
+    def node(self) -> str:
+        """The server's host; "" for a folder, whatever host its URL names."""
+        return "" if self.folder is not None else super().node
+
     @field_validator("url")
     @classmethod
     def _url(cls, value: str) -> str:

@@ -122,6 +122,7 @@ NODES: list[tuple[Target, str]] = [
     ),
     (DicomWebTarget(url="http://[::1]:8042/dicom-web"), "::1"),
     (DicomWebTarget(url="file:///data/study"), ""),
+    (DicomWebTarget(url="file://localhost/data/study"), ""),
     (S3Target(bucket="images"), ""),
     (S3Target(bucket="images", endpoint_url="https://minio.example.org:9000"), "minio.example.org"),
     (FolderTarget(folder="/data"), ""),
