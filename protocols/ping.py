@@ -44,7 +44,7 @@ class Ping:
         self.host = host
         self.ms = round(WAIT_S * 1000, 1)
         self._end = time.monotonic() + WAIT_S
-        self._echo = Echo(None, "the name was not resolved in time")
+        self._echo = Echo(None, "the name was not resolved in time for an answer")
         self._thread = threading.Thread(target=self._run, name="ping", daemon=True)
         self._thread.start()
 
@@ -60,7 +60,10 @@ class Ping:
             self._echo = Echo(None, "the name can't be resolved")
             return
         family, address = found[0][0], found[0][4]
-        self._echo = Echo(False, f"no answer from {address[0]} within {WAIT_S:g} s, which many hosts never give")
+        left = self._end - time.monotonic()
+        if left < WAIT_S / 3:
+            return
+        self._echo = Echo(False, f"no answer from {address[0]} within {left:.1g} s, which many hosts never give")
         try:
             self._echo = self._ask(family, address) or self._echo
         except OSError as exc:

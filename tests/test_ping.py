@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import SecretStr
@@ -56,6 +58,28 @@ def test_no_answer_is_told_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_name_that_is_not_known() -> None:
     assert Ping("no-such-host.invalid").result().answered in (None,)
+
+
+@pytest.mark.parametrize(("takes_s", "left"), [(0.1, r"within 0\.[3-8] s"), (0.8, "")])
+def test_a_name_that_takes_the_time(takes_s: float, left: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host that had no time to answer is not said to be silent."""
+    resolver = socket.getaddrinfo
+
+    def slow(*args: Any, **options: Any) -> Any:
+        time.sleep(takes_s)
+        return resolver(*args, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", slow)
+    monkeypatch.setattr(ping, "WAIT_S", 0.9)
+    monkeypatch.setattr(
+        ping, "_exchange", lambda sock, family, address, end: time.sleep(max(0, end - time.monotonic()))
+    )
+    monkeypatch.setattr(ping, "_socket", lambda family: socket.socket())
+    asked = Ping("127.0.0.1")
+    time.sleep(1)  # the check takes longer
+    echo = asked.result()
+    assert echo.answered is (False if left else None)
+    assert re.search(left or "not resolved", echo.detail)
 
 
 @pytest.mark.parametrize("code", [0, 1])
