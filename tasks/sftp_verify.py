@@ -8,7 +8,7 @@ import os
 from contextlib import suppress
 
 from protocols.sftp import Sftp
-from protocols.sftpwire import FLAG_CREATE, FLAG_WRITE, Code, Status
+from protocols.sftpwire import Code, Status
 from protocols.shell import Shell
 from protocols.ssh import quote
 from tasks import ssh
@@ -42,7 +42,7 @@ async def verify(sending: Sending, session: Sftp) -> Level:
     Covers every item that has arrived, in this attempt or an earlier one.
     """
     wanted = sending.target.verify
-    if wanted is Level.ACCEPTED:
+    if wanted is Level.ACCEPTED or not _arrived(sending):
         return Level.ACCEPTED
     reached = Level.LISTED if await _listed(sending, session) else Level.ACCEPTED
     if wanted is Level.PROVEN and await _proven(sending, session):
@@ -59,8 +59,8 @@ def _arrived(sending: Sending) -> Pairs:
 async def _listed(sending: Sending, session: Sftp) -> bool:
     """Ask for the length of every file.
 
-    A server that tells none hides them, unless it tells of an earlier marker, or the folder is gone; one that tells
-    some doesn't have the others.
+    A server that tells none hides them, unless it tells that of an earlier marker, or the folder is gone; one that
+    tells some doesn't have the others.
     """
     pairs = _arrived(sending)
     sizes: dict[str, int] = {}
@@ -73,8 +73,9 @@ async def _listed(sending: Sending, session: Sftp) -> bool:
                 sizes[item.path] = size
 
     await each(pairs, FILES_AT_ONCE, ask)
-    hidden = {id(folder) for folder in sending.folders if not sizes and await _hides(sending, session, folder)}
-    if pairs and hidden:
+    asked = [folder for folder in sending.folders if not sizes and any(map(sending.has_arrived, folder.items))]
+    hidden = {id(folder) for folder in asked if await _hides(sending, session, folder)}
+    if hidden:
         sending.notes.append("not listed: the server does not tell what it has")
     for item, _ in pairs:
         if id(sending.folder_of[item.path]) in hidden:
@@ -86,17 +87,22 @@ async def _listed(sending: Sending, session: Sftp) -> bool:
 
 
 async def _hides(sending: Sending, session: Sftp, folder: Folder) -> bool:
-    """Tell whether a server of which we learned no file's length may have the files of a folder all the same."""
+    """Tell whether a server of which we learned no file's length may have the files of a folder all the same.
+
+    By asking alone: what is written to find out can't be removed everywhere.
+    """
     with suppress(Status):
-        await session.stat(encoded(f"{folder.path}/{ssh.MARKER}"))
-        return False
-    name = encoded(f"{folder.path}/{ssh.probe_name()}")
+        if (await session.stat(encoded(f"{folder.path}/{ssh.MARKER}"))).size is not None:
+            return False
+    # One that knows nothing of the target's folder either hides folders, too.
+    return await _knows(session, folder.path) or not await _knows(session, sending.target.folder)
+
+
+async def _knows(session: Sftp, path: str) -> bool:
     try:
-        await session.close_file(await session.open(name, FLAG_WRITE | FLAG_CREATE))
+        await session.stat(encoded(path))
     except Status as exc:
         return exc.code != Code.NO_SUCH_FILE
-    with suppress(Status):
-        await session.remove(name)
     return True
 
 

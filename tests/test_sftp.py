@@ -125,6 +125,23 @@ def test_a_hidden_stat_makes_listed_unverifiable_and_no_failure(tmp_path: Path, 
             assert any("not listed" in note for note in receipt.notes) == (level is not Level.ACCEPTED)
 
 
+@pytest.mark.parametrize("without", [("sizes",), ("stat", "remove"), ("stat", "remove", "folders")], ids="+".join)
+def test_a_server_that_hides_what_it_has_keeps_it_and_gets_no_probe_files(
+    tmp_path: Path, study: Path, without: tuple[str, ...]
+) -> None:
+    studies.ct(study, 2)
+    with strange(tmp_path, *without) as (_, remote):
+        remote.target.verify = Level.LISTED
+        sent = attempt(remote.target, study)
+        assert sent.require().state is State.DELIVERED
+        later = attempt(remote.target, sent.plan, done=sent.arrived)
+        assert not later.rejected
+        assert later.require().verified is Level.ACCEPTED
+        assert any("not listed" in note for note in later.require().notes)
+        folder = tmp_path / "root" / "in" / sent.plan.dispatch_id
+        assert {path.name for path in folder.iterdir()} == {*content(sent), ".complete"}
+
+
 def test_what_nobody_may_read_is_listed_but_not_proven(tmp_path: Path, study: Path) -> None:
     studies.ct(study, 3)
     studies.multiframe(study / "large.dcm", 24)  # 12 MB: one that would be continued
@@ -302,19 +319,19 @@ def test_a_file_where_a_folder_should_be_costs_what_lies_below_it(tmp_path: Path
     assert len(sent.arrived) == 2
 
 
-@pytest.mark.parametrize("what", ["the folder", "all files"])
+@pytest.mark.parametrize("what", ["what is above", "the folder", "all files"])
 def test_listed_takes_everything_back_where_everything_has_been_taken_away(
     tmp_path: Path, study: Path, what: str
 ) -> None:
     studies.ct(study, 2)
-    one = target(tmp_path / "in", verify=Level.LISTED)
+    one = target(tmp_path / "in", verify=Level.LISTED, layout="deep/er/{dispatch_id}")
     sent = attempt(one, study)
     assert sent.require().verified is Level.LISTED
-    folder = tmp_path / "in" / sent.plan.dispatch_id
+    folder = tmp_path / "in" / "deep" / "er" / sent.plan.dispatch_id
     for file in folder.glob("*.dcm"):
         file.unlink()
-    if what == "the folder":
-        shutil.rmtree(folder)
+    if what != "all files":
+        shutil.rmtree(folder if what == "the folder" else tmp_path / "in" / "deep")
     again = attempt(one, sent.plan, done=sent.arrived)
     assert again.require().counts[Kind.REJECTED] == 2
     assert attempt(one, sent.plan).require().state is State.DELIVERED

@@ -57,7 +57,8 @@ def odd(
 
     Args:
         root: the folder that its clients see as `/`.
-        without: `posix-rename`, `rename`, `stat`, `limits`, `read`, `parallel` (one session per connection).
+        without: `posix-rename`, `rename`, `stat`, `folders` (nor a stat of these), `sizes` (a stat without), `limits`,
+            `read`, `remove`, `parallel` (one session per connection).
         login: `publickey`, `password` or `keyboard-interactive`.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -138,10 +139,17 @@ def main() -> None:
                 raise asyncssh.SFTPFailure("refused")
             return super().posix_rename(oldpath, newpath)
 
+        def remove(self, path: bytes) -> Any:
+            if "remove" in without:
+                raise asyncssh.SFTPPermissionDenied("what is here stays here")
+            return super().remove(path)
+
         def stat(self, path: bytes) -> Any:
-            if "stat" in without and not os.path.isdir(self.map_path(path)):
+            folder = os.path.isdir(self.map_path(path))
+            if ("folders" if folder else "stat") in without and path != b"/":
                 raise asyncssh.SFTPNoSuchFile("there is nothing to be seen here")
-            return super().stat(path)
+            found = super().stat(path)
+            return asyncssh.SFTPAttrs(permissions=found.st_mode) if "sizes" in without and not folder else found
 
         def lstat(self, path: bytes) -> Any:
             return self.stat(path)
@@ -149,7 +157,8 @@ def main() -> None:
         def fstat(self, file_obj: Any) -> Any:
             if "stat" in without:
                 raise asyncssh.SFTPOpUnsupported("not here")
-            return super().fstat(file_obj)
+            found = super().fstat(file_obj)
+            return asyncssh.SFTPAttrs(permissions=found.st_mode) if "sizes" in without else found
 
     class Doorman(asyncssh.SSHServer):
         def public_key_auth_supported(self) -> bool:
