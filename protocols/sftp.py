@@ -219,8 +219,9 @@ class Sftp:
         handle = take(await self._ask(wire.OPENDIR, string(path), path=path, wanted=wire.HANDLE))
         names: list[bytes] = []
         try:
-            while True:
-                names += wire.names_of(await self._ask(wire.READDIR, string(handle), path=path, wanted=wire.NAME))
+            # Some servers name nothing at the end, for ever, instead of saying that it is the end.
+            while more := wire.names_of(await self._ask(wire.READDIR, string(handle), path=path, wanted=wire.NAME)):
+                names += more
         except Status as exc:
             if exc.code != Code.EOF:
                 raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import socket
@@ -12,12 +13,15 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from pydantic import SecretStr
 
 from blocks.rsync import RsyncTarget
 from blocks.sftp import Rename, SftpTarget
+from protocols import sftpwire as wire
+from protocols.sftp import Sftp
 from tasks import DRIVERS
 from tests import studies
 from tests.harness import Sent, attempt
@@ -140,6 +144,15 @@ def test_a_server_that_hides_what_it_has_keeps_it_and_gets_no_probe_files(
         assert any("not listed" in note for note in later.require().notes)
         folder = tmp_path / "root" / "in" / sent.plan.dispatch_id
         assert {path.name for path in folder.iterdir()} == {*content(sent), ".complete"}
+
+
+def test_a_listing_ends_with_an_answer_that_names_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Servers shall say EOF (draft section 6.7); some say that there are no more."""
+    name = wire.string(b"one") + wire.string(b"-rw-r--r-- one") + bytes(4)
+    answers = [wire.string(b"handle"), b"\0\0\0\1" + name, bytes(4), b""]
+    session = Sftp.__new__(Sftp)
+    monkeypatch.setattr(session, "_ask", mock.AsyncMock(side_effect=answers))
+    assert asyncio.run(session.listdir(b"/in")) == [b"one"]
 
 
 def test_what_nobody_may_read_is_listed_but_not_proven(tmp_path: Path, study: Path) -> None:
