@@ -19,7 +19,6 @@ import math
 import os
 import re
 import shlex
-import socket
 import subprocess
 import time
 from collections.abc import Callable
@@ -29,6 +28,7 @@ from pathlib import Path
 from typing import IO
 
 from protocols import hostkeys
+from protocols.link import connect
 from protocols.memfiles import MemoryFiles, tail
 from protocols.programs import environment, program, stop
 from transfer.errors import Busy, Denied, DispatchError, Interrupted, Misconfigured, NotTrusted, TimedOut, Unreachable
@@ -333,10 +333,10 @@ def greeting(host: str, port: int, timeout_s: float) -> str:
     """Connect and return the host's first line (RFC 4253 section 4.2), "" if it says none.
 
     Raises:
-        Unreachable: no connection.
+        Unreachable: no connection, or not in time, the name's look-up included.
     """
     try:
-        with socket.create_connection((host, port), timeout_s) as sock:
+        with connect(host, port, timeout_s, lambda: None) as sock:
             sock.settimeout(timeout_s)
             line = b""
             end = time.monotonic() + timeout_s
@@ -346,7 +346,7 @@ def greeting(host: str, port: int, timeout_s: float) -> str:
                     break
                 line += piece
     except TimeoutError as exc:
-        raise Unreachable(f"{host}:{port}: no connection within {timeout_s:g} s") from exc
+        raise Unreachable(f"{host}:{port}: no word within {timeout_s:g} s") from exc
     except OSError as exc:
         raise Unreachable(f"{host}:{port}: {exc.strerror or exc}") from exc
     return _text(line.split(b"\n")[0]).strip()

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import re
-import socket
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from blocks.ssh import HostKeyPolicy, SshTarget
+from protocols.link import resolve_within
 from protocols.shell import NoScript, run_script
 from protocols.ssh import Client, Facts, Login, greeting, quote
 from protocols.sshkeys import private_key
 from protocols.words import BLOT, MIN_PRIVATE_CHARS
 from tasks.driver import HookResult, Ran
-from transfer.errors import Denied, DispatchError, Misconfigured, Unreachable
+from transfer.errors import Denied, DispatchError, Misconfigured
 from transfer.health import Health
 from transfer.home import Home
 from transfer.layout import UNKNOWN, names
@@ -139,11 +139,8 @@ def hook(target: SshTarget, plan: Plan, on_outcome: OnOutcome, ran: Ran) -> Hook
 def probe_host(health: Health, target: SshTarget) -> bool:
     """Probe name and port; tell whether to go on."""
     with health.probe("resolve") as probe:
-        try:
-            found = socket.getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM)
-        except OSError as exc:
-            raise Unreachable(f"{target.host}: {exc.strerror or exc}") from exc
-        probe.detail = ", ".join(dict.fromkeys(str(entry[4][0]) for entry in found))
+        found = resolve_within(target.host, target.port, target.connect_timeout_s, lambda: None)
+        probe.detail = ", ".join(dict.fromkeys(str(address[0]) for _, address in found))
     if health.error is None:
         with health.probe("tcp") as probe:
             line = greeting(target.host, target.port, target.connect_timeout_s)

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -432,3 +433,29 @@ def test_the_names_of_hosts_are_resolved_once_and_named(server: Server, tmp_path
     assert "no-such-host.invalid" in error.message
     health = DRIVERS.of(one).check(one)
     assert [(probe.name, probe.result) for probe in health.probes][:2] == [("resolve", "failed"), ("trust", "skipped")]
+
+
+@pytest.mark.parametrize("host", [f"{'x' * 64}.example.org", "a..example.org"])
+def test_a_name_that_no_host_can_have_fails_the_check_alone(
+    kind: type[SshTarget], server: Server, tmp_path: Path, host: str
+) -> None:
+    one = target(kind, server, tmp_path / "in", host=host)
+    health = DRIVERS.of(one).check(one)
+    assert isinstance(health.error, Unreachable)
+    assert [probe.result for probe in health.probes][:2] == ["failed", "skipped"]
+
+
+def test_a_name_that_nobody_resolves_holds_the_check_up_no_longer_than_it_may(
+    kind: type[SshTarget], server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    over = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **options: over.wait(5) and [])
+    one = target(kind, server, tmp_path / "in", host="archive.example.org", connect_timeout_s=0.3)
+    begun = time.monotonic()
+    try:
+        health = DRIVERS.of(one).check(one)
+        assert time.monotonic() - begun < 3
+    finally:
+        over.set()
+    assert isinstance(health.error, Unreachable)
+    assert "not resolved within 0.3 s" in health.error.message
