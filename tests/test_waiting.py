@@ -186,6 +186,7 @@ def test_a_file_that_changes_under_way_is_rejected_and_the_rest_arrives(up: Tala
     assert (arrived / sent[-2].name).read_bytes() == replaced
 
 
+@pytest.mark.slow
 def test_a_worker_killed_within_a_push_to_a_folder_loses_nothing(tmp_path: Path) -> None:
     sent = studies.ct(tmp_path / "study", 12)
     one = Talaria(tmp_path)
@@ -208,6 +209,7 @@ def test_a_worker_killed_within_a_push_to_a_folder_loses_nothing(tmp_path: Path)
         one.stop()
 
 
+@pytest.mark.slow
 def test_a_killed_send_with_a_server_of_its_own_is_taken_up(tmp_path: Path) -> None:
     sent = studies.ct(tmp_path / "study", 12)
     one = Talaria(tmp_path)
@@ -230,6 +232,7 @@ def test_a_killed_send_with_a_server_of_its_own_is_taken_up(tmp_path: Path) -> N
     assert one.json("recover") == {"recovered": []}
 
 
+@pytest.mark.slow
 def test_commands_share_the_server_that_one_of_them_started(tmp_path: Path) -> None:
     studies.ct(tmp_path / "slow", 60)
     studies.ct(tmp_path / "fast", 2)
@@ -251,6 +254,7 @@ def test_commands_share_the_server_that_one_of_them_started(tmp_path: Path) -> N
     assert receipt["state"] == "cancelled" and receipt["targets"]["archive"]["unsent"] > 0
 
 
+@pytest.mark.slow
 def test_ctrl_c_cancels_what_a_command_runs_by_itself(tmp_path: Path) -> None:
     studies.ct(tmp_path / "study", 12)
     one = Talaria(tmp_path)
