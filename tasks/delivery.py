@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from blocks.base import Target
-from tasks.driver import Driver, Facts, HookResult
+from tasks.driver import Driver, Facts
 from transfer.errors import Cancelled, DispatchError, Retryable
 from transfer.globs import excluded
 from transfer.home import Home
@@ -143,26 +143,30 @@ class Delivery:
             raise TypeError(f"targets of type {self.target.type_name} have no hook")
         on_outcome = OnOutcome(cancelled=self.cancelled)
         # The same dispatch, started twice: the second waits, then finds that it has been run.
-        with self.home.exclusive(self._lock("hook"), on_outcome.check):
-            if not self._hook_is_done():
-                self._run_hook(on_outcome)
+        try:
+            with self.home.exclusive(self._lock("hook"), on_outcome.check):
+                if not self._hook_is_done():
+                    self._run_hook(on_outcome)
+        except HookFailed:
+            raise
+        except DispatchError as exc:
+            exc.target = exc.target or self.target.name
+            self.hook, self.hook_output = "failed", ""
+            self.hook_told = f"the script was not run to its end: {exc.message}"
+            self.stopped = State.CANCELLED if isinstance(exc, Cancelled) else None
+            raise
 
     def _run_hook(self, on_outcome: OnOutcome) -> None:
         assert self.driver.hook is not None  # noqa: S101 - for the type checker
         key = self.key
-        failure: DispatchError | None = None
         try:
             result = self.driver.hook(self.target, self.plan, on_outcome, _Ran(self.ledger, *key))
         except DispatchError as exc:
-            exc.target = exc.target or self.target.name
-            result, failure = HookResult(None, exc.message), exc
+            self.ledger.record_hook(*key, "failed", None, exc.message)
+            raise
         self.hook = "done" if result.exit_code == 0 else "failed"
         self.hook_output = result.output.encode()[-OUTPUT_BYTES:].decode("utf-8", "ignore")
         self.ledger.record_hook(*key, self.hook, result.exit_code, self.hook_output)
-        if failure is not None:
-            self.hook_told = f"the script was not run to its end: {failure.message}"
-            self.stopped = State.CANCELLED if isinstance(failure, Cancelled) else None
-            raise failure
         how = "was stopped, its time was up" if result.exit_code is None else f"ended with exit code {result.exit_code}"
         self.hook_told = f"the script {how}"
         if self.hook == "failed":

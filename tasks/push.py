@@ -79,10 +79,8 @@ async def run_hook(delivery: Delivery) -> None:
         await asyncio.to_thread(delivery.run_hook)
     finally:
         if delivery.hook_told:
-            logger = get_run_logger()
-            logger.info(
-                "%s: %s; it said: %s", delivery.target.name, delivery.hook_told, delivery.hook_output or "nothing"
-            )
+            said = f"; it said: {delivery.hook_output}" if delivery.hook_output else ""
+            get_run_logger().info("%s: %s%s", delivery.target.name, delivery.hook_told, said)
 
 
 def _with_policy(

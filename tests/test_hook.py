@@ -310,6 +310,8 @@ def test_one_that_can_not_be_run_fails_for_good_and_the_data_stays_delivered(
     assert row is not None
     assert (row.outcome, row.exit_code) == ("failed", None)
     assert "not there, or not executable" in row.output
+    assert "not there, or not executable" in one.hook_told
+    assert one.hook_output == "", "it has said nothing"
     receipt = one.receipt()
     assert (receipt.hook, receipt.error, receipt.state) == ("failed", None, State.PARTIAL)
     assert receipt.counts[Kind.DELIVERED] == 2
@@ -399,3 +401,19 @@ def test_of_several_folders_only_those_that_failed_get_another_run(
     assert forced.wants_hook
     forced.run_hook()
     assert len(calls(target)) == 7
+
+
+def test_one_that_is_cancelled_while_another_run_has_the_script_is_cancelled(
+    target: SshTarget, study: Path, ledger: Ledger, tmp_path: Path
+) -> None:
+    install(target)
+    one = delivery(target, study, ledger, tmp_path)
+    one.push()
+    with one.home.exclusive(one._lock("hook"), OnOutcome().check):
+        threading.Timer(0.3, one.cancelled.set).start()
+        with pytest.raises(Cancelled):
+            one.run_hook()
+    receipt = one.receipt()
+    assert (receipt.state, receipt.hook, receipt.error) == (State.CANCELLED, "failed", None)
+    assert ledger.hook(one.plan.dispatch_id, target.name) is None, "it is the other run's"
+    assert not calls(target)
