@@ -17,6 +17,7 @@ from tasks.driver import Driver, Facts
 from transfer.errors import Cancelled, DispatchError, Retryable
 from transfer.globs import excluded
 from transfer.home import Home
+from transfer.layout import names
 from transfer.ledger import Ledger
 from transfer.plan import Item, Plan
 from transfer.receipt import ALREADY, UNSENT, ItemResult, Kind, Level, OnOutcome, Outcome, Receipt, State
@@ -82,6 +83,9 @@ class Delivery:
         self._last: Receipt | None = None
         self._seconds = 0.0
         self._force = force
+        self._ran = _Ran(ledger, *self.key)
+        self._folders: dict[str, str] = {}  # by path, where there is a script
+        self._changed: set[str] = set()  # folders into which something has come
         self.progress = Progress(len(self.plan.items), self.plan.size)
 
     @property
@@ -160,7 +164,7 @@ class Delivery:
         assert self.driver.hook is not None  # noqa: S101 - for the type checker
         key = self.key
         try:
-            result = self.driver.hook(self.target, self.plan, on_outcome, _Ran(self.ledger, *key))
+            result = self.driver.hook(self.target, self.plan, on_outcome, self._ran)
         except DispatchError as exc:
             self.ledger.record_hook(*key, "failed", None, exc.message)
             raise
@@ -222,12 +226,23 @@ class Delivery:
 
     def _record(self, key: tuple[str, str, str]) -> Callable[[Item, Outcome], None]:
         def record(item: Item, outcome: Outcome) -> None:
+            if outcome.arrived and self.driver.hook is not None:
+                self._run_again_for(item)
             self.ledger.record(*key, item, outcome)
             if item.path not in self._told and item not in self.refused:
                 self.progress.add(done=1)
             self._told[item.path] = outcome
 
         return record
+
+    def _run_again_for(self, item: Item) -> None:
+        """Forget that the script was run for the folder that something comes into; it has not seen that."""
+        if not self._folders:
+            self._folders = names(self.plan, getattr(self.target, "layout", "{dispatch_id}"))
+        folder = self._folders[item.path]
+        if folder not in self._changed:
+            self._ran.forget(folder)
+            self._changed.add(folder)
 
 
 class _Ran:
@@ -238,10 +253,18 @@ class _Ran:
         self._destination = destination
 
     def __contains__(self, folder: object) -> bool:
-        return self._ledger.hook(self._dispatch_id, self._row(folder)) is not None
+        row = self._ledger.hook(self._dispatch_id, self._row(folder))
+        return row is not None and row.outcome == "done"
 
     def add(self, folder: str) -> None:
         self._ledger.record_hook(self._dispatch_id, self._row(folder), self._endpoint, "done", 0, "")
+
+    def forget(self, folder: str) -> None:
+        """Let the script be run for a folder again, and so for the dispatch."""
+        for name in (self._row(folder), self._destination):
+            row = self._ledger.hook(self._dispatch_id, name)
+            if row and row.outcome == "done":
+                self._ledger.record_hook(self._dispatch_id, name, self._endpoint, "outdated", None, row.output)
 
     def _row(self, folder: object) -> str:
         mark = hashlib.sha256(str(folder).encode("utf-8", "surrogateescape")).hexdigest()[:24]

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -401,6 +402,40 @@ def test_of_several_folders_only_those_that_failed_get_another_run(
     assert forced.wants_hook
     forced.run_hook()
     assert len(calls(target)) == 7
+
+
+@pytest.mark.parametrize("failed", ["MR", "nothing"])
+def test_it_is_run_again_for_a_folder_into_which_a_file_has_come_since(
+    target: SshTarget, ledger: Ledger, tmp_path: Path, failed: str
+) -> None:
+    for modality in ("CT", "MR", "US"):
+        studies.dicom(tmp_path / "study" / f"{modality}.dcm", Modality=modality)
+    target.layout = "{Modality}"
+    script = install(target, SCRIPT + f'case "$1" in */{failed}) exit 4;; esac\n')
+
+    def retried() -> Delivery:
+        one = delivery(target, tmp_path / "study", ledger, tmp_path)
+        return Delivery(
+            one.driver, target, ledger.same_dispatch("run", one.plan), ledger, one.home, threading.Event()
+        )  # as when a run is retried
+
+    first = retried()
+    first.push()
+    with nullcontext() if failed == "nothing" else pytest.raises(HookFailed, match="exit code 4"):
+        first.run_hook()
+    script.write_text(SCRIPT)
+    studies.dicom(tmp_path / "study" / "CT.dcm", Modality="CT", SeriesNumber="77")
+    again = retried()
+    assert again.plan.dispatch_id == first.plan.dispatch_id
+    again.push()
+    assert again.wants_hook
+    again.run_hook()
+    assert again.receipt().hook == "done"
+    names = [call[0].rsplit("/", 1)[1] for call in calls(target)]
+    assert names == ["CT", "MR", "US", "CT", *(["MR"] if failed == "MR" else [])]
+    last = retried()
+    last.push()
+    assert not last.wants_hook
 
 
 def test_one_that_is_cancelled_while_another_run_has_the_script_is_cancelled(

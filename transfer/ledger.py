@@ -40,7 +40,10 @@ CREATE TABLE IF NOT EXISTS runs (
 
 @dataclass(frozen=True, slots=True)
 class HookRow:
-    """The last run of a target's hook for a dispatch: `outcome` is `done` or `failed`, `output` its last bytes."""
+    """The last run of a target's hook for a dispatch.
+
+    `outcome` is `done`, `failed`, or `outdated` if something has arrived since; `output` is its last bytes.
+    """
 
     outcome: str
     exit_code: int | None
