@@ -263,18 +263,12 @@ class _Push:
         if result.code in PARTLY:
             missing = self.missing(result, items, place, there)
         elif result.code:
-            raise self.lost(result.failure())
+            raise _lost(result.failure())
         for item in self.unchanged(items):
             if item.path in missing:
                 self.reject(item, missing[item.path])
             else:
                 folder.sent.append(item)
-
-    def lost(self, error: DispatchError) -> DispatchError:
-        """Return what an error means that came after we had made the folders: they are not wrong, they vanish."""
-        if not isinstance(error, NotFound):
-            return error
-        return Interrupted(f"{error.message}: what is being written vanishes, another attempt or program clears it")
 
     def missing(self, result: Result, items: list[Item], place: str, there: str) -> dict[str, str]:
         """Return why which files have not come, where rsync says that some have not.
@@ -287,7 +281,7 @@ class _Push:
             raise error
         again, paths = self.rsync.differing(self.plan.root, [item.path for item in items], place, there=there)
         if again.code not in (0, *PARTLY):
-            raise self.lost(again.failure())
+            raise _lost(again.failure())
         if len(paths) == len(items) and isinstance(error, Denied):
             raise error
         lines = result.words.splitlines()
@@ -431,6 +425,13 @@ def _filled(text: str, **words: str | list[str]) -> str:
         return quote(value) if isinstance(value, str) else " ".join(map(quote, value))
 
     return re.sub(r"@([A-Z]+)@", word, text)
+
+
+def _lost(error: DispatchError) -> DispatchError:
+    """Return what an error means that came after we had made the folders: they are not wrong, they vanish."""
+    if not isinstance(error, NotFound):
+        return error
+    return Interrupted(f"{error.message}: what is being written vanishes, another attempt or program clears it")
 
 
 def _said(output: bytes, target: RsyncTarget, hide: Callable[[str], str] = str) -> DispatchError:

@@ -28,7 +28,7 @@ CONNECTION_BYTES = 32 << 20  # worth the handshake of one more connection
 SAMPLE_BYTES = 32_768  # compared before an interrupted file is continued
 LEAST_FREE_BYTES = 1 << 20  # a file system with less is full
 
-# Status codes of the draft, section 7. FAILURE says nothing by itself: see `_Push.why`.
+# Status codes of the draft, section 7. FAILURE says nothing by itself: see `Sending.why`.
 ERRORS: dict[int, type[DispatchError]] = {
     Code.NO_SUCH_FILE: NotFound,
     Code.PERMISSION_DENIED: Denied,
