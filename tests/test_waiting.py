@@ -234,7 +234,7 @@ def test_a_killed_send_with_a_server_of_its_own_is_taken_up(tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_commands_share_the_server_that_one_of_them_started(tmp_path: Path) -> None:
-    studies.ct(tmp_path / "slow", 60)
+    studies.ct(tmp_path / "slow", 400)  # so slow that it still runs when it is to be cancelled
     studies.ct(tmp_path / "fast", 2)
     one = Talaria(tmp_path)
     one.apply(
