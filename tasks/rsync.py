@@ -30,6 +30,7 @@ SOCKET_CHARS = 60  # of the folder: unix(7) allows 108 for the path; ssh adds 17
 
 SLOWEST_RENAMES = 100  # files a second that a server renames, one program each
 INCOMPLETE = 3  # exit code of PLACE
+SOME_REPLACED = "talaria: replaced"  # last words of PLACE, if files were in the way
 # Scripts for a POSIX shell on the server; every @NAME@ is replaced by quoted words.
 # Prints where it is, and what an earlier attempt has given its final name already, though we were not told.
 PREPARE = """
@@ -44,7 +45,7 @@ PLACE = """
 cd @FOLDER@ || exit 1
 base=$(pwd)
 place() {  # number, name, how many files must have come ("" where an earlier attempt brought some)
-  from=@INCOMING@/$1 to=./$2
+  from=@INCOMING@/$1 to=./$2 replaced=$base/@INCOMING@/replaced-$1
   [ -d "$from" ] || { echo "what has come is gone: another attempt or program has cleared it"; exit 3; }
   rm -rf "$from/@TEMPORARY@"
   find "$from" -type d -name @PARTIAL@ -prune -exec rm -rf {} +
@@ -62,11 +63,14 @@ place() {  # number, name, how many files must have come ("" where an earlier at
     to=$1; shift
     for one do [ -d "$to/$one" ] || mkdir "$to/$one"; done' sh "$base/$to" {} +
   find . ! -type d -exec sh -c '
-    to=$1; shift
+    to=$1; replaced=$2; shift 2
     for one do
       if [ -d "$to/$one" ]; then echo "$one: a folder of this name is in the way"
-      else mv -f -- "$one" "$to/$one"; fi
-    done' sh "$base/$to" {} +
+      else
+        [ ! -e "$to/$one" ] || cmp -s -- "$one" "$to/$one" || printf "%s\\\\0" "${one#./}" >>"$replaced"
+        mv -f -- "$one" "$to/$one"
+      fi
+    done' sh "$base/$to" "$replaced" {} +
   cd "$base" || return 1
   [ -z "$(find "$from" ! -type d | head -n 1)" ]
 }
@@ -74,7 +78,12 @@ note() { if [ $? -eq 0 ]; then : >@INCOMING@/placed-$1; else code=2; fi; }
 @DROP@
 code=0
 @PLACES@
+for one in @INCOMING@/replaced-*; do [ ! -e "$one" ] || { printf %s @REPLACED@; break; }; done
 exit $code
+"""
+# Paths of the files in whose place others were, each with a NUL.
+REPLACED = """
+cd @FOLDER@/@INCOMING@ && cat replaced-@PLACE@ 2>/dev/null
 """
 LEFT = """
 cd @FOLDER@/@INCOMING@ && find @PLACE@ ! -type d -exec printf '%s\\0' {} +
@@ -310,7 +319,9 @@ class _Push:
             PLACES=_Script("\n".join(calls)),
             PARTIAL=PARTIAL,
             TEMPORARY=TEMPORARY,
+            REPLACED=SOME_REPLACED,
         )
+        output, replaced = output.removesuffix(SOME_REPLACED.encode()), output.endswith(SOME_REPLACED.encode())
         if code == INCOMPLETE:  # what an attempt at other items has left, or a fault of rsync: begin anew
             self.script("rm -rf @FOLDER@/@INCOMING@")
             raise Interrupted(f"{self.target.folder}: {short(output.decode('utf-8', 'replace'), self.hide)}")
@@ -320,11 +331,17 @@ class _Push:
         if code:
             left = self.left(growing, output.decode("utf-8", "replace"))
         for folder in growing:
+            old = self.replaced(folder) if replaced else frozenset()
             for item in folder.sent:
                 if item.path in left:
                     self.reject(item, left[item.path])
                 else:
-                    self.on_outcome(item, DELIVERED)
+                    self.on_outcome(item, ssh.REPLACED if item.path in old else DELIVERED)
+
+    def replaced(self, folder: _Folder) -> frozenset[str]:
+        """Return the paths at which another file was in a folder that was there before."""
+        _, output = self.script(REPLACED, PLACE=str(folder.number))
+        return frozenset(output.decode("utf-8", "surrogateescape").split("\0"))
 
     def expected(self, folder: _Folder) -> str:
         """How many files must be where a folder grows: rsync has been seen to leave out a name without a word."""

@@ -217,6 +217,8 @@ class Sending:
             final = self.folder_of[item.path].final(item)
             self.check_way(item, final)
             with self.plan.open(item) as fd:
+                if await self.replaces(session, item, fd, final):
+                    outcome = ssh.REPLACED
                 try:
                     await self.bring(session, item, fd, final)
                 except _NoRename:
@@ -230,6 +232,26 @@ class Sending:
         for barred, reason in self.barred.items():
             if final.startswith(barred + b"/"):
                 raise Rejected(reason, item=item.shown)
+
+    async def replaces(self, session: Sftp, item: Item, fd: int, final: bytes) -> bool:
+        """Tell whether another file has an item's final name, in a folder that was there before.
+
+        A server that can't rename has there what an earlier attempt left: that is not asked for.
+        """
+        if self.folder_of[item.path].path not in self.found or not self.renames or not item.size:
+            return False
+        try:
+            there = await session.stat(final)
+            if there.is_folder or there.size not in (None, item.size):
+                return not there.is_folder
+            handle = await session.open(final, FLAG_READ)
+        except Status:
+            return False
+        try:
+            return not await self.same(session, handle, fd, item.size)
+        finally:
+            with suppress(Status, DispatchError):
+                await session.close_file(handle)
 
     async def bring(self, session: Sftp, item: Item, fd: int, final: bytes) -> None:
         renames = self.renames

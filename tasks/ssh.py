@@ -20,9 +20,10 @@ from transfer.health import Health
 from transfer.home import Home
 from transfer.layout import UNKNOWN, names
 from transfer.plan import Item, Plan
-from transfer.receipt import OnOutcome
+from transfer.receipt import Kind, OnOutcome, Outcome
 
 MARKER = ".complete"
+REPLACED = Outcome(Kind.WARNING, "replaced another file of this name")
 PRIVATE_FIELDS = ("{PatientID}", "{AccessionNumber}")  # of a layout
 
 
