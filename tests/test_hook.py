@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 import threading
 import time
 from collections.abc import Iterator
@@ -113,7 +114,7 @@ def test_its_environment_is_the_accounts_own(target: SshTarget, study: Path) -> 
     code, output = run(target, attempt(target, study))
     assert code == 0
     assert "LC_ALL=C" not in output.split("\n")
-    assert os.path.expanduser("~") in output
+    assert pwd.getpwuid(os.geteuid()).pw_dir in output
 
 
 def test_it_runs_once_for_each_folder_of_a_layout(target: SshTarget, tmp_path: Path) -> None:
