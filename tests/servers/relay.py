@@ -57,8 +57,9 @@ class Relay:
                 return
             pair.add(up_writer)
             self._writers.add(up_writer)
-            for one in pair:
-                one.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            with suppress(OSError):  # the relay has ended meanwhile
+                for one in pair:
+                    one.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             await asyncio.gather(
                 self._pump(reader, up_writer, counted=True), self._pump(up_reader, writer, counted=False)
             )
