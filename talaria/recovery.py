@@ -27,7 +27,6 @@ from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.exceptions import ObjectNotFound, PrefectException
 from prefect.states import AwaitingRetry, Cancelled
 
-from protocols.dicomfolder import clear_indexes
 from transfer.home import Home
 from transfer.ledger import Ledger
 from transfer.staging import discard
@@ -92,6 +91,8 @@ def clear(home: Home, ledger: Ledger, before: float) -> tuple[int, int, int]:
     Returns:
         How many receipts, staging folders, and indexes of read-only folders that nobody has used since.
     """
+    from protocols.dicomfolder import clear_indexes  # pydicom takes a second, and every command imports this module
+
     receipts = home.receipt("").parent
     old = [path for path in receipts.glob("*.json") if path.stat().st_mtime < before] if receipts.is_dir() else []
     for path in old:
