@@ -41,6 +41,12 @@ def _clear() -> None:
 _clear()  # before any module of ours, or of a library, reads it at import
 
 
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Stop what tests share (servers, folders): a worker process of pytest-xdist ends without its exit handlers."""
+    if hasattr(config, "workerinput"):
+        atexit._run_exitfuncs()
+
+
 @pytest.fixture(autouse=True)
 def _own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Give each test a home and a state directory of its own, so that none reads or writes the user's."""
