@@ -11,8 +11,7 @@ import hashlib
 import os
 import stat
 import time
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -20,11 +19,9 @@ from typing import NamedTuple
 
 from protocols.dicomindex import DAMAGED, INSTANCE, NOT_DICOM, TAGS, Index, Instance, Stamp
 from transfer.header import Damaged, NotDicom, read_elements
+from transfer.readers import Readers
 
-READERS = 8  # threads that read headers where the time goes into waiting, as on a share
 CHUNK = 256  # files that are read between two looks at whether to stop
-FIRST_CHUNK = 16  # as long as nobody knows how slow the folder is
-WAITING = 0.5  # share of the time; with less, threads cost more than they gain
 # Two writes closer together than this may leave the same times (the kernel's clock of files ticks every 10 ms or
 # faster): a header counts only if it is read later than that after the last write.
 TICK_NS = 20_000_000
@@ -190,7 +187,7 @@ def apply(index: Index, root: bytes, changes: Changes, between: Callable[[], Non
         with index.changing():
             for path in changes.vanished:
                 work.removed += index.remove_folder(known[path][0])
-        with _Reader() as reader:
+        with Readers(CHUNK) as readers:
             for change in changes.folders:
                 folder = known[change.path][0] if change.path in known else index.add_folder(change.path)
                 _bring_up(
@@ -198,7 +195,7 @@ def apply(index: Index, root: bytes, changes: Changes, between: Callable[[], Non
                     os.path.join(root, change.path) if change.path else root,
                     folder,
                     change,
-                    reader,
+                    readers,
                     work,
                     between,
                 )
@@ -208,47 +205,20 @@ def apply(index: Index, root: bytes, changes: Changes, between: Callable[[], Non
 
 
 def _bring_up(
-    index: Index, where: bytes, folder: int, change: Change, reader: _Reader, work: Work, between: Callable[[], None]
+    index: Index, where: bytes, folder: int, change: Change, readers: Readers, work: Work, between: Callable[[], None]
 ) -> None:
     """Bring one folder up to date."""
     with index.changing():
         index.remove_files(folder, change.gone)
     work.removed += len(change.gone)
     names, whole = iter(change.read), True
-    while chunk := list(islice(names, reader.chunk)):
+    while chunk := list(islice(names, readers.batch)):
         with index.changing():
-            for read in reader.read(where, chunk):
+            for read in readers.map(partial(_read, where), chunk):
                 whole &= _put(index, folder, read, work)
         between()
     if whole:
         index.mark_folder(folder, change.mark)
-
-
-class _Reader:
-    """Reads headers, in threads if that turns out to be mostly waiting."""
-
-    def __init__(self) -> None:
-        self.chunk = FIRST_CHUNK
-        self._pool: ThreadPoolExecutor | None = None
-
-    def __enter__(self) -> _Reader:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        if self._pool:
-            self._pool.shutdown(cancel_futures=True)
-
-    def read(self, where: bytes, names: list[bytes]) -> Iterable[Read]:
-        if self._pool:
-            return self._pool.map(partial(_read, where), names)
-        begun, worked = time.perf_counter(), time.thread_time()
-        found = [_read(where, name) for name in names]
-        took, worked = time.perf_counter() - begun, time.thread_time() - worked
-        if len(names) >= FIRST_CHUNK:
-            self.chunk = CHUNK
-            if took - worked > WAITING * took:
-                self._pool = ThreadPoolExecutor(READERS)
-        return found
 
 
 def _let_it_tick(newest: int) -> None:

@@ -9,20 +9,18 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 
 from transfer.errors import Misconfigured, NotFound, Rejected
 from transfer.globs import excluded
 from transfer.header import Damaged, Header, NotDicom, read_header
+from transfer.readers import Readers
 
-READERS = 8  # threads that read headers where the time goes into waiting, as on a share
-WAITING = 3  # times the CPU time: what is in the page cache is read faster by one thread, without their contention
-BATCH_FILES = 32  # one reader's share at a time
+BATCH_FILES = 64  # headers that are read between two looks at whether to stop
 HEAD_BYTES = 65_536  # of a file that isn't DICOM, its first bytes stand for its content in the dispatch id
 MAX_LINKED_FOLDERS = 10_000  # links to folders that hold links to folders multiply
 DISPATCH_ID_CHARS = 20  # hexadecimal, 80 bits
@@ -257,22 +255,16 @@ def _files(source: str, sources: list[Path], check: Callable[[], None]) -> Itera
 
 
 def _items(found: dict[str, str], sources: list[Path], check: Callable[[], None]) -> Iterator[Item]:
-    """Read the facts of all files, in the order of their relative paths: in threads if that is mostly waiting."""
-    names = sorted(found)
-    batches = [names[start : start + BATCH_FILES] for start in range(0, len(names), BATCH_FILES)]
+    """Read the facts of all files, in the order of their relative paths."""
 
-    def read(batch: list[str]) -> list[Item]:
-        check()
-        return [_item(name, found[name], sources) for name in batch]
+    def read(name: str) -> Item:
+        return _item(name, found[name], sources)
 
-    for number, batch in enumerate(batches):
-        begun, worked = time.perf_counter(), time.thread_time()
-        yield from read(batch)
-        if time.perf_counter() - begun > WAITING * (time.thread_time() - worked):
-            with ThreadPoolExecutor(READERS) as pool:
-                for items in pool.map(read, batches[number + 1 :]):
-                    yield from items
-            return
+    names = iter(sorted(found))
+    with Readers(BATCH_FILES) as readers:
+        while batch := list(islice(names, readers.batch)):
+            check()
+            yield from readers.map(read, batch)
 
 
 def _item(relative: str, path: str, sources: list[Path]) -> Item:
