@@ -591,20 +591,3 @@ def test_a_push_that_is_cancelled_while_it_logs_in(tmp_path: Path, study: Path) 
         assert isinstance(sent.error, Cancelled)
         assert sent.seconds < 5
         assert isinstance(sent.error, DispatchError)
-
-
-def test_a_file_in_whose_place_another_was_is_told(tmp_path: Path, study: Path) -> None:
-    """Of two dispatches into one folder the later one wins; who reads its receipt must know."""
-    studies.ct(study, 3)
-    other = studies.ct(tmp_path / "other", 2)
-    shutil.copy2(study / "CT0003.dcm", tmp_path / "other")  # the same file is nothing to tell of
-    (tmp_path / "other" / "new $(x)\n.txt").write_text("new")
-    one = target(tmp_path / "in", layout="all")
-    assert {row.outcome for row in attempt(one, study).require().items} == {Kind.DELIVERED}
-    receipt = attempt(one, tmp_path / "other").require()
-    assert receipt.state is State.DELIVERED
-    told = {row.path: row.detail for row in receipt.items if row.outcome is Kind.WARNING}
-    assert told == {path.name: "replaced another file of this name" for path in other}
-    assert (tmp_path / "in" / "all" / other[0].name).read_bytes() == other[0].read_bytes()
-    again = attempt(one, tmp_path / "other").require()
-    assert Kind.WARNING not in {row.outcome for row in again.items}

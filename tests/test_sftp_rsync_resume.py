@@ -1,8 +1,9 @@
-"""Broken links, full disks, read-only folders: what rsync and SFTP have in common, against OpenSSH."""
+"""Broken links, shared folders: what rsync and SFTP have in common, against OpenSSH."""
 
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from tests.targets import rsync, sftp
 from tests.watching import watched
 from transfer.errors import Retryable
 from transfer.plan import scan
+from transfer.receipt import Kind, State
 
 MEGABYTE = 1 << 20
 HARNESSES = rsync.HARNESSES | {"sftp-openssh": sftp.openssh}
@@ -127,3 +129,21 @@ def test_a_file_that_changed_before_the_next_attempt_arrives_as_it_is_now(harnes
     attempt(harness.target, again).require()
     assert harness.read_back(again) == {"a/large.dcm": file.read_bytes()}
     assert not {name for name in harness.names() if not harness.final(name)}
+
+
+def test_a_file_in_whose_place_another_was_is_told(harness: Harness, tmp_path: Path) -> None:
+    """Of two dispatches into one folder the later one wins; who reads its receipt must know."""
+    studies.ct(tmp_path / "study", 3)
+    other = studies.ct(tmp_path / "other", 2)
+    shutil.copy2(tmp_path / "study" / "CT0003.dcm", tmp_path / "other")  # the same file is nothing to tell of
+    (tmp_path / "other" / "new $(x)\n.txt").write_text("new")
+    one = harness.target.model_copy(update={"layout": "all"})
+    assert {row.outcome for row in attempt(one, tmp_path / "study").require().items} == {Kind.DELIVERED}
+    receipt = attempt(one, tmp_path / "other").require()
+    assert receipt.state is State.DELIVERED
+    told = {row.path: row.detail for row in receipt.items if row.outcome is Kind.WARNING}
+    assert told == {path.name: "replaced another file of this name" for path in other}
+    there = Path(harness.target.folder) / "all" / other[0].name  # type: ignore[attr-defined]
+    assert there.read_bytes() == other[0].read_bytes()
+    again = attempt(one, tmp_path / "other").require()
+    assert Kind.WARNING not in {row.outcome for row in again.items}
