@@ -416,11 +416,12 @@ def test_a_server_without_rsync_is_misconfigured(tmp_path: Path, study: Path) ->
 
 def test_rsync_that_is_missing_here_is_named(tmp_path: Path, study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     studies.ct(study, 1)
+    one = target(tmp_path / "in")  # which may start the server, with programs of its own
     tools = tmp_path / "bin"
     tools.mkdir()
     (tools / "ssh").symlink_to("/usr/bin/ssh")
     monkeypatch.setenv("PATH", str(tools))
-    error = attempt(target(tmp_path / "in"), study).error
+    error = attempt(one, study).error
     assert isinstance(error, Misconfigured)
     assert "package rsync" in error.message
 
@@ -493,20 +494,3 @@ def test_exit_codes_and_words(code: int, words: str, kind: type[Exception]) -> N
     started = mock.Mock()
     started.client.login.shown, started.client.hide = "host:22", str
     assert type(protocol.Result(code, words, b"", started).failure()) is kind
-
-
-def test_a_file_in_whose_place_another_was_is_told(tmp_path: Path, study: Path) -> None:
-    """Of two dispatches into one folder the later one wins; who reads its receipt must know."""
-    studies.ct(study, 3)
-    other = studies.ct(tmp_path / "other", 2)
-    shutil.copy2(study / "CT0003.dcm", tmp_path / "other")  # the same file is nothing to tell of
-    (tmp_path / "other" / "new $(x)\n.txt").write_text("new")
-    one = target(tmp_path / "in", layout="all")
-    assert {row.outcome for row in attempt(one, study).require().items} == {Kind.DELIVERED}
-    receipt = attempt(one, tmp_path / "other").require()
-    assert receipt.state is State.DELIVERED
-    told = {row.path: row.detail for row in receipt.items if row.outcome is Kind.WARNING}
-    assert told == {path.name: "replaced another file of this name" for path in other}
-    assert (tmp_path / "in" / "all" / other[0].name).read_bytes() == other[0].read_bytes()
-    again = attempt(one, tmp_path / "other").require()
-    assert Kind.WARNING not in {row.outcome for row in again.items}
