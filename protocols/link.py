@@ -13,7 +13,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from ipaddress import ip_address
 
@@ -39,6 +39,11 @@ def resolve(host: str, port: int) -> list[tuple[socket.AddressFamily, tuple[obje
         reason = exc.strerror if isinstance(exc, OSError) else str(exc)
         raise Unreachable(f"{host}: the name can't be resolved: {reason}") from exc
     return [(family, address) for family, _, _, _, address in found]
+
+
+def shown(found: Iterable[tuple[socket.AddressFamily, tuple[object, ...]]]) -> str:
+    """Addresses for people, each once."""
+    return ", ".join(dict.fromkeys(str(address[0]) for _, address in found))
 
 
 def resolve_within(

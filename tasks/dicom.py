@@ -19,6 +19,7 @@ from protocols.dimse.find import CannotList, Stored, missing
 from protocols.dimse.fleet import Fleet
 from protocols.dimse.listener import Listener, shared
 from protocols.dimse.transport import VERIFICATION, Peer
+from protocols.link import shown
 from tasks.driver import Driver, Facts
 from transfer.errors import Misconfigured
 from transfer.header import Header
@@ -129,7 +130,7 @@ def _probe(health: Health, target: DicomTarget) -> Link | None:
     # A check has no study: titles that would come from one are replaced by the target's own.
     peer = _peer(target, target.host, target.aet_target, target.aet_source)
     with health.probe("resolve") as probe:
-        probe.detail = ", ".join(dict.fromkeys(str(address[0]) for _, address in transport.resolve(peer)))
+        probe.detail = shown(transport.resolve(peer))
     if not health.ok:
         return None
     sock: socket.socket | None = None

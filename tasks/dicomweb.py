@@ -111,7 +111,7 @@ def _probe_connection(health: Health, target: DicomWebTarget) -> None:
     origin = _origin(target, target.url, _tls(target))
     with health.probe("resolve") as probe:
         found = link.resolve_within(origin.host, origin.port, origin.connect_timeout_s, _go_on)
-        probe.detail = ", ".join(dict.fromkeys(str(address[0]) for _, address in found))
+        probe.detail = link.shown(found)
     if not health.ok:
         return
     sock: socket.socket | None = None

@@ -16,7 +16,7 @@ from pydantic import SecretStr
 from blocks.s3 import Checksum, S3Target
 from protocols.http import Origin
 from protocols.link import connect as dial
-from protocols.link import handshake, resolve_within
+from protocols.link import handshake, resolve_within, shown
 from protocols.s3 import Store
 from protocols.s3_client import Settings
 from protocols.s3_error import StoreError
@@ -121,7 +121,7 @@ def check(target: S3Target) -> Health:
 def _probe_connection(health: Health, origin: Origin) -> None:
     with health.probe("resolve") as probe:
         found = resolve_within(origin.host, origin.port, origin.connect_timeout_s, lambda: None)
-        probe.detail = ", ".join(dict.fromkeys(str(address[0]) for _, address in found))
+        probe.detail = shown(found)
     if not health.ok:
         return
     sock: socket.socket | None = None

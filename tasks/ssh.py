@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from blocks.ssh import HostKeyPolicy, SshTarget
-from protocols.link import resolve_within
+from protocols.link import resolve_within, shown
 from protocols.shell import NoScript, run_script
 from protocols.ssh import Client, Facts, Login, greeting, quote
 from protocols.sshkeys import private_key
@@ -141,7 +141,7 @@ def probe_host(health: Health, target: SshTarget) -> bool:
     """Probe name and port; tell whether to go on."""
     with health.probe("resolve") as probe:
         found = resolve_within(target.host, target.port, target.connect_timeout_s, lambda: None)
-        probe.detail = ", ".join(dict.fromkeys(str(address[0]) for _, address in found))
+        probe.detail = shown(found)
     if health.error is None:
         with health.probe("tcp") as probe:
             line = greeting(target.host, target.port, target.connect_timeout_s)

@@ -17,7 +17,7 @@ from blocks.xnat import XnatTarget
 from protocols.http import PORTS, Origin
 from protocols.http import Session as Http
 from protocols.link import connect as dial
-from protocols.link import handshake, resolve_within
+from protocols.link import handshake, resolve_within, shown
 from protocols.tls import Tls, peer_facts
 from protocols.words import BLOT, clean
 from protocols.xnat import Client
@@ -144,7 +144,7 @@ def check(target: XnatTarget) -> Health:
 
     with health.probe("resolve") as probe:
         addresses = resolve_within(origin.host, origin.port, origin.connect_timeout_s, ask)
-        probe.detail = ", ".join(str(address[0]) for _, address in addresses)
+        probe.detail = shown(addresses)
     if health.error is None:
         rest.remove("tcp")
         with health.probe("tcp") as probe:
