@@ -11,6 +11,8 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 
+from transfer.header import MAX_UID_CHARS
+
 AC_BYTES = 68  # before the first item: protocol version, AE titles, reserved
 APPLICATION, CONTEXT, SYNTAX, USER = 0x10, 0x21, 0x40, 0x50
 MAX_LENGTH, IMPLEMENTATION, WINDOW, ROLE = 0x51, 0x52, 0x53, 0x54
@@ -19,26 +21,24 @@ UNKNOWN = b"1.2.3"  # for the implementation of a peer that doesn't name it
 CAREFUL_PDU = 16_384  # bytes, for a peer that doesn't say what it takes: every implementation's least default
 ACCEPTED, NO_REASON = 0, 2  # result of a context, PS3.8 table 9-18
 RESULTS = range(5)
-MAX_UID = 64
 
 
 def tidied(body: bytes) -> bytes:
     """Return the variable field of an A-ASSOCIATE-AC without what can be ignored; as it is if it makes no sense."""
     try:
         items = list(_items(body[AC_BYTES:]))
-        user = dict(_items(b"".join(value for kind, value in items if kind == USER)))
+        told = list(_items(b"".join(value for kind, value in items if kind == USER)))
     except ValueError:
         return body
     made = [_item(APPLICATION, APPLICATION_CONTEXT)]
     made += [context for kind, value in items if kind == CONTEXT and (context := _context(value))]
+    user = dict(told)
     limit, implementation = user.get(MAX_LENGTH, b""), user.get(IMPLEMENTATION, b"")
     inner = _item(MAX_LENGTH, limit if len(limit) == 4 else struct.pack(">I", CAREFUL_PDU))
     inner += _item(IMPLEMENTATION, implementation if _is_uid(implementation) else UNKNOWN)
     if len(user.get(WINDOW, b"")) == 4:
         inner += _item(WINDOW, user[WINDOW])
-    for kind, value in _items(b"".join(value for kind, value in items if kind == USER)):
-        if kind == ROLE:
-            inner += _item(ROLE, value)
+    inner += b"".join(_item(ROLE, value) for kind, value in told if kind == ROLE)
     return body[:AC_BYTES] + b"".join(made) + _item(USER, inner)
 
 
@@ -80,4 +80,4 @@ def _item(kind: int, value: bytes) -> bytes:
 
 
 def _is_uid(value: bytes) -> bool:
-    return 0 < len(value) <= MAX_UID and value.isascii() and value.decode().isprintable()
+    return 0 < len(value) <= MAX_UID_CHARS and value.isascii() and value.decode().isprintable()
