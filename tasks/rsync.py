@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -171,7 +171,7 @@ def push(target: RsyncTarget, plan: Plan, on_outcome: OnOutcome) -> Receipt:
         options = ("ControlMaster=yes", f"ControlPath={control}")
         with Shell(client, *options) as shell:
             rsync = Rsync(client, control, target.bandwidth_limit, target.compress, on_outcome.check, on_outcome.moved)
-            return _Push(target, plan, on_outcome, shell, rsync, hide).run()
+            return _Push(target, plan, on_outcome, shell, rsync).run()
 
 
 @contextmanager
@@ -197,16 +197,8 @@ class _Folder:
 
 
 class _Push:
-    def __init__(
-        self,
-        target: RsyncTarget,
-        plan: Plan,
-        on_outcome: OnOutcome,
-        shell: Shell,
-        rsync: Rsync,
-        hide: Callable[[str], str],
-    ) -> None:
-        self.hide = hide
+    def __init__(self, target: RsyncTarget, plan: Plan, on_outcome: OnOutcome, shell: Shell, rsync: Rsync) -> None:
+        self.hide = rsync.client.hide
         self.target, self.plan, self.on_outcome, self.shell, self.rsync = target, plan, on_outcome, shell, rsync
         self.incoming = f".incoming-{plan.dispatch_id}"
         self.base = target.folder  # absolute once the server has told
@@ -238,15 +230,15 @@ class _Push:
     def reject(self, item: Item, reason: str) -> None:
         self.on_outcome(item, Outcome(Kind.REJECTED, self.hide(reason)))
 
-    def unchanged(self, items: list[Item]) -> list[Item]:
-        """Return the items whose files are as planned; the others are rejected."""
+    def unchanged(self, items: Iterable[Item], refuse: Callable[[Item, str], None]) -> list[Item]:
+        """Return the items whose files are as planned; why the others are not is told to `refuse`."""
         good = []
         for item in items:
             try:
                 self.plan.check(item)
                 good.append(item)
             except Rejected as exc:
-                self.reject(item, exc.message)
+                refuse(item, exc.message)
         return good
 
     def prepare(self, growing: list[_Folder]) -> None:
@@ -260,7 +252,7 @@ class _Push:
 
     def send(self, folder: _Folder) -> None:
         """Bring a folder's files to where it grows; what has changed meanwhile is rejected."""
-        items = self.unchanged(folder.pending)
+        items = self.unchanged(folder.pending, self.reject)
         if not items:
             return
         place = f"{self.base}/{self.incoming}/{folder.number}"
@@ -273,7 +265,7 @@ class _Push:
             missing = self.missing(result, items, place, there)
         elif result.code:
             raise _lost(result.failure())
-        for item in self.unchanged(items):
+        for item in self.unchanged(items, self.reject):
             if item.path in missing:
                 self.reject(item, missing[item.path])
             else:
@@ -381,7 +373,9 @@ class _Push:
         if wanted is Level.ACCEPTED:
             return wanted
         for folder in self.folders:
-            items = {item.path: item for item in self.unchanged_after(folder)}
+            # What can't be compared any more is taken back.
+            there = self.unchanged(filter(self.has_arrived, folder.items), self.on_outcome.revoke)
+            items = {item.path: item for item in there}
             if not items:
                 continue
             result, paths = self.rsync.differing(
@@ -398,17 +392,6 @@ class _Push:
             if paths:  # rsync would take what has the right length and time for good
                 self.script(REMOVE, PATHS=[f"./{folder.name}/{path}" for path in paths])
         return wanted
-
-    def unchanged_after(self, folder: _Folder) -> list[Item]:
-        """Return the items that have arrived and can still be compared; the others are taken back."""
-        good = []
-        for item in filter(self.has_arrived, folder.items):
-            try:
-                self.plan.check(item)
-                good.append(item)
-            except Rejected as exc:
-                self.on_outcome.revoke(item, exc.message)
-        return good
 
     def finish(self) -> None:
         """Put the marker into every folder that has all its files; take away where they grew.

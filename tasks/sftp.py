@@ -128,7 +128,7 @@ def push(target: SftpTarget, plan: Plan, on_outcome: OnOutcome) -> Receipt:
     on_outcome.check()
     hide = ssh.hiding(target, plan)
     with ssh.named(target, hide), Client(ssh.login(target), hide) as client:
-        return asyncio.run(_unless_cancelled(_push(Sending(target, plan, on_outcome, client, hide)), on_outcome))
+        return asyncio.run(_unless_cancelled(_push(Sending(target, plan, on_outcome, client)), on_outcome))
 
 
 async def _push(sending: Sending) -> Receipt:

@@ -60,10 +60,8 @@ class _NoRename(Exception):
 class Sending:
     """One push to an SFTP server: its files, and what is known of the server."""
 
-    def __init__(
-        self, target: SftpTarget, plan: Plan, on_outcome: OnOutcome, client: Client, hide: Callable[[str], str]
-    ) -> None:
-        self.target, self.plan, self.on_outcome, self.client, self.hide = target, plan, on_outcome, client, hide
+    def __init__(self, target: SftpTarget, plan: Plan, on_outcome: OnOutcome, client: Client) -> None:
+        self.target, self.plan, self.on_outcome, self.client, self.hide = target, plan, on_outcome, client, client.hide
         self.folders = [
             Folder(ssh.under(target.folder, name), items) for name, items in ssh.by_folder(target, plan).items()
         ]
