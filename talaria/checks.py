@@ -34,16 +34,19 @@ def check_saved(name: str | None) -> list[dict[str, Any]]:
 
 def _test(session: Session, target: Target | Broken) -> dict[str, Any]:
     if isinstance(target, Broken):
-        probe = {"name": "settings", "result": "failed", "ms": 0.0, "detail": target.reason}
-        return {"name": target.name, "ok": False, "probes": [probe]}
+        return _failed(target.name, "settings", target.reason)
     if session.own or session.address is None:
         return _shown(keep(target, check_target(target)))
     forget_check(target.name)  # first: a fast worker's result must not be taken for an old one
     flow_run = session.run(create, "check", {"target": target.name}, f"check of {target.name}", "urgent")
     ended = result_of(session, flow_run)
     detail = (ended.state and ended.state.message) or "the check did not run to its end"
-    probe = {"name": "check", "result": "failed", "ms": 0.0, "detail": detail}
-    return _shown(last_check(target.name) or {"name": target.name, "ok": False, "probes": [probe]})
+    return _shown(last_check(target.name) or _failed(target.name, "check", detail))
+
+
+def _failed(name: str, probe: str, why: str) -> dict[str, Any]:
+    """What is told of a target that could not be checked."""
+    return {"name": name, "ok": False, "probes": [{"name": probe, "result": "failed", "ms": 0.0, "detail": why}]}
 
 
 def _shown(document: dict[str, Any]) -> dict[str, Any]:

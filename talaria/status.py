@@ -40,10 +40,9 @@ async def _ask() -> dict[str, Any]:
     from prefect.client.schemas.objects import StateType
     from prefect.exceptions import ObjectNotFound
 
-    from blocks import Target
     from talaria.registry import QUEUES
     from tasks.checking import last_check
-    from tasks.targets import all_targets
+    from tasks.targets import all_targets, facts
 
     async with get_client() as client:
         try:
@@ -75,15 +74,5 @@ async def _ask() -> dict[str, Any]:
             for worker in online
         ],
         "queues": queues,
-        "targets": [
-            {
-                "name": target.name,
-                "type": target.type_name,
-                "direction": str(target.direction) if isinstance(target, Target) else None,
-                "enabled": target.enabled if isinstance(target, Target) else None,
-                "broken": None if isinstance(target, Target) else target.reason,
-                "last_check": last_check(target.name),
-            }
-            for target in targets
-        ],
+        "targets": [facts(target) | {"last_check": last_check(target.name)} for target in targets],
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from prefect.artifacts import acreate_table_artifact
@@ -41,14 +42,14 @@ async def report_health(target: Target, health: Health) -> None:
 def keep(target: Target, health: Health) -> dict[str, Any]:
     """Write the result of a check into the state directory and return it."""
     document = health.to_json(target.name) | {"time": datetime.now(UTC).isoformat(timespec="seconds")}
-    write_json(Home.current().root / "checks" / f"{target.name}.json", document)
+    write_json(_path(target.name), document)
     return document
 
 
 def last_check(name: str) -> dict[str, Any] | None:
     """Return the last check of a target on this machine."""
     try:
-        text = (Home.current().root / "checks" / f"{name}.json").read_text(encoding="utf-8")
+        text = _path(name).read_text(encoding="utf-8")
     except OSError:
         return None
     document: dict[str, Any] = json.loads(text)
@@ -57,4 +58,8 @@ def last_check(name: str) -> dict[str, Any] | None:
 
 def forget_check(name: str) -> None:
     """The last check of a target says nothing any more: the target is gone, or is checked anew."""
-    (Home.current().root / "checks" / f"{name}.json").unlink(missing_ok=True)
+    _path(name).unlink(missing_ok=True)
+
+
+def _path(name: str) -> Path:
+    return Home.current().root / "checks" / f"{name}.json"

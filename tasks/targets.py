@@ -28,6 +28,15 @@ class Broken:
     reason: str
 
 
+def facts(one: Target | Broken) -> dict[str, Any]:
+    """What every list tells of a saved target; direction and `enabled` of a broken one are not known."""
+    if isinstance(one, Broken):
+        known: dict[str, Any] = {"direction": None, "enabled": None, "broken": one.reason}
+    else:
+        known = {"direction": str(one.direction), "enabled": one.enabled, "broken": None}
+    return {"name": one.name, "type": one.type_name, **known}
+
+
 async def all_targets(client: PrefectClient) -> list[Target | Broken]:
     """Return every saved target, with secrets, by name; one that can't be loaded as what is wrong with it."""
     found: list[Target | Broken] = []

@@ -76,3 +76,14 @@ def table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
 def _is_api_error(exc: BaseException) -> bool:
     """Tell errors of Prefect's client without importing it before it is needed."""
     return any(cls.__module__.partition(".")[0] in ("httpx", "prefect") for cls in type(exc).__mro__)
+
+
+def enabled(target: dict[str, Any]) -> str:
+    """Whether a listed target takes part, in a word."""
+    return "broken" if target["broken"] else "yes" if target["enabled"] else "no"
+
+
+def checked(target: dict[str, Any]) -> str:
+    """How a listed target was when it was last checked; empty if it never was."""
+    last = target["last_check"]
+    return "" if last is None else f"{'ok' if last['ok'] else 'failed'} {last['time']}"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 import time
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from talaria.cli.output import DONE, NO_SERVER, NOT_ALL, print_json, say, table
+from talaria.cli.output import DONE, NO_SERVER, NOT_ALL, checked, enabled, print_json, say, table
 from talaria.cli.session import api
 from transfer.home import Home
 
@@ -68,10 +68,7 @@ def status(as_json: Json = False) -> None:
             print(f"worker: {worker['name']} {worker['status'].lower()}, last seen {worker['last_seen']}")
         for name, count in document["queues"].items():
             print(f"queue {name}: {count} waiting")
-        rows = [
-            [t["name"], t["type"], "broken" if t["broken"] else _yes(t["enabled"]), _check(t["last_check"])]
-            for t in document["targets"]
-        ]
+        rows = [[t["name"], t["type"], enabled(t), checked(t) or "never"] for t in document["targets"]]
         table("", ["target", "type", "enabled", "last check"], rows)
     raise typer.Exit(DONE if document["server"]["ok"] else NO_SERVER)
 
@@ -124,11 +121,3 @@ def demo() -> None:
     from talaria.demo import run
 
     raise typer.Exit(DONE if run() else NOT_ALL)
-
-
-def _yes(value: bool) -> str:
-    return "yes" if value else "no"
-
-
-def _check(last: dict[str, Any] | None) -> str:
-    return "never" if last is None else f"{'ok' if last['ok'] else 'failed'} {last['time']}"

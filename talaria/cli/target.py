@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from talaria.cli.output import DONE, NOT_ALL, print_json, say, table
+from talaria.cli.output import DONE, NOT_ALL, checked, enabled, print_json, say, table
 from talaria.cli.session import api
 
 if TYPE_CHECKING:
@@ -121,12 +121,10 @@ def list_(as_json: Json = False) -> None:
             one["name"],
             one["type"],
             one["direction"] or "",
-            "broken" if one["broken"] else "yes" if one["enabled"] else "no",
+            enabled(one),
             _place(one),
             one["broken"] or one.get("description", ""),
-            ""
-            if one["last_check"] is None
-            else f"{'ok' if one['last_check']['ok'] else 'failed'} {one['last_check']['time']}",
+            checked(one),
         ]
         for one in found
     ]
@@ -138,15 +136,12 @@ def _entry(one: Target | Broken) -> dict[str, Any]:
     from blocks import Target
     from talaria.targetfile import values_of
     from tasks.checking import last_check
+    from tasks.targets import facts
 
     check = last_check(one.name)
     state = None if check is None else {"ok": check["ok"], "time": check["time"]}
-    if not isinstance(one, Target):
-        values = {"type": one.type_name, "direction": None, "enabled": None, "broken": one.reason}
-    else:
-        own = {"direction": str(one.direction), "enabled": one.enabled, "broken": None}
-        values = values_of(one, secrets=True) | own
-    return {"name": one.name, **values, "last_check": state}
+    values = values_of(one, secrets=True) if isinstance(one, Target) else {}
+    return {"name": one.name, **values, **facts(one), "last_check": state}
 
 
 @app.command(epilog="Example: talaria target show pacs")
