@@ -65,12 +65,7 @@ async def recover(client: PrefectClient, home: Home, pool: str, *, alone: bool) 
 
 async def taken_up(client: PrefectClient, pool: str) -> list[str]:
     """Return the ids of the runs that are back in the queue after a crash, and that no worker has begun yet."""
-    queued: list[FlowRun] = await client.read_flow_runs(
-        flow_run_filter=FlowRunFilter(
-            state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED]))
-        ),
-        work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=[pool])),
-    )
+    queued = await _runs(client, pool, [StateType.SCHEDULED])
     return [str(run.id) for run in queued if run.state and run.state.message == TAKEN_UP]
 
 
@@ -142,11 +137,14 @@ async def _take_up(client: PrefectClient, run_id: str) -> bool:
 async def _under_way(client: PrefectClient, pool: str) -> set[str]:
     """Find the runs of the pool that are under way by their state, whoever owns them."""
     under_way = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
-    found: list[FlowRun] = await client.read_flow_runs(
-        flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=under_way))),
+    return {str(run.id) for run in await _runs(client, pool, under_way)}
+
+
+async def _runs(client: PrefectClient, pool: str, states: list[StateType]) -> list[FlowRun]:
+    return await client.read_flow_runs(
+        flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=states))),
         work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=[pool])),
     )
-    return {str(run.id) for run in found}
 
 
 async def _free_slots(client: PrefectClient) -> None:
