@@ -2,15 +2,55 @@
 
 from __future__ import annotations
 
-import asyncio
+import selectors
 import socket
 import struct
 import threading
+import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 PIECE = 65_536
+HELD = 64 << 20  # of one direction, before it is read on
+CONNECT_S = 10.0
+
+
+class _Way:
+    """One direction of a connection: what came from one socket, and waits until it is due at the other."""
+
+    def __init__(self, source: socket.socket, sink: socket.socket, *, counted: bool) -> None:
+        self.source, self.sink, self.counted = source, sink, counted
+        self.waiting: deque[tuple[float, memoryview]] = deque()
+        self.held = 0
+        self.read = True  # as long as more is wanted from the source
+        self.cuts = False  # everything, as soon as what waits has passed
+        self.back: _Way = self
+
+    def put(self, due: float, piece: bytes) -> None:
+        """Let a piece wait; an empty one is the end."""
+        self.waiting.append((due, memoryview(piece)))
+        self.held += len(piece)
+
+    def wants(self, now: float) -> bool:
+        return bool(self.waiting) and self.waiting[0][0] <= now
+
+    def write(self) -> None:
+        due, piece = self.waiting.popleft()
+        if not piece:
+            with suppress(OSError):
+                self.sink.shutdown(socket.SHUT_WR)
+            return
+        try:
+            count = self.sink.send(piece)
+        except BlockingIOError:
+            count = 0
+        except OSError:
+            count = len(piece)  # nobody is there any more
+        self.held -= count
+        if count < len(piece):
+            self.waiting.appendleft((due, piece[count:]))
 
 
 @dataclass
@@ -36,136 +76,134 @@ class Relay:
     sent: int = 0
     connections: int = 0
     cuts: int = 0
-    _writers: set[asyncio.StreamWriter] = field(default_factory=set, repr=False)
-    _tasks: set[asyncio.Task[None]] = field(default_factory=set, repr=False)
+    _ways: dict[socket.socket, _Way] = field(default_factory=dict, repr=False)  # by the socket that it reads
+    _selector: selectors.BaseSelector = field(default_factory=selectors.DefaultSelector, repr=False)
 
-    def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Serve a connection in a task of our own: one that asyncio makes complains aloud when it is cancelled."""
+    def run(self, listener: socket.socket, bell: socket.socket, ended: threading.Event) -> None:
+        """Serve until the event is set and the bell rung, in the thread that calls."""
+        self._selector.register(listener, selectors.EVENT_READ)
+        self._selector.register(bell, selectors.EVENT_READ)
+        while not ended.is_set():
+            for key, events in self._selector.select(self._watch()):
+                sock = key.fileobj
+                assert isinstance(sock, socket.socket)
+                if sock is listener:
+                    self._accept(listener)
+                elif sock is bell:
+                    bell.recv(PIECE)
+                else:
+                    self._pass(sock, events)
+        for sock in list(self._ways):
+            sock.close()
+        self._selector.close()
+
+    def _watch(self) -> float | None:
+        """Ask the selector for what each socket can do now; seconds until the next piece is due."""
+        now, next_due = time.monotonic(), None
+        for sock, way in list(self._ways.items()):
+            out = way.back
+            events = selectors.EVENT_READ if way.read and way.held < HELD else 0
+            if out.wants(now):
+                events |= selectors.EVENT_WRITE
+            elif out.waiting:
+                next_due = min(next_due or out.waiting[0][0], out.waiting[0][0])
+            if not (way.read or way.waiting or out.read or out.waiting):
+                self._forget(sock)
+                self._forget(way.sink)
+                continue
+            key = self._selector.get_map().get(sock)
+            if key is None and events:
+                self._selector.register(sock, events)
+            elif key is not None and not events:
+                self._selector.unregister(sock)
+            elif key is not None and key.events != events:
+                self._selector.modify(sock, events)
+        return None if next_due is None else max(0.0, next_due - now)
+
+    def _accept(self, listener: socket.socket) -> None:
+        client, _ = listener.accept()
         self.connections += 1
-        self._writers.add(writer)
-        task = asyncio.get_running_loop().create_task(self._serve(reader, writer))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        pair = {writer}
         try:
-            try:
-                up_reader, up_writer = await asyncio.open_connection(*self.upstream)
-            except OSError:
-                self._reset(writer)
+            server = socket.create_connection(self.upstream, CONNECT_S)
+        except OSError:
+            self._reset(client)
+            return
+        there, back = _Way(client, server, counted=True), _Way(server, client, counted=False)
+        there.back, back.back = back, there
+        for way in (there, back):
+            way.source.setblocking(False)
+            way.source.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._ways[way.source] = way
+
+    def _pass(self, sock: socket.socket, events: int) -> None:
+        way = self._ways.get(sock)
+        if way is None:  # cut in this same turn
+            return
+        if events & selectors.EVENT_WRITE:
+            way.back.write()
+            if way.back.cuts and not way.back.waiting:
+                self._cut()
                 return
-            pair.add(up_writer)
-            self._writers.add(up_writer)
-            with suppress(OSError):  # the relay has ended meanwhile
-                for one in pair:
-                    one.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            await asyncio.gather(
-                self._pump(reader, up_writer, counted=True), self._pump(up_reader, writer, counted=False)
-            )
-        finally:
-            self._writers -= pair
-            for one in pair:
-                one.close()
+        if events & selectors.EVENT_READ:
+            self._read(way)
 
-    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, counted: bool) -> None:
-        queue: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(1024)
-        loop = asyncio.get_running_loop()
+    def _read(self, way: _Way) -> None:
+        try:
+            piece = way.source.recv(PIECE)
+        except BlockingIOError:
+            return
+        except OSError:
+            piece = b""
+        way.read = bool(piece)
+        due = time.monotonic() + self.delay_s
+        if way.counted and piece:
+            if self.stall_after is not None and self.sent + len(piece) > self.stall_after:
+                way.read = False
+                return
+            if self.cut_after is not None and self.sent + len(piece) > self.cut_after:
+                piece = piece[: max(0, self.cut_after - self.sent)]
+                way.read, way.cuts = False, True
+            self.sent += len(piece)
+        if piece or not way.cuts:
+            way.put(due, piece)
+        elif not way.waiting:
+            self._cut()
 
-        async def deliver() -> None:
-            while True:
-                due, piece = await queue.get()
-                await asyncio.sleep(max(0.0, due - loop.time()))
-                if not piece:
-                    with suppress(OSError, RuntimeError):
-                        writer.write_eof()
-                    return
-                with suppress(OSError):
-                    writer.write(piece)
-                    await writer.drain()
-
-        task = asyncio.create_task(deliver())
-        piece, broken = b"-", False
-        while piece:
-            try:
-                piece = await reader.read(PIECE)
-            except OSError:
-                piece = b""
-            if counted and piece:
-                if self.stall_after is not None and self.sent + len(piece) > self.stall_after:
-                    await asyncio.Event().wait()
-                if self.cut_after is not None and self.sent + len(piece) > self.cut_after:
-                    piece = piece[: max(0, self.cut_after - self.sent)]
-                    with suppress(OSError):
-                        writer.write(piece)
-                        await writer.drain()
-                    self.sent += len(piece)
-                    self.cut()
-                    broken = True
-                    break
-                self.sent += len(piece)
-            await queue.put((loop.time() + self.delay_s, piece))
-        if broken:
-            task.cancel()
-        else:
-            await task  # what a later connection's server said last must still pass
-
-    def cut(self) -> None:
-        """Reset every connection now, and let later ones through again."""
+    def _cut(self) -> None:
         self.cuts += 1
         self.cut_after = None
-        for writer in list(self._writers):
-            self._reset(writer)
+        for sock in list(self._ways):
+            self._forget(sock, reset=True)
 
-    def unserved(self) -> list[asyncio.StreamWriter]:
-        """Connections whose task ended before it began."""
-        return list(self._writers)
+    def _forget(self, sock: socket.socket, *, reset: bool = False) -> None:
+        if self._ways.pop(sock, None) is None:
+            return
+        if self._selector.get_map().get(sock):
+            self._selector.unregister(sock)
+        if reset:
+            self._reset(sock)
+        sock.close()
 
     @staticmethod
-    def _reset(writer: asyncio.StreamWriter) -> None:
-        sock = writer.get_extra_info("socket")
+    def _reset(sock: socket.socket) -> None:
         with suppress(OSError):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        writer.transport.abort()
+        sock.close()
 
 
 @contextmanager
 def relay(upstream_port: int, *, host: str = "127.0.0.1", **settings: float | int | None) -> Iterator[Relay]:
     """Run a relay in a thread of its own until the block ends."""
-    made: list[Relay] = []
-    ready, done = threading.Event(), threading.Event()
-    loops: list[asyncio.AbstractEventLoop] = []
-
-    async def main() -> None:
-        one = Relay(0, (host, upstream_port), **settings)  # type: ignore[arg-type]
-        listener = await asyncio.start_server(one.accept, "127.0.0.1", 0)
-        one.port = listener.sockets[0].getsockname()[1]
-        made.append(one)
-        loops.append(asyncio.get_running_loop())
-        stopped = asyncio.Event()
-        stops.append(stopped)
-        ready.set()
-        await stopped.wait()
-        listener.close()
-        tasks = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        for writer in one.unserved():
-            writer.close()
-        await asyncio.sleep(0)  # what they have closed is closed in the loop's next turn
-
-    def run() -> None:
-        asyncio.run(main())
-        done.set()
-
-    stops: list[asyncio.Event] = []
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    if not ready.wait(10):
-        raise RuntimeError("the relay did not start")
-    try:
-        yield made[0]
-    finally:
-        loops[0].call_soon_threadsafe(stops[0].set)
-        done.wait(10)
+    ended = threading.Event()
+    bell, rope = socket.socketpair()
+    with bell, rope, socket.create_server(("127.0.0.1", 0), backlog=128) as listener:
+        port = listener.getsockname()[1]
+        one = Relay(port, (host, upstream_port), **settings)  # type: ignore[arg-type]
+        thread = threading.Thread(target=one.run, args=(listener, bell, ended), daemon=True)
+        thread.start()
+        try:
+            yield one
+        finally:
+            ended.set()
+            rope.send(b"!")
+            thread.join(CONNECT_S)
