@@ -175,7 +175,8 @@ class Started:
         if kind is None or (kind is Busy and facts.method):
             kind = Interrupted if facts.method else Unreachable
         said = words or self.errors.strip() or f"ssh ended with exit code {self.process.returncode}"
-        return kind(f"{login.shown}: {short(said, self.client.hide)}")
+        advice = f": {_why_denied(login)}" if kind is Denied else ""
+        return kind(f"{login.shown}: {short(said, self.client.hide)}{advice}")
 
     def stop(self) -> None:
         """End the process and what it has started."""
@@ -377,7 +378,8 @@ def _why_not_trusted(login: Login, facts: Facts, words: str) -> str:
     shown = f"{facts.key_type} {facts.fingerprint}" if facts.fingerprint else "a key"
     where = f"{login.host}:{login.port}"
     if login.pins:
-        return f"{where}: the host shows {shown}, which is not the pinned host_key"
+        change = f". If the change is wanted, set host_key to {facts.fingerprint}" if facts.fingerprint else ""
+        return f"{where}: the host shows {shown}, which is not the pinned host_key{change}"
     if any(hostkeys.is_known(login.host, login.port, file) for file in login.known_hosts):
         files = " or ".join(str(file) for file in login.known_hosts)
         return (
@@ -391,6 +393,17 @@ def _why_not_trusted(login: Login, facts: Facts, words: str) -> str:
         f"{where}: the host key is unknown: {shown}. If that is the server's (its administrator sees it with "
         f"ssh-keygen -lf), set host_key to {facts.fingerprint}"
     )
+
+
+def _why_denied(login: Login) -> str:
+    """What to look at where the host lets nobody in with what we have."""
+    if login.key and login.password:
+        return "it takes neither this private_key nor this password for this user"
+    if login.key:
+        return "it does not take this private_key: its public key must be among the account's authorized_keys"
+    if login.password:
+        return "it does not take this user with this password"
+    return "set private_key or password: the account that Talaria runs under has no key that the host takes"
 
 
 def _quoted(path: Path) -> str:

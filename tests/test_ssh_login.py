@@ -238,6 +238,7 @@ def test_a_password_opens_and_a_wrong_one_is_denied(kind: type[SshTarget], metho
         error = send(one, tmp_path).error
         assert isinstance(error, Denied)
         assert "not it" not in str(error)
+        assert str(error).endswith("it does not take this user with this password")
         assert isinstance(DRIVERS.of(one).check(one).error, Denied)
 
 

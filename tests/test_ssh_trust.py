@@ -108,7 +108,7 @@ def test_another_key_than_the_pinned_one_is_not_trusted(
 ) -> None:
     error = send(target(kind, server, tmp_path / "in", OTHER_KEY, host_key_policy=policy), tmp_path)
     assert isinstance(error, NotTrusted)
-    assert server.fingerprints[0] in error.message
+    assert f"set host_key to {server.fingerprints[0]}" in error.message
     assert not learned()
 
 
