@@ -31,17 +31,21 @@ SHOWN_ITEMS = 500  # lines of the artifact's list; the JSON file has all
 async def progress_shown(deliveries: Sequence[Delivery]) -> AsyncIterator[None]:
     """Keep one progress artifact per target up to date while the block runs."""
     artifacts: dict[str, UUID] = {}
-    shown: dict[str, float] = {}
+    shown: dict[str, tuple[float, str]] = {}
 
     async def update() -> None:
         for delivery in deliveries:
             name, now = delivery.target.name, round(delivery.progress.percent, 1)
             text = f"{delivery.progress.done} of {delivery.progress.items} items to {name}"
+            error = delivery.error
+            waits = error.message if error else ""
+            if error:
+                text += f"; attempt {delivery.attempts} of {delivery.target.max_attempts} failed: {error.message}"
             if name not in artifacts:
                 artifacts[name] = await acreate_progress_artifact(now, f"progress-{name}", text)
-            elif shown[name] != now:
+            elif shown[name] != (now, waits):
                 await aupdate_progress_artifact(artifacts[name], now, text)
-            shown[name] = now
+            shown[name] = now, waits
 
     async def keep() -> None:
         while True:

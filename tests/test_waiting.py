@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from tests import studies
+from tests.servers.dicomweb import Reply, scripted
 from tests.servers.up import Talaria, talaria
 
 pytestmark = pytest.mark.timeout(600)
@@ -164,6 +165,15 @@ def test_queued_and_waiting_runs_are_cancelled_at_once(up: Talaria, tmp_path: Pa
     # The place at the target is free again.
     up.apply(busy=folder(tmp_path / "busy", max_dispatches=1))
     assert up.told("jobs", "retry", sends)["state"] == "delivered"
+
+
+def test_who_waits_for_a_dispatch_is_told_what_it_waits_for(up: Talaria, tmp_path: Path) -> None:
+    studies.ct(tmp_path / "study", 1)
+    with scripted(script=[Reply(503, headers={"Retry-After": "5"})]) as pacs:
+        up.apply(busy={"type": "dicomweb", "url": pacs.url})
+        ended = up("send", str(tmp_path / "study"), "--to", "busy", "--json")
+    assert ended.returncode == 0 and json.loads(ended.stdout)["targets"]["busy"]["attempts"] == 2
+    assert "busy: attempt 1 of 5 failed: " in ended.stderr and "503" in ended.stderr
 
 
 def test_a_file_that_changes_under_way_is_rejected_and_the_rest_arrives(up: Talaria, tmp_path: Path) -> None:

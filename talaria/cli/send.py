@@ -244,7 +244,7 @@ def _show_plan(plan: Plan, targets: list[Target], as_json: bool) -> None:
 
 
 class _bars:
-    """Progress bars on stderr, one per target, while the block runs."""
+    """Progress bars on stderr, one per target, while the block runs; without a terminal, what went wrong meanwhile."""
 
     def __enter__(self) -> Any:
         from rich.console import Console
@@ -260,11 +260,16 @@ class _bars:
             transient=not sys.stderr.isatty(),
         )
         self.tasks: dict[str, Any] = {}
+        self.said: dict[str, str] = {}
         self.progress.start()
         return self.show
 
     def show(self, now: dict[str, tuple[float, str]]) -> None:
         for name, (percent, words) in now.items():
+            failed = words.partition("; ")[2]
+            if failed and failed != self.said.get(name) and not sys.stderr.isatty():
+                say(f"{name}: {failed}")
+            self.said[name] = failed
             if name not in self.tasks:
                 self.tasks[name] = self.progress.add_task(words, total=100, name=name)
             self.progress.update(self.tasks[name], completed=percent, description=words)
