@@ -79,8 +79,16 @@ def resolve_within(
     return found[0]
 
 
-def connect(host: str, port: int, timeout_s: float, check: Callable[[], None]) -> socket.socket:
+def place(host: str, port: int) -> str:
+    """A host and its port for messages."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def connect(host: str, port: int, timeout_s: float, check: Callable[[], None] = lambda: None) -> socket.socket:
     """Connect to the first address of a host that answers, each within `timeout_s`.
+
+    Args:
+        check: called several times a second while waiting; may raise to stop.
 
     Raises:
         Unreachable: none does; the message has the reason of the last one.
@@ -106,7 +114,13 @@ def connect(host: str, port: int, timeout_s: float, check: Callable[[], None]) -
             raise
         else:
             return sock
-    raise Unreachable(f"{host} port {port}: {failure.strerror or failure}") from failure
+    raise Unreachable(f"{place(host, port)}: {_no_connection(failure)}") from failure
+
+
+def _no_connection(exc: OSError) -> str:
+    if exc.errno == errno.ECONNREFUSED:
+        return "connection refused: nothing listens on this port"
+    return exc.strerror or str(exc)
 
 
 def handshake(

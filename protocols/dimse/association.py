@@ -22,7 +22,8 @@ from pynetdicom.presentation import PresentationContext
 
 from protocols import tls
 from protocols.dimse.entity import ABORT_REASONS, REASONS, Entity, Transport
-from protocols.dimse.transport import PLAIN_ALERT, SLICE_S, Peer, connect, speaks_tls
+from protocols.dimse.transport import PLAIN_ALERT, Peer, connect, speaks_tls
+from protocols.link import SLICE_S
 from transfer.errors import Busy, DispatchError, Interrupted, Misconfigured, TimedOut
 
 _config.LOG_HANDLER_LEVEL = "none"  # its handlers write identifiers, thus patients' data, to the log

@@ -14,7 +14,8 @@ from pynetdicom.association import Association
 
 from protocols.dimse.association import Link, associate
 from protocols.dimse.contexts import UNCOMPRESSED
-from protocols.dimse.transport import SLICE_S, Peer
+from protocols.dimse.transport import Peer
+from protocols.link import SLICE_S
 from protocols.words import clean, forms
 from transfer.errors import Busy, Denied, DispatchError, Interrupted, Misconfigured, Retryable
 

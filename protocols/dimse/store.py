@@ -26,7 +26,7 @@ from protocols import tls
 from protocols.dimse import message
 from protocols.dimse.association import Link, aborted
 from protocols.dimse.message import Response, StoreCommand
-from protocols.dimse.transport import SLICE_S
+from protocols.link import SLICE_S
 from transfer.errors import DispatchError, Interrupted, TimedOut
 from transfer.throttle import Throttle
 

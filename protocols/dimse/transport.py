@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import select
 import socket
 import ssl
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -18,9 +16,8 @@ from pynetdicom.pdu import A_ASSOCIATE_RQ
 from pynetdicom.pdu_primitives import A_ASSOCIATE, ImplementationClassUIDNotification, MaximumLengthNotification
 
 from protocols import link, tls
-from transfer.errors import DispatchError, Interrupted, Misconfigured, TimedOut, Unreachable
+from transfer.errors import DispatchError, Interrupted, Misconfigured, TimedOut
 
-SLICE_S = 0.2  # how often a wait looks whether it shall stop
 VERIFICATION = "1.2.840.10008.1.1"
 PROBE_S = 3  # for a second opinion on what a port speaks
 VERDICT_S = 0.3  # a peer that takes our certificate may stay silent; one that doesn't says so at once
@@ -51,7 +48,7 @@ class Peer:
     @property
     def where(self) -> str:
         """The peer's address for messages."""
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+        return link.place(self.host, self.port)
 
 
 def resolve(
@@ -77,36 +74,7 @@ def connect(peer: Peer, check: Callable[[], None] = lambda: None) -> socket.sock
 
 def connect_tcp(peer: Peer, check: Callable[[], None] = lambda: None) -> socket.socket:
     """Connect without TLS; see `connect`."""
-    failure: OSError | None = None
-    for family, address in resolve(peer, check):
-        sock = socket.socket(family, socket.SOCK_STREAM)
-        try:
-            sock.setblocking(False)
-            code = sock.connect_ex(address)
-            if code == errno.EINPROGRESS:
-                _wait(sock, select.POLLOUT, peer.connect_timeout_s, check)
-                code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-            if code:
-                raise OSError(code, errno.errorcode.get(code, ""))  # noqa: TRY301
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        except OSError as exc:
-            failure = exc
-            sock.close()
-        except BaseException:
-            sock.close()
-            raise
-        else:
-            return sock
-    raise Unreachable(f"{peer.where}: {_no_connection(failure, peer)}") from failure
-
-
-def _no_connection(exc: OSError | None, peer: Peer) -> str:
-    if isinstance(exc, TimeoutError):
-        return f"no answer within {peer.connect_timeout_s:g} s"
-    code = exc.errno if exc else None
-    if code == errno.ECONNREFUSED:
-        return "connection refused: nothing listens on this port"
-    return f"no connection: {errno.errorcode.get(code, 'unknown') if code else exc}"
+    return link.connect(peer.host, peer.port, peer.connect_timeout_s, check)
 
 
 def handshake(
@@ -114,43 +82,14 @@ def handshake(
 ) -> ssl.SSLSocket:
     """Shake hands on a connected socket, which is closed if that fails; see `connect`."""
     try:
-        context = settings.client()
-        wrapped = context.wrap_socket(sock, server_hostname=peer.host, do_handshake_on_connect=False)
-    except BaseException:
-        sock.close()
+        return link.handshake(sock, peer.host, peer.where, settings, peer.connect_timeout_s, check)
+    except (Interrupted, TimedOut) as error:
+        # Peers without TLS answer its first bytes in one of three ways: by an A-ABORT, which `tls.classify` knows for
+        # what it is, by hanging up, or not at all.
+        if speaks_dicom(peer):
+            raise Misconfigured(f"{peer.where}: the peer speaks DICOM without TLS on this port: use its TLS port, or a "
+                                "target of type dicom") from error  # fmt: skip
         raise
-    try:
-        wrapped.setblocking(False)
-        while True:
-            try:
-                wrapped.do_handshake()
-                break
-            except ssl.SSLWantReadError:
-                _wait(wrapped, select.POLLIN, peer.connect_timeout_s, check)
-            except ssl.SSLWantWriteError:
-                _wait(wrapped, select.POLLOUT, peer.connect_timeout_s, check)
-    except OSError as exc:
-        wrapped.close()
-        raise _no_handshake(exc, peer, settings) from exc
-    except BaseException:
-        wrapped.close()
-        raise
-    return wrapped
-
-
-def _no_handshake(exc: OSError, peer: Peer, settings: tls.Tls) -> DispatchError:
-    if isinstance(exc, TimeoutError):
-        error: DispatchError = TimedOut(
-            f"{peer.where}: no answer to the TLS handshake within {peer.connect_timeout_s:g} s"
-        )
-    else:
-        error = tls.classify(exc, peer.where, has_cert=bool(settings.cert))
-    # Peers without TLS answer its first bytes in one of three ways: by an A-ABORT, which `classify` knows for what
-    # it is, by hanging up, or not at all.
-    if isinstance(error, Interrupted | TimedOut) and speaks_dicom(peer):
-        return Misconfigured(f"{peer.where}: the peer speaks DICOM without TLS on this port: use its TLS port, or a "
-                             "target of type dicom")  # fmt: skip
-    return error
 
 
 def verdict(sock: ssl.SSLSocket, peer: Peer, settings: tls.Tls) -> None:
@@ -173,20 +112,6 @@ def verdict(sock: ssl.SSLSocket, peer: Peer, settings: tls.Tls) -> None:
     if ended:
         sock.close()
         raise tls.classify(ConnectionResetError(), peer.where, has_cert=bool(settings.cert))
-
-
-def _wait(sock: socket.socket, events: int, seconds: float, check: Callable[[], None]) -> None:
-    """Wait until the socket is ready; TimeoutError after `seconds`."""
-    poll = select.poll()
-    poll.register(sock, events)
-    end = time.monotonic() + seconds
-    while True:
-        left = end - time.monotonic()
-        if left <= 0:
-            raise TimeoutError
-        if poll.poll(min(left, SLICE_S) * 1000):
-            return
-        check()
 
 
 def poll(sock: socket.socket, events: int, seconds: float) -> bool:
