@@ -7,7 +7,7 @@ import shutil
 import signal
 import subprocess
 from contextlib import suppress
-from typing import Any
+from typing import IO, Any
 
 from transfer.errors import Misconfigured
 
@@ -33,6 +33,33 @@ def program(name: str) -> str:
 def environment(**more: str) -> dict[str, str]:
     """Return what a program gets as its environment; its messages are the English ones."""
     return {name: os.environ[name] for name in KEPT if name in os.environ} | {"LC_ALL": "C"} | more
+
+
+def start(
+    argv: list[str],
+    errors: str,
+    env: dict[str, str],
+    *,
+    stdin: int | IO[bytes] = subprocess.PIPE,
+    pass_fds: tuple[int, ...] = (),
+) -> subprocess.Popen[bytes]:
+    """Start a program that leads its own process group, its standard output in a pipe.
+
+    Args:
+        errors: file to whose end its standard error goes.
+        pass_fds: open files that it inherits.
+    """
+    with open(errors, "ab") as err:
+        return subprocess.Popen(
+            argv,
+            stdin=stdin,
+            stdout=subprocess.PIPE,
+            stderr=err,
+            env=env,
+            bufsize=0,
+            start_new_session=True,
+            pass_fds=pass_fds,
+        )
 
 
 def stop(process: subprocess.Popen[Any], grace_s: float = GRACE_S) -> None:

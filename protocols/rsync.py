@@ -11,15 +11,19 @@ import math
 import os
 import re
 import select
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from protocols import bridge
 from protocols.memfiles import tail
-from protocols.programs import program
-from protocols.ssh import END_S, Client, Started, remote_shell, short
+from protocols.programs import program, start, stop
+from protocols.shell import Shell
+from protocols.ssh import END_S, Started, short
 from transfer.errors import Busy, Denied, DispatchError, Interrupted, Misconfigured, NotFound, TimedOut, Unreachable
 
 PARTIAL = ".talaria-partial"  # in each folder; holds what has come of a file when the link breaks
@@ -66,7 +70,7 @@ _ESCAPED = re.compile(rb"\\#([0-7]{3})")
 
 @dataclass(frozen=True)
 class Result:
-    """How a run of rsync ended: its exit code, its last words, what it printed, and the ssh that it used."""
+    """How a run of rsync ended: its exit code, both sides' last words, what it printed, and the ssh that it used."""
 
     code: int
     words: str
@@ -88,15 +92,13 @@ class Result:
 
 @dataclass(frozen=True)
 class Rsync:
-    """How to run rsync towards one folder on a host.
+    """How to run rsync in a shell on a host.
 
     Attributes:
-        control: where an ssh listens that is connected already, "" for a connection of its own.
         limit: bytes per second, None for no limit.
     """
 
-    client: Client
-    control: str = ""
+    shell: Shell
     limit: int | None = None
     compress: bool = False
     check: Callable[[], None] = lambda: None
@@ -161,11 +163,13 @@ class Rsync:
         return result, [_unescaped(line.split(b" ", 1)[1]) for line in lines]
 
     def _run(self, options: list[str], source: Path, paths: Iterable[str], folder: str, *, quiet_s: float) -> Result:
-        client = self.client
-        log, errors = client.file(), client.file()
-        ssh_options = [f"ControlPath={self.control}"] if self.control else []
+        shell, client = self.shell, self.shell.client
+        errors = client.file()
         idle_s = math.ceil(client.login.idle_timeout_s + quiet_s)
-        host = client.login.host
+        # With "./" before each: even in a list with NULs rsync takes a name that begins with # or ; for a comment.
+        listed = client.file(b"".join(b"./" + path.encode("utf-8", "surrogateescape") + b"\0" for path in paths))
+        heard = len(shell.started.errors)
+        loan = shell.lend()
         argv = [
             program("rsync"),
             "-s",
@@ -175,31 +179,31 @@ class Rsync:
             f"--timeout={idle_s}",
             *options,
             "-e",
-            remote_shell(client.argv(*ssh_options, log=log)),
+            " ".join(f'"{part}"' for part in (sys.executable, "-I", "-S", bridge.__file__)),
             f"{source}/",
             # A relative folder that begins with a colon would name a module of an rsync daemon.
-            f"{f'[{host}]' if ':' in host else host}:{folder if folder.startswith('/') else f'./{folder}'}/",
+            f"host:{folder if folder.startswith('/') else f'./{folder}'}/",
         ]
-        # With "./" before each: even in a list with NULs rsync takes a name that begins with # or ; for a comment.
-        listed = client.file(b"".join(b"./" + path.encode("utf-8", "surrogateescape") + b"\0" for path in paths))
         with open(listed, "rb") as names:
-            started = client.run(argv, log, errors, stdin=names)
+            process = start(argv, errors, client.env | loan.env, stdin=names, pass_fds=loan.fds)
         try:
-            output = self._follow(started, idle_s)
-            code = started.process.wait()
+            output = self._follow(process, idle_s)
+            code = process.wait()
         finally:
-            started.stop()
-        return Result(code, tail(errors).decode("utf-8", "replace"), output, started)
+            stop(process)
+        if code in bridge.ENDED:
+            shell.take_back(loan)
+        words = tail(errors).decode("utf-8", "replace") + shell.started.errors[heard:]
+        return Result(code, words, output, shell.started)
 
-    def _follow(self, started: Started, idle_s: float) -> bytes:
+    def _follow(self, process: subprocess.Popen[bytes], idle_s: float) -> bytes:
         """Read what rsync prints until it ends; tell the bytes that it says have moved.
 
         rsync's own timeout, and ssh's, take the other side's signs of life for progress, even if nothing of ours
         gets through; so the time counts here as well.
         """
-        if started.process.stdout is None:
-            raise TypeError("rsync was started without a pipe")
-        fd, output, told = started.process.stdout.fileno(), bytearray(), 0
+        assert process.stdout is not None  # noqa: S101 - for the type checker
+        fd, output, told = process.stdout.fileno(), bytearray(), 0
         os.set_blocking(fd, False)
         with suppress(OSError):
             fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
@@ -221,7 +225,7 @@ class Rsync:
                         self.moved(moved)
                     del output[: max(output.rfind(b"\r"), output.rfind(b"\n"))]
             elif time.monotonic() - heard > idle_s + END_S:
-                raise TimedOut(f"{self.client.login.shown}: nothing has moved for {idle_s:g} s")
+                raise TimedOut(f"{self.shell.client.login.shown}: nothing has moved for {idle_s:g} s")
             if over:
                 return bytes(output)
 

@@ -6,6 +6,7 @@ follows is read by a POSIX shell, in which `quote` makes any value safe, byte fo
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import select
@@ -14,13 +15,17 @@ import time
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass, field
 
+from protocols import bridge
 from protocols.ssh import END_S, Client, Started, quote, short
-from transfer.errors import Interrupted, Misconfigured, TimedOut
+from transfer.errors import DispatchError, Interrupted, Misconfigured, TimedOut
 
 COMMAND = "sh -s"
 POLL_S = 0.2  # between two looks at whether to stop
 PIECE = 65_536
+END_BYTES = 64  # the last line of a script's output: a word of 32 letters, and a code
+PIPE_BYTES = 1 << 20  # on the way to ssh
 HOOK_OUTPUT_BYTES = 65_536  # of a script's output, its end is kept
 NAME_CHARS = 255  # the longest name that file systems take
 HANG_UP_S = 0.5  # ssh waits for whatever the program has left running; we don't
@@ -38,33 +43,21 @@ class NoScript(Misconfigured):
 class Shell:
     """A shell that runs one script after the other over one login. A context manager.
 
-    Args:
-        options: further options of ssh, as `Name=value`.
-
-    Raises:
-        NoShell: logged in, but there is none.
-        DispatchError: as `Started.failure` says.
+    Whether there is one shows with the first script: to ask before would cost a way there and back.
     """
 
-    def __init__(self, client: Client, *options: str) -> None:
-        self._client, self._options = client, options
+    def __init__(self, client: Client) -> None:
+        self.client = client
+        # The handshake, the login (programs that it runs), and the start of a shell: each may take its time.
+        self._start_s = 2 * client.login.connect_timeout_s
+        self._lent = False  # since a script was run
 
     def __enter__(self) -> Shell:
-        login = self._client.login
-        self.started = self._client.start(COMMAND, *self._options)
-        try:
-            # The handshake, the login (programs that it runs), and the start of a shell: each may take its time.
-            self.run("", idle_s=2 * login.connect_timeout_s + login.idle_timeout_s)
-        except BaseException:
-            self.started.stop()
-            raise
+        self.started = self.client.start(COMMAND)
         return self
 
-    def __exit__(self, kind: object, *exc: object) -> None:
-        if kind is None:
-            self.started.close()
-        else:
-            self.started.stop()
+    def __exit__(self, *exc: object) -> None:
+        self.started.stop()  # a shell that waits for its next script has nothing to end
 
     def run(
         self, script: str, *, idle_s: float | None = None, check: Callable[[], None] = lambda: None
@@ -74,28 +67,78 @@ class Shell:
         Args:
             idle_s: seconds of silence after which the other side counts as hung.
             check: called again and again; may raise to stop.
+
+        Raises:
+            NoShell: logged in, but there is none.
+            TimedOut: it says nothing for too long.
+            DispatchError: as `Started.failure` says.
         """
+        idle_s = idle_s or self.client.login.idle_timeout_s
+        lent, self._lent = self._lent, False
+        try:
+            return self._run(script, self._start_s + idle_s, check)
+        except BaseException as exc:
+            self.started.stop()
+            # Who borrowed a shell can't always give it back (protocols/bridge.py); then it has ended by itself.
+            if not (lent and isinstance(exc, DispatchError) and self.started.process.returncode in range(255)):
+                raise
+        self.started = self.client.start(COMMAND)
+        try:
+            return self._run(script, 2 * self.client.login.connect_timeout_s + idle_s, check)
+        except BaseException:
+            self.started.stop()
+            raise
+
+    def _run(self, script: str, idle_s: float, check: Callable[[], None]) -> tuple[int, bytes]:
         token = uuid.uuid4().hex
+        begin = f"printf '%s +\\n' {token}\n"  # what comes before it, a login has printed
         frame = f"(\nLC_ALL=C\nexport LC_ALL\nunset CDPATH\n{script}\n) </dev/null 2>&1\nprintf '%s %d\\n' {token} $?\n"
-        _send(self.started, frame)
-        output, end = bytearray(), token.encode() + b" "
-        idle_s = idle_s or self._client.login.idle_timeout_s
+        _send(self.started, begin + frame)
+        output, end = bytearray(), re.compile(token.encode() + rb" (\d+)\n$")
         silent_since = time.monotonic()
         while True:
             check()
             piece = _receive(self.started, POLL_S)
             if piece is None:
                 if time.monotonic() - silent_since > idle_s:
-                    raise TimedOut(f"{self._client.login.shown}: no answer for {idle_s:g} s")
+                    raise TimedOut(f"{self.client.login.shown}: no answer for {idle_s:g} s")
                 continue
             if not piece:
                 raise _ended(self.started, bytes(output))
             silent_since = time.monotonic()
-            start = max(0, len(output) - len(end))
             output += piece
-            at = output.find(end, start)
-            if at >= 0 and output.endswith(b"\n"):
-                return int(output[at + len(end) :]), bytes(output[:at])
+            told = end.search(output, max(0, len(output) - END_BYTES))
+            if told:
+                self._start_s = 0.0
+                return int(told[1]), bytes(output[: told.start()]).partition(f"{token} +\n".encode())[2]
+
+    def lend(self) -> Loan:
+        """Let a program have the shell that runs protocols/bridge.py, until `take_back`."""
+        assert self.started.process.stdin is not None and self.started.process.stdout is not None  # noqa: S101
+        fds = self.started.process.stdin.fileno(), self.started.process.stdout.fileno()
+        with suppress(OSError):
+            fcntl.fcntl(fds[0], fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+        word = uuid.uuid4().hex
+        return Loan(fds, {bridge.VARIABLE: f"{fds[0]} {fds[1]} {word}"}, word)
+
+    def take_back(self, loan: Loan) -> None:
+        """Run scripts again; only after the command came to its end (`bridge.ENDED`), else the shell has ended too."""
+        self._lent = True
+        _send(self.started, f"{loan.word}.\n")
+
+
+@dataclass(frozen=True)
+class Loan:
+    """What a program needs for the use of a shell.
+
+    Attributes:
+        fds: open files that it must inherit.
+        env: what it must find in its environment.
+    """
+
+    fds: tuple[int, int]
+    env: dict[str, str] = field(repr=False)
+    word: str = field(repr=False)
 
 
 def run_script(

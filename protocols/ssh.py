@@ -30,7 +30,7 @@ from typing import IO
 from protocols import hostkeys
 from protocols.link import connect
 from protocols.memfiles import MemoryFiles, tail
-from protocols.programs import environment, program, stop
+from protocols.programs import environment, program, start, stop
 from transfer.errors import Busy, Denied, DispatchError, Interrupted, Misconfigured, NotTrusted, TimedOut, Unreachable
 
 # Several times faster than ssh's first choice where the processor has AES instructions; the others stay possible.
@@ -224,7 +224,7 @@ class Client:
         """Make a private file that lives as long as this client; return its path."""
         return self._files.add(content)
 
-    def argv(self, *options: str, log: str) -> list[str]:
+    def _argv(self, *options: str, log: str) -> list[str]:
         """Return the command up to, and without, the host."""
         fixed = {
             "BatchMode": "no" if self.login.password else "yes",
@@ -260,16 +260,8 @@ class Client:
             options: further options of ssh, as `Name=value`.
         """
         log, errors = self.file(), self.file()
-        argv = [*self.argv(*options, log=log), *(["-s"] if subsystem else []), "--", self.login.host, command]
-        return self.run(argv, log, errors, stdin=stdin)
-
-    def run(self, argv: list[str], log: str, errors: str, *, stdin: int | IO[bytes] = subprocess.PIPE) -> Started:
-        """Start a program whose ssh writes to `log`."""
-        with open(errors, "ab") as err:
-            process = subprocess.Popen(
-                argv, stdin=stdin, stdout=subprocess.PIPE, stderr=err, env=self.env, bufsize=0, start_new_session=True
-            )
-        return Started(self, process, log, errors)
+        argv = [*self._argv(*options, log=log), *(["-s"] if subsystem else []), "--", self.login.host, command]
+        return Started(self, start(argv, errors, self.env, stdin=stdin), log, errors)
 
     def _timing(self) -> list[str]:
         login = self.login
@@ -317,17 +309,6 @@ class Client:
             self.env |= {"SSH_ASKPASS": askpass, "SSH_ASKPASS_REQUIRE": "force", "DISPLAY": ":0"}
             options.append("NumberOfPasswordPrompts=1")
         return [*options, f"PreferredAuthentications={','.join(methods)}"]
-
-
-def remote_shell(argv: list[str]) -> str:
-    """Return an ssh command as rsync's -e takes it: split at blanks, with quotes but no backslashes (rsync(1)).
-
-    Raises:
-        Misconfigured: an argument holds both kinds of quotes, which can't be written so.
-    """
-    if odd := next((arg for arg in argv if "'" in arg and '"' in arg), None):
-        raise Misconfigured(f"rsync can't be given {odd!r}: it holds both kinds of quotes")
-    return " ".join(f"'{arg}'" if "'" not in arg else f'"{arg}"' for arg in argv)
 
 
 def greeting(host: str, port: int, timeout_s: float) -> str:

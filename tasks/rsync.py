@@ -2,16 +2,13 @@
 
 Everything goes into `<folder>/.incoming-<dispatch>/`, where an interrupted transfer finds again what has come. When
 it is whole, one rename makes it visible; if the folder is there already, file after file is renamed into it. All of
-it over one connection: a shell holds it, rsync uses it.
+it in one session: a shell holds it, rsync runs in it.
 """
 
 from __future__ import annotations
 
 import re
-import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from blocks.rsync import RsyncTarget
@@ -25,8 +22,6 @@ from transfer.errors import Busy, Denied, DispatchError, Interrupted, Misconfigu
 from transfer.health import Health
 from transfer.plan import Item, Plan
 from transfer.receipt import DELIVERED, Kind, Level, OnOutcome, Outcome, Receipt
-
-SOCKET_CHARS = 60  # of the folder: unix(7) allows 108 for the path; ssh adds 17 while it makes the socket
 
 SLOWEST_RENAMES = 100  # files a second that a server renames, one program each
 INCOMPLETE = 3  # exit code of PLACE
@@ -127,12 +122,12 @@ def check(target: RsyncTarget) -> Health:
 
 
 def _check(health: Health, target: RsyncTarget, client: Client) -> None:
-    shell, error = Shell(client), None
-    try:
-        shell.__enter__()
-    except DispatchError as exc:
-        error = exc
-    try:
+    error: DispatchError | None = None
+    with Shell(client) as shell:
+        try:
+            shell.run("")
+        except DispatchError as exc:
+            error = exc
         if not ssh.probe_login(health, error, shell.started.facts):
             return
         with health.probe("shell"):
@@ -158,31 +153,15 @@ def _check(health: Health, target: RsyncTarget, client: Client) -> None:
             with health.probe("hook"):
                 if shell.run(ssh.script_there(target))[0]:
                     raise ssh.no_script(target)
-    finally:
-        if error is None:
-            shell.__exit__(None, None, None)
 
 
 def push(target: RsyncTarget, plan: Plan, on_outcome: OnOutcome) -> Receipt:
     """Send every pending file, make all visible at once, then put the marker; told when visible."""
     on_outcome.check()
     hide = ssh.hiding(target, plan)
-    with ssh.named(target, hide), Client(ssh.login(target), hide) as client, _socket() as control:
-        options = ("ControlMaster=yes", f"ControlPath={control}")
-        with Shell(client, *options) as shell:
-            rsync = Rsync(client, control, target.bandwidth_limit, target.compress, on_outcome.check, on_outcome.moved)
-            return _Push(target, plan, on_outcome, shell, rsync).run()
-
-
-@contextmanager
-def _socket() -> Iterator[str]:
-    """A place for a socket that nobody else reaches."""
-    where = tempfile.gettempdir()
-    folder = tempfile.mkdtemp(prefix="talaria-", dir=where if len(where) < SOCKET_CHARS else "/tmp")  # noqa: S108
-    try:
-        yield f"{folder}/s"
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with ssh.named(target, hide), Client(ssh.login(target), hide) as client, Shell(client) as shell:
+        rsync = Rsync(shell, target.bandwidth_limit, target.compress, on_outcome.check, on_outcome.moved)
+        return _Push(target, plan, on_outcome, shell, rsync).run()
 
 
 @dataclass
@@ -198,7 +177,7 @@ class _Folder:
 
 class _Push:
     def __init__(self, target: RsyncTarget, plan: Plan, on_outcome: OnOutcome, shell: Shell, rsync: Rsync) -> None:
-        self.hide = rsync.client.hide
+        self.hide = shell.client.hide
         self.target, self.plan, self.on_outcome, self.shell, self.rsync = target, plan, on_outcome, shell, rsync
         self.incoming = f".incoming-{plan.dispatch_id}"
         self.base = target.folder  # absolute once the server has told
@@ -213,6 +192,8 @@ class _Push:
     def run(self) -> Receipt:
         growing = [folder for folder in self.folders if folder.pending]
         if growing:
+            for folder in growing:  # while ssh connects
+                folder.pending = self.unchanged(folder.pending, self.reject)
             self.prepare(growing)
             for folder in growing:
                 self.send(folder)
@@ -252,7 +233,7 @@ class _Push:
 
     def send(self, folder: _Folder) -> None:
         """Bring a folder's files to where it grows; what has changed meanwhile is rejected."""
-        items = self.unchanged(folder.pending, self.reject)
+        items = folder.pending
         if not items:
             return
         place = f"{self.base}/{self.incoming}/{folder.number}"
