@@ -224,6 +224,12 @@ def checksum(fd: int, check: Callable[[], None], *, from_disk: bool = False) -> 
     return digest.digest()
 
 
+def check_writable(folder: Path) -> None:
+    """Raise OSError (EROFS) if the file system is mounted read-only."""
+    if os.statvfs(folder).f_flag & os.ST_RDONLY:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+
 def room(folder: Path) -> tuple[int, int, int]:
     """Free bytes, free inodes and the size of a block; -1 where the file system doesn't tell."""
     info = os.statvfs(folder)

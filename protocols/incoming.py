@@ -28,6 +28,7 @@ from transfer.receipt import Kind, OnOutcome, Outcome
 from transfer.staging import copy_bytes
 from transfer.throttle import Throttle
 
+MARKER = ".complete"  # in a folder whose files are all there
 PIECE_BYTES = 4 << 20  # between two looks at the cancel flag: a share of 1 MB/s is left within five seconds
 BATCH_FILES = 64  # one thread's share at a time
 FEW_FILES = 16  # which are flushed one by one: what others have written to the disk is not waited for
@@ -109,6 +110,11 @@ class Place:
             # Only what will be seen gets the permissions that the target asks for.
             fs.make_folders(Path(folder), self.files.parent, style.dir_mode, style.group)
             self._known.add(folder)
+
+    def unmark(self) -> None:
+        """Take the marker away, whoever put it: the folder is not complete any more."""
+        with suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError):
+            (self.final / MARKER).unlink()
 
     def discard(self) -> None:
         """Remove what was written and is not under its final name."""
@@ -246,9 +252,7 @@ class Incoming:
         info = os.lstat(kept)
         if info.st_size != item.size:
             return False
-        if info.st_mtime_ns == item.mtime_ns:
-            return True
-        try:  # the file system may keep coarser times than the source's
+        try:
             with self.plan.open(item) as fd:
                 return fs.same_content(fd, Path(kept), self.check)
         except Rejected:
@@ -262,6 +266,7 @@ class Incoming:
         for folder, group in needs.items():
             if self._linking and self.plan.root.stat().st_dev == folder.stat().st_dev:
                 continue
+            fs.check_writable(folder)  # its room says nothing
             free, inodes, block = fs.room(folder)
             need = sum(-(-item.size // block) * block for item in group)
             if 0 <= free < need:

@@ -358,6 +358,8 @@ def quote(value: str) -> str:
 def _why_not_trusted(login: Login, facts: Facts, words: str) -> str:
     shown = f"{facts.key_type} {facts.fingerprint}" if facts.fingerprint else "a key"
     where = f"{login.host}:{login.port}"
+    if "revoked" in words:
+        return f"{where}: the host shows {shown}, which is marked as revoked: the host must get a new key"
     if login.pins:
         change = f". If the change is wanted, set host_key to {facts.fingerprint}" if facts.fingerprint else ""
         return f"{where}: the host shows {shown}, which is not the pinned host_key{change}"

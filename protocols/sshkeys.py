@@ -69,6 +69,7 @@ def _decrypted(text: str, passphrase: str) -> bytes:
         if passphrase or not openssh:
             raise Misconfigured("private_key is of a type that can't be used: make an ed25519 key") from exc
     except ValueError as exc:
-        why = "passphrase does not open private_key" if passphrase else "private_key is no key that OpenSSH could use"
-        raise Misconfigured(f"{why}; ssh-keygen -t ed25519 makes one") from exc
+        if passphrase:
+            raise Misconfigured("passphrase does not open private_key") from exc
+        raise Misconfigured("private_key is no key that OpenSSH could use; ssh-keygen -t ed25519 makes one") from exc
     return data

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from blocks.folder import FolderTarget, Link
 from protocols import filesystem as fs
-from protocols.incoming import ITEM_ERRORS, Incoming, Place, Style
+from protocols.incoming import ITEM_ERRORS, MARKER, Incoming, Place, Style
 from tasks.driver import Driver, Facts
 from transfer.errors import (
     Busy,
@@ -41,7 +41,6 @@ from transfer.layout import names
 from transfer.plan import Item, Plan
 from transfer.receipt import ALREADY, Kind, Level, OnOutcome, Outcome, Receipt
 
-MARKER = ".complete"
 REPLACED = Outcome(Kind.WARNING, "replaced an older file of this name")
 
 # What the file system says, and what it means for the whole target.
@@ -267,11 +266,11 @@ class _Push:
             info = final.lstat()
             if not stat.S_ISREG(info.st_mode) or info.st_size != item.size:
                 return False
-            # A file system that keeps coarser times needs a look at the content.
-            if info.st_mtime_ns != item.mtime_ns:
-                with self.plan.open(item) as fd:
-                    if not fs.same_content(fd, final, self.on_outcome.check):
-                        return False
+            # Length and time may be those of another file: what unpacks archives gives all the same time.
+            with self.plan.open(item) as fd:
+                linked = os.fstat(fd).st_ino == info.st_ino and os.fstat(fd).st_dev == info.st_dev
+                if not linked and not fs.same_content(fd, final, self.on_outcome.check):
+                    return False
         except (FileNotFoundError, NotADirectoryError, PermissionError, Rejected):
             return False
         except OSError as exc:
@@ -293,9 +292,7 @@ class _Push:
             outcomes = [Outcome(Kind.DELIVERED)] * len(items)
             touched.add(place.final.parent)
         else:
-            # It is not complete any more, whoever marked it.
-            with suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError):
-                (place.final / MARKER).unlink()
+            place.unmark()
             outcomes = [self._merge(place, item, touched) for item in items]
         for folder in touched:
             fs.flush_folder(folder)
@@ -311,8 +308,12 @@ class _Push:
             if fs.move_file(kept, final):
                 touched.add(final.parent)
                 return Outcome(Kind.DELIVERED)
-            if not stat.S_ISREG(final.lstat().st_mode):
-                return Outcome(Kind.REJECTED, ITEM_ERRORS[errno.EISDIR])
+            if not stat.S_ISREG(mode := final.lstat().st_mode):
+                folder = stat.S_ISDIR(mode)
+                why = (
+                    ITEM_ERRORS[errno.EISDIR] if folder else "what has its name there is a link or a device, not a file"
+                )
+                return Outcome(Kind.REJECTED, why)
             with open(kept, "rb") as file:
                 if fs.same_content(file.fileno(), final, self.on_outcome.check):
                     return ALREADY
@@ -349,8 +350,10 @@ class _Push:
         def work(batch: list[Item]) -> None:
             for item in batch:
                 try:
-                    if not self.incoming.same_checksum(item, self.where[item.path].final / item.path):
+                    place = self.where[item.path]
+                    if not self.incoming.same_checksum(item, place.final / item.path):
                         self.on_outcome.revoke(item, "its checksum there is not the one of what was sent")
+                        place.unmark()  # the next attempt compares, and writes it again
                 except (Rejected, PermissionError):
                     unread.append(item)
 

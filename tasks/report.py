@@ -19,6 +19,7 @@ from prefect.events import emit_event
 from prefect.exceptions import PrefectException
 
 from tasks.delivery import Delivery
+from transfer.errors import Retryable
 from transfer.home import Home
 from transfer.ledger import write_json
 from transfer.receipt import Kind, Receipt, State
@@ -40,7 +41,9 @@ async def progress_shown(deliveries: Sequence[Delivery]) -> AsyncIterator[None]:
             error = delivery.error
             waits = error.message if error else ""
             if error:
-                text += f"; attempt {delivery.attempts} of {delivery.target.max_attempts} failed: {error.message}"
+                last = not isinstance(error, Retryable)  # no other comes
+                tried = "" if last else f"attempt {delivery.attempts} of {delivery.target.max_attempts} "
+                text += f"; {tried}failed: {error.message}"
             if name not in artifacts:
                 artifacts[name] = await acreate_progress_artifact(now, f"progress-{name}", text)
             elif shown[name] != (now, waits):

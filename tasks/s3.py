@@ -29,7 +29,7 @@ from tasks.s3_push import Push
 from tasks.s3_support import Supports, forget
 from transfer.errors import Denied, DispatchError, Misconfigured, Permanent
 from transfer.health import Health
-from transfer.layout import names
+from transfer.layout import names, private_parts
 from transfer.plan import Plan
 from transfer.receipt import Level, OnOutcome, Receipt
 
@@ -204,9 +204,8 @@ def push(target: S3Target, plan: Plan, on_outcome: OnOutcome) -> Receipt:
     """Put what is pending, then the manifests, then the markers."""
     on_outcome.check()
     folders = names(plan, target.layout)
-    # A layout may make names of a patient's data, and a store may quote keys.
-    private = {part for folder in set(folders.values()) for part in folder.split("/")} - {plan.dispatch_id}
-    with connect(target, on_outcome.check, private) as store:
+    # A store may quote keys.
+    with connect(target, on_outcome.check, private_parts(plan, target.layout)) as store:
         job = Push(target, plan, on_outcome, store, folders)
         store.check = job.check
         try:

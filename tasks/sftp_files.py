@@ -280,8 +280,9 @@ class Sending:
 
     @property
     def hidden(self) -> bytes:
-        """What the names of this dispatch's temporary files begin with."""
-        return f".incoming-{self.plan.dispatch_id}-".encode()
+        """What the names of this dispatch's temporary files begin with; another target may lead to the same place."""
+        owner = hashlib.sha256(self.target.name.encode()).hexdigest()[:8]
+        return f".incoming-{self.plan.dispatch_id}-{owner}-".encode()
 
     async def write(self, session: Sftp, item: Item, fd: int, path: bytes, *, resume: bool) -> None:
         """Write a file whole; what the server keeps has been compared with the plan when this returns."""

@@ -18,13 +18,12 @@ from tasks.driver import HookResult, Ran
 from transfer.errors import Denied, DispatchError, Misconfigured
 from transfer.health import Health
 from transfer.home import Home
-from transfer.layout import UNKNOWN, names
+from transfer.layout import names, private_parts
 from transfer.plan import Item, Plan
 from transfer.receipt import Kind, OnOutcome, Outcome
 
 MARKER = ".complete"
 REPLACED = Outcome(Kind.WARNING, "replaced another file of this name")
-PRIVATE_FIELDS = ("{PatientID}", "{AccessionNumber}")  # of a layout
 
 
 def login(target: SshTarget) -> Login:
@@ -71,16 +70,7 @@ def hiding(target: SshTarget, plan: Plan) -> Callable[[str], str]:
 
     Paths are the words that servers use for what went wrong.
     """
-    if not any(field in target.layout for field in PRIVATE_FIELDS):
-        return str
-    template = target.layout.split("/")
-    private = {
-        part
-        for name in set(names(plan, target.layout).values())
-        for form, part in zip(template, name.split("/"), strict=True)
-        if any(field in form for field in PRIVATE_FIELDS)
-    }
-    private.discard(UNKNOWN)
+    private = private_parts(plan, target.layout)
     if not private:
         return str
     # In a path even a short one is meant; elsewhere it would blot out ordinary words.

@@ -160,6 +160,35 @@ def test_another_instance_of_the_same_name_is_not_lost(archive: Path, study: Pat
     assert tree(archive) == {"all/CT0001.dcm", "all/CT0002.dcm"}, "not complete: one of the second dispatch is missing"
 
 
+def test_another_instance_of_the_same_length_and_time_is_not_taken_for_it(archive: Path, study: Path) -> None:
+    """What unpacks archives may give every file the same time."""
+    for name in ("one", "two"):
+        (file,) = studies.ct(study / name, 1)
+        os.utime(file, (1e9, 1e9))
+    assert len({file.stat().st_size for file in study.rglob("*.dcm")}) == 1
+    delivered(attempt(target(archive, layout="all"), study / "one"))
+    sent = attempt(target(archive, layout="all"), study / "two")
+    assert "another instance" in sent.rejected["CT0001.dcm"]
+
+
+@pytest.mark.parametrize("level", Level)
+def test_a_file_that_has_been_damaged_is_sent_again(archive: Path, study: Path, level: Level) -> None:
+    (file,) = studies.ct(study, 1)
+    first = delivered(attempt(target(archive), study))
+    there = archive / first.plan.dispatch_id / "CT0001.dcm"
+    data, times = bytearray(there.read_bytes()), there.stat()
+    data[-1] ^= 1
+    there.write_bytes(data)
+    os.utime(there, ns=(times.st_atime_ns, times.st_mtime_ns))
+    if level is Level.PROVEN:
+        assert set(attempt(target(archive, verify=level), first.plan, done=first.arrived).rejected) == {"CT0001.dcm"}
+        assert not there.with_name(".complete").exists(), "not complete: one is not what was sent"
+    again = delivered(attempt(target(archive, verify=level), first.plan))
+    assert again.outcomes["CT0001.dcm"].kind is Kind.WARNING
+    assert there.read_bytes() == file.read_bytes()
+    assert there.with_name(".complete").exists()
+
+
 def test_a_newer_version_replaces_an_older_one_with_a_warning(archive: Path, study: Path) -> None:
     note = studies.note(study / "result.json")
     delivered(attempt(target(archive, layout="all"), study))
@@ -187,8 +216,11 @@ def test_what_is_in_the_way_rejects_one_file(archive: Path, study: Path) -> None
     studies.ct(study / "sub", 1)
     (archive / "all" / "CT0001.dcm").mkdir(parents=True)
     (archive / "all" / "sub").write_text("a file")
+    (archive / "all" / "CT0003.dcm").symlink_to(study / "CT0002.dcm")
+    studies.ct(study, 3)
     sent = attempt(target(archive, layout="all"), study)
-    assert set(sent.rejected) == {"CT0001.dcm", "sub/CT0001.dcm"}
+    assert set(sent.rejected) == {"CT0001.dcm", "CT0003.dcm", "sub/CT0001.dcm"}
+    assert "a folder" in sent.rejected["CT0001.dcm"] and "a link" in sent.rejected["CT0003.dcm"]
     assert sent.arrived == {"CT0002.dcm"}
     assert (archive / "all" / "sub").read_text() == "a file"
     assert not (archive / "all" / ".complete").exists()

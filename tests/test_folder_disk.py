@@ -112,8 +112,9 @@ def test_a_full_disk_fails_the_check(disk: Callable[[str], Path]) -> None:
 
 
 @pytest.mark.mounts
-def test_a_disk_that_is_read_only(tmp_path: Path, disk: Callable[[str], Path]) -> None:
-    studies.ct(tmp_path / "study", 1)
+@pytest.mark.parametrize("count", [1, 5], ids=["small", "larger than the disk"])
+def test_a_disk_that_is_read_only(tmp_path: Path, disk: Callable[[str], Path], count: int) -> None:
+    studies.ct(tmp_path / "study", count)
     folder = disk("size=1m")
     subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
     sent = attempt(target(folder), tmp_path / "study")

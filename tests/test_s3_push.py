@@ -350,6 +350,12 @@ def test_names_made_of_patient_data_show_in_no_message(store: Stub, study: Path)
     assert studies.PATIENT_ID not in str(attempt(usual, study).rejected)
 
 
+def test_what_a_layout_says_itself_shows(store: Stub, study: Path) -> None:
+    studies.ct(study, 1)
+    sent = attempt(target(store, layout="studies/{dispatch_id}", bucket="studies-no"), study)
+    assert "studies-no" in str(sent.error)
+
+
 # ---- large objects
 
 

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
@@ -502,6 +503,23 @@ def test_a_user_of_sftp_only(tmp_path: Path, study: Path) -> None:
             assert "no shell" in error.message
             results = {probe.name: probe.result for probe in DRIVERS.of(other).check(other).probes}
             assert (results["authenticate"], results["shell"], results["authorize"]) == ("ok", "failed", "skipped")
+
+
+def test_two_targets_that_lead_to_the_same_place_leave_each_other_alone(tmp_path: Path, study: Path) -> None:
+    studies.ct(study, 40)
+    studies.multiframe(study / "large.dcm", 16)  # 8 MB
+    plan = scan([study])
+    (tmp_path / "in" / "same").mkdir(parents=True)
+    fast, slow = target(tmp_path / "in", layout="same"), target(tmp_path / "in", layout="same")
+    fast.named("fast")
+    slow.named("slow")
+    slow.bandwidth_limit = plan.size // 2
+    with ThreadPoolExecutor(2) as pool:
+        both = list(pool.map(lambda one: attempt(one, plan), (slow, fast)))
+    for sent in both:
+        assert sent.require().state is State.DELIVERED, sent.rejected
+    there = {path.name for path in (tmp_path / "in" / "same").iterdir()}
+    assert there == {item.path for item in plan.items} | {".complete"}
 
 
 # ---- several connections, long links

@@ -112,6 +112,12 @@ def test_another_key_than_the_pinned_one_is_not_trusted(
     assert not learned()
 
 
+def test_a_key_that_is_pinned_as_revoked_is_not_advised(kind: type[SshTarget], server: Server, tmp_path: Path) -> None:
+    error = send(target(kind, server, tmp_path / "in", f"@revoked * {server.host_keys[0]}"), tmp_path)
+    assert isinstance(error, NotTrusted)
+    assert "revoked" in error.message and "set host_key" not in error.message
+
+
 def test_accept_new_learns_once(kind: type[SshTarget], server: Server, tmp_path: Path) -> None:
     one = target(kind, server, tmp_path / "in", host_key_policy=HostKeyPolicy.ACCEPT_NEW)
     assert send(one, tmp_path) is None

@@ -24,6 +24,7 @@ FIELDS = (
     "Modality",
     "SeriesNumber",
 )
+PRIVATE_FIELDS = ("{PatientID}", "{AccessionNumber}")
 _UNSAFE = re.compile(r"[/\\\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _LEADING = re.compile(r"^[\s.]+")  # a hidden name, or one of our own such as .incoming-
 
@@ -56,6 +57,19 @@ def sanitised(value: str, most: int = MAX_NAME_BYTES) -> str:
     value = _UNSAFE.sub("_", value)
     value = _LEADING.sub("", value)
     return value.encode()[:most].decode("utf-8", "ignore").rstrip() or UNKNOWN
+
+
+def private_parts(plan: Plan, template: str) -> set[str]:
+    """Return the parts between slashes of the folders' names that hold a patient's data: no message may."""
+    if not any(field in template for field in PRIVATE_FIELDS):
+        return set()
+    forms = template.split("/")
+    return {
+        part
+        for name in set(names(plan, template).values())
+        for form, part in zip(forms, name.split("/"), strict=True)
+        if any(field in form for field in PRIVATE_FIELDS)
+    } - {UNKNOWN}
 
 
 def names(plan: Plan, template: str) -> dict[str, str]:
