@@ -37,7 +37,7 @@ from transfer.errors import (
 )
 from transfer.header import Damaged, NotDicom, read_header
 from transfer.health import Health
-from transfer.layout import names
+from transfer.layout import OTHER_INSTANCE, names
 from transfer.plan import Item, Plan
 from transfer.receipt import ALREADY, Kind, Level, OnOutcome, Outcome, Receipt
 
@@ -317,8 +317,8 @@ class _Push:
             with open(kept, "rb") as file:
                 if fs.same_content(file.fileno(), final, self.on_outcome.check):
                     return ALREADY
-            if other := _other_instance(item, final):
-                return Outcome(Kind.REJECTED, f"another instance has its name there, {other}: use a finer layout")
+            if _is_other_instance(item, final):
+                return Outcome(Kind.REJECTED, OTHER_INSTANCE)
             kept.replace(final)
             touched.add(final.parent)
         except OSError as exc:
@@ -395,14 +395,14 @@ class _Push:
         fs.flush_folder(place.final)
 
 
-def _other_instance(item: Item, final: Path) -> str:
-    """Return the SOP Instance UID of the DICOM file at `final` if it is another instance than the item, else ""."""
+def _is_other_instance(item: Item, final: Path) -> bool:
+    """Tell whether the file at `final` is another DICOM instance than the item."""
     if item.header is None:
-        return ""
+        return False
     with open(final, "rb") as file, suppress(NotDicom, Damaged):
         there = read_header(file.fileno(), os.fstat(file.fileno()).st_size).SOPInstanceUID
-        return there if there != item.header.SOPInstanceUID else ""
-    return ""
+        return there != item.header.SOPInstanceUID
+    return False
 
 
 driver = Driver(

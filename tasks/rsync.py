@@ -19,7 +19,9 @@ from protocols.ssh import Client, quote, short
 from tasks import ssh
 from tasks.driver import Driver, Facts
 from transfer.errors import Busy, Denied, DispatchError, Interrupted, Misconfigured, NotFound, Rejected
+from transfer.header import BEGINNING_BYTES
 from transfer.health import Health
+from transfer.layout import OTHER_INSTANCE
 from transfer.plan import Item, Plan
 from transfer.receipt import DELIVERED, Kind, Level, OnOutcome, Outcome, Receipt
 
@@ -59,12 +61,20 @@ place() {  # number, name, how many files must have come ("" where an earlier at
     for one do [ -d "$to/$one" ] || mkdir "$to/$one"; done' sh "$base/$to" {} +
   find . ! -type d -exec sh -c '
     to=$1; replaced=$2; shift 2
+    instance() {  # in hexadecimal, of Media Storage SOP Instance UID (0002,0003) of a file
+      hex=$(od -An -v -tx1 -N @BEGINNING@ "$1" 2>/dev/null | tr -d " \\n")
+      [ "$(printf %s "$hex" | cut -c257-264)" = 4449434d ] || return
+      value=${hex#*020003005549}
+      [ "$value" = "$hex" ] || printf %s "$value" | cut -c5-$((4 + 2 * 0x$(printf %s "$value" | cut -c1-2)))
+    }
     for one do
-      if [ -d "$to/$one" ]; then echo "$one: a folder of this name is in the way"
-      else
-        [ ! -e "$to/$one" ] || cmp -s -- "$one" "$to/$one" || printf "%s\\\\0" "${one#./}" >>"$replaced"
-        mv -f -- "$one" "$to/$one"
+      if [ -d "$to/$one" ]; then echo "$one: a folder of this name is in the way"; continue; fi
+      if [ -f "$to/$one" ] && ! cmp -s -- "$one" "$to/$one"; then
+        ours=$(instance "$one") theirs=$(instance "$to/$one")
+        if [ "$ours" ] && [ "$theirs" ] && [ "$ours" != "$theirs" ]; then echo "$one: "@OTHER@; continue; fi
+        printf "%s\\\\0" "${one#./}" >>"$replaced"
       fi
+      mv -f -- "$one" "$to/$one"
     done' sh "$base/$to" "$replaced" {} +
   cd "$base" || return 1
   [ -z "$(find "$from" ! -type d | head -n 1)" ]
@@ -290,6 +300,8 @@ class _Push:
             PLACE,
             DROP=_Script(f"rm -f -- {' '.join(map(quote, drop))}" if drop else ""),
             PLACES=_Script("\n".join(calls)),
+            OTHER=_Script(f'"{OTHER_INSTANCE}"'),  # within quotes already
+            BEGINNING=str(BEGINNING_BYTES),
             PARTIAL=PARTIAL,
             TEMPORARY=TEMPORARY,
             REPLACED=SOME_REPLACED,

@@ -29,6 +29,8 @@ from tasks.s3_large import Large
 from tasks.s3_support import Supports
 from tasks.s3_verify import Sums, Verifier
 from transfer.errors import DispatchError, Interrupted, Rejected, TimedOut, Unreachable
+from transfer.header import BEGINNING_BYTES, other_instance
+from transfer.layout import OTHER_INSTANCE
 from transfer.plan import Item, Plan
 from transfer.receipt import ALREADY, DELIVERED, Kind, Level, OnOutcome, Outcome, Receipt
 from transfer.throttle import Throttle
@@ -132,6 +134,24 @@ class Push:
         self.on_outcome(item, ALREADY)
         return True
 
+    def _spare(self, item: Item, ours: bytes) -> None:
+        """Raise Rejected if another instance has an item's key: it would be lost."""
+        key = self.keys[item.path]
+        if self._there is None or not self._there.get(key):
+            return
+        theirs = b""
+        try:
+            with self.store.get(key, {"range": f"bytes=0-{BEGINNING_BYTES - 1}"}) as answer:
+                for piece in answer.chunks():
+                    theirs += piece
+                    if len(theirs) >= BEGINNING_BYTES:
+                        break
+        except StoreError as exc:
+            if not (exc.status == 404 or _only_denied(exc)):  # gone, or ours to write but not to read
+                raise of(exc, self.store.where) from exc
+        if other_instance(ours, theirs):
+            raise Rejected(OTHER_INSTANCE, item=item.shown)
+
     def _unmark(self, item: Item) -> None:
         """Before something is put into a folder, take its marker away: it is not complete any more."""
         folder = self.folders[item.path]
@@ -232,6 +252,7 @@ class Push:
         self.sums[item.path] = Sums.of(sha256, digest)
         if self._is_there(item, sha256):
             return
+        self._spare(item, bytes(data[:BEGINNING_BYTES]))
         self._unmark(item)
         self.put(key, data, self.headers(item, sha256), sha256, digest, item)
         self._tell(item)
@@ -243,6 +264,7 @@ class Push:
             self.sums[item.path] = file.hash()
             if self._is_there(item, file.sha256):
                 return
+            self._spare(item, os.pread(fd, BEGINNING_BYTES, 0))
             self._unmark(item)
             self.sums[item.path] = file.send()
         self._tell(item)

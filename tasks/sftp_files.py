@@ -18,6 +18,8 @@ from protocols.sftpwire import FLAG_CREATE, FLAG_READ, FLAG_TRUNCATE, FLAG_WRITE
 from protocols.ssh import Client
 from tasks import ssh
 from transfer.errors import Busy, Denied, DispatchError, Interrupted, Misconfigured, NotFound, Rejected
+from transfer.header import BEGINNING_BYTES, other_instance
+from transfer.layout import OTHER_INSTANCE
 from transfer.plan import Item, Plan
 from transfer.receipt import DELIVERED, Kind, OnOutcome, Outcome
 from transfer.throttle import Throttle
@@ -235,18 +237,29 @@ class Sending:
         """Tell whether another file has an item's final name, in a folder that was there before.
 
         A server that can't rename has there what an earlier attempt left: that is not asked for.
+
+        Raises:
+            Rejected: it is another instance, which would be lost.
         """
         if self.folder_of[item.path].path not in self.found or not self.renames or not item.size:
             return False
+        differs = False
         try:
             there = await session.stat(final)
-            if there.is_folder or there.size not in (None, item.size):
-                return not there.is_folder
+            if there.is_folder:
+                return False
+            differs = there.size not in (None, item.size)
             handle = await session.open(final, FLAG_READ)
         except Status:
-            return False
+            return differs
         try:
-            return not await self.same(session, handle, fd, item.size)
+            if not differs and await self.same(session, handle, fd, item.size):
+                return False
+            with suppress(Status):
+                theirs = await session.read(handle, 0, BEGINNING_BYTES)
+                if other_instance(os.pread(fd, BEGINNING_BYTES, 0), theirs):
+                    raise Rejected(OTHER_INSTANCE, item=item.shown)
+            return True
         finally:
             with suppress(Status, DispatchError):
                 await session.close_file(handle)

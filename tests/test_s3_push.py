@@ -193,7 +193,7 @@ def test_an_object_of_other_content_is_replaced_with_a_warning(store: Stub, stud
     usual = target(store, layout="same")
     assert attempt(usual, study).require().counts[Kind.DELIVERED] == 3
     one = study / "CT0002.dcm"
-    one.write_bytes(studies.ct_bytes())
+    one.write_bytes(one.read_bytes()[:-2] + b"\0\1")
     store.seen.clear()
     sent = attempt(usual, study)
     assert {path: outcome.kind for path, outcome in sent.outcomes.items()} == {
@@ -208,6 +208,18 @@ def test_an_object_of_other_content_is_replaced_with_a_warning(store: Stub, stud
         ("Put", f".talaria-manifest-{sent.plan.dispatch_id}.json"),
         ("Put", ".complete"),
     ]
+
+
+def test_another_instance_is_not_replaced(store: Stub, study: Path) -> None:
+    (first,) = studies.ct(study / "one", 1)
+    studies.ct(study / "two", 2)
+    usual = target(store, layout="same")
+    attempt(usual, study / "one").require()
+    sent = attempt(usual, study / "two")
+    assert sent.error is None
+    assert sent.rejected == {"CT0001.dcm": "another instance has its name there: use a finer layout"}
+    assert sent.arrived == {"CT0002.dcm"}
+    assert store.objects("lab")[f"{PREFIX}/same/CT0001.dcm"] == first.read_bytes()
 
 
 def test_marker_is_completed_when_everything_had_arrived(store: Stub, study: Path) -> None:

@@ -134,7 +134,12 @@ def test_a_file_that_changed_before_the_next_attempt_arrives_as_it_is_now(harnes
 def test_a_file_in_whose_place_another_was_is_told(harness: Harness, tmp_path: Path) -> None:
     """Of two dispatches into one folder the later one wins; who reads its receipt must know."""
     studies.ct(tmp_path / "study", 3)
-    other = studies.ct(tmp_path / "other", 2)
+    (tmp_path / "other").mkdir()
+    for name in ("CT0001.dcm", "CT0002.dcm"):  # the same instances, with other pixels
+        data = bytearray((tmp_path / "study" / name).read_bytes())
+        data[-2] ^= 1
+        (tmp_path / "other" / name).write_bytes(data)
+    other = sorted((tmp_path / "other").iterdir())
     shutil.copy2(tmp_path / "study" / "CT0003.dcm", tmp_path / "other")  # the same file is nothing to tell of
     (tmp_path / "other" / "new $(x)\n.txt").write_text("new")
     one = harness.target.model_copy(update={"layout": "all"})
@@ -145,5 +150,13 @@ def test_a_file_in_whose_place_another_was_is_told(harness: Harness, tmp_path: P
     assert told == {path.name: "replaced another file of this name" for path in other}
     there = Path(harness.target.folder) / "all" / other[0].name  # type: ignore[attr-defined]
     assert there.read_bytes() == other[0].read_bytes()
+    # Another study under the same names would be the end of this one.
+    strange = tmp_path / "strange"
+    studies.ct(strange, 4)
+    refused = attempt(one, strange)
+    reason = "another instance has its name there: use a finer layout"
+    assert refused.rejected == dict.fromkeys(("CT0001.dcm", "CT0002.dcm", "CT0003.dcm"), reason)
+    assert there.read_bytes() == other[0].read_bytes()
+    assert not there.with_name(".complete").exists()
     again = attempt(one, tmp_path / "other").require()
     assert Kind.WARNING not in {row.outcome for row in again.items}

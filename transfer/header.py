@@ -42,6 +42,7 @@ _HEADER_TAGS = frozenset(
     (0x00080005, 0x00080016, 0x00080018, 0x00080020, 0x00080030, 0x00080050, 0x00080060, 0x00100020, 0x0020000D,
      0x0020000E, 0x00200011)
 )  # fmt: skip
+BEGINNING_BYTES = 1024  # of a file, which hold what tells the instance
 
 
 class NotDicom(Exception):
@@ -112,6 +113,25 @@ def read_elements(fd: int, size: int, tags: Iterable[int]) -> tuple[Header, dict
     except struct.error as exc:
         raise Damaged("truncated") from exc
     return _header(found, syntax, offset), found
+
+
+def instance_uid(beginning: bytes) -> str:
+    """Return Media Storage SOP Instance UID (0002,0003) of a file that begins so; "" if that doesn't tell.
+
+    Args:
+        beginning: its first BEGINNING_BYTES, or fewer if it has no more.
+    """
+    at = beginning.find(b"\x02\x00\x03\x00UI", PREAMBLE_BYTES)
+    if beginning[128:132] != b"DICM" or at < 0:
+        return ""
+    start = at + 8
+    return _text(beginning[start : start + int.from_bytes(beginning[at + 6 : start], "little")])
+
+
+def other_instance(ours: bytes, theirs: bytes) -> bool:
+    """Tell whether two files begin that are instances, and not the same one."""
+    mine, other = instance_uid(ours), instance_uid(theirs)
+    return bool(mine and other) and mine != other
 
 
 class _Window:

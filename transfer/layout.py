@@ -25,6 +25,7 @@ FIELDS = (
     "SeriesNumber",
 )
 PRIVATE_FIELDS = ("{PatientID}", "{AccessionNumber}")
+OTHER_INSTANCE = "another instance has its name there: use a finer layout"
 _UNSAFE = re.compile(r"[/\\\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _LEADING = re.compile(r"^[\s.]+")  # a hidden name, or one of our own such as .incoming-
 
