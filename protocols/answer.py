@@ -45,6 +45,7 @@ class Answer:
         options = self.headers.get("Connection", "").lower()
         self._keep = "close" not in options and (http11 or "keep-alive" in options)
         self._done = self._length == 0
+        self._body: Iterator[memoryview] | None = None
 
     @property
     def media_type(self) -> str:
@@ -74,12 +75,16 @@ class Answer:
         self.link.close()
 
     def chunks(self) -> Iterator[memoryview]:
-        """The body in pieces as they come; a piece holds until the next one is asked for.
+        """What is left of the body, in pieces as they come; a piece holds until the next one is asked for.
 
         Raises:
             Interrupted: it ended before its announced end. TimedOut.
         """
-        raw = self._raw()
+        if self._body is None:
+            self._body = self._decoded(self._raw())
+        return self._body
+
+    def _decoded(self, raw: Iterator[memoryview]) -> Iterator[memoryview]:
         coding = self.headers.get("Content-Encoding", "").strip().lower()
         if coding in ("gzip", "x-gzip", "deflate"):  # we ask for none, but some proxies know better
             return self._inflated(raw)
