@@ -152,7 +152,6 @@ class Rsync:
         """
         options = [
             "--dry-run",
-            "--keep-dirlinks",  # what was there before may be reached through a link
             "--checksum" if checksum else "--size-only",
             "--no-times",
             "--out-format=%i %n",

@@ -69,6 +69,7 @@ place() {  # number, name, how many files must have come ("" where an earlier at
     }
     for one do
       if [ -d "$to/$one" ]; then echo "$one: a folder of this name is in the way"; continue; fi
+      [ -d "$to/${one%/*}" ] || { echo "$one: a file is in the way of its folder"; continue; }
       if [ -f "$to/$one" ] && ! cmp -s -- "$one" "$to/$one"; then
         ours=$(instance "$one") theirs=$(instance "$to/$one")
         if [ "$ours" ] && [ "$theirs" ] && [ "$ours" != "$theirs" ]; then echo "$one: "@OTHER@; continue; fi

@@ -104,7 +104,8 @@ def test_what_is_in_the_way_of_a_file_or_a_folder_costs_these_alone(tmp_path: Pa
     (folder / "b").write_text("a file")
     sent = attempt(target(tmp_path / "in"), plan)
     assert set(sent.rejected) == {"a/CT0001.dcm", "b/CT0001.dcm", "b/CT0002.dcm"}
-    assert "in the way" in sent.rejected["a/CT0001.dcm"]
+    assert sent.rejected["a/CT0001.dcm"] == "a folder of this name is in the way"
+    assert sent.rejected["b/CT0001.dcm"] == "a file is in the way of its folder"
     assert len(sent.arrived) == 3
     assert below(folder) == {"a/CT0002.dcm", "b", "c/CT0001.dcm", "c/CT0002.dcm"}
     assert not [name for name in os.listdir(tmp_path / "in") if name.startswith(".")]
