@@ -567,6 +567,7 @@ def test_refused_syntax_names_offered_and_accepted(study: Path) -> None:
         detail = sent.rejected["a.dcm"]
         assert "JPEG 2000" in detail
         assert "Implicit VR Little Endian" in detail
+        assert "transcode is never" in detail
         assert not peer.stores
 
 

@@ -151,9 +151,13 @@ class Fleet:
     def refusal(self, link: Link, header: Header) -> str:
         """Say which syntaxes were offered for an instance that can't be sent, and which of them the peer takes."""
         offered, accepted = of_class(self._asked, header.SOPClassUID), of_class(link.accepted, header.SOPClassUID)
+        more = set(fallbacks(header.TransferSyntaxUID, "lossless")) - set(
+            fallbacks(header.TransferSyntaxUID, self.transcode)
+        )
         return (
             f"the peer does not accept {names([header.SOPClassUID])} in {names([header.TransferSyntaxUID])}; "
             f"offered: {names(offered)}; accepted: {names(accepted)}"
+            + (f"; transcode is {self.transcode}, with lossless others would be offered" if more else "")
         )
 
     def _refuse_all(self, link: Link) -> None:
