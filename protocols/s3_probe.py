@@ -8,6 +8,7 @@ before anybody's data goes there.
 from __future__ import annotations
 
 import random
+import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -27,6 +28,7 @@ MODE = {"x-amz-checksum-mode": "ENABLED"}
 AUTOMATIC = (CRC64NVME, CRC32, MD5)  # in order of preference: fast first; MD5 is all that older stores know
 NOT_SUPPORTED = frozenset((400, 404, 405, 411, 412, 415, 501))  # what stores answer to what they don't know
 READ_BYTES = 1 << 20  # of a probe that comes back
+AGAIN_S = 0.5  # before what was not there is read a second time
 REMOVE_S = 3.0  # for taking probes away, though the dispatch was cancelled
 TRAILING = "STREAMING-UNSIGNED-PAYLOAD-TRAILER"
 
@@ -151,6 +153,13 @@ class Prober:
         Raises:
             Corrupts: it is not what was written.
         """
+        try:
+            return self._compare()
+        except Corrupts:  # some stores answer before they have written
+            time.sleep(AGAIN_S)
+            return self._compare()
+
+    def _compare(self) -> Message | None:
         data = bytearray()
         try:
             with self.store.get(self.key, MODE) as answer:

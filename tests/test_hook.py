@@ -409,8 +409,12 @@ def test_of_several_folders_only_those_that_failed_get_another_run(
 def test_it_is_run_again_for_a_folder_into_which_a_file_has_come_since(
     target: SshTarget, ledger: Ledger, tmp_path: Path, failed: str
 ) -> None:
-    for modality in ("CT", "MR", "US"):
-        studies.dicom(tmp_path / "study" / f"{modality}.dcm", Modality=modality)
+    kinds = {
+        modality: {"Modality": modality, "SOPInstanceUID": f"2.25.{ord(modality[0])}"}
+        for modality in ("CT", "MR", "US")
+    }
+    for modality, values in kinds.items():
+        studies.dicom(tmp_path / "study" / f"{modality}.dcm", **values)
     target.layout = "{Modality}"
     script = install(target, SCRIPT + f'case "$1" in */{failed}) exit 4;; esac\n')
 
@@ -425,7 +429,7 @@ def test_it_is_run_again_for_a_folder_into_which_a_file_has_come_since(
     with nullcontext() if failed == "nothing" else pytest.raises(HookFailed, match="exit code 4"):
         first.run_hook()
     script.write_text(SCRIPT)
-    studies.dicom(tmp_path / "study" / "CT.dcm", Modality="CT", SeriesNumber="77")
+    studies.dicom(tmp_path / "study" / "CT.dcm", **kinds["CT"], SeriesNumber="77")
     again = retried()
     assert again.plan.dispatch_id == first.plan.dispatch_id
     again.push()

@@ -542,7 +542,11 @@ def test_connections_that_are_refused_are_done_without(tmp_path: Path, study: Pa
         studies.multiframe(study / f"{number}.dcm", 40)
     with openssh(tmp_path / "sshd", more="MaxStartups 1:100:1\nPerSourceMaxStartups 1") as server:
         one = target(tmp_path / "in", server, concurrency=4)
-        assert attempt(one, study).require().state is State.DELIVERED
+        for _ in range(5):  # the connection that saw the server begin may still count
+            sent = attempt(one, study)
+            if not isinstance(sent.error, Busy):
+                break
+        assert sent.require().state is State.DELIVERED
 
 
 def test_many_small_files_over_a_long_link(tmp_path: Path, study: Path) -> None:
