@@ -107,7 +107,12 @@ class ClientCredentials:
     def secrets(self) -> frozenset[str]:
         """What no message may show, as of now."""
         token = self._token
-        return frozenset((self.client_secret, *([token.value] if token else ())))
+        return frozenset((self.client_secret, self._basic, *([token.value] if token else ())))
+
+    @property
+    def _basic(self) -> str:
+        """Id and secret in the form of a header field (RFC 6749 section 2.3.1)."""
+        return base64.b64encode(f"{quote_plus(self.client_id)}:{quote_plus(self.client_secret)}".encode()).decode()
 
     def _acquire(self, check: Callable[[], None]) -> None:
         while not self._lock.acquire(timeout=SLICE_S):
@@ -153,8 +158,7 @@ class ClientCredentials:
         if self._in_body:
             form |= {"client_id": self.client_id, "client_secret": self.client_secret}
         else:
-            basic = f"{quote_plus(self.client_id)}:{quote_plus(self.client_secret)}"
-            headers["Authorization"] = "Basic " + base64.b64encode(basic.encode()).decode()
+            headers["Authorization"] = f"Basic {self._basic}"
         parts = urlsplit(self.url)
         path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         with session.request("POST", path, headers, Content(urlencode(form).encode())) as answer:

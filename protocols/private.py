@@ -10,7 +10,7 @@ from transfer.charset import NAME_DELIMITERS, TEXT_DELIMITERS, decoded
 from transfer.header import Damaged, NotDicom, read_elements
 from transfer.plan import Item, Plan
 
-MAX_FILES = 32  # read at most; a batch rarely holds more than one patient
+MAX_FILES = 1024  # read at most; a batch rarely holds more than one patient
 _CHARSET = 0x00080005
 # Patient's name, other names, birth name, mother's birth name, responsible person.
 _NAMES = (0x00100010, 0x00101001, 0x00101005, 0x00101060, 0x00102297)

@@ -48,7 +48,8 @@ def find(service: Service, query: Query) -> Iterator[Match]:
     Raises:
         Misconfigured: the query is none, or the server can't answer it in full.
     """
-    service = service.hiding(forms(query.PatientName.strip("*?")) | {query.PatientID.strip("*?")})
+    private = (query.PatientName, query.PatientID, *query.AccessionNumber)
+    service = service.hiding({form for value in private for form in forms(value)})
     for study in _studies(service, query):
         if query.level == "series":
             for series in series_of(service, study, query):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import logging
 import os
@@ -13,6 +14,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote_plus
 
 import pytest
 from prefect.testing.standard_test_suites import BlockStandardTestSuite
@@ -289,6 +291,25 @@ def test_oauth_wrong_secret(server: Scripted, plan: Plan, caplog: pytest.LogCapt
     assert PASSWORD not in str(sent.error)
     assert PASSWORD not in caplog.text
     assert not server.of("POST")
+
+
+@pytest.mark.parametrize("status", [401, 403, 500])
+def test_oauth_secrets_show_in_no_form(server: Scripted, plan: Plan, status: int) -> None:
+    secret = "S3cr3t/+= ü&xyzzy"
+
+    def echo(request: Request) -> Reply:
+        said = f"{request.headers.get('authorization', '')} {request.body.decode()}"
+        return Reply(
+            status, json.dumps({"error": "invalid_client", "error_description": said}).encode(), "application/json"
+        )
+
+    server.on_token = echo
+    sent = attempt(oauth(server, client_secret=secret), plan)
+    assert sent.error is not None
+    text = str(sent.error)
+    for form in (secret, quote_plus(secret), base64.b64encode(f"client:{quote_plus(secret)}".encode()).decode()):
+        assert form not in text
+    assert "xyzzy" not in text
 
 
 @pytest.mark.parametrize("reply", [Reply(403, delay_s=0.3), Reply(hangs=True)])

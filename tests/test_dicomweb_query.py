@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import pytest
 
@@ -302,6 +303,25 @@ def test_what_identifies_a_patient_shows_in_no_error(server: Scripted) -> None:
         found(server, Query(PatientName="Quellwasser^Zyprian", PatientID="PHI-4711-XQ"))
     for text in ("Quellwasser", "Zyprian", "4711"):
         assert text not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        Query(PatientName="Müller^Jörg"), Query(PatientName="Müll?r*^J*"), Query(PatientID="Müller 4711"),
+        Query(AccessionNumber=("Müller-4711",)), Query(PatientName="Müller^*=Jörg"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_identifies_a_patient_shows_in_no_address(server: Scripted, query: Query) -> None:
+    def echo(request: Request) -> Reply:
+        return Reply(500, f"Cannot GET {request.path}?{urlencode(request.query)}".encode(), "text/plain")
+
+    server.script = [echo]
+    with pytest.raises(Busy) as caught:
+        found(server, query)
+    for text in ("ller", "J%C3", "4711"):
+        assert text not in str(caught.value).partition("Cannot GET")[2]
 
 
 @pytest.mark.parametrize(

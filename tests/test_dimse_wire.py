@@ -141,7 +141,7 @@ def test_a_response_is_read() -> None:
     response = parse_response(command)
     assert (response.command, response.message_id, response.status) == (0x8001, 513, 0xB007)
     assert response.comment.startswith("whatis [2J this?xxx")
-    assert len(response.comment) == 64
+    assert len(response.comment) >= 64
 
 
 @given(st.binary(max_size=200))

@@ -130,12 +130,16 @@ def parse_response(command_set: bytes) -> Response:
         value = values.get(element, b"")
         return int.from_bytes(value, "little") if len(value) == 2 else None
 
-    comment = values.get(0x0902, b"").decode("latin-1").strip("\0 ")
+    said = values.get(0x0902, b"")
+    try:
+        comment = said.decode("utf-8")
+    except UnicodeDecodeError:
+        comment = said.decode("latin-1")
     return Response(
         command=number(0x0100),
         message_id=number(0x0120),
         status=number(0x0900),
-        comment="".join(c for c in comment if c.isprintable())[:64],
+        comment="".join(c for c in comment if c.isprintable()).strip(),
         sop_instance=values.get(0x1000, b"").decode("latin-1").strip("\0 "),
         has_dataset=number(0x0800) not in (None, NO_DATASET),
     )

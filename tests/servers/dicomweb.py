@@ -219,6 +219,7 @@ class Scripted:
     lifetime_s: float | None = 3600
     client: tuple[str, str] = ("talaria", "s3cr3t/+ id")
     client_in_body: bool = False
+    on_token: Callable[[Request], Reply] | None = None
     connections: int = 0
     stopped: threading.Event = field(default_factory=threading.Event)
     lock: threading.RLock = field(default_factory=threading.RLock)
@@ -373,6 +374,8 @@ class Scripted:
         )
 
     def _token(self, request: Request) -> Reply:
+        if self.on_token:
+            return self.on_token(request)
         form = dict(parse_qsl(request.body.decode()))
         given = (form.get("client_id", ""), form.get("client_secret", ""))
         if not self.client_in_body:
