@@ -150,10 +150,11 @@ def _probe(health: Health, target: DicomTarget) -> Link | None:
     with health.probe("associate") as probe:
         asked: list[tuple[str, tuple[str, ...]]] = [(VERIFICATION, UNCOMPRESSED)]
         asked += [(each, (syntax,)) for each in CHECKED_CLASSES for syntax in CHECKED_SYNTAXES]
-        link = negotiate(sock, peer, asked)
-        if not link.accepted:
+        made = negotiate(sock, peer, asked)
+        if not made.accepted:
+            made.release()
             raise Misconfigured(f"{peer.where}: the peer accepted the association, but none of what was offered")
-        probe.detail = _accepted(link)
+        link, probe.detail = made, _accepted(made)
     if link is None:
         return None
     with health.probe("echo"):

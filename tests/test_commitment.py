@@ -172,6 +172,14 @@ def test_partly_failed(anew: bool, plan: Plan) -> None:
         assert len(peer.commits[-1].uids) == 5
 
 
+def test_a_failure_without_a_reason_is_one(plan: Plan) -> None:
+    lost = uid(plan, 1)
+    with scp(on_commit=lambda commit: [0, Report(failed={lost: None})]) as peer:
+        sent = push(peer, plan)
+        assert set(sent.rejected) == {plan.items[1].path}
+        assert sent.require().verified is Level.PROVEN
+
+
 def test_all_failed(plan: Plan) -> None:
     with scp(on_commit=lambda commit: [0, Report(failed=dict.fromkeys(commit.uids, 0x0213))]) as peer:
         sent = push(peer, plan)

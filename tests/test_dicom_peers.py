@@ -508,6 +508,27 @@ def test_a_peer_that_takes_one_association_at_a_time(study: Path) -> None:
         assert not peer.repeated
 
 
+@pytest.mark.parametrize("reason", [Reject(1, 1, 1), Reject(1, 3, 2)], ids=str)
+def test_a_link_that_breaks_beside_a_peer_that_takes_one_association(study: Path, reason: Reject) -> None:
+    """That it refuses the others for good is no reason to give up what the one has not sent."""
+    studies.ct(study, 30)
+    with scp(on_store=lambda store: Abort() if store.number == 10 else [Wait(0.01), 0]) as peer:
+        peer.on_associate = lambda proposal: reason if peer.open > 1 else None
+        first = attempt(target_of(peer, concurrency=4), study)
+        assert isinstance(first.error, Retryable), repr(first.error)
+        peer.on_store = None
+        assert attempt(target_of(peer, concurrency=4), first.plan, done=first.arrived).require()
+        assert len(peer.kept) == 30
+
+
+def test_a_further_association_of_which_nothing_is_granted_rejects_nothing(study: Path) -> None:
+    studies.ct(study, 30)
+    with scp(on_store=lambda store: [Wait(0.01), 0]) as peer:
+        peer.accept = lambda context: context.offered[0] if len(peer.associations) < 2 else 3
+        receipt = attempt(target_of(peer, concurrency=2), study).require()
+        assert receipt.state is State.DELIVERED
+
+
 def test_a_peer_that_lets_the_others_wait(study: Path) -> None:
     """As `storescp` without --fork: it accepts connections, but serves one association after the other."""
     studies.ct(study, 30)

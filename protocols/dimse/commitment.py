@@ -68,7 +68,7 @@ class Transaction:
         for one in report.get("ReferencedSOPSequence") or ():
             self.committed.add(str(one.get("ReferencedSOPInstanceUID", "")))
         for one in report.get("FailedSOPSequence") or ():
-            self.failed[str(one.get("ReferencedSOPInstanceUID", ""))] = int(one.get("FailureReason", 0x0110))
+            self.failed[str(one.get("ReferencedSOPInstanceUID", ""))] = _reason(one)
         self.failed = {uid: reason for uid, reason in self.failed.items() if uid in self.instances}
         self.committed = (self.committed & self.instances.keys()) - self.failed.keys()
         self.reported.set()
@@ -85,6 +85,14 @@ class Transaction:
             references.append(one)
         ds.ReferencedSOPSequence = references
         return ds
+
+
+def _reason(failed: Dataset) -> int:
+    """Failure Reason (0008,1197), 0110 (processing failure) where a peer gives none."""
+    try:
+        return int(failed.get("FailureReason") or 0x0110)
+    except (TypeError, ValueError):
+        return 0x0110
 
 
 class Transactions:

@@ -53,6 +53,7 @@ class Fleet:
         self._todo: deque[Item] = deque()
         self._asked: list[Pair] = []
         self._errors: list[BaseException] = []
+        self._refusals: list[BaseException] = []  # of associations beside or after one that stood
         self._stop = threading.Event()
         self._threads: list[threading.Thread] = []
 
@@ -85,12 +86,14 @@ class Fleet:
         does so once.
         """
         self._todo, self._asked = deque(items), asked
-        self._errors, self._threads = [], []
+        self._errors, self._refusals, self._threads = [], [], []
         self._work(self._more)
         for thread in self._threads:
             thread.join()
         left = sum(item.path not in self.on_outcome.outcomes for item in items)
-        error = min(self._errors, key=_weight, default=None)
+        error = min(self._errors, key=_weight, default=min(self._refusals, key=_weight, default=None))
+        if left and error in self._refusals:
+            raise Interrupted(f"{self.peer.where}: {left} of {len(items)} instances have no answer: {error}") from error
         if error is not None and (left or _weight(error) < 0):
             raise error
         if left:
@@ -111,7 +114,7 @@ class Fleet:
         Args:
             established: called once the first association stands; None for the thread of a further one.
         """
-        stands = False
+        stands, first = False, established is not None
         try:
             while self._todo and not self._stop.is_set():
                 stands = False
@@ -122,15 +125,20 @@ class Fleet:
                     established = None
                 if link.accepted:
                     _Run(self, link).serve()
-                else:
+                elif first:
                     self._refuse_all(link)
+                else:  # what the first one takes is not refused because of another one
+                    stands = False
+                    link.release()
+                    raise Interrupted(f"{self.peer.where}: a further association was granted, but nothing of it")  # noqa: TRY301
+                first = False
         except BaseException as exc:  # raised by who waits for all of them
-            with self._lock:
-                self._errors.append(exc)
             # An association that isn't granted stops nobody: the queue is emptied by those that are.
-            refused = isinstance(exc, DispatchError) and not stands
+            refused = isinstance(exc, DispatchError) and not isinstance(exc, Cancelled) and not stands
+            with self._lock:
+                (self._refusals if refused and not first else self._errors).append(exc)
             lost = isinstance(exc, Retryable) and not isinstance(exc, Busy)
-            if isinstance(exc, Cancelled) or not (refused or lost):
+            if not (refused or lost):
                 self._stop.set()
 
     def _contexts(self) -> list[tuple[str, tuple[str, ...]]]:
