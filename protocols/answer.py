@@ -39,7 +39,9 @@ class Answer:
         coding = self.headers.get("Transfer-Encoding", "").lower()
         self._chunked = "chunked" in coding
         length = self.headers.get("Content-Length", "").split(",")[0].strip()
-        self._length = int(length) if length.isdecimal() and not coding else None
+        if length and not length.isdecimal() and not coding:
+            raise Interrupted(f"{where}: the answer has no sensible Content-Length: its end can't be told")
+        self._length = int(length) if length and not coding else None
         if method == "HEAD" or self.status in (204, 304):
             self._chunked, self._length = False, 0
         options = self.headers.get("Connection", "").lower()
@@ -69,6 +71,11 @@ class Answer:
     def reusable(self) -> bool:
         """Whether the connection can carry another request."""
         return self._done and self._keep and not self.early and not self.link.ahead
+
+    @property
+    def framed(self) -> bool:
+        """Whether the answer itself tells where it ends; else the end of the connection does, or a broken link."""
+        return self._chunked or self._length is not None
 
     def close(self) -> None:
         """Leave the rest of it unread, and give its connection up."""

@@ -247,7 +247,7 @@ def _bring(one: Held, into: Path, on_outcome: OnOutcome, throttle: Throttle) -> 
     item = Item(f"{sanitised(uid)}.dcm", 0, 0, header)
     final = into / item.path
     there = _read(final, uid)
-    if there is not None and there.size == one.size:
+    if there is not None and there.size == one.size and _is_copy(one, final, on_outcome):
         on_outcome(there, ALREADY)
         return there
     try:
@@ -268,6 +268,13 @@ def _read(path: Path, uid: str) -> Item | None:
         if header.SOPInstanceUID == uid:
             return Item(path.name, info.st_size, info.st_mtime_ns, header)
     return None
+
+
+def _is_copy(one: Held, final: Path, on_outcome: OnOutcome) -> bool:
+    """Tell whether a file is what the folder holds now: a correction may have the same length."""
+    with suppress(OSError), one.path.open("rb") as file:
+        return fs.same_content(file.fileno(), final, on_outcome.check)
+    return False
 
 
 def _copy(one: Held, final: Path, on_outcome: OnOutcome, throttle: Throttle) -> None:

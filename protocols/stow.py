@@ -23,7 +23,7 @@ from contextlib import suppress
 
 from protocols import dicomweb, stow_answer
 from protocols.answer import Answer
-from protocols.dicomweb import Service
+from protocols.dicomweb import JSON, XML, Service
 from protocols.link import SLICE_S
 from protocols.private import identifying
 from protocols.stow_answer import Lists
@@ -242,7 +242,8 @@ class Store:
     def _unnamed(self, rest: Batch, batch: Batch, lists: Lists | None, answer: Answer, content: bytes) -> list[Batch]:
         """What becomes of the instances of a batch that no list names."""
         alone = len(batch.items) == 1
-        if answer.status < 300 and not content and not answer.early:
+        promised = answer.media_type in (JSON, XML) and not answer.framed  # a list, which may have been cut off
+        if answer.status < 300 and not content and not answer.early and not promised:
             if answer.status == 202 and not alone:
                 return batch.halves()
             warning = Outcome(Kind.WARNING, "202 without a list: taken, with a warning or for later processing")
@@ -260,7 +261,8 @@ class Store:
         if answer.status < 300 and lists is None:
             if content and not answer.early:
                 said = self._said(rest, answer, content)
-                raise Interrupted(f"{self._key}: the answer holds no list of instances: {said}")
+                remedy = "; is it a login page? Then check url and credentials" if "html" in answer.media_type else ""
+                raise Interrupted(f"{self._key}: the answer holds no list of instances: {said}{remedy}")
             return self._open(rest)
         if not alone:
             return rest.halves()

@@ -260,7 +260,7 @@ def _verify(target: DicomWebTarget, service: Service, plan: Plan, on_outcome: On
     told = on_outcome.outcomes
     items = [item for item in plan.items if item.path in plan.done or (item.path in told and told[item.path].arrived)]
     if target.verify is Level.ACCEPTED or not items:
-        return Level.ACCEPTED if target.verify is Level.ACCEPTED else target.verify, []
+        return Level.ACCEPTED, []
     level, notes = Level.ACCEPTED, []
     try:
         missing = readback.unlisted(service, items, on_outcome.check)
@@ -321,18 +321,27 @@ def retrieve(target: DicomWebTarget, query: Query, folder: Path, on_outcome: OnO
         series = [Series(match.StudyInstanceUID, match.SeriesInstanceUID, match.instances) for match in matches]
         if not series:
             raise NotFound(f"{service.where}: nothing matches the query")
+        blind: list[str] = []
+
+        def listed(one: Series) -> set[str] | None:
+            found = _listed(service, one)
+            if found is None and one.announced is None:
+                blind.append(one.uid)
+            return found
+
         retrieval = Retrieval(
             service,
             series,
             folder,
             on_outcome,
-            lambda one: _listed(service, one),
+            listed,
             concurrency=target.concurrency,
             bandwidth_limit=target.bandwidth_limit,
         )
         plan = retrieval.run()
     whole = {} if any(of_series(query)) else {match.StudyInstanceUID: qido.announced(match) for match in matches}
-    return _compared(on_outcome.receipt(target.name, plan, Level.LISTED, tuple(retrieval.notes)), plan, series, whole)
+    level = Level.ACCEPTED if blind else Level.LISTED
+    return _compared(on_outcome.receipt(target.name, plan, level, tuple(retrieval.notes)), plan, series, whole)
 
 
 def _listed(service: Service, series: Series) -> set[str] | None:

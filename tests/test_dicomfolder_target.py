@@ -238,6 +238,17 @@ def test_retrieve_brings_what_matches_and_then_nothing_more(tmp_path: Path) -> N
     assert all(path.stat().st_nlink == 1 for path in into.iterdir()), "what is retrieved must not share its bytes"
 
 
+def test_retrieve_brings_a_correction_of_the_same_length(tmp_path: Path) -> None:
+    root, into = tmp_path / "root", tmp_path / "into"
+    (file,) = series(root, 1, Modality="CT")
+    retrieve(target(root), into)
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    assert retrieve(target(root), into).counts[Kind.DELIVERED] == 1
+    assert next(into.iterdir()).read_bytes() == data
+
+
 def test_retrieve_of_nothing_is_NotFound(tmp_path: Path) -> None:
     series(tmp_path / "root", 1)
     with pytest.raises(NotFound):
