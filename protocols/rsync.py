@@ -35,6 +35,8 @@ SLOWEST_SUM = 20 << 20  # bytes a second that either side computes checksums at,
 
 # rsync(1), EXIT VALUES. 255 is ssh's own, 127 and 126 are the shell's on the other side.
 PARTLY = (23, 24, 25)
+SILENCED = 12  # the other side has ended without a word
+OF_SHELL = (126, 127, 255)
 EXITS: dict[int, tuple[type[DispatchError], str]] = {
     1: (Misconfigured, "rsync doesn't know an option: it is too old on one side"),
     2: (Misconfigured, "what answers is not rsync: the account runs SFTP only, or its login prints text"),
@@ -193,6 +195,8 @@ class Rsync:
             stop(process)
         if code in bridge.ENDED:
             shell.take_back(loan)
+        elif code == SILENCED and (told := shell.exit_code()) in OF_SHELL:
+            code = told  # rsync takes it from the bridge, unless the bridge has not quite ended yet
         words = tail(errors).decode("utf-8", "replace") + shell.started.errors[heard:]
         return Result(code, words, output, shell.started)
 

@@ -112,6 +112,12 @@ class Shell:
                 self._start_s = 0.0
                 return int(told[1]), bytes(output[: told.start()]).partition(f"{token} +\n".encode())[2]
 
+    def exit_code(self) -> int | None:
+        """Return the code with which the shell, or its ssh, has just ended; None if it goes on."""
+        with suppress(subprocess.TimeoutExpired):
+            return self.started.process.wait(END_S)
+        return None
+
     def lend(self) -> Loan:
         """Let a program have the shell that runs protocols/bridge.py, until `take_back`."""
         assert self.started.process.stdin is not None and self.started.process.stdout is not None  # noqa: S101
