@@ -34,9 +34,9 @@ PIECE = 65_536
 SLOWEST_SUM = 20 << 20  # bytes a second that either side computes checksums at, in silence
 
 # rsync(1), EXIT VALUES. 255 is ssh's own, 127 and 126 are the shell's on the other side.
-PARTLY = (23, 24, 25)
+PARTLY = bridge.ENDED[1:]
 SILENCED = 12  # the other side has ended without a word
-OF_SHELL = (126, 127, 255)
+OF_SHELL = (126, 127, bridge.LOST)
 EXITS: dict[int, tuple[type[DispatchError], str]] = {
     1: (Misconfigured, "rsync doesn't know an option: it is too old on one side"),
     2: (Misconfigured, "what answers is not rsync: the account runs SFTP only, or its login prints text"),

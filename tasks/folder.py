@@ -268,8 +268,7 @@ class _Push:
                 return False
             # Length and time may be those of another file: what unpacks archives gives all the same time.
             with self.plan.open(item) as fd:
-                linked = os.fstat(fd).st_ino == info.st_ino and os.fstat(fd).st_dev == info.st_dev
-                if not linked and not fs.same_content(fd, final, self.on_outcome.check):
+                if not os.path.samestat(os.fstat(fd), info) and not fs.same_content(fd, final, self.on_outcome.check):
                     return False
         except (FileNotFoundError, NotADirectoryError, PermissionError, Rejected):
             return False

@@ -52,6 +52,12 @@ def here(request: pytest.FixtureRequest) -> Iterator[Here]:
         yield client
 
 
+def tell(shell: Shell, line: str) -> None:
+    """Have the shell itself do something, which outlives the script."""
+    assert shell.started.process.stdin is not None
+    os.write(shell.started.process.stdin.fileno(), line.encode() + b"\n")
+
+
 def test_an_answer_that_comes_in_pieces(here: Here) -> None:
     """A piece may end anywhere within the last line."""
     with Shell(here) as shell:
@@ -62,8 +68,7 @@ def test_an_answer_that_comes_in_pieces(here: Here) -> None:
                 f'"${{text%{"?" * cut}}}"; sleep 0.2; command printf %s "${{text#"${{text%{"?" * cut}}}"}}"; }}'
             )
             assert here.shells == 1
-            assert shell.started.process.stdin is not None
-            os.write(shell.started.process.stdin.fileno(), slow.encode() + b"\n")
+            tell(shell, slow)
             assert shell.run("echo said; exit 123", idle_s=2) == (123, b"said\n")
 
 
@@ -92,8 +97,7 @@ def test_an_rsync_that_is_missing_is_named(here: Here, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"x")
     with Shell(here) as shell:
         shell.run("")
-        assert shell.started.process.stdin is not None
-        os.write(shell.started.process.stdin.fileno(), b"PATH=/nowhere\n")
+        tell(shell, "PATH=/nowhere")
         result = Rsync(shell).send(tmp_path, ["file"], str(tmp_path / "in"))
         assert result.code == 127
         assert isinstance(result.failure(), Misconfigured)
@@ -104,8 +108,7 @@ def test_a_shell_that_is_killed_under_rsync_is_a_broken_link(here: Here, tmp_pat
     (tmp_path / "file").write_bytes(b"x")
     with Shell(here) as shell:
         shell.run("")
-        assert shell.started.process.stdin is not None
-        os.write(shell.started.process.stdin.fileno(), b"rsync() { kill -KILL $$; }\n")
+        tell(shell, "rsync() { kill -KILL $$; }")
         result = Rsync(shell).send(tmp_path, ["file"], str(tmp_path / "in"))
         assert result.code in (SILENCED, bridge.LOST) and isinstance(result.failure(), Retryable)
 
