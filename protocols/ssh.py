@@ -25,7 +25,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
 
 from protocols import hostkeys
 from protocols.link import connect
@@ -224,7 +223,7 @@ class Client:
         """Make a private file that lives as long as this client; return its path."""
         return self._files.add(content)
 
-    def _argv(self, *options: str, log: str) -> list[str]:
+    def _argv(self, log: str) -> list[str]:
         """Return the command up to, and without, the host."""
         fixed = {
             "BatchMode": "no" if self.login.password else "yes",
@@ -242,26 +241,22 @@ class Client:
             "RequestTTY": "no",
             "UpdateHostKeys": "no",
         }
-        named = {option.split("=", 1)[0] for option in options}
-        given = [f"{name}={value}" for name, value in fixed.items() if name not in named]
+        given = [f"{name}={value}" for name, value in fixed.items()]
         argv = [self._ssh, "-F", "/dev/null", "-E", log, "-p", str(self.login.port)]
         argv += ["-l", self.login.user] if self.login.user else []
-        for option in (*options, *self._options, *given):
+        for option in (*self._options, *given):
             argv += ["-o", option]
         return argv
 
-    def start(
-        self, command: str, *options: str, subsystem: bool = False, stdin: int | IO[bytes] = subprocess.PIPE
-    ) -> Started:
+    def start(self, command: str, *, subsystem: bool = False) -> Started:
         """Start ssh, to run a command or a subsystem on the host, in a session of its own.
 
         Args:
             command: goes to the user's login shell there, whichever it is: keep it free of anything to quote.
-            options: further options of ssh, as `Name=value`.
         """
         log, errors = self.file(), self.file()
-        argv = [*self._argv(*options, log=log), *(["-s"] if subsystem else []), "--", self.login.host, command]
-        return Started(self, start(argv, errors, self.env, stdin=stdin), log, errors)
+        argv = [*self._argv(log), *(["-s"] if subsystem else []), "--", self.login.host, command]
+        return Started(self, start(argv, errors, self.env), log, errors)
 
     def _timing(self) -> list[str]:
         login = self.login

@@ -39,7 +39,7 @@ class Here(Client):
         super().__init__(Login("here", idle_timeout_s=5, connect_timeout_s=1))
         self.shell_argv, self.shells = argv, 0
 
-    def start(self, command: str, *options: str, **more: object) -> Started:
+    def start(self, command: str, **more: object) -> Started:
         self.shells += 1
         log, errors = self.file(), self.file()
         return Started(self, programs.start(list(self.shell_argv), errors, dict(os.environ)), log, errors)
