@@ -13,6 +13,7 @@ import subprocess
 import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -283,8 +284,9 @@ def test_secrets_are_in_no_argument_environment_log_or_file(
     temporary = Path(tempfile.mkdtemp(prefix="talaria-test-"))
     temporary.chmod(0o755)  # the user's home will lie there
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
-    key = make_key(tmp_path / "key", "ed25519", PASSPHRASE)
-    plain = private_key(str(key), PASSPHRASE)[0].decode()
+    passphrase = f"{PASSPHRASE} {uuid.uuid4().hex}"  # of no other test: one beside this one may be making a key with it
+    key = make_key(tmp_path / "key", "ed25519", passphrase)
+    plain = private_key(str(key), passphrase)[0].decode()
     texts: set[str] = set()
     done = threading.Event()
 
@@ -298,7 +300,7 @@ def test_secrets_are_in_no_argument_environment_log_or_file(
                 texts.update(p.read_text(errors="replace") for p in temporary.rglob("*") if p.is_file())
 
     with password_server("password", kind, tmp_path) as one:
-        one.private_key, one.passphrase = SecretStr(key.read_text()), SecretStr(PASSPHRASE)
+        one.private_key, one.passphrase = SecretStr(key.read_text()), SecretStr(passphrase)
         studies.ct(tmp_path / "study", 20, side=128)
         one.bandwidth_limit = 400_000
         watcher = threading.Thread(target=look)
@@ -315,7 +317,7 @@ def test_secrets_are_in_no_argument_environment_log_or_file(
     assert isinstance(wrong.error, Denied)
     texts |= {repr(one), str(one), str(wrong.error), repr(health), repr(sent.receipt)}
     assert any("ssh" in text and "BatchMode" in text for text in texts), "nothing was seen"
-    secrets = (PASSWORD, PASSPHRASE, *plain.splitlines()[1:-1], *key.read_text().splitlines()[1:-1])
+    secrets = (PASSWORD, passphrase, *plain.splitlines()[1:-1], *key.read_text().splitlines()[1:-1])
     for secret in secrets:
         assert not any(secret in text for text in texts), "a secret shows"
     assert not list(temporary.iterdir()), "something was left behind"
