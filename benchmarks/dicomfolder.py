@@ -61,8 +61,8 @@ def make(root: Path, count: int) -> None:
 
 def ours(root: str) -> None:
     """Bring the index up to date, and find one study in a hundred by its description."""
-    from protocols.dicomfolder import DicomFolder
-    from transfer.query import Query
+    from imaging.query import Query
+    from protocols.dicomfolder.folder import DicomFolder
 
     with measure.section(), DicomFolder(Path(root)) as folder:
         found = list(folder.find(Query(StudyDescription=(DESCRIPTION,), Modality="CT")))

@@ -112,8 +112,8 @@ def _measured(argv: list[str], after: Callable[[], None] | None = None) -> None:
 
 def retrieve(url: str, into: str, user: str = "", password: str = "") -> None:
     """Our driver: it asks what there is, fetches, checks and names each instance."""
+    from imaging.query import Query
     from tasks.dicomweb import driver
-    from transfer.query import Query
     from transfer.receipt import OnOutcome, State
 
     target = _target(url, user, password)
@@ -125,7 +125,7 @@ def retrieve(url: str, into: str, user: str = "", password: str = "") -> None:
 
 def receive(url: str, into: str, user: str = "", password: str = "") -> None:
     """Our reader of an answer alone, as the driver uses it."""
-    from protocols import wado
+    from protocols.dicomweb import wado
     from tasks.dicomweb import connect
 
     with connect(_target(url, user, password)) as service, measure.section():
@@ -176,8 +176,8 @@ def dicomweb_client_wado(url: str, into: str, user: str = "", password: str = ""
 
 def body_by_ours(url: str, body: str) -> None:
     """Our HTTP client, with a prepared body read in pieces of 1 MiB, as all of the following."""
-    from protocols.http import Origin, Session
-    from protocols.tls import Tls
+    from protocols.http.session import Origin, Session
+    from protocols.net.tls import Tls
 
     path = next(Path(body).iterdir())
 

@@ -108,8 +108,8 @@ def requests(url: str, folder: str, transfers: str) -> None:
     import urllib3
     from botocore.config import Config
 
-    from protocols.s3 import Payload, Store
-    from protocols.s3_client import Settings
+    from protocols.s3.client import Settings
+    from protocols.s3.store import Payload, Store
 
     body = os.urandom(SMALL)
     client = boto3.client(

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from prefect import flow
 from prefect.client.schemas.objects import State
 
-from tasks.dispatching import dispatching, refusal
+from tasks.dispatch.run import dispatching, refusal
 from transfer.errors import DispatchError
 from transfer.plan import Origin
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-from transfer.charset import decoded
+from imaging.charset import decoded
 
 PREAMBLE_BYTES = 132  # 128 bytes of preamble and "DICM"
 WINDOW_BYTES = 16_384  # one read holds the header of most images

@@ -10,8 +10,7 @@ import calendar
 import re
 from collections.abc import Callable, Iterable, Iterator
 
-from transfer.errors import Misconfigured
-from transfer.query import Query
+from imaging.query import Query
 
 Test = Callable[[str], bool]
 
@@ -22,7 +21,7 @@ def of_study(query: Query) -> Iterator[tuple[str, Test]]:
     """The tests that a study's attributes must pass, by keyword.
 
     Raises:
-        Misconfigured: a date that is none.
+        ValueError: a date that is none.
     """
     if query.AccessionNumber:
         yield "AccessionNumber", one_of(query.AccessionNumber)
@@ -98,7 +97,7 @@ def in_days(period: str) -> str:
     """The same date, or range of dates, with ends that are days: servers know no months and years (PS3.5 table 6.2-1).
 
     Raises:
-        Misconfigured: it is neither.
+        ValueError: it is neither.
     """
     first, last = _ends(period)
     if first == last and len(first) == 8:
@@ -119,7 +118,7 @@ def _last_day(year: str, month: str) -> str:
 def _ends(period: str) -> tuple[str, str]:
     parsed = _DATE.fullmatch(period.strip())
     if not parsed or not (parsed[1] or parsed[3]) or (not parsed[2] and len(parsed[1] or "") != 8):
-        raise Misconfigured(
+        raise ValueError(
             f"study date {period!r}: must be YYYYMMDD, or a range such as 20240101-20240131, -20240131 or 20240101-"
         )
     first = parsed[1] or ""
@@ -130,7 +129,7 @@ def between(period: str) -> Test:
     """A date, or a range of dates that includes its ends; an end may be left out, and may be a month or a year.
 
     Raises:
-        Misconfigured: it is neither.
+        ValueError: it is neither.
     """
     first, last = _ends(period)
 

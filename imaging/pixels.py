@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from functools import partial
 from typing import IO, Any
 
-from protocols import recode
-from protocols.recode import EXPLICIT_LITTLE, PIXELS, UNDEFINED, Element, Encoding, Found, Recoder, Source
-from transfer.header import Damaged
+from imaging import recode
+from imaging.header import Damaged
+from imaging.recode import EXPLICIT_LITTLE, PIXELS, UNDEFINED, Element, Encoding, Found, Recoder, Source
 
 EXPLICIT = "1.2.840.10008.1.2.1"
 RLE = "1.2.840.10008.1.2.5"

@@ -17,7 +17,7 @@ from typing import Protocol
 
 from pydicom.datadict import dictionary_VR
 
-from transfer.header import Damaged
+from imaging.header import Damaged
 
 PIECE_BYTES = 1 << 20  # large values are copied in pieces of this
 UNDEFINED = 0xFFFFFFFF

@@ -11,7 +11,7 @@ What the policies allow (`fallbacks`):
 
 No policy has pixels compressed with loss: what arrives decodes to what the file decodes to, and so keeps its SOP
 Instance UID (PS3.3 section C.7.6.1.1.5 asks for a new one where pixels change). Every frame that is compressed here is
-decoded again and compared. Elements other than those of the pixel data are copied as bytes (`protocols.recode`).
+decoded again and compared. Elements other than those of the pixel data are copied as bytes (`imaging.recode`).
 
 Decoders and encoders are pydicom's and those of pylibjpeg and pyjpegls (the extra `transcode`); changing between
 uncompressed syntaxes, inflating and deflating needs none of them.
@@ -30,11 +30,10 @@ from typing import IO
 
 from pydicom.uid import UID
 
-from protocols import pixels
-from protocols.pixels import EXPLICIT, JPEG_2000, JPEG_2000_LOSSY, JPEG_LS, JPEG_LS_NEAR, RLE, Reader, Unfit
-from protocols.recode import EXPLICIT_BIG, EXPLICIT_LITTLE, IMPLICIT_LITTLE, PIECE_BYTES, Encoding, Recoder, Source
-from transfer.errors import Busy, Rejected
-from transfer.header import Damaged
+from imaging import pixels
+from imaging.header import Damaged
+from imaging.pixels import EXPLICIT, JPEG_2000, JPEG_2000_LOSSY, JPEG_LS, JPEG_LS_NEAR, RLE, Reader, Unfit
+from imaging.recode import EXPLICIT_BIG, EXPLICIT_LITTLE, IMPLICIT_LITTLE, PIECE_BYTES, Encoding, Recoder, Source
 
 NEVER, LOSSLESS, ANY = "never", "lossless", "any"
 
@@ -107,6 +106,10 @@ class Converted:
     syntax: str
 
 
+class NoRoom(Exception):
+    """The disk is full where converted files go for a moment."""
+
+
 @contextmanager
 def converted(
     fd: int,
@@ -131,8 +134,8 @@ def converted(
         the data set alone, without file meta information.
 
     Raises:
-        Rejected: it can't be converted; the message says why.
-        Busy: no room for the converted file.
+        Unfit: it can't be converted; the message says why.
+        NoRoom: no room for the converted file.
     """
 
     def temporary() -> IO[bytes]:
@@ -149,13 +152,13 @@ def converted(
                 break
             except OSError as exc:
                 if exc.errno in FULL:
-                    raise Busy("no room for a converted file: free some where temporary files go") from exc
+                    raise NoRoom("no room for a converted file: free some where temporary files go") from exc
                 reasons[to] = exc.strerror or "it can't be read"
             except (Damaged, Unfit) as exc:
                 reasons[to] = str(exc)
         else:
             why = "; ".join(f"to {UID(to).name}: {reason}" for to, reason in reasons.items()) or "to nothing accepted"
-            raise Rejected(f"can't be converted from {UID(syntax).name} {why}")
+            raise Unfit(f"can't be converted from {UID(syntax).name} {why}")
         yield Converted(out.fileno(), os.fstat(out.fileno()).st_size, to)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from blocks import Target
 from talaria.cli.session import Session, api
-from talaria.runs import create, result_of
+from talaria.engine.runs import create, result_of
 from talaria.settings import load_settings
 from talaria.targetfile import read
 from tasks.checking import check_target, forget_check, keep, last_check

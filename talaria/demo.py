@@ -91,7 +91,7 @@ def run() -> bool:
     from blocks.dicom import DicomTarget
     from blocks.dicomweb import DicomWebTarget
     from blocks.folder import FolderTarget
-    from talaria import runs
+    from talaria.engine import runs
 
     os.environ["TALARIA_HOME"] = str(load_settings().home.expanduser().absolute() / "demo")
     load_settings()

@@ -40,7 +40,7 @@ async def _ask() -> dict[str, Any]:
     from prefect.client.schemas.objects import StateType
     from prefect.exceptions import ObjectNotFound
 
-    from talaria.registry import QUEUES
+    from talaria.engine.registry import QUEUES
     from tasks.checking import last_check
     from tasks.targets import all_targets, facts
 

@@ -94,7 +94,7 @@ class _Crew:
         self.members = [self._start() for _ in range(count)]
 
     def _start(self) -> subprocess.Popen[bytes]:
-        return child([sys.executable, "-P", "-c", "from talaria.worker import main; main()"], self.env, self.log)
+        return child([sys.executable, "-P", "-c", "from talaria.engine.worker import main; main()"], self.env, self.log)
 
     def keep(self) -> None:
         """Start the ones again that died, and put what they ran back into the queue."""
@@ -136,7 +136,7 @@ def _prepare(home: Home, *, alone: bool) -> list[str]:
     """Register what the server must know, and take up what a crash left; return the runs taken up."""
     from prefect import get_client
 
-    from talaria.registry import register
+    from talaria.engine.registry import register
 
     async def prepare() -> list[str]:
         async with get_client() as client:
@@ -150,7 +150,7 @@ async def _recover(home: Home, *, alone: bool) -> list[str]:
     """Take up the runs of dead workers; `alone` if no other worker than ours may live."""
     from prefect import get_client
 
-    from talaria.recovery import recover
+    from talaria.engine.recovery import recover
 
     async with get_client() as client:
         return await recover(client, home, POOL, alone=alone)

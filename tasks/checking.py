@@ -10,7 +10,7 @@ from typing import Any
 from prefect.artifacts import acreate_table_artifact
 
 from blocks.base import Target
-from protocols.ping import Ping
+from protocols.net.ping import Ping
 from tasks import DRIVERS
 from transfer.health import FAILED, OK, SKIPPED, Health
 from transfer.home import Home

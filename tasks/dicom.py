@@ -10,7 +10,7 @@ from dataclasses import replace
 from blocks.base import check_host
 from blocks.dicom import SENDER, DicomTarget, check_aet
 from blocks.dicom_tls import DicomTlsTarget
-from protocols import tls
+from imaging.header import Header
 from protocols.dimse import transport
 from protocols.dimse.association import Link, negotiate
 from protocols.dimse.commitment import CannotCommit, commit, reason, report_listener
@@ -19,10 +19,10 @@ from protocols.dimse.find import CannotList, Stored, missing
 from protocols.dimse.fleet import Fleet
 from protocols.dimse.listener import Listener, shared
 from protocols.dimse.transport import VERIFICATION, Peer
-from protocols.link import shown
+from protocols.net import tls
+from protocols.net.link import shown
 from tasks.driver import Driver, Facts
 from transfer.errors import Misconfigured
-from transfer.header import Header
 from transfer.health import Health
 from transfer.plan import Item, Origin, Plan
 from transfer.receipt import Level, OnOutcome, Receipt

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
 from blocks.base import Target
+from imaging.query import Match, Query
 from transfer.health import Health
 from transfer.plan import Plan
-from transfer.query import Match, Query
 from transfer.receipt import Level, OnOutcome, Receipt
 
 T = TypeVar("T", bound=Target)

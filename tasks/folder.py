@@ -1,7 +1,7 @@
 """Folder targets: files go to `<folder>/<name>/<relative path>`, and `<name>` appears when it is whole.
 
-What is written lies in `<folder>/.incoming-<dispatch id>/` first (protocols/incoming.py). A new `<name>` then comes
-by one rename; into one that is there already, each file comes by a rename of its own. `.complete` comes last.
+What is written lies in `<folder>/.incoming-<dispatch id>/` first (protocols/files/incoming.py). A new `<name>` then
+comes by one rename; into one that is there already, each file comes by a rename of its own. `.complete` comes last.
 
 Messages never hold `<name>`: a layout may make it of a patient's data.
 """
@@ -20,8 +20,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from blocks.folder import FolderTarget, Link
-from protocols import filesystem as fs
-from protocols.incoming import ITEM_ERRORS, MARKER, Incoming, Place, Style
+from imaging.header import Damaged, NotDicom, read_header
+from protocols.files import filesystem as fs
+from protocols.files.incoming import ITEM_ERRORS, MARKER, Incoming, Place, Style
 from tasks.driver import Driver, Facts
 from transfer.errors import (
     Busy,
@@ -35,7 +36,6 @@ from transfer.errors import (
     Rejected,
     Unreachable,
 )
-from transfer.header import Damaged, NotDicom, read_header
 from transfer.health import Health
 from transfer.layout import OTHER_INSTANCE, names
 from transfer.plan import Item, Plan

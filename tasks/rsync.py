@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from blocks.rsync import RsyncTarget
-from protocols.programs import program
-from protocols.rsync import PARTIAL, PARTLY, TEMPORARY, WORDS, Result, Rsync
-from protocols.shell import Shell
-from protocols.ssh import Client, quote, short
+from imaging.header import BEGINNING_BYTES
+from protocols.ssh.client import Client, quote, short
+from protocols.ssh.programs import program
+from protocols.ssh.rsync import PARTIAL, PARTLY, TEMPORARY, WORDS, Result, Rsync
+from protocols.ssh.shell import Shell
 from tasks import ssh
 from tasks.driver import Driver, Facts
 from transfer.errors import Busy, Denied, DispatchError, Interrupted, Misconfigured, NotFound, Rejected
-from transfer.header import BEGINNING_BYTES
 from transfer.health import Health
 from transfer.layout import OTHER_INSTANCE
 from transfer.plan import Item, Plan

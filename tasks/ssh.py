@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from blocks.ssh import HostKeyPolicy, SshTarget
-from protocols.link import resolve_within, shown
-from protocols.shell import NoScript, run_script
-from protocols.ssh import Client, Facts, Login, greeting, quote
-from protocols.sshkeys import private_key
-from protocols.words import BLOT, MIN_PRIVATE_CHARS
+from protocols.net.link import resolve_within, shown
+from protocols.net.words import BLOT, MIN_PRIVATE_CHARS
+from protocols.ssh.client import Client, Facts, Login, greeting, quote
+from protocols.ssh.keys import private_key
+from protocols.ssh.shell import NoScript, run_script
 from tasks.driver import HookResult, Ran
 from transfer.errors import Denied, DispatchError, Misconfigured
 from transfer.health import Health

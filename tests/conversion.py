@@ -12,10 +12,10 @@ import pydicom
 from pydicom.dataset import Dataset
 from pydicom.pixels.utils import pixel_array
 
-from protocols.transcode import converted
+from imaging.header import Header, read_header
+from imaging.transcode import converted
 from tests import studies
 from tests.servers import wire
-from transfer.header import Header, read_header
 
 
 def convert(data: bytes, folder: Path, *targets: str) -> bytes:

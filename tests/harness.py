@@ -11,7 +11,7 @@ from pathlib import Path
 
 from blocks.base import Target
 from tasks import DRIVERS
-from tasks.delivery import lacking, sort_out
+from tasks.dispatch.delivery import lacking, sort_out
 from tasks.driver import Driver
 from transfer.errors import DispatchError, Unreachable
 from transfer.plan import Item, Plan, scan

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
+from imaging.header import Damaged, Header, NotDicom, read_header
 from transfer.errors import Misconfigured, NotFound, Rejected
 from transfer.globs import excluded
-from transfer.header import Damaged, Header, NotDicom, read_header
 from transfer.readers import Readers
 
 BATCH_FILES = 64  # headers that are read between two looks at whether to stop

@@ -18,11 +18,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from protocols.dicomindex import ATTRIBUTES, DAMAGED, NAME, NOT_DICOM, Index, Stamp
-from protocols.dicommatch import Test, of_series, of_study
-from protocols.dicomscan import Changes, Work, apply, look
-from protocols.dicomweb import keyworded
-from transfer.query import Match, Query
+from imaging.json import keyworded
+from imaging.match import Test
+from imaging.query import Match, Query
+from protocols.dicomfolder.index import ATTRIBUTES, DAMAGED, NAME, NOT_DICOM, Index, Stamp
+from protocols.dicomfolder.scan import Changes, Work, apply, look
+from transfer.query import series_tests, study_tests
 
 INDEXES = "indexes"  # the folder of the state directory where those are kept that can't be in their folders
 SUFFIX = ".sqlite"
@@ -216,7 +217,7 @@ class DicomFolder:
             Misconfigured: a key is malformed.
             OSError: the folder can't be listed.
         """
-        tests = [*of_study(query)], [*of_series(query)]
+        tests = study_tests(query), series_tests(query)
         self.refresh()
         matched = self._matched(*tests)
         if query.level == "series":
@@ -232,7 +233,7 @@ class DicomFolder:
         Where several files hold one instance, it is the one that was written last. There are as many as `find` with
         level `series` announces.
         """
-        tests = [*of_study(query)], [*of_series(query)]
+        tests = study_tests(query), series_tests(query)
         self.refresh()
         for study, series in self._matched(*tests):
             yield from self._held(study, series)

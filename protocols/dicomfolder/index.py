@@ -23,8 +23,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from transfer.charset import NAME_DELIMITERS, TEXT_DELIMITERS, decoded
-from transfer.header import Header
+from imaging.charset import NAME_DELIMITERS, TEXT_DELIMITERS, decoded
+from imaging.header import Header
 
 NAME = ".talaria-index.sqlite"  # hidden, and one of the names that no plan and no index takes for data
 APPLICATION_ID = 0x54414C49  # "TALI": the mark of our own files (PRAGMA application_id)

@@ -17,8 +17,8 @@ from functools import partial
 from itertools import islice
 from typing import NamedTuple
 
-from protocols.dicomindex import DAMAGED, INSTANCE, NOT_DICOM, TAGS, Index, Instance, Stamp
-from transfer.header import Damaged, NotDicom, read_elements
+from imaging.header import Damaged, NotDicom, read_elements
+from protocols.dicomfolder.index import DAMAGED, INSTANCE, NOT_DICOM, TAGS, Index, Instance, Stamp
 from transfer.readers import Readers
 
 CHUNK = 256  # files that are read between two looks at whether to stop

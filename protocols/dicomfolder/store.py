@@ -18,12 +18,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
-from protocols import filesystem as fs
-from protocols import partial
-from protocols.dicomfolder import Held
-from protocols.incoming import ITEM_ERRORS, PIECE_BYTES, Incoming, Place, Style
+from imaging.header import Damaged, Header, NotDicom, read_header
+from protocols.dicomfolder.folder import Held
+from protocols.files import filesystem as fs
+from protocols.files import partial
+from protocols.files.incoming import ITEM_ERRORS, PIECE_BYTES, Incoming, Place, Style
 from transfer.errors import Busy, Cancelled, Denied, Permanent, Rejected
-from transfer.header import Damaged, Header, NotDicom, read_header
 from transfer.layout import sanitised
 from transfer.plan import Item, Plan
 from transfer.receipt import ALREADY, DELIVERED, Kind, Level, OnOutcome, Outcome

@@ -14,12 +14,15 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from protocols import dicomweb
-from protocols.dicommatch import in_days, of_series, of_study
-from protocols.dicomweb import Attributes, Service, keyworded
-from protocols.words import forms
+from imaging import json as dicomjson
+from imaging.json import Attributes, keyworded
+from imaging.match import in_days
+from imaging.query import Match, Query
+from protocols.dicomweb import service as dicomweb
+from protocols.dicomweb.service import Service
+from protocols.net.words import forms
 from transfer.errors import DispatchError, Misconfigured, NotFound
-from transfer.query import Match, Query
+from transfer.query import series_tests, study_tests
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +68,7 @@ def announced(match: Match) -> int | None:
 
 def series_of(service: Service, study: dict[str, Any], query: Query) -> Iterator[dict[str, Any]]:
     """Yield the series of a study that match a query, as values by keyword."""
-    tests = list(of_series(query))
+    tests = series_tests(query)
     uid = str(study["StudyInstanceUID"])
     for found in _search(service, ("studies", uid, "series"), (), SERIES_FIELDS, SERIES_UID):
         series = keyworded(found)
@@ -81,7 +84,7 @@ def instances(service: Service, study_uid: str, series_uid: str) -> Iterator[str
     """
     segments = ("studies", study_uid, "series", series_uid, "instances")
     for found in _search(service, segments, (), (), SOP_UID, missing_is_none=False):
-        yield dicomweb.text(found, SOP_UID)
+        yield dicomjson.text(found, SOP_UID)
 
 
 def probe(service: Service, *segments: str) -> dict[str, Any] | None:
@@ -109,7 +112,7 @@ def any_instance(service: Service) -> tuple[str, str, str] | None:
 
 
 def _studies(service: Service, query: Query) -> Iterator[dict[str, Any]]:
-    tests = list(of_study(query))
+    tests = study_tests(query)
     seen: set[str] = set()
     for keys in _study_keys(service, query):
         for wording in _wordings(keys):
@@ -170,8 +173,8 @@ def _studies_of_series(service: Service, series: list[str]) -> list[str]:
         for uid in series:
             keys = (("SeriesInstanceUID", uid),)
             for one in _search(service, ("series",), keys, (), SERIES_UID):
-                if dicomweb.text(one, SERIES_UID) == uid:
-                    found.append(dicomweb.text(one, STUDY_UID))
+                if dicomjson.text(one, SERIES_UID) == uid:
+                    found.append(dicomjson.text(one, STUDY_UID))
     except (Misconfigured, NotFound):
         return []
     return [uid for uid in dict.fromkeys(found) if uid]
@@ -179,7 +182,7 @@ def _studies_of_series(service: Service, series: list[str]) -> list[str]:
 
 def _has_series(service: Service, study: dict[str, Any], query: Query) -> bool:
     """Whether one series of a study passes all tests that a query has for series."""
-    tests = dict(of_series(query))
+    tests = dict(series_tests(query))
     if not tests:
         return True
     modalities = study.get("ModalitiesInStudy")
@@ -215,7 +218,7 @@ def _search(
                 return
             raise
         fresh = 0
-        uids = [dicomweb.text(result, uid_tag) for result in results]
+        uids = [dicomjson.text(result, uid_tag) for result in results]
         for uid, result in zip(uids, results, strict=True):
             if uid and uid not in seen:
                 seen.add(uid)
@@ -313,7 +316,7 @@ def _page(service: Service, path: str) -> tuple[list[Attributes], bool]:
     if status not in (200, 206):
         raise service.error(answer, body, path)
     try:
-        results = dicomweb.parse(body)
+        results = dicomjson.parse(body)
     except ValueError as exc:
         raise dicomweb.unexpected(service, answer, body, path) from exc
     # PS3.18 section 8.3.4.4: "Warning: 299 ...: There are additional results that can be requested".

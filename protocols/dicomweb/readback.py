@@ -21,10 +21,11 @@ from pathlib import Path
 from pydicom.filereader import read_dataset
 from pydicom.tag import BaseTag
 
-from protocols import dicomweb, qido, wado
-from protocols.dicomweb import Service
+from imaging.header import DEFLATED_LITTLE, EXPLICIT_BIG, IMPLICIT_LITTLE, Header
+from protocols.dicomweb import qido, wado
+from protocols.dicomweb import service as dicomweb
+from protocols.dicomweb.service import Service
 from transfer.errors import Denied, Misconfigured, NotFound, Rejected
-from transfer.header import DEFLATED_LITTLE, EXPLICIT_BIG, IMPLICIT_LITTLE, Header
 from transfer.plan import Item, Plan
 
 LISTED_WAIT_S = 20.0  # how long a server may take until what it took shows up in its searches

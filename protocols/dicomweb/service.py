@@ -1,27 +1,20 @@
-"""What the three DICOMweb services share: where they are, what their statuses mean, DICOM JSON and XML.
+"""What the three DICOMweb services share: where they are, what their statuses mean.
 
-Sources: PS3.18 sections 8.5 (status codes), 10.5 (store), 10.6 (search) and 10.4 (retrieve), Annex F (DICOM JSON),
-PS3.19 Annex A (Native DICOM Model), RFC 9110 section 15.
+Sources: PS3.18 sections 8.5 (status codes), 10.5 (store), 10.6 (search) and 10.4 (retrieve), RFC 9110 section 15.
 """
 
 from __future__ import annotations
 
-import functools
-import json
 import time
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 from urllib.parse import quote as percent
 from urllib.parse import urlencode
 
-from pydicom.datadict import keyword_for_tag
-
-from protocols import words
-from protocols.answer import Answer
-from protocols.http import Session
-from protocols.link import SLICE_S
+from protocols.http.answer import Answer
+from protocols.http.session import Session
+from protocols.net import words
+from protocols.net.link import SLICE_S
 from transfer.errors import Busy, Cancelled, Denied, DispatchError, Interrupted, Misconfigured, NotFound
 
 JSON = "application/dicom+json"
@@ -144,126 +137,6 @@ def gravest(errors: Sequence[BaseException]) -> BaseException:
         return 1 if isinstance(error, Cancelled) else 3 if error.retryable else 2
 
     return min(errors, key=rank)
-
-
-# ---- DICOM JSON and XML
-
-Attributes = dict[str, Any]  # as PS3.18 Annex F: by tag, eight hexadecimal digits in upper case
-
-
-def parse(body: bytes) -> list[Attributes]:
-    """Read data sets from DICOM JSON or from the Native DICOM Model in XML, whichever it is.
-
-    Raises:
-        ValueError: it is neither.
-    """
-    text = body.removeprefix(b"\xef\xbb\xbf").strip()
-    try:
-        if text[:1] == b"<":
-            return [_native(_xml(text))]
-        document = json.loads(text)
-    except RecursionError as exc:
-        raise ValueError("nested too deeply") from exc
-    document = document if isinstance(document, list) else [document]
-    if not all(isinstance(one, dict) for one in document):
-        raise ValueError("not DICOM JSON")
-    return [{str(tag).upper(): element for tag, element in one.items()} for one in document]
-
-
-def _xml(text: bytes) -> ElementTree.Element:
-    if b"<!DOCTYPE" in text or b"<!ENTITY" in text:
-        raise ValueError("XML with a document type")
-    try:
-        root = ElementTree.fromstring(text)  # noqa: S314
-    except ElementTree.ParseError as exc:
-        raise ValueError(f"XML that is not well-formed: {exc}") from exc
-    if _local(root) != "NativeDicomModel":
-        found = next((one for one in root.iter() if _local(one) == "NativeDicomModel"), None)
-        if found is None:
-            raise ValueError("XML, but no Native DICOM Model")
-        return found
-    return root
-
-
-def _local(element: ElementTree.Element) -> str:
-    return element.tag.rpartition("}")[2]
-
-
-def _native(parent: ElementTree.Element) -> Attributes:
-    found: Attributes = {}
-    for element in parent:
-        if _local(element) != "DicomAttribute":
-            continue
-        vr = element.get("vr", "")
-        values: list[Any] = []
-        for child in element:
-            kind = _local(child)
-            if kind == "Item":
-                values.append(_native(child))
-            elif kind == "Value":
-                values.append((child.text or "").strip())
-            elif kind == "PersonName":
-                values.append({_local(group): "^".join(_name(group)) for group in child})
-        found[element.get("tag", "").upper()] = {"vr": vr, "Value": values}
-    return found
-
-
-def _name(group: ElementTree.Element) -> list[str]:
-    parts = {_local(part): (part.text or "").strip() for part in group}
-    names = [parts.get(name, "") for name in ("FamilyName", "GivenName", "MiddleName", "NamePrefix", "NameSuffix")]
-    while names and not names[-1]:
-        names.pop()
-    return names
-
-
-def values(attributes: Attributes, tag: str) -> list[Any]:
-    """All values of an element; none if it is absent, empty or malformed."""
-    element = attributes.get(tag)
-    found = element.get("Value") if isinstance(element, dict) else None
-    return [value for value in found if value is not None] if isinstance(found, list) else []
-
-
-def text(attributes: Attributes, tag: str) -> str:
-    """The first value of an element as text, "" if there is none."""
-    found = values(attributes, tag)
-    return str(found[0]).strip(" \0") if found else ""
-
-
-def number(attributes: Attributes, tag: str) -> int | None:
-    """The first value of an element as a number; servers write codes as numbers, or as text."""
-    try:
-        return int(text(attributes, tag))
-    except ValueError:
-        return None
-
-
-def keyworded(attributes: Attributes) -> dict[str, Any]:
-    """Values by DICOM keyword: one value as it is, several as a list, none as ""; sequences are left out."""
-    found: dict[str, Any] = {}
-    for tag, element in attributes.items():
-        keyword = _keyword(tag)
-        if not keyword or not isinstance(element, dict) or element.get("vr") in ("SQ", "OB", "OW", "UN"):
-            continue
-        plain = [_plain(value) for value in values(attributes, tag)]
-        found[keyword] = plain[0] if len(plain) == 1 else plain or ""
-    return found
-
-
-@functools.lru_cache(maxsize=4096)  # a look into pydicom's dictionary takes longer than all the rest
-def _keyword(tag: str) -> str:
-    """The keyword of a tag, "" if it has none or is no tag."""
-    try:
-        return keyword_for_tag(int(tag, 16))
-    except (ValueError, OverflowError):
-        return ""
-
-
-def _plain(value: Any) -> Any:
-    """A person's name as its VR has it: up to three groups with '='."""
-    if not isinstance(value, dict):
-        return value
-    groups = [str(value.get(group, "")) for group in ("Alphabetic", "Ideographic", "Phonetic")]
-    return "=".join(groups).rstrip("=")
 
 
 def unexpected(service: Service, answer: Answer, body: bytes, path: str) -> DispatchError:

@@ -21,13 +21,14 @@ from collections import deque
 from collections.abc import Iterable
 from contextlib import suppress
 
-from protocols import dicomweb, stow_answer
-from protocols.answer import Answer
-from protocols.dicomweb import JSON, XML, Service
-from protocols.link import SLICE_S
-from protocols.private import identifying
-from protocols.stow_answer import Lists
-from protocols.stow_body import Batch, Body, batches, uid_of
+from protocols.dicomweb import service as dicomweb
+from protocols.dicomweb import stow_answer
+from protocols.dicomweb.service import JSON, XML, Service
+from protocols.dicomweb.stow_answer import Lists
+from protocols.dicomweb.stow_body import Batch, Body, batches, uid_of
+from protocols.http.answer import Answer
+from protocols.net.link import SLICE_S
+from protocols.net.private import identifying
 from transfer.errors import Busy, DispatchError, Interrupted, Rejected, TimedOut
 from transfer.plan import Item, Plan
 from transfer.receipt import DELIVERED, Kind, OnOutcome, Outcome

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from protocols import dicomweb
+from imaging import json as dicomjson
 from transfer.receipt import Kind, Outcome
 
 _AZURE_EXISTS = 0xB00E  # 45070
@@ -88,7 +88,7 @@ class Lists:
     def of(cls, content: bytes) -> Lists | None:
         """Read an answer; None if it has none of the lists."""
         try:
-            answers = dicomweb.parse(content) if content else []
+            answers = dicomjson.parse(content) if content else []
         except ValueError:
             return None
         if not any(tag in answer for answer in answers for tag in (_ACCEPTED, _FAILED, _OTHERS)):
@@ -96,21 +96,21 @@ class Lists:
         found = cls({}, {}, [])
         for answer in answers:
             for one in _items(answer, _ACCEPTED):
-                found.accepted[dicomweb.text(one, "00081155")] = dicomweb.number(one, "00081196") or 0
+                found.accepted[dicomjson.text(one, "00081155")] = dicomjson.number(one, "00081196") or 0
             for one in _items(answer, _FAILED) + _items(answer, _OTHERS):
-                failure = Failure(dicomweb.number(one, "00081197"), _comment(one))
-                if uid := dicomweb.text(one, "00081155"):
+                failure = Failure(dicomjson.number(one, "00081197"), _comment(one))
+                if uid := dicomjson.text(one, "00081155"):
                     found.failed[uid] = failure
                 else:
                     found.others.append(failure)
         return found
 
 
-def _items(answer: dicomweb.Attributes, tag: str) -> list[dicomweb.Attributes]:
-    return [one for one in dicomweb.values(answer, tag) if isinstance(one, dict)]
+def _items(answer: dicomjson.Attributes, tag: str) -> list[dicomjson.Attributes]:
+    return [one for one in dicomjson.values(answer, tag) if isinstance(one, dict)]
 
 
-def _comment(failed: dicomweb.Attributes) -> str:
+def _comment(failed: dicomjson.Attributes) -> str:
     """The Error Comment (0000,0902), of the item or of its Failed Attributes Sequence (0074,1048)."""
     inner = _items(failed, "00741048")
-    return "; ".join(filter(None, (dicomweb.text(one, "00000902") for one in (failed, *inner))))
+    return "; ".join(filter(None, (dicomjson.text(one, "00000902") for one in (failed, *inner))))

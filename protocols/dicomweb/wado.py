@@ -11,12 +11,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from protocols import dicomweb, partial
-from protocols.answer import Answer
-from protocols.dicomweb import Service
-from protocols.multipart import Parts, parameters
+from imaging.header import Damaged, Header, NotDicom, read_header
+from protocols.dicomweb import service as dicomweb
+from protocols.dicomweb.service import Service
+from protocols.files import partial
+from protocols.http.answer import Answer
+from protocols.http.multipart import Parts, parameters
 from transfer.errors import DispatchError, Misconfigured, NotFound, Rejected
-from transfer.header import Damaged, Header, NotDicom, read_header
 from transfer.plan import Item, Plan
 from transfer.receipt import ALREADY, DELIVERED, Kind, OnOutcome, Outcome
 from transfer.throttle import Throttle

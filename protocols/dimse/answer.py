@@ -11,7 +11,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 
-from transfer.header import MAX_UID_CHARS
+from imaging.header import MAX_UID_CHARS
 
 AC_BYTES = 68  # before the first item: protocol version, AE titles, reserved
 APPLICATION, CONTEXT, SYNTAX, USER = 0x10, 0x21, 0x40, 0x50

@@ -10,8 +10,8 @@ from collections.abc import Iterable
 
 from pydicom.uid import UID
 
+from imaging.transcode import fallbacks
 from protocols.dimse.association import MAX_CONTEXTS
-from protocols.transcode import fallbacks
 
 # What every peer should take. Asked for even if nothing may be converted: the answer is part of the rejection.
 UNCOMPRESSED = ("1.2.840.10008.1.2.1", "1.2.840.10008.1.2")
@@ -24,7 +24,7 @@ def groups(needed: Iterable[Pair], policy: str, room: int = MAX_CONTEXTS) -> lis
 
     Args:
         needed: what the plan's instances have.
-        policy: what they may be converted to, as in `protocols.transcode`.
+        policy: what they may be converted to, as in `imaging.transcode`.
         room: contexts in one association.
 
     Returns:

@@ -15,8 +15,8 @@ from pynetdicom.association import Association
 from protocols.dimse.association import Link, associate
 from protocols.dimse.contexts import UNCOMPRESSED
 from protocols.dimse.transport import Peer
-from protocols.link import SLICE_S
-from protocols.words import clean, forms
+from protocols.net.link import SLICE_S
+from protocols.net.words import clean, forms
 from transfer.errors import Busy, Denied, DispatchError, Interrupted, Misconfigured, Retryable
 
 STUDY_ROOT_FIND = "1.2.840.10008.5.1.4.1.2.2.1"

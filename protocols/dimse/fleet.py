@@ -11,6 +11,9 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
+from imaging.header import MAX_UID_CHARS, Header
+from imaging.pixels import Unfit
+from imaging.transcode import NoRoom, converted, fallbacks
 from protocols.dimse import contexts
 from protocols.dimse.association import MAX_CONTEXTS, Link, associate
 from protocols.dimse.contexts import UNCOMPRESSED, Pair, names, of_class
@@ -18,11 +21,9 @@ from protocols.dimse.message import Response
 from protocols.dimse.status import Meaning, meaning
 from protocols.dimse.store import Changed, Instance, Sender
 from protocols.dimse.transport import VERIFICATION, Peer
-from protocols.private import identifying
-from protocols.transcode import converted, fallbacks
-from protocols.words import clean
+from protocols.net.private import identifying
+from protocols.net.words import clean
 from transfer.errors import Busy, Cancelled, Denied, DispatchError, Interrupted, Rejected, Retryable
-from transfer.header import MAX_UID_CHARS, Header
 from transfer.plan import Item, Plan
 from transfer.receipt import DELIVERED, Kind, OnOutcome, Outcome
 from transfer.throttle import Throttle
@@ -36,7 +37,7 @@ class Fleet:
     """Sends the pending items of a plan over up to `concurrency` associations.
 
     Args:
-        transcode: what may be done about a transfer syntax that the peer refuses; see `protocols.transcode`.
+        transcode: what may be done about a transfer syntax that the peer refuses; see `imaging.transcode`.
         throttle: what all associations together may send.
 
     Attributes:
@@ -242,7 +243,12 @@ class _Run:
                 raise Rejected(self.fleet.refusal(self.link, header))
             self._settle(sender, 0)
             keep_alive = self._keep_alive(sender)
-            copy = stack.enter_context(converted(fd, offset, header.TransferSyntaxUID, targets, check=keep_alive))
+            try:
+                copy = stack.enter_context(converted(fd, offset, header.TransferSyntaxUID, targets, check=keep_alive))
+            except Unfit as exc:
+                raise Rejected(str(exc)) from exc
+            except NoRoom as exc:
+                raise Busy(str(exc)) from exc
             fd_sent, offset, size = copy.fd, 0, copy.size
             context = self.link.accepted[header.SOPClassUID, copy.syntax]
         else:

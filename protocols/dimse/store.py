@@ -22,11 +22,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Self
 
-from protocols import tls
 from protocols.dimse import message
 from protocols.dimse.association import Link, aborted
 from protocols.dimse.message import Response, StoreCommand
-from protocols.link import SLICE_S
+from protocols.net import tls
+from protocols.net.link import SLICE_S
 from transfer.errors import DispatchError, Interrupted, TimedOut
 from transfer.throttle import Throttle
 

@@ -15,7 +15,7 @@ from pynetdicom._globals import APPLICATION_CONTEXT_NAME
 from pynetdicom.pdu import A_ASSOCIATE_RQ
 from pynetdicom.pdu_primitives import A_ASSOCIATE, ImplementationClassUIDNotification, MaximumLengthNotification
 
-from protocols import link, tls
+from protocols.net import link, tls
 from transfer.errors import DispatchError, Interrupted, Misconfigured, TimedOut
 
 VERIFICATION = "1.2.840.10008.1.1"

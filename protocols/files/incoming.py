@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from protocols import filesystem as fs
+from protocols.files import filesystem as fs
 from transfer.errors import Busy, Interrupted, Rejected
 from transfer.plan import Item, Plan
 from transfer.receipt import Kind, OnOutcome, Outcome

@@ -18,7 +18,7 @@ import requests
 from requests.adapters import BaseAdapter
 from requests.structures import CaseInsensitiveDict
 
-from protocols.http import Body, Content, Session
+from protocols.http.session import Body, Content, Session
 
 ANSWER_BYTES = 256 << 20  # a listing of a million files is smaller
 # What our client sets itself, by what it really does.
@@ -28,7 +28,8 @@ OWN_FIELDS = frozenset(("host", "content-length", "transfer-encoding", "connecti
 class Adapter(BaseAdapter):
     """Carries a `requests` session's requests to one origin.
 
-    A body that is not bytes must be one of `protocols.http`, and have a length for `requests` to see (`__len__`).
+    A body that is not bytes must be one of `protocols.http.session`, and have a length for `requests` to see
+    (`__len__`).
     """
 
     def __init__(self, session: Session) -> None:

@@ -11,7 +11,7 @@ from email.message import Message
 from email.utils import parsedate_to_datetime
 from http.client import HTTPException, parse_headers
 
-from protocols.link import Link
+from protocols.net.link import Link
 from transfer.errors import Interrupted
 
 HEAD_LINES = 256  # lines of an answer's head that are read

@@ -14,10 +14,10 @@ from copy import copy
 from dataclasses import dataclass, field
 from urllib.parse import quote_plus, urlencode, urlsplit
 
-from protocols import words
-from protocols.answer import Answer
-from protocols.http import Content, Origin, Session
-from protocols.link import SLICE_S
+from protocols.http.answer import Answer
+from protocols.http.session import Content, Origin, Session
+from protocols.net import words
+from protocols.net.link import SLICE_S
 from transfer.errors import Busy, Cancelled, Denied, DispatchError, Misconfigured, NotFound
 
 EARLY_S = 60.0  # a token is renewed so long before its end, or after four fifths of a short life

@@ -18,9 +18,9 @@ from typing import Protocol
 from urllib.parse import quote as encoded
 from urllib.parse import urljoin, urlsplit
 
-from protocols.answer import Answer
-from protocols.link import Link, connect, handshake
-from protocols.tls import Tls
+from protocols.http.answer import Answer
+from protocols.net.link import Link, connect, handshake
+from protocols.net.tls import Tls
 from transfer.errors import Interrupted, Misconfigured, TimedOut
 
 # How long to wait for "100 Continue" before the body goes anyway (RFC 9110 section 10.1.1); some servers never say it.

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from ipaddress import ip_address
 
-from protocols import tls
+from protocols.net import tls
 from transfer.errors import Interrupted, TimedOut, Unreachable
 
 SLICE_S = 0.2  # the longest wait between two looks at `check`

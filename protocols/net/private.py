@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 
-from protocols.words import date_forms, forms
-from transfer.charset import NAME_DELIMITERS, TEXT_DELIMITERS, decoded
-from transfer.header import Damaged, NotDicom, read_elements
+from imaging.charset import NAME_DELIMITERS, TEXT_DELIMITERS, decoded
+from imaging.header import Damaged, NotDicom, read_elements
+from protocols.net.words import date_forms, forms
 from transfer.plan import Item, Plan
 
 MAX_FILES = 1024  # read at most; a batch rarely holds more than one patient

@@ -19,7 +19,7 @@ from botocore.awsrequest import AWSPreparedRequest, AWSResponse
 from botocore.config import Config
 from botocore.exceptions import NoCredentialsError
 
-from protocols.tls import Tls
+from protocols.net.tls import Tls
 
 DEFAULT_REGION = "us-east-1"
 AWS_DOMAINS = (".amazonaws.com", ".amazonaws.com.cn")

@@ -11,7 +11,7 @@ from email.utils import parsedate_to_datetime
 
 from botocore.exceptions import ClientError
 
-from protocols.words import clean
+from protocols.net.words import clean
 
 BUSY_STATUS = frozenset((408, 425, 429, 500, 502, 503, 504, 507, 509))
 # Codes that mean "later", whatever their status is; the X ones are MinIO's.

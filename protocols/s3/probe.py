@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from email.message import Message
 
-from protocols.s3 import Payload, Store
-from protocols.s3_checksums import CRC32, CRC64NVME, MD5, Algorithm, Mismatch, Support, encoded
-from protocols.s3_error import StoreError
-from protocols.s3_keys import under
-from protocols.s3_upload import Form, Gone, Upload
+from protocols.s3.checksums import CRC32, CRC64NVME, MD5, Algorithm, Mismatch, Support, encoded
+from protocols.s3.error import StoreError
+from protocols.s3.keys import under
+from protocols.s3.store import Payload, Store
+from protocols.s3.upload import Form, Gone, Upload
 from transfer.errors import DispatchError
 
 NAME = ".talaria-probe-"

@@ -21,11 +21,11 @@ from urllib.parse import urlsplit
 from botocore.awsrequest import AWSPreparedRequest, AWSResponse
 from botocore.exceptions import ClientError
 
-from protocols.answer import Answer
-from protocols.http import Content, Origin, Session
-from protocols.s3_client import Account, Settings, answer_of
-from protocols.s3_error import StoreError
-from protocols.s3_sign import EMPTY_SHA256, UNSIGNED, Credentials, Signer
+from protocols.http.answer import Answer
+from protocols.http.session import Content, Origin, Session
+from protocols.s3.client import Account, Settings, answer_of
+from protocols.s3.error import StoreError
+from protocols.s3.sign import EMPTY_SHA256, UNSIGNED, Credentials, Signer
 from transfer.errors import TimedOut
 
 T = TypeVar("T")

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from protocols.s3 import Payload, Store
-from protocols.s3_checksums import ALGORITHMS, MD5, Mismatch, Support, encoded
-from protocols.s3_error import StoreError
+from protocols.s3.checksums import ALGORITHMS, MD5, Mismatch, Support, encoded
+from protocols.s3.error import StoreError
+from protocols.s3.store import Payload, Store
 
 MIB = 1 << 20
 MAX_PARTS = 10_000  # S3's limit

@@ -2,11 +2,11 @@
 
     with Client(login) as client:
         started = client.start("sftp", subsystem=True)      # a process; `started.failure()` says why it ended
-        with Shell(client) as shell: ...                    # protocols/shell.py
+        with Shell(client) as shell: ...                    # shell.py
 
 No file of the user's or the system's ssh configuration is read (`-F /dev/null`); every option that matters is given.
-Secrets reach ssh through files in memory (`protocols/memfiles.py`) whose paths say nothing; keys are decrypted first
-(`protocols/sshkeys.py`). ssh's own words go to a log in memory as well: they say which key the host showed, how we
+Secrets reach ssh through files in memory (`memfiles.py`) whose paths say nothing; keys are decrypted first
+(`keys.py`). ssh's own words go to a log in memory as well: they say which key the host showed, how we
 were let in, and why not.
 
 Why not a library: measured on one large file, paramiko and asyncssh reach half to nine tenths of the speed of OpenSSH's
@@ -26,10 +26,10 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from protocols import hostkeys
-from protocols.link import connect
-from protocols.memfiles import MemoryFiles, tail
-from protocols.programs import environment, program, start, stop
+from protocols.net.link import connect
+from protocols.ssh import hostkeys
+from protocols.ssh.memfiles import MemoryFiles, tail
+from protocols.ssh.programs import environment, program, start, stop
 from transfer.errors import Busy, Denied, DispatchError, Interrupted, Misconfigured, NotTrusted, TimedOut, Unreachable
 
 # Several times faster than ssh's first choice where the processor has AES instructions; the others stay possible.
@@ -82,7 +82,7 @@ class Login:
         user: "" for the name of the account that we run under.
         key: a private key in a form that needs no passphrase (`private_key`), b"" for none.
         certificate: the certificate that belongs to the key, as ssh-keygen -s makes it.
-        pins: the host keys to trust (`protocols/hostkeys.py`); without any, those that are known.
+        pins: the host keys to trust (`hostkeys.py`); without any, those that are known.
         accept_new: whether a host of which no key is known yet is trusted, and its key kept.
         known_hosts: files of known keys; the first is where a new one is kept.
         connect_timeout_s: for the connection, and again for the handshake.

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Iterable
 from pathlib import Path
 
-from protocols.programs import environment, program
+from protocols.ssh.programs import environment, program
 
 SCAN_SLACK_S = 5  # beyond ssh-keyscan's own timeout, which holds for each step
 

@@ -19,11 +19,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from protocols import bridge
-from protocols.memfiles import tail
-from protocols.programs import program, start, stop
-from protocols.shell import Shell
-from protocols.ssh import END_S, Started, short
+from protocols.ssh import bridge
+from protocols.ssh.client import END_S, Started, short
+from protocols.ssh.memfiles import tail
+from protocols.ssh.programs import program, start, stop
+from protocols.ssh.shell import Shell
 from transfer.errors import Busy, Denied, DispatchError, Interrupted, Misconfigured, NotFound, TimedOut, Unreachable
 
 PARTIAL = ".talaria-partial"  # in each folder; holds what has come of a file when the link breaks

@@ -21,9 +21,9 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
-from protocols import sftpwire as wire
-from protocols.sftpwire import Answered, Attributes, Code, Space, Status, Window, Writes, string, take
-from protocols.ssh import Client, Started, short
+from protocols.ssh import packets as wire
+from protocols.ssh.client import Client, Started, short
+from protocols.ssh.packets import Answered, Attributes, Code, Space, Status, Window, Writes, string, take
 from transfer.errors import DispatchError, Misconfigured, TimedOut
 
 VERSION = 3

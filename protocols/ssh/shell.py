@@ -17,8 +17,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from protocols import bridge
-from protocols.ssh import END_S, Client, Started, quote, short
+from protocols.ssh import bridge
+from protocols.ssh.client import END_S, Client, Started, quote, short
 from transfer.errors import DispatchError, Interrupted, Misconfigured, TimedOut
 
 COMMAND = "sh -s"
@@ -79,7 +79,7 @@ class Shell:
             return self._run(script, self._start_s + idle_s, check)
         except BaseException as exc:
             self.started.stop()
-            # Who borrowed a shell can't always give it back (protocols/bridge.py); then it has ended by itself.
+            # Who borrowed a shell can't always give it back (bridge.py); then it has ended by itself.
             if not (lent and isinstance(exc, DispatchError) and self.started.process.returncode in range(255)):
                 raise
         self.started = self.client.start(COMMAND)
@@ -119,7 +119,7 @@ class Shell:
         return None
 
     def lend(self) -> Loan:
-        """Let a program have the shell that runs protocols/bridge.py, until `take_back`."""
+        """Let a program have the shell that runs bridge.py, until `take_back`."""
         assert self.started.process.stdin is not None and self.started.process.stdout is not None  # noqa: S101
         fds = self.started.process.stdin.fileno(), self.started.process.stdout.fileno()
         with suppress(OSError):

@@ -20,10 +20,10 @@ from urllib.parse import unquote
 import requests
 from requests.auth import HTTPBasicAuth
 
-from protocols.http import Body
-from protocols.http import Session as Http
-from protocols.requests_adapter import Adapter
-from protocols.xnat_answers import (
+from protocols.http.adapter import Adapter
+from protocols.http.session import Body
+from protocols.http.session import Session as Http
+from protocols.xnat.answers import (
     Entry,
     Place,
     Refused,

@@ -23,7 +23,7 @@ def list_(
     limit: Annotated[int, typer.Option(min=1, max=200, help="How many, newest first.")] = 50, as_json: Json = False
 ) -> None:
     """The newest dispatches."""
-    from talaria import runs
+    from talaria.engine import runs
 
     with api() as session:
         found = [_line(flow_run) for flow_run in session.run(runs.dispatches, limit)]
@@ -43,7 +43,7 @@ def show(
     as_json: Json = False,
 ) -> None:
     """One dispatch: its receipts, and what its targets said."""
-    from talaria import runs
+    from talaria.engine import runs
 
     with api() as session:
         flow_run = session.run(runs.find, job)
@@ -66,7 +66,7 @@ def retry(
     as_json: Json = False,
 ) -> None:
     """Run a dispatch that has ended again: only what is missing is sent, only a failed hook is run."""
-    from talaria import runs
+    from talaria.engine import runs
 
     with api() as session:
         flow_run = session.run(runs.retry, session.run(runs.find, job).id)
@@ -81,7 +81,7 @@ def retry(
 @app.command(epilog="Example: talaria jobs cancel 3f2a")
 def cancel(job: Job, as_json: Json = False) -> None:
     """Stop a dispatch: what was confirmed stays confirmed, a retry sends the rest."""
-    from talaria import runs
+    from talaria.engine import runs
 
     with api() as session:
         flow_run = session.run(runs.find, job)
@@ -93,7 +93,7 @@ def cancel(job: Job, as_json: Json = False) -> None:
 
 
 def _line(flow_run: FlowRun) -> dict[str, Any]:
-    from talaria.runs import dispatch_of
+    from talaria.engine.runs import dispatch_of
 
     begun = flow_run.start_time or flow_run.expected_start_time
     return {

@@ -105,7 +105,7 @@ def _send(
     all_items: bool,
     as_json: bool,
 ) -> None:
-    from talaria import runs
+    from talaria.engine import runs
 
     queue = parameters["priority"]
     name = runs.name_of(plan.dispatch_id, parameters["targets"])
@@ -126,8 +126,8 @@ def _queued(session: Session, plan: Plan, targets: list[Target], flow_run: FlowR
     from threading import Event
 
     from tasks import DRIVERS
-    from tasks.delivery import Delivery
-    from tasks.report import document
+    from tasks.dispatch.delivery import Delivery
+    from tasks.dispatch.report import document
     from transfer.ledger import Ledger
     from transfer.receipt import State
 
@@ -142,7 +142,7 @@ def _queued(session: Session, plan: Plan, targets: list[Target], flow_run: FlowR
 
 def finish(session: Session, flow_run: FlowRun, *, all_items: bool, as_json: bool) -> None:
     """Follow a dispatch to its end, show its receipts, and exit with the code that they deserve."""
-    from talaria.runs import result_of
+    from talaria.engine.runs import result_of
 
     say(
         f"run {flow_run.id}"
@@ -160,7 +160,7 @@ def finish(session: Session, flow_run: FlowRun, *, all_items: bool, as_json: boo
 
 def receipt(session: Session, flow_run: FlowRun) -> dict[str, Any]:
     """The receipts of a run, with all items; a run that could not begin has none, but its state's message."""
-    from talaria.runs import dispatch_of
+    from talaria.engine.runs import dispatch_of
 
     state = flow_run.state
     try:
@@ -223,7 +223,7 @@ def show_receipt(document: dict[str, Any]) -> None:
 
 def _show_plan(plan: Plan, targets: list[Target], as_json: bool) -> None:
     from tasks import DRIVERS
-    from tasks.delivery import sort_out
+    from tasks.dispatch.delivery import sort_out
 
     found: dict[str, Any] = {}
     for target in targets:

@@ -75,8 +75,8 @@ def status(as_json: Json = False) -> None:
 
 def recover(as_json: Json = False) -> None:
     """Take up what a crash left unfinished; `talaria up` does it by itself when it starts."""
-    from talaria import recovery
-    from talaria.runs import find, result_of
+    from talaria.engine import recovery
+    from talaria.engine.runs import find, result_of
     from talaria.settings import POOL
 
     with api() as session:
@@ -97,7 +97,7 @@ def prune(
     as_json: Json = False,
 ) -> None:
     """Forget old ledger rows, receipts and indexes of folders, and clear orphans of staging."""
-    from talaria.recovery import clear
+    from talaria.engine.recovery import clear
     from talaria.settings import load_settings
     from transfer.ledger import Ledger
 

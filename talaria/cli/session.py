@@ -67,8 +67,8 @@ def api() -> Iterator[Session]:
 
 async def _prepare(client: PrefectClient, home: Home) -> None:
     """Let a server that has just been started know our types and deployments, and that killed runs run no more."""
-    from talaria.recovery import recover
-    from talaria.registry import register
+    from talaria.engine.recovery import recover
+    from talaria.engine.registry import register
     from talaria.settings import POOL
 
     await register(client)

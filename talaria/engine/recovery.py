@@ -86,7 +86,9 @@ def clear(home: Home, ledger: Ledger, before: float) -> tuple[int, int, int]:
     Returns:
         How many receipts, staging folders, and indexes of read-only folders that nobody has used since.
     """
-    from protocols.dicomfolder import clear_indexes  # pydicom takes a second, and every command imports this module
+    from protocols.dicomfolder.folder import (
+        clear_indexes,  # pydicom takes a second, and every command imports this module
+    )
 
     receipts = home.receipt("").parent
     old = [path for path in receipts.glob("*.json") if path.stat().st_mtime < before] if receipts.is_dir() else []

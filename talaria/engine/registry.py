@@ -15,8 +15,8 @@ from prefect.utilities.callables import parameter_schema
 from blocks import TYPES
 from flows.check import check
 from flows.dispatch import dispatch
+from talaria.engine.worker import TalariaWorker
 from talaria.settings import POOL
-from talaria.worker import TalariaWorker
 
 # Lower numbers first: an urgent dispatch overtakes, an off-peak one goes last.
 QUEUES = {"urgent": 1, "normal": 10, "offpeak": 100}

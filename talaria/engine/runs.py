@@ -24,9 +24,9 @@ from prefect.flow_engine import run_flow
 from prefect.states import AwaitingRetry, Cancelled, Cancelling, Scheduled
 
 from talaria.cli.session import Session
-from talaria.recovery import settle
-from talaria.registry import FLOWS, deployed
-from tasks import running
+from talaria.engine.recovery import settle
+from talaria.engine.registry import FLOWS, deployed
+from tasks.dispatch import running
 from transfer.errors import Misconfigured, NotFound
 from transfer.ledger import Ledger
 

@@ -2,7 +2,7 @@
 
 Prefect's own process worker starts an interpreter for each run, which costs 3-6 s before the first line of a flow;
 in threads it is 0.3-1 s. What threads take away is put back here: a run is cancelled through its flag, and the
-runs of a killed worker are taken up by the next one (`talaria.recovery`).
+runs of a killed worker are taken up by the next one (`talaria.engine.recovery`).
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from prefect.states import Cancelled
 from prefect.utilities.importtools import import_object
 from prefect.workers.base import BaseJobConfiguration, BaseVariables, BaseWorker, BaseWorkerResult
 
-from talaria.recovery import settle
+from talaria.engine.recovery import settle
 from talaria.settings import POOL
-from tasks import running
+from tasks.dispatch import running
 from transfer.home import Home
 from transfer.ledger import Ledger
 

@@ -12,24 +12,27 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from blocks.dicomweb import DicomWebTarget
-from protocols import dicomweb, link, qido, readback, tls, wado
-from protocols.answer import Answer
-from protocols.dicommatch import of_series
-from protocols.dicomweb import Service
-from protocols.http import Authorizer, Content, Origin, Session
-from protocols.oauth import ClientCredentials, Fixed
-from protocols.readback import Unverifiable, Verdict
-from protocols.stow import Store
-from protocols.wado import Retrieval, Series
-from tasks import dicomweb_folder
+from imaging import json as dicomjson
+from imaging.query import Match, Query
+from protocols.dicomweb import qido, readback, wado
+from protocols.dicomweb import service as dicomweb
+from protocols.dicomweb.readback import Unverifiable, Verdict
+from protocols.dicomweb.service import Service
+from protocols.dicomweb.stow import Store
+from protocols.dicomweb.wado import Retrieval, Series
+from protocols.http.answer import Answer
+from protocols.http.oauth import ClientCredentials, Fixed
+from protocols.http.session import Authorizer, Content, Origin, Session
+from protocols.net import link, tls
+from tasks.dicomweb import folder as dicomweb_folder
 from tasks.driver import Driver, Facts
 from transfer.errors import DispatchError, Misconfigured, NotFound
 from transfer.health import Health, Probe
 from transfer.plan import Item, Plan
-from transfer.query import Match, Query
+from transfer.query import series_tests
 from transfer.receipt import Level, OnOutcome, Receipt
 
-# The table of errors is where answers are read: `dicomweb.STATUS_ERRORS`; those of sockets and TLS, `protocols.link`.
+# The table of errors is where answers are read: `service.STATUS_ERRORS`; those of sockets and TLS: `protocols.net`.
 
 BOGUS = "1.2.826.0.1.3680043.8.498.0"  # a UID below pydicom's root that no object has
 # What a server may answer to a STOW request without instances: all of these come from a STOW service.
@@ -201,7 +204,7 @@ def _judge_qido(service: Service, asked: _Asked, probe: Probe) -> None:
     if status not in (200, 204, 206):
         raise service.error(asked.answer, asked.body, asked.path)
     try:
-        found = dicomweb.parse(asked.body) if asked.body.strip() else []
+        found = dicomjson.parse(asked.body) if asked.body.strip() else []
     except ValueError as exc:
         raise dicomweb.unexpected(service, asked.answer, asked.body, asked.path) from exc
     probe.detail = f"answers {status}, {'has studies' if found else 'no study'}"
@@ -339,7 +342,7 @@ def retrieve(target: DicomWebTarget, query: Query, folder: Path, on_outcome: OnO
             bandwidth_limit=target.bandwidth_limit,
         )
         plan = retrieval.run()
-    whole = {} if any(of_series(query)) else {match.StudyInstanceUID: qido.announced(match) for match in matches}
+    whole = {} if series_tests(query) else {match.StudyInstanceUID: qido.announced(match) for match in matches}
     level = Level.ACCEPTED if blind else Level.LISTED
     return _compared(on_outcome.receipt(target.name, plan, level, tuple(retrieval.notes)), plan, series, whole)
 

@@ -16,10 +16,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from blocks.dicomweb import DicomWebTarget
-from protocols import filesystem as fs
-from protocols.dicomfolder import DicomFolder, IndexReport
-from protocols.dicomstore import Store, fetch
-from protocols.incoming import Style
+from imaging.query import Match, Query
+from protocols.dicomfolder.folder import DicomFolder, IndexReport
+from protocols.dicomfolder.store import Store, fetch
+from protocols.files import filesystem as fs
+from protocols.files.incoming import Style
 from transfer.errors import (
     Busy,
     Denied,
@@ -32,7 +33,6 @@ from transfer.errors import (
 from transfer.health import Health
 from transfer.home import Home
 from transfer.plan import Plan
-from transfer.query import Match, Query
 from transfer.receipt import Level, OnOutcome, Receipt
 
 logger = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.logging import get_run_logger
 
 from blocks.base import Target
-from tasks.delivery import Delivery
+from tasks.dispatch.delivery import Delivery
 from tasks.driver import Driver
 from transfer.errors import Busy, DispatchError, Retryable
 from transfer.receipt import Receipt

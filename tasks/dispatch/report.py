@@ -18,7 +18,7 @@ from prefect.artifacts import (
 from prefect.events import emit_event
 from prefect.exceptions import PrefectException
 
-from tasks.delivery import Delivery
+from tasks.dispatch.delivery import Delivery
 from transfer.errors import Retryable
 from transfer.home import Home
 from transfer.ledger import write_json

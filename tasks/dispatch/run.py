@@ -18,12 +18,13 @@ from prefect.logging import get_run_logger
 from prefect.states import AwaitingRetry, Cancelled, Completed, Failed
 
 from blocks.base import Target
-from tasks import DRIVERS, running
-from tasks.delivery import Delivery
-from tasks.patience import is_outage, patiently
-from tasks.push import failure_of, hook_task, push_task
-from tasks.report import progress_shown, report
-from tasks.stage import stage_files
+from tasks import DRIVERS
+from tasks.dispatch import running
+from tasks.dispatch.delivery import Delivery
+from tasks.dispatch.patience import is_outage, patiently
+from tasks.dispatch.push import failure_of, hook_task, push_task
+from tasks.dispatch.report import progress_shown, report
+from tasks.dispatch.stage import stage_files
 from tasks.targets import check_destination, limit, load
 from transfer.errors import Cancelled as DispatchCancelled
 from transfer.errors import DispatchError

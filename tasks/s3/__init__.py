@@ -1,7 +1,7 @@
 """S3 targets: a prefix of a bucket, at AWS or at any store that speaks S3.
 
-What a store's words mean is in `s3_errors.py`, one push in `s3_push.py`, large files in `s3_large.py`, checksums in
-`s3_support.py`, verification in `s3_verify.py`.
+What a store's words mean is in `errors.py`, one push in `push.py`, large files in `large.py`, checksums in
+`support.py`, verification in `verify.py`.
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ from urllib.parse import urlsplit
 from pydantic import SecretStr
 
 from blocks.s3 import Checksum, S3Target
-from protocols.http import Origin
-from protocols.link import connect as dial
-from protocols.link import handshake, resolve_within, shown
-from protocols.s3 import Store
-from protocols.s3_client import Settings
-from protocols.s3_error import StoreError
-from protocols.s3_probe import Prober
-from protocols.tls import Tls, peer_facts
-from protocols.words import BLOT, MIN_PRIVATE_CHARS
+from protocols.http.session import Origin
+from protocols.net.link import connect as dial
+from protocols.net.link import handshake, resolve_within, shown
+from protocols.net.tls import Tls, peer_facts
+from protocols.net.words import BLOT, MIN_PRIVATE_CHARS
+from protocols.s3.client import Settings
+from protocols.s3.error import StoreError
+from protocols.s3.probe import Prober
+from protocols.s3.store import Store
 from tasks.driver import Driver, Facts
-from tasks.s3_errors import CREDENTIALS, errors, of
-from tasks.s3_push import Push
-from tasks.s3_support import Supports, forget
+from tasks.s3.errors import CREDENTIALS, errors, of
+from tasks.s3.push import Push
+from tasks.s3.support import Supports, forget
 from transfer.errors import Denied, DispatchError, Misconfigured, Permanent
 from transfer.health import Health
 from transfer.layout import names, private_parts
 from transfer.plan import Plan
 from transfer.receipt import Level, OnOutcome, Receipt
 
-# The table of errors is in `s3_errors`: CODES and STATUS, FOREIGN for what boto3 raises; sockets: `protocols.link`.
+# The table of errors is in `errors`: CODES and STATUS, FOREIGN for what boto3 raises; sockets: `protocols.net.link`.
 
 
 @contextmanager

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from botocore import exceptions as boto
 from botocore.parsers import ResponseParserError
 
-from protocols.s3_checksums import Mismatch
-from protocols.s3_error import StoreError
-from protocols.s3_probe import Corrupts
-from protocols.s3_upload import Gone
+from protocols.s3.checksums import Mismatch
+from protocols.s3.error import StoreError
+from protocols.s3.probe import Corrupts
+from protocols.s3.upload import Gone
 from transfer.errors import Busy, Denied, DispatchError, Interrupted, Misconfigured, NotFound, Rejected, Unreachable
 
 # "List of error codes", Amazon S3 API reference. What is not here goes by its status.

@@ -7,12 +7,12 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from typing import Protocol
 
 from blocks.s3 import S3Target
-from protocols.s3 import Payload, Store
-from protocols.s3_checksums import Mismatch
-from protocols.s3_upload import Gone, Upload, part_size
-from tasks.s3_errors import errors
-from tasks.s3_support import Supports
-from tasks.s3_verify import Sums
+from protocols.s3.checksums import Mismatch
+from protocols.s3.store import Payload, Store
+from protocols.s3.upload import Gone, Upload, part_size
+from tasks.s3.errors import errors
+from tasks.s3.support import Supports
+from tasks.s3.verify import Sums
 from transfer.errors import Rejected
 from transfer.plan import Item, Plan
 

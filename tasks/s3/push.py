@@ -19,17 +19,17 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 
 from blocks.s3 import S3Target
-from protocols.s3 import SHA256_FIELD, Payload, Store, Stored
-from protocols.s3_checksums import Mismatch
-from protocols.s3_error import StoreError
-from protocols.s3_keys import MAX_KEY_BYTES, content_type, keys, under
-from protocols.s3_upload import Upload, stale
-from tasks.s3_errors import CREDENTIALS, errors, of
-from tasks.s3_large import Large
-from tasks.s3_support import Supports
-from tasks.s3_verify import Sums, Verifier
+from imaging.header import BEGINNING_BYTES, other_instance
+from protocols.s3.checksums import Mismatch
+from protocols.s3.error import StoreError
+from protocols.s3.keys import MAX_KEY_BYTES, content_type, keys, under
+from protocols.s3.store import SHA256_FIELD, Payload, Store, Stored
+from protocols.s3.upload import Upload, stale
+from tasks.s3.errors import CREDENTIALS, errors, of
+from tasks.s3.large import Large
+from tasks.s3.support import Supports
+from tasks.s3.verify import Sums, Verifier
 from transfer.errors import DispatchError, Interrupted, Rejected, TimedOut, Unreachable
-from transfer.header import BEGINNING_BYTES, other_instance
 from transfer.layout import OTHER_INSTANCE
 from transfer.plan import Item, Plan
 from transfer.receipt import ALREADY, DELIVERED, Kind, Level, OnOutcome, Outcome, Receipt

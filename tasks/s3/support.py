@@ -5,11 +5,11 @@ from __future__ import annotations
 import threading
 
 from blocks.s3 import Checksum, S3Target
-from protocols.s3 import Store
-from protocols.s3_checksums import ALGORITHMS, Algorithm, Support
-from protocols.s3_probe import AUTOMATIC, Prober
-from protocols.s3_upload import Form
-from tasks.s3_errors import errors
+from protocols.s3.checksums import ALGORITHMS, Algorithm, Support
+from protocols.s3.probe import AUTOMATIC, Prober
+from protocols.s3.store import Store
+from protocols.s3.upload import Form
+from tasks.s3.errors import errors
 from transfer.receipt import Level
 
 _lock = threading.Lock()

@@ -8,12 +8,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
-from protocols.s3 import Store, Stored
-from protocols.s3_checksums import encoded
-from protocols.s3_error import StoreError
-from protocols.s3_probe import MODE
-from tasks.s3_errors import CREDENTIALS, errors, of
-from tasks.s3_support import Supports
+from protocols.s3.checksums import encoded
+from protocols.s3.error import StoreError
+from protocols.s3.probe import MODE
+from protocols.s3.store import Store, Stored
+from tasks.s3.errors import CREDENTIALS, errors, of
+from tasks.s3.support import Supports
 from transfer.errors import DispatchError, Rejected
 from transfer.plan import Item
 from transfer.receipt import Level, OnOutcome

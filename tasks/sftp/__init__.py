@@ -13,14 +13,14 @@ from collections.abc import Awaitable
 from contextlib import suppress
 
 from blocks.sftp import Rename, SftpTarget
-from protocols.sftp import Sftp
-from protocols.sftpwire import FLAG_CREATE, FLAG_TRUNCATE, FLAG_WRITE, Code, Status
-from protocols.shell import Shell
-from protocols.ssh import Client
+from protocols.ssh.client import Client
+from protocols.ssh.packets import FLAG_CREATE, FLAG_TRUNCATE, FLAG_WRITE, Code, Status
+from protocols.ssh.sftp import Sftp
+from protocols.ssh.shell import Shell
 from tasks import ssh
 from tasks.driver import Driver, Facts
-from tasks.sftp_files import Sending, encoded, first, is_there, plain, together
-from tasks.sftp_verify import verify
+from tasks.sftp.files import Sending, encoded, first, is_there, plain, together
+from tasks.sftp.verify import verify
 from transfer.errors import DispatchError, Misconfigured
 from transfer.health import Health
 from transfer.plan import Plan

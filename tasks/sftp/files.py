@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from blocks.sftp import Rename, SftpTarget
-from protocols.sftp import WINDOW_BYTES, Sftp
-from protocols.sftpwire import FLAG_CREATE, FLAG_READ, FLAG_TRUNCATE, FLAG_WRITE, Code, Space, Status, Window
-from protocols.ssh import Client
+from imaging.header import BEGINNING_BYTES, other_instance
+from protocols.ssh.client import Client
+from protocols.ssh.packets import FLAG_CREATE, FLAG_READ, FLAG_TRUNCATE, FLAG_WRITE, Code, Space, Status, Window
+from protocols.ssh.sftp import WINDOW_BYTES, Sftp
 from tasks import ssh
 from transfer.errors import Busy, Denied, DispatchError, Interrupted, Misconfigured, NotFound, Rejected
-from transfer.header import BEGINNING_BYTES, other_instance
 from transfer.layout import OTHER_INSTANCE
 from transfer.plan import Item, Plan
 from transfer.receipt import DELIVERED, Kind, OnOutcome, Outcome

@@ -7,12 +7,12 @@ import hashlib
 import os
 from contextlib import suppress
 
-from protocols.sftp import Sftp
-from protocols.sftpwire import Code, Status
-from protocols.shell import Shell
-from protocols.ssh import quote
+from protocols.ssh.client import quote
+from protocols.ssh.packets import Code, Status
+from protocols.ssh.sftp import Sftp
+from protocols.ssh.shell import Shell
 from tasks import ssh
-from tasks.sftp_files import FILES_AT_ONCE, Folder, Sending, each, encoded
+from tasks.sftp.files import FILES_AT_ONCE, Folder, Sending, each, encoded
 from transfer.errors import Cancelled, DispatchError, Rejected
 from transfer.plan import Item
 from transfer.receipt import Level

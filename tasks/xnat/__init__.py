@@ -1,7 +1,7 @@
 """XNAT: whole studies to the import service of a project, one session per study, seen through to the archive.
 
-What the service, the prearchive and the archive do is in `protocols/xnat.py`; labels are in `xnat_names.py`, the way of
-a single study in `xnat_study.py`, its zip in `xnat_zip.py`.
+What the service, the prearchive and the archive do is in `protocols/xnat/client.py`; labels are in `names.py`, the way
+of a single study in `study.py`, its zip in `zip.py`.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from contextlib import ExitStack, contextmanager
 from urllib.parse import urlsplit
 
 from blocks.xnat import XnatTarget
-from protocols.http import PORTS, Origin
-from protocols.http import Session as Http
-from protocols.link import connect as dial
-from protocols.link import handshake, resolve_within, shown
-from protocols.tls import Tls, peer_facts
-from protocols.words import BLOT, clean
-from protocols.xnat import Client
-from protocols.xnat_answers import Refused
+from protocols.http.session import PORTS, Origin
+from protocols.http.session import Session as Http
+from protocols.net.link import connect as dial
+from protocols.net.link import handshake, resolve_within, shown
+from protocols.net.tls import Tls, peer_facts
+from protocols.net.words import BLOT, clean
+from protocols.xnat.answers import Refused
+from protocols.xnat.client import Client
 from tasks.driver import Driver, Facts
-from tasks.xnat_names import Name, Names, Study, header_of
-from tasks.xnat_study import Importer
+from tasks.xnat.names import Name, Names, Study, header_of
+from tasks.xnat.study import Importer
 from transfer.errors import Busy, Cancelled, Denied, DispatchError, Interrupted, Misconfigured, NotFound
 from transfer.health import Health
 from transfer.plan import Item, Plan
@@ -91,7 +91,7 @@ def connect(target: XnatTarget, check: Callable[[], None]) -> Iterator[Client]:
 
     Raises:
         Denied: XNAT doesn't take the credentials. Misconfigured: there is no XNAT at `host`.
-        Unreachable, TimedOut, NotTrusted, Busy: as `protocols.http` and `classified` say.
+        Unreachable, TimedOut, NotTrusted, Busy: as `protocols.http.session` and `classified` say.
     """
     origin = _origin(target)
     user, password = target.user, target.password.get_secret_value()

@@ -6,9 +6,9 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
-from protocols.xnat import Client
-from protocols.xnat_answers import Entry, Session
-from tasks.xnat_names import entry_name, header_of
+from protocols.xnat.answers import Entry, Session
+from protocols.xnat.client import Client
+from tasks.xnat.names import entry_name, header_of
 from transfer.plan import Item
 
 _TELLING = re.compile(r"[0-2](\.\d+){2,}\.dcm")  # the name of a file that was sent under its instance's UID

@@ -15,9 +15,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from blocks.xnat import XnatTarget
-from protocols.xnat import Client
-from protocols.xnat_answers import Refused, Session
-from transfer.header import Header
+from imaging.header import Header
+from protocols.xnat.answers import Refused, Session
+from protocols.xnat.client import Client
 from transfer.layout import FIELDS, UNKNOWN
 from transfer.plan import Item, Plan
 

@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from blocks.xnat import Destination, Overwrite, XnatTarget
-from protocols.words import clean
-from protocols.xnat import Client
-from protocols.xnat_answers import Entry, Place, Refused, Session
-from tasks.xnat_held import Held, distinct, held_in_archive, held_in_prearchive, name_of
-from tasks.xnat_names import Name, Names, Study
-from tasks.xnat_zip import PIECE_BYTES, ZipBody
+from protocols.net.words import clean
+from protocols.xnat.answers import Entry, Place, Refused, Session
+from protocols.xnat.client import Client
+from tasks.xnat.held import Held, distinct, held_in_archive, held_in_prearchive, name_of
+from tasks.xnat.names import Name, Names, Study
+from tasks.xnat.zip import PIECE_BYTES, ZipBody
 from transfer.errors import Busy, Denied, Interrupted, Misconfigured, Rejected, TimedOut
 from transfer.plan import Item, Plan
 from transfer.receipt import ALREADY, Kind, Level, OnOutcome, Outcome

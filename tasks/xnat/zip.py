@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from queue import Empty, SimpleQueue
 
-from protocols.zipstream import Entry, directory, length
+from protocols.xnat.zipstream import Entry, directory, length
 from transfer.errors import Rejected
 from transfer.plan import Item, Plan
 from transfer.throttle import Throttle
@@ -32,7 +32,7 @@ WAIT_S = 0.2  # between two looks at whether to stop
 
 
 class ZipBody:
-    """A body for `protocols.http`, good for several requests one after the other. Use it in a `with` block.
+    """A body for `protocols.http.session`, good for several requests one after the other. Use it in a `with` block.
 
     A file that is not, or no longer, the one of the plan stops the request before its last byte, so that no server
     ever gets a whole zip with it.

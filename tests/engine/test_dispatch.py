@@ -186,7 +186,9 @@ def test_one_dead_target_delays_no_other(up: Talaria, pacs: StoreScp, tmp_path: 
     up.until(lambda: up.run(job)["state"]["type"] == "CANCELLED", 30)
 
 
-@pytest.mark.parametrize("victim", ["talaria.worker", pytest.param("uvicorn", marks=pytest.mark.slow), "everything"])
+@pytest.mark.parametrize(
+    "victim", ["talaria.engine.worker", pytest.param("uvicorn", marks=pytest.mark.slow), "everything"]
+)
 def test_killed_in_the_middle_it_is_taken_up_by_itself(victim: str, tmp_path: Path) -> None:
     count = 60
     studies.ct(tmp_path / "study", count, side=64)

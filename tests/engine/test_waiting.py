@@ -205,7 +205,7 @@ def test_a_worker_killed_within_a_push_to_a_folder_loses_nothing(tmp_path: Path)
         one.apply(archive=folder(tmp_path / "archive", bandwidth_limit=SLOW, concurrency=1))
         run = one.json("send", str(tmp_path / "study"), "--to", "archive", "--no-wait")
         one.until(lambda: len(files(tmp_path / "archive")) > 3)
-        one.child("talaria.worker").kill()
+        one.child("talaria.engine.worker").kill()
         one.until(lambda: state_of(one, run["flow_run_id"]) == "COMPLETED", 120)
         shown = one.json("jobs", "show", run["flow_run_id"])
         assert shown["state"] == "delivered" and shown["run"]["runs"] == 2

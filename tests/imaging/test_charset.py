@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from imaging.charset import NAME_DELIMITERS, decoded
 from tests import studies
-from transfer.charset import NAME_DELIMITERS, decoded
 
 FILES = sorted((Path(pydicom.__file__).parent / "data" / "charset_files").glob("*.dcm"))
 

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from pydicom.filereader import data_element_generator
 from pydicom.uid import DeflatedExplicitVRLittleEndian
 
+from imaging.header import Damaged, Header, NotDicom, read_header
 from tests import studies
-from transfer.header import Damaged, Header, NotDicom, read_header
 
 FILES = sorted(
     path

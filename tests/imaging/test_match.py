@@ -9,9 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protocols.dicommatch import between, in_days, like, named, of_series, of_study, one_of
-from transfer.errors import Misconfigured
-from transfer.query import Query
+from imaging.match import between, in_days, like, named, of_series, of_study, one_of
+from imaging.query import Query
 
 letters = st.text("abAB*?.^ü", max_size=10)
 days = st.dates(datetime.date(1990, 1, 1), datetime.date(2030, 12, 31)).map(lambda day: day.strftime("%Y%m%d"))
@@ -86,7 +85,7 @@ def test_servers_are_asked_for_days(period: str, days: str) -> None:
     "period", ["2024", "2024-01-01", "today", "-", "20240101-x", "*", "20240101--20240102", "2024013"]
 )
 def test_what_is_no_date_is_refused_with_the_remedy(period: str) -> None:
-    with pytest.raises(Misconfigured, match="YYYYMMDD"):
+    with pytest.raises(ValueError, match="YYYYMMDD"):
         dict(of_study(Query(StudyDate=period)))
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from protocols.pixels import EXPLICIT
-from protocols.transcode import BIG, DEFLATED, IMPLICIT
+from imaging.pixels import EXPLICIT
+from imaging.transcode import BIG, DEFLATED, IMPLICIT
 from tests import studies
 from tests.conversion import assert_same_elements, convert, header_of, pixels_of, read, source_file
 from tests.servers import wire

@@ -16,14 +16,14 @@ import pytest
 from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate, generate_frames, get_frame, parse_basic_offsets
 
-from protocols import pixels, transcode
-from protocols.pixels import EXPLICIT, JPEG_2000, JPEG_2000_LOSSY, JPEG_LS, JPEG_LS_NEAR, RLE
-from protocols.transcode import ANY, BIG, DEFLATED, IMPLICIT, LOSSLESS, NEVER, choices, converted, fallbacks
+from imaging import pixels, transcode
+from imaging.header import read_header
+from imaging.pixels import EXPLICIT, JPEG_2000, JPEG_2000_LOSSY, JPEG_LS, JPEG_LS_NEAR, RLE, Unfit
+from imaging.transcode import ANY, BIG, DEFLATED, IMPLICIT, LOSSLESS, NEVER, NoRoom, choices, converted, fallbacks
 from tests import studies
 from tests.conversion import assert_same_elements, convert, header_of, pixels_of, read
 from tests.servers.process import program
-from transfer.errors import Busy, Cancelled, Rejected
-from transfer.header import read_header
+from transfer.errors import Cancelled
 
 JPEG_BASELINE, JPEG_LOSSLESS = "1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.70"
 MPEG2 = "1.2.840.10008.1.2.4.100"
@@ -195,7 +195,7 @@ def test_overlays_in_unused_bits_are_not_lost(tmp_path: Path) -> None:
     values[::3] |= 0x8000
     ds.PixelData = values.tobytes()
     source = studies.encoded(ds)
-    with pytest.raises(Rejected, match="can't be converted"):
+    with pytest.raises(Unfit, match="can't be converted"):
         convert(source, tmp_path, JPEG_2000, JPEG_LS)
     assert read(convert(source, tmp_path, IMPLICIT)).PixelData == values.tobytes()
 
@@ -234,13 +234,13 @@ def test_damaged_pixels_are_rejected(change: Callable[[Dataset], None], to: str,
     ds = studies.dataset("SC_rgb_rle_2frame.dcm")
     change(ds)
     ds["PixelData"].is_undefined_length = True
-    with pytest.raises(Rejected, match=why):
+    with pytest.raises(Unfit, match=why):
         convert(studies.encoded(ds), tmp_path, to)
 
 
 @pytest.mark.parametrize(("name", "why"), [("test-SR.dcm", "no pixel data"), ("liver_1frame.dcm", "1 bits")])
 def test_what_cannot_be_compressed_is_rejected(name: str, why: str, tmp_path: Path) -> None:
-    with pytest.raises(Rejected, match=why):
+    with pytest.raises(Unfit, match=why):
         convert(studies.data_file(name).read_bytes(), tmp_path, JPEG_2000, RLE)
 
 
@@ -256,15 +256,15 @@ def test_a_report_under_a_compressed_syntax_is_converted(tmp_path: Path) -> None
 
 def test_missing_libraries_reject_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pydicom.pixels.decoders.base", None)
-    with pytest.raises(Rejected, match=r"install talaria\[transcode\]"):
+    with pytest.raises(Unfit, match=r"install talaria\[transcode\]"):
         convert(studies.data_file("JPEG2000.dcm").read_bytes(), tmp_path, EXPLICIT)
     # What needs none of them goes on.
     assert convert(studies.data_file("MR_small_bigendian.dcm").read_bytes(), tmp_path, EXPLICIT)
 
 
-def test_no_room_is_Busy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_room_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "TemporaryFile", lambda dir: _Full())
-    with pytest.raises(Busy, match="no room"):
+    with pytest.raises(NoRoom, match="no room"):
         convert(studies.data_file("CT_small.dcm").read_bytes(), tmp_path, IMPLICIT)
 
 
@@ -315,8 +315,8 @@ def test_leaves_the_file_and_no_other_behind(tmp_path: Path) -> None:
 MEMORY = """
 import os, resource, sys
 import pydicom.pixels.decoders, pydicom.pixels.encoders, numpy
-from protocols.transcode import converted
-from transfer.header import read_header
+from imaging.transcode import converted
+from imaging.header import read_header
 path, to = sys.argv[1:]
 fd = os.open(path, os.O_RDONLY)
 header = read_header(fd, os.fstat(fd).st_size)
@@ -335,7 +335,7 @@ def test_memory_does_not_grow_with_the_file(first: str, to: str, tmp_path: Path)
         ds.PixelData = encapsulate(list(generate_frames(ds.PixelData, number_of_frames=1)) * frames)
         ds["PixelData"].is_undefined_length, ds.NumberOfFrames = True, frames
         ds.save_as(path)
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     argv = [sys.executable, "-W", "ignore", "-c", MEMORY, str(path), to]
     run = subprocess.run(argv, capture_output=True, text=True, check=True, env=environment)
     size, grown = map(int, run.stdout.split())

@@ -22,11 +22,12 @@ from unittest import mock
 import pydicom
 import pytest
 
-from protocols import dicomfolder, dicomscan
-from protocols.dicomfolder import DicomFolder, IndexReport, clear_indexes
-from protocols.dicomindex import NAME, Index
+from imaging.query import Query
+from protocols.dicomfolder import folder as dicomfolder
+from protocols.dicomfolder import scan as dicomscan
+from protocols.dicomfolder.folder import DicomFolder, IndexReport, clear_indexes
+from protocols.dicomfolder.index import NAME, Index
 from tests import studies
-from transfer.query import Query
 
 NOBODY = 65534  # a user without rights; root may do everything and can't test what others may not
 
@@ -592,7 +593,8 @@ def test_stopped_look_keeps_what_it_has_read(tmp_path: Path, monkeypatch: pytest
 CHILD = """
 import sys
 from pathlib import Path
-from protocols import dicomfolder, dicomscan
+from protocols.dicomfolder import folder as dicomfolder
+from protocols.dicomfolder import scan as dicomscan
 dicomfolder.SAVE_EVERY_S = 0.0
 dicomscan.CHUNK = 16
 slow = len(sys.argv) > 2
@@ -603,7 +605,7 @@ def read(*args):
     return really(*args)
 dicomscan.read_elements = read
 with dicomfolder.DicomFolder(Path(sys.argv[1])) as folder:
-    from transfer.query import Query
+    from imaging.query import Query
     print(folder.refresh().read, sum(match.instances for match in folder.find(Query())))
 """
 
@@ -613,7 +615,7 @@ def child(root: Path, *args: str) -> subprocess.Popen[str]:
         [sys.executable, "-c", CHILD, str(root), *args],
         stdout=subprocess.PIPE,
         text=True,
-        cwd=Path(__file__).parent.parent,
+        cwd=Path(__file__).parents[2],
     )
 
 

@@ -13,11 +13,11 @@ import pydicom
 import pytest
 from pydicom.dataset import Dataset
 
-from protocols.dicomfolder import DicomFolder
-from protocols.dicomweb import keyworded
+from imaging.json import keyworded
+from imaging.query import Match, Query
+from protocols.dicomfolder.folder import DicomFolder
 from tests import studies
 from tests.servers.orthanc import Orthanc, orthanc, shared_orthanc
-from transfer.query import Match, Query
 
 URL = "RetrieveURL"  # the only attribute that a folder can't have
 STUDY = (

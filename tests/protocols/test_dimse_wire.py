@@ -15,11 +15,11 @@ from pynetdicom.dimse_messages import C_STORE_RQ
 from pynetdicom.dimse_primitives import C_STORE
 from pynetdicom.dsutils import decode
 
+from imaging.transcode import fallbacks
 from protocols.dimse import contexts, message, store
 from protocols.dimse.message import StoreCommand, parse_response
 from protocols.dimse.status import Meaning, meaning
 from protocols.dimse.store import Instance
-from protocols.transcode import fallbacks
 from tests.servers import wire
 
 SMALL = 40_000  # bytes

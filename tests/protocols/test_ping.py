@@ -20,8 +20,8 @@ from blocks.rsync import RsyncTarget
 from blocks.s3 import S3Target
 from blocks.sftp import SftpTarget
 from blocks.xnat import XnatTarget
-from protocols import ping
-from protocols.ping import Ping
+from protocols.net import ping
+from protocols.net.ping import Ping
 from tasks.checking import check_target
 from tests.servers.process import free_port
 from tests.servers.scp import scp

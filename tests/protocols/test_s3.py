@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from blocks.s3 import S3Target
-from protocols.s3_checksums import ALGORITHMS, CRC64NVME, MD5, SHA256, Mismatch, Support, encoded
-from protocols.s3_error import StoreError, seconds
-from protocols.s3_keys import content_type, keys
-from protocols.s3_sign import EMPTY_SHA256, UNSIGNED, Credentials, Signer
-from protocols.s3_upload import MAX_PARTS, part_size
+from protocols.s3.checksums import ALGORITHMS, CRC64NVME, MD5, SHA256, Mismatch, Support, encoded
+from protocols.s3.error import StoreError, seconds
+from protocols.s3.keys import content_type, keys
+from protocols.s3.sign import EMPTY_SHA256, UNSIGNED, Credentials, Signer
+from protocols.s3.upload import MAX_PARTS, part_size
 from tasks.s3 import connect
-from tasks.s3_errors import of
+from tasks.s3.errors import of
 from transfer.errors import Busy, Denied, Interrupted, Misconfigured, NotFound, Rejected
 
 MIB = 1 << 20

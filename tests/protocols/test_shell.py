@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from protocols import bridge, programs
-from protocols.rsync import SILENCED, Rsync
-from protocols.shell import Shell
-from protocols.ssh import Client, Login, Started
+from protocols.ssh import bridge, programs
+from protocols.ssh.client import Client, Login, Started
+from protocols.ssh.rsync import SILENCED, Rsync
+from protocols.ssh.shell import Shell
 from transfer.errors import Misconfigured, Retryable
 
 # A shell whose standard input is a socket, as some servers give it.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from protocols.words import clean, forms
+from protocols.net.words import clean, forms
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from protocols.zipstream import Entry, directory, length
-from tasks import xnat_zip
-from tasks.xnat_zip import ZipBody
+from protocols.xnat.zipstream import Entry, directory, length
+from tasks.xnat import zip as xnat_zip
+from tasks.xnat.zip import ZipBody
 from tests.servers.xnat.zipinput import ZipInput
 from transfer.errors import Cancelled, Rejected
 from transfer.plan import Item, Plan, scan

@@ -9,9 +9,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from imaging.header import Damaged, read_header
 from tests.servers import process
 from tests.servers.certificates import Leaf
-from transfer.header import Damaged, read_header
 
 STORE_AET = "STORESCP"
 QUERY_AET = "QRSCP"

@@ -80,7 +80,7 @@ class Talaria:
         return psutil.Process(self.process.pid).children(recursive=True)
 
     def child(self, mark: str) -> psutil.Process:
-        """The child whose command line holds `mark`: `uvicorn` for the server, `talaria.worker` for the worker."""
+        """The child whose command line holds `mark`: `uvicorn` (the server), `talaria.engine.worker` (the worker)."""
         (found,) = [child for child in self.children() if any(mark in part for part in child.cmdline())]
         return found
 

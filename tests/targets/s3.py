@@ -14,8 +14,8 @@ from typing import Any
 
 from blocks.base import Target
 from blocks.s3 import S3Target
-from protocols.s3_keys import keys
-from tasks.s3_support import forget
+from protocols.s3.keys import keys
+from tasks.s3.support import forget
 from tests.harness import Harness
 from tests.servers.certificates import Authority, Leaf
 from tests.servers.process import free_port

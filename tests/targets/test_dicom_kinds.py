@@ -335,7 +335,7 @@ def test_memory_is_flat(tmp_path: Path) -> None:
     studies.multiframe(tmp_path / "large" / "multi-frame.dcm", 400)
     with storescp(tmp_path / "server", "--ignore") as server:
         argv = [sys.executable, "-c", MEMORY, str(tmp_path / "small"), str(tmp_path / "large"), str(server.port)]
-        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
         run = subprocess.run(argv, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
     assert int(run.stdout) < 60, f"{run.stdout.strip()} MB more"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tasks import DRIVERS
-from tasks.delivery import Delivery
+from tasks.dispatch.delivery import Delivery
 from tests import studies
 from tests.servers.scp import Scp, scp
 from tests.servers.steps import Abort

@@ -14,16 +14,16 @@ from urllib.parse import quote
 import pytest
 
 from blocks.dicomweb import DicomWebTarget
-from protocols import partial
+from imaging.query import Query
+from protocols.files import partial
 from tasks import DRIVERS
 from tests import studies
 from tests.harness import attempt
+from tests.protocols.test_dicomfolder_orthanc import mixed, upload
 from tests.servers.orthanc import shared_orthanc
 from tests.targets.dicomweb_file import held, seen, target
-from tests.test_dicomfolder_orthanc import mixed, upload
 from transfer.errors import Busy, Cancelled, Denied, Interrupted, Misconfigured, NotFound, Unreachable
 from transfer.plan import scan
-from transfer.query import Query
 from transfer.receipt import Kind, Level, OnOutcome, Receipt, State
 
 driver = DRIVERS["dicomweb"]

@@ -21,8 +21,9 @@ from prefect.testing.standard_test_suites import BlockStandardTestSuite
 from pydantic import ValidationError
 
 from blocks.dicomweb import DicomWebTarget
-from protocols.multipart import Parts, parameters
-from protocols.words import clean, quote
+from imaging.query import Query
+from protocols.http.multipart import Parts, parameters
+from protocols.net.words import clean, quote
 from tasks.dicomweb import _credentials, check, driver, find, push
 from tests import studies
 from tests.harness import Sent, attempt
@@ -44,7 +45,6 @@ from transfer.errors import (
 )
 from transfer.health import Health
 from transfer.plan import Plan, scan
-from transfer.query import Query
 from transfer.receipt import Level, OnOutcome, State
 
 PASSWORD = "pa55word-1234"

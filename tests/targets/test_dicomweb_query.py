@@ -15,7 +15,9 @@ from urllib.parse import urlencode
 import pytest
 
 from blocks.dicomweb import DicomWebTarget
-from protocols import partial, qido, readback
+from imaging.query import Match, Query
+from protocols.dicomweb import qido, readback
+from protocols.files import partial
 from tasks.dicomweb import driver, find, retrieve
 from tests import studies
 from tests.harness import attempt
@@ -24,7 +26,6 @@ from tests.servers.orthanc import Orthanc, shared_orthanc
 from tests.targets.dicomweb import dicomweb_target
 from transfer.errors import Busy, Cancelled, Denied, DispatchError, Interrupted, Misconfigured, NotFound
 from transfer.plan import scan
-from transfer.query import Match, Query
 from transfer.receipt import Kind, Level, OnOutcome, Receipt, State
 
 EVERYTHING = Query()

@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from protocols import http, stow
+from protocols.dicomweb import stow
+from protocols.http import session as http
 from tests import studies
 from tests.harness import Sent, attempt
 from tests.servers.dicomweb import XML, Reply, Request, Scripted, Step, as_json, as_xml, listing, scripted, uid_of
@@ -136,7 +137,7 @@ def test_large_instance_in_pieces(server: Scripted, tmp_path: Path) -> None:
 def test_stale_connection(server: Scripted, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     """A server may close an idle connection just as the next request begins: that request is sent again."""
     monkeypatch.setattr(http, "STALE_S", 0.0)
-    monkeypatch.setattr("protocols.link.Link.heard", lambda self: False)
+    monkeypatch.setattr("protocols.net.link.Link.heard", lambda self: False)
     server.script = [lambda _: None, Reply(resets=True, reads=0)]
     all_delivered(push(server, plan, batch_items=4), server)
 

@@ -18,7 +18,7 @@ import pytest
 from pydantic import ValidationError
 
 from blocks.folder import FolderTarget
-from protocols import filesystem as fs
+from protocols.files import filesystem as fs
 from tasks.folder import check
 from tests import studies
 from tests.harness import Sent, attempt

@@ -161,7 +161,7 @@ def start(folder: Path, study: Path, limit: int, layout: str = "{dispatch_id}") 
         [sys.executable, "-c", PUSH, str(folder), str(study), str(limit), layout],
         stdout=subprocess.PIPE,
         text=True,
-        cwd=Path(__file__).parent.parent,
+        cwd=Path(__file__).parents[2],
     )
 
 
@@ -329,7 +329,7 @@ def test_memory_stays_flat(tmp_path: Path) -> None:
         attempt(FolderTarget(folder={str(tmp_path / "archive")!r}, verify="proven"), plan).require()
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     """)
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=root)
     assert ran.returncode == 0, ran.stderr
     assert int(ran.stdout) < 40_000, "kB"

@@ -20,8 +20,8 @@ from blocks.rsync import RsyncTarget
 from blocks.sftp import SftpTarget
 from blocks.ssh import SshTarget
 from tasks import DRIVERS
-from tasks.delivery import Delivery, HookFailed
-from tasks.push import hook_delay_before, hook_task, push_task
+from tasks.dispatch.delivery import Delivery, HookFailed
+from tasks.dispatch.push import hook_delay_before, hook_task, push_task
 from tests import studies
 from tests.harness import Sent, attempt
 from tests.servers.openssh import shared

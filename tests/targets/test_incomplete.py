@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from blocks.rsync import RsyncTarget
-from tasks.delivery import Delivery
+from tasks.dispatch.delivery import Delivery
 from tests import studies
 from tests.harness import Harness
 from tests.targets import folder, rsync, s3, sftp

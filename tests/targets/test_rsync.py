@@ -17,15 +17,15 @@ from pydantic import SecretStr
 
 import tasks.rsync
 from blocks.rsync import RsyncTarget
-from protocols import rsync as protocol
-from protocols.shell import Shell
+from protocols.ssh import rsync as protocol
+from protocols.ssh.shell import Shell
 from tasks import DRIVERS
 from tests import studies
 from tests.harness import Sent, attempt
 from tests.servers.openssh import IS_ROOT, Server, openssh, shared
 from tests.servers.relay import relay
 from tests.targets.remote_folder import RemoteFolder
-from tests.test_sftp import inside, ordinary, small_disk
+from tests.targets.test_sftp import inside, ordinary, small_disk
 from tests.watching import watched
 from transfer.errors import Busy, Cancelled, Denied, Interrupted, Misconfigured, TimedOut
 from transfer.plan import scan

@@ -15,7 +15,7 @@ from pydantic import SecretStr
 
 from blocks.s3 import S3Target
 from tasks.s3 import driver
-from tasks.s3_support import forget
+from tasks.s3.support import forget
 from tests import studies
 from tests.harness import attempt
 from tests.servers.certificates import Authority, Leaf
@@ -384,8 +384,8 @@ def test_environment_does_not_change_a_target_s_own_settings(
 
 def test_names_of_aws_s_hosts() -> None:
     """Without an endpoint of its own a target goes to AWS, whatever the style."""
-    from protocols.s3 import Store
-    from protocols.s3_client import Settings
+    from protocols.s3.client import Settings
+    from protocols.s3.store import Store
 
     def url(**settings: Any) -> str:
         with Store(Settings(access_key="A", secret_key="b", **settings)) as made:

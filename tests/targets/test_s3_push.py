@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 from blocks.s3 import S3Target
-from protocols.s3_checksums import ALGORITHMS, encoded
-from tasks.s3_support import forget
+from protocols.s3.checksums import ALGORITHMS, encoded
+from tasks.s3.support import forget
 from tests import studies
 from tests.harness import Sent, attempt
 from tests.servers.process import free_port
@@ -449,7 +449,7 @@ def test_upload_that_a_killed_process_left_is_gone_on_with(store: Stub, study: P
     settings = slow.model_dump(mode="json", include=slow.model_fields_set) | {"secret_access_key": SECRET_KEY}
     process = subprocess.Popen(
         [sys.executable, str(script), json.dumps(settings), str(study)],
-        cwd=Path(__file__).parents[1], env=os.environ | {"PYTHONPATH": "."},
+        cwd=Path(__file__).parents[2], env=os.environ | {"PYTHONPATH": "."},
     )  # fmt: skip
     end = time.monotonic() + 60
     while not any(len(upload.parts) >= 2 for upload in list(store.uploads.values())):

@@ -21,8 +21,8 @@ from pydantic import SecretStr
 
 from blocks.rsync import RsyncTarget
 from blocks.sftp import Rename, SftpTarget
-from protocols import sftpwire as wire
-from protocols.sftp import Sftp
+from protocols.ssh import packets as wire
+from protocols.ssh.sftp import Sftp
 from tasks import DRIVERS
 from tests import studies
 from tests.harness import Sent, attempt
@@ -576,7 +576,7 @@ def test_memory_does_not_grow_with_a_file(tmp_path: Path, study: Path) -> None:
     code = f"""
 import resource
 from pathlib import Path
-from tests.test_sftp import target
+from tests.targets.test_sftp import target
 from tests.servers.openssh import Server
 from tests.harness import attempt
 server = {shared()!r}
@@ -588,7 +588,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
     code = code.replace("PosixPath", "Path")
     argv = [sys.executable, "-c", code]
-    done = subprocess.run(argv, check=True, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    done = subprocess.run(argv, check=True, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert int(done.stdout.split()[-1]) < 48 << 10  # KiB
 
 

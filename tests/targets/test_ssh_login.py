@@ -25,8 +25,8 @@ from pydantic import SecretStr
 from blocks.rsync import RsyncTarget
 from blocks.sftp import SftpTarget
 from blocks.ssh import SshTarget
-from protocols.memfiles import MemoryFiles
-from protocols.sshkeys import private_key
+from protocols.ssh.keys import private_key
+from protocols.ssh.memfiles import MemoryFiles
 from tasks import DRIVERS
 from tests import studies
 from tests.harness import Sent, attempt

@@ -13,10 +13,10 @@ from pydantic import SecretStr
 from blocks.rsync import RsyncTarget
 from blocks.sftp import SftpTarget
 from blocks.ssh import SshTarget
-from protocols.memfiles import tail
-from protocols.rsync import Result
-from protocols.shell import _last
-from protocols.ssh import WORDS_CHARS, Client, Facts, Login, Started
+from protocols.ssh.client import WORDS_CHARS, Client, Facts, Login, Started
+from protocols.ssh.memfiles import tail
+from protocols.ssh.rsync import Result
+from protocols.ssh.shell import _last
 from tasks import DRIVERS
 from tasks.rsync import _said
 from tasks.ssh import hiding

@@ -13,7 +13,7 @@ from pydantic import SecretStr, ValidationError
 from blocks.rsync import RsyncTarget
 from blocks.sftp import SftpTarget
 from blocks.ssh import HostKeyPolicy, SshTarget
-from protocols import hostkeys
+from protocols.ssh import hostkeys
 from tasks import DRIVERS
 from tests import studies
 from tests.harness import attempt

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from blocks.xnat import XnatTarget
 from tasks.xnat import check, driver
-from tasks.xnat_names import candidates, digest
+from tasks.xnat.names import candidates, digest
 from tests import studies
 from tests.harness import Sent, attempt
 from tests.servers import process

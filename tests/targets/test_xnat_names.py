@@ -11,8 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from protocols.xnat_answers import Session
-from tasks.xnat_names import (
+from imaging.header import Header
+from protocols.xnat.answers import Session
+from tasks.xnat.names import (
     DIGEST_CHARS,
     MAX_LABEL_CHARS,
     Name,
@@ -27,7 +28,6 @@ from tasks.xnat_names import (
 from tests import studies
 from tests.harness import attempt
 from tests.targets.xnat import serving, xnat_target
-from transfer.header import Header
 from transfer.plan import Item, Plan
 from transfer.receipt import Kind
 

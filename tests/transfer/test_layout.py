@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from imaging.header import Header
 from tests import studies
-from transfer.header import Header
 from transfer.layout import FIELDS, MAX_NAME_BYTES, UNKNOWN, fields_of, names, sanitised
 from transfer.plan import Item, Plan, scan
 

@@ -193,7 +193,7 @@ def writer(path: Path, destination: str, count: int) -> subprocess.Popen[str]:
         [sys.executable, "-c", WRITER, str(path), destination, str(count)],
         stdout=subprocess.PIPE,
         text=True,
-        cwd=Path(__file__).parent.parent,
+        cwd=Path(__file__).parents[2],
     )
 
 

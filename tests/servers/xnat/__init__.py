@@ -1,7 +1,7 @@
 """A stand-in for XNAT, which needs Docker and gigabytes: its REST interface by its own source, and its rules.
 
 It stores what it gets, so that tests can read back the instances. pyxnat and xnatpy, unchanged, log in, list projects,
-upload and read sessions on it (`tests/test_xnat_server.py`), which keeps it honest; it was never compared with a live
+upload and read sessions on it (`tests/servers/test_xnat.py`), which keeps it honest; it was never compared with a live
 XNAT.
 
     with xnat(folder) as server:

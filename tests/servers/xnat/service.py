@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from imaging.header import Damaged, NotDicom, read_elements
 from tests.servers.xnat.model import Experiment, Prearchived, Refusal, Scan, Store, Stored, clean, safe_name
 from tests.servers.xnat.zipinput import Read, ZipError, ZipInput
-from transfer.header import Damaged, NotDicom, read_elements
 
 # What the import service takes from the query or from form fields; the rest of XNAT's are XML paths of session fields.
 PARAMETERS = frozenset(

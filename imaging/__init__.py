@@ -1,0 +1,1 @@
+"""DICOM as bytes: headers, character sets, recoding, pixels, transcoding, JSON, matching. No network, no Prefect."""

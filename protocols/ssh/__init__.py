@@ -1,0 +1,1 @@
+"""SSH: the client, host keys and our own keys, shells, SFTP and rsync."""
