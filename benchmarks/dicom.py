@@ -70,11 +70,11 @@ def send(port: int, concurrency: int, folder: Path, *, plan_first: bool) -> None
     from protocols.dimse.fleet import Fleet
     from protocols.dimse.transport import Peer
     from transfer.plan import scan
-    from transfer.receipt import OnOutcome
+    from transfer.receipt import PushReport
     from transfer.throttle import Throttle
 
     plan = scan([folder])
-    told = OnOutcome()
+    told = PushReport()
     with section():
         if plan_first:
             plan = scan([folder])

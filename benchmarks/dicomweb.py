@@ -47,12 +47,12 @@ def ours(url: str, folder: str, user: str = "", password: str = "") -> None:
     """Our driver, from the plan to the receipt."""
     from tasks.dicomweb import driver
     from transfer.plan import scan
-    from transfer.receipt import OnOutcome, State
+    from transfer.receipt import PushReport, State
 
     plan, target = scan([folder]), _target(url, user, password)
     before = measure.peak_mib()
     with measure.section():
-        receipt = driver.push(target, plan, OnOutcome())
+        receipt = driver.push(target, plan, PushReport())
     assert receipt.state is State.DELIVERED, receipt.state
     Path(f"{folder}.memory").write_text(f"{measure.peak_mib() - before:.0f} MiB above the {before:.0f} MiB of before")
 
@@ -114,12 +114,12 @@ def retrieve(url: str, into: str, user: str = "", password: str = "") -> None:
     """Our driver: it asks what there is, fetches, checks and names each instance."""
     from imaging.query import Query
     from tasks.dicomweb import driver
-    from transfer.receipt import OnOutcome, State
+    from transfer.receipt import PushReport, State
 
     target = _target(url, user, password)
     assert driver.retrieve
     with measure.section():
-        receipt = driver.retrieve(target, Query(), Path(into), OnOutcome())
+        receipt = driver.retrieve(target, Query(), Path(into), PushReport())
     assert receipt.state is State.DELIVERED, receipt.state
 
 

@@ -57,7 +57,7 @@ def talaria(job: dict[str, Any]) -> None:
     from blocks.sftp import SftpTarget
     from tasks import DRIVERS
     from transfer.plan import scan
-    from transfer.receipt import OnOutcome
+    from transfer.receipt import PushReport
 
     os.environ["TALARIA_HOME"] = job["home"]
     kinds = {"sftp": SftpTarget, "rsync": RsyncTarget, "folder": FolderTarget}
@@ -65,7 +65,7 @@ def talaria(job: dict[str, Any]) -> None:
     push = DRIVERS.of(target).push
     plan = scan([job["source"]])
     with whole_section():
-        receipt = push(target, plan, OnOutcome())
+        receipt = push(target, plan, PushReport())
     if receipt.unsent or any(not item.outcome.value == "delivered" for item in receipt.items):
         raise RuntimeError("not everything arrived")
 

@@ -40,13 +40,13 @@ def ours(url: str, folder: str, transfers: str) -> None:
     from tasks.s3 import driver
     from transfer.ledger import Ledger
     from transfer.plan import scan
-    from transfer.receipt import OnOutcome, State
+    from transfer.receipt import PushReport, State
 
     plan, target = scan([folder]), _target(url, int(transfers))
     with tempfile.TemporaryDirectory() as home, Ledger(Path(home) / "ledger.sqlite") as ledger:
         key = (plan.dispatch_id, "s3", "x")
         with measure.section():
-            receipt = driver.push(target, plan, OnOutcome(lambda item, outcome: ledger.record(*key, item, outcome)))
+            receipt = driver.push(target, plan, PushReport(lambda item, outcome: ledger.record(*key, item, outcome)))
     assert receipt.state is State.DELIVERED, receipt.state
 
 

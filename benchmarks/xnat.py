@@ -38,13 +38,13 @@ def push(url: str, folder: str) -> None:
     from blocks.xnat import XnatTarget
     from tasks.xnat import driver
     from transfer.plan import scan
-    from transfer.receipt import OnOutcome, State
+    from transfer.receipt import PushReport, State
 
     target = XnatTarget(host=url, project_id="P", user=LOGIN[0], password=LOGIN[1])
     plan = scan([folder])
     driver.check(target)  # a worker has loaded pyxnat, pandas and nibabel long before
     with measure.section():
-        receipt = driver.push(target, plan, OnOutcome())
+        receipt = driver.push(target, plan, PushReport())
     assert receipt.state is State.DELIVERED, receipt.state
     assert len(receipt.items) == len(plan.items)
 

@@ -25,7 +25,7 @@ from tasks.driver import Driver, Facts
 from transfer.errors import Misconfigured
 from transfer.health import Health
 from transfer.plan import Item, Origin, Plan
-from transfer.receipt import Level, OnOutcome, Receipt
+from transfer.receipt import Level, PushReport, Receipt
 from transfer.throttle import Throttle
 
 LISTEN_S = 10  # for another process to give up the port on which commitment reports come in
@@ -175,37 +175,36 @@ def _accepted(link: Link) -> str:
     return f"{text}; transfer syntaxes: {names(s for s in CHECKED_SYNTAXES if s in syntaxes)}"
 
 
-def push(target: DicomTarget, plan: Plan, on_outcome: OnOutcome) -> Receipt:
+def push(target: DicomTarget, plan: Plan, report: PushReport) -> Receipt:
     """Store the plan's pending instances, over `concurrency` associations, and verify as the target says."""
     peer = connect(target, plan.origin)
-    fleet = Fleet(peer, plan, on_outcome, target.concurrency, str(target.transcode), Throttle(target.bandwidth_limit))
+    fleet = Fleet(peer, plan, report, target.concurrency, str(target.transcode), Throttle(target.bandwidth_limit))
     fleet.deliver()
-    level, notes = _verify(target, peer, plan, on_outcome)
-    return on_outcome.receipt(target.name, plan, verified=level, notes=(*fleet.notes, *notes))
+    level, notes = _verify(target, peer, plan, report)
+    return report.receipt(target.name, plan, verified=level, notes=(*fleet.notes, *notes))
 
 
-def _verify(target: DicomTarget, peer: Peer, plan: Plan, on_outcome: OnOutcome) -> tuple[Level, list[str]]:
+def _verify(target: DicomTarget, peer: Peer, plan: Plan, report: PushReport) -> tuple[Level, list[str]]:
     """Reach the level that the target asks for, or the best one below it; say why it is below."""
     arrived: dict[str, list[Item]] = {}
     for item in plan.items:
-        told = on_outcome.outcomes.get(item.path)
-        if item.header is not None and (told.arrived if told else item.path in plan.done):
+        if item.header is not None and report.arrived(plan, item):
             arrived.setdefault(item.header.SOPInstanceUID, []).append(item)
     notes: list[str] = []
     if target.verify is Level.ACCEPTED or not arrived:
         return Level.ACCEPTED, notes
     if target.verify is Level.PROVEN:
         try:
-            arrived = _prove(target, peer, arrived, on_outcome, notes)
+            arrived = _prove(target, peer, arrived, report, notes)
         except CannotCommit as exc:
             notes.append(f"not proven: {exc}")
         if not arrived:
             return Level.PROVEN, notes
     try:
         wanted = [_stored(items[0]) for items in arrived.values()]
-        for uid in missing(peer, wanted, on_outcome.check):
+        for uid in missing(peer, wanted, report.check):
             for item in arrived[uid]:
-                on_outcome.revoke(item, "confirmed by the peer, but it does not list the instance afterwards")
+                report.revoke(item, "confirmed by the peer, but it does not list the instance afterwards")
     except CannotList as exc:
         notes.append(f"not listed: {exc}")
         return Level.ACCEPTED, notes
@@ -213,7 +212,7 @@ def _verify(target: DicomTarget, peer: Peer, plan: Plan, on_outcome: OnOutcome) 
 
 
 def _prove(
-    target: DicomTarget, peer: Peer, arrived: dict[str, list[Item]], on_outcome: OnOutcome, notes: list[str]
+    target: DicomTarget, peer: Peer, arrived: dict[str, list[Item]], report: PushReport, notes: list[str]
 ) -> dict[str, list[Item]]:
     """Ask for storage commitment; take back what is refused, and return what the peer said nothing of."""
     peer = replace(peer, called=target.storage_commitment_aet or peer.called)
@@ -222,15 +221,15 @@ def _prove(
         listener = None
         if target.storage_commitment_port:
             try:
-                listener = stack.enter_context(_listen(target, peer, on_outcome))
+                listener = stack.enter_context(_listen(target, peer, report))
             except Misconfigured as exc:
                 notes.append(f"storage commitment is awaited on the same association only: {exc.message}")
-        transactions = commit(peer, instances, target.storage_commitment_wait_s, listener, on_outcome.check)
+        transactions = commit(peer, instances, target.storage_commitment_wait_s, listener, report.check)
     left = dict(arrived)
     for transaction in transactions:
         for uid, code in transaction.failed.items():
             for item in left.pop(uid, ()):
-                on_outcome.revoke(item, reason(code))
+                report.revoke(item, reason(code))
         for uid in transaction.committed:
             left.pop(uid, None)
     if left:
@@ -244,11 +243,11 @@ def _prove(
     return left
 
 
-def _listen(target: DicomTarget, peer: Peer, on_outcome: OnOutcome) -> AbstractContextManager[Listener]:
+def _listen(target: DicomTarget, peer: Peer, report: PushReport) -> AbstractContextManager[Listener]:
     """Listen for reports on associations that the peer opens, under the AE title that it was called with."""
     context = peer.tls.server() if peer.tls and peer.tls.cert else None
     host, port = target.storage_commitment_host, target.storage_commitment_port
-    return shared(host, port, lambda: report_listener(host, port, peer.calling), context, LISTEN_S, on_outcome.check)
+    return shared(host, port, lambda: report_listener(host, port, peer.calling), context, LISTEN_S, report.check)
 
 
 def _header(item: Item) -> Header:

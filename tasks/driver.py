@@ -11,7 +11,7 @@ from blocks.base import Target
 from imaging.query import Match, Query
 from transfer.health import Health
 from transfer.plan import Plan
-from transfer.receipt import Level, OnOutcome, Receipt
+from transfer.receipt import Level, PushReport, Receipt
 
 T = TypeVar("T", bound=Target)
 
@@ -59,7 +59,7 @@ class Driver(Generic[T]):
         push: delivers `plan.pending`; returns when every one of them has an outcome. Idempotent per item; may
             run again after a crash, also with nothing pending (then it only completes what comes last, such as a
             marker). Raises Retryable when the link is lost, Permanent when nothing can be sent at all, Cancelled
-            when `on_outcome.check()` does; never swallows what it doesn't know.
+            when `report.check()` does; never swallows what it doesn't know.
         find: yields what the target has, as the peer gives it.
         retrieve: fetches what the query names into a folder; the receipt compares with what was announced.
         hook: runs the target's own script after everything is there, for every folder that is not among those given,
@@ -69,8 +69,8 @@ class Driver(Generic[T]):
 
     target: type[T]
     check: Callable[[T], Health]
-    push: Callable[[T, Plan, OnOutcome], Receipt]
+    push: Callable[[T, Plan, PushReport], Receipt]
     find: Callable[[T, Query], Iterator[Match]] | None = None
-    retrieve: Callable[[T, Query, Path, OnOutcome], Receipt] | None = None
-    hook: Callable[[T, Plan, OnOutcome, Ran], HookResult] | None = None
+    retrieve: Callable[[T, Query, Path, PushReport], Receipt] | None = None
+    hook: Callable[[T, Plan, PushReport, Ran], HookResult] | None = None
     facts: Facts = Facts()

@@ -38,8 +38,9 @@ from transfer.errors import (
 )
 from transfer.health import Health
 from transfer.layout import OTHER_INSTANCE, names
+from transfer.outcome import ALREADY, Kind, Outcome
 from transfer.plan import Item, Plan
-from transfer.receipt import ALREADY, Kind, Level, OnOutcome, Outcome, Receipt
+from transfer.receipt import Level, PushReport, Receipt
 
 REPLACED = Outcome(Kind.WARNING, "replaced an older file of this name")
 
@@ -208,12 +209,12 @@ def _rehearse(target: FolderTarget, root: Path) -> None:
 # ---- push
 
 
-def push(target: FolderTarget, plan: Plan, on_outcome: OnOutcome) -> Receipt:
+def push(target: FolderTarget, plan: Plan, report: PushReport) -> Receipt:
     """Copy what is pending, give it its final name at once, and put the marker last."""
-    on_outcome.check()
+    report.check()
     root = connect(target)
     with errors(target):
-        job = _Push(target, plan, on_outcome, root)
+        job = _Push(target, plan, report, root)
         try:
             return job.run()
         except (Cancelled, Permanent):
@@ -224,8 +225,8 @@ def push(target: FolderTarget, plan: Plan, on_outcome: OnOutcome) -> Receipt:
 class _Push:
     """One push; its steps stand here in the order in which they are made."""
 
-    def __init__(self, target: FolderTarget, plan: Plan, on_outcome: OnOutcome, root: Path) -> None:
-        self.target, self.plan, self.on_outcome, self.root = target, plan, on_outcome, root
+    def __init__(self, target: FolderTarget, plan: Plan, report: PushReport, root: Path) -> None:
+        self.target, self.plan, self.report, self.root = target, plan, report, root
         self.style = _style(target)
         self.places: dict[str, Place] = {}
         self.where: dict[str, Place] = {}
@@ -236,20 +237,20 @@ class _Push:
             self.where[path] = self.places[folder]
         for item in plan.items:
             self.where[item.path].items.append(item)
-        self.incoming = Incoming(plan, self.where, on_outcome, self.style)
+        self.incoming = Incoming(plan, self.where, report, self.style)
 
     def run(self) -> Receipt:
         here = self.incoming.bring([item for item in self.plan.pending if not self._already(item)])
         if self.target.verify is Level.PROVEN:
             self.incoming.prove(here)
         for place in self.places.values():
-            self.on_outcome.check()
+            self.report.check()
             self._publish(place, [item for item in here if self.where[item.path] is place])
         verified = self._verify(frozenset(item.path for item in here))
         for place in self.places.values():
             self._mark(place)
         self.discard()
-        return self.on_outcome.receipt(self.target.name, self.plan, verified, tuple(self.notes))
+        return self.report.receipt(self.target.name, self.plan, verified, tuple(self.notes))
 
     def discard(self) -> None:
         """Remove what lies beside the final names."""
@@ -268,7 +269,7 @@ class _Push:
                 return False
             # Length and time may be those of another file: what unpacks archives gives all the same time.
             with self.plan.open(item) as fd:
-                if not os.path.samestat(os.fstat(fd), info) and not fs.same_content(fd, final, self.on_outcome.check):
+                if not os.path.samestat(os.fstat(fd), info) and not fs.same_content(fd, final, self.report.check):
                     return False
         except (FileNotFoundError, NotADirectoryError, PermissionError, Rejected):
             return False
@@ -276,7 +277,7 @@ class _Push:
             if exc.errno in ITEM_ERRORS:
                 return False
             raise
-        self.on_outcome(item, ALREADY)
+        self.report(item, ALREADY)
         return True
 
     def _publish(self, place: Place, items: list[Item]) -> None:
@@ -296,7 +297,7 @@ class _Push:
         for folder in touched:
             fs.flush_folder(folder)
         for item, outcome in zip(items, outcomes, strict=True):
-            self.on_outcome(item, outcome)
+            self.report(item, outcome)
 
     def _merge(self, place: Place, item: Item, touched: set[Path]) -> Outcome:
         """Bring one file into a folder that is there already; another file of its name is not simply lost."""
@@ -314,7 +315,7 @@ class _Push:
                 )
                 return Outcome(Kind.REJECTED, why)
             with open(kept, "rb") as file:
-                if fs.same_content(file.fileno(), final, self.on_outcome.check):
+                if fs.same_content(file.fileno(), final, self.report.check):
                     return ALREADY
             if _is_other_instance(item, final):
                 return Outcome(Kind.REJECTED, OTHER_INSTANCE)
@@ -337,9 +338,9 @@ class _Push:
             return level
         old: list[Item] = []
         for item in self._arrived(self.plan.items):
-            self.on_outcome.check()
+            self.report.check()
             if why := self._lacks(item):
-                self.on_outcome.revoke(item, why)
+                self.report.revoke(item, why)
             elif item.path not in proven:
                 old.append(item)
         if level is Level.LISTED:
@@ -351,7 +352,7 @@ class _Push:
                 try:
                     place = self.where[item.path]
                     if not self.incoming.same_checksum(item, place.final / item.path):
-                        self.on_outcome.revoke(item, "its checksum there is not the one of what was sent")
+                        self.report.revoke(item, "its checksum there is not the one of what was sent")
                         place.unmark()  # the next attempt compares, and writes it again
                 except (Rejected, PermissionError):
                     unread.append(item)
@@ -363,11 +364,7 @@ class _Push:
         return Level.LISTED
 
     def _arrived(self, items: Iterable[Item]) -> Iterator[Item]:
-        """Those items that the target has, as far as was told now or before."""
-        for item in items:
-            outcome = self.on_outcome.outcomes.get(item.path)
-            if outcome.arrived if outcome else item.path in self.plan.done:
-                yield item
+        return (item for item in items if self.report.arrived(self.plan, item))
 
     def _lacks(self, item: Item) -> str:
         """Say why an item is not there under its final name, "" if it is."""
@@ -381,7 +378,7 @@ class _Push:
         """Put the marker, if every file of the plan is there; its time tells when something came to an old one."""
         if self.plan.lacks or len(list(self._arrived(place.items))) < len(place.items) or not place.final.is_dir():
             return
-        marker, told = place.final / MARKER, self.on_outcome.outcomes
+        marker, told = place.final / MARKER, self.report.outcomes
         if os.path.lexists(marker):
             if any(item.path in told and told[item.path].kind is not Kind.ALREADY for item in place.items):
                 os.utime(marker)

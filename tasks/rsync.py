@@ -22,8 +22,9 @@ from tasks.driver import Driver, Facts
 from transfer.errors import Busy, Denied, DispatchError, Interrupted, Misconfigured, NotFound, Rejected
 from transfer.health import Health
 from transfer.layout import OTHER_INSTANCE
+from transfer.outcome import DELIVERED, Kind, Outcome
 from transfer.plan import Item, Plan
-from transfer.receipt import DELIVERED, Kind, Level, OnOutcome, Outcome, Receipt
+from transfer.receipt import Level, PushReport, Receipt
 
 SLOWEST_RENAMES = 100  # files a second that a server renames, one program each
 INCOMPLETE = 3  # exit code of PLACE
@@ -166,13 +167,13 @@ def _check(health: Health, target: RsyncTarget, client: Client) -> None:
                     raise ssh.no_script(target)
 
 
-def push(target: RsyncTarget, plan: Plan, on_outcome: OnOutcome) -> Receipt:
+def push(target: RsyncTarget, plan: Plan, report: PushReport) -> Receipt:
     """Send every pending file, make all visible at once, then put the marker; told when visible."""
-    on_outcome.check()
+    report.check()
     hide = ssh.hiding(target, plan)
     with ssh.named(target, hide), Client(ssh.login(target), hide) as client, Shell(client) as shell:
-        rsync = Rsync(shell, target.bandwidth_limit, target.compress, on_outcome.check, on_outcome.moved)
-        return _Push(target, plan, on_outcome, shell, rsync).run()
+        rsync = Rsync(shell, target.bandwidth_limit, target.compress, report.check, report.moved)
+        return _Push(target, plan, report, shell, rsync).run()
 
 
 @dataclass
@@ -187,9 +188,9 @@ class _Folder:
 
 
 class _Push:
-    def __init__(self, target: RsyncTarget, plan: Plan, on_outcome: OnOutcome, shell: Shell, rsync: Rsync) -> None:
+    def __init__(self, target: RsyncTarget, plan: Plan, report: PushReport, shell: Shell, rsync: Rsync) -> None:
         self.hide = shell.client.hide
-        self.target, self.plan, self.on_outcome, self.shell, self.rsync = target, plan, on_outcome, shell, rsync
+        self.target, self.plan, self.report, self.shell, self.rsync = target, plan, report, shell, rsync
         self.incoming = f".incoming-{plan.dispatch_id}"
         self.base = target.folder  # absolute once the server has told
         self.placed: set[int] = set()  # numbers of the folders that an earlier attempt has made visible
@@ -211,16 +212,16 @@ class _Push:
             self.place(growing)
         verified = self.verify()
         self.finish()
-        return self.on_outcome.receipt(self.target.name, self.plan, verified, tuple(map(self.hide, self.notes)))
+        return self.report.receipt(self.target.name, self.plan, verified, tuple(map(self.hide, self.notes)))
 
     def script(self, text: str, **words: str | list[str]) -> tuple[int, bytes]:
         """Run one of the scripts above in the target's folder."""
         filled = _filled(text, FOLDER=self.target.folder, INCOMING=self.incoming, MARKER=ssh.MARKER, **words)
         idle_s = self.target.idle_timeout_s + len(self.plan.items) / SLOWEST_RENAMES
-        return self.shell.run(filled, idle_s=idle_s, check=self.on_outcome.check)
+        return self.shell.run(filled, idle_s=idle_s, check=self.report.check)
 
     def reject(self, item: Item, reason: str) -> None:
-        self.on_outcome(item, Outcome(Kind.REJECTED, self.hide(reason)))
+        self.report(item, Outcome(Kind.REJECTED, self.hide(reason)))
 
     def unchanged(self, items: Iterable[Item], refuse: Callable[[Item, str], None]) -> list[Item]:
         """Return the items whose files are as planned; why the others are not is told to `refuse`."""
@@ -322,7 +323,7 @@ class _Push:
                 if item.path in left:
                     self.reject(item, left[item.path])
                 else:
-                    self.on_outcome(item, ssh.REPLACED if item.path in old else DELIVERED)
+                    self.report(item, ssh.REPLACED if item.path in old else DELIVERED)
 
     def replaced(self, folder: _Folder) -> frozenset[str]:
         """Return the paths at which another file was in a folder that was there before."""
@@ -358,8 +359,7 @@ class _Push:
     # ---- after
 
     def has_arrived(self, item: Item) -> bool:
-        outcome = self.on_outcome.outcomes.get(item.path)
-        return outcome.arrived if outcome else item.path in self.plan.done
+        return self.report.arrived(self.plan, item)
 
     def verify(self) -> Level:
         """Ask rsync what it would have to send; take back what it names."""
@@ -368,7 +368,7 @@ class _Push:
             return wanted
         for folder in self.folders:
             # What can't be compared any more is taken back.
-            there = self.unchanged(filter(self.has_arrived, folder.items), self.on_outcome.revoke)
+            there = self.unchanged(filter(self.has_arrived, folder.items), self.report.revoke)
             items = {item.path: item for item in there}
             if not items:
                 continue
@@ -382,7 +382,7 @@ class _Push:
             if result.code:
                 raise result.failure()
             for path in paths:
-                self.on_outcome.revoke(items[path], "asked afterwards, the server does not hold what was sent")
+                self.report.revoke(items[path], "asked afterwards, the server does not hold what was sent")
             if paths:  # rsync would take what has the right length and time for good
                 self.script(REMOVE, PATHS=[f"./{folder.name}/{path}" for path in paths])
         return wanted

@@ -19,8 +19,9 @@ from transfer.errors import Denied, DispatchError, Misconfigured
 from transfer.health import Health
 from transfer.home import Home
 from transfer.layout import names, private_parts
+from transfer.outcome import Kind, Outcome
 from transfer.plan import Item, Plan
-from transfer.receipt import Kind, OnOutcome, Outcome
+from transfer.receipt import PushReport
 
 MARKER = ".complete"
 REPLACED = Outcome(Kind.WARNING, "replaced another file of this name")
@@ -95,7 +96,7 @@ def by_folder(target: SshTarget, plan: Plan) -> dict[str, list[Item]]:
     return folders
 
 
-def hook(target: SshTarget, plan: Plan, on_outcome: OnOutcome, ran: Ran) -> HookResult:
+def hook(target: SshTarget, plan: Plan, report: PushReport, ran: Ran) -> HookResult:
     """Run `<folder>/<script> <destination folder> <target's name>` on the server, once per destination folder.
 
     Every folder gets its run even if one fails, and none another one once that was good; the result is the first that
@@ -112,13 +113,13 @@ def hook(target: SshTarget, plan: Plan, on_outcome: OnOutcome, ran: Ran) -> Hook
     with named(target, hide), Client(login(target), hide) as client:
         folders = sorted(folder for folder in by_folder(target, plan) if folder not in ran)
         for name in folders:
-            on_outcome.check()
+            report.check()
             code, output = run_script(
                 client,
                 script,
                 (under(target.folder, name), target.name),
                 timeout_s=target.hook_timeout_s,
-                check=on_outcome.check,
+                check=report.check,
             )
             said.append(f"{hide('/' + name)[1:]}: {output}" if len(folders) > 1 else output)
             bad = bad if bad != 0 else code

@@ -31,8 +31,9 @@ from tasks import DRIVERS
 from tests import studies
 from tests.harness import Harness, Sent, attempt
 from transfer.errors import Cancelled, DispatchError, Retryable
+from transfer.outcome import Kind, Outcome
 from transfer.plan import Item, Plan, scan
-from transfer.receipt import Kind, Level, Outcome, State
+from transfer.receipt import Level, State
 
 Factory = Callable[[Path], AbstractContextManager[Harness]]
 

@@ -14,8 +14,9 @@ from tasks import DRIVERS
 from tasks.dispatch.delivery import lacking, sort_out
 from tasks.driver import Driver
 from transfer.errors import DispatchError, Unreachable
+from transfer.outcome import Kind, Outcome
 from transfer.plan import Item, Plan, scan
-from transfer.receipt import Kind, Level, OnOutcome, Outcome, Receipt
+from transfer.receipt import Level, PushReport, Receipt
 
 
 @dataclass
@@ -137,7 +138,7 @@ def attempt(
 
     begun = time.monotonic()
     try:
-        sent.receipt = driver.push(target, sent.plan, OnOutcome(record, cancelled, move))
+        sent.receipt = driver.push(target, sent.plan, PushReport(record, cancelled, move))
     except DispatchError as exc:
         sent.error = exc
     sent.seconds = time.monotonic() - begun

@@ -18,8 +18,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from transfer.outcome import ARRIVED, Kind, Outcome
 from transfer.plan import Item, Plan
-from transfer.receipt import ARRIVED, ItemResult, Kind, Outcome
+from transfer.receipt import ItemResult
 
 BUSY_S = 30  # how long a writer waits for another process's commit
 SCHEMA = """

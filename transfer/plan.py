@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -18,6 +18,7 @@ from pathlib import Path
 from imaging.header import Damaged, Header, NotDicom, read_header
 from transfer.errors import Misconfigured, NotFound, Rejected
 from transfer.globs import excluded
+from transfer.outcome import Outcome
 from transfer.readers import Readers
 
 BATCH_FILES = 64  # headers that are read between two looks at whether to stop
@@ -79,7 +80,9 @@ class Plan:
         dispatch_id: derived from the content, so that the same study sent again is the same dispatch.
         root: the folder that the items' paths are relative to.
         items: every file that the target shall have in the end, sorted by path.
-        done: paths of the items that the ledger says the target already has; only the others are sent.
+        done: paths of the items that the ledger says the target already has.
+        rejected: outcomes, by path, of the items that an earlier attempt of this run saw rejected: not sent again, and
+            not at the target.
         origin: where the study came from.
         left_out: files of the source that no target gets, `not_sent` says why; not part of the dispatch's identity.
         lacks: how many files the target should have that can't be sent, and are not among `items`: as long as there
@@ -90,6 +93,7 @@ class Plan:
     root: Path
     items: tuple[Item, ...] = field(repr=False)
     done: frozenset[str] = field(default=frozenset(), repr=False)
+    rejected: Mapping[str, Outcome] = field(default_factory=dict, repr=False)
     origin: Origin = Origin()
     left_out: tuple[Item, ...] = field(default=(), repr=False)
     lacks: int = 0
@@ -97,7 +101,7 @@ class Plan:
     @property
     def pending(self) -> tuple[Item, ...]:
         """The items that have no outcome yet, in order."""
-        return tuple(item for item in self.items if item.path not in self.done)
+        return tuple(item for item in self.items if item.path not in self.done and item.path not in self.rejected)
 
     @property
     def size(self) -> int:
@@ -108,9 +112,16 @@ class Plan:
         """Where the item's bytes are."""
         return self.root / item.path
 
-    def narrowed(self, items: Iterable[Item], done: Iterable[str] = (), lacks: int | None = None) -> Plan:
-        """The same plan with these items only, of which `done` need not be sent; `lacks` is kept unless given."""
-        return replace(self, items=tuple(items), done=frozenset(done), lacks=self.lacks if lacks is None else lacks)
+    def narrowed(
+        self,
+        items: Iterable[Item],
+        done: Iterable[str] = (),
+        lacks: int | None = None,
+        rejected: Mapping[str, Outcome] | None = None,
+    ) -> Plan:
+        """Return the same plan with these items only; `lacks` is kept unless given."""
+        lacks = self.lacks if lacks is None else lacks
+        return replace(self, items=tuple(items), done=frozenset(done), lacks=lacks, rejected=dict(rejected or {}))
 
     @contextmanager
     def open(self, item: Item) -> Iterator[int]:

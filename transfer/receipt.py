@@ -1,6 +1,6 @@
-"""Outcomes of items, and the receipt of a delivery to one target.
+"""What a driver reports while it pushes, and the receipt of a delivery to one target.
 
-`OnOutcome` is a driver's only way out while it pushes: outcomes, bytes moved, and the question whether to stop.
+`PushReport` is a driver's only way out while it pushes: outcomes, bytes moved, and the question whether to stop.
 """
 
 from __future__ import annotations
@@ -14,21 +14,8 @@ from enum import StrEnum
 from typing import Any
 
 from transfer.errors import Cancelled
+from transfer.outcome import ALREADY, ARRIVED, UNSENT, Kind, Outcome
 from transfer.plan import Item, Plan
-
-
-class Kind(StrEnum):
-    """What became of an item at a target."""
-
-    DELIVERED = "delivered"
-    WARNING = "warning"  # delivered, and the peer has something to say
-    ALREADY = "already"  # the target had it before
-    REJECTED = "rejected"
-    SKIPPED = "skipped"  # not for this target: excluded, or not DICOM
-    UNSENT = "unsent"  # no confirmation yet; only in receipts, never in the ledger
-
-
-ARRIVED = frozenset((Kind.DELIVERED, Kind.WARNING, Kind.ALREADY))
 
 
 class Level(StrEnum):
@@ -47,23 +34,6 @@ class State(StrEnum):
     FAILED = "failed"
     CANCELLED = "cancelled"
     WAITING = "waiting"
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """The peer's last word on one item. `detail` is its reason, free of patients' data."""
-
-    kind: Kind
-    detail: str = ""
-
-    @property
-    def arrived(self) -> bool:
-        return self.kind in ARRIVED
-
-
-DELIVERED = Outcome(Kind.DELIVERED)
-ALREADY = Outcome(Kind.ALREADY)
-UNSENT = Outcome(Kind.UNSENT, "no confirmation yet")
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +138,7 @@ def overall(states: list[State]) -> State:
     return State.WAITING if all(state is State.WAITING for state in states) else State.FAILED
 
 
-class OnOutcome:
+class PushReport:
     """What a driver calls while it pushes; safe to call from several threads.
 
     Args:
@@ -198,6 +168,11 @@ class OnOutcome:
             self._record(item, outcome)
             self.outcomes[item.path] = outcome
 
+    def arrived(self, plan: Plan, item: Item) -> bool:
+        """Return True if the item is at the target: confirmed in this push, or before it."""
+        outcome = self.outcomes.get(item.path)
+        return outcome.arrived if outcome else item.path in plan.done
+
     def revoke(self, item: Item, detail: str) -> None:
         """Take a confirmed delivery back: verification found that the peer doesn't have the item."""
         outcome = Outcome(Kind.REJECTED, detail)
@@ -217,12 +192,14 @@ class OnOutcome:
     def receipt(
         self, target: str, plan: Plan, verified: Level = Level.ACCEPTED, notes: tuple[str, ...] = ()
     ) -> Receipt:
-        """The receipt of this push: outcomes told here, `already` for the items that were done before."""
+        """The receipt of this push: outcomes reported here, those of earlier attempts for the others."""
         results, size = [], 0
         for item in plan.items:
             outcome = self.outcomes.get(item.path)
             if outcome is None and item.path in plan.done:
                 outcome = ALREADY
+            if outcome is None:
+                outcome = plan.rejected.get(item.path)
             if outcome is None:
                 outcome = UNSENT
             if outcome.kind in (Kind.DELIVERED, Kind.WARNING):

@@ -25,8 +25,9 @@ from protocols.files import partial
 from protocols.files.incoming import ITEM_ERRORS, PIECE_BYTES, Incoming, Place, Style
 from transfer.errors import Busy, Cancelled, Denied, Permanent, Rejected
 from transfer.layout import sanitised
+from transfer.outcome import ALREADY, DELIVERED, Kind, Outcome
 from transfer.plan import Item, Plan
-from transfer.receipt import ALREADY, DELIVERED, Kind, Level, OnOutcome, Outcome
+from transfer.receipt import Level, PushReport
 from transfer.staging import FULL, copy_bytes
 from transfer.throttle import Throttle
 
@@ -48,11 +49,11 @@ class Store(Incoming):
         notes: why a level was not reached, for people.
     """
 
-    def __init__(self, root: Path, owner: str, plan: Plan, on_outcome: OnOutcome, style: Style) -> None:
+    def __init__(self, root: Path, owner: str, plan: Plan, report: PushReport, style: Style) -> None:
         self.notes: list[str] = []
         self._root, self._owner = root, owner
         self.places = _places(plan, root, owner)
-        super().__init__(plan, _where(plan, self.places), on_outcome, style)
+        super().__init__(plan, _where(plan, self.places), report, style)
 
     def kept(self, item: Item) -> str:
         return f"{self.where[item.path].files}/{_name(item)}"
@@ -105,7 +106,7 @@ class Store(Incoming):
             if _header(item).StudyInstanceUID and _header(item).SeriesInstanceUID:
                 pending.append(item)
             else:
-                self.on_outcome(item, Outcome(Kind.REJECTED, "has no Study or Series Instance UID"))
+                self.report(item, Outcome(Kind.REJECTED, "has no Study or Series Instance UID"))
         while pending:
             first = {self.final(item): item for item in reversed(pending)}
             yield (items := [item for item in pending if first[self.final(item)] is item])
@@ -119,11 +120,11 @@ class Store(Incoming):
             if not stat.S_ISREG(info.st_mode) or info.st_size != item.size:
                 return False
             with self.plan.open(item) as fd:
-                if not fs.same_content(fd, self.final(item), self.on_outcome.check):
+                if not fs.same_content(fd, self.final(item), self.report.check):
                     return False
         except (FileNotFoundError, NotADirectoryError, PermissionError, Rejected):
             return False
-        self.on_outcome(item, ALREADY)
+        self.report(item, ALREADY)
         return True
 
     def _publish(self, items: list[Item]) -> None:
@@ -132,13 +133,13 @@ class Store(Incoming):
             mine = [item for item in items if self.where[item.path] is place]
             if not mine:
                 continue
-            self.on_outcome.check()
+            self.report.check()
             new = fs.make_folders(place.final, self._root, self.style.dir_mode, self.style.group)
             outcomes = [self._rename(item) for item in mine]
             for folder in {place.final, *(folder.parent for folder in new)}:
                 fs.flush_folder(folder)
             for item, outcome in zip(mine, outcomes, strict=True):
-                self.on_outcome(item, outcome)
+                self.report(item, outcome)
 
     def _rename(self, item: Item) -> Outcome:
         kept, final = Path(self.kept(item)), self.final(item)
@@ -148,7 +149,7 @@ class Store(Incoming):
             if not stat.S_ISREG(final.lstat().st_mode):
                 return Outcome(Kind.REJECTED, ITEM_ERRORS[errno.EISDIR])
             with kept.open("rb") as file:
-                if fs.same_content(file.fileno(), final, self.on_outcome.check):
+                if fs.same_content(file.fileno(), final, self.report.check):
                     return ALREADY
             kept.replace(final)
         except OSError as exc:
@@ -163,20 +164,19 @@ class Store(Incoming):
             return level
         reached = level
         for item in self.plan.items:
-            outcome = self.on_outcome.outcomes.get(item.path)
-            if not (outcome.arrived if outcome else item.path in self.plan.done):
+            if not self.report.arrived(self.plan, item):
                 continue
-            self.on_outcome.check()
+            self.report.check()
             try:
                 size = self.final(item).lstat().st_size
                 if size != item.size:
-                    self.on_outcome.revoke(item, f"it has {size} bytes there instead of {item.size}")
+                    self.report.revoke(item, f"it has {size} bytes there instead of {item.size}")
                 elif (
                     level is Level.PROVEN and item.path not in proven and not self.same_checksum(item, self.final(item))
                 ):
-                    self.on_outcome.revoke(item, "its checksum there is not the one of what was sent")
+                    self.report.revoke(item, "its checksum there is not the one of what was sent")
             except (FileNotFoundError, NotADirectoryError):
-                self.on_outcome.revoke(item, "it was delivered, but is not there any more")
+                self.report.revoke(item, "it was delivered, but is not there any more")
             except (Rejected, PermissionError):
                 reached = Level.LISTED
         if reached is not level:
@@ -213,7 +213,7 @@ def _name(item: Item) -> str:
 
 
 def fetch(
-    instances: Iterable[Held], into: Path, on_outcome: OnOutcome, *, threads: int, bandwidth_limit: int | None = None
+    instances: Iterable[Held], into: Path, report: PushReport, *, threads: int, bandwidth_limit: int | None = None
 ) -> Plan:
     """Copy instances into a folder, as `<SOP instance UID>.dcm`; returns them as a plan whose outcomes have been told.
 
@@ -228,35 +228,35 @@ def fetch(
         partial.sweep(into)
     unique: dict[str, Held] = {}
     for one in instances:
-        on_outcome.check()
+        report.check()
         unique.setdefault(one.SOPInstanceUID, one)
     throttle = Throttle(bandwidth_limit)
     with ThreadPoolExecutor(threads) as pool:
         try:
-            items = list(pool.map(lambda one: _bring(one, into, on_outcome, throttle), unique.values()))
+            items = list(pool.map(lambda one: _bring(one, into, report, throttle), unique.values()))
         finally:
             pool.shutdown(cancel_futures=True)
     return Plan("", into, tuple(sorted(items, key=lambda item: item.path)))
 
 
-def _bring(one: Held, into: Path, on_outcome: OnOutcome, throttle: Throttle) -> Item:
+def _bring(one: Held, into: Path, report: PushReport, throttle: Throttle) -> Item:
     """Copy one instance, and tell its outcome."""
-    on_outcome.check()
+    report.check()
     uid = one.SOPInstanceUID
     header = Header(one.SOPClassUID, uid, one.TransferSyntaxUID, one.StudyInstanceUID, one.SeriesInstanceUID, 0)
     item = Item(f"{sanitised(uid)}.dcm", 0, 0, header)
     final = into / item.path
     there = _read(final, uid)
-    if there is not None and there.size == one.size and _is_copy(one, final, on_outcome):
-        on_outcome(there, ALREADY)
+    if there is not None and there.size == one.size and _is_copy(one, final, report):
+        report(there, ALREADY)
         return there
     try:
-        _copy(one, final, on_outcome, throttle)
+        _copy(one, final, report, throttle)
     except Rejected as exc:
-        on_outcome(item, Outcome(Kind.REJECTED, exc.message))
+        report(item, Outcome(Kind.REJECTED, exc.message))
         return item
     item = _read(final, uid) or item
-    on_outcome(item, DELIVERED)
+    report(item, DELIVERED)
     return item
 
 
@@ -270,14 +270,14 @@ def _read(path: Path, uid: str) -> Item | None:
     return None
 
 
-def _is_copy(one: Held, final: Path, on_outcome: OnOutcome) -> bool:
+def _is_copy(one: Held, final: Path, report: PushReport) -> bool:
     """Tell whether a file is what the folder holds now: a correction may have the same length."""
     with suppress(OSError), one.path.open("rb") as file:
-        return fs.same_content(file.fileno(), final, on_outcome.check)
+        return fs.same_content(file.fileno(), final, report.check)
     return False
 
 
-def _copy(one: Held, final: Path, on_outcome: OnOutcome, throttle: Throttle) -> None:
+def _copy(one: Held, final: Path, report: PushReport, throttle: Throttle) -> None:
     """Copy a file, whole or not at all.
 
     Raises:
@@ -290,8 +290,8 @@ def _copy(one: Held, final: Path, on_outcome: OnOutcome, throttle: Throttle) -> 
 
     def moved(count: int) -> None:
         throttle.spend(count)
-        on_outcome.moved(count)
-        on_outcome.check()
+        report.moved(count)
+        report.check()
 
     with source.open(item) as reader:
         with partial.writing(final.parent):

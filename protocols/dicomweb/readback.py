@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import os
 import tempfile
-import threading
 import time
 import warnings
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import closing
 from enum import Enum
@@ -26,6 +25,7 @@ from protocols.dicomweb import qido, wado
 from protocols.dicomweb import service as dicomweb
 from protocols.dicomweb.service import Service
 from transfer.errors import Denied, Misconfigured, NotFound, Rejected
+from transfer.fanout import each
 from transfer.plan import Item, Plan
 
 LISTED_WAIT_S = 20.0  # how long a server may take until what it took shows up in its searches
@@ -97,29 +97,13 @@ def read_back(
     Raises:
         Unverifiable: the server gives nothing back. DispatchError: it can't be reached just now.
     """
-    queue = deque(items)
-    errors: list[BaseException] = []
     with tempfile.TemporaryDirectory(prefix="talaria-") as folder:
 
-        def work() -> None:
-            while queue and not errors:
-                try:
-                    item = queue.popleft()
-                except IndexError:
-                    return
-                try:
-                    check()
-                    told(item, _compare(service, plan, item, Path(folder), check))
-                except BaseException as exc:
-                    errors.append(exc)
+        def work(item: Item) -> None:
+            check()
+            told(item, _compare(service, plan, item, Path(folder), check))
 
-        threads = [threading.Thread(target=work, name="read-back", daemon=True) for _ in range(concurrency)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    if errors:
-        raise dicomweb.gravest(errors)
+        each(items, work, concurrency, "read-back")
 
 
 def _compare(service: Service, plan: Plan, item: Item, folder: Path, check: Callable[[], None]) -> Verdict:

@@ -6,7 +6,7 @@ Sources: PS3.18 sections 8.5 (status codes), 10.5 (store), 10.6 (search) and 10.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from urllib.parse import quote as percent
 from urllib.parse import urlencode
@@ -15,7 +15,7 @@ from protocols.http.answer import Answer
 from protocols.http.session import Session
 from protocols.net import words
 from protocols.net.link import SLICE_S
-from transfer.errors import Busy, Cancelled, Denied, DispatchError, Interrupted, Misconfigured, NotFound
+from transfer.errors import Busy, Denied, DispatchError, Interrupted, Misconfigured, NotFound
 
 JSON = "application/dicom+json"
 XML = "application/dicom+xml"
@@ -126,17 +126,6 @@ def pause(seconds: float, check: Callable[[], None]) -> None:
     while (left := end - time.monotonic()) > 0:
         check()
         time.sleep(min(left, SLICE_S))
-
-
-def gravest(errors: Sequence[BaseException]) -> BaseException:
-    """The one of several errors to raise: what nobody foresaw, a cancellation, what ends all attempts, the rest."""
-
-    def rank(error: BaseException) -> int:
-        if not isinstance(error, DispatchError):
-            return 0
-        return 1 if isinstance(error, Cancelled) else 3 if error.retryable else 2
-
-    return min(errors, key=rank)
 
 
 def unexpected(service: Service, answer: Answer, body: bytes, path: str) -> DispatchError:

@@ -30,8 +30,10 @@ from protocols.http.answer import Answer
 from protocols.net.link import SLICE_S
 from protocols.net.private import identifying
 from transfer.errors import Busy, DispatchError, Interrupted, Rejected, TimedOut
+from transfer.fanout import gravest
+from transfer.outcome import DELIVERED, Kind, Outcome
 from transfer.plan import Item, Plan
-from transfer.receipt import DELIVERED, Kind, OnOutcome, Outcome
+from transfer.receipt import PushReport
 from transfer.throttle import Throttle
 
 PIECE_BYTES = 1 << 20  # read and sent at once: many small files, or a part of a large one
@@ -67,14 +69,14 @@ class Store:
         self,
         service: Service,
         plan: Plan,
-        on_outcome: OnOutcome,
+        report: PushReport,
         *,
         batch_bytes: int,
         batch_items: int,
         concurrency: int,
         bandwidth_limit: int | None = None,
     ) -> None:
-        self.service, self.plan, self.on_outcome = service, plan, on_outcome
+        self.service, self.plan, self.report = service, plan, report
         self.path = service.path(service.stow, "studies")
         self.unlisted = 0
         self._key = f"{service.where}{self.path}"
@@ -112,7 +114,7 @@ class Store:
         for thread in threads:
             thread.join()
         if self._errors:
-            raise dicomweb.gravest(self._errors)
+            raise gravest(self._errors)
         if self._later:
             waits = [error.retry_after for error in self._later if error.retry_after is not None]
             more = f" (and {len(self._later) - 1} more)" if len(self._later) > 1 else ""
@@ -155,9 +157,9 @@ class Store:
 
     def _send(self, batch: Batch, buffer: bytearray) -> list[Batch]:
         """Send one batch and tell the outcomes; returns what is to be sent again."""
-        self.on_outcome.check()
+        self.report.check()
         while True:
-            body = Body(batch.items, self.plan, buffer, self._throttle.piece, self._pace, self.on_outcome.moved)
+            body = Body(batch.items, self.plan, buffer, self._throttle.piece, self._pace, self.report.moved)
             if self._ceiling is not None and body.length > self._ceiling and len(batch.items) > 1:
                 return batch.halves()
             try:
@@ -203,7 +205,7 @@ class Store:
 
     def _pace(self, count: int) -> None:
         """Wait until so many bytes may go."""
-        dicomweb.pause(self._throttle.delay(count), self.on_outcome.check)
+        dicomweb.pause(self._throttle.delay(count), self.report.check)
 
     # ---- what an answer means
 
@@ -324,7 +326,7 @@ class Store:
         if outcome.arrived:
             with self._turn:
                 self._arrived += 1
-        self.on_outcome(item, outcome)
+        self.report(item, outcome)
 
     def _error(self, batch: Batch, answer: Answer, content: bytes) -> DispatchError:
         return self._hiding(batch.items).error(answer, content, self.path)

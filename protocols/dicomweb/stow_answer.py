@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from imaging import json as dicomjson
-from transfer.receipt import Kind, Outcome
+from transfer.outcome import Kind, Outcome
 
 _AZURE_EXISTS = 0xB00E  # 45070
 _AZURE_IN_PROGRESS = 0xB00F  # 45071: the same instance is being stored by another request

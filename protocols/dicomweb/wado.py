@@ -18,8 +18,10 @@ from protocols.files import partial
 from protocols.http.answer import Answer
 from protocols.http.multipart import Parts, parameters
 from transfer.errors import DispatchError, Misconfigured, NotFound, Rejected
+from transfer.fanout import gravest
+from transfer.outcome import ALREADY, DELIVERED, Kind, Outcome
 from transfer.plan import Item, Plan
-from transfer.receipt import ALREADY, DELIVERED, Kind, OnOutcome, Outcome
+from transfer.receipt import PushReport
 from transfer.throttle import Throttle
 
 DICOM = "application/dicom"
@@ -145,13 +147,13 @@ class Retrieval:
         service: Service,
         series: list[Series],
         folder: Path,
-        on_outcome: OnOutcome,
+        report: PushReport,
         listed: Callable[[Series], set[str] | None],
         *,
         concurrency: int,
         bandwidth_limit: int | None = None,
     ) -> None:
-        self.service, self.series, self.folder, self.on_outcome = service, series, folder, on_outcome
+        self.service, self.series, self.folder, self.report = service, series, folder, report
         self.notes: list[str] = []
         self._listed = listed
         self._throttle = Throttle(bandwidth_limit)
@@ -195,21 +197,21 @@ class Retrieval:
             if uid not in items:
                 items[uid] = Item(f"{uid}.dcm", 0, 0, Header("", uid, "", one.study, one.uid, 0))
                 text = self._refused.get(uid, "listed by the server, but not given")
-                self.on_outcome(items[uid], Outcome(Kind.REJECTED, text))
+                self.report(items[uid], Outcome(Kind.REJECTED, text))
         return Plan("", self.folder, tuple(sorted(items.values(), key=lambda item: item.path)))
 
     def _look(self) -> None:
         """Find what is in the folder already."""
         wanted = {one.uid for one in self.series}
         for path in self.folder.glob("*.dcm"):
-            self.on_outcome.check()
+            self.report.check()
             with suppress(OSError, NotDicom, Damaged), path.open("rb") as file:
                 info = os.fstat(file.fileno())
                 header = read_header(file.fileno(), info.st_size)
                 if header.SOPInstanceUID == path.stem and header.SeriesInstanceUID in wanted:
                     self._here[path.stem] = Item(path.name, info.st_size, info.st_mtime_ns, header)
                     self._counts[header.SeriesInstanceUID] += 1
-                    self.on_outcome(self._here[path.stem], ALREADY)
+                    self.report(self._here[path.stem], ALREADY)
 
     def _missing(self, series: Series) -> dict[str, Series]:
         """What the server lists of a series and is not here."""
@@ -233,7 +235,7 @@ class Retrieval:
         for thread in threads:
             thread.join()
         if self._errors:
-            raise dicomweb.gravest(self._errors)
+            raise gravest(self._errors)
 
     def _work(self) -> None:
         while True:
@@ -242,7 +244,7 @@ class Retrieval:
                     return
                 job = self._jobs.popleft()
             try:
-                self.on_outcome.check()
+                self.report.check()
                 self._do(job)
             except BaseException as exc:
                 with self._lock:
@@ -292,8 +294,8 @@ class Retrieval:
         with self._lock:
             self._here[uid] = item
             self._counts[job.series.uid] += 1
-        self.on_outcome(item, DELIVERED)
+        self.report(item, DELIVERED)
 
     def _pace(self, count: int) -> None:
-        self.on_outcome.moved(count)
-        dicomweb.pause(self._throttle.delay(count), self.on_outcome.check)
+        self.report.moved(count)
+        dicomweb.pause(self._throttle.delay(count), self.report.check)

@@ -24,8 +24,9 @@ from protocols.dimse.transport import VERIFICATION, Peer
 from protocols.net.private import identifying
 from protocols.net.words import clean
 from transfer.errors import Busy, Cancelled, Denied, DispatchError, Interrupted, Rejected, Retryable
+from transfer.outcome import DELIVERED, Kind, Outcome
 from transfer.plan import Item, Plan
-from transfer.receipt import DELIVERED, Kind, OnOutcome, Outcome
+from transfer.receipt import PushReport
 from transfer.throttle import Throttle
 
 WINDOW = 16  # operations outstanding, if the peer grants it: hides 16 round trips, and repeats at most 16 instances
@@ -45,9 +46,9 @@ class Fleet:
     """
 
     def __init__(
-        self, peer: Peer, plan: Plan, on_outcome: OnOutcome, concurrency: int, transcode: str, throttle: Throttle
+        self, peer: Peer, plan: Plan, report: PushReport, concurrency: int, transcode: str, throttle: Throttle
     ) -> None:
-        self.peer, self.plan, self.on_outcome = peer, plan, on_outcome
+        self.peer, self.plan, self.report = peer, plan, report
         self.concurrency, self.transcode, self.throttle = concurrency, transcode, throttle
         self.notes: list[str] = []
         self._lock = threading.Lock()
@@ -63,7 +64,7 @@ class Fleet:
 
         Raises:
             Retryable: some have none; what was confirmed has been told.
-            Permanent: nothing can be sent. Cancelled: as `on_outcome.check` says.
+            Permanent: nothing can be sent. Cancelled: as `report.check` says.
         """
         items = [item for item in self.plan.pending if self._can_ask(item)]
         for group in contexts.groups((_pair(item) for item in items), self.transcode, MAX_CONTEXTS - 1):
@@ -76,7 +77,7 @@ class Fleet:
         for name in ("SOPClassUID", "TransferSyntaxUID"):
             uid: str = getattr(header, name)
             if not (0 < len(uid) <= MAX_UID_CHARS and uid.isascii()):
-                self.on_outcome(item, Outcome(Kind.REJECTED, f"its {name} is no UID: no peer can be asked to take it"))
+                self.report(item, Outcome(Kind.REJECTED, f"its {name} is no UID: no peer can be asked to take it"))
                 return False
         return True
 
@@ -91,7 +92,7 @@ class Fleet:
         self._work(self._more)
         for thread in self._threads:
             thread.join()
-        left = sum(item.path not in self.on_outcome.outcomes for item in items)
+        left = sum(item.path not in self.report.outcomes for item in items)
         error = min(self._errors, key=_weight, default=min(self._refusals, key=_weight, default=None))
         if left and error in self._refusals:
             raise Interrupted(f"{self.peer.where}: {left} of {len(items)} instances have no answer: {error}") from error
@@ -119,7 +120,7 @@ class Fleet:
         try:
             while self._todo and not self._stop.is_set():
                 stands = False
-                link = associate(self.peer, self._contexts(), self.on_outcome.check, window=WINDOW)
+                link = associate(self.peer, self._contexts(), self.report.check, window=WINDOW)
                 stands = True
                 if established is not None:
                     established()
@@ -172,7 +173,7 @@ class Fleet:
     def _refuse_all(self, link: Link) -> None:
         """Reject what is left: the peer accepted the association, but no context of it."""
         while (item := self.next()) is not None:
-            self.on_outcome(item, Outcome(Kind.REJECTED, self.refusal(link, _header(item))))
+            self.report(item, Outcome(Kind.REJECTED, self.refusal(link, _header(item))))
 
 
 class _Run:
@@ -180,17 +181,17 @@ class _Run:
 
     def __init__(self, fleet: Fleet, link: Link) -> None:
         self.fleet, self.link = fleet, link
-        self.plan, self.on_outcome, self.peer = fleet.plan, fleet.on_outcome, fleet.peer
+        self.plan, self.report, self.peer = fleet.plan, fleet.report, fleet.peer
         self.outstanding: dict[int, Item] = {}
         self.error: DispatchError | None = None  # the peer's refusal of more than one instance
 
     def serve(self) -> None:
         """Send items until there are no more, or an instance had to be kept back; then end the association."""
-        sender = Sender(self.link, self.fleet.throttle, self.on_outcome.moved, self.on_outcome.check)
+        sender = Sender(self.link, self.fleet.throttle, self.report.moved, self.report.check)
         try:
             with sender:
                 while (item := self.fleet.next()) is not None:
-                    self.on_outcome.check()
+                    self.report.check()
                     self._send(sender, item)
                 self._settle(sender, 0)
         except Changed:
@@ -213,7 +214,7 @@ class _Run:
                 instance = self._open(sender, item, stack)
                 sender.prepare(instance)
             except (Rejected, Changed) as exc:
-                self.on_outcome(item, Outcome(Kind.REJECTED, str(exc.args[0])))
+                self.report(item, Outcome(Kind.REJECTED, str(exc.args[0])))
                 return
             self._settle(sender, sender.window - 1)
             if self.error is not None:
@@ -221,7 +222,7 @@ class _Run:
             try:
                 sender.transmit(instance)
             except Changed as exc:
-                self.on_outcome(item, Outcome(Kind.REJECTED, str(exc)))
+                self.report(item, Outcome(Kind.REJECTED, str(exc)))
                 self._settle(sender, 0)
                 raise
             self.outstanding[instance.message_id] = item
@@ -262,7 +263,7 @@ class _Run:
 
         def check() -> None:
             nonlocal said
-            self.on_outcome.check()
+            self.report.check()
             if context is not None and time.monotonic() - said > KEEP_ALIVE_S:
                 sender.echo(context)
                 said = time.monotonic()
@@ -288,13 +289,13 @@ class _Run:
             detail += f" ({clean(response.comment, identifying(self.plan, [item]))})"
         del self.outstanding[number or 0]
         if means is Meaning.SUCCESS:
-            self.on_outcome(item, DELIVERED)
+            self.report(item, DELIVERED)
         elif means is Meaning.WARNING:
-            self.on_outcome(item, Outcome(Kind.WARNING, detail))
+            self.report(item, Outcome(Kind.WARNING, detail))
         elif means is Meaning.ALREADY:
-            self.on_outcome(item, Outcome(Kind.ALREADY, detail))
+            self.report(item, Outcome(Kind.ALREADY, detail))
         elif means is Meaning.FAILURE:
-            self.on_outcome(item, Outcome(Kind.REJECTED, detail))
+            self.report(item, Outcome(Kind.REJECTED, detail))
         else:
             # Nothing more is sent, but what is outstanding gets its answer, and the association a proper end.
             kind, said = (Busy, "can't store now") if means is Meaning.BUSY else (Denied, "does not let us store")

@@ -23,8 +23,9 @@ from pathlib import Path
 
 from protocols.files import filesystem as fs
 from transfer.errors import Busy, Interrupted, Rejected
+from transfer.outcome import Kind, Outcome
 from transfer.plan import Item, Plan
-from transfer.receipt import Kind, OnOutcome, Outcome
+from transfer.receipt import PushReport
 from transfer.staging import copy_bytes
 from transfer.throttle import Throttle
 
@@ -130,8 +131,8 @@ class Incoming:
         where: the place of each item, by its path.
     """
 
-    def __init__(self, plan: Plan, where: dict[str, Place], on_outcome: OnOutcome, style: Style) -> None:
-        self.plan, self.where, self.on_outcome, self.style = plan, where, on_outcome, style
+    def __init__(self, plan: Plan, where: dict[str, Place], report: PushReport, style: Style) -> None:
+        self.plan, self.where, self.report, self.style = plan, where, report, style
         self._throttle = Throttle(style.bandwidth_limit)
         # A hard link shares owner and permissions with the source: none of its own can be given to it.
         self._linking = style.link and style.mode is None and style.group is None
@@ -162,13 +163,13 @@ class Incoming:
         self.in_threads(copying, self._copy)
         for item in self._linked:
             self._check_link(item)
-        here = [item for item in items if item.path not in self.on_outcome.outcomes]
+        here = [item for item in items if item.path not in self.report.outcomes]
         self._flush(here)
         return here
 
     def check(self) -> None:
         """Raise if the work shall stop, or has failed in another thread."""
-        self.on_outcome.check()
+        self.report.check()
         if self._failed.is_set():
             raise Stopped
 
@@ -281,7 +282,7 @@ class Incoming:
             try:
                 self._copy_item(item)
             except Rejected as exc:
-                self.on_outcome(item, Outcome(Kind.REJECTED, exc.message))
+                self.report(item, Outcome(Kind.REJECTED, exc.message))
 
     def _copy_item(self, item: Item) -> None:
         place, kept = self.where[item.path], self.kept(item)
@@ -316,7 +317,7 @@ class Incoming:
             os.unlink(kept)
             raise Rejected("changed since the dispatch was planned", item=item.shown)
         self._linked.append(item)
-        self.on_outcome.moved(item.size)  # no byte goes anywhere: nothing to throttle
+        self.report.moved(item.size)  # no byte goes anywhere: nothing to throttle
         return True
 
     def _check_link(self, item: Item) -> None:
@@ -324,7 +325,7 @@ class Incoming:
         now = os.lstat(self.kept(item))
         if (now.st_size, now.st_mtime_ns) != (item.size, item.mtime_ns):
             os.unlink(self.kept(item))
-            self.on_outcome(item, Outcome(Kind.REJECTED, "changed since the dispatch was planned"))
+            self.report(item, Outcome(Kind.REJECTED, "changed since the dispatch was planned"))
 
     def _fill(self, item: Item, reader: int, writer: int) -> None:
         """Copy the content, and set all that belongs to the file but its name."""
@@ -347,7 +348,7 @@ class Incoming:
 
     def _moved(self, count: int) -> None:
         self._throttle.spend(count)
-        self.on_outcome.moved(count)
+        self.report.moved(count)
         self.check()
 
     def _flush(self, items: list[Item]) -> None:

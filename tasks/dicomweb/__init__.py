@@ -30,7 +30,7 @@ from transfer.errors import DispatchError, Misconfigured, NotFound
 from transfer.health import Health, Probe
 from transfer.plan import Item, Plan
 from transfer.query import series_tests
-from transfer.receipt import Level, OnOutcome, Receipt
+from transfer.receipt import Level, PushReport, Receipt
 
 # The table of errors is where answers are read: `service.STATUS_ERRORS`; those of sockets and TLS: `protocols.net`.
 
@@ -237,61 +237,60 @@ def _probe_wado(service: Service, probe: Probe) -> None:
             raise service.error(answer, answer.read(), wado.path(service, uids or (BOGUS,) * 3))
 
 
-def push(target: DicomWebTarget, plan: Plan, on_outcome: OnOutcome) -> Receipt:
+def push(target: DicomWebTarget, plan: Plan, report: PushReport) -> Receipt:
     """Store the plan's pending instances in batches, several requests at once."""
     if target.folder is not None:
-        return dicomweb_folder.push(target, plan, on_outcome)
-    with connect(target, on_outcome.check) as service:
+        return dicomweb_folder.push(target, plan, report)
+    with connect(target, report.check) as service:
         store = Store(
             service,
             plan,
-            on_outcome,
+            report,
             batch_bytes=target.batch_bytes,
             batch_items=target.batch_items,
             concurrency=target.concurrency,
             bandwidth_limit=target.bandwidth_limit,
         )
         store.run()
-        level, notes = _verify(target, service, plan, on_outcome)
+        level, notes = _verify(target, service, plan, report)
     if store.unlisted and level is Level.ACCEPTED:
         notes.append(f"{store.unlisted} instance(s) were accepted without being named: verify=listed would make sure")
-    return on_outcome.receipt(target.name, plan, verified=level, notes=tuple(notes))
+    return report.receipt(target.name, plan, verified=level, notes=tuple(notes))
 
 
-def _verify(target: DicomWebTarget, service: Service, plan: Plan, on_outcome: OnOutcome) -> tuple[Level, list[str]]:
+def _verify(target: DicomWebTarget, service: Service, plan: Plan, report: PushReport) -> tuple[Level, list[str]]:
     """Go as far as `target.verify` says, or the server lets us; take back what turns out not to be there."""
-    told = on_outcome.outcomes
-    items = [item for item in plan.items if item.path in plan.done or (item.path in told and told[item.path].arrived)]
+    items = [item for item in plan.items if report.arrived(plan, item)]
     if target.verify is Level.ACCEPTED or not items:
         return Level.ACCEPTED, []
     level, notes = Level.ACCEPTED, []
     try:
-        missing = readback.unlisted(service, items, on_outcome.check)
+        missing = readback.unlisted(service, items, report.check)
         for item in missing:
-            on_outcome.revoke(item, "accepted, but not listed by the server afterwards")
+            report.revoke(item, "accepted, but not listed by the server afterwards")
         items = [item for item in items if item not in missing]
         level = Level.LISTED
     except Unverifiable as exc:
         notes.append(f"can't be verified by listing: {exc}")
     if target.verify is Level.PROVEN:
-        why = _prove(target, service, plan, items, on_outcome)
+        why = _prove(target, service, plan, items, report)
         level = level if why else Level.PROVEN
         notes += [why] if why else []
     return level, notes
 
 
-def _prove(target: DicomWebTarget, service: Service, plan: Plan, items: list[Item], on_outcome: OnOutcome) -> str:
+def _prove(target: DicomWebTarget, service: Service, plan: Plan, items: list[Item], report: PushReport) -> str:
     """Read everything back and compare; returns why that proves less than it should, "" if it doesn't."""
     unproven: list[Item] = []
 
     def told(item: Item, verdict: Verdict) -> None:
         if verdict in (Verdict.OTHER, Verdict.MISSING):
-            on_outcome.revoke(item, str(verdict.value))
+            report.revoke(item, str(verdict.value))
         elif verdict is Verdict.UNLIKE:
             unproven.append(item)
 
     try:
-        readback.read_back(service, plan, items, concurrency=target.concurrency, check=on_outcome.check, told=told)
+        readback.read_back(service, plan, items, concurrency=target.concurrency, check=report.check, told=told)
     except Unverifiable as exc:
         return f"can't be proven by reading back: {exc}"
     if unproven:
@@ -311,15 +310,15 @@ def find(target: DicomWebTarget, query: Query) -> Iterator[Match]:
         yield from qido.find(service, query)
 
 
-def retrieve(target: DicomWebTarget, query: Query, folder: Path, on_outcome: OnOutcome) -> Receipt:
+def retrieve(target: DicomWebTarget, query: Query, folder: Path, report: PushReport) -> Receipt:
     """Fetch what matches into a folder, as `<SOP instance UID>.dcm`; what is there already is not fetched again.
 
     Raises:
         NotFound: nothing matches.
     """
     if target.folder is not None:
-        return dicomweb_folder.retrieve(target, query, folder, on_outcome)
-    with connect(target, on_outcome.check) as service:
+        return dicomweb_folder.retrieve(target, query, folder, report)
+    with connect(target, report.check) as service:
         matches = list(qido.find(service, replace(query, level="series")))
         series = [Series(match.StudyInstanceUID, match.SeriesInstanceUID, match.instances) for match in matches]
         if not series:
@@ -336,7 +335,7 @@ def retrieve(target: DicomWebTarget, query: Query, folder: Path, on_outcome: OnO
             service,
             series,
             folder,
-            on_outcome,
+            report,
             listed,
             concurrency=target.concurrency,
             bandwidth_limit=target.bandwidth_limit,
@@ -344,7 +343,7 @@ def retrieve(target: DicomWebTarget, query: Query, folder: Path, on_outcome: OnO
         plan = retrieval.run()
     whole = {} if series_tests(query) else {match.StudyInstanceUID: qido.announced(match) for match in matches}
     level = Level.ACCEPTED if blind else Level.LISTED
-    return _compared(on_outcome.receipt(target.name, plan, level, tuple(retrieval.notes)), plan, series, whole)
+    return _compared(report.receipt(target.name, plan, level, tuple(retrieval.notes)), plan, series, whole)
 
 
 def _listed(service: Service, series: Series) -> set[str] | None:

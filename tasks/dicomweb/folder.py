@@ -33,7 +33,7 @@ from transfer.errors import (
 from transfer.health import Health
 from transfer.home import Home
 from transfer.plan import Plan
-from transfer.receipt import Level, OnOutcome, Receipt
+from transfer.receipt import Level, PushReport, Receipt
 
 logger = logging.getLogger(__name__)
 
@@ -187,19 +187,19 @@ def _rehearse(target: DicomWebTarget, root: Path) -> None:
 # ---- push
 
 
-def push(target: DicomWebTarget, plan: Plan, on_outcome: OnOutcome) -> Receipt:
+def push(target: DicomWebTarget, plan: Plan, report: PushReport) -> Receipt:
     """Put what is pending into the folder, as `<study>/<series>/<instance>.dcm`."""
-    on_outcome.check()
+    report.check()
     root = connect(target).resolve()
     style = Style(threads=target.concurrency, bandwidth_limit=target.bandwidth_limit)
     with errors(target):
-        store = Store(root, target.name, plan, on_outcome, style)
+        store = Store(root, target.name, plan, report, style)
         try:
             reached = store.run(target.verify)
         except (Busy, Interrupted, Denied) as exc:
             exc.message = f"{target.url}: {exc.message}"
             raise
-    return on_outcome.receipt(target.name, plan, verified=reached, notes=tuple(store.notes))
+    return report.receipt(target.name, plan, verified=reached, notes=tuple(store.notes))
 
 
 # ---- find
@@ -215,21 +215,21 @@ def find(target: DicomWebTarget, query: Query) -> Iterator[Match]:
 # ---- retrieve
 
 
-def retrieve(target: DicomWebTarget, query: Query, into: Path, on_outcome: OnOutcome) -> Receipt:
+def retrieve(target: DicomWebTarget, query: Query, into: Path, report: PushReport) -> Receipt:
     """Copy the instances of all series that match into a folder, as `<SOP instance UID>.dcm`.
 
     Raises:
         NotFound: nothing matches.
     """
-    on_outcome.check()
-    with errors(target), opened(target, on_outcome.check) as folder:
+    report.check()
+    with errors(target), opened(target, report.check) as folder:
         held = list(folder.instances(query))
         _log(target, folder.report)
         if not held:
             raise NotFound(f"{target.url}: nothing matches the query")
-        plan = fetch(held, into, on_outcome, threads=target.concurrency, bandwidth_limit=target.bandwidth_limit)
+        plan = fetch(held, into, report, threads=target.concurrency, bandwidth_limit=target.bandwidth_limit)
         notes = tuple(text for _, text in _passed_over(folder.report))
-    return on_outcome.receipt(target.name, plan, verified=Level.LISTED, notes=notes)
+    return report.receipt(target.name, plan, verified=Level.LISTED, notes=notes)
 
 
 def _log(target: DicomWebTarget, report: IndexReport) -> None:

@@ -19,8 +19,9 @@ from transfer.globs import excluded
 from transfer.home import Home
 from transfer.layout import names
 from transfer.ledger import Ledger
+from transfer.outcome import ALREADY, UNSENT, Kind, Outcome
 from transfer.plan import Item, Plan
-from transfer.receipt import ALREADY, UNSENT, ItemResult, Kind, Level, OnOutcome, Outcome, Receipt, State
+from transfer.receipt import ItemResult, Level, PushReport, Receipt, State
 
 OUTPUT_BYTES = 65_536  # of a hook's output, its end is kept
 SHOWN_CHARS = 500  # of it, in the run's state
@@ -105,7 +106,7 @@ class Delivery:
         plan, key = self.plan, self.key
         try:
             # The same dispatch to the same place, started twice: the second waits, then finds all of it done.
-            with self.home.exclusive(self._lock("push"), OnOutcome(cancelled=self.cancelled).check):
+            with self.home.exclusive(self._lock("push"), PushReport(cancelled=self.cancelled).check):
                 if self._before is None:
                     self.ledger.begin(*key, force=self._force)
                 known = self.ledger.outcomes(*key[:2], plan.items, key[2])
@@ -114,15 +115,18 @@ class Delivery:
                     for item in plan.items:
                         if item.path in self._before:
                             self.progress.add(done=1, moved=item.size)
-                done = {p for p, o in known.items() if o.arrived or p in self._told}
-                on_outcome = OnOutcome(self._record(key), self.cancelled, lambda count: self.progress.add(moved=count))
-                on_outcome.check()
+                done = {path for path, outcome in known.items() if outcome.arrived}
+                # Rejected in this run: not at the target, but not sent again either.
+                told = ((item.path, self._told.get(item.path)) for item in plan.items if item.path not in done)
+                rejected = {path: outcome for path, outcome in told if outcome and not outcome.arrived}
+                report = PushReport(self._record(key), self.cancelled, lambda count: self.progress.add(moved=count))
+                report.check()
                 for item in self.refused:
                     if item.path not in self._told:
                         self._record(key)(item, self.refused[item])
                 # What an attempt stumbled over comes last in the next one, so that it holds up nothing else.
                 items = sorted(plan.items, key=lambda item: item.shown in self._stumbled)
-                self._last = self.driver.push(self.target, plan.narrowed(items, done), on_outcome)
+                self._last = self.driver.push(self.target, plan.narrowed(items, done, rejected=rejected), report)
         except DispatchError as exc:
             exc.target = exc.target or self.target.name
             if exc.item:
@@ -145,12 +149,12 @@ class Delivery:
         """
         if self.driver.hook is None:
             raise TypeError(f"targets of type {self.target.type_name} have no hook")
-        on_outcome = OnOutcome(cancelled=self.cancelled)
+        report = PushReport(cancelled=self.cancelled)
         # The same dispatch, started twice: the second waits, then finds that it has been run.
         try:
-            with self.home.exclusive(self._lock("hook"), on_outcome.check):
+            with self.home.exclusive(self._lock("hook"), report.check):
                 if not self._hook_is_done():
-                    self._run_hook(on_outcome)
+                    self._run_hook(report)
         except HookFailed:
             raise
         except DispatchError as exc:
@@ -160,11 +164,11 @@ class Delivery:
             self.stopped = State.CANCELLED if isinstance(exc, Cancelled) else None
             raise
 
-    def _run_hook(self, on_outcome: OnOutcome) -> None:
+    def _run_hook(self, report: PushReport) -> None:
         assert self.driver.hook is not None  # noqa: S101 - for the type checker
         key = self.key
         try:
-            result = self.driver.hook(self.target, self.plan, on_outcome, self._ran)
+            result = self.driver.hook(self.target, self.plan, report, self._ran)
         except DispatchError as exc:
             self.ledger.record_hook(*key, "failed", None, exc.message)
             raise

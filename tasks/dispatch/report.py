@@ -22,7 +22,8 @@ from tasks.dispatch.delivery import Delivery
 from transfer.errors import Retryable
 from transfer.home import Home
 from transfer.ledger import write_json
-from transfer.receipt import Kind, Receipt, State
+from transfer.outcome import Kind
+from transfer.receipt import Receipt, State
 
 PROGRESS_S = 1.5  # between two updates of a target's progress; each costs the server 35 ms
 SHOWN_ITEMS = 500  # lines of the artifact's list; the JSON file has all

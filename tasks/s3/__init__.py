@@ -31,7 +31,7 @@ from transfer.errors import Denied, DispatchError, Misconfigured, Permanent
 from transfer.health import Health
 from transfer.layout import names, private_parts
 from transfer.plan import Plan
-from transfer.receipt import Level, OnOutcome, Receipt
+from transfer.receipt import Level, PushReport, Receipt
 
 # The table of errors is in `errors`: CODES and STATUS, FOREIGN for what boto3 raises; sockets: `protocols.net.link`.
 
@@ -200,13 +200,13 @@ def _probe_objects(health: Health, target: S3Target, store: Store, *, trailers: 
 # ---- push
 
 
-def push(target: S3Target, plan: Plan, on_outcome: OnOutcome) -> Receipt:
+def push(target: S3Target, plan: Plan, report: PushReport) -> Receipt:
     """Put what is pending, then the manifests, then the markers."""
-    on_outcome.check()
+    report.check()
     folders = names(plan, target.layout)
     # A store may quote keys.
-    with connect(target, on_outcome.check, private_parts(plan, target.layout)) as store:
-        job = Push(target, plan, on_outcome, store, folders)
+    with connect(target, report.check, private_parts(plan, target.layout)) as store:
+        job = Push(target, plan, report, store, folders)
         store.check = job.check
         try:
             return job.run()

@@ -31,8 +31,9 @@ from tasks.s3.support import Supports
 from tasks.s3.verify import Sums, Verifier
 from transfer.errors import DispatchError, Interrupted, Rejected, TimedOut, Unreachable
 from transfer.layout import OTHER_INSTANCE
+from transfer.outcome import ALREADY, DELIVERED, Kind, Outcome
 from transfer.plan import Item, Plan
-from transfer.receipt import ALREADY, DELIVERED, Kind, Level, OnOutcome, Outcome, Receipt
+from transfer.receipt import Level, PushReport, Receipt
 from transfer.throttle import Throttle
 
 MARKER = ".complete"
@@ -50,17 +51,15 @@ class Push:
         folders: by path, the folder that the layout gives.
     """
 
-    def __init__(
-        self, target: S3Target, plan: Plan, on_outcome: OnOutcome, store: Store, folders: dict[str, str]
-    ) -> None:
-        self.target, self.plan, self.on_outcome, self.store = target, plan, on_outcome, store
+    def __init__(self, target: S3Target, plan: Plan, report: PushReport, store: Store, folders: dict[str, str]) -> None:
+        self.target, self.plan, self.report, self.store = target, plan, report, store
         self.folders = folders
         self.keys = keys(target.prefix, folders, (item.path for item in plan.items))
         self.supports = Supports(target, store)
         self.sums: dict[str, Sums] = {}
         self.uploads: set[Upload] = set()  # that are under way
         self.unfinished: dict[str, list[str]] = {}  # uploads of earlier attempts, by key
-        self._verifier = Verifier(target.verify, store, self.supports, self.keys, self.sums, self._sums_of, on_outcome)
+        self._verifier = Verifier(target.verify, store, self.supports, self.keys, self.sums, self._sums_of, report)
         self._throttle = Throttle(target.bandwidth_limit)
         self._there: dict[str, int] | None = {}  # size by key; None if the bucket may not be listed
         self._written: set[str] = set()  # folders that something was put into
@@ -79,7 +78,7 @@ class Push:
             self._each(filter(self._arrived, self.plan.items), self._verifier.verify)
         self._finish()
         notes = (*self.supports.notes, *self._notes, *self._verifier.notes)
-        return self.on_outcome.receipt(self.target.name, self.plan, self._verifier.level, notes)
+        return self.report.receipt(self.target.name, self.plan, self._verifier.level, notes)
 
     def give_up(self, why: BaseException) -> None:
         """Abort the uploads under way, unless the next attempt can go on with them."""
@@ -131,7 +130,7 @@ class Push:
         stored = self._stored(self.keys[item.path], item.size)
         if stored is None or stored.size != item.size or stored.sha256 != sha256:
             return False
-        self.on_outcome(item, ALREADY)
+        self.report(item, ALREADY)
         return True
 
     def _spare(self, item: Item, ours: bytes) -> None:
@@ -180,7 +179,7 @@ class Push:
         """Raise if this push shall stop, or has failed in another thread."""
         if self._failed.is_set():
             raise _Stopped
-        self.on_outcome.check()
+        self.report.check()
 
     def _each(self, items: Iterable[Item], work: Callable[[Item], None]) -> None:
         """Do something with each item."""
@@ -200,7 +199,7 @@ class Push:
                 try:
                     work(item)
                 except Rejected as exc:
-                    self.on_outcome(item, Outcome(Kind.REJECTED, exc.message))
+                    self.report(item, Outcome(Kind.REJECTED, exc.message))
         except _Stopped:
             pass
         except BaseException as exc:
@@ -308,7 +307,7 @@ class Push:
 
     def payload(self, data: memoryview) -> Payload:
         """A body that keeps to the bandwidth limit and tells the bytes that went out."""
-        return Payload(data, self._throttle.piece, self._throttle.spend, self.on_outcome.moved)
+        return Payload(data, self._throttle.piece, self._throttle.spend, self.report.moved)
 
     def read(self, item: Item, fd: int, start: int, size: int) -> memoryview:
         """Read a piece of a file; it holds until this thread reads the next one."""
@@ -335,17 +334,16 @@ class Push:
 
     def _tell(self, item: Item) -> None:
         replaced = self._there is not None and self.keys[item.path] in self._there
-        self.on_outcome(item, REPLACED if replaced else DELIVERED)
+        self.report(item, REPLACED if replaced else DELIVERED)
 
     # ---- what comes last
 
     def _arrived(self, item: Item) -> bool:
-        outcome = self.on_outcome.outcomes.get(item.path)
-        return outcome.arrived if outcome else item.path in self.plan.done
+        return self.report.arrived(self.plan, item)
 
     def _finish(self) -> None:
         """Put manifests and markers, if every file of the plan is there."""
-        self.on_outcome.check()
+        self.report.check()
         folders: dict[str, list[Item]] = {}
         for item in self.plan.items:
             folders.setdefault(self.folders[item.path], []).append(item)
@@ -372,12 +370,12 @@ class Push:
             with errors(self.store.where):
                 stored = self.store.head(self.keys[item.path])
             if stored is None or stored.size != item.size:
-                self.on_outcome.revoke(item, "it had been delivered, and the store does not have it any more")
+                self.report.revoke(item, "it had been delivered, and the store does not have it any more")
                 return
         try:
             self.sums[item.path] = Sums(stored.sha256) if stored.sha256 else self._sums_of(item)
         except Rejected as exc:
-            self.on_outcome.revoke(item, exc.message)
+            self.report.revoke(item, exc.message)
 
     def _sums_of(self, item: Item) -> Sums:
         with self.plan.open(item) as fd:

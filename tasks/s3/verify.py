@@ -16,7 +16,7 @@ from tasks.s3.errors import CREDENTIALS, errors, of
 from tasks.s3.support import Supports
 from transfer.errors import DispatchError, Rejected
 from transfer.plan import Item
-from transfer.receipt import Level, OnOutcome
+from transfer.receipt import Level, PushReport
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,14 @@ class Verifier:
         keys: dict[str, str],
         sums: dict[str, Sums],
         local: Callable[[Item], Sums],
-        on_outcome: OnOutcome,
+        report: PushReport,
     ) -> None:
         self.level = wanted
         self.stored: dict[str, Stored] = {}
         self.notes: list[str] = []
         self._proving = wanted is Level.PROVEN
         self._store, self._supports, self._keys, self._sums = store, supports, keys, sums
-        self._local, self._on_outcome = local, on_outcome
+        self._local, self._on_outcome = local, report
         self._lock = threading.Lock()
 
     def verify(self, item: Item) -> None:

@@ -24,7 +24,7 @@ from tasks.sftp.verify import verify
 from transfer.errors import DispatchError, Misconfigured
 from transfer.health import Health
 from transfer.plan import Plan
-from transfer.receipt import Level, OnOutcome, Receipt
+from transfer.receipt import Level, PushReport, Receipt
 
 LOOK_S = 0.2  # between two looks at whether to stop
 
@@ -123,12 +123,12 @@ def _check_script(target: SftpTarget, client: Client) -> None:
             raise ssh.no_script(target)
 
 
-def push(target: SftpTarget, plan: Plan, on_outcome: OnOutcome) -> Receipt:
+def push(target: SftpTarget, plan: Plan, report: PushReport) -> Receipt:
     """Write every pending file, then the marker; each is told when it has its final name."""
-    on_outcome.check()
+    report.check()
     hide = ssh.hiding(target, plan)
     with ssh.named(target, hide), Client(ssh.login(target), hide) as client:
-        return asyncio.run(_unless_cancelled(_push(Sending(target, plan, on_outcome, client)), on_outcome))
+        return asyncio.run(_unless_cancelled(_push(Sending(target, plan, report, client)), report))
 
 
 async def _push(sending: Sending) -> Receipt:
@@ -143,16 +143,16 @@ async def _push(sending: Sending) -> Receipt:
         raise
     await together(one.close() for one in sessions)
     notes = tuple(map(sending.hide, sending.notes))
-    return sending.on_outcome.receipt(sending.target.name, sending.plan, verified, notes)
+    return sending.report.receipt(sending.target.name, sending.plan, verified, notes)
 
 
-async def _unless_cancelled(push: Awaitable[Receipt], on_outcome: OnOutcome) -> Receipt:
+async def _unless_cancelled(push: Awaitable[Receipt], report: PushReport) -> Receipt:
     """Run a push; stop it when somebody asks for that."""
 
     async def ask() -> None:
         while True:
             await asyncio.sleep(LOOK_S)
-            on_outcome.check()
+            report.check()
 
     main, asking = asyncio.ensure_future(push), asyncio.create_task(ask())
     await asyncio.wait((main, asking), return_when=asyncio.FIRST_COMPLETED)

@@ -20,8 +20,9 @@ from protocols.ssh.sftp import WINDOW_BYTES, Sftp
 from tasks import ssh
 from transfer.errors import Busy, Denied, DispatchError, Interrupted, Misconfigured, NotFound, Rejected
 from transfer.layout import OTHER_INSTANCE
+from transfer.outcome import DELIVERED, Kind, Outcome
 from transfer.plan import Item, Plan
-from transfer.receipt import DELIVERED, Kind, OnOutcome, Outcome
+from transfer.receipt import PushReport
 from transfer.throttle import Throttle
 
 FILES_AT_ONCE = 64  # per connection: hides 20 ms of round trip at 3,000 files a second
@@ -62,8 +63,8 @@ class _NoRename(Exception):
 class Sending:
     """One push to an SFTP server: its files, and what is known of the server."""
 
-    def __init__(self, target: SftpTarget, plan: Plan, on_outcome: OnOutcome, client: Client) -> None:
-        self.target, self.plan, self.on_outcome, self.client, self.hide = target, plan, on_outcome, client, client.hide
+    def __init__(self, target: SftpTarget, plan: Plan, report: PushReport, client: Client) -> None:
+        self.target, self.plan, self.report, self.client, self.hide = target, plan, report, client, client.hide
         self.folders = [
             Folder(ssh.under(target.folder, name), items) for name, items in ssh.by_folder(target, plan).items()
         ]
@@ -225,7 +226,7 @@ class Sending:
                     await self.bring(session, item, fd, final)
         except Rejected as exc:
             outcome = Outcome(Kind.REJECTED, self.hide(exc.message))
-        self.on_outcome(item, outcome)
+        self.report(item, outcome)
 
     def check_way(self, item: Item, final: bytes) -> None:
         """Raise Rejected if a folder on the way to an item could not be made."""
@@ -309,7 +310,7 @@ class Sending:
                 offset=offset,
                 piece=self.throttle.piece,
                 pace=self.pace if self.throttle.limit else None,
-                moved=self.on_outcome.moved,
+                moved=self.report.moved,
             )
             self.plan.check(item, fd)
             held = await self.length(session, handle, path)
@@ -409,9 +410,7 @@ class Sending:
     # ---- after
 
     def has_arrived(self, item: Item) -> bool:
-        """Tell whether an item is there, as far as was told now or before."""
-        outcome = self.on_outcome.outcomes.get(item.path)
-        return outcome.arrived if outcome else item.path in self.plan.done
+        return self.report.arrived(self.plan, item)
 
     async def mark(self, session: Sftp) -> None:
         """Put the marker into every folder that has all its files.

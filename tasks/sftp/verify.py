@@ -82,7 +82,7 @@ async def _listed(sending: Sending, session: Sftp) -> bool:
             continue
         if (size := sizes.get(item.path)) != item.size:
             held = f"{size} of {item.size} bytes" if size is not None else "nothing"
-            sending.on_outcome.revoke(item, f"asked afterwards, the server has {held} of it")
+            sending.report.revoke(item, f"asked afterwards, the server has {held} of it")
     return not hidden
 
 
@@ -117,22 +117,22 @@ async def _proven(sending: Sending, session: Sftp) -> bool:
         theirs = remote.get(item.path)
         if theirs is None:
             try:
-                theirs = await session.sha256(path, item.size, sending.on_outcome.check)
+                theirs = await session.sha256(path, item.size, sending.report.check)
             except Status as exc:
                 if exc.code == Code.NO_SUCH_FILE and sending.sized:
-                    sending.on_outcome.revoke(item, "not there when it was read back")
+                    sending.report.revoke(item, "not there when it was read back")
                 else:
                     unread.append(item)
                 return
         try:
             ours = await asyncio.to_thread(_local_sum, sending, item)
         except Rejected as exc:
-            sending.on_outcome.revoke(item, exc.message)
+            sending.report.revoke(item, exc.message)
             return
         if theirs != ours:
             with suppress(Status):
                 await session.remove(path)
-            sending.on_outcome.revoke(item, "the server holds other bytes than were sent")
+            sending.report.revoke(item, "the server holds other bytes than were sent")
 
     await each(pairs, READ_AT_ONCE, compare)
     if unread:
@@ -145,7 +145,7 @@ def _local_sum(sending: Sending, item: Item) -> str:
     digest, at = hashlib.sha256(), 0
     with sending.plan.open(item) as fd:
         while piece := os.pread(fd, 1 << 20, at):
-            sending.on_outcome.check()
+            sending.report.check()
             digest.update(piece)
             at += len(piece)
         sending.plan.check(item, fd)
@@ -155,7 +155,7 @@ def _local_sum(sending: Sending, item: Item) -> str:
 def _remote_sums(sending: Sending, pairs: Pairs) -> dict[str, str]:
     """Let the server compute checksums; return those that it could, by path, none if it gives no shell."""
     found: dict[str, str] = {}
-    check = sending.on_outcome.check
+    check = sending.report.check
     try:
         with Shell(sending.client) as shell:
             for begin in range(0, len(pairs), SUMS_AT_ONCE):

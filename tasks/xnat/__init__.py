@@ -27,8 +27,9 @@ from tasks.xnat.names import Name, Names, Study, header_of
 from tasks.xnat.study import Importer
 from transfer.errors import Busy, Cancelled, Denied, DispatchError, Interrupted, Misconfigured, NotFound
 from transfer.health import Health
+from transfer.outcome import Kind, Outcome
 from transfer.plan import Item, Plan
-from transfer.receipt import Kind, Level, OnOutcome, Outcome, Receipt
+from transfer.receipt import Level, PushReport, Receipt
 from transfer.throttle import Throttle
 
 NO_PROOF = (
@@ -215,22 +216,22 @@ def _may_create(client: Client, target: XnatTarget) -> bool:
     return True
 
 
-def push(target: XnatTarget, plan: Plan, on_outcome: OnOutcome) -> Receipt:
+def push(target: XnatTarget, plan: Plan, report: PushReport) -> Receipt:
     """Import each study of the plan as one session.
 
     An item counts as delivered when XNAT shows its file in the archived session; in the prearchive when that is the
     destination, or with a warning when the time for archiving is up.
     """
-    on_outcome.check()
-    studies = _studies(plan, on_outcome)
+    report.check()
+    studies = _studies(plan, report)
     if target.verify is Level.ACCEPTED:
         studies = [study for study in studies if study.pending]
     if not studies:
-        return on_outcome.receipt(target.name, plan)
+        return report.receipt(target.name, plan)
     stop = threading.Event()
 
     def ask() -> None:
-        on_outcome.check()
+        report.check()
         if stop.is_set():  # another study's failure ends this push
             raise Cancelled("the push has failed")
 
@@ -239,15 +240,15 @@ def push(target: XnatTarget, plan: Plan, on_outcome: OnOutcome) -> Receipt:
             _see_project(client, target)
             _may_create(client, target)
         importer = Importer(
-            client, target, plan, Names(client, target, plan), on_outcome, ask, Throttle(target.bandwidth_limit)
+            client, target, plan, Names(client, target, plan), report, ask, Throttle(target.bandwidth_limit)
         )
         _deliver(importer, studies, stop, target.concurrency)
     reached = Level.LISTED if importer.listed and target.verify is not Level.ACCEPTED else Level.ACCEPTED
     notes = (*sorted(importer.notes), *((NO_PROOF,) if target.verify is Level.PROVEN else ()))
-    return on_outcome.receipt(target.name, plan, reached, notes)
+    return report.receipt(target.name, plan, reached, notes)
 
 
-def _studies(plan: Plan, on_outcome: OnOutcome) -> list[Study]:
+def _studies(plan: Plan, report: PushReport) -> list[Study]:
     """The plan's studies, in the order of their UIDs."""
     found: dict[str, list[Item]] = defaultdict(list)
     for item in plan.items:
@@ -255,7 +256,7 @@ def _studies(plan: Plan, on_outcome: OnOutcome) -> list[Study]:
         if uid:
             found[uid].append(item)
         elif item.path not in plan.done:
-            on_outcome(item, Outcome(Kind.REJECTED, NO_STUDY))
+            report(item, Outcome(Kind.REJECTED, NO_STUDY))
     return [
         Study(uid, tuple(items), tuple(item for item in items if item.path not in plan.done))
         for uid, items in sorted(found.items())

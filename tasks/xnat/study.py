@@ -21,8 +21,9 @@ from tasks.xnat.held import Held, distinct, held_in_archive, held_in_prearchive,
 from tasks.xnat.names import Name, Names, Study
 from tasks.xnat.zip import PIECE_BYTES, ZipBody
 from transfer.errors import Busy, Denied, Interrupted, Misconfigured, Rejected, TimedOut
+from transfer.outcome import ALREADY, Kind, Outcome
 from transfer.plan import Item, Plan
-from transfer.receipt import ALREADY, Kind, Level, OnOutcome, Outcome
+from transfer.receipt import Level, PushReport
 from transfer.throttle import Throttle
 
 POLL_S = (0.2, 5.0)  # between two looks at the prearchive: at first, and at most
@@ -62,7 +63,7 @@ class Importer:
     target: XnatTarget
     plan: Plan
     names: Names
-    tell: OnOutcome
+    tell: PushReport
     check: Callable[[], None]
     throttle: Throttle
     notes: set[str] = field(default_factory=set)

@@ -23,8 +23,9 @@ from tests.servers.scp import Scp, scp
 from tests.servers.steps import Abort, Answer, Close, Reject, Silence, Store, Wait
 from tests.targets.dicom_tls import certificates
 from transfer.errors import Cancelled, Interrupted, TimedOut
+from transfer.outcome import Kind
 from transfer.plan import Plan, scan
-from transfer.receipt import Kind, OnOutcome
+from transfer.receipt import PushReport
 from transfer.throttle import Throttle
 
 CT = "1.2.840.10008.5.1.4.1.1.2"
@@ -114,7 +115,7 @@ def test_a_conversion_keeps_the_association_alive(tmp_path: Path, monkeypatch: p
     folder = tmp_path / "study"
     folder.mkdir()
     shutil.copy(studies.data_file("rtdose_rle.dcm"), folder / "1.dcm")
-    plan, told = scan([folder]), OnOutcome()
+    plan, told = scan([folder]), PushReport()
     taken = {EXPLICIT, IMPLICIT}
     with scp(accept=lambda context: next(iter(taken & set(context.offered)), 4)) as server:
         Fleet(peer_of(server), plan, told, 1, "lossless", Throttle(None)).deliver()
@@ -143,7 +144,7 @@ def test_an_association_that_ended_can_not_be_lent(plan: Plan) -> None:
 def test_operations_of_pynetdicom_can_be_called_off() -> None:
     """C-ECHO to a peer that has fallen silent, and somebody who cancels."""
     cancel = threading.Event()
-    told = OnOutcome(cancelled=cancel)
+    told = PushReport(cancelled=cancel)
     with scp(on_associate=lambda proposal: None) as server:
         link = associate(peer_of(server, idle_timeout_s=30), OFFERED)
         threading.Timer(0.3, cancel.set).start()
@@ -183,7 +184,7 @@ def test_a_peer_that_rejects_speaks_dicom() -> None:
 def test_every_association_keeps_the_order(concurrency: int, tmp_path: Path) -> None:
     folder = tmp_path / "study"
     studies.ct(folder, 30)
-    plan, told = scan([folder]), OnOutcome()
+    plan, told = scan([folder]), PushReport()
     order = {item.header.SOPInstanceUID: number for number, item in enumerate(plan.items) if item.header}
     with scp(on_store=lambda store: [Wait(0.002), 0]) as server:
         Fleet(peer_of(server), plan, told, concurrency, "never", Throttle(None)).deliver()
@@ -195,7 +196,7 @@ def test_every_association_keeps_the_order(concurrency: int, tmp_path: Path) -> 
 
 
 def test_a_refusal_of_all_stops_the_others_and_nothing_confirmed_is_lost(plan: Plan) -> None:
-    told = OnOutcome()
+    told = PushReport()
 
     def script(store: Store) -> int:
         return 0xA702 if store.number == 2 else 0
@@ -212,7 +213,7 @@ def test_a_failing_ledger_is_no_error_of_the_peer(plan: Plan) -> None:
         raise ZeroDivisionError
 
     with scp() as server, pytest.raises(ZeroDivisionError):
-        Fleet(peer_of(server), plan, OnOutcome(record), 2, "never", Throttle(None)).deliver()
+        Fleet(peer_of(server), plan, PushReport(record), 2, "never", Throttle(None)).deliver()
 
 
 def test_threads_and_sockets_end_with_the_delivery(plan: Plan) -> None:
@@ -220,7 +221,7 @@ def test_threads_and_sockets_end_with_the_delivery(plan: Plan) -> None:
     with scp(on_store=lambda store: Close() if store.number == 3 else 0) as server:
         for _ in range(3):
             with pytest.raises(Interrupted):
-                Fleet(peer_of(server), plan, OnOutcome(), 2, "never", Throttle(None)).deliver()
+                Fleet(peer_of(server), plan, PushReport(), 2, "never", Throttle(None)).deliver()
             server.stores.clear()
     end = time.monotonic() + 5
     while (threading.active_count(), len(os.listdir("/proc/self/fd"))) != (threads, files) and time.monotonic() < end:
@@ -230,7 +231,7 @@ def test_threads_and_sockets_end_with_the_delivery(plan: Plan) -> None:
 
 def test_what_arrives_is_the_data_set(plan: Plan) -> None:
     with scp() as server:
-        Fleet(peer_of(server), plan, OnOutcome(), 4, "never", Throttle(None)).deliver()
+        Fleet(peer_of(server), plan, PushReport(), 4, "never", Throttle(None)).deliver()
     for item in plan.items:
         assert item.header is not None
         sent = plan.file(item).read_bytes()[item.header.dataset_offset :]
@@ -240,7 +241,7 @@ def test_what_arrives_is_the_data_set(plan: Plan) -> None:
 
 def test_what_a_peer_says_of_a_patient_is_kept_back(plan: Plan) -> None:
     comment = f"unknown {studies.PATIENT_NAME} {studies.PATIENT_ID} {studies.BIRTH_DATE}"
-    told = OnOutcome()
+    told = PushReport()
     with scp(on_store=lambda store: Answer(0xC123, comment=comment)) as server:
         Fleet(peer_of(server), plan, told, 1, "never", Throttle(None)).deliver()
     for outcome in told.outcomes.values():

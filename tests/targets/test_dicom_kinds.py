@@ -30,8 +30,9 @@ from tests.servers.scp import scp
 from tests.servers.steps import Silence, Wait
 from tests.targets.dicom import dicom_target
 from transfer.errors import Busy, Cancelled, TimedOut
+from transfer.outcome import Kind
 from transfer.plan import scan
-from transfer.receipt import Kind, State
+from transfer.receipt import State
 
 STOP_S = 5  # a cancelled push is over by then
 IMPLICIT, EXPLICIT = "1.2.840.10008.1.2", "1.2.840.10008.1.2.1"

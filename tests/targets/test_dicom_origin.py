@@ -17,8 +17,9 @@ from tests.targets.dicom import dicom_target
 from transfer.errors import Interrupted
 from transfer.home import Home
 from transfer.ledger import Ledger
+from transfer.outcome import Kind
 from transfer.plan import Origin, scan
-from transfer.receipt import Kind, Receipt, State
+from transfer.receipt import Receipt, State
 
 
 class Dispatches:

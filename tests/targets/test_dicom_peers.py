@@ -47,8 +47,9 @@ from transfer.errors import (
     TimedOut,
     Unreachable,
 )  # fmt: skip
+from transfer.outcome import Kind
 from transfer.plan import Origin, Plan, scan
-from transfer.receipt import Kind, State
+from transfer.receipt import State
 
 IDLE_S = 2.0  # the targets' idle timeout here
 SLACK_S = 4.0  # for a busy machine, and for ending associations in order

@@ -23,15 +23,16 @@ from tests.protocols.test_dicomfolder_orthanc import mixed, upload
 from tests.servers.orthanc import shared_orthanc
 from tests.targets.dicomweb_file import held, seen, target
 from transfer.errors import Busy, Cancelled, Denied, Interrupted, Misconfigured, NotFound, Unreachable
+from transfer.outcome import Kind
 from transfer.plan import scan
-from transfer.receipt import Kind, Level, OnOutcome, Receipt, State
+from transfer.receipt import Level, PushReport, Receipt, State
 
 driver = DRIVERS["dicomweb"]
 
 
-def retrieve(source: DicomWebTarget, into: Path, told: OnOutcome | None = None, **keys: Any) -> Receipt:
+def retrieve(source: DicomWebTarget, into: Path, told: PushReport | None = None, **keys: Any) -> Receipt:
     assert driver.retrieve
-    return driver.retrieve(source, Query(**keys), into, told or OnOutcome())
+    return driver.retrieve(source, Query(**keys), into, told or PushReport())
 
 
 def find(source: DicomWebTarget, **keys: Any) -> list[dict[str, Any]]:
@@ -299,7 +300,7 @@ def test_retrieve_can_be_cancelled(tmp_path: Path) -> None:
     root, into = tmp_path / "root", tmp_path / "into"
     series(root, 30)
     cancelled = threading.Event()
-    told = OnOutcome(lambda item, outcome: cancelled.set(), cancelled)
+    told = PushReport(lambda item, outcome: cancelled.set(), cancelled)
     with pytest.raises(Cancelled):
         retrieve(target(root), into, told)
     assert 0 < len(told.outcomes) < 30

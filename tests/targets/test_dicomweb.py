@@ -45,7 +45,7 @@ from transfer.errors import (
 )
 from transfer.health import Health
 from transfer.plan import Plan, scan
-from transfer.receipt import Level, OnOutcome, State
+from transfer.receipt import Level, PushReport, State
 
 PASSWORD = "pa55word-1234"
 TOKEN = "eyJhbGciOiJ.t0ken-5678.sig"
@@ -601,7 +601,7 @@ def test_bad_certificate_setting(plan: Plan) -> None:
     target = dicomweb_target("https://127.0.0.1:1/rs", ca_cert="/nonexistent.pem")
     assert not check(target).ok
     with pytest.raises(DispatchError):
-        push(target, plan, OnOutcome())
+        push(target, plan, PushReport())
 
 
 # ---- words of others

@@ -25,8 +25,9 @@ from tests.servers.dicomweb import Reply, Request, Scripted, as_json, scripted, 
 from tests.servers.orthanc import Orthanc, shared_orthanc
 from tests.targets.dicomweb import dicomweb_target
 from transfer.errors import Busy, Cancelled, Denied, DispatchError, Interrupted, Misconfigured, NotFound
+from transfer.outcome import Kind
 from transfer.plan import scan
-from transfer.receipt import Kind, Level, OnOutcome, Receipt, State
+from transfer.receipt import Level, PushReport, Receipt, State
 
 EVERYTHING = Query()
 PAGE = b"<html><head><title>Sign in</title></head><body><form>password</form></body></html>"
@@ -358,7 +359,7 @@ def test_prefixes(server: Scripted, tmp_path: Path) -> None:
     base = server.url.removesuffix("/rs")
     target = dicomweb_target(base, qido_url_prefix="rs", wado_url_prefix="/rs/", stow_url_prefix="rs")
     (match,) = find(target, Query())
-    receipt = retrieve(target, Query(StudyInstanceUID=match.StudyInstanceUID), tmp_path, OnOutcome())
+    receipt = retrieve(target, Query(StudyInstanceUID=match.StudyInstanceUID), tmp_path, PushReport())
     assert receipt.state is State.DELIVERED
     with pytest.raises(NotFound):
         list(find(dicomweb_target(base), Query()))
@@ -368,7 +369,7 @@ def test_prefixes(server: Scripted, tmp_path: Path) -> None:
 
 
 def fetched(server: Scripted, folder: Path, query: Query = EVERYTHING, **settings: Any) -> Receipt:
-    return retrieve(dicomweb_target(server.url, **settings), query, folder, OnOutcome())
+    return retrieve(dicomweb_target(server.url, **settings), query, folder, PushReport())
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -586,7 +587,7 @@ def test_retrieve_cancelled(server: Scripted, tmp_path: Path) -> None:
 
     target = dicomweb_target(server.url, bandwidth_limit=100_000)
     with pytest.raises(Cancelled):
-        retrieve(target, Query(), tmp_path / "out", OnOutcome(cancelled=cancelled, moved=move))
+        retrieve(target, Query(), tmp_path / "out", PushReport(cancelled=cancelled, moved=move))
     assert all(not path.name.startswith(".") for path in (tmp_path / "out").iterdir())
 
 
@@ -774,11 +775,11 @@ def test_orthanc_retrieve_equals_what_was_stored(orthanc: Orthanc, tmp_path: Pat
     target = orthanc_target(orthanc)
     sent = attempt(target, tmp_path / "in")
     sent.require()
-    on_outcome = OnOutcome()
-    receipt = retrieve(target, Query(), tmp_path / "out", on_outcome)
+    report = PushReport()
+    receipt = retrieve(target, Query(), tmp_path / "out", report)
     assert receipt.state is State.DELIVERED
     assert files(tmp_path / "out") == orthanc.files()
-    assert len(on_outcome.outcomes) == len(sent.plan.items)
+    assert len(report.outcomes) == len(sent.plan.items)
 
 
 def test_orthanc_retrieve_through_dicomweb_client_agrees(orthanc: Orthanc, tmp_path: Path) -> None:

@@ -30,8 +30,9 @@ from transfer.errors import (
     NotFound,
     TimedOut,
 )
+from transfer.outcome import Kind
 from transfer.plan import Item, Plan, scan
-from transfer.receipt import Kind, Level, State
+from transfer.receipt import Level, State
 
 PAGE = b"<html><head><title>Bad Request</title><style>x{}</style></head><body><h1>It hurts</h1></body></html>"
 

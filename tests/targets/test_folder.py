@@ -23,8 +23,9 @@ from tasks.folder import check
 from tests import studies
 from tests.harness import Sent, attempt
 from transfer.errors import Denied, Misconfigured, NotFound, Unreachable
+from transfer.outcome import Kind
 from transfer.plan import scan
-from transfer.receipt import Kind, Level, State
+from transfer.receipt import Level, State
 
 
 @pytest.fixture

@@ -20,8 +20,9 @@ from tasks.folder import check
 from tests import studies
 from tests.harness import Sent, attempt
 from transfer.errors import Busy, Cancelled, Denied
+from transfer.outcome import Kind
 from transfer.plan import scan
-from transfer.receipt import Kind, State
+from transfer.receipt import State
 
 
 def target(folder: Path, **fields: Any) -> FolderTarget:

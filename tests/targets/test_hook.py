@@ -29,8 +29,9 @@ from tests.servers.relay import relay
 from transfer.errors import Cancelled, DispatchError, Misconfigured, Permanent, Retryable, Unreachable
 from transfer.home import Home
 from transfer.ledger import Ledger
+from transfer.outcome import Kind
 from transfer.plan import scan
-from transfer.receipt import Kind, OnOutcome, State
+from transfer.receipt import PushReport, State
 
 SCRIPT = """#!/bin/sh
 printf '%s\\0' "$@" >> "$(dirname "$0")/calls"
@@ -74,11 +75,11 @@ def calls(target: SshTarget) -> list[list[str]]:
 
 
 def run(
-    target: SshTarget, sent: Sent, on_outcome: OnOutcome | None = None, ran: set[str] | None = None
+    target: SshTarget, sent: Sent, report: PushReport | None = None, ran: set[str] | None = None
 ) -> tuple[int | None, str]:
     hook = DRIVERS.of(target).hook
     assert hook is not None
-    result = hook(target, sent.plan, on_outcome or OnOutcome(), set() if ran is None else ran)
+    result = hook(target, sent.plan, report or PushReport(), set() if ran is None else ran)
     return result.exit_code, result.output
 
 
@@ -241,7 +242,7 @@ def test_a_cancelled_hook_is_stopped(target: SshTarget, study: Path) -> None:
     cancelled = threading.Event()
     threading.Timer(2, cancelled.set).start()
     with pytest.raises(Cancelled):
-        run(target, sent, OnOutcome(cancelled=cancelled))
+        run(target, sent, PushReport(cancelled=cancelled))
     assert gone(target)
 
 
@@ -449,7 +450,7 @@ def test_one_that_is_cancelled_while_another_run_has_the_script_is_cancelled(
     install(target)
     one = delivery(target, study, ledger, tmp_path)
     one.push()
-    with one.home.exclusive(one._lock("hook"), OnOutcome().check):
+    with one.home.exclusive(one._lock("hook"), PushReport().check):
         threading.Timer(0.3, one.cancelled.set).start()
         with pytest.raises(Cancelled):
             one.run_hook()

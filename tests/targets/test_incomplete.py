@@ -16,8 +16,9 @@ from tests.harness import Harness
 from tests.targets import folder, rsync, s3, sftp
 from transfer.home import Home
 from transfer.ledger import Ledger
+from transfer.outcome import Kind
 from transfer.plan import scan
-from transfer.receipt import Kind, State
+from transfer.receipt import State
 
 FACTORIES: dict[str, Callable[[Path], AbstractContextManager[Harness]]] = {
     name: factory

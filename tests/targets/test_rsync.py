@@ -28,8 +28,9 @@ from tests.targets.remote_folder import RemoteFolder
 from tests.targets.test_sftp import inside, ordinary, small_disk
 from tests.watching import watched
 from transfer.errors import Busy, Cancelled, Denied, Interrupted, Misconfigured, TimedOut
+from transfer.outcome import Kind
 from transfer.plan import scan
-from transfer.receipt import Kind, Level, State
+from transfer.receipt import Level, State
 
 MEGABYTE = 1 << 20
 

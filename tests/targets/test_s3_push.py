@@ -26,8 +26,9 @@ from tests.servers.relay import relay
 from tests.servers.s3_stub import SECRET_KEY, Misdeed, Refusal, Request, Stub, stub
 from tests.targets.s3 import PREFIX, files_of, stub_target
 from transfer.errors import Busy, Cancelled, Denied, Interrupted, Misconfigured, NotFound, TimedOut, Unreachable
+from transfer.outcome import Kind
 from transfer.plan import Plan, scan
-from transfer.receipt import Kind, Level, State
+from transfer.receipt import Level, State
 
 MIB = 1 << 20
 PART = 5 * MIB  # the smallest that there is

@@ -33,8 +33,9 @@ from tests.targets.remote_folder import RemoteFolder
 from tests.targets.sftp import odd_target
 from tests.watching import watched
 from transfer.errors import Busy, Cancelled, Denied, DispatchError, Misconfigured, Retryable
+from transfer.outcome import Kind
 from transfer.plan import scan
-from transfer.receipt import Kind, Level, OnOutcome, State
+from transfer.receipt import Level, PushReport, State
 
 
 @pytest.fixture
@@ -200,7 +201,7 @@ def test_a_server_without_a_shell_proves_by_reading_back_and_runs_no_hook(
         assert sent.require().verified is Level.PROVEN
         assert probes(one)["hook"] == "failed"
         with pytest.raises(Misconfigured, match="no shell"):
-            DRIVERS.of(one).hook(one, sent.plan, OnOutcome(), set())  # type: ignore[misc]
+            DRIVERS.of(one).hook(one, sent.plan, PushReport(), set())  # type: ignore[misc]
 
 
 # ---- what is found out afterwards

@@ -16,8 +16,9 @@ from tests.servers.relay import relay
 from tests.targets import rsync, sftp
 from tests.watching import watched
 from transfer.errors import Retryable
+from transfer.outcome import Kind
 from transfer.plan import scan
-from transfer.receipt import Kind, State
+from transfer.receipt import State
 
 MEGABYTE = 1 << 20
 HARNESSES = rsync.HARNESSES | {"sftp-openssh": sftp.openssh}

@@ -25,7 +25,7 @@ from tests.harness import attempt
 from tests.servers.openssh import shared
 from transfer.errors import DispatchError
 from transfer.plan import scan
-from transfer.receipt import Level, OnOutcome, State
+from transfer.receipt import Level, PushReport, State
 
 LAYOUT = "{PatientID}/acc-{AccessionNumber}/{Modality}"
 
@@ -84,13 +84,13 @@ def test_messages_notes_and_details_hold_nothing_of_the_patient(target: SshTarge
     script.chmod(0o755)
     hook = DRIVERS.of(target).hook
     assert hook
-    result = hook(target, plan, OnOutcome(), set())
+    result = hook(target, plan, PushReport(), set())
     assert result.output.count("said of") == 2
     assert "/CT: said" in result.output
     texts.append(result.output)
     target.hook_script = "other.sh"
     with pytest.raises(DispatchError) as caught:
-        hook(target, plan, OnOutcome(), set())
+        hook(target, plan, PushReport(), set())
     texts.append(told(caught.value))
     for text in texts:
         assert studies.PATIENT_ID not in text, text

@@ -36,8 +36,9 @@ from transfer.errors import (
     TimedOut,
     Unreachable,
 )
+from transfer.outcome import Kind
 from transfer.plan import scan
-from transfer.receipt import Kind, Level, State
+from transfer.receipt import Level, State
 
 LABEL = f"{studies.PATIENT_ID}_{studies.STUDY_DATE}_101112"
 

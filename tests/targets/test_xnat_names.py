@@ -28,8 +28,8 @@ from tasks.xnat.names import (
 from tests import studies
 from tests.harness import attempt
 from tests.targets.xnat import serving, xnat_target
+from transfer.outcome import Kind
 from transfer.plan import Item, Plan
-from transfer.receipt import Kind
 
 FIT = re.compile(r"[A-Za-z0-9_-]+")
 text = st.text(max_size=80)

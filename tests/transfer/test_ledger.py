@@ -18,8 +18,9 @@ import pytest
 
 from tests import studies
 from transfer.ledger import HookRow, Ledger, write_json
+from transfer.outcome import ALREADY, DELIVERED, Kind, Outcome
 from transfer.plan import Item, Plan, scan
-from transfer.receipt import ALREADY, DELIVERED, ItemResult, Kind, Outcome
+from transfer.receipt import ItemResult
 
 ITEMS = tuple(Item(f"a/{number}.dcm", 100 + number, 1_700_000_000_000_000_000 + number) for number in range(5))
 REJECTED = Outcome(Kind.REJECTED, "A900: data set does not match SOP class")
@@ -178,7 +179,7 @@ WRITER = textwrap.dedent("""
     from pathlib import Path
     from transfer.ledger import Ledger
     from transfer.plan import Item
-    from transfer.receipt import DELIVERED
+    from transfer.outcome import DELIVERED
 
     path, destination, count = sys.argv[1:]
     with Ledger(Path(path)) as ledger:

@@ -10,8 +10,9 @@ import pytest
 
 from tests import studies
 from transfer.errors import Cancelled
+from transfer.outcome import ALREADY, DELIVERED, Kind, Outcome
 from transfer.plan import Item, Plan, scan
-from transfer.receipt import ALREADY, DELIVERED, ItemResult, Kind, Level, OnOutcome, Outcome, Receipt, State, overall
+from transfer.receipt import ItemResult, Level, PushReport, Receipt, State, overall
 
 PLAN = Plan("d", Path("/x"), tuple(Item(f"{number}.dcm", 10, number) for number in range(4)))
 ONE, TWO, THREE, FOUR = PLAN.items
@@ -60,7 +61,7 @@ def test_overall(states: list[State], state: State) -> None:
 def test_json(tmp_path: Path) -> None:
     studies.ct(tmp_path, 3)
     plan = scan([tmp_path])
-    told = OnOutcome()
+    told = PushReport()
     told(plan.items[0], DELIVERED)
     told(plan.items[1], REJECTED)
     made = told.receipt("pacs", plan, Level.LISTED, ("a note",))
@@ -79,7 +80,7 @@ def test_json(tmp_path: Path) -> None:
 
 
 def test_what_was_done_before_is_already_there() -> None:
-    told = OnOutcome()
+    told = PushReport()
     told(TWO, DELIVERED)
     told(THREE, ALREADY)
     made = told.receipt("pacs", PLAN.narrowed(PLAN.items, done=[ONE.path]))
@@ -89,7 +90,7 @@ def test_what_was_done_before_is_already_there() -> None:
 
 
 def test_an_item_has_one_outcome() -> None:
-    told = OnOutcome()
+    told = PushReport()
     told(ONE, DELIVERED)
     with pytest.raises(RuntimeError, match="second outcome"):
         told(ONE, DELIVERED)
@@ -99,7 +100,7 @@ def test_an_outcome_counts_only_when_it_is_kept() -> None:
     def full(item: Item, outcome: Outcome) -> None:
         raise OSError("disk full")
 
-    told = OnOutcome(full)
+    told = PushReport(full)
     with pytest.raises(OSError, match="disk full"):
         told(ONE, DELIVERED)
     assert not told.outcomes
@@ -107,7 +108,7 @@ def test_an_outcome_counts_only_when_it_is_kept() -> None:
 
 def test_a_delivery_can_be_taken_back() -> None:
     kept: list[tuple[str, Kind]] = []
-    told = OnOutcome(lambda item, outcome: kept.append((item.path, outcome.kind)))
+    told = PushReport(lambda item, outcome: kept.append((item.path, outcome.kind)))
     told(ONE, DELIVERED)
     told.revoke(ONE, "not there")
     told.revoke(TWO, "not there")  # of an earlier attempt
@@ -117,7 +118,7 @@ def test_a_delivery_can_be_taken_back() -> None:
 
 
 def test_cancelled() -> None:
-    told = OnOutcome()
+    told = PushReport()
     told.check()
     told.cancelled.set()
     with pytest.raises(Cancelled):
@@ -127,7 +128,7 @@ def test_cancelled() -> None:
 def test_many_threads_tell() -> None:
     items = [Item(str(number), 1, 1) for number in range(800)]
     kept: list[str] = []
-    told = OnOutcome(lambda item, outcome: kept.append(item.path))
+    told = PushReport(lambda item, outcome: kept.append(item.path))
 
     def work(start: int) -> None:
         for item in items[start::8]:

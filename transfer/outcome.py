@@ -1,0 +1,37 @@
+"""What became of an item at a target: the peer's last word on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Kind(StrEnum):
+    """What became of an item at a target."""
+
+    DELIVERED = "delivered"
+    WARNING = "warning"  # delivered, and the peer has something to say
+    ALREADY = "already"  # the target had it before
+    REJECTED = "rejected"
+    SKIPPED = "skipped"  # not for this target: excluded, or not DICOM
+    UNSENT = "unsent"  # no confirmation yet; only in receipts, never in the ledger
+
+
+ARRIVED = frozenset((Kind.DELIVERED, Kind.WARNING, Kind.ALREADY))
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """The peer's last word on one item. `detail` is its reason, free of patients' data."""
+
+    kind: Kind
+    detail: str = ""
+
+    @property
+    def arrived(self) -> bool:
+        return self.kind in ARRIVED
+
+
+DELIVERED = Outcome(Kind.DELIVERED)
+ALREADY = Outcome(Kind.ALREADY)
+UNSENT = Outcome(Kind.UNSENT, "no confirmation yet")
