@@ -12,7 +12,7 @@ from blocks.dicom import SENDER, DicomTarget, check_aet
 from blocks.dicom_tls import DicomTlsTarget
 from imaging.header import Header
 from protocols.dimse import transport
-from protocols.dimse.association import Link, negotiate
+from protocols.dimse.association import Association, negotiate
 from protocols.dimse.commitment import CannotCommit, commit, reason, report_listener
 from protocols.dimse.contexts import UNCOMPRESSED, names
 from protocols.dimse.find import CannotList, Stored, missing
@@ -115,17 +115,17 @@ def check(target: DicomTarget) -> Health:
     if target.host == SENDER:
         health.skip(*probes, why="the node is known only when a study has come from it")
         return health
-    link: Link | None = None
+    association: Association | None = None
     try:
-        link = _probe(health, target)
+        association = _probe(health, target)
     finally:
-        if link is not None:
-            link.release()
+        if association is not None:
+            association.release()
     health.skip(*probes[len(health.probes) :])
     return health
 
 
-def _probe(health: Health, target: DicomTarget) -> Link | None:
+def _probe(health: Health, target: DicomTarget) -> Association | None:
     """Make the probes on one connection, each on top of the one before; stop at the first that fails."""
     # A check has no study: titles that would come from one are replaced by the target's own.
     peer = _peer(target, target.host, target.aet_target, target.aet_source)
@@ -146,7 +146,7 @@ def _probe(health: Health, target: DicomTarget) -> Link | None:
             transport.verdict(wrapped, peer, peer.tls)
         if not health.ok:
             return None
-    link: Link | None = None
+    association: Association | None = None
     with health.probe("associate") as probe:
         asked: list[tuple[str, tuple[str, ...]]] = [(VERIFICATION, UNCOMPRESSED)]
         asked += [(each, (syntax,)) for each in CHECKED_CLASSES for syntax in CHECKED_SYNTAXES]
@@ -154,20 +154,20 @@ def _probe(health: Health, target: DicomTarget) -> Link | None:
         if not made.accepted:
             made.release()
             raise Misconfigured(f"{peer.where}: the peer accepted the association, but none of what was offered")
-        link, probe.detail = made, _accepted(made)
-    if link is None:
+        association, probe.detail = made, _accepted(made)
+    if association is None:
         return None
     with health.probe("echo"):
-        if not any(abstract == VERIFICATION for abstract, _ in link.accepted):
+        if not any(abstract == VERIFICATION for abstract, _ in association.accepted):
             raise Misconfigured(f"{peer.where}: the peer does not accept the Verification SOP class (C-ECHO)")
-        link.echo()
-    return link
+        association.echo()
+    return association
 
 
-def _accepted(link: Link) -> str:
+def _accepted(association: Association) -> str:
     """Tell which of the storage contexts a peer accepts."""
-    stored = {abstract for abstract, _ in link.accepted} - {VERIFICATION}
-    syntaxes = {syntax for abstract, syntax in link.accepted if abstract != VERIFICATION}
+    stored = {abstract for abstract, _ in association.accepted} - {VERIFICATION}
+    syntaxes = {syntax for abstract, syntax in association.accepted if abstract != VERIFICATION}
     refused = [each for each in CHECKED_CLASSES if each not in stored]
     text = f"accepts {len(stored)} of {len(CHECKED_CLASSES)} storage classes tried"
     if refused:

@@ -16,7 +16,7 @@ from typing import Any, TypeVar, cast
 import pydicom.config
 from pydicom.uid import UID
 from pynetdicom import _config, build_context
-from pynetdicom.association import Association
+from pynetdicom.association import Association as PynetdicomAssociation
 from pynetdicom.pdu_primitives import AsynchronousOperationsWindowNegotiation
 from pynetdicom.presentation import PresentationContext
 
@@ -49,7 +49,7 @@ def _nothing() -> None:
     pass
 
 
-class Link:
+class Association:
     """One established association.
 
     Attributes:
@@ -59,7 +59,7 @@ class Link:
         max_send: largest PDU that the peer takes, bytes; 0 for any.
     """
 
-    def __init__(self, peer: Peer, assoc: Association, transport: Transport) -> None:
+    def __init__(self, peer: Peer, assoc: PynetdicomAssociation, transport: Transport) -> None:
         self.peer = peer
         self.assoc = assoc
         self.transport = transport
@@ -77,7 +77,9 @@ class Link:
         """The id of a context for an abstract syntax, whatever its transfer syntax; None if there is none."""
         return next((number for (abstract, _), number in self.accepted.items() if abstract == abstract_syntax), None)
 
-    def call(self, doing: str, function: Callable[[Association], T], check: Callable[[], None] = _nothing) -> T:
+    def call(
+        self, doing: str, function: Callable[[PynetdicomAssociation], T], check: Callable[[], None] = _nothing
+    ) -> T:
         """Run an operation of pynetdicom's, in a thread of its own, so that the wait for it can be called off.
 
         Args:
@@ -204,7 +206,7 @@ def associate(
     window: int = 1,
     negotiation: Sequence[Any] = (),
     handlers: Sequence[Any] = (),
-) -> Link:
+) -> Association:
     """Connect to the peer and negotiate an association.
 
     Args:
@@ -215,7 +217,7 @@ def associate(
         handlers: event handlers of pynetdicom's for requests that the peer makes.
 
     Returns:
-        A link. If the peer accepted the association and no context, `accepted` is empty and the link over.
+        The association. If the peer took none of the contexts, `accepted` is empty and the association is over.
 
     Raises:
         Unreachable, TimedOut, Interrupted: no answer. Busy: rejected for now. Misconfigured: rejected for good, or
@@ -235,7 +237,7 @@ def negotiate(
     window: int = 1,
     negotiation: Sequence[Any] = (),
     handlers: Sequence[Any] = (),
-) -> Link:
+) -> Association:
     """Negotiate an association over a connected socket, which belongs to it from now on; see `associate`."""
     items = list(negotiation)
     if window > 1:
@@ -246,7 +248,7 @@ def negotiate(
     ae = Entity(peer.calling, sock, peer.idle_timeout_s)
     ae.acse_timeout = ae.dimse_timeout = peer.idle_timeout_s
     ae.network_timeout = None  # who waits has a limit of its own
-    made: list[Association | BaseException] = []
+    made: list[PynetdicomAssociation | BaseException] = []
 
     def run() -> None:
         try:
@@ -286,20 +288,22 @@ def negotiate(
         sock.close()
         raise assoc
     transport = cast(Transport, assoc.dul.socket)
-    link = Link(peer, assoc, transport)
+    association = Association(peer, assoc, transport)
     if assoc.is_established:
-        if 0 < link.max_send < MIN_PDU:
-            link.abort()
-            raise Misconfigured(f"{peer.where}: the peer takes PDUs of {link.max_send} bytes only, which hold no data")
-        return link
+        if 0 < association.max_send < MIN_PDU:
+            association.abort()
+            raise Misconfigured(
+                f"{peer.where}: the peer takes PDUs of {association.max_send} bytes only, which hold no data"
+            )
+        return association
     silent = time.monotonic() - begun >= peer.idle_timeout_s
-    link.drop()
+    association.drop()
     answer = assoc.acceptor.primitive
     if answer is not None and answer.result == 0 and transport.head[:1] == b"\x02":
         if answer.presentation_context_definition_results_list:
-            return link
+            return association
         raise Interrupted(f"{peer.where}: the peer's answer to the association request makes no sense")
-    raise _refused(link, silent) from transport.failure
+    raise _refused(association, silent) from transport.failure
 
 
 def _give_up(sock: Any, thread: threading.Thread) -> None:
@@ -314,9 +318,9 @@ def _context(abstract: str, syntaxes: Sequence[str]) -> PresentationContext:
     return build_context(UID(abstract), [UID(syntax) for syntax in syntaxes])
 
 
-def _refused(link: Link, silent: bool) -> DispatchError:
+def _refused(association: Association, silent: bool) -> DispatchError:
     """Name why there is no association."""
-    peer, transport = link.peer, link.transport
+    peer, transport = association.peer, association.transport
     head = bytes(transport.head)
     if head[:1] == b"\x03" and len(head) >= 10:
         return rejection(peer, *head[7:10])

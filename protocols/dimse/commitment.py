@@ -17,7 +17,7 @@ from pydicom.dataset import Dataset
 from pydicom.uid import generate_uid
 from pynetdicom import evt
 
-from protocols.dimse.association import Link, associate
+from protocols.dimse.association import Association, associate
 from protocols.dimse.contexts import UNCOMPRESSED
 from protocols.dimse.listener import Listener
 from protocols.dimse.transport import Peer
@@ -188,50 +188,52 @@ def _ask(peer: Peer, transaction: Transaction, wait_s: float, check: Callable[[]
     served: list[threading.Thread] = []
     handlers = [(evt.EVT_N_EVENT_REPORT, OPEN.report, [served])]
     try:
-        link = associate(peer, [(PUSH_MODEL, UNCOMPRESSED)], check, handlers=handlers)
+        association = associate(peer, [(PUSH_MODEL, UNCOMPRESSED)], check, handlers=handlers)
     except Retryable:
         raise
     except DispatchError as exc:
         raise CannotCommit(exc.message) from exc
-    if not link.accepted:
+    if not association.accepted:
         raise CannotCommit("the peer does not do storage commitment")
     try:
-        _request(link, transaction, check)
-        _wait(transaction, time.monotonic() + wait_s, check, link)
+        _request(association, transaction, check)
+        _wait(transaction, time.monotonic() + wait_s, check, association)
     except CannotCommit:
-        link.release()
+        association.release()
         raise
     except Retryable as exc:
-        link.abort()
+        association.abort()
         # A peer that doesn't know what to say to N-ACTION wouldn't know it the next time either.
         raise CannotCommit(exc.message) from exc
     except BaseException:
-        link.abort()
+        association.abort()
         raise
     for thread in served:
         thread.join(ANSWER_S)
-    link.release()
+    association.release()
 
 
-def _request(link: Link, transaction: Transaction, check: Callable[[], None]) -> None:
+def _request(association: Association, transaction: Transaction, check: Callable[[], None]) -> None:
     """Send one N-ACTION and wait for its response."""
     begun = time.monotonic()
-    status, _ = link.call(
+    status, _ = association.call(
         "N-ACTION",
         lambda assoc: assoc.send_n_action(transaction.request, REQUEST_COMMITMENT, PUSH_MODEL, PUSH_MODEL_INSTANCE),
         check,
     )
     if "Status" not in status:
-        raise link.lost("N-ACTION", begun)
+        raise association.lost("N-ACTION", begun)
     if status.Status != 0:
         raise CannotCommit(f"the peer refused storage commitment with status {status.Status:04X}")
 
 
-def _wait(transaction: Transaction, end: float, check: Callable[[], None], link: Link | None = None) -> None:
+def _wait(
+    transaction: Transaction, end: float, check: Callable[[], None], association: Association | None = None
+) -> None:
     """Wait until it is reported, the time is up, or the association that the report was to come on is over."""
     while not transaction.reported.wait(min(SLICE_S, max(0.0, end - time.monotonic()))):
         check()
-        if time.monotonic() >= end or (link is not None and not link.assoc.is_established):
+        if time.monotonic() >= end or (association is not None and not association.assoc.is_established):
             return
 
 

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from pydicom.dataset import Dataset
-from pynetdicom.association import Association
+from pynetdicom.association import Association as PynetdicomAssociation
 
-from protocols.dimse.association import Link, associate
+from protocols.dimse.association import Association, associate
 from protocols.dimse.contexts import UNCOMPRESSED
 from protocols.dimse.transport import Peer
 from protocols.net.link import SLICE_S
@@ -25,7 +25,9 @@ TRIES = 3  # how often a peer is asked for what it doesn't list: archives index 
 PAUSE_S = 2.0
 
 
-def find(link: Link, model: str, identifier: Dataset, check: Callable[[], None] = lambda: None) -> list[Dataset]:
+def find(
+    association: Association, model: str, identifier: Dataset, check: Callable[[], None] = lambda: None
+) -> list[Dataset]:
     """Return everything that matches, as the peer gives it.
 
     Raises:
@@ -34,27 +36,27 @@ def find(link: Link, model: str, identifier: Dataset, check: Callable[[], None] 
     """
     begun = time.monotonic()
 
-    def run(assoc: Association) -> tuple[list[Dataset], Dataset]:
+    def run(assoc: PynetdicomAssociation) -> tuple[list[Dataset], Dataset]:
         matches, status = [], Dataset()
         for status, match in assoc.send_c_find(identifier, model):
             if "Status" in status and status.Status in PENDING and match is not None:
                 matches.append(match)
         return matches, status
 
-    matches, status = link.call("C-FIND", run, check)
+    matches, status = association.call("C-FIND", run, check)
     if "Status" not in status:
-        raise link.lost("C-FIND", begun)
+        raise association.lost("C-FIND", begun)
     if status.Status != 0:
-        raise refusal(link, status, identifier)
+        raise refusal(association, status, identifier)
     return matches
 
 
-def refusal(link: Link, status: Dataset, identifier: Dataset) -> DispatchError:
+def refusal(association: Association, status: Dataset, identifier: Dataset) -> DispatchError:
     """Classify a final status of C-FIND that is not success; the peer's words lose what was asked for."""
     code = int(status.Status)
     asked = {form for element in identifier for form in forms(str(element.value))}
     comment = clean(str(status.get("ErrorComment", "")), asked)
-    text = f"{link.peer.where}: C-FIND answered with status {code:04X}" + (f" ({comment})" if comment else "")
+    text = f"{association.peer.where}: C-FIND answered with status {code:04X}" + (f" ({comment})" if comment else "")
     if code & 0xFF00 == 0xA700 or code == 0x0213:
         return Busy(text)
     if code == 0x0124:
@@ -94,47 +96,49 @@ def missing(peer: Peer, wanted: Iterable[Stored], check: Callable[[], None] = la
     if not by_series:
         return set()
     try:
-        link = associate(peer, [(STUDY_ROOT_FIND, UNCOMPRESSED)], check)
+        association = associate(peer, [(STUDY_ROOT_FIND, UNCOMPRESSED)], check)
     except Retryable:
         raise
     except DispatchError as exc:
         raise CannotList(exc.message) from exc
-    if not link.accepted:
+    if not association.accepted:
         raise CannotList("the peer does not do Study Root C-FIND")
     try:
-        absent = _missing(link, by_series, check)
+        absent = _missing(association, by_series, check)
     except Retryable:
-        link.abort()
+        association.abort()
         raise
     except DispatchError as exc:
-        link.release()
+        association.release()
         raise CannotList(exc.message) from exc
     except BaseException:
-        link.abort()
+        association.abort()
         raise
-    link.release()
+    association.release()
     return absent
 
 
-def _missing(link: Link, by_series: dict[tuple[str, str], set[str]], check: Callable[[], None]) -> set[str]:
+def _missing(
+    association: Association, by_series: dict[tuple[str, str], set[str]], check: Callable[[], None]
+) -> set[str]:
     for attempt in range(TRIES):
         if attempt:
             _pause(PAUSE_S, check)
         by_series = {
             (study, series): absent
             for (study, series), instances in by_series.items()
-            if (absent := instances - _listed(link, study, series, check))
+            if (absent := instances - _listed(association, study, series, check))
         }
         if not by_series:
             break
     return set().union(*by_series.values())
 
 
-def _listed(link: Link, study: str, series: str, check: Callable[[], None]) -> set[str]:
+def _listed(association: Association, study: str, series: str, check: Callable[[], None]) -> set[str]:
     query = Dataset()
     query.QueryRetrieveLevel = "IMAGE"
     query.StudyInstanceUID, query.SeriesInstanceUID, query.SOPInstanceUID = study, series, ""
-    return {str(match.get("SOPInstanceUID", "")) for match in find(link, STUDY_ROOT_FIND, query, check)}
+    return {str(match.get("SOPInstanceUID", "")) for match in find(association, STUDY_ROOT_FIND, query, check)}
 
 
 def _pause(seconds: float, check: Callable[[], None]) -> None:

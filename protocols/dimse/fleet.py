@@ -15,7 +15,7 @@ from imaging.header import MAX_UID_CHARS, Header
 from imaging.pixels import Unfit
 from imaging.transcode import NoRoom, converted, fallbacks
 from protocols.dimse import contexts
-from protocols.dimse.association import MAX_CONTEXTS, Link, associate
+from protocols.dimse.association import MAX_CONTEXTS, Association, associate
 from protocols.dimse.contexts import UNCOMPRESSED, Pair, names, of_class
 from protocols.dimse.message import Response
 from protocols.dimse.status import Meaning, meaning
@@ -120,18 +120,18 @@ class Fleet:
         try:
             while self._todo and not self._stop.is_set():
                 stands = False
-                link = associate(self.peer, self._contexts(), self.report.check, window=WINDOW)
+                association = associate(self.peer, self._contexts(), self.report.check, window=WINDOW)
                 stands = True
                 if established is not None:
                     established()
                     established = None
-                if link.accepted:
-                    _Run(self, link).serve()
+                if association.accepted:
+                    _Run(self, association).serve()
                 elif first:
-                    self._refuse_all(link)
+                    self._refuse_all(association)
                 else:  # what the first one takes is not refused because of another one
                     stands = False
-                    link.release()
+                    association.release()
                     raise Interrupted(f"{self.peer.where}: a further association was granted, but nothing of it")  # noqa: TRY301
                 first = False
         except BaseException as exc:  # raised by who waits for all of them
@@ -158,9 +158,12 @@ class Fleet:
         """Let no association take another item."""
         self._stop.set()
 
-    def refusal(self, link: Link, header: Header) -> str:
+    def refusal(self, association: Association, header: Header) -> str:
         """Say which syntaxes were offered for an instance that can't be sent, and which of them the peer takes."""
-        offered, accepted = of_class(self._asked, header.SOPClassUID), of_class(link.accepted, header.SOPClassUID)
+        offered, accepted = (
+            of_class(self._asked, header.SOPClassUID),
+            of_class(association.accepted, header.SOPClassUID),
+        )
         more = set(fallbacks(header.TransferSyntaxUID, "lossless")) - set(
             fallbacks(header.TransferSyntaxUID, self.transcode)
         )
@@ -170,24 +173,24 @@ class Fleet:
             + (f"; transcode is {self.transcode}, with lossless others would be offered" if more else "")
         )
 
-    def _refuse_all(self, link: Link) -> None:
+    def _refuse_all(self, association: Association) -> None:
         """Reject what is left: the peer accepted the association, but no context of it."""
         while (item := self.next()) is not None:
-            self.report(item, Outcome(Kind.REJECTED, self.refusal(link, _header(item))))
+            self.report(item, Outcome(Kind.REJECTED, self.refusal(association, _header(item))))
 
 
 class _Run:
     """What one association does: takes items, sends them, tells their outcomes."""
 
-    def __init__(self, fleet: Fleet, link: Link) -> None:
-        self.fleet, self.link = fleet, link
+    def __init__(self, fleet: Fleet, association: Association) -> None:
+        self.fleet, self.association = fleet, association
         self.plan, self.report, self.peer = fleet.plan, fleet.report, fleet.peer
         self.outstanding: dict[int, Item] = {}
         self.error: DispatchError | None = None  # the peer's refusal of more than one instance
 
     def serve(self) -> None:
         """Send items until there are no more, or an instance had to be kept back; then end the association."""
-        sender = Sender(self.link, self.fleet.throttle, self.report.moved, self.report.check)
+        sender = Sender(self.association, self.fleet.throttle, self.report.moved, self.report.check)
         try:
             with sender:
                 while (item := self.fleet.next()) is not None:
@@ -195,15 +198,15 @@ class _Run:
                     self._send(sender, item)
                 self._settle(sender, 0)
         except Changed:
-            self.link.abort()
+            self.association.abort()
         except BaseException:
             if sender.torn:
-                self.link.drop()
+                self.association.drop()
             else:
-                self.link.abort()
+                self.association.abort()
             raise
         else:
-            self.link.release()
+            self.association.release()
         if self.error is not None:
             raise self.error
 
@@ -236,12 +239,12 @@ class _Run:
             self.plan.check(item, fd)
 
         offset, size = header.dataset_offset, item.size
-        context = self.link.accepted.get(_pair(item))
+        context = self.association.accepted.get(_pair(item))
         if context is None:
-            accepted = of_class(self.link.accepted, header.SOPClassUID)
+            accepted = of_class(self.association.accepted, header.SOPClassUID)
             targets = [to for to in fallbacks(header.TransferSyntaxUID, self.fleet.transcode) if to in accepted]
             if not targets:
-                raise Rejected(self.fleet.refusal(self.link, header))
+                raise Rejected(self.fleet.refusal(self.association, header))
             self._settle(sender, 0)
             keep_alive = self._keep_alive(sender)
             try:
@@ -251,7 +254,7 @@ class _Run:
             except NoRoom as exc:
                 raise Busy(str(exc)) from exc
             fd_sent, offset, size = copy.fd, 0, copy.size
-            context = self.link.accepted[header.SOPClassUID, copy.syntax]
+            context = self.association.accepted[header.SOPClassUID, copy.syntax]
         else:
             fd_sent = fd
         return Instance(fd_sent, offset, size, context, header.SOPClassUID, header.SOPInstanceUID, verify)
@@ -259,7 +262,7 @@ class _Run:
     def _keep_alive(self, sender: Sender) -> Callable[[], None]:
         """Make what a long conversion calls: it stops it if the dispatch shall stop, and sends C-ECHO now and then."""
         said = time.monotonic()
-        context = self.link.context(VERIFICATION)
+        context = self.association.context(VERIFICATION)
 
         def check() -> None:
             nonlocal said

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from typing import Self
 
 from protocols.dimse import message
-from protocols.dimse.association import Link, aborted
+from protocols.dimse.association import Association, aborted
 from protocols.dimse.message import Response, StoreCommand
 from protocols.net import tls
 from protocols.net.link import SLICE_S
@@ -147,17 +147,17 @@ class Sender:
 
     def __init__(
         self,
-        link: Link,
+        association: Association,
         throttle: Throttle,
         moved: Callable[[int], None] = lambda count: None,
         check: Callable[[], None] = lambda: None,
     ) -> None:
-        self.link = link
-        self.peer = link.peer
-        self.window = link.window
+        self.association = association
+        self.peer = association.peer
+        self.window = association.window
         self.torn = False
         self._throttle, self._moved, self._check = throttle, moved, check
-        limits = [limit for limit in (link.max_send, link.peer.max_pdu) if limit]
+        limits = [limit for limit in (association.max_send, association.peer.max_pdu) if limit]
         # Fragments are of even length (PS3.8 Annex E.2), and no longer than what a throttle lets go at once.
         fragment = min(PDU, *limits, throttle.piece) - message.PDV_HEADER if limits else min(PDU, throttle.piece)
         self._buffer = _Buffer(max(MIN_FRAGMENT, fragment & ~1))
@@ -173,14 +173,14 @@ class Sender:
         # Until it is ours the peer may be in the middle of a PDU, which an abort would have to wait for.
         self.torn = True
         try:
-            sock = self._sock = self.link.transport.lend(self._check)
+            sock = self._sock = self.association.transport.lend(self._check)
         except TimeoutError as exc:
             raise TimedOut(f"{self.peer.where}: the peer fell silent for {self.peer.idle_timeout_s:g} s") from exc
         except ConnectionError as exc:
             raise Interrupted(f"{self.peer.where}: the peer ended the association") from exc
         self.torn = False
-        self._received += self.link.transport.ahead
-        self.link.transport.ahead.clear()
+        self._received += self.association.transport.ahead
+        self.association.transport.ahead.clear()
         self._plain = not isinstance(sock, ssl.SSLSocket)
         if self._plain:
             # Time limits of the kernel's: those of Python's sockets cost a poll(2) before every call.
@@ -192,7 +192,7 @@ class Sender:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self.link.transport.take_back()
+        self.association.transport.take_back()
 
     def prepare(self, instance: Instance) -> None:
         """Read the beginning of an instance, or all of a small one: can be done while the peer is busy.

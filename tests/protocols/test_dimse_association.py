@@ -14,7 +14,7 @@ import pydicom
 import pytest
 
 from protocols.dimse import fleet as fleets
-from protocols.dimse.association import Link, associate
+from protocols.dimse.association import Association, associate
 from protocols.dimse.fleet import Fleet
 from protocols.dimse.store import Instance, Sender
 from protocols.dimse.transport import Peer, speaks_dicom, speaks_tls
@@ -39,12 +39,12 @@ def peer_of(server: Scp, **settings: float) -> Peer:
 
 
 @contextmanager
-def linked(server: Scp, window: int = 1) -> Iterator[Link]:
-    link = associate(peer_of(server), OFFERED, window=window)
+def linked(server: Scp, window: int = 1) -> Iterator[Association]:
+    association = associate(peer_of(server), OFFERED, window=window)
     try:
-        yield link
+        yield association
     finally:
-        link.release()
+        association.release()
 
 
 @pytest.fixture
@@ -75,12 +75,12 @@ def store(sender: Sender, plan: Plan, number: int, context: int) -> int | None:
 
 def test_pynetdicom_goes_on_after_the_connection_was_lent(plan: Plan) -> None:
     with scp() as server:
-        with linked(server) as link:
+        with linked(server) as association:
             for number in range(3):
-                link.echo()
-                with Sender(link, Throttle(None)) as sender:
-                    assert store(sender, plan, number, link.accepted[CT, EXPLICIT]) == 0
-            link.echo()
+                association.echo()
+                with Sender(association, Throttle(None)) as sender:
+                    assert store(sender, plan, number, association.accepted[CT, EXPLICIT]) == 0
+            association.echo()
         assert server.wait_closed()
         assert [association.ended for association in server.associations] == ["released"]
     assert (len(server.kept), server.echoes) == (3, 4)
@@ -88,8 +88,8 @@ def test_pynetdicom_goes_on_after_the_connection_was_lent(plan: Plan) -> None:
 
 def test_nothing_of_pynetdicom_runs_while_the_connection_is_lent(plan: Plan) -> None:
     """Its threads look for work every millisecond else: what guards against a release of it that does so again."""
-    with scp() as server, linked(server) as link, Sender(link, Throttle(None)):
-        threads = [link.assoc.native_id, link.assoc.dul.native_id]
+    with scp() as server, linked(server) as association, Sender(association, Throttle(None)):
+        threads = [association.assoc.native_id, association.assoc.dul.native_id]
         before = [_switches(thread) for thread in threads]
         time.sleep(0.3)
         assert [_switches(thread) for thread in threads] == before
@@ -102,11 +102,11 @@ def _switches(thread: int | None) -> int:
 
 
 def test_echo_between_instances(plan: Plan) -> None:
-    with scp() as server, linked(server) as link:
-        with Sender(link, Throttle(None)) as sender:
-            sender.echo(link.accepted[VERIFICATION, EXPLICIT])
-            assert store(sender, plan, 0, link.accepted[CT, EXPLICIT]) == 0
-            sender.echo(link.accepted[VERIFICATION, EXPLICIT])
+    with scp() as server, linked(server) as association:
+        with Sender(association, Throttle(None)) as sender:
+            sender.echo(association.accepted[VERIFICATION, EXPLICIT])
+            assert store(sender, plan, 0, association.accepted[CT, EXPLICIT]) == 0
+            sender.echo(association.accepted[VERIFICATION, EXPLICIT])
         assert server.echoes == 2
 
 
@@ -125,19 +125,19 @@ def test_a_conversion_keeps_the_association_alive(tmp_path: Path, monkeypatch: p
 
 def test_an_end_between_two_instances_is_told(plan: Plan) -> None:
     with scp(on_store=lambda store: [0, Abort(2, 6)]) as server:
-        link = associate(peer_of(server), OFFERED)
-        with Sender(link, Throttle(None)) as sender:
-            assert store(sender, plan, 0, link.accepted[CT, EXPLICIT]) == 0
+        association = associate(peer_of(server), OFFERED)
+        with Sender(association, Throttle(None)) as sender:
+            assert store(sender, plan, 0, association.accepted[CT, EXPLICIT]) == 0
             with pytest.raises(Interrupted, match=r"invalid PDU parameter value|broke the connection"):
-                store(sender, plan, 1, link.accepted[CT, EXPLICIT])
-        link.drop()
+                store(sender, plan, 1, association.accepted[CT, EXPLICIT])
+        association.drop()
 
 
 def test_an_association_that_ended_can_not_be_lent(plan: Plan) -> None:
     with scp() as server:
-        link = associate(peer_of(server), OFFERED)
-        link.release()
-        with pytest.raises(Interrupted), Sender(link, Throttle(None)):
+        association = associate(peer_of(server), OFFERED)
+        association.release()
+        with pytest.raises(Interrupted), Sender(association, Throttle(None)):
             pass
 
 
@@ -146,23 +146,23 @@ def test_operations_of_pynetdicom_can_be_called_off() -> None:
     cancel = threading.Event()
     told = PushReport(cancelled=cancel)
     with scp(on_associate=lambda proposal: None) as server:
-        link = associate(peer_of(server, idle_timeout_s=30), OFFERED)
+        association = associate(peer_of(server, idle_timeout_s=30), OFFERED)
         threading.Timer(0.3, cancel.set).start()
         begun = time.monotonic()
         with pytest.raises(Cancelled):
-            link.call("waiting", lambda assoc: assoc.dimse.get_msg(block=True), told.check)
-        link.abort()
+            association.call("waiting", lambda assoc: assoc.dimse.get_msg(block=True), told.check)
+        association.abort()
         assert time.monotonic() - begun < 5
 
 
 def test_a_hung_operation_is_TimedOut() -> None:
     with scp() as server:
-        link = associate(peer_of(server, idle_timeout_s=0.5), OFFERED)
+        association = associate(peer_of(server, idle_timeout_s=0.5), OFFERED)
         server.echoes = 0
         server.on_data = lambda association, count: Silence()
         with pytest.raises(TimedOut, match="C-ECHO"):
-            link.echo()
-        link.abort()
+            association.echo()
+        association.abort()
 
 
 def test_what_a_port_speaks() -> None:
