@@ -176,7 +176,7 @@ def dicomweb_client_wado(url: str, into: str, user: str = "", password: str = ""
 
 def body_by_ours(url: str, body: str) -> None:
     """Our HTTP client, with a prepared body read in pieces of 1 MiB, as all of the following."""
-    from protocols.http.session import Origin, Session
+    from protocols.http.session import Session, WebOrigin
     from protocols.net.tls import Tls
 
     path = next(Path(body).iterdir())
@@ -195,7 +195,7 @@ def body_by_ours(url: str, body: str) -> None:
 
     headers = {"Content-Type": KIND}
     with (
-        Session(Origin.of(url, Tls(), 10, 60)) as session,
+        Session(WebOrigin.of(url, Tls(), 10, 60)) as session,
         measure.section(),
         session.request("POST", "/rs/studies", headers, Pieces()) as answer,
     ):

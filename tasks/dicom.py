@@ -20,7 +20,7 @@ from protocols.dimse.fleet import Fleet
 from protocols.dimse.listener import Listener, shared
 from protocols.dimse.transport import VERIFICATION, Peer
 from protocols.net import tls
-from protocols.net.link import shown
+from protocols.net.connection import shown
 from tasks.driver import Driver, Facts
 from transfer.errors import Misconfigured
 from transfer.health import Health

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from blocks.ssh import HostKeyPolicy, SshTarget
-from protocols.net.link import resolve_within, shown
+from protocols.net.connection import resolve_within, shown
 from protocols.net.words import BLOT, MIN_PRIVATE_CHARS
 from protocols.ssh.client import Client, Facts, Login, greeting, quote
 from protocols.ssh.keys import private_key

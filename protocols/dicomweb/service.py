@@ -14,7 +14,7 @@ from urllib.parse import urlencode
 from protocols.http.answer import Answer
 from protocols.http.session import Session
 from protocols.net import words
-from protocols.net.link import SLICE_S
+from protocols.net.connection import SLICE_S
 from transfer.errors import Busy, Denied, DispatchError, Interrupted, Misconfigured, NotFound
 
 JSON = "application/dicom+json"
@@ -88,7 +88,7 @@ class Service:
     def words(self, body: bytes, answer: Answer) -> str:
         """The server's own words in an answer: its error document, and its Warning fields."""
         warnings = " ".join(answer.headers.get_all("Warning") or ())
-        said = words.quote(body, answer.media_type, self._hidden)
+        said = words.excerpt(body, answer.media_type, self._hidden)
         return self.clean("; ".join(part for part in (said, warnings) if part))
 
     def clean(self, text: str) -> str:

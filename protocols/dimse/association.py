@@ -23,7 +23,7 @@ from pynetdicom.presentation import PresentationContext
 from protocols.dimse.entity import ABORT_REASONS, REASONS, Entity, Transport
 from protocols.dimse.transport import PLAIN_ALERT, Peer, connect, speaks_tls
 from protocols.net import tls
-from protocols.net.link import SLICE_S
+from protocols.net.connection import SLICE_S
 from transfer.errors import Busy, DispatchError, Interrupted, Misconfigured, TimedOut
 
 _config.LOG_HANDLER_LEVEL = "none"  # its handlers write identifiers, thus patients' data, to the log

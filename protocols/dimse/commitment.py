@@ -21,7 +21,7 @@ from protocols.dimse.association import Association, associate
 from protocols.dimse.contexts import UNCOMPRESSED
 from protocols.dimse.listener import Listener
 from protocols.dimse.transport import Peer
-from protocols.net.link import SLICE_S
+from protocols.net.connection import SLICE_S
 from transfer.errors import DispatchError, Retryable
 
 PUSH_MODEL = "1.2.840.10008.1.20.1"

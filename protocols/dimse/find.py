@@ -15,7 +15,7 @@ from pynetdicom.association import Association as PynetdicomAssociation
 from protocols.dimse.association import Association, associate
 from protocols.dimse.contexts import UNCOMPRESSED
 from protocols.dimse.transport import Peer
-from protocols.net.link import SLICE_S
+from protocols.net.connection import SLICE_S
 from protocols.net.words import clean, forms
 from transfer.errors import Busy, Denied, DispatchError, Interrupted, Misconfigured, Retryable
 

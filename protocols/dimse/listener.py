@@ -18,7 +18,7 @@ from pynetdicom.transport import RequestHandler, ThreadedAssociationServer
 
 from protocols.dimse.contexts import UNCOMPRESSED
 from protocols.dimse.transport import VERIFICATION
-from protocols.net.link import SLICE_S
+from protocols.net.connection import SLICE_S
 from transfer.errors import Misconfigured
 
 HANDSHAKE_S = 10  # for a peer to begin, and to shake hands

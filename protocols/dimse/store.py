@@ -26,7 +26,7 @@ from protocols.dimse import message
 from protocols.dimse.association import Association, aborted
 from protocols.dimse.message import Response, StoreCommand
 from protocols.net import tls
-from protocols.net.link import SLICE_S
+from protocols.net.connection import SLICE_S
 from transfer.errors import DispatchError, Interrupted, TimedOut
 from transfer.throttle import Throttle
 

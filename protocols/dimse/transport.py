@@ -15,7 +15,7 @@ from pynetdicom._globals import APPLICATION_CONTEXT_NAME
 from pynetdicom.pdu import A_ASSOCIATE_RQ
 from pynetdicom.pdu_primitives import A_ASSOCIATE, ImplementationClassUIDNotification, MaximumLengthNotification
 
-from protocols.net import link, tls
+from protocols.net import connection, tls
 from transfer.errors import DispatchError, Interrupted, Misconfigured, TimedOut
 
 VERIFICATION = "1.2.840.10008.1.1"
@@ -48,14 +48,14 @@ class Peer:
     @property
     def where(self) -> str:
         """The peer's address for messages."""
-        return link.place(self.host, self.port)
+        return connection.place(self.host, self.port)
 
 
 def resolve(
     peer: Peer, check: Callable[[], None] = lambda: None
 ) -> list[tuple[socket.AddressFamily, tuple[object, ...]]]:
-    """Return the addresses of the peer, in the system's order; see `link.resolve_within`."""
-    return link.resolve_within(peer.host, peer.port, peer.connect_timeout_s, check)
+    """Return the addresses of the peer, in the system's order; see `connection.resolve_within`."""
+    return connection.resolve_within(peer.host, peer.port, peer.connect_timeout_s, check)
 
 
 def connect(peer: Peer, check: Callable[[], None] = lambda: None) -> socket.socket:
@@ -74,7 +74,7 @@ def connect(peer: Peer, check: Callable[[], None] = lambda: None) -> socket.sock
 
 def connect_tcp(peer: Peer, check: Callable[[], None] = lambda: None) -> socket.socket:
     """Connect without TLS; see `connect`."""
-    return link.connect(peer.host, peer.port, peer.connect_timeout_s, check)
+    return connection.connect(peer.host, peer.port, peer.connect_timeout_s, check)
 
 
 def handshake(
@@ -82,7 +82,7 @@ def handshake(
 ) -> ssl.SSLSocket:
     """Shake hands on a connected socket, which is closed if that fails; see `connect`."""
     try:
-        return link.handshake(sock, peer.host, peer.where, settings, peer.connect_timeout_s, check)
+        return connection.handshake(sock, peer.host, peer.where, settings, peer.connect_timeout_s, check)
     except (Interrupted, TimedOut) as error:
         # Peers without TLS answer its first bytes in one of three ways: by an A-ABORT, which `tls.classify` knows for
         # what it is, by hanging up, or not at all.

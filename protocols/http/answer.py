@@ -11,7 +11,7 @@ from email.message import Message
 from email.utils import parsedate_to_datetime
 from http.client import HTTPException, parse_headers
 
-from protocols.net.link import Link
+from protocols.net.connection import Connection
 from transfer.errors import Interrupted
 
 HEAD_LINES = 256  # lines of an answer's head that are read
@@ -28,11 +28,11 @@ class Answer:
         early: it came before the whole request was sent, which was then broken off.
     """
 
-    def __init__(self, link: Link, method: str, where: str) -> None:
-        self.link = link
+    def __init__(self, connection: Connection, method: str, where: str) -> None:
+        self.connection = connection
         self.where = where
         try:
-            self.status, self.reason, self.headers, http11 = _head(link)
+            self.status, self.reason, self.headers, http11 = _head(connection)
         except (ValueError, HTTPException) as exc:
             raise Interrupted(f"{where}: the answer is not HTTP/1.1: {exc}") from exc
         self.early = False
@@ -70,16 +70,16 @@ class Answer:
     @property
     def reusable(self) -> bool:
         """Whether the connection can carry another request."""
-        return self._done and self._keep and not self.early and not self.link.ahead
+        return self._done and self._keep and not self.early and not self.connection.ahead
 
     @property
     def framed(self) -> bool:
-        """Whether the answer itself tells where it ends; else the end of the connection does, or a broken link."""
+        """Whether the answer itself tells where it ends; else the end of the connection does."""
         return self._chunked or self._length is not None
 
     def close(self) -> None:
         """Leave the rest of it unread, and give its connection up."""
-        self.link.close()
+        self.connection.close()
 
     def chunks(self) -> Iterator[memoryview]:
         """What is left of the body, in pieces as they come; a piece holds until the next one is asked for.
@@ -116,7 +116,7 @@ class Answer:
         if self._chunked:
             yield from self._chunks()
         elif self._length is None:
-            while piece := self.link.take(1 << 62):
+            while piece := self.connection.take(1 << 62):
                 yield piece
             self._keep = False
         else:
@@ -126,7 +126,7 @@ class Answer:
     def _exactly(self, count: int) -> Iterator[memoryview]:
         left = count
         while left:
-            piece = self.link.take(left)
+            piece = self.connection.take(left)
             if not piece:
                 raise Interrupted(f"{self.where}: the answer was cut short: {count - left} of {count} bytes came")
             left -= len(piece)
@@ -134,10 +134,10 @@ class Answer:
 
     def _chunks(self) -> Iterator[memoryview]:
         try:
-            while size := int(self.link.line().split(b";")[0], 16):
+            while size := int(self.connection.line().split(b";")[0], 16):
                 yield from self._exactly(size)
-                self.link.line()
-            while self.link.line():  # trailer fields
+                self.connection.line()
+            while self.connection.line():  # trailer fields
                 pass
         except ValueError as exc:
             raise Interrupted(f"{self.where}: the answer's chunks are damaged") from exc
@@ -172,16 +172,16 @@ def _window_bits(data: bytes) -> int:
     return 47 if data[0] == 0x1F or is_zlib else -15
 
 
-def _head(link: Link) -> tuple[int, str, Message, bool]:
+def _head(connection: Connection) -> tuple[int, str, Message, bool]:
     """Read an answer's head: status, reason, fields, and whether it is HTTP/1.1."""
-    line = link.line()
+    line = connection.line()
     version, _, rest = line.partition(b" ")
     code, _, reason = rest.partition(b" ")
     if not version.startswith(b"HTTP/1.") or len(code) != 3 or not code.isdigit():
         raise ValueError(f"it begins with {line[:40]!r}" if line.isascii() else "it begins with other bytes")
     block = bytearray()
     for _ in range(HEAD_LINES):
-        line = link.line()
+        line = connection.line()
         if line and b":" not in line and line[:1] not in (b" ", b"\t"):
             continue  # no field; the parser would take it, and all that follows, for the body
         block += line + b"\r\n"

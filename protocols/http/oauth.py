@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from urllib.parse import quote_plus, urlencode, urlsplit
 
 from protocols.http.answer import Answer
-from protocols.http.session import Content, Origin, Session
+from protocols.http.session import Content, Session, WebOrigin
 from protocols.net import words
-from protocols.net.link import SLICE_S
+from protocols.net.connection import SLICE_S
 from transfer.errors import Busy, Cancelled, Denied, DispatchError, Misconfigured, NotFound
 
 EARLY_S = 60.0  # a token is renewed so long before its end, or after four fifths of a short life
@@ -66,7 +66,7 @@ class ClientCredentials:
         origin: that server, and how to talk to it.
     """
 
-    def __init__(self, url: str, client_id: str, client_secret: str, scope: str, origin: Origin) -> None:
+    def __init__(self, url: str, client_id: str, client_secret: str, scope: str, origin: WebOrigin) -> None:
         self.url, self.client_id, self.client_secret, self.scope, self.origin = (
             url, client_id, client_secret, scope, origin,
         )  # fmt: skip
@@ -165,7 +165,7 @@ class ClientCredentials:
             return answer.status, answer, answer.read(MAX_TOKEN_BYTES)
 
     def _refused(self, status: int, answer: Answer, body: bytes) -> DispatchError:
-        said = words.quote(body, answer.media_type, self.secrets)
+        said = words.excerpt(body, answer.media_type, self.secrets)
         text = f"{self._where}: no token: {status} {words.clean(answer.reason)}" + (f": {said!r}" if said else "")
         if status in (408, 425, 429) or status >= 500:
             return Busy(text, retry_after=answer.retry_after)

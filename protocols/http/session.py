@@ -19,7 +19,7 @@ from urllib.parse import quote as encoded
 from urllib.parse import urljoin, urlsplit
 
 from protocols.http.answer import Answer
-from protocols.net.link import Link, connect, handshake
+from protocols.net.connection import Connection, connect, handshake
 from protocols.net.tls import Tls
 from transfer.errors import Interrupted, Misconfigured, TimedOut
 
@@ -80,7 +80,7 @@ class Authorizer(Protocol):
 
 
 @dataclass(frozen=True)
-class Origin:
+class WebOrigin:
     """A server: scheme, host and port, and how to talk to it."""
 
     scheme: str
@@ -91,7 +91,7 @@ class Origin:
     idle_timeout_s: float = 60.0
 
     @classmethod
-    def of(cls, url: str, tls: Tls, connect_timeout_s: float, idle_timeout_s: float) -> Origin:
+    def of(cls, url: str, tls: Tls, connect_timeout_s: float, idle_timeout_s: float) -> WebOrigin:
         """The server that a URL names."""
         parts = urlsplit(url)
         return cls(
@@ -114,12 +114,12 @@ class Origin:
         """The server, for messages."""
         return f"{self.scheme}://{self.authority}"
 
-    def connect(self, check: Callable[[], None]) -> Link:
-        """Make a connection; raises as `link.connect` and `link.handshake` do."""
+    def connect(self, check: Callable[[], None]) -> Connection:
+        """Make a connection; raises as `connection.connect` and `connection.handshake` do."""
         sock = connect(self.host, self.port, self.connect_timeout_s, check)
         if self.scheme == "https":
             sock = handshake(sock, self.host, self.where, self.tls, self.connect_timeout_s, check)
-        return Link(sock, self.where, self.idle_timeout_s, check, has_cert=bool(self.tls.cert))
+        return Connection(sock, self.where, self.idle_timeout_s, check, has_cert=bool(self.tls.cert))
 
 
 class Session:
@@ -133,21 +133,21 @@ class Session:
 
     def __init__(
         self,
-        origin: Origin,
+        origin: WebOrigin,
         authorizer: Authorizer | None = None,
         check: Callable[[], None] = lambda: None,
         *,
         follow: bool = True,
     ) -> None:
         self.origin, self.authorizer, self.check, self.follow = origin, authorizer, check, follow
-        self._idle: list[Link] = []
+        self._idle: list[Connection] = []
         self._lock = threading.Lock()
 
     def close(self) -> None:
         with self._lock:
-            links, self._idle = self._idle, []
-        for link in links:
-            link.close()
+            connections, self._idle = self._idle, []
+        for connection in connections:
+            connection.close()
 
     def __enter__(self) -> Session:
         return self
@@ -235,40 +235,40 @@ class Session:
 
     def _exchange(self, request: _Request) -> Answer:
         while True:
-            link, idle_s = self._link()
+            connection, idle_s = self._connection()
             try:
-                return self._on(link, request)
+                return self._on(connection, request)
             except Interrupted:
-                link.close()
+                connection.close()
                 # The server may have closed it just as we began: that says nothing about the request.
-                if link.used == 0 or idle_s < STALE_S:
+                if connection.used == 0 or idle_s < STALE_S:
                     raise
             except BaseException:
-                link.close()
+                connection.close()
                 raise
 
-    def _on(self, link: Link, request: _Request) -> Answer:
-        exchange = _Exchange(link, request.method)
+    def _on(self, connection: Connection, request: _Request) -> Answer:
+        exchange = _Exchange(connection, request.method)
         if exchange.send(memoryview(request.head(self.origin.authority))) and request.body is not None:
             exchange.upload(request.body, request.expect)
         answer = exchange.answer
         while answer is None or answer.status < 200:  # 1xx: the final one is still to come
-            answer = Answer(link, request.method, link.where)
+            answer = Answer(connection, request.method, connection.where)
         answer.early = exchange.broken_off
-        link.used += 1
+        connection.used += 1
         return answer
 
-    def _link(self) -> tuple[Link, float]:
+    def _connection(self) -> tuple[Connection, float]:
         """Return a connection and how long it has been idle."""
         while True:
             with self._lock:
-                link = self._idle.pop() if self._idle else None
-            if link is None:
+                connection = self._idle.pop() if self._idle else None
+            if connection is None:
                 return self.origin.connect(self.check), 0.0
             with suppress(OSError):
-                if not link.heard():
-                    return link, time.monotonic() - link.idle_since
-            link.close()  # by the server, or it said something that nobody asked for
+                if not connection.heard():
+                    return connection, time.monotonic() - connection.idle_since
+            connection.close()  # by the server, or it said something that nobody asked for
 
     def _give_back(self, answer: Answer) -> None:
         """Keep the connection if it can carry another request; little that is left of the answer is read first."""
@@ -277,10 +277,10 @@ class Session:
                 if int(answer.headers.get("Content-Length", LEFTOVER_BYTES + 1)) <= LEFTOVER_BYTES:
                     answer.read(LEFTOVER_BYTES)
         if answer.reusable:
-            link = answer.link
-            link.idle_since = time.monotonic()
+            connection = answer.connection
+            connection.idle_since = time.monotonic()
             with self._lock:
-                self._idle.append(link)
+                self._idle.append(connection)
         else:
             answer.close()
 
@@ -316,16 +316,16 @@ class _Exchange:
         broken_off: whether what was sent ends before its announced end.
     """
 
-    def __init__(self, link: Link, method: str) -> None:
+    def __init__(self, connection: Connection, method: str) -> None:
         self.answer: Answer | None = None
         self.broken_off = False
-        self._link, self._method = link, method
+        self._connection, self._method = connection, method
 
     def upload(self, body: Body, expect: bool) -> None:
         """Send a body, as far as the server lets us."""
         if expect:
-            if not self._link.listen(CONTINUE_S):
-                _without_continue.add(self._link.where)
+            if not self._connection.listen(CONTINUE_S):
+                _without_continue.add(self._connection.where)
             else:
                 self._hear()
             if self.answer:  # the server has no need of the body
@@ -339,7 +339,7 @@ class _Exchange:
         """Send bytes; False if there is no use in sending more."""
         while data:
             try:
-                data = data[self._link.send(data, sent, deaf=self.answer is not None) :]
+                data = data[self._connection.send(data, sent, deaf=self.answer is not None) :]
             except (Interrupted, TimedOut):
                 if self.answer is None:
                     raise
@@ -351,7 +351,7 @@ class _Exchange:
 
     def _hear(self) -> bool:
         """Read what the server says in between; False if it wants no more of the request."""
-        answer = Answer(self._link, self._method, self._link.where)
+        answer = Answer(self._connection, self._method, self._connection.where)
         if answer.status < 200:
             return True
         self.answer = answer

@@ -15,7 +15,7 @@ BLOT = "***"
 _JSON_KEYS = ("message", "details", "detail", "error_description", "error", "errormessage", "title", "reason")
 
 
-def quote(body: bytes, media_type: str, hidden: Iterable[str] = ()) -> str:
+def excerpt(body: bytes, media_type: str, hidden: Iterable[str] = ()) -> str:
     """Return the gist of an error document: text of HTML and XML, the telling members of JSON.
 
     Args:

@@ -22,7 +22,7 @@ from botocore.awsrequest import AWSPreparedRequest, AWSResponse
 from botocore.exceptions import ClientError
 
 from protocols.http.answer import Answer
-from protocols.http.session import Content, Origin, Session
+from protocols.http.session import Content, Session, WebOrigin
 from protocols.s3.client import Account, Settings, answer_of
 from protocols.s3.error import StoreError
 from protocols.s3.sign import EMPTY_SHA256, UNSIGNED, Credentials, Signer
@@ -97,7 +97,7 @@ class Store:
         self.check = check
         self.bucket = settings.bucket
         self._settings = settings
-        self._sessions: dict[Origin, Session] = {}
+        self._sessions: dict[WebOrigin, Session] = {}
         self._lock = threading.Lock()
         self._account = Account(settings)
         self._use(_regions.get(settings.bucket, "") if settings.at_aws else "")
@@ -108,7 +108,7 @@ class Store:
         self._session = self._session_of(self._aim.url)
 
     @property
-    def origin(self) -> Origin:
+    def origin(self) -> WebOrigin:
         """The server that objects go to."""
         return self._session.origin
 
@@ -220,7 +220,7 @@ class Store:
             return answer_of(request, answer.status, answer.headers, answer.read())
 
     def _session_of(self, url: str) -> Session:
-        origin = Origin.of(url, self._settings.tls, self._settings.connect_timeout_s, self._settings.idle_timeout_s)
+        origin = WebOrigin.of(url, self._settings.tls, self._settings.connect_timeout_s, self._settings.idle_timeout_s)
         with self._lock:
             if origin not in self._sessions:
                 self._sessions[origin] = Session(origin, check=lambda: self.check())

@@ -26,7 +26,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from protocols.net.link import connect
+from protocols.net.connection import connect
 from protocols.ssh import hostkeys
 from protocols.ssh.memfiles import MemoryFiles, tail
 from protocols.ssh.programs import environment, program, start, stop

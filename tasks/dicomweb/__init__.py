@@ -22,8 +22,8 @@ from protocols.dicomweb.stow import Store
 from protocols.dicomweb.wado import Retrieval, Series
 from protocols.http.answer import Answer
 from protocols.http.oauth import ClientCredentials, Fixed
-from protocols.http.session import Authorizer, Content, Origin, Session
-from protocols.net import link, tls
+from protocols.http.session import Authorizer, Content, Session, WebOrigin
+from protocols.net import connection, tls
 from tasks.dicomweb import folder as dicomweb_folder
 from tasks.driver import Driver, Facts
 from transfer.errors import DispatchError, Misconfigured, NotFound
@@ -72,8 +72,8 @@ def _tls(target: DicomWebTarget) -> tls.Tls:
     )
 
 
-def _origin(target: DicomWebTarget, url: str, trust: tls.Tls) -> Origin:
-    return Origin.of(url, trust, target.connect_timeout_s, target.idle_timeout_s)
+def _origin(target: DicomWebTarget, url: str, trust: tls.Tls) -> WebOrigin:
+    return WebOrigin.of(url, trust, target.connect_timeout_s, target.idle_timeout_s)
 
 
 def _authorizer(target: DicomWebTarget, trust: tls.Tls) -> Authorizer | None:
@@ -90,7 +90,7 @@ def _authorizer(target: DicomWebTarget, trust: tls.Tls) -> Authorizer | None:
 
 
 @functools.lru_cache(maxsize=64)
-def _credentials(url: str, client_id: str, secret: str, scope: str, origin: Origin) -> ClientCredentials:
+def _credentials(url: str, client_id: str, secret: str, scope: str, origin: WebOrigin) -> ClientCredentials:
     """One object per client and process, so that dispatches share its token."""
     return ClientCredentials(url, client_id, secret, scope, origin)
 
@@ -113,19 +113,19 @@ def check(target: DicomWebTarget) -> Health:
 def _probe_connection(health: Health, target: DicomWebTarget) -> None:
     origin = _origin(target, target.url, _tls(target))
     with health.probe("resolve") as probe:
-        found = link.resolve_within(origin.host, origin.port, origin.connect_timeout_s, _go_on)
-        probe.detail = link.shown(found)
+        found = connection.resolve_within(origin.host, origin.port, origin.connect_timeout_s, _go_on)
+        probe.detail = connection.shown(found)
     if not health.ok:
         return
     sock: socket.socket | None = None
     with health.probe("tcp") as probe:
-        sock = link.connect(origin.host, origin.port, origin.connect_timeout_s, _go_on)
+        sock = connection.connect(origin.host, origin.port, origin.connect_timeout_s, _go_on)
         probe.detail = "connected to {} port {}".format(*sock.getpeername()[:2])
     if sock is None:
         return
     if origin.scheme == "https":
         with health.probe("tls") as probe:
-            wrapped = sock = link.handshake(
+            wrapped = sock = connection.handshake(
                 sock, origin.host, origin.where, origin.tls, origin.connect_timeout_s, _go_on
             )
             probe.detail = tls.peer_facts(wrapped)

@@ -14,9 +14,9 @@ from urllib.parse import urlsplit
 from pydantic import SecretStr
 
 from blocks.s3 import Checksum, S3Target
-from protocols.http.session import Origin
-from protocols.net.link import connect as dial
-from protocols.net.link import handshake, resolve_within, shown
+from protocols.http.session import WebOrigin
+from protocols.net.connection import connect as dial
+from protocols.net.connection import handshake, resolve_within, shown
 from protocols.net.tls import Tls, peer_facts
 from protocols.net.words import BLOT, MIN_PRIVATE_CHARS
 from protocols.s3.client import Settings
@@ -33,7 +33,7 @@ from transfer.layout import names, private_parts
 from transfer.plan import Plan
 from transfer.receipt import Level, PushReport, Receipt
 
-# The table of errors is in `errors`: CODES and STATUS, FOREIGN for what boto3 raises; sockets: `protocols.net.link`.
+# The table of errors is in `errors`: CODES and STATUS, FOREIGN for what boto3 raises.
 
 
 @contextmanager
@@ -108,7 +108,7 @@ def check(target: S3Target) -> Health:
     except DispatchError:  # most likely no credentials: the network can be tried all the same
         if target.endpoint_url:
             url, tls = target.endpoint_url, _tls(target)
-            _probe_connection(health, Origin.of(url, tls, target.connect_timeout_s, target.idle_timeout_s))
+            _probe_connection(health, WebOrigin.of(url, tls, target.connect_timeout_s, target.idle_timeout_s))
         else:
             health.skip("resolve", "tcp", "tls")
         with health.probe("authenticate"):
@@ -118,7 +118,7 @@ def check(target: S3Target) -> Health:
     return health
 
 
-def _probe_connection(health: Health, origin: Origin) -> None:
+def _probe_connection(health: Health, origin: WebOrigin) -> None:
     with health.probe("resolve") as probe:
         found = resolve_within(origin.host, origin.port, origin.connect_timeout_s, lambda: None)
         probe.detail = shown(found)

@@ -14,10 +14,10 @@ from contextlib import ExitStack, contextmanager
 from urllib.parse import urlsplit
 
 from blocks.xnat import XnatTarget
-from protocols.http.session import PORTS, Origin
+from protocols.http.session import PORTS, WebOrigin
 from protocols.http.session import Session as Http
-from protocols.net.link import connect as dial
-from protocols.net.link import handshake, resolve_within, shown
+from protocols.net.connection import connect as dial
+from protocols.net.connection import handshake, resolve_within, shown
 from protocols.net.tls import Tls, peer_facts
 from protocols.net.words import BLOT, clean
 from protocols.xnat.answers import Refused
@@ -129,8 +129,8 @@ def _server(location: str) -> str:
     return f"{url.scheme}://{url.netloc}" if url.netloc else "another page of it"
 
 
-def _origin(target: XnatTarget) -> Origin:
-    return Origin.of(target.host, Tls(ca=target.ca_cert), target.connect_timeout_s, target.idle_timeout_s)
+def _origin(target: XnatTarget) -> WebOrigin:
+    return WebOrigin.of(target.host, Tls(ca=target.ca_cert), target.connect_timeout_s, target.idle_timeout_s)
 
 
 def check(target: XnatTarget) -> Health:

@@ -23,7 +23,7 @@ from pydantic import ValidationError
 from blocks.dicomweb import DicomWebTarget
 from imaging.query import Query
 from protocols.http.multipart import Parts, parameters
-from protocols.net.words import clean, quote
+from protocols.net.words import clean, excerpt
 from tasks.dicomweb import _credentials, check, driver, find, push
 from tests import studies
 from tests.harness import Sent, attempt
@@ -620,11 +620,11 @@ def test_bad_certificate_setting(plan: Plan) -> None:
     ],
 )
 def test_quote(body: bytes, kind: str, said: str) -> None:
-    assert quote(body, kind) == said
+    assert excerpt(body, kind) == said
 
 
 def test_quote_is_short_and_hides() -> None:
-    text = quote(b"x" * 100_000, "text/plain")
+    text = excerpt(b"x" * 100_000, "text/plain")
     assert len(text) <= 200
     assert clean("user Secret-1 and SECRET-1", ["secret-1", ""]) == "user *** and ***"
 

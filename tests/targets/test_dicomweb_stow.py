@@ -138,7 +138,7 @@ def test_large_instance_in_pieces(server: Scripted, tmp_path: Path) -> None:
 def test_stale_connection(server: Scripted, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     """A server may close an idle connection just as the next request begins: that request is sent again."""
     monkeypatch.setattr(http, "STALE_S", 0.0)
-    monkeypatch.setattr("protocols.net.link.Link.heard", lambda self: False)
+    monkeypatch.setattr("protocols.net.connection.Connection.heard", lambda self: False)
     server.script = [lambda _: None, Reply(resets=True, reads=0)]
     all_delivered(push(server, plan, batch_items=4), server)
 

@@ -171,7 +171,7 @@ def _ready(sock: socket.socket, events: int, timeout_s: float, check: Callable[[
             return True
 
 
-class Link:
+class Connection:
     """A connection that is made, and what has been read from it ahead of its use.
 
     Args:
