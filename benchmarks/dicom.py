@@ -32,11 +32,10 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.measure import MB, Run, in_turn, machine, run, section
-from tests import studies
-from tests.servers import process
+from talaria.testing import process, studies
+from talaria.testing.relay import relay
 from tests.servers.dcmtk import storescp
 from tests.servers.orthanc import orthanc
-from tests.servers.relay import relay
 
 REFERENCE = "dcmsend+"
 SINKS = ("discard", "storescp", "orthanc", "5ms", "20ms")

@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks import measure
-from tests import studies
+from talaria.testing import studies
 
 UID_CHARS = 56
 SERIES_FILES, STUDY_SERIES = 50, 4

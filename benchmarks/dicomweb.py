@@ -29,9 +29,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from benchmarks import measure
-from tests import studies
+from talaria.testing import studies
+from talaria.testing.process import free_port, server
 from tests.servers.orthanc import orthanc
-from tests.servers.process import free_port, server
 
 CT_SIDE, SMALL_SIDE = 512, 108  # pixels: 0.53 MB and 30 kB a file
 BOUNDARY = "benchmark-" + "0" * 30

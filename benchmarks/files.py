@@ -165,8 +165,8 @@ def make(folder: Path, large_mb: int) -> dict[str, tuple[Path, int]]:
 
 def against_ssh(kind: str, source: Path, size: int, work: Path, stack: ExitStack, rounds: int, delay_s: float) -> str:
     """SFTP or rsync targets beside `sftp`, the libraries, or `rsync -rt`."""
+    from talaria.testing.relay import relay
     from tests.servers.openssh import openssh
-    from tests.servers.relay import relay
 
     server = stack.enter_context(openssh(work / f"sshd-{kind}-{source.name}"))
     port = stack.enter_context(relay(server.port, delay_s=delay_s / 2)).port if delay_s else server.port

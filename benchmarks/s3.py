@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import measure
-from tests.servers.process import AMBIENT_TRUST, program
+from talaria.testing.process import AMBIENT_TRUST, program
 from tests.servers.s3 import S3Server, discarding
 
 PAIRS = 5

@@ -24,8 +24,8 @@ from pathlib import Path
 import requests
 
 from benchmarks import measure
-from tests import studies
-from tests.servers.process import free_port, server
+from talaria.testing import studies
+from talaria.testing.process import free_port, server
 
 QUERY = "import-handler=DICOM-zip&inbody=true&dest=/archive/projects/P&project=P&subject=S&session=E"
 LOGIN = ("lab", "lab")

@@ -1,15 +1,18 @@
-"""The conformance suite: every case against every harness of every type in DRIVERS.
+"""The conformance suite: every case against every harness of a type of target.
 
-    pytest tests/conformance.py            all of it
-    pytest tests/conformance.py -k folder  one type; `-k dicom-storescp` one server
+A test file takes the whole suite over, and says which harnesses it is for (`harness.Harness`; one is one server):
 
-A harness is one real server (`tests/targets/<type>.py`, `HARNESSES`). What a type does differently is declared in
-its driver's Facts or its Harness, and asserted here; nothing is skipped. A type without a harness fails.
+    from talaria.testing.conformance import *
+    from talaria_webdav.harness import HARNESSES
+
+    pytest tests/conformance.py -k webdav            this type; `-k dicom-storescp` one server
+    pytest --pyargs talaria.testing.conformance      every type that another package has installed here
+
+What a type does differently is declared in its driver's Facts or its Harness, and asserted here; nothing is skipped.
 """
 
 from __future__ import annotations
 
-import functools
 import io
 import json
 import logging
@@ -18,64 +21,31 @@ import pickle
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
-from importlib import import_module
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pydicom
 import pytest
 
+from talaria.testing import studies
+from talaria.testing.harness import Factory, Harness, Sent, attempt
 from tasks import DRIVERS
-from tests import studies
-from tests.harness import Harness, Sent, attempt
 from transfer.errors import Cancelled, DispatchError, Retryable
 from transfer.outcome import Kind, Outcome
 from transfer.plan import Item, Plan, scan
 from transfer.receipt import Level, State
-
-Factory = Callable[[Path], AbstractContextManager[Harness]]
 
 MARKER = ".complete"
 STOP_S = 5  # a cancelled push is over by then
 LEVELS = tuple(Level)  # from the weakest to the strongest
 
 
-# ---- every type has a harness
-
-
-@functools.cache
-def _collected() -> tuple[dict[str, Factory], dict[str, str]]:
-    """Return all harnesses by name, and by type why it has none."""
-    found: dict[str, Factory] = {}
-    missing: dict[str, str] = {}
-    for type_name in DRIVERS:
-        module = f"tests.targets.{type_name.replace('-', '_')}"
-        try:
-            harnesses: dict[str, Factory] = import_module(module).HARNESSES
-        except ModuleNotFoundError as exc:
-            own = exc.name == module
-            missing[type_name] = f"{module} is missing" if own else f"{module} can't be imported: {exc}"
-        except Exception:
-            missing[type_name] = f"{module} can't be imported:\n{traceback.format_exc()}"
-        else:
-            found |= harnesses
-            if not harnesses:
-                missing[type_name] = f"{module}.HARNESSES is empty"
-    return found, missing
-
-
-@pytest.mark.parametrize("type_name", list(DRIVERS))
-def test_type_has_a_harness(type_name: str) -> None:
-    if why := _collected()[1].get(type_name):
-        pytest.fail(f"targets of type {type_name} are not tested: {why}")
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run each case for each harness of the file that has taken the suite over."""
     if "harness" in metafunc.fixturenames:
-        factories = _collected()[0]
-        metafunc.parametrize("harness", [pytest.param(f, id=name) for name, f in factories.items()], indirect=True)
+        harnesses: dict[str, Factory] = metafunc.module.HARNESSES
+        metafunc.parametrize("harness", [pytest.param(f, id=name) for name, f in harnesses.items()], indirect=True)
 
 
 @pytest.fixture
@@ -92,6 +62,12 @@ def study(tmp_path: Path) -> Path:
     folder = tmp_path / "study"
     folder.mkdir()
     return folder
+
+
+@pytest.fixture(autouse=True)
+def own_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Give each test a state directory of its own: what drivers keep there (known hosts, tokens) is not the user's."""
+    monkeypatch.setenv("TALARIA_HOME", str(tmp_path / "talaria"))
 
 
 # ---- what is compared
@@ -630,3 +606,12 @@ def test_errors_survive_pickle(harness: Harness, study: Path) -> None:
             error.message, error.target, error.item, str(error),
         )  # fmt: skip
         assert vars(copy) == vars(error)
+
+
+__all__ = [  # what a test file takes over with `import *`: the cases, and the fixtures that they use
+    *(name for name in globals() if name.startswith("test_")),
+    "harness",
+    "own_home",
+    "pytest_generate_tests",
+    "study",
+]

@@ -63,6 +63,9 @@ class Harness:
         return DRIVERS.of(self.target)
 
 
+Factory = Callable[[Path], AbstractContextManager[Harness]]  # starts the server; its argument is an empty folder
+
+
 @dataclass
 class Sent:
     """What one attempt to push did.

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,14 +33,16 @@ def harness(folder: Path, *, name: str, link: Link = Link.NEVER) -> Harness:
 
     def read_back(plan: Plan) -> dict[str, bytes]:
         root = folder / plan.dispatch_id
-        return {
-            os.path.relpath(path, root): path.read_bytes()
-            for path in root.rglob("*")
-            if path.is_file() and path.name != ".complete"
-        }
+        found = {}
+        for path, _, files in os.walk(root):  # what vanishes while it is looked at is not there
+            for name in set(files) - {".complete"}:
+                with suppress(FileNotFoundError):
+                    full = os.path.join(path, name)
+                    found[os.path.relpath(full, root)] = Path(full).read_bytes()
+        return found
 
     def names() -> set[str]:
-        return {os.path.relpath(path, folder) for path in folder.rglob("*")}
+        return {os.path.relpath(os.path.join(path, name), folder) for path, a, b in os.walk(folder) for name in a + b}
 
     def final(seen: str) -> bool:
         return not any(part.startswith((".incoming-", ".talaria-")) for part in seen.split("/"))

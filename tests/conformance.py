@@ -1,0 +1,44 @@
+"""The conformance suite over every type that is installed here; one without a harness fails.
+
+    pytest tests/conformance.py            all of it
+    pytest tests/conformance.py -k folder  one type; `-k dicom-storescp` one server
+
+The harnesses of a type are in `tests/targets/<type>.py`, `HARNESSES`.
+"""
+
+from __future__ import annotations
+
+import traceback
+from importlib import import_module
+
+import pytest
+
+from talaria.testing.conformance import *  # noqa: F403
+from talaria.testing.harness import Factory
+from tasks import DRIVERS
+
+
+def _collected() -> tuple[dict[str, Factory], dict[str, str]]:
+    """Return all harnesses by name, and by type why it has none."""
+    found: dict[str, Factory] = {}
+    missing: dict[str, str] = {}
+    for type_name in DRIVERS:
+        module = f"tests.targets.{type_name.replace('-', '_')}"
+        try:
+            harnesses: dict[str, Factory] = import_module(module).HARNESSES
+        except Exception:
+            missing[type_name] = f"{module} can't be imported:\n{traceback.format_exc()}"
+        else:
+            found |= harnesses
+            if not harnesses:
+                missing[type_name] = f"{module}.HARNESSES is empty"
+    return found, missing
+
+
+HARNESSES, MISSING = _collected()
+
+
+@pytest.mark.parametrize("type_name", list(DRIVERS))
+def test_type_has_a_harness(type_name: str) -> None:
+    if why := MISSING.get(type_name):
+        pytest.fail(f"targets of type {type_name} are not tested: {why}")
