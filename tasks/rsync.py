@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from blocks.rsync import RsyncTarget
 from imaging.header import BEGINNING_BYTES
+from protocols.net.hiding import quieted
 from protocols.ssh.client import Client, quote, short
 from protocols.ssh.programs import program
 from protocols.ssh.rsync import PARTIAL, PARTLY, TEMPORARY, WORDS, Result, Rsync
@@ -171,7 +172,7 @@ def push(target: RsyncTarget, plan: Plan, report: PushReport) -> Receipt:
     """Send every pending file, make all visible at once, then put the marker; told when visible."""
     report.check()
     hide = ssh.hiding(target, plan)
-    with ssh.named(target, hide), Client(ssh.login(target), hide) as client, Shell(client) as shell:
+    with quieted(hide, target.name), Client(ssh.login(target), hide) as client, Shell(client) as shell:
         rsync = Rsync(shell, target.bandwidth_limit, target.compress, report.check, report.moved)
         return _Push(target, plan, report, shell, rsync).run()
 

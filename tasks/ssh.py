@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import re
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from blocks.ssh import HostKeyPolicy, SshTarget
+from protocols.net import hiding as hidden
 from protocols.net.connection import resolve_within, shown
-from protocols.net.words import BLOT, MIN_PRIVATE_CHARS
+from protocols.net.hiding import Hide, quieted
 from protocols.ssh.client import Client, Facts, Login, greeting, quote
 from protocols.ssh.keys import private_key
 from protocols.ssh.shell import NoScript, run_script
@@ -51,35 +49,9 @@ def login(target: SshTarget) -> Login:
     )
 
 
-@contextmanager
-def named(target: SshTarget, hide: Callable[[str], str]) -> Iterator[None]:
-    """Put the target's name on every error of ours that passes, and take out what must not show.
-
-    Prefect logs an error's repr, and in the end its traceback with what it came from.
-    """
-    try:
-        yield
-    except DispatchError as exc:
-        exc.target = exc.target or target.name
-        exc.message = hide(exc.message)
-        exc.args = (exc.message,)
-        raise exc from None
-
-
-def hiding(target: SshTarget, plan: Plan) -> Callable[[str], str]:
-    """Return what takes a patient's data, of which a layout may make names of folders, out of a text.
-
-    Paths are the words that servers use for what went wrong.
-    """
-    private = private_parts(plan, target.layout)
-    if not private:
-        return str
-    # In a path even a short one is meant; elsewhere it would blot out ordinary words.
-    longest = sorted(private, key=len, reverse=True)
-    in_paths = "|".join(re.escape(part) for part in longest)
-    anywhere = "|".join(re.escape(part) for part in longest if len(part) >= MIN_PRIVATE_CHARS)
-    pattern = re.compile(rf"(?<=/)(?:{in_paths})(?=$|[/'\":;\s])" + (f"|{anywhere}" if anywhere else ""))
-    return lambda text: pattern.sub(BLOT, text)
+def hiding(target: SshTarget, plan: Plan) -> Hide:
+    """Return what takes a patient's data, of which a layout may make names of folders, out of a text."""
+    return hidden.hiding(parts=private_parts(plan, target.layout))
 
 
 def under(folder: str, name: str) -> str:
@@ -110,7 +82,7 @@ def hook(target: SshTarget, plan: Plan, report: PushReport, ran: Ran) -> HookRes
     bad: int | None = 0
     said: list[str] = []
     hide = hiding(target, plan)
-    with named(target, hide), Client(login(target), hide) as client:
+    with quieted(hide, target.name), Client(login(target), hide) as client:
         folders = sorted(folder for folder in by_folder(target, plan) if folder not in ran)
         for name in folders:
             report.check()

@@ -20,7 +20,7 @@ from imaging.match import in_days
 from imaging.query import Match, Query
 from protocols.dicomweb import service as dicomweb
 from protocols.dicomweb.service import Service
-from protocols.net.words import forms
+from protocols.net.hiding import forms
 from transfer.errors import DispatchError, Misconfigured, NotFound
 from transfer.query import series_tests, study_tests
 

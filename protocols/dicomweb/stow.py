@@ -28,7 +28,7 @@ from protocols.dicomweb.stow_answer import Lists
 from protocols.dicomweb.stow_body import Batch, Body, batches, uid_of
 from protocols.http.answer import Answer
 from protocols.net.connection import SLICE_S
-from protocols.net.private import identifying
+from protocols.net.hiding import identifying
 from transfer.errors import Busy, DispatchError, Interrupted, Rejected, TimedOut
 from transfer.fanout import gravest
 from transfer.outcome import DELIVERED, Kind, Outcome

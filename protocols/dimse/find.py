@@ -16,7 +16,8 @@ from protocols.dimse.association import Association, associate
 from protocols.dimse.contexts import UNCOMPRESSED
 from protocols.dimse.transport import Peer
 from protocols.net.connection import SLICE_S
-from protocols.net.words import clean, forms
+from protocols.net.hiding import forms
+from protocols.net.words import clean
 from transfer.errors import Busy, Denied, DispatchError, Interrupted, Misconfigured, Retryable
 
 STUDY_ROOT_FIND = "1.2.840.10008.5.1.4.1.2.2.1"

@@ -21,7 +21,7 @@ from protocols.dimse.message import Response
 from protocols.dimse.status import Meaning, meaning
 from protocols.dimse.store import Changed, Instance, Sender
 from protocols.dimse.transport import VERIFICATION, Peer
-from protocols.net.private import identifying
+from protocols.net.hiding import identifying
 from protocols.net.words import clean
 from transfer.errors import Busy, Cancelled, Denied, DispatchError, Interrupted, Rejected, Retryable
 from transfer.outcome import DELIVERED, Kind, Outcome

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import io
-import math
-import time
 import zlib
 from collections.abc import Iterator
 from email.message import Message
-from email.utils import parsedate_to_datetime
 from http.client import HTTPException, parse_headers
 
+from protocols.http.head import retry_after
 from protocols.net.connection import Connection
 from transfer.errors import Interrupted
 
 HEAD_LINES = 256  # lines of an answer's head that are read
-MAX_RETRY_AFTER_S = 86_400.0  # who asks for more means "never"
 BODY_BYTES = 16 << 20  # of an answer that is read into memory: a STOW answer has some 500 bytes per instance
 INFLATED_BYTES = 1 << 20  # of a compressed answer, one piece
 MEMBER = b"\x1f\x8b"  # how a member of gzip begins (RFC 1952 section 2.3.1)
@@ -57,15 +54,7 @@ class Answer:
     @property
     def retry_after(self) -> float | None:
         """Seconds that the server asks to wait (Retry-After), whether it names them or a date; None if it doesn't."""
-        value = str(self.headers.get("Retry-After") or "").strip()
-        try:
-            seconds = float(value)
-        except ValueError:
-            try:
-                seconds = parsedate_to_datetime(value).timestamp() - time.time()
-            except (ValueError, OverflowError):
-                return None
-        return None if math.isnan(seconds) else min(max(0.0, seconds), MAX_RETRY_AFTER_S)
+        return retry_after(self.headers.get("Retry-After"))
 
     @property
     def reusable(self) -> bool:

@@ -1,22 +1,21 @@
-"""What a peer says for itself, made fit for a message: short, on one line, without secrets and patients' data."""
+"""A peer's own words, made fit for a message: short, on one line, without secrets and patients' data."""
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable
 from html.parser import HTMLParser
 
+from protocols.net.hiding import hiding
+
 QUOTE_CHARS = 200  # of a peer's own words in a message
 READ_CHARS = 20_000  # of its page that are looked at
-MIN_PRIVATE_CHARS = 3  # shorter values would blot out parts of ordinary words: of those, only whole words are meant
-BLOT = "***"
 # Members of JSON error documents: Orthanc, dcm4chee, Google, Azure, RFC 9457 and RFC 6749.
 _JSON_KEYS = ("message", "details", "detail", "error_description", "error", "errormessage", "title", "reason")
 
 
 def excerpt(body: bytes, media_type: str, hidden: Iterable[str] = ()) -> str:
-    """Return the gist of an error document: text of HTML and XML, the telling members of JSON.
+    """Return the gist of an error document: text of HTML and XML, the members of JSON that explain it.
 
     Args:
         hidden: values that must not show: secrets, and what names a patient.
@@ -31,39 +30,8 @@ def excerpt(body: bytes, media_type: str, hidden: Iterable[str] = ()) -> str:
 
 def clean(text: str, hidden: Iterable[str] = ()) -> str:
     """Return a text on one line, without what is hidden, cut to `QUOTE_CHARS`."""
-    text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    for value in sorted(filter(_tells, set(hidden)), key=len, reverse=True):
-        pattern = _in_any_form(value)
-        if value.isascii() and len(value) < MIN_PRIVATE_CHARS:
-            pattern = rf"(?<![A-Za-z0-9]){pattern}(?![A-Za-z0-9])"
-        text = re.sub(pattern, BLOT, text, flags=re.IGNORECASE)
+    text = hiding(hidden)(" ".join("".join(c if c.isprintable() else " " for c in text).split()))
     return text if len(text) <= QUOTE_CHARS else text[: QUOTE_CHARS - 1].rstrip() + "…"
-
-
-def _tells(value: str) -> bool:
-    """Whether a value is long enough to tell anything: in Chinese, one character is a name."""
-    return len(value) > 1 or not value.isascii()
-
-
-def _in_any_form(value: str) -> str:
-    """Return a pattern for a value as it is, or with any of its characters encoded as in a URL or a form."""
-    encoded = ("".join(f"%{byte:02X}" for byte in c.encode("utf-8", "surrogatepass")) for c in value)
-    return "".join(
-        f"(?:{re.escape(c)}|{code}{'|[+]' if c == ' ' else ''})" for c, code in zip(value, encoded, strict=True)
-    )
-
-
-def forms(name: str) -> set[str]:
-    """Return the forms in which a person's name may show up, part by part (PS3.5 section 6.2.1)."""
-    return {part for part in re.split(r"[\^=\s,*?]+", name) if _tells(part)} | {name}
-
-
-def date_forms(date: str) -> set[str]:
-    """Return the forms in which a date of VR DA may show up."""
-    if len(date) != 8:
-        return {date}
-    y, m, d = date[:4], date[4:6], date[6:]
-    return {date, f"{y}-{m}-{d}", f"{d}.{m}.{y}", f"{m}/{d}/{y}", f"{d}/{m}/{y}", f"{y}/{m}/{d}", f"{y}.{m}.{d}"}
 
 
 def _json(text: str) -> str:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import html
 import re
 from collections.abc import Iterable
-from datetime import UTC, datetime
 from email.message import Message
-from email.utils import parsedate_to_datetime
 
 from botocore.exceptions import ClientError
 
+from protocols.http.head import retry_after
 from protocols.net.words import clean
 
 BUSY_STATUS = frozenset((408, 425, 429, 500, 502, 503, 504, 507, 509))
@@ -69,7 +68,7 @@ class StoreError(Exception):
             status,
             clean(found.get("Code", ""), hidden),
             clean(found.get("Message", ""), hidden),
-            seconds(headers.get("Retry-After")),
+            retry_after(headers.get("Retry-After")),
             headers.get("x-amz-bucket-region"),
         )
 
@@ -84,20 +83,6 @@ class StoreError(Exception):
             int(facts.get("HTTPStatusCode", 0)),
             "" if code.isdecimal() else clean(code, hidden),  # boto3 makes one of the status if there is none
             "" if code.isdecimal() else clean(str(error.get("Message", "")), hidden),
-            seconds(headers.get("retry-after")),
+            retry_after(headers.get("retry-after")),
             headers.get("x-amz-bucket-region"),
         )
-
-
-def seconds(retry_after: str | None) -> float | None:
-    """The seconds that a Retry-After field asks for (RFC 9110 section 10.2.3); None if there is none to be read."""
-    if retry_after is None:
-        return None
-    text = retry_after.strip()
-    if text.isdecimal():
-        return float(text)
-    try:
-        when = parsedate_to_datetime(text)
-    except (TypeError, ValueError):
-        return None
-    return max(0.0, (when.replace(tzinfo=when.tzinfo or UTC) - datetime.now(UTC)).total_seconds())

@@ -11,15 +11,14 @@ import html
 import io
 import json
 import re
-import time
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
-from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import quote, unquote
 
 import requests
+
+from protocols.http.head import retry_after
 
 MAX_WORDS = 300  # characters of an answer that are worth quoting
 BUSY_STATES = ("BUILDING", "ARCHIVING", "MOVING", "DELETING", "SEPARATING", "QUEUED")
@@ -132,7 +131,7 @@ def judged(answer: requests.Response) -> requests.Response:
         answer.status_code,
         words_of(answer),
         page,
-        _seconds(answer.headers.get("Retry-After", "")),
+        retry_after(answer.headers.get("Retry-After")),
         answer.headers.get("Location", ""),
     )
 
@@ -222,12 +221,3 @@ def line(text: str) -> str:
     plain = " ".join(html.unescape(_TAG.sub(" ", text)).split())
     plain = "".join(c for c in plain if c.isprintable())
     return plain if len(plain) <= MAX_WORDS else plain[:MAX_WORDS] + "…"
-
-
-def _seconds(value: str) -> float | None:
-    """Seconds of a Retry-After header, which gives them or a date."""
-    if value.strip().isdigit():
-        return float(value)
-    with suppress(ValueError, TypeError):
-        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
-    return None

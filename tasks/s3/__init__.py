@@ -17,8 +17,8 @@ from blocks.s3 import Checksum, S3Target
 from protocols.http.session import WebOrigin
 from protocols.net.connection import connect as dial
 from protocols.net.connection import handshake, resolve_within, shown
+from protocols.net.hiding import hiding, quieted
 from protocols.net.tls import Tls, peer_facts
-from protocols.net.words import BLOT, MIN_PRIVATE_CHARS
 from protocols.s3.client import Settings
 from protocols.s3.error import StoreError
 from protocols.s3.probe import Prober
@@ -41,13 +41,13 @@ def connect(target: S3Target, check: Callable[[], None] = lambda: None, hidden: 
     """Yield the target's bucket; connections are made as they are needed, and closed at the end.
 
     Args:
-        hidden: what no message may show, beside the secrets.
+        hidden: names of folders that no message may show; secrets never are.
 
     Raises:
         Misconfigured: there are no credentials, or settings contradict each other, or `endpoint_url` can name no
             host. Denied: no credentials can be had.
     """
-    private = frozenset(hidden) | {_secret(target.secret_access_key) or "", _secret(target.session_token) or ""}
+    secrets = {_secret(target.secret_access_key) or "", _secret(target.session_token) or ""} - {""}
     where = f"{target.endpoint_url or 'AWS'}, bucket {target.bucket}"
     settings = Settings(
         bucket=target.bucket,
@@ -61,9 +61,9 @@ def connect(target: S3Target, check: Callable[[], None] = lambda: None, hidden: 
         tls=_tls(target),
         connect_timeout_s=target.connect_timeout_s,
         idle_timeout_s=target.idle_timeout_s,
-        hidden=private - {""},
+        hidden=frozenset(secrets | set(hidden)),
     )
-    try:
+    with quieted(hiding(secrets, hidden), target.name):
         try:
             with errors(where):
                 store = Store(settings, check)
@@ -71,13 +71,6 @@ def connect(target: S3Target, check: Callable[[], None] = lambda: None, hidden: 
             raise Misconfigured(f"{where}: {exc}: correct endpoint_url") from exc
         with store:
             yield store
-    except DispatchError as exc:
-        exc.target = exc.target or target.name
-        for value in sorted(private, key=len, reverse=True):
-            if len(value) >= MIN_PRIVATE_CHARS:
-                exc.message = exc.message.replace(value, BLOT)
-        exc.args = (exc.message,)
-        raise exc from None  # its repr, and what it came from, are logged as well
 
 
 def _secret(value: SecretStr | None) -> str | None:

@@ -13,6 +13,7 @@ from collections.abc import Awaitable
 from contextlib import suppress
 
 from blocks.sftp import Rename, SftpTarget
+from protocols.net.hiding import quieted
 from protocols.ssh.client import Client
 from protocols.ssh.packets import FLAG_CREATE, FLAG_TRUNCATE, FLAG_WRITE, Code, Status
 from protocols.ssh.sftp import Sftp
@@ -127,7 +128,7 @@ def push(target: SftpTarget, plan: Plan, report: PushReport) -> Receipt:
     """Write every pending file, then the marker; each is told when it has its final name."""
     report.check()
     hide = ssh.hiding(target, plan)
-    with ssh.named(target, hide), Client(ssh.login(target), hide) as client:
+    with quieted(hide, target.name), Client(ssh.login(target), hide) as client:
         return asyncio.run(_unless_cancelled(_push(Sending(target, plan, report, client)), report))
 
 

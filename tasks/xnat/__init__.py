@@ -18,8 +18,9 @@ from protocols.http.session import PORTS, WebOrigin
 from protocols.http.session import Session as Http
 from protocols.net.connection import connect as dial
 from protocols.net.connection import handshake, resolve_within, shown
+from protocols.net.hiding import hiding, quieted
 from protocols.net.tls import Tls, peer_facts
-from protocols.net.words import BLOT, clean
+from protocols.net.words import clean
 from protocols.xnat.answers import Refused
 from protocols.xnat.client import Client
 from tasks.driver import Driver, Facts
@@ -66,24 +67,20 @@ def classified(hidden: Iterable[str] = ()) -> Iterator[None]:
     Args:
         hidden: what no message may show.
     """
-    try:
-        yield
-    except Refused as exc:
-        words = clean(exc.words, hidden)
-        if exc.status < 400:
-            # A page of the login, or of a proxy, in the place of data; or the way to one.
-            what = "a redirect" if exc.status >= 300 else "a web page"
-            raise Interrupted(f"XNAT answered with {what} (status {exc.status}): {words}") from exc
-        kind = STATUS.get(exc.status, Busy if exc.status >= 500 else Misconfigured)
-        message = f"XNAT answered with status {exc.status}: {words}"
-        if kind is Busy:
-            raise Busy(message, retry_after=exc.retry_after) from exc
-        raise kind(message) from exc
-    except DispatchError as exc:
-        for value in sorted(hidden, key=len, reverse=True):
-            exc.message = exc.message.replace(value, BLOT) if len(value) > 2 else exc.message
-        exc.args = (exc.message,)
-        raise
+    with quieted(hiding(hidden)):
+        try:
+            yield
+        except Refused as exc:
+            words = clean(exc.words, hidden)
+            if exc.status < 400:
+                # A page of the login, or of a proxy, in the place of data; or the way to one.
+                what = "a redirect" if exc.status >= 300 else "a web page"
+                raise Interrupted(f"XNAT answered with {what} (status {exc.status}): {words}") from exc
+            kind = STATUS.get(exc.status, Busy if exc.status >= 500 else Misconfigured)
+            message = f"XNAT answered with status {exc.status}: {words}"
+            if kind is Busy:
+                raise Busy(message, retry_after=exc.retry_after) from exc
+            raise kind(message) from exc
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from blocks.s3 import S3Target
 from protocols.s3.checksums import ALGORITHMS, CRC64NVME, MD5, SHA256, Mismatch, Support, encoded
-from protocols.s3.error import StoreError, seconds
+from protocols.s3.error import StoreError
 from protocols.s3.keys import content_type, keys
 from protocols.s3.sign import EMPTY_SHA256, UNSIGNED, Credentials, Signer
 from protocols.s3.upload import MAX_PARTS, part_size
@@ -316,12 +316,3 @@ def test_a_refusal_of_one_object_rejects_it_alone() -> None:
     refused = StoreError(400, "KeyTooLongError", "too long")
     assert type(of(refused, "w", "item")) is Rejected
     assert type(of(refused, "w")) is Misconfigured
-
-
-def test_retry_after() -> None:
-    assert seconds("120") == 120
-    assert seconds(" 0 ") == 0
-    assert seconds("Wed, 21 Oct 2015 07:28:00 GMT") == 0
-    assert (seconds("Wed, 21 Oct 2065 07:28:00 GMT") or 0) > 3 * 365 * 86_400
-    assert seconds("soon") is None
-    assert seconds(None) is None

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from protocols.net.words import clean, forms
+from protocols.net.hiding import forms, hiding, quieted
+from protocols.net.words import clean
+from transfer.errors import Busy
 
 
 @pytest.mark.parametrize(
@@ -20,3 +22,28 @@ from protocols.net.words import clean, forms
 )
 def test_hidden_values(said: str, hidden: set[str], shown: str) -> None:
     assert clean(said, hidden) == shown
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ("/data/7/a.dcm: no space, 7 left", "/data/***/a.dcm: no space, 7 left"),
+        ("/data/Li: is there, Li", "/data/***: is there, Li"),
+        ("mkdir MUELLER^HANS failed", "mkdir *** failed"),
+        ("GET /b/mueller%5Ehans/x", "GET /b/***/x"),
+        ("a password: pw", "a password: ***"),
+    ],
+)
+def test_hidden_parts_of_paths(said: str, shown: str) -> None:
+    assert hiding(values={"pw"}, parts={"7", "Li", "MUELLER^HANS", ""})(said) == shown
+
+
+def test_an_error_and_its_origin_are_quieted() -> None:
+    with pytest.raises(Busy) as caught, quieted(hiding({"secret-1"}), "pacs"):
+        raise Busy("no place for SECRET-1", retry_after=3) from OSError("secret-1")
+    error = caught.value
+    assert (error.message, error.args, error.target, error.retry_after) == (
+        "no place for ***", ("no place for ***",), "pacs", 3,
+    )  # fmt: skip
+    assert error.__suppress_context__
+    assert error.__cause__ is None
