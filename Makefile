@@ -2,25 +2,37 @@
 PYTHON ?= python3
 UV_VERSION := 0.13.9
 UV := .cache/uv/bin/uv
+EXPORT := --quiet --frozen --no-emit-project --format requirements.txt
 BIN := .venv/bin
 
-.PHONY: install demo test test-all lint lock servers clean
+.PHONY: install tools demo test test-all lint lock servers clean
 .DELETE_ON_ERROR:
 
+# What the product needs to run, all types of target.
 install: .venv/.installed
+
+# What tests, benchmarks and the checks of `make lint` need besides.
+tools: .venv/.tools
 
 # pip into a folder works without python3-venv, and where Debian manages the environment.
 $(UV):
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check --root-user-action=ignore --upgrade --target .cache/uv uv==$(UV_VERSION)
+	$(PYTHON) -m pip install --quiet --quiet --disable-pip-version-check --root-user-action=ignore --upgrade --target .cache/uv uv==$(UV_VERSION)
 
 # The lock names versions and hashes but no package index, so that a hospital's own mirror serves as well: uv
 # exports it, and installs from the index that is configured here, refusing what doesn't match its hash.
 .venv/.installed: pyproject.toml uv.lock | $(UV)
-	$(UV) export --quiet --frozen --all-extras --no-emit-project --format requirements.txt --output-file .cache/requirements.txt
 	test -x $(BIN)/python || $(UV) venv --quiet --python $(PYTHON) .venv
-	$(UV) pip install --quiet --python $(BIN)/python --require-hashes --requirements .cache/requirements.txt
-	$(UV) pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
-	touch $@
+	$(UV) export $(EXPORT) --no-dev --all-extras --no-extra testing --output-file .cache/product.txt
+	$(UV) export $(EXPORT) --only-group build --no-hashes --output-file .cache/build.txt
+	$(UV) pip install --quiet --python $(BIN)/python --require-hashes --requirements .cache/product.txt
+	$(UV) pip install --quiet --python $(BIN)/python --no-deps --build-constraints .cache/build.txt --editable .
+	@du -sm .venv | sed 's/\t.*/ MB in .venv/'
+	@touch $@
+
+.venv/.tools: .venv/.installed
+	$(UV) export $(EXPORT) --all-extras --output-file .cache/tools.txt
+	$(UV) pip install --quiet --python $(BIN)/python --require-hashes --requirements .cache/tools.txt
+	@touch $@
 
 lock: | $(UV)
 	$(UV) lock --upgrade
@@ -33,7 +45,7 @@ demo: install
 servers:
 	sh tests/servers/install.sh
 
-lint: install
+lint: tools
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
@@ -42,10 +54,10 @@ lint: install
 # Tests wait for servers more than they compute: two at a time need little more than half the time.
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
-test: install servers lint
+test: tools servers lint
 	$(PYTEST) -m "not slow"
 
-test-all: install servers lint
+test-all: tools servers lint
 	$(PYTEST) --timeout 1800
 
 clean:
