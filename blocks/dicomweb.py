@@ -8,7 +8,10 @@ from urllib.parse import unquote, urlsplit
 
 from pydantic import Field, HttpUrl, SecretStr, field_validator, model_validator
 
-from blocks.base import CONTROL, LOGO, Target, check_host
+from blocks.base import CONTROL, LOGO, Target
+from blocks.urls import check_url
+
+CREDENTIALS = "http_user and http_password"
 
 
 class DicomWebTarget(Target):
@@ -85,12 +88,12 @@ archive = DicomWebTarget.load("BLOCK_NAME")
         value = value.strip()
         if value.lower().startswith("file:"):
             return check_folder(value)
-        return check_url(value)
+        return check_url(value, credentials=CREDENTIALS, schemes="http://, https:// or file:///")
 
     @field_validator("token_url")
     @classmethod
     def _token_url(cls, value: str) -> str:
-        return check_url(value.strip(), query=True) if value.strip() else ""
+        return check_url(value, credentials="client_id and client_secret", query=True) if value.strip() else ""
 
     @field_validator("qido_url_prefix", "wado_url_prefix", "stow_url_prefix")
     @classmethod
@@ -145,31 +148,6 @@ archive = DicomWebTarget.load("BLOCK_NAME")
         if used and self.folder is not None:
             raise ValueError(f"{used[0]} is of no use for a folder: remove it")
         return self
-
-
-def check_url(value: str, *, query: bool = False) -> str:
-    """Return an http(s) URL without a slash at its end, or raise ValueError that says what to change."""
-    if CONTROL.search(value) or " " in value or not value.isascii():
-        raise ValueError("a URL must be ASCII without blanks: encode other characters with %")
-    try:
-        parts = urlsplit(value)
-        port = parts.port
-    except ValueError as exc:
-        raise ValueError(f"not a URL: {exc}") from exc
-    if parts.scheme not in ("http", "https"):
-        raise ValueError("must begin with http://, https:// or file:///")
-    if parts.username is not None or parts.password is not None:
-        # Without the value, which holds the password.
-        raise ValueError("must not hold a user or password: use http_user and http_password")
-    if not parts.hostname or port == 0:
-        raise ValueError("names no host")
-    check_host(parts.hostname)
-    if parts.fragment or (parts.query and not query):
-        raise ValueError("must end with its path: remove what follows ? or #")
-    if any(part in (".", "..") for part in parts.path.split("/")):
-        raise ValueError("must not hold '.' or '..' in its path")
-    value = parts.scheme + value[len(parts.scheme) :]  # in lower case
-    return value if query else value.rstrip("/")
 
 
 def check_folder(value: str) -> str:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from enum import StrEnum
 from typing import Any, ClassVar
-from urllib.parse import urlsplit
 
 from pydantic import Field, HttpUrl, SecretStr, ValidationInfo, field_validator, model_validator
 
-from blocks.base import CONTROL, LAYOUT, LOGO, Target, check_argument, check_host, check_layout
+from blocks.base import CONTROL, LAYOUT, LOGO, Target, check_argument, check_layout
+from blocks.urls import check_url
 
 MIB = 1 << 20
 MIN_PART = 5 * MIB  # S3 refuses smaller parts, but for the last one
@@ -149,23 +149,7 @@ cloud = S3Target.load("BLOCK_NAME")
     @field_validator("endpoint_url")
     @classmethod
     def _endpoint_url(cls, value: str | None) -> str | None:
-        if value is None:
-            return None
-        value = value.strip().rstrip("/")
-        parts = urlsplit(value)
-        form = "write it as in https://minio.example.org:9000"
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"endpoint_url is not an http or https URL: {form}")
-        if parts.username is not None or parts.password is not None:
-            raise ValueError("endpoint_url must not hold credentials: use access_key_id and secret_access_key")
-        if parts.query or parts.fragment or CONTROL.search(value):
-            raise ValueError(f"endpoint_url holds more than scheme, host, port and path: {form}")
-        check_host(parts.hostname)
-        try:
-            parts.port  # noqa: B018 - raises if it is none
-        except ValueError as exc:
-            raise ValueError(f"endpoint_url {value!r}: {exc}") from exc
-        return value
+        return None if value is None else check_url(value, credentials="access_key_id and secret_access_key")
 
     @field_validator("region", "access_key_id", "profile", "kms_key_id", "storage_class")
     @classmethod

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from enum import StrEnum
 from typing import ClassVar
-from urllib.parse import urlsplit
 
 from pydantic import Field, HttpUrl, SecretStr, field_validator
 
-from blocks.base import CONTROL, LOGO, Target, check_argument, check_layout
+from blocks.base import LOGO, Target, check_argument, check_layout
+from blocks.urls import check_url
 
 PROJECT = re.compile(r"[A-Za-z0-9_-]+")  # what XNAT takes for the ID of a project
 NAME_FIELDS = (
@@ -87,19 +87,7 @@ x = XnatTarget.load("BLOCK_NAME")
     @field_validator("host")
     @classmethod
     def _host(cls, value: str) -> str:
-        value = value.strip().rstrip("/")
-        url = urlsplit(value)
-        if url.scheme not in ("http", "https") or not url.hostname:
-            raise ValueError(f"{value!r} is not a URL: begin with https:// or http://")
-        if url.username is not None or url.query or url.fragment:
-            raise ValueError("host is a base URL only: the user goes into user and password, nothing follows a ? or #")
-        if CONTROL.search(value) or " " in value:
-            raise ValueError("host must not hold blanks or control characters")
-        try:
-            url.port  # noqa: B018
-        except ValueError as exc:
-            raise ValueError(f"{value!r}: the port is not a number from 0 to 65535") from exc
-        return value
+        return check_url(value, credentials="user and password")
 
     @field_validator("project_id")
     @classmethod

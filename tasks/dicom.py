@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import socket
+import ssl
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
+from functools import partial
 
 from blocks.base import check_host
 from blocks.dicom import SENDER, DicomTarget, check_aet
@@ -20,8 +22,8 @@ from protocols.dimse.fleet import Fleet
 from protocols.dimse.listener import Listener, shared
 from protocols.dimse.transport import VERIFICATION, Peer
 from protocols.net import tls
-from protocols.net.connection import shown
 from tasks.driver import Driver, Facts
+from tasks.probes import reach
 from transfer.errors import Misconfigured
 from transfer.health import Health
 from transfer.plan import Item, Origin, Plan
@@ -129,23 +131,10 @@ def _probe(health: Health, target: DicomTarget) -> Association | None:
     """Make the probes on one connection, each on top of the one before; stop at the first that fails."""
     # A check has no study: titles that would come from one are replaced by the target's own.
     peer = _peer(target, target.host, target.aet_target, target.aet_source)
-    with health.probe("resolve") as probe:
-        probe.detail = shown(transport.resolve(peer))
-    if not health.ok:
-        return None
-    sock: socket.socket | None = None
-    with health.probe("tcp") as probe:
-        sock = transport.connect_tcp(peer)
-        probe.detail = "connected to {}:{}".format(*sock.getpeername()[:2])
+    shake = partial(_shake, peer, peer.tls) if peer.tls else None
+    sock = reach(health, peer.host, peer.port, peer.connect_timeout_s, shake=shake)
     if sock is None:
         return None
-    if peer.tls is not None:
-        with health.probe("tls") as probe:
-            sock = wrapped = transport.handshake(sock, peer, peer.tls)
-            probe.detail = tls.peer_facts(wrapped)
-            transport.verdict(wrapped, peer, peer.tls)
-        if not health.ok:
-            return None
     association: Association | None = None
     with health.probe("associate") as probe:
         asked: list[tuple[str, tuple[str, ...]]] = [(VERIFICATION, UNCOMPRESSED)]
@@ -162,6 +151,12 @@ def _probe(health: Health, target: DicomTarget) -> Association | None:
             raise Misconfigured(f"{peer.where}: the peer does not accept the Verification SOP class (C-ECHO)")
         association.echo()
     return association
+
+
+def _shake(peer: Peer, settings: tls.Tls, sock: socket.socket) -> ssl.SSLSocket:
+    wrapped = transport.handshake(sock, peer, settings)
+    transport.verdict(wrapped, peer, settings)
+    return wrapped
 
 
 def _accepted(association: Association) -> str:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import socket
 import uuid
 from pathlib import Path
 
 from blocks.ssh import HostKeyPolicy, SshTarget
 from protocols.net import hiding as hidden
-from protocols.net.connection import resolve_within, shown
 from protocols.net.hiding import Hide, quieted
 from protocols.ssh.client import Client, Facts, Login, greeting, quote
 from protocols.ssh.keys import private_key
 from protocols.ssh.shell import NoScript, run_script
 from tasks.driver import HookResult, Ran
+from tasks.probes import reach
 from transfer.errors import Denied, DispatchError, Misconfigured
 from transfer.health import Health
 from transfer.home import Home
@@ -102,16 +103,17 @@ def hook(target: SshTarget, plan: Plan, report: PushReport, ran: Ran) -> HookRes
 
 def probe_host(health: Health, target: SshTarget) -> bool:
     """Probe name and port; tell whether to go on."""
-    with health.probe("resolve") as probe:
-        found = resolve_within(target.host, target.port, target.connect_timeout_s, lambda: None)
-        probe.detail = shown(found)
-    if health.error is None:
-        with health.probe("tcp") as probe:
-            line = greeting(target.host, target.port, target.connect_timeout_s)
-            if not line.startswith("SSH-"):
-                raise Misconfigured(f"{target.host}:{target.port}: what answers is not SSH: {line[:80]!r}")
-            probe.detail = line
-    return health.error is None
+
+    def said(sock: socket.socket) -> str:
+        line = greeting(sock, f"{target.host}:{target.port}", target.connect_timeout_s)
+        if not line.startswith("SSH-"):
+            raise Misconfigured(f"{target.host}:{target.port}: what answers is not SSH: {line[:80]!r}")
+        return line
+
+    sock = reach(health, target.host, target.port, target.connect_timeout_s, greeting=said)
+    if sock is not None:
+        sock.close()
+    return sock is not None
 
 
 def probe_login(health: Health, error: DispatchError | None, facts: Facts) -> bool:

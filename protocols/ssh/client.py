@@ -19,6 +19,7 @@ import math
 import os
 import re
 import shlex
+import socket
 import subprocess
 import time
 from collections.abc import Callable
@@ -26,7 +27,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from protocols.net.connection import connect
 from protocols.ssh import hostkeys
 from protocols.ssh.memfiles import MemoryFiles, tail
 from protocols.ssh.programs import environment, program, start, stop
@@ -306,26 +306,25 @@ class Client:
         return [*options, f"PreferredAuthentications={','.join(methods)}"]
 
 
-def greeting(host: str, port: int, timeout_s: float) -> str:
-    """Connect and return the host's first line (RFC 4253 section 4.2), "" if it says none.
+def greeting(sock: socket.socket, where: str, timeout_s: float) -> str:
+    """Return the host's first line (RFC 4253 section 4.2), "" if it says none.
 
     Raises:
-        Unreachable: no connection, or not in time, the name's look-up included.
+        Unreachable: it does not come in time, or the connection breaks.
     """
+    sock.settimeout(timeout_s)
+    line = b""
+    end = time.monotonic() + timeout_s
     try:
-        with connect(host, port, timeout_s, lambda: None) as sock:
-            sock.settimeout(timeout_s)
-            line = b""
-            end = time.monotonic() + timeout_s
-            while b"\n" not in line and len(line) < 255 and time.monotonic() < end:
-                piece = sock.recv(255)
-                if not piece:
-                    break
-                line += piece
+        while b"\n" not in line and len(line) < 255 and time.monotonic() < end:
+            piece = sock.recv(255)
+            if not piece:
+                break
+            line += piece
     except TimeoutError as exc:
-        raise Unreachable(f"{host}:{port}: no word within {timeout_s:g} s") from exc
+        raise Unreachable(f"{where}: no word within {timeout_s:g} s") from exc
     except OSError as exc:
-        raise Unreachable(f"{host}:{port}: {exc.strerror or exc}") from exc
+        raise Unreachable(f"{where}: {exc.strerror or exc}") from exc
     return _text(line.split(b"\n")[0]).strip()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import socket
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,9 +22,10 @@ from protocols.dicomweb.wado import Retrieval, Series
 from protocols.http.answer import Answer
 from protocols.http.oauth import ClientCredentials, Fixed
 from protocols.http.session import Authorizer, Content, Session, WebOrigin
-from protocols.net import connection, tls
+from protocols.net import tls
 from tasks.dicomweb import folder as dicomweb_folder
 from tasks.driver import Driver, Facts
+from tasks.probes import reach_web
 from transfer.errors import DispatchError, Misconfigured, NotFound
 from transfer.health import Health, Probe
 from transfer.plan import Item, Plan
@@ -102,34 +102,12 @@ def check(target: DicomWebTarget) -> Health:
     health = Health()
     probes = ["resolve", "tcp", *(["tls"] if target.url.startswith("https:") else [])]
     probes += ["authenticate", "authorize", "qido", "stow", "wado"]
-    _probe_connection(health, target)
+    reach_web(health, _origin(target, target.url, _tls(target)))
     if health.ok:
         with connect(target) as service:
             _probe_services(health, target, service)
     health.skip(*probes[len(health.probes) :])
     return health
-
-
-def _probe_connection(health: Health, target: DicomWebTarget) -> None:
-    origin = _origin(target, target.url, _tls(target))
-    with health.probe("resolve") as probe:
-        found = connection.resolve_within(origin.host, origin.port, origin.connect_timeout_s, _go_on)
-        probe.detail = connection.shown(found)
-    if not health.ok:
-        return
-    sock: socket.socket | None = None
-    with health.probe("tcp") as probe:
-        sock = connection.connect(origin.host, origin.port, origin.connect_timeout_s, _go_on)
-        probe.detail = "connected to {} port {}".format(*sock.getpeername()[:2])
-    if sock is None:
-        return
-    if origin.scheme == "https":
-        with health.probe("tls") as probe:
-            wrapped = sock = connection.handshake(
-                sock, origin.host, origin.where, origin.tls, origin.connect_timeout_s, _go_on
-            )
-            probe.detail = tls.peer_facts(wrapped)
-    sock.close()
 
 
 def _probe_services(health: Health, target: DicomWebTarget, service: Service) -> None:

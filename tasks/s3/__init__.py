@@ -6,7 +6,6 @@ What a store's words mean is in `errors.py`, one push in `push.py`, large files 
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from urllib.parse import urlsplit
@@ -15,15 +14,14 @@ from pydantic import SecretStr
 
 from blocks.s3 import Checksum, S3Target
 from protocols.http.session import WebOrigin
-from protocols.net.connection import connect as dial
-from protocols.net.connection import handshake, resolve_within, shown
 from protocols.net.hiding import hiding, quieted
-from protocols.net.tls import Tls, peer_facts
+from protocols.net.tls import Tls
 from protocols.s3.client import Settings
 from protocols.s3.error import StoreError
 from protocols.s3.probe import Prober
 from protocols.s3.store import Store
 from tasks.driver import Driver, Facts
+from tasks.probes import reach_web
 from tasks.s3.errors import CREDENTIALS, errors, of
 from tasks.s3.push import Push
 from tasks.s3.support import Supports, forget
@@ -93,7 +91,7 @@ def check(target: S3Target) -> Health:
         order.remove("trailers")  # such checksums are sent over TLS only
     try:
         with connect(target) as store:
-            _probe_connection(health, store.origin)
+            reach_web(health, store.origin)
             if health.ok:
                 _probe_bucket(health, target, store)
             if health.ok:
@@ -101,7 +99,7 @@ def check(target: S3Target) -> Health:
     except DispatchError:  # most likely no credentials: the network can be tried all the same
         if target.endpoint_url:
             url, tls = target.endpoint_url, _tls(target)
-            _probe_connection(health, WebOrigin.of(url, tls, target.connect_timeout_s, target.idle_timeout_s))
+            reach_web(health, WebOrigin.of(url, tls, target.connect_timeout_s, target.idle_timeout_s))
         else:
             health.skip("resolve", "tcp", "tls")
         with health.probe("authenticate"):
@@ -109,27 +107,6 @@ def check(target: S3Target) -> Health:
     seen = {probe.name for probe in health.probes}
     health.skip(*(name for name in order if name not in seen))
     return health
-
-
-def _probe_connection(health: Health, origin: WebOrigin) -> None:
-    with health.probe("resolve") as probe:
-        found = resolve_within(origin.host, origin.port, origin.connect_timeout_s, lambda: None)
-        probe.detail = shown(found)
-    if not health.ok:
-        return
-    sock: socket.socket | None = None
-    with health.probe("tcp") as probe:
-        sock = dial(origin.host, origin.port, origin.connect_timeout_s, lambda: None)
-        probe.detail = "connected to {} port {}".format(*sock.getpeername()[:2])
-    if sock is None:
-        return
-    if origin.scheme == "https":
-        with health.probe("tls") as probe:
-            sock = wrapped = handshake(
-                sock, origin.host, origin.where, origin.tls, origin.connect_timeout_s, lambda: None
-            )
-            probe.detail = peer_facts(wrapped)
-    sock.close()
 
 
 def _probe_bucket(health: Health, target: S3Target, store: Store) -> None:

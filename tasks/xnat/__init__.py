@@ -14,16 +14,15 @@ from contextlib import ExitStack, contextmanager
 from urllib.parse import urlsplit
 
 from blocks.xnat import XnatTarget
-from protocols.http.session import PORTS, WebOrigin
 from protocols.http.session import Session as Http
-from protocols.net.connection import connect as dial
-from protocols.net.connection import handshake, resolve_within, shown
+from protocols.http.session import WebOrigin
 from protocols.net.hiding import hiding, quieted
-from protocols.net.tls import Tls, peer_facts
+from protocols.net.tls import Tls
 from protocols.net.words import clean
 from protocols.xnat.answers import Refused
 from protocols.xnat.client import Client
 from tasks.driver import Driver, Facts
+from tasks.probes import reach_web
 from tasks.xnat.names import Name, Names, Study, header_of
 from tasks.xnat.study import Importer
 from transfer.errors import Busy, Cancelled, Denied, DispatchError, Interrupted, Misconfigured, NotFound
@@ -133,33 +132,17 @@ def _origin(target: XnatTarget) -> WebOrigin:
 def check(target: XnatTarget) -> Health:
     """Staged probes: resolve, tcp, tls, authenticate, project, authorize, version. Nothing is imported."""
     health = Health()
-    url, origin = urlsplit(target.host), _origin(target)
-    secure = url.scheme == "https"
-    rest = ["tcp", "tls", "authenticate", "project", "authorize", "version"]
+    rest = ["authenticate", "project", "authorize", "version"]
 
     def ask() -> None:
         """A check has nobody to stop it; its timeouts do."""
 
-    with health.probe("resolve") as probe:
-        addresses = resolve_within(origin.host, origin.port, origin.connect_timeout_s, ask)
-        probe.detail = shown(addresses)
-    if health.error is None:
-        rest.remove("tcp")
-        with health.probe("tcp") as probe:
-            dial(origin.host, origin.port, origin.connect_timeout_s, ask).close()
-            probe.detail = f"port {url.port or PORTS[url.scheme]} answers"
-    if health.error is None and secure:
-        rest.remove("tls")
-        with health.probe("tls") as probe:
-            sock = dial(origin.host, origin.port, origin.connect_timeout_s, ask)
-            with handshake(sock, origin.host, origin.where, origin.tls, origin.connect_timeout_s, ask) as wrapped:
-                probe.detail = peer_facts(wrapped)
-    if not secure:
-        rest.remove("tls")
-        health.skip("tls", why="host begins with http://")
+    reach_web(health, _origin(target))
     if health.error is None:
         _check_xnat(target, health, ask, rest)
-    health.skip(*rest)
+    made = {probe.name for probe in health.probes}
+    way = ["resolve", "tcp", *(["tls"] if target.host.startswith("https:") else [])]
+    health.skip(*(name for name in way if name not in made), *rest)
     return health
 
 

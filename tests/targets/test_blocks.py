@@ -116,6 +116,42 @@ def test_hosts_that_are_none_are_refused(name: str, host: str) -> None:
         TYPES[name](**{**NEEDED[name], "host": host})
 
 
+URLS = {"dicomweb": "url", "s3": "endpoint_url", "xnat": "host"}
+
+
+@pytest.mark.parametrize("name", URLS)
+@pytest.mark.parametrize(
+    ("url", "advice"),
+    [
+        ("pacs/dicom-web", "must begin with http"),
+        ("ftp://pacs", "must begin with http"),
+        ("http://", "names no host"),
+        ("http://pacs:0", "names no host"),
+        ("http://pacs:99999", "not a URL"),
+        ("http://[::1", "not a URL"),
+        (f"http://lab:{SECRET}@pacs/x", "must not hold a user or password: use"),
+        (f"http://{SECRET}@pacs/x", "must not hold a user or password: use"),
+        ("http://pacs/x?y=1", "remove what follows"),
+        ("http://pacs/x#y", "remove what follows"),
+        ("http://pa cs/x", "without blanks"),
+        ("http://pacs/x\r\nHost: y", "without blanks"),
+        ("http://pacs/a/../b", "'..'"),
+        ("http://-pacs/", "not a host name"),
+    ],
+)
+def test_urls_that_are_not_valid(name: str, url: str, advice: str) -> None:
+    with pytest.raises(ValidationError, match=URLS[name]) as caught:
+        TYPES[name](**{**NEEDED[name], URLS[name]: url})
+    assert advice in str(caught.value)
+    assert SECRET not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", URLS)
+def test_urls_are_kept_in_one_form(name: str) -> None:
+    target = TYPES[name](**{**NEEDED[name], URLS[name]: " HTTPS://[::1]:8443/a%20b/ "})
+    assert getattr(target, URLS[name]) == "https://[::1]:8443/a%20b"
+
+
 @pytest.mark.parametrize("aet", ["", "A" * 17, "BACK\\SLASH", "TAB\t", "   "])
 def test_ae_titles_that_are_none_are_refused(aet: str) -> None:
     with pytest.raises(ValidationError, match="aet_target"):
