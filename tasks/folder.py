@@ -11,7 +11,6 @@ from __future__ import annotations
 import errno
 import grp
 import os
-import pwd
 import shutil
 import stat
 import uuid
@@ -22,61 +21,18 @@ from pathlib import Path
 from blocks.folder import FolderTarget, Link
 from imaging.header import Damaged, NotDicom, read_header
 from protocols.files import filesystem as fs
-from protocols.files.incoming import ITEM_ERRORS, MARKER, Incoming, Place, Style
+from protocols.files.incoming import MARKER, Incoming, Place, Style
 from tasks.driver import Driver, Facts
-from transfer.errors import (
-    Busy,
-    Cancelled,
-    Denied,
-    DispatchError,
-    Interrupted,
-    Misconfigured,
-    NotFound,
-    Permanent,
-    Rejected,
-    Unreachable,
-)
+from transfer.content import same_content
+from transfer.errors import Busy, Cancelled, Interrupted, Misconfigured, NotFound, Permanent, Rejected, Unreachable
 from transfer.health import Health
 from transfer.layout import OTHER_INSTANCE, names
+from transfer.oserrors import FULL, ITEM_ERRORS, kind_of, user, words_of
 from transfer.outcome import ALREADY, Kind, Outcome
 from transfer.plan import Item, Plan
 from transfer.receipt import Level, PushReport, Receipt
 
 REPLACED = Outcome(Kind.WARNING, "replaced an older file of this name")
-
-# What the file system says, and what it means for the whole target.
-ERRORS: dict[int, type[DispatchError]] = {
-    errno.ENOENT: NotFound,
-    errno.ENOTDIR: Misconfigured,
-    errno.ELOOP: Misconfigured,
-    errno.ENAMETOOLONG: Misconfigured,
-    errno.EXDEV: Misconfigured,
-    errno.EACCES: Denied,
-    errno.EPERM: Denied,
-    errno.EROFS: Denied,
-    errno.ENOSPC: Busy,
-    errno.EDQUOT: Busy,
-    errno.EMFILE: Busy,
-    errno.ENFILE: Busy,
-    errno.ENOMEM: Busy,
-    errno.EAGAIN: Busy,
-    errno.EBUSY: Busy,
-    errno.ENOLCK: Busy,
-    errno.EIO: Interrupted,
-    errno.ESTALE: Interrupted,
-    errno.EREMOTEIO: Interrupted,
-    errno.ECONNRESET: Interrupted,
-    errno.ECONNABORTED: Interrupted,
-    errno.ENODEV: Unreachable,
-    errno.ENXIO: Unreachable,
-    errno.ENOTCONN: Unreachable,
-    errno.ECONNREFUSED: Unreachable,
-    errno.EHOSTDOWN: Unreachable,
-    errno.EHOSTUNREACH: Unreachable,
-    errno.ENETUNREACH: Unreachable,
-    errno.ENETDOWN: Unreachable,
-    errno.ETIMEDOUT: Unreachable,
-}
 
 
 @contextmanager
@@ -92,37 +48,17 @@ def errors(target: FolderTarget) -> Iterator[None]:
         raise
     except OSError as exc:
         exc.filename = exc.filename2 = None  # a path below the folder may hold a patient's data
-        kind = ERRORS.get(exc.errno or 0)
+        kind = kind_of(exc)
         if kind is None:
             raise
         if kind is NotFound and Path(target.folder).is_dir():
             raise Interrupted(
                 f"{target.folder}: what is being written there vanishes: another program clears it", target.name
             ) from exc
-        raise kind(_words(target, exc), target.name) from exc
-
-
-def _words(target: FolderTarget, exc: OSError) -> str:
-    """What to tell of an error of the file system: where, what it says, and what to do."""
-    if exc.errno in (errno.ENOSPC, errno.EDQUOT):
-        remedy = f"{fs.size(fs.room(Path(target.folder))[0])} are free; make room"
-    elif exc.errno in (errno.EACCES, errno.EPERM):
-        remedy = f"user {_user()} must be able to write to it"
-    else:
-        remedy = {
-            errno.ENOENT: "make the folder, or mount the share that it lies on",
-            errno.ENOTDIR: "name a folder",
-            errno.EROFS: "mount it so that it can be written to",
-            errno.EXDEV: "one folder of a dispatch must lie on one file system",
-        }.get(exc.errno or 0, "")
-    return f"{target.folder}: {exc.strerror}" + (f": {remedy}" if remedy else "")
-
-
-def _user() -> str:
-    try:
-        return pwd.getpwuid(os.geteuid()).pw_name
-    except KeyError:
-        return str(os.geteuid())
+        words = words_of(exc)
+        if exc.errno in FULL:
+            words += f"; {fs.size(fs.room(Path(target.folder))[0])} are free"
+        raise kind(f"{target.folder}: {words}", target.name) from exc
 
 
 # ---- connect
@@ -177,7 +113,7 @@ def check(target: FolderTarget) -> Health:
         return health
     with health.probe("authorize") as probe, errors(target):
         _rehearse(target, root)
-        probe.detail = f"written, renamed and removed as user {_user()}"
+        probe.detail = f"written, renamed and removed as user {user()}"
     with health.probe("space") as probe, errors(target):
         free, inodes, _ = fs.room(root)
         if free == 0 or inodes == 0:
@@ -269,7 +205,7 @@ class _Push:
                 return False
             # Length and time may be those of another file: what unpacks archives gives all the same time.
             with self.plan.open(item) as fd:
-                if not os.path.samestat(os.fstat(fd), info) and not fs.same_content(fd, final, self.report.check):
+                if not os.path.samestat(os.fstat(fd), info) and not same_content(fd, final, self.report.check):
                     return False
         except (FileNotFoundError, NotADirectoryError, PermissionError, Rejected):
             return False
@@ -315,7 +251,7 @@ class _Push:
                 )
                 return Outcome(Kind.REJECTED, why)
             with open(kept, "rb") as file:
-                if fs.same_content(file.fileno(), final, self.report.check):
+                if same_content(file.fileno(), final, self.report.check):
                     return ALREADY
             if _is_other_instance(item, final):
                 return Outcome(Kind.REJECTED, OTHER_INSTANCE)

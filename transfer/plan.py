@@ -20,10 +20,12 @@ from transfer.errors import Misconfigured, NotFound, Rejected
 from transfer.globs import excluded
 from transfer.outcome import Outcome
 from transfer.readers import Readers
+from transfer.watch import Watch
 
 BATCH_FILES = 64  # headers that are read between two looks at whether to stop
 HEAD_BYTES = 65_536  # of a file that isn't DICOM, its first bytes stand for its content in the dispatch id
 MAX_LINKED_FOLDERS = 10_000  # links to folders that hold links to folders multiply
+CHANGED = "changed since the dispatch was planned"
 DISPATCH_ID_CHARS = 20  # hexadecimal, 80 bits
 # Our own traces in a folder that a target wrote or that is being written: never data.
 OWN_NAMES = (".complete", ".incoming-*", ".talaria-*")
@@ -50,6 +52,8 @@ class Item:
         problem: why no target may have this file (a link out of the source, unreadable), "" if there is none.
         not_sent: why targets that carry only DICOM reject (damaged) or skip (not DICOM) it, "" if they take it.
         damaged: whether `not_sent` is a rejection.
+        ctime_ns, links: time of the last change to the file or to what is known of it, and number of its hard links,
+            when it was planned or staged; 0 if that is not known.
     """
 
     path: str
@@ -59,6 +63,8 @@ class Item:
     problem: str = ""
     not_sent: str = ""
     damaged: bool = False
+    ctime_ns: int = field(default=0, compare=False)
+    links: int = field(default=0, compare=False)
 
     @property
     def shown(self) -> str:
@@ -87,6 +93,7 @@ class Plan:
         left_out: files of the source that no target gets, `not_sent` says why; not part of the dispatch's identity.
         lacks: how many files the target should have that can't be sent, and are not among `items`: as long as there
             are any, nothing says that it is complete.
+        watch: knows which of the files were written to.
     """
 
     dispatch_id: str
@@ -97,6 +104,7 @@ class Plan:
     origin: Origin = Origin()
     left_out: tuple[Item, ...] = field(default=(), repr=False)
     lacks: int = 0
+    watch: Watch | None = field(default=None, repr=False, compare=False)
 
     @property
     def pending(self) -> tuple[Item, ...]:
@@ -152,8 +160,22 @@ class Plan:
             now = os.stat(f"{self.root}/{item.path}", follow_symlinks=False) if fd is None else os.fstat(fd)
         except OSError as exc:
             raise Rejected(f"can't be read: {exc.strerror}", item=item.shown) from exc
+        if not self.is_same(item, now):
+            raise Rejected(CHANGED, item=item.shown)
+
+    def is_same(self, item: Item, now: os.stat_result, since: os.stat_result | None = None) -> bool:
+        """Return True if what is known of a file now is what was known when it was planned, or at `since`.
+
+        Whoever writes to a file may give it its old times back; the time of the last change to those (ctime) is out of
+        his reach. A link that was made or removed changes that one as well, and is none of ours.
+        """
         if (now.st_size, now.st_mtime_ns) != (item.size, item.mtime_ns):
-            raise Rejected("changed since the dispatch was planned", item=item.shown)
+            return False
+        ctime, links = (since.st_ctime_ns, since.st_nlink) if since else (item.ctime_ns, item.links)
+        if not ctime or now.st_ctime_ns == ctime:
+            return True
+        written = self.watch.is_written(item.path) if self.watch else None
+        return now.st_nlink != links if written is None else not written
 
 
 def scan(
@@ -190,9 +212,10 @@ def scan(
                 found.setdefault(relative, path)
     if not found:
         raise Misconfigured(f"nothing to send in {', '.join(str(s) for s in sources)}")
-    items = tuple(_items(found, sources, check))
+    watch = Watch()
+    items = tuple(_items(found, sources, watch, check))
     aside = tuple(Item(name, 0, 0, not_sent=why) for name, why in sorted(left_out.items()))
-    return Plan(_dispatch_id(root, items), root, items, origin=origin, left_out=aside)
+    return Plan(_dispatch_id(root, items), root, items, origin=origin, left_out=aside, watch=watch)
 
 
 def _sources(paths: Iterable[Path | str]) -> list[Path]:
@@ -265,11 +288,11 @@ def _files(source: str, sources: list[Path], check: Callable[[], None]) -> Itera
             stack.append((entry.path, real, above | {real}))
 
 
-def _items(found: dict[str, str], sources: list[Path], check: Callable[[], None]) -> Iterator[Item]:
+def _items(found: dict[str, str], sources: list[Path], watch: Watch, check: Callable[[], None]) -> Iterator[Item]:
     """Read the facts of all files, in the order of their relative paths."""
 
     def read(name: str) -> Item:
-        return _item(name, found[name], sources)
+        return _item(name, found[name], sources, watch)
 
     names = iter(sorted(found))
     with Readers(BATCH_FILES) as readers:
@@ -278,7 +301,7 @@ def _items(found: dict[str, str], sources: list[Path], check: Callable[[], None]
             yield from readers.map(read, batch)
 
 
-def _item(relative: str, path: str, sources: list[Path]) -> Item:
+def _item(relative: str, path: str, sources: list[Path], watch: Watch) -> Item:
     """Read one file's facts; whatever is wrong with it becomes part of the item."""
     try:
         mode = os.lstat(path).st_mode
@@ -292,16 +315,17 @@ def _item(relative: str, path: str, sources: list[Path]) -> Item:
     except OSError as exc:
         return Item(relative, 0, 0, problem=f"can't be read: {exc.strerror}")
     try:
+        watch.add(relative, path)
         info = os.fstat(fd)
+        header, why, damaged = None, "", False
         try:
             header = read_header(fd, info.st_size)
         except NotDicom as exc:
-            return Item(relative, info.st_size, info.st_mtime_ns, not_sent=str(exc))
+            why = str(exc)
         except Damaged as exc:
             # An empty file says nothing of itself but its name.
-            damaged = info.st_size > 0 or relative.lower().endswith((".dcm", ".dicom"))
-            return Item(relative, info.st_size, info.st_mtime_ns, not_sent=str(exc), damaged=damaged)
-        return Item(relative, info.st_size, info.st_mtime_ns, header)
+            why, damaged = str(exc), info.st_size > 0 or relative.lower().endswith((".dcm", ".dicom"))
+        return Item(relative, info.st_size, info.st_mtime_ns, header, "", why, damaged, info.st_ctime_ns, info.st_nlink)
     except OSError as exc:
         return Item(relative, 0, 0, problem=f"can't be read: {exc.strerror}")
     finally:

@@ -1,27 +1,26 @@
 """Staging: the files of a plan, held still in a folder of our own while the dispatch runs.
 
 Nothing is copied where a hard link or a reflink does; a hard link keeps a file from vanishing but not from being
-written to, so whoever reads it asks `Plan.check` before its last byte counts.
+written to, so it is watched, and whoever reads it asks `Plan.check` before its last byte counts.
 """
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+from imaging.header import Damaged, NotDicom, read_header
+from transfer.content import copy_bytes, same_content
 from transfer.errors import Busy, NotFound
-from transfer.plan import Item, Plan
+from transfer.oserrors import FULL
+from transfer.plan import CHANGED, Item, Plan
 
 FICLONE = 0x40049409  # ioctl_ficlone(2)
-COPY_BYTES = 1 << 24  # one call of copy_file_range(2)
-FULL = (errno.ENOSPC, errno.EDQUOT)
-# How copy_file_range(2) says that these two file systems can't: then the bytes go through our hands.
-NOT_IN_KERNEL = (errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM)
 
 
 def stage(plan: Plan, into: Path, check: Callable[[], None] = lambda: None) -> Plan:
@@ -61,18 +60,50 @@ def _stage_item(plan: Plan, item: Item, into: Path, made: set[Path], check: Call
         made.add(copy.parent)
     try:
         real = os.path.realpath(plan.file(item))
+        before = os.stat(real)
+        watched = before.st_ctime_ns == item.ctime_ns
+        if not watched and not _is_still(plan, item, real):
+            return replace(item, problem=CHANGED)
         try:
             os.link(real, copy)
         except OSError:  # another file system, too many links, or not ours to link
+            watched = False
             _copy(real, copy, check)
+            if not _is_whole(real, copy, before):
+                return replace(item, problem=CHANGED)
         now = os.stat(copy)
     except OSError as exc:
         if exc.errno in FULL:
             raise Busy(f"no room for staging in {into.parent}") from exc
         return replace(item, problem=f"can't be read: {exc.strerror}")
     if (now.st_size, now.st_mtime_ns) != (item.size, item.mtime_ns):
-        return replace(item, problem="changed since the dispatch was planned")
-    return item
+        return replace(item, problem=CHANGED)
+    if plan.watch and not watched:
+        plan.watch.add(item.path, str(copy))
+    return replace(item, ctime_ns=now.st_ctime_ns, links=now.st_nlink)
+
+
+def _is_still(plan: Plan, item: Item, path: str) -> bool:
+    """Return True if a file that something happened to since it was planned has not been written to.
+
+    Other dispatches link it, somebody moves it, or changes its permissions. Where that is not known, nobody knows of
+    its old content but the header.
+    """
+    written = plan.watch.is_written(item.path) if plan.watch else None
+    if written is not None or item.header is None or not item.ctime_ns:
+        return not written
+    with open(path, "rb") as file, suppress(NotDicom, Damaged):
+        return read_header(file.fileno(), os.fstat(file.fileno()).st_size) == item.header
+    return False
+
+
+def _is_whole(source: str, copy: Path, before: os.stat_result) -> bool:
+    """Return True if a copy is what the source was all the time that it was made."""
+    with open(source, "rb") as reader:
+        now = os.fstat(reader.fileno())
+        if now.st_mtime_ns != before.st_mtime_ns:
+            return False
+        return now.st_ctime_ns == before.st_ctime_ns or same_content(reader.fileno(), copy)
 
 
 def _copy(source: str, copy: Path, check: Callable[[], None]) -> None:
@@ -84,36 +115,3 @@ def _copy(source: str, copy: Path, check: Callable[[], None]) -> None:
             copy_bytes(reader.fileno(), writer.fileno(), lambda count: check())
         info = os.fstat(reader.fileno())
     os.utime(copy, ns=(info.st_atime_ns, info.st_mtime_ns))
-
-
-def copy_bytes(
-    reader: int, writer: int, moved: Callable[[int], None] = lambda count: None, piece_bytes: int = COPY_BYTES
-) -> int:
-    """Copy all bytes between two open files inside the kernel where it can; return how many.
-
-    Args:
-        moved: called with the count of every piece; may raise to stop.
-        piece_bytes: the largest piece.
-    """
-    total, in_kernel = 0, True
-    while True:
-        if in_kernel:
-            try:
-                count = os.copy_file_range(reader, writer, piece_bytes)
-            except OSError as exc:
-                if total or exc.errno not in NOT_IN_KERNEL:
-                    raise
-                in_kernel = False
-                continue
-            if count == 0 and total == 0:  # some file systems answer so for "can't" (copy_file_range(2), BUGS)
-                in_kernel = False
-                continue
-        else:
-            piece = os.read(reader, min(piece_bytes, 1 << 20))
-            count = len(piece)
-            while piece:
-                piece = piece[os.write(writer, piece) :]
-        if count == 0:
-            return total
-        total += count
-        moved(count)

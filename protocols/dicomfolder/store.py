@@ -22,13 +22,14 @@ from imaging.header import Damaged, Header, NotDicom, read_header
 from protocols.dicomfolder.folder import Held
 from protocols.files import filesystem as fs
 from protocols.files import partial
-from protocols.files.incoming import ITEM_ERRORS, PIECE_BYTES, Incoming, Place, Style
+from protocols.files.incoming import PIECE_BYTES, Incoming, Place, Style
+from transfer.content import copy_bytes, same_content
 from transfer.errors import Busy, Cancelled, Denied, Permanent, Rejected
 from transfer.layout import sanitised
+from transfer.oserrors import FULL, ITEM_ERRORS
 from transfer.outcome import ALREADY, DELIVERED, Kind, Outcome
 from transfer.plan import Item, Plan
 from transfer.receipt import Level, PushReport
-from transfer.staging import FULL, copy_bytes
 from transfer.throttle import Throttle
 
 REPLACED = Outcome(Kind.WARNING, "replaced another version of this instance")
@@ -120,7 +121,7 @@ class Store(Incoming):
             if not stat.S_ISREG(info.st_mode) or info.st_size != item.size:
                 return False
             with self.plan.open(item) as fd:
-                if not fs.same_content(fd, self.final(item), self.report.check):
+                if not same_content(fd, self.final(item), self.report.check):
                     return False
         except (FileNotFoundError, NotADirectoryError, PermissionError, Rejected):
             return False
@@ -149,7 +150,7 @@ class Store(Incoming):
             if not stat.S_ISREG(final.lstat().st_mode):
                 return Outcome(Kind.REJECTED, ITEM_ERRORS[errno.EISDIR])
             with kept.open("rb") as file:
-                if fs.same_content(file.fileno(), final, self.report.check):
+                if same_content(file.fileno(), final, self.report.check):
                     return ALREADY
             kept.replace(final)
         except OSError as exc:
@@ -273,7 +274,7 @@ def _read(path: Path, uid: str) -> Item | None:
 def _is_copy(one: Held, final: Path, report: PushReport) -> bool:
     """Tell whether a file is what the folder holds now: a correction may have the same length."""
     with suppress(OSError), one.path.open("rb") as file:
-        return fs.same_content(file.fileno(), final, report.check)
+        return same_content(file.fileno(), final, report.check)
     return False
 
 

@@ -16,9 +16,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
+from transfer.content import READ_BYTES
+
 T = TypeVar("T")
 
-READ_BYTES = 1 << 20  # one read while comparing
 # What link(2) says where the file system, or the owner, allows no hard link.
 NO_LINK = (errno.EPERM, errno.EXDEV, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES, errno.EINVAL)
 # File systems that syncfs(2) flushes in full; others (CIFS, FUSE) want fsync(2) for each file.
@@ -185,26 +186,6 @@ def move_file(source: Path, final: Path) -> bool:
         return True
     os.unlink(source)
     return True
-
-
-def same_content(one: int, other: Path, check: Callable[[], None]) -> bool:
-    """Compare an open file with another, byte by byte.
-
-    Args:
-        check: called between pieces; may raise to stop.
-    """
-    with open(other, "rb", buffering=0) as file:
-        if os.fstat(one).st_size != os.fstat(file.fileno()).st_size:
-            return False
-        offset = 0
-        while True:
-            check()
-            mine = os.pread(one, READ_BYTES, offset)
-            if mine != os.pread(file.fileno(), len(mine) or 1, offset):
-                return False
-            if not mine:
-                return True
-            offset += len(mine)
 
 
 def checksum(fd: int, check: Callable[[], None], *, from_disk: bool = False) -> bytes:

@@ -22,11 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from protocols.files import filesystem as fs
+from transfer.content import copy_bytes, same_content
 from transfer.errors import Busy, Interrupted, Rejected
+from transfer.oserrors import ITEM_ERRORS
 from transfer.outcome import Kind, Outcome
-from transfer.plan import Item, Plan
+from transfer.plan import CHANGED, Item, Plan
 from transfer.receipt import PushReport
-from transfer.staging import copy_bytes
 from transfer.throttle import Throttle
 
 MARKER = ".complete"  # in a folder whose files are all there
@@ -34,16 +35,6 @@ PIECE_BYTES = 4 << 20  # between two looks at the cancel flag: a share of 1 MB/s
 BATCH_FILES = 64  # one thread's share at a time
 FEW_FILES = 16  # which are flushed one by one: what others have written to the disk is not waited for
 SMALL_BYTES = 128 << 10  # below that, on a local disk, threads only wait for the interpreter
-# What the file system says of one file, whose fault it then is.
-ITEM_ERRORS = {
-    errno.ENAMETOOLONG: "its name is too long for the file system",
-    errno.EILSEQ: "the file system doesn't take the characters of its name",
-    errno.EINVAL: "the file system doesn't take its name",
-    errno.EFBIG: "it is larger than the file system allows",
-    errno.EISDIR: "there is a folder of its name",
-    errno.EEXIST: "there is a file in the place of its folder",
-    errno.ENOTDIR: "there is a file in the place of its folder",
-}
 
 
 class Stopped(Exception):
@@ -136,7 +127,7 @@ class Incoming:
         self._throttle = Throttle(style.bandwidth_limit)
         # A hard link shares owner and permissions with the source: none of its own can be given to it.
         self._linking = style.link and style.mode is None and style.group is None
-        self._linked: list[Item] = []
+        self._linked: list[tuple[Item, os.stat_result]] = []  # each as it was then
         self._kinds = {place.above: "" for place in where.values()}
         for folder in self._kinds:
             self._kinds[folder] = fs.kind(folder)
@@ -161,8 +152,8 @@ class Incoming:
         copying = [item for item in items if item.path not in resumed]
         self._need_room(copying)
         self.in_threads(copying, self._copy)
-        for item in self._linked:
-            self._check_link(item)
+        for item, made in self._linked:
+            self._check_link(item, made)
         here = [item for item in items if item.path not in self.report.outcomes]
         self._flush(here)
         return here
@@ -255,7 +246,7 @@ class Incoming:
             return False
         try:
             with self.plan.open(item) as fd:
-                return fs.same_content(fd, Path(kept), self.check)
+                return same_content(fd, Path(kept), self.check)
         except Rejected:
             return False
 
@@ -313,19 +304,19 @@ class Incoming:
             if exc.errno != errno.EMLINK:  # which is about this one file
                 self._linking = False
             return False
-        if os.lstat(kept).st_ino != os.fstat(reader).st_ino:
+        made = os.lstat(kept)
+        if made.st_ino != os.fstat(reader).st_ino:
             os.unlink(kept)
-            raise Rejected("changed since the dispatch was planned", item=item.shown)
-        self._linked.append(item)
+            raise Rejected(CHANGED, item=item.shown)
+        self._linked.append((item, made))
         self.report.moved(item.size)  # no byte goes anywhere: nothing to throttle
         return True
 
-    def _check_link(self, item: Item) -> None:
+    def _check_link(self, item: Item, made: os.stat_result) -> None:
         """Look once more, just before it is seen, whether what a link shares with the source is still the same."""
-        now = os.lstat(self.kept(item))
-        if (now.st_size, now.st_mtime_ns) != (item.size, item.mtime_ns):
+        if not self.plan.is_same(item, os.lstat(self.kept(item)), made):
             os.unlink(self.kept(item))
-            self.report(item, Outcome(Kind.REJECTED, "changed since the dispatch was planned"))
+            self.report(item, Outcome(Kind.REJECTED, CHANGED))
 
     def _fill(self, item: Item, reader: int, writer: int) -> None:
         """Copy the content, and set all that belongs to the file but its name."""

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from transfer.errors import Busy, Misconfigured
-from transfer.staging import FULL
+from transfer.oserrors import FULL
 
 NAME = re.compile(r"\.talaria-[0-9a-f]{16}")  # other files of ours begin alike
 STALE_S = 3600  # where the file system has no locks, older ones count as left behind

@@ -8,7 +8,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import pwd
 import stat
 import uuid
 from collections.abc import Callable, Iterator
@@ -21,61 +20,14 @@ from protocols.dicomfolder.folder import DicomFolder, IndexReport
 from protocols.dicomfolder.store import Store, fetch
 from protocols.files import filesystem as fs
 from protocols.files.incoming import Style
-from transfer.errors import (
-    Busy,
-    Denied,
-    DispatchError,
-    Interrupted,
-    Misconfigured,
-    NotFound,
-    Unreachable,
-)
+from transfer.errors import Busy, Denied, DispatchError, Interrupted, Misconfigured, NotFound, Unreachable
 from transfer.health import Health
 from transfer.home import Home
+from transfer.oserrors import kind_of, user, words_of
 from transfer.plan import Plan
 from transfer.receipt import Level, PushReport, Receipt
 
 logger = logging.getLogger(__name__)
-
-# What the file system says, and what it means for the whole target.
-ERRORS: dict[int, type[DispatchError]] = {
-    errno.ENOENT: NotFound,
-    errno.ENOTDIR: Misconfigured,
-    errno.ELOOP: Misconfigured,
-    errno.ENAMETOOLONG: Misconfigured,
-    errno.EXDEV: Misconfigured,
-    errno.EACCES: Denied,
-    errno.EPERM: Denied,
-    errno.EROFS: Denied,
-    errno.ENOSPC: Busy,
-    errno.EDQUOT: Busy,
-    errno.EMFILE: Busy,
-    errno.ENFILE: Busy,
-    errno.ENOMEM: Busy,
-    errno.EAGAIN: Busy,
-    errno.EBUSY: Busy,
-    errno.EIO: Interrupted,
-    errno.ESTALE: Interrupted,
-    errno.EREMOTEIO: Interrupted,
-    errno.ECONNRESET: Interrupted,
-    errno.ECONNABORTED: Interrupted,
-    errno.ENODEV: Unreachable,
-    errno.ENXIO: Unreachable,
-    errno.ENOTCONN: Unreachable,
-    errno.ECONNREFUSED: Unreachable,
-    errno.EHOSTDOWN: Unreachable,
-    errno.EHOSTUNREACH: Unreachable,
-    errno.ENETUNREACH: Unreachable,
-    errno.ENETDOWN: Unreachable,
-    errno.ETIMEDOUT: Unreachable,
-}
-REMEDIES = {
-    errno.ENOENT: "make the folder, or mount the share that it lies on",
-    errno.ENOTDIR: "name a folder",
-    errno.EROFS: "mount it so that it can be written to",
-    errno.ENOSPC: "make room",
-    errno.EDQUOT: "make room",
-}
 
 
 @contextmanager
@@ -90,24 +42,14 @@ def errors(target: DicomWebTarget) -> Iterator[None]:
         raise
     except OSError as exc:
         exc.filename = exc.filename2 = None  # a path below the folder may hold a patient's data
-        kind = ERRORS.get(exc.errno or 0)
+        kind = kind_of(exc)
         if kind is None:
             raise
         if kind is NotFound and target.folder and target.folder.is_dir():
             raise Interrupted(
                 f"{target.url}: what is being read or written there vanishes: another program clears it", target.name
             ) from exc
-        remedy = REMEDIES.get(exc.errno or 0, "")
-        if exc.errno in (errno.EACCES, errno.EPERM):
-            remedy = f"user {_user()} must have the right to do this"
-        raise kind(f"{target.url}: {exc.strerror}" + (f": {remedy}" if remedy else ""), target.name) from exc
-
-
-def _user() -> str:
-    try:
-        return pwd.getpwuid(os.geteuid()).pw_name
-    except KeyError:
-        return str(os.geteuid())
+        raise kind(f"{target.url}: {words_of(exc)}", target.name) from exc
 
 
 # ---- connect
@@ -155,7 +97,7 @@ def check(target: DicomWebTarget) -> Health:
     if target.stores:
         with health.probe("authorize") as probe, errors(target):
             _rehearse(target, root)
-            probe.detail = f"written, renamed and removed as user {_user()}"
+            probe.detail = f"written, renamed and removed as user {user()}"
     else:
         health.skip("authorize", why="nothing is stored here")
     with health.probe("qido") as probe, errors(target):
@@ -250,5 +192,5 @@ def _passed_over(report: IndexReport) -> Iterator[tuple[int, str]]:
     if report.links:
         yield logging.INFO, f"{report.links} symbolic links are not followed"
     if report.unreadable:
-        text = f"{report.unreadable} files or folders can't be read by user {_user()}: what is in them is left out"
+        text = f"{report.unreadable} files or folders can't be read by user {user()}: what is in them is left out"
         yield logging.WARNING, text

@@ -87,7 +87,8 @@ def test_a_disk_that_fills_up_midway(tmp_path: Path, disk: Callable[[str], Path]
 
     first = attempt(target(folder, concurrency=1), plan, moved=moved)
     assert isinstance(first.error, Busy), repr(first.error)
-    assert "are free; make room" in str(first.error)
+    assert "make room; " in str(first.error)
+    assert "are free" in str(first.error)
     assert not first.outcomes
     assert not visible(folder)
     os.unlink(small / "other")

@@ -9,14 +9,16 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
 
 from tests import studies
-from transfer.errors import Busy, Cancelled, NotFound
+from transfer.content import copy_bytes
+from transfer.errors import Busy, Cancelled, NotFound, Rejected
 from transfer.plan import Plan, scan
-from transfer.staging import copy_bytes, discard, stage
+from transfer.staging import discard, stage
 
 
 @pytest.fixture
@@ -208,3 +210,149 @@ def test_short_writes_are_continued(tmp_path: Path) -> None:
         mock.patch("os.write", lambda fd, data: write(fd, data[:7])),
     ):
         assert copied(b"0123456789" * 20, tmp_path)[0] == b"0123456789" * 20
+
+
+# ---- what is written to while its times say nothing
+
+
+def rewrite(file: Path) -> None:
+    """Write other pixels into a file, in place, and give it its old times back."""
+    info = file.stat()
+    with open(file, "r+b") as other:
+        other.seek(info.st_size // 2)
+        other.write(b"\xff" * (info.st_size // 4))
+    os.utime(file, ns=(info.st_atime_ns, info.st_mtime_ns))
+    assert file.stat().st_mtime_ns == info.st_mtime_ns
+
+
+@pytest.mark.parametrize("through", ["its own name", "another link", "a link that is gone"])
+def test_a_file_rewritten_with_its_old_times_is_noticed(tmp_path: Path, through: str) -> None:
+    (file,) = studies.ct(tmp_path / "source", 1)
+    staged = stage(scan([tmp_path / "source"]), tmp_path / "run")
+    (item,) = staged.items
+    with staged.open(item) as fd:
+        staged.check(item, fd)
+        name = file
+        if through != "its own name":
+            name = tmp_path / "link"
+            os.link(file, name)
+        rewrite(name)
+        if through == "a link that is gone":
+            name.unlink()
+        with pytest.raises(Rejected, match="changed"):
+            staged.check(item, fd)
+    with pytest.raises(Rejected, match="changed"):
+        staged.check(item)
+    with pytest.raises(Rejected, match="changed"), staged.open(item):
+        pass
+
+
+def test_what_happens_to_a_file_but_not_to_its_content_is_no_change(tmp_path: Path) -> None:
+    """Other dispatches stage the same files and clear up; somebody moves, copies or shares them."""
+    (file,) = studies.ct(tmp_path / "source", 1)
+    plan = scan([tmp_path / "source"])
+    staged = stage(plan, tmp_path / "run")
+    (item,) = staged.items
+
+    def assert_same() -> None:
+        staged.check(item)
+        with staged.open(item) as fd:
+            staged.check(item, fd)
+
+    time.sleep(0.02)  # longer than the clock of a file system stands still
+    other = stage(plan, tmp_path / "other")
+    assert_same()
+    discard(other.root)
+    assert_same()
+    file.chmod(0o640)
+    assert_same()
+    file.rename(tmp_path / "moved.dcm")
+    assert_same()
+    (tmp_path / "moved.dcm").unlink()
+    assert_same()
+    assert staged.file(item).stat().st_ctime_ns != item.ctime_ns
+
+
+def test_without_a_watch_a_link_more_is_no_change_and_a_rewritten_file_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transfer.watch._add", lambda *_: -1)  # the user has used up all that there are
+    (file,) = studies.ct(tmp_path / "source", 1)
+    staged = stage(scan([tmp_path / "source"]), tmp_path / "run")
+    (item,) = staged.items
+    time.sleep(0.02)
+    os.link(file, tmp_path / "link")
+    staged.check(item)
+    (tmp_path / "link").unlink()
+    rewrite(file)
+    with pytest.raises(Rejected, match="changed"):
+        staged.check(item)
+
+
+@pytest.mark.parametrize("watched", [True, False])
+def test_a_file_rewritten_before_it_was_staged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, watched: bool) -> None:
+    """Its length and times are those of the one that was planned; without a watch, the header tells."""
+    if not watched:
+        monkeypatch.setattr("transfer.watch._add", lambda *_: -1)
+    for name in ("same", "other"):
+        (file,) = studies.ct(tmp_path / name, 1)
+        plan = scan([tmp_path / name])
+        info = file.stat()
+        time.sleep(0.02)
+        file.write_bytes(file.read_bytes() if name == "same" else studies.ct_bytes())
+        os.utime(file, ns=(info.st_atime_ns, info.st_mtime_ns))
+        (item,) = stage(plan, tmp_path / "run" / name).items
+        assert item.problem == ("changed since the dispatch was planned" if watched or name == "other" else "")
+
+
+def test_what_others_do_to_a_file_before_it_is_staged_is_no_change(tmp_path: Path) -> None:
+    (file,) = studies.ct(tmp_path / "source", 1)
+    plan = scan([tmp_path / "source"])
+    time.sleep(0.02)
+    discard(stage(plan, tmp_path / "other").root)
+    file.chmod(0o640)
+    staged = stage(plan, tmp_path / "run")
+    assert not staged.items[0].problem
+    staged.check(staged.items[0])
+
+
+def test_a_file_rewritten_while_it_is_copied(tmp_path: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its old times: the copy is compared once more if anything happened to the source meanwhile."""
+    for name in ("rewritten", "linked"):
+        (file,) = studies.ct(tmp_path / name, 1)
+        plan = scan([tmp_path / name])
+        time.sleep(0.02)
+
+        def midway(source: str, copy: Path, check: Any, name: str = name, file: Path = file) -> None:
+            shutil.copy2(source, copy)
+            os.link(file, file.with_suffix(".link"))
+            if name == "rewritten":
+                rewrite(file)
+
+        monkeypatch.setattr("transfer.staging._copy", midway)
+        (item,) = stage(plan, elsewhere / name).items
+        assert item.problem == ("changed since the dispatch was planned" if name == "rewritten" else "")
+
+
+# ---- holes
+
+
+@pytest.mark.parametrize("form", ["begins with one", "ends with one", "several", "nothing else", "none"])
+def test_holes_stay_holes(tmp_path: Path, form: str) -> None:
+    source, size = tmp_path / "source", 32 << 20
+    with open(source, "wb") as file:
+        file.truncate(size)
+        for offset in {"begins with one": [size - 5], "ends with one": [0], "several": [1 << 20, 9 << 20]}.get(
+            form, []
+        ):
+            file.seek(offset)
+            file.write(b"data!")
+        if form == "none":
+            file.truncate(1 << 20)
+            file.write(os.urandom(1 << 20))
+    moved: list[int] = []
+    with open(source, "rb") as reader, open(tmp_path / "copy", "wb") as writer:
+        assert copy_bytes(reader.fileno(), writer.fileno(), moved.append) == source.stat().st_size
+    assert (tmp_path / "copy").read_bytes() == source.read_bytes()
+    assert sum(moved) == source.stat().st_size
+    assert (tmp_path / "copy").stat().st_blocks <= source.stat().st_blocks + 16
