@@ -466,8 +466,9 @@ def test_push_cancelled_before_it_begins(harness: Harness, study: Path) -> None:
     assert not harness.read_back(sent.plan)
 
 
+@pytest.mark.parametrize("times", ["its new times", "its old times back"])
 @pytest.mark.parametrize("when", ["before", "during"])
-def test_push_changed_file_is_rejected_and_never_arrives(harness: Harness, study: Path, when: str) -> None:
+def test_push_changed_file_is_rejected_and_never_arrives(harness: Harness, study: Path, when: str, times: str) -> None:
     studies.ct(study, 3)
     victim = studies.multiframe(study / "victim.dcm", 8)  # 4 MB
     plan = scan([study])
@@ -477,9 +478,12 @@ def test_push_changed_file_is_rejected_and_never_arrives(harness: Harness, study
     def change() -> None:
         if not changed.is_set():
             changed.set()
-            with open(victim, "r+b") as file:  # same length, other pixels: only the time tells
+            info = victim.stat()
+            with open(victim, "r+b") as file:  # same length, other pixels
                 file.seek(len(original) // 2)
                 file.write(b"\xff" * (len(original) // 2))
+            if times == "its old times back":
+                os.utime(victim, ns=(info.st_atime_ns, info.st_mtime_ns))
 
     def moved(sent: Sent, count: int) -> None:
         if sent.moved > 200_000:
