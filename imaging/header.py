@@ -13,29 +13,24 @@ from __future__ import annotations
 import os
 import struct
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import lru_cache
 
 from imaging.charset import decoded
+from imaging.walk import LONG_VRS, MAX_VALUE_BYTES, SHORT_VRS, Walk, Window
+from imaging.walk import Damaged as Damaged  # what readers of headers have to expect
 
 PREAMBLE_BYTES = 132  # 128 bytes of preamble and "DICM"
-WINDOW_BYTES = 16_384  # one read holds the header of most images
 MAX_UID_CHARS = 64  # PS3.5 section 9.1
-MAX_DEPTH = 64  # nested sequences; real objects stay below 12
-MAX_VALUE_BYTES = 65_536  # no value that is wanted comes near; a damaged length must not fill the memory
-UNDEFINED = 0xFFFFFFFF
 
 IMPLICIT_LITTLE = "1.2.840.10008.1.2"
+EXPLICIT_LITTLE = "1.2.840.10008.1.2.1"
 DEFLATED_LITTLE = "1.2.840.10008.1.2.1.99"
 EXPLICIT_BIG = "1.2.840.10008.1.2.2"
+# The whole data set is deflated, PS3.5 Annex A.5; two of JPIP's as well, Annex A.7 and A.11.
+_DEFLATED = frozenset((DEFLATED_LITTLE, "1.2.840.10008.1.2.4.95", "1.2.840.10008.1.2.4.205"))
 MEDIA_STORAGE_DIRECTORY = "1.2.840.10008.1.3.10"
 
-# VRs whose length field has 32 bits, PS3.5 table 7.1-1.
-_LONG = frozenset((b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV"))
-_SHORT = frozenset(b"AE AS AT CS DA DS DT FD FL IS LO LT PN SH SL SS ST TM UI UL US".split())
-_PIXEL_DATA = 0x7FE00010
-_ITEM, _ITEM_END, _SEQUENCE_END = 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD
 # Specific Character Set, the two SOP UIDs, Study Date and Time, Accession Number, Modality, Patient ID, the UIDs of
 # study and series, Series Number.
 _HEADER_TAGS = frozenset(
@@ -47,10 +42,6 @@ BEGINNING_BYTES = 1024  # of a file, which hold what tells the instance
 
 class NotDicom(Exception):
     """The file is something else; targets that carry only DICOM skip it."""
-
-
-class Damaged(Exception):
-    """The file is DICOM, or is meant to be, but can't be sent as such; the text says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,14 +60,17 @@ class Header:
     StudyTime: str = field(default="", repr=False)
     AccessionNumber: str = field(default="", repr=False)
     PatientID: str = field(default="", repr=False)
+    part10: bool = True  # whether the file begins as PS3.10 demands; else see `imaging.part10`
+    explicit: bool = True  # whether its elements carry their VR, whatever the transfer syntax says
+    odd: bool = False  # whether a value, a fragment or the data set has an odd length; see `imaging.mend`
 
 
 def read_header(fd: int, size: int) -> Header:
     """Read the header of the open file `fd` of `size` bytes; the file offset is left alone.
 
     Raises:
-        NotDicom: no DICOM file (nor one without its preamble), or a DICOMDIR, which is no instance.
-        Damaged: empty, truncated, without preamble, without a needed UID, or not parsable.
+        NotDicom: no DICOM file (nor a data set alone), or a DICOMDIR, which is no instance.
+        Damaged: empty, truncated, without a needed UID, not parsable, or in a transfer syntax that can't be known.
         OSError: the file can't be read.
     """
     return read_elements(fd, size, ())[0]
@@ -93,26 +87,26 @@ def read_elements(fd: int, size: int, tags: Iterable[int]) -> tuple[Header, dict
     wanted = _HEADER_TAGS.union(tags) if tags else _HEADER_TAGS
     if size == 0:
         raise Damaged("the file is empty")
-    window = _Window(fd, size)
+    window = Window(fd, size)
     head = window.at(0, min(size, PREAMBLE_BYTES))
-    if len(head) < PREAMBLE_BYTES or head[128:132] != b"DICM":
-        _refuse(head, window)
     try:
-        meta, offset = _meta(window)
-        syntax = _text(meta.get(0x00020010, b""))
-        if not syntax:
-            raise Damaged("no Transfer Syntax UID (0002,0010)")
+        if head[128:132] != b"DICM" and _begins_meta(head) is None:
+            return _bare(window, wanted)
+        meta, offset = _meta(window, PREAMBLE_BYTES if head[128:132] == b"DICM" else 0)
         if _text(meta.get(0x00020002, b"")) == MEDIA_STORAGE_DIRECTORY:
             raise NotDicom("a DICOMDIR, which is no instance")
-        if syntax == DEFLATED_LITTLE:
-            found = _deflated(fd, offset, size, wanted)
+        syntax = _text(meta.get(0x00020010, b""))
+        if not syntax:
+            return _unnamed(window, offset, wanted, "no Transfer Syntax UID (0002,0010)")
+        if syntax in _DEFLATED:
+            walk, found = _deflated(fd, offset, size, wanted)
         else:
-            endian = ">" if syntax == EXPLICIT_BIG else "<"
-            found = {}
-            _Walk(window, endian, syntax != IMPLICIT_LITTLE, wanted).top(offset, found)
+            walk, found = _walked(window, offset, syntax, wanted)
     except struct.error as exc:
         raise Damaged("truncated") from exc
-    return _header(found, syntax, offset), found
+    odd = walk.odd or (size - offset) % 2 == 1
+    part10 = head[128:132] == b"DICM" and offset > PREAMBLE_BYTES
+    return _header(found, syntax, offset, part10=part10, explicit=walk.explicit, odd=odd), found
 
 
 def instance_uid(beginning: bytes) -> str:
@@ -129,58 +123,30 @@ def instance_uid(beginning: bytes) -> str:
 
 
 def other_instance(ours: bytes, theirs: bytes) -> bool:
-    """Tell whether two files begin that are instances, and not the same one."""
+    """Return True if both are the beginnings of DICOM files of different SOP instances."""
     mine, other = instance_uid(ours), instance_uid(theirs)
     return bool(mine and other) and mine != other
 
 
-class _Window:
-    """A file read in pieces: the piece that holds the asked-for bytes is kept, a jump reads the next one."""
-
-    def __init__(self, fd: int, size: int, data: bytes | None = None) -> None:
-        self.fd, self.size = fd, size
-        self.start = 0
-        self.data = os.pread(fd, WINDOW_BYTES, 0) if data is None else data
-
-    def at(self, offset: int, length: int) -> bytes:
-        begin = offset - self.start
-        if begin < 0 or begin + length > len(self.data):
-            if offset + length > self.size:
-                raise Damaged(f"truncated: byte {offset + length} is needed, the file ends at {self.size}")
-            self.start, begin = offset, 0
-            self.data = os.pread(self.fd, max(length, WINDOW_BYTES), offset)
-            if len(self.data) < length:
-                raise Damaged("truncated while it was being read")
-        return self.data[begin : begin + length]
+def _begins_meta(head: bytes) -> int | None:
+    """Return the length of the first element, if it is one of the file meta information."""
+    if len(head) < 8 or head[:2] != b"\2\0" or head[4:6] not in SHORT_VRS | LONG_VRS:
+        return None
+    return int.from_bytes(head[6:8], "little")
 
 
-def _refuse(head: bytes, window: _Window) -> None:
-    """Say why a file that doesn't begin as PS3.10 demands is not taken."""
-    if len(head) < PREAMBLE_BYTES and not any(head):
-        raise Damaged("truncated within the preamble")
-    if len(head) >= 8:
-        group, element = struct.unpack_from("<HH", head)
-        length = struct.unpack_from("<I", head, 4)[0]
-        if group in (0x0002, 0x0008) and element <= 0x0100:
-            vr = head[4:6]
-            if vr in _SHORT or vr in _LONG or length <= window.size:
-                raise Damaged("no preamble and no DICM prefix (PS3.10 section 7.1)")
-    raise NotDicom("not a DICOM file")
-
-
-def _meta(window: _Window) -> tuple[dict[int, bytes], int]:
+def _meta(window: Window, pos: int) -> tuple[dict[int, bytes], int]:
     """Read group 0002 (always explicit little endian); return its values and where the data set begins."""
     values: dict[int, bytes] = {}
-    pos = PREAMBLE_BYTES
     while pos + 8 <= window.size:
         group, element, vr, length = struct.unpack("<HH2sH", window.at(pos, 8))
         if group != 0x0002:
             break
         start = pos + 8
-        if vr in _LONG:
+        if vr in LONG_VRS:
             length = struct.unpack("<I", window.at(pos + 8, 4))[0]
             start = pos + 12
-        elif vr not in _SHORT:
+        elif vr not in SHORT_VRS:
             raise Damaged("the file meta information is not explicit VR little endian")
         pos = start + length
         if pos > window.size:
@@ -192,148 +158,78 @@ def _meta(window: _Window) -> tuple[dict[int, bytes], int]:
     return values, pos
 
 
-class _Walk:
-    """Steps over the elements of a data set, keeping the few values that are wanted."""
+def _walked(window: Window, offset: int, syntax: str, wanted: frozenset[int]) -> tuple[Walk, dict[int, bytes]]:
+    """Walk a data set as its transfer syntax says, or else with or without VRs against what it says.
 
-    def __init__(self, window: _Window, endian: str, explicit: bool, wanted: frozenset[int]) -> None:
-        self.window = window
-        self.explicit = explicit
-        self.endian = endian
-        self.wanted = wanted
-        self.tag = struct.Struct(endian + "HH")
-        self.short = struct.Struct(endian + "HH2sH")
-        self.long = struct.Struct(endian + "I")
-        self.implicit = struct.Struct(endian + "HHI")
-        self.fast = _fast(endian, wanted)
+    Private syntaxes are known to their makers only (GE's has no VRs), and some writers name the wrong one.
+    """
+    explicit = syntax != IMPLICIT_LITTLE
+    found: dict[int, bytes] = {}
+    walk = Walk(window, ">" if syntax == EXPLICIT_BIG else "<", explicit, wanted)
+    try:
+        walk.top(offset, found)
+    except (Damaged, struct.error) as exc:
+        other: dict[int, bytes] = {}
+        second = Walk(window, walk.endian, not explicit, wanted, strict=True)
+        try:
+            second.top(offset, other)
+        except (Damaged, struct.error):
+            raise exc from None
+        if not other:
+            raise
+        return second, other
+    return walk, found
 
-    def element(self, pos: int, explicit: bool) -> tuple[int, bytes, int, int]:
-        """Return tag, VR, value length and position of the value of the element at `pos`."""
-        raw = self.window.at(pos, 8)
-        if not explicit:
-            group, number, length = self.implicit.unpack(raw)
-            return group << 16 | number, b"", length, pos + 8
-        group, number, vr, length = self.short.unpack(raw)
-        tag = group << 16 | number
-        if group == 0xFFFE:  # items and delimiters carry no VR, PS3.5 section 7.5
-            return tag, b"", self.long.unpack(raw[4:])[0], pos + 8
-        if vr in _SHORT:
-            return tag, vr, length, pos + 8
-        if vr in _LONG or (vr.isalpha() and vr.isupper()):  # a VR of the future has a long length field
-            return tag, vr, self.long.unpack(self.window.at(pos + 8, 4))[0], pos + 12
-        raise Damaged(f"element ({group:04X},{number:04X}) at byte {pos} has no valid VR")
 
-    def top(self, pos: int, found: dict[int, bytes]) -> None:
-        """Step over the whole data set; what is wanted goes into `found`."""
-        size, tag = self.window.size, 0
-        while pos < size:
-            if self.explicit:
-                pos, tag = self.short_ones(pos, tag, found)
-                if pos == size:
-                    break
-            if size - pos < 8 or not any(self.window.at(pos, 8)):
-                self.padding(pos, after=tag)
-                break
-            tag, vr, length, start = self.element(pos, self.explicit)
-            if length == UNDEFINED:
-                pos = self.fragments(start) if tag == _PIXEL_DATA else self.sequence(start, self.nested(vr), 0)
-                continue
-            pos = start + length
-            if pos > size:
-                raise Damaged(
-                    f"truncated: element ({tag >> 16:04X},{tag & 0xFFFF:04X}) ends at byte {pos}, the file at {size}"
-                )
-            if tag in self.wanted and length <= MAX_VALUE_BYTES:
-                found[tag] = self.window.at(start, length)
+def _bare(window: Window, wanted: frozenset[int]) -> tuple[Header, dict[int, bytes]]:
+    """Read a data set without preamble and file meta information, or find that the file is something else."""
+    head = window.at(0, min(window.size, PREAMBLE_BYTES))
+    # Some were cut out of a file one byte too early: with the padding of the value before.
+    for offset in (0, 1):
+        begin = head[offset : offset + 8]
+        if len(begin) == 8 and (offset == 0 or head[:1] in (b" ", b"\0")) and _begins_data_set(begin, window.size):
+            return _unnamed(window, offset, wanted, "no preamble and no file meta information (PS3.10 section 7.1)")
+    if len(head) < PREAMBLE_BYTES and not any(head):
+        raise Damaged("truncated within the preamble")
+    raise NotDicom("not a DICOM file")
 
-    def short_ones(self, pos: int, tag: int, found: dict[int, bytes]) -> tuple[int, int]:
-        """Step over elements with 16-bit lengths as far as the window goes: most are, and this is three times as fast.
 
-        Returns:
-            where the next element begins, and the tag of the one before it.
-        """
-        data, start, (unpack, wanted, vrs) = self.window.data, self.window.start, self.fast
-        at, end = pos - start, len(data)
-        last, number = end - 8, -1
-        if at < 0:
-            return pos, tag
-        while at <= last:
-            now, vr, length = unpack(data, at)
-            after = at + 8 + length
-            if vr not in vrs or after > end:
-                break
-            if now in wanted and length <= MAX_VALUE_BYTES:
-                found[wanted[now]] = data[at + 8 : after]
-            at, number = after, now
-        return start + at, tag if number < 0 else _ordered(number, self.endian)
+def _begins_data_set(begin: bytes, size: int) -> bool:
+    """Return True if these eight bytes look like the first element of an instance, which is in group 0008."""
+    has_vr = begin[4:6] in SHORT_VRS or begin[4:6] in LONG_VRS
+    if begin[:2] == b"\0\x08":
+        return has_vr and begin[2:4] <= b"\1\0"
+    group, element, length = struct.unpack("<HHI", begin)
+    return group == 0x0008 and element <= 0x0100 and (has_vr or length <= size)
 
-    def padding(self, pos: int, after: int) -> None:
-        """Accept zeros that some writers fill a file up with; a few may also be the beginning of a group's number."""
-        rest = self.window.size - pos
-        if any(self.window.at(pos, min(rest, MAX_VALUE_BYTES))) or (rest < 8 and after < _PIXEL_DATA):
-            raise Damaged(
-                f"truncated: the file ends at byte {self.window.size}, within an element that begins at {pos}"
+
+def _unnamed(window: Window, offset: int, wanted: frozenset[int], why: str) -> tuple[Header, dict[int, bytes]]:
+    """Find out the transfer syntax that no file meta information names.
+
+    Raises:
+        Damaged: none fits, or the pixel data is compressed, which several do.
+    """
+    for endian, explicit, syntax in (
+        ("<", True, EXPLICIT_LITTLE),
+        ("<", False, IMPLICIT_LITTLE),
+        (">", True, EXPLICIT_BIG),
+    ):
+        found: dict[int, bytes] = {}
+        walk = Walk(window, endian, explicit, wanted, strict=True)
+        try:
+            walk.top(offset, found)
+            made = _header(
+                found, syntax, offset, part10=False, explicit=explicit, odd=walk.odd or (window.size - offset) % 2 == 1
             )
-
-    def nested(self, vr: bytes) -> bool:
-        """Tell whether the items of a sequence are explicit: those of UN never are (PS3.5 section 6.2.2)."""
-        return self.explicit and vr != b"UN"
-
-    def sequence(self, pos: int, explicit: bool, depth: int) -> int:
-        """Step over a sequence of undefined length; return where it ends."""
-        if depth > MAX_DEPTH:
-            raise Damaged(f"sequences nested deeper than {MAX_DEPTH}")
-        while True:
-            tag, _, length, pos = self.element(pos, explicit)
-            if tag == _SEQUENCE_END:
-                return pos
-            if tag != _ITEM:
-                raise Damaged(f"an item was expected at byte {pos}")
-            pos = self.item(pos, explicit, depth) if length == UNDEFINED else self.skip(pos, length)
-
-    def item(self, pos: int, explicit: bool, depth: int) -> int:
-        while True:
-            tag, vr, length, pos = self.element(pos, explicit)
-            if tag == _ITEM_END:
-                return pos
-            if length != UNDEFINED:
-                pos = self.skip(pos, length)
-            elif tag == _PIXEL_DATA:
-                pos = self.fragments(pos)
-            else:
-                pos = self.sequence(pos, explicit and vr != b"UN", depth + 1)
-
-    def fragments(self, pos: int) -> int:
-        """Step over encapsulated pixel data."""
-        while True:
-            tag, _, length, pos = self.element(pos, explicit=False)
-            if tag == _SEQUENCE_END:
-                return pos
-            if tag != _ITEM:
-                raise Damaged(f"a fragment was expected at byte {pos}")
-            pos = self.skip(pos, length)
-
-    def skip(self, pos: int, length: int) -> int:
-        if pos + length > self.window.size:
-            raise Damaged(f"truncated: a value ends at byte {pos + length}, the file at {self.window.size}")
-        return pos + length
+        except (Damaged, struct.error):
+            continue
+        if walk.encapsulated:
+            raise Damaged(f"{why}: its pixel data is compressed, and nothing says how")
+        return made, found
+    raise Damaged(f"{why}, and the data set is damaged or in no uncompressed transfer syntax")
 
 
-@lru_cache(maxsize=16)
-def _fast(
-    endian: str, wanted: frozenset[int]
-) -> tuple[Callable[[bytes, int], tuple[int, int, int]], dict[int, int], frozenset[int]]:
-    """Tag and VR read as one number each, two names less to build per element: how, the tags wanted, and the VRs."""
-    unpack: Callable[[bytes, int], tuple[int, int, int]] = struct.Struct(endian + "IHH").unpack_from
-    vrs = frozenset(unpack(b"tag." + vr + b"..", 0)[1] for vr in _SHORT)
-    return unpack, {_ordered(tag, endian): tag for tag in wanted}, vrs
-
-
-def _ordered(number: int, endian: str) -> int:
-    """Turn a tag that was read as one number into 0xGGGGEEEE, or back: little endian swaps the halves."""
-    return number if endian == ">" else (number & 0xFFFF) << 16 | number >> 16
-
-
-def _deflated(fd: int, offset: int, size: int, wanted: frozenset[int]) -> dict[int, bytes]:
+def _deflated(fd: int, offset: int, size: int, wanted: frozenset[int]) -> tuple[Walk, dict[int, bytes]]:
     """Inflate the data set (PS3.5 Annex A.5) piece by piece; keep the first MiB, where the header is."""
     keep = 1 << 20
     inflate = zlib.decompressobj(-zlib.MAX_WBITS)
@@ -353,19 +249,20 @@ def _deflated(fd: int, offset: int, size: int, wanted: frozenset[int]) -> dict[i
     if not inflate.eof:
         raise Damaged("truncated: the deflated data set has no end")
     found: dict[int, bytes] = {}
+    walk = Walk(Window(fd, len(data), bytes(data)), "<", True, wanted)
     try:
-        _Walk(_Window(fd, len(data), bytes(data)), "<", True, wanted).top(0, found)
+        walk.top(0, found)
     except Damaged:
         if len(data) < keep:
             raise  # else only the element that the cut goes through: what is wanted comes before it
-    return found
+    return walk, found
 
 
 def _text(raw: bytes) -> str:
     return raw.rstrip(b"\0 ").decode("latin-1").strip()
 
 
-def _header(found: dict[int, bytes], syntax: str, offset: int) -> Header:
+def _header(found: dict[int, bytes], syntax: str, offset: int, *, part10: bool, explicit: bool, odd: bool) -> Header:
     uids = {}
     for tag, name in ((0x00080016, "SOP Class UID"), (0x00080018, "SOP Instance UID")):
         uids[tag] = _text(found.get(tag, b""))
@@ -387,4 +284,7 @@ def _header(found: dict[int, bytes], syntax: str, offset: int) -> Header:
         StudyTime=_text(found.get(0x00080030, b"")),
         AccessionNumber=decoded(found.get(0x00080050, b""), charset).strip("\0 "),
         PatientID=decoded(found.get(0x00100020, b""), charset).strip("\0 "),
+        part10=part10,
+        explicit=explicit,
+        odd=odd,
     )

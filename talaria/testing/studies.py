@@ -240,6 +240,13 @@ def odd_names(folder: Path, names: tuple[str, ...] = UNICODE_NAMES + SHELL_NAMES
     return [write(folder / name, ct_bytes(study=study, series=series)) for name in names]
 
 
+def _data_set(name: str) -> bytes:
+    """Return an instance without preamble and file meta information."""
+    data = encoded(dataset(name))
+    at = data.index(b"\x08\0\x05\0CS") if b"\x08\0\x05\0CS" in data else data.index(b"\x08\0\x08\0CS")
+    return data[at:]
+
+
 def damaged(folder: Path) -> dict[str, Path]:
     """Write files that are meant to be DICOM and aren't whole; the keys say what is wrong with each."""
     whole = ct_bytes()
@@ -252,7 +259,7 @@ def damaged(folder: Path) -> dict[str, Path]:
         "truncated": whole[: len(whole) // 2],
         "truncated-pixels": whole[:-1],
         "empty": b"",
-        "no-preamble": whole[132:],
+        "no-preamble": _data_set("MR_small_RLE.dcm"),
         "no-sop-instance-uid": bare[:at] + bare[end:],
         "meta-only": whole[: whole.index(b"\x08\x00\x05\x00CS")],
     }
