@@ -47,8 +47,12 @@ class Address:
         return self.url.removesuffix("/api") + "/v2"
 
 
-def child(argv: list[str], env: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:
-    """Start a process that ends with us, also if we are killed; its output goes to the end of `log`."""
+def child(argv: list[str], env: Mapping[str, str], log: Path, *, umask: int = -1) -> subprocess.Popen[bytes]:
+    """Start a process that ends with us, also if we are killed; its output goes to the end of `log` (mode 0600).
+
+    Args:
+        umask: of the process; -1 for ours, as whatever delivers files to folders needs it.
+    """
     parent = os.getpid()
 
     def die_with_parent() -> None:
@@ -57,7 +61,8 @@ def child(argv: list[str], env: Mapping[str, str], log: Path) -> subprocess.Pope
             os._exit(1)
 
     log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with log.open("ab") as out:
+    with open(os.open(log, os.O_CREAT | os.O_APPEND | os.O_WRONLY | os.O_CLOEXEC, 0o600), "ab") as out:
+        os.fchmod(out.fileno(), 0o600)
         return subprocess.Popen(
             argv,
             stdin=subprocess.DEVNULL,
@@ -66,6 +71,7 @@ def child(argv: list[str], env: Mapping[str, str], log: Path) -> subprocess.Pope
             env={**os.environ, **env},
             start_new_session=True,  # Ctrl-C in the terminal is for us; we stop our children in order
             preexec_fn=die_with_parent,
+            umask=umask,
         )
 
 
@@ -137,7 +143,8 @@ class EmbeddedServer:
     def _start(self) -> subprocess.Popen[bytes]:
         argv = [sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app"]
         argv += ["--host", self.host, "--port", str(self.port), "--timeout-keep-alive", "5", "--log-level", "warning"]
-        return child(argv, server_environment(self.home, self.host, self.port, auth=self.auth), self.log)
+        environment = server_environment(self.home, self.host, self.port, auth=self.auth)
+        return child(argv, environment, self.log, umask=0o077)  # its database holds the targets' secrets
 
     def wait(self, check: Callable[[], None] = lambda: None) -> None:
         """Wait until it answers.

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import base64
+import errno
 import os
 import secrets
+import stat
+import tempfile
 import tomllib
 from pathlib import Path
 
@@ -42,7 +45,7 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         home = Path(os.environ.get("TALARIA_HOME") or "~/.talaria").expanduser()
-        files = [Path("talaria.toml"), home / "talaria.toml"]
+        files = [file for file in (Path("talaria.toml"), home / "talaria.toml") if _is_ours(file)]
         return (init_settings, env_settings, *(TomlConfigSettingsSource(settings_cls, file) for file in files))
 
 
@@ -67,16 +70,59 @@ def load_settings() -> Settings:
     return settings
 
 
-def secret(home: Home, name: str, make: str) -> str:
-    """Return a secret of the state directory, made on first use; its file has mode 0600."""
-    path = home.root / name
+def _is_ours(file: Path) -> bool:
+    """Return True if a file of settings is there.
+
+    Raises:
+        ValueError: somebody else can change what stands in it.
+    """
     try:
-        fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
-    except FileExistsError:
-        return path.read_text(encoding="ascii").strip()
-    with open(fd, "w", encoding="ascii") as file:
-        file.write(make + "\n")
+        info = file.stat()
+    except FileNotFoundError:
+        return False
+    except OSError as exc:
+        raise ValueError(f"{file} can't be read: {exc.strerror}") from exc
+    if info.st_uid not in (os.geteuid(), 0):
+        raise ValueError(f"{file} belongs to another user: its settings are not taken")
+    if info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise ValueError(f"{file} can be changed by other users: chmod go-w {file}")
+    return True
+
+
+def secret(home: Home, name: str, make: str) -> str:
+    """Return a secret of the state directory, made on first use; its file is there whole or not at all, mode 0600.
+
+    Raises:
+        OSError: it can't be written, or somebody else can read or change it.
+    """
+    path = home.root / name
+    if found := _kept(path):
+        return found
+    with home.exclusive(f"secret-{name}"):
+        if found := _kept(path):
+            return found
+        fd, part = tempfile.mkstemp(prefix=f".{name}.", dir=home.root)  # with mode 0600
+        try:
+            with open(fd, "w", encoding="ascii") as file:
+                file.write(make + "\n")
+                file.flush()
+                os.fsync(fd)
+            Path(part).replace(path)
+        except BaseException:
+            Path(part).unlink(missing_ok=True)
+            raise
     return make
+
+
+def _kept(path: Path) -> str:
+    """Return the secret that a file holds, "" if there is none; an empty file is what a full disk once left."""
+    try:
+        info = path.lstat()
+    except FileNotFoundError:
+        return ""
+    if info.st_uid != os.geteuid() or info.st_mode & 0o077 or not stat.S_ISREG(info.st_mode):
+        raise PermissionError(errno.EPERM, "a secret that others can read or change: remove it", str(path))
+    return path.read_text(encoding="ascii").strip()
 
 
 def auth_string(home: Home) -> str:

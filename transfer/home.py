@@ -11,6 +11,7 @@ TALARIA_HOME (default ~/.talaria, mode 0700)
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import time
@@ -34,11 +35,14 @@ class Home:
         """The one that TALARIA_HOME names; made if it isn't there.
 
         Raises:
-            OSError: it can't be made or written to.
+            OSError: it can't be made or written to, or belongs to somebody else.
         """
         home = cls(Path(os.environ.get("TALARIA_HOME") or "~/.talaria").expanduser().absolute())
         home.root.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if home.root.stat().st_mode & 0o077:  # made by something else, for everybody to read
+        info = home.root.stat()
+        if info.st_uid != os.geteuid():  # whoever owns it can change what we keep there
+            raise PermissionError(errno.EPERM, "the state directory belongs to another user", str(home.root))
+        if info.st_mode & 0o077:  # made by something else, for everybody to read
             home.root.chmod(0o700)
         return home
 
