@@ -13,17 +13,12 @@ from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 from prefect.utilities.callables import parameter_schema
 
 from blocks import TYPES
-from flows.check import check
-from flows.dispatch import dispatch
+from talaria.engine.table import FLOWS
 from talaria.engine.worker import TalariaWorker
 from talaria.settings import POOL
 
 # Lower numbers first: an urgent dispatch overtakes, an off-peak one goes last.
 QUEUES = {"urgent": 1, "normal": 10, "offpeak": 100}
-FLOWS: dict[str, tuple[Flow[..., Any], str]] = {
-    "dispatch": (dispatch, "flows.dispatch:dispatch"),
-    "check": (check, "flows.check:check"),
-}
 
 
 async def register(client: PrefectClient) -> None:

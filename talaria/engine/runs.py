@@ -25,7 +25,8 @@ from prefect.states import AwaitingRetry, Cancelled, Cancelling, Scheduled
 
 from talaria.cli.session import Session
 from talaria.engine.recovery import settle
-from talaria.engine.registry import FLOWS, deployed
+from talaria.engine.registry import deployed
+from talaria.engine.table import FLOWS
 from tasks.dispatch import running
 from transfer.errors import Misconfigured, NotFound
 from transfer.ledger import Ledger

@@ -30,11 +30,11 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.exceptions import PrefectException
 from prefect.flow_engine import run_flow
-from prefect.states import Cancelled
-from prefect.utilities.importtools import import_object
+from prefect.states import Cancelled, Failed
 from prefect.workers.base import BaseJobConfiguration, BaseVariables, BaseWorker, BaseWorkerResult
 
 from talaria.engine.recovery import settle
+from talaria.engine.table import flow_at
 from talaria.settings import POOL
 from tasks.dispatch import running
 from transfer.home import Home
@@ -83,6 +83,8 @@ class TalariaWorker(BaseWorker[BaseJobConfiguration, BaseVariables, TalariaResul
             flow = await self._flow_of(flow_run)
             if task_status:
                 task_status.started(identifier)
+            if flow is None:
+                return TalariaResult(status_code=1, identifier=identifier)
             loop = asyncio.get_running_loop()
             await loop.run_in_executor(self.threads, contextvars.Context().run, _run, flow, flow_run)
         except Exception:
@@ -105,11 +107,16 @@ class TalariaWorker(BaseWorker[BaseJobConfiguration, BaseVariables, TalariaResul
         if self.active:
             await self.ended.wait()
 
-    async def _flow_of(self, flow_run: FlowRun) -> Flow[..., Any]:
+    async def _flow_of(self, flow_run: FlowRun) -> Flow[..., Any] | None:
+        """Return the flow to run; None, with the run failed, if its deployment names none of ours."""
         if flow_run.deployment_id is None:
             raise RuntimeError("a run without a deployment")
         deployment = await self.client.read_deployment(flow_run.deployment_id)
-        flow: Flow[..., Any] = import_object(str(deployment.entrypoint))
+        flow = flow_at(str(deployment.entrypoint))
+        if flow is None:
+            # Whoever may make a deployment may not thereby run code of his own on this machine.
+            why = f"its deployment's entry point, {deployment.entrypoint}, is none of Talaria's flows"
+            await self.client.set_flow_run_state(flow_run.id, Failed(message=f"Not run: {why}."), force=True)
         return flow
 
     async def watch(self) -> None:

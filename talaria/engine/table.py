@@ -1,0 +1,20 @@
+"""The flows that workers run, by name. Nothing else is ever run, whatever a deployment names as its entry point."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import Flow
+
+from flows.check import check
+from flows.dispatch import dispatch
+
+FLOWS: dict[str, tuple[Flow[..., Any], str]] = {
+    "dispatch": (dispatch, "flows.dispatch:dispatch"),
+    "check": (check, "flows.check:check"),
+}
+
+
+def flow_at(entrypoint: str) -> Flow[..., Any] | None:
+    """Return the flow that an entry point names, None if it is none of ours."""
+    return next((flow for flow, ours in FLOWS.values() if ours == entrypoint), None)
