@@ -10,6 +10,7 @@ import stat
 import tempfile
 import tomllib
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
@@ -147,7 +148,10 @@ def server_environment(home: Home, host: str, port: int, *, auth: bool) -> dict[
 
 def client_environment(home: Home, url: str, *, auth: bool) -> dict[str, str]:
     """The environment of a client of the embedded server."""
+    host = urlsplit(url).hostname or ""
     environment = {
+        # Prefect's clients would give our password to a proxy of the environment.
+        **{name: _excepting(os.environ.get(name, ""), host) for name in ("NO_PROXY", "no_proxy") if host},
         "PREFECT_HOME": str(home.root / "prefect"),
         "PREFECT_API_URL": url,
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -157,3 +161,9 @@ def client_environment(home: Home, url: str, *, auth: bool) -> dict[str, str]:
     if auth:
         environment["PREFECT_API_AUTH_STRING"] = auth_string(home)
     return environment
+
+
+def _excepting(no_proxy: str, host: str) -> str:
+    """Return a NO_PROXY that holds a host too."""
+    hosts = [one.strip() for one in no_proxy.split(",") if one.strip()]
+    return ",".join(hosts if host in hosts or "*" in hosts else [*hosts, host])
