@@ -167,7 +167,7 @@ class _Push:
         self.places: dict[str, Place] = {}
         self.where: dict[str, Place] = {}
         self.notes: list[str] = []
-        for path, folder in names(plan, target.layout).items():
+        for path, folder in names(plan, target.layout, lambda name: fs.is_of_other_name(root / name)).items():
             if folder not in self.places:
                 self.places[folder] = Place(root, folder, f".incoming-{plan.dispatch_id}", target.name)
             self.where[path] = self.places[folder]

@@ -1,17 +1,25 @@
-"""Names of folders at the target: a template filled from DICOM headers, made safe for any file system."""
+"""Names of folders at the target: a template filled from DICOM headers, made safe for any file system.
+
+Two values never become one name. A value that had to be changed gets a mark made of the value itself (`12/3` becomes
+`12_3~` and eight digits); so do values that join to the same text, and those that a file system may take for one
+because they differ only in case or in their Unicode form. What is fit as it is stays as it is.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import re
 import string
+import unicodedata
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from pathlib import PurePosixPath
 
 from transfer.plan import Item, Plan
 
 MAX_NAME_BYTES = 120  # of one value
 MAX_COMPONENT_BYTES = 240  # of all values and text between two slashes; file systems take 255
-MARK_CHARS = 12  # hexadecimal, 48 bits
+MARK_CHARS = 8  # hexadecimal, 32 bits
 UNKNOWN = "unknown"
 FIELDS = (
     "dispatch_id",
@@ -27,6 +35,17 @@ FIELDS = (
 PRIVATE_FIELDS = ("{PatientID}", "{AccessionNumber}")
 OTHER_INSTANCE = "another instance has its name there: use a finer layout"
 _UNSAFE = re.compile(r"[/\\\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+_MARKED = re.compile(rf"~[0-9a-f]{{{MARK_CHARS}}}$")
+# What these fields hold if they are as they should be, so that the text beside them is not taken for a part of them.
+_FORMS = {
+    "dispatch_id": re.compile(r"[0-9a-f]+"),
+    "StudyInstanceUID": re.compile(r"[0-9.]+"),
+    "SeriesInstanceUID": re.compile(r"[0-9.]+"),
+    "StudyDate": re.compile(r"[0-9]{8}"),
+    "StudyTime": re.compile(r"[0-9.]+"),
+    "Modality": re.compile(r"[A-Z0-9]+"),
+    "SeriesNumber": re.compile(r"[0-9]+"),
+}
 _LEADING = re.compile(r"^[\s.]+")  # a hidden name, or one of our own such as .incoming-
 
 
@@ -50,14 +69,38 @@ def fields_of(template: str) -> list[str]:
     return names
 
 
-def sanitised(value: str, most: int = MAX_NAME_BYTES) -> str:
-    """Make one path component of a value: no separator, no control character, no leading dot, at most `most` bytes.
+def sanitised(value: str) -> str:
+    """Make one path component of a value: no separator, control character or leading dot, at most 120 bytes.
 
-    What is empty, or only dots and blanks, becomes `unknown`.
+    Blanks around it count for nothing, and what is empty becomes `unknown`. Anything else that had to be changed is
+    told from other values by a mark.
     """
-    value = _UNSAFE.sub("_", value)
-    value = _LEADING.sub("", value)
-    return value.encode()[:most].decode("utf-8", "ignore").rstrip() or UNKNOWN
+    value = value.strip(" ")
+    if not value:
+        return UNKNOWN
+    safe = _safe(value, MAX_NAME_BYTES)
+    return safe if safe == value and safe != UNKNOWN and not _MARKED.search(safe) else _marked(safe, value)
+
+
+def _safe(text: str, most: int) -> str:
+    text = _LEADING.sub("", _UNSAFE.sub("_", unicodedata.normalize("NFC", text)))
+    return _cut(text, most) or UNKNOWN
+
+
+def _cut(text: str, most: int) -> str:
+    """Cut a text to a number of bytes, without half a character or a blank at its end."""
+    return text.encode()[:most].decode("utf-8", "ignore").rstrip()
+
+
+def _marked(text: str, *values: str, most: int = MAX_NAME_BYTES) -> str:
+    """Put a mark of values behind a text, in the place of one that it has."""
+    mark = hashlib.sha256("\0".join(values).encode("utf-8", "surrogatepass")).hexdigest()[:MARK_CHARS]
+    return f"{_cut(_MARKED.sub('', text), most - MARK_CHARS - 1)}~{mark}"
+
+
+def _folded(text: str) -> str:
+    """Return what names have in common that some file system takes for one."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).casefold()).rstrip(". ")
 
 
 def private_parts(plan: Plan, template: str) -> set[str]:
@@ -73,38 +116,88 @@ def private_parts(plan: Plan, template: str) -> set[str]:
     } - {UNKNOWN}
 
 
-def names(plan: Plan, template: str) -> dict[str, str]:
+def names(plan: Plan, template: str, is_taken: Callable[[str], bool] = lambda folder: False) -> dict[str, str]:
     """Map each item's path to the folder (relative, POSIX) that the template gives it.
 
     A file without a DICOM header takes the values of the DICOM file nearest to it: same folder, else a folder
     above or below, else the first of the plan.
+
+    Args:
+        is_taken: returns True if the target takes a folder for another one that is there, as of `ab` for `AB`.
     """
     fields = [name for name in fields_of(template) if name != "dispatch_id"]
     nearest = _Nearest(plan) if fields else None
-    made: dict[tuple[str, ...], str] = {}  # a few folders for thousands of items
-    found = {}
+    values: dict[str, tuple[str, ...]] = {}
     for item in plan.items:
         source = item if item.header or nearest is None else nearest(item)
         header = source.header if source else None
-        values = tuple(str(getattr(header, name, "") or "") for name in fields)
-        if values not in made:
-            made[values] = _filled(template, plan.dispatch_id, dict(zip(fields, values, strict=True)))
-        found[item.path] = made[values]
-    return found
+        values[item.path] = tuple(str(getattr(header, name, "") or "") for name in fields)
+    unique = sorted(set(values.values()))  # a few folders for thousands of items
+    made = _folders(template, [dict(zip(fields, one, strict=True)) for one in unique], plan.dispatch_id, is_taken)
+    by_values = dict(zip(unique, made, strict=True))
+    return {path: by_values[one] for path, one in values.items()}
 
 
-def _filled(template: str, dispatch_id: str, values: dict[str, str]) -> str:
-    safe = {name: sanitised(value) for name, value in values.items()} | {"dispatch_id": dispatch_id}
-    return "/".join(_component(part.format(**safe)) for part in template.split("/"))
+def _folders(
+    template: str, filled: Sequence[dict[str, str]], dispatch_id: str, is_taken: Callable[[str], bool]
+) -> list[str]:
+    """Fill a template with different values, component by component; different ones never share a component."""
+    folders = [""] * len(filled)
+    for part in template.split("/"):
+        pieces = [(literal, field) for literal, field, _, _ in string.Formatter().parse(part)]
+        used = [field for _, field in pieces if field]
+        raw = [tuple((one | {"dispatch_id": dispatch_id})[field].strip(" ") for field in used) for one in filled]
+        components = [_component(pieces, values) for values in raw]
+        sharing: dict[tuple[str, str], set[tuple[str, ...]]] = defaultdict(set)
+        for above, component, values in zip(folders, components, raw, strict=True):
+            sharing[above, _folded(component)].add(values)
+        for index, (above, component, values) in enumerate(zip(folders, components, raw, strict=True)):
+            if len(sharing[above, _folded(component)]) > 1 or (used and is_taken(f"{above}{component}")):
+                component = _marked(component, *values, most=MAX_COMPONENT_BYTES)
+            folders[index] = f"{above}{component}/"
+    return [folder[:-1] for folder in folders]
 
 
-def _component(text: str) -> str:
-    """Make a path component of several values; one that had to be cut stays different from others cut like it."""
-    whole = sanitised(text, len(text.encode()))
-    if len(whole.encode()) <= MAX_COMPONENT_BYTES:
+def _component(pieces: Sequence[tuple[str, str | None]], values: Sequence[str]) -> str:
+    """Make a path component of text and values; the values can be told from it, or it has a mark of them."""
+    safe = [sanitised(value) for value in values]
+    left = iter(safe)
+    text = "".join(literal + (next(left) if field else "") for literal, field in pieces)
+    whole = _safe(text, MAX_COMPONENT_BYTES)
+    if len(values) < 2 and len(text.encode()) <= MAX_COMPONENT_BYTES:
         return whole
-    mark = hashlib.sha256(text.encode()).hexdigest()[:MARK_CHARS]
-    return f"{sanitised(whole, MAX_COMPONENT_BYTES - MARK_CHARS - 1)}-{mark}"
+    fits = whole == text and not _MARKED.search(whole) and _is_plain(pieces, safe)
+    return whole if fits else _marked(whole, *values, most=MAX_COMPONENT_BYTES)
+
+
+def _is_plain(pieces: Sequence[tuple[str, str | None]], values: Sequence[str]) -> bool:
+    """Return True if the text of several values, made safe, can be taken apart in one way only."""
+    fields = [field for _, field in pieces if field]
+    between, literal = [], ""
+    for before, field in pieces:
+        literal += before
+        if field:
+            between.append(literal)
+            literal = ""
+    between = between[1:]  # what stands between two fields
+
+    def ends(index: int, literal: str) -> bool:
+        """Whether it is plain where a value ends: it has its form, which what follows is no part of."""
+        field, value = fields[index], values[index]
+        form = _FORMS.get(field)
+        if value != UNKNOWN and not (form and form.fullmatch(value)):
+            return False
+        return field == "StudyDate" or (bool(literal) and not set(literal) & set(value))  # a date has eight digits
+
+    first, last = 0, len(fields) - 1
+    while first < last and ends(first, between[first]):
+        first += 1
+    while first < last and ends(last, between[last - 1]):
+        last -= 1
+    return all(
+        bool(literal) and not any(set(literal) & set(value) for value in values[first : last + 1])
+        for literal in between[first:last]
+    )
 
 
 class _Nearest:

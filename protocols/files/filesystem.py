@@ -168,6 +168,15 @@ def move_folder(source: Path, final: Path) -> bool:
     return True
 
 
+def is_of_other_name(path: Path) -> bool:
+    """Return True if a path leads to what is called otherwise: on a share that takes `ab` for `AB`, or drops a dot."""
+    for other in (path.with_name(path.name.swapcase()), path.with_name(path.name.rstrip(".") or path.name)):
+        with suppress(OSError):
+            if other != path and os.path.samefile(path, other) and path.name not in os.listdir(path.parent):
+                return True
+    return False
+
+
 def move_file(source: Path, final: Path) -> bool:
     """Give a file its final name in one step; False, and nothing changed, if there is something of that name.
 
