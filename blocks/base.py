@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from abc import ABC
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import ClassVar
 from urllib.parse import urlsplit
@@ -34,6 +35,23 @@ class Direction(StrEnum):
     BOTH = "both"
 
 
+@dataclass(frozen=True)
+class Hook:
+    """A target's own script, which is run at its server when everything has arrived.
+
+    Attributes:
+        wanted: whether to run it; what would have to be run is kept in the ledger either way.
+        layout: the script is run once for each folder that this template makes.
+        attempts: how often it is tried in one run.
+        retry_delay_s: seconds before the second try; doubles with each one.
+    """
+
+    wanted: bool
+    layout: str
+    attempts: int
+    retry_delay_s: float
+
+
 class Target(Block, ABC):
     """A place that studies are delivered to, or queried and pulled from.
 
@@ -60,7 +78,12 @@ class Target(Block, ABC):
         description="Comma-separated globs of names of files and folders that are not sent, as in *.png,*.json.",
     )
     enabled: bool = Field(default=True, description="Whether the target takes part; a disabled one is refused.")
-    max_attempts: int = Field(default=5, ge=1, le=50, description="How often a push is tried in one run.")
+    max_attempts: int = Field(
+        default=5,
+        ge=1,
+        le=50,
+        description="How often a push is tried in one run; attempts that got further are not counted.",
+    )
     retry_delay_s: float = Field(
         default=30, ge=0, le=86_400, description="Seconds before the second attempt at most; doubles with each one."
     )
@@ -112,6 +135,11 @@ class Target(Block, ABC):
     def places(self, origin: Origin) -> list[str]:
         """What of a study's origin decides where its data goes; empty where that is the target's own matter."""
         return []
+
+    @property
+    def hook(self) -> Hook | None:
+        """The target's own script; None for types that have none."""
+        return None
 
     @property
     def node(self) -> str:

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from pydantic import Field, SecretStr, field_validator
 
-from blocks.base import LAYOUT, Target, check_argument, check_host, check_layout
+from blocks.base import LAYOUT, Hook, Target, check_argument, check_host, check_layout
 
 FINGERPRINT = re.compile(r"SHA256:[A-Za-z0-9+/]{43}")  # of ssh-keygen -l: base64 of 32 bytes, without padding
 KEY_TYPE = re.compile(r"(ssh|ecdsa|sk-ssh|sk-ecdsa)-[A-Za-z0-9@.-]+")
@@ -71,6 +71,11 @@ class SshTarget(Target, ABC):
         le=86_400,
         description="Seconds before the second try of the script; doubles with each one, up to retry_max_delay_s.",
     )
+
+    @property
+    def hook(self) -> Hook:
+        """The script in the folder."""
+        return Hook(self.on_complete, self.layout, self.hook_attempts, self.hook_retry_delay_s)
 
     @property
     def pins(self) -> tuple[str, ...]:

@@ -441,5 +441,10 @@ driver = Driver(
     check=check,
     push=push,
     hook=ssh.hook,
-    facts=Facts(keeps_names=True, atomic_replace=True, verifies_by=(Level.ACCEPTED, Level.LISTED, Level.PROVEN)),
+    facts=Facts(
+        keeps_names=True,
+        resumes=True,
+        atomic_replace=True,
+        verifies_by=(Level.ACCEPTED, Level.LISTED, Level.PROVEN),
+    ),
 )

@@ -22,6 +22,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import psutil
@@ -29,7 +30,7 @@ import pydicom
 import pytest
 
 from talaria.testing import studies
-from talaria.testing.harness import Factory, Harness, Sent, attempt
+from talaria.testing.harness import Factory, Harness, Sent, attempt, sending
 from tasks import DRIVERS
 from transfer.errors import Cancelled, DispatchError, Retryable
 from transfer.outcome import Kind, Outcome
@@ -122,10 +123,12 @@ def assert_delivered(harness: Harness, sent: Sent) -> None:
     pending = {item.path for item in sent.plan.pending}
     assert set(sent.outcomes) == pending
     assert sent.arrived == pending, sent.rejected
-    assert receipt.state is State.DELIVERED
+    # A file that is damaged isn't handed to the driver, and is missing all the same.
+    damaged = any(outcome.kind is Kind.REJECTED for outcome in sent.refused.values())
+    assert receipt.state is (State.PARTIAL if damaged else State.DELIVERED)
     assert receipt.unsent == 0
     assert receipt.target == harness.target.name
-    assert len(receipt.items) == len(sent.plan.items)
+    assert len(receipt.items) == len(sent.plan.items) + len(sent.refused)
     assert receipt.verified in harness.driver.facts.verifies_by
     assert_equal(harness, sent)
     if harness.driver.facts.keeps_names:
@@ -322,6 +325,58 @@ def test_push_link_cut_midway_is_Retryable_then_resumes(harness: Harness, study:
     pending = sum(item.size for item in second.plan.pending)
     assert second.moved <= pending * 1.3 + 65_536, "more was sent than what was missing"
     assert not {name for name in harness.names() if not harness.final(name)}, "traces of the first attempt stay"
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_one_rejected_link_cut_retry(harness: Harness, study: Path, level: Level) -> None:
+    """What one attempt rejects stays rejected, for its first reason, through all that follow; no marker is set."""
+    studies.ct(study, 24, side=64)
+    plan = scan([study])
+    victim = plan.items[0]
+    plan.file(victim).unlink()
+    with harness.cut(plan.size // 2) as target:
+        target.verify = level
+        with sending(target, plan) as sender:
+            first = sender.attempt()
+            assert isinstance(first.error, Retryable), f"{first.error!r}, {len(first.outcomes)} outcomes"
+            if harness.driver.facts.keeps_names:
+                assert not _markers(harness)
+            second = sender.attempt()
+    second.require()
+    assert_one_rejected(harness, [first, second], victim)
+
+
+def test_one_refused_by_the_peer_then_pushed_again(harness: Harness, study: Path) -> None:
+    """The same where the peer refuses the item, if one of this type can, and the link goes with the last answer."""
+    studies.ct(study, 6, side=64)
+    plan = scan([study])
+    victim = plan.items[0]
+    with ExitStack() as stack:
+        if harness.reject:
+            target = stack.enter_context(harness.reject(plan, victim))
+        else:
+            plan.file(victim).unlink()
+            target = harness.target
+        target.verify = Level.LISTED
+        with sending(target, plan) as sender:
+            sent = [sender.attempt(), sender.attempt()]
+    assert sent[1].moved == 0, "what was settled is sent again"
+    assert not sent[1].arrived
+    assert_one_rejected(harness, sent, victim)
+
+
+def assert_one_rejected(harness: Harness, sent: list[Sent], victim: Item) -> None:
+    """Assert that all but one item arrived, in several attempts, and that the first reason given is kept."""
+    receipt = sent[-1].require()
+    reasons = [one.rejected[victim.path] for one in sent if victim.path in one.rejected]
+    assert receipt.state is State.PARTIAL
+    assert receipt.attempts == len(sent)
+    rejected = {item.path: item.detail for item in receipt.items if item.outcome is Kind.REJECTED}
+    assert rejected == {victim.shown: reasons[0]}
+    others = {_key(harness, item) for item in sent[-1].plan.items if item != victim}
+    assert set(harness.read_back(sent[-1].plan)) == others
+    if harness.driver.facts.keeps_names:
+        assert not _markers(harness), "marked as complete, but a file is missing"
 
 
 def test_push_partial_never_visible(harness: Harness, study: Path) -> None:

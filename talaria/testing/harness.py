@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 from blocks.base import Target
 from tasks import DRIVERS
-from tasks.dispatch.delivery import lacking, sort_out
+from tasks.dispatch.delivery import Delivery
 from tasks.driver import Driver
 from transfer.errors import DispatchError, Unreachable
-from transfer.outcome import Kind, Outcome
+from transfer.home import Home
+from transfer.ledger import Ledger
+from transfer.outcome import DELIVERED, Kind, Outcome
 from transfer.plan import Item, Plan, scan
-from transfer.receipt import Level, PushReport, Receipt
+from transfer.receipt import Level, Receipt
 
 
 @dataclass
@@ -75,7 +79,7 @@ class Sent:
         refused: what the target does not get, with the reason; it never reached the driver.
         outcomes: what the driver told, by path.
         moved: bytes that the driver told as moved.
-        receipt: None if it raised.
+        receipt: of the dispatch, all attempts; None if this one raised.
         error: what it raised, None if nothing.
     """
 
@@ -105,7 +109,73 @@ class Sent:
         return self.receipt
 
 
-def attempt(
+class Sender:
+    """A dispatch to one target as the engine makes it: a `Delivery` over a ledger of its own; made by `sending`."""
+
+    def __init__(
+        self,
+        delivery: Delivery,
+        told: Callable[[Sent, Item, Outcome], None],
+        moved: Callable[[Sent, int], None],
+    ) -> None:
+        self.delivery, self._told, self._moved = delivery, told, moved
+        self._sent = Sent(delivery.plan, delivery.refused)
+        self._lock = threading.Lock()
+
+    def attempt(self) -> Sent:
+        """Push what has no outcome yet, once."""
+        delivery = self.delivery
+        known = delivery.ledger.outcomes(*delivery.key[:2], delivery.plan.items, delivery.key[2])
+        done = [path for path, outcome in known.items() if outcome.arrived]
+        self._sent = sent = Sent(delivery.plan.narrowed(delivery.plan.items, done), delivery.refused)
+        begun = time.monotonic()
+        try:
+            sent.receipt = delivery.push()
+        except DispatchError as exc:
+            sent.error = exc
+        sent.seconds = time.monotonic() - begun
+        return sent
+
+    def receipt(self) -> Receipt:
+        """Return what the dispatch would leave behind now: all attempts."""
+        return self.delivery.receipt()
+
+    def record(self, item: Item, outcome: Outcome) -> None:
+        if item in self._sent.refused:
+            return
+        assert item in self._sent.plan.items, f"{item.shown} is not in the plan"
+        self._sent.outcomes[item.path] = outcome
+        self._told(self._sent, item, outcome)
+
+    def move(self, count: int) -> None:
+        with self._lock:
+            self._sent.moved += count
+        self._moved(self._sent, count)
+
+
+class _WatchedLedger(Ledger):
+    """A ledger that also says what it keeps, once somebody listens."""
+
+    listener: Sender | None = None
+
+    def record(self, dispatch_id: str, destination: str, endpoint: str, item: Item, outcome: Outcome) -> None:
+        super().record(dispatch_id, destination, endpoint, item, outcome)
+        if self.listener:
+            self.listener.record(item, outcome)
+
+
+class _WatchedDelivery(Delivery):
+    """A delivery that also says how much went out."""
+
+    listener: Sender
+
+    def moved(self, count: int) -> None:
+        super().moved(count)
+        self.listener.move(count)
+
+
+@contextmanager
+def sending(
     target: Target,
     source: Plan | Path,
     *,
@@ -113,36 +183,30 @@ def attempt(
     told: Callable[[Sent, Item, Outcome], None] = lambda sent, item, outcome: None,
     moved: Callable[[Sent, int], None] = lambda sent, count: None,
     cancelled: threading.Event | None = None,
-) -> Sent:
-    """Push once, as a dispatch does: what is not for the target is left out, what is done is not sent again.
+) -> Iterator[Sender]:
+    """Begin a dispatch to one target, in a state directory of its own.
 
     Args:
         source: a plan, or the folder to plan.
-        done: paths that the ledger would know as arrived.
-        told: called with each outcome, in whichever thread the driver tells it.
+        done: paths that the ledger knows as arrived.
+        told: called with each outcome, in whichever thread the driver reports it.
         moved: called with each count of bytes, likewise.
         cancelled: set by whoever wants the push to stop.
     """
-    driver = DRIVERS.of(target)
     plan = scan([source]) if isinstance(source, Path) else source
-    refused, wanted = sort_out(driver.facts, target, plan)
-    sent = Sent(plan.narrowed(wanted, done, lacking(refused)), refused)
-    lock = threading.Lock()
+    with TemporaryDirectory(prefix="talaria-home-") as folder:
+        home = Home(Path(folder))
+        with _WatchedLedger(home.ledger) as ledger:
+            delivery = _WatchedDelivery(DRIVERS.of(target), target, plan, ledger, home, cancelled or threading.Event())
+            there = set(done)
+            for item in delivery.plan.items:
+                if item.path in there:
+                    ledger.record(*delivery.key, item, DELIVERED)
+            sender = ledger.listener = delivery.listener = Sender(delivery, told, moved)
+            yield sender
 
-    def record(item: Item, outcome: Outcome) -> None:
-        assert item in sent.plan.items, f"{item.shown} is not in the plan"
-        sent.outcomes[item.path] = outcome
-        told(sent, item, outcome)
 
-    def move(count: int) -> None:
-        with lock:
-            sent.moved += count
-        moved(sent, count)
-
-    begun = time.monotonic()
-    try:
-        sent.receipt = driver.push(target, sent.plan, PushReport(record, cancelled, move))
-    except DispatchError as exc:
-        sent.error = exc
-    sent.seconds = time.monotonic() - begun
-    return sent
+def attempt(target: Target, source: Plan | Path, **how: Any) -> Sent:
+    """Push once, through the engine's `Delivery`; the arguments are those of `sending`."""
+    with sending(target, source, **how) as sender:
+        return sender.attempt()

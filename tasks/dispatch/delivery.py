@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import groupby
 from typing import Any
 
 from blocks.base import Target
@@ -23,8 +24,11 @@ from transfer.outcome import ALREADY, UNSENT, Kind, Outcome
 from transfer.plan import Item, Plan
 from transfer.receipt import ItemResult, Level, PushReport, Receipt, State
 
+MAX_ATTEMPTS = 1000  # of one run, also if each of them gets a little further
+GAIN_BYTES = 65_536  # an attempt that moved less of a file has not got further
 OUTPUT_BYTES = 65_536  # of a hook's output, its end is kept
 SHOWN_CHARS = 500  # of it, in the run's state
+SHOWN_FAILURES = 20  # lines of failed attempts in a receipt
 
 
 class Progress:
@@ -73,6 +77,8 @@ class Delivery:
         self.refused, wanted = sort_out(driver.facts, target, plan)
         self.plan = plan.narrowed(wanted, lacks=lacking(self.refused))
         self.attempts = 0
+        self.futile = 0  # how many of them did not get further
+        self.failures: list[str] = []  # how each failed attempt ended, in a sentence
         self.error: DispatchError | None = None
         self.hook = "none"
         self.hook_output = ""
@@ -82,7 +88,9 @@ class Delivery:
         self._stumbled: set[str] = set()
         self._before: frozenset[str] | None = None
         self._last: Receipt | None = None
-        self._seconds = 0.0
+        self._furthest = 0  # most bytes of a failed attempt
+        self._begun: float | None = None  # when the first attempt began, in monotonic seconds
+        self._ended = 0.0  # when the last step ended
         self._force = force
         self._ran = _Ran(ledger, *self.key)
         self._folders: dict[str, str] = {}  # by path, where there is a script
@@ -102,8 +110,9 @@ class Delivery:
         """
         self.attempts += 1
         self.error = None
-        begun = time.monotonic()
-        plan, key = self.plan, self.key
+        self._begun = self._begun or time.monotonic()
+        plan, key, progress = self.plan, self.key, self.progress
+        mark = progress.done, progress.moved
         try:
             # The same dispatch to the same place, started twice: the second waits, then finds all of it done.
             with self.home.exclusive(self._lock("push"), PushReport(cancelled=self.cancelled).check):
@@ -114,12 +123,13 @@ class Delivery:
                     self._before = frozenset(path for path, outcome in known.items() if outcome.arrived)
                     for item in plan.items:
                         if item.path in self._before:
-                            self.progress.add(done=1, moved=item.size)
+                            progress.add(done=1, moved=item.size)
+                mark = progress.done, progress.moved
                 done = {path for path, outcome in known.items() if outcome.arrived}
                 # Rejected in this run: not at the target, but not sent again either.
                 told = ((item.path, self._told.get(item.path)) for item in plan.items if item.path not in done)
                 rejected = {path: outcome for path, outcome in told if outcome and not outcome.arrived}
-                report = PushReport(self._record(key), self.cancelled, lambda count: self.progress.add(moved=count))
+                report = PushReport(self._record(key), self.cancelled, self.moved)
                 report.check()
                 for item in self.refused:
                     if item.path not in self._told:
@@ -134,10 +144,52 @@ class Delivery:
             self.error = exc
             if isinstance(exc, Cancelled):
                 self.stopped = State.CANCELLED
+            self.futile += not self._got_further(*mark)
+            self.failures.append(self._failure(exc))
             raise
         finally:
-            self._seconds += time.monotonic() - begun
+            self.ends()
         return self.receipt()
+
+    def moved(self, count: int) -> None:
+        """Count bytes that went out; several threads may call it."""
+        self.progress.add(moved=count)
+
+    def ends(self) -> None:
+        """Note that the delivery, as far as it has come, ends now: its time is counted up to here."""
+        self._ended = time.monotonic()
+
+    @property
+    def may_go_on(self) -> bool:
+        """Whether another attempt is left; those that got further are not counted."""
+        return self.futile < self.target.max_attempts and self.attempts < MAX_ATTEMPTS
+
+    def _got_further(self, done: int, moved: int) -> bool:
+        """Return True if an attempt has brought what the next one need not do again.
+
+        Args:
+            done: how many items had an outcome when it began.
+            moved: how many bytes had been moved by then.
+        """
+        progress = self.progress
+        if progress.done > done:
+            return True
+        if not self.driver.facts.resumes:
+            return False
+        # Parts of files are kept: bytes are a gain if it came further than any attempt before (rsync counts what it
+        # finds there as well), or as long as no more than the plan holds went out (then nothing went out twice).
+        came = progress.moved - moved
+        further = came >= self._furthest + GAIN_BYTES
+        once = came >= GAIN_BYTES and progress.moved <= 1.1 * progress.size + GAIN_BYTES
+        self._furthest = max(self._furthest, came)
+        return further or once
+
+    def _failure(self, error: DispatchError) -> str:
+        words = " ".join(error.message.split())
+        if not isinstance(error, Retryable):
+            return f"attempt {self.attempts} failed: {words}"
+        possible = min(self.attempts - self.futile + self.target.max_attempts, MAX_ATTEMPTS)
+        return f"attempt {self.attempts} of {possible} failed: {words}"
 
     def run_hook(self) -> None:
         """Run the target's own script once; what it did is in the ledger.
@@ -163,6 +215,8 @@ class Delivery:
             self.hook_told = f"the script was not run to its end: {exc.message}"
             self.stopped = State.CANCELLED if isinstance(exc, Cancelled) else None
             raise
+        finally:
+            self.ends()
 
     def _run_hook(self, report: PushReport) -> None:
         assert self.driver.hook is not None  # noqa: S101 - for the type checker
@@ -183,7 +237,7 @@ class Delivery:
     @property
     def wants_hook(self) -> bool:
         """Whether there is a hook to run: it is configured, everything arrived, and it has not been done before."""
-        if self.driver.hook is None or not getattr(self.target, "on_complete", None):
+        if self.driver.hook is None or self.target.hook is None or not self.target.hook.wanted:
             return False
         return not self._hook_is_done() and self.receipt().state is State.DELIVERED
 
@@ -219,12 +273,16 @@ class Delivery:
             self.target.name,
             tuple(sorted(rows, key=lambda row: row.path)),
             size,
-            self._seconds,
+            0.0 if self._begun is None else max(0.0, self._ended - self._begun),
             self._last.verified if self._last else Level.ACCEPTED,
             self.attempts if self.stopped is State.WAITING else max(1, self.attempts),
             self.hook,
             self.error.message if self.error else None,
-            (*(self._last.notes if self._last else ()), *([self.hook_told] if self.hook == "failed" else ())),
+            (
+                *(self._last.notes if self._last else ()),
+                *(summary(self.failures) if self.attempts > 1 else ()),
+                *([self.hook_told] if self.hook == "failed" else ()),
+            ),
             self.stopped,
         )
 
@@ -241,8 +299,10 @@ class Delivery:
 
     def _run_again_for(self, item: Item) -> None:
         """Forget that the script was run for the folder that something comes into; it has not seen that."""
+        if self.target.hook is None:
+            return
         if not self._folders:
-            self._folders = names(self.plan, getattr(self.target, "layout", "{dispatch_id}"))
+            self._folders = names(self.plan, self.target.hook.layout)
         folder = self._folders[item.path]
         if folder not in self._changed:
             self._ran.forget(folder)
@@ -293,6 +353,18 @@ def sort_out(facts: Facts, target: Target, plan: Plan) -> tuple[dict[Item, Outco
         else:
             wanted.append(item)
     return refused, wanted
+
+
+def summary(failures: Sequence[str]) -> list[str]:
+    """Return the sentences of failed attempts; where many failed alike, the first, the last, and how many between."""
+    found: list[str] = []
+    for _, group in groupby(failures, lambda failure: failure.partition(": ")[2]):
+        alike = list(group)
+        found += alike if len(alike) < 3 else [alike[0], f"… {len(alike) - 2} more like it", alike[-1]]
+    if len(found) > SHOWN_FAILURES:
+        half = SHOWN_FAILURES // 2
+        found[half:-half] = [f"… {len(found) - 2 * half} more"]
+    return found
 
 
 def lacking(refused: dict[Item, Outcome]) -> int:

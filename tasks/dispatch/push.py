@@ -13,8 +13,7 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.logging import get_run_logger
 
 from blocks.base import Target
-from tasks.dispatch.delivery import Delivery
-from tasks.driver import Driver
+from tasks.dispatch.delivery import MAX_ATTEMPTS, Delivery
 from transfer.errors import Busy, DispatchError, Retryable
 from transfer.receipt import Receipt
 
@@ -38,18 +37,20 @@ def hook_delay_before(attempt: int, target: Target) -> float:
 
     Without jitter: one script on one server is no crowd. At most `retry_max_delay_s`, unless the first delay is longer.
     """
-    first: float = getattr(target, "hook_retry_delay_s", 0.0)
+    first = target.hook.retry_delay_s if target.hook else 0.0
     longest = max(first, target.retry_max_delay_s)
     return float(min(longest, first * 2 ** (attempt - 2)))
 
 
-def push_task(driver: Driver[Any], target: Target) -> Task[[Delivery], Any]:
-    """Return the task `push-<type>`, with the retry policy of this target; its argument is a Delivery."""
+def push_task(delivery: Delivery) -> Task[[Delivery], Any]:
+    """Return the task `push-<type>` for a delivery, with the retry policy of its target."""
+    target = delivery.target
 
-    def delay(attempt: int, error: BaseException) -> float:
-        return delay_before(attempt, target, error)
+    def delay(attempt: int, error: BaseException) -> float | None:
+        # An attempt that got further is not counted: the next one waits as the first retry does.
+        return delay_before(max(2, delivery.futile + 1), target, error) if delivery.may_go_on else None
 
-    return _with_policy(push, f"push-{driver.target.type_name}", target, target.max_attempts, delay)
+    return _with_policy(push, f"push-{target.type_name}", target, MAX_ATTEMPTS, delay)
 
 
 def hook_task(target: Target) -> Task[[Delivery], Any]:
@@ -58,7 +59,8 @@ def hook_task(target: Target) -> Task[[Delivery], Any]:
     def delay(attempt: int, error: BaseException) -> float:
         return hook_delay_before(attempt, target)
 
-    return _with_policy(run_hook, f"hook-{target.type_name}", target, getattr(target, "hook_attempts", 1), delay)
+    attempts = target.hook.attempts if target.hook else 1
+    return _with_policy(run_hook, f"hook-{target.type_name}", target, attempts, delay)
 
 
 @task(cache_policy=NO_CACHE, persist_result=False)
@@ -88,15 +90,18 @@ def _with_policy(
     name: str,
     target: Target,
     attempts: int,
-    delay: Callable[[int, BaseException], float],
+    delay: Callable[[int, BaseException], float | None],
 ) -> Task[[Delivery], Any]:
+    """Return a task under this name that is tried again after a Retryable, unless `delay` returns None."""
+
     def is_retryable(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
         # A plain function: Prefect takes anything else for "no retry". The engine reads the delay of the next
         # attempt from the task after this, so that the peer's Retry-After can decide it.
         error = state.data if isinstance(state.data, BaseException) else None
-        if not isinstance(error, Retryable):
+        seconds = delay((run.run_count or 1) + 1, error) if isinstance(error, Retryable) else None
+        if seconds is None:
             return False
-        task.retry_delay_seconds = [delay((run.run_count or 1) + 1, error)]
+        task.retry_delay_seconds = [seconds]
         return True
 
     return base.with_options(

@@ -101,6 +101,7 @@ class Dispatch:
                 raise
         if self.cancelled.is_set() and delivery.receipt().unsent:
             delivery.stopped = State.CANCELLED
+            delivery.ends()
 
     async def _push(self, delivery: Delivery) -> None:
         """Push as soon as the target has a place free; the place is held for as long as the push takes."""
@@ -109,7 +110,7 @@ class Dispatch:
         async with concurrency(
             slot, occupy=1, strict=True, lease_duration=LEASE_S, raise_on_lease_renewal_failure=False
         ):
-            await push_task(delivery.driver, delivery.target)(delivery)
+            await push_task(delivery)(delivery)
 
     async def _stoppable(self, work: Awaitable[R], idle: Callable[[], bool] = lambda: False) -> R:
         """Wait for work; when the run is cancelled, let it stop by itself unless it is idle, then cancel it."""

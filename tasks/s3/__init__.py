@@ -193,6 +193,7 @@ driver = Driver(
     push=push,
     facts=Facts(
         keeps_names=True,
+        resumes=True,
         # Files appear one by one, each whole; the marker says when all are there.
         atomic_replace=False,
         verifies_by=(Level.ACCEPTED, Level.LISTED, Level.PROVEN),

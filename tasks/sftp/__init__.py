@@ -173,5 +173,5 @@ driver = Driver(
     check=check,
     push=push,
     hook=ssh.hook,
-    facts=Facts(keeps_names=True, verifies_by=(Level.ACCEPTED, Level.LISTED, Level.PROVEN)),
+    facts=Facts(keeps_names=True, resumes=True, verifies_by=(Level.ACCEPTED, Level.LISTED, Level.PROVEN)),
 )

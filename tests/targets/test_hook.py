@@ -340,7 +340,7 @@ def test_a_cancelled_one_is_told_as_such_and_is_run_by_the_next_run(
     assert again.receipt().hook == "done"
 
 
-def test_it_has_a_retry_policy_of_its_own(target: SshTarget) -> None:
+def test_it_has_a_retry_policy_of_its_own(target: SshTarget, study: Path, ledger: Ledger, tmp_path: Path) -> None:
     """Not the push's: a script may need minutes where a transfer is tried again at once, and the other way round."""
     target.hook_attempts, target.hook_retry_delay_s = 4, 7
     target.max_attempts, target.retry_delay_s, target.retry_max_delay_s = 9, 100, 200
@@ -359,8 +359,7 @@ def test_it_has_a_retry_policy_of_its_own(target: SshTarget) -> None:
         assert not task.retry_condition_fn(task, run, RunState(type=StateType.FAILED, data=final))
     target.retry_delay_s = target.retry_max_delay_s = 0
     assert hook_delay_before(3, target) == 7, "what the push may wait at most shortens no first delay"
-    push = push_task(DRIVERS.of(target), target)
-    assert (push.name, push.retries) == (f"push-{target.type_name}", 8)
+    assert push_task(delivery(target, study, ledger, tmp_path)).name == f"push-{target.type_name}"
 
 
 def test_it_runs_once_though_the_dispatch_was_started_twice(
