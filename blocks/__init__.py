@@ -1,6 +1,7 @@
 """What a target is: one Prefect block per type.
 
-Importing this package makes all types known to Prefect, so that a saved document loads as its own class.
+Importing this package makes all types known to Prefect, those of other packages too, so that a saved document loads
+as its own class.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from blocks.base import Direction, Target
 from blocks.dicom import DicomTarget
 from blocks.dicom_tls import DicomTlsTarget
 from blocks.dicomweb import DicomWebTarget
+from blocks.extensions import Extension, load
 from blocks.folder import FolderTarget
 from blocks.rsync import RsyncTarget
 from blocks.s3 import S3Target
@@ -25,6 +27,8 @@ _CLASSES: tuple[type[Target], ...] = (
     SftpTarget,
     XnatTarget,
 )
-TYPES: dict[str, type[Target]] = {cls.type_name: cls for cls in _CLASSES}
+_OWN = {cls.type_name: cls for cls in _CLASSES}
+EXTENSIONS, REFUSED = load(_OWN)  # types of other packages; those that can't be used, with the reason
+TYPES: dict[str, type[Target]] = _OWN | {name: one.block for name, one in EXTENSIONS.items()}
 
-__all__ = ["TYPES", "Direction", "Target"]
+__all__ = ["EXTENSIONS", "REFUSED", "TYPES", "Direction", "Extension", "Target"]

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from pydantic import SecretStr, ValidationError
 
-from blocks import TYPES, Target
+from blocks import REFUSED, TYPES, Target
 from blocks.base import check_name
 from transfer.errors import Misconfigured
 from transfer.validation import what_is_wrong
@@ -72,6 +72,8 @@ def make(name: str, values: Any, folder: Path = Path()) -> Target:
         raise Misconfigured(f"target {name}: needs a type, one of {', '.join(TYPES)}")
     fields = dict(values)
     kind = fields.pop("type")
+    if kind in REFUSED and kind not in TYPES:
+        raise Misconfigured(f"target {name}: targets of type {kind} can't be used: {REFUSED[str(kind)]}")
     if kind not in TYPES:
         raise Misconfigured(f"target {name}: type {kind!r} is none of {', '.join(TYPES)}")
     cls = TYPES[str(kind)]

@@ -157,9 +157,13 @@ async def _recover(home: Home, *, alone: bool) -> list[str]:
 
 
 def _announce(home: Home, server: EmbeddedServer | None, taken: list[str]) -> None:
+    from blocks import REFUSED
+
     say(f"Prefect UI: {server.address.ui if server else os.environ['PREFECT_API_URL'].removesuffix('/api')}")
     if server and server.auth:
         say(f"the UI asks for a password once: it is the line in {home.root / 'api.auth'}")
     for run_id in taken:
         say(f"taken up after a crash: {run_id}")
+    for name, reason in REFUSED.items():
+        say(f"targets of type {name} can't be used: {reason}")
     say("ready: Ctrl-C drains and stops")

@@ -11,7 +11,7 @@ from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.objects import BlockDocument
 from pydantic import ValidationError
 
-from blocks import TYPES, Target
+from blocks import REFUSED, TYPES, Target
 from tasks import DRIVERS
 from transfer.errors import Misconfigured, NotFound
 from transfer.validation import what_is_wrong
@@ -40,7 +40,7 @@ def facts(one: Target | Broken) -> dict[str, Any]:
 async def all_targets(client: PrefectClient) -> list[Target | Broken]:
     """Return every saved target, with secrets, by name; one that can't be loaded as what is wrong with it."""
     found: list[Target | Broken] = []
-    types = {cls.get_block_type_slug(): name for name, cls in TYPES.items()}
+    types = {slug: cls.type_name for slug, cls in _types_by_slug().items()}
     for document in await documents(client):
         try:
             found.append(from_document(document))
@@ -53,7 +53,8 @@ async def all_targets(client: PrefectClient) -> list[Target | Broken]:
 async def documents(client: PrefectClient, names: Iterable[str] | None = None) -> list[BlockDocument]:
     """Return the block documents of targets, all or those with these names."""
     body: dict[str, Any] = {
-        "block_types": {"slug": {"any_": [cls.get_block_type_slug() for cls in TYPES.values()]}},
+        # Of every type, also one whose package is gone: its targets are listed as broken, not left out.
+        "block_schemas": {"block_capabilities": {"all_": Target._block_schema_capabilities}},
         "block_documents": {"is_anonymous": {"eq_": False}},
         "include_secrets": True,
         "limit": PAGE,
@@ -75,8 +76,15 @@ def from_document(document: BlockDocument) -> Target:
     """Return the target that a document holds.
 
     Raises:
-        Misconfigured: its values don't fit the type (any more).
+        Misconfigured: its values don't fit the type (any more), or the type is of a package that is not there.
     """
+    slug = document.block_type.slug if document.block_type else ""
+    if slug not in _types_by_slug():
+        why = "; ".join(f"{name}: {reason}" for name, reason in REFUSED.items())
+        raise Misconfigured(
+            f"no type that works here has the block type {slug}: {why or 'install the package that adds it'}",
+            str(document.name),
+        )
     try:
         target = Block._from_block_document(document)
     except (ValidationError, RuntimeError, TypeError, ValueError) as exc:
@@ -92,9 +100,12 @@ def _wrong(document: BlockDocument, exc: Exception) -> str:
     """What is wrong with a document, without its values: they may be secrets."""
     if not isinstance(exc, ValidationError):
         return type(exc).__name__
-    slugs = {cls.get_block_type_slug(): cls for cls in TYPES.values()}
-    cls = slugs.get(document.block_type.slug if document.block_type else "")
+    cls = _types_by_slug().get(document.block_type.slug if document.block_type else "")
     return what_is_wrong(exc.errors(), cls.model_fields if cls else {})
+
+
+def _types_by_slug() -> dict[str, type[Target]]:
+    return {cls.get_block_type_slug(): cls for cls in TYPES.values()}
 
 
 async def load(client: PrefectClient, names: Iterable[str]) -> list[Target]:

@@ -24,18 +24,19 @@ Name = Annotated[str, typer.Argument(help="Name of the target.")]
 
 @app.command(epilog="Example: talaria target types --json")
 def types(as_json: Json = False) -> None:
-    """The eight types: what each can do, and its fields."""
-    from blocks import TYPES
+    """The types of target: what each can do, and its fields."""
+    from blocks import REFUSED, TYPES
     from talaria.targetfile import field_names
     from tasks import DRIVERS
     from transfer.errors import Misconfigured
 
     found: dict[str, Any] = {}
     for name, cls in TYPES.items():
+        problem = ""
         try:
             driver = DRIVERS.get(name)
-        except Misconfigured:  # its extra is not installed
-            driver = None
+        except Misconfigured as exc:  # its extra is not installed, or another package's driver is broken
+            driver, problem = None, exc.message
         fields = {
             field: {
                 "description": cls.model_fields[field].description,
@@ -56,9 +57,10 @@ def types(as_json: Json = False) -> None:
                 "verifies": [str(level) for level in driver.facts.verifies_by],
             }
         )
-        found[name] = {"works": driver is not None, **abilities, "fields": fields}
+        why = {"problem": problem} if problem else {}
+        found[name] = {"works": driver is not None, **why, **abilities, "fields": fields}
     if as_json:
-        print_json({"types": found})
+        print_json({"types": found, "refused": REFUSED})
         return
     rows = []
     for name, one in found.items():
@@ -72,6 +74,11 @@ def types(as_json: Json = False) -> None:
             ]
         )
     table("Types (fields with * are required)", ["type", "can", "verifies", "fields"], rows)
+    for name, one in found.items():
+        if "problem" in one:
+            say(f"talaria: type {name}: {one['problem']}")
+    for name, reason in REFUSED.items():
+        say(f"talaria: type {name} can't be used: {reason}")
 
 
 @app.command(epilog="Example: talaria target apply targets.yaml --dry-run")
