@@ -3,7 +3,7 @@
     pytest tests/conformance.py            all of it
     pytest tests/conformance.py -k folder  one type; `-k dicom-storescp` one server
 
-The harnesses of a type are in `tests/targets/<type>.py`, `HARNESSES`.
+The harnesses of a type are in `tests/targets/<type>.py`, `HARNESSES`, or in the package that adds it.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from importlib import import_module
 
 import pytest
 
+from blocks import EXTENSIONS
 from talaria.testing.conformance import *  # noqa: F403
-from talaria.testing.harness import Factory
+from talaria.testing.harness import Factory, of_extension
 from tasks import DRIVERS
 
 
@@ -25,9 +26,10 @@ def _collected() -> tuple[dict[str, Factory], dict[str, str]]:
     for type_name in DRIVERS:
         module = f"tests.targets.{type_name.replace('-', '_')}"
         try:
-            harnesses: dict[str, Factory] = import_module(module).HARNESSES
+            own = type_name not in EXTENSIONS
+            harnesses: dict[str, Factory] = import_module(module).HARNESSES if own else of_extension(type_name)
         except Exception:
-            missing[type_name] = f"{module} can't be imported:\n{traceback.format_exc()}"
+            missing[type_name] = traceback.format_exc()
         else:
             found |= harnesses
             if not harnesses:

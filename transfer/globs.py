@@ -1,4 +1,4 @@
-"""Exclusion globs: one meaning for all eight types of target.
+"""Exclusion globs: one meaning for all types of target.
 
 Comma-separated patterns as in `shutil.ignore_patterns`: each is matched, case-sensitively, against the
 NAME of every file and of every folder on the way to it (not against the path). Blanks around a pattern are

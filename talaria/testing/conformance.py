@@ -30,7 +30,7 @@ import pydicom
 import pytest
 
 from talaria.testing import studies
-from talaria.testing.harness import Factory, Harness, Sent, attempt, sending
+from talaria.testing.harness import Factory, Harness, Sent, attempt, of_extensions, sending
 from tasks import DRIVERS
 from transfer.errors import Cancelled, DispatchError, Retryable
 from transfer.outcome import Kind, Outcome
@@ -43,9 +43,11 @@ LEVELS = tuple(Level)  # from the weakest to the strongest
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run each case for each harness of the file that has taken the suite over."""
+    """Run each case for each harness of the file that has taken the suite over, else for those of other packages."""
     if "harness" in metafunc.fixturenames:
-        harnesses: dict[str, Factory] = metafunc.module.HARNESSES
+        harnesses: dict[str, Factory] = getattr(metafunc.module, "HARNESSES", None) or of_extensions()
+        if not harnesses:
+            raise pytest.UsageError("no harness to test: define HARNESSES, or install a package that adds a type")
         metafunc.parametrize("harness", [pytest.param(f, id=name) for name, f in harnesses.items()], indirect=True)
 
 

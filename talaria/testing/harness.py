@@ -7,10 +7,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from blocks import EXTENSIONS
 from blocks.base import Target
 from tasks import DRIVERS
 from tasks.dispatch.delivery import Delivery
@@ -68,6 +70,24 @@ class Harness:
 
 
 Factory = Callable[[Path], AbstractContextManager[Harness]]  # starts the server; its argument is an empty folder
+
+
+def of_extensions() -> dict[str, Factory]:
+    """Return the harnesses of all types that other packages add."""
+    return {name: factory for one in EXTENSIONS for name, factory in of_extension(one).items()}
+
+
+def of_extension(type_name: str) -> dict[str, Factory]:
+    """Return the harnesses of a type that another package adds.
+
+    Raises:
+        LookupError: its package names no module of harnesses, or that has none.
+    """
+    module = EXTENSIONS[type_name].harness
+    harnesses: dict[str, Factory] = import_module(module).HARNESSES if module else {}
+    if not harnesses:
+        raise LookupError(f"the package that adds the type {type_name} brings no harness")
+    return harnesses
 
 
 @dataclass

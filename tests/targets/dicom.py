@@ -127,3 +127,4 @@ HARNESSES: dict[str, Callable[[Path], AbstractContextManager[Harness]]] = {
     "dicom-orthanc": _orthanc,
     "dicom-script": _script,
 }
+NEEDED = {"host": "pacs.example.org", "aet_target": "ARCHIVE"}

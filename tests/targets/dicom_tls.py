@@ -107,3 +107,4 @@ HARNESSES: dict[str, Callable[[Path], AbstractContextManager[Harness]]] = {
     "dicom-tls-orthanc": _orthanc,
     "dicom-tls-script": _script,
 }
+NEEDED = {"host": "pacs.example.org", "aet_target": "ARCHIVE"}

@@ -143,3 +143,4 @@ HARNESSES: dict[str, Callable[[Path], AbstractContextManager[Harness]]] = {
     "dicomweb-script": _script,
     "dicomweb-file": dicomweb_file.harness,
 }
+NEEDED = {"url": "https://pacs.example.org/dicom-web"}

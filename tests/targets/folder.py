@@ -157,3 +157,4 @@ HARNESSES: dict[str, Callable[[Path], AbstractContextManager[Harness]]] = {
     "folder-link": partial(_on_disk, name="folder-link", link=Link.AUTO),
     "folder-elsewhere": partial(_elsewhere, name="folder-elsewhere"),
 }
+NEEDED = {"folder": "/data/archive"}

@@ -42,3 +42,8 @@ def openssh(folder: Path) -> Iterator[Harness]:
 
 
 HARNESSES: dict[str, Callable[[Path], AbstractContextManager[Harness]]] = {"rsync-openssh": openssh}
+NEEDED = {
+    "host": "files.example.org",
+    "user": "talaria",
+    "folder": "/data",
+}

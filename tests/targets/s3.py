@@ -183,3 +183,4 @@ HARNESSES: dict[str, Callable[[Path], AbstractContextManager[Harness]]] = {
     "s3-stub": harness_of_stub,
     "s3-stub-tls": partial(harness_of_stub, tls=True),
 }
+NEEDED = {"bucket": "studies"}

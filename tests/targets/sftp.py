@@ -108,3 +108,8 @@ HARNESSES: dict[str, Callable[[Path], AbstractContextManager[Harness]]] = dict(
         _odd_factory("sftp-keyboard-interactive", login="keyboard-interactive"),
     ]
 )
+NEEDED = {
+    "host": "files.example.org",
+    "user": "talaria",
+    "folder": "/data",
+}

@@ -76,3 +76,9 @@ def _stand_in(folder: Path) -> Iterator[Harness]:
 
 
 HARNESSES: dict[str, Callable[[Path], AbstractContextManager[Harness]]] = {"xnat-stand-in": _stand_in}
+NEEDED = {
+    "host": "https://xnat.example.org",
+    "project_id": "P1",
+    "user": "u",
+    "password": "p",
+}

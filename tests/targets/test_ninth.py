@@ -1,0 +1,263 @@
+"""A ninth type from outside: the package that docs/ninth-target.md prints is built, installed beside us and used.
+
+And packages with which something is wrong: they are named in one line, and every other type works.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from blocks import EXTENSIONS, TYPES
+from talaria.testing import studies
+from talaria.testing.process import free_port, server
+from tests.servers.up import Talaria
+
+pytestmark = pytest.mark.timeout(600)
+ROOT = Path(__file__).parents[2]
+TUTORIAL = ROOT / "docs/ninth-target.md"
+UV = ROOT / ".cache/uv/bin/uv"
+CASES = len(re.findall(r"^def test_", (ROOT / "talaria/testing/conformance.py").read_text(), re.MULTILINE))
+OWN = [name for name in TYPES if name not in EXTENSIONS]
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files that the tutorial prints."""
+    folder = tmp_path_factory.mktemp("package") / "talaria-webdav"
+    for path, code in re.findall(
+        r"^`([\w./]+)`:\n\n```\w+\n(.*?)^```$", TUTORIAL.read_text(), re.MULTILINE | re.DOTALL
+    ):
+        studies.write(folder / path, code.encode())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def beside(package: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder that the package is installed in: on the path of what a test starts, not in our environment."""
+    folder = tmp_path_factory.mktemp("beside")
+    argv = [UV, "pip", "install", "--quiet", "--offline", "--no-deps", "--no-build-isolation", "--no-config"]
+    ran = subprocess.run(
+        [*argv, "--python", sys.executable, "--target", folder, package],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "UV_CACHE_DIR": str(tmp_path_factory.mktemp("cache"))},
+    )
+    assert ran.returncode == 0, ran.stderr
+    yield folder
+
+
+def environment(*folders: Path) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, folders))}
+
+
+def suite(package: Path, beside: Path, *arguments: str) -> str:
+    """Run pytest where nothing of our tests is; return its closing line."""
+    ran = subprocess.run(
+        [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments],
+        cwd=package,
+        env=environment(beside),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stdout[-4000:]
+    return ran.stdout.strip().splitlines()[-1]
+
+
+def test_its_package_passes_the_conformance_suite(package: Path, beside: Path) -> None:
+    closing = suite(package, beside, "tests")
+    passed = re.match(r"(\d+) passed in ", closing)
+    assert passed and int(passed[1]) >= CASES, closing
+
+
+def test_the_suite_finds_what_packages_add(package: Path, beside: Path) -> None:
+    arguments = ["--pyargs", "talaria.testing.conformance", "-k", "check_ok or read_back_equal or one_rejected"]
+    assert suite(package, beside, *arguments).startswith("3 passed, ")
+
+
+@pytest.fixture(scope="module")
+def up(beside: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Talaria]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(beside))
+        one = Talaria(tmp_path_factory.mktemp("up"))
+        try:
+            yield one.start()
+        finally:
+            one.stop()
+
+
+def test_it_is_applied_tested_and_sent_to_as_any_other(up: Talaria, tmp_path: Path) -> None:
+    types = up.json("target", "types")["types"]
+    assert list(types) == [*OWN, "webdav"]
+    assert types["webdav"]["works"] and types["webdav"]["verifies"] == ["accepted", "listed"]
+    assert types["webdav"]["fields"]["password"]["secret"]
+    # Its block is there for whoever looks with Prefect's own means, before any target is.
+    assert up.api("GET", "/block_types/slug/webdav-target")["name"] == "WebDAV Target"
+
+    there, port = tmp_path / "there", free_port()
+    there.mkdir()
+    program = Path(sys.executable).with_name("wsgidav")
+    argv = [program, "--host", "127.0.0.1", "--port", str(port), "--root", there, "--auth", "anonymous"]
+    with server([str(one) for one in argv], port, tmp_path / "wsgidav.log"):
+        file = tmp_path / "targets.yaml"
+        file.write_text(f"targets:\n  cloud: {{type: webdav, url: 'http://127.0.0.1:{port}', verify: listed}}\n")
+        assert up.json("target", "apply", str(file))["targets"] == [{"name": "cloud", "action": "created"}]
+        assert up.json("target", "apply", str(file))["targets"] == [{"name": "cloud", "action": "unchanged"}]
+        assert [one["type"] for one in up.json("target", "list")["targets"]] == ["webdav"]
+        assert up.json("target", "test", "cloud")["ok"]
+        sent = studies.sample(tmp_path / "study")
+        result = up.json("send", str(tmp_path / "study"), "--to", "cloud")
+        assert result["state"] == "delivered"
+        assert result["targets"]["cloud"]["verified"] == "listed"
+        again = up.json("send", str(tmp_path / "study"), "--to", "cloud")
+        assert again["targets"]["cloud"]["already"] == len(sent)
+    found = {p.relative_to(there / result["dispatch_id"]) for p in there.rglob("*") if p.is_file()}
+    assert found == {p.relative_to(tmp_path / "study") for p in sent} | {Path(".complete")}
+
+
+def test_a_target_whose_package_is_gone_is_listed_and_can_be_removed(up: Talaria, tmp_path: Path) -> None:
+    file = tmp_path / "targets.yaml"
+    file.write_text("targets:\n  cloud: {type: webdav, url: 'http://127.0.0.1:9'}\n")
+    up.json("target", "apply", str(file))
+    gone = {"PYTHONPATH": ""}
+    listed = up("target", "list", "--json", env=gone)
+    (one,) = json.loads(listed.stdout)["targets"]
+    assert one["name"] == "cloud" and "install the package that adds it" in one["broken"]
+    sent = up("send", str(tmp_path), "--to", "cloud", env=gone)
+    assert sent.returncode == 2 and "webdav-target" in sent.stderr and "Traceback" not in sent.stderr
+    assert up("target", "remove", "cloud", env=gone).returncode == 0
+    assert up.json("target", "list")["targets"] == []
+
+
+# ---- something is wrong with a package
+
+
+GOOD = """
+from typing import ClassVar
+from blocks import Extension, Target
+
+class {name}Target(Target):
+    _block_type_name = "{block_name}"
+    _block_type_slug = "{slug}"
+    type_name: ClassVar[str] = "{type}"
+
+extension = Extension({name}Target, "{driver}")
+"""
+
+
+def good(type_name: str, slug: str = "", block_name: str = "", driver: str = "tasks.folder") -> str:
+    names = {"slug": slug or f"{type_name}-target", "block_name": block_name or f"{type_name} Target"}
+    return GOOD.format(name=type_name.title(), type=type_name, driver=driver, **names)
+
+
+def install(folder: Path, package: str, points: dict[str, str], code: str) -> None:
+    """Put a package into a folder as an installer does."""
+    module = package.replace("-", "_")
+    lines = "".join(f"{name} = {module}:{value}\n" for name, value in points.items())
+    studies.write(folder / f"{module}.py", code.encode())
+    studies.write(folder / f"{module}-2.0.dist-info/METADATA", f"Name: {package}\nVersion: 2.0\n".encode())
+    studies.write(folder / f"{module}-2.0.dist-info/entry_points.txt", f"[talaria.targets]\n{lines}".encode())
+
+
+WRONG: dict[str, tuple[str, str, str]] = {  # the entry point's name, the module's code, what is said
+    "its-import-fails": ("aa", "import no_such_library", "ModuleNotFoundError: No module named 'no_such_library'"),
+    "it-ends-the-program": ("bb", "raise SystemExit('line one\\nline two')", "SystemExit: line one"),
+    "it-has-no-such-name": ("cc", "", "AttributeError: "),
+    "it-is-something-else": ("dd", "extension = object()", "is not a blocks.Extension"),
+    "its-block-is-none": ("ee", "from blocks import Extension\nextension = Extension(dict, '')", "not a subclass"),
+    "its-name-is-another": ("ff", good("gg"), "type_name is 'gg', the entry point's name 'ff'"),
+    "its-name-is-ours": ("s3", good("s3", "other"), "there is a type s3 already"),
+    "its-block-type-is-ours": ("hh", good("hh", "folder-target"), "has the block type 'folder-target' of type folder"),
+    "its-name-is-not-valid": ("A b", good("A b"), "is not valid as the name of a type"),
+    "its-syntax-is-wrong": ("jj", "def", "SyntaxError: "),
+}
+
+
+def types(tmp_path: Path, *folders: Path, code: int = 0) -> tuple[dict[str, Any], str]:
+    """Run `talaria target types`: the JSON, and what the same without --json says on stderr."""
+    env = environment(*folders) | {"TALARIA_HOME": str(tmp_path / "home")}
+    argv = [sys.executable, "-P", "-m", "talaria", "target", "types"]
+    plain = subprocess.run(argv, capture_output=True, text=True, env=env, check=False, cwd=tmp_path)
+    ran = subprocess.run([*argv, "--json"], capture_output=True, text=True, env=env, check=False, cwd=tmp_path)
+    assert (plain.returncode, ran.returncode) == (code, code), plain.stderr + ran.stderr
+    return json.loads(ran.stdout), plain.stderr
+
+
+def test_what_is_wrong_with_a_package_is_named_in_one_line_and_the_others_work(tmp_path: Path, beside: Path) -> None:
+    for package, (name, code, _) in WRONG.items():
+        install(tmp_path / "wrong", package, {name: "extension"}, code)
+    install(tmp_path / "wrong", "twice-one", {"zz": "extension"}, good("zz"))
+    install(tmp_path / "wrong", "twice-two", {"zz": "extension"}, good("zz"))
+    document, said = types(tmp_path, tmp_path / "wrong", beside)
+    assert [name for name, one in document["types"].items() if one["works"]] == [*OWN, "webdav"]
+    assert set(document["refused"]) == {name for name, _, _ in WRONG.values()} | {"zz"}
+    for package, (name, _, words) in WRONG.items():
+        assert words in document["refused"][name], name
+        assert f"package {package} 2.0" in document["refused"][name]
+    assert "package twice-one 2.0 and package twice-two 2.0" in document["refused"]["zz"]
+    assert said.splitlines() == [
+        f"talaria: type {name} can't be used: {why}" for name, why in document["refused"].items()
+    ]
+    file = tmp_path / "targets.yaml"
+    file.write_text("targets:\n  x: {type: aa}\n")
+    ran = subprocess.run(
+        [sys.executable, "-P", "-m", "talaria", "target", "test", "--file", str(file)],
+        capture_output=True,
+        text=True,
+        env=environment(tmp_path / "wrong") | {"TALARIA_HOME": str(tmp_path / "home")},
+        check=False,
+    )
+    assert ran.returncode == 2
+    assert ran.stderr.splitlines() == [
+        f"talaria: target x: targets of type aa can't be used: {document['refused']['aa']}"
+    ]
+
+
+def test_saved_targets_load_as_ours_whatever_a_refused_package_registers(tmp_path: Path) -> None:
+    install(tmp_path, "its-block-type-is-ours", {"hh": "extension"}, good("hh", "folder-target"))
+    code = """
+        import blocks, its_block_type_is_ours
+        from prefect.blocks.core import Block
+        print(Block.get_block_class_from_key("folder-target").__module__)
+    """
+    ran = subprocess.run(
+        [sys.executable, "-P", "-c", "import textwrap; exec(textwrap.dedent('''" + code + "'''))"],
+        capture_output=True,
+        text=True,
+        env=environment(tmp_path),
+        check=False,
+    )
+    assert ran.stdout.strip() == "blocks.folder", ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("driver", "words"),
+    [
+        ("no_such_driver", "ModuleNotFoundError: No module named 'no_such_driver'"),
+        ("tasks.folder", "tasks.folder.driver is not a Driver of targets of type kk"),
+        ("json", "AttributeError: "),
+    ],
+)
+def test_a_driver_that_is_wrong_is_named_and_the_others_work(driver: str, words: str, tmp_path: Path) -> None:
+    install(tmp_path / "wrong", "kk", {"kk": "extension"}, good("kk", driver=driver))
+    document, said = types(tmp_path, tmp_path / "wrong")
+    assert [name for name, one in document["types"].items() if one["works"]] == OWN
+    assert words in document["types"]["kk"]["problem"]
+    assert said.count("\n") == 1 and words in said
+
+
+def test_nothing_of_it_stays_in_our_environment() -> None:
+    assert not EXTENSIONS, "a package that adds a type is installed here"
+    assert shutil.which("wsgidav", path=str(Path(sys.executable).parent)), "run `make tools`"
