@@ -1,18 +1,20 @@
-"""DICOM targets, plain and with TLS: C-ECHO and C-STORE."""
+"""DICOM targets, plain and with TLS: C-ECHO, C-STORE and C-FIND."""
 
 from __future__ import annotations
 
 import socket
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 from blocks.base import check_host
 from blocks.dicom import SENDER, DicomTarget, check_aet
 from blocks.dicom_tls import DicomTlsTarget
 from imaging.header import Header
+from imaging.query import Match, Query
 from protocols.dimse import transport
 from protocols.dimse.association import Association, negotiate
 from protocols.dimse.commitment import CannotCommit, commit, reason, report_listener
@@ -20,11 +22,14 @@ from protocols.dimse.contexts import UNCOMPRESSED, names
 from protocols.dimse.find import CannotList, Stored, missing
 from protocols.dimse.fleet import Fleet
 from protocols.dimse.listener import Listener, shared
+from protocols.dimse.query import finder
+from protocols.dimse.search import Search
 from protocols.dimse.transport import VERIFICATION, Peer
 from protocols.net import tls
+from tasks import dicom_pull
 from tasks.driver import Driver, Facts
 from tasks.probes import reach
-from transfer.errors import Misconfigured
+from transfer.errors import DispatchError, Misconfigured
 from transfer.health import Health
 from transfer.plan import Item, Origin, Plan
 from transfer.receipt import Level, PushReport, Receipt
@@ -256,9 +261,38 @@ def _stored(item: Item) -> Stored:
     return Stored(header.StudyInstanceUID, header.SeriesInstanceUID, header.SOPInstanceUID)
 
 
+def find(target: DicomTarget, query: Query) -> Iterator[Match]:
+    """Yield the studies or series that match."""
+    try:
+        with finder(_peer(target, target.host, target.aet_target, target.aet_source)) as asked:
+            yield from Search(asked).find(query)
+    except DispatchError as exc:
+        exc.target = exc.target or target.name
+        raise
+
+
+def retrieve(target: DicomTarget, query: Query, folder: Path, report: PushReport) -> Receipt:
+    """Fetch what matches into a folder, as `<SOP instance UID>.dcm`; see `tasks.dicom_pull`."""
+    try:
+        return dicom_pull.retrieve(
+            _peer(target, target.host, target.aet_target, target.aet_source),
+            query,
+            folder,
+            report,
+            name=target.name,
+            associations=min(target.concurrency, target.max_dispatches),
+            bandwidth_limit=target.bandwidth_limit,
+        )
+    except DispatchError as exc:
+        exc.target = exc.target or target.name
+        raise
+
+
 driver = Driver(
     target=DicomTarget,
     check=check,
     push=push,
+    find=find,
+    retrieve=retrieve,
     facts=Facts(dicom_only=True, verifies_by=(Level.ACCEPTED, Level.LISTED, Level.PROVEN)),
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from blocks.dicom_tls import DicomTlsTarget
-from tasks.dicom import check, push
+from tasks.dicom import check, find, push, retrieve
 from tasks.driver import Driver, Facts
 from transfer.receipt import Level
 
@@ -11,5 +11,7 @@ driver: Driver[DicomTlsTarget] = Driver(
     target=DicomTlsTarget,
     check=check,
     push=push,
+    find=find,
+    retrieve=retrieve,
     facts=Facts(dicom_only=True, verifies_by=(Level.ACCEPTED, Level.LISTED, Level.PROVEN)),
 )

@@ -144,6 +144,24 @@ def check_destination(target: Target) -> None:
     DRIVERS.of(target)
 
 
+def check_source(target: Target) -> None:
+    """Refuse a target that can't be queried, or must not be.
+
+    Raises:
+        Misconfigured: it is disabled, only for deliveries, or of a type that can't be queried.
+    """
+    if not target.enabled:
+        raise Misconfigured(f"is disabled: `talaria target enable {target.name}` first", target.name)
+    driver = DRIVERS.of(target)
+    if driver.find is None or driver.retrieve is None:
+        able = ", ".join(name for name in DRIVERS if (one := DRIVERS[name]).find and one.retrieve)
+        raise Misconfigured(f"targets of type {target.type_name} can't be queried; these can: {able}", target.name)
+    if not target.queries:
+        raise Misconfigured(
+            "has direction store, so it is not queried: set its direction to query or both", target.name
+        )
+
+
 async def save(client: PrefectClient, target: Target, name: str) -> None:
     """Save a target under a name that is unique over all types; one of another type is replaced."""
     for document in await documents(client, [name]):

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from talaria.cli import jobs, send, serve, target
+from talaria.cli import jobs, query, send, serve, target
 
 app = typer.Typer(
     name="talaria",
@@ -42,4 +42,5 @@ def _main(
 app.add_typer(target.app, name="target")
 app.add_typer(jobs.app, name="jobs")
 send.add_to(app)
+query.add_to(app)
 serve.add_to(app)

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from io import BytesIO
-from typing import Any
+from typing import Any, TypeVar
 
 import pydicom
 from pydicom.dataset import Dataset
@@ -46,6 +46,8 @@ from tests.servers.steps import (
     Wait,
 )  # fmt: skip
 from tests.servers.wire import EXPLICIT, IMPLICIT, Context, Proposal
+
+S = TypeVar("S", bound="Scp")
 
 AET = "PARROT"
 APPLICATION_CONTEXT = "1.2.840.10008.3.1.1.1"
@@ -150,7 +152,13 @@ def scp(**settings: Any) -> Iterator[Scp]:
     Raises:
         BaseException: what a script raised, once the block is through.
     """
-    peer = Scp(**settings)
+    with served(Scp(**settings), Connection) as peer:
+        yield peer
+
+
+@contextmanager
+def served(peer: S, kind: type[Connection]) -> Iterator[S]:
+    """Run a peer whose connections are of this kind; see `scp`."""
     family = socket.AF_INET6 if ":" in peer.host else socket.AF_INET
     listener = socket.create_server((peer.host, peer.port), family=family, backlog=128)
     listener.settimeout(POLL_S)
@@ -166,7 +174,7 @@ def scp(**settings: Any) -> Iterator[Scp]:
             with peer.lock:
                 association = Association(len(peer.associations) + 1, time.monotonic())
                 peer.associations.append(association)
-            thread = threading.Thread(target=_Connection(peer, connection, association).run, daemon=True)
+            thread = threading.Thread(target=kind(peer, connection, association).run, daemon=True)
             threads.append(thread)
             thread.start()
 
@@ -184,7 +192,7 @@ def scp(**settings: Any) -> Iterator[Scp]:
         raise peer.errors[0]
 
 
-class _Connection:
+class Connection:
     """Serves one connection."""
 
     def __init__(self, peer: Scp, connection: socket.socket, association: Association) -> None:
@@ -249,25 +257,29 @@ class _Connection:
 
     def serve(self) -> None:
         while True:
-            kind, length = struct.unpack(">BxI", self.read(6))
-            if kind == 1:
-                self.associate(self.read(length))
-            elif kind == 4:
-                self.p_data(length)
-            elif kind == 5:
-                self.read(length)
-                self.flush()
-                self.association.ended = "released"
-                if self.peer.on_release:
-                    self.play(self.peer.on_release(self.association.number))
-                self.pdu(6, bytes(4))
-                raise _End
-            elif kind == 7:
-                self.association.ended = "aborted"
-                raise _End
-            else:
-                self.association.ended = "alien"  # a TLS handshake, for one, which finds out what we speak
-                raise _End
+            self.step()
+
+    def step(self) -> None:
+        """Serve one PDU."""
+        kind, length = struct.unpack(">BxI", self.read(6))
+        if kind == 1:
+            self.associate(self.read(length))
+        elif kind == 4:
+            self.p_data(length)
+        elif kind == 5:
+            self.read(length)
+            self.flush()
+            self.association.ended = "released"
+            if self.peer.on_release:
+                self.play(self.peer.on_release(self.association.number))
+            self.pdu(6, bytes(4))
+            raise _End
+        elif kind == 7:
+            self.association.ended = "aborted"
+            raise _End
+        else:
+            self.association.ended = "alien"  # a TLS handshake, for one, which finds out what we speak
+            raise _End
 
     def associate(self, body: bytes) -> None:
         proposal = wire.decode_proposal(self.association.number, body)
@@ -338,7 +350,12 @@ class _Connection:
         elif kind == 0x8100:
             status = fields.get(0x00000900)
             self.peer.reported.append(("", None if status is None else wire.number(status)))
-        elif kind != 0x0FFF:  # C-CANCEL
+        else:
+            self.other(kind, context, fields, data)
+
+    def other(self, kind: int, context: int, fields: dict[int, bytes], data: bytes) -> None:
+        """A message that is none of these."""
+        if kind != 0x0FFF:  # C-CANCEL
             raise AssertionError(f"a message of type {kind:04X} came")
 
     def store(self, context: int, fields: dict[int, bytes], data: bytes) -> None:

@@ -1,0 +1,104 @@
+"""Studies of many accession numbers, with fewer queries than there are numbers where a peer allows it.
+
+The standard has lists for UIDs only. Some peers take them for accession numbers too, some refuse them, and DCMTK's
+answers "success, nothing". So a list is believed only with a number in it that is known to be there, and what no list
+or wild card brings is asked for by a query of its own: only then it is missing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from transfer.errors import Busy, Misconfigured
+
+Answer = dict[str, Any]
+Ask = Callable[[Mapping[str, str], int], Iterator[tuple[Mapping[str, str], Answer]]]
+
+FEW = 3  # numbers that are asked for one by one
+LIST = 100  # values in one query
+WILD = 2  # characters at the end for which a wild card stands
+GROUP = 4  # numbers that make a wild card worth while
+MOST = 2000  # answers to a wild card; more are no help
+TRIALS = 2  # wild cards that may bring nothing before no more are tried
+
+
+class Accessions:
+    """One search for accession numbers.
+
+    Args:
+        ask: asks the peer for studies; stops after so many answers if that is not 0.
+    """
+
+    def __init__(self, ask: Ask) -> None:
+        self._ask = ask
+        self._found: set[str] = set()
+
+    def find(self, numbers: list[str]) -> Iterator[tuple[Mapping[str, str], Answer]]:
+        """Yield the studies, with the keys that were sent for each."""
+        left = list(numbers)
+        if len(left) > FEW:
+            hit = ""
+            while left and not hit:
+                number = left.pop(0)
+                for sent, one in self._alone(number):
+                    hit = hit or (number if _number(one) == number else "")
+                    yield sent, one
+            plain = [number for number in left if not re.search(r"[*?\\]", number)]
+            if hit and len(plain) > FEW and not re.search(r"[*?\\]", hit):
+                yield from self._by_list_or_wild_card(plain, hit)
+            left = [number for number in left if number not in self._found]
+        for number in left:
+            yield from self._alone(number)
+
+    def _alone(self, number: str) -> Iterator[tuple[Mapping[str, str], Answer]]:
+        yield from self._ask({"AccessionNumber": number}, 0)
+
+    def _by_list_or_wild_card(self, numbers: list[str], hit: str) -> Iterator[tuple[Mapping[str, str], Answer]]:
+        for start in range(0, len(numbers), LIST - 1):
+            some = numbers[start : start + LIST - 1]
+            answers = self._list(some, hit)
+            if answers is None:
+                yield from self._by_wild_card(numbers[start:])
+                return
+            yield from answers
+
+    def _list(self, numbers: list[str], hit: str) -> list[tuple[Mapping[str, str], Answer]] | None:
+        """What a list of numbers brings; None if the peer doesn't understand it."""
+        # Some peers look at the first value only, or at the last.
+        values = [*numbers[: len(numbers) // 2], hit, *numbers[len(numbers) // 2 :]]
+        try:
+            answers = list(self._ask({"AccessionNumber": "\\".join(values)}, 0))
+        except (Misconfigured, Busy):
+            return None
+        came = {_number(one) for _, one in answers}
+        if hit not in came or not came <= set(values):
+            return None
+        self._found |= came
+        return [(sent, one) for sent, one in answers if _number(one) != hit]
+
+    def _by_wild_card(self, numbers: list[str]) -> Iterator[tuple[Mapping[str, str], Answer]]:
+        groups: dict[str, list[str]] = {}
+        for number in numbers:
+            if len(number) > WILD + 1:
+                groups.setdefault(number[:-WILD], []).append(number)
+        failed = 0
+        for prefix, members in groups.items():
+            if len(members) < GROUP or failed >= TRIALS:
+                continue
+            wanted = set(members)
+            try:
+                every = list(self._ask({"AccessionNumber": f"{prefix}*"}, MOST))
+            except (Misconfigured, Busy):
+                return
+            answers = [(sent, one) for sent, one in every if _number(one) in wanted]
+            failed = 0 if answers else failed + 1
+            if len(every) >= MOST:
+                continue  # of some numbers, not all studies may have come
+            self._found |= {_number(one) for _, one in answers}
+            yield from answers
+
+
+def _number(answer: Answer) -> str:
+    return str(answer.get("AccessionNumber", "")).strip()

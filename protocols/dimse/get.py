@@ -1,0 +1,287 @@
+"""C-GET and C-MOVE over a connection of our own: one request, and what the peer answers to it.
+
+Sources: PS3.4 sections C.4.2 and C.4.3 (statuses, sub-operation counters), PS3.7 sections 9.3.3 and 9.3.4.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from pynetdicom import build_role
+
+from protocols.dimse import identifier
+from protocols.dimse.association import MAX_CONTEXTS, Association, associate
+from protocols.dimse.contexts import UNCOMPRESSED, Pair
+from protocols.dimse.message import C_STORE_RQ
+from protocols.dimse.query import MEDIUM, PENDING, PRIVATE, Conversation
+from protocols.dimse.receive import Depot, receive, response
+from protocols.dimse.stream import (
+    AFFECTED_CLASS,
+    COMMENT,
+    COMPLETED,
+    DESTINATION,
+    FAILED,
+    FIELD,
+    MAX_LIST,
+    PRIORITY,
+    STATUS,
+    WARNING,
+    Command,
+    Released,
+    pdus,
+)
+from protocols.dimse.transport import Peer
+from protocols.net.hiding import forms
+from protocols.net.words import clean
+from transfer.errors import Denied, DispatchError, Interrupted, Misconfigured
+from transfer.throttle import Throttle
+
+STUDY_ROOT_GET, PATIENT_ROOT_GET = "1.2.840.10008.5.1.4.1.2.2.3", "1.2.840.10008.5.1.4.1.2.1.3"
+STUDY_ROOT_MOVE, PATIENT_ROOT_MOVE = "1.2.840.10008.5.1.4.1.2.2.2", "1.2.840.10008.5.1.4.1.2.1.2"
+C_GET_RQ, C_GET_RSP, C_MOVE_RQ, C_MOVE_RSP = 0x0010, 0x8010, 0x0021, 0x8021
+DESTINATION_UNKNOWN, WARNINGS = 0xA801, 0xB000
+
+# The syntaxes that instances come in; asked for in contexts of their own, or the peer would choose one for a class.
+SYNTAXES = (
+    "1.2.840.10008.1.2.1", "1.2.840.10008.1.2", "1.2.840.10008.1.2.4.70", "1.2.840.10008.1.2.4.90",
+    "1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.51", "1.2.840.10008.1.2.4.80", "1.2.840.10008.1.2.5",
+    "1.2.840.10008.1.2.4.91", "1.2.840.10008.1.2.4.57", "1.2.840.10008.1.2.4.81", "1.2.840.10008.1.2.1.99",
+    "1.2.840.10008.1.2.2", "1.2.840.10008.1.2.4.201", "1.2.840.10008.1.2.4.202", "1.2.840.10008.1.2.4.203",
+    "1.2.840.10008.1.2.4.102", "1.2.840.10008.1.2.4.103", "1.2.840.10008.1.2.4.100", "1.2.840.10008.1.2.4.101",
+    "1.2.840.10008.1.2.4.104", "1.2.840.10008.1.2.4.105", "1.2.840.10008.1.2.4.106", "1.2.840.10008.1.2.4.107",
+    "1.2.840.10008.1.2.4.108", "1.2.840.10008.1.2.4.92", "1.2.840.10008.1.2.4.93", "1.2.840.10008.1.2.4.110",
+    "1.2.840.10008.1.2.4.111", "1.2.840.10008.1.2.4.112", "1.2.840.10008.1.2.1.98",
+)  # fmt: skip
+# For series of which the peer doesn't list the instances: what most studies are made of.
+USUAL_CLASSES = (
+    "1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.2.1", "1.2.840.10008.5.1.4.1.1.4",
+    "1.2.840.10008.5.1.4.1.1.4.1", "1.2.840.10008.5.1.4.1.1.1", "1.2.840.10008.5.1.4.1.1.1.1",
+    "1.2.840.10008.5.1.4.1.1.1.2", "1.2.840.10008.5.1.4.1.1.6.1", "1.2.840.10008.5.1.4.1.1.3.1",
+    "1.2.840.10008.5.1.4.1.1.7", "1.2.840.10008.5.1.4.1.1.12.1", "1.2.840.10008.5.1.4.1.1.20",
+    "1.2.840.10008.5.1.4.1.1.128", "1.2.840.10008.5.1.4.1.1.88.33", "1.2.840.10008.5.1.4.1.1.11.1",
+)  # fmt: skip
+
+_numbers = itertools.count(int(time.time()) % 30_000)  # message ids of moves: no two of this process at once alike
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The final response to a retrieval.
+
+    Attributes:
+        status: as the peer gave it.
+        completed, failed, warning: its sub-operation counters, None where it leaves one out.
+    """
+
+    status: int
+    completed: int | None = None
+    failed: int | None = None
+    warning: int | None = None
+    comment: str = ""
+
+    @property
+    def whole(self) -> bool:
+        """Whether the peer says that everything was sent, and that there was something."""
+        return self.status == 0 and not self.failed and (self.completed or self.warning or 0) > 0
+
+    @property
+    def refused(self) -> bool:
+        """Whether the peer did not do it at all."""
+        return self.status not in (0, WARNINGS) and not (self.completed or self.warning)
+
+    def __str__(self) -> str:
+        counts = [
+            f"{count} {name}"
+            for name, count in (
+                ("completed", self.completed),
+                ("failed", self.failed),
+                ("with a warning", self.warning),
+            )
+            if count is not None
+        ]
+        return ", ".join([f"status {self.status:04X}", *counts]) + (f" ({self.comment})" if self.comment else "")
+
+
+class Retriever(Conversation):
+    """An association on which series are asked for.
+
+    Attributes:
+        pairs: the storage contexts that were asked for; empty for C-MOVE.
+    """
+
+    def __init__(
+        self,
+        association: Association,
+        roots: tuple[str, str],
+        pairs: frozenset[Pair],
+        check: Callable[[], None],
+        throttle: Throttle,
+        moved: Callable[[int], None],
+    ) -> None:
+        super().__init__(association, check, throttle, moved)
+        self.pairs = pairs
+        self.root = next((root for root in roots if association.context(root) is not None), "")
+        self._context = association.context(self.root) or 0
+        by_number = {number: syntax for (_, syntax), number in association.accepted.items()}
+        self._storage = {number for (abstract, _), number in association.accepted.items() if abstract not in roots}
+        self._syntax = by_number.get(self._context, UNCOMPRESSED[0])
+        self._syntaxes = by_number
+
+    @property
+    def stores(self) -> bool:
+        """Whether the peer accepted any storage context."""
+        return bool(self._storage)
+
+    def _identifier(self, keys: Mapping[str, str]) -> bytes:
+        return identifier.built({key: value for key, value in keys.items() if value}, "", self._syntax)
+
+    def get(self, keys: Mapping[str, str], depot: Depot) -> Answer:
+        """Ask for instances on this association (C-GET), and take them.
+
+        Raises:
+            Interrupted, TimedOut: the association ended. Busy: the disk is full.
+        """
+        elements: dict[int, int | str | bytes] = {AFFECTED_CLASS: self.root, FIELD: C_GET_RQ, PRIORITY: MEDIUM}
+        self.ask(self._context, elements, self._identifier(keys))
+        while True:
+            command = self.command()
+            if command.kind == C_STORE_RQ:
+                self._store(command, depot)
+            elif command.kind == C_GET_RSP and (answer := self._answer(command, keys)):
+                return answer
+            elif command.kind not in (C_GET_RSP, C_STORE_RQ) and command.has_dataset:
+                self._skip()
+
+    def _store(self, command: Command, depot: Depot) -> None:
+        # On whatever context it comes, and whatever roles were granted: peers leave those items out.
+        syntax = self._syntaxes.get(command.context)
+        if syntax is None or not command.has_dataset:
+            raise Interrupted(f"{self.peer.where}: the peer sent an instance in a context that it did not accept")
+        try:
+            status = receive(self.stream, command, syntax, depot)
+        except Released as exc:
+            self.released = True
+            raise Interrupted(f"{self.peer.where}: the peer released the association") from exc
+        self.stream.send(pdus(command.context, response(command, status), None, self.association.max_send))
+        if depot.failure is not None:
+            raise depot.failure  # sources go on through A700: only the end of the association stops them
+
+    def move(self, keys: Mapping[str, str], destination: str, message_id: int, quiet: Callable[[], float]) -> Answer:
+        """Have instances sent to another association (C-MOVE), and wait for the peer's last word.
+
+        Args:
+            destination: AE title of who takes them.
+            message_id: by which they will be known as asked for.
+            quiet: returns when something was heard there last; silence here alone is none.
+
+        Raises:
+            Interrupted, TimedOut: the association ended.
+        """
+        self._message_id = message_id - 1
+        self.stream.quiet = quiet
+        elements: dict[int, int | str | bytes] = {
+            AFFECTED_CLASS: self.root, FIELD: C_MOVE_RQ, PRIORITY: MEDIUM, DESTINATION: destination,
+        }  # fmt: skip
+        self.ask(self._context, elements, self._identifier(keys))
+        while True:
+            command = self.command()
+            if command.kind == C_MOVE_RSP and (answer := self._answer(command, keys)):
+                return answer
+            if command.kind != C_MOVE_RSP and command.has_dataset:
+                self._skip()
+
+    def _answer(self, command: Command, keys: Mapping[str, str]) -> Answer | None:
+        """The final response; None if this is another."""
+        if command.has_dataset:
+            self._skip()
+        status = command.number(STATUS)
+        if status in PENDING:
+            return None
+        self._outstanding = False
+        if status is None:
+            raise Interrupted(f"{self.peer.where}: the peer answered without a status")
+        hidden = {form for key, value in keys.items() if key in PRIVATE for form in forms(value)}
+        return Answer(
+            status,
+            command.number(COMPLETED),
+            command.number(FAILED),
+            command.number(WARNING),
+            clean(command.text(COMMENT), hidden),
+        )
+
+    def _skip(self) -> None:
+        try:
+            self.stream.dataset(MAX_LIST)
+        except Released as exc:
+            self.released = True
+            raise Interrupted(f"{self.peer.where}: the peer released the association") from exc
+
+
+def next_message_id() -> int:
+    """Return a message id for a C-MOVE that no other one of this process has now."""
+    return next(_numbers) % 0xFFFF + 1
+
+
+def pairs_for(classes: Mapping[str, Iterable[str]]) -> list[Pair]:
+    """Return the storage contexts to ask for, for SOP classes and the syntaxes that are known of each (or none).
+
+    One context per class and syntax: of several syntaxes in one the peer would choose for all of a class. What a peer
+    names comes first; the rest of the 126 places is shared out.
+    """
+    room = MAX_CONTEXTS - 2
+    known: list[Pair] = []
+    for sop_class, syntaxes in classes.items():
+        known += [(sop_class, syntax) for syntax in syntaxes]
+    wanted = dict.fromkeys(known[:room])
+    for syntax in SYNTAXES:
+        for sop_class in classes:
+            if len(wanted) < room:
+                wanted[sop_class, syntax] = None
+    return list(wanted)
+
+
+def getter(
+    peer: Peer,
+    pairs: Sequence[Pair],
+    check: Callable[[], None],
+    throttle: Throttle,
+    moved: Callable[[int], None],
+) -> Retriever:
+    """Associate with a peer to retrieve by C-GET.
+
+    Raises:
+        As `associate`. A peer that doesn't do C-GET is seen by `root`.
+    """
+    classes = list(dict.fromkeys(sop_class for sop_class, _ in pairs))
+    contexts: list[tuple[str, Sequence[str]]] = [(STUDY_ROOT_GET, UNCOMPRESSED), (PATIENT_ROOT_GET, UNCOMPRESSED)]
+    contexts += [(sop_class, (syntax,)) for sop_class, syntax in pairs]
+    roles = [build_role(sop_class, scu_role=False, scp_role=True) for sop_class in classes]
+    association = associate(peer, contexts, check, negotiation=roles)
+    return Retriever(association, (STUDY_ROOT_GET, PATIENT_ROOT_GET), frozenset(pairs), check, throttle, moved)
+
+
+def mover(peer: Peer, check: Callable[[], None]) -> Retriever:
+    """Associate with a peer to retrieve by C-MOVE.
+
+    Raises:
+        As `associate`. A peer that doesn't do C-MOVE is seen by `root`.
+    """
+    association = associate(peer, [(STUDY_ROOT_MOVE, UNCOMPRESSED), (PATIENT_ROOT_MOVE, UNCOMPRESSED)], check)
+    return Retriever(
+        association, (STUDY_ROOT_MOVE, PATIENT_ROOT_MOVE), frozenset(), check, Throttle(None), lambda count: None
+    )
+
+
+def failure(peer: Peer, answer: Answer, destination: str = "") -> DispatchError | None:
+    """Return the error that a status means for everything that is still to be asked for, None if it means none."""
+    if answer.status == DESTINATION_UNKNOWN:
+        return Misconfigured(
+            f"{peer.where}: the peer doesn't know the move destination {destination}: register this AE title there, "
+            "with this machine's address and the port of the Storage SCP (settings scp_aet and scp_port)"
+        )
+    if answer.status == 0x0124:
+        return Denied(f"{peer.where}: the peer refuses the retrieval: {answer}")
+    return None

@@ -1,0 +1,98 @@
+"""What retrievals by C-MOVE have asked for: nothing else is taken by the Storage SCP that serves them."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from protocols.dimse.receive import NOT_AUTHORISED, Depot
+from protocols.dimse.scp import Caller
+from protocols.dimse.stream import AFFECTED_INSTANCE, ORIGINATOR, ORIGINATOR_ID, Command
+
+
+@dataclass(eq=False)
+class Expected:
+    """One C-MOVE that is under way.
+
+    Attributes:
+        originator, message_id: by which instances say whose move they belong to (PS3.7 section 9.1.1.1).
+        hosts: addresses that they may come from.
+        instances: their UIDs, None if they are not known.
+        heard: when something came last; `time.monotonic`.
+    """
+
+    originator: str
+    message_id: int
+    hosts: frozenset[str]
+    instances: frozenset[str] | None
+    depot: Depot
+    heard: float = field(default_factory=time.monotonic)
+
+    def last_heard(self) -> float:
+        """When something came last."""
+        return self.heard
+
+
+class MoveDesk:
+    """Knows the moves that are under way in this process."""
+
+    def __init__(self) -> None:
+        self._expected: list[Expected] = []
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def expecting(self, one: Expected) -> Iterator[None]:
+        """Take what belongs to this move until the block ends."""
+        with self._lock:
+            self._expected.append(one)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._expected.remove(one)
+
+    def admit(self, caller: Caller) -> bool:
+        """Return True if a peer at this address was asked for something."""
+        with self._lock:
+            return any(caller.host in one.hosts for one in self._expected)
+
+    def depot(self, caller: Caller, request: Command) -> tuple[Depot | None, int]:
+        """Return where an instance goes, or None and the status to refuse it with."""
+        one = self._of(caller, request)
+        return (None, NOT_AUTHORISED) if one is None else (one.depot, 0)
+
+    def heard(self, caller: Caller, request: Command | None) -> None:
+        """Take note that something comes."""
+        one = None if request is None else self._of(caller, request)
+        if one is not None:
+            one.heard = time.monotonic()
+
+    def _of(self, caller: Caller, request: Command) -> Expected | None:
+        originator, number = request.text(ORIGINATOR), request.number(ORIGINATOR_ID)
+        uid = request.text(AFFECTED_INSTANCE)
+        with self._lock:
+            found = [one for one in self._expected if caller.host in one.hosts]
+        if number is not None:
+            found = [one for one in found if one.message_id == number]
+        if originator:
+            found = [one for one in found if one.originator == originator]
+        named = [one for one in found if one.instances is not None and uid in one.instances]
+        if named:
+            return named[0]
+        return found[0] if len(found) == 1 else None
+
+
+def addresses(host: str, port: int) -> frozenset[str]:
+    """Return the addresses of a host as a listener sees them."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except OSError:
+        return frozenset()
+    return frozenset(str(address[0]).removeprefix("::ffff:") for *_, address in found)
+
+
+DESK = MoveDesk()

@@ -1,0 +1,109 @@
+"""How a search is split where a peer doesn't give all answers at once: by date, time of day, prefix, or modality.
+
+Each splitter returns searches that together find what the one before did, or nothing if it can't split it further.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable, Sequence
+from datetime import date, timedelta
+from typing import Any
+
+Keys = dict[str, str]
+Splitter = Callable[[Keys, Sequence[dict[str, Any]]], list[Keys]]
+
+DAY_S = 86_400
+SIGNS = string.digits + string.ascii_uppercase + string.ascii_lowercase + "-_./ ^"
+PREFIXED = ("PatientID", "AccessionNumber", "PatientName")
+MODALITIES = (
+    "CT", "MR", "CR", "DX", "US", "MG", "NM", "PT", "XA", "RF", "OT", "SC", "SR", "PR", "KO", "SEG", "RTSTRUCT",
+    "RTPLAN", "RTDOSE", "RTIMAGE", "REG", "ES", "ECG", "IO", "PX", "OP", "OPT", "SM", "GM", "XC", "BMD", "IVUS", "DOC",
+)  # fmt: skip
+EARLIEST, LATEST = date(1900, 1, 1), date(2199, 12, 31)
+
+
+def by_date(keys: Keys, found: Sequence[dict[str, Any]]) -> list[Keys]:
+    """Halve the dates, in the middle of what was found."""
+    dates = sorted(str(one.get("StudyDate", "")) for one in found)
+    if not all(_day(value) for value in dates):
+        return []  # what has no date is in no range
+    first, dash, last = keys.get("StudyDate", "-").partition("-")
+    if not dash:
+        return []
+    low, high = _day(first) or EARLIEST, _day(last) or LATEST
+    if low >= high:
+        return []
+    middle = _day(dates[(len(dates) - 1) // 2]) if dates else low + (high - low) // 2
+    middle = min(max(middle or low, low), high - timedelta(days=1))
+    ranges = [(low, middle), (middle + timedelta(days=1), high)]
+    return [keys | {"StudyDate": f"{begin:%Y%m%d}-{end:%Y%m%d}"} for begin, end in ranges]
+
+
+def by_time(keys: Keys, found: Sequence[dict[str, Any]]) -> list[Keys]:
+    """Halve the time of day, within one day."""
+    first, dash, last = keys.get("StudyDate", "-").partition("-")
+    if (dash and first != last) or not all(str(one.get("StudyTime", "")) for one in found):
+        return []
+    begin, _, end = keys.get("StudyTime", "000000-235959").partition("-")
+    low, high = _seconds(begin), _seconds(end)
+    if low >= high:
+        return []
+    middle = (low + high) // 2
+    return [keys | {"StudyTime": f"{_clock(a)}-{_clock(b)}"} for a, b in ((low, middle), (middle + 1, high))]
+
+
+def by_prefix(keys: Keys, found: Sequence[dict[str, Any]]) -> list[Keys]:
+    """Add one more character to what an identifier begins with."""
+    for key in PREFIXED:
+        value = keys.get(key, "*")
+        if value.endswith("*") and value.count("*") == 1 and "?" not in value and len(value) < 12:
+            prefix = value[:-1]
+            exact = [keys | {key: prefix}] if prefix else []
+            return exact + [keys | {key: f"{prefix}{sign}*"} for sign in SIGNS]
+    return []
+
+
+def by_modality(keys: Keys, found: Sequence[dict[str, Any]]) -> list[Keys]:
+    """Ask for one modality after another."""
+    if "ModalitiesInStudy" in keys:
+        return []
+    return [keys | {"ModalitiesInStudy": modality} for modality in MODALITIES]
+
+
+SPLITTERS: tuple[Splitter, ...] = (by_date, by_time, by_modality, by_prefix)
+
+
+def outside(part: Keys, whole: Keys, found: Sequence[dict[str, Any]]) -> bool:
+    """Return True if answers to a part of a search are none of it: the peer doesn't look at the key."""
+    return any(
+        one.get(key) not in (None, "") and not _is_in(key, value, one[key])
+        for key, value in part.items()
+        if value != whole.get(key)
+        for one in found
+    )
+
+
+def _is_in(key: str, wanted: str, value: Any) -> bool:
+    values = [str(each) for each in value] if isinstance(value, list) else [str(value)]
+    if key in ("StudyDate", "StudyTime"):
+        low, _, high = wanted.partition("-")
+        return any(low <= each[: len(low)] and each[: len(high)] <= high for each in values)
+    if wanted.endswith("*"):
+        return any(each.casefold().startswith(wanted[:-1].casefold()) for each in values)
+    return wanted.casefold() in {each.casefold() for each in values}
+
+
+def _day(text: str) -> date | None:
+    try:
+        return date(int(text[:4]), int(text[4:6]), int(text[6:8])) if len(text) == 8 else None
+    except ValueError:
+        return None
+
+
+def _seconds(text: str) -> int:
+    return int(text[:2]) * 3600 + int(text[2:4]) * 60 + int(text[4:6])
+
+
+def _clock(seconds: int) -> str:
+    return f"{seconds // 3600:02}{seconds // 60 % 60:02}{seconds % 60:02}"

@@ -1,0 +1,231 @@
+"""C-FIND over a connection of our own: a query's answers as they come.
+
+Sources: PS3.4 Annex C.4.1 (C-FIND, statuses), C.6.1 and C.6.2 (Patient Root, Study Root).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from types import TracebackType
+from typing import Any, Self
+
+from protocols.dimse import identifier
+from protocols.dimse.association import Association, associate
+from protocols.dimse.contexts import UNCOMPRESSED
+from protocols.dimse.message import RELEASE_RP_PDU
+from protocols.dimse.stream import (
+    AFFECTED_CLASS,
+    COMMENT,
+    DATASET_TYPE,
+    FIELD,
+    MESSAGE_ID,
+    PRIORITY,
+    RESPONDED_TO,
+    STATUS,
+    Command,
+    Released,
+    Stream,
+    encoded,
+    pdus,
+)
+from protocols.dimse.transport import Peer
+from protocols.net.hiding import forms
+from protocols.net.words import clean
+from transfer.errors import Busy, Denied, DispatchError, Interrupted, Misconfigured, TimedOut
+from transfer.throttle import Throttle
+
+STUDY_ROOT_FIND, PATIENT_ROOT_FIND = "1.2.840.10008.5.1.4.1.2.2.1", "1.2.840.10008.5.1.4.1.2.1.1"
+C_FIND_RQ, C_FIND_RSP, C_CANCEL_RQ, C_ECHO_RQ = 0x0020, 0x8020, 0x0FFF, 0x0030
+PENDING = (0xFF00, 0xFF01)  # PS3.4 table C.4-1
+MEDIUM, FOLLOWS = 0, 1
+PRIVATE = ("PatientName", "PatientID", "AccessionNumber")  # keys whose values show in no message
+
+
+class Conversation:
+    """An association whose connection is ours for as long as the block lasts; released at its end, or aborted."""
+
+    def __init__(
+        self,
+        association: Association,
+        check: Callable[[], None] = lambda: None,
+        throttle: Throttle | None = None,
+        moved: Callable[[int], None] = lambda count: None,
+    ) -> None:
+        self.association, self.peer = association, association.peer
+        self._check, self._throttle, self._moved = check, throttle or Throttle(None), moved
+        self._message_id = 0
+        self.released = False
+        self.stream: Stream
+
+    def __enter__(self) -> Self:
+        try:
+            sock = self.association.transport.lend(self._check)
+        except TimeoutError as exc:
+            self.association.drop()
+            raise TimedOut(f"{self.peer.where}: the peer fell silent for {self.peer.idle_timeout_s:g} s") from exc
+        except ConnectionError as exc:
+            self.association.drop()
+            raise Interrupted(f"{self.peer.where}: the peer ended the association") from exc
+        except BaseException:
+            self.association.drop()
+            raise
+        self.stream = Stream(
+            sock, self.peer.where, self.peer.idle_timeout_s, self._check, self._throttle, moved=self._moved
+        )
+        self.stream.feed(self.association.transport.ahead)
+        self.association.transport.ahead.clear()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.released:
+            with suppress(DispatchError):
+                self.stream.send(RELEASE_RP_PDU)
+            self.association.drop()
+        elif kind is None or (issubclass(kind, DispatchError) and not issubclass(kind, Interrupted | TimedOut)):
+            self._give_back()
+        else:
+            self.abort()
+
+    def _give_back(self) -> None:
+        idle = not self.stream.ahead and not self.stream.torn and not self._outstanding
+        self.association.transport.take_back()
+        if idle:
+            self.association.release()
+        else:
+            self.association.abort()
+
+    def abort(self) -> None:
+        """End the association at once."""
+        self.association.transport.take_back()
+        if self.stream.torn:
+            self.association.drop()
+        else:
+            self.association.abort()
+
+    _outstanding = False  # whether a request has no final response yet
+
+    def ask(self, context: int, elements: dict[int, int | str | bytes], data: bytes | None) -> int:
+        """Send a request, with a data set if there is one; return its message id."""
+        self._message_id = self._message_id % 0xFFFF + 1
+        dataset_type = 0x0101 if data is None else FOLLOWS
+        command = encoded({**elements, MESSAGE_ID: self._message_id, DATASET_TYPE: dataset_type})
+        self.stream.send(pdus(context, command, data, self.association.max_send))
+        self._outstanding = True
+        return self._message_id
+
+    def cancel(self, context: int, message_id: int) -> None:
+        """Ask the peer to stop what it answers (C-CANCEL, PS3.7 section 9.3.2.3); the final response still comes."""
+        command = encoded({FIELD: C_CANCEL_RQ, RESPONDED_TO: message_id, DATASET_TYPE: 0x0101})
+        self.stream.send(pdus(context, command, None, self.association.max_send))
+
+    def command(self) -> Command:
+        """Wait for the next message.
+
+        Raises:
+            Interrupted, TimedOut: the association ended.
+        """
+        try:
+            return self.stream.command()
+        except Released as exc:
+            self.released = True
+            raise Interrupted(f"{self.peer.where}: the peer released the association") from exc
+
+    def final(self, command: Command, keys: Mapping[str, str], doing: str) -> None:
+        """Raise an error for the final status of C-FIND that is not success."""
+        self._outstanding = False
+        code = command.number(STATUS)
+        if code is None:
+            raise Interrupted(f"{self.peer.where}: {doing} was answered without a status")
+        if code == 0:
+            return
+        hidden = {form for key, value in keys.items() if key in PRIVATE for form in forms(value)}
+        comment = clean(command.text(COMMENT), hidden)
+        text = f"{self.peer.where}: {doing} answered with status {code:04X}" + (f" ({comment})" if comment else "")
+        if code & 0xFF00 == 0xA700 or code == 0x0213:
+            raise Busy(text)
+        if code == 0x0124:
+            raise Denied(text)
+        if code == 0xFE00:
+            raise Interrupted(text)
+        raise Misconfigured(text)
+
+
+class Finder(Conversation):
+    """Asks one peer, query by query.
+
+    Attributes:
+        root: abstract syntax of the information model that the peer takes, Study Root where it can.
+    """
+
+    def __init__(self, association: Association, check: Callable[[], None] = lambda: None) -> None:
+        super().__init__(association, check)
+        roots = [root for root in (STUDY_ROOT_FIND, PATIENT_ROOT_FIND) if association.context(root) is not None]
+        self.root = roots[0]
+        context = association.context(self.root)
+        assert context is not None  # noqa: S101 - one of those that were accepted
+        self._context = context
+        self._syntax = next(syntax for (root, syntax), number in association.accepted.items() if number == context)
+
+    def ask_for(
+        self, level: str, keys: Mapping[str, str], wanted: Sequence[str] = (), charset: str = "", most: int = 0
+    ) -> Iterator[dict[str, Any]]:
+        """Yield what matches, as the peer gives it, values by keyword.
+
+        Args:
+            level: PATIENT, STUDY, SERIES or IMAGE.
+            keys: values to match.
+            wanted: keywords of further values in the answer.
+            charset: of the values, "" if they are ASCII.
+            most: after so many answers the peer is asked to stop; 0 for no limit.
+
+        Raises:
+            Interrupted, TimedOut: the answer is not complete. Busy: the peer has no room for it now, or gives no more.
+            Denied: not authorised. Misconfigured: the peer can't do this query; the message has its status.
+        """
+        values = dict.fromkeys(wanted, "") | dict(keys) | {"QueryRetrieveLevel": level}
+        data = identifier.built(values, charset, self._syntax)
+        message_id = self.ask(self._context, {AFFECTED_CLASS: self.root, FIELD: C_FIND_RQ, PRIORITY: MEDIUM}, data)
+        count, stopped = 0, False
+        while True:
+            command = self.command()
+            if command.kind == C_ECHO_RQ:
+                continue
+            if command.kind != C_FIND_RSP:
+                raise Interrupted(f"{self.peer.where}: the peer sent an unexpected message in answer to C-FIND")
+            answer = self._dataset() if command.has_dataset else b""
+            if command.number(STATUS) not in PENDING:
+                if stopped and command.number(STATUS) == 0xFE00:
+                    command[STATUS] = b"\0\0"
+                self.final(command, values, "C-FIND")
+                return
+            if stopped or not answer:
+                continue
+            count += 1
+            yield identifier.read(answer, self._syntax, charset)
+            if most and count >= most:
+                stopped = True
+                self.cancel(self._context, message_id)
+
+    def _dataset(self) -> bytes:
+        try:
+            return self.stream.dataset()
+        except Released as exc:
+            self.released = True
+            raise Interrupted(f"{self.peer.where}: the peer released the association") from exc
+
+
+def finder(peer: Peer, check: Callable[[], None] = lambda: None) -> Finder:
+    """Associate with a peer to query it; use what comes back as a context manager.
+
+    Raises:
+        Misconfigured: it accepts neither Study Root nor Patient Root C-FIND. Others: as `associate`.
+    """
+    association = associate(peer, [(STUDY_ROOT_FIND, UNCOMPRESSED), (PATIENT_ROOT_FIND, UNCOMPRESSED)], check)
+    if not association.accepted:
+        raise Misconfigured(
+            f"{peer.where}: the peer accepts neither Study Root nor Patient Root C-FIND: it can't be queried"
+        )
+    return Finder(association, check)

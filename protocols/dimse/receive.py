@@ -1,0 +1,244 @@
+"""Instances as they come by C-STORE: from the connection into a file, under its name when it is whole.
+
+A data set's bytes are written from the buffer that they were received in, by one writev(2) for many fragments. No
+element is parsed before the file is whole; memory doesn't grow with an instance or a study.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import struct
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pynetdicom import PYNETDICOM_IMPLEMENTATION_UID, PYNETDICOM_IMPLEMENTATION_VERSION
+
+from imaging.header import Damaged, Header, NotDicom, read_header
+from protocols.dimse.message import C_STORE_RSP, NO_DATASET
+from protocols.dimse.stream import (
+    AFFECTED_CLASS,
+    AFFECTED_INSTANCE,
+    DATASET_TYPE,
+    FIELD,
+    MESSAGE_ID,
+    RESPONDED_TO,
+    STATUS,
+    Command,
+    Stream,
+    encoded,
+)
+from protocols.files import partial
+from transfer.errors import DispatchError, Interrupted
+from transfer.plan import Item
+
+SUCCESS, OUT_OF_RESOURCES, MISMATCH, CANNOT_UNDERSTAND = 0x0000, 0xA700, 0xA900, 0xC000  # PS3.4 table B.2-1
+INVALID_INSTANCE, NOT_AUTHORISED = 0x0117, 0x0124  # PS3.7 Annex C
+UID = re.compile(r"[0-9.]{1,64}")  # PS3.5 section 9.1; becomes a file name
+PIECES = 512  # that writev(2) gets at once; it takes 1024
+
+
+@dataclass(eq=False)
+class Depot:
+    """A folder into which instances come, as `<SOP instance UID>.dcm`; safe to use from several threads.
+
+    Args:
+        refuse: returns why an instance is not wanted, "" if it is.
+        kept: called with each instance that has its name; may raise to end the association.
+        durable: whether file and name must be on the disk before an instance counts; else `settle` sees to that.
+
+    Attributes:
+        failure: why nothing more can be written.
+        refused: how many instances were not wanted, by reason.
+    """
+
+    folder: Path
+    refuse: Callable[[Header], str] = lambda header: ""
+    kept: Callable[[Item], None] = lambda item: None
+    durable: bool = True
+    failure: DispatchError | None = None
+    refused: dict[str, int] = field(default_factory=dict)
+    here: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self._lock = threading.Lock()
+        self._unsettled: list[str] = []
+        self._meta: dict[tuple[str, str], bytes] = {}
+
+    def meta(self, sop_class: str, uid: str, syntax: str) -> bytes:
+        """Preamble and file meta information (PS3.10 section 7.1)."""
+        tail = self._meta.get((sop_class, syntax))
+        if tail is None:
+            tail = self._meta[sop_class, syntax] = _uid_element(0x10, syntax) + _OURS
+        body = _VERSION + _uid_element(0x02, sop_class) + _uid_element(0x03, uid) + tail
+        return _PREAMBLE + len(body).to_bytes(4, "little") + body
+
+    def keep(self, file: Path, fd: int, size: int, uid: str) -> int:
+        """Give a whole file its name, if it is wanted and not there yet; return the status to answer with."""
+        try:
+            header = read_header(fd, size)
+        except (NotDicom, Damaged) as exc:
+            self._count(f"damaged: {exc}")
+            return CANNOT_UNDERSTAND
+        if header.SOPInstanceUID != uid:
+            self._count("another instance than the request names")
+            return MISMATCH
+        why = self.refuse(header)
+        if why:
+            self._count(why)
+            return NOT_AUTHORISED
+        with self._lock:
+            if uid in self.here:
+                return SUCCESS  # a second copy
+        if self.durable:
+            os.fdatasync(fd)
+        final = f"{self.folder}/{uid}.dcm"
+        os.rename(file, final)  # noqa: PTH104 - a Path costs more than the call
+        if self.durable:
+            self._sync_folder()
+        info = os.fstat(fd)
+        with self._lock:
+            if uid in self.here:
+                return SUCCESS
+            self.here.add(uid)
+            if not self.durable:
+                self._unsettled.append(final)
+        self.kept(Item(f"{uid}.dcm", size, info.st_mtime_ns, header))
+        return SUCCESS
+
+    def _count(self, why: str) -> None:
+        with self._lock:
+            self.refused[why] = self.refused.get(why, 0) + 1
+
+    def _sync_folder(self) -> None:
+        fd = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def settle(self) -> None:
+        """Make sure that what came is on the disk: all at once, which costs one commit of the file system's journal.
+
+        Raises:
+            Busy: the disk is full. Misconfigured: it can't be written to.
+        """
+        with self._lock:
+            files, self._unsettled = self._unsettled, []
+        if not files:
+            return
+        with partial.writing(self.folder):
+            for path in files:
+                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                try:
+                    os.fdatasync(fd)
+                finally:
+                    os.close(fd)
+            self._sync_folder()
+
+
+def receive(stream: Stream, request: Command, syntax: str, depot: Depot) -> int:
+    """Read the data set of a C-STORE request into a folder; return the status to answer with.
+
+    A folder that can't be written to is `depot.failure`: the rest of the data set is read and forgotten, and the
+    status is A700.
+
+    Raises:
+        Interrupted, TimedOut: the association ended; nothing is left of the file.
+    """
+    uid = request.text(AFFECTED_INSTANCE)
+    sop_class = request.text(AFFECTED_CLASS)
+    if not UID.fullmatch(uid) or not UID.fullmatch(sop_class):
+        stream.skip()
+        return INVALID_INSTANCE
+    try:
+        with partial.writing(depot.folder):
+            file, fd = partial.create(depot.folder)
+    except DispatchError as exc:
+        depot.failure = exc
+        stream.skip()
+        return OUT_OF_RESOURCES
+    try:
+        size = _spool(stream, fd, depot, depot.meta(sop_class, uid, syntax))
+        if depot.failure is not None:
+            return OUT_OF_RESOURCES
+        with partial.writing(depot.folder):
+            return depot.keep(file, fd, size, uid)
+    except DispatchError as exc:
+        if isinstance(exc, Interrupted) or exc.retryable is False:
+            raise
+        depot.failure = exc
+        return OUT_OF_RESOURCES
+    finally:
+        os.close(fd)
+        with suppress(OSError):  # it has its name by now
+            os.unlink(file)  # noqa: PTH108
+
+
+def _spool(stream: Stream, fd: int, depot: Depot, meta: bytes) -> int:
+    """Write a data set as it comes; returns the size of the file."""
+    pieces: list[bytes | memoryview] = [meta]
+    waiting = len(meta)
+    size = 0
+    while True:
+        view = stream.piece()
+        if view is None or len(pieces) >= PIECES:
+            size += _write(fd, pieces, waiting, depot)
+            pieces.clear()
+            waiting = 0
+            if view is None:
+                stream.fill()
+                continue
+        if stream.is_command:
+            raise Interrupted(f"{stream.where}: the peer sent a command where a data set belongs")
+        pieces.append(view)
+        waiting += len(view)
+        if stream.last:
+            return size + _write(fd, pieces, waiting, depot)
+
+
+def _write(fd: int, pieces: list[bytes | memoryview], count: int, depot: Depot) -> int:
+    if not count or depot.failure is not None:
+        return 0
+    try:
+        with partial.writing(depot.folder):
+            done = os.writev(fd, pieces)
+            while done < count:  # a disk that is almost full takes what fits
+                rest, skip = [], done
+                for piece in pieces:
+                    rest.append(piece[min(skip, len(piece)) :])
+                    skip -= min(skip, len(piece))
+                done += os.writev(fd, [piece for piece in rest if piece])
+    except DispatchError as exc:
+        depot.failure = exc
+    return count
+
+
+def response(request: Command, status: int) -> bytes:
+    """Return the command set of a C-STORE response (PS3.7 table 9.3-2)."""
+    return encoded(
+        {
+            AFFECTED_CLASS: request.get(AFFECTED_CLASS, b""),
+            FIELD: C_STORE_RSP,
+            RESPONDED_TO: request.number(MESSAGE_ID) or 0,
+            DATASET_TYPE: NO_DATASET,
+            STATUS: status,
+            AFFECTED_INSTANCE: request.get(AFFECTED_INSTANCE, b""),
+        }
+    )
+
+
+def _uid_element(element: int, uid: str) -> bytes:
+    raw = uid.encode("ascii")
+    raw += b"\0" * (len(raw) % 2)
+    return struct.pack("<HH2sH", 2, element, b"UI", len(raw)) + raw
+
+
+_PREAMBLE = bytes(128) + b"DICM" + struct.pack("<HH2sH", 2, 0, b"UL", 4)
+_VERSION = struct.pack("<HH2sHI", 2, 1, b"OB", 0, 2) + b"\0\1"
+_NAME = PYNETDICOM_IMPLEMENTATION_VERSION.encode("ascii")
+_NAME += b" " * (len(_NAME) % 2)
+_OURS = _uid_element(0x12, PYNETDICOM_IMPLEMENTATION_UID) + struct.pack("<HH2sH", 2, 0x13, b"SH", len(_NAME)) + _NAME

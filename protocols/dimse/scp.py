@@ -1,0 +1,292 @@
+"""The Storage SCP: takes instances that peers send, in threads of its own, one per association.
+
+It negotiates by itself, so that nothing of a library stands between the connection and the file, and takes every SOP
+class and transfer syntax as it is sent. Who may send what, and where it goes, is decided by its `Desk`: a retrieval
+by C-MOVE has one for what it asked for, a listener for modalities another.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import ssl
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Protocol
+
+from protocols.dimse import acceptance
+from protocols.dimse.acceptance import Proposal
+from protocols.dimse.message import C_ECHO_RQ, C_ECHO_RSP, C_STORE_RQ, NO_DATASET, RELEASE_RP_PDU
+from protocols.dimse.receive import OUT_OF_RESOURCES, Depot, receive, response
+from protocols.dimse.stream import (
+    AFFECTED_CLASS,
+    DATASET_TYPE,
+    FIELD,
+    MESSAGE_ID,
+    RESPONDED_TO,
+    STATUS,
+    Command,
+    Released,
+    Stream,
+    encoded,
+    pdus,
+)
+from protocols.dimse.transport import ABORT_PDU, VERIFICATION
+from transfer.errors import Cancelled, DispatchError, Interrupted
+
+logger = logging.getLogger(__name__)
+
+MAX_PDU = 131_072  # bytes, as we announce
+HANDSHAKE_S = 10  # for a peer to begin, and to shake hands
+IDLE_S = 60  # silence on an association after which it is ended
+BACKLOG = 128
+TLS_HANDSHAKE = b"\x16"  # how a TLS connection begins (RFC 8446 section 5.1)
+CALLED_UNKNOWN, CALLING_UNKNOWN = (1, 1, 7), (1, 1, 3)  # PS3.8 table 9-21: permanent, by the user, reason
+# Services that are not storage: query and retrieve, worklists, commitment, print, procedure steps, notifications.
+OTHERS = (
+    "1.2.840.10008.5.1.4.1.2.", "1.2.840.10008.5.1.4.31", "1.2.840.10008.1.20.", "1.2.840.10008.5.1.1.",
+    "1.2.840.10008.3.1.2.", "1.2.840.10008.5.1.4.32", "1.2.840.10008.5.1.4.33", "1.2.840.10008.5.1.4.34.",
+    "1.2.840.10008.5.1.4.37", "1.2.840.10008.5.1.4.38", "1.2.840.10008.5.1.4.39", "1.2.840.10008.5.1.4.1.1.200.",
+    "1.2.840.10008.1.40", "1.2.840.10008.1.42",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who has opened an association: AE titles and address."""
+
+    called: str
+    calling: str
+    host: str
+
+
+class Desk(Protocol):
+    """Decides what a Storage SCP takes."""
+
+    def admit(self, caller: Caller) -> bool:
+        """Return True if this peer may send anything now."""
+
+    def depot(self, caller: Caller, request: Command) -> tuple[Depot | None, int]:
+        """Return where an instance goes, or None and the status to refuse it with."""
+
+    def heard(self, caller: Caller, request: Command | None) -> None:
+        """Take note that something comes."""
+
+
+class StorageScp:
+    """A port on which instances are taken, from now on until `close`.
+
+    Raises:
+        OSError: the port can't be listened on.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        aet: str,
+        desk: Desk,
+        tls: ssl.SSLContext | None = None,
+        idle_timeout_s: float = IDLE_S,
+    ) -> None:
+        self.aet, self.desk, self.tls = aet, desk, tls
+        self._idle_timeout_s = idle_timeout_s
+        self._closed = threading.Event()
+        self._lock = threading.Lock()
+        self._open: set[socket.socket] = set()
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
+        self.port = int(self._listener.getsockname()[1])
+        self._thread = threading.Thread(target=self._accept, name="storage-scp", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Listen no more, and break the associations that are open."""
+        self._closed.set()
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._thread.join(HANDSHAKE_S)
+        self._listener.close()
+        with self._lock:
+            for sock in self._open:
+                with suppress(OSError):
+                    sock.shutdown(socket.SHUT_RDWR)
+
+    def _accept(self) -> None:
+        while not self._closed.is_set():
+            try:
+                sock, address = self._listener.accept()
+            except OSError:
+                if self._closed.wait(0.05):  # else out of descriptors, for one
+                    return
+                continue
+            with self._lock:
+                self._open.add(sock)
+            threading.Thread(target=self._run, args=(sock, str(address[0])), name="store", daemon=True).start()
+
+    def _run(self, sock: socket.socket, host: str) -> None:
+        served = sock
+        try:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.settimeout(HANDSHAKE_S)
+            first = sock.recv(1, socket.MSG_PEEK)
+            if first == TLS_HANDSHAKE and self.tls is not None:
+                served = self.tls.wrap_socket(sock, server_side=True)
+                with self._lock:
+                    self._open.add(served)
+            self._serve(served, host.removeprefix("::ffff:"))
+        except (OSError, DispatchError) as exc:
+            logger.info("association from %s ended: %s", host, exc)
+        except Exception:
+            logger.exception("association from %s ended", host)
+        finally:
+            with self._lock:
+                self._open -= {sock, served}
+            served.close()
+            sock.close()
+
+    def _serve(self, sock: socket.socket, host: str) -> None:
+        body = _request(sock)
+        try:
+            asked = acceptance.proposal(body)
+        except ValueError:
+            sock.sendall(ABORT_PDU)
+            return
+        caller = Caller(asked.called, asked.calling, host)
+        if asked.called != self.aet:
+            sock.sendall(acceptance.rejection(*CALLED_UNKNOWN))
+            return
+        if not self.desk.admit(caller):
+            sock.sendall(acceptance.rejection(*CALLING_UNKNOWN))
+            return
+        answer, contexts = acceptance.acceptance(body, asked, _choose, MAX_PDU)
+        sock.sendall(answer)
+        _Association(self, sock, caller, asked, contexts).run()
+
+    def check(self) -> None:
+        """Raise Cancelled once the SCP is closed."""
+        if self._closed.is_set():
+            raise Cancelled("the Storage SCP is closed")
+
+    def stream(self, sock: socket.socket, caller: Caller) -> Stream:
+        """Return a connection as messages."""
+        return Stream(sock, f"{caller.calling} at {caller.host}", self._idle_timeout_s, self.check)
+
+
+class _Association:
+    """One association of a peer's, from its acceptance to its end."""
+
+    def __init__(
+        self,
+        scp: StorageScp,
+        sock: socket.socket,
+        caller: Caller,
+        asked: Proposal,
+        contexts: dict[int, tuple[str, str]],
+    ) -> None:
+        self.desk, self.caller, self.contexts, self.max_pdu = scp.desk, caller, contexts, asked.max_pdu
+        self.stream = scp.stream(sock, caller)
+        self.request: Command | None = None
+        self.stream.moved = lambda count: self.desk.heard(self.caller, self.request)
+
+    def run(self) -> None:
+        stream = self.stream
+        try:
+            while True:
+                self.request = None
+                request = self.request = stream.command()
+                if request.kind == C_STORE_RQ:
+                    self._store(request)
+                elif request.kind == C_ECHO_RQ:
+                    self._answer_echo(request)
+                elif request.has_dataset:
+                    stream.skip()
+        except Released:
+            stream.send(RELEASE_RP_PDU)
+        except (DispatchError, OSError):
+            if not stream.torn:
+                with suppress(OSError):
+                    stream.sock.sendall(ABORT_PDU)
+            raise
+
+    def _store(self, request: Command) -> None:
+        if request.context not in self.contexts or not request.has_dataset:
+            raise Interrupted(f"{self.stream.where}: a request in a context that was not accepted")
+        depot, status = self.desk.depot(self.caller, request)
+        if depot is None:
+            self.stream.skip()
+        else:
+            status = receive(self.stream, request, self.contexts[request.context][1], depot)
+        self.stream.send(pdus(request.context, response(request, status), None, self.max_pdu))
+        if status == OUT_OF_RESOURCES and depot is not None and depot.failure is not None:
+            # Sources go on through A700; a full disk must not take the rest of the study one by one.
+            raise depot.failure
+
+    def _answer_echo(self, request: Command) -> None:
+        answer: dict[int, int | str | bytes] = {
+            AFFECTED_CLASS: VERIFICATION,
+            FIELD: C_ECHO_RSP,
+            RESPONDED_TO: request.number(MESSAGE_ID) or 0,
+            DATASET_TYPE: NO_DATASET,
+            STATUS: 0,
+        }
+        self.stream.send(pdus(request.context, encoded(answer), None, self.max_pdu))
+
+
+def _request(sock: socket.socket) -> bytes:
+    """Read an A-ASSOCIATE-RQ; return its variable field.
+
+    Raises:
+        Interrupted: it is something else.
+    """
+    kind, length = struct.unpack(">BxI", _exactly(sock, 6))
+    if kind != acceptance.REQUEST or length > acceptance.MAX_REQUEST:
+        raise Interrupted("what came is not an association request")
+    return _exactly(sock, length)
+
+
+def _exactly(sock: socket.socket, count: int) -> bytes:
+    data = bytearray()
+    while len(data) < count:
+        piece = sock.recv(count - len(data))
+        if not piece:
+            raise Interrupted("the peer closed the connection")
+        data += piece
+    return bytes(data)
+
+
+def _choose(abstract: str, offered: tuple[str, ...]) -> str | int:
+    """The first syntax that is offered, for any SOP class that is not another service's."""
+    if abstract.startswith(OTHERS):
+        return acceptance.NO_CLASS
+    return offered[0] if offered else acceptance.NO_SYNTAX
+
+
+_LOCK = threading.Lock()
+_SHARED: dict[tuple[str, int], tuple[StorageScp, int]] = {}
+
+
+@contextmanager
+def shared(host: str, port: int, make: Callable[[], StorageScp]) -> Iterator[StorageScp]:
+    """Listen on a port until the block ends; several blocks of one process share the SCP.
+
+    Raises:
+        OSError: the port can't be listened on.
+    """
+    with _LOCK:
+        scp, users = _SHARED.get((host, port), (None, 0))
+        scp = scp or make()
+        _SHARED[host, port] = scp, users + 1
+    try:
+        yield scp
+    finally:
+        with _LOCK:
+            scp, users = _SHARED[host, port]
+            if users == 1:
+                del _SHARED[host, port]
+                scp.close()
+            else:
+                _SHARED[host, port] = scp, users - 1

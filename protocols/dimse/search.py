@@ -1,0 +1,369 @@
+"""Searches by C-FIND: a query's studies and series, each once, whole, and only what the query really asks for.
+
+Peers differ: some ignore a key that they don't know, some refuse it, some match other things than they were asked
+for, some stop at a number of answers, with a status (A700) or without a word. So everything is compared with the
+query on this side, by the rules of `imaging.match`; an answer that may be cut short is asked for again in parts.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from imaging.match import in_days
+from imaging.query import Match, Query
+from protocols.dimse.accessions import Accessions
+from protocols.dimse.identifier import encodings
+from protocols.dimse.parts import SPLITTERS, Splitter, outside
+from protocols.dimse.query import PATIENT_ROOT_FIND, Finder
+from transfer.errors import Busy, DispatchError, Misconfigured
+from transfer.query import series_tests, study_tests
+
+logger = logging.getLogger(__name__)
+
+Answer = dict[str, Any]
+
+STUDY_FIELDS = (
+    "StudyInstanceUID", "StudyDate", "StudyTime", "AccessionNumber", "PatientID", "PatientName", "PatientBirthDate",
+    "PatientSex", "StudyID", "StudyDescription", "ReferringPhysicianName", "ModalitiesInStudy",
+    "NumberOfStudyRelatedSeries", "NumberOfStudyRelatedInstances",
+)  # fmt: skip
+SERIES_FIELDS = (
+    "SeriesInstanceUID", "Modality", "SeriesNumber", "SeriesDescription", "BodyPartExamined",
+    "NumberOfSeriesRelatedInstances",
+)  # fmt: skip
+IMAGE_FIELDS = ("SOPInstanceUID", "SOPClassUID", "AvailableTransferSyntaxUID")
+OPTIONAL = ("ModalitiesInStudy", "StudyDescription")  # keys that may be left out where a peer refuses them
+EXACT = ("StudyInstanceUID", "AccessionNumber")  # keys that narrow a search so far that nothing is cut short
+MOST_PROBED = 5000  # answers; whether more than these are all is not looked into
+# Numbers at which peers stop without a word.
+CAPS = frozenset((5, 10, 20, 25, 30, 50, 100, 150, 200, 250, 300, 400, 500, 1000, 1500, 2000, 2500, 3000, 5000))
+UID_LIST = 50  # UIDs in one query
+MAX_DEPTH = 60  # of parts of parts
+
+
+class Search:
+    """The studies, series and instances of one peer."""
+
+    def __init__(self, finder: Finder) -> None:
+        self.finder = finder
+        self._refused: set[str] = set()  # optional keys that this peer doesn't take
+        self._patients: dict[str, str] = {}  # PatientID by study, for peers of Patient Root
+
+    def find(self, query: Query) -> Iterator[Match]:
+        """Yield the studies or series that match, each once.
+
+        Raises:
+            Misconfigured: the query is none, or the peer can't answer it in full. Others: as `Finder.ask_for`.
+        """
+        of_series = dict(series_tests(query))
+        for study in self._studies(query):
+            if query.level == "series":
+                for series in self.series(str(study["StudyInstanceUID"]), query):
+                    yield Match({**study, **series}, count(series.get("NumberOfSeriesRelatedInstances")))
+            elif self._has_series(study, of_series, query):
+                yield Match(study, count(study.get("NumberOfStudyRelatedInstances")))
+
+    def series(self, study: str, query: Query) -> Iterator[Answer]:
+        """Yield the series of a study that match a query."""
+        tests = series_tests(query)
+        for found in self.answers("SERIES", {"StudyInstanceUID": study}, SERIES_FIELDS):
+            self._require(found, dict(tests))
+            if all(test(text(found.get(keyword))) for keyword, test in tests):
+                yield found
+
+    def _require(self, found: Answer, tests: Mapping[str, Any]) -> None:
+        """Refuse to filter by what the peer doesn't give: "nothing found" would be a lie."""
+        lacking = [keyword for keyword in tests if keyword not in found]
+        if lacking:
+            raise Misconfigured(
+                f"{self.finder.peer.where}: the peer's answers have no {', '.join(lacking)}: the query can't ask for it"
+            )
+
+    def images(self, study: str, series: str) -> list[Answer] | None:
+        """The instances of a series; None if the peer doesn't list them, or not all of them."""
+        keys = {"StudyInstanceUID": study, "SeriesInstanceUID": series}
+        try:
+            found = self.answers("IMAGE", keys, IMAGE_FIELDS)
+        except (Busy, Misconfigured):
+            return None
+        return found or None
+
+    def answers(self, level: str, keys: Mapping[str, str], fields: tuple[str, ...]) -> list[Answer]:
+        """Everything below a study or a series, each once."""
+        keys = dict(keys)
+        if self.finder.root == PATIENT_ROOT_FIND:
+            keys["PatientID"] = self._patients.get(keys["StudyInstanceUID"], "")
+        name = fields[0]
+        unique: dict[str, Answer] = {}
+        for one in self.finder.ask_for(level, keys, fields):
+            uid = str(one.get(name, ""))
+            if not uid:
+                raise Misconfigured(f"{self.finder.peer.where}: the peer answers at level {level} without {name}")
+            other = one.get("StudyInstanceUID"), one.get("SeriesInstanceUID")
+            if other[0] in (None, "", keys["StudyInstanceUID"]) and (
+                level == "SERIES" or other[1] in (None, "", keys["SeriesInstanceUID"])
+            ):
+                unique.setdefault(uid, one)
+        return list(unique.values())
+
+    # ---- studies
+
+    def _studies(self, query: Query) -> Iterator[Answer]:
+        tests = study_tests(query)
+        seen: set[str] = set()
+        for sent, study in self._candidates(query):
+            uid = str(study.get("StudyInstanceUID", ""))
+            if not uid:
+                raise Misconfigured(f"{self.finder.peer.where}: the peer answers without Study Instance UIDs")
+            # What the peer leaves out of its answer, though it was asked to match it, it is trusted with.
+            known = {keyword: test for keyword, test in tests if keyword in study or keyword not in sent}
+            if uid in seen:
+                continue
+            self._require(study, known)
+            if all(test(text(study.get(keyword))) for keyword, test in known.items()):
+                seen.add(uid)
+                self._patients[uid] = str(study.get("PatientID", ""))
+                yield study
+
+    def _candidates(self, query: Query) -> Iterator[tuple[Mapping[str, str], Answer]]:
+        """Studies that may match, with the keys that the peer was asked to match."""
+        for values in (query.AccessionNumber, query.StudyDescription, query.SeriesDescription):
+            if values and not any(value.strip() for value in values):
+                return  # blanks match nothing: not worth a list of all that there is
+        keys = {
+            keyword: value.strip()
+            for keyword, value in (
+                ("PatientID", query.PatientID),
+                ("PatientName", query.PatientName),
+                ("StudyDate", query.StudyDate.strip() and in_days(query.StudyDate)),
+            )
+            if value.strip()
+        }
+        modalities = listed(query.Modality)
+        if len(modalities) == 1:
+            keys["ModalitiesInStudy"] = modalities[0]
+        studies = listed(query.StudyInstanceUID)
+        if not studies and query.SeriesInstanceUID.strip():
+            studies = self._studies_of(listed(query.SeriesInstanceUID))
+        accessions = list(dict.fromkeys(value.strip() for value in query.AccessionNumber if value.strip()))
+        if studies:
+            yield from self._by_uid(
+                studies, keys | ({"AccessionNumber": accessions[0]} if len(accessions) == 1 else {})
+            )
+        elif accessions:
+            yield from Accessions(lambda given, most: self._worded({**keys, **given}, most)).find(accessions)
+        elif query.StudyDescription and not keys:
+            for value in query.StudyDescription:
+                yield from self._worded({"StudyDescription": value.strip().replace("\\", "?")})
+        else:
+            yield from self._worded(keys)
+
+    def _by_uid(self, uids: list[str], keys: dict[str, str]) -> Iterator[tuple[Mapping[str, str], Answer]]:
+        """Ask for studies by lists of UIDs, and for each alone that no list brings: not every peer takes lists."""
+        uids = list(dict.fromkeys(uids))
+        found: set[str] = set()
+        for start in range(0, len(uids), UID_LIST) if len(uids) > 1 else ():
+            some = uids[start : start + UID_LIST]
+            try:
+                for sent, one in self._worded(keys | {"StudyInstanceUID": "\\".join(some)}):
+                    if str(one.get("StudyInstanceUID", "")) in some:
+                        found.add(str(one["StudyInstanceUID"]))
+                        yield sent, one
+            except Misconfigured:
+                break
+        for uid in uids:
+            if uid not in found:
+                yield from self._worded(keys | {"StudyInstanceUID": uid})
+
+    def _studies_of(self, series: list[str]) -> list[str]:
+        """The studies that series belong to; none if the peer can't search for series without their study."""
+        found: list[str] = []
+        try:
+            for uid in series:
+                for one in self.finder.ask_for("SERIES", {"SeriesInstanceUID": uid}, ("StudyInstanceUID",)):
+                    if one.get("SeriesInstanceUID") == uid:
+                        found.append(str(one.get("StudyInstanceUID", "")))
+        except (Misconfigured, Busy):
+            return []
+        return [uid for uid in dict.fromkeys(found) if uid]
+
+    def _worded(self, keys: dict[str, str], most: int = 0) -> Iterator[tuple[Mapping[str, str], Answer]]:
+        """Ask in words that the peer takes: in one character set after another, without keys that it refuses."""
+        failed: DispatchError | None = None
+        answered = False
+        for wording, charset in self._wordings(keys):
+            wording = {key: value for key, value in wording.items() if key not in self._refused}
+            try:
+                found = self._asked(wording, charset, most)
+            except Misconfigured as exc:
+                failed = failed or exc
+                continue
+            answered = True
+            yield from ((wording, one) for one in found)
+            if found and charset == "":
+                return
+        if failed and not answered:
+            raise failed
+
+    def _wordings(self, keys: dict[str, str]) -> Iterator[tuple[dict[str, str], str]]:
+        """The keys as they are; for others than ASCII with wild cards instead, then in one character set after another.
+
+        Nobody says in which character sets a peer takes its questions, or has stored its names.
+        """
+        foreign = "".join(dict.fromkeys("".join(value for value in keys.values() if not value.isascii())))
+        if not foreign:
+            yield keys, ""
+            return
+        loose = {key: re.sub(r"[^\x00-\x7f]+", "*", value) for key, value in keys.items()}
+        if any(re.search(r"[A-Za-z0-9]", value) for value in loose.values()):
+            yield loose, ""
+        for charset in encodings(foreign):
+            yield keys, charset
+
+    def _asked(self, keys: dict[str, str], charset: str, most: int) -> list[Answer]:
+        while True:
+            try:
+                if most or any(key in keys and not re.search(r"[*?]", keys[key]) for key in EXACT):
+                    return list(self._at_study_level(keys, charset, most))
+                return self._whole(keys, charset, SPLITTERS)
+            except Misconfigured:
+                optional = next((key for key in OPTIONAL if key in keys), None)
+                if optional is None:
+                    raise
+                self._refused.add(optional)
+                keys = {key: value for key, value in keys.items() if key != optional}
+
+    def _at_study_level(self, keys: Mapping[str, str], charset: str, most: int = 0) -> Iterator[Answer]:
+        if self.finder.root != PATIENT_ROOT_FIND or re.fullmatch(r"[^*?]+", keys.get("PatientID", "")):
+            yield from self.finder.ask_for("STUDY", keys, STUDY_FIELDS, charset, most)
+            return
+        # Patient Root has studies below a patient only (PS3.4 section C.4.1.2.2.1).
+        patient = {key: value for key, value in keys.items() if key in ("PatientID", "PatientName")}
+        rest = {key: value for key, value in keys.items() if key not in patient}
+        ids = [
+            str(one.get("PatientID", ""))
+            for one in self.finder.ask_for("PATIENT", patient, ("PatientID", "PatientName"), charset)
+        ]
+        for patient_id in dict.fromkeys(filter(None, ids)):
+            for study in self.finder.ask_for("STUDY", rest | {"PatientID": patient_id}, STUDY_FIELDS, charset):
+                yield {"PatientID": patient_id} | study
+
+    # ---- answers that are cut short
+
+    def _whole(
+        self,
+        keys: dict[str, str],
+        charset: str,
+        splitters: tuple[Splitter, ...],
+        above: dict[str, str] | None = None,
+        depth: int = 0,
+    ) -> list[Answer]:
+        """All answers to a question, asked in parts if the peer doesn't give them at once.
+
+        Args:
+            above: the question of which this is a part.
+
+        Raises:
+            _Ignored: the peer answers as if this were no part.
+            Misconfigured: there is more than the peer gives, and no way to ask for it.
+        """
+        found: list[Answer] = []
+        busy: Busy | None = None
+        try:
+            found.extend(self._at_study_level(keys, charset))
+        except Busy as exc:
+            # It gave some and then had enough, or it says at once that there are too many.
+            busy = exc
+        uids = frozenset(str(one.get("StudyInstanceUID", "")) for one in found)
+        if above is not None and outside(keys, above, found):
+            raise _Ignored
+        if busy is None and not self._is_cut_short(keys, charset, found, uids):
+            return found
+        for place, splitter in enumerate(splitters):
+            parts = splitter(keys, found)
+            if not parts or depth >= MAX_DEPTH:
+                continue
+            try:
+                got = [one for part in parts for one in self._whole(part, charset, splitters[place:], keys, depth + 1)]
+            except _Ignored:
+                continue
+            except Misconfigured as exc:
+                if isinstance(exc, _CutShort):
+                    raise
+                continue  # it doesn't take this key, or no range or wild card in it
+            if uids <= {str(one.get("StudyInstanceUID", "")) for one in got}:
+                return got
+        if busy is not None and not found:
+            raise busy
+        raise _CutShort(f"{self.finder.peer.where}: the peer gives {len(found)} answers and has more: narrow the query")
+
+    def _is_cut_short(self, keys: dict[str, str], charset: str, found: list[Answer], uids: frozenset[str]) -> bool:
+        """Whether the peer has more than it gave without a word.
+
+        Shown by asking for parts of the same again, at both ends of the dates and, at a suspicious number, half of it.
+        """
+        dates = sorted({str(one.get("StudyDate", "")) for one in found})
+        if not 2 <= len(found) <= MOST_PROBED or not all(re.fullmatch(r"\d{8}", date) for date in dates):
+            return False
+        first, dash, last = keys.get("StudyDate", "-").partition("-")
+        if not dash or first == last != "":
+            return False
+        probes = [f"{first}-{dates[0]}", f"{dates[-1]}-{last}"]
+        if len(found) in CAPS:
+            probes.append(f"{first}-{dates[len(dates) // 2]}")
+        for period in probes:
+            low, _, high = period.partition("-")
+            answers = self._at_study_level(keys | {"StudyDate": period}, charset)
+            try:
+                for one in answers:
+                    date = str(one.get("StudyDate", ""))
+                    if str(one.get("StudyInstanceUID", "")) not in uids:
+                        return True
+                    if (low and date < low) or (high and date > high):
+                        return False  # it doesn't look at dates
+            except (Busy, Misconfigured):
+                return False
+            finally:
+                for _ in answers:  # the association is in use until the last has come
+                    pass
+        return False
+
+    def _has_series(self, study: Answer, tests: dict[str, Any], query: Query) -> bool:
+        """Whether one series of a study passes all tests that a query has for series."""
+        if not tests:
+            return True
+        modalities = study.get("ModalitiesInStudy")
+        if set(tests) == {"Modality"} and modalities:
+            every = [modalities] if isinstance(modalities, str) else modalities
+            return any(tests["Modality"](str(one)) for one in every)
+        found = list(self.series(str(study["StudyInstanceUID"]), query))
+        return bool(found)
+
+
+class _Ignored(Exception):
+    """A part of a question was answered like all of it."""
+
+
+class _CutShort(Misconfigured):
+    """There is more than the peer gives."""
+
+
+def listed(value: str) -> list[str]:
+    """Split a list of UIDs or codes."""
+    return [part.strip() for part in value.replace("\\", ",").split(",") if part.strip()]
+
+
+def text(value: Any) -> str:
+    """A value as text, several with a backslash between them."""
+    return "\\".join(str(one) for one in value) if isinstance(value, list) else "" if value is None else str(value)
+
+
+def count(value: Any) -> int | None:
+    """A value as a number; None if it is none."""
+    try:
+        return int(str(value))
+    except ValueError:
+        return None

@@ -1,0 +1,366 @@
+"""Messages on a connection: PDUs are cut up where they were received, so that no byte of a data set is copied.
+
+Used by both sides: by who asked for an association, on a connection lent by pynetdicom, and by the Storage SCP on its
+own. Everything that waits looks at `check` several times a second; a peer that is silent for too long has hung up.
+
+Sources: PS3.8 section 9.3 (PDUs) and Annex E.2 (fragments), PS3.7 section 6.3 and Annex E (command sets).
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+import ssl
+import struct
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from protocols.dimse.association import aborted
+from protocols.dimse.message import ABORT, COMMAND, LAST, NO_DATASET, P_DATA_TF, RELEASE_RQ, header
+from protocols.net.connection import SLICE_S
+from transfer.errors import Interrupted, TimedOut
+from transfer.throttle import Throttle
+
+BUFFER = 1 << 18  # bytes; more only helps instances of hundreds of megabytes
+MAX_COMMAND = 1 << 16  # bytes; command sets have some hundred
+MAX_IDENTIFIER = 1 << 20  # bytes; answers to C-FIND have some thousand
+MAX_LIST = 1 << 24  # bytes; UIDs of the instances that failed, 64 bytes each
+SHORT_PDU = 10  # bytes of the PDUs that end an association
+
+AFFECTED_CLASS, FIELD, MESSAGE_ID, RESPONDED_TO = 0x0002, 0x0100, 0x0110, 0x0120
+DESTINATION, PRIORITY, DATASET_TYPE, STATUS = 0x0600, 0x0700, 0x0800, 0x0900
+COMMENT, AFFECTED_INSTANCE = 0x0902, 0x1000
+REMAINING, COMPLETED, FAILED, WARNING = 0x1020, 0x1021, 0x1022, 0x1023
+ORIGINATOR, ORIGINATOR_ID = 0x1030, 0x1031
+
+_SLICE = struct.pack("ll", int(SLICE_S), int(SLICE_S % 1 * 1e6))  # struct timeval
+_ELEMENT = struct.Struct("<HHI")
+_PDU, _PDV = struct.Struct(">BxI"), struct.Struct(">IBB")
+
+
+class Released(Exception):
+    """The peer asked to release the association."""
+
+
+class Command(dict[int, bytes]):
+    """A command set: values by element number of group 0000.
+
+    Attributes:
+        context: of the presentation context that it came in.
+    """
+
+    context: int = 0
+
+    def number(self, element: int) -> int | None:
+        """The value of an element of VR US; None if it is absent or not one."""
+        value = self.get(element, b"")
+        return int.from_bytes(value, "little") if len(value) == 2 else None
+
+    def text(self, element: int) -> str:
+        """The value of an element as text without padding."""
+        raw = self.get(element, b"")
+        try:
+            text = raw.decode("utf-8")
+        except UnicodeDecodeError:
+            text = raw.decode("latin-1")
+        return "".join(c for c in text if c.isprintable()).strip()
+
+    @property
+    def has_dataset(self) -> bool:
+        return self.number(DATASET_TYPE) not in (None, NO_DATASET)
+
+    @property
+    def kind(self) -> int | None:
+        return self.number(FIELD)
+
+
+def decoded(raw: bytes | bytearray | memoryview, context: int = 0) -> Command:
+    """Read a command set; what is cut short is left out."""
+    command = Command()
+    command.context = context
+    pos, end = 0, len(raw)
+    while pos + 8 <= end:
+        group, element, length = _ELEMENT.unpack_from(raw, pos)
+        pos += 8
+        if group == 0 and pos + length <= end:
+            command[element] = bytes(raw[pos : pos + length])
+        pos += length
+    return command
+
+
+def encoded(elements: dict[int, int | str | bytes]) -> bytes:
+    """Return a command set with its group length: numbers as US, text as AE or UI."""
+    body = b"".join(_element(number, elements[number]) for number in sorted(elements))
+    return _ELEMENT.pack(0, 0, 4) + len(body).to_bytes(4, "little") + body
+
+
+def _element(number: int, value: int | str | bytes) -> bytes:
+    if isinstance(value, int):
+        raw = value.to_bytes(2, "little")
+    elif isinstance(value, str):
+        raw = value.encode("ascii", "replace")
+        raw += (b" " if number in (DESTINATION, ORIGINATOR) else b"\0") * (len(raw) % 2)
+    else:
+        raw = value + b" " * (len(value) % 2)
+    return _ELEMENT.pack(0, number, len(raw)) + raw
+
+
+def pdus(context: int, command: bytes, dataset: bytes | None, most: int) -> bytes:
+    """Return a message as P-DATA-TF PDUs of at most `most` bytes each (0 for any)."""
+    step = max(2, (most or BUFFER) - 6 & ~1)
+    made = []
+    for data, flag in ((command, COMMAND), (dataset, 0)):
+        if data is None:
+            continue
+        for pos in range(0, len(data) or 1, step):
+            piece = data[pos : pos + step]
+            made += [header(len(piece), context, flag | (LAST if pos + step >= len(data) else 0)), piece]
+    return b"".join(made)
+
+
+@dataclass
+class Stream:
+    """A connection as fragments of messages.
+
+    Attributes:
+        where: the peer, for messages.
+        heard: when something came from the peer last; `time.monotonic`.
+        quiet: called when nothing came for a while; returns when something was heard elsewhere (`time.monotonic`).
+        context, is_command, last: of the piece that `piece` returned; `last` with the end of its message part.
+        torn: whether the connection is in the middle of a PDU that we send, so that an abort can't be sent.
+    """
+
+    sock: socket.socket
+    where: str
+    idle_timeout_s: float
+    check: Callable[[], None] = lambda: None
+    throttle: Throttle = field(default_factory=lambda: Throttle(None))
+    quiet: Callable[[], float] = lambda: 0.0
+    moved: Callable[[int], None] = lambda count: None
+    what: str = "message"
+
+    def __post_init__(self) -> None:
+        self._memory = bytearray(BUFFER)
+        self._view = memoryview(self._memory)
+        self._begin = self._end = 0
+        self._pdu_left = self._pdv_left = 0
+        self._control = 0
+        self.context = 0
+        self.is_command = self.last = False
+        self.heard = time.monotonic()
+        self.torn = False
+        self._plain = not isinstance(self.sock, ssl.SSLSocket)
+        if self._plain:
+            # Time limits of the kernel's: those of Python's sockets cost a poll(2) before every call.
+            self.sock.settimeout(None)
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _SLICE)
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _SLICE)
+        else:
+            self.sock.settimeout(SLICE_S)
+
+    def feed(self, data: bytes | bytearray) -> None:
+        """Take what somebody else has read from the connection already."""
+        if len(data) > BUFFER - self._end:
+            raise Interrupted(f"{self.where}: the peer sent more than was asked for")
+        self._view[self._end : self._end + len(data)] = data
+        self._end += len(data)
+
+    @property
+    def ahead(self) -> bytes:
+        """What was read and not used."""
+        return bytes(self._view[self._begin : self._end])
+
+    # ---- reading
+
+    def piece(self) -> memoryview | None:
+        """Return the next part of a fragment that is in the buffer, None if more must be read (`fill`).
+
+        A part is valid until the next `fill`.
+
+        Raises:
+            Released: the peer asks for a release. Interrupted: it aborts, or what came makes no sense.
+        """
+        while True:
+            there = self._end - self._begin
+            if self._pdv_left:
+                count = min(self._pdv_left, there)
+                if not count:
+                    return None
+                self._pdv_left -= count
+                return self._part(count)
+            if self._pdu_left:
+                if there < 6:
+                    return None
+                length, self.context, control = _PDV.unpack_from(self._memory, self._begin)
+                if length < 2 or length + 4 > self._pdu_left:
+                    raise Interrupted(f"{self.where}: the peer sent a fragment of impossible length")
+                self._begin += 6
+                self._pdu_left -= length + 4
+                self._pdv_left = length - 2
+                self._control = control
+                self.is_command = bool(control & COMMAND)
+                if length == 2:
+                    return self._part(0)
+            elif not self._next_pdu(there):
+                return None
+
+    def _part(self, count: int) -> memoryview:
+        view = self._view[self._begin : self._begin + count]
+        self._begin += count
+        self.last = not self._pdv_left and bool(self._control & LAST)
+        return view
+
+    def _next_pdu(self, there: int) -> bool:
+        if there < 6:
+            return False
+        kind, length = _PDU.unpack_from(self._memory, self._begin)
+        if kind == P_DATA_TF:
+            self._begin += 6
+            self._pdu_left = length
+            return True
+        if kind not in (RELEASE_RQ, ABORT):
+            raise Interrupted(f"{self.where}: the peer sent what is no {self.what} (PDU type {kind:02X})")
+        if there < SHORT_PDU:
+            return False
+        body = self._view[self._begin + 6 : self._begin + SHORT_PDU]
+        self._begin += SHORT_PDU
+        if kind == RELEASE_RQ:
+            raise Released
+        raise Interrupted(f"{self.where}: {aborted(body[2], body[3])}")
+
+    def fill(self) -> None:
+        """Wait for bytes and read them; what `piece` has returned before is void.
+
+        Raises:
+            TimedOut: the peer is silent. Interrupted: the connection ended.
+        """
+        if self._begin == self._end:
+            self._begin = self._end = 0
+        elif self._begin:
+            left = self._end - self._begin
+            self._memory[:left] = self._memory[self._begin : self._end]
+            self._begin, self._end = 0, left
+        count = self._receive()
+        self._end += count
+        self.heard = time.monotonic()
+        self.moved(count)
+        wait = self.throttle.delay(count) if self.throttle.limit else 0.0
+        while wait > 0:
+            self.check()
+            time.sleep(min(wait, SLICE_S))
+            wait -= SLICE_S
+
+    def _receive(self) -> int:
+        begun = time.monotonic()
+        room = self._view[self._end :]
+        if self.throttle.limit:
+            room = room[: self.throttle.piece]
+        while True:
+            if self._plain:
+                # A peer with Nagle's algorithm waits for our ACK of a small piece, which we'd delay by 40 ms; the
+                # kernel forgets this setting, so that it is made each time.
+                self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+            try:
+                count = self.sock.recv_into(room)
+            except (BlockingIOError, TimeoutError, ssl.SSLWantReadError, ssl.SSLWantWriteError) as exc:
+                self.check()
+                if time.monotonic() - max(begun, self.heard, self.quiet()) >= self.idle_timeout_s:
+                    raise TimedOut(f"{self.where}: the peer was silent for {self.idle_timeout_s:g} s") from exc
+                continue
+            except OSError as exc:
+                raise Interrupted(f"{self.where}: the connection broke: {exc.strerror or exc}") from exc
+            if count == 0:
+                raise Interrupted(f"{self.where}: the peer closed the connection")
+            return count
+
+    def command(self) -> Command:
+        """Wait for the next command set.
+
+        Raises:
+            As `piece` and `fill`; Interrupted for a data set without a command.
+        """
+        collected = bytearray()
+        while True:
+            view = self.piece()
+            if view is None:
+                self.fill()
+                continue
+            if not self.is_command:
+                raise Interrupted(f"{self.where}: the peer sent a data set without a command")
+            if self.last and not collected:
+                return decoded(view, self.context)
+            collected += view
+            if len(collected) > MAX_COMMAND:
+                raise Interrupted(f"{self.where}: the peer sent a command set without end")
+            if self.last:
+                return decoded(collected, self.context)
+
+    def dataset(self, most: int = MAX_IDENTIFIER) -> bytes:
+        """Wait for the data set that belongs to the command before it."""
+        first: bytes | bytearray = b""
+        while True:
+            view = self.piece()
+            if view is None:
+                self.fill()
+                continue
+            if self.is_command:
+                raise Interrupted(f"{self.where}: the peer sent a command where a data set belongs")
+            if self.last and not first:
+                return bytes(view)
+            if not first:
+                first = bytearray()
+            first += view
+            if len(first) > most:
+                raise Interrupted(f"{self.where}: the peer sent a data set of more than {most} bytes")
+            if self.last:
+                return bytes(first)
+
+    def skip(self) -> None:
+        """Read the data set that belongs to the command before it, and forget it."""
+        while True:
+            view = self.piece()
+            if view is None:
+                self.fill()
+            elif self.last:
+                return
+
+    # ---- writing
+
+    def send(self, data: bytes) -> None:
+        """Write all bytes.
+
+        Raises:
+            TimedOut: the peer takes none. Interrupted: the connection ended.
+        """
+        left = memoryview(data)
+        last = time.monotonic()
+        self.torn = True
+        while left:
+            try:
+                count = self.sock.send(left)
+            except (BlockingIOError, TimeoutError, ssl.SSLWantReadError, ssl.SSLWantWriteError) as exc:
+                self.check()
+                if time.monotonic() - last >= self.idle_timeout_s:
+                    raise TimedOut(f"{self.where}: the peer took no bytes for {self.idle_timeout_s:g} s") from exc
+                continue
+            except OSError as exc:
+                raise self._broken(exc) from exc
+            left = left[count:]
+            last = time.monotonic()
+        self.torn = False
+
+    def _broken(self, exc: OSError) -> Interrupted:
+        """Name why the connection ended: an abort that the peer sent before says more than a reset."""
+        ready = select.poll()
+        ready.register(self.sock, select.POLLIN)
+        try:
+            while ready.poll(0):
+                self.fill()
+                while self.piece() is not None:
+                    pass
+        except (Interrupted, TimedOut) as told:
+            return told if isinstance(told, Interrupted) else Interrupted(told.message)
+        except (OSError, Released):
+            pass
+        return Interrupted(f"{self.where}: the peer broke the connection: {exc.strerror or exc}")

@@ -1,0 +1,118 @@
+"""Retrieval from a DICOM node: find first, fetch series by series, compare with what was announced."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+from imaging.query import Match, Query
+from protocols.dimse.pull import Destination, Pull, Series
+from protocols.dimse.query import finder
+from protocols.dimse.search import Search, count, text
+from protocols.dimse.transport import Peer
+from transfer.errors import NotFound
+from transfer.plan import Plan
+from transfer.query import series_tests
+from transfer.receipt import Level, PushReport, Receipt
+from transfer.throttle import Throttle
+
+SCP_PORT = 11_112  # unless TALARIA_SCP_PORT says otherwise; registered for DICOM
+
+
+def destination() -> Destination:
+    """Where C-MOVE sends to, as the settings `scp_aet`, `scp_port` and `scp_host` say."""
+    return Destination(
+        os.environ.get("TALARIA_SCP_AET") or "TALARIA",
+        int(os.environ.get("TALARIA_SCP_PORT") or SCP_PORT),
+        os.environ.get("TALARIA_SCP_HOST") or "",
+    )
+
+
+def retrieve(
+    peer: Peer,
+    query: Query,
+    folder: Path,
+    report: PushReport,
+    *,
+    name: str,
+    associations: int,
+    bandwidth_limit: int | None,
+) -> Receipt:
+    """Fetch what matches into a folder, as `<SOP instance UID>.dcm`; what is there already is not fetched again.
+
+    Raises:
+        NotFound: nothing matches.
+    """
+    with finder(peer, report.check) as asked:
+        search = Search(asked)
+        matches = list(search.find(replace(query, level="series")))
+        series = [_series(search, match) for match in matches]
+    if not series:
+        raise NotFound(f"{peer.where}: nothing matches the query")
+    pull = Pull(
+        peer,
+        series,
+        folder,
+        report,
+        associations=associations,
+        throttle=Throttle(bandwidth_limit),
+        destination=destination(),
+    )
+    plan = pull.run()
+    studies = {} if series_tests(query) else {match.StudyInstanceUID: announced(match) for match in matches}
+    receipt = report.receipt(name, plan, Level.ACCEPTED if pull.unproven else Level.LISTED, tuple(pull.notes))
+    return _compared(receipt, plan, series, studies, pull.unproven)
+
+
+def _series(search: Search, match: Match) -> Series:
+    images = search.images(match.StudyInstanceUID, match.SeriesInstanceUID)
+    return Series(
+        match.StudyInstanceUID,
+        match.SeriesInstanceUID,
+        match.instances,
+        None if images is None else {str(one["SOPInstanceUID"]): _kinds(one) for one in images},
+        str(match.attributes.get("PatientID", "")),
+    )
+
+
+def _kinds(image: dict[str, object]) -> tuple[str, tuple[str, ...]]:
+    """SOP class of an instance, and the transfer syntaxes that the peer says that it is available in."""
+    syntaxes = text(image.get("AvailableTransferSyntaxUID")).split("\\")
+    return text(image.get("SOPClassUID")), tuple(syntax for syntax in syntaxes if syntax)
+
+
+def announced(match: Match) -> int | None:
+    """How many instances the peer says that the match's study has."""
+    return count(match.attributes.get("NumberOfStudyRelatedInstances"))
+
+
+def _compared(
+    receipt: Receipt, plan: Plan, series: list[Series], studies: dict[str, int | None], unproven: list[str]
+) -> Receipt:
+    """Compare with the counts that the peer announced: what is short of them makes the receipt a partial one.
+
+    Args:
+        studies: what is announced of studies that all of was asked for.
+        unproven: series of which nothing says that they are whole.
+    """
+    # Every instance that is listed is in the plan, whether it came or not.
+    seen = Counter(item.header.SeriesInstanceUID for item in plan.items if item.header)
+    short, notes = 0, []
+    known: Counter[str] = Counter()
+    for one in series:
+        known[one.study] += max(one.announced or 0, seen[one.uid])
+        if one.announced is not None and seen[one.uid] < one.announced:
+            short += one.announced - seen[one.uid]
+            notes.append(f"series {one.uid}: {one.announced} instances are announced, {seen[one.uid]} are to be had")
+        elif not seen[one.uid]:
+            notes.append(f"series {one.uid}: nothing came")
+            short += 1
+        elif one.uid in unproven:
+            short += 1  # how many are missing is not known
+    for study, number in studies.items():
+        if number is not None and known[study] < number:  # a series is not listed
+            short += number - known[study]
+            notes.append(f"study {study}: {number} instances are announced, {known[study]} of them in its series")
+    return replace(receipt, missing=receipt.missing + short, notes=(*receipt.notes, *notes))

@@ -1,0 +1,229 @@
+"""C-FIND against a scripted archive: whole answers, filtered here, in every character set."""
+
+from __future__ import annotations
+
+import struct
+
+import pytest
+
+from imaging.query import Match, Query
+from protocols.dimse import identifier
+from protocols.dimse.query import finder
+from protocols.dimse.search import Search
+from protocols.dimse.transport import Peer
+from tests import studies
+from tests.servers import wire
+from tests.servers.qr import FIND, Archive, Request, archive
+from tests.servers.steps import REFUSED_CLASS
+from transfer.errors import Busy, DispatchError, Interrupted, Misconfigured
+
+STUDY_ROOT = "1.2.840.10008.5.1.4.1.2.2.1"
+
+
+def found(peer: Archive, query: Query) -> list[Match]:
+    with finder(Peer("127.0.0.1", peer.port, idle_timeout_s=5)) as asked:
+        return list(Search(asked).find(query))
+
+
+def files(count: int, **changes: object) -> list[bytes]:
+    """Studies of one instance each; a callable value is called with the study's number."""
+    return [
+        studies.encoded(
+            studies.dataset(
+                **{"AccessionNumber": f"A{n:04}", "PatientID": f"P{n:04}"}
+                | {key: value(n) if callable(value) else value for key, value in changes.items()}  # type: ignore[arg-type]
+            )
+        )
+        for n in range(count)
+    ]
+
+
+def accessions(matches: list[Match]) -> list[str]:
+    return sorted(str(match.attributes["AccessionNumber"]) for match in matches)
+
+
+@pytest.mark.parametrize("status", [0xA700, 0x0000])
+@pytest.mark.parametrize("limit", [5, 7])
+def test_more_matches_than_a_peer_gives_are_asked_for_by_date(limit: int, status: int) -> None:
+    days = [f"2024{month:02}{day:02}" for month in range(1, 6) for day in range(1, 9)]
+    with archive(files(40, StudyDate=lambda n: days[n]), limit=limit, limit_status=status) as peer:
+        assert len(found(peer, Query())) == 40
+        assert len(found(peer, Query(StudyDate="20240101-20240131"))) == 8
+
+
+@pytest.mark.parametrize("key", ["StudyTime", "Modality", "PatientID"])
+def test_more_matches_of_one_day_than_a_peer_gives_are_asked_for_by_what_else_there_is(key: str) -> None:
+    changes: dict[str, object] = {"StudyDate": "20240101", "PatientID": "P1"}
+    changes[key] = {
+        "StudyTime": lambda n: f"{n:02}0000",
+        "Modality": lambda n: ("CT", "MR", "US", "CR")[n % 4],
+        "PatientID": lambda n: f"P{n:04}",
+    }[key]
+    ignored = {"StudyTime", "ModalitiesInStudy", "PatientID", "PatientName", "AccessionNumber"} - {
+        "ModalitiesInStudy" if key == "Modality" else key
+    }
+    with archive(files(20, **changes), limit=5, limit_status=0xA700, ignores=frozenset(ignored)) as peer:
+        assert len(found(peer, Query())) == 20
+
+
+def test_what_cannot_be_split_is_an_error_that_says_so() -> None:
+    alike = files(12, StudyDate="20240101", StudyTime="120000", PatientID="P", AccessionNumber="A")
+    with archive(alike, limit=5, limit_status=0xA700) as peer, pytest.raises(DispatchError, match="gives 5 answers"):
+        found(peer, Query())
+
+
+def test_an_archive_without_room_is_busy() -> None:
+    with archive(files(2), refuses=lambda request: 0xA700) as peer, pytest.raises(Busy):
+        found(peer, Query())
+
+
+def test_keys_that_a_peer_ignores_are_matched_here() -> None:
+    ignored = frozenset(("PatientID", "StudyDate", "ModalitiesInStudy", "StudyDescription", "AccessionNumber"))
+    data = files(6, StudyDescription=lambda n: "Thorax" if n % 2 else "Kopf", StudyDate=lambda n: f"202401{n + 1:02}")
+    with archive(data, ignores=ignored) as peer:
+        assert accessions(found(peer, Query(PatientID="P0003"))) == ["A0003"]
+        assert accessions(found(peer, Query(StudyDate="20240103-20240104"))) == ["A0002", "A0003"]
+        assert accessions(found(peer, Query(StudyDescription=("Thorax",)))) == ["A0001", "A0003", "A0005"]
+        assert accessions(found(peer, Query(AccessionNumber=("A0001", "A0004")))) == ["A0001", "A0004"]
+
+
+def test_a_filter_on_what_answers_lack_is_an_error_not_nothing_found() -> None:
+    with archive(files(2), leaves_out=frozenset(("SeriesDescription",))) as peer:
+        with pytest.raises(Misconfigured, match="SeriesDescription"):
+            found(peer, Query(SeriesDescription=("x",), level="series"))
+        assert len(found(peer, Query(level="series"))) == 2
+
+
+def test_counts_that_answers_lack_are_not_known() -> None:
+    lacking = frozenset(("NumberOfStudyRelatedInstances", "NumberOfSeriesRelatedInstances", "ModalitiesInStudy"))
+    with archive(files(2), leaves_out=lacking) as peer:
+        assert [match.instances for match in found(peer, Query(Modality="CT"))] == [None, None]
+
+
+def test_answers_without_uids_are_an_error() -> None:
+    lacking = frozenset(("StudyInstanceUID",))
+    with archive(files(1), leaves_out=lacking) as peer, pytest.raises(Misconfigured, match="without Study Instance"):
+        found(peer, Query())
+
+
+def test_a_list_of_accession_numbers_is_found_whether_or_not_the_peer_takes_lists_or_wild_cards() -> None:
+    wanted = (*(f"A{n:04}" for n in range(0, 60, 2)), "NONE1", "NONE2")
+
+    def has(request: Request, signs: str) -> bool:
+        value = str(request.keys.get("AccessionNumber", ""))
+        return any(sign in value for sign in signs)
+
+    with archive(files(60)) as peer:  # matches a list as one value: "success, nothing", as dcmqrscp does
+        assert accessions(found(peer, Query(AccessionNumber=wanted))) == sorted(wanted[:-2])
+        assert len(peer.asked(FIND)) < 12
+        for missing in wanted[-2:]:
+            assert any(request.keys.AccessionNumber == missing for request in peer.asked(FIND))
+    with archive(files(60), refuses=lambda request: 0xC320 if has(request, "[*") else 0) as peer:
+        assert accessions(found(peer, Query(AccessionNumber=wanted))) == sorted(wanted[:-2])
+
+
+def test_wild_cards_that_are_refused_are_an_error() -> None:
+    def refuses(request: Request) -> int:
+        return 0xC000 if "*" in str(request.keys.get("PatientName", "")) else 0
+
+    with archive(files(2), refuses=refuses) as peer, pytest.raises(Misconfigured, match="C000"):
+        found(peer, Query(PatientName="A*"))
+
+
+def test_optional_keys_that_are_refused_are_left_out() -> None:
+    def refuses(request: Request) -> int:
+        return 0xA900 if request.keys.get("ModalitiesInStudy") else 0
+
+    with archive(files(4, Modality=lambda n: "CT" if n else "MR"), refuses=refuses) as peer:
+        assert accessions(found(peer, Query(Modality="MR"))) == ["A0000"]
+
+
+NAMES = {
+    "ISO_IR 100": "Müller^Jörg",
+    "ISO_IR 192": "Łukasz^Żółć",
+    "ISO 2022 IR 6\\ISO 2022 IR 87": "Yamada^Tarou=山田^太郎=やまだ^たろう",
+    "ISO 2022 IR 6\\ISO 2022 IR 149": "Hong^Gildong=洪^吉洞=홍^길동",
+    "GB18030": "Wang^XiaoDong=王^小东",
+}
+
+
+@pytest.mark.parametrize("charset", NAMES)
+def test_names_are_shown_right_and_found_in_every_character_set(charset: str) -> None:
+    name = NAMES[charset]
+    data = files(2, SpecificCharacterSet=charset.split("\\"), PatientName=lambda n: name if n else "Doe^J")
+    with archive(data) as peer:
+        assert [match.attributes["PatientName"] for match in found(peer, Query(AccessionNumber=("A0001",)))] == [name]
+        assert accessions(found(peer, Query(PatientName=name))) == ["A0001"]
+
+
+@pytest.mark.parametrize("charset", ["ISO_IR 192", "\\ISO 2022 IR 87", "GB18030"])
+def test_a_name_is_asked_for_in_the_character_set_that_the_peer_takes(charset: str) -> None:
+    term = charset.split("\\")
+    data = files(2, SpecificCharacterSet=term, PatientName=lambda n: "山田^太郎" if n else "Doe^J")
+
+    def refuses(request: Request) -> int:
+        asked = request.charset.replace("['', '", "\\").replace("']", "")
+        return 0 if asked in ("", charset) else 0xA900
+
+    with archive(data, refuses=refuses) as peer:
+        assert accessions(found(peer, Query(PatientName="山田^太郎"))) == ["A0001"]
+
+
+@pytest.mark.parametrize(
+    ("encoded", "called"),
+    [("ISO_IR 192", "ISO_IR 100"), ("ISO_IR 192", None), ("ISO_IR 100", "ISO_IR 192"), ("ISO_IR 100", None)],
+)
+def test_names_are_shown_right_though_the_character_set_is_called_another(encoded: str, called: str | None) -> None:
+    data = files(1, SpecificCharacterSet="ISO_IR 100", PatientName="Müller^Jörg")
+    with archive(data, answer_charset=(encoded, called)) as peer:
+        assert [match.attributes["PatientName"] for match in found(peer, Query())] == ["Müller^Jörg"]
+
+
+def test_a_peer_of_patient_root_only_is_asked_below_its_patients() -> None:
+    def refuses(request: Request) -> int:
+        return 0xA900 if request.level != "PATIENT" and not request.keys.get("PatientID") else 0
+
+    def accept(context: wire.Context) -> str | int:
+        return REFUSED_CLASS if context.abstract_syntax == STUDY_ROOT else context.offered[0]
+
+    with archive(files(3), refuses=refuses, accept=accept) as peer:
+        assert accessions(found(peer, Query(level="series"))) == ["A0000", "A0001", "A0002"]
+        assert accessions(found(peer, Query(PatientID="P0001"))) == ["A0001"]
+
+
+def test_a_peer_that_cannot_be_queried_says_so() -> None:
+    with archive([], accept=lambda context: REFUSED_CLASS) as peer, pytest.raises(Misconfigured, match="neither"):
+        found(peer, Query())
+
+
+def test_no_message_names_the_patient() -> None:
+    with archive(files(1), refuses=lambda request: 0xC000) as peer, pytest.raises(DispatchError) as caught:
+        found(peer, Query(PatientName=studies.PATIENT_NAME, PatientID=studies.PATIENT_ID))
+    assert not any(value in str(caught.value) for value in studies.PHI)
+
+
+def test_an_answer_that_ends_midway_is_no_answer() -> None:
+    with archive(files(3), max_pdu=16_384) as peer:
+        peer.write_size = 40
+        assert len(found(peer, Query())) == 3
+    with archive(files(3), refuses=lambda request: 0xFE00) as peer, pytest.raises(Interrupted):
+        found(peer, Query())
+
+
+def test_identifiers_are_read_whatever_is_in_them() -> None:
+    def element(tag: int, vr: bytes, value: bytes) -> bytes:
+        return struct.pack("<HH2sH", tag >> 16, tag & 0xFFFF, vr, len(value)) + value
+
+    sequence = struct.pack("<HH2sHI", 0x0008, 0x1115, b"SQ", 0, 0xFFFFFFFF)
+    item = struct.pack("<HHI", 0xFFFE, 0xE000, 0xFFFFFFFF) + element(0x00080060, b"CS", b"MR")
+    ends = struct.pack("<HHI", 0xFFFE, 0xE00D, 0) + struct.pack("<HHI", 0xFFFE, 0xE0DD, 0)
+    data = element(0x00080060, b"CS", b"CT") + sequence + item + ends + element(0x00091001, b"LO", b"private ")
+    data += (
+        element(0x00201208, b"IS", b"12") + element(0x00280010, b"US", b"\1\0") + element(0x00100010, b"PN", b"A^B ")
+    )
+    data = data[: data.index(b"PN") - 4] + element(0x00100010, b"PN", b"A^B ") + data[data.index(b"PN") + 8 :]
+    read = identifier.read(data, identifier.EXPLICIT_LITTLE)
+    assert read == {"Modality": "CT", "PatientName": "A^B", "NumberOfStudyRelatedInstances": 12, "Rows": 1}
+    for cut in range(len(data)):
+        identifier.read(data[:cut], identifier.EXPLICIT_LITTLE)
+        identifier.read(data[:cut], wire.IMPLICIT)

@@ -1,0 +1,73 @@
+"""Lists of accession numbers as people paste them: from a spreadsheet, a mail, a file."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from transfer.errors import Misconfigured
+
+MOST_CHARS = 64
+QUOTES = "\"'`\u2018\u2019\u201a\u201b\u201c\u201d\u201e\u00ab\u00bb"
+# A column's title, which comes along when the column is copied.
+TITLES = frozenset(("accession", "accessionnumber", "accessionno", "accno", "acc", "accessions", "accessionnumbers"))
+_BETWEEN = re.compile(r"[\s,;\u00a0\u200b\ufeff\u2060]+")
+BOMS = ((b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"))
+
+
+def accessions(text: str) -> tuple[str, ...]:
+    """Return the accession numbers of a text, each once, in order.
+
+    Separated by commas, semicolons, blanks, tabs or new lines; quotes around one, byte-order marks and the title of a
+    column are dropped. In double quotes a number may hold blanks and commas.
+
+    Raises:
+        Misconfigured: a value that is no accession number (too long, or with control characters or a backslash).
+    """
+    found: dict[str, None] = {}
+    for value in _values(text):
+        if len(value) > MOST_CHARS or "\\" in value or not value.isprintable():
+            raise Misconfigured(
+                f"an accession number must have at most {MOST_CHARS} printable characters, no backslash"
+            )
+        found[value] = None
+    first = next(iter(found), "")
+    if re.sub(r"[^a-z]", "", first.lower()) in TITLES and not re.search(r"\d", first) and len(found) > 1:
+        del found[first]
+    return tuple(found)
+
+
+def _values(text: str) -> list[str]:
+    values: list[str] = []
+    for quoted, plain in re.findall(r'"([^"\n\r]*)"|([^"]+)', _titled(text)):
+        parts = [quoted] if quoted else _BETWEEN.split(plain)
+        values += [part.strip().strip(QUOTES).strip() for part in parts]
+    return [value for value in values if value]
+
+
+def _titled(text: str) -> str:
+    """The text with a title of two words in one, so that it is known as such."""
+    return re.sub(r"\A[\s\ufeff\"']*(accession)[ _]+(numbers?|no\.?)[\"']?(?=\s*[\n\r,;\t])", r"accessionnumber", text,
+                  flags=re.IGNORECASE)  # fmt: skip
+
+
+def from_file(path: Path) -> tuple[str, ...]:
+    """Return the accession numbers of a text file, UTF-8, UTF-16 or Latin-1.
+
+    Raises:
+        Misconfigured: it can't be read, or is no text.
+    """
+    try:
+        raw = path.read_bytes()
+    except OSError as exc:
+        raise Misconfigured(f"{path}: {exc.strerror}") from exc
+    for bom, encoding in BOMS:
+        if raw.startswith(bom):
+            return accessions(raw.decode(encoding, "replace"))
+    if b"\0" in raw:
+        raise Misconfigured(f"{path} is not a text file: save the list as text or CSV")
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = raw.decode("latin-1")
+    return accessions(text)
