@@ -58,7 +58,7 @@ class Scan:
 
 
 @dataclass(frozen=True)
-class Session:
+class ImageSession:
     """An archived session. What names a patient stays out of `repr`."""
 
     id: str
@@ -69,7 +69,7 @@ class Session:
 
 
 @dataclass(frozen=True)
-class Entry:
+class CatalogEntry:
     """A session in the prearchive."""
 
     project: str
@@ -104,7 +104,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Place:
+class ArchivePlace:
     """Where an import said that it put a session: an URI of its answer."""
 
     kind: str  # archive, prearchive or direct-archive
@@ -166,14 +166,14 @@ def table(answer: requests.Response) -> list[dict[str, Any]]:
     return list(csv.DictReader(io.StringIO(text)))
 
 
-def session_of(document: Any) -> Session:
+def session_of(document: Any) -> ImageSession:
     """The session that XNAT's JSON form of an item describes."""
     try:
         item = document["items"][0]
         facts = item["data_fields"]
         scans = tuple(_scan(scan) for scan in _children(item, "scans/scan"))
         number, uid, label, patient = (str(facts.get(name, "")) for name in ("ID", "UID", "label", "dcmPatientId"))
-        return Session(number, uid, label, patient, scans)
+        return ImageSession(number, uid, label, patient, scans)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as exc:
         raise Refused(200, "the answer is not the description of a session", page=True) from exc
 
@@ -188,18 +188,20 @@ def _scan(item: dict[str, Any]) -> Scan:
     return Scan(str(facts.get("ID", "")), str(facts.get("UID", "")), files)
 
 
-def entry_of(row: dict[str, Any]) -> Entry:
-    return Entry(*(value_of(row, name) for name in ("project", "timestamp", "foldername", "name", "tag", "status")))
+def entry_of(row: dict[str, Any]) -> CatalogEntry:
+    return CatalogEntry(
+        *(value_of(row, name) for name in ("project", "timestamp", "foldername", "name", "tag", "status"))
+    )
 
 
-def places(text: str) -> Iterator[Place]:
+def places(text: str) -> Iterator[ArchivePlace]:
     """The URIs of an import's answer: with or without /data before them, ended by any kind of line end."""
     for line in text.split():
         found = _URI.search(line)
         if not found:
             raise Refused(200, "the answer is not a list of sessions", page=True)
         kind, direct, project, rest = found.groups()
-        yield Place(kind or direct, unquote(project), unquote(rest or ""))
+        yield ArchivePlace(kind or direct, unquote(project), unquote(rest or ""))
 
 
 def is_page(answer: requests.Response) -> bool:

@@ -1,21 +1,26 @@
 """XNAT's REST interface, as far as a delivery needs it: log in, look, import, watch the prearchive, log out.
 
-Speaks through a session of pyxnat, whose own judgement of answers is left aside: it takes a failed login for an old
-server, and its parser of error pages fails on every one of them (UnboundLocalError, pyxnat 1.6.4).
+pyxnat carries what it has: the login, every request, the list of projects, and scans, resources and files of the
+prearchive. It has no search by study or by permission, and no single entry of the prearchive: those are asked for by
+their paths. Each answer is judged before pyxnat sees it, because its own judgement takes a failed login for an old
+server, and fails on every error page (UnboundLocalError, pyxnat 1.6.4).
 
 Source: XNAT 1.8's own REST classes (DicomZipImporter, GradualDicomImporter, PrearcSessionArchiver, ScanList, FileList).
 """
 
 from __future__ import annotations
 
+import csv
 import json
 import re
+import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from importlib import import_module
+from types import ModuleType
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import unquote, urlsplit
 
 import requests
 from requests.auth import HTTPBasicAuth
@@ -24,10 +29,10 @@ from protocols.http.adapter import Adapter
 from protocols.http.session import Body
 from protocols.http.session import Session as Http
 from protocols.xnat.answers import (
-    Entry,
-    Place,
+    ArchivePlace,
+    CatalogEntry,
+    ImageSession,
     Refused,
-    Session,
     entry_of,
     judged,
     line,
@@ -43,7 +48,23 @@ CLOSE_S = 3.0  # for the last request of all; a cancelled push must be over with
 ZIP = "application/zip"
 IMAGE_SESSION = "xnat:imageSessionData"
 
+_SESSION_ID = re.compile(r"[\w.-]{8,200}")
 _SCAN = re.compile(r"/scans/([^/]+)/")
+
+
+# Columns of the tables that pyxnat reads, by the last part of their path. It takes one without them for an empty one.
+_COLUMNS = {"projects": "ID", "scans": "ID", "resources": "label", "files": "Name"}
+
+
+def _pyxnat() -> ModuleType:
+    """Import pyxnat without what its constructor looks for: modules that import pandas and nibabel (3 s, 56 MB).
+
+    They add methods to objects that nobody here uses. The name is private: `tests/protocols/test_xnat_client.py` tells
+    when another version, which `pyproject.toml` keeps out, has it no more.
+    """
+    interfaces = import_module("pyxnat.core.interfaces")
+    interfaces.__find_all_functions__ = lambda modules: {}  # type: ignore[attr-defined]
+    return import_module("pyxnat")
 
 
 class Client:
@@ -65,19 +86,20 @@ class Client:
         connect: Callable[[Callable[[], None]], Http],
         check: Callable[[], None],
     ) -> None:
-        # pyxnat brings pandas and nibabel: seconds, which only those shall pay who use it.
-        self._interface: Any = import_module("pyxnat").Interface(server=url, user=user, password=password, verify=True)
+        self._interface: Any = _pyxnat().Interface(server=url, user=user, password=password, verify=True)
         self._session: requests.Session = self._interface._http
         # Bytes: requests would encode text as Latin-1, XNAT reads UTF-8.
         self._session.auth = HTTPBasicAuth(user.encode(), password.encode())
         self._session.trust_env = False  # no .netrc, proxy or certificate bundle of the environment
         self._session.proxies = {}
         self._session.headers["User-Agent"] = "talaria"  # a browser would be sent to the login page, not refused
+        self._session.hooks["response"] = [self._judge]
         self._connect = connect
+        self._failed = _Failed()
         self._mount(check)
 
     def _mount(self, check: Callable[[], None]) -> None:
-        adapter = Adapter(self._connect(check))
+        adapter = _Noted(self._connect(check), self._failed)
         self._session.mount("http://", adapter)
         self._session.mount("https://", adapter)
 
@@ -87,10 +109,7 @@ class Client:
         Raises:
             Refused: the credentials are not accepted (401), or this is no XNAT.
         """
-        answer = judged(self._interface.get("/data/JSESSION", allow_redirects=False))
-        text = answer.text.strip()
-        if not re.fullmatch(r"[\w.-]{8,200}", text):
-            raise Refused(answer.status_code, words_of(answer), page=True)
+        self._interface._get_entry_point()
 
     def close(self) -> None:
         """End the session at XNAT, whatever happened before, within `CLOSE_S`; never raises."""
@@ -104,7 +123,7 @@ class Client:
         self._mount(hurry)
         if self._session.cookies:  # it may have been opened by a request that failed
             with suppress(Exception):
-                self._interface.delete("/data/JSESSION", allow_redirects=False)
+                self._interface.close_jsession()
         self._session.close()
 
     def version(self) -> str:
@@ -119,9 +138,10 @@ class Client:
 
     def projects(self, permission: str = "") -> set[str]:
         """IDs of the projects that the user sees, or may do something in: `create`, `edit`, `read`, `delete`."""
-        query = {"columns": "ID", "format": "json"}
-        if permission:
-            query = {"permissions": permission, "dataType": "xnat:subjectData", "format": "json"}
+        if not permission:
+            with self._read_by_pyxnat():
+                return set(self._interface.select.projects().get())
+        query = {"permissions": permission, "dataType": "xnat:subjectData", "format": "json"}
         return {value_of(row, "id") for row in self._rows("/data/projects", query)}
 
     def sessions_of(self, project: str, uid: str) -> list[tuple[str, str]]:
@@ -150,7 +170,7 @@ class Client:
                 return []
             raise
 
-    def session(self, project: str, label: str) -> Session | None:
+    def session(self, project: str, label: str) -> ImageSession | None:
         """The archived session with that label, None if there is none."""
         path = f"/data/projects/{part(project)}/experiments/{part(label)}"
         try:
@@ -176,12 +196,12 @@ class Client:
             found.append((unquote(scan[1]) if scan else "", value_of(row, "name")))
         return found
 
-    def prearchive(self, project: str) -> list[Entry]:
+    def prearchive(self, project: str) -> list[CatalogEntry]:
         """What is in a project's prearchive."""
         rows = self._rows(f"/data/prearchive/projects/{part(project)}", {"format": "json"})
         return [entry_of(row) for row in rows]
 
-    def entry(self, entry: Entry) -> Entry | None:
+    def entry(self, entry: CatalogEntry) -> CatalogEntry | None:
         """The same entry as it is now, None if it is gone."""
         try:
             rows = self._rows(entry.path, {"format": "json"})
@@ -191,21 +211,21 @@ class Client:
             raise
         return entry_of(rows[0]) if rows else None
 
-    def entry_files(self, entry: Entry) -> list[str]:
+    def entry_files(self, entry: CatalogEntry) -> list[str]:
         """Names of the files of all scans of an entry."""
-        names: list[str] = []
-        for scan in self._rows(f"{entry.path}/scans", {"format": "json"}):
-            resources = f"{entry.path}/scans/{part(value_of(scan, 'id'))}/resources"
-            for resource in self._rows(resources, {"format": "json"}):
-                files = f"{resources}/{part(value_of(resource, 'label'))}/files"
-                names += (value_of(row, "name") for row in self._rows(files, {"format": "json"}))
+        prearchive, names = self._interface.manage.prearchive, []
+        triple = [part(entry.project), part(entry.timestamp), part(entry.folder)]
+        with self._read_by_pyxnat():
+            for scan in map(part, _all(prearchive.get_scans(triple))):
+                for resource in map(part, _all(prearchive.get_resources(triple, scan))):
+                    names += _all(prearchive.get_files(triple, scan, resource))
         return names
 
-    def discard(self, entry: Entry) -> None:
+    def discard(self, entry: CatalogEntry) -> None:
         """Delete an entry of the prearchive."""
-        judged(self._interface.delete(entry.path, allow_redirects=False))
+        self._interface.delete(entry.path, allow_redirects=False)
 
-    def log_of(self, entry: Entry) -> str:
+    def log_of(self, entry: CatalogEntry) -> str:
         """The last words that XNAT wrote of an entry, "" if it wrote none or doesn't show them."""
         with suppress(Refused):
             answer = self._get(f"{entry.path}/logs/last", {"format": "json"})
@@ -215,21 +235,40 @@ class Client:
             return line(answer.text)
         return ""
 
-    def import_zip(self, query: dict[str, str], body: Body) -> list[Place]:
+    def import_zip(self, query: dict[str, str], body: Body) -> list[ArchivePlace]:
         """Send a zip to the import service; return where its sessions went, none if XNAT took nothing."""
-        answer = judged(
-            self._interface.post(
-                "/data/services/import",
-                params={"import-handler": "DICOM-zip", "inbody": "true", **query},
-                data=body,
-                headers={"Content-Type": ZIP, "Accept": "*/*"},
-                allow_redirects=False,
-            )
+        answer = self._interface.post(
+            "/data/services/import",
+            params={"import-handler": "DICOM-zip", "inbody": "true", **query},
+            data=body,
+            headers={"Content-Type": ZIP, "Accept": "*/*"},
+            allow_redirects=False,
         )
         return list(places(answer.text))
 
+    def _judge(self, answer: requests.Response, *_: Any, **__: Any) -> None:
+        """Raise Refused for an answer without the data that was asked for. `requests` calls it for every answer."""
+        self._session.cookies.update(answer.cookies)  # of a refusal too: there may be a session to end
+        try:
+            _fit(answer)
+        except Refused as exc:
+            self._failed.error = exc
+            raise
+
+    @contextmanager
+    def _read_by_pyxnat(self) -> Iterator[None]:
+        """Raise what happened while pyxnat was asking: it takes some errors for an empty list, or fails on them."""
+        self._failed.error = None
+        try:
+            yield
+        except (LookupError, ValueError, StopIteration, csv.Error) as exc:
+            raise Refused(200, "the answer is not a table", page=True) from exc
+        if self._failed.error:
+            raise self._failed.error
+
     def _get(self, path: str, query: dict[str, str] | None = None) -> requests.Response:
-        return judged(self._interface.get(path, params=query, allow_redirects=False))
+        answer: requests.Response = self._interface.get(path, params=query, allow_redirects=False)
+        return answer
 
     def _json(self, path: str, query: dict[str, str]) -> Any:
         answer = self._get(path, query)
@@ -244,3 +283,42 @@ class Client:
             return table(answer)
         except ValueError as exc:
             raise Refused(answer.status_code, "the answer is not a table", page=True) from exc
+
+
+def _fit(answer: requests.Response) -> None:
+    """Raise Refused for an answer that is not what was asked for, or that pyxnat can't read."""
+    judged(answer)
+    url = urlsplit(answer.request.url or "")
+    last = url.path.rpartition("/")[2]
+    if last == "JSESSION" and answer.request.method == "GET" and not _SESSION_ID.fullmatch(answer.text.strip()):
+        raise Refused(answer.status_code, words_of(answer), page=True)
+    if "format=csv" in url.query and last in _COLUMNS:
+        head = next(csv.reader([answer.text.partition("\n")[0]]), [])
+        if "csv" not in answer.headers.get("Content-Type", "") or _COLUMNS[last] not in head:
+            raise Refused(answer.status_code, "the answer is not a table", page=True)
+
+
+class _Failed(threading.local):
+    """What went wrong in a thread's last request."""
+
+    error: BaseException | None = None
+
+
+class _Noted(Adapter):
+    """Carries requests, and notes what went wrong."""
+
+    def __init__(self, session: Http, failed: _Failed) -> None:
+        super().__init__(session)
+        self._failed = failed
+
+    def send(self, request: requests.PreparedRequest, *rest: Any, **options: Any) -> requests.Response:
+        try:
+            return super().send(request, *rest, **options)
+        except BaseException as exc:
+            self._failed.error = exc
+            raise
+
+
+def _all(values: str | list[str]) -> list[str]:
+    """pyxnat gives a single value as it is, without a list."""
+    return [values] if isinstance(values, str) else list(values)

@@ -32,7 +32,7 @@ _LOCATOR_64 = struct.Struct("<IIQI")
 
 
 @dataclass(slots=True)
-class Entry:
+class ZipEntry:
     """One file of the zip. `crc` must be known before its header is asked for; the length never needs it."""
 
     name: bytes
@@ -41,7 +41,7 @@ class Entry:
     offset: int = 0  # of the local header, set when it is written
 
     @classmethod
-    def of(cls, name: str, size: int) -> Entry:
+    def of(cls, name: str, size: int) -> ZipEntry:
         return cls(name.encode("utf-8"), size)
 
     @property
@@ -85,7 +85,7 @@ class Entry:
         return head + self.name + extra
 
 
-def length(entries: Iterable[Entry]) -> int:
+def length(entries: Iterable[ZipEntry]) -> int:
     """The exact number of bytes of the zip of these entries; sets their offsets."""
     position = directory = count = 0
     for entry in entries:
@@ -96,7 +96,7 @@ def length(entries: Iterable[Entry]) -> int:
     return position + directory + len(_end(count, position, directory))
 
 
-def directory(entries: Iterable[Entry]) -> Iterator[bytes]:
+def directory(entries: Iterable[ZipEntry]) -> Iterator[bytes]:
     """What follows the last file: the central directory, in pieces, and the end records. Offsets must be set."""
     start = size = count = 0
     for entry in entries:

@@ -6,7 +6,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
-from protocols.xnat.answers import Entry, Session
+from protocols.xnat.answers import CatalogEntry, ImageSession
 from protocols.xnat.client import Client
 from tasks.xnat.names import entry_name, header_of
 from transfer.plan import Item
@@ -64,13 +64,13 @@ class Held:
         return self.loose[series] if series else self.loose.total()
 
 
-def held_in_archive(client: Client, project: str, session: Session) -> Held:
+def held_in_archive(client: Client, project: str, session: ImageSession) -> Held:
     """What an archived session has."""
     series = {scan.id: scan.uid for scan in session.scans}
     return Held((series.get(scan, ""), name) for scan, name in client.files(project, session.label))
 
 
-def held_in_prearchive(client: Client, entry: Entry) -> Held:
+def held_in_prearchive(client: Client, entry: CatalogEntry) -> Held:
     """What an entry of the prearchive has; the prearchive doesn't tell the UIDs of series."""
     return Held(("", name) for name in client.entry_files(entry))
 

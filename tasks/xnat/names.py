@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from blocks.xnat import XnatTarget
 from imaging.header import Header
-from protocols.xnat.answers import Refused, Session
+from protocols.xnat.answers import ImageSession, Refused
 from protocols.xnat.client import Client
 from transfer.layout import FIELDS, UNKNOWN
 from transfer.plan import Item, Plan
@@ -48,7 +48,7 @@ class Name:
 
     subject: str = field(repr=False)
     session: str = field(repr=False)
-    existing: Session | None = field(default=None, repr=False)
+    existing: ImageSession | None = field(default=None, repr=False)
     hidden: frozenset[str] = field(default=frozenset(), repr=False)  # what no message may show
 
 
@@ -135,7 +135,7 @@ class Names:
         hidden = frozenset({*patients, values["PatientID"], plain, subject, wish, session} - {""})
         return Name(subject, session, existing, hidden)
 
-    def _session(self, study: Study, wish: str, avoid: set[str]) -> tuple[str, str, Session | None]:
+    def _session(self, study: Study, wish: str, avoid: set[str]) -> tuple[str, str, ImageSession | None]:
         """The label, the subject that the session is under if there is one, and the session."""
         project, labels = self._target.project_id, list(candidates(wish, study.uid))
         try:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from blocks.xnat import Destination, Overwrite, XnatTarget
 from protocols.net.words import clean
-from protocols.xnat.answers import Entry, Place, Refused, Session
+from protocols.xnat.answers import ArchivePlace, CatalogEntry, ImageSession, Refused
 from protocols.xnat.client import Client
 from tasks.xnat.held import Held, distinct, held_in_archive, held_in_prearchive, name_of
 from tasks.xnat.names import Name, Names, Study
@@ -44,8 +44,8 @@ _OUR_FAULT = ("Parameter dest format error", "identify upload format", "Unsuppor
 class _Ended:
     """How an import ended, as far as XNAT tells: in the archive, in the prearchive, or refused."""
 
-    archived: Session | None = None
-    entry: Entry | None = None
+    archived: ImageSession | None = None
+    entry: CatalogEntry | None = None
     warning: str = ""
     refused: str = ""
     silent: bool = False  # XNAT did not answer the import: what is not there may still come
@@ -146,7 +146,7 @@ class _Delivery:
 
     # ---- what XNAT has
 
-    def _wait_for_earlier(self) -> Entry | None:
+    def _wait_for_earlier(self) -> CatalogEntry | None:
         """Wait while XNAT is still at work on an earlier import of this session; return what is in the prearchive."""
         entry = self._find()
         if entry is None or not entry.working:
@@ -157,7 +157,7 @@ class _Delivery:
         self.name = self.shared.names.name(self.study)  # what there is now
         return ended.entry
 
-    def _find(self) -> Entry | None:
+    def _find(self) -> CatalogEntry | None:
         """This study's entry in the prearchive, the latest if there are several."""
         try:
             entries = self.client.prearchive(self.project)
@@ -169,7 +169,7 @@ class _Delivery:
         ours = [one for one in entries if one.uid == self.study.uid and one.name.startswith(self.name.session)]
         return max(ours, key=lambda one: one.timestamp, default=None)
 
-    def _held(self, session: Session | None, entry: Entry | None) -> Held | None:
+    def _held(self, session: ImageSession | None, entry: CatalogEntry | None) -> Held | None:
         """What XNAT has of the study where it shall go, None if nothing; a failed entry counts for nothing."""
         if session is not None:
             return held_in_archive(self.client, self.project, session)
@@ -208,7 +208,7 @@ class _Delivery:
                 self.rejected[item.path] = why
         return [item for item in items if item.path not in self.rejected]
 
-    def _send(self, items: list[Item]) -> list[Place] | None:
+    def _send(self, items: list[Item]) -> list[ArchivePlace] | None:
         """Send a zip of these items; None if XNAT has it all but doesn't answer in time."""
         names = [(item, name_of(item)) for item in items]
         destination = self.target.destination
@@ -258,20 +258,20 @@ class _Delivery:
             raise _Taken
         return _Ended(entry=entry, refused=self._refusal(words, entry, reason))
 
-    def _discard(self, entry: Entry) -> None:
+    def _discard(self, entry: CatalogEntry) -> None:
         """Take away the entry that our own import left, before it is sent again under another label."""
         try:
             self.client.discard(entry)
         except Refused:
             self.shared.notes.add(f"{entry.shown} holds a session in conflict that could not be removed")
 
-    def _refusal(self, words: str, entry: Entry | None, reason: str) -> str:
+    def _refusal(self, words: str, entry: CatalogEntry | None, reason: str) -> str:
         state = f" (in the prearchive: {entry.state})" if entry is not None else ""
         return f"{reason}; {words}{state}" if reason and reason not in words else f"{words}{state}"
 
     # ---- after the import
 
-    def _ended(self, places: list[Place] | None) -> _Ended:
+    def _ended(self, places: list[ArchivePlace] | None) -> _Ended:
         """See an accepted import through to its end."""
         for place in places or ():
             if place.project != self.project:
@@ -303,12 +303,12 @@ class _Delivery:
         session = self.client.session(self.project, label)
         return _Ended(archived=session) if session is not None else None
 
-    def _see_through(self, entry: Entry) -> _Ended:
+    def _see_through(self, entry: CatalogEntry) -> _Ended:
         """Watch an entry of the prearchive until it is where it shall be, or will not get there by itself."""
         end = time.monotonic() + self.target.archive_timeout_s
         pause = POLL_S[0]
         stays = self.target.destination is Destination.PREARCHIVE
-        now: Entry | None = entry
+        now: CatalogEntry | None = entry
         while True:
             if now is None:
                 return self._archived(self.name.session) or _Ended(

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from queue import Empty, SimpleQueue
 
-from protocols.xnat.zipstream import Entry, directory, length
+from protocols.xnat.zipstream import ZipEntry, directory, length
 from transfer.errors import Rejected
 from transfer.plan import Item, Plan
 from transfer.throttle import Throttle
@@ -57,7 +57,7 @@ class ZipBody:
         # Large files first, the largest before all: its sum is known before the connection is made, and every other
         # is ready by the time it is needed, so the server never waits in the middle of a request.
         ordered = sorted(names, key=lambda one: (-one[0].size if self._large(one[0]) else 0, one[0].path))
-        self._files = [(item, Entry.of(name, item.size)) for item, name in ordered]
+        self._files = [(item, ZipEntry.of(name, item.size)) for item, name in ordered]
         self.length = length(entry for _, entry in self._files)
         self.finished = False  # whether the last byte went out
         self._sums: _Sums | None = None
@@ -111,7 +111,7 @@ class ZipBody:
             out.make_room(len(record))
             out.put(record)
 
-    def _small_file(self, item: Item, entry: Entry, out: _Filler) -> None:
+    def _small_file(self, item: Item, entry: ZipEntry, out: _Filler) -> None:
         """Write a file and its header, if it is the one that was planned."""
         out.ask()
         head = entry.local_size
@@ -124,7 +124,7 @@ class ZipBody:
         out.put(entry.local())
         out.skip(item.size)
 
-    def _large_file(self, item: Item, entry: Entry, out: _Filler, sums: _Sums) -> None:
+    def _large_file(self, item: Item, entry: ZipEntry, out: _Filler, sums: _Sums) -> None:
         entry.crc = sums.wait_for(item, out.ask)
         out.make_room(entry.local_size)
         out.put(entry.local())

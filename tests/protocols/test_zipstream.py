@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from protocols.xnat.zipstream import Entry, directory, length
+from protocols.xnat.zipstream import ZipEntry, directory, length
 from tasks.xnat import zip as xnat_zip
 from tasks.xnat.zip import ZipBody
 from tests.servers.xnat.zipinput import ZipInput
@@ -25,7 +25,7 @@ GIB = 1 << 30
 
 
 def written(files: list[tuple[str, bytes]]) -> bytes:
-    entries = [Entry.of(name, len(data)) for name, data in files]
+    entries = [ZipEntry.of(name, len(data)) for name, data in files]
     size = length(entries)
     out = bytearray()
     for entry, (_, data) in zip(entries, files, strict=True):
@@ -61,7 +61,7 @@ def test_more_entries_than_16_bits_count() -> None:
 @pytest.mark.parametrize("size", [4 * GIB - 2, 4 * GIB - 1, 4 * GIB, 5 * GIB])
 def test_sizes_and_offsets_over_32_bits(tmp_path: Path, size: int) -> None:
     """The large entry is a hole in a sparse file; its sum is nobody's business here."""
-    entries = [Entry.of("first.dcm", 5), Entry.of("large.dcm", size), Entry.of("last.dcm", 4)]
+    entries = [ZipEntry.of("first.dcm", 5), ZipEntry.of("large.dcm", size), ZipEntry.of("last.dcm", 4)]
     total = length(entries)
     entries[2].crc = zlib.crc32(b"last")
     path = tmp_path / "large.zip"

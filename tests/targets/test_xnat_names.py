@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from imaging.header import Header
-from protocols.xnat.answers import Session
+from protocols.xnat.answers import ImageSession
 from tasks.xnat.names import (
     DIGEST_CHARS,
     MAX_LABEL_CHARS,
@@ -73,9 +73,9 @@ class Archive:
     def labels_of(self, project: str, subject: str) -> list[str]:
         return [label for label, (_, _, found) in self.sessions.items() if found == subject]
 
-    def session(self, project: str, label: str) -> Session | None:
+    def session(self, project: str, label: str) -> ImageSession | None:
         found = self.sessions.get(label)
-        return Session("XNAT_E1", found[0], label, found[1]) if found else None
+        return ImageSession("XNAT_E1", found[0], label, found[1]) if found else None
 
     def files(self, project: str, label: str) -> list[tuple[str, str]]:
         return []
