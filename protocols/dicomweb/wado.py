@@ -72,10 +72,8 @@ def _contents(
     elif kind.startswith("multipart/") and options.get("boundary"):
         parts = Parts(pieces, options["boundary"], service.where)
         for head in parts:
-            if head.get_content_type() not in (DICOM, "text/plain", "application/octet-stream"):
-                raise Misconfigured(
-                    f"{service.where}{where}: the answer holds {head.get_content_type()} instead of {DICOM}"
-                )
+            if head.media_type not in (DICOM, "", "text/plain", "application/octet-stream"):
+                raise Misconfigured(f"{service.where}{where}: the answer holds {head.media_type} instead of {DICOM}")
             yield parts.content()
     else:
         raise dicomweb.unexpected(service, answer, answer.read(), where)

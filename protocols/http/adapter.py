@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
-from http.client import HTTPMessage
 from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
@@ -18,6 +17,8 @@ import requests
 from requests.adapters import BaseAdapter
 from requests.structures import CaseInsensitiveDict
 
+from protocols.http.head import Fields
+from protocols.http.multipart import parameters
 from protocols.http.session import Body, Content, Session
 
 ANSWER_BYTES = 256 << 20  # a listing of a million files is smaller
@@ -54,7 +55,7 @@ class Adapter(BaseAdapter):
         response.reason = answer.reason
         response.headers = CaseInsensitiveDict(answer.headers.items())
         # Else `requests` takes any text for Latin-1, or tries one encoding after the other.
-        response.encoding = answer.headers.get_content_charset("utf-8")
+        response.encoding = parameters(answer.headers.get("Content-Type", ""))[1].get("charset", "utf-8")
         response.raw = _Raw(data, answer.headers)
         response._content = data
         response.url, response.request = request.url or "", request
@@ -65,12 +66,9 @@ class Adapter(BaseAdapter):
 class _Raw(io.BytesIO):
     """What `requests` takes for urllib3's answer: it looks for cookies in there."""
 
-    def __init__(self, data: bytes, headers: Any) -> None:
+    def __init__(self, data: bytes, headers: Fields) -> None:
         super().__init__(data)
-        message = HTTPMessage()
-        for name, value in headers.items():
-            message[name] = value
-        self._original_response = SimpleNamespace(msg=message)
+        self._original_response = SimpleNamespace(msg=headers)
 
     def release_conn(self) -> None:
         """Nothing to give back: the answer was read whole."""

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import io
+import re
 import zlib
 from collections.abc import Iterator
-from email.message import Message
-from http.client import HTTPException, parse_headers
 
-from protocols.http.head import retry_after
+from protocols.http.head import MAX_FIELDS, head, retry_after, status_line
 from protocols.net.connection import Connection
 from transfer.errors import Interrupted
 
-HEAD_LINES = 256  # lines of an answer's head that are read
 BODY_BYTES = 16 << 20  # of an answer that is read into memory: a STOW answer has some 500 bytes per instance
 INFLATED_BYTES = 1 << 20  # of a compressed answer, one piece
+EXTENSION_BYTES = 65_536  # of all chunks together, beside as many as the chunks have
 MEMBER = b"\x1f\x8b"  # how a member of gzip begins (RFC 1952 section 2.3.1)
+
+
+_HEX = re.compile(rb"[ \t]*[0-9A-Fa-f]{1,16}[ \t]*")
 
 
 class Answer:
@@ -29,8 +30,8 @@ class Answer:
         self.connection = connection
         self.where = where
         try:
-            self.status, self.reason, self.headers, http11 = _head(connection)
-        except (ValueError, HTTPException) as exc:
+            self.status, self.reason, modern, self.headers = head(connection.head(status_line))
+        except ValueError as exc:
             raise Interrupted(f"{where}: the answer is not HTTP/1.1: {exc}") from exc
         self.early = False
         coding = self.headers.get("Transfer-Encoding", "").lower()
@@ -42,14 +43,16 @@ class Answer:
         if method == "HEAD" or self.status in (204, 304):
             self._chunked, self._length = False, 0
         options = self.headers.get("Connection", "").lower()
-        self._keep = "close" not in options and (http11 or "keep-alive" in options)
+        self._keep = "close" not in options and (modern or "keep-alive" in options)
+        if self.headers.repeats and len(set(self.headers.get_all("Content-Length"))) > 1:
+            self._keep = False  # what comes after it may be of this answer still
         self._done = self._length == 0
         self._body: Iterator[memoryview] | None = None
 
     @property
     def media_type(self) -> str:
         """The Content-Type without its parameters, in lower case."""
-        return self.headers.get("Content-Type", "").split(";")[0].strip().lower()
+        return self.headers.media_type
 
     @property
     def retry_after(self) -> float | None:
@@ -122,14 +125,26 @@ class Answer:
             yield piece
 
     def _chunks(self) -> Iterator[memoryview]:
+        """RFC 9112 section 7.1; what servers add to sizes and behind the last chunk is passed over, within bounds."""
+        extra = taken = 0
         try:
-            while size := int(self.connection.line().split(b";")[0], 16):
-                yield from self._exactly(size)
+            while True:
+                size, _, extension = self.connection.line().partition(b";")
+                if not _HEX.fullmatch(size):
+                    raise ValueError("no size")  # noqa: TRY301
+                if not (count := int(size, 16)):
+                    break
+                taken, extra = taken + count, extra + len(extension)
+                if extra > EXTENSION_BYTES + taken:
+                    raise ValueError("too many extensions")  # noqa: TRY301
+                yield from self._exactly(count)
                 self.connection.line()
-            while self.connection.line():  # trailer fields
-                pass
+            for _ in range(MAX_FIELDS):  # trailer fields
+                if not self.connection.line():
+                    return
+            raise ValueError("too many trailers")  # noqa: TRY301
         except ValueError as exc:
-            raise Interrupted(f"{self.where}: the answer's chunks are damaged") from exc
+            raise Interrupted(f"{self.where}: the answer's chunks are damaged: {exc}") from exc
 
     def _inflated(self, raw: Iterator[memoryview]) -> Iterator[memoryview]:
         unzip, behind = None, b""
@@ -159,21 +174,3 @@ def _window_bits(data: bytes) -> int:
     """What zlib must be told of compressed data that begin like this: gzip or zlib, or "deflate" as some mistake it."""
     is_zlib = data[0] & 15 == 8 and (len(data) < 2 or int.from_bytes(data[:2]) % 31 == 0)  # RFC 1950 section 2.2
     return 47 if data[0] == 0x1F or is_zlib else -15
-
-
-def _head(connection: Connection) -> tuple[int, str, Message, bool]:
-    """Read an answer's head: status, reason, fields, and whether it is HTTP/1.1."""
-    line = connection.line()
-    version, _, rest = line.partition(b" ")
-    code, _, reason = rest.partition(b" ")
-    if not version.startswith(b"HTTP/1.") or len(code) != 3 or not code.isdigit():
-        raise ValueError(f"it begins with {line[:40]!r}" if line.isascii() else "it begins with other bytes")
-    block = bytearray()
-    for _ in range(HEAD_LINES):
-        line = connection.line()
-        if line and b":" not in line and line[:1] not in (b" ", b"\t"):
-            continue  # no field; the parser would take it, and all that follows, for the body
-        block += line + b"\r\n"
-        if not line:
-            return int(code), reason.decode("latin-1").strip(), parse_headers(io.BytesIO(block)), version != b"HTTP/1.0"
-    raise ValueError("its head has no end")

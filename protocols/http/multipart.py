@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from email.message import Message
-from email.parser import BytesParser
 from email.utils import collapse_rfc2231_value
 
+from protocols.http.head import Fields, fields
 from transfer.errors import Interrupted
 
 HEAD_BYTES = 65_536  # of one part's head, at most
@@ -39,7 +39,7 @@ class Parts:
         self._at = 0  # position in it
         self._within = True  # before the first delimiter there may be a preamble
 
-    def __iter__(self) -> Iterator[Message]:
+    def __iter__(self) -> Iterator[Fields]:
         """Yield the head of each part; its content comes from `content`.
 
         Raises:
@@ -71,7 +71,7 @@ class Parts:
             if self._within:
                 self._more()
 
-    def _head(self) -> Message:
+    def _head(self) -> Fields:
         """Read a part's head; the present position is behind its delimiter."""
         if not self._line_end:
             end = self._find(b"\n")
@@ -83,7 +83,10 @@ class Parts:
         head = self._data[self._at : end].partition(self._line_end)[2]
         self._at = end + len(blank_line)
         self._within = True
-        return BytesParser().parsebytes(head + blank_line)
+        try:
+            return fields(head.decode("latin-1"))
+        except ValueError as exc:
+            raise Interrupted(f"{self._where}: a part of the answer has too long a head") from exc
 
     def _find(self, sign: bytes) -> int:
         """Find what must be within a part's head."""

@@ -27,6 +27,8 @@ from transfer.errors import Interrupted, Misconfigured, TimedOut
 CONTINUE_S = 0.3
 STALE_S = 0.5  # a connection idle for so long may have been closed by a server that tires quickly (Orthanc: 1 s)
 LEFTOVER_BYTES = 1 << 20  # of an answer that nobody wants: read so that the connection can be used again
+IDEMPOTENT = frozenset(("GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE"))  # RFC 9110 section 9.2.2
+MAX_INFORMATIONAL = 1000  # answers 1xx to one request; a slow import may send one every few seconds
 REDIRECTS = (301, 302, 303, 307, 308)
 MAX_REDIRECTS = 5
 SAFE = "/?:@!$&'()*+,;=-._~%"  # stays as it is in a path and a query that a server names (RFC 3986 section 3.3)
@@ -235,46 +237,43 @@ class Session:
 
     def _exchange(self, request: _Request) -> Answer:
         while True:
-            connection, idle_s = self._connection()
+            connection, idle_s = self._connection(fresh=not request.idempotent)
+            exchange = _Exchange(connection, request)
             try:
-                return self._on(connection, request)
+                return exchange.run(self.origin.authority)
             except Interrupted:
                 connection.close()
-                # The server may have closed it just as we began: that says nothing about the request.
-                if connection.used == 0 or idle_s < STALE_S:
+                # The server may have closed it just as we began, which says nothing about the request; but what may
+                # have been carried out is not sent again (RFC 9110 section 9.2.2).
+                again = idle_s >= STALE_S if request.idempotent else not exchange.complete
+                if connection.used == 0 or not again:
                     raise
             except BaseException:
                 connection.close()
                 raise
 
-    def _on(self, connection: Connection, request: _Request) -> Answer:
-        exchange = _Exchange(connection, request.method)
-        if exchange.send(memoryview(request.head(self.origin.authority))) and request.body is not None:
-            exchange.upload(request.body, request.expect)
-        answer = exchange.answer
-        while answer is None or answer.status < 200:  # 1xx: the final one is still to come
-            answer = Answer(connection, request.method, connection.where)
-        answer.early = exchange.broken_off
-        connection.used += 1
-        return answer
+    def _connection(self, *, fresh: bool) -> tuple[Connection, float]:
+        """Return a connection and how long it has been idle.
 
-    def _connection(self) -> tuple[Connection, float]:
-        """Return a connection and how long it has been idle."""
+        Args:
+            fresh: not one that a server may be about to close, because the request could not be sent again.
+        """
         while True:
             with self._lock:
                 connection = self._idle.pop() if self._idle else None
             if connection is None:
                 return self.origin.connect(self.check), 0.0
+            idle_s = time.monotonic() - connection.idle_since
             with suppress(OSError):
-                if not connection.heard():
-                    return connection, time.monotonic() - connection.idle_since
+                if not (fresh and idle_s >= STALE_S) and not connection.heard():
+                    return connection, idle_s
             connection.close()  # by the server, or it said something that nobody asked for
 
     def _give_back(self, answer: Answer) -> None:
         """Keep the connection if it can carry another request; little that is left of the answer is read first."""
         if not answer.early and not answer.reusable:
-            with suppress(Interrupted, ValueError):
-                if int(answer.headers.get("Content-Length", LEFTOVER_BYTES + 1)) <= LEFTOVER_BYTES:
+            with suppress(Interrupted, KeyError, ValueError):
+                if int(answer.headers["Content-Length"]) <= LEFTOVER_BYTES:
                     answer.read(LEFTOVER_BYTES)
         if answer.reusable:
             connection = answer.connection
@@ -294,6 +293,10 @@ class _Request:
     expect: bool
     authorization: str = field(default="", repr=False)
 
+    @property
+    def idempotent(self) -> bool:
+        return self.method in IDEMPOTENT
+
     def head(self, authority: str) -> bytes:
         fields = {"Host": authority, "User-Agent": AGENT, "Accept-Encoding": "identity", **self.headers}
         if self.authorization:
@@ -312,49 +315,75 @@ class _Exchange:
     """One request on its way out, while the server may speak at any time.
 
     Attributes:
-        answer: the final answer, if it came before everything was sent.
-        broken_off: whether what was sent ends before its announced end.
+        complete: whether the server may have got enough of the request to carry it out.
     """
 
-    def __init__(self, connection: Connection, method: str) -> None:
-        self.answer: Answer | None = None
-        self.broken_off = False
-        self._connection, self._method = connection, method
+    def __init__(self, connection: Connection, request: _Request) -> None:
+        self.complete = False
+        self._connection, self._request = connection, request
+        self._final: Answer | None = None  # if it came before everything was sent
+        self._broken_off = False  # whether what was sent ends before its announced end
+        self._informational = 0
 
-    def upload(self, body: Body, expect: bool) -> None:
+    def run(self, authority: str) -> Answer:
+        """Send the request and return its final answer."""
+        body = self._request.body
+        if self._send(memoryview(self._request.head(authority))):
+            self.complete = body is None or body.length == 0
+            if body is not None:
+                self._upload(body)
+        while self._final is None:
+            self._hear()
+        self._final.early = self._broken_off
+        self._connection.used += 1
+        return self._final
+
+    def _upload(self, body: Body) -> None:
         """Send a body, as far as the server lets us."""
-        if expect:
+        if self._request.expect:
             if not self._connection.listen(CONTINUE_S):
                 _without_continue.add(self._connection.where)
             else:
                 self._hear()
-            if self.answer:  # the server has no need of the body
-                self.broken_off = True
-                return
-        for piece in body:
-            if not self.send(piece, body.sent):
+            if self._final:  # the server has no need of the body
+                self._broken_off = True
                 return
 
-    def send(self, data: memoryview, sent: Callable[[int], None] = lambda count: None) -> bool:
+        def sent(count: int) -> None:
+            self.complete = True
+            body.sent(count)
+
+        for piece in body:
+            if not self._send(piece, sent):
+                return
+
+    def _send(self, data: memoryview, sent: Callable[[int], None] = lambda count: None) -> bool:
         """Send bytes; False if there is no use in sending more."""
         while data:
             try:
-                data = data[self._connection.send(data, sent, deaf=self.answer is not None) :]
+                data = data[self._connection.send(data, sent, deaf=self._final is not None) :]
             except (Interrupted, TimedOut):
-                if self.answer is None:
+                if self._final is None:
                     raise
-                self.broken_off = True  # the server had said all it wanted to say
+                self._broken_off = True  # the server had said all it wanted to say
                 return False
-            if data and not self._hear():
+            if data and not self._hear_early():
                 return False
         return True
 
-    def _hear(self) -> bool:
+    def _hear_early(self) -> bool:
         """Read what the server says in between; False if it wants no more of the request."""
-        answer = Answer(self._connection, self._method, self._connection.where)
-        if answer.status < 200:
-            return True
-        self.answer = answer
+        self._hear()
         # After an early success the server may still be reading; after an error it is not.
-        self.broken_off = answer.status >= 300
-        return not self.broken_off
+        self._broken_off = self._final is not None and self._final.status >= 300
+        return not self._broken_off
+
+    def _hear(self) -> None:
+        """Read one answer; one of 1xx says that the final one is still to come (RFC 9110 section 15.2)."""
+        answer = Answer(self._connection, self._request.method, self._connection.where)
+        if answer.status >= 200:
+            self._final = answer
+            return
+        self._informational += 1
+        if self._informational > MAX_INFORMATIONAL:
+            raise Interrupted(f"{self._connection.where}: more than {MAX_INFORMATIONAL} answers of status 1xx")

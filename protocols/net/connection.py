@@ -22,7 +22,8 @@ from transfer.errors import Interrupted, TimedOut, Unreachable
 
 SLICE_S = 0.2  # the longest wait between two looks at `check`
 READ_BYTES = 262_144  # one read; larger ones are not faster on loopback
-LINE_BYTES = 65_536  # the longest line of a head or of a chunk's size that is read
+LINE_BYTES = 65_536  # the longest line that is read
+HEAD_BYTES = READ_BYTES - 65_536  # of a head that is read; one has room in the buffer
 
 _AGAIN_READ = (BlockingIOError, ssl.SSLWantReadError)
 
@@ -310,6 +311,34 @@ class Connection:
                 raise ValueError("a line without end")
             self._make_room()
             searched = self._end
+            if not self.fill():
+                raise Interrupted(f"{self.where}: the connection was closed in the middle of an answer")
+
+    def head(self, begins: Callable[[str], object]) -> str:
+        """Take lines up to a blank one, which is taken too and not returned; their ends stay as they came.
+
+        Args:
+            begins: called with the first line if it comes alone; may raise.
+
+        Raises:
+            Interrupted: the connection ended within it; ValueError: it is too long.
+        """
+        searched, first = self._start, True
+        while True:
+            end = self._buffer.find(b"\n\r\n", searched, self._end)
+            bare = self._buffer.find(b"\n\n", searched, self._end if end < 0 else end)
+            if (found := end if bare < 0 else bare) >= 0:
+                taken = str(self._view[self._start : found], "latin-1")
+                self._start = found + (3 if bare < 0 else 2)
+                return taken.removesuffix("\r")
+            if first and (line_end := self._buffer.find(b"\n", self._start, self._end)) >= 0:
+                begins(str(self._view[self._start : line_end], "latin-1").removesuffix("\r"))
+                first = False
+            length = self._end - self._start
+            if length >= HEAD_BYTES or (first and length > LINE_BYTES):
+                raise ValueError("a line without end" if first else "its head has no end")
+            self._make_room()
+            searched = max(self._start, self._end - 2)
             if not self.fill():
                 raise Interrupted(f"{self.where}: the connection was closed in the middle of an answer")
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from email.message import Message
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -19,6 +18,7 @@ from botocore.awsrequest import AWSPreparedRequest, AWSResponse
 from botocore.config import Config
 from botocore.exceptions import NoCredentialsError
 
+from protocols.http.head import Fields
 from protocols.net.tls import Tls
 
 DEFAULT_REGION = "us-east-1"
@@ -143,7 +143,7 @@ def _aim(client: Any, bucket: str) -> Aim:
 
     def keep(request: AWSPreparedRequest, **_: Any) -> AWSResponse:
         seen.append(request)
-        return answer_of(request, 200, Message(), b"")
+        return answer_of(request, 200, Fields(), b"")
 
     client.meta.events.register("before-send.s3", keep)
     client.head_object(Bucket=bucket, Key="k")
@@ -156,9 +156,9 @@ def _aim(client: Any, bucket: str) -> Aim:
     return Aim(url, unquote(urlsplit(url).path.removesuffix("k")), region, service)
 
 
-def answer_of(request: AWSPreparedRequest, status: int, headers: Message, body: bytes) -> AWSResponse:
+def answer_of(request: AWSPreparedRequest, status: int, headers: Fields, body: bytes) -> AWSResponse:
     """An answer in the form in which boto3 takes it."""
-    fields: Any = headers
+    fields: Any = dict(reversed(headers.items()))  # the first of several counts
     return AWSResponse(str(request.url), status, fields, _Raw(body))
 
 

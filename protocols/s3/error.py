@@ -5,11 +5,10 @@ from __future__ import annotations
 import html
 import re
 from collections.abc import Iterable
-from email.message import Message
 
 from botocore.exceptions import ClientError
 
-from protocols.http.head import retry_after
+from protocols.http.head import Fields, retry_after
 from protocols.net.words import clean
 
 BUSY_STATUS = frozenset((408, 425, 429, 500, 502, 503, 504, 507, 509))
@@ -60,7 +59,7 @@ class StoreError(Exception):
         return self.code in MISMATCH_CODES
 
     @classmethod
-    def of_answer(cls, status: int, headers: Message, body: bytes, hidden: Iterable[str]) -> StoreError:
+    def of_answer(cls, status: int, headers: Fields, body: bytes, hidden: Iterable[str]) -> StoreError:
         """Read it from an answer."""
         text = body.decode("utf-8", "replace")
         found = {name: html.unescape(value).strip() for name, value in _ELEMENT.findall(text)}

@@ -12,8 +12,8 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from email.message import Message
 
+from protocols.http.head import Fields
 from protocols.s3.checksums import CRC32, CRC64NVME, MD5, Algorithm, Mismatch, Support, encoded
 from protocols.s3.error import StoreError
 from protocols.s3.keys import under
@@ -147,7 +147,7 @@ class Prober:
         told = self.store.put(self.key, Payload(memoryview(body)), {**self.headers, **headers}, sha256)
         self._versions[told.get("x-amz-version-id")] = None
 
-    def compare(self) -> Message | None:
+    def compare(self) -> Fields | None:
         """Read the probe back; return the head of the answer, None if reading is not allowed.
 
         Raises:
@@ -159,7 +159,7 @@ class Prober:
             time.sleep(AGAIN_S)
             return self._compare()
 
-    def _compare(self) -> Message | None:
+    def _compare(self) -> Fields | None:
         data = bytearray()
         try:
             with self.store.get(self.key, MODE) as answer:

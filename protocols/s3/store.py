@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from email.message import Message
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -22,6 +21,7 @@ from botocore.awsrequest import AWSPreparedRequest, AWSResponse
 from botocore.exceptions import ClientError
 
 from protocols.http.answer import Answer
+from protocols.http.head import Fields
 from protocols.http.session import Content, Session, WebOrigin
 from protocols.s3.client import Account, Settings, answer_of
 from protocols.s3.error import StoreError
@@ -48,7 +48,7 @@ class Stored:
 
     size: int
     sha256: str | None  # from the metadata, where we put it
-    headers: Message = field(repr=False)
+    headers: Fields = field(repr=False)
 
 
 class Payload:
@@ -235,7 +235,7 @@ class Store:
         headers: Mapping[str, str],
         sha256: str | None = None,
         query: Mapping[str, str] | None = None,
-    ) -> Message:
+    ) -> Fields:
         """Store an object, or with a query a part of one; return the head of the answer.
 
         Args:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import traceback
-from email.message import Message
 from typing import Any
 
 import botocore.auth
@@ -16,6 +15,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from blocks.s3 import S3Target
+from protocols.http.head import Fields
 from protocols.s3.checksums import ALGORITHMS, CRC64NVME, MD5, SHA256, Mismatch, Support, encoded
 from protocols.s3.error import StoreError
 from protocols.s3.keys import content_type, keys
@@ -65,10 +65,10 @@ def test_prefix_loses_its_slashes() -> None:
         ({"prefix": "a/../b"}, "'..'"),
         ({"prefix": "a//b"}, "empty parts"),
         ({"prefix": "a\nb"}, "control characters"),
-        ({"endpoint_url": "minio:9000"}, "http or https"),
-        ({"endpoint_url": "ftp://minio"}, "http or https"),
-        ({"endpoint_url": "https://user:pw@minio"}, "credentials"),
-        ({"endpoint_url": "https://minio/?x=1"}, "more than"),
+        ({"endpoint_url": "minio:9000"}, "must begin with http"),
+        ({"endpoint_url": "ftp://minio"}, "must begin with http"),
+        ({"endpoint_url": "https://user:pw@minio"}, "use access_key_id"),
+        ({"endpoint_url": "https://minio/?x=1"}, "remove what follows"),
         ({"endpoint_url": "https://minio:99999"}, "endpoint_url"),
         ({"access_key_id": "AKIA"}, "belong together"),
         ({"secret_access_key": "x"}, "belong together"),
@@ -265,8 +265,7 @@ def test_parts_are_never_too_many(size: int, wanted: int) -> None:
 
 
 def test_error_is_read_from_its_document() -> None:
-    headers = Message()
-    headers["Retry-After"] = "7"
+    headers = Fields(["Retry-After: 7"])
     body = (
         b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>a &lt;b&gt; key-4711</Message><Key>k</Key></Error>"
     )
@@ -276,7 +275,7 @@ def test_error_is_read_from_its_document() -> None:
 
 @pytest.mark.parametrize(("status", "code"), [(403, "Forbidden"), (404, "NotFound"), (503, "ServiceUnavailable")])
 def test_error_without_a_document_goes_by_its_status(status: int, code: str) -> None:
-    assert StoreError.of_answer(status, Message(), b"", ()).code == code
+    assert StoreError.of_answer(status, Fields(), b"", ()).code == code
 
 
 @pytest.mark.parametrize(

@@ -135,12 +135,14 @@ def test_large_instance_in_pieces(server: Scripted, tmp_path: Path) -> None:
     all_delivered(push(server, tmp_path), server)
 
 
-def test_stale_connection(server: Scripted, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A server may close an idle connection just as the next request begins: that request is sent again."""
+def test_a_batch_that_may_have_been_taken_is_not_sent_again(
+    server: Scripted, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The connection has been idle, and goes after the whole body (RFC 9110 section 9.2.2)."""
     monkeypatch.setattr(http, "STALE_S", 0.0)
-    monkeypatch.setattr("protocols.net.connection.Connection.heard", lambda self: False)
-    server.script = [lambda _: None, Reply(resets=True, reads=0)]
-    all_delivered(push(server, plan, batch_items=4), server)
+    server.script = [lambda _: None, Reply(resets=True)]
+    assert type(push(server, plan, batch_items=4, concurrency=1).error) is Interrupted
+    assert [len(request.parts) for request in server.of("POST")] == [4, 4]
 
 
 # ---- per instance

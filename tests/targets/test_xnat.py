@@ -375,6 +375,16 @@ def test_destination_prearchive(server: Xnat, study: Path) -> None:
     assert len(server.imports) == 2
 
 
+def test_an_import_is_never_sent_twice(server: Xnat, study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The connection has been idle, and XNAT closes it after the whole body (RFC 9110 section 9.2.2)."""
+    monkeypatch.setattr("protocols.http.session.STALE_S", 0.0)
+    posts = Fault("POST", "/data/services/import", hang_up=True, times=9)
+    server.faults.append(posts)
+    studies.ct(study, 2)
+    fails(attempt(xnat_target(server.url), study), Interrupted)
+    assert posts.times == 8
+
+
 def test_silent_while_it_archives(server: Xnat, study: Path) -> None:
     """XNAT answers when all is done, which takes longer than any peer may be silent: its prearchive tells."""
     server.rules.archive_s = 3
