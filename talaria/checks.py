@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from blocks import Target
-from talaria.cli.session import Session, api
+from talaria.cli.access import ServerAccess, api
 from talaria.engine.runs import create, result_of
 from talaria.settings import load_settings
 from talaria.targetfile import read
@@ -27,19 +27,19 @@ def check_file(file: Path, name: str | None) -> list[dict[str, Any]]:
 
 def check_saved(name: str | None) -> list[dict[str, Any]]:
     """Check one saved target, or all enabled ones: on the worker if one runs, else here."""
-    with api() as session:
-        targets = session.run(load, [name]) if name else session.run(all_targets)
-        return [_test(session, one) for one in targets if name or isinstance(one, Broken) or one.enabled]
+    with api() as access:
+        targets = access.run(load, [name]) if name else access.run(all_targets)
+        return [_test(access, one) for one in targets if name or isinstance(one, Broken) or one.enabled]
 
 
-def _test(session: Session, target: Target | Broken) -> dict[str, Any]:
+def _test(access: ServerAccess, target: Target | Broken) -> dict[str, Any]:
     if isinstance(target, Broken):
         return _failed(target.name, "settings", target.reason)
-    if session.own or session.address is None:
+    if access.own or access.address is None:
         return _shown(keep(target, check_target(target)))
     forget_check(target.name)  # first: a fast worker's result must not be taken for an old one
-    flow_run = session.run(create, "check", {"target": target.name}, f"check of {target.name}", "urgent")
-    ended = result_of(session, flow_run)
+    flow_run = access.run(create, "check", {"target": target.name}, f"check of {target.name}", "urgent")
+    ended = result_of(access, flow_run)
     detail = (ended.state and ended.state.message) or "the check did not run to its end"
     return _shown(last_check(target.name) or _failed(target.name, "check", detail))
 

@@ -19,9 +19,9 @@ from pydicom.uid import AllTransferSyntaxes, generate_uid
 from pynetdicom import AE, AllStoragePresentationContexts, build_context, evt
 from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]
 
+from talaria.cli.access import api
 from talaria.cli.output import say
 from talaria.cli.send import receipt, show_receipt
-from talaria.cli.session import api
 from talaria.settings import load_settings
 from tasks.targets import save
 from transfer.home import Home
@@ -102,18 +102,18 @@ def run() -> bool:
         (place / folder).mkdir(parents=True)
     study = make_study(place / "study")
     say(f"a study of {len(SAMPLES)} instances, a PNG and a JSON: {study}")
-    with pacs(place / "pacs") as port, api() as session:
+    with pacs(place / "pacs") as port, api() as access:
         targets = {
             "demo-pacs": DicomTarget(host="127.0.0.1", port=port, aet_target="DEMOPACS", aet_source="TALARIA"),
             "demo-archive": FolderTarget(folder=str(place / "archive"), exclude=EXCLUDED),
             "demo-dicomweb": DicomWebTarget(url=(place / "dicomweb").as_uri()),
         }
         for name, target in targets.items():
-            session.run(save, target, name)
+            access.run(save, target, name)
         parameters = {"paths": [str(study)], "targets": list(targets)}
         name = runs.name_of(scan([study]).dispatch_id, list(targets))
-        flow_run = runs.result_of(session, session.run(runs.create, "dispatch", parameters, name, "normal"))
-        document = receipt(session, flow_run)
+        flow_run = runs.result_of(access, access.run(runs.create, "dispatch", parameters, name, "normal"))
+        document = receipt(access, flow_run)
     show_receipt(document)
     print(f"\nWhat arrived: {place / 'pacs'}, {place / 'archive'} and {place / 'dicomweb'}")
     print(f"The run in the Prefect UI: TALARIA_HOME={home.root} talaria up")

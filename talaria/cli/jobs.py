@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from talaria.cli.access import api
 from talaria.cli.output import print_json, table
 from talaria.cli.send import finish, receipt, show_receipt, trimmed
-from talaria.cli.session import api
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import FlowRun
@@ -25,8 +25,8 @@ def list_(
     """The newest dispatches."""
     from talaria.engine import runs
 
-    with api() as session:
-        found = [_line(flow_run) for flow_run in session.run(runs.dispatches, limit)]
+    with api() as access:
+        found = [_line(flow_run) for flow_run in access.run(runs.dispatches, limit)]
     if as_json:
         print_json({"jobs": found})
         return
@@ -45,11 +45,11 @@ def show(
     """One dispatch: its receipts, and what its targets said."""
     from talaria.engine import runs
 
-    with api() as session:
-        flow_run = session.run(runs.find, job)
-        document = trimmed(receipt(session, flow_run), all_items)
+    with api() as access:
+        flow_run = access.run(runs.find, job)
+        document = trimmed(receipt(access, flow_run), all_items)
         document["run"] = _line(flow_run)
-        document["progress"] = {name: percent for name, (percent, _) in session.run(runs.progress, flow_run.id).items()}
+        document["progress"] = {name: percent for name, (percent, _) in access.run(runs.progress, flow_run.id).items()}
     if as_json:
         print_json(document)
         return
@@ -68,10 +68,10 @@ def retry(
     """Run a dispatch that has ended again: only what is missing is sent, only a failed hook is run."""
     from talaria.engine import runs
 
-    with api() as session:
-        flow_run = session.run(runs.retry, session.run(runs.find, job).id)
+    with api() as access:
+        flow_run = access.run(runs.retry, access.run(runs.find, job).id)
         if not no_wait:
-            finish(session, flow_run, all_items=False, as_json=as_json)
+            finish(access, flow_run, all_items=False, as_json=as_json)
     if as_json:
         print_json({"id": str(flow_run.id), "action": "queued"})
     else:
@@ -83,9 +83,9 @@ def cancel(job: Job, as_json: Json = False) -> None:
     """Stop a dispatch: what was confirmed stays confirmed, a retry sends the rest."""
     from talaria.engine import runs
 
-    with api() as session:
-        flow_run = session.run(runs.find, job)
-        state = session.run(runs.cancel, flow_run.id)
+    with api() as access:
+        flow_run = access.run(runs.find, job)
+        state = access.run(runs.cancel, flow_run.id)
     if as_json:
         print_json({"id": str(flow_run.id), "action": state.lower()})
     else:

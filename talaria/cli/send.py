@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from talaria.cli.access import ServerAccess, api
 from talaria.cli.output import DONE, NOT_ALL, print_json, say, table
-from talaria.cli.session import Session, api
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import FlowRun
@@ -77,26 +77,26 @@ def send(
         "sender_host": sender_host,
         "force": force,
     }
-    with api() as session:
-        targets = _destinations(session, parameters["targets"])
+    with api() as access:
+        targets = _destinations(access, parameters["targets"])
         if dry_run:
             _show_plan(plan, targets, as_json)
             return
-        _send(session, plan, targets, parameters, no_wait=no_wait, all_items=all_items, as_json=as_json)
+        _send(access, plan, targets, parameters, no_wait=no_wait, all_items=all_items, as_json=as_json)
 
 
-def _destinations(session: Session, names: Any) -> list[Target]:
+def _destinations(access: ServerAccess, names: Any) -> list[Target]:
     """Load the targets and refuse those that nothing may be sent to, before anything is."""
     from tasks.targets import check_destination, load
 
-    targets = session.run(load, names)
+    targets = access.run(load, names)
     for target in targets:
         check_destination(target)
     return targets
 
 
 def _send(
-    session: Session,
+    access: ServerAccess,
     plan: Plan,
     targets: list[Target],
     parameters: dict[str, Any],
@@ -109,19 +109,21 @@ def _send(
 
     queue = parameters["priority"]
     name = runs.name_of(plan.dispatch_id, parameters["targets"])
-    flow_run = session.run(runs.create, "dispatch", parameters, name, queue)
+    flow_run = access.run(runs.create, "dispatch", parameters, name, queue)
     if no_wait:
-        if session.own:
+        if access.own:
             say("queued: it runs as soon as `talaria up` does")
         if as_json:
-            print_json(trimmed(_queued(session, plan, targets, flow_run, force=parameters["force"]), all_items))
+            print_json(trimmed(_queued(access, plan, targets, flow_run, force=parameters["force"]), all_items))
         else:
             print(f"dispatch {plan.dispatch_id} queued as run {flow_run.id}")
         return
-    finish(session, flow_run, all_items=all_items, as_json=as_json)
+    finish(access, flow_run, all_items=all_items, as_json=as_json)
 
 
-def _queued(session: Session, plan: Plan, targets: list[Target], flow_run: FlowRun, *, force: bool) -> dict[str, Any]:
+def _queued(
+    access: ServerAccess, plan: Plan, targets: list[Target], flow_run: FlowRun, *, force: bool
+) -> dict[str, Any]:
     """The receipts of a dispatch that has not begun: everything waits, but for what is at a target already."""
     from threading import Event
 
@@ -132,25 +134,25 @@ def _queued(session: Session, plan: Plan, targets: list[Target], flow_run: FlowR
     from transfer.receipt import State
 
     receipts = []
-    with Ledger(session.home.ledger) as ledger:
+    with Ledger(access.home.ledger) as ledger:
         for target in targets:
-            delivery = Delivery(DRIVERS.of(target), target, plan, ledger, session.home, Event(), force=force)
+            delivery = Delivery(DRIVERS.of(target), target, plan, ledger, access.home, Event(), force=force)
             delivery.stopped = State.WAITING
             receipts.append(delivery.receipt())
     return document(plan.dispatch_id, str(flow_run.id), State.WAITING, receipts)
 
 
-def finish(session: Session, flow_run: FlowRun, *, all_items: bool, as_json: bool) -> None:
+def finish(access: ServerAccess, flow_run: FlowRun, *, all_items: bool, as_json: bool) -> None:
     """Follow a dispatch to its end, show its receipts, and exit with the code that they deserve."""
     from talaria.engine.runs import result_of
 
     say(
         f"run {flow_run.id}"
-        + (f": {session.address.ui}/runs/flow-run/{flow_run.id}" if session.address and not session.own else "")
+        + (f": {access.address.ui}/runs/flow-run/{flow_run.id}" if access.address and not access.own else "")
     )
     with _bars() as show:
-        ended = result_of(session, flow_run, show)
-    document = receipt(session, ended)
+        ended = result_of(access, flow_run, show)
+    document = receipt(access, ended)
     if as_json:
         print_json(trimmed(document, all_items))
     else:
@@ -158,13 +160,13 @@ def finish(session: Session, flow_run: FlowRun, *, all_items: bool, as_json: boo
     raise typer.Exit(DONE if document["state"] == "delivered" else NOT_ALL)
 
 
-def receipt(session: Session, flow_run: FlowRun) -> dict[str, Any]:
+def receipt(access: ServerAccess, flow_run: FlowRun) -> dict[str, Any]:
     """The receipts of a run, with all items; a run that could not begin has none, but its state's message."""
     from talaria.engine.runs import dispatch_of
 
     state = flow_run.state
     try:
-        document: dict[str, Any] = json.loads(session.home.receipt(str(flow_run.id)).read_text(encoding="utf-8"))
+        document: dict[str, Any] = json.loads(access.home.receipt(str(flow_run.id)).read_text(encoding="utf-8"))
     except OSError:
         under_way = ("SCHEDULED", "PENDING", "RUNNING", "CANCELLING")
         names = {"CANCELLED": "cancelled"} | dict.fromkeys(under_way, "waiting")

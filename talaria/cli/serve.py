@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
+from talaria.cli.access import api
 from talaria.cli.output import DONE, NO_SERVER, NOT_ALL, checked, enabled, print_json, say, table
-from talaria.cli.session import api
 from transfer.home import Home
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")]
@@ -79,13 +79,13 @@ def recover(as_json: Json = False) -> None:
     from talaria.engine.runs import find, result_of
     from talaria.settings import POOL
 
-    with api() as session:
-        if session.own:  # this or another command has put them back into the queue; no worker runs them
-            taken = session.run(recovery.taken_up, POOL)
+    with api() as access:
+        if access.own:  # this or another command has put them back into the queue; no worker runs them
+            taken = access.run(recovery.taken_up, POOL)
             for run_id in taken:
-                result_of(session, session.run(find, run_id))
+                result_of(access, access.run(find, run_id))
         else:
-            taken = session.run(recovery.recover, session.home, POOL, alone=False)
+            taken = access.run(recovery.recover, access.home, POOL, alone=False)
     if as_json:
         print_json({"recovered": taken})
     else:

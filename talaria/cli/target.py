@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from talaria.cli.access import api
 from talaria.cli.output import DONE, NOT_ALL, checked, enabled, print_json, say, table
-from talaria.cli.session import api
 
 if TYPE_CHECKING:
     from blocks import Target
@@ -93,8 +93,8 @@ def apply(
     from tasks.targets import all_targets, remove, save
 
     wanted = read(file)
-    with api() as session:
-        there = {one.name: one for one in session.run(all_targets)}
+    with api() as access:
+        there = {one.name: one for one in access.run(all_targets)}
         actions = {
             name: "created" if name not in there else "unchanged" if same(target, there[name]) else "updated"
             for name, target in wanted.items()
@@ -103,9 +103,9 @@ def apply(
         done = [{"name": name, "action": action} for name, action in actions.items()]
         for name, action in actions.items() if not dry_run else ():
             if action == "removed":
-                session.run(remove, name)
+                access.run(remove, name)
             elif action != "unchanged":
-                session.run(save, wanted[name], name)
+                access.run(save, wanted[name], name)
     if as_json:
         print_json({"dry_run": dry_run, "targets": done})
         return
@@ -118,8 +118,8 @@ def list_(as_json: Json = False) -> None:
     """All targets; one whose settings are not valid any more is listed as broken, with the reason."""
     from tasks.targets import all_targets
 
-    with api() as session:
-        found = [_entry(one) for one in session.run(all_targets)]
+    with api() as access:
+        found = [_entry(one) for one in access.run(all_targets)]
     if as_json:
         print_json({"targets": found})
         return
@@ -157,8 +157,8 @@ def show(name: Name, as_json: Json = False) -> None:
     from talaria.targetfile import values_of
     from tasks.targets import load
 
-    with api() as session:
-        (target,) = session.run(load, [name])
+    with api() as access:
+        (target,) = access.run(load, [name])
     values = {"name": name, **values_of(target, secrets=True)}
     if as_json:
         defaults = target.model_dump(mode="json")
@@ -177,8 +177,8 @@ def remove(name: Name, as_json: Json = False) -> None:
     from tasks import targets
     from tasks.checking import forget_check
 
-    with api() as session:
-        session.run(targets.remove, name)
+    with api() as access:
+        access.run(targets.remove, name)
         forget_check(name)
     _done(name, "removed", as_json)
 
@@ -195,12 +195,12 @@ def rename(
     from tasks.checking import forget_check
 
     check_name(new)
-    with api() as session:
-        (target,) = session.run(targets.load, [old])
-        if session.run(targets.documents, [new]):
+    with api() as access:
+        (target,) = access.run(targets.load, [old])
+        if access.run(targets.documents, [new]):
             raise ValueError(f"a target named {new} is there already")
-        session.run(targets.save, target, new)
-        session.run(targets.remove, old)
+        access.run(targets.save, target, new)
+        access.run(targets.remove, old)
         forget_check(old)
     _done(new, f"renamed from {old}", as_json)
 
@@ -226,8 +226,8 @@ def export(as_json: Json = False) -> None:
     from talaria.targetfile import values_of
     from tasks.targets import all_targets
 
-    with api() as session:
-        found = session.run(all_targets)
+    with api() as access:
+        found = access.run(all_targets)
     for one in found:
         if not isinstance(one, Target):
             say(f"talaria: {one.name} is left out: {one.reason}")
@@ -267,10 +267,10 @@ def test(
 def _set_enabled(name: str, enabled: bool, as_json: bool) -> None:
     from tasks import targets
 
-    with api() as session:
-        (target,) = session.run(targets.load, [name])
+    with api() as access:
+        (target,) = access.run(targets.load, [name])
         target.enabled = enabled
-        session.run(targets.save, target, name)
+        access.run(targets.save, target, name)
     _done(name, "enabled" if enabled else "disabled", as_json)
 
 

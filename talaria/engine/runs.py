@@ -23,7 +23,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.flow_engine import run_flow
 from prefect.states import AwaitingRetry, Cancelled, Cancelling, Scheduled
 
-from talaria.cli.session import Session
+from talaria.cli.access import ServerAccess
 from talaria.engine.recovery import settle
 from talaria.engine.registry import deployed
 from talaria.engine.table import FLOWS
@@ -50,18 +50,18 @@ async def create(
     )
 
 
-def run_here(session: Session, flow_run: FlowRun) -> None:
+def run_here(access: ServerAccess, flow_run: FlowRun) -> None:
     """Run a flow run in this process, in the place of a worker; returns when it has ended, or waits for long."""
     run_id = str(flow_run.id)
-    flow, _ = FLOWS[session.run(_flow_name, flow_run)]
-    with session.home.owner() as owner, Ledger(session.home.ledger) as ledger:
+    flow, _ = FLOWS[access.run(_flow_name, flow_run)]
+    with access.home.owner() as owner, Ledger(access.home.ledger) as ledger:
         while True:
             ledger.run_begins(run_id, owner)
             asyncio.run(run_flow(flow, flow_run=flow_run, return_type="state"))  # type: ignore[arg-type]
             asyncio.run(settle(run_id))
             ledger.run_ends(run_id)
             # It may wait for a window that opens soon, or have lost its server: there is no worker to take it up.
-            flow_run = session.run(_when_due, flow_run.id)
+            flow_run = access.run(_when_due, flow_run.id)
             if _at_rest(flow_run) or flow_run.state is None or flow_run.state.is_final():
                 return
 
@@ -84,7 +84,7 @@ async def _when_due(client: PrefectClient, run_id: UUID) -> FlowRun:
 
 
 def result_of(
-    session: Session, flow_run: FlowRun, show: Callable[[dict[str, tuple[float, str]]], None] | None = None
+    access: ServerAccess, flow_run: FlowRun, show: Callable[[dict[str, tuple[float, str]]], None] | None = None
 ) -> FlowRun:
     """Follow a flow run to its end, running it here if the server was started for this command.
 
@@ -97,19 +97,19 @@ def result_of(
         The run as it ended; or as it waits, if its next attempt is not soon.
     """
     worker = None
-    if session.own:
-        worker = threading.Thread(target=run_here, args=(session, flow_run), daemon=True)
+    if access.own:
+        worker = threading.Thread(target=run_here, args=(access, flow_run), daemon=True)
         worker.start()
     try:
-        return _follow(session, flow_run.id, worker, show)
+        return _follow(access, flow_run.id, worker, show)
     except KeyboardInterrupt:
         running.flag(str(flow_run.id)).set()
-        session.run(_cancel, flow_run.id)
-        return _follow(session, flow_run.id, worker, show)
+        access.run(_cancel, flow_run.id)
+        return _follow(access, flow_run.id, worker, show)
 
 
 def _follow(
-    session: Session,
+    access: ServerAccess,
     run_id: UUID,
     worker: threading.Thread | None,
     show: Callable[[dict[str, tuple[float, str]]], None] | None,
@@ -129,7 +129,7 @@ def _follow(
                 return flow_run
             await asyncio.sleep(POLL_S)
 
-    return session.run(follow)
+    return access.run(follow)
 
 
 def _at_rest(flow_run: FlowRun) -> bool:

@@ -22,7 +22,7 @@ R = TypeVar("R")
 
 
 @dataclass
-class Session:
+class ServerAccess:
     """A server that answers.
 
     Attributes:
@@ -47,7 +47,7 @@ class Session:
 
 
 @contextmanager
-def api() -> Iterator[Session]:
+def api() -> Iterator[ServerAccess]:
     """Reach the server; start the embedded one for the length of the block if there is none."""
     import os
 
@@ -59,10 +59,10 @@ def api() -> Iterator[Session]:
     if not os.environ.get("PREFECT_API_URL") and running(home) is None:
         say("no server runs: starting one for this command (`talaria up` keeps one running)")
     with reached(home) as (address, own):
-        session = Session(settings, home, address, own)
+        access = ServerAccess(settings, home, address, own)
         if own:
-            session.run(_prepare, home)
-        yield session
+            access.run(_prepare, home)
+        yield access
 
 
 async def _prepare(client: PrefectClient, home: Home) -> None:
