@@ -6,12 +6,13 @@ import hashlib
 import re
 from abc import ABC
 from dataclasses import dataclass
+from datetime import datetime
 from enum import StrEnum
 from typing import ClassVar
 from urllib.parse import urlsplit
 
 from prefect.blocks.core import Block
-from pydantic import ConfigDict, Field, SecretStr, field_validator, model_validator
+from pydantic import ConfigDict, Field, PrivateAttr, SecretStr, field_validator, model_validator
 
 from transfer.globs import patterns
 from transfer.layout import fields_of
@@ -66,6 +67,7 @@ class Target(Block, ABC):
     can_query: ClassVar[bool] = False  # whether `query` and `both` are directions of this type
     where: ClassVar[tuple[str, ...]] = ()  # the fields that say where the data goes
     host_in: ClassVar[str] = ""  # the field that names the host, alone or in a URL
+    _made: datetime | None = PrivateAttr(None)
     _block_schema_capabilities: ClassVar[list[str]] = ["talaria-target"]
 
     direction: Direction = Field(
@@ -116,6 +118,15 @@ class Target(Block, ABC):
     def name(self) -> str:
         """The target's name; the type's name as long as it is not saved under one."""
         return self._block_document_name or self.type_name
+
+    @property
+    def made(self) -> datetime | None:
+        """When it was saved first; None for one that was not loaded from a server."""
+        return self._made
+
+    def made_at(self, time: datetime | None) -> None:
+        """Note when the target was saved first."""
+        self._made = time
 
     def named(self, name: str) -> Target:
         """Give the target a name without saving it."""

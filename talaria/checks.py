@@ -7,10 +7,11 @@ from typing import Any
 
 from blocks import Target
 from talaria.cli.access import ServerAccess, api
+from talaria.engine.registry import workers
 from talaria.engine.runs import create, result_of
 from talaria.settings import load_settings
 from talaria.targetfile import read
-from tasks.checking import check_target, forget_check, keep, last_check
+from tasks.checking import check_target, keep, result_of_run
 from tasks.targets import Broken, all_targets, load
 from transfer.errors import NotFound
 
@@ -35,17 +36,17 @@ def check_saved(name: str | None) -> list[dict[str, Any]]:
 def _test(access: ServerAccess, target: Target | Broken) -> dict[str, Any]:
     if isinstance(target, Broken):
         return _failed(target.name, "settings", target.reason)
-    if access.own or access.address is None:
+    if access.own or not access.run(workers):
         return _shown(keep(target, check_target(target)))
-    forget_check(target.name)  # first: a fast worker's result must not be taken for an old one
     flow_run = access.run(create, "check", {"target": target.name}, f"check of {target.name}", "urgent")
     ended = result_of(access, flow_run)
     detail = (ended.state and ended.state.message) or "the check did not run to its end"
-    return _shown(last_check(target.name) or _failed(target.name, "check", detail))
+    found = access.run(result_of_run, flow_run.id, target.name)
+    return _shown(found or _failed(target.name, "check", detail))
 
 
 def _failed(name: str, probe: str, why: str) -> dict[str, Any]:
-    """What is told of a target that could not be checked."""
+    """The result for a target that could not be checked."""
     return {"name": name, "ok": False, "probes": [{"name": probe, "result": "failed", "ms": 0.0, "detail": why}]}
 
 

@@ -38,17 +38,13 @@ async def _ask() -> dict[str, Any]:
         WorkQueueFilterName,
     )
     from prefect.client.schemas.objects import StateType
-    from prefect.exceptions import ObjectNotFound
 
-    from talaria.engine.registry import QUEUES
-    from tasks.checking import last_check
+    from talaria.engine.registry import QUEUES, workers
+    from tasks.checking import last_checks
     from tasks.targets import all_targets, facts
 
     async with get_client() as client:
-        try:
-            workers = await client.read_workers_for_work_pool(POOL)
-        except ObjectNotFound:
-            workers = []
+        online = await workers(client)
         queues = {}
         for queue in QUEUES:
             waiting = await client.read_flow_runs(
@@ -61,7 +57,7 @@ async def _ask() -> dict[str, Any]:
             )
             queues[queue] = len(waiting)
         targets = await all_targets(client)
-    online = [worker for worker in workers if str(worker.status) != "OFFLINE" and "OFFLINE" not in str(worker.status)]
+        checks = await last_checks(client, targets)
     return {
         "workers": [
             {
@@ -74,5 +70,5 @@ async def _ask() -> dict[str, Any]:
             for worker in online
         ],
         "queues": queues,
-        "targets": [facts(target) | {"last_check": last_check(target.name)} for target in targets],
+        "targets": [facts(target) | {"last_check": checks.get(target.name)} for target in targets],
     }

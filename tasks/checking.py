@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 from prefect.artifacts import acreate_table_artifact
+from prefect.client.orchestration import PrefectClient
+from prefect.client.schemas.filters import (
+    ArtifactCollectionFilter,
+    ArtifactCollectionFilterKey,
+    ArtifactFilter,
+    ArtifactFilterFlowRunId,
+    ArtifactFilterKey,
+)
+from prefect.client.schemas.objects import Artifact, ArtifactCollection
+from prefect.client.schemas.sorting import ArtifactSort
 
 from blocks.base import Target
 from protocols.net.ping import Ping
 from tasks import DRIVERS
+from tasks.targets import Broken
 from transfer.health import FAILED, OK, SKIPPED, Health
 from transfer.home import Home
 from transfer.ledger import write_json
+
+KEY = "check-"  # before a target's name: the key of its checks' artifacts
+HEALTHY = "healthy"
 
 
 def check_target(target: Target) -> Health:
@@ -34,31 +50,67 @@ def check_target(target: Target) -> Health:
 
 
 async def report_health(target: Target, health: Health) -> None:
-    """Leave the result behind: an artifact on the run, and a file for `talaria status`."""
-    document = keep(target, health)
-    await acreate_table_artifact(document["probes"], f"check-{target.name}", "healthy" if health.ok else "not healthy")
+    """Leave the result of a check behind, as an artifact on the run."""
+    probes = health.to_json(target.name)["probes"]
+    await acreate_table_artifact(probes, f"{KEY}{target.name}", HEALTHY if health.ok else "not healthy")
+
+
+async def result_of_run(client: PrefectClient, flow_run_id: UUID, name: str) -> dict[str, Any] | None:
+    """Return what a run found that checked a target; None if it did not get that far."""
+    found = await client.read_artifacts(
+        artifact_filter=ArtifactFilter(
+            flow_run_id=ArtifactFilterFlowRunId(any_=[flow_run_id]), key=ArtifactFilterKey(any_=[KEY + name])
+        ),
+        sort=ArtifactSort.CREATED_DESC,
+        limit=1,
+    )
+    return _document(found[0]) if found else None
+
+
+async def last_checks(client: PrefectClient, targets: Iterable[Target | Broken]) -> dict[str, dict[str, Any]]:
+    """Return the last check, by name, of the targets that were checked since they were made: by a run, or from here."""
+    made = {target.name: target.made for target in targets}
+    latest = await client.read_latest_artifacts(
+        artifact_filter=ArtifactCollectionFilter(key=ArtifactCollectionFilterKey(any_=[KEY + name for name in made])),
+        limit=200,
+    )
+    found = {str(one.key).removeprefix(KEY): _document(one) for one in latest}
+    for name in made:
+        here = _kept_here(name)
+        if here and (name not in found or _time(here) > _time(found[name])):
+            found[name] = here
+    return {
+        name: one | {"time": _time(one).isoformat(timespec="seconds")}
+        for name, one in found.items()
+        if (since := made[name]) is None or _time(one) >= since
+    }
 
 
 def keep(target: Target, health: Health) -> dict[str, Any]:
-    """Write the result of a check into the state directory and return it."""
-    document = health.to_json(target.name) | {"time": datetime.now(UTC).isoformat(timespec="seconds")}
+    """Write the result of a check that no run made into the state directory and return it."""
+    document = health.to_json(target.name) | {"time": datetime.now(UTC).isoformat()}
     write_json(_path(target.name), document)
     return document
 
 
-def last_check(name: str) -> dict[str, Any] | None:
-    """Return the last check of a target on this machine."""
+def _document(artifact: Artifact | ArtifactCollection) -> dict[str, Any]:
+    probes = artifact.data if isinstance(artifact.data, list) else json.loads(str(artifact.data))
+    time = (artifact.created or datetime.now(UTC)).isoformat()
+    name = str(artifact.key).removeprefix(KEY)
+    return {"name": name, "ok": artifact.description == HEALTHY, "probes": probes, "time": time}
+
+
+def _time(document: dict[str, Any]) -> datetime:
+    return datetime.fromisoformat(document["time"])
+
+
+def _kept_here(name: str) -> dict[str, Any] | None:
     try:
         text = _path(name).read_text(encoding="utf-8")
     except OSError:
         return None
     document: dict[str, Any] = json.loads(text)
     return document
-
-
-def forget_check(name: str) -> None:
-    """The last check of a target says nothing any more: the target is gone, or is checked anew."""
-    _path(name).unlink(missing_ok=True)
 
 
 def _path(name: str) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from prefect.blocks.core import Block
@@ -26,6 +27,7 @@ class Broken:
     name: str
     type_name: str
     reason: str
+    made: datetime | None = None  # when it was saved first
 
 
 def facts(one: Target | Broken) -> dict[str, Any]:
@@ -46,7 +48,7 @@ async def all_targets(client: PrefectClient) -> list[Target | Broken]:
             found.append(from_document(document))
         except Misconfigured as exc:
             slug = document.block_type.slug if document.block_type else ""
-            found.append(Broken(str(document.name), types.get(slug, slug), exc.message))
+            found.append(Broken(str(document.name), types.get(slug, slug), exc.message, document.created))
     return sorted(found, key=lambda target: target.name)
 
 
@@ -93,6 +95,7 @@ def from_document(document: BlockDocument) -> Target:
         ) from exc
     if not isinstance(target, Target):
         raise Misconfigured("is not a target", str(document.name))
+    target.made_at(document.created)
     return target
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -161,15 +162,21 @@ def finish(access: ServerAccess, flow_run: FlowRun, *, all_items: bool, as_json:
 
 
 def receipt(access: ServerAccess, flow_run: FlowRun) -> dict[str, Any]:
-    """The receipts of a run, with all items; a run that could not begin has none, but its state's message."""
+    """The receipts of a run, with all items; a run that could not begin has none, but its state's message.
+
+    They are the server's; the copy on this machine, if it has one, is read where the server has none (any more).
+    """
     from talaria.engine.runs import dispatch_of
+    from tasks.dispatch import kept
 
     state = flow_run.state
-    try:
-        document: dict[str, Any] = json.loads(access.home.receipt(str(flow_run.id)).read_text(encoding="utf-8"))
-    except OSError:
+    document = access.run(kept.read, flow_run.id)
+    if document is None:
+        with suppress(OSError):
+            document = json.loads(access.home.receipt(str(flow_run.id)).read_text(encoding="utf-8"))
+    if document is None:
         under_way = ("SCHEDULED", "PENDING", "RUNNING", "CANCELLING")
-        names = {"CANCELLED": "cancelled"} | dict.fromkeys(under_way, "waiting")
+        names = {"CANCELLED": "cancelled", "COMPLETED": "delivered"} | dict.fromkeys(under_way, "waiting")
         document = {
             "dispatch_id": dispatch_of(flow_run),
             "flow_run_id": str(flow_run.id),
@@ -246,7 +253,7 @@ def _show_plan(plan: Plan, targets: list[Target], as_json: bool) -> None:
 
 
 class _bars:
-    """Progress bars on stderr, one per target, while the block runs; without a terminal, what went wrong meanwhile."""
+    """Progress bars on stderr, one per target, while the block runs, and a line for each attempt that failed."""
 
     def __enter__(self) -> Any:
         from rich.console import Console
@@ -262,16 +269,16 @@ class _bars:
             transient=not sys.stderr.isatty(),
         )
         self.tasks: dict[str, Any] = {}
-        self.said: dict[str, str] = {}
+        self.said: set[tuple[str, str]] = set()
         self.progress.start()
         return self.show
 
     def show(self, now: dict[str, tuple[float, str]]) -> None:
         for name, (percent, words) in now.items():
-            failed = words.partition("; ")[2]
-            if failed and failed != self.said.get(name) and not sys.stderr.isatty():
-                say(f"{name}: {failed}")
-            self.said[name] = failed
+            words, *failures = words.split("\n")
+            for line in [line for line in failures if (name, line) not in self.said]:
+                self.said.add((name, line))
+                self.progress.console.print(f"{name}: {line}", markup=False, highlight=False, soft_wrap=True)
             if name not in self.tasks:
                 self.tasks[name] = self.progress.add_task(words, total=100, name=name)
             self.progress.update(self.tasks[name], completed=percent, description=words)

@@ -116,10 +116,13 @@ def apply(
 @app.command("list", epilog="Example: talaria target list --json")
 def list_(as_json: Json = False) -> None:
     """All targets; one whose settings are not valid any more is listed as broken, with the reason."""
+    from tasks.checking import last_checks
     from tasks.targets import all_targets
 
     with api() as access:
-        found = [_entry(one) for one in access.run(all_targets)]
+        targets = access.run(all_targets)
+        checks = access.run(last_checks, targets)
+    found = [_entry(one, checks.get(one.name)) for one in targets]
     if as_json:
         print_json({"targets": found})
         return
@@ -138,14 +141,12 @@ def list_(as_json: Json = False) -> None:
     table("", ["name", "type", "direction", "enabled", "where", "description", "last check"], rows)
 
 
-def _entry(one: Target | Broken) -> dict[str, Any]:
-    """What `list` tells of a target."""
+def _entry(one: Target | Broken, check: dict[str, Any] | None) -> dict[str, Any]:
+    """What `list` shows of a target."""
     from blocks import Target
     from talaria.targetfile import values_of
-    from tasks.checking import last_check
     from tasks.targets import facts
 
-    check = last_check(one.name)
     state = None if check is None else {"ok": check["ok"], "time": check["time"]}
     values = values_of(one, secrets=True) if isinstance(one, Target) else {}
     return {"name": one.name, **values, **facts(one), "last_check": state}
@@ -175,11 +176,9 @@ def show(name: Name, as_json: Json = False) -> None:
 def remove(name: Name, as_json: Json = False) -> None:
     """Remove a target; what was delivered stays in the ledger."""
     from tasks import targets
-    from tasks.checking import forget_check
 
     with api() as access:
         access.run(targets.remove, name)
-        forget_check(name)
     _done(name, "removed", as_json)
 
 
@@ -192,7 +191,6 @@ def rename(
     """Give a target another name."""
     from blocks.base import check_name
     from tasks import targets
-    from tasks.checking import forget_check
 
     check_name(new)
     with api() as access:
@@ -201,7 +199,6 @@ def rename(
             raise ValueError(f"a target named {new} is there already")
         access.run(targets.save, target, new)
         access.run(targets.remove, old)
-        forget_check(old)
     _done(new, f"renamed from {old}", as_json)
 
 

@@ -8,7 +8,7 @@ from prefect import Flow
 from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.filters import WorkQueueFilter, WorkQueueFilterName
-from prefect.client.schemas.objects import WorkPool
+from prefect.client.schemas.objects import Worker, WorkerStatus, WorkPool
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 from prefect.utilities.callables import parameter_schema
 
@@ -28,6 +28,15 @@ async def register(client: PrefectClient) -> None:
     await _pool(client)
     for name, (flow, entrypoint) in FLOWS.items():
         await _deployment(client, name, flow, entrypoint)
+
+
+async def workers(client: PrefectClient) -> list[Worker]:
+    """Return the workers that are online."""
+    try:
+        found = await client.read_workers_for_work_pool(POOL)
+    except ObjectNotFound:
+        return []
+    return [worker for worker in found if worker.status is WorkerStatus.ONLINE]
 
 
 async def deployed(client: PrefectClient, name: str) -> Any:

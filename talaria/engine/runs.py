@@ -14,11 +14,12 @@ from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.filters import (
     ArtifactFilter,
     ArtifactFilterFlowRunId,
+    ArtifactFilterType,
     DeploymentFilter,
     DeploymentFilterId,
 )
 from prefect.client.schemas.objects import FlowRun, State, StateType
-from prefect.client.schemas.sorting import FlowRunSort
+from prefect.client.schemas.sorting import ArtifactSort, FlowRunSort
 from prefect.exceptions import ObjectNotFound
 from prefect.flow_engine import run_flow
 from prefect.states import AwaitingRetry, Cancelled, Cancelling, Scheduled
@@ -101,31 +102,33 @@ def result_of(
         worker = threading.Thread(target=run_here, args=(access, flow_run), daemon=True)
         worker.start()
     try:
-        return _follow(access, flow_run.id, worker, show)
+        return _follow(access, flow_run, worker, show)
     except KeyboardInterrupt:
         running.flag(str(flow_run.id)).set()
         access.run(_cancel, flow_run.id)
-        return _follow(access, flow_run.id, worker, show)
+        return _follow(access, flow_run, worker, show)
 
 
 def _follow(
     access: ServerAccess,
-    run_id: UUID,
+    begun: FlowRun,
     worker: threading.Thread | None,
     show: Callable[[dict[str, tuple[float, str]]], None] | None,
 ) -> FlowRun:
+    run_id, since = begun.id, begun.state.timestamp if begun.state else None
+
     async def follow(client: PrefectClient) -> FlowRun:
         shown = 0.0
         while True:
             flow_run = await client.read_flow_run(run_id)
             if show and time.monotonic() - shown > PROGRESS_S:
-                show(await progress(client, run_id))
+                show(await progress(client, run_id, since))
                 shown = time.monotonic()
             if worker and flow_run.state and flow_run.state.type is StateType.CANCELLING:
                 running.flag(str(run_id)).set()  # by the UI or another command: no worker watches for us
             if not worker.is_alive() if worker else _at_rest(flow_run):
                 if show:
-                    show(await progress(client, run_id))
+                    show(await progress(client, run_id, since))
                 return flow_run
             await asyncio.sleep(POLL_S)
 
@@ -144,15 +147,18 @@ def _at_rest(flow_run: FlowRun) -> bool:
     return state.is_final() and state.type is not StateType.CRASHED
 
 
-async def progress(client: PrefectClient, run_id: UUID) -> dict[str, tuple[float, str]]:
-    """Read the progress artifacts of a run: percent and words by target."""
-    found = await client.read_artifacts(
-        artifact_filter=ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[run_id]))
+async def progress(client: PrefectClient, run_id: UUID, since: datetime | None = None) -> dict[str, tuple[float, str]]:
+    """Read the progress artifacts of a run that are not older than `since`: percent and words by target."""
+    newest = await client.read_artifacts(
+        artifact_filter=ArtifactFilter(
+            flow_run_id=ArtifactFilterFlowRunId(any_=[run_id]), type=ArtifactFilterType(any_=["progress"])
+        ),
+        sort=ArtifactSort.CREATED_DESC,
     )
     return {
         str(artifact.key).removeprefix("progress-"): (float(str(artifact.data)), artifact.description or "")
-        for artifact in found
-        if artifact.type == "progress"
+        for artifact in reversed(newest)  # a run that was run again has several of a target
+        if since is None or (artifact.created and artifact.created >= since)
     }
 
 

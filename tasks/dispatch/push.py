@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 from collections.abc import Callable
 from typing import Any
@@ -68,7 +69,11 @@ async def push(delivery: Delivery) -> Receipt:
     """Push what has no outcome yet to the delivery's target."""
     logger = get_run_logger()
     target = delivery.target
-    receipt = await asyncio.to_thread(delivery.push)
+    try:
+        receipt = await asyncio.to_thread(delivery.push)
+    except DispatchError:
+        logger.warning("%s: %s", target.name, delivery.failures[-1])
+        raise
     counts = ", ".join(f"{count} {kind}" for kind, count in receipt.counts.items() if count)
     logger.info("%s: %s, %d bytes in %.1f s", target.name, counts or "nothing to do", receipt.bytes, receipt.seconds)
     return receipt
@@ -83,6 +88,22 @@ async def run_hook(delivery: Delivery) -> None:
         if delivery.hook_told:
             said = f"; it said: {delivery.hook_output}" if delivery.hook_output else ""
             get_run_logger().info("%s: %s%s", delivery.target.name, delivery.hook_told, said)
+
+
+class _Plainly(logging.Filter):
+    """Leaves out of a run's log what Prefect says of an error of ours: we have said it in one line.
+
+    A traceback is for bugs; those are logged by whoever meets them.
+    """
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        args = record.args if isinstance(record.args, tuple) else ()
+        if any(isinstance(arg, DispatchError) for arg in args) and "Retry" in str(record.msg):
+            record.msg, record.args = "the next attempt begins %s", args[-1:]
+        return not (record.exc_info and isinstance(record.exc_info[1], DispatchError))
+
+
+logging.getLogger("prefect.task_runs").addFilter(_Plainly())
 
 
 def _with_policy(

@@ -9,6 +9,7 @@ from typing import Any
 from uuid import UUID
 
 import httpx
+from prefect import get_client
 from prefect.artifacts import (
     acreate_markdown_artifact,
     acreate_progress_artifact,
@@ -18,8 +19,8 @@ from prefect.artifacts import (
 from prefect.events import emit_event
 from prefect.exceptions import PrefectException
 
-from tasks.dispatch.delivery import Delivery
-from transfer.errors import Retryable
+from tasks.dispatch import kept
+from tasks.dispatch.delivery import SHOWN_FAILURES, Delivery
 from transfer.home import Home
 from transfer.ledger import write_json
 from transfer.outcome import Kind
@@ -31,25 +32,24 @@ SHOWN_ITEMS = 500  # lines of the artifact's list; the JSON file has all
 
 @asynccontextmanager
 async def progress_shown(deliveries: Sequence[Delivery]) -> AsyncIterator[None]:
-    """Keep one progress artifact per target up to date while the block runs."""
+    """Keep one progress artifact per target up to date while the block runs.
+
+    Its description is how many items have an outcome, then a line for each of the last failed attempts.
+    """
     artifacts: dict[str, UUID] = {}
-    shown: dict[str, tuple[float, str]] = {}
+    shown: dict[str, tuple[float, int]] = {}
 
     async def update() -> None:
         for delivery in deliveries:
             name, now = delivery.target.name, round(delivery.progress.percent, 1)
+            failures = list(delivery.failures)
             text = f"{delivery.progress.done} of {delivery.progress.items} items to {name}"
-            error = delivery.error
-            waits = error.message if error else ""
-            if error:
-                last = not isinstance(error, Retryable)  # no other comes
-                tried = "" if last else f"attempt {delivery.attempts} of {delivery.target.max_attempts} "
-                text += f"; {tried}failed: {error.message}"
+            text = "\n".join([text, *failures[-SHOWN_FAILURES:]])
             if name not in artifacts:
                 artifacts[name] = await acreate_progress_artifact(now, f"progress-{name}", text)
-            elif shown[name] != (now, waits):
+            elif shown[name] != (now, len(failures)):
                 await aupdate_progress_artifact(artifacts[name], now, text)
-            shown[name] = now, waits
+            shown[name] = now, len(failures)
 
     async def keep() -> None:
         while True:
@@ -82,13 +82,15 @@ def document(dispatch_id: str, flow_run_id: str, state: State, receipts: Sequenc
 async def report(
     home: Home, dispatch_id: str, flow_run_id: str, state: State, receipts: Sequence[Receipt], outputs: dict[str, str]
 ) -> None:
-    """Leave the receipts behind: a JSON file, events, and artifacts on the run.
+    """Leave the receipts behind: whole at the server, a copy as a JSON file, events, and artifacts for people.
 
     Args:
         outputs: how hooks ended, and what they printed, by target.
     """
-    path = home.receipt(flow_run_id)
-    write_json(path, document(dispatch_id, flow_run_id, state, receipts))
+    path, whole = home.receipt(flow_run_id), document(dispatch_id, flow_run_id, state, receipts)
+    write_json(path, whole)
+    async with get_client() as client:
+        await kept.keep(client, UUID(flow_run_id), whole)
     for receipt in receipts:
         emit_event(
             "talaria.receipt",

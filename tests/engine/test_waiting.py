@@ -41,7 +41,8 @@ def later(hours: int) -> str:
 
 
 def files(path: Path) -> set[str]:
-    return {str(p.relative_to(path)) for p in path.rglob("*") if p.is_file()}
+    # os.walk passes over folders that are renamed while it looks.
+    return {os.path.relpath(os.path.join(folder, name), path) for folder, _, names in os.walk(path) for name in names}
 
 
 def state_of(up: Talaria, run_id: str) -> str:
@@ -277,3 +278,25 @@ def test_ctrl_c_cancels_what_a_command_runs_by_itself(tmp_path: Path) -> None:
     assert job["state"] == "Cancelled"
     one.apply(archive=folder(tmp_path / "archive"))
     assert one.json("jobs", "retry", job["id"])["state"] == "delivered"
+
+
+def test_every_attempt_is_shown_as_it_fails_and_the_log_says_it_in_one_line(up: Talaria, tmp_path: Path) -> None:
+    studies.ct(tmp_path / "study", 1)
+    pacs = {"type": "dicom", "host": "127.0.0.1", "port": 1, "aet_target": "PACS", "max_attempts": 3}
+    up.apply(dead={**pacs, "retry_delay_s": 0.2, "retry_max_delay_s": 0.2})
+    ended = up("send", str(tmp_path / "study"), "--to", "dead", "--json")
+    receipt = json.loads(ended.stdout)["targets"]["dead"]
+    assert ended.returncode == 1 and receipt["attempts"] == 3 and receipt["error"]
+    said = [line for line in ended.stderr.splitlines() if line.startswith("dead: ")]
+    assert [line.partition(" failed: ")[0] for line in said] == [f"dead: attempt {n} of 3" for n in (1, 2, 3)]
+    run = json.loads(ended.stdout)["flow_run_id"]
+    up.until(lambda: len(_log(up, run)) > 3)
+    log = "\n".join(_log(up, run))
+    assert "Traceback" not in log
+    assert log.count("dead: attempt ") == 3
+    assert log.count("the next attempt begins") == 2
+
+
+def _log(up: Talaria, run_id: str) -> list[str]:
+    found = up.api("POST", "/logs/filter", logs={"flow_run_id": {"any_": [run_id]}}, sort="TIMESTAMP_ASC")
+    return [one["message"] for one in found if "failed" in one["message"] or "attempt" in one["message"]]

@@ -1,0 +1,75 @@
+"""Receipts as the server keeps them, for whoever reads them on any machine: whole, with all items.
+
+A document is compressed and cut into parts, one artifact each, of the type that Prefect's pages don't list.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import zlib
+from typing import Any
+from uuid import UUID, uuid4
+
+from prefect.client.orchestration import PrefectClient
+from prefect.client.schemas.actions import ArtifactCreate
+from prefect.client.schemas.filters import (
+    ArtifactFilter,
+    ArtifactFilterFlowRunId,
+    ArtifactFilterType,
+)
+from prefect.client.schemas.objects import Artifact
+from prefect.client.schemas.sorting import ArtifactSort
+
+PART_CHARS = 1 << 19  # of one artifact's data: a request of half a megabyte; some 20,000 items
+PAGE = 20  # artifacts a request
+KIND = "talaria-receipt"  # what the metadata of a part says that it is
+HIDDEN = "result"  # the type of artifacts that Prefect's pages leave out
+
+
+async def keep(client: PrefectClient, flow_run_id: UUID, document: dict[str, Any]) -> None:
+    """Keep the receipts of a run at the server; those that it left before are gone then."""
+    data = json.dumps(document, separators=(",", ":")).encode()
+    text = base64.b64encode(zlib.compress(data)).decode("ascii")
+    pieces = [text[at : at + PART_CHARS] for at in range(0, len(text), PART_CHARS)]
+    mark = {"kind": KIND, "set": uuid4().hex, "parts": str(len(pieces)), "sha256": hashlib.sha256(data).hexdigest()}
+    for number, piece in enumerate(pieces):
+        part = ArtifactCreate(type=HIDDEN, data=piece, metadata_=mark | {"part": str(number)}, flow_run_id=flow_run_id)
+        await client.create_artifact(part)
+    for old in await _parts(client, flow_run_id):
+        if old.metadata_ and old.metadata_["set"] != mark["set"]:
+            await client.delete_artifact(old.id)
+
+
+async def read(client: PrefectClient, flow_run_id: UUID) -> dict[str, Any] | None:
+    """Return the last receipts of a run that are there whole; None if the server has none."""
+    sets: dict[str, dict[int, Artifact]] = {}
+    for part in await _parts(client, flow_run_id):  # the newest first
+        mark = part.metadata_ or {}
+        sets.setdefault(mark["set"], {})[int(mark["part"])] = part
+    for parts in sets.values():
+        mark = parts[min(parts)].metadata_ or {}
+        if len(parts) < int(mark["parts"]):
+            continue  # who wrote it was killed
+        data = zlib.decompress(base64.b64decode("".join(str(parts[number].data) for number in sorted(parts))))
+        if hashlib.sha256(data).hexdigest() == mark["sha256"]:
+            document: dict[str, Any] = json.loads(data)
+            return document
+    return None
+
+
+async def _parts(client: PrefectClient, flow_run_id: UUID) -> list[Artifact]:
+    found: list[Artifact] = []
+    while True:
+        page = await client.read_artifacts(
+            artifact_filter=ArtifactFilter(
+                flow_run_id=ArtifactFilterFlowRunId(any_=[flow_run_id]), type=ArtifactFilterType(any_=[HIDDEN])
+            ),
+            sort=ArtifactSort.CREATED_DESC,
+            limit=PAGE,
+            offset=len(found),
+        )
+        found += page
+        if len(page) < PAGE:
+            return [one for one in found if (one.metadata_ or {}).get("kind") == KIND]
