@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from talaria.cli.access import api
 from talaria.cli.output import DONE, NOT_ALL, print_json, say, table
-from talaria.cli.session import api
 
 if TYPE_CHECKING:
     from imaging.query import Query
@@ -72,8 +72,8 @@ def query(
     from tasks import DRIVERS
     from tasks.targets import check_source, load
 
-    with api() as session:
-        (target,) = session.run(load, [name])
+    with api() as access:
+        (target,) = access.run(load, [name])
     check_source(target)
     find = DRIVERS.of(target).find
     assert find is not None  # noqa: S101 - check_source has seen it
