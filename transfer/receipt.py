@@ -145,6 +145,8 @@ class PushReport:
         record: keeps an outcome for good (the ledger) before it counts.
         cancelled: set by whoever wants the push to stop.
         moved: told the bytes that went out, for progress.
+        unanswered: how often items, by path, went out in this run without a word on what became of them; outlives
+            an attempt. What is found at the target of these is a delivery, and nothing that was there already.
     """
 
     def __init__(
@@ -152,7 +154,9 @@ class PushReport:
         record: Callable[[Item, Outcome], None] = lambda item, outcome: None,
         cancelled: threading.Event | None = None,
         moved: Callable[[int], None] = lambda count: None,
+        unanswered: Counter[str] | None = None,
     ) -> None:
+        self.unanswered: Counter[str] = Counter() if unanswered is None else unanswered
         self._record = record
         self._lock = threading.Lock()
         self._moved = moved

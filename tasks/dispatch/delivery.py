@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Any
@@ -86,6 +87,7 @@ class Delivery:
         self.stopped: State | None = None
         self._told: dict[str, Outcome] = {}
         self._stumbled: set[str] = set()
+        self._unanswered: Counter[str] = Counter()
         self._before: frozenset[str] | None = None
         self._last: Receipt | None = None
         self._furthest = 0  # most bytes of a failed attempt
@@ -129,7 +131,7 @@ class Delivery:
                 # Rejected in this run: not at the target, but not sent again either.
                 told = ((item.path, self._told.get(item.path)) for item in plan.items if item.path not in done)
                 rejected = {path: outcome for path, outcome in told if outcome and not outcome.arrived}
-                report = PushReport(self._record(key), self.cancelled, self.moved)
+                report = PushReport(self._record(key), self.cancelled, self.moved, self._unanswered)
                 report.check()
                 for item in self.refused:
                     if item.path not in self._told:

@@ -9,23 +9,32 @@ from __future__ import annotations
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
 from urllib.parse import urlsplit
 
 from blocks.xnat import XnatTarget
 from protocols.http.session import Session as Http
 from protocols.http.session import WebOrigin
-from protocols.net.hiding import hiding, quieted
 from protocols.net.tls import Tls
 from protocols.net.words import clean
 from protocols.xnat.answers import Refused
 from protocols.xnat.client import Client
 from tasks.driver import Driver, Facts
 from tasks.probes import reach_web
+from tasks.xnat.errors import classified
 from tasks.xnat.names import Name, Names, Study, header_of
 from tasks.xnat.study import Importer
-from transfer.errors import Busy, Cancelled, Denied, DispatchError, Interrupted, Misconfigured, NotFound
+from transfer.duplicates import Duplicates
+from transfer.errors import (
+    Cancelled,
+    Denied,
+    DispatchError,
+    Misconfigured,
+    NotFound,
+    Retryable,
+    Unreachable,
+)
+from transfer.fanout import each, gravest
 from transfer.health import Health
 from transfer.outcome import Kind, Outcome
 from transfer.plan import Item, Plan
@@ -35,51 +44,8 @@ from transfer.throttle import Throttle
 NO_PROOF = (
     "XNAT keeps no checksum of what was sent, and may rewrite files (anonymisation): files and counts were listed"
 )
+MAX_IN_A_ROW = 3  # studies that fail one after the other before XNAT is left in peace
 NO_STUDY = "no Study Instance UID (0020,000D): XNAT could not tell which session it belongs to"
-
-# What a status means once somebody is logged in. A login that is refused is Denied, see `connect`.
-STATUS: dict[int, type[DispatchError]] = {
-    400: Misconfigured,
-    401: Interrupted,  # the session expired; the next attempt logs in afresh, and is Denied if that is what it is
-    403: Denied,
-    404: NotFound,
-    405: Misconfigured,
-    406: Misconfigured,
-    408: Busy,
-    409: Busy,
-    415: Misconfigured,
-    423: Busy,
-    425: Busy,
-    429: Busy,
-    500: Busy,
-    502: Busy,
-    503: Busy,
-    504: Busy,
-    507: Busy,
-}
-
-
-@contextmanager
-def classified(hidden: Iterable[str] = ()) -> Iterator[None]:
-    """Turn XNAT's refusals into our errors.
-
-    Args:
-        hidden: what no message may show.
-    """
-    with quieted(hiding(hidden)):
-        try:
-            yield
-        except Refused as exc:
-            words = clean(exc.words, hidden)
-            if exc.status < 400:
-                # A page of the login, or of a proxy, in the place of data; or the way to one.
-                what = "a redirect" if exc.status >= 300 else "a web page"
-                raise Interrupted(f"XNAT answered with {what} (status {exc.status}): {words}") from exc
-            kind = STATUS.get(exc.status, Busy if exc.status >= 500 else Misconfigured)
-            message = f"XNAT answered with status {exc.status}: {words}"
-            if kind is Busy:
-                raise Busy(message, retry_after=exc.retry_after) from exc
-            raise kind(message) from exc
 
 
 @contextmanager
@@ -203,10 +169,9 @@ def push(target: XnatTarget, plan: Plan, report: PushReport) -> Receipt:
     destination, or with a warning when the time for archiving is up.
     """
     report.check()
-    studies = _studies(plan, report)
-    if target.verify is Level.ACCEPTED:
-        studies = [study for study in studies if study.pending]
-    if not studies:
+    duplicates = Duplicates(plan, report)
+    items = duplicates.begin()
+    if not items and target.verify is Level.ACCEPTED:
         return report.receipt(target.name, plan)
     stop = threading.Event()
 
@@ -219,55 +184,99 @@ def push(target: XnatTarget, plan: Plan, report: PushReport) -> Receipt:
         with classified():
             _see_project(client, target)
             _may_create(client, target)
+        names, throttle = Names(client, target, plan), Throttle(target.bandwidth_limit)
         importer = Importer(
-            client, target, plan, Names(client, target, plan), report, ask, Throttle(target.bandwidth_limit)
+            client, target, plan, names, report, ask, throttle, lambda exc: _is_away(client, target, exc)
         )
-        _deliver(importer, studies, stop, target.concurrency)
+        everything = target.verify is not Level.ACCEPTED
+        while items or everything:
+            studies = [study for study in _studies(plan, items, report) if study.pending or everything]
+            _Push(importer, stop).run(studies)
+            everything, items = False, duplicates.settle()
     reached = Level.LISTED if importer.listed and target.verify is not Level.ACCEPTED else Level.ACCEPTED
     notes = (*sorted(importer.notes), *((NO_PROOF,) if target.verify is Level.PROVEN else ()))
     return report.receipt(target.name, plan, reached, notes)
 
 
-def _studies(plan: Plan, report: PushReport) -> list[Study]:
-    """The plan's studies, in the order of their UIDs."""
+def _studies(plan: Plan, items: Iterable[Item], report: PushReport) -> list[Study]:
+    """The plan's studies, those last that something was wrong with before; `items` are to be sent."""
     found: dict[str, list[Item]] = defaultdict(list)
-    for item in plan.items:
+    sending = {item.path for item in items}
+    last: dict[str, int] = {}
+    for number, item in enumerate(plan.items):
         uid = header_of(item).StudyInstanceUID
         if uid:
             found[uid].append(item)
-        elif item.path not in plan.done:
+            last[uid] = number
+        elif item.path in sending:
             report(item, Outcome(Kind.REJECTED, NO_STUDY))
     return [
-        Study(uid, tuple(items), tuple(item for item in items if item.path not in plan.done))
-        for uid, items in sorted(found.items())
+        Study(uid, tuple(found[uid]), tuple(item for item in found[uid] if item.path in sending))
+        for uid in sorted(found, key=lambda uid: last[uid])
     ]
 
 
-def _deliver(importer: Importer, studies: list[Study], stop: threading.Event, at_once: int) -> None:
-    """Import studies, several at once; the first failure ends the others, and is raised."""
-    named = []
-    for study in studies:  # in this order, so that studies which want the same label get theirs as the last time
-        patients = {header_of(item).PatientID for item in study.items} - {""}
-        with classified(patients):
-            named.append((study, importer.names.name(study)))
+class _Push:
+    """Imports studies, several at once. What goes wrong with one of them stops no other, unless XNAT is away."""
 
-    def deliver(study: Study, name: Name) -> None:
-        with classified(name.hidden):
-            importer.deliver(study, name)
+    def __init__(self, importer: Importer, stop: threading.Event) -> None:
+        self._importer, self._stop = importer, stop
+        self._lock = threading.Lock()
+        self._in_a_row = 0  # failures since a study came to its end
+        self._errors: list[DispatchError] = []
 
-    if len(named) == 1:
-        deliver(*named[0])
-        return
-    failure: BaseException | None = None
-    with ThreadPoolExecutor(min(at_once, len(named)), thread_name_prefix="xnat") as pool:
-        for future in as_completed([pool.submit(deliver, *one) for one in named]):
-            error = None if future.cancelled() else future.exception()
-            if error is not None and failure is None:
-                failure = error
-                stop.set()
-                pool.shutdown(wait=False, cancel_futures=True)
-    if failure is not None:
-        raise failure
+    def run(self, studies: list[Study]) -> None:
+        """Import studies.
+
+        Raises:
+            DispatchError: the gravest of what went wrong, when nothing more can be done.
+        """
+        self._importer.sends.clear()
+        names = {}
+        for study in sorted(studies, key=lambda one: one.uid):  # those that want one label get theirs as the last time
+            with classified({header_of(item).PatientID for item in study.items} - {""}):
+                names[study.uid] = self._importer.names.name(study)
+        each(studies, lambda study: self._deliver(study, names[study.uid]), self._importer.target.concurrency, "xnat")
+        if self._errors:
+            raise gravest(self._errors)
+
+    def _deliver(self, study: Study, name: Name) -> None:
+        try:
+            with classified(name.hidden):
+                self._importer.deliver(study, name)
+        except Cancelled:
+            if not self._stop.is_set() or self._importer.report.cancelled.is_set():
+                raise
+        except Retryable as exc:
+            if study.pending:
+                exc.item = exc.item or study.pending[0].shown  # it comes last in the next attempt
+            with self._lock:
+                self._errors.append(exc)
+                self._in_a_row += 1
+                in_a_row = self._in_a_row
+            if in_a_row >= MAX_IN_A_ROW or self._importer.is_away(exc):
+                self._stop.set()
+                raise
+        except BaseException:
+            self._stop.set()
+            raise
+        else:
+            with self._lock:
+                self._in_a_row = 0
+
+
+def _is_away(client: Client, target: XnatTarget, exc: Retryable) -> bool:
+    """Return True if what went wrong is not about a study or a file: XNAT asks to wait, or answers nothing else."""
+    if isinstance(exc, Unreachable) or getattr(exc, "retry_after", None):
+        return True
+    try:
+        with classified():
+            _see_project(client, target)
+    except Cancelled:
+        raise
+    except DispatchError:
+        return True
+    return False
 
 
 driver = Driver(

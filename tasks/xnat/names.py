@@ -3,7 +3,8 @@
 XNAT knows a session by its label, unique within the project, and not by its study. So before a label is used, XNAT is
 asked what it has: a session of this study, under whatever label, is used again; a label that another study has gets
 a suffix made from the study's UID, the same one each time. Likewise a subject's label gets a suffix if XNAT's subject
-of that label is another patient: `A/1` and `A:1` would both become `A_1`.
+of that label is another patient, and if the patient's ID had to be changed to become a label, as `A/1` and `A:1` do:
+both would be `A_1`. A patient who has a subject of the plain label, from earlier releases, keeps it.
 """
 
 from __future__ import annotations
@@ -104,11 +105,11 @@ def header_of(item: Item) -> Header:
 
 
 def entry_name(SOPInstanceUID: str) -> str:
-    """What an instance is called in the zip, and so at XNAT, which keeps the names of files."""
+    """Return what an instance is called in the zip, and so at XNAT, which keeps the names of files."""
     name = SOPInstanceUID
-    if not (name.isascii() and name.replace(".", "0").isdigit()):  # as all are that follow PS3.5 section 9.1
-        name = re.sub(r"[^A-Za-z0-9.-]", "_", name)
-    return (name.lstrip(".") or "_") + ".dcm"
+    if not (name.isascii() and name.replace(".", "0").isdigit()) or name.startswith("."):  # PS3.5 section 9.1
+        name = re.sub(r"[^A-Za-z0-9.-]", "_", name).lstrip(".") + "-" + digest(SOPInstanceUID)
+    return name + ".dcm"
 
 
 class Names:
@@ -162,25 +163,32 @@ class Names:
 
     def _subject(self, values: dict[str, str]) -> str:
         text = self._target.subject.format(**values)
-        label, _ = label_of(text)
-        if "{PatientID}" in self._target.subject and self._is_other(label, values):
-            label = f"{label[: MAX_LABEL_CHARS - DIGEST_CHARS - 1]}-{digest(text)}"
-        self._subjects.setdefault(label, values["PatientID"])
+        label, exact = label_of(text)
+        marked = f"{label[: MAX_LABEL_CHARS - DIGEST_CHARS - 1]}-{digest(text)}"
+        if "{PatientID}" not in self._target.subject:
+            return label
+        owner = self._owner(label, values)
+        if (owner is not None and owner != values["PatientID"]) or (not exact and owner is None):
+            label = marked
+        self._subjects.setdefault(label.lower(), values["PatientID"])
         return label
 
-    def _is_other(self, label: str, values: dict[str, str]) -> bool:
-        """Whether the subject of that label is a patient whose ID is another and becomes the same label.
+    def _owner(self, label: str, values: dict[str, str]) -> str | None:
+        """Return the patient's ID of the subject of that label, None if there is none, or nothing says whose it is.
 
         XNAT keeps the patient's ID with each session, unless a script replaced it: an ID that would not have become
         this label tells nothing.
         """
-        patient = values["PatientID"]
-        if label in self._subjects:
-            return self._subjects[label] != patient
+        if label.lower() in self._subjects:
+            return self._subjects[label.lower()]
         project = self._target.project_id
         for session in self._client.labels_of(project, label)[:LOOKED_AT]:
             found = self._client.session(project, session)
             theirs = found.patient_id.strip() if found else ""
-            if theirs and theirs != patient:
-                return label_of(self._target.subject.format(**values | {"PatientID": theirs}))[0] == label
-        return False
+            if theirs == values["PatientID"]:
+                return theirs
+            if theirs and label_of(self._target.subject.format(**values | {"PatientID": theirs}))[0].lower() == (
+                label.lower()
+            ):
+                return theirs
+        return None

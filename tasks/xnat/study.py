@@ -1,15 +1,15 @@
-"""One study to XNAT: look, import, see it through to the archive, compare what is there, tell.
+"""One study to XNAT: look, import, see it through to the archive, compare what is there, report.
 
 XNAT's word on an import is worth little by itself: 200 comes with files left out (unreadable for XNAT, or filtered),
 with a session that stays in the prearchive, or under no project at all; 400 comes with a session that gets archived
-a minute later. So no outcome is told before XNAT was asked what it has of the study, file by file.
+a minute later. So no outcome is reported before XNAT was asked what it has of the study, file by file.
 """
 
 from __future__ import annotations
 
-import os
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -17,18 +17,22 @@ from blocks.xnat import Destination, Overwrite, XnatTarget
 from protocols.net.words import clean
 from protocols.xnat.answers import ArchivePlace, CatalogEntry, ImageSession, Refused
 from protocols.xnat.client import Client
+from tasks.xnat.errors import classified
 from tasks.xnat.held import Held, distinct, held_in_archive, held_in_prearchive, name_of
-from tasks.xnat.names import Name, Names, Study
-from tasks.xnat.zip import PIECE_BYTES, ZipBody
-from transfer.errors import Busy, Denied, Interrupted, Misconfigured, Rejected, TimedOut
-from transfer.outcome import ALREADY, Kind, Outcome
+from tasks.xnat.names import Name, Names, Study, header_of
+from tasks.xnat.zip import ZipBody
+from transfer.errors import Busy, Denied, Interrupted, Misconfigured, Rejected, Retryable, TimedOut
+from transfer.outcome import ALREADY, DELIVERED, Kind, Outcome
 from transfer.plan import Item, Plan
 from transfer.receipt import Level, PushReport
 from transfer.throttle import Throttle
 
 POLL_S = (0.2, 5.0)  # between two looks at the prearchive: at first, and at most
 COLLISION_S = 2.0  # until files of a broken import that XNAT is still writing may be sent again
-MAX_NAMES = 3  # labels that are tried if other studies take them at the same moment
+GROUPS = 16  # parts that a study is imported in where it can't be in one: 1,000 files are alone after three attempts
+MAX_FAILED = 3  # parts that fail one after the other before XNAT is left in peace
+MAX_TRIES = 3  # of a file that XNAT fails at each time, before it is rejected
+MAX_SENDS = 2  # of a study in one attempt; what is still lacking then is left to the next one
 
 # XNAT's own words, by what they mean here (GradualDicomImporter, DicomZipImporter, PrearcSessionArchiver).
 _UNREADABLE = re.compile(r"unable to read DICOM object (\S+)|object (\S+) contains no SOP")
@@ -63,17 +67,19 @@ class Importer:
     target: XnatTarget
     plan: Plan
     names: Names
-    tell: PushReport
+    report: PushReport
     check: Callable[[], None]
     throttle: Throttle
+    is_away: Callable[[Retryable], bool]  # whether an error is one of the whole server
     notes: set[str] = field(default_factory=set)
+    sends: Counter[str] = field(default_factory=Counter)  # imports that were begun, by study
     listed: bool = True  # whether XNAT showed what it has of every study
 
     def deliver(self, study: Study, name: Name) -> None:
-        """Import what XNAT lacks of a study; tell every pending item's outcome.
+        """Import what XNAT lacks of a study; report every pending item's outcome.
 
         Raises:
-            Retryable: the link, the session or XNAT's patience was lost; nothing of this study was told.
+            Retryable: the link, the session or XNAT's patience was lost; what was not reported is left to do.
             Denied, Misconfigured: nothing can be sent at all.
         """
         avoid: set[str] = set()
@@ -82,7 +88,7 @@ class Importer:
                 _Delivery(self, study, name).run()
             except _Taken:
                 avoid.add(name.session)
-                if len(avoid) >= MAX_NAMES:
+                if self.sends[study.uid] >= MAX_SENDS:
                     raise Busy(f"{study.shown}: other studies keep taking its label at XNAT") from None
                 name = self.names.name(study, avoid=avoid)
             else:
@@ -94,55 +100,99 @@ class _Delivery:
         self.shared, self.study, self.name = shared, study, name
         self.client, self.target = shared.client, shared.target
         self.project = shared.target.project_id
-        self.whole = distinct(study.items)
+        wanted = {item.path for item in study.pending}
+        arrived = shared.report.arrived
+        self.whole = distinct(item for item in study.items if item.path in wanted or arrived(shared.plan, item))
         self.rejected: dict[str, str] = {}  # by path
-        self.twins: dict[str, Item] = {}  # by path of a file of an instance that another file has too, that other one
+        self.unreadable = False  # whether XNAT has refused an import because it can't read a file
+        self.already: list[Item] = []  # at XNAT, before anything is sent
 
     # ---- the way of a study
 
     def run(self) -> None:
         entry = self._wait_for_earlier()
         held = self._held(self.name.existing, entry)
-        pending = self._unique(self.study.pending)
+        pending = list(self.study.pending)
         if held is None or self.target.overwrite is Overwrite.DELETE:
             lacking = pending
         else:
             paths = held.lacks(pending, self.whole)
             lacking = [item for item in pending if item.path in paths]
         sending = {item.path for item in lacking}
-        already = [item for item in pending if item.path not in sending]
+        self.already = [item for item in pending if item.path not in sending]
         if not lacking:
-            self._tell(already, (), "")
+            self._report()
             self._verify(held)
         elif held is not None and not self._may_add():
             self.rejected = dict.fromkeys(sending, _EXISTS)
-            self._tell(already, (), "")
+            self._report()
         else:
-            self._tell_import(already, lacking, held or Held())
+            self._import_and_report(lacking, held or Held())
 
-    def _tell_import(self, already: list[Item], lacking: list[Item], before: Held) -> None:
-        ended = self._import(lacking)
-        left = [item for item in lacking if item.path not in self.rejected]
+    def _import_and_report(self, lacking: list[Item], before: Held) -> None:
+        """Import what XNAT lacks: at once, or in parts if that was tried before and came to nothing."""
+        unanswered = self.shared.report.unanswered
+        if len(lacking) > 1 and not all(unanswered[item.path] for item in lacking):
+            self._import_group(lacking, before)
+        else:
+            self._import_groups(lacking, before)
+
+    def _import_group(self, items: list[Item], before: Held) -> Held:
+        """Import items and report what became of them; return what XNAT has then, as far as it is known."""
+        ended = self._import(items)
+        left = [item for item in items if item.path not in self.rejected]
         if ended is not None and not ended.refused:
-            self._confirm(ended, already, left, before)
-            return
+            return self._confirm(ended, left, before)
         if ended is not None:  # else no file was left to be imported
             self.rejected |= dict.fromkeys((item.path for item in left), ended.refused)
-        self._tell(already, (), "")
+        self._report()
+        return before
+
+    def _import_groups(self, items: list[Item], before: Held) -> None:
+        """Import items in parts, so that a file at which XNAT fails each time costs only itself in the end.
+
+        Raises:
+            Retryable: what went wrong with a part; the next attempt makes smaller ones of it.
+        """
+        errors: list[Retryable] = []
+        failed = 0  # since a part arrived
+        ordered = sorted(items, key=lambda item: (header_of(item).SeriesInstanceUID, item.path))
+        size = -(-len(ordered) // GROUPS)
+        for start in range(0, len(ordered), size):
+            group = ordered[start : start + size]
+            # With an earlier part XNAT may have archived what had come of this one in a broken import.
+            lacking = before.lacks(group, self.whole)
+            self.already += (item for item in group if item.path not in lacking)
+            group = [item for item in group if item.path in lacking]
+            if not group:
+                self._report()
+                continue
+            self.shared.sends[self.study.uid] = 0  # counts for the same files
+            try:
+                with classified(self.name.hidden):
+                    before = self._import_group(group, before)
+                    self.name = self.shared.names.name(self.study)  # from the first on, there is a session
+                failed = 0
+            except Retryable as exc:
+                failed += 1
+                if failed >= MAX_FAILED or self.shared.is_away(exc):
+                    raise
+                if len(group) == 1 and self.shared.report.unanswered[group[0].path] >= MAX_TRIES:
+                    self.rejected[group[0].path] = f"sent {MAX_TRIES} times, alone in the end: {exc.message}"
+                    self._report()
+                else:
+                    errors.append(exc)
+        if errors:
+            raise errors[0]
 
     def _may_add(self) -> bool:
         """Whether a session that is there may get more: by `overwrite`, or because this dispatch made it."""
-        ours = any(item.path in self.shared.plan.done for item in self.study.items)
+        shared = self.shared
+        ours = any(
+            item.path in shared.report.unanswered or shared.report.arrived(shared.plan, item)
+            for item in self.study.items
+        )
         return ours or self.target.overwrite is not Overwrite.NONE
-
-    def _unique(self, items: Iterable[Item]) -> list[Item]:
-        """One item for each instance: XNAT keeps a single file of it."""
-        first: dict[str, Item] = {}
-        for item in items:
-            known = first.setdefault(name_of(item), item)
-            if known is not item:
-                self.twins[item.path] = known
-        return list(first.values())
 
     # ---- what XNAT has
 
@@ -181,31 +231,48 @@ class _Delivery:
     # ---- the import
 
     def _import(self, items: list[Item]) -> _Ended | None:
-        """Send items until XNAT takes them, without those that it can't read, or that change; None if none is left."""
-        collided_until = time.monotonic() + self.target.idle_timeout_s
+        """Send items, a second time without those that XNAT can't read, or that change; None if none is left.
+
+        Raises:
+            Busy: two times were not enough. What was found out until then is reported: the next attempt gets further.
+        """
+        why = ""
         while items:
             self.shared.check()
+            if self.shared.sends[self.study.uid] >= MAX_SENDS:
+                self._report()
+                raise Busy(f"{self.study.shown}: sent {MAX_SENDS} times in this attempt: {why}")
             try:
                 return self._ended(self._send(items))
             except Rejected as exc:
-                items = self._without(items, exc.item, exc.message)
+                why = exc.message
+                items = self._unchanged(self._without(items, exc.item, why))
             except Refused as exc:
-                words = self._words(exc.words)
-                if found := _UNREADABLE.search(exc.words):
-                    culprit = next((i for i in items if name_of(i) in found.groups()), None)
-                    if culprit:
-                        items = self._without(items, culprit.shown, words)
-                        continue
-                if _COLLISION in exc.words and time.monotonic() < collided_until:
+                why = self._words(exc.words)
+                found = _UNREADABLE.search(exc.words)
+                culprit = next((item for item in items if found and name_of(item) in found.groups()), None)
+                if culprit:
+                    self.unreadable = True
+                    items = self._without(items, culprit.shown, why)
+                elif _COLLISION in exc.words and self.shared.sends[self.study.uid] < MAX_SENDS:
                     self._sleep(COLLISION_S)
-                    continue
-                return self._after_refusal(exc, words)
+                else:
+                    return self._after_refusal(exc, why)
         return None
 
     def _without(self, items: list[Item], shown: str | None, why: str) -> list[Item]:
         for item in items:
             if item.shown == shown:
                 self.rejected[item.path] = why
+        return [item for item in items if item.path not in self.rejected]
+
+    def _unchanged(self, items: list[Item]) -> list[Item]:
+        """Return the items without all that have changed or are gone by now: each would cost one more import."""
+        for item in items:
+            try:
+                self.shared.plan.check(item)
+            except Rejected as exc:
+                self.rejected[item.path] = exc.message
         return [item for item in items if item.path not in self.rejected]
 
     def _send(self, items: list[Item]) -> list[ArchivePlace] | None:
@@ -219,6 +286,8 @@ class _Delivery:
             "session": self.name.session,
             "overwrite": Overwrite.NONE.value,
         }
+        if self.unreadable:
+            query["Ignore-Unparsable"] = "true"  # else each further one would cost an import
         if self.name.existing is not None:
             # Only ever to a session of this very study: `delete` would put another study's session aside.
             delete = self.target.overwrite is Overwrite.DELETE
@@ -226,13 +295,17 @@ class _Delivery:
             if delete:
                 query["overwrite_files"] = "true"
         shared = self.shared
-        with ZipBody(shared.plan, names, shared.throttle, shared.check, shared.tell.moved) as body:
+        with ZipBody(shared.plan, names, shared.throttle, shared.check, shared.report.moved) as body:
             try:
                 return self.client.import_zip(query, body)
             except TimedOut:
                 if not body.finished:
                     raise
                 return None  # it unpacks, builds and archives before it answers: see how far it is
+            finally:
+                if body.begun:
+                    shared.sends[self.study.uid] += 1
+                    shared.report.unanswered.update(item.path for item in items)  # until it is reported
 
     def _after_refusal(self, exc: Refused, words: str) -> _Ended:
         """What a refused import came to: XNAT may be at work on it all the same."""
@@ -327,8 +400,8 @@ class _Delivery:
             pause = min(2 * pause, POLL_S[1])
             now = self.client.entry(entry)
 
-    def _confirm(self, ended: _Ended, already: list[Item], sent: list[Item], before: Held) -> None:
-        """Compare what XNAT has with what it was sent; tell."""
+    def _confirm(self, ended: _Ended, sent: list[Item], before: Held) -> Held:
+        """Compare what XNAT has with what it was sent, and report; return what it has."""
         try:
             held = self._held(ended.archived, None)
             if held is None and ended.entry is not None:
@@ -340,16 +413,18 @@ class _Delivery:
         if held is None:
             self.shared.listed = False
             self.shared.notes.add("XNAT doesn't let this user list the files of a session")
-            self._tell(already, sent, ended.warning)
-            return
-        study = [item for item in self.whole if item.path not in self.rejected]
+            self._report(sent, ended.warning)
+            return before
+        known = {item.path for item in (*sent, *self.already)}
+        study = [i for i in self.whole if i.path in known or self.shared.report.arrived(self.shared.plan, i)]
         lacking = held.lacks(sent, study, before)
         if lacking and ended.silent:
             raise self._silence()
         for path, seen in lacking.items():
             self.rejected[path] = f"XNAT left it out: {seen}"
-        self._tell(already, [item for item in sent if item.path not in lacking], ended.warning)
+        self._report([item for item in sent if item.path not in lacking], ended.warning)
         self._verify(held)
+        return held
 
     def _verify(self, held: Held | None) -> None:
         """See that what was delivered earlier is there; take back what isn't."""
@@ -362,38 +437,19 @@ class _Delivery:
             lacking = held.lacks(done, self.whole)
         for item in done:
             if seen := lacking.get(item.path):
-                self.shared.tell.revoke(item, f"delivered earlier, but not there: {seen}")
+                self.shared.report.revoke(item, f"delivered earlier, but not there: {seen}")
 
-    def _tell(self, already: Iterable[Item], delivered: Iterable[Item], warning: str) -> None:
-        outcomes = dict.fromkeys((item.path for item in already), ALREADY)
-        fine = Outcome(Kind.WARNING, warning) if warning else Outcome(Kind.DELIVERED)
+    def _report(self, delivered: Iterable[Item] = (), warning: str = "") -> None:
+        """Report what is known of pending items; what this run sent before is a delivery, though XNAT has it by now."""
+        shared = self.shared
+        unanswered = shared.report.unanswered
+        outcomes = {item.path: DELIVERED if item.path in unanswered else ALREADY for item in self.already}
+        fine = Outcome(Kind.WARNING, warning) if warning else DELIVERED
         outcomes |= dict.fromkeys((item.path for item in delivered), fine)
         outcomes |= {path: Outcome(Kind.REJECTED, why) for path, why in self.rejected.items()}
         for item in self.study.pending:
-            first = self.twins.get(item.path)
-            outcome = outcomes[first.path if first else item.path]
-            self.shared.tell(item, self._twin(item, first, outcome) if first else outcome)
-
-    def _twin(self, twin: Item, first: Item, outcome: Outcome) -> Outcome:
-        if not outcome.arrived:
-            return outcome
-        if self._same(twin, first):
-            return Outcome(outcome.kind, outcome.detail or f"the same instance as {first.shown}")
-        return Outcome(Kind.REJECTED, f"{first.shown} has the same SOP Instance UID, and other content")
-
-    def _same(self, one: Item, other: Item) -> bool:
-        plan = self.shared.plan
-        if one.size != other.size:
-            return False
-        try:
-            with plan.open(one) as a, plan.open(other) as b:
-                for offset in range(0, one.size, PIECE_BYTES):
-                    self.shared.check()
-                    if os.pread(a, PIECE_BYTES, offset) != os.pread(b, PIECE_BYTES, offset):
-                        return False
-        except (Rejected, OSError):
-            return False
-        return True
+            if item.path in outcomes and item.path not in shared.report.outcomes:
+                shared.report(item, outcomes[item.path])
 
     # ---- small things
 

@@ -12,11 +12,13 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
+from imaging.part10 import beginning
 from protocols.xnat.zipstream import ZipEntry, directory, length
 from transfer.errors import Rejected
-from transfer.plan import Item, Plan
+from transfer.plan import CHANGED, Item, Plan
 from transfer.throttle import Throttle
 
 try:  # ten times as fast: 32 GB/s instead of 3
@@ -56,10 +58,11 @@ class ZipBody:
         self.piece = min(PIECE_BYTES, throttle.piece)
         # Large files first, the largest before all: its sum is known before the connection is made, and every other
         # is ready by the time it is needed, so the server never waits in the middle of a request.
-        ordered = sorted(names, key=lambda one: (-one[0].size if self._large(one[0]) else 0, one[0].path))
-        self._files = [(item, ZipEntry.of(name, item.size)) for item, name in ordered]
-        self.length = length(entry for _, entry in self._files)
-        self.finished = False  # whether the last byte went out
+        parts = [_Part.of(item, name) for item, name in names]
+        self._parts = sorted(parts, key=lambda one: (-one.size if self._large(one) else 0, one.item.path))
+        self.length = length(part.entry for part in self._parts)
+        self.begun = False  # whether any byte went out
+        self.finished = False  # whether the last one did
         self._sums: _Sums | None = None
 
     def __enter__(self) -> ZipBody:
@@ -68,7 +71,7 @@ class ZipBody:
         Raises:
             Rejected: the first file changed, or can't be read.
         """
-        large = [item for item, _ in self._files if self._large(item)]
+        large = [part for part in self._parts if self._large(part)]
         if large:
             self._sums = _Sums(self._plan, large)
             try:
@@ -91,54 +94,88 @@ class ZipBody:
         try:
             while (piece := filler.next(self._check)) is not None:
                 self._throttle.spend(len(piece))
+                self.begun = True
                 yield piece
                 filler.give_back(piece)
         finally:
             filler.stop()
         self.finished = True
 
-    def _large(self, item: Item) -> bool:
-        return item.size + ROOM_BYTES > self.piece  # with its header it doesn't fit into one piece
+    def _large(self, part: _Part) -> bool:
+        return part.size + ROOM_BYTES > self.piece  # with its header it doesn't fit into one piece
 
     def _fill(self, out: _Filler) -> None:
         """Write the zip into buffers. Runs in a thread of its own."""
-        for item, entry in self._files:
-            if self._sums and self._large(item):
-                self._large_file(item, entry, out, self._sums)
+        for part in self._parts:
+            if self._sums and self._large(part):
+                self._large_file(part, out, self._sums)
             else:
-                self._small_file(item, entry, out)
-        for record in directory(entry for _, entry in self._files):
+                self._small_file(part, out)
+        for record in directory(part.entry for part in self._parts):
             out.make_room(len(record))
             out.put(record)
 
-    def _small_file(self, item: Item, entry: ZipEntry, out: _Filler) -> None:
+    def _small_file(self, part: _Part, out: _Filler) -> None:
         """Write a file and its header, if it is the one that was planned."""
         out.ask()
-        head = entry.local_size
-        out.make_room(head + item.size)
-        with self._plan.open(item) as fd:
-            data = out.free[head : head + item.size]
-            _read(fd, data, 0, item)
-            self._plan.check(item, fd)
-        entry.crc = crc32(data)
-        out.put(entry.local())
-        out.skip(item.size)
+        head = part.entry.local_size
+        out.make_room(head + part.size)
+        with self._plan.open(part.item) as fd:
+            data = out.free[head : head + part.size]
+            part.read(fd, data, 0)
+            self._plan.check(part.item, fd)
+        part.entry.crc = crc32(data)
+        out.put(part.entry.local())
+        out.skip(part.size)
 
-    def _large_file(self, item: Item, entry: ZipEntry, out: _Filler, sums: _Sums) -> None:
-        entry.crc = sums.wait_for(item, out.ask)
-        out.make_room(entry.local_size)
-        out.put(entry.local())
-        with self._plan.open(item) as fd:
-            done = 0
-            while done < item.size:
-                data = out.free[: item.size - done]
-                _read(fd, data, done, item)
+    def _large_file(self, part: _Part, out: _Filler, sums: _Sums) -> None:
+        """Write a file piece by piece; its bytes must give the sum that its header has."""
+        part.entry.crc = sums.wait_for(part, out.ask)
+        out.make_room(part.entry.local_size)
+        out.put(part.entry.local())
+        with self._plan.open(part.item) as fd:
+            done = crc = 0
+            while done < part.size:
+                data = out.free[: part.size - done]
+                part.read(fd, data, done)
+                crc = crc32(data, crc)
                 done += len(data)
-                if done == item.size:
-                    self._plan.check(item, fd)
+                if done == part.size:
+                    self._plan.check(part.item, fd)
+                    if crc != part.entry.crc:
+                        raise Rejected(CHANGED, item=part.item.shown)
                 out.skip(len(data))
                 out.flush()
-        sums.forget(item)
+        sums.forget(part)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One file of the zip: what is missing at its beginning (`imaging.part10`), and its bytes from `skip` on."""
+
+    item: Item
+    entry: ZipEntry
+    head: bytes
+    skip: int
+
+    @classmethod
+    def of(cls, item: Item, name: str) -> _Part:
+        head, skip = beginning(item.header) if item.header else (b"", 0)
+        return cls(item, ZipEntry.of(name, len(head) + item.size - skip), head, skip)
+
+    @property
+    def size(self) -> int:
+        return self.entry.size
+
+    def read(self, fd: int, into: memoryview, offset: int) -> None:
+        """Fill a buffer with what is at `offset` of the entry.
+
+        Raises:
+            Rejected: the file has become shorter, or can't be read.
+        """
+        head = self.head[offset : offset + len(into)]
+        into[: len(head)] = head
+        _read(fd, into[len(head) :], max(0, offset - len(self.head)) + self.skip, self.item)
 
 
 class _Stopped(Exception):
@@ -232,9 +269,9 @@ class _Filler:
 class _Sums:
     """The CRC-32 of files, computed by a thread that stays at most `AHEAD_BYTES` ahead of who asks for them."""
 
-    def __init__(self, plan: Plan, items: Sequence[Item]) -> None:
+    def __init__(self, plan: Plan, parts: Sequence[_Part]) -> None:
         self._plan = plan
-        self._todo = deque(items)
+        self._todo = deque(parts)
         self._known: dict[str, int | BaseException] = {}
         self._ahead = 0
         self._stopped = False
@@ -242,21 +279,21 @@ class _Sums:
         self._thread = threading.Thread(target=self._work, name="crc-32", daemon=True)
         self._thread.start()
 
-    def wait_for(self, item: Item, check: Callable[[], None]) -> int:
+    def wait_for(self, part: _Part, check: Callable[[], None]) -> int:
         """Return the sum of a file as soon as it is known, or raise what kept it from being so."""
         with self._changed:
-            while item.path not in self._known:
+            while part.item.path not in self._known:
                 check()
                 self._changed.wait(WAIT_S)
-            found = self._known[item.path]
+            found = self._known[part.item.path]
         if isinstance(found, BaseException):
             raise found
         return found
 
-    def forget(self, item: Item) -> None:
+    def forget(self, part: _Part) -> None:
         """A file was sent: the thread may go on to another."""
         with self._changed:
-            self._ahead -= item.size
+            self._ahead -= part.size
             self._changed.notify_all()
 
     def stop(self) -> None:
@@ -268,31 +305,31 @@ class _Sums:
     def _work(self) -> None:
         buffer = memoryview(bytearray(PIECE_BYTES))
         while self._todo:
-            item = self._todo.popleft()
+            part = self._todo.popleft()
             with self._changed:
                 # A file larger than the limit goes alone.
-                while not self._stopped and self._ahead and self._ahead + item.size > AHEAD_BYTES:
+                while not self._stopped and self._ahead and self._ahead + part.size > AHEAD_BYTES:
                     self._changed.wait()
                 if self._stopped:
                     return
-                self._ahead += item.size
+                self._ahead += part.size
             try:
-                found: int | BaseException = self._sum(item, buffer)
+                found: int | BaseException = self._sum(part, buffer)
             except BaseException as exc:  # told to the thread that asks
                 found = exc
             with self._changed:
-                self._known[item.path] = found
+                self._known[part.item.path] = found
                 self._changed.notify_all()
 
-    def _sum(self, item: Item, buffer: memoryview) -> int:
+    def _sum(self, part: _Part, buffer: memoryview) -> int:
         crc = done = 0
-        with self._plan.open(item) as fd:
-            while done < item.size and not self._stopped:
-                data = buffer[: item.size - done]
-                _read(fd, data, done, item)
+        with self._plan.open(part.item) as fd:
+            while done < part.size and not self._stopped:
+                data = buffer[: part.size - done]
+                part.read(fd, data, done)
                 crc = crc32(data, crc)
                 done += len(data)
-            self._plan.check(item, fd)
+            self._plan.check(part.item, fd)
         return crc
 
 
@@ -309,5 +346,5 @@ def _read(fd: int, into: memoryview, offset: int, item: Item) -> None:
         except OSError as exc:
             raise Rejected(f"can't be read: {exc.strerror}", item=item.shown) from exc
         if count == 0:
-            raise Rejected("changed since the dispatch was planned", item=item.shown)
+            raise Rejected(CHANGED, item=item.shown)
         done += count
