@@ -8,13 +8,14 @@ from urllib.parse import unquote, urlsplit
 
 from pydantic import Field, HttpUrl, SecretStr, field_validator, model_validator
 
-from blocks.base import CONTROL, LOGO, Target
+from blocks.base import CONTROL, LOGO
+from blocks.proxied import Proxied
 from blocks.urls import check_url
 
 CREDENTIALS = "http_user and http_password"
 
 
-class DicomWebTarget(Target):
+class DicomWebTarget(Proxied):
     """A DICOMweb server: STOW-RS to send, QIDO-RS to query, WADO-RS to retrieve. Or a local folder of DICOM files.
 
     Requests are authorized by user and password, by a fixed token, or by a token that OAuth2 client credentials get.

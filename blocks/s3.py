@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 
 from pydantic import Field, HttpUrl, SecretStr, ValidationInfo, field_validator, model_validator
 
-from blocks.base import CONTROL, LAYOUT, LOGO, Target, check_argument, check_layout
+from blocks.base import CONTROL, LAYOUT, LOGO, check_argument, check_layout
+from blocks.proxied import Proxied
 from blocks.urls import check_url
 
 MIB = 1 << 20
@@ -44,7 +45,7 @@ class Encryption(StrEnum):
     KMS_DSSE = "aws:kms:dsse"
 
 
-class S3Target(Target):
+class S3Target(Proxied):
     """A bucket at AWS or at any other store that speaks S3.
 
     Each dispatch gets a prefix of its own; a manifest with names, sizes and checksums comes after the files, and an

@@ -8,7 +8,8 @@ from typing import ClassVar
 
 from pydantic import Field, HttpUrl, SecretStr, field_validator
 
-from blocks.base import LOGO, Target, check_argument, check_layout
+from blocks.base import LOGO, check_argument, check_layout
+from blocks.proxied import Proxied
 from blocks.urls import check_url
 
 PROJECT = re.compile(r"[A-Za-z0-9_-]+")  # what XNAT takes for the ID of a project
@@ -36,7 +37,7 @@ class Overwrite(StrEnum):
     DELETE = "delete"  # what is sent replaces what is there
 
 
-class XnatTarget(Target):
+class XnatTarget(Proxied):
     """Delivers whole studies to a project of an XNAT server, one session per study, and sees that they are archived."""
 
     _block_type_name = "XNAT Target"

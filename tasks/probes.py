@@ -5,11 +5,14 @@ from __future__ import annotations
 import socket
 import ssl
 from collections.abc import Callable
+from functools import partial
 
-from protocols.http.session import WebOrigin
-from protocols.net.connection import connect, handshake, resolve_within, shown
+from protocols.http.session import Session, WebOrigin
+from protocols.net.connection import connect, resolve_within, shown
 from protocols.net.tls import peer_facts
 from transfer.health import Health
+
+EARLIER = "an earlier probe failed"
 
 
 def _go_on() -> None:
@@ -56,12 +59,34 @@ def reach(
 
 
 def reach_web(health: Health, origin: WebOrigin) -> None:
-    """Probe the way to a web server."""
-
-    def shake(sock: socket.socket) -> ssl.SSLSocket:
-        return handshake(sock, origin.host, origin.where, origin.tls, origin.connect_timeout_s, _go_on)
-
-    secure = shake if origin.scheme == "https" else None
-    sock = reach(health, origin.host, origin.port, origin.connect_timeout_s, shake=secure)
+    """Probe the way to a web server: all of `proxy` (if there is one), `resolve`, `tcp`, `tls` (if it has it)."""
+    secure = origin.scheme == "https"
+    if origin.proxy is not None:
+        sock = _by_proxy(health, origin)
+        health.skip("resolve", "tcp", why="the proxy finds the server" if health.ok else EARLIER)
+        if health.ok and sock is not None and secure:
+            with health.probe("tls") as probe:
+                wrapped = origin.shake(sock, _go_on)
+                sock, probe.detail = wrapped, peer_facts(wrapped)
+    else:
+        shake = partial(origin.shake, check=_go_on) if secure else None
+        sock = reach(health, origin.host, origin.port, origin.connect_timeout_s, shake=shake)
     if sock is not None:
         sock.close()
+    made = {probe.name for probe in health.probes}
+    health.skip(*(name for name in ("resolve", "tcp", *(["tls"] if secure else [])) if name not in made))
+
+
+def _by_proxy(health: Health, origin: WebOrigin) -> socket.socket | None:
+    proxy = origin.proxy
+    assert proxy is not None  # noqa: S101 - for the type checker
+    with health.probe("proxy") as probe:
+        if origin.scheme == "https":
+            sock = origin.reach(_go_on)
+            probe.detail = f"{proxy.url} passes on what is sent to {origin.authority}"
+            return sock
+        with Session(origin, check=_go_on, follow=False) as session, session.request("HEAD", "/") as answer:
+            if answer.status in (502, 503, 504):
+                raise proxy.refusal(answer.status, answer.reason, origin.authority)
+        probe.detail = f"{proxy.url} passes on requests to {origin.authority}"
+    return None

@@ -97,8 +97,7 @@ class Service:
 
     @property
     def _hidden(self) -> frozenset[str]:
-        authorizer = self.session.authorizer
-        return self.hidden | (authorizer.secrets if authorizer else frozenset())
+        return self.hidden | self.session.secrets
 
     def error(self, answer: Answer, body: bytes, path: str) -> DispatchError:
         """The error that a status stands for; the message has the server's own words."""

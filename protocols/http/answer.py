@@ -24,6 +24,7 @@ class Answer:
 
     Attributes:
         early: it came before the whole request was sent, which was then broken off.
+        keeps: it says that the connection is kept, which is nothing new to most clients of HTTP/1.1.
     """
 
     def __init__(self, connection: Connection, method: str, where: str) -> None:
@@ -43,7 +44,8 @@ class Answer:
         if method == "HEAD" or self.status in (204, 304):
             self._chunked, self._length = False, 0
         options = self.headers.get("Connection", "").lower()
-        self._keep = "close" not in options and (modern or "keep-alive" in options)
+        self.keeps = "keep-alive" in options
+        self._keep = "close" not in options and (modern or self.keeps)
         if self.headers.repeats and len(set(self.headers.get_all("Content-Length"))) > 1:
             self._keep = False  # what comes after it may be of this answer still
         self._done = self._length == 0

@@ -165,7 +165,8 @@ class ClientCredentials:
             return answer.status, answer, answer.read(MAX_TOKEN_BYTES)
 
     def _refused(self, status: int, answer: Answer, body: bytes) -> DispatchError:
-        said = words.excerpt(body, answer.media_type, self.secrets)
+        hidden = self.secrets | (self.origin.proxy.secrets if self.origin.proxy else frozenset())
+        said = words.excerpt(body, answer.media_type, hidden)
         text = f"{self._where}: no token: {status} {words.clean(answer.reason)}" + (f": {said!r}" if said else "")
         if status in (408, 425, 429) or status >= 500:
             return Busy(text, retry_after=answer.retry_after)

@@ -14,11 +14,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from socket import socket
+from ssl import SSLSocket
 from typing import Protocol
 from urllib.parse import quote as encoded
 from urllib.parse import urljoin, urlsplit
 
 from protocols.http.answer import Answer
+from protocols.http.proxy import Proxy
 from protocols.net.connection import Connection, connect, handshake
 from protocols.net.tls import Tls
 from transfer.errors import Interrupted, Misconfigured, TimedOut
@@ -91,10 +94,15 @@ class WebOrigin:
     tls: Tls = field(default=Tls(), repr=False)
     connect_timeout_s: float = 10.0
     idle_timeout_s: float = 60.0
+    proxy: Proxy | None = None
 
     @classmethod
-    def of(cls, url: str, tls: Tls, connect_timeout_s: float, idle_timeout_s: float) -> WebOrigin:
-        """The server that a URL names."""
+    def of(cls, url: str, tls: Tls, connect_timeout_s: float, idle_timeout_s: float, proxy: str = "") -> WebOrigin:
+        """Return the server that a URL names.
+
+        Args:
+            proxy: as `Proxy.of` takes it.
+        """
         parts = urlsplit(url)
         return cls(
             parts.scheme,
@@ -103,6 +111,7 @@ class WebOrigin:
             tls,
             connect_timeout_s,
             idle_timeout_s,
+            Proxy.of(proxy, url),
         )
 
     @property
@@ -116,12 +125,35 @@ class WebOrigin:
         """The server, for messages."""
         return f"{self.scheme}://{self.authority}"
 
-    def connect(self, check: Callable[[], None]) -> Connection:
-        """Make a connection; raises as `connection.connect` and `connection.handshake` do."""
-        sock = connect(self.host, self.port, self.connect_timeout_s, check)
+    @property
+    def way(self) -> str:
+        """The server and the proxy on the way, for messages."""
+        return f"{self.where} by way of {self.proxy.url}" if self.proxy else self.where
+
+    @property
+    def forwards(self) -> Proxy | None:
+        """The proxy, if it reads requests and passes them on; to a server with TLS it passes bytes."""
+        return self.proxy if self.scheme == "http" else None
+
+    def reach(self, check: Callable[[], None]) -> socket:
+        """Connect to the server, or to the proxy that passes on what is sent; see `connect`."""
+        if self.proxy is None:
+            return connect(self.host, self.port, self.connect_timeout_s, check)
+        sock = self.proxy.connect(self.tls, self.connect_timeout_s, check)
         if self.scheme == "https":
-            sock = handshake(sock, self.host, self.where, self.tls, self.connect_timeout_s, check)
-        return Connection(sock, self.where, self.idle_timeout_s, check, has_cert=bool(self.tls.cert))
+            self.proxy.tunnel(sock, self.host, self.port, self.connect_timeout_s, check)
+        return sock
+
+    def shake(self, sock: socket, check: Callable[[], None]) -> SSLSocket:
+        """Shake hands with the server; closes the socket if that fails."""
+        return handshake(sock, self.host, self.where, self.tls, self.connect_timeout_s, check)
+
+    def connect(self, check: Callable[[], None]) -> Connection:
+        """Make a connection; raises as `connection.connect`, `connection.handshake` and `Proxy` do."""
+        sock = self.reach(check)
+        if self.scheme == "https":
+            sock = self.shake(sock, check)
+        return Connection(sock, self.way, self.idle_timeout_s, check, has_cert=bool(self.tls.cert))
 
 
 class Session:
@@ -144,6 +176,12 @@ class Session:
         self.origin, self.authorizer, self.check, self.follow = origin, authorizer, check, follow
         self._idle: list[Connection] = []
         self._lock = threading.Lock()
+
+    @property
+    def secrets(self) -> frozenset[str]:
+        """What no message may show, as of now."""
+        found = self.authorizer.secrets if self.authorizer else frozenset()
+        return found | (self.origin.proxy.secrets if self.origin.proxy else frozenset())
 
     def close(self) -> None:
         with self._lock:
@@ -194,6 +232,7 @@ class Session:
             authorization = self.authorizer.header(self.check) if self.authorizer else ""
             answer = self._exchange(replace(request, authorization=authorization))
             try:
+                self._passed(answer)
                 if answer.status == 417 and request.expect:
                     request = replace(request, expect=False)
                 elif answer.status in (401, 403) and not renewed and self._renewed(authorization):
@@ -207,6 +246,11 @@ class Session:
             except BaseException:
                 answer.close()
                 raise
+
+    def _passed(self, answer: Answer) -> None:
+        """Raise Denied if it is the proxy that wants credentials."""
+        if answer.status == 407 and self.origin.forwards:
+            raise self.origin.forwards.refusal(answer.status, answer.reason, self.origin.authority)
 
     def _renewed(self, refused: str) -> bool:
         return self.authorizer is not None and self.authorizer.renew(refused, self.check)
@@ -240,7 +284,7 @@ class Session:
             connection, idle_s = self._connection(fresh=not request.idempotent)
             exchange = _Exchange(connection, request)
             try:
-                return exchange.run(self.origin.authority)
+                return exchange.run(self.origin)
             except Interrupted:
                 connection.close()
                 # The server may have closed it just as we began, which says nothing about the request; but what may
@@ -275,7 +319,8 @@ class Session:
             with suppress(Interrupted, KeyError, ValueError):
                 if int(answer.headers["Content-Length"]) <= LEFTOVER_BYTES:
                     answer.read(LEFTOVER_BYTES)
-        if answer.reusable:
+        # A proxy may end every connection after one answer, and say so to nobody (tinyproxy).
+        if answer.reusable and (answer.keeps or not self.origin.forwards):
             connection = answer.connection
             connection.idle_since = time.monotonic()
             with self._lock:
@@ -297,15 +342,19 @@ class _Request:
     def idempotent(self) -> bool:
         return self.method in IDEMPOTENT
 
-    def head(self, authority: str) -> bytes:
-        fields = {"Host": authority, "User-Agent": AGENT, "Accept-Encoding": "identity", **self.headers}
+    def head(self, origin: WebOrigin) -> bytes:
+        fields = {"Host": origin.authority, "User-Agent": AGENT, "Accept-Encoding": "identity", **self.headers}
         if self.authorization:
             fields["Authorization"] = self.authorization
         if self.body is not None:
             fields["Content-Length"] = str(self.body.length)
             if self.expect:
                 fields["Expect"] = "100-continue"
-        lines = [f"{self.method} {self.path} HTTP/1.1", *(f"{name}: {value}" for name, value in fields.items())]
+        path = self.path
+        if proxy := origin.forwards:
+            path = origin.where + path  # RFC 9112 section 3.2.2
+            fields |= proxy.authorization
+        lines = [f"{self.method} {path} HTTP/1.1", *(f"{name}: {value}" for name, value in fields.items())]
         if any(not line.isprintable() for line in lines):
             raise ValueError("a header field holds a control character")
         return "\r\n".join([*lines, "", ""]).encode("latin-1")
@@ -325,24 +374,24 @@ class _Exchange:
         self._broken_off = False  # whether what was sent ends before its announced end
         self._informational = 0
 
-    def run(self, authority: str) -> Answer:
+    def run(self, origin: WebOrigin) -> Answer:
         """Send the request and return its final answer."""
         body = self._request.body
-        if self._send(memoryview(self._request.head(authority))):
+        if self._send(memoryview(self._request.head(origin))):
             self.complete = body is None or body.length == 0
             if body is not None:
-                self._upload(body)
+                self._upload(body, origin)
         while self._final is None:
             self._hear()
         self._final.early = self._broken_off
         self._connection.used += 1
         return self._final
 
-    def _upload(self, body: Body) -> None:
+    def _upload(self, body: Body, origin: WebOrigin) -> None:
         """Send a body, as far as the server lets us."""
         if self._request.expect:
             if not self._connection.listen(CONTINUE_S):
-                _without_continue.add(self._connection.where)
+                _without_continue.add(origin.where)
             else:
                 self._hear()
             if self._final:  # the server has no need of the body

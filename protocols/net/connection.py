@@ -16,8 +16,10 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from ipaddress import ip_address
+from typing import cast
 
 from protocols.net import tls
+from protocols.net.nested import NestedTls
 from transfer.errors import Interrupted, TimedOut, Unreachable
 
 SLICE_S = 0.2  # the longest wait between two looks at `check`
@@ -133,7 +135,10 @@ def handshake(
         NotTrusted, Denied, Misconfigured, Interrupted: as `tls.classify` says. TimedOut: no answer.
     """
     try:
-        wrapped = settings.client().wrap_socket(sock, server_hostname=host, do_handshake_on_connect=False)
+        if isinstance(sock, ssl.SSLSocket):
+            wrapped = cast(ssl.SSLSocket, NestedTls(sock, settings.client(), host))
+        else:
+            wrapped = settings.client().wrap_socket(sock, server_hostname=host, do_handshake_on_connect=False)
     except BaseException:
         sock.close()
         raise
@@ -259,7 +264,7 @@ class Connection:
         """
         if self._start < self._end:
             return True
-        pending = self.sock.pending() if isinstance(self.sock, ssl.SSLSocket) else 0
+        pending = self.sock.pending() if isinstance(self.sock, ssl.SSLSocket | NestedTls) else 0
         if not pending and not self._readable.poll(0):
             return False
         try:

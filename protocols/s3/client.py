@@ -19,9 +19,12 @@ from botocore.config import Config
 from botocore.exceptions import NoCredentialsError
 
 from protocols.http.head import Fields
+from protocols.http.proxy import Proxy
+from protocols.http.session import WebOrigin
 from protocols.net.tls import Tls
 
 DEFAULT_REGION = "us-east-1"
+AWS = "https://s3.amazonaws.com"
 AWS_DOMAINS = (".amazonaws.com", ".amazonaws.com.cn")
 _OFF = (None, None, None, None)  # a variable that is read neither from the environment nor from a file
 
@@ -35,6 +38,7 @@ class Settings:
         endpoint_url: None for AWS.
         addressing: `auto`, `path` or `virtual`.
         access_key: with `secret_key` and perhaps `token`; None for `profile`, or for the default chain.
+        proxy: as `protocols.http.proxy.Proxy.of` takes it.
         hidden: what no message may show.
     """
 
@@ -49,7 +53,12 @@ class Settings:
     tls: Tls = field(default=Tls(), repr=False)
     connect_timeout_s: float = 10.0
     idle_timeout_s: float = 60.0
+    proxy: str = field(default="", repr=False)
     hidden: frozenset[str] = field(default=frozenset(), repr=False)
+
+    def origin(self, url: str) -> WebOrigin:
+        """The server that a URL names, and how to get there."""
+        return WebOrigin.of(url, self.tls, self.connect_timeout_s, self.idle_timeout_s, self.proxy)
 
     @property
     def at_aws(self) -> bool:
@@ -97,6 +106,8 @@ class Account:
             variables |= dict.fromkeys(("profile", "config_file", "credentials_file"), _OFF)
         self._core: Any = botocore.session.Session(session_vars=variables, profile=settings.profile)
         self._core.register_component("data_loader", _loader())
+        # Services that give credentials are asked by boto3 itself, which would take any proxy of the environment.
+        self._core.set_default_client_config(Config(proxies=_proxies(settings)))
         if settings.access_key:
             self._core.set_credentials(settings.access_key, settings.secret_key or "", settings.token)
         self.credentials: Any = self._core.get_credentials()
@@ -135,6 +146,12 @@ class Account:
 
         client.meta.events.register("before-send.s3", before_send)
         return client, aim
+
+
+def _proxies(settings: Settings) -> dict[str, str]:
+    """The proxies of a target's setting, by scheme, with credentials."""
+    found = {scheme: Proxy.of(settings.proxy, f"{scheme}://{urlsplit(AWS).hostname}") for scheme in ("http", "https")}
+    return {scheme: proxy.full_url for scheme, proxy in found.items() if proxy}
 
 
 def _aim(client: Any, bucket: str) -> Aim:

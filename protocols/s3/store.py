@@ -220,7 +220,7 @@ class Store:
             return answer_of(request, answer.status, answer.headers, answer.read())
 
     def _session_of(self, url: str) -> Session:
-        origin = WebOrigin.of(url, self._settings.tls, self._settings.connect_timeout_s, self._settings.idle_timeout_s)
+        origin = self._settings.origin(url)
         with self._lock:
             if origin not in self._sessions:
                 self._sessions[origin] = Session(origin, check=lambda: self.check())

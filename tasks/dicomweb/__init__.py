@@ -73,7 +73,7 @@ def _tls(target: DicomWebTarget) -> tls.Tls:
 
 
 def _origin(target: DicomWebTarget, url: str, trust: tls.Tls) -> WebOrigin:
-    return WebOrigin.of(url, trust, target.connect_timeout_s, target.idle_timeout_s)
+    return WebOrigin.of(url, trust, target.connect_timeout_s, target.idle_timeout_s, target.proxy.get_secret_value())
 
 
 def _authorizer(target: DicomWebTarget, trust: tls.Tls) -> Authorizer | None:
@@ -100,13 +100,12 @@ def check(target: DicomWebTarget) -> Health:
     if target.folder is not None:
         return dicomweb_folder.check(target)
     health = Health()
-    probes = ["resolve", "tcp", *(["tls"] if target.url.startswith("https:") else [])]
-    probes += ["authenticate", "authorize", "qido", "stow", "wado"]
     reach_web(health, _origin(target, target.url, _tls(target)))
     if health.ok:
         with connect(target) as service:
             _probe_services(health, target, service)
-    health.skip(*probes[len(health.probes) :])
+    made = {probe.name for probe in health.probes}
+    health.skip(*(name for name in ("authenticate", "authorize", "qido", "stow", "wado") if name not in made))
     return health
 
 

@@ -13,10 +13,11 @@ from urllib.parse import urlsplit
 from pydantic import SecretStr
 
 from blocks.s3 import Checksum, S3Target
+from protocols.http.proxy import Proxy
 from protocols.http.session import WebOrigin
 from protocols.net.hiding import hiding, quieted
 from protocols.net.tls import Tls
-from protocols.s3.client import Settings
+from protocols.s3.client import AWS, Settings
 from protocols.s3.error import StoreError
 from protocols.s3.probe import Prober
 from protocols.s3.store import Store
@@ -45,7 +46,10 @@ def connect(target: S3Target, check: Callable[[], None] = lambda: None, hidden: 
         Misconfigured: there are no credentials, or settings contradict each other, or `endpoint_url` can name no
             host. Denied: no credentials can be had.
     """
+    proxy = target.proxy.get_secret_value()
     secrets = {_secret(target.secret_access_key) or "", _secret(target.session_token) or ""} - {""}
+    if known := Proxy.of(proxy, target.endpoint_url or AWS):
+        secrets |= known.secrets
     where = f"{target.endpoint_url or 'AWS'}, bucket {target.bucket}"
     settings = Settings(
         bucket=target.bucket,
@@ -59,6 +63,7 @@ def connect(target: S3Target, check: Callable[[], None] = lambda: None, hidden: 
         tls=_tls(target),
         connect_timeout_s=target.connect_timeout_s,
         idle_timeout_s=target.idle_timeout_s,
+        proxy=proxy,
         hidden=frozenset(secrets | set(hidden)),
     )
     with quieted(hiding(secrets, hidden), target.name):
@@ -98,8 +103,9 @@ def check(target: S3Target) -> Health:
                 _probe_objects(health, target, store, trailers="trailers" in order)
     except DispatchError:  # most likely no credentials: the network can be tried all the same
         if target.endpoint_url:
-            url, tls = target.endpoint_url, _tls(target)
-            reach_web(health, WebOrigin.of(url, tls, target.connect_timeout_s, target.idle_timeout_s))
+            proxy = target.proxy.get_secret_value()
+            times = target.connect_timeout_s, target.idle_timeout_s
+            reach_web(health, WebOrigin.of(target.endpoint_url, _tls(target), *times, proxy))
         else:
             health.skip("resolve", "tcp", "tls")
         with health.probe("authenticate"):

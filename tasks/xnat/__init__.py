@@ -92,7 +92,13 @@ def _server(location: str) -> str:
 
 
 def _origin(target: XnatTarget) -> WebOrigin:
-    return WebOrigin.of(target.host, Tls(ca=target.ca_cert), target.connect_timeout_s, target.idle_timeout_s)
+    return WebOrigin.of(
+        target.host,
+        Tls(ca=target.ca_cert),
+        target.connect_timeout_s,
+        target.idle_timeout_s,
+        target.proxy.get_secret_value(),
+    )
 
 
 def check(target: XnatTarget) -> Health:
@@ -106,9 +112,7 @@ def check(target: XnatTarget) -> Health:
     reach_web(health, _origin(target))
     if health.error is None:
         _check_xnat(target, health, ask, rest)
-    made = {probe.name for probe in health.probes}
-    way = ["resolve", "tcp", *(["tls"] if target.host.startswith("https:") else [])]
-    health.skip(*(name for name in way if name not in made), *rest)
+    health.skip(*rest)
     return health
 
 
