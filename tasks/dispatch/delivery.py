@@ -29,6 +29,7 @@ MAX_ATTEMPTS = 1000  # of one run, also if each of them gets a little further
 GAIN_BYTES = 65_536  # an attempt that moved less of a file has not got further
 OUTPUT_BYTES = 65_536  # of a hook's output, its end is kept
 SHOWN_CHARS = 500  # of it, in the run's state
+LINE_CHARS = 200  # of the last line that a failed script printed, where only that is shown
 SHOWN_FAILURES = 20  # lines of failed attempts in a receipt
 
 
@@ -232,9 +233,10 @@ class Delivery:
         self.hook_output = result.output.encode()[-OUTPUT_BYTES:].decode("utf-8", "ignore")
         self.ledger.record_hook(*key, self.hook, result.exit_code, self.hook_output)
         how = "was stopped, its time was up" if result.exit_code is None else f"ended with exit code {result.exit_code}"
-        self.hook_told = f"the script {how}"
+        last = self.hook_output.strip().rpartition("\n")[2].strip()[-LINE_CHARS:]
+        self.hook_told = f"the script {how}" + (f": {last}" if last and self.hook == "failed" else "")
         if self.hook == "failed":
-            raise HookFailed(f"{self.hook_told}: {self.hook_output.strip()[-SHOWN_CHARS:]}", self.target.name)
+            raise HookFailed(f"the script {how}: {self.hook_output.strip()[-SHOWN_CHARS:]}", self.target.name)
 
     @property
     def wants_hook(self) -> bool:

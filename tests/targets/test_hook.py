@@ -277,6 +277,7 @@ def test_a_failed_hook_is_run_again_and_the_data_not_sent_again(
             assert row is not None
             assert (row.outcome, row.exit_code, row.attempts) == ("failed", 5, attempts)
             assert "on standard error" in row.output
+            assert one.hook_told == "the script ended with exit code 5: on standard error"
         script.write_text(SCRIPT)
         # Later, as another run of the same dispatch.
         before = link.sent
