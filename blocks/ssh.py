@@ -56,6 +56,17 @@ class SshTarget(Target, ABC):
         default=HostKeyPolicy.STRICT,
         description="Whether an unknown host is refused (strict) or its key learned once (accept-new).",
     )
+    jump_host: str = Field(
+        default="",
+        description="Jump host (bastion) through which the server is reached: host, user@host or user@host:port.",
+    )
+    jump_host_key: str = Field(default="", description="The jump host's key, given as host_key.")
+    jump_private_key: SecretStr = Field(
+        default=SecretStr(""),
+        description="Private key for the jump host, given as private_key; empty for the same as the server's. "
+        "Passwords are never given to the jump host.",
+    )
+    jump_passphrase: SecretStr = Field(default=SecretStr(""), description="Passphrase of jump_private_key.")
     on_complete: bool = Field(
         default=False, description="Whether to run the script in the folder after everything has arrived."
     )
@@ -82,6 +93,24 @@ class SshTarget(Target, ABC):
         """The host keys to trust, without a host: fingerprints, or `[@marker ]type base64`."""
         return pinned(self.host_key)
 
+    @property
+    def jump_pins(self) -> tuple[str, ...]:
+        """The jump host's keys to trust, as `pins`."""
+        return pinned(self.jump_host_key)
+
+    @property
+    def jump(self) -> tuple[str, str, int]:
+        """User, host and port of the jump host."""
+        return check_jump_host(self.jump_host)
+
+    @field_validator("jump_host")
+    @classmethod
+    def _jump_host(cls, value: str) -> str:
+        value = value.strip()
+        if value:
+            check_jump_host(value)
+        return value
+
     @field_validator("host")
     @classmethod
     def _host(cls, value: str) -> str:
@@ -90,10 +119,7 @@ class SshTarget(Target, ABC):
     @field_validator("user")
     @classmethod
     def _user(cls, value: str) -> str:
-        value = check_argument(value.strip())
-        if any(char in value for char in "\"'`$;|&<>(){}"):  # ssh of today refuses these as well
-            raise ValueError(f"{value!r} is not the name of a user: it holds a sign that shells know")
-        return value
+        return check_user(value)
 
     @field_validator("folder")
     @classmethod
@@ -105,14 +131,14 @@ class SshTarget(Target, ABC):
     def _layout(cls, value: str) -> str:
         return check_layout(value)
 
-    @field_validator("password", "passphrase")
+    @field_validator("password", "passphrase", "jump_passphrase")
     @classmethod
     def _one_line(cls, value: SecretStr) -> SecretStr:
         if any(char in value.get_secret_value() for char in "\0\r\n"):
             raise ValueError("must be one line")  # ssh takes what an askpass program prints up to the line's end
         return value
 
-    @field_validator("host_key")
+    @field_validator("host_key", "jump_host_key")
     @classmethod
     def _host_key(cls, value: str) -> str:
         pinned(value)
@@ -125,6 +151,31 @@ class SshTarget(Target, ABC):
         if not value or "/" in value or value in (".", "..") or len(value) > SCRIPT_CHARS:
             raise ValueError(f"{value!r}: name a script in the target's folder, without a path")
         return value
+
+
+def check_user(value: str) -> str:
+    """Return the name of a user.
+
+    Raises:
+        ValueError: it looks like an option, or holds what a shell would not take as it is.
+    """
+    value = check_argument(value.strip())
+    if any(char in value for char in "\"'`$;|&<>(){}"):  # ssh of today refuses these as well
+        raise ValueError(f"{value!r} is not valid as the name of a user: it holds a character that shells interpret")
+    return value
+
+
+def check_jump_host(value: str) -> tuple[str, str, int]:
+    """Return user, host and port of `user@host:port`, of which only the host must be there; IPv6 in brackets.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    user, _, where = value.rpartition("@")
+    found = re.fullmatch(r"(?:\[([^\[\]]+)\]|([^:\[\]]+))(?::(\d{1,5}))?", where)
+    if found is None or "," in value or not 1 <= int(found[3] or 22) <= 65_535:
+        raise ValueError(f"jump_host {value!r} is not valid: write host, user@host or user@host:port, one host only")
+    return check_user(user), check_host(found[1] or found[2]), int(found[3] or 22)
 
 
 def check_folder(value: str) -> str:

@@ -1,8 +1,8 @@
 """rsync targets: folders on servers that give a shell and have rsync.
 
 Everything goes into `<folder>/.incoming-<dispatch>/`, where an interrupted transfer finds again what has come. When
-it is whole, one rename makes it visible; if the folder is there already, file after file is renamed into it. All of
-it in one session: a shell holds it, rsync runs in it.
+it is whole, one rename makes it visible; if the folder is there already, file after file is renamed into it. A shell
+prepares and ends it; rsync logs in on its own.
 """
 
 from __future__ import annotations
@@ -10,14 +10,16 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from shlex import quote
 
 from blocks.rsync import RsyncTarget
 from imaging.header import BEGINNING_BYTES
 from protocols.net.hiding import quieted
-from protocols.ssh.client import Client, quote, short
+from protocols.ssh.client import Client
 from protocols.ssh.programs import program
 from protocols.ssh.rsync import PARTIAL, PARTLY, TEMPORARY, WORDS, Result, Rsync
 from protocols.ssh.shell import Shell
+from protocols.ssh.words import short
 from tasks import ssh
 from tasks.driver import Driver, Facts
 from transfer.errors import Busy, Denied, DispatchError, Interrupted, Misconfigured, NotFound, Rejected
@@ -141,7 +143,7 @@ def _check(health: Health, target: RsyncTarget, client: Client) -> None:
             shell.run("")
         except DispatchError as exc:
             error = exc
-        if not ssh.probe_login(health, error, shell.started.facts):
+        if not ssh.probe_login(health, error, shell.facts):
             return
         with health.probe("shell"):
             if error is not None:
@@ -172,8 +174,12 @@ def push(target: RsyncTarget, plan: Plan, report: PushReport) -> Receipt:
     """Send every pending file, make all visible at once, then put the marker; told when visible."""
     report.check()
     hide = ssh.hiding(target, plan)
-    with quieted(hide, target.name), Client(ssh.login(target), hide) as client, Shell(client) as shell:
-        rsync = Rsync(shell, target.bandwidth_limit, target.compress, report.check, report.moved)
+    with (
+        quieted(hide, target.name),
+        Client(ssh.login(target), hide, report.check) as client,
+        Shell(client, report.check) as shell,
+    ):
+        rsync = Rsync(client, lambda: shell.banner, target.bandwidth_limit, target.compress, report.check, report.moved)
         return _Push(target, plan, report, shell, rsync).run()
 
 
@@ -219,7 +225,7 @@ class _Push:
         """Run one of the scripts above in the target's folder."""
         filled = _filled(text, FOLDER=self.target.folder, INCOMING=self.incoming, MARKER=ssh.MARKER, **words)
         idle_s = self.target.idle_timeout_s + len(self.plan.items) / SLOWEST_RENAMES
-        return self.shell.run(filled, idle_s=idle_s, check=self.report.check)
+        return self.shell.run(filled, idle_s=idle_s)
 
     def reject(self, item: Item, reason: str) -> None:
         self.report(item, Outcome(Kind.REJECTED, self.hide(reason)))

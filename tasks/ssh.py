@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import uuid
+from dataclasses import replace
 from pathlib import Path
+from shlex import quote
+
+from pydantic import SecretStr
 
 from blocks.ssh import HostKeyPolicy, SshTarget
 from protocols.net import hiding as hidden
+from protocols.net.connection import place
 from protocols.net.hiding import Hide, quieted
-from protocols.ssh.client import Client, Facts, Login, greeting, quote
+from protocols.ssh.account import Account, suits
+from protocols.ssh.client import WAY_S, Client, greeting
+from protocols.ssh.handshake import NothingInCommon
 from protocols.ssh.keys import private_key
+from protocols.ssh.login import Login, LoginFacts
 from protocols.ssh.shell import NoScript, run_script
 from tasks.driver import HookResult, Ran
 from tasks.probes import reach
@@ -27,15 +36,13 @@ REPLACED = Outcome(Kind.WARNING, "replaced another file of this name")
 
 
 def login(target: SshTarget) -> Login:
-    """Return how to log in to a target.
+    """Return how to log in to a target, through its jump host if it has one.
 
     Raises:
-        Misconfigured: the private key can't be used.
+        Misconfigured: a private key can't be used.
     """
-    key, certificate = b"", b""
-    if text := target.private_key.get_secret_value().strip():
-        key, certificate = private_key(text, target.passphrase.get_secret_value())
-    return Login(
+    key, certificate = _key(target.private_key, target.passphrase)
+    own = Login(
         host=target.host,
         port=target.port,
         user=target.user,
@@ -48,6 +55,27 @@ def login(target: SshTarget) -> Login:
         connect_timeout_s=target.connect_timeout_s,
         idle_timeout_s=target.idle_timeout_s,
     )
+    if not target.jump_host:
+        return own
+    user, host, port = target.jump
+    if target.jump_private_key.get_secret_value().strip():
+        key, certificate = _key(target.jump_private_key, target.jump_passphrase, "jump_")
+    # Its password is the server's alone.
+    jump = replace(
+        own, host=host, port=port, user=user, key=key, certificate=certificate, password="", pins=target.jump_pins
+    )
+    return replace(own, jump=jump)
+
+
+def _key(key: SecretStr, passphrase: SecretStr, prefix: str = "") -> tuple[bytes, bytes]:
+    """Return a private key and its certificate, empty if there is none; errors name the field."""
+    text = key.get_secret_value().strip()
+    if not text:
+        return b"", b""
+    try:
+        return private_key(text, passphrase.get_secret_value())
+    except Misconfigured as exc:
+        raise Misconfigured(re.sub(r"\b(private_key|passphrase)\b", rf"{prefix}\1", exc.message)) from exc
 
 
 def hiding(target: SshTarget, plan: Plan) -> Hide:
@@ -83,7 +111,7 @@ def hook(target: SshTarget, plan: Plan, report: PushReport, ran: Ran) -> HookRes
     bad: int | None = 0
     said: list[str] = []
     hide = hiding(target, plan)
-    with quieted(hide, target.name), Client(login(target), hide) as client:
+    with quieted(hide, target.name), Client(login(target), hide, report.check) as client:
         folders = sorted(folder for folder in by_folder(target, plan) if folder not in ran)
         for name in folders:
             report.check()
@@ -102,23 +130,66 @@ def hook(target: SshTarget, plan: Plan, report: PushReport, ran: Ran) -> HookRes
 
 
 def probe_host(health: Health, target: SshTarget) -> bool:
-    """Probe name and port; tell whether to go on."""
+    """Probe name and port, those of the jump host if there is one, and the way on from there; return if all went."""
+    _, host, port = target.jump if target.jump_host else ("", target.host, target.port)
 
     def said(sock: socket.socket) -> str:
-        line = greeting(sock, f"{target.host}:{target.port}", target.connect_timeout_s)
-        if not line.startswith("SSH-"):
-            raise Misconfigured(f"{target.host}:{target.port}: what answers is not SSH: {line[:80]!r}")
-        return line
+        return _greeted(sock, place(host, port), target.connect_timeout_s)
 
-    sock = reach(health, target.host, target.port, target.connect_timeout_s, greeting=said)
+    sock = reach(health, host, port, target.connect_timeout_s, greeting=said)
     if sock is not None:
         sock.close()
-    return sock is not None
+    if sock is not None and target.jump_host:
+        with health.probe("jump_host") as probe:
+            probe.detail = _greeted_behind(target)
+    return health.error is None
 
 
-def probe_login(health: Health, error: DispatchError | None, facts: Facts) -> bool:
-    """Report how a login went, whose error (None if it went well) was kept; tell whether we are in."""
+def _greeted(sock: socket.socket, where: str, timeout_s: float) -> str:
+    line = greeting(sock, where, timeout_s)
+    if not line.startswith("SSH-"):
+        raise Misconfigured(f"{where}: what answers is not SSH: {line[:80]!r}")
+    return line
+
+
+def _greeted_behind(target: SshTarget) -> str:
+    """Return the first line of the host behind the jump host."""
+    way_there = login(target).jump
+    assert way_there is not None  # noqa: S101 - for the type checker
+    with Client(way_there) as jump:
+        sock, way = jump.through(target.host, target.port)
+        with sock:
+            try:
+                # The jump host has to let us in first.
+                wait_s = 2 * target.connect_timeout_s + target.idle_timeout_s
+                return _greeted(sock, place(target.host, target.port), wait_s)
+            except DispatchError as exc:
+                if way.exit_code(WAY_S) is not None and way.words:
+                    raise way.said.failure_of_way(way.process.returncode) from exc
+                raise
+
+
+def probe_account(health: Health, client: Client) -> bool:
+    """Probe host key and login; return whether to go on. Where paramiko can't carry them, ssh(1) shows them later."""
+    if not suits(client):
+        return True
+    account = Account(client)
+    error: DispatchError | None = None
+    try:
+        account.begin()
+    except NothingInCommon:
+        return True
+    except DispatchError as exc:
+        error = exc
+    account.close()
+    return probe_login(health, error, account.facts)
+
+
+def probe_login(health: Health, error: DispatchError | None, facts: LoginFacts) -> bool:
+    """Report how a login went, whose error (None if it went well) was kept; return whether we are in."""
     got_in = bool(facts.method)
+    if got_in and any(probe.name == "authenticate" for probe in health.probes):
+        return True  # paramiko was let in before, and has reported it
     with health.probe("trust") as probe:
         if error is not None and not got_in and not isinstance(error, Denied):
             raise error

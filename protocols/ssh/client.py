@@ -1,16 +1,13 @@
-"""SSH by the system's own client: one way in for rsync, SFTP and scripts, so one place for trust and login.
+"""SSH by the system's own client, and by paramiko: one way in for rsync, SFTP and scripts, one place for trust.
 
     with Client(login) as client:
-        started = client.start("sftp", subsystem=True)      # a process; `started.failure()` says why it ended
-        with Shell(client) as shell: ...                    # shell.py
+        started = client.start("sftp", subsystem=True)   # a process of ssh(1); `started.failure()` says why it ended
+        with Shell(client) as shell: ...                 # shell.py, account.py: by paramiko
 
-No file of the user's or the system's ssh configuration is read (`-F /dev/null`); every option that matters is given.
-Secrets reach ssh through files in memory (`memfiles.py`) whose paths say nothing; keys are decrypted first
-(`keys.py`). ssh's own words go to a log in memory as well: they say which key the host showed, how we
-were let in, and why not.
-
-Why not a library: measured on one large file, paramiko and asyncssh reach half to nine tenths of the speed of OpenSSH's
-sftp at two to three times its CPU, and rsync needs the system's ssh anyway (docs/performance.md).
+Bulk bytes go through ssh(1): measured on one large file, libraries reach half to nine tenths of its speed at two to
+three times its CPU (docs/performance.md). No file of the user's or the system's ssh configuration is read
+(`-F /dev/null`); every option that matters is given. Secrets reach ssh through files in memory (`memfiles.py`) whose
+paths say nothing; keys are decrypted first (`keys.py`). ssh's own words go to a log in memory as well (`words.py`).
 """
 
 from __future__ import annotations
@@ -18,54 +15,31 @@ from __future__ import annotations
 import math
 import os
 import re
+import select
 import shlex
 import socket
 import subprocess
 import time
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
+from protocols.net.connection import connect, place
 from protocols.ssh import hostkeys
-from protocols.ssh.memfiles import MemoryFiles, tail
+from protocols.ssh.handshake import NothingInCommon, Transport
+from protocols.ssh.login import Login, LoginFacts
+from protocols.ssh.memfiles import MemoryFiles
 from protocols.ssh.programs import environment, program, start, stop
-from transfer.errors import Busy, Denied, DispatchError, Interrupted, Misconfigured, NotTrusted, TimedOut, Unreachable
+from protocols.ssh.words import Said, text_of
+from transfer.errors import Busy, DispatchError, Interrupted, TimedOut, Unreachable
 
 # Several times faster than ssh's first choice where the processor has AES instructions; the others stay possible.
 FAST_CIPHERS = "^aes128-gcm@openssh.com,aes256-gcm@openssh.com"
 ALIVE_COUNT = 3  # unanswered keep-alive messages within the idle timeout
-WORDS_CHARS = 400  # of a program's own words in a message of ours
 END_S = 5.0  # a program whose output has ended is gone soon
-
-# ssh's words before and after login; the first pattern that fits counts. Source: OpenSSH, ssh(1) exits with 255 for
-# every error of its own and tells them apart only in words, which it never translates.
-ERRORS: tuple[tuple[str, type[DispatchError]], ...] = (
-    (r"Host key verification failed|HOST IDENTIFICATION HAS CHANGED|host key is known for|revoked host key",
-     NotTrusted),
-    (r"Permission denied \(|Too many authentication failures|No more authentication methods|Account.*(locked|expired)"
-     r"|password has expired", Denied),
-    (r"Not allowed at this time|MaxStartups", Busy),
-    (r"(kex|ssh)_exchange_identification: .*([Cc]losed|reset)", Busy),
-    (r"(kex|ssh)_exchange_identification", Misconfigured),
-    (r"banner exchange: .*invalid|Bad remote protocol version|Protocol major versions differ", Misconfigured),
-    (r"[Tt]imed out during banner exchange|Connection to \S+ port \d+ timed out", TimedOut),
-    (r"Unable to negotiate|no matching .* found|Bad configuration option|Bad SSH2 cipher|unknown key type",
-     Misconfigured),
-    (r"Could not resolve hostname|[Cc]onnect to host .* port \d+:|No route to host|Connection refused", Unreachable),
-    (r"[Ss]ubsystem request failed|exec request failed|shell request failed", Misconfigured),
-    (r"Timeout, server .* not responding", TimedOut),
-    (r"administratively prohibited|open failed|Session open refused", Busy),
-    (r"[Cc]onnection (reset|closed|aborted)|Broken pipe|[Dd]isconnect(ed|ing)?|Corrupted|message authentication code",
-     Interrupted),
-)  # fmt: skip
-BUSY = 2  # the entry above with what a server says before it hangs up on one client too many
-_NOISE = re.compile(r"debug\d: |OpenSSH_|Authenticated to |Warning: Permanently added|Transferred: |Bytes per second")
-_HOST_KEY = re.compile(r"Server host (?:key|certificate): (\S+) (SHA256:\S+)")
-_METHOD = re.compile(r"Authenticated to .* using \"([\w-]+)\"|Authentication succeeded \(([\w-]+)\)")
-_SOFTWARE = re.compile(r"remote software version (.+)")
-_NO_SSH = re.compile(r"exchange_identification: banner line \d+: (.*)")  # what came instead of SSH's first line
-_CIPHER = re.compile(r"kex: client->server cipher: (\S+)")
+WAY_S = 1.0  # the ssh to a jump host, whose end of the way has closed, is gone within this
+PIECE = 65_536
+GLOBAL_KNOWN_HOSTS = Path("/etc/ssh/ssh_known_hosts")
 
 # Answers for the password alone: neither whether to trust a host, nor with what an expired password shall be replaced.
 _ASKPASS = """#!/bin/sh
@@ -74,108 +48,67 @@ exec cat {path}
 """
 
 
-@dataclass(frozen=True)
-class Login:
-    """Whose door, and what opens it.
-
-    Attributes:
-        user: "" for the name of the account that we run under.
-        key: a private key in a form that needs no passphrase (`private_key`), b"" for none.
-        certificate: the certificate that belongs to the key, as ssh-keygen -s makes it.
-        pins: the host keys to trust (`hostkeys.py`); without any, those that are known.
-        accept_new: whether a host of which no key is known yet is trusted, and its key kept.
-        known_hosts: files of known keys; the first is where a new one is kept.
-        connect_timeout_s: for the connection, and again for the handshake.
-        idle_timeout_s: silence after which the host counts as hung.
-    """
-
-    host: str
-    port: int = 22
-    user: str = ""
-    key: bytes = field(default=b"", repr=False)
-    certificate: bytes = field(default=b"", repr=False)
-    password: str = field(default="", repr=False)
-    pins: tuple[str, ...] = ()
-    accept_new: bool = False
-    known_hosts: tuple[Path, ...] = ()
-    connect_timeout_s: float = 10
-    idle_timeout_s: float = 60
-
-    @property
-    def shown(self) -> str:
-        """User, host and port for messages."""
-        return f"{self.user}@{self.host}:{self.port}" if self.user else f"{self.host}:{self.port}"
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What ssh told of a connection: "" where it did not get so far."""
-
-    key_type: str = ""
-    fingerprint: str = ""
-    method: str = ""
-    software: str = ""
-    cipher: str = ""
-
-
 class Started:
-    """A process that runs over SSH: `ssh` itself, or a program that has started it.
+    """A process of ssh(1). It leads its own process group.
 
     Args:
-        process: leads its own process group.
-        log: where ssh keeps its words.
-        errors: where the other side's standard error goes.
+        said: where its words go.
     """
 
-    def __init__(self, client: Client, process: subprocess.Popen[bytes], log: str, errors: str) -> None:
-        self.client, self.process, self._log, self._errors = client, process, log, errors
+    LOST = 255  # exit code for ssh's own failures (ssh(1)); others are the command's
+
+    def __init__(self, client: Client, process: subprocess.Popen[bytes], said: Said) -> None:
+        self.client, self.process, self.said = client, process, said
 
     @property
-    def facts(self) -> Facts:
+    def facts(self) -> LoginFacts:
         """What is known of the connection so far."""
-        text = _text(tail(self._log))
-        key, method = _HOST_KEY.search(text), _METHOD.search(text)
-        software, cipher = _SOFTWARE.search(text), _CIPHER.search(text)
-        return Facts(
-            *((key[1], key[2]) if key else ("", "")),
-            method=(method[1] or method[2]) if method else "",
-            software=software[1].strip() if software else "",
-            cipher=cipher[1] if cipher else "",
-        )
+        return self.said.facts
 
     @property
     def words(self) -> str:
-        """ssh's own words, without what it says when all is well."""
-        lines = (line.strip() for line in _text(tail(self._log)).splitlines())
-        return " ".join(line for line in lines if line and not _NOISE.match(line) and not set(line) <= {"@", " "})
+        """Why what runs there has not started, or what the link broke of, in ssh's own words."""
+        return self.said.words
 
     @property
     def errors(self) -> str:
-        """What the other side, or the program, wrote to its standard error."""
-        return _text(tail(self._errors))
+        """What the other side wrote to its standard error, and the host to everybody."""
+        return self.said.stderr
 
-    def failure(self) -> DispatchError:
-        """Return why the connection, or the login, failed; ends the process.
+    def send(self, data: bytes, check: Callable[[], None] = lambda: None) -> None:
+        """Give it bytes as its standard input; its end is seen, and named, where its output is read."""
+        assert self.process.stdin is not None  # noqa: S101 - for the type checker: it was started with a pipe
+        with suppress(BrokenPipeError):
+            while data:
+                check()
+                data = data[os.write(self.process.stdin.fileno(), data[:PIECE]) :]
 
-        Outcomes: NotTrusted (host key), Denied (login), Unreachable, TimedOut, Busy, Interrupted, Misconfigured.
-        """
-        try:
-            self.process.wait(END_S)
-        except subprocess.TimeoutExpired:
+    def receive(self, wait_s: float) -> bytes | None:
+        """Return what has come, b"" at the end, None if nothing came in time."""
+        assert self.process.stdout is not None  # noqa: S101
+        poll = select.poll()
+        poll.register(self.process.stdout, select.POLLIN)
+        if not poll.poll(wait_s * 1000):
+            return None
+        return os.read(self.process.stdout.fileno(), PIECE)
+
+    def end_input(self) -> None:
+        """Close its standard input."""
+        if self.process.stdin is not None:
+            with suppress(OSError):  # it is gone already
+                self.process.stdin.close()
+
+    def exit_code(self, wait_s: float = END_S) -> int | None:
+        """Return its exit code, 255 for ssh's own failures (ssh(1)); None if it has not ended in time."""
+        with suppress(subprocess.TimeoutExpired):
+            return self.process.wait(wait_s)
+        return None
+
+    def failure(self, *, begun: bool = True) -> DispatchError:
+        """Return why the connection, or the login, failed (`Said.failure`); ends the process."""
+        if self.exit_code() is None:
             stop(self.process)
-        login, words, facts = self.client.login, self.words, self.facts
-        came = _NO_SSH.search(_text(tail(self._log)))
-        text = f"{words}\n{self.errors}\n{came[1] if came else ''}"
-        kind = next((error for pattern, error in ERRORS if re.search(pattern, text)), None)
-        if kind is NotTrusted:
-            return NotTrusted(_why_not_trusted(login, facts, words))
-        if kind is Busy and came and not facts.software and not re.search(ERRORS[BUSY][0], came[1]):
-            return Misconfigured(f"{login.shown}: what answers is not SSH: {short(came[1], self.client.hide)}")
-        if kind is None or (kind is Busy and facts.method):
-            kind = Interrupted if facts.method else Unreachable
-        said = words or self.errors.strip() or f"ssh ended with exit code {self.process.returncode}"
-        advice = f": {_why_denied(login)}" if kind is Denied else ""
-        return kind(f"{login.shown}: {short(said, self.client.hide)}{advice}")
+        return self.said.failure(self.process.returncode, begun=begun)
 
     def stop(self) -> None:
         """End the process and what it has started."""
@@ -183,48 +116,77 @@ class Started:
 
     def close(self, wait_s: float = END_S) -> None:
         """Let it end by closing its input; stop it if it doesn't within `wait_s`."""
-        if self.process.stdin is not None:
-            with suppress(OSError):  # it is gone already
-                self.process.stdin.close()
-        with suppress(subprocess.TimeoutExpired):
-            self.process.wait(wait_s)
+        self.end_input()
+        self.exit_code(wait_s)
         stop(self.process)
 
 
 class Client:
     """Starts `ssh` for one login. A context manager: what it has put into files is gone at its end.
 
+    Entering it settles which keys of the host are good, for which a host may have to be asked.
+
     Args:
         hide: takes out of the other side's words what must not show.
+        check: called while waiting; may raise to stop.
 
     Raises:
         Misconfigured: ssh is not installed.
+        DispatchError: the host, or the jump host, could not be asked for its key.
     """
 
-    def __init__(self, login: Login, hide: Callable[[str], str] = str) -> None:
-        self.login, self.hide = login, hide
+    def __init__(
+        self, login: Login, hide: Callable[[str], str] = str, check: Callable[[], None] = lambda: None
+    ) -> None:
+        self.login, self.hide, self.check = login, hide, check
         self._ssh = program("ssh")
         self._files = MemoryFiles()
         self._options: list[str] = []
+        self._ways: list[Started] = []
+        self.jump = Client(login.jump, hide, check) if login.jump else None
         self.env = environment()
+        self.keys: tuple[str, ...] = ()  # of the host, that are trusted, as `[@marker ]type base64`
 
     def __enter__(self) -> Client:
         try:
-            self._options = [*self._timing(), *self._trust(), *self._identity()]
+            if self.jump is not None:
+                self.jump.__enter__()
+                self.env |= {name: self.jump.env[name] for name in ("SSH_AUTH_SOCK",) if name in self.jump.env}
+            self._options = [*self._timing(), *self._identity(), *self._trust()]
         except BaseException:
-            self._files.close()
+            self.__exit__()
             raise
         return self
 
     def __exit__(self, *exc: object) -> None:
+        for way in self._ways:
+            way.stop()
         self._files.close()
+        if self.jump is not None:
+            self.jump.__exit__()
 
-    def file(self, content: bytes = b"") -> str:
+    def file(self, content: bytes = b"", mode: int = 0o600) -> str:
         """Make a private file that lives as long as this client; return its path."""
-        return self._files.add(content)
+        return self._files.add(content, mode)
 
-    def _argv(self, log: str) -> list[str]:
-        """Return the command up to, and without, the host."""
+    # ---- by ssh(1)
+
+    def start(self, command: str, *, subsystem: bool = False) -> Started:
+        """Start ssh, to run a command or a subsystem on the host, in a session of its own.
+
+        Args:
+            command: goes to the user's login shell there, whichever it is: keep it free of anything to quote.
+        """
+        argv, said = self.command()
+        argv = [*argv, *(["-s"] if subsystem else []), "--", self.login.host, command]
+        return Started(self, start(argv, said.errors, self.env), said)
+
+    def command(self, options: Sequence[str] | None = None) -> tuple[list[str], Said]:
+        """Return the command up to, and without, the host, and where its words will go.
+
+        Args:
+            options: instead of those that say whom to trust and who we are.
+        """
         fixed = {
             "BatchMode": "no" if self.login.password else "yes",
             "CheckHostIP": "no",
@@ -242,21 +204,95 @@ class Client:
             "UpdateHostKeys": "no",
         }
         given = [f"{name}={value}" for name, value in fixed.items()]
-        argv = [self._ssh, "-F", "/dev/null", "-E", log, "-p", str(self.login.port)]
+        said = Said(self.login, self.hide, self.file(), self.file())
+        if self.jump is not None:
+            argv, way = self.jump.command()
+            argv += ["-W", place(self.login.host, self.login.port), "--", self.jump.login.host]
+            given.append("ProxyCommand=" + shlex.join(argv).replace("%", "%%"))
+            said = Said(self.login, self.hide, said.log, said.errors, way)
+        argv = [self._ssh, "-F", "/dev/null", "-E", said.log, "-p", str(self.login.port)]
         argv += ["-l", self.login.user] if self.login.user else []
-        for option in (*self._options, *given):
+        for option in (*(self._options if options is None else options), *given):
             argv += ["-o", option]
-        return argv
+        return argv, said
 
-    def start(self, command: str, *, subsystem: bool = False) -> Started:
-        """Start ssh, to run a command or a subsystem on the host, in a session of its own.
+    # ---- by paramiko
+
+    @contextmanager
+    def transport(self, kinds: Sequence[str] = ()) -> Iterator[Transport]:
+        """Connect, directly or through the jump host; closed at the end of the block.
+
+        An error within it, of a connection that leads through the jump host, gets the reason from there.
 
         Args:
-            command: goes to the user's login shell there, whichever it is: keep it free of anything to quote.
+            kinds: types of host keys, as they are negotiated, in order of preference.
         """
-        log, errors = self.file(), self.file()
-        argv = [*self._argv(log), *(["-s"] if subsystem else []), "--", self.login.host, command]
-        return Started(self, start(argv, errors, self.env), log, errors)
+        if self.jump is None:
+            sock = connect(self.login.host, self.login.port, self.login.connect_timeout_s, self.check)
+            with closing(Transport(sock, self.login.shown, kinds)) as transport:
+                yield transport
+            return
+        sock, way = self.jump.through(self.login.host, self.login.port)
+        try:
+            with closing(Transport(sock, self.login.shown, kinds)) as transport:
+                yield transport
+        except (Busy, Interrupted, TimedOut) as exc:
+            if way.exit_code(WAY_S) is None and not isinstance(exc, TimedOut):
+                raise
+            if not way.said.words:
+                raise
+            raise way.said.failure_of_way(way.process.returncode) from exc
+        finally:
+            way.stop()
+
+    def through(self, host: str, port: int) -> tuple[socket.socket, Started]:
+        """Connect to a host from this one; return a socket that leads there, and the ssh that carries it."""
+        ours, its = socket.socketpair()
+        argv, said = self.command()
+        argv += ["-W", place(host, port), "--", self.login.host]
+        with its:
+            way = Started(self, start(argv, said.errors, self.env, stdin=its.fileno(), stdout=its.fileno()), said)
+        self._ways.append(way)
+        return ours, way
+
+    def ask(self, kind: str) -> str | None:
+        """Ask the host for its key of a type; return it as `type base64`, None if it has none.
+
+        Raises:
+            DispatchError: it gave no answer; that says nothing of its key.
+        """
+        names = hostkeys.KINDS[kind]
+        try:
+            with self.transport(names) as transport:
+                return hostkeys.text_of(transport.exchange(self.login.connect_timeout_s, self.check))
+        except NothingInCommon as exc:
+            if "host key" in exc.message:
+                return None
+        return self._ask_by_ssh(names)
+
+    def _ask_by_ssh(self, names: Sequence[str]) -> str | None:
+        """Ask a host that has no algorithm in common with paramiko."""
+        file = self.file()
+        options = [
+            "StrictHostKeyChecking=accept-new", f"UserKnownHostsFile={file}", "GlobalKnownHostsFile=/dev/null",
+            f"HostKeyAlgorithms={','.join(names)}", "PreferredAuthentications=none", *self._timing(),
+        ]  # fmt: skip
+        argv, said = self.command(options)
+        started = Started(self, start([*argv, "--", self.login.host, "true"], said.errors, self.env), said)
+        try:
+            end = time.monotonic() + 2 * self.login.connect_timeout_s + END_S
+            while started.exit_code(0.1) is None and time.monotonic() < end:
+                self.check()
+            found = hostkeys.known(self.login.host, self.login.port, [Path(file)])
+            if found:
+                return found[0]
+            if "no matching host key" in said.words:
+                return None
+            raise started.failure()
+        finally:
+            started.stop()
+
+    # ---- options
 
     def _timing(self) -> list[str]:
         login = self.login
@@ -267,23 +303,23 @@ class Client:
         ]
 
     def _trust(self) -> list[str]:
-        """Return the options that say which host keys are good. ssh never asks: it would wait for ever."""
+        """Settle which host keys are good; return the options that say so. ssh never asks: it would wait for ever."""
         login = self.login
         if login.pins:
-            text = hostkeys.known_hosts(login.host, login.port, login.pins, login.connect_timeout_s)
-            file = self._files.add(text.encode())
+            self.keys = hostkeys.resolved(login.host, login.port, login.pins, self.ask)
+            text = "".join(hostkeys.line(login.host, login.port, key) for key in self.keys)
+            file = self.file(text.encode())
             return ["StrictHostKeyChecking=yes", f"UserKnownHostsFile={file}", "GlobalKnownHostsFile=/dev/null"]
-        # Under accept-new, ssh takes a key of another type than the known one for new; to us the host has changed.
-        learn = login.accept_new and not any(hostkeys.is_known(login.host, login.port, f) for f in login.known_hosts)
-        if learn and login.known_hosts:
-            login.known_hosts[0].parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            login.known_hosts[0].touch(mode=0o600)
+        known = (*login.known_hosts, GLOBAL_KNOWN_HOSTS)
+        self.keys = hostkeys.known(login.host, login.port, known)
+        if not self.keys and login.accept_new and login.known_hosts:
+            key = next((key for kind in hostkeys.KINDS if (key := self.ask(kind))), None)
+            if key is None:
+                raise Unreachable(f"{login.shown}: the host showed no key")
+            hostkeys.learn(login.known_hosts[0], login.host, login.port, key)
+            self.keys = (key,)
         files = " ".join(_quoted(file) for file in login.known_hosts) or "/dev/null"
-        return [
-            f"StrictHostKeyChecking={'accept-new' if learn else 'yes'}",
-            f"UserKnownHostsFile={files}",
-            "HashKnownHosts=no",
-        ]
+        return ["StrictHostKeyChecking=yes", f"UserKnownHostsFile={files}", "HashKnownHosts=no"]
 
     def _identity(self) -> list[str]:
         """Return the options that say who we are, and put what a password needs into the environment."""
@@ -307,90 +343,32 @@ class Client:
 
 
 def greeting(sock: socket.socket, where: str, timeout_s: float) -> str:
-    """Return the host's first line (RFC 4253 section 4.2), "" if it says none.
+    """Return a host's first line (RFC 4253 section 4.2), or what it says instead, "" if it says nothing.
 
     Raises:
-        Unreachable: it does not come in time, or the connection breaks.
+        Unreachable: the connection broke, or nothing came in time.
     """
     sock.settimeout(timeout_s)
-    line = b""
-    end = time.monotonic() + timeout_s
+    came, end = b"", time.monotonic() + timeout_s
     try:
-        while b"\n" not in line and len(line) < 255 and time.monotonic() < end:
-            piece = sock.recv(255)
+        # Other lines may come before it.
+        while not re.search(rb"^SSH-.*\n", came, re.MULTILINE) and len(came) < PIECE and time.monotonic() < end:
+            piece = sock.recv(PIECE)
             if not piece:
                 break
-            line += piece
-    except TimeoutError as exc:
-        raise Unreachable(f"{where}: no word within {timeout_s:g} s") from exc
+            came += piece
     except OSError as exc:
-        raise Unreachable(f"{where}: {exc.strerror or exc}") from exc
-    return _text(line.split(b"\n")[0]).strip()
-
-
-def short(text: str, hide: Callable[[str], str] = str) -> str:
-    """Cut foreign words to a length that a message bears, on one line.
-
-    Args:
-        hide: takes out what must not show; called first, because it would not know the half of it that a cut leaves.
-    """
-    text = " ".join(hide(text).split())
-    return text if len(text) <= WORDS_CHARS else text[: WORDS_CHARS - 1] + "…"
-
-
-def quote(value: str) -> str:
-    """Quote a value for a POSIX shell, byte for byte.
-
-    Raises:
-        Misconfigured: it holds a NUL, which no argument can.
-    """
-    if "\0" in value:
-        raise Misconfigured("a path must not hold a NUL character")
-    return shlex.quote(value)
-
-
-def _why_not_trusted(login: Login, facts: Facts, words: str) -> str:
-    shown = f"{facts.key_type} {facts.fingerprint}" if facts.fingerprint else "a key"
-    where = f"{login.host}:{login.port}"
-    if "revoked" in words:
-        return f"{where}: the host shows {shown}, which is marked as revoked: the host must get a new key"
-    if login.pins:
-        change = f". If the change is wanted, set host_key to {facts.fingerprint}" if facts.fingerprint else ""
-        return f"{where}: the host shows {shown}, which is not the pinned host_key{change}"
-    if any(hostkeys.is_known(login.host, login.port, file) for file in login.known_hosts):
-        files = " or ".join(str(file) for file in login.known_hosts)
-        return (
-            f"{where}: the host key has CHANGED: the host shows {shown}, another one is known. If the change is "
-            f"wanted, set host_key to the new fingerprint, or remove the old key: "
-            f"ssh-keygen -R '{hostkeys.pattern(login.host, login.port)}' -f {files}"
-        )
-    if not facts.fingerprint:
-        return f"{where}: the host key is not trusted: {short(words)}"
-    return (
-        f"{where}: the host key is unknown: {shown}. If that is the server's (its administrator sees it with "
-        f"ssh-keygen -lf), set host_key to {facts.fingerprint}"
-    )
-
-
-def _why_denied(login: Login) -> str:
-    """What to look at where the host lets nobody in with what we have."""
-    if login.key and login.password:
-        return "it takes neither this private_key nor this password for this user"
-    if login.key:
-        return "it does not take this private_key: its public key must be among the account's authorized_keys"
-    if login.password:
-        return "it does not take this user with this password"
-    return "set private_key or password: the account that Talaria runs under has no key that the host takes"
+        if not came:
+            said = f"no word within {timeout_s:g} s" if isinstance(exc, TimeoutError) else exc.strerror or exc
+            raise Unreachable(f"{where}: {said}") from exc
+    lines = text_of(came).splitlines() or [""]
+    return next((line for line in lines if line.startswith("SSH-")), lines[0]).strip()
 
 
 def _quoted(path: Path) -> str:
     """Quote a path for a list in an ssh option (ssh_config(5): double quotes; % begins a token)."""
     text = str(path).replace("%", "%%").replace("\\", "\\\\").replace('"', '\\"')
     return f'"{text}"' if re.search(r"[\s\"\\']", text) else text
-
-
-def _text(data: bytes) -> str:
-    return data.decode("utf-8", "replace").replace("\r", "")
 
 
 def _has_aes() -> bool:

@@ -1,22 +1,35 @@
-"""Whom we talk to: the keys of SSH hosts, pinned or learned.
+"""Whom we talk to: the keys of SSH hosts, pinned, known or learned.
 
 A pin is a fingerprint (`SHA256:...`) or a key as in a known_hosts line without its host, `[@marker ]type base64`.
-ssh itself compares keys, not fingerprints; so the key that a fingerprint stands for is asked of the host and held
-against the pin here, and ssh is then told to accept this key alone.
+ssh itself compares keys, not fingerprints; so the key that a fingerprint stands for is asked of the host and compared
+with the pin here, and ssh is then given this key alone. A host shows one key a connection, so that each type that it
+may have is a question of its own.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
+import os
 import subprocess
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+
+import paramiko
 
 from protocols.ssh.programs import environment, program
 
-SCAN_SLACK_S = 5  # beyond ssh-keyscan's own timeout, which holds for each step
+# Each type of key, and the names under which it is negotiated: RSA has one for each kind of signature (RFC 8332).
+KINDS = {
+    "ssh-ed25519": ("ssh-ed25519",),
+    "ecdsa-sha2-nistp256": ("ecdsa-sha2-nistp256",),
+    "ssh-rsa": ("rsa-sha2-512", "rsa-sha2-256"),
+    "ecdsa-sha2-nistp384": ("ecdsa-sha2-nistp384",),
+    "ecdsa-sha2-nistp521": ("ecdsa-sha2-nistp521",),
+}
+
+Ask = Callable[[str], str | None]  # takes a type of KINDS, returns `type base64`, None if the host has none of it
 
 _resolved: dict[tuple[str, int, str], str] = {}
 _lock = threading.Lock()
@@ -28,58 +41,71 @@ def fingerprint(key: str) -> str:
     return "SHA256:" + base64.b64encode(digest).decode().rstrip("=")
 
 
+def text_of(key: paramiko.PKey) -> str:
+    """Return a key of paramiko's as `type base64`."""
+    return f"{key.get_name()} {key.get_base64()}"
+
+
 def pattern(host: str, port: int) -> str:
     """Return how known_hosts names a host; a port other than 22 must be part of it (sshd(8))."""
     return host if port == 22 else f"[{host}]:{port}"
 
 
-def scan(host: str, port: int, timeout_s: float) -> list[str]:
-    """Ask a host for its keys; return them as `type base64`, none if it doesn't answer. Proves nothing by itself."""
-    seconds = max(1, round(timeout_s))
-    argv = [program("ssh-keyscan"), "-T", str(seconds), "-p", str(port), "--", host]
-    try:
-        done = subprocess.run(
-            argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=seconds + SCAN_SLACK_S, env=environment(),
-            start_new_session=True, check=False,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        return []
-    lines = [line.split() for line in done.stdout.decode("ascii", "replace").splitlines()]
-    return [f"{fields[1]} {fields[2]}" for fields in lines if len(fields) >= 3 and not fields[0].startswith("#")]
+def line(host: str, port: int, key: str) -> str:
+    """Return a line of known_hosts for a key `[@marker ]type base64`, as ssh(1) reads it."""
+    marker, at, rest = key.partition(" ") if key.startswith("@") else ("", "", key)
+    return f"{marker}{at}{pattern(host, port)} {rest}\n"
 
 
-def known_hosts(host: str, port: int, pins: Iterable[str], timeout_s: float) -> str:
-    """Return the text of a known_hosts file that holds the pinned keys and no other.
+def resolved(host: str, port: int, pins: Iterable[str], ask: Ask) -> tuple[str, ...]:
+    """Return the keys that pins stand for; a fingerprint that is none of the host's keys adds nothing.
 
-    A fingerprint that is none of the host's keys adds nothing: ssh then refuses the host.
+    Raises:
+        DispatchError: the question failed: that says nothing of the key.
     """
-    lines = []
-    for pin in pins:
-        key = _key_of(host, port, pin, timeout_s) if pin.startswith("SHA256:") else pin
-        if key:
-            marker, at, rest = key.partition(" ") if key.startswith("@") else ("", "", key)
-            lines.append(f"{marker}{at}{pattern(host, port)} {rest}\n")
-    return "".join(lines)
-
-
-def _key_of(host: str, port: int, pin: str, timeout_s: float) -> str | None:
-    """Return the key that a fingerprint stands for. Once found it holds for ever: no other key has it."""
+    keys: list[str] = []
+    wanted = [pin for pin in pins if pin.startswith("SHA256:")]
+    with _lock:  # once found, a key holds for ever: no other one has its fingerprint
+        found = {pin: _resolved[host, port, pin] for pin in wanted if (host, port, pin) in _resolved}
+    for kind in KINDS:
+        if all(pin in found for pin in wanted):
+            break
+        key = ask(kind)
+        if key and (pin := fingerprint(key)) in wanted:
+            found[pin] = key
     with _lock:
-        known = _resolved.get((host, port, pin))
-    if known is None:
-        known = next((key for key in scan(host, port, timeout_s) if fingerprint(key) == pin), None)
-        if known is not None:
-            with _lock:
-                _resolved[host, port, pin] = known
-    return known
+        _resolved.update({(host, port, pin): key for pin, key in found.items()})
+    for pin in pins:
+        if key := (found.get(pin) if pin.startswith("SHA256:") else pin):
+            keys.append(key)
+    return tuple(keys)
 
 
-def is_known(host: str, port: int, file: Path) -> bool:
-    """Tell whether a known_hosts file, hashed or not, has a key of any type for this host."""
-    if not file.is_file():
-        return False
-    argv = [program("ssh-keygen"), "-F", pattern(host, port), "-f", str(file)]
-    done = subprocess.run(
-        argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=30, env=environment(), check=False
-    )
-    return done.returncode == 0
+def known(host: str, port: int, files: Iterable[Path]) -> tuple[str, ...]:
+    """Return the keys, `[@marker ]type base64`, that known_hosts files, hashed or not, have for this host."""
+    found: list[str] = []
+    for file in files:
+        if not file.is_file():
+            continue
+        argv = [program("ssh-keygen"), "-F", pattern(host, port), "-f", str(file)]
+        done = subprocess.run(
+            argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=30, env=environment(), check=False
+        )
+        for text in done.stdout.decode("utf-8", "replace").splitlines():
+            fields = text.split()
+            if text.startswith("#") or len(fields) < 3:
+                continue
+            marker = [fields.pop(0)] if fields[0].startswith("@") else []
+            if len(fields) >= 3:
+                found.append(" ".join([*marker, *fields[1:3]]))
+    return tuple(found)
+
+
+def learn(file: Path, host: str, port: int, key: str) -> None:
+    """Keep a host's key, for us and for ssh(1)."""
+    file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    fd = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        os.write(fd, line(host, port, key).encode())
+    finally:
+        os.close(fd)

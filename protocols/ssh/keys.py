@@ -51,7 +51,7 @@ def private_key(text: str, passphrase: str = "") -> tuple[bytes, bytes]:
 
 
 def _decrypted(text: str, passphrase: str) -> bytes:
-    """Return the key's text, made anew without encryption if it had one."""
+    """Return the key as text of OpenSSH's own form, which paramiko reads too, without encryption."""
     if "PuTTY-User-Key-File" in text:
         raise Misconfigured("private_key is in PuTTY's format: convert it with puttygen -O private-openssh")
     data = ("\n".join(line.strip() for line in text.strip().splitlines()) + "\n").encode()
@@ -59,12 +59,15 @@ def _decrypted(text: str, passphrase: str) -> bytes:
     load = load_ssh_private_key if openssh else load_pem_private_key
     try:
         try:
-            load(data, None)
+            key: Any = load(data, None)
         except TypeError:  # it is encrypted
             if not passphrase:
                 raise Misconfigured("private_key is encrypted: set passphrase") from None
-            key: Any = load(data, passphrase.encode())
-            return bytes(key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
+            key = load(data, passphrase.encode())
+        else:
+            if openssh:
+                return data
+        return bytes(key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
     except UnsupportedAlgorithm as exc:
         if passphrase or not openssh:
             raise Misconfigured("private_key is of a type that can't be used: make an ed25519 key") from exc

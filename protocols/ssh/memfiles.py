@@ -26,7 +26,7 @@ class MemoryFiles:
             path = f"/proc/{os.getpid()}/fd/{fd}"
         else:
             if self._folder is None:
-                self._folder = Path(tempfile.mkdtemp(prefix="talaria-"))
+                self._folder = Path(tempfile.mkdtemp(prefix="talaria-ssh-"))
             path = str(self._folder / str(len(self._fds)))
             fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
         self._fds.append(fd)

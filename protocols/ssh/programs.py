@@ -41,24 +41,22 @@ def start(
     env: dict[str, str],
     *,
     stdin: int | IO[bytes] = subprocess.PIPE,
-    pass_fds: tuple[int, ...] = (),
+    stdout: int = subprocess.PIPE,
 ) -> subprocess.Popen[bytes]:
-    """Start a program that leads its own process group, its standard output in a pipe.
+    """Start a program that leads its own process group.
 
     Args:
         errors: file to whose end its standard error goes.
-        pass_fds: open files that it inherits.
     """
     with open(errors, "ab") as err:
         return subprocess.Popen(
             argv,
             stdin=stdin,
-            stdout=subprocess.PIPE,
+            stdout=stdout,
             stderr=err,
             env=env,
             bufsize=0,
             start_new_session=True,
-            pass_fds=pass_fds,
         )
 
 

@@ -11,19 +11,19 @@ import math
 import os
 import re
 import select
+import shlex
 import subprocess
-import sys
 import time
+import uuid
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from protocols.ssh import bridge
-from protocols.ssh.client import END_S, Started, short
+from protocols.ssh.client import END_S, Client
 from protocols.ssh.memfiles import tail
 from protocols.ssh.programs import program, start, stop
-from protocols.ssh.shell import Shell
+from protocols.ssh.words import Said, short
 from transfer.errors import Busy, Denied, DispatchError, Interrupted, Misconfigured, NotFound, TimedOut, Unreachable
 
 PARTIAL = ".talaria-partial"  # in each folder; holds what has come of a file when the link breaks
@@ -34,9 +34,9 @@ PIECE = 65_536
 SLOWEST_SUM = 20 << 20  # bytes a second that either side computes checksums at, in silence
 
 # rsync(1), EXIT VALUES. 255 is ssh's own, 127 and 126 are the shell's on the other side.
-PARTLY = bridge.ENDED[1:]
+PARTLY = (23, 24, 25)  # rsync has come to its end, if not with every file
 SILENCED = 12  # the other side has ended without a word
-OF_SHELL = (126, 127, bridge.LOST)
+OF_SSH = 255
 EXITS: dict[int, tuple[type[DispatchError], str]] = {
     1: (Misconfigured, "rsync doesn't know an option: it is too old on one side"),
     2: (Misconfigured, "what answers is not rsync: the account runs SFTP only, or its login prints text"),
@@ -70,37 +70,58 @@ _PROGRESS = re.compile(rb"[\r\n]\s*(\d+)\s+\d+%")
 _ESCAPED = re.compile(rb"\\#([0-7]{3})")
 
 
+# rsync starts the other side by this. What a login prints before the other side begins is passed over; what comes on
+# ssh's standard error, banners among it, is kept apart from what rsync says; ssh's exit code is kept, because rsync
+# doesn't always wait for it.
+SSH = """#!/bin/sh
+shift
+{{ {ssh} -- {host} "$@" 2>>{errors}; echo $? >{ended}; }} | {{
+  while IFS= read -r line; do case $line in *{word}) exec cat ;; esac; done
+}}
+read -r code <{ended}
+exit $code
+"""
+
+
 @dataclass(frozen=True)
 class Result:
-    """How a run of rsync ended: its exit code, both sides' last words, what it printed, and the ssh that it used."""
+    """How a run of rsync ended: its exit code, both sides' last words, what it printed, and the ssh that it used.
+
+    Attributes:
+        words: what rsync said here, and told of the other side.
+        there: what the other side said past rsync's protocol.
+    """
 
     code: int
     words: str
+    there: str
     output: bytes
-    started: Started
+    said: Said
 
     def failure(self) -> DispatchError:
         """Return the error that the exit code and the words mean."""
-        lines = [line for line in self.words.splitlines() if "rsync error:" not in line] or [self.words]
-        said = short(" ".join(lines), self.started.client.hide)
-        shown = self.started.client.login.shown
-        if self.code == 255:
-            return self.started.failure()
+        words = "\n".join(line for line in self.words.splitlines() if "rsync error:" not in line)
+        words = "\n".join(filter(str.strip, (words, self.there))) or self.words
+        said, shown = short(words, self.said.hide), self.said.login.shown
+        if self.code == OF_SSH or (self.code == SILENCED and self.said.words):
+            return self.said.failure(self.code)
         kind, meaning = EXITS.get(self.code, (Interrupted, f"rsync ended with exit code {self.code}"))
         if self.code in (3, 11, 12, 13, *PARTLY):
-            kind = next((error for pattern, error in WORDS if re.search(pattern, self.words, re.MULTILINE)), kind)
+            kind = next((error for pattern, error in WORDS if re.search(pattern, words, re.MULTILINE)), kind)
         return kind(f"{shown}: {meaning} ({said})" if said else f"{shown}: {meaning}")
 
 
 @dataclass(frozen=True)
 class Rsync:
-    """How to run rsync in a shell on a host.
+    """How to run rsync to a host.
 
     Attributes:
+        banner: what the host says to everybody, returned by a shell that was there before.
         limit: bytes per second, None for no limit.
     """
 
-    shell: Shell
+    client: Client
+    banner: Callable[[], str] = str
     limit: int | None = None
     compress: bool = False
     check: Callable[[], None] = lambda: None
@@ -165,13 +186,16 @@ class Rsync:
         return result, [_unescaped(line.split(b" ", 1)[1]) for line in lines]
 
     def _run(self, options: list[str], source: Path, paths: Iterable[str], folder: str, *, quiet_s: float) -> Result:
-        shell, client = self.shell, self.shell.client
-        errors = client.file()
+        client = self.client
+        errors, ended = client.file(), client.file()
         idle_s = math.ceil(client.login.idle_timeout_s + quiet_s)
         # With "./" before each: even in a list with NULs rsync takes a name that begins with # or ; for a comment.
         listed = client.file(b"".join(b"./" + path.encode("utf-8", "surrogateescape") + b"\0" for path in paths))
-        heard = len(shell.started.errors)
-        loan = shell.lend()
+        ssh, said = client.command()
+        word = uuid.uuid4().hex
+        script = SSH.format(
+            word=word, ssh=shlex.join(ssh), host=shlex.quote(client.login.host), errors=said.errors, ended=ended
+        )
         argv = [
             program("rsync"),
             "-s",
@@ -180,25 +204,24 @@ class Rsync:
             "--files-from=-",
             f"--timeout={idle_s}",
             *options,
+            f"--rsync-path=echo {word}; rsync",
             "-e",
-            " ".join(f'"{part}"' for part in (sys.executable, "-I", "-S", bridge.__file__)),
+            f"/bin/sh {client.file(script.encode())}",
             f"{source}/",
             # A relative folder that begins with a colon would name a module of an rsync daemon.
             f"host:{folder if folder.startswith('/') else f'./{folder}'}/",
         ]
         with open(listed, "rb") as names:
-            process = start(argv, errors, client.env | loan.env, stdin=names, pass_fds=loan.fds)
+            process = start(argv, errors, client.env, stdin=names)
         try:
             output = self._follow(process, idle_s)
             code = process.wait()
         finally:
             stop(process)
-        if code in bridge.ENDED:
-            shell.take_back(loan)
-        elif code == SILENCED and (told := shell.exit_code()) in OF_SHELL:
-            code = told  # rsync takes it from the bridge, unless the bridge has not quite ended yet
-        words = tail(errors).decode("utf-8", "replace") + shell.started.errors[heard:]
-        return Result(code, words, output, shell.started)
+        if code == SILENCED:
+            code = _code_of_ssh(ended) or code
+        there = said.stderr.replace(self.banner().replace("\r", "").strip() or "\0", "").strip()
+        return Result(code, tail(errors).decode("utf-8", "replace"), there, output, said)
 
     def _follow(self, process: subprocess.Popen[bytes], idle_s: float) -> bytes:
         """Read what rsync prints until it ends; tell the bytes that it says have moved.
@@ -229,9 +252,17 @@ class Rsync:
                         self.moved(moved)
                     del output[: max(output.rfind(b"\r"), output.rfind(b"\n"))]
             elif time.monotonic() - heard > idle_s + END_S:
-                raise TimedOut(f"{self.shell.client.login.shown}: nothing has moved for {idle_s:g} s")
+                raise TimedOut(f"{self.client.login.shown}: nothing has moved for {idle_s:g} s")
             if over:
                 return bytes(output)
+
+
+def _code_of_ssh(file: str) -> int:
+    """Return the code with which ssh has ended, if it is its own or the shell's there; else 0."""
+    end = time.monotonic() + END_S
+    while not (text := tail(file).strip()) and time.monotonic() < end:
+        time.sleep(LOOK_S)
+    return int(text) if text in (b"126", b"127", b"255") else 0
 
 
 def _all_there(fd: int) -> bytes:

@@ -22,8 +22,9 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
 from protocols.ssh import packets as wire
-from protocols.ssh.client import Client, Started, short
+from protocols.ssh.client import Client, Started
 from protocols.ssh.packets import Answered, Attributes, Code, Space, Status, Window, Writes, string, take
+from protocols.ssh.words import short
 from transfer.errors import DispatchError, Misconfigured, TimedOut
 
 VERSION = 3
@@ -364,7 +365,7 @@ class Sftp:
             self._ending = self._loop.create_task(self._tell_why())
 
     async def _tell_why(self) -> None:
-        error = await asyncio.to_thread(self.started.failure)
+        error = await asyncio.to_thread(self.started.failure, begun=self._greeted.done())
         code = self.started.process.returncode
         if not self._greeted.done() and self.started.facts.method and code is not None and 0 <= code < SSH_FAILED:
             said = bytes(self._came[:80]).decode("utf-8", "replace") + self.started.errors

@@ -6,26 +6,22 @@ follows is read by a POSIX shell, in which `quote` makes any value safe, byte fo
 
 from __future__ import annotations
 
-import fcntl
-import os
 import re
-import select
-import subprocess
 import time
 import uuid
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass, field
+from shlex import quote
 
-from protocols.ssh import bridge
-from protocols.ssh.client import END_S, Client, Started, quote, short
-from transfer.errors import DispatchError, Interrupted, Misconfigured, TimedOut
+from protocols.ssh.account import Account, Command, suits
+from protocols.ssh.client import END_S, Client, Started
+from protocols.ssh.handshake import NothingInCommon
+from protocols.ssh.login import LoginFacts
+from protocols.ssh.words import short
+from transfer.errors import Interrupted, Misconfigured, TimedOut
 
 COMMAND = "sh -s"
 POLL_S = 0.2  # between two looks at whether to stop
-PIECE = 65_536
 END_BYTES = 64  # the last line of a script's output: a word of 32 letters, and a code
-PIPE_BYTES = 1 << 20  # on the way to ssh
 HOOK_OUTPUT_BYTES = 65_536  # of a script's output, its end is kept
 NAME_CHARS = 255  # the longest name that file systems take
 HANG_UP_S = 0.5  # ssh waits for whatever the program has left running; we don't
@@ -46,21 +42,21 @@ class Shell:
     Whether there is one shows with the first script: to ask before would cost a way there and back.
     """
 
-    def __init__(self, client: Client) -> None:
-        self.client = client
-        # The handshake, the login (programs that it runs), and the start of a shell: each may take its time.
-        self._start_s = 2 * client.login.connect_timeout_s
-        self._lent = False  # since a script was run
+    def __init__(self, client: Client, check: Callable[[], None] = lambda: None) -> None:
+        self.client, self._check = client, check
+        self.facts = LoginFacts()
+        self.banner = ""  # what the host says to everybody
+        self.started: Started | Command | None = None
 
     def __enter__(self) -> Shell:
-        self.started = self.client.start(COMMAND)
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self.started.stop()  # a shell that waits for its next script has nothing to end
+        if self.started is not None:
+            self.started.stop()  # a shell that waits for its next script has nothing to end
 
     def run(
-        self, script: str, *, idle_s: float | None = None, check: Callable[[], None] = lambda: None
+        self, script: str, *, idle_s: float | None = None, check: Callable[[], None] | None = None
     ) -> tuple[int, bytes]:
         """Run a script; return its exit code and what it printed, errors included, its messages in English.
 
@@ -71,80 +67,80 @@ class Shell:
         Raises:
             NoShell: logged in, but there is none.
             TimedOut: it says nothing for too long.
-            DispatchError: as `Started.failure` says.
+            DispatchError: no connection, no login, or the link broke.
         """
-        idle_s = idle_s or self.client.login.idle_timeout_s
-        lent, self._lent = self._lent, False
+        idle_s, check = idle_s or self.client.login.idle_timeout_s, check or self._check
+        if self.started is not None and self.started.exit_code(0) is not None:
+            self.started.stop()  # who has been silent while rsync ran may have been cut off
+            self.started = None
+        begun = self.started is not None
         try:
-            return self._run(script, self._start_s + idle_s, check)
-        except BaseException as exc:
-            self.started.stop()
-            # Who borrowed a shell can't always give it back (bridge.py); then it has ended by itself.
-            if not (lent and isinstance(exc, DispatchError) and self.started.process.returncode in range(255)):
-                raise
-        self.started = self.client.start(COMMAND)
-        try:
-            return self._run(script, 2 * self.client.login.connect_timeout_s + idle_s, check)
+            if self.started is None:
+                self.started = begin(self.client, check, self._learn)
+                # The handshake, the login (programs that it runs), and the start of a shell: each may take its time.
+                idle_s += 2 * self.client.login.connect_timeout_s
+            code, output = self._run(self.started, script, idle_s, check)
         except BaseException:
-            self.started.stop()
+            if self.started is not None:
+                self.started.stop()
             raise
+        finally:
+            if self.started is not None:
+                self.facts = self.started.facts
+        if not begun and isinstance(self.started, Started):
+            self.banner = self.started.errors
+        return code, output
 
-    def _run(self, script: str, idle_s: float, check: Callable[[], None]) -> tuple[int, bytes]:
+    def _learn(self, account: Account) -> None:
+        self.facts, self.banner = account.facts, account.banner
+
+    def _run(
+        self, started: Started | Command, script: str, idle_s: float, check: Callable[[], None]
+    ) -> tuple[int, bytes]:
         token = uuid.uuid4().hex
         begin = f"printf '%s +\\n' {token}\n"  # what comes before it, a login has printed
         frame = f"(\nLC_ALL=C\nexport LC_ALL\nunset CDPATH\n{script}\n) </dev/null 2>&1\nprintf '%s %d\\n' {token} $?\n"
-        _send(self.started, begin + frame)
+        started.send((begin + frame).encode("utf-8", "surrogateescape"), check)
         output, end = bytearray(), re.compile(token.encode() + rb" (\d+)\n$")
         silent_since = time.monotonic()
         while True:
             check()
-            piece = _receive(self.started, POLL_S)
+            piece = started.receive(POLL_S)
             if piece is None:
                 if time.monotonic() - silent_since > idle_s:
                     raise TimedOut(f"{self.client.login.shown}: no answer for {idle_s:g} s")
                 continue
             if not piece:
-                raise _ended(self.started, bytes(output))
+                raise _ended(started, bytes(output))
             silent_since = time.monotonic()
             output += piece
             told = end.search(output, max(0, len(output) - END_BYTES))
             if told:
-                self._start_s = 0.0
                 return int(told[1]), bytes(output[: told.start()]).partition(f"{token} +\n".encode())[2]
 
-    def exit_code(self) -> int | None:
-        """Return the code with which the shell, or its ssh, has just ended; None if it goes on."""
-        with suppress(subprocess.TimeoutExpired):
-            return self.started.process.wait(END_S)
-        return None
 
-    def lend(self) -> Loan:
-        """Let a program have the shell that runs bridge.py, until `take_back`."""
-        assert self.started.process.stdin is not None and self.started.process.stdout is not None  # noqa: S101
-        fds = self.started.process.stdin.fileno(), self.started.process.stdout.fileno()
-        with suppress(OSError):
-            fcntl.fcntl(fds[0], fcntl.F_SETPIPE_SZ, PIPE_BYTES)
-        word = uuid.uuid4().hex
-        return Loan(fds, {bridge.VARIABLE: f"{fds[0]} {fds[1]} {word}"}, word)
+def begin(
+    client: Client, check: Callable[[], None], learn: Callable[[Account], None] = lambda account: None
+) -> Started | Command:
+    """Start a shell: by paramiko if it can carry the login, else by ssh(1).
 
-    def take_back(self, loan: Loan) -> None:
-        """Run scripts again; only after the command came to its end (`bridge.ENDED`), else the shell has ended too."""
-        self._lent = True
-        _send(self.started, f"{loan.word}.\n")
-
-
-@dataclass(frozen=True)
-class Loan:
-    """What a program needs for the use of a shell.
-
-    Attributes:
-        fds: open files that it must inherit.
-        env: what it must find in its environment.
+    Args:
+        learn: called with the account, whether it opens or not.
     """
-
-    fds: tuple[int, int]
-    env: dict[str, str] = field(repr=False)
-    word: str = field(repr=False)
+    if suits(client):
+        account = Account(client)
+        try:
+            try:
+                account.begin(check)
+            finally:
+                learn(account)
+            return account.start(COMMAND, check)
+        except NothingInCommon:
+            account.close()
+        except BaseException:
+            account.close()
+            raise
+    return client.start(COMMAND)
 
 
 def run_script(
@@ -186,23 +182,23 @@ kill $watcher 2>/dev/null
 exit
 }}
 """
-    started = client.start(COMMAND)
+    started = begin(client, check)
     try:
-        _send(started, frame)
+        started.send(frame.encode("utf-8", "surrogateescape"), check)
         return _follow(started, script, token.encode() + b" ", timeout_s, check)
     finally:
         started.close(HANG_UP_S)
 
 
 def _follow(
-    started: Started, script: str, mark: bytes, timeout_s: float, check: Callable[[], None]
+    started: Started | Command, script: str, mark: bytes, timeout_s: float, check: Callable[[], None]
 ) -> tuple[int | None, str]:
     login, hide = started.client.login, started.client.hide
     output, begun, stopped = bytearray(), False, False
     end = time.monotonic() + 2 * login.connect_timeout_s + login.idle_timeout_s
     while True:
         check()
-        piece = _receive(started, POLL_S)
+        piece = started.receive(POLL_S)
         if piece == b"" and not stopped:
             if begun:
                 raise Interrupted(f"{login.shown}: the link broke while {script} was running")
@@ -224,7 +220,7 @@ def _follow(
         if time.monotonic() > end:
             if not begun:
                 raise TimedOut(f"{login.shown}: no answer")
-            _close_input(started)
+            started.end_input()
             stopped, end = True, time.monotonic() + KILL_S + END_S
 
 
@@ -234,37 +230,12 @@ def _last(output: bytearray, hide: Callable[[str], str]) -> str:
     return text[NAME_CHARS:] if len(output) >= HOOK_OUTPUT_BYTES else text
 
 
-def _send(started: Started, text: str) -> None:
-    data = text.encode("utf-8", "surrogateescape")
-    assert started.process.stdin is not None  # noqa: S101 - for the type checker: it was started with a pipe
-    with suppress(BrokenPipeError):  # its end is seen, and named, where its output is read
-        while data:
-            data = data[os.write(started.process.stdin.fileno(), data) :]
-
-
-def _receive(started: Started, wait_s: float) -> bytes | None:
-    """Return what has come, b"" at the end, None if nothing came in time."""
-    assert started.process.stdout is not None  # noqa: S101
-    poll = select.poll()
-    poll.register(started.process.stdout, select.POLLIN)
-    if not poll.poll(wait_s * 1000):
-        return None
-    return os.read(started.process.stdout.fileno(), PIECE)
-
-
-def _close_input(started: Started) -> None:
-    if started.process.stdin is not None:
-        with suppress(OSError):
-            started.process.stdin.close()
-
-
-def _ended(started: Started, output: bytes) -> Exception:
+def _ended(started: Started | Command, output: bytes) -> Exception:
     """Return why a shell has ended that should not: no login, no shell, or a broken link."""
-    with suppress(subprocess.TimeoutExpired):
-        started.process.wait(END_S)
+    code = started.exit_code()
     refused = re.search(r"(exec|shell) request failed", started.words)
-    if not started.facts.method or (started.process.returncode == 255 and not refused):
-        return started.failure()
+    if not refused and (not started.facts.method or code in (None, started.LOST)):
+        return started.failure(begun=bool(output))
     words = started.words if refused else output.decode("utf-8", "replace") + " " + started.errors
     why = "the account gets no shell there, which rsync and scripts need; SFTP needs none"
     return NoShell(f"{started.client.login.shown}: logged in, but {why} ({short(words, started.client.hide)})")

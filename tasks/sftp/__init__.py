@@ -46,6 +46,8 @@ def check(target: SftpTarget) -> Health:
 
 
 async def _check(health: Health, target: SftpTarget, client: Client) -> None:
+    if not await asyncio.to_thread(ssh.probe_account, health, client):
+        return
     started = client.start("sftp", subsystem=True)
     session, error = None, None
     try:
@@ -128,7 +130,7 @@ def push(target: SftpTarget, plan: Plan, report: PushReport) -> Receipt:
     """Write every pending file, then the marker; each is told when it has its final name."""
     report.check()
     hide = ssh.hiding(target, plan)
-    with quieted(hide, target.name), Client(ssh.login(target), hide) as client:
+    with quieted(hide, target.name), Client(ssh.login(target), hide, report.check) as client:
         return asyncio.run(_unless_cancelled(_push(Sending(target, plan, report, client)), report))
 
 

@@ -6,8 +6,8 @@ import asyncio
 import hashlib
 import os
 from contextlib import suppress
+from shlex import quote
 
-from protocols.ssh.client import quote
 from protocols.ssh.packets import Code, Status
 from protocols.ssh.sftp import Sftp
 from protocols.ssh.shell import Shell

@@ -493,6 +493,6 @@ def test_nothing_of_the_users_ssh_configuration_or_of_rsyncs_environment_counts(
     ],
 )
 def test_exit_codes_and_words(code: int, words: str, kind: type[Exception]) -> None:
-    started = mock.Mock()
-    started.client.login.shown, started.client.hide = "host:22", str
-    assert type(protocol.Result(code, words, b"", started).failure()) is kind
+    said = mock.Mock(hide=str, words="")
+    assert type(protocol.Result(code, words, "", b"", said).failure()) is kind
+    assert type(protocol.Result(code, "", words, b"", said).failure()) is kind

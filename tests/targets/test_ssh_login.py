@@ -345,13 +345,15 @@ def test_a_system_without_files_in_memory_uses_a_folder_of_its_own(
     modes: set[tuple[bool, int]] = set()
 
     def told(*_: object) -> None:
-        modes.update((path.is_dir(), path.stat().st_mode & 0o777) for path in temporary.rglob("*") if path.name != "s")
+        folders = list(temporary.glob("talaria-ssh-*"))
+        paths = [*folders, *(path for folder in folders for path in folder.iterdir() if path.name != "s")]
+        modes.update((path.is_dir(), path.stat().st_mode & 0o777) for path in paths)
 
     studies.ct(tmp_path / "study", 2)
     one = target(kind, server, tmp_path / "in", private_key=SecretStr(str(server.key)))
     attempt(one, tmp_path / "study", told=told).require()
     assert modes == {(True, 0o700), (False, 0o600)}
-    assert not list(temporary.iterdir())
+    assert not list(temporary.glob("talaria-ssh-*"))
 
 
 def test_no_process_outlives_a_push(kind: type[SshTarget], server: Server, tmp_path: Path) -> None:

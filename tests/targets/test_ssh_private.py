@@ -13,10 +13,11 @@ from pydantic import SecretStr
 from blocks.rsync import RsyncTarget
 from blocks.sftp import SftpTarget
 from blocks.ssh import SshTarget
-from protocols.ssh.client import WORDS_CHARS, Client, Facts, Login, Started
+from protocols.ssh.login import Login, LoginFacts
 from protocols.ssh.memfiles import tail
 from protocols.ssh.rsync import Result
 from protocols.ssh.shell import _last
+from protocols.ssh.words import FIRST_CHARS, WORDS_CHARS, Said
 from tasks import DRIVERS
 from tasks.rsync import _said
 from tasks.ssh import hiding
@@ -102,14 +103,15 @@ def test_a_patients_data_is_found_before_words_are_cut(target: SshTarget, tmp_pa
     """What is left of an identifier that was cut in two is not recognised."""
     studies.dicom(tmp_path / "study" / "1.dcm")
     hide = hiding(target, scan([tmp_path / "study"]))
-    started = Started(Client(Login("host"), hide), mock.Mock(returncode=255), "", "")
+    said = Said(Login("host"), hide, "", "")
     words = mock.PropertyMock()
-    with mock.patch.multiple(Started, words=words, facts=Facts()):
-        for length in range(WORDS_CHARS - 60, WORDS_CHARS):
-            words.return_value = text = f"{'.' * length}/{studies.PATIENT_ID}/CT: it went wrong"
+    with mock.patch.multiple(Said, words=words, facts=LoginFacts()):
+        for length in (*range(FIRST_CHARS - 60, FIRST_CHARS), *range(WORDS_CHARS - 60, WORDS_CHARS)):
+            after = "it went wrong " + "." * (WORDS_CHARS - FIRST_CHARS)
+            words.return_value = text = f"{'.' * length}/{studies.PATIENT_ID}/CT: {after[: 2 * length]}"
             for error in (
-                started.failure(),
-                Result(23, text, b"", started).failure(),
+                said.failure(255),
+                Result(23, text, "", b"", said).failure(),
                 _said(text.encode(), target, hide),  # type: ignore[arg-type]
             ):
                 assert f"./{studies.PATIENT_ID[0]}" not in error.message

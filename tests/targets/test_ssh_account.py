@@ -1,0 +1,462 @@
+"""What paramiko carries, and what ssh(1): logins, host keys, shells; how each of them names what goes wrong."""
+
+from __future__ import annotations
+
+import re
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from unittest import mock
+
+import paramiko
+import pytest
+from pydantic import SecretStr
+
+from blocks.rsync import RsyncTarget
+from blocks.sftp import SftpTarget
+from blocks.ssh import HostKeyPolicy, SshTarget
+from protocols.ssh import hostkeys
+from protocols.ssh.account import Account, suits
+from protocols.ssh.client import Client
+from protocols.ssh.login import Login
+from tasks import DRIVERS
+from tasks.ssh import login
+from tests import studies
+from tests.harness import attempt
+from tests.servers import process
+from tests.servers.openssh import IS_ROOT, Server, make_key, openssh, public, shared, temporary_user
+from tests.servers.relay import relay
+from transfer.errors import (
+    Busy,
+    Denied,
+    DispatchError,
+    Interrupted,
+    Misconfigured,
+    NotTrusted,
+    Retryable,
+    TimedOut,
+    Unreachable,
+)
+from transfer.receipt import PushReport, State
+
+KINDS: tuple[type[SshTarget], ...] = (RsyncTarget, SftpTarget)
+LOCKED = "Accounts are locked after 3 failures. Permission denied (publickey). Host key verification failed."
+
+
+@pytest.fixture(autouse=True)
+def _empty_state(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Nothing has been learned yet, and the account knows no host."""
+    monkeypatch.setenv("TALARIA_HOME", str(tmp_path / "state"))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    hostkeys._resolved.clear()
+
+
+@pytest.fixture(params=KINDS, ids=lambda kind: kind.type_name)
+def kind(request: pytest.FixtureRequest) -> type[SshTarget]:
+    return request.param  # type: ignore[no-any-return]
+
+
+def target(kind: type[SshTarget], server: Server, folder: Path, **more: object) -> SshTarget:
+    folder.mkdir(exist_ok=True)
+    fields = {
+        "host": "127.0.0.1", "port": server.port, "user": server.user, "folder": str(folder),
+        "host_key": "".join(server.host_keys[:1]), "private_key": SecretStr(str(server.key)), "connect_timeout_s": 5,
+        "idle_timeout_s": 10,
+    }  # fmt: skip
+    return kind(**(fields | more))
+
+
+def study(tmp_path: Path, count: int = 2) -> Path:
+    if not (tmp_path / "study").exists():
+        studies.ct(tmp_path / "study", count)
+    return tmp_path / "study"
+
+
+# ---- what paramiko carries
+
+
+@contextmanager
+def recorded() -> Iterator[list[tuple[str, ...]]]:
+    """Note what paramiko is really asked to do, and let it do that."""
+    calls: list[tuple[str, ...]] = []
+    connects, logs_in, runs = (
+        paramiko.Transport.start_client,
+        paramiko.Transport.auth_publickey,
+        paramiko.Channel.exec_command,
+    )
+
+    def start_client(self: paramiko.Transport, *arguments: object, **named: object) -> None:
+        calls.append(("keys", self.get_security_options().key_types[0]))
+        connects(self, *arguments, **named)  # type: ignore[arg-type]
+
+    def auth_publickey(self: paramiko.Transport, *arguments: object, **named: object) -> object:
+        calls.append(("login",))
+        return logs_in(self, *arguments, **named)  # type: ignore[arg-type]
+
+    def exec_command(self: paramiko.Channel, command: str) -> None:
+        calls.append(("run", command))
+        runs(self, command)
+
+    with (
+        mock.patch.object(paramiko.Transport, "start_client", start_client),
+        mock.patch.object(paramiko.Transport, "auth_publickey", auth_publickey),
+        mock.patch.object(paramiko.Channel, "exec_command", exec_command),
+    ):
+        yield calls
+
+
+def test_paramiko_asks_for_the_pinned_key_by_one_connection_for_each_type(tmp_path: Path) -> None:
+    server = shared()
+    one = target(SftpTarget, server, tmp_path / "in", host_key=server.fingerprints[1])  # of the RSA key
+    with recorded() as calls:
+        assert attempt(one, study(tmp_path)).require().state is State.DELIVERED
+        assert calls == [("keys", "ssh-ed25519"), ("keys", "ecdsa-sha2-nistp256"), ("keys", "rsa-sha2-512")]
+        calls.clear()
+        assert attempt(one, study(tmp_path)).require().state is State.DELIVERED
+        assert not calls, "once found, the key is known"
+
+
+def test_paramiko_runs_the_shell_of_a_push_and_rsync_uses_ssh(tmp_path: Path) -> None:
+    one = target(RsyncTarget, shared(), tmp_path / "in", verify="proven")
+    with recorded() as calls:
+        assert attempt(one, study(tmp_path)).require().state is State.DELIVERED
+    assert calls == [("keys", "ssh-ed25519"), ("login",), ("run", "sh -s")], "one login, one channel, all scripts"
+
+
+def test_paramiko_logs_in_for_checks_and_runs_hooks(kind: type[SshTarget], tmp_path: Path) -> None:
+    one = target(kind, shared(), tmp_path / "in", on_complete=True)
+    script = tmp_path / "in" / "mercure_complete.sh"
+    script.write_text("#!/bin/sh\necho done\n")
+    script.chmod(0o755)
+    with recorded() as calls:
+        health = DRIVERS.of(one).check(one)
+        assert health.ok, health.to_json("x")
+        assert ("login",) in calls
+        sent = attempt(one, study(tmp_path))
+        calls.clear()
+        hook = DRIVERS.of(one).hook
+        assert hook is not None
+        assert hook(one, sent.plan, PushReport(), set()).output == "done\n"
+    assert calls == [("keys", "ssh-ed25519"), ("login",), ("run", "sh -s")]
+
+
+@pytest.mark.parametrize("kinds", [("ed25519",), ("rsa",), ("ecdsa", "rsa")], ids="+".join)
+def test_what_paramiko_has_learned_ssh_knows(tmp_path: Path, kinds: tuple[str, ...]) -> None:
+    with openssh(tmp_path / "sshd", kinds=kinds) as server:
+        one = target(
+            SftpTarget, server, tmp_path / "in", host_key="", host_key_policy=HostKeyPolicy.ACCEPT_NEW
+        )  # fmt: skip
+        with recorded() as calls:
+            assert attempt(one, study(tmp_path)).require().state is State.DELIVERED
+        assert calls, "paramiko was not asked"
+        known = tmp_path / "state" / "known_hosts"
+        assert [line.split()[0] for line in known.read_text().splitlines()] == [f"[127.0.0.1]:{server.port}"]
+        argv = [
+            "ssh", "-F", "/dev/null", "-i", str(server.key), "-o", f"UserKnownHostsFile={known}",
+            "-o", "StrictHostKeyChecking=yes", "-o", "BatchMode=yes", "-p", str(server.port),
+            f"{server.user}@127.0.0.1", "true",
+        ]  # fmt: skip
+        subprocess.run(argv, check=True, stdin=subprocess.DEVNULL)
+
+
+# ---- what ssh(1) carries
+
+
+def test_hosts_with_certificates_are_for_ssh(kind: type[SshTarget], tmp_path: Path) -> None:
+    authority, host = make_key(tmp_path / "authority"), make_key(tmp_path / "host")
+    argv = ["ssh-keygen", "-q", "-s", str(authority), "-I", "host", "-h", "-n", "127.0.0.1", f"{host}.pub"]
+    subprocess.run(argv, check=True)
+    with openssh(tmp_path / "sshd", kinds=(), more=f"HostKey {host}\nHostCertificate {host}-cert.pub") as server:
+        one = target(kind, server, tmp_path / "in", host_key=f"@cert-authority * {public(authority)}")
+        with recorded() as calls:
+            assert DRIVERS.of(one).check(one).ok
+            assert attempt(one, study(tmp_path)).require().state is State.DELIVERED
+        assert not calls
+
+
+def test_a_key_of_hardware_is_for_ssh(tmp_path: Path) -> None:
+    what = "OPENSSH PRIVATE KEY-----"
+    key = f"-----BEGIN {what}\nAAAA of type sk-ssh-ed25519@openssh.com\n-----END {what}\n".encode()
+    with Client(Login("h", key=key, pins=(public(make_key(tmp_path / "k")),))) as client:
+        assert not suits(client)
+    with Client(Login("h", key=shared().key.read_bytes(), pins=(public(make_key(tmp_path / "l")),))) as client:
+        assert suits(client)
+
+
+@pytest.mark.parametrize("pin", [True, False], ids=["fingerprint", "accept-new"])
+def test_a_host_with_algorithms_that_only_ssh_knows(kind: type[SshTarget], tmp_path: Path, pin: bool) -> None:
+    with openssh(tmp_path / "sshd", more="Ciphers chacha20-poly1305@openssh.com") as server:
+        one = target(
+            kind, server, tmp_path / "in", host_key=server.fingerprints[1] if pin else "",
+            host_key_policy=HostKeyPolicy.ACCEPT_NEW,
+        )  # fmt: skip
+        assert DRIVERS.of(one).check(one).ok
+        assert attempt(one, study(tmp_path)).require().state is State.DELIVERED
+
+
+# ---- a question that failed is no answer
+
+
+@contextmanager
+def peer(serve: Callable[[socket.socket], None]) -> Iterator[int]:
+    """Serve each connection in a thread; yields the port."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def one(sock: socket.socket) -> None:
+        with sock, suppress(OSError):
+            serve(sock)
+
+    def accept() -> None:
+        with suppress(OSError):
+            while True:
+                threading.Thread(target=one, args=(listener.accept()[0],), daemon=True).start()
+
+    threading.Thread(target=accept, daemon=True).start()
+    try:
+        yield listener.getsockname()[1]
+    finally:
+        listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
+
+
+@pytest.mark.parametrize("words", [b"", b"Not allowed at this time\r\n", b"Exceeded MaxStartups\r\n"])
+def test_a_host_that_hangs_up_before_it_shows_a_key_is_busy(
+    kind: type[SshTarget], tmp_path: Path, words: bytes
+) -> None:
+    server = shared()
+    with peer(lambda sock: sock.sendall(words) if words else None) as port:
+        one = target(kind, server, tmp_path / "in", port=port, host_key=server.fingerprints[0])
+        error = attempt(one, study(tmp_path)).error
+        assert isinstance(error, Busy), repr(error)
+        assert server.fingerprints[0] not in error.message
+        health = DRIVERS.of(one).check(one)
+        assert isinstance(health.error, Retryable | Misconfigured)
+
+
+def test_a_question_that_is_dropped_says_nothing_of_the_key(kind: type[SshTarget], tmp_path: Path) -> None:
+    """sshd drops clients at random above MaxStartups: here each one, as long as somebody does not log in."""
+    with openssh(tmp_path / "sshd", more="MaxStartups 1:100:1") as server:
+        one = target(kind, server, tmp_path / "in", host_key=server.fingerprints[1])
+        with socket.create_connection(("127.0.0.1", server.port)) as idler:
+            idler.recv(8)
+            error = attempt(one, study(tmp_path)).error
+            assert isinstance(error, Retryable), repr(error)
+        sent = attempt(one, study(tmp_path))
+        for _ in range(50):
+            if not isinstance(sent.error, Retryable):
+                break
+            time.sleep(0.1)  # sshd takes its time to notice that the other one has gone
+            sent = attempt(one, study(tmp_path))
+        assert sent.require().state is State.DELIVERED
+
+
+def test_several_hosts_of_one_name_are_never_called_a_changed_key(kind: type[SshTarget], tmp_path: Path) -> None:
+    """Where a name leads here and there, one host is asked for its key, and another one logged in to."""
+    with openssh(tmp_path / "a", kinds=("ed25519",)) as a, openssh(tmp_path / "b", kinds=("ed25519",), key=a.key) as b:
+        turn = iter([a.port] + [b.port] * 100)
+        one = target(kind, a, tmp_path / "in", host_key=f"{a.fingerprints[0]}\n{b.fingerprints[0]}")
+        with peer(lambda sock: carry(sock, next(turn))) as port:
+            one.port = port
+            errors = [attempt(one, study(tmp_path)).error for _ in range(3)]
+        assert all(error is None or isinstance(error, Retryable) for error in errors), errors
+        assert errors[-1] is None
+
+
+def carry(sock: socket.socket, port: int, first: bytes = b"", cut_after: int | None = None) -> None:
+    """Carry a connection to a port of this machine; cut it after so many bytes from the client."""
+    with socket.create_connection(("127.0.0.1", port)) as other:
+        sock.sendall(first)
+
+        def back() -> None:
+            with suppress(OSError):
+                while piece := other.recv(65_536):
+                    sock.sendall(piece)
+            with suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
+        threading.Thread(target=back, daemon=True).start()
+        while piece := sock.recv(65_536):
+            if cut_after is not None:
+                cut_after -= len(piece)
+                if cut_after < 0:
+                    return
+            other.sendall(piece)
+
+
+# ---- what a host says to everybody
+
+
+@pytest.mark.parametrize("where", ["banner", "before its first line"])
+def test_words_for_everybody_are_no_answer_to_us(kind: type[SshTarget], tmp_path: Path, where: str) -> None:
+    (tmp_path / "banner").write_text(LOCKED + "\n" + "No space left on device\n")
+    more, first = ("", (LOCKED + "\r\n").encode()) if where != "banner" else (f"Banner {tmp_path}/banner", b"")
+    studies.multiframe(tmp_path / "study" / "large.dcm", 40)
+    with openssh(tmp_path / "sshd", more=more) as server:
+        with peer(lambda sock: carry(sock, server.port, first, 6_000_000)) as port:
+            one = target(kind, server, tmp_path / "in", port=port, host_key=server.fingerprints[0])
+            error = attempt(one, tmp_path / "study").error
+            assert isinstance(error, Interrupted), repr(error)
+        with peer(lambda sock: carry(sock, server.port, first)) as port:
+            one.port = port
+            health = DRIVERS.of(one).check(one)
+            assert health.ok, health.to_json("x")
+            assert attempt(one, tmp_path / "study").require().state is State.DELIVERED
+
+
+def test_a_banner_is_not_what_rsync_says(tmp_path: Path) -> None:
+    (tmp_path / "banner").write_text("Who says Permission denied, or No space left on device?\n")
+    (tmp_path / "bin").mkdir()
+    fails = tmp_path / "bin" / "rsync"
+    fails.write_text("#!/bin/sh\necho 'its own words' >&2\nexit 12\n")
+    fails.chmod(0o755)
+    command = f'PATH={tmp_path}/bin:$PATH sh -c "$SSH_ORIGINAL_COMMAND"'
+    with openssh(tmp_path / "sshd", more=f"Banner {tmp_path}/banner\nForceCommand {command}") as server:
+        error = attempt(target(RsyncTarget, server, tmp_path / "in"), study(tmp_path)).error
+        assert isinstance(error, Interrupted), repr(error)
+        assert "its own words" in error.message and "Who says" not in error.message
+
+
+def test_the_end_of_a_long_text_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    fails = tmp_path / "bin" / "rsync"
+    fails.write_text("#!/bin/sh\nseq 1 1000 >&2; echo 'write failed: No space left on device' >&2\nexit 11\n")
+    fails.chmod(0o755)
+    command = f'PATH={tmp_path}/bin:$PATH sh -c "$SSH_ORIGINAL_COMMAND"'
+    with openssh(tmp_path / "sshd", more=f"ForceCommand {command}") as server:
+        error = attempt(target(RsyncTarget, server, tmp_path / "in"), study(tmp_path)).error
+        assert error is not None and "No space left on device" in error.message
+        assert len(error.message) < 600
+
+
+@pytest.mark.skipif(not IS_ROOT, reason="only root may have sshd change the root of an account")
+def test_a_chroot_of_the_wrong_owner_is_named(kind: type[SshTarget], tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    for above in (tmp_path, *tmp_path.parents):
+        if above.owner() == "root" and above.stat().st_mode & 0o077 == 0:
+            above.chmod(0o755)
+    more = f"ChrootDirectory {home}\nForceCommand internal-sftp"
+    with temporary_user(home) as user, openssh(tmp_path / "sshd", user=user, more=more) as server:
+        one = target(kind, server, tmp_path / "in")
+        error = attempt(one, study(tmp_path)).error
+        assert isinstance(error, Interrupted), repr(error)
+        assert "ChrootDirectory" in error.message
+        health = DRIVERS.of(one).check(one)
+        assert "ChrootDirectory" in str(health.error)
+        assert next(probe for probe in health.probes if probe.name == "authenticate").result == "ok"
+
+
+# ---- paramiko's errors
+
+
+def begin(port: int, **more: object) -> Account:
+    """Log in by paramiko, whatever the host."""
+    server = shared()
+    fields: dict[str, object] = {
+        "host": "127.0.0.1", "port": port, "user": server.user, "key": server.key.read_bytes(),
+        "pins": server.host_keys[:1], "connect_timeout_s": 1, "idle_timeout_s": 3,
+    }  # fmt: skip
+    with Client(Login(**(fields | more))) as client:  # type: ignore[arg-type]
+        one = Account(client)
+        one.begin()
+        return one
+
+
+def silent(sock: socket.socket) -> None:
+    sock.recv(1)
+    threading.Event().wait(20)
+
+
+def first_line_only(sock: socket.socket) -> None:
+    sock.sendall(b"SSH-2.0-Stopped\r\n")
+    silent(sock)
+
+
+def http(sock: socket.socket) -> None:
+    sock.recv(1000)
+    sock.sendall(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n")
+
+
+def old(sock: socket.socket) -> None:
+    sock.sendall(b"SSH-1.5-Old\r\n")
+    silent(sock)
+
+
+def test_a_host_that_stops_after_its_first_line_is_timed_out() -> None:
+    """paramiko's start_client returns without an error, if it is given a time to wait."""
+    with peer(first_line_only) as port:
+        sock = socket.create_connection(("127.0.0.1", port))
+        transport = paramiko.Transport(sock)
+        transport.start_client(timeout=1)  # the trap: this is as if all were well
+        transport.close()
+        begun = time.monotonic()
+        with pytest.raises(TimedOut, match="handshake"):
+            begin(port)
+        assert time.monotonic() - begun < 15
+
+
+@pytest.mark.parametrize(
+    ("serve", "error", "words"),
+    [(silent, TimedOut, "says nothing"), (http, Misconfigured, "not SSH: HTTP/1.1 400"), (old, Misconfigured, "1.5")],
+    ids=["silent", "http", "ssh-1"],
+)
+def test_what_is_no_ssh_is_named(serve: Callable[[socket.socket], None], error: type, words: str) -> None:
+    with peer(serve) as port, pytest.raises(error, match=words):
+        begin(port)
+
+
+def test_a_closed_port_is_unreachable_and_another_key_is_not_trusted(tmp_path: Path) -> None:
+    with pytest.raises(Unreachable):
+        begin(process.free_port())
+    with pytest.raises(NotTrusted, match=re.escape(shared().fingerprints[0])):
+        begin(shared().port, pins=(public(make_key(tmp_path / "other")),))
+
+
+def test_a_login_that_is_cut_is_not_denied() -> None:
+    """paramiko calls a link that breaks during the login a failed one."""
+    with relay(shared().port) as link:
+        real = paramiko.Transport.auth_publickey
+
+        def cut(self: paramiko.Transport, *arguments: object) -> object:
+            link.cut_after = link.sent
+            return real(self, *arguments)  # type: ignore[arg-type]
+
+        with mock.patch.object(paramiko.Transport, "auth_publickey", cut), pytest.raises(Retryable) as caught:
+            begin(link.port)
+    assert not isinstance(caught.value, Denied)
+
+
+def test_a_key_that_the_host_does_not_know_is_denied(tmp_path: Path) -> None:
+    with pytest.raises(Denied, match=r"Permission denied \(publickey"):
+        begin(shared().port, key=make_key(tmp_path / "key").read_bytes())
+
+
+def test_a_host_that_falls_silent_under_a_script_is_noticed(tmp_path: Path) -> None:
+    one = target(RsyncTarget, shared(), tmp_path / "in", on_complete=True, idle_timeout_s=2, hook_timeout_s=300)
+    script = tmp_path / "in" / "mercure_complete.sh"
+    script.write_text(f"#!/bin/sh\n: >{tmp_path}/begun\nsleep 300\n")
+    script.chmod(0o755)
+    sent = attempt(one, study(tmp_path))
+    with relay(shared().port) as link:
+        one.port = link.port
+        with Client(login(one)) as client:
+            assert suits(client)
+
+        def stall() -> None:
+            while not (tmp_path / "begun").exists():
+                time.sleep(0.05)
+            link.stall_after = 0
+
+        thread = threading.Thread(target=stall)
+        thread.start()
+        hook = DRIVERS.of(one).hook
+        assert hook is not None
+        begun = time.monotonic()
+        with pytest.raises(DispatchError) as caught:
+            hook(one, sent.plan, PushReport(), set())
+        thread.join()
+    assert isinstance(caught.value, Retryable)
+    assert time.monotonic() - begun < 60
