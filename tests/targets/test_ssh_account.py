@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 import socket
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from unittest import mock
 
@@ -334,12 +335,13 @@ def test_the_end_of_a_long_text_is_kept(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not IS_ROOT, reason="only root may have sshd change the root of an account")
 def test_a_chroot_of_the_wrong_owner_is_named(kind: type[SshTarget], tmp_path: Path) -> None:
-    home = tmp_path / "home"
-    for above in (tmp_path, *tmp_path.parents):
-        if above.owner() == "root" and above.stat().st_mode & 0o077 == 0:
-            above.chmod(0o755)
-    more = f"ChrootDirectory {home}\nForceCommand internal-sftp"
-    with temporary_user(home) as user, openssh(tmp_path / "sshd", user=user, more=more) as server:
+    with ExitStack() as stack:
+        # Not below pytest's own folder, which is closed to others.
+        place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="talaria-chroot-")))
+        place.chmod(0o755)
+        user = stack.enter_context(temporary_user(place / "home"))
+        more = f"ChrootDirectory {place}/home\nForceCommand internal-sftp"
+        server = stack.enter_context(openssh(place / "sshd", user=user, more=more))
         one = target(kind, server, tmp_path / "in")
         error = attempt(one, study(tmp_path)).error
         assert isinstance(error, Interrupted), repr(error)
