@@ -142,6 +142,9 @@ class Account:
             if done:
                 allowed, asked, halfway = done[0], False, True
                 continue
+            if transport.auth_handler is not None and transport.auth_handler.is_authenticated():
+                self.facts = replace(self.facts, method=method)  # and cut off before paramiko looked
+                raise Interrupted(f"{login.shown}: {self.last_words}{ENDED_AT_ONCE}") from failed[0]
             if halfway and not transport.is_active():
                 raise NothingInCommon(f"{login.shown}: {self.last_words}") from failed[0]
             if asked and not transport.is_active() and not re.search(DENIED, transport.parting):
