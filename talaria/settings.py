@@ -34,6 +34,16 @@ class Settings(BaseSettings):
     port: int = Field(default=4200, ge=1, le=65535, description="Port that `talaria up` listens on.")
     workers: int = Field(default=1, ge=1, le=64, description="Worker processes of `talaria up`.")
     limit: int = Field(default=8, ge=1, le=256, description="Dispatches at once in one worker.")
+    scp_aet: str = Field(
+        default="TALARIA", min_length=1, max_length=16, description="AE title of the Storage SCP that C-MOVE sends to."
+    )
+    scp_port: int = Field(
+        default=11_112, ge=0, le=65535, description="Port of the Storage SCP; open while C-MOVE is used. 0: no C-MOVE."
+    )
+    scp_host: str = Field(default="", description="Address that the Storage SCP listens on; empty for all.")
+    spool_limit: int = Field(
+        default=20 << 30, ge=1 << 20, description="Bytes that a retrieval keeps between fetching and sending."
+    )
     off_peak: str = Field(default="22:00-06:00", description="Off-peak hours, as in a target's window.")
 
     @classmethod
@@ -68,6 +78,8 @@ def load_settings() -> Settings:
         raise ValueError(f"setting off_peak: {exc}{_WHERE}") from exc
     os.environ["TALARIA_HOME"] = str(settings.home.expanduser().absolute())
     os.environ["TALARIA_OFF_PEAK"] = settings.off_peak
+    for name in ("scp_aet", "scp_port", "scp_host", "spool_limit"):
+        os.environ[f"TALARIA_{name.upper()}"] = str(getattr(settings, name))
     return settings
 
 

@@ -29,6 +29,7 @@ from protocols.net import tls
 from tasks import dicom_pull
 from tasks.driver import Driver, Facts
 from tasks.probes import reach
+from transfer import stopping
 from transfer.errors import DispatchError, Misconfigured
 from transfer.health import Health
 from transfer.plan import Item, Origin, Plan
@@ -264,7 +265,7 @@ def _stored(item: Item) -> Stored:
 def find(target: DicomTarget, query: Query) -> Iterator[Match]:
     """Yield the studies or series that match."""
     try:
-        with finder(_peer(target, target.host, target.aet_target, target.aet_source)) as asked:
+        with finder(_peer(target, target.host, target.aet_target, target.aet_source), stopping.check) as asked:
             yield from Search(asked).find(query)
     except DispatchError as exc:
         exc.target = exc.target or target.name

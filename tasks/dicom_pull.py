@@ -25,7 +25,7 @@ def destination() -> Destination:
     """Where C-MOVE sends to, as the settings `scp_aet`, `scp_port` and `scp_host` say."""
     return Destination(
         os.environ.get("TALARIA_SCP_AET") or "TALARIA",
-        int(os.environ.get("TALARIA_SCP_PORT") or SCP_PORT),
+        int(os.environ.get("TALARIA_SCP_PORT", SCP_PORT)),
         os.environ.get("TALARIA_SCP_HOST") or "",
     )
 

@@ -144,6 +144,7 @@ class PushReport:
     Args:
         record: keeps an outcome for good (the ledger) before it counts.
         cancelled: set by whoever wants the push to stop.
+        pausing: set by whoever wants a retrieval to end after the running series.
         moved: told the bytes that went out, for progress.
         unanswered: how often items, by path, went out in this run without a word on what became of them; outlives
             an attempt. What is found at the target of these is a delivery, and nothing that was there already.
@@ -155,6 +156,7 @@ class PushReport:
         cancelled: threading.Event | None = None,
         moved: Callable[[int], None] = lambda count: None,
         unanswered: Counter[str] | None = None,
+        pausing: threading.Event | None = None,
     ) -> None:
         self.unanswered: Counter[str] = Counter() if unanswered is None else unanswered
         self._record = record
@@ -162,6 +164,7 @@ class PushReport:
         self._moved = moved
         self._begun = time.monotonic()
         self.cancelled = cancelled or threading.Event()
+        self.pausing = pausing or threading.Event()
         self.outcomes: dict[str, Outcome] = {}
 
     def __call__(self, item: Item, outcome: Outcome) -> None:

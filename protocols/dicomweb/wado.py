@@ -238,7 +238,7 @@ class Retrieval:
     def _work(self) -> None:
         while True:
             with self._lock:
-                if self._errors or not self._jobs:
+                if self._errors or not self._jobs or self.report.pausing.is_set():
                     return
                 job = self._jobs.popleft()
             try:

@@ -238,7 +238,7 @@ class Pull:
     def _next(self) -> Series | None:
         self.report.check()
         with self._lock:
-            one = self._jobs.popleft() if self._jobs else None
+            one = self._jobs.popleft() if self._jobs and not self.report.pausing.is_set() else None
             if one is not None:
                 self._current[threading.get_ident()] = one
             return one

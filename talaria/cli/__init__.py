@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from talaria.cli import jobs, query, send, serve, target
+from talaria.cli import jobs, query, retrieve, send, serve, target
 
 app = typer.Typer(
     name="talaria",
@@ -43,4 +43,5 @@ app.add_typer(target.app, name="target")
 app.add_typer(jobs.app, name="jobs")
 send.add_to(app)
 query.add_to(app)
+retrieve.add_to(app)
 serve.add_to(app)

@@ -128,6 +128,9 @@ async def _take_up(client: PrefectClient, run_id: str) -> bool:
         return False
     if state.is_final() and state.type is not StateType.CRASHED:
         return False
+    if flow_run.parent_task_run_id is not None:  # a part of a run that is taken up itself, and makes it anew
+        await client.set_flow_run_state(flow_run.id, Cancelled(message="its run was taken up again"), force=True)
+        return False
     if flow_run.run_count >= MAX_RUNS:
         return False
     await client.set_flow_run_state(

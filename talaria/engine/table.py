@@ -8,10 +8,12 @@ from prefect import Flow
 
 from flows.check import check
 from flows.dispatch import dispatch
+from flows.retrieve import retrieve
 
 FLOWS: dict[str, tuple[Flow[..., Any], str]] = {
     "dispatch": (dispatch, "flows.dispatch:dispatch"),
     "check": (check, "flows.check:check"),
+    "retrieve": (retrieve, "flows.retrieve:retrieve"),
 }
 
 

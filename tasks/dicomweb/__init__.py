@@ -26,6 +26,7 @@ from protocols.net import tls
 from tasks.dicomweb import folder as dicomweb_folder
 from tasks.driver import Driver, Facts
 from tasks.probes import reach_web
+from transfer import stopping
 from transfer.errors import DispatchError, Misconfigured, NotFound
 from transfer.health import Health, Probe
 from transfer.plan import Item, Plan
@@ -283,7 +284,7 @@ def find(target: DicomWebTarget, query: Query) -> Iterator[Match]:
     if target.folder is not None:
         yield from dicomweb_folder.find(target, query)
         return
-    with connect(target) as service:
+    with connect(target, stopping.check) as service:
         yield from qido.find(service, query)
 
 

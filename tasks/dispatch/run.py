@@ -156,11 +156,17 @@ async def dispatching(targets: list[str]) -> AsyncIterator[Dispatch]:
     asyncio.get_running_loop().set_default_executor(executor)
     with Ledger(home.ledger) as ledger:
         dispatch = Dispatch(flow_run_id, chosen, home, ledger)
+        # A part of another run belongs to who runs that; nobody else must take its staging for left behind.
+        owner = ledger.unfinished().get(running.whole())
+        if owner:
+            ledger.run_begins(flow_run_id, owner)
         try:
             yield dispatch
         finally:
             await asyncio.to_thread(discard, dispatch.staging)
             running.forget(flow_run_id)
+            if owner:
+                ledger.run_ends(flow_run_id)
 
 
 async def _load(names: list[str]) -> list[Target]:

@@ -6,22 +6,49 @@ A run in a worker's thread can't be interrupted by a signal; it looks at its fla
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 _lock = threading.Lock()
 _flags: dict[str, threading.Event] = {}
+_pauses: dict[str, threading.Event] = {}
+_whole: ContextVar[str] = ContextVar("whole", default="")
 _stopping = threading.Event()
 
 
 def flag(flow_run_id: str) -> threading.Event:
     """Return the flag that stops a run; the same one for the same run."""
     with _lock:
-        return _flags.setdefault(flow_run_id, threading.Event())
+        return _flags.setdefault(flow_run_id, _flags.get(_whole.get()) or threading.Event())
+
+
+@contextmanager
+def part_of(flow_run_id: str) -> Iterator[None]:
+    """Let runs that begin in this context be parts of another one: they share its flag."""
+    token = _whole.set(flow_run_id)
+    try:
+        yield
+    finally:
+        _whole.reset(token)
+
+
+def whole() -> str:
+    """Return the id of the run that runs of this context are parts of, "" if there is none."""
+    return _whole.get()
+
+
+def pause(flow_run_id: str) -> threading.Event:
+    """Return the flag that lets a run end where it can go on later."""
+    with _lock:
+        return _pauses.setdefault(flow_run_id, threading.Event())
 
 
 def forget(flow_run_id: str) -> None:
     """The run is over."""
     with _lock:
         _flags.pop(flow_run_id, None)
+        _pauses.pop(flow_run_id, None)
 
 
 def running() -> list[str]:

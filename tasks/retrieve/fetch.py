@@ -1,0 +1,181 @@
+"""The blocking parts of a retrieval: searches and the fetching of one study, with the source's own retry policy."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from blocks.base import Target
+from imaging.query import Match, Query
+from tasks import DRIVERS
+from tasks.dispatch.push import delay_before
+from tasks.retrieve.job import Job, Stage, Study, size_of
+from transfer import stopping
+from transfer.errors import Cancelled, DispatchError, NotFound, Retryable
+from transfer.receipt import PushReport, Receipt, State
+
+R = TypeVar("R")
+BATCH = 500  # accession numbers in one search
+PARTIAL_TRIES = 2  # a source that gave less than it announced twice will do so again
+SLICE_S = 0.25
+
+
+class Fetcher:
+    """Asks one source. Its methods block, and are called in a thread.
+
+    Args:
+        filters: the query without its accession numbers.
+        cancelled, paused: set by whoever wants it to stop at once, or after the running series.
+    """
+
+    def __init__(
+        self, source: Target, filters: Query, job: Job, cancelled: threading.Event, paused: threading.Event
+    ) -> None:
+        self.source, self.filters, self.job = source, filters, job
+        self.cancelled, self.paused = cancelled, paused
+        self.driver = DRIVERS.of(source)
+
+    def report(self) -> PushReport:
+        return PushReport(cancelled=self.cancelled, pausing=self.paused)
+
+    def patiently(self, work: Callable[[], R]) -> R:
+        """Do some work, as often as the source's settings say.
+
+        Raises:
+            DispatchError: the last attempt's.
+        """
+        attempt = 1
+        while True:
+            try:
+                return work()
+            except Retryable as exc:
+                attempt += 1
+                if attempt > self.source.max_attempts or self.paused.is_set():
+                    raise
+                self._wait(delay_before(attempt, self.source, exc))
+
+    def _wait(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0 and not self.paused.is_set():
+            self.report().check()
+            time.sleep(min(left, SLICE_S))
+
+    # ---- find
+
+    def find(self, accessions: list[str]) -> list[Match]:
+        """Return the studies with these accession numbers, or that the filters find if there are none."""
+        query = self.filters
+        if accessions:
+            query = Query(**{**self.filters.__dict__, "AccessionNumber": tuple(accessions)})
+        find = self.driver.find
+        assert find is not None  # noqa: S101 - `check_source` has seen it
+        with stopping.stoppable(self.report().check):
+            found = []
+            for match in find(self.source, query):
+                self.report().check()
+                found.append(match)
+            return found
+
+    def find_pending(self) -> None:
+        """Ask for accession numbers that have not been asked for; what became of each is in the job."""
+        batch = self.job.pending[:BATCH]
+        self._find(batch)
+        self.job.pending = self.job.pending[len(batch) :]
+        self.job.save()
+
+    def _find(self, batch: list[str]) -> None:
+        try:
+            found = self.patiently(lambda: self.find(batch))
+        except Cancelled:
+            raise
+        except DispatchError as exc:
+            if len(batch) == 1 or exc.retryable or self._fails_alike(batch[0], exc):
+                self.job.failed |= dict.fromkeys(batch, exc.message)
+                return
+            # One of them is to blame: it must not take the others with it.
+            middle = len(batch) // 2
+            for half in (batch[:middle], batch[middle:]):
+                self._find(half)
+            return
+        self._take(found)
+        seen = {number.strip().casefold() for match in found for number in _numbers(match)}
+        self.job.missing += [number for number in batch if number.strip().casefold() not in seen]
+
+    def _fails_alike(self, number: str, exc: DispatchError) -> bool:
+        try:
+            self.find([number])
+        except DispatchError as other:
+            return other.message == exc.message
+        return False
+
+    def search(self) -> None:
+        """Find studies by the keys that are no accession numbers."""
+        self._take(self.patiently(lambda: self.find([])))
+        self.job.searched = True
+        self.job.save()
+
+    def _take(self, found: list[Match]) -> None:
+        for match in found:
+            uid = match.StudyInstanceUID
+            number = next(iter(_numbers(match)), "")
+            if uid and uid not in self.job.studies:
+                self.job.studies[uid] = Study(uid, number)
+
+    # ---- fetch
+
+    def fetch(self, study: Study, folder: Path) -> None:
+        """Fetch a study into a folder; what became of it is in `study`. A pause leaves it as it is.
+
+        Raises:
+            Cancelled: somebody asked for it.
+        """
+        for attempt in range(1, PARTIAL_TRIES + 1):
+            try:
+                receipt = self.patiently(lambda: self._fetch(study, folder))
+            except Cancelled:
+                raise
+            except DispatchError as exc:
+                if self.paused.is_set() and exc.retryable:
+                    return
+                here, _ = size_of(folder)
+                study.stage, study.reason = (Stage.PARTIAL if here else Stage.FAILED), exc.message
+                study.instances = here
+                return
+            if receipt.state is State.DELIVERED or self.paused.is_set() or attempt == PARTIAL_TRIES:
+                break
+            self._wait(delay_before(attempt + 1, self.source, None))
+        self._judge(study, folder, receipt)
+
+    def _fetch(self, study: Study, folder: Path) -> Receipt:
+        retrieve = self.driver.retrieve
+        assert retrieve is not None  # noqa: S101 - `check_source` has seen it
+        query = Query(
+            StudyInstanceUID=study.study,
+            SeriesInstanceUID=self.filters.SeriesInstanceUID,
+            Modality=self.filters.Modality,
+            SeriesDescription=self.filters.SeriesDescription,
+        )
+        try:
+            return retrieve(self.source, query, folder, self.report())
+        except NotFound as exc:
+            # It was there a moment ago.
+            raise DispatchError(f"no longer found at the source: {exc.message}", self.source.name) from exc
+
+    def _judge(self, study: Study, folder: Path, receipt: Receipt) -> None:
+        study.notes = list(receipt.notes)
+        study.instances, study.bytes = size_of(folder)
+        study.missing = receipt.unsent + sum(item.outcome == "rejected" for item in receipt.items)
+        if receipt.state is State.DELIVERED:
+            study.stage, study.reason = Stage.WHOLE, ""
+        elif not self.paused.is_set():
+            study.stage = Stage.PARTIAL if study.instances else Stage.FAILED
+            words = f"{study.instances} instances came, {study.missing} are missing"
+            study.reason = "; ".join([words, *receipt.notes])
+
+
+def _numbers(match: Match) -> list[str]:
+    value = match.attributes.get("AccessionNumber", "")
+    return [str(one).strip() for one in (value if isinstance(value, list) else [value]) if str(one).strip()]

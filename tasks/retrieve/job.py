@@ -1,0 +1,129 @@
+"""What a retrieval knows of itself, kept in the state directory: it may be paused, killed and taken up again.
+
+Holds accession numbers and UIDs, nothing else of a patient's.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from transfer.home import Home
+from transfer.ledger import write_json
+
+
+class Stage(StrEnum):
+    """How far a study is."""
+
+    FOUND = "found"  # at the source
+    WHOLE = "whole"  # fetched, and not handed on yet
+    DELIVERED = "delivered"
+    PARTIAL = "partial"  # the source gave less than it announced
+    FAILED = "failed"
+
+
+@dataclass
+class Study:
+    """One study that was found.
+
+    Attributes:
+        reason: why it is partial or failed, in one sentence.
+        notes: how it was fetched.
+        targets: state by target, as its dispatch left it.
+        dispatch: flow run of the dispatch that took it.
+    """
+
+    study: str
+    accession: str = ""
+    stage: Stage = Stage.FOUND
+    instances: int = 0
+    missing: int = 0
+    bytes: int = 0
+    reason: str = ""
+    notes: list[str] = field(default_factory=list)
+    targets: dict[str, str] = field(default_factory=dict)
+    dispatch: str = ""
+
+
+@dataclass
+class Job:
+    """A retrieval's state.
+
+    Attributes:
+        pending: accession numbers that have not been asked for.
+        missing: accession numbers of which the source has nothing that matches.
+        failed: accession numbers that could not be asked for, with the reason.
+        searched: whether a search by other keys has been made.
+    """
+
+    folder: Path
+    pending: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+    searched: bool = False
+    error: str = ""
+    studies: dict[str, Study] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._lock = threading.Lock()
+
+    @classmethod
+    def load(cls, home: Home, flow_run_id: str, accessions: tuple[str, ...]) -> Job:
+        """Read a retrieval's state, or begin one."""
+        folder = folder_of(home, flow_run_id)
+        try:
+            document: dict[str, Any] = json.loads((folder / "job.json").read_text(encoding="utf-8"))
+        except OSError:
+            return cls(folder, pending=list(accessions))
+        studies = {uid: Study(**one | {"stage": Stage(one["stage"])}) for uid, one in document.pop("studies").items()}
+        return cls(folder, studies=studies, **document)
+
+    def save(self) -> None:
+        """Keep it, whole or not at all."""
+        with self._lock:
+            document = {
+                "pending": self.pending,
+                "missing": self.missing,
+                "failed": self.failed,
+                "searched": self.searched,
+                "error": self.error,
+                "studies": {uid: asdict(one) for uid, one in self.studies.items()},
+            }
+            write_json(self.folder / "job.json", document)
+
+    def again(self) -> None:
+        """Let everything that did not succeed be tried again; what was delivered stays so."""
+        self.pending = [*self.pending, *self.missing, *self.failed]
+        self.missing, self.failed, self.error = [], {}, ""
+        for one in self.studies.values():
+            if one.stage in (Stage.PARTIAL, Stage.FAILED):
+                one.stage = Stage.WHOLE if one.stage is Stage.FAILED and one.dispatch else Stage.FOUND
+                one.reason = ""
+        self.searched = self.searched and bool(self.studies)
+
+    @property
+    def whole(self) -> bool:
+        """Whether everything that was asked for has been delivered."""
+        delivered = all(one.stage is Stage.DELIVERED for one in self.studies.values())
+        return delivered and bool(self.studies) and not (self.pending or self.missing or self.failed or self.error)
+
+
+def folder_of(home: Home, flow_run_id: str) -> Path:
+    """Where a retrieval keeps its state and what it has fetched."""
+    return home.root / "retrievals" / flow_run_id
+
+
+def size_of(folder: Path) -> tuple[int, int]:
+    """Number and bytes of the instances in a folder."""
+    sizes = [path.stat().st_size for path in folder.glob("*.dcm")] if folder.is_dir() else []
+    return len(sizes), sum(sizes)
+
+
+def discard(folder: Path) -> None:
+    """Remove what was fetched of a study."""
+    shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,130 @@
+"""What people see of a retrieval: a JSON file, a CSV file, an artifact, and progress while it runs.
+
+Names accession numbers and UIDs; no name, ID or birth date of a patient.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+from prefect.artifacts import acreate_progress_artifact, acreate_table_artifact, aupdate_progress_artifact
+
+from tasks.retrieve.job import Job, Stage, Study
+from transfer.home import Home
+from transfer.ledger import write_json
+
+COLUMNS = ("accession", "study", "state", "instances", "missing", "bytes", "reason")
+SHOWN_ROWS = 2000  # of the artifact; the files have all
+
+
+def state_of(job: Job) -> str:
+    """Delivered if everything that was asked for was found and handed on."""
+    if job.whole:
+        return "delivered"
+    return "partial" if any(one.stage is Stage.DELIVERED for one in job.studies.values()) else "failed"
+
+
+def rows(job: Job) -> list[dict[str, Any]]:
+    """One row per study, and per accession number without one."""
+    found = [_row(one) for one in job.studies.values()]
+    found += [_of_number(number, "missing", "the source has no study that matches") for number in job.missing]
+    found += [_of_number(number, "failed", reason) for number, reason in job.failed.items()]
+    found += [_of_number(number, "waiting", "not asked for yet") for number in job.pending]
+    return found
+
+
+def _row(one: Study) -> dict[str, Any]:
+    state = "waiting" if one.stage in (Stage.FOUND, Stage.WHOLE) else str(one.stage)
+    return {
+        "accession": one.accession,
+        "study": one.study,
+        "state": state,
+        "instances": one.instances,
+        "missing": one.missing,
+        "bytes": one.bytes,
+        "reason": one.reason,
+    }
+
+
+def _of_number(number: str, state: str, reason: str) -> dict[str, Any]:
+    return {
+        "accession": number, "study": "", "state": state, "instances": 0, "missing": 0, "bytes": 0, "reason": reason,
+    }  # fmt: skip
+
+
+def document(job: Job, flow_run_id: str, source: str, state: str) -> dict[str, Any]:
+    """The JSON of `retrieve --json`."""
+    every = rows(job)
+    found = [one for one in every if one["study"]]
+    return {
+        "flow_run_id": flow_run_id,
+        "source": source,
+        "state": state,
+        "found": len(found),
+        "delivered": sum(one["state"] == "delivered" for one in found),
+        "missing": [one["accession"] for one in every if one["state"] == "missing"],
+        "partial": [one["accession"] or one["study"] for one in found if one["state"] == "partial"],
+        "failed": [one["accession"] or one["study"] for one in every if one["state"] == "failed"],
+        "waiting": [one["accession"] or one["study"] for one in every if one["state"] == "waiting"],
+        "error": job.error or None,
+        "studies": [
+            one | {"notes": job.studies[one["study"]].notes, "targets": job.studies[one["study"]].targets}
+            for one in found
+        ],
+        "accessions": [one for one in every if not one["study"]],
+    }
+
+
+def csv_text(job: Job) -> str:
+    """The same as a table for spreadsheets; no value is taken for a formula there."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, COLUMNS)
+    writer.writeheader()
+    for row in rows(job):
+        writer.writerow({key: f"'{row[key]}" if str(row[key])[:1] in "=+-@" else row[key] for key in COLUMNS})
+    return out.getvalue()
+
+
+def csv_path(home: Home, flow_run_id: str) -> Path:
+    """Where the CSV file of a retrieval is."""
+    return home.receipt(flow_run_id).with_suffix(".csv")
+
+
+async def report(home: Home, job: Job, flow_run_id: str, source: str, state: str) -> None:
+    """Leave the result behind: JSON and CSV in the state directory, an artifact on the run."""
+    write_json(home.receipt(flow_run_id), document(job, flow_run_id, source, state))
+    path = csv_path(home, flow_run_id)
+    _write(path, csv_text(job))
+    shown = rows(job)[:SHOWN_ROWS]
+    await acreate_table_artifact(shown, "retrieval", f"retrieval from {source}: {state}; all of it: {path}")
+
+
+def _write(path: Path, text: str) -> None:
+    fd = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    with open(fd, "w", encoding="utf-8", newline="") as file:
+        file.write(text)
+
+
+class Progress:
+    """The progress artifact of a retrieval."""
+
+    def __init__(self, source: str) -> None:
+        self._source = source
+        self._id: Any = None
+        self._shown = (-1.0, "")
+
+    async def show(self, job: Job) -> None:
+        ended = sum(one.stage not in (Stage.FOUND, Stage.WHOLE) for one in job.studies.values())
+        ended += len(job.missing) + len(job.failed)
+        total = len(job.studies) + len(job.missing) + len(job.failed) + len(job.pending)
+        percent = round(100 * ended / total, 1) if total else 0.0
+        text = f"{ended} of {total} studies from {self._source}"
+        if self._id is None:
+            self._id = await acreate_progress_artifact(percent, f"progress-{self._source}", text)
+        elif (percent, text) != self._shown:
+            await aupdate_progress_artifact(self._id, percent, text)
+        self._shown = percent, text

@@ -1,0 +1,366 @@
+"""One retrieval as it runs: studies are found, fetched one after another, and handed on while the next is fetched."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx
+from prefect import get_client
+from prefect.client.schemas.objects import State as RunState
+from prefect.client.schemas.objects import StateType
+from prefect.concurrency.asyncio import concurrency
+from prefect.context import FlowRunContext
+from prefect.exceptions import PrefectException
+from prefect.logging import get_run_logger
+from prefect.states import AwaitingRetry, Cancelled, Completed, Failed, Scheduled
+
+from blocks.base import Target
+from blocks.dicom import DicomTarget
+from imaging.query import Query
+from tasks.dispatch import running
+from tasks.dispatch.patience import patiently
+from tasks.dispatch.run import LEASE_S, LOOK_S, opens
+from tasks.retrieve.fetch import Fetcher
+from tasks.retrieve.job import Job, Stage, Study, discard, folder_of, size_of
+from tasks.retrieve.place import place
+from tasks.retrieve.report import Progress, document, report, state_of
+from tasks.targets import check_destination, check_source, limit, load
+from transfer.accessions import accessions
+from transfer.errors import Cancelled as DispatchCancelled
+from transfer.errors import DispatchError, Misconfigured
+from transfer.home import Home
+from transfer.layout import sanitised
+
+R = TypeVar("R")
+Send = Callable[..., Awaitable[RunState[Any]]]  # the flow of a dispatch
+
+SPOOL_LIMIT = 20 << 30  # bytes, unless TALARIA_SPOOL_LIMIT says otherwise
+DISPATCHES = 2  # studies that are handed on at once
+GRACE_S = 4  # for a driver to stop by itself when the run is cancelled
+PROGRESS_S = 1.5
+PAUSED = timedelta(days=3650)  # how far in the future a paused run is scheduled: until somebody resumes it
+LATER_S = 60.0  # until a dispatch is looked at again that waits for its target
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a retrieval was asked for."""
+
+    source: str
+    targets: tuple[str, ...] = ()
+    into: str = ""
+    accessions: str = ""
+    filters: Query = field(default_factory=Query)
+    priority: str = "normal"
+    studies_per_hour: int = 0
+
+    def numbers(self) -> tuple[str, ...]:
+        """The accession numbers of the list, each once.
+
+        Raises:
+            Misconfigured: there is nothing to look for, or nowhere to bring it.
+        """
+        found = accessions(self.accessions)
+        keys = ("StudyInstanceUID", "SeriesInstanceUID", "StudyDate", "PatientID", "PatientName", "StudyDescription")
+        if not found and not any(getattr(self.filters, key) for key in keys):
+            raise Misconfigured("nothing to look for: give accession numbers, study UIDs, dates or descriptions")
+        if bool(self.targets) == bool(self.into):
+            raise Misconfigured("give either targets or a folder to bring the studies to")
+        if self.into and not Path(self.into).is_absolute():
+            raise Misconfigured(f"{self.into}: give the folder's absolute path")
+        return found
+
+
+class Retrieval:
+    """A retrieval within a flow run; made by `retrieving`."""
+
+    def __init__(self, flow_run_id: str, wish: Wish, source: Target, home: Home, send: Send) -> None:
+        self.flow_run_id, self.wish, self.source, self.home, self._send = flow_run_id, wish, source, home, send
+        self.cancelled, self.paused = running.flag(flow_run_id), running.pause(flow_run_id)
+        self.job = Job.load(home, flow_run_id, wish.numbers())
+        self.job.again()
+        self.fetcher = Fetcher(source, wish.filters, self.job, self.cancelled, self.paused)
+        self.again: datetime | None = None  # when what waits may go on
+        self._spool = Path(wish.into) / f".talaria-{flow_run_id[:8]}" if wish.into else folder_of(home, flow_run_id)
+        self._limit = int(os.environ.get("TALARIA_SPOOL_LIMIT") or SPOOL_LIMIT)
+        self._places = asyncio.Semaphore(DISPATCHES)
+        self._handing_on: set[asyncio.Task[None]] = set()
+        self._next_study = 0.0
+
+    # ---- the whole
+
+    async def run(self) -> None:
+        """Find, fetch and hand on, until all is done or something holds it up."""
+        async with self._progress_shown():
+            if not self._held_up():
+                await self._find()
+            await self._fetch()
+            while self._handing_on:
+                await asyncio.wait(self._handing_on)
+
+    async def _find(self) -> None:
+        try:
+            while self.job.pending and not self.paused.is_set():
+                await self._on_a_place(self.fetcher.find_pending)
+            if not self.job.searched and not self.wish.accessions.strip() and not self.job.studies:
+                await self._on_a_place(self.fetcher.search)
+                if not self.job.studies:
+                    self.job.error = "nothing matches the query"
+        except DispatchCancelled:
+            pass
+        except DispatchError as exc:
+            self.job.error = exc.message
+        self.job.save()
+
+    async def _fetch(self) -> None:
+        """Take study after study; each is handed on as soon as it is whole."""
+        for study in list(self.job.studies.values()):
+            folder = self._folder(study)
+            if study.stage is Stage.WHOLE and not any(folder.glob("*.dcm")):
+                study.stage = Stage.FOUND  # its files are gone: fetched again
+            if study.stage is Stage.FOUND:
+                if self._stopped() or self._held_up():
+                    continue
+                try:
+                    await self._room(study)
+                    await self._pace()
+                    if self._stopped() or self.again:
+                        continue
+                    await self._on_a_place(partial(self.fetcher.fetch, study, folder))
+                except DispatchCancelled:
+                    continue
+                self.job.save()
+            if study.stage is Stage.WHOLE and not self.cancelled.is_set():
+                task = asyncio.create_task(self._hand_on(study, folder))
+                self._handing_on.add(task)
+                task.add_done_callback(self._handing_on.discard)
+
+    def _stopped(self) -> bool:
+        return self.cancelled.is_set() or self.paused.is_set()
+
+    def _held_up(self) -> bool:
+        """Whether the source must not be asked now; then the run goes on later."""
+        opening = opens(self.source, self.wish.priority)
+        if opening:
+            self.again = min(self.again or opening, opening)
+        return opening is not None
+
+    async def _on_a_place(self, work: Callable[[], R]) -> R:
+        """Do blocking work as soon as the source has places free for its associations."""
+        count = min(self.source.concurrency, self.source.max_dispatches)
+
+        async def run() -> R:
+            async with get_client() as client:
+                slot = await limit(client, self.source)
+            async with concurrency(
+                slot, occupy=count, strict=True, lease_duration=LEASE_S, raise_on_lease_renewal_failure=False
+            ):
+                begun.append(True)
+                return await asyncio.to_thread(work)
+
+        begun: list[bool] = []
+        return await self._stoppable(patiently(run, lambda: bool(begun)), begun)
+
+    async def _stoppable(self, work: Awaitable[R], begun: list[bool]) -> R:
+        """Wait for work; when the run is cancelled, let it stop by itself, then leave it."""
+        task = asyncio.ensure_future(work)
+        while not (await asyncio.wait([task], timeout=LOOK_S))[0]:
+            if self.cancelled.is_set() or (self.paused.is_set() and not begun):
+                if begun:
+                    await asyncio.wait([task], timeout=GRACE_S)
+                task.cancel()
+                break
+        try:
+            return await task
+        except asyncio.CancelledError as exc:
+            if not self._stopped():
+                raise
+            raise DispatchCancelled("the retrieval was stopped") from exc
+
+    # ---- between two studies
+
+    async def _room(self, study: Study) -> None:
+        """Wait until there is room for another study: fetching waits for sending."""
+        while self._held() >= self._limit and not self._stopped():
+            if not self._handing_on:
+                if not self._drop():
+                    # What fills it waits for a target.
+                    later = datetime.now(UTC) + timedelta(seconds=LATER_S)
+                    self.again = self.again or later
+                    return
+                continue
+            await asyncio.wait(self._handing_on, timeout=LOOK_S, return_when=asyncio.FIRST_COMPLETED)
+
+    def _held(self) -> int:
+        """Bytes that were fetched and are still here."""
+        return sum(
+            size_of(self._folder(one))[1] for one in self.job.studies.values() if one.stage is not Stage.DELIVERED
+        )
+
+    def _drop(self) -> bool:
+        """Give up the files of one study that a retry would have sent without fetching them again."""
+        for one in self.job.studies.values():
+            folder = self._folder(one)
+            if one.stage in (Stage.FAILED, Stage.PARTIAL) and size_of(folder)[0]:
+                discard(folder)
+                one.dispatch = ""
+                return True
+        return False
+
+    async def _pace(self) -> None:
+        """Keep to the number of studies per hour."""
+        while (left := self._next_study - time.monotonic()) > 0 and not self._stopped():
+            await asyncio.wait([asyncio.ensure_future(asyncio.sleep(min(left, LOOK_S)))])
+        if self.wish.studies_per_hour:
+            self._next_study = time.monotonic() + 3600 / self.wish.studies_per_hour
+
+    # ---- handing on
+
+    async def _hand_on(self, study: Study, folder: Path) -> None:
+        async with self._places:
+            if self.cancelled.is_set():
+                return
+            try:
+                if self.wish.into:
+                    name = study.accession or study.study
+                    await asyncio.to_thread(place, folder, Path(self.wish.into), name)
+                    study.stage = Stage.DELIVERED
+                else:
+                    await self._dispatch(study, folder)
+            except DispatchError as exc:
+                study.stage, study.reason = Stage.FAILED, exc.message
+            except Exception as exc:  # what one study meets must not end the others
+                get_run_logger().exception("study %s could not be handed on", study.study)
+                study.stage, study.reason = Stage.FAILED, f"unexpected {type(exc).__name__}: see the run's log"
+            if study.stage is Stage.DELIVERED:
+                await asyncio.to_thread(discard, folder)
+            self.job.save()
+
+    async def _dispatch(self, study: Study, folder: Path) -> None:
+        """Send a study by a dispatch of its own, with the queried node as its origin."""
+        with running.part_of(self.flow_run_id):
+            state = await self._send(
+                [str(folder)],
+                list(self.wish.targets),
+                sender_aet=self.source.aet_target if isinstance(self.source, DicomTarget) else "",
+                sender_host=self.source.node,
+                return_state=True,
+            )
+        study.dispatch = str(state.state_details.flow_run_id or "")
+        study.targets = _targets(self.home, study.dispatch)
+        if state.type is StateType.COMPLETED:
+            study.stage, study.reason = Stage.DELIVERED, ""
+        elif state.type is StateType.SCHEDULED:
+            begin = state.state_details.scheduled_time or datetime.now(UTC) + timedelta(seconds=LATER_S)
+            self.again = min(self.again or begin, begin)
+            study.reason = state.message or "waits for its target"
+        elif not self.cancelled.is_set():
+            study.stage, study.reason = Stage.FAILED, state.message or "the dispatch failed"
+
+    def _folder(self, study: Study) -> Path:
+        return self._spool / "spool" / sanitised(study.study)
+
+    # ---- the end
+
+    @asynccontextmanager
+    async def _progress_shown(self) -> AsyncIterator[None]:
+        progress = Progress(self.source.name)
+
+        async def keep() -> None:
+            while True:
+                with suppress(httpx.HTTPError, PrefectException):
+                    await progress.show(self.job)
+                await asyncio.sleep(PROGRESS_S)
+
+        keeper = asyncio.create_task(keep())
+        try:
+            yield
+        finally:
+            keeper.cancel()
+            with suppress(asyncio.CancelledError):
+                await keeper
+            with suppress(httpx.HTTPError, PrefectException):
+                await progress.show(self.job)
+
+    async def conclude(self) -> RunState[Any]:
+        """Leave the result behind and return the state that the flow run ends in."""
+        self.job.save()
+        state = state_of(self.job)
+        unfinished = (
+            any(one.stage in (Stage.FOUND, Stage.WHOLE) for one in self.job.studies.values()) or self.job.pending
+        )
+        if self.cancelled.is_set():
+            state = "cancelled"
+        elif unfinished and self.paused.is_set():
+            state = "paused"
+        elif unfinished and self.again:
+            state = "waiting"
+        await patiently(lambda: report(self.home, self.job, self.flow_run_id, self.source.name, state))
+        if self.wish.into:
+            with suppress(OSError):  # something is left in it for a retry
+                (self._spool / "spool").rmdir()
+                self._spool.rmdir()
+        message = _sentence(document(self.job, self.flow_run_id, self.source.name, state))
+        if state == "paused":
+            return Scheduled(scheduled_time=datetime.now(UTC) + PAUSED, name="Paused", message=message)
+        if state == "waiting" and self.again:
+            return AwaitingRetry(scheduled_time=self.again, message=message)
+        if state == "cancelled":
+            return Cancelled(message=message)
+        return Completed(message=message) if state == "delivered" else Failed(message=message)
+
+
+@asynccontextmanager
+async def retrieving(wish: Wish, send: Send) -> AsyncIterator[Retrieval]:
+    """Load source and targets for the flow run that is running.
+
+    Raises:
+        NotFound, Misconfigured: one isn't there, may not be queried or sent to, or the wish makes no sense.
+    """
+    context = FlowRunContext.get()
+    if context is None or context.flow_run is None:
+        raise RuntimeError("a retrieval runs inside a flow run")
+    flow_run_id, home = str(context.flow_run.id), Home.current()
+    wish.numbers()
+    source, *targets = await patiently(lambda: _load([wish.source, *wish.targets]))
+    check_source(source)
+    for target in targets:
+        if target.enabled:
+            check_destination(target)
+    executor = ThreadPoolExecutor(8, thread_name_prefix="retrieve")
+    asyncio.get_running_loop().set_default_executor(executor)
+    try:
+        yield Retrieval(flow_run_id, wish, source, home, send)
+    finally:
+        running.forget(flow_run_id)
+
+
+async def _load(names: list[str]) -> list[Target]:
+    async with get_client() as client:
+        return [(await load(client, [name]))[0] for name in names]
+
+
+def _targets(home: Home, dispatch: str) -> dict[str, str]:
+    import json
+
+    try:
+        document = json.loads(home.receipt(dispatch).read_text(encoding="utf-8"))
+    except OSError:
+        return {}
+    return {name: str(one["state"]) for name, one in document["targets"].items()}
+
+
+def _sentence(document: dict[str, Any]) -> str:
+    counts = [f"{document['found']} studies found, {document['delivered']} delivered"]
+    counts += [f"{len(document[key])} {key}" for key in ("missing", "partial", "failed", "waiting") if document[key]]
+    return "; ".join([", ".join(counts), *([document["error"]] if document["error"] else [])])
