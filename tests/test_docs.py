@@ -10,9 +10,8 @@ import yaml
 from typer.main import get_command
 
 from blocks import EXTENSIONS, TYPES, Target
-from flows.check import check
-from flows.dispatch import dispatch
 from talaria.cli import app
+from talaria.engine.table import FLOWS
 from talaria.targetfile import field_names
 from tasks import DRIVERS
 
@@ -57,5 +56,5 @@ def test_every_command_is_documented() -> None:
 
 def test_the_deployment_file_names_our_flows() -> None:
     document = yaml.safe_load((ROOT / "deployments/prefect.yaml").read_text())
-    flows = {"flows.dispatch:dispatch": dispatch, "flows.check:check": check}
-    assert {one["entrypoint"] for one in document["deployments"]} == set(flows)
+    ours = {entrypoint for _, entrypoint in FLOWS.values()}
+    assert {one["entrypoint"] for one in document["deployments"]} == ours

@@ -1,4 +1,4 @@
-"""`talaria jobs`: dispatches, running and done."""
+"""`talaria jobs`: dispatches and retrievals, running and done."""
 
 from __future__ import annotations
 
@@ -8,12 +8,17 @@ import typer
 
 from talaria.cli.access import api
 from talaria.cli.output import print_json, table
+from talaria.cli.retrieve import finish as follow
+from talaria.cli.retrieve import result, show_result
 from talaria.cli.send import finish, receipt, show_receipt, trimmed
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import FlowRun
 
-app = typer.Typer(no_args_is_help=True, help="List, show, retry and cancel dispatches.\n\nExample: talaria jobs list")
+app = typer.Typer(
+    no_args_is_help=True,
+    help="List, show, retry, pause, resume and cancel dispatches and retrievals.\n\nExample: talaria jobs list",
+)
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")]
 Job = Annotated[str, typer.Argument(help="Id of the run (or its beginning), or of the dispatch.")]
 
@@ -22,16 +27,23 @@ Job = Annotated[str, typer.Argument(help="Id of the run (or its beginning), or o
 def list_(
     limit: Annotated[int, typer.Option(min=1, max=200, help="How many, newest first.")] = 50, as_json: Json = False
 ) -> None:
-    """The newest dispatches."""
+    """The newest dispatches and retrievals."""
     from talaria.engine import runs
 
     with api() as access:
-        found = [_line(flow_run) for flow_run in access.run(runs.dispatches, limit)]
+        found = [_line(flow_run) for flow_run in access.run(runs.jobs, limit)]
     if as_json:
         print_json({"jobs": found})
         return
     rows = [
-        [one["id"], one["state"], one["dispatch_id"], ", ".join(one["targets"]), one["begun"] or ""] for one in found
+        [
+            one["id"],
+            one["state"],
+            one["dispatch_id"] or f"from {one['source']}",
+            ", ".join(one["targets"]),
+            one["begun"] or "",
+        ]
+        for one in found
     ]
     table("", ["run", "state", "dispatch", "targets", "begun"], rows)
 
@@ -42,12 +54,13 @@ def show(
     all_items: Annotated[bool, typer.Option("--all-items", help="List delivered items too.")] = False,
     as_json: Json = False,
 ) -> None:
-    """One dispatch: its receipts, and what its targets said."""
+    """One dispatch or retrieval: its receipts, and what its targets said."""
     from talaria.engine import runs
 
     with api() as access:
         flow_run = access.run(runs.find, job)
-        document = trimmed(receipt(access, flow_run), all_items)
+        pulls = runs.is_retrieval(flow_run)
+        document = result(access, flow_run) if pulls else trimmed(receipt(access, flow_run), all_items)
         document["run"] = _line(flow_run)
         document["progress"] = {name: percent for name, (percent, _) in access.run(runs.progress, flow_run.id).items()}
     if as_json:
@@ -56,7 +69,10 @@ def show(
     print(f"run {flow_run.id}: {flow_run.state_name}")
     if flow_run.state and flow_run.state.message:
         print(flow_run.state.message)
-    show_receipt(document)
+    if pulls:
+        show_result(document)
+    else:
+        show_receipt(document)
 
 
 @app.command(epilog="Example: talaria jobs retry 3f2a")
@@ -65,11 +81,13 @@ def retry(
     no_wait: Annotated[bool, typer.Option("--no-wait", help="Return as soon as it is queued.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Run a dispatch that has ended again: only what is missing is sent, only a failed hook is run."""
+    """Run what has ended again: only what is missing is fetched or sent, only a failed hook is run."""
     from talaria.engine import runs
 
     with api() as access:
         flow_run = access.run(runs.retry, access.run(runs.find, job).id)
+        if not no_wait and runs.is_retrieval(flow_run):
+            raise typer.Exit(follow(access, flow_run, as_json=as_json))
         if not no_wait:
             finish(access, flow_run, all_items=False, as_json=as_json)
     if as_json:
@@ -80,7 +98,7 @@ def retry(
 
 @app.command(epilog="Example: talaria jobs cancel 3f2a")
 def cancel(job: Job, as_json: Json = False) -> None:
-    """Stop a dispatch: what was confirmed stays confirmed, a retry sends the rest."""
+    """Stop a dispatch or retrieval: what was confirmed stays confirmed, a retry does the rest."""
     from talaria.engine import runs
 
     with api() as access:
@@ -92,13 +110,51 @@ def cancel(job: Job, as_json: Json = False) -> None:
         print(f"{flow_run.id}: {state}")
 
 
+@app.command(epilog="Example: talaria jobs pause 3f2a")
+def pause(job: Job, as_json: Json = False) -> None:
+    """Let a retrieval end after the running series, to go on there when it is resumed."""
+    from talaria.engine import runs
+
+    with api() as access:
+        flow_run = access.run(runs.find, job)
+        state = access.run(runs.pause, flow_run.id)
+    _told(flow_run, state, as_json)
+
+
+@app.command(epilog="Example: talaria jobs resume 3f2a")
+def resume(
+    job: Job,
+    no_wait: Annotated[bool, typer.Option("--no-wait", help="Return as soon as it is queued.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Let a paused retrieval, or a dispatch that was paused before it began, go on."""
+    from talaria.engine import runs
+
+    with api() as access:
+        flow_run = access.run(runs.resume, access.run(runs.find, job).id)
+        if not no_wait and runs.is_retrieval(flow_run):
+            raise typer.Exit(follow(access, flow_run, as_json=as_json))
+        if not no_wait:
+            finish(access, flow_run, all_items=False, as_json=as_json)
+    _told(flow_run, "queued", as_json)
+
+
+def _told(flow_run: FlowRun, state: str, as_json: bool) -> None:
+    if as_json:
+        print_json({"id": str(flow_run.id), "action": state.lower()})
+    else:
+        print(f"{flow_run.id}: {state}")
+
+
 def _line(flow_run: FlowRun) -> dict[str, Any]:
-    from talaria.engine.runs import dispatch_of
+    from talaria.engine.runs import dispatch_of, is_retrieval
 
     begun = flow_run.start_time or flow_run.expected_start_time
     return {
         "id": str(flow_run.id),
         "state": flow_run.state_name,
+        "kind": "retrieval" if is_retrieval(flow_run) else "dispatch",
+        "source": flow_run.parameters.get("source", ""),
         "dispatch_id": dispatch_of(flow_run),
         "targets": list(flow_run.parameters.get("targets", [])),
         "paths": list(flow_run.parameters.get("paths", [])),

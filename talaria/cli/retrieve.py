@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from talaria.cli.access import ServerAccess, api
 from talaria.cli.output import DONE, NOT_ALL, print_json, say, table
 from talaria.cli.query import (
     Accession,
@@ -22,7 +23,6 @@ from talaria.cli.query import (
     StudyUid,
     keys,
 )
-from talaria.cli.session import Session, api
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import FlowRun
@@ -91,25 +91,25 @@ def retrieve(
         "priority": "offpeak" if off_peak else "normal",
         "studies_per_hour": studies_per_hour,
     }
-    with api() as session:
-        _check(session, name, targets, parameters, wanted, numbers)
+    with api() as access:
+        _check(access, name, targets, parameters, wanted, numbers)
         from talaria.engine import runs
 
         queue = parameters["priority"]
-        flow_run = session.run(runs.create, "retrieve", parameters, f"from {name}", queue)
+        flow_run = access.run(runs.create, "retrieve", parameters, f"from {name}", queue)
         if not no_wait:
-            return finish(session, flow_run, as_json=as_json)
-        if session.own:
+            return finish(access, flow_run, as_json=as_json)
+        if access.own:
             say("queued: it runs as soon as `talaria up` does")
         if as_json:
-            print_json(result(session, flow_run))
+            print_json(result(access, flow_run))
         else:
             print(f"retrieval queued as run {flow_run.id}")
     return DONE
 
 
 def _check(
-    session: Session, name: str, targets: list[str], parameters: dict[str, Any], wanted: Query, numbers: list[str]
+    access: ServerAccess, name: str, targets: list[str], parameters: dict[str, Any], wanted: Query, numbers: list[str]
 ) -> None:
     """Refuse what can't be done before anything is queued; no patient's name or ID gets into a run's parameters."""
     from dataclasses import replace
@@ -117,9 +117,9 @@ def _check(
     from tasks import DRIVERS
     from tasks.targets import check_destination, check_source, load
 
-    (source,) = session.run(load, [name])
+    (source,) = access.run(load, [name])
     check_source(source)
-    for target in session.run(load, targets):
+    for target in access.run(load, targets):
         check_destination(target)
     if wanted.PatientID or wanted.PatientName:
         find = DRIVERS.of(source).find
@@ -137,18 +137,18 @@ def _check(
         raise ValueError("nothing to look for: give accession numbers, UIDs, a date, a patient or a description")
 
 
-def finish(session: Session, flow_run: FlowRun, *, as_json: bool) -> int:
+def finish(access: ServerAccess, flow_run: FlowRun, *, as_json: bool) -> int:
     """Follow a retrieval to its end, show its result, and return the exit code that it deserves."""
     from talaria.cli.send import _bars
     from talaria.engine.runs import result_of
 
     say(
         f"run {flow_run.id}"
-        + (f": {session.address.ui}/runs/flow-run/{flow_run.id}" if session.address and not session.own else "")
+        + (f": {access.address.ui}/runs/flow-run/{flow_run.id}" if access.address and not access.own else "")
     )
     with _bars() as show:
-        ended = result_of(session, flow_run, show)
-    document = result(session, ended)
+        ended = result_of(access, flow_run, show)
+    document = result(access, ended)
     if as_json:
         print_json(document)
     else:
@@ -156,12 +156,12 @@ def finish(session: Session, flow_run: FlowRun, *, as_json: bool) -> int:
     return DONE if document["state"] == "delivered" else NOT_ALL
 
 
-def result(session: Session, flow_run: FlowRun) -> dict[str, Any]:
+def result(access: ServerAccess, flow_run: FlowRun) -> dict[str, Any]:
     """The result of a retrieval; of one that has not begun, what its state says."""
     state = flow_run.state
     kind = str(state.type.value) if state else ""
     try:
-        document: dict[str, Any] = json.loads(session.home.receipt(str(flow_run.id)).read_text(encoding="utf-8"))
+        document: dict[str, Any] = json.loads(access.home.receipt(str(flow_run.id)).read_text(encoding="utf-8"))
     except OSError:
         names = {"CANCELLED": "cancelled"} | dict.fromkeys(("SCHEDULED", "PENDING", "RUNNING", "CANCELLING"), "waiting")
         document = {

@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from typing import Any
 from uuid import UUID
 
 import httpx
@@ -23,10 +24,11 @@ from prefect.client.schemas.filters import (
     WorkPoolFilter,
     WorkPoolFilterName,
 )
-from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.exceptions import ObjectNotFound, PrefectException
-from prefect.states import AwaitingRetry, Cancelled
+from prefect.states import AwaitingRetry, Cancelled, Scheduled
 
+from tasks.dispatch.running import PAUSING
 from transfer.home import Home
 from transfer.ledger import Ledger
 from transfer.staging import discard
@@ -132,6 +134,10 @@ async def _take_up(client: PrefectClient, run_id: str) -> bool:
         await client.set_flow_run_state(flow_run.id, Cancelled(message="its run was taken up again"), force=True)
         return False
     if flow_run.run_count >= MAX_RUNS:
+        return False
+    if state.name == PAUSING:  # it was killed before it had paused
+        paused: State[Any] = Scheduled(scheduled_time=datetime.now(UTC) + timedelta(days=3650), name="Paused")
+        await client.set_flow_run_state(flow_run.id, paused, force=True)
         return False
     await client.set_flow_run_state(
         flow_run.id, AwaitingRetry(scheduled_time=datetime.now(UTC), message=TAKEN_UP), force=True

@@ -34,6 +34,8 @@ from transfer.ledger import Ledger
 
 POLL_S = 0.25
 PROGRESS_S = 1.0  # between two looks at the progress artifacts
+PAUSED = timedelta(days=3650)  # how far in the future a paused run is scheduled: until somebody resumes it
+PAUSED_NAME = "Paused"
 SOON_S = 20  # a next attempt further away than this is not waited for
 
 
@@ -126,6 +128,8 @@ def _follow(
                 shown = time.monotonic()
             if worker and flow_run.state and flow_run.state.type is StateType.CANCELLING:
                 running.flag(str(run_id)).set()  # by the UI or another command: no worker watches for us
+            if worker and flow_run.state_name == running.PAUSING:
+                running.pause(str(run_id)).set()
             if not worker.is_alive() if worker else _at_rest(flow_run):
                 if show:
                     show(await progress(client, run_id, since))
@@ -189,11 +193,47 @@ async def retry(client: PrefectClient, run_id: UUID) -> FlowRun:
     return await client.read_flow_run(run_id)
 
 
-async def dispatches(client: PrefectClient, limit: int) -> list[FlowRun]:
-    """The newest runs of dispatches."""
-    deployment = await deployed(client, "dispatch")
+async def pause(client: PrefectClient, run_id: UUID) -> str:
+    """Ask a retrieval to end after the running series, or keep what has not begun from beginning.
+
+    Returns:
+        The name of the state that it is in then.
+    """
+    flow_run = await client.read_flow_run(run_id)
+    state = flow_run.state
+    if state is None or state.is_final() or state.type is StateType.CANCELLING:
+        raise Misconfigured(f"run {run_id} has ended, or is ending: {flow_run.state_name}")
+    if state.type is StateType.SCHEDULED:
+        state = Scheduled(scheduled_time=datetime.now(UTC) + PAUSED, name=PAUSED_NAME)
+    elif is_retrieval(flow_run):
+        state = State(type=StateType.RUNNING, name=running.PAUSING)
+    else:
+        raise Misconfigured("a dispatch that is under way can't be paused: cancel it, and retry it later")
+    await client.set_flow_run_state(run_id, state, force=True)
+    return str(state.name)
+
+
+async def resume(client: PrefectClient, run_id: UUID) -> FlowRun:
+    """Let a paused run go on where it ended."""
+    flow_run = await client.read_flow_run(run_id)
+    if flow_run.state_name == running.PAUSING:
+        raise Misconfigured(f"run {run_id} is about to pause: it can be resumed when its series has come")
+    if flow_run.state_name != PAUSED_NAME:
+        raise Misconfigured(f"run {run_id} is not paused: {flow_run.state_name}")
+    await client.set_flow_run_state(run_id, AwaitingRetry(scheduled_time=datetime.now(UTC)), force=True)
+    return await client.read_flow_run(run_id)
+
+
+def is_retrieval(flow_run: FlowRun) -> bool:
+    """Whether a run is a retrieval, not a dispatch."""
+    return "source" in flow_run.parameters
+
+
+async def jobs(client: PrefectClient, limit: int) -> list[FlowRun]:
+    """The newest runs of dispatches and retrievals."""
+    ids = [(await deployed(client, name)).id for name in ("dispatch", "retrieve")]
     return await client.read_flow_runs(
-        deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=[deployment.id])),
+        deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=ids)),
         sort=FlowRunSort.EXPECTED_START_TIME_DESC,
         limit=limit,
     )
@@ -209,7 +249,7 @@ async def find(client: PrefectClient, job: str) -> FlowRun:
         return await client.read_flow_run(UUID(job))
     except (ValueError, ObjectNotFound):
         pass
-    for flow_run in await dispatches(client, 200):
+    for flow_run in await jobs(client, 200):
         if str(flow_run.id).startswith(job) or dispatch_of(flow_run) == job:
             return flow_run
     raise NotFound(f"no job {job}: `talaria jobs list` shows them")

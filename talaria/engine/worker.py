@@ -23,6 +23,7 @@ from prefect import Flow, get_client
 from prefect.client.schemas.filters import (
     FlowRunFilter,
     FlowRunFilterState,
+    FlowRunFilterStateName,
     FlowRunFilterStateType,
     WorkPoolFilter,
     WorkPoolFilterName,
@@ -120,7 +121,7 @@ class TalariaWorker(BaseWorker[BaseJobConfiguration, BaseVariables, TalariaResul
         return flow
 
     async def watch(self) -> None:
-        """Stop the runs that somebody cancels."""
+        """Stop the runs that somebody cancels or pauses."""
         while True:
             with suppress(httpx.HTTPError, PrefectException):
                 await self._cancel_asked()
@@ -143,6 +144,15 @@ class TalariaWorker(BaseWorker[BaseJobConfiguration, BaseVariables, TalariaResul
                     # Cancelled while it waited for its next attempt: nobody runs it.
                     await client.set_flow_run_state(flow_run.id, Cancelled(), force=True)
                     self.ledger.run_ends(run_id)
+            pausing = await client.read_flow_runs(
+                flow_run_filter=FlowRunFilter(
+                    state=FlowRunFilterState(name=FlowRunFilterStateName(any_=[running.PAUSING]))
+                ),
+                work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=[self._work_pool_name])),
+            )
+            for flow_run in pausing:
+                if str(flow_run.id) in self.active:
+                    running.pause(str(flow_run.id)).set()
 
 
 def _run(flow: Flow[..., Any], flow_run: FlowRun) -> None:

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+PAUSING = "Pausing"  # name of the state of a run that shall pause
+
 _lock = threading.Lock()
 _flags: dict[str, threading.Event] = {}
 _pauses: dict[str, threading.Event] = {}

@@ -77,7 +77,6 @@ class Send:
     """One C-STORE: of an instance as it is, or of other bytes, or claiming to be another.
 
     Attributes:
-        to: the calling AE title to use for C-MOVE; None for the archive's own.
         originator: what it says whose move it is; None for the truth, "" for nothing.
     """
 
@@ -113,7 +112,6 @@ class Archive(Scp):
         ignores: keywords that are not matched.
         refuses: returns the status to refuse a query with, 0 to answer it.
         answer_charset: how answers are encoded, and how that is called in them (None: not at all).
-        roots: C-FIND, C-GET and C-MOVE models that are accepted.
         ports: of move destinations by AE title.
         store_answers: statuses of C-STORE, in order.
     """
@@ -128,7 +126,6 @@ class Archive(Scp):
     on_get: Callable[[Request, list[Instance]], Steps] | None = None
     on_move: Callable[[Request, list[Instance]], Steps] | None = None
     ports: dict[str, int] = field(default_factory=dict)
-    roles: bool = True
     requests: list[Request] = field(default_factory=list)
     store_answers: list[int] = field(default_factory=list)
 
@@ -327,6 +324,14 @@ class _Connection(Connection):
         if data:
             out += wire.p_data(context, data, command=False)
         self.write(out)
+
+
+def send_to(peer: Archive, request: Request, instances: Sequence[Instance]) -> None:
+    """Send instances to the destination of a move, whatever was answered to it."""
+    sender = _Sender(peer, request)
+    for one in instances:
+        sender.send(Send(one), request)
+    sender.close()
 
 
 class _Sender:

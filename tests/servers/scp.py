@@ -87,6 +87,7 @@ class Scp:
         split: whether command sets come in two PDUs.
         reverse: so many C-STORE requests are answered together, the last one first.
         finds: whether C-FIND is supported.
+        gives_roles: whether the roles that were asked for are granted.
         keep_data: whether the data sets are kept.
         watch: whether to look, before each answer, if the other side has gone on without it (`early` counts).
         host: the address to listen on.
@@ -108,6 +109,7 @@ class Scp:
     split: bool = False
     reverse: int = 1
     finds: bool = True
+    gives_roles: bool = True
     keep_data: bool = True
     watch: bool = False
     host: str = "127.0.0.1"
@@ -302,7 +304,7 @@ class Connection:
         user = wire.item(0x51, struct.pack(">I", self.peer.max_pdu)) + wire.item(0x52, wire.IMPLEMENTATION.encode())
         if self.peer.window is not None:
             user += wire.item(0x53, struct.pack(">HH", *self.peer.window))
-        for sop_class, roles in proposal.roles.items():
+        for sop_class, roles in proposal.roles.items() if self.peer.gives_roles else ():
             uid = sop_class.encode()
             user += wire.item(0x54, struct.pack(">H", len(uid)) + uid + bytes(roles))
         called, calling = body[4:20], body[20:36]

@@ -1,0 +1,479 @@
+"""Retrieval from DICOM nodes: what came is on the disk, what the receipt says is what came, whatever the peer does."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from blocks.dicom import DicomTarget
+from imaging.header import read_header
+from imaging.query import Query
+from protocols.dimse.get import Retriever
+from tasks.dicom import find, retrieve
+from tests import studies
+from tests.servers.dcmtk import dcmqrscp
+from tests.servers.orthanc import shared_orthanc
+from tests.servers.process import free_port, program
+from tests.servers.qr import FIND, GET, MOVE, Archive, Instance, Last, Request, Send, Steps, archive, sends
+from tests.servers.steps import REFUSED_CLASS, Abort, Silence
+from tests.servers.wire import Context
+from tests.targets.dicom import dicom_target
+from transfer.errors import Busy, Cancelled, DispatchError, Interrupted, Misconfigured, NotFound, TimedOut
+from transfer.outcome import Kind
+from transfer.receipt import Level, PushReport, Receipt, State
+
+GETS = ("1.2.840.10008.5.1.4.1.2.2.3", "1.2.840.10008.5.1.4.1.2.1.3")
+MOVES = ("1.2.840.10008.5.1.4.1.2.2.2", "1.2.840.10008.5.1.4.1.2.1.2")
+AET = "RECEIVER"
+
+
+@pytest.fixture
+def port(monkeypatch: pytest.MonkeyPatch) -> int:
+    """The port of the Storage SCP that C-MOVE sends to."""
+    number = free_port()
+    monkeypatch.setenv("TALARIA_SCP_PORT", str(number))
+    monkeypatch.setenv("TALARIA_SCP_AET", AET)
+    monkeypatch.setenv("TALARIA_SCP_HOST", "127.0.0.1")
+    return number
+
+
+def study(count: int = 6, series: int = 2, name: str = "CT_small.dcm") -> list[bytes]:
+    """The files of one study, in several series."""
+    uid, uids = studies.uid(), [studies.uid() for _ in range(series)]
+    return [
+        studies.encoded(studies.dataset(name, study=uid, series=uids[n % series], InstanceNumber=n))
+        for n in range(count)
+    ]
+
+
+def only(roots: Sequence[str]) -> Callable[[Context], str | int]:
+    """Accept everything but these models."""
+    return lambda context: REFUSED_CLASS if context.abstract_syntax in roots else context.offered[0]
+
+
+def pull(peer: Archive, folder: Path, report: PushReport | None = None, **settings: Any) -> Receipt:
+    target = dicom_target(peer.port, **{"aet_target": peer.aet, "idle_timeout_s": 3, "direction": "query"} | settings)
+    return retrieve(target, Query(AccessionNumber=(studies.ACCESSION,)), folder, report or PushReport())
+
+
+def datasets(folder: Path) -> dict[str, bytes]:
+    """The data set of each file by SOP instance UID; nothing else may be there."""
+    found = {}
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            header = read_header(file.fileno(), path.stat().st_size)
+            assert path.name == f"{header.SOPInstanceUID}.dcm"
+            found[header.SOPInstanceUID] = path.read_bytes()[header.dataset_offset :]
+    return found
+
+
+def assert_agrees(receipt: Receipt, folder: Path, peer: Archive) -> None:
+    """Assert that the receipt says of every instance what is on the disk, and that all bytes are the peer's."""
+    here = datasets(folder) if folder.is_dir() else {}
+    said = {item.sop_instance_uid for item in receipt.items if item.outcome in (Kind.DELIVERED, Kind.ALREADY)}
+    assert said == set(here)
+    for one in peer.instances:
+        assert here.get(one.uid, one.data) == one.data
+    if receipt.state is State.DELIVERED:
+        assert set(here) == {one.uid for one in peer.instances}
+
+
+@pytest.mark.parametrize("way", ["get", "move"])
+def test_everything_comes_and_the_choice_is_told(way: str, tmp_path: Path, port: int) -> None:
+    refused = GETS if way == "move" else ()
+    with archive(study(), accept=only(refused), ports={AET: port}) as peer:
+        receipt = pull(peer, tmp_path / "in")
+        assert receipt.state is State.DELIVERED and receipt.verified is Level.LISTED
+        assert_agrees(receipt, tmp_path / "in", peer)
+        [note] = receipt.notes
+        assert (
+            note
+            == {
+                "get": "retrieved by C-GET, which the peer grants",
+                "move": f"retrieved by C-MOVE to {AET}: the peer does not accept C-GET",
+            }[way]
+        )
+        again = pull(peer, tmp_path / "in")
+        assert again.counts[Kind.ALREADY] == 6 and len(peer.asked(GET if way == "get" else MOVE)) == 2
+
+
+# What a peer does wrong in the first retrieval of a series, and what must come of it.
+def half_then(*last: Any) -> Callable[[Request, list[Instance]], Steps]:
+    return lambda request, found: [*(Send(one) for one in found[: len(found) // 2]), *last]
+
+
+@pytest.mark.parametrize("way", ["get", "move"])
+@pytest.mark.parametrize(
+    "last",
+    [
+        Last(0xB000, 1, 2, 0),  # failed sub-operations
+        Last(0xA702, 1, 2, 0),
+        Last(0x0000, 3, 0, 0),  # counters that lie
+        Last(0x0000),  # no counters
+        Last(0xC000, 0, 3, 0),
+    ],
+    ids=["B000", "A702", "lie", "bare", "C000"],
+)
+def test_what_a_peer_leaves_out_is_asked_for_again(way: str, last: Last, tmp_path: Path, port: int) -> None:
+    def script(request: Request, found: list[Instance]) -> Steps:
+        return half_then(last)(request, found) if request.level == "SERIES" else sends(found)
+
+    refused = GETS if way == "move" else ()
+    with archive(study(), accept=only(refused), on_get=script, on_move=script, ports={AET: port}) as peer:
+        receipt = pull(peer, tmp_path / "in")
+        assert receipt.state is State.DELIVERED
+        assert_agrees(receipt, tmp_path / "in", peer)
+
+
+@pytest.mark.parametrize("way", ["get", "move"])
+def test_what_a_peer_never_gives_makes_a_partial_receipt(way: str, tmp_path: Path, port: int) -> None:
+    files = study()
+    lost = Instance.of(files[0]).uid
+
+    def script(request: Request, found: list[Instance]) -> Steps:
+        there = [one for one in found if one.uid != lost]
+        return [*(Send(one) for one in there), Last(0, len(found), 0, 0)]  # and calls it a success
+
+    refused = GETS if way == "move" else ()
+    with archive(files, accept=only(refused), on_get=script, on_move=script, ports={AET: port}) as peer:
+        receipt = pull(peer, tmp_path / "in")
+        assert receipt.state is State.PARTIAL
+        assert_agrees(receipt, tmp_path / "in", peer)
+        [item] = [item for item in receipt.items if item.outcome is Kind.REJECTED]
+        assert item.sop_instance_uid == lost and "not given" in item.detail
+
+
+@pytest.mark.parametrize("lacking", ["counts", "images"])
+def test_a_success_with_nothing_completed_is_not_retrieved(lacking: str, tmp_path: Path) -> None:
+    def refuses(request: Request) -> int:
+        return 0xA900 if lacking == "images" and request.level == "IMAGE" else 0
+
+    left_out = frozenset(("NumberOfSeriesRelatedInstances", "NumberOfStudyRelatedInstances"))
+    nothing: Callable[[Request, list[Instance]], Steps] = lambda request, found: [Last(0, 0, 0, 0)]  # noqa: E731
+    with archive(study(), on_get=nothing, leaves_out=left_out, refuses=refuses) as peer:
+        receipt = pull(peer, tmp_path / "in")
+        assert receipt.state is State.FAILED
+        assert_agrees(receipt, tmp_path / "in", peer)
+
+
+def test_without_counts_and_lists_the_peers_last_word_decides(tmp_path: Path) -> None:
+    left_out = frozenset(("NumberOfSeriesRelatedInstances", "NumberOfStudyRelatedInstances"))
+
+    def refuses(request: Request) -> int:
+        return 0xA900 if request.level == "IMAGE" and request.kind == FIND else 0
+
+    with archive(study(), leaves_out=left_out, refuses=refuses) as peer:
+        receipt = pull(peer, tmp_path / "in")
+        assert receipt.state is State.DELIVERED and receipt.counts[Kind.DELIVERED] == 6
+    script = half_then(Last(0xB000, 1, 2, 0))
+    with archive(study(), leaves_out=left_out, refuses=refuses, on_get=script) as peer:
+        receipt = pull(peer, tmp_path / "half")
+        assert receipt.state is State.PARTIAL and receipt.verified is Level.ACCEPTED
+        assert_agrees(receipt, tmp_path / "half", peer)
+
+
+@pytest.mark.parametrize("way", ["get", "move"])
+@pytest.mark.parametrize("end", [Abort(), Silence()], ids=["abort", "silence"])
+def test_an_association_that_ends_midway_is_begun_again_for_the_rest(
+    way: str, end: Any, tmp_path: Path, port: int
+) -> None:
+    def script(request: Request, found: list[Instance]) -> Steps:
+        return half_then(end)(request, found) if request.number == 1 else sends(found)
+
+    refused = GETS if way == "move" else ()
+    with archive(study(), accept=only(refused), on_get=script, on_move=script, ports={AET: port}) as peer:
+        receipt = pull(peer, tmp_path / "in", idle_timeout_s=1)
+        assert receipt.state is State.DELIVERED
+        assert_agrees(receipt, tmp_path / "in", peer)
+
+
+@pytest.mark.parametrize(("end", "error"), [(Abort(), Interrupted), (Silence(), TimedOut)], ids=["abort", "silence"])
+def test_a_peer_that_gives_nothing_more_ends_the_retrieval(
+    end: Any, error: type[DispatchError], tmp_path: Path
+) -> None:
+    with archive(study(), on_get=lambda request, found: [end]) as peer, pytest.raises(error):
+        pull(peer, tmp_path / "in", idle_timeout_s=1)
+    assert not list((tmp_path / "in").iterdir())
+
+
+def test_silence_on_the_wire_ends_a_retrieval_not_the_time_since_a_response(tmp_path: Path) -> None:
+    files = study(4, 1)
+
+    def slow(request: Request, found: list[Instance]) -> Steps:
+        from tests.servers.steps import Wait
+
+        steps: list[Any] = []
+        for one in found:
+            steps += [Send(one), Wait(0.7)]
+        return [*steps, Last(0, 4, 0, 0)]  # no pending response, longer than the time limit
+
+    with archive(files, on_get=slow) as peer:
+        begun = time.monotonic()
+        receipt = pull(peer, tmp_path / "in", idle_timeout_s=1.5)
+        assert receipt.state is State.DELIVERED and time.monotonic() - begun > 2
+
+
+def test_instances_of_another_study_and_copies_are_not_kept(tmp_path: Path) -> None:
+    files, others = study(2, 1), study(1, 1)
+    stranger = Instance.of(others[0])
+
+    def script(request: Request, found: list[Instance]) -> Steps:
+        return [Send(found[0]), Send(stranger), Send(found[0]), Send(found[1]), Last(0, 4, 0, 0)]
+
+    with archive(files, on_get=script) as peer:
+        receipt = pull(peer, tmp_path / "in")
+        assert receipt.state is State.DELIVERED
+        assert_agrees(receipt, tmp_path / "in", peer)
+        assert any("not taken" in note for note in receipt.notes)
+        assert peer.store_answers == [0, 0x0124, 0, 0]
+
+
+def test_what_is_damaged_or_named_wrong_is_not_kept(tmp_path: Path) -> None:
+    files = study(3, 1)
+
+    def script(request: Request, found: list[Instance]) -> Steps:
+        if request.level == "IMAGE":
+            return [Last(0xC000, 0, 1, 0)]
+        bad = [Send(found[0], data=found[0].data[:40]), Send(found[1], uid="1.2.3/../x"), Send(found[1], uid="1.2.3")]
+        return [*bad, Send(found[2]), Last(0, 4, 0, 0)]
+
+    with archive(files, on_get=script) as peer:
+        receipt = pull(peer, tmp_path / "in")
+        assert receipt.state is State.PARTIAL and receipt.counts[Kind.DELIVERED] == 1
+        assert_agrees(receipt, tmp_path / "in", peer)
+    assert not (tmp_path / "x.dcm").exists()
+
+
+@pytest.mark.parametrize("name", ["JPEG2000.dcm", "MR_small_bigendian.dcm", "image_dfl.dcm", "SC_rgb_jpeg_dcmtk.dcm"])
+def test_every_syntax_is_kept_as_sent(name: str, tmp_path: Path) -> None:
+    with archive(study(2, 1, name)) as peer:
+        receipt = pull(peer, tmp_path / "in")
+        assert receipt.state is State.DELIVERED
+        assert_agrees(receipt, tmp_path / "in", peer)
+
+
+def test_private_classes_and_more_contexts_than_one_association_holds(tmp_path: Path) -> None:
+    uid = studies.uid()
+    files = []
+    for number in range(90):
+        ds = studies.dataset(study=uid, series=studies.uid(), SOPClassUID=f"1.2.826.0.1.3680043.9.9999.{number + 1}")
+        ds.file_meta.MediaStorageSOPClassUID = ds.SOPClassUID
+        files.append(studies.encoded(ds))
+    with archive(files) as peer:
+        receipt = pull(peer, tmp_path / "in")
+        assert receipt.state is State.DELIVERED and receipt.counts[Kind.DELIVERED] == 90
+        assert_agrees(receipt, tmp_path / "in", peer)
+
+
+def test_an_answer_without_roles_does_not_matter(tmp_path: Path) -> None:
+    with archive(study(), gives_roles=False) as peer:
+        assert pull(peer, tmp_path / "in").state is State.DELIVERED
+
+
+@pytest.mark.parametrize("status", [0x0122, 0x0211, 0xA702, 0xC000])
+def test_c_move_is_used_where_c_get_is_not_carried_out(status: int, tmp_path: Path, port: int) -> None:
+    def refuses(request: Request) -> int:
+        return status if request.kind == GET else 0
+
+    with archive(study(), refuses=refuses, ports={AET: port}) as peer:
+        receipt = pull(peer, tmp_path / "in")
+        assert receipt.state is State.DELIVERED
+        assert any("C-MOVE" in note and f"{status:04X}" in note for note in receipt.notes)
+        assert_agrees(receipt, tmp_path / "in", peer)
+
+
+def test_a_peer_without_c_get_and_c_move_says_so(tmp_path: Path, port: int) -> None:
+    refused = (*GETS, *MOVES)
+    with (
+        archive(study(), accept=only(refused)) as peer,
+        pytest.raises(Misconfigured, match="nor does it accept C-MOVE"),
+    ):
+        pull(peer, tmp_path / "in")
+
+
+def test_an_unknown_move_destination_names_what_to_register(tmp_path: Path, port: int) -> None:
+    def refuses(request: Request) -> int:
+        return 0xA801 if request.kind == MOVE else 0
+
+    with archive(study(), accept=only(GETS), refuses=refuses) as peer, pytest.raises(Misconfigured, match=AET):
+        pull(peer, tmp_path / "in")
+
+
+def test_c_move_takes_only_what_was_asked_for(tmp_path: Path, port: int) -> None:
+    files, stranger = study(2, 1), Instance.of(study(1, 1)[0])
+
+    def script(request: Request, found: list[Instance]) -> Steps:
+        return [Send(stranger), Send(found[0], originator="SOMEBODY"), *(Send(one) for one in found), Last(0, 4, 0, 0)]
+
+    with archive(files, accept=only(GETS), on_move=script, ports={AET: port}) as peer:
+        receipt = pull(peer, tmp_path / "in")
+        assert receipt.state is State.DELIVERED
+        assert_agrees(receipt, tmp_path / "in", peer)
+        assert peer.store_answers[:2] == [0x0124, 0x0124] and peer.store_answers[2:] == [0, 0]
+
+
+def test_c_move_takes_what_does_not_say_whose_move_it_is(tmp_path: Path, port: int) -> None:
+    def script(request: Request, found: list[Instance]) -> Steps:
+        return [*(Send(one, originator="") for one in found), Last(0, len(found), 0, 0)]
+
+    with archive(study(), accept=only(GETS), on_move=script, ports={AET: port}) as peer:
+        receipt = pull(peer, tmp_path / "in")
+        assert receipt.state is State.DELIVERED
+        assert_agrees(receipt, tmp_path / "in", peer)
+
+
+def test_a_move_that_is_answered_before_anything_is_sent(tmp_path: Path, port: int) -> None:
+    with archive(study(4, 1), accept=only(GETS), ports={AET: port}) as peer:
+        late: list[threading.Thread] = []
+
+        def script(request: Request, found: list[Instance]) -> Steps:
+            from tests.servers.qr import send_to
+
+            thread = threading.Thread(target=send_to, args=(peer, request, found), daemon=True)
+            late.append(thread)
+            thread.start()
+            return [Last(0)]
+
+        peer.on_move = script
+        receipt = pull(peer, tmp_path / "in")
+        for thread in late:
+            thread.join()
+        assert receipt.state is State.DELIVERED
+        assert_agrees(receipt, tmp_path / "in", peer)
+
+
+def test_a_move_that_sends_nowhere_says_what_to_look_at(tmp_path: Path, port: int) -> None:
+    nothing: Callable[[Request, list[Instance]], Steps] = lambda request, found: [Last(0)]  # noqa: E731
+    peers = archive(study(), accept=only(GETS), on_move=nothing)
+    with peers as peer, pytest.raises(TimedOut, match=f"{AET} registered"):
+        pull(peer, tmp_path / "in", idle_timeout_s=1)
+
+
+def test_nobody_else_gets_an_association(tmp_path: Path, port: int) -> None:
+    from pynetdicom import AE
+
+    refused: list[bool] = []
+
+    def script(request: Request, found: list[Instance]) -> Steps:
+        ae = AE("X")
+        ae.add_requested_context("1.2.840.10008.1.1")
+        assoc = ae.associate("127.0.0.1", port, ae_title="WRONG")
+        refused.append(assoc.is_rejected)
+        return sends(found)
+
+    with archive(study(2, 1), accept=only(GETS), on_move=script, ports={AET: port}) as peer:
+        assert pull(peer, tmp_path / "in").state is State.DELIVERED
+    assert refused == [True]
+    with socket.socket() as sock:  # nobody listens when nothing is retrieved
+        assert sock.connect_ex(("127.0.0.1", port)) != 0
+
+
+def test_a_peer_that_takes_one_association_only(tmp_path: Path) -> None:
+    from tests.servers.steps import Reject
+
+    with archive(study(12, 6)) as peer:
+        peer.on_associate = lambda proposal: Reject(2, 3, 2) if peer.open > 1 else None
+        receipt = pull(peer, tmp_path / "in", concurrency=4, max_dispatches=4)
+        assert receipt.state is State.DELIVERED
+        assert_agrees(receipt, tmp_path / "in", peer)
+
+
+def test_no_more_associations_than_dispatches_are_allowed(tmp_path: Path) -> None:
+    with archive(study(12, 6)) as peer:
+        assert pull(peer, tmp_path / "in", concurrency=8, max_dispatches=2).state is State.DELIVERED
+        assert peer.most_open <= 2
+
+
+def test_cancelling_ends_the_association_soon(tmp_path: Path) -> None:
+    cancelled = threading.Event()
+
+    def script(request: Request, found: list[Instance]) -> Steps:
+        cancelled.set()
+        return [Send(found[0]), Silence()]
+
+    with archive(study(), on_get=script) as peer:
+        begun = time.monotonic()
+        with pytest.raises(Cancelled):
+            pull(peer, tmp_path / "in", PushReport(cancelled=cancelled), idle_timeout_s=60)
+        assert time.monotonic() - begun < 5 and peer.wait_closed(5)
+
+
+def test_a_pause_ends_after_the_running_series_and_the_rest_is_fetched_later(tmp_path: Path) -> None:
+    pausing = threading.Event()
+
+    def script(request: Request, found: list[Instance]) -> Steps:
+        pausing.set()
+        return sends(found)
+
+    with archive(study(9, 3), on_get=script) as peer:
+        pull(peer, tmp_path / "in", PushReport(pausing=pausing), concurrency=1)
+        assert len(datasets(tmp_path / "in")) == 3 and len(peer.asked(GET)) == 1
+        receipt = pull(peer, tmp_path / "in", concurrency=1)
+        assert receipt.counts[Kind.ALREADY] == 3 and receipt.counts[Kind.DELIVERED] == 6
+        assert len(peer.asked(GET)) == 3
+
+
+def test_bandwidth_is_limited(tmp_path: Path) -> None:
+    with archive(study(4, 1)) as peer:
+        begun = time.monotonic()
+        assert pull(peer, tmp_path / "in", bandwidth_limit=100_000).state is State.DELIVERED
+        assert time.monotonic() - begun > 1.0  # 160 kB
+
+
+def test_nothing_that_matches_is_an_error(tmp_path: Path) -> None:
+    with archive([]) as peer, pytest.raises(NotFound):
+        pull(peer, tmp_path / "in")
+
+
+@pytest.mark.mounts
+@pytest.mark.parametrize("way", ["get", "move"])
+def test_a_full_disk_ends_the_association_and_leaves_nothing_half(
+    way: str, disk: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    number = free_port()
+    monkeypatch.setenv("TALARIA_SCP_PORT", str(number))
+    monkeypatch.setenv("TALARIA_SCP_AET", AET)
+    full = disk("size=200k")
+    refused = GETS if way == "move" else ()
+    with archive(study(12, 1), accept=only(refused), ports={AET: number}) as peer:
+        with pytest.raises(Busy, match="can't write"):
+            pull(peer, full, idle_timeout_s=5)
+        assert 0xA700 in peer.store_answers
+        assert len(peer.store_answers) <= 7 or way == "move"
+        assert 0 < len(datasets(full)) < 12
+
+
+def store(folder: Path, files: list[bytes], at: int, aet: str) -> None:
+    for number, data in enumerate(files):
+        studies.write(folder / "sent" / f"{number}.dcm", data)
+    argv = [program("storescu"), "-aec", aet, "+sd", "127.0.0.1", str(at), str(folder / "sent")]
+    subprocess.run(argv, check=True, capture_output=True)
+
+
+def test_real_servers_by_both_ways(tmp_path: Path, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = study(10, 3)
+    server = shared_orthanc()
+    server.know(AET, port)
+    with dcmqrscp(tmp_path / "qr", peers={AET: port}) as other:
+        for name, at, aet in (("orthanc", server.dicom_port, server.aet), ("dcmqrscp", other.port, other.aet)):
+            store(tmp_path / name, files, at, aet)
+            for way in ("get", "move"):
+                folder = tmp_path / name / way
+                target: DicomTarget = dicom_target(at, aet_target=aet, direction="query")
+                with monkeypatch.context() as patch:
+                    if way == "move":  # both grant C-GET
+                        patch.setattr(Retriever, "stores", property(lambda one: False))
+                    receipt = retrieve(target, Query(AccessionNumber=(studies.ACCESSION,)), folder, PushReport())
+                assert receipt.state is State.DELIVERED, receipt
+                assert ("C-MOVE" in receipt.notes[0]) == (way == "move")
+                held = server.files() if name == "orthanc" else other.files()
+                assert datasets(folder) == {uid: Instance.of(data).data for uid, data in held.items()}
+                assert len(held) == 10
+            assert [match.instances for match in find(target, Query(StudyDate=studies.STUDY_DATE))] in ([10], [None])
