@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -158,11 +159,15 @@ def finish(access: ServerAccess, flow_run: FlowRun, *, as_json: bool) -> int:
 
 def result(access: ServerAccess, flow_run: FlowRun) -> dict[str, Any]:
     """The result of a retrieval; of one that has not begun, what its state says."""
+    from tasks.dispatch import kept
+
     state = flow_run.state
     kind = str(state.type.value) if state else ""
-    try:
-        document: dict[str, Any] = json.loads(access.home.receipt(str(flow_run.id)).read_text(encoding="utf-8"))
-    except OSError:
+    document = access.run(kept.read, flow_run.id)
+    if document is None:
+        with suppress(OSError):
+            document = json.loads(access.home.receipt(str(flow_run.id)).read_text(encoding="utf-8"))
+    if document is None:
         names = {"CANCELLED": "cancelled"} | dict.fromkeys(("SCHEDULED", "PENDING", "RUNNING", "CANCELLING"), "waiting")
         document = {
             "flow_run_id": str(flow_run.id), "source": flow_run.parameters.get("source", ""),

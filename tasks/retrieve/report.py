@@ -10,9 +10,12 @@ import io
 import os
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
+from prefect import get_client
 from prefect.artifacts import acreate_progress_artifact, acreate_table_artifact, aupdate_progress_artifact
 
+from tasks.dispatch import kept
 from tasks.retrieve.job import Job, Stage, Study
 from transfer.home import Home
 from transfer.ledger import write_json
@@ -95,8 +98,11 @@ def csv_path(home: Home, flow_run_id: str) -> Path:
 
 
 async def report(home: Home, job: Job, flow_run_id: str, source: str, state: str) -> None:
-    """Leave the result behind: JSON and CSV in the state directory, an artifact on the run."""
-    write_json(home.receipt(flow_run_id), document(job, flow_run_id, source, state))
+    """Leave the result behind: whole at the server, JSON and CSV in the state directory, and an artifact."""
+    whole = document(job, flow_run_id, source, state)
+    write_json(home.receipt(flow_run_id), whole)
+    async with get_client() as client:
+        await kept.keep(client, UUID(flow_run_id), whole)
     path = csv_path(home, flow_run_id)
     _write(path, csv_text(job))
     shown = rows(job)[:SHOWN_ROWS]
