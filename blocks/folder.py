@@ -13,7 +13,7 @@ from blocks.base import CONTROL, LAYOUT, LOGO, Target, check_layout
 MODE = re.compile(r"(?:0o?)?([0-7]{3,4})")
 
 
-class Link(StrEnum):
+class LinkPolicy(StrEnum):
     """Whether files may share their content with the source by a hard link."""
 
     NEVER = "never"
@@ -45,8 +45,8 @@ archive = FolderTarget.load("BLOCK_NAME")
         "not written beside."
     )
     layout: str = LAYOUT
-    link: Link = Field(
-        default=Link.NEVER,
+    link: LinkPolicy = Field(
+        default=LinkPolicy.NEVER,
         description="Whether a file may be a hard link to the source: auto where the file system allows it, never for "
         "copies (which share blocks where the file system can).",
     )

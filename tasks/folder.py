@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from blocks.folder import FolderTarget, Link
+from blocks.folder import FolderTarget, LinkPolicy
 from imaging.header import Damaged, NotDicom, read_header
 from protocols.files import filesystem as fs
 from protocols.files.incoming import MARKER, Incoming, Place, Style
@@ -92,7 +92,7 @@ def _style(target: FolderTarget) -> Style:
     return Style(
         threads=target.concurrency,
         bandwidth_limit=target.bandwidth_limit,
-        link=target.link == Link.AUTO,
+        link=target.link == LinkPolicy.AUTO,
         mode=int(target.mode, 8) if target.mode else None,
         dir_mode=int(target.dir_mode, 8) if target.dir_mode else None,
         group=group,
@@ -112,14 +112,35 @@ def check(target: FolderTarget) -> Health:
         health.skip("authorize", "space")
         return health
     with health.probe("authorize") as probe, errors(target):
-        _rehearse(target, root)
+        folders = _written_to(target, root)
+        for folder in folders:
+            _rehearse(target, folder)
         probe.detail = f"written, renamed and removed as user {user()}"
+    if not health.ok:
+        health.skip("space")
+        return health
     with health.probe("space") as probe, errors(target):
-        free, inodes, _ = fs.room(root)
+        free, inodes, _ = min(map(fs.room, folders), key=lambda room: room[0] if room[0] >= 0 else float("inf"))
         if free == 0 or inodes == 0:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         probe.detail = f"{fs.size(free)} are free" if free > 0 else "the file system doesn't tell"
     return health
+
+
+def _written_to(target: FolderTarget, root: Path) -> list[Path]:
+    """Return the folders that are there and that a delivery writes to: the target's, and what its layout always names.
+
+    Raises:
+        OSError: a file is in the place of one.
+    """
+    folder = root
+    for part in target.layout.split("/"):
+        if "{" in part or not os.path.lexists(folder / part):
+            break
+        folder /= part
+        if not folder.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+    return [root] if folder == root else [root, folder]
 
 
 def _rehearse(target: FolderTarget, root: Path) -> None:
@@ -222,7 +243,14 @@ class _Push:
             return
         for written, _, _ in os.walk(str(place.files), topdown=False):
             fs.flush_folder(Path(written))
-        new = fs.make_folders(place.final.parent, self.root, self.style.dir_mode, self.style.group)
+        try:
+            new = fs.make_folders(place.final.parent, self.root, self.style.dir_mode, self.style.group)
+        except OSError as exc:
+            if exc.errno not in ITEM_ERRORS:
+                raise
+            for item in items:  # other places are not concerned
+                self.report(item, Outcome(Kind.REJECTED, ITEM_ERRORS[exc.errno]))
+            return
         touched = {folder.parent for folder in new}
         if fs.move_folder(place.files, place.final):
             outcomes = [Outcome(Kind.DELIVERED)] * len(items)

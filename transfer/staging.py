@@ -17,7 +17,7 @@ from pathlib import Path
 from imaging.header import Damaged, NotDicom, read_header
 from transfer.content import copy_bytes, same_content
 from transfer.errors import Busy, NotFound
-from transfer.oserrors import FULL
+from transfer.oserrors import FULL, kind_of, words_of
 from transfer.plan import CHANGED, Item, Plan
 
 FICLONE = 0x40049409  # ioctl_ficlone(2)
@@ -35,11 +35,18 @@ def stage(plan: Plan, into: Path, check: Callable[[], None] = lambda: None) -> P
     Raises:
         Busy: no room for copies.
         NotFound: the source is gone altogether.
+        Denied, Misconfigured and others: the folder can't be made, as `transfer.oserrors` says.
     """
     if not plan.root.is_dir():
         raise NotFound(f"{plan.root}: the source is gone")
     discard(into)
-    into.mkdir(parents=True, mode=0o700)
+    try:
+        into.mkdir(parents=True, mode=0o700)
+    except OSError as exc:
+        kind = kind_of(exc)
+        if kind is None:
+            raise
+        raise kind(f"can't stage files in {into.parent}: {words_of(exc)}") from exc
     made: set[Path] = set()
     items = []
     for item in plan.items:

@@ -168,6 +168,13 @@ def move_folder(source: Path, final: Path) -> bool:
     return True
 
 
+def is_caseless(folder: Path) -> bool:
+    """Return True if a file system takes the name of a folder, in other letters, for the same."""
+    with suppress(OSError):
+        return folder.name.swapcase() != folder.name and folder.with_name(folder.name.swapcase()).samefile(folder)
+    return False
+
+
 def is_of_other_name(path: Path) -> bool:
     """Return True if a path leads to what is called otherwise: on a share that takes `ab` for `AB`, or drops a dot."""
     for other in (path.with_name(path.name.swapcase()), path.with_name(path.name.rstrip(".") or path.name)):

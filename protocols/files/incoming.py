@@ -14,9 +14,9 @@ import itertools
 import os
 import shutil
 import threading
+import unicodedata
 import uuid
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from pathlib import Path
 from protocols.files import filesystem as fs
 from transfer.content import copy_bytes, same_content
 from transfer.errors import Busy, Interrupted, Rejected
+from transfer.fanout import each
 from transfer.oserrors import ITEM_ERRORS
 from transfer.outcome import Kind, Outcome
 from transfer.plan import CHANGED, Item, Plan
@@ -82,6 +83,8 @@ class Place:
         self.parts = self.base / "parts"
         self.files = self.base / "files" / folder
         self._known: set[str] = set()
+        self._caseless = False
+        self._claimed: dict[str, str] = {}
         self._numbers = itertools.count()
         self._unique = uuid.uuid4().hex[:12]  # several processes may be at it
         self._lock = threading.Lock()
@@ -99,9 +102,21 @@ class Place:
             if not self._known:
                 fs.make_folders(self.parts, self.above)
                 fs.make_folders(self.files.parent, self.base)
+                self._caseless = fs.is_caseless(self.base.parent)
             # Only what will be seen gets the permissions that the target asks for.
             fs.make_folders(Path(folder), self.files.parent, style.dir_mode, style.group)
             self._known.add(folder)
+
+    def claim(self, item: Item, kept: str) -> None:
+        """Keep a name for an item.
+
+        Raises:
+            Rejected: another file of the plan has it, on a file system that takes `ab` for `AB`.
+        """
+        if self._caseless:
+            first = self._claimed.setdefault(unicodedata.normalize("NFC", kept.casefold()), item.shown)
+            if first != item.shown:
+                raise Rejected(f"{first} has its name there: the file system takes capitals for small letters")
 
     def unmark(self) -> None:
         """Take the marker away, whoever put it: the folder is not complete any more."""
@@ -149,6 +164,10 @@ class Incoming:
             Cancelled, OSError: as they come; what is whole by then stays for the next attempt.
         """
         resumed = self._resumed(items)
+        for item in items:
+            if item.path in resumed:
+                self.where[item.path].make_for(self.kept(item), self.style)
+                self.where[item.path].claim(item, self.kept(item))
         copying = [item for item in items if item.path not in resumed]
         self._need_room(copying)
         self.in_threads(copying, self._copy)
@@ -165,7 +184,7 @@ class Incoming:
             raise Stopped
 
     def in_threads(self, items: list[Item], work: Callable[[list[Item]], None]) -> None:
-        """Do the work in batches, several at once; the first error stops the others and is raised."""
+        """Do the work in batches, several at once; the first error stops the others; the gravest is raised."""
         if not items:
             return
         threads = min(self.style.threads, len(items))
@@ -175,23 +194,17 @@ class Incoming:
             work(items)
             return
         size = min(BATCH_FILES, -(-len(items) // threads))
-        first: list[BaseException] = []
 
         def run(batch: list[Item]) -> None:
-            if self._failed.is_set():
-                return
             try:
                 work(batch)
             except Stopped:
                 pass
-            except BaseException as exc:
-                first.append(exc)
+            except BaseException:
                 self._failed.set()
+                raise
 
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(run, (items[start : start + size] for start in range(0, len(items), size))))
-        if first:
-            raise first[0]
+        each((items[start : start + size] for start in range(0, len(items), size)), run, threads, "files")
 
     def same_checksum(self, item: Item, file: Path | str) -> bool:
         """Compare the SHA-256 of an item with that of a file that is read back.
@@ -279,6 +292,7 @@ class Incoming:
         place, kept = self.where[item.path], self.kept(item)
         with _blamed_on(item):
             place.make_for(kept, self.style)
+            place.claim(item, kept)
             with self.plan.open(item) as reader:
                 if self._linking and self._link(item, reader, kept):
                     return

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from transfer.errors import Busy, Misconfigured
-from transfer.oserrors import FULL
+from transfer.oserrors import FULL, words_of
 
 NAME = re.compile(r"\.talaria-[0-9a-f]{16}")  # other files of ours begin alike
 STALE_S = 3600  # where the file system has no locks, older ones count as left behind
@@ -27,13 +27,13 @@ def writing(folder: Path) -> Iterator[None]:
     """Tell an error of the folder that is written to from one of what is read.
 
     Raises:
-        Busy: it is full. Misconfigured: it can't be written to.
+        Busy: it is full. Misconfigured: it can't be written to; it is the caller's own choice.
     """
     try:
         yield
     except OSError as exc:
         kind = Busy if exc.errno in FULL else Misconfigured
-        raise kind(f"can't write to {folder}: {exc.strerror}") from exc
+        raise kind(f"can't write to {folder}: {words_of(exc)}") from exc
 
 
 def create(folder: Path) -> tuple[Path, int]:

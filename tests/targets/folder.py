@@ -15,7 +15,7 @@ from typing import Any
 from unittest import mock
 
 from blocks.base import Target
-from blocks.folder import FolderTarget, Link
+from blocks.folder import FolderTarget, LinkPolicy
 from tests.harness import Harness
 from transfer.errors import NotFound
 from transfer.plan import Item, Plan
@@ -23,7 +23,7 @@ from transfer.plan import Item, Plan
 ANOTHER_FILE_SYSTEM = Path("/dev/shm")
 
 
-def harness(folder: Path, *, name: str, link: Link = Link.NEVER) -> Harness:
+def harness(folder: Path, *, name: str, link: LinkPolicy = LinkPolicy.NEVER) -> Harness:
     """Look at a folder as any program on the machine can."""
 
     def target(where: Path) -> FolderTarget:
@@ -75,7 +75,7 @@ def harness(folder: Path, *, name: str, link: Link = Link.NEVER) -> Harness:
         leftovers=names,
         cut=cut,
         reject=reject,
-        shorten=None if link is Link.AUTO else shorten,  # a link has no end to lose
+        shorten=None if link is LinkPolicy.AUTO else shorten,  # a link has no end to lose
     )
 
 
@@ -154,7 +154,7 @@ def _elsewhere(folder: Path, **options: Any) -> Iterator[Harness]:
 
 HARNESSES: dict[str, Callable[[Path], AbstractContextManager[Harness]]] = {
     "folder": partial(_on_disk, name="folder"),
-    "folder-link": partial(_on_disk, name="folder-link", link=Link.AUTO),
+    "folder-link": partial(_on_disk, name="folder-link", link=LinkPolicy.AUTO),
     "folder-elsewhere": partial(_elsewhere, name="folder-elsewhere"),
 }
 NEEDED = {"folder": "/data/archive"}

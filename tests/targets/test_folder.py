@@ -17,13 +17,14 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError
+from pydicom.data import get_testdata_files
 
 from blocks.folder import FolderTarget
 from protocols.files import filesystem as fs
 from tasks.folder import check
 from tests import studies
-from tests.harness import Sent, attempt
-from transfer.errors import Denied, Misconfigured, NotFound, Unreachable
+from tests.harness import Sent, attempt, sending
+from transfer.errors import Denied, Interrupted, Misconfigured, NotFound, Unreachable
 from transfer.outcome import Kind
 from transfer.plan import scan
 from transfer.receipt import Level, State
@@ -272,6 +273,116 @@ def test_a_file_in_the_place_of_the_folder(archive: Path, study: Path) -> None:
     assert len(sent.rejected) == 2
     assert (archive / "all").read_text() == "a file"
     assert os.listdir(archive) == ["all"]
+
+
+def test_a_file_in_the_place_of_a_folder_above_costs_one_patient(archive: Path, study: Path) -> None:
+    for patient in ("P1", "P2"):
+        studies.dicom(study / patient / "1.dcm", PatientID=patient, StudyDate="20240101")
+    (archive / "P1").write_text("a file")
+    sent = attempt(target(archive, layout="{PatientID}/{StudyDate}"), study)
+    assert sent.rejected == {"P1/1.dcm": "there is a file in the place of its folder"}
+    assert sent.arrived == {"P2/1.dcm"}
+    assert sent.require().state is State.PARTIAL
+    assert (archive / "P1").read_text() == "a file"
+    assert tree(archive) == {"P1", "P2/20240101/P2/1.dcm", "P2/20240101/.complete"}
+
+
+@pytest.mark.parametrize("where", ["the folder", "above it", "in the layout"])
+def test_a_file_in_the_place_of_the_targets_folder(archive: Path, study: Path, where: str) -> None:
+    studies.ct(study, 1)
+    file = archive / "file"
+    file.write_text("a file")
+    folder = {"the folder": file, "above it": file / "below", "in the layout": archive}[where]
+    made = target(folder, layout="file/{PatientID}")
+    assert isinstance(check(made).error, Misconfigured), "the check does what a push does"
+    sent = attempt(made, study)
+    if where == "in the layout":
+        assert sent.rejected == {"CT0001.dcm": "there is a file in the place of its folder"}
+    else:
+        assert isinstance(sent.error, Misconfigured)
+        assert "a file is in the place of a folder" in str(sent.error)
+    assert file.read_text() == "a file"
+
+
+def test_the_check_writes_where_the_layout_leads(
+    open_folder: Path, as_nobody: Callable[[], AbstractContextManager[None]]
+) -> None:
+    (open_folder / "closed").mkdir(mode=0o555)
+    with as_nobody():
+        assert check(target(open_folder, layout="open/{PatientID}")).ok
+        health = check(target(open_folder, layout="closed/{PatientID}"))
+    assert isinstance(health.error, Denied)
+    assert not health.ok
+    assert sorted(path.name for path in open_folder.iterdir()) == ["closed"]
+
+
+def test_names_that_a_share_takes_for_one(archive: Path, study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files that differ only in capitals: the second is rejected, and never written over the first."""
+    monkeypatch.setattr("protocols.files.filesystem.is_caseless", lambda folder: True)
+    studies.ct(study, 1)
+    studies.write(study / "ct0001.DCM", studies.ct_bytes())
+    sent = attempt(target(archive), study)
+    assert set(sent.rejected) == {"ct0001.DCM"}
+    assert "CT0001.dcm has its name there" in sent.rejected["ct0001.DCM"]
+    assert sent.arrived == {"CT0001.dcm"}
+    assert not list(archive.rglob(".complete"))
+
+
+def test_holes_and_times_are_kept(archive: Path, study: Path) -> None:
+    study.mkdir()
+    with open(study / "sparse.bin", "wb") as file:
+        file.write(b"begin")
+        file.truncate(64 << 20)
+        file.seek(40 << 20)
+        file.write(b"middle")
+    os.utime(study / "sparse.bin", ns=(1, 1_234_567_890_123_456_789))
+    sent = delivered(attempt(target(archive, verify="proven"), study))
+    there = archive / sent.plan.dispatch_id / "sparse.bin"
+    assert there.stat().st_mtime_ns == 1_234_567_890_123_456_789
+    assert there.stat().st_size == 64 << 20
+    assert there.stat().st_blocks * 512 < 1 << 20
+    assert sent.moved == 64 << 20
+
+
+def test_pydicoms_own_files_arrive_as_they_are(archive: Path, tmp_path: Path) -> None:
+    """Whatever they are: a folder takes all, and the receipt equals what is there."""
+    files = [Path(name) for name in get_testdata_files() if Path(name).is_file()]
+    source = tmp_path / "pydicom"
+    for file in files:
+        relative = Path(*file.parts[file.parts.index("data") + 1 :])
+        studies.write(source / relative, file.read_bytes())
+    plan = scan([source])
+    assert len(plan.items) > 150
+    sent = delivered(attempt(target(archive, verify="proven"), plan))
+    receipt = sent.require()
+    there = archive / plan.dispatch_id
+    assert {item.path for item in receipt.items if item.outcome is Kind.DELIVERED} == tree(there) - {".complete"}
+    assert all((there / item.path).read_bytes() == plan.file(item).read_bytes() for item in plan.items)
+    assert receipt.bytes == sum(path.stat().st_size for path in there.rglob("*") if path.is_file())
+
+
+def test_one_rejected_link_cut_retry(archive: Path, study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No marker, and the first true reason, also where everything is verified (T1)."""
+    studies.ct(study, 3)
+    (archive / "all").mkdir()
+    (archive / "all" / "CT0002.dcm").mkdir()
+    for level in Level:
+        shutil.rmtree(archive / "all")
+        (archive / "all" / "CT0002.dcm").mkdir(parents=True)
+        with sending(target(archive, layout="all", verify=level), study) as sender:
+            with monkeypatch.context() as patch:
+                patch.setattr("tasks.folder._Push._verify", _interrupted)
+                assert isinstance(sender.attempt().error, Interrupted)
+            receipt = sender.attempt().require()
+        assert receipt.state is State.PARTIAL
+        assert {item.path: (item.outcome, item.detail) for item in receipt.items if item.outcome is Kind.REJECTED} == {
+            "CT0002.dcm": (Kind.REJECTED, "there is a folder of its name")
+        }
+        assert not (archive / "all" / ".complete").exists()
+
+
+def _interrupted(*_: Any) -> None:
+    raise Interrupted("the share went away")
 
 
 def test_a_name_too_long_for_the_file_system_rejects_one_file(archive: Path, study: Path) -> None:

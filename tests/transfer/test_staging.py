@@ -16,7 +16,7 @@ import pytest
 
 from tests import studies
 from transfer.content import copy_bytes
-from transfer.errors import Busy, Cancelled, NotFound, Rejected
+from transfer.errors import Busy, Cancelled, Misconfigured, NotFound, Rejected
 from transfer.plan import Plan, scan
 from transfer.staging import discard, stage
 
@@ -356,3 +356,10 @@ def test_holes_stay_holes(tmp_path: Path, form: str) -> None:
     assert (tmp_path / "copy").read_bytes() == source.read_bytes()
     assert sum(moved) == source.stat().st_size
     assert (tmp_path / "copy").stat().st_blocks <= source.stat().st_blocks + 16
+
+
+def test_a_file_in_the_place_of_the_staging_folder(tmp_path: Path) -> None:
+    studies.ct(tmp_path / "source", 1)
+    (tmp_path / "staging").write_text("a file")
+    with pytest.raises(Misconfigured, match="a file is in the place of a folder"):
+        stage(scan([tmp_path / "source"]), tmp_path / "staging" / "run")
