@@ -54,11 +54,14 @@ lint: tools
 # Tests wait for servers more than they compute: two at a time need little more than half the time.
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
+# The second run is that of an ordinary user, where root runs this; an ordinary user has run all of it himself.
 test: tools servers lint
 	$(PYTEST) -m "not slow"
+	@sh tests/as_another_user.sh --numprocesses 2 --dist worksteal -m "as_user and not slow"
 
 test-all: tools servers lint
 	$(PYTEST) --timeout 1800
+	@sh tests/as_another_user.sh --numprocesses 2 --dist worksteal --timeout 1800
 
 clean:
 	rm -rf .venv .cache build *.egg-info

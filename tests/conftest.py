@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import inspect
 import json
 import os
 import re
@@ -61,8 +62,10 @@ def open_folder() -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix="talaria-open-"))
     folder.chmod(0o777)
     yield folder
-    for inner, _, _ in os.walk(folder):
-        os.chmod(inner, 0o700)
+    for inner, folders, _ in os.walk(folder):  # a closed one is opened before it is looked into
+        for name in folders:
+            if not os.path.islink(os.path.join(inner, name)):
+                os.chmod(os.path.join(inner, name), 0o700)
     shutil.rmtree(folder)
 
 
@@ -94,12 +97,31 @@ def as_nobody() -> Callable[[], AbstractContextManager[None]]:
 
 # ---- tests that mount: those with `@pytest.mark.mounts` run in a mount namespace of their own, all in one process
 
-UNSHARED = "TALARIA_TEST_UNSHARED"  # in that process: the file that takes what failed
+UNSHARED = "TALARIA_TEST_UNSHARED"  # in that process: the file that takes what became of them
 _mounting: list[str] = []
-_failed: dict[str, str] = {}
+_ended: dict[str, str] = {}  # by node id: "" for a test that passed, else what was wrong
 
 
+# What such a test finds depends on who runs it: root, or a user whom others' files are closed to.
+USERS = re.compile(r"\b(chmod|chown|geteuid|getuid|setuid|as_nobody|unshare|IS_ROOT|temporary_user|getpwuid)\b")
+USERS_FIXTURES = {"as_nobody", "disk", "open_folder", "public"}
+OF_EVERY_SERVER = ("test_check_ok", "test_push_then_read_back_equal")  # of the suite: that the server starts at all
+
+
+def _depends_on_the_user(item: pytest.Item) -> bool:
+    function = getattr(item, "function", None)
+    if function is None:
+        return False
+    if not USERS_FIXTURES.isdisjoint(getattr(item, "fixturenames", ())) or function.__name__ in OF_EVERY_SERVER:
+        return True
+    return USERS.search(inspect.getsource(function)) is not None
+
+
+# Before the options -m and -k choose.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in filter(_depends_on_the_user, items):
+        item.add_marker("as_user")
     mounting = [item for item in items if item.get_closest_marker("mounts")]
     _mounting[:] = [item.nodeid for item in mounting]
     for item in mounting:
@@ -107,35 +129,39 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    if UNSHARED in os.environ and report.failed:
+    if UNSHARED in os.environ and (report.failed or report.when == "call"):
         with open(os.environ[UNSHARED], "a", encoding="utf-8") as file:
-            print(json.dumps([report.nodeid, report.longreprtext]), file=file)
+            print(json.dumps([report.nodeid, report.longreprtext if report.failed else ""]), file=file)
 
 
 @functools.cache
 def _run_unshared(root: Path) -> str:
     """Run them in a process whose mounts nobody else sees, and which end with it; return what went wrong at all."""
-    mapped = [] if os.geteuid() == 0 else ["--map-root-user"]
-    with tempfile.NamedTemporaryFile("r", encoding="utf-8") as failures:
+    namespace = ["unshare", *([] if os.geteuid() == 0 else ["--map-root-user"]), "--mount"]
+    tried = subprocess.run([*namespace, "true"], capture_output=True, text=True)
+    if tried.returncode:
+        return f"no file system can be mounted here: {tried.stderr.strip()}"
+    with tempfile.NamedTemporaryFile("r", encoding="utf-8") as reports:
         ran = subprocess.run(
-            ["unshare", *mapped, "--mount", sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *_mounting],
+            [*namespace, sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *_mounting],
             cwd=root,
-            env={**os.environ, UNSHARED: failures.name},
+            env={**os.environ, UNSHARED: reports.name},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        _failed.update(json.loads(line) for line in failures)
-    return "" if ran.returncode in (0, 1) else ran.stdout  # 1: tests failed, which is told by name
+        for node, wrong in map(json.loads, reports):
+            _ended[node] = _ended.get(node) or wrong
+    return "" if ran.returncode in (0, 1) else ran.stdout  # 1: tests failed, which is reported by name
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
-    """Tell of a test that mounts what became of it in the other process."""
+    """Report of a test that mounts what became of it in the other process."""
     if pyfuncitem.get_closest_marker("mounts") is None or UNSHARED in os.environ:
         return None
-    wrong = _run_unshared(pyfuncitem.config.rootpath) or _failed.get(pyfuncitem.nodeid)
+    wrong = _run_unshared(pyfuncitem.config.rootpath) or _ended.get(pyfuncitem.nodeid, "it was not run")
     if wrong:
         pytest.fail(wrong, pytrace=False)
     return True

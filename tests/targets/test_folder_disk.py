@@ -118,7 +118,7 @@ def test_a_full_disk_fails_the_check(disk: Callable[[str], Path]) -> None:
 def test_a_disk_that_is_read_only(tmp_path: Path, disk: Callable[[str], Path], count: int) -> None:
     studies.ct(tmp_path / "study", count)
     folder = disk("size=1m")
-    subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
+    subprocess.run(["mount", "-o", "remount,bind,ro", folder], check=True)
     sent = attempt(target(folder), tmp_path / "study")
     assert isinstance(sent.error, Denied)
     assert "Read-only" in str(sent.error)
