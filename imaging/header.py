@@ -28,7 +28,7 @@ EXPLICIT_LITTLE = "1.2.840.10008.1.2.1"
 DEFLATED_LITTLE = "1.2.840.10008.1.2.1.99"
 EXPLICIT_BIG = "1.2.840.10008.1.2.2"
 # The whole data set is deflated, PS3.5 Annex A.5; two of JPIP's as well, Annex A.7 and A.11.
-_DEFLATED = frozenset((DEFLATED_LITTLE, "1.2.840.10008.1.2.4.95", "1.2.840.10008.1.2.4.205"))
+DEFLATED_SYNTAXES = frozenset((DEFLATED_LITTLE, "1.2.840.10008.1.2.4.95", "1.2.840.10008.1.2.4.205"))
 MEDIA_STORAGE_DIRECTORY = "1.2.840.10008.1.3.10"
 
 # Specific Character Set, the two SOP UIDs, Study Date and Time, Accession Number, Modality, Patient ID, the UIDs of
@@ -98,7 +98,7 @@ def read_elements(fd: int, size: int, tags: Iterable[int]) -> tuple[Header, dict
         syntax = _text(meta.get(0x00020010, b""))
         if not syntax:
             return _unnamed(window, offset, wanted, "no Transfer Syntax UID (0002,0010)")
-        if syntax in _DEFLATED:
+        if syntax in DEFLATED_SYNTAXES:
             walk, found = _deflated(fd, offset, size, wanted)
         else:
             walk, found = _walked(window, offset, syntax, wanted)

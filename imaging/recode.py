@@ -34,6 +34,8 @@ SHORT = frozenset(
         "UI", "UL", "US",
     )
 )  # fmt: skip
+# Character strings, which are padded with a blank; UI and bytes are with zero (PS3.5 section 6.2).
+TEXT = frozenset(("AE", "AS", "CS", "DA", "DS", "DT", "IS", "LO", "LT", "PN", "SH", "ST", "TM", "UC", "UR", "UT"))
 # Bytes that are swapped together, PS3.5 section 7.3. AT is a pair of 16-bit numbers.
 WIDTHS = {"US": 2, "SS": 2, "AT": 2, "OW": 2, "UL": 4, "SL": 4, "FL": 4, "OF": 4, "OL": 4} | dict.fromkeys(
     ("FD", "OD", "OV", "SV", "UV"), 8
@@ -149,6 +151,7 @@ class Recoder:
             that the dictionary leaves open (PS3.5 section 8 and Annex A.1).
         changes: new values of top-level elements, as VR and bytes in the target's order; None leaves one out.
         pixels: writes the element of the pixel data in place of the source's, which it has to read over.
+        encapsulated: whether pixel data that is compressed stays so.
         icon: decodes encapsulated pixel data within a sequence (an icon) to native bytes; None if there can be none.
         check: called between pieces; may raise to stop.
     """
@@ -164,9 +167,10 @@ class Recoder:
         changes: Mapping[int, tuple[str, bytes] | None] | None = None,
         pixels: Callable[[Element], None] | None = None,
         icon: Callable[[dict[int, bytes], bytes], bytes] | None = None,
+        encapsulated: bool = False,
         check: Callable[[], None] = lambda: None,
     ) -> None:
-        self.source, self.out, self.target = source, out, target
+        self.source, self.out, self.target, self.encapsulated = source, out, target, encapsulated
         self.signed, self.bits_allocated = pixel_representation == 1, bits_allocated
         self.changes, self.pixels, self.icon, self.check = dict(changes or {}), pixels, icon, check
         self.swap = source.encoding.little != target.little
@@ -213,13 +217,22 @@ class Recoder:
             self._copy_unknown_sequence(element)
         elif vr == "SQ" or (element.length == UNDEFINED and element.tag != PIXELS):
             self._copy_sequence(element, depth)
+        elif element.length == UNDEFINED and self.encapsulated:
+            self.copy_fragments(element)
         elif element.length == UNDEFINED:
             self._copy_icon(element, beside)
         else:
             self._copy_value(element, vr)
 
+    def _padding(self, vr: str, length: int) -> bytes:
+        """Return what makes a value of so many bytes even, PS3.5 section 6.2."""
+        if length % 2 == 0:
+            return b""
+        return b" " if vr in TEXT else b"\0"
+
     def _copy_value(self, element: Element, vr: str) -> None:
-        self.head(element.tag, vr, element.length)
+        padding = self._padding(vr, element.length)
+        self.head(element.tag, vr, element.length + len(padding))
         width = self._width(element.tag, vr) if self.swap else 1
         left = element.length
         while left:
@@ -227,6 +240,7 @@ class Recoder:
             left -= len(piece)
             self.out.write(swapped(piece, width) if width > 1 else piece)
             self.check()
+        self.out.write(padding)
 
     def _width(self, tag: int, vr: str) -> int:
         # Pixels of more than 16 bits are numbers of their own size to whoever wrote them big-endian.
@@ -272,8 +286,9 @@ class Recoder:
             return
         value = self.source.take(element.length)
         other = swapped(value, WIDTHS.get(vr, 1))
-        self.head(element.tag, vr, len(value))
-        self.out.write(other if self.swap else value)
+        padding = self._padding(vr, len(value))
+        self.head(element.tag, vr, len(value) + len(padding))
+        self.out.write((other if self.swap else value) + padding)
         beside[element.tag] = value if self.source.encoding.little else other
 
     def _inner(self, explicit: bool | None = None) -> Element:
@@ -316,6 +331,28 @@ class Recoder:
             piece = self.source.take(min(count, PIECE_BYTES))
             self.out.write(piece)
             count -= len(piece)
+
+    def copy_fragments(self, element: Element, table: Callable[[bytes], bytes] = lambda value: value) -> None:
+        """Copy encapsulated pixel data, and make the lengths of its fragments even (PS3.5 section A.4).
+
+        Args:
+            table: returns the Basic Offset Table for the fragments as they are written.
+        """
+        self.head(element.tag, element.vr or "OB", UNDEFINED)
+        first = True
+        while (item := self._inner(False)).tag == ITEM:
+            if first:
+                value = table(self.source.take(item.length))
+                self._mark(ITEM, len(value))
+                self.out.write(value)
+            else:
+                self._mark(ITEM, item.length + item.length % 2)
+                self._pass(item.length)
+                self.out.write(b"\0" * (item.length % 2))
+            first = False
+        if item.tag != SEQUENCE_END:
+            raise Damaged("a fragment was expected in the pixel data")
+        self._mark(SEQUENCE_END)
 
     def _copy_icon(self, element: Element, beside: dict[int, bytes]) -> None:
         """Write the encapsulated pixel data of an item as native pixel data."""

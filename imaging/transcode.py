@@ -111,6 +111,21 @@ class NoRoom(Exception):
 
 
 @contextmanager
+def room() -> Iterator[None]:
+    """Name a full disk for what it is.
+
+    Raises:
+        NoRoom: no room for a converted file.
+    """
+    try:
+        yield
+    except OSError as exc:
+        if exc.errno in FULL:
+            raise NoRoom("no room for a converted file: free some where temporary files go") from exc
+        raise
+
+
+@contextmanager
 def converted(
     fd: int,
     offset: int,
@@ -175,15 +190,15 @@ def _convert(
         raise ValueError(f"the file is in {to} already")
     if syntax == DEFLATED:
         if to == EXPLICIT:
-            _inflate(source, out, check)
+            inflate(source, out, check)
             return
         with temporary() as plain:
-            _inflate(source, plain, check)
+            inflate(source, plain, check)
             plain.flush()
             _convert(Reader(plain.fileno(), 0), EXPLICIT, to, out, temporary, check)
         return
     if to == DEFLATED and syntax == EXPLICIT:
-        _deflate(source, out, check)
+        deflate(source, out, check)
         return
     if syntax in ENCODINGS and to in ENCODINGS and to != DEFLATED:
         _recode(source, ENCODINGS[syntax], out, ENCODINGS[to], check)
@@ -203,29 +218,30 @@ def _convert(
 # ---- without codecs
 
 
-def _inflate(source: Reader, out: IO[bytes], check: Callable[[], None]) -> None:
+def inflate(source: Reader, out: IO[bytes], check: Callable[[], None]) -> None:
     """Undo the compression of a whole data set, PS3.5 section A.5."""
-    inflate = zlib.decompressobj(-zlib.MAX_WBITS)
+    inflater = zlib.decompressobj(-zlib.MAX_WBITS)
     try:
-        while not inflate.eof:
+        while not inflater.eof:
             raw = source.read(PIECE_BYTES)
             if not raw:
                 raise Damaged("the deflated data set has no end")
-            while raw and not inflate.eof:
+            while raw and not inflater.eof:
                 check()
-                out.write(inflate.decompress(raw, PIECE_BYTES))
-                raw = inflate.unconsumed_tail
-        out.write(inflate.flush())
+                out.write(inflater.decompress(raw, PIECE_BYTES))
+                raw = inflater.unconsumed_tail
+        out.write(inflater.flush())
     except zlib.error as exc:
         raise Damaged("the deflated data set is damaged") from exc
 
 
-def _deflate(source: Reader, out: IO[bytes], check: Callable[[], None]) -> None:
-    deflate = zlib.compressobj(wbits=-zlib.MAX_WBITS)
+def deflate(source: Reader, out: IO[bytes], check: Callable[[], None]) -> None:
+    """Compress a whole data set."""
+    deflater = zlib.compressobj(wbits=-zlib.MAX_WBITS)
     while raw := source.read(PIECE_BYTES):
         check()
-        out.write(deflate.compress(raw))
-    out.write(deflate.flush())
+        out.write(deflater.compress(raw))
+    out.write(deflater.flush())
     if out.tell() % 2:
         out.write(b"\0")  # PS3.5 section A.5: an even length
 
