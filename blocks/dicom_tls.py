@@ -12,10 +12,11 @@ from blocks.dicom import DicomTarget
 
 
 class TlsProfile(StrEnum):
-    """Secure connection profiles of PS3.15 Annex B."""
+    """Secure connection profiles of PS3.15 Annex B, and what nodes need that know none of them."""
 
     BCP195 = "bcp195"
     NONDOWNGRADING = "bcp195-nondowngrading"
+    LEGACY = "legacy"
 
 
 class DicomTlsTarget(DicomTarget):
@@ -53,7 +54,8 @@ pacs = DicomTlsTarget.load("BLOCK_NAME")
     )
     tls_profile: TlsProfile = Field(
         default=TlsProfile.BCP195,
-        description="Secure connection profile: bcp195, or bcp195-nondowngrading for the strictest suites only.",
+        description="Secure connection profile: bcp195, bcp195-nondowngrading for the strictest suites only, or legacy "
+        "for old nodes: TLS 1.0 and later, RSA key exchange and CBC suites too.",
     )
     verify_hostname: bool = Field(
         default=True, description="Whether the node's certificate must be for the host that is connected to."

@@ -8,6 +8,7 @@ import ssl
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 
 from pydicom.uid import UID
 from pynetdicom import PYNETDICOM_IMPLEMENTATION_UID, build_context
@@ -16,7 +17,7 @@ from pynetdicom.pdu import A_ASSOCIATE_RQ
 from pynetdicom.pdu_primitives import A_ASSOCIATE, ImplementationClassUIDNotification, MaximumLengthNotification
 
 from protocols.net import connection, tls
-from transfer.errors import DispatchError, Interrupted, Misconfigured, TimedOut
+from transfer.errors import Denied, DispatchError, Interrupted, Misconfigured, TimedOut
 
 VERIFICATION = "1.2.840.10008.1.1"
 PROBE_S = 3  # for a second opinion on what a port speaks
@@ -89,6 +90,30 @@ def handshake(
         if speaks_dicom(peer):
             raise Misconfigured(f"{peer.where}: the peer speaks DICOM without TLS on this port: use its TLS port, or a "
                                 "target of type dicom") from error  # fmt: skip
+        raise
+    except (Misconfigured, Denied) as error:
+        version, suites = tls.offered(settings, partial(_shake, peer)) if _no_common(error) else ("", [])
+        if suites:
+            raise Misconfigured(
+                f"{peer.where}: the peer offers {', '.join(suites)} by {version}, which tls_profile {settings.profile} "
+                "does not allow: have it renewed, or set tls_profile to legacy"
+            ) from error
+        raise
+
+
+def _no_common(error: DispatchError) -> bool:
+    """Return True if a handshake may have failed for want of a common version or cipher suite."""
+    reason = (getattr(error.__cause__, "reason", None) or "").upper()
+    return any(word in reason for word in ("HANDSHAKE_FAILURE", "VERSION", "PROTOCOL", "INSUFFICIENT", "CIPHER"))
+
+
+def _shake(peer: Peer, context: ssl.SSLContext) -> ssl.SSLSocket:
+    sock = connect_tcp(peer)
+    try:
+        sock.settimeout(min(peer.connect_timeout_s, PROBE_S))
+        return context.wrap_socket(sock)
+    except BaseException:
+        sock.close()
         raise
 
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 import os
 import ssl
 import time
-from dataclasses import dataclass, field
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,10 @@ DAY_S = 86_400
 STRICT_SUITES = "ECDHE+AESGCM:DHE+AESGCM"
 # Beside them, for peers of the first BCP 195 profile (RFC 7525): ChaCha20, and CBC with SHA-2.
 SUITES = STRICT_SUITES + ":ECDHE+CHACHA20:ECDHE+AES+SHA256:ECDHE+AES+SHA384:DHE+AES+SHA256"
-NONDOWNGRADING = "bcp195-nondowngrading"
+# For peers that know neither: TLS 1.0 and later, key exchange by RSA, short keys. An explicit choice.
+LEGACY_SUITES = SUITES + ":ECDHE+AES:DHE+AES:RSA+AES:ECDHE+3DES:RSA+3DES:!aNULL:!eNULL:@SECLEVEL=0"
+NONDOWNGRADING, LEGACY = "bcp195-nondowngrading", "legacy"
+MOST_OFFERED = 8  # cipher suites that a peer is asked for, one handshake each
 
 # X509_V_ERR_* of OpenSSL's x509_vfy.h, in the words of somebody who must do something about it.
 _EXPIRED, _NOT_YET_VALID, _REVOKED = 10, 9, 23
@@ -47,7 +52,7 @@ class Tls:
         key: its private key; empty if it is in `cert`.
         key_password: of an encrypted key.
         verify_hostname: whether the peer's certificate must be for the host that we connect to.
-        profile: `bcp195`, or `bcp195-nondowngrading` for its strictest suites only.
+        profile: `bcp195`, `bcp195-nondowngrading` for its strictest suites only, or `legacy` for old peers.
     """
 
     ca: str = ""
@@ -86,8 +91,14 @@ class Tls:
         return context
 
     def _fill(self, context: ssl.SSLContext) -> None:
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-        context.set_ciphers(STRICT_SUITES if self.profile == NONDOWNGRADING else SUITES)
+        if self.profile == LEGACY:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # that is what the profile is for
+                context.minimum_version = ssl.TLSVersion.TLSv1
+            context.set_ciphers(LEGACY_SUITES)
+        else:
+            context.minimum_version = ssl.TLSVersion.TLSv1_2
+            context.set_ciphers(STRICT_SUITES if self.profile == NONDOWNGRADING else SUITES)
         if self.ca:
             load_ca(context, self.ca)
         else:
@@ -96,6 +107,39 @@ class Tls:
             )
         if self.cert:
             load_cert(context, self.cert, self.key, self.key_password)
+
+
+def offered(settings: Tls, shake: Callable[[ssl.SSLContext], ssl.SSLSocket]) -> tuple[str, list[str]]:
+    """Find out which cipher suites a peer takes that shares none with us, by handshakes of the profile `legacy`.
+
+    Args:
+        shake: connects and shakes hands; what it returns is closed.
+
+    Returns:
+        The TLS version, and names of suites, nothing if the profile doesn't help or suites are not the matter.
+    """
+    found: list[str] = []
+    version = ""
+    allowed = {suite["name"] for suite in settings.client().get_ciphers()}
+    while len(found) < MOST_OFFERED:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        replace(settings, profile=LEGACY, ca="", verify_hostname=False)._fill(context)
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE  # nothing is sent; it is asked what it speaks
+        context.maximum_version = ssl.TLSVersion.TLSv1_2
+        if found:
+            context.set_ciphers(":".join([LEGACY_SUITES, *(f"!{name}" for name in found)]))
+        try:
+            with shake(context) as sock:
+                cipher = sock.cipher()
+                version = version or sock.version() or ""
+        except (OSError, DispatchError):
+            break
+        if cipher is None or cipher[0] in found:
+            break
+        found.append(cipher[0])
+    too_old = version in ("TLSv1", "TLSv1.1")
+    return version, found if found and (too_old or allowed.isdisjoint(found)) else []
 
 
 def load_ca(context: ssl.SSLContext, ca: str) -> None:

@@ -11,6 +11,7 @@ import os
 import ssl
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -409,23 +410,53 @@ def test_plain_target_on_the_tls_port(start: Start, study: Path, tmp_path: Path)
         assert "dicom-tls" in failed(health).detail
 
 
-def test_too_old_a_version(study: Path, tmp_path: Path) -> None:
-    """A peer that has nothing newer than TLS 1.1 is refused, and the message says what it lacks."""
+def old_peer(version: ssl.TLSVersion, suites: str) -> ssl.SSLContext:
+    """What an old PACS accepts."""
     context = certificates().accepting()
-    context.set_ciphers("ALL:@SECLEVEL=0")
-    with pytest.warns(DeprecationWarning):
-        context.minimum_version = ssl.TLSVersion.TLSv1_1
-        context.maximum_version = ssl.TLSVersion.TLSv1_1
-    with scp(tls=context) as peer:
-        refused(tls_target(peer.port, aet_target=peer.aet), study, (Misconfigured, NotTrusted), "TLS 1.2")
+    context.set_ciphers(suites)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        context.minimum_version = context.maximum_version = version
+    return context
 
 
-def test_no_common_cipher_suite(study: Path) -> None:
+OLD = [
+    (ssl.TLSVersion.TLSv1_2, "AES128-SHA:AES256-SHA", ["AES256-SHA", "AES128-SHA"]),
+    (ssl.TLSVersion.TLSv1_1, "ALL:@SECLEVEL=0", ["TLSv1.1"]),
+    (ssl.TLSVersion.TLSv1, "AES128-SHA:@SECLEVEL=0", ["AES128-SHA", "TLSv1"]),
+]
+
+
+@pytest.mark.parametrize(("version", "suites", "words"), OLD, ids=str)
+def test_old_peers_are_refused_with_what_they_offer(
+    version: ssl.TLSVersion, suites: str, words: list[str], study: Path
+) -> None:
+    with scp(tls=old_peer(version, suites)) as peer:
+        refused(tls_target(peer.port, aet_target=peer.aet), study, Misconfigured, "legacy", *words)
+
+
+@pytest.mark.parametrize(("version", "suites", "words"), OLD, ids=str)
+def test_the_legacy_profile_takes_them_and_is_named(
+    version: ssl.TLSVersion, suites: str, words: list[str], study: Path
+) -> None:
+    with scp(tls=old_peer(version, suites)) as peer:
+        target = tls_target(peer.port, aet_target=peer.aet, tls_profile="legacy")
+        receipt = attempt(target, study).require()
+        assert receipt.state is State.DELIVERED
+        assert any("tls_profile legacy" in note for note in receipt.notes)
+        health = driver.check(target)
+        assert health.ok, health.to_json("x")
+        assert "tls_profile legacy" in " ".join(probe.detail for probe in health.probes)
+
+
+def test_no_suite_is_named_where_suites_are_not_the_matter(study: Path) -> None:
     context = certificates().accepting()
     context.maximum_version = ssl.TLSVersion.TLSv1_2
-    context.set_ciphers("AES128-SHA")
     with scp(tls=context) as peer:
-        refused(tls_target(peer.port, aet_target=peer.aet), study, (Misconfigured, Denied), "cipher")
+        bare = tls_target(peer.port, aet_target=peer.aet, tls_cert="", tls_key="", tls_key_password="")
+        sent = attempt(bare, study)
+        assert isinstance(sent.error, Misconfigured | Denied)
+        assert "legacy" not in str(sent.error)
 
 
 def test_silent_peer_is_TimedOut_within_the_connect_timeout(study: Path) -> None:
@@ -447,15 +478,10 @@ def test_peer_that_closes_during_the_handshake(study: Path) -> None:
 # ---- faults under TLS
 
 
-def test_silence_and_resume(study: Path) -> None:
+def test_silence_at_one_instance_costs_no_other(study: Path) -> None:
     with scp(tls=certificates().accepting(), on_store=lambda store: Silence() if store.number == 2 else 0) as peer:
         target = tls_target(peer.port, aet_target=peer.aet, concurrency=1, idle_timeout_s=1.5)
-        sent = attempt(target, study)
-        assert isinstance(sent.error, TimedOut), repr(sent.error)
-        assert len(sent.arrived) == 1
-        peer.on_store = None
-        rest = attempt(target, sent.plan, done=sent.arrived)
-        assert rest.require().state is State.DELIVERED
+        assert attempt(target, study).require().state is State.DELIVERED
         assert len(peer.kept) == 3
         assert not peer.repeated
 
