@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import socket
 import ssl
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from blocks.base import check_host
 from blocks.dicom import SENDER, DicomTarget, check_aet
-from blocks.dicom_tls import DicomTlsTarget
+from blocks.dicom_tls import DicomTlsTarget, TlsProfile
 from imaging.header import Header
 from imaging.query import Match, Query
 from protocols.dimse import transport
-from protocols.dimse.association import Association, negotiate
+from protocols.dimse.association import Association, associate, negotiate
 from protocols.dimse.commitment import CannotCommit, commit, reason, report_listener
 from protocols.dimse.contexts import UNCOMPRESSED, names
 from protocols.dimse.find import CannotList, Stored, missing
-from protocols.dimse.fleet import Fleet
+from protocols.dimse.fleet import ROOMS, Fleet
 from protocols.dimse.listener import Listener, shared
 from protocols.dimse.query import finder
 from protocols.dimse.search import Search
@@ -30,7 +30,7 @@ from tasks import dicom_pull
 from tasks.driver import Driver, Facts
 from tasks.probes import reach
 from transfer import stopping
-from transfer.errors import DispatchError, Misconfigured
+from transfer.errors import DispatchError, Interrupted, Misconfigured
 from transfer.health import Health
 from transfer.plan import Item, Origin, Plan
 from transfer.receipt import Level, PushReport, Receipt
@@ -143,13 +143,11 @@ def _probe(health: Health, target: DicomTarget) -> Association | None:
         return None
     association: Association | None = None
     with health.probe("associate") as probe:
-        asked: list[tuple[str, tuple[str, ...]]] = [(VERIFICATION, UNCOMPRESSED)]
-        asked += [(each, (syntax,)) for each in CHECKED_CLASSES for syntax in CHECKED_SYNTAXES]
-        made = negotiate(sock, peer, asked)
+        made, tried, note = _negotiate(sock, peer)
         if not made.accepted:
             made.release()
             raise Misconfigured(f"{peer.where}: the peer accepted the association, but none of what was offered")
-        association, probe.detail = made, _accepted(made)
+        association, probe.detail = made, "; ".join([_accepted(made, tried) + note, *_legacy(target)])
     if association is None:
         return None
     with health.probe("echo"):
@@ -165,15 +163,45 @@ def _shake(peer: Peer, settings: tls.Tls, sock: socket.socket) -> ssl.SSLSocket:
     return wrapped
 
 
-def _accepted(association: Association) -> str:
-    """Tell which of the storage contexts a peer accepts."""
+def _negotiate(sock: socket.socket, peer: Peer) -> tuple[Association, tuple[str, ...], str]:
+    """Ask for an association with many contexts, and as a push does for few, if the peer ends one with many.
+
+    Returns:
+        The association, the storage classes that were asked for, and what to say of a peer that takes few contexts.
+    """
+    pairs: list[tuple[str, tuple[str, ...]]] = [
+        (each, (syntax,)) for syntax in CHECKED_SYNTAXES for each in CHECKED_CLASSES
+    ]
+    verification: list[tuple[str, tuple[str, ...]]] = [(VERIFICATION, UNCOMPRESSED)]
+    note = ""
+    try:
+        return negotiate(sock, peer, verification + pairs[: ROOMS[0]]), CHECKED_CLASSES, note
+    except Interrupted as exc:
+        ended = exc
+    for room in ROOMS[1:]:
+        asked = verification + pairs[: min(room, len(CHECKED_CLASSES))]
+        note = f"; the peer ends an association with {len(pairs) + 1} contexts, so it was asked for {len(asked)}"
+        with suppress(Interrupted):
+            return associate(peer, asked), tuple(each for each, _ in asked[1:]), note
+    raise ended
+
+
+def _accepted(association: Association, tried: Sequence[str]) -> str:
+    """Say which of the storage contexts a peer accepts."""
     stored = {abstract for abstract, _ in association.accepted} - {VERIFICATION}
     syntaxes = {syntax for abstract, syntax in association.accepted if abstract != VERIFICATION}
-    refused = [each for each in CHECKED_CLASSES if each not in stored]
-    text = f"accepts {len(stored)} of {len(CHECKED_CLASSES)} storage classes tried"
+    refused = [each for each in tried if each not in stored]
+    text = f"accepts {len(stored)} of {len(tried)} storage classes tried"
     if refused:
         text += f" (not {names(refused)})"
     return f"{text}; transfer syntaxes: {names(s for s in CHECKED_SYNTAXES if s in syntaxes)}"
+
+
+def _legacy(target: DicomTarget) -> tuple[str, ...]:
+    """Say that a target's connections may be weakly encrypted."""
+    if isinstance(target, DicomTlsTarget) and target.tls_profile is TlsProfile.LEGACY:
+        return ("tls_profile legacy: the connection may use TLS 1.0 and suites without forward secrecy",)
+    return ()
 
 
 def push(target: DicomTarget, plan: Plan, report: PushReport) -> Receipt:
@@ -182,7 +210,7 @@ def push(target: DicomTarget, plan: Plan, report: PushReport) -> Receipt:
     fleet = Fleet(peer, plan, report, target.concurrency, str(target.transcode), Throttle(target.bandwidth_limit))
     fleet.deliver()
     level, notes = _verify(target, peer, plan, report)
-    return report.receipt(target.name, plan, verified=level, notes=(*fleet.notes, *notes))
+    return report.receipt(target.name, plan, verified=level, notes=(*fleet.notes, *notes, *_legacy(target)))
 
 
 def _verify(target: DicomTarget, peer: Peer, plan: Plan, report: PushReport) -> tuple[Level, list[str]]:
@@ -295,5 +323,5 @@ driver = Driver(
     push=push,
     find=find,
     retrieve=retrieve,
-    facts=Facts(dicom_only=True, verifies_by=(Level.ACCEPTED, Level.LISTED, Level.PROVEN)),
+    facts=Facts(dicom_only=True, reconnects=True, verifies_by=(Level.ACCEPTED, Level.LISTED, Level.PROVEN)),
 )

@@ -40,6 +40,7 @@ class Facts:
         dicom_only: carries DICOM instances only; other files are skipped.
         keeps_names: files keep their relative paths at the other side.
         resumes: a broken attempt leaves parts of files behind, and the next one goes on within them.
+        reconnects: a link that breaks is made anew within the same attempt, where the peer lets us.
         atomic_replace: no reader ever sees half a file, or half a dispatch, under a final name.
         verifies_by: the levels that the driver can reach.
     """
@@ -47,6 +48,7 @@ class Facts:
     dicom_only: bool = False
     keeps_names: bool = False
     resumes: bool = False
+    reconnects: bool = False
     atomic_replace: bool = False
     verifies_by: tuple[Level, ...] = (Level.ACCEPTED,)
 

@@ -142,6 +142,7 @@ class Sender:
 
     Attributes:
         window: how many instances may be without a response at once.
+        patience: seconds of silence after which the peer counts as hung.
         torn: whether the connection is in the middle of a PDU, so that an abort can't be told.
     """
 
@@ -155,6 +156,7 @@ class Sender:
         self.association = association
         self.peer = association.peer
         self.window = association.window
+        self.patience = self.peer.idle_timeout_s
         self.torn = False
         self._throttle, self._moved, self._check = throttle, moved, check
         limits = [limit for limit in (association.max_send, association.peer.max_pdu) if limit]
@@ -267,11 +269,9 @@ class Sender:
             except (BlockingIOError, TimeoutError) as exc:
                 self._check()
                 now = time.monotonic()
-                end = end or now - SLICE_S + self.peer.idle_timeout_s
+                end = end or now - SLICE_S + self.patience
                 if now >= end:
-                    raise TimedOut(
-                        f"{self.peer.where}: the peer took no bytes for {self.peer.idle_timeout_s:g} s"
-                    ) from exc
+                    raise TimedOut(f"{self.peer.where}: the peer took no bytes for {self.patience:g} s") from exc
                 continue
             except OSError as exc:
                 raise self._broken(exc) from exc
@@ -337,7 +337,7 @@ class Sender:
         return response
 
     def _read(self) -> None:
-        end = time.monotonic() + self.peer.idle_timeout_s
+        end = time.monotonic() + self.patience
         while True:
             if self._plain:
                 # A peer with Nagle's algorithm on writes a response in two pieces and waits for our ACK of the
@@ -348,9 +348,7 @@ class Sender:
             except (BlockingIOError, TimeoutError) as exc:
                 self._check()
                 if time.monotonic() >= end:
-                    raise TimedOut(
-                        f"{self.peer.where}: no answer to C-STORE within {self.peer.idle_timeout_s:g} s"
-                    ) from exc
+                    raise TimedOut(f"{self.peer.where}: no answer to C-STORE within {self.patience:g} s") from exc
                 continue
             except OSError as exc:
                 raise self._broken(exc) from exc
@@ -364,15 +362,32 @@ class Sender:
         self.torn = True
         if isinstance(exc, ssl.SSLError) and "ALERT" in (exc.reason or "") and self.peer.tls:
             return tls.classify(exc, self.peer.where, has_cert=bool(self.peer.tls.cert))
-        with suppress(OSError):
-            poll = select.poll()
-            poll.register(self._sock, select.POLLIN)
-            if poll.poll(0):
-                count = self._sock.recv_into(self._scratch)
-                self._received += memoryview(self._scratch)[:count]
-                while (pdu := self._pdu()) is not None:
-                    if pdu[0] == message.ABORT:
-                        self._take(*pdu)
+        self._read_rest()
+        said = bytes(self._received)
+        while len(said) >= 6:
+            length = int.from_bytes(said[2:6], "big")
+            if said[0] == message.ABORT and len(said) >= 10:
+                return Interrupted(f"{self.peer.where}: {aborted(*said[8:10])}")
+            said = said[6 + length :]
         if exc.errno in (errno.EPIPE, errno.ECONNRESET) or isinstance(exc, ssl.SSLError):
             return Interrupted(f"{self.peer.where}: the peer broke the connection")
         return Interrupted(f"{self.peer.where}: the connection broke: {exc.strerror or exc}")
+
+    def _read_rest(self) -> None:
+        """Read what has come already: it stays readable after the connection broke."""
+        with suppress(OSError):
+            poll = select.poll()
+            poll.register(self._sock, select.POLLIN)
+            while poll.poll(0) and (count := self._sock.recv_into(self._scratch)):
+                self._received += memoryview(self._scratch)[:count]
+
+    def drain(self) -> list[Response]:
+        """Return the responses that came before the connection broke, and were not asked for yet."""
+        found: list[Response] = []
+        self._read_rest()
+        with suppress(Interrupted):
+            while (pdu := self._pdu()) is not None and pdu[0] == message.P_DATA_TF:
+                response = self._take(*pdu)
+                if response is not None and response.command == message.C_STORE_RSP:
+                    found.append(response)
+        return found

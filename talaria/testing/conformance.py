@@ -312,6 +312,10 @@ def test_push_link_cut_midway_is_Retryable_then_resumes(harness: Harness, study:
     plan = scan([study])
     with harness.cut(plan.size // 2) as target:
         first = attempt(target, plan)
+        if harness.driver.facts.reconnects and first.error is None:
+            assert_delivered(harness, first)
+            assert first.moved <= plan.size * 1.3 + 65_536, "more was sent again than what was outstanding"
+            return
         assert isinstance(first.error, Retryable), f"{first.error!r}, {len(first.outcomes)} outcomes"
         assert not first.rejected, "a lost link rejects nothing"
         assert len(first.arrived) < len(plan.items)
@@ -340,7 +344,8 @@ def test_one_rejected_link_cut_retry(harness: Harness, study: Path, level: Level
         target.verify = level
         with sending(target, plan) as sender:
             first = sender.attempt()
-            assert isinstance(first.error, Retryable), f"{first.error!r}, {len(first.outcomes)} outcomes"
+            mended = harness.driver.facts.reconnects and first.error is None
+            assert mended or isinstance(first.error, Retryable), f"{first.error!r}, {len(first.outcomes)} outcomes"
             if harness.driver.facts.keeps_names:
                 assert not _markers(harness)
             second = sender.attempt()
@@ -636,8 +641,9 @@ def test_secrets_absent_from_logs_and_errors(
     finally:
         done.set()
         watcher.join()
-    for error in (dead.error, broken.error):
-        assert error is not None
+    assert dead.error is not None
+    assert broken.error is not None or harness.driver.facts.reconnects
+    for error in filter(None, (dead.error, broken.error)):
         texts += ["".join(traceback.format_exception(error)), repr(error), str(error)]
     texts += [json.dumps(whole.require().to_json(all_items=True)), repr(whole.receipt)]
     ours = ("transfer", "protocols", "blocks", "tasks", "flows", "talaria")
@@ -657,6 +663,8 @@ def test_errors_survive_pickle(harness: Harness, study: Path) -> None:
     plan = scan([study])
     with harness.cut(plan.size // 2) as target:
         errors = [attempt(harness.dead, plan).error, attempt(target, plan).error]
+    if harness.driver.facts.reconnects:
+        errors = errors[:1]
     errors.append(DRIVERS.of(harness.dead).check(harness.dead).error)
     for error in errors:
         assert isinstance(error, DispatchError)

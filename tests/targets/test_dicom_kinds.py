@@ -431,13 +431,25 @@ def test_link_that_stalls_midway_is_TimedOut_then_resumes(study: Path, tmp_path:
 # ---- what Orthanc says
 
 
-def test_orthanc_out_of_resources_is_Busy_and_resumes(study: Path) -> None:
+def test_orthanc_refuses_one_for_now_each_time(study: Path) -> None:
     studies.ct(study, 12)
     plan = scan([study])
     server = shared_orthanc()
     header = plan.items[5].header
     assert header
     server.fail(header.SOPInstanceUID)
+    sent = attempt(dicom_target(server.dicom_port, aet_target=server.aet), plan)
+    assert sent.require().state is State.PARTIAL
+    assert set(sent.rejected) == {plan.items[5].path}
+    assert "A700" in sent.rejected[plan.items[5].path]
+    assert len(server.uids()) == 11
+
+
+def test_orthanc_out_of_resources_is_Busy_and_resumes(study: Path) -> None:
+    studies.ct(study, 12)
+    plan = scan([study])
+    server = shared_orthanc()
+    server.fail(*(item.header.SOPInstanceUID for item in plan.items if item.header))
     sent = attempt(dicom_target(server.dicom_port, aet_target=server.aet), plan)
     assert isinstance(sent.error, Busy), repr(sent.error)
     assert "A700" in str(sent.error)

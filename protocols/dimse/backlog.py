@@ -1,0 +1,200 @@
+"""What several associations still have to send, and what became of instances that got no plain answer.
+
+    waiting    in the plan's order, each to whoever is free
+    later      what was passed over because nothing around it went through
+    suspects   outstanding when an association broke, or refused "for now": tried alone, one by one, after all others
+
+An instance is rejected when it fails alone as well and the peer took others meanwhile; a peer that takes nothing is
+left in peace, and an instance of which nothing can be said has no outcome.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from transfer.errors import Busy, DispatchError, Retryable, TimedOut
+from transfer.outcome import Kind, Outcome
+from transfer.plan import Item
+
+# How often an instance may end an association, or be refused for now, before it is rejected. A silence costs a whole
+# idle timeout.
+MOST_BREAKS, MOST_SILENCES, MOST_REFUSALS = 3, 2, 2
+# Of the idle timeout, for an instance that was met with silence before; more after a short one.
+FIRST_SHARE, SECOND_SHARE = 0.1, 0.25
+# Failures in a row, over all associations, after which the peer itself is taken to have failed; from the fourth on
+# every one makes the queue go on elsewhere, so that a whole series that fails is passed over.
+MOST_FRUITLESS, MOST_SILENT, PASS_OVER = 10, 7, 3
+# Seconds after a break before the same instance goes out again: peers clean up what they have half, some of them late.
+PAUSE_S = 1.0
+SAME_ENDS = 2  # associations that end after as many instances, before that is taken for the peer's habit
+
+
+@dataclass
+class Suspect:
+    """An instance that was outstanding at a break, or refused for now.
+
+    Attributes:
+        error: what happened last.
+        times: how often something did while it was outstanding alone: only then it is certain what it was.
+        at: when something happened last; `time.monotonic`.
+        waited: the longest silence that it was given alone, seconds.
+        arrived: how many instances had arrived by when it did first.
+    """
+
+    item: Item
+    error: DispatchError
+    at: float
+    arrived: int
+    times: int = 0
+    waited: float = 0.0
+
+    @property
+    def words(self) -> str:
+        times = f"{self.times} times" if self.times > 1 else "once"
+        return f"{self.error.message.partition(': ')[2] or self.error.message} ({times})"
+
+    @property
+    def used_up(self) -> bool:
+        if isinstance(self.error, Busy):
+            return self.times >= MOST_REFUSALS
+        return self.times >= (MOST_SILENCES if isinstance(self.error, TimedOut) else MOST_BREAKS)
+
+
+class Backlog:
+    """The instances of some associations; all methods may be called from several threads.
+
+    Attributes:
+        lasts: how many instances the peer takes on one association before it ends it; None if it was not seen to.
+        slowest: the longest time that an answer took, seconds.
+    """
+
+    def __init__(self, items: Iterable[Item]) -> None:
+        self.lasts: int | None = None
+        self.slowest = 0.0
+        self._lock = threading.Lock()
+        self._waiting = deque(items)
+        self._later: list[Item] = []
+        self._suspects: dict[str, Suspect] = {}
+        self._stopped = False
+        self._arrived = self._fruitless = self._silent = 0
+        self._first_refusal: int | None = None  # how many had arrived at the first refusal for now
+        self._ends: Counter[int] = Counter()
+
+    def __len__(self) -> int:
+        """How many wait, suspects not among them."""
+        return len(self._waiting)
+
+    def next(self) -> Item | None:
+        """Take the next instance; None if none waits, or no more shall be sent."""
+        with self._lock:
+            return self._waiting.popleft() if self._waiting and not self._stopped else None
+
+    def put_back(self, item: Item) -> None:
+        """Let an instance that was read but not sent be the next one."""
+        with self._lock:
+            self._waiting.appendleft(item)
+
+    def stop(self) -> None:
+        """Hand out nothing any more."""
+        self._stopped = True
+
+    @property
+    def stopped(self) -> bool:
+        return self._stopped
+
+    def turn(self) -> bool:
+        """Let what was passed over wait again; return whether there is anything."""
+        with self._lock:
+            self._waiting.extend(self._later)
+            self._later.clear()
+            return bool(self._waiting) and not self._stopped
+
+    def answered(self, item: Item, *, arrived: bool, seconds: float) -> None:
+        """Note that an instance has its outcome."""
+        with self._lock:
+            self._suspects.pop(item.path, None)
+            self._arrived += arrived
+            self.slowest = max(self.slowest, seconds)
+            self._fruitless = self._silent = 0
+
+    def refused(self, item: Item, error: Busy) -> None:
+        """Note that the peer can't store an instance now."""
+        with self._lock:
+            if self._first_refusal is None:
+                self._first_refusal = self._arrived
+            self._suspect(item, error, certain=True)
+            self._count(silent=False)
+
+    def broke(self, outstanding: Sequence[Item], error: Retryable, answered: int, patience: float) -> None:
+        """Note that an association ended, and what was outstanding.
+
+        Args:
+            answered: how many instances it had carried.
+            patience: seconds of silence that the peer was given.
+        """
+        silent = isinstance(error, TimedOut)
+        with self._lock:
+            for item in outstanding:
+                suspect = self._suspect(item, error, certain=len(outstanding) == 1)
+                if silent and len(outstanding) == 1:
+                    suspect.waited = max(suspect.waited, patience)
+            if answered and not silent:
+                self._ends[answered] += 1
+                if self._ends[answered] >= SAME_ENDS:
+                    self.lasts = min(answered, self.lasts or answered)
+            self._count(silent=silent)
+
+    def _suspect(self, item: Item, error: DispatchError, *, certain: bool) -> Suspect:
+        suspect = self._suspects.setdefault(item.path, Suspect(item, error, 0.0, self._arrived))
+        suspect.at = time.monotonic()
+        suspect.times += certain
+        if certain and not (suspect.waited and isinstance(error, TimedOut)):  # the first silence is the longest
+            suspect.error = error
+        return suspect
+
+    def patience(self, item: Item, longest: float) -> float:
+        """Return how many seconds of silence an instance is given that is tried alone.
+
+        After a silence it is less: of a few seconds each, some instances together cost no more than one of `longest`.
+        """
+        suspect = self._suspects.get(item.path)
+        if suspect is None or not isinstance(suspect.error, TimedOut):
+            return longest
+        share = SECOND_SHARE if 0 < suspect.waited < longest else FIRST_SHARE
+        return min(longest, max(share * longest, 4 * self.slowest))
+
+    def _count(self, *, silent: bool) -> None:
+        self._fruitless += 1
+        self._silent += silent
+        if self._fruitless >= MOST_FRUITLESS or self._silent >= MOST_SILENT:
+            self._stopped = True
+        elif self._fruitless > PASS_OVER:
+            for _ in range((len(self._waiting) + 1) // 2):
+                self._later.append(self._waiting.popleft())
+
+    def suspects(self) -> list[Suspect]:
+        """Return what has to be tried alone, what failed least first."""
+        with self._lock:
+            return sorted(self._suspects.values(), key=lambda one: (one.times, one.at))
+
+    def verdict(self, suspect: Suspect) -> Outcome | None:
+        """Return that an instance is rejected; None as long as it may be the peer that fails.
+
+        A peer that aborts or falls silent and took others is one that can't take this instance. One that is out of
+        resources is that for all, unless it took others afterwards.
+        """
+        if not suspect.used_up:
+            return None
+        with self._lock:
+            if isinstance(suspect.error, Busy):
+                others = self._first_refusal is not None and self._arrived > self._first_refusal
+            else:
+                others = self._arrived > 0
+            if not others:
+                return None
+            self._suspects.pop(suspect.item.path, None)
+        return Outcome(Kind.REJECTED, f"{suspect.words}; other instances were stored")

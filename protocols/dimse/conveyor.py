@@ -1,0 +1,258 @@
+"""What one association carries: takes instances, sends them, reports their outcomes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, suppress
+from typing import TYPE_CHECKING
+
+from imaging.header import Damaged, Header
+from imaging.mend import NOTE, mended
+from imaging.pixels import Unfit
+from imaging.transcode import Converted, NoRoom, converted, fallbacks
+from protocols.dimse.association import Association
+from protocols.dimse.contexts import Pair, of_class
+from protocols.dimse.message import Response
+from protocols.dimse.pace import Meter
+from protocols.dimse.status import Meaning, meaning
+from protocols.dimse.store import Changed, Instance, Sender
+from protocols.dimse.transport import VERIFICATION
+from protocols.net.hiding import identifying
+from protocols.net.words import clean
+from transfer.errors import Busy, Denied, Interrupted, Rejected, TimedOut
+from transfer.outcome import DELIVERED, Kind, Outcome
+from transfer.plan import Item
+
+if TYPE_CHECKING:
+    from protocols.dimse.fleet import Fleet
+
+# A conversion may take minutes, and peers end associations on which nothing happens (Orthanc after 30 s).
+KEEP_ALIVE_S = 8
+LONG_S = 0.1  # that a response takes, for other associations to be of use at once
+
+
+class Conveyor:
+    """Carries instances of a fleet's backlog over one association.
+
+    Args:
+        take: gives the next instance; None at the end.
+        alone: whether nothing else may be outstanding beside an instance.
+
+    Attributes:
+        taken: how many instances it took.
+        denied: why the peer lets us store nothing.
+    """
+
+    def __init__(
+        self, fleet: Fleet, association: Association, take: Callable[[], Item | None], *, alone: bool = False
+    ) -> None:
+        self.fleet, self.association, self.take, self.alone = fleet, association, take, alone
+        self.plan, self.report, self.backlog = fleet.plan, fleet.report, fleet.backlog
+        self.where = fleet.peer.where
+        self.taken = self.answers = 0
+        self.denied: Denied | None = None
+        self._outstanding: dict[int, tuple[Item, float]] = {}
+        self._meter = Meter()
+        self._awaits = 0.0  # since when a response is waited for; 0 if none is
+
+    def serve(self) -> None:
+        """Carry instances until there are no more, or the association ends; what was outstanding is suspected then.
+
+        Raises:
+            Denied: the peer lets us store nothing. Busy: no room here for a converted instance.
+            Other errors: what is no matter of this association.
+        """
+        sender = Sender(self.association, self.fleet.throttle, self.report.moved, self._check)
+        try:
+            with sender:
+                self._carry(sender)
+        except Changed:
+            self.association.abort()
+        except (Interrupted, TimedOut) as exc:
+            self._end(sender)
+            self.backlog.broke([item for item, _ in self._outstanding.values()], exc, self.answers, sender.patience)
+            self.fleet.last = exc
+        except BaseException:
+            self._end(sender)
+            raise
+        else:
+            self.association.release()
+        finally:
+            self._meter.close()
+        if self.denied is not None:
+            raise self.denied
+
+    def _carry(self, sender: Sender) -> None:
+        try:
+            while self._lasts() and (item := self.take()) is not None:
+                self.taken += 1
+                self.report.check()
+                self._send(sender, item)
+            self._settle(sender, 0)
+        except (Interrupted, TimedOut):
+            # The peer may have confirmed more than we have looked at.
+            with suppress(Interrupted):
+                for response in sender.drain():
+                    self._take(response)
+            raise
+
+    def _end(self, sender: Sender) -> None:
+        if sender.torn:
+            self.association.drop()
+        else:
+            self.association.abort()
+
+    def _lasts(self) -> bool:
+        """Return False if the peer would end the association with the next instance."""
+        return self.denied is None and (self.backlog.lasts is None or self.taken < self.backlog.lasts)
+
+    def _check(self) -> None:
+        """Look whether to stop, between pieces and in every wait; ask for help in a long one."""
+        self.report.check()
+        if self._awaits and not self.alone and time.monotonic() - self._awaits > LONG_S:
+            self.fleet.grow(self.fleet.pace.hang())
+
+    def _send(self, sender: Sender, item: Item) -> None:
+        """Send an item, having read what it can of it while the peer was busy with the one before."""
+        with ExitStack() as stack:
+            try:
+                if self.alone:
+                    sender.patience = self.backlog.patience(item, self.fleet.peer.idle_timeout_s)
+                instance = self._open(sender, item, stack)
+                sender.prepare(instance)
+                self._settle(sender, 0 if self.alone else sender.window - 1)
+            except (Rejected, Changed) as exc:
+                self.report(item, Outcome(Kind.REJECTED, str(exc.args[0])))
+                return
+            except (Interrupted, TimedOut):
+                if self._outstanding:
+                    self.backlog.put_back(item)
+                else:  # it was being converted: whoever tries it next must not do so for ever
+                    self._outstanding[0] = item, time.monotonic()
+                raise
+            if self.denied is not None:
+                return  # which leaves the item without an outcome
+            self._outstanding[instance.message_id] = item, time.monotonic()
+            try:
+                sender.transmit(instance)
+            except Changed as exc:
+                del self._outstanding[instance.message_id]
+                self.report(item, Outcome(Kind.REJECTED, str(exc)))
+                self._settle(sender, 0)
+                raise
+            self._outstanding[instance.message_id] = item, time.monotonic()
+            if self.alone:
+                self._settle(sender, 0)
+
+    def _open(self, sender: Sender, item: Item, stack: ExitStack) -> Instance:
+        """Open an item's file, or a converted copy of it if the peer doesn't take its transfer syntax."""
+        header = header_of(item)
+        fd = stack.enter_context(self.plan.open(item))
+
+        def verify() -> None:
+            self.plan.check(item, fd)
+
+        offset, size = header.dataset_offset, item.size
+        context = self.association.accepted.get(pair(item))
+        if context is None:
+            accepted = of_class(self.association.accepted, header.SOPClassUID)
+            targets = [to for to in fallbacks(header.TransferSyntaxUID, self.fleet.transcode) if to in accepted]
+            if not targets:
+                raise Rejected(self.fleet.refusal(self.association, header))
+            self._settle(sender, 0)
+            keep_alive = self._keep_alive(sender)
+            copy = self._copy(stack, converted(fd, offset, header.TransferSyntaxUID, targets, check=keep_alive), item)
+            fd_sent, offset, size = copy.fd, 0, copy.size
+            context = self.association.accepted[header.SOPClassUID, copy.syntax]
+        elif header.odd:
+            self._settle(sender, 0)
+            copy = self._copy(stack, mended(fd, header, self._keep_alive(sender)), item)
+            fd_sent, offset, size = copy.fd, 0, copy.size
+        else:
+            fd_sent = fd
+        return Instance(fd_sent, offset, size, context, header.SOPClassUID, header.SOPInstanceUID, verify)
+
+    def _copy(self, stack: ExitStack, copy: AbstractContextManager[Converted], item: Item) -> Converted:
+        if header_of(item).odd:
+            self.fleet.padded.append(item)
+        try:
+            return stack.enter_context(copy)
+        except (Unfit, Damaged) as exc:
+            raise Rejected(str(exc)) from exc
+        except NoRoom as exc:
+            raise Busy(str(exc)) from exc
+
+    def _keep_alive(self, sender: Sender) -> Callable[[], None]:
+        """Make what a long conversion calls: it stops it if the dispatch shall stop, and sends C-ECHO now and then."""
+        said = time.monotonic()
+        context = self.association.context(VERIFICATION)
+
+        def check() -> None:
+            nonlocal said
+            self.report.check()
+            if context is not None and time.monotonic() - said > KEEP_ALIVE_S:
+                sender.echo(context)
+                said = time.monotonic()
+
+        return check
+
+    def _settle(self, sender: Sender, most: int) -> None:
+        """Wait for responses until at most so many are outstanding."""
+        while len(self._outstanding) > most:
+            self._awaits = time.monotonic()
+            response = sender.receive()
+            self._awaits = 0.0
+            self._take(response)
+
+    def _take(self, response: Response) -> None:
+        """Report the outcome that a response gives to the item that it is for."""
+        number, status = response.message_id, response.status
+        item, sent = self._outstanding.get(-1 if number is None else number, (None, 0.0))
+        if item is None:
+            raise Interrupted(
+                f"{self.where}: the peer answered a message that was not sent ({number}): outcome unknown"
+            )
+        if status is None:
+            raise Interrupted(f"{self.where}: the peer's response has no status: outcome unknown", item=item.shown)
+        means, words = meaning(status)
+        detail = f"status {status:04X}: {words}"
+        if response.comment:
+            detail += f" ({clean(response.comment, identifying(self.plan, [item]))})"
+        del self._outstanding[number or 0]
+        self.answers += 1
+        if means is Meaning.BUSY:
+            self.backlog.refused(item, Busy(f"{self.where}: the peer can't store now: {detail}", item=item.shown))
+        elif means is Meaning.DENIED:
+            # Nothing more is sent, but what is outstanding gets its answer, and the association a proper end.
+            self.denied = Denied(f"{self.where}: the peer does not let us store: {detail}", item=item.shown)
+            self.backlog.stop()
+        else:
+            outcome = OUTCOMES[means] if means is Meaning.SUCCESS else Outcome(OUTCOMES[means].kind, detail)
+            if means is Meaning.SUCCESS and header_of(item).odd:
+                outcome = Outcome(Kind.DELIVERED, NOTE)
+            self.report(item, outcome)
+            self.backlog.answered(item, arrived=outcome.arrived, seconds=time.monotonic() - sent)
+        if not self.alone:
+            self.fleet.grow(self.fleet.pace.look(self._meter))
+
+
+OUTCOMES = {
+    Meaning.SUCCESS: DELIVERED,
+    Meaning.WARNING: Outcome(Kind.WARNING),
+    Meaning.ALREADY: Outcome(Kind.ALREADY),
+    Meaning.FAILURE: Outcome(Kind.REJECTED),
+}
+
+
+def header_of(item: Item) -> Header:
+    """Return the header of an item, which has one."""
+    if item.header is None:
+        raise RuntimeError(f"{item.shown} is not DICOM and should not have come here")
+    return item.header
+
+
+def pair(item: Item) -> Pair:
+    """Return the SOP class and the transfer syntax of an item."""
+    header = header_of(item)
+    return header.SOPClassUID, header.TransferSyntaxUID

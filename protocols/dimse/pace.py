@@ -1,0 +1,100 @@
+"""How many associations help: as many as keep this process busy, and not more.
+
+One association to a near and fast peer leaves our thread little to wait for; more of them would only contend for the
+interpreter. To a far or slow peer a thread waits nearly all the time, and each further association adds its own rate.
+So what is measured is the share of the time in which the associations' threads compute, send and receive; what they
+wait for a processor on a machine that is busy otherwise doesn't count (proc(5), schedstat).
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from contextlib import suppress
+
+LOOK_S = 0.01  # the shortest time that is judged: a hundred small instances, or half a round trip of a far peer
+# Shares of one processor: from the first on nothing is gained by more associations; below the second that is certain
+# at once; the third is what is aimed at.
+ENOUGH, CERTAIN, AIM = 0.5, 0.2, 0.75
+
+
+class Meter:
+    """The time that the thread which makes it has worked, since the last look."""
+
+    def __init__(self) -> None:
+        self._fd = -1
+        with suppress(OSError):
+            self._fd = os.open("/proc/thread-self/schedstat", os.O_RDONLY | os.O_CLOEXEC)
+        self.begun = time.perf_counter()
+        self._worked, self._queued = self._read()
+
+    def _read(self) -> tuple[float, float]:
+        """Return seconds on a processor, and seconds waiting for one."""
+        if self._fd >= 0:
+            with suppress(OSError, ValueError):
+                worked, queued, _ = os.pread(self._fd, 64, 0).split()
+                return int(worked) / 1e9, int(queued) / 1e9
+        return time.thread_time(), 0.0
+
+    def share(self) -> float:
+        """Return the share of the time since the last look in which the thread worked, if it had a processor."""
+        now, (worked, queued) = time.perf_counter(), self._read()
+        free = max(now - self.begun - (queued - self._queued), 1e-6)
+        share = (worked - self._worked) / free
+        self.begun, self._worked, self._queued = now, worked, queued
+        return share
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+class Pace:
+    """Decides how many associations there should be.
+
+    Args:
+        most: at most so many.
+
+    Attributes:
+        count: how many were asked for so far.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most, self.count = most, 1
+        self._lock = threading.Lock()
+        self._shares: dict[int, float] = {}
+        self._low = 0
+
+    def look(self, meter: Meter) -> int:
+        """Return how many associations to add now; each association's thread asks after its answers."""
+        if self.count >= self.most or time.perf_counter() - meter.begun < LOOK_S:
+            return 0
+        share = meter.share()
+        with self._lock:
+            self._shares[id(meter)] = share
+            busy = sum(self._shares.values())
+            if len(self._shares) < self.count or busy >= ENOUGH:
+                self._low = 0 if busy >= ENOUGH else self._low
+                return 0
+            self._low += 1
+            if self._low < 2 and busy > CERTAIN:
+                return 0
+            return self._grow(max(self.count + 1, int(AIM * self.count / max(busy, 0.01))))
+
+    def hang(self) -> int:
+        """Return how many to add when a thread has nothing to do but wait."""
+        with self._lock:
+            return self._grow(self.most)
+
+    def _grow(self, wanted: int) -> int:
+        added = max(0, min(wanted, self.most) - self.count)
+        self.count += added
+        self._low = 0
+        self._shares.clear()
+        return added
+
+    def full(self) -> None:
+        """Note that the peer grants no more than there are."""
+        self.most = 0

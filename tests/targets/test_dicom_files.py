@@ -1,0 +1,135 @@
+"""pydicom's own test files, which have every fault that files have, to real receivers; and two files with one UID.
+
+What `dcmsend` gets in, one file at a time, is in by the first attempt; everything else has a reason; and what the
+receipt says is what is there.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pydicom
+import pytest
+
+from talaria.testing import process, studies
+from talaria.testing.harness import Sent, attempt
+from tests.servers.dcmtk import storescp
+from tests.servers.orthanc import shared_orthanc
+from tests.servers.scp import scp
+from tests.targets.dicom import dicom_target
+from transfer.outcome import Kind
+from transfer.plan import Plan, scan
+from transfer.receipt import State
+
+UNCOMPRESSED = ("LittleEndianExplicit", "LittleEndianImplicit")
+# Of the files that dcmsend gets in: those whose UID another file has had before, which a receiver keeps one of.
+STORED = re.compile(r"with status (?:SUCCESS|WARNING) *: ([1-9])")
+
+
+def data_folders() -> list[Path]:
+    """pydicom's test files, and those of pydicom-data where it is installed."""
+    folders = [Path(pydicom.__file__).parent / "data" / name for name in ("test_files", "charset_files", "palettes")]
+    try:
+        import data_store
+    except ImportError:
+        return folders
+    return [*folders, Path(data_store.__file__).parent / "data"]
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
+    """All files below one folder; links keep them where they are."""
+    root = tmp_path_factory.mktemp("files")
+    for number, folder in enumerate(data_folders()):
+        for path in sorted(folder.rglob("*")):
+            if path.is_file() and path.suffix not in (".py", ".pyc"):
+                studies.write(root / str(number) / path.relative_to(folder), path.read_bytes())
+    return scan([root])
+
+
+def uids(plan: Plan, paths: set[str]) -> set[str]:
+    return {item.header.SOPInstanceUID for item in plan.items if item.header and item.path in paths}
+
+
+@contextmanager
+def receiver(kind: str, folder: Path) -> Iterator[tuple[int, str, object]]:
+    """Run one; yields its port, its AE title, and what returns its files by UID."""
+    if kind == "orthanc":
+        server = shared_orthanc()
+        yield server.dicom_port, server.aet, server.files
+        return
+    with storescp(folder, syntaxes=UNCOMPRESSED if kind == "uncompressed" else None) as scp:
+        yield scp.port, scp.aet, scp.files
+
+
+def with_dcmsend(plan: Plan, port: int) -> set[str]:
+    """Send each file by itself; return the paths of those that were stored."""
+    stored = set()
+    for item in plan.items:
+        argv = [process.program("dcmsend"), "-v", "127.0.0.1", str(port), str(plan.file(item))]
+        ran = subprocess.run(argv, capture_output=True, env={"TCP_NODELAY": "1", "PATH": "/usr/bin:/bin"}, check=False)
+        if STORED.search((ran.stdout + ran.stderr).decode(errors="replace")):
+            stored.add(item.path)
+    return stored
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("kind", ["storescp", "uncompressed", "orthanc"])
+def test_pydicoms_files(kind: str, plan: Plan, tmp_path: Path) -> None:
+    with receiver(kind, tmp_path / "dcmsend") as (port, _, _files):
+        theirs = with_dcmsend(plan, port)
+    assert len(theirs) > 150
+    with receiver(kind, tmp_path / "ours") as (port, aet, files):
+        sent = attempt(dicom_target(port, aet_target=aet, idle_timeout_s=20), plan)
+        assert sent.require().state is State.PARTIAL
+        held = files()  # type: ignore[operator]
+    assert_whole(sent, held)
+    assert uids(plan, theirs) - set(held) == set(), "dcmsend gets in what we don't"
+    for item in sent.plan.items:
+        if item.path not in sent.arrived:
+            assert sent.rejected[item.path]
+    for name in ("image_dfl.dcm", "no_meta.dcm", "ExplVR_BigEndNoMeta.dcm", "ExplVR_LitEndNoMeta.dcm", "rtstruct.dcm"):
+        [path] = [item.path for item in plan.items if item.path.endswith(f"/{name}")]
+        if kind != "uncompressed" or name != "rtstruct.dcm":  # that receiver knows only some SOP classes
+            assert uids(plan, {path}) <= set(held), f"{name}: {sent.outcomes.get(path)}"
+
+
+def assert_whole(sent: Sent, held: dict[str, bytes]) -> None:
+    """Assert that what arrived is what is there, and that of one UID there is one content."""
+    assert uids(sent.plan, sent.arrived) <= set(held)
+    # storescp keeps explicit_VR-UN.dcm, and answers that it can't understand it.
+    refused = {path for path, detail in sent.rejected.items() if detail.startswith("status C")}
+    assert set(held) - uids(sent.plan, sent.arrived) <= uids(sent.plan, refused)
+    by_uid = Counter(
+        item.header.SOPInstanceUID
+        for item in sent.plan.items
+        if item.header and sent.outcomes[item.path].kind in (Kind.DELIVERED, Kind.WARNING)
+    )
+    assert max(by_uid.values()) == 1, "two files of one UID are reported as delivered"
+
+
+def test_two_files_of_one_uid(tmp_path: Path) -> None:
+    uid = studies.uid()
+    data = studies.encoded(studies.dataset(SOPInstanceUID=uid))
+    studies.write(tmp_path / "a.dcm", data)
+    studies.write(tmp_path / "copy.dcm", data)
+    studies.dicom(tmp_path / "other.dcm", SOPInstanceUID=uid, PatientComments="another")
+    studies.dicom(tmp_path / "z.dcm")
+    plan = scan([tmp_path])
+    with scp() as peer:
+        sent = attempt(dicom_target(peer.port, aet_target=peer.aet), plan)
+        kinds = {path: outcome.kind for path, outcome in sent.outcomes.items()}
+        assert kinds == {
+            "a.dcm": Kind.DELIVERED, "copy.dcm": Kind.ALREADY, "other.dcm": Kind.REJECTED, "z.dcm": Kind.DELIVERED,
+        }  # fmt: skip
+        assert "a.dcm" in sent.rejected["other.dcm"]
+        again = attempt(dicom_target(peer.port, aet_target=peer.aet), plan, done={"a.dcm", "z.dcm"})
+        assert {path: outcome.kind for path, outcome in again.outcomes.items()} == {
+            "copy.dcm": Kind.ALREADY, "other.dcm": Kind.REJECTED,
+        }  # fmt: skip
+        assert len(peer.stores) == 2

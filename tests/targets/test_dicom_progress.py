@@ -1,0 +1,231 @@
+"""One instance never stops a study: peers that refuse, abort, close or fall silent at some instances, or after some.
+
+Whatever a peer does: what is reported as delivered is what it has, nothing that it confirmed is sent again, and every
+instance that it would take is delivered, in the first attempt.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from talaria.testing import studies
+from talaria.testing.harness import Sent, attempt
+from tests.servers.scp import Scp, scp
+from tests.servers.steps import Abort, Close, Reset, Script, Silence, Store, Wait
+from tests.targets.dicom import dicom_target
+from transfer.errors import DispatchError, Retryable
+from transfer.outcome import Kind
+from transfer.plan import Plan, scan
+from transfer.receipt import State
+
+IDLE_S = 1.0
+SLACK_S = 8.0  # for a busy machine, pauses before what is tried again, and new associations
+COUNT = 30
+PLACES: dict[str, tuple[int, ...]] = {
+    "first": (0, 1, 2, 3, 4, 5),
+    "last": (24, 25, 26, 27, 28, 29),
+    "spread": (0, 5, 11, 17, 23, 29),
+    "pairs": (3, 4, 14, 15, 28, 29),
+}
+BAD: dict[str, Script] = {"A700": 0xA700, "abort": Abort(), "close": Close(), "reset": Reset(), "silence": Silence()}
+SAID = {
+    "A700": "A700",
+    "abort": "aborted the association",
+    "close": "the connection",
+    "reset": "the peer",
+    "silence": "no answer to C-STORE",
+}
+
+
+@functools.cache
+def study() -> Plan:
+    """The same files for all: each peer is a new one."""
+    import tempfile
+
+    folder = Path(tempfile.mkdtemp(prefix="talaria-progress-"))
+    studies.ct(folder, COUNT)
+    return scan([folder])
+
+
+def uids(plan: Plan) -> list[str]:
+    return [item.header.SOPInstanceUID for item in plan.items if item.header]
+
+
+def target_of(peer: Scp, **more: Any) -> Any:
+    return dicom_target(peer.port, **({"aet_target": peer.aet, "idle_timeout_s": IDLE_S} | more))
+
+
+def arrived(sent: Sent) -> set[str]:
+    return {item.header.SOPInstanceUID for item in sent.plan.items if item.header and item.path in sent.arrived}
+
+
+@pytest.mark.parametrize(("concurrency", "window"), [(1, 1), (4, 1), (1, 8), (4, 8)])
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("kind", BAD)
+def test_six_bad_ones_of_thirty(kind: str, place: str, concurrency: int, window: int) -> None:
+    plan = study()
+    bad = {uids(plan)[number] for number in PLACES[place]}
+    with scp(
+        on_store=lambda store: BAD[kind] if store.SOPInstanceUID in bad else 0,
+        window=None if window == 1 else (window, 1),
+    ) as peer:
+        sent = attempt(target_of(peer, concurrency=concurrency), plan)
+        assert arrived(sent) == set(peer.kept) == set(uids(plan)) - bad
+        assert not peer.repeated
+        assert sent.seconds < 6 * IDLE_S + SLACK_S
+        if kind == "A700" and sent.error is not None:  # nothing was stored after the first refusal
+            assert place == "last"
+            assert "A700" in str(sent.error)
+            return
+        assert sent.require().state is State.PARTIAL
+        assert {plan.items[number].path for number in PLACES[place]} == set(sent.rejected)
+        assert all(SAID[kind] in detail and "times)" in detail for detail in sent.rejected.values()), sent.rejected
+
+
+def test_more_bad_ones_in_a_row_than_a_peer_is_given_are_passed_over() -> None:
+    plan = study()
+    bad = set(uids(plan)[2:17])
+    with scp(on_store=lambda store: 0xA700 if store.SOPInstanceUID in bad else 0) as peer:
+        sent = attempt(target_of(peer, concurrency=1), plan)
+        assert arrived(sent) == set(uids(plan)) - bad
+        assert len(sent.rejected) == 15
+
+
+@pytest.mark.parametrize("files", [2, 3])
+@pytest.mark.parametrize("bad", [0, 1])
+def test_a_good_one_beside_a_bad_one_at_more_associations_than_files(files: int, bad: int, tmp_path: Path) -> None:
+    studies.ct(tmp_path, files)
+    plan = scan([tmp_path])
+    victim = uids(plan)[bad]
+    with scp(on_store=lambda store: Abort() if store.SOPInstanceUID == victim else 0) as peer:
+        sent = attempt(target_of(peer, concurrency=4), plan)
+        assert set(sent.rejected) == {plan.items[bad].path}
+        assert set(peer.kept) == set(uids(plan)) - {victim}
+
+
+@pytest.mark.parametrize(("concurrency", "window"), [(1, 1), (4, 1), (1, 16)])
+@pytest.mark.parametrize("lasts", [1, 3, 8])
+@pytest.mark.parametrize("end", [Abort(), Close()], ids=str)
+def test_a_peer_that_ends_each_association_after_some(end: Script, lasts: int, concurrency: int, window: int) -> None:
+    plan = study()
+    seen: dict[int, int] = {}
+
+    def script(store: Store) -> Script:
+        seen[store.association] = seen.get(store.association, 0) + 1
+        return end if seen[store.association] > lasts else 0
+
+    with scp(on_store=script, window=None if window == 1 else (window, 1)) as peer:
+        sent = attempt(target_of(peer, concurrency=concurrency), plan)
+        assert sent.require().state is State.DELIVERED
+        assert set(peer.kept) == set(uids(plan))
+        assert not peer.repeated
+        ended = [one.ended for one in peer.associations]
+        assert ended.count("done") <= 2 * concurrency, "nothing was learnt"
+        assert f"after {lasts} instances" in " ".join(sent.require().notes)
+
+
+def test_what_was_outstanding_comes_last_and_after_a_pause() -> None:
+    """A peer that notices late that a link is gone removes what it had half, under the same name."""
+    plan = study()
+    victim = uids(plan)[-1]
+    times: list[float] = []
+
+    def script(store: Store) -> Script:
+        if store.SOPInstanceUID == victim:
+            times.append(time.monotonic())
+            return Reset() if len(times) == 1 else 0
+        return 0
+
+    with scp(on_store=script) as peer:
+        assert attempt(target_of(peer, concurrency=1), plan).require().state is State.DELIVERED
+    assert times[1] - times[0] >= 0.9
+
+
+def test_a_peer_that_hangs_at_everything_is_given_up_in_bounded_time() -> None:
+    with scp(on_store=lambda store: Silence()) as peer:
+        sent = attempt(target_of(peer, concurrency=4), study())
+        assert isinstance(sent.error, Retryable)
+        assert not sent.outcomes
+        assert sent.seconds < 3 * IDLE_S + SLACK_S
+
+
+# ---- any peer
+
+ENDS: dict[str, Script] = {
+    "0000": 0,
+    "B000": 0xB000,
+    "A700": 0xA700,
+    "A900": 0xA900,
+    "C000": 0xC000,
+    "0111": 0x0111,
+    "abort": Abort(),
+    "close": Close(),
+    "reset": Reset(),
+    "silence": Silence(),
+    "slow": [Wait(0.05), 0],
+}
+STORES = {"0000", "B000", "slow"}
+REFUSES = {"A900", "C000"}
+
+
+@settings(
+    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+)
+@given(
+    behaviour=st.lists(st.sampled_from(sorted(ENDS)), min_size=1, max_size=14),
+    passes=st.sampled_from([0, 1]),
+    concurrency=st.integers(1, 5),
+    window=st.sampled_from([None, (2, 1), (8, 1), (0, 0)]),
+)
+def test_any_peer(behaviour: list[str], passes: int, concurrency: int, window: tuple[int, int] | None) -> None:
+    """Each instance is met as `behaviour` says; trouble passes after the first time if `passes`."""
+    plan = study()
+    plan = plan.narrowed(plan.items[: len(behaviour)])
+    said = dict(zip(uids(plan), behaviour, strict=True))
+    met: dict[str, int] = {}
+
+    def script(store: Store) -> Script:
+        uid = store.SOPInstanceUID
+        met[uid] = met.get(uid, 0) + 1
+        if passes and met[uid] > 1 and said[uid] not in STORES | REFUSES | {"0111"}:
+            return 0
+        return ENDS[said[uid]]
+
+    silent = sum(kind == "silence" for kind in behaviour)
+    with scp(on_store=script, window=window) as peer:
+        done: set[str] = set()
+        sent = attempt(target_of(peer, concurrency=concurrency, idle_timeout_s=0.5), plan)
+        done |= sent.arrived
+        assert sent.seconds < (silent + 1) * 1.5 + 12
+        there = set(peer.kept)
+        confirmed = {uid for uid in arrived(sent) if said[uid] != "0111"}
+        assert confirmed == there, "what is reported as delivered is not what the peer has"
+        assert not peer.repeated, "sent again although it was confirmed"
+        patient = {uid for uid, kind in said.items() if kind in STORES}
+        if sent.error is None:
+            assert patient <= there
+            if passes:
+                assert {uid for uid, kind in said.items() if kind not in REFUSES | {"0111"}} == there
+            for item in plan.items:
+                outcome, uid = sent.outcomes[item.path], item.header.SOPInstanceUID if item.header else ""
+                assert outcome.arrived == (uid in there or said[uid] == "0111")
+        else:
+            assert isinstance(sent.error, DispatchError)
+            assert isinstance(sent.error, Retryable)
+            # A peer that took nothing at all may be down: it is asked again later, and takes what it takes then.
+            assert all(outcome.kind is not Kind.SKIPPED for outcome in sent.outcomes.values())
+            peer.on_store = None
+            second = attempt(
+                target_of(peer, concurrency=concurrency),
+                plan.narrowed(plan.items, rejected={k: v for k, v in sent.outcomes.items() if not v.arrived}),
+                done=done,
+            )
+            assert second.error is None
+            assert not peer.repeated
