@@ -32,6 +32,7 @@ STALE_S = 0.5  # a connection idle for so long may have been closed by a server 
 LEFTOVER_BYTES = 1 << 20  # of an answer that nobody wants: read so that the connection can be used again
 IDEMPOTENT = frozenset(("GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE"))  # RFC 9110 section 9.2.2
 MAX_INFORMATIONAL = 1000  # answers 1xx to one request; a slow import may send one every few seconds
+JOINED_BYTES = 65_536  # of a body that go with the head in one piece
 REDIRECTS = (301, 302, 303, 307, 308)
 MAX_REDIRECTS = 5
 SAFE = "/?:@!$&'()*+,;=-._~%"  # stays as it is in a path and a query that a server names (RFC 3986 section 3.3)
@@ -230,7 +231,7 @@ class Session:
         renewed, redirects = False, 0
         while True:
             authorization = self.authorizer.header(self.check) if self.authorizer else ""
-            answer = self._exchange(replace(request, authorization=authorization))
+            answer = self._exchange(replace(request, authorization=authorization) if authorization else request)
             try:
                 self._passed(answer)
                 if answer.status == 417 and request.expect:
@@ -355,7 +356,7 @@ class _Request:
             path = origin.where + path  # RFC 9112 section 3.2.2
             fields |= proxy.authorization
         lines = [f"{self.method} {path} HTTP/1.1", *(f"{name}: {value}" for name, value in fields.items())]
-        if any(not line.isprintable() for line in lines):
+        if not "".join(lines).isprintable():
             raise ValueError("a header field holds a control character")
         return "\r\n".join([*lines, "", ""]).encode("latin-1")
 
@@ -373,36 +374,49 @@ class _Exchange:
         self._final: Answer | None = None  # if it came before everything was sent
         self._broken_off = False  # whether what was sent ends before its announced end
         self._informational = 0
+        self._quiet = True  # nothing has come yet on this connection
 
     def run(self, origin: WebOrigin) -> Answer:
         """Send the request and return its final answer."""
-        body = self._request.body
-        if self._send(memoryview(self._request.head(origin))):
-            self.complete = body is None or body.length == 0
-            if body is not None:
-                self._upload(body, origin)
+        body, head = self._request.body, self._request.head(origin)
+        if body is None or body.length == 0:
+            self.complete = self._send(memoryview(head))
+        elif not self._request.expect:
+            self._upload(head, body)
+        elif self._send(memoryview(head)):
+            if not self._connection.listen(CONTINUE_S):
+                _without_continue.add(origin.where)
+            else:
+                self._hear()
+            self._broken_off = self._final is not None  # the server has no need of the body
+            if not self._final:
+                self._upload(b"", body)
         while self._final is None:
             self._hear()
         self._final.early = self._broken_off
         self._connection.used += 1
         return self._final
 
-    def _upload(self, body: Body, origin: WebOrigin) -> None:
-        """Send a body, as far as the server lets us."""
-        if self._request.expect:
-            if not self._connection.listen(CONTINUE_S):
-                _without_continue.add(origin.where)
-            else:
-                self._hear()
-            if self._final:  # the server has no need of the body
-                self._broken_off = True
-                return
+    def _upload(self, head: bytes, body: Body) -> None:
+        """Send what is left of the head and a body, as far as the server lets us.
+
+        The head goes with the body's beginning: alone it would wake the server for nothing.
+        """
+        ahead = len(head)
 
         def sent(count: int) -> None:
-            self.complete = True
-            body.sent(count)
+            nonlocal ahead
+            of_body, ahead = max(0, count - ahead), max(0, ahead - count)
+            if of_body:
+                self.complete = True
+                body.sent(of_body)
 
         for piece in body:
+            if head:
+                first, head = b"".join((head, piece[:JOINED_BYTES])), b""
+                if not self._send(memoryview(first), sent):
+                    return
+                piece = piece[JOINED_BYTES:]
             if not self._send(piece, sent):
                 return
 
@@ -410,7 +424,8 @@ class _Exchange:
         """Send bytes; False if there is no use in sending more."""
         while data:
             try:
-                data = data[self._connection.send(data, sent, deaf=self._final is not None) :]
+                quiet, self._quiet = self._quiet, False
+                data = data[self._connection.send(data, sent, deaf=self._final is not None, quiet=quiet) :]
             except (Interrupted, TimedOut):
                 if self._final is None:
                     raise

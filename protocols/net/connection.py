@@ -211,11 +211,19 @@ class Connection:
 
     # ---- sending
 
-    def send(self, data: memoryview, sent: Callable[[int], None] = lambda count: None, *, deaf: bool = False) -> int:
+    def send(
+        self,
+        data: memoryview,
+        sent: Callable[[int], None] = lambda count: None,
+        *,
+        deaf: bool = False,
+        quiet: bool = False,
+    ) -> int:
         """Send all of it, unless the peer speaks first; return the bytes that went out.
 
         Args:
             deaf: whether to go on though the peer speaks.
+            quiet: whether the peer was listened to just now.
 
         Raises:
             Interrupted: the connection is gone, and the peer left no word. TimedOut: it takes nothing any more.
@@ -224,8 +232,9 @@ class Connection:
         while done < len(data):
             self.check()
             try:
-                if not deaf and self.heard():
+                if not deaf and not quiet and self.heard():
                     break
+                quiet = False
                 count = self.sock.send(data[done:])
             except ssl.SSLWantReadError:
                 self._wait(select.POLLIN)

@@ -6,13 +6,13 @@ connect and whom to trust.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import boto3
+import boto3.s3.inject  # else the first client imports it, in the middle of a push
 import botocore.session
 from botocore.awsrequest import AWSPreparedRequest, AWSResponse
 from botocore.config import Config
@@ -105,7 +105,7 @@ class Account:
             # What a profile in the worker's files says is for others.
             variables |= dict.fromkeys(("profile", "config_file", "credentials_file"), _OFF)
         self._core: Any = botocore.session.Session(session_vars=variables, profile=settings.profile)
-        self._core.register_component("data_loader", _loader())
+        self._core.register_component("data_loader", _LOADER)
         # Services that give credentials are asked by boto3 itself, which would take any proxy of the environment.
         self._core.set_default_client_config(Config(proxies=_proxies(settings)))
         if settings.access_key:
@@ -179,7 +179,12 @@ def answer_of(request: AWSPreparedRequest, status: int, headers: Fields, body: b
     return AWSResponse(str(request.url), status, fields, _Raw(body))
 
 
-@functools.cache
-def _loader() -> Any:
-    """Reads boto3's descriptions of services, which take 50 ms, once in a process."""
-    return botocore.session.Session().get_component("data_loader")
+def _loaded() -> Any:
+    """Read what boto3 describes S3 with, which takes 0.06 s: with this module, so that no push waits for it."""
+    loader = botocore.session.Session().get_component("data_loader")  # keeps what it has read
+    for name in ("service-2", "endpoint-rule-set-1"):
+        loader.load_service_model("s3", name)
+    return loader
+
+
+_LOADER = _loaded()
