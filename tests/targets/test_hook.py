@@ -185,7 +185,7 @@ def gone(target: SshTarget) -> bool:
     for _ in range(100):
         try:
             state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-        except FileNotFoundError:
+        except (FileNotFoundError, ProcessLookupError):  # the latter if it ends while its state is read
             return True
         if state == "Z":
             return True
