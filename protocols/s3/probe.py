@@ -72,6 +72,26 @@ class Prober:
             self.remove()
         return Support(best.algorithm, best.verifies, best.tells, self.read_back, self.removed)
 
+    def locked(self, candidates: Iterable[Algorithm] = AUTOMATIC) -> Support:
+        """Write one probe, with a checksum, into a bucket that keeps it (Object Lock); it can't be taken away.
+
+        Such a store asks for a checksum with each object, and compares it: that is not tried with a wrong one.
+
+        Raises:
+            as `checksums`.
+        """
+        for algorithm in candidates:
+            right = algorithm.of(memoryview(SAMPLE))
+            if not self._refused(lambda: self.write(algorithm.header(right))):  # noqa: B023
+                told = self.compare()
+                self.remove()
+                tells = told is not None and algorithm.told(told) == encoded(right)
+                return Support(algorithm, True, tells, self.read_back, self.removed)
+        self.write({})  # raises what the store has against it
+        self.compare()
+        self.remove()
+        return Support(None, False, False, self.read_back, self.removed)
+
     def _try(self, algorithm: Algorithm) -> Support:
         right = algorithm.of(memoryview(SAMPLE))
         wrong = algorithm.of(memoryview(SAMPLE[1:]))
@@ -179,7 +199,10 @@ class Prober:
         return answer.headers
 
     def remove(self) -> None:
-        """Remove all that was written, every version; what is left is told by `removed`."""
+        """Remove all that was written, every version; `removed` says whether something is left.
+
+        What must stay gets a marker of deletion, so that nobody who lists the bucket sees it.
+        """
         versions, self._versions = self._versions, {}
         try:
             with self.store.grace(REMOVE_S):
@@ -187,3 +210,5 @@ class Prober:
                     self.store.delete(self.key, version)
         except (StoreError, DispatchError):
             self.removed = False
+            with suppress(StoreError, DispatchError), self.store.grace(REMOVE_S):
+                self.store.delete(self.key)

@@ -155,6 +155,22 @@ class Store:
             if region != self.region:
                 self._use(region)
 
+    def retention(self) -> str:
+        """Return how long the bucket keeps everything by default (Object Lock); "" if it does not, or won't say.
+
+        Raises:
+            StoreError: the store is busy. DispatchError: no answer.
+        """
+        try:
+            found = self.call("get_object_lock_configuration").get("ObjectLockConfiguration", {})
+        except StoreError as exc:
+            if exc.busy:
+                raise
+            return ""
+        rule = found.get("Rule", {}).get("DefaultRetention", {})
+        length = f"{rule['Days']} days" if "Days" in rule else f"{rule['Years']} years" if "Years" in rule else ""
+        return f"{rule['Mode'].lower()}, {length}" if length and "Mode" in rule else ""
+
     @contextmanager
     def grace(self, seconds: float) -> Iterator[None]:
         """Let what is done inside take so long, also if `check` would stop it at once; then it is TimedOut."""

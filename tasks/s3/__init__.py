@@ -144,6 +144,9 @@ def _probe_bucket(health: Health, target: S3Target, store: Store) -> None:
 
 def _probe_objects(health: Health, target: S3Target, store: Store, *, trailers: bool) -> None:
     supports = Supports(target, store)
+    if supports.retention:
+        _probe_locked(health, supports)
+        return
     with health.probe("write") as probe, errors(store.where):
         prober = Prober(store, target.prefix, supports.headers)
         try:
@@ -171,6 +174,20 @@ def _probe_objects(health: Health, target: S3Target, store: Store, *, trailers: 
         with health.probe("trailers", informative=True) as probe, errors(store.where):
             did = Prober(store, target.prefix, supports.headers).trailing()
             probe.detail = f"{did}; this target sends none, other programs may"
+
+
+def _probe_locked(health: Health, supports: Supports) -> None:
+    """Write one probe where each would stay."""
+    with health.probe("write") as probe:
+        support = supports.probe()
+        probe.detail = "an object was written with a checksum" + (", read back" if support.read_back else "")
+        if not support.removed:
+            probe.detail += f"; it stays, hidden: {supports.stays}"
+    if not health.ok:
+        return
+    with health.probe("checksum") as probe:
+        probe.detail = str(support)
+    health.skip("multipart", "trailers", why="what is written stays: one probe is enough")
 
 
 # ---- push

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 
 from blocks.s3 import Checksum, S3Target
-from protocols.s3.checksums import ALGORITHMS, Algorithm, Support
+from protocols.s3.checksums import ALGORITHMS, MD5, Algorithm, Support
 from protocols.s3.probe import AUTOMATIC, Prober
 from protocols.s3.store import Store
 from protocols.s3.upload import Form
@@ -58,7 +59,7 @@ class Supports:
             if not self._support.read_back:
                 self.notes.append("the key may not read: whether the store keeps what it is given could not be tried")
             if not self._support.removed:
-                self.notes.append("the key may not delete: an object .talaria-probe-* of 4 kB stays below the prefix")
+                self.notes.append(f"{self.stays}: an object .talaria-probe-* of 4 kB stays below the prefix")
         return self._support
 
     def _found(self) -> Support:
@@ -74,6 +75,19 @@ class Supports:
                 _supports[self._key] = known
         return known
 
+    @functools.cached_property
+    def retention(self) -> str:
+        """How long the bucket keeps everything by default; "" if it does not, or won't say."""
+        with errors(self.store.where):
+            return self.store.retention()
+
+    @property
+    def stays(self) -> str:
+        """Why a probe can't be taken away."""
+        if self.retention:
+            return f"the bucket has Object Lock ({self.retention})"
+        return "the key may not delete"
+
     @property
     def candidates(self) -> tuple[Algorithm, ...]:
         """The algorithms that the target's setting leaves to try."""
@@ -85,7 +99,8 @@ class Supports:
     def probe(self) -> Support:
         """Try what the store does; an algorithm that was asked for by name stays, whatever that is."""
         with errors(self.store.where):
-            found = Prober(self.store, self.target.prefix, self.headers).checksums(self.candidates)
+            prober = Prober(self.store, self.target.prefix, self.headers)
+            found = (prober.locked if self.retention else prober.checksums)(self.candidates)
         if self.target.checksum is not Checksum.AUTO and self.candidates:
             return Support(self.candidates[0], found.verifies, found.tells, found.read_back, found.removed)
         return found
@@ -95,13 +110,14 @@ class Supports:
         """How the checksum of an object in parts is made; raises as `support`."""
         if self._form is None:
             algorithm = self.support.algorithm
-            if self.target.checksum is Checksum.AUTO:
+            # One probe that stays is enough.
+            if self.target.checksum is Checksum.AUTO and self.support.removed:
                 with _lock:
                     known = _forms.get(self._key)
                 self._form = known or self.probe_form()
                 with _lock:
                     _forms[self._key] = self._form
-            elif algorithm is None:
+            elif algorithm is None or algorithm is MD5:
                 self._form = Form.PLAIN
             else:
                 self._form = Form.FULL if algorithm.whole else Form.COMPOSITE

@@ -57,6 +57,8 @@ class Request:
         """What it asks for, in S3's words, as far as this stub knows it."""
         query = self.query
         if not self.key:
+            if "object-lock" in query:
+                return "GetLock"
             if self.method == "HEAD":
                 return "HeadBucket"
             return "ListMultipartUploads" if "uploads" in query else "ListObjects"
@@ -130,6 +132,7 @@ class Stub:
         trailers: what it does with aws-chunked bodies: `refuse`, `decode`, or `store` as they are.
         full_parts: whether it knows checksums of whole objects that come in parts.
         md5: whether ETags are MD5 sums, and Content-MD5 is compared.
+        locked: the bucket keeps every version by default (Object Lock): it wants a checksum, and nothing is removed.
         denied: operations that the key may not do.
         fault: called with each request; may raise a Refusal, or return a Misdeed.
         seen: every request.
@@ -145,6 +148,8 @@ class Stub:
     trailers: str = "decode"
     full_parts: bool = True
     md5: bool = True
+    locked: bool = False
+    versions: list[str] = field(default_factory=list)  # keys of what was put while it was locked
     denied: set[str] = field(default_factory=set)
     fault: Callable[[Request], Misdeed | None] = lambda request: None
     seen: list[Request] = field(default_factory=list)
@@ -218,6 +223,11 @@ class Stub:
 
     def _put(self, request: Request, body: bytes, misdeed: Misdeed) -> tuple[dict[str, str], bytes]:
         made = self._object(request, body, misdeed)
+        if self.locked:
+            if not made.sums and "content-md5" not in request.headers:
+                words = "Content-MD5 OR x-amz-checksum- HTTP header is required for Put requests with Object Lock"
+                raise Refusal(400, "InvalidRequest", words)
+            self.versions.append(request.key)
         self.buckets[request.bucket][request.key] = made
         return {"ETag": f'"{made.etag}"', "x-amz-version-id": made.version, **_told(made), **misdeed.answer}, b""
 
@@ -237,8 +247,16 @@ class Stub:
     _head = _get
 
     def _delete(self, request: Request, body: bytes) -> tuple[dict[str, str], bytes]:
+        if self.locked and "versionId" in request.query:
+            raise Refusal(403, "AccessDenied", "Access Denied because object protected by object lock.")
         self.buckets[request.bucket].pop(request.key, None)
         return {}, b""
+
+    def _getlock(self, request: Request, body: bytes) -> tuple[dict[str, str], bytes]:
+        if not self.locked:
+            raise Refusal(404, "ObjectLockConfigurationNotFoundError", "There is no such configuration.")
+        rule = "<Rule><DefaultRetention><Mode>COMPLIANCE</Mode><Days>30</Days></DefaultRetention></Rule>"
+        return {}, _xml("ObjectLockConfiguration", f"<ObjectLockEnabled>Enabled</ObjectLockEnabled>{rule}")
 
     def _headbucket(self, request: Request, body: bytes) -> tuple[dict[str, str], bytes]:
         return {"x-amz-bucket-region": REGION}, b""

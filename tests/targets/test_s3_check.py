@@ -22,7 +22,7 @@ from tests.servers.certificates import Authority, Leaf
 from tests.servers.process import free_port
 from tests.servers.s3 import accepting
 from tests.servers.s3_stub import ACCESS_KEY, REGION, SECRET_KEY, Misdeed, Refusal, Request, Stub, stub
-from tests.targets.s3 import certificates, stub_target
+from tests.targets.s3 import certificates, shared_moto, stub_target
 from tests.targets.s3 import target as target_at
 from transfer.errors import Denied, Interrupted, Misconfigured, NotFound, NotTrusted, Retryable, TimedOut, Unreachable
 from transfer.health import Health
@@ -121,6 +121,47 @@ def test_check_403_is_Denied_not_connected(store: Stub, denied: set[str], failed
     assert type(health.error) is Denied
     assert results(health)[failed] == "failed"
     assert results(health)["authenticate"] == "ok"
+
+
+@pytest.mark.parametrize("knows", [("crc64nvme", "crc32", "sha256"), ("crc32",), ()])
+def test_check_of_a_bucket_with_object_lock_leaves_one_probe(store: Stub, knows: tuple[str, ...]) -> None:
+    """It takes no object without a checksum, and gives none back."""
+    store.locked, store.knows, store.unknown = True, knows, "refuse"
+    health = driver.check(stub_target(store))
+    assert health.ok, health
+    assert "it stays, hidden: the bucket has Object Lock (compliance, 30 days)" in detail(health, "write")
+    assert results(health)["multipart"] == "skipped"
+    assert len(store.versions) == 1
+    assert not store.objects("lab")
+
+
+def test_push_into_a_bucket_with_object_lock(store: Stub, study: Path) -> None:
+    forget()
+    studies.multiframe(study / "large.dcm", 12)  # in parts
+    store.locked = True
+    target = stub_target(store, multipart_bytes=5 << 20)
+    sent = attempt(target, study)
+    assert sent.require().state is State.DELIVERED
+    assert "the bucket has Object Lock (compliance, 30 days)" in " ".join(sent.require().notes)
+    assert sum("probe" in key for key in store.versions) == 1
+    assert not any("probe" in key for key in store.objects("lab"))
+
+
+def test_check_of_moto_s_bucket_with_object_lock() -> None:
+    server, client = shared_moto(False)
+    client.create_bucket(Bucket="locked", ObjectLockEnabledForBucket=True)
+    client.put_object_lock_configuration(
+        Bucket="locked",
+        ObjectLockConfiguration={
+            "ObjectLockEnabled": "Enabled", "Rule": {"DefaultRetention": {"Mode": "COMPLIANCE", "Days": 1}},
+        },
+    )  # fmt: skip
+    health = driver.check(target_at(server.url, server.access_key, server.secret_key, bucket="locked"))
+    assert health.ok, health
+    assert "Object Lock (compliance, 1 days)" in detail(health, "write")
+    versions = client.list_object_versions(Bucket="locked")
+    assert len(versions["Versions"]) == 1
+    assert "Contents" not in client.list_objects_v2(Bucket="locked")
 
 
 def test_check_everything_403(store: Stub) -> None:
