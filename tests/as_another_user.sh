@@ -16,28 +16,19 @@ trap 'exit 1' INT TERM
 chmod 755 "$place"
 useradd --home-dir "$place/home" --create-home --shell /bin/sh "$user"
 mkdir "$place/tree"
-# The tree itself, copied; what is installed for it, linked where that can be had, and pointed at the copy.
-(cd "$tree" && tar cf - --exclude=./.venv --exclude=./.cache --exclude=./.git --exclude=node_modules \
-    --exclude=__pycache__ --exclude='./.*_cache' --exclude=./.hypothesis --exclude='*.egg-info' .) |
-    tar xf - -C "$place/tree"
+(cd "$tree" && tar cf - --exclude=./.venv --exclude=./.git --exclude=__pycache__ --exclude='./.[mrpi]*_cache' \
+    --exclude=./.hypothesis --exclude='*.egg-info' .) | tar xf - -C "$place/tree"
 chown -R "$user:" "$place/tree"
-for part in .venv .cache/uv tests/servers/s3rver/node_modules; do
-    mkdir -p "$(dirname "$place/tree/$part")"
-    cp -al "$tree/$part" "$place/tree/$part" 2>/dev/null ||
-        { rm -rf "${place:?}/tree/$part" && cp -a "$tree/$part" "$place/tree/$part"; }
-done
-grep -rlIF "$tree" "$place/tree/.venv/bin" "$place"/tree/.venv/lib/python*/site-packages/__editable__* |
-    xargs sed -i "s#$tree#$place/tree#g" # a new file in the place of the linked one
-# The interpreter may be root's own: then another one of its version.
+# An environment of its own, from what is cached. The interpreter may be root's own: then another one of its kind.
 python=$(readlink -f "$tree/.venv/bin/python")
 if ! runuser -u "$user" -- test -x "$python"; then
     name=$("$python" -c 'import sys; print("python%d.%d" % sys.version_info[:2])')
     other=$(PATH=/usr/local/bin:/usr/bin:/bin command -v "$name") ||
         { echo "other users may not run $python, and there is no $name for them" >&2 && exit 1; }
-    ln -sf "$other" "$place/tree/.venv/bin/python"
-    sed -i "s#^home = .*#home = $(dirname "$other")#" "$place/tree/.venv/pyvenv.cfg"
+    python=$other
 fi
 cd "$place/tree"
+make --silent PYTHON="$python" tools
 echo "as user $user, in a copy of the tree:"
 runuser -u "$user" -- env -u XDG_RUNTIME_DIR -u XDG_CACHE_HOME -u XDG_CONFIG_HOME -u TMPDIR \
     HOME="$place/home" USER="$user" LOGNAME="$user" .venv/bin/python -m pytest "$@"
