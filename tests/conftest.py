@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -38,6 +39,10 @@ def _clear() -> None:
     atexit.register(shutil.rmtree, home, ignore_errors=True)
     os.environ["PREFECT_HOME"] = home  # never the user's own settings and database
 
+
+# What a test leaves open at the end is closed by name; finalizers, which warn of it, come after that: the handler that
+# runs them is registered with the first of them, and the first comes last.
+weakref.finalize(_clear, str)
 
 _clear()  # before any module of ours, or of a library, reads it at import
 

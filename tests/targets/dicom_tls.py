@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import ssl
 import tempfile
@@ -49,11 +50,8 @@ def certificates() -> Certificates:
     folder = tempfile.TemporaryDirectory(prefix="talaria-ca-")
     authority = Authority(Path(folder.name))
     made = Certificates(authority, authority.leaf("server"), authority.leaf("client", password=KEY_PASSWORD))
-    _FOLDERS.append(folder)
+    atexit.register(folder.cleanup)
     return made
-
-
-_FOLDERS: list[tempfile.TemporaryDirectory[str]] = []
 
 
 def tls_target(port: int, **settings: Any) -> DicomTlsTarget:
