@@ -127,7 +127,7 @@ SECTIONS = {
 }
 
 
-LATER = {"boto3", "botocore", "dicomweb-client", "paramiko", "pynetdicom", "asyncssh"}  # whose sections are written
+LATER = {"boto3", "botocore", "dicomweb-client", "paramiko", "asyncssh"}  # whose sections are written
 
 
 @functools.cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -89,16 +90,19 @@ def test_pynetdicom_goes_on_after_the_connection_was_lent(plan: Plan) -> None:
 def test_nothing_of_pynetdicom_runs_while_the_connection_is_lent(plan: Plan) -> None:
     """Its threads look for work every millisecond else: what guards against a release of it that does so again."""
     with scp() as server, linked(server) as association, Sender(association, Throttle(None)):
-        threads = [association.assoc.native_id, association.assoc.dul.native_id]
-        before = [_switches(thread) for thread in threads]
-        time.sleep(0.3)
-        assert [_switches(thread) for thread in threads] == before
+        threads = [association.assoc, association.assoc.dul]
+        end = time.monotonic() + 20
+        while not all(map(_rests, threads)):
+            assert time.monotonic() < end, "a thread of pynetdicom's goes on"
+            time.sleep(0.001)
 
 
-def _switches(thread: int | None) -> int:
-    """How often a thread gave up the CPU by itself, proc(5)."""
-    status = Path(f"/proc/self/task/{thread}/status").read_text()
-    return int(status.split("voluntary_ctxt_switches:")[1].split()[0])
+def _rests(thread: threading.Thread) -> bool:
+    """Return True if a thread waits for an event without a time limit, so that nothing but the event wakes it."""
+    frame = sys._current_frames().get(thread.ident or 0)
+    while frame is not None and frame.f_code is not threading.Event.wait.__code__:
+        frame = frame.f_back
+    return frame is not None and frame.f_locals["timeout"] is None
 
 
 def test_echo_between_instances(plan: Plan) -> None:

@@ -13,7 +13,9 @@ from prefect.testing.standard_test_suites import BlockStandardTestSuite
 from pydantic import SecretStr, ValidationError
 
 from blocks import EXTENSIONS, TYPES, Target
+from blocks.dicom_tls import DicomTlsTarget
 from talaria import targetfile
+from tasks import DRIVERS
 from tests.servers.up import Talaria, talaria
 from transfer.errors import Misconfigured
 
@@ -187,3 +189,14 @@ def test_all_types_make_the_round_trip_through_the_server(up: Talaria, monkeypat
     up.json("target", "remove", "shelf")
     assert "shelf" not in up("target", "list", "--json").stdout
     assert up("target", "show", "shelf").returncode == 2
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_what_a_type_offers_is_what_its_driver_does(name: str) -> None:
+    """The direction that a block takes, its text, and the functions of its driver, which `target types` lists."""
+    driver, cls = DRIVERS[name], TYPES[name]
+    can_query = driver.find is not None
+    assert cls.can_query == can_query
+    assert can_query == (driver.retrieve is not None)
+    text = " ".join((cls.__doc__ or "").split())
+    assert ("quer" in text) == can_query or issubclass(cls, DicomTlsTarget)  # whose text refers to DICOM's
