@@ -23,7 +23,8 @@ class DicomTlsTarget(DicomTarget):
     """A PACS, a modality or any other DICOM node that is reached over TLS, by the BCP 195 profiles of PS3.15.
 
     The node's certificate is verified against `ca_cert`, or the system's trust store; a certificate of our own is
-    shown if one is set. Everything else is as for a DICOM target.
+    shown if one is set. Everything else is as for a DICOM target, queries
+    and pulls too.
     """
 
     _block_type_name = "DICOM TLS Target"

@@ -22,7 +22,7 @@ from protocols.dimse.contexts import UNCOMPRESSED, names
 from protocols.dimse.find import CannotList, Stored, missing
 from protocols.dimse.fleet import ROOMS, Fleet
 from protocols.dimse.listener import Listener, shared
-from protocols.dimse.query import finder
+from protocols.dimse.query import STUDY_ROOT_FIND, finder
 from protocols.dimse.search import Search
 from protocols.dimse.transport import VERIFICATION, Peer
 from protocols.net import tls
@@ -36,6 +36,8 @@ from transfer.plan import Item, Origin, Plan
 from transfer.receipt import Level, PushReport, Receipt
 from transfer.throttle import Throttle
 
+BOGUS = "1.2.826.0.1.3680043.8.498.0"  # a UID below pydicom's root that no study has
+NOBODY = "TALARIA-PROBE"  # for peers that know studies below a patient only
 LISTEN_S = 10  # for another process to give up the port on which commitment reports come in
 # What `check` asks for beside C-ECHO: the classes that most studies are made of, and the syntaxes that they come in.
 CHECKED_CLASSES = (
@@ -120,6 +122,7 @@ def check(target: DicomTarget) -> Health:
     """Probe name, TCP, TLS, association, C-ECHO and the presentation contexts that the peer accepts."""
     health = Health()
     probes = ["resolve", "tcp", *(["tls"] if isinstance(target, DicomTlsTarget) else []), "associate", "echo"]
+    probes += ["find", "retrieve"] if target.queries else []
     if target.host == SENDER:
         health.skip(*probes, why="the node is known only when a study has come from it")
         return health
@@ -129,8 +132,25 @@ def check(target: DicomTarget) -> Health:
     finally:
         if association is not None:
             association.release()
+    if health.ok and target.queries:
+        _probe_queries(health, _peer(target, target.host, target.aet_target, target.aet_source))
     health.skip(*probes[len(health.probes) :])
     return health
+
+
+def _probe_queries(health: Health, peer: Peer) -> None:
+    """Ask for a study that there isn't, and for C-GET and C-MOVE; whether a move arrives is known only by one."""
+    with health.probe("find") as probe:
+        with finder(peer) as asked:
+            found = list(asked.ask_for("STUDY", {"StudyInstanceUID": BOGUS, "PatientID": NOBODY}, ("StudyDate",)))
+        root = "Study Root" if asked.root == STUDY_ROOT_FIND else "Patient Root"
+        probe.detail = f"C-FIND is answered ({root})"
+        if found:
+            probe.detail += "; its keys are not: what it answers is filtered here"
+    if not health.ok:
+        return
+    with health.probe("retrieve") as probe:
+        probe.detail = dicom_pull.granted(peer)
 
 
 def _probe(health: Health, target: DicomTarget) -> Association | None:

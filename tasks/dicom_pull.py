@@ -8,11 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from imaging.query import Match, Query
+from protocols.dimse.association import associate
+from protocols.dimse.contexts import UNCOMPRESSED
+from protocols.dimse.get import PATIENT_ROOT_GET, PATIENT_ROOT_MOVE, STUDY_ROOT_GET, STUDY_ROOT_MOVE
 from protocols.dimse.pull import Destination, Pull, Series
 from protocols.dimse.query import finder
 from protocols.dimse.search import Search, count, text
 from protocols.dimse.transport import Peer
-from transfer.errors import NotFound
+from transfer.errors import Misconfigured, NotFound
 from transfer.plan import Plan
 from transfer.query import series_tests
 from transfer.receipt import Level, PushReport, Receipt
@@ -64,6 +67,28 @@ def retrieve(
     studies = {} if series_tests(query) else {match.StudyInstanceUID: announced(match) for match in matches}
     receipt = report.receipt(name, plan, Level.ACCEPTED if pull.unproven else Level.LISTED, tuple(pull.notes))
     return _compared(receipt, plan, series, studies, pull.unproven)
+
+
+def granted(peer: Peer) -> str:
+    """Ask for C-GET and C-MOVE; return what of them the peer grants, for people.
+
+    Raises:
+        Misconfigured: neither.
+    """
+    gets, moves = (STUDY_ROOT_GET, PATIENT_ROOT_GET), (STUDY_ROOT_MOVE, PATIENT_ROOT_MOVE)
+    association = associate(peer, [(root, UNCOMPRESSED) for root in (*gets, *moves)])
+    try:
+        has_get, has_move = (any(association.context(root) for root in roots) for roots in (gets, moves))
+    finally:
+        association.release()
+    at = destination()
+    if has_get:
+        return f"C-GET is granted, {'and C-MOVE' if has_move else 'C-MOVE is not'}"
+    if not has_move:
+        raise Misconfigured(f"{peer.where}: the peer grants neither C-GET nor C-MOVE: it can't be pulled from")
+    if not at.port:
+        raise Misconfigured(f"{peer.where}: the peer grants C-MOVE only: set scp_port, where it is to send to")
+    return f"C-MOVE is granted, C-GET is not: {at.aet}, port {at.port}, must be registered there as a destination"
 
 
 def _series(search: Search, match: Match) -> Series:

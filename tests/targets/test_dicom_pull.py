@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 
+from blocks import TYPES
 from blocks.dicom import DicomTarget
 from imaging.header import read_header
 from imaging.query import Query
 from protocols.dimse.get import Retriever
-from tasks.dicom import find, retrieve
+from tasks import DRIVERS
+from tasks.dicom import check, find, retrieve
 from tests import studies
 from tests.servers.dcmtk import dcmqrscp
 from tests.servers.orthanc import shared_orthanc
@@ -430,6 +432,32 @@ def test_bandwidth_is_limited(tmp_path: Path) -> None:
 def test_nothing_that_matches_is_an_error(tmp_path: Path) -> None:
     with archive([]) as peer, pytest.raises(NotFound):
         pull(peer, tmp_path / "in")
+
+
+@pytest.mark.parametrize(
+    ("refused", "words"),
+    [((), "C-GET is granted, and C-MOVE"), (MOVES, "C-MOVE is not"), (GETS, "must be registered"), (None, "neither")],
+)
+def test_a_check_of_a_source_shows_what_it_answers_and_grants(refused: Any, words: str, port: int) -> None:
+    gone = (*GETS, *MOVES) if refused is None else refused
+    with archive(study(1, 1), accept=only(gone)) as peer:
+        health = check(dicom_target(peer.port, aet_target=peer.aet, direction="query"))
+        probes = {probe.name: probe for probe in health.probes}
+        assert probes["find"].result == "ok" and words in probes["retrieve"].detail
+        assert health.ok == (refused is not None)
+        assert not peer.asked(GET) and not peer.asked(MOVE)
+    with archive([], refuses=lambda request: 0xC000) as peer:
+        health = check(dicom_target(peer.port, aet_target=peer.aet, direction="both"))
+        assert {probe.name: probe.result for probe in health.probes}["find"] == "failed" and not health.ok
+        assert "find" not in [probe.name for probe in check(dicom_target(peer.port, aet_target=peer.aet)).probes]
+
+
+def test_what_types_say_of_queries_is_what_their_drivers_can() -> None:
+    for name, cls in TYPES.items():
+        driver = DRIVERS[name]
+        assert cls.can_query == bool(driver.find and driver.retrieve) == bool(driver.find or driver.retrieve), name
+        words = f"{cls.__doc__}".lower()
+        assert cls.can_query == ("quer" in words or "qido" in words), name
 
 
 @pytest.mark.mounts

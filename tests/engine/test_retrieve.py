@@ -1,0 +1,225 @@
+"""Retrievals as people make them: a list from an archive, to targets or a folder; paused, killed, repaired."""
+
+from __future__ import annotations
+
+import csv
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import studies
+from tests.engine.test_dispatch import FAST, files, folder
+from tests.servers.dcmtk import storescp
+from tests.servers.qr import GET, Archive, Instance, Last, Request, Send, Steps, archive, sends
+from tests.servers.up import Talaria, talaria
+
+pytestmark = pytest.mark.timeout(900)
+
+
+@pytest.fixture(scope="module")
+def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Talaria]:
+    with talaria(tmp_path_factory.mktemp("up")) as one:
+        yield one
+
+
+def study(accession: str, series: int = 2, each: int = 2, **changes: Any) -> list[bytes]:
+    uid, uids = studies.uid(), [studies.uid() for _ in range(series)]
+    return [
+        studies.encoded(studies.dataset(study=uid, series=one, AccessionNumber=accession, **changes))
+        for one in uids
+        for _ in range(each)
+    ]
+
+
+def source(peer: Archive, **fields: Any) -> dict[str, Any]:
+    return {
+        "type": "dicom", "host": "127.0.0.1", "port": peer.port, "aet_target": "ARCHIVE", "direction": "query", **FAST,
+        **fields,
+    }  # fmt: skip
+
+
+def placed(into: Path) -> dict[str, set[str]]:
+    """Names of the files in a folder by that of the first folder."""
+    found: dict[str, set[str]] = {}
+    for path in into.rglob("*"):
+        if path.is_file():
+            found.setdefault(path.relative_to(into).parts[0], set()).add(path.stem)
+    return found
+
+
+def test_a_list_goes_to_targets_and_what_is_missing_or_partial_is_repaired_by_retry(
+    up: Talaria, tmp_path: Path
+) -> None:
+    data = {f"ACC{n}": study(f"ACC{n}", StudyDescription="Thorax") for n in range(4)}
+    broken = Instance.of(data["ACC2"][0]).uid
+    lost = [broken]
+
+    def script(request: Request, found: list[Instance]) -> Steps:
+        there = [one for one in found if one.uid not in lost]
+        failed = len(found) - len(there)
+        return [*(Send(one) for one in there), Last(0xB000 if failed else 0, len(there), failed, 0)]
+
+    listed = tmp_path / "list.csv"
+    listed.write_text('\ufeff"Accession Number"\r\n"ACC0"\r\nACC1\tACC2\r\nACC1, NOPE\r\n', encoding="utf-8")
+    with (
+        archive([one for each in data.values() for one in each], on_get=script) as peer,
+        storescp(tmp_path / "b") as pacs,
+    ):
+        pacs_target = {"type": "dicom", "host": "127.0.0.1", "port": pacs.port, "aet_target": "STORESCP", **FAST}
+        up.apply(src=source(peer), pacs=pacs_target, arch=folder(tmp_path / "arch"))
+        result = up.told("retrieve", "src", "--accession-file", str(listed), "--to", "pacs,arch", code=1)
+        assert (result["state"], result["found"], result["delivered"]) == ("partial", 3, 2)
+        assert result["missing"] == ["NOPE"] and result["partial"] == ["ACC2"] and result["failed"] == []
+        wanted = {Instance.of(one).uid for name in ("ACC0", "ACC1") for one in data[name]}
+        assert pacs.files().keys() == wanted
+        by_number = {one["accession"]: one for one in result["studies"]}
+        assert by_number["ACC0"]["targets"] == {"pacs": "delivered", "arch": "delivered"}
+        assert by_number["ACC2"]["missing"] == 1 and "missing" in by_number["ACC2"]["reason"]
+        assert by_number["ACC0"]["notes"] == ["retrieved by C-GET, which the peer grants"]
+        rows = list(csv.DictReader((up.home / "receipts" / f"{result['flow_run_id']}.csv").open(encoding="utf-8")))
+        assert {row["accession"]: row["state"] for row in rows} == {
+            "ACC0": "delivered", "ACC1": "delivered", "ACC2": "partial", "NOPE": "missing",
+        }  # fmt: skip
+        shown = up.told("jobs", "show", result["flow_run_id"])
+        assert shown["studies"] == result["studies"]
+        assert up.told("jobs", "list")["jobs"][0]["kind"] == "retrieval"
+        seen = json.dumps([up.run(result["flow_run_id"]), up.api("POST", "/artifacts/filter"), result])
+        assert not any(value in seen for value in studies.PHI)
+        # The source has found what it had lost: a retry fetches that, and nothing that was delivered.
+        lost.clear()
+        before = len(peer.asked(GET))
+        again = up.told("jobs", "retry", result["flow_run_id"], code=1)
+        assert (again["state"], again["delivered"], again["missing"]) == ("partial", 3, ["NOPE"])
+        asked = {str(request.keys.StudyInstanceUID) for request in peer.asked(GET)[before:]}
+        assert asked == {by_number["ACC2"]["study"]}
+        assert pacs.files().keys() == wanted | {Instance.of(one).uid for one in data["ACC2"]}
+        assert not list((up.home / "staging").iterdir())
+
+
+def test_into_a_folder_by_accession_and_series_with_filters(up: Talaria, tmp_path: Path) -> None:
+    data = [*study("B1", SeriesDescription="T1"), *study("B2", SeriesDescription="T2, axial"), *study("B3")]
+    with archive(data) as peer:
+        up.apply(src=source(peer))
+        into = tmp_path / "into"
+        arguments = ["--accession", "B1 B2;B3", "--series-description", '"T2, axial",T1', "--into", str(into)]
+        result = up.told("retrieve", "src", *arguments, code=1)
+        assert result["delivered"] == 2 and result["missing"] == ["B3"]
+        assert placed(into).keys() == {"B1", "B2"}
+        for one in peer.instances:
+            path = into / str(one.ds.AccessionNumber) / str(one.ds.SeriesInstanceUID) / f"{one.uid}.dcm"
+            assert path.exists() == (one.ds.AccessionNumber != "B3")
+            assert not path.exists() or path.read_bytes().endswith(one.data)
+
+
+def test_a_patients_name_is_in_no_run(up: Talaria, tmp_path: Path) -> None:
+    with archive(study("C1")) as peer:
+        up.apply(src=source(peer))
+        query = up.told("query", "src", "--patient-name", studies.PATIENT_NAME)
+        assert [match["PatientID"] for match in query["matches"]] == [studies.PATIENT_ID]
+        arguments = ["--patient-name", studies.PATIENT_NAME, "--into", str(tmp_path / "into")]
+        result = up.told("retrieve", "src", *arguments)
+        assert result["delivered"] == 1
+        assert not any(value in json.dumps(up.run(result["flow_run_id"])) for value in studies.PHI)
+        logs = json.dumps(up.api("POST", "/logs/filter")) + up.log.read_text()
+        assert not any(value in logs for value in studies.PHI)
+
+
+def test_a_pause_ends_after_the_running_series_and_resume_goes_on_there(up: Talaria, tmp_path: Path) -> None:
+    held, go_on = threading.Event(), threading.Event()
+
+    def script(request: Request, found: list[Instance]) -> Steps:
+        held.set()
+        if not go_on.wait(120):
+            raise AssertionError("nobody let it go on")
+        return sends(found)
+
+    with archive(study("D1", series=3), on_get=script) as peer:
+        up.apply(src=source(peer, concurrency=1))
+        queued = up.told("retrieve", "src", "--accession", "D1", "--into", str(tmp_path / "into"), "--no-wait")
+        run_id = queued["flow_run_id"]
+        assert held.wait(120)
+        assert up.told("jobs", "pause", run_id)["action"] == "pausing"
+        # The worker looks once a second; the series goes on until then and beyond.
+        up.until(lambda: up.run(run_id)["state_name"] == "Pausing")
+        threading.Timer(3, go_on.set).start()
+        up.until(lambda: up.run(run_id)["state_name"] == "Paused", 120)
+        assert len(peer.asked(GET)) == 1 and not (tmp_path / "into" / "D1").exists()
+        assert up.told("jobs", "show", run_id)["state"] == "paused"
+        result = up.told("jobs", "resume", run_id)
+        assert result["state"] == "delivered" and len(peer.asked(GET)) == 3
+        assert len(placed(tmp_path / "into")["D1"]) == 6
+
+
+def test_cancelling_releases_the_association_within_seconds_and_a_retry_fetches_the_rest(
+    up: Talaria, tmp_path: Path
+) -> None:
+    from tests.servers.steps import Silence
+
+    held = threading.Event()
+
+    def script(request: Request, found: list[Instance]) -> Steps:
+        if request.number > 1:
+            return sends(found)
+        held.set()
+        return [Send(found[0]), Silence()]
+
+    with archive(study("E1", series=1, each=4), on_get=script) as peer:
+        up.apply(src=source(peer, idle_timeout_s=600))
+        queued = up.told("retrieve", "src", "--accession", "E1", "--into", str(tmp_path / "into"), "--no-wait")
+        assert held.wait(120)
+        up.told("jobs", "cancel", queued["flow_run_id"])
+        assert peer.wait_closed(8)
+        up.until(lambda: up.run(queued["flow_run_id"])["state_type"] == "CANCELLED", 60)
+        result = up.told("jobs", "retry", queued["flow_run_id"])
+        assert result["state"] == "delivered" and len(placed(tmp_path / "into")["E1"]) == 4
+        assert peer.asked(GET)[1].level == "IMAGE"  # what had come is not fetched again
+
+
+def test_what_a_kill_interrupts_is_taken_up_and_nothing_delivered_is_fetched_again(up: Talaria, tmp_path: Path) -> None:
+    held = threading.Event()
+
+    def script(request: Request, found: list[Instance]) -> Steps:
+        if request.number == 2:
+            held.set()
+            threading.Event().wait(3)  # the kill comes meanwhile
+        return sends(found)
+
+    with archive([*study("F1", series=1), *study("F2", series=1)], on_get=script) as peer:
+        up.apply(src=source(peer))
+        into = tmp_path / "into"
+        queued = up.told("retrieve", "src", "--accession", "F1,F2", "--into", str(into), "--no-wait")
+        assert held.wait(120)
+        up.until(lambda: len(placed(into).get("F1", ())) == 2, 60)
+        up.kill()
+        up.start()
+        up.until(lambda: up.run(queued["flow_run_id"])["state_type"] == "COMPLETED", 240)
+        assert {name: len(there) for name, there in placed(into).items()} == {"F1": 2, "F2": 2}
+        asked = [str(request.keys.StudyInstanceUID) for request in peer.asked(GET)]
+        first = str(next(one.ds.StudyInstanceUID for one in peer.instances if one.ds.AccessionNumber == "F1"))
+        assert asked.count(first) == 1
+        assert not [name for name in files(into) if ".talaria" in name]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["nobody", "--accession", "A", "--into", "/tmp/x"], "nobody"),
+        (["arch", "--accession", "A", "--into", "/tmp/x"], "can't be queried"),
+        (["pacs", "--accession", "A", "--into", "/tmp/x"], "direction store"),
+        (["src", "--accession", "A"], "--to"),
+        (["src", "--accession", "A", "--to", "arch", "--into", "/tmp/x"], "--to"),
+        (["src", "--into", "/tmp/x"], "nothing to look for"),
+        (["src", "--study-date", "soon", "--into", "/tmp/x"], "study date"),
+        (["src", "--accession-file", "/no/such/file", "--into", "/tmp/x"], "/no/such/file"),
+    ],
+)
+def test_bad_input_is_refused_in_one_line(up: Talaria, tmp_path: Path, arguments: list[str], word: str) -> None:
+    pacs = {"type": "dicom", "host": "127.0.0.1", "port": 1, "aet_target": "X"}
+    up.apply(src=pacs | {"direction": "query"}, pacs=pacs, arch=folder(tmp_path / "arch"))
+    ran = up.here("retrieve", *arguments)
+    assert ran.returncode == 2 and ran.stdout == ""
+    assert word in ran.stderr and len(ran.stderr.strip().splitlines()) == 1
