@@ -29,7 +29,6 @@ from protocols.dimse.stream import (
     STATUS,
     Command,
     Stream,
-    encoded,
 )
 from protocols.files import partial
 from transfer.errors import DispatchError, Interrupted
@@ -76,23 +75,27 @@ class Depot:
         body = _VERSION + _uid_element(0x02, sop_class) + _uid_element(0x03, uid) + tail
         return _PREAMBLE + len(body).to_bytes(4, "little") + body
 
-    def keep(self, file: Path, fd: int, size: int, uid: str) -> int:
-        """Give a whole file its name, if it is wanted and not there yet; return the status to answer with."""
+    def keep(self, file: Path, fd: int, size: int, uid: str) -> tuple[int, bool]:
+        """Give a whole file its name, if it is wanted and not there yet.
+
+        Returns:
+            The status to answer with, and whether the file has its name.
+        """
         try:
             header = read_header(fd, size)
         except (NotDicom, Damaged) as exc:
             self._count(f"damaged: {exc}")
-            return CANNOT_UNDERSTAND
+            return CANNOT_UNDERSTAND, False
         if header.SOPInstanceUID != uid:
             self._count("another instance than the request names")
-            return MISMATCH
+            return MISMATCH, False
         why = self.refuse(header)
         if why:
             self._count(why)
-            return NOT_AUTHORISED
+            return NOT_AUTHORISED, False
         with self._lock:
             if uid in self.here:
-                return SUCCESS  # a second copy
+                return SUCCESS, False  # a second copy
         if self.durable:
             os.fdatasync(fd)
         final = f"{self.folder}/{uid}.dcm"
@@ -102,12 +105,12 @@ class Depot:
         info = os.fstat(fd)
         with self._lock:
             if uid in self.here:
-                return SUCCESS
+                return SUCCESS, True
             self.here.add(uid)
             if not self.durable:
                 self._unsettled.append(final)
         self.kept(Item(f"{uid}.dcm", size, info.st_mtime_ns, header))
-        return SUCCESS
+        return SUCCESS, True
 
     def _count(self, why: str) -> None:
         with self._lock:
@@ -149,33 +152,31 @@ def receive(stream: Stream, request: Command, syntax: str, depot: Depot) -> int:
     Raises:
         Interrupted, TimedOut: the association ended; nothing is left of the file.
     """
-    uid = request.text(AFFECTED_INSTANCE)
-    sop_class = request.text(AFFECTED_CLASS)
+    uid, sop_class = request.uid(AFFECTED_INSTANCE), request.uid(AFFECTED_CLASS)
     if not UID.fullmatch(uid) or not UID.fullmatch(sop_class):
         stream.skip()
         return INVALID_INSTANCE
     try:
-        with partial.writing(depot.folder):
-            file, fd = partial.create(depot.folder)
-    except DispatchError as exc:
-        depot.failure = exc
+        file, fd = partial.create(depot.folder)
+    except OSError as exc:
+        depot.failure = partial.failure(depot.folder, exc)
         stream.skip()
         return OUT_OF_RESOURCES
+    kept = False
     try:
         size = _spool(stream, fd, depot, depot.meta(sop_class, uid, syntax))
         if depot.failure is not None:
             return OUT_OF_RESOURCES
-        with partial.writing(depot.folder):
-            return depot.keep(file, fd, size, uid)
-    except DispatchError as exc:
-        if isinstance(exc, Interrupted) or exc.retryable is False:
-            raise
-        depot.failure = exc
+        status, kept = depot.keep(file, fd, size, uid)
+    except OSError as exc:
+        depot.failure = partial.failure(depot.folder, exc)
         return OUT_OF_RESOURCES
     finally:
         os.close(fd)
-        with suppress(OSError):  # it has its name by now
-            os.unlink(file)  # noqa: PTH108
+        if not kept:
+            with suppress(OSError):
+                os.unlink(file)  # noqa: PTH108
+    return status
 
 
 def _spool(stream: Stream, fd: int, depot: Depot, meta: bytes) -> int:
@@ -204,31 +205,37 @@ def _write(fd: int, pieces: list[bytes | memoryview], count: int, depot: Depot) 
     if not count or depot.failure is not None:
         return 0
     try:
-        with partial.writing(depot.folder):
-            done = os.writev(fd, pieces)
-            while done < count:  # a disk that is almost full takes what fits
-                rest, skip = [], done
-                for piece in pieces:
-                    rest.append(piece[min(skip, len(piece)) :])
-                    skip -= min(skip, len(piece))
-                done += os.writev(fd, [piece for piece in rest if piece])
-    except DispatchError as exc:
-        depot.failure = exc
+        done = os.writev(fd, pieces)
+        while done < count:  # a disk that is almost full takes what fits
+            rest, skip = [], done
+            for piece in pieces:
+                rest.append(piece[min(skip, len(piece)) :])
+                skip -= min(skip, len(piece))
+            done += os.writev(fd, [piece for piece in rest if piece])
+    except OSError as exc:
+        depot.failure = partial.failure(depot.folder, exc)
     return count
 
 
 def response(request: Command, status: int) -> bytes:
     """Return the command set of a C-STORE response (PS3.7 table 9.3-2)."""
-    return encoded(
-        {
-            AFFECTED_CLASS: request.get(AFFECTED_CLASS, b""),
-            FIELD: C_STORE_RSP,
-            RESPONDED_TO: request.number(MESSAGE_ID) or 0,
-            DATASET_TYPE: NO_DATASET,
-            STATUS: status,
-            AFFECTED_INSTANCE: request.get(AFFECTED_INSTANCE, b""),
-        }
+    sop_class, uid = request.get(AFFECTED_CLASS, b""), request.get(AFFECTED_INSTANCE, b"")
+    body = b"".join(
+        (
+            _HEAD.pack(0, AFFECTED_CLASS, len(sop_class)),
+            sop_class,
+            _NUMBER.pack(0, FIELD, 2, C_STORE_RSP),
+            _NUMBER.pack(0, RESPONDED_TO, 2, request.number(MESSAGE_ID) or 0),
+            _NUMBER.pack(0, DATASET_TYPE, 2, NO_DATASET),
+            _NUMBER.pack(0, STATUS, 2, status),
+            _HEAD.pack(0, AFFECTED_INSTANCE, len(uid)),
+            uid,
+        )
     )
+    return _LENGTH.pack(0, 0, 4, len(body)) + body
+
+
+_HEAD, _NUMBER, _LENGTH = struct.Struct("<HHI"), struct.Struct("<HHIH"), struct.Struct("<HHII")
 
 
 def _uid_element(element: int, uid: str) -> bytes:

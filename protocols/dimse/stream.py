@@ -57,6 +57,10 @@ class Command(dict[int, bytes]):
         value = self.get(element, b"")
         return int.from_bytes(value, "little") if len(value) == 2 else None
 
+    def uid(self, element: int) -> str:
+        """The value of an element of VR UI, whatever is in it."""
+        return self.get(element, b"").rstrip(b"\0 ").decode("ascii", "replace")
+
     def text(self, element: int) -> str:
         """The value of an element as text without padding."""
         raw = self.get(element, b"")

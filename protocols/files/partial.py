@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from transfer.errors import Busy, Misconfigured
+from transfer.errors import Busy, DispatchError, Misconfigured
 from transfer.oserrors import FULL, words_of
 
 NAME = re.compile(r"\.talaria-[0-9a-f]{16}")  # other files of ours begin alike
@@ -32,8 +32,13 @@ def writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as exc:
-        kind = Busy if exc.errno in FULL else Misconfigured
-        raise kind(f"can't write to {folder}: {words_of(exc)}") from exc
+        raise failure(folder, exc) from exc
+
+
+def failure(folder: Path, exc: OSError) -> DispatchError:
+    """Return the error that one of the folder's means; see `writing`."""
+    kind = Busy if exc.errno in FULL else Misconfigured
+    return kind(f"can't write to {folder}: {words_of(exc)}")
 
 
 def create(folder: Path) -> tuple[Path, int]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests import studies
+from talaria.testing import studies
 from tests.engine.test_dispatch import FAST, files, folder
 from tests.servers.dcmtk import storescp
 from tests.servers.qr import GET, Archive, Instance, Last, Request, Send, Steps, archive, sends
@@ -80,7 +80,8 @@ def test_a_list_goes_to_targets_and_what_is_missing_or_partial_is_repaired_by_re
         assert by_number["ACC0"]["targets"] == {"pacs": "delivered", "arch": "delivered"}
         assert by_number["ACC2"]["missing"] == 1 and "missing" in by_number["ACC2"]["reason"]
         assert by_number["ACC0"]["notes"] == ["retrieved by C-GET, which the peer grants"]
-        rows = list(csv.DictReader((up.home / "receipts" / f"{result['flow_run_id']}.csv").open(encoding="utf-8")))
+        table = (up.home / "receipts" / f"{result['flow_run_id']}.csv").read_text(encoding="utf-8")
+        rows = list(csv.DictReader(table.splitlines()))
         assert {row["accession"]: row["state"] for row in rows} == {
             "ACC0": "delivered", "ACC1": "delivered", "ACC2": "partial", "NOPE": "missing",
         }  # fmt: skip

@@ -11,7 +11,7 @@ from protocols.dimse import identifier
 from protocols.dimse.query import finder
 from protocols.dimse.search import Search
 from protocols.dimse.transport import Peer
-from tests import studies
+from talaria.testing import studies
 from tests.servers import wire
 from tests.servers.qr import FIND, Archive, Request, archive
 from tests.servers.steps import REFUSED_CLASS

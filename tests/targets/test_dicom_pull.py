@@ -17,12 +17,12 @@ from blocks.dicom import DicomTarget
 from imaging.header import read_header
 from imaging.query import Query
 from protocols.dimse.get import Retriever
+from talaria.testing import studies
+from talaria.testing.process import free_port, program
 from tasks import DRIVERS
 from tasks.dicom import check, find, retrieve
-from tests import studies
 from tests.servers.dcmtk import dcmqrscp
 from tests.servers.orthanc import shared_orthanc
-from tests.servers.process import free_port, program
 from tests.servers.qr import FIND, GET, MOVE, Archive, Instance, Last, Request, Send, Steps, archive, sends
 from tests.servers.steps import REFUSED_CLASS, Abort, Silence
 from tests.servers.wire import Context
