@@ -38,7 +38,9 @@ def _test(access: ServerAccess, target: Target | Broken) -> dict[str, Any]:
         return _failed(target.name, "settings", target.reason)
     if access.own or not access.run(workers):
         return _shown(keep(target, check_target(target)))
-    flow_run = access.run(create, "check", {"target": target.name}, f"check of {target.name}", "urgent")
+    flow_run = access.run(
+        create, "check", {"target": f"{target.type_name}/{target.name}"}, f"check of {target.name}", "urgent"
+    )
     ended = result_of(access, flow_run)
     detail = (ended.state and ended.state.message) or "the check did not run to its end"
     found = access.run(result_of_run, flow_run.id, target.name)

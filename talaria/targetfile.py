@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,13 @@ from pydantic import SecretStr, ValidationError
 
 from blocks import REFUSED, TYPES, Target
 from blocks.base import check_name
+from tasks.targets import Broken
 from transfer.errors import Misconfigured
-from transfer.validation import what_is_wrong
+from transfer.validation import what_is_wrong, what_is_wrong_with_yaml
 
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 FILE = "file:"
+SHOWN = 40  # characters of a word that is not known
 # What Prefect adds to a block's own fields.
 _PREFECT = ("block_type_slug",)
 
@@ -46,8 +50,10 @@ def read(path: Path) -> dict[str, Target]:
         document = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 - a SafeLoader
     except OSError as exc:
         raise Misconfigured(f"{path}: {exc.strerror}") from exc
-    except (yaml.YAMLError, UnicodeDecodeError) as exc:
-        raise Misconfigured(f"{path}: {exc}") from exc
+    except UnicodeDecodeError as exc:
+        raise Misconfigured(f"{path}: is not UTF-8 text") from exc
+    except (yaml.YAMLError, ValueError, RecursionError) as exc:
+        raise Misconfigured(f"{path}: {what_is_wrong_with_yaml(exc)}") from None  # its own words hold the source
     if not isinstance(document, dict) or set(document) != {"targets"} or not isinstance(document["targets"], dict):
         raise Misconfigured(f"{path}: expected one key `targets` with a mapping of names to targets")
     if not document["targets"]:
@@ -70,17 +76,19 @@ def make(name: str, values: Any, folder: Path = Path()) -> Target:
         raise Misconfigured(str(exc)) from exc
     if not isinstance(values, dict) or "type" not in values:
         raise Misconfigured(f"target {name}: needs a type, one of {', '.join(TYPES)}")
-    fields = dict(values)
-    kind = fields.pop("type")
+    fields = {str(field): value for field, value in values.items()}
+    kind = str(fields.pop("type"))
     if kind in REFUSED and kind not in TYPES:
-        raise Misconfigured(f"target {name}: targets of type {kind} can't be used: {REFUSED[str(kind)]}")
+        raise Misconfigured(f"target {name}: targets of type {kind} can't be used: {REFUSED[kind]}")
     if kind not in TYPES:
-        raise Misconfigured(f"target {name}: type {kind!r} is none of {', '.join(TYPES)}")
-    cls = TYPES[str(kind)]
+        hint = meant(kind, TYPES) or f"it is not one of {', '.join(TYPES)}"
+        raise Misconfigured(f"target {name}: unknown type {kind[:SHOWN]!r}: {hint}")
+    cls = TYPES[kind]
     known = field_names(cls)
     for field in fields:
         if field not in known:
-            raise Misconfigured(f"target {name}: {kind} has no field {field!r}; it has {', '.join(known)}")
+            hint = meant(field, known) or "`talaria target types` lists the fields"
+            raise Misconfigured(f"target {name}: unknown field {field[:SHOWN]!r} of type {kind}: {hint}")
     filled = {field: _filled(value, f"target {name}: {field}", folder) for field, value in fields.items()}
     try:
         return cls(**filled).named(name)
@@ -88,13 +96,41 @@ def make(name: str, values: Any, folder: Path = Path()) -> Target:
         raise Misconfigured(f"target {name}: " + what_is_wrong(exc.errors(), cls.model_fields)) from exc
 
 
+def meant(word: str, known: Iterable[str]) -> str:
+    """Return the question after the word that somebody probably meant; "" if none is like it."""
+    plainly = re.sub(r"[\s.+_-]+", "-", word.strip().lower())
+    names = {re.sub(r"[\s.+_-]+", "-", name): name for name in known}
+    found = get_close_matches(plainly, names, n=1, cutoff=0.6)
+    return f"did you mean {names[found[0]]}?" if found else ""
+
+
 def field_names(cls: type[Target]) -> list[str]:
     """The fields that a target of this type may have in a file."""
     return [name for name in cls.model_fields if name not in _PREFECT]
 
 
+def action_for(target: Target, saved: Iterable[Target | Broken], *, replace: bool) -> str:
+    """Return what applying a target does to those that are saved: created, updated, unchanged or replaced.
+
+    Raises:
+        Misconfigured: targets of other types have its name, and are not to be replaced.
+    """
+    alike = [one for one in saved if one.name == target.name]
+    others = sorted(f"{one.type_name}/{one.name}" for one in alike if one.type_name != target.type_name)
+    if others and not replace:
+        raise Misconfigured(
+            f"target {target.name}: {' and '.join(others)} would be replaced by one of type {target.type_name}: "
+            "say --replace, or choose another name"
+        )
+    if others:
+        return "replaced"
+    if not alike:
+        return "created"
+    return "unchanged" if same(target, alike[0]) else "updated"
+
+
 def same(target: Target, saved: object) -> bool:
-    """Tell whether a saved target has the type and all the values, secrets too, of this one."""
+    """Return True if a saved target has the type and all the values, secrets too, of this one."""
     return type(saved) is type(target) and all(
         getattr(saved, field) == getattr(target, field) for field in field_names(type(target))
     )

@@ -1,4 +1,8 @@
-"""Targets as Prefect keeps them: found by name over all types, loaded with their secrets, saved and removed."""
+"""Targets as Prefect keeps them: found by name over all types, loaded with their secrets, saved and removed.
+
+A name that several targets have (Prefect's own pages can make one) is refused everywhere, unless the type stands in
+front.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,7 @@ from pydantic import ValidationError
 
 from blocks import REFUSED, TYPES, Target
 from tasks import DRIVERS
+from tasks.names import ambiguous, pick, qualified, split, type_of
 from transfer.errors import Misconfigured, NotFound
 from transfer.validation import what_is_wrong
 
@@ -31,7 +36,7 @@ class Broken:
 
 
 def facts(one: Target | Broken) -> dict[str, Any]:
-    """What every list tells of a saved target; direction and `enabled` of a broken one are not known."""
+    """What every list shows of a saved target; direction and `enabled` of a broken one are not known."""
     if isinstance(one, Broken):
         known: dict[str, Any] = {"direction": None, "enabled": None, "broken": one.reason}
     else:
@@ -42,13 +47,11 @@ def facts(one: Target | Broken) -> dict[str, Any]:
 async def all_targets(client: PrefectClient) -> list[Target | Broken]:
     """Return every saved target, with secrets, by name; one that can't be loaded as what is wrong with it."""
     found: list[Target | Broken] = []
-    types = {slug: cls.type_name for slug, cls in _types_by_slug().items()}
     for document in await documents(client):
         try:
             found.append(from_document(document))
         except Misconfigured as exc:
-            slug = document.block_type.slug if document.block_type else ""
-            found.append(Broken(str(document.name), types.get(slug, slug), exc.message, document.created))
+            found.append(Broken(str(document.name), type_of(document), exc.message, document.created))
     return sorted(found, key=lambda target: target.name)
 
 
@@ -112,18 +115,24 @@ def _types_by_slug() -> dict[str, type[Target]]:
 
 
 async def load(client: PrefectClient, names: Iterable[str]) -> list[Target]:
-    """Load targets by name, or by `slug/name`, in that order, each once.
+    """Load targets by name, or by `type/name`, in that order, each once.
 
     Raises:
         NotFound: no such target; the message lists those that there are.
-        Misconfigured: its settings are not valid.
+        Misconfigured: its settings are not valid, or a name means several targets.
     """
-    wanted = list(dict.fromkeys(name.rpartition("/")[2].strip() for name in names))
-    found = {document.name: document for document in await documents(client, wanted)}
-    missing = [name for name in wanted if name not in found]
+    wanted = list(dict.fromkeys(names))
+    there = await documents(client, {split(name)[1] for name in wanted})
+    found = {name: pick(name, there) for name in wanted}
+    missing = [name for name, document in found.items() if document is None]
     if missing:
         raise await _no_target(client, missing)
-    return [from_document(found[name]) for name in wanted]
+    chosen = {document.id: document for document in found.values() if document}
+    for document in chosen.values():
+        alike = [one for one in chosen.values() if one.name == document.name]
+        if len(alike) > 1:  # the ledger and the receipts know targets by their names
+            raise ambiguous(str(document.name), alike)
+    return [from_document(document) for document in chosen.values()]
 
 
 async def _no_target(client: PrefectClient, names: Iterable[str]) -> NotFound:
@@ -165,11 +174,21 @@ def check_source(target: Target) -> None:
         )
 
 
-async def save(client: PrefectClient, target: Target, name: str) -> None:
-    """Save a target under a name that is unique over all types; one of another type is replaced."""
-    for document in await documents(client, [name]):
-        if document.block_type and document.block_type.slug != target.get_block_type_slug():
-            await client.delete_block_document(document.id)
+async def save(client: PrefectClient, target: Target, name: str, *, replace: bool = False) -> None:
+    """Save a target under a name that no target of another type has.
+
+    Args:
+        replace: whether targets of other types that have the name are removed.
+
+    Raises:
+        Misconfigured: there are such, and they are not to be replaced.
+    """
+    there = await documents(client, [name])
+    others = [one for one in there if type_of(one) != target.type_name]
+    if others and not replace and len(others) == len(there):
+        raise Misconfigured(f"the name is taken by {qualified(others[0])}", name)
+    for document in others if replace else ():
+        await client.delete_block_document(document.id)
     await target.asave(name, overwrite=True, client=client)
     await limit(client, target)
 
@@ -182,13 +201,13 @@ async def limit(client: PrefectClient, target: Target) -> str:
 
 
 async def remove(client: PrefectClient, name: str) -> None:
-    """Remove a target.
+    """Remove one target.
 
     Raises:
         NotFound: there is none of that name; the message lists those that there are.
+        Misconfigured: the name means several.
     """
-    found = await documents(client, [name])
-    if not found:
+    document = pick(name, await documents(client, [split(name)[1]]))
+    if document is None:
         raise await _no_target(client, [name])
-    for document in found:
-        await client.delete_block_document(document.id)
+    await client.delete_block_document(document.id)

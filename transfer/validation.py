@@ -14,7 +14,7 @@ _WHOLE = "must be a whole number{range}"
 _NUMBER = "must be a number{range}"
 _SAID = {
     "missing": "is required",
-    "extra_forbidden": "is no field of this type",
+    "extra_forbidden": "unknown field",
     "string_type": "must be text: put it in quotes, or leave the field out",
     "int_type": _WHOLE,
     "int_parsing": _WHOLE,
@@ -45,6 +45,45 @@ def what_is_wrong(errors: Iterable[Mapping[str, Any]], fields: Mapping[str, Any]
         fields: `model_fields` of the model.
     """
     return "; ".join(_words(error, fields) for error in errors)
+
+
+# What PyYAML finds wrong, by a part of its words, which may quote the source (it may hold a password), and ours.
+_YAML = {
+    "stands twice": "a key stands twice",
+    "\\t": "indent with blanks, not with a tab",
+    "mapping values are not allowed": "a colon is not expected here: put text that holds one in quotes",
+    "could not find expected ':'": "a colon after the key is missing, or a quote is not closed",
+    "alias": "text that begins with * must stand in quotes",
+    "anchor": "text that begins with & must stand in quotes",
+    "cannot start any token": "text that begins with this character must stand in quotes",
+    "escape": "a backslash within double quotes is not valid: use single quotes",
+    "constructor for the tag": "text that begins with ! must stand in quotes",
+    "tag": "text that begins with ! must stand in quotes",
+    "end of stream": "a quote is not closed",
+    "document separator": "a quote is not closed",
+    "expected ',' or": "a comma or a closing bracket is missing",
+    "expected <block end>": "the indentation is not that of the lines above, or a quote is missing",
+    "block": "the indentation is not that of the lines above",
+    "unhashable": "a key must be a word",
+    "expected the node content": "a value is missing, or a bracket is not closed",
+}
+
+
+def what_is_wrong_with_yaml(error: BaseException) -> str:
+    """Say what is wrong with a YAML file, and where, without anything that stands in it.
+
+    Args:
+        error: what PyYAML raised; its own words show the line, which may hold a password.
+    """
+    mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+    where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+    if "special characters" in str(getattr(error, "reason", "")):
+        return "holds a character that YAML does not allow"
+    words = re.sub(r"'[^']*'(?= that| but)", "", str(getattr(error, "problem", "") or ""))
+    said = next((ours for part, ours in _YAML.items() if part in words), "")
+    if isinstance(error, ValueError) and not said:
+        said = "a date or number is not valid: put text in quotes"
+    return f"{where}not valid YAML" + (f": {said}" if said else "")
 
 
 def plain(text: str) -> str:

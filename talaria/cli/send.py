@@ -70,7 +70,7 @@ def send(
     plan = scan(paths, patterns(exclude), Origin(sender_aet, receiver_aet, sender_host))
     parameters = {
         "paths": [str(path.absolute()) for path in paths],
-        "targets": list(dict.fromkeys(name.rpartition("/")[2] for name in names)),
+        "targets": list(dict.fromkeys(names)),
         "exclude": exclude,
         "priority": str(priority),
         "sender_aet": sender_aet,

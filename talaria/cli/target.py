@@ -19,7 +19,7 @@ app = typer.Typer(
     help="Create, show, test and remove targets.\n\nExample: talaria target apply targets.yaml",
 )
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")]
-Name = Annotated[str, typer.Argument(help="Name of the target.")]
+Name = Annotated[str, typer.Argument(help="Name of the target, or its type and name as in dicom/pacs.")]
 
 
 @app.command(epilog="Example: talaria target types --json")
@@ -85,27 +85,28 @@ def types(as_json: Json = False) -> None:
 def apply(
     file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="YAML file with a mapping `targets`.")],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Replace targets of another type that have the same name.")
+    ] = False,
     prune: Annotated[bool, typer.Option("--prune", help="Remove the targets that the file doesn't list.")] = False,
     as_json: Json = False,
 ) -> None:
     """Create or update the targets listed in a file; all of them or, if one is wrong, none."""
-    from talaria.targetfile import read, same
+    from talaria.targetfile import action_for, read
     from tasks.targets import all_targets, remove, save
 
     wanted = read(file)
     with api() as access:
-        there = {one.name: one for one in access.run(all_targets)}
-        actions = {
-            name: "created" if name not in there else "unchanged" if same(target, there[name]) else "updated"
-            for name, target in wanted.items()
-        }
-        actions |= {name: "removed" for name in there if prune and name not in wanted}
-        done = [{"name": name, "action": action} for name, action in actions.items()]
+        there = access.run(all_targets)
+        actions = {name: action_for(target, there, replace=replace) for name, target in wanted.items()}
+        old = [one for one in there if prune and one.name not in wanted]
         for name, action in actions.items() if not dry_run else ():
-            if action == "removed":
-                access.run(remove, name)
-            elif action != "unchanged":
-                access.run(save, wanted[name], name)
+            if action != "unchanged":
+                access.run(save, wanted[name], name, replace=replace)
+        for one in old if not dry_run else ():
+            access.run(remove, f"{one.type_name}/{one.name}")
+    actions |= {one.name: "removed" for one in old}
+    done = [{"name": name, "action": action} for name, action in actions.items()]
     if as_json:
         print_json({"dry_run": dry_run, "targets": done})
         return
@@ -160,12 +161,14 @@ def show(name: Name, as_json: Json = False) -> None:
 
     with api() as access:
         (target,) = access.run(load, [name])
-    values = {"name": name, **values_of(target, secrets=True)}
+    values = {"name": target.name, **values_of(target, secrets=True)}
     if as_json:
         defaults = target.model_dump(mode="json")
         secret = {f for f, info in type(target).model_fields.items() if "SecretStr" in str(info.annotation)}
         print_json(
-            {"name": name} | {k: v for k, v in defaults.items() if k != "block_type_slug" and k not in secret} | values
+            {"name": target.name}
+            | {k: v for k, v in defaults.items() if k != "block_type_slug" and k not in secret}
+            | values
         )
         return
     for field, value in values.items():
@@ -222,9 +225,13 @@ def export(as_json: Json = False) -> None:
     from blocks import Target
     from talaria.targetfile import values_of
     from tasks.targets import all_targets
+    from transfer.errors import Misconfigured
 
     with api() as access:
         found = access.run(all_targets)
+    names = [one.name for one in found]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise Misconfigured(f"several targets are named {', '.join(twice)}: rename or remove one of each")
     for one in found:
         if not isinstance(one, Target):
             say(f"talaria: {one.name} is left out: {one.reason}")
@@ -244,7 +251,7 @@ def test(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Check targets where dispatches run, step by step; writes and removes a probe object."""
+    """Check targets where dispatches run, step by step; where it can be removed, a probe is written."""
     if (name is not None) + all_ + (file is not None) != 1 and not (name and file):
         raise ValueError("say which: a NAME, --all, or --file FILE.yaml")
     from talaria.checks import check_file, check_saved
@@ -267,8 +274,8 @@ def _set_enabled(name: str, enabled: bool, as_json: bool) -> None:
     with api() as access:
         (target,) = access.run(targets.load, [name])
         target.enabled = enabled
-        access.run(targets.save, target, name)
-    _done(name, "enabled" if enabled else "disabled", as_json)
+        access.run(targets.save, target, target.name)
+    _done(target.name, "enabled" if enabled else "disabled", as_json)
 
 
 def _done(name: str, action: str, as_json: bool) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
@@ -36,6 +36,8 @@ POLL_S = 0.25
 PROGRESS_S = 1.0  # between two looks at the progress artifacts
 PAUSED = timedelta(days=3650)  # how far in the future a paused run is scheduled: until somebody resumes it
 PAUSED_NAME = "Paused"
+PAGE = 200  # runs a request; Prefect's own limit
+SHOWN_JOBS = 5  # candidates that a message lists
 SOON_S = 20  # a next attempt further away than this is not waited for
 
 
@@ -229,30 +231,46 @@ def is_retrieval(flow_run: FlowRun) -> bool:
     return "source" in flow_run.parameters
 
 
-async def jobs(client: PrefectClient, limit: int) -> list[FlowRun]:
+async def jobs(client: PrefectClient, limit: int, offset: int = 0) -> list[FlowRun]:
     """The newest runs of dispatches and retrievals."""
     ids = [(await deployed(client, name)).id for name in ("dispatch", "retrieve")]
     return await client.read_flow_runs(
         deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=ids)),
         sort=FlowRunSort.EXPECTED_START_TIME_DESC,
         limit=limit,
+        offset=offset,
     )
 
 
 async def find(client: PrefectClient, job: str) -> FlowRun:
-    """Find a run by its id, the beginning of it, or the id of its dispatch (the newest run of it).
+    """Find a run by its id, the beginning of it, or the id of its dispatch.
 
     Raises:
         NotFound: there is none.
+        Misconfigured: it is empty, or means several runs; the message lists them.
     """
+    job = job.strip().lower()
     try:
         return await client.read_flow_run(UUID(job))
     except (ValueError, ObjectNotFound):
         pass
-    for flow_run in await jobs(client, 200):
-        if str(flow_run.id).startswith(job) or dispatch_of(flow_run) == job:
-            return flow_run
-    raise NotFound(f"no job {job}: `talaria jobs list` shows them")
+    found = [run async for run in _all_jobs(client) if str(run.id).startswith(job) or job in ("", dispatch_of(run))]
+    if not found and job:
+        raise NotFound(f"no job {job}: `talaria jobs list` shows them")
+    if len(found) == 1 and job:
+        return found[0]
+    more = f", and {len(found) - SHOWN_JOBS} more" if len(found) > SHOWN_JOBS else ""
+    candidates = ", ".join(f"{run.id} ({run.state_name})" for run in found[:SHOWN_JOBS]) or "there are none"
+    what = f"{job} means {len(found)} jobs" if job else "no job is named"
+    raise Misconfigured(f"{what}: {candidates}{more}")
+
+
+async def _all_jobs(client: PrefectClient) -> AsyncIterator[FlowRun]:
+    offset = 0
+    while page := await jobs(client, PAGE, offset):
+        for run in page:
+            yield run
+        offset += len(page)
 
 
 def name_of(dispatch_id: str, targets: list[str]) -> str:

@@ -58,7 +58,7 @@ def test_apply_says_what_it_did(up: Talaria, tmp_path: Path) -> None:
     assert apply(up, shelf=shelf, cloud=cloud) == {"shelf": "unchanged", "cloud": "updated"}
     assert apply(up, shelf={**shelf, "exclude": ""}, cloud=cloud) == {"shelf": "updated", "cloud": "unchanged"}
     as_dicom = {"type": "dicom", "host": "127.0.0.1", "aet_target": "PACS"}
-    assert apply(up, "--prune", shelf=as_dicom) == {"shelf": "updated", "cloud": "removed"}
+    assert apply(up, "--prune", "--replace", shelf=as_dicom) == {"shelf": "replaced", "cloud": "removed"}
     assert [one["name"] for one in up.told("target", "list")["targets"]] == ["shelf"]
     printed = up.here("target", "apply", str(up.folder / "targets.yaml"), "--dry-run")
     assert printed.stdout == "shelf: unchanged\n"
@@ -150,3 +150,90 @@ def test_types_are_told_with_what_they_can_do(tmp_path: Path) -> None:
     assert types["folder"]["fields"]["folder"]["required"] and types["xnat"]["fields"]["host"]["description"]
     printed = Talaria(tmp_path).here("target", "types")
     assert printed.returncode == 0 and all(name in printed.stdout for name in types)
+
+
+def make_in_the_ui(up: Talaria, slug: str, name: str, **data: Any) -> None:
+    """Save a block document as Prefect's own pages do: nobody asks whether another type has the name."""
+    kind = up.api("GET", f"/block_types/slug/{slug}")
+    (schema, *_) = up.api("POST", "/block_schemas/filter", block_schemas={"block_type_id": {"any_": [kind["id"]]}})
+    up.api(
+        "POST", "/block_documents/", name=name, data=data, block_type_id=kind["id"], block_schema_id=schema["id"],
+    )  # fmt: skip
+
+
+def test_a_name_that_two_targets_have_is_refused_everywhere(up: Talaria, tmp_path: Path) -> None:
+    studies.ct(tmp_path / "study", 1)
+    shelf, other = tmp_path / "shelf", tmp_path / "other"
+    shelf.mkdir()
+    other.mkdir()
+    apply(up, "--prune", pacs={"type": "folder", "folder": str(shelf)}, shelf={"type": "folder", "folder": str(other)})
+    make_in_the_ui(up, "dicomweb-target", "pacs", url=other.as_uri())
+    both = "dicomweb/pacs or folder/pacs"
+    study = str(tmp_path / "study")
+    for arguments in (
+        ("send", study, "--to", "pacs"),
+        ("send", study, "--to", "shelf,pacs", "--dry-run"),
+        ("target", "show", "pacs"),
+        ("target", "remove", "pacs"),
+        ("target", "enable", "pacs"),
+        ("target", "disable", "pacs"),
+        ("target", "rename", "pacs", "other"),
+        ("target", "test", "pacs"),
+    ):
+        assert both in refused(up, *arguments), arguments
+    assert "pacs" in refused(up, "target", "export")
+    assert "pacs" in refused(up, "send", study, "--to", "folder/pacs,dicomweb/pacs")
+    # Two are listed, each with its type, and each can be meant by it.
+    listed = [(one["name"], one["type"]) for one in up.told("target", "list")["targets"]]
+    assert sorted(listed) == [("pacs", "dicomweb"), ("pacs", "folder"), ("shelf", "folder")]
+    assert up.told("target", "show", "folder/pacs")["type"] == "folder"
+    assert up.told("target", "show", "dicomweb-target/pacs")["type"] == "dicomweb"
+    assert up.told("target", "test", "folder/pacs")["ok"]
+    assert up.told("send", study, "--to", "folder/pacs")["state"] == "delivered"
+    assert list(shelf.glob("*/.complete")) and not list(other.iterdir())
+    # One made by a script at Prefect's API is refused by the run.
+    (deployment,) = up.api("POST", "/deployments/filter", flows={"name": {"any_": ["dispatch"]}})
+    parameters = {"paths": [study], "targets": ["pacs"]}
+    run = up.api("POST", f"/deployments/{deployment['id']}/create_flow_run", parameters=parameters)
+    up.until(lambda: up.run(run["id"])["state"]["type"] == "FAILED")
+    assert both in up.run(run["id"])["state"]["message"]
+    # One of them is removed, the other stays.
+    assert up.told("target", "remove", "dicomweb-target/pacs")["action"] == "removed"
+    assert up.told("target", "show", "pacs")["type"] == "folder"
+    assert "no target named" in refused(up, "send", study, "--to", "dicom-target/pacs")
+    assert "no target named" in refused(up, "send", study, "--to", "floppy/pacs")
+
+
+def test_apply_replaces_a_type_only_when_asked(up: Talaria, tmp_path: Path) -> None:
+    shelf = {"type": "folder", "folder": str(tmp_path)}
+    apply(up, "--prune", shelf=shelf)
+    path = up.folder / "other.yaml"
+    path.write_text(yaml.safe_dump({"targets": {"new": shelf, "shelf": {"type": "s3", "bucket": "studies"}}}))
+    line = refused(up, "target", "apply", str(path))
+    assert "folder/shelf would be replaced" in line and "--replace" in line
+    assert [(one["name"], one["type"]) for one in up.told("target", "list")["targets"]] == [("shelf", "folder")]
+    done = up.told("target", "apply", str(path), "--replace")["targets"]
+    assert done == [{"name": "new", "action": "created"}, {"name": "shelf", "action": "replaced"}]
+    assert up.told("target", "show", "shelf")["type"] == "s3"
+    make_in_the_ui(up, "folder-target", "shelf", folder=str(tmp_path))
+    assert apply(up, "--replace", shelf=shelf) == {"shelf": "replaced"}
+    assert [(one["name"], one["type"]) for one in up.told("target", "list")["targets"]][1:] == [("shelf", "folder")]
+
+
+def test_an_empty_or_ambiguous_id_is_refused_with_the_candidates(up: Talaria, tmp_path: Path) -> None:
+    studies.ct(tmp_path / "study", 1)
+    apply(up, "--prune", shelf={"type": "folder", "folder": str(tmp_path / "nowhere"), "max_attempts": 1})
+    sent = [up.told("send", str(tmp_path / "study"), "--to", "shelf", code=1) for _ in range(2)]
+    runs = [one["flow_run_id"] for one in sent]
+    for command in ("show", "cancel", "retry"):
+        for job in ("", "  ", sent[0]["dispatch_id"]):
+            line = refused(up, "jobs", command, job)
+            assert all(run in line for run in runs), line
+        assert "no job zz" in refused(up, "jobs", command, "zz")
+    ids = [one["id"] for one in up.told("jobs", "list")["jobs"]]
+    needed = next(n for n in range(1, 37) if sum(one.startswith(runs[0][:n]) for one in ids) == 1)
+    assert up.told("jobs", "show", runs[0][:needed].upper())["flow_run_id"] == runs[0]
+    if needed > 1:
+        line = refused(up, "jobs", "cancel", runs[0][: needed - 1])
+        assert all(one in line for one in ids if one.startswith(runs[0][: needed - 1]))
+    assert {up.run(run)["state"]["type"] for run in runs} == {"FAILED"}

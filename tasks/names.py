@@ -1,0 +1,54 @@
+"""The names of targets: one name for one target, over all types."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from prefect.client.schemas.objects import BlockDocument
+
+from blocks import TYPES
+from transfer.errors import Misconfigured
+
+SLUGS = {cls.get_block_type_slug(): name for name, cls in TYPES.items()}
+
+
+def type_of(document: BlockDocument) -> str:
+    """Return the name of a saved target's type, as in `targets.yaml`."""
+    slug = document.block_type.slug if document.block_type else ""
+    return SLUGS.get(slug, slug)
+
+
+def qualified(document: BlockDocument) -> str:
+    """Return a saved target's name with its type in front, which no other target has."""
+    return f"{type_of(document)}/{document.name}"
+
+
+def split(written: str) -> tuple[str | None, str]:
+    """Return the type, if one is given, and the name that somebody wrote: `pacs`, `dicom/pacs`, `dicom-target/pacs`.
+
+    Raises:
+        Misconfigured: there is no name.
+    """
+    prefix, slash, name = written.strip().rpartition("/")
+    if not name:
+        raise Misconfigured(f"{written!r} is not the name of a target")
+    return (SLUGS.get(prefix, prefix) if slash else None), name
+
+
+def pick(written: str, documents: Iterable[BlockDocument]) -> BlockDocument | None:
+    """Return the document that a written name means, None if there is none.
+
+    Raises:
+        Misconfigured: it means several; the message lists them.
+    """
+    type_name, name = split(written)
+    found = [one for one in documents if one.name == name and type_name in (None, type_of(one))]
+    if len(found) > 1:
+        raise ambiguous(name, found)
+    return found[0] if found else None
+
+
+def ambiguous(name: str, documents: Sequence[BlockDocument]) -> Misconfigured:
+    """The error for a name that several targets have."""
+    candidates = " or ".join(sorted(map(qualified, documents)))
+    return Misconfigured(f"{len(documents)} targets are named {name}: write {candidates}, and rename or remove one")

@@ -1,0 +1,95 @@
+"""`targets.yaml`: what is wrong with it is said in our words, and never with what stands in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from talaria import targetfile
+from transfer.errors import Misconfigured
+
+SECRET = "hunter2"
+
+
+def refused(path: Path, text: str) -> str:
+    path.write_text(text)
+    with pytest.raises(Misconfigured) as caught:
+        targetfile.read(path)
+    words = str(caught.value)
+    assert words.startswith(f"{path}: ") and "\n" not in words
+    return words.removeprefix(f"{path}: ")
+
+
+@pytest.mark.parametrize(
+    ("value", "where", "words"),
+    [
+        (f"*{SECRET}", "line 4, column 15: ", "text that begins with * must stand in quotes"),
+        (f"&{SECRET} &{SECRET}", "line 4, column 24: ", "text that begins with &"),
+        (f"!{SECRET} x", "line 4, column 15: ", "text that begins with ! must stand in quotes"),
+        (f"%{SECRET}", "line 4, column 15: ", "text that begins with this character"),
+        (f"@{SECRET}", "line 4, column 15: ", "text that begins with this character"),
+        (f"`{SECRET}", "line 4, column 15: ", "text that begins with this character"),
+        (f"a: {SECRET}", "line 4, column 16: ", "a colon is not expected here"),
+        (f'"\\q{SECRET}"', "line 4, column 17: ", "backslash"),
+        (f'"{SECRET}', "line ", "a quote is not closed"),
+        (f"[{SECRET}", "line ", "not valid YAML"),
+        (f"{{{SECRET}: [x}}", "line ", "not valid YAML"),
+        (f'"{SECRET}" {SECRET}', "line 4, ", "not valid YAML"),
+        (f"\t{SECRET}\n\tx: {SECRET}", "line ", "not valid YAML"),
+        (f"x\n      user: {SECRET}", "line 5, ", "not valid YAML"),
+        (f"x\n    password: {SECRET}", "line ", "stands twice"),
+        (f"\x07{SECRET}", "", "a character that YAML does not allow"),
+        (f"{SECRET}\n    date: 2026-13-45", "", "a date or number is not valid"),
+    ],
+)
+def test_yaml_that_is_not_valid(tmp_path: Path, value: str, where: str, words: str) -> None:
+    text = f"targets:\n  files:\n    type: sftp\n    password: {value}\n"
+    said = refused(tmp_path / "targets.yaml", text)
+    assert said.startswith(where) and words in said
+    assert SECRET not in said and len(said) < 150
+
+
+def test_bytes_that_are_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "targets.yaml"
+    path.write_bytes(b"targets: \xff\xfe")
+    with pytest.raises(Misconfigured, match="is not UTF-8 text"):
+        targetfile.read(path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("DICOM", "unknown type 'DICOM': did you mean dicom?"),
+        ("dicom+tls", "unknown type 'dicom+tls': did you mean dicom-tls?"),
+        ("Dicom TLS", "unknown type 'Dicom TLS': did you mean dicom-tls?"),
+        ("dicom_tls", "unknown type 'dicom_tls': did you mean dicom-tls?"),
+        ("DICOMweb", "unknown type 'DICOMweb': did you mean dicomweb?"),
+        ("ftps", "unknown type 'ftps': did you mean sftp?"),
+        ("floppy", "unknown type 'floppy': it is not one of dicom, dicom-tls,"),
+        (["dicom"], "unknown type \"['dicom']\": did you mean dicom?"),
+        (None, "unknown type 'None': it is not one of"),
+    ],
+)
+def test_a_type_that_is_not_known(kind: object, words: str) -> None:
+    with pytest.raises(Misconfigured) as caught:
+        targetfile.make("a", {"type": kind})
+    assert str(caught.value).startswith(f"target a: {words}")
+
+
+@pytest.mark.parametrize(
+    ("field", "words"),
+    [
+        ("hots", "did you mean host?"),
+        ("Host", "did you mean host?"),
+        ("aet-target", "did you mean aet_target?"),
+        ("aettarget", "did you mean aet_target?"),
+        ("timeout", "did you mean idle_timeout_s?"),
+        ("colour", "`talaria target types` lists the fields"),
+        (7, "`talaria target types` lists the fields"),
+    ],
+)
+def test_a_field_that_is_not_known(field: object, words: str) -> None:
+    with pytest.raises(Misconfigured) as caught:
+        targetfile.make("a", {"type": "dicom", "host": "h", "aet_target": "A", field: SECRET})
+    assert str(caught.value) == f"target a: unknown field '{field}' of type dicom: {words}"
