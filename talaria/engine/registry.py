@@ -69,14 +69,33 @@ async def _pool(client: PrefectClient) -> WorkPool:
 
 
 async def _deployment(client: PrefectClient, name: str, flow: Flow[..., Any], entrypoint: str) -> None:
+    """Create a deployment, or bring what is ours of it up to date: to create it again would delete its schedules."""
+    flow_id = await client.create_flow(flow)
+    description = (flow.description or "").split("\n\n")[0]
+    schema = parameter_schema(flow).model_dump_for_openapi()
+    try:
+        there = await client.read_deployment_by_name(f"{name}/talaria")
+    except ObjectNotFound:
+        there = None
+    if there is not None:
+        ours = {
+            "description": description,
+            "entrypoint": entrypoint,
+            "enforce_parameter_schema": True,
+            "parameter_openapi_schema": schema,
+            "work_pool_name": POOL,
+            "work_queue_name": "normal",
+        }
+        await client.request("PATCH", "/deployments/{id}", path_params={"id": there.id}, json=ours)
+        return
     await client.create_deployment(
-        flow_id=await client.create_flow(flow),
+        flow_id=flow_id,
         name="talaria",
-        description=(flow.description or "").split("\n\n")[0],
+        description=description,
         work_pool_name=POOL,
         work_queue_name="normal",
         entrypoint=entrypoint,
-        parameter_openapi_schema=parameter_schema(flow).model_dump_for_openapi(),
+        parameter_openapi_schema=schema,
         enforce_parameter_schema=True,
         tags=["talaria"],
     )
