@@ -11,6 +11,8 @@ import threading
 import time
 from types import FrameType
 
+import httpx
+
 from talaria.cli.output import say
 from talaria.errors import ServerError
 from talaria.server import EmbeddedServer, child, healthy, serving, stop_child, use
@@ -102,9 +104,22 @@ class _Crew:
             if member.poll() is not None:
                 say(f"a worker ended with exit code {member.returncode}: starting another (log: {self.log})")
                 time.sleep(CALM_S)
-                for run_id in asyncio.run(_recover(self.home, alone=self.alone)):
-                    say(f"taken up after a crash: {run_id}")
+                if not self._recovered():
+                    return
                 self.members[index] = self._start()
+
+    def _recovered(self) -> bool:
+        """Put what a worker left into the queue; False if the server is away: it may have died together with it."""
+        from prefect.exceptions import PrefectException
+
+        try:
+            taken = asyncio.run(_recover(self.home, alone=self.alone))
+        except (httpx.HTTPError, PrefectException) as exc:
+            say(f"the server does not answer ({type(exc).__name__}): the worker is started again when it does")
+            return False
+        for run_id in taken:
+            say(f"taken up after a crash: {run_id}")
+        return True
 
     def drain(self, asked: _Asked) -> None:
         """Let the workers finish what they run; stop waiting when asked a second time."""
