@@ -141,7 +141,7 @@ class EmbeddedServer:
         self.process = self._start()
 
     def _start(self) -> subprocess.Popen[bytes]:
-        argv = [sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app"]
+        argv = [sys.executable, "-m", "uvicorn", "--factory", "talaria.engine.api:create_app"]
         argv += ["--host", self.host, "--port", str(self.port), "--timeout-keep-alive", "5", "--log-level", "warning"]
         environment = server_environment(self.home, self.host, self.port, auth=self.auth)
         return child(argv, environment, self.log, umask=0o077)  # its database holds the targets' secrets

@@ -132,10 +132,10 @@ class Talaria:
         refresh_global_settings_context()
         return subprocess.CompletedProcess(args, code, out.getvalue(), err.getvalue())
 
-    def told(self, *args: str, code: int = 0) -> Any:
-        """As `json`, with `here`."""
+    def told(self, *args: str, code: int | None = 0) -> Any:
+        """As `json`, with `here`; `code` None for any."""
         ran = self.here(*args, "--json")
-        assert ran.returncode == code, f"{args}: exit code {ran.returncode}\n{ran.stdout}\n{ran.stderr}"
+        assert code is None or ran.returncode == code, f"{args}: exit code {ran.returncode}\n{ran.stdout}\n{ran.stderr}"
         return json.loads(ran.stdout)
 
     def background(self, *args: str) -> subprocess.Popen[bytes]:

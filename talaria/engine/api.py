@@ -1,0 +1,62 @@
+"""The embedded server's application: Prefect's own, on an SQLite whose writers wait for each other.
+
+Prefect begins nearly every transaction DEFERRED. One that reads and then writes while another has written meanwhile
+ends at once, whatever the time-out (SQLITE_BUSY_SNAPSHOT), and the server answers 503. One that begins IMMEDIATE waits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+from prefect.server.database.configurations import SQLITE_BEGIN_MODE, AioSqliteConfiguration
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+    from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction
+
+TURN_S = 10  # longest wait for one's turn; SQLite's own lock decides after that
+_turns: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = WeakKeyDictionary()
+
+
+def create_app() -> FastAPI:
+    """Return Prefect's application; for `uvicorn --factory`."""
+    from prefect.server.api.server import create_app as prefects_own
+
+    let_writers_wait()
+    return prefects_own()
+
+
+def let_writers_wait() -> None:
+    """Let every transaction of this process that may write wait for those before it, first come, first served."""
+    # A private name of Prefect's: tests/engine/test_api.py fails when it changes.
+    AioSqliteConfiguration.begin_transaction = _begin_transaction  # type: ignore[method-assign]
+
+
+@asynccontextmanager
+async def _begin_transaction(
+    self: AioSqliteConfiguration, session: AsyncSession, with_for_update: bool = False
+) -> AsyncIterator[AsyncSessionTransaction]:
+    """Begin IMMEDIATE, in turn: SQLite itself lets waiting writers in at random, some of them after many seconds."""
+    turn = _turns.setdefault(asyncio.get_running_loop(), asyncio.Lock())
+    token: Any = SQLITE_BEGIN_MODE.set("IMMEDIATE")
+    mine = await _taken(turn)
+    try:
+        async with session.begin() as transaction:
+            yield transaction
+    finally:
+        if mine:
+            turn.release()
+        SQLITE_BEGIN_MODE.reset(token)
+
+
+async def _taken(turn: asyncio.Lock) -> bool:
+    """Wait for one's turn; False if it did not come in time: whoever holds it may wait for us."""
+    try:
+        await asyncio.wait_for(turn.acquire(), TURN_S)
+    except TimeoutError:
+        return False
+    return True

@@ -1,0 +1,90 @@
+"""The embedded server: on SQLite no client is turned away, and what users gave our deployments stays."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import os
+import signal
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import httpx
+import pytest
+from prefect.server.database.configurations import SQLITE_BEGIN_MODE, AioSqliteConfiguration, BaseDatabaseConfiguration
+
+from talaria.engine import api
+from talaria.testing import studies
+from tests.servers.up import Talaria, talaria
+
+pytestmark = pytest.mark.timeout(600)
+
+
+@pytest.fixture
+def up(tmp_path: Path) -> Iterator[Talaria]:
+    with talaria(tmp_path) as one:
+        yield one
+
+
+def test_the_private_name_is_still_prefect_s() -> None:
+    """What `let_writers_wait` replaces, and how Prefect calls it."""
+    for cls in (BaseDatabaseConfiguration, AioSqliteConfiguration):
+        assert list(inspect.signature(cls.begin_transaction).parameters) == ["self", "session", "with_for_update"]
+    assert SQLITE_BEGIN_MODE.get() is None or "DEFERRED" in SQLITE_BEGIN_MODE.get()
+
+
+def test_writers_wait_for_their_turn_and_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "TURN_S", 0.01)
+
+    async def run() -> tuple[bool, bool]:
+        turn = asyncio.Lock()
+        return await api._taken(turn), await api._taken(turn)
+
+    assert asyncio.run(run()) == (True, False)
+
+
+def test_a_flood_is_answered_without_503_and_schedules_survive(up: Talaria) -> None:
+    (deployment,) = up.api("POST", "/deployments/filter", flows={"name": {"any_": ["dispatch"]}})
+    user, _, password = (up.home / "api.auth").read_text().strip().partition(":")
+    path = f"{up.url}/deployments/{deployment['id']}"
+    far = {
+        "type": "SCHEDULED",
+        "state_details": {"scheduled_time": (datetime.now(UTC) + timedelta(days=1)).isoformat()},
+    }
+    body = {"parameters": {"paths": ["/x"], "targets": ["y"]}, "state": far}
+
+    async def flood() -> list[int]:
+        async with httpx.AsyncClient(auth=(user, password), timeout=60, limits=httpx.Limits(max_connections=16)) as one:
+            answers = await asyncio.gather(*(one.post(f"{path}/create_flow_run", json=body) for _ in range(100)))
+            return [answer.status_code for answer in answers]
+
+    assert set(asyncio.run(flood())) == {201}
+    schedule = {"schedule": {"cron": "0 2 * * *", "timezone": "Europe/Berlin"}, "active": True}
+    httpx.post(f"{path}/schedules", json=[schedule], auth=(user, password), timeout=60).raise_for_status()
+    up.api("PATCH", f"/deployments/{deployment['id']}", description="changed by somebody")
+    up.stop()
+    up.start()
+    (again,) = up.api("POST", "/deployments/filter", flows={"name": {"any_": ["dispatch"]}})
+    assert again["id"] == deployment["id"] and again["description"] == deployment["description"]
+    assert [one["schedule"]["cron"] for one in again["schedules"]] == ["0 2 * * *"]
+    assert again["entrypoint"] == deployment["entrypoint"]
+    assert again["parameter_openapi_schema"] == deployment["parameter_openapi_schema"]
+
+
+def test_up_starts_both_again_when_worker_and_server_die_together(up: Talaria) -> None:
+    def pids() -> set[int]:
+        """The server and the worker, as far as they live."""
+        marks = ("talaria.engine.worker", "talaria.engine.api")
+        return {one.pid for one in up.children() if any(mark in part for part in one.cmdline() for mark in marks)}
+
+    up.until(lambda: len(pids()) == 2, alive=True)
+    first = pids()
+    for pid in first:
+        os.kill(pid, signal.SIGKILL)
+    up.until(lambda: len(pids() - first) == 2, 180, alive=True)
+    up.until(lambda: up.told("status", code=None)["workers"], 120, alive=True)
+    studies.ct(up.folder / "study", 1)
+    (up.folder / "archive").mkdir()
+    up.apply(archive={"type": "folder", "folder": str(up.folder / "archive")})
+    assert up.told("send", str(up.folder / "study"), "--to", "archive")["state"] == "delivered"
