@@ -16,7 +16,7 @@ from transfer.errors import DispatchError
 
 @flow(name="check", persist_result=False)
 async def check(target: str) -> State[Any]:
-    """Check a target: from name resolution to a probe object that is written and removed.
+    """Check a target: from name resolution to what a push needs.
 
     Args:
         target: name of the target.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
+from importlib.abc import MetaPathFinder
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,22 @@ from talaria.cli.output import exit_code_of, wrong_use
 UsageError: Any = typer.BadParameter.__mro__[1]
 
 
+class _HomeFirst(MetaPathFinder):
+    """Makes the state directory before Prefect, when it is imported, makes its own in it, or warns that it can't.
+
+    A command that needs neither makes none.
+    """
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+
+    def find_spec(self, fullname: str, path: object, target: object = None) -> None:
+        if fullname == "prefect":
+            sys.meta_path.remove(self)
+            with suppress(OSError):  # said by whoever needs it
+                self.home.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+
 def main() -> None:
     """Run the command line and exit with the code that its help tells."""
     # What happens is told by the command itself; Prefect's own lines are on the run. Read when it is imported.
@@ -23,6 +41,7 @@ def main() -> None:
     # Prefect's own files belong to our state directory, not to the user's home.
     home = Path(os.environ.get("TALARIA_HOME") or "~/.talaria").expanduser()
     os.environ.setdefault("PREFECT_HOME", str(home / "prefect"))
+    sys.meta_path.insert(0, _HomeFirst(home))
     try:
         code = app(standalone_mode=False)
     except UsageError as exc:

@@ -58,7 +58,7 @@ class Driver(Generic[T]):
     """What can be done with one type of target. A capability is a function that is there.
 
     Attributes:
-        check: staged probes, from name resolution to a written and removed probe object; leaves nothing behind,
+        check: staged probes, from name resolution to what a push needs; leaves nothing behind,
             and puts every failure into the Health that it returns.
         push: delivers `plan.pending`; returns when every one of them has an outcome. Idempotent per item; may
             run again after a crash, also with nothing pending (then it only completes what comes last, such as a

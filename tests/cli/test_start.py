@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -40,3 +42,17 @@ def test_help_version_and_wrong_use_load_nothing_heavy(arguments: list[str], cod
     )
     assert ran.returncode == code, ran.stderr
     assert ran.stderr.splitlines()[-1] == ""
+
+
+def test_nothing_warns_at_the_first_start(tmp_path: Path) -> None:
+    home = tmp_path / "new" / "home"
+    ran = subprocess.run(
+        [sys.executable, "-P", "-m", "talaria", "target", "types", "--json"],
+        env={k: v for k, v in os.environ.items() if k != "PREFECT_HOME"} | {"TALARIA_HOME": str(home)},
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert home.stat().st_mode & 0o777 == 0o700 and set(json.loads(ran.stdout)["types"]) >= {"dicom", "folder"}
