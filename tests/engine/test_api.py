@@ -7,10 +7,12 @@ import inspect
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 from prefect.server.database.configurations import SQLITE_BEGIN_MODE, AioSqliteConfiguration, BaseDatabaseConfiguration
 
@@ -18,6 +20,7 @@ from talaria.engine import api
 from talaria.testing import studies
 from tests.servers.up import Talaria, talaria
 
+MARKS = ("talaria.engine.worker", "talaria.engine.api")
 pytestmark = pytest.mark.timeout(600)
 
 
@@ -75,8 +78,12 @@ def test_a_flood_is_answered_without_503_and_schedules_survive(up: Talaria) -> N
 def test_up_starts_both_again_when_worker_and_server_die_together(up: Talaria) -> None:
     def pids() -> set[int]:
         """The server and the worker, as far as they live."""
-        marks = ("talaria.engine.worker", "talaria.engine.api")
-        return {one.pid for one in up.children() if any(mark in part for part in one.cmdline() for mark in marks)}
+        found = set()
+        for one in up.children():
+            with suppress(psutil.Error):  # it has just ended
+                if any(mark in part for part in one.cmdline() for mark in MARKS):
+                    found.add(one.pid)
+        return found
 
     up.until(lambda: len(pids()) == 2, alive=True)
     first = pids()
