@@ -1,4 +1,4 @@
-"""The embedded server's application: Prefect's own, on an SQLite whose writers wait for each other.
+"""The embedded server's application: Prefect's own, with unique names of targets, and SQLite's writers in turn.
 
 Prefect begins nearly every transaction DEFERRED. One that reads and then writes while another has written meanwhile
 ends at once, whatever the time-out (SQLITE_BUSY_SNAPSHOT), and the server answers 503. One that begins IMMEDIATE waits.
@@ -14,20 +14,21 @@ from weakref import WeakKeyDictionary
 
 from prefect.server.database.configurations import SQLITE_BEGIN_MODE, AioSqliteConfiguration
 
+from talaria.engine.unique import UniqueNames
+
 if TYPE_CHECKING:
-    from fastapi import FastAPI
     from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction
 
 TURN_S = 10  # longest wait for one's turn; SQLite's own lock decides after that
 _turns: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = WeakKeyDictionary()
 
 
-def create_app() -> FastAPI:
-    """Return Prefect's application; for `uvicorn --factory`."""
+def create_app() -> UniqueNames:
+    """Return Prefect's application, behind what we add; for `uvicorn --factory`."""
     from prefect.server.api.server import create_app as prefects_own
 
     let_writers_wait()
-    return prefects_own()
+    return UniqueNames(prefects_own())
 
 
 def let_writers_wait() -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import yaml
 
@@ -152,13 +155,21 @@ def test_types_are_told_with_what_they_can_do(tmp_path: Path) -> None:
     assert printed.returncode == 0 and all(name in printed.stdout for name in types)
 
 
-def make_in_the_ui(up: Talaria, slug: str, name: str, **data: Any) -> None:
-    """Save a block document as Prefect's own pages do: nobody asks whether another type has the name."""
+def create(up: Talaria, slug: str, name: str, **data: Any) -> httpx.Response:
+    """Save a block document as Prefect's own pages do."""
     kind = up.api("GET", f"/block_types/slug/{slug}")
     (schema, *_) = up.api("POST", "/block_schemas/filter", block_schemas={"block_type_id": {"any_": [kind["id"]]}})
-    up.api(
-        "POST", "/block_documents/", name=name, data=data, block_type_id=kind["id"], block_schema_id=schema["id"],
-    )  # fmt: skip
+    document = {"name": name, "data": data, "block_type_id": kind["id"], "block_schema_id": schema["id"]}
+    user, _, password = (up.home / "api.auth").read_text().strip().partition(":")
+    return httpx.post(f"{up.url}/block_documents/", json=document, auth=(user, password), timeout=60)
+
+
+def make_alike(up: Talaria, slug: str, name: str, **data: Any) -> None:
+    """Make a target under a name that is taken, as a Prefect server that isn't ours lets one do."""
+    create(up, slug, "for-a-moment", **data).raise_for_status()
+    with closing(sqlite3.connect(up.home / "prefect" / "prefect.db", timeout=60)) as db:
+        assert db.execute("UPDATE block_document SET name=? WHERE name='for-a-moment'", (name,)).rowcount == 1
+        db.commit()
 
 
 def test_a_name_that_two_targets_have_is_refused_everywhere(up: Talaria, tmp_path: Path) -> None:
@@ -167,7 +178,9 @@ def test_a_name_that_two_targets_have_is_refused_everywhere(up: Talaria, tmp_pat
     shelf.mkdir()
     other.mkdir()
     apply(up, "--prune", pacs={"type": "folder", "folder": str(shelf)}, shelf={"type": "folder", "folder": str(other)})
-    make_in_the_ui(up, "dicomweb-target", "pacs", url=other.as_uri())
+    answer = create(up, "dicomweb-target", "pacs", url=other.as_uri())
+    assert answer.status_code == 422 and "pacs is there already, of type Folder" in answer.json()["detail"]
+    make_alike(up, "dicomweb-target", "pacs", url=other.as_uri())
     both = "dicomweb/pacs or folder/pacs"
     study = str(tmp_path / "study")
     for arguments in (
@@ -215,7 +228,7 @@ def test_apply_replaces_a_type_only_when_asked(up: Talaria, tmp_path: Path) -> N
     done = up.told("target", "apply", str(path), "--replace")["targets"]
     assert done == [{"name": "new", "action": "created"}, {"name": "shelf", "action": "replaced"}]
     assert up.told("target", "show", "shelf")["type"] == "s3"
-    make_in_the_ui(up, "folder-target", "shelf", folder=str(tmp_path))
+    make_alike(up, "folder-target", "shelf", folder=str(tmp_path))
     assert apply(up, "--replace", shelf=shelf) == {"shelf": "replaced"}
     assert [(one["name"], one["type"]) for one in up.told("target", "list")["targets"]][1:] == [("shelf", "folder")]
 

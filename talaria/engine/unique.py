@@ -1,0 +1,83 @@
+"""One name for one target, also where it is saved by Prefect's own pages or clients: the embedded server refuses it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+from uuid import UUID
+
+import httpx
+
+from blocks.base import Target
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+Application = Callable[[Message, Receive, Send], Awaitable[None]]
+
+
+class UniqueNames:
+    """Prefect's application, which refuses to create a target under a name that one of another type has.
+
+    Prefect itself asks for unique names within a type only. A name can't be changed later.
+    """
+
+    def __init__(self, app: Application) -> None:
+        self.app = app
+        self._turn = asyncio.Lock()  # between the question and the answer nobody else saves
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or (scope["method"], scope["path"].rstrip("/")) != ("POST", "/api/block_documents"):
+            await self.app(scope, receive, send)
+            return
+        body, more = b"", True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
+        pieces: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def again() -> Message:
+            return pieces.pop() if pieces else await receive()
+
+        async with self._turn:
+            taken = await self._taken(scope, body)
+            if taken:
+                await _refuse(send, taken)
+            else:
+                await self.app(scope, again, send)
+
+    async def _taken(self, scope: Message, body: bytes) -> str:
+        """Return why a block document can't have the name that it asks for; "" if it can, or is no target."""
+        try:
+            document = json.loads(body)
+            name, type_id = str(document["name"]), UUID(document["block_type_id"])
+            schema_id = UUID(document["block_schema_id"])
+        except (ValueError, KeyError, TypeError):
+            return ""  # Prefect's to refuse, or anonymous
+        own = [(key, value) for key, value in scope["headers"] if key == b"authorization"]
+        there = httpx.ASGITransport(self.app)
+        async with httpx.AsyncClient(transport=there, base_url="http://talaria/api", headers=own) as client:
+            schema = await client.get(f"/block_schemas/{schema_id}")
+            capability = Target._block_schema_capabilities[0]
+            if schema.status_code != 200 or capability not in schema.json()["capabilities"]:
+                return ""
+            asked = {
+                "block_schemas": {"block_capabilities": {"all_": [capability]}},
+                "block_documents": {"name": {"any_": [name]}, "is_anonymous": {"eq_": False}},
+            }
+            found = (await client.post("/block_documents/filter", json=asked)).json()
+        others = [one["block_type"]["name"] for one in found if UUID(one["block_type_id"]) != type_id]
+        return f"a target named {name} is there already, of type {others[0]}: choose another name" if others else ""
+
+
+async def _refuse(send: Send, why: str) -> None:
+    """Answer as FastAPI does to what is not valid."""
+    body = json.dumps({"detail": why}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": 422, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
