@@ -35,8 +35,8 @@ class _HomeFirst(MetaPathFinder):
 
 
 def main() -> None:
-    """Run the command line and exit with the code that its help tells."""
-    # What happens is told by the command itself; Prefect's own lines are on the run. Read when it is imported.
+    """Run the command line and exit with the code that its help names."""
+    # The command itself says what happens; Prefect's own lines are on the run. Read when it is imported.
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     # Prefect's own files belong to our state directory, not to the user's home.
     home = Path(os.environ.get("TALARIA_HOME") or "~/.talaria").expanduser()

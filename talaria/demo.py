@@ -87,7 +87,7 @@ def pacs(folder: Path) -> Iterator[int]:
 
 
 def run() -> bool:
-    """Send a study to the PACS, an archive folder and a DICOMweb folder; tell whether all of it arrived."""
+    """Send a study to the PACS, an archive folder and a DICOMweb folder; return True if all of it arrived."""
     from blocks.dicom import DicomTarget
     from blocks.dicomweb import DicomWebTarget
     from blocks.folder import FolderTarget

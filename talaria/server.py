@@ -121,7 +121,7 @@ def running(home: Home) -> Address | None:
 
 
 def healthy(url: str) -> bool:
-    """Tell whether a Prefect API answers."""
+    """Return True if a Prefect API answers."""
     try:
         return httpx.get(f"{url}/health", timeout=5, trust_env=False).status_code == 200
     except httpx.HTTPError:
@@ -224,7 +224,7 @@ def reached(home: Home) -> Iterator[tuple[Address | None, bool]]:
     PREFECT_API_URL set: that server. Else the embedded one, which is started, and stopped at the end, if it does
     not run. Yields its address (None for a server that isn't ours) and whether dispatches must be run here, for no
     worker runs beside it: it was started here, or by another command for its own duration. The environment of
-    this process is set, and Prefect told to look at it again if it is imported already.
+    this process is set, and Prefect made to look at it again if it is imported already.
 
     Raises:
         ServerError: there is no server to be had.

@@ -1,4 +1,4 @@
-"""What `talaria status` tells."""
+"""What `talaria status` shows."""
 
 from __future__ import annotations
 

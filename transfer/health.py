@@ -29,7 +29,7 @@ class Health:
     """The probes of one check.
 
     Use `with health.probe("tcp") as probe:`; an error of ours inside fails the probe, and ends the check if the
-    rest makes no sense without it: what was not reached is told with `skip`.
+    rest makes no sense without it: `skip` names what was not reached.
     """
 
     probes: list[Probe] = field(default_factory=list)
@@ -60,7 +60,7 @@ class Health:
         self.probes.insert(at, Probe(name, result, ms, detail, informative=True))
 
     def skip(self, *names: str, why: str = "an earlier probe failed") -> None:
-        """Tell which probes were not made."""
+        """Add the probes that were not made."""
         self.probes.extend(Probe(name, SKIPPED, detail=why) for name in names)
 
     def to_json(self, name: str) -> dict[str, Any]:

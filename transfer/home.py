@@ -73,7 +73,7 @@ class Home:
                 path.unlink(missing_ok=True)
 
     def alive(self, owner: str) -> bool:
-        """Tell whether an owner's process still runs; the kernel drops the lock of a killed one."""
+        """Return True if an owner's process still runs; the kernel drops the lock of a killed one."""
         try:
             with open(self.root / "owners" / owner, encoding="ascii") as file:
                 return not _take(file.fileno())
@@ -105,7 +105,7 @@ class Home:
 
 
 def _is_still(path: Path, fd: int) -> bool:
-    """Tell whether an open file is the one that has this name."""
+    """Return True if an open file is the one that has this name."""
     try:
         return os.path.samestat(os.stat(path), os.fstat(fd))
     except FileNotFoundError:

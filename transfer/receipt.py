@@ -53,8 +53,8 @@ class Receipt:
     Attributes:
         target: the target's name.
         items: every item of the plan, in order.
-        bytes: bytes of the items that were delivered now (without `already`).
-        seconds: wall time of the push, all attempts.
+        bytes: bytes of the items that were delivered in this run (without `already`).
+        seconds: from the first attempt's begin to the end, waits included.
         verified: the verification level that was reached, which may be lower than the one asked for.
         attempts: how often the push was begun in this run.
         hook: `none`, `done` or `failed`.
@@ -145,7 +145,7 @@ class PushReport:
         record: keeps an outcome for good (the ledger) before it counts.
         cancelled: set by whoever wants the push to stop.
         pausing: set by whoever wants a retrieval to end after the running series.
-        moved: told the bytes that went out, for progress.
+        moved: called with each count of bytes that went out, for progress.
         unanswered: how often items, by path, went out in this run without a word on what became of them; outlives
             an attempt. What is found at the target of these is a delivery, and nothing that was there already.
     """
@@ -168,7 +168,7 @@ class PushReport:
         self.outcomes: dict[str, Outcome] = {}
 
     def __call__(self, item: Item, outcome: Outcome) -> None:
-        """Tell an item's outcome: once per item, after the peer's confirmation."""
+        """Report an item's outcome: once per item, after the peer's confirmation."""
         with self._lock:
             if item.path in self.outcomes:
                 raise RuntimeError(f"second outcome for {item.shown}")
@@ -188,7 +188,7 @@ class PushReport:
             self.outcomes[item.path] = outcome
 
     def moved(self, count: int) -> None:
-        """Tell that `count` more bytes went out."""
+        """Report that `count` more bytes went out."""
         self._moved(count)
 
     def check(self) -> None:

@@ -54,7 +54,7 @@ def print_json(document: dict[str, Any]) -> None:
 
 
 def say(text: str) -> None:
-    """Tell people something, on stderr."""
+    """Print a line for people, to stderr."""
     print(text, file=sys.stderr, flush=True)
 
 
@@ -74,7 +74,7 @@ def table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
 
 
 def _is_api_error(exc: BaseException) -> bool:
-    """Tell errors of Prefect's client without importing it before it is needed."""
+    """Return True for an error of Prefect's client, without importing that before it is needed."""
     return any(cls.__module__.partition(".")[0] in ("httpx", "prefect") for cls in type(exc).__mro__)
 
 

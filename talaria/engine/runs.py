@@ -96,7 +96,7 @@ def result_of(
     Ctrl-C cancels the run, and waits until it has stopped; a second one leaves at once.
 
     Args:
-        show: told the progress (percent, words) by target from time to time.
+        show: called with the progress (percent, words) by target from time to time.
 
     Returns:
         The run as it ended; or as it waits, if its next attempt is not soon.
@@ -142,7 +142,7 @@ def _follow(
 
 
 def _at_rest(flow_run: FlowRun) -> bool:
-    """Tell whether a run has ended, or waits for a time that is not soon."""
+    """Return True if a run has ended, or waits for a time that is not soon."""
     state = flow_run.state
     if state is None:
         return False

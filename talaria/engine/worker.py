@@ -57,7 +57,7 @@ class TalariaWorker(BaseWorker[BaseJobConfiguration, BaseVariables, TalariaResul
     _description = "Runs Talaria's flows in threads of a long-lived process."
 
     def serve_from(self, home: Home, ledger: Ledger, owner: str, limit: int) -> TalariaWorker:
-        """Tell the worker its state directory and the name under which its runs are in the ledger."""
+        """Give the worker its state directory and the name under which its runs are in the ledger."""
         self.home, self.ledger, self.owner = home, ledger, owner
         self.threads = ThreadPoolExecutor(limit, thread_name_prefix="run")
         self.draining = False
@@ -89,7 +89,7 @@ class TalariaWorker(BaseWorker[BaseJobConfiguration, BaseVariables, TalariaResul
             loop = asyncio.get_running_loop()
             await loop.run_in_executor(self.threads, contextvars.Context().run, _run, flow, flow_run)
         except Exception:
-            # The engine has told the state where it could; what it could not tell is settled below.
+            # The engine has set the state where it could; what it could not set is settled below.
             self._logger.exception("run %s ended with an error of the engine", run_id)
             if task_status and not task_status._future.done():  # type: ignore[attr-defined]
                 raise

@@ -38,7 +38,7 @@ class Harness:
         read_back: what the server holds under final names: bytes by relative path below the dispatch's folder
             (`keeps_names`), or the DICOM file's bytes by SOPInstanceUID.
         names: every name that is visible at the server now, final or not, marker included. Called during a push.
-        final: tells of a visible name whether it is a final one (not hidden or temporary).
+        final: returns True if a visible name is a final one (not hidden or temporary).
         leftovers: names at the server that neither a delivery nor a user put there; a check must leave it unchanged.
         cut: a target whose link breaks for good after about that many payload bytes, once; then it works.
         reject: makes the server refuse this one item; yields the target to use. None if no server could.
@@ -97,8 +97,8 @@ class Sent:
     Attributes:
         plan: what was handed to the driver, narrowed for the target.
         refused: what the target does not get, with the reason; it never reached the driver.
-        outcomes: what the driver told, by path.
-        moved: bytes that the driver told as moved.
+        outcomes: what the driver reported, by path.
+        moved: bytes that the driver reported as moved.
         receipt: of the dispatch, all attempts; None if this one raised.
         error: what it raised, None if nothing.
     """
@@ -113,12 +113,12 @@ class Sent:
 
     @property
     def arrived(self) -> set[str]:
-        """Paths of the items that the driver told as arrived."""
+        """Paths of the items that the driver reported as arrived."""
         return {path for path, outcome in self.outcomes.items() if outcome.arrived}
 
     @property
     def rejected(self) -> dict[str, str]:
-        """Details by path of the items that the driver told as rejected."""
+        """Details by path of the items that the driver reported as rejected."""
         return {path: outcome.detail for path, outcome in self.outcomes.items() if outcome.kind is Kind.REJECTED}
 
     def require(self) -> Receipt:

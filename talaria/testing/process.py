@@ -34,7 +34,7 @@ def program(name: str) -> str:
 
 
 def listening(port: int) -> bool:
-    """Tell whether something accepts connections on 127.0.0.1:port."""
+    """Return True if something accepts connections on 127.0.0.1:port."""
     try:
         socket.create_connection(("127.0.0.1", port), timeout=1).close()
     except OSError:

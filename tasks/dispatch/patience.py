@@ -17,7 +17,7 @@ PAUSE_S = 2
 
 
 def is_outage(exc: BaseException) -> bool:
-    """Tell whether an error says that the Prefect server is away, rather than that it refuses."""
+    """Return True if an error says that the Prefect server is away, rather than that it refuses."""
     if isinstance(exc, ConcurrencySlotAcquisitionError):
         return exc.__cause__ is None or is_outage(exc.__cause__)
     if isinstance(exc, PrefectHTTPStatusError | httpx.HTTPStatusError):

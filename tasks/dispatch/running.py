@@ -60,7 +60,7 @@ def running() -> list[str]:
 
 
 def stopping() -> bool:
-    """Tell whether every run of this process has been asked to stop, to be taken up by another one."""
+    """Return True if every run of this process has been asked to stop, to be taken up by another one."""
     return _stopping.is_set()
 
 
