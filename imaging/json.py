@@ -25,6 +25,15 @@ def parse(body: bytes) -> list[Attributes]:
         document = json.loads(text)
     except RecursionError as exc:
         raise ValueError("nested too deeply") from exc
+    return data_sets(document)
+
+
+def data_sets(document: Any) -> list[Attributes]:
+    """Return the data sets of a JSON document; one alone need not be in a list.
+
+    Raises:
+        ValueError: it is not DICOM JSON.
+    """
     document = document if isinstance(document, list) else [document]
     if not all(isinstance(one, dict) for one in document):
         raise ValueError("not DICOM JSON")

@@ -27,9 +27,9 @@ def of_study(query: Query) -> Iterator[tuple[str, Test]]:
         yield "AccessionNumber", one_of(query.AccessionNumber)
     if query.StudyDescription:
         yield "StudyDescription", one_of(query.StudyDescription)
-    if query.PatientID.strip():
+    if not is_universal(query.PatientID):
         yield "PatientID", like(query.PatientID)
-    if query.PatientName.strip():
+    if not is_universal(query.PatientName):
         yield "PatientName", named(query.PatientName)
     if query.StudyDate.strip():
         yield "StudyDate", between(query.StudyDate)
@@ -46,6 +46,16 @@ def of_series(query: Query) -> Iterator[tuple[str, Test]]:
         yield "SeriesDescription", one_of(query.SeriesDescription)
     if query.SeriesInstanceUID.strip():
         yield "SeriesInstanceUID", one_of(_listed(query.SeriesInstanceUID))
+
+
+def is_universal(pattern: str) -> bool:
+    """Return True if a pattern matches everything, what has no value too (PS3.4 sections C.2.2.2.3 and C.2.2.2.4)."""
+    return not pattern.strip().strip("*")
+
+
+def has_wild_cards(pattern: str) -> bool:
+    """Return True if a pattern has signs that stand for others."""
+    return "*" in pattern or "?" in pattern
 
 
 def _listed(value: str) -> list[str]:
@@ -66,7 +76,7 @@ def one_of(values: Iterable[str]) -> Test:
 def like(pattern: str) -> Test:
     """A value in which `*` stands for any characters, none too, and `?` for exactly one."""
     folded = _plain(pattern)
-    if "*" not in folded and "?" not in folded:
+    if not has_wild_cards(folded):
         return lambda value: _plain(value) == folded
     first, *rest = [re.escape(part).replace(r"\?", ".") for part in re.split(r"\*+", folded)]
     # What stands between two stars is looked for once, from the left, and never again: the groups are atomic, so

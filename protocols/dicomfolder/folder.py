@@ -75,7 +75,7 @@ class IndexReport:
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class HeldInstance:
     """One instance in the folder.
 
     Attributes:
@@ -227,7 +227,7 @@ class DicomFolder:
             for study in dict.fromkeys(study for study, _ in matched):
                 yield self._study(study)
 
-    def instances(self, query: Query) -> Iterator[Held]:
+    def instances(self, query: Query) -> Iterator[HeldInstance]:
         """Yield the instances of all series that match, as the folder is now; each once, in the order of paths.
 
         Where several files hold one instance, it is the one that was written last. There are as many as `find` with
@@ -282,11 +282,11 @@ class DicomFolder:
         answer["00201209"] = {"vr": "IS", "Value": [instances]}
         return Match(keyworded({**self._study_answer(study)[0], **answer}), instances)
 
-    def _held(self, study: int, series: int) -> Iterator[Held]:
+    def _held(self, study: int, series: int) -> Iterator[HeldInstance]:
         db = self._index.db
         study_uid = db.execute("SELECT uid FROM studies WHERE id=?", (study,)).fetchone()[0]
         series_uid = db.execute("SELECT uid FROM series WHERE id=?", (series,)).fetchone()[0]
-        last: dict[str, Held] = {}
+        last: dict[str, HeldInstance] = {}
         for folder, name, size, mtime_ns, ctime_ns, inode, uid, class_uid, syntax in db.execute(
             "SELECT d.path, f.name, f.size, f.mtime_ns, f.ctime_ns, f.inode, f.uid, f.class_uid, f.syntax"
             " FROM headers h JOIN files f ON f.header=h.id JOIN folders d ON d.id=f.folder WHERE h.series=?"
@@ -296,7 +296,9 @@ class DicomFolder:
             if b"/" in name or b".." in folder.split(b"/") or folder.startswith(b"/"):
                 continue  # no look at a directory finds such names: somebody put them into the index
             path = Path(os.fsdecode(os.path.join(self._root, folder, name)))
-            held = Held(path, Stamp(size, mtime_ns, ctime_ns, inode), uid, class_uid, syntax, study_uid, series_uid)
+            held = HeldInstance(
+                path, Stamp(size, mtime_ns, ctime_ns, inode), uid, class_uid, syntax, study_uid, series_uid
+            )
             if uid not in last or ctime_ns > last[uid].stamp.ctime_ns:  # a push keeps the time of modification
                 last[uid] = held
         yield from last.values()
@@ -359,8 +361,8 @@ def _columns(fields: Iterable[str]) -> str:
 
 
 def _nullable(test: Test) -> Callable[[str | None], bool]:
-    """What a file doesn't have, or has without a value, matches nothing."""
-    return lambda value: bool(value) and test(value or "")
+    """What a file doesn't have is as good as an empty value."""
+    return lambda value: test(value or "")
 
 
 # ---- the answer: what Orthanc makes of the same values

@@ -1,99 +1,102 @@
-"""Searches by QIDO-RS (PS3.18 section 10.6): every page, and only what the query really asks for.
+"""Searches by QIDO-RS (PS3.18 section 10.6): all that a query asks for, and only that.
 
-Servers differ: some cap a page below the limit that was asked for, some ignore `offset` and send the first page
-again, some refuse attributes or filters that they don't know, many ignore those. So pages are fetched until one
-brings nothing new; what was sent twice counts once; and everything is compared with the query on this side, by the
-rules of `dicommatch`.
+Servers match differently, and some ignore filters, so everything is compared with the query on this side, by the
+rules of `imaging.match`; and servers are asked in words with which they can't leave out what those rules find. Where
+an answer lacks what is to be compared, the server's own match counts, if it was seen to match at all; else an instance
+of the study is looked at.
 """
 
 from __future__ import annotations
 
 import itertools
-import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from imaging import json as dicomjson
-from imaging.json import Attributes, keyworded
-from imaging.match import in_days
+from imaging.json import keyworded
+from imaging.match import Test, has_wild_cards, in_days, is_universal
 from imaging.query import Match, Query
 from protocols.dicomweb import service as dicomweb
+from protocols.dicomweb.client import Client, Keys, Refused
+from protocols.dicomweb.pages import DATE, UID_TAGS, Archive, Search
 from protocols.dicomweb.service import Service
 from protocols.net.hiding import forms
-from transfer.errors import DispatchError, Misconfigured, NotFound
+from transfer.errors import Misconfigured, NotFound
 from transfer.query import series_tests, study_tests
 
-logger = logging.getLogger(__name__)
-
-PAGE = 200  # results; Azure refuses to give more at once
-MOST = 100_000  # results that are asked for at once of a server that ignores `offset`
-CAPS = frozenset((10, 20, 25, 30, 50, 100, 200, 250, 500, 1000, 2000, 5000, 10_000))  # that servers set themselves
-
-STUDY_UID, SERIES_UID, SOP_UID = "0020000D", "0020000E", "00080018"
+STUDY_UID, SERIES_UID, SOP_UID = UID_TAGS["studies"], UID_TAGS["series"], UID_TAGS["instances"]
 STUDY_FIELDS = (
     "StudyDescription", "ModalitiesInStudy", "NumberOfStudyRelatedSeries", "NumberOfStudyRelatedInstances",
 )  # fmt: skip
 SERIES_FIELDS = ("SeriesDescription", "BodyPartExamined", "NumberOfSeriesRelatedInstances")
-# What servers need not match on (PS3.18 table 10.6.1-5), so it may be left out if they refuse.
-OPTIONAL = frozenset(("StudyDescription",))
+# Values that no study has: a server that finds something with them ignores the key.
+NO_VALUE, NO_DATE = "NO SUCH VALUE 7Q", "18000101"
+NAME_TRIES = 5  # with up to so many empty components less one at its end, as some write names (PS3.5 section 6.2.1)
 
 _LEVELS = (("studies", "StudyInstanceUID"), ("series", "SeriesInstanceUID"), ("instances", "SOPInstanceUID"))
 
 _ENCODED = re.compile(r"[^A-Za-z0-9" + re.escape(dicomweb.QUERY_SAFE) + "]+")  # what a URL can't hold as it is
 
-Keys = tuple[tuple[str, str], ...]
 
-
-def find(service: Service, query: Query) -> Iterator[Match]:
+def find(service: Service, query: Query, *, tries: int = 1) -> Iterator[Match]:
     """Yield the studies or series that match, each once.
 
+    Args:
+        tries: how often a page is asked for over links that break.
+
     Raises:
-        Misconfigured: the query is none, or the server can't answer it in full.
+        Misconfigured: the query is malformed, or the server can't answer it in full.
     """
     private = (query.PatientName, query.PatientID, *query.AccessionNumber)
-    service = service.hiding({form for value in private for form in forms(value)})
-    for study in _studies(service, query):
+    worded = (*private, *map(_loose, private))  # as servers get them
+    service = service.hiding({form for value in worded for form in forms(value)})
+    finder = _Finder(Archive(service, tries), query)
+    for study in finder.studies():
         if query.level == "series":
-            for series in series_of(service, study, query):
+            for series in finder.series_of(study):
                 yield Match({**study, **series}, _count(series.get("NumberOfSeriesRelatedInstances")))
-        elif _has_series(service, study, query):
-            yield Match(study, _count(study.get("NumberOfStudyRelatedInstances")))
+        elif finder.has_series(study):
+            yield Match(study, announced(study))
 
 
-def announced(match: Match) -> int | None:
-    """How many instances the server says that the match's study has."""
-    return _count(match.attributes.get("NumberOfStudyRelatedInstances"))
+def announced(study: dict[str, Any]) -> int | None:
+    """How many instances the server says that a study has."""
+    return _count(study.get("NumberOfStudyRelatedInstances"))
 
 
-def series_of(service: Service, study: dict[str, Any], query: Query) -> Iterator[dict[str, Any]]:
-    """Yield the series of a study that match a query, as values by keyword."""
-    tests = series_tests(query)
-    uid = str(study["StudyInstanceUID"])
-    for found in _search(service, ("studies", uid, "series"), (), SERIES_FIELDS, SERIES_UID):
-        series = keyworded(found)
-        if all(test(_text(series.get(keyword))) for keyword, test in tests):
-            yield series
-
-
-def instances(service: Service, study_uid: str, series_uid: str) -> Iterator[str]:
+def instances(archive: Archive, study_uid: str, series_uid: str, expected: int | None = None) -> Iterator[str]:
     """Yield the SOP instance UIDs of a series.
+
+    Args:
+        expected: how many there are, as far as the server has said so.
 
     Raises:
         NotFound: the server has no such resource, because it has no such series, or no such service.
+        CutShort: it may have more than it gives; what it gives has been yielded.
     """
     segments = ("studies", study_uid, "series", series_uid, "instances")
-    for found in _search(service, segments, (), (), SOP_UID, missing_is_none=False):
+    for found in Search(archive, segments, expected=expected):
         yield dicomjson.text(found, SOP_UID)
+
+
+def holds(archive: Archive, study_uid: str, series_uid: str, uid: str) -> bool | None:
+    """Ask for one instance; returns whether the server has it, None if its answer leaves that open."""
+    segments = ("studies", study_uid, "series", series_uid, "instances")
+    search = Search(archive, segments, (("SOPInstanceUID", uid),))
+    try:
+        found = [dicomjson.text(row, SOP_UID) for row in search.page(2, 0).rows]
+    except NotFound:
+        return None
+    return True if uid in found else None if found or not search.sent else False
 
 
 def probe(service: Service, *segments: str) -> dict[str, Any] | None:
     """Ask for one study, or one of what is below one; returns it, None if there is none."""
-    path = service.path(service.qido, *(segments or ("studies",)), query=[("limit", "1")])
     try:
-        found = _page(service, path)[0]
-    except _Refused as exc:
-        raise exc.error from exc
+        found = Client(service).search(segments or ("studies",), limit=1).rows
+    except Refused as exc:
+        raise exc.error from None
     return keyworded(found[0]) if found else None
 
 
@@ -111,217 +114,232 @@ def any_instance(service: Service) -> tuple[str, str, str] | None:
     return uids[0], uids[1], uids[2]
 
 
-def _studies(service: Service, query: Query) -> Iterator[dict[str, Any]]:
-    tests = study_tests(query)
-    seen: set[str] = set()
-    for keys in _study_keys(service, query):
-        for wording in _wordings(keys):
-            any_found = False
-            for found in _search(service, ("studies",), wording, STUDY_FIELDS, STUDY_UID):
-                any_found = True
-                study = keyworded(found)
-                uid = str(study.get("StudyInstanceUID", ""))
-                if uid and uid not in seen and all(test(_text(study.get(keyword))) for keyword, test in tests):
-                    seen.add(uid)
-                    yield study
-            if any_found:
-                break
+class _Finder:
+    """One query to one server, and what was learned of it meanwhile."""
 
+    def __init__(self, archive: Archive, query: Query) -> None:
+        self.archive, self.query = archive, query
+        self._study_tests, self._series_tests = study_tests(query), series_tests(query)
+        self._matched: dict[tuple[str, ...], bool] = {}  # whether the server matches a key, by level and key
+        self._stars: dict[str, bool] = {}  # whether it takes wild cards in a key
 
-def _wordings(keys: Keys) -> Iterator[Keys]:
-    """The search as it is, and one for servers that don't decode `%5E` (Orthanc's plugin 1.7): wild cards instead."""
-    yield keys
-    loose = tuple((key, _ENCODED.sub("*", value)) for key, value in keys)
-    if loose != keys:
-        yield loose
+    # ---- studies
 
+    def studies(self) -> Iterator[dict[str, Any]]:
+        """Yield the studies whose own attributes match, each once."""
+        seen: set[str] = set()
+        asked: set[Keys] = set()
+        for keys in self._study_keys():
+            for wording in self._wordings(keys):
+                search = Search(self.archive, ("studies",), wording, STUDY_FIELDS)
+                if search.sent in asked:  # all that it found was compared with the whole query
+                    break
+                found = 0
+                for study in self._passed(search, "StudyInstanceUID", self._study_tests, keys):
+                    found += 1
+                    uid = str(study["StudyInstanceUID"])
+                    if uid not in seen:
+                        seen.add(uid)
+                        yield study
+                asked.add(search.sent)
+                if found:
+                    break
 
-def _study_keys(service: Service, query: Query) -> Iterator[Keys]:
-    """The searches that together find every study of a query: one value of each key that is a list."""
-    for values in (query.AccessionNumber, query.StudyDescription, query.SeriesDescription):
-        if values and not any(value.strip() for value in values):
-            return  # blanks match nothing: not worth a list of all that there is
-    common = [
-        (keyword, value.strip())
-        for keyword, value in (
-            ("PatientID", query.PatientID),
-            ("PatientName", query.PatientName),
-            ("StudyDate", query.StudyDate.strip() and in_days(query.StudyDate)),
-        )
-        if value.strip()
-    ]
-    modalities = _listed(query.Modality)
-    if len(modalities) == 1:
-        common.append(("ModalitiesInStudy", modalities[0]))
-    studies = _listed(query.StudyInstanceUID)
-    if not studies and query.SeriesInstanceUID.strip():
-        studies = _studies_of_series(service, _listed(query.SeriesInstanceUID))
-    lists = [
-        [("AccessionNumber", value.strip()) for value in dict.fromkeys(query.AccessionNumber) if value.strip()],
-        [("StudyInstanceUID", value) for value in studies],
-    ]
-    if not any(lists):  # else the search is narrow enough
-        lists.append([("StudyDescription", value.strip()) for value in query.StudyDescription if value.strip()])
-    for choice in itertools.product(*(values for values in lists if values)):
-        yield (*common, *choice)
+    def _passed(
+        self, search: Search, uid: str, tests: Iterable[tuple[str, Test]], keys: Keys = ()
+    ) -> Iterator[dict[str, Any]]:
+        """Yield the results of a search that pass all tests, as values by keyword.
 
-
-def _studies_of_series(service: Service, series: list[str]) -> list[str]:
-    """The studies that series belong to; none if the server can't search for series without their study."""
-    found: list[str] = []
-    try:
-        for uid in series:
-            keys = (("SeriesInstanceUID", uid),)
-            for one in _search(service, ("series",), keys, (), SERIES_UID):
-                if dicomjson.text(one, SERIES_UID) == uid:
-                    found.append(dicomjson.text(one, STUDY_UID))
-    except (Misconfigured, NotFound):
-        return []
-    return [uid for uid in dict.fromkeys(found) if uid]
-
-
-def _has_series(service: Service, study: dict[str, Any], query: Query) -> bool:
-    """Whether one series of a study passes all tests that a query has for series."""
-    tests = dict(series_tests(query))
-    if not tests:
-        return True
-    modalities = study.get("ModalitiesInStudy")
-    if set(tests) == {"Modality"} and modalities:
-        return any(tests["Modality"](str(one)) for one in ([modalities] if isinstance(modalities, str) else modalities))
-    return next(series_of(service, study, query), None) is not None
-
-
-def _search(
-    service: Service,
-    segments: tuple[str, ...],
-    keys: Keys,
-    fields: Sequence[str],
-    uid_tag: str,
-    *,
-    missing_is_none: bool = True,
-) -> Iterator[Attributes]:
-    """Yield all results of a search, page by page, each once."""
-    search = _Pages(service, segments, keys, fields)
-    seen: set[str] = set()
-    offset, limit = 0, PAGE
-    turns = False  # whether the server has ever turned to another page
-    first: list[str] = []  # the UIDs on the first page, and in order those on all
-    pages: list[list[str]] = []
-    while True:
-        try:
-            results, more = search.page(limit, offset)
-        except NotFound:
-            if seen and search.paged:  # what some servers say beyond the last page; all at once shows it
-                search.paged = False
-                continue
-            if missing_is_none and len(segments) > 1:
-                return
-            raise
-        fresh = 0
-        uids = [dicomjson.text(result, uid_tag) for result in results]
-        for uid, result in zip(uids, results, strict=True):
-            if uid and uid not in seen:
-                seen.add(uid)
-                fresh += 1
-                yield result
-        if offset == 0:
-            first = sorted(uids)
-        turns = turns or (offset > 0 and sorted(uids) != first)
-        if not results or not search.paged:
-            if more:
-                raise search.cut_short(len(seen))
-            return
-        # Some servers give a row for each instance of a study: pages that bring nothing new, and are no others again.
-        repeated = uids in pages and set(uids) != set(pages[-1][-1:])
-        pages.append(uids)
-        if fresh or (turns and not repeated and offset < MOST):
-            offset += len(results)
-        elif turns and not more:  # beyond the end it gives some page again
-            return
-        elif len(results) >= limit and limit < MOST:
-            # Full, and nothing new: `offset` means nothing to this server, so all must come at once.
-            offset, limit = 0, limit * 10
-        elif more or (limit > PAGE and len(results) <= limit // 10) or search.may_be_capped(len(results)):
-            raise search.cut_short(len(seen))
-        else:
-            if limit == PAGE and len(seen) > 1:
-                text = "%s: gives %d results and ignores offset: whether it has more can't be told"
-                logger.warning(text, service.where, len(seen))
-            return
-
-
-class _Pages:
-    """One search, in the words that the server takes.
-
-    Attributes:
-        paged: whether it takes `limit` and `offset`.
-    """
-
-    def __init__(self, service: Service, segments: tuple[str, ...], keys: Keys, fields: Sequence[str]) -> None:
-        self.service, self.segments, self.keys, self.fields = service, segments, keys, fields
-        self.paged = True
-        self._all = True  # whether it takes our optional keys, and includefield
-
-    def page(self, limit: int, offset: int) -> tuple[list[Attributes], bool]:
-        """Fetch a page; returns the results, and whether the server says that there are more."""
-        while True:
-            query = [(key, value) for key, value in self.keys if self._all or key not in OPTIONAL]
-            query += [("includefield", field) for field in self.fields if self._all]
-            query += [("limit", str(limit)), ("offset", str(offset))] if self.paged else []
-            try:
-                return _page(self.service, self.service.path(self.service.qido, *self.segments, query=query))
-            except _Refused as exc:
-                # It doesn't say which parameter it doesn't like: those that we can do without go first.
-                if self._all and (self.fields or any(key in OPTIONAL for key, _ in self.keys)):
-                    self._all = False
-                elif self.paged:
-                    self.paged = False
-                else:
-                    raise exc.error from exc
-
-    def may_be_capped(self, count: int) -> bool:
-        """Whether a server that ignores `offset` may have held results back.
-
-        One that ignores `limit` too has no pages at all. One that doesn't may have a limit of its own.
+        Args:
+            keys: those of the search as the query has them: in these words the server's own match counts.
         """
-        if count not in CAPS:
-            return False
-        return len(self.page(count // 2, 0)[0]) <= count // 2
+        given: set[str] = set()  # keywords that the server answers
+        open_: list[tuple[dict[str, Any], list[tuple[str, Test]]]] = []
+        for found in search:
+            values = keyworded(found)
+            given.update(values)
+            failed = [(keyword, test) for keyword, test in tests if not test(_text(values.get(keyword)))]
+            if not failed:
+                yield values
+            elif not any(keyword in values for keyword, _ in failed):
+                open_.append((values, failed))
+        for values, failed in open_:
+            if any(keyword in given for keyword, _ in failed):
+                continue  # it answers that of others, so this one has no value
+            sent = [key for key, value in search.sent if (key, value) in keys and not has_wild_cards(value)]
+            if all(keyword in sent and self._matches(search.segments, keyword) for keyword, _ in failed):
+                yield values
+                continue
+            below = self._below(search.segments, str(values.get(uid, "")))
+            if below is None:
+                below = self._by_key(search, str(values.get(uid, "")), [keyword for keyword, _ in failed])
+            if all(test(_text(below.get(keyword))) for keyword, test in failed):
+                yield values | {keyword: below.get(keyword, "") for keyword, _ in failed}
 
-    def cut_short(self, count: int) -> Misconfigured:
-        path = self.service.path(self.service.qido, *self.segments)
-        return Misconfigured(
-            f"{self.service.where}{path}: the server gives {count} results, and may have more, but ignores offset: "
-            "narrow the query"
-        )
+    def _wordings(self, keys: Keys) -> Iterator[Keys]:
+        """The searches that together miss nothing; each is asked only if those before it found nothing.
+
+        Names are looked for with wild cards, as servers don't agree on what stands between and behind their parts.
+        The second is for servers that don't decode what a URL can't hold (Orthanc's plugin 1.7), the others are for
+        those that take a wild card for a letter.
+        """
+        first = tuple((key, _LOOSENED.get(key, str)(value)) for key, value in keys)
+        yield first
+        loose = tuple((key, _loose(value)) for key, value in first)
+        if loose != first:
+            yield loose
+        wild = [key for key, value in keys if has_wild_cards(value) and not self._takes_wild_cards(key)]
+        keys = tuple((key, value) for key, value in keys if key not in wild)
+        name = dict(keys).get("PatientName", "")
+        if name and not self._takes_wild_cards("PatientName"):
+            others = tuple((key, value) for key, value in keys if key != "PatientName")
+            for count in range(NAME_TRIES):
+                yield (*others, ("PatientName", name.rstrip("^ ") + "^" * count))
+        elif wild:
+            yield keys
+
+    def _takes_wild_cards(self, key: str) -> bool:
+        """Ask for any value of a key: a server that takes the star for a letter finds nothing."""
+        if key not in self._stars:
+            try:
+                found = Search(self.archive, ("studies",), ((key, "*"),)).page(1, 0)
+                self._stars[key] = bool(found.rows)
+            except NotFound:
+                self._stars[key] = False
+        return self._stars[key]
+
+    def _matches(self, segments: tuple[str, ...], key: str) -> bool:
+        """Ask for a value that nothing has: a server that ignores the key finds something."""
+        known = (segments[-1], key)
+        if known not in self._matched:
+            search = Search(self.archive, segments, ((key, NO_DATE if key == DATE else NO_VALUE),))
+            try:
+                self._matched[known] = not search.page(1, 0).rows and bool(search.sent)
+            except NotFound:
+                self._matched[known] = True
+        return self._matched[known]
+
+    def _study_keys(self) -> Iterator[Keys]:
+        """The searches that together find every study of the query: one value of each key that is a list."""
+        query = self.query
+        for values in (query.AccessionNumber, query.StudyDescription, query.SeriesDescription):
+            if values and not any(value.strip() for value in values):
+                return  # blanks match nothing: not worth a list of all that there is
+        common = [
+            (keyword, value.strip())
+            for keyword, value in (
+                ("PatientID", query.PatientID),
+                ("PatientName", query.PatientName.strip().rstrip("^ =")),
+                ("StudyDate", query.StudyDate.strip() and in_days(query.StudyDate)),
+            )
+            if value.strip() and not is_universal(value)
+        ]
+        modalities = _listed(query.Modality)
+        if len(modalities) == 1 and not is_universal(modalities[0]):
+            common.append(("ModalitiesInStudy", modalities[0]))
+        studies = _listed(query.StudyInstanceUID)
+        if not studies and query.SeriesInstanceUID.strip():
+            studies = self._studies_of_series(_listed(query.SeriesInstanceUID))
+        lists = [
+            [("AccessionNumber", value.strip()) for value in dict.fromkeys(query.AccessionNumber) if value.strip()],
+            [("StudyInstanceUID", value) for value in studies],
+        ]
+        if not any(lists):  # else the search is narrow enough
+            lists.append([("StudyDescription", value.strip()) for value in query.StudyDescription if value.strip()])
+        for choice in itertools.product(*(values for values in lists if values)):
+            yield (*common, *choice)
+
+    def _studies_of_series(self, series: list[str]) -> list[str]:
+        """The studies that series belong to; none if the server can't search for series without their study."""
+        found: list[str] = []
+        try:
+            for uid in series:
+                for one in Search(self.archive, ("series",), (("SeriesInstanceUID", uid),)):
+                    if dicomjson.text(one, SERIES_UID) == uid:
+                        found.append(dicomjson.text(one, STUDY_UID))
+        except (Misconfigured, NotFound):
+            return []
+        return [uid for uid in dict.fromkeys(found) if uid]
+
+    # ---- series
+
+    def series_of(self, study: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Yield the series of a study that match, as values by keyword."""
+        uid = str(study["StudyInstanceUID"])
+        expected = _count(study.get("NumberOfStudyRelatedSeries"))
+        search = Search(self.archive, ("studies", uid, "series"), (), SERIES_FIELDS, expected)
+        try:
+            yield from self._passed(search, "SeriesInstanceUID", self._series_tests)
+        except NotFound:  # what some servers say where there is none
+            return
+
+    def has_series(self, study: dict[str, Any]) -> bool:
+        """Return True if one series of a study passes all tests that the query has for series."""
+        tests = dict(self._series_tests)
+        if not tests:
+            return True
+        modalities = study.get("ModalitiesInStudy")
+        if set(tests) == {"Modality"} and modalities:
+            return any(
+                tests["Modality"](str(one)) for one in ([modalities] if isinstance(modalities, str) else modalities)
+            )
+        return next(self.series_of(study), None) is not None
+
+    # ---- what an answer lacks
+
+    def _below(self, segments: tuple[str, ...], uid: str) -> dict[str, Any] | None:
+        """Return what one instance of a study or series says, None if the server doesn't show any."""
+        uids = [*segments[1::2], uid]
+        try:
+            for level, keyword in _LEVELS[len(uids) :]:
+                above = [part for pair in zip(("studies", "series"), uids, strict=False) for part in pair]
+                rows = Search(self.archive, (*above, level)).page(1, 0).rows
+                uids.append(str(keyworded(rows[0]).get(keyword, "")) if rows else "")
+                if not uids[-1]:
+                    return None
+            found = self.archive.client.metadata(*uids)
+        except (NotFound, Misconfigured, Refused):
+            return None
+        return keyworded(found[0]) if found else None
+
+    def _by_key(self, search: Search, uid: str, keywords: list[str]) -> dict[str, Any]:
+        """Return the values with which the server finds a result, where it shows them nowhere.
+
+        Raises:
+            Misconfigured: it doesn't match them either.
+        """
+        found: dict[str, Any] = {}
+        for keyword in keywords:
+            values = getattr(self.query, keyword)
+            hazy = isinstance(values, str) or any(map(has_wild_cards, values))
+            if hazy or not self._matches(search.segments, keyword):
+                service = self.archive.service
+                raise Misconfigured(
+                    f"{service.where}{service.path(service.qido, *search.segments)}: the server neither matches nor "
+                    f"shows {keyword}: leave it out of the query"
+                )
+            for value in values:
+                rows = Search(self.archive, search.segments, ((keyword, value.strip()),))
+                if any(keyworded(row).get(_LEVELS[len(search.segments) // 2][1]) == uid for row in rows):
+                    found[keyword] = value
+        return found
 
 
-class _Refused(Exception):
-    """The server doesn't take this search (400)."""
-
-    def __init__(self, error: DispatchError) -> None:
-        super().__init__(error.message)
-        self.error = error
+def _loose(value: str) -> str:
+    return _ENCODED.sub("*", value)
 
 
-def _page(service: Service, path: str) -> tuple[list[Attributes], bool]:
-    """Fetch one page; returns the results, and whether the server says that there are more."""
-    status, answer, body = service.get(path, f"{dicomweb.JSON}, application/json;q=0.9")
-    if status == 416:  # no such page
-        raise NotFound(service.error(answer, body, path).message)
-    if status == 204 or (status in (200, 206) and not body.strip()):
-        return [], False
-    if status == 400:
-        raise _Refused(service.error(answer, body, path))
-    if status not in (200, 206):
-        raise service.error(answer, body, path)
-    try:
-        results = dicomjson.parse(body)
-    except ValueError as exc:
-        raise dicomweb.unexpected(service, answer, body, path) from exc
-    # PS3.18 section 8.3.4.4: "Warning: 299 ...: There are additional results that can be requested".
-    more = any(warning.strip().startswith("299") for warning in answer.headers.get_all("Warning") or ())
-    return [result for result in results if result], more
+def _loose_name(value: str) -> str:
+    """A pattern that finds all that a name, or a pattern of names, matches, whatever stands behind its parts."""
+    return re.sub(r"\*+", "*", _any_sign(_loose(value)) + "*")
+
+
+def _any_sign(value: str) -> str:
+    """A pattern without `?`: servers that drop letters beyond ASCII (Orthanc) don't find one there."""
+    return value.replace("?", "*")
+
+
+_LOOSENED: dict[str, Callable[[str], str]] = {"PatientName": _loose_name, "PatientID": _any_sign}
 
 
 def _listed(value: str) -> list[str]:

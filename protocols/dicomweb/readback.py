@@ -23,7 +23,9 @@ from pydicom.tag import BaseTag
 from imaging.header import DEFLATED_LITTLE, EXPLICIT_BIG, IMPLICIT_LITTLE, Header
 from protocols.dicomweb import qido, wado
 from protocols.dicomweb import service as dicomweb
+from protocols.dicomweb.pages import Archive, CutShort
 from protocols.dicomweb.service import Service
+from protocols.dicomweb.stow_body import uid_of
 from transfer.errors import Denied, Misconfigured, NotFound, Rejected
 from transfer.fanout import each
 from transfer.plan import Item, Plan
@@ -48,8 +50,13 @@ class Verdict(Enum):
     MISSING = "accepted, but can't be read back"
 
 
-def unlisted(service: Service, items: Iterable[Item], check: Callable[[], None]) -> list[Item]:
+def unlisted(
+    service: Service, items: Iterable[Item], check: Callable[[], None], wait_s: float | None = None
+) -> list[Item]:
     """Return the items that the server does not list; those that show up a little later count as listed.
+
+    Args:
+        wait_s: how much later, at most; None for `LISTED_WAIT_S`.
 
     Raises:
         Unverifiable: it can't be searched. DispatchError: it can't be reached just now.
@@ -58,12 +65,13 @@ def unlisted(service: Service, items: Iterable[Item], check: Callable[[], None])
     for item in items:
         if item.header:
             by_series[item.header.StudyInstanceUID, item.header.SeriesInstanceUID].append(item)
-    end, wait = time.monotonic() + LISTED_WAIT_S, FIRST_WAIT_S
+    archive = Archive(service)
+    wait_s = LISTED_WAIT_S if wait_s is None else wait_s
+    end, wait = time.monotonic() + wait_s, FIRST_WAIT_S
     while True:
         for key, wanted in list(by_series.items()):
             check()
-            listed = _listed(service, *key)
-            by_series[key] = [item for item in wanted if item.header and item.header.SOPInstanceUID not in listed]
+            by_series[key] = _unlisted(archive, key, wanted, check)
             if not by_series[key]:
                 del by_series[key]
         if not by_series or time.monotonic() > end:
@@ -72,15 +80,27 @@ def unlisted(service: Service, items: Iterable[Item], check: Callable[[], None])
         wait *= 2
 
 
-def _listed(service: Service, study: str, series: str) -> set[str]:
+def _unlisted(archive: Archive, series: tuple[str, str], wanted: list[Item], check: Callable[[], None]) -> list[Item]:
+    """Return the items of a series that the server doesn't list, nor has when it is asked for each."""
+    listed: set[str] = set()
+    whole = True
     try:
         try:
-            return set(qido.instances(service, study, series))
+            listed.update(qido.instances(archive, *series))
         except NotFound:
-            qido.probe(service)  # raises if it is the whole service that isn't there
-            return set()
+            qido.probe(archive.service)  # raises if it is the whole service that isn't there
+        except CutShort:
+            whole = False
+        missing = [item for item in wanted if uid_of(item) not in listed]
+        found = {}
+        for item in missing:
+            check()
+            found[item.path] = qido.holds(archive, *series, uid_of(item))
     except (NotFound, Misconfigured, Denied) as exc:
         raise Unverifiable(exc.message) from exc
+    if not whole and None in found.values():
+        raise Unverifiable(f"{archive.service.where}: lists only some of the instances of a series")
+    return [item for item in missing if not found[item.path]]
 
 
 def read_back(

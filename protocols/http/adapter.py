@@ -17,7 +17,7 @@ import requests
 from requests.adapters import BaseAdapter
 from requests.structures import CaseInsensitiveDict
 
-from protocols.http.head import Fields
+from protocols.http.answer import Answer
 from protocols.http.multipart import parameters
 from protocols.http.session import Body, Content, Session
 
@@ -56,7 +56,7 @@ class Adapter(BaseAdapter):
         response.headers = CaseInsensitiveDict(answer.headers.items())
         # Else `requests` takes any text for Latin-1, or tries one encoding after the other.
         response.encoding = parameters(answer.headers.get("Content-Type", ""))[1].get("charset", "utf-8")
-        response.raw = _Raw(data, answer.headers)
+        response.raw = _Raw(data, answer)
         response._content = data
         response.url, response.request = request.url or "", request
         requests.cookies.extract_cookies_to_jar(response.cookies, request, response.raw)  # type: ignore[no-untyped-call]
@@ -64,11 +64,16 @@ class Adapter(BaseAdapter):
 
 
 class _Raw(io.BytesIO):
-    """What `requests` takes for urllib3's answer: it looks for cookies in there."""
+    """What `requests` takes for urllib3's answer: it looks for cookies in there.
 
-    def __init__(self, data: bytes, headers: Fields) -> None:
+    Attributes:
+        answer: the head as it came: `requests` keeps one field of a name.
+    """
+
+    def __init__(self, data: bytes, answer: Answer) -> None:
         super().__init__(data)
-        self._original_response = SimpleNamespace(msg=headers)
+        self.answer = answer
+        self._original_response = SimpleNamespace(msg=answer.headers)
 
     def release_conn(self) -> None:
         """Nothing to give back: the answer was read whole."""

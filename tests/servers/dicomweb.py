@@ -7,6 +7,7 @@ replies for the next requests; settings change how it behaves for all.
 from __future__ import annotations
 
 import base64
+import functools
 import io
 import json
 import secrets
@@ -30,6 +31,7 @@ READ_BYTES = 65_536
 JSON = "application/dicom+json"
 XML = "application/dicom+xml"
 TLS_HANDSHAKE = b"\x16"  # how a TLS connection begins (RFC 8446 section 5.1)
+EXTRA = frozenset(("00081030", "0008103E", "00080061", "00201206", "00201208", "00201209"))  # given if asked for
 IDLE_S = 20  # a connection that nobody uses ends
 
 
@@ -95,6 +97,7 @@ def uid_of(data: bytes) -> str:
     return str(_parsed(data).SOPInstanceUID)
 
 
+@functools.lru_cache(maxsize=4096)  # a search looks at all that is stored
 def _parsed(data: bytes) -> pydicom.FileDataset:
     with studies.quiet():
         return pydicom.dcmread(io.BytesIO(data), stop_before_pixels=True)
@@ -187,7 +190,7 @@ class Scripted:
         authorization: the only field that is let in; None for everybody.
         continues: answers `Expect: 100-continue` with 100.
         cap: most results of one page.
-        ignores: of `limit`, `offset`, `filters`.
+        ignores: of `limit`, `offset`, `filters`, `includefield`.
         rejects: query parameters that get 400.
         repeats: beyond the last page comes the first one again.
         withheld: instances that are listed, but not given out.
@@ -213,6 +216,7 @@ class Scripted:
     rejects: set[str] = field(default_factory=set)
     repeats: bool = False
     withheld: set[str] = field(default_factory=set)
+    kept: dict[tuple[Any, ...], list[dict[str, Any]]] = field(default_factory=dict)
     gives: str = "multipart"
     wado_cut: int | None = None
     tokens: list[str] = field(default_factory=list)
@@ -299,7 +303,9 @@ class Scripted:
         segments = [unquote(part) for part in request.path.split("/")[2:]]
         if request.method == "POST":
             return self._store(request) if segments == ["studies"] else Reply(404)
-        wants_dicom = 'application/dicom"' in request.headers.get("accept", "")
+        if segments[-1] == "metadata":
+            return self._metadata(segments)
+        wants_dicom = 'application/dicom"' in request.headers.get("accept", "") or len(segments) == 6
         return self._retrieve(segments) if wants_dicom else self._search(segments, request.query)
 
     # ---- services
@@ -326,6 +332,30 @@ class Scripted:
         refused = self.rejects & {key for key, _ in query}
         if refused:
             return Reply(400, as_json({"message": f"unknown parameter {sorted(refused)[0]}"}), "application/json")
+        found = self._all(segments)
+        if "filters" not in self.ignores:
+            found = [one for one in found if _passes(one, query)]
+        offset = 0 if "offset" in self.ignores else int(given.get("offset", "0"))
+        limit = len(found) if "limit" in self.ignores else int(given.get("limit", str(len(found) or 1)))
+        most = min(limit, self.cap or limit)
+        page = found[offset : offset + most]
+        if not page and self.repeats:
+            page = found[:most]
+        if not page:
+            return Reply(204)
+        if "includefield" in self.ignores | self.rejects:
+            page = [{tag: element for tag, element in one.items() if tag not in EXTRA} for one in page]
+        return Reply(200, as_json([{key: value for key, value in one.items() if value} for one in page]))
+
+    def _all(self, segments: list[str]) -> list[dict[str, Any]]:
+        """All that is at a path, as it is now."""
+        with self.lock:
+            mark = (*segments, *map(id, self.stored.values()))
+            if mark not in self.kept:
+                self.kept = {mark: self._looked_up(segments)} | dict(list(self.kept.items())[-600:])
+            return self.kept[mark]
+
+    def _looked_up(self, segments: list[str]) -> list[dict[str, Any]]:
         level = segments[-1]
         with self.lock:
             files = [_parsed(data) for data in self.stored.values()]
@@ -337,18 +367,7 @@ class Scripted:
         groups: dict[str, list[Any]] = {}
         for ds in files:
             groups.setdefault(str(ds[key].value), []).append(ds)
-        found = [_match(level, group) for _, group in sorted(groups.items())]
-        if "filters" not in self.ignores:
-            found = [one for one in found if _passes(one, query)]
-        offset = 0 if "offset" in self.ignores else int(given.get("offset", "0"))
-        limit = len(found) if "limit" in self.ignores else int(given.get("limit", str(len(found) or 1)))
-        most = min(limit, self.cap or limit)
-        page = found[offset : offset + most]
-        if not page and self.repeats:
-            page = found[:most]
-        if not page:
-            return Reply(204)
-        return Reply(200, as_json([{key: value for key, value in one.items() if value} for one in page]))
+        return [_match(level, group) for _, group in sorted(groups.items())]
 
     def _retrieve(self, segments: list[str]) -> Reply:
         wanted = dict(zip(segments[::2], segments[1::2], strict=True))
@@ -372,6 +391,14 @@ class Scripted:
         return Reply(
             200, body, kind, chunked=1000 if self.gives == "chunked" else 0, closes=self.gives == "closing", cut=cut
         )
+
+    def _metadata(self, segments: list[str]) -> Reply:
+        with self.lock:
+            files = [_parsed(data) for data in self.stored.values()]
+        names = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID")
+        wanted = dict(zip(names, segments[1::2], strict=False))
+        found = [ds for ds in files if all(str(ds[name].value) == uid for name, uid in wanted.items())]
+        return Reply(200, as_json([ds.to_json_dict() for ds in found])) if found else Reply(404)
 
     def _token(self, request: Request) -> Reply:
         if self.on_token:

@@ -1,0 +1,204 @@
+"""Asks for one page of a search, and for metadata, with dicomweb-client, over our own connections.
+
+The library makes the URLs and reads the JSON. What it would lose is kept here: a query as servers read it (it encodes
+`*`, which Orthanc then takes for a letter), answers in XML, the status, the type and the words of an answer that it
+can't read, and the Warning that says that there is more. It never retries, and asks for no further page by itself: a
+server that ignores `offset` would keep it busy for ever.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import parse_qsl, urlencode
+from urllib.parse import quote as percent
+
+import requests
+from dicomweb_client.web import DICOMwebClient
+
+from imaging import json as dicomjson
+from imaging.json import Attributes
+from protocols.dicomweb import service as dicomweb
+from protocols.dicomweb.service import JSON, QUERY_SAFE, XML, Service
+from protocols.http.adapter import Adapter
+from protocols.http.answer import Answer
+from protocols.http.multipart import Parts, parameters
+from protocols.http.session import Session
+from transfer.errors import DispatchError, NotFound
+
+# It logs URLs, which hold what identifies patients, and servers' words, which may.
+logging.getLogger("dicomweb_client").setLevel(logging.CRITICAL + 1)
+
+ACCEPT = f"{JSON}, application/json;q=0.9"
+ACCEPT_XML = f'multipart/related; type="{XML}", {XML};q=0.9'
+
+Keys = tuple[tuple[str, str], ...]
+
+
+class Refused(Exception):
+    """The server doesn't take this request as it is (400)."""
+
+    def __init__(self, error: DispatchError) -> None:
+        super().__init__(error.message)
+        self.error = error
+
+
+@dataclass(frozen=True)
+class Page:
+    """Results of a search, and whether the server says that there are more."""
+
+    rows: list[Attributes] = field(repr=False)
+    more: bool = False
+
+
+class Client:
+    """The searches and metadata of one service; for one thread at a time."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        session = requests.Session()
+        session.trust_env = False  # proxies, certificates and passwords are the target's own
+        session.headers.clear()
+        self._wire = _Wire(service.session)
+        session.mount("http://", self._wire)
+        session.mount("https://", self._wire)
+        self._library = DICOMwebClient(
+            service.where + service.path(""),
+            session,
+            qido_url_prefix=service.path(service.qido).removeprefix(service.path("")).strip("/") or None,
+            wado_url_prefix=service.path(service.wado).removeprefix(service.path("")).strip("/") or None,
+            permissive_uid=True,
+        )
+        self._library.set_http_retry_params(retry=False)
+
+    def search(
+        self,
+        segments: Sequence[str],
+        keys: Keys = (),
+        fields: Sequence[str] = (),
+        *,
+        limit: int | None = None,
+        offset: int | None = None,
+    ) -> Page:
+        """Fetch one page of the studies, series or instances at a path (`studies/<uid>/series`, for one).
+
+        Raises:
+            Refused: 400. NotFound: there is no such resource, or no such page. DispatchError: as `Service.error`.
+        """
+        asks: dict[str, Callable[..., Any]] = {
+            "studies": self._library.search_for_studies,
+            "series": self._library.search_for_series,
+            "instances": self._library.search_for_instances,
+        }
+        ask = asks[segments[-1]]
+        above = [percent(uid, safe="") for uid in segments[1::2]]
+        found, answer = self._read(
+            lambda: ask(*above, limit=limit, offset=offset, fields=fields or None, search_filters=dict(keys)),
+            self._service.path(self._service.qido, *segments),
+        )
+        # PS3.18 section 8.3.4.4: "Warning: 299 ...: There are additional results that can be requested".
+        more = any(warning.strip().startswith("299") for warning in answer.headers.get_all("Warning") or ())
+        return Page([row for row in found if row], more)
+
+    def metadata(self, *uids: str) -> list[Attributes]:
+        """Fetch the metadata of all instances of a study or series, or of one instance.
+
+        Raises:
+            Refused, DispatchError: as for a search.
+        """
+        ask: Callable[..., Any] = (
+            self._library.retrieve_study_metadata,
+            self._library.retrieve_series_metadata,
+            self._library.retrieve_instance_metadata,
+        )[len(uids) - 1]
+        names = ("studies", "series", "instances")
+        segments = [part for pair in zip(names, uids, strict=False) for part in pair]
+        path = self._service.path(self._service.wado, *segments, "metadata")
+        return self._read(lambda: ask(*(percent(uid, safe="") for uid in uids)), path)[0]
+
+    def _read(self, ask: Callable[[], Any], path: str) -> tuple[list[Attributes], Answer]:
+        """Let the library ask and read; what it can't read becomes an error of ours, with the server's words."""
+        service, problem = self._service, None
+        self._wire.last = None
+        try:
+            found = dicomjson.data_sets(ask())
+        except (requests.HTTPError, ValueError, RecursionError) as exc:
+            problem = exc
+        if self._wire.last is None:  # nothing was sent: a UID that no path can hold
+            raise NotFound(f"{service.where}{path}: is not a path of any server") from None
+        answer, body = self._wire.last
+        if problem is None and answer.status in (200, 204, 206):
+            return found, answer
+        # Not `from problem`: the library's texts hold the whole URL, which may name a patient.
+        if problem is not None and answer.status in (200, 206):
+            raise dicomweb.unexpected(service, answer, body, path) from None
+        error = service.error(answer, body, path)
+        if answer.status == 400:
+            raise Refused(error) from None
+        if answer.status == 416:  # no such page
+            raise NotFound(error.message) from None
+        raise error from None
+
+
+class _Wire(Adapter):
+    """Our connections, for the library.
+
+    Attributes:
+        last: the latest answer, and its body as it came.
+    """
+
+    def __init__(self, session: Session) -> None:
+        super().__init__(session)
+        self._kept = threading.local()
+        self._accept = ACCEPT
+
+    @property
+    def last(self) -> tuple[Answer, bytes] | None:
+        kept: tuple[Answer, bytes] | None = getattr(self._kept, "last", None)
+        return kept
+
+    @last.setter
+    def last(self, value: tuple[Answer, bytes] | None) -> None:
+        self._kept.last = value
+
+    def send(self, request: requests.PreparedRequest, *args: Any, **settings: Any) -> requests.Response:
+        """Send a request with its query as servers read it; returns the answer with a body in JSON."""
+        head, _, query = (request.url or "").partition("?")
+        if query:
+            pairs = parse_qsl(query, keep_blank_values=True)
+            request.url = f"{head}?{urlencode(pairs, quote_via=percent, safe=QUERY_SAFE)}"
+        request.headers["Accept"] = self._accept
+        response = super().send(request)
+        if response.status_code == 406 and self._accept == ACCEPT:
+            request.headers["Accept"] = ACCEPT_XML
+            response = super().send(request)
+            if response.status_code < 300:
+                self._accept = ACCEPT_XML
+        raw: Any = response.raw
+        answer: Answer = raw.answer
+        self.last = answer, response.content
+        if response.status_code in (200, 206):
+            response._content = _as_json(answer, response.content, head)
+        elif response.status_code < 400:
+            response._content = b""
+        return response
+
+
+def _as_json(answer: Answer, body: bytes, where: str) -> bytes:
+    """Return the body of an answer in the form that the library reads; one that is neither JSON nor XML as it is."""
+    body = body.removeprefix(b"\xef\xbb\xbf").strip()
+    kind, options = parameters(answer.headers.get("Content-Type", ""))
+    try:
+        if kind.startswith("multipart/") and options.get("boundary"):
+            parts = Parts(iter([memoryview(body)]), options["boundary"], where)
+            texts = [b"".join(bytes(piece) for piece in parts.content()) for _ in parts]
+            return json.dumps([one for text in texts for one in dicomjson.parse(text)]).encode()
+        if body[:1] == b"<":
+            return json.dumps(dicomjson.parse(body)).encode()
+    except ValueError:
+        pass
+    return body

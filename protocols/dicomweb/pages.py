@@ -1,0 +1,377 @@
+"""All results of one search by QIDO-RS (PS3.18 section 10.6): every page, and the proof that there are no more.
+
+Servers cap a page below the limit that was asked for, send the first page again whatever the offset, or nothing
+(Orthanc 1.10 with `ModalitiesInStudy`), refuse attributes and filters that they don't know, or ignore them. So each
+page begins with the last result of the page before, which shows that the offset counts. Where it doesn't, more is
+asked for at once; and where the server may hold results back, these prove that it doesn't:
+
+    an answer of this server, to any search of the level, that had more results
+    the count that it gave of them, or a count of all it has that is no larger
+    searches that share the results out (by UID, by date), each answered with fewer
+
+Else the search ends with an error: an absence that isn't proven is not reported.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from imaging import json as dicomjson
+from imaging.json import Attributes
+from imaging.match import in_days
+from protocols.dicomweb.client import Client, Keys, Page, Refused
+from protocols.dicomweb.service import Service
+from transfer.errors import Cancelled, DispatchError, Interrupted, Misconfigured, NotFound
+
+PAGE = 200  # results; Azure refuses to give more at once
+MOST = 200_000  # results that are asked for at once of a server that has no pages
+SHARES = 600  # searches at most that share the results of one out
+PAGING, FIELDS = "limit and offset", "includefield"
+DATE = "StudyDate"
+UID_TAGS = {"studies": "0020000D", "series": "0020000E", "instances": "00080018"}
+UID_KEYS = {"studies": "StudyInstanceUID", "series": "SeriesInstanceUID", "instances": "SOPInstanceUID"}
+DATE_TAG = "00080020"
+UID_SIGNS = ".0123456789"
+# What servers need not match on (PS3.18 table 10.6.1-5), or were seen to refuse, in this order.
+_DOUBTFUL = (FIELDS, "StudyDescription", "ModalitiesInStudy", DATE, "PatientName", "PatientID")
+
+
+class CutShort(Misconfigured):
+    """The server may have more results than it gives."""
+
+
+@dataclass
+class Archive:
+    """A server that is searched, and what was learned of it: for all searches of one question, in one thread.
+
+    Attributes:
+        left_out: names of parameters that it refuses.
+        closed: whether it takes only dates with both ends.
+        largest: by level, the most results that came in one answer.
+        tries: how often a page is asked for over links that break.
+    """
+
+    service: Service
+    tries: int = 1
+    left_out: set[str] = field(default_factory=set)
+    closed: bool = False
+    largest: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.client = Client(self.service)
+
+
+class Search:
+    """One search.
+
+    Args:
+        expected: how many results there are, as far as the server has said so.
+    """
+
+    def __init__(
+        self,
+        archive: Archive,
+        segments: Sequence[str],
+        keys: Keys = (),
+        fields: Sequence[str] = (),
+        expected: int | None = None,
+    ) -> None:
+        self.archive, self.segments, self.keys, self.fields = archive, tuple(segments), keys, fields
+        self.level = segments[-1]
+        self.expected = expected
+        self._seen: set[str] = set()
+        self._undated = 0  # results without a study date
+
+    def __iter__(self) -> Iterator[Attributes]:
+        """Yield all results, each once.
+
+        Raises:
+            NotFound: the server has no such resource. Misconfigured: it may have more than it gives.
+        """
+        limit = PAGE
+        while (count := (yield from self._walk(limit))) is not None:
+            if count < limit or limit >= MOST or not self.paged:
+                yield from self._prove(count)
+                return
+            limit *= 10
+
+    @property
+    def sent(self) -> Keys:
+        """The keys as the server gets them: without those that it refuses."""
+        return tuple((key, self._date(value) if key == DATE else value) for key, value in self.keys if self._takes(key))
+
+    @property
+    def paged(self) -> bool:
+        return self._takes(PAGING)
+
+    def _takes(self, name: str) -> bool:
+        return name not in self.archive.left_out
+
+    def _date(self, value: str) -> str:
+        if self.archive.closed and value[:1] == "-":
+            return f"00010101{value}"
+        return f"{value}99991231" if self.archive.closed and value[-1:] == "-" else value
+
+    # ---- one page
+
+    def page(self, limit: int, offset: int, extra: Keys = ()) -> Page:
+        """Fetch a page, without what the server refuses."""
+        try:
+            found = self._ask(limit, offset, extra)
+        except Refused as exc:
+            if offset or extra:
+                raise
+            found = self._learned(limit, exc)
+        largest = self.archive.largest
+        largest[self.level] = max(largest.get(self.level, 0), len(found.rows))
+        return found
+
+    def _ask(self, limit: int, offset: int, extra: Keys = ()) -> Page:
+        names = [key for key, _ in extra]
+        keys = (*((key, value) for key, value in self.sent if key not in names), *extra)
+        fields = self.fields if self._takes(FIELDS) else ()
+        for left in reversed(range(self.archive.tries)):
+            try:
+                if not self.paged:
+                    return self.archive.client.search(self.segments, keys, fields)
+                return self.archive.client.search(self.segments, keys, fields, limit=limit, offset=offset)
+            except Interrupted:
+                if not left:
+                    raise
+        raise ValueError("a page is asked for at least once")
+
+    def _learned(self, limit: int, refusal: Refused) -> Page:
+        """Find out which parameters the server refuses, which it doesn't say; returns the first page without them.
+
+        Raises:
+            DispatchError: it refuses the search whatever is left out.
+        """
+        archive = self.archive
+        present = [*([FIELDS] if self.fields else []), *(key for key, _ in self.keys)]
+        doubtful = [name for name in _DOUBTFUL if name in present and name not in archive.left_out]
+        doubtful += [name for name in present if name not in doubtful and name not in archive.left_out]
+        doubtful += [PAGING] if self.paged else []
+        if not archive.closed and any(key == DATE and "-" in (value[:1], value[-1:]) for key, value in self.keys):
+            archive.closed = True
+            if found := self._taken(limit):
+                return found
+            archive.closed = False
+        for name in doubtful:  # most servers that refuse anything refuse one
+            archive.left_out.add(name)
+            if found := self._taken(limit):
+                return found
+            archive.left_out.discard(name)
+        for at, name in enumerate(doubtful):
+            archive.left_out.add(name)
+            if at and (found := self._taken(limit)):
+                for other in doubtful[:at]:
+                    archive.left_out.discard(other)
+                    if narrower := self._taken(limit):
+                        found = narrower
+                    else:
+                        archive.left_out.add(other)
+                return found
+        archive.left_out.difference_update(doubtful)
+        raise refusal.error from None
+
+    def _taken(self, limit: int) -> Page | None:
+        """Return the first page; None if the search is refused as it is now."""
+        try:
+            return self._ask(limit, 0)
+        except Refused:
+            return None
+
+    def _fresh(self, rows: list[Attributes]) -> Iterator[Attributes]:
+        """Yield the results that are new."""
+        for row in rows:
+            uid = self._uid(row)
+            if uid and uid not in self._seen:
+                self._seen.add(uid)
+                self._undated += not dicomjson.text(row, DATE_TAG)
+                yield row
+
+    def _uid(self, row: Attributes) -> str:
+        return dicomjson.text(row, UID_TAGS[self.level])
+
+    # ---- one page after the other
+
+    def _walk(self, limit: int) -> Generator[Attributes, None, int | None]:
+        """Yield what comes by pages; returns None if that is all, else how many results come at once at most."""
+        known = self.archive.largest.get(self.level, 0)
+        page = self.page(limit, 0)
+        count, first = len(page.rows), sorted(self._uid(row) for row in page.rows)
+        yield from self._fresh(page.rows)
+        if not page.more and (count == 0 or count < min(known, limit) or self._is_expected()):
+            return None
+        if not self.paged:
+            return count
+        end, size = count, count  # of all that came so far, and of the page before
+        turned = False  # whether another page than the first has come
+        while True:
+            offset = end - 1 if size > 1 else end
+            rows, more = self._beyond(limit, offset)
+            before = len(self._seen)
+            yield from self._fresh(rows)
+            fresh = len(self._seen) - before
+            if not rows:  # though the last one should have come again
+                return None if offset == end and not page.more else count
+            if sorted(self._uid(row) for row in rows) == first:
+                return None if turned and not more else count
+            if not fresh and not turned and count >= limit:
+                return count  # a server that counts the offset within the limit
+            turned = turned or fresh > 0
+            short = len(rows) < min(limit, self.archive.largest[self.level]) or (len(rows) == 1 and not fresh)
+            if short and not more:
+                return None
+            if not fresh and (end >= MOST or (more and offset + len(rows) <= end)):
+                return count
+            end, size = max(end + 1, offset + len(rows)), len(rows)
+
+    def _beyond(self, limit: int, offset: int) -> tuple[list[Attributes], bool]:
+        try:
+            page = self.page(limit, offset)
+        except (NotFound, Refused):  # what some servers say to an offset beyond the last result, others to any
+            return [], False
+        return page.rows, page.more
+
+    def _is_expected(self) -> bool:
+        return self.expected is not None and len(self._seen) >= self.expected
+
+    # ---- proof
+
+    def _prove(self, count: int) -> Iterator[Attributes]:
+        """Yield what the server held back, if it can be had otherwise.
+
+        Raises:
+            Misconfigured: nothing shows that it holds nothing back.
+        """
+        if self._is_expected() or count < self.archive.largest.get(self.level, 0):
+            return
+        if self._is_all(count) or (yield from self._by_uid(count)):
+            return
+        before = len(self._seen)
+        if self.level == "studies" and (yield from self._by_date(count)):
+            dated = any(key == DATE for key, _ in self.sent)
+            # Those without a date are in no share. Were any held back, it would be all of them, and nothing else.
+            if dated or (before == len(self._seen) and not self._undated):
+                return
+            raise self._cut_short(count, "; it gives all of a range of study dates")
+        if before != len(self._seen) or not (count <= 1 or self._is_fewer_than_below(count)):
+            raise self._cut_short(count)
+
+    def _is_all(self, count: int) -> bool:
+        """Return True if a search for all that the server has gives more, or no more than that."""
+        if not self.keys and len(self.segments) == 1:
+            return False
+        everything = Search(self.archive, (self.level,))
+        try:
+            if len(everything.page(count + 1, 0).rows) > count:
+                return True
+            rows = everything.page(count + 1, count - 1).rows if count > 1 and everything.paged else []
+            return len(rows) == 1 and self._uid(rows[0]) in self._seen
+        except Cancelled:
+            raise
+        except (DispatchError, Refused):
+            return False
+
+    def _is_fewer_than_below(self, count: int) -> bool:
+        """Return True if the server gives more series, or instances, at once than these results."""
+        above = self.segments[:-1]
+        for level in ("series", "instances"):
+            if level == self.level or (level == "series" and self.level == "instances"):
+                continue
+            try:
+                if len(Search(self.archive, (*above[:2], level)).page(count + 1, 0).rows) > count:
+                    return True
+            except Cancelled:
+                raise
+            except (DispatchError, Refused):
+                continue
+        return False
+
+    def _by_uid(self, count: int) -> Generator[Attributes, None, bool]:
+        """Share the results out by how their UIDs begin; returns True if that gave all of them.
+
+        UIDs have no wild cards in DICOM, but some servers take them: the shares show it.
+        """
+        key, came = UID_KEYS[self.level], set[str]()
+        wanted = set(self._seen)
+        if any(name == key for name, _ in self.sent):
+            return False
+        begins = ["0*", "1*", "2*"]  # PS3.5 section 9.1
+        for _ in range(SHARES):
+            if not begins:
+                return wanted <= came
+            begin = begins.pop()
+            rows = self._share(count, (key, begin))
+            uids = [self._uid(row) for row in rows or []]
+            if rows is None or not all(uid.startswith(begin.rstrip("*")) for uid in uids):
+                return False
+            yield from self._fresh(rows)
+            came.update(uids)
+            if len(rows) >= count:
+                if begin[-1:] != "*":
+                    return False
+                begins += [begin[:-1], *(f"{begin[:-1]}{sign}*" for sign in UID_SIGNS)]
+        return False
+
+    def _by_date(self, count: int) -> Generator[Attributes, None, bool]:
+        """Share the results out by study date; returns True if that gave all that have one."""
+        period = next((in_days(value) for key, value in self.sent if key == DATE), "-")
+        first, _, last = period.partition("-")
+        shares = [(first, last)] if "-" in period else []
+        for _ in range(SHARES):
+            if not shares:
+                return "-" in period
+            first, last = shares.pop()
+            if first and last and first > last:
+                continue
+            wanted = f"{first}-{last}" if first != last else first
+            rows = self._share(count, (DATE, self._date(wanted))) if wanted else self._whole(count)
+            dates = sorted(dicomjson.text(row, DATE_TAG) for row in rows or [])
+            if wanted:
+                if rows is None or not all(date and first <= date <= (last or date) for date in dates):
+                    return False
+                yield from self._fresh(rows)
+                if len(rows) < count:
+                    continue
+            dates = [date for date in dates if len(date) == 8 and date.isdigit()]
+            if not dates or (first == last and first):
+                return False
+            middle = dates[len(dates) // 2]
+            shares += [(first, _days_from(middle, -1)), (middle, middle), (_days_from(middle, 1), last)]
+        return False
+
+    def _whole(self, count: int) -> list[Attributes] | None:
+        """The results of the search as it is: where the first share is cut."""
+        try:
+            return self.page(count, 0).rows
+        except (NotFound, Refused):
+            return None
+
+    def _share(self, count: int, key: tuple[str, str]) -> list[Attributes] | None:
+        """Return the results of one share; None if it can't be had, or there are more."""
+        try:
+            page = self.page(max(count + 1, PAGE), 0, (key,))
+        except (NotFound, Refused, Misconfigured):
+            return None
+        return None if page.more else page.rows
+
+    def _cut_short(self, count: int, remedy: str = "") -> CutShort:
+        service = self.archive.service
+        path = service.path(service.qido, *self.segments)
+        return CutShort(
+            f"{service.where}{path}: the server gives {count} results at once, and may have more, but has no pages: "
+            f"narrow the query{remedy}"
+        )
+
+
+def _days_from(date: str, days: int) -> str:
+    """Return the date so many days after another; where the calendar ends, or it is no date, one beyond it."""
+    try:
+        day = datetime.date(int(date[:4]), int(date[4:6]), int(date[6:])) + datetime.timedelta(days)
+        return day.strftime("%Y%m%d").rjust(8, "0")
+    except (ValueError, OverflowError):
+        return f"{int(date) + days:08}"
