@@ -45,6 +45,7 @@ ADVICE = {
     403: "ask for the right to do this",
     404: "check url and the prefixes",
     405: "this service is not at this place: check url and the prefixes",
+    406: "it can't give its answer as JSON or XML here: check url and the prefixes, and any proxy before the server",
     410: "check url and the prefixes",
 }
 # In a value of a query. RFC 3986 section 3.4 allows more; those signs separate values for some servers.

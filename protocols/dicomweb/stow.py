@@ -3,14 +3,18 @@
 What an answer says of an instance decides; the status decides only where it says nothing:
 
     2xx, named in 00081199             delivered, with a warning if 00081196 is there
-    named in 00081198 (reason 00081197) rejected; already there; or, for want of resources, tried again later
-    2xx without a body                 delivered (202: bisected, as some of them may have failed)
-    2xx, not named                     unknown: sent again in halves, then alone, and once more with the next attempt
-    400, 409, 415, 422, not named      bisected: one bad instance costs only itself; alone it is rejected
-    413                                halved, and so are the batches that follow; alone it is rejected
-    500, not named                     bisected; alone it is sent once more, and then rejected if the server took others
+    named in 00081198 (reason 00081197) rejected; already there; or, for want of resources, once more, alone, at the end
+    2xx without a body                 delivered (202: each alone, as some of them may have failed)
+    2xx, not named                     the server is asked whether it has it (QIDO); else alone; else unknown, and
+                                       sent again by the next attempt. Where as many were accepted under other UIDs
+                                       as are open, and none failed, these are they: delivered with a warning
+    400, 409, 415, 422, not named      each alone: one bad instance costs only itself; alone it is rejected
+    413                                smaller batches, now and later; alone it is rejected
+    500, not named                     each alone; then it is rejected if the server took others
     408, 425, 429, 502, 503, 504, 507  Busy, with Retry-After
     others                             as `dicomweb.STATUS_ERRORS`
+
+No instance goes out whole more than twice.
 """
 
 from __future__ import annotations
@@ -21,16 +25,18 @@ from collections import deque
 from collections.abc import Iterable
 from contextlib import suppress
 
+from protocols.dicomweb import readback, stow_answer
 from protocols.dicomweb import service as dicomweb
-from protocols.dicomweb import stow_answer
+from protocols.dicomweb.readback import Unverifiable
 from protocols.dicomweb.service import JSON, XML, Service
 from protocols.dicomweb.stow_answer import Lists
 from protocols.dicomweb.stow_body import Batch, Body, batches, uid_of
 from protocols.http.answer import Answer
 from protocols.net.connection import SLICE_S
 from protocols.net.hiding import identifying
-from transfer.errors import Busy, DispatchError, Interrupted, Rejected, TimedOut
-from transfer.fanout import gravest
+from transfer.duplicates import Duplicates
+from transfer.errors import Busy, Cancelled, DispatchError, Interrupted, Rejected, TimedOut
+from transfer.fanout import in_threads
 from transfer.outcome import DELIVERED, Kind, Outcome
 from transfer.plan import Item, Plan
 from transfer.receipt import PushReport
@@ -39,6 +45,9 @@ from transfer.throttle import Throttle
 PIECE_BYTES = 1 << 20  # read and sent at once: many small files, or a part of a large one
 EXPECT_BYTES = 1 << 20  # bodies from this size ask before they go, as long as nothing was accepted (curl's limit)
 WHOLE_STATUSES = (400, 409, 415, 422, 500)  # may be about one instance of the batch
+NAMED = 5  # instances in one message
+SETTLE_S = 2.0  # how long a server may take until what it took shows up in its searches
+FULL = 10  # instances, one after the other, that a server has no room for before it is taken to be full
 HOPELESS = 3  # instances, each alone, that a server answers with 500 before it is taken to be broken
 # A proxy that limits bodies may reset the connection instead of answering 413. What such a push learned holds for the
 # next attempts, for so many seconds.
@@ -58,11 +67,12 @@ def _forget() -> None:
         _stumbled.pop(key, None)  # another dispatch may have done it
 
 
-class Store:
-    """One push: sends the pending instances of a plan, and tells the outcome of each.
+class StowPush:
+    """One push: sends the pending instances of a plan, and reports the outcome of each.
 
     Attributes:
-        unlisted: instances that the server accepted without naming them in its answer.
+        unlisted: how many instances the server accepted without naming them in its answer.
+        elsewhere: paths of the instances that it stored under other UIDs.
     """
 
     def __init__(
@@ -79,26 +89,26 @@ class Store:
         self.service, self.plan, self.report = service, plan, report
         self.path = service.path(service.stow, "studies")
         self.unlisted = 0
+        self.elsewhere: set[str] = set()
         self._key = f"{service.where}{self.path}"
         limit, until = _suspected.get(self._key, (batch_bytes, 0.0))
         if time.monotonic() < until:
             batch_bytes = min(batch_bytes, limit)
+        self._batch_bytes, self._batch_items, self._concurrency = batch_bytes, batch_items, concurrency
         self._suspects: tuple[frozenset[str], int] = frozenset(), batch_items
         _forget()
-        self._stumbled, most, _ = _stumbled.get(self._key + plan.dispatch_id, (frozenset[str](), 1, 0.0))
-        parts: tuple[list[Item], list[Item]] = [], []
-        for item in plan.pending:
-            parts[item.path in self._stumbled].append(item)
-        self._queue = deque(batches(parts[False], batch_bytes, batch_items, concurrency))
-        self._queue += batches(parts[True], batch_bytes, min(most, batch_items), concurrency)
-        self._workers = min(concurrency, max(1, len(self._queue)))
+        self._stumbled, self._most, _ = _stumbled.get(self._key + plan.dispatch_id, (frozenset[str](), 1, 0.0))
+        self._queue: deque[Batch] = deque()
         self._throttle = Throttle(bandwidth_limit)
         self._turn = threading.Condition()
+        self._asking = threading.Lock()
+        self._patience = SETTLE_S
         self._busy = 0  # workers that have a batch, and may bring back parts of it
-        self._errors: list[BaseException] = []
+        self._failed = False
         self._ceiling: int | None = None  # bytes; larger requests were refused with 413
         self._arrived = 0
         self._hopeless = 0
+        self._full = 0  # instances, one after the other, that the server had no room for
         self._unknown: list[str] = []  # instances that no answer names
         self._later: list[Busy] = []  # why instances are left for the next attempt
 
@@ -106,19 +116,27 @@ class Store:
         """Send everything; returns when every instance has an outcome.
 
         Raises:
-            DispatchError: some have none; those that were confirmed have been told.
+            DispatchError: some have none; those that were confirmed have been reported.
         """
-        threads = [threading.Thread(target=self._work, name="stow", daemon=True) for _ in range(self._workers)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        if self._errors:
-            raise gravest(self._errors)
+        duplicates = Duplicates(self.plan, self.report)
+        items = duplicates.begin()
+        while items:
+            self._send_all(items)
+            items = duplicates.settle()
+
+    def _send_all(self, items: Iterable[Item]) -> None:
+        parts: tuple[list[Item], list[Item]] = [], []
+        for item in items:
+            parts[item.path in self._stumbled].append(item)
+        self._queue = deque(batches(parts[False], self._batch_bytes, self._batch_items, self._concurrency))
+        most = min(self._most, self._batch_items)
+        self._queue += batches(parts[True], self._batch_bytes, most, self._concurrency)
+        in_threads(self._work, min(self._concurrency, len(self._queue)), "stow")
         if self._later:
             waits = [error.retry_after for error in self._later if error.retry_after is not None]
-            more = f" (and {len(self._later) - 1} more)" if len(self._later) > 1 else ""
-            raise Busy(self._later[0].message + more, retry_after=max(waits) if waits else None)
+            named = "; ".join(dict.fromkeys(error.message for error in self._later[:NAMED]))
+            more = f" (and {len(self._later) - NAMED} more)" if len(self._later) > NAMED else ""
+            raise Busy(f"{self._key}: {named}{more}", retry_after=max(waits) if waits else None)
         if self._unknown:
             raise Interrupted(
                 f"{self._key}: the server's answers leave open what became of {len(self._unknown)} instance(s): "
@@ -133,9 +151,9 @@ class Store:
             again: list[Batch] = []
             try:
                 again = self._send(batch, buffer)
-            except BaseException as exc:
-                with self._turn:
-                    self._errors.append(exc)
+            except BaseException:
+                self._failed = True
+                raise
             finally:
                 with self._turn:
                     self._busy -= 1
@@ -146,7 +164,7 @@ class Store:
     def _next(self) -> Batch | None:
         """Wait for a batch to send; None if there is none left, or something went wrong."""
         with self._turn:
-            while not self._errors:
+            while not self._failed:
                 if self._queue:
                     self._busy += 1
                     return self._queue.popleft()
@@ -166,7 +184,7 @@ class Store:
                 answer, content = self._post(body)
             except Rejected as exc:  # a file that isn't any more what was planned: the others go without it
                 self._tell(body.current, Outcome(Kind.REJECTED, exc.message))
-                batch = Batch(tuple(item for item in batch.items if item is not body.current))
+                batch = Batch(tuple(item for item in batch.items if item is not body.current), batch.last)
                 if not batch.items:
                     return []
             except (Interrupted, TimedOut) as exc:
@@ -194,7 +212,7 @@ class Store:
             "Accept": dicomweb.ACCEPT,
             "Content-Type": f'multipart/related; type="application/dicom"; boundary={body.boundary}',
         }
-        expect = not self._arrived and body.length >= EXPECT_BYTES
+        expect = (not self._arrived or self._ceiling is not None) and body.length >= EXPECT_BYTES
         with self.service.session.request("POST", self.path, headers, body, expect=expect) as answer:
             if answer.status < 300:
                 return answer, answer.read().strip()
@@ -219,28 +237,37 @@ class Store:
         again: list[Batch] = []
         unnamed: list[Item] = []
         whole = body.whole
-        refused_for_now = 0
+        full: list[Busy] = []
         for at, item in enumerate(batch.items):
             uid = uid_of(item)
             if lists and uid in lists.failed:
                 outcome = self._failure(item, lists.failed[uid], batch, answer)
-                if isinstance(outcome, Batch):
+                if isinstance(outcome, Busy):
+                    full.append(outcome)
+                    again += self._without_room(item, outcome, batch)
+                elif isinstance(outcome, Batch):
                     again.append(outcome)
-                elif isinstance(outcome, Busy):
-                    refused_for_now += 1
-                    with self._turn:
-                        self._later.append(outcome)
                 else:
                     self._tell(item, outcome)
             elif lists and uid in lists.accepted and at < whole:
                 self._tell(item, stow_answer.warning(lists.accepted[uid]) or DELIVERED)
             else:
                 unnamed.append(item)
-        if refused_for_now == len(batch.items):
-            raise self._later[-1]  # the server is full: no use in sending it more
+        with self._turn:
+            self._full = self._full + len(full) if len(full) == len(batch.items) else 0
+        if self._full >= FULL:
+            raise Busy(f"{self._key}: {full[-1].message}", retry_after=full[-1].retry_after)  # no use in sending more
         if unnamed:
             again += self._unnamed(Batch(tuple(unnamed), batch.last), batch, lists, answer, content)
         return again
+
+    def _without_room(self, item: Item, refusal: Busy, batch: Batch) -> list[Batch]:
+        """An instance that the server has no room for now, which some say of instances that they can't take at all."""
+        if not batch.last:
+            return [Batch((item,), last=True)]
+        with self._turn:
+            self._later.append(refusal)
+        return []
 
     def _unnamed(self, rest: Batch, batch: Batch, lists: Lists | None, answer: Answer, content: bytes) -> list[Batch]:
         """What becomes of the instances of a batch that no list names."""
@@ -248,12 +275,8 @@ class Store:
         promised = answer.media_type in (JSON, XML) and not answer.framed  # a list, which may have been cut off
         if answer.status < 300 and not content and not answer.early and not promised:
             if answer.status == 202 and not alone:
-                return batch.halves()
-            warning = Outcome(Kind.WARNING, "202 without a list: taken, with a warning or for later processing")
-            with self._turn:
-                self.unlisted += len(rest.items)
-            for item in rest.items:
-                self._tell(item, warning if answer.status == 202 else DELIVERED)
+                return rest.alone()
+            self._taken(rest.items, "202 without a list: taken, with a warning or for later processing", answer)
             return []
         others = lists.others if lists else []
         if others and (len(others) == len(rest.items) or alone):
@@ -261,24 +284,70 @@ class Store:
             for item, reason in zip(rest.items, others, strict=False):
                 self._tell(item, Outcome(Kind.REJECTED, stow_answer.failure(reason)))
             return []
-        if answer.status < 300 and lists is None:
-            if content and not answer.early:
-                said = self._said(rest, answer, content)
-                remedy = "; is it a login page? Then check url and credentials" if "html" in answer.media_type else ""
-                raise Interrupted(f"{self._key}: the answer holds no list of instances: {said}{remedy}")
-            return self._open(rest)
+        if answer.status < 300 and not answer.early:
+            return self._settled(rest, batch, lists, answer, content)
         if not alone:
-            return rest.halves()
+            return rest.alone()
         if answer.status < 300:
             return self._open(rest)
         return self._refused(rest, answer, content)
 
+    def _taken(self, items: Iterable[Item], words: str, answer: Answer) -> None:
+        """Report instances of which the status alone says that they were accepted."""
+        for item in items:
+            with self._turn:
+                self.unlisted += 1
+            self._tell(item, Outcome(Kind.WARNING, words) if answer.status == 202 or words[:1] != "2" else DELIVERED)
+
+    def _settled(self, rest: Batch, batch: Batch, lists: Lists | None, answer: Answer, content: bytes) -> list[Batch]:
+        """Find out what became of instances that an answer of success doesn't name; returns what is to be sent again.
+
+        A gateway that gives instances UIDs of its own would store each again, each time that it gets it.
+        """
+        strangers = lists.under_other_uids(map(uid_of, batch.items)) if lists else 0
+        page = "html" in answer.media_type and lists is None
+        missing = self._asked(rest.items, 0.0 if strangers or page else self._patience)
+        left = rest.items if missing is None else missing
+        for item in rest.items:
+            if item not in left:
+                self._tell(item, DELIVERED)
+        if not left:
+            return []
+        if lists and strangers == len(rest.items) and not lists.failed and not lists.others:
+            words = "accepted without its UID" if lists.nameless == strangers else "stored under another UID"
+            self.elsewhere.update(item.path for item in left)
+            for item in left:
+                self._tell(item, Outcome(Kind.WARNING, words))
+            return []
+        if page or (lists is None and missing is None and _begins_list(answer, content)):
+            said = self._said(rest, answer, content)
+            remedy = "; is it a login page? Then check url and credentials" if page else ""
+            raise Interrupted(f"{self._key}: the answer holds no list of instances: {said}{remedy}")
+        rest = Batch(tuple(left), batch.last)
+        if not (batch.last and missing is None and lists is None):
+            return self._open(rest)
+        self._taken(
+            left, f"accepted ({answer.status}), but not named in the answer; the server can't be searched", answer
+        )
+        return []
+
+    def _asked(self, items: tuple[Item, ...], wait_s: float) -> tuple[Item, ...] | None:
+        """Ask the server which of these instances it doesn't have; None if it can't say."""
+        with self._asking:  # one thread at a time: the questions are few, or the server is odd
+            try:
+                missing = tuple(readback.unlisted(self.service, items, self.report.check, wait_s))
+            except Cancelled:
+                raise
+            except (Unverifiable, DispatchError):
+                return None
+            if len(missing) == len(items):
+                self._patience = 0.0  # what doesn't show up by then rarely does
+            return missing
+
     def _open(self, rest: Batch) -> list[Batch]:
-        """Instances of which nothing is known: smaller batches, then each alone, then the next attempt."""
-        if len(rest.items) > 1:
-            return rest.halves()
+        """Instances of which nothing is known: each alone, then the next attempt."""
         if not rest.last:
-            return [Batch(rest.items, last=True)]
+            return rest.alone()
         with self._turn:
             self._unknown += [item.shown for item in rest.items]
         return []
@@ -288,13 +357,13 @@ class Store:
         item = rest.items[0]
         if answer.status == 500:
             if not rest.last:
-                with self._turn:
-                    self._hopeless += 1
-                if self._hopeless >= HOPELESS and not self._arrived:
-                    raise self._error(rest, answer, content)
                 return [Batch(rest.items, last=True)]
             if not self._arrived:
-                raise self._error(rest, answer, content)
+                with self._turn:
+                    self._hopeless += 1
+                if self._hopeless >= HOPELESS or not self._queue:
+                    raise self._error(rest, answer, content)
+                return self._open(rest)
         self._tell(item, Outcome(Kind.REJECTED, self._said(rest, answer, content)))
         return []
 
@@ -308,7 +377,7 @@ class Store:
         if failure.code in stow_answer.ALREADY:
             return Outcome(Kind.ALREADY, text)
         if stow_answer.is_busy(failure.code):
-            return Busy(f"{self._key}: {text}: {item.shown}", retry_after=answer.retry_after)
+            return Busy(f"{text}: {item.shown}", retry_after=answer.retry_after)
         if failure.code in stow_answer.ONCE_MORE and not batch.last:
             return Batch((item,), last=True)
         return Outcome(Kind.REJECTED, text)
@@ -317,7 +386,7 @@ class Store:
         if len(batch.items) > 1:
             with self._turn:
                 self._ceiling = min(self._ceiling or body.length, body.length * 3 // 4)
-            return batch.halves()
+            return batch.halves() if answer.early or not body.out else batch.alone()
         text = f"larger than the server takes ({batch.items[0].size} bytes): {self._said(batch, answer, content)}"
         self._tell(batch.items[0], Outcome(Kind.REJECTED, text))
         return []
@@ -338,3 +407,8 @@ class Store:
 
     def _hiding(self, items: Iterable[Item]) -> Service:
         return self.service.hiding(identifying(self.plan, items))
+
+
+def _begins_list(answer: Answer, content: bytes) -> bool:
+    """Return True if an answer began as a list of instances that can't be read."""
+    return answer.media_type in (JSON, XML) and any(tag in content for tag in (b"00081199", b"NativeDicomModel"))

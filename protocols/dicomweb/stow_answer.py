@@ -6,6 +6,7 @@ DICOM service are in its conformance statement.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from imaging import json as dicomjson
@@ -83,6 +84,7 @@ class Lists:
     accepted: dict[str, int]  # warning reason by SOP instance UID, 0 for none
     failed: dict[str, Failure]
     others: list[Failure]  # failures that belong to no UID
+    nameless: int = 0  # accepted instances without a UID
 
     @classmethod
     def of(cls, content: bytes) -> Lists | None:
@@ -96,7 +98,10 @@ class Lists:
         found = cls({}, {}, [])
         for answer in answers:
             for one in _items(answer, _ACCEPTED):
-                found.accepted[dicomjson.text(one, "00081155")] = dicomjson.number(one, "00081196") or 0
+                if uid := dicomjson.text(one, "00081155"):
+                    found.accepted[uid] = dicomjson.number(one, "00081196") or 0
+                else:
+                    found.nameless += 1
             for one in _items(answer, _FAILED) + _items(answer, _OTHERS):
                 failure = Failure(dicomjson.number(one, "00081197"), _comment(one))
                 if uid := dicomjson.text(one, "00081155"):
@@ -105,12 +110,20 @@ class Lists:
                     found.others.append(failure)
         return found
 
+    def under_other_uids(self, sent: Iterable[str]) -> int:
+        """How many instances were accepted under UIDs that were not sent, or under none."""
+        return len(self.accepted.keys() - set(sent)) + self.nameless
+
 
 def _items(answer: dicomjson.Attributes, tag: str) -> list[dicomjson.Attributes]:
     return [one for one in dicomjson.values(answer, tag) if isinstance(one, dict)]
 
 
 def _comment(failed: dicomjson.Attributes) -> str:
-    """The Error Comment (0000,0902), of the item or of its Failed Attributes Sequence (0074,1048)."""
+    """The server's own words: Error Comment (0000,0902), Google's FailureDetail (0009,0097).
+
+    They are in the item, or in its Failed Attributes Sequence (0074,1048).
+    """
     inner = _items(failed, "00741048")
-    return "; ".join(filter(None, (dicomjson.text(one, "00000902") for one in (failed, *inner))))
+    texts = (dicomjson.text(one, tag) for one in (failed, *inner) for tag in ("00000902", "00090097"))
+    return "; ".join(filter(None, dict.fromkeys(texts)))

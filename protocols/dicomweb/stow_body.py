@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
+from imaging.part10 import beginning
 from transfer.errors import Rejected
 from transfer.plan import Item, Plan
 
@@ -27,6 +28,10 @@ class Batch:
 
     items: tuple[Item, ...]
     last: bool = False
+
+    def alone(self) -> list[Batch]:
+        """Each of the instances in a batch of its own, for the last time."""
+        return [Batch((item,), last=True) for item in self.items]
 
     def halves(self) -> list[Batch]:
         """The same instances in two batches."""
@@ -86,10 +91,12 @@ class Body:
         self._piece, self._pace, self._moved = piece, pace, moved
         self._head = f"--{self.boundary}\r\n".encode() + PART_HEAD
         self._closing = f"--{self.boundary}--\r\n".encode()
+        # What files lack that begin with their data set goes out before that.
+        self._starts = [beginning(item.header) if item.header else (b"", 0) for item in items]
         self._ends = []  # bytes of the body up to the end of each instance
         end = 0
-        for item in items:
-            end += len(self._head) + item.size + 2
+        for item, (start, offset) in zip(items, self._starts, strict=True):
+            end += len(self._head) + len(start) + item.size - offset + 2
             self._ends.append(end)
 
     @property
@@ -113,11 +120,10 @@ class Body:
         """
         self.out = self._fill = 0
         frame = self._head
-        for item in self.items:
+        for item, (start, at) in zip(self.items, self._starts, strict=True):
             self.current = item
-            yield from self._put(frame)
+            yield from self._put(frame + start)
             with self._plan.open(item) as fd:
-                at = 0
                 while at < item.size:
                     if self._fill == len(self._view):
                         yield from self._flush()

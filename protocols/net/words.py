@@ -21,7 +21,7 @@ def excerpt(body: bytes, media_type: str, hidden: Iterable[str] = ()) -> str:
         hidden: values that must not show: secrets, and what names a patient.
     """
     text = body[: READ_CHARS * 4].decode("utf-8", "replace")[:READ_CHARS].strip()
-    if "json" in media_type or text[:1] in ("{", "["):
+    if "json" in media_type or text[:1] in ("{", "[", '"'):
         text = _json(text)
     elif "html" in media_type or "xml" in media_type or text[:1] == "<":
         text = _markup(text)
@@ -39,6 +39,8 @@ def _json(text: str) -> str:
         document = json.loads(text)
     except (ValueError, RecursionError):
         return text
+    if isinstance(document, str):  # a reason alone
+        return document
     found: list[str] = []
 
     def visit(value: object) -> None:
