@@ -14,17 +14,18 @@ import os
 import re
 import stat
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
 from imaging.header import Damaged, Header, NotDicom, read_header
-from protocols.dicomfolder.folder import Held
+from protocols.dicomfolder.folder import HeldInstance
 from protocols.files import filesystem as fs
 from protocols.files import partial
 from protocols.files.incoming import PIECE_BYTES, Incoming, Place, Style
 from transfer.content import copy_bytes, same_content
+from transfer.duplicates import Duplicates
 from transfer.errors import Busy, Cancelled, Denied, Permanent, Rejected
+from transfer.fanout import each
 from transfer.layout import sanitised
 from transfer.oserrors import FULL, ITEM_ERRORS
 from transfer.outcome import ALREADY, DELIVERED, Kind, Outcome
@@ -39,7 +40,7 @@ UID = re.compile(r"[0-9.]{1,64}")  # PS3.5 section 9.1
 # ---- into the folder
 
 
-class Store(Incoming):
+class FolderPush(Incoming):
     """One push into a folder.
 
     Args:
@@ -74,15 +75,18 @@ class Store(Incoming):
         try:
             self._stay_inside()
             proven: set[str] = set()
-            for items in self._rounds():
-                missing = [item for item in items if not self._already(item)]
-                here = self.bring(missing)
+            duplicates = Duplicates(self.plan, self.report)
+            self._refuse_homeless()
+            items = [item for item in duplicates.begin() if item.path not in self.report.outcomes]
+            while items:
+                here = self.bring([item for item in items if not self._already(item)])
                 if level is Level.PROVEN:
                     self.prove(here)
                     proven |= {item.path for item in here}
                 self._publish(here)
                 self.places = _places(self.plan, self._root, self._owner)  # as they are before anything is written
                 self.where = _where(self.plan, self.places)
+                items = list(duplicates.settle())
             reached = self._verify(level, proven)
         except (Cancelled, Permanent):
             self.discard()  # nobody will go on with it
@@ -100,22 +104,14 @@ class Store(Incoming):
             if Path(os.path.realpath(place.final)) != place.final:
                 raise Denied(f"a symbolic link leads from {place.final.relative_to(self._root)} to elsewhere")
 
-    def _rounds(self) -> Iterable[list[Item]]:
-        """The pending items, such that no round has two of one name: a plan may hold an instance twice."""
-        pending = []
+    def _refuse_homeless(self) -> None:
+        """Reject what says not which study and series it belongs to."""
         for item in self.plan.pending:
-            if _header(item).StudyInstanceUID and _header(item).SeriesInstanceUID:
-                pending.append(item)
-            else:
+            if not (_header(item).StudyInstanceUID and _header(item).SeriesInstanceUID):
                 self.report(item, Outcome(Kind.REJECTED, "has no Study or Series Instance UID"))
-        while pending:
-            first = {self.final(item): item for item in reversed(pending)}
-            yield (items := [item for item in pending if first[self.final(item)] is item])
-            taken = {item.path for item in items}
-            pending = [item for item in pending if item.path not in taken]
 
     def _already(self, item: Item) -> bool:
-        """Tell an instance that is there, the same to the last byte; say whether it is."""
+        """Report ALREADY if the instance is there, the same to the last byte; return whether it is."""
         try:
             info = self.final(item).lstat()
             if not stat.S_ISREG(info.st_mode) or info.st_size != item.size:
@@ -129,7 +125,7 @@ class Store(Incoming):
         return True
 
     def _publish(self, items: list[Item]) -> None:
-        """Give whole files their final names, series by series, and tell that they have arrived."""
+        """Give whole files their final names, series by series, and report them as arrived."""
         for place in self.places.values():
             mine = [item for item in items if self.where[item.path] is place]
             if not mine:
@@ -214,34 +210,36 @@ def _name(item: Item) -> str:
 
 
 def fetch(
-    instances: Iterable[Held], into: Path, report: PushReport, *, threads: int, bandwidth_limit: int | None = None
+    instances: Iterable[HeldInstance],
+    into: Path,
+    report: PushReport,
+    *,
+    threads: int,
+    bandwidth_limit: int | None = None,
 ) -> Plan:
-    """Copy instances into a folder, as `<SOP instance UID>.dcm`; returns them as a plan whose outcomes have been told.
+    """Copy instances into a folder, as `<SOP instance UID>.dcm`; returns them as a plan, all outcomes reported.
 
     What is there already is not copied again. An instance that is in several series comes once.
 
     Raises:
         Busy, Misconfigured: `into` is full, or can't be written to.
-        Cancelled, OSError: what came until then is in the folder, and has been told.
+        Cancelled, OSError: what came until then is in the folder, and has been reported.
     """
     with partial.writing(into):
         into.mkdir(parents=True, exist_ok=True)
         partial.sweep(into)
-    unique: dict[str, Held] = {}
+    unique: dict[str, HeldInstance] = {}
     for one in instances:
         report.check()
         unique.setdefault(one.SOPInstanceUID, one)
     throttle = Throttle(bandwidth_limit)
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            items = list(pool.map(lambda one: _bring(one, into, report, throttle), unique.values()))
-        finally:
-            pool.shutdown(cancel_futures=True)
+    items: list[Item] = []
+    each(unique.values(), lambda one: items.append(_bring(one, into, report, throttle)), threads, "fetch")
     return Plan("", into, tuple(sorted(items, key=lambda item: item.path)))
 
 
-def _bring(one: Held, into: Path, report: PushReport, throttle: Throttle) -> Item:
-    """Copy one instance, and tell its outcome."""
+def _bring(one: HeldInstance, into: Path, report: PushReport, throttle: Throttle) -> Item:
+    """Copy one instance, and report its outcome."""
     report.check()
     uid = one.SOPInstanceUID
     header = Header(one.SOPClassUID, uid, one.TransferSyntaxUID, one.StudyInstanceUID, one.SeriesInstanceUID, 0)
@@ -271,21 +269,21 @@ def _read(path: Path, uid: str) -> Item | None:
     return None
 
 
-def _is_copy(one: Held, final: Path, report: PushReport) -> bool:
-    """Tell whether a file is what the folder holds now: a correction may have the same length."""
+def _is_copy(one: HeldInstance, final: Path, report: PushReport) -> bool:
+    """Return True if a file is what the folder holds now: a correction may have the same length."""
     with suppress(OSError), one.path.open("rb") as file:
         return same_content(file.fileno(), final, report.check)
     return False
 
 
-def _copy(one: Held, final: Path, report: PushReport, throttle: Throttle) -> None:
+def _copy(one: HeldInstance, final: Path, report: PushReport, throttle: Throttle) -> None:
     """Copy a file, whole or not at all.
 
     Raises:
         Rejected: it is not the file any more whose header was read, or can't be read.
     """
     if not UID.fullmatch(one.SOPInstanceUID):
-        raise Rejected("its SOP Instance UID is none")
+        raise Rejected("its SOP Instance UID is not valid")
     source = Plan("", one.path.parent, ())
     item = Item(one.path.name, one.size, one.stamp.mtime_ns)
 

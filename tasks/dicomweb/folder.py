@@ -17,7 +17,7 @@ from pathlib import Path
 from blocks.dicomweb import DicomWebTarget
 from imaging.query import Match, Query
 from protocols.dicomfolder.folder import DicomFolder, IndexReport
-from protocols.dicomfolder.store import Store, fetch
+from protocols.dicomfolder.store import FolderPush, fetch
 from protocols.files import filesystem as fs
 from protocols.files.incoming import Style
 from transfer.errors import Busy, Denied, DispatchError, Interrupted, Misconfigured, NotFound, Unreachable
@@ -135,7 +135,7 @@ def push(target: DicomWebTarget, plan: Plan, report: PushReport) -> Receipt:
     root = connect(target).resolve()
     style = Style(threads=target.concurrency, bandwidth_limit=target.bandwidth_limit)
     with errors(target):
-        store = Store(root, target.name, plan, report, style)
+        store = FolderPush(root, target.name, plan, report, style)
         try:
             reached = store.run(target.verify)
         except (Busy, Interrupted, Denied) as exc:

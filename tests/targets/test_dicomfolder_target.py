@@ -168,18 +168,22 @@ def test_another_version_of_an_instance_takes_its_place_with_a_warning(tmp_path:
     assert find(target(root))[0]["PatientName"] == "Behind^Y"
 
 
-def test_plan_that_holds_an_instance_twice(tmp_path: Path) -> None:
+@pytest.mark.parametrize("verify", list(Level))
+def test_plan_that_holds_an_instance_twice(tmp_path: Path, verify: Level) -> None:
     root, study = tmp_path / "root", tmp_path / "study"
     root.mkdir()
     (path,) = series(study, 1, PatientName="Before^X")
     studies.write(study / "copy.dcm", path.read_bytes())
     studies.write(study / "other.dcm", path.read_bytes().replace(b"Before^X", b"Behind^Y"))
-    sent = attempt(target(root), study)
-    assert sent.require().state is State.DELIVERED
+    chosen = target(root)
+    chosen.verify = verify
+    sent = attempt(chosen, study)
+    assert sent.require().state is State.PARTIAL
     assert {p: outcome.kind for p, outcome in sent.outcomes.items()} == {
-        "0.dcm": Kind.DELIVERED, "copy.dcm": Kind.ALREADY, "other.dcm": Kind.WARNING,
+        "0.dcm": Kind.DELIVERED, "copy.dcm": Kind.ALREADY, "other.dcm": Kind.REJECTED,
     }  # fmt: skip
-    assert len(held(root)) == 1
+    assert "0.dcm" in sent.rejected["other.dcm"]
+    assert list(held(root).values()) == [path.read_bytes()]
     assert not [name for name in seen(root) if ".incoming" in name]
 
 
