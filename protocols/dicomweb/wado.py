@@ -1,4 +1,8 @@
-"""Retrieves instances by WADO-RS (PS3.18 section 10.4): each goes to disk as it comes, and gets its name when whole."""
+"""Retrieves instances by WADO-RS (PS3.18 section 10.4): each goes to disk as it comes, and gets its name when whole.
+
+A series is asked for at once. What doesn't come so (a server or proxy that gives up on large answers, a link that
+breaks) is listed and asked for one by one, and in other forms; what doesn't come alone costs itself alone.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +11,8 @@ import re
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from imaging.header import Damaged, Header, NotDicom, read_header
@@ -17,27 +21,40 @@ from protocols.dicomweb.service import Service
 from protocols.files import partial
 from protocols.http.answer import Answer
 from protocols.http.multipart import Parts, parameters
-from transfer.errors import DispatchError, Misconfigured, NotFound, Rejected
-from transfer.fanout import gravest
+from protocols.net.connection import SLICE_S
+from transfer.errors import Busy, DispatchError, Interrupted, Misconfigured, NotFound, Rejected, TimedOut
+from transfer.fanout import gravest, in_threads
 from transfer.outcome import ALREADY, DELIVERED, Kind, Outcome
 from transfer.plan import Item, Plan
 from transfer.receipt import PushReport
 from transfer.throttle import Throttle
 
 DICOM = "application/dicom"
-# As it is stored; and for servers that don't know the star, in whatever syntax they like.
-ACCEPTS = (f'multipart/related; type="{DICOM}"; transfer-syntax=*', f'multipart/related; type="{DICOM}"')
+LEVELS = ("studies", "series", "instances")
+# As it is stored; for servers that don't know the star, in whatever syntax they like; without an envelope; anything.
+ACCEPTS = (
+    f'multipart/related; type="{DICOM}"; transfer-syntax=*', f'multipart/related; type="{DICOM}"',
+    f"{DICOM}; transfer-syntax=*", DICOM, "*/*",
+)  # fmt: skip
+MANY = 2  # forms that can hold several instances
+OTHER_FORM = (400, 406, 415, 500, 501)  # what servers say to a form that they can't give
+UNABLE = (500, 502, 504)  # and to what is too much for them
+HOPELESS = 3  # failures, one after the other, until a server counts as broken
+TRIES = 3  # of one instance over links that break
 UID = re.compile(r"[0-9.]{1,64}")  # PS3.5 section 9.1; becomes a file name
 
 
 def path(service: Service, uids: tuple[str, ...]) -> str:
     """The path of a study, a series or an instance, by its UID and those above it."""
-    names = ("studies", "series", "instances")
-    return service.path(service.wado, *(part for pair in zip(names, uids, strict=False) for part in pair))
+    return service.path(service.wado, *(part for pair in zip(LEVELS, uids, strict=False) for part in pair))
+
+
+class Unable(Busy):
+    """The server breaks down at this request, or takes too long; smaller ones may go."""
 
 
 def fetch(
-    service: Service, uids: tuple[str, ...], pace: Callable[[int], None]
+    service: Service, uids: tuple[str, ...], pace: Callable[[int], None], forms: list[str] | None = None
 ) -> Generator[Iterator[memoryview], None, None]:
     """Yield the content of each instance of a study, a series or an instance, as it comes.
 
@@ -46,20 +63,26 @@ def fetch(
     Args:
         uids: of the study, the series and the instance; fewer for all that is below.
         pace: called with the bytes that came; may wait, or raise to stop.
+        forms: what to ask for, one after the other until the server gives it; that comes first from then on.
 
     Raises:
-        NotFound: there is no such resource. Misconfigured: the answer is something else.
+        NotFound: there is no such resource. Misconfigured: the answer is something else. Unable.
         Interrupted: it was cut short; what came whole before has been yielded.
     """
     where = path(service, uids)
-    for last, accept in ((False, ACCEPTS[0]), (True, ACCEPTS[1])):
+    forms = list(ACCEPTS) if forms is None else forms
+    asked = [form for form in forms if len(uids) == len(LEVELS) or form in ACCEPTS[:MANY]]
+    for accept in asked:
         with service.session.request("GET", where, {"Accept": accept}) as answer:
             if answer.status in (200, 206):
+                if accept != forms[0]:
+                    forms.sort(key=lambda form: form != accept)
                 yield from _contents(service, answer, where, pace)
                 return
             body = answer.read()
-            if last or answer.status not in (400, 406, 415):
-                raise service.error(answer, body, where)
+            if accept == asked[-1] or answer.status not in OTHER_FORM:
+                error = service.error(answer, body, where)
+                raise Unable(error.message) if answer.status in UNABLE else error
 
 
 def _contents(
@@ -124,14 +147,16 @@ class Series:
 class _Job:
     series: Series
     instance: str = ""  # "" for all of the series at once
+    tries: int = 0
 
 
 class Retrieval:
     """Brings the instances of some series into a folder, as `<SOP instance UID>.dcm`.
 
     What is there already is not asked for again, so that the same retrieval, begun again, fetches what is missing.
-    A series comes in one answer. Which instances it should have is asked only where the count is not what was
-    announced: servers take longer to list a series than to give it.
+    Which instances a series should have is asked only where the count is not what was announced, as servers take longer
+    to list a series than to give it; and what is missing is fetched before the next series is listed, so that each try
+    adds something however often the link breaks.
 
     Args:
         listed: returns the UIDs of a series' instances, None if the server lists none.
@@ -155,48 +180,46 @@ class Retrieval:
         self.notes: list[str] = []
         self._listed = listed
         self._throttle = Throttle(bandwidth_limit)
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
         self._here: dict[str, Item] = {}  # by SOP instance UID
         self._counts: Counter[str] = Counter()  # of what is here, by series
+        self._missing: dict[str, Series] = {}  # what a server listed that was not here
         self._refused: dict[str, str] = {}  # why an instance did not come
-        self._errors: list[BaseException] = []
+        self._lost: list[DispatchError] = []  # links that broke, each time
         self._jobs: deque[_Job] = deque()
+        self._busy = 0  # workers that may bring more jobs
+        self._failed = False
+        self._came = 0
+        self._unable = 0  # failures since anything came
+        self._whole = True  # whether series are asked for at once
+        self._forms = list(ACCEPTS)
         self._concurrency = concurrency
 
     def run(self) -> Plan:
-        """Fetch what is missing; returns what should be here as a plan, whose outcomes have been told.
+        """Fetch what is missing; returns what should be here as a plan, whose outcomes have been reported.
 
         Raises:
-            DispatchError: not all could be asked for; what came is in the folder, and has been told.
+            DispatchError: not all could be asked for; what came is in the folder, and has been reported.
         """
         with partial.writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         partial.sweep(self.folder)
         self._look()
-        missing: dict[str, Series] = {}
-        for one in self.series:
-            if not self._counts[one.uid]:
-                self._jobs.append(_Job(one))
-            elif self._counts[one.uid] != one.announced:
-                missing |= self._missing(one)
-        self._jobs += [_Job(one, uid) for uid, one in sorted(missing.items())]
-        self._work_off()
-        # What did not come with its series may still come alone.
-        missing = {
-            uid: missing
-            for one in self.series
-            if self._counts[one.uid] != one.announced
-            for uid, missing in self._missing(one).items()
-        }
-        self._jobs += [_Job(one, uid) for uid, one in sorted(missing.items()) if uid not in self._refused]
-        self._work_off()
+        self._jobs += [_Job(one) for one in self.series if not self._is_whole(one)]
+        if self._jobs:
+            in_threads(self._work, self._concurrency, "wado")
+        if self._lost:
+            raise gravest(self._lost)
         items = dict(self._here)
-        for uid, one in sorted(missing.items()):
-            if uid not in items:
+        for uid, one in sorted(self._missing.items()):
+            if uid not in items and not self.report.pausing.is_set():
                 items[uid] = Item(f"{uid}.dcm", 0, 0, Header("", uid, "", one.study, one.uid, 0))
                 text = self._refused.get(uid, "listed by the server, but not given")
                 self.report(items[uid], Outcome(Kind.REJECTED, text))
         return Plan("", self.folder, tuple(sorted(items.values(), key=lambda item: item.path)))
+
+    def _is_whole(self, series: Series) -> bool:
+        return self._counts[series.uid] > 0 and self._counts[series.uid] == series.announced
 
     def _look(self) -> None:
         """Find what is in the folder already."""
@@ -211,69 +234,102 @@ class Retrieval:
                     self._counts[header.SeriesInstanceUID] += 1
                     self.report(self._here[path.stem], ALREADY)
 
-    def _missing(self, series: Series) -> dict[str, Series]:
-        """What the server lists of a series and is not here."""
+    # ---- workers
+
+    def _work(self) -> None:
+        while (job := self._next()) is not None:
+            again: list[_Job] = []
+            try:
+                self.report.check()
+                again = self._do(job)
+            except BaseException:
+                self._failed = True
+                raise
+            finally:
+                with self._lock:
+                    self._busy -= 1
+                    self._jobs.extendleft(reversed([one for one in again if not one.tries]))
+                    self._jobs.extend(one for one in again if one.tries)
+                    self._lock.notify_all()
+
+    def _next(self) -> _Job | None:
+        """Wait for a job; None if there is none left, or something went wrong."""
+        with self._lock:
+            while not (self._failed or self.report.pausing.is_set()):
+                if self._jobs:
+                    self._busy += 1
+                    return self._jobs.popleft()
+                if not self._busy:
+                    break
+                self._lock.wait(SLICE_S)
+        return None
+
+    def _do(self, job: _Job) -> list[_Job]:
+        """Fetch what a job is about; returns what is to be fetched now, or again."""
+        if job.instance:
+            return self._do_instance(job)
+        if self._whole and not self._counts[job.series.uid]:
+            before = self._came
+            refusal = self._fetch(job)
+            if isinstance(refusal, Unable | TimedOut) and before == self._came:
+                self._whole = False  # each series would take its time to fail
+        return [] if self._is_whole(job.series) else self._one_by_one(job.series)
+
+    def _do_instance(self, job: _Job) -> list[_Job]:
+        refusal = self._fetch(job)
+        if isinstance(refusal, NotFound | Misconfigured):
+            self._refused[job.instance] = refusal.message
+        elif refusal is not None:
+            with self._lock:
+                self._unable += not isinstance(refusal, Interrupted)
+                if self._unable >= HOPELESS and (not self._came or isinstance(refusal, TimedOut)):
+                    raise refusal
+            if job.tries + 1 < TRIES:
+                return [replace(job, tries=job.tries + 1)]
+            if isinstance(refusal, Unable) and self._came:
+                self._refused[job.instance] = refusal.message
+            else:
+                self._lost.append(refusal)
+        return []
+
+    def _one_by_one(self, series: Series) -> list[_Job]:
+        """List what the server has of a series and is not here."""
         uids = self._listed(series)
         if uids is None:
             note = f"series {series.uid}: can't be compared, the server neither counts nor lists it"
             if series.announced is None and note not in self.notes:
                 self.notes.append(note)
-            return {}
+            return []
         if not all(UID.fullmatch(uid) for uid in uids):
-            raise Misconfigured(f"{self.service.where}: lists an instance whose UID is none")
-        return {uid: series for uid in uids if uid not in self._here}
+            raise Misconfigured(f"{self.service.where}: lists an instance whose UID is not valid")
+        missing = sorted(uid for uid in uids if uid not in self._here)
+        with self._lock:
+            self._missing.update(dict.fromkeys(missing, series))
+        return [_Job(series, uid) for uid in missing]
 
-    def _work_off(self) -> None:
-        threads = [
-            threading.Thread(target=self._work, name="wado", daemon=True)
-            for _ in range(min(self._concurrency, len(self._jobs)))
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        if self._errors:
-            raise gravest(self._errors)
+    def _fetch(self, job: _Job) -> DispatchError | None:
+        """Bring what a job is about; returns why it didn't come, or not all of it, None if it did.
 
-    def _work(self) -> None:
-        while True:
-            with self._lock:
-                if self._errors or not self._jobs or self.report.pausing.is_set():
-                    return
-                job = self._jobs.popleft()
-            try:
-                self.report.check()
-                self._do(job)
-            except BaseException as exc:
-                with self._lock:
-                    self._errors.append(exc)
-
-    def _do(self, job: _Job) -> None:
+        Raises:
+            DispatchError: nothing else would come either, or could be written.
+        """
         uids = (job.series.study, job.series.uid) + ((job.instance,) if job.instance else ())
-        contents = fetch(self.service, uids, self._pace)
-        try:
-            while (content := self._next(job, contents)) is not None:
+        with closing(fetch(self.service, uids, self._pace, self._forms)) as contents:
+            while True:
+                try:
+                    content = next(contents, None)
+                except (NotFound, Misconfigured, Unable, Interrupted, TimedOut) as exc:
+                    return exc
+                if content is None:
+                    return None
                 try:
                     with spooled(content, self.folder) as (file, header):
                         self._keep(job, file, header)
                 except Rejected as exc:
-                    self._refuse(job, exc)
-        finally:
-            contents.close()
-
-    def _next(self, job: _Job, contents: Iterator[Iterator[memoryview]]) -> Iterator[memoryview] | None:
-        """The next content; None if there is none left, or the server refuses."""
-        try:
-            return next(contents, None)
-        except (NotFound, Misconfigured) as exc:
-            self._refuse(job, exc)
-            return None
-
-    def _refuse(self, job: _Job, exc: DispatchError) -> None:
-        """Note why an instance doesn't come; those of a series may still be had one by one."""
-        if job.instance:
-            with self._lock:
-                self._refused[job.instance] = exc.message
+                    if job.instance:
+                        self._refused[job.instance] = exc.message
+                except (Interrupted, TimedOut) as exc:
+                    return exc
 
     def _keep(self, job: _Job, file: Path, header: Header) -> None:
         """Give a whole file its name, if it is what was asked for and isn't there yet."""
@@ -292,6 +348,7 @@ class Retrieval:
         with self._lock:
             self._here[uid] = item
             self._counts[job.series.uid] += 1
+            self._came, self._unable = self._came + 1, 0
         self.report(item, DELIVERED)
 
     def _pace(self, count: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -15,9 +15,11 @@ from imaging import json as dicomjson
 from imaging.query import Match, Query
 from protocols.dicomweb import qido, readback, wado
 from protocols.dicomweb import service as dicomweb
+from protocols.dicomweb.client import Client, Refused
+from protocols.dicomweb.pages import Archive
 from protocols.dicomweb.readback import Unverifiable, Verdict
 from protocols.dicomweb.service import Service
-from protocols.dicomweb.stow import Store
+from protocols.dicomweb.stow import StowPush
 from protocols.dicomweb.wado import Retrieval, Series
 from protocols.http.answer import Answer
 from protocols.http.oauth import ClientCredentials, Fixed
@@ -27,7 +29,7 @@ from tasks.dicomweb import folder as dicomweb_folder
 from tasks.driver import Driver, Facts
 from tasks.probes import reach_web
 from transfer import stopping
-from transfer.errors import DispatchError, Misconfigured, NotFound
+from transfer.errors import Busy, DispatchError, Misconfigured, NotFound
 from transfer.health import Health, Probe
 from transfer.plan import Item, Plan
 from transfer.query import series_tests
@@ -38,6 +40,7 @@ from transfer.receipt import Level, PushReport, Receipt
 BOGUS = "1.2.826.0.1.3680043.8.498.0"  # a UID below pydicom's root that no object has
 # What a server may answer to a STOW request without instances: all of these come from a STOW service.
 STOW_ANSWERS = frozenset((200, 201, 202, 204, 400, 406, 409, 411, 415, 422))
+WADO_TRIES = 3  # of a list that a retrieval needs, over links that break
 WADO_NONE = frozenset((204, 400, 404, 406, 409, 410))  # for an instance that isn't there
 
 
@@ -120,10 +123,11 @@ def _probe_services(health: Health, target: DicomWebTarget, service: Service) ->
             authorizer.header(_go_on)
         asked["qido"] = _ask(service, "GET", service.path(service.qido, "studies", query=[("limit", "1")]))
         if target.stores:
-            asked["stow"] = _ask_stow(service)
+            asked["stow"] = _ask_stow(service, service.path(service.stow, "studies"))
         for one in asked.values():
             if one.answer.status == 401:
                 raise service.error(one.answer, one.body, one.path)
+        _require_service(service, asked)
         probe.detail = "credentials accepted" if authorizer else "no credentials are set, and none are asked for"
         if authorizer and target.url.startswith("http:"):
             probe.detail += "; they go over the network unencrypted"
@@ -166,15 +170,29 @@ def _ask(service: Service, method: str, path: str, headers: dict[str, str] | Non
         return _Asked(path, answer, answer.read())
 
 
-def _ask_stow(service: Service) -> _Asked:
+def _ask_stow(service: Service, path: str) -> _Asked:
     """Send a request without instances; to servers that this breaks, one with a part that is none."""
-    path = service.path(service.stow, "studies")
     headers = {"Content-Type": 'multipart/related; type="application/dicom"; boundary=talaria'}
     asked = _ask(service, "POST", path, headers, b"--talaria--\r\n")
     if asked.answer.status == 500:
         part = b"--talaria\r\nContent-Type: application/dicom\r\n\r\nnothing\r\n--talaria--\r\n"
         asked = _ask(service, "POST", path, headers, part)
     return asked
+
+
+def _require_service(service: Service, asked: dict[str, _Asked]) -> None:
+    """Raise if a server says the same to everything: that says nothing of credentials, rights and services."""
+    if any(one.answer.status < 300 for one in asked.values()):
+        return
+    name, one = ("stow", asked["stow"]) if "stow" in asked else ("qido", asked["qido"])
+    if one.answer.status not in STOW_ANSWERS:
+        return  # an error wherever it comes from
+    nowhere = service.path("", f"no-such-service-{BOGUS}")
+    other = _ask_stow(service, nowhere) if name == "stow" else _ask(service, "GET", nowhere)
+    if other.answer.status == one.answer.status:
+        error = service.error(one.answer, one.body, one.path)
+        error.message += "; it says so to everything: there is no DICOMweb service here, check url and the prefixes"
+        raise error
 
 
 def _judge_qido(service: Service, asked: _Asked, probe: Probe) -> None:
@@ -220,7 +238,7 @@ def push(target: DicomWebTarget, plan: Plan, report: PushReport) -> Receipt:
     if target.folder is not None:
         return dicomweb_folder.push(target, plan, report)
     with connect(target, report.check) as service:
-        store = Store(
+        store = StowPush(
             service,
             plan,
             report,
@@ -230,29 +248,39 @@ def push(target: DicomWebTarget, plan: Plan, report: PushReport) -> Receipt:
             bandwidth_limit=target.bandwidth_limit,
         )
         store.run()
-        level, notes = _verify(target, service, plan, report)
+        level, notes = _verify(target, service, plan, report, store.elsewhere)
     if store.unlisted and level is Level.ACCEPTED:
         notes.append(f"{store.unlisted} instance(s) were accepted without being named: verify=listed would make sure")
     return report.receipt(target.name, plan, verified=level, notes=tuple(notes))
 
 
-def _verify(target: DicomWebTarget, service: Service, plan: Plan, report: PushReport) -> tuple[Level, list[str]]:
-    """Go as far as `target.verify` says, or the server lets us; take back what turns out not to be there."""
-    items = [item for item in plan.items if report.arrived(plan, item)]
-    if target.verify is Level.ACCEPTED or not items:
+def _verify(
+    target: DicomWebTarget, service: Service, plan: Plan, report: PushReport, elsewhere: set[str]
+) -> tuple[Level, list[str]]:
+    """Go as far as `target.verify` says, or the server lets us; take back what turns out not to be there.
+
+    Args:
+        elsewhere: paths of what the server stored under other UIDs, where nobody can look for it.
+    """
+    items = [item for item in plan.items if report.arrived(plan, item) and item.path not in elsewhere]
+    if target.verify is Level.ACCEPTED:
         return Level.ACCEPTED, []
     level, notes = Level.ACCEPTED, []
+    if elsewhere:
+        notes.append(f"{len(elsewhere)} instance(s) can't be verified: the server stored them under other UIDs")
+    if not items:
+        return level, notes
     try:
         missing = readback.unlisted(service, items, report.check)
         for item in missing:
             report.revoke(item, "accepted, but not listed by the server afterwards")
         items = [item for item in items if item not in missing]
-        level = Level.LISTED
+        level = Level.ACCEPTED if elsewhere else Level.LISTED
     except Unverifiable as exc:
         notes.append(f"can't be verified by listing: {exc}")
     if target.verify is Level.PROVEN:
         why = _prove(target, service, plan, items, report)
-        level = level if why else Level.PROVEN
+        level = level if why or elsewhere else Level.PROVEN
         notes += [why] if why else []
     return level, notes
 
@@ -297,7 +325,7 @@ def retrieve(target: DicomWebTarget, query: Query, folder: Path, report: PushRep
     if target.folder is not None:
         return dicomweb_folder.retrieve(target, query, folder, report)
     with connect(target, report.check) as service:
-        matches = list(qido.find(service, replace(query, level="series")))
+        matches = list(qido.find(service, replace(query, level="series"), tries=WADO_TRIES))
         series = [Series(match.StudyInstanceUID, match.SeriesInstanceUID, match.instances) for match in matches]
         if not series:
             raise NotFound(f"{service.where}: nothing matches the query")
@@ -319,16 +347,24 @@ def retrieve(target: DicomWebTarget, query: Query, folder: Path, report: PushRep
             bandwidth_limit=target.bandwidth_limit,
         )
         plan = retrieval.run()
-    whole = {} if series_tests(query) else {match.StudyInstanceUID: qido.announced(match) for match in matches}
+    whole = (
+        {} if series_tests(query) else {match.StudyInstanceUID: qido.announced(match.attributes) for match in matches}
+    )
     level = Level.ACCEPTED if blind else Level.LISTED
     return _compared(report.receipt(target.name, plan, level, tuple(retrieval.notes)), plan, series, whole)
 
 
 def _listed(service: Service, series: Series) -> set[str] | None:
-    try:
-        return set(qido.instances(service, series.study, series.uid))
-    except (NotFound, Misconfigured):  # not every server lists instances
-        return None
+    """Return the UIDs of a series' instances, from a search or else from their metadata; None if neither has any."""
+    found: set[str] = set()
+    with suppress(NotFound, Misconfigured):  # not every server lists instances
+        found.update(qido.instances(Archive(service, WADO_TRIES), series.study, series.uid, series.announced))
+    if not found:
+        with suppress(NotFound, Misconfigured, Refused, Busy):
+            found.update(
+                dicomjson.text(one, qido.SOP_UID) for one in Client(service).metadata(series.study, series.uid)
+            )
+    return found - {""} or None
 
 
 def _compared(receipt: Receipt, plan: Plan, series: list[Series], studies: dict[str, int | None]) -> Receipt:

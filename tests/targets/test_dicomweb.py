@@ -526,6 +526,29 @@ def test_check_web_server_that_is_no_archive(server: Scripted) -> None:
     assert "It works!" in str(health.probes)
 
 
+@pytest.mark.parametrize("status", [400, 406, 409, 415])
+@pytest.mark.parametrize("direction", ["store", "both", "query"])
+@pytest.mark.parametrize("credentials", [{}, {"http_user": "lab", "http_password": PASSWORD}])
+def test_check_web_server_that_says_the_same_to_everything(
+    server: Scripted, status: int, direction: str, credentials: dict[str, Any]
+) -> None:
+    """That the credentials are accepted, or that there is a service, is said of no such answer."""
+    server._usual = lambda request: Reply(status, b"no")  # type: ignore[method-assign]
+    health = check(dicomweb_target(server.url, direction=direction, **credentials))
+    assert not health.ok
+    assert names(health, "failed") == ["authenticate"]
+    assert str(status) in str(health.error)
+    assert "accepted" not in str(health.probes)
+
+
+def test_check_service_that_takes_only_instances(server: Scripted) -> None:
+    """It answers 400 to a request without any, and isn't taken for a web server."""
+    server._store = lambda request: Reply(400)  # type: ignore[method-assign]
+    server._search = lambda segments, query: Reply(404)  # type: ignore[method-assign]
+    health = check(dicomweb_target(server.url, direction="store"))
+    assert health.ok, health
+
+
 def test_check_nobody_there() -> None:
     health = check(dicomweb_target(f"http://127.0.0.1:{process.free_port()}/rs"))
     assert names(health, "ok") == ["resolve"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import threading
@@ -16,7 +17,7 @@ import pytest
 
 from blocks.dicomweb import DicomWebTarget
 from imaging.query import Match, Query
-from protocols.dicomweb import qido, readback
+from protocols.dicomweb import pages, qido, readback
 from protocols.files import partial
 from tasks.dicomweb import driver, find, retrieve
 from tests import studies
@@ -79,7 +80,7 @@ def study_uids(matches: list[Match]) -> set[str]:
 @pytest.fixture
 def many(server: Scripted, monkeypatch: pytest.MonkeyPatch) -> Scripted:
     """A server with 50 studies; pages of 20 are asked for."""
-    monkeypatch.setattr(qido, "PAGE", 20)
+    monkeypatch.setattr(pages, "PAGE", 20)
     hold(server, *(studies.ct_bytes() for _ in range(50)))
     return server
 
@@ -87,7 +88,7 @@ def many(server: Scripted, monkeypatch: pytest.MonkeyPatch) -> Scripted:
 def test_pages(many: Scripted) -> None:
     matches = found(many)
     assert len(matches) == len(study_uids(matches)) == 50
-    assert [dict(request.query)["offset"] for request in many.of("GET")] == ["0", "20", "40", "50"]
+    assert [dict(request.query)["offset"] for request in many.of("GET")] == ["0", "19", "38"]
 
 
 @pytest.mark.parametrize("cap", [1, 7, 20, 49, 50, 51])
@@ -127,12 +128,69 @@ def test_server_gives_much_at_once(many: Scripted) -> None:
     assert len(study_uids(found(many))) == 50
 
 
-@pytest.mark.parametrize("cap", [10, 20, 25])
-def test_server_ignores_offset_and_caps(many: Scripted, cap: int) -> None:
-    """There is no way to all of it, and that is said."""
-    many.ignores, many.cap = {"offset"}, cap
+@pytest.mark.parametrize("ignores", [{"offset"}, {"offset", "limit"}])
+@pytest.mark.parametrize("cap", [12, 20, 49])
+def test_server_ignores_offset_and_caps(many: Scripted, cap: int, ignores: set[str]) -> None:
+    """This one takes wild cards in UIDs, so that the studies can be asked for in shares."""
+    many.ignores, many.cap = ignores, cap
+    assert len(study_uids(found(many))) == 50
+
+
+def strict(server: Scripted) -> None:
+    """Let a server take wild cards in UIDs for letters, as DICOM has it."""
+    usual = server._search
+
+    def search(segments: list[str], query: list[tuple[str, str]]) -> Reply:
+        stars = [key for key, value in query if key.endswith("UID") and "*" in value]
+        return Reply(204) if stars else usual(segments, query)
+
+    server._search = search  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("ignores", [{"offset"}, {"offset", "limit"}, {"offset", "filters"}])
+@pytest.mark.parametrize("cap", [12, 49])
+def test_no_way_to_all_of_it_is_an_error(many: Scripted, cap: int, ignores: set[str]) -> None:
+    many.ignores, many.cap = ignores, cap
+    strict(many)
     with pytest.raises(Misconfigured, match="narrow the query"):
         found(many)
+
+
+@pytest.mark.parametrize("cap", [12, None])
+def test_shares_by_study_date(server: Scripted, cap: int | None) -> None:
+    hold(server, *(studies.dataset(StudyDate=f"2024{n % 12 + 1:02}{n % 28 + 1:02}") for n in range(60)))
+    strict(server)
+    server.cap, server.ignores = cap, {"offset"}
+    assert len(study_uids(found(server, Query(StudyDate="2024-2024")))) == 60
+    assert len(study_uids(found(server, Query(StudyDate="20240301-")))) == 50
+    if cap is None:  # nothing is held back: each day has fewer than come at once
+        assert len(study_uids(found(server))) == 60
+    else:  # there may be studies without a date
+        with pytest.raises(Misconfigured, match="range of study dates"):
+            found(server)
+
+
+def test_server_counts_the_offset_within_the_limit(many: Scripted) -> None:
+    """As Orthanc 1.10 does for searches by modality."""
+    usual = many._search
+
+    def search(segments: list[str], query: list[tuple[str, str]]) -> Reply:
+        given = dict(query)
+        limit, offset = int(given.get("limit", "0")), int(given.get("offset", "0"))
+        shorter = [(key, str(max(0, limit - offset)) if key == "limit" else value) for key, value in query]
+        return usual(segments, shorter) if limit > offset else Reply(204)
+
+    many._search = search  # type: ignore[method-assign]
+    assert len(study_uids(found(many))) == 50
+
+
+def test_offset_is_refused_though_there_is_more(many: Scripted) -> None:
+    many.cap = 20
+    usual = many._search
+    many._search = lambda segments, query: (  # type: ignore[method-assign]
+        Reply(400) if dict(query).get("offset", "0") != "0" else usual(segments, query)
+    )
+    assert len(study_uids(found(many))) == 50
 
 
 def test_server_says_that_there_is_more(many: Scripted) -> None:
@@ -166,7 +224,7 @@ def test_overlapping_pages(many: Scripted) -> None:
 def test_server_refuses_what_is_beyond_the_last_page(
     server: Scripted, monkeypatch: pytest.MonkeyPatch, status: int, studies_there: int
 ) -> None:
-    monkeypatch.setattr(qido, "PAGE", 20)
+    monkeypatch.setattr(pages, "PAGE", 20)
     hold(server, *(studies.ct_bytes() for _ in range(studies_there)))
     usual = server._search
 
@@ -185,7 +243,7 @@ def test_server_has_a_row_for_each_instance(
     server: Scripted, monkeypatch: pytest.MonkeyPatch, times: int, repeats: bool
 ) -> None:
     """As pynetdicom's own server answers searches for studies."""
-    monkeypatch.setattr(qido, "PAGE", 20)
+    monkeypatch.setattr(pages, "PAGE", 20)
     rows = [{qido.STUDY_UID: {"vr": "UI", "Value": [f"2.25.{n}"]}} for n in range(5) for _ in range(times)]
 
     def search(segments: list[str], query: list[tuple[str, str]]) -> Reply:
@@ -196,12 +254,6 @@ def test_server_has_a_row_for_each_instance(
     server._search = search  # type: ignore[method-assign]
     assert len(study_uids(found(server))) == 5
     assert len(server.of("GET")) < 20 + 5 * times / 10
-
-
-def test_server_that_may_have_more_is_in_the_log(many: Scripted, caplog: pytest.LogCaptureFixture) -> None:
-    many.ignores, many.cap = {"offset"}, 13
-    assert len(found(many)) == 13
-    assert "13 results and ignores offset" in caplog.text
 
 
 def test_unknown_parameters_are_left_out(many: Scripted) -> None:
@@ -506,16 +558,114 @@ def test_retrieve_into_a_folder_that_takes_no_files(
 
 
 def test_retrieve_cut_midway_then_the_rest(server: Scripted, tmp_path: Path) -> None:
+    """What a broken link leaves is fetched one by one; the next try goes on where even that fails."""
     uids = hold(server, *series_of(10))
-    server.wado_cut = 30_000  # of some 70,000
+    usual = server._retrieve
+
+    def cut(segments: list[str]) -> Reply:
+        return replace(usual(segments), cut=30_000 if len(segments) == 4 else 3_000)  # of some 70,000, and 7,000
+
+    server._retrieve = cut  # type: ignore[method-assign]
     with pytest.raises(Interrupted):
         fetched(server, tmp_path / "out")
     came = files(tmp_path / "out")
     assert 2 <= len(came) < 10
     assert came.items() <= server.stored.items()
+    server._retrieve = usual  # type: ignore[method-assign]
     receipt = fetched(server, tmp_path / "out")
     assert receipt.state is State.DELIVERED
     assert receipt.counts[Kind.ALREADY] == len(came)
+    assert set(files(tmp_path / "out")) == set(uids)
+
+
+def test_retrieve_over_a_link_that_is_cut_again_and_again(server: Scripted, tmp_path: Path) -> None:
+    study = studies.uid(56)
+    uids = [uid for _ in range(3) for uid in hold(server, *series_of(20, study=study))]
+    cuts = itertools.cycle([None, 20_000, 50_000])
+    usual = server._handle
+
+    def handle(connection: Any, request: Request) -> bool:
+        go_on = usual(connection, request)
+        return go_on and next(cuts) is None
+
+    server._handle = handle  # type: ignore[method-assign]
+    answered = server._retrieve
+    server._retrieve = lambda segments: replace(answered(segments), cut=next(cuts))  # type: ignore[method-assign]
+    assert fetched(server, tmp_path / "out", concurrency=2).state is State.DELIVERED
+    assert set(files(tmp_path / "out")) == set(uids)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [Reply(500), Reply(502), Reply(504), Reply(501), Reply(204), Reply(200), Reply(hangs=True), Reply(resets=True)],
+    ids=["500", "502", "504", "501", "204", "empty", "nothing", "reset"],
+)
+def test_retrieve_where_series_are_too_much(server: Scripted, tmp_path: Path, fault: Reply) -> None:
+    study = studies.uid(56)
+    uids = [uid for _ in range(2) for uid in hold(server, *series_of(3, study=study))]
+    usual = server._retrieve
+    server._retrieve = lambda segments: fault if len(segments) == 4 else usual(segments)  # type: ignore[method-assign]
+    assert fetched(server, tmp_path / "out", idle_timeout_s=0.5, concurrency=1).state is State.DELIVERED
+    assert set(files(tmp_path / "out")) == set(uids)
+
+
+@pytest.mark.parametrize("status", [406, 500])
+@pytest.mark.parametrize("form", ["application/dicom; transfer-syntax=*", "application/dicom", "*/*"])
+def test_retrieve_in_the_only_form_that_a_server_gives(
+    server: Scripted, tmp_path: Path, form: str, status: int
+) -> None:
+    uids = hold(server, *series_of(5))
+    server.gives = "single"
+    usual = server._usual
+
+    def answer(request: Request) -> Reply:
+        if "instances/" in request.path or (request.path.count("/") == 5 and 'dicom"' in request.headers["accept"]):
+            segments = request.path.split("/")[2:]
+            return server._retrieve(segments) if request.headers["accept"] == form else Reply(status)
+        return usual(request)
+
+    server._usual = answer  # type: ignore[method-assign]
+    assert fetched(server, tmp_path / "out", concurrency=1).state is State.DELIVERED
+    assert set(files(tmp_path / "out")) == set(uids)
+    assert len([request for request in server.of("GET") if "instances/" in request.path]) < 5 + 5  # it is remembered
+
+
+def test_retrieve_instance_that_fails_costs_itself(server: Scripted, tmp_path: Path) -> None:
+    uids = hold(server, *series_of(6))
+    usual = server._retrieve
+    server._retrieve = lambda segments: (  # type: ignore[method-assign]
+        Reply(500, PAGE, "text/html") if len(segments) == 4 or segments[-1] == uids[2] else usual(segments)
+    )
+    receipt = fetched(server, tmp_path / "out")
+    assert receipt.state is State.PARTIAL
+    (bad,) = [item for item in receipt.items if item.outcome is Kind.REJECTED]
+    assert bad.sop_instance_uid == uids[2]
+    assert "500" in bad.detail
+    assert set(files(tmp_path / "out")) == set(uids) - {uids[2]}
+
+
+def test_retrieve_from_a_server_that_is_broken(server: Scripted, tmp_path: Path) -> None:
+    hold(server, *series_of(40))
+    server._retrieve = lambda segments: Reply(500)  # type: ignore[method-assign]
+    with pytest.raises(Busy, match="500"):
+        fetched(server, tmp_path / "out")
+    assert len([r for r in server.of("GET") if "dicom+json" not in r.headers["accept"]]) < 60
+
+
+def test_retrieve_lists_by_metadata(server: Scripted, tmp_path: Path) -> None:
+    """A server that breaks down at series, and can't be searched for instances."""
+    uids = hold(server, *series_of(4))
+    usual = server._search
+    held = server._retrieve
+
+    def search(segments: list[str], query: list[tuple[str, str]]) -> Reply:
+        if segments[-1] == "metadata":
+            return Reply(200, as_json([{qido.SOP_UID: {"vr": "UI", "Value": [uid]}} for uid in uids]))
+        return Reply(404) if segments[-1] == "instances" else usual(segments, query)
+
+    server._search = search  # type: ignore[method-assign]
+    server._retrieve = lambda segments: Reply(504) if len(segments) == 4 else held(segments)  # type: ignore[method-assign]
+    assert fetched(server, tmp_path / "out").state is State.DELIVERED
     assert set(files(tmp_path / "out")) == set(uids)
 
 
@@ -761,7 +911,7 @@ def test_orthanc_find(orthanc: Orthanc, tmp_path: Path) -> None:
 
 
 def test_orthanc_pages(orthanc: Orthanc, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(qido, "PAGE", 7)
+    monkeypatch.setattr(pages, "PAGE", 7)
     for number in range(23):
         studies.write(tmp_path / f"{number}.dcm", studies.ct_bytes())
     target = orthanc_target(orthanc)
