@@ -1,9 +1,9 @@
 """All results of one search by QIDO-RS (PS3.18 section 10.6): every page, and the proof that there are no more.
 
 Servers cap a page below the limit that was asked for, send the first page again whatever the offset, or nothing
-(Orthanc 1.10 with `ModalitiesInStudy`), refuse attributes and filters that they don't know, or ignore them. So each
-page begins with the last result of the page before, which shows that the offset counts. Where it doesn't, more is
-asked for at once; and where the server may hold results back, these prove that it doesn't:
+(Orthanc 1.10 with `ModalitiesInStudy`), refuse attributes and filters that they don't know, or ignore them. So behind
+a page of more than a few the next one begins with its last result, which shows that the offset counts. Where it
+doesn't, more is asked for at once; and where the server may hold results back, these prove that it doesn't:
 
     an answer of this server, to any search of the level, that had more results
     the count that it gave of them, or a count of all it has that is no larger
@@ -26,6 +26,7 @@ from protocols.dicomweb.service import Service
 from transfer.errors import Cancelled, DispatchError, Interrupted, Misconfigured, NotFound
 
 PAGE = 200  # results; Azure refuses to give more at once
+FEW = 10  # results: no server's cap is lower, so the last one of so few needn't come again (it costs Orthanc 10 ms)
 MOST = 200_000  # results that are asked for at once of a server that has no pages
 SHARES = 600  # searches at most that share the results of one out
 PAGING, FIELDS = "limit and offset", "includefield"
@@ -210,7 +211,7 @@ class Search:
         end, size = count, count  # of all that came so far, and of the page before
         turned = False  # whether another page than the first has come
         while True:
-            offset = end - 1 if size > 1 else end
+            offset = end if size < FEW else end - 1
             rows, more = self._beyond(limit, offset)
             before = len(self._seen)
             yield from self._fresh(rows)

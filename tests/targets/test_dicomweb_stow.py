@@ -20,6 +20,7 @@ import pytest
 
 from protocols.dicomweb import stow
 from protocols.http import session as http
+from tasks.dicomweb import driver
 from tests import studies
 from tests.harness import Sent, attempt
 from tests.servers.dicomweb import XML, Reply, Request, Scripted, Step, as_json, as_xml, listing, scripted, uid_of
@@ -35,7 +36,7 @@ from transfer.errors import (
 )
 from transfer.outcome import Kind
 from transfer.plan import Item, Plan, scan
-from transfer.receipt import Level, State
+from transfer.receipt import Level, PushReport, State
 
 PAGE = b"<html><head><title>Bad Request</title><style>x{}</style></head><body><h1>It hurts</h1></body></html>"
 
@@ -267,6 +268,24 @@ def test_words_of_a_failure(server: Scripted, plan: Plan) -> None:
     assert "locked for writing" in detail
     server.script = [Reply(400, as_json("the archive takes no CT"))] * 9
     assert all("takes no CT" in detail for detail in push(server, plan).rejected.values())
+
+
+def test_the_first_reason_survives_retries(server: Scripted, plan: Plan) -> None:
+    """One is rejected, then the link is cut; the next attempt ends well, and looks at what is there."""
+    bad = uids(plan)[0]
+    server.refuses = {bad: 0x0122}
+    server.script = [lambda _: None, Reply(resets=True)]
+    target = dicomweb_target(server.url, verify=Level.LISTED, concurrency=1, batch_items=4)
+    first = attempt(target, plan)
+    assert isinstance(first.error, Interrupted)
+    rejected = {path: outcome for path, outcome in first.outcomes.items() if not outcome.arrived}
+    assert list(rejected) == [plan.items[0].path]
+    report = PushReport()
+    receipt = driver.push(target, plan.narrowed(plan.items, first.arrived, rejected=rejected), report)
+    assert receipt.state is State.PARTIAL
+    assert receipt.verified is Level.LISTED
+    assert receipt.items[0].detail == rejected[plan.items[0].path].detail
+    assert sum(bad in request.uids for request in server.of("POST")) == 1
 
 
 def test_406_has_advice(server: Scripted, plan: Plan) -> None:
