@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 COPY_BYTES = 1 << 24  # one call of copy_file_range(2)
@@ -24,7 +24,7 @@ def copy_bytes(
         piece_bytes: the largest piece.
     """
     info = os.fstat(reader)
-    if info.st_blocks * BLOCK_BYTES >= info.st_size:
+    if not is_sparse(info):
         return _copy_all(reader, writer, moved, piece_bytes)
     end = done = 0
     while (begin := _next(reader, end, os.SEEK_DATA, info.st_size)) < info.st_size:
@@ -40,6 +40,30 @@ def copy_bytes(
         moved(info.st_size - end)
     os.ftruncate(writer, info.st_size)
     return info.st_size
+
+
+def is_sparse(info: os.stat_result) -> bool:
+    """Return True if a file takes fewer blocks than its bytes: it has holes, or its file system compresses."""
+    return info.st_blocks * BLOCK_BYTES < info.st_size
+
+
+def data_parts(fd: int, begin: int, size: int) -> Iterator[tuple[int, int]]:
+    """Yield where the data of an open file begin and end, from `begin` to `size`; what lies between are holes."""
+    while (begin := _next(fd, begin, os.SEEK_DATA, size)) < size:
+        end = _next(fd, begin, os.SEEK_HOLE, size)
+        yield begin, end
+        begin = end
+
+
+def data_before(fd: int, end: int, count: int) -> int:
+    """Return the offset from which on `count` bytes of data, holes not counted, lie before `end`; negative if fewer."""
+    if not is_sparse(os.fstat(fd)):
+        return end - count
+    for first, last in reversed(list(data_parts(fd, 0, end))):
+        if last - first >= count:
+            return last - count
+        count -= last - first
+    return -count
 
 
 def _next(fd: int, offset: int, what: int, size: int) -> int:

@@ -25,6 +25,7 @@ from protocols.ssh import packets as wire
 from protocols.ssh.client import Client, Started
 from protocols.ssh.packets import Answered, Attributes, Code, Space, Status, Window, Writes, string, take
 from protocols.ssh.words import short
+from transfer.content import data_parts
 from transfer.errors import DispatchError, Misconfigured, TimedOut
 
 VERSION = 3
@@ -128,6 +129,20 @@ class Sftp:
         """Return the attributes of what is at a path."""
         return wire.attributes_of(await self._ask(wire.STAT, string(path), path=path, wanted=wire.ATTRS))
 
+    async def set_time(self, handle: bytes, seconds: int) -> None:
+        """Set the times of an open file (draft section 5: 32 bits); others are not kept."""
+        seconds = min(max(0, seconds), 0xFFFFFFFF)
+        await self._ask(wire.FSETSTAT, string(handle), struct.pack(">III", wire.HAS_TIMES, seconds, seconds))
+
+    async def set_size(self, handle: bytes, size: int) -> None:
+        """Cut or extend an open file."""
+        await self._ask(wire.FSETSTAT, string(handle), struct.pack(">IQ", wire.HAS_SIZE, size))
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the connection is."""
+        return self._failed is not None
+
     async def read(self, handle: bytes, offset: int, count: int) -> bytes:
         """Read up to `count` bytes; b"" at the end."""
         try:
@@ -147,6 +162,7 @@ class Sftp:
         piece: int = LARGEST_BYTES,
         pace: Callable[[int], Awaitable[None]] | None = None,
         moved: Callable[[int], None] = lambda count: None,
+        holes: bool = False,
     ) -> None:
         """Write an open local file, from `offset` to `size`, into an open remote one.
 
@@ -156,6 +172,7 @@ class Sftp:
             piece: the most bytes in one request.
             pace: awaited before each piece.
             moved: told each count of bytes when it is confirmed.
+            holes: whether to pass over the local file's holes, so that the remote one has them too.
 
         Raises:
             Status: a write failed; the first failure.
@@ -163,26 +180,33 @@ class Sftp:
         """
         file = Writes(self._loop, self._window, moved)
         piece = min(piece, self.write_bytes)
-        head = string(handle)
-        while offset < size and not file.failed:
-            count = min(piece, size - offset)
-            if pace is not None:
-                await pace(count)
-            await self._window.take(count)
-            if self._failed:
-                raise self._failed
-            data = os.pread(fd, count, offset)
-            if len(data) < count:
-                self._window.give(count)
-                raise EOFError
-            self._submit(wire.WRITE, file.sent(count), head, struct.pack(">QI", offset, count), data)
-            offset += count
+        head, written = string(handle), offset
+        for begin, end in data_parts(fd, offset, size) if holes else ((offset, size),):
+            if begin > written:
+                moved(begin - written)
+            written = end
+            while begin < end and not file.failed:
+                count = min(piece, end - begin)
+                if pace is not None:
+                    await pace(count)
+                await self._window.take(count)
+                if self._failed:
+                    raise self._failed
+                data = os.pread(fd, count, begin)
+                if len(data) < count:
+                    self._window.give(count)
+                    raise EOFError
+                self._submit(wire.WRITE, file.sent(count), head, struct.pack(">QI", begin, count), data)
+                begin += count
         try:
             await file.settled()
         except Status:
             if self._failed:
                 raise self._failed from None
             raise
+        if written < size:
+            await self.set_size(handle, size)
+            moved(size - written)
 
     async def sha256(self, path: bytes, size: int, check: Callable[[], None] = lambda: None) -> str:
         """Read a file back; return the hexadecimal SHA-256 of its first `size` bytes, "" if it is not that long."""

@@ -20,7 +20,8 @@ from protocols.ssh.sftp import Sftp
 from protocols.ssh.shell import Shell
 from tasks import ssh
 from tasks.driver import Driver, Facts
-from tasks.sftp.files import Sending, encoded, first, is_there, plain, together
+from tasks.sftp.files import Sending
+from tasks.sftp.remote import encoded, first, is_there, plain, together
 from tasks.sftp.verify import verify
 from transfer.errors import DispatchError, Misconfigured
 from transfer.health import Health

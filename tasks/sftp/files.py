@@ -1,4 +1,7 @@
-"""How a dispatch's files get to an SFTP server: folders, temporary names, resuming, renaming, what failures mean."""
+"""How a dispatch's files get to an SFTP server: temporary names, resuming, renaming.
+
+What fails alone costs itself alone, and every attempt gets further than the one before.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +9,18 @@ import asyncio
 import hashlib
 import os
 import posixpath
-from collections import deque
-from collections.abc import Awaitable, Callable, Iterable
+from collections import Counter, OrderedDict, deque
 from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import TypeVar
 
-from blocks.sftp import Rename, SftpTarget
+from blocks.sftp import SftpTarget
 from imaging.header import BEGINNING_BYTES, other_instance
 from protocols.ssh.client import Client
-from protocols.ssh.packets import FLAG_CREATE, FLAG_READ, FLAG_TRUNCATE, FLAG_WRITE, Code, Space, Status, Window
+from protocols.ssh.packets import FLAG_CREATE, FLAG_READ, FLAG_TRUNCATE, FLAG_WRITE, Code, Status, Window
 from protocols.ssh.sftp import WINDOW_BYTES, Sftp
 from tasks import ssh
-from transfer.errors import Busy, Denied, DispatchError, Interrupted, Misconfigured, NotFound, Rejected
+from tasks.sftp.remote import NoRename, Remote, each, encoded
+from transfer.content import data_before, is_sparse
+from transfer.errors import Busy, DispatchError, Rejected, Retryable
 from transfer.layout import OTHER_INSTANCE
 from transfer.outcome import DELIVERED, Kind, Outcome
 from transfer.plan import Item, Plan
@@ -29,84 +31,104 @@ FILES_AT_ONCE = 64  # per connection: hides 20 ms of round trip at 3,000 files a
 CLAIM_BYTES = 4 * WINDOW_BYTES  # of the files that one connection works on, so that another one finds large ones left
 CONNECTION_BYTES = 32 << 20  # worth the handshake of one more connection
 SAMPLE_BYTES = 32_768  # compared before an interrupted file is continued
-LEAST_FREE_BYTES = 1 << 20  # a file system with less is full
+FULL_IN_A_ROW = 64  # files without room, and none that had some in between: the disk is full for all
+MOST_BREAKS = 6  # of the link in one attempt, at files that are sent alone
+REMEMBERED = 200  # dispatches
 
-# Status codes of the draft, section 7. FAILURE says nothing by itself: see `Sending.why`.
-ERRORS: dict[int, type[DispatchError]] = {
-    Code.NO_SUCH_FILE: NotFound,
-    Code.PERMISSION_DENIED: Denied,
-    Code.FAILURE: Rejected,
-    Code.BAD_MESSAGE: Rejected,  # OpenSSH: a name that the file system doesn't take
-    Code.NO_CONNECTION: Interrupted,
-    Code.CONNECTION_LOST: Interrupted,
-    Code.OP_UNSUPPORTED: Misconfigured,
-}
-
-T = TypeVar("T")
+# How often the link broke while a file was on its way, by target and dispatch: what may have broken it is sent alone,
+# after all others. As long as this process lives; another one finds out by itself.
+_broke: OrderedDict[tuple[str, str], Counter[str]] = OrderedDict()
 
 
-@dataclass
-class Folder:
-    """One folder that the layout makes."""
-
-    path: str
-    items: list[Item] = field(default_factory=list)
-
-    def final(self, item: Item) -> bytes:
-        return encoded(f"{self.path}/{item.path}")
-
-
-class _NoRename(Exception):
-    """The server has turned out not to rename."""
-
-
-class Sending:
-    """One push to an SFTP server: its files, and what is known of the server."""
+class Sending(Remote):
+    """One push to an SFTP server."""
 
     def __init__(self, target: SftpTarget, plan: Plan, report: PushReport, client: Client) -> None:
-        self.target, self.plan, self.report, self.client, self.hide = target, plan, report, client, client.hide
-        self.folders = [
-            Folder(ssh.under(target.folder, name), items) for name, items in ssh.by_folder(target, plan).items()
-        ]
-        self.folder_of = {item.path: folder for folder in self.folders for item in folder.items}
-        self.queue = deque(plan.pending)
+        super().__init__(target, plan, report, client)
         self.throttle = Throttle(target.bandwidth_limit)
-        self.barred: dict[bytes, str] = {}  # folders that could not be made, and why
-        self.renames = target.rename is Rename.AUTO
-        self.posix = True
-        self.sized = True  # whether the server tells lengths
-        self.notes: list[str] = []
-        self.found: set[str] = set()  # folders that were there before: an earlier attempt may have left something
+        self.sparse = True  # as long as nothing shows that the server can't have holes
+        self.timed = True  # whether the server keeps times
+        self.under_way: dict[str, Sftp] = {}  # paths of the files that are
+        self.no_room: dict[Item, Busy] = {}
+        self.no_room_in_a_row = 0
+        self.broke = _broke.setdefault((target.name, plan.dispatch_id), Counter())
+        _broke.move_to_end((target.name, plan.dispatch_id))
+        while len(_broke) > REMEMBERED:
+            _broke.popitem(last=False)
+        self.queue = deque(item for item in plan.pending if not self.broke[item.path])
+        suspects = (item for item in plan.pending if self.broke[item.path])
+        self.alone = sorted(suspects, key=lambda item: self.broke[item.path])
 
     async def files(self, sessions: list[Sftp]) -> None:
         """Deliver what is pending; further connections are added to `sessions`."""
-        if not self.queue:
+        if not self.queue and not self.alone:
             return
         await self.prepare(sessions[0])
-        async with asyncio.TaskGroup() as group:
-            more = group.create_task(self.connect_more(sessions, group))
-            await self.work(sessions[0])
-            more.cancel()
+        try:
+            async with asyncio.TaskGroup() as group:
+                more = group.create_task(self.connect_more(sessions, group))
+                await self.work(sessions[0])
+                more.cancel()
+        finally:
+            self.broke.update(path for path, session in self.under_way.items() if session.is_lost)
+        await self.suspects(sessions)
+        await self.squeeze(sessions[0])
         await self.clear(sessions[0])
         if not self.renames:
             self.notes.append("the server can't rename: files were visible while they were being written")
         if not self.sized:
             self.notes.append("the server does not tell the length of what it has got")
+        if not self.timed:
+            self.notes.append("the server does not keep the times of files")
+
+    async def suspects(self, sessions: list[Sftp]) -> None:
+        """Send what was on its way when the link broke in an earlier attempt, each file alone.
+
+        Raises:
+            Retryable: the link broke again, at these files or for good; the others have been dealt with.
+        """
+        failed: Retryable | None = None
+        breaks = 0
+        for item in self.alone:
+            try:
+                await self.deliver(sessions[-1], item)
+            except Retryable as exc:
+                breaks += 1
+                self.broke[item.path] += 1
+                failed = failed or type(exc)(f"{exc.message}, while this file was sent alone", exc.target, item.shown)
+                if breaks == MOST_BREAKS or not sessions[-1].is_lost:
+                    break
+                sessions.append(await Sftp.connect(self.client))
+        if failed is not None:
+            raise failed
+
+    async def squeeze(self, session: Sftp) -> None:
+        """Try files for which there was no room once more: others may have had less room because of them.
+
+        Raises:
+            Busy: there still is none for one of them; all others have been dealt with.
+        """
+        failed: Busy | None = None
+        again, self.no_room = self.no_room, {}
+        for item in again:
+            await self.deliver(session, item)
+            failed = failed or self.no_room.get(item)
+        if failed is not None:
+            raise failed
 
     # ---- before
 
     async def prepare(self, session: Sftp) -> None:
         """Make the folders; take away the marker of an earlier dispatch; find out how to rename."""
         self.posix = b"posix-rename@openssh.com" in session.extensions
-        pending = {id(self.folder_of[item.path]): self.folder_of[item.path] for item in self.queue}
+        items = [*self.queue, *self.alone]
+        pending = {id(self.folder_of[item.path]): self.folder_of[item.path] for item in items}
         for folder in pending.values():
             await self.make_folder(session, folder.path)
             with suppress(Status):
                 await session.remove(encoded(f"{folder.path}/{ssh.MARKER}"))
         below = {
-            posixpath.dirname(f"{self.folder_of[item.path].path}/{item.path}")
-            for item in self.queue
-            if "/" in item.path
+            posixpath.dirname(f"{self.folder_of[item.path].path}/{item.path}") for item in items if "/" in item.path
         }
         for path in list(below):  # and what lies between
             while (path := posixpath.dirname(path)) not in below and path not in {f.path for f in pending.values()}:
@@ -118,64 +140,6 @@ class Sending:
             await each(depths[depth], FILES_AT_ONCE, lambda path: self.make_subfolder(session, path))
         if self.renames and not self.posix:
             await self.probe_rename(session, next(iter(pending.values())))
-
-    async def make_folder(self, session: Sftp, path: str) -> None:
-        """Make a dispatch's folder and what is missing above it."""
-        try:
-            if (await session.stat(encoded(path))).is_folder:
-                self.found.add(path)
-                return
-        except Status:
-            pass
-        missing = [path]
-        while above := posixpath.dirname(missing[-1].rstrip("/")).rstrip("/"):
-            if above in (".", "") or await is_there(session, above):
-                break
-            missing.append(above)
-        for one in reversed(missing):
-            try:
-                await self.mkdir(session, encoded(one))
-            except Status as exc:
-                raise await self.why(session, exc, encoded(one)) from exc
-
-    async def make_subfolder(self, session: Sftp, path: bytes) -> None:
-        """Make a folder in a dispatch's folder; if that can't be, its files are rejected and the others go on."""
-        try:
-            await self.mkdir(session, path)
-        except Status as exc:
-            error = await self.why(session, exc, path)
-            folder = next(f for f in self.folders if path.startswith(encoded(f.path) + b"/"))
-            if not isinstance(error, (Denied, NotFound)) or not await self.may_write(session, folder):
-                raise error from exc
-            self.barred[path] = error.message
-
-    async def mkdir(self, session: Sftp, path: bytes) -> None:
-        """Make a folder; one that is there is as good. Version 3 has no status of its own for that."""
-        try:
-            await session.mkdir(path)
-        except Status as exc:
-            try:
-                there = await session.stat(path)
-            except Status:
-                if exc.code == Code.FAILURE and posixpath.dirname(path) not in self.barred:
-                    space = await self.space(session, path)
-                    if space is None or not space.read_only:
-                        return  # a server that hides what it has: opening the file will tell
-                raise exc from None
-            if there.mode is not None and not there.is_folder:
-                raise Status(Code.FAILURE, "a file is in the way of the folder", path) from exc
-
-    async def probe_rename(self, session: Sftp, folder: Folder) -> None:
-        """Find out, before a large file was written twice, whether the server renames at all."""
-        name = encoded(f"{folder.path}/.incoming-{self.plan.dispatch_id}-probe")
-        with suppress(Status):
-            await session.close_file(await session.open(name, FLAG_WRITE | FLAG_CREATE | FLAG_TRUNCATE))
-            try:
-                await session.rename(name, name + b"-")
-                name += b"-"
-            except Status as exc:
-                self.renames = exc.code != Code.OP_UNSUPPORTED
-            await session.remove(name)
 
     # ---- the files
 
@@ -214,6 +178,7 @@ class Sending:
     async def deliver(self, session: Sftp, item: Item) -> None:
         """Bring one file to its final name, and tell its outcome."""
         outcome = DELIVERED
+        self.under_way[item.path] = session
         try:
             final = self.folder_of[item.path].final(item)
             self.check_way(item, final)
@@ -222,10 +187,22 @@ class Sending:
                     outcome = ssh.REPLACED
                 try:
                     await self.bring(session, item, fd, final)
-                except _NoRename:
+                except NoRename:
                     await self.bring(session, item, fd, final)
         except Rejected as exc:
             outcome = Outcome(Kind.REJECTED, self.hide(exc.message))
+        except Busy as exc:
+            if session.is_lost:
+                raise
+            exc.item = item.shown
+            self.no_room[item] = exc
+            self.no_room_in_a_row += 1
+            if self.no_room_in_a_row >= FULL_IN_A_ROW:
+                raise
+            del self.under_way[item.path]
+            return
+        del self.under_way[item.path]
+        self.no_room_in_a_row = 0
         self.report(item, outcome)
 
     def check_way(self, item: Item, final: bytes) -> None:
@@ -272,13 +249,13 @@ class Sending:
             await self.write(session, item, fd, path, resume=renames)
             if renames:
                 await self.rename(session, path, final)
-        except (Rejected, _NoRename):
+        except (Rejected, NoRename):
             with suppress(Status):
                 await session.remove(path)
             raise
         except Status as exc:
             error = await self.why(session, exc, path, item)
-            if isinstance(error, Rejected):
+            if isinstance(error, Rejected | Busy):  # which must not take the room of others
                 with suppress(Status):
                     await session.remove(path)
             raise error from exc
@@ -292,28 +269,21 @@ class Sending:
         mark = hashlib.sha256(what.encode("utf-8", "surrogateescape")).hexdigest()[:16]
         return posixpath.dirname(final) + b"/" + self.hidden + mark.encode()
 
-    @property
-    def hidden(self) -> bytes:
-        """What the names of this dispatch's temporary files begin with; another target may lead to the same place."""
-        owner = hashlib.sha256(self.target.name.encode()).hexdigest()[:8]
-        return f".incoming-{self.plan.dispatch_id}-{owner}-".encode()
-
     async def write(self, session: Sftp, item: Item, fd: int, path: bytes, *, resume: bool) -> None:
         """Write a file whole; what the server keeps has been compared with the plan when this returns."""
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        holes = self.sparse and b"posix-rename@openssh.com" in session.extensions and is_sparse(os.fstat(fd))
         handle, offset = await self.open(session, item, fd, path, resume=resume)
         try:
-            await session.upload(
-                handle,
-                fd,
-                item.size,
-                offset=offset,
-                piece=self.throttle.piece,
-                pace=self.pace if self.throttle.limit else None,
-                moved=self.report.moved,
-            )
+            try:
+                await self.upload(session, item, fd, handle, offset, holes=holes)
+            except Status:
+                if not holes:
+                    raise
+                self.sparse = False
+                await self.upload(session, item, fd, handle, 0, holes=False)
             self.plan.check(item, fd)
-            held = await self.length(session, handle, path)
+            held, _ = await asyncio.gather(self.length(session, handle, path), self.keep_time(session, item, handle))
         except EOFError as exc:
             raise Rejected("changed since the dispatch was planned", item=item.shown) from exc
         finally:
@@ -323,6 +293,25 @@ class Sending:
             self.sized = False
         elif held != item.size:
             raise Rejected(f"the server holds {held} of {item.size} bytes", item=item.shown)
+
+    async def upload(self, session: Sftp, item: Item, fd: int, handle: bytes, offset: int, *, holes: bool) -> None:
+        await session.upload(
+            handle,
+            fd,
+            item.size,
+            offset=offset,
+            piece=self.throttle.piece,
+            pace=self.pace if self.throttle.limit else None,
+            moved=self.report.moved,
+            holes=holes,
+        )
+
+    async def keep_time(self, session: Sftp, item: Item, handle: bytes) -> None:
+        """Give a file there the time of ours, in whole seconds: version 3 knows no others."""
+        try:
+            await session.set_time(handle, item.mtime_ns // 1_000_000_000)
+        except Status:
+            self.timed = False
 
     async def open(self, session: Sftp, item: Item, fd: int, path: bytes, *, resume: bool) -> tuple[bytes, int]:
         """Open the remote file; return its handle, and from where on to write.
@@ -337,7 +326,7 @@ class Sending:
                 pass  # some servers let nobody read
             else:
                 held = await self.length(session, handle, path) or 0
-                offset = held - WINDOW_BYTES
+                offset = data_before(fd, held, WINDOW_BYTES)
                 if held <= item.size and offset > 0 and await self.same(session, handle, fd, offset):
                     return handle, offset
                 if not held:
@@ -362,29 +351,6 @@ class Sending:
         with suppress(Status):
             return (await session.stat(path)).size
         return None
-
-    async def rename(self, session: Sftp, old: bytes, new: bytes) -> None:
-        if self.posix:
-            try:
-                await session.posix_rename(old, new)
-            except Status as exc:
-                if exc.code != Code.OP_UNSUPPORTED:
-                    raise
-                self.posix = False
-            else:
-                return
-        try:
-            await session.rename(old, new)
-        except Status as exc:
-            if exc.code == Code.OP_UNSUPPORTED:
-                self.renames = False
-                raise _NoRename from exc
-            # Servers of version 3 don't rename over a file that is there.
-            try:
-                await session.remove(new)
-            except Status:
-                raise exc from None
-            await session.rename(old, new)
 
     async def clear(self, session: Sftp) -> None:
         """Remove what earlier attempts have left of files that have changed, or are not to be sent any more."""
@@ -429,102 +395,3 @@ class Sending:
                 if exc.code != Code.NO_SUCH_FILE or self.plan.pending:
                     raise await self.why(session, exc, path) from exc
                 self.notes.append(f"{folder.path} has been taken away since it was delivered")
-
-    # ---- errors
-
-    async def why(self, session: Sftp, status: Status, path: bytes, item: Item | None = None) -> DispatchError:
-        """Return the error that a status means; FAILURE gets its meaning from the state of the file system."""
-        shown = path.decode("utf-8", "backslashreplace") if item is None else item.shown
-        kind = ERRORS.get(status.code, Rejected)
-        if status.code in (Code.FAILURE, Code.PERMISSION_DENIED, Code.NO_SUCH_FILE):
-            space = await self.space(session, path)
-            if space and space.read_only:
-                return Denied(f"{self.target.folder}: the file system is read-only")
-            if space and status.code == Code.FAILURE:
-                needed = max(LEAST_FREE_BYTES, item.size if item else 0)
-                if space.free_bytes < needed or space.free_files == 0:
-                    return Busy(f"{self.target.folder}: no room, {space.free_bytes} bytes are free")
-            if any(word in status.words.lower() for word in ("no space", "quota", "disk full")):
-                return Busy(f"{self.target.folder}: {status.words}")
-        if item is None:
-            return Denied(f"{shown}: {status}") if kind is Rejected else kind(f"{shown}: {status}")
-        if kind is Denied and not await self.may_write(session, self.folder_of[item.path]):
-            return Denied(f"{self.folder_of[item.path].path}: {status}")
-        if kind in (Denied, NotFound, Rejected):
-            with suppress(Status):
-                if (await session.stat(self.folder_of[item.path].final(item))).is_folder:
-                    return Rejected("a folder of this name is in the way", item=item.shown)
-            return Rejected(str(status), item=item.shown)
-        return kind(f"{shown}: {status}")
-
-    async def space(self, session: Sftp, path: bytes) -> Space | None:
-        """Return what room there is where a path is, or would be; None if the server doesn't tell."""
-        while True:
-            space = await session.space(path or b".")
-            if space is not None or path in (b"", b"/") or not session.extensions:
-                return space
-            path = posixpath.dirname(path.rstrip(b"/"))
-
-    async def may_write(self, session: Sftp, folder: Folder) -> bool:
-        """Tell whether anything at all may be written into a dispatch's folder."""
-        name = encoded(f"{folder.path}/{ssh.probe_name()}")
-        try:
-            await session.close_file(await session.open(name, FLAG_WRITE | FLAG_CREATE | FLAG_TRUNCATE))
-        except Status:
-            return False
-        with suppress(Status):
-            await session.remove(name)
-        return True
-
-
-def encoded(path: str) -> bytes:
-    return path.encode("utf-8", "surrogateescape")
-
-
-async def is_there(session: Sftp, path: str) -> bool:
-    """Tell whether there is a folder of this name, as far as the server says.
-
-    Raises:
-        Misconfigured: something else is in its place.
-    """
-    try:
-        there = await session.stat(encoded(path))
-    except Status:
-        return False
-    if there.mode is not None and not there.is_folder:
-        raise Misconfigured(f"{path}: a file is in the place of a folder")
-    return True
-
-
-def plain(status: Status, path: str) -> DispatchError:
-    """Return the error that a status means where nothing more is known."""
-    kind = ERRORS.get(status.code, Denied)
-    return (Denied if kind is Rejected else kind)(f"{path}: {status}")
-
-
-async def each(values: Iterable[T], at_once: int, job: Callable[[T], Awaitable[None]]) -> None:
-    """Do a job for each value, so many at once."""
-    iterator = iter(values)
-
-    async def worker() -> None:
-        for value in iterator:
-            await job(value)
-
-    await together(worker() for _ in range(at_once))
-
-
-async def together(jobs: Iterable[Awaitable[None]]) -> None:
-    """Wait for all jobs; raise the first failure when all have ended."""
-    results = await asyncio.gather(*jobs, return_exceptions=True)
-    for result in results:
-        if isinstance(result, BaseException):
-            raise result
-
-
-def first(error: BaseException) -> BaseException:
-    """Return the error that a group of them began with."""
-    while isinstance(error, BaseExceptionGroup):
-        error = next(
-            (one for one in error.exceptions if not isinstance(one, asyncio.CancelledError)), error.exceptions[0]
-        )
-    return error

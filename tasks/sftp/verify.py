@@ -12,7 +12,8 @@ from protocols.ssh.packets import Code, Status
 from protocols.ssh.sftp import Sftp
 from protocols.ssh.shell import Shell
 from tasks import ssh
-from tasks.sftp.files import FILES_AT_ONCE, Folder, Sending, each, encoded
+from tasks.sftp.files import FILES_AT_ONCE, Sending
+from tasks.sftp.remote import Folder, each, encoded
 from transfer.errors import Cancelled, DispatchError, Rejected
 from transfer.plan import Item
 from transfer.receipt import Level

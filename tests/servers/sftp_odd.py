@@ -3,7 +3,8 @@
     python -m tests.servers.sftp_odd --port 2222 --root FOLDER --host-key KEY --user U [--without posix-rename,...]
 
 Made of asyncssh, in a process of its own. What they do may be changed while they run by words in `FOLDER/../<control>`:
-`shorten` (bytes after the first 2,000 of a file are lost without an error), `refuse NAME`, `full` (no space left).
+`shorten` (bytes after the first 2,000 of a file are lost without an error), `refuse NAME`, `full` (no space left),
+`full N` (none for what a file has beyond N bytes), `hang up N` (the connection is cut when a file gets longer).
 """
 
 from __future__ import annotations
@@ -117,8 +118,11 @@ def main() -> None:
 
         def write(self, file_obj: Any, offset: int, data: bytes) -> Any:
             said = words()
-            if said == "full":
+            end = offset + len(data)
+            if said == "full" or (said.startswith("full ") and end > int(said[5:])):
                 raise OSError(errno.ENOSPC, "No space left on device")
+            if said.startswith("hang up ") and end > int(said[8:]):
+                self.channel.get_connection().abort()
             if said == "shorten":
                 data = data[: max(0, KEPT_BYTES - offset)]
             return super().write(file_obj, offset, data)
