@@ -24,7 +24,17 @@ from protocols.ssh.client import END_S, Client
 from protocols.ssh.memfiles import tail
 from protocols.ssh.programs import program, start, stop
 from protocols.ssh.words import Said, short
-from transfer.errors import Busy, Denied, DispatchError, Interrupted, Misconfigured, NotFound, TimedOut, Unreachable
+from transfer.errors import (
+    Busy,
+    Denied,
+    DispatchError,
+    Interrupted,
+    Misconfigured,
+    NotFound,
+    Rejected,
+    TimedOut,
+    Unreachable,
+)
 
 PARTIAL = ".talaria-partial"  # in each folder; holds what has come of a file when the link breaks
 TEMPORARY = ".talaria-temp"  # in the folder that is sent to; holds files that are coming
@@ -62,6 +72,7 @@ EXITS: dict[int, tuple[type[DispatchError], str]] = {
 # What the system said weighs more than rsync's code: errno(3) in C's words.
 WORDS: tuple[tuple[str, type[DispatchError]], ...] = (
     (r"No space left on device|Disk quota exceeded", Busy),
+    (r"File too large", Rejected),
     (r"Read-only file system|Permission denied|Operation not permitted", Denied),
     (r"command not found|not found$", Misconfigured),
     (r"Not a directory|No such file or directory", NotFound),
@@ -127,7 +138,16 @@ class Rsync:
     check: Callable[[], None] = lambda: None
     moved: Callable[[int], None] = lambda count: None
 
-    def send(self, source: Path, paths: Iterable[str], folder: str, *, largest: int = 0, there: str = "") -> Result:
+    def send(
+        self,
+        source: Path,
+        paths: Iterable[str],
+        folder: str,
+        *,
+        largest: int = 0,
+        there: str = "",
+        sparse: bool = False,
+    ) -> Result:
         """Send the files with these paths below `source` to the same paths below `folder`.
 
         The folder exists, and TEMPORARY in it.
@@ -138,6 +158,7 @@ class Rsync:
         Args:
             largest: bytes of the largest file: either side may be silent for as long as it reads what has come of it.
             there: a folder of which files with the same length and time are not sent again.
+            sparse: whether runs of zeros become holes.
 
         Raises:
             what `check` does; rsync and its ssh are then gone.
@@ -149,6 +170,7 @@ class Rsync:
             f"--partial-dir={PARTIAL}",
             f"--temp-dir={TEMPORARY}",
             "--compress" if self.compress else "--no-compress",
+            *(["--sparse"] if sparse else []),
             "--info=progress2",
             "--no-human-readable",
         ]

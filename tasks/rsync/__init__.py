@@ -8,6 +8,7 @@ prepares and ends it; rsync logs in on its own.
 from __future__ import annotations
 
 import re
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from shlex import quote
@@ -22,7 +23,21 @@ from protocols.ssh.shell import Shell
 from protocols.ssh.words import short
 from tasks import ssh
 from tasks.driver import Driver, Facts
-from transfer.errors import Busy, Denied, DispatchError, Interrupted, Misconfigured, NotFound, Rejected
+from tasks.rsync.scripts import (
+    FINISH,
+    INCOMPLETE,
+    LEFT,
+    PLACE,
+    PREPARE,
+    PROBE,
+    REMOVE,
+    REPLACED,
+    SOME_REPLACED,
+    Script,
+    filled,
+)
+from transfer.content import is_sparse
+from transfer.errors import Busy, Denied, DispatchError, Interrupted, Misconfigured, NotFound, Rejected, Retryable
 from transfer.health import Health
 from transfer.layout import OTHER_INSTANCE
 from transfer.outcome import DELIVERED, Kind, Outcome
@@ -30,95 +45,12 @@ from transfer.plan import Item, Plan
 from transfer.receipt import Level, PushReport, Receipt
 
 SLOWEST_RENAMES = 100  # files a second that a server renames, one program each
-INCOMPLETE = 3  # exit code of PLACE
-SOME_REPLACED = "talaria: replaced"  # last words of PLACE, if files were in the way
-# Scripts for a POSIX shell on the server; every @NAME@ is replaced by quoted words.
-# Prints where it is, and what an earlier attempt has given its final name already, though we were not told.
-PREPARE = """
-mkdir -p @FOLDER@ && cd @FOLDER@ && mkdir -p @FOLDERS@ && [ -w . ] || exit 1
-chmod 700 @INCOMING@
-pwd
-cd @INCOMING@ && for one in placed-*; do [ ! -e "$one" ] || echo "$one"; done
-"""
-# mv -T never moves into a folder that is there; where mv doesn't know it, nobody but us makes folders of this name.
-# Folders stay enterable for the group whatever the umask.
-PLACE = """
-cd @FOLDER@ || exit 1
-base=$(pwd)
-place() {  # number, name, how many files must have come ("" where an earlier attempt brought some)
-  from=@INCOMING@/$1 to=./$2 replaced=$base/@INCOMING@/replaced-$1
-  [ -d "$from" ] || { echo "what has come is gone: another attempt or program has cleared it"; exit 3; }
-  rm -rf "$from/@TEMPORARY@"
-  find "$from" -type d -name @PARTIAL@ -prune -exec rm -rf {} +
-  count=$(find "$from" ! -type d -exec printf '%.0sx' {} + | wc -c)
-  [ -z "$3" ] || [ "$count" -eq "$3" ] || { echo "$count of $3 files have come"; exit 3; }
-  find "$from" -type d -exec chmod g+rx {} +
-  case $to in ./*/*) mkdir -p "${to%/*}" || return 1 ;; esac
-  if [ ! -e "$to" ]; then
-    if mv -T -- "$from" "$to" 2>/dev/null; then return 0; fi
-    if [ ! -e "$to" ]; then mv -- "$from" "$to"; return; fi
-  fi
-  rm -f "$to/@MARKER@"
-  cd "$from" || return 1
-  find . -type d -exec sh -c '
-    to=$1; shift
-    for one do [ -d "$to/$one" ] || mkdir "$to/$one"; done' sh "$base/$to" {} +
-  find . ! -type d -exec sh -c '
-    to=$1; replaced=$2; shift 2
-    instance() {  # in hexadecimal, of Media Storage SOP Instance UID (0002,0003) of a file
-      hex=$(od -An -v -tx1 -N @BEGINNING@ "$1" 2>/dev/null | tr -d " \\n")
-      [ "$(printf %s "$hex" | cut -c257-264)" = 4449434d ] || return
-      value=${hex#*020003005549}
-      [ "$value" = "$hex" ] || printf %s "$value" | cut -c5-$((4 + 2 * 0x$(printf %s "$value" | cut -c1-2)))
-    }
-    for one do
-      if [ -d "$to/$one" ]; then echo "$one: a folder of this name is in the way"; continue; fi
-      [ -d "$to/${one%/*}" ] || { echo "$one: a file is in the way of its folder"; continue; }
-      if [ -f "$to/$one" ] && ! cmp -s -- "$one" "$to/$one"; then
-        ours=$(instance "$one") theirs=$(instance "$to/$one")
-        if [ "$ours" ] && [ "$theirs" ] && [ "$ours" != "$theirs" ]; then echo "$one: "@OTHER@; continue; fi
-        printf "%s\\\\0" "${one#./}" >>"$replaced"
-      fi
-      mv -f -- "$one" "$to/$one"
-    done' sh "$base/$to" "$replaced" {} +
-  cd "$base" || return 1
-  [ -z "$(find "$from" ! -type d | head -n 1)" ]
-}
-note() { if [ $? -eq 0 ]; then : >@INCOMING@/placed-$1; else code=2; fi; }
-@DROP@
-code=0
-@PLACES@
-for one in @INCOMING@/replaced-*; do [ ! -e "$one" ] || { printf %s @REPLACED@; break; }; done
-exit $code
-"""
-# Paths of the files in whose place others were, each with a NUL.
-REPLACED = """
-cd @FOLDER@/@INCOMING@ && cat replaced-@PLACE@ 2>/dev/null
-"""
-LEFT = """
-cd @FOLDER@/@INCOMING@ && find @PLACE@ ! -type d -exec printf '%s\\0' {} +
-"""
-FINISH = """
-cd @FOLDER@ || exit 1
-for one in @NAMES@; do
-  if [ ! -d "./$one" ]; then printf '%s\\0' "$one"
-  elif [ ! -e "./$one/@MARKER@" ]; then : >"./$one/@MARKER@" || exit 1
-  fi
-done
-rm -rf @INCOMING@
-"""
-REMOVE = """
-cd @FOLDER@ && rm -f -- @PATHS@
-"""
-PROBE = """
-folder=@FOLDER@
-while [ ! -e "$folder" ]; do
-  case $folder in */*) up=${folder%/*}; folder=${up:-/} ;; *) folder=. ;; esac
-done
-cd "$folder" || exit 1
-: >@PROBE@ && mv -- @PROBE@ @PROBE@- && rm -- @PROBE@- || exit 1
-printf '%s' "$folder"
-"""
+MOST_ASIDE = 8  # files that are set aside for want of room: more, and there is none for all
+REMEMBERED = 200  # dispatches
+
+# Files at which the link may have broken, by target and dispatch: they are sent alone, after all others. None of them:
+# it is not known yet which. As long as this process lives; another one finds out by itself.
+_broke: OrderedDict[tuple[str, str], set[str]] = OrderedDict()
 
 
 def check(target: RsyncTarget) -> Health:
@@ -151,7 +83,7 @@ def _check(health: Health, target: RsyncTarget, client: Client) -> None:
         if error is not None:
             return
         with health.probe("authorize") as probe:
-            code, output = shell.run(_filled(PROBE, FOLDER=target.folder, PROBE=ssh.probe_name()))
+            code, output = shell.run(filled(PROBE, FOLDER=target.folder, PROBE=ssh.probe_name()))
             if code:
                 raise _said(output, target)
             place = output.decode("utf-8", "replace")
@@ -202,6 +134,12 @@ class _Push:
         self.base = target.folder  # absolute once the server has told
         self.placed: set[int] = set()  # numbers of the folders that an earlier attempt has made visible
         self.notes: list[str] = []
+        self.aside: dict[Item, DispatchError] = {}  # files that nothing but themselves kept from coming
+        self.key = target.name, plan.dispatch_id
+        self.has_broken = self.key in _broke
+        self.broke = _broke.pop(self.key, set())
+        while len(_broke) >= REMEMBERED:
+            _broke.popitem(last=False)
         waiting = {item.path for item in plan.pending}
         self.folders = [
             _Folder(name, number, items, [item for item in items if item.path in waiting])
@@ -211,21 +149,29 @@ class _Push:
     def run(self) -> Receipt:
         growing = [folder for folder in self.folders if folder.pending]
         if growing:
-            for folder in growing:  # while ssh connects
-                folder.pending = self.unchanged(folder.pending, self.reject)
-            self.prepare(growing)
             for folder in growing:
-                self.send(folder)
-            self.place(growing)
+                folder.pending = self.unchanged(folder.pending, self.reject)
+            try:
+                self.prepare(growing)
+                self.has_broken, had_broken = True, self.has_broken  # if anything breaks from here on
+                for folder in growing:
+                    self.send(folder, look=had_broken)
+                self.place(growing)
+                for error in self.aside.values():
+                    raise error
+            except Retryable:
+                if self.has_broken:
+                    _broke[self.key] = self.broke
+                raise
         verified = self.verify()
         self.finish()
         return self.report.receipt(self.target.name, self.plan, verified, tuple(map(self.hide, self.notes)))
 
     def script(self, text: str, **words: str | list[str]) -> tuple[int, bytes]:
         """Run one of the scripts above in the target's folder."""
-        filled = _filled(text, FOLDER=self.target.folder, INCOMING=self.incoming, MARKER=ssh.MARKER, **words)
+        script = filled(text, FOLDER=self.target.folder, INCOMING=self.incoming, MARKER=ssh.MARKER, **words)
         idle_s = self.target.idle_timeout_s + len(self.plan.items) / SLOWEST_RENAMES
-        return self.shell.run(filled, idle_s=idle_s)
+        return self.shell.run(script, idle_s=idle_s)
 
     def reject(self, item: Item, reason: str) -> None:
         self.report(item, Outcome(Kind.REJECTED, self.hide(reason)))
@@ -250,26 +196,82 @@ class _Push:
         self.base, *placed = output.decode("utf-8", "surrogateescape").split("\n")
         self.placed = {int(name.removeprefix("placed-")) for name in placed if name}
 
-    def send(self, folder: _Folder) -> None:
-        """Bring a folder's files to where it grows; what has changed meanwhile is rejected."""
-        items = folder.pending
-        if not items:
-            return
+    def send(self, folder: _Folder, *, look: bool) -> None:
+        """Bring a folder's files to where it grows; what has changed meanwhile is rejected.
+
+        Args:
+            look: whether an earlier attempt broke off.
+        """
         place = f"{self.base}/{self.incoming}/{folder.number}"
         there = f"{self.base}/{folder.name}" if folder.number in self.placed else ""
-        largest = max(item.size for item in items)
-        paths = [item.path for item in items]
-        result = self.rsync.send(self.plan.root, paths, place, largest=largest, there=there)
+        suspects = self.suspects(folder, place, there) if look else []
+        items = [item for item in folder.pending if item not in suspects]
         missing: dict[str, str] = {}
-        if result.code in PARTLY:
-            missing = self.missing(result, items, place, there)
-        elif result.code:
-            raise _lost(result.failure())
+        while items:
+            result = self.bring(items, place, there)
+            error = result.failure() if result.code else None
+            item = _named(result, items) if result.code not in PARTLY or isinstance(error, Busy) else None
+            if item and isinstance(error, Rejected):
+                self.reject(item, error.message)
+                items.remove(item)
+                continue
+            if item and isinstance(error, Retryable) and len(items) > 1 and len(self.aside) < MOST_ASIDE:
+                self.set_aside(item, error, folder)
+                items.remove(item)
+                continue
+            if result.code in PARTLY:
+                missing = self.missing(result, items, place, there)
+            elif error is not None:
+                raise _lost(error)
+            break
+        for item in suspects:
+            result = self.bring([item], place, there)
+            error = result.failure() if result.code else None
+            if isinstance(error, Retryable) and (items or len(suspects) > 1):
+                self.set_aside(item, error, folder)
+            elif result.code in PARTLY:
+                missing |= self.missing(result, [item], place, there)
+                items.append(item)
+            elif error is not None:
+                raise _lost(error)
+            else:
+                items.append(item)
         for item in self.unchanged(items, self.reject):
             if item.path in missing:
                 self.reject(item, missing[item.path])
             else:
                 folder.sent.append(item)
+
+    def bring(self, items: list[Item], place: str, there: str) -> Result:
+        largest = max(item.size for item in items)
+        sparse = any(self.is_sparse(item) for item in items)
+        paths = [item.path for item in items]
+        return self.rsync.send(self.plan.root, paths, place, largest=largest, there=there, sparse=sparse)
+
+    def is_sparse(self, item: Item) -> bool:
+        try:
+            return is_sparse(self.plan.file(item).stat())
+        except OSError:  # rsync will say so
+            return False
+
+    def suspects(self, folder: _Folder, place: str, there: str) -> list[Item]:
+        """Return the files at which the link may have broken in earlier attempts.
+
+        rsync sends one file after the other, in an order of its own: the first that has not come is the next of them.
+        """
+        by_path = {item.path: item for item in folder.pending}
+        _, paths = self.rsync.differing(self.plan.root, by_path, place, there=there)
+        if more := next((path for path in paths if path not in self.broke), None):
+            self.broke.add(more)
+        return [by_path[path] for path in paths if path in self.broke]
+
+    def set_aside(self, item: Item, error: DispatchError, folder: _Folder) -> None:
+        """Leave a file to the next attempt; what has come of it must not take the room of others."""
+        error.item = item.shown
+        self.aside[item] = error
+        if isinstance(error, Busy):
+            above, _, name = f"./{self.incoming}/{folder.number}/{item.path}".rpartition("/")
+            self.script(REMOVE, PATHS=[f"{above}/{PARTIAL}/{name}"])
 
     def missing(self, result: Result, items: list[Item], place: str, there: str) -> dict[str, str]:
         """Return why which files have not come, where rsync says that some have not.
@@ -307,9 +309,9 @@ class _Push:
         )
         code, output = self.script(
             PLACE,
-            DROP=_Script(f"rm -f -- {' '.join(map(quote, drop))}" if drop else ""),
-            PLACES=_Script("\n".join(calls)),
-            OTHER=_Script(f'"{OTHER_INSTANCE}"'),  # within quotes already
+            DROP=Script(f"rm -f -- {' '.join(map(quote, drop))}" if drop else ""),
+            PLACES=Script("\n".join(calls)),
+            OTHER=Script(f'"{OTHER_INSTANCE}"'),  # within quotes already
             BEGINNING=str(BEGINNING_BYTES),
             PARTIAL=PARTIAL,
             TEMPORARY=TEMPORARY,
@@ -412,20 +414,10 @@ class _Push:
             self.notes.append(f"{ssh.under(self.target.folder, name)} has been taken away since it was delivered")
 
 
-class _Script(str):
-    """Text of a script that is put into another as it is."""
-
-
-def _filled(text: str, **words: str | list[str]) -> str:
-    """Put words into a script, quoted, in one pass: what is put in is not looked at again."""
-
-    def word(found: re.Match[str]) -> str:
-        value = words[found[1]]
-        if isinstance(value, _Script):
-            return value
-        return quote(value) if isinstance(value, str) else " ".join(map(quote, value))
-
-    return re.sub(r"@([A-Z]+)@", word, text)
+def _named(result: Result, items: list[Item]) -> Item | None:
+    """Return the item that rsync's words name."""
+    found = [item for item in items if f"/{item.path}" in result.words + result.there]
+    return max(found, key=lambda item: len(item.path), default=None)
 
 
 def _lost(error: DispatchError) -> DispatchError:
