@@ -238,4 +238,6 @@ def _ended(started: Started | Command, output: bytes) -> Exception:
         return started.failure(begun=bool(output))
     words = started.words if refused else output.decode("utf-8", "replace") + " " + started.errors
     why = "the account gets no shell there, which rsync and scripts need; SFTP needs none"
+    if "does not run rsync" in words:
+        why = "the account is restricted by rrsync, and rsync targets need a shell: let it use SFTP, in a chroot"
     return NoShell(f"{started.client.login.shown}: logged in, but {why} ({short(words, started.client.hide)})")

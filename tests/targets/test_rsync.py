@@ -133,7 +133,7 @@ def test_values_of_a_layout_reach_no_shell(tmp_path: Path, study: Path, value: s
     sent = attempt(target(tmp_path / "in", layout="x/{PatientID}"), study)
     assert sent.require().state is State.DELIVERED
     (folder,) = os.listdir(tmp_path / "in" / "x")
-    assert folder == value.replace("/", "_")
+    assert folder.startswith(value.replace("/", "_"))
     assert below(tmp_path / "in" / "x" / folder) == {"1.dcm", ".complete"}
     assert not list(tmp_path.rglob("owned"))
 
@@ -309,9 +309,11 @@ def test_a_full_disk_is_busy_and_fine_after_room_is_made(tmp_path: Path, study: 
         sent = attempt(one, study)
         assert isinstance(sent.error, Busy), repr(sent.error)
         assert "No space left" in sent.error.message
-        assert not sent.outcomes
+        assert len(sent.arrived) < 4 and not sent.rejected
+        names = inside(server, f"ls -A /mnt/in/{sent.plan.dispatch_id} || true").split()
+        assert set(names) == sent.arrived
         inside(server, "rm /mnt/ballast")
-        assert attempt(one, study).require().state is State.DELIVERED
+        assert attempt(one, study, done=sent.arrived).require().state is State.DELIVERED
         names = inside(server, f"ls -A /mnt/in /mnt/in/{sent.plan.dispatch_id}").split()
         assert names[-5:] == [".complete", "0.dcm", "1.dcm", "2.dcm", "3.dcm"]
 
@@ -414,6 +416,20 @@ def test_a_server_without_rsync_is_misconfigured(tmp_path: Path, study: Path) ->
         health = DRIVERS.of(one).check(one)
         assert isinstance(health.error, Misconfigured)
         assert next(probe for probe in health.probes if probe.result == "failed").name == "rsync"
+
+
+def test_an_account_that_rrsync_restricts_is_named(tmp_path: Path, study: Path) -> None:
+    studies.ct(study, 1)
+    (tmp_path / "in").mkdir()
+    rrsync = shutil.which("rrsync") or "/usr/share/doc/rsync/scripts/rrsync"
+    with openssh(tmp_path / "sshd", more=f"ForceCommand {rrsync} {tmp_path}/in") as server:
+        one = target(tmp_path / "in", server)
+        error = attempt(one, study).error
+        assert isinstance(error, Misconfigured), repr(error)
+        assert "restricted by rrsync" in error.message
+        health = DRIVERS.of(one).check(one)
+        assert next(probe for probe in health.probes if probe.result == "failed").name == "shell"
+        assert "restricted by rrsync" in str(health.error)
 
 
 def test_rsync_that_is_missing_here_is_named(tmp_path: Path, study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
