@@ -240,8 +240,9 @@ class Rsync:
             code = process.wait()
         finally:
             stop(process)
-        if code == SILENCED:
-            code = _code_of_ssh(ended) or code
+        if code:  # the other side's words may come later than rsync's end
+            of_ssh = _code_of_ssh(ended)
+            code = of_ssh or code if code == SILENCED else code
         there = said.stderr.replace(self.banner().replace("\r", "").strip() or "\0", "").strip()
         return Result(code, tail(errors).decode("utf-8", "replace"), there, output, said)
 
