@@ -40,8 +40,9 @@ from tests.servers.orthanc import orthanc
 REFERENCE = "dcmsend+"
 SINKS = ("discard", "storescp", "orthanc", "5ms", "20ms")
 SETS = ("ct", "small", "large")
+SENDS = ("send", "send-planned", "send-at-once")  # whether it plans first; whether all associations are opened at once
 LONG_WAYS = {"5ms": 0.0025, "20ms": 0.010}  # seconds in each direction
-SEVERAL = 4  # associations, the default of a target
+SEVERAL = 4  # associations at most, the default of a target
 MANY = 8  # on a long way each association waits for its answers
 # Bytes of a set in proportion, for sinks that would take minutes: an Orthanc stores some MB/s of small files, and a
 # round trip of 20 ms lets one association send 50 instances a second.
@@ -64,8 +65,13 @@ def make(root: Path, name: str, share: float) -> Path:
 # ---- what is measured, in processes of its own
 
 
-def send(port: int, concurrency: int, folder: Path, *, plan_first: bool) -> None:
-    """Talaria's sender: plan the folder (or have it planned before), send it."""
+def send(port: int, concurrency: int, folder: Path, *, plan_first: bool, at_once: bool = False) -> None:
+    """Send as Talaria does: plan the folder (or have it planned before), send it.
+
+    Args:
+        at_once: whether all associations are opened from the start, whether they help or not.
+    """
+    from protocols.dimse import pace
     from protocols.dimse.fleet import Fleet
     from protocols.dimse.transport import Peer
     from transfer.plan import scan
@@ -74,6 +80,8 @@ def send(port: int, concurrency: int, folder: Path, *, plan_first: bool) -> None
 
     plan = scan([folder])
     told = PushReport()
+    if at_once:
+        pace.LOOK_S, pace.ENOUGH, pace.CERTAIN, pace.AIM = 0.0, 1e9, 1e9, 1e9
     with section():
         if plan_first:
             plan = scan([folder])
@@ -158,9 +166,10 @@ def candidates(
     dcmsend = ["dcmsend", "-pdu", "131072", "+sd", "127.0.0.1", str(port), str(folder)]
     storescu = ["storescu", "-pdu", "131072", "+sd", "127.0.0.1", str(port), str(folder)]
     return {
-        "talaria": partial(ours, "send", port, 1, folder),
+        "talaria, one association": partial(ours, "send", port, 1, folder),
         "talaria, sending only": partial(ours, "send-planned", port, 1, folder),
-        **{f"talaria, {count} associations": partial(ours, "send", port, count, folder) for count in associations},
+        **{f"talaria, up to {count}": partial(ours, "send", port, count, folder) for count in associations},
+        **{f"talaria, {count} at once": partial(ours, "send-at-once", port, count, folder) for count in associations},
         REFERENCE: partial(program, dcmsend, NODELAY),
         "storescu+": partial(program, storescu, NODELAY),
     }, {
@@ -352,12 +361,20 @@ def main() -> None:
     parser.add_argument("--share", type=float, help="how much of each set, as a fraction")
     parser.add_argument("--no-slow", action="store_true", help="leave out what takes minutes")
     parser.add_argument("--whole", action="store_true", help="`talaria send` as a whole")
-    parser.add_argument("--task", choices=("send", "send-planned", "pynetdicom"), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--task", choices=("send", "send-planned", "send-at-once", "pynetdicom"), help=argparse.SUPPRESS
+    )
     parser.add_argument("arguments", nargs="*", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.task in ("send", "send-planned"):
+    if options.task in SENDS:
         port, associations, folder = options.arguments
-        send(int(port), int(associations), Path(folder), plan_first=options.task == "send")
+        send(
+            int(port),
+            int(associations),
+            Path(folder),
+            plan_first=options.task != "send-planned",
+            at_once=options.task == "send-at-once",
+        )
         return
     if options.task == "pynetdicom":
         pynetdicom(int(options.arguments[0]), Path(options.arguments[1]))

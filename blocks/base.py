@@ -97,7 +97,7 @@ class Target(Block, ABC):
         default=60, gt=0, le=86_400, description="Seconds of silence after which the peer counts as hung."
     )
     concurrency: int = Field(
-        default=4, ge=1, le=64, description="Connections or associations used at once inside one dispatch."
+        default=4, ge=1, le=64, description="Connections or associations used at once inside one dispatch, at most."
     )
     max_dispatches: int = Field(
         default=2, ge=1, le=1000, description="Dispatches at once to this target, over all workers."

@@ -1,0 +1,97 @@
+"""How many associations are opened: as many as keep this process busy."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+from typing import cast
+
+import pytest
+
+from protocols.dimse.pace import LOOK_S, Meter, Pace
+from talaria.testing import studies
+from talaria.testing.harness import attempt
+from tests.servers.scp import scp
+from tests.servers.steps import Wait
+from tests.targets.dicom import dicom_target
+from transfer.plan import scan
+
+
+class Reading:
+    """A meter that was last looked at long ago, and says what a test wants."""
+
+    def __init__(self, share: float, age_s: float = 1.0) -> None:
+        self.begun = time.perf_counter() - age_s
+        self._share = share
+
+    def share(self) -> float:
+        return self._share
+
+
+def look(pace: Pace, *shares: float) -> int:
+    return sum(pace.look(cast(Meter, Reading(share))) for share in shares)
+
+
+def test_a_busy_thread_gets_no_help() -> None:
+    pace = Pace(8)
+    assert [look(pace, 0.8) for _ in range(20)] == [0] * 20
+    assert pace.count == 1
+
+
+def test_a_thread_that_waits_nearly_all_the_time_gets_all_help_at_once() -> None:
+    pace = Pace(8)
+    assert look(pace, 0.02) == 7
+    assert look(pace, 0.02) == 0
+
+
+def test_what_is_not_sure_is_looked_at_twice() -> None:
+    pace = Pace(8)
+    assert look(pace, 0.4) == 0
+    assert look(pace, 0.7) == 0
+    assert look(pace, 0.4) == 0
+    assert look(pace, 0.4) == 1
+
+
+def test_help_comes_as_long_as_all_together_wait() -> None:
+    pace = Pace(8)
+    assert look(pace, 0.15) == 4
+    meters = [cast(Meter, Reading(0.03)) for _ in range(5)]
+    assert sum(map(pace.look, meters)) == 3
+
+
+def test_no_time_is_too_short_to_be_judged() -> None:
+    assert Pace(8).look(cast(Meter, Reading(0.0, LOOK_S / 10))) == 0
+
+
+def test_a_peer_that_grants_no_more_is_asked_for_no_more() -> None:
+    pace = Pace(8)
+    pace.full()
+    assert look(pace, 0.01) == pace.hang() == 0
+
+
+def test_a_long_wait_gets_all_help() -> None:
+    pace = Pace(5)
+    assert pace.hang() == 4
+    assert pace.hang() == 0
+
+
+def test_a_meter_tells_work_from_waiting() -> None:
+    meter = Meter()
+    threading.Event().wait(0.2)
+    idle = meter.share()
+    end = time.thread_time() + 0.2
+    while time.thread_time() < end:
+        pass
+    busy = meter.share()
+    meter.close()
+    assert idle < 0.3
+    assert busy > idle + 0.3
+
+
+@pytest.mark.parametrize("concurrency", [1, 2, 6])
+def test_a_slow_peer_gets_as_many_as_are_allowed(concurrency: int, tmp_path: Path) -> None:
+    studies.ct(tmp_path, 40)
+    with scp(on_store=lambda store: [Wait(0.05), 0]) as peer:
+        attempt(dicom_target(peer.port, aet_target=peer.aet, concurrency=concurrency), scan([tmp_path])).require()
+        assert peer.most_open == concurrency
