@@ -251,18 +251,20 @@ class Store:
         headers: Mapping[str, str],
         sha256: str | None = None,
         query: Mapping[str, str] | None = None,
+        tries: int = TRIES,
     ) -> Fields:
         """Store an object, or with a query a part of one; return the head of the answer.
 
         Args:
             sha256: of the payload, hexadecimal, signed along; None for a payload that TLS protects already.
+            tries: how often it is sent at most, as long as the store answers with "later".
 
         Raises:
             StoreError, DispatchError: as `call`.
         """
         if sha256 is None:
             sha256 = UNSIGNED if self.secure else hashlib.sha256(payload.data).hexdigest()
-        with self._request("PUT", key, query or {}, headers, sha256, payload) as answer:
+        with self._request("PUT", key, query or {}, headers, sha256, payload, tries) as answer:
             answer.read(ERROR_BYTES)
             return answer.headers
 
@@ -298,6 +300,7 @@ class Store:
         headers: Mapping[str, str],
         sha256: str = EMPTY_SHA256,
         body: Payload | None = None,
+        tries: int = TRIES,
     ) -> Iterator[Answer]:
         """Send a signed request, again if the store is busy; yields an answer that is no error."""
 
@@ -312,7 +315,7 @@ class Store:
                     raise StoreError.of_answer(answer.status, answer.headers, told, self._settings.hidden)
                 return stack.pop_all(), answer
 
-        stack, answer = self._patiently(once)
+        stack, answer = self._patiently(once, tries)
         with stack:
             yield answer
 
@@ -320,19 +323,21 @@ class Store:
         now = self._account.credentials.get_frozen_credentials()  # renewed before they expire
         return Credentials(now.access_key, now.secret_key, now.token)
 
-    def _patiently(self, once: Callable[[], T]) -> T:
+    def _patiently(self, once: Callable[[], T], tries: int = TRIES) -> T:
         """Do something; if the store is busy, again after a pause."""
-        for tried in range(1, TRIES):
+        for tried in range(1, tries):
             try:
                 return once()
             except StoreError as exc:
                 if not exc.busy or (exc.retry_after or 0) > LONGEST_PAUSE_S:
                     raise
-                pause = random.uniform(0, PAUSE_S * 2 ** (tried - 1))  # noqa: S311 - spreads load, guards nothing
-                self._pause(exc.retry_after if exc.retry_after is not None else pause)
+                self.pause(exc.retry_after, tried)
         return once()
 
-    def _pause(self, seconds: float) -> None:
+    def pause(self, seconds: float | None, tried: int = 1) -> None:
+        """Wait as long as the store asks to; None for a short while, longer with each try."""
+        if seconds is None:
+            seconds = random.uniform(0, PAUSE_S * 2 ** (tried - 1))  # noqa: S311 - spreads load, guards nothing
         end = time.monotonic() + seconds
         while (left := end - time.monotonic()) > 0:
             self.check()

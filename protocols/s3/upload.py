@@ -91,7 +91,8 @@ class Upload:
         # A part that has no checksum is signed, over TLS too: most stores compare that.
         signed = None if headers else hashlib.sha256(payload.data).hexdigest()
         try:
-            told = self.store.put(self.key, payload, headers, signed, {"partNumber": str(number), "uploadId": self.id})
+            query = {"partNumber": str(number), "uploadId": self.id}
+            told = self.store.put(self.key, payload, headers, signed, query, tries=2)
         except StoreError as exc:
             if exc.code == "NoSuchUpload":
                 raise Gone from exc

@@ -219,6 +219,7 @@ driver = Driver(
         resumes=True,
         # Files appear one by one, each whole; the marker says when all are there.
         atomic_replace=False,
+        reconnects=True,
         verifies_by=(Level.ACCEPTED, Level.LISTED, Level.PROVEN),
     ),
 )

@@ -23,13 +23,14 @@ from imaging.header import BEGINNING_BYTES, other_instance
 from protocols.s3.checksums import Mismatch
 from protocols.s3.error import StoreError
 from protocols.s3.keys import MAX_KEY_BYTES, content_type, keys, under
-from protocols.s3.store import SHA256_FIELD, Payload, Store, Stored
+from protocols.s3.store import LONGEST_PAUSE_S, SHA256_FIELD, TRIES, Payload, Store, Stored
 from protocols.s3.upload import Upload, stale
 from tasks.s3.errors import CREDENTIALS, errors, of
 from tasks.s3.large import Large
 from tasks.s3.support import Supports
 from tasks.s3.verify import Sums, Verifier
-from transfer.errors import DispatchError, Interrupted, Rejected, TimedOut, Unreachable
+from transfer.errors import Busy, DispatchError, Interrupted, Rejected, TimedOut, Unreachable
+from transfer.fanout import each
 from transfer.layout import OTHER_INSTANCE
 from transfer.outcome import ALREADY, DELIVERED, Kind, Outcome
 from transfer.plan import Item, Plan
@@ -40,6 +41,8 @@ MARKER = ".complete"
 MANIFEST = ".talaria-manifest-{}.json"
 LARGE_AT_ONCE = 2  # while the parts of one large file are sent, the next one is hashed
 ABORT_S = 3.0  # for giving up what is unfinished, though the dispatch was cancelled
+IN_A_ROW = 6  # failures in a row that are put down to objects; a lost link breaks all connections at once
+FOR_NOW = (Busy, Interrupted, TimedOut)  # may be a matter of one object
 LOST_LINK = (Interrupted, Unreachable, TimedOut)
 _ENCODED = json.JSONEncoder(ensure_ascii=False).encode
 REPLACED = Outcome(Kind.WARNING, "replaced another object of this key")
@@ -65,6 +68,8 @@ class Push:
         self._there: dict[str, int] | None = {}  # size by key; None if the bucket may not be listed
         self._written: set[str] = set()  # folders that something was put into
         self._notes: list[str] = []
+        self._aside: list[tuple[Item, DispatchError]] = []  # what failed for now, and how
+        self._in_a_row = 0  # failures without a success in between
         self._failed = threading.Event()
         self._first: BaseException | None = None
         self._lock = threading.Lock()
@@ -184,9 +189,15 @@ class Push:
 
     def _each(self, items: Iterable[Item], work: Callable[[Item], None]) -> None:
         """Do something with each item."""
-        waiting = iter(items)
-        with ThreadPoolExecutor(self.target.concurrency, "s3-ask") as pool, self._stopping():
-            wait([pool.submit(self._guard, work, waiting) for _ in range(self.target.concurrency)])
+
+        def one(item: Item) -> None:
+            self.check()
+            try:
+                work(item)
+            except Rejected as exc:
+                self.report(item, Outcome(Kind.REJECTED, exc.message))
+
+        each(items, one, self.target.concurrency, "s3-ask")
 
     def _guard(self, work: Callable[[Item], None], waiting: Iterator[Item]) -> None:
         """Work through items that several threads share; the first error stops all of them."""
@@ -197,16 +208,49 @@ class Push:
                     item = next(waiting, None)
                 if item is None:
                     return
-                try:
-                    work(item)
-                except Rejected as exc:
-                    self.report(item, Outcome(Kind.REJECTED, exc.message))
+                self._try(work, item)
         except _Stopped:
             pass
         except BaseException as exc:
             with self._lock:
                 self._first = self._first or exc
             self._failed.set()
+
+    def _try(self, work: Callable[[Item], None], item: Item) -> None:
+        """Send an item; put it aside if that fails for now, unless nothing else gets through either."""
+        try:
+            work(item)
+        except Rejected as exc:
+            self.report(item, Outcome(Kind.REJECTED, exc.message))
+        except FOR_NOW as exc:
+            exc.item = exc.item or item.shown
+            with self._lock:
+                self._aside.append((item, exc))
+                self._in_a_row += 1
+                if self._in_a_row > max(IN_A_ROW, self.target.concurrency):
+                    raise
+            return
+        with self._lock:
+            self._in_a_row = 0
+
+    def _send_aside(self) -> None:
+        """Try again, alone, what failed; raises the first error of what fails again."""
+        failed: list[DispatchError] = []
+        for item, error in self._aside:
+            wait_s = error.retry_after if isinstance(error, Busy) else 0.0
+            if self._is_large(item) or (wait_s or 0) > LONGEST_PAUSE_S:  # the next attempt goes on with its parts
+                failed.append(error)
+                continue
+            self.store.pause(wait_s)
+            try:
+                self._send_small(item)
+            except Rejected as exc:
+                self.report(item, Outcome(Kind.REJECTED, exc.message))
+            except FOR_NOW as exc:
+                exc.item = exc.item or item.shown
+                failed.append(exc)
+        if failed:
+            raise failed[0]
 
     @contextmanager
     def _stopping(self) -> Iterator[None]:
@@ -237,7 +281,8 @@ class Push:
             for _ in range(min(self.target.concurrency, len(small))):
                 futures.append(self.pool.submit(self._guard, self._send_small, waiting))
             wait(futures)
-        for item in items:  # what was not gone on with is of no use to anybody
+        self._send_aside()
+        for item in items:  # uploads that were not resumed
             for left in self.unfinished.pop(self.keys[item.path], ()):
                 self.forget(self.keys[item.path], left)
 
@@ -294,7 +339,9 @@ class Push:
         for last in (False, True):
             try:
                 with errors(self.store.where, shown):
-                    told = self.store.put(key, self.payload(data) if item else Payload(data), headers, sha256)
+                    payload = self.payload(data) if item else Payload(data)
+                    # An item that the store wants later is put aside, and sent once more.
+                    told = self.store.put(key, payload, headers, sha256, tries=1 if item else TRIES)
                 break
             except Mismatch as exc:
                 if last:

@@ -309,7 +309,7 @@ def test_wrong_credentials_are_Denied(store: Stub, study: Path, wrong: dict[str,
 
 def test_a_busy_store_is_asked_again_and_then_left_to_the_dispatch(store: Stub, study: Path) -> None:
     studies.ct(study, 3)
-    store.fault = on("Put", Refusal(503, "SlowDown"), times=2, key="CT0002.dcm")
+    store.fault = on("Put", Refusal(503, "SlowDown"), times=1, key="CT0002.dcm")
     assert_whole(store, attempt(target(store), study))
     store.buckets["lab"].clear()
     store.fault = on("Put", Refusal(503, "SlowDown", headers={"Retry-After": "77"}), key="CT0002.dcm")
@@ -317,9 +317,43 @@ def test_a_busy_store_is_asked_again_and_then_left_to_the_dispatch(store: Stub, 
     sent = attempt(target(store, concurrency=1), study)
     assert isinstance(sent.error, Busy)
     assert sent.error.retry_after == 77
-    assert sent.arrived == {"CT0001.dcm"}
+    assert sent.error.item == "CT0002.dcm"
+    assert sent.arrived == {"CT0001.dcm", "CT0003.dcm"}
     assert time.monotonic() - begun < 5
     assert not marked(store)
+
+
+@pytest.mark.parametrize("concurrency", [1, 4])
+@pytest.mark.parametrize(
+    "answer", [Refusal(503, "SlowDown"), Refusal(500, "InternalError"), Misdeed(reset_after=100), Misdeed(silent=True)]
+)
+def test_objects_that_fail_alone_cost_themselves_alone(
+    store: Stub, study: Path, answer: Refusal | Misdeed, concurrency: int
+) -> None:
+    studies.ct(study, 20)
+    bad = {f"CT{number:04}.dcm" for number in (1, 2, 9, 20)}
+
+    def fault(request: Request) -> Misdeed | None:
+        return on("Put", answer)(request) if request.key.rsplit("/", 1)[-1] in bad else None
+
+    store.fault = fault
+    sent = attempt(target(store, concurrency=concurrency), study)
+    assert isinstance(sent.error, Busy | Interrupted)
+    assert sent.error.item in bad
+    # What was carried out without an answer is found to be there.
+    assert sent.arrived >= {item.path for item in sent.plan.items} - bad
+    for item in sent.plan.items:
+        assert store.count("Put", f"{PREFIX}/{sent.plan.dispatch_id}/{item.path}") <= 2
+    assert not marked(store)
+
+
+def test_a_store_that_takes_nothing_is_left_in_peace(store: Stub, study: Path) -> None:
+    studies.ct(study, 40)
+    store.fault = on("Put", Refusal(503, "SlowDown"))
+    store.seen.clear()
+    sent = attempt(target(store, concurrency=2), study)
+    assert isinstance(sent.error, Busy)
+    assert sum(one.operation == "Put" and "probe" not in one.key for one in store.seen) <= 9
 
 
 def test_a_hung_store_is_TimedOut(store: Stub, study: Path) -> None:
