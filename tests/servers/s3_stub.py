@@ -553,7 +553,11 @@ def stub(context: ssl.SSLContext | None = None, **settings: Any) -> Iterator[Stu
                 self.request.settimeout(10)
                 self.request = context.wrap_socket(self.request, server_side=True)
                 self.request.settimeout(None)
-            super().setup()
+            try:
+                super().setup()
+            except OSError:  # the client is gone already
+                self.request.close()
+                raise
 
     server = _Server(("127.0.0.1", 0), Handler)
     made.port = server.server_address[1]
