@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def accessions(text: str) -> tuple[str, ...]:
         Misconfigured: a value that is no accession number (too long, or with control characters or a backslash).
     """
     found: dict[str, None] = {}
-    for value in _values(text):
+    for value in _column(text) or _values(text):
         if len(value) > MOST_CHARS or "\\" in value or not value.isprintable():
             raise Misconfigured(
                 f"an accession number must have at most {MOST_CHARS} printable characters, no backslash"
@@ -35,6 +36,20 @@ def accessions(text: str) -> tuple[str, ...]:
     if re.sub(r"[^a-z]", "", first.lower()) in TITLES and not re.search(r"\d", first) and len(found) > 1:
         del found[first]
     return tuple(found)
+
+
+def _column(text: str) -> list[str]:
+    """The values of the column that is named for accession numbers, where there are several; none if there is none."""
+    lines = text.lstrip("\ufeff").splitlines()
+    for sign in ("\t", ";", ","):
+        if len(lines) < 2 or sign not in lines[0]:
+            continue
+        rows = list(csv.reader(lines, delimiter=sign))
+        titles = [re.sub(r"[^a-z]", "", title.lower()) for title in rows[0]]
+        at = next((number for number, title in enumerate(titles) if title in TITLES), None)
+        if at is not None and not any(re.search(r"\d", title) for title in rows[0]):
+            return [row[at].strip().strip(QUOTES).strip() for row in rows[1:] if len(row) > at and row[at].strip()]
+    return []
 
 
 def _values(text: str) -> list[str]:

@@ -96,6 +96,11 @@ def clear(home: Home, ledger: Ledger, before: float) -> tuple[int, int, int]:
     old = [path for path in receipts.glob("*.json") if path.stat().st_mtime < before] if receipts.is_dir() else []
     for path in old:
         path.unlink(missing_ok=True)
+        path.with_suffix(".csv").unlink(missing_ok=True)
+    living = {run_id for run_id, owner in ledger.unfinished().items() if home.alive(owner)}
+    for state in (home.root / "retrievals").glob("*/job.json"):
+        if state.stat().st_mtime < before and state.parent.name not in living:
+            discard(state.parent)
     return len(old), clear_staging(home, ledger), clear_indexes(home.root, before)
 
 

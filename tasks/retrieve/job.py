@@ -59,6 +59,7 @@ class Job:
         missing: accession numbers of which the source has nothing that matches.
         failed: accession numbers that could not be asked for, with the reason.
         searched: whether a search by other keys has been made.
+        ended: whether it came to an end; a run after that is a retry.
     """
 
     folder: Path
@@ -67,6 +68,7 @@ class Job:
     failed: dict[str, str] = field(default_factory=dict)
     searched: bool = False
     error: str = ""
+    ended: bool = False
     studies: dict[str, Study] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -92,12 +94,16 @@ class Job:
                 "failed": self.failed,
                 "searched": self.searched,
                 "error": self.error,
+                "ended": self.ended,
                 "studies": {uid: asdict(one) for uid, one in self.studies.items()},
             }
             write_json(self.folder / "job.json", document)
 
     def again(self) -> None:
-        """Let everything that did not succeed be tried again; what was delivered stays so."""
+        """Begin a run: after an end, let all that did not succeed be tried again; what was delivered stays so."""
+        if not self.ended:
+            return
+        self.ended = False
         self.pending = [*self.pending, *self.missing, *self.failed]
         self.missing, self.failed, self.error = [], {}, ""
         for one in self.studies.values():

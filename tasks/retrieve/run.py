@@ -294,7 +294,6 @@ class Retrieval:
 
     async def conclude(self) -> RunState[Any]:
         """Leave the result behind and return the state that the flow run ends in."""
-        self.job.save()
         state = state_of(self.job)
         unfinished = (
             any(one.stage in (Stage.FOUND, Stage.WHOLE) for one in self.job.studies.values()) or self.job.pending
@@ -305,6 +304,8 @@ class Retrieval:
             state = "paused"
         elif unfinished and self.again:
             state = "waiting"
+        self.job.ended = state not in ("paused", "waiting")
+        self.job.save()
         await patiently(lambda: report(self.home, self.job, self.flow_run_id, self.source.name, state))
         if self.wish.into:
             with suppress(OSError):  # something is left in it for a retry

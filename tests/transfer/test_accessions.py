@@ -1,0 +1,61 @@
+"""Lists of accession numbers as people paste them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from transfer.accessions import accessions, from_file
+from transfer.errors import Misconfigured
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("A1,A2", ("A1", "A2")),
+        ("A1 A2\tA3\nA4\r\nA5;A6", ("A1", "A2", "A3", "A4", "A5", "A6")),
+        ("  A1 ,, A2 ,\n\n", ("A1", "A2")),
+        ("A2\nA1\nA2", ("A2", "A1")),
+        ("\ufeffA1\nA2", ("A1", "A2")),
+        ("A1\u00a0A2\u200b", ("A1", "A2")),
+        ('"A1","A2"\n"A3"', ("A1", "A2", "A3")),
+        ("'A1', \u201cA2\u201d, \u201eA3\u201c", ("A1", "A2", "A3")),
+        ("Accession Number\nA1\nA2", ("A1", "A2")),
+        ("AccessionNumber\nA1", ("A1",)),
+        ('"Accession No."\r\n"0012"\r\n"0013"\r\n', ("0012", "0013")),
+        ('"A 1",A2', ("A 1", "A2")),
+        ("Patient;Accession;Date\nx;A1;2024\ny;A2;2024\n", ("A1", "A2")),
+        ("accession number,comment\n0001,none\n0002,\n", ("0001", "0002")),
+        ("ACC1 ACC2", ("ACC1", "ACC2")),
+        ("", ()),
+        (" \n,;\t", ()),
+        ("\u5929-1", ("\u5929-1",)),
+    ],
+)
+def test_lists_as_people_paste_them(text: str, wanted: tuple[str, ...]) -> None:
+    assert accessions(text) == wanted
+
+
+@pytest.mark.parametrize("text", ["a\\b", "x" * 65, "a\x00b"])
+def test_what_is_no_number_is_refused(text: str) -> None:
+    with pytest.raises(Misconfigured):
+        accessions(text)
+
+
+def test_two_thousand_in_one_list() -> None:
+    numbers = tuple(f"ACC{n:06}" for n in range(2000))
+    assert accessions("\n".join(numbers)) == numbers
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "latin-1"])
+def test_files_in_every_usual_encoding(encoding: str, tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_bytes("A\u00e41\r\nA2\r\n".encode(encoding))
+    assert from_file(tmp_path / "list.txt") == ("A\u00e41", "A2")
+
+
+def test_files_that_are_no_lists(tmp_path: Path) -> None:
+    (tmp_path / "list.xlsx").write_bytes(b"PK\x03\x04\0\0")
+    for path in (tmp_path / "list.xlsx", tmp_path / "none.txt", tmp_path):
+        with pytest.raises(Misconfigured):
+            from_file(path)
