@@ -210,8 +210,9 @@ class Search:
             return count
         end, size = count, count  # of all that came so far, and of the page before
         turned = False  # whether another page than the first has come
+        few = FEW
         while True:
-            offset = end if size < FEW else end - 1
+            offset = end if size < few else end - 1
             rows, more = self._beyond(limit, offset)
             before = len(self._seen)
             yield from self._fresh(rows)
@@ -219,7 +220,12 @@ class Search:
             if not rows:  # though the last one should have come again
                 return None if offset == end and not page.more else count
             if sorted(self._uid(row) for row in rows) == first:
-                return None if turned and not more else count
+                if turned and not more:
+                    return None
+                if offset < end or size == 1:
+                    return count
+                few = 2  # it ignores the offset, or begins again behind the end
+                continue
             if not fresh and not turned and count >= limit:
                 return count  # a server that counts the offset within the limit
             turned = turned or fresh > 0
