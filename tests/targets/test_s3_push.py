@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import boto3
+import botocore.client
 import pytest
 
 from blocks.s3 import S3Target
@@ -254,6 +256,26 @@ def test_what_vanished_since_is_found_out_before_the_marker(store: Stub, study: 
     assert set(second.rejected) == {"CT0002.dcm"}
     assert second.require().state is State.PARTIAL
     assert not marked(store)
+
+
+def test_boto3_carries_what_is_not_an_object(store: Stub, study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/dependencies.md"""
+    called: list[str] = []
+    original = botocore.client.BaseClient._make_api_call
+
+    def call(self: Any, operation: str, parameters: Any) -> Any:
+        called.append(operation)
+        return original(self, operation, parameters)
+
+    sessions: list[Any] = []
+    client = boto3.Session.client
+    monkeypatch.setattr(botocore.client.BaseClient, "_make_api_call", call)
+    monkeypatch.setattr(boto3.Session, "client", lambda self, *a, **k: sessions.append(self) or client(self, *a, **k))
+    large(study / "large.bin")
+    attempt(target(store), study).require()
+    assert len(sessions) == 1
+    assert {"ListObjectsV2", "CreateMultipartUpload", "CompleteMultipartUpload", "ListMultipartUploads"} <= set(called)
+    assert not {"PutObject", "UploadPart"} & set(called)
 
 
 # ---- refusals
