@@ -42,7 +42,7 @@ def push(url: str, folder: str) -> None:
 
     target = XnatTarget(host=url, project_id="P", user=LOGIN[0], password=LOGIN[1])
     plan = scan([folder])
-    driver.check(target)  # a worker has loaded pyxnat, pandas and nibabel long before
+    driver.check(target)  # a worker has loaded pyxnat long before
     with measure.section():
         receipt = driver.push(target, plan, PushReport())
     assert receipt.state is State.DELIVERED, receipt.state

@@ -107,7 +107,7 @@ def check(target: FolderTarget) -> Health:
     health = Health()
     with health.probe("folder") as probe:
         root = connect(target)
-        probe.detail = f"{root.resolve()} on {fs.kind(root) or 'a file system that is not told'}"
+        probe.detail = f"{root.resolve()} on {fs.kind(root) or 'an unknown file system'}"
     if not health.ok:
         health.skip("authorize", "space")
         return health
@@ -123,7 +123,7 @@ def check(target: FolderTarget) -> Health:
         free, inodes, _ = min(map(fs.room, folders), key=lambda room: room[0] if room[0] >= 0 else float("inf"))
         if free == 0 or inodes == 0:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        probe.detail = f"{fs.size(free)} are free" if free > 0 else "the file system doesn't tell"
+        probe.detail = f"{fs.size(free)} are free" if free > 0 else "the file system does not say"
     return health
 
 
@@ -215,7 +215,7 @@ class _Push:
             place.discard()
 
     def _already(self, item: Item) -> bool:
-        """Tell an item that is there under its final name, whole; say whether it is."""
+        """Report ALREADY if an item is there under its final name, whole; return whether it was."""
         place = self.where[item.path]
         if not place.existed:
             return False
@@ -238,7 +238,7 @@ class _Push:
         return True
 
     def _publish(self, place: Place, items: list[Item]) -> None:
-        """Give the files of one place their final names, then tell that they have arrived."""
+        """Give the files of one place their final names, then report that they have arrived."""
         if not items:
             return
         for written, _, _ in os.walk(str(place.files), topdown=False):
@@ -339,15 +339,15 @@ class _Push:
         return "" if info.st_size == item.size else f"it has {info.st_size} bytes there instead of {item.size}"
 
     def _mark(self, place: Place) -> None:
-        """Put the marker, if every file of the plan is there; its time tells when something came to an old one."""
+        """Put the marker, if every file of the plan is there; its time is when something came to an old one."""
         if self.plan.lacks or len(list(self._arrived(place.items))) < len(place.items) or not place.final.is_dir():
             return
-        marker, told = place.final / MARKER, self.report.outcomes
+        marker, reported = place.final / MARKER, self.report.outcomes
         if os.path.lexists(marker):
-            if any(item.path in told and told[item.path].kind is not Kind.ALREADY for item in place.items):
+            if any(item.path in reported and reported[item.path].kind is not Kind.ALREADY for item in place.items):
                 os.utime(marker)
             return
-        if gone := sum(1 for item in place.items if item.path not in told and self._lacks(item)):
+        if gone := sum(1 for item in place.items if item.path not in reported and self._lacks(item)):
             self.notes.append(f"no {MARKER}: {gone} files that had been delivered are not there any more")
             return
         marker.touch()
@@ -356,7 +356,7 @@ class _Push:
 
 
 def _is_other_instance(item: Item, final: Path) -> bool:
-    """Tell whether the file at `final` is another DICOM instance than the item."""
+    """Return True if the file at `final` is another DICOM instance than the item."""
     if item.header is None:
         return False
     with open(final, "rb") as file, suppress(NotDicom, Damaged):

@@ -18,7 +18,7 @@ def patterns(globs: str) -> tuple[str, ...]:
 
 
 def excluded(path: str, globs: tuple[str, ...]) -> bool:
-    """Tell whether a relative POSIX path, or any folder on the way to it, matches one of the patterns."""
+    """Return True if a relative POSIX path, or any folder on the way to it, matches one of the patterns."""
     return bool(globs) and any(map(_any_of(globs).match, path.split("/")))
 
 

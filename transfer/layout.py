@@ -73,7 +73,7 @@ def sanitised(value: str) -> str:
     """Make one path component of a value: no separator, control character or leading dot, at most 120 bytes.
 
     Blanks around it count for nothing, and what is empty becomes `unknown`. Anything else that had to be changed is
-    told from other values by a mark.
+    kept apart from other values by a mark.
     """
     value = value.strip(" ")
     if not value:
@@ -159,7 +159,7 @@ def _folders(
 
 
 def _component(pieces: Sequence[tuple[str, str | None]], values: Sequence[str]) -> str:
-    """Make a path component of text and values; the values can be told from it, or it has a mark of them."""
+    """Make a path component of text and values; the values can be read from it, or it has a mark of them."""
     safe = [sanitised(value) for value in values]
     left = iter(safe)
     text = "".join(literal + (next(left) if field else "") for literal, field in pieces)

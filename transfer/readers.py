@@ -25,7 +25,7 @@ class Readers:
         batch: how many files are read between two looks at whether to stop.
 
     Attributes:
-        batch: how many to give to `map` now: a few at first, which tell how slow the files are.
+        batch: how many to give to `map` now: a few at first, which show how slow the files are.
     """
 
     def __init__(self, batch: int) -> None:

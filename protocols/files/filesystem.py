@@ -101,7 +101,7 @@ def flush_folder(folder: Path) -> None:
 
 
 def kind(folder: Path) -> str:
-    """Name of the type of the file system that a folder lies on, as mount(8) shows it; "" if it can't be told."""
+    """Return the type of the file system that a folder lies on, as mount(8) shows it; "" if it is not known."""
     real = os.path.realpath(folder)
     best, found = -1, ""
     try:
@@ -228,14 +228,14 @@ def check_writable(folder: Path) -> None:
 
 
 def room(folder: Path) -> tuple[int, int, int]:
-    """Free bytes, free inodes and the size of a block; -1 where the file system doesn't tell."""
+    """Free bytes, free inodes and the size of a block; -1 where the file system gives none."""
     info = os.statvfs(folder)
     free = info.f_bavail * info.f_frsize if info.f_blocks else -1
     return free, info.f_favail if info.f_files else -1, info.f_frsize or 4096
 
 
 def readable(fd: int) -> bool:
-    """Tell whether an open file can be read to its end: whose fault an input/output error was."""
+    """Return True if an open file can be read to its end: then an input/output error was the other side's."""
     offset = 0
     try:
         while piece := os.pread(fd, READ_BYTES, offset):

@@ -156,7 +156,7 @@ class Incoming:
     def bring(self, items: list[Item]) -> list[Item]:
         """Write, or find written, what is in these items; return those that are here now, flushed.
 
-        The others were rejected, which has been told.
+        The others were rejected, and reported.
 
         Raises:
             Busy: they don't fit.
@@ -253,7 +253,7 @@ class Incoming:
         return frozenset(found)
 
     def _is_whole(self, item: Item, kept: str) -> bool:
-        """Tell whether what an earlier attempt kept is this item, and not what its file was then."""
+        """Return True if what an earlier attempt kept is this item, and not what its file was then."""
         info = os.lstat(kept)
         if info.st_size != item.size:
             return False

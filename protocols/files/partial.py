@@ -1,4 +1,4 @@
-"""Files that are being written beside their final names, and how they are told from those that a killed process left.
+"""Files that are being written beside their final names, and how to know them from those that a killed process left.
 
 The writer holds a lock on its file, which the kernel drops with the process: what nobody holds is a leftover.
 """
@@ -24,7 +24,7 @@ STALE_S = 3600  # where the file system has no locks, older ones count as left b
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Tell an error of the folder that is written to from one of what is read.
+    """Raise an error of the folder that is written to as one of its own, unlike one of what is read.
 
     Raises:
         Busy: it is full. Misconfigured: it can't be written to; it is the caller's own choice.

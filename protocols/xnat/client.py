@@ -59,8 +59,8 @@ _COLUMNS = {"projects": "ID", "scans": "ID", "resources": "label", "files": "Nam
 def _pyxnat() -> ModuleType:
     """Import pyxnat without what its constructor looks for: modules that import pandas and nibabel (3 s, 56 MB).
 
-    They add methods to objects that nobody here uses. The name is private: `tests/protocols/test_xnat_client.py` tells
-    when another version, which `pyproject.toml` keeps out, has it no more.
+    They add methods to objects that nobody here uses. The name is private: `tests/protocols/test_xnat_client.py` fails
+    for a version that has it no more; `pyproject.toml` pins the one that has.
     """
     interfaces = import_module("pyxnat.core.interfaces")
     interfaces.__find_all_functions__ = lambda modules: {}  # type: ignore[attr-defined]
@@ -127,7 +127,7 @@ class Client:
         self._session.close()
 
     def version(self) -> str:
-        """XNAT's version, "" if it doesn't tell. Releases since 1.8 tell it at another address than those before."""
+        """Return XNAT's version, "" if it is not known. Since 1.8 it is at another address than before."""
         with suppress(Refused):
             text = self._get("/data/version").text.strip()
             if text and not text.startswith("{"):
@@ -182,7 +182,7 @@ class Client:
         return session_of(found)
 
     def files(self, project: str, label: str) -> list[tuple[str, str]]:
-        """ID of the scan, "" if XNAT doesn't tell, and name of each file of an archived session."""
+        """Return the scan's ID, "" where XNAT gives none, and the name of each file of an archived session."""
         path = f"/data/projects/{part(project)}/experiments/{part(label)}/scans/ALL/files"
         found = []
         try:

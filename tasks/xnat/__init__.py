@@ -45,7 +45,7 @@ NO_PROOF = (
     "XNAT keeps no checksum of what was sent, and may rewrite files (anonymisation): files and counts were listed"
 )
 MAX_IN_A_ROW = 3  # studies that fail one after the other before XNAT is left in peace
-NO_STUDY = "no Study Instance UID (0020,000D): XNAT could not tell which session it belongs to"
+NO_STUDY = "no Study Instance UID (0020,000D): XNAT could not know which session it belongs to"
 
 
 @contextmanager
@@ -134,11 +134,11 @@ def _check_xnat(target: XnatTarget, health: Health, ask: Callable[[], None], res
             with health.probe("authorize") as probe, classified():
                 known = _may_create(client, target)
                 probe.detail = (
-                    "may create sessions in it" if known else "this XNAT doesn't tell who may create sessions"
+                    "may create sessions in it" if known else "this XNAT does not say who may create sessions"
                 )
         rest.remove("version")
         with health.probe("version", informative=True) as probe, classified():
-            probe.detail = client.version() or "XNAT doesn't tell its version"
+            probe.detail = client.version() or "XNAT does not give its version"
 
 
 def _see_project(client: Client, target: XnatTarget) -> None:
@@ -151,7 +151,7 @@ def _see_project(client: Client, target: XnatTarget) -> None:
 
 
 def _may_create(client: Client, target: XnatTarget) -> bool:
-    """Tell whether XNAT says so; raise Denied if it says that the user may not create sessions in the project."""
+    """Return whether XNAT knows the user's rights; raise Denied if the user may not create sessions in the project."""
     try:
         allowed = client.projects("create")
     except Refused as exc:

@@ -17,17 +17,17 @@ _TELLING = re.compile(r"[0-2](\.\d+){2,}\.dcm")  # the name of a file that was s
 class Held:
     """What XNAT has of a study.
 
-    Files that were sent by us, or by anybody who names them so, tell which instances they are. Of the others (XNAT
+    Names of files that we sent, or anybody who names them so, say which instances they are. Of the others (XNAT
     gives names of its own to what came over DICOM, and some servers to all) only the number is known.
 
     Args:
-        files: series, where XNAT tells it, else "", and name of each file.
+        files: series, "" where XNAT gives none, and name of each file.
     """
 
     def __init__(self, files: Iterable[tuple[str, str]] = ()) -> None:
         self.names: set[str] = set()
         self.counts: Counter[str] = Counter()  # files by series
-        self.loose: Counter[str] = Counter()  # of them, those whose names tell nothing
+        self.loose: Counter[str] = Counter()  # of them, those whose names say nothing
         for series, name in files:
             self.names.add(name)
             self.counts[series] += 1
@@ -43,7 +43,7 @@ class Held:
         """
         groups = by_series(study)
         if not self.counts.keys() & groups.keys():
-            groups = {"": list(study)}  # XNAT doesn't tell series, or a script gave them other UIDs
+            groups = {"": list(study)}  # XNAT gives no series, or a script gave them other UIDs
         wanted = {item.path for item in items}
         missing: dict[str, str] = {}
         for series, members in groups.items():
@@ -53,7 +53,7 @@ class Held:
                 continue
             loose = self._loose(series)
             if loose == len(unseen) or (before is not None and loose - before._loose(series) >= len(absent)):
-                continue  # just as many without a telling name as there should be
+                continue  # just as many whose names say nothing as there should be
             count = self.counts[series] if series else self.counts.total()
             what = f"series {series}" if series else "the study"
             seen = f"XNAT has {count} of {len(members)} files of {what}, and not this one"
@@ -71,7 +71,7 @@ def held_in_archive(client: Client, project: str, session: ImageSession) -> Held
 
 
 def held_in_prearchive(client: Client, entry: CatalogEntry) -> Held:
-    """What an entry of the prearchive has; the prearchive doesn't tell the UIDs of series."""
+    """What an entry of the prearchive has; the prearchive does not give the UIDs of series."""
     return Held(("", name) for name in client.entry_files(entry))
 
 

@@ -59,7 +59,7 @@ def digest(text: str, chars: int = DIGEST_CHARS) -> str:
 
 
 def label_of(text: str) -> tuple[str, bool]:
-    """Make a label of a text; tell whether it still says all that the text did.
+    """Return a label made of a text, and whether it is the text itself.
 
     Accents are dropped, all else that XNAT doesn't take becomes an underscore. Where that loses letters or digits of
     other scripts, or the text is too long, a digest of the text is added: such texts must not become one label.
@@ -76,7 +76,7 @@ def label_of(text: str) -> tuple[str, bool]:
 def values_of(study: Study, dispatch_id: str) -> dict[str, str]:
     """What the fields of a template stand for: of each the first value that any file of the study has.
 
-    A study without a patient's ID is nobody else's: its patient is told by the study.
+    A study without a patient's ID is nobody else's: its patient is named after the study.
     """
     values = {}
     for name in FIELDS:
@@ -84,7 +84,7 @@ def values_of(study: Study, dispatch_id: str) -> dict[str, str]:
         values[name] = next((value for value in found if value), UNKNOWN)
     if values["PatientID"] == UNKNOWN:
         values["PatientID"] = f"{UNKNOWN}-{digest(study.uid)}"
-    # DA and TM of PS3.5 table 6.2-1, and of ACR-NEMA with its dots and colons; fractions of a second tell nobody.
+    # DA and TM of PS3.5 table 6.2-1, and of ACR-NEMA with its dots and colons; fractions of a second are of no use.
     values["StudyDate"] = values["StudyDate"].replace(".", "")
     values["StudyTime"] = values["StudyTime"].partition(".")[0].replace(":", "")
     return values | {"dispatch_id": dispatch_id}
@@ -144,7 +144,7 @@ class Names:
         except Refused as exc:
             if exc.status in (401, 403):
                 raise
-            known = {}  # this server doesn't search by UID (what else is wrong the next request tells): by label then
+            known = {}  # this server doesn't search by UID (the next request shows what else is wrong): by label then
         for label in sorted(known, key=lambda one: (labels.index(one) if one in labels else len(labels), one)):
             if existing := self._client.session(project, label):
                 return label, known[label], existing
@@ -177,7 +177,7 @@ class Names:
         """Return the patient's ID of the subject of that label, None if there is none, or nothing says whose it is.
 
         XNAT keeps the patient's ID with each session, unless a script replaced it: an ID that would not have become
-        this label tells nothing.
+        this label says nothing.
         """
         if label.lower() in self._subjects:
             return self._subjects[label.lower()]

@@ -46,7 +46,7 @@ _OUR_FAULT = ("Parameter dest format error", "identify upload format", "Unsuppor
 
 @dataclass
 class _Ended:
-    """How an import ended, as far as XNAT tells: in the archive, in the prearchive, or refused."""
+    """How an import ended, as far as XNAT says: in the archive, in the prearchive, or refused."""
 
     archived: ImageSession | None = None
     entry: CatalogEntry | None = None

@@ -1,6 +1,6 @@
 """The zip of a study's files as the body of a request: read while it is sent, by way of the plan only.
 
-A zip tells each file's CRC-32 before its bytes. Small files are read once: sum, look, send. Large ones are summed by
+A zip has each file's CRC-32 before its bytes. Small files are read once: sum, look, send. Large ones are summed by
 a thread that stays a little ahead of what is being sent, so that the second reading comes from the page cache. A
 second thread fills buffers while the one that asks for them sends.
 """
@@ -42,7 +42,7 @@ class ZipBody:
     Args:
         names: what each file is called in the zip.
         check: called while waiting and between pieces; may raise to stop.
-        moved: told the bytes that went out.
+        moved: called with the number of bytes that went out.
     """
 
     def __init__(
@@ -260,7 +260,7 @@ class _Filler:
             self.flush()
         except _Stopped:
             return
-        except BaseException as exc:  # told to who sends
+        except BaseException as exc:  # raised where it is sent
             self._full.put(exc)
         else:
             self._full.put(None)
@@ -315,7 +315,7 @@ class _Sums:
                 self._ahead += part.size
             try:
                 found: int | BaseException = self._sum(part, buffer)
-            except BaseException as exc:  # told to the thread that asks
+            except BaseException as exc:  # raised in the thread that waits for it
                 found = exc
             with self._changed:
                 self._known[part.item.path] = found
