@@ -58,15 +58,16 @@ def test_a_file_without_room_costs_itself_alone(tmp_path: Path) -> None:
     studies.ct(study, 10)
     (study / "A.bin").write_bytes(os.urandom(30 * MEGABYTE))
     plan = scan([study])
-    with small_disk(tmp_path, "size=20m") as server:
+    with small_disk(tmp_path, "size=60m") as server:
         one = target("/mnt/in", server)
+        inside(server, "head -c 42000000 /dev/zero >/mnt/ballast")
         sent = attempt(one, plan)
         assert isinstance(sent.error, Busy), repr(sent.error)
         assert "No space left" in sent.error.message and sent.error.item == "A.bin"
         assert len(sent.arrived) == 10 and not sent.rejected
         names = inside(server, f"ls -A /mnt/in/{plan.dispatch_id}").split()
         assert len(names) == 10 and ".complete" not in names
-        inside(server, "mount -o remount,size=60m /mnt")
+        inside(server, "rm /mnt/ballast")
         rest = attempt(one, plan, done=sent.arrived)
         assert rest.require().state is State.DELIVERED
         names = inside(server, f"ls -A /mnt/in /mnt/in/{plan.dispatch_id}").split()

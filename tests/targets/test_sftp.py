@@ -381,8 +381,13 @@ def test_a_name_that_is_too_long_there_is_rejected_alone(tmp_path: Path, study: 
 
 @contextmanager
 def small_disk(tmp_path: Path, options: str) -> Iterator[Server]:
-    """A server in a mount namespace of its own, where `/mnt` is a small disk; a user namespace without root."""
-    script = f'mount --make-rprivate /; mount -t tmpfs -o {options} tmpfs /mnt; exec "$@"'
+    """A server in a mount namespace of its own, where `/mnt` is a small disk.
+
+    Without root that takes a user namespace in which we are root, and sshd another one in which it is not: as root it
+    would look for a folder of root's, which belongs to nobody there.
+    """
+    back = "" if IS_ROOT else f"unshare -U --map-user={os.geteuid()} --map-group={os.getegid()} "
+    script = f'mount --make-rprivate /; mount -t tmpfs -o {options} tmpfs /mnt; exec {back}"$@"'
     before = ["unshare", "-m" if IS_ROOT else "-rm", "sh", "-c", script, "sh"]
     with openssh(tmp_path / "sshd", before=tuple(before)) as server:
         yield server
