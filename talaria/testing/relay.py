@@ -61,6 +61,7 @@ class Relay:
         port: where clients connect.
         upstream: where the server listens.
         cut_after: bytes from clients, over all connections, after which every connection is reset; None never.
+        stays_cut: whether new connections are reset as well, once it has cut.
         stall_after: bytes from clients after which nothing is passed on any more, connections stay open.
         delay_s: added in each direction.
         sent: bytes that came from clients so far.
@@ -71,6 +72,7 @@ class Relay:
     port: int
     upstream: tuple[str, int]
     cut_after: int | None = None
+    stays_cut: bool = False
     stall_after: int | None = None
     delay_s: float = 0.0
     sent: int = 0
@@ -123,6 +125,9 @@ class Relay:
     def _accept(self, listener: socket.socket) -> None:
         client, _ = listener.accept()
         self.connections += 1
+        if self.cuts and self.stays_cut:
+            self._reset(client)
+            return
         try:
             server = socket.create_connection(self.upstream, CONNECT_S)
         except OSError:

@@ -158,12 +158,12 @@ def test_retry_in_the_ui_sends_only_what_is_missing(up: Talaria, tmp_path: Path)
     studies.ct(tmp_path / "study", 40, side=128)
     with storescp(tmp_path / "pacs") as scp, relay(scp.port) as link:
         up.apply(pacs=dicom(link.port, max_attempts=1, concurrency=1))
-        link.cut_after = 500_000
+        link.cut_after, link.stays_cut = 500_000, True  # else the association would be replaced
         result = up.json("send", str(tmp_path / "study"), "--to", "pacs", code=1)
         first = result["targets"]["pacs"]
         assert result["state"] == "partial" and 0 < first["delivered"] < 40
         assert first["unsent"] == 40 - first["delivered"] and first["error"]
-        before, confirmed = link.sent, first["delivered"]
+        before, confirmed, link.stays_cut = link.sent, first["delivered"], False
         # What the UI's Retry button does.
         up.api(
             "POST",

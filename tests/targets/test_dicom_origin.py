@@ -12,9 +12,9 @@ from tasks import DRIVERS
 from tasks.dispatch.delivery import Delivery
 from tests import studies
 from tests.servers.scp import Scp, scp
-from tests.servers.steps import Abort
+from tests.servers.steps import Abort, Reject
 from tests.targets.dicom import dicom_target
-from transfer.errors import Interrupted
+from transfer.errors import Busy
 from transfer.home import Home
 from transfer.ledger import Ledger
 from transfer.outcome import Kind
@@ -90,10 +90,12 @@ def test_two_senders_at_once_take_nothing_of_each_other_for_their_own(tmp_path: 
     with scp() as one, scp(port=one.port, host="127.0.0.2") as other:
         dispatches = Dispatches(tmp_path, ledger, dicom_target(one.port, host="sender", concurrency=1))
         one.on_store = lambda store: Abort() if store.number == 2 else 0
+        one.on_associate = lambda proposal: Reject(2, 3, 1) if proposal.association > 1 else None
         first = dispatches.make(Origin(sender_host="127.0.0.1"))
-        with pytest.raises(Interrupted):
+        with pytest.raises(Busy):
             first.push()
         dispatches.send(Origin(sender_host="127.0.0.2"))
+        one.on_associate = None
         receipt = first.push()
         assert receipt.state is State.DELIVERED
         assert len(one.kept) == len(other.kept) == 3
