@@ -68,7 +68,7 @@ class Answer:
 
     @property
     def framed(self) -> bool:
-        """Whether the answer itself tells where it ends; else the end of the connection does."""
+        """Whether the answer itself says where it ends; else the end of the connection does."""
         return self._chunked or self._length is not None
 
     def close(self) -> None:
@@ -173,6 +173,6 @@ class Answer:
 
 
 def _window_bits(data: bytes) -> int:
-    """What zlib must be told of compressed data that begin like this: gzip or zlib, or "deflate" as some mistake it."""
+    """Return zlib's `wbits` for data that begin like this: gzip, zlib, or "deflate" as some servers mistake it."""
     is_zlib = data[0] & 15 == 8 and (len(data) < 2 or int.from_bytes(data[:2]) % 31 == 0)  # RFC 1950 section 2.2
     return 47 if data[0] == 0x1F or is_zlib else -15

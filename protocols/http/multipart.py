@@ -33,7 +33,7 @@ class Parts:
     def __init__(self, pieces: Iterator[memoryview], boundary: str, where: str) -> None:
         self._pieces, self._where = pieces, where
         self._dashed = b"--" + boundary.encode("latin-1")
-        self._line_end = b""  # CR LF; some servers write LF alone: the first line tells
+        self._line_end = b""  # CR LF; some servers write LF alone: the first line shows which
         self._delimiter = b"\n" + self._dashed
         self._data = b"\n"  # the first delimiter has no line end before it
         self._at = 0  # position in it

@@ -21,7 +21,7 @@ from protocols.net.connection import SLICE_S
 from transfer.errors import Busy, Cancelled, Denied, DispatchError, Misconfigured, NotFound
 
 EARLY_S = 60.0  # a token is renewed so long before its end, or after four fifths of a short life
-UNTOLD_S = 300.0  # lifetime of a token whose server doesn't tell it
+UNTOLD_S = 300.0  # lifetime of a token whose server names none
 MAX_TOKEN_BYTES = 1 << 20
 
 

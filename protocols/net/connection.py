@@ -251,7 +251,7 @@ class Connection:
         return done
 
     def listen(self, timeout_s: float) -> bool:
-        """Tell whether the peer says something within this time.
+        """Return True if the peer says something within this time.
 
         Raises:
             Interrupted: the connection is gone.
@@ -266,7 +266,7 @@ class Connection:
         return True
 
     def heard(self) -> bool:
-        """Tell, without waiting, whether the peer has sent something.
+        """Return True if the peer has sent something, without waiting.
 
         Raises:
             OSError: the connection is gone.

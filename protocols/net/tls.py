@@ -298,7 +298,7 @@ def _untrusted(exc: ssl.SSLCertVerificationError) -> str:
 
 
 def peer_facts(sock: ssl.SSLSocket) -> str:
-    """Tell in one line what a check shows: version, cipher suite, whose certificate, days to its expiry."""
+    """Return in one line what a check shows: version, cipher suite, whose certificate, days to its expiry."""
     cipher = sock.cipher()
     parts = [sock.version() or "TLS", cipher[0] if cipher else "no cipher"]
     cert: dict[str, Any] = sock.getpeercert() or {}

@@ -70,7 +70,7 @@ class Algorithm:
         return made.digest()
 
     def header(self, digest: bytes) -> dict[str, str]:
-        """The field that tells a store the checksum."""
+        """The header field that carries the checksum to a store."""
         return {self.field: encoded(digest)}
 
     def told(self, headers: Fields) -> str | None:
@@ -81,7 +81,7 @@ class Algorithm:
         return encoded(bytes.fromhex(form[1])) + (form[2] or "") if form else None
 
     def composite(self, digests: Iterable[bytes]) -> str:
-        """The checksum of the parts' checksums, encoded as stores tell it."""
+        """The checksum of the parts' checksums, encoded as stores report it."""
         parts = list(digests)
         return f"{encoded(self.of(memoryview(b''.join(parts))))}-{len(parts)}"
 
@@ -94,7 +94,7 @@ def encoded(digest: bytes) -> str:
 CRC64NVME = Algorithm("crc64nvme", "x-amz-checksum-crc64nvme", True, lambda: _Crc(crt.crc64nvme, 8))
 CRC32 = Algorithm("crc32", "x-amz-checksum-crc32", True, lambda: _Crc(zlib.crc32, 4))
 SHA256 = Algorithm("sha256", "x-amz-checksum-sha256", False, hashlib.sha256)
-# Stores tell an object's MD5 in its ETag, unless it is encrypted with KMS.
+# Stores report an object's MD5 in its ETag, unless it is encrypted with KMS.
 MD5 = Algorithm("md5", "content-md5", False, lambda: hashlib.md5(usedforsecurity=False))
 ALGORITHMS = {one.name: one for one in (CRC64NVME, CRC32, SHA256, MD5)}
 

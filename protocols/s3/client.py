@@ -131,7 +131,7 @@ class Account:
             "signature_version": "s3v4",
             "s3": {"addressing_style": style},
             "retries": {"total_max_attempts": 1, "mode": "standard"},
-            # Ours are told where they are wanted; boto3's own break older stores.
+            # Ours are sent where they are wanted; boto3's own break older stores.
             "request_checksum_calculation": "when_required",
             "response_checksum_validation": "when_required",
             "ignore_configured_endpoint_urls": True,

@@ -140,7 +140,7 @@ class Prober:
         raise AssertionError("the last form is returned or raises")
 
     def trailing(self) -> str:
-        """Tell what the store does with checksums that follow the data, as boto3 and others send them over TLS."""
+        """Return what the store does with checksums that follow the data, as boto3 and others send them over TLS."""
         digest = encoded(CRC32.of(memoryview(SAMPLE)))
         field = CRC32.field
         body = b"%x\r\n%b\r\n0\r\n%b:%b\r\n\r\n" % (len(SAMPLE), SAMPLE, field.encode(), digest.encode())

@@ -102,7 +102,7 @@ class Upload:
             self.parts[number] = Part(told.get("ETag", ""), digest)
 
     def complete(self, size: int, whole: bytes | None) -> str | None:
-        """Make the object of its parts; return its checksum as the store tells it from now on, if that is known.
+        """Make the object of its parts; return its checksum as the store reports it from now on, if that is known.
 
         Args:
             whole: the checksum of all bytes, for `Form.FULL`.

@@ -132,7 +132,7 @@ class Push:
             raise of(exc, self.store.where) from exc
 
     def _is_there(self, item: Item, sha256: str) -> bool:
-        """Tell an item that is there with the same size and SHA-256; say whether it is."""
+        """Report ALREADY if the item is there with the same size and SHA-256; return whether it was."""
         stored = self._stored(self.keys[item.path], item.size)
         if stored is None or stored.size != item.size or stored.sha256 != sha256:
             return False
@@ -354,7 +354,7 @@ class Push:
             raise Rejected(f"the store keeps other bytes than were sent: {exc}", item=shown) from exc
 
     def payload(self, data: memoryview) -> Payload:
-        """A body that keeps to the bandwidth limit and tells the bytes that went out."""
+        """A body that keeps to the bandwidth limit and reports the bytes that went out."""
         return Payload(data, self._throttle.piece, self._throttle.spend, self.report.moved)
 
     def read(self, item: Item, fd: int, start: int, size: int) -> memoryview:
