@@ -14,7 +14,7 @@ from pydicom.pixels.utils import pixel_array
 
 from imaging.header import Header, read_header
 from imaging.transcode import converted
-from tests import studies
+from talaria.testing import studies
 from tests.servers import wire
 
 

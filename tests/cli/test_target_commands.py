@@ -12,7 +12,7 @@ import httpx
 import pytest
 import yaml
 
-from tests import studies
+from talaria.testing import studies
 from tests.servers.up import Talaria, talaria
 
 pytestmark = pytest.mark.timeout(600)

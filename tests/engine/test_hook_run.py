@@ -11,9 +11,9 @@ from typing import Any
 import psutil
 import pytest
 
-from tests import studies
+from talaria.testing import studies
+from talaria.testing.relay import relay
 from tests.servers.openssh import shared
-from tests.servers.relay import relay
 from tests.servers.up import Talaria, talaria
 
 pytestmark = pytest.mark.timeout(300)

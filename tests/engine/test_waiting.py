@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests import studies
+from talaria.testing import studies
 from tests.servers.dicomweb import Reply, scripted
 from tests.servers.up import Talaria, talaria
 

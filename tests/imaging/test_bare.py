@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from imaging.header import EXPLICIT_BIG, EXPLICIT_LITTLE, IMPLICIT_LITTLE, Damaged, Header, NotDicom, read_header
 from imaging.part10 import beginning
-from tests import studies
+from talaria.testing import studies
 from tests.imaging.test_header import header_of
 
 GE_PRIVATE = "1.2.840.113619.5.2"

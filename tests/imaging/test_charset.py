@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from imaging.charset import NAME_DELIMITERS, decoded
-from tests import studies
+from talaria.testing import studies
 
 FILES = sorted((Path(pydicom.__file__).parent / "data" / "charset_files").glob("*.dcm"))
 

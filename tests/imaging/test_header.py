@@ -18,7 +18,7 @@ from pydicom.filereader import data_element_generator
 from pydicom.uid import DeflatedExplicitVRLittleEndian
 
 from imaging.header import EXPLICIT_BIG, EXPLICIT_LITTLE, IMPLICIT_LITTLE, Damaged, Header, NotDicom, read_header
-from tests import studies
+from talaria.testing import studies
 
 FILES = sorted(
     path

@@ -12,10 +12,10 @@ import pytest
 
 from imaging.pixels import EXPLICIT
 from imaging.transcode import BIG, DEFLATED, IMPLICIT
-from tests import studies
+from talaria.testing import studies
+from talaria.testing.process import program
 from tests.conversion import assert_same_elements, convert, header_of, pixels_of, read, source_file
 from tests.servers import wire
-from tests.servers.process import program
 
 UNCOMPRESSED_FILES = (
     "CT_small.dcm", "MR_small.dcm", "MR_small_implicit.dcm", "MR_small_bigendian.dcm", "ExplVR_BigEnd.dcm",

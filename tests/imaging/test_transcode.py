@@ -20,9 +20,9 @@ from imaging import pixels, transcode
 from imaging.header import read_header
 from imaging.pixels import EXPLICIT, JPEG_2000, JPEG_2000_LOSSY, JPEG_LS, JPEG_LS_NEAR, RLE, Unfit
 from imaging.transcode import ANY, BIG, DEFLATED, IMPLICIT, LOSSLESS, NEVER, NoRoom, choices, converted, fallbacks
-from tests import studies
+from talaria.testing import studies
+from talaria.testing.process import program
 from tests.conversion import assert_same_elements, convert, header_of, pixels_of, read
-from tests.servers.process import program
 from transfer.errors import Cancelled
 
 JPEG_BASELINE, JPEG_LOSSLESS = "1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.70"

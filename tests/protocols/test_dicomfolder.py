@@ -27,7 +27,7 @@ from protocols.dicomfolder import folder as dicomfolder
 from protocols.dicomfolder import scan as dicomscan
 from protocols.dicomfolder.folder import DicomFolder, IndexReport, clear_indexes
 from protocols.dicomfolder.index import NAME, Index
-from tests import studies
+from talaria.testing import studies
 
 NOBODY = 65534  # a user without rights; root may do everything and can't test what others may not
 

@@ -16,7 +16,7 @@ from pydicom.dataset import Dataset
 from imaging.json import keyworded
 from imaging.query import Match, Query
 from protocols.dicomfolder.folder import DicomFolder
-from tests import studies
+from talaria.testing import studies
 from tests.servers.orthanc import Orthanc, orthanc, shared_orthanc
 
 URL = "RetrieveURL"  # the only attribute that a folder can't have

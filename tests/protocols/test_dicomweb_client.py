@@ -11,8 +11,8 @@ from dicomweb_client.web import DICOMwebClient
 
 from imaging.query import Query
 from protocols.dicomweb.client import Client, Refused
+from talaria.testing import studies
 from tasks.dicomweb import connect, find
-from tests import studies
 from tests.servers.dicomweb import XML, Reply, Request, Scripted, as_json, as_xml, scripted, uid_of
 from tests.servers.orthanc import shared_orthanc
 from tests.targets.dicomweb import dicomweb_target

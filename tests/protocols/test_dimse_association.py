@@ -19,7 +19,7 @@ from protocols.dimse.association import Association, associate
 from protocols.dimse.fleet import Fleet
 from protocols.dimse.store import Instance, Sender
 from protocols.dimse.transport import Peer, speaks_dicom, speaks_tls
-from tests import studies
+from talaria.testing import studies
 from tests.servers.scp import Scp, scp
 from tests.servers.steps import Abort, Answer, Close, Reject, Silence, Store, Wait
 from tests.targets.dicom_tls import certificates

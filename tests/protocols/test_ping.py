@@ -22,8 +22,8 @@ from blocks.sftp import SftpTarget
 from blocks.xnat import XnatTarget
 from protocols.net import ping
 from protocols.net.ping import Ping
+from talaria.testing.process import free_port
 from tasks.checking import check_target
-from tests.servers.process import free_port
 from tests.servers.scp import scp
 from tests.targets.dicom import dicom_target
 

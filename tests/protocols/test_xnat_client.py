@@ -17,9 +17,9 @@ from pyxnat.core.manage import PreArchive
 from pyxnat.core.resources import CObject
 
 from protocols.xnat import client as module
+from talaria.testing import studies
+from talaria.testing.harness import attempt
 from tasks.xnat import check
-from tests import studies
-from tests.harness import attempt
 from tests.servers.xnat import Fault, Reply, Xnat
 from tests.targets.xnat import serving, xnat_target
 from transfer.errors import Cancelled, Interrupted
@@ -42,7 +42,7 @@ def test_pandas_and_nibabel_are_neither_installed_nor_imported(tmp_path: Path) -
             from pathlib import Path
             for name in ("pandas", "nibabel"):
                 sys.modules[name] = None  # its import raises
-            from tests.harness import attempt
+            from talaria.testing.harness import attempt
             from tests.targets.xnat import xnat_target
             attempt(xnat_target({server.url!r}, destination="prearchive"), Path({str(tmp_path / "study")!r})).require()
             assert not [name for name in sys.modules if name.startswith("pyxnat.core.derivatives.")]

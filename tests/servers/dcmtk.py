@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from imaging.header import Damaged, read_header
-from tests.servers import process
+from talaria.testing import process
 from tests.servers.certificates import Leaf
 
 STORE_AET = "STORESCP"

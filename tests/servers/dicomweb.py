@@ -25,7 +25,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 
 import pydicom
 
-from tests import studies
+from talaria.testing import studies
 
 READ_BYTES = 65_536
 JSON = "application/dicom+json"

@@ -18,7 +18,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.servers import process
+from talaria.testing import process
 
 IS_ROOT = os.geteuid() == 0
 PASSWORD = "wort-8812-Zeichen"

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tests.servers import process
+from talaria.testing import process
 from tests.servers.certificates import Leaf
 
 AET = "ORTHANC"

@@ -17,8 +17,8 @@ from urllib.parse import urlsplit
 import boto3
 from botocore.config import Config
 
+from talaria.testing.process import free_port, program, server
 from tests.servers.certificates import Leaf
-from tests.servers.process import free_port, program, server
 
 S3RVER = Path(__file__).with_name("s3rver") / "node_modules" / ".bin" / "s3rver"
 

@@ -27,8 +27,8 @@ from typing import Any, TypeVar
 import pydicom
 from pydicom.dataset import Dataset
 
+from talaria.testing.process import listening
 from tests.servers import wire
-from tests.servers.process import listening
 from tests.servers.steps import (
     Abort,
     Accept,

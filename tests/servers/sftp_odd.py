@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.servers import process
+from talaria.testing import process
 from tests.servers.openssh import PASSWORD, fingerprint, make_key, public
 
 KEPT_BYTES = 2000

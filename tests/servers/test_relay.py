@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.servers.relay import relay
+from talaria.testing.relay import relay
 
 
 @pytest.mark.parametrize("wait_s", [0.0, 0.05])

@@ -20,7 +20,7 @@ import pyxnat
 import requests
 import xnat as xnatpy
 
-from tests import studies
+from talaria.testing import studies
 from tests.servers.xnat import Xnat, xnat
 
 IMPORT = "/data/services/import"

@@ -21,7 +21,7 @@ import yaml
 from prefect.context import refresh_global_settings_context
 
 from talaria.__main__ import main
-from tests.servers.process import free_port, stop
+from talaria.testing.process import free_port, stop
 
 READY_S = 180  # the first start migrates the database
 COMMAND_S = 120

@@ -9,11 +9,11 @@ from typing import Any
 
 from blocks.base import Target
 from blocks.dicom import DicomTarget
-from tests.harness import Harness
-from tests.servers import process
+from talaria.testing import process
+from talaria.testing.harness import Harness
+from talaria.testing.relay import relay
 from tests.servers.dcmtk import StoreScp, storescp
 from tests.servers.orthanc import Orthanc, shared_orthanc
-from tests.servers.relay import relay
 from tests.servers.scp import Scp, scp
 from transfer.plan import Item, Plan
 from transfer.receipt import Level

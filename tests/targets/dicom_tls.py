@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from blocks.dicom_tls import DicomTlsTarget
-from tests.harness import Harness
+from talaria.testing.harness import Harness
 from tests.servers.certificates import Authority, Leaf
 from tests.servers.dcmtk import storescp
 from tests.servers.orthanc import shared_orthanc

@@ -11,12 +11,12 @@ from typing import Any
 
 from blocks.base import Target
 from blocks.dicomweb import DicomWebTarget
-from tests.harness import Harness
-from tests.servers import process
+from talaria.testing import process
+from talaria.testing.harness import Harness
+from talaria.testing.relay import relay
 from tests.servers.certificates import Authority
 from tests.servers.dicomweb import Scripted, scripted
 from tests.servers.orthanc import DICOMWEB_ROOT, shared_orthanc, tls_front
-from tests.servers.relay import relay
 from tests.targets import dicomweb_file
 from transfer.plan import Item, Plan
 

@@ -13,8 +13,8 @@ import pydicom
 
 from blocks.base import Target
 from blocks.dicomweb import DicomWebTarget
-from tests import studies
-from tests.harness import Harness
+from talaria.testing import studies
+from talaria.testing.harness import Harness
 from tests.targets.folder import losing_the_end, stale_after
 from transfer.errors import NotFound
 from transfer.plan import Item, Plan

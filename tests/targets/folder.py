@@ -16,7 +16,7 @@ from unittest import mock
 
 from blocks.base import Target
 from blocks.folder import FolderTarget, LinkPolicy
-from tests.harness import Harness
+from talaria.testing.harness import Harness
 from transfer.errors import NotFound
 from transfer.plan import Item, Plan
 

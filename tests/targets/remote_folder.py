@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from blocks.ssh import SshTarget
-from tests.servers import process
-from tests.servers.relay import relay
+from talaria.testing import process
+from talaria.testing.relay import relay
 from transfer.layout import names as layout_names
 from transfer.plan import Item, Plan
 

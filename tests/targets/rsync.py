@@ -9,7 +9,7 @@ from pathlib import Path
 from pydantic import SecretStr
 
 from blocks.rsync import RsyncTarget
-from tests.harness import Harness
+from talaria.testing.harness import Harness
 from tests.servers.openssh import shared
 from tests.targets.remote_folder import TIMES, RemoteFolder
 

@@ -15,11 +15,11 @@ from typing import Any
 from blocks.base import Target
 from blocks.s3 import S3Target
 from protocols.s3.keys import keys
+from talaria.testing.harness import Harness
+from talaria.testing.process import free_port
+from talaria.testing.relay import relay
 from tasks.s3.support import forget
-from tests.harness import Harness
 from tests.servers.certificates import Authority, Leaf
-from tests.servers.process import free_port
-from tests.servers.relay import relay
 from tests.servers.s3 import S3Server, accepting, moto
 from tests.servers.s3_stub import ACCESS_KEY, SECRET_KEY, Misdeed, Refusal, Request, Stub, stub
 from transfer.layout import names as folders_of

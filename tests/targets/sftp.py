@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import SecretStr
 
 from blocks.sftp import SftpTarget
-from tests.harness import Harness
+from talaria.testing.harness import Harness
 from tests.servers.openssh import PASSWORD, shared
 from tests.servers.sftp_odd import Odd, odd
 from tests.targets.remote_folder import TIMES, RemoteFolder

@@ -21,11 +21,11 @@ from protocols.dimse.association import associate
 from protocols.dimse.contexts import UNCOMPRESSED
 from protocols.dimse.find import STUDY_ROOT_FIND, find
 from protocols.dimse.transport import Peer
-from tests import studies
-from tests.harness import Sent, attempt
+from talaria.testing import studies
+from talaria.testing.harness import Sent, attempt
+from talaria.testing.process import free_port
 from tests.servers.dcmtk import dcmqrscp, storescp
 from tests.servers.orthanc import Orthanc, shared_orthanc
-from tests.servers.process import free_port
 from tests.servers.scp import Scp, scp
 from tests.servers.steps import Abort, Answer, Close, Commit, Report, Script, Silence, Store, Wait
 from tests.targets.dicom import AET, dicom_target

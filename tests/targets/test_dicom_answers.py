@@ -17,9 +17,9 @@ import pydicom
 import pytest
 from pydicom.uid import UID
 
+from talaria.testing import studies
+from talaria.testing.harness import attempt
 from tasks.dicom import driver
-from tests import studies
-from tests.harness import attempt
 from tests.servers import wire
 from tests.servers.scp import Association, Scp, scp
 from tests.servers.steps import Abort, Accept, Raw, Reject, Script, Silence

@@ -21,11 +21,11 @@ from pydicom.dataset import Dataset
 from pydicom.pixels.utils import pixel_array
 from pydicom.sequence import Sequence
 
-from tests import studies
-from tests.harness import Sent, attempt
+from talaria.testing import studies
+from talaria.testing.harness import Sent, attempt
+from talaria.testing.relay import relay
 from tests.servers.dcmtk import storescp
 from tests.servers.orthanc import shared_orthanc
-from tests.servers.relay import relay
 from tests.servers.scp import scp
 from tests.servers.steps import Silence, Wait
 from tests.targets.dicom import dicom_target
@@ -316,7 +316,7 @@ def test_bandwidth_limit_of_a_short_dispatch(bandwidth_limit: int, study: Path) 
 MEMORY = """
 import resource, sys
 from pathlib import Path
-from tests.harness import attempt
+from talaria.testing.harness import attempt
 from tests.targets.dicom import dicom_target
 small, large, port = sys.argv[1:]
 target = dicom_target(int(port))

@@ -17,10 +17,10 @@ from typing import Any
 
 import pytest
 
+from talaria.testing import studies
+from talaria.testing.harness import Sent, attempt
+from talaria.testing.process import free_port
 from tasks.dicom import driver
-from tests import studies
-from tests.harness import Sent, attempt
-from tests.servers.process import free_port
 from tests.servers.scp import Scp, scp
 from tests.servers.steps import (
     Abort,

@@ -20,14 +20,14 @@ from typing import Any
 
 import pytest
 
+from talaria.testing import studies
+from talaria.testing.harness import Sent, attempt
+from talaria.testing.process import free_port
 from tasks.dicom import driver as plain
 from tasks.dicom_tls import driver
-from tests import studies
-from tests.harness import Sent, attempt
 from tests.servers.certificates import Authority, Leaf
 from tests.servers.dcmtk import storescp
 from tests.servers.orthanc import orthanc, shared_orthanc
-from tests.servers.process import free_port
 from tests.servers.scp import scp
 from tests.servers.steps import Close, Raw, Silence
 from tests.targets.dicom import dicom_target

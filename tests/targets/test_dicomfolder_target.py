@@ -16,9 +16,9 @@ import pytest
 from blocks.dicomweb import DicomWebTarget
 from imaging.query import Query
 from protocols.files import partial
+from talaria.testing import studies
+from talaria.testing.harness import attempt
 from tasks import DRIVERS
-from tests import studies
-from tests.harness import attempt
 from tests.protocols.test_dicomfolder_orthanc import mixed, upload
 from tests.servers.orthanc import shared_orthanc
 from tests.targets.dicomweb_file import held, seen, target

@@ -24,10 +24,9 @@ from blocks.dicomweb import DicomWebTarget
 from imaging.query import Query
 from protocols.http.multipart import Parts, parameters
 from protocols.net.words import clean, excerpt
+from talaria.testing import process, studies
+from talaria.testing.harness import Sent, attempt
 from tasks.dicomweb import _credentials, check, driver, find, push
-from tests import studies
-from tests.harness import Sent, attempt
-from tests.servers import process
 from tests.servers.certificates import Authority, Leaf
 from tests.servers.dicomweb import Reply, Request, Scripted, scripted, uid_of
 from tests.targets.dicomweb import dicomweb_target

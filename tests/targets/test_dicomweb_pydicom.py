@@ -8,8 +8,8 @@ import pydicom
 import pytest
 
 from blocks.dicomweb import DicomWebTarget
-from tests import studies
-from tests.harness import Sent, attempt
+from talaria.testing import studies
+from talaria.testing.harness import Sent, attempt
 from tests.servers.orthanc import shared_orthanc
 from tests.targets import dicomweb_file
 from tests.targets.dicomweb import dicomweb_target

@@ -19,9 +19,9 @@ from blocks.dicomweb import DicomWebTarget
 from imaging.query import Match, Query
 from protocols.dicomweb import pages, qido, readback
 from protocols.files import partial
+from talaria.testing import studies
+from talaria.testing.harness import attempt
 from tasks.dicomweb import driver, find, retrieve
-from tests import studies
-from tests.harness import attempt
 from tests.servers.dicomweb import Reply, Request, Scripted, as_json, scripted, uid_of
 from tests.servers.orthanc import Orthanc, shared_orthanc
 from tests.targets.dicomweb import dicomweb_target

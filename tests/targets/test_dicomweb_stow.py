@@ -20,9 +20,9 @@ import pytest
 
 from protocols.dicomweb import stow
 from protocols.http import session as http
+from talaria.testing import studies
+from talaria.testing.harness import Sent, attempt
 from tasks.dicomweb import driver
-from tests import studies
-from tests.harness import Sent, attempt
 from tests.servers.dicomweb import XML, Reply, Request, Scripted, Step, as_json, as_xml, listing, scripted, uid_of
 from tests.targets.dicomweb import dicomweb_target
 from transfer.errors import (

@@ -21,9 +21,9 @@ from pydicom.data import get_testdata_files
 
 from blocks.folder import FolderTarget
 from protocols.files import filesystem as fs
+from talaria.testing import studies
+from talaria.testing.harness import Sent, attempt, sending
 from tasks.folder import check
-from tests import studies
-from tests.harness import Sent, attempt, sending
 from transfer.errors import Denied, Interrupted, Misconfigured, NotFound, Unreachable
 from transfer.outcome import Kind
 from transfer.plan import scan

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 
 from blocks.folder import FolderTarget
+from talaria.testing import studies
+from talaria.testing.harness import Sent, attempt
 from tasks.folder import check
-from tests import studies
-from tests.harness import Sent, attempt
 from transfer.errors import Busy, Cancelled, Denied
 from transfer.outcome import Kind
 from transfer.plan import scan
@@ -145,7 +145,7 @@ def test_a_folder_that_is_a_disk_of_its_own(tmp_path: Path, disk: Callable[[str]
 PUSH = textwrap.dedent("""
     import sys
     from pathlib import Path
-    from tests.harness import attempt
+    from talaria.testing.harness import attempt
     from blocks.folder import FolderTarget
 
     folder, study, limit, layout = sys.argv[1:]
@@ -323,7 +323,7 @@ def test_memory_stays_flat(tmp_path: Path) -> None:
     script = textwrap.dedent(f"""
         import resource
         from pathlib import Path
-        from tests.harness import attempt
+        from talaria.testing.harness import attempt
         from blocks.folder import FolderTarget
         from transfer.plan import scan
         plan = scan([Path({str(large)!r})])

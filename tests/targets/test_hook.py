@@ -19,13 +19,13 @@ from pydantic import SecretStr
 from blocks.rsync import RsyncTarget
 from blocks.sftp import SftpTarget
 from blocks.ssh import SshTarget
+from talaria.testing import studies
+from talaria.testing.harness import Sent, attempt
+from talaria.testing.relay import relay
 from tasks import DRIVERS
 from tasks.dispatch.delivery import Delivery, HookFailed
 from tasks.dispatch.push import hook_delay_before, hook_task, push_task
-from tests import studies
-from tests.harness import Sent, attempt
 from tests.servers.openssh import shared
-from tests.servers.relay import relay
 from transfer.errors import Cancelled, DispatchError, Misconfigured, Permanent, Retryable, Unreachable
 from transfer.home import Home
 from transfer.ledger import Ledger

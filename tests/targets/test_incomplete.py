@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from blocks.rsync import RsyncTarget
+from talaria.testing import studies
+from talaria.testing.harness import Harness
 from tasks.dispatch.delivery import Delivery
-from tests import studies
-from tests.harness import Harness
 from tests.targets import folder, rsync, s3, sftp
 from transfer.home import Home
 from transfer.ledger import Ledger

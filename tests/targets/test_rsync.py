@@ -19,11 +19,11 @@ import tasks.rsync
 from blocks.rsync import RsyncTarget
 from protocols.ssh import rsync as protocol
 from protocols.ssh.shell import Shell
+from talaria.testing import studies
+from talaria.testing.harness import Sent, attempt
+from talaria.testing.relay import relay
 from tasks import DRIVERS
-from tests import studies
-from tests.harness import Sent, attempt
 from tests.servers.openssh import IS_ROOT, Server, openssh, shared
-from tests.servers.relay import relay
 from tests.targets.remote_folder import RemoteFolder
 from tests.targets.test_sftp import inside, ordinary, small_disk
 from tests.watching import watched

@@ -14,12 +14,12 @@ import pytest
 from pydantic import SecretStr
 
 from blocks.s3 import S3Target
+from talaria.testing import studies
+from talaria.testing.harness import attempt
+from talaria.testing.process import free_port
 from tasks.s3 import driver
 from tasks.s3.support import forget
-from tests import studies
-from tests.harness import attempt
 from tests.servers.certificates import Authority, Leaf
-from tests.servers.process import free_port
 from tests.servers.s3 import accepting
 from tests.servers.s3_stub import ACCESS_KEY, REGION, SECRET_KEY, Misdeed, Refusal, Request, Stub, stub
 from tests.targets.s3 import certificates, shared_moto, stub_target

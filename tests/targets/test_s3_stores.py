@@ -13,9 +13,9 @@ import boto3
 import pytest
 from botocore.config import Config
 
+from talaria.testing import studies
+from talaria.testing.harness import attempt
 from tasks.s3 import driver
-from tests import studies
-from tests.harness import attempt
 from tests.servers.s3 import S3Server, s3rver
 from tests.targets.s3 import certificates, files_of, shared_moto, target
 from transfer.receipt import Level, State

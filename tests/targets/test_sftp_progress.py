@@ -10,8 +10,8 @@ import pytest
 from pydantic import SecretStr
 
 from blocks.sftp import SftpTarget
-from tests import studies
-from tests.harness import Sent, attempt
+from talaria.testing import studies
+from talaria.testing.harness import Sent, attempt
 from tests.servers.openssh import shared
 from tests.servers.sftp_odd import Odd, odd
 from tests.targets.remote_folder import RemoteFolder

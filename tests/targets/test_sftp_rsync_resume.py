@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests import studies
-from tests.harness import Harness, attempt
-from tests.servers.relay import relay
+from talaria.testing import studies
+from talaria.testing.harness import Harness, attempt
+from talaria.testing.relay import relay
 from tests.targets import rsync, sftp
 from tests.watching import watched
 from transfer.errors import Retryable

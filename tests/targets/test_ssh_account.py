@@ -24,13 +24,12 @@ from protocols.ssh import hostkeys
 from protocols.ssh.account import Account, suits
 from protocols.ssh.client import Client
 from protocols.ssh.login import Login
+from talaria.testing import process, studies
+from talaria.testing.harness import attempt
+from talaria.testing.relay import relay
 from tasks import DRIVERS
 from tasks.ssh import login
-from tests import studies
-from tests.harness import attempt
-from tests.servers import process
 from tests.servers.openssh import IS_ROOT, Server, make_key, openssh, public, shared, temporary_user
-from tests.servers.relay import relay
 from transfer.errors import (
     Busy,
     Denied,

@@ -27,9 +27,9 @@ from blocks.sftp import SftpTarget
 from blocks.ssh import SshTarget
 from protocols.ssh.keys import private_key
 from protocols.ssh.memfiles import MemoryFiles
+from talaria.testing import studies
+from talaria.testing.harness import Sent, attempt
 from tasks import DRIVERS
-from tests import studies
-from tests.harness import Sent, attempt
 from tests.servers.openssh import IS_ROOT, PASSWORD, Server, make_key, openssh, shared, temporary_user
 from tests.servers.sftp_odd import odd
 from tests.targets.sftp import odd_target

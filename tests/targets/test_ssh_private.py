@@ -18,11 +18,11 @@ from protocols.ssh.memfiles import tail
 from protocols.ssh.rsync import Result
 from protocols.ssh.shell import _last
 from protocols.ssh.words import FIRST_CHARS, WORDS_CHARS, Said
+from talaria.testing import studies
+from talaria.testing.harness import attempt
 from tasks import DRIVERS
 from tasks.rsync import _said
 from tasks.ssh import hiding
-from tests import studies
-from tests.harness import attempt
 from tests.servers.openssh import shared
 from transfer.errors import DispatchError
 from transfer.plan import scan

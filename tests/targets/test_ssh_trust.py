@@ -14,10 +14,9 @@ from blocks.rsync import RsyncTarget
 from blocks.sftp import SftpTarget
 from blocks.ssh import HostKeyPolicy, SshTarget
 from protocols.ssh import hostkeys
+from talaria.testing import process, studies
+from talaria.testing.harness import attempt
 from tasks import DRIVERS
-from tests import studies
-from tests.harness import attempt
-from tests.servers import process
 from tests.servers.openssh import Server, make_key, openssh, public
 from transfer.errors import NotTrusted, Unreachable
 

@@ -18,13 +18,12 @@ import pytest
 from pydantic import ValidationError
 
 from blocks.xnat import XnatTarget
+from talaria.testing import process, studies
+from talaria.testing.harness import Sent, attempt, sending
+from talaria.testing.relay import relay
 from tasks.xnat import check, driver
 from tasks.xnat.names import candidates, digest
-from tests import studies
-from tests.harness import Sent, attempt, sending
-from tests.servers import process
 from tests.servers.certificates import Authority
-from tests.servers.relay import relay
 from tests.servers.xnat import Fault, Refusal, Reply, Xnat, error, xnat
 from tests.targets.xnat import PASSWORD, serving, xnat_target
 from transfer.errors import (

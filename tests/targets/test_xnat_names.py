@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 
 from imaging.header import Header
 from protocols.xnat.answers import ImageSession
+from talaria.testing import studies
+from talaria.testing.harness import attempt
 from tasks.xnat.names import (
     DIGEST_CHARS,
     MAX_LABEL_CHARS,
@@ -25,8 +27,6 @@ from tasks.xnat.names import (
     label_of,
     values_of,
 )
-from tests import studies
-from tests.harness import attempt
 from tests.targets.xnat import serving, xnat_target
 from transfer.outcome import Kind
 from transfer.plan import Item, Plan

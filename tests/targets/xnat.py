@@ -9,9 +9,9 @@ from typing import Any
 
 from blocks.base import Target
 from blocks.xnat import XnatTarget
-from tests.harness import Harness
-from tests.servers import process
-from tests.servers.relay import relay
+from talaria.testing import process
+from talaria.testing.harness import Harness
+from talaria.testing.relay import relay
 from tests.servers.xnat import Xnat, xnat
 from transfer.plan import Item, Plan
 

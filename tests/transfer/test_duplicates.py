@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import studies
+from talaria.testing import studies
 from transfer.duplicates import Duplicates, same_instance
 from transfer.outcome import ALREADY, DELIVERED, Kind, Outcome
 from transfer.plan import Item, Plan, scan

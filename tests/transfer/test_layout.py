@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from imaging.header import Header
-from tests import studies
+from talaria.testing import studies
 from transfer.layout import FIELDS, MAX_NAME_BYTES, UNKNOWN, fields_of, names, sanitised
 from transfer.plan import Item, Plan, scan
 

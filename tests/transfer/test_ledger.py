@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import studies
+from talaria.testing import studies
 from transfer.ledger import HookRow, Ledger, write_json
 from transfer.outcome import ALREADY, DELIVERED, Kind, Outcome
 from transfer.plan import Item, Plan, scan

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests import studies
+from talaria.testing import studies
 from transfer.errors import Cancelled, Misconfigured, NotFound, Rejected
 from transfer.plan import Item, Plan, scan
 

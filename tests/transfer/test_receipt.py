@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import studies
+from talaria.testing import studies
 from transfer.errors import Cancelled
 from transfer.outcome import ALREADY, DELIVERED, Kind, Outcome
 from transfer.plan import Item, Plan, scan

@@ -14,7 +14,7 @@ from unittest import mock
 
 import pytest
 
-from tests import studies
+from talaria.testing import studies
 from transfer.content import copy_bytes
 from transfer.errors import Busy, Cancelled, Misconfigured, NotFound, Rejected
 from transfer.plan import Plan, scan
