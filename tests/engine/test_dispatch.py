@@ -16,9 +16,9 @@ from typing import Any
 import pydicom
 import pytest
 
-from tests import studies
+from talaria.testing import studies
+from talaria.testing.relay import relay
 from tests.servers.dcmtk import StoreScp, storescp
-from tests.servers.relay import relay
 from tests.servers.up import Talaria, talaria
 
 pytestmark = pytest.mark.timeout(600)

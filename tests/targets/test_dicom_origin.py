@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from talaria.testing import studies
 from tasks import DRIVERS
 from tasks.dispatch.delivery import Delivery
-from tests import studies
 from tests.servers.scp import Scp, scp
 from tests.servers.steps import Abort, Reject
 from tests.targets.dicom import dicom_target

@@ -13,8 +13,8 @@ import pytest
 from pydantic import SecretStr
 
 from blocks.rsync import RsyncTarget
-from tests import studies
-from tests.harness import Sent, attempt
+from talaria.testing import studies
+from talaria.testing.harness import Sent, attempt
 from tests.servers.openssh import Server, openssh, shared
 from tests.targets.test_sftp import inside, small_disk
 from transfer.errors import Busy, Retryable

@@ -20,11 +20,11 @@ import pytest
 
 from blocks.s3 import S3Target
 from protocols.s3.checksums import ALGORITHMS, encoded
+from talaria.testing import studies
+from talaria.testing.harness import Sent, attempt
+from talaria.testing.process import free_port
+from talaria.testing.relay import relay
 from tasks.s3.support import forget
-from tests import studies
-from tests.harness import Sent, attempt
-from tests.servers.process import free_port
-from tests.servers.relay import relay
 from tests.servers.s3_stub import SECRET_KEY, Misdeed, Refusal, Request, Stub, stub
 from tests.targets.s3 import PREFIX, files_of, stub_target
 from transfer.errors import Busy, Cancelled, Denied, Interrupted, Misconfigured, NotFound, TimedOut, Unreachable
@@ -498,7 +498,7 @@ def test_upload_that_a_killed_process_left_is_gone_on_with(store: Stub, study: P
     script.write_text(
         "import sys\n"
         "from pathlib import Path\n"
-        "from tests.harness import attempt\n"
+        "from talaria.testing.harness import attempt\n"
         "from blocks.s3 import S3Target\n"
         "attempt(S3Target.model_validate_json(sys.argv[1]), Path(sys.argv[2])).require()\n"
     )

@@ -23,11 +23,11 @@ from blocks.rsync import RsyncTarget
 from blocks.sftp import Rename, SftpTarget
 from protocols.ssh import packets as wire
 from protocols.ssh.sftp import Sftp
+from talaria.testing import studies
+from talaria.testing.harness import Sent, attempt
+from talaria.testing.relay import relay
 from tasks import DRIVERS
-from tests import studies
-from tests.harness import Sent, attempt
 from tests.servers.openssh import IS_ROOT, PASSWORD, Server, openssh, shared, temporary_user
-from tests.servers.relay import relay
 from tests.servers.sftp_odd import Odd, odd
 from tests.targets.remote_folder import RemoteFolder
 from tests.targets.sftp import odd_target
@@ -584,7 +584,7 @@ import resource
 from pathlib import Path
 from tests.targets.test_sftp import target
 from tests.servers.openssh import Server
-from tests.harness import attempt
+from talaria.testing.harness import attempt
 server = {shared()!r}
 import os
 os.environ["TALARIA_HOME"] = {os.environ["TALARIA_HOME"]!r}
