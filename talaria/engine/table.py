@@ -8,11 +8,13 @@ from prefect import Flow
 
 from flows.check import check
 from flows.dispatch import dispatch
+from flows.find import find
 from flows.retrieve import retrieve
 
 FLOWS: dict[str, tuple[Flow[..., Any], str]] = {
     "dispatch": (dispatch, "flows.dispatch:dispatch"),
     "check": (check, "flows.check:check"),
+    "find": (find, "flows.find:find"),
     "retrieve": (retrieve, "flows.retrieve:retrieve"),
 }
 

@@ -129,6 +129,23 @@ def test_a_patients_name_is_in_no_run(up: Talaria, tmp_path: Path) -> None:
         assert not any(value in logs for value in studies.PHI)
 
 
+def test_a_search_as_a_run_lists_uids_and_no_patient(up: Talaria) -> None:
+    with archive([*study("G1"), *study("G2")]) as peer:
+        up.apply(src=source(peer))
+        deployment = up.api("GET", "/deployments/name/find/talaria")
+        shown = deployment["parameter_openapi_schema"]["properties"]
+        assert {"source", "accessions", "study_date", "level"} <= shown.keys() and shown["source"]["description"]
+        parameters = {"source": "src", "accessions": "G1\nG2 G3", "level": "series"}
+        run = up.api("POST", f"/deployments/{deployment['id']}/create_flow_run", parameters=parameters)
+        up.until(lambda: up.run(run["id"])["state_type"] in ("COMPLETED", "FAILED"), 120)
+        assert up.run(run["id"])["state"]["message"] == "4 series at src"
+        [artifact] = up.api("POST", "/artifacts/filter", flow_runs={"id": {"any_": [run["id"]]}})
+        rows = json.loads(artifact["data"])
+        assert sorted(row["AccessionNumber"] for row in rows) == ["G1", "G1", "G2", "G2"]
+        assert {row["instances"] for row in rows} == {2}
+        assert not any(value in json.dumps(artifact) for value in studies.PHI)
+
+
 def test_a_pause_ends_after_the_running_series_and_resume_goes_on_there(up: Talaria, tmp_path: Path) -> None:
     held, go_on = threading.Event(), threading.Event()
 

@@ -1,0 +1,54 @@
+"""A search as a flow run: its artifact names UIDs and accession numbers, never a patient."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from prefect import get_client
+from prefect.artifacts import acreate_table_artifact
+from prefect.client.schemas.objects import State
+from prefect.states import Completed, Failed
+
+from blocks.base import Target
+from imaging.query import Match, Query
+from tasks import DRIVERS
+from tasks.dispatch.patience import patiently
+from tasks.targets import check_source, load
+
+SHOWN = ("AccessionNumber", "StudyInstanceUID", "SeriesInstanceUID", "StudyDate", "Modality", "ModalitiesInStudy")
+MOST_ROWS = 2000  # of the artifact
+
+
+async def search(source: str, query: Query) -> State[Any]:
+    """Ask a target what it has; leave a table of it on the run.
+
+    Raises:
+        DispatchError: the target can't be queried, or doesn't answer.
+    """
+    target = await patiently(lambda: _load(source))
+    check_source(target)
+    found = await asyncio.to_thread(_find, target, query)
+    words = f"{len(found)} {'series' if query.level == 'series' else 'studies'} at {target.name}"
+    rows = [_row(match) for match in found[:MOST_ROWS]]
+    await patiently(lambda: acreate_table_artifact(rows, "matches", words))
+    return Completed(message=words) if found else Failed(message=f"nothing matches at {target.name}")
+
+
+async def _load(name: str) -> Target:
+    async with get_client() as client:
+        (target,) = await load(client, [name])
+        return target
+
+
+def _find(target: Target, query: Query) -> list[Match]:
+    find = DRIVERS.of(target).find
+    assert find is not None  # noqa: S101 - `check_source` has seen it
+    return list(find(target, query))
+
+
+def _row(match: Match) -> dict[str, Any]:
+    shown = {key: match.attributes[key] for key in SHOWN if match.attributes.get(key)}
+    return {key: ", ".join(value) if isinstance(value, list) else value for key, value in shown.items()} | {
+        "instances": match.instances
+    }
