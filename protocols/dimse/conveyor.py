@@ -5,31 +5,51 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, suppress
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from imaging.header import Damaged, Header
 from imaging.mend import NOTE, mended
 from imaging.pixels import Unfit
 from imaging.transcode import Converted, NoRoom, converted, fallbacks
 from protocols.dimse.association import Association
+from protocols.dimse.backlog import Backlog
 from protocols.dimse.contexts import Pair, of_class
 from protocols.dimse.message import Response
-from protocols.dimse.pace import Meter
+from protocols.dimse.pace import Meter, Pace
 from protocols.dimse.status import Meaning, meaning
 from protocols.dimse.store import Changed, Instance, Sender
-from protocols.dimse.transport import VERIFICATION
+from protocols.dimse.transport import VERIFICATION, Peer
 from protocols.net.hiding import identifying
 from protocols.net.words import clean
-from transfer.errors import Busy, Denied, Interrupted, Rejected, TimedOut
+from transfer.errors import Busy, Denied, DispatchError, Interrupted, Rejected, TimedOut
 from transfer.outcome import DELIVERED, Kind, Outcome
-from transfer.plan import Item
-
-if TYPE_CHECKING:
-    from protocols.dimse.fleet import Fleet
+from transfer.plan import Item, Plan
+from transfer.receipt import PushReport
+from transfer.throttle import Throttle
 
 # A conversion may take minutes, and peers end associations on which nothing happens (Orthanc after 30 s).
 KEEP_ALIVE_S = 8
 LONG_S = 0.1  # that a response takes, for other associations to be of use at once
+
+
+class Carrier(Protocol):
+    """Who has conveyors, over one or several associations: what they share."""
+
+    peer: Peer
+    plan: Plan
+    report: PushReport
+    backlog: Backlog
+    throttle: Throttle
+    pace: Pace
+    transcode: str
+    padded: list[Item]
+    last: DispatchError | None
+
+    def grow(self, count: int) -> None:
+        """Open so many more associations."""
+
+    def refusal(self, association: Association, header: Header) -> str:
+        """Say why an instance can't be sent over an association."""
 
 
 class Conveyor:
@@ -45,7 +65,7 @@ class Conveyor:
     """
 
     def __init__(
-        self, fleet: Fleet, association: Association, take: Callable[[], Item | None], *, alone: bool = False
+        self, fleet: Carrier, association: Association, take: Callable[[], Item | None], *, alone: bool = False
     ) -> None:
         self.fleet, self.association, self.take, self.alone = fleet, association, take, alone
         self.plan, self.report, self.backlog = fleet.plan, fleet.report, fleet.backlog
