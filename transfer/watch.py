@@ -10,6 +10,7 @@ import ctypes
 import os
 import struct
 import threading
+import weakref
 from contextlib import suppress
 from typing import Any
 
@@ -39,11 +40,8 @@ class Watch:
         self._lost = False
         self._lock = threading.Lock()
         self._fd = _init(os.O_NONBLOCK | os.O_CLOEXEC) if _init else -1
-
-    def __del__(self) -> None:
         if self._fd >= 0:
-            with suppress(OSError):
-                os.close(self._fd)
+            weakref.finalize(self, os.close, self._fd)  # also while the interpreter ends, where __del__ fails
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()  # a copy in another process would know nothing
