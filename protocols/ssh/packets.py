@@ -117,10 +117,10 @@ class Writes:
         self._count = 0
         self._lost = False
         self._done: asyncio.Future[None] | None = None
-        self.failed: Status | None = None
+        self.failed: Exception | None = None
 
     def sent(self, count: int) -> Answered:
-        """Note a write of `count` bytes; return what its answer is told to."""
+        """Note a write of `count` bytes; return what is called with its answer. That never raises."""
         self._count += 1
 
         def answered(kind: int, body: bytes) -> None:
@@ -129,7 +129,10 @@ class Writes:
             if kind == STATUS:
                 status = status_of(body)
                 if status.code == Code.OK:
-                    self._moved(count)
+                    try:
+                        self._moved(count)
+                    except Exception as exc:  # raised where the file is written: here nobody would hear of it
+                        self.failed = self.failed or exc
                 else:
                     self.failed = self.failed or status
             else:
@@ -140,7 +143,7 @@ class Writes:
         return answered
 
     async def settled(self) -> None:
-        """Wait until every write has been answered; raise the first failure."""
+        """Wait until every write has been answered; raise the first failure, of a write or of `moved`."""
         if self._count:
             self._done = self._loop.create_future()
             await self._done

@@ -619,3 +619,13 @@ def test_a_push_that_is_cancelled_while_it_logs_in(tmp_path: Path, study: Path) 
         assert isinstance(sent.error, Cancelled)
         assert sent.seconds < 5
         assert isinstance(sent.error, DispatchError)
+
+
+def test_an_error_of_who_counts_the_bytes_ends_the_push(tmp_path: Path, study: Path) -> None:
+    studies.ct(study, 3)
+
+    def moved(count: int) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        DRIVERS["sftp"].push(target(tmp_path / "in"), scan([study]), PushReport(moved=moved))
