@@ -177,8 +177,8 @@ class Fleet:
         """Open so many more associations, each in a thread of its own."""
         for _ in range(min(count, len(self.backlog))):
             thread = threading.Thread(target=self._work, kwargs={"further": True}, name="association", daemon=True)
-            self._threads.append(thread)
             thread.start()
+            self._threads.append(thread)  # whoever waits for all of them takes it out and joins it: it has begun
 
     def _work(self, *, first: bool = False, further: bool = False) -> None:
         """Serve the backlog over one association, and over a new one as long as there is something to send.

@@ -9,13 +9,18 @@ from typing import cast
 
 import pytest
 
+from protocols.dimse.backlog import Backlog
+from protocols.dimse.fleet import Fleet
 from protocols.dimse.pace import LOOK_S, Meter, Pace
+from protocols.dimse.transport import Peer
 from talaria.testing import studies
 from talaria.testing.harness import attempt
 from tests.servers.scp import scp
 from tests.servers.steps import Wait
 from tests.targets.dicom import dicom_target
 from transfer.plan import scan
+from transfer.receipt import PushReport
+from transfer.throttle import Throttle
 
 
 class Reading:
@@ -95,3 +100,21 @@ def test_a_slow_peer_gets_as_many_as_are_allowed(concurrency: int, tmp_path: Pat
     with scp(on_store=lambda store: [Wait(0.05), 0]) as peer:
         attempt(dicom_target(peer.port, aet_target=peer.aet, concurrency=concurrency), scan([tmp_path])).require()
         assert peer.most_open == concurrency
+
+
+def test_an_association_that_is_waited_for_has_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever joins the threads of a fleet takes them out of its list at any moment."""
+    studies.ct(tmp_path, 3)
+    plan = scan([tmp_path])
+    fleet = Fleet(Peer("127.0.0.1", 1), plan, PushReport(), 3, "never", Throttle(None))
+    fleet.backlog = Backlog(plan.items)
+    monkeypatch.setattr(Fleet, "_work", lambda self, *, further: None)
+
+    class Begun(list[threading.Thread]):
+        def append(self, thread: threading.Thread) -> None:
+            thread.join()  # raises for one that has not begun
+            super().append(thread)
+
+    fleet._threads = Begun()
+    fleet.grow(3)
+    assert len(fleet._threads) == 3
