@@ -6,9 +6,10 @@ import os
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from imaging.header import Damaged, Header, NotDicom, read_header
@@ -28,7 +29,7 @@ from protocols.dimse.get import (
 from protocols.dimse.moves import DESK, Expected, addresses
 from protocols.dimse.receive import UID, Depot
 from protocols.dimse.transport import Peer
-from protocols.files import partial
+from protocols.files import partial as files
 from transfer.errors import Busy, DispatchError, Interrupted, Misconfigured, TimedOut, Unreachable
 from transfer.fanout import in_threads
 from transfer.outcome import ALREADY, DELIVERED, Kind, Outcome
@@ -137,9 +138,9 @@ class Pull:
         Raises:
             DispatchError: not all could be asked for; what came is in the folder, and has been reported.
         """
-        with partial.writing(self.folder):
+        with files.writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        partial.sweep(self.folder)
+        files.sweep(self.folder)
         self._look()
         self._jobs.extend(one for one in self.series if self._lacks(one))
         if self._jobs:
@@ -220,28 +221,33 @@ class Pull:
                 before = len(self._here)
                 try:
                     if not (self._by_move(one) if self._moves else self._by_get(one)):
-                        self._put_back(one)  # C-GET is not to be had
+                        self._put_back(self._taken())  # C-GET is not to be had
                 except _NoRoom as exc:
-                    self._put_back(one)
+                    self._put_back(self._taken())
                     if self._established:
                         return  # others are at work
                     raise exc.error from exc
                 except (Interrupted, TimedOut):
                     # Who brings something before it breaks is asked again for the rest.
-                    self._put_back(self._current.pop(threading.get_ident(), one))
+                    self._put_back(self._taken())
                     if len(self._here) == before:
                         raise
         finally:
             if leads:
                 self._open.set()
 
-    def _next(self) -> Series | None:
+    def _next(self, fits: Callable[[Series], bool] = lambda one: True) -> Series | None:
+        """Take the next series; None if there is none, it doesn't fit, or the retrieval shall pause."""
         self.report.check()
         with self._lock:
-            one = self._jobs.popleft() if self._jobs and not self.report.pausing.is_set() else None
-            if one is not None:
-                self._current[threading.get_ident()] = one
+            if not self._jobs or self.report.pausing.is_set() or not fits(self._jobs[0]):
+                return None
+            one = self._current[threading.get_ident()] = self._jobs.popleft()
             return one
+
+    def _taken(self) -> Series:
+        """Return the series that this thread took last: on one association, several may follow the first."""
+        return self._current[threading.get_ident()]
 
     def _put_back(self, one: Series) -> None:
         with self._lock:
@@ -277,7 +283,7 @@ class Pull:
             while following is not None:
                 if not self._get(retriever, following):
                     return False
-                following = self._next_for(retriever)
+                following = self._next(partial(self._fits, retriever))
         return True
 
     def _no_get(self, why: str) -> None:
@@ -289,18 +295,12 @@ class Pull:
         with self._lock:
             self._moves = self._moves or why
 
-    def _next_for(self, retriever: Retriever) -> Series | None:
-        """Take the next series, if this association has its contexts."""
-        self.report.check()
-        with self._lock:
-            if not self._jobs or self._moves:
-                return None
-            classes = self._jobs[0].classes()
-            held = {sop_class for sop_class, _ in retriever.pairs}
-            named = {(each, syntax) for each, syntaxes in classes.items() for syntax in syntaxes}
-            if not classes or not classes.keys() <= held or not named <= retriever.pairs:
-                return None
-        return self._next()
+    def _fits(self, retriever: Retriever, one: Series) -> bool:
+        """Return True if an association has the contexts of a series."""
+        classes = one.classes()
+        held = {sop_class for sop_class, _ in retriever.pairs}
+        named = {(each, syntax) for each, syntaxes in classes.items() for syntax in syntaxes}
+        return not self._moves and bool(classes) and classes.keys() <= held and named <= retriever.pairs
 
     def _get(self, retriever: Retriever, one: Series) -> bool:
         depot = self._depot(one, durable=False)

@@ -291,6 +291,27 @@ def test_c_move_is_used_where_c_get_is_not_carried_out(status: int, tmp_path: Pa
         assert_agrees(receipt, tmp_path / "in", peer)
 
 
+def test_a_later_series_that_c_get_is_refused_for_comes_by_c_move(tmp_path: Path, port: int) -> None:
+    """The series before it, on the same association, had nothing to give: that one is not begun again in its place."""
+    files, first = study(4, 2), ""
+
+    def refuses(request: Request) -> int:
+        nonlocal first
+        if request.kind != GET:
+            return 0
+        series = str(request.keys.SeriesInstanceUID)
+        first = first or series
+        return 0 if series == first else 0xA702
+
+    def gives_nothing(request: Request, instances: list[Instance]) -> Steps:
+        return [Last(0, 0, 0, 0)]
+
+    with archive(files, refuses=refuses, on_get=gives_nothing, ports={AET: port}) as peer:
+        receipt = pull(peer, tmp_path / "in", max_dispatches=1)
+        assert receipt.counts[Kind.DELIVERED] == 2
+        assert first not in {str(request.keys.SeriesInstanceUID) for request in peer.asked(MOVE)}
+
+
 def test_a_peer_without_c_get_and_c_move_says_so(tmp_path: Path, port: int) -> None:
     refused = (*GETS, *MOVES)
     with (
