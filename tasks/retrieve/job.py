@@ -6,8 +6,10 @@ Holds accession numbers and UIDs, nothing else of a patient's.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import threading
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -125,8 +127,12 @@ def folder_of(home: Home, flow_run_id: str) -> Path:
 
 
 def size_of(folder: Path) -> tuple[int, int]:
-    """Number and bytes of the instances in a folder."""
-    sizes = [path.stat().st_size for path in folder.glob("*.dcm")] if folder.is_dir() else []
+    """Return number and bytes of the instances in a folder; some may be moved away while it is looked at."""
+    sizes = []
+    with suppress(FileNotFoundError), os.scandir(folder) as entries:
+        for entry in entries:
+            with suppress(FileNotFoundError):
+                sizes += [entry.stat().st_size] if entry.name.endswith(".dcm") else []
     return len(sizes), sum(sizes)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -92,6 +93,7 @@ class Retrieval:
         self.fetcher = Fetcher(source, wish.filters, self.job, self.cancelled, self.paused)
         self.again: datetime | None = None  # when what waits may go on
         self._spool = Path(wish.into) / f".talaria-{flow_run_id[:8]}" if wish.into else folder_of(home, flow_run_id)
+        self._folders = self._spool / "spool"  # holds one for each study that has been fetched and not handed on
         self._limit = int(os.environ.get("TALARIA_SPOOL_LIMIT") or SPOOL_LIMIT)
         self._places = asyncio.Semaphore(DISPATCHES)
         self._handing_on: set[asyncio.Task[None]] = set()
@@ -202,10 +204,8 @@ class Retrieval:
             await asyncio.wait(self._handing_on, timeout=LOOK_S, return_when=asyncio.FIRST_COMPLETED)
 
     def _held(self) -> int:
-        """Bytes that were fetched and are still here."""
-        return sum(
-            size_of(self._folder(one))[1] for one in self.job.studies.values() if one.stage is not Stage.DELIVERED
-        )
+        """Return the bytes that were fetched and are still here."""
+        return sum(size_of(folder)[1] for folder in self._folders.glob("*"))
 
     def _drop(self) -> bool:
         """Give up the files of one study that a retry would have sent without fetching them again."""
@@ -219,8 +219,8 @@ class Retrieval:
 
     async def _pace(self) -> None:
         """Keep to the number of studies per hour."""
-        while (left := self._next_study - time.monotonic()) > 0 and not self._stopped():
-            await asyncio.wait([asyncio.ensure_future(asyncio.sleep(min(left, LOOK_S)))])
+        while (left := self._next_study - time.monotonic()) > 0 and not self._stopped():  # noqa: ASYNC110 - set by threads
+            await asyncio.sleep(min(left, LOOK_S))
         if self.wish.studies_per_hour:
             self._next_study = time.monotonic() + 3600 / self.wish.studies_per_hour
 
@@ -268,7 +268,7 @@ class Retrieval:
             study.stage, study.reason = Stage.FAILED, state.message or "the dispatch failed"
 
     def _folder(self, study: Study) -> Path:
-        return self._spool / "spool" / sanitised(study.study)
+        return self._folders / sanitised(study.study)
 
     # ---- the end
 
@@ -309,7 +309,7 @@ class Retrieval:
         await patiently(lambda: report(self.home, self.job, self.flow_run_id, self.source.name, state))
         if self.wish.into:
             with suppress(OSError):  # something is left in it for a retry
-                (self._spool / "spool").rmdir()
+                self._folders.rmdir()
                 self._spool.rmdir()
         message = _sentence(document(self.job, self.flow_run_id, self.source.name, state))
         if state == "paused":
@@ -352,8 +352,6 @@ async def _load(names: list[str]) -> list[Target]:
 
 
 def _targets(home: Home, dispatch: str) -> dict[str, str]:
-    import json
-
     try:
         document = json.loads(home.receipt(dispatch).read_text(encoding="utf-8"))
     except OSError:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from talaria.testing import studies
+from tasks.retrieve.job import size_of
 from tests.engine.test_dispatch import FAST, files, folder
 from tests.servers.dcmtk import storescp
 from tests.servers.qr import GET, Archive, Instance, Last, Request, Send, Steps, archive, sends
@@ -101,6 +102,13 @@ def test_a_list_goes_to_targets_and_what_is_missing_or_partial_is_repaired_by_re
         assert not list((up.home / "staging").iterdir())
 
 
+def test_a_folder_is_measured_while_its_files_are_moved_away(tmp_path: Path) -> None:
+    (tmp_path / "1.dcm").write_bytes(b"12345")
+    (tmp_path / "2.dcm").symlink_to(tmp_path / "gone")  # listed, and not there any more when it is looked at
+    assert size_of(tmp_path) == (1, 5)
+    assert size_of(tmp_path / "gone") == (0, 0)
+
+
 def test_into_a_folder_by_accession_and_series_with_filters(up: Talaria, tmp_path: Path) -> None:
     data = [*study("B1", SeriesDescription="T1"), *study("B2", SeriesDescription="T2, axial"), *study("B3")]
     with archive(data) as peer:
@@ -127,6 +135,16 @@ def test_a_patients_name_is_in_no_run(up: Talaria, tmp_path: Path) -> None:
         assert not any(value in json.dumps(up.run(result["flow_run_id"])) for value in studies.PHI)
         logs = json.dumps(up.api("POST", "/logs/filter")) + up.log.read_text()
         assert not any(value in logs for value in studies.PHI)
+
+
+def test_of_a_patients_studies_only_those_that_a_file_lists_come(up: Talaria, tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text('H1\n"H 2"\n')
+    with archive([*study("H1"), *study("H 2"), *study("H3")]) as peer:
+        up.apply(src=source(peer))
+        arguments = ["--accession-file", str(tmp_path / "list.csv"), "--patient-name", studies.PATIENT_NAME]
+        result = up.told("retrieve", "src", *arguments, "--into", str(tmp_path / "into"))
+        assert result["delivered"] == 2
+        assert placed(tmp_path / "into").keys() == {"H1", "H 2"}
 
 
 def test_a_search_as_a_run_lists_uids_and_no_patient(up: Talaria) -> None:
