@@ -125,16 +125,12 @@ def _check(
     if wanted.PatientID or wanted.PatientName:
         find = DRIVERS.of(source).find
         assert find is not None  # noqa: S101 - check_source has seen it
-        query = replace(
-            wanted, AccessionNumber=tuple(parameters["accessions"].split("\n")) if wanted.AccessionNumber else ()
-        )
+        query = replace(wanted, AccessionNumber=tuple(numbers))
         uids = [match.StudyInstanceUID for match in find(source, query)]
         if not uids:
             raise ValueError("nothing matches the query")
         parameters |= {"study_uids": uids, "accessions": ""}
-    elif not any(
-        parameters[key] for key in ("accessions", "study_uids", "series_uid", "study_date", "study_descriptions")
-    ):
+    elif not any(parameters[key] for key in SELECTIVE):
         raise ValueError("nothing to look for: give accession numbers, UIDs, a date, a patient or a description")
 
 
