@@ -13,6 +13,7 @@ from transfer.errors import Interrupted
 BODY_BYTES = 16 << 20  # of an answer that is read into memory: a STOW answer has some 500 bytes per instance
 INFLATED_BYTES = 1 << 20  # of a compressed answer, one piece
 EXTENSION_BYTES = 65_536  # of all chunks together, beside as many as the chunks have
+LENGTH_DIGITS = 20  # of the longest body that anybody could send: Python reads no number of thousands of digits
 MEMBER = b"\x1f\x8b"  # how a member of gzip begins (RFC 1952 section 2.3.1)
 
 
@@ -38,7 +39,7 @@ class Answer:
         coding = self.headers.get("Transfer-Encoding", "").lower()
         self._chunked = "chunked" in coding
         length = self.headers.get("Content-Length", "").split(",")[0].strip()
-        if length and not length.isdecimal() and not coding:
+        if length and not (length.isdecimal() and len(length) <= LENGTH_DIGITS) and not coding:
             raise Interrupted(f"{where}: the answer has no sensible Content-Length: its end can't be told")
         self._length = int(length) if length and not coding else None
         if method == "HEAD" or self.status in (204, 304):

@@ -317,7 +317,7 @@ class Session:
     def _give_back(self, answer: Answer) -> None:
         """Keep the connection if it can carry another request; little that is left of the answer is read first."""
         if not answer.early and not answer.reusable:
-            with suppress(Interrupted, KeyError, ValueError):
+            with suppress(Interrupted, TimedOut, KeyError, ValueError):
                 if int(answer.headers["Content-Length"]) <= LEFTOVER_BYTES:
                     answer.read(LEFTOVER_BYTES)
         # A proxy may end every connection after one answer, and say so to nobody (tinyproxy).

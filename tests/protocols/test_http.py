@@ -168,3 +168,21 @@ def test_an_early_refusal_ends_the_upload() -> None:
         with session.request("PUT", "/", body=Large(bytes(size))) as answer:
             assert (answer.status, answer.read(), answer.early) == (413, b"no!", True)
         assert sum(sent) < size
+
+
+def test_a_rest_that_nobody_wants_and_that_never_comes_costs_the_connection_only() -> None:
+    with peer() as server:
+        server.script = [b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nok"]
+        origin = WebOrigin.of(f"http://127.0.0.1:{server.port}", Tls(), 5, 0.3)
+        with Session(origin) as session:
+            with session.request("GET", "/") as answer:
+                assert answer.status == 200
+            assert ask(session, "GET") == b"ok"
+            assert server.connections == 2
+
+
+def test_a_length_of_thousands_of_digits_is_none() -> None:
+    with peer() as server, Session(server.origin) as session:
+        server.script = [b"HTTP/1.1 200 OK\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\nok"]
+        with pytest.raises(Interrupted, match="Content-Length"):
+            ask(session, "GET")
