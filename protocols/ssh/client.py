@@ -26,7 +26,7 @@ from pathlib import Path
 
 from protocols.net.connection import connect, place
 from protocols.ssh import hostkeys
-from protocols.ssh.handshake import NothingInCommon, Transport
+from protocols.ssh.handshake import LOOK_S, NothingInCommon, Transport
 from protocols.ssh.login import Login, LoginFacts
 from protocols.ssh.memfiles import MemoryFiles
 from protocols.ssh.programs import environment, program, start, stop
@@ -78,10 +78,16 @@ class Started:
     def send(self, data: bytes, check: Callable[[], None] = lambda: None) -> None:
         """Give it bytes as its standard input; its end is seen, and named, where its output is read."""
         assert self.process.stdin is not None  # noqa: S101 - for the type checker: it was started with a pipe
+        fd = self.process.stdin.fileno()
+        os.set_blocking(fd, False)  # a host that hangs takes nothing, for as long as ssh bears with it
+        poll = select.poll()
+        poll.register(fd, select.POLLOUT)
         with suppress(BrokenPipeError):
             while data:
                 check()
-                data = data[os.write(self.process.stdin.fileno(), data[:PIECE]) :]
+                if poll.poll(LOOK_S * 1000):
+                    with suppress(BlockingIOError):
+                        data = data[os.write(fd, data[:PIECE]) :]
 
     def receive(self, wait_s: float) -> bytes | None:
         """Return what has come, b"" at the end, None if nothing came in time."""
