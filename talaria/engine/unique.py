@@ -12,6 +12,7 @@ import httpx
 
 from blocks.base import Target
 
+BODY_BYTES = 4 << 20  # of a document that is held before anybody's password is looked at; certificates have thousands
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
@@ -32,22 +33,25 @@ class UniqueNames:
         if scope["type"] != "http" or (scope["method"], scope["path"].rstrip("/")) != ("POST", "/api/block_documents"):
             await self.app(scope, receive, send)
             return
-        body, more = b"", True
+        body, more = bytearray(), True
         while more:
             message = await receive()
             if message["type"] == "http.disconnect":
                 return
             body += message.get("body", b"")
+            if len(body) > BODY_BYTES:
+                await _refuse(send, 413, f"a block document of more than {BODY_BYTES} bytes")
+                return
             more = message.get("more_body", False)
-        pieces: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+        pieces: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
 
         async def again() -> Message:
             return pieces.pop() if pieces else await receive()
 
         async with self._turn:
-            taken = await self._taken(scope, body)
+            taken = await self._taken(scope, bytes(body))
             if taken:
-                await _refuse(send, taken)
+                await _refuse(send, 422, taken)
             else:
                 await self.app(scope, again, send)
 
@@ -75,9 +79,9 @@ class UniqueNames:
         return f"a target named {name} is there already, of type {others[0]}: choose another name" if others else ""
 
 
-async def _refuse(send: Send, why: str) -> None:
+async def _refuse(send: Send, status: int, why: str) -> None:
     """Answer as FastAPI does to what is not valid."""
     body = json.dumps({"detail": why}).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": 422, "headers": headers})
+    await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,19 @@
+"""All that a Prefect server has of something: it gives a limited number for each request."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+R = TypeVar("R")
+PAGE = 200  # what a request brings at most; Prefect's own limit
+
+
+async def every(ask: Callable[..., Awaitable[list[R]]], **given: Any) -> list[R]:
+    """Return all results of a method of Prefect's client that takes `limit` and `offset`."""
+    found: list[R] = []
+    while True:
+        page = await ask(**given, limit=PAGE, offset=len(found))
+        found += page
+        if len(page) < PAGE:
+            return found
