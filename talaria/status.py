@@ -38,22 +38,25 @@ async def _ask() -> dict[str, Any]:
         WorkQueueFilterName,
     )
     from prefect.client.schemas.objects import StateType
+    from prefect.client.schemas.sorting import FlowRunSort
 
     from talaria.engine.registry import QUEUES, workers
     from tasks.checking import last_checks
+    from tasks.paging import every
     from tasks.targets import all_targets, facts
 
     async with get_client() as client:
         online = await workers(client)
         queues = {}
         for queue in QUEUES:
-            waiting = await client.read_flow_runs(
+            waiting = await every(
+                client.read_flow_runs,
                 flow_run_filter=FlowRunFilter(
                     state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED]))
                 ),
                 work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=[POOL])),
                 work_queue_filter=WorkQueueFilter(name=WorkQueueFilterName(any_=[queue])),
-                limit=200,
+                sort=FlowRunSort.ID_DESC,
             )
             queues[queue] = len(waiting)
         targets = await all_targets(client)

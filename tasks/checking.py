@@ -19,11 +19,12 @@ from prefect.client.schemas.filters import (
     ArtifactFilterKey,
 )
 from prefect.client.schemas.objects import Artifact, ArtifactCollection
-from prefect.client.schemas.sorting import ArtifactSort
+from prefect.client.schemas.sorting import ArtifactCollectionSort, ArtifactSort
 
 from blocks.base import Target
 from protocols.net.ping import Ping
 from tasks import DRIVERS
+from tasks.paging import every
 from tasks.targets import Broken
 from transfer.health import FAILED, OK, SKIPPED, Health
 from transfer.home import Home
@@ -70,9 +71,10 @@ async def result_of_run(client: PrefectClient, flow_run_id: UUID, name: str) -> 
 async def last_checks(client: PrefectClient, targets: Iterable[Target | Broken]) -> dict[str, dict[str, Any]]:
     """Return the last check, by name, of the targets that were checked since they were made: by a run, or from here."""
     made = {target.name: target.made for target in targets}
-    latest = await client.read_latest_artifacts(
+    latest = await every(
+        client.read_latest_artifacts,
         artifact_filter=ArtifactCollectionFilter(key=ArtifactCollectionFilterKey(any_=[KEY + name for name in made])),
-        limit=200,
+        sort=ArtifactCollectionSort.ID_DESC,
     )
     found = {str(one.key).removeprefix(KEY): _document(one) for one in latest}
     for name in made:

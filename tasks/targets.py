@@ -19,10 +19,9 @@ from pydantic import ValidationError
 from blocks import REFUSED, TYPES, Target
 from tasks import DRIVERS
 from tasks.names import ambiguous, pick, qualified, split, type_of
+from tasks.paging import PAGE
 from transfer.errors import Misconfigured, NotFound
 from transfer.validation import what_is_wrong
-
-PAGE = 200  # documents a request; Prefect's own limit
 
 
 @dataclass(frozen=True)

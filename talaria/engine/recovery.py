@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
@@ -25,10 +25,12 @@ from prefect.client.schemas.filters import (
     WorkPoolFilterName,
 )
 from prefect.client.schemas.objects import FlowRun, State, StateType
+from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import ObjectNotFound, PrefectException
 from prefect.states import AwaitingRetry, Cancelled, Scheduled
 
-from tasks.dispatch.running import PAUSING
+from tasks.dispatch.running import PAUSED, PAUSING, UNTIL_RESUMED
+from tasks.paging import every
 from transfer.home import Home
 from transfer.ledger import Ledger
 from transfer.staging import discard
@@ -141,7 +143,7 @@ async def _take_up(client: PrefectClient, run_id: str) -> bool:
     if flow_run.run_count >= MAX_RUNS:
         return False
     if state.name == PAUSING:  # it was killed before it had paused
-        paused: State[Any] = Scheduled(scheduled_time=datetime.now(UTC) + timedelta(days=3650), name="Paused")
+        paused: State[Any] = Scheduled(scheduled_time=datetime.now(UTC) + UNTIL_RESUMED, name=PAUSED)
         await client.set_flow_run_state(flow_run.id, paused, force=True)
         return False
     await client.set_flow_run_state(
@@ -157,14 +159,16 @@ async def _under_way(client: PrefectClient, pool: str) -> set[str]:
 
 
 async def _runs(client: PrefectClient, pool: str, states: list[StateType]) -> list[FlowRun]:
-    return await client.read_flow_runs(
+    return await every(
+        client.read_flow_runs,
         flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=states))),
         work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=[pool])),
+        sort=FlowRunSort.ID_DESC,
     )
 
 
 async def _free_slots(client: PrefectClient) -> None:
     """Free the places at targets that killed runs still hold."""
-    for limit in await client.read_global_concurrency_limits(limit=200):
+    for limit in await every(client.read_global_concurrency_limits):
         if limit.name.startswith("talaria-") and limit.active_slots:
             await client.update_global_concurrency_limit(limit.name, GlobalConcurrencyLimitUpdate(active_slots=0))

@@ -34,8 +34,6 @@ from transfer.ledger import Ledger
 
 POLL_S = 0.25
 PROGRESS_S = 1.0  # between two looks at the progress artifacts
-PAUSED = timedelta(days=3650)  # how far in the future a paused run is scheduled: until somebody resumes it
-PAUSED_NAME = "Paused"
 PAGE = 200  # runs a request; Prefect's own limit
 SHOWN_JOBS = 5  # candidates that a message lists
 SOON_S = 20  # a next attempt further away than this is not waited for
@@ -206,7 +204,7 @@ async def pause(client: PrefectClient, run_id: UUID) -> str:
     if state is None or state.is_final() or state.type is StateType.CANCELLING:
         raise Misconfigured(f"run {run_id} has ended, or is ending: {flow_run.state_name}")
     if state.type is StateType.SCHEDULED:
-        state = Scheduled(scheduled_time=datetime.now(UTC) + PAUSED, name=PAUSED_NAME)
+        state = Scheduled(scheduled_time=datetime.now(UTC) + running.UNTIL_RESUMED, name=running.PAUSED)
     elif is_retrieval(flow_run):
         state = State(type=StateType.RUNNING, name=running.PAUSING)
     else:
@@ -220,7 +218,7 @@ async def resume(client: PrefectClient, run_id: UUID) -> FlowRun:
     flow_run = await client.read_flow_run(run_id)
     if flow_run.state_name == running.PAUSING:
         raise Misconfigured(f"run {run_id} is about to pause: it can be resumed when its series has come")
-    if flow_run.state_name != PAUSED_NAME:
+    if flow_run.state_name != running.PAUSED:
         raise Misconfigured(f"run {run_id} is not paused: {flow_run.state_name}")
     await client.set_flow_run_state(run_id, AwaitingRetry(scheduled_time=datetime.now(UTC)), force=True)
     return await client.read_flow_run(run_id)

@@ -9,8 +9,11 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from datetime import timedelta
 
 PAUSING = "Pausing"  # name of the state of a run that shall pause
+PAUSED = "Paused"  # and of one that has: scheduled for a time that does not come
+UNTIL_RESUMED = timedelta(days=3650)
 
 _lock = threading.Lock()
 _flags: dict[str, threading.Event] = {}

@@ -49,7 +49,6 @@ SPOOL_LIMIT = 20 << 30  # bytes, unless TALARIA_SPOOL_LIMIT says otherwise
 DISPATCHES = 2  # studies that are handed on at once
 GRACE_S = 4  # for a driver to stop by itself when the run is cancelled
 PROGRESS_S = 1.5
-PAUSED = timedelta(days=3650)  # how far in the future a paused run is scheduled: until somebody resumes it
 LATER_S = 60.0  # until a dispatch is looked at again that waits for its target
 
 
@@ -313,7 +312,9 @@ class Retrieval:
                 self._spool.rmdir()
         message = _sentence(document(self.job, self.flow_run_id, self.source.name, state))
         if state == "paused":
-            return Scheduled(scheduled_time=datetime.now(UTC) + PAUSED, name="Paused", message=message)
+            return Scheduled(
+                scheduled_time=datetime.now(UTC) + running.UNTIL_RESUMED, name=running.PAUSED, message=message
+            )
         if state == "waiting" and self.again:
             return AwaitingRetry(scheduled_time=self.again, message=message)
         if state == "cancelled":
