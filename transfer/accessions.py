@@ -44,7 +44,10 @@ def _column(text: str) -> list[str]:
     for sign in ("\t", ";", ","):
         if len(lines) < 2 or sign not in lines[0]:
             continue
-        rows = list(csv.reader(lines, delimiter=sign))
+        try:
+            rows = list(csv.reader(lines, delimiter=sign))
+        except csv.Error as exc:  # a quote that is not closed makes all that follows one value
+            raise Misconfigured(f"the list is not valid CSV: {exc}") from exc
         titles = [re.sub(r"[^a-z]", "", title.lower()) for title in rows[0]]
         at = next((number for number, title in enumerate(titles) if title in TITLES), None)
         if at is not None and not any(re.search(r"\d", title) for title in rows[0]):

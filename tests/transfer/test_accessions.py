@@ -37,7 +37,7 @@ def test_lists_as_people_paste_them(text: str, wanted: tuple[str, ...]) -> None:
     assert accessions(text) == wanted
 
 
-@pytest.mark.parametrize("text", ["a\\b", "x" * 65, "a\x00b"])
+@pytest.mark.parametrize("text", ["a\\b", "x" * 65, "a\x00b", 'Accession,Name\nA1,"' + "x" * 200_000])
 def test_what_is_no_number_is_refused(text: str) -> None:
     with pytest.raises(Misconfigured):
         accessions(text)
