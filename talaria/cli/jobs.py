@@ -90,10 +90,7 @@ def retry(
             raise typer.Exit(follow(access, flow_run, as_json=as_json))
         if not no_wait:
             finish(access, flow_run, all_items=False, as_json=as_json)
-    if as_json:
-        print_json({"id": str(flow_run.id), "action": "queued"})
-    else:
-        print(f"{flow_run.id}: queued")
+    _done(flow_run, "queued", as_json)
 
 
 @app.command(epilog="Example: talaria jobs cancel 3f2a")
@@ -104,10 +101,7 @@ def cancel(job: Job, as_json: Json = False) -> None:
     with api() as access:
         flow_run = access.run(runs.find, job)
         state = access.run(runs.cancel, flow_run.id)
-    if as_json:
-        print_json({"id": str(flow_run.id), "action": state.lower()})
-    else:
-        print(f"{flow_run.id}: {state}")
+    _done(flow_run, state, as_json)
 
 
 @app.command(epilog="Example: talaria jobs pause 3f2a")
@@ -118,7 +112,7 @@ def pause(job: Job, as_json: Json = False) -> None:
     with api() as access:
         flow_run = access.run(runs.find, job)
         state = access.run(runs.pause, flow_run.id)
-    _told(flow_run, state, as_json)
+    _done(flow_run, state, as_json)
 
 
 @app.command(epilog="Example: talaria jobs resume 3f2a")
@@ -136,10 +130,10 @@ def resume(
             raise typer.Exit(follow(access, flow_run, as_json=as_json))
         if not no_wait:
             finish(access, flow_run, all_items=False, as_json=as_json)
-    _told(flow_run, "queued", as_json)
+    _done(flow_run, "queued", as_json)
 
 
-def _told(flow_run: FlowRun, state: str, as_json: bool) -> None:
+def _done(flow_run: FlowRun, state: str, as_json: bool) -> None:
     if as_json:
         print_json({"id": str(flow_run.id), "action": state.lower()})
     else:
