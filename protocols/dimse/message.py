@@ -10,7 +10,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-P_DATA_TF, RELEASE_RQ, RELEASE_RP, ABORT = 0x04, 0x05, 0x06, 0x07
+P_DATA_TF, RELEASE_RQ, ABORT = 0x04, 0x05, 0x07
 EXPECTED = (P_DATA_TF, RELEASE_RQ, ABORT)  # PDU types that a peer may send during a transfer
 COMMAND, LAST = 0x01, 0x02  # bits of the message control header
 HEADERS = 12  # bytes before a fragment: PDU type, reserved, PDU length; PDV length, context id, control header

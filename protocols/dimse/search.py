@@ -7,7 +7,6 @@ query on this side, by the rules of `imaging.match`; an answer that may be cut s
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -20,8 +19,6 @@ from protocols.dimse.parts import SPLITTERS, Splitter, outside
 from protocols.dimse.query import PATIENT_ROOT_FIND, Finder
 from transfer.errors import Busy, DispatchError, Misconfigured
 from transfer.query import series_tests, study_tests
-
-logger = logging.getLogger(__name__)
 
 Answer = dict[str, Any]
 
