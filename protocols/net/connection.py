@@ -285,8 +285,18 @@ class Connection:
         return True
 
     def _last_words(self) -> bool:
-        with suppress(OSError):
+        """Return True if there is an answer of a peer that takes no more.
+
+        Raises:
+            NotTrusted, Denied, Misconfigured: its last word is a TLS alert.
+        """
+        try:
             return self.heard()
+        except ssl.SSLError as exc:
+            if _is_alert(exc):
+                raise self._broken(exc, "") from exc
+        except OSError:
+            pass
         return False
 
     # ---- receiving
@@ -395,7 +405,11 @@ class Connection:
             raise TimedOut(f"{self.where}: silent for {self.idle_timeout_s:g} s")
 
     def _broken(self, exc: OSError, when: str) -> Exception:
-        if isinstance(exc, ssl.SSLError) and not isinstance(exc, ssl.SSLEOFError | ssl.SSLZeroReturnError):
+        if _is_alert(exc):
             # With TLS 1.3 a peer refuses our certificate only after the handshake.
             return tls.classify(exc, self.where, has_cert=self._has_cert)
         return Interrupted(f"{self.where}: the connection broke {when}: {exc.strerror or exc}")
+
+
+def _is_alert(exc: OSError) -> bool:
+    return isinstance(exc, ssl.SSLError) and not isinstance(exc, ssl.SSLEOFError | ssl.SSLZeroReturnError)
