@@ -31,6 +31,7 @@ MOST_FRUITLESS, MOST_SILENT, PASS_OVER = 10, 7, 3
 # Seconds after a break before the same instance goes out again: peers clean up what they have half, some of them late.
 PAUSE_S = 1.0
 SAME_ENDS = 2  # associations that end after as many instances, before that is taken for the peer's habit
+DOUBT_AFTER = 8  # associations that were ended in time for such a habit; the next one finds out whether it is one
 
 
 @dataclass
@@ -81,8 +82,11 @@ class Backlog:
         self._suspects: dict[str, Suspect] = {}
         self._stopped = False
         self._arrived = self._fruitless = self._silent = 0
-        self._first_refusal: int | None = None  # how many had arrived at the first refusal for now
+        self._first_refusal: float | None = None  # when something was refused for now; `time.monotonic`
+        self._stored_since = False  # whether something was stored that went out after that
         self._ends: Counter[int] = Counter()
+        self._longest = 0  # instances that one association has carried
+        self._spared = 0  # associations that were ended in time
 
     def __len__(self) -> int:
         """How many wait, suspects not among them."""
@@ -113,19 +117,29 @@ class Backlog:
             self._later.clear()
             return bool(self._waiting) and not self._stopped
 
-    def answered(self, item: Item, *, arrived: bool, seconds: float) -> None:
-        """Note that an instance has its outcome."""
+    def answered(self, item: Item, *, arrived: bool, sent: float, carried: int) -> None:
+        """Note that an instance has its outcome.
+
+        Args:
+            sent: when the last byte of it went out; `time.monotonic`.
+            carried: how many instances its association has carried.
+        """
         with self._lock:
             self._suspects.pop(item.path, None)
             self._arrived += arrived
-            self.slowest = max(self.slowest, seconds)
+            # An answer that was under way when the peer ran out of resources says nothing of the time after.
+            self._stored_since |= arrived and self._first_refusal is not None and sent > self._first_refusal
+            self.slowest = max(self.slowest, time.monotonic() - sent)
             self._fruitless = self._silent = 0
+            self._longest = max(self._longest, carried)
+            if self.lasts is not None and carried > self.lasts:
+                self.lasts = None
 
     def refused(self, item: Item, error: Busy) -> None:
         """Note that the peer can't store an instance now."""
         with self._lock:
             if self._first_refusal is None:
-                self._first_refusal = self._arrived
+                self._first_refusal = time.monotonic()
             self._suspect(item, error, certain=True)
             self._count(silent=False)
 
@@ -144,9 +158,20 @@ class Backlog:
                     suspect.waited = max(suspect.waited, patience)
             if answered and not silent:
                 self._ends[answered] += 1
-                if self._ends[answered] >= SAME_ENDS:
+                # Where others carried many more, it is the instances at which they ended.
+                if self._ends[answered] >= SAME_ENDS and 2 * answered >= self._longest:
                     self.lasts = min(answered, self.lasts or answered)
             self._count(silent=silent)
+
+    def full(self, carried: int) -> bool:
+        """Return True if the peer would end an association that has carried so many with the next instance."""
+        with self._lock:
+            if self.lasts is None or carried < self.lasts:
+                return False
+            if carried == self.lasts:
+                self._spared += 1
+                return self._spared != DOUBT_AFTER + 1
+            return carried > self.lasts
 
     def _suspect(self, item: Item, error: DispatchError, *, certain: bool) -> Suspect:
         suspect = self._suspects.setdefault(item.path, Suspect(item, error, 0.0, self._arrived))
@@ -190,11 +215,7 @@ class Backlog:
         if not suspect.used_up:
             return None
         with self._lock:
-            if isinstance(suspect.error, Busy):
-                others = self._first_refusal is not None and self._arrived > self._first_refusal
-            else:
-                others = self._arrived > 0
-            if not others:
+            if not (self._stored_since if isinstance(suspect.error, Busy) else self._arrived):
                 return None
             self._suspects.pop(suspect.item.path, None)
         return Outcome(Kind.REJECTED, f"{suspect.words}; other instances were stored")

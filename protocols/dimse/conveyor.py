@@ -125,7 +125,7 @@ class Conveyor:
 
     def _lasts(self) -> bool:
         """Return False if the peer would end the association with the next instance."""
-        return self.denied is None and (self.backlog.lasts is None or self.taken < self.backlog.lasts)
+        return self.denied is None and not self.backlog.full(self.taken)
 
     def _check(self) -> None:
         """Look whether to stop, between pieces and in every wait; ask for help in a long one."""
@@ -252,7 +252,7 @@ class Conveyor:
             if means is Meaning.SUCCESS and header_of(item).odd:
                 outcome = Outcome(Kind.DELIVERED, NOTE)
             self.report(item, outcome)
-            self.backlog.answered(item, arrived=outcome.arrived, seconds=time.monotonic() - sent)
+            self.backlog.answered(item, arrived=outcome.arrived, sent=sent, carried=self.answers)
         if not self.alone:
             self.fleet.grow(self.fleet.pace.look(self._meter))
 
