@@ -5,6 +5,11 @@ UV := .cache/uv/bin/uv
 EXPORT := --quiet --frozen --no-emit-project --format requirements.txt
 BIN := .venv/bin
 
+# uv brings certificates of its own; with the system's, it trusts a proxy of the house as pip does.
+ifneq ($(wildcard /etc/ssl/certs/ca-certificates.crt),)
+export UV_SYSTEM_CERTS ?= true
+endif
+
 .PHONY: install tools demo test test-all lint lock servers clean
 .DELETE_ON_ERROR:
 
