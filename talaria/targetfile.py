@@ -162,8 +162,10 @@ def _filled(value: Any, where: str, folder: Path) -> Any:
         path = folder / Path(value.removeprefix(FILE)).expanduser()
         try:
             return path.read_text(encoding="utf-8").strip("\r\n")
-        except (OSError, UnicodeDecodeError) as exc:
-            raise Misconfigured(f"{where}: can't read {path}: {exc}") from exc
+        except OSError as exc:
+            raise Misconfigured(f"{where}: can't read {path}: {exc.strerror or exc}") from exc
+        except UnicodeDecodeError as exc:
+            raise Misconfigured(f"{where}: {path} is not UTF-8 text") from exc
 
     def variable(match: re.Match[str]) -> str:
         if match[1] not in os.environ:

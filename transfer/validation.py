@@ -79,7 +79,7 @@ def what_is_wrong_with_yaml(error: BaseException) -> str:
     where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
     if "special characters" in str(getattr(error, "reason", "")):
         return "holds a character that YAML does not allow"
-    words = re.sub(r"'[^']*'(?= that| but)", "", str(getattr(error, "problem", "") or ""))
+    words = re.sub(r"'(?!\\t')[^']*'(?= that| but)", "", str(getattr(error, "problem", "") or ""))
     said = next((ours for part, ours in _YAML.items() if part in words), "")
     if isinstance(error, ValueError) and not said:
         said = "a date or number is not valid: put text in quotes"

@@ -39,7 +39,9 @@ class Window:
         try:
             return cls(_clock(begin), _clock(end), _days(days or "Mon-Sun"), ZoneInfo(zone or "UTC"))
         except (ZoneInfoNotFoundError, OSError) as exc:
-            raise ValueError(f"window {text!r}: unknown time zone {zone!r}") from exc
+            # Where no days stand before it, it may be meant for them.
+            days_too = "" if days else "is not days, as in Mon-Fri, and "
+            raise ValueError(f"window {text!r}: {zone!r} {days_too}is not a time zone, as in Europe/Berlin") from exc
 
     def opens(self, now: datetime) -> datetime | None:
         """Return when the window opens next, or None if it is open at `now` (an aware datetime).

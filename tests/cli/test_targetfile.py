@@ -37,6 +37,7 @@ def refused(path: Path, text: str) -> str:
         (f"{{{SECRET}: [x}}", "line ", "not valid YAML"),
         (f'"{SECRET}" {SECRET}', "line 4, ", "not valid YAML"),
         (f"\t{SECRET}\n\tx: {SECRET}", "line ", "not valid YAML"),
+        (f"\n\tuser: {SECRET}", "line 5, column 1: ", "indent with blanks, not with a tab"),
         (f"x\n      user: {SECRET}", "line 5, ", "not valid YAML"),
         (f"x\n    password: {SECRET}", "line ", "stands twice"),
         (f"\x07{SECRET}", "", "a character that YAML does not allow"),

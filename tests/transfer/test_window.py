@@ -126,3 +126,15 @@ def test_parses(text: str, days: int, zone: str) -> None:
     window = Window.parse(text)
     assert len(window.days) == days
     assert window.zone.key == zone
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("18:00-06:00 Mo-Fr", "'Mo-Fr' is not days, as in Mon-Fri, and is not a time zone"),
+        ("18:00-06:00 Mon Mars/Olympus", "'Mars/Olympus' is not a time zone, as in Europe/Berlin"),
+    ],
+)
+def test_a_word_that_is_unknown_is_named(text: str, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        Window.parse(text)
