@@ -23,7 +23,7 @@ from protocols.ssh.login import Login, LoginFacts
 from protocols.ssh.shell import NoScript, run_script
 from tasks.driver import HookResult, Ran
 from tasks.probes import reach
-from transfer.errors import Denied, DispatchError, Misconfigured
+from transfer.errors import Busy, Denied, DispatchError, Misconfigured
 from transfer.health import Health
 from transfer.home import Home
 from transfer.layout import names, private_parts
@@ -147,6 +147,8 @@ def probe_host(health: Health, target: SshTarget) -> bool:
 
 def _greeted(sock: socket.socket, where: str, timeout_s: float) -> str:
     line = greeting(sock, where, timeout_s)
+    if not line:
+        raise Busy(f"{where}: the host closed the connection before its first line: too many clients?")
     if not line.startswith("SSH-"):
         raise Misconfigured(f"{where}: what answers is not SSH: {line[:80]!r}")
     return line

@@ -47,6 +47,7 @@ class Ping:
     def _run(self) -> None:
         program = shutil.which("ping")
         if program is None:
+            self.ms = 0.0
             self._echo = Echo(None, "there is no ping program here")
             return
         try:

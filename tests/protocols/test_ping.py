@@ -92,8 +92,10 @@ def test_a_name_that_takes_the_time(monkeypatch: pytest.MonkeyPatch, program: Ca
 
 def test_without_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
-    echo = Ping("127.0.0.1").result()
+    tried = Ping("127.0.0.1")
+    echo = tried.result()
     assert (echo.answered, echo.detail) == (None, "there is no ping program here")
+    assert tried.ms == 0  # nothing was waited for
 
 
 # ---- as a probe of a check

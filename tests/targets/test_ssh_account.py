@@ -307,6 +307,12 @@ def test_words_for_everybody_are_no_answer_to_us(kind: type[SshTarget], tmp_path
             assert attempt(one, tmp_path / "study").require().state is State.DELIVERED
 
 
+def test_a_host_that_closes_at_once_is_not_called_something_else(kind: type[SshTarget], tmp_path: Path) -> None:
+    with peer(lambda sock: None) as port:
+        health = DRIVERS.of(one := target(kind, shared(), tmp_path, port=port)).check(one)
+    assert isinstance(health.error, Busy) and "closed the connection before its first line" in health.error.message
+
+
 def test_a_banner_is_not_what_rsync_says(tmp_path: Path) -> None:
     (tmp_path / "banner").write_text("Who says Permission denied, or No space left on device?\n")
     (tmp_path / "bin").mkdir()
