@@ -137,6 +137,6 @@ class Support:
 
     def __str__(self) -> str:
         if self.algorithm is None:
-            return "the store neither compares nor tells checksums"
-        does = [word for word, so in (("compares", self.verifies), ("tells", self.tells)) if so]
+            return "the store neither compares nor gives checksums"
+        does = [word for word, so in (("compares", self.verifies), ("gives", self.tells)) if so]
         return f"the store {' and '.join(does) or 'ignores'} {self.algorithm.name}"

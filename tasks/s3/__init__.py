@@ -21,6 +21,7 @@ from protocols.s3.client import AWS, Settings
 from protocols.s3.error import StoreError
 from protocols.s3.probe import Prober
 from protocols.s3.store import Store
+from protocols.s3.upload import Form
 from tasks.driver import Driver, Facts
 from tasks.probes import reach_web
 from tasks.s3.errors import CREDENTIALS, errors, of
@@ -31,6 +32,13 @@ from transfer.health import Health
 from transfer.layout import names, private_parts
 from transfer.plan import Plan
 from transfer.receipt import Level, PushReport, Receipt
+
+# What the check says of an upload in parts that was taken.
+PARTS = {
+    Form.FULL: "taken; the store checks the object as a whole",
+    Form.COMPOSITE: "taken; the store checks each part",
+    Form.PLAIN: "taken; the store gives the object no checksum",
+}
 
 # The table of errors is in `errors`: CODES and STATUS, FOREIGN for what boto3 raises.
 
@@ -169,7 +177,7 @@ def _probe_objects(health: Health, target: S3Target, store: Store, *, trailers: 
     if not health.ok:
         return
     with health.probe("multipart") as probe:
-        probe.detail = f"taken, checksum form {supports.probe_form().lower()}"
+        probe.detail = PARTS[supports.probe_form()]
     if trailers:
         with health.probe("trailers", informative=True) as probe, errors(store.where):
             did = Prober(store, target.prefix, supports.headers).trailing()

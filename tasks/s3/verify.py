@@ -110,9 +110,9 @@ class Verifier:
             cause = exc.__cause__
             if not isinstance(cause, StoreError) or cause.status != 403 or cause.code in CREDENTIALS:
                 raise
-            self._lower(Level.LISTED, "the store tells no checksum of its own, and the key may not read")
+            self._lower(Level.LISTED, "the store gives no checksum of its own, and the key may not read")
             return
-        self._note("the store tells no checksum of its own for some objects: they were read back and compared")
+        self._note("the store gives no checksum of its own for some objects: they were read back and compared")
         if digest.hexdigest() != sums.sha256:
             self._refuse(item, "what the store gives back is not what was sent")
 

@@ -64,8 +64,8 @@ def test_check_tells_what_the_store_does(store: Stub) -> None:
     assert list(results(health)) == ["resolve", "tcp", "authenticate", "authorize", "write", "checksum", "multipart"]
     assert set(results(health).values()) == {"ok"}
     assert "unencrypted" in detail(health, "authenticate")
-    assert detail(health, "checksum") == "the store compares and tells crc64nvme"
-    assert "full_object" in detail(health, "multipart")
+    assert detail(health, "checksum") == "the store compares and gives crc64nvme"
+    assert detail(health, "multipart") == "taken; the store checks the object as a whole"
     assert not store.objects("lab")
     assert not store.uploads
 
