@@ -117,7 +117,7 @@ def prune(
 
 
 def demo() -> None:
-    """Send a study to an embedded PACS and an archive folder, and show the receipts."""
+    """Send a study to an embedded PACS, an archive folder and a DICOMweb folder, and show the receipts."""
     from talaria.demo import run
 
     raise typer.Exit(DONE if run() else NOT_ALL)
