@@ -11,7 +11,9 @@ What an answer says of an instance decides; the status decides only where it say
     400, 409, 415, 422, not named      each alone: one bad instance costs only itself; alone it is rejected
     413                                smaller batches, now and later; alone it is rejected
     500, not named                     each alone; then it is rejected if the server took others
-    408, 425, 429, 502, 503, 504, 507  Busy, with Retry-After
+    408, 502, 503, 504, 507, 403       if the server takes others: each alone, at the end, once; alone it is left for
+                                       the next attempt, 403: rejected. Else, or with Retry-After: Busy, 403: Denied
+    425, 429                           Busy, with Retry-After
     others                             as `dicomweb.STATUS_ERRORS`
 
 No instance goes out whole more than twice.
@@ -45,6 +47,9 @@ from transfer.throttle import Throttle
 PIECE_BYTES = 1 << 20  # read and sent at once: many small files, or a part of a large one
 EXPECT_BYTES = 1 << 20  # bodies from this size ask before they go, as long as nothing was accepted (curl's limit)
 WHOLE_STATUSES = (400, 409, 415, 422, 500)  # may be about one instance of the batch
+# May be about one instance as well: of a batch at which a gateway's backend falls over, or which a firewall dislikes.
+DOUBTFUL_STATUSES = (403, 408, 502, 503, 504, 507)
+DOUBTS = 4  # requests in a row with such an answer, before anything was stored, after which it is the server
 NAMED = 5  # instances in one message
 SETTLE_S = 2.0  # how long a server may take until what it took shows up in its searches
 FULL = 10  # instances, one after the other, that a server has no room for before it is taken to be full
@@ -109,7 +114,9 @@ class StowPush:
         self._arrived = 0
         self._hopeless = 0
         self._full = 0  # instances, one after the other, that the server had no room for
+        self._doubts = 0  # requests in a row whose answer may be about the server, or about one instance
         self._unknown: list[str] = []  # instances that no answer names
+        self._denied: list[tuple[Item, str, DispatchError]] = []  # instances that were, each alone
         self._later: list[Busy] = []  # why instances are left for the next attempt
 
     def run(self) -> None:
@@ -132,6 +139,11 @@ class StowPush:
         most = min(self._most, self._batch_items)
         self._queue += batches(parts[True], self._batch_bytes, most, self._concurrency)
         in_threads(self._work, min(self._concurrency, len(self._queue)), "stow")
+        denied, self._denied = self._denied, []
+        for item, said, error in denied:
+            if not self._arrived:
+                raise error
+            self._tell(item, Outcome(Kind.REJECTED, said))
         if self._later:
             waits = [error.retry_after for error in self._later if error.retry_after is not None]
             named = "; ".join(dict.fromkeys(error.message for error in self._later[:NAMED]))
@@ -200,7 +212,7 @@ class StowPush:
         with self._turn:
             known, most = self._suspects
             paths = [item.path for item in batch.items]
-            if self._stumbled.issuperset(paths):
+            if isinstance(exc, Busy) or self._stumbled.issuperset(paths):
                 most = min(most, -(-len(paths) // 4))
             self._suspects = known.union(paths), most
             _stumbled[self._key + self.plan.dispatch_id] = (*self._suspects, until)
@@ -231,6 +243,8 @@ class StowPush:
         status = answer.status
         if status == 413:
             return self._too_large(batch, body, answer, content)
+        if status in DOUBTFUL_STATUSES:
+            return self._doubted(batch, body, answer, content)
         if status >= 300 and status not in WHOLE_STATUSES:
             raise self._error(batch, answer, content)
         lists = Lists.of(content)
@@ -260,6 +274,30 @@ class StowPush:
         if unnamed:
             again += self._unnamed(Batch(tuple(unnamed), batch.last), batch, lists, answer, content)
         return again
+
+    def _doubted(self, batch: Batch, body: Body, answer: Answer, content: bytes) -> list[Batch]:
+        """What becomes of a batch whose answer may be about the server, or about one of its instances.
+
+        The others go on, if there are any, and it comes last; until too many in a row are answered so.
+        """
+        error = self._error(batch, answer, content)
+        with self._turn:
+            self._doubts += 1
+            stored, others = self._arrived > 0, bool(self._queue)
+            given_up = self._doubts >= (FULL if stored else DOUBTS)
+        if body.out:
+            self._suspect(batch, body, error)
+        if given_up or answer.retry_after is not None or not (stored or others):
+            raise error
+        if len(batch.items) > 1:
+            return batch.alone()
+        if answer.status != 403:
+            with self._turn:
+                self._later.append(Busy(f"{error.message}: {batch.items[0].shown}"))
+        else:
+            with self._turn:
+                self._denied.append((batch.items[0], self._said(batch, answer, content), error))
+        return []
 
     def _without_room(self, item: Item, refusal: Busy, batch: Batch) -> list[Batch]:
         """An instance that the server has no room for now, which some say of instances that they can't take at all."""
@@ -395,6 +433,7 @@ class StowPush:
         if outcome.arrived:
             with self._turn:
                 self._arrived += 1
+                self._doubts = 0
         self.report(item, outcome)
 
     def _error(self, batch: Batch, answer: Answer, content: bytes) -> DispatchError:

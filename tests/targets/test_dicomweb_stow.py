@@ -21,7 +21,7 @@ import pytest
 from protocols.dicomweb import stow
 from protocols.http import session as http
 from talaria.testing import studies
-from talaria.testing.harness import Sent, attempt
+from talaria.testing.harness import Sent, attempt, sending
 from tasks.dicomweb import driver
 from tests.servers.dicomweb import XML, Reply, Request, Scripted, Step, as_json, as_xml, listing, scripted, uid_of
 from tests.targets.dicomweb import dicomweb_target
@@ -32,6 +32,7 @@ from transfer.errors import (
     Interrupted,
     Misconfigured,
     NotFound,
+    Retryable,
     TimedOut,
 )
 from transfer.outcome import Kind
@@ -620,6 +621,44 @@ def test_retry_after_that_is_none(server: Scripted, plan: Plan, value: str) -> N
     error = push(server, plan).error
     assert isinstance(error, Busy)
     assert error.retry_after is None
+
+
+class Always(list[Step]):
+    """A script that has one answer to all requests."""
+
+    def pop(self, index: Any = -1) -> Step:
+        return self[0]
+
+
+@pytest.mark.parametrize("bad", [(0,), (7,), (0, 4), (3, 4, 5)])
+@pytest.mark.parametrize("status", [403, 408, 502, 503, 504, 507])
+def test_a_status_of_the_whole_server_for_some_instances_costs_only_them(
+    server: Scripted, plan: Plan, status: int, bad: tuple[int, ...]
+) -> None:
+    victims = {uids(plan)[number] for number in bad}
+    server.script = Always([lambda request: Reply(status) if victims & set(request.uids) else None])
+    with sending(dicomweb_target(server.url, concurrency=1, batch_items=4), plan) as sender:
+        for _ in range(3):
+            sent = sender.attempt()
+            seen = Counter(uid for request in server.of("POST") for uid in request.uids)
+            assert max(seen.values()) <= 2 * sender.delivery.attempts
+            if sent.error is None:
+                break
+            assert isinstance(sent.error, Retryable)
+            assert status == 403 or str(status) in sent.error.message
+        assert set(server.stored) == set(uids(plan)) - victims
+        counts = sender.receipt().counts
+    assert counts[Kind.DELIVERED] == 8 - len(bad)
+    assert counts[Kind.REJECTED if status == 403 else Kind.UNSENT] == len(bad)
+
+
+def test_a_server_that_answers_503_to_everything_is_left_in_peace(server: Scripted, tmp_path: Path) -> None:
+    studies.ct(tmp_path, 40)
+    server.script = Always([Reply(503)])
+    sent = push(server, tmp_path, batch_items=4)
+    assert type(sent.error) is Busy
+    assert not sent.outcomes
+    assert len(server.of("POST")) == stow.DOUBTS
 
 
 def test_busy_midway_keeps_what_was_confirmed(server: Scripted, plan: Plan) -> None:
