@@ -148,6 +148,7 @@ class PushReport:
         moved: called with each count of bytes that went out, for progress.
         unanswered: how often items, by path, went out in this run without a word on what became of them; outlives
             an attempt. What is found at the target of these is a delivery, and nothing that was there already.
+        put_off: what the peer said last, by path, of items that it didn't take for now; outlives an attempt.
     """
 
     def __init__(
@@ -157,7 +158,9 @@ class PushReport:
         moved: Callable[[int], None] = lambda count: None,
         unanswered: Counter[str] | None = None,
         pausing: threading.Event | None = None,
+        put_off: dict[str, str] | None = None,
     ) -> None:
+        self.put_off: dict[str, str] = {} if put_off is None else put_off
         self.unanswered: Counter[str] = Counter() if unanswered is None else unanswered
         self._record = record
         self._lock = threading.Lock()

@@ -294,6 +294,7 @@ class StowPush:
         if answer.status != 403:
             with self._turn:
                 self._later.append(Busy(f"{error.message}: {batch.items[0].shown}"))
+            self.report.put_off[batch.items[0].path] = self._said(batch, answer, content)
         else:
             with self._turn:
                 self._denied.append((batch.items[0], self._said(batch, answer, content), error))
@@ -305,6 +306,7 @@ class StowPush:
             return [Batch((item,), last=True)]
         with self._turn:
             self._later.append(refusal)
+        self.report.put_off[item.path] = refusal.message.removesuffix(f": {item.shown}")
         return []
 
     def _unnamed(self, rest: Batch, batch: Batch, lists: Lists | None, answer: Answer, content: bytes) -> list[Batch]:

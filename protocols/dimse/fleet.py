@@ -147,6 +147,7 @@ class Fleet:
         left = sum(item.path not in self.report.outcomes for item in items)
         if left:
             suspects = self.backlog.suspects()
+            self.report.put_off.update({each.item.path: each.words for each in suspects if each.times})
             error = suspects[-1].error if suspects else self.last
             raise Unsettled(self._unsettled(left, len(items), error))
         if self._refusals:

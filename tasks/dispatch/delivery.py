@@ -89,6 +89,7 @@ class Delivery:
         self._told: dict[str, Outcome] = {}
         self._stumbled: set[str] = set()
         self._unanswered: Counter[str] = Counter()
+        self._put_off: dict[str, str] = {}
         self._before: frozenset[str] | None = None
         self._last: Receipt | None = None
         self._furthest = 0  # most bytes of a failed attempt
@@ -132,7 +133,9 @@ class Delivery:
                 # Rejected in this run: not at the target, but not sent again either.
                 told = ((item.path, self._told.get(item.path)) for item in plan.items if item.path not in done)
                 rejected = {path: outcome for path, outcome in told if outcome and not outcome.arrived}
-                report = PushReport(self._record(key), self.cancelled, self.moved, self._unanswered)
+                report = PushReport(
+                    self._record(key), self.cancelled, self.moved, self._unanswered, put_off=self._put_off
+                )
                 report.check()
                 for item in self.refused:
                     if item.path not in self._told:
@@ -268,7 +271,8 @@ class Delivery:
             if outcome and outcome.arrived and item.path in before:
                 outcome = ALREADY
             if outcome is None:
-                outcome = UNSENT
+                said = self._put_off.get(item.path)
+                outcome = Outcome(Kind.UNSENT, f"{UNSENT.detail}: {said}") if said else UNSENT
             if outcome.kind in (Kind.DELIVERED, Kind.WARNING):
                 size += item.size
             rows.append(_result(item, outcome))

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from talaria.testing import studies
-from talaria.testing.harness import Sent, attempt
+from talaria.testing.harness import Sent, attempt, sending
 from tests.servers.scp import Scp, scp
 from tests.servers.steps import Abort, Close, Reset, Script, Silence, Store, Wait
 from tests.targets.dicom import dicom_target
@@ -257,3 +257,18 @@ def test_instances_that_end_associations_at_the_same_number_are_not_taken_for_a_
         assert arrived(sent) == set(peer.kept) == set(uids(plan)) - bad
         assert len(peer.associations) < 30, "an association for each instance"
         assert not any("it gets no more" in note for note in sent.require().notes)
+
+
+def test_what_is_refused_to_the_end_has_the_peers_status_in_the_receipt() -> None:
+    plan = study()
+    bad = set(uids(plan)[-3:])
+    with (
+        scp(on_store=lambda store: 0xA702 if store.SOPInstanceUID in bad else 0) as peer,
+        sending(target_of(peer, concurrency=1, max_attempts=2), plan) as sender,
+    ):
+        while sender.delivery.may_go_on:
+            assert isinstance(sender.attempt().error, Busy)
+        receipt = sender.receipt()
+    unsent = [row.detail for row in receipt.items if row.outcome is Kind.UNSENT]
+    assert len(unsent) == 3
+    assert all("A702" in detail for detail in unsent)

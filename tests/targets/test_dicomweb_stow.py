@@ -647,9 +647,12 @@ def test_a_status_of_the_whole_server_for_some_instances_costs_only_them(
             assert isinstance(sent.error, Retryable)
             assert status == 403 or str(status) in sent.error.message
         assert set(server.stored) == set(uids(plan)) - victims
-        counts = sender.receipt().counts
+        receipt = sender.receipt()
+    counts = receipt.counts
     assert counts[Kind.DELIVERED] == 8 - len(bad)
     assert counts[Kind.REJECTED if status == 403 else Kind.UNSENT] == len(bad)
+    left = [row for row in receipt.items if row.outcome in (Kind.REJECTED, Kind.UNSENT)]
+    assert all(str(status) in row.detail for row in left), left
 
 
 def test_a_server_that_answers_503_to_everything_is_left_in_peace(server: Scripted, tmp_path: Path) -> None:
