@@ -83,7 +83,8 @@ def query(
     else:
         columns = COLUMNS[str(level)]
         table("", list(columns), [[_shown(one.get(column)) for column in columns] for one in found])
-        say(f"{len(found)} {'studies' if level is QueryLevel.STUDY else 'series'}")
+        many = "study" if len(found) == 1 else "studies"
+        say(f"{len(found)} {many if level is QueryLevel.STUDY else 'series'}")
     return DONE if found else NOT_ALL
 
 

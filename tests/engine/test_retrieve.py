@@ -129,6 +129,8 @@ def test_a_patients_name_is_in_no_run(up: Talaria, tmp_path: Path) -> None:
         up.apply(src=source(peer))
         query = up.told("query", "src", "--patient-name", studies.PATIENT_NAME)
         assert [match["PatientID"] for match in query["matches"]] == [studies.PATIENT_ID]
+        shown = up.here("query", "src", "--patient-name", studies.PATIENT_NAME)
+        assert "1 study\n" in shown.stdout + shown.stderr
         arguments = ["--patient-name", studies.PATIENT_NAME, "--into", str(tmp_path / "into")]
         result = up.told("retrieve", "src", *arguments)
         assert result["delivered"] == 1
