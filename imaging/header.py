@@ -11,6 +11,7 @@ Annex A.4 (encapsulated pixel data).
 from __future__ import annotations
 
 import os
+import re
 import struct
 import zlib
 from collections.abc import Iterable
@@ -22,6 +23,7 @@ from imaging.walk import Damaged as Damaged  # what readers of headers have to e
 
 PREAMBLE_BYTES = 132  # 128 bytes of preamble and "DICM"
 MAX_UID_CHARS = 64  # PS3.5 section 9.1
+UID = re.compile(rf"[0-9.]{{1,{MAX_UID_CHARS}}}")  # what may become the name of a file
 
 IMPLICIT_LITTLE = "1.2.840.10008.1.2"
 EXPLICIT_LITTLE = "1.2.840.10008.1.2.1"
@@ -37,7 +39,7 @@ _HEADER_TAGS = frozenset(
     (0x00080005, 0x00080016, 0x00080018, 0x00080020, 0x00080030, 0x00080050, 0x00080060, 0x00100020, 0x0020000D,
      0x0020000E, 0x00200011)
 )  # fmt: skip
-BEGINNING_BYTES = 1024  # of a file, which hold what tells the instance
+BEGINNING_BYTES = 1024  # of a file, which hold what identifies the instance
 
 
 class NotDicom(Exception):
@@ -110,7 +112,7 @@ def read_elements(fd: int, size: int, tags: Iterable[int]) -> tuple[Header, dict
 
 
 def instance_uid(beginning: bytes) -> str:
-    """Return Media Storage SOP Instance UID (0002,0003) of a file that begins so; "" if that doesn't tell.
+    """Return Media Storage SOP Instance UID (0002,0003) of a file that begins so; "" if that doesn't show it.
 
     Args:
         beginning: its first BEGINNING_BYTES, or fewer if it has no more.

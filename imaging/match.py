@@ -10,7 +10,7 @@ import calendar
 import re
 from collections.abc import Callable, Iterable, Iterator
 
-from imaging.query import Query
+from imaging.query import Query, listed
 
 Test = Callable[[str], bool]
 
@@ -34,18 +34,18 @@ def of_study(query: Query) -> Iterator[tuple[str, Test]]:
     if query.StudyDate.strip():
         yield "StudyDate", between(query.StudyDate)
     if query.StudyInstanceUID.strip():
-        yield "StudyInstanceUID", one_of(_listed(query.StudyInstanceUID))
+        yield "StudyInstanceUID", one_of(listed(query.StudyInstanceUID))
 
 
 def of_series(query: Query) -> Iterator[tuple[str, Test]]:
     """The tests that the attributes of one and the same series must pass, by keyword."""
     if query.Modality.strip():
-        tests = [like(modality) for modality in _listed(query.Modality)]
+        tests = [like(modality) for modality in listed(query.Modality)]
         yield "Modality", lambda value: any(test(value) for test in tests)
     if query.SeriesDescription:
         yield "SeriesDescription", one_of(query.SeriesDescription)
     if query.SeriesInstanceUID.strip():
-        yield "SeriesInstanceUID", one_of(_listed(query.SeriesInstanceUID))
+        yield "SeriesInstanceUID", one_of(listed(query.SeriesInstanceUID))
 
 
 def is_universal(pattern: str) -> bool:
@@ -56,11 +56,6 @@ def is_universal(pattern: str) -> bool:
 def has_wild_cards(pattern: str) -> bool:
     """Return True if a pattern has signs that stand for others."""
     return "*" in pattern or "?" in pattern
-
-
-def _listed(value: str) -> list[str]:
-    """Split a list of values; neither sign can be in a UID or a code string."""
-    return [part for part in re.split(r"[\\,]", value) if part.strip()]
 
 
 def _plain(value: str) -> str:

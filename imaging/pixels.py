@@ -141,7 +141,7 @@ def _codecs(what: str) -> Iterator[None]:
         except ImportError as exc:
             raise Unfit(f"the libraries for it are missing: install talaria[transcode] ({exc.name})") from exc
         except Exception as exc:
-            # Their messages tell of codestreams and modules, never of values. Where several plugins failed, the first
+            # Their messages speak of codestreams and modules, never of values. Where several plugins failed, the first
             # line says only that; the last one is a plugin's own.
             lines = str(exc).strip().splitlines() or [type(exc).__name__]
             reason = lines[-1 if isinstance(exc, RuntimeError) else 0].strip().rstrip(":")

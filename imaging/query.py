@@ -52,3 +52,21 @@ class Match:
     def to_json(self) -> dict[str, Any]:
         """The JSON of one match in `query --json`."""
         return {**self.attributes, "instances": self.instances}
+
+
+def listed(value: str) -> list[str]:
+    """Split a list of UIDs or codes: neither a backslash nor a comma can be in one."""
+    return [part.strip() for part in value.replace("\\", ",").split(",") if part.strip()]
+
+
+def text(value: Any) -> str:
+    """Return a value as text, several with a backslash between them."""
+    return "\\".join(str(one) for one in value) if isinstance(value, list) else "" if value is None else str(value)
+
+
+def count(value: Any) -> int | None:
+    """Return a value as a number, None if it is none."""
+    try:
+        return int(str(value))
+    except ValueError:
+        return None

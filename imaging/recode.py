@@ -146,7 +146,7 @@ class Recoder:
     """One rewriting of a data set.
 
     Args:
-        source, out: from where, and to where; the encodings tell how.
+        source, out: from where, and to where; the encodings say how.
         pixel_representation, bits_allocated: of the data set's pixels: they decide between value representations
             that the dictionary leaves open (PS3.5 section 8 and Annex A.1).
         changes: new values of top-level elements, as VR and bytes in the target's order; None leaves one out.

@@ -172,7 +172,7 @@ class Walk:
             )
 
     def nested(self, vr: bytes) -> bool:
-        """Tell whether the items of a sequence are explicit: those of UN never are (PS3.5 section 6.2.2)."""
+        """Return True if the items of a sequence are explicit: those of UN never are (PS3.5 section 6.2.2)."""
         return self.explicit and vr != b"UN"
 
     def sequence(self, pos: int, explicit: bool, depth: int) -> int:

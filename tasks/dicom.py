@@ -13,7 +13,6 @@ from pathlib import Path
 from blocks.base import check_host
 from blocks.dicom import SENDER, DicomTarget, check_aet
 from blocks.dicom_tls import DicomTlsTarget, TlsProfile
-from imaging.header import Header
 from imaging.query import Match, Query
 from protocols.dimse import transport
 from protocols.dimse.association import Association, associate, negotiate
@@ -32,7 +31,7 @@ from tasks.probes import reach
 from transfer import stopping
 from transfer.errors import DispatchError, Interrupted, Misconfigured
 from transfer.health import Health
-from transfer.plan import Item, Origin, Plan
+from transfer.plan import Item, Origin, Plan, header_of
 from transfer.receipt import Level, PushReport, Receipt
 from transfer.throttle import Throttle
 
@@ -265,7 +264,7 @@ def _prove(
 ) -> dict[str, list[Item]]:
     """Ask for storage commitment; take back what is refused, and return what the peer said nothing of."""
     peer = replace(peer, called=target.storage_commitment_aet or peer.called)
-    instances = {uid: _header(items[0]).SOPClassUID for uid, items in arrived.items()}
+    instances = {uid: header_of(items[0]).SOPClassUID for uid, items in arrived.items()}
     with ExitStack() as stack:
         listener = None
         if target.storage_commitment_port:
@@ -299,14 +298,8 @@ def _listen(target: DicomTarget, peer: Peer, report: PushReport) -> AbstractCont
     return shared(host, port, lambda: report_listener(host, port, peer.calling), context, LISTEN_S, report.check)
 
 
-def _header(item: Item) -> Header:
-    if item.header is None:
-        raise RuntimeError(f"{item.shown} is not DICOM and should not have come here")
-    return item.header
-
-
 def _stored(item: Item) -> Stored:
-    header = _header(item)
+    header = header_of(item)
     return Stored(header.StudyInstanceUID, header.SeriesInstanceUID, header.SOPInstanceUID)
 
 

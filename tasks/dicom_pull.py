@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-from imaging.query import Match, Query
+from imaging.query import Match, Query, count, text
 from protocols.dimse.association import associate
 from protocols.dimse.contexts import UNCOMPRESSED
 from protocols.dimse.get import PATIENT_ROOT_GET, PATIENT_ROOT_MOVE, STUDY_ROOT_GET, STUDY_ROOT_MOVE
 from protocols.dimse.pull import Destination, Pull, Series
 from protocols.dimse.query import finder
-from protocols.dimse.search import Search, count, text
+from protocols.dimse.search import Search
 from protocols.dimse.transport import Peer
+from tasks.pulled import compared
 from transfer.errors import Misconfigured, NotFound
-from transfer.plan import Plan
 from transfer.query import series_tests
 from transfer.receipt import Level, PushReport, Receipt
 from transfer.throttle import Throttle
@@ -66,7 +65,7 @@ def retrieve(
     plan = pull.run()
     studies = {} if series_tests(query) else {match.StudyInstanceUID: announced(match) for match in matches}
     receipt = report.receipt(name, plan, Level.ACCEPTED if pull.unproven else Level.LISTED, tuple(pull.notes))
-    return _compared(receipt, plan, series, studies, pull.unproven)
+    return compared(receipt, plan, series, studies, pull.unproven)
 
 
 def granted(peer: Peer) -> str:
@@ -111,33 +110,3 @@ def _kinds(image: dict[str, object]) -> tuple[str, tuple[str, ...]]:
 def announced(match: Match) -> int | None:
     """How many instances the peer says that the match's study has."""
     return count(match.attributes.get("NumberOfStudyRelatedInstances"))
-
-
-def _compared(
-    receipt: Receipt, plan: Plan, series: list[Series], studies: dict[str, int | None], unproven: list[str]
-) -> Receipt:
-    """Compare with the counts that the peer announced: what is short of them makes the receipt a partial one.
-
-    Args:
-        studies: what is announced of studies that all of was asked for.
-        unproven: series of which nothing says that they are whole.
-    """
-    # Every instance that is listed is in the plan, whether it came or not.
-    seen = Counter(item.header.SeriesInstanceUID for item in plan.items if item.header)
-    short, notes = 0, []
-    known: Counter[str] = Counter()
-    for one in series:
-        known[one.study] += max(one.announced or 0, seen[one.uid])
-        if one.announced is not None and seen[one.uid] < one.announced:
-            short += one.announced - seen[one.uid]
-            notes.append(f"series {one.uid}: {one.announced} instances are announced, {seen[one.uid]} are to be had")
-        elif not seen[one.uid]:
-            notes.append(f"series {one.uid}: nothing came")
-            short += 1
-        elif one.uid in unproven:
-            short += 1  # how many are missing is not known
-    for study, number in studies.items():
-        if number is not None and known[study] < number:  # a series is not listed
-            short += number - known[study]
-            notes.append(f"study {study}: {number} instances are announced, {known[study]} of them in its series")
-    return replace(receipt, missing=receipt.missing + short, notes=(*receipt.notes, *notes))

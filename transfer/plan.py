@@ -78,6 +78,13 @@ class Item:
         return "".join(c if c.isprintable() else repr(c)[1:-1] for c in safe)
 
 
+def header_of(item: Item) -> Header:
+    """Return the header of an item, which has one: targets that carry only DICOM get no others."""
+    if item.header is None:
+        raise RuntimeError(f"{item.shown} is not DICOM and should not have come here")
+    return item.header
+
+
 @dataclass(frozen=True)
 class Plan:
     """What one dispatch sends to one target.

@@ -80,7 +80,7 @@ class HeldInstance:
 
     Attributes:
         path: its file, absolute; bytes that are not UTF-8 are kept as surrogates.
-        stamp: tells whether the file is still the one that was indexed.
+        stamp: shows whether the file is still the one that was indexed.
     """
 
     path: Path
@@ -188,7 +188,7 @@ class DicomFolder:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Wait until no other process is reading headers of this folder, as far as its file system can tell."""
+        """Wait until no other process is reading headers of this folder, as far as its file system shows."""
         fd = os.open(self._root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             end = time.monotonic() + LOCK_S
@@ -347,7 +347,7 @@ def clear_indexes(state_dir: Path, before: float) -> int:
 
 
 def _stamp(path: Path | None) -> Stamp | None:
-    """Tell one version of an index file from another; None if there is none."""
+    """Return what differs between versions of an index file; None if there is none."""
     if path is None:
         return None
     try:

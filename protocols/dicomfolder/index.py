@@ -84,7 +84,7 @@ ORDER = tuple(attribute.tag for attribute in ATTRIBUTES)
 TAGS = frozenset(ORDER)
 CHARSET = 0x00080005  # Specific Character Set
 
-# A study is told from another by patient and UID, as Orthanc does: one UID under two patients is two studies.
+# A study is identified by patient and UID, as Orthanc does: one UID under two patients is two studies.
 # `header` of a series and of a study is the row that speaks for it; see `Index.settle`.
 SCHEMA = f"""
 CREATE TABLE folders (id INTEGER PRIMARY KEY, path BLOB NOT NULL UNIQUE, mark BLOB NOT NULL);
@@ -105,7 +105,7 @@ PRAGMA user_version = {VERSION};
 
 
 class Stamp(NamedTuple):
-    """What tells that a file is the one whose header was read: bytes, nanoseconds, nanoseconds, number."""
+    """What shows that a file is the one whose header was read: bytes, nanoseconds, nanoseconds, number."""
 
     size: int
     mtime_ns: int
@@ -165,7 +165,7 @@ class Index:
         self._changed = not self.is_saved
 
     def _load(self, source: Path) -> bool:
-        """Read a file; tell whether it is an index of ours and whole.
+        """Read a file; return True if it is an index of ours and whole.
 
         Whoever may write to a folder may put any file in the index's place; one with other tables, or with triggers
         and views, is none of ours.
@@ -326,7 +326,7 @@ class Index:
             self.db.execute("COMMIT")
 
     def save(self, mode: int) -> None:
-        """Write the index to its file if something changed; `is_saved` tells whether the file has it all now.
+        """Write the index to its file if something changed; `is_saved` is True if the file has it all now.
 
         Args:
             mode: permission bits of the file.

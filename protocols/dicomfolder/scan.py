@@ -229,7 +229,7 @@ def _let_it_tick(newest: int) -> None:
 
 
 def _put(index: Index, folder: int, read: Read, work: Work) -> bool:
-    """Enter a file into the index; tell whether it needn't be looked at again as long as its stamp is the same."""
+    """Enter a file into the index; return False if it must be read again although its stamp is the same."""
     if read.stamp is None:
         work.unreadable += read.kind == DAMAGED
         index.remove_files(folder, [read.name])
@@ -279,7 +279,7 @@ def _kind(fd: int, size: int) -> tuple[int, Instance | None]:
 
 
 def _coarse(stamp: Stamp) -> bool:
-    """Tell whether the file may be written again and keep its times."""
+    """Return True if the file may be written again and keep its times."""
     latest = max(stamp.mtime_ns, stamp.ctime_ns)
     whole = stamp.mtime_ns % 1_000_000_000 == 0 and stamp.ctime_ns % 1_000_000_000 == 0
     return whole and abs(time.time_ns() - latest) < COARSE_NS

@@ -11,17 +11,17 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import stat
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from imaging.header import Damaged, Header, NotDicom, read_header
+from imaging.header import UID, Damaged, Header, NotDicom, read_header
 from protocols.dicomfolder.folder import HeldInstance
 from protocols.files import filesystem as fs
 from protocols.files import partial
 from protocols.files.incoming import PIECE_BYTES, Incoming, Place, Style
+from protocols.files.instances import held
 from transfer.content import copy_bytes, same_content
 from transfer.duplicates import Duplicates
 from transfer.errors import Busy, Cancelled, Denied, Permanent, Rejected
@@ -29,12 +29,11 @@ from transfer.fanout import each
 from transfer.layout import sanitised
 from transfer.oserrors import FULL, ITEM_ERRORS
 from transfer.outcome import ALREADY, DELIVERED, Kind, Outcome
-from transfer.plan import Item, Plan
+from transfer.plan import Item, Plan, header_of
 from transfer.receipt import Level, PushReport
 from transfer.throttle import Throttle
 
 REPLACED = Outcome(Kind.WARNING, "replaced another version of this instance")
-UID = re.compile(r"[0-9.]{1,64}")  # PS3.5 section 9.1
 
 
 # ---- into the folder
@@ -45,7 +44,7 @@ class FolderPush(Incoming):
 
     Args:
         root: the folder, with no link on the way to it.
-        owner: name of the target, which another one's push into the same folder is told from.
+        owner: name of the target, which keeps its push apart from another target's into the same folder.
 
     Attributes:
         notes: why a level was not reached, for people.
@@ -107,7 +106,7 @@ class FolderPush(Incoming):
     def _refuse_homeless(self) -> None:
         """Reject what says not which study and series it belongs to."""
         for item in self.plan.pending:
-            if not (_header(item).StudyInstanceUID and _header(item).SeriesInstanceUID):
+            if not (header_of(item).StudyInstanceUID and header_of(item).SeriesInstanceUID):
                 self.report(item, Outcome(Kind.REJECTED, "has no Study or Series Instance UID"))
 
     def _already(self, item: Item) -> bool:
@@ -182,7 +181,7 @@ class FolderPush(Incoming):
 
 
 def _folder(item: Item) -> str:
-    header = _header(item)
+    header = header_of(item)
     return f"{sanitised(header.StudyInstanceUID)}/{sanitised(header.SeriesInstanceUID)}"
 
 
@@ -196,14 +195,8 @@ def _where(plan: Plan, places: dict[str, Place]) -> dict[str, Place]:
     return {item.path: places[_folder(item)] for item in plan.items}
 
 
-def _header(item: Item) -> Header:
-    if item.header is None:
-        raise ValueError(f"{item.shown} is not DICOM and must not come here")
-    return item.header
-
-
 def _name(item: Item) -> str:
-    return f"{sanitised(_header(item).SOPInstanceUID)}.dcm"
+    return f"{sanitised(header_of(item).SOPInstanceUID)}.dcm"
 
 
 # ---- out of the folder
@@ -245,7 +238,7 @@ def _bring(one: HeldInstance, into: Path, report: PushReport, throttle: Throttle
     header = Header(one.SOPClassUID, uid, one.TransferSyntaxUID, one.StudyInstanceUID, one.SeriesInstanceUID, 0)
     item = Item(f"{sanitised(uid)}.dcm", 0, 0, header)
     final = into / item.path
-    there = _read(final, uid)
+    there = held(final, uid)
     if there is not None and there.size == one.size and _is_copy(one, final, report):
         report(there, ALREADY)
         return there
@@ -254,19 +247,9 @@ def _bring(one: HeldInstance, into: Path, report: PushReport, throttle: Throttle
     except Rejected as exc:
         report(item, Outcome(Kind.REJECTED, exc.message))
         return item
-    item = _read(final, uid) or item
+    item = held(final, uid) or item
     report(item, DELIVERED)
     return item
-
-
-def _read(path: Path, uid: str) -> Item | None:
-    """The item of a whole file that holds this instance; None if it doesn't."""
-    with suppress(OSError, NotDicom, Damaged), path.open("rb") as file:
-        info = os.fstat(file.fileno())
-        header = read_header(file.fileno(), info.st_size)
-        if header.SOPInstanceUID == uid:
-            return Item(path.name, info.st_size, info.st_mtime_ns, header)
-    return None
 
 
 def _is_copy(one: HeldInstance, final: Path, report: PushReport) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 from imaging import json as dicomjson
 from imaging.json import keyworded
 from imaging.match import Test, has_wild_cards, in_days, is_universal
-from imaging.query import Match, Query
+from imaging.query import Match, Query, count, listed, text
 from protocols.dicomweb import service as dicomweb
 from protocols.dicomweb.client import Client, Keys, Refused
 from protocols.dicomweb.pages import DATE, UID_TAGS, Archive, Search
@@ -55,14 +55,14 @@ def find(service: Service, query: Query, *, tries: int = 1) -> Iterator[Match]:
     for study in finder.studies():
         if query.level == "series":
             for series in finder.series_of(study):
-                yield Match({**study, **series}, _count(series.get("NumberOfSeriesRelatedInstances")))
+                yield Match({**study, **series}, count(series.get("NumberOfSeriesRelatedInstances")))
         elif finder.has_series(study):
             yield Match(study, announced(study))
 
 
 def announced(study: dict[str, Any]) -> int | None:
     """How many instances the server says that a study has."""
-    return _count(study.get("NumberOfStudyRelatedInstances"))
+    return count(study.get("NumberOfStudyRelatedInstances"))
 
 
 def instances(archive: Archive, study_uid: str, series_uid: str, expected: int | None = None) -> Iterator[str]:
@@ -158,7 +158,7 @@ class _Finder:
         for found in search:
             values = keyworded(found)
             given.update(values)
-            failed = [(keyword, test) for keyword, test in tests if not test(_text(values.get(keyword)))]
+            failed = [(keyword, test) for keyword, test in tests if not test(text(values.get(keyword)))]
             if not failed:
                 yield values
             elif not any(keyword in values for keyword, _ in failed):
@@ -173,7 +173,7 @@ class _Finder:
             below = self._below(search.segments, str(values.get(uid, "")))
             if below is None:
                 below = self._by_key(search, str(values.get(uid, "")), [keyword for keyword, _ in failed])
-            if all(test(_text(below.get(keyword))) for keyword, test in failed):
+            if all(test(text(below.get(keyword))) for keyword, test in failed):
                 yield values | {keyword: below.get(keyword, "") for keyword, _ in failed}
 
     def _wordings(self, keys: Keys) -> Iterator[Keys]:
@@ -234,12 +234,12 @@ class _Finder:
             )
             if value.strip() and not is_universal(value)
         ]
-        modalities = _listed(query.Modality)
+        modalities = listed(query.Modality)
         if len(modalities) == 1 and not is_universal(modalities[0]):
             common.append(("ModalitiesInStudy", modalities[0]))
-        studies = _listed(query.StudyInstanceUID)
+        studies = listed(query.StudyInstanceUID)
         if not studies and query.SeriesInstanceUID.strip():
-            studies = self._studies_of_series(_listed(query.SeriesInstanceUID))
+            studies = self._studies_of_series(listed(query.SeriesInstanceUID))
         lists = [
             [("AccessionNumber", value.strip()) for value in dict.fromkeys(query.AccessionNumber) if value.strip()],
             [("StudyInstanceUID", value) for value in studies],
@@ -266,7 +266,7 @@ class _Finder:
     def series_of(self, study: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """Yield the series of a study that match, as values by keyword."""
         uid = str(study["StudyInstanceUID"])
-        expected = _count(study.get("NumberOfStudyRelatedSeries"))
+        expected = count(study.get("NumberOfStudyRelatedSeries"))
         search = Search(self.archive, ("studies", uid, "series"), (), SERIES_FIELDS, expected)
         try:
             yield from self._passed(search, "SeriesInstanceUID", self._series_tests)
@@ -340,18 +340,3 @@ def _any_sign(value: str) -> str:
 
 
 _LOOSENED: dict[str, Callable[[str], str]] = {"PatientName": _loose_name, "PatientID": _any_sign}
-
-
-def _listed(value: str) -> list[str]:
-    return [part.strip() for part in value.replace("\\", ",").split(",") if part.strip()]
-
-
-def _text(value: Any) -> str:
-    return "\\".join(str(one) for one in value) if isinstance(value, list) else "" if value is None else str(value)
-
-
-def _count(value: Any) -> int | None:
-    try:
-        return int(str(value))
-    except ValueError:
-        return None

@@ -7,7 +7,6 @@ breaks) is listed and asked for one by one, and in other forms; what doesn't com
 from __future__ import annotations
 
 import os
-import re
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator
@@ -15,10 +14,11 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from imaging.header import Damaged, Header, NotDicom, read_header
+from imaging.header import UID, Damaged, Header, NotDicom, read_header
 from protocols.dicomweb import service as dicomweb
 from protocols.dicomweb.service import Service
 from protocols.files import partial
+from protocols.files.instances import here
 from protocols.http.answer import Answer
 from protocols.http.multipart import Parts, parameters
 from protocols.net.connection import SLICE_S
@@ -41,7 +41,6 @@ OTHER_FORM = (400, 406, 415, 500, 501)  # what servers say to a form that they c
 UNABLE = (500, 502, 504)  # and to what is too much for them
 HOPELESS = 3  # failures, one after the other, until a server counts as broken
 TRIES = 3  # of one instance over links that break
-UID = re.compile(r"[0-9.]{1,64}")  # PS3.5 section 9.1; becomes a file name
 
 
 def path(service: Service, uids: tuple[str, ...]) -> str:
@@ -224,15 +223,10 @@ class Retrieval:
     def _look(self) -> None:
         """Find what is in the folder already."""
         wanted = {one.uid for one in self.series}
-        for path in self.folder.glob("*.dcm"):
-            self.report.check()
-            with suppress(OSError, NotDicom, Damaged), path.open("rb") as file:
-                info = os.fstat(file.fileno())
-                header = read_header(file.fileno(), info.st_size)
-                if header.SOPInstanceUID == path.stem and header.SeriesInstanceUID in wanted:
-                    self._here[path.stem] = Item(path.name, info.st_size, info.st_mtime_ns, header)
-                    self._counts[header.SeriesInstanceUID] += 1
-                    self.report(self._here[path.stem], ALREADY)
+        for uid, series, item in here(self.folder, wanted, self.report.check):
+            self._here[uid] = item
+            self._counts[series] += 1
+            self.report(item, ALREADY)
 
     # ---- workers
 

@@ -14,14 +14,13 @@ from pynetdicom.association import Association as PynetdicomAssociation
 
 from protocols.dimse.association import Association, associate
 from protocols.dimse.contexts import UNCOMPRESSED
+from protocols.dimse.query import PENDING, STUDY_ROOT_FIND, refusal
 from protocols.dimse.transport import Peer
 from protocols.net.connection import SLICE_S
 from protocols.net.hiding import forms
 from protocols.net.words import clean
-from transfer.errors import Busy, Denied, DispatchError, Interrupted, Misconfigured, Retryable
+from transfer.errors import DispatchError, Retryable
 
-STUDY_ROOT_FIND = "1.2.840.10008.5.1.4.1.2.2.1"
-PENDING = (0xFF00, 0xFF01)  # PS3.4 table C.4-1
 TRIES = 3  # how often a peer is asked for what it doesn't list: archives index what they got with some delay
 PAUSE_S = 2.0
 
@@ -48,23 +47,10 @@ def find(
     if "Status" not in status:
         raise association.lost("C-FIND", begun)
     if status.Status != 0:
-        raise refusal(association, status, identifier)
+        asked = {form for element in identifier for form in forms(str(element.value))}
+        comment = clean(str(status.get("ErrorComment", "")), asked)
+        raise refusal(f"{association.peer.where}: C-FIND", int(status.Status), comment)
     return matches
-
-
-def refusal(association: Association, status: Dataset, identifier: Dataset) -> DispatchError:
-    """Classify a final status of C-FIND that is not success; the peer's words lose what was asked for."""
-    code = int(status.Status)
-    asked = {form for element in identifier for form in forms(str(element.value))}
-    comment = clean(str(status.get("ErrorComment", "")), asked)
-    text = f"{association.peer.where}: C-FIND answered with status {code:04X}" + (f" ({comment})" if comment else "")
-    if code & 0xFF00 == 0xA700 or code == 0x0213:
-        return Busy(text)
-    if code == 0x0124:
-        return Denied(text)
-    if code == 0xFE00:
-        return Interrupted(text)
-    return Misconfigured(text)
 
 
 @dataclass(frozen=True)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from imaging.header import Damaged, Header, NotDicom, read_header
+from imaging.header import UID, Header
 from protocols.dimse import scp
 from protocols.dimse.get import (
     PATIENT_ROOT_GET,
@@ -27,9 +26,10 @@ from protocols.dimse.get import (
     pairs_for,
 )
 from protocols.dimse.moves import DESK, Expected, addresses
-from protocols.dimse.receive import UID, Depot
+from protocols.dimse.receive import Depot
 from protocols.dimse.transport import Peer
 from protocols.files import partial as files
+from protocols.files.instances import here
 from transfer.errors import Busy, DispatchError, Interrupted, Misconfigured, TimedOut, Unreachable
 from transfer.fanout import in_threads
 from transfer.outcome import ALREADY, DELIVERED, Kind, Outcome
@@ -170,17 +170,11 @@ class Pull:
     def _look(self) -> None:
         """Find what is in the folder already."""
         wanted = {one.uid for one in self.series}
-        for path in self.folder.glob("*.dcm"):
-            self.report.check()
-            with suppress(OSError, NotDicom, Damaged), path.open("rb") as file:
-                info = os.fstat(file.fileno())
-                header = read_header(file.fileno(), info.st_size)
-                if header.SOPInstanceUID == path.stem and header.SeriesInstanceUID in wanted:
-                    item = Item(path.name, info.st_size, info.st_mtime_ns, header)
-                    self._here[path.stem] = item
-                    self._uids[header.SeriesInstanceUID].add(path.stem)
-                    self._counts[header.SeriesInstanceUID] += 1
-                    self.report(item, ALREADY)
+        for uid, series, item in here(self.folder, wanted, self.report.check):
+            self._here[uid] = item
+            self._uids[series].add(uid)
+            self._counts[series] += 1
+            self.report(item, ALREADY)
 
     def _lacks(self, one: Series) -> bool:
         """Whether something of a series is not here, as far as is known."""

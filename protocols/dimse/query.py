@@ -143,14 +143,17 @@ class Conversation:
             return
         hidden = {form for key, value in keys.items() if key in PRIVATE for form in forms(value)}
         comment = clean(command.text(COMMENT), hidden)
-        text = f"{self.peer.where}: {doing} answered with status {code:04X}" + (f" ({comment})" if comment else "")
-        if code & 0xFF00 == 0xA700 or code == 0x0213:
-            raise Busy(text)
-        if code == 0x0124:
-            raise Denied(text)
-        if code == 0xFE00:
-            raise Interrupted(text)
-        raise Misconfigured(text)
+        raise refusal(f"{self.peer.where}: {doing}", code, comment)
+
+
+def refusal(what: str, code: int, comment: str) -> DispatchError:
+    """Return the error that a final status of C-FIND means which is not success (PS3.4 table C.4-1, PS3.7 Annex C)."""
+    text = f"{what} answered with status {code:04X}" + (f" ({comment})" if comment else "")
+    if code & 0xFF00 == 0xA700 or code == 0x0213:
+        return Busy(text)
+    if code == 0x0124:
+        return Denied(text)
+    return Interrupted(text) if code == 0xFE00 else Misconfigured(text)
 
 
 class Finder(Conversation):

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from imaging.match import in_days
-from imaging.query import Match, Query
+from imaging.query import Match, Query, count, listed, text
 from protocols.dimse.accessions import Accessions
 from protocols.dimse.identifier import encodings
 from protocols.dimse.parts import SPLITTERS, Splitter, outside
@@ -346,21 +346,3 @@ class _Ignored(Exception):
 
 class _CutShort(Misconfigured):
     """There is more than the peer gives."""
-
-
-def listed(value: str) -> list[str]:
-    """Split a list of UIDs or codes."""
-    return [part.strip() for part in value.replace("\\", ",").split(",") if part.strip()]
-
-
-def text(value: Any) -> str:
-    """A value as text, several with a backslash between them."""
-    return "\\".join(str(one) for one in value) if isinstance(value, list) else "" if value is None else str(value)
-
-
-def count(value: Any) -> int | None:
-    """A value as a number; None if it is none."""
-    try:
-        return int(str(value))
-    except ValueError:
-        return None

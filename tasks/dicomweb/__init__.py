@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -28,6 +27,7 @@ from protocols.net import tls
 from tasks.dicomweb import folder as dicomweb_folder
 from tasks.driver import Driver, Facts
 from tasks.probes import reach_web
+from tasks.pulled import compared
 from transfer import stopping
 from transfer.errors import Busy, DispatchError, Misconfigured, NotFound
 from transfer.health import Health, Probe
@@ -289,14 +289,14 @@ def _prove(target: DicomWebTarget, service: Service, plan: Plan, items: list[Ite
     """Read everything back and compare; returns why that proves less than it should, "" if it doesn't."""
     unproven: list[Item] = []
 
-    def told(item: Item, verdict: Verdict) -> None:
+    def judged(item: Item, verdict: Verdict) -> None:
         if verdict in (Verdict.OTHER, Verdict.MISSING):
             report.revoke(item, str(verdict.value))
         elif verdict is Verdict.UNLIKE:
             unproven.append(item)
 
     try:
-        readback.read_back(service, plan, items, concurrency=target.concurrency, check=report.check, told=told)
+        readback.read_back(service, plan, items, concurrency=target.concurrency, check=report.check, judged=judged)
     except Unverifiable as exc:
         return f"can't be proven by reading back: {exc}"
     if unproven:
@@ -351,7 +351,7 @@ def retrieve(target: DicomWebTarget, query: Query, folder: Path, report: PushRep
         {} if series_tests(query) else {match.StudyInstanceUID: qido.announced(match.attributes) for match in matches}
     )
     level = Level.ACCEPTED if blind else Level.LISTED
-    return _compared(report.receipt(target.name, plan, level, tuple(retrieval.notes)), plan, series, whole)
+    return compared(report.receipt(target.name, plan, level, tuple(retrieval.notes)), plan, series, whole)
 
 
 def _listed(service: Service, series: Series) -> set[str] | None:
@@ -365,30 +365,6 @@ def _listed(service: Service, series: Series) -> set[str] | None:
                 dicomjson.text(one, qido.SOP_UID) for one in Client(service).metadata(series.study, series.uid)
             )
     return found - {""} or None
-
-
-def _compared(receipt: Receipt, plan: Plan, series: list[Series], studies: dict[str, int | None]) -> Receipt:
-    """Compare with the counts that the server announced: what is short of them makes the receipt a partial one.
-
-    Args:
-        studies: what is announced of studies that all of was asked for.
-    """
-    seen = Counter(item.header.SeriesInstanceUID for item in plan.items if item.header)
-    short, notes = 0, []
-    known: Counter[str] = Counter()  # instances by study that came, or are missed already
-    for one in series:
-        known[one.study] += max(one.announced or 0, seen[one.uid])
-        if one.announced is not None and seen[one.uid] < one.announced:
-            short += one.announced - seen[one.uid]
-            notes.append(f"series {one.uid}: {one.announced} instances are announced, {seen[one.uid]} are to be had")
-        if not seen[one.uid]:
-            notes.append(f"series {one.uid}: nothing came")
-            short += one.announced is None
-    for study, count in studies.items():
-        if count is not None and known[study] < count:  # a series is not listed
-            short += count - known[study]
-            notes.append(f"study {study}: {count} instances are announced, {known[study]} of them in its series")
-    return replace(receipt, missing=receipt.missing + short, notes=(*receipt.notes, *notes))
 
 
 driver = Driver(

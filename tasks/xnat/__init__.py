@@ -22,7 +22,7 @@ from protocols.xnat.client import Client
 from tasks.driver import Driver, Facts
 from tasks.probes import reach_web
 from tasks.xnat.errors import classified
-from tasks.xnat.names import Name, Names, Study, header_of
+from tasks.xnat.names import Name, Names, Study
 from tasks.xnat.study import Importer
 from transfer.duplicates import Duplicates
 from transfer.errors import (
@@ -37,7 +37,7 @@ from transfer.errors import (
 from transfer.fanout import each, gravest
 from transfer.health import Health
 from transfer.outcome import Kind, Outcome
-from transfer.plan import Item, Plan
+from transfer.plan import Item, Plan, header_of
 from transfer.receipt import Level, PushReport, Receipt
 from transfer.throttle import Throttle
 

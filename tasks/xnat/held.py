@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 
 from protocols.xnat.answers import CatalogEntry, ImageSession
 from protocols.xnat.client import Client
-from tasks.xnat.names import entry_name, header_of
-from transfer.plan import Item
+from tasks.xnat.names import entry_name
+from transfer.plan import Item, header_of
 
 _TELLING = re.compile(r"[0-2](\.\d+){2,}\.dcm")  # the name of a file that was sent under its instance's UID
 

@@ -16,11 +16,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from blocks.xnat import XnatTarget
-from imaging.header import Header
 from protocols.xnat.answers import ImageSession, Refused
 from protocols.xnat.client import Client
 from transfer.layout import FIELDS, UNKNOWN
-from transfer.plan import Item, Plan
+from transfer.plan import Item, Plan, header_of
 
 MAX_LABEL_CHARS = 100  # XNAT keeps 255, but a label is a folder's name there, beside others in a path
 DIGEST_CHARS = 8
@@ -95,13 +94,6 @@ def candidates(label: str, uid: str) -> Iterator[str]:
     yield label
     for chars in (DIGEST_CHARS, 2 * DIGEST_CHARS):
         yield f"{label[: MAX_LABEL_CHARS - chars - 1]}-{digest(uid, chars)}"
-
-
-def header_of(item: Item) -> Header:
-    """An item's header; a target that carries only DICOM gets no item without one."""
-    if item.header is None:
-        raise ValueError(f"{item.shown} is no DICOM file")
-    return item.header
 
 
 def entry_name(SOPInstanceUID: str) -> str:

@@ -19,11 +19,11 @@ from protocols.xnat.answers import ArchivePlace, CatalogEntry, ImageSession, Ref
 from protocols.xnat.client import Client
 from tasks.xnat.errors import classified
 from tasks.xnat.held import Held, distinct, held_in_archive, held_in_prearchive, name_of
-from tasks.xnat.names import Name, Names, Study, header_of
+from tasks.xnat.names import Name, Names, Study
 from tasks.xnat.zip import ZipBody
 from transfer.errors import Busy, Denied, Interrupted, Misconfigured, Rejected, Retryable, TimedOut
 from transfer.outcome import ALREADY, DELIVERED, Kind, Outcome
-from transfer.plan import Item, Plan
+from transfer.plan import Item, Plan, header_of
 from transfer.receipt import Level, PushReport
 from transfer.throttle import Throttle
 

@@ -1,0 +1,58 @@
+"""Compares what a retrieval brought with what the source had announced; for drivers that fetch series from servers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
+from typing import Protocol
+
+from transfer.plan import Plan
+from transfer.receipt import Receipt
+
+
+class Announced(Protocol):
+    """A series, and how many instances the source says that it has; None if it doesn't say."""
+
+    @property
+    def study(self) -> str: ...
+
+    @property
+    def uid(self) -> str: ...
+
+    @property
+    def announced(self) -> int | None: ...
+
+
+def compared(
+    receipt: Receipt,
+    plan: Plan,
+    series: Iterable[Announced],
+    studies: Mapping[str, int | None],
+    unproven: Collection[str] = (),
+) -> Receipt:
+    """Return a receipt that counts as missing what is short of the counts that the source announced.
+
+    Args:
+        plan: every instance that is listed, whether it came or not.
+        studies: what is announced of studies that all of was asked for.
+        unproven: series of which nothing says that they are whole.
+    """
+    seen = Counter(item.header.SeriesInstanceUID for item in plan.items if item.header)
+    short, notes = 0, []
+    known: Counter[str] = Counter()  # instances by study that came, or are missed already
+    for one in series:
+        known[one.study] += max(one.announced or 0, seen[one.uid])
+        if one.announced is not None and seen[one.uid] < one.announced:
+            short += one.announced - seen[one.uid]
+            notes.append(f"series {one.uid}: {one.announced} instances are announced, {seen[one.uid]} are to be had")
+        elif not seen[one.uid]:
+            short += 1
+            notes.append(f"series {one.uid}: nothing came")
+        elif one.uid in unproven:
+            short += 1  # how many are missing is not known
+    for study, number in studies.items():
+        if number is not None and known[study] < number:  # a series is not listed
+            short += number - known[study]
+            notes.append(f"study {study}: {number} instances are announced, {known[study]} of them in its series")
+    return replace(receipt, missing=receipt.missing + short, notes=(*receipt.notes, *notes))
