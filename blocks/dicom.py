@@ -27,7 +27,7 @@ class DicomTarget(Target):
     """A PACS, a modality or any other DICOM node that is reached over TCP without encryption.
 
     Instances go out as they are, by C-STORE over several associations; a transfer syntax that the node refuses is
-    converted without loss, unless told otherwise. Can be queried and pulled from.
+    converted without loss, unless `transcode` says otherwise. Can be queried and pulled from.
     """
 
     _block_type_name = "DICOM Target"

@@ -223,7 +223,7 @@ def pinned(text: str) -> tuple[str, ...]:
 
 
 def _is_key(kind: str, text: str) -> bool:
-    """Tell whether the text is a public key of this type (RFC 4253 section 6.6)."""
+    """Return True if the text is a public key of this type (RFC 4253 section 6.6)."""
     try:
         blob = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):

@@ -110,9 +110,9 @@ def read_back(
     *,
     concurrency: int,
     check: Callable[[], None],
-    told: Callable[[Item, Verdict], None],
+    judged: Callable[[Item, Verdict], None],
 ) -> None:
-    """Fetch items again and tell how each compares with what was sent.
+    """Fetch items again and report how each compares with what was sent.
 
     Raises:
         Unverifiable: the server gives nothing back. DispatchError: it can't be reached just now.
@@ -121,7 +121,7 @@ def read_back(
 
         def work(item: Item) -> None:
             check()
-            told(item, _compare(service, plan, item, Path(folder), check))
+            judged(item, _compare(service, plan, item, Path(folder), check))
 
         each(items, work, concurrency, "read-back")
 

@@ -143,7 +143,7 @@ class StowPush:
         for item, said, error in denied:
             if not self._arrived:
                 raise error
-            self._tell(item, Outcome(Kind.REJECTED, said))
+            self._report(item, Outcome(Kind.REJECTED, said))
         if self._later:
             waits = [error.retry_after for error in self._later if error.retry_after is not None]
             named = "; ".join(dict.fromkeys(error.message for error in self._later[:NAMED]))
@@ -186,7 +186,7 @@ class StowPush:
         return None
 
     def _send(self, batch: Batch, buffer: bytearray) -> list[Batch]:
-        """Send one batch and tell the outcomes; returns what is to be sent again."""
+        """Send one batch and report the outcomes; return what is to be sent again."""
         self.report.check()
         while True:
             body = Body(batch.items, self.plan, buffer, self._throttle.piece, self._pace, self.report.moved)
@@ -195,7 +195,7 @@ class StowPush:
             try:
                 answer, content = self._post(body)
             except Rejected as exc:  # a file that isn't any more what was planned: the others go without it
-                self._tell(body.current, Outcome(Kind.REJECTED, exc.message))
+                self._report(body.current, Outcome(Kind.REJECTED, exc.message))
                 batch = Batch(tuple(item for item in batch.items if item is not body.current), batch.last)
                 if not batch.items:
                     return []
@@ -262,9 +262,9 @@ class StowPush:
                 elif isinstance(outcome, Batch):
                     again.append(outcome)
                 else:
-                    self._tell(item, outcome)
+                    self._report(item, outcome)
             elif lists and uid in lists.accepted and at < whole:
-                self._tell(item, stow_answer.warning(lists.accepted[uid]) or DELIVERED)
+                self._report(item, stow_answer.warning(lists.accepted[uid]) or DELIVERED)
             else:
                 unnamed.append(item)
         with self._turn:
@@ -322,7 +322,7 @@ class StowPush:
         if others and (len(others) == len(rest.items) or alone):
             # Failures without a UID, as many as there are instances without a word: theirs, if not in this order.
             for item, reason in zip(rest.items, others, strict=False):
-                self._tell(item, Outcome(Kind.REJECTED, stow_answer.failure(reason)))
+                self._report(item, Outcome(Kind.REJECTED, stow_answer.failure(reason)))
             return []
         if answer.status < 300 and not answer.early:
             return self._settled(rest, batch, lists, answer, content)
@@ -337,7 +337,7 @@ class StowPush:
         for item in items:
             with self._turn:
                 self.unlisted += 1
-            self._tell(item, Outcome(Kind.WARNING, words) if answer.status == 202 or words[:1] != "2" else DELIVERED)
+            self._report(item, Outcome(Kind.WARNING, words) if answer.status == 202 or words[:1] != "2" else DELIVERED)
 
     def _settled(self, rest: Batch, batch: Batch, lists: Lists | None, answer: Answer, content: bytes) -> list[Batch]:
         """Find out what became of instances that an answer of success doesn't name; returns what is to be sent again.
@@ -350,14 +350,14 @@ class StowPush:
         left = rest.items if missing is None else missing
         for item in rest.items:
             if item not in left:
-                self._tell(item, DELIVERED)
+                self._report(item, DELIVERED)
         if not left:
             return []
         if lists and strangers == len(rest.items) and not lists.failed and not lists.others:
             words = "accepted without its UID" if lists.nameless == strangers else "stored under another UID"
             self.elsewhere.update(item.path for item in left)
             for item in left:
-                self._tell(item, Outcome(Kind.WARNING, words))
+                self._report(item, Outcome(Kind.WARNING, words))
             return []
         if page or (lists is None and missing is None and _begins_list(answer, content)):
             said = self._said(rest, answer, content)
@@ -404,7 +404,7 @@ class StowPush:
                 if self._hopeless >= HOPELESS or not self._queue:
                     raise self._error(rest, answer, content)
                 return self._open(rest)
-        self._tell(item, Outcome(Kind.REJECTED, self._said(rest, answer, content)))
+        self._report(item, Outcome(Kind.REJECTED, self._said(rest, answer, content)))
         return []
 
     def _failure(
@@ -428,10 +428,10 @@ class StowPush:
                 self._ceiling = min(self._ceiling or body.length, body.length * 3 // 4)
             return batch.halves() if answer.early or not body.out else batch.alone()
         text = f"larger than the server takes ({batch.items[0].size} bytes): {self._said(batch, answer, content)}"
-        self._tell(batch.items[0], Outcome(Kind.REJECTED, text))
+        self._report(batch.items[0], Outcome(Kind.REJECTED, text))
         return []
 
-    def _tell(self, item: Item, outcome: Outcome) -> None:
+    def _report(self, item: Item, outcome: Outcome) -> None:
         if outcome.arrived:
             with self._turn:
                 self._arrived += 1

@@ -40,10 +40,10 @@ class Batch:
 
 
 def batches(items: Iterable[Item], batch_bytes: int, batch_items: int, concurrency: int) -> Iterator[Batch]:
-    """Split instances, in order, so that no request is larger than told, and that all connections have some.
+    """Split instances, in order, so that no request is larger than allowed, and that all connections have some.
 
     An instance that is larger than `batch_bytes` goes alone; two with the same UID never go together, as no
-    answer could tell them apart.
+    answer could say which of them it means.
     """
     items = list(items)
     whole = sum(item.size + PART_BYTES for item in items)

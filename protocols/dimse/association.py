@@ -98,7 +98,7 @@ class Association:
             try:
                 self._wait_for_reactor()
                 made.append(function(self.assoc))
-            except BaseException as exc:  # told to the thread that waits
+            except BaseException as exc:  # raised in the thread that waits
                 failed.append(exc)
 
         begun = time.monotonic()
@@ -149,7 +149,7 @@ class Association:
             raise Interrupted(f"{self.peer.where}: C-ECHO answered with status {status.Status:04X}")
 
     def lost(self, doing: str, begun: float) -> DispatchError:
-        """Name why an operation of pynetdicom's got no answer: it tells timeouts and aborts alike, by nothing."""
+        """Name why an operation of pynetdicom's got no answer: its answer is the same for timeouts and aborts: none."""
         failure = self.transport.failure
         if isinstance(failure, ssl.SSLError) and self.peer.tls:
             return tls.classify(failure, self.peer.where, has_cert=bool(self.peer.tls.cert))
@@ -185,7 +185,7 @@ class Association:
         thread.join(seconds)
 
     def drop(self) -> None:
-        """Break the connection: for a peer that is gone, or in the middle of a PDU, where an abort can't be told."""
+        """Break the connection: for a peer that is gone, or in the middle of a PDU, where an abort can't be sent."""
         self.transport.hang_up(reset=True)
         self._end()
 
@@ -264,7 +264,7 @@ def negotiate(
                     evt_handlers=list(handlers),
                 )
             )
-        except BaseException as exc:  # told to the thread that waits
+        except BaseException as exc:  # raised in the thread that waits
             made.append(exc)
 
     begun = time.monotonic()
@@ -355,7 +355,7 @@ def rejection(peer: Peer, result: int, source: int, reason: int) -> DispatchErro
 
 
 def aborted(source: int, reason: int) -> str:
-    """Say in words what an A-ABORT tells (PS3.8 section 9.3.8)."""
+    """Return what an A-ABORT says in words (PS3.8 section 9.3.8)."""
     if source == 0:
         return "the peer aborted the association"
     return f"the peer's provider aborted the association ({ABORT_REASONS.get(reason, 'no reason given')})"

@@ -1,6 +1,6 @@
 """Which presentation contexts to ask for.
 
-One context per (SOP class, transfer syntax), so that the answer tells of each syntax whether the peer takes it: of
+One context per (SOP class, transfer syntax), so that the answer says of each syntax whether the peer takes it: of
 several syntaxes in one context it would choose a single one (PS3.8 section 9.3.3.2).
 """
 

@@ -23,7 +23,7 @@ from protocols.net.hiding import identifying
 from protocols.net.words import clean
 from transfer.errors import Busy, Denied, DispatchError, Interrupted, Rejected, TimedOut
 from transfer.outcome import DELIVERED, Kind, Outcome
-from transfer.plan import Item, Plan
+from transfer.plan import Item, Plan, header_of
 from transfer.receipt import PushReport
 from transfer.throttle import Throttle
 
@@ -263,13 +263,6 @@ OUTCOMES = {
     Meaning.ALREADY: Outcome(Kind.ALREADY),
     Meaning.FAILURE: Outcome(Kind.REJECTED),
 }
-
-
-def header_of(item: Item) -> Header:
-    """Return the header of an item, which has one."""
-    if item.header is None:
-        raise RuntimeError(f"{item.shown} is not DICOM and should not have come here")
-    return item.header
 
 
 def pair(item: Item) -> Pair:

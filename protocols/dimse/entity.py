@@ -60,7 +60,7 @@ class Transport(AssociationSocket):
     `take_back` they go on where they were, so that release and abort are theirs again.
 
     Attributes:
-        head: the first bytes that came from the peer: they tell a rejection from an abort, from no DICOM at all.
+        head: the first bytes that came from the peer: they show a rejection, an abort, or that it is no DICOM at all.
         ahead: bytes that were read and not yet asked for.
         heard: when something came from the peer last; `time.monotonic`.
         failure: what ended the connection, if that was an error of the socket or of TLS.
@@ -69,7 +69,7 @@ class Transport(AssociationSocket):
 
     def __init__(self, assoc: Association, sock: socket.socket, idle_timeout_s: float) -> None:
         super().__init__(assoc, client_socket=sock)
-        # Told as for the acceptor of a connection; ours belongs to the requestor, and the state machine asks for it.
+        # Queued as for the acceptor of a connection; ours belongs to the requestor, and the state machine asks for it.
         self.event_queue.get_nowait()
         self._is_connected = False
         self._ready.clear()
@@ -100,7 +100,7 @@ class Transport(AssociationSocket):
             self.hang_up()
 
     def connect(self, primitive: T_CONNECT) -> None:
-        """Tell the state machine that the connection is there."""
+        """Let the state machine know that the connection is there."""
         with suppress(OSError):
             self.assoc.requestor.address_info = AddressInformation.from_tuple(self._sock.getsockname())
         self._is_connected = True
@@ -125,7 +125,7 @@ class Transport(AssociationSocket):
             return False
         except OSError as exc:
             self._fail(exc)
-        # The end of the connection is told by a read that gets nothing.
+        # A read that gets nothing shows the end of the connection.
         return True
 
     def _fetch(self) -> None:

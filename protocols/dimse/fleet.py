@@ -19,7 +19,7 @@ from protocols.dimse import contexts
 from protocols.dimse.association import MAX_CONTEXTS, Association, associate
 from protocols.dimse.backlog import PAUSE_S, Backlog, Suspect
 from protocols.dimse.contexts import UNCOMPRESSED, Pair, names, of_class
-from protocols.dimse.conveyor import Conveyor, header_of, pair
+from protocols.dimse.conveyor import Conveyor, pair
 from protocols.dimse.pace import Pace
 from protocols.dimse.transport import VERIFICATION, Peer
 from protocols.net.connection import SLICE_S
@@ -27,7 +27,7 @@ from transfer.duplicates import Duplicates
 from transfer.errors import Busy, Cancelled, DispatchError, Interrupted, Retryable, TimedOut
 from transfer.fanout import gravest
 from transfer.outcome import Kind, Outcome
-from transfer.plan import Item, Plan
+from transfer.plan import Item, Plan, header_of
 from transfer.receipt import PushReport
 from transfer.throttle import Throttle
 

@@ -7,7 +7,6 @@ element is parsed before the file is whole; memory doesn't grow with an instance
 from __future__ import annotations
 
 import os
-import re
 import struct
 import threading
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from pathlib import Path
 
 from pynetdicom import PYNETDICOM_IMPLEMENTATION_UID, PYNETDICOM_IMPLEMENTATION_VERSION
 
-from imaging.header import Damaged, Header, NotDicom, read_header
+from imaging.header import UID, Damaged, Header, NotDicom, read_header
 from protocols.dimse.message import C_STORE_RSP, NO_DATASET
 from protocols.dimse.stream import (
     AFFECTED_CLASS,
@@ -36,7 +35,6 @@ from transfer.plan import Item
 
 SUCCESS, OUT_OF_RESOURCES, MISMATCH, CANNOT_UNDERSTAND = 0x0000, 0xA700, 0xA900, 0xC000  # PS3.4 table B.2-1
 INVALID_INSTANCE, NOT_AUTHORISED = 0x0117, 0x0124  # PS3.7 Annex C
-UID = re.compile(r"[0-9.]{1,64}")  # PS3.5 section 9.1; becomes a file name
 PIECES = 512  # that writev(2) gets at once; it takes 1024
 
 

@@ -99,7 +99,7 @@ class _Buffer:
         self.memory[self.begin : COMMAND_ROOM] = pdus
 
     def fill(self, instance: Instance) -> bool:
-        """Read what comes next of an instance; mark the last fragment. Tell whether the file had what it should."""
+        """Read what comes next of an instance; mark the last fragment. Return False if the file ends early."""
         if self._patched >= 0:
             message.put_header(self.memory, self._patched, self.fragment, self._context, 0)
             self._patched = -1
@@ -137,13 +137,13 @@ class Sender:
 
     Args:
         throttle: shared by all senders of a dispatch.
-        moved: told the bytes that went out.
+        moved: called with the number of bytes that went out.
         check: called between pieces and several times a second while waiting; may raise to stop.
 
     Attributes:
         window: how many instances may be without a response at once.
         patience: seconds of silence after which the peer counts as hung.
-        torn: whether the connection is in the middle of a PDU, so that an abort can't be told.
+        torn: whether the connection is in the middle of a PDU, so that an abort can't be sent.
     """
 
     def __init__(
@@ -358,7 +358,7 @@ class Sender:
             return
 
     def _broken(self, exc: OSError) -> DispatchError:
-        """Name why the connection ended: an abort that the peer sent before it tells more than a reset."""
+        """Name why the connection ended: an abort that the peer sent before says more than a reset."""
         self.torn = True
         if isinstance(exc, ssl.SSLError) and "ALERT" in (exc.reason or "") and self.peer.tls:
             return tls.classify(exc, self.peer.where, has_cert=bool(self.peer.tls.cert))

@@ -363,8 +363,8 @@ class Stream:
                 self.fill()
                 while self.piece() is not None:
                     pass
-        except (Interrupted, TimedOut) as told:
-            return told if isinstance(told, Interrupted) else Interrupted(told.message)
+        except (Interrupted, TimedOut) as said:
+            return said if isinstance(said, Interrupted) else Interrupted(said.message)
         except (OSError, Released):
             pass
         return Interrupted(f"{self.where}: the peer broke the connection: {exc.strerror or exc}")

@@ -140,14 +140,14 @@ def verdict(sock: ssl.SSLSocket, peer: Peer, settings: tls.Tls) -> None:
 
 
 def poll(sock: socket.socket, events: int, seconds: float) -> bool:
-    """Tell whether a socket is ready within so many seconds."""
+    """Return True if a socket is ready within so many seconds."""
     ready = select.poll()
     ready.register(sock, events)
     return bool(ready.poll(seconds * 1000))
 
 
 def speaks_tls(peer: Peer) -> bool:
-    """Tell whether the peer answers a TLS handshake, whatever its certificate is."""
+    """Return True if the peer answers a TLS handshake, whatever its certificate is."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
@@ -163,7 +163,7 @@ def speaks_tls(peer: Peer) -> bool:
 
 
 def speaks_dicom(peer: Peer) -> bool:
-    """Tell whether the peer answers a plain association request, whatever its answer is."""
+    """Return True if the peer answers a plain association request, whatever its answer is."""
     request = A_ASSOCIATE()
     request.application_context_name = UID(APPLICATION_CONTEXT_NAME)
     request.calling_ae_title, request.called_ae_title = peer.calling, peer.called

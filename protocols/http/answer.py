@@ -40,7 +40,7 @@ class Answer:
         self._chunked = "chunked" in coding
         length = self.headers.get("Content-Length", "").split(",")[0].strip()
         if length and not (length.isdecimal() and len(length) <= LENGTH_DIGITS) and not coding:
-            raise Interrupted(f"{where}: the answer has no sensible Content-Length: its end can't be told")
+            raise Interrupted(f"{where}: the answer has no sensible Content-Length: its end is not known")
         self._length = int(length) if length and not coding else None
         if method == "HEAD" or self.status in (204, 304):
             self._chunked, self._length = False, 0

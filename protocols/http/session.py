@@ -51,7 +51,7 @@ class Body(Protocol):
     def __iter__(self) -> Iterator[memoryview]: ...
 
     def sent(self, count: int) -> None:
-        """Told the bytes that went out."""
+        """Count bytes that went out."""
 
 
 @dataclass(frozen=True)

@@ -106,7 +106,7 @@ class Support:
     Attributes:
         algorithm: the one that goes with every object, None for none.
         verifies: whether the store was seen to refuse an object whose checksum is wrong.
-        tells: whether it tells the checksum of what it holds, computed by itself.
+        tells: whether it gives the checksum of what it holds, computed by itself.
         read_back: whether what was written could be read.
         removed: whether what was written could be removed.
     """

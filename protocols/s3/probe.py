@@ -1,7 +1,7 @@
 """Finds out what a store does with checksums, by small objects that are written, read back and removed.
 
-Whether a store compares a checksum, only a wrong one tells; whether it computes those that it tells, or repeats what
-it was told, the same. What was written is read back each time: a store that gives back other bytes is found out
+Whether a store compares a checksum, only a wrong one shows; and whether it computes those that it gives, or repeats
+what it was sent. What was written is read back each time: a store that gives back other bytes is found out
 before anybody's data goes there.
 """
 

@@ -140,7 +140,7 @@ class Store:
         """Ask AWS for the bucket's region, once in a process, and use it.
 
         Raises:
-            StoreError: there is no such bucket. One that may only be written to tells its region all the same.
+            StoreError: there is no such bucket. One that may only be written to names its region all the same.
         """
         if not self._settings.at_aws or self.bucket in _regions:
             return

@@ -200,7 +200,7 @@ def _same(row: Mapping[str, Any], data: memoryview) -> bool | None:
 def stale(store: Store, prefix: str) -> dict[str, list[str]]:
     """Return the ids, newest last, of unfinished uploads by key, of all keys that begin so.
 
-    A store that can't tell has none.
+    A store that can't list them has none.
     """
     found: dict[str, list[tuple[str, str]]] = {}
     try:

@@ -378,7 +378,7 @@ def _quoted(path: Path) -> str:
 
 
 def _has_aes() -> bool:
-    """Tell whether the processor computes AES itself; without, ssh's own first choice is the faster one."""
+    """Return True if the processor computes AES itself; if not, ssh's own first choice is the faster one."""
     try:
         text = Path("/proc/cpuinfo").read_text("ascii", "replace")
     except OSError:

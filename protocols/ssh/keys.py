@@ -1,6 +1,7 @@
 """Private keys of SSH, brought into a form that ssh reads without asking for a passphrase.
 
-Decrypting them here, instead of answering ssh's prompt, tells a wrong passphrase from a key that the host refuses.
+Decrypting them here, instead of answering ssh's prompt, shows whether the passphrase is wrong or the host refuses the
+key.
 """
 
 from __future__ import annotations

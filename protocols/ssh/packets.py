@@ -53,7 +53,7 @@ class Status(Exception):
 
 @dataclass(frozen=True)
 class Attributes:
-    """What a server tells of a file; None for what it keeps to itself."""
+    """What a server says of a file; None for what it keeps to itself."""
 
     size: int | None = None
     mode: int | None = None

@@ -99,7 +99,7 @@ class Result:
     """How a run of rsync ended: its exit code, both sides' last words, what it printed, and the ssh that it used.
 
     Attributes:
-        words: what rsync said here, and told of the other side.
+        words: what rsync said here, and passed on from the other side.
         there: what the other side said past rsync's protocol.
     """
 
@@ -247,7 +247,7 @@ class Rsync:
         return Result(code, tail(errors).decode("utf-8", "replace"), there, output, said)
 
     def _follow(self, process: subprocess.Popen[bytes], idle_s: float) -> bytes:
-        """Read what rsync prints until it ends; tell the bytes that it says have moved.
+        """Read what rsync prints until it ends; report the bytes that it says have moved.
 
         rsync's own timeout, and ssh's, take the other side's signs of life for progress, even if nothing of ours
         gets through; so the time counts here as well.

@@ -171,7 +171,7 @@ class Sftp:
         Args:
             piece: the most bytes in one request.
             pace: awaited before each piece.
-            moved: told each count of bytes when it is confirmed.
+            moved: called with each count of bytes when it is confirmed.
             holes: whether to pass over the local file's holes, so that the remote one has them too.
 
         Raises:
@@ -273,7 +273,7 @@ class Sftp:
         await self._ask(wire.EXTENDED, string(b"posix-rename@openssh.com"), string(old), string(new), path=new)
 
     async def space(self, path: bytes) -> Space | None:
-        """Return what room there is where a path lies, None if the server doesn't tell."""
+        """Return what room there is where a path lies, None if the server doesn't say."""
         if b"statvfs@openssh.com" not in self.extensions:
             return None
         try:
@@ -380,15 +380,15 @@ class Sftp:
         del came[:at]
 
     def _end(self) -> None:
-        """The process has closed its side: find out why, then tell everybody who waits."""
+        """The process has closed its side: find out why, then let everybody know who waits."""
         self._loop.remove_reader(self._out)
         if self._writing:
             self._loop.remove_writer(self._in)
             self._writing = False
         if self._ending is None:
-            self._ending = self._loop.create_task(self._tell_why())
+            self._ending = self._loop.create_task(self._find_out_why())
 
-    async def _tell_why(self) -> None:
+    async def _find_out_why(self) -> None:
         error = await asyncio.to_thread(self.started.failure, begun=self._greeted.done())
         code = self.started.process.returncode
         if not self._greeted.done() and self.started.facts.method and code is not None and 0 <= code < SSH_FAILED:

@@ -25,7 +25,7 @@ END_BYTES = 64  # the last line of a script's output: a word of 32 letters, and 
 HOOK_OUTPUT_BYTES = 65_536  # of a script's output, its end is kept
 NAME_CHARS = 255  # the longest name that file systems take
 HANG_UP_S = 0.5  # ssh waits for whatever the program has left running; we don't
-KILL_S = 5  # a script that was told to end has this long before it is killed
+KILL_S = 5  # a script that was asked to end has this long before it is killed
 
 
 class NoShell(Misconfigured):

@@ -414,7 +414,7 @@ def test_push_partial_never_visible(harness: Harness, study: Path) -> None:
             if facts.atomic_replace and got and set(got) != set(wanted):
                 wrong.append(f"{len(got)} of {len(wanted)} are visible")
             if not told <= set(got):
-                wrong.append("told as delivered, but not there")
+                wrong.append("reported as delivered, but not there")
 
     def moved(sent: Sent, count: int) -> None:
         if looks < 20:
@@ -443,7 +443,7 @@ def test_push_partial_never_visible(harness: Harness, study: Path) -> None:
         done.set()
         watcher.join()
     assert not wrong, wrong[:5]
-    assert looks, "nobody looked: the driver tells no bytes"
+    assert looks, "nobody looked: the driver reports no bytes"
     assert_delivered(harness, sent)
 
 
@@ -477,7 +477,7 @@ def test_push_short_write_detected(harness: Harness, study: Path) -> None:
         return
     with harness.shorten() as target:
         sent = attempt(target, plan)
-    assert sent.error or sent.rejected, "a short write was told as delivered"
+    assert sent.error or sent.rejected, "a short write was reported as delivered"
     got, wanted = harness.read_back(sent.plan), expected(harness, sent)
     for item in sent.plan.items:
         if item.path in sent.arrived:
@@ -589,7 +589,7 @@ def test_push_verify_levels(harness: Harness, study: Path, level: Level) -> None
         assert receipt.notes, "a lower level than the one asked for needs its reason"
 
 
-# ---- what is told
+# ---- what is reported
 
 
 def test_progress_once_per_item(harness: Harness, study: Path) -> None:

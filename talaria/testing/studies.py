@@ -76,7 +76,7 @@ def data_file(name: str) -> Path:
 
 
 def uid(chars: int = 0) -> str:
-    """Return a UID that is used nowhere else, exactly `chars` characters long if told so (PS3.5 Annex B.2)."""
+    """Return a UID that is used nowhere else, exactly `chars` characters long if that is given (PS3.5 Annex B.2)."""
     number = str(uuid.uuid4().int)
     if chars:
         number = (number + str(uuid.uuid4().int))[: chars - len("2.25.")]

@@ -103,7 +103,7 @@ def _check(health: Health, target: RsyncTarget, client: Client) -> None:
 
 
 def push(target: RsyncTarget, plan: Plan, report: PushReport) -> Receipt:
-    """Send every pending file, make all visible at once, then put the marker; told when visible."""
+    """Send every pending file, make all visible at once, then put the marker; a file is reported when it is visible."""
     report.check()
     hide = ssh.hiding(target, plan)
     with (
@@ -131,7 +131,7 @@ class _Push:
         self.hide = shell.client.hide
         self.target, self.plan, self.report, self.shell, self.rsync = target, plan, report, shell, rsync
         self.incoming = f".incoming-{plan.dispatch_id}"
-        self.base = target.folder  # absolute once the server has told
+        self.base = target.folder  # absolute once the server has said where it is
         self.placed: set[int] = set()  # numbers of the folders that an earlier attempt has made visible
         self.notes: list[str] = []
         self.aside: dict[Item, DispatchError] = {}  # files that nothing but themselves kept from coming
@@ -177,7 +177,7 @@ class _Push:
         self.report(item, Outcome(Kind.REJECTED, self.hide(reason)))
 
     def unchanged(self, items: Iterable[Item], refuse: Callable[[Item, str], None]) -> list[Item]:
-        """Return the items whose files are as planned; why the others are not is told to `refuse`."""
+        """Return the items whose files are as planned; `refuse` gets the others, each with the reason."""
         good = []
         for item in items:
             try:
@@ -294,7 +294,7 @@ class _Push:
         }
 
     def place(self, growing: list[_Folder]) -> None:
-        """Give the folders their final names, and tell what has arrived."""
+        """Give the folders their final names, and report what has arrived."""
         sent = {item.path for folder in growing for item in folder.sent}
         drop = [
             f"{self.incoming}/{folder.number}/{item.path}"

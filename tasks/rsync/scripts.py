@@ -9,7 +9,7 @@ INCOMPLETE = 3  # exit code of PLACE
 SOME_REPLACED = "talaria: replaced"  # last words of PLACE, if files were in the way
 # Scripts for a POSIX shell on the server; every @NAME@ is replaced by quoted words.
 # What a killed rsync has left of files under temporary names would only take room.
-# Prints where it is, and what an earlier attempt has given its final name already, though we were not told.
+# Prints where it is, and what an earlier attempt has given its final name already, although we did not hear of it.
 PREPARE = """
 mkdir -p @FOLDER@ && cd @FOLDER@ && mkdir -p @FOLDERS@ && [ -w . ] || exit 1
 chmod 700 @INCOMING@

@@ -300,7 +300,7 @@ class Push:
         self._spare(item, bytes(data[:BEGINNING_BYTES]))
         self._unmark(item)
         self.put(key, data, self.headers(item, sha256), sha256, digest, item)
-        self._tell(item)
+        self._report_arrival(item)
 
     def _send_large(self, item: Item) -> None:
         key = self._checked_key(item)
@@ -312,7 +312,7 @@ class Push:
             self._spare(item, os.pread(fd, BEGINNING_BYTES, 0))
             self._unmark(item)
             self.sums[item.path] = file.send()
-        self._tell(item)
+        self._report_arrival(item)
 
     def _checked_key(self, item: Item) -> str:
         key = self.keys[item.path]
@@ -380,7 +380,7 @@ class Push:
         with errors(self.store.where):
             upload.abort()
 
-    def _tell(self, item: Item) -> None:
+    def _report_arrival(self, item: Item) -> None:
         replaced = self._there is not None and self.keys[item.path] in self._there
         self.report(item, REPLACED if replaced else DELIVERED)
 

@@ -25,7 +25,7 @@ class Sums:
 
     Attributes:
         sha256: hexadecimal.
-        told: what the store tells of an object that holds it, encoded; None if that is not known.
+        told: what the store says of an object that holds it, encoded; None if that is not known.
     """
 
     sha256: str
@@ -60,7 +60,7 @@ class Verifier:
         self.notes: list[str] = []
         self._proving = wanted is Level.PROVEN
         self._store, self._supports, self._keys, self._sums = store, supports, keys, sums
-        self._local, self._on_outcome = local, report
+        self._local, self._report = local, report
         self._lock = threading.Lock()
 
     def verify(self, item: Item) -> None:
@@ -74,7 +74,7 @@ class Verifier:
             self._lower(Level.ACCEPTED, "the key may not look at what is in the bucket")
             return
         if stored is None:
-            self._on_outcome.revoke(item, "the store does not have it")
+            self._report.revoke(item, "the store does not have it")
             return
         sums = self._sums.get(item.path)
         if stored.size != item.size:
@@ -118,7 +118,7 @@ class Verifier:
 
     def _refuse(self, item: Item, why: str) -> None:
         """Revoke an item, and take what is in its place away: a reader must not find it, nor the next push."""
-        self._on_outcome.revoke(item, why)
+        self._report.revoke(item, why)
         with suppress(StoreError):
             self._store.delete(self._keys[item.path])
 

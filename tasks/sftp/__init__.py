@@ -1,7 +1,7 @@
 """SFTP targets: folders on servers that need no shell.
 
 A file is written beside its final place under a temporary name that depends on the dispatch and the path alone, so
-that another attempt finds it and goes on where it stopped; when its length is right it is renamed, and told. The
+that another attempt finds it and goes on where it stopped; when its length is right it is renamed, and reported. The
 marker comes when every file of its folder is there.
 """
 
@@ -128,7 +128,7 @@ def _check_script(target: SftpTarget, client: Client) -> None:
 
 
 def push(target: SftpTarget, plan: Plan, report: PushReport) -> Receipt:
-    """Write every pending file, then the marker; each is told when it has its final name."""
+    """Write every pending file, then the marker; each is reported when it has its final name."""
     report.check()
     hide = ssh.hiding(target, plan)
     with quieted(hide, target.name), Client(ssh.login(target), hide, report.check) as client:

@@ -77,7 +77,7 @@ class Sending(Remote):
         if not self.renames:
             self.notes.append("the server can't rename: files were visible while they were being written")
         if not self.sized:
-            self.notes.append("the server does not tell the length of what it has got")
+            self.notes.append("the server does not show the length of what it has got")
         if not self.timed:
             self.notes.append("the server does not keep the times of files")
 
@@ -176,7 +176,7 @@ class Sending(Remote):
                     group.create_task(one(self.queue.popleft(), claimed))
 
     async def deliver(self, session: Sftp, item: Item) -> None:
-        """Bring one file to its final name, and tell its outcome."""
+        """Bring one file to its final name, and report its outcome."""
         outcome = DELIVERED
         self.under_way[item.path] = session
         try:
@@ -212,7 +212,7 @@ class Sending(Remote):
                 raise Rejected(reason, item=item.shown)
 
     async def replaces(self, session: Sftp, item: Item, fd: int, final: bytes) -> bool:
-        """Tell whether another file has an item's final name, in a folder that was there before.
+        """Return True if another file has an item's final name, in a folder that was there before.
 
         A server that can't rename has there what an earlier attempt left: that is not asked for.
 
@@ -335,7 +335,7 @@ class Sending(Remote):
         return await session.open(path, FLAG_WRITE | FLAG_CREATE | FLAG_TRUNCATE), 0
 
     async def same(self, session: Sftp, handle: bytes, fd: int, size: int) -> bool:
-        """Tell whether both files begin alike, as far as their first and last bytes before `size` say."""
+        """Return True if the first bytes of both files, and their last ones before `size`, are the same."""
         for at in (0, max(0, size - SAMPLE_BYTES)):
             try:
                 if await session.read(handle, at, SAMPLE_BYTES) != os.pread(fd, SAMPLE_BYTES, at):
@@ -345,7 +345,7 @@ class Sending(Remote):
         return True
 
     async def length(self, session: Sftp, handle: bytes, path: bytes) -> int | None:
-        """Return the length of an open file, None if the server doesn't tell."""
+        """Return the length of an open file, None if the server doesn't show it."""
         with suppress(Status):
             return (await session.fstat(handle)).size
         with suppress(Status):

@@ -62,7 +62,7 @@ class Remote:
         self.barred: dict[bytes, str] = {}  # folders that could not be made, and why
         self.renames = target.rename is Rename.AUTO
         self.posix = True
-        self.sized = True  # whether the server tells lengths
+        self.sized = True  # whether the server shows lengths
         self.notes: list[str] = []
         self.found: set[str] = set()  # folders that were there before: an earlier attempt may have left something
 
@@ -109,7 +109,7 @@ class Remote:
                 if exc.code == Code.FAILURE and posixpath.dirname(path) not in self.barred:
                     space = await self.space(session, path)
                     if space is None or not space.read_only:
-                        return  # a server that hides what it has: opening the file will tell
+                        return  # a server that hides what it has: opening the file will show it
                 raise exc from None
             if there.mode is not None and not there.is_folder:
                 raise Status(Code.FAILURE, "a file is in the way of the folder", path) from exc
@@ -185,7 +185,7 @@ class Remote:
         return kind(f"{shown}: {status}")
 
     async def space(self, session: Sftp, path: bytes) -> Space | None:
-        """Return what room there is where a path is, or would be; None if the server doesn't tell."""
+        """Return what room there is where a path is, or would be; None if the server doesn't say."""
         while True:
             space = await session.space(path or b".")
             if space is not None or path in (b"", b"/") or not session.extensions:
@@ -193,7 +193,7 @@ class Remote:
             path = posixpath.dirname(path.rstrip(b"/"))
 
     async def may_write(self, session: Sftp, folder: Folder) -> bool:
-        """Tell whether anything at all may be written into a dispatch's folder."""
+        """Return True if anything at all may be written into a dispatch's folder."""
         name = encoded(f"{folder.path}/{ssh.probe_name()}")
         try:
             await session.close_file(await session.open(name, FLAG_WRITE | FLAG_CREATE | FLAG_TRUNCATE))
@@ -209,7 +209,7 @@ def encoded(path: str) -> bytes:
 
 
 async def is_there(session: Sftp, path: str) -> bool:
-    """Tell whether there is a folder of this name, as far as the server says.
+    """Return True if there is a folder of this name, as far as the server shows.
 
     Raises:
         Misconfigured: something else is in its place.

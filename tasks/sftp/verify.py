@@ -60,8 +60,8 @@ def _arrived(sending: Sending) -> Pairs:
 async def _listed(sending: Sending, session: Sftp) -> bool:
     """Ask for the length of every file.
 
-    A server that tells none hides them, unless it tells that of an earlier marker, or the folder is gone; one that
-    tells some doesn't have the others.
+    A server that shows none hides them, unless it shows that of an earlier marker, or the folder is gone; one that
+    shows some doesn't have the others.
     """
     pairs = _arrived(sending)
     sizes: dict[str, int] = {}
@@ -77,7 +77,7 @@ async def _listed(sending: Sending, session: Sftp) -> bool:
     asked = [folder for folder in sending.folders if not sizes and any(map(sending.has_arrived, folder.items))]
     hidden = {id(folder) for folder in asked if await _hides(sending, session, folder)}
     if hidden:
-        sending.notes.append("not listed: the server does not tell what it has")
+        sending.notes.append("not listed: the server does not show what it has")
     for item, _ in pairs:
         if id(sending.folder_of[item.path]) in hidden:
             continue
@@ -88,7 +88,7 @@ async def _listed(sending: Sending, session: Sftp) -> bool:
 
 
 async def _hides(sending: Sending, session: Sftp, folder: Folder) -> bool:
-    """Tell whether a server of which we learned no file's length may have the files of a folder all the same.
+    """Return True if a server that shows no file's length may have the files of a folder all the same.
 
     By asking alone: what is written to find out can't be removed everywhere.
     """
