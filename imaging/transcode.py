@@ -23,7 +23,7 @@ import errno
 import os
 import tempfile
 import zlib
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO
@@ -90,11 +90,6 @@ def fallbacks(syntax: str, policy: str) -> tuple[str, ...]:
     if policy == ANY:
         allowed += (JPEG_2000_LOSSY, JPEG_LS_NEAR)
     return tuple(each for each in allowed if each != syntax)
-
-
-def choices(syntax: str, accepted: Collection[str], policy: str) -> tuple[str, ...]:
-    """The accepted transfer syntaxes that a file of `syntax` may be sent in, best first: its own before all others."""
-    return tuple(each for each in (syntax, *fallbacks(syntax, policy)) if each in accepted)
 
 
 @dataclass(frozen=True)
