@@ -144,7 +144,7 @@ class Target(Block, ABC):
         return hashlib.sha256("\0".join([self.type_name, *parts]).encode()).hexdigest()[:16]
 
     def places(self, origin: Origin) -> list[str]:
-        """What of a study's origin decides where its data goes; empty where that is the target's own matter."""
+        """Return what of a study's origin decides where its data goes; empty where that is the target's own matter."""
         return []
 
     @property

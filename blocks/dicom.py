@@ -117,7 +117,7 @@ pacs = DicomTarget.load("BLOCK_NAME")
         return "" if self.host == SENDER else super().node
 
     def places(self, origin: Origin) -> list[str]:
-        """The sender's address and the title that it called, where the target takes them over."""
+        """Return the sender's address and the title that it called, where the target takes them over."""
         found = [f"sender_host={origin.sender_host.strip().lower()}"] if self.host == SENDER else []
         return found + ([f"receiver_aet={origin.receiver_aet.strip()}"] if self.pass_receiver_aet else [])
 

@@ -118,7 +118,7 @@ cloud = S3Target.load("BLOCK_NAME")
     )  # fmt: skip
     @classmethod
     def _none(cls, value: Any) -> Any:
-        """A form sends empty text for what nobody filled in."""
+        """Take empty text, which a form sends for what nobody filled in, as no value."""
         text = value.get_secret_value() if isinstance(value, SecretStr) else value
         return None if isinstance(text, str) and not text.strip() else value
 

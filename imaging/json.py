@@ -87,20 +87,20 @@ def _name(group: ElementTree.Element) -> list[str]:
 
 
 def values(attributes: Attributes, tag: str) -> list[Any]:
-    """All values of an element; none if it is absent, empty or malformed."""
+    """Return all values of an element; none if it is absent, empty or malformed."""
     element = attributes.get(tag)
     found = element.get("Value") if isinstance(element, dict) else None
     return [value for value in found if value is not None] if isinstance(found, list) else []
 
 
 def text(attributes: Attributes, tag: str) -> str:
-    """The first value of an element as text, "" if there is none."""
+    """Return the first value of an element as text, "" if there is none."""
     found = values(attributes, tag)
     return str(found[0]).strip(" \0") if found else ""
 
 
 def number(attributes: Attributes, tag: str) -> int | None:
-    """The first value of an element as a number; servers write codes as numbers, or as text."""
+    """Return the first value of an element as a number; servers write codes as numbers, or as text."""
     try:
         return int(text(attributes, tag))
     except ValueError:
@@ -108,7 +108,7 @@ def number(attributes: Attributes, tag: str) -> int | None:
 
 
 def keyworded(attributes: Attributes) -> dict[str, Any]:
-    """Values by DICOM keyword: one value as it is, several as a list, none as ""; sequences are left out."""
+    """Return values by DICOM keyword: one value as it is, several as a list, none as ""; sequences are left out."""
     found: dict[str, Any] = {}
     for tag, element in attributes.items():
         keyword = _keyword(tag)
@@ -121,7 +121,7 @@ def keyworded(attributes: Attributes) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=4096)  # a look into pydicom's dictionary takes longer than all the rest
 def _keyword(tag: str) -> str:
-    """The keyword of a tag, "" if it has none or is no tag."""
+    """Return the keyword of a tag, "" if it has none or is no tag."""
     try:
         return keyword_for_tag(int(tag, 16))
     except (ValueError, OverflowError):
@@ -129,7 +129,7 @@ def _keyword(tag: str) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """A person's name as its VR has it: up to three groups with '='."""
+    """Return a person's name as its VR has it: up to three groups with '='."""
     if not isinstance(value, dict):
         return value
     groups = [str(value.get(group, "")) for group in ("Alphabetic", "Ideographic", "Phonetic")]

@@ -18,7 +18,7 @@ _DATE = re.compile(r"(\d{4}(?:\d{2}){0,2})?(-)?(\d{4}(?:\d{2}){0,2})?")
 
 
 def of_study(query: Query) -> Iterator[tuple[str, Test]]:
-    """The tests that a study's attributes must pass, by keyword.
+    """Yield the tests that a study's attributes must pass, by keyword.
 
     Raises:
         ValueError: a date that is none.
@@ -38,7 +38,7 @@ def of_study(query: Query) -> Iterator[tuple[str, Test]]:
 
 
 def of_series(query: Query) -> Iterator[tuple[str, Test]]:
-    """The tests that the attributes of one and the same series must pass, by keyword."""
+    """Yield the tests that the attributes of one and the same series must pass, by keyword."""
     if query.Modality.strip():
         tests = [like(modality) for modality in listed(query.Modality)]
         yield "Modality", lambda value: any(test(value) for test in tests)
@@ -69,7 +69,7 @@ def one_of(values: Iterable[str]) -> Test:
 
 
 def like(pattern: str) -> Test:
-    """A value in which `*` stands for any characters, none too, and `?` for exactly one."""
+    """Return a value in which `*` stands for any characters, none too, and `?` for exactly one."""
     folded = _plain(pattern)
     if not has_wild_cards(folded):
         return lambda value: _plain(value) == folded
@@ -83,7 +83,7 @@ def like(pattern: str) -> Test:
 
 
 def named(pattern: str) -> Test:
-    """A person's name, with wild cards."""
+    """Return a person's name, with wild cards."""
     test = like(_trimmed(pattern))
 
     def matches(value: str) -> bool:
@@ -94,7 +94,7 @@ def named(pattern: str) -> Test:
 
 
 def _trimmed(name: str) -> str:
-    """A name without the delimiters at the end of its groups, and without empty groups at its end."""
+    """Return a name without the delimiters at the end of its groups, and without empty groups at its end."""
     return "=".join(group.strip().rstrip("^ ") for group in name.split("=")).rstrip("=")
 
 
@@ -131,7 +131,7 @@ def _ends(period: str) -> tuple[str, str]:
 
 
 def between(period: str) -> Test:
-    """A date, or a range of dates that includes its ends; an end may be left out, and may be a month or a year.
+    """Return a date, or a range of dates that includes its ends; an end may be left out, and may be a month or a year.
 
     Raises:
         ValueError: it is neither.

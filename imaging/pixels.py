@@ -102,7 +102,7 @@ def _text(found: dict[int, Found], tag: int) -> str:
 
 
 def _options(found: dict[int, Found]) -> dict[str, Any]:
-    """What pydicom's decoders and encoders must know of the pixels (PS3.3 section C.7.6.3)."""
+    """Return what pydicom's decoders and encoders must know of the pixels (PS3.3 section C.7.6.3)."""
     frames = _text(found, _FRAMES)
     options: dict[str, Any] = {
         "rows": number(found, _ROWS, 0),
@@ -211,7 +211,7 @@ def decode(source: Reader, syntax: str, out: IO[bytes], target: Encoding, check:
 
 
 def _changes(options: dict[str, Any], properties: dict[str, Any]) -> dict[int, tuple[str, bytes] | None]:
-    """What the header must say of decoded pixels: their colour space, and samples side by side."""
+    """Return what the header must say of decoded pixels: their colour space, and samples side by side."""
     changes: dict[int, tuple[str, bytes] | None] = {}
     if properties["photometric_interpretation"] != options["photometric_interpretation"]:
         text = str(properties["photometric_interpretation"]).encode()
@@ -310,6 +310,6 @@ def _compressed(frame: Any, to: str, options: dict[str, Any]) -> bytes:
 
 
 def _item(value: bytes) -> bytes:
-    """An item of encapsulated pixel data, PS3.5 section A.4."""
+    """Return an item of encapsulated pixel data, PS3.5 section A.4."""
     value += b"\0" * (len(value) % 2)
     return struct.pack("<HHI", 0xFFFE, 0xE000, len(value)) + value

@@ -50,7 +50,7 @@ class Match:
         return str(self.attributes.get("SeriesInstanceUID", ""))
 
     def to_json(self) -> dict[str, Any]:
-        """The JSON of one match in `query --json`."""
+        """Return the JSON of one match in `query --json`."""
         return {**self.attributes, "instances": self.instances}
 
 

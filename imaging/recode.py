@@ -384,7 +384,7 @@ class Recoder:
         self.out.write(self._tag.pack(tag >> 16, tag & 0xFFFF) + self._long.pack(length))
 
     def _lookup(self, element: Element, beside: Mapping[int, bytes]) -> str:
-        """The value representation of an element that comes without one."""
+        """Return the value representation of an element that comes without one."""
         group, number = element.tag >> 16, element.tag & 0xFFFF
         if group % 2:
             return "LO" if 0x10 <= number <= 0xFF else "UN"  # a private creator, or what only its creator knows

@@ -74,7 +74,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def fallbacks(syntax: str, policy: str) -> tuple[str, ...]:
-    """The transfer syntaxes that a file of `syntax` may be converted to, best first; none if it can't be.
+    """Return the transfer syntaxes that a file of `syntax` may be converted to, best first; none if it can't be.
 
     Uncompressed ones come first: nothing but the encoding can be wrong about them.
     """

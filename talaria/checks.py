@@ -48,7 +48,7 @@ def _test(access: ServerAccess, target: Target | Broken) -> dict[str, Any]:
 
 
 def _failed(name: str, probe: str, why: str) -> dict[str, Any]:
-    """The result for a target that could not be checked."""
+    """Return the result for a target that could not be checked."""
     return {"name": name, "ok": False, "probes": [{"name": probe, "result": "failed", "ms": 0.0, "detail": why}]}
 
 

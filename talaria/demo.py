@@ -123,7 +123,7 @@ def run() -> bool:
 
 
 def _png(side: int) -> bytes:
-    """A grey PNG of side x side pixels."""
+    """Return a grey PNG of side x side pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))

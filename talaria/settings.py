@@ -139,12 +139,12 @@ def _kept(path: Path) -> str:
 
 
 def auth_string(home: Home) -> str:
-    """The `user:password` of the embedded server's API."""
+    """Return the `user:password` of the embedded server's API."""
     return secret(home, "api.auth", f"talaria:{secrets.token_urlsafe(24)}")
 
 
 def server_environment(home: Home, host: str, port: int, *, auth: bool) -> dict[str, str]:
-    """The environment of the embedded server."""
+    """Return the environment of the embedded server."""
     key = secret(home, "encryption.key", base64.urlsafe_b64encode(secrets.token_bytes(32)).decode("ascii"))
     shown = f"[{host}]" if ":" in host else host
     environment = client_environment(home, f"http://{shown}:{port}/api", auth=auth) | {
@@ -159,7 +159,7 @@ def server_environment(home: Home, host: str, port: int, *, auth: bool) -> dict[
 
 
 def client_environment(home: Home, url: str, *, auth: bool) -> dict[str, str]:
-    """The environment of a client of the embedded server."""
+    """Return the environment of a client of the embedded server."""
     host = urlsplit(url).hostname or ""
     environment = {
         # Prefect's clients would give our password to a proxy of the environment.

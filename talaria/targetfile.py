@@ -105,7 +105,7 @@ def meant(word: str, known: Iterable[str]) -> str:
 
 
 def field_names(cls: type[Target]) -> list[str]:
-    """The fields that a target of this type may have in a file."""
+    """Return the fields that a target of this type may have in a file."""
     return [name for name in cls.model_fields if name not in _PREFECT]
 
 
@@ -137,7 +137,7 @@ def same(target: Target, saved: object) -> bool:
 
 
 def values_of(target: Target, *, secrets: bool = False) -> dict[str, Any]:
-    """The values of a target that differ from the defaults; secrets left out, or masked if `secrets`."""
+    """Return the values of a target that differ from the defaults; secrets left out, or masked if `secrets`."""
     values: dict[str, Any] = {"type": target.type_name}
     for name in field_names(type(target)):
         value, field = getattr(target, name), type(target).model_fields[name]

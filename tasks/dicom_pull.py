@@ -24,7 +24,7 @@ SCP_PORT = 11_112  # unless TALARIA_SCP_PORT says otherwise; registered for DICO
 
 
 def destination() -> Destination:
-    """Where C-MOVE sends to, as the settings `scp_aet`, `scp_port` and `scp_host` say."""
+    """Return where C-MOVE sends to, as the settings `scp_aet`, `scp_port` and `scp_host` say."""
     return Destination(
         os.environ.get("TALARIA_SCP_AET") or "TALARIA",
         int(os.environ.get("TALARIA_SCP_PORT", SCP_PORT)),
@@ -108,5 +108,5 @@ def _kinds(image: dict[str, object]) -> tuple[str, tuple[str, ...]]:
 
 
 def announced(match: Match) -> int | None:
-    """How many instances the peer says that the match's study has."""
+    """Return how many instances the peer says that the match's study has."""
     return count(match.attributes.get("NumberOfStudyRelatedInstances"))

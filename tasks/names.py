@@ -49,6 +49,6 @@ def pick(written: str, documents: Iterable[BlockDocument]) -> BlockDocument | No
 
 
 def ambiguous(name: str, documents: Sequence[BlockDocument]) -> Misconfigured:
-    """The error for a name that several targets have."""
+    """Return the error for a name that several targets have."""
     candidates = " or ".join(sorted(map(qualified, documents)))
     return Misconfigured(f"{len(documents)} targets are named {name}: write {candidates}, and rename or remove one")

@@ -16,7 +16,7 @@ EARLIER = "an earlier probe failed"
 
 
 def _go_on() -> None:
-    """A check has nobody to stop it; its timeouts do."""
+    """Never cancel: nobody stops a check but its timeouts."""
 
 
 def reach(

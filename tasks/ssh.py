@@ -216,5 +216,5 @@ def script_there(target: SshTarget) -> str:
 
 
 def no_script(target: SshTarget) -> NoScript:
-    """The error for that."""
+    """Return the error for that."""
     return NoScript(f"{under(target.folder, target.hook_script)}: not there, or not executable for this user")

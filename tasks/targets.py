@@ -35,7 +35,7 @@ class Broken:
 
 
 def facts(one: Target | Broken) -> dict[str, Any]:
-    """What every list shows of a saved target; direction and `enabled` of a broken one are not known."""
+    """Return what every list shows of a saved target; direction and `enabled` of a broken one are not known."""
     if isinstance(one, Broken):
         known: dict[str, Any] = {"direction": None, "enabled": None, "broken": one.reason}
     else:
@@ -102,7 +102,7 @@ def from_document(document: BlockDocument) -> Target:
 
 
 def _wrong(document: BlockDocument, exc: Exception) -> str:
-    """What is wrong with a document, without its values: they may be secrets."""
+    """Return what is wrong with a document, without its values: they may be secrets."""
     if not isinstance(exc, ValidationError):
         return type(exc).__name__
     cls = _types_by_slug().get(document.block_type.slug if document.block_type else "")

@@ -64,7 +64,7 @@ def _values(text: str) -> list[str]:
 
 
 def _titled(text: str) -> str:
-    """The text with a title of two words in one, so that it is known as such."""
+    """Return the text with a title of two words in one, so that it is known as such."""
     return re.sub(r"\A[\s\ufeff\"']*(accession)[ _]+(numbers?|no\.?)[\"']?(?=\s*[\n\r,;\t])", r"accessionnumber", text,
                   flags=re.IGNORECASE)  # fmt: skip
 

@@ -67,7 +67,7 @@ def data_before(fd: int, end: int, count: int) -> int:
 
 
 def _next(fd: int, offset: int, what: int, size: int) -> int:
-    """Where the next data, or the next hole, of an open file begins; its end if there is none."""
+    """Return where the next data, or the next hole, of an open file begins; its end if there is none."""
     try:
         return min(os.lseek(fd, offset, what), size)
     except OSError as exc:

@@ -64,7 +64,7 @@ class Health:
         self.probes.extend(Probe(name, SKIPPED, detail=why) for name in names)
 
     def to_json(self, name: str) -> dict[str, Any]:
-        """The JSON of `target test`."""
+        """Return the JSON of `target test`."""
         return {
             "name": name,
             "ok": self.ok,

@@ -32,7 +32,7 @@ class Home:
 
     @classmethod
     def current(cls) -> Home:
-        """The one that TALARIA_HOME names; made if it isn't there.
+        """Return the one that TALARIA_HOME names; made if it isn't there.
 
         Raises:
             OSError: it can't be made or written to, or belongs to somebody else.
@@ -51,7 +51,7 @@ class Home:
         return self.root / "ledger.sqlite"
 
     def receipt(self, flow_run_id: str) -> Path:
-        """Where the receipts of a flow run are."""
+        """Return where the receipts of a flow run are."""
         return self.root / "receipts" / f"{flow_run_id}.json"
 
     @property

@@ -124,7 +124,7 @@ class Plan:
         return sum(item.size for item in self.items)
 
     def file(self, item: Item) -> Path:
-        """Where the item's bytes are."""
+        """Return where the item's bytes are."""
         return self.root / item.path
 
     def narrowed(
@@ -253,7 +253,7 @@ def _inside(path: str, sources: list[Path]) -> bool:
 
 
 def _files(source: str, sources: list[Path], check: Callable[[], None]) -> Iterator[str]:
-    """Every file below a source, in no order that matters.
+    """Yield every file below a source, in no order that matters.
 
     A link to a folder inside the source is followed, unless it leads back to a folder that it is in. A link to one
     outside, and a folder that can't be listed, come as paths of their own, to be refused by name.

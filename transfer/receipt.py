@@ -97,7 +97,7 @@ class Receipt:
         return State.PARTIAL if arrived else State.FAILED
 
     def to_json(self, all_items: bool = False) -> dict[str, Any]:
-        """The JSON of one target in `send --json`: keys as documented in docs/cli.md."""
+        """Return the JSON of one target in `send --json`: keys as documented in docs/cli.md."""
         counts = self.counts
         return {
             "state": str(self.state),
@@ -128,7 +128,7 @@ class Receipt:
 
 
 def overall(states: list[State]) -> State:
-    """The state of a dispatch, from those of its targets."""
+    """Return the state of a dispatch, from those of its targets."""
     if all(state is State.DELIVERED for state in states):
         return State.DELIVERED
     if State.CANCELLED in states:
@@ -202,7 +202,7 @@ class PushReport:
     def receipt(
         self, target: str, plan: Plan, verified: Level = Level.ACCEPTED, notes: tuple[str, ...] = ()
     ) -> Receipt:
-        """The receipt of this push: outcomes reported here, those of earlier attempts for the others."""
+        """Return the receipt of this push: outcomes reported here, those of earlier attempts for the others."""
         results, size = [], 0
         for item in plan.items:
             outcome = self.outcomes.get(item.path)

@@ -105,7 +105,7 @@ def _words(error: Mapping[str, Any], fields: Mapping[str, Any]) -> str:
 
 
 def _range(metadata: Iterable[object], told: Mapping[str, Any]) -> str:
-    """The bounds of a number: those of the field or, where they aren't known, the one that the error names."""
+    """Return the bounds of a number: those of the field or, where they aren't known, the one that the error names."""
     metadata = list(metadata)
     bounds = {
         name: getattr(mark, name) for name in _BOUNDS for mark in metadata if getattr(mark, name, None) is not None

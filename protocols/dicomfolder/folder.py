@@ -256,7 +256,7 @@ class DicomFolder:
         return Match(keyworded(answer), instances)
 
     def _study_answer(self, study: int) -> tuple[dict[str, Any], int]:
-        """What QIDO answers of a study, and how many instances it has."""
+        """Return what QIDO answers of a study, and how many instances it has."""
         db = self._index.db
         row = db.execute(
             f"SELECT {_columns(STUDY_FIELDS)} FROM studies st JOIN headers h ON h.id=st.header WHERE st.id=?",  # noqa: S608
@@ -361,7 +361,7 @@ def _columns(fields: Iterable[str]) -> str:
 
 
 def _nullable(test: Test) -> Callable[[str | None], bool]:
-    """What a file doesn't have is as good as an empty value."""
+    """Accept what a file doesn't have as an empty value."""
     return lambda value: test(value or "")
 
 
@@ -369,7 +369,7 @@ def _nullable(test: Test) -> Callable[[str | None], bool]:
 
 
 def _answer(fields: Iterable[str], row: Iterable[str | None]) -> dict[str, Any]:
-    """A match in DICOM JSON; an attribute that the file doesn't have is left out."""
+    """Return a match in DICOM JSON; an attribute that the file doesn't have is left out."""
     answer: dict[str, Any] = {}
     texts = dict(zip(fields, row, strict=True))
     for keyword, text in texts.items():
@@ -391,7 +391,7 @@ def _is_latin(text: str) -> bool:
 
 
 def _element(vr: str, text: str) -> dict[str, Any]:
-    """One element in DICOM JSON (PS3.18 Annex F)."""
+    """Return one element in DICOM JSON (PS3.18 Annex F)."""
     if not text:
         return {"vr": vr}
     values: list[Any] = []

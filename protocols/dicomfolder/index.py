@@ -131,7 +131,7 @@ class Instance(NamedTuple):
         return hashlib.blake2b(repr(found).encode(), digest_size=16).digest()
 
     def texts(self) -> list[str | None]:
-        """The values in the order of ATTRIBUTES; None where the file doesn't have the attribute."""
+        """Return the values in the order of ATTRIBUTES; None where the file doesn't have the attribute."""
         charset = self.elements.get(CHARSET, b"")
         found: list[str | None] = []
         for attribute in ATTRIBUTES:
@@ -376,7 +376,7 @@ def _read(path: Path) -> bytes:
 
 
 def _digest(data: bytes | memoryview) -> bytes:
-    """What an index file ends with, behind its database."""
+    """Return what an index file ends with, behind its database."""
     return hashlib.blake2b(data, digest_size=DIGEST_BYTES).digest()
 
 

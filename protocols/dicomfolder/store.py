@@ -60,7 +60,7 @@ class FolderPush(Incoming):
         return f"{self.where[item.path].files}/{_name(item)}"
 
     def final(self, item: Item) -> Path:
-        """Where the instance shall be."""
+        """Return where the instance shall be."""
         return self.where[item.path].final / _name(item)
 
     def run(self, level: Level) -> Level:
@@ -186,7 +186,7 @@ def _folder(item: Item) -> str:
 
 
 def _places(plan: Plan, root: Path, owner: str) -> dict[str, Place]:
-    """The places of the plan's series, by folder."""
+    """Return the places of the plan's series, by folder."""
     folders = dict.fromkeys(_folder(item) for item in plan.items)
     return {folder: Place(root, folder, f".incoming-{plan.dispatch_id}", owner) for folder in folders}
 

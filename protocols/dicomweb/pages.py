@@ -352,7 +352,7 @@ class Search:
         return False
 
     def _whole(self, count: int) -> list[Attributes] | None:
-        """The results of the search as it is: where the first share is cut."""
+        """Return the results of the search as it is: where the first share is cut."""
         try:
             return self.page(count, 0).rows
         except (NotFound, Refused):

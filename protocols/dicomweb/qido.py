@@ -61,7 +61,7 @@ def find(service: Service, query: Query, *, tries: int = 1) -> Iterator[Match]:
 
 
 def announced(study: dict[str, Any]) -> int | None:
-    """How many instances the server says that a study has."""
+    """Return how many instances the server says that a study has."""
     return count(study.get("NumberOfStudyRelatedInstances"))
 
 
@@ -177,7 +177,7 @@ class _Finder:
                 yield values | {keyword: below.get(keyword, "") for keyword, _ in failed}
 
     def _wordings(self, keys: Keys) -> Iterator[Keys]:
-        """The searches that together miss nothing; each is asked only if those before it found nothing.
+        """Yield the searches that together miss nothing; each is asked only if those before it found nothing.
 
         Names are looked for with wild cards, as servers don't agree on what stands between and behind their parts.
         The second is for servers that don't decode what a URL can't hold (Orthanc's plugin 1.7), the others are for
@@ -220,7 +220,7 @@ class _Finder:
         return self._matched[known]
 
     def _study_keys(self) -> Iterator[Keys]:
-        """The searches that together find every study of the query: one value of each key that is a list."""
+        """Yield the searches that together find every study of the query: one value of each key that is a list."""
         query = self.query
         for values in (query.AccessionNumber, query.StudyDescription, query.SeriesDescription):
             if values and not any(value.strip() for value in values):
@@ -250,7 +250,7 @@ class _Finder:
             yield (*common, *choice)
 
     def _studies_of_series(self, series: list[str]) -> list[str]:
-        """The studies that series belong to; none if the server can't search for series without their study."""
+        """Return the studies that series belong to; none if the server can't search for series without their study."""
         found: list[str] = []
         try:
             for uid in series:
@@ -330,12 +330,12 @@ def _loose(value: str) -> str:
 
 
 def _loose_name(value: str) -> str:
-    """A pattern that finds all that a name, or a pattern of names, matches, whatever stands behind its parts."""
+    """Return a pattern that finds all that a name, or a pattern of names, matches, whatever stands behind its parts."""
     return re.sub(r"\*+", "*", _any_sign(_loose(value)) + "*")
 
 
 def _any_sign(value: str) -> str:
-    """A pattern without `?`: servers that drop letters beyond ASCII (Orthanc) don't find one there."""
+    """Return a pattern without `?`: servers that drop letters beyond ASCII (Orthanc) don't find one there."""
     return value.replace("?", "*")
 
 

@@ -171,7 +171,7 @@ def _same(ours: int, at: int, theirs: int, there: int, check: Callable[[], None]
 
 
 def _pixel_data(fd: int, header: Header) -> int | None:
-    """The position of the pixel data (or what stands for it), None if there is none to be found."""
+    """Return the position of the pixel data (or what stands for it), None if there is none to be found."""
     syntax = header.TransferSyntaxUID
     if syntax == DEFLATED_LITTLE:
         return None

@@ -75,7 +75,7 @@ class Service:
         return self.session.origin.where
 
     def path(self, prefix: str, *segments: str, query: Iterable[tuple[str, str]] = ()) -> str:
-        """The path of a resource below a prefix, encoded, with its query."""
+        """Return the path of a resource below a prefix, encoded, with its query."""
         given = [part for part in (*self.base.split("/"), *prefix.split("/")) if part]  # may be encoded already
         path = "".join("/" + percent(part, safe=_SAFE) for part in given)
         path += "".join("/" + percent(segment, safe="") for segment in segments)
@@ -83,17 +83,17 @@ class Service:
         return f"{path}?{text}" if text else path
 
     def hiding(self, values: Iterable[str]) -> Service:
-        """The same service, with more values that no message may show."""
+        """Return the same service, with more values that no message may show."""
         return replace(self, hidden=self.hidden | frozenset(values))
 
     def words(self, body: bytes, answer: Answer) -> str:
-        """The server's own words in an answer: its error document, and its Warning fields."""
+        """Return the server's own words in an answer: its error document, and its Warning fields."""
         warnings = " ".join(answer.headers.get_all("Warning") or ())
         said = words.excerpt(body, answer.media_type, self._hidden)
         return self.clean("; ".join(part for part in (said, warnings) if part))
 
     def clean(self, text: str) -> str:
-        """A text of the server, fit for a message."""
+        """Return a text of the server, fit for a message."""
         return words.clean(text, self._hidden)
 
     @property
@@ -101,7 +101,7 @@ class Service:
         return self.hidden | self.session.secrets
 
     def error(self, answer: Answer, body: bytes, path: str) -> DispatchError:
-        """The error that a status stands for; the message has the server's own words."""
+        """Return the error that a status stands for; the message has the server's own words."""
         status = answer.status
         kind = STATUS_ERRORS.get(status, Busy if status >= 500 else Misconfigured)
         where = f"{self.where}{path.split('?')[0]}"
@@ -129,7 +129,7 @@ def pause(seconds: float, check: Callable[[], None]) -> None:
 
 
 def unexpected(service: Service, answer: Answer, body: bytes, path: str) -> DispatchError:
-    """The error for an answer of status 200 that is not what was asked for, such as a login page."""
+    """Return the error for an answer of status 200 that is not what was asked for, such as a login page."""
     said = service.words(body, answer)
     where = f"{service.where}{path.split('?')[0]}"
     if answer.media_type in (JSON, XML, "application/json", "application/xml", "text/xml"):

@@ -310,7 +310,7 @@ class StowPush:
         return []
 
     def _unnamed(self, rest: Batch, batch: Batch, lists: Lists | None, answer: Answer, content: bytes) -> list[Batch]:
-        """What becomes of the instances of a batch that no list names."""
+        """Return what becomes of the instances of a batch that no list names."""
         alone = len(batch.items) == 1
         promised = answer.media_type in (JSON, XML) and not answer.framed  # a list, which may have been cut off
         if answer.status < 300 and not content and not answer.early and not promised:
@@ -393,7 +393,7 @@ class StowPush:
         return []
 
     def _refused(self, rest: Batch, answer: Answer, content: bytes) -> list[Batch]:
-        """One instance, alone in its request, that was refused without a list."""
+        """Return what becomes of an instance, alone in its request, that was refused without a list."""
         item = rest.items[0]
         if answer.status == 500:
             if not rest.last:
@@ -410,7 +410,7 @@ class StowPush:
     def _failure(
         self, item: Item, failure: stow_answer.Failure, batch: Batch, answer: Answer
     ) -> Outcome | Batch | Busy:
-        """What becomes of an instance that the answer names as failed."""
+        """Return what becomes of an instance that the answer names as failed."""
         text = stow_answer.failure(failure)
         if failure.comment:
             text += f": {self._hiding((item,)).clean(failure.comment)!r}"

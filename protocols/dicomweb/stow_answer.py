@@ -57,12 +57,12 @@ class Failure:
 
 
 def is_busy(code: int | None) -> bool:
-    """Whether the same instance may be taken later."""
+    """Return whether the same instance may be taken later."""
     return code is not None and (0xA700 <= code <= 0xA7FF or code in (_AZURE_IN_PROGRESS, _RESOURCE_LIMITATION))
 
 
 def failure(failed: Failure) -> str:
-    """A failure's reason in words, with its code."""
+    """Return a failure's reason in words, with its code."""
     code = failed.code
     if code is None:
         return "refused by the server without a reason"
@@ -71,7 +71,7 @@ def failure(failed: Failure) -> str:
 
 
 def warning(code: int) -> Outcome | None:
-    """The outcome of an instance that was stored with this warning reason; None for none."""
+    """Return the outcome of an instance that was stored with this warning reason; None for none."""
     if not code:
         return None
     return Outcome(Kind.WARNING, f"{WARNINGS.get(code, 'stored with a warning')} ({code:04X})")
@@ -111,7 +111,7 @@ class Lists:
         return found
 
     def under_other_uids(self, sent: Iterable[str]) -> int:
-        """How many instances were accepted under UIDs that were not sent, or under none."""
+        """Return how many instances were accepted under UIDs that were not sent, or under none."""
         return len(self.accepted.keys() - set(sent)) + self.nameless
 
 
@@ -120,7 +120,7 @@ def _items(answer: dicomjson.Attributes, tag: str) -> list[dicomjson.Attributes]
 
 
 def _comment(failed: dicomjson.Attributes) -> str:
-    """The server's own words: Error Comment (0000,0902), Google's FailureDetail (0009,0097).
+    """Return the server's own words: Error Comment (0000,0902), Google's FailureDetail (0009,0097).
 
     They are in the item, or in its Failed Attributes Sequence (0074,1048).
     """

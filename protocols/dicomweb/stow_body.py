@@ -34,7 +34,7 @@ class Batch:
         return [Batch((item,), last=True) for item in self.items]
 
     def halves(self) -> list[Batch]:
-        """The same instances in two batches."""
+        """Return the same instances in two batches."""
         middle = (len(self.items) + 1) // 2
         return [Batch(half) for half in (self.items[:middle], self.items[middle:]) if half]
 
@@ -63,7 +63,7 @@ def batches(items: Iterable[Item], batch_bytes: int, batch_items: int, concurren
 
 
 def uid_of(item: Item) -> str:
-    """The instance's UID; only plans of DICOM files get here."""
+    """Return the instance's UID; only plans of DICOM files get here."""
     return item.header.SOPInstanceUID if item.header else item.path
 
 

@@ -44,7 +44,7 @@ TRIES = 3  # of one instance over links that break
 
 
 def path(service: Service, uids: tuple[str, ...]) -> str:
-    """The path of a study, a series or an instance, by its UID and those above it."""
+    """Return the path of a study, a series or an instance, by its UID and those above it."""
     return service.path(service.wado, *(part for pair in zip(LEVELS, uids, strict=False) for part in pair))
 
 

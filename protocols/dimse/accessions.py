@@ -65,7 +65,7 @@ class Accessions:
             yield from answers
 
     def _list(self, numbers: list[str], hit: str) -> list[tuple[Mapping[str, str], Answer]] | None:
-        """What a list of numbers brings; None if the peer doesn't understand it."""
+        """Return what a list of numbers brings; None if the peer doesn't understand it."""
         # Some peers look at the first value only, or at the last.
         values = [*numbers[: len(numbers) // 2], hit, *numbers[len(numbers) // 2 :]]
         try:

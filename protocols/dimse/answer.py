@@ -43,7 +43,7 @@ def tidied(body: bytes) -> bytes:
 
 
 def _context(value: bytes) -> bytes:
-    """The answer to one context; nothing for one that can't have been asked for."""
+    """Return the answer to one context; nothing for one that can't have been asked for."""
     if len(value) < 4 or value[0] % 2 == 0:
         return b""
     number, result = value[0], value[2] if value[2] in RESULTS else NO_REASON

@@ -74,7 +74,7 @@ class Association:
         self.max_send: int = assoc.acceptor.maximum_length or 0
 
     def context(self, abstract_syntax: str) -> int | None:
-        """The id of a context for an abstract syntax, whatever its transfer syntax; None if there is none."""
+        """Return the id of a context for an abstract syntax, whatever its transfer syntax; None if there is none."""
         return next((number for (abstract, _), number in self.accepted.items() if abstract == abstract_syntax), None)
 
     def call(

@@ -89,7 +89,7 @@ class Backlog:
         self._spared = 0  # associations that were ended in time
 
     def __len__(self) -> int:
-        """How many wait, suspects not among them."""
+        """Return how many wait, suspects not among them."""
         return len(self._waiting)
 
     def next(self) -> Item | None:

@@ -47,7 +47,7 @@ def groups(needed: Iterable[Pair], policy: str, room: int = MAX_CONTEXTS) -> lis
 
 
 def of_class(pairs: Iterable[Pair], sop_class: str) -> list[str]:
-    """The transfer syntaxes among these pairs for a SOP class."""
+    """Return the transfer syntaxes among these pairs for a SOP class."""
     return [syntax for each, syntax in pairs if each == sop_class]
 
 

@@ -194,7 +194,7 @@ class Retriever(Conversation):
                 self._skip()
 
     def _answer(self, command: Command, keys: Mapping[str, str]) -> Answer | None:
-        """The final response; None if this is another."""
+        """Return the final response; None if this is another."""
         if command.has_dataset:
             self._skip()
         status = command.number(STATUS)

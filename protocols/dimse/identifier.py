@@ -215,7 +215,7 @@ def _head(data: bytes, pos: int, explicit: bool) -> tuple[int, str, int, int]:
 
 
 def _after_sequence(data: bytes, pos: int, explicit: bool, depth: int) -> int:
-    """The position behind a sequence, or an item, of undefined length; the end if it has none."""
+    """Return the position behind a sequence, or an item, of undefined length; the end if it has none."""
     while pos + 8 <= len(data) and depth < MAX_DEPTH:
         tag, _, length, pos = _head(data, pos, explicit)
         if tag in (_ITEM_END, _SEQUENCE_END):

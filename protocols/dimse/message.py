@@ -25,7 +25,7 @@ _FRAGMENT = struct.Struct(">BxIIBB")
 
 
 def header(length: int, context: int, control: int) -> bytes:
-    """PDU and PDV header of a fragment of `length` bytes that is alone in its PDU."""
+    """Return the PDU and PDV header of a fragment of `length` bytes that is alone in its PDU."""
     return _FRAGMENT.pack(P_DATA_TF, length + 6, length + 2, context, control)
 
 
@@ -35,7 +35,7 @@ def put_header(memory: bytearray, pos: int, length: int, context: int, control: 
 
 
 def fragments(body: bytes) -> Iterator[tuple[int, bytes]]:
-    """The control headers and fragments in the variable field of a P-DATA-TF PDU."""
+    """Yield the control headers and fragments in the variable field of a P-DATA-TF PDU."""
     pos = 0
     while pos + 6 <= len(body):
         length = int.from_bytes(body[pos : pos + 4], "big")

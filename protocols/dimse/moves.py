@@ -33,7 +33,7 @@ class Expected:
     heard: float = field(default_factory=time.monotonic)
 
     def last_heard(self) -> float:
-        """When something came last."""
+        """Return when something came last."""
         return self.heard
 
 

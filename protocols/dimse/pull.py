@@ -70,7 +70,7 @@ class Series:
     answers: list[Answer] = field(default_factory=list)
 
     def classes(self) -> dict[str, tuple[str, ...]]:
-        """The SOP classes of its instances, with the syntaxes that the peer names."""
+        """Return the SOP classes of its instances, with the syntaxes that the peer names."""
         found: dict[str, dict[str, None]] = {}
         for sop_class, syntaxes in (self.images or {}).values():
             if UID.fullmatch(sop_class):
@@ -164,7 +164,7 @@ class Pull:
         return Plan("", self.folder, tuple(sorted(items.values(), key=lambda item: item.path)))
 
     def count(self, series: str) -> int:
-        """How many instances of a series are here."""
+        """Return how many instances of a series are here."""
         return self._counts[series]
 
     def _look(self) -> None:
@@ -177,7 +177,7 @@ class Pull:
             self.report(item, ALREADY)
 
     def _lacks(self, one: Series) -> bool:
-        """Whether something of a series is not here, as far as is known."""
+        """Return whether something of a series is not here, as far as is known."""
         if one.images is not None and one.images.keys() - self._here.keys():
             return True
         if one.announced is not None:
@@ -322,7 +322,7 @@ class Pull:
             self.notes.append(f"series {one.uid}: {count} instances were not taken: {why}")
 
     def _requests(self, one: Series, retriever: Retriever) -> Iterator[dict[str, str]]:
-        """The keys to ask with: for the series, then for what is still missing, in lists and one by one."""
+        """Yield the keys to ask with: for the series, then for what is still missing, in lists and one by one."""
         above = {"StudyInstanceUID": one.study, "SeriesInstanceUID": one.uid}
         if retriever.root in (PATIENT_ROOT_GET, PATIENT_ROOT_MOVE):
             above["PatientID"] = one.patient

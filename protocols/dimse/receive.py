@@ -66,7 +66,7 @@ class Depot:
         self._meta: dict[tuple[str, str], bytes] = {}
 
     def meta(self, sop_class: str, uid: str, syntax: str) -> bytes:
-        """Preamble and file meta information (PS3.10 section 7.1)."""
+        """Return the preamble and file meta information (PS3.10 section 7.1)."""
         tail = self._meta.get((sop_class, syntax))
         if tail is None:
             tail = self._meta[sop_class, syntax] = _uid_element(0x10, syntax) + _OURS

@@ -259,7 +259,7 @@ def _exactly(sock: socket.socket, count: int) -> bytes:
 
 
 def _choose(abstract: str, offered: tuple[str, ...]) -> str | int:
-    """The first syntax that is offered, for any SOP class that is not another service's."""
+    """Return the first syntax that is offered, for any SOP class that is not another service's."""
     if abstract.startswith(OTHERS):
         return acceptance.NO_CLASS
     return offered[0] if offered else acceptance.NO_SYNTAX

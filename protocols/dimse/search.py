@@ -80,7 +80,7 @@ class Search:
             )
 
     def images(self, study: str, series: str) -> list[Answer] | None:
-        """The instances of a series; None if the peer doesn't list them, or not all of them."""
+        """Return the instances of a series; None if the peer doesn't list them, or not all of them."""
         keys = {"StudyInstanceUID": study, "SeriesInstanceUID": series}
         try:
             found = self.answers("IMAGE", keys, IMAGE_FIELDS)
@@ -89,7 +89,7 @@ class Search:
         return found or None
 
     def answers(self, level: str, keys: Mapping[str, str], fields: tuple[str, ...]) -> list[Answer]:
-        """Everything below a study or a series, each once."""
+        """Return everything below a study or a series, each once."""
         keys = dict(keys)
         if self.finder.root == PATIENT_ROOT_FIND:
             keys["PatientID"] = self._patients.get(keys["StudyInstanceUID"], "")
@@ -176,7 +176,7 @@ class Search:
                 yield from self._worded(keys | {"StudyInstanceUID": uid})
 
     def _studies_of(self, series: list[str]) -> list[str]:
-        """The studies that series belong to; none if the peer can't search for series without their study."""
+        """Return the studies that series belong to; none if the peer can't search for series without their study."""
         found: list[str] = []
         try:
             for uid in series:
@@ -258,7 +258,7 @@ class Search:
         above: dict[str, str] | None = None,
         depth: int = 0,
     ) -> list[Answer]:
-        """All answers to a question, asked in parts if the peer doesn't give them at once.
+        """Return all answers to a question, asked in parts if the peer doesn't give them at once.
 
         Args:
             above: the question of which this is a part.
@@ -298,7 +298,7 @@ class Search:
         raise _CutShort(f"{self.finder.peer.where}: the peer gives {len(found)} answers and has more: narrow the query")
 
     def _is_cut_short(self, keys: dict[str, str], charset: str, found: list[Answer], uids: frozenset[str]) -> bool:
-        """Whether the peer has more than it gave without a word.
+        """Return whether the peer has more than it gave without a word.
 
         Shown by asking for parts of the same again, at both ends of the dates and, at a suspicious number, half of it.
         """
@@ -329,7 +329,7 @@ class Search:
         return False
 
     def _has_series(self, study: Answer, tests: dict[str, Any], query: Query) -> bool:
-        """Whether one series of a study passes all tests that a query has for series."""
+        """Return whether one series of a study passes all tests that a query has for series."""
         if not tests:
             return True
         modalities = study.get("ModalitiesInStudy")

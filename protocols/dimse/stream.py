@@ -53,16 +53,16 @@ class Command(dict[int, bytes]):
     context: int = 0
 
     def number(self, element: int) -> int | None:
-        """The value of an element of VR US; None if it is absent or not one."""
+        """Return the value of an element of VR US; None if it is absent or not one."""
         value = self.get(element, b"")
         return int.from_bytes(value, "little") if len(value) == 2 else None
 
     def uid(self, element: int) -> str:
-        """The value of an element of VR UI, whatever is in it."""
+        """Return the value of an element of VR UI, whatever is in it."""
         return self.get(element, b"").rstrip(b"\0 ").decode("ascii", "replace")
 
     def text(self, element: int) -> str:
-        """The value of an element as text without padding."""
+        """Return the value of an element as text without padding."""
         raw = self.get(element, b"")
         try:
             text = raw.decode("utf-8")

@@ -205,7 +205,7 @@ def move_file(source: Path, final: Path) -> bool:
 
 
 def checksum(fd: int, check: Callable[[], None], *, from_disk: bool = False) -> bytes:
-    """SHA-256 of an open file, from its beginning.
+    """Return the SHA-256 of an open file, from its beginning.
 
     Args:
         check: called between pieces; may raise to stop.
@@ -246,5 +246,5 @@ def readable(fd: int) -> bool:
 
 
 def size(count: int) -> str:
-    """A number of bytes for people."""
+    """Write a number of bytes for people."""
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"

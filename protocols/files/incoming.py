@@ -150,7 +150,7 @@ class Incoming:
         self._failed = threading.Event()
 
     def kept(self, item: Item) -> str:
-        """Where the item is when it is whole."""
+        """Return where the item is when it is whole."""
         return f"{self.where[item.path].files}/{item.path}"
 
     def bring(self, items: list[Item]) -> list[Item]:

@@ -77,7 +77,7 @@ class Answer:
         self.connection.close()
 
     def chunks(self) -> Iterator[memoryview]:
-        """What is left of the body, in pieces as they come; a piece holds until the next one is asked for.
+        """Yield what is left of the body, in pieces as they come; a piece holds until the next one is asked for.
 
         Raises:
             Interrupted: it ended before its announced end. TimedOut.
@@ -93,7 +93,7 @@ class Answer:
         return raw
 
     def read(self, limit: int = BODY_BYTES) -> bytes:
-        """The whole body.
+        """Return the whole body.
 
         Raises:
             Interrupted: it is cut short, or longer than `limit` bytes.

@@ -133,7 +133,7 @@ class Proxy:
         return Misconfigured(f"what answers at {self.url} is not an HTTP proxy: correct proxy")
 
     def refusal(self, status: int, reason: str, target: str) -> DispatchError:
-        """The error for the proxy's refusal to pass a request on."""
+        """Return the error for the proxy's refusal to pass a request on."""
         said = f"the proxy {self.url} answers {status} {reason}".rstrip()
         if status == 407 or (status == 401 and self.user):  # tinyproxy confuses them
             what = (

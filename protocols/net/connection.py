@@ -83,7 +83,7 @@ def resolve_within(
 
 
 def place(host: str, port: int) -> str:
-    """A host and its port for messages."""
+    """Return a host and its port for messages."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 

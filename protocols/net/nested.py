@@ -33,7 +33,7 @@ class NestedTls:
         return count
 
     def pending(self) -> int:
-        """What can be read without waiting, at least; perhaps only a part of a record."""
+        """Return what can be read without waiting, at least; perhaps only a part of a record."""
         return self._inner.pending() or self._came.pending or self._outer.pending()
 
     def _reading(self, operation: Any, *arguments: Any) -> Any:

@@ -64,13 +64,13 @@ class Algorithm:
     new: Callable[[], Hash]
 
     def of(self, data: memoryview) -> bytes:
-        """The checksum of some bytes."""
+        """Return the checksum of some bytes."""
         made = self.new()
         made.update(data)
         return made.digest()
 
     def header(self, digest: bytes) -> dict[str, str]:
-        """The header field that carries the checksum to a store."""
+        """Return the header field that carries the checksum to a store."""
         return {self.field: encoded(digest)}
 
     def told(self, headers: Fields) -> str | None:
@@ -81,13 +81,13 @@ class Algorithm:
         return encoded(bytes.fromhex(form[1])) + (form[2] or "") if form else None
 
     def composite(self, digests: Iterable[bytes]) -> str:
-        """The checksum of the parts' checksums, encoded as stores report it."""
+        """Return the checksum of the parts' checksums, encoded as stores report it."""
         parts = list(digests)
         return f"{encoded(self.of(memoryview(b''.join(parts))))}-{len(parts)}"
 
 
 def encoded(digest: bytes) -> str:
-    """A checksum as S3 writes it."""
+    """Return a checksum as S3 writes it."""
     return base64.b64encode(digest).decode()
 
 

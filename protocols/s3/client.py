@@ -57,7 +57,7 @@ class Settings:
     hidden: frozenset[str] = field(default=frozenset(), repr=False)
 
     def origin(self, url: str) -> WebOrigin:
-        """The server that a URL names, and how to get there."""
+        """Return the server that a URL names, and how to get there."""
         return WebOrigin.of(url, self.tls, self.connect_timeout_s, self.idle_timeout_s, self.proxy)
 
     @property
@@ -149,7 +149,7 @@ class Account:
 
 
 def _proxies(settings: Settings) -> dict[str, str]:
-    """The proxies of a target's setting, by scheme, with credentials."""
+    """Return the proxies of a target's setting, by scheme, with credentials."""
     found = {scheme: Proxy.of(settings.proxy, f"{scheme}://{urlsplit(AWS).hostname}") for scheme in ("http", "https")}
     return {scheme: proxy.full_url for scheme, proxy in found.items() if proxy}
 
@@ -174,7 +174,7 @@ def _aim(client: Any, bucket: str) -> Aim:
 
 
 def answer_of(request: AWSPreparedRequest, status: int, headers: Fields, body: bytes) -> AWSResponse:
-    """An answer in the form in which boto3 takes it."""
+    """Return an answer in the form in which boto3 takes it."""
     fields: Any = dict(reversed(headers.items()))  # the first of several counts
     return AWSResponse(str(request.url), status, fields, _Raw(body))
 

@@ -47,7 +47,7 @@ def _escaped(match: re.Match[str]) -> str:
 
 
 def content_type(path: str, is_dicom: bool) -> str:
-    """The media type of a file, from its content if that is DICOM, else from its name."""
+    """Return the media type of a file, from its content if that is DICOM, else from its name."""
     if is_dicom or path.lower().endswith((".dcm", ".dicom")):
         return DICOM
     return _TYPES.guess_type(path.rsplit("/", 1)[-1])[0] or "application/octet-stream"

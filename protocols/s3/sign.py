@@ -75,7 +75,7 @@ class Signer:
         return encoded + (f"?{arguments}" if arguments else ""), fields
 
     def _key_of(self, secret: str, day: str) -> bytes:
-        """The key that holds for one day."""
+        """Return the key that holds for one day."""
         known, key = self._key
         if known != (secret, day):
             key = b"AWS4" + secret.encode()

@@ -42,7 +42,7 @@ class Form(StrEnum):
 
 
 def part_size(size: int, wanted: int) -> int:
-    """Bytes of a part: as wanted, or as many more, in whole MiB, as keep a large object within 10,000 parts."""
+    """Return the bytes of a part: as wanted, or as many whole MiB as keep a large object within 10,000 parts."""
     least = -(-size // MAX_PARTS)
     return wanted if least <= wanted else -(-least // MIB) * MIB
 

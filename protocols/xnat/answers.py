@@ -141,7 +141,7 @@ def part(value: str) -> str:
 
 
 def value_of(row: dict[str, Any], name: str) -> str:
-    """A column of a row: XNAT gives it by its name, or by the path of its field, in any case of letters."""
+    """Return a column of a row: XNAT gives it by its name, or by the path of its field, in any case of letters."""
     for key, value in row.items():
         if key.lower().rpartition("/")[2] == name:
             return "" if value is None else str(value)
@@ -149,7 +149,7 @@ def value_of(row: dict[str, Any], name: str) -> str:
 
 
 def table(answer: requests.Response) -> list[dict[str, Any]]:
-    """The rows of a table, which come as JSON, or from some addresses always as CSV.
+    """Return the rows of a table, which come as JSON, or from some addresses always as CSV.
 
     Raises:
         ValueError: it is neither.
@@ -167,7 +167,7 @@ def table(answer: requests.Response) -> list[dict[str, Any]]:
 
 
 def session_of(document: Any) -> ImageSession:
-    """The session that XNAT's JSON form of an item describes."""
+    """Return the session that XNAT's JSON form of an item describes."""
     try:
         item = document["items"][0]
         facts = item["data_fields"]
@@ -195,7 +195,7 @@ def entry_of(row: dict[str, Any]) -> CatalogEntry:
 
 
 def places(text: str) -> Iterator[ArchivePlace]:
-    """The URIs of an import's answer: with or without /data before them, ended by any kind of line end."""
+    """Yield the URIs of an import's answer: with or without /data before them, ended by any kind of line end."""
     for line in text.split():
         found = _URI.search(line)
         if not found:
@@ -210,7 +210,7 @@ def is_page(answer: requests.Response) -> bool:
 
 
 def words_of(answer: requests.Response) -> str:
-    """What an error says: the text of XNAT's error page stands in its <h3>; other pages have a title."""
+    """Return what an error says: the text of XNAT's error page stands in its <h3>; other pages have a title."""
     text = answer.text
     if is_page(answer):
         found = {tag.lower(): inner for tag, inner in reversed(_TITLE.findall(text))}
@@ -219,7 +219,7 @@ def words_of(answer: requests.Response) -> str:
 
 
 def line(text: str) -> str:
-    """One short line without markup and control characters."""
+    """Return one short line without markup and control characters."""
     plain = " ".join(html.unescape(_TAG.sub(" ", text)).split())
     plain = "".join(c for c in plain if c.isprintable())
     return plain if len(plain) <= MAX_WORDS else plain[:MAX_WORDS] + "…"

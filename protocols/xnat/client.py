@@ -137,7 +137,7 @@ class Client:
         return ""
 
     def projects(self, permission: str = "") -> set[str]:
-        """IDs of the projects that the user sees, or may do something in: `create`, `edit`, `read`, `delete`."""
+        """Return the IDs of the projects that the user sees, or may `create`, `edit`, `read` or `delete` in."""
         if not permission:
             with self._read_by_pyxnat():
                 return set(self._interface.select.projects().get())
@@ -161,7 +161,7 @@ class Client:
         )
 
     def labels_of(self, project: str, subject: str) -> list[str]:
-        """Labels of a subject's sessions; none if there is no such subject."""
+        """Return the labels of a subject's sessions; none if there is no such subject."""
         path = f"/data/projects/{part(project)}/subjects/{part(subject)}/experiments"
         try:
             return [value_of(row, "label") for row in self._rows(path, {"columns": "ID,label", "format": "json"})]
@@ -171,7 +171,7 @@ class Client:
             raise
 
     def session(self, project: str, label: str) -> ImageSession | None:
-        """The archived session with that label, None if there is none."""
+        """Return the archived session with that label, None if there is none."""
         path = f"/data/projects/{part(project)}/experiments/{part(label)}"
         try:
             found = self._json(path, {"format": "json"})
@@ -197,12 +197,12 @@ class Client:
         return found
 
     def prearchive(self, project: str) -> list[CatalogEntry]:
-        """What is in a project's prearchive."""
+        """Return what is in a project's prearchive."""
         rows = self._rows(f"/data/prearchive/projects/{part(project)}", {"format": "json"})
         return [entry_of(row) for row in rows]
 
     def entry(self, entry: CatalogEntry) -> CatalogEntry | None:
-        """The same entry as it is now, None if it is gone."""
+        """Return the same entry as it is now, None if it is gone."""
         try:
             rows = self._rows(entry.path, {"format": "json"})
         except Refused as exc:
@@ -212,7 +212,7 @@ class Client:
         return entry_of(rows[0]) if rows else None
 
     def entry_files(self, entry: CatalogEntry) -> list[str]:
-        """Names of the files of all scans of an entry."""
+        """Return the names of the files of all scans of an entry."""
         prearchive, names = self._interface.manage.prearchive, []
         triple = [part(entry.project), part(entry.timestamp), part(entry.folder)]
         with self._read_by_pyxnat():
@@ -226,7 +226,7 @@ class Client:
         self._interface.delete(entry.path, allow_redirects=False)
 
     def log_of(self, entry: CatalogEntry) -> str:
-        """The last words that XNAT wrote of an entry, "" if it wrote none or doesn't show them."""
+        """Return the last words that XNAT wrote of an entry, "" if it wrote none or doesn't show them."""
         with suppress(Refused):
             answer = self._get(f"{entry.path}/logs/last", {"format": "json"})
             with suppress(ValueError):

@@ -61,7 +61,7 @@ class ZipEntry:
         return _CENTRAL.size + len(self.name) + (4 + wide if wide else 0)
 
     def local(self) -> bytes:
-        """The local header. In it the ZIP64 record always holds both sizes (section 4.5.3)."""
+        """Return the local header. In it the ZIP64 record always holds both sizes (section 4.5.3)."""
         extra = struct.pack("<HHQQ", 1, 16, self.size, self.size) if self.big else b""
         size = LIMIT_32 if self.big else self.size
         needs = NEEDS_45 if self.big else NEEDS_20
@@ -71,7 +71,7 @@ class ZipEntry:
         return head + self.name + extra
 
     def central(self) -> bytes:
-        """The entry in the central directory, where the ZIP64 record holds only what doesn't fit."""
+        """Return the entry in the central directory, where the ZIP64 record holds only what doesn't fit."""
         wide = [self.size, self.size] if self.big else []
         if self.offset >= LIMIT_32:
             wide.append(self.offset)
@@ -86,7 +86,7 @@ class ZipEntry:
 
 
 def length(entries: Iterable[ZipEntry]) -> int:
-    """The exact number of bytes of the zip of these entries; sets their offsets."""
+    """Return the exact number of bytes of the zip of these entries; set their offsets."""
     position = directory = count = 0
     for entry in entries:
         entry.offset = position
@@ -97,7 +97,7 @@ def length(entries: Iterable[ZipEntry]) -> int:
 
 
 def directory(entries: Iterable[ZipEntry]) -> Iterator[bytes]:
-    """What follows the last file: the central directory, in pieces, and the end records. Offsets must be set."""
+    """Yield what follows the last file: the central directory, in pieces, and the end records. Offsets must be set."""
     start = size = count = 0
     for entry in entries:
         start = entry.offset + entry.local_size + entry.size
@@ -109,7 +109,7 @@ def directory(entries: Iterable[ZipEntry]) -> Iterator[bytes]:
 
 
 def _end(count: int, start: int, size: int) -> bytes:
-    """The end of the central directory, with its ZIP64 forms before it where they are needed."""
+    """Return the end of the central directory, with its ZIP64 forms before it where they are needed."""
     wide = b""
     if count >= LIMIT_16 or start >= LIMIT_32 or size >= LIMIT_32:
         wide = _END_64.pack(

@@ -79,11 +79,11 @@ def _is_api_error(exc: BaseException) -> bool:
 
 
 def enabled(target: dict[str, Any]) -> str:
-    """Whether a listed target takes part, in a word."""
+    """Return whether a listed target takes part, in a word."""
     return "broken" if target["broken"] else "yes" if target["enabled"] else "no"
 
 
 def checked(target: dict[str, Any]) -> str:
-    """How a listed target was when it was last checked; empty if it never was."""
+    """Return how a listed target was when it was last checked; empty if it never was."""
     last = target["last_check"]
     return "" if last is None else f"{'ok' if last['ok'] else 'failed'} {last['time']}"

@@ -126,7 +126,7 @@ def keys(
 
 
 def _values(given: list[str]) -> tuple[str, ...]:
-    """The descriptions of an option; one with a comma in it is written in quotes, as in a spreadsheet's file."""
+    """Return the descriptions of an option; one with a comma in it is written in quotes, as in a spreadsheet's file."""
     import csv
 
     return tuple(dict.fromkeys(part.strip() for row in csv.reader(given, skipinitialspace=True) for part in row))

@@ -154,7 +154,7 @@ def finish(access: ServerAccess, flow_run: FlowRun, *, as_json: bool) -> int:
 
 
 def result(access: ServerAccess, flow_run: FlowRun) -> dict[str, Any]:
-    """The result of a retrieval; of one that has not begun, what its state says."""
+    """Return the result of a retrieval; of one that has not begun, what its state says."""
     from tasks.dispatch import kept
 
     state = flow_run.state

@@ -125,7 +125,7 @@ def _send(
 def _queued(
     access: ServerAccess, plan: Plan, targets: list[Target], flow_run: FlowRun, *, force: bool
 ) -> dict[str, Any]:
-    """The receipts of a dispatch that has not begun: everything waits, but for what is at a target already."""
+    """Return the receipts of a dispatch that has not begun: everything waits, but for what is at a target already."""
     from threading import Event
 
     from tasks import DRIVERS
@@ -162,7 +162,7 @@ def finish(access: ServerAccess, flow_run: FlowRun, *, all_items: bool, as_json:
 
 
 def receipt(access: ServerAccess, flow_run: FlowRun) -> dict[str, Any]:
-    """The receipts of a run, with all items; a run that could not begin has none, but its state's message.
+    """Return the receipts of a run, with all items; a run that could not begin has none, but its state's message.
 
     They are the server's; the copy on this machine, if it has one, is read where the server has none (any more).
     """
@@ -192,7 +192,7 @@ def receipt(access: ServerAccess, flow_run: FlowRun) -> dict[str, Any]:
 
 
 def trimmed(document: dict[str, Any], all_items: bool) -> dict[str, Any]:
-    """The same receipts without the items that are plainly delivered, unless all are wanted."""
+    """Return the same receipts without the items that are plainly delivered, unless all are wanted."""
     if all_items:
         return document
     targets = {

@@ -143,7 +143,7 @@ def list_(as_json: Json = False) -> None:
 
 
 def _entry(one: Target | Broken, check: dict[str, Any] | None) -> dict[str, Any]:
-    """What `list` shows of a target."""
+    """Return what `list` shows of a target."""
     from blocks import Target
     from talaria.targetfile import values_of
     from tasks.targets import facts
@@ -286,6 +286,6 @@ def _done(name: str, action: str, as_json: bool) -> None:
 
 
 def _place(values: dict[str, Any]) -> str:
-    """Where a target is, in a few words."""
+    """Return where a target is, in a few words."""
     parts = [str(values[key]) for key in ("host", "port", "url", "endpoint_url", "bucket", "folder") if values.get(key)]
     return " ".join(parts)

@@ -225,12 +225,12 @@ async def resume(client: PrefectClient, run_id: UUID) -> FlowRun:
 
 
 def is_retrieval(flow_run: FlowRun) -> bool:
-    """Whether a run is a retrieval, not a dispatch."""
+    """Return whether a run is a retrieval, not a dispatch."""
     return "source" in flow_run.parameters
 
 
 async def jobs(client: PrefectClient, limit: int, offset: int = 0) -> list[FlowRun]:
-    """The newest runs of dispatches and retrievals."""
+    """Return the newest runs of dispatches and retrievals."""
     ids = [(await deployed(client, name)).id for name in ("dispatch", "retrieve")]
     return await client.read_flow_runs(
         deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=ids)),
@@ -272,11 +272,11 @@ async def _all_jobs(client: PrefectClient) -> AsyncIterator[FlowRun]:
 
 
 def name_of(dispatch_id: str, targets: list[str]) -> str:
-    """The name of a dispatch's run."""
+    """Return the name of a dispatch's run."""
     return f"{dispatch_id} to {', '.join(targets)}"
 
 
 def dispatch_of(flow_run: FlowRun) -> str:
-    """The dispatch id in a run's name, "" for runs that others made."""
+    """Return the dispatch id in a run's name, "" for runs that others made."""
     first, _, rest = flow_run.name.partition(" to ")
     return first if rest else ""

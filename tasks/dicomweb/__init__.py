@@ -95,7 +95,7 @@ def _authorizer(target: DicomWebTarget, trust: tls.Tls) -> Authorizer | None:
 
 @functools.lru_cache(maxsize=64)
 def _credentials(url: str, client_id: str, secret: str, scope: str, origin: WebOrigin) -> ClientCredentials:
-    """One object per client and process, so that dispatches share its token."""
+    """Return one object per client and process, so that dispatches share its token."""
     return ClientCredentials(url, client_id, secret, scope, origin)
 
 
@@ -154,7 +154,7 @@ def _probe_services(health: Health, target: DicomWebTarget, service: Service) ->
 
 
 def _go_on() -> None:
-    """A check can't be cancelled; all its waits have an end."""
+    """Never cancel: a check can't be cancelled, and all its waits have an end."""
 
 
 @dataclass(frozen=True)

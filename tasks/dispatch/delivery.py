@@ -376,7 +376,7 @@ def summary(failures: Sequence[str]) -> list[str]:
 
 
 def lacking(refused: dict[Item, Outcome]) -> int:
-    """How many of the files that a target does not get it should have: what it skips is not for it."""
+    """Return how many of the files that a target does not get it should have: what it skips is not for it."""
     return sum(outcome.kind is Kind.REJECTED for outcome in refused.values())
 
 

@@ -22,7 +22,7 @@ MAX_RETRY_AFTER_S = 86_400  # a peer that asks for more than a day means "don't"
 
 
 def delay_before(attempt: int, target: Target, error: BaseException | None) -> float:
-    """Seconds to wait before an attempt (2 is the first retry).
+    """Return the seconds to wait before an attempt (2 is the first retry).
 
     Exponential back-off with full jitter: any time up to `retry_delay_s`, doubled with each attempt, at most
     `retry_max_delay_s`. A peer's `Retry-After` wins.
@@ -34,7 +34,7 @@ def delay_before(attempt: int, target: Target, error: BaseException | None) -> f
 
 
 def hook_delay_before(attempt: int, target: Target) -> float:
-    """Seconds to wait before an attempt at a target's script: its own delay, doubled with each attempt.
+    """Return the seconds to wait before an attempt at a target's script: its own delay, doubled with each attempt.
 
     Without jitter: one script on one server is no crowd. At most `retry_max_delay_s`, unless the first delay is longer.
     """

@@ -70,7 +70,7 @@ async def progress_shown(deliveries: Sequence[Delivery]) -> AsyncIterator[None]:
 
 
 def document(dispatch_id: str, flow_run_id: str, state: State, receipts: Sequence[Receipt]) -> dict[str, Any]:
-    """The JSON of `send --json`, with all items."""
+    """Return the JSON of `send --json`, with all items."""
     return {
         "dispatch_id": dispatch_id,
         "flow_run_id": flow_run_id,

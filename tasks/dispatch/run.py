@@ -189,7 +189,7 @@ def opens(target: Target, priority: str, now: datetime | None = None) -> datetim
 
 
 def refusal(error: DispatchError) -> RunState[Any]:
-    """The state of a run that could not begin, or was stopped before it did."""
+    """Return the state of a run that could not begin, or was stopped before it did."""
     return Cancelled(message=str(error)) if isinstance(error, DispatchCancelled) else Failed(message=str(error))
 
 

@@ -50,7 +50,7 @@ def pause(flow_run_id: str) -> threading.Event:
 
 
 def forget(flow_run_id: str) -> None:
-    """The run is over."""
+    """Drop the run, which is over."""
     with _lock:
         _flags.pop(flow_run_id, None)
         _pauses.pop(flow_run_id, None)

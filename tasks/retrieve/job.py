@@ -122,7 +122,7 @@ class Job:
 
 
 def folder_of(home: Home, flow_run_id: str) -> Path:
-    """Where a retrieval keeps its state and what it has fetched."""
+    """Return where a retrieval keeps its state and what it has fetched."""
     return home.root / "retrievals" / flow_run_id
 
 

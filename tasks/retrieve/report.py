@@ -32,7 +32,7 @@ def state_of(job: Job) -> str:
 
 
 def rows(job: Job) -> list[dict[str, Any]]:
-    """One row per study, and per accession number without one."""
+    """Return one row per study, and per accession number without one."""
     found = [_row(one) for one in job.studies.values()]
     found += [_of_number(number, "missing", "the source has no study that matches") for number in job.missing]
     found += [_of_number(number, "failed", reason) for number, reason in job.failed.items()]
@@ -60,7 +60,7 @@ def _of_number(number: str, state: str, reason: str) -> dict[str, Any]:
 
 
 def document(job: Job, flow_run_id: str, source: str, state: str) -> dict[str, Any]:
-    """The JSON of `retrieve --json`."""
+    """Return the JSON of `retrieve --json`."""
     every = rows(job)
     found = [one for one in every if one["study"]]
     return {
@@ -83,7 +83,7 @@ def document(job: Job, flow_run_id: str, source: str, state: str) -> dict[str, A
 
 
 def csv_text(job: Job) -> str:
-    """The same as a table for spreadsheets; no value is taken for a formula there."""
+    """Return the same as a table for spreadsheets; no value is taken for a formula there."""
     out = io.StringIO()
     writer = csv.DictWriter(out, COLUMNS)
     writer.writeheader()
@@ -93,7 +93,7 @@ def csv_text(job: Job) -> str:
 
 
 def csv_path(home: Home, flow_run_id: str) -> Path:
-    """Where the CSV file of a retrieval is."""
+    """Return where the CSV file of a retrieval is."""
     return home.receipt(flow_run_id).with_suffix(".csv")
 
 

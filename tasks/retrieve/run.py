@@ -65,7 +65,7 @@ class Wish:
     studies_per_hour: int = 0
 
     def numbers(self) -> tuple[str, ...]:
-        """The accession numbers of the list, each once.
+        """Return the accession numbers of the list, each once.
 
         Raises:
             Misconfigured: there is nothing to look for, or nowhere to bring it.
@@ -150,7 +150,7 @@ class Retrieval:
         return self.cancelled.is_set() or self.paused.is_set()
 
     def _held_up(self) -> bool:
-        """Whether the source must not be asked now; then the run goes on later."""
+        """Return whether the source must not be asked now; then the run goes on later."""
         opening = opens(self.source, self.wish.priority)
         if opening:
             self.again = min(self.again or opening, opening)

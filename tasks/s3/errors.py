@@ -127,7 +127,7 @@ def errors(where: str, item: str | None = None) -> Iterator[None]:
 
 
 def of(exc: StoreError, where: str, item: str | None = None) -> DispatchError:
-    """The error of ours that a refusal means."""
+    """Return the error of ours that a refusal means."""
     remedy = REMEDIES.get(exc.code)
     message = f"{where}: {exc}" + (f": {remedy}" if remedy else "")
     if exc.busy:

@@ -121,7 +121,7 @@ class Push:
         return item.size > self.target.multipart_bytes
 
     def _stored(self, key: str, size: int | None = None) -> Stored | None:
-        """What the store says of an object; None if it isn't there, or not with this size."""
+        """Return what the store says of an object; None if it isn't there, or not with this size."""
         if self._there is not None and (key not in self._there or size not in (None, self._there[key])):
             return None
         try:
@@ -322,7 +322,7 @@ class Push:
         return key
 
     def headers(self, item: Item, sha256: str) -> dict[str, str]:
-        """The head that an item's object gets."""
+        """Return the head that an item's object gets."""
         kind = content_type(item.path, item.header is not None)
         return {"content-type": kind, SHA256_FIELD: sha256, **self.supports.headers}
 
@@ -354,7 +354,7 @@ class Push:
             raise Rejected(f"the store keeps other bytes than were sent: {exc}", item=shown) from exc
 
     def payload(self, data: memoryview) -> Payload:
-        """A body that keeps to the bandwidth limit and reports the bytes that went out."""
+        """Return a body that keeps to the bandwidth limit and reports the bytes that went out."""
         return Payload(data, self._throttle.piece, self._throttle.spend, self.report.moved)
 
     def read(self, item: Item, fd: int, start: int, size: int) -> memoryview:
@@ -461,5 +461,5 @@ class _Stopped(Exception):
 
 
 def _only_denied(exc: StoreError) -> bool:
-    """Whether it is this one operation that the key may not do."""
+    """Return whether it is this one operation that the key may not do."""
     return exc.status == 403 and exc.code not in CREDENTIALS

@@ -27,7 +27,7 @@ def forget() -> None:
 
 
 def common_headers(target: S3Target) -> dict[str, str]:
-    """The fields that every object of a target gets."""
+    """Return the fields that every object of a target gets."""
     fields = {
         "x-amz-server-side-encryption": target.sse.value if target.sse else None,
         "x-amz-server-side-encryption-aws-kms-key-id": target.kms_key_id,

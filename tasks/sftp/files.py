@@ -261,7 +261,7 @@ class Sending(Remote):
             raise error from exc
 
     def temporary(self, item: Item, final: bytes) -> bytes:
-        """A name beside the final one that every attempt at this dispatch gives to this file, as it is now.
+        """Return a name beside the final one that every attempt at this dispatch gives to this file, as it is now.
 
         What came of a file that has changed since would be gone on with, and a sample may not show the change.
         """

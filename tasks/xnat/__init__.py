@@ -86,7 +86,7 @@ def connect(target: XnatTarget, check: Callable[[], None]) -> Iterator[Client]:
 
 
 def _server(location: str) -> str:
-    """Where a redirect points to, without what the path may hold."""
+    """Return where a redirect points to, without what the path may hold."""
     url = urlsplit(location)
     return f"{url.scheme}://{url.netloc}" if url.netloc else "another page of it"
 
@@ -107,7 +107,7 @@ def check(target: XnatTarget) -> Health:
     rest = ["authenticate", "project", "authorize", "version"]
 
     def ask() -> None:
-        """A check has nobody to stop it; its timeouts do."""
+        """Never cancel: nobody stops a check but its timeouts."""
 
     reach_web(health, _origin(target))
     if health.error is None:
@@ -117,7 +117,7 @@ def check(target: XnatTarget) -> Health:
 
 
 def _check_xnat(target: XnatTarget, health: Health, ask: Callable[[], None], rest: list[str]) -> None:
-    """The probes that need a login; takes those that it makes off `rest`."""
+    """Make the probes that need a login; take those that it makes off `rest`."""
     with ExitStack() as ends:
         with health.probe("authenticate") as probe:
             rest.remove("authenticate")
@@ -203,7 +203,7 @@ def push(target: XnatTarget, plan: Plan, report: PushReport) -> Receipt:
 
 
 def _studies(plan: Plan, items: Iterable[Item], report: PushReport) -> list[Study]:
-    """The plan's studies, those last that something was wrong with before; `items` are to be sent."""
+    """Return the plan's studies, those last that something was wrong with before; `items` are to be sent."""
     found: dict[str, list[Item]] = defaultdict(list)
     sending = {item.path for item in items}
     last: dict[str, int] = {}

@@ -65,23 +65,23 @@ class Held:
 
 
 def held_in_archive(client: Client, project: str, session: ImageSession) -> Held:
-    """What an archived session has."""
+    """Return what an archived session has."""
     series = {scan.id: scan.uid for scan in session.scans}
     return Held((series.get(scan, ""), name) for scan, name in client.files(project, session.label))
 
 
 def held_in_prearchive(client: Client, entry: CatalogEntry) -> Held:
-    """What an entry of the prearchive has; the prearchive does not give the UIDs of series."""
+    """Return what an entry of the prearchive has; the prearchive does not give the UIDs of series."""
     return Held(("", name) for name in client.entry_files(entry))
 
 
 def name_of(item: Item) -> str:
-    """What an item is called at XNAT."""
+    """Return what an item is called at XNAT."""
     return entry_name(header_of(item).SOPInstanceUID)
 
 
 def distinct(items: Iterable[Item]) -> list[Item]:
-    """One item for each instance, the first by path: XNAT keeps a single file of it."""
+    """Return one item for each instance, the first by path: XNAT keeps a single file of it."""
     return list({name_of(item): item for item in reversed(list(items))}.values())
 
 

@@ -53,7 +53,7 @@ class Name:
 
 
 def digest(text: str, chars: int = DIGEST_CHARS) -> str:
-    """A short mark of a text, the same each time."""
+    """Return a short mark of a text, the same each time."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:chars]
 
 
@@ -73,7 +73,7 @@ def label_of(text: str) -> tuple[str, bool]:
 
 
 def values_of(study: Study, dispatch_id: str) -> dict[str, str]:
-    """What the fields of a template stand for: of each the first value that any file of the study has.
+    """Return what the fields of a template stand for: of each the first value that any file of the study has.
 
     A study without a patient's ID is nobody else's: its patient is named after the study.
     """
@@ -90,7 +90,7 @@ def values_of(study: Study, dispatch_id: str) -> dict[str, str]:
 
 
 def candidates(label: str, uid: str) -> Iterator[str]:
-    """The labels that a study may have, in the order in which they are tried."""
+    """Yield the labels that a study may have, in the order in which they are tried."""
     yield label
     for chars in (DIGEST_CHARS, 2 * DIGEST_CHARS):
         yield f"{label[: MAX_LABEL_CHARS - chars - 1]}-{digest(uid, chars)}"
@@ -129,7 +129,7 @@ class Names:
         return Name(subject, session, existing, hidden)
 
     def _session(self, study: Study, wish: str, avoid: set[str]) -> tuple[str, str, ImageSession | None]:
-        """The label, the subject that the session is under if there is one, and the session."""
+        """Return the label, the subject that the session is under if there is one, and the session."""
         project, labels = self._target.project_id, list(candidates(wish, study.uid))
         try:
             known = dict(self._client.sessions_of(project, study.uid))
@@ -149,7 +149,7 @@ class Names:
         return labels[-1], "", None
 
     def _is_ours(self, study: Study, label: str) -> bool:
-        """Whether a session has this study's files though it has another UID: some projects replace UIDs."""
+        """Return whether a session has this study's files though it has another UID: some projects replace UIDs."""
         ours = {entry_name(header_of(item).SOPInstanceUID) for item in study.items}
         return any(name in ours for _, name in self._client.files(self._target.project_id, label))
 

@@ -186,7 +186,7 @@ class _Delivery:
             raise errors[0]
 
     def _may_add(self) -> bool:
-        """Whether a session that is there may get more: by `overwrite`, or because this dispatch made it."""
+        """Return whether a session that is there may get more: by `overwrite`, or because this dispatch made it."""
         shared = self.shared
         ours = any(
             item.path in shared.report.unanswered or shared.report.arrived(shared.plan, item)
@@ -220,7 +220,7 @@ class _Delivery:
         return max(ours, key=lambda one: one.timestamp, default=None)
 
     def _held(self, session: ImageSession | None, entry: CatalogEntry | None) -> Held | None:
-        """What XNAT has of the study where it shall go, None if nothing; a failed entry counts for nothing."""
+        """Return what XNAT has of the study where it shall go, None if nothing; a failed entry counts for nothing."""
         if session is not None:
             return held_in_archive(self.client, self.project, session)
         wanted = self.target.destination is Destination.PREARCHIVE
@@ -308,7 +308,7 @@ class _Delivery:
                     shared.report.unanswered.update(item.path for item in items)  # until it is reported
 
     def _after_refusal(self, exc: Refused, words: str) -> _Ended:
-        """What a refused import came to: XNAT may be at work on it all the same."""
+        """Find out what a refused import came to: XNAT may be at work on it all the same."""
         if exc.status in (400, 409, 500) and any(part in exc.words for part in _OUR_FAULT):
             raise Misconfigured(f"XNAT doesn't understand the import: {words}") from None
         if exc.status == 404:

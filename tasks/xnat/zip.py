@@ -215,7 +215,7 @@ class _Filler:
                 return found
 
     def give_back(self, piece: memoryview) -> None:
-        """A piece was sent."""
+        """Take back a piece that was sent."""
         self._empty.put(memoryview(piece.obj))
 
     def stop(self) -> None:
@@ -291,7 +291,7 @@ class _Sums:
         return found
 
     def forget(self, part: _Part) -> None:
-        """A file was sent: the thread may go on to another."""
+        """Drop a file that was sent: the thread may go on to another."""
         with self._changed:
             self._ahead -= part.size
             self._changed.notify_all()
