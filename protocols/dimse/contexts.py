@@ -19,13 +19,14 @@ UNCOMPRESSED = ("1.2.840.10008.1.2.1", "1.2.840.10008.1.2")
 Pair = tuple[str, str]  # SOP class, transfer syntax
 
 
-def groups(needed: Iterable[Pair], policy: str, room: int = MAX_CONTEXTS) -> list[list[Pair]]:
+def groups(needed: Iterable[Pair], policy: str, room: int = MAX_CONTEXTS, *, apart: bool = False) -> list[list[Pair]]:
     """Distribute the contexts that a plan needs over as few associations as hold them.
 
     Args:
         needed: what the plan's instances have.
         policy: what they may be converted to, as in `imaging.transcode`.
         room: contexts in one association.
+        apart: whether each SOP class gets an association of its own.
 
     Returns:
         One list per association. All contexts of a SOP class are in the same list: what the plan holds first, then
@@ -40,7 +41,7 @@ def groups(needed: Iterable[Pair], policy: str, room: int = MAX_CONTEXTS) -> lis
         for syntax in held:
             wanted |= dict.fromkeys(fallbacks(syntax, policy))
         pairs = [(sop_class, syntax) for syntax in wanted][:room]
-        if not made or len(made[-1]) + len(pairs) > room:
+        if apart or not made or len(made[-1]) + len(pairs) > room:
             made.append([])
         made[-1].extend(pairs)
     return made

@@ -62,6 +62,7 @@ class Fleet:
         self.last: DispatchError | None = None
         self.padded: list[Item] = []  # instances that went out with their odd lengths mended
         self._room = 0  # which of ROOMS
+        self._apart = False  # whether each SOP class is asked for alone
         self._granted = 0  # the most contexts that the peer answered
         self._lock = threading.Lock()
         self._asked: list[Pair] = []
@@ -100,7 +101,9 @@ class Fleet:
 
         What has no outcome in the end keeps no others from being sent.
         """
-        left = deque(contexts.groups((pair(item) for item in items), self.transcode, ROOMS[self._room]))
+        left = deque(
+            contexts.groups((pair(item) for item in items), self.transcode, ROOMS[self._room], apart=self._apart)
+        )
         errors: list[BaseException] = []
         while left:
             group = left.popleft()
@@ -111,9 +114,13 @@ class Fleet:
             except _Narrower:
                 classes |= {sop_class for later in left for sop_class, _ in later}
                 rest = [pair(item) for item in items if header_of(item).SOPClassUID in classes]
-                left = deque(contexts.groups(rest, self.transcode, ROOMS[self._room]))
+                left = deque(contexts.groups(rest, self.transcode, ROOMS[self._room], apart=self._apart))
             except Unsettled as exc:
                 errors.append(exc.error)
+            except Interrupted as exc:
+                if not (self._granted or (left and len(errors) + 1 < MOST_EMPTY)):
+                    raise
+                errors.append(exc)
         if errors:
             raise gravest(errors)
 
@@ -216,6 +223,9 @@ class Fleet:
                     self._room += 1
                     if count > ROOMS[self._room]:
                         raise _Narrower from exc
+            if isinstance(exc, Interrupted) and not self._apart and len({each for each, _ in self._asked}) > 1:
+                self._apart = True  # the peer may fall over at one of the classes
+                raise _Narrower from exc
             again = self._another(patient=True) if self._granted else None
             if again is None:
                 raise

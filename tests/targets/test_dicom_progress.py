@@ -272,3 +272,19 @@ def test_what_is_refused_to_the_end_has_the_peers_status_in_the_receipt() -> Non
     unsent = [row.detail for row in receipt.items if row.outcome is Kind.UNSENT]
     assert len(unsent) == 3
     assert all("A702" in detail for detail in unsent)
+
+
+@pytest.mark.parametrize("end", [Abort(), Close(), Reset()], ids=str)
+@pytest.mark.parametrize("name", ["0.dcm", "x.dcm"])
+def test_a_class_at_which_the_peer_ends_the_request_costs_itself_alone(name: str, end: Script, tmp_path: Path) -> None:
+    private = "1.2.826.0.1.3680043.8.498.4711"
+    studies.ct(tmp_path, 5)
+    studies.dicom(tmp_path / "M.dcm", "MR_small.dcm")
+    studies.dicom(tmp_path / name, SOPClassUID=private)
+    plan = scan([tmp_path])
+    with scp(
+        on_associate=lambda proposal: end if private in {one.abstract_syntax for one in proposal.contexts} else None
+    ) as peer:
+        sent = attempt(target_of(peer, concurrency=2), plan)
+    assert {item.path for item in plan.items} - sent.arrived == {name}
+    assert isinstance(sent.error, Retryable)
