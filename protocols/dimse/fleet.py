@@ -223,13 +223,14 @@ class Fleet:
                     self._room += 1
                     if count > ROOMS[self._room]:
                         raise _Narrower from exc
+            again = self._another(patient=True) if self._granted else None
+            if again is not None:
+                self._refusals.append(exc)
+                return again
             if isinstance(exc, Interrupted) and not self._apart and len({each for each, _ in self._asked}) > 1:
                 self._apart = True  # the peer may fall over at one of the classes
                 raise _Narrower from exc
-            again = self._another(patient=True) if self._granted else None
-            if again is None:
-                raise
-            return again
+            raise
         self._granted = max(self._granted, count)
         if association.accepted:
             return association
