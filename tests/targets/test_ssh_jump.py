@@ -182,7 +182,9 @@ def test_a_jump_host_that_goes_away_is_retryable(kind: type[SshTarget], study: P
                 return
             gone.append(True)
             for child in psutil.process_iter(["name", "cmdline"]):
-                if child.info["name"] == "sshd" and f"sshd_config_{both.jump.port}" in " ".join(child.info["cmdline"]):
+                if child.info["name"] == "sshd" and f"sshd_config_{both.jump.port}" in " ".join(
+                    child.info["cmdline"] or ()
+                ):
                     for session in child.children(recursive=True):
                         session.kill()
 
