@@ -78,7 +78,7 @@ def test_a_retry_runs_only_the_script_that_failed(up: Talaria, folders: dict[str
     assert result["state"] == "partial"
     failed, good = (result["targets"][name] for name in TARGETS)
     assert (failed["state"], failed["hook"], failed["delivered"], failed["error"]) == ("partial", "failed", 3, None)
-    assert "the script ended with exit code 5" in failed["notes"]
+    assert "the script ended with exit code 5: a word of the script" in failed["notes"]
     assert (good["state"], good["hook"], good["delivered"]) == ("delivered", "done", 3)
     first, second = map(float, (folders["by-rsync"] / "mercure_complete.sh.times").read_text().split())
     assert DELAY_S <= second - first < DELAY_S + 20
