@@ -13,7 +13,7 @@ import pytest
 from talaria.testing import studies
 from tests.servers.up import talaria
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]
 
 
 @contextmanager

@@ -57,6 +57,7 @@ def test_folder(files: Path) -> None:
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.slow
 def test_orthanc(files: Path) -> None:
     """Its answers are in Latin-1 unless told otherwise, and lose what that can't hold."""
     with (
