@@ -15,6 +15,8 @@ from talaria.cli.send import finish, receipt, show_receipt, trimmed
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import FlowRun
 
+    from talaria.cli.access import ServerAccess
+
 app = typer.Typer(
     no_args_is_help=True,
     help="List, show, retry, pause, resume and cancel dispatches and retrievals.\n\nExample: talaria jobs list",
@@ -86,10 +88,8 @@ def retry(
 
     with api() as access:
         flow_run = access.run(runs.retry, access.run(runs.find, job).id)
-        if not no_wait and runs.is_retrieval(flow_run):
-            raise typer.Exit(follow(access, flow_run, as_json=as_json))
         if not no_wait:
-            finish(access, flow_run, all_items=False, as_json=as_json)
+            _wait(access, flow_run, as_json)
     _done(flow_run, "queued", as_json)
 
 
@@ -126,11 +126,18 @@ def resume(
 
     with api() as access:
         flow_run = access.run(runs.resume, access.run(runs.find, job).id)
-        if not no_wait and runs.is_retrieval(flow_run):
-            raise typer.Exit(follow(access, flow_run, as_json=as_json))
         if not no_wait:
-            finish(access, flow_run, all_items=False, as_json=as_json)
+            _wait(access, flow_run, as_json)
     _done(flow_run, "queued", as_json)
+
+
+def _wait(access: ServerAccess, flow_run: FlowRun, as_json: bool) -> None:
+    """Follow a retrieval or a dispatch to its end and exit with the code that its result deserves."""
+    from talaria.engine.runs import is_retrieval
+
+    if is_retrieval(flow_run):
+        raise typer.Exit(follow(access, flow_run, as_json=as_json))
+    finish(access, flow_run, all_items=False, as_json=as_json)
 
 
 def _done(flow_run: FlowRun, state: str, as_json: bool) -> None:
