@@ -11,7 +11,9 @@ import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from shlex import quote
+from tempfile import TemporaryDirectory
 
 from blocks.rsync import RsyncTarget
 from imaging.header import BEGINNING_BYTES
@@ -82,6 +84,7 @@ def _check(health: Health, target: RsyncTarget, client: Client) -> None:
                 raise error
         if error is not None:
             return
+        place = ""
         with health.probe("authorize") as probe:
             code, output = shell.run(filled(PROBE, FOLDER=target.folder, PROBE=ssh.probe_name()))
             if code:
@@ -96,10 +99,24 @@ def _check(health: Health, target: RsyncTarget, client: Client) -> None:
             if code:
                 raise Misconfigured(f"{client.login.shown}: rsync is not installed on the server")
             probe.detail = output.decode("utf-8", "replace").split("\n")[0].strip()
+            if place:
+                _rehearse(client, shell, place)
         if target.on_complete:
             with health.probe("hook"):
                 if shell.run(ssh.script_there(target))[0]:
                     raise ssh.no_script(target)
+
+
+def _rehearse(client: Client, shell: Shell, place: str) -> None:
+    """Let rsync log in by itself, with ssh(1), and compare a file of ours with one that isn't there, at `place`."""
+    with TemporaryDirectory(prefix="talaria-") as here:
+        name = ssh.probe_name()
+        Path(here, name).write_bytes(b"talaria")
+        result, differing = Rsync(client, lambda: shell.banner).differing(Path(here), [name], place)
+    if result.code:
+        raise result.failure()
+    if differing != [name]:
+        raise Misconfigured(f"{client.login.shown}: rsync compares files and names none: it is not rsync, or too old")
 
 
 def push(target: RsyncTarget, plan: Plan, report: PushReport) -> Receipt:

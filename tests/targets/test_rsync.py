@@ -418,6 +418,16 @@ def test_a_server_without_rsync_is_misconfigured(tmp_path: Path, study: Path) ->
         assert next(probe for probe in health.probes if probe.result == "failed").name == "rsync"
 
 
+def test_check_rehearses_the_connection_that_rsync_makes_itself(tmp_path: Path) -> None:
+    """The shell's login says nothing of rsync's."""
+    refuses = 'case "$SSH_ORIGINAL_COMMAND" in *--server*) echo "no rsync for you" >&2; exit 5 ;; esac'
+    with openssh(tmp_path / "sshd", more=f'ForceCommand {refuses}; sh -c "$SSH_ORIGINAL_COMMAND"') as server:
+        one = target(tmp_path / "in", server)
+        health = DRIVERS.of(one).check(one)
+    assert next(probe for probe in health.probes if probe.result == "failed").name == "rsync"
+    assert "no rsync for you" in str(health.error)
+
+
 def test_an_account_that_rrsync_restricts_is_named(tmp_path: Path, study: Path) -> None:
     studies.ct(study, 1)
     (tmp_path / "in").mkdir()
