@@ -26,7 +26,7 @@ from protocols.dicomweb import service as dicomweb
 from protocols.dicomweb.pages import Archive, CutShort
 from protocols.dicomweb.service import Service
 from protocols.dicomweb.stow_body import uid_of
-from transfer.errors import Denied, Misconfigured, NotFound, Rejected
+from transfer.errors import Cancelled, Denied, DispatchError, Misconfigured, NotFound, Rejected
 from transfer.fanout import each
 from transfer.plan import Item, Plan
 
@@ -78,6 +78,21 @@ def unlisted(
             return [item for left in by_series.values() for item in left]
         dicomweb.pause(wait, check)
         wait *= 2
+
+
+def listed(service: Service, items: Iterable[Item], check: Callable[[], None]) -> list[Item]:
+    """Return the items that the server lists, with one search for each series; none if it can't be searched."""
+    archive, found = Archive(service), set[str]()
+    wanted = [item for item in items if item.header]
+    for series in {(item.header.StudyInstanceUID, item.header.SeriesInstanceUID) for item in wanted if item.header}:
+        check()
+        try:
+            found.update(qido.instances(archive, *series))
+        except Cancelled:
+            raise
+        except DispatchError:
+            continue
+    return [item for item in wanted if uid_of(item) in found]
 
 
 def _unlisted(archive: Archive, series: tuple[str, str], wanted: list[Item], check: Callable[[], None]) -> list[Item]:

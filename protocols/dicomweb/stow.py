@@ -10,13 +10,12 @@ What an answer says of an instance decides; the status decides only where it say
                                        as are open, and none failed, these are they: delivered with a warning
     400, 409, 415, 422, not named      each alone: one bad instance costs only itself; alone it is rejected
     413                                smaller batches, now and later; alone it is rejected
-    500, not named                     each alone; then it is rejected if the server took others
-    408, 502, 503, 504, 507, 403       if the server takes others: each alone, at the end, once; alone it is left for
-                                       the next attempt, 403: rejected. Else, or with Retry-After: Busy, 403: Denied
-    425, 429                           Busy, with Retry-After
-    others                             as `dicomweb.STATUS_ERRORS`
+    any other status, a redirect that  each alone: if the server takes others, it is rejected (4xx, 500, 501, 505), or
+    can't be followed, a link that     left for the next attempt (what may pass), in which it comes last, and alone; the
+    breaks, silence, a login page      third one rejects it. If it takes nothing: as `dicomweb.STATUS_ERRORS`, see
+                                       `stow_doubts`. With Retry-After, the first time: Busy at once
 
-No instance goes out whole more than twice.
+No instance goes out whole more than twice in one push. What went out whole before the link broke is asked for (QIDO).
 """
 
 from __future__ import annotations
@@ -33,11 +32,21 @@ from protocols.dicomweb.readback import Unverifiable
 from protocols.dicomweb.service import JSON, XML, Service
 from protocols.dicomweb.stow_answer import Lists
 from protocols.dicomweb.stow_body import Batch, Body, batches, uid_of
+from protocols.dicomweb.stow_doubts import Doubts, together
 from protocols.http.answer import Answer
 from protocols.net.connection import SLICE_S
 from protocols.net.hiding import identifying
 from transfer.duplicates import Duplicates
-from transfer.errors import Busy, Cancelled, DispatchError, Interrupted, Rejected, TimedOut
+from transfer.errors import (
+    Busy,
+    Cancelled,
+    DispatchError,
+    Interrupted,
+    Misconfigured,
+    Rejected,
+    Retryable,
+    TimedOut,
+)
 from transfer.fanout import in_threads
 from transfer.outcome import DELIVERED, Kind, Outcome
 from transfer.plan import Item, Plan
@@ -46,29 +55,24 @@ from transfer.throttle import Throttle
 
 PIECE_BYTES = 1 << 20  # read and sent at once: many small files, or a part of a large one
 EXPECT_BYTES = 1 << 20  # bodies from this size ask before they go, as long as nothing was accepted (curl's limit)
-WHOLE_STATUSES = (400, 409, 415, 422, 500)  # may be about one instance of the batch
-# May be about one instance as well: of a batch at which a gateway's backend falls over, or which a firewall dislikes.
-DOUBTFUL_STATUSES = (403, 408, 502, 503, 504, 507)
-DOUBTS = 4  # requests in a row with such an answer, before anything was stored, after which it is the server
-NAMED = 5  # instances in one message
+WHOLE_STATUSES = (400, 409, 415, 422)  # are about what was sent
+LASTING_STATUSES = (500, 501, 505)  # of an instance that is refused alone while others are taken: it won't pass
+GATEWAY_STATUSES = (502, 504)  # of a gateway that doesn't know what became of the request
 SETTLE_S = 2.0  # how long a server may take until what it took shows up in its searches
 FULL = 10  # instances, one after the other, that a server has no room for before it is taken to be full
-HOPELESS = 3  # instances, each alone, that a server answers with 500 before it is taken to be broken
 # A proxy that limits bodies may reset the connection instead of answering 413. What such a push learned holds for the
 # next attempts, for so many seconds.
 SUSPICION_S = 900.0
 LEAST_LIMIT_BYTES = 256_000  # no proxy's limit is lower
 _suspected: dict[str, tuple[int, float]] = {}
-# A server may also break down at one instance, each time that it gets it. So what was on its way when the link broke
-# goes last in the next attempt, and then in quarters: by dispatch and place, the paths, most of them in one request,
-# until when.
-_stumbled: dict[str, tuple[frozenset[str], int, float]] = {}
+# What was on its way when something failed goes last in the next attempt: by dispatch and place, the paths, until when.
+_stumbled: dict[str, tuple[frozenset[str], float]] = {}
 
 
 def _forget() -> None:
     """Drop what is not suspected any more: there may be many dispatches, of many paths."""
     now = time.monotonic()
-    for key in [key for key, (_, _, until) in list(_stumbled.items()) if until <= now]:
+    for key in [key for key, (_, until) in list(_stumbled.items()) if until <= now]:
         _stumbled.pop(key, None)  # another dispatch may have done it
 
 
@@ -100,9 +104,12 @@ class StowPush:
         if time.monotonic() < until:
             batch_bytes = min(batch_bytes, limit)
         self._batch_bytes, self._batch_items, self._concurrency = batch_bytes, batch_items, concurrency
-        self._suspects: tuple[frozenset[str], int] = frozenset(), batch_items
+        self._suspects: frozenset[str] = frozenset()
         _forget()
-        self._stumbled, self._most, _ = _stumbled.get(self._key + plan.dispatch_id, (frozenset[str](), 1, 0.0))
+        self._stumbled, _ = _stumbled.get(self._key + plan.dispatch_id, (frozenset[str](), 0.0))
+        self._doubts = Doubts(
+            plan, report, concurrency, known=bool(self._stumbled or report.put_off), alive=self._answers
+        )
         self._queue: deque[Batch] = deque()
         self._throttle = Throttle(bandwidth_limit)
         self._turn = threading.Condition()
@@ -111,13 +118,9 @@ class StowPush:
         self._busy = 0  # workers that have a batch, and may bring back parts of it
         self._failed = False
         self._ceiling: int | None = None  # bytes; larger requests were refused with 413
-        self._arrived = 0
-        self._hopeless = 0
         self._full = 0  # instances, one after the other, that the server had no room for
-        self._doubts = 0  # requests in a row whose answer may be about the server, or about one instance
         self._unknown: list[str] = []  # instances that no answer names
-        self._denied: list[tuple[Item, str, DispatchError]] = []  # instances that were, each alone
-        self._later: list[Busy] = []  # why instances are left for the next attempt
+        self._later: list[Retryable] = []  # why instances are left for the next attempt
 
     def run(self) -> None:
         """Send everything; returns when every instance has an outcome.
@@ -132,23 +135,18 @@ class StowPush:
             items = duplicates.settle()
 
     def _send_all(self, items: Iterable[Item]) -> None:
-        parts: tuple[list[Item], list[Item]] = [], []
+        parts: tuple[list[Item], list[Item], list[Item]] = [], [], []
         for item in items:
-            parts[item.path in self._stumbled].append(item)
-        self._queue = deque(batches(parts[False], self._batch_bytes, self._batch_items, self._concurrency))
-        most = min(self._most, self._batch_items)
-        self._queue += batches(parts[True], self._batch_bytes, most, self._concurrency)
+            parts[2 if item.path in self.report.put_off else item.path in self._stumbled].append(item)
+        self._queue = deque()
+        for part in parts[:2]:
+            self._queue += batches(part, self._batch_bytes, self._batch_items, self._concurrency)
+        parts[2].sort(key=lambda item: self.report.unanswered[item.path])  # what was tried least comes first
+        self._queue += [Batch((item,), last=True) for item in parts[2]]
         in_threads(self._work, min(self._concurrency, len(self._queue)), "stow")
-        denied, self._denied = self._denied, []
-        for item, said, error in denied:
-            if not self._arrived:
-                raise error
-            self._report(item, Outcome(Kind.REJECTED, said))
+        self._later += self._doubts.judge(self._report)
         if self._later:
-            waits = [error.retry_after for error in self._later if error.retry_after is not None]
-            named = "; ".join(dict.fromkeys(error.message for error in self._later[:NAMED]))
-            more = f" (and {len(self._later) - NAMED} more)" if len(self._later) > NAMED else ""
-            raise Busy(f"{self._key}: {named}{more}", retry_after=max(waits) if waits else None)
+            raise together(self._key, self._later)
         if self._unknown:
             raise Interrupted(
                 f"{self._key}: the server's answers leave open what became of {len(self._unknown)} instance(s): "
@@ -169,8 +167,8 @@ class StowPush:
             finally:
                 with self._turn:
                     self._busy -= 1
-                    self._queue.extendleft(reversed([one for one in again if not one.last]))
-                    self._queue.extend(one for one in again if one.last)
+                    self._queue.extendleft(reversed([one for one in again if one.soon or not one.last]))
+                    self._queue.extend(one for one in again if one.last and not one.soon)
                     self._turn.notify_all()
 
     def _next(self) -> Batch | None:
@@ -199,32 +197,29 @@ class StowPush:
                 batch = Batch(tuple(item for item in batch.items if item is not body.current), batch.last)
                 if not batch.items:
                     return []
-            except (Interrupted, TimedOut) as exc:
-                if body.out:
-                    self._suspect(batch, body, exc)
-                raise
+            except (Interrupted, TimedOut, Misconfigured) as exc:  # of the last kind: a redirect that can't be followed
+                if not body.out and exc.retryable:
+                    raise
+                return self._doubted(batch, body, exc, exc.message.partition(": ")[2] or exc.message)
             else:
                 return self._judge(batch, body, answer, content)
 
     def _suspect(self, batch: Batch, body: Body, exc: DispatchError) -> None:
-        """Note for the next attempts what was on its way when the link broke."""
+        """Note, for the next attempts too, what was on its way when something failed, and how large that was."""
         until = time.monotonic() + SUSPICION_S
         with self._turn:
-            known, most = self._suspects
-            paths = [item.path for item in batch.items]
-            if isinstance(exc, Busy) or self._stumbled.issuperset(paths):
-                most = min(most, -(-len(paths) // 4))
-            self._suspects = known.union(paths), most
-            _stumbled[self._key + self.plan.dispatch_id] = (*self._suspects, until)
+            self._suspects |= {item.path for item in batch.items}
+            _stumbled[self._key + self.plan.dispatch_id] = self._suspects, until
             if isinstance(exc, Interrupted) and len(batch.items) > 1 and body.length > LEAST_LIMIT_BYTES:
-                _suspected[self._key] = (max(LEAST_LIMIT_BYTES, body.length // 4), until)
+                self._ceiling = max(LEAST_LIMIT_BYTES, body.length // 4)
+                _suspected[self._key] = self._ceiling, until
 
     def _post(self, body: Body) -> tuple[Answer, bytes]:
         headers = {
             "Accept": dicomweb.ACCEPT,
             "Content-Type": f'multipart/related; type="application/dicom"; boundary={body.boundary}',
         }
-        expect = (not self._arrived or self._ceiling is not None) and body.length >= EXPECT_BYTES
+        expect = (not self._doubts.stored or self._ceiling is not None) and body.length >= EXPECT_BYTES
         with self.service.session.request("POST", self.path, headers, body, expect=expect) as answer:
             if answer.status < 300:
                 return answer, answer.read().strip()
@@ -243,11 +238,9 @@ class StowPush:
         status = answer.status
         if status == 413:
             return self._too_large(batch, body, answer, content)
-        if status in DOUBTFUL_STATUSES:
-            return self._doubted(batch, body, answer, content)
-        if status >= 300 and status not in WHOLE_STATUSES:
-            raise self._error(batch, answer, content)
         lists = Lists.of(content)
+        if status >= 300 and status not in WHOLE_STATUSES and not (lists and status in LASTING_STATUSES):
+            return self._refused_whole(batch, body, answer, content)
         again: list[Batch] = []
         unnamed: list[Item] = []
         whole = body.whole
@@ -272,33 +265,66 @@ class StowPush:
         if self._full >= FULL:
             raise Busy(f"{self._key}: {full[-1].message}", retry_after=full[-1].retry_after)  # no use in sending more
         if unnamed:
-            again += self._unnamed(Batch(tuple(unnamed), batch.last), batch, lists, answer, content)
+            again += self._unnamed(Batch(tuple(unnamed), batch.last), batch, body, lists, answer, content)
         return again
 
-    def _doubted(self, batch: Batch, body: Body, answer: Answer, content: bytes) -> list[Batch]:
-        """What becomes of a batch whose answer may be about the server, or about one of its instances.
+    def _refused_whole(self, batch: Batch, body: Body, answer: Answer, content: bytes) -> list[Batch]:
+        error, said = self._error(batch, answer, content), self._said(batch, answer, content)
+        unsure, lasting = answer.status in GATEWAY_STATUSES, answer.status in LASTING_STATUSES
+        return self._doubted(batch, body, error, said, unsure=unsure, lasting=lasting)
 
-        The others go on, if there are any, and it comes last; until too many in a row are answered so.
+    def _doubted(
+        self,
+        batch: Batch,
+        body: Body,
+        error: DispatchError,
+        said: str,
+        *,
+        unsure: bool | None = None,
+        lasting: bool = False,
+    ) -> list[Batch]:
+        """Return what becomes of a batch that failed, perhaps for one of its instances.
+
+        Args:
+            said: what the server said, or did.
+            unsure: whether it may have been stored all the same; None for what the error says.
+            lasting: whether it would be the same another time.
+
+        Raises:
+            DispatchError: the error given, if it is put down to the server.
         """
-        error = self._error(batch, answer, content)
-        with self._turn:
-            self._doubts += 1
-            stored, others = self._arrived > 0, bool(self._queue)
-            given_up = self._doubts >= (FULL if stored else DOUBTS)
         if body.out:
             self._suspect(batch, body, error)
-        if given_up or answer.retry_after is not None or not (stored or others):
+        if self._doubts.is_server(error):
             raise error
-        if len(batch.items) > 1:
-            return batch.alone()
-        if answer.status != 403:
-            with self._turn:
-                self._later.append(Busy(f"{error.message}: {batch.items[0].shown}"))
-            self.report.put_off[batch.items[0].path] = self._said(batch, answer, content)
-        else:
-            with self._turn:
-                self._denied.append((batch.items[0], self._said(batch, answer, content), error))
+        if unsure is None:
+            unsure = isinstance(error, Interrupted) or (isinstance(error, TimedOut) and bool(self._doubts.stored))
+        if unsure and body.whole:
+            there = self._listed(batch.items)
+            for item in there:
+                self._report(item, DELIVERED)
+            batch = Batch(tuple(item for item in batch.items if item not in there), batch.last)
+        if body.count > 1:
+            return self._doubts.apart(batch)
+        for item in batch.items:
+            self._doubts.failed_alone(item, said, error, lasting=lasting)
         return []
+
+    def _listed(self, items: tuple[Item, ...]) -> list[Item]:
+        """Return which of these instances the server lists, as far as it answers."""
+        with self._asking:
+            return readback.listed(self.service, items, self.report.check)
+
+    def _answers(self) -> bool:
+        """Return True if the server answers a search, with whatever does not say that it is down."""
+        path = self.service.path(self.service.qido, "studies", query=[("limit", "1")])
+        try:
+            status, _, _ = self.service.get(path, dicomweb.ACCEPT)
+        except Cancelled:
+            raise
+        except DispatchError:
+            return False
+        return dicomweb.STATUS_ERRORS.get(status) is not Busy
 
     def _without_room(self, item: Item, refusal: Busy, batch: Batch) -> list[Batch]:
         """An instance that the server has no room for now, which some say of instances that they can't take at all."""
@@ -309,7 +335,9 @@ class StowPush:
         self.report.put_off[item.path] = refusal.message.removesuffix(f": {item.shown}")
         return []
 
-    def _unnamed(self, rest: Batch, batch: Batch, lists: Lists | None, answer: Answer, content: bytes) -> list[Batch]:
+    def _unnamed(
+        self, rest: Batch, batch: Batch, body: Body, lists: Lists | None, answer: Answer, content: bytes
+    ) -> list[Batch]:
         """Return what becomes of the instances of a batch that no list names."""
         alone = len(batch.items) == 1
         promised = answer.media_type in (JSON, XML) and not answer.framed  # a list, which may have been cut off
@@ -325,12 +353,15 @@ class StowPush:
                 self._report(item, Outcome(Kind.REJECTED, stow_answer.failure(reason)))
             return []
         if answer.status < 300 and not answer.early:
-            return self._settled(rest, batch, lists, answer, content)
+            return self._settled(rest, batch, body, lists, answer, content)
         if not alone:
             return rest.alone()
         if answer.status < 300:
             return self._open(rest)
-        return self._refused(rest, answer, content)
+        if answer.status in LASTING_STATUSES:
+            return self._refused_whole(rest, body, answer, content)
+        self._report(rest.items[0], Outcome(Kind.REJECTED, self._said(rest, answer, content)))
+        return []
 
     def _taken(self, items: Iterable[Item], words: str, answer: Answer) -> None:
         """Report instances of which the status alone says that they were accepted."""
@@ -339,7 +370,9 @@ class StowPush:
                 self.unlisted += 1
             self._report(item, Outcome(Kind.WARNING, words) if answer.status == 202 or words[:1] != "2" else DELIVERED)
 
-    def _settled(self, rest: Batch, batch: Batch, lists: Lists | None, answer: Answer, content: bytes) -> list[Batch]:
+    def _settled(
+        self, rest: Batch, batch: Batch, body: Body, lists: Lists | None, answer: Answer, content: bytes
+    ) -> list[Batch]:
         """Find out what became of instances that an answer of success doesn't name; returns what is to be sent again.
 
         A gateway that gives instances UIDs of its own would store each again, each time that it gets it.
@@ -362,7 +395,9 @@ class StowPush:
         if page or (lists is None and missing is None and _begins_list(answer, content)):
             said = self._said(rest, answer, content)
             remedy = "; is it a login page? Then check url and credentials" if page else ""
-            raise Interrupted(f"{self._key}: the answer holds no list of instances: {said}{remedy}")
+            words = f"the answer holds no list of instances: {said}{remedy}"
+            rest = Batch(tuple(left), batch.last)
+            return self._doubted(rest, body, Interrupted(f"{self._key}: {words}"), words, unsure=False)
         rest = Batch(tuple(left), batch.last)
         if not (batch.last and missing is None and lists is None):
             return self._open(rest)
@@ -392,21 +427,6 @@ class StowPush:
             self._unknown += [item.shown for item in rest.items]
         return []
 
-    def _refused(self, rest: Batch, answer: Answer, content: bytes) -> list[Batch]:
-        """Return what becomes of an instance, alone in its request, that was refused without a list."""
-        item = rest.items[0]
-        if answer.status == 500:
-            if not rest.last:
-                return [Batch(rest.items, last=True)]
-            if not self._arrived:
-                with self._turn:
-                    self._hopeless += 1
-                if self._hopeless >= HOPELESS or not self._queue:
-                    raise self._error(rest, answer, content)
-                return self._open(rest)
-        self._report(item, Outcome(Kind.REJECTED, self._said(rest, answer, content)))
-        return []
-
     def _failure(
         self, item: Item, failure: stow_answer.Failure, batch: Batch, answer: Answer
     ) -> Outcome | Batch | Busy:
@@ -432,10 +452,7 @@ class StowPush:
         return []
 
     def _report(self, item: Item, outcome: Outcome) -> None:
-        if outcome.arrived:
-            with self._turn:
-                self._arrived += 1
-                self._doubts = 0
+        self._doubts.settled(arrived=outcome.arrived)
         self.report(item, outcome)
 
     def _error(self, batch: Batch, answer: Answer, content: bytes) -> DispatchError:

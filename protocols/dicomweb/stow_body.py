@@ -23,11 +23,13 @@ class Batch:
     """Instances that go in one request.
 
     Attributes:
-        last: whether its only instance was sent alone before, so that there is no further try in this push.
+        last: whether its only instance was sent before, so that there is no further try in this push.
+        soon: whether it goes next all the same, to find out what is wrong.
     """
 
     items: tuple[Item, ...]
     last: bool = False
+    soon: bool = False
 
     def alone(self) -> list[Batch]:
         """Each of the instances in a batch of its own, for the last time."""
@@ -102,6 +104,11 @@ class Body:
     @property
     def length(self) -> int:
         return self._ends[-1] + len(self._closing)
+
+    @property
+    def count(self) -> int:
+        """How many instances it holds."""
+        return len(self.items)
 
     @property
     def whole(self) -> int:

@@ -22,7 +22,16 @@ from protocols.files.instances import here
 from protocols.http.answer import Answer
 from protocols.http.multipart import Parts, parameters
 from protocols.net.connection import SLICE_S
-from transfer.errors import Busy, DispatchError, Interrupted, Misconfigured, NotFound, Rejected, TimedOut
+from transfer.errors import (
+    Busy,
+    Denied,
+    DispatchError,
+    Interrupted,
+    Misconfigured,
+    NotFound,
+    Rejected,
+    TimedOut,
+)
 from transfer.fanout import gravest, in_threads
 from transfer.outcome import ALREADY, DELIVERED, Kind, Outcome
 from transfer.plan import Item, Plan
@@ -40,7 +49,11 @@ MANY = 2  # forms that can hold several instances
 OTHER_FORM = (400, 406, 415, 500, 501)  # what servers say to a form that they can't give
 UNABLE = (500, 502, 504)  # and to what is too much for them
 HOPELESS = 3  # failures, one after the other, until a server counts as broken
+MOST_BUSY = 10  # likewise, if it has given something before
 TRIES = 3  # of one instance over links that break
+# What a server says of a series or an instance may hold for that alone; these for good.
+LASTING = (NotFound, Misconfigured, Denied)
+PASSING = (Busy, Interrupted, TimedOut)
 
 
 def path(service: Service, uids: tuple[str, ...]) -> str:
@@ -147,6 +160,7 @@ class _Job:
     series: Series
     instance: str = ""  # "" for all of the series at once
     tries: int = 0
+    apart: bool = False  # whether the series was asked for at once, in vain
 
 
 class Retrieval:
@@ -184,7 +198,10 @@ class Retrieval:
         self._counts: Counter[str] = Counter()  # of what is here, by series
         self._missing: dict[str, Series] = {}  # what a server listed that was not here
         self._refused: dict[str, str] = {}  # why an instance did not come
-        self._lost: list[DispatchError] = []  # links that broke, each time
+        self._lost: list[DispatchError] = []  # what broke off each time, or could not be listed
+        self._vain = 0  # series that were refused as a whole
+        self._denied = 0  # instances, one after the other
+        self._unlisted = 0  # series, one after the other, that could not be listed
         self._jobs: deque[_Job] = deque()
         self._busy = 0  # workers that may bring more jobs
         self._failed = False
@@ -242,8 +259,8 @@ class Retrieval:
             finally:
                 with self._lock:
                     self._busy -= 1
-                    self._jobs.extendleft(reversed([one for one in again if not one.tries]))
-                    self._jobs.extend(one for one in again if one.tries)
+                    self._jobs.extendleft(reversed([one for one in again if not (one.tries or one.apart)]))
+                    self._jobs.extend(one for one in again if one.tries or one.apart)
                     self._lock.notify_all()
 
     def _next(self) -> _Job | None:
@@ -262,21 +279,33 @@ class Retrieval:
         """Fetch what a job is about; returns what is to be fetched now, or again."""
         if job.instance:
             return self._do_instance(job)
-        if self._whole and not self._counts[job.series.uid]:
+        if self._whole and not job.apart and not self._counts[job.series.uid]:
             before = self._came
             refusal = self._fetch(job)
-            if isinstance(refusal, Unable | TimedOut) and before == self._came:
-                self._whole = False  # each series would take its time to fail
+            if refusal is not None and before == self._came:
+                if isinstance(refusal, Unable | TimedOut):
+                    self._whole = False  # each series would take its time to fail
+                with self._lock:
+                    self._vain += 1
+                    if self._vain < HOPELESS or self._came:
+                        return [replace(job, apart=True)]  # others first
         return [] if self._is_whole(job.series) else self._one_by_one(job.series)
 
     def _do_instance(self, job: _Job) -> list[_Job]:
         refusal = self._fetch(job)
-        if isinstance(refusal, NotFound | Misconfigured):
+        if isinstance(refusal, LASTING):
             self._refused[job.instance] = refusal.message
+            with self._lock:
+                self._denied += isinstance(refusal, Denied)
+                if self._denied >= HOPELESS and not self._came:
+                    raise refusal
         elif refusal is not None:
             with self._lock:
                 self._unable += not isinstance(refusal, Interrupted)
-                if self._unable >= HOPELESS and (not self._came or isinstance(refusal, TimedOut)):
+                ends = not self._came or isinstance(refusal, TimedOut) or _wants_peace(refusal)
+                if self._unable >= HOPELESS and ends:
+                    raise refusal
+                if self._unable >= MOST_BUSY and not isinstance(refusal, Unable):
                     raise refusal
             if job.tries + 1 < TRIES:
                 return [replace(job, tries=job.tries + 1)]
@@ -287,16 +316,29 @@ class Retrieval:
         return []
 
     def _one_by_one(self, series: Series) -> list[_Job]:
-        """List what the server has of a series and is not here."""
-        uids = self._listed(series)
+        """List what the server has of a series and is not here.
+
+        A series that can't be listed now is left for the next retrieval; several, one after the other, end this one.
+        """
+        try:
+            uids = self._listed(series)
+        except (*PASSING, Denied) as exc:
+            with self._lock:
+                self._unlisted += 1
+                if self._unlisted >= HOPELESS or len(self.series) == 1:
+                    raise
+                self._lost.append(exc)
+            return []
+        self._unlisted = 0
         if uids is None:
             note = f"series {series.uid}: can't be compared, the server neither counts nor lists it"
             if series.announced is None and note not in self.notes:
                 self.notes.append(note)
             return []
         if not all(UID.fullmatch(uid) for uid in uids):
-            raise Misconfigured(f"{self.service.where}: lists an instance whose UID is not valid")
-        missing = sorted(uid for uid in uids if uid not in self._here)
+            why = f"{self.service.where}: lists an instance of series {series.uid} whose UID is not valid"
+            self._lost.append(Misconfigured(why))
+        missing = sorted(uid for uid in uids if uid not in self._here and UID.fullmatch(uid))
         with self._lock:
             self._missing.update(dict.fromkeys(missing, series))
         return [_Job(series, uid) for uid in missing]
@@ -312,7 +354,7 @@ class Retrieval:
             while True:
                 try:
                     content = next(contents, None)
-                except (NotFound, Misconfigured, Unable, Interrupted, TimedOut) as exc:
+                except (*LASTING, *PASSING) as exc:
                     return exc
                 if content is None:
                     return None
@@ -342,9 +384,13 @@ class Retrieval:
         with self._lock:
             self._here[uid] = item
             self._counts[job.series.uid] += 1
-            self._came, self._unable = self._came + 1, 0
+            self._came, self._unable, self._denied = self._came + 1, 0, 0
         self.report(item, DELIVERED)
 
     def _pace(self, count: int) -> None:
         self.report.moved(count)
         dicomweb.pause(self._throttle.delay(count), self.report.check)
+
+
+def _wants_peace(refusal: DispatchError) -> bool:
+    return isinstance(refusal, Busy) and refusal.retry_after is not None

@@ -373,5 +373,5 @@ driver = Driver(
     push=push,
     find=find,
     retrieve=retrieve,
-    facts=Facts(dicom_only=True, verifies_by=(Level.ACCEPTED, Level.LISTED, Level.PROVEN)),
+    facts=Facts(dicom_only=True, reconnects=True, verifies_by=(Level.ACCEPTED, Level.LISTED, Level.PROVEN)),
 )

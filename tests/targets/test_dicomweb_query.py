@@ -648,6 +648,58 @@ def test_retrieve_instance_that_fails_costs_itself(server: Scripted, tmp_path: P
     assert set(files(tmp_path / "out")) == set(uids) - {uids[2]}
 
 
+@pytest.mark.parametrize("status", [401, 403, 404, 405, 429, 500, 503, 504])
+@pytest.mark.parametrize("whole", [False, True], ids=["instance", "series"])
+def test_retrieve_what_is_refused_costs_itself(server: Scripted, tmp_path: Path, status: int, *, whole: bool) -> None:
+    """One series of three, or one instance of one of them, whatever the server says of it."""
+    study = studies.uid(56)
+    names = [studies.uid(56) for _ in range(3)]
+    groups = [hold(server, *series_of(5, study=study, series=name)) for name in names]
+    usual = server._retrieve
+    bad = set(groups[1]) if whole else {groups[1][2]}
+
+    def answer(segments: list[str]) -> Reply:
+        if segments[-1] == names[1] and not whole:
+            return Reply(504)
+        return Reply(status, PAGE, "text/html") if segments[-1] in {*bad, names[1]} else usual(segments)
+
+    server._retrieve = answer  # type: ignore[method-assign]
+    good = {uid for group in groups for uid in group} - bad
+    try:
+        receipt = fetched(server, tmp_path / "out", concurrency=1)
+    except DispatchError as exc:
+        assert exc.retryable and str(status) in exc.message
+        assert status in (429, 503), "what may pass is tried again later"
+    else:
+        rejected = {item.sop_instance_uid: item.detail for item in receipt.items if item.outcome is Kind.REJECTED}
+        assert set(rejected) == bad
+        assert all(str(status) in reason for reason in rejected.values())
+    assert {name.removesuffix(".dcm") for name in files(tmp_path / "out")} == good
+    assert sum(request.path.rsplit("/", 1)[-1] in bad for request in server.of("GET")) <= 5 * len(bad) * 3
+
+
+def test_retrieve_series_that_can_not_be_listed_costs_itself(server: Scripted, tmp_path: Path) -> None:
+    study = studies.uid(56)
+    series, *others = (studies.uid(56) for _ in range(3))
+    groups = [hold(server, *series_of(3, study=study, series=name)) for name in (series, *others)]
+    retrieve, search = server._retrieve, server._search
+    server._retrieve = lambda segments: Reply(504) if segments[-1] == series else retrieve(segments)  # type: ignore[method-assign]
+    server._search = lambda segments, query: (  # type: ignore[method-assign]
+        Reply(503) if series in segments else search(segments, query)
+    )
+    with pytest.raises(Busy, match="503"):
+        fetched(server, tmp_path / "out", concurrency=1)
+    assert {name.removesuffix(".dcm") for name in files(tmp_path / "out")} == {*groups[1], *groups[2]}
+
+
+def test_retrieve_what_is_denied_as_a_whole(server: Scripted, tmp_path: Path) -> None:
+    hold(server, *series_of(40))
+    server._retrieve = lambda segments: Reply(403)  # type: ignore[method-assign]
+    with pytest.raises(Denied):
+        fetched(server, tmp_path / "out", concurrency=1)
+    assert len([r for r in server.of("GET") if "dicom+json" not in r.headers["accept"]]) < 10
+
+
 def test_retrieve_from_a_server_that_is_broken(server: Scripted, tmp_path: Path) -> None:
     hold(server, *series_of(40))
     server._retrieve = lambda segments: Reply(500)  # type: ignore[method-assign]

@@ -18,7 +18,7 @@ from typing import Any
 import pydicom
 import pytest
 
-from protocols.dicomweb import stow
+from protocols.dicomweb import stow, stow_doubts
 from protocols.http import session as http
 from talaria.testing import studies
 from talaria.testing.harness import Sent, attempt, sending
@@ -78,6 +78,13 @@ def all_delivered(sent: Sent, server: Scripted) -> None:
     assert sent.require().state is State.DELIVERED
     assert kinds(sent) == [Kind.DELIVERED] * len(sent.plan.items)
     assert set(server.stored) == set(uids(sent.plan))
+
+
+class Always(list[Step]):
+    """A script that has one answer to all requests."""
+
+    def pop(self, index: Any = -1) -> Step:
+        return self[0]
 
 
 # ---- what goes out
@@ -275,10 +282,11 @@ def test_the_first_reason_survives_retries(server: Scripted, plan: Plan) -> None
     """One is rejected, then the link is cut; the next attempt ends well, and looks at what is there."""
     bad = uids(plan)[0]
     server.refuses = {bad: 0x0122}
-    server.script = [lambda _: None, Reply(resets=True)]
+    server.script = [lambda _: None, *[Reply(resets=True)] * 5]
     target = dicomweb_target(server.url, verify=Level.LISTED, concurrency=1, batch_items=4)
     first = attempt(target, plan)
     assert isinstance(first.error, Interrupted)
+    server.script = []
     rejected = {path: outcome for path, outcome in first.outcomes.items() if not outcome.arrived}
     assert list(rejected) == [plan.items[0].path]
     report = PushReport()
@@ -290,7 +298,7 @@ def test_the_first_reason_survives_retries(server: Scripted, plan: Plan) -> None
 
 
 def test_406_has_advice(server: Scripted, plan: Plan) -> None:
-    server.script = [Reply(406)]
+    server.script = Always([Reply(406)])
     error = push(server, plan).error
     assert isinstance(error, Misconfigured)
     assert "406" in error.message
@@ -303,14 +311,23 @@ def test_large_instance_in_pieces(server: Scripted, tmp_path: Path) -> None:
     all_delivered(push(server, tmp_path), server)
 
 
-def test_a_batch_that_may_have_been_taken_is_not_sent_again(
+def test_a_batch_that_may_have_been_taken_is_asked_for(
     server: Scripted, plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The connection has been idle, and goes after the whole body (RFC 9110 section 9.2.2)."""
     monkeypatch.setattr(http, "STALE_S", 0.0)
-    server.script = [lambda _: None, Reply(resets=True)]
-    assert type(push(server, plan, batch_items=4, concurrency=1).error) is Interrupted
+
+    def taken(request: Request) -> Reply:
+        server._store(request)
+        return Reply(resets=True)
+
+    server.script = [lambda _: None, taken]
+    all_delivered(push(server, plan, batch_items=4, concurrency=1), server)
     assert [len(request.parts) for request in server.of("POST")] == [4, 4]
+    server.script = [lambda _: None, Reply(resets=True)]
+    server.stored.clear()
+    all_delivered(push(server, plan, batch_items=4, concurrency=1), server)
+    assert [len(request.parts) for request in server.of("POST")][2:] == [4, 4, 1, 1, 1, 1]
 
 
 # ---- per instance
@@ -587,13 +604,13 @@ def test_quotes_hold_neither_secrets_nor_patients(server: Scripted, plan: Plan) 
 
 @pytest.mark.parametrize("status", [408, 425, 429, 502, 503, 504, 507])
 def test_busy_statuses(server: Scripted, plan: Plan, status: int) -> None:
-    server.script = [Reply(status, PAGE, "text/html")]
+    server.script = Always([Reply(status, PAGE, "text/html")])
     sent = push(server, plan)
     assert type(sent.error) is Busy
     assert sent.error.retry_after is None
     assert str(status) in sent.error.message
     assert not sent.outcomes
-    assert len(server.of("POST")) == 1
+    assert len(server.of("POST")) == stow_doubts.MOST
 
 
 @pytest.mark.parametrize(
@@ -617,51 +634,111 @@ def test_retry_after(server: Scripted, plan: Plan, value: Any, low: float, high:
 
 @pytest.mark.parametrize("value", ["soon", "-", "nan", "Mon, 99 Foo 2024"])
 def test_retry_after_that_is_none(server: Scripted, plan: Plan, value: str) -> None:
-    server.script = [Reply(503, headers={"Retry-After": value})]
+    server.script = Always([Reply(503, headers={"Retry-After": value})])
     error = push(server, plan).error
     assert isinstance(error, Busy)
     assert error.retry_after is None
 
 
-class Always(list[Step]):
-    """A script that has one answer to all requests."""
+FAULTS: dict[str, Reply] = {
+    **{str(status): Reply(status) for status in (401, 403, 404, 405, 406, 408, 410, 425, 429, 500, 501, 502, 503, 504)},
+    "505": Reply(505),
+    "507": Reply(507),
+    "302": Reply(302, headers={"Location": "/login"}),
+    "other host": Reply(302, headers={"Location": "http://192.0.2.1/login"}),
+    "reset": Reply(resets=True),
+    "cut": Reply(200, as_json(listing({"1.2.3": 0})), cut=20),
+    "silence": Reply(hangs=True),
+    "login page": Reply(200, PAGE, "text/html"),
+}
+PASSING = ("408", "425", "429", "502", "503", "504", "507", "reset", "cut", "silence", "login page")
 
-    def pop(self, index: Any = -1) -> Step:
-        return self[0]
 
-
-@pytest.mark.parametrize("bad", [(0,), (7,), (0, 4), (3, 4, 5)])
-@pytest.mark.parametrize("status", [403, 408, 502, 503, 504, 507])
-def test_a_status_of_the_whole_server_for_some_instances_costs_only_them(
-    server: Scripted, plan: Plan, status: int, bad: tuple[int, ...]
+@pytest.mark.parametrize(
+    ("bad", "count", "batch_items", "concurrency"),
+    [((0,), 8, 100, 1), ((3, 4, 5), 8, 4, 1), ((0, 4), 8, 4, 4), ((0, 5, 9, 17, 18, 29), 30, 100, 1)],
+)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_fails_a_whole_request_for_some_instances_costs_only_them(
+    server: Scripted, tmp_path: Path, fault: str, bad: tuple[int, ...], count: int, batch_items: int, concurrency: int
 ) -> None:
+    studies.ct(tmp_path, count)
+    plan = scan([tmp_path])
     victims = {uids(plan)[number] for number in bad}
-    server.script = Always([lambda request: Reply(status) if victims & set(request.uids) else None])
-    with sending(dicomweb_target(server.url, concurrency=1, batch_items=4), plan) as sender:
-        for _ in range(3):
+    server.script = Always([lambda request: FAULTS[fault] if victims & set(request.uids) else None])
+    target = dicomweb_target(
+        server.url, concurrency=concurrency, batch_items=batch_items, max_attempts=2, idle_timeout_s=0.3
+    )
+    with sending(target, plan) as sender:
+        while True:
             sent = sender.attempt()
-            seen = Counter(uid for request in server.of("POST") for uid in request.uids)
-            assert max(seen.values()) <= 2 * sender.delivery.attempts
-            if sent.error is None:
+            assert set(server.stored) == set(uids(plan)) - victims, "the others have to wait"
+            if sent.error is None or not sender.delivery.may_go_on:
                 break
             assert isinstance(sent.error, Retryable)
-            assert status == 403 or str(status) in sent.error.message
-        assert set(server.stored) == set(uids(plan)) - victims
         receipt = sender.receipt()
-    counts = receipt.counts
-    assert counts[Kind.DELIVERED] == 8 - len(bad)
-    assert counts[Kind.REJECTED if status == 403 else Kind.UNSENT] == len(bad)
-    left = [row for row in receipt.items if row.outcome in (Kind.REJECTED, Kind.UNSENT)]
-    assert all(str(status) in row.detail for row in left), left
+    assert sender.delivery.attempts == (stow_doubts.LONE_TRIES if fault in PASSING else 1)
+    seen = Counter(uid for request in server.of("POST") for uid in request.uids)
+    assert max(seen.values()) <= 1 + sender.delivery.attempts
+    assert receipt.counts[Kind.DELIVERED] == count - len(bad)
+    left = [row for row in receipt.items if row.outcome is not Kind.DELIVERED]
+    assert all(row.outcome is Kind.REJECTED and row.detail for row in left), left
+    if fault.isdecimal() and fault != "302":
+        assert all(fault in row.detail for row in left), left
 
 
-def test_a_server_that_answers_503_to_everything_is_left_in_peace(server: Scripted, tmp_path: Path) -> None:
-    studies.ct(tmp_path, 40)
-    server.script = Always([Reply(503)])
-    sent = push(server, tmp_path, batch_items=4)
-    assert type(sent.error) is Busy
+@pytest.mark.parametrize("fault", ["503", "500", "reset", "silence"])
+def test_what_is_not_settled_has_its_reason(server: Scripted, plan: Plan, fault: str) -> None:
+    """One attempt is all that there is."""
+    bad = uids(plan)[2]
+    server.script = Always([lambda request: FAULTS[fault] if bad in request.uids else None])
+    with sending(dicomweb_target(server.url, concurrency=1, idle_timeout_s=0.3), plan) as sender:
+        sender.attempt()
+        (left,) = (row for row in sender.receipt().items if row.outcome is not Kind.DELIVERED)
+    assert left.outcome is (Kind.REJECTED if fault == "500" else Kind.UNSENT)
+    assert {"503": "503", "500": "500", "reset": "connection", "silence": "silent"}[fault] in left.detail
+
+
+def test_a_server_that_goes_down_later_rejects_nothing(server: Scripted, plan: Plan) -> None:
+    """What it refused alone while it still took others is not put down to the instance when it refuses all."""
+    bad = uids(plan)[2]
+    server.script = Always([lambda request: Reply(503) if bad in request.uids else None])
+    with sending(dicomweb_target(server.url, concurrency=1), plan) as sender:
+        assert len(sender.attempt().arrived) == 7
+        server.only = ""
+        server.script = Always([Reply(503)])
+        for _ in range(4):
+            assert isinstance(sender.attempt().error, Busy)
+        assert sender.receipt().counts[Kind.UNSENT] == 1
+        server.script = []
+        assert sender.attempt().error is None
+        assert sender.receipt().state is State.DELIVERED
+
+
+def test_503_with_Retry_After_for_one_instance(server: Scripted, plan: Plan) -> None:
+    """The first time it may be meant for all; afterwards it is what it costs."""
+    bad = uids(plan)[2]
+    server.script = Always([lambda request: Reply(503, headers={"Retry-After": "1"}) if bad in request.uids else None])
+    with sending(dicomweb_target(server.url, concurrency=1), plan) as sender:
+        for _ in range(2):
+            error = sender.attempt().error
+            assert isinstance(error, Busy)
+            assert error.retry_after == 1
+    assert set(server.stored) == set(uids(plan)) - {bad}
+
+
+@pytest.mark.parametrize("fault", ["401", "403", "404", "503", "500", "reset", "silence", "other host", "login page"])
+@pytest.mark.parametrize("concurrency", [1, 4])
+def test_a_server_that_fails_at_everything_is_left_in_peace(
+    server: Scripted, tmp_path: Path, fault: str, concurrency: int
+) -> None:
+    studies.ct(tmp_path, 100)
+    server.script = Always([FAULTS[fault]])
+    sent = push(server, tmp_path, batch_items=10, concurrency=concurrency, idle_timeout_s=0.3)
+    assert sent.error is not None
     assert not sent.outcomes
-    assert len(server.of("POST")) == stow.DOUBTS
+    most = stow_doubts.MOST if fault in ("503", "500", "reset", "login page") else stow_doubts.MOST_LASTING
+    assert len(server.of("POST")) <= most + 2 * (concurrency - 1)
 
 
 def test_busy_midway_keeps_what_was_confirmed(server: Scripted, plan: Plan) -> None:
@@ -677,12 +754,12 @@ def test_busy_midway_keeps_what_was_confirmed(server: Scripted, plan: Plan) -> N
     [(401, Denied), (403, Denied), (404, NotFound), (405, Misconfigured), (410, NotFound), (501, Misconfigured)],
 )
 def test_permanent_statuses(server: Scripted, plan: Plan, status: int, error: type[Exception]) -> None:
-    server.script = [Reply(status, PAGE, "text/html", {"WWW-Authenticate": "Basic realm=x"})]
+    server.script = Always([Reply(status, PAGE, "text/html", {"WWW-Authenticate": "Basic realm=x"})])
     sent = push(server, plan)
     assert type(sent.error) is error
     assert str(status) in str(sent.error)
     assert not sent.outcomes
-    assert len(server.of("POST")) == 1
+    assert [len(request.parts) for request in server.of("POST")] == [8, 1, 1], "other instances alone were no probe"
 
 
 @pytest.mark.parametrize(
@@ -702,7 +779,7 @@ def test_body_cut_short(server: Scripted, plan: Plan) -> None:
     def cut(request: Request) -> Reply:
         return Reply(200, as_json(listing(dict.fromkeys(request.uids, 0))), cut=100)
 
-    server.script = [cut]
+    server.script = Always([cut])
     sent = push(server, plan)
     assert type(sent.error) is Interrupted
     assert "cut short" in sent.error.message
@@ -770,7 +847,7 @@ def test_compressed_answers(
     ids=["first", "second"],
 )
 def test_compressed_answer_without_its_end(server: Scripted, plan: Plan, body: bytes, chunked: int) -> None:
-    server.script = [Reply(200, body, headers={"Content-Encoding": "gzip"}, chunked=chunked)]
+    server.script = Always([Reply(200, body, headers={"Content-Encoding": "gzip"}, chunked=chunked)])
     sent = push(server, plan)
     assert isinstance(sent.error, Interrupted)
     assert "cut short" in sent.error.message
@@ -828,58 +905,20 @@ def test_proxy_that_limits_bodies_to_1_MB(server: Scripted, tmp_path: Path) -> N
 
 
 def test_proxy_that_resets_instead_of_413(server: Scripted, tmp_path: Path) -> None:
-    """Nothing tells this from a broken link, so the push ends; each further attempt makes smaller requests."""
+    """Nothing shows that this is no broken link: each instance goes alone, and what follows in smaller requests."""
     studies.ct(tmp_path, 40, side=256)
     plan = scan([tmp_path])
     limit = 1 << 20
-
-    def proxy(request: Request) -> Reply | None:
-        return None
-
-    class Limit:
-        def __call__(self, request: Request) -> Reply | None:
-            return Reply(resets=True) if request.length > limit else None
-
-    server.script = [Limit()] * 1000
-    target = dicomweb_target(server.url, concurrency=1)
-    done: set[str] = set()
-    errors: list[Exception | None] = []
-    while len(done) < 40 and len(errors) < 5:
-        sent = attempt(target, plan, done=done)
-        done |= sent.arrived
-        errors.append(sent.error)
-    assert errors[-1] is None
-    assert len(errors) <= 3
-    assert all(isinstance(error, Interrupted) for error in errors[:-1])
-
-
-@pytest.mark.parametrize("fault", [Reply(resets=True), Reply(hangs=True)])
-@pytest.mark.parametrize("concurrency", [1, 4])
-def test_server_that_breaks_down_at_one_instance(
-    server: Scripted, tmp_path: Path, fault: Reply, concurrency: int
-) -> None:
-    studies.ct(tmp_path, 24)
-    plan = scan([tmp_path])
-    poison = uids(plan)[3]
-
-    def breaks(request: Request) -> Reply | None:
-        server.script.append(breaks)
-        return fault if poison in request.uids else None
-
-    server.script = [breaks] * 4
-    target = dicomweb_target(server.url, concurrency=concurrency, batch_items=8, idle_timeout_s=0.3)
-    done: set[str] = set()
-    for _ in range(5):
-        sent = attempt(target, plan, done=done)
-        assert isinstance(sent.error, Interrupted | TimedOut)
-        done |= sent.arrived
-    assert len(done) == 23
+    server.script = Always([lambda request: Reply(resets=True) if request.length > limit else None])
+    all_delivered(push(server, plan, batch_bytes=3 << 20), server)
+    assert len([request for request in server.of("POST") if request.length > limit]) <= 2
 
 
 def test_what_was_suspected_is_forgotten(server: Scripted, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stow, "SUSPICION_S", 0.05)
-    server.script = [Reply(resets=True)]
+    server.script = Always([Reply(resets=True)])
     assert isinstance(push(server, plan).error, Interrupted)
+    server.script = []
     assert stow._stumbled
     time.sleep(0.1)
     all_delivered(push(server, scan([plan.root])), server)  # another dispatch
@@ -974,7 +1013,7 @@ def test_redirect_within_the_server(server: Scripted, plan: Plan, status: int) -
 
 @pytest.mark.parametrize("status", [301, 302, 303])
 def test_redirect_that_would_lose_the_body(server: Scripted, plan: Plan, status: int) -> None:
-    server.script = [Reply(status, headers={"Location": "/rs/studies"})]
+    server.script = Always([Reply(status, headers={"Location": "/rs/studies"})])
     sent = push(server, plan)
     assert isinstance(sent.error, Misconfigured)
     assert "/rs/studies" in sent.error.message
@@ -984,7 +1023,7 @@ def test_redirect_that_would_lose_the_body(server: Scripted, plan: Plan, status:
 def test_redirect_to_another_host_is_not_followed(server: Scripted, plan: Plan, status: int) -> None:
     with scripted() as other:
         location = f"http://user:pass-word@127.0.0.1:{other.port}/rs/studies?token=t0ken"
-        server.script = [Reply(status, headers={"Location": location})]
+        server.script = Always([Reply(status, headers={"Location": location})])
         sent = push(server, plan, http_user="lab", http_password="pa55word-1234")
         assert isinstance(sent.error, Misconfigured)
         assert f"http://127.0.0.1:{other.port}" in sent.error.message
@@ -995,7 +1034,7 @@ def test_redirect_to_another_host_is_not_followed(server: Scripted, plan: Plan, 
 
 @pytest.mark.parametrize("location", ["http://[::1/rs", "http://a:99999999/rs", "//[x"])
 def test_redirect_to_what_is_no_url(server: Scripted, plan: Plan, location: str) -> None:
-    server.script = [Reply(307, headers={"Location": location})]
+    server.script = Always([Reply(307, headers={"Location": location})])
     sent = push(server, plan)
     assert isinstance(sent.error, Misconfigured)
     assert "no URL" in sent.error.message
@@ -1007,7 +1046,7 @@ def test_redirect_to_what_is_no_url(server: Scripted, plan: Plan, location: str)
 def test_redirect_that_is_not_encoded(server: Scripted, plan: Plan, location: str, path: str) -> None:
     server.script = [Reply(307, headers={"Location": location})]
     push(server, plan)
-    assert [request.path for request in server.requests] == ["/rs/studies", path]
+    assert [request.path for request in server.requests][:2] == ["/rs/studies", path]
 
 
 def test_redirect_to_the_root(server: Scripted, plan: Plan) -> None:
@@ -1017,7 +1056,7 @@ def test_redirect_to_the_root(server: Scripted, plan: Plan) -> None:
 
 
 def test_redirect_loop(server: Scripted, plan: Plan) -> None:
-    server.script = [Reply(307, headers={"Location": "/rs/studies"})] * 20
+    server.script = Always([Reply(307, headers={"Location": "/rs/studies"})])
     sent = push(server, plan)
     assert isinstance(sent.error, Misconfigured)
     assert "too often" in sent.error.message
@@ -1027,15 +1066,21 @@ def test_redirect_loop(server: Scripted, plan: Plan) -> None:
 
 
 @pytest.mark.parametrize("step", [Reply(resets=True, reads=20_000), Reply(resets=True), Reply(hangs=True)])
-def test_link_that_breaks(server: Scripted, plan: Plan, step: Step) -> None:
+def test_link_that_breaks(server: Scripted, plan: Plan, step: Reply) -> None:
+    """Once: the same attempt goes on. For good: what was confirmed stays confirmed."""
     server.script = [lambda _: None, step]
-    sent = push(server, plan, batch_items=4, idle_timeout_s=1)
-    assert type(sent.error) is (TimedOut if isinstance(step, Reply) and step.hangs else Interrupted)
+    all_delivered(push(server, plan, batch_items=4, idle_timeout_s=1), server)
+    server.stored.clear()
+    server.requests.clear()
+    server.script = [lambda _: None, *[step] * 20]
+    sent = push(server, plan, batch_items=4, idle_timeout_s=0.3)
+    assert type(sent.error) is (TimedOut if step.hangs else Interrupted)
     assert len(sent.arrived) == 4
     assert sent.seconds < 5
+    server.script = []
     again = attempt(dicomweb_target(server.url), plan, done=sent.arrived)
     assert again.require().state is State.DELIVERED
-    assert set(server.of("POST")[-1].uids) == set(uids(plan)[4:])
+    assert set(server.of("POST")[-1].uids) <= set(uids(plan)[4:])
 
 
 def test_reset_after_half_of_the_upload(server: Scripted, tmp_path: Path) -> None:
@@ -1070,7 +1115,7 @@ def test_other_requests_are_finished_when_one_fails(server: Scripted, plan: Plan
 
     def refuse(request: Request) -> Reply:
         assert other.wait(5)
-        return Reply(503)
+        return Reply(503, headers={"Retry-After": "1"})
 
     def slow(request: Request) -> Reply:
         other.set()
