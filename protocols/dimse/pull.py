@@ -314,7 +314,7 @@ class Pull:
                     raise error
         finally:
             self._note(one, depot)
-            depot.settle()
+            depot.settle(self.report.check)
         return True
 
     def _note(self, one: Series, depot: Depot) -> None:

@@ -1,7 +1,7 @@
 """Instances as they come by C-STORE: from the connection into a file, under its name when it is whole.
 
-A data set's bytes are written from the buffer that they were received in, by one writev(2) for many fragments. No
-element is parsed before the file is whole; memory doesn't grow with an instance or a study.
+A data set's bytes are written from the buffer that they were received in, by one writev(2) for many fragments. What
+says which instance it is is looked up in its first bytes; memory doesn't grow with an instance or a study.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import os
 import struct
 import threading
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pynetdicom import PYNETDICOM_IMPLEMENTATION_UID, PYNETDICOM_IMPLEMENTATION_VERSION
 
+from imaging.glance import HEAD_BYTES, Glance
 from imaging.header import UID, Damaged, Header, NotDicom, read_header
 from protocols.dimse.message import C_STORE_RSP, NO_DATASET
 from protocols.dimse.stream import (
@@ -29,12 +29,14 @@ from protocols.dimse.stream import (
     Command,
     Stream,
 )
+from protocols.files import filesystem as fs
 from protocols.files import partial
 from transfer.errors import DispatchError, Interrupted
 from transfer.plan import Item
 
 SUCCESS, OUT_OF_RESOURCES, MISMATCH, CANNOT_UNDERSTAND = 0x0000, 0xA700, 0xA900, 0xC000  # PS3.4 table B.2-1
 INVALID_INSTANCE, NOT_AUTHORISED = 0x0117, 0x0124  # PS3.7 Annex C
+FEW_FILES = 16  # which are flushed one by one
 PIECES = 512  # that writev(2) gets at once; it takes 1024
 
 
@@ -64,6 +66,7 @@ class Depot:
         self._lock = threading.Lock()
         self._unsettled: list[str] = []
         self._meta: dict[tuple[str, str], bytes] = {}
+        self.glance = Glance()
 
     def meta(self, sop_class: str, uid: str, syntax: str) -> bytes:
         """Return the preamble and file meta information (PS3.10 section 7.1)."""
@@ -73,42 +76,43 @@ class Depot:
         body = _VERSION + _uid_element(0x02, sop_class) + _uid_element(0x03, uid) + tail
         return _PREAMBLE + len(body).to_bytes(4, "little") + body
 
-    def keep(self, file: Path, fd: int, size: int, uid: str) -> tuple[int, bool]:
-        """Give a whole file its name, if it is wanted and not there yet.
+    def keep(self, part: partial.Part, size: int, uid: str, seen: Header | None) -> int:
+        """Give a whole file its name, if it is wanted and not there yet; return the status to answer with.
 
-        Returns:
-            The status to answer with, and whether the file has its name.
+        Args:
+            seen: what a glance at the data set showed.
         """
-        try:
-            header = read_header(fd, size)
-        except (NotDicom, Damaged) as exc:
-            self._count(f"damaged: {exc}")
-            return CANNOT_UNDERSTAND, False
-        if header.SOPInstanceUID != uid:
-            self._count("another instance than the request names")
-            return MISMATCH, False
-        why = self.refuse(header)
-        if why:
-            self._count(why)
-            return NOT_AUTHORISED, False
-        with self._lock:
-            if uid in self.here:
-                return SUCCESS, False  # a second copy
+        header = seen
+        if header is None or header.SOPInstanceUID != uid or self.refuse(header):
+            try:
+                header = read_header(part.fd, size)
+            except (NotDicom, Damaged) as exc:
+                self._count(f"damaged: {exc}")
+                return CANNOT_UNDERSTAND
+            if header.SOPInstanceUID != uid:
+                self._count("another instance than the request names")
+                return MISMATCH
+            why = self.refuse(header)
+            if why:
+                self._count(why)
+                return NOT_AUTHORISED
+        if uid in self.here:
+            return SUCCESS  # a second copy
         if self.durable:
-            os.fdatasync(fd)
-        final = f"{self.folder}/{uid}.dcm"
-        os.rename(file, final)  # noqa: PTH104 - a Path costs more than the call
+            os.fdatasync(part.fd)
+        name = f"{uid}.dcm"
+        part.keep(name)
         if self.durable:
             self._sync_folder()
-        info = os.fstat(fd)
+        info = os.fstat(part.fd)
         with self._lock:
             if uid in self.here:
-                return SUCCESS, True
+                return SUCCESS
             self.here.add(uid)
             if not self.durable:
-                self._unsettled.append(final)
-        self.kept(Item(f"{uid}.dcm", size, info.st_mtime_ns, header))
-        return SUCCESS, True
+                self._unsettled.append(name)
+        self.kept(Item(name, size, info.st_mtime_ns, header))
+        return SUCCESS
 
     def _count(self, why: str) -> None:
         with self._lock:
@@ -121,8 +125,11 @@ class Depot:
         finally:
             os.close(fd)
 
-    def settle(self) -> None:
+    def settle(self, check: Callable[[], None] = lambda: None) -> None:
         """Make sure that what came is on the disk: all at once, which costs one commit of the file system's journal.
+
+        Args:
+            check: called now and then; may raise to stop.
 
         Raises:
             Busy: the disk is full. Misconfigured: it can't be written to.
@@ -132,8 +139,12 @@ class Depot:
         if not files:
             return
         with partial.writing(self.folder):
-            for path in files:
-                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            # Waits for what other writers left too; still less than a commit of the journal for each file.
+            as_a_whole = len(files) >= FEW_FILES and fs.kind(self.folder) in fs.FLUSHED_AS_A_WHOLE
+            if as_a_whole and fs.flush_all(self.folder, check):
+                return
+            for name in files:
+                fd = os.open(self.folder / name, os.O_RDONLY | os.O_CLOEXEC)
                 try:
                     os.fdatasync(fd)
                 finally:
@@ -155,33 +166,30 @@ def receive(stream: Stream, request: Command, syntax: str, depot: Depot) -> int:
         stream.skip()
         return INVALID_INSTANCE
     try:
-        file, fd = partial.create(depot.folder)
+        part = partial.Part(depot.folder)
     except OSError as exc:
         depot.failure = partial.failure(depot.folder, exc)
         stream.skip()
         return OUT_OF_RESOURCES
-    kept = False
     try:
-        size = _spool(stream, fd, depot, depot.meta(sop_class, uid, syntax))
+        meta = depot.meta(sop_class, uid, syntax)
+        size, head = _spool(stream, part.fd, depot, meta)
         if depot.failure is not None:
             return OUT_OF_RESOURCES
-        status, kept = depot.keep(file, fd, size, uid)
+        return depot.keep(part, size, uid, depot.glance(head, size - len(meta), syntax, len(meta)))
     except OSError as exc:
         depot.failure = partial.failure(depot.folder, exc)
         return OUT_OF_RESOURCES
     finally:
-        os.close(fd)
-        if not kept:
-            with suppress(OSError):
-                os.unlink(file)  # noqa: PTH108
-    return status
+        part.close()
 
 
-def _spool(stream: Stream, fd: int, depot: Depot, meta: bytes) -> int:
-    """Write a data set as it comes; returns the size of the file."""
+def _spool(stream: Stream, fd: int, depot: Depot, meta: bytes) -> tuple[int, bytes]:
+    """Write a data set as it comes; returns the size of the file, and the first bytes of the data set."""
     pieces: list[bytes | memoryview] = [meta]
     waiting = len(meta)
     size = 0
+    head = b""
     while True:
         view = stream.piece()
         if view is None or len(pieces) >= PIECES:
@@ -193,10 +201,12 @@ def _spool(stream: Stream, fd: int, depot: Depot, meta: bytes) -> int:
                 continue
         if stream.is_command:
             raise Interrupted(f"{stream.where}: the peer sent a command where a data set belongs")
+        if len(head) < HEAD_BYTES:
+            head += view[: HEAD_BYTES - len(head)]
         pieces.append(view)
         waiting += len(view)
         if stream.last:
-            return size + _write(fd, pieces, waiting, depot)
+            return size + _write(fd, pieces, waiting, depot), head
 
 
 def _write(fd: int, pieces: list[bytes | memoryview], count: int, depot: Depot) -> int:

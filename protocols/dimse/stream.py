@@ -154,6 +154,7 @@ class Stream:
         self.is_command = self.last = False
         self.heard = time.monotonic()
         self.torn = False
+        self._answered = False  # whether we have sent something since something came
         self._plain = not isinstance(self.sock, ssl.SSLSocket)
         if self._plain:
             # Time limits of the kernel's: those of Python's sockets cost a poll(2) before every call.
@@ -261,10 +262,11 @@ class Stream:
         if self.throttle.limit:
             room = room[: self.throttle.piece]
         while True:
-            if self._plain:
+            if self._plain and not self._answered:
                 # A peer with Nagle's algorithm waits for our ACK of a small piece, which we'd delay by 40 ms; the
-                # kernel forgets this setting, so that it is made each time.
+                # kernel forgets this setting, so that it is made each time. What we have sent since was an ACK too.
                 self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+            self._answered = False
             try:
                 count = self.sock.recv_into(room)
             except (BlockingIOError, TimeoutError, ssl.SSLWantReadError, ssl.SSLWantWriteError) as exc:
@@ -353,6 +355,7 @@ class Stream:
             left = left[count:]
             last = time.monotonic()
         self.torn = False
+        self._answered = True
 
     def _broken(self, exc: OSError) -> Interrupted:
         """Name why the connection ended: an abort that the peer sent before says more than a reset."""

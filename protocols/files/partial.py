@@ -5,6 +5,7 @@ The writer holds a lock on its file, which the kernel drops with the process: wh
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import re
@@ -19,6 +20,8 @@ from transfer.errors import Busy, DispatchError, Misconfigured
 from transfer.oserrors import FULL, words_of
 
 NAME = re.compile(r"\.talaria-[0-9a-f]{16}")  # other files of ours begin alike
+# What open(2) says of O_TMPFILE where a file system, or the kernel, has none; NFS and old overlays among them.
+NO_UNNAMED = (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOSYS)
 STALE_S = 3600  # where the file system has no locks, older ones count as left behind
 
 
@@ -55,6 +58,63 @@ def create(folder: Path) -> tuple[Path, int]:
         except OSError:  # no locks here
             return path, fd
         os.close(fd)  # somebody took it for a leftover before it was locked
+
+
+class Part:
+    """A file that has no name before it is whole: nobody sees it, and a killed process leaves nothing of it.
+
+    Where the file system has no such files (or no /proc is there to name them by), one of `create`.
+
+    Raises:
+        OSError: it can't be made.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._path: Path | None = None
+        try:
+            self.fd = os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o666)
+        except OSError as exc:
+            if exc.errno not in NO_UNNAMED:
+                raise
+            self._path, self.fd = create(folder)
+
+    def keep(self, name: str) -> None:
+        """Give it its name, in the place of a file that has it."""
+        final = f"{self._folder}/{name}"
+        if self._path is None:
+            try:
+                self._link(final)
+                return
+            except FileExistsError:
+                self._path = self._folder / f".talaria-{secrets.token_hex(8)}"
+                self._link(str(self._path))
+            except FileNotFoundError:
+                self._copy()
+        assert self._path is not None  # noqa: S101 - it has a name by now
+        os.rename(self._path, final)
+        self._path = None
+
+    def _link(self, path: str) -> None:
+        # With a descriptor of a folder, which an absolute path makes of no account, Python follows the link of /proc.
+        os.link(f"/proc/self/fd/{self.fd}", path, src_dir_fd=self.fd, follow_symlinks=True)
+
+    def _copy(self) -> None:
+        """Write it again under a name, on a machine without /proc."""
+        self._path, fd = create(self._folder)
+        size, done = os.fstat(self.fd).st_size, 0
+        while done < size:
+            done += os.sendfile(fd, self.fd, done, size - done)
+        os.fdatasync(fd)
+        os.close(self.fd)
+        self.fd = fd
+
+    def close(self) -> None:
+        """Close it; what has no name of its own by now is gone."""
+        os.close(self.fd)
+        if self._path is not None:
+            with suppress(OSError):
+                self._path.unlink()
 
 
 def sweep(folder: Path) -> None:

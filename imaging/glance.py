@@ -1,0 +1,85 @@
+"""Knows an instance by its first bytes, as most come: uncompressed, and whole up to the last byte of its pixels.
+
+Takes a fifth of the time of `header.read_header`, which walks over every element, and which is asked where a glance
+doesn't show all.
+"""
+
+from __future__ import annotations
+
+import struct
+
+from imaging.header import EXPLICIT_LITTLE, IMPLICIT_LITTLE, MAX_UID_CHARS, UID, Header
+
+HEAD_BYTES = 16_384  # of a data set, in which what stands before the pixels ends
+BEGINNING_BYTES = 1024  # in which the UIDs of class and instance stand, as their tags are among the lowest
+SHIFT = 64  # bytes by which the header of an instance is longer or shorter than that of the one before
+_GROUP = b"\x08\x00"
+_CLASS, _INSTANCE = b"\x08\x00\x16\x00", b"\x08\x00\x18\x00"
+_STUDY, _SERIES, _PIXELS = b"\x20\x00\x0d\x00", b"\x20\x00\x0e\x00", b"\xe0\x7f\x10\x00"
+_NUMBER = struct.Struct("<I")
+
+
+class Glance:
+    """Remembers where the instance before had its UIDs: those of one series hardly differ in that."""
+
+    def __init__(self) -> None:
+        self._before: dict[str, tuple[bytes, int, int, str, str]] = {}  # by transfer syntax
+
+    def __call__(self, head: bytes, length: int, syntax: str, offset: int) -> Header | None:
+        """Return the UIDs of an instance, and nothing else of its header; None if that takes a walk over its elements.
+
+        The pixel data must end with the data set, and the UIDs of study and series stand once before it: in an item
+        of a sequence they might be those of others.
+
+        Args:
+            head: the first HEAD_BYTES of the data set, or fewer if it has no more.
+            length: bytes of the whole data set.
+            offset: of the data set in its file.
+        """
+        explicit = syntax == EXPLICIT_LITTLE
+        if (not explicit and syntax != IMPLICIT_LITTLE) or not head.startswith(_GROUP):
+            return None
+        study = series = ""
+        end = -1
+        if syntax in self._before:
+            pair, at, end, study, series = self._before[syntax]
+            if head.find(pair, max(0, at - SHIFT), at + SHIFT + len(pair)) < 0:
+                study = series = ""
+            end = head.find(_PIXELS, max(0, end - SHIFT), end + SHIFT + 4)
+        if end < 0:
+            end = head.find(_PIXELS)
+        start = end + (12 if explicit else 8)
+        if end < 0 or start > len(head) or (explicit and head[end + 4 : end + 8] not in (b"OW\0\0", b"OB\0\0")):
+            return None
+        if start + _NUMBER.unpack_from(head, start - 4)[0] != length:
+            return None
+        vr = b"UI" if explicit else b""
+        if not study:
+            study, at, after = _once(head, _STUDY + vr, end)
+            series, next_to, series_after = _once(head, _SERIES + vr, end)
+            if study and series and after == next_to:
+                self._before[syntax] = head[at:series_after], at, end, study, series
+        beginning = min(end, BEGINNING_BYTES)
+        sop_class, _, after = _first(head, _CLASS + vr, 0, beginning)
+        instance = _first(head, _INSTANCE + vr, after, beginning)[0]
+        if not (study and series and sop_class and instance):
+            return None
+        return Header(sop_class, instance, syntax, study, series, offset, explicit=explicit)
+
+
+def _once(head: bytes, element: bytes, end: int) -> tuple[str, int, int]:
+    value, at, after = _first(head, element, 0, end)
+    return ("", 0, 0) if _first(head, element, after, end)[0] else (value, at, after)
+
+
+def _first(head: bytes, element: bytes, begin: int, end: int) -> tuple[str, int, int]:
+    """Return the value of the first such element that holds a UID, where it begins and ends; "" if there is none."""
+    while (at := head.find(element, begin, end)) >= 0:
+        length = head[at + 6] | head[at + 7] << 8 if len(element) == 6 else _NUMBER.unpack_from(head, at + 4)[0]
+        after = at + 8 + length
+        if length <= MAX_UID_CHARS and after <= end:
+            value = head[at + 8 : after].rstrip(b"\0 ").decode("latin-1")
+            if UID.fullmatch(value):
+                return value, at, after
+        begin = at + 2  # without VRs, a tag's bytes may also be those of a length
+    return "", 0, 0

@@ -1,0 +1,66 @@
+"""Files that have no name before they are whole, on every kind of file system."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from protocols.files.partial import Part
+
+real_open, real_link = os.open, os.link
+
+
+def without_unnamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def opened(path: Any, flags: int, *args: Any, **options: Any) -> int:
+        if flags & os.O_TMPFILE == os.O_TMPFILE:
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+        return real_open(path, flags, *args, **options)
+
+    monkeypatch.setattr(os, "open", opened)
+
+
+def without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
+    def linked(source: Any, target: Any, **options: Any) -> None:
+        if str(source).startswith("/proc/"):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        real_link(source, target, **options)
+
+    monkeypatch.setattr(os, "link", linked)
+
+
+def as_usual(monkeypatch: pytest.MonkeyPatch) -> None:
+    pass
+
+
+@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize("lacking", [as_usual, without_unnamed, without_proc])
+def test_a_file_gets_its_name_when_it_is_whole(
+    lacking: Callable[[pytest.MonkeyPatch], None], there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lacking(monkeypatch)
+    if there:
+        (tmp_path / "1.dcm").write_bytes(b"what was there before")
+    part = Part(tmp_path)
+    os.write(part.fd, b"12345")
+    assert [path.name for path in tmp_path.glob("*.dcm")] == ["1.dcm"] * there
+    part.keep("1.dcm")
+    assert os.fstat(part.fd).st_nlink == 1
+    part.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["1.dcm"]
+    assert (tmp_path / "1.dcm").read_bytes() == b"12345"
+
+
+@pytest.mark.parametrize("lacking", [as_usual, without_unnamed])
+def test_nothing_is_left_of_one_that_is_not_kept(
+    lacking: Callable[[pytest.MonkeyPatch], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lacking(monkeypatch)
+    part = Part(tmp_path)
+    os.write(part.fd, b"12345")
+    part.close()
+    assert not list(tmp_path.iterdir())
