@@ -9,6 +9,7 @@ from __future__ import annotations
 import calendar
 import re
 from collections.abc import Callable, Iterable, Iterator
+from datetime import date
 
 from imaging.query import Query, listed
 
@@ -114,10 +115,7 @@ def in_days(period: str) -> str:
 
 
 def _last_day(year: str, month: str) -> str:
-    try:
-        return f"{calendar.monthrange(int(year), int(month))[1]:02}"
-    except (calendar.IllegalMonthError, ValueError):  # no month of any year
-        return "31"
+    return f"{calendar.monthrange(int(year), int(month))[1]:02}"
 
 
 def _ends(period: str) -> tuple[str, str]:
@@ -126,6 +124,11 @@ def _ends(period: str) -> tuple[str, str]:
         raise ValueError(
             f"study date {period!r}: must be YYYYMMDD, or a range such as 20240101-20240131, -20240131 or 20240101-"
         )
+    for end in filter(None, (parsed[1], parsed[3])):
+        try:
+            date(int(end[:4]), int(end[4:6] or 1), int(end[6:] or 1))
+        except ValueError as exc:
+            raise ValueError(f"study date {period!r}: {end} is not a date, as in YYYYMMDD") from exc
     first = parsed[1] or ""
     return first, (parsed[3] or "") if parsed[2] else first
 
@@ -139,7 +142,7 @@ def between(period: str) -> Test:
     first, last = _ends(period)
 
     def matches(value: str) -> bool:
-        date = value.strip().replace(".", "")  # ACR-NEMA wrote 2024.01.31
-        return bool(date) and date >= first and date[: len(last)] <= last
+        day = value.strip().replace(".", "")  # ACR-NEMA wrote 2024.01.31
+        return bool(day) and day >= first and day[: len(last)] <= last
 
     return matches
