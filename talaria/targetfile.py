@@ -44,7 +44,7 @@ def read(path: Path) -> dict[str, Target]:
     """Read the targets of a file, secrets filled in.
 
     Raises:
-        Misconfigured: the first thing that is wrong, with the name of the target and of the field.
+        Misconfigured: every target that is wrong, each in a line with its name and the field.
     """
     try:
         document = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 - a SafeLoader
@@ -58,7 +58,16 @@ def read(path: Path) -> dict[str, Target]:
         raise Misconfigured(f"{path}: expected one key `targets` with a mapping of names to targets")
     if not document["targets"]:
         raise Misconfigured(f"{path}: names no target")
-    return {str(name): make(str(name), values, path.parent) for name, values in document["targets"].items()}
+    found: dict[str, Target] = {}
+    wrong = []
+    for name, values in document["targets"].items():
+        try:
+            found[str(name)] = make(str(name), values, path.parent)
+        except Misconfigured as exc:
+            wrong.append(exc.message)
+    if wrong:
+        raise Misconfigured("\n".join(wrong))
+    return found
 
 
 def make(name: str, values: Any, folder: Path = Path()) -> Target:
@@ -172,4 +181,9 @@ def _filled(value: Any, where: str, folder: Path) -> Any:
             raise Misconfigured(f"{where}: the environment variable {match[1]} is not set")
         return os.environ[match[1]]
 
+    if "${" in _VARIABLE.sub("", value):
+        raise Misconfigured(
+            f"{where}: after ${{ the name of an environment variable and }} must follow, as in ${{NAME}}; "
+            "a value that holds these characters is given by file:PATH"
+        )
     return _VARIABLE.sub(variable, value)

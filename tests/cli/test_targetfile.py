@@ -94,3 +94,27 @@ def test_a_field_that_is_not_known(field: object, words: str) -> None:
     with pytest.raises(Misconfigured) as caught:
         targetfile.make("a", {"type": "dicom", "host": "h", "aet_target": "A", field: SECRET})
     assert str(caught.value) == f"target a: unknown field '{field}' of type dicom: {words}"
+
+
+@pytest.mark.parametrize("value", ["${NAME", "${", "a${B}${C", "${1A}", "${A-B}", "${ HOME }"])
+def test_a_variable_that_is_not_closed_or_not_named(
+    tmp_path: Path, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("B", SECRET)
+    text = f"targets:\n  files: {{type: sftp, host: h, user: u, folder: /x, password: '{value}'}}\n"
+    (tmp_path / "targets.yaml").write_text(text)
+    with pytest.raises(Misconfigured, match=r"target files: password: .*as in \$\{NAME\}") as caught:
+        targetfile.read(tmp_path / "targets.yaml")
+    assert SECRET not in str(caught.value)
+
+
+def test_every_target_that_is_wrong_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "targets.yaml"
+    path.write_text(
+        "targets:\n  one: {type: folder}\n  two: {type: folder, folder: /x}\n  three: {type: nothing}\n"
+        "  four: {type: dicom, hots: h}\n"
+    )
+    with pytest.raises(Misconfigured) as caught:
+        targetfile.read(path)
+    lines = str(caught.value).splitlines()
+    assert [line.split(":")[0] for line in lines] == ["target one", "target three", "target four"]
