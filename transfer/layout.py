@@ -58,7 +58,9 @@ def fields_of(template: str) -> list[str]:
     try:
         parsed = list(string.Formatter().parse(template))
     except ValueError as exc:
-        raise ValueError(f"layout {template!r}: {exc}") from exc
+        raise ValueError(
+            f"layout {template!r}: {{ and }} must stand in pairs around a field, as in {{PatientID}}"
+        ) from exc
     names = [name for _, name, _, _ in parsed if name is not None]
     unknown = [name for name in names if name not in FIELDS]
     if unknown or any(spec or conversion for _, name, spec, conversion in parsed if name):

@@ -119,6 +119,12 @@ def plan_of(*items: Item) -> Plan:
 VALUES = st.fixed_dictionaries({field: st.text(max_size=150) for field in FIELDS if field != "dispatch_id"})
 
 
+@pytest.mark.parametrize("template", ["{a", "{PatientID", "PatientID}", "{PatientID}}", "{", "{PatientID!", "a{b{c}"])
+def test_braces_without_a_partner_are_said_in_plain_words(template: str) -> None:
+    with pytest.raises(ValueError, match=r"must stand in pairs|fields are"):
+        fields_of(template)
+
+
 @given(
     VALUES, st.sampled_from(["{PatientID}", "{PatientID}/{StudyInstanceUID}", "x_{PatientID}{StudyDate}_{Modality}"])
 )
