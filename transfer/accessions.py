@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import re
 from pathlib import Path
 
@@ -11,7 +12,10 @@ from transfer.errors import Misconfigured
 MOST_CHARS = 64
 QUOTES = "\"'`\u2018\u2019\u201a\u201b\u201c\u201d\u201e\u00ab\u00bb"
 # A column's title, which comes along when the column is copied.
-TITLES = frozenset(("accession", "accessionnumber", "accessionno", "accno", "acc", "accessions", "accessionnumbers"))
+TITLES = frozenset((
+    "accession", "accessionnumber", "accessionno", "accessionnr", "accessionid", "accno", "accnr", "accnum", "acc",
+    "accessions", "accessionnumbers",
+))  # fmt: skip
 _BETWEEN = re.compile(r"[\s,;\u00a0\u200b\ufeff\u2060]+")
 BOMS = ((b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"))
 
@@ -33,26 +37,48 @@ def accessions(text: str) -> tuple[str, ...]:
             )
         found[value] = None
     first = next(iter(found), "")
-    if re.sub(r"[^a-z]", "", first.lower()) in TITLES and not re.search(r"\d", first) and len(found) > 1:
+    if _is_title(first) and not re.search(r"\d", first) and len(found) > 1:
         del found[first]
     return tuple(found)
 
 
 def _column(text: str) -> list[str]:
-    """The values of the column that is named for accession numbers, where there are several; none if there is none."""
-    lines = text.lstrip("\ufeff").splitlines()
+    """Return the values of a table's column of accession numbers; none if it is no table.
+
+    That is the column with the title; where a table has none, the first.
+    """
+    text = text.lstrip("\ufeff")
+    first = text.partition("\n")[0]
     for sign in ("\t", ";", ","):
-        if len(lines) < 2 or sign not in lines[0]:
+        if sign not in first:
             continue
         try:
-            rows = list(csv.reader(lines, delimiter=sign))
+            rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=sign))
         except csv.Error as exc:  # a quote that is not closed makes all that follows one value
             raise Misconfigured(f"the list is not valid CSV: {exc}") from exc
-        titles = [re.sub(r"[^a-z]", "", title.lower()) for title in rows[0]]
-        at = next((number for number, title in enumerate(titles) if title in TITLES), None)
-        if at is not None and not any(re.search(r"\d", title) for title in rows[0]):
-            return [row[at].strip().strip(QUOTES).strip() for row in rows[1:] if len(row) > at and row[at].strip()]
+        rows = [[_cell(cell) for cell in row] for row in rows if any(cell.strip() for cell in row)]
+        if len(rows) < 2 or any(re.search(r"\d", title) for title in rows[0]):
+            continue
+        titled = (number for number, title in enumerate(rows[0]) if _is_title(title))
+        at = next(titled, 0 if _is_table(rows) else None)
+        if at is not None:
+            return [row[at] for row in rows[1:] if len(row) > at and row[at]]
     return []
+
+
+def _cell(text: str) -> str:
+    """Return a cell without blanks and quotes; spreadsheets write ="0012" for a text that looks like a number."""
+    return text.strip().removeprefix("=").strip(QUOTES).strip()
+
+
+def _is_title(text: str) -> bool:
+    return re.sub(r"[^a-z]", "", text.lower()) in TITLES
+
+
+def _is_table(rows: list[list[str]]) -> bool:
+    """Return True if a row of words stands above rows as wide, whose first cells are numbers of some kind."""
+    title, *others = rows
+    return all(title) and all(len(row) == len(title) and re.search(r"\d", row[0]) for row in others)
 
 
 def _values(text: str) -> list[str]:

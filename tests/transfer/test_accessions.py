@@ -28,6 +28,16 @@ from transfer.errors import Misconfigured
         ("Patient;Accession;Date\nx;A1;2024\ny;A2;2024\n", ("A1", "A2")),
         ("accession number,comment\n0001,none\n0002,\n", ("0001", "0002")),
         ("ACC1 ACC2", ("ACC1", "ACC2")),
+        ('\ufeff"Name";"AccessionNumber"\r\n"Meier; Hans";"0012"\r\n"Huber";"0013"\r\n', ("0012", "0013")),
+        ("Name\tAccession #\nx\tA1\ny\tA2\ny\tA2\n", ("A1", "A2")),
+        ('Name,accession\n"two\nlines",A1\nx,="0002"\n', ("A1", "0002")),
+        # A table without that title: its first column.
+        ("Fall;Name;Datum\n0012;Meier;20240101\n0013;;20240102\n", ("0012", "0013")),
+        ('Case,Name\r\n1,"Meier, Hans"\r\n2,Huber\r\n', ("1", "2")),
+        # No tables: lists in several lines.
+        ("A1,A2\nA3,A4", ("A1", "A2", "A3", "A4")),
+        ("X,Y\nZ,W", ("X", "Y", "Z", "W")),
+        ("ONE,TWO\n1A,2B,3C", ("ONE", "TWO", "1A", "2B", "3C")),
         ("", ()),
         (" \n,;\t", ()),
         ("\u5929-1", ("\u5929-1",)),
