@@ -212,7 +212,8 @@ def fetch(
 ) -> Plan:
     """Copy instances into a folder, as `<SOP instance UID>.dcm`; returns them as a plan, all outcomes reported.
 
-    What is there already is not copied again. An instance that is in several series comes once.
+    What is there already is not copied again. An instance that is in several series comes once. Series by series: if
+    the retrieval shall pause, what follows the running one has no outcome.
 
     Raises:
         Busy, Misconfigured: `into` is full, or can't be written to.
@@ -225,18 +226,29 @@ def fetch(
     for one in instances:
         report.check()
         unique.setdefault(one.SOPInstanceUID, one)
+    series: dict[str, list[HeldInstance]] = {}
+    for one in unique.values():
+        series.setdefault(one.SeriesInstanceUID, []).append(one)
     throttle = Throttle(bandwidth_limit)
     items: list[Item] = []
-    each(unique.values(), lambda one: items.append(_bring(one, into, report, throttle)), threads, "fetch")
+    for some in series.values():
+        if report.pausing.is_set():
+            items.extend(map(_item, some))
+        else:
+            each(some, lambda one: items.append(_bring(one, into, report, throttle)), min(threads, len(some)), "fetch")
     return Plan("", into, tuple(sorted(items, key=lambda item: item.path)))
+
+
+def _item(one: HeldInstance) -> Item:
+    uid = one.SOPInstanceUID
+    header = Header(one.SOPClassUID, uid, one.TransferSyntaxUID, one.StudyInstanceUID, one.SeriesInstanceUID, 0)
+    return Item(f"{sanitised(uid)}.dcm", 0, 0, header)
 
 
 def _bring(one: HeldInstance, into: Path, report: PushReport, throttle: Throttle) -> Item:
     """Copy one instance, and report its outcome."""
     report.check()
-    uid = one.SOPInstanceUID
-    header = Header(one.SOPClassUID, uid, one.TransferSyntaxUID, one.StudyInstanceUID, one.SeriesInstanceUID, 0)
-    item = Item(f"{sanitised(uid)}.dcm", 0, 0, header)
+    uid, item = one.SOPInstanceUID, _item(one)
     final = into / item.path
     there = held(final, uid)
     if there is not None and there.size == one.size and _is_copy(one, final, report):

@@ -359,3 +359,18 @@ def test_index_and_copies_are_private_to_their_user(tmp_path: Path) -> None:
     find(target(root))
     (index,) = root.glob(".talaria-*")
     assert not stat.S_IMODE(index.stat().st_mode) & 0o007
+
+
+def test_a_pause_ends_after_the_running_series_and_the_rest_is_fetched_later(tmp_path: Path) -> None:
+    root, into, study = tmp_path / "root", tmp_path / "into", studies.uid()
+    for number in range(9):
+        studies.dicom(root / f"{number}.dcm", study=study, series=f"1.2.{number // 3 + 1}")
+    pausing = threading.Event()
+    told = PushReport(lambda item, outcome: pausing.set(), pausing=pausing)
+    receipt = retrieve(target(root), into, told)
+    assert receipt.state is State.PARTIAL
+    assert (receipt.counts[Kind.DELIVERED], receipt.counts[Kind.UNSENT]) == (3, 6)
+    assert len(list(into.iterdir())) == 3
+    again = retrieve(target(root), into)
+    assert again.state is State.DELIVERED
+    assert (again.counts[Kind.ALREADY], again.counts[Kind.DELIVERED]) == (3, 6)
