@@ -10,20 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from talaria.cli.access import ServerAccess, api
+from talaria.cli.keys import Keys, with_keys
 from talaria.cli.output import DONE, NOT_ALL, print_json, say, table
-from talaria.cli.query import (
-    Accession,
-    Json,
-    Modality,
-    PatientID,
-    PatientName,
-    SeriesDescription,
-    SeriesUid,
-    StudyDate,
-    StudyDescription,
-    StudyUid,
-    keys,
-)
+from talaria.cli.query import Json
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import FlowRun
@@ -37,26 +26,20 @@ SELECTIVE = ("accessions", "study_uids", "series_uid", "study_date", "study_desc
 
 def add_to(app: typer.Typer) -> None:
     """Add the command to the command line."""
-    app.command(epilog="Example: talaria retrieve pacs --accession-file list.csv --to archive,cloud")(retrieve)
+    app.command(epilog="Example: talaria retrieve pacs --accession-file list.csv --to archive,cloud")(
+        with_keys(retrieve)
+    )
 
 
 def retrieve(
     name: Annotated[str, typer.Argument(help="Name of the target to pull from.", metavar="NAME")],
-    accession: Accession = "",
+    keys: Keys,
     accession_file: Annotated[
         Path | None, typer.Option(help="File with accession numbers: text or CSV.", metavar="FILE")
     ] = None,
-    patient_id: PatientID = "",
-    patient_name: PatientName = "",
-    study_date: StudyDate = "",
-    modality: Modality = "",
-    study_uid: StudyUid = "",
-    series_uid: SeriesUid = "",
-    study_description: StudyDescription = [],  # noqa: B006 - Typer's way
-    series_description: SeriesDescription = [],  # noqa: B006
     to: Annotated[
         list[str], typer.Option("--to", help="Targets to deliver to, separated by commas.", metavar="NAME[,NAME...]")
-    ] = [],  # noqa: B006
+    ] = [],  # noqa: B006 - Typer's way
     into: Annotated[
         Path | None, typer.Option(help="Folder for <accession>/<series>/<instance>.dcm.", metavar="FOLDER")
     ] = None,
@@ -66,12 +49,11 @@ def retrieve(
     as_json: Json = False,
 ) -> int:
     """Find studies, fetch them, and deliver each as soon as it is whole."""
+    from imaging.query import listed
+    from tasks.retrieve.place import check_place
     from transfer.accessions import from_file
 
-    wanted = keys(
-        accession, patient_id, patient_name, study_date, modality, study_uid, series_uid, study_description,
-        series_description, "study",
-    )  # fmt: skip
+    wanted = keys.query()
     numbers = list(dict.fromkeys((*wanted.AccessionNumber, *(from_file(accession_file) if accession_file else ()))))
     if accession_file and not numbers:
         raise ValueError(f"{accession_file} holds no accession number")
@@ -80,19 +62,21 @@ def retrieve(
         raise ValueError("give either --to NAME or --into FOLDER")
     parameters: dict[str, Any] = {
         "source": name,
-        "accessions": "\n".join(f'"{one}"' if "," in one or " " in one else one for one in numbers),
+        "accessions": "\n".join(f'"{one}"' if {",", ";", " "} & {*one} else one for one in numbers),
         "targets": targets,
         "into": str(into.absolute()) if into else "",
-        "study_uids": [one for one in study_uid.replace("\\", ",").split(",") if one.strip()],
-        "series_uid": series_uid,
-        "study_date": study_date,
-        "modality": modality,
+        "study_uids": listed(wanted.StudyInstanceUID),
+        "series_uid": wanted.SeriesInstanceUID,
+        "study_date": wanted.StudyDate,
+        "modality": wanted.Modality,
         "study_descriptions": list(wanted.StudyDescription),
         "series_descriptions": list(wanted.SeriesDescription),
         "priority": "offpeak" if off_peak else "normal",
         "studies_per_hour": studies_per_hour,
     }
     with api() as access:
+        if into and access.address:  # else the folder is another machine's
+            check_place(into.absolute())
         _check(access, name, targets, parameters, wanted, numbers)
         from talaria.engine import runs
 
