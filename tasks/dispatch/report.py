@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 from uuid import UUID
@@ -51,9 +51,17 @@ async def progress_shown(deliveries: Sequence[Delivery]) -> AsyncIterator[None]:
                 await aupdate_progress_artifact(artifacts[name], now, text)
             shown[name] = now, len(failures)
 
+    async with updated(update):
+        yield
+
+
+@asynccontextmanager
+async def updated(update: Callable[[], Awaitable[None]]) -> AsyncIterator[None]:
+    """Bring what people see up to date while the block runs, and once more at its end."""
+
     async def keep() -> None:
         while True:
-            # A server that is away for a moment costs an update, not the dispatch.
+            # A server that is away for a moment costs an update, not the run.
             with suppress(httpx.HTTPError, PrefectException):
                 await update()
             await asyncio.sleep(PROGRESS_S)

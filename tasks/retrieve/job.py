@@ -51,6 +51,11 @@ class Study:
     targets: dict[str, str] = field(default_factory=dict)
     dispatch: str = ""
 
+    @property
+    def came_whole(self) -> bool:
+        """Whether it failed on its way from here, not on its way to here."""
+        return self.stage is Stage.FAILED and self.instances > 0 and not self.missing
+
 
 @dataclass
 class Job:
@@ -110,7 +115,7 @@ class Job:
         self.missing, self.failed, self.error = [], {}, ""
         for one in self.studies.values():
             if one.stage in (Stage.PARTIAL, Stage.FAILED):
-                one.stage = Stage.WHOLE if one.stage is Stage.FAILED and one.dispatch else Stage.FOUND
+                one.stage = Stage.WHOLE if one.came_whole else Stage.FOUND
                 one.reason = ""
         self.searched = self.searched and bool(self.studies)
 

@@ -9,13 +9,26 @@ import uuid
 from pathlib import Path
 
 from imaging.header import read_header
+from protocols.files.filesystem import flush_folder
 from transfer.errors import Busy, Misconfigured
 from transfer.layout import sanitised
 from transfer.oserrors import FULL
 
 
+def check_place(into: Path) -> None:
+    """Refuse a folder that can't be brought to, or whose name is probably mistyped.
+
+    Raises:
+        Misconfigured: neither it nor the folder that it would be in is there.
+    """
+    if os.path.lexists(into) and not into.is_dir():
+        raise Misconfigured(f"{into} is not a folder")
+    if not into.parent.is_dir():
+        raise Misconfigured(f"{into}: there is no folder {into.parent} to make it in")
+
+
 def place(folder: Path, into: Path, name: str) -> int:
-    """Move the instances of a folder to their places; return how many. What is there already is replaced.
+    """Move the instances of a folder to their places, for good; return how many. What is there already is replaced.
 
     Args:
         name: of the study's folder: its accession number, or its UID.
@@ -24,14 +37,19 @@ def place(folder: Path, into: Path, name: str) -> int:
         Busy: there is no room. Misconfigured: the folder can't be written to.
     """
     count = 0
+    changed: dict[Path, None] = {}
     try:
         for path in sorted(folder.glob("*.dcm")):
             with path.open("rb") as file:
                 header = read_header(file.fileno(), path.stat().st_size)
             parent = into / sanitised(name) / sanitised(header.SeriesInstanceUID)
-            parent.mkdir(parents=True, exist_ok=True)
+            if parent not in changed:
+                parent.mkdir(parents=True, exist_ok=True)
+                changed |= dict.fromkeys((parent, parent.parent, into))
             _move(path, parent / path.name)
             count += 1
+        for one in changed:
+            flush_folder(one)
     except OSError as exc:
         kind = Busy if exc.errno in FULL else Misconfigured
         raise kind(f"can't write to {into}: {exc.strerror}") from exc

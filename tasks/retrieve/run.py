@@ -15,13 +15,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import httpx
 from prefect import get_client
 from prefect.client.schemas.objects import State as RunState
 from prefect.client.schemas.objects import StateType
 from prefect.concurrency.asyncio import concurrency
 from prefect.context import FlowRunContext
-from prefect.exceptions import PrefectException
 from prefect.logging import get_run_logger
 from prefect.states import AwaitingRetry, Cancelled, Completed, Failed, Scheduled
 
@@ -30,10 +28,11 @@ from blocks.dicom import DicomTarget
 from imaging.query import Query
 from tasks.dispatch import running
 from tasks.dispatch.patience import patiently
+from tasks.dispatch.report import updated
 from tasks.dispatch.run import LEASE_S, LOOK_S, opens
 from tasks.retrieve.fetch import Fetcher
 from tasks.retrieve.job import Job, Stage, Study, discard, folder_of, size_of
-from tasks.retrieve.place import place
+from tasks.retrieve.place import check_place, place
 from tasks.retrieve.report import Progress, document, report, state_of
 from tasks.targets import check_destination, check_source, limit, load
 from transfer.accessions import accessions
@@ -41,6 +40,7 @@ from transfer.errors import Cancelled as DispatchCancelled
 from transfer.errors import DispatchError, Misconfigured
 from transfer.home import Home
 from transfer.layout import sanitised
+from transfer.query import study_tests
 
 R = TypeVar("R")
 Send = Callable[..., Awaitable[RunState[Any]]]  # the flow of a dispatch
@@ -48,7 +48,6 @@ Send = Callable[..., Awaitable[RunState[Any]]]  # the flow of a dispatch
 SPOOL_LIMIT = 20 << 30  # bytes, unless TALARIA_SPOOL_LIMIT says otherwise
 DISPATCHES = 2  # studies that are handed on at once
 GRACE_S = 4  # for a driver to stop by itself when the run is cancelled
-PROGRESS_S = 1.5
 LATER_S = 60.0  # until a dispatch is looked at again that waits for its target
 
 
@@ -78,6 +77,7 @@ class Wish:
             raise Misconfigured("give either targets or a folder to bring the studies to")
         if self.into and not Path(self.into).is_absolute():
             raise Misconfigured(f"{self.into}: give the folder's absolute path")
+        study_tests(self.filters)
         return found
 
 
@@ -102,7 +102,8 @@ class Retrieval:
 
     async def run(self) -> None:
         """Find, fetch and hand on, until all is done or something holds it up."""
-        async with self._progress_shown():
+        progress = Progress(self.source.name)
+        async with updated(lambda: progress.show(self.job)):
             if not self._held_up():
                 await self._find()
             await self._fetch()
@@ -271,26 +272,6 @@ class Retrieval:
 
     # ---- the end
 
-    @asynccontextmanager
-    async def _progress_shown(self) -> AsyncIterator[None]:
-        progress = Progress(self.source.name)
-
-        async def keep() -> None:
-            while True:
-                with suppress(httpx.HTTPError, PrefectException):
-                    await progress.show(self.job)
-                await asyncio.sleep(PROGRESS_S)
-
-        keeper = asyncio.create_task(keep())
-        try:
-            yield
-        finally:
-            keeper.cancel()
-            with suppress(asyncio.CancelledError):
-                await keeper
-            with suppress(httpx.HTTPError, PrefectException):
-                await progress.show(self.job)
-
     async def conclude(self) -> RunState[Any]:
         """Leave the result behind and return the state that the flow run ends in."""
         state = state_of(self.job)
@@ -334,6 +315,8 @@ async def retrieving(wish: Wish, send: Send) -> AsyncIterator[Retrieval]:
         raise RuntimeError("a retrieval runs inside a flow run")
     flow_run_id, home = str(context.flow_run.id), Home.current()
     wish.numbers()
+    if wish.into:
+        check_place(Path(wish.into))
     source, *targets = await patiently(lambda: _load([wish.source, *wish.targets]))
     check_source(source)
     for target in targets:

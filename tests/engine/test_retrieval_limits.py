@@ -1,0 +1,237 @@
+"""What holds a retrieval back: the room for what was fetched, studies per hour, hours of the day; and its retry.
+
+The engine by itself, without a server: the dispatch of each study is the test's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prefect.client.schemas.objects import State
+from prefect.states import Completed, Failed, Scheduled
+
+from blocks.base import Target
+from imaging.query import Query
+from talaria.testing import studies
+from tasks.retrieve import run as engine
+from tasks.retrieve.job import Stage
+from tasks.retrieve.run import Retrieval, Wish
+from tests.servers.qr import FIND, GET, Archive, Instance, Last, Request, Send, Steps, archive
+from tests.targets.dicom import dicom_target
+from transfer.home import Home
+
+RUN = "00000000-0000-4000-8000-000000000001"
+Sent = Callable[..., Awaitable[State[Any]]]
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No server: nobody looks at progress, and the source's places are free."""
+
+    async def on_a_place(self: Retrieval, work: Callable[[], Any]) -> Any:
+        return await asyncio.to_thread(work)
+
+    async def show(self: Any, job: Any) -> None:
+        pass
+
+    monkeypatch.setattr(Retrieval, "_on_a_place", on_a_place)
+    monkeypatch.setattr(engine.Progress, "show", show)
+    monkeypatch.setenv("TALARIA_HOME", str(tmp_path / "home"))
+
+
+def study(accession: str, count: int = 2) -> list[bytes]:
+    uid, series = studies.uid(), studies.uid()
+    return [studies.encoded(studies.dataset(study=uid, series=series, AccessionNumber=accession)) for _ in range(count)]
+
+
+def source(peer: Archive, **fields: Any) -> Target:
+    return dicom_target(peer.port, aet_target=peer.aet, direction="query", idle_timeout_s=5, **fields)
+
+
+async def delivered(paths: list[str], targets: list[str], **_: Any) -> State[Any]:
+    return Completed()
+
+
+def made(peer: Archive, send: Sent = delivered, numbers: str = "S1 S2 S3", **wish: Any) -> Retrieval:
+    fields = {"targets": ("archive",), "accessions": numbers, **wish}
+    of_source = fields.pop("source_fields", {})
+    return Retrieval(RUN, Wish("src", **fields), source(peer, **of_source), Home.current(), send)
+
+
+def stages(one: Retrieval) -> dict[str, Stage]:
+    return {study.accession: study.stage for study in one.job.studies.values()}
+
+
+def three() -> list[bytes]:
+    return [file for name in ("S1", "S2", "S3") for file in study(name)]
+
+
+def test_fetching_waits_for_sending_where_the_spool_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TALARIA_SPOOL_LIMIT", "1")  # one study fills it
+    fetched_at_begin, fetched_at_end = [], []
+    waits = asyncio.Event()
+    really = Retrieval._room
+
+    async def room(self: Retrieval, study: Any) -> None:
+        waits.set()
+        await really(self, study)
+
+    async def send(paths: list[str], targets: list[str], **_: Any) -> State[Any]:
+        fetched_at_begin.append(len(peer.asked(GET)))
+        if len(fetched_at_begin) < 3:
+            await waits.wait()  # the next study has come to where it waits
+            await asyncio.sleep(3 * engine.LOOK_S)
+        fetched_at_end.append(len(peer.asked(GET)))
+        waits.clear()
+        return Completed()
+
+    monkeypatch.setattr(Retrieval, "_room", room)
+    with archive(three()) as peer:
+        one = made(peer, send)
+        asyncio.run(one.run())
+    assert stages(one) == dict.fromkeys(("S1", "S2", "S3"), Stage.DELIVERED)
+    assert fetched_at_begin == fetched_at_end == [1, 2, 3]
+    assert not list(one._folders.iterdir())
+
+
+def test_what_waits_for_a_target_fills_the_spool_and_the_run_goes_on_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TALARIA_SPOOL_LIMIT", "1")
+    opening = datetime.now(UTC) + timedelta(hours=2)
+
+    async def send(paths: list[str], targets: list[str], **_: Any) -> State[Any]:
+        return Scheduled(scheduled_time=opening, message="the window opens at ten")
+
+    with archive(three()) as peer:
+        one = made(peer, send)
+        asyncio.run(one.run())
+        assert len(peer.asked(GET)) == 1  # no second one before there is room
+        assert stages(one) == {"S1": Stage.WHOLE, "S2": Stage.FOUND, "S3": Stage.FOUND}
+        assert one.again is not None and one.again <= opening
+        # Later: what was fetched is sent and not fetched again, the others follow.
+        later = made(peer)
+        asyncio.run(later.run())
+        assert stages(later) == dict.fromkeys(("S1", "S2", "S3"), Stage.DELIVERED)
+        assert len(peer.asked(GET)) == 3
+
+
+def test_no_more_studies_in_an_hour_than_allowed() -> None:
+    begun: list[float] = []
+
+    def script(request: Request, found: list[Instance]) -> Steps:
+        begun.append(time.monotonic())
+        return [*(Send(one) for one in found), Last(0, len(found), 0, 0)]
+
+    with archive(three(), on_get=script) as peer:
+        one = made(peer, studies_per_hour=7200)
+        asyncio.run(one.run())
+    assert stages(one) == dict.fromkeys(("S1", "S2", "S3"), Stage.DELIVERED)
+    assert all(later - earlier > 0.4 for earlier, later in itertools.pairwise(begun))
+
+
+def window(hours: float) -> str:
+    begin, end = (datetime.now(UTC) + timedelta(hours=h) for h in (hours, hours + 1))
+    return f"{begin:%H:%M}-{end:%H:%M}"
+
+
+@pytest.mark.parametrize("whose", ["the source's window", "off-peak hours"])
+def test_outside_of_its_hours_a_source_is_not_even_asked(whose: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    wish: dict[str, Any] = {"priority": "offpeak"}
+    if whose == "off-peak hours":
+        monkeypatch.setenv("TALARIA_OFF_PEAK", window(2))
+    else:
+        wish = {"source_fields": {"window": window(2)}}
+    with archive(three()) as peer:
+        one = made(peer, **wish)
+        asyncio.run(one.run())
+        assert not peer.requests and one.again is not None
+        assert timedelta(hours=1) < one.again - datetime.now(UTC) < timedelta(hours=3)
+        monkeypatch.setenv("TALARIA_OFF_PEAK", window(-0.5))
+        later = made(peer, priority="offpeak")
+        asyncio.run(later.run())
+        assert stages(later) == dict.fromkeys(("S1", "S2", "S3"), Stage.DELIVERED)
+
+
+def test_hours_that_end_meanwhile_end_the_fetching_after_the_running_study(monkeypatch: pytest.MonkeyPatch) -> None:
+    def script(request: Request, found: list[Instance]) -> Steps:
+        monkeypatch.setenv("TALARIA_OFF_PEAK", window(2))
+        return [*(Send(one) for one in found), Last(0, len(found), 0, 0)]
+
+    monkeypatch.setenv("TALARIA_OFF_PEAK", window(-0.5))
+    with archive(three(), on_get=script) as peer:
+        one = made(peer, priority="offpeak")
+        asyncio.run(one.run())
+        assert stages(one) == {"S1": Stage.DELIVERED, "S2": Stage.FOUND, "S3": Stage.FOUND}
+        assert one.again is not None
+
+
+def test_a_retry_asks_only_for_what_did_not_succeed() -> None:
+    failing = ["S2"]
+
+    async def send(paths: list[str], targets: list[str], **_: Any) -> State[Any]:
+        failed = any(str(one.study) in paths[0] for one in first.job.studies.values() if one.accession in failing)
+        return Failed(message="the target is away") if failed else Completed()
+
+    with archive([*study("S1"), *study("S2")]) as peer:
+        first = made(peer, send, "S1 S2 S3")
+        asyncio.run(first.run())
+        assert stages(first) == {"S1": Stage.DELIVERED, "S2": Stage.FAILED} and first.job.missing == ["S3"]
+        first.job.ended = True
+        first.job.save()
+        failing.clear()
+        peer.instances += [Instance.of(file) for file in study("S3")]
+        before = len(peer.asked(GET)), len(peer.asked(FIND))
+        again = made(peer, send, "S1 S2 S3")
+        asyncio.run(again.run())
+        assert stages(again) == dict.fromkeys(("S1", "S2", "S3"), Stage.DELIVERED)
+        assert len(peer.asked(GET)) == before[0] + 1  # S2 lay here whole: only sent again
+        asked = {str(request.keys.get("AccessionNumber", "")) for request in peer.asked(FIND)[before[1] :]}
+        assert asked <= {"S3", ""}
+
+
+def test_what_was_brought_before_a_folder_was_full_is_not_fetched_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    into = tmp_path / "into"
+    really, moved = engine.place, []
+
+    def full(folder: Path, into: Path, name: str) -> int:
+        moved.append(folder)
+        first = min(folder.glob("*.dcm"))
+        hidden = first.with_suffix(".away")
+        first.rename(hidden)
+        count = really(folder, into, name)
+        hidden.rename(first)
+        from transfer.errors import Busy
+
+        raise Busy(f"can't write to {into}: no space left on device, after {count}")
+
+    with archive(study("S1", 4)) as peer:
+        monkeypatch.setattr(engine, "place", full)
+        one = made(peer, numbers="S1", targets=(), into=str(into))
+        asyncio.run(one.run())
+        [of_one] = one.job.studies.values()
+        assert of_one.stage is Stage.FAILED and "no space" in of_one.reason
+        one.job.ended = True
+        one.job.save()
+        monkeypatch.setattr(engine, "place", really)
+        again = made(peer, numbers="S1", targets=(), into=str(into))
+        asyncio.run(again.run())
+        assert stages(again) == {"S1": Stage.DELIVERED} and len(peer.asked(GET)) == 1
+        there = {path.stem: path for path in into.rglob("*.dcm")}
+        assert there.keys() == {each.uid for each in peer.instances}
+        [row] = engine.document(again.job, RUN, "src", "delivered")["studies"]
+        assert row["instances"] == 4 and row["bytes"] == sum(path.stat().st_size for path in there.values())
+
+
+def test_the_query_of_a_wish_is_looked_at_before_anything_begins() -> None:
+    from transfer.errors import Misconfigured
+
+    with pytest.raises(Misconfigured, match="20240231 is not a date"):
+        Wish("src", targets=("a",), filters=Query(StudyDate="20240231")).numbers()
