@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import subprocess
 import threading
@@ -17,6 +18,7 @@ from blocks.dicom import DicomTarget
 from imaging.header import read_header
 from imaging.query import Query
 from protocols.dimse.get import Retriever
+from talaria.cli.target import types
 from talaria.testing import studies
 from talaria.testing.process import free_port, program
 from tasks import DRIVERS
@@ -27,6 +29,7 @@ from tests.servers.qr import FIND, GET, MOVE, Archive, Instance, Last, Request, 
 from tests.servers.steps import REFUSED_CLASS, Abort, Silence
 from tests.servers.wire import Context
 from tests.targets.dicom import dicom_target
+from tests.targets.dicom_tls import certificates, tls_target
 from transfer.errors import Busy, Cancelled, DispatchError, Interrupted, Misconfigured, NotFound, TimedOut
 from transfer.outcome import Kind
 from transfer.receipt import Level, PushReport, Receipt, State
@@ -473,12 +476,16 @@ def test_a_check_of_a_source_shows_what_it_answers_and_grants(refused: Any, word
         assert "find" not in [probe.name for probe in check(dicom_target(peer.port, aet_target=peer.aet)).probes]
 
 
-def test_what_types_say_of_queries_is_what_their_drivers_can() -> None:
+def test_what_types_say_of_queries_is_what_their_drivers_can(capsys: pytest.CaptureFixture[str]) -> None:
     for name, cls in TYPES.items():
         driver = DRIVERS[name]
         assert cls.can_query == bool(driver.find and driver.retrieve) == bool(driver.find or driver.retrieve), name
         words = f"{cls.__doc__}".lower()
         assert cls.can_query == ("quer" in words or "qido" in words), name
+    types(as_json=True)
+    shown = json.loads(capsys.readouterr().out)["types"]
+    for name, cls in TYPES.items():
+        assert shown[name]["query"] == shown[name]["pull"] == cls.can_query, name
 
 
 @pytest.mark.mounts
@@ -526,3 +533,20 @@ def test_real_servers_by_both_ways(tmp_path: Path, port: int, monkeypatch: pytes
                 assert datasets(folder) == {uid: Instance.of(data).data for uid, data in held.items()}
                 assert len(held) == 10
             assert [match.instances for match in find(target, Query(StudyDate=studies.STUDY_DATE))] in ([10], [None])
+
+
+def test_c_move_over_tls_comes_over_tls(tmp_path: Path, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = certificates()
+    server = shared_orthanc(made.server, made.ca)
+    here = {"AET": AET, "Host": "127.0.0.1", "Port": port, "UseDicomTls": True}
+    server.request("PUT", f"/modalities/{AET.lower()}", json.dumps(here).encode())
+    for data in study(4, 2):
+        server.request("POST", "/instances", data)
+    monkeypatch.setattr(Retriever, "stores", property(lambda one: False))  # it grants C-GET
+    target = tls_target(server.dicom_port, aet_target=server.aet, direction="query")
+    query = Query(AccessionNumber=(studies.ACCESSION,))
+    driver = DRIVERS["dicom-tls"]
+    assert driver.retrieve is not None
+    receipt = driver.retrieve(target, query, tmp_path / "in", PushReport())
+    assert receipt.state is State.DELIVERED and "C-MOVE" in receipt.notes[0], receipt
+    assert datasets(tmp_path / "in").keys() == server.uids()
