@@ -14,7 +14,9 @@ import pytest
 from talaria.testing import studies
 from tasks.retrieve.job import size_of
 from tests.engine.test_dispatch import FAST, files, folder
+from tests.engine.test_waiting import go_on, later
 from tests.servers.dcmtk import storescp
+from tests.servers.orthanc import orthanc
 from tests.servers.qr import GET, Archive, Instance, Last, Request, Send, Steps, archive, sends
 from tests.servers.up import Talaria, talaria
 
@@ -100,6 +102,58 @@ def test_a_list_goes_to_targets_and_what_is_missing_or_partial_is_repaired_by_re
         assert asked == {by_number["ACC2"]["study"]}
         assert pacs.files().keys() == wanted | {Instance.of(one).uid for one in data["ACC2"]}
         assert not list((up.home / "staging").iterdir())
+
+
+def test_the_tour_ten_numbers_from_one_archive_to_another_and_a_folder(up: Talaria, tmp_path: Path) -> None:
+    """README's tour with real servers: filtered, one study missing, one partial, repaired by retry."""
+    data = {f"T{n}": tour_study(f"T{n}") for n in range(10)}
+    late = data.pop("T9")
+    in_memory = {"MaximumStorageCacheSize": 0}  # MB of files that it need not read from its disk
+    with orthanc(tmp_path / "first", settings=in_memory) as first, orthanc(tmp_path / "second") as second:
+        for file in (one for each in data.values() for one in each):
+            first.request("POST", "/instances", file)
+        wanted = {Instance.of(one).uid for each in [*data.values(), late] for one in each if b"axial T1" in one}
+        # What Orthanc lists and can't give: one file of T4's is gone from its disk.
+        lost = Instance.of(next(one for one in data["T4"] if b"axial T1" in one)).uid
+        [kept] = [
+            path for path in (first.folder / "storage").glob("??/??/*") if lost.encode() in path.read_bytes()[:4000]
+        ]
+        away = kept.rename(tmp_path / "away")
+        up.apply(
+            pacs={"type": "dicom", "host": "127.0.0.1", "port": first.dicom_port, "aet_target": first.aet,
+                  "direction": "query", **FAST},
+            second={"type": "dicom", "host": "127.0.0.1", "port": second.dicom_port, "aet_target": second.aet, **FAST},
+            archive=folder(tmp_path / "archive"),
+        )  # fmt: skip
+        listed = tmp_path / "list.csv"
+        listed.write_text("\ufeffName;Accession Number\r\n" + "".join(f"x;T{n}\r\n" for n in range(10)))
+        arguments = ["--accession-file", str(listed), "--series-description", "axial T1", "--to", "second,archive"]
+        result = up.told("retrieve", "pacs", *arguments, code=1)
+        assert (result["state"], result["found"], result["delivered"]) == ("partial", 9, 8)
+        assert (result["missing"], result["partial"], result["failed"]) == (["T9"], ["T4"], [])
+        partial = {Instance.of(one).uid for one in data["T4"] + late}
+        assert second.uids() == wanted - partial
+        away.rename(kept)
+        for file in late:
+            first.request("POST", "/instances", file)
+        again = up.told("jobs", "retry", result["flow_run_id"])
+        assert (again["state"], again["found"], again["delivered"]) == ("delivered", 10, 10)
+        assert second.uids() == wanted
+        archived = list((tmp_path / "archive").rglob("*.dcm"))
+        assert sorted(path.stem for path in archived) == sorted(wanted)
+        assert {(one["instances"], one["missing"]) for one in again["studies"]} == {(2, 0)}
+        assert sum(one["bytes"] for one in again["studies"]) == sum(path.stat().st_size for path in archived)
+
+
+def tour_study(accession: str) -> list[bytes]:
+    uid = studies.uid()
+    return [
+        studies.encoded(
+            studies.dataset(study=uid, series=series, AccessionNumber=accession, SeriesDescription=description)
+        )
+        for series, description in ((studies.uid(), "axial T1"), (studies.uid(), "localizer"))
+        for _ in range(2)
+    ]
 
 
 def test_a_folder_is_measured_while_its_files_are_moved_away(tmp_path: Path) -> None:
@@ -252,6 +306,9 @@ def test_what_a_kill_interrupts_is_taken_up_and_nothing_delivered_is_fetched_aga
         (["src", "--accession", "A", "--to", "arch", "--into", "/tmp/x"], "--to"),
         (["src", "--into", "/tmp/x"], "nothing to look for"),
         (["src", "--study-date", "soon", "--into", "/tmp/x"], "study date"),
+        (["src", "--study-date", "20240231", "--into", "/tmp/x"], "20240231 is not a date"),
+        (["src", "--accession", "A", "--into", "/no/such/folder"], "there is no folder /no/such"),
+        (["src", "--accession", "A", "--into", "/etc/passwd"], "/etc/passwd is not a folder"),
         (["src", "--accession-file", "/no/such/file", "--into", "/tmp/x"], "/no/such/file"),
     ],
 )
@@ -261,3 +318,16 @@ def test_bad_input_is_refused_in_one_line(up: Talaria, tmp_path: Path, arguments
     ran = up.here("retrieve", *arguments)
     assert ran.returncode == 2 and ran.stdout == ""
     assert word in ran.stderr and len(ran.stderr.strip().splitlines()) == 1
+
+
+def test_a_retrieval_waits_for_its_source_s_hours(up: Talaria, tmp_path: Path) -> None:
+    with archive(study("W1", series=1)) as peer:
+        up.apply(src=source(peer, window=later(2)))
+        queued = up.told("retrieve", "src", "--accession", "W1", "--into", str(tmp_path / "into"), "--no-wait")
+        run_id = queued["flow_run_id"]
+        up.until(lambda: up.run(run_id)["state_name"] == "AwaitingRetry", 120)
+        assert up.told("jobs", "show", run_id)["waiting"] == ["W1"] and not peer.requests
+        up.apply(src=source(peer))
+        go_on(up, run_id)
+        up.until(lambda: up.run(run_id)["state_type"] == "COMPLETED", 120)
+        assert len(placed(tmp_path / "into")["W1"]) == 2
