@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import nullcontext, suppress
 from typing import Protocol
 
 from blocks.s3 import S3Target
@@ -13,7 +14,7 @@ from protocols.s3.upload import Gone, Upload, part_size
 from tasks.s3.errors import errors
 from tasks.s3.support import Supports
 from tasks.s3.verify import Sums
-from transfer.errors import Rejected
+from transfer.errors import DispatchError, Permanent, Rejected
 from transfer.plan import Item, Plan
 
 HASHED_BYTES = 4 << 20  # read at once to be hashed, between two looks at the cancel flag
@@ -81,9 +82,11 @@ class Large:
             self.push.uploads.add(upload)
             try:
                 told = self._sent(upload)
-            except (Rejected, Mismatch) as exc:
-                self._undo(upload)
-                if isinstance(exc, Rejected):
+            except (Permanent, Mismatch) as exc:
+                # Whoever may not complete an upload may not be allowed to abort it either.
+                with nullcontext() if isinstance(exc, Rejected | Mismatch) else suppress(DispatchError):
+                    self._undo(upload)
+                if isinstance(exc, Permanent):
                     raise
                 if last:
                     raise Rejected(f"the store got other bytes than were sent: {exc}", item=self.item.shown) from exc

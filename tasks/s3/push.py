@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
@@ -29,7 +30,17 @@ from tasks.s3.errors import CREDENTIALS, errors, of
 from tasks.s3.large import Large
 from tasks.s3.support import Supports
 from tasks.s3.verify import Sums, Verifier
-from transfer.errors import Busy, DispatchError, Interrupted, Rejected, TimedOut, Unreachable
+from transfer.errors import (
+    Busy,
+    Denied,
+    DispatchError,
+    Interrupted,
+    Misconfigured,
+    NotFound,
+    Rejected,
+    Retryable,
+    TimedOut,
+)
 from transfer.fanout import each
 from transfer.layout import OTHER_INSTANCE
 from transfer.outcome import ALREADY, DELIVERED, Kind, Outcome
@@ -42,8 +53,10 @@ MANIFEST = ".talaria-manifest-{}.json"
 LARGE_AT_ONCE = 2  # while the parts of one large file are sent, the next one is hashed
 ABORT_S = 3.0  # for giving up what is unfinished, though the dispatch was cancelled
 IN_A_ROW = 6  # failures in a row that are put down to objects; a lost link breaks all connections at once
+REFUSED_IN_A_ROW = 3  # likewise, refusals for good, as long as the store has taken nothing
+PASS_OVER = 3  # failures in a row after which the last objects come first: neighbours are alike
 FOR_NOW = (Busy, Interrupted, TimedOut)  # may be a matter of one object
-LOST_LINK = (Interrupted, Unreachable, TimedOut)
+FOR_GOOD = (Denied, NotFound, Misconfigured)  # may be a matter of one key, as a policy or a gateway has it
 _ENCODED = json.JSONEncoder(ensure_ascii=False).encode
 REPLACED = Outcome(Kind.WARNING, "replaced another object of this key")
 
@@ -70,6 +83,7 @@ class Push:
         self._notes: list[str] = []
         self._aside: list[tuple[Item, DispatchError]] = []  # what failed for now, and how
         self._in_a_row = 0  # failures without a success in between
+        self._taken = 0  # objects that the store has taken
         self._failed = threading.Event()
         self._first: BaseException | None = None
         self._lock = threading.Lock()
@@ -88,7 +102,7 @@ class Push:
 
     def give_up(self, why: BaseException) -> None:
         """Abort the uploads under way, unless the next attempt can go on with them."""
-        if isinstance(why, LOST_LINK):
+        if isinstance(why, Retryable):
             return
         with suppress(DispatchError, StoreError), self.store.grace(ABORT_S):
             for upload in tuple(self.uploads):
@@ -199,15 +213,16 @@ class Push:
 
         each(items, one, self.target.concurrency, "s3-ask")
 
-    def _guard(self, work: Callable[[Item], None], waiting: Iterator[Item]) -> None:
+    def _guard(self, work: Callable[[Item], None], waiting: deque[Item]) -> None:
         """Work through items that several threads share; the first error stops all of them."""
         try:
             while True:
                 self.check()
                 with self._lock:
-                    item = next(waiting, None)
-                if item is None:
-                    return
+                    if not waiting:
+                        return
+                    passed_over = self._in_a_row > (PASS_OVER if self._taken else 1)
+                    item = waiting.pop() if passed_over else waiting.popleft()
                 self._try(work, item)
         except _Stopped:
             pass
@@ -217,26 +232,38 @@ class Push:
             self._failed.set()
 
     def _try(self, work: Callable[[Item], None], item: Item) -> None:
-        """Send an item; put it aside if that fails for now, unless nothing else gets through either."""
+        """Send an item; put it aside if that fails, unless nothing else gets through either."""
         try:
             work(item)
         except Rejected as exc:
             self.report(item, Outcome(Kind.REJECTED, exc.message))
-        except FOR_NOW as exc:
-            exc.item = exc.item or item.shown
+        except (*FOR_NOW, *FOR_GOOD) as exc:
+            at_once = self.target.concurrency
+            if exc.retryable:
+                exc.item = exc.item or item.shown
+            self.report.put_off[item.path] = exc.message
             with self._lock:
                 self._aside.append((item, exc))
                 self._in_a_row += 1
-                if self._in_a_row > max(IN_A_ROW, self.target.concurrency):
+                most = max(IN_A_ROW, at_once) if exc.retryable or self._taken else at_once + REFUSED_IN_A_ROW
+                if self._in_a_row > most:
                     raise
             return
         with self._lock:
             self._in_a_row = 0
 
     def _send_aside(self) -> None:
-        """Try again, alone, what failed; raises the first error of what fails again."""
+        """Try again, alone, what failed for now; raises the first error of what fails again.
+
+        What was refused for good is rejected, if the store has taken anything else.
+        """
         failed: list[DispatchError] = []
         for item, error in self._aside:
+            if not error.retryable:
+                if not self._taken:
+                    raise error
+                self.report(item, Outcome(Kind.REJECTED, error.message))
+                continue
             wait_s = error.retry_after if isinstance(error, Busy) else 0.0
             if self._is_large(item) or (wait_s or 0) > LONGEST_PAUSE_S:  # the next attempt goes on with its parts
                 failed.append(error)
@@ -248,6 +275,7 @@ class Push:
                 self.report(item, Outcome(Kind.REJECTED, exc.message))
             except FOR_NOW as exc:
                 exc.item = exc.item or item.shown
+                self.report.put_off[item.path] = exc.message
                 failed.append(exc)
         if failed:
             raise failed[0]
@@ -268,16 +296,18 @@ class Push:
     def _send(self, items: tuple[Item, ...]) -> None:
         if not items:
             return
+        # What an earlier attempt has stumbled over comes last.
+        items = tuple(sorted(items, key=lambda item: item.path in self.report.put_off))
         small = [item for item in items if not self._is_large(item)]
         large = [item for item in items if self._is_large(item)]
         _ = self.supports.support, large and self.supports.form  # found out before there are threads
-        waiting = iter(small)
+        waiting = deque(small)
         with (
             ThreadPoolExecutor(self.target.concurrency, "s3-put") as self.pool,
             ThreadPoolExecutor(LARGE_AT_ONCE, "s3-large") as captains,
             self._stopping(),
         ):
-            futures = [captains.submit(self._guard, self._send_large, iter([item])) for item in large]
+            futures = [captains.submit(self._guard, self._send_large, deque([item])) for item in large]
             for _ in range(min(self.target.concurrency, len(small))):
                 futures.append(self.pool.submit(self._guard, self._send_small, waiting))
             wait(futures)
@@ -381,6 +411,8 @@ class Push:
             upload.abort()
 
     def _report_arrival(self, item: Item) -> None:
+        with self._lock:
+            self._taken += 1
         replaced = self._there is not None and self.keys[item.path] in self._there
         self.report(item, REPLACED if replaced else DELIVERED)
 

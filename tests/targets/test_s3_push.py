@@ -21,13 +21,23 @@ import pytest
 from blocks.s3 import S3Target
 from protocols.s3.checksums import ALGORITHMS, encoded
 from talaria.testing import studies
-from talaria.testing.harness import Sent, attempt
+from talaria.testing.harness import Sent, attempt, sending
 from talaria.testing.process import free_port
 from talaria.testing.relay import relay
 from tasks.s3.support import forget
 from tests.servers.s3_stub import SECRET_KEY, Misdeed, Refusal, Request, Stub, stub
 from tests.targets.s3 import PREFIX, files_of, stub_target
-from transfer.errors import Busy, Cancelled, Denied, Interrupted, Misconfigured, NotFound, TimedOut, Unreachable
+from transfer.errors import (
+    Busy,
+    Cancelled,
+    Denied,
+    Interrupted,
+    Misconfigured,
+    NotFound,
+    Retryable,
+    TimedOut,
+    Unreachable,
+)
 from transfer.outcome import Kind
 from transfer.plan import Plan, scan
 from transfer.receipt import Level, State
@@ -441,16 +451,92 @@ def test_large_file_in_parts(store: Stub, study: Path) -> None:
     assert sent.moved == sent.plan.size
 
 
-def test_500_in_the_middle_of_a_multipart_upload_is_Busy_and_aborted(store: Stub, study: Path) -> None:
-    large(study / "large.bin")
+def test_500_in_the_middle_of_a_multipart_upload_is_Busy_and_gone_on_with(store: Stub, study: Path) -> None:
+    file = large(study / "large.bin")
     studies.ct(study, 2)
     store.fault = on("UploadPart", Refusal(500, "InternalError", "We encountered an internal error."), part=3)
-    sent = attempt(target(store), study)
+    sent = attempt(target(store, concurrency=1), study)
     assert isinstance(sent.error, Busy)
-    assert not store.uploads, "the failed upload is still there"
-    assert "large.bin" not in sent.outcomes
+    assert len(store.uploads) == 1
+    assert sent.arrived == {"CT0001.dcm", "CT0002.dcm"}
     store.fault = lambda request: None
-    assert_whole(store, attempt(target(store), sent.plan, done=sent.arrived))
+    again = attempt(target(store), sent.plan, done=sent.arrived)
+    assert_whole(store, again)
+    assert again.moved <= file.stat().st_size - 2 * PART
+
+
+@pytest.mark.parametrize("answer", [Misdeed(reset_after=10), Misdeed(hang_after=0), Refusal(503, "SlowDown")])
+def test_large_file_that_never_gets_through_costs_itself_alone(
+    store: Stub, study: Path, answer: Refusal | Misdeed
+) -> None:
+    for name in ("bad.bin", "good.bin"):
+        large(study / name)
+    studies.ct(study, 20)
+    store.fault = lambda request: on("UploadPart", answer, part=2)(request) if request.key.endswith("bad.bin") else None
+    with sending(target(store, concurrency=2, idle_timeout_s=1, max_attempts=2), study) as sender:
+        first = sender.attempt()
+        assert first.arrived == {item.path for item in first.plan.items} - {"bad.bin"}
+        seen = len(store.seen)
+        second = sender.attempt()
+        assert {one.key.rsplit("/", 1)[-1] for one in store.seen[seen:] if one.operation == "UploadPart"} == {"bad.bin"}
+        assert isinstance(second.error, Retryable)
+        (left,) = (row for row in sender.receipt().items if row.outcome is not Kind.DELIVERED)
+        assert left.outcome is Kind.UNSENT
+        assert second.error.message in left.detail
+    assert not marked(store)
+
+
+@pytest.mark.parametrize("large_too", [False, True])
+@pytest.mark.parametrize("concurrency", [1, 4])
+@pytest.mark.parametrize(
+    "refusal",
+    [Refusal(403, "AccessDenied"), Refusal(404, "NoSuchKey"), Refusal(400, "InvalidRequest"),
+     Refusal(405, "MethodNotAllowed"), Refusal(501, "NotImplemented"), Refusal(301, "PermanentRedirect"),
+     Refusal(401, "Unauthorized")],
+)  # fmt: skip
+def test_keys_that_are_refused_cost_themselves_alone(
+    store: Stub, study: Path, refusal: Refusal, concurrency: int, *, large_too: bool
+) -> None:
+    """As a policy has it that denies some names."""
+    studies.ct(study, 30)
+    bad = {f"CT{number:04}.dcm" for number in (1, 2, 3, 9, 30)}
+    if large_too:
+        large(study / "large.bin")
+        bad |= {"large.bin"}
+
+    def fault(request: Request) -> Misdeed | None:
+        wrong = request.key.rsplit("/", 1)[-1] in bad
+        return on("Put", refusal)(request) or on("Complete", refusal)(request) if wrong else None
+
+    store.fault = fault
+    sent = attempt(target(store, concurrency=concurrency), study)
+    assert sent.require().state is State.PARTIAL
+    assert set(sent.rejected) == bad
+    assert all(refusal.code in reason for reason in sent.rejected.values())
+    assert len(sent.arrived) == len(sent.plan.items) - len(bad)
+    assert not store.uploads
+    assert not marked(store)
+
+
+@pytest.mark.parametrize("concurrency", [1, 4])
+def test_a_bucket_that_refuses_every_key_is_Denied_soon(store: Stub, study: Path, concurrency: int) -> None:
+    studies.ct(study, 40)
+    store.fault = on("Put", Refusal(403, "AccessDenied"))
+    sent = attempt(target(store, concurrency=concurrency, checksum="off"), study)
+    assert isinstance(sent.error, Denied)
+    assert not sent.outcomes
+    assert store.count("Put") <= 2 * concurrency + 4
+
+
+def test_objects_that_fail_at_the_beginning_do_not_hide_the_others(store: Stub, study: Path) -> None:
+    """More of them, one after the other, than would be put down to objects."""
+    studies.ct(study, 40)
+    bad = {f"CT{number:04}.dcm" for number in range(1, 13)}
+    store.fault = lambda request: (
+        on("Put", Refusal(503, "SlowDown"))(request) if request.key.rsplit("/", 1)[-1] in bad else None
+    )
+    sent = attempt(target(store, concurrency=1), study)
+    assert sent.arrived == {item.path for item in sent.plan.items} - bad
 
 
 @pytest.mark.parametrize("operation", ["Create", "Complete"])
