@@ -204,6 +204,7 @@ class _Push:
             self.report.check()
             self._publish(place, [item for item in here if self.where[item.path] is place])
         verified = self._verify(frozenset(item.path for item in here))
+        self.incoming.settle_aside()
         for place in self.places.values():
             self._mark(place)
         self.discard()
@@ -253,7 +254,7 @@ class _Push:
             return
         touched = {folder.parent for folder in new}
         if fs.move_folder(place.files, place.final):
-            outcomes = [Outcome(Kind.DELIVERED)] * len(items)
+            outcomes: list[Outcome | None] = [Outcome(Kind.DELIVERED)] * len(items)
             touched.add(place.final.parent)
         else:
             place.unmark()
@@ -261,10 +262,14 @@ class _Push:
         for folder in touched:
             fs.flush_folder(folder)
         for item, outcome in zip(items, outcomes, strict=True):
-            self.report(item, outcome)
+            if outcome is not None:
+                self.report(item, outcome)
 
-    def _merge(self, place: Place, item: Item, touched: set[Path]) -> Outcome:
-        """Bring one file into a folder that is there already; another file of its name is not simply lost."""
+    def _merge(self, place: Place, item: Item, touched: set[Path]) -> Outcome | None:
+        """Bring one file into a folder that is there already; another file of its name is not simply lost.
+
+        None if the file system fails at it, perhaps at it alone.
+        """
         kept, final = Path(self.incoming.kept(item)), place.final / item.path
         try:
             new = fs.make_folders(final.parent, place.final, self.style.dir_mode, self.style.group)
@@ -288,7 +293,8 @@ class _Push:
         except OSError as exc:
             if exc.errno in ITEM_ERRORS:
                 return Outcome(Kind.REJECTED, ITEM_ERRORS[exc.errno])
-            raise
+            self.incoming.set_aside(item, exc)
+            return None
         return REPLACED
 
     def _verify(self, proven: frozenset[str]) -> Level:

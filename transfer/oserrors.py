@@ -57,6 +57,9 @@ ITEM_ERRORS = {
     errno.ENOTDIR: "there is a file in the place of its folder",
 }
 
+# Of one file, or of everything: others show which.
+DOUBTFUL_ERRORS = frozenset((errno.EIO, errno.EREMOTEIO, errno.ESTALE, errno.EACCES, errno.EPERM, errno.EBUSY))
+
 _REMEDIES = {
     errno.ENOENT: "make the folder, or mount the share that it lies on",
     errno.ENOTDIR: "a file is in the place of a folder: name a folder, or move the file away",

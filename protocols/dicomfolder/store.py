@@ -87,6 +87,7 @@ class FolderPush(Incoming):
                 self.where = _where(self.plan, self.places)
                 items = list(duplicates.settle())
             reached = self._verify(level, proven)
+            self.settle_aside()
         except (Cancelled, Permanent):
             self.discard()  # nobody will go on with it
             raise
@@ -135,9 +136,11 @@ class FolderPush(Incoming):
             for folder in {place.final, *(folder.parent for folder in new)}:
                 fs.flush_folder(folder)
             for item, outcome in zip(mine, outcomes, strict=True):
-                self.report(item, outcome)
+                if outcome is not None:
+                    self.report(item, outcome)
 
-    def _rename(self, item: Item) -> Outcome:
+    def _rename(self, item: Item) -> Outcome | None:
+        """Give a file its final name; None if the file system fails at it, perhaps at it alone."""
         kept, final = Path(self.kept(item)), self.final(item)
         try:
             if fs.move_file(kept, final):
@@ -151,7 +154,8 @@ class FolderPush(Incoming):
         except OSError as exc:
             if exc.errno in ITEM_ERRORS:
                 return Outcome(Kind.REJECTED, ITEM_ERRORS[exc.errno])
-            raise
+            self.set_aside(item, exc)
+            return None
         return REPLACED
 
     def _verify(self, level: Level, proven: set[str]) -> Level:

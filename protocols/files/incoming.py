@@ -23,9 +23,9 @@ from pathlib import Path
 
 from protocols.files import filesystem as fs
 from transfer.content import copy_bytes, same_content
-from transfer.errors import Busy, Interrupted, Rejected
+from transfer.errors import Busy, Denied, Interrupted, Rejected
 from transfer.fanout import each
-from transfer.oserrors import ITEM_ERRORS
+from transfer.oserrors import DOUBTFUL_ERRORS, ITEM_ERRORS, kind_of, words_of
 from transfer.outcome import Kind, Outcome
 from transfer.plan import CHANGED, Item, Plan
 from transfer.receipt import PushReport
@@ -35,6 +35,7 @@ MARKER = ".complete"  # in a folder whose files are all there
 PIECE_BYTES = 4 << 20  # between two looks at the cancel flag: a share of 1 MB/s is left within five seconds
 BATCH_FILES = 64  # one thread's share at a time
 FEW_FILES = 16  # which are flushed one by one: what others have written to the disk is not waited for
+ASIDE_IN_A_ROW = 6  # files that fail, and none in between that doesn't: then it is the disk, or the share
 SMALL_BYTES = 128 << 10  # below that, on a local disk, threads only wait for the interpreter
 
 
@@ -148,6 +149,9 @@ class Incoming:
             self._kinds[folder] = fs.kind(folder)
         self._local = fs.LOCAL.issuperset(self._kinds.values())
         self._failed = threading.Event()
+        self._aside: dict[Item, OSError] = {}  # files at which the file system failed
+        self._in_a_row = 0
+        self._whole = 0  # files that came
 
     def kept(self, item: Item) -> str:
         """Return where the item is when it is whole."""
@@ -168,14 +172,41 @@ class Incoming:
             if item.path in resumed:
                 self.where[item.path].make_for(self.kept(item), self.style)
                 self.where[item.path].claim(item, self.kept(item))
+                self._whole += 1
         copying = [item for item in items if item.path not in resumed]
         self._need_room(copying)
         self.in_threads(copying, self._copy)
         for item, made in self._linked:
             self._check_link(item, made)
-        here = [item for item in items if item.path not in self.report.outcomes]
+        here = [item for item in items if item.path not in self.report.outcomes and item not in self._aside]
         self._flush(here)
         return here
+
+    def set_aside(self, item: Item, exc: OSError) -> None:
+        """Leave a file out, at which alone the file system may fail.
+
+        Raises:
+            OSError: the one given: it is about more than this file.
+        """
+        self._in_a_row += 1
+        if exc.errno not in DOUBTFUL_ERRORS or self._in_a_row > ASIDE_IN_A_ROW:
+            raise exc
+        self.report.put_off[item.path] = words_of(exc)
+        self._aside[item] = exc
+
+    def settle_aside(self) -> None:
+        """Reject files that may not be written where others may; called when these have their final names.
+
+        Raises:
+            OSError: what kept a file from coming, and may pass.
+        """
+        aside, self._aside = self._aside, {}
+        for item, exc in aside.items():
+            if self._whole and kind_of(exc) is Denied:
+                self.report(item, Outcome(Kind.REJECTED, words_of(exc)))
+        for item, exc in aside.items():
+            if item.path not in self.report.outcomes:
+                raise exc
 
     def check(self) -> None:
         """Raise if the work shall stop, or has failed in another thread."""
@@ -287,6 +318,11 @@ class Incoming:
                 self._copy_item(item)
             except Rejected as exc:
                 self.report(item, Outcome(Kind.REJECTED, exc.message))
+            except OSError as exc:
+                self.set_aside(item, exc)
+            else:
+                self._in_a_row = 0
+                self._whole += 1
 
     def _copy_item(self, item: Item) -> None:
         place, kept = self.where[item.path], self.kept(item)

@@ -21,7 +21,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from protocols.net.connection import connect, place
@@ -174,6 +174,16 @@ class Client:
     def file(self, content: bytes = b"", mode: int = 0o600) -> str:
         """Make a private file that lives as long as this client; return its path."""
         return self._files.add(content, mode)
+
+    @contextmanager
+    def briefly(self) -> Iterator[None]:
+        """Remove, at the end of the block, the files that were made within it: of a program that has ended."""
+        mine = len(self._files)
+        with self.jump.briefly() if self.jump is not None else nullcontext():
+            try:
+                yield
+            finally:
+                self._files.keep(mine)
 
     # ---- by ssh(1)
 

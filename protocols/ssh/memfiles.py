@@ -35,10 +35,19 @@ class MemoryFiles:
             content = content[os.write(fd, content) :]
         return path
 
+    def __len__(self) -> int:
+        return len(self._fds)
+
+    def keep(self, count: int) -> None:
+        """Remove all but the first so many files."""
+        while len(self._fds) > count:
+            os.close(self._fds.pop())
+            if self._folder is not None:
+                (self._folder / str(len(self._fds))).unlink(missing_ok=True)
+
     def close(self) -> None:
         """Remove the files."""
-        while self._fds:
-            os.close(self._fds.pop())
+        self.keep(0)
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None

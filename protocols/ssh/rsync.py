@@ -208,6 +208,12 @@ class Rsync:
         return result, [_unescaped(line.split(b" ", 1)[1]) for line in lines]
 
     def _run(self, options: list[str], source: Path, paths: Iterable[str], folder: str, *, quiet_s: float) -> Result:
+        with self.client.briefly():
+            return self._run_once(options, source, paths, folder, quiet_s=quiet_s)
+
+    def _run_once(
+        self, options: list[str], source: Path, paths: Iterable[str], folder: str, *, quiet_s: float
+    ) -> Result:
         client = self.client
         errors, ended = client.file(), client.file()
         idle_s = math.ceil(client.login.idle_timeout_s + quiet_s)
@@ -243,6 +249,7 @@ class Rsync:
         if code:  # the other side's words may come later than rsync's end
             of_ssh = _code_of_ssh(ended)
             code = of_ssh or code if code == SILENCED else code
+        said = said.kept()
         there = said.stderr.replace(self.banner().replace("\r", "").strip() or "\0", "").strip()
         return Result(code, tail(errors).decode("utf-8", "replace"), there, output, said)
 

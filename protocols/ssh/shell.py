@@ -22,6 +22,8 @@ from transfer.errors import Interrupted, Misconfigured, TimedOut
 COMMAND = "sh -s"
 POLL_S = 0.2  # between two looks at whether to stop
 END_BYTES = 64  # the last line of a script's output: a word of 32 letters, and a code
+HEAD_BYTES = TAIL_BYTES = 8 << 20  # of a longer output, which is an error's, its beginning and its end are kept
+ENDLESS_BYTES = 64 << 20  # a login that prints so much will not run anything
 HOOK_OUTPUT_BYTES = 65_536  # of a script's output, its end is kept
 NAME_CHARS = 255  # the longest name that file systems take
 HANG_UP_S = 0.5  # ssh waits for whatever the program has left running; we don't
@@ -60,6 +62,8 @@ class Shell:
     ) -> tuple[int, bytes]:
         """Run a script; return its exit code and what it printed, errors included, its messages in English.
 
+        What a script that fails prints may be cut in the middle.
+
         Args:
             idle_s: seconds of silence after which the other side counts as hung.
             check: called again and again; may raise to stop.
@@ -67,6 +71,7 @@ class Shell:
         Raises:
             NoShell: logged in, but there is none.
             TimedOut: it says nothing for too long.
+            Misconfigured: the login prints without end, or a script more than can be taken.
             DispatchError: no connection, no login, or the link broke.
         """
         idle_s, check = idle_s or self.client.login.idle_timeout_s, check or self._check
@@ -102,6 +107,7 @@ class Shell:
         frame = f"(\nLC_ALL=C\nexport LC_ALL\nunset CDPATH\n{script}\n) </dev/null 2>&1\nprintf '%s %d\\n' {token} $?\n"
         started.send((begin + frame).encode("utf-8", "surrogateescape"), check)
         output, end = bytearray(), re.compile(token.encode() + rb" (\d+)\n$")
+        mark, begun, before, cut = f"{token} +\n".encode(), False, 0, 0
         silent_since = time.monotonic()
         while True:
             check()
@@ -114,9 +120,25 @@ class Shell:
                 raise _ended(started, bytes(output))
             silent_since = time.monotonic()
             output += piece
+            if not begun:
+                at = output.find(mark, max(0, len(output) - len(piece) - len(mark)))
+                begun = at >= 0
+                if begun:
+                    del output[: at + len(mark)]
+                elif len(output) > 2 * TAIL_BYTES:
+                    before += len(output) - TAIL_BYTES
+                    del output[:-TAIL_BYTES]
+                if before > ENDLESS_BYTES:
+                    raise Misconfigured(f"{self.client.login.shown}: the login prints without end, and runs nothing")
+            elif len(output) > HEAD_BYTES + 2 * TAIL_BYTES:
+                cut += len(output) - HEAD_BYTES - TAIL_BYTES
+                del output[HEAD_BYTES:-TAIL_BYTES]
             told = end.search(output, max(0, len(output) - END_BYTES))
             if told:
-                return int(told[1]), bytes(output[: told.start()]).partition(f"{token} +\n".encode())[2]
+                code = int(told[1])
+                if cut and not code:  # then it is data, of which nothing may be missing
+                    raise Misconfigured(f"{self.client.login.shown}: a script printed {cut} bytes too many")
+                return code, bytes(output[: told.start()])
 
 
 def begin(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from protocols.ssh.handshake import FULL
 from protocols.ssh.login import Login, LoginFacts, why_denied, why_not_trusted
@@ -63,6 +63,7 @@ class Said:
         log: file with its own words.
         errors: file with the host's words to everybody, and the standard error of what runs there.
         way: the same of the ssh that leads through the jump host.
+        texts: what stood in both files, once they may be gone.
     """
 
     login: Login
@@ -70,11 +71,22 @@ class Said:
     log: str
     errors: str
     way: Said | None = None
+    texts: tuple[str, str] | None = field(default=None, repr=False)
+
+    def kept(self) -> Said:
+        """Return the same, of which the files may go."""
+        texts = self.logged, self.stderr
+        return replace(self, way=self.way.kept() if self.way else None, texts=texts)
+
+    @property
+    def logged(self) -> str:
+        """ssh's own words, all of them."""
+        return self.texts[0] if self.texts else text_of(tail(self.log))
 
     @property
     def facts(self) -> LoginFacts:
         """What is known of the connection so far."""
-        text = text_of(tail(self.log))
+        text = self.logged
         key, method = _HOST_KEY.search(text), _METHOD.search(text)
         software, cipher = _SOFTWARE.search(text), _CIPHER.search(text)
         return LoginFacts(
@@ -87,13 +99,13 @@ class Said:
     @property
     def words(self) -> str:
         """ssh's own words, without what it says when all is well."""
-        lines = (line.strip() for line in text_of(tail(self.log)).splitlines())
+        lines = (line.strip() for line in self.logged.splitlines())
         return " ".join(line for line in lines if line and not _NOISE.match(line) and not set(line) <= {"@", " "})
 
     @property
     def stderr(self) -> str:
         """What came on the standard error."""
-        return text_of(tail(self.errors))
+        return self.texts[1] if self.texts else text_of(tail(self.errors))
 
     def failure(self, code: int | None, *, begun: bool = True) -> DispatchError:
         """Return why the connection, or the login, failed, or the session ended.
@@ -112,7 +124,7 @@ class Said:
             said = short(words or self.stderr or f"ssh ended with exit code {code}", self.hide)
             return kind(f"{shown}: {said}{'' if begun or kind is not Interrupted else ENDED_AT_ONCE}")
         # Lines may come before SSH's own: only where that never came are they instead of it.
-        came = "" if facts.software else " ".join(_NO_SSH.findall(text_of(tail(self.log))))
+        came = "" if facts.software else " ".join(_NO_SSH.findall(self.logged))
         text = f"{words}\n{came}"
         kind = next((error for pattern, error in (*REFUSED, *BROKEN) if re.search(pattern, text)), Unreachable)
         if kind is NotTrusted:

@@ -229,8 +229,7 @@ class _Push:
             error = result.failure() if result.code else None
             item = _named(result, items) if result.code not in PARTLY or isinstance(error, Busy) else None
             if item and isinstance(error, Rejected):
-                self.reject(item, error.message)
-                items.remove(item)
+                items = self.too_large(item, error.message, items)
                 continue
             if item and isinstance(error, Retryable) and len(items) > 1 and len(self.aside) < MOST_ASIDE:
                 self.set_aside(item, error, folder)
@@ -259,6 +258,13 @@ class _Push:
             else:
                 folder.sent.append(item)
 
+    def too_large(self, item: Item, reason: str, items: list[Item]) -> list[Item]:
+        """Reject a file for its length, and all that are no shorter; return the others."""
+        for one in items:
+            if one.size >= item.size:
+                self.reject(one, reason if one is item else f"no shorter than {item.shown}: {reason}")
+        return [one for one in items if one.size < item.size]
+
     def bring(self, items: list[Item], place: str, there: str) -> Result:
         largest = max(item.size for item in items)
         sparse = any(self.is_sparse(item) for item in items)
@@ -286,6 +292,7 @@ class _Push:
         """Leave a file to the next attempt; what has come of it must not take the room of others."""
         error.item = item.shown
         self.aside[item] = error
+        self.report.put_off[item.path] = self.hide(error.message)
         if isinstance(error, Busy):
             above, _, name = f"./{self.incoming}/{folder.number}/{item.path}".rpartition("/")
             self.script(REMOVE, PATHS=[f"{above}/{PARTIAL}/{name}"])

@@ -95,7 +95,9 @@ class Sending(Remote):
             except Retryable as exc:
                 breaks += 1
                 self.broke[item.path] += 1
-                failed = failed or type(exc)(f"{exc.message}, while this file was sent alone", exc.target, item.shown)
+                words = f"{exc.message}, while this file was sent alone"
+                failed = failed or type(exc)(words, exc.target, item.shown)
+                self.report.put_off[item.path] = self.hide(words)
                 if breaks == MOST_BREAKS or not sessions[-1].is_lost:
                     break
                 sessions.append(await Sftp.connect(self.client))
@@ -196,6 +198,7 @@ class Sending(Remote):
                 raise
             exc.item = item.shown
             self.no_room[item] = exc
+            self.report.put_off[item.path] = self.hide(exc.message)
             self.no_room_in_a_row += 1
             if self.no_room_in_a_row >= FULL_IN_A_ROW:
                 raise

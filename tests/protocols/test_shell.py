@@ -9,10 +9,12 @@ from collections.abc import Iterator
 import pytest
 
 from protocols.ssh import programs
+from protocols.ssh import shell as shells
 from protocols.ssh.client import Client, Started
 from protocols.ssh.login import Login
 from protocols.ssh.shell import Shell
 from protocols.ssh.words import Said
+from transfer.errors import Misconfigured
 
 # A shell whose standard input is a socket, as some servers give it.
 WITH_A_SOCKET = """
@@ -69,3 +71,29 @@ def test_an_answer_that_comes_in_pieces(here: Here) -> None:
             assert here.shells == 1
             tell(shell, slow)
             assert shell.run("echo said; exit 123", idle_s=2) == (123, b"said\n")
+
+
+def test_a_long_output_of_a_failure_is_cut_in_the_middle(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shells, "HEAD_BYTES", 1000)
+    monkeypatch.setattr(shells, "TAIL_BYTES", 1000)
+    with Shell(here) as shell:
+        code, output = shell.run("echo first; seq 300000; echo last; exit 3")
+        assert code == 3
+        assert output.startswith(b"first\n1\n2\n")
+        assert output.endswith(b"300000\nlast\n")
+        assert len(output) <= 3000
+        with pytest.raises(Misconfigured, match="bytes too many"):
+            shell.run("seq 300000")  # what is data must be whole
+
+
+def test_a_login_that_prints_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shells, "TAIL_BYTES", 1000)
+    monkeypatch.setattr(shells, "ENDLESS_BYTES", 1_000_000)
+    with (
+        Here(("sh", "-c", "exec yes")) as client,
+        Shell(client) as shell,
+        pytest.raises(Misconfigured, match="without end"),
+    ):
+        shell.run("echo said")
+    with Here(("sh", "-c", "seq 20000; exec sh -s")) as client, Shell(client) as shell:
+        assert shell.run("echo said") == (0, b"said\n")

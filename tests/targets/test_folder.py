@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -21,6 +22,7 @@ from pydicom.data import get_testdata_files
 
 from blocks.folder import FolderTarget
 from protocols.files import filesystem as fs
+from protocols.files import incoming
 from talaria.testing import studies
 from talaria.testing.harness import Sent, attempt, sending
 from tasks.folder import check
@@ -383,6 +385,49 @@ def test_one_rejected_link_cut_retry(archive: Path, study: Path, monkeypatch: py
 
 def _interrupted(*_: Any) -> None:
     raise Interrupted("the share went away")
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.EACCES, errno.EPERM])
+@pytest.mark.parametrize("threads", [1, 4])
+def test_files_at_which_the_file_system_fails_cost_themselves_alone(
+    archive: Path, study: Path, monkeypatch: pytest.MonkeyPatch, code: int, threads: int
+) -> None:
+    """As a bad sector does, or a folder of another owner; where nothing can be written, it ends soon."""
+    studies.ct(study, 20)
+    plan, bad = scan([study]), {"CT0001.dcm", "CT0003.dcm", "CT0020.dcm"}
+    numbers = {plan.file(item).stat().st_ino for item in plan.items if item.path in bad}
+    copy, tried = incoming.copy_bytes, []
+
+    def failing(reader: int, *more: Any) -> None:
+        if os.fstat(reader).st_ino in numbers:
+            tried.append(reader)
+            raise OSError(code, os.strerror(code))
+        copy(reader, *more)
+
+    monkeypatch.setattr(incoming, "copy_bytes", failing)
+    where = target(archive, concurrency=threads)
+    with sending(where, plan) as sender:
+        first = sender.attempt()
+        assert first.arrived == {item.path for item in plan.items} - bad
+        assert len(tried) == 3
+        if code in (errno.EACCES, errno.EPERM):
+            assert set(first.rejected) == bad
+            assert first.require().state is State.PARTIAL
+        else:
+            assert isinstance(first.error, Interrupted)
+            left = [row for row in sender.receipt().items if row.outcome is Kind.UNSENT]
+            assert len(left) == 3 and all(os.strerror(code) in row.detail for row in left)
+        assert not (archive / plan.dispatch_id / ".complete").exists()
+        numbers.clear()
+        if first.error:
+            assert sender.attempt().require().state is State.DELIVERED
+            assert (archive / plan.dispatch_id / ".complete").exists()
+    numbers |= {plan.file(item).stat().st_ino for item in plan.items}
+    tried.clear()
+    sent = attempt(target(archive, layout="other", concurrency=threads), plan)
+    assert isinstance(sent.error, Denied if code in (errno.EACCES, errno.EPERM) else Interrupted)
+    assert not sent.outcomes
+    assert len(tried) <= incoming.ASIDE_IN_A_ROW + threads
 
 
 def test_a_name_too_long_for_the_file_system_rejects_one_file(archive: Path, study: Path) -> None:

@@ -13,8 +13,11 @@ import pytest
 from pydantic import SecretStr
 
 from blocks.rsync import RsyncTarget
+from protocols.ssh.client import Client
+from protocols.ssh.rsync import Rsync
 from talaria.testing import studies
 from talaria.testing.harness import Sent, attempt
+from tasks.ssh import login
 from tests.servers.openssh import Server, openssh, shared
 from tests.targets.test_sftp import inside, small_disk
 from transfer.errors import Busy, Retryable
@@ -85,6 +88,38 @@ def test_a_file_that_is_too_large_for_the_account_is_rejected_alone(tmp_path: Pa
     assert set(sent.rejected) == {"A.bin"}, repr(sent.error)
     assert "File too large" in sent.rejected["A.bin"]
     assert len(sent.arrived) == 10
+
+
+def test_files_that_are_too_large_are_found_out_together(tmp_path: Path) -> None:
+    """Each would cost a login; and no run of rsync keeps descriptors that the next one could need."""
+    study = tmp_path / "study"
+    studies.ct(study, 3, side=64)
+    for number in range(40):
+        (study / f"A{number:02}.bin").write_bytes(bytes(2 * MEGABYTE + number))
+    (tmp_path / "in").mkdir()
+    more = 'ForceCommand trap "" XFSZ; ulimit -f 2048; sh -c "$SSH_ORIGINAL_COMMAND"'
+    with openssh(tmp_path / "sshd", more=more) as server:
+        sent = attempt(target(tmp_path / "in", server), study)
+    assert len(sent.rejected) == 40, repr(sent.error)
+    assert all("File too large" in reason for reason in sent.rejected.values())
+    assert len(sent.arrived) == 3
+
+
+def test_no_run_of_rsync_keeps_descriptors(tmp_path: Path) -> None:
+    study, folder = tmp_path / "study", tmp_path / "in"
+    studies.ct(study, 1)
+    folder.mkdir()
+    with Client(login(target(folder, shared()))) as client:
+        rsync = Rsync(client)
+        counts = []
+        for _ in range(3):
+            result, paths = rsync.differing(study, ["CT0001.dcm"], str(folder))
+            assert result.code == 0
+            assert paths == ["CT0001.dcm"]
+            counts.append(len(os.listdir("/proc/self/fd")))
+        result, _ = rsync.differing(study, ["CT0001.dcm"], "/dev/null/nowhere")
+        assert "/dev/null" in result.failure().message
+    assert len(set(counts)) == 1
 
 
 @contextmanager
