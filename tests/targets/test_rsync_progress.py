@@ -95,7 +95,7 @@ def test_files_that_are_too_large_are_found_out_together(tmp_path: Path) -> None
     study = tmp_path / "study"
     studies.ct(study, 3, side=64)
     for number in range(40):
-        (study / f"A{number:02}.bin").write_bytes(bytes(2 * MEGABYTE + number))
+        (study / f"A{number:02}.bin").write_bytes(bytes(2 * MEGABYTE + 1 + number))
     (tmp_path / "in").mkdir()
     more = 'ForceCommand trap "" XFSZ; ulimit -f 2048; sh -c "$SSH_ORIGINAL_COMMAND"'
     with openssh(tmp_path / "sshd", more=more) as server:
