@@ -22,6 +22,7 @@ EXPLICIT_LITTLE = "1.2.840.10008.1.2.1"
 CHARSET = 0x00080005
 UNDEFINED = 0xFFFFFFFF
 MAX_DEPTH = 32  # nested sequences
+MOST_KEPT = 4096  # values of a query's answers that are kept for the next
 
 _TEXT = frozenset(("LO", "SH", "ST", "LT", "UT", "UC", "PN"))
 _SINGLE = frozenset(("ST", "LT", "UT", "UR"))  # a backslash is a character
@@ -139,6 +140,62 @@ def read(data: bytes, syntax: str, asked_in: str = "") -> dict[str, Any]:
             if vr not in _SKIPPED:
                 found[keyword] = _value(value, vr, charset, asked_in)
     return found
+
+
+class Answers:
+    """Reads the answers to one query, of which most values are those of another answer: each is decoded once.
+
+    Args:
+        asked_in: the character set of the request, for answers that don't name theirs.
+    """
+
+    def __init__(self, syntax: str, asked_in: str = "") -> None:
+        self._syntax, self._asked_in = syntax, asked_in
+        self._explicit = syntax == EXPLICIT_LITTLE
+        self._decoded: dict[bytes, dict[bytes, tuple[str, Any]]] = {}  # keyword and value by element, by character set
+
+    def read(self, data: bytes) -> dict[str, Any]:
+        """Return what the function `read` does."""
+        charset = b""
+        decoded = self._decoded.setdefault(charset, {})
+        found: dict[str, Any] = {}
+        pos, end = 0, len(data)
+        while pos + 8 <= end:
+            if self._explicit:
+                group, number, vr, length = _EXPLICIT.unpack_from(data, pos)
+                if group == 0xFFFE or vr in _LONG:
+                    return read(data, self._syntax, self._asked_in)
+            else:
+                group, number, length = _IMPLICIT.unpack_from(data, pos)
+                vr = b""
+                if length == UNDEFINED:
+                    return read(data, self._syntax, self._asked_in)
+            after = pos + 8 + length
+            if after > end:
+                break
+            element = data[pos:after]
+            known = decoded.get(element)
+            if known is None:
+                tag = group << 16 | number
+                if tag == CHARSET:
+                    if found:  # it holds for what stands before it too
+                        return read(data, self._syntax, self._asked_in)
+                    charset = element[8:].strip(b" \0")
+                    decoded = self._decoded.setdefault(charset, {})
+                known = self._element(tag, vr.decode("latin-1"), element[8:], charset)
+                if len(decoded) < MOST_KEPT and tag != CHARSET:
+                    decoded[element] = known
+            if known[0]:
+                found[known[0]] = known[1]
+            pos = after
+        return found
+
+    def _element(self, tag: int, vr: str, raw: bytes, charset: bytes) -> tuple[str, Any]:
+        keyword, usual = _known(tag)
+        vr = vr or usual
+        if not keyword or vr in _SKIPPED:
+            return "", None
+        return keyword, _value(raw, vr, charset, self._asked_in)
 
 
 def _value(raw: bytes, vr: str, charset: bytes, asked_in: str) -> Any:

@@ -192,6 +192,7 @@ class Finder(Conversation):
         data = identifier.built(values, charset, self._syntax)
         message_id = self.ask(self._context, {AFFECTED_CLASS: self.root, FIELD: C_FIND_RQ, PRIORITY: MEDIUM}, data)
         count, stopped = 0, False
+        answers = identifier.Answers(self._syntax, charset)
         while True:
             command = self.command()
             if command.kind == C_ECHO_RQ:
@@ -207,7 +208,7 @@ class Finder(Conversation):
             if stopped or not answer:
                 continue
             count += 1
-            yield identifier.read(answer, self._syntax, charset)
+            yield answers.read(answer)
             if most and count >= most:
                 stopped = True
                 self.cancel(self._context, message_id)

@@ -65,15 +65,16 @@ class Depot:
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
         self._unsettled: list[str] = []
-        self._meta: dict[tuple[str, str], bytes] = {}
+        self._meta: dict[tuple[str, str], tuple[bytes, bytes]] = {}
         self.glance = Glance()
 
     def meta(self, sop_class: str, uid: str, syntax: str) -> bytes:
         """Return the preamble and file meta information (PS3.10 section 7.1)."""
-        tail = self._meta.get((sop_class, syntax))
-        if tail is None:
-            tail = self._meta[sop_class, syntax] = _uid_element(0x10, syntax) + _OURS
-        body = _VERSION + _uid_element(0x02, sop_class) + _uid_element(0x03, uid) + tail
+        around = self._meta.get((sop_class, syntax))
+        if around is None:
+            around = _VERSION + _uid_element(0x02, sop_class), _uid_element(0x10, syntax) + _OURS
+            self._meta[sop_class, syntax] = around
+        body = around[0] + _uid_element(0x03, uid) + around[1]
         return _PREAMBLE + len(body).to_bytes(4, "little") + body
 
     def keep(self, part: partial.Part, size: int, uid: str, seen: Header | None) -> int:

@@ -227,3 +227,21 @@ def test_identifiers_are_read_whatever_is_in_them() -> None:
     for cut in range(len(data)):
         identifier.read(data[:cut], identifier.EXPLICIT_LITTLE)
         identifier.read(data[:cut], wire.IMPLICIT)
+        for syntax in (identifier.EXPLICIT_LITTLE, wire.IMPLICIT):
+            answers = identifier.Answers(syntax)
+            for some in (data[:cut], data, data[cut:], data[:cut]):
+                assert answers.read(some) == identifier.read(some, syntax)
+
+
+@pytest.mark.parametrize("syntax", [identifier.EXPLICIT_LITTLE, wire.IMPLICIT])
+def test_answers_of_one_query_may_each_have_a_character_set(syntax: str) -> None:
+    answers = identifier.Answers(syntax)
+    for _ in range(2):
+        for charset, name in (
+            ("ISO_IR 192", "Müller^Zoë"), ("ISO_IR 100", "Müller^Zoë"), ("GB18030", "王^小东"), ("", "A^B"),
+            ("ISO_IR 144", "Жюль"), ("ISO_IR 126", "Διονυσιος"),
+        ):  # fmt: skip
+            keys = {"PatientName": name, "StudyDate": "20240101", "StudyInstanceUID": "1.2.3"}
+            data = identifier.built(keys, charset, syntax)
+            found = answers.read(data)
+            assert found == identifier.read(data, syntax) and found["PatientName"] == name
