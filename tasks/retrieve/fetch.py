@@ -172,7 +172,7 @@ class Fetcher:
             study.stage, study.reason = Stage.WHOLE, ""
         elif not self.paused.is_set():
             study.stage = Stage.PARTIAL if study.instances else Stage.FAILED
-            words = f"{study.instances} instances came, {study.missing} are missing"
+            words = f"{study.instances} of {study.instances + study.missing} instances came, {study.missing} missing"
             study.reason = "; ".join([words, *receipt.notes])
 
 
