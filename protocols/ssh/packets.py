@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import struct
+import sys
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -203,4 +204,7 @@ def space_of(body: bytes) -> Space | None:
     if len(body) < 88:
         return None
     numbers = struct.unpack_from(">11Q", body)
-    return Space(free_bytes=numbers[1] * numbers[4], free_files=numbers[7], read_only=bool(numbers[9] & 1))
+    # Of a whole that is 0 nothing is known: file systems without a number of files (Btrfs), or with no figures at all.
+    free_bytes = numbers[1] * numbers[4] if numbers[2] else sys.maxsize
+    free_files = numbers[7] if numbers[5] else sys.maxsize
+    return Space(free_bytes=free_bytes, free_files=free_files, read_only=bool(numbers[9] & 1))

@@ -18,7 +18,7 @@ from protocols.ssh.client import Client
 from protocols.ssh.packets import FLAG_CREATE, FLAG_READ, FLAG_TRUNCATE, FLAG_WRITE, Code, Status, Window
 from protocols.ssh.sftp import WINDOW_BYTES, Sftp
 from tasks import ssh
-from tasks.sftp.remote import NoRename, Remote, each, encoded
+from tasks.sftp.remote import NoRename, Remote, Unexplained, each, encoded
 from transfer.content import data_before, is_sparse
 from transfer.errors import Busy, DispatchError, Rejected, Retryable
 from transfer.layout import OTHER_INSTANCE
@@ -51,6 +51,7 @@ class Sending(Remote):
         self.under_way: dict[str, Sftp] = {}  # paths of the files that are
         self.no_room: dict[Item, Busy] = {}
         self.no_room_in_a_row = 0
+        self.unexplained: dict[Item, Outcome] = {}  # refused, and reported only when all have been tried
         self.broke = _broke.setdefault((target.name, plan.dispatch_id), Counter())
         _broke.move_to_end((target.name, plan.dispatch_id))
         while len(_broke) > REMEMBERED:
@@ -65,14 +66,18 @@ class Sending(Remote):
             return
         await self.prepare(sessions[0])
         try:
-            async with asyncio.TaskGroup() as group:
-                more = group.create_task(self.connect_more(sessions, group))
-                await self.work(sessions[0])
-                more.cancel()
+            try:
+                async with asyncio.TaskGroup() as group:
+                    more = group.create_task(self.connect_more(sessions, group))
+                    await self.work(sessions[0])
+                    more.cancel()
+            finally:
+                self.broke.update(path for path, session in self.under_way.items() if session.is_lost)
+            await self.suspects(sessions)
+            await self.squeeze(sessions[0])
         finally:
-            self.broke.update(path for path, session in self.under_way.items() if session.is_lost)
-        await self.suspects(sessions)
-        await self.squeeze(sessions[0])
+            if not self.no_room:
+                self.reject_unexplained()
         await self.clear(sessions[0])
         if not self.renames:
             self.notes.append("the server can't rename: files were visible while they were being written")
@@ -105,18 +110,30 @@ class Sending(Remote):
             raise failed
 
     async def squeeze(self, session: Sftp) -> None:
-        """Try files for which there was no room once more: others may have had less room because of them.
+        """Try files for which there was no room once more, alone: others may have had less room because of them.
+
+        With them those that were refused without a reason: it may have been this one, and others' temporary files
+        removed before we could ask.
 
         Raises:
             Busy: there still is none for one of them; all others have been dealt with.
         """
         failed: Busy | None = None
-        again, self.no_room = self.no_room, {}
+        again = [*self.no_room, *self.unexplained] if self.no_room else []
+        if again:
+            self.no_room, self.unexplained = {}, {}
         for item in again:
             await self.deliver(session, item)
             failed = failed or self.no_room.get(item)
+        self.reject_unexplained()
         if failed is not None:
             raise failed
+
+    def reject_unexplained(self) -> None:
+        """Reject what was refused without a reason, when want of room was not it."""
+        refused, self.unexplained = self.unexplained, {}
+        for item, outcome in refused.items():
+            self.report(item, outcome)
 
     # ---- before
 
@@ -191,6 +208,10 @@ class Sending(Remote):
                     await self.bring(session, item, fd, final)
                 except NoRename:
                     await self.bring(session, item, fd, final)
+        except Unexplained as exc:
+            self.unexplained[item] = Outcome(Kind.REJECTED, self.hide(exc.message))
+            del self.under_way[item.path]
+            return
         except Rejected as exc:
             outcome = Outcome(Kind.REJECTED, self.hide(exc.message))
         except Busy as exc:

@@ -46,6 +46,10 @@ class Folder:
         return encoded(f"{self.path}/{item.path}")
 
 
+class Unexplained(Rejected):
+    """The server refused one item and gave no reason. Alone, or where nothing met a full disk, it is a rejection."""
+
+
 class NoRename(Exception):
     """The server has turned out not to rename."""
 
@@ -108,7 +112,7 @@ class Remote:
             except Status:
                 if exc.code == Code.FAILURE and posixpath.dirname(path) not in self.barred:
                     space = await self.space(session, path)
-                    if space is None or not space.read_only:
+                    if space is None or not (space.read_only or is_full(space)):
                         return  # a server that hides what it has: opening the file will show it
                 raise exc from None
             if there.mode is not None and not there.is_folder:
@@ -167,10 +171,8 @@ class Remote:
             space = await self.space(session, path)
             if space and space.read_only:
                 return Denied(f"{self.target.folder}: the file system is read-only")
-            if space and status.code == Code.FAILURE:
-                needed = max(LEAST_FREE_BYTES, item.size if item else 0)
-                if space.free_bytes < needed or space.free_files == 0:
-                    return Busy(f"{self.target.folder}: no room, {space.free_bytes} bytes are free")
+            if space and status.code == Code.FAILURE and is_full(space, item.size if item else 0):
+                return Busy(f"{self.target.folder}: no room, {space.free_bytes} bytes are free")
             if any(word in status.words.lower() for word in ("no space", "quota", "disk full")):
                 return Busy(f"{self.target.folder}: {status.words}")
         if item is None:
@@ -181,7 +183,8 @@ class Remote:
             with suppress(Status):
                 if (await session.stat(self.folder_of[item.path].final(item))).is_folder:
                     return Rejected("a folder of this name is in the way", item=item.shown)
-            return Rejected(str(status), item=item.shown)
+            refused = Unexplained if status.code == Code.FAILURE else Rejected
+            return refused(str(status), item=item.shown)
         return kind(f"{shown}: {status}")
 
     async def space(self, session: Sftp, path: bytes) -> Space | None:
@@ -202,6 +205,11 @@ class Remote:
         with suppress(Status):
             await session.remove(name)
         return True
+
+
+def is_full(space: Space, size: int = 0) -> bool:
+    """Return True if a file of this size has no room."""
+    return space.free_bytes < max(LEAST_FREE_BYTES, size) or space.free_files == 0
 
 
 def encoded(path: str) -> bytes:

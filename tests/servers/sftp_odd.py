@@ -4,7 +4,8 @@
 
 Made of asyncssh, in a process of its own. What they do may be changed while they run by words in `FOLDER/../<control>`:
 `shorten` (bytes after the first 2,000 of a file are lost without an error), `refuse NAME`, `full` (no space left),
-`full N` (none for what a file has beyond N bytes), `hang up N` (the connection is cut when a file gets longer).
+`full N` (none for what a file has beyond N bytes), `crowded N` (the same; until the first of these is removed, others
+fail without a reason), `hang up N` (the connection is cut when a file gets longer).
 """
 
 from __future__ import annotations
@@ -103,6 +104,8 @@ def main() -> None:
     def words() -> str:
         return Path(given.control).read_text()
 
+    freed: list[bytes] = []  # what was removed while it was crowded
+
     class Files(asyncssh.SFTPServer):
         def __init__(self, chan: Any) -> None:
             super().__init__(chan, chroot=os.fsencode(given.root))
@@ -121,6 +124,10 @@ def main() -> None:
             end = offset + len(data)
             if said == "full" or (said.startswith("full ") and end > int(said[5:])):
                 raise OSError(errno.ENOSPC, "No space left on device")
+            if said.startswith("crowded ") and end > int(said[8:]):
+                raise OSError(errno.ENOSPC, "No space left on device")
+            if said.startswith("crowded ") and not freed:
+                raise asyncssh.SFTPFailure("Failure")
             if said.startswith("hang up ") and end > int(said[8:]):
                 self.channel.get_connection().abort()
             if said == "shorten":
@@ -146,6 +153,8 @@ def main() -> None:
         def remove(self, path: bytes) -> Any:
             if "remove" in without:
                 raise asyncssh.SFTPPermissionDenied("what is here stays here")
+            if words().startswith("crowded ") and b"/.incoming-" in path:
+                freed.append(path)
             return super().remove(path)
 
         def stat(self, path: bytes) -> Any:

@@ -417,6 +417,16 @@ def test_a_full_disk_is_busy_with_the_figure_and_fine_after_room_is_made(tmp_pat
         assert names == [".complete", "0.dcm", "1.dcm", "2.dcm", "3.dcm"]
 
 
+def test_a_disk_without_room_for_a_folder_is_busy(tmp_path: Path, study: Path) -> None:
+    for name in "abcdef":
+        studies.ct(study / name, 1)
+    with small_disk(tmp_path, "size=20m,nr_inodes=6") as server:
+        sent = attempt(target("/mnt/in", server), study)
+        assert isinstance(sent.error, Busy), repr(sent.error)
+        assert "no room" in sent.error.message
+        assert not sent.rejected
+
+
 def test_a_read_only_file_system_is_denied(tmp_path: Path, study: Path) -> None:
     studies.ct(study, 1)
     with small_disk(tmp_path, "ro") as server:

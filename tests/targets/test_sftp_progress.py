@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import struct
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 from pydantic import SecretStr
 
 from blocks.sftp import SftpTarget
+from protocols.ssh.packets import Space, space_of
 from talaria.testing import studies
 from talaria.testing.harness import Sent, attempt
 from tests.servers.openssh import shared
@@ -63,6 +66,23 @@ def test_files_without_room_cost_themselves_alone(
     assert remote.read_back(plan) == content(rest)
 
 
+def test_what_fails_without_a_reason_while_others_have_no_room_is_not_rejected(
+    tmp_path: Path, strange: tuple[Odd, RemoteFolder]
+) -> None:
+    """Others' temporary files are gone, and there is room again, when the server is asked how much there is."""
+    server, remote = strange
+    plan = scan([study(tmp_path, 2)])
+    with server.doing(f"crowded {SMALL}"):
+        sent = attempt(remote.target, plan)
+    assert isinstance(sent.error, Busy), repr(sent.error)
+    assert (sent.error.item or "").startswith("A")
+    assert not sent.rejected
+    assert len(sent.arrived) == 30
+    assert not remote.leftovers()
+    assert attempt(remote.target, plan, done=sent.arrived).require().state is State.DELIVERED
+    assert remote.read_back(plan) == content(sent)
+
+
 def test_a_disk_that_is_full_for_all_is_left_in_peace(tmp_path: Path, strange: tuple[Odd, RemoteFolder]) -> None:
     server, remote = strange
     studies.ct(tmp_path / "study", 200)
@@ -88,6 +108,19 @@ def test_files_at_which_the_server_hangs_up_hold_up_no_others(
         assert len(arrived) == 30, "others were held up"
         assert (second.error.item or "").startswith("A") and "sent alone" in str(second.error)
     assert attempt(remote.target, plan, done=arrived).require().state is State.DELIVERED
+
+
+@pytest.mark.parametrize(
+    ("numbers", "space"),
+    [
+        ((4096, 4096, 100, 50, 40, 10, 5, 4, 0, 1, 255), Space(40 * 4096, 4, read_only=True)),
+        ((4096, 4096, 100, 50, 40, 0, 0, 0, 0, 0, 255), Space(40 * 4096, sys.maxsize, read_only=False)),  # Btrfs
+        ((0,) * 11, Space(sys.maxsize, sys.maxsize, read_only=False)),  # a file system in user space that says nothing
+    ],
+)
+def test_a_figure_of_an_unknown_whole_is_no_want_of_room(numbers: tuple[int, ...], space: Space) -> None:
+    assert space_of(struct.pack(">11Q", *numbers)) == space
+    assert space_of(b"short") is None
 
 
 def target(folder: Path) -> SftpTarget:
