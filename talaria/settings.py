@@ -20,6 +20,7 @@ from transfer.validation import what_is_wrong
 from transfer.window import Window
 
 POOL = "talaria"  # the work pool at the server that workers take runs from
+NO_PROXY = ("no_proxy", "NO_PROXY")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _WHERE = " (a variable TALARIA_..., or a key of talaria.toml)"
 
@@ -163,7 +164,7 @@ def client_environment(home: Home, url: str, *, auth: bool) -> dict[str, str]:
     host = urlsplit(url).hostname or ""
     environment = {
         # Prefect's clients would give our password to a proxy of the environment.
-        **{name: _excepting(os.environ.get(name, ""), host) for name in ("NO_PROXY", "no_proxy") if host},
+        **(dict.fromkeys(NO_PROXY, _excepting(host)) if host else {}),
         "PREFECT_HOME": str(home.root / "prefect"),
         "PREFECT_API_URL": url,
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -175,7 +176,10 @@ def client_environment(home: Home, url: str, *, auth: bool) -> dict[str, str]:
     return environment
 
 
-def _excepting(no_proxy: str, host: str) -> str:
-    """Return a NO_PROXY that holds a host too."""
-    hosts = [one.strip() for one in no_proxy.split(",") if one.strip()]
-    return ",".join(hosts if host in hosts or "*" in hosts else [*hosts, host])
+def _excepting(host: str) -> str:
+    """Return the hosts that the environment excepts from its proxies, and one more.
+
+    Both spellings get all of them, for who sees both takes one: urllib the small one, others the first that they find.
+    """
+    hosts = [one.strip() for name in NO_PROXY for one in os.environ.get(name, "").split(",") if one.strip()]
+    return "*" if "*" in hosts else ",".join(dict.fromkeys([*hosts, host]))
