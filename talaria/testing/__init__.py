@@ -7,6 +7,7 @@ A package that adds a type (`docs/ninth-target.md`) tests it with a file of two 
 
 harness      what the suite must know of a type: a server, and how to look at what it holds
 conformance  the suite: every case against every harness
+cases        its cases, by what they are about
 studies      makes small studies, with odd names, damaged files and what no log may show
 process      starts real servers on loopback
 relay        delays, cuts and stalls what passes between a driver and its server
@@ -17,4 +18,4 @@ It needs what `talaria[testing]` installs, and nothing of this repository's `tes
 import pytest
 
 # Before it is imported: its assertions explain themselves as those of a test file do.
-pytest.register_assert_rewrite("talaria.testing.conformance", "talaria.testing.harness")
+pytest.register_assert_rewrite("talaria.testing.conformance", "talaria.testing.cases", "talaria.testing.harness")
