@@ -251,7 +251,7 @@ def reached(home: Home) -> Iterator[tuple[Address | None, bool]]:
                 try:
                     yield server.address, True
                 finally:
-                    _send_what_is_queued()
+                    send_what_is_queued()
                     # Others that came meanwhile use this server: stop it when the last of them has ended.
                     fcntl.flock(users, fcntl.LOCK_EX)  # type: ignore[arg-type]  # taken with waiting: never None
         finally:
@@ -259,7 +259,7 @@ def reached(home: Home) -> Iterator[tuple[Address | None, bool]]:
                 os.environ.pop(name, None)
 
 
-def _send_what_is_queued() -> None:
+def send_what_is_queued() -> None:
     """Send the log lines and events that Prefect keeps back for a moment, before their server is gone."""
     if "prefect" in sys.modules:
         from prefect.events.worker import EventsWorker

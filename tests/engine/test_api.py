@@ -9,7 +9,6 @@ import signal
 from collections.abc import Iterator
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 import httpx
 import psutil
@@ -24,9 +23,10 @@ MARKS = ("talaria.engine.worker", "talaria.engine.api")
 pytestmark = pytest.mark.timeout(600)
 
 
-@pytest.fixture
-def up(tmp_path: Path) -> Iterator[Talaria]:
-    with talaria(tmp_path) as one:
+@pytest.fixture(scope="module")
+def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Talaria]:
+    """A server of their own: one fills it with runs, the other kills it."""
+    with talaria(tmp_path_factory.mktemp("up")) as one:
         yield one
 
 

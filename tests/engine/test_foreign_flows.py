@@ -7,30 +7,29 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.servers.up import talaria
+from tests.servers.up import Talaria
 
 pytestmark = pytest.mark.timeout(600)
 
 
-def test_a_deployment_that_names_foreign_code_runs_none_of_it(tmp_path: Path) -> None:
-    with talaria(tmp_path) as up:
-        user, _, password = (up.home / "api.auth").read_text().strip().partition(":")
-        made = tmp_path / "foreign"
-        with httpx.Client(base_url=up.url, auth=(user, password), timeout=60, trust_env=False) as api:
-            flow = api.post("/flows/", json={"name": "foreign"}).raise_for_status().json()
-            deployment = {"name": "f", "flow_id": flow["id"], "work_pool_name": "talaria", "work_queue_name": "normal"}
-            # Importing the module alone would already run it.
-            (tmp_path / "foreign_code.py").write_text(f"open({str(made)!r}, 'w')\n")
-            deployment |= {"entrypoint": "foreign_code:flow", "path": str(tmp_path)}
-            found = api.post("/deployments/", json=deployment).raise_for_status().json()
-            run = api.post(f"/deployments/{found['id']}/create_flow_run", json={}).raise_for_status().json()
+def test_a_deployment_that_names_foreign_code_runs_none_of_it(up: Talaria, tmp_path: Path) -> None:
+    user, _, password = (up.home / "api.auth").read_text().strip().partition(":")
+    made = tmp_path / "foreign"
+    with httpx.Client(base_url=up.url, auth=(user, password), timeout=60, trust_env=False) as api:
+        flow = api.post("/flows/", json={"name": "foreign"}).raise_for_status().json()
+        deployment = {"name": "f", "flow_id": flow["id"], "work_pool_name": "talaria", "work_queue_name": "normal"}
+        # Importing the module alone would already run it.
+        (tmp_path / "foreign_code.py").write_text(f"open({str(made)!r}, 'w')\n")
+        deployment |= {"entrypoint": "foreign_code:flow", "path": str(tmp_path)}
+        found = api.post("/deployments/", json=deployment).raise_for_status().json()
+        run = api.post(f"/deployments/{found['id']}/create_flow_run", json={}).raise_for_status().json()
 
-            def state() -> dict[str, str]:
-                answer: dict[str, str] = api.get(f"/flow_runs/{run['id']}").json()["state"]
-                return answer
+        def state() -> dict[str, str]:
+            answer: dict[str, str] = api.get(f"/flow_runs/{run['id']}").json()["state"]
+            return answer
 
-            up.until(lambda: state()["type"] in ("FAILED", "COMPLETED", "CRASHED"), 120)
-            assert state()["type"] == "FAILED"
-            assert "none of Talaria's flows" in state()["message"]
-        assert not made.exists()
-        assert up("status").returncode == 0  # the worker goes on
+        up.until(lambda: state()["type"] in ("FAILED", "COMPLETED", "CRASHED"), 120)
+        assert state()["type"] == "FAILED"
+        assert "none of Talaria's flows" in state()["message"]
+    assert not made.exists()
+    assert up.here("status").returncode == 0  # the worker goes on

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import pytest
 from talaria.testing import studies
 from talaria.testing.relay import relay
 from tests.servers.openssh import shared
-from tests.servers.up import Talaria, talaria
+from tests.servers.up import Talaria
 
 pytestmark = pytest.mark.timeout(300)
 DELAY_S = 1.5  # of the script's own policy
@@ -26,12 +25,6 @@ test -e "$1/.complete" || exit 9
 echo "a word of the script"
 {end}
 """
-
-
-@pytest.fixture(scope="module")
-def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Talaria]:
-    with talaria(tmp_path_factory.mktemp("up")) as one:
-        yield one
 
 
 def install(folder: Path, end: str) -> None:
@@ -74,7 +67,7 @@ def test_a_retry_runs_only_the_script_that_failed(up: Talaria, folders: dict[str
     studies.ct(tmp_path / "study", 3)
     install(folders["by-rsync"], "exit 5")
     install(folders["by-sftp"], "exit 0")
-    result = up.json("send", str(tmp_path / "study"), "--to", ",".join(TARGETS), code=1)
+    result = up.told("send", str(tmp_path / "study"), "--to", ",".join(TARGETS), code=1)
     assert result["state"] == "partial"
     failed, good = (result["targets"][name] for name in TARGETS)
     assert (failed["state"], failed["hook"], failed["delivered"], failed["error"]) == ("partial", "failed", 3, None)
@@ -91,7 +84,7 @@ def test_a_retry_runs_only_the_script_that_failed(up: Talaria, folders: dict[str
     before = {name: snapshot(folder) for name, folder in folders.items()}
     assert all(len(one) == 4 for one in before.values())
     install(folders["by-rsync"], "exit 0")
-    again = up.json("jobs", "retry", result["flow_run_id"])
+    again = up.told("jobs", "retry", result["flow_run_id"])
     assert again["state"] == "delivered"
     assert {name: one["hook"] for name, one in again["targets"].items()} == dict.fromkeys(TARGETS, "done")
     assert {name: one["already"] for name, one in again["targets"].items()} == dict.fromkeys(TARGETS, 3)
@@ -100,7 +93,7 @@ def test_a_retry_runs_only_the_script_that_failed(up: Talaria, folders: dict[str
     assert times == {"by-rsync": 3, "by-sftp": 1}
     arguments = (folders["by-rsync"] / "mercure_complete.sh.arguments").read_text().split("\0")[:-1]
     assert arguments == [f"{folders['by-rsync']}/{result['dispatch_id']}", "by-rsync"] * 3
-    once_more = up.json("jobs", "retry", result["flow_run_id"])
+    once_more = up.told("jobs", "retry", result["flow_run_id"])
     assert once_more["state"] == "delivered"
     assert times == {
         name: len((folder / "mercure_complete.sh.times").read_text().split()) for name, folder in folders.items()
@@ -112,9 +105,9 @@ def test_a_script_that_is_not_there(up: Talaria, folders: dict[str, Path], tmp_p
     install(folders["by-sftp"], "exit 0")
     (folders["by-sftp"] / "mercure_complete.sh").chmod(0o644)
     for name in TARGETS:
-        health = up.json("target", "test", name, code=1)
+        health = up.told("target", "test", name, code=1)
         assert [probe["name"] for probe in health["probes"] if probe["result"] == "failed"] == ["hook"]
-    result = up.json("send", str(tmp_path / "study"), "--to", ",".join(TARGETS), code=1)
+    result = up.told("send", str(tmp_path / "study"), "--to", ",".join(TARGETS), code=1)
     for name in TARGETS:
         one = result["targets"][name]
         assert (one["state"], one["hook"], one["delivered"], one["attempts"]) == ("partial", "failed", 1, 1)
@@ -126,16 +119,16 @@ def test_a_script_that_is_not_there(up: Talaria, folders: dict[str, Path], tmp_p
 def test_a_script_that_is_cancelled(up: Talaria, folders: dict[str, Path], tmp_path: Path) -> None:
     studies.ct(tmp_path / "study", 2)
     install(folders["by-sftp"], 'echo $$ > "$0.pid"; exec sleep 200')
-    run = up.json("send", str(tmp_path / "study"), "--to", "by-sftp", "--no-wait")["flow_run_id"]
+    run = up.told("send", str(tmp_path / "study"), "--to", "by-sftp", "--no-wait")["flow_run_id"]
     pid = folders["by-sftp"] / "mercure_complete.sh.pid"
     up.until(lambda: pid.exists() and pid.read_text().strip())
-    assert up("jobs", "cancel", run).returncode == 0
+    assert up.here("jobs", "cancel", run).returncode == 0
     up.until(lambda: up.run(run)["state_type"] == "CANCELLED", 20)
-    one = up.json("jobs", "show", run)["targets"]["by-sftp"]
+    one = up.told("jobs", "show", run)["targets"]["by-sftp"]
     assert (one["state"], one["hook"], one["delivered"]) == ("cancelled", "failed", 2)
     up.until(lambda: not psutil.pid_exists(int(pid.read_text())), 15)
     install(folders["by-sftp"], "exit 0")
-    one = up.json("jobs", "retry", run)["targets"]["by-sftp"]
+    one = up.told("jobs", "retry", run)["targets"]["by-sftp"]
     assert (one["state"], one["hook"], one["already"]) == ("delivered", "done", 2)
 
 
@@ -153,7 +146,7 @@ def test_a_link_that_breaks_costs_no_whole_file(up: Talaria, tmp_path: Path) -> 
                 for name, link in links.items()
             }
         )
-        result = up.json("send", str(tmp_path / "study"), "--to", ",".join(TARGETS))
+        result = up.told("send", str(tmp_path / "study"), "--to", ",".join(TARGETS))
         for name, link in links.items():
             one = result["targets"][name]
             assert (one["state"], one["delivered"], one["attempts"], link.cuts) == ("delivered", 1, 2, 1)

@@ -7,13 +7,16 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.request import proxy_bypass_environment  # type: ignore[attr-defined]
 
 import pytest
 
+from talaria.settings import client_environment
 from talaria.testing import studies
-from tests.servers.up import talaria
+from tests.servers.up import Talaria
+from transfer.home import Home
 
-pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]
+pytestmark = pytest.mark.timeout(600)
 
 
 @contextmanager
@@ -38,14 +41,46 @@ def eavesdropper() -> Iterator[tuple[int, list[bytes]]]:
         thread.join()
 
 
-def test_a_proxy_of_the_environment_sees_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_proxy_of_the_environment_sees_nothing(tmp_path: Path) -> None:
     with eavesdropper() as (port, heard):
+        up = Talaria(tmp_path)
+        # In what is started alone: here, other tests' clients may still look for their servers.
         for name in ("HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
-            monkeypatch.setenv(name, f"http://127.0.0.1:{port}")
+            up.more[name] = f"http://127.0.0.1:{port}"
         studies.sample(tmp_path / "study")
         (tmp_path / "archive").mkdir()
-        with talaria(tmp_path) as up:
+        try:
+            up.start()
             up.apply(archive={"type": "folder", "folder": str(tmp_path / "archive")})
             sent = up("send", str(tmp_path / "study"), "--to", "archive")
-            assert sent.returncode == 0, sent.stderr
+        finally:
+            up.stop()
+        assert sent.returncode == 0, sent.stderr
         assert heard == []
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]"])
+@pytest.mark.parametrize(
+    "named",
+    [
+        {},
+        {"NO_PROXY": "pacs.example"},
+        {"no_proxy": "pacs.example"},
+        {"NO_PROXY": "pacs.example", "no_proxy": ""},
+        {"NO_PROXY": "*, pacs.example"},
+        {"NO_PROXY": "other.example , 127.0.0.1", "no_proxy": "pacs.example"},
+    ],
+)
+def test_our_server_is_excepted_and_what_the_user_excepts_stays_so(
+    host: str, named: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both spellings are read: by urllib, and so by websockets and httpx, the small one first, elsewhere the other."""
+    for name, value in named.items():
+        monkeypatch.setenv(name, value)
+    ours = client_environment(Home(tmp_path), f"http://{host}:4200/api", auth=False)
+    for excepted in (ours["NO_PROXY"], ours["no_proxy"]):
+        proxies = {"http": "http://127.0.0.1:1", "no": excepted}
+        for other in (f"{host.strip('[]')}:4200", *(["pacs.example:80"] if named else [])):
+            assert proxy_bypass_environment(other, proxies), (other, excepted)
+        for other in () if excepted == "*" else ("proxied.example:80",):
+            assert not proxy_bypass_environment(other, proxies), (other, excepted)

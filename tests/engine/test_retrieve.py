@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +17,9 @@ from tests.engine.test_waiting import go_on, later
 from tests.servers.dcmtk import storescp
 from tests.servers.orthanc import orthanc
 from tests.servers.qr import GET, Archive, Instance, Last, Request, Send, Steps, archive, sends
-from tests.servers.up import Talaria, talaria
+from tests.servers.up import Talaria
 
 pytestmark = pytest.mark.timeout(900)
-
-
-@pytest.fixture(scope="module")
-def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Talaria]:
-    with talaria(tmp_path_factory.mktemp("up")) as one:
-        yield one
 
 
 def study(accession: str, series: int = 2, each: int = 2, **changes: Any) -> list[bytes]:
@@ -272,12 +265,12 @@ def test_cancelling_releases_the_association_within_seconds_and_a_retry_fetches_
 
 
 def test_what_a_kill_interrupts_is_taken_up_and_nothing_delivered_is_fetched_again(up: Talaria, tmp_path: Path) -> None:
-    held = threading.Event()
+    held, killed = threading.Event(), threading.Event()
 
     def script(request: Request, found: list[Instance]) -> Steps:
         if request.number == 2:
             held.set()
-            threading.Event().wait(3)  # the kill comes meanwhile
+            killed.wait(120)
         return sends(found)
 
     with archive([*study("F1", series=1), *study("F2", series=1)], on_get=script) as peer:
@@ -287,6 +280,7 @@ def test_what_a_kill_interrupts_is_taken_up_and_nothing_delivered_is_fetched_aga
         assert held.wait(120)
         up.until(lambda: len(placed(into).get("F1", ())) == 2, 60)
         up.kill()
+        killed.set()
         up.start()
         up.until(lambda: up.run(queued["flow_run_id"])["state_type"] == "COMPLETED", 240)
         assert {name: len(there) for name, there in placed(into).items()} == {"F1": 2, "F2": 2}

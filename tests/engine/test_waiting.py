@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -16,17 +15,11 @@ import pytest
 
 from talaria.testing import studies
 from tests.servers.dicomweb import Reply, scripted
-from tests.servers.up import Talaria, talaria
+from tests.servers.up import Talaria, as_loaded
 
 pytestmark = pytest.mark.timeout(600)
-CANCEL_S = 5  # how long a cancellation may take
+CANCEL_S = 5  # how long a cancellation may take, where nothing else runs
 SLOW = 20_000  # bytes per second
-
-
-@pytest.fixture(scope="module")
-def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Talaria]:
-    with talaria(tmp_path_factory.mktemp("up")) as one:
-        yield one
 
 
 def folder(path: Path, **fields: Any) -> dict[str, Any]:
@@ -60,8 +53,8 @@ def cancelled_in_time(up: Talaria, run_id: str) -> dict[str, Any]:
     """Cancel a run as the UI does; it must have stopped in time. Returns what `jobs show` tells then."""
     begun = time.monotonic()
     up.api("POST", f"/flow_runs/{run_id}/set_state", state={"type": "CANCELLING"})
-    up.until(lambda: state_of(up, run_id) == "CANCELLED", CANCEL_S + 5)
-    assert time.monotonic() - begun < CANCEL_S
+    up.until(lambda: state_of(up, run_id) == "CANCELLED")
+    assert time.monotonic() - begun < as_loaded(CANCEL_S)
     shown: dict[str, Any] = up.told("jobs", "show", run_id)
     return shown
 
@@ -149,11 +142,11 @@ def test_queued_and_waiting_runs_are_cancelled_at_once(up: Talaria, tmp_path: Pa
     queues = up.told("send", str(tmp_path / "other"), "--to", "busy", "--no-wait")["flow_run_id"]
     up.until(lambda: state_of(up, waits) == "SCHEDULED")
     up.until(lambda: {state_of(up, one) for one in (backs_off, sends, queues)} == {"RUNNING"})
-    time.sleep(2)  # the pushes begin
+    up.until(lambda: files(tmp_path / "busy") and _log(up, backs_off))  # one is under way, one has failed once
     begun = time.monotonic()
     told = up.told("jobs", "cancel", waits)
     assert told == {"id": waits, "action": "cancelled"} and state_of(up, waits) == "CANCELLED"
-    assert time.monotonic() - begun < CANCEL_S
+    assert time.monotonic() - begun < as_loaded(CANCEL_S)
     shown = up.told("jobs", "show", waits)
     assert shown["state"] == shown["targets"]["closed"]["state"] == "cancelled"
     for one, name in ((backs_off, "dead"), (queues, "busy"), (sends, "busy")):
@@ -171,10 +164,10 @@ def test_queued_and_waiting_runs_are_cancelled_at_once(up: Talaria, tmp_path: Pa
 def test_who_waits_for_a_dispatch_is_told_what_it_waits_for(up: Talaria, tmp_path: Path) -> None:
     studies.ct(tmp_path / "study", 1)
     with scripted(script=[Reply(503, headers={"Retry-After": "5"})]) as pacs:
-        up.apply(busy={"type": "dicomweb", "url": pacs.url})
-        ended = up("send", str(tmp_path / "study"), "--to", "busy", "--json")
-    assert ended.returncode == 0 and json.loads(ended.stdout)["targets"]["busy"]["attempts"] == 2
-    assert "busy: attempt 1 of 5 failed: " in ended.stderr and "503" in ended.stderr
+        up.apply(overloaded={"type": "dicomweb", "url": pacs.url})
+        ended = up.here("send", str(tmp_path / "study"), "--to", "overloaded", "--json")
+    assert ended.returncode == 0 and json.loads(ended.stdout)["targets"]["overloaded"]["attempts"] == 2
+    assert "overloaded: attempt 1 of 5 failed: " in ended.stderr and "503" in ended.stderr
 
 
 def test_a_file_that_changes_under_way_is_rejected_and_the_rest_arrives(up: Talaria, tmp_path: Path) -> None:
@@ -284,13 +277,13 @@ def test_every_attempt_is_shown_as_it_fails_and_the_log_says_it_in_one_line(up: 
     studies.ct(tmp_path / "study", 1)
     pacs = {"type": "dicom", "host": "127.0.0.1", "port": 1, "aet_target": "PACS", "max_attempts": 3}
     up.apply(dead={**pacs, "retry_delay_s": 0.2, "retry_max_delay_s": 0.2})
-    ended = up("send", str(tmp_path / "study"), "--to", "dead", "--json")
+    ended = up.here("send", str(tmp_path / "study"), "--to", "dead", "--json")
     receipt = json.loads(ended.stdout)["targets"]["dead"]
     assert ended.returncode == 1 and receipt["attempts"] == 3 and receipt["error"]
     said = [line for line in ended.stderr.splitlines() if line.startswith("dead: ")]
     assert [line.partition(" failed: ")[0] for line in said] == [f"dead: attempt {n} of 3" for n in (1, 2, 3)]
     run = json.loads(ended.stdout)["flow_run_id"]
-    up.until(lambda: len(_log(up, run)) > 3)
+    up.until(lambda: any("dead: attempt 3 of 3" in message for message in _log(up, run)))  # sent in batches
     log = "\n".join(_log(up, run))
     assert "Traceback" not in log
     assert log.count("dead: attempt ") == 3

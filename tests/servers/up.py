@@ -6,11 +6,12 @@ import io
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import closing, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -21,10 +22,12 @@ import yaml
 from prefect.context import refresh_global_settings_context
 
 from talaria.__main__ import main
+from talaria.server import send_what_is_queued
 from talaria.testing.process import free_port, stop
 
 READY_S = 180  # the first start migrates the database
 COMMAND_S = 120
+_migrated: list[bytes] = []  # the database of a server that has just begun, once there is one
 
 
 class Talaria:
@@ -36,6 +39,8 @@ class Talaria:
         self.port = free_port()
         self.log = folder / "up.log"
         self.process: subprocess.Popen[bytes] | None = None
+        self.more: dict[str, str] = {}  # variables of the environment of all that is started
+        self.types: dict[str, str] = {}  # of the targets that were applied
 
     @property
     def url(self) -> str:
@@ -43,10 +48,13 @@ class Talaria:
 
     @property
     def env(self) -> dict[str, str]:
-        return {**os.environ, "TALARIA_HOME": str(self.home), "HOME": str(self.folder)}
+        return {**os.environ, "TALARIA_HOME": str(self.home), "HOME": str(self.folder), **self.more}
 
     def start(self, *options: str) -> Talaria:
         """Run `talaria up`; returns when it says that it is ready."""
+        fresh = not self.database.exists()
+        if fresh:
+            self._begin_with_a_database()
         seen = self.log.stat().st_size if self.log.exists() else 0
         with self.log.open("ab") as out:
             self.process = subprocess.Popen(
@@ -58,7 +66,32 @@ class Talaria:
                 start_new_session=True,
             )
         self.until(lambda: b"ready:" in self.log.read_bytes()[seen:], READY_S, alive=True)
+        if fresh and not _migrated:
+            _migrated.append(self._copy_of_the_database())
         return self
+
+    @property
+    def database(self) -> Path:
+        return self.home / "prefect" / "prefect.db"
+
+    def _begin_with_a_database(self) -> None:
+        """Put there what the first server of this process has made: half of a first start is migrations."""
+        for data in _migrated:
+            self.database.parent.mkdir(parents=True)
+            for path in (self.home, self.database.parent):
+                path.chmod(0o700)
+            self.database.touch(0o600)
+            self.database.write_bytes(data)
+
+    def _copy_of_the_database(self) -> bytes:
+        with (
+            closing(sqlite3.connect(self.database, timeout=60)) as there,
+            closing(sqlite3.connect(":memory:")) as copy,
+        ):
+            there.backup(copy)
+            copy.execute("DELETE FROM worker")  # it is not the one that will serve
+            copy.commit()
+            return copy.serialize()
 
     def stop(self) -> None:
         """Stop it as Ctrl-C does."""
@@ -113,22 +146,24 @@ class Talaria:
         assert ran.returncode == code, f"{args}: exit code {ran.returncode}\n{ran.stdout}\n{ran.stderr}"
         return json.loads(ran.stdout)
 
-    def here(self, *args: str) -> subprocess.CompletedProcess[str]:
+    def here(self, *args: str, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
         """Run a command beside a running `talaria up`, within this process: it takes a tenth of the time.
 
         What is the same in any process may be tested so; Prefect is imported once.
         """
         out, err = io.StringIO(), io.StringIO()
         with (
-            mock.patch.dict(os.environ, self.env),
+            mock.patch.dict(os.environ, {**self.env, **(env or {})}),
             mock.patch.object(sys, "argv", ["talaria", *args]),
             redirect_stdout(out),
             redirect_stderr(err),
         ):
+            refresh_global_settings_context()
             try:
                 main()
             except SystemExit as exc:
                 code = int(exc.code or 0)
+            send_what_is_queued()  # as at the end of a process; later it would go to another server, or a proxy
         refresh_global_settings_context()
         return subprocess.CompletedProcess(args, code, out.getvalue(), err.getvalue())
 
@@ -152,7 +187,9 @@ class Talaria:
             )
 
     def apply(self, **targets: dict[str, Any]) -> None:
-        """Save targets; underscores of their names stand for dashes."""
+        """Save targets; underscores of their names stand for dashes. A name is one type's in all tests of a server."""
+        for name, one in targets.items():
+            assert self.types.setdefault(name, one["type"]) == one["type"], f"another test has a target named {name}"
         path = self.folder / "targets.yaml"
         path.write_text(yaml.safe_dump({"targets": {name.replace("_", "-"): one for name, one in targets.items()}}))
         ran = (self.here if self.process else self)("target", "apply", str(path))
@@ -172,6 +209,11 @@ class Talaria:
     def run(self, run_id: str) -> Any:
         """A flow run as the API tells it."""
         return self.api("GET", f"/flow_runs/{run_id}")
+
+
+def as_loaded(seconds: float) -> float:
+    """Return how long here what takes so many seconds may take, where nothing else runs: we have a share only."""
+    return seconds * max(1, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
 @contextmanager

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
 from importlib import import_module
 from typing import Any
 
@@ -16,7 +14,6 @@ from blocks import EXTENSIONS, TYPES, Target
 from blocks.dicom_tls import DicomTlsTarget
 from talaria import targetfile
 from tasks import DRIVERS
-from tests.servers.up import Talaria, talaria
 from transfer.errors import Misconfigured
 
 SECRET = "s3cr3t-value-of-a-test"
@@ -160,35 +157,6 @@ def test_a_refused_value_is_not_repeated() -> None:
     with pytest.raises(Misconfigured) as caught:
         targetfile.make("a", {"type": "sftp", **NEEDED["sftp"], "password": SECRET, "port": "x"})
     assert SECRET not in str(caught.value)
-
-
-@pytest.fixture(scope="module")
-def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Talaria]:
-    with talaria(tmp_path_factory.mktemp("up")) as one:
-        yield one
-
-
-@pytest.mark.timeout(600)
-def test_all_types_make_the_round_trip_through_the_server(up: Talaria, monkeypatch: pytest.MonkeyPatch) -> None:
-    targets = {name: filled(name) for name in NEEDED}
-    documents = {
-        name: targetfile.values_of(target) | {f: SECRET for f in secrets_of(type(target)) if getattr(target, f)}
-        for name, target in targets.items()
-    }
-    up.apply(**{name.replace("-", "_"): values for name, values in documents.items()})
-    shown = json.dumps(up.api("POST", "/block_documents/filter"))
-    assert SECRET not in shown and "********" in shown
-    exported = up.json("target", "export")["targets"]
-    for name, target in targets.items():
-        assert exported[name] == targetfile.values_of(target)
-    # A list that `apply` reads again keeps everything but the secrets.
-    assert {one["name"] for one in up.json("target", "list")["targets"]} == set(NEEDED)
-    up.json("target", "rename", "folder", "shelf")
-    up.json("target", "disable", "shelf")
-    assert up.json("target", "show", "shelf")["enabled"] is False
-    up.json("target", "remove", "shelf")
-    assert "shelf" not in up("target", "list", "--json").stdout
-    assert up("target", "show", "shelf").returncode == 2
 
 
 @pytest.mark.parametrize("name", TYPES)

@@ -321,7 +321,7 @@ def test_oauth_threads_share_a_failure(server: Scripted, tmp_path: Path, reply: 
     assert len(asked) == 1
     assert sent.seconds < 2.5
     server._token = type(server)._token.__get__(server)  # type: ignore[method-assign]
-    assert attempt(oauth(server, concurrency=4, idle_timeout_s=1), tmp_path).require().state is State.DELIVERED
+    assert attempt(oauth(server, concurrency=4), tmp_path).require().state is State.DELIVERED
 
 
 @pytest.mark.parametrize(
