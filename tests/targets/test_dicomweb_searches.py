@@ -64,7 +64,7 @@ def test_orthanc(files: Path) -> None:
         tempfile.TemporaryDirectory(prefix="talaria-orthanc-") as folder,
         orthanc(Path(folder) / "orthanc", settings={"DefaultEncoding": "Utf8"}) as server,
     ):
-        for path in sorted(files.iterdir()):
+        for path in sorted(files.glob("*.dcm")):  # a search of the folder leaves its index there
             server.request("POST", "/instances", path.read_bytes())
         target = dicomweb_target(
             server.dicomweb_url, http_user=server.user, http_password=server.password, idle_timeout_s=60
