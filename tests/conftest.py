@@ -100,7 +100,7 @@ def as_nobody() -> Callable[[], AbstractContextManager[None]]:
     return dropped
 
 
-# ---- tests that mount: those with `@pytest.mark.mounts` run in a mount namespace of their own, all in one process
+# ---- tests that mount: those with `@pytest.mark.mounts` run in a mount namespace of their own, a file's in one process
 
 UNSHARED = "TALARIA_TEST_UNSHARED"  # in that process: the file that takes what became of them
 _mounting: list[str] = []
@@ -130,7 +130,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     mounting = [item for item in items if item.get_closest_marker("mounts")]
     _mounting[:] = [item.nodeid for item in mounting]
     for item in mounting:
-        item.add_marker(pytest.mark.timeout(600))  # the first waits for all
+        item.add_marker(pytest.mark.timeout(600))  # the first of a file waits for all
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
@@ -140,15 +140,16 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 @functools.cache
-def _run_unshared(root: Path) -> str:
-    """Run them in a process whose mounts nobody else sees, and which end with it; return what went wrong at all."""
+def _run_unshared(root: Path, file: str) -> str:
+    """Run a file's in a process whose mounts nobody else sees, and which end with it; return what went wrong at all."""
     namespace = ["unshare", *([] if os.geteuid() == 0 else ["--map-root-user"]), "--mount"]
     tried = subprocess.run([*namespace, "true"], capture_output=True, text=True)
     if tried.returncode:
         return f"no file system can be mounted here: {tried.stderr.strip()}"
+    own = [node for node in _mounting if node.startswith(f"{file}::")]
     with tempfile.NamedTemporaryFile("r", encoding="utf-8") as reports:
         ran = subprocess.run(
-            [*namespace, sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *_mounting],
+            [*namespace, sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *own],
             cwd=root,
             env={**os.environ, UNSHARED: reports.name},
             stdin=subprocess.DEVNULL,
@@ -166,7 +167,8 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     """Report of a test that mounts what became of it in the other process."""
     if pyfuncitem.get_closest_marker("mounts") is None or UNSHARED in os.environ:
         return None
-    wrong = _run_unshared(pyfuncitem.config.rootpath) or _ended.get(pyfuncitem.nodeid, "it was not run")
+    file = pyfuncitem.nodeid.partition("::")[0]
+    wrong = _run_unshared(pyfuncitem.config.rootpath, file) or _ended.get(pyfuncitem.nodeid, "it was not run")
     if wrong:
         pytest.fail(wrong, pytrace=False)
     return True
