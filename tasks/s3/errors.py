@@ -138,5 +138,10 @@ def of(exc: StoreError, where: str, item: str | None = None) -> DispatchError:
     return kind(message)
 
 
+def only_denied(exc: StoreError) -> bool:
+    """Return whether it is this one operation that the key may not do."""
+    return exc.status == 403 and exc.code not in CREDENTIALS
+
+
 def _sentence(exc: Exception) -> str:
     return " ".join(str(exc).split()).rstrip(".") or type(exc).__name__

@@ -26,8 +26,9 @@ from protocols.s3.error import StoreError
 from protocols.s3.keys import MAX_KEY_BYTES, content_type, keys, under
 from protocols.s3.store import LONGEST_PAUSE_S, SHA256_FIELD, TRIES, Payload, Store, Stored
 from protocols.s3.upload import Upload, stale
-from tasks.s3.errors import CREDENTIALS, errors, of
+from tasks.s3.errors import errors, of, only_denied
 from tasks.s3.large import Large
+from tasks.s3.pace import useful
 from tasks.s3.support import Supports
 from tasks.s3.verify import Sums, Verifier
 from transfer.errors import (
@@ -121,7 +122,7 @@ class Push:
                         if self._there is not None:
                             self._there[row["Key"]] = int(row["Size"])
             except StoreError as exc:
-                if not _only_denied(exc):
+                if not only_denied(exc):
                     raise
                 self._there = None  # a key that may only write is a sensible one: each object is asked for by name
         large = {self.folders[item.path] for item in self.plan.pending if self._is_large(item)}
@@ -141,7 +142,7 @@ class Push:
         try:
             return self.store.head(key)
         except StoreError as exc:
-            if _only_denied(exc):  # what isn't there is denied, too, if the bucket may not be listed
+            if only_denied(exc):  # what isn't there is denied, too, if the bucket may not be listed
                 return None
             raise of(exc, self.store.where) from exc
 
@@ -166,7 +167,7 @@ class Push:
                     if len(theirs) >= BEGINNING_BYTES:
                         break
         except StoreError as exc:
-            if not (exc.status == 404 or _only_denied(exc)):  # gone, or ours to write but not to read
+            if not (exc.status == 404 or only_denied(exc)):  # gone, or ours to write but not to read
                 raise of(exc, self.store.where) from exc
         if other_instance(ours, theirs):
             raise Rejected(OTHER_INSTANCE, item=item.shown)
@@ -186,7 +187,7 @@ class Push:
         try:
             self.store.delete(marker)
         except StoreError as exc:
-            if not _only_denied(exc):
+            if not only_denied(exc):
                 raise of(exc, self.store.where) from exc
             self._notes.append(f"the {MARKER} of an earlier dispatch was there all the time: it can't be removed")
         else:
@@ -296,8 +297,7 @@ class Push:
     def _send(self, items: tuple[Item, ...]) -> None:
         if not items:
             return
-        # What an earlier attempt has stumbled over comes last.
-        items = tuple(sorted(items, key=lambda item: item.path in self.report.put_off))
+        items = tuple(sorted(items, key=lambda item: item.path in self.report.put_off))  # these come last
         small = [item for item in items if not self._is_large(item)]
         large = [item for item in items if self._is_large(item)]
         _ = self.supports.support, large and self.supports.form  # found out before there are threads
@@ -308,7 +308,10 @@ class Push:
             self._stopping(),
         ):
             futures = [captains.submit(self._guard, self._send_large, deque([item])) for item in large]
-            for _ in range(min(self.target.concurrency, len(small))):
+            count = useful(
+                small, self.target.concurrency, lambda: self._guard(self._send_small, deque([waiting.popleft()]))
+            )
+            for _ in range(min(count, len(waiting))):
                 futures.append(self.pool.submit(self._guard, self._send_small, waiting))
             wait(futures)
         self._send_aside()
@@ -490,8 +493,3 @@ class Push:
 
 class _Stopped(Exception):
     """Another thread's error ends this one's work."""
-
-
-def _only_denied(exc: StoreError) -> bool:
-    """Return whether it is this one operation that the key may not do."""
-    return exc.status == 403 and exc.code not in CREDENTIALS

@@ -24,6 +24,7 @@ from talaria.testing import studies
 from talaria.testing.harness import Sent, attempt, sending
 from talaria.testing.process import free_port
 from talaria.testing.relay import relay
+from tasks.s3 import pace
 from tasks.s3.support import forget
 from tests.servers.s3_stub import SECRET_KEY, Misdeed, Refusal, Request, Stub, stub
 from tests.targets.s3 import PREFIX, files_of, stub_target
@@ -39,7 +40,7 @@ from transfer.errors import (
     Unreachable,
 )
 from transfer.outcome import Kind
-from transfer.plan import Plan, scan
+from transfer.plan import Item, Plan, scan
 from transfer.receipt import Level, State
 
 MIB = 1 << 20
@@ -433,6 +434,32 @@ def test_what_a_layout_says_itself_shows(store: Stub, study: Path) -> None:
     studies.ct(study, 1)
     sent = attempt(target(store, layout="studies/{dispatch_id}", bucket="studies-no"), study)
     assert "studies-no" in str(sent.error)
+
+
+@pytest.mark.parametrize(
+    ("wait", "size", "count", "connections"),
+    [(0.0, 30_000, 500, 1), (0.9, 30_000, 500, 1), (1.5, 30_000, 500, 2), (50.0, 30_000, 500, 4),
+     (0.0, 500_000, 500, 4), (0.0, 30_000, 100, 4)],
+)  # fmt: skip
+def test_connections_that_are_of_use(
+    monkeypatch: pytest.MonkeyPatch, wait: float, size: int, count: int, connections: int
+) -> None:
+    """As many as share what is waited for, in units of what an object costs this process."""
+    clock = {"busy": 0.0, "all": 0.0}
+
+    def send() -> None:
+        clock["busy"] += 1
+        clock["all"] += 1 + wait
+
+    monkeypatch.setattr(pace.time, "thread_time", lambda: clock["busy"])
+    monkeypatch.setattr(pace.time, "perf_counter", lambda: clock["all"])
+    assert pace.useful([Item(str(n), size, 0) for n in range(count)], 4, send) == connections
+
+
+def test_many_small_objects(store: Stub, study: Path) -> None:
+    studies.ct(study, pace.MANY + 10)
+    store.fault = on("Put", Refusal(503, "SlowDown"), times=1, key="CT0003.dcm")
+    assert_whole(store, attempt(target(store), study))
 
 
 # ---- large objects
