@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -35,6 +36,8 @@ logging.getLogger("dicomweb_client").setLevel(logging.CRITICAL + 1)
 
 ACCEPT = f"{JSON}, application/json;q=0.9"
 ACCEPT_XML = f'multipart/related; type="{XML}", {XML};q=0.9'
+
+_TAG = re.compile(r"[0-9A-Fa-f]{8}")  # how an attribute is named (PS3.18 annex F.2.2)
 
 Keys = tuple[tuple[str, str], ...]
 
@@ -126,6 +129,8 @@ class Client:
         self._wire.last = None
         try:
             found = dicomjson.data_sets(ask())
+            if any(row and not any(map(_TAG.fullmatch, row)) for row in found):  # as in {"results": [...]}
+                raise ValueError("not DICOM JSON")  # noqa: TRY301
         except (requests.HTTPError, ValueError, RecursionError) as exc:
             problem = exc
         if self._wire.last is None:  # nothing was sent: a UID that no path can hold

@@ -384,6 +384,8 @@ def test_what_identifies_a_patient_shows_in_no_address(server: Scripted, query: 
         (Reply(200, PAGE, "text/html"), Misconfigured),
         (Reply(200, b"[{", "application/dicom+json"), Interrupted),
         (Reply(200, b"[{}", cut=1), Interrupted),
+        (Reply(200, b'{"results": []}'), Interrupted),
+        (Reply(200, b'[{"error": "index is rebuilt"}]', "application/json"), Interrupted),
         (Reply(401, PAGE, "text/html"), Denied),
         (Reply(403, PAGE, "text/html"), Denied),
         (Reply(404, PAGE, "text/html"), NotFound),
