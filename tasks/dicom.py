@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import ssl
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,12 +14,14 @@ from blocks.base import check_host
 from blocks.dicom import SENDER, DicomTarget, check_aet
 from blocks.dicom_tls import DicomTlsTarget, TlsProfile
 from imaging.query import Match, Query
+from imaging.transcode import NEVER
 from protocols.dimse import transport
-from protocols.dimse.association import Association, associate, negotiate
+from protocols.dimse.asking import ROOMS, Asking
+from protocols.dimse.association import Association, about_contexts, negotiate
 from protocols.dimse.commitment import CannotCommit, commit, reason, report_listener
 from protocols.dimse.contexts import UNCOMPRESSED, names
 from protocols.dimse.find import CannotList, Stored, missing
-from protocols.dimse.fleet import ROOMS, Fleet
+from protocols.dimse.fleet import Fleet
 from protocols.dimse.listener import Listener, shared
 from protocols.dimse.query import STUDY_ROOT_FIND, finder
 from protocols.dimse.search import Search
@@ -29,7 +31,7 @@ from tasks import dicom_pull
 from tasks.driver import Driver, Facts
 from tasks.probes import reach
 from transfer import stopping
-from transfer.errors import DispatchError, Interrupted, Misconfigured
+from transfer.errors import DispatchError, Misconfigured, TimedOut
 from transfer.health import Health
 from transfer.plan import Item, Origin, Plan, header_of
 from transfer.receipt import Level, PushReport, Receipt
@@ -183,7 +185,7 @@ def _shake(peer: Peer, settings: tls.Tls, sock: socket.socket) -> ssl.SSLSocket:
 
 
 def _negotiate(sock: socket.socket, peer: Peer) -> tuple[Association, tuple[str, ...], str]:
-    """Ask for an association with many contexts, and as a push does for few, if the peer ends one with many.
+    """Ask for an association with many contexts, and as a push does for few, if the peer refuses one with many.
 
     Returns:
         The association, the storage classes that were asked for, and what to say of a peer that takes few contexts.
@@ -195,13 +197,20 @@ def _negotiate(sock: socket.socket, peer: Peer) -> tuple[Association, tuple[str,
     note = ""
     try:
         return negotiate(sock, peer, verification + pairs[: ROOMS[0]]), CHECKED_CLASSES, note
-    except Interrupted as exc:
+    except DispatchError as exc:
+        if not about_contexts(exc):
+            raise
         ended = exc
-    for room in ROOMS[1:]:
-        asked = verification + pairs[: min(room, len(CHECKED_CLASSES))]
-        note = f"; the peer ends an association with {len(pairs) + 1} contexts, so it was asked for {len(asked)}"
-        with suppress(Interrupted):
-            return associate(peer, asked), tuple(each for each, _ in asked[1:]), note
+    asking = Asking(peer, NEVER, silent=isinstance(ended, TimedOut))
+    if asking.answers(stopping.check):
+        for room in ROOMS[1:]:
+            asked = verification + pairs[: min(room, len(CHECKED_CLASSES))]
+            note = f"; the peer refuses an association with {len(pairs) + 1} contexts, so it was asked for {len(asked)}"
+            try:
+                return asking.associate(asked, stopping.check), tuple(each for each, _ in asked[1:]), note
+            except DispatchError as exc:
+                if not about_contexts(exc):
+                    raise
     raise ended
 
 

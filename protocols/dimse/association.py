@@ -42,7 +42,18 @@ REMEDIES = {
 }
 
 
+# What a rejection says of the peer or of us, whatever is asked for: source and reason (PS3.8 table 9-21).
+OF_ANY_REQUEST = ((1, 2), (1, 3), (1, 7), (2, 2))
+
 T = TypeVar("T")
+
+
+class RejectedRequest(Exception):
+    """An A-ASSOCIATE-RJ; the cause of the error that it becomes."""
+
+    def __init__(self, source: int, reason: int) -> None:
+        super().__init__(source, reason)
+        self.source, self.reason = source, reason
 
 
 def _nothing() -> None:
@@ -184,6 +195,10 @@ class Association:
         thread.start()
         thread.join(seconds)
 
+    def close(self) -> None:
+        """Close the connection of an association that has been released."""
+        self._end()
+
     def drop(self) -> None:
         """Break the connection: for a peer that is gone, or in the middle of a PDU, where an abort can't be sent."""
         self.transport.hang_up(reset=True)
@@ -204,6 +219,7 @@ def associate(
     check: Callable[[], None] = _nothing,
     *,
     window: int = 1,
+    patience: float = 0.0,
     negotiation: Sequence[Any] = (),
     handlers: Sequence[Any] = (),
 ) -> Association:
@@ -213,6 +229,7 @@ def associate(
         contexts: at most 128 of (abstract syntax, transfer syntaxes to choose from).
         check: called several times a second while waiting; may raise to stop.
         window: operations that we should like to have outstanding at once.
+        patience: seconds to wait for the peer's answer to the request; 0 for its idle timeout.
         negotiation: further items of pynetdicom's for the request, such as role selections.
         handlers: event handlers of pynetdicom's for requests that the peer makes.
 
@@ -223,8 +240,9 @@ def associate(
         Unreachable, TimedOut, Interrupted: no answer. Busy: rejected for now. Misconfigured: rejected for good, or
         the peer speaks something else. NotTrusted, Denied: as `tls.classify` says.
     """
+    sock = connect(peer, check)
     return negotiate(
-        connect(peer, check), peer, contexts, check, window=window, negotiation=negotiation, handlers=handlers
+        sock, peer, contexts, check, window=window, patience=patience, negotiation=negotiation, handlers=handlers
     )
 
 
@@ -235,6 +253,7 @@ def negotiate(
     check: Callable[[], None] = _nothing,
     *,
     window: int = 1,
+    patience: float = 0.0,
     negotiation: Sequence[Any] = (),
     handlers: Sequence[Any] = (),
 ) -> Association:
@@ -246,7 +265,8 @@ def negotiate(
         operations.maximum_number_operations_performed = 1
         items.append(operations)
     ae = Entity(peer.calling, sock, peer.idle_timeout_s)
-    ae.acse_timeout = ae.dimse_timeout = peer.idle_timeout_s
+    patience = patience or peer.idle_timeout_s
+    ae.acse_timeout, ae.dimse_timeout = patience, peer.idle_timeout_s
     ae.network_timeout = None  # who waits has a limit of its own
     made: list[PynetdicomAssociation | BaseException] = []
 
@@ -275,14 +295,14 @@ def negotiate(
         while thread.is_alive():
             thread.join(SLICE_S)
             check()
-            if time.monotonic() - begun > peer.idle_timeout_s + GRACE_S:
+            if time.monotonic() - begun > patience + GRACE_S:
                 break
     except BaseException:
         _give_up(sock, thread)
         raise
     if thread.is_alive():
         _give_up(sock, thread)
-        raise TimedOut(f"{peer.where}: no answer to the association request within {peer.idle_timeout_s:g} s")
+        raise _unanswered(peer, patience)
     [assoc] = made
     if isinstance(assoc, BaseException):
         sock.close()
@@ -296,14 +316,15 @@ def negotiate(
                 f"{peer.where}: the peer takes PDUs of {association.max_send} bytes only, which hold no data"
             )
         return association
-    silent = time.monotonic() - begun >= peer.idle_timeout_s
+    silent = time.monotonic() - begun >= patience
     association.drop()
     answer = assoc.acceptor.primitive
     if answer is not None and answer.result == 0 and transport.head[:1] == b"\x02":
         if answer.presentation_context_definition_results_list:
             return association
         raise Interrupted(f"{peer.where}: the peer's answer to the association request makes no sense")
-    raise _refused(association, silent) from transport.failure
+    said = RejectedRequest(*transport.head[8:10]) if _is_rejected(transport) else transport.failure
+    raise _refused(association, silent, patience) from said
 
 
 def _give_up(sock: Any, thread: threading.Thread) -> None:
@@ -318,11 +339,27 @@ def _context(abstract: str, syntaxes: Sequence[str]) -> PresentationContext:
     return build_context(UID(abstract), [UID(syntax) for syntax in syntaxes])
 
 
-def _refused(association: Association, silent: bool) -> DispatchError:
+def about_contexts(error: BaseException) -> bool:
+    """Return True if an association may have been refused over what was asked for, and not over who asked."""
+    said = error.__cause__
+    if isinstance(said, RejectedRequest):
+        return (said.source, said.reason) not in OF_ANY_REQUEST
+    return isinstance(error, Interrupted | TimedOut)
+
+
+def _unanswered(peer: Peer, patience: float) -> TimedOut:
+    return TimedOut(f"{peer.where}: no answer to the association request within {patience:g} s")
+
+
+def _is_rejected(transport: Transport) -> bool:
+    return transport.head[:1] == b"\x03" and len(transport.head) >= 10
+
+
+def _refused(association: Association, silent: bool, patience: float) -> DispatchError:
     """Name why there is no association."""
     peer, transport = association.peer, association.transport
     head = bytes(transport.head)
-    if head[:1] == b"\x03" and len(head) >= 10:
+    if _is_rejected(transport):
         return rejection(peer, *head[7:10])
     if head[:1] == b"\x07" and len(head) >= 10:
         return Interrupted(f"{peer.where}: {aborted(*head[8:10])} that was asked for")
@@ -335,7 +372,7 @@ def _refused(association: Association, silent: bool) -> DispatchError:
     if transport.failure is not None and peer.tls is not None:
         return tls.classify(transport.failure, peer.where, has_cert=bool(peer.tls.cert))
     if silent or transport.timed_out:
-        return TimedOut(f"{peer.where}: no answer to the association request within {peer.idle_timeout_s:g} s")
+        return _unanswered(peer, patience)
     if not head and peer.tls is None and speaks_tls(peer):
         return _wants_tls(peer)
     return Interrupted(f"{peer.where}: the peer closed the connection without an answer to the association request")

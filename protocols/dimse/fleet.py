@@ -15,10 +15,10 @@ from functools import partial
 from imaging.header import MAX_UID_CHARS, Header
 from imaging.mend import NOTE
 from imaging.transcode import fallbacks
-from protocols.dimse import contexts
-from protocols.dimse.association import MAX_CONTEXTS, Association, associate
+from protocols.dimse.asking import Asking, Group
+from protocols.dimse.association import Association, about_contexts
 from protocols.dimse.backlog import PAUSE_S, Backlog, Suspect
-from protocols.dimse.contexts import UNCOMPRESSED, Pair, names, of_class
+from protocols.dimse.contexts import UNCOMPRESSED, names, of_class
 from protocols.dimse.conveyor import Conveyor, pair
 from protocols.dimse.pace import Pace
 from protocols.dimse.transport import VERIFICATION, Peer
@@ -31,9 +31,6 @@ from transfer.plan import Item, Plan, header_of
 from transfer.receipt import PushReport
 from transfer.throttle import Throttle
 
-WINDOW = 16  # operations outstanding, if the peer grants it: hides 16 round trips, and repeats at most 16 instances
-# Contexts to ask for at once; some peers abort an association with many, and get few then.
-ROOMS = (MAX_CONTEXTS - 1, 31, 7)
 AGAIN_S = (0.0, 0.5, 1.5)  # pauses before the tries to replace an association: a peer that fell over comes back
 MOST_EMPTY = 3  # associations in a row that end before anything went out
 
@@ -61,11 +58,10 @@ class Fleet:
         self.pace = Pace(1)
         self.last: DispatchError | None = None
         self.padded: list[Item] = []  # instances that went out with their odd lengths mended
-        self._room = 0  # which of ROOMS
-        self._apart = False  # whether each SOP class is asked for alone
-        self._granted = 0  # the most contexts that the peer answered
+        self.asking = Asking(peer, transcode)
         self._lock = threading.Lock()
-        self._asked: list[Pair] = []
+        self._group = Group((), ())
+        self._several = False  # whether the plan needs more than one context
         self._errors: list[BaseException] = []
         self._refusals: list[DispatchError] = []  # of associations beside or after one that stood
         self._stood = False
@@ -99,42 +95,59 @@ class Fleet:
     def _deliver(self, items: Sequence[Item]) -> None:
         """Send items over associations, each of which has the contexts of some of them.
 
-        What has no outcome in the end keeps no others from being sent.
+        What has no outcome in the end, and what the peer grants no association for, keeps no others from being sent.
         """
-        left = deque(
-            contexts.groups((pair(item) for item in items), self.transcode, ROOMS[self._room], apart=self._apart)
-        )
+        asking = self.asking
+        several = self._several = len({pair(item) for item in items}) > 1
+        left = deque(asking.groups(pair(item) for item in items if pair(item) not in asking.hopeless))
         errors: list[BaseException] = []
         while left:
             group = left.popleft()
-            classes = {sop_class for sop_class, _ in group}
-            wanted = [item for item in items if header_of(item).SOPClassUID in classes]
             try:
-                self._run(wanted, group)
-            except _Narrower:
-                classes |= {sop_class for later in left for sop_class, _ in later}
-                rest = [pair(item) for item in items if header_of(item).SOPClassUID in classes]
-                left = deque(contexts.groups(rest, self.transcode, ROOMS[self._room], apart=self._apart))
+                self._run([item for item in items if pair(item) in group.serves], group)
+            except _TurnedAway as exc:
+                instead = asking.fewer(group, left) or (asking.smaller(group, left) if several else None)
+                if instead is not None:
+                    left = deque(instead)
+                elif not several:
+                    raise exc.error from exc.error.__cause__
+                else:
+                    asking.hopeless |= dict.fromkeys(group.serves, exc.error)
             except Unsettled as exc:
                 errors.append(exc.error)
             except Interrupted as exc:
-                if not (self._granted or (left and len(errors) + 1 < MOST_EMPTY)):
+                if not (asking.granted or (left and len(errors) + 1 < MOST_EMPTY)):
                     raise
                 errors.append(exc)
+        errors += self._turned_away(items)
         if errors:
             raise gravest(errors)
 
-    def _run(self, items: Sequence[Item], asked: list[Pair]) -> None:
+    def _turned_away(self, items: Sequence[Item]) -> list[DispatchError]:
+        """Reject what no association is granted for; return why nothing is, if the peer grants none for anything."""
+        asking = self.asking
+        if not asking.granted:
+            return list(asking.hopeless.values())
+        for item in items:
+            error = asking.hopeless.get(pair(item))
+            if error is not None:
+                words = error.message.removeprefix(f"{self.peer.where}: ")
+                sop_class, syntax = pair(item)
+                what = f"an association for {names([sop_class])} in {names([syntax])}"
+                self.report(item, Outcome(Kind.REJECTED, f"{words}, each time for {what}; others were granted"))
+        return []
+
+    def _run(self, items: Sequence[Item], group: Group) -> None:
         """Send items whose contexts fit into one association.
 
         This thread opens the first association, and others follow as they help: a peer that refuses us does so once.
 
         Raises:
             Unsettled: some have no outcome.
-            _Narrower: the peer may have ended the association over the number of contexts.
+            _TurnedAway: the peer may have refused the first association over its contexts.
             DispatchError: the peer can't be reached, or lets us send nothing.
         """
-        self.backlog, self._asked = Backlog(items), asked
+        self.backlog, self._group = Backlog(items), group
         self._stood, self.last = False, None
         self._errors, self._refusals = [], []
         while self.backlog.turn():
@@ -214,28 +227,37 @@ class Fleet:
 
     def _first(self) -> Association | None:
         """Open the first association; it decides what is rejected for want of a context."""
-        count = len(self._asked)
+        asking = self.asking
         try:
-            association = associate(self.peer, self._contexts(), self.report.check, window=WINDOW)
-        except Retryable as exc:
-            if isinstance(exc, Interrupted) and count > self._granted:
-                while self._room + 1 < len(ROOMS):
-                    self._room += 1
-                    if count > ROOMS[self._room]:
-                        raise _Narrower from exc
-            again = self._another(patient=True) if self._granted else None
+            association = asking.associate(self._contexts(), self.report.check)
+        except Cancelled:
+            raise
+        except DispatchError as exc:
+            again = self._once_more(exc)
             if again is not None:
                 self._refusals.append(exc)
                 return again
-            if isinstance(exc, Interrupted) and not self._apart and len({each for each, _ in self._asked}) > 1:
-                self._apart = True  # the peer may fall over at one of the classes
-                raise _Narrower from exc
+            to_blame = asking.answers(self.report.check) if self._several and about_contexts(exc) else None
+            if to_blame or (to_blame is None and isinstance(exc, Interrupted)):
+                raise _TurnedAway(exc) from exc
             raise
-        self._granted = max(self._granted, count)
+        asking.granted = max(asking.granted, len(self._group.asked))
         if association.accepted:
             return association
         while (item := self.backlog.next()) is not None:
             self.report(item, Outcome(Kind.REJECTED, self.refusal(association, header_of(item))))
+        return None
+
+    def _once_more(self, error: DispatchError) -> Association | None:
+        """Ask again, where the peer has granted others before; a silence is costly and says enough."""
+        asking = self.asking
+        if isinstance(error, TimedOut) or not (isinstance(error, Retryable) or about_contexts(error)):
+            return None
+        if asking.granted and not asking.apart:
+            return self._another(patient=True)
+        if self._group.alone and asking.alive:
+            self._wait(AGAIN_S[1])
+            return self._another(patient=False)
         return None
 
     def _another(self, *, patient: bool) -> Association | None:
@@ -247,7 +269,7 @@ class Fleet:
         for pause in AGAIN_S if patient else AGAIN_S[:1]:
             self._wait(pause)
             try:
-                association = associate(self.peer, self._contexts(), self.report.check, window=WINDOW)
+                association = self.asking.associate(self._contexts(), self.report.check)
                 if association.accepted:
                     return association
                 # What the first one takes is not refused because of another one.
@@ -268,14 +290,14 @@ class Fleet:
             self.report.check()
 
     def _contexts(self) -> list[tuple[str, tuple[str, ...]]]:
-        wanted: list[tuple[str, tuple[str, ...]]] = [(sop_class, (syntax,)) for sop_class, syntax in self._asked]
-        if any(syntax not in UNCOMPRESSED for _, syntax in self._asked):
+        wanted: list[tuple[str, tuple[str, ...]]] = [(sop_class, (syntax,)) for sop_class, syntax in self._group.asked]
+        if any(syntax not in UNCOMPRESSED for _, syntax in self._group.asked):
             wanted.append((VERIFICATION, UNCOMPRESSED[1:]))
         return wanted
 
     def refusal(self, association: Association, header: Header) -> str:
         """Say which syntaxes were offered for an instance that can't be sent, and which of them the peer takes."""
-        offered = of_class(self._asked, header.SOPClassUID)
+        offered = of_class(self._group.asked, header.SOPClassUID)
         accepted = of_class(association.accepted, header.SOPClassUID)
         more = set(fallbacks(header.TransferSyntaxUID, "lossless")) - set(
             fallbacks(header.TransferSyntaxUID, self.transcode)
@@ -328,5 +350,9 @@ class Unsettled(Exception):
         self.error = error
 
 
-class _Narrower(Exception):
-    """The peer ended the first association: it is asked for fewer contexts at once."""
+class _TurnedAway(Exception):
+    """The peer ended the request for the first association, maybe over what was asked for."""
+
+    def __init__(self, error: DispatchError) -> None:
+        super().__init__(str(error))
+        self.error = error
