@@ -157,11 +157,20 @@ class Backlog:
                 if silent and len(outstanding) == 1:
                     suspect.waited = max(suspect.waited, patience)
             if answered and not silent:
-                self._ends[answered] += 1
-                # Where others carried many more, it is the instances at which they ended.
-                if self._ends[answered] >= SAME_ENDS and 2 * answered >= self._longest:
-                    self.lasts = min(answered, self.lasts or answered)
+                self._ended(answered)
             self._count(silent=silent)
+
+    def released(self, outstanding: Sequence[Item], answered: int) -> None:
+        """Note that the peer ended an association in order, after some instances: none of the others is to blame."""
+        with self._lock:
+            self._waiting.extendleft(item for item in reversed(outstanding) if item.path not in self._suspects)
+            self._ended(answered)
+
+    def _ended(self, answered: int) -> None:
+        self._ends[answered] += 1
+        # Where others carried many more, it is the instances at which they ended.
+        if self._ends[answered] >= SAME_ENDS and 2 * answered >= self._longest:
+            self.lasts = min(answered, self.lasts or answered)
 
     def full(self, carried: int) -> bool:
         """Return True if the peer would end an association that has carried so many with the next instance."""

@@ -17,7 +17,7 @@ from protocols.dimse.contexts import Pair, of_class
 from protocols.dimse.message import Response
 from protocols.dimse.pace import Meter, Pace
 from protocols.dimse.status import Meaning, meaning
-from protocols.dimse.store import Changed, Instance, Sender
+from protocols.dimse.store import Changed, Instance, ReleasedByPeer, Sender
 from protocols.dimse.transport import VERIFICATION, Peer
 from protocols.net.hiding import identifying
 from protocols.net.words import clean
@@ -87,17 +87,22 @@ class Conveyor:
         try:
             with sender:
                 self._carry(sender)
+                sender.release()
         except Changed:
             self.association.abort()
         except (Interrupted, TimedOut) as exc:
-            self._end(sender)
-            self.backlog.broke([item for item, _ in self._outstanding.values()], exc, self.answers, sender.patience)
+            self._end(sender, exc)
+            outstanding = [item for item, _ in self._outstanding.values()]
+            if isinstance(exc, ReleasedByPeer) and self.answers:
+                self.backlog.released(outstanding, self.answers)
+            else:
+                self.backlog.broke(outstanding, exc, self.answers, sender.patience)
             self.fleet.last = exc
-        except BaseException:
-            self._end(sender)
+        except BaseException as exc:
+            self._end(sender, exc)
             raise
         else:
-            self.association.release()
+            self.association.close()
         finally:
             self._meter.close()
         if self.denied is not None:
@@ -117,9 +122,11 @@ class Conveyor:
                     self._take(response)
             raise
 
-    def _end(self, sender: Sender) -> None:
+    def _end(self, sender: Sender, why: BaseException) -> None:
         if sender.torn:
             self.association.drop()
+        elif isinstance(why, ReleasedByPeer):
+            self.association.close()
         else:
             self.association.abort()
 

@@ -10,7 +10,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-P_DATA_TF, RELEASE_RQ, ABORT = 0x04, 0x05, 0x07
+P_DATA_TF, RELEASE_RQ, RELEASE_RP, ABORT = 0x04, 0x05, 0x06, 0x07
 EXPECTED = (P_DATA_TF, RELEASE_RQ, ABORT)  # PDU types that a peer may send during a transfer
 COMMAND, LAST = 0x01, 0x02  # bits of the message control header
 HEADERS = 12  # bytes before a fragment: PDU type, reserved, PDU length; PDV length, context id, control header
@@ -18,6 +18,7 @@ PDV_HEADER = 6  # bytes of them that count for the peer's maximum length (PS3.8 
 C_STORE_RQ, C_STORE_RSP = 0x0001, 0x8001
 C_ECHO_RQ, C_ECHO_RSP = 0x0030, 0x8030
 NO_DATASET = 0x0101
+RELEASE_RQ_PDU = b"\x05\x00\x00\x00\x00\x04\x00\x00\x00\x00"
 RELEASE_RP_PDU = b"\x06\x00\x00\x00\x00\x04\x00\x00\x00\x00"
 
 _HEAD = struct.Struct("<HHI")

@@ -5,7 +5,7 @@ layer. There, every PDU passes through a queue to a thread that polls, is encode
 from a data set that was read or copied before. Here a file's bytes are read by one `preadv` into a buffer that is
 laid out as PDUs, headers in place, and leave by one system call for many PDUs. 500 CT images of 0.5 MB to a sink that
 discards them cost 3.3 s of CPU there and 0.15 s here; more in docs/performance.md. pynetdicom keeps the rest:
-negotiation and state machine before, release or abort after, every other service.
+negotiation and state machine before, abort after, every other service.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from typing import Self
 
 from protocols.dimse import message
-from protocols.dimse.association import Association, aborted
+from protocols.dimse.association import RELEASE_S, Association, aborted
 from protocols.dimse.message import Response, StoreCommand
 from protocols.net import tls
 from protocols.net.connection import SLICE_S
@@ -37,7 +37,12 @@ MIN_FRAGMENT = 2  # bytes; PS3.8 sets no least PDU, and a peer that grants almos
 IOV_MAX = 1024  # pieces that preadv(2) takes at once
 MAX_RESPONSE = 1 << 20  # bytes; a longer PDU in answer to C-STORE is nonsense
 RECEIVE = 65_536  # bytes
+RELEASE_RP = bytes((message.RELEASE_RP,))
 _SLICE = struct.pack("ll", int(SLICE_S), int(SLICE_S % 1 * 1e6))  # struct timeval
+
+
+class ReleasedByPeer(Interrupted):
+    """The peer has ended the association in order; it blames no instance."""
 
 
 class Changed(Exception):
@@ -268,6 +273,7 @@ class Sender:
                 sent = self._sock.send(data)
             except (BlockingIOError, TimeoutError) as exc:
                 self._check()
+                self._look_for_an_end()
                 now = time.monotonic()
                 end = end or now - SLICE_S + self.patience
                 if now >= end:
@@ -292,6 +298,21 @@ class Sender:
         self._message_id = self._message_id % 0xFFFF + 1
         self._write(memoryview(message.echo_pdu(context, self._message_id)))
         self._response(message.C_ECHO_RSP)
+
+    def release(self) -> None:
+        """End the association in order (A-RELEASE), when nothing is outstanding; everything was confirmed before.
+
+        Not by pynetdicom, which waits for seconds for an answer where the peer asks for a release at the same time.
+        """
+        self.patience = min(RELEASE_S, self.patience)
+        with suppress(Interrupted, TimedOut):
+            self._write(memoryview(message.RELEASE_RQ_PDU))
+            while self._received[:1] != RELEASE_RP:
+                pdu = self._pdu()
+                if pdu is None:
+                    self._read()
+                else:
+                    self._take(*pdu)
 
     def _response(self, command: int) -> Response:
         while True:
@@ -326,7 +347,7 @@ class Sender:
             if not self.torn:
                 with suppress(OSError):
                     self._sock.send(message.RELEASE_RP_PDU)
-            raise Interrupted(f"{self.peer.where}: the peer released the association")
+            raise ReleasedByPeer(f"{self.peer.where}: the peer released the association")
         response = None
         for control, piece in message.fragments(body):
             if control & message.COMMAND:
@@ -362,23 +383,35 @@ class Sender:
         self.torn = True
         if isinstance(exc, ssl.SSLError) and "ALERT" in (exc.reason or "") and self.peer.tls:
             return tls.classify(exc, self.peer.where, has_cert=bool(self.peer.tls.cert))
-        self._read_rest()
-        said = bytes(self._received)
-        while len(said) >= 6:
-            length = int.from_bytes(said[2:6], "big")
-            if said[0] == message.ABORT and len(said) >= 10:
-                return Interrupted(f"{self.peer.where}: {aborted(*said[8:10])}")
-            said = said[6 + length :]
+        try:
+            self._look_for_an_end()
+        except Interrupted as end:
+            return end
         if exc.errno in (errno.EPIPE, errno.ECONNRESET) or isinstance(exc, ssl.SSLError):
             return Interrupted(f"{self.peer.where}: the peer broke the connection")
         return Interrupted(f"{self.peer.where}: the connection broke: {exc.strerror or exc}")
+
+    def _look_for_an_end(self) -> None:
+        """Look whether what came unasked ends the association: a peer that has done so may take no more bytes.
+
+        Raises:
+            Interrupted: it does. What came before stays for `drain`.
+        """
+        self._read_rest()
+        pos = 0
+        while pos + 10 <= len(self._received):
+            if self._received[pos] in (message.ABORT, message.RELEASE_RQ):
+                self._take(self._received[pos], bytes(self._received[pos + 6 : pos + 10]))
+            pos += 6 + int.from_bytes(self._received[pos + 2 : pos + 6], "big")
 
     def _read_rest(self) -> None:
         """Read what has come already: it stays readable after the connection broke."""
         with suppress(OSError):
             poll = select.poll()
             poll.register(self._sock, select.POLLIN)
-            while poll.poll(0) and (count := self._sock.recv_into(self._scratch)):
+            while (
+                len(self._received) <= MAX_RESPONSE and poll.poll(0) and (count := self._sock.recv_into(self._scratch))
+            ):
                 self._received += memoryview(self._scratch)[:count]
 
     def drain(self) -> list[Response]:
