@@ -250,18 +250,24 @@ def _verify(target: DicomTarget, peer: Peer, plan: Plan, report: PushReport) -> 
     notes: list[str] = []
     if target.verify is Level.ACCEPTED or not arrived:
         return Level.ACCEPTED, notes
+    renamed = {uid: items for uid, items in arrived.items() if any(report.elsewhere(plan, one) for one in items)}
     if target.verify is Level.PROVEN:
         try:
-            arrived = _prove(target, peer, arrived, report, notes)
+            there = {uid: items for uid, items in arrived.items() if uid not in renamed}
+            arrived = renamed | (_prove(target, peer, there, report, notes) if there else {})
         except CannotCommit as exc:
             notes.append(f"not proven: {exc}")
         if not arrived:
             return Level.PROVEN, notes
     try:
         wanted = [_stored(items[0]) for items in arrived.values()]
-        for uid in missing(peer, wanted, report.check):
+        absent = missing(peer, wanted, report.check)
+        for uid in absent - renamed.keys():
             for item in arrived[uid]:
                 report.revoke(item, "confirmed by the peer, but it does not list the instance afterwards")
+        if lost := absent & renamed.keys():
+            notes.append(f"{len(lost)} instance(s) can't be verified: the peer stored them under other UIDs")
+            return Level.ACCEPTED, notes
     except CannotList as exc:
         notes.append(f"not listed: {exc}")
         return Level.ACCEPTED, notes

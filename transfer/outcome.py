@@ -17,6 +17,8 @@ class Kind(StrEnum):
     UNSENT = "unsent"  # no confirmation yet; only in receipts, never in the ledger
 
 
+# How details begin that say that an item is at the target, where nobody can ask for it by its own UID.
+ELSEWHERE, NAMELESS = "stored under another UID", "accepted without its UID"
 ARRIVED = frozenset((Kind.DELIVERED, Kind.WARNING, Kind.ALREADY))
 
 
@@ -30,6 +32,11 @@ class Outcome:
     @property
     def arrived(self) -> bool:
         return self.kind in ARRIVED
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether the target has the item under another UID than its own, so that it can't be looked for."""
+        return self.arrived and self.detail.startswith((ELSEWHERE, NAMELESS))
 
 
 DELIVERED = Outcome(Kind.DELIVERED)

@@ -18,7 +18,7 @@ from pathlib import Path
 from imaging.header import Damaged, Header, NotDicom, read_header
 from transfer.errors import Misconfigured, NotFound, Rejected
 from transfer.globs import excluded
-from transfer.outcome import Outcome
+from transfer.outcome import ALREADY, Outcome
 from transfer.readers import Readers
 from transfer.watch import Watch
 
@@ -93,7 +93,7 @@ class Plan:
         dispatch_id: derived from the content, so that the same study sent again is the same dispatch.
         root: the folder that the items' paths are relative to.
         items: every file that the target shall have in the end, sorted by path.
-        done: paths of the items that the ledger says the target already has.
+        done: outcomes, by path, of the items that the ledger says the target already has.
         rejected: outcomes, by path, of the items that an earlier attempt of this run saw rejected: not sent again, and
             not at the target.
         origin: where the study came from.
@@ -106,7 +106,7 @@ class Plan:
     dispatch_id: str
     root: Path
     items: tuple[Item, ...] = field(repr=False)
-    done: frozenset[str] = field(default=frozenset(), repr=False)
+    done: Mapping[str, Outcome] = field(default_factory=dict, repr=False)
     rejected: Mapping[str, Outcome] = field(default_factory=dict, repr=False)
     origin: Origin = Origin()
     left_out: tuple[Item, ...] = field(default=(), repr=False)
@@ -130,13 +130,14 @@ class Plan:
     def narrowed(
         self,
         items: Iterable[Item],
-        done: Iterable[str] = (),
+        done: Mapping[str, Outcome] | Iterable[str] = (),
         lacks: int | None = None,
         rejected: Mapping[str, Outcome] | None = None,
     ) -> Plan:
         """Return the same plan with these items only; `lacks` is kept unless given."""
         lacks = self.lacks if lacks is None else lacks
-        return replace(self, items=tuple(items), done=frozenset(done), lacks=lacks, rejected=dict(rejected or {}))
+        done = dict(done) if isinstance(done, Mapping) else dict.fromkeys(done, ALREADY)
+        return replace(self, items=tuple(items), done=done, lacks=lacks, rejected=dict(rejected or {}))
 
     @contextmanager
     def open(self, item: Item) -> Iterator[int]:

@@ -14,7 +14,7 @@ from enum import StrEnum
 from typing import Any
 
 from transfer.errors import Cancelled
-from transfer.outcome import ALREADY, ARRIVED, UNSENT, Kind, Outcome
+from transfer.outcome import ARRIVED, UNSENT, Kind, Outcome
 from transfer.plan import Item, Plan
 
 
@@ -178,10 +178,19 @@ class PushReport:
             self._record(item, outcome)
             self.outcomes[item.path] = outcome
 
+    def outcome(self, plan: Plan, item: Item) -> Outcome | None:
+        """Return what is known of an item: reported in this push, or confirmed before it."""
+        return self.outcomes.get(item.path) or plan.done.get(item.path)
+
     def arrived(self, plan: Plan, item: Item) -> bool:
         """Return True if the item is at the target: confirmed in this push, or before it."""
-        outcome = self.outcomes.get(item.path)
-        return outcome.arrived if outcome else item.path in plan.done
+        outcome = self.outcome(plan, item)
+        return outcome is not None and outcome.arrived
+
+    def elsewhere(self, plan: Plan, item: Item) -> bool:
+        """Return True if the item is at the target under another UID than its own."""
+        outcome = self.outcome(plan, item)
+        return outcome is not None and outcome.elsewhere
 
     def revoke(self, item: Item, detail: str) -> None:
         """Take a confirmed delivery back: verification found that the peer doesn't have the item."""
@@ -207,7 +216,7 @@ class PushReport:
         for item in plan.items:
             outcome = self.outcomes.get(item.path)
             if outcome is None and item.path in plan.done:
-                outcome = ALREADY
+                outcome = Outcome(Kind.ALREADY, plan.done[item.path].detail)
             if outcome is None:
                 outcome = plan.rejected.get(item.path)
             if outcome is None:

@@ -48,7 +48,7 @@ from transfer.errors import (
     TimedOut,
 )
 from transfer.fanout import in_threads
-from transfer.outcome import DELIVERED, Kind, Outcome
+from transfer.outcome import DELIVERED, ELSEWHERE, NAMELESS, Kind, Outcome
 from transfer.plan import Item, Plan
 from transfer.receipt import PushReport
 from transfer.throttle import Throttle
@@ -81,7 +81,6 @@ class StowPush:
 
     Attributes:
         unlisted: how many instances the server accepted without naming them in its answer.
-        elsewhere: paths of the instances that it stored under other UIDs.
     """
 
     def __init__(
@@ -98,7 +97,6 @@ class StowPush:
         self.service, self.plan, self.report = service, plan, report
         self.path = service.path(service.stow, "studies")
         self.unlisted = 0
-        self.elsewhere: set[str] = set()
         self._key = f"{service.where}{self.path}"
         limit, until = _suspected.get(self._key, (batch_bytes, 0.0))
         if time.monotonic() < until:
@@ -387,8 +385,7 @@ class StowPush:
         if not left:
             return []
         if lists and strangers == len(rest.items) and not lists.failed and not lists.others:
-            words = "accepted without its UID" if lists.nameless == strangers else "stored under another UID"
-            self.elsewhere.update(item.path for item in left)
+            words = NAMELESS if lists.nameless == strangers else ELSEWHERE
             for item in left:
                 self._report(item, Outcome(Kind.WARNING, words))
             return []

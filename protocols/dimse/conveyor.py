@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, suppress
 from typing import Protocol
 
-from imaging.header import Damaged, Header
+from imaging.header import UID, Damaged, Header
 from imaging.mend import NOTE, mended
 from imaging.pixels import Unfit
 from imaging.transcode import Converted, NoRoom, converted, fallbacks
@@ -22,7 +22,7 @@ from protocols.dimse.transport import VERIFICATION, Peer
 from protocols.net.hiding import identifying
 from protocols.net.words import clean
 from transfer.errors import Busy, Denied, DispatchError, Interrupted, Rejected, TimedOut
-from transfer.outcome import DELIVERED, Kind, Outcome
+from transfer.outcome import DELIVERED, ELSEWHERE, Kind, Outcome
 from transfer.plan import Item, Plan, header_of
 from transfer.receipt import PushReport
 from transfer.throttle import Throttle
@@ -258,6 +258,9 @@ class Conveyor:
             outcome = OUTCOMES[means] if means is Meaning.SUCCESS else Outcome(OUTCOMES[means].kind, detail)
             if means is Meaning.SUCCESS and header_of(item).odd:
                 outcome = Outcome(Kind.DELIVERED, NOTE)
+            if outcome.arrived and _is_renamed(item, response):
+                kind = Kind.ALREADY if means is Meaning.ALREADY else Kind.WARNING
+                outcome = Outcome(kind, "; ".join(filter(None, (ELSEWHERE, outcome.detail))))
             self.report(item, outcome)
             self.backlog.answered(item, arrived=outcome.arrived, sent=sent, carried=self.answers)
         if not self.alone:
@@ -270,6 +273,12 @@ OUTCOMES = {
     Meaning.ALREADY: Outcome(Kind.ALREADY),
     Meaning.FAILURE: Outcome(Kind.REJECTED),
 }
+
+
+def _is_renamed(item: Item, response: Response) -> bool:
+    """Return True if the peer confirms an instance of another UID: some archives and gateways replace them."""
+    uid = response.sop_instance
+    return uid != header_of(item).SOPInstanceUID and UID.fullmatch(uid) is not None
 
 
 def pair(item: Item) -> Pair:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -199,7 +199,7 @@ def sending(
     target: Target,
     source: Plan | Path,
     *,
-    done: Iterable[str] = (),
+    done: Mapping[str, Outcome] | Iterable[str] = (),
     told: Callable[[Sent, Item, Outcome], None] = lambda sent, item, outcome: None,
     moved: Callable[[Sent, int], None] = lambda sent, count: None,
     cancelled: threading.Event | None = None,
@@ -208,7 +208,7 @@ def sending(
 
     Args:
         source: a plan, or the folder to plan.
-        done: paths that the ledger knows as arrived.
+        done: what the ledger knows as arrived: paths, or outcomes by path.
         told: called with each outcome, in whichever thread the driver reports it.
         moved: called with each count of bytes, likewise.
         cancelled: set by whoever wants the push to stop.
@@ -218,10 +218,10 @@ def sending(
         home = Home(Path(folder))
         with _WatchedLedger(home.ledger) as ledger:
             delivery = _WatchedDelivery(DRIVERS.of(target), target, plan, ledger, home, cancelled or threading.Event())
-            there = set(done)
+            there = dict(done) if isinstance(done, Mapping) else dict.fromkeys(done, DELIVERED)
             for item in delivery.plan.items:
                 if item.path in there:
-                    ledger.record(*delivery.key, item, DELIVERED)
+                    ledger.record(*delivery.key, item, there[item.path])
             sender = ledger.listener = delivery.listener = Sender(delivery, told, moved)
             yield sender
 

@@ -248,26 +248,22 @@ def push(target: DicomWebTarget, plan: Plan, report: PushReport) -> Receipt:
             bandwidth_limit=target.bandwidth_limit,
         )
         store.run()
-        level, notes = _verify(target, service, plan, report, store.elsewhere)
+        level, notes = _verify(target, service, plan, report)
     if store.unlisted and level is Level.ACCEPTED:
         notes.append(f"{store.unlisted} instance(s) were accepted without being named: verify=listed would make sure")
     return report.receipt(target.name, plan, verified=level, notes=tuple(notes))
 
 
-def _verify(
-    target: DicomWebTarget, service: Service, plan: Plan, report: PushReport, elsewhere: set[str]
-) -> tuple[Level, list[str]]:
-    """Go as far as `target.verify` says, or the server lets us; take back what turns out not to be there.
-
-    Args:
-        elsewhere: paths of what the server stored under other UIDs, where nobody can look for it.
-    """
-    items = [item for item in plan.items if report.arrived(plan, item) and item.path not in elsewhere]
+def _verify(target: DicomWebTarget, service: Service, plan: Plan, report: PushReport) -> tuple[Level, list[str]]:
+    """Go as far as `target.verify` says, or the server lets us; take back what turns out not to be there."""
+    arrived = [item for item in plan.items if report.arrived(plan, item)]
+    items = [item for item in arrived if not report.elsewhere(plan, item)]
+    elsewhere = len(arrived) - len(items)
     if target.verify is Level.ACCEPTED:
         return Level.ACCEPTED, []
     level, notes = Level.ACCEPTED, []
     if elsewhere:
-        notes.append(f"{len(elsewhere)} instance(s) can't be verified: the server stored them under other UIDs")
+        notes.append(f"{elsewhere} instance(s) can't be verified: the server stored them under other UIDs")
     if not items:
         return level, notes
     try:

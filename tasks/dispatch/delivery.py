@@ -21,7 +21,7 @@ from transfer.globs import excluded
 from transfer.home import Home
 from transfer.layout import names
 from transfer.ledger import Ledger
-from transfer.outcome import ALREADY, UNSENT, Kind, Outcome
+from transfer.outcome import UNSENT, Kind, Outcome
 from transfer.plan import Item, Plan
 from transfer.receipt import ItemResult, Level, PushReport, Receipt, State
 
@@ -129,7 +129,7 @@ class Delivery:
                         if item.path in self._before:
                             progress.add(done=1, moved=item.size)
                 mark = progress.done, progress.moved
-                done = {path for path, outcome in known.items() if outcome.arrived}
+                done = {path: outcome for path, outcome in known.items() if outcome.arrived}
                 # Rejected in this run: not at the target, but not sent again either.
                 told = ((item.path, self._told.get(item.path)) for item in plan.items if item.path not in done)
                 rejected = {path: outcome for path, outcome in told if outcome and not outcome.arrived}
@@ -269,7 +269,7 @@ class Delivery:
         for item in self.plan.items:
             outcome = self._told.get(item.path) or known.get(item.path)
             if outcome and outcome.arrived and item.path in before:
-                outcome = ALREADY
+                outcome = Outcome(Kind.ALREADY, outcome.detail)  # which may say that it has another UID there
             if outcome is None:
                 said = self._put_off.get(item.path)
                 outcome = Outcome(Kind.UNSENT, f"{UNSENT.detail}: {said}") if said else UNSENT

@@ -35,7 +35,7 @@ from transfer.errors import (
     Retryable,
     TimedOut,
 )
-from transfer.outcome import Kind
+from transfer.outcome import Kind, Outcome
 from transfer.plan import Item, Plan, scan
 from transfer.receipt import Level, PushReport, State
 
@@ -187,6 +187,28 @@ def test_stored_under_another_uid(server: Scripted, plan: Plan, batch_items: int
     assert kinds(sent) == [Kind.WARNING] * 8
     assert all("another UID" in outcome.detail for outcome in sent.outcomes.values())
     assert sum(len(request.parts) for request in server.of("POST")) == 8
+
+
+@pytest.mark.parametrize("level", [Level.LISTED, Level.PROVEN])
+def test_stored_under_another_uid_is_known_in_later_attempts_and_runs(
+    server: Scripted, plan: Plan, level: Level
+) -> None:
+    """Nobody can look for it there: that is no reason to call it missing, or to send it again."""
+    server.script = [renamed] * 3 + [Reply(503)] * 9
+    target = dicomweb_target(server.url, batch_items=1, concurrency=1, verify=level)
+    with sending(target, plan) as sender:
+        first = sender.attempt()
+        assert isinstance(first.error, Busy) and len(first.arrived) == 3
+        server.script = [renamed] * 99
+        receipt = sender.attempt().require()
+    assert receipt.state is State.DELIVERED and receipt.counts[Kind.WARNING] == 8
+    assert receipt.verified is Level.ACCEPTED
+    known = {row.path: Outcome(row.outcome, row.detail) for row in receipt.items}
+    posted = len(server.of("POST"))
+    again = attempt(target, plan, done=known).require()
+    assert again.state is State.DELIVERED and again.counts[Kind.ALREADY] == 8
+    assert all("another UID" in row.detail for row in again.items)
+    assert len(server.of("POST")) == posted
 
 
 def test_fewer_under_other_uids_than_were_sent(server: Scripted, plan: Plan) -> None:
