@@ -22,7 +22,8 @@ from protocols.dimse.commitment import CannotCommit, commit, reason, report_list
 from protocols.dimse.contexts import UNCOMPRESSED, names
 from protocols.dimse.find import CannotList, Stored, missing
 from protocols.dimse.fleet import Fleet
-from protocols.dimse.listener import Listener, shared
+from protocols.dimse.listener import Listener
+from protocols.dimse.ports import shared
 from protocols.dimse.query import STUDY_ROOT_FIND, finder
 from protocols.dimse.search import Search
 from protocols.dimse.transport import VERIFICATION, Peer
@@ -310,7 +311,8 @@ def _listen(target: DicomTarget, peer: Peer, report: PushReport) -> AbstractCont
     """Listen for reports on associations that the peer opens, under the AE title that it was called with."""
     context = peer.tls.server() if peer.tls and peer.tls.cert else None
     host, port = target.storage_commitment_host, target.storage_commitment_port
-    return shared(host, port, lambda: report_listener(host, port, peer.calling), context, LISTEN_S, report.check)
+    make = partial(report_listener, host, port, peer.calling)
+    return shared(Listener, host, port, make, context, LISTEN_S, report.check)
 
 
 def _stored(item: Item) -> Stored:

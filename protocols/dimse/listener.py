@@ -1,14 +1,12 @@
-"""A listener for associations that peers open to us; shared by all who need the same port in this process."""
+"""A listener for associations that peers open to us, served by pynetdicom."""
 
 from __future__ import annotations
 
-import select
 import socket
 import ssl
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, cast
 
 from pydicom.uid import UID
@@ -19,7 +17,6 @@ from pynetdicom.transport import RequestHandler, ThreadedAssociationServer
 from protocols.dimse.contexts import UNCOMPRESSED
 from protocols.dimse.transport import VERIFICATION
 from protocols.net.connection import SLICE_S
-from transfer.errors import Misconfigured
 
 HANDSHAKE_S = 10  # for a peer to begin, and to shake hands
 IDLE_S = 60  # silence on an association after which it is ended
@@ -105,54 +102,3 @@ class _Handler(RequestHandler):
             sock.close()
             return
         super().handle()
-
-
-_LOCK = threading.Lock()
-_SHARED: dict[tuple[str, int], tuple[Listener, int]] = {}
-
-
-@contextmanager
-def shared(
-    host: str,
-    port: int,
-    make: Callable[[], Listener],
-    tls: ssl.SSLContext | None,
-    wait_s: float,
-    check: Callable[[], None] = lambda: None,
-) -> Iterator[Listener]:
-    """Listen on a port until the block ends; several blocks of one process share a listener.
-
-    Args:
-        make: makes the listener, if there is none.
-        tls: a server's context, for peers that come with TLS.
-        wait_s: how long to wait for another process to give the port up, seconds.
-
-    Raises:
-        Misconfigured: the port can't be listened on.
-    """
-    end = time.monotonic() + wait_s
-    while True:
-        with _LOCK:
-            listener, users = _SHARED.get((host, port), (None, 0))
-            try:
-                listener = listener or make()
-            except OSError as exc:
-                if time.monotonic() >= end:
-                    where = f"{host or 'all addresses'}, port {port}"
-                    raise Misconfigured(f"can't listen on {where}: {exc.strerror or exc}") from exc
-            else:
-                listener.offer(tls)
-                _SHARED[host, port] = listener, users + 1
-                break
-        select.select([], [], [], SLICE_S)
-        check()
-    try:
-        yield listener
-    finally:
-        with _LOCK:
-            listener, users = _SHARED[host, port]
-            if users == 1:
-                del _SHARED[host, port]
-                listener.close()
-            else:
-                _SHARED[host, port] = listener, users - 1

@@ -19,13 +19,14 @@ class Expected:
     """One C-MOVE that is under way.
 
     Attributes:
-        originator, message_id: by which instances say whose move they belong to (PS3.7 section 9.1.1.1).
+        originators, message_id: by which instances say whose move they belong to (PS3.7 section 9.1.1.1): ours, and
+            the peer's own AE title, which pynetdicom's archive gives instead.
         hosts: addresses that they may come from.
         instances: their UIDs, None if they are not known.
         heard: when something came last; `time.monotonic`.
     """
 
-    originator: str
+    originators: frozenset[str]
     message_id: int
     hosts: frozenset[str]
     instances: frozenset[str] | None
@@ -79,7 +80,7 @@ class MoveDesk:
         if number is not None:
             found = [one for one in found if one.message_id == number]
         if originator:
-            found = [one for one in found if one.originator == originator]
+            found = [one for one in found if originator in one.originators]
         named = [one for one in found if one.instances is not None and uid in one.instances]
         if named:
             return named[0]

@@ -12,8 +12,8 @@ from functools import partial
 from pathlib import Path
 
 from imaging.header import UID, Header
-from protocols.dimse import scp
 from protocols.dimse.get import (
+    DESTINATION_UNKNOWN,
     PATIENT_ROOT_GET,
     PATIENT_ROOT_MOVE,
     USUAL_CLASSES,
@@ -26,7 +26,9 @@ from protocols.dimse.get import (
     pairs_for,
 )
 from protocols.dimse.moves import DESK, Expected, addresses
+from protocols.dimse.ports import shared
 from protocols.dimse.receive import Depot
+from protocols.dimse.scp import StorageScp
 from protocols.dimse.transport import Peer
 from protocols.files import partial as files
 from protocols.files.instances import here
@@ -358,27 +360,17 @@ class Pull:
     def _listening(self) -> Iterator[None]:
         at = self._destination
         context = self.peer.tls.server() if self.peer.tls and self.peer.tls.cert else None
-        end = time.monotonic() + PORT_S
-        while True:
-            try:
-                manager = scp.shared(
-                    at.host,
-                    at.port,
-                    lambda: scp.StorageScp(at.host, at.port, at.aet, DESK, context, self.peer.idle_timeout_s),
-                )
-                manager.__enter__()
-                break
-            except OSError as exc:
-                if time.monotonic() >= end:
-                    raise Misconfigured(
-                        f"can't listen on port {at.port} for what C-MOVE sends: {exc.strerror or exc}: set scp_port"
-                    ) from exc
-            time.sleep(LOOK_S)
-            self.report.check()
-        try:
+        with shared(
+            StorageScp,
+            at.host,
+            at.port,
+            lambda: StorageScp(at.host, at.port, at.aet, DESK, None, self.peer.idle_timeout_s),
+            context,
+            PORT_S,
+            self.report.check,
+            remedy=" for what C-MOVE sends, set scp_port",
+        ):
             yield
-        finally:
-            manager.__exit__(None, None, None)
 
     def _move(self, retriever: Retriever, one: Series) -> None:
         depot = self._depot(one, durable=True)
@@ -387,12 +379,14 @@ class Pull:
         try:
             for keys in self._requests(one, retriever):
                 number = next_message_id()
-                expected = Expected(self.peer.calling, number, hosts, instances, depot)
+                expected = Expected(frozenset((self.peer.calling, self.peer.called)), number, hosts, instances, depot)
                 with DESK.expecting(expected):
                     answer = retriever.move(keys, self._destination.aet, number, expected.last_heard)
                     one.answers.append(answer)
                     error = failure(self.peer, answer, self._destination.aet)
-                    if error:
+                    # A peer that has moved something knows where to; some call any failure so.
+                    known = any(each.status != DESTINATION_UNKNOWN for each in one.answers)
+                    if error and not (known and answer.status == DESTINATION_UNKNOWN):
                         raise error
                     self._await_late(one, answer, expected)
                 if depot.failure is not None:

@@ -12,8 +12,9 @@ import socket
 import ssl
 import struct
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+import time
+from collections import Counter
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -40,7 +41,8 @@ from transfer.errors import Cancelled, DispatchError, Interrupted
 logger = logging.getLogger(__name__)
 
 MAX_PDU = 131_072  # bytes, as we announce
-HANDSHAKE_S = 10  # for a peer to begin, and to shake hands
+HANDSHAKE_S = 10  # for a peer to shake hands and to ask for an association, all together
+MOST_NEW, MOST_NEW_OF_ONE = 256, 32  # connections that have not been admitted yet: of all peers, of one address
 IDLE_S = 60  # silence on an association after which it is ended
 BACKLOG = 128
 TLS_HANDSHAKE = b"\x16"  # how a TLS connection begins (RFC 8446 section 5.1)
@@ -97,11 +99,16 @@ class StorageScp:
         self._closed = threading.Event()
         self._lock = threading.Lock()
         self._open: set[socket.socket] = set()
+        self._new: Counter[str] = Counter()  # connections that have not been admitted yet, by address
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
         self.port = int(self._listener.getsockname()[1])
         self._thread = threading.Thread(target=self._accept, name="storage-scp", daemon=True)
         self._thread.start()
+
+    def offer(self, tls: ssl.SSLContext | None) -> None:
+        """Let peers come with TLS too, if nobody has seen to that before."""
+        self.tls = self.tls or tls
 
     def close(self) -> None:
         """Listen no more, and break the associations that are open."""
@@ -123,21 +130,33 @@ class StorageScp:
                 if self._closed.wait(0.05):  # else out of descriptors, for one
                     return
                 continue
+            host = str(address[0]).removeprefix("::ffff:")
             with self._lock:
-                self._open.add(sock)
-            threading.Thread(target=self._run, args=(sock, str(address[0])), name="store", daemon=True).start()
+                full = self._new[host] >= MOST_NEW_OF_ONE or self._new.total() >= MOST_NEW
+                if not full:
+                    self._new[host] += 1
+                    self._open.add(sock)
+            if full:
+                logger.warning("connection from %s closed: too many that have not asked for an association", host)
+                sock.close()
+                continue
+            threading.Thread(target=self._run, args=(sock, host), name="store", daemon=True).start()
+
+    def _settled(self, host: str) -> None:
+        """Note that a connection is admitted, or has ended."""
+        with self._lock:
+            self._new[host] -= 1
+            if not self._new[host]:
+                del self._new[host]
 
     def _run(self, sock: socket.socket, host: str) -> None:
         served = sock
         try:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.settimeout(HANDSHAKE_S)
-            first = sock.recv(1, socket.MSG_PEEK)
-            if first == TLS_HANDSHAKE and self.tls is not None:
-                served = self.tls.wrap_socket(sock, server_side=True)
-                with self._lock:
-                    self._open.add(served)
-            self._serve(served, host.removeprefix("::ffff:"))
+            with ExitStack() as new:
+                new.callback(self._settled, host)
+                served, association = self._begin(sock, host)
+            if association is not None:
+                association.run()
         except (OSError, DispatchError) as exc:
             logger.info("association from %s ended: %s", host, exc)
         except Exception:
@@ -148,23 +167,36 @@ class StorageScp:
             served.close()
             sock.close()
 
-    def _serve(self, sock: socket.socket, host: str) -> None:
-        body = _request(sock)
+    def _begin(self, sock: socket.socket, host: str) -> tuple[socket.socket, _Association | None]:
+        """Take an association request; return the connection under its TLS, and the association if it is admitted.
+
+        Raises:
+            OSError, Interrupted: the peer does not ask for one in time.
+        """
+        end = time.monotonic() + HANDSHAKE_S
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.settimeout(HANDSHAKE_S)
+        first = sock.recv(1, socket.MSG_PEEK)
+        if first == TLS_HANDSHAKE and self.tls is not None:
+            sock = self.tls.wrap_socket(sock, server_side=True)
+            with self._lock:
+                self._open.add(sock)
+        body = _request(sock, end)
         try:
             asked = acceptance.proposal(body)
         except ValueError:
             sock.sendall(ABORT_PDU)
-            return
+            return sock, None
         caller = Caller(asked.called, asked.calling, host)
         if asked.called != self.aet:
             sock.sendall(acceptance.rejection(*CALLED_UNKNOWN))
-            return
+            return sock, None
         if not self.desk.admit(caller):
             sock.sendall(acceptance.rejection(*CALLING_UNKNOWN))
-            return
+            return sock, None
         answer, contexts = acceptance.acceptance(body, asked, _choose, MAX_PDU)
         sock.sendall(answer)
-        _Association(self, sock, caller, asked, contexts).run()
+        return sock, _Association(self, sock, caller, asked, contexts)
 
     def check(self) -> None:
         """Raise Cancelled once the SCP is closed."""
@@ -236,21 +268,22 @@ class _Association:
         self.stream.send(pdus(request.context, encoded(answer), None, self.max_pdu))
 
 
-def _request(sock: socket.socket) -> bytes:
-    """Read an A-ASSOCIATE-RQ; return its variable field.
+def _request(sock: socket.socket, end: float) -> bytes:
+    """Read an A-ASSOCIATE-RQ until `end` (`time.monotonic`); return its variable field.
 
     Raises:
-        Interrupted: it is something else.
+        Interrupted: it is something else. TimeoutError: it is not all there in time.
     """
-    kind, length = struct.unpack(">BxI", _exactly(sock, 6))
+    kind, length = struct.unpack(">BxI", _exactly(sock, 6, end))
     if kind != acceptance.REQUEST or length > acceptance.MAX_REQUEST:
         raise Interrupted("what came is not an association request")
-    return _exactly(sock, length)
+    return _exactly(sock, length, end)
 
 
-def _exactly(sock: socket.socket, count: int) -> bytes:
+def _exactly(sock: socket.socket, count: int, end: float) -> bytes:
     data = bytearray()
     while len(data) < count:
+        sock.settimeout(max(end - time.monotonic(), 0.001))
         piece = sock.recv(count - len(data))
         if not piece:
             raise Interrupted("the peer closed the connection")
@@ -263,30 +296,3 @@ def _choose(abstract: str, offered: tuple[str, ...]) -> str | int:
     if abstract.startswith(OTHERS):
         return acceptance.NO_CLASS
     return offered[0] if offered else acceptance.NO_SYNTAX
-
-
-_LOCK = threading.Lock()
-_SHARED: dict[tuple[str, int], tuple[StorageScp, int]] = {}
-
-
-@contextmanager
-def shared(host: str, port: int, make: Callable[[], StorageScp]) -> Iterator[StorageScp]:
-    """Listen on a port until the block ends; several blocks of one process share the SCP.
-
-    Raises:
-        OSError: the port can't be listened on.
-    """
-    with _LOCK:
-        scp, users = _SHARED.get((host, port), (None, 0))
-        scp = scp or make()
-        _SHARED[host, port] = scp, users + 1
-    try:
-        yield scp
-    finally:
-        with _LOCK:
-            scp, users = _SHARED[host, port]
-            if users == 1:
-                del _SHARED[host, port]
-                scp.close()
-            else:
-                _SHARED[host, port] = scp, users - 1

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import select
 import socket
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,9 @@ from blocks import TYPES
 from blocks.dicom import DicomTarget
 from imaging.header import read_header
 from imaging.query import Query
+from protocols.dimse import scp
 from protocols.dimse.get import Retriever
+from protocols.dimse.moves import MoveDesk
 from talaria.cli.target import types
 from talaria.testing import studies
 from talaria.testing.process import free_port, program
@@ -322,6 +326,43 @@ def test_a_peer_without_c_get_and_c_move_says_so(tmp_path: Path, port: int) -> N
         pytest.raises(Misconfigured, match="nor does it accept C-MOVE"),
     ):
         pull(peer, tmp_path / "in")
+
+
+def test_strangers_who_hold_connections_keep_no_source_out(tmp_path: Path, port: int) -> None:
+    """Who says nothing, or one byte now and then, has a few seconds and a few connections."""
+    held: list[socket.socket] = []
+
+    def script(request: Request, found: list[Instance]) -> Steps:
+        for _ in range(scp.MOST_NEW_OF_ONE + 8):
+            held.append(socket.create_connection(("127.0.0.1", port), 5, ("127.0.0.2", 0)))
+        return sends(found)
+
+    with archive(study(4, 1), accept=only(GETS), on_move=script, ports={AET: port}) as peer:
+        receipt = pull(peer, tmp_path / "in")
+        assert receipt.state is State.DELIVERED
+        assert_agrees(receipt, tmp_path / "in", peer)
+    ended = 0
+    for one in held:
+        one.settimeout(5)
+        ended += one.recv(1) == b""  # those beyond the limit at once, the others when nobody listens any more
+        one.close()
+    assert ended == len(held)
+
+
+def test_half_a_request_has_no_longer_than_a_whole_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scp, "HANDSHAKE_S", 0.5)
+    one = scp.StorageScp("127.0.0.1", 0, AET, MoveDesk())
+    try:
+        with socket.create_connection(("127.0.0.1", one.port), 5) as sock:
+            begun = time.monotonic()
+            with suppress(OSError):
+                for byte in b"\1\0\0\0\1\0" + bytes(256):
+                    sock.sendall(bytes((byte,)))
+                    if select.select([sock], [], [], 0.1)[0]:
+                        break
+            assert time.monotonic() - begun < 5
+    finally:
+        one.close()
 
 
 def test_an_unknown_move_destination_names_what_to_register(tmp_path: Path, port: int) -> None:

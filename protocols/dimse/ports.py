@@ -1,0 +1,83 @@
+"""Ports that this process listens on for associations that peers open, each shared by all who need it."""
+
+from __future__ import annotations
+
+import select
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol, TypeVar, cast
+
+from protocols.net.connection import SLICE_S
+from transfer.errors import Misconfigured
+
+
+class Port(Protocol):
+    """Listens on a port from the time that it is made."""
+
+    def offer(self, tls: ssl.SSLContext | None) -> None:
+        """Let peers come with TLS too, if nobody has seen to that before."""
+
+    def close(self) -> None:
+        """Listen no more, and break the associations that are open."""
+
+
+P = TypeVar("P", bound=Port)
+
+_LOCK = threading.Lock()
+_SHARED: dict[tuple[type[Any], str, int], tuple[Any, int]] = {}
+
+
+@contextmanager
+def shared(
+    kind: type[P],
+    host: str,
+    port: int,
+    make: Callable[[], P],
+    tls: ssl.SSLContext | None,
+    wait_s: float,
+    check: Callable[[], None] = lambda: None,
+    *,
+    remedy: str = "",
+) -> Iterator[P]:
+    """Listen on a port until the block ends; several blocks of one process share who listens.
+
+    Args:
+        kind: what listens: two kinds can't share a port.
+        make: makes it, if there is none.
+        tls: a server's context, for peers that come with TLS.
+        wait_s: how long to wait for somebody else to give the port up, seconds.
+        remedy: what to do if nobody does.
+
+    Raises:
+        Misconfigured: the port can't be listened on.
+    """
+    key = kind, host, port
+    end = time.monotonic() + wait_s
+    while True:
+        with _LOCK:
+            found, users = _SHARED.get(key, (None, 0))
+            try:
+                one = cast(P, found or make())
+            except OSError as exc:
+                if time.monotonic() >= end:
+                    where = f"{host or 'all addresses'}, port {port}"
+                    raise Misconfigured(f"can't listen on {where}{remedy}: {exc.strerror or exc}") from exc
+            else:
+                one.offer(tls)
+                _SHARED[key] = one, users + 1
+                break
+        select.select([], [], [], SLICE_S)
+        check()
+    try:
+        yield one
+    finally:
+        with _LOCK:
+            one, users = _SHARED[key]
+            if users == 1:
+                del _SHARED[key]
+                one.close()
+            else:
+                _SHARED[key] = one, users - 1
