@@ -62,6 +62,23 @@ def own(tree: ast.Module) -> set[str]:
     return names(tree, defined=True)
 
 
+def test_what_it_does_in_the_product() -> None:
+    """It negotiates every association, and speaks C-ECHO and storage commitment; all else of DIMSE is our own."""
+    used: dict[str, set[str]] = {}
+    for path in (ROOT / "protocols" / "dimse").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and (node.attr.startswith(("send_c_", "send_n_", "EVT_"))):
+                used.setdefault(path.stem, set()).add(node.attr)
+            elif isinstance(node, ast.Attribute) and node.attr == "associate":
+                used.setdefault(path.stem, set()).add("associate")
+    assert used == {
+        "association": {"associate", "send_c_echo"},
+        "asking": {"associate"},  # that of `association`, with what a peer is asked for
+        "fleet": {"associate"},
+        "commitment": {"send_n_action", "EVT_N_EVENT_REPORT"},
+    }
+
+
 def test_its_version_is_fixed_as_long_as_there_are_any() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     wanted = {line for lines in extras.values() for line in lines if line.startswith("pynetdicom")}
