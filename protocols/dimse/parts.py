@@ -20,37 +20,53 @@ MODALITIES = (
     "CT", "MR", "CR", "DX", "US", "MG", "NM", "PT", "XA", "RF", "OT", "SC", "SR", "PR", "KO", "SEG", "RTSTRUCT",
     "RTPLAN", "RTDOSE", "RTIMAGE", "REG", "ES", "ECG", "IO", "PX", "OP", "OPT", "SM", "GM", "XC", "BMD", "IVUS", "DOC",
 )  # fmt: skip
-EARLIEST, LATEST = date(1900, 1, 1), date(2199, 12, 31)
+USUAL = date(1900, 1, 1), date(2199, 12, 31)  # where the middle is looked for if nothing says where studies are
+LAST_S = DAY_S - 1
 
 
 def by_date(keys: Keys, found: Sequence[dict[str, Any]]) -> list[Keys]:
-    """Halve the dates, in the middle of what was found."""
+    """Halve the dates, in the middle of what was found; a period that is open stays so on that side."""
+    halves = _halves(keys, found)
+    return [keys | {"StudyDate": f"{_date(begin)}-{_date(end)}"} for begin, end in halves]
+
+
+def by_closed_date(keys: Keys, found: Sequence[dict[str, Any]]) -> list[Keys]:
+    """Halve the dates, for peers that take no period with an open side."""
+    halves = _halves(keys, found)
+    return [keys | {"StudyDate": f"{_date(begin or date.min)}-{_date(end or date.max)}"} for begin, end in halves]
+
+
+def _halves(keys: Keys, found: Sequence[dict[str, Any]]) -> list[tuple[date | None, date | None]]:
     dates = sorted(str(one.get("StudyDate", "")) for one in found)
     if not all(_day(value) for value in dates):
         return []  # what has no date is in no range
     first, dash, last = keys.get("StudyDate", "-").partition("-")
     if not dash:
         return []
-    low, high = _day(first) or EARLIEST, _day(last) or LATEST
-    if low >= high:
+    low, high = _day(first), _day(last)
+    if (low and high and low >= high) or high == date.min:
         return []
-    middle = _day(dates[(len(dates) - 1) // 2]) if dates else low + (high - low) // 2
-    middle = min(max(middle or low, low), high - timedelta(days=1))
-    ranges = [(low, middle), (middle + timedelta(days=1), high)]
-    return [keys | {"StudyDate": f"{begin:%Y%m%d}-{end:%Y%m%d}"} for begin, end in ranges]
+    usual_low, usual_high = low or min(USUAL[0], high or USUAL[0]), high or max(USUAL[1], low or USUAL[1])
+    middle = _day(dates[(len(dates) - 1) // 2]) if dates else usual_low + (usual_high - usual_low) // 2
+    middle = max(middle or usual_low, low or date.min)
+    middle = min(middle, (high or date.max) - timedelta(days=1))
+    return [(low, middle), (middle + timedelta(days=1), high)]
 
 
 def by_time(keys: Keys, found: Sequence[dict[str, Any]]) -> list[Keys]:
-    """Halve the time of day, within one day."""
+    """Halve the time of day, within one day; what a peer compares as text, or without fractions, is in one half."""
     first, dash, last = keys.get("StudyDate", "-").partition("-")
     if (dash and first != last) or not all(str(one.get("StudyTime", "")) for one in found):
         return []
-    begin, _, end = keys.get("StudyTime", "000000-235959").partition("-")
-    low, high = _seconds(begin), _seconds(end)
+    begin, _, end = keys.get("StudyTime", "-").partition("-")
+    low, high = _seconds(begin), _seconds(end) if end else LAST_S
     if low >= high:
         return []
     middle = (low + high) // 2
-    return [keys | {"StudyTime": f"{_clock(a)}-{_clock(b)}"} for a, b in ((low, middle), (middle + 1, high))]
+    return [
+        keys | {"StudyTime": f"{begin}-{_clock(middle)}.999999"},
+        keys | {"StudyTime": f"{_shortest(middle + 1)}-{end}"},
+    ]
 
 
 def by_prefix(keys: Keys, found: Sequence[dict[str, Any]]) -> list[Keys]:
@@ -71,7 +87,7 @@ def by_modality(keys: Keys, found: Sequence[dict[str, Any]]) -> list[Keys]:
     return [keys | {"ModalitiesInStudy": modality} for modality in MODALITIES]
 
 
-SPLITTERS: tuple[Splitter, ...] = (by_date, by_time, by_modality, by_prefix)
+SPLITTERS: tuple[Splitter, ...] = (by_date, by_closed_date, by_time, by_modality, by_prefix)
 
 
 def outside(part: Keys, whole: Keys, found: Sequence[dict[str, Any]]) -> bool:
@@ -88,7 +104,7 @@ def _is_in(key: str, wanted: str, value: Any) -> bool:
     values = [str(each) for each in value] if isinstance(value, list) else [str(value)]
     if key in ("StudyDate", "StudyTime"):
         low, _, high = wanted.partition("-")
-        return any(low <= each[: len(low)] and each[: len(high)] <= high for each in values)
+        return any(low <= each and (not high or each[: len(high)] <= high) for each in values)
     if wanted.endswith("*"):
         return any(each.casefold().startswith(wanted[:-1].casefold()) for each in values)
     return wanted.casefold() in {each.casefold() for each in values}
@@ -101,9 +117,21 @@ def _day(text: str) -> date | None:
         return None
 
 
+def _date(day: date | None) -> str:
+    return f"{day.year:04}{day:%m%d}" if day else ""
+
+
 def _seconds(text: str) -> int:
+    """Seconds of a time of day, which may be cut short (PS3.5 section 6.2, TM), without its fraction."""
+    text = text[:6].ljust(6, "0")
     return int(text[:2]) * 3600 + int(text[2:4]) * 60 + int(text[4:6])
 
 
 def _clock(seconds: int) -> str:
     return f"{seconds // 3600:02}{seconds // 60 % 60:02}{seconds % 60:02}"
+
+
+def _shortest(seconds: int) -> str:
+    """As `_clock`, without the zeros at its end: as text, 1000 comes before 100000."""
+    text = _clock(seconds)
+    return text[:2] if text.endswith("0000") else text[:4] if text.endswith("00") else text

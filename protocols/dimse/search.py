@@ -33,6 +33,9 @@ SERIES_FIELDS = (
 )  # fmt: skip
 IMAGE_FIELDS = ("SOPInstanceUID", "SOPClassUID", "AvailableTransferSyntaxUID")
 OPTIONAL = ("ModalitiesInStudy", "StudyDescription")  # keys that may be left out where a peer refuses them
+TEXTS = ("PatientName", "PatientID", "StudyDescription")
+LATIN = 0x24F  # the last of its letters in Unicode; others may stand in a second or third form of a name
+SINGLE = re.compile(r"\*?\?[*?]*")  # a wild card for one character, with those around it
 EXACT = ("StudyInstanceUID", "AccessionNumber")  # keys that narrow a search so far that nothing is cut short
 MOST_PROBED = 5000  # answers; whether more than these are all is not looked into
 # Numbers at which peers stop without a word.
@@ -141,7 +144,7 @@ class Search:
         }
         modalities = listed(query.Modality)
         if len(modalities) == 1:
-            keys["ModalitiesInStudy"] = modalities[0]
+            keys["ModalitiesInStudy"] = modalities[0].upper()  # as all code strings are (PS3.5 section 6.2)
         studies = listed(query.StudyInstanceUID)
         if not studies and query.SeriesInstanceUID.strip():
             studies = self._studies_of(listed(query.SeriesInstanceUID))
@@ -199,7 +202,8 @@ class Search:
                 failed = failed or exc
                 continue
             answered = True
-            yield from ((wording, one) for one in found)
+            sent = {key: value for key, value in wording.items() if value == keys[key]}  # as it is meant
+            yield from ((sent, one) for one in found)
             if found and charset == "":
                 return
         if failed and not answered:
@@ -210,6 +214,10 @@ class Search:
 
         Nobody says in which character sets a peer takes its questions, or has stored its names.
         """
+        # To some a ? is one byte (Orthanc), so that it passes over letters that are not ASCII.
+        keys = {key: SINGLE.sub("*", value) if key in TEXTS else value for key, value in keys.items()}
+        if "PatientName" in keys:
+            keys["PatientName"] = _any_form(keys["PatientName"])
         foreign = "".join(dict.fromkeys("".join(value for value in keys.values() if not value.isascii())))
         if not foreign:
             yield keys, ""
@@ -338,6 +346,15 @@ class Search:
             return any(tests["Modality"](str(one)) for one in every)
         found = list(self.series(str(study["StudyInstanceUID"]), query))
         return bool(found)
+
+
+def _any_form(name: str) -> str:
+    """Return a pattern for a name with and without what is empty at its end, and its other forms (PS3.5 section 6.2).
+
+    Peers that compare names as text (dcmqrscp) take Doe^Jane and Doe^Jane^^^ for two, and see one form only.
+    """
+    begin = "*" if any(ord(letter) > LATIN for letter in name) else ""
+    return re.sub(r"\*+", "*", f"{begin}{name.rstrip('^=')}*")
 
 
 class _Ignored(Exception):

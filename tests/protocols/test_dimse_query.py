@@ -5,9 +5,11 @@ from __future__ import annotations
 import struct
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from imaging.query import Match, Query
-from protocols.dimse import identifier
+from protocols.dimse import identifier, parts
 from protocols.dimse.query import finder
 from protocols.dimse.search import Search
 from protocols.dimse.transport import Peer
@@ -64,6 +66,83 @@ def test_more_matches_of_one_day_than_a_peer_gives_are_asked_for_by_what_else_th
     }
     with archive(files(20, **changes), limit=5, limit_status=0xA700, ignores=frozenset(ignored)) as peer:
         assert len(found(peer, Query())) == 20
+
+
+def test_times_between_two_seconds_are_in_one_half() -> None:
+    """Halving 10:00:00 to 10:00:01 leaves nothing between the halves."""
+    times = [f"1000{second:02}.{part}" for second in range(10) for part in ("0", "5", "999999")]
+    changes: dict[str, object] = {"StudyDate": "20240101", "StudyTime": lambda n: times[n], "PatientID": "P"}
+    ignored = frozenset(("ModalitiesInStudy", "PatientID", "PatientName", "AccessionNumber"))
+    with archive(files(30, **changes), limit=5, limit_status=0xA700, ignores=ignored) as peer:
+        assert len(found(peer, Query())) == 30
+
+
+def test_dates_of_other_centuries_are_in_one_half() -> None:
+    days = [f"{year}0101" for year in (*range(1795, 1810), *range(2190, 2205))]
+    with archive(files(30, StudyDate=lambda n: days[n]), limit=4, limit_status=0xA700) as peer:
+        assert len(found(peer, Query())) == 30
+
+
+def test_a_peer_that_refuses_open_periods_is_asked_for_closed_ones() -> None:
+    days = [f"{year}0101" for year in range(1890, 1920)]
+
+    def refuses(request: Request) -> int:
+        period = str(request.keys.get("StudyDate", ""))
+        return 0xA900 if period[:1] == "-" or period[-1:] == "-" else 0
+
+    with archive(files(30, StudyDate=lambda n: days[n]), limit=4, limit_status=0xA700, refuses=refuses) as peer:
+        assert len(found(peer, Query())) == 30
+
+
+@settings(max_examples=300)
+@given(
+    found=st.lists(st.dates().map(lambda day: f"{day.year:04}{day:%m%d}"), max_size=4),
+    day=st.dates().map(lambda day: f"{day.year:04}{day:%m%d}"),
+    period=st.sampled_from(["", "-", "-19000101", "18991231-", "19500101-20101231", "00010101-00010102"]),
+)
+def test_halves_of_a_period_hold_every_day_of_it(found: list[str], day: str, period: str) -> None:
+    keys = {"StudyDate": period} if period not in ("", "-") else {}
+    for splitter in (parts.by_date, parts.by_closed_date):
+        made = [one["StudyDate"] for one in splitter(keys, [{"StudyDate": each} for each in found])]
+        if made and _within(day, period or "-"):
+            assert any(_within(day, one) for one in made)
+
+
+@settings(max_examples=300)
+@given(
+    second=st.integers(0, 86_399),
+    fraction=st.sampled_from(["", ".5", ".000001", ".999999"]),
+    cut=st.sampled_from([2, 4, 6]),
+    depth=st.integers(1, 20),
+)
+def test_halves_of_a_day_hold_every_time_of_it(second: int, fraction: str, cut: int, depth: int) -> None:
+    """As the standard compares them, and as text: what is cut short stands for the full hour or minute."""
+    clock = f"{second // 3600:02}{second // 60 % 60:02}{second % 60:02}"
+    value = clock + fraction if cut == 6 else clock[:cut]
+    keys = {"StudyDate": "20240101"}
+    for _ in range(depth):
+        made = parts.by_time(keys, [{"StudyTime": value}])
+        if not made:
+            break
+        as_text = [one for one in made if _within(value, one["StudyTime"])]
+        assert as_text
+        keys = as_text[-1]
+
+
+def _within(value: str, period: str) -> bool:
+    low, dash, high = period.partition("-")
+    return value == low if not dash else (not low or low <= value) and (not high or value <= high)
+
+
+def test_a_single_wild_card_is_matched_here() -> None:
+    """To Orthanc a ? is one byte, and so it misses letters of two."""
+    names = ["Müller^A", "Muller^B", "Mueller^C", "Møller^D"]
+    data = files(4, PatientName=lambda n: names[n], SpecificCharacterSet="ISO_IR 192")
+    with archive(data) as peer:
+        peer.refuses = lambda request: 0xC000 if "?" in str(request.keys.get("PatientName", "")) else 0
+        assert accessions(found(peer, Query(PatientName="M?ller*"))) == ["A0000", "A0001", "A0003"]
+    with archive(data, leaves_out=frozenset(("PatientName",))) as peer, pytest.raises(Misconfigured):
+        found(peer, Query(PatientName="M?ller*"))
 
 
 def test_what_cannot_be_split_is_an_error_that_says_so() -> None:
