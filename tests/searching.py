@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
@@ -18,6 +18,8 @@ from pydicom.uid import ExplicitVRLittleEndian
 
 from imaging.query import Match, Query
 from talaria.testing import studies
+
+Fold = Callable[[str], str]
 
 COUNT = 500
 NAMES = (
@@ -164,12 +166,17 @@ def queries() -> list[Query]:
     return found + [replace(one, level="series") for one in narrow]
 
 
-def truth(query: Query, count: int = COUNT) -> set[str]:
-    """The UIDs of the studies, or series, that a query finds."""
+def truth(query: Query, count: int = COUNT, *, exact: bool = False) -> set[str]:
+    """The UIDs of the studies, or series, that a query finds.
+
+    Args:
+        exact: whether upper and lower case are two things, as for a server they may be (PS3.4 section C.2.2.2.1).
+    """
+    fold: Fold = str if exact else str.lower
     found = set()
     for study in archive(count):
-        passed = [series for series in study.series if _series_passes(series, query)]
-        if passed and _study_passes(study, query):
+        passed = [series for series in study.series if _series_passes(series, query, fold)]
+        if passed and _study_passes(study, query, fold):
             found |= {series.uid for series in passed} if query.level == "series" else {study.uid}
     return found
 
@@ -179,37 +186,37 @@ def uids(matches: Iterable[Match], query: Query) -> list[str]:
     return [match.SeriesInstanceUID if query.level == "series" else match.StudyInstanceUID for match in matches]
 
 
-def _study_passes(study: Study, query: Query) -> bool:
+def _study_passes(study: Study, query: Query, fold: Fold) -> bool:
     return (
-        _is_one_of(study.accession, query.AccessionNumber)
-        and _is_one_of(study.description, query.StudyDescription)
-        and _is_like(study.patient_id, query.PatientID)
-        and _is_named(study.name, query.PatientName)
+        _is_one_of(study.accession, query.AccessionNumber, fold)
+        and _is_one_of(study.description, query.StudyDescription, fold)
+        and _is_like(study.patient_id, query.PatientID, fold)
+        and _is_named(study.name, query.PatientName, fold)
         and _is_within(study.date, query.StudyDate)
         and (not query.StudyInstanceUID or study.uid in query.StudyInstanceUID.split(","))
     )
 
 
-def _series_passes(series: Series, query: Query) -> bool:
+def _series_passes(series: Series, query: Query, fold: Fold) -> bool:
     modalities = query.Modality.replace("\\", ",").split(",")
     return (
-        any(_is_like(series.modality, one) for one in modalities)
-        and _is_one_of(series.description, query.SeriesDescription)
+        any(_is_like(series.modality, one, fold) for one in modalities)
+        and _is_one_of(series.description, query.SeriesDescription, fold)
         and (not query.SeriesInstanceUID or series.uid == query.SeriesInstanceUID)
     )
 
 
-def _is_one_of(value: str, wanted: tuple[str, ...]) -> bool:
-    return not wanted or (bool(value) and value.lower() in [one.strip().lower() for one in wanted])
+def _is_one_of(value: str, wanted: tuple[str, ...], fold: Fold) -> bool:
+    return not wanted or (bool(value) and fold(value) in [fold(one.strip()) for one in wanted])
 
 
-def _is_like(value: str, pattern: str) -> bool:
-    return not pattern or fnmatchcase(value.strip().lower(), pattern.strip().lower())
+def _is_like(value: str, pattern: str, fold: Fold) -> bool:
+    return not pattern or fnmatchcase(fold(value.strip()), fold(pattern.strip()))
 
 
-def _is_named(name: str, pattern: str) -> bool:
+def _is_named(name: str, pattern: str, fold: Fold) -> bool:
     def bare(text: str) -> str:
-        return "=".join(group.rstrip("^") for group in text.split("=")).rstrip("=").lower()
+        return fold("=".join(group.rstrip("^") for group in text.split("=")).rstrip("="))
 
     forms = {bare(name), *(bare(group) for group in name.split("="))}
     return not pattern.strip("*") or any(fnmatchcase(form, bare(pattern)) for form in forms)

@@ -1,0 +1,174 @@
+"""Real archives as sources: the same searches find what they should, and what is fetched is what is there."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from blocks.dicom import DicomTarget
+from imaging.query import Query
+from protocols.dimse.get import Retriever
+from talaria.testing import studies
+from talaria.testing.harness import attempt
+from tasks.dicom import find, retrieve
+from tests import searching
+from tests.servers.dcmtk import dcmqrscp
+from tests.servers.orthanc import orthanc, shared_orthanc
+from tests.servers.qr import Instance as Held
+from tests.servers.qr import Last, Request, Send, Steps, archive, sends
+from tests.servers.qrscp import qrscp
+from tests.servers.steps import Silence
+from tests.targets.dicom import dicom_target
+from tests.targets.dicom_tls import certificates, tls_target
+from tests.targets.test_dicom_pull import AET, assert_agrees, datasets, port, store, study
+from transfer.errors import Misconfigured
+from transfer.receipt import PushReport, State
+
+__all__ = ["port"]  # a fixture
+
+
+def wrong(target: DicomTarget, queries: list[Query]) -> dict[str, str]:
+    """Which queries find something else than they should, and what is missing or too much.
+
+    Servers may tell upper from lower case, and may not give what is to be filtered by: then it must be an error.
+    """
+    bad = {}
+    for query in queries:
+        keys = str({key: value for key, value in vars(query).items() if value})
+        try:
+            uids = searching.uids(find(target, query), query)
+        except Misconfigured as exc:
+            if not (query.SeriesDescription and "SeriesDescription" in str(exc)):
+                bad[keys] = str(exc)
+            continue
+        missing = sorted(searching.truth(query, exact=True) - set(uids))
+        more = sorted(set(uids) - searching.truth(query))
+        if missing or more or len(uids) != len(set(uids)):
+            bad[keys] = f"{len(missing)} missing: {missing[:3]}; {len(more)} too much: {more[:3]}"
+    return bad
+
+
+@pytest.fixture(scope="module")
+def folder() -> Iterator[Path]:
+    """The files of the 500 studies."""
+    with tempfile.TemporaryDirectory(prefix="talaria-sources-") as made:
+        for name, data in searching.files():
+            (Path(made) / name).write_bytes(data)
+        yield Path(made)
+
+
+def test_searches_of_dcmqrscp(folder: Path, tmp_path: Path) -> None:
+    with dcmqrscp(tmp_path / "qr", studies=600) as server:
+        target = dicom_target(server.port, aet_target=server.aet, direction="both", idle_timeout_s=60, concurrency=1)
+        assert attempt(target, folder).require().state is State.DELIVERED
+        queries = searching.queries()
+        # It looks at no ModalitiesInStudy: each study is asked for its series, which is the same for all of these.
+        alike = [query for query in queries if vars(query) == vars(Query(Modality=query.Modality)) and query.Modality]
+        assert wrong(target, [query for query in queries if query not in alike[2:]]) == {}
+
+
+def test_searches_of_orthanc(folder: Path, tmp_path: Path) -> None:
+    with orthanc(tmp_path / "orthanc", settings={"DefaultEncoding": "Utf8"}) as server:
+        target = dicom_target(server.dicom_port, aet_target=server.aet, direction="both", idle_timeout_s=60)
+        assert attempt(target, folder).require().state is State.DELIVERED
+        assert wrong(target, searching.queries()) == {}
+
+
+def test_the_query_scp_of_pynetdicom(tmp_path: Path, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = study(6, 2)
+    with qrscp(tmp_path / "qr", peers={AET: port}) as server:
+        store(tmp_path, files, server.port, server.aet)
+        target = dicom_target(server.port, aet_target=server.aet, direction="query")
+        for query in (Query(AccessionNumber=(studies.ACCESSION,)), Query(StudyDate=studies.STUDY_DATE), Query()):
+            assert len(list(find(target, query))) == 1
+        assert len(list(find(target, Query(level="series")))) == 2
+        assert not list(find(target, Query(PatientID="nobody")))
+        for way in ("get", "move"):
+            with monkeypatch.context() as patch:
+                if way == "move":  # it grants C-GET
+                    patch.setattr(Retriever, "stores", property(lambda one: False))
+                receipt = retrieve(target, Query(AccessionNumber=(studies.ACCESSION,)), tmp_path / way, PushReport())
+            assert receipt.state is State.DELIVERED, receipt
+            assert ("C-MOVE" in receipt.notes[0]) == (way == "move")
+            assert set(datasets(tmp_path / way)) == {Held.of(data).uid for data in files}
+
+
+def test_c_move_over_tls(tmp_path: Path, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The peer comes back with TLS as well, and gets our certificate."""
+    made = certificates()
+    server = shared_orthanc(made.server, made.ca)
+    modality = {"AET": AET, "Host": "127.0.0.1", "Port": port, "UseDicomTls": True}
+    server.request("PUT", "/modalities/receiver", json.dumps(modality).encode())
+    studies.ct(tmp_path / "study", 3)
+    target = tls_target(server.dicom_port, aet_target=server.aet, direction="both")
+    assert attempt(target, tmp_path / "study").require().state is State.DELIVERED
+    monkeypatch.setattr(Retriever, "stores", property(lambda one: False))  # it grants C-GET
+    receipt = retrieve(target, Query(AccessionNumber=(studies.ACCESSION,)), tmp_path / "in", PushReport())
+    assert receipt.state is State.DELIVERED, receipt
+    assert "C-MOVE" in receipt.notes[0]
+    assert set(datasets(tmp_path / "in")) == server.uids()
+
+
+# ---- killed in the middle
+
+CHILD = """
+import sys
+from pathlib import Path
+from imaging.query import Query
+from talaria.testing.harness import attempt
+from tasks.dicom import find, retrieve
+from tests.targets.dicom import dicom_target
+from transfer.receipt import PushReport
+what, port, folder = sys.argv[1:]
+target = dicom_target(int(port), aet_target="ARCHIVE", direction="both", idle_timeout_s=60)
+if what == "find":
+    list(find(target, Query()))
+else:
+    retrieve(target, Query(), Path(folder), PushReport())
+"""
+
+
+@pytest.mark.parametrize("phase", ["find", "get"])
+def test_a_killed_retrieval_leaves_nothing_half_and_goes_on(phase: str, tmp_path: Path) -> None:
+    here = threading.Event()
+
+    def refuses(request: Request) -> int:
+        if phase == "find" and not here.is_set():
+            here.set()
+            peer.stopped.wait(60)
+        return 0
+
+    def script(request: Request, found: list[Held]) -> Steps:
+        if request.number > 1:
+            return sends(found)
+
+        def steps() -> Iterator[Any]:
+            yield from (Send(found[0]), Send(found[1]), Last(0xFF00, 2, 0, 0, 1))
+            here.set()
+            yield Silence()
+
+        return cast(Any, steps())
+
+    with archive(study(6, 2), on_get=script, refuses=refuses) as peer:
+        what = "find" if phase == "find" else "get"
+        argv = [sys.executable, "-c", CHILD, what, str(peer.port), str(tmp_path / "in")]
+        child = subprocess.Popen(argv, cwd=Path(__file__).parents[2])
+        try:
+            assert here.wait(30)
+        finally:
+            os.kill(child.pid, signal.SIGKILL)
+            child.wait(10)
+        target = dicom_target(peer.port, aet_target=peer.aet, direction="query", idle_timeout_s=5)
+        receipt = retrieve(target, Query(AccessionNumber=(studies.ACCESSION,)), tmp_path / "in", PushReport())
+        assert receipt.state is State.DELIVERED
+        assert_agrees(receipt, tmp_path / "in", peer)
