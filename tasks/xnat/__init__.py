@@ -228,6 +228,7 @@ class _Push:
         self._lock = threading.Lock()
         self._in_a_row = 0  # failures since a study came to its end
         self._errors: list[DispatchError] = []
+        self._refused: list[tuple[Study, DispatchError]] = []  # studies that are for good, as far as is known
 
     def run(self, studies: list[Study]) -> None:
         """Import studies.
@@ -241,8 +242,20 @@ class _Push:
             with classified({header_of(item).PatientID for item in study.items} - {""}):
                 names[study.uid] = self._importer.names.name(study)
         each(studies, lambda study: self._deliver(study, names[study.uid]), self._importer.target.concurrency, "xnat")
+        self._settle_refused()
         if self._errors:
             raise gravest(self._errors)
+
+    def _settle_refused(self) -> None:
+        """Reject studies that XNAT refuses though it takes others; raise why, if it takes none."""
+        report = self._importer.report
+        taken = any(outcome.arrived for outcome in report.outcomes.values())
+        for study, error in self._refused:
+            if not taken:
+                raise error
+            for item in study.pending:
+                if item.path not in report.outcomes:
+                    report(item, Outcome(Kind.REJECTED, error.message))
 
     def _deliver(self, study: Study, name: Name) -> None:
         try:
@@ -259,6 +272,14 @@ class _Push:
                 self._in_a_row += 1
                 in_a_row = self._in_a_row
             if in_a_row >= MAX_IN_A_ROW or self._importer.is_away(exc):
+                self._stop.set()
+                raise
+        except (Denied, Misconfigured, NotFound) as exc:  # a gateway's word, perhaps, on this study alone
+            with self._lock:
+                self._refused.append((study, exc))
+                self._in_a_row += 1
+                ends = self._in_a_row >= MAX_IN_A_ROW
+            if ends:
                 self._stop.set()
                 raise
         except BaseException:

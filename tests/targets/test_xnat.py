@@ -571,6 +571,38 @@ def test_studies_that_fail_stop_no_others(server: Xnat, study: Path, how: str) -
     assert len(server.imports) <= 10, "two studies of two files, each alone at most"
 
 
+@pytest.mark.parametrize("status", [403, 404, 405, 415])
+@pytest.mark.parametrize("bad", [0, 1, 4])
+def test_a_study_that_is_refused_stops_no_others(server: Xnat, study: Path, status: int, bad: int) -> None:
+    """As a firewall before XNAT does at something in it."""
+    uids = sorted(studies.uid(56) for _ in range(5))
+    for number, uid in enumerate(uids):
+        studies.ct(study / str(number), 2, study=uid)
+    run = server.rest.service.run
+
+    def failing(user: str, params: dict[str, str], uploads: list[Any]) -> Any:
+        if len(server.imports) == bad + 1:
+            raise Refusal(status, "not here")
+        return run(user, params, uploads)
+
+    server.rest.service.run = failing  # type: ignore[method-assign]
+    sent = attempt(xnat_target(server.url, concurrency=1), study)
+    assert sent.require().state is State.PARTIAL
+    assert len(sent.arrived) == 8
+    assert len(sent.rejected) == 2
+    assert all("not here" in reason for reason in sent.rejected.values())
+    assert len(server.imports) == 5
+
+
+def test_a_server_that_refuses_every_study_is_left_in_peace(server: Xnat, study: Path) -> None:
+    for number in range(8):
+        studies.ct(study / str(number), 1, study=studies.uid(56))
+    server.faults.append(Fault("POST", "/data/services/import", error(403, "Forbidden"), times=99))
+    fails(attempt(xnat_target(server.url, concurrency=1), study), Denied)
+    assert len(server.imports) == 3
+    server.faults.clear()
+
+
 def test_a_server_that_fails_always_is_left_in_peace(server: Xnat, study: Path) -> None:
     for number in range(8):
         studies.ct(study / str(number), 1, study=studies.uid(56))
