@@ -12,6 +12,7 @@ from protocols.dimse.accessions import Accessions
 from transfer.errors import Misconfigured
 
 THERE = [f"ACC{number:06}" for number in range(0, 4000, 2)]
+IS_THERE = frozenset(THERE)
 ABSENT = ["ACC000001", "ACC002501", "XYZ"]
 WANTED = [*THERE[:1200], *ABSENT, *THERE[1200:]]
 
@@ -25,6 +26,8 @@ def takes_lists(value: str) -> list[str]:
 
 def takes_one_value(value: str) -> list[str]:
     """As DCMTK's: a list is one value that nothing has, and answered with success and nothing."""
+    if "*" not in value:
+        return [value] * (value in IS_THERE)
     return [number for number in THERE if fnmatch.fnmatchcase(number, value)]
 
 
@@ -45,7 +48,7 @@ def refuses_all_but_one(value: str) -> list[str]:
 
 
 def looks_at_no_wild_card(value: str) -> list[str]:
-    return [number for number in THERE if number == value]
+    return [value] * (value in IS_THERE)
 
 
 def answers_all_to_lists(value: str) -> list[str]:
