@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +35,13 @@ def wrong(target: DicomWebTarget, queries: list[Query], count: int = searching.C
     return found
 
 
+def few() -> list[Query]:
+    """One in five, and those that are about what servers lack."""
+    queries = searching.queries()
+    special = [query for query in queries if query.StudyDescription or query.Modality or query.level == "series"]
+    return list({id(query): query for query in [*queries[::5], *special[::3]]}.values())
+
+
 @pytest.fixture(scope="module")
 def files() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="talaria-searching-") as folder:
@@ -57,19 +65,21 @@ def test_folder(files: Path) -> None:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.slow
-def test_orthanc(files: Path) -> None:
+@pytest.mark.parametrize("count", [FEW, pytest.param(searching.COUNT, marks=pytest.mark.slow)])
+def test_orthanc(count: int) -> None:
     """Its answers are in Latin-1 unless told otherwise, and lose what that can't hold."""
     with (
         tempfile.TemporaryDirectory(prefix="talaria-orthanc-") as folder,
         orthanc(Path(folder) / "orthanc", settings={"DefaultEncoding": "Utf8"}) as server,
     ):
-        for path in sorted(files.glob("*.dcm")):  # a search of the folder leaves its index there
-            server.request("POST", "/instances", path.read_bytes())
+        with ThreadPoolExecutor(4) as threads:
+            for _, data in searching.files(count):
+                threads.submit(server.request, "POST", "/instances", data)
+        assert len(server.uids()) == len(list(searching.files(count)))
         target = dicomweb_target(
             server.dicomweb_url, http_user=server.user, http_password=server.password, idle_timeout_s=60
         )
-        assert wrong(target, searching.queries()) == {}
+        assert wrong(target, few() if count == FEW else searching.queries(), count) == {}
 
 
 # ---- servers that do otherwise
@@ -112,13 +122,6 @@ def server() -> Iterator[Scripted]:
         for name, data in searching.files(FEW):
             running.stored[f"{name.removesuffix('.dcm')}.1"] = data
         yield running
-
-
-def few() -> list[Query]:
-    """One in five, and those that are about what servers lack."""
-    queries = searching.queries()
-    special = [query for query in queries if query.StudyDescription or query.Modality or query.level == "series"]
-    return list({id(query): query for query in [*queries[::5], *special[::3]]}.values())
 
 
 @pytest.mark.timeout(300)
