@@ -56,17 +56,18 @@ lint: tools
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 
-# Tests wait for servers more than they compute: two at a time need little more than half the time.
-PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+# Tests wait for servers more than they compute: three at a time, on two cores.
+PARALLEL := --numprocesses 3 --dist worksteal
+PYTEST := $(BIN)/python -m pytest $(PARALLEL)
 
 # The second run is that of an ordinary user, where root runs this; an ordinary user has run all of it himself.
 test: tools servers lint
 	$(PYTEST) -m "not slow"
-	@sh tests/as_another_user.sh --numprocesses 2 --dist worksteal -m "as_user and not slow"
+	@sh tests/as_another_user.sh $(PARALLEL) -m "as_user and not slow"
 
 test-all: tools servers lint
 	$(PYTEST) --timeout 1800
-	@sh tests/as_another_user.sh --numprocesses 2 --dist worksteal --timeout 1800
+	@sh tests/as_another_user.sh $(PARALLEL) --timeout 1800
 
 clean:
 	rm -rf .venv .cache build *.egg-info

@@ -16,12 +16,11 @@ COUNT = 5000
 pytestmark = pytest.mark.timeout(600)
 
 
-def elsewhere(up: Talaria, home: Path, *arguments: str, code: int = 0) -> Any:
-    """Run a command with another state directory, at the same server."""
+def elsewhere(up: Talaria, home: Path, *arguments: str, code: int = 0, alone: bool = False) -> Any:
+    """Run a command with another state directory, at the same server; `alone`: as a process of its own."""
     auth = (up.home / "api.auth").read_text().strip()
     env = {"TALARIA_HOME": str(home), "PREFECT_API_URL": up.url, "PREFECT_API_AUTH_STRING": auth}
-    # A process of its own for what sends; the rest is the same in any.
-    ran = (up if arguments[0] == "send" else up.here)(*arguments, "--json", env=env)
+    ran = (up if alone else up.here)(*arguments, "--json", env=env)
     assert ran.returncode == code, ran
     return json.loads(ran.stdout)
 
@@ -35,7 +34,7 @@ def test_receipts_and_checks_are_read_where_the_worker_is_not(up: Talaria, tmp_p
         closed={"type": "folder", "folder": str(tmp_path / "closed"), "max_attempts": 1},
     )
     there = tmp_path / "other home"
-    sent = elsewhere(up, there, "send", str(tmp_path / "study"), "--to", "archive", "--all-items")
+    sent = elsewhere(up, there, "send", str(tmp_path / "study"), "--to", "archive", "--all-items", alone=True)
     assert sent["state"] == "delivered" and sent["targets"]["archive"]["delivered"] == 3
     assert len(sent["targets"]["archive"]["items"]) == 3
     assert not (there / "receipts").exists()
