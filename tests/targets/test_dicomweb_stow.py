@@ -677,10 +677,14 @@ PASSING = ("408", "425", "429", "502", "503", "504", "507", "reset", "cut", "sil
 
 
 @pytest.mark.parametrize(
-    ("bad", "count", "batch_items", "concurrency"),
-    [((0,), 8, 100, 1), ((3, 4, 5), 8, 4, 1), ((0, 4), 8, 4, 4), ((0, 5, 9, 17, 18, 29), 30, 100, 1)],
+    ("fault", "bad", "count", "batch_items", "concurrency"),
+    [
+        (fault, *case)
+        for fault in FAULTS
+        for case in (((0,), 8, 100, 1), ((3, 4, 5), 8, 4, 1), ((0, 4), 8, 4, 4), ((0, 5, 9, 17, 18, 29), 30, 100, 1))
+        if fault != "silence" or case[1] == 8  # each silence takes its time
+    ],
 )
-@pytest.mark.parametrize("fault", FAULTS)
 def test_what_fails_a_whole_request_for_some_instances_costs_only_them(
     server: Scripted, tmp_path: Path, fault: str, bad: tuple[int, ...], count: int, batch_items: int, concurrency: int
 ) -> None:
@@ -689,7 +693,11 @@ def test_what_fails_a_whole_request_for_some_instances_costs_only_them(
     victims = {uids(plan)[number] for number in bad}
     server.script = Always([lambda request: FAULTS[fault] if victims & set(request.uids) else None])
     target = dicomweb_target(
-        server.url, concurrency=concurrency, batch_items=batch_items, max_attempts=2, idle_timeout_s=0.3
+        server.url,
+        concurrency=concurrency,
+        batch_items=batch_items,
+        max_attempts=2,
+        idle_timeout_s=1 if fault == "silence" else 10,
     )
     with sending(target, plan) as sender:
         while True:
@@ -714,7 +722,7 @@ def test_what_is_not_settled_has_its_reason(server: Scripted, plan: Plan, fault:
     """One attempt is all that there is."""
     bad = uids(plan)[2]
     server.script = Always([lambda request: FAULTS[fault] if bad in request.uids else None])
-    with sending(dicomweb_target(server.url, concurrency=1, idle_timeout_s=0.3), plan) as sender:
+    with sending(dicomweb_target(server.url, concurrency=1, idle_timeout_s=1), plan) as sender:
         sender.attempt()
         (left,) = (row for row in sender.receipt().items if row.outcome is not Kind.DELIVERED)
     assert left.outcome is (Kind.REJECTED if fault == "500" else Kind.UNSENT)
@@ -1095,10 +1103,9 @@ def test_link_that_breaks(server: Scripted, plan: Plan, step: Reply) -> None:
     server.stored.clear()
     server.requests.clear()
     server.script = [lambda _: None, *[step] * 20]
-    sent = push(server, plan, batch_items=4, idle_timeout_s=0.3)
+    sent = push(server, plan, batch_items=4, idle_timeout_s=1)
     assert type(sent.error) is (TimedOut if step.hangs else Interrupted)
     assert len(sent.arrived) == 4
-    assert sent.seconds < 5
     server.script = []
     again = attempt(dicomweb_target(server.url), plan, done=sent.arrived)
     assert again.require().state is State.DELIVERED
