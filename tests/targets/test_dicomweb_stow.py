@@ -682,7 +682,7 @@ PASSING = ("408", "425", "429", "502", "503", "504", "507", "reset", "cut", "sil
         (fault, *case)
         for fault in FAULTS
         for case in (((0,), 8, 100, 1), ((3, 4, 5), 8, 4, 1), ((0, 4), 8, 4, 4), ((0, 5, 9, 17, 18, 29), 30, 100, 1))
-        if fault != "silence" or case[1] == 8  # each silence takes its time
+        if fault != "silence" or len(case[0]) < 3  # each silence takes its time
     ],
 )
 def test_what_fails_a_whole_request_for_some_instances_costs_only_them(
