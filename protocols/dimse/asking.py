@@ -126,7 +126,9 @@ class Asking:
             self.apart = True
             return self._again(group, later)
         if not group.alone:
-            return [*(self._alone(pair) for pair in group.serves), *later]
+            alone = [self._alone(pair) for pair in group.serves]
+            # The same again makes sure, where the peer is known to answer others.
+            return [*alone, *later] if self.alive or len(alone[0].asked) < len(group.asked) else None
         syntax = group.serves[0][1]
         plain = tuple(pair for pair in group.asked if pair[1] != syntax)
         converts = syntax not in UNCOMPRESSED and UNCOMPRESSED[0] in fallbacks(syntax, self.policy)

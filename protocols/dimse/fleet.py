@@ -101,16 +101,19 @@ class Fleet:
         several = self._several = len({pair(item) for item in items}) > 1
         left = deque(asking.groups(pair(item) for item in items if pair(item) not in asking.hopeless))
         errors: list[BaseException] = []
+        first: DispatchError | None = None
         while left:
             group = left.popleft()
             try:
                 self._run([item for item in items if pair(item) in group.serves], group)
             except _TurnedAway as exc:
-                instead = asking.fewer(group, left) or (asking.smaller(group, left) if several else None)
+                first = first or exc.error
+                fewer = asking.fewer(group, left) if several or isinstance(exc.error, Interrupted) else None
+                instead = fewer or asking.smaller(group, left)
                 if instead is not None:
                     left = deque(instead)
                 elif not several:
-                    raise exc.error from exc.error.__cause__
+                    raise first from first.__cause__
                 else:
                     asking.hopeless |= dict.fromkeys(group.serves, exc.error)
             except Unsettled as exc:
@@ -237,8 +240,8 @@ class Fleet:
             if again is not None:
                 self._refusals.append(exc)
                 return again
-            to_blame = asking.answers(self.report.check) if self._several and about_contexts(exc) else None
-            if to_blame or (to_blame is None and isinstance(exc, Interrupted)):
+            # Where there is but one pair, the next request is the one for next to nothing.
+            if about_contexts(exc) and (not self._several or asking.answers(self.report.check)):
                 raise _TurnedAway(exc) from exc
             raise
         asking.granted = max(asking.granted, len(self._group.asked))

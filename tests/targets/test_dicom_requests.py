@@ -100,6 +100,16 @@ def test_a_transfer_syntax_costs_itself_alone(end: str, tmp_path: Path) -> None:
         assert {store.syntax for store in peer.kept.values()} <= {EXPLICIT, IMPLICIT}
 
 
+@pytest.mark.parametrize("end", ENDS)
+def test_a_transfer_syntax_that_is_only_offered_costs_nothing(end: str, tmp_path: Path) -> None:
+    """As what files could be converted to, where a node doesn't take their own; all are of one class and syntax."""
+    studies.ct(tmp_path, 3)
+    with scp(on_associate=over(ENDS[end][0], JPEG_2000)) as peer:
+        sent = attempt(target_of(peer), tmp_path)
+        assert sent.require().state is State.DELIVERED
+        assert sent.seconds < IDLE_S + SLACK_S
+
+
 @pytest.mark.parametrize("most", [64, 16, 8])
 @pytest.mark.parametrize("end", ["permanent", "limit", "silence", "close"])
 def test_too_many_contexts(end: str, most: int, tmp_path: Path) -> None:
