@@ -212,6 +212,7 @@ class Connection:
             self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if self.peer.tls is not None:
                 self.socket.settimeout(5)
+                self.socket.getpeername()  # of a connection that was reset, TLS would leave a socket unclosed
                 self.socket = self.peer.tls.wrap_socket(self.socket, server_side=True)
             self.socket.settimeout(POLL_S)
             self.play(self.peer.on_connect(association.number) if self.peer.on_connect else None)
