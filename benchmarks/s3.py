@@ -165,7 +165,7 @@ def requests(url: str, folder: str, transfers: str) -> None:
     import urllib3
     from botocore.config import Config
 
-    from protocols.s3.client import Settings
+    from protocols.s3.client import BucketSettings
     from protocols.s3.store import Payload, Store
 
     body = os.urandom(SMALL)
@@ -175,7 +175,7 @@ def requests(url: str, folder: str, transfers: str) -> None:
     )  # fmt: skip
     pool = urllib3.PoolManager(maxsize=64, retries=False)
     signer = botocore.auth.S3SigV4Auth(botocore.credentials.Credentials("a", "b"), "s3", "us-east-1")
-    store = Store(Settings("lab", endpoint_url=url, access_key="a", secret_key="b"))
+    store = Store(BucketSettings("lab", endpoint_url=url, access_key="a", secret_key="b"))
 
     def by_boto(number: int) -> None:
         sha256 = hashlib.sha256(body).hexdigest()

@@ -18,7 +18,7 @@ from transfer.globs import patterns
 from transfer.layout import fields_of
 from transfer.plan import Origin
 from transfer.receipt import Level
-from transfer.window import Window
+from transfer.window import DispatchWindow
 
 NAME = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?")  # what Prefect allows for a block document
 HOST = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?\.?|\[?[0-9A-Fa-f:.]+(%[A-Za-z0-9_.-]+)?\]?")
@@ -182,7 +182,7 @@ class Target(Block, ABC):
     @classmethod
     def _window(cls, value: str | None) -> str | None:
         if value is not None:
-            Window.parse(value)
+            DispatchWindow.parse(value)
         return value
 
     @model_validator(mode="after")

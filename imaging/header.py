@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from imaging.charset import decoded
-from imaging.walk import LONG_VRS, MAX_VALUE_BYTES, SHORT_VRS, Walk, Window
+from imaging.walk import LONG_VRS, MAX_VALUE_BYTES, SHORT_VRS, FileWindow, Walk
 from imaging.walk import Damaged as Damaged  # what readers of headers have to expect
 
 PREAMBLE_BYTES = 132  # 128 bytes of preamble and "DICM"
@@ -89,7 +89,7 @@ def read_elements(fd: int, size: int, tags: Iterable[int]) -> tuple[Header, dict
     wanted = _HEADER_TAGS.union(tags) if tags else _HEADER_TAGS
     if size == 0:
         raise Damaged("the file is empty")
-    window = Window(fd, size)
+    window = FileWindow(fd, size)
     head = window.at(0, min(size, PREAMBLE_BYTES))
     try:
         if head[128:132] != b"DICM" and _begins_meta(head) is None:
@@ -137,7 +137,7 @@ def _begins_meta(head: bytes) -> int | None:
     return int.from_bytes(head[6:8], "little")
 
 
-def _meta(window: Window, pos: int) -> tuple[dict[int, bytes], int]:
+def _meta(window: FileWindow, pos: int) -> tuple[dict[int, bytes], int]:
     """Read group 0002 (always explicit little endian); return its values and where the data set begins."""
     values: dict[int, bytes] = {}
     while pos + 8 <= window.size:
@@ -160,7 +160,7 @@ def _meta(window: Window, pos: int) -> tuple[dict[int, bytes], int]:
     return values, pos
 
 
-def _walked(window: Window, offset: int, syntax: str, wanted: frozenset[int]) -> tuple[Walk, dict[int, bytes]]:
+def _walked(window: FileWindow, offset: int, syntax: str, wanted: frozenset[int]) -> tuple[Walk, dict[int, bytes]]:
     """Walk a data set as its transfer syntax says, or else with or without VRs against what it says.
 
     Private syntaxes are known to their makers only (GE's has no VRs), and some writers name the wrong one.
@@ -183,7 +183,7 @@ def _walked(window: Window, offset: int, syntax: str, wanted: frozenset[int]) ->
     return walk, found
 
 
-def _bare(window: Window, wanted: frozenset[int]) -> tuple[Header, dict[int, bytes]]:
+def _bare(window: FileWindow, wanted: frozenset[int]) -> tuple[Header, dict[int, bytes]]:
     """Read a data set without preamble and file meta information, or find that the file is something else."""
     head = window.at(0, min(window.size, PREAMBLE_BYTES))
     # Some were cut out of a file one byte too early: with the padding of the value before.
@@ -205,7 +205,7 @@ def _begins_data_set(begin: bytes, size: int) -> bool:
     return group == 0x0008 and element <= 0x0100 and (has_vr or length <= size)
 
 
-def _unnamed(window: Window, offset: int, wanted: frozenset[int], why: str) -> tuple[Header, dict[int, bytes]]:
+def _unnamed(window: FileWindow, offset: int, wanted: frozenset[int], why: str) -> tuple[Header, dict[int, bytes]]:
     """Find out the transfer syntax that no file meta information names.
 
     Raises:
@@ -251,7 +251,7 @@ def _deflated(fd: int, offset: int, size: int, wanted: frozenset[int]) -> tuple[
     if not inflate.eof:
         raise Damaged("truncated: the deflated data set has no end")
     found: dict[int, bytes] = {}
-    walk = Walk(Window(fd, len(data), bytes(data)), "<", True, wanted)
+    walk = Walk(FileWindow(fd, len(data), bytes(data)), "<", True, wanted)
     try:
         walk.top(0, found)
     except Damaged:

@@ -31,7 +31,7 @@ from imaging.recode import (
     scan,
 )
 from imaging.transcode import Converted, deflate, inflate, room
-from imaging.walk import Walk, Window
+from imaging.walk import FileWindow, Walk
 
 NOTE = "odd lengths were padded (PS3.5 section 6.2)"
 EXTENDED_OFFSETS = 0x7FE00001
@@ -71,7 +71,7 @@ def _mend_deflated(source: Reader, out: IO[bytes], check: Callable[[], None]) ->
     with tempfile.TemporaryFile() as plain, tempfile.TemporaryFile() as even:
         inflate(source, plain, check)
         plain.flush()
-        walk = Walk(Window(plain.fileno(), plain.tell()), "<", True, frozenset())
+        walk = Walk(FileWindow(plain.fileno(), plain.tell()), "<", True, frozenset())
         walk.top(0, {})
         if walk.odd:
             _mend(Reader(plain.fileno(), 0), EXPLICIT_LITTLE, even, check)

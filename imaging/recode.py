@@ -65,7 +65,7 @@ class Reads(Protocol):
     def read(self, count: int, /) -> bytes: ...
 
 
-class Writes(Protocol):
+class Sink(Protocol):
     """What a data set is written to, front to back."""
 
     def write(self, data: bytes, /) -> object: ...
@@ -159,7 +159,7 @@ class Recoder:
     def __init__(
         self,
         source: Source,
-        out: Writes,
+        out: Sink,
         target: Encoding,
         *,
         pixel_representation: int = 0,

@@ -26,7 +26,7 @@ class Damaged(Exception):
     """The file is DICOM, or is meant to be, but can't be sent as such; the text says why."""
 
 
-class Window:
+class FileWindow:
     """A file read in pieces: the piece that holds the asked-for bytes is kept, a jump reads the next one."""
 
     def __init__(self, fd: int, size: int, data: bytes | None = None) -> None:
@@ -58,7 +58,7 @@ class Walk:
     """
 
     def __init__(
-        self, window: Window, endian: str, explicit: bool, wanted: frozenset[int], *, strict: bool = False
+        self, window: FileWindow, endian: str, explicit: bool, wanted: frozenset[int], *, strict: bool = False
     ) -> None:
         self.window = window
         self.explicit = explicit

@@ -17,7 +17,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from transfer.home import Home
 from transfer.validation import what_is_wrong
-from transfer.window import Window
+from transfer.window import DispatchWindow
 
 POOL = "talaria"  # the work pool at the server that workers take runs from
 NO_PROXY = ("no_proxy", "NO_PROXY")
@@ -74,7 +74,7 @@ def load_settings() -> Settings:
     except tomllib.TOMLDecodeError as exc:
         raise ValueError(f"talaria.toml can't be read: {exc}") from exc
     try:
-        Window.parse(settings.off_peak)
+        DispatchWindow.parse(settings.off_peak)
     except ValueError as exc:
         raise ValueError(f"setting off_peak: {exc}{_WHERE}") from exc
     os.environ["TALARIA_HOME"] = str(settings.home.expanduser().absolute())

@@ -25,7 +25,7 @@ from protocols.dimse.fleet import Fleet
 from protocols.dimse.listener import Listener
 from protocols.dimse.ports import shared
 from protocols.dimse.query import STUDY_ROOT_FIND, finder
-from protocols.dimse.search import Search
+from protocols.dimse.search import PeerSearch
 from protocols.dimse.transport import VERIFICATION, Peer
 from protocols.net import tls
 from tasks import dicom_pull
@@ -324,7 +324,7 @@ def find(target: DicomTarget, query: Query) -> Iterator[Match]:
     """Yield the studies or series that match."""
     try:
         with finder(_peer(target, target.host, target.aet_target, target.aet_source), stopping.check) as asked:
-            yield from Search(asked).find(query)
+            yield from PeerSearch(asked).find(query)
     except DispatchError as exc:
         exc.target = exc.target or target.name
         raise

@@ -10,9 +10,9 @@ from imaging.query import Match, Query, count, text
 from protocols.dimse.association import associate
 from protocols.dimse.contexts import UNCOMPRESSED
 from protocols.dimse.get import PATIENT_ROOT_GET, PATIENT_ROOT_MOVE, STUDY_ROOT_GET, STUDY_ROOT_MOVE
-from protocols.dimse.pull import Destination, Pull, Series
+from protocols.dimse.pull import MoveDestination, Pull, PulledSeries
 from protocols.dimse.query import finder
-from protocols.dimse.search import Search
+from protocols.dimse.search import PeerSearch
 from protocols.dimse.transport import Peer
 from tasks.pulled import compared
 from transfer.errors import Misconfigured, NotFound
@@ -23,9 +23,9 @@ from transfer.throttle import Throttle
 SCP_PORT = 11_112  # unless TALARIA_SCP_PORT says otherwise; registered for DICOM
 
 
-def destination() -> Destination:
+def destination() -> MoveDestination:
     """Return where C-MOVE sends to, as the settings `scp_aet`, `scp_port` and `scp_host` say."""
-    return Destination(
+    return MoveDestination(
         os.environ.get("TALARIA_SCP_AET") or "TALARIA",
         int(os.environ.get("TALARIA_SCP_PORT", SCP_PORT)),
         os.environ.get("TALARIA_SCP_HOST") or "",
@@ -48,7 +48,7 @@ def retrieve(
         NotFound: nothing matches.
     """
     with finder(peer, report.check) as asked:
-        search = Search(asked)
+        search = PeerSearch(asked)
         matches = list(search.find(replace(query, level="series")))
         series = [_series(search, match) for match in matches]
     if not series:
@@ -90,9 +90,9 @@ def granted(peer: Peer) -> str:
     return f"C-MOVE is granted, C-GET is not: {at.aet}, port {at.port}, must be registered there as a destination"
 
 
-def _series(search: Search, match: Match) -> Series:
+def _series(search: PeerSearch, match: Match) -> PulledSeries:
     images = search.images(match.StudyInstanceUID, match.SeriesInstanceUID)
-    return Series(
+    return PulledSeries(
         match.StudyInstanceUID,
         match.SeriesInstanceUID,
         match.instances,

@@ -16,7 +16,7 @@ from protocols.net import hiding as hidden
 from protocols.net.connection import place
 from protocols.net.hiding import Hide, quieted
 from protocols.ssh.account import Account, suits
-from protocols.ssh.client import WAY_S, Client, greeting
+from protocols.ssh.client import WAY_S, SshClient, greeting
 from protocols.ssh.handshake import NothingInCommon
 from protocols.ssh.keys import private_key
 from protocols.ssh.login import Login, LoginFacts
@@ -111,7 +111,7 @@ def hook(target: SshTarget, plan: Plan, report: PushReport, ran: Ran) -> HookRes
     bad: int | None = 0
     said: list[str] = []
     hide = hiding(target, plan)
-    with quieted(hide, target.name), Client(login(target), hide, report.check) as client:
+    with quieted(hide, target.name), SshClient(login(target), hide, report.check) as client:
         folders = sorted(folder for folder in by_folder(target, plan) if folder not in ran)
         for name in folders:
             report.check()
@@ -158,7 +158,7 @@ def _greeted_behind(target: SshTarget) -> str:
     """Return the first line of the host behind the jump host."""
     way_there = login(target).jump
     assert way_there is not None  # noqa: S101 - for the type checker
-    with Client(way_there) as jump:
+    with SshClient(way_there) as jump:
         sock, way = jump.through(target.host, target.port)
         with sock:
             try:
@@ -171,7 +171,7 @@ def _greeted_behind(target: SshTarget) -> str:
                 raise
 
 
-def probe_account(health: Health, client: Client) -> bool:
+def probe_account(health: Health, client: SshClient) -> bool:
     """Probe host key and login; return whether to go on. Where paramiko can't carry them, ssh(1) shows them later."""
     if not suits(client):
         return True

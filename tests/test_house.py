@@ -110,6 +110,15 @@ def test_a_name_of_the_table_is_one_class_in_the_whole_house() -> None:
         assert classes.get(name) == [file], name
 
 
+def test_no_two_public_classes_have_one_name() -> None:
+    places: dict[str, list[str]] = {}
+    for path in [*PRODUCT, *(ROOT / "talaria/testing").rglob("*.py")]:
+        for node in tree(path).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(str(path.relative_to(ROOT)))
+    assert not {name: found for name, found in places.items() if len(found) > 1}
+
+
 # ---- libraries
 
 

@@ -12,7 +12,7 @@ _FORM = re.compile(r"(\d{1,2}:\d{2})-(\d{1,2}:\d{2})(?:\s+([A-Za-z,\-]+?))?(?:\s
 
 
 @dataclass(frozen=True)
-class Window:
+class DispatchWindow:
     """From `begin` to `end` of day (past midnight if `end` is not later), on days counted from Monday as 0.
 
     A window past midnight belongs to the day on which it begins.
@@ -24,7 +24,7 @@ class Window:
     zone: ZoneInfo
 
     @classmethod
-    def parse(cls, text: str) -> Window:
+    def parse(cls, text: str) -> DispatchWindow:
         """Parse `HH:MM-HH:MM [days] [time zone]`; days as in `Mon-Fri` or `Sat,Sun`, zone UTC if none is given.
 
         Raises:

@@ -118,7 +118,7 @@ class Stamp(NamedTuple):
         return cls(info.st_size, info.st_mtime_ns, info.st_ctime_ns, info.st_ino & 0x7FFFFFFFFFFFFFFF)
 
 
-class Instance(NamedTuple):
+class IndexedInstance(NamedTuple):
     """One instance: its header, and the undecoded values of the elements that are indexed."""
 
     header: Header
@@ -219,7 +219,9 @@ class Index:
         self.db.execute("DELETE FROM folders WHERE id=?", (folder,))
         return len(names)
 
-    def put_file(self, folder: int, name: bytes, stamp: Stamp, kind: int, instance: Instance | None = None) -> None:
+    def put_file(
+        self, folder: int, name: bytes, stamp: Stamp, kind: int, instance: IndexedInstance | None = None
+    ) -> None:
         """Add a file, or what it is now."""
         self._touch(folder, [name])
         row: tuple[Any, ...] = (None, None, None, None)
@@ -245,7 +247,7 @@ class Index:
             if row:
                 self._touched.add(row[0])
 
-    def _header(self, instance: Instance) -> int:
+    def _header(self, instance: IndexedInstance) -> int:
         """Return the row of the instance's values, made if there is none."""
         mark = instance.mark
         row = self.db.execute("SELECT id, series FROM headers WHERE mark=?", (mark,)).fetchone()

@@ -18,7 +18,7 @@ from itertools import islice
 from typing import NamedTuple
 
 from imaging.header import Damaged, NotDicom, read_elements
-from protocols.dicomfolder.index import DAMAGED, INSTANCE, NOT_DICOM, TAGS, Index, Instance, Stamp
+from protocols.dicomfolder.index import DAMAGED, INSTANCE, NOT_DICOM, TAGS, Index, IndexedInstance, Stamp
 from transfer.readers import Readers
 
 CHUNK = 256  # files that are read between two looks at whether to stop
@@ -156,7 +156,7 @@ class Read(NamedTuple):
     name: bytes
     stamp: Stamp | None
     kind: int = NOT_DICOM
-    instance: Instance | None = None
+    instance: IndexedInstance | None = None
     settled: bool = True
 
 
@@ -266,7 +266,7 @@ def _failed(name: bytes, exc: OSError) -> Read:
     return Read(name, None, NOT_DICOM if vanished else DAMAGED)
 
 
-def _kind(fd: int, size: int) -> tuple[int, Instance | None]:
+def _kind(fd: int, size: int) -> tuple[int, IndexedInstance | None]:
     try:
         header, elements = read_elements(fd, size, TAGS)
     except NotDicom:
@@ -275,7 +275,7 @@ def _kind(fd: int, size: int) -> tuple[int, Instance | None]:
         return DAMAGED, None
     if not header.StudyInstanceUID or not header.SeriesInstanceUID:
         return DAMAGED, None  # belongs nowhere; servers refuse such instances
-    return INSTANCE, Instance(header, elements)
+    return INSTANCE, IndexedInstance(header, elements)
 
 
 def _coarse(stamp: Stamp) -> bool:

@@ -42,7 +42,7 @@ _TAG = re.compile(r"[0-9A-Fa-f]{8}")  # how an attribute is named (PS3.18 annex 
 Keys = tuple[tuple[str, str], ...]
 
 
-class Refused(Exception):
+class RequestRefused(Exception):
     """The server doesn't take this request as it is (400)."""
 
     def __init__(self, error: DispatchError) -> None:
@@ -58,7 +58,7 @@ class Page:
     more: bool = False
 
 
-class Client:
+class DicomwebClient:
     """The searches and metadata of one service; for one thread at a time."""
 
     def __init__(self, service: Service) -> None:
@@ -90,7 +90,8 @@ class Client:
         """Fetch one page of the studies, series or instances at a path (`studies/<uid>/series`, for one).
 
         Raises:
-            Refused: 400. NotFound: there is no such resource, or no such page. DispatchError: as `Service.error`.
+            RequestRefused: 400. NotFound: there is no such resource, or no such page.
+            DispatchError: as `Service.error`.
         """
         asks: dict[str, Callable[..., Any]] = {
             "studies": self._library.search_for_studies,
@@ -143,7 +144,7 @@ class Client:
             raise dicomweb.unexpected(service, answer, body, path) from None
         error = service.error(answer, body, path)
         if answer.status == 400:
-            raise Refused(error) from None
+            raise RequestRefused(error) from None
         if answer.status == 416:  # no such page
             raise NotFound(error.message) from None
         raise error from None

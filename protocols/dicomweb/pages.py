@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from imaging import json as dicomjson
 from imaging.json import Attributes
 from imaging.match import in_days
-from protocols.dicomweb.client import Client, Keys, Page, Refused
+from protocols.dicomweb.client import DicomwebClient, Keys, Page, RequestRefused
 from protocols.dicomweb.service import Service
 from transfer.errors import Cancelled, DispatchError, Interrupted, Misconfigured, NotFound
 
@@ -61,10 +61,10 @@ class Archive:
     largest: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.client = Client(self.service)
+        self.client = DicomwebClient(self.service)
 
 
-class Search:
+class PagedSearch:
     """One search.
 
     Args:
@@ -121,7 +121,7 @@ class Search:
         """Fetch a page, without what the server refuses."""
         try:
             found = self._ask(limit, offset, extra)
-        except Refused as exc:
+        except RequestRefused as exc:
             if offset or extra:
                 raise
             found = self._learned(limit, exc)
@@ -143,7 +143,7 @@ class Search:
                     raise
         raise ValueError("a page is asked for at least once")
 
-    def _learned(self, limit: int, refusal: Refused) -> Page:
+    def _learned(self, limit: int, refusal: RequestRefused) -> Page:
         """Find out which parameters the server refuses, which it doesn't say; returns the first page without them.
 
         Raises:
@@ -181,7 +181,7 @@ class Search:
         """Return the first page; None if the search is refused as it is now."""
         try:
             return self._ask(limit, 0)
-        except Refused:
+        except RequestRefused:
             return None
 
     def _fresh(self, rows: list[Attributes]) -> Iterator[Attributes]:
@@ -239,7 +239,7 @@ class Search:
     def _beyond(self, limit: int, offset: int) -> tuple[list[Attributes], bool]:
         try:
             page = self.page(limit, offset)
-        except (NotFound, Refused):  # what some servers say to an offset beyond the last result, others to any
+        except (NotFound, RequestRefused):  # what some servers say to an offset beyond the last result, others to any
             return [], False
         return page.rows, page.more
 
@@ -272,7 +272,7 @@ class Search:
         """Return True if a search for all that the server has gives more, or no more than that."""
         if not self.keys and len(self.segments) == 1:
             return False
-        everything = Search(self.archive, (self.level,))
+        everything = PagedSearch(self.archive, (self.level,))
         try:
             if len(everything.page(count + 1, 0).rows) > count:
                 return True
@@ -280,7 +280,7 @@ class Search:
             return len(rows) == 1 and self._uid(rows[0]) in self._seen
         except Cancelled:
             raise
-        except (DispatchError, Refused):
+        except (DispatchError, RequestRefused):
             return False
 
     def _is_fewer_than_below(self, count: int) -> bool:
@@ -290,11 +290,11 @@ class Search:
             if level == self.level or (level == "series" and self.level == "instances"):
                 continue
             try:
-                if len(Search(self.archive, (*above[:2], level)).page(count + 1, 0).rows) > count:
+                if len(PagedSearch(self.archive, (*above[:2], level)).page(count + 1, 0).rows) > count:
                     return True
             except Cancelled:
                 raise
-            except (DispatchError, Refused):
+            except (DispatchError, RequestRefused):
                 continue
         return False
 
@@ -355,14 +355,14 @@ class Search:
         """Return the results of the search as it is: where the first share is cut."""
         try:
             return self.page(count, 0).rows
-        except (NotFound, Refused):
+        except (NotFound, RequestRefused):
             return None
 
     def _share(self, count: int, key: tuple[str, str]) -> list[Attributes] | None:
         """Return the results of one share; None if it can't be had, or there are more."""
         try:
             page = self.page(max(count + 1, PAGE), 0, (key,))
-        except (NotFound, Refused, Misconfigured):
+        except (NotFound, RequestRefused, Misconfigured):
             return None
         return None if page.more else page.rows
 

@@ -18,8 +18,8 @@ from imaging.json import keyworded
 from imaging.match import Test, has_wild_cards, in_days, is_universal
 from imaging.query import Match, Query, count, listed, text
 from protocols.dicomweb import service as dicomweb
-from protocols.dicomweb.client import Client, Keys, Refused
-from protocols.dicomweb.pages import DATE, UID_TAGS, Archive, Search
+from protocols.dicomweb.client import DicomwebClient, Keys, RequestRefused
+from protocols.dicomweb.pages import DATE, UID_TAGS, Archive, PagedSearch
 from protocols.dicomweb.service import Service
 from protocols.net.hiding import forms
 from transfer.errors import Misconfigured, NotFound
@@ -76,14 +76,14 @@ def instances(archive: Archive, study_uid: str, series_uid: str, expected: int |
         CutShort: it may have more than it gives; what it gives has been yielded.
     """
     segments = ("studies", study_uid, "series", series_uid, "instances")
-    for found in Search(archive, segments, expected=expected):
+    for found in PagedSearch(archive, segments, expected=expected):
         yield dicomjson.text(found, SOP_UID)
 
 
 def holds(archive: Archive, study_uid: str, series_uid: str, uid: str) -> bool | None:
     """Ask for one instance; returns whether the server has it, None if its answer leaves that open."""
     segments = ("studies", study_uid, "series", series_uid, "instances")
-    search = Search(archive, segments, (("SOPInstanceUID", uid),))
+    search = PagedSearch(archive, segments, (("SOPInstanceUID", uid),))
     try:
         found = [dicomjson.text(row, SOP_UID) for row in search.page(2, 0).rows]
     except NotFound:
@@ -94,8 +94,8 @@ def holds(archive: Archive, study_uid: str, series_uid: str, uid: str) -> bool |
 def probe(service: Service, *segments: str) -> dict[str, Any] | None:
     """Ask for one study, or one of what is below one; returns it, None if there is none."""
     try:
-        found = Client(service).search(segments or ("studies",), limit=1).rows
-    except Refused as exc:
+        found = DicomwebClient(service).search(segments or ("studies",), limit=1).rows
+    except RequestRefused as exc:
         raise exc.error from None
     return keyworded(found[0]) if found else None
 
@@ -131,7 +131,7 @@ class _Finder:
         asked: set[Keys] = set()
         for keys in self._study_keys():
             for wording in self._wordings(keys):
-                search = Search(self.archive, ("studies",), wording, STUDY_FIELDS)
+                search = PagedSearch(self.archive, ("studies",), wording, STUDY_FIELDS)
                 if search.sent in asked:  # all that it found was compared with the whole query
                     break
                 found = 0
@@ -146,7 +146,7 @@ class _Finder:
                     break
 
     def _passed(
-        self, search: Search, uid: str, tests: Iterable[tuple[str, Test]], keys: Keys = ()
+        self, search: PagedSearch, uid: str, tests: Iterable[tuple[str, Test]], keys: Keys = ()
     ) -> Iterator[dict[str, Any]]:
         """Yield the results of a search that pass all tests, as values by keyword.
 
@@ -202,7 +202,7 @@ class _Finder:
         """Ask for any value of a key: a server that takes the star for a letter finds nothing."""
         if key not in self._stars:
             try:
-                found = Search(self.archive, ("studies",), ((key, "*"),)).page(1, 0)
+                found = PagedSearch(self.archive, ("studies",), ((key, "*"),)).page(1, 0)
                 self._stars[key] = bool(found.rows)
             except NotFound:
                 self._stars[key] = False
@@ -212,7 +212,7 @@ class _Finder:
         """Ask for a value that nothing has: a server that ignores the key finds something."""
         known = (segments[-1], key)
         if known not in self._matched:
-            search = Search(self.archive, segments, ((key, NO_DATE if key == DATE else NO_VALUE),))
+            search = PagedSearch(self.archive, segments, ((key, NO_DATE if key == DATE else NO_VALUE),))
             try:
                 self._matched[known] = not search.page(1, 0).rows and bool(search.sent)
             except NotFound:
@@ -254,7 +254,7 @@ class _Finder:
         found: list[str] = []
         try:
             for uid in series:
-                for one in Search(self.archive, ("series",), (("SeriesInstanceUID", uid),)):
+                for one in PagedSearch(self.archive, ("series",), (("SeriesInstanceUID", uid),)):
                     if dicomjson.text(one, SERIES_UID) == uid:
                         found.append(dicomjson.text(one, STUDY_UID))
         except (Misconfigured, NotFound):
@@ -267,7 +267,7 @@ class _Finder:
         """Yield the series of a study that match, as values by keyword."""
         uid = str(study["StudyInstanceUID"])
         expected = count(study.get("NumberOfStudyRelatedSeries"))
-        search = Search(self.archive, ("studies", uid, "series"), (), SERIES_FIELDS, expected)
+        search = PagedSearch(self.archive, ("studies", uid, "series"), (), SERIES_FIELDS, expected)
         try:
             yield from self._passed(search, "SeriesInstanceUID", self._series_tests)
         except NotFound:  # what some servers say where there is none
@@ -293,16 +293,16 @@ class _Finder:
         try:
             for level, keyword in _LEVELS[len(uids) :]:
                 above = [part for pair in zip(("studies", "series"), uids, strict=False) for part in pair]
-                rows = Search(self.archive, (*above, level)).page(1, 0).rows
+                rows = PagedSearch(self.archive, (*above, level)).page(1, 0).rows
                 uids.append(str(keyworded(rows[0]).get(keyword, "")) if rows else "")
                 if not uids[-1]:
                     return None
             found = self.archive.client.metadata(*uids)
-        except (NotFound, Misconfigured, Refused):
+        except (NotFound, Misconfigured, RequestRefused):
             return None
         return keyworded(found[0]) if found else None
 
-    def _by_key(self, search: Search, uid: str, keywords: list[str]) -> dict[str, Any]:
+    def _by_key(self, search: PagedSearch, uid: str, keywords: list[str]) -> dict[str, Any]:
         """Return the values with which the server finds a result, where it shows them nowhere.
 
         Raises:
@@ -319,7 +319,7 @@ class _Finder:
                     f"shows {keyword}: leave it out of the query"
                 )
             for value in values:
-                rows = Search(self.archive, search.segments, ((keyword, value.strip()),))
+                rows = PagedSearch(self.archive, search.segments, ((keyword, value.strip()),))
                 if any(keyworded(row).get(_LEVELS[len(search.segments) // 2][1]) == uid for row in rows):
                     found[keyword] = value
         return found

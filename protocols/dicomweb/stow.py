@@ -31,7 +31,7 @@ from protocols.dicomweb import service as dicomweb
 from protocols.dicomweb.readback import Unverifiable
 from protocols.dicomweb.service import JSON, XML, Service
 from protocols.dicomweb.stow_answer import Lists
-from protocols.dicomweb.stow_body import Batch, Body, batches, uid_of
+from protocols.dicomweb.stow_body import Batch, StowBody, batches, uid_of
 from protocols.dicomweb.stow_doubts import Doubts, together
 from protocols.http.answer import Answer
 from protocols.net.connection import SLICE_S
@@ -185,7 +185,7 @@ class StowPush:
         """Send one batch and report the outcomes; return what is to be sent again."""
         self.report.check()
         while True:
-            body = Body(batch.items, self.plan, buffer, self._throttle.piece, self._pace, self.report.moved)
+            body = StowBody(batch.items, self.plan, buffer, self._throttle.piece, self._pace, self.report.moved)
             if self._ceiling is not None and body.length > self._ceiling and len(batch.items) > 1:
                 return batch.halves()
             try:
@@ -202,7 +202,7 @@ class StowPush:
             else:
                 return self._judge(batch, body, answer, content)
 
-    def _suspect(self, batch: Batch, body: Body, exc: DispatchError) -> None:
+    def _suspect(self, batch: Batch, body: StowBody, exc: DispatchError) -> None:
         """Note, for the next attempts too, what was on its way when something failed, and how large that was."""
         until = time.monotonic() + SUSPICION_S
         with self._turn:
@@ -212,7 +212,7 @@ class StowPush:
                 self._ceiling = max(LEAST_LIMIT_BYTES, body.length // 4)
                 _suspected[self._key] = self._ceiling, until
 
-    def _post(self, body: Body) -> tuple[Answer, bytes]:
+    def _post(self, body: StowBody) -> tuple[Answer, bytes]:
         headers = {
             "Accept": dicomweb.ACCEPT,
             "Content-Type": f'multipart/related; type="application/dicom"; boundary={body.boundary}',
@@ -232,7 +232,7 @@ class StowPush:
 
     # ---- what an answer means
 
-    def _judge(self, batch: Batch, body: Body, answer: Answer, content: bytes) -> list[Batch]:
+    def _judge(self, batch: Batch, body: StowBody, answer: Answer, content: bytes) -> list[Batch]:
         status = answer.status
         if status == 413:
             return self._too_large(batch, body, answer, content)
@@ -266,7 +266,7 @@ class StowPush:
             again += self._unnamed(Batch(tuple(unnamed), batch.last), batch, body, lists, answer, content)
         return again
 
-    def _refused_whole(self, batch: Batch, body: Body, answer: Answer, content: bytes) -> list[Batch]:
+    def _refused_whole(self, batch: Batch, body: StowBody, answer: Answer, content: bytes) -> list[Batch]:
         error, said = self._error(batch, answer, content), self._said(batch, answer, content)
         unsure, lasting = answer.status in GATEWAY_STATUSES, answer.status in LASTING_STATUSES
         return self._doubted(batch, body, error, said, unsure=unsure, lasting=lasting)
@@ -274,7 +274,7 @@ class StowPush:
     def _doubted(
         self,
         batch: Batch,
-        body: Body,
+        body: StowBody,
         error: DispatchError,
         said: str,
         *,
@@ -334,7 +334,7 @@ class StowPush:
         return []
 
     def _unnamed(
-        self, rest: Batch, batch: Batch, body: Body, lists: Lists | None, answer: Answer, content: bytes
+        self, rest: Batch, batch: Batch, body: StowBody, lists: Lists | None, answer: Answer, content: bytes
     ) -> list[Batch]:
         """Return what becomes of the instances of a batch that no list names."""
         alone = len(batch.items) == 1
@@ -369,7 +369,7 @@ class StowPush:
             self._report(item, Outcome(Kind.WARNING, words) if answer.status == 202 or words[:1] != "2" else DELIVERED)
 
     def _settled(
-        self, rest: Batch, batch: Batch, body: Body, lists: Lists | None, answer: Answer, content: bytes
+        self, rest: Batch, batch: Batch, body: StowBody, lists: Lists | None, answer: Answer, content: bytes
     ) -> list[Batch]:
         """Find out what became of instances that an answer of success doesn't name; returns what is to be sent again.
 
@@ -439,7 +439,7 @@ class StowPush:
             return Batch((item,), last=True)
         return Outcome(Kind.REJECTED, text)
 
-    def _too_large(self, batch: Batch, body: Body, answer: Answer, content: bytes) -> list[Batch]:
+    def _too_large(self, batch: Batch, body: StowBody, answer: Answer, content: bytes) -> list[Batch]:
         if len(batch.items) > 1:
             with self._turn:
                 self._ceiling = min(self._ceiling or body.length, body.length * 3 // 4)

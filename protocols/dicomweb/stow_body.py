@@ -69,7 +69,7 @@ def uid_of(item: Item) -> str:
     return item.header.SOPInstanceUID if item.header else item.path
 
 
-class Body:
+class StowBody:
     """A batch as multipart/related: read from disk as it goes, its length known before.
 
     Attributes:

@@ -147,7 +147,7 @@ def spooled(content: Iterator[memoryview], folder: Path) -> Iterator[tuple[Path,
 
 
 @dataclass(frozen=True)
-class Series:
+class WadoSeries:
     """A series to retrieve, and how many instances the server says it has (None if it doesn't say)."""
 
     study: str
@@ -157,13 +157,13 @@ class Series:
 
 @dataclass(frozen=True)
 class _Job:
-    series: Series
+    series: WadoSeries
     instance: str = ""  # "" for all of the series at once
     tries: int = 0
     apart: bool = False  # whether the series was asked for at once, in vain
 
 
-class Retrieval:
+class WadoRetrieval:
     """Brings the instances of some series into a folder, as `<SOP instance UID>.dcm`.
 
     What is there already is not asked for again, so that the same retrieval, begun again, fetches what is missing.
@@ -181,10 +181,10 @@ class Retrieval:
     def __init__(
         self,
         service: Service,
-        series: list[Series],
+        series: list[WadoSeries],
         folder: Path,
         report: PushReport,
-        listed: Callable[[Series], set[str] | None],
+        listed: Callable[[WadoSeries], set[str] | None],
         *,
         concurrency: int,
         bandwidth_limit: int | None = None,
@@ -196,7 +196,7 @@ class Retrieval:
         self._lock = threading.Condition()
         self._here: dict[str, Item] = {}  # by SOP instance UID
         self._counts: Counter[str] = Counter()  # of what is here, by series
-        self._missing: dict[str, Series] = {}  # what a server listed that was not here
+        self._missing: dict[str, WadoSeries] = {}  # what a server listed that was not here
         self._refused: dict[str, str] = {}  # why an instance did not come
         self._lost: list[DispatchError] = []  # what broke off each time, or could not be listed
         self._vain = 0  # series that were refused as a whole
@@ -234,7 +234,7 @@ class Retrieval:
                 self.report(items[uid], Outcome(Kind.REJECTED, text))
         return Plan("", self.folder, tuple(sorted(items.values(), key=lambda item: item.path)))
 
-    def _is_whole(self, series: Series) -> bool:
+    def _is_whole(self, series: WadoSeries) -> bool:
         return self._counts[series.uid] > 0 and self._counts[series.uid] == series.announced
 
     def _look(self) -> None:
@@ -315,7 +315,7 @@ class Retrieval:
                 self._lost.append(refusal)
         return []
 
-    def _one_by_one(self, series: Series) -> list[_Job]:
+    def _one_by_one(self, series: WadoSeries) -> list[_Job]:
         """List what the server has of a series and is not here.
 
         A series that can't be listed now is left for the next retrieval; several, one after the other, end this one.

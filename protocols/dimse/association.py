@@ -20,7 +20,7 @@ from pynetdicom.association import Association as PynetdicomAssociation
 from pynetdicom.pdu_primitives import AsynchronousOperationsWindowNegotiation
 from pynetdicom.presentation import PresentationContext
 
-from protocols.dimse.entity import ABORT_REASONS, REASONS, Entity, Transport
+from protocols.dimse.entity import ABORT_REASONS, REASONS, Entity, LentSocket
 from protocols.dimse.transport import PLAIN_ALERT, Peer, connect, speaks_tls
 from protocols.net import tls
 from protocols.net.connection import SLICE_S
@@ -70,7 +70,7 @@ class Association:
         max_send: largest PDU that the peer takes, bytes; 0 for any.
     """
 
-    def __init__(self, peer: Peer, assoc: PynetdicomAssociation, transport: Transport) -> None:
+    def __init__(self, peer: Peer, assoc: PynetdicomAssociation, transport: LentSocket) -> None:
         self.peer = peer
         self.assoc = assoc
         self.transport = transport
@@ -307,7 +307,7 @@ def negotiate(
     if isinstance(assoc, BaseException):
         sock.close()
         raise assoc
-    transport = cast(Transport, assoc.dul.socket)
+    transport = cast(LentSocket, assoc.dul.socket)
     association = Association(peer, assoc, transport)
     if assoc.is_established:
         if 0 < association.max_send < MIN_PDU:
@@ -351,7 +351,7 @@ def _unanswered(peer: Peer, patience: float) -> TimedOut:
     return TimedOut(f"{peer.where}: no answer to the association request within {patience:g} s")
 
 
-def _is_rejected(transport: Transport) -> bool:
+def _is_rejected(transport: LentSocket) -> bool:
     return transport.head[:1] == b"\x03" and len(transport.head) >= 10
 
 

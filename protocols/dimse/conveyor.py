@@ -17,7 +17,7 @@ from protocols.dimse.contexts import Pair, of_class
 from protocols.dimse.message import Response
 from protocols.dimse.pace import Meter, Pace
 from protocols.dimse.status import Meaning, meaning
-from protocols.dimse.store import Changed, Instance, ReleasedByPeer, Sender
+from protocols.dimse.store import Changed, OutgoingInstance, ReleasedByPeer, Sender
 from protocols.dimse.transport import VERIFICATION, Peer
 from protocols.net.hiding import identifying
 from protocols.net.words import clean
@@ -172,7 +172,7 @@ class Conveyor:
             if self.alone:
                 self._settle(sender, 0)
 
-    def _open(self, sender: Sender, item: Item, stack: ExitStack) -> Instance:
+    def _open(self, sender: Sender, item: Item, stack: ExitStack) -> OutgoingInstance:
         """Open an item's file, or a converted copy of it if the peer doesn't take its transfer syntax."""
         header = header_of(item)
         fd = stack.enter_context(self.plan.open(item))
@@ -198,7 +198,7 @@ class Conveyor:
             fd_sent, offset, size = copy.fd, 0, copy.size
         else:
             fd_sent = fd
-        return Instance(fd_sent, offset, size, context, header.SOPClassUID, header.SOPInstanceUID, verify)
+        return OutgoingInstance(fd_sent, offset, size, context, header.SOPClassUID, header.SOPInstanceUID, verify)
 
     def _copy(self, stack: ExitStack, copy: AbstractContextManager[Converted], item: Item) -> Converted:
         if header_of(item).odd:

@@ -2,7 +2,7 @@
 
 pynetdicom's own transport logs the cause of a failure and keeps it to itself, reads without a time limit (a peer
 that sends three bytes of a PDU and falls silent holds its thread for ever) and looks for data by `select`, which
-knows no descriptor above 1023. `Transport` keeps its interface to the state machine and does these otherwise.
+knows no descriptor above 1023. `LentSocket` keeps its interface to the state machine and does these otherwise.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ ABORT_REASONS = {
 }
 
 
-class Transport(AssociationSocket):
+class LentSocket(AssociationSocket):
     """A connected socket under pynetdicom's state machine, which can be lent to a sender of our own.
 
     While it is lent (`lend`), the threads of pynetdicom rest and only the borrower reads and writes; after
@@ -270,5 +270,5 @@ class Entity(AE):
         self._connection = sock
         self._idle_timeout_s = idle_timeout_s
 
-    def _create_socket(self, assoc: Association, address: object, tls_args: object) -> Transport:
-        return Transport(assoc, self._connection, self._idle_timeout_s)
+    def _create_socket(self, assoc: Association, address: object, tls_args: object) -> LentSocket:
+        return LentSocket(assoc, self._connection, self._idle_timeout_s)

@@ -29,7 +29,7 @@ from protocols.dimse.stream import (
     PRIORITY,
     STATUS,
     WARNING,
-    Command,
+    CommandSet,
     Released,
     pdus,
 )
@@ -68,7 +68,7 @@ _numbers = itertools.count(int(time.time()) % 30_000)  # message ids of moves: n
 
 
 @dataclass(frozen=True)
-class Answer:
+class FinalResponse:
     """The final response to a retrieval.
 
     Attributes:
@@ -138,7 +138,7 @@ class Retriever(Conversation):
     def _identifier(self, keys: Mapping[str, str]) -> bytes:
         return identifier.built({key: value for key, value in keys.items() if value}, "", self._syntax)
 
-    def get(self, keys: Mapping[str, str], depot: Depot) -> Answer:
+    def get(self, keys: Mapping[str, str], depot: Depot) -> FinalResponse:
         """Ask for instances on this association (C-GET), and take them.
 
         Raises:
@@ -155,7 +155,7 @@ class Retriever(Conversation):
             elif command.kind not in (C_GET_RSP, C_STORE_RQ) and command.has_dataset:
                 self._skip()
 
-    def _store(self, command: Command, depot: Depot) -> None:
+    def _store(self, command: CommandSet, depot: Depot) -> None:
         # On whatever context it comes, and whatever roles were granted: peers leave those items out.
         syntax = self._syntaxes.get(command.context)
         if syntax is None or not command.has_dataset:
@@ -169,7 +169,9 @@ class Retriever(Conversation):
         if depot.failure is not None:
             raise depot.failure  # sources go on through A700: only the end of the association stops them
 
-    def move(self, keys: Mapping[str, str], destination: str, message_id: int, quiet: Callable[[], float]) -> Answer:
+    def move(
+        self, keys: Mapping[str, str], destination: str, message_id: int, quiet: Callable[[], float]
+    ) -> FinalResponse:
         """Have instances sent to another association (C-MOVE), and wait for the peer's last word.
 
         Args:
@@ -193,7 +195,7 @@ class Retriever(Conversation):
             if command.kind != C_MOVE_RSP and command.has_dataset:
                 self._skip()
 
-    def _answer(self, command: Command, keys: Mapping[str, str]) -> Answer | None:
+    def _answer(self, command: CommandSet, keys: Mapping[str, str]) -> FinalResponse | None:
         """Return the final response; None if this is another."""
         if command.has_dataset:
             self._skip()
@@ -204,7 +206,7 @@ class Retriever(Conversation):
         if status is None:
             raise Interrupted(f"{self.peer.where}: the peer answered without a status")
         hidden = {form for key, value in keys.items() if key in PRIVATE for form in forms(value)}
-        return Answer(
+        return FinalResponse(
             status,
             command.number(COMPLETED),
             command.number(FAILED),
@@ -275,7 +277,7 @@ def mover(peer: Peer, check: Callable[[], None]) -> Retriever:
     )
 
 
-def failure(peer: Peer, answer: Answer, destination: str = "") -> DispatchError | None:
+def failure(peer: Peer, answer: FinalResponse, destination: str = "") -> DispatchError | None:
     """Return the error that a status means for everything that is still to be asked for, None if it means none."""
     if answer.status == DESTINATION_UNKNOWN:
         return Misconfigured(

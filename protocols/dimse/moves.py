@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from protocols.dimse.receive import NOT_AUTHORISED, Depot
 from protocols.dimse.scp import Caller
-from protocols.dimse.stream import AFFECTED_INSTANCE, ORIGINATOR, ORIGINATOR_ID, Command
+from protocols.dimse.stream import AFFECTED_INSTANCE, ORIGINATOR, ORIGINATOR_ID, CommandSet
 
 
 @dataclass(eq=False)
@@ -61,18 +61,18 @@ class MoveDesk:
         with self._lock:
             return any(caller.host in one.hosts for one in self._expected)
 
-    def depot(self, caller: Caller, request: Command) -> tuple[Depot | None, int]:
+    def depot(self, caller: Caller, request: CommandSet) -> tuple[Depot | None, int]:
         """Return where an instance goes, or None and the status to refuse it with."""
         one = self._of(caller, request)
         return (None, NOT_AUTHORISED) if one is None else (one.depot, 0)
 
-    def heard(self, caller: Caller, request: Command | None) -> None:
+    def heard(self, caller: Caller, request: CommandSet | None) -> None:
         """Take note that something comes."""
         one = None if request is None else self._of(caller, request)
         if one is not None:
             one.heard = time.monotonic()
 
-    def _of(self, caller: Caller, request: Command) -> Expected | None:
+    def _of(self, caller: Caller, request: CommandSet) -> Expected | None:
         originator, number = request.text(ORIGINATOR), request.number(ORIGINATOR_ID)
         uid = request.text(AFFECTED_INSTANCE)
         with self._lock:

@@ -17,7 +17,7 @@ from protocols.dimse.get import (
     PATIENT_ROOT_GET,
     PATIENT_ROOT_MOVE,
     USUAL_CLASSES,
-    Answer,
+    FinalResponse,
     Retriever,
     failure,
     getter,
@@ -46,7 +46,7 @@ PORT_S = 30  # for another process to give up the Storage SCP's port
 
 
 @dataclass(frozen=True)
-class Destination:
+class MoveDestination:
     """Where C-MOVE sends to: our Storage SCP, as the peer knows it. Port 0: none, C-MOVE can't be used."""
 
     aet: str = "TALARIA"
@@ -55,7 +55,7 @@ class Destination:
 
 
 @dataclass(eq=False)
-class Series:
+class PulledSeries:
     """A series to retrieve.
 
     Attributes:
@@ -69,7 +69,7 @@ class Series:
     announced: int | None = None
     images: dict[str, tuple[str, tuple[str, ...]]] | None = None
     patient: str = field(default="", repr=False)
-    answers: list[Answer] = field(default_factory=list)
+    answers: list[FinalResponse] = field(default_factory=list)
 
     def classes(self) -> dict[str, tuple[str, ...]]:
         """Return the SOP classes of its instances, with the syntaxes that the peer names."""
@@ -110,13 +110,13 @@ class Pull:
     def __init__(
         self,
         peer: Peer,
-        series: Sequence[Series],
+        series: Sequence[PulledSeries],
         folder: Path,
         report: PushReport,
         *,
         associations: int,
         throttle: Throttle,
-        destination: Destination,
+        destination: MoveDestination,
     ) -> None:
         self.peer, self.series, self.folder, self.report = peer, list(series), folder, report
         self.notes: list[str] = []
@@ -125,13 +125,13 @@ class Pull:
         self._lock = threading.Lock()
         self._here: dict[str, Item] = {}
         self._counts: Counter[str] = Counter()
-        self._jobs: deque[Series] = deque()
+        self._jobs: deque[PulledSeries] = deque()
         self._moves = ""  # why C-MOVE is used, "" as long as C-GET may do
         self._got = False  # whether C-GET has ever brought something
         self._established = 0
         self._led = False
         self._open = threading.Event()  # the first association is there, or will never be
-        self._current: dict[int, Series] = {}  # by thread
+        self._current: dict[int, PulledSeries] = {}  # by thread
         self._uids: dict[str, set[str]] = {one.uid: set() for one in self.series}
 
     def run(self) -> Plan:
@@ -178,7 +178,7 @@ class Pull:
             self._counts[series] += 1
             self.report(item, ALREADY)
 
-    def _lacks(self, one: Series) -> bool:
+    def _lacks(self, one: PulledSeries) -> bool:
         """Return whether something of a series is not here, as far as is known."""
         if one.images is not None and one.images.keys() - self._here.keys():
             return True
@@ -193,7 +193,7 @@ class Pull:
             self._counts[item.header.SeriesInstanceUID] += 1
         self.report(item, DELIVERED)
 
-    def _depot(self, one: Series, *, durable: bool) -> Depot:
+    def _depot(self, one: PulledSeries, *, durable: bool) -> Depot:
         def refuse(header: Header) -> str:
             if header.StudyInstanceUID == one.study and header.SeriesInstanceUID == one.uid:
                 return ""
@@ -232,7 +232,7 @@ class Pull:
             if leads:
                 self._open.set()
 
-    def _next(self, fits: Callable[[Series], bool] = lambda one: True) -> Series | None:
+    def _next(self, fits: Callable[[PulledSeries], bool] = lambda one: True) -> PulledSeries | None:
         """Take the next series; None if there is none, it doesn't fit, or the retrieval shall pause."""
         self.report.check()
         with self._lock:
@@ -241,11 +241,11 @@ class Pull:
             one = self._current[threading.get_ident()] = self._jobs.popleft()
             return one
 
-    def _taken(self) -> Series:
+    def _taken(self) -> PulledSeries:
         """Return the series that this thread took last: on one association, several may follow the first."""
         return self._current[threading.get_ident()]
 
-    def _put_back(self, one: Series) -> None:
+    def _put_back(self, one: PulledSeries) -> None:
         with self._lock:
             self._jobs.appendleft(one)
 
@@ -260,7 +260,7 @@ class Pull:
             with self._lock:
                 self._established -= 1
 
-    def _by_get(self, one: Series) -> bool:
+    def _by_get(self, one: PulledSeries) -> bool:
         """Retrieve series on one association by C-GET, beginning with this one; False if the peer doesn't grant it."""
         pairs = pairs_for(one.classes() or dict.fromkeys(USUAL_CLASSES, ()))
         with _association():
@@ -275,7 +275,7 @@ class Pull:
             self._no_get(why)
             return False
         with self._counted(), retriever:
-            following: Series | None = one
+            following: PulledSeries | None = one
             while following is not None:
                 if not self._get(retriever, following):
                     return False
@@ -291,14 +291,14 @@ class Pull:
         with self._lock:
             self._moves = self._moves or why
 
-    def _fits(self, retriever: Retriever, one: Series) -> bool:
+    def _fits(self, retriever: Retriever, one: PulledSeries) -> bool:
         """Return True if an association has the contexts of a series."""
         classes = one.classes()
         held = {sop_class for sop_class, _ in retriever.pairs}
         named = {(each, syntax) for each, syntaxes in classes.items() for syntax in syntaxes}
         return not self._moves and bool(classes) and classes.keys() <= held and named <= retriever.pairs
 
-    def _get(self, retriever: Retriever, one: Series) -> bool:
+    def _get(self, retriever: Retriever, one: PulledSeries) -> bool:
         depot = self._depot(one, durable=False)
         try:
             for keys in self._requests(one, retriever):
@@ -319,11 +319,11 @@ class Pull:
             depot.settle(self.report.check)
         return True
 
-    def _note(self, one: Series, depot: Depot) -> None:
+    def _note(self, one: PulledSeries, depot: Depot) -> None:
         for why, count in depot.refused.items():
             self.notes.append(f"series {one.uid}: {count} instances were not taken: {why}")
 
-    def _requests(self, one: Series, retriever: Retriever) -> Iterator[dict[str, str]]:
+    def _requests(self, one: PulledSeries, retriever: Retriever) -> Iterator[dict[str, str]]:
         """Yield the keys to ask with: for the series, then for what is still missing, in lists and one by one."""
         above = {"StudyInstanceUID": one.study, "SeriesInstanceUID": one.uid}
         if retriever.root in (PATIENT_ROOT_GET, PATIENT_ROOT_MOVE):
@@ -343,14 +343,14 @@ class Pull:
 
     # ---- C-MOVE
 
-    def _by_move(self, one: Series) -> bool:
+    def _by_move(self, one: PulledSeries) -> bool:
         with _association():
             retriever = mover(self.peer, self.report.check)
         if not retriever.root:
             retriever.association.release()
             raise Misconfigured(f"{self.peer.where}: {self._moves}; nor does it accept C-MOVE: it can't be pulled from")
         with self._counted(), self._listening(), retriever:
-            following: Series | None = one
+            following: PulledSeries | None = one
             while following is not None:
                 self._move(retriever, following)
                 following = self._next()
@@ -372,7 +372,7 @@ class Pull:
         ):
             yield
 
-    def _move(self, retriever: Retriever, one: Series) -> None:
+    def _move(self, retriever: Retriever, one: PulledSeries) -> None:
         depot = self._depot(one, durable=True)
         hosts = addresses(self.peer.host, self.peer.port)
         instances = None if one.images is None else frozenset(one.images)
@@ -394,7 +394,7 @@ class Pull:
         finally:
             self._note(one, depot)
 
-    def _await_late(self, one: Series, answer: Answer, expected: Expected) -> None:
+    def _await_late(self, one: PulledSeries, answer: FinalResponse, expected: Expected) -> None:
         """Wait for instances that are still on their way: some peers answer before they have sent anything."""
         if answer.refused:
             return

@@ -23,7 +23,7 @@ from protocols.dimse.stream import (
     PRIORITY,
     RESPONDED_TO,
     STATUS,
-    Command,
+    CommandSet,
     Released,
     Stream,
     encoded,
@@ -121,7 +121,7 @@ class Conversation:
         command = encoded({FIELD: C_CANCEL_RQ, RESPONDED_TO: message_id, DATASET_TYPE: 0x0101})
         self.stream.send(pdus(context, command, None, self.association.max_send))
 
-    def command(self) -> Command:
+    def command(self) -> CommandSet:
         """Wait for the next message.
 
         Raises:
@@ -133,7 +133,7 @@ class Conversation:
             self.released = True
             raise Interrupted(f"{self.peer.where}: the peer released the association") from exc
 
-    def final(self, command: Command, keys: Mapping[str, str], doing: str) -> None:
+    def final(self, command: CommandSet, keys: Mapping[str, str], doing: str) -> None:
         """Raise an error for the final status of C-FIND that is not success."""
         self._outstanding = False
         code = command.number(STATUS)

@@ -26,7 +26,7 @@ from protocols.dimse.stream import (
     MESSAGE_ID,
     RESPONDED_TO,
     STATUS,
-    Command,
+    CommandSet,
     Stream,
 )
 from protocols.files import filesystem as fs
@@ -77,7 +77,7 @@ class Depot:
         body = around[0] + _uid_element(0x03, uid) + around[1]
         return _PREAMBLE + len(body).to_bytes(4, "little") + body
 
-    def keep(self, part: partial.Part, size: int, uid: str, seen: Header | None) -> int:
+    def keep(self, part: partial.PartialFile, size: int, uid: str, seen: Header | None) -> int:
         """Give a whole file its name, if it is wanted and not there yet; return the status to answer with.
 
         Args:
@@ -153,7 +153,7 @@ class Depot:
             self._sync_folder()
 
 
-def receive(stream: Stream, request: Command, syntax: str, depot: Depot) -> int:
+def receive(stream: Stream, request: CommandSet, syntax: str, depot: Depot) -> int:
     """Read the data set of a C-STORE request into a folder; return the status to answer with.
 
     A folder that can't be written to is `depot.failure`: the rest of the data set is read and forgotten, and the
@@ -167,7 +167,7 @@ def receive(stream: Stream, request: Command, syntax: str, depot: Depot) -> int:
         stream.skip()
         return INVALID_INSTANCE
     try:
-        part = partial.Part(depot.folder)
+        part = partial.PartialFile(depot.folder)
     except OSError as exc:
         depot.failure = partial.failure(depot.folder, exc)
         stream.skip()
@@ -226,7 +226,7 @@ def _write(fd: int, pieces: list[bytes | memoryview], count: int, depot: Depot) 
     return count
 
 
-def response(request: Command, status: int) -> bytes:
+def response(request: CommandSet, status: int) -> bytes:
     """Return the command set of a C-STORE response (PS3.7 table 9.3-2)."""
     sop_class, uid = request.get(AFFECTED_CLASS, b""), request.get(AFFECTED_INSTANCE, b"")
     body = b"".join(

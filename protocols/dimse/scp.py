@@ -29,7 +29,7 @@ from protocols.dimse.stream import (
     MESSAGE_ID,
     RESPONDED_TO,
     STATUS,
-    Command,
+    CommandSet,
     Released,
     Stream,
     encoded,
@@ -71,10 +71,10 @@ class Desk(Protocol):
     def admit(self, caller: Caller) -> bool:
         """Return True if this peer may send anything now."""
 
-    def depot(self, caller: Caller, request: Command) -> tuple[Depot | None, int]:
+    def depot(self, caller: Caller, request: CommandSet) -> tuple[Depot | None, int]:
         """Return where an instance goes, or None and the status to refuse it with."""
 
-    def heard(self, caller: Caller, request: Command | None) -> None:
+    def heard(self, caller: Caller, request: CommandSet | None) -> None:
         """Take note that something comes."""
 
 
@@ -221,7 +221,7 @@ class _Association:
     ) -> None:
         self.desk, self.caller, self.contexts, self.max_pdu = scp.desk, caller, contexts, asked.max_pdu
         self.stream = scp.stream(sock, caller)
-        self.request: Command | None = None
+        self.request: CommandSet | None = None
         self.stream.moved = lambda count: self.desk.heard(self.caller, self.request)
 
     def run(self) -> None:
@@ -244,7 +244,7 @@ class _Association:
                     stream.sock.sendall(ABORT_PDU)
             raise
 
-    def _store(self, request: Command) -> None:
+    def _store(self, request: CommandSet) -> None:
         if request.context not in self.contexts or not request.has_dataset:
             raise Interrupted(f"{self.stream.where}: a request in a context that was not accepted")
         depot, status = self.desk.depot(self.caller, request)
@@ -257,7 +257,7 @@ class _Association:
             # Sources go on through A700; a full disk must not take the rest of the study one by one.
             raise depot.failure
 
-    def _answer_echo(self, request: Command) -> None:
+    def _answer_echo(self, request: CommandSet) -> None:
         answer: dict[int, int | str | bytes] = {
             AFFECTED_CLASS: VERIFICATION,
             FIELD: C_ECHO_RSP,

@@ -44,7 +44,7 @@ UID_LIST = 50  # UIDs in one query
 MAX_DEPTH = 60  # of parts of parts
 
 
-class Search:
+class PeerSearch:
     """The studies, series and instances of one peer."""
 
     def __init__(self, finder: Finder) -> None:

@@ -50,7 +50,7 @@ class Changed(Exception):
 
 
 @dataclass(eq=False)
-class Instance:
+class OutgoingInstance:
     """A data set on its way to the peer.
 
     Attributes:
@@ -92,7 +92,7 @@ class _Buffer:
         self._context = -1
         self._patched = -1  # where the header of a last fragment is
 
-    def load(self, commands: StoreCommand, instance: Instance) -> None:
+    def load(self, commands: StoreCommand, instance: OutgoingInstance) -> None:
         """Put the command set of an instance before the data, and its context into all headers."""
         if self._context != instance.context:
             self._context, self._patched = instance.context, -1
@@ -103,7 +103,7 @@ class _Buffer:
         self.begin = COMMAND_ROOM - len(pdus)
         self.memory[self.begin : COMMAND_ROOM] = pdus
 
-    def fill(self, instance: Instance) -> bool:
+    def fill(self, instance: OutgoingInstance) -> bool:
         """Read what comes next of an instance; mark the last fragment. Return False if the file ends early."""
         if self._patched >= 0:
             message.put_header(self.memory, self._patched, self.fragment, self._context, 0)
@@ -125,7 +125,7 @@ class _Buffer:
             message.put_header(self.memory, self._patched, rest or self.fragment, self._context, message.LAST)
         return True
 
-    def _complete(self, instance: Instance, want: int) -> bool:
+    def _complete(self, instance: OutgoingInstance, want: int) -> bool:
         """Go on after a short read, place by place."""
         while self.payload < want:
             which, done = divmod(self.payload, self.fragment)
@@ -201,7 +201,7 @@ class Sender:
     def __exit__(self, *exc: object) -> None:
         self.association.transport.take_back()
 
-    def prepare(self, instance: Instance) -> None:
+    def prepare(self, instance: OutgoingInstance) -> None:
         """Read the beginning of an instance, or all of a small one: can be done while the peer is busy.
 
         Raises:
@@ -215,14 +215,14 @@ class Sender:
         self._buffer.load(commands, instance)
         self._fill(instance)
 
-    def _fill(self, instance: Instance) -> None:
+    def _fill(self, instance: OutgoingInstance) -> None:
         if not self._buffer.fill(instance):
             instance.verify()  # knows better why
             raise Changed("the file ends early")
         if instance.offset >= instance.size:
             instance.verify()
 
-    def transmit(self, instance: Instance) -> None:
+    def transmit(self, instance: OutgoingInstance) -> None:
         """Send the instance that was prepared last; its response will name its message id.
 
         Raises:

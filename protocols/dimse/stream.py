@@ -43,7 +43,7 @@ class Released(Exception):
     """The peer asked to release the association."""
 
 
-class Command(dict[int, bytes]):
+class CommandSet(dict[int, bytes]):
     """A command set: values by element number of group 0000.
 
     Attributes:
@@ -79,9 +79,9 @@ class Command(dict[int, bytes]):
         return self.number(FIELD)
 
 
-def decoded(raw: bytes | bytearray | memoryview, context: int = 0) -> Command:
+def decoded(raw: bytes | bytearray | memoryview, context: int = 0) -> CommandSet:
     """Read a command set; what is cut short is left out."""
-    command = Command()
+    command = CommandSet()
     command.context = context
     pos, end = 0, len(raw)
     while pos + 8 <= end:
@@ -280,7 +280,7 @@ class Stream:
                 raise Interrupted(f"{self.where}: the peer closed the connection")
             return count
 
-    def command(self) -> Command:
+    def command(self) -> CommandSet:
         """Wait for the next command set.
 
         Raises:

@@ -60,7 +60,7 @@ def create(folder: Path) -> tuple[Path, int]:
         os.close(fd)  # somebody took it for a leftover before it was locked
 
 
-class Part:
+class PartialFile:
     """A file that has no name before it is whole: nobody sees it, and a killed process leaves nothing of it.
 
     Where the file system has no such files (or no /proc is there to name them by), one of `create`.

@@ -22,7 +22,7 @@ class Mismatch(Exception):
     """The store's checksum of what it got is not that of what was sent."""
 
 
-class Fields(Protocol):
+class HeadFields(Protocol):
     """The head of an answer; names of any case."""
 
     def get(self, name: str, /) -> str | None: ...
@@ -73,7 +73,7 @@ class Algorithm:
         """Return the header field that carries the checksum to a store."""
         return {self.field: encoded(digest)}
 
-    def told(self, headers: Fields) -> str | None:
+    def told(self, headers: HeadFields) -> str | None:
         """What an answer says, encoded, with `-<count>` if it is that of the parts' checksums; None if nothing."""
         if self is not MD5:
             return headers.get(self.field)
@@ -123,7 +123,7 @@ class Support:
             return {}
         return self.algorithm.header(digest)
 
-    def compare(self, digest: bytes | None, headers: Fields) -> None:
+    def compare(self, digest: bytes | None, headers: HeadFields) -> None:
         """Compare with what the store says, if it does.
 
         Raises:

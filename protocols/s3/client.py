@@ -30,7 +30,7 @@ _OFF = (None, None, None, None)  # a variable that is read neither from the envi
 
 
 @dataclass(frozen=True)
-class Settings:
+class BucketSettings:
     """How to reach a bucket.
 
     Attributes:
@@ -91,14 +91,14 @@ class _Raw:
         yield self._data
 
 
-class Account:
+class BucketAccount:
     """Credentials, and the clients that use them.
 
     Raises:
         botocore.exceptions.BotoCoreError: there are none, or no such profile.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: BucketSettings) -> None:
         self._settings = settings
         variables: dict[str, Any] = {"ca_bundle": _OFF}
         if settings.access_key:
@@ -148,7 +148,7 @@ class Account:
         return client, aim
 
 
-def _proxies(settings: Settings) -> dict[str, str]:
+def _proxies(settings: BucketSettings) -> dict[str, str]:
     """Return the proxies of a target's setting, by scheme, with credentials."""
     found = {scheme: Proxy.of(settings.proxy, f"{scheme}://{urlsplit(AWS).hostname}") for scheme in ("http", "https")}
     return {scheme: proxy.full_url for scheme, proxy in found.items() if proxy}

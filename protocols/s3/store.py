@@ -23,7 +23,7 @@ from botocore.exceptions import ClientError
 from protocols.http.answer import Answer
 from protocols.http.head import Fields
 from protocols.http.session import Content, Session, WebOrigin
-from protocols.s3.client import Account, Settings, answer_of
+from protocols.s3.client import BucketAccount, BucketSettings, answer_of
 from protocols.s3.error import StoreError
 from protocols.s3.sign import EMPTY_SHA256, UNSIGNED, Credentials, Signer
 from transfer.errors import TimedOut
@@ -43,7 +43,7 @@ _regions: dict[str, str] = {}  # by bucket: names of buckets at AWS are unique i
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredObject:
     """What the store says of an object."""
 
     size: int
@@ -93,13 +93,13 @@ class Store:
         botocore.exceptions.BotoCoreError: no credentials, no such profile, no such region.
     """
 
-    def __init__(self, settings: Settings, check: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, settings: BucketSettings, check: Callable[[], None] = lambda: None) -> None:
         self.check = check
         self.bucket = settings.bucket
         self._settings = settings
         self._sessions: dict[WebOrigin, Session] = {}
         self._lock = threading.Lock()
-        self._account = Account(settings)
+        self._account = BucketAccount(settings)
         self._use(_regions.get(settings.bucket, "") if settings.at_aws else "")
 
     def _use(self, region: str) -> None:
@@ -268,13 +268,13 @@ class Store:
             answer.read(ERROR_BYTES)
             return answer.headers
 
-    def head(self, key: str, headers: Mapping[str, str] | None = None) -> Stored | None:
+    def head(self, key: str, headers: Mapping[str, str] | None = None) -> StoredObject | None:
         """Return what the store says of an object, None if there is none; raises as `call`."""
         try:
             with self._request("HEAD", key, {}, headers or {}) as answer:
                 sha256 = answer.headers.get(SHA256_FIELD)
                 size = int(answer.headers.get("Content-Length") or 0)
-                return Stored(size, sha256.strip().lower() if sha256 else None, answer.headers)
+                return StoredObject(size, sha256.strip().lower() if sha256 else None, answer.headers)
         except StoreError as exc:
             if exc.status == 404 and exc.code != "NoSuchBucket":
                 return None

@@ -48,7 +48,7 @@ def part_size(size: int, wanted: int) -> int:
 
 
 @dataclass(frozen=True)
-class Part:
+class UploadPart:
     """A part that the store has."""
 
     etag: str
@@ -68,7 +68,7 @@ class Upload:
         self.id = ""
         self.made = False  # whether the store has made the object
         self.version: str | None = None  # of it, if the bucket keeps versions
-        self.parts: dict[int, Part] = {}
+        self.parts: dict[int, UploadPart] = {}
         self._lock = threading.Lock()
 
     def create(self) -> None:
@@ -99,7 +99,7 @@ class Upload:
             raise
         self.support.compare(digest, told)
         with self._lock:
-            self.parts[number] = Part(told.get("ETag", ""), digest)
+            self.parts[number] = UploadPart(told.get("ETag", ""), digest)
 
     def complete(self, size: int, whole: bytes | None) -> str | None:
         """Make the object of its parts; return its checksum as the store reports it from now on, if that is known.
@@ -179,7 +179,7 @@ class Upload:
                 return False
             if same:
                 algorithm = self.support.algorithm
-                self.parts[number] = Part(str(row["ETag"]), algorithm.of(data) if algorithm else None)
+                self.parts[number] = UploadPart(str(row["ETag"]), algorithm.of(data) if algorithm else None)
         self.id = found if self.parts else ""
         return bool(self.parts)
 

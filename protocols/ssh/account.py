@@ -26,7 +26,7 @@ from typing import TypeVar
 import paramiko
 
 from protocols.ssh import hostkeys
-from protocols.ssh.client import ALIVE_COUNT, END_S, PIECE, Client
+from protocols.ssh.client import ALIVE_COUNT, END_S, PIECE, SshClient
 from protocols.ssh.handshake import LOOK_S, NothingInCommon, Transport
 from protocols.ssh.login import LoginFacts, why_denied, why_not_trusted
 from protocols.ssh.words import DENIED, ENDED_AT_ONCE, short
@@ -38,7 +38,7 @@ ERRORS_BYTES = 65_536  # of what a command writes to its standard error, its end
 KEYS: tuple[type[paramiko.PKey], ...] = (paramiko.Ed25519Key, paramiko.ECDSAKey, paramiko.RSAKey)
 
 
-def suits(client: Client) -> bool:
+def suits(client: SshClient) -> bool:
     """Return whether paramiko can carry the login of a client that was entered."""
     login = client.login
     if any(key.startswith("@") for key in client.keys):
@@ -48,7 +48,7 @@ def suits(client: Client) -> bool:
     return _key(client) is not None if login.key else bool(login.password)
 
 
-def _key(client: Client) -> paramiko.PKey | None:
+def _key(client: SshClient) -> paramiko.PKey | None:
     """Return our private key with its certificate, None if it is of a type that paramiko doesn't know."""
     for kind in KEYS:
         with suppress(paramiko.SSHException, ValueError, TypeError, IndexError):
@@ -62,7 +62,7 @@ def _key(client: Client) -> paramiko.PKey | None:
 class Account:
     """An account on a host, logged in to from `begin` to `close`."""
 
-    def __init__(self, client: Client) -> None:
+    def __init__(self, client: SshClient) -> None:
         self.client = client
         self.facts = LoginFacts()
         self._stack = ExitStack()

@@ -1,6 +1,6 @@
 """SSH by the system's own client, and by paramiko: one way in for rsync, SFTP and scripts, one place for trust.
 
-    with Client(login) as client:
+    with SshClient(login) as client:
         started = client.start("sftp", subsystem=True)   # a process of ssh(1); `started.failure()` says why it ended
         with Shell(client) as shell: ...                 # shell.py, account.py: by paramiko
 
@@ -57,7 +57,7 @@ class Started:
 
     LOST = 255  # exit code for ssh's own failures (ssh(1)); others are the command's
 
-    def __init__(self, client: Client, process: subprocess.Popen[bytes], said: Said) -> None:
+    def __init__(self, client: SshClient, process: subprocess.Popen[bytes], said: Said) -> None:
         self.client, self.process, self.said = client, process, said
 
     @property
@@ -127,7 +127,7 @@ class Started:
         stop(self.process)
 
 
-class Client:
+class SshClient:
     """Starts `ssh` for one login. A context manager: what it has put into files is gone at its end.
 
     Entering it settles which keys of the host are good, for which a host may have to be asked.
@@ -149,11 +149,11 @@ class Client:
         self._files = MemoryFiles()
         self._options: list[str] = []
         self._ways: list[Started] = []
-        self.jump = Client(login.jump, hide, check) if login.jump else None
+        self.jump = SshClient(login.jump, hide, check) if login.jump else None
         self.env = environment()
         self.keys: tuple[str, ...] = ()  # of the host, that are trusted, as `[@marker ]type base64`
 
-    def __enter__(self) -> Client:
+    def __enter__(self) -> SshClient:
         try:
             if self.jump is not None:
                 self.jump.__enter__()

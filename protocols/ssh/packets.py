@@ -73,7 +73,7 @@ class Space:
     read_only: bool
 
 
-class Window:
+class SendWindow:
     """Bytes that may be on the way; first come, first served."""
 
     def __init__(self, size: int) -> None:
@@ -110,10 +110,10 @@ class Window:
         self.give(0)
 
 
-class Writes:
+class FileWrites:
     """The writes of one file that are on the way."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, window: Window, moved: Callable[[int], None]) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, window: SendWindow, moved: Callable[[int], None]) -> None:
         self._loop, self._window, self._moved = loop, window, moved
         self._count = 0
         self._lost = False

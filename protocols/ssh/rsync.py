@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from protocols.ssh.client import END_S, Client
+from protocols.ssh.client import END_S, SshClient
 from protocols.ssh.memfiles import tail
 from protocols.ssh.programs import program, start, stop
 from protocols.ssh.words import Said, short
@@ -131,7 +131,7 @@ class Rsync:
         limit: bytes per second, None for no limit.
     """
 
-    client: Client
+    client: SshClient
     banner: Callable[[], str] = str
     limit: int | None = None
     compress: bool = False

@@ -22,8 +22,8 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
 from protocols.ssh import packets as wire
-from protocols.ssh.client import Client, Started
-from protocols.ssh.packets import Answered, Attributes, Code, Space, Status, Window, Writes, string, take
+from protocols.ssh.client import SshClient, Started
+from protocols.ssh.packets import Answered, Attributes, Code, FileWrites, SendWindow, Space, Status, string, take
 from protocols.ssh.words import short
 from transfer.content import data_parts
 from transfer.errors import DispatchError, Misconfigured, TimedOut
@@ -61,7 +61,7 @@ class Sftp:
         self._came = bytearray()
         self._greeted: asyncio.Future[bytes] = self._loop.create_future()
         self._heard = self._loop.time()
-        self._window = Window(WINDOW_BYTES)
+        self._window = SendWindow(WINDOW_BYTES)
         self._watcher: asyncio.Task[None] | None = None
         self._ending: asyncio.Task[None] | None = None
         self._loop.add_reader(self._out, self._readable)
@@ -71,7 +71,7 @@ class Sftp:
         self.open_files = 0  # how many may be open at once, 0 if the server doesn't say
 
     @classmethod
-    async def connect(cls, client: Client) -> Sftp:
+    async def connect(cls, client: SshClient) -> Sftp:
         """Log in and begin a session.
 
         Raises:
@@ -178,7 +178,7 @@ class Sftp:
             Status: a write failed; the first failure.
             EOFError: the local file has become shorter.
         """
-        file = Writes(self._loop, self._window, moved)
+        file = FileWrites(self._loop, self._window, moved)
         piece = min(piece, self.write_bytes)
         head, written = string(handle), offset
         for begin, end in data_parts(fd, offset, size) if holes else ((offset, size),):

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from shlex import quote
 
 from protocols.ssh.account import Account, Command, suits
-from protocols.ssh.client import END_S, Client, Started
+from protocols.ssh.client import END_S, SshClient, Started
 from protocols.ssh.handshake import NothingInCommon
 from protocols.ssh.login import LoginFacts
 from protocols.ssh.words import short
@@ -44,7 +44,7 @@ class Shell:
     Whether there is one shows with the first script: to ask before would cost a way there and back.
     """
 
-    def __init__(self, client: Client, check: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, client: SshClient, check: Callable[[], None] = lambda: None) -> None:
         self.client, self._check = client, check
         self.facts = LoginFacts()
         self.banner = ""  # what the host says to everybody
@@ -142,7 +142,7 @@ class Shell:
 
 
 def begin(
-    client: Client, check: Callable[[], None], learn: Callable[[Account], None] = lambda account: None
+    client: SshClient, check: Callable[[], None], learn: Callable[[Account], None] = lambda account: None
 ) -> Started | Command:
     """Start a shell: by paramiko if it can carry the login, else by ssh(1).
 
@@ -166,7 +166,7 @@ def begin(
 
 
 def run_script(
-    client: Client,
+    client: SshClient,
     script: str,
     arguments: tuple[str, ...],
     *,

@@ -29,7 +29,7 @@ _TAG = re.compile(r"<[^>]*>")
 _URI = re.compile(r"/(?:(archive|prearchive)/projects|xapi/(direct-archive))/([^/]+)(?:/(.*))?")
 
 
-class Refused(Exception):
+class XnatRefused(Exception):
     """An answer that is not what was asked for.
 
     Attributes:
@@ -122,12 +122,12 @@ def judged(answer: requests.Response) -> requests.Response:
     """Return an answer with data in it.
 
     Raises:
-        Refused: any status but 200 and 201, and every web page.
+        XnatRefused: any status but 200 and 201, and every web page.
     """
     page = is_page(answer)
     if answer.status_code in (200, 201) and not page:
         return answer
-    raise Refused(
+    raise XnatRefused(
         answer.status_code,
         words_of(answer),
         page,
@@ -175,7 +175,7 @@ def session_of(document: Any) -> ImageSession:
         number, uid, label, patient = (str(facts.get(name, "")) for name in ("ID", "UID", "label", "dcmPatientId"))
         return ImageSession(number, uid, label, patient, scans)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as exc:
-        raise Refused(200, "the answer is not the description of a session", page=True) from exc
+        raise XnatRefused(200, "the answer is not the description of a session", page=True) from exc
 
 
 def _children(item: dict[str, Any], name: str) -> list[dict[str, Any]]:
@@ -199,7 +199,7 @@ def places(text: str) -> Iterator[ArchivePlace]:
     for line in text.split():
         found = _URI.search(line)
         if not found:
-            raise Refused(200, "the answer is not a list of sessions", page=True)
+            raise XnatRefused(200, "the answer is not a list of sessions", page=True)
         kind, direct, project, rest = found.groups()
         yield ArchivePlace(kind or direct, unquote(project), unquote(rest or ""))
 

@@ -32,7 +32,7 @@ from protocols.xnat.answers import (
     ArchivePlace,
     CatalogEntry,
     ImageSession,
-    Refused,
+    XnatRefused,
     entry_of,
     judged,
     line,
@@ -67,7 +67,7 @@ def _pyxnat() -> ModuleType:
     return import_module("pyxnat")
 
 
-class Client:
+class XnatClient:
     """A login to one XNAT server; may be used from several threads.
 
     Args:
@@ -107,7 +107,7 @@ class Client:
         """Open a session at XNAT; its cookie goes with every later request.
 
         Raises:
-            Refused: the credentials are not accepted (401), or this is no XNAT.
+            XnatRefused: the credentials are not accepted (401), or this is no XNAT.
         """
         self._interface._get_entry_point()
 
@@ -128,11 +128,11 @@ class Client:
 
     def version(self) -> str:
         """Return XNAT's version, "" if it is not known. Since 1.8 it is at another address than before."""
-        with suppress(Refused):
+        with suppress(XnatRefused):
             text = self._get("/data/version").text.strip()
             if text and not text.startswith("{"):
                 return text
-        with suppress(Refused, ValueError, AttributeError):
+        with suppress(XnatRefused, ValueError, AttributeError):
             return str(json.loads(self._get("/xapi/siteConfig/buildInfo").text).get("version", ""))
         return ""
 
@@ -165,7 +165,7 @@ class Client:
         path = f"/data/projects/{part(project)}/subjects/{part(subject)}/experiments"
         try:
             return [value_of(row, "label") for row in self._rows(path, {"columns": "ID,label", "format": "json"})]
-        except Refused as exc:
+        except XnatRefused as exc:
             if exc.status == 404:
                 return []
             raise
@@ -175,7 +175,7 @@ class Client:
         path = f"/data/projects/{part(project)}/experiments/{part(label)}"
         try:
             found = self._json(path, {"format": "json"})
-        except Refused as exc:
+        except XnatRefused as exc:
             if exc.status == 404:
                 return None
             raise
@@ -187,7 +187,7 @@ class Client:
         found = []
         try:
             rows = self._rows(path, {"format": "json"})
-        except Refused as exc:
+        except XnatRefused as exc:
             if exc.status == 404:  # no scan at all
                 return []
             raise
@@ -205,7 +205,7 @@ class Client:
         """Return the same entry as it is now, None if it is gone."""
         try:
             rows = self._rows(entry.path, {"format": "json"})
-        except Refused as exc:
+        except XnatRefused as exc:
             if exc.status == 404:
                 return None
             raise
@@ -227,7 +227,7 @@ class Client:
 
     def log_of(self, entry: CatalogEntry) -> str:
         """Return the last words that XNAT wrote of an entry, "" if it wrote none or doesn't show them."""
-        with suppress(Refused):
+        with suppress(XnatRefused):
             answer = self._get(f"{entry.path}/logs/last", {"format": "json"})
             with suppress(ValueError):
                 rows = table(answer)
@@ -247,11 +247,11 @@ class Client:
         return list(places(answer.text))
 
     def _judge(self, answer: requests.Response, *_: Any, **__: Any) -> None:
-        """Raise Refused for an answer without the data that was asked for. `requests` calls it for every answer."""
+        """Raise XnatRefused for an answer without the data that was asked for. `requests` calls it for every answer."""
         self._session.cookies.update(answer.cookies)  # of a refusal too: there may be a session to end
         try:
             _fit(answer)
-        except Refused as exc:
+        except XnatRefused as exc:
             self._failed.error = exc
             raise
 
@@ -262,7 +262,7 @@ class Client:
         try:
             yield
         except (LookupError, ValueError, StopIteration, csv.Error) as exc:
-            raise Refused(200, "the answer is not a table", page=True) from exc
+            raise XnatRefused(200, "the answer is not a table", page=True) from exc
         if self._failed.error:
             raise self._failed.error
 
@@ -275,27 +275,27 @@ class Client:
         try:
             return answer.json()
         except ValueError as exc:
-            raise Refused(answer.status_code, "the answer is not JSON", page=True) from exc
+            raise XnatRefused(answer.status_code, "the answer is not JSON", page=True) from exc
 
     def _rows(self, path: str, query: dict[str, str]) -> list[dict[str, Any]]:
         answer = self._get(path, query)
         try:
             return table(answer)
         except ValueError as exc:
-            raise Refused(answer.status_code, "the answer is not a table", page=True) from exc
+            raise XnatRefused(answer.status_code, "the answer is not a table", page=True) from exc
 
 
 def _fit(answer: requests.Response) -> None:
-    """Raise Refused for an answer that is not what was asked for, or that pyxnat can't read."""
+    """Raise XnatRefused for an answer that is not what was asked for, or that pyxnat can't read."""
     judged(answer)
     url = urlsplit(answer.request.url or "")
     last = url.path.rpartition("/")[2]
     if last == "JSESSION" and answer.request.method == "GET" and not _SESSION_ID.fullmatch(answer.text.strip()):
-        raise Refused(answer.status_code, words_of(answer), page=True)
+        raise XnatRefused(answer.status_code, words_of(answer), page=True)
     if "format=csv" in url.query and last in _COLUMNS:
         head = next(csv.reader([answer.text.partition("\n")[0]]), [])
         if "csv" not in answer.headers.get("Content-Type", "") or _COLUMNS[last] not in head:
-            raise Refused(answer.status_code, "the answer is not a table", page=True)
+            raise XnatRefused(answer.status_code, "the answer is not a table", page=True)
 
 
 class _Failed(threading.local):

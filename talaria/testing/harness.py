@@ -129,7 +129,7 @@ class Sent:
         return self.receipt
 
 
-class Sender:
+class HarnessDispatch:
     """A dispatch to one target as the engine makes it: a `Delivery` over a ledger of its own; made by `sending`."""
 
     def __init__(
@@ -176,7 +176,7 @@ class Sender:
 class _WatchedLedger(Ledger):
     """A ledger that also says what it keeps, once somebody listens."""
 
-    listener: Sender | None = None
+    listener: HarnessDispatch | None = None
 
     def record(self, dispatch_id: str, destination: str, endpoint: str, item: Item, outcome: Outcome) -> None:
         super().record(dispatch_id, destination, endpoint, item, outcome)
@@ -187,7 +187,7 @@ class _WatchedLedger(Ledger):
 class _WatchedDelivery(Delivery):
     """A delivery that also says how much went out."""
 
-    listener: Sender
+    listener: HarnessDispatch
 
     def moved(self, count: int) -> None:
         super().moved(count)
@@ -203,7 +203,7 @@ def sending(
     told: Callable[[Sent, Item, Outcome], None] = lambda sent, item, outcome: None,
     moved: Callable[[Sent, int], None] = lambda sent, count: None,
     cancelled: threading.Event | None = None,
-) -> Iterator[Sender]:
+) -> Iterator[HarnessDispatch]:
     """Begin a dispatch to one target, in a state directory of its own.
 
     Args:
@@ -222,7 +222,7 @@ def sending(
             for item in delivery.plan.items:
                 if item.path in there:
                     ledger.record(*delivery.key, item, there[item.path])
-            sender = ledger.listener = delivery.listener = Sender(delivery, told, moved)
+            sender = ledger.listener = delivery.listener = HarnessDispatch(delivery, told, moved)
             yield sender
 
 

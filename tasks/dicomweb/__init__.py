@@ -14,12 +14,12 @@ from imaging import json as dicomjson
 from imaging.query import Match, Query
 from protocols.dicomweb import qido, readback, wado
 from protocols.dicomweb import service as dicomweb
-from protocols.dicomweb.client import Client, Refused
+from protocols.dicomweb.client import DicomwebClient, RequestRefused
 from protocols.dicomweb.pages import Archive
 from protocols.dicomweb.readback import Unverifiable, Verdict
 from protocols.dicomweb.service import Service
 from protocols.dicomweb.stow import StowPush
-from protocols.dicomweb.wado import Retrieval, Series
+from protocols.dicomweb.wado import WadoRetrieval, WadoSeries
 from protocols.http.answer import Answer
 from protocols.http.oauth import ClientCredentials, Fixed
 from protocols.http.session import Authorizer, Content, Session, WebOrigin
@@ -322,18 +322,18 @@ def retrieve(target: DicomWebTarget, query: Query, folder: Path, report: PushRep
         return dicomweb_folder.retrieve(target, query, folder, report)
     with connect(target, report.check) as service:
         matches = list(qido.find(service, replace(query, level="series"), tries=WADO_TRIES))
-        series = [Series(match.StudyInstanceUID, match.SeriesInstanceUID, match.instances) for match in matches]
+        series = [WadoSeries(match.StudyInstanceUID, match.SeriesInstanceUID, match.instances) for match in matches]
         if not series:
             raise NotFound(f"{service.where}: nothing matches the query")
         blind: list[str] = []
 
-        def listed(one: Series) -> set[str] | None:
+        def listed(one: WadoSeries) -> set[str] | None:
             found = _listed(service, one)
             if found is None and one.announced is None:
                 blind.append(one.uid)
             return found
 
-        retrieval = Retrieval(
+        retrieval = WadoRetrieval(
             service,
             series,
             folder,
@@ -350,15 +350,15 @@ def retrieve(target: DicomWebTarget, query: Query, folder: Path, report: PushRep
     return compared(report.receipt(target.name, plan, level, tuple(retrieval.notes)), plan, series, whole)
 
 
-def _listed(service: Service, series: Series) -> set[str] | None:
+def _listed(service: Service, series: WadoSeries) -> set[str] | None:
     """Return the UIDs of a series' instances, from a search or else from their metadata; None if neither has any."""
     found: set[str] = set()
     with suppress(NotFound, Misconfigured):  # not every server lists instances
         found.update(qido.instances(Archive(service, WADO_TRIES), series.study, series.uid, series.announced))
     if not found:
-        with suppress(NotFound, Misconfigured, Refused, Busy):
+        with suppress(NotFound, Misconfigured, RequestRefused, Busy):
             found.update(
-                dicomjson.text(one, qido.SOP_UID) for one in Client(service).metadata(series.study, series.uid)
+                dicomjson.text(one, qido.SOP_UID) for one in DicomwebClient(service).metadata(series.study, series.uid)
             )
     return found - {""} or None
 

@@ -33,7 +33,7 @@ from transfer.ledger import Ledger
 from transfer.plan import Origin, Plan
 from transfer.receipt import Receipt, State, overall
 from transfer.staging import discard
-from transfer.window import Window
+from transfer.window import DispatchWindow
 
 R = TypeVar("R")
 OFF_PEAK = "22:00-06:00"  # UTC, unless TALARIA_OFF_PEAK says otherwise
@@ -181,9 +181,9 @@ def opens(target: Target, priority: str, now: datetime | None = None) -> datetim
         return now + timedelta(seconds=DISABLED_S)
     windows = []
     if target.window and priority != "urgent":
-        windows.append(Window.parse(target.window))
+        windows.append(DispatchWindow.parse(target.window))
     if priority == "offpeak":
-        windows.append(Window.parse(os.environ.get("TALARIA_OFF_PEAK") or OFF_PEAK))
+        windows.append(DispatchWindow.parse(os.environ.get("TALARIA_OFF_PEAK") or OFF_PEAK))
     openings = [opening for window in windows if (opening := window.opens(now))]
     return max(openings) if openings else None
 

@@ -115,7 +115,7 @@ def _write(path: Path, text: str) -> None:
         file.write(text)
 
 
-class Progress:
+class RetrievalProgress:
     """The progress artifact of a retrieval."""
 
     def __init__(self, source: str) -> None:

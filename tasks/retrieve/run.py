@@ -33,7 +33,7 @@ from tasks.dispatch.run import LEASE_S, LOOK_S, opens
 from tasks.retrieve.fetch import Fetcher
 from tasks.retrieve.job import Job, Stage, Study, discard, folder_of, size_of
 from tasks.retrieve.place import check_place, place
-from tasks.retrieve.report import Progress, document, report, state_of
+from tasks.retrieve.report import RetrievalProgress, document, report, state_of
 from tasks.targets import check_destination, check_source, limit, load
 from transfer.accessions import accessions
 from transfer.errors import Cancelled as DispatchCancelled
@@ -102,7 +102,7 @@ class Retrieval:
 
     async def run(self) -> None:
         """Find, fetch and hand on, until all is done or something holds it up."""
-        progress = Progress(self.source.name)
+        progress = RetrievalProgress(self.source.name)
         async with updated(lambda: progress.show(self.job)):
             if not self._held_up():
                 await self._find()

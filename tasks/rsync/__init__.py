@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 from blocks.rsync import RsyncTarget
 from imaging.header import BEGINNING_BYTES
 from protocols.net.hiding import quieted
-from protocols.ssh.client import Client
+from protocols.ssh.client import SshClient
 from protocols.ssh.programs import program
 from protocols.ssh.rsync import PARTIAL, PARTLY, TEMPORARY, WORDS, Result, Rsync
 from protocols.ssh.shell import Shell
@@ -61,7 +61,7 @@ def check(target: RsyncTarget) -> Health:
     rest = ["trust", "authenticate", "shell", "authorize", "rsync", *(["hook"] if target.on_complete else [])]
     if ssh.probe_host(health, target):
         try:
-            with Client(ssh.login(target)) as client:
+            with SshClient(ssh.login(target)) as client:
                 _check(health, target, client)
         except DispatchError:
             with health.probe("authenticate"):
@@ -70,7 +70,7 @@ def check(target: RsyncTarget) -> Health:
     return health
 
 
-def _check(health: Health, target: RsyncTarget, client: Client) -> None:
+def _check(health: Health, target: RsyncTarget, client: SshClient) -> None:
     error: DispatchError | None = None
     with Shell(client) as shell:
         try:
@@ -107,7 +107,7 @@ def _check(health: Health, target: RsyncTarget, client: Client) -> None:
                     raise ssh.no_script(target)
 
 
-def _rehearse(client: Client, shell: Shell, place: str) -> None:
+def _rehearse(client: SshClient, shell: Shell, place: str) -> None:
     """Let rsync log in by itself, with ssh(1), and compare a file of ours with one that isn't there, at `place`."""
     with TemporaryDirectory(prefix="talaria-") as here:
         name = ssh.probe_name()
@@ -125,7 +125,7 @@ def push(target: RsyncTarget, plan: Plan, report: PushReport) -> Receipt:
     hide = ssh.hiding(target, plan)
     with (
         quieted(hide, target.name),
-        Client(ssh.login(target), hide, report.check) as client,
+        SshClient(ssh.login(target), hide, report.check) as client,
         Shell(client, report.check) as shell,
     ):
         rsync = Rsync(client, lambda: shell.banner, target.bandwidth_limit, target.compress, report.check, report.moved)

@@ -17,7 +17,7 @@ from protocols.http.proxy import Proxy
 from protocols.http.session import WebOrigin
 from protocols.net.hiding import hiding, quieted
 from protocols.net.tls import Tls
-from protocols.s3.client import AWS, Settings
+from protocols.s3.client import AWS, BucketSettings
 from protocols.s3.error import StoreError
 from protocols.s3.probe import Prober
 from protocols.s3.store import Store
@@ -25,7 +25,7 @@ from protocols.s3.upload import Form
 from tasks.driver import Driver, Facts
 from tasks.probes import reach_web
 from tasks.s3.errors import CREDENTIALS, errors, of
-from tasks.s3.push import Push
+from tasks.s3.push import S3Push
 from tasks.s3.support import Supports, forget
 from transfer.errors import Denied, DispatchError, Misconfigured, Permanent
 from transfer.health import Health
@@ -59,7 +59,7 @@ def connect(target: S3Target, check: Callable[[], None] = lambda: None, hidden: 
     if known := Proxy.of(proxy, target.endpoint_url or AWS):
         secrets |= known.secrets
     where = f"{target.endpoint_url or 'AWS'}, bucket {target.bucket}"
-    settings = Settings(
+    settings = BucketSettings(
         bucket=target.bucket,
         region=target.region,
         endpoint_url=target.endpoint_url,
@@ -207,7 +207,7 @@ def push(target: S3Target, plan: Plan, report: PushReport) -> Receipt:
     folders = names(plan, target.layout)
     # A store may quote keys.
     with connect(target, report.check, private_parts(plan, target.layout)) as store:
-        job = Push(target, plan, report, store, folders)
+        job = S3Push(target, plan, report, store, folders)
         store.check = job.check
         try:
             return job.run()

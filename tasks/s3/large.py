@@ -20,7 +20,7 @@ from transfer.plan import Item, Plan
 HASHED_BYTES = 4 << 20  # read at once to be hashed, between two looks at the cancel flag
 
 
-class Push(Protocol):
+class PartsPush(Protocol):
     """What a large file needs of the push that it is part of."""
 
     target: S3Target
@@ -49,7 +49,7 @@ class Large:
         fd: open, for as long as it takes.
     """
 
-    def __init__(self, push: Push, item: Item, key: str, fd: int) -> None:
+    def __init__(self, push: PartsPush, item: Item, key: str, fd: int) -> None:
         self.push, self.item, self.key, self.fd = push, item, key, fd
         self.size = part_size(item.size, push.target.multipart_bytes)
         self.sizes = [min(self.size, item.size - start) for start in range(0, item.size, self.size)]

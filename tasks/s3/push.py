@@ -24,7 +24,7 @@ from imaging.header import BEGINNING_BYTES, other_instance
 from protocols.s3.checksums import Mismatch
 from protocols.s3.error import StoreError
 from protocols.s3.keys import MAX_KEY_BYTES, content_type, keys, under
-from protocols.s3.store import LONGEST_PAUSE_S, SHA256_FIELD, TRIES, Payload, Store, Stored
+from protocols.s3.store import LONGEST_PAUSE_S, SHA256_FIELD, TRIES, Payload, Store, StoredObject
 from protocols.s3.upload import Upload, stale
 from tasks.s3.errors import errors, of, only_denied
 from tasks.s3.large import Large
@@ -62,7 +62,7 @@ _ENCODED = json.JSONEncoder(ensure_ascii=False).encode
 REPLACED = Outcome(Kind.WARNING, "replaced another object of this key")
 
 
-class Push:
+class S3Push:
     """One push; its steps are called in the order in which they stand here.
 
     Args:
@@ -135,7 +135,7 @@ class Push:
     def _is_large(self, item: Item) -> bool:
         return item.size > self.target.multipart_bytes
 
-    def _stored(self, key: str, size: int | None = None) -> Stored | None:
+    def _stored(self, key: str, size: int | None = None) -> StoredObject | None:
         """Return what the store says of an object; None if it isn't there, or not with this size."""
         if self._there is not None and (key not in self._there or size not in (None, self._there[key])):
             return None

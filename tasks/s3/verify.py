@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from protocols.s3.checksums import encoded
 from protocols.s3.error import StoreError
 from protocols.s3.probe import MODE
-from protocols.s3.store import Store, Stored
+from protocols.s3.store import Store, StoredObject
 from tasks.s3.errors import CREDENTIALS, errors, of
 from tasks.s3.support import Supports
 from transfer.errors import DispatchError, Rejected
@@ -56,7 +56,7 @@ class Verifier:
         report: PushReport,
     ) -> None:
         self.level = wanted
-        self.stored: dict[str, Stored] = {}
+        self.stored: dict[str, StoredObject] = {}
         self.notes: list[str] = []
         self._proving = wanted is Level.PROVEN
         self._store, self._supports, self._keys, self._sums = store, supports, keys, sums
@@ -86,7 +86,7 @@ class Verifier:
             if self._proving:
                 self._prove(item, stored)
 
-    def _prove(self, item: Item, stored: Stored) -> None:
+    def _prove(self, item: Item, stored: StoredObject) -> None:
         try:
             sums = self._sums.get(item.path) or self._local(item)
         except Rejected:

@@ -14,7 +14,7 @@ from contextlib import suppress
 
 from blocks.sftp import Rename, SftpTarget
 from protocols.net.hiding import quieted
-from protocols.ssh.client import Client
+from protocols.ssh.client import SshClient
 from protocols.ssh.packets import FLAG_CREATE, FLAG_TRUNCATE, FLAG_WRITE, Code, Status
 from protocols.ssh.sftp import Sftp
 from protocols.ssh.shell import Shell
@@ -37,7 +37,7 @@ def check(target: SftpTarget) -> Health:
     rest = ["trust", "authenticate", "sftp", "authorize", "rename", *(["hook"] if target.on_complete else [])]
     if ssh.probe_host(health, target):
         try:
-            with Client(ssh.login(target)) as client:
+            with SshClient(ssh.login(target)) as client:
                 asyncio.run(_check(health, target, client))
         except DispatchError:
             with health.probe("authenticate"):
@@ -46,7 +46,7 @@ def check(target: SftpTarget) -> Health:
     return health
 
 
-async def _check(health: Health, target: SftpTarget, client: Client) -> None:
+async def _check(health: Health, target: SftpTarget, client: SshClient) -> None:
     if not await asyncio.to_thread(ssh.probe_account, health, client):
         return
     started = client.start("sftp", subsystem=True)
@@ -121,7 +121,7 @@ async def _probe_rename(session: Sftp, name: bytes) -> str:
     return found
 
 
-def _check_script(target: SftpTarget, client: Client) -> None:
+def _check_script(target: SftpTarget, client: SshClient) -> None:
     with Shell(client) as shell:
         if shell.run(ssh.script_there(target))[0]:
             raise ssh.no_script(target)
@@ -131,7 +131,7 @@ def push(target: SftpTarget, plan: Plan, report: PushReport) -> Receipt:
     """Write every pending file, then the marker; each is reported when it has its final name."""
     report.check()
     hide = ssh.hiding(target, plan)
-    with quieted(hide, target.name), Client(ssh.login(target), hide, report.check) as client:
+    with quieted(hide, target.name), SshClient(ssh.login(target), hide, report.check) as client:
         return asyncio.run(_unless_cancelled(_push(Sending(target, plan, report, client)), report))
 
 

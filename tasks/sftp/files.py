@@ -14,8 +14,8 @@ from contextlib import suppress
 
 from blocks.sftp import SftpTarget
 from imaging.header import BEGINNING_BYTES, other_instance
-from protocols.ssh.client import Client
-from protocols.ssh.packets import FLAG_CREATE, FLAG_READ, FLAG_TRUNCATE, FLAG_WRITE, Code, Status, Window
+from protocols.ssh.client import SshClient
+from protocols.ssh.packets import FLAG_CREATE, FLAG_READ, FLAG_TRUNCATE, FLAG_WRITE, Code, SendWindow, Status
 from protocols.ssh.sftp import WINDOW_BYTES, Sftp
 from tasks import ssh
 from tasks.sftp.remote import NoRename, Remote, Unexplained, each, encoded
@@ -43,7 +43,7 @@ _broke: OrderedDict[tuple[str, str], Counter[str]] = OrderedDict()
 class Sending(Remote):
     """One push to an SFTP server."""
 
-    def __init__(self, target: SftpTarget, plan: Plan, report: PushReport, client: Client) -> None:
+    def __init__(self, target: SftpTarget, plan: Plan, report: PushReport, client: SshClient) -> None:
         super().__init__(target, plan, report, client)
         self.throttle = Throttle(target.bandwidth_limit)
         self.sparse = True  # as long as nothing shows that the server can't have holes
@@ -176,8 +176,8 @@ class Sending(Remote):
 
     async def work(self, session: Sftp) -> None:
         """Deliver what is left over one connection, many files at once."""
-        claims = Window(CLAIM_BYTES)
-        slots = Window(min(FILES_AT_ONCE, session.open_files // 2 or FILES_AT_ONCE))
+        claims = SendWindow(CLAIM_BYTES)
+        slots = SendWindow(min(FILES_AT_ONCE, session.open_files // 2 or FILES_AT_ONCE))
 
         async def one(item: Item, claimed: int) -> None:
             try:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from blocks.sftp import Rename, SftpTarget
-from protocols.ssh.client import Client
+from protocols.ssh.client import SshClient
 from protocols.ssh.packets import FLAG_CREATE, FLAG_TRUNCATE, FLAG_WRITE, Code, Space, Status
 from protocols.ssh.sftp import Sftp
 from tasks import ssh
@@ -57,7 +57,7 @@ class NoRename(Exception):
 class Remote:
     """The folders of a dispatch on an SFTP server, and what the server can do."""
 
-    def __init__(self, target: SftpTarget, plan: Plan, report: PushReport, client: Client) -> None:
+    def __init__(self, target: SftpTarget, plan: Plan, report: PushReport, client: SshClient) -> None:
         self.target, self.plan, self.report, self.client, self.hide = target, plan, report, client, client.hide
         self.folders = [
             Folder(ssh.under(target.folder, name), items) for name, items in ssh.by_folder(target, plan).items()

@@ -17,12 +17,12 @@ from protocols.http.session import Session as Http
 from protocols.http.session import WebOrigin
 from protocols.net.tls import Tls
 from protocols.net.words import clean
-from protocols.xnat.answers import Refused
-from protocols.xnat.client import Client
+from protocols.xnat.answers import XnatRefused
+from protocols.xnat.client import XnatClient
 from tasks.driver import Driver, Facts
 from tasks.probes import reach_web
 from tasks.xnat.errors import classified
-from tasks.xnat.names import Name, Names, Study
+from tasks.xnat.names import Name, Names, XnatStudy
 from tasks.xnat.study import Importer
 from transfer.duplicates import Duplicates
 from transfer.errors import (
@@ -49,7 +49,7 @@ NO_STUDY = "no Study Instance UID (0020,000D): XNAT could not know which session
 
 
 @contextmanager
-def connect(target: XnatTarget, check: Callable[[], None]) -> Iterator[Client]:
+def connect(target: XnatTarget, check: Callable[[], None]) -> Iterator[XnatClient]:
     """Log in; the session at XNAT is ended in every case.
 
     Raises:
@@ -58,12 +58,12 @@ def connect(target: XnatTarget, check: Callable[[], None]) -> Iterator[Client]:
     """
     origin = _origin(target)
     user, password = target.user, target.password.get_secret_value()
-    client = Client(target.host, user, password, lambda ask: Http(origin, check=ask, follow=False), check)
+    client = XnatClient(target.host, user, password, lambda ask: Http(origin, check=ask, follow=False), check)
     try:
         with classified((password,)):
             try:
                 client.login()
-            except Refused as exc:
+            except XnatRefused as exc:
                 words = clean(exc.words, (password,))
                 if exc.status == 401:
                     raise Denied(f"XNAT refuses the login of user {user}: {words}") from exc
@@ -141,7 +141,7 @@ def _check_xnat(target: XnatTarget, health: Health, ask: Callable[[], None], res
             probe.detail = client.version() or "XNAT does not give its version"
 
 
-def _see_project(client: Client, target: XnatTarget) -> None:
+def _see_project(client: XnatClient, target: XnatTarget) -> None:
     """Raise NotFound if the user doesn't see the project: an import to it would be no error at XNAT, but lost."""
     if target.project_id not in client.projects():
         raise NotFound(
@@ -150,11 +150,11 @@ def _see_project(client: Client, target: XnatTarget) -> None:
         )
 
 
-def _may_create(client: Client, target: XnatTarget) -> bool:
+def _may_create(client: XnatClient, target: XnatTarget) -> bool:
     """Return whether XNAT knows the user's rights; raise Denied if the user may not create sessions in the project."""
     try:
         allowed = client.projects("create")
-    except Refused as exc:
+    except XnatRefused as exc:
         if exc.status in (400, 404, 500):  # releases that don't know the question
             return False
         raise
@@ -202,7 +202,7 @@ def push(target: XnatTarget, plan: Plan, report: PushReport) -> Receipt:
     return report.receipt(target.name, plan, reached, notes)
 
 
-def _studies(plan: Plan, items: Iterable[Item], report: PushReport) -> list[Study]:
+def _studies(plan: Plan, items: Iterable[Item], report: PushReport) -> list[XnatStudy]:
     """Return the plan's studies, those last that something was wrong with before; `items` are to be sent."""
     found: dict[str, list[Item]] = defaultdict(list)
     sending = {item.path for item in items}
@@ -215,7 +215,7 @@ def _studies(plan: Plan, items: Iterable[Item], report: PushReport) -> list[Stud
         elif item.path in sending:
             report(item, Outcome(Kind.REJECTED, NO_STUDY))
     return [
-        Study(uid, tuple(found[uid]), tuple(item for item in found[uid] if item.path in sending))
+        XnatStudy(uid, tuple(found[uid]), tuple(item for item in found[uid] if item.path in sending))
         for uid in sorted(found, key=lambda uid: last[uid])
     ]
 
@@ -228,9 +228,9 @@ class _Push:
         self._lock = threading.Lock()
         self._in_a_row = 0  # failures since a study came to its end
         self._errors: list[DispatchError] = []
-        self._refused: list[tuple[Study, DispatchError]] = []  # studies that are for good, as far as is known
+        self._refused: list[tuple[XnatStudy, DispatchError]] = []  # studies that are for good, as far as is known
 
-    def run(self, studies: list[Study]) -> None:
+    def run(self, studies: list[XnatStudy]) -> None:
         """Import studies.
 
         Raises:
@@ -257,7 +257,7 @@ class _Push:
                 if item.path not in report.outcomes:
                     report(item, Outcome(Kind.REJECTED, error.message))
 
-    def _deliver(self, study: Study, name: Name) -> None:
+    def _deliver(self, study: XnatStudy, name: Name) -> None:
         try:
             with classified(name.hidden):
                 self._importer.deliver(study, name)
@@ -290,7 +290,7 @@ class _Push:
                 self._in_a_row = 0
 
 
-def _is_away(client: Client, target: XnatTarget, exc: Retryable) -> bool:
+def _is_away(client: XnatClient, target: XnatTarget, exc: Retryable) -> bool:
     """Return True if what went wrong is not about a study or a file: XNAT asks to wait, or answers nothing else."""
     if isinstance(exc, Unreachable) or getattr(exc, "retry_after", None):
         return True

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from protocols.net.hiding import hiding, quieted
 from protocols.net.words import clean
-from protocols.xnat.answers import Refused
+from protocols.xnat.answers import XnatRefused
 from transfer.errors import Busy, Denied, DispatchError, Interrupted, Misconfigured, NotFound
 
 # What a status means once somebody is logged in. A login that is refused is Denied, see `connect`.
@@ -42,7 +42,7 @@ def classified(hidden: Iterable[str] = ()) -> Iterator[None]:
     with quieted(hiding(hidden)):
         try:
             yield
-        except Refused as exc:
+        except XnatRefused as exc:
             words = clean(exc.words, hidden)
             if exc.status < 400:
                 # A page of the login, or of a proxy, in the place of data; or the way to one.

@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
 from protocols.xnat.answers import CatalogEntry, ImageSession
-from protocols.xnat.client import Client
+from protocols.xnat.client import XnatClient
 from tasks.xnat.names import entry_name
 from transfer.plan import Item, header_of
 
@@ -64,13 +64,13 @@ class Held:
         return self.loose[series] if series else self.loose.total()
 
 
-def held_in_archive(client: Client, project: str, session: ImageSession) -> Held:
+def held_in_archive(client: XnatClient, project: str, session: ImageSession) -> Held:
     """Return what an archived session has."""
     series = {scan.id: scan.uid for scan in session.scans}
     return Held((series.get(scan, ""), name) for scan, name in client.files(project, session.label))
 
 
-def held_in_prearchive(client: Client, entry: CatalogEntry) -> Held:
+def held_in_prearchive(client: XnatClient, entry: CatalogEntry) -> Held:
     """Return what an entry of the prearchive has; the prearchive does not give the UIDs of series."""
     return Held(("", name) for name in client.entry_files(entry))
 

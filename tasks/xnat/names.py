@@ -16,8 +16,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from blocks.xnat import XnatTarget
-from protocols.xnat.answers import ImageSession, Refused
-from protocols.xnat.client import Client
+from protocols.xnat.answers import ImageSession, XnatRefused
+from protocols.xnat.client import XnatClient
 from transfer.layout import FIELDS, UNKNOWN
 from transfer.plan import Item, Plan, header_of
 
@@ -29,7 +29,7 @@ _UNFIT = re.compile(r"[^A-Za-z0-9_-]")  # what XNAT itself turns into an undersc
 
 
 @dataclass(frozen=True)
-class Study:
+class XnatStudy:
     """The items of one study, sorted by path; `pending` are those that are to be sent."""
 
     uid: str
@@ -72,7 +72,7 @@ def label_of(text: str) -> tuple[str, bool]:
     return label, label == text
 
 
-def values_of(study: Study, dispatch_id: str) -> dict[str, str]:
+def values_of(study: XnatStudy, dispatch_id: str) -> dict[str, str]:
     """Return what the fields of a template stand for: of each the first value that any file of the study has.
 
     A study without a patient's ID is nobody else's: its patient is named after the study.
@@ -107,12 +107,12 @@ def entry_name(SOPInstanceUID: str) -> str:
 class Names:
     """Gives the studies of a plan their names, one after the other."""
 
-    def __init__(self, client: Client, target: XnatTarget, plan: Plan) -> None:
+    def __init__(self, client: XnatClient, target: XnatTarget, plan: Plan) -> None:
         self._client, self._target, self._plan = client, target, plan
         self._sessions: dict[str, str] = {}  # label: study
         self._subjects: dict[str, str] = {}  # label: patient's ID
 
-    def name(self, study: Study, *, avoid: Iterable[str] = ()) -> Name:
+    def name(self, study: XnatStudy, *, avoid: Iterable[str] = ()) -> Name:
         """Return the name of a study.
 
         Args:
@@ -128,12 +128,12 @@ class Names:
         hidden = frozenset({*patients, values["PatientID"], plain, subject, wish, session} - {""})
         return Name(subject, session, existing, hidden)
 
-    def _session(self, study: Study, wish: str, avoid: set[str]) -> tuple[str, str, ImageSession | None]:
+    def _session(self, study: XnatStudy, wish: str, avoid: set[str]) -> tuple[str, str, ImageSession | None]:
         """Return the label, the subject that the session is under if there is one, and the session."""
         project, labels = self._target.project_id, list(candidates(wish, study.uid))
         try:
             known = dict(self._client.sessions_of(project, study.uid))
-        except Refused as exc:
+        except XnatRefused as exc:
             if exc.status in (401, 403):
                 raise
             known = {}  # this server doesn't search by UID (the next request shows what else is wrong): by label then
@@ -148,7 +148,7 @@ class Names:
                 return label, "", existing
         return labels[-1], "", None
 
-    def _is_ours(self, study: Study, label: str) -> bool:
+    def _is_ours(self, study: XnatStudy, label: str) -> bool:
         """Return whether a session has this study's files though it has another UID: some projects replace UIDs."""
         ours = {entry_name(header_of(item).SOPInstanceUID) for item in study.items}
         return any(name in ours for _, name in self._client.files(self._target.project_id, label))

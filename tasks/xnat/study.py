@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 
 from blocks.xnat import Destination, Overwrite, XnatTarget
 from protocols.net.words import clean
-from protocols.xnat.answers import ArchivePlace, CatalogEntry, ImageSession, Refused
-from protocols.xnat.client import Client
+from protocols.xnat.answers import ArchivePlace, CatalogEntry, ImageSession, XnatRefused
+from protocols.xnat.client import XnatClient
 from tasks.xnat.errors import classified
 from tasks.xnat.held import Held, distinct, held_in_archive, held_in_prearchive, name_of
-from tasks.xnat.names import Name, Names, Study
+from tasks.xnat.names import Name, Names, XnatStudy
 from tasks.xnat.zip import ZipBody
 from transfer.errors import Busy, Denied, Interrupted, Misconfigured, Rejected, Retryable, TimedOut
 from transfer.outcome import ALREADY, DELIVERED, Kind, Outcome
@@ -63,7 +63,7 @@ class _Taken(Exception):
 class Importer:
     """What the imports of a push have in common."""
 
-    client: Client
+    client: XnatClient
     target: XnatTarget
     plan: Plan
     names: Names
@@ -75,7 +75,7 @@ class Importer:
     sends: Counter[str] = field(default_factory=Counter)  # imports that were begun, by study
     listed: bool = True  # whether XNAT showed what it has of every study
 
-    def deliver(self, study: Study, name: Name) -> None:
+    def deliver(self, study: XnatStudy, name: Name) -> None:
         """Import what XNAT lacks of a study; report every pending item's outcome.
 
         Raises:
@@ -96,7 +96,7 @@ class Importer:
 
 
 class _Delivery:
-    def __init__(self, shared: Importer, study: Study, name: Name) -> None:
+    def __init__(self, shared: Importer, study: XnatStudy, name: Name) -> None:
         self.shared, self.study, self.name = shared, study, name
         self.client, self.target = shared.client, shared.target
         self.project = shared.target.project_id
@@ -211,7 +211,7 @@ class _Delivery:
         """This study's entry in the prearchive, the latest if there are several."""
         try:
             entries = self.client.prearchive(self.project)
-        except Refused as exc:
+        except XnatRefused as exc:
             if exc.status in (403, 404):  # who may create sessions may not always see the prearchive
                 return None
             raise
@@ -247,7 +247,7 @@ class _Delivery:
             except Rejected as exc:
                 why = exc.message
                 items = self._unchanged(self._without(items, exc.item, why))
-            except Refused as exc:
+            except XnatRefused as exc:
                 why = self._words(exc.words)
                 found = _UNREADABLE.search(exc.words)
                 culprit = next((item for item in items if found and name_of(item) in found.groups()), None)
@@ -307,7 +307,7 @@ class _Delivery:
                     shared.sends[self.study.uid] += 1
                     shared.report.unanswered.update(item.path for item in items)  # until it is reported
 
-    def _after_refusal(self, exc: Refused, words: str) -> _Ended:
+    def _after_refusal(self, exc: XnatRefused, words: str) -> _Ended:
         """Find out what a refused import came to: XNAT may be at work on it all the same."""
         if exc.status in (400, 409, 500) and any(part in exc.words for part in _OUR_FAULT):
             raise Misconfigured(f"XNAT doesn't understand the import: {words}") from None
@@ -335,7 +335,7 @@ class _Delivery:
         """Take away the entry that our own import left, before it is sent again under another label."""
         try:
             self.client.discard(entry)
-        except Refused:
+        except XnatRefused:
             self.shared.notes.add(f"{entry.shown} holds a session in conflict that could not be removed")
 
     def _refusal(self, words: str, entry: CatalogEntry | None, reason: str) -> str:
@@ -406,7 +406,7 @@ class _Delivery:
             held = self._held(ended.archived, None)
             if held is None and ended.entry is not None:
                 held = held_in_prearchive(self.client, ended.entry)
-        except Refused as exc:
+        except XnatRefused as exc:
             if exc.status not in (403, 404):
                 raise
             held = None

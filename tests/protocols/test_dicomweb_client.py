@@ -10,7 +10,7 @@ import pytest
 from dicomweb_client.web import DICOMwebClient
 
 from imaging.query import Query
-from protocols.dicomweb.client import Client, Refused
+from protocols.dicomweb.client import DicomwebClient, RequestRefused
 from talaria.testing import studies
 from tasks.dicomweb import connect, find
 from tests.servers.dicomweb import XML, Reply, Request, Scripted, as_json, as_xml, scripted, uid_of
@@ -32,9 +32,9 @@ def server() -> Iterator[Scripted]:
 
 
 @pytest.fixture
-def client(server: Scripted) -> Iterator[Client]:
+def client(server: Scripted) -> Iterator[DicomwebClient]:
     with connect(dicomweb_target(server.url)) as service:
-        yield Client(service)
+        yield DicomwebClient(service)
 
 
 def test_the_library_carries_every_page_and_metadata(server: Scripted, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,13 +79,13 @@ def test_wild_cards_reach_orthanc_as_they_are() -> None:
     ],
     ids=["XML", "XML parts", "byte-order mark", "one alone", "lower case"],
 )
-def test_forms_of_answers(server: Scripted, client: Client, body: bytes, kind: str) -> None:
+def test_forms_of_answers(server: Scripted, client: DicomwebClient, body: bytes, kind: str) -> None:
     server.script = [Reply(200, body, kind)]
     (row,) = client.search(["studies"]).rows
     assert row["0020000D"]["Value"] == ["1.2.3"]
 
 
-def test_server_that_has_only_xml(server: Scripted, client: Client) -> None:
+def test_server_that_has_only_xml(server: Scripted, client: DicomwebClient) -> None:
     def answer(request: Request) -> Reply:
         return Reply(200, as_xml(ROW), XML) if "xml" in request.headers["accept"] else Reply(406)
 
@@ -108,7 +108,7 @@ def test_server_that_has_only_xml(server: Scripted, client: Client) -> None:
     ],
 )
 def test_errors_keep_status_type_and_words(
-    server: Scripted, client: Client, reply: Reply, error: type[Exception], words: str
+    server: Scripted, client: DicomwebClient, reply: Reply, error: type[Exception], words: str
 ) -> None:
     server.script = [reply]
     with pytest.raises(error, match=words) as caught:
@@ -119,15 +119,15 @@ def test_errors_keep_status_type_and_words(
     assert len(server.requests) == 1  # the library would try again for half a minute
 
 
-def test_refusal_and_warning(server: Scripted, client: Client) -> None:
+def test_refusal_and_warning(server: Scripted, client: DicomwebClient) -> None:
     server.script = [Reply(400), Reply(200, as_json([ROW]), headers={"Warning": "299 pacs: There are 7 more"})]
-    with pytest.raises(Refused):
+    with pytest.raises(RequestRefused):
         client.search(["studies"])
     assert client.search(["studies"]).more
     assert not client.search(["studies"]).more
 
 
-def test_uids_that_are_not_valid(server: Scripted, client: Client) -> None:
+def test_uids_that_are_not_valid(server: Scripted, client: DicomwebClient) -> None:
     """Servers list such; what leads elsewhere is asked for as a name."""
     client.search(["studies", "no uid", "series"])
     client.search(["studies", "../..", "series"])
@@ -137,7 +137,9 @@ def test_uids_that_are_not_valid(server: Scripted, client: Client) -> None:
     ]
 
 
-def test_no_log_shows_what_was_looked_for(server: Scripted, client: Client, caplog: pytest.LogCaptureFixture) -> None:
+def test_no_log_shows_what_was_looked_for(
+    server: Scripted, client: DicomwebClient, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.DEBUG)
     client.search(["studies"], (("PatientName", "Quellwasser*"),))
     assert "Quellwasser" not in caplog.text

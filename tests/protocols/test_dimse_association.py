@@ -17,7 +17,7 @@ import pytest
 from protocols.dimse import conveyor
 from protocols.dimse.association import Association, associate
 from protocols.dimse.fleet import Fleet
-from protocols.dimse.store import Instance, Sender
+from protocols.dimse.store import OutgoingInstance, Sender
 from protocols.dimse.transport import Peer, speaks_dicom, speaks_tls
 from talaria.testing import studies
 from tests.servers.scp import Scp, scp
@@ -55,10 +55,10 @@ def plan(tmp_path: Path) -> Plan:
     return scan([folder])
 
 
-def instance_of(plan: Plan, number: int, context: int, fd: int) -> Instance:
+def instance_of(plan: Plan, number: int, context: int, fd: int) -> OutgoingInstance:
     header = plan.items[number].header
     assert header is not None
-    return Instance(
+    return OutgoingInstance(
         fd, header.dataset_offset, plan.items[number].size, context, header.SOPClassUID, header.SOPInstanceUID
     )
 

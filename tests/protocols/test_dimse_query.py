@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from imaging.query import Match, Query
 from protocols.dimse import identifier, parts
 from protocols.dimse.query import finder
-from protocols.dimse.search import Search
+from protocols.dimse.search import PeerSearch
 from protocols.dimse.transport import Peer
 from talaria.testing import studies
 from tests.servers import wire
@@ -24,7 +24,7 @@ STUDY_ROOT = "1.2.840.10008.5.1.4.1.2.2.1"
 
 def found(peer: Archive, query: Query) -> list[Match]:
     with finder(Peer("127.0.0.1", peer.port, idle_timeout_s=5)) as asked:
-        return list(Search(asked).find(query))
+        return list(PeerSearch(asked).find(query))
 
 
 def files(count: int, **changes: object) -> list[bytes]:

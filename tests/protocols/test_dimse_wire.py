@@ -19,7 +19,7 @@ from imaging.transcode import fallbacks
 from protocols.dimse import contexts, message, store
 from protocols.dimse.message import StoreCommand, parse_response
 from protocols.dimse.status import Meaning, meaning
-from protocols.dimse.store import Instance
+from protocols.dimse.store import OutgoingInstance
 from tests.servers import wire
 
 SMALL = 40_000  # bytes
@@ -99,7 +99,7 @@ def test_a_buffer_holds_the_file_as_pdus(
         path.write_bytes(content)
         fd = os.open(path, os.O_RDONLY)
         context = 1 + 2 * (number % 2)
-        instance = Instance(fd, offset, len(content), context, CT, f"1.2.{number}")
+        instance = OutgoingInstance(fd, offset, len(content), context, CT, f"1.2.{number}")
         instance.message_id = number + 1
         buffer.load(StoreCommand(CT), instance)
         sent = b""
@@ -120,7 +120,7 @@ def test_a_file_that_ends_early_fills_no_buffer(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(bytes(1000))
     fd = os.open(path, os.O_RDONLY)
-    instance = Instance(fd, 0, 1001, 1, CT, "1.2")
+    instance = OutgoingInstance(fd, 0, 1001, 1, CT, "1.2")
     buffer = store._Buffer(100)
     buffer.load(StoreCommand(CT), instance)
     assert not buffer.fill(instance)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from protocols.files.partial import Part
+from protocols.files.partial import PartialFile
 
 real_open, real_link = os.open, os.link
 
@@ -45,7 +45,7 @@ def test_a_file_gets_its_name_when_it_is_whole(
     lacking(monkeypatch)
     if there:
         (tmp_path / "1.dcm").write_bytes(b"what was there before")
-    part = Part(tmp_path)
+    part = PartialFile(tmp_path)
     os.write(part.fd, b"12345")
     assert [path.name for path in tmp_path.glob("*.dcm")] == ["1.dcm"] * there
     part.keep("1.dcm")
@@ -60,7 +60,7 @@ def test_nothing_is_left_of_one_that_is_not_kept(
     lacking: Callable[[pytest.MonkeyPatch], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lacking(monkeypatch)
-    part = Part(tmp_path)
+    part = PartialFile(tmp_path)
     os.write(part.fd, b"12345")
     part.close()
     assert not list(tmp_path.iterdir())

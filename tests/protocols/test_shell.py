@@ -10,7 +10,7 @@ import pytest
 
 from protocols.ssh import programs
 from protocols.ssh import shell as shells
-from protocols.ssh.client import Client, Started
+from protocols.ssh.client import SshClient, Started
 from protocols.ssh.login import Login
 from protocols.ssh.shell import Shell
 from protocols.ssh.words import Said
@@ -32,7 +32,7 @@ os._exit(shell.wait())
 PIPE, SOCKET = ("sh", "-s"), (sys.executable, "-c", WITH_A_SOCKET)
 
 
-class Here(Client):
+class Here(SshClient):
     """Starts shells on this machine instead of ssh."""
 
     def __init__(self, argv: tuple[str, ...]) -> None:

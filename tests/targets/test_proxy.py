@@ -232,11 +232,11 @@ def test_what_answers_is_no_proxy(authority: Authority, study: Path, tmp_path: P
 
 def test_services_that_give_credentials_are_asked_through_the_same_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     """What boto3 asks by itself takes the target's proxy, and none of the environment's."""
-    from protocols.s3.client import Account, Settings
+    from protocols.s3.client import BucketAccount, BucketSettings
 
     monkeypatch.setenv("HTTPS_PROXY", "http://other.example:1")
     for setting, expected in (("", {}), ("http://u:p%40@proxy.example:3128", "http://u:p%40@proxy.example:3128")):
-        account = Account(Settings("lab", access_key="a", secret_key="b", proxy=setting))
+        account = BucketAccount(BucketSettings("lab", access_key="a", secret_key="b", proxy=setting))
         client = account._core.create_client("sts", region_name="us-east-1")
         proxies = client.meta.config.proxies
         assert proxies == (expected or {}) if not expected else set(proxies.values()) == {expected}

@@ -13,7 +13,7 @@ import pytest
 from pydantic import SecretStr
 
 from blocks.rsync import RsyncTarget
-from protocols.ssh.client import Client
+from protocols.ssh.client import SshClient
 from protocols.ssh.rsync import Rsync
 from talaria.testing import studies
 from talaria.testing.harness import Sent, attempt
@@ -109,7 +109,7 @@ def test_no_run_of_rsync_keeps_descriptors(tmp_path: Path) -> None:
     study, folder = tmp_path / "study", tmp_path / "in"
     studies.ct(study, 1)
     folder.mkdir()
-    with Client(login(target(folder, shared()))) as client:
+    with SshClient(login(target(folder, shared()))) as client:
         rsync = Rsync(client)
         counts = []
         for _ in range(3):

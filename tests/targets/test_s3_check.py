@@ -425,11 +425,11 @@ def test_environment_does_not_change_a_target_s_own_settings(
 
 def test_names_of_aws_s_hosts() -> None:
     """Without an endpoint of its own a target goes to AWS, whatever the style."""
-    from protocols.s3.client import Settings
+    from protocols.s3.client import BucketSettings
     from protocols.s3.store import Store
 
     def url(**settings: Any) -> str:
-        with Store(Settings(access_key="A", secret_key="b", **settings)) as made:
+        with Store(BucketSettings(access_key="A", secret_key="b", **settings)) as made:
             return f"{made.origin.where}{made._aim.base} {made.region}"
 
     assert url(bucket="lab", region="eu-central-1") == "https://lab.s3.eu-central-1.amazonaws.com/ eu-central-1"

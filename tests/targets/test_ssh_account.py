@@ -22,7 +22,7 @@ from blocks.sftp import SftpTarget
 from blocks.ssh import HostKeyPolicy, SshTarget
 from protocols.ssh import hostkeys
 from protocols.ssh.account import Account, suits
-from protocols.ssh.client import Client
+from protocols.ssh.client import SshClient
 from protocols.ssh.login import Login
 from talaria.testing import process, studies
 from talaria.testing.harness import attempt
@@ -181,9 +181,9 @@ def test_hosts_with_certificates_are_for_ssh(kind: type[SshTarget], tmp_path: Pa
 def test_a_key_of_hardware_is_for_ssh(tmp_path: Path) -> None:
     what = "OPENSSH PRIVATE KEY-----"
     key = f"-----BEGIN {what}\nAAAA of type sk-ssh-ed25519@openssh.com\n-----END {what}\n".encode()
-    with Client(Login("h", key=key, pins=(public(make_key(tmp_path / "k")),))) as client:
+    with SshClient(Login("h", key=key, pins=(public(make_key(tmp_path / "k")),))) as client:
         assert not suits(client)
-    with Client(Login("h", key=shared().key.read_bytes(), pins=(public(make_key(tmp_path / "l")),))) as client:
+    with SshClient(Login("h", key=shared().key.read_bytes(), pins=(public(make_key(tmp_path / "l")),))) as client:
         assert suits(client)
 
 
@@ -366,7 +366,7 @@ def begin(port: int, **more: object) -> Account:
         "host": "127.0.0.1", "port": port, "user": server.user, "key": server.key.read_bytes(),
         "pins": server.host_keys[:1], "connect_timeout_s": 1, "idle_timeout_s": 3,
     }  # fmt: skip
-    with Client(Login(**(fields | more))) as client:  # type: ignore[arg-type]
+    with SshClient(Login(**(fields | more))) as client:  # type: ignore[arg-type]
         one = Account(client)
         one.begin()
         return one
@@ -449,7 +449,7 @@ def test_a_host_that_falls_silent_under_a_script_is_noticed(tmp_path: Path) -> N
     sent = attempt(one, study(tmp_path))
     with relay(shared().port) as link:
         one.port = link.port
-        with Client(login(one)) as client:
+        with SshClient(login(one)) as client:
             assert suits(client)
 
         def stall() -> None:

@@ -20,7 +20,7 @@ from tasks.xnat.names import (
     MAX_LABEL_CHARS,
     Name,
     Names,
-    Study,
+    XnatStudy,
     candidates,
     entry_name,
     header_of,
@@ -49,11 +49,11 @@ uids = st.integers(1, 10**20).map(lambda number: f"2.25.{number}")
 
 def study_of(
     uid: str, patient: str = "P", date: str = "20240229", time: str = "101112", sop: str = "2.25.1.9"
-) -> Study:
+) -> XnatStudy:
     header = Header("1.2.840.10008.5.1.4.1.1.2", sop, "1.2.840.10008.1.2.1", uid, uid + ".1", 300, PatientID=patient,
                     StudyDate=date, StudyTime=time)  # fmt: skip
     item = Item("1.dcm", 1, 1, header)
-    return Study(uid, (item,), (item,))
+    return XnatStudy(uid, (item,), (item,))
 
 
 class Archive:
@@ -62,7 +62,7 @@ class Archive:
     def __init__(self) -> None:
         self.sessions: dict[str, tuple[str, str, str]] = {}  # label: study, patient's ID, subject
 
-    def archive(self, study: Study, name: Name) -> None:
+    def archive(self, study: XnatStudy, name: Name) -> None:
         known = self.sessions.get(name.session)
         assert known is None or known[0] == study.uid, "two studies in one session"
         self.sessions[name.session] = (study.uid, header_of(study.items[0]).PatientID, name.subject)

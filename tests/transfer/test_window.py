@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from transfer.window import DAYS, Window
+from transfer.window import DAYS, DispatchWindow
 
 BERLIN = ZoneInfo("Europe/Berlin")
 
@@ -43,19 +43,19 @@ def at(text: str, zone: ZoneInfo = BERLIN, fold: int = 0) -> datetime:
     ],
 )
 def test_opens(window: str, now: str, opens: str | None) -> None:
-    found = Window.parse(window).opens(at(now))
+    found = DispatchWindow.parse(window).opens(at(now))
     assert found == (at(opens) if opens else None)
 
 
 def test_summer_time_ends_within_a_window() -> None:
     """On 2024-10-27 the hour from 2 to 3 comes twice in Berlin."""
-    window = Window.parse("02:45-06:00 Europe/Berlin")
+    window = DispatchWindow.parse("02:45-06:00 Europe/Berlin")
     assert window.opens(at("2024-10-27T02:30")) == at("2024-10-27T02:45")
     assert window.opens(at("2024-10-27T02:50")) is None
     # The clock says 2:30 again, a quarter to three has been: it stays open.
     assert window.opens(at("2024-10-27T02:30", fold=1)) is None
     assert window.opens(at("2024-10-27T05:59")) is None
-    night = Window.parse("18:00-06:00 Europe/Berlin")
+    night = DispatchWindow.parse("18:00-06:00 Europe/Berlin")
     opened, closed = at("2024-10-26T18:00").astimezone(UTC), at("2024-10-27T06:00").astimezone(UTC)
     assert closed - opened == timedelta(hours=13)
     assert night.opens(closed - timedelta(seconds=1)) is None
@@ -64,12 +64,12 @@ def test_summer_time_ends_within_a_window() -> None:
 
 def test_summer_time_begins_within_a_window() -> None:
     """On 2024-03-31 the hour from 2 to 3 is left out in Berlin."""
-    night = Window.parse("18:00-06:00 Europe/Berlin")
+    night = DispatchWindow.parse("18:00-06:00 Europe/Berlin")
     assert night.opens(at("2024-03-31T01:59")) is None
     assert night.opens(at("2024-03-31T03:00")) is None
     assert night.opens(at("2024-03-31T06:00")) == at("2024-03-31T18:00")
     # A window that lies in the hour that isn't: the next day's, and never a time that has been.
-    missing = Window.parse("02:10-02:50 Europe/Berlin")
+    missing = DispatchWindow.parse("02:10-02:50 Europe/Berlin")
     for minute in range(0, 180, 5):
         now = at("2024-03-31T00:30").astimezone(UTC) + timedelta(minutes=minute)
         opens = missing.opens(now)
@@ -84,7 +84,7 @@ NOWS = st.datetimes(datetime(2023, 1, 1), datetime(2027, 1, 1)).map(lambda value
 @given(TIMES, TIMES, st.sets(st.sampled_from(DAYS), min_size=1), ZONES, NOWS)
 def test_opens_when_it_says(begin: str, end: str, days: set[str], zone: str, now: datetime) -> None:
     """The time that is told comes, and then it is open; just before, it is not."""
-    window = Window.parse(f"{begin}-{end} {','.join(sorted(days))} {zone}")
+    window = DispatchWindow.parse(f"{begin}-{end} {','.join(sorted(days))} {zone}")
     opens = window.opens(now)
     if opens is None:
         return
@@ -106,7 +106,7 @@ def test_opens_when_it_says(begin: str, end: str, days: set[str], zone: str, now
 )  # fmt: skip
 def test_refuses(text: str) -> None:
     with pytest.raises(ValueError, match=r"\S"):
-        Window.parse(text)
+        DispatchWindow.parse(text)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_refuses(text: str) -> None:
     ],
 )
 def test_parses(text: str, days: int, zone: str) -> None:
-    window = Window.parse(text)
+    window = DispatchWindow.parse(text)
     assert len(window.days) == days
     assert window.zone.key == zone
 
@@ -137,4 +137,4 @@ def test_parses(text: str, days: int, zone: str) -> None:
 )
 def test_a_word_that_is_unknown_is_named(text: str, words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        Window.parse(text)
+        DispatchWindow.parse(text)
