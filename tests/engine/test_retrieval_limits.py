@@ -42,7 +42,7 @@ def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         pass
 
     monkeypatch.setattr(Retrieval, "_on_a_place", on_a_place)
-    monkeypatch.setattr(engine.Progress, "show", show)
+    monkeypatch.setattr(engine.RetrievalProgress, "show", show)
     monkeypatch.setenv("TALARIA_HOME", str(tmp_path / "home"))
 
 

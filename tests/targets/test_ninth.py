@@ -60,7 +60,8 @@ def beside(package: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 
 def environment(folder: Path) -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(folder)}
+    given = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
+    return {**given, "PYTHONPATH": str(folder)}
 
 
 def suite(package: Path, beside: Path, *arguments: str) -> str:
