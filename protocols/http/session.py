@@ -282,7 +282,9 @@ class Session:
 
     def _exchange(self, request: _Request) -> Answer:
         while True:
-            connection, idle_s = self._connection(fresh=not request.idempotent)
+            # What has a body is not sent twice because a connection was idle: it gets another one.
+            fresh = not request.idempotent or request.body is not None
+            connection, idle_s = self._connection(fresh=fresh)
             exchange = _Exchange(connection, request)
             try:
                 return exchange.run(self.origin)

@@ -188,7 +188,12 @@ def test_one_dead_target_delays_no_other(up: Talaria, pacs: StoreScp, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    "victim", ["talaria.engine.worker", pytest.param("uvicorn", marks=pytest.mark.slow), "everything"]
+    "victim",
+    [
+        pytest.param("talaria.engine.worker", marks=pytest.mark.slow),
+        pytest.param("uvicorn", marks=pytest.mark.slow),
+        "everything",
+    ],
 )
 def test_killed_in_the_middle_it_is_taken_up_by_itself(victim: str, tmp_path: Path) -> None:
     count = 60

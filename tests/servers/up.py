@@ -40,7 +40,6 @@ class Talaria:
         self.log = folder / "up.log"
         self.process: subprocess.Popen[bytes] | None = None
         self.more: dict[str, str] = {}  # variables of the environment of all that is started
-        self.types: dict[str, str] = {}  # of the targets that were applied
 
     @property
     def url(self) -> str:
@@ -187,12 +186,10 @@ class Talaria:
             )
 
     def apply(self, **targets: dict[str, Any]) -> None:
-        """Save targets; underscores of their names stand for dashes. A name is one type's in all tests of a server."""
-        for name, one in targets.items():
-            assert self.types.setdefault(name, one["type"]) == one["type"], f"another test has a target named {name}"
+        """Save targets; underscores of their names stand for dashes. Those of other tests, of other types, give way."""
         path = self.folder / "targets.yaml"
         path.write_text(yaml.safe_dump({"targets": {name.replace("_", "-"): one for name, one in targets.items()}}))
-        ran = (self.here if self.process else self)("target", "apply", str(path))
+        ran = (self.here if self.process else self)("target", "apply", str(path), "--replace")
         assert ran.returncode == 0, ran.stderr
 
     def api(self, method: str, path: str, **body: Any) -> Any:
