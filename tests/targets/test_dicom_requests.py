@@ -63,7 +63,7 @@ def mixed(folder: Path, *private: str) -> Plan:
     return scan([folder])
 
 
-@pytest.mark.parametrize("concurrency", [1, 4])
+@pytest.mark.parametrize("concurrency", [pytest.param(1, marks=pytest.mark.slow), 4])
 @pytest.mark.parametrize("end", ENDS)
 def test_a_class_costs_itself_alone(end: str, concurrency: int, tmp_path: Path) -> None:
     plan = mixed(tmp_path, PRIVATE, OTHER)
