@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import struct
 
-from imaging.header import EXPLICIT_LITTLE, IMPLICIT_LITTLE, MAX_UID_CHARS, UID, Header
+from imaging.header import BEGINNING_BYTES, EXPLICIT_LITTLE, IMPLICIT_LITTLE, MAX_UID_CHARS, UID, Header
 
 HEAD_BYTES = 16_384  # of a data set, in which what stands before the pixels ends
-BEGINNING_BYTES = 1024  # in which the UIDs of class and instance stand, as their tags are among the lowest
 SHIFT = 64  # bytes by which the header of an instance is longer or shorter than that of the one before
 _GROUP = b"\x08\x00"
 _CLASS, _INSTANCE = b"\x08\x00\x16\x00", b"\x08\x00\x18\x00"
@@ -59,7 +58,7 @@ class Glance:
             series, next_to, series_after = _once(head, _SERIES + vr, end)
             if study and series and after == next_to:
                 self._before[syntax] = head[at:series_after], at, end, study, series
-        beginning = min(end, BEGINNING_BYTES)
+        beginning = min(end, BEGINNING_BYTES)  # the tags of class and instance are among the lowest
         sop_class, _, after = _first(head, _CLASS + vr, 0, beginning)
         instance = _first(head, _INSTANCE + vr, after, beginning)[0]
         if not (study and series and sop_class and instance):

@@ -6,7 +6,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from imaging.query import Match, Query, count, text
+from imaging.query import Match, Query, text
 from protocols.dimse.association import associate
 from protocols.dimse.contexts import UNCOMPRESSED
 from protocols.dimse.get import PATIENT_ROOT_GET, PATIENT_ROOT_MOVE, STUDY_ROOT_GET, STUDY_ROOT_MOVE
@@ -14,9 +14,8 @@ from protocols.dimse.pull import MoveDestination, Pull, PulledSeries
 from protocols.dimse.query import finder
 from protocols.dimse.search import PeerSearch
 from protocols.dimse.transport import Peer
-from tasks.pulled import compared
+from tasks.pulled import compared, of_studies
 from transfer.errors import Misconfigured, NotFound
-from transfer.query import series_tests
 from transfer.receipt import Level, PushReport, Receipt
 from transfer.throttle import Throttle
 
@@ -63,9 +62,8 @@ def retrieve(
         destination=destination(),
     )
     plan = pull.run()
-    studies = {} if series_tests(query) else {match.StudyInstanceUID: announced(match) for match in matches}
     receipt = report.receipt(name, plan, Level.ACCEPTED if pull.unproven else Level.LISTED, tuple(pull.notes))
-    return compared(receipt, plan, series, studies, pull.unproven)
+    return compared(receipt, plan, series, of_studies(query, matches), pull.unproven)
 
 
 def granted(peer: Peer) -> str:
@@ -105,8 +103,3 @@ def _kinds(image: dict[str, object]) -> tuple[str, tuple[str, ...]]:
     """SOP class of an instance, and the transfer syntaxes that the peer says that it is available in."""
     syntaxes = text(image.get("AvailableTransferSyntaxUID")).split("\\")
     return text(image.get("SOPClassUID")), tuple(syntax for syntax in syntaxes if syntax)
-
-
-def announced(match: Match) -> int | None:
-    """Return how many instances the peer says that the match's study has."""
-    return count(match.attributes.get("NumberOfStudyRelatedInstances"))

@@ -7,7 +7,9 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Protocol
 
+from imaging.query import Match, Query, count
 from transfer.plan import Plan
+from transfer.query import series_tests
 from transfer.receipt import Receipt
 
 
@@ -24,6 +26,13 @@ class Announced(Protocol):
     def announced(self) -> int | None: ...
 
 
+def of_studies(query: Query, matches: Iterable[Match]) -> dict[str, int | None]:
+    """Return what is announced of the studies that all of was asked for; none where a query chooses among series."""
+    if series_tests(query):
+        return {}
+    return {one.StudyInstanceUID: count(one.attributes.get("NumberOfStudyRelatedInstances")) for one in matches}
+
+
 def compared(
     receipt: Receipt,
     plan: Plan,
@@ -35,7 +44,7 @@ def compared(
 
     Args:
         plan: every instance that is listed, whether it came or not.
-        studies: what is announced of studies that all of was asked for.
+        studies: as `of_studies` returns it.
         unproven: series of which nothing says that they are whole.
     """
     seen = Counter(item.header.SeriesInstanceUID for item in plan.items if item.header)

@@ -57,12 +57,7 @@ def find(service: Service, query: Query, *, tries: int = 1) -> Iterator[Match]:
             for series in finder.series_of(study):
                 yield Match({**study, **series}, count(series.get("NumberOfSeriesRelatedInstances")))
         elif finder.has_series(study):
-            yield Match(study, announced(study))
-
-
-def announced(study: dict[str, Any]) -> int | None:
-    """Return how many instances the server says that a study has."""
-    return count(study.get("NumberOfStudyRelatedInstances"))
+            yield Match(study, count(study.get("NumberOfStudyRelatedInstances")))
 
 
 def instances(archive: Archive, study_uid: str, series_uid: str, expected: int | None = None) -> Iterator[str]:

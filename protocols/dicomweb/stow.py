@@ -302,7 +302,7 @@ class StowPush:
             for item in there:
                 self._report(item, DELIVERED)
             batch = Batch(tuple(item for item in batch.items if item not in there), batch.last)
-        if body.count > 1:
+        if len(body.items) > 1:
             return self._doubts.apart(batch)
         for item in batch.items:
             self._doubts.failed_alone(item, said, error, lasting=lasting)

@@ -106,11 +106,6 @@ class StowBody:
         return self._ends[-1] + len(self._closing)
 
     @property
-    def count(self) -> int:
-        """How many instances it holds."""
-        return len(self.items)
-
-    @property
     def whole(self) -> int:
         """How many instances have gone out whole."""
         return sum(end <= self.out for end in self._ends)

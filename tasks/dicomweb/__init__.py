@@ -27,12 +27,11 @@ from protocols.net import tls
 from tasks.dicomweb import folder as dicomweb_folder
 from tasks.driver import Driver, Facts
 from tasks.probes import reach_web
-from tasks.pulled import compared
+from tasks.pulled import compared, of_studies
 from transfer import stopping
 from transfer.errors import Busy, DispatchError, Misconfigured, NotFound
 from transfer.health import Health, Probe
 from transfer.plan import Item, Plan
-from transfer.query import series_tests
 from transfer.receipt import Level, PushReport, Receipt
 
 # The table of errors is where answers are read: `service.STATUS_ERRORS`; those of sockets and TLS: `protocols.net`.
@@ -343,11 +342,9 @@ def retrieve(target: DicomWebTarget, query: Query, folder: Path, report: PushRep
             bandwidth_limit=target.bandwidth_limit,
         )
         plan = retrieval.run()
-    whole = (
-        {} if series_tests(query) else {match.StudyInstanceUID: qido.announced(match.attributes) for match in matches}
-    )
     level = Level.ACCEPTED if blind else Level.LISTED
-    return compared(report.receipt(target.name, plan, level, tuple(retrieval.notes)), plan, series, whole)
+    receipt = report.receipt(target.name, plan, level, tuple(retrieval.notes))
+    return compared(receipt, plan, series, of_studies(query, matches))
 
 
 def _listed(service: Service, series: WadoSeries) -> set[str] | None:
