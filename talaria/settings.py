@@ -12,9 +12,10 @@ import tomllib
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
+from transfer import roots
 from transfer.home import Home
 from transfer.validation import what_is_wrong
 from transfer.window import DispatchWindow
@@ -46,6 +47,16 @@ class Settings(BaseSettings):
         default=20 << 30, ge=1 << 20, description="Bytes that a retrieval keeps between fetching and sending."
     )
     off_peak: str = Field(default="22:00-06:00", description="Off-peak hours, as in a target's window.")
+    sources: str = Field(default="", description="Folders, separated by `:` or commas, below which may be sent from.")
+    places: str = Field(
+        default="", description="The same, below which folder targets, file:// and retrievals' folders may lie."
+    )
+
+    @field_validator("sources", "places", mode="before")
+    @classmethod
+    def _listed(cls, value: object) -> object:
+        """Take a list as TOML has them."""
+        return os.pathsep.join(map(str, value)) if isinstance(value, list) else value
 
     @classmethod
     def settings_customise_sources(
@@ -79,6 +90,8 @@ def load_settings() -> Settings:
         raise ValueError(f"setting off_peak: {exc}{_WHERE}") from exc
     os.environ["TALARIA_HOME"] = str(settings.home.expanduser().absolute())
     os.environ["TALARIA_OFF_PEAK"] = settings.off_peak
+    for name, value in ((roots.SOURCES, settings.sources), (roots.PLACES, settings.places)):
+        os.environ[name] = os.pathsep.join(roots.parse(name, value))
     for name in ("scp_aet", "scp_port", "scp_host", "spool_limit"):
         os.environ[f"TALARIA_{name.upper()}"] = str(getattr(settings, name))
     return settings

@@ -1,0 +1,151 @@
+"""Which paths of this machine may be sent from and written to: below which folders they must lie.
+
+TALARIA_SOURCES    what may be sent
+TALARIA_PLACES     where folder targets, DICOMweb folders (file://) and what is retrieved may lie
+
+Both are lists of absolute paths, separated by `:` or commas. Without one, everything counts that this process's user
+may read, or write, except the state directory, which holds secrets. What is allowed is decided on what was opened.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from transfer.beneath import FOLDER, WAY, open_beneath
+from transfer.errors import Denied, Misconfigured, NotFound
+
+SOURCES, PLACES = "TALARIA_SOURCES", "TALARIA_PLACES"
+SPOOLS = re.compile(r"retrievals/[^/]+/spool(/|$)")  # of the state directory: what a retrieval fetched, and sends
+
+
+@dataclass(frozen=True)
+class Roots:
+    """Folders below which paths must lie.
+
+    Attributes:
+        setting: the variable that names them.
+        folders: absolute; `/` alone where the variable is not set.
+    """
+
+    setting: str
+    folders: tuple[str, ...]
+
+    @property
+    def are_set(self) -> bool:
+        return self.folders != ("/",)
+
+    def open(self, path: str | os.PathLike[str], flags: int = os.O_RDONLY | os.O_NONBLOCK) -> int:
+        """Open a path, links on it followed once; return a descriptor of what surely lies below a root.
+
+        Raises:
+            Denied: it lies elsewhere, or in the state directory, or somebody changes links while it is opened.
+            NotFound: there is nothing. OSError: it can't be opened.
+        """
+        real = self._real(path, strict=True)
+        root = self._root_of(real, path)
+        fd = os.open(root, WAY)
+        try:
+            return open_beneath(fd, _below(real, root) or ".", flags)
+        except OSError as exc:
+            if exc.errno in (errno.ELOOP, errno.EXDEV):
+                raise Denied(f"{os.fspath(path)}: a link was put on the way to it while it was opened") from exc
+            raise
+        finally:
+            os.close(fd)
+
+    def check(self, path: str | os.PathLike[str]) -> None:
+        """Raise Denied if a path, which need not be there yet, lies elsewhere: for an early word.
+
+        Whoever reads or writes opens it with `open`.
+        """
+        self._root_of(self._real(path, strict=False), path)
+
+    def _real(self, path: str | os.PathLike[str], *, strict: bool) -> str:
+        try:
+            return os.path.realpath(path, strict=strict)
+        except (FileNotFoundError, NotADirectoryError, ValueError) as exc:
+            raise NotFound(f"{os.fspath(path)}: no such file or folder") from exc
+        except OSError as exc:
+            if exc.errno == errno.ELOOP:
+                raise NotFound(f"{os.fspath(path)}: symbolic links in a circle") from exc
+            raise
+
+    def _root_of(self, real: str, path: str | os.PathLike[str]) -> str:
+        if is_private(real):
+            raise Denied(f"{os.fspath(path)}: lies in Talaria's state directory, which holds secrets")
+        for root in self.folders:
+            if is_in(real, base := os.path.realpath(root)):
+                return base
+        raise Denied(f"{os.fspath(path)}: lies below no folder of {self.setting}")
+
+
+def is_in(real: str, folder: str) -> bool:
+    """Return True if a real path is a folder or lies below it."""
+    return real == folder or real.startswith(folder.rstrip("/") + "/")
+
+
+def is_private(real: str) -> bool:
+    """Return True if a real path lies in the state directory, and not in what a retrieval is about to send."""
+    home = state_folder()
+    return is_in(real, home) and not SPOOLS.match(_below(real, home))
+
+
+def state_folder() -> str:
+    """Return the real path of the state directory, whether it is there or not."""
+    return os.path.realpath(os.path.expanduser(os.environ.get("TALARIA_HOME") or "~/.talaria"))
+
+
+def _below(real: str, folder: str) -> str:
+    return real[len(folder.rstrip("/")) + 1 :]
+
+
+def parse(setting: str, text: str) -> tuple[str, ...]:
+    """Return the folders that a setting lists.
+
+    Raises:
+        ValueError: one is not an absolute path.
+    """
+    folders = tuple(one for part in re.split(f"[,{os.pathsep}]", text) if (one := os.path.expanduser(part.strip())))
+    for one in folders:
+        if not os.path.isabs(one):
+            raise ValueError(f"{setting}: {one} is not an absolute path")
+    return folders
+
+
+def _of(setting: str) -> Roots:
+    try:
+        return Roots(setting, parse(setting, os.environ.get(setting, "")) or ("/",))
+    except ValueError as exc:
+        raise Misconfigured(str(exc)) from exc
+
+
+def sources() -> Roots:
+    """Return where may be sent from."""
+    return _of(SOURCES)
+
+
+def places() -> Roots:
+    """Return where may be written to."""
+    return _of(PLACES)
+
+
+def missing() -> list[str]:
+    """Return the variables that must be set before anybody but this machine's users is let in."""
+    return [roots.setting for roots in (sources(), places()) if not roots.are_set]
+
+
+def meaning() -> Iterable[str]:
+    """Yield, for each variable that is not set, what that means."""
+    if not sources().are_set:
+        yield f"{SOURCES} is not set: whoever may dispatch can send any file that this user can read"
+    if not places().are_set:
+        yield f"{PLACES} is not set: whoever may change targets or retrieve can write wherever this user can"
+
+
+def open_place(path: str | os.PathLike[str]) -> int:
+    """Open a folder that will be written to; raises as `Roots.open`."""
+    return places().open(path, FOLDER)
