@@ -142,7 +142,10 @@ class Account:
             if done:
                 allowed, asked, halfway = done[0], False, True
                 continue
-            if transport.auth_handler is not None and transport.auth_handler.is_authenticated():
+            if not transport.is_active() or not isinstance(failed[0], paramiko.AuthenticationException):
+                transport.wait_for_end()  # a question that can't be sent means that the link broke, too
+            asking = transport.auth_handler
+            if asking is not None and asking.is_authenticated():
                 self.facts = replace(self.facts, method=method)  # and cut off before paramiko looked
                 raise Interrupted(f"{login.shown}: {self.last_words}{ENDED_AT_ONCE}") from failed[0]
             if halfway and not transport.is_active():
@@ -159,7 +162,7 @@ class Account:
                 allowed = failed[0].allowed_types
             elif "timeout" in str(failed[0]):
                 raise TimedOut(f"{login.shown}: no answer to the login") from failed[0]
-            elif not transport.is_active():
+            elif asking is None or asking.get_username():  # which only a host's refusal takes away
                 if re.search(DENIED, transport.parting):
                     break
                 raise transport.failure() from failed[0]
@@ -227,7 +230,8 @@ class Account:
             raise Interrupted(f"{login.shown}: {self.last_words}{ENDED_AT_ONCE}") from failed[0]
         channel = got[0]
         _, failed = self._wait(partial(channel.exec_command, command), check)
-        return Command(self, channel, "exec request failed" if failed and self.is_there else "")
+        broke = failed and (isinstance(failed[0], OSError | EOFError) or self._transport.parting)
+        return Command(self, channel, "exec request failed" if failed and not broke and self.is_there else "")
 
 
 class Command:

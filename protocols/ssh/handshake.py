@@ -23,6 +23,7 @@ from paramiko.ssh_exception import IncompatiblePeer
 from transfer.errors import Busy, DispatchError, Interrupted, Misconfigured, TimedOut
 
 LOOK_S = 0.05  # between two looks at whether to stop
+END_S = 2.0  # for the rest of what a host has sent, once nothing can be sent to it
 KEPT_WORDS = 50  # of one connection's notes
 FULL = re.compile(r"Not allowed at this time|MaxStartups|[Tt]oo many connections|[Ss]erver (is )?busy")
 _BANNER, _PARTING = "Banner: ", "Disconnect (code "
@@ -105,6 +106,11 @@ class Transport(paramiko.Transport):
             raise self.failure()
         # That it returned means nothing: only a key means that keys were exchanged.
         return self.get_remote_server_key()
+
+    def wait_for_end(self) -> None:
+        """Take in the last words of a connection that is broken, and end it: what is sent fails before what is read."""
+        self.join(END_S)
+        super().close()
 
     def failure(self) -> DispatchError:
         """Return why a connection that has ended before the login did so."""

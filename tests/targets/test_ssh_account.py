@@ -437,6 +437,36 @@ def test_a_login_that_is_cut_is_not_denied() -> None:
     assert not isinstance(caught.value, Denied)
 
 
+def test_a_question_that_can_not_be_sent_is_not_denied() -> None:
+    """What is written fails first: paramiko goes on reading, and calls the connection active."""
+
+    def ask(self: paramiko.Transport, *arguments: object) -> object:
+        self.packetizer.write_all = mock.Mock(side_effect=EOFError)  # type: ignore[attr-defined]
+        try:
+            return asks(self, *arguments)  # type: ignore[arg-type]
+        finally:
+            assert self.is_active()
+
+    asks = paramiko.Transport.auth_publickey
+    with mock.patch.object(paramiko.Transport, "auth_publickey", ask), pytest.raises(Interrupted):
+        begin(shared().port)
+
+
+def test_a_host_that_hangs_up_after_its_refusal_is_denied(tmp_path: Path) -> None:
+    """Whether paramiko sees the end of the connection before it looks at the answer, or after it."""
+    refuse = paramiko.auth_handler.AuthHandler._parse_userauth_failure
+
+    def hang_up(self: paramiko.auth_handler.AuthHandler, message: paramiko.Message) -> None:
+        self.transport.active = False  # type: ignore[attr-defined]
+        refuse(self, message)
+
+    with (
+        mock.patch.object(paramiko.auth_handler.AuthHandler, "_parse_userauth_failure", hang_up),
+        pytest.raises(Denied, match=r"Permission denied \(publickey"),
+    ):
+        begin(shared().port, key=make_key(tmp_path / "key").read_bytes())
+
+
 def test_a_key_that_the_host_does_not_know_is_denied(tmp_path: Path) -> None:
     with pytest.raises(Denied, match=r"Permission denied \(publickey"):
         begin(shared().port, key=make_key(tmp_path / "key").read_bytes())

@@ -27,7 +27,7 @@ from blocks.sftp import SftpTarget
 from blocks.ssh import SshTarget
 from protocols.ssh.keys import private_key
 from protocols.ssh.memfiles import MemoryFiles
-from talaria.testing import studies
+from talaria.testing import process, studies
 from talaria.testing.harness import Sent, attempt
 from tasks import DRIVERS
 from tests.servers.openssh import IS_ROOT, PASSWORD, Server, make_key, openssh, shared, temporary_user
@@ -190,17 +190,15 @@ def test_the_agent_is_asked_where_nothing_else_is_given(
     monkeypatch.setenv("HOME", str(tmp_path))
     assert isinstance(send(target(kind, server, tmp_path / "in"), tmp_path).error, Denied)
     with tempfile.TemporaryDirectory() as folder:
-        socket = f"{folder}/agent"
-        agent = subprocess.Popen(["ssh-agent", "-D", "-a", socket], stdout=subprocess.DEVNULL)
-        try:
-            while not os.path.exists(socket):
-                assert agent.poll() is None
-            monkeypatch.setenv("SSH_AUTH_SOCK", socket)
+        monkeypatch.setenv("SSH_AUTH_SOCK", f"{folder}/agent")
+
+        def answers() -> bool:  # its socket is there before it listens
+            return subprocess.run(["ssh-add", "-l"], capture_output=True).returncode in (0, 1)  # 1: it has no key yet
+
+        agent = ["ssh-agent", "-D", "-a", f"{folder}/agent"]
+        with process.server(agent, 0, tmp_path / "agent.log", ready=answers):
             subprocess.run(["ssh-add", "-q", str(server.key)], check=True)
             assert send(target(kind, server, tmp_path / "in"), tmp_path).error is None
-        finally:
-            agent.terminate()
-            agent.wait()
 
 
 # ---- passwords
@@ -292,10 +290,10 @@ def test_secrets_are_in_no_argument_environment_log_or_file(
 
     def look() -> None:
         while not done.wait(0.01):
-            for process in Path("/proc").glob("[0-9]*"):
+            for running in Path("/proc").glob("[0-9]*"):
                 for name in ("cmdline", "environ"):
                     with suppress(OSError):
-                        texts.add((process / name).read_bytes().decode("utf-8", "replace"))
+                        texts.add((running / name).read_bytes().decode("utf-8", "replace"))
             with suppress(OSError):  # what vanishes meanwhile
                 texts.update(p.read_text(errors="replace") for p in temporary.rglob("*") if p.is_file())
 
