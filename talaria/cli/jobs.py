@@ -64,7 +64,8 @@ def show(
         pulls = runs.is_retrieval(flow_run)
         document = result(access, flow_run) if pulls else trimmed(receipt(access, flow_run), all_items)
         document["run"] = _line(flow_run)
-        document["progress"] = {name: percent for name, (percent, _) in access.run(runs.progress, flow_run.id).items()}
+        shown = access.run(runs.progress, access.home, flow_run.id)
+        document["progress"] = {name: round(percent, 1) for name, (percent, _) in shown.items()}
     if as_json:
         print_json(document)
         return

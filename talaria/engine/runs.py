@@ -28,12 +28,14 @@ from talaria.cli.access import ServerAccess
 from talaria.engine.recovery import settle
 from talaria.engine.registry import deployed
 from talaria.engine.table import FLOWS
+from tasks.dispatch import progress as live
 from tasks.dispatch import running
 from transfer.errors import Misconfigured, NotFound
+from transfer.home import Home
 from transfer.ledger import Ledger
 
 POLL_S = 0.25
-PROGRESS_S = 1.0  # between two looks at the progress artifacts
+PROGRESS_S = 0.5  # between two looks at how far it is
 PAGE = 200  # runs a request; Prefect's own limit
 SHOWN_JOBS = 5  # candidates that a message lists
 SOON_S = 20  # a next attempt further away than this is not waited for
@@ -124,7 +126,7 @@ def _follow(
         while True:
             flow_run = await client.read_flow_run(run_id)
             if show and time.monotonic() - shown > PROGRESS_S:
-                show(await progress(client, run_id, since))
+                show(await progress(client, access.home, run_id, since))
                 shown = time.monotonic()
             if worker and flow_run.state and flow_run.state.type is StateType.CANCELLING:
                 running.flag(str(run_id)).set()  # by the UI or another command: no worker watches for us
@@ -132,7 +134,7 @@ def _follow(
                 running.pause(str(run_id)).set()
             if not worker.is_alive() if worker else _at_rest(flow_run):
                 if show:
-                    show(await progress(client, run_id, since))
+                    show(await progress(client, access.home, run_id, since))
                 return flow_run
             await asyncio.sleep(POLL_S)
 
@@ -151,8 +153,16 @@ def _at_rest(flow_run: FlowRun) -> bool:
     return state.is_final() and state.type is not StateType.CRASHED
 
 
-async def progress(client: PrefectClient, run_id: UUID, since: datetime | None = None) -> dict[str, tuple[float, str]]:
-    """Read the progress artifacts of a run that are not older than `since`: percent and words by target."""
+async def progress(
+    client: PrefectClient, home: Home, run_id: UUID, since: datetime | None = None
+) -> dict[str, tuple[float, str]]:
+    """Read how far a run is, if that is not older than `since`: percent and words by target."""
+    look = live.read(home, str(run_id))
+    if look and (since is None or look["time"] >= since.timestamp()):
+        return {
+            name: (part["percent"], "\n".join([part["words"], *part["failures"]]))
+            for name, part in look["parts"].items()
+        }
     newest = await client.read_artifacts(
         artifact_filter=ArtifactFilter(
             flow_run_id=ArtifactFilterFlowRunId(any_=[run_id]), type=ArtifactFilterType(any_=["progress"])

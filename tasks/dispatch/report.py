@@ -21,45 +21,61 @@ from prefect.exceptions import PrefectException
 
 from tasks.dispatch import kept
 from tasks.dispatch.delivery import SHOWN_FAILURES, Delivery
+from tasks.dispatch.progress import Live, Part
 from transfer.home import Home
 from transfer.ledger import write_json
 from transfer.outcome import Kind
 from transfer.receipt import Receipt, State
 
-PROGRESS_S = 1.5  # between two updates of a target's progress; each costs the server 35 ms
+PROGRESS_S = 5.0  # before a target gets its progress artifact, and between two updates; each costs the server 35 ms
 SHOWN_ITEMS = 500  # lines of the artifact's list; the JSON file has all
 
 
 @asynccontextmanager
-async def progress_shown(deliveries: Sequence[Delivery]) -> AsyncIterator[None]:
-    """Keep one progress artifact per target up to date while the block runs.
+async def progress_shown(deliveries: Sequence[Delivery], shown_live: Live) -> AsyncIterator[None]:
+    """Show how far deliveries are while the block runs: live, and as an artifact for each that takes its time.
 
-    Its description is how many items have an outcome, then a line for each of the last failed attempts.
+    The artifact's description is how many items have an outcome, then a line for each of the last failed attempts.
     """
     artifacts: dict[str, UUID] = {}
-    shown: dict[str, tuple[float, int]] = {}
+    shown: dict[str, Part] = {}
 
     async def update() -> None:
-        for delivery in deliveries:
-            name, now = delivery.target.name, round(delivery.progress.percent, 1)
-            failures = list(delivery.failures)
-            text = f"{delivery.progress.done} of {delivery.progress.items} items to {name}"
-            text = "\n".join([text, *failures[-SHOWN_FAILURES:]])
+        for name, part in shown_live.parts().items():
+            text, percent = "\n".join([part.words, *part.failures]), round(part.percent, 1)
             if name not in artifacts:
-                artifacts[name] = await acreate_progress_artifact(now, f"progress-{name}", text)
-            elif shown[name] != (now, len(failures)):
-                await aupdate_progress_artifact(artifacts[name], now, text)
-            shown[name] = now, len(failures)
+                artifacts[name] = await acreate_progress_artifact(percent, f"progress-{name}", text)
+            elif shown[name] != part:
+                await aupdate_progress_artifact(artifacts[name], percent, text)
+            shown[name] = part
 
-    async with updated(update):
+    shown_live.parts = lambda: {delivery.target.name: part_of(delivery) for delivery in deliveries}
+    shown_live.phase = "sending"
+    async with updated(update, first_after=PROGRESS_S):
         yield
 
 
+def part_of(delivery: Delivery) -> Part:
+    """Return how far a delivery is."""
+    progress, failures = delivery.progress, tuple(delivery.failures[-SHOWN_FAILURES:])
+    done, items = progress.done, progress.items
+    words = f"{done} of {items} items to {delivery.target.name}"
+    return Part(items, done, progress.size, progress.moved, progress.percent, words, failures)
+
+
 @asynccontextmanager
-async def updated(update: Callable[[], Awaitable[None]]) -> AsyncIterator[None]:
-    """Bring what people see up to date while the block runs, and once more at its end."""
+async def updated(update: Callable[[], Awaitable[None]], first_after: float = 0.0) -> AsyncIterator[None]:
+    """Bring what people see up to date while the block runs, and once more at its end.
+
+    Args:
+        first_after: seconds before the first update; a block that ends before has none.
+    """
+    begun = False
 
     async def keep() -> None:
+        nonlocal begun
+        await asyncio.sleep(first_after)
+        begun = True
         while True:
             # A server that is away for a moment costs an update, not the run.
             with suppress(httpx.HTTPError, PrefectException):
@@ -73,8 +89,9 @@ async def updated(update: Callable[[], Awaitable[None]]) -> AsyncIterator[None]:
         keeper.cancel()
         with suppress(asyncio.CancelledError):
             await keeper
-        with suppress(httpx.HTTPError, PrefectException):
-            await update()
+        if begun or not first_after:
+            with suppress(httpx.HTTPError, PrefectException):
+                await update()
 
 
 def document(dispatch_id: str, flow_run_id: str, state: State, receipts: Sequence[Receipt]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 
@@ -22,6 +22,7 @@ from tasks import DRIVERS
 from tasks.dispatch import running
 from tasks.dispatch.delivery import Delivery
 from tasks.dispatch.patience import is_outage, patiently
+from tasks.dispatch.progress import Live, live
 from tasks.dispatch.push import failure_of, hook_task, push_task
 from tasks.dispatch.report import progress_shown, report
 from tasks.dispatch.stage import stage_files
@@ -46,8 +47,11 @@ DISABLED_S = 60  # a dispatch to a disabled target looks again after this
 class Dispatch:
     """A dispatch to several targets within a flow run; made by `dispatching`."""
 
-    def __init__(self, flow_run_id: str, targets: Sequence[Target], home: Home, ledger: Ledger) -> None:
+    def __init__(
+        self, flow_run_id: str, targets: Sequence[Target], home: Home, ledger: Ledger, shown_live: Live
+    ) -> None:
         self.flow_run_id, self.targets, self.home, self.ledger = flow_run_id, targets, home, ledger
+        self.live = shown_live
         self.cancelled = running.flag(flow_run_id)
         self.staging = home.staging / flow_run_id
         self.deliveries: list[Delivery] = []
@@ -69,7 +73,7 @@ class Dispatch:
             Delivery(DRIVERS.of(target), target, plan, self.ledger, self.home, self.cancelled, force=force)
             for target in self.targets
         ]
-        async with progress_shown(self.deliveries):
+        async with progress_shown(self.deliveries, self.live):
             await asyncio.gather(*(self._deliver(delivery, priority) for delivery in self.deliveries))
         return [delivery.receipt() for delivery in self.deliveries]
 
@@ -154,8 +158,9 @@ async def dispatching(targets: list[str]) -> AsyncIterator[Dispatch]:
     # A thread for each target that is pushed to, and some to spare: a hung one must not hold up another.
     executor = ThreadPoolExecutor(len(chosen) + 8, thread_name_prefix="push")
     asyncio.get_running_loop().set_default_executor(executor)
-    with Ledger(home.ledger) as ledger:
-        dispatch = Dispatch(flow_run_id, chosen, home, ledger)
+    async with AsyncExitStack() as stack:
+        ledger = stack.enter_context(Ledger(home.ledger))
+        dispatch = Dispatch(flow_run_id, chosen, home, ledger, await stack.enter_async_context(live(home, flow_run_id)))
         # A part of another run belongs to who runs that; nobody else must take its staging for left behind.
         owner = ledger.unfinished().get(running.whole())
         if owner:

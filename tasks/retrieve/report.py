@@ -16,6 +16,7 @@ from prefect import get_client
 from prefect.artifacts import acreate_progress_artifact, acreate_table_artifact, aupdate_progress_artifact
 
 from tasks.dispatch import kept
+from tasks.dispatch.progress import Part
 from tasks.retrieve.job import Job, Stage, Study
 from transfer.home import Home
 from transfer.ledger import write_json
@@ -115,6 +116,15 @@ def _write(path: Path, text: str) -> None:
         file.write(text)
 
 
+def part_of(job: Job, source: str) -> Part:
+    """Return how far a retrieval is."""
+    done = sum(one.stage not in (Stage.FOUND, Stage.WHOLE) for one in job.studies.values())
+    done += len(job.missing) + len(job.failed)
+    total = len(job.studies) + len(job.missing) + len(job.failed) + len(job.pending)
+    percent = 100 * done / total if total else 0.0
+    return Part(total, done, 0, 0, percent, f"{done} of {total} studies from {source}")
+
+
 class RetrievalProgress:
     """The progress artifact of a retrieval."""
 
@@ -124,11 +134,8 @@ class RetrievalProgress:
         self._shown = (-1.0, "")
 
     async def show(self, job: Job) -> None:
-        ended = sum(one.stage not in (Stage.FOUND, Stage.WHOLE) for one in job.studies.values())
-        ended += len(job.missing) + len(job.failed)
-        total = len(job.studies) + len(job.missing) + len(job.failed) + len(job.pending)
-        percent = round(100 * ended / total, 1) if total else 0.0
-        text = f"{ended} of {total} studies from {self._source}"
+        part = part_of(job, self._source)
+        percent, text = round(part.percent, 1), part.words
         if self._id is None:
             self._id = await acreate_progress_artifact(percent, f"progress-{self._source}", text)
         elif (percent, text) != self._shown:

@@ -28,12 +28,13 @@ from blocks.dicom import DicomTarget
 from imaging.query import Query
 from tasks.dispatch import running
 from tasks.dispatch.patience import patiently
+from tasks.dispatch.progress import live
 from tasks.dispatch.report import updated
 from tasks.dispatch.run import LEASE_S, LOOK_S, opens
 from tasks.retrieve.fetch import Fetcher
 from tasks.retrieve.job import Job, Stage, Study, discard, folder_of, size_of
 from tasks.retrieve.place import check_place, place
-from tasks.retrieve.report import RetrievalProgress, document, report, state_of
+from tasks.retrieve.report import RetrievalProgress, document, part_of, report, state_of
 from tasks.targets import check_destination, check_source, limit, load
 from transfer.accessions import accessions
 from transfer.errors import Cancelled as DispatchCancelled
@@ -103,7 +104,9 @@ class Retrieval:
     async def run(self) -> None:
         """Find, fetch and hand on, until all is done or something holds it up."""
         progress = RetrievalProgress(self.source.name)
-        async with updated(lambda: progress.show(self.job)):
+        async with live(self.home, self.flow_run_id) as shown, updated(lambda: progress.show(self.job)):
+            shown.phase = "fetching"
+            shown.parts = lambda: {self.source.name: part_of(self.job, self.source.name)}
             if not self._held_up():
                 await self._find()
             await self._fetch()

@@ -65,13 +65,9 @@ def test_a_study_goes_to_a_pacs_and_an_archive(up: Talaria, pacs: StoreScp, tmp_
     shown = up.told("jobs", "show", result["flow_run_id"])
     assert shown["targets"] == result["targets"] and shown["run"]["state"] == "Completed"
     artifacts = up.api("POST", "/artifacts/filter", flow_runs={"id": {"any_": [result["flow_run_id"]]}})
-    assert {a["key"] for a in artifacts if a["key"]} == {
-        "receipt",
-        "receipt-details",
-        "progress-pacs",
-        "progress-archive",
-    }
-    assert [a["data"] for a in artifacts if a["type"] == "progress"] == [100.0, 100.0]
+    # Only a delivery that takes its time has an artifact of its progress, too.
+    assert {a["key"] for a in artifacts if a["key"]} >= {"receipt", "receipt-details"}
+    assert shown["progress"] == {"pacs": 100.0, "archive": 100.0}
     assert studies.PATIENT_NAME not in json.dumps(artifacts) and studies.PATIENT_ID not in json.dumps(artifacts)
 
 

@@ -1,0 +1,87 @@
+"""How far a run is, live: what other processes of this machine read of it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import stat
+import time
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+from tasks.dispatch import progress
+from tasks.dispatch.progress import Live, Part, live, read
+from transfer.home import Home
+
+RUN = str(uuid4())
+
+
+def part(done: int, moved: int, *failures: str) -> Part:
+    return Part(10, done, 1000, moved, moved / 10, f"{done} of 10 items to pacs", failures)
+
+
+def test_a_look_is_written_whole_and_read_by_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    home, one = Home(tmp_path), Live(Home(tmp_path), RUN)
+    assert read(home, RUN) is None
+    one.write()
+    look = read(home, RUN)
+    assert look and (look["flow_run_id"], look["phase"], look["parts"]) == (RUN, "staging", {})
+    assert abs(look["time"] - time.time()) < 60
+    one.phase, one.parts = "sending", lambda: {"pacs": part(0, 0)}
+    one.write()
+    one.parts, now = lambda: {"pacs": part(4, 400, "attempt 1 of 3 failed: gone")}, 102.0
+    one.write()
+    look = read(home, RUN)
+    assert look and look["phase"] == "sending"
+    assert look["parts"]["pacs"] == {
+        "items": 10,
+        "done": 4,
+        "bytes": 1000,
+        "moved": 400,
+        "percent": 40.0,
+        "words": "4 of 10 items to pacs",
+        "failures": ["attempt 1 of 3 failed: gone"],
+        "rate": 200.0,
+        "seconds_left": 3.0,
+    }
+    (path,) = (tmp_path / "progress").iterdir()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    # It stands still: the rate falls, and nothing is left to be written then.
+    now = 110.0
+    one.write()
+    before = path.stat().st_mtime_ns
+    one.write()
+    assert path.stat().st_mtime_ns == before
+    look = read(home, RUN)
+    assert look and (look["parts"]["pacs"]["rate"], look["parts"]["pacs"]["seconds_left"]) == (0.0, None)
+
+
+def test_the_last_look_is_kept_for_those_who_follow_and_not_for_ever(tmp_path: Path) -> None:
+    home = Home(tmp_path)
+
+    async def run() -> None:
+        async with live(home, RUN) as one:
+            one.parts = lambda: {"pacs": part(10, 1000)}
+
+    asyncio.run(run())
+    look = read(home, RUN)
+    assert look and look["phase"] == "ended" and look["parts"]["pacs"]["percent"] == 100.0
+    progress.clear(home, lambda run_id: False)
+    assert read(home, RUN)
+    (path,) = (tmp_path / "progress").iterdir()
+    old = time.time() - progress.KEPT_S - 1
+    os.utime(path, (old, old))
+    progress.clear(home, lambda run_id: True)
+    assert read(home, RUN)
+    progress.clear(home, lambda run_id: False)
+    assert read(home, RUN) is None
+
+
+@pytest.mark.parametrize("name", ["../ledger", "..", "/etc/passwd", "", "a" * 40])
+def test_only_a_run_can_be_asked_for(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError):
+        read(Home(tmp_path), name)
