@@ -17,6 +17,7 @@ FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 WAY = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_CLOEXEC  # to go through; need not be readable
 OPENAT2 = 437  # the same on all architectures
 RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, RESOLVE_BENEATH = 0x02, 0x04, 0x08
+_RESOLVE = RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS
 # How kernels before 5.6, and sandboxes that don't know the call, answer.
 _LACKS = (errno.ENOSYS, errno.EPERM, errno.E2BIG)
 
@@ -66,9 +67,6 @@ def open_beneath(folder: int, path: str, flags: int = os.O_RDONLY, mode: int = 0
     return _step_by_step(folder, path, flags, mode)
 
 
-_RESOLVE = RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS
-
-
 def _is_unnamed(flags: int) -> bool:
     return flags & os.O_TMPFILE == os.O_TMPFILE
 
@@ -96,6 +94,11 @@ def _opened(folder: int, name: str, flags: int, mode: int) -> int:
         if stat.S_ISLNK(os.lstat(name, dir_fd=folder).st_mode):
             raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), name) from None
         raise
+
+
+def is_link_error(exc: OSError) -> bool:
+    """Return True if something was not opened because a link was on the way."""
+    return exc.errno == errno.ELOOP
 
 
 @contextmanager

@@ -16,15 +16,18 @@ from itertools import islice
 from pathlib import Path
 
 from imaging.header import Damaged, Header, NotDicom, read_header
+from transfer.beneath import FOLDER
 from transfer.errors import Misconfigured, NotFound, Rejected
 from transfer.globs import excluded
 from transfer.outcome import ALREADY, Outcome
 from transfer.readers import Readers
+from transfer.source import LeadsOut, Sources
 from transfer.watch import Watch
 
 BATCH_FILES = 64  # headers that are read between two looks at whether to stop
 HEAD_BYTES = 65_536  # of a file that isn't DICOM, its first bytes stand for its content in the dispatch id
 MAX_LINKED_FOLDERS = 10_000  # links to folders that hold links to folders multiply
+LEADS_OUT = "a symbolic link that leads out of the source"
 CHANGED = "changed since the dispatch was planned"
 DISPATCH_ID_CHARS = 20  # hexadecimal, 80 bits
 # Our own traces in a folder that a target wrote or that is being written: never data.
@@ -101,6 +104,7 @@ class Plan:
         lacks: how many files the target should have that can't be sent, and are not among `items`: as long as there
             are any, nothing says that it is complete.
         watch: knows which of the files were written to.
+        sources: absolute paths, without links, of what was asked for; empty for all that is in `root`.
     """
 
     dispatch_id: str
@@ -112,6 +116,7 @@ class Plan:
     left_out: tuple[Item, ...] = field(default=(), repr=False)
     lacks: int = 0
     watch: Watch | None = field(default=None, repr=False, compare=False)
+    sources: tuple[str, ...] = field(default=(), repr=False, compare=False)
 
     @property
     def pending(self) -> tuple[Item, ...]:
@@ -202,28 +207,41 @@ def scan(
 
     Raises:
         NotFound: a path doesn't exist.
+        Denied: it lies where nothing may be sent from (`transfer.roots`).
         Misconfigured: there is nothing to send.
     """
-    sources = _sources(paths)
-    root = sources[0] if len(sources) == 1 and sources[0].is_dir() else _common_folder(sources)
+    asked = _sources(paths)
+    root = asked[0] if len(asked) == 1 and asked[0].is_dir() else _common_folder(asked)
+    with Sources(map(str, asked)) as sources:
+        found, left_out = _found(root, sources, exclude, check)
+        watch = Watch()
+        items = tuple(_items(found, sources, watch, check))
+        dispatch_id = _dispatch_id(root, items, sources)
+    aside = tuple(Item(name, 0, 0, not_sent=why) for name, why in sorted(left_out.items()))
+    return Plan(dispatch_id, root, items, origin=origin, left_out=aside, watch=watch, sources=sources.paths)
+
+
+def _found(
+    root: Path, sources: Sources, exclude: tuple[str, ...], check: Callable[[], None]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Return the files to send, by relative path, and why others are left out."""
     found: dict[str, str] = {}
     left_out: dict[str, str] = {}
     above = len(str(root).rstrip("/")) + 1
-    for source in sources:
-        for path in _files(str(source), sources, check):
+    for source in sources.paths:
+        for path in _files(source, sources, check):
             relative = path[above:]
             if excluded(relative, exclude):
                 left_out[relative] = f"excluded by {','.join(exclude)}"
             elif excluded(relative, OWN_NAMES):
                 left_out[relative] = "a name that Talaria keeps for itself"
+            elif sources.is_state(path):
+                left_out[relative] = "Talaria's state directory, which holds secrets"
             else:
                 found.setdefault(relative, path)
     if not found:
-        raise Misconfigured(f"nothing to send in {', '.join(str(s) for s in sources)}")
-    watch = Watch()
-    items = tuple(_items(found, sources, watch, check))
-    aside = tuple(Item(name, 0, 0, not_sent=why) for name, why in sorted(left_out.items()))
-    return Plan(_dispatch_id(root, items), root, items, origin=origin, left_out=aside, watch=watch)
+        raise Misconfigured(f"nothing to send in {', '.join(sources.paths)}")
+    return found, left_out
 
 
 def _sources(paths: Iterable[Path | str]) -> list[Path]:
@@ -248,12 +266,7 @@ def _common_folder(sources: list[Path]) -> Path:
     return Path(os.path.commonpath([s.parent for s in sources]))
 
 
-def _inside(path: str, sources: list[Path]) -> bool:
-    real = Path(path)
-    return any(real == s or s in real.parents for s in sources)
-
-
-def _files(source: str, sources: list[Path], check: Callable[[], None]) -> Iterator[str]:
+def _files(source: str, sources: Sources, check: Callable[[], None]) -> Iterator[str]:
     """Yield every file below a source, in no order that matters.
 
     A link to a folder inside the source is followed, unless it leads back to a folder that it is in. A link to one
@@ -262,41 +275,65 @@ def _files(source: str, sources: list[Path], check: Callable[[], None]) -> Itera
     if not os.path.isdir(source):
         yield source
         return
-    links, top = 0, os.path.realpath(source)
+    links, top = 0, source
     # A folder, where it really is, and the real folders on the way to it.
     stack: list[tuple[str, str, frozenset[str]]] = [(source, top, frozenset((top,)))]
     while stack:
         folder, place, above = stack.pop()
         check()
         try:
-            with os.scandir(folder) as listing:
-                entries = list(listing)
-        except OSError:
+            entries = _listed(folder, sources)
+        except (OSError, LeadsOut):
             yield folder
             continue
-        for entry in entries:
-            try:
-                is_folder = entry.is_dir()
-            except OSError:  # a link in a circle, or to what may not be looked at
-                is_folder = False
+        for name, is_folder, is_link in entries:
+            path = f"{folder.rstrip('/')}/{name}"
             if not is_folder:
-                yield entry.path
+                yield path
                 continue
-            real = f"{place}/{entry.name}"
-            if entry.is_symlink():
-                real = os.path.realpath(entry.path)
-                if not _inside(real, sources):
-                    yield entry.path
+            real = f"{place.rstrip('/')}/{name}"
+            if is_link:
+                real = _end_of(path)
+                if not sources.hold(real):
+                    yield path  # refused by name
                     continue
                 if any(one == real or one.startswith(f"{real}/") for one in above):
                     continue
                 links += 1
                 if links > MAX_LINKED_FOLDERS:
                     raise Misconfigured(f"{source}: more than {MAX_LINKED_FOLDERS} links to folders, of one another")
-            stack.append((entry.path, real, above | {real}))
+            if sources.is_state(real):
+                yield path
+                continue
+            stack.append((path, real, above | {real}))
 
 
-def _items(found: dict[str, str], sources: list[Path], watch: Watch, check: Callable[[], None]) -> Iterator[Item]:
+def _end_of(path: str) -> str:
+    """Return where a link leads; where it is if it is gone by now."""
+    try:
+        return os.path.realpath(path)
+    except OSError:
+        return path
+
+
+def _listed(folder: str, sources: Sources) -> list[tuple[str, bool, bool]]:
+    """Return what is in a folder: name, whether it is, or leads to, a folder, and whether it is a link."""
+    found = []
+    fd = sources.open(folder, FOLDER)
+    try:
+        with os.scandir(fd) as listing:
+            for entry in listing:
+                try:
+                    is_folder = entry.is_dir()
+                except OSError:  # a link in a circle, or to what may not be looked at
+                    is_folder = False
+                found.append((entry.name, is_folder, is_folder and entry.is_symlink()))
+    finally:
+        os.close(fd)
+    return found
+
+
+def _items(found: dict[str, str], sources: Sources, watch: Watch, check: Callable[[], None]) -> Iterator[Item]:
     """Read the facts of all files, in the order of their relative paths."""
 
     def read(name: str) -> Item:
@@ -309,22 +346,26 @@ def _items(found: dict[str, str], sources: list[Path], watch: Watch, check: Call
             yield from readers.map(read, batch)
 
 
-def _item(relative: str, path: str, sources: list[Path], watch: Watch) -> Item:
+def _item(relative: str, path: str, sources: Sources, watch: Watch) -> Item:
     """Read one file's facts; whatever is wrong with it becomes part of the item."""
     try:
         mode = os.lstat(path).st_mode
         if stat.S_ISLNK(mode):
-            if not _inside(os.path.realpath(path), sources):
-                return Item(relative, 0, 0, problem="a symbolic link that leads out of the source")
+            if not sources.hold(os.path.realpath(path)):
+                return Item(relative, 0, 0, problem=LEADS_OUT)
             mode = os.stat(path).st_mode
         if not stat.S_ISREG(mode):
             return Item(relative, 0, 0, problem="can't be listed" if stat.S_ISDIR(mode) else "not a regular file")
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = sources.open(path)
+    except LeadsOut:
+        return Item(relative, 0, 0, problem=LEADS_OUT)
     except OSError as exc:
         return Item(relative, 0, 0, problem=f"can't be read: {exc.strerror}")
     try:
-        watch.add(relative, path)
         info = os.fstat(fd)
+        if not stat.S_ISREG(info.st_mode):  # since it was looked at
+            return Item(relative, 0, 0, problem="not a regular file")
+        watch.add(relative, path)
         header, why, damaged = None, "", False
         try:
             header = read_header(fd, info.st_size)
@@ -340,23 +381,23 @@ def _item(relative: str, path: str, sources: list[Path], watch: Watch) -> Item:
         os.close(fd)
 
 
-def _dispatch_id(root: Path, items: tuple[Item, ...]) -> str:
+def _dispatch_id(root: Path, items: tuple[Item, ...], sources: Sources) -> str:
     """Derive the id from names, sizes, times and content marks: same files, same id, wherever they lie."""
     digest = hashlib.sha256()
     for item in items:
         # What is refused is not read: a link may lead anywhere.
         mark = item.problem.encode() or (
-            item.header.SOPInstanceUID.encode() if item.header else _head(root / item.path)
+            item.header.SOPInstanceUID.encode() if item.header else _head(f"{root}/{item.path}", sources)
         )
         name = item.path.encode("utf-8", "surrogateescape")
         digest.update(b"%s\0%d\0%d\0%s\n" % (name, item.size, item.mtime_ns, mark))
     return digest.hexdigest()[:DISPATCH_ID_CHARS]
 
 
-def _head(path: Path) -> bytes:
+def _head(path: str, sources: Sources) -> bytes:
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError:
+        fd = sources.open(path)
+    except (OSError, LeadsOut):
         return b""
     try:
         return hashlib.sha256(os.pread(fd, HEAD_BYTES, 0)).digest()

@@ -9,16 +9,20 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import stat
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from imaging.header import Damaged, NotDicom, read_header
+from transfer.beneath import is_link_error
 from transfer.content import copy_bytes, same_content
 from transfer.errors import Busy, NotFound
 from transfer.oserrors import FULL, kind_of, words_of
 from transfer.plan import CHANGED, Item, Plan
+from transfer.source import LeadsOut, Sources
 
 FICLONE = 0x40049409  # ioctl_ficlone(2)
 
@@ -34,7 +38,7 @@ def stage(plan: Plan, into: Path, check: Callable[[], None] = lambda: None) -> P
 
     Raises:
         Busy: no room for copies.
-        NotFound: the source is gone altogether.
+        NotFound: the source is gone altogether. Denied: it lies where nothing may be sent from.
         Denied, Misconfigured and others: the folder can't be made, as `transfer.oserrors` says.
     """
     if not plan.root.is_dir():
@@ -49,10 +53,11 @@ def stage(plan: Plan, into: Path, check: Callable[[], None] = lambda: None) -> P
         raise kind(f"can't stage files in {into.parent}: {words_of(exc)}") from exc
     made: set[Path] = set()
     items = []
-    for item in plan.items:
-        check()
-        items.append(item if item.problem else _stage_item(plan, item, into, made, check))
-    return replace(plan, root=into, items=tuple(items))
+    with Sources(plan.sources or (os.path.realpath(plan.root),)) as sources:
+        for item in plan.items:
+            check()
+            items.append(item if item.problem else _stage_item(plan, item, sources, into, made, check))
+    return replace(plan, root=into, items=tuple(items), sources=())
 
 
 def discard(folder: Path) -> None:
@@ -60,29 +65,54 @@ def discard(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _stage_item(plan: Plan, item: Item, into: Path, made: set[Path], check: Callable[[], None]) -> Item:
+def _stage_item(
+    plan: Plan, item: Item, sources: Sources, into: Path, made: set[Path], check: Callable[[], None]
+) -> Item:
     copy = into / item.path
     if copy.parent not in made:
         copy.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         made.add(copy.parent)
     try:
-        real = os.path.realpath(plan.file(item))
-        before = os.stat(real)
-        watched = before.st_ctime_ns == item.ctime_ns
-        if not watched and not _is_still(plan, item, real):
-            return replace(item, problem=CHANGED)
-        try:
-            os.link(real, copy)
-        except OSError:  # another file system, too many links, or not ours to link
-            watched = False
-            _copy(real, copy, check)
-            if not _is_whole(real, copy, before):
-                return replace(item, problem=CHANGED)
-        now = os.stat(copy)
+        with sources.above(str(plan.file(item))) as (folder, name):
+            fd = os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+            try:
+                return _brought(plan, item, _Found(folder, name, fd), copy, check)
+            finally:
+                os.close(fd)
+    except LeadsOut:
+        return replace(item, problem=CHANGED)  # it was looked at, and then became a link
     except OSError as exc:
         if exc.errno in FULL:
             raise Busy(f"no room for staging in {into.parent}") from exc
-        return replace(item, problem=f"can't be read: {exc.strerror}")
+        return replace(item, problem=CHANGED if is_link_error(exc) else f"can't be read: {exc.strerror}")
+
+
+class _Found(NamedTuple):
+    """A file of the source: the opened folder that it is in, its name there, and it, opened."""
+
+    folder: int
+    name: str
+    fd: int
+
+
+def _brought(plan: Plan, item: Item, found: _Found, copy: Path, check: Callable[[], None]) -> Item:
+    """Link or copy what was opened, if it still is what was planned."""
+    before = os.fstat(found.fd)
+    watched = before.st_ctime_ns == item.ctime_ns
+    if not stat.S_ISREG(before.st_mode) or not (watched or _is_still(plan, item, found.fd)):
+        return replace(item, problem=CHANGED)
+    try:
+        os.link(found.name, copy, src_dir_fd=found.folder, follow_symlinks=False)
+    except OSError:  # another file system, too many links, or not ours to link
+        watched = False
+        _copy(found.fd, copy, check)
+        if not _is_whole(found.fd, copy, before):
+            return replace(item, problem=CHANGED)
+    else:
+        if not os.path.samestat(os.lstat(copy), before):  # another file has its name by now
+            os.unlink(copy)
+            return replace(item, problem=CHANGED)
+    now = os.lstat(copy)
     if (now.st_size, now.st_mtime_ns) != (item.size, item.mtime_ns):
         return replace(item, problem=CHANGED)
     if plan.watch and not watched:
@@ -90,7 +120,7 @@ def _stage_item(plan: Plan, item: Item, into: Path, made: set[Path], check: Call
     return replace(item, ctime_ns=now.st_ctime_ns, links=now.st_nlink)
 
 
-def _is_still(plan: Plan, item: Item, path: str) -> bool:
+def _is_still(plan: Plan, item: Item, fd: int) -> bool:
     """Return True if a file that something happened to since it was planned has not been written to.
 
     Other dispatches link it, somebody moves it, or changes its permissions. Where that is not known, nobody knows of
@@ -99,26 +129,26 @@ def _is_still(plan: Plan, item: Item, path: str) -> bool:
     written = plan.watch.is_written(item.path) if plan.watch else None
     if written is not None or item.header is None or not item.ctime_ns:
         return not written
-    with open(path, "rb") as file, suppress(NotDicom, Damaged):
-        return read_header(file.fileno(), os.fstat(file.fileno()).st_size) == item.header
+    with suppress(NotDicom, Damaged):
+        return read_header(fd, os.fstat(fd).st_size) == item.header
     return False
 
 
-def _is_whole(source: str, copy: Path, before: os.stat_result) -> bool:
+def _is_whole(source: int, copy: Path, before: os.stat_result) -> bool:
     """Return True if a copy is what the source was all the time that it was made."""
-    with open(source, "rb") as reader:
-        now = os.fstat(reader.fileno())
-        if now.st_mtime_ns != before.st_mtime_ns:
-            return False
-        return now.st_ctime_ns == before.st_ctime_ns or same_content(reader.fileno(), copy)
+    now = os.fstat(source)
+    if now.st_mtime_ns != before.st_mtime_ns:
+        return False
+    return now.st_ctime_ns == before.st_ctime_ns or same_content(source, copy)
 
 
-def _copy(source: str, copy: Path, check: Callable[[], None]) -> None:
+def _copy(source: int, copy: Path, check: Callable[[], None]) -> None:
     """Copy content and times, sharing blocks where the file system can; the copy has the source's final time."""
-    with open(source, "rb") as reader, open(copy, "xb") as writer:
+    with open(copy, "xb") as writer:
         try:
-            fcntl.ioctl(writer, FICLONE, reader.fileno())
+            fcntl.ioctl(writer, FICLONE, source)
         except OSError:
-            copy_bytes(reader.fileno(), writer.fileno(), lambda count: check())
-        info = os.fstat(reader.fileno())
+            os.lseek(source, 0, os.SEEK_SET)
+            copy_bytes(source, writer.fileno(), lambda count: check())
+        info = os.fstat(source)
     os.utime(copy, ns=(info.st_atime_ns, info.st_mtime_ns))

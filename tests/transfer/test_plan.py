@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from imaging.header import Header, read_header
 from talaria.testing import studies
 from transfer.errors import Cancelled, Misconfigured, NotFound, Rejected
 from transfer.plan import Item, Plan, scan
@@ -387,17 +388,17 @@ def test_thousands_of_files_are_read_quickly(tmp_path: Path) -> None:
 
 def test_a_slow_share_is_read_in_threads_and_the_order_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     studies.ct(tmp_path, 200)
-    at_once, most, really = 0, 0, os.open
+    at_once, most, really = 0, 0, read_header
 
-    def slow(path: str, *rest: int) -> int:
+    def slow(fd: int, size: int) -> Header:
         nonlocal at_once, most
         at_once += 1
         most = max(most, at_once)
         time.sleep(0.01)
         at_once -= 1
-        return really(path, *rest)
+        return really(fd, size)
 
-    monkeypatch.setattr("transfer.plan.os.open", slow)
+    monkeypatch.setattr("transfer.plan.read_header", slow)
     items = scan([tmp_path]).items
     assert [item.path for item in items] == sorted(path.name for path in tmp_path.iterdir())
     assert all(item.header for item in items)
@@ -406,18 +407,18 @@ def test_a_slow_share_is_read_in_threads_and_the_order_stays(tmp_path: Path, mon
 
 def test_planning_can_be_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     studies.ct(tmp_path, 200)
-    read, really = 0, os.open
+    read, really = 0, read_header
 
-    def counted(path: str, *rest: int) -> int:
+    def counted(fd: int, size: int) -> Header:
         nonlocal read
         read += 1
-        return really(path, *rest)
+        return really(fd, size)
 
     def check() -> None:
         if read:
             raise Cancelled("the dispatch was cancelled")
 
-    monkeypatch.setattr("transfer.plan.os.open", counted)
+    monkeypatch.setattr("transfer.plan.read_header", counted)
     with pytest.raises(Cancelled):
         scan([tmp_path], check=check)
     assert read < 100

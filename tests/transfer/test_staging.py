@@ -6,8 +6,10 @@ import errno
 import os
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -16,7 +18,7 @@ import pytest
 
 from talaria.testing import studies
 from transfer.content import copy_bytes
-from transfer.errors import Busy, Cancelled, Misconfigured, NotFound, Rejected
+from transfer.errors import Busy, Cancelled, Denied, Misconfigured, NotFound, Rejected
 from transfer.plan import Plan, scan
 from transfer.staging import discard, stage
 
@@ -163,6 +165,93 @@ def test_no_room_is_busy(tmp_path: Path, disk: Callable[[str], Path]) -> None:
     assert not list(small.iterdir())
     staged = stage(plan.narrowed(plan.items[:6]), small / "run")
     assert not any(item.problem for item in staged.items)
+
+
+# ---- links that somebody puts there meanwhile
+
+
+@pytest.mark.parametrize("what", ["the file", "its folder", "the source"])
+def test_a_link_put_there_after_planning_is_not_followed(tmp_path: Path, elsewhere: Path, what: str) -> None:
+    """What it leads to has the same length, times and header, so that only where it lies is wrong."""
+    for into in (tmp_path / "run", elsewhere / "run"):
+        source, secret = tmp_path / into.parent.name / "source", tmp_path / into.parent.name / "secret"
+        (file,) = studies.ct(source / "a", 1)
+        (secret / "a").mkdir(parents=True)
+        plan = scan([source])
+        os.link(file, secret / "a" / file.name)
+        swapped = {"the file": file, "its folder": file.parent, "the source": source}[what]
+        swapped.rename(tmp_path / into.parent.name / "was")
+        swapped.symlink_to(secret / swapped.relative_to(source))
+        (item,) = stage(plan, into).items
+        assert item.problem == "changed since the dispatch was planned"
+        assert not any(path.is_file() for path in into.rglob("*"))
+
+
+def test_links_swapped_while_files_are_staged(tmp_path: Path) -> None:
+    """A thread swaps the folder for a link to another one, as fast as it can: never is a file of that one staged."""
+    studies.ct(tmp_path / "source" / "a", 1)
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (victim / "CT0001.dcm").write_bytes(b"secret")
+    (tmp_path / "source" / "link").symlink_to(victim)
+    over = threading.Event()
+
+    def swap() -> None:
+        while not over.is_set():
+            for one, other in (("a", "was"), ("link", "a"), ("a", "link"), ("was", "a")):
+                (tmp_path / "source" / one).rename(tmp_path / "source" / other)
+
+    thread = threading.Thread(target=swap)
+    plan = scan([tmp_path / "source" / "a"])
+    thread.start()
+    try:
+        for count in range(300):
+            run = tmp_path / f"run{count}"
+            with suppress(NotFound):
+                stage(plan, run)
+            assert all(path.read_bytes() != b"secret" for path in run.rglob("*") if path.is_file())
+            with suppress(NotFound, Misconfigured):
+                for item in scan([tmp_path / "source"]).items:
+                    assert item.size != len(b"secret"), item
+    finally:
+        over.set()
+        thread.join()
+
+
+def test_only_what_lies_below_the_roots_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    studies.ct(tmp_path / "data" / "study", 1)
+    (tmp_path / "data" / "link").symlink_to("/etc")
+    (tmp_path / "data" / "study" / "link").symlink_to("/etc/passwd")
+    monkeypatch.setenv("TALARIA_SOURCES", str(tmp_path / "data"))
+    plan = scan([tmp_path / "data" / "study"])
+    assert {item.path: item.problem for item in stage(plan, tmp_path / "run").items} == {
+        "CT0001.dcm": "",
+        "link": "a symbolic link that leads out of the source",
+    }
+    for path in ("/etc/shadow", tmp_path, tmp_path / "data" / "link" / "shadow", tmp_path / "data" / "link"):
+        with pytest.raises(Denied, match="below no folder of TALARIA_SOURCES"):
+            scan([path])
+    monkeypatch.setenv("TALARIA_SOURCES", "/srv")
+    with pytest.raises(Denied):
+        stage(plan, tmp_path / "run")
+
+
+def test_the_state_directory_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = tmp_path / "user" / ".talaria"
+    home.mkdir(parents=True)
+    (home / "api.auth").write_text("secret")
+    studies.ct(tmp_path / "user" / "study", 1)
+    (tmp_path / "user" / "study" / "folder").symlink_to(home)
+    (tmp_path / "user" / "study" / "file").symlink_to(home / "api.auth")
+    monkeypatch.setenv("TALARIA_HOME", str(home))
+    plan = scan([tmp_path / "user"])
+    assert {item.path: item.problem for item in plan.items} == {
+        "study/CT0001.dcm": "",
+        "study/file": "a symbolic link that leads out of the source",
+        "study/folder": "a symbolic link that leads out of the source",
+    }
+    why = "Talaria's state directory, which holds secrets"
+    assert {item.path: item.not_sent for item in plan.left_out} == {".talaria": why}
 
 
 # ---- copying
@@ -323,8 +412,8 @@ def test_a_file_rewritten_while_it_is_copied(tmp_path: Path, elsewhere: Path, mo
         plan = scan([tmp_path / name])
         time.sleep(0.02)
 
-        def midway(source: str, copy: Path, check: Any, name: str = name, file: Path = file) -> None:
-            shutil.copy2(source, copy)
+        def midway(source: int, copy: Path, check: Any, name: str = name, file: Path = file) -> None:
+            shutil.copy2(f"/proc/self/fd/{source}", copy)
             os.link(file, file.with_suffix(".link"))
             if name == "rewritten":
                 rewrite(file)

@@ -1,0 +1,98 @@
+"""The files and folders that a dispatch was asked to send: what lies in them can be opened here, and nothing else."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from transfer import roots
+from transfer.beneath import WAY, above, is_link_error, open_beneath
+from transfer.roots import Roots
+
+
+class LeadsOut(Exception):
+    """A path leads out of what was asked for, by a symbolic link."""
+
+
+class Sources:
+    """Files and folders, each with all that is in it. A context manager; safe to use from several threads.
+
+    Args:
+        paths: absolute, without links on the way.
+        allowed: below which folders they must lie.
+
+    Raises:
+        Denied: one lies elsewhere, or in the state directory.
+    """
+
+    def __init__(self, paths: Iterable[str], allowed: Roots | None = None) -> None:
+        allowed = allowed or roots.sources()
+        self.paths = tuple(paths)
+        self._paths = frozenset(self.paths)
+        self._state = roots.state_folder()
+        for path in self.paths:
+            allowed.check(path)
+        self._roots: list[tuple[str, int]] = []
+        try:
+            for root in map(os.path.realpath, allowed.folders):
+                if any(roots.is_in(path, root) for path in self.paths):
+                    self._roots.append((root, os.open(root, WAY)))
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        while self._roots:
+            os.close(self._roots.pop()[1])
+
+    def __enter__(self) -> Sources:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def hold(self, real: str) -> bool:
+        """Return True if a path without links lies in one of the sources, and not in the state directory."""
+        if roots.is_in(real, self._state) and roots.is_private(real):
+            return False
+        while True:
+            if real in self._paths:
+                return True
+            higher = real.rpartition("/")[0] or "/"
+            if higher == real:
+                return False
+            real = higher
+
+    def is_state(self, real: str) -> bool:
+        """Return True if a path without links is the state directory."""
+        return real == self._state
+
+    def open(self, path: str, flags: int = os.O_RDONLY | os.O_NONBLOCK) -> int:
+        """Open what lies in a source, links on the way followed once as long as they stay inside.
+
+        Raises:
+            LeadsOut: they don't. OSError: it can't be opened; ELOOP if somebody puts links there meanwhile.
+        """
+        try:
+            return open_beneath(*self._way(path), flags)
+        except OSError as exc:
+            if not is_link_error(exc):
+                raise
+        return open_beneath(*self._way(os.path.realpath(path, strict=True)), flags)
+
+    @contextmanager
+    def above(self, path: str) -> Iterator[tuple[int, str]]:
+        """Yield the opened folder that holds what a path leads to, and its name there; raises as `open`.
+
+        The name itself must be opened with O_NOFOLLOW.
+        """
+        with above(*self._way(os.path.realpath(path, strict=True))) as found:
+            yield found
+
+    def _way(self, path: str) -> tuple[int, str]:
+        if self.hold(path):
+            for root, fd in self._roots:
+                if roots.is_in(path, root):
+                    return fd, path[len(root.rstrip("/")) + 1 :] or "."
+        raise LeadsOut(path)
