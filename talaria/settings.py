@@ -153,8 +153,13 @@ def _kept(path: Path) -> str:
 
 
 def auth_string(home: Home) -> str:
-    """Return the `user:password` of the embedded server's API."""
+    """Return the machine's own token, `user:password`: whoever has it is admin on this machine."""
     return secret(home, "api.auth", f"talaria:{secrets.token_urlsafe(24)}")
+
+
+def worker_auth(home: Home) -> str:
+    """Return the credential of the product's own processes: the only one that secrets of targets are answered to."""
+    return secret(home, "worker.auth", f"worker:{secrets.token_urlsafe(24)}")
 
 
 def server_environment(home: Home, host: str, port: int, *, auth: bool) -> dict[str, str]:

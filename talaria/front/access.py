@@ -1,0 +1,94 @@
+"""Who asks, and what a route needs: the words that the gate, the routes and their tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextvars import ContextVar
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any, TypeVar
+
+from starlette.routing import BaseRoute, Match, Mount
+
+F = TypeVar("F", bound=Callable[..., Any])
+SCOPE_KEY = "talaria.user"  # of an ASGI scope: the Identity that the gate has found
+
+
+class Role(IntEnum):
+    """What somebody may do; each may do what those before it may."""
+
+    NOBODY = 0  # no login: what everybody may see
+    VIEWER = 1  # look
+    OPERATOR = 2  # dispatch, retry, cancel, test
+    ADMIN = 3  # targets, users
+    WORKER = 4  # the product's own processes: secrets of targets, logs, events, leases
+
+    @classmethod
+    def of(cls, name: str) -> Role:
+        """Return the role of a person by its name.
+
+        Raises:
+            ValueError: it is not one that can be given.
+        """
+        given = {role.name.lower(): role for role in (cls.VIEWER, cls.OPERATOR, cls.ADMIN)}
+        if name not in given:
+            raise ValueError(f"role {name!r} is not one of {', '.join(given)}")
+        return given[name]
+
+    @property
+    def label(self) -> str:
+        return self.name.lower()
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Somebody whom the gate has let in.
+
+    Attributes:
+        name: as it stands in the audit trail and in `created_by` of runs.
+        role: the most that they may do.
+        how: `session`, `token`, `machine`, `worker`, `proxy` or `open` (no login is asked for).
+    """
+
+    name: str
+    role: Role
+    how: str = "token"
+
+
+NOBODY = Identity("", Role.NOBODY, "")
+
+# Whoever asks, for code below a request that has no scope at hand; set by the gate.
+ACTING: ContextVar[Identity] = ContextVar("talaria.acting", default=NOBODY)
+
+
+def needs(role: Role) -> Callable[[F], F]:
+    """Declare the role that an endpoint needs; one without a declaration is for admins."""
+
+    def mark(endpoint: F) -> F:
+        endpoint.role = role  # type: ignore[attr-defined]
+        return endpoint
+
+    return mark
+
+
+def role_of(route: BaseRoute) -> Role:
+    """Return the role that a route needs."""
+    return Role(getattr(getattr(route, "endpoint", None), "role", Role.ADMIN))
+
+
+def required(routes: Iterable[BaseRoute], scope: dict[str, Any]) -> Role | None:
+    """Return the role that the route of a request needs, None if none of these routes is meant.
+
+    A path that is right with a method that is not gets the route's role: 405 is answered to whom it may concern.
+    """
+    partly: Role | None = None
+    for route in routes:
+        match, child = route.matches(scope)
+        if match is Match.NONE:
+            continue
+        if isinstance(route, Mount) and route.routes:
+            return required(route.routes, {**scope, **child})
+        if match is Match.FULL:
+            return role_of(route)
+        partly = role_of(route) if partly is None else partly
+    return partly

@@ -1,0 +1,53 @@
+"""The one application: Talaria's pages and API, and Prefect's API and UI, behind the gate."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+
+from starlette.applications import Starlette
+from starlette.routing import BaseRoute
+
+from talaria.front.access import Identity
+from talaria.front.gate import Gate, Message, Receive, Send, is_own
+from talaria.front.keys import Door, KeyRing
+from talaria.front.login import Pages
+from talaria.front.upstream import Upstream
+
+Heard = Callable[[str, str, str], None]  # what happened, to or by whom, and where or why
+
+
+def build(
+    keys: KeyRing,
+    door: Door,
+    upstream: Upstream,
+    routes: Sequence[BaseRoute] = (),
+    heard: Heard = lambda what, who, more: None,
+) -> Gate:
+    """Return the application.
+
+    Args:
+        routes: of Talaria's API, each with the role that it needs (`access.needs`); paths begin with `/talaria/`.
+            `request.app.state.upstream.client` is a client of Prefect's API, `request.scope["talaria.user"]` the
+            Identity of whoever asks.
+        heard: is called with logins, logouts and refusals.
+    """
+    own = [*Pages(keys, lambda: upstream.state, heard).routes(), *routes]
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        async with upstream.running():
+            yield
+
+    ours = Starlette(routes=own, lifespan=lifespan)
+    ours.state.upstream = upstream
+    ours.router.redirect_slashes = False
+
+    async def split(scope: Message, receive: Receive, send: Send) -> None:
+        mine = scope["type"] == "lifespan" or is_own(scope["path"])
+        await (ours if mine else upstream)(scope, receive, send)
+
+    def refused(who: Identity, what: str, why: str) -> None:
+        heard("refused", who.name, f"{what}: {why}")
+
+    return Gate(split, own, keys, door, upstream.credential, refused)

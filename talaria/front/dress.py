@@ -1,0 +1,62 @@
+"""What every answer of the front door carries: what a browser may do with it, and who else may read it (nobody)."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+Message = MutableMapping[str, Any]
+Send = Callable[[Message], Awaitable[None]]
+
+_FIXED = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"x-frame-options", b"DENY"),
+    (b"referrer-policy", b"same-origin"),
+    (b"cross-origin-opener-policy", b"same-origin"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+)
+_OURS = {name for name, _ in _FIXED} | {b"content-security-policy", b"strict-transport-security"}
+
+
+def policy(host: str) -> str:
+    """Return the content security policy: nothing but this server, whatever a page tries to reach.
+
+    Prefect's UI asks a host of Amplitude's although analytics are off. It needs styles in its elements and workers
+    that it makes itself.
+    """
+    sockets = f" ws://{host} wss://{host}" if host else ""
+    return (
+        f"default-src 'self'; connect-src 'self' data: blob:{sockets}; img-src 'self' data: blob:; "
+        "font-src 'self' data:; style-src 'self' 'unsafe-inline'; worker-src 'self' blob: data:; object-src 'none'; "
+        "base-uri 'self'; form-action 'self'; frame-ancestors 'none'"
+    )
+
+
+def dressed(scope: Message, send: Send, *, tls: bool) -> Send:
+    """Return `send` with these headers on every answer, and CORS taken out."""
+    host = next((value.decode("latin-1") for key, value in scope["headers"] if key == b"host"), "")
+    safe = host if all(letter.isalnum() or letter in ".:-[]" for letter in host) else ""
+    path = scope["path"]
+
+    async def sent(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            headers = [
+                (key, value)
+                for key, value in message.get("headers", ())
+                if key.lower() not in _OURS and not key.lower().startswith(b"access-control-")
+            ]
+            headers += [*_FIXED, (b"content-security-policy", policy(safe).encode())]
+            if tls:
+                headers.append((b"strict-transport-security", b"max-age=31536000"))
+            names = {key.lower() for key, _ in headers}
+            if b"cache-control" not in names:
+                headers.append((b"cache-control", _caching(path, message["status"])))
+            message = {**message, "headers": headers}
+        await send(message)
+
+    return sent
+
+
+def _caching(path: str, status: int) -> bytes:
+    """Prefect's assets have a hash in their names; what else is answered is for one person, now."""
+    return b"private, max-age=31536000, immutable" if "/assets/" in path and status == 200 else b"no-store"

@@ -1,0 +1,333 @@
+"""The gate: lets a request or websocket in, or refuses it, before anything behind sees it. Pure ASGI.
+
+In this order: Host (421), Origin (403), who asks (401, or the login page), what their role may do (403). What is
+passed on to Prefect carries Prefect's own credential in place of the asker's.
+"""
+
+from __future__ import annotations
+
+import base64
+import ipaddress
+import json
+import logging
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import quote
+
+from starlette.responses import JSONResponse, RedirectResponse, Response
+from starlette.routing import BaseRoute
+
+from talaria.front import prefect_rules
+from talaria.front.access import ACTING, NOBODY, SCOPE_KEY, Identity, Role, required
+from talaria.front.dress import dressed
+from talaria.front.keys import Door, KeyRing, header_of
+from talaria.front.origin import host_is_ours, proves_same_origin, why_foreign
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+Application = Callable[[Message, Receive, Send], Awaitable[None]]
+
+OWN = "/talaria"
+_SAFE = ("GET", "HEAD", "OPTIONS")
+_logger = logging.getLogger("talaria.front")
+
+
+class _Refused(Exception):
+    """A request that is not let in."""
+
+    def __init__(self, status: int, why: str) -> None:
+        super().__init__(why)
+        self.status, self.why = status, why
+
+
+@dataclass(frozen=True)
+class _Asker:
+    """Who asks, and how they came.
+
+    Attributes:
+        ambient: whether a browser would prove them without the page's doing: by cookie or proxy.
+        local: whether they came over loopback, past no proxy.
+        secure: whether it was TLS, here or at the proxy.
+    """
+
+    who: Identity
+    ambient: bool
+    local: bool
+    secure: bool
+    cookie: str = ""
+
+
+def is_own(path: str) -> bool:
+    """Return True for a path of Talaria's own pages and API."""
+    return path == OWN or path.startswith(f"{OWN}/")
+
+
+class Gate:
+    """The whole application behind checks.
+
+    Args:
+        app: what answers: Talaria's routes, and Prefect for all other paths.
+        routes: Talaria's own routes, which declare the role that they need.
+        credential: what Prefect's server wants, `user:password`; "" for nothing.
+        refused: called with who, what and why for each refusal that somebody should hear of.
+    """
+
+    def __init__(
+        self,
+        app: Application,
+        routes: Sequence[BaseRoute],
+        keys: KeyRing,
+        door: Door,
+        credential: str,
+        refused: Callable[[Identity, str, str], None] = lambda who, what, why: None,
+    ) -> None:
+        self.app, self.routes, self.keys, self.door = app, routes, keys, door
+        self.credential, self.refused = credential, refused
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            await self._http(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await self._websocket(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
+
+    # ---- http
+
+    async def _http(self, scope: Message, receive: Receive, send: Send) -> None:
+        inner = self._inner(scope)
+        out = dressed(scope, send, tls=self.door.tls and not inner)
+        method, path = scope["method"], scope["path"]
+        who = NOBODY
+        try:
+            asker = self._asker(scope)
+            who = asker.who
+            need = required(self.routes, dict(scope)) if is_own(path) else prefect_rules.role_for(method, path)
+            self._admit(scope, asker, Role.VIEWER if need is None else need)
+            passed = {**scope, SCOPE_KEY: who, "talaria.secure": asker.secure, "talaria.local": asker.local}
+            passed["talaria.cookie"] = asker.cookie
+            if not is_own(path):
+                receive = await self._inspected(scope, receive, who)
+                passed["headers"] = self._with_credential(scope["headers"])
+                if _is_settings(path):  # they are changed on the way, so they must not be compressed
+                    passed["headers"] = [one for one in passed["headers"] if one[0] != b"accept-encoding"]
+        except _Refused as exc:
+            if exc.status == 403:
+                self.refused(who, f"{method} {path}", exc.why)
+            await self._refuse(scope, receive, out, exc, who)
+            return
+        token = ACTING.set(who)
+        try:
+            if _is_settings(path):
+                out = _without_login(out)
+            await self.app(passed, receive, out)
+        finally:
+            ACTING.reset(token)
+
+    def _asker(self, scope: Message) -> _Asker:
+        """Return who asks.
+
+        Raises:
+            _Refused: the request is not one that may come here, whoever asks.
+        """
+        headers, inner = scope["headers"], self._inner(scope)
+        peer = scope["client"][0] if scope.get("client") else ""
+        proxied = bool(self.door.peers) and not inner
+        secure = (self.door.tls or proxied) and not inner
+        try:
+            host = header_of(headers, b"host")
+            if not host_is_ours(host, scope["server"][0] if scope.get("server") else "", self.door):
+                raise _Refused(421, "this Host is not one of ours: TALARIA_HOSTS names those that are")
+            schemes = ("http", "https") if proxied else ("https",) if secure else ("http",)
+            if why := why_foreign(headers, scope.get("method", "GET"), schemes):
+                raise _Refused(403, why)
+            if proxied and not self.door.trusts(peer):
+                raise _Refused(403, "only the proxy may connect here")
+            return self._identified(headers, peer, proxied=proxied, secure=secure)
+        except ValueError as exc:
+            raise _Refused(400, str(exc)) from exc
+        except OSError as exc:
+            _logger.exception("the users or tokens can't be read")
+            raise _Refused(500, "the users or tokens of this server can't be read") from exc
+
+    def _identified(self, headers: list[tuple[bytes, bytes]], peer: str, *, proxied: bool, secure: bool) -> _Asker:
+        local = not proxied and _is_loopback(peer)
+        if (authorization := header_of(headers, b"authorization")) is not None:
+            who = self.keys.of_header(authorization, local=local)
+            if who:
+                return _Asker(who, False, local, secure)
+        if proxied and self.door.user_header:
+            name = header_of(headers, self.door.user_header.lower().encode())
+            who = self.keys.of_proxy(name.strip(), self.door) if name else None
+            if who:
+                return _Asker(who, True, local, secure)
+        cookies = "; ".join(value.decode("latin-1") for key, value in headers if key == b"cookie")
+        if cookies and (session := self.keys.of_cookies(cookies, tls=secure, local=local)):
+            return _Asker(session[0], True, local, secure, session[1])
+        if not self.door.auth and local:
+            return _Asker(Identity("local", Role.ADMIN, "open"), False, local, secure)
+        return _Asker(NOBODY, False, local, secure)
+
+    def _admit(self, scope: Message, asker: _Asker, need: Role) -> None:
+        method = scope["method"]
+        if asker.who.role < need:
+            if asker.who is NOBODY:
+                raise _Refused(401, "log in, or send a token")
+            raise _Refused(403, f"needs the role {need.label}: {asker.who.name} has {asker.who.role.label}")
+        if asker.ambient and method not in _SAFE and not proves_same_origin(scope["headers"]):
+            raise _Refused(403, "a change with a session must come from one of our pages (no Origin)")
+        if not is_own(scope["path"]) and (
+            why := prefect_rules.why_not(scope["path"], scope.get("query_string", b""), asker.who.role)
+        ):
+            raise _Refused(403, why)
+
+    async def _inspected(self, scope: Message, receive: Receive, who: Identity) -> Receive:
+        """Look into the body of a request where that matters; return what gives it again."""
+        if not prefect_rules.inspected(scope["method"], scope["path"], who.role):
+            return receive
+        body, more = bytearray(), True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise _Refused(400, "the request broke off")
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
+            if len(body) > prefect_rules.BODY_BYTES:
+                raise _Refused(413, f"a body of more than {prefect_rules.BODY_BYTES} bytes")
+        if why := prefect_rules.why_not_body(scope["path"], bytes(body), who.role):
+            raise _Refused(403, why)
+        pieces: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
+
+        async def again() -> Message:
+            return pieces.pop() if pieces else await receive()
+
+        return again
+
+    def _with_credential(self, headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+        """Return the headers with Prefect's credential, and without what is between the asker and us."""
+        private = {b"authorization", b"cookie", self.door.user_header.lower().encode()}
+        kept = [(key, value) for key, value in headers if key not in private]
+        if self.credential:
+            kept.append((b"authorization", b"Basic " + base64.b64encode(self.credential.encode())))
+        return kept
+
+    async def _refuse(self, scope: Message, receive: Receive, send: Send, exc: _Refused, who: Identity) -> None:
+        answer: Response = JSONResponse({"error": exc.why, "detail": exc.why}, exc.status)
+        if exc.status == 401:
+            accept = next((value for key, value in scope["headers"] if key == b"accept"), b"")
+            if scope["method"] == "GET" and b"text/html" in accept and not scope["path"].startswith("/api/"):
+                asked = scope["path"] + (f"?{scope['query_string'].decode('latin-1')}" if scope["query_string"] else "")
+                answer = RedirectResponse(f"{OWN}/login?next={quote(asked, safe='')}", 303)
+            else:
+                answer.headers["www-authenticate"] = 'Bearer realm="talaria"'
+        answer.headers["connection"] = "close"  # a body that was not read is not read as the next request
+        await answer(scope, receive, send)
+
+    def _inner(self, scope: Message) -> bool:
+        server = scope.get("server") or ("", 0)
+        return bool(self.door.inner_port) and (server[0], server[1]) == ("127.0.0.1", self.door.inner_port)
+
+    # ---- websockets
+
+    async def _websocket(self, scope: Message, receive: Receive, send: Send) -> None:
+        path = scope["path"]
+        need = prefect_rules.role_for_websocket(path)
+        try:
+            asker = self._asker(scope)
+            known = self._may_open(scope, asker, need)
+        except (_Refused, ValueError) as exc:
+            self.refused(NOBODY, f"WEBSOCKET {path}", str(exc))
+            await receive()
+            await send({"type": "websocket.close", "code": 1008, "reason": ""})
+            return
+        passed = {**scope, SCOPE_KEY: asker.who, "headers": self._with_credential(scope["headers"])}
+        await self.app(passed, self._first_word(receive, asker, need, known=known), send)
+
+    def _may_open(self, scope: Message, asker: _Asker, need: Role) -> bool:
+        """Return True if whoever asks may, False if that hangs on the first message.
+
+        Raises:
+            _Refused: they may not.
+        """
+        headers = scope["headers"]
+        if is_own(scope["path"]):
+            raise _Refused(403, "there are no websockets here")
+        if asker.ambient and not proves_same_origin(headers):
+            raise _Refused(403, "a session's websocket must come from one of our pages (no Origin)")
+        if asker.who.role >= need:
+            return True
+        if header_of(headers, b"origin") is not None:  # a browser that has not logged in may not try credentials
+            raise _Refused(403, f"needs the role {need.label}")
+        return False
+
+    def _first_word(self, receive: Receive, asker: _Asker, need: Role, *, known: bool) -> Receive:
+        """Put Prefect's credential into the first message, `{"type": "auth", "token": …}`, if whoever sends it may.
+
+        Prefect's clients prove themselves with it alone. Without it Prefect closes the websocket.
+        """
+        done = False
+
+        async def received() -> Message:
+            nonlocal done
+            message = await receive()
+            if done or message["type"] != "websocket.receive":
+                return message
+            done = True
+            text = message.get("text") or (message.get("bytes") or b"").decode("utf-8", "replace")
+            try:
+                word = json.loads(text)
+                may = known or self._may(str(word.get("token") or ""), asker.local, need)
+            except (ValueError, AttributeError, OSError, RecursionError):
+                word, may = {}, False
+            auth = {"type": "auth", "token": (self.credential or "none") if may else ""}
+            kept = {"type": str(word.get("type"))} if not may else word | auth
+            return {"type": "websocket.receive", "text": json.dumps(kept)}
+
+        return received
+
+    def _may(self, text: str, local: bool, need: Role) -> bool:
+        who = self.keys.of_text(text, local=local) if text else None
+        return who is not None and who.role >= need
+
+
+def _is_loopback(address: str) -> bool:
+    try:
+        one = ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    return (getattr(one, "ipv4_mapped", None) or one).is_loopback
+
+
+def _is_settings(path: str) -> bool:
+    return not is_own(path) and path.rstrip("/").endswith("/ui-settings")
+
+
+def _without_login(send: Send) -> Send:
+    """Let Prefect's UI ask for no password: whoever sees it has logged in here."""
+    start: Message = {}
+    body = bytearray()
+
+    async def sent(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            start.update(message)
+            return
+        if message["type"] == "http.response.body":
+            body.extend(message.get("body", b""))
+            if message.get("more_body", False):
+                return
+            answer = bytes(body)
+            try:
+                settings = json.loads(answer)
+                if isinstance(settings, dict) and start["status"] == 200:
+                    answer = json.dumps(settings | {"auth": None, "api_url": "/api"}).encode()
+            except ValueError:
+                pass  # a page of Prefect's, not its settings
+            headers = [(key, value) for key, value in start["headers"] if key.lower() != b"content-length"]
+            await send({**start, "headers": [*headers, (b"content-length", str(len(answer)).encode())]})
+            await send({"type": "http.response.body", "body": answer})
+            return
+        await send(message)
+
+    return sent

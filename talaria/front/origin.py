@@ -1,0 +1,77 @@
+"""Which requests come from our own pages: Host against rebinding of names, Origin and Sec-Fetch-Site against others."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterable
+from urllib.parse import urlsplit
+
+from talaria.front.keys import Door, header_of
+from talaria.settings import LOOPBACK
+
+_DEFAULT = {"http": 80, "https": 443}
+
+
+def host_is_ours(host: str | None, address: str, door: Door) -> bool:
+    """Return True if a Host names us: loopback, the address that was connected to, or a declared name; any port.
+
+    A page of a foreign name that resolves to our address (DNS rebinding) has that name as its Host.
+    """
+    split = _split(host)
+    if split is None:
+        return False
+    name = split[0]
+    if name in LOOPBACK or name in door.hosts:
+        return True
+    try:
+        return ipaddress.ip_address(name) == ipaddress.ip_address(address)
+    except ValueError:
+        return False
+
+
+def why_foreign(headers: Iterable[tuple[bytes, bytes]], method: str, schemes: tuple[str, ...]) -> str:
+    """Return why a request is one of a foreign page, "" if it is not, or no browser's.
+
+    Args:
+        schemes: with which our pages may have been loaded.
+
+    Raises:
+        ValueError: a header stands twice.
+    """
+    headers = list(headers)
+    origin, host = header_of(headers, b"origin"), header_of(headers, b"host")
+    if origin is not None:
+        return "" if _is_origin(origin, host, schemes) else "a page of another origin may not ask"
+    site, mode = header_of(headers, b"sec-fetch-site"), header_of(headers, b"sec-fetch-mode")
+    foreign = site not in (None, "same-origin", "none")
+    opened = mode == "navigate" and method in ("GET", "HEAD") and header_of(headers, b"sec-fetch-dest") == "document"
+    return "a page of another origin may not ask" if foreign and not opened else ""
+
+
+def proves_same_origin(headers: Iterable[tuple[bytes, bytes]]) -> bool:
+    """Return True if a browser says that the request is one of our own pages; Origin has been compared before."""
+    headers = list(headers)
+    return header_of(headers, b"origin") is not None or header_of(headers, b"sec-fetch-site") == "same-origin"
+
+
+def _is_origin(origin: str, host: str | None, schemes: tuple[str, ...]) -> bool:
+    scheme, separator, rest = origin.partition("://")
+    if not separator or scheme not in schemes:
+        return False
+    ours, theirs = _split(host), _split(rest)
+    if ours is None or theirs is None:
+        return False
+    default = _DEFAULT[scheme]
+    return (ours[0], ours[1] or default) == (theirs[0], theirs[1] or default)
+
+
+def _split(host: str | None) -> tuple[str, int] | None:
+    """Return name and port (0 for none) of a Host; None if it is not one."""
+    if not host or any(letter in host for letter in "/@?#\\ \t,"):
+        return None
+    try:
+        parts = urlsplit(f"//{host}")
+        name, port = parts.hostname, parts.port
+    except ValueError:
+        return None
+    return (name.rstrip(".").lower(), port or 0) if name else None
