@@ -1,7 +1,8 @@
-"""Starts real servers for tests: on loopback, on free ports, stopped by their own process ids."""
+"""Starts real servers for tests, on loopback and free ports, stopped by their own process ids; reckons with load."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import signal
@@ -9,17 +10,50 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-START_S = 30  # a busy machine; most are up in less than one
+START_S = 90  # a busy machine; most are up in less than one
 STOP_S = 5
 # These would override the certificates that a test names.
 AMBIENT_TRUST = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR", "AWS_CA_BUNDLE")
+# Below those that systems give to whoever connects, or asks for any port: a server may take its time to bind its own.
+PORTS = range(10_000, 32_720)
+SHARES = 32  # of them; each process has one to itself
+
+
+def as_loaded(seconds: float) -> float:
+    """Return how long something may take here that takes so many seconds at most where nothing else runs."""
+    running = os.getloadavg()[0]  # over a minute
+    with suppress(OSError):
+        running = max(running, float(Path("/proc/loadavg").read_text("ascii").split()[3].partition("/")[0]))  # now
+    return seconds * max(1.0, running / (os.cpu_count() or 1))
+
+
+def _share() -> Iterator[int] | None:
+    """Return this process's own ports, again and again; None where all shares are taken, or can't be."""
+    size = len(PORTS) // SHARES
+    for number in range(SHARES):
+        mark = socket.socket(socket.AF_UNIX)
+        try:
+            mark.bind(f"\0talaria-testing-ports-{number}")  # abstract: gone with the process, however it ends
+        except OSError:
+            mark.close()
+            continue
+        mark.detach()
+        return itertools.cycle(PORTS[number * size : (number + 1) * size])
+    return None
+
+
+_ports = _share()
 
 
 def free_port() -> int:
-    """Return a TCP port of 127.0.0.1 that nobody listens on."""
+    """Return a TCP port of 127.0.0.1 that nobody listens on, and that nobody else is given meanwhile."""
+    for port in itertools.islice(_ports or (), len(PORTS) // SHARES):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -67,6 +101,14 @@ def server(
         yield process
     finally:
         stop(process)
+
+
+def until(condition: Callable[[], object], seconds: float = 60) -> None:
+    """Wait for a condition; fail the test if it doesn't come true."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"waited {seconds} s in vain"
+        time.sleep(0.02)
 
 
 def wait(process: subprocess.Popen[bytes], ready: Callable[[], bool], log: Path) -> None:

@@ -17,9 +17,10 @@ import pydicom
 import pytest
 
 from talaria.testing import studies
+from talaria.testing.process import as_loaded
 from talaria.testing.relay import relay
 from tests.servers.dcmtk import StoreScp, storescp
-from tests.servers.up import Talaria, as_loaded
+from tests.servers.up import Talaria
 
 pytestmark = pytest.mark.timeout(600)
 FAST = {"max_attempts": 3, "retry_delay_s": 0.2, "retry_max_delay_s": 0.5, "idle_timeout_s": 10}

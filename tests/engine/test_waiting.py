@@ -14,8 +14,9 @@ import psutil
 import pytest
 
 from talaria.testing import studies
+from talaria.testing.process import as_loaded
 from tests.servers.dicomweb import Reply, scripted
-from tests.servers.up import Talaria, as_loaded
+from tests.servers.up import Talaria
 
 pytestmark = pytest.mark.timeout(600)
 CANCEL_S = 5  # how long a cancellation may take, where nothing else runs

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from imaging.match import between, in_days, like, named, of_series, of_study, one_of
 from imaging.query import Query
+from talaria.testing.process import as_loaded
 
 letters = st.text("abAB*?.^ü", max_size=10)
 days = st.dates(datetime.date(1990, 1, 1), datetime.date(2030, 12, 31)).map(lambda day: day.strftime("%Y%m%d"))
@@ -43,7 +44,7 @@ def test_wild_cards_take_no_time_to_fail() -> None:
     test = like("*a" * 30 + "b")
     begun = time.monotonic()
     assert not test("a" * 60_000)
-    assert time.monotonic() - begun < 1
+    assert time.monotonic() - begun < as_loaded(1)
 
 
 @given(days, days, days)

@@ -139,7 +139,7 @@ class Scp:
         with self.lock:
             return sum(not association.ended for association in self.associations)
 
-    def wait_closed(self, seconds: float = 5.0) -> bool:
+    def wait_closed(self, seconds: float = 30.0) -> bool:
         """Wait until no connection is open."""
         end = time.monotonic() + seconds
         while self.open and time.monotonic() < end:

@@ -208,11 +208,6 @@ class Talaria:
         return self.api("GET", f"/flow_runs/{run_id}")
 
 
-def as_loaded(seconds: float) -> float:
-    """Return how long here what takes so many seconds may take, where nothing else runs: we have a share only."""
-    return seconds * max(1, os.getloadavg()[0] / (os.cpu_count() or 1))
-
-
 @contextmanager
 def talaria(folder: Path, *options: str) -> Iterator[Talaria]:
     """Run `talaria up` until the block ends."""

@@ -24,7 +24,7 @@ from protocols.dimse.get import Retriever
 from protocols.dimse.moves import MoveDesk
 from talaria.cli.target import types
 from talaria.testing import studies
-from talaria.testing.process import free_port, program
+from talaria.testing.process import as_loaded, free_port, program
 from tasks import DRIVERS
 from tasks.dicom import check, find, retrieve
 from tests.servers.dcmtk import dcmqrscp
@@ -343,7 +343,7 @@ def test_strangers_who_hold_connections_keep_no_source_out(tmp_path: Path, port:
         assert_agrees(receipt, tmp_path / "in", peer)
     ended = 0
     for one in held:
-        one.settimeout(5)
+        one.settimeout(30)
         ended += one.recv(1) == b""  # those beyond the limit at once, the others when nobody listens any more
         one.close()
     assert ended == len(held)
@@ -360,7 +360,7 @@ def test_half_a_request_has_no_longer_than_a_whole_one(monkeypatch: pytest.Monke
                     sock.sendall(bytes((byte,)))
                     if select.select([sock], [], [], 0.1)[0]:
                         break
-            assert time.monotonic() - begun < 5
+            assert time.monotonic() - begun < as_loaded(5)
     finally:
         one.close()
 
@@ -472,7 +472,7 @@ def test_cancelling_ends_the_association_soon(tmp_path: Path) -> None:
         begun = time.monotonic()
         with pytest.raises(Cancelled):
             pull(peer, tmp_path / "in", PushReport(cancelled=cancelled), idle_timeout_s=60)
-        assert time.monotonic() - begun < 5 and peer.wait_closed(5)
+        assert time.monotonic() - begun < as_loaded(5) and peer.wait_closed()
 
 
 def test_a_pause_ends_after_the_running_series_and_the_rest_is_fetched_later(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from blocks.s3 import S3Target
 from protocols.s3.checksums import ALGORITHMS, encoded
 from talaria.testing import studies
 from talaria.testing.harness import Sent, attempt, sending
-from talaria.testing.process import free_port
+from talaria.testing.process import as_loaded, free_port, until
 from talaria.testing.relay import relay
 from tasks.s3 import pace
 from tasks.s3.support import forget
@@ -352,7 +352,7 @@ def test_a_busy_store_is_asked_again_and_then_left_to_the_dispatch(store: Stub, 
     assert sent.error.retry_after == 77
     assert sent.error.item == "CT0002.dcm"
     assert sent.arrived == {"CT0001.dcm", "CT0003.dcm"}
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < as_loaded(5)
     assert not marked(store)
 
 
@@ -394,7 +394,7 @@ def test_a_hung_store_is_TimedOut(store: Stub, study: Path) -> None:
     store.fault = on("Put", Misdeed(hang_after=0), key="CT0003.dcm")
     sent = attempt(target(store, idle_timeout_s=1), study)
     assert isinstance(sent.error, TimedOut)
-    assert sent.seconds < 4
+    assert sent.seconds < as_loaded(4)
     assert sent.arrived <= {"CT0001.dcm", "CT0002.dcm"}
 
 
@@ -621,11 +621,8 @@ def test_upload_that_a_killed_process_left_is_gone_on_with(store: Stub, study: P
         [sys.executable, str(script), json.dumps(settings), str(study)],
         cwd=Path(__file__).parents[2], env=os.environ | {"PYTHONPATH": "."},
     )  # fmt: skip
-    end = time.monotonic() + 60
-    while not any(len(upload.parts) >= 2 for upload in list(store.uploads.values())):
-        assert process.poll() is None, "it ended too soon"
-        assert time.monotonic() < end
-        time.sleep(0.02)
+    until(lambda: process.poll() is not None or any(len(one.parts) >= 2 for one in list(store.uploads.values())))
+    assert process.poll() is None, "it ended too soon"
     process.send_signal(signal.SIGKILL)
     process.wait()
     (name,) = store.uploads
@@ -703,7 +700,7 @@ def test_cancelled_in_a_large_file_stops_soon_and_aborts(store: Stub, study: Pat
 
     sent = attempt(target(store, bandwidth_limit=4 * MIB), study, moved=moved, cancelled=cancelled)
     assert isinstance(sent.error, Cancelled)
-    assert time.monotonic() - at[0] < 3
+    assert time.monotonic() - at[0] < as_loaded(3)
     assert not store.uploads
     assert not files_of(store.objects("lab"), sent.plan)
 
@@ -716,7 +713,7 @@ def test_cancelled_while_the_store_hangs(store: Stub, study: Path) -> None:
     timer.start()
     sent = attempt(target(store, idle_timeout_s=60), study, cancelled=cancelled)
     assert isinstance(sent.error, Cancelled)
-    assert sent.seconds < 4
+    assert sent.seconds < as_loaded(4)
 
 
 def test_bandwidth_limit_holds_over_all_connections(store: Stub, study: Path) -> None:
@@ -726,7 +723,7 @@ def test_bandwidth_limit_holds_over_all_connections(store: Stub, study: Path) ->
     store.buckets["lab"].clear()
     sent = attempt(target(store, bandwidth_limit=5 * MIB), study)
     assert_whole(store, sent)
-    assert sent.plan.size / (5 * MIB) - 0.3 <= sent.seconds < sent.plan.size / (5 * MIB) + 2
+    assert sent.plan.size / (5 * MIB) - 0.3 <= sent.seconds < as_loaded(sent.plan.size / (5 * MIB) + 2)
 
 
 # ---- checksums
