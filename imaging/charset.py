@@ -1,7 +1,7 @@
-"""Decodes text of a DICOM data set by its Specific Character Set (0008,0005).
+"""Decodes the text of a DICOM data set by its Specific Character Set (0008,0005).
 
-Never fails and never warns: what a character set doesn't have becomes U+FFFD, an unknown character set is read as
-Latin-1, because both are common in files that are otherwise sound.
+Never fails and never warns. Bytes that a character set doesn't define become U+FFFD, and an unknown character set is
+read as Latin-1, because both are common in files that are otherwise sound.
 
 Source: PS3.3 section C.12.1.1.2 (the terms), PS3.5 section 6.1.2 (code extensions, ISO 2022).
 """
@@ -60,7 +60,7 @@ TEXT_DELIMITERS = frozenset(b"\\\t\n\f\r")
 
 
 def decoded(raw: bytes, charset: bytes, delimiters: frozenset[int] = TEXT_DELIMITERS) -> str:
-    """Return the text of a value, with whatever blanks it has.
+    """Return the text of a value, its blanks included.
 
     Args:
         charset: the undecoded value of Specific Character Set, empty if there is none.

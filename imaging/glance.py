@@ -1,7 +1,7 @@
-"""Knows an instance by its first bytes, as most come: uncompressed, and whole up to the last byte of its pixels.
+"""Identifies an instance by its first bytes, where it is like most: uncompressed, and whole up to its last pixel.
 
-Takes a fifth of the time of `header.read_header`, which walks over every element, and which is asked where a glance
-doesn't show all.
+Takes a fifth of the time of `header.read_header`, which walks over every element and is used where a glance is not
+enough.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ _NUMBER = struct.Struct("<I")
 
 
 class Glance:
-    """Remembers where the instance before had its UIDs: those of one series hardly differ in that."""
+    """Remembers where the previous instance had its UIDs: within a series the places hardly differ."""
 
     def __init__(self) -> None:
         self._before: dict[str, tuple[bytes, int, int, str, str]] = {}  # by transfer syntax
 
     def __call__(self, head: bytes, length: int, syntax: str, offset: int) -> Header | None:
-        """Return the UIDs of an instance, and nothing else of its header; None if that takes a walk over its elements.
+        """Return an instance's UIDs, nothing else of its header; None if finding them takes a walk over its elements.
 
         The pixel data must end with the data set, and the UIDs of study and series stand once before it: in an item
         of a sequence they might be those of others.
@@ -72,7 +72,7 @@ def _once(head: bytes, element: bytes, end: int) -> tuple[str, int, int]:
 
 
 def _first(head: bytes, element: bytes, begin: int, end: int) -> tuple[str, int, int]:
-    """Return the value of the first such element that holds a UID, where it begins and ends; "" if there is none."""
+    """Return the value of the first such element that holds a UID, with its begin and end; "" if there is none."""
     while (at := head.find(element, begin, end)) >= 0:
         length = head[at + 6] | head[at + 7] << 8 if len(element) == 6 else _NUMBER.unpack_from(head, at + 4)[0]
         after = at + 8 + length

@@ -1,4 +1,4 @@
-"""Reads what a dispatch must know of a DICOM file, and nothing more: header only, in one pass, no pixel data.
+"""Reads what a dispatch must know about a DICOM file and nothing more: the header, in one pass, without pixel data.
 
 Walks the top level of the data set by element lengths, which costs a few reads and also finds a file that ends
 too early (pydicom's `stop_before_pixels` doesn't look there). Measured on CT images of 0.5 MB: 0.1 ms a file,
@@ -43,12 +43,12 @@ BEGINNING_BYTES = 1024  # of a file, which hold what identifies the instance
 
 
 class NotDicom(Exception):
-    """The file is something else; targets that carry only DICOM skip it."""
+    """The file is not DICOM; targets that carry only DICOM skip it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a dispatch knows of one DICOM file. `repr` leaves out everything that may identify a patient."""
+    """What a dispatch knows about one DICOM file. `repr` leaves out everything that may identify a patient."""
 
     SOPClassUID: str
     SOPInstanceUID: str
@@ -112,7 +112,7 @@ def read_elements(fd: int, size: int, tags: Iterable[int]) -> tuple[Header, dict
 
 
 def instance_uid(beginning: bytes) -> str:
-    """Return Media Storage SOP Instance UID (0002,0003) of a file that begins so; "" if that doesn't show it.
+    """Return the Media Storage SOP Instance UID (0002,0003) of a file from its beginning; "" if that doesn't hold it.
 
     Args:
         beginning: its first BEGINNING_BYTES, or fewer if it has no more.
@@ -161,9 +161,9 @@ def _meta(window: FileWindow, pos: int) -> tuple[dict[int, bytes], int]:
 
 
 def _walked(window: FileWindow, offset: int, syntax: str, wanted: frozenset[int]) -> tuple[Walk, dict[int, bytes]]:
-    """Walk a data set as its transfer syntax says, or else with or without VRs against what it says.
+    """Walk a data set as its transfer syntax says; if that fails, take explicit VRs for implicit ones, or the reverse.
 
-    Private syntaxes are known to their makers only (GE's has no VRs), and some writers name the wrong one.
+    Only their makers know private syntaxes (GE's has no VRs), and some writers name the wrong one.
     """
     explicit = syntax != IMPLICIT_LITTLE
     found: dict[int, bytes] = {}
@@ -184,7 +184,7 @@ def _walked(window: FileWindow, offset: int, syntax: str, wanted: frozenset[int]
 
 
 def _bare(window: FileWindow, wanted: frozenset[int]) -> tuple[Header, dict[int, bytes]]:
-    """Read a data set without preamble and file meta information, or find that the file is something else."""
+    """Read a data set without preamble and file meta information; raise NotDicom if the file is something else."""
     head = window.at(0, min(window.size, PREAMBLE_BYTES))
     # Some were cut out of a file one byte too early: with the padding of the value before.
     for offset in (0, 1):
@@ -206,7 +206,7 @@ def _begins_data_set(begin: bytes, size: int) -> bool:
 
 
 def _unnamed(window: FileWindow, offset: int, wanted: frozenset[int], why: str) -> tuple[Header, dict[int, bytes]]:
-    """Find out the transfer syntax that no file meta information names.
+    """Return the transfer syntax of a data set without file meta information, found by trying.
 
     Raises:
         Damaged: none fits, or the pixel data is compressed, which several do.

@@ -13,7 +13,7 @@ Attributes = dict[str, Any]  # as PS3.18 Annex F: by tag, eight hexadecimal digi
 
 
 def parse(body: bytes) -> list[Attributes]:
-    """Read data sets from DICOM JSON or from the Native DICOM Model in XML, whichever it is.
+    """Return the data sets of a document in DICOM JSON or, in XML, of the Native DICOM Model.
 
     Raises:
         ValueError: it is neither.

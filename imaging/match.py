@@ -1,4 +1,4 @@
-"""What a query's keys match, as Orthanc matches them: PS3.4 section C.2.2.2, but upper and lower case are alike.
+"""What a query's keys match: as PS3.4 section C.2.2.2 says but, as in Orthanc, without regard to upper and lower case.
 
 Blanks around a value don't count, nor do empty components at the end of a person's name. A name with several
 component groups (alphabetic, ideographic, phonetic) matches as a whole or by one of them.
@@ -22,7 +22,7 @@ def of_study(query: Query) -> Iterator[tuple[str, Test]]:
     """Yield the tests that a study's attributes must pass, by keyword.
 
     Raises:
-        ValueError: a date that is none.
+        ValueError: a date is not valid.
     """
     if query.AccessionNumber:
         yield "AccessionNumber", one_of(query.AccessionNumber)
@@ -39,7 +39,7 @@ def of_study(query: Query) -> Iterator[tuple[str, Test]]:
 
 
 def of_series(query: Query) -> Iterator[tuple[str, Test]]:
-    """Yield the tests that the attributes of one and the same series must pass, by keyword."""
+    """Yield the tests that the attributes of a single series must all pass, by keyword."""
     if query.Modality.strip():
         tests = [like(modality) for modality in listed(query.Modality)]
         yield "Modality", lambda value: any(test(value) for test in tests)
@@ -50,12 +50,12 @@ def of_series(query: Query) -> Iterator[tuple[str, Test]]:
 
 
 def is_universal(pattern: str) -> bool:
-    """Return True if a pattern matches everything, what has no value too (PS3.4 sections C.2.2.2.3 and C.2.2.2.4)."""
+    """Return True if a pattern matches everything, even an empty value (PS3.4 sections C.2.2.2.3 and C.2.2.2.4)."""
     return not pattern.strip().strip("*")
 
 
 def has_wild_cards(pattern: str) -> bool:
-    """Return True if a pattern has signs that stand for others."""
+    """Return True if a pattern holds a wild card."""
     return "*" in pattern or "?" in pattern
 
 
@@ -64,13 +64,13 @@ def _plain(value: str) -> str:
 
 
 def one_of(values: Iterable[str]) -> Test:
-    """Exact values, any of which matches; an empty one matches nothing."""
+    """Return a test for exact values, any of which may match; an empty one matches nothing."""
     wanted = frozenset(_plain(value) for value in values) - {""}
     return lambda value: _plain(value) in wanted
 
 
 def like(pattern: str) -> Test:
-    """Return a value in which `*` stands for any characters, none too, and `?` for exactly one."""
+    """Return a test in which `*` stands for any number of characters, also none, and `?` for exactly one."""
     folded = _plain(pattern)
     if not has_wild_cards(folded):
         return lambda value: _plain(value) == folded
@@ -84,7 +84,7 @@ def like(pattern: str) -> Test:
 
 
 def named(pattern: str) -> Test:
-    """Return a person's name, with wild cards."""
+    """Return a test for a person's name, with wild cards."""
     test = like(_trimmed(pattern))
 
     def matches(value: str) -> bool:
@@ -100,7 +100,7 @@ def _trimmed(name: str) -> str:
 
 
 def in_days(period: str) -> str:
-    """The same date, or range of dates, with ends that are days: servers know no months and years (PS3.5 table 6.2-1).
+    """Return a date or range with whole days at its ends: servers know no months and years (PS3.5 table 6.2-1).
 
     Raises:
         ValueError: it is neither.
@@ -134,7 +134,7 @@ def _ends(period: str) -> tuple[str, str]:
 
 
 def between(period: str) -> Test:
-    """Return a date, or a range of dates that includes its ends; an end may be left out, and may be a month or a year.
+    """Return a test for a date, or a range with both ends; an end may be left out, and may be a month or a year.
 
     Raises:
         ValueError: it is neither.

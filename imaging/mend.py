@@ -1,7 +1,7 @@
 """Gives every value, fragment and data set the even length that the standard asks for (PS3.5 sections 6.2, A.4, A.5).
 
-Receivers that count on it abort the association or fall silent over an odd one. Values stay as they are but for one
-byte of padding; a table of offsets of encapsulated pixel data is kept right.
+Receivers that rely on it abort the association, or stop answering, at an odd one. Values stay as they are apart from
+one byte of padding; an offset table of encapsulated pixel data is corrected.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def mended(fd: int, header: Header, check: Callable[[], None] = lambda: None) ->
         check: called between pieces; may raise to stop.
 
     Raises:
-        Damaged: it is no sequence of elements. NoRoom: no room for the copy.
+        Damaged: it is not a sequence of elements. NoRoom: no room for the copy.
     """
     source = Reader(fd, header.dataset_offset)
     with tempfile.TemporaryFile() as out:
@@ -67,7 +67,7 @@ def _encoding(header: Header) -> Encoding:
 
 
 def _mend_deflated(source: Reader, out: IO[bytes], check: Callable[[], None]) -> None:
-    """Leave the deflated bytes as they are if only their own length is odd."""
+    """Mend a deflated data set; if only the deflated length is odd, keep the deflated bytes and pad them."""
     with tempfile.TemporaryFile() as plain, tempfile.TemporaryFile() as even:
         inflate(source, plain, check)
         plain.flush()
@@ -119,7 +119,7 @@ def _fragments(source: Reader) -> list[int]:
 
 
 def _moved(lengths: Sequence[int]) -> dict[int, int]:
-    """Return where fragments begin once they are padded, by where they begin now; the table is not counted."""
+    """Return where fragments begin after padding, by where they begin now, both counted from the end of the table."""
     made, before, after = {}, 0, 0
     for length in lengths[1:]:
         made[before] = after
@@ -128,7 +128,7 @@ def _moved(lengths: Sequence[int]) -> dict[int, int]:
 
 
 def _table(value: bytes, width: str, moved: dict[int, int]) -> bytes:
-    """Return a table of offsets for fragments that have moved; one that doesn't fit them stays as it is."""
+    """Return the offset table for fragments that have moved; a table that doesn't fit them stays as it is."""
     count = len(value) // struct.calcsize(width)
     offsets = struct.unpack_from(f"<{count}{width}", value)
     if not all(offset in moved for offset in offsets):

@@ -15,7 +15,7 @@ IMPLEMENTATION_CLASS_UID = "2.25.276386529264531863407331127064327358273"  # of 
 
 
 def beginning(header: Header) -> tuple[bytes, int]:
-    """Return the bytes to put before a file, and the offset in the file from which on they go before it."""
+    """Return the bytes to send first, and the offset from which the file is to follow them."""
     return (b"", 0) if header.part10 else (preamble_and_meta(header), header.dataset_offset)
 
 

@@ -1,4 +1,4 @@
-"""Decodes and encodes the pixel data of a DICOM file, one frame at a time; all of it without loss.
+"""Decodes and encodes the pixel data of a DICOM file, one frame at a time and without loss.
 
 The codecs are pydicom's and those of pylibjpeg and pyjpegls (the extra `transcode`).
 """
@@ -85,7 +85,7 @@ class Reader:
 
 
 def scan(source: Reader, encoding: Encoding) -> dict[int, Found]:
-    """Find what describes the pixel data; the source is where it was afterwards."""
+    """Find the elements that describe the pixel data; the source's position stays where it was."""
     begin = source.tell()
     found = recode.scan(source, encoding, source.skip, _WANTED)
     source.seek(begin)
@@ -102,7 +102,7 @@ def _text(found: dict[int, Found], tag: int) -> str:
 
 
 def _options(found: dict[int, Found]) -> dict[str, Any]:
-    """Return what pydicom's decoders and encoders must know of the pixels (PS3.3 section C.7.6.3)."""
+    """Return what pydicom's decoders and encoders must know about the pixels (PS3.3 section C.7.6.3)."""
     frames = _text(found, _FRAMES)
     options: dict[str, Any] = {
         "rows": number(found, _ROWS, 0),
@@ -131,7 +131,7 @@ def _pixels(found: dict[int, Found], encapsulated: bool) -> Found:
 
 @contextmanager
 def _codecs(what: str) -> Iterator[None]:
-    """Name what goes wrong with a decoder or an encoder; their warnings concern nobody here."""
+    """Turn a decoder's or encoder's errors into Unfit, and silence its warnings."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -187,7 +187,7 @@ def decode(source: Reader, syntax: str, out: IO[bytes], target: Encoding, check:
             for frame, _ in frames:
                 check()
                 if frame.nbytes != frame_bytes or count == options["number_of_frames"]:
-                    raise Unfit("it holds other frames than its header says")
+                    raise Unfit("its frames are not those that its header describes")
                 out.write(frame.tobytes())
                 count += 1
         if count != options["number_of_frames"]:
@@ -211,7 +211,7 @@ def decode(source: Reader, syntax: str, out: IO[bytes], target: Encoding, check:
 
 
 def _changes(options: dict[str, Any], properties: dict[str, Any]) -> dict[int, tuple[str, bytes] | None]:
-    """Return what the header must say of decoded pixels: their colour space, and samples side by side."""
+    """Return what the header must say about decoded pixels: their colour space, and samples side by side."""
     changes: dict[int, tuple[str, bytes] | None] = {}
     if properties["photometric_interpretation"] != options["photometric_interpretation"]:
         text = str(properties["photometric_interpretation"]).encode()
@@ -222,7 +222,7 @@ def _changes(options: dict[str, Any], properties: dict[str, Any]) -> dict[int, t
 
 
 def _pass_fragments(source: Source) -> None:
-    """Read over encapsulated pixel data."""
+    """Skip encapsulated pixel data."""
     while True:
         item = source.element(explicit=False)
         if item is None:
@@ -246,7 +246,7 @@ def _icon(syntax: str, beside: dict[int, bytes], codestream: bytes) -> bytes:
 
 
 def encode(source: Reader, out: IO[bytes], to: str, check: Callable[[], None]) -> None:
-    """Write native pixel data as encapsulated pixel data, one fragment per frame, each decoded again and compared."""
+    """Write native pixel data as encapsulated pixel data, one fragment per frame; decode each again and compare."""
     found = scan(source, EXPLICIT_LITTLE)
     if recode.FLOAT_PIXELS in found or recode.DOUBLE_PIXELS in found:
         raise Unfit("its pixels are floating-point numbers, which can't be compressed")
@@ -293,7 +293,7 @@ def encode(source: Reader, out: IO[bytes], to: str, check: Callable[[], None]) -
 
 
 def _compressed(frame: Any, to: str, options: dict[str, Any]) -> bytes:
-    """Compress one frame, and make sure that it is the same when decompressed."""
+    """Compress one frame, and make sure that it decompresses to the same bytes."""
     from pydicom.encaps import encapsulate
     from pydicom.pixels.encoders.base import get_encoder
 

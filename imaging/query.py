@@ -35,7 +35,7 @@ class Match:
 
     Attributes:
         attributes: values by DICOM keyword, as the peer gave them.
-        instances: how many instances the peer announces, None if it doesn't say.
+        instances: how many instances the peer announces; None if it doesn't say.
     """
 
     attributes: dict[str, Any] = field(repr=False)
@@ -55,7 +55,7 @@ class Match:
 
 
 def listed(value: str) -> list[str]:
-    """Split a list of UIDs or codes: neither a backslash nor a comma can be in one."""
+    """Split a list of UIDs or codes at commas and backslashes, which none of them can hold."""
     return [part.strip() for part in value.replace("\\", ",").split(",") if part.strip()]
 
 
@@ -65,7 +65,7 @@ def text(value: Any) -> str:
 
 
 def count(value: Any) -> int | None:
-    """Return a value as a number, None if it is none."""
+    """Return a value as a number; None if it is not one."""
     try:
         return int(str(value))
     except ValueError:

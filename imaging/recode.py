@@ -137,7 +137,7 @@ class Source:
         return Element(tag, vr, self._long.unpack(self.take(4))[0])
 
     def skip(self, count: int) -> None:
-        """Read over so many bytes."""
+        """Skip a number of bytes."""
         while count:
             count -= len(self.take(min(count, PIECE_BYTES)))
 
@@ -150,7 +150,7 @@ class Recoder:
         pixel_representation, bits_allocated: of the data set's pixels: they decide between value representations
             that the dictionary leaves open (PS3.5 section 8 and Annex A.1).
         changes: new values of top-level elements, as VR and bytes in the target's order; None leaves one out.
-        pixels: writes the element of the pixel data in place of the source's, which it has to read over.
+        pixels: writes the element of the pixel data in place of the source's, which it must skip.
         encapsulated: whether pixel data that is compressed stays so.
         icon: decodes encapsulated pixel data within a sequence (an icon) to native bytes; None if there can be none.
         check: called between pieces; may raise to stop.
@@ -181,7 +181,7 @@ class Recoder:
         """Rewrite the whole data set.
 
         Raises:
-            Damaged: it ends too early, or is no sequence of elements.
+            Damaged: it ends too early, or is not a sequence of elements.
         """
         while (element := self.source.element()) is not None:
             self.check()
@@ -197,7 +197,7 @@ class Recoder:
         self._insert(before=1 << 32)
 
     def _insert(self, before: int) -> None:
-        """Write the new elements that the source doesn't have, in their place."""
+        """Write, in their place, the new elements that the source doesn't have."""
         for tag in sorted(tag for tag in self.changes if tag < before):
             change = self.changes.pop(tag)
             if change is not None:
@@ -225,7 +225,7 @@ class Recoder:
             self._copy_value(element, vr)
 
     def _padding(self, vr: str, length: int) -> bytes:
-        """Return what makes a value of so many bytes even, PS3.5 section 6.2."""
+        """Return the padding that makes the length of a value even (PS3.5 section 6.2)."""
         if length % 2 == 0:
             return b""
         return b" " if vr in TEXT else b"\0"
@@ -279,7 +279,7 @@ class Recoder:
         self._mark(ITEM_END)
 
     def _copy_remembered(self, element: Element, beside: dict[int, bytes]) -> None:
-        """Rewrite a short value, and keep it: what comes after it in the item may depend on it."""
+        """Rewrite a short value, and keep it: later elements of the item may depend on it."""
         vr = element.vr or self._lookup(element, beside)
         if vr == "SQ":
             self._copy_sequence(element, 1)
@@ -384,7 +384,7 @@ class Recoder:
         self.out.write(self._tag.pack(tag >> 16, tag & 0xFFFF) + self._long.pack(length))
 
     def _lookup(self, element: Element, beside: Mapping[int, bytes]) -> str:
-        """Return the value representation of an element that comes without one."""
+        """Return the value representation of an element whose source has none."""
         group, number = element.tag >> 16, element.tag & 0xFFFF
         if group % 2:
             return "LO" if 0x10 <= number <= 0xFF else "UN"  # a private creator, or what only its creator knows
@@ -409,7 +409,7 @@ def _us(value: bytes | None, default: int) -> int:
 
 
 def swapped(data: bytes, width: int) -> bytes:
-    """Reverse the bytes within each group of `width`; what is left over at the end stays."""
+    """Reverse the bytes within each group of `width`; an incomplete group at the end stays as it is."""
     if width == 1:
         return data
     whole = len(data) // width * width

@@ -74,7 +74,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def fallbacks(syntax: str, policy: str) -> tuple[str, ...]:
-    """Return the transfer syntaxes that a file of `syntax` may be converted to, best first; none if it can't be.
+    """Return the transfer syntaxes that a file of `syntax` may be converted to, best first; none if there are none.
 
     Uncompressed ones come first: nothing but the encoding can be wrong about them.
     """
@@ -94,7 +94,7 @@ def fallbacks(syntax: str, policy: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Converted:
-    """A converted data set in a file without a name, which goes with its descriptor."""
+    """A converted data set, in a file without a name that vanishes when its descriptor is closed."""
 
     fd: int
     size: int
@@ -102,12 +102,12 @@ class Converted:
 
 
 class NoRoom(Exception):
-    """The disk is full where converted files go for a moment."""
+    """The disk that holds converted files for a moment is full."""
 
 
 @contextmanager
 def room() -> Iterator[None]:
-    """Name a full disk for what it is.
+    """Turn the error of a full disk into NoRoom.
 
     Raises:
         NoRoom: no room for a converted file.
@@ -180,7 +180,7 @@ def _convert(
     temporary: Callable[[], IO[bytes]],
     check: Callable[[], None],
 ) -> None:
-    """Go from one syntax to another over as few steps as there are: all meet in explicit little endian."""
+    """Go from one syntax to another in as few steps as possible, all by way of explicit little endian."""
     if syntax == to:
         raise ValueError(f"the file is in {to} already")
     if syntax == DEFLATED:

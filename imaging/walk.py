@@ -23,11 +23,11 @@ SHORT_VRS = frozenset(b"AE AS AT CS DA DS DT FD FL IS LO LT PN SH SL SS ST TM UI
 
 
 class Damaged(Exception):
-    """The file is DICOM, or is meant to be, but can't be sent as such; the text says why."""
+    """The file is DICOM, or was meant to be, but can't be sent as such; the text says why."""
 
 
 class FileWindow:
-    """A file read in pieces: the piece that holds the asked-for bytes is kept, a jump reads the next one."""
+    """A file read in pieces: the piece that holds the bytes asked for is kept; a jump out of it reads another one."""
 
     def __init__(self, fd: int, size: int, data: bytes | None = None) -> None:
         self.fd, self.size = fd, size
@@ -50,7 +50,7 @@ class Walk:
     """Steps over the elements of a data set, keeping the few values that are wanted.
 
     Args:
-        strict: whether it is only a guess that the data set is encoded so: tags must then ascend.
+        strict: whether the encoding is only a guess: then tags must ascend.
 
     Attributes:
         odd: whether a value or a fragment that was stepped over has an odd length.
@@ -91,10 +91,10 @@ class Walk:
         raise Damaged(f"element ({group:04X},{number:04X}) at byte {pos} has no valid VR")
 
     def blank(self, pos: int, tag: int, length: int) -> tuple[int, bytes, int, int]:
-        """Find out where the value of an element begins whose VR some writer left blank.
+        """Return where the value of an element begins whose VR some writer left blank.
 
-        With a length of 16 bits, of 32 bits after two reserved bytes, or without the place of a VR: the first after
-        which another element, or the end, follows.
+        Tries a length of 16 bits, one of 32 bits after two reserved bytes, and none of the bytes of a VR; the first
+        that leads to another element, or to the end, holds.
         """
         forms = [(b"UN", length, pos + 8)]
         if length == 0 and pos + 12 <= self.window.size:
@@ -106,7 +106,7 @@ class Walk:
         raise Damaged(f"element ({tag >> 16:04X},{tag & 0xFFFF:04X}) at byte {pos} has no valid VR")
 
     def follows(self, pos: int, tag: int) -> bool:
-        """Return True if the data set ends at `pos`, or what may come after an element of this tag begins there."""
+        """Return True if the data set ends at `pos`, or an element that may come after this tag begins there."""
         if pos + 8 > self.window.size:
             return pos == self.window.size
         group, number, vr, _ = self.short.unpack(self.window.at(pos, 8))
@@ -114,7 +114,7 @@ class Walk:
         return group == 0xFFFE or (after > tag and (vr in _BLANK or vr in SHORT_VRS or vr in LONG_VRS))
 
     def top(self, pos: int, found: dict[int, bytes]) -> None:
-        """Step over the whole data set; what is wanted goes into `found`."""
+        """Step over the whole data set; put the wanted values into `found`."""
         size, tag = self.window.size, 0
         while pos < size:
             if self.explicit and not self.strict:
@@ -142,7 +142,7 @@ class Walk:
                 found[tag] = self.window.at(start, length)
 
     def short_ones(self, pos: int, tag: int, found: dict[int, bytes]) -> tuple[int, int]:
-        """Step over elements with 16-bit lengths as far as the window goes: most are, and this is three times as fast.
+        """Step over elements with 16-bit lengths, which most have, to the end of the window; three times as fast.
 
         Returns:
             where the next element begins, and the tag of the one before it.
@@ -164,7 +164,7 @@ class Walk:
         return start + at, tag if number < 0 else _ordered(number, self.endian)
 
     def padding(self, pos: int, after: int) -> None:
-        """Accept zeros that some writers fill a file up with; a few may also be the beginning of a group's number."""
+        """Accept the zeros with which some writers fill up a file; a few may also be the start of a group's number."""
         rest = self.window.size - pos
         if any(self.window.at(pos, min(rest, MAX_VALUE_BYTES))) or (rest < 8 and after < _PIXEL_DATA):
             raise Damaged(
@@ -172,7 +172,7 @@ class Walk:
             )
 
     def nested(self, vr: bytes) -> bool:
-        """Return True if the items of a sequence are explicit: those of UN never are (PS3.5 section 6.2.2)."""
+        """Return True if the items of a sequence have explicit VRs: those of UN never do (PS3.5 section 6.2.2)."""
         return self.explicit and vr != b"UN"
 
     def sequence(self, pos: int, explicit: bool, depth: int) -> int:
@@ -220,12 +220,12 @@ class Walk:
 def _fast(
     endian: str, wanted: frozenset[int]
 ) -> tuple[Callable[[bytes, int], tuple[int, int, int]], dict[int, int], frozenset[int]]:
-    """Tag and VR read as one number each, two names less to build per element: how, the tags wanted, and the VRs."""
+    """Return how to read tag and VR as one number each, which is faster; and the wanted tags and VRs in that form."""
     unpack: Callable[[bytes, int], tuple[int, int, int]] = struct.Struct(endian + "IHH").unpack_from
     vrs = frozenset(unpack(b"tag." + vr + b"..", 0)[1] for vr in SHORT_VRS)
     return unpack, {_ordered(tag, endian): tag for tag in wanted}, vrs
 
 
 def _ordered(number: int, endian: str) -> int:
-    """Turn a tag that was read as one number into 0xGGGGEEEE, or back: little endian swaps the halves."""
+    """Turn a tag that was read as one number into 0xGGGGEEEE, or back: little endian swaps its halves."""
     return number if endian == ">" else (number & 0xFFFF) << 16 | number >> 16
