@@ -27,7 +27,7 @@ def accessions(text: str) -> tuple[str, ...]:
     column are dropped. In double quotes a number may hold blanks and commas.
 
     Raises:
-        Misconfigured: a value that is no accession number (too long, or with control characters or a backslash).
+        Misconfigured: a value is not an accession number (too long, or with control characters or a backslash).
     """
     found: dict[str, None] = {}
     for value in _column(text) or _values(text):
@@ -43,9 +43,9 @@ def accessions(text: str) -> tuple[str, ...]:
 
 
 def _column(text: str) -> list[str]:
-    """Return the values of a table's column of accession numbers; none if it is no table.
+    """Return the values of a table's column of accession numbers; none if the text is not a table.
 
-    That is the column with the title; where a table has none, the first.
+    That is the column with the title, or the first one where no column has it.
     """
     text = text.lstrip("\ufeff")
     first = text.partition("\n")[0]
@@ -76,7 +76,7 @@ def _is_title(text: str) -> bool:
 
 
 def _is_table(rows: list[list[str]]) -> bool:
-    """Return True if a row of words stands above rows as wide, whose first cells are numbers of some kind."""
+    """Return True if a row of words stands above rows of the same width whose first cells hold digits."""
     title, *others = rows
     return all(title) and all(len(row) == len(title) and re.search(r"\d", row[0]) for row in others)
 
@@ -90,7 +90,7 @@ def _values(text: str) -> list[str]:
 
 
 def _titled(text: str) -> str:
-    """Return the text with a title of two words in one, so that it is known as such."""
+    """Return the text with a title of two words joined into one, so that it is recognised as a title."""
     return re.sub(r"\A[\s\ufeff\"']*(accession)[ _]+(numbers?|no\.?)[\"']?(?=\s*[\n\r,;\t])", r"accessionnumber", text,
                   flags=re.IGNORECASE)  # fmt: skip
 
@@ -99,7 +99,7 @@ def from_file(path: Path) -> tuple[str, ...]:
     """Return the accession numbers of a text file, UTF-8, UTF-16 or Latin-1.
 
     Raises:
-        Misconfigured: it can't be read, or is no text.
+        Misconfigured: it can't be read, or is not text.
     """
     try:
         raw = path.read_bytes()

@@ -56,7 +56,7 @@ def data_parts(fd: int, begin: int, size: int) -> Iterator[tuple[int, int]]:
 
 
 def data_before(fd: int, end: int, count: int) -> int:
-    """Return the offset from which on `count` bytes of data, holes not counted, lie before `end`; negative if fewer."""
+    """Return the offset after which `count` bytes of data, without holes, lie before `end`; negative if too few."""
     if not is_sparse(os.fstat(fd)):
         return end - count
     for first, last in reversed(list(data_parts(fd, 0, end))):

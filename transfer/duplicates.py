@@ -1,4 +1,4 @@
-"""Files of one plan that share a SOP Instance UID: one of them can be at a target that keeps instances by UID.
+"""Files of one plan that share a SOP Instance UID: a target that keeps instances by UID can hold only one of them.
 
     duplicates = Duplicates(plan, report)
     items = duplicates.begin()
@@ -28,7 +28,7 @@ PIECE_BYTES = 1 << 20  # that are compared at a time
 class Duplicates:
     """Sends each SOP Instance UID of a plan once, and reports what becomes of the files that share one.
 
-    Files without a DICOM header are no duplicates of anything.
+    Files without a DICOM header are not duplicates of anything.
     """
 
     def __init__(self, plan: Plan, report: PushReport) -> None:
@@ -41,16 +41,16 @@ class Duplicates:
         self._held: set[str] = set()
 
     def begin(self) -> tuple[Item, ...]:
-        """Return the pending items that are to be sent first: all but the duplicates of others.
+        """Return the pending items to send first: all but the duplicates of others.
 
-        What an earlier attempt knows of a UID settles its other files at once, without sending anything.
+        What an earlier attempt found out about a UID settles its other files at once, without sending anything.
         """
         self._held = {item.path for group in self._groups for item in group}
         chosen = {item.path for item in self.settle()}
         return tuple(item for item in self._plan.pending if item.path not in self._held or item.path in chosen)
 
     def settle(self) -> tuple[Item, ...]:
-        """Report the duplicates of what has an outcome; return what is to be sent now, nothing at the end."""
+        """Report the duplicates of items that have an outcome; return the items to send now, none at the end."""
         chosen: list[Item] = []
         for group in self._groups:
             chosen += self._settle(group)

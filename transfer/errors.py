@@ -100,7 +100,7 @@ class Denied(Permanent):
 
 
 class NotFound(Permanent):
-    """What the target names (bucket, project, folder, study) does not exist at the peer."""
+    """The bucket, project, folder or study does not exist at the peer."""
 
 
 class Rejected(Permanent):

@@ -1,4 +1,4 @@
-"""One piece of work in several threads: who fails stops the others, and the gravest error is raised."""
+"""The same work in several threads: the first failure stops all of them, and the gravest error is raised."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 def in_threads(work: Callable[[], None], count: int, name: str) -> None:
-    """Run `work` in `count` threads at once and wait for all of them; it ends by itself once another one has failed.
+    """Run `work` in `count` threads and wait for all of them; `work` itself must end once another thread has failed.
 
     Raises:
         BaseException: the gravest of what the threads raised.
@@ -58,7 +58,7 @@ def each(values: Iterable[T], work: Callable[[T], None], count: int, name: str) 
 
 
 def gravest(errors: Sequence[BaseException]) -> BaseException:
-    """Return the error to raise: the unforeseen, a cancellation, what ends all attempts, the rest."""
+    """Return the gravest error: the unforeseen, then a cancellation, then what ends all attempts, then the rest."""
 
     def rank(error: BaseException) -> int:
         if not isinstance(error, DispatchError):

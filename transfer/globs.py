@@ -24,5 +24,5 @@ def excluded(path: str, globs: tuple[str, ...]) -> bool:
 
 @lru_cache(maxsize=64)
 def _any_of(globs: tuple[str, ...]) -> re.Pattern[str]:
-    """Return one pattern for all: it is asked for each file of each dispatch."""
+    """Return one compiled pattern for all of them, since it is applied to each file of each dispatch."""
     return re.compile("|".join(map(translate, globs)))

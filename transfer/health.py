@@ -15,7 +15,7 @@ OK, FAILED, SKIPPED = "ok", "failed", "skipped"
 
 @dataclass
 class Probe:
-    """One step of a check: its result, how long it took (milliseconds), and the real words of what went wrong."""
+    """One step of a check: its result, how long it took (milliseconds), and the peer's own words if it failed."""
 
     name: str
     result: str = OK
@@ -55,7 +55,7 @@ class Health:
             self.probes.append(probe)
 
     def hint(self, name: str, result: str, ms: float, detail: str, after: str = "") -> None:
-        """Add what makes no target unhealthy, behind the probe `after` if there is one."""
+        """Add a probe that doesn't count as a failure, behind the probe `after` if there is one."""
         at = next((n + 1 for n, probe in enumerate(self.probes) if probe.name == after), 0)
         self.probes.insert(at, Probe(name, result, ms, detail, informative=True))
 

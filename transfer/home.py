@@ -1,4 +1,4 @@
-"""Where Talaria keeps its state on this machine, and who is alive there.
+"""Where Talaria keeps its state on this machine, and which of its processes are alive.
 
 TALARIA_HOME (default ~/.talaria, mode 0700)
 ├── ledger.sqlite     what arrived where
@@ -33,7 +33,7 @@ class Home:
 
     @classmethod
     def current(cls) -> Home:
-        """Return the one that TALARIA_HOME names; made if it isn't there.
+        """Return the directory that TALARIA_HOME names; make it if it isn't there.
 
         Raises:
             OSError: it can't be made or written to, or belongs to somebody else.
@@ -52,7 +52,7 @@ class Home:
         return self.root / "ledger.sqlite"
 
     def receipt(self, flow_run_id: str) -> Path:
-        """Return where the receipts of a flow run are."""
+        """Return the path of a flow run's receipts."""
         return self.root / "receipts" / f"{flow_run_id}.json"
 
     @property
@@ -61,7 +61,7 @@ class Home:
 
     @contextmanager
     def owner(self) -> Iterator[str]:
-        """Be an owner of flow runs: yields an id that counts as alive until the block, or the process, ends."""
+        """Make this process an owner of flow runs; yields an id that is alive until the block or the process ends."""
         folder = self.root / "owners"
         folder.mkdir(exist_ok=True, mode=0o700)
         name = uuid.uuid4().hex
@@ -74,7 +74,7 @@ class Home:
                 path.unlink(missing_ok=True)
 
     def alive(self, owner: str) -> bool:
-        """Return True if an owner's process still runs; the kernel drops the lock of a killed one."""
+        """Return True if an owner's process still runs; the kernel releases the lock of one that was killed."""
         try:
             with open(self.root / "owners" / owner, encoding="ascii") as file:
                 return not _take(file.fileno())
@@ -83,7 +83,7 @@ class Home:
 
     @contextmanager
     def exclusive(self, name: str, check: Callable[[], None] = lambda: None) -> Iterator[None]:
-        """Hold a lock over all processes of this state directory; waits for it.
+        """Wait for a lock that all processes of this state directory share, and hold it during the block.
 
         Args:
             check: called while waiting; may raise to give up.
@@ -106,7 +106,7 @@ class Home:
 
 
 def _is_still(path: Path, fd: int) -> bool:
-    """Return True if an open file is the one that has this name."""
+    """Return True if an open file is still the one with this name."""
     try:
         return os.path.samestat(os.stat(path), os.fstat(fd))
     except FileNotFoundError:

@@ -1,8 +1,8 @@
 """Names of folders at the target: a template filled from DICOM headers, made safe for any file system.
 
-Two values never become one name. A value that had to be changed gets a mark made of the value itself (`12/3` becomes
-`12_3~` and eight digits); so do values that join to the same text, and those that a file system may take for one
-because they differ only in case or in their Unicode form. What is fit as it is stays as it is.
+Two values never get the same name. A value that had to be changed gets a mark made of the value itself (`12/3` becomes
+`12_3~` and eight digits). So do values that give the same text when joined, and those that differ only in case or
+Unicode form, which some file systems take for the same. A value that needs no change gets none.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def fields_of(template: str) -> list[str]:
     """Return the fields that a template names.
 
     Raises:
-        ValueError: the template is empty, absolute, climbs (`..`), or names a field that there isn't.
+        ValueError: the template is empty or absolute, climbs (`..`), or names an unknown field.
     """
     try:
         parsed = list(string.Formatter().parse(template))
@@ -72,10 +72,10 @@ def fields_of(template: str) -> list[str]:
 
 
 def sanitised(value: str) -> str:
-    """Make one path component of a value: no separator, control character or leading dot, at most 120 bytes.
+    """Return a value as one path component: no separator, control character or leading dot, at most 120 bytes.
 
-    Blanks around it count for nothing, and what is empty becomes `unknown`. Anything else that had to be changed is
-    kept apart from other values by a mark.
+    Blanks around it are dropped, and an empty value becomes `unknown`. Any other change is marked, so that different
+    values keep different names.
     """
     value = value.strip(" ")
     if not value:
@@ -90,23 +90,23 @@ def _safe(text: str, most: int) -> str:
 
 
 def _cut(text: str, most: int) -> str:
-    """Cut a text to a number of bytes, without half a character or a blank at its end."""
+    """Cut a text to a number of bytes, with no half character and no blank at its end."""
     return text.encode()[:most].decode("utf-8", "ignore").rstrip()
 
 
 def _marked(text: str, *values: str, most: int = MAX_NAME_BYTES) -> str:
-    """Put a mark of values behind a text, in the place of one that it has."""
+    """Append a mark made of the values to a text, replacing one that it has."""
     mark = hashlib.sha256("\0".join(values).encode("utf-8", "surrogatepass")).hexdigest()[:MARK_CHARS]
     return f"{_cut(_MARKED.sub('', text), most - MARK_CHARS - 1)}~{mark}"
 
 
 def _folded(text: str) -> str:
-    """Return what names have in common that some file system takes for one."""
+    """Return the form that names share which some file system takes for the same."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).casefold()).rstrip(". ")
 
 
 def private_parts(plan: Plan, template: str) -> set[str]:
-    """Return the parts between slashes of the folders' names that hold a patient's data: no message may."""
+    """Return those path components of the folders' names that hold a patient's data, which no message may show."""
     if not any(field in template for field in PRIVATE_FIELDS):
         return set()
     forms = template.split("/")
@@ -125,7 +125,7 @@ def names(plan: Plan, template: str, is_taken: Callable[[str], bool] = lambda fo
     above or below, else the first of the plan.
 
     Args:
-        is_taken: returns True if the target takes a folder for another one that is there, as of `ab` for `AB`.
+        is_taken: returns True if the target takes a folder for another one that is there, as `ab` for `AB`.
     """
     fields = [name for name in fields_of(template) if name != "dispatch_id"]
     nearest = _Nearest(plan) if fields else None
@@ -143,7 +143,7 @@ def names(plan: Plan, template: str, is_taken: Callable[[str], bool] = lambda fo
 def _folders(
     template: str, filled: Sequence[dict[str, str]], dispatch_id: str, is_taken: Callable[[str], bool]
 ) -> list[str]:
-    """Fill a template with different values, component by component; different ones never share a component."""
+    """Fill a template, component by component; different values never share a component."""
     folders = [""] * len(filled)
     for part in template.split("/"):
         pieces = [(literal, field) for literal, field, _, _ in string.Formatter().parse(part)]
@@ -161,7 +161,7 @@ def _folders(
 
 
 def _component(pieces: Sequence[tuple[str, str | None]], values: Sequence[str]) -> str:
-    """Make a path component of text and values; the values can be read from it, or it has a mark of them."""
+    """Return a path component of text and values: the values can be read from it, or it ends with a mark of them."""
     safe = [sanitised(value) for value in values]
     left = iter(safe)
     text = "".join(literal + (next(left) if field else "") for literal, field in pieces)
@@ -173,7 +173,7 @@ def _component(pieces: Sequence[tuple[str, str | None]], values: Sequence[str]) 
 
 
 def _is_plain(pieces: Sequence[tuple[str, str | None]], values: Sequence[str]) -> bool:
-    """Return True if the text of several values, made safe, can be taken apart in one way only."""
+    """Return True if the joined text of several values can be taken apart in one way only."""
     fields = [field for _, field in pieces if field]
     between, literal = [], ""
     for before, field in pieces:
@@ -184,7 +184,7 @@ def _is_plain(pieces: Sequence[tuple[str, str | None]], values: Sequence[str]) -
     between = between[1:]  # what stands between two fields
 
     def ends(index: int, literal: str) -> bool:
-        """Whether it is plain where a value ends: it has its form, which what follows is no part of."""
+        """Whether the end of a value is clear: the value has its field's form, and what follows can't be part of it."""
         field, value = fields[index], values[index]
         form = _FORMS.get(field)
         if value != UNKNOWN and not (form and form.fullmatch(value)):

@@ -43,7 +43,7 @@ CREATE TABLE IF NOT EXISTS runs (
 class HookRow:
     """The last run of a target's hook for a dispatch.
 
-    `outcome` is `done`, `failed`, or `outdated` if something has arrived since; `output` is its last bytes.
+    `outcome` is `done`, `failed`, or `outdated` if something has arrived since; `output` is the end of what it printed.
     """
 
     outcome: str
@@ -96,9 +96,9 @@ class Ledger:
             self._db.execute("COMMIT")
 
     def begin(self, dispatch_id: str, destination: str, endpoint: str, *, force: bool = False) -> None:
-        """Make ready for a run of a dispatch: what was rejected may be tried again; with `force`, everything.
+        """Prepare a run of a dispatch: forget rejections, so that they are tried again; with `force`, everything.
 
-        Rows about another endpoint (the target was pointed elsewhere since) don't count.
+        Rows about another endpoint are forgotten as well: the target has been pointed elsewhere since.
         """
         with self._writing() as db:
             if force:
@@ -121,7 +121,7 @@ class Ledger:
                 )
 
     def record(self, dispatch_id: str, destination: str, endpoint: str, item: Item, outcome: Outcome) -> None:
-        """Keep an item's outcome; returns when it is committed."""
+        """Save an item's outcome; return when it is committed."""
         uid = item.header.SOPInstanceUID if item.header else ""
         with self._lock:
             self._db.execute(
@@ -136,7 +136,7 @@ class Ledger:
     def outcomes(
         self, dispatch_id: str, destination: str, items: tuple[Item, ...], endpoint: str | None = None
     ) -> dict[str, Outcome]:
-        """Return the outcomes, by path, of those items whose row is about the file as it is now.
+        """Return the outcomes, by path, of the items whose file is still the one that the row is about.
 
         Args:
             endpoint: count only rows about this one; None for any.
@@ -181,7 +181,7 @@ class Ledger:
     def record_hook(
         self, dispatch_id: str, destination: str, endpoint: str, outcome: str, exit_code: int | None, output: str
     ) -> None:
-        """Keep a run of the hook."""
+        """Save a run of the hook."""
         with self._lock:
             self._db.execute(
                 "INSERT INTO hooks VALUES (?,?,?,?,?,?,1,?) ON CONFLICT DO UPDATE SET endpoint=excluded.endpoint,"
@@ -200,9 +200,9 @@ class Ledger:
             )
 
     def same_dispatch(self, flow_run_id: str, plan: Plan) -> Plan:
-        """Give a plan the dispatch id that its flow run had when it first ran.
+        """Return the plan with the dispatch id that its flow run had when it first ran.
 
-        A run that is taken up again goes on with its own dispatch, also if a file has changed since.
+        A run that is taken up again continues its own dispatch, even if a file has changed since.
         """
         with self._lock:
             row = self._db.execute("SELECT dispatch_id FROM runs WHERE flow_run_id=?", (flow_run_id,)).fetchone()
@@ -225,7 +225,7 @@ class Ledger:
             return dict(self._db.execute("SELECT flow_run_id, owner FROM runs WHERE ended IS NULL"))
 
     def prune(self, before: float) -> int:
-        """Forget dispatches whose last row is older than `before` (seconds since the epoch); return how many rows."""
+        """Delete dispatches whose last row is older than `before` (seconds since the epoch); return how many rows."""
         with self._writing() as db:
             old = (
                 "SELECT dispatch_id FROM items GROUP BY dispatch_id HAVING MAX(time) < ?"

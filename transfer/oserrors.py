@@ -49,12 +49,12 @@ ERRORS: dict[int, type[DispatchError]] = {
 # Of one file, whose fault it then is.
 ITEM_ERRORS = {
     errno.ENAMETOOLONG: "its name is too long for the file system",
-    errno.EILSEQ: "the file system doesn't take the characters of its name",
-    errno.EINVAL: "the file system doesn't take its name",
+    errno.EILSEQ: "the file system doesn't allow the characters of its name",
+    errno.EINVAL: "the file system doesn't allow its name",
     errno.EFBIG: "it is larger than the file system allows",
-    errno.EISDIR: "there is a folder of its name",
-    errno.EEXIST: "there is a file in the place of its folder",
-    errno.ENOTDIR: "there is a file in the place of its folder",
+    errno.EISDIR: "there is a folder with its name",
+    errno.EEXIST: "there is a file where its folder should be",
+    errno.ENOTDIR: "there is a file where its folder should be",
 }
 
 # Of one file, or of everything: others show which.
@@ -62,9 +62,9 @@ DOUBTFUL_ERRORS = frozenset((errno.EIO, errno.EREMOTEIO, errno.ESTALE, errno.EAC
 
 _REMEDIES = {
     errno.ENOENT: "make the folder, or mount the share that it lies on",
-    errno.ENOTDIR: "a file is in the place of a folder: name a folder, or move the file away",
-    errno.EEXIST: "a file is in the place of a folder: move it away",
-    errno.EISDIR: "a folder is in the place of a file: move it away",
+    errno.ENOTDIR: "there is a file where a folder is expected: name a folder, or move the file away",
+    errno.EEXIST: "there is a file where a folder is expected: move it away",
+    errno.EISDIR: "there is a folder where a file is expected: move it away",
     errno.EROFS: "mount it so that it can be written to",
     errno.EXDEV: "one folder of a dispatch must lie on one file system",
     errno.ENOSPC: "make room",
@@ -73,12 +73,12 @@ _REMEDIES = {
 
 
 def kind_of(exc: OSError) -> type[DispatchError] | None:
-    """Return what an error means for the whole target, None if it is a bug of ours."""
+    """Return what an error means for the whole target; None if it is a bug of ours."""
     return ERRORS.get(exc.errno or 0)
 
 
 def words_of(exc: OSError) -> str:
-    """Return what the file system says, and what to do about it; never a path."""
+    """Return the file system's words and what to do about it, without any path."""
     remedy = _REMEDIES.get(exc.errno or 0, "")
     if exc.errno in (errno.EACCES, errno.EPERM):
         remedy = f"user {user()} must be able to write to it"
@@ -86,7 +86,7 @@ def words_of(exc: OSError) -> str:
 
 
 def user() -> str:
-    """Return the name of the user who runs this process, or the number of one who has none."""
+    """Return the name of the user who runs this process, or the number if there is no name."""
     try:
         return pwd.getpwuid(os.geteuid()).pw_name
     except KeyError:

@@ -35,7 +35,7 @@ class Outcome:
 
     @property
     def elsewhere(self) -> bool:
-        """Whether the target has the item under another UID than its own, so that it can't be looked for."""
+        """Whether the target has the item under another UID than its own, by which it can't be found there."""
         return self.arrived and self.detail.startswith((ELSEWHERE, NAMELESS))
 
 

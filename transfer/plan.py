@@ -52,7 +52,7 @@ class Item:
         size: bytes.
         mtime_ns: modification time, nanoseconds since the epoch.
         header: what the DICOM header says, None if the file isn't DICOM or can't be sent as such.
-        problem: why no target may have this file (a link out of the source, unreadable), "" if there is none.
+        problem: why no target may have this file (a link out of the source, unreadable); "" if nothing is wrong.
         not_sent: why targets that carry only DICOM reject (damaged) or skip (not DICOM) it, "" if they take it.
         damaged: whether `not_sent` is a rejection.
         ctime_ns, links: time of the last change to the file or to what is known of it, and number of its hard links,
@@ -164,10 +164,10 @@ class Plan:
             os.close(fd)
 
     def check(self, item: Item, fd: int | None = None) -> None:
-        """Raise Rejected if the file has changed since the plan was made, or is gone.
+        """Raise Rejected if the file has changed since the plan was made or is gone.
 
         Args:
-            fd: it, opened; None for a look by its name, which costs a fifth of opening it.
+            fd: the open file; None to look by its name, which costs a fifth of opening it.
         """
         try:
             now = os.stat(f"{self.root}/{item.path}", follow_symlinks=False) if fd is None else os.fstat(fd)
@@ -177,10 +177,10 @@ class Plan:
             raise Rejected(CHANGED, item=item.shown)
 
     def is_same(self, item: Item, now: os.stat_result, since: os.stat_result | None = None) -> bool:
-        """Return True if what is known of a file now is what was known when it was planned, or at `since`.
+        """Return True if a file's facts are those that it had when it was planned, or at `since`.
 
-        Whoever writes to a file may give it its old times back; the time of the last change to those (ctime) is out of
-        his reach. A link that was made or removed changes that one as well, and is none of ours.
+        A program that writes to a file may restore its times, but not the time of their change (ctime). Making or
+        removing a hard link changes ctime too, and doesn't count.
         """
         if (now.st_size, now.st_mtime_ns) != (item.size, item.mtime_ns):
             return False
@@ -245,7 +245,7 @@ def _found(
 
 
 def _sources(paths: Iterable[Path | str]) -> list[Path]:
-    """Resolve the paths; drop those that lie in another one."""
+    """Resolve the paths; drop those that lie within another one."""
     resolved: list[Path] = []
     for path in paths:
         if not str(path):
@@ -267,10 +267,10 @@ def _common_folder(sources: list[Path]) -> Path:
 
 
 def _files(source: str, sources: Sources, check: Callable[[], None]) -> Iterator[str]:
-    """Yield every file below a source, in no order that matters.
+    """Yield every file below a source, in any order.
 
     A link to a folder inside the source is followed, unless it leads back to a folder that it is in. A link to one
-    outside, and a folder that can't be listed, come as paths of their own, to be refused by name.
+    outside, and a folder that can't be listed, are yielded as paths of their own, so that they are refused by name.
     """
     if not os.path.isdir(source):
         yield source
@@ -309,7 +309,7 @@ def _files(source: str, sources: Sources, check: Callable[[], None]) -> Iterator
 
 
 def _end_of(path: str) -> str:
-    """Return where a link leads; where it is if it is gone by now."""
+    """Return where a link leads; its own place if it is gone by now."""
     try:
         return os.path.realpath(path)
     except OSError:
@@ -317,7 +317,7 @@ def _end_of(path: str) -> str:
 
 
 def _listed(folder: str, sources: Sources) -> list[tuple[str, bool, bool]]:
-    """Return what is in a folder: name, whether it is, or leads to, a folder, and whether it is a link."""
+    """Return a folder's entries: name, whether it is or leads to a folder, and whether it is a link."""
     found = []
     fd = sources.open(folder, FOLDER)
     try:
@@ -334,7 +334,7 @@ def _listed(folder: str, sources: Sources) -> list[tuple[str, bool, bool]]:
 
 
 def _items(found: dict[str, str], sources: Sources, watch: Watch, check: Callable[[], None]) -> Iterator[Item]:
-    """Read the facts of all files, in the order of their relative paths."""
+    """Read the facts of all files; return items in the order of their relative paths."""
 
     def read(name: str) -> Item:
         return _item(name, found[name], sources, watch)
@@ -347,7 +347,7 @@ def _items(found: dict[str, str], sources: Sources, watch: Watch, check: Callabl
 
 
 def _item(relative: str, path: str, sources: Sources, watch: Watch) -> Item:
-    """Read one file's facts; whatever is wrong with it becomes part of the item."""
+    """Read one file's facts and return its item; the item says what is wrong with the file."""
     try:
         mode = os.lstat(path).st_mode
         if stat.S_ISLNK(mode):
@@ -382,7 +382,7 @@ def _item(relative: str, path: str, sources: Sources, watch: Watch) -> Item:
 
 
 def _dispatch_id(root: Path, items: tuple[Item, ...], sources: Sources) -> str:
-    """Derive the id from names, sizes, times and content marks: same files, same id, wherever they lie."""
+    """Return the id, made of names, sizes, times and content marks: the same for the same files, wherever they lie."""
     digest = hashlib.sha256()
     for item in items:
         # What is refused is not read: a link may lead anywhere.

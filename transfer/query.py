@@ -1,4 +1,4 @@
-"""The tests that a query makes of studies and series; a key that can't be read is an error of a dispatch here."""
+"""The tests of a query's keys on studies and series; a key that is not valid raises an error that a dispatch knows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def study_tests(query: Query) -> list[tuple[str, Test]]:
     """Return the tests that a study's attributes must pass, by keyword.
 
     Raises:
-        Misconfigured: a date that is none.
+        Misconfigured: a date is not valid.
     """
     try:
         return list(match.of_study(query))
@@ -21,5 +21,5 @@ def study_tests(query: Query) -> list[tuple[str, Test]]:
 
 
 def series_tests(query: Query) -> list[tuple[str, Test]]:
-    """Return the tests that the attributes of one and the same series must pass, by keyword."""
+    """Return the tests that the attributes of a single series must all pass, by keyword."""
     return list(match.of_series(query))

@@ -1,6 +1,6 @@
-"""Looks into many files: in this thread, or in several where the time goes into waiting, as on a share.
+"""Reads many small pieces of files: in this thread, or in several where most time is waiting, as on a share.
 
-What is in the page cache is read faster by one thread; threads would only contend for the interpreter.
+One thread is faster for files in the page cache, where several would only contend for the interpreter.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ WAITING = 0.5  # share of the time; with less, threads cost more than they gain
 
 
 class Readers:
-    """Threads that are started once they are worth it. A context manager.
+    """Threads that are started only where they pay. A context manager.
 
     Args:
         batch: how many files are read between two looks at whether to stop.
 
     Attributes:
-        batch: how many to give to `map` now: a few at first, which show how slow the files are.
+        batch: how many to give to `map` now: a few at first, to find out how slow the files are.
     """
 
     def __init__(self, batch: int) -> None:

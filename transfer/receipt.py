@@ -58,7 +58,7 @@ class Receipt:
         verified: the verification level that was reached, which may be lower than the one asked for.
         attempts: how often the push was begun in this run.
         hook: `none`, `done` or `failed`.
-        error: why the push as a whole did not end, None if it did.
+        error: why the push as a whole did not succeed; None if it did.
         notes: sentences for people, e.g. why a level was not reached.
     """
 
@@ -81,7 +81,7 @@ class Receipt:
 
     @property
     def counts(self) -> dict[Kind, int]:
-        """How many items ended in which way."""
+        """The number of items by kind of outcome."""
         seen = Counter(item.outcome for item in self.items)
         return {kind: seen[kind] for kind in Kind}
 
@@ -146,9 +146,9 @@ class PushReport:
         cancelled: set by whoever wants the push to stop.
         pausing: set by whoever wants a retrieval to end after the running series.
         moved: called with each count of bytes that went out, for progress.
-        unanswered: how often items, by path, went out in this run without a word on what became of them; outlives
-            an attempt. What is found at the target of these is a delivery, and nothing that was there already.
-        put_off: what the peer said last, by path, of items that it didn't take for now; outlives an attempt.
+        unanswered: how often items, by path, were sent in this run without an answer; outlives an attempt. If such an
+            item is found at the target, it counts as delivered, not as already there.
+        put_off: the peer's last words, by path, about items that it refused for the time being; outlives an attempt.
     """
 
     def __init__(
@@ -179,7 +179,7 @@ class PushReport:
             self.outcomes[item.path] = outcome
 
     def outcome(self, plan: Plan, item: Item) -> Outcome | None:
-        """Return what is known of an item: reported in this push, or confirmed before it."""
+        """Return an item's outcome, reported in this push or before it; None if there is none yet."""
         return self.outcomes.get(item.path) or plan.done.get(item.path)
 
     def arrived(self, plan: Plan, item: Item) -> bool:
@@ -193,7 +193,7 @@ class PushReport:
         return outcome is not None and outcome.elsewhere
 
     def revoke(self, item: Item, detail: str) -> None:
-        """Take a confirmed delivery back: verification found that the peer doesn't have the item."""
+        """Withdraw a confirmed delivery: verification found that the peer doesn't have the item."""
         outcome = Outcome(Kind.REJECTED, detail)
         with self._lock:
             self._record(item, outcome)
@@ -204,7 +204,7 @@ class PushReport:
         self._moved(count)
 
     def check(self) -> None:
-        """Raise Cancelled if the dispatch shall stop; drivers ask between items and between pieces of large ones."""
+        """Raise Cancelled if the dispatch is to stop; call this between items and between pieces of large ones."""
         if self.cancelled.is_set():
             raise Cancelled("the dispatch was cancelled")
 

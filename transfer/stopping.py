@@ -1,4 +1,4 @@
-"""Whether what runs now shall stop, for calls that take no PushReport: a search has no outcomes to report."""
+"""Whether the running work is to stop, for calls without a PushReport: a search has no outcomes to report."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ _check: ContextVar[Callable[[], None]] = ContextVar("check", default=lambda: Non
 
 
 def check() -> None:
-    """Raise what ends the work of this context, if somebody has asked for its end."""
+    """Raise the error that ends this context's work, if somebody has asked for that."""
     _check.get()()
 
 
 @contextmanager
 def stoppable(by: Callable[[], None]) -> Iterator[None]:
-    """Let `check` call this, in this context, until the block ends."""
+    """Make `check` call this function, in this context, until the block ends."""
     token = _check.set(by)
     try:
         yield

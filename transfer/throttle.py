@@ -26,7 +26,7 @@ class Throttle:
         return max(1024, int(self.limit * BURST_S)) if self.limit else 1 << 24
 
     def delay(self, count: int) -> float:
-        """Book `count` bytes; return the seconds to wait before they may go."""
+        """Reserve `count` bytes; return the seconds to wait before sending them."""
         if self.limit is None:
             return 0.0
         with self._lock:
@@ -35,7 +35,7 @@ class Throttle:
             return max(0.0, self._free_at - now - BURST_S)
 
     def spend(self, count: int) -> None:
-        """Wait until `count` bytes may go; thread-safe."""
+        """Wait until `count` bytes may be sent; thread-safe."""
         wait = self.delay(count)
         if wait:
             time.sleep(wait)

@@ -1,4 +1,4 @@
-"""What pydantic finds wrong with a value, in a sentence that says what is allowed.
+"""What pydantic finds wrong with a value, as a sentence that says what is allowed.
 
 The value is not repeated, unless a validator of ours does so in its own message.
 """
@@ -38,7 +38,7 @@ _PARSING = re.compile(", unable to parse string as an? [a-z]+")
 
 
 def what_is_wrong(errors: Iterable[Mapping[str, Any]], fields: Mapping[str, Any]) -> str:
-    """Say all that is wrong with a model's values on one line.
+    """Return one line that names everything that is wrong with a model's values.
 
     Args:
         errors: as `ValidationError.errors()` gives them.
@@ -51,7 +51,7 @@ def what_is_wrong(errors: Iterable[Mapping[str, Any]], fields: Mapping[str, Any]
 _YAML = {
     "stands twice": "a key stands twice",
     "\\t": "indent with blanks, not with a tab",
-    "mapping values are not allowed": "a colon is not expected here: put text that holds one in quotes",
+    "mapping values are not allowed": "a colon is not expected here: put text with a colon in quotes",
     "could not find expected ':'": "a colon after the key is missing, or a quote is not closed",
     "alias": "text that begins with * must stand in quotes",
     "anchor": "text that begins with & must stand in quotes",
@@ -70,7 +70,7 @@ _YAML = {
 
 
 def what_is_wrong_with_yaml(error: BaseException) -> str:
-    """Say what is wrong with a YAML file, and where, without anything that stands in it.
+    """Return what is wrong with a YAML file, and where, without showing any of its content.
 
     Args:
         error: what PyYAML raised; its own words show the line, which may hold a password.
@@ -87,7 +87,7 @@ def what_is_wrong_with_yaml(error: BaseException) -> str:
 
 
 def plain(text: str) -> str:
-    """Take what is pydantic's own out of a message that others made of its words."""
+    """Return a message that was made of pydantic's words in our own words."""
     text = _PARSING.sub("", text.replace(OWN, ""))
     return text.replace("Input should be a valid integer", "must be a whole number").replace("Input should", "must")
 
@@ -105,7 +105,7 @@ def _words(error: Mapping[str, Any], fields: Mapping[str, Any]) -> str:
 
 
 def _range(metadata: Iterable[object], told: Mapping[str, Any]) -> str:
-    """Return the bounds of a number: those of the field or, where they aren't known, the one that the error names."""
+    """Return the bounds of a number: the field's or, if they aren't known, the one that the error names."""
     metadata = list(metadata)
     bounds = {
         name: getattr(mark, name) for name in _BOUNDS for mark in metadata if getattr(mark, name, None) is not None

@@ -1,7 +1,7 @@
-"""Notices which files are written to, whatever their times say afterwards (inotify(7), Linux).
+"""Notices which files are written to, whatever their times say afterwards (inotify(7), Linux only).
 
-A file's ctime says that something happened to it. What happened, content or only a link more or less (as every other
-dispatch of the same files makes and removes one), this says.
+A file's ctime shows that something happened to it. A watch shows whether the content was written, or only a link was
+made or removed, as every other dispatch of the same files does.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ except (AttributeError, OSError):  # not Linux
 
 
 class Watch:
-    """Watches files until it is collected. Where the system has no more watches to give, it knows nothing of a file.
+    """Watches files until it is garbage collected. Where the system has no watches left, nothing is known about a file.
 
     Local writes are noticed, also through another name of the file; those through a memory map are not, nor those of
     another host to a shared file system.
@@ -54,10 +54,10 @@ class Watch:
                 self._numbers[name] = number
 
     def is_written(self, name: str) -> bool | None:
-        """Return whether a file was written to, None if that is not known.
+        """Return whether a file was written to; None if that is not known.
 
-        Something else that happened on this machine makes it False; nothing at all makes it True, since whoever asks
-        has seen a change.
+        False if only something else happened to it on this machine. True if nothing was noticed: the caller has seen a
+        change.
         """
         number = self._numbers.get(name)
         if number is None:

@@ -227,7 +227,7 @@ async def is_there(session: Sftp, path: str) -> bool:
     except Status:
         return False
     if there.mode is not None and not there.is_folder:
-        raise Misconfigured(f"{path}: a file is in the place of a folder")
+        raise Misconfigured(f"{path}: there is a file where a folder is expected")
     return True
 
 

@@ -283,7 +283,7 @@ def test_a_file_in_the_place_of_a_folder_above_costs_one_patient(archive: Path, 
         studies.dicom(study / patient / "1.dcm", PatientID=patient, StudyDate="20240101")
     (archive / "P1").write_text("a file")
     sent = attempt(target(archive, layout="{PatientID}/{StudyDate}"), study)
-    assert sent.rejected == {"P1/1.dcm": "there is a file in the place of its folder"}
+    assert sent.rejected == {"P1/1.dcm": "there is a file where its folder should be"}
     assert sent.arrived == {"P2/1.dcm"}
     assert sent.require().state is State.PARTIAL
     assert (archive / "P1").read_text() == "a file"
@@ -300,10 +300,10 @@ def test_a_file_in_the_place_of_the_targets_folder(archive: Path, study: Path, w
     assert isinstance(check(made).error, Misconfigured), "the check does what a push does"
     sent = attempt(made, study)
     if where == "in the layout":
-        assert sent.rejected == {"CT0001.dcm": "there is a file in the place of its folder"}
+        assert sent.rejected == {"CT0001.dcm": "there is a file where its folder should be"}
     else:
         assert isinstance(sent.error, Misconfigured)
-        assert "a file is in the place of a folder" in str(sent.error)
+        assert "there is a file where a folder is expected" in str(sent.error)
     assert file.read_text() == "a file"
 
 
@@ -379,7 +379,7 @@ def test_one_rejected_link_cut_retry(archive: Path, study: Path, monkeypatch: py
             receipt = sender.attempt().require()
         assert receipt.state is State.PARTIAL
         assert {item.path: (item.outcome, item.detail) for item in receipt.items if item.outcome is Kind.REJECTED} == {
-            "CT0002.dcm": (Kind.REJECTED, "there is a folder of its name")
+            "CT0002.dcm": (Kind.REJECTED, "there is a folder with its name")
         }
         assert not (archive / "all" / ".complete").exists()
 

@@ -450,5 +450,5 @@ def test_holes_stay_holes(tmp_path: Path, form: str) -> None:
 def test_a_file_in_the_place_of_the_staging_folder(tmp_path: Path) -> None:
     studies.ct(tmp_path / "source", 1)
     (tmp_path / "staging").write_text("a file")
-    with pytest.raises(Misconfigured, match="a file is in the place of a folder"):
+    with pytest.raises(Misconfigured, match="there is a file where a folder is expected"):
         stage(scan([tmp_path / "source"]), tmp_path / "staging" / "run")
