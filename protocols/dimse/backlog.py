@@ -5,7 +5,8 @@
     suspects   outstanding when an association broke, or refused "for now": tried alone, one by one, after all others
 
 An instance is rejected when it fails alone as well and the peer took others meanwhile; a peer that takes nothing is
-left in peace, and an instance of which nothing can be said has no outcome.
+left in peace, and an instance of which nothing can be said has no outcome. To fail alone is to fail as the first on an
+association: what comes after others may have met the end of what the peer takes on one.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from transfer.errors import Busy, DispatchError, Retryable, TimedOut
+from transfer.errors import Busy, Denied, DispatchError, Retryable, TimedOut
 from transfer.outcome import Kind, Outcome
 from transfer.plan import Item
 
@@ -28,9 +29,11 @@ FIRST_SHARE, SECOND_SHARE = 0.1, 0.25
 # Failures in a row, over all associations, after which the peer itself is taken to have failed; from the fourth on
 # every one makes the queue go on elsewhere, so that a whole series that fails is passed over.
 MOST_FRUITLESS, MOST_SILENT, PASS_OVER = 10, 7, 3
+MOST_DENIED = 3  # likewise, where nothing was stored before: a peer that lets us store nothing says so each time
 # Seconds after a break before the same instance goes out again: peers clean up what they have half, some of them late.
 PAUSE_S = 1.0
 SAME_ENDS = 2  # associations that end after as many instances, before that is taken for the peer's habit
+SAME_SILENCES = 3  # likewise, in silence: that looks alike at any instance
 DOUBT_AFTER = 8  # associations that were ended in time for such a habit; the next one finds out whether it is one
 
 
@@ -60,6 +63,8 @@ class Suspect:
 
     @property
     def used_up(self) -> bool:
+        if isinstance(self.error, Denied):
+            return True
         if isinstance(self.error, Busy):
             return self.times >= MOST_REFUSALS
         return self.times >= (MOST_SILENCES if isinstance(self.error, TimedOut) else MOST_BREAKS)
@@ -85,6 +90,7 @@ class Backlog:
         self._first_refusal: float | None = None  # when something was refused for now; `time.monotonic`
         self._stored_since = False  # whether something was stored that went out after that
         self._ends: Counter[int] = Counter()
+        self._silences: Counter[int] = Counter()
         self._longest = 0  # instances that one association has carried
         self._spared = 0  # associations that were ended in time
 
@@ -135,29 +141,39 @@ class Backlog:
             if self.lasts is not None and carried > self.lasts:
                 self.lasts = None
 
-    def refused(self, item: Item, error: Busy) -> None:
-        """Note that the peer can't store an instance now."""
-        with self._lock:
-            if self._first_refusal is None:
-                self._first_refusal = time.monotonic()
-            self._suspect(item, error, certain=True)
-            self._count(silent=False)
+    def refused(self, item: Item, error: Busy | Denied, *, certain: bool = True) -> None:
+        """Note that the peer can't store an instance now, or doesn't let us.
 
-    def broke(self, outstanding: Sequence[Item], error: Retryable, answered: int, patience: float) -> None:
+        Args:
+            certain: False for one that was tried alone and came after others on its association.
+        """
+        with self._lock:
+            if self._first_refusal is None and isinstance(error, Busy):
+                self._first_refusal = time.monotonic()
+            self._suspect(item, error, certain=certain)
+            self._count(silent=False)
+            if isinstance(error, Denied) and not self._arrived and self._fruitless >= MOST_DENIED:
+                self._stopped = True
+
+    def broke(
+        self, outstanding: Sequence[Item], error: Retryable, answered: int, patience: float, *, alone: bool = False
+    ) -> None:
         """Note that an association ended, and what was outstanding.
 
         Args:
             answered: how many instances it had carried.
             patience: seconds of silence that the peer was given.
+            alone: whether it carried suspects.
         """
         silent = isinstance(error, TimedOut)
+        certain = len(outstanding) == 1 and not (alone and answered)
         with self._lock:
             for item in outstanding:
-                suspect = self._suspect(item, error, certain=len(outstanding) == 1)
-                if silent and len(outstanding) == 1:
+                suspect = self._suspect(item, error, certain=certain)
+                if silent and certain:
                     suspect.waited = max(suspect.waited, patience)
-            if answered and not silent:
-                self._ended(answered)
+            if answered:
+                self._ended(answered, silent=silent)
             self._count(silent=silent)
 
     def released(self, outstanding: Sequence[Item], answered: int) -> None:
@@ -166,10 +182,11 @@ class Backlog:
             self._waiting.extendleft(item for item in reversed(outstanding) if item.path not in self._suspects)
             self._ended(answered)
 
-    def _ended(self, answered: int) -> None:
-        self._ends[answered] += 1
+    def _ended(self, answered: int, *, silent: bool = False) -> None:
+        ends, most = (self._silences, SAME_SILENCES) if silent else (self._ends, SAME_ENDS)
+        ends[answered] += 1
         # Where others carried many more, it is the instances at which they ended.
-        if self._ends[answered] >= SAME_ENDS and 2 * answered >= self._longest:
+        if ends[answered] >= most and 2 * answered >= self._longest:
             self.lasts = min(answered, self.lasts or answered)
 
     def full(self, carried: int) -> bool:
@@ -221,7 +238,7 @@ class Backlog:
         A peer that aborts or falls silent and took others is one that can't take this instance. One that is out of
         resources is that for all, unless it took others afterwards.
         """
-        if not suspect.used_up:
+        if not suspect.used_up or isinstance(suspect.error, Denied):
             return None
         with self._lock:
             if not (self._stored_since if isinstance(suspect.error, Busy) else self._arrived):

@@ -30,6 +30,7 @@ from transfer.throttle import Throttle
 # A conversion may take minutes, and peers end associations on which nothing happens (Orthanc after 30 s).
 KEEP_ALIVE_S = 8
 LONG_S = 0.1  # that a response takes, for other associations to be of use at once
+MOST_REFUSED = 2  # in a row, after others on the same association: maybe it is that one which takes no more
 
 
 class Carrier(Protocol):
@@ -61,7 +62,6 @@ class Conveyor:
 
     Attributes:
         taken: how many instances it took.
-        denied: why the peer lets us store nothing.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Conveyor:
         self.plan, self.report, self.backlog = fleet.plan, fleet.report, fleet.backlog
         self.where = fleet.peer.where
         self.taken = self.answers = 0
-        self.denied: Denied | None = None
+        self._refused = 0  # in a row, for now
         self._outstanding: dict[int, tuple[Item, float]] = {}
         self._meter = Meter()
         self._awaits = 0.0  # since when a response is waited for; 0 if none is
@@ -80,7 +80,7 @@ class Conveyor:
         """Carry instances until there are no more, or the association ends; what was outstanding is suspected then.
 
         Raises:
-            Denied: the peer lets us store nothing. Busy: no room here for a converted instance.
+            Busy: no room here for a converted instance.
             Other errors: what is no matter of this association.
         """
         sender = Sender(self.association, self.fleet.throttle, self.report.moved, self._check)
@@ -96,7 +96,7 @@ class Conveyor:
             if isinstance(exc, ReleasedByPeer) and self.answers:
                 self.backlog.released(outstanding, self.answers)
             else:
-                self.backlog.broke(outstanding, exc, self.answers, sender.patience)
+                self.backlog.broke(outstanding, exc, self.answers, sender.patience, alone=self.alone)
             self.fleet.last = exc
         except BaseException as exc:
             self._end(sender, exc)
@@ -105,8 +105,6 @@ class Conveyor:
             self.association.close()
         finally:
             self._meter.close()
-        if self.denied is not None:
-            raise self.denied
 
     def _carry(self, sender: Sender) -> None:
         try:
@@ -131,8 +129,10 @@ class Conveyor:
             self.association.abort()
 
     def _lasts(self) -> bool:
-        """Return False if the peer would end the association with the next instance."""
-        return self.denied is None and not self.backlog.full(self.taken)
+        """Return False if the peer would end the association with the next instance, or refuses all on this one."""
+        if self._refused and (self.alone or MOST_REFUSED <= self._refused < self.answers):
+            return False
+        return not self.backlog.full(self.taken)
 
     def _check(self) -> None:
         """Look whether to stop, between pieces and in every wait; ask for help in a long one."""
@@ -158,8 +158,6 @@ class Conveyor:
                 else:  # it was being converted: whoever tries it next must not do so for ever
                     self._outstanding[0] = item, time.monotonic()
                 raise
-            if self.denied is not None:
-                return  # which leaves the item without an outcome
             self._outstanding[instance.message_id] = item, time.monotonic()
             try:
                 sender.transmit(instance)
@@ -249,12 +247,15 @@ class Conveyor:
         del self._outstanding[number or 0]
         self.answers += 1
         if means is Meaning.BUSY:
-            self.backlog.refused(item, Busy(f"{self.where}: the peer can't store now: {detail}", item=item.shown))
+            self._refused += 1
+            busy = Busy(f"{self.where}: the peer can't store now: {detail}", item=item.shown)
+            self.backlog.refused(item, busy, certain=not self.alone or self.answers == 1)
         elif means is Meaning.DENIED:
-            # Nothing more is sent, but what is outstanding gets its answer, and the association a proper end.
-            self.denied = Denied(f"{self.where}: the peer does not let us store: {detail}", item=item.shown)
-            self.backlog.stop()
+            self.backlog.refused(
+                item, Denied(f"{self.where}: the peer does not let us store: {detail}", item=item.shown)
+            )
         else:
+            self._refused = 0
             outcome = OUTCOMES[means] if means is Meaning.SUCCESS else Outcome(OUTCOMES[means].kind, detail)
             if means is Meaning.SUCCESS and header_of(item).odd:
                 outcome = Outcome(Kind.DELIVERED, NOTE)

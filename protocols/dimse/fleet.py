@@ -24,7 +24,7 @@ from protocols.dimse.pace import Pace
 from protocols.dimse.transport import VERIFICATION, Peer
 from protocols.net.connection import SLICE_S
 from transfer.duplicates import Duplicates
-from transfer.errors import Busy, Cancelled, DispatchError, Interrupted, Retryable, TimedOut
+from transfer.errors import Busy, Cancelled, Denied, DispatchError, Interrupted, Retryable, TimedOut
 from transfer.fanout import gravest
 from transfer.outcome import Kind, Outcome
 from transfer.plan import Item, Plan, header_of
@@ -171,7 +171,9 @@ class Fleet:
         if left:
             suspects = self.backlog.suspects()
             self.report.put_off.update({each.item.path: each.words for each in suspects if each.times})
-            error = suspects[-1].error if suspects else self.last
+            # What the peer doesn't let us store ends all attempts: only where nothing else is left to try.
+            later = [each for each in suspects if not isinstance(each.error, Denied)] or suspects
+            error = later[-1].error if later else self.last
             raise Unsettled(self._unsettled(left, len(items), error))
         if self._refusals:
             note = f"not every association was granted or lasted: {gravest(self._refusals)}"
@@ -190,7 +192,7 @@ class Fleet:
     def _unsettled(self, left: int, count: int, error: DispatchError | None) -> DispatchError:
         why = "" if error is None else f": {error.message.removeprefix(f'{self.peer.where}: ')}"
         text = f"{self.peer.where}: {left} of {count} instances are not confirmed{why}"
-        kind = type(error) if isinstance(error, Busy | TimedOut) else Interrupted
+        kind = type(error) if isinstance(error, Busy | Denied | TimedOut) else Interrupted
         made = kind(text, item=error.item if error else None)
         made.__cause__ = error
         return made

@@ -26,7 +26,7 @@ from tests.servers.scp import Association, Scp, scp
 from tests.servers.steps import Abort, Answer, Close, Partly, Raw, Reject, Reset, Script, Silence, Store, Wait
 from tests.servers.wire import Proposal
 from tests.targets.dicom import dicom_target
-from transfer.errors import Busy, DispatchError, Retryable
+from transfer.errors import Busy, Denied, DispatchError, Retryable
 from transfer.outcome import Kind
 from transfer.plan import Plan, scan
 from transfer.receipt import State
@@ -251,6 +251,51 @@ def test_a_peer_that_ends_each_association_after_some(end: Script, lasts: int, c
         ended = [one.ended for one in peer.associations]
         assert ended.count("done") <= 2 * concurrency + 1, "nothing was learnt"
         assert f"after {lasts} instances" in " ".join(sent.require().notes)
+
+
+@pytest.mark.parametrize(
+    ("end", "takes", "concurrency", "window"),
+    [(0xA700, 3, 1, 1), (0xA700, 3, 4, 1), (Silence(), 1, 4, 8), (Silence(), 8, 4, 1)],
+)
+def test_a_peer_that_takes_so_many_on_an_association_refuses_none_for_good(
+    end: Script, takes: int, concurrency: int, window: int
+) -> None:
+    """What comes after others, also when it is tried again, is not to blame for what meets it there."""
+    plan = study()
+    seen: Counter[int] = Counter()
+
+    def script(store: Store) -> Script:
+        seen[store.association] += 1
+        return end if seen[store.association] > takes else 0
+
+    with scp(on_store=script, window=None if window == 1 else (window, 1)) as peer:
+        sent = attempt(target_of(peer, concurrency=concurrency, idle_timeout_s=0.5), plan)
+        assert sent.require().state is State.DELIVERED
+        assert set(peer.kept) == set(uids(plan))
+        assert not peer.repeated
+
+
+@pytest.mark.parametrize("concurrency", [1, 4])
+@pytest.mark.parametrize("bad", [(0, 1), (14,), (28, 29)], ids=str)
+def test_what_we_may_not_store_costs_itself_alone(bad: tuple[int, ...], concurrency: int) -> None:
+    plan = study()
+    with scp(on_store=lambda store: 0x0124 if store.SOPInstanceUID in denied else 0) as peer:
+        denied = {uids(plan)[number] for number in bad}
+        with sending(target_of(peer, concurrency=concurrency), plan) as sender:
+            sent = sender.attempt()
+            rows = sender.receipt().items
+        assert type(sent.error) is Denied
+        assert arrived(sent) == set(peer.kept) == set(uids(plan)) - denied
+    left = {row.sop_instance_uid: row.detail for row in rows if row.outcome is Kind.UNSENT}
+    assert set(left) == denied
+    assert all("0124" in detail for detail in left.values())
+
+
+def test_a_peer_that_lets_us_store_nothing_is_asked_a_few_times_only() -> None:
+    with scp(on_store=lambda store: 0x0124) as peer:
+        sent = attempt(target_of(peer, concurrency=4), study())
+        assert type(sent.error) is Denied
+        assert len(peer.stores) <= 5
 
 
 def test_what_was_outstanding_comes_last_and_after_a_pause() -> None:
