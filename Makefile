@@ -10,6 +10,9 @@ ifneq ($(wildcard /etc/ssl/certs/ca-certificates.crt),)
 export UV_SYSTEM_CERTS ?= true
 endif
 
+# Containers often set it: then each start of a program compiles hundreds of modules, which is half of what it costs.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: install tools demo test test-all lint lock servers clean
 .DELETE_ON_ERROR:
 

@@ -119,6 +119,11 @@ def _depends_on_the_user(item: pytest.Item) -> bool:
         return False
     if not USERS_FIXTURES.isdisjoint(getattr(item, "fixturenames", ())) or function.__name__ in OF_EVERY_SERVER:
         return True
+    return _names_users(function)
+
+
+@functools.cache
+def _names_users(function: Callable[..., object]) -> bool:
     return USERS.search(inspect.getsource(function)) is not None
 
 
