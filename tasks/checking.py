@@ -1,4 +1,4 @@
-"""Checks of targets, and what is kept of them."""
+"""Checks of targets, and where their results are kept."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ HEALTHY = "healthy"
 
 
 def check_target(target: Target) -> Health:
-    """Run a target's staged probes; its host is pinged meanwhile, for people to know.
+    """Run a target's staged probes; ping its host meanwhile, which people want to see.
 
     Raises:
         Misconfigured: its type has no driver.
@@ -51,13 +51,13 @@ def check_target(target: Target) -> Health:
 
 
 async def report_health(target: Target, health: Health) -> None:
-    """Leave the result of a check behind, as an artifact on the run."""
+    """Save the result of a check as an artifact of the run."""
     probes = health.to_json(target.name)["probes"]
     await acreate_table_artifact(probes, f"{KEY}{target.name}", HEALTHY if health.ok else "not healthy")
 
 
 async def result_of_run(client: PrefectClient, flow_run_id: UUID, name: str) -> dict[str, Any] | None:
-    """Return what a run found that checked a target; None if it did not get that far."""
+    """Return the result of a run that checked a target; None if the run did not get that far."""
     found = await client.read_artifacts(
         artifact_filter=ArtifactFilter(
             flow_run_id=ArtifactFilterFlowRunId(any_=[flow_run_id]), key=ArtifactFilterKey(any_=[KEY + name])
@@ -89,7 +89,7 @@ async def last_checks(client: PrefectClient, targets: Iterable[Target | Broken])
 
 
 def keep(target: Target, health: Health) -> dict[str, Any]:
-    """Write the result of a check that no run made into the state directory and return it."""
+    """Write the result of a check outside of any run into the state directory; return it."""
     document = health.to_json(target.name) | {"time": datetime.now(UTC).isoformat()}
     write_json(_path(target.name), document)
     return document

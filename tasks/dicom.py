@@ -70,10 +70,10 @@ CHECKED_SYNTAXES = (
 
 
 def connect(target: DicomTarget, origin: Origin) -> Peer:
-    """Return whom to talk to, for a study that came from `origin`.
+    """Return the peer that the target means for a study that came from `origin`.
 
     Raises:
-        Misconfigured: the target takes something over from the study's origin, and the study has none.
+        Misconfigured: the target takes something from the study's origin, and the study has none.
     """
     host, called, calling = target.host, target.aet_target, target.aet_source
     if host == SENDER:
@@ -141,14 +141,14 @@ def check(target: DicomTarget) -> Health:
 
 
 def _probe_queries(health: Health, peer: Peer) -> None:
-    """Ask for a study that there isn't, and for C-GET and C-MOVE; whether a move arrives is known only by one."""
+    """Ask for a study that doesn't exist, and for C-GET and C-MOVE; only a real move shows whether it arrives."""
     with health.probe("find") as probe:
         with finder(peer) as asked:
             found = list(asked.ask_for("STUDY", {"StudyInstanceUID": BOGUS, "PatientID": NOBODY}, ("StudyDate",)))
         root = "Study Root" if asked.root == STUDY_ROOT_FIND else "Patient Root"
         probe.detail = f"C-FIND is answered ({root})"
         if found:
-            probe.detail += "; its keys are not: what it answers is filtered here"
+            probe.detail += "; it ignores query keys, so its answers are filtered here"
     if not health.ok:
         return
     with health.probe("retrieve") as probe:
@@ -156,7 +156,7 @@ def _probe_queries(health: Health, peer: Peer) -> None:
 
 
 def _probe(health: Health, target: DicomTarget) -> Association | None:
-    """Make the probes on one connection, each on top of the one before; stop at the first that fails."""
+    """Make the probes on one connection, each on top of the previous one; stop at the first that fails."""
     # A check has no study: titles that would come from one are replaced by the target's own.
     peer = _peer(target, target.host, target.aet_target, target.aet_source)
     shake = partial(_shake, peer, peer.tls) if peer.tls else None
@@ -186,10 +186,10 @@ def _shake(peer: Peer, settings: tls.Tls, sock: socket.socket) -> ssl.SSLSocket:
 
 
 def _negotiate(sock: socket.socket, peer: Peer) -> tuple[Association, tuple[str, ...], str]:
-    """Ask for an association with many contexts, and as a push does for few, if the peer refuses one with many.
+    """Ask for an association with many contexts or, if the peer refuses that, with as few as a push.
 
     Returns:
-        The association, the storage classes that were asked for, and what to say of a peer that takes few contexts.
+        The association, the storage classes that were asked for, and a note if the peer takes few contexts only.
     """
     pairs: list[tuple[str, tuple[str, ...]]] = [
         (each, (syntax,)) for syntax in CHECKED_SYNTAXES for each in CHECKED_CLASSES
@@ -216,7 +216,7 @@ def _negotiate(sock: socket.socket, peer: Peer) -> tuple[Association, tuple[str,
 
 
 def _accepted(association: Association, tried: Sequence[str]) -> str:
-    """Say which of the storage contexts a peer accepts."""
+    """Return a sentence on the storage contexts that a peer accepts."""
     stored = {abstract for abstract, _ in association.accepted} - {VERIFICATION}
     syntaxes = {syntax for abstract, syntax in association.accepted if abstract != VERIFICATION}
     refused = [each for each in tried if each not in stored]
@@ -227,7 +227,7 @@ def _accepted(association: Association, tried: Sequence[str]) -> str:
 
 
 def _legacy(target: DicomTarget) -> tuple[str, ...]:
-    """Say that a target's connections may be weakly encrypted."""
+    """Return a hint if a target's connections may be weakly encrypted."""
     if isinstance(target, DicomTlsTarget) and target.tls_profile is TlsProfile.LEGACY:
         return ("tls_profile legacy: the connection may use TLS 1.0 and suites without forward secrecy",)
     return ()
@@ -243,7 +243,7 @@ def push(target: DicomTarget, plan: Plan, report: PushReport) -> Receipt:
 
 
 def _verify(target: DicomTarget, peer: Peer, plan: Plan, report: PushReport) -> tuple[Level, list[str]]:
-    """Reach the level that the target asks for, or the best one below it; say why it is below."""
+    """Verify at the target's level or the best one below it; note why it is below."""
     arrived: dict[str, list[Item]] = {}
     for item in plan.items:
         if item.header is not None and report.arrived(plan, item):
@@ -278,7 +278,7 @@ def _verify(target: DicomTarget, peer: Peer, plan: Plan, report: PushReport) -> 
 def _prove(
     target: DicomTarget, peer: Peer, arrived: dict[str, list[Item]], report: PushReport, notes: list[str]
 ) -> dict[str, list[Item]]:
-    """Ask for storage commitment; take back what is refused, and return what the peer said nothing of."""
+    """Ask for storage commitment; revoke what is refused, and return what the peer's report leaves out."""
     peer = replace(peer, called=target.storage_commitment_aet or peer.called)
     instances = {uid: header_of(items[0]).SOPClassUID for uid, items in arrived.items()}
     with ExitStack() as stack:
@@ -308,7 +308,7 @@ def _prove(
 
 
 def _listen(target: DicomTarget, peer: Peer, report: PushReport) -> AbstractContextManager[Listener]:
-    """Listen for reports on associations that the peer opens, under the AE title that it was called with."""
+    """Listen for reports on associations that the peer opens, under the AE title that it knows us by."""
     context = peer.tls.server() if peer.tls and peer.tls.cert else None
     host, port = target.storage_commitment_host, target.storage_commitment_port
     make = partial(report_listener, host, port, peer.calling)

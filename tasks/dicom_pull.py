@@ -23,7 +23,7 @@ SCP_PORT = 11_112  # unless TALARIA_SCP_PORT says otherwise; registered for DICO
 
 
 def destination() -> MoveDestination:
-    """Return where C-MOVE sends to, as the settings `scp_aet`, `scp_port` and `scp_host` say."""
+    """Return the destination of C-MOVE, from the settings `scp_aet`, `scp_port` and `scp_host`."""
     return MoveDestination(
         os.environ.get("TALARIA_SCP_AET") or "TALARIA",
         int(os.environ.get("TALARIA_SCP_PORT", SCP_PORT)),
@@ -67,7 +67,7 @@ def retrieve(
 
 
 def granted(peer: Peer) -> str:
-    """Ask for C-GET and C-MOVE; return what of them the peer grants, for people.
+    """Ask for C-GET and C-MOVE; return a sentence on which of them the peer grants.
 
     Raises:
         Misconfigured: neither.
@@ -100,6 +100,6 @@ def _series(search: PeerSearch, match: Match) -> PulledSeries:
 
 
 def _kinds(image: dict[str, object]) -> tuple[str, tuple[str, ...]]:
-    """SOP class of an instance, and the transfer syntaxes that the peer says that it is available in."""
+    """Return an instance's SOP class, and the transfer syntaxes in which the peer says that it is available."""
     syntaxes = text(image.get("AvailableTransferSyntaxUID")).split("\\")
     return text(image.get("SOPClassUID")), tuple(syntax for syntax in syntaxes if syntax)

@@ -1,4 +1,4 @@
-"""DICOM targets behind TLS: all is as for DICOM targets but the connection, which `protocols.dimse` makes."""
+"""DICOM targets behind TLS: the same as DICOM targets except for the connection, which `protocols.dimse` makes."""
 
 from __future__ import annotations
 

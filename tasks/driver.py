@@ -18,14 +18,14 @@ T = TypeVar("T", bound=Target)
 
 @dataclass(frozen=True)
 class HookResult:
-    """What a target's own script did: exit code (None if it was stopped when its time was up) and last output."""
+    """The result of a target's own script: exit code (None if it was stopped when its time was up) and last output."""
 
     exit_code: int | None
     output: str
 
 
 class Ran(Protocol):
-    """The folders that a target's own script has been run for with success; a set is one."""
+    """The folders for which a target's own script has ended well; a set will do."""
 
     def __contains__(self, folder: object, /) -> bool: ...
 
@@ -34,13 +34,13 @@ class Ran(Protocol):
 
 @dataclass(frozen=True)
 class Facts:
-    """What a type of target does and doesn't; asserted by the conformance suite.
+    """What a type of target does and what it doesn't; asserted by the conformance suite.
 
     Attributes:
         dicom_only: carries DICOM instances only; other files are skipped.
-        keeps_names: files keep their relative paths at the other side.
-        resumes: a broken attempt leaves parts of files behind, and the next one goes on within them.
-        reconnects: a link that breaks is made anew within the same attempt, where the peer lets us.
+        keeps_names: files keep their relative paths at the target.
+        resumes: a broken attempt leaves parts of files behind, and the next one continues them.
+        reconnects: a broken connection is made again within the same attempt, where the peer lets us.
         atomic_replace: no reader ever sees half a file, or half a dispatch, under a final name.
         verifies_by: the levels that the driver can reach.
     """
@@ -64,11 +64,11 @@ class Driver(Generic[T]):
             run again after a crash, also with nothing pending (then it only completes what comes last, such as a
             marker). Raises Retryable when the link is lost, Permanent when nothing can be sent at all, Cancelled
             when `report.check()` does; never swallows what it doesn't know.
-        find: yields what the target has, as the peer gives it.
+        find: yields what matches, as the peer gives it.
         retrieve: fetches what the query names into a folder; the receipt compares with what was announced.
         hook: runs the target's own script after everything is there, for every folder that is not among those given,
             and adds those for which it ended well; none of an argument's characters reaches a shell unquoted. Raises
-            Retryable if it could not be run for want of a link, Permanent if it can't be run at all.
+            Retryable if it could not be run because the connection failed, Permanent if it can't be run at all.
     """
 
     target: type[T]

@@ -1,9 +1,9 @@
 """Folder targets: files go to `<folder>/<name>/<relative path>`, and `<name>` appears when it is whole.
 
 What is written lies in `<folder>/.incoming-<dispatch id>/` first (protocols/files/incoming.py). A new `<name>` then
-comes by one rename; into one that is there already, each file comes by a rename of its own. `.complete` comes last.
+appears with one rename; if it is there already, each file is renamed into it. `.complete` comes last.
 
-Messages never hold `<name>`: a layout may make it of a patient's data.
+Messages never hold `<name>`: a layout may make it from a patient's data.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ REPLACED = Outcome(Kind.WARNING, "replaced an older file of this name")
 
 @contextmanager
 def errors(target: FolderTarget) -> Iterator[None]:
-    """Turn what the file system says into our own errors, and name the folder in them."""
+    """Turn the file system's errors into our own, which name the folder."""
     try:
         yield
     except fs.Silent as exc:
@@ -53,7 +53,7 @@ def errors(target: FolderTarget) -> Iterator[None]:
             raise
         if kind is NotFound and Path(target.folder).is_dir():
             raise Interrupted(
-                f"{target.folder}: what is being written there vanishes: another program clears it", target.name
+                f"{target.folder}: what is being written there vanishes: another program removes it", target.name
             ) from exc
         words = words_of(exc)
         if exc.errno in FULL:
@@ -65,11 +65,11 @@ def errors(target: FolderTarget) -> Iterator[None]:
 
 
 def connect(target: FolderTarget) -> Path:
-    """Return the target's folder, which is there and answers.
+    """Return the target's folder, after making sure that it exists and answers.
 
     Raises:
-        NotFound: it doesn't exist; it is never made, since a share that isn't mounted looks just so.
-        Misconfigured: it is no folder, or the group doesn't exist.
+        NotFound: it doesn't exist. It is never made: a share that isn't mounted looks the same.
+        Misconfigured: it is not a folder, or the group doesn't exist.
         Unreachable: the file system doesn't answer.
         Denied: the way to it is closed.
     """
@@ -128,10 +128,10 @@ def check(target: FolderTarget) -> Health:
 
 
 def _written_to(target: FolderTarget, root: Path) -> list[Path]:
-    """Return the folders that are there and that a delivery writes to: the target's, and what its layout always names.
+    """Return the existing folders that a delivery writes to: the target's, and those that its layout always names.
 
     Raises:
-        OSError: a file is in the place of one.
+        OSError: there is a file where a folder should be.
     """
     folder = root
     for part in target.layout.split("/"):
@@ -144,7 +144,7 @@ def _written_to(target: FolderTarget, root: Path) -> list[Path]:
 
 
 def _rehearse(target: FolderTarget, root: Path) -> None:
-    """Do once what a delivery does, under names that are no delivery's, and remove it."""
+    """Do what a delivery does, under names that no delivery has, and remove everything."""
     style = _style(target)
     probe = root / f".talaria-{uuid.uuid4().hex}"
     renamed = probe.with_name(f"{probe.name}-renamed")
@@ -180,7 +180,7 @@ def push(target: FolderTarget, plan: Plan, report: PushReport) -> Receipt:
 
 
 class _Push:
-    """One push; its steps stand here in the order in which they are made."""
+    """One push; its steps stand here in the order in which they are taken."""
 
     def __init__(self, target: FolderTarget, plan: Plan, report: PushReport, root: Path) -> None:
         self.target, self.plan, self.report, self.root = target, plan, report, root
@@ -211,7 +211,7 @@ class _Push:
         return self.report.receipt(self.target.name, self.plan, verified, tuple(self.notes))
 
     def discard(self) -> None:
-        """Remove what lies beside the final names."""
+        """Remove everything that lies beside the final names."""
         for place in self.places.values():
             place.discard()
 
@@ -239,7 +239,7 @@ class _Push:
         return True
 
     def _publish(self, place: Place, items: list[Item]) -> None:
-        """Give the files of one place their final names, then report that they have arrived."""
+        """Give the files of one folder their final names, then report that they have arrived."""
         if not items:
             return
         for written, _, _ in os.walk(str(place.files), topdown=False):
@@ -266,9 +266,9 @@ class _Push:
                 self.report(item, outcome)
 
     def _merge(self, place: Place, item: Item, touched: set[Path]) -> Outcome | None:
-        """Bring one file into a folder that is there already; another file of its name is not simply lost.
+        """Bring one file into a folder that is there already; never lose another file of its name silently.
 
-        None if the file system fails at it, perhaps at it alone.
+        Return None if the file system fails at it, perhaps at this file alone.
         """
         kept, final = Path(self.incoming.kept(item)), place.final / item.path
         try:
@@ -298,7 +298,7 @@ class _Push:
         return REPLACED
 
     def _verify(self, proven: frozenset[str]) -> Level:
-        """Reach the level that is asked for, for all items; what isn't there is taken back.
+        """Verify all items at the target's level; revoke those that are not there.
 
         Args:
             proven: paths of the items whose checksums were compared before they got their final names.
@@ -322,7 +322,7 @@ class _Push:
                 try:
                     place = self.where[item.path]
                     if not self.incoming.same_checksum(item, place.final / item.path):
-                        self.report.revoke(item, "its checksum there is not the one of what was sent")
+                        self.report.revoke(item, "its checksum there is not that of the file that was sent")
                         place.unmark()  # the next attempt compares, and writes it again
                 except (Rejected, PermissionError):
                     unread.append(item)
@@ -337,7 +337,7 @@ class _Push:
         return (item for item in items if self.report.arrived(self.plan, item))
 
     def _lacks(self, item: Item) -> str:
-        """Say why an item is not there under its final name, "" if it is."""
+        """Return why an item is not there under its final name; "" if it is."""
         try:
             info = (self.where[item.path].final / item.path).stat()
         except (FileNotFoundError, NotADirectoryError):
@@ -345,7 +345,7 @@ class _Push:
         return "" if info.st_size == item.size else f"it has {info.st_size} bytes there instead of {item.size}"
 
     def _mark(self, place: Place) -> None:
-        """Put the marker, if every file of the plan is there; its time is when something came to an old one."""
+        """Put the marker if every file of the plan is there; its time is that of the last arrival."""
         if self.plan.lacks or len(list(self._arrived(place.items))) < len(place.items) or not place.final.is_dir():
             return
         marker, reported = place.final / MARKER, self.report.outcomes

@@ -1,4 +1,4 @@
-"""The names of targets: one name for one target, over all types."""
+"""The names of targets: each name means one target, whatever its type."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def split(written: str) -> tuple[str | None, str]:
 
 
 def pick(written: str, documents: Iterable[BlockDocument]) -> BlockDocument | None:
-    """Return the document that a written name means, None if there is none.
+    """Return the document of the target that a written name means; None if there is none.
 
     Raises:
         Misconfigured: it means several; the message lists them.

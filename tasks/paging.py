@@ -1,4 +1,4 @@
-"""All that a Prefect server has of something: it gives a limited number for each request."""
+"""Reads lists from a Prefect server to their end: it returns a limited number for each request."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def reach(
         shake: shakes hands; closes the socket if that fails.
 
     Returns:
-        The connection, for the caller to use or to close; None if a probe failed.
+        The connection, which the caller uses or closes; None if a probe failed.
     """
     with health.probe("resolve") as probe:
         probe.detail = shown(resolve_within(host, port, timeout_s, _go_on))
@@ -59,7 +59,7 @@ def reach(
 
 
 def reach_web(health: Health, origin: WebOrigin) -> None:
-    """Probe the way to a web server: all of `proxy` (if there is one), `resolve`, `tcp`, `tls` (if it has it)."""
+    """Probe the way to a web server: `proxy` (if there is one), `resolve`, `tcp`, `tls` (if it is https)."""
     secure = origin.scheme == "https"
     if origin.proxy is not None:
         sock = _by_proxy(health, origin)

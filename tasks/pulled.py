@@ -1,4 +1,4 @@
-"""Compares what a retrieval brought with what the source had announced; for drivers that fetch series from servers."""
+"""Compares what a retrieval brought with what the source announced, for drivers that fetch series from servers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transfer.receipt import Receipt
 
 
 class Announced(Protocol):
-    """A series, and how many instances the source says that it has; None if it doesn't say."""
+    """A series, and the number of instances that the source announces; None if it announces none."""
 
     @property
     def study(self) -> str: ...
@@ -27,7 +27,7 @@ class Announced(Protocol):
 
 
 def of_studies(query: Query, matches: Iterable[Match]) -> dict[str, int | None]:
-    """Return what is announced of the studies that all of was asked for; none where a query chooses among series."""
+    """Return what is announced for studies that were asked for whole; none where the query selects series."""
     if series_tests(query):
         return {}
     return {one.StudyInstanceUID: count(one.attributes.get("NumberOfStudyRelatedInstances")) for one in matches}
@@ -40,12 +40,12 @@ def compared(
     studies: Mapping[str, int | None],
     unproven: Collection[str] = (),
 ) -> Receipt:
-    """Return a receipt that counts as missing what is short of the counts that the source announced.
+    """Return a receipt in which instances that were announced and did not come count as missing.
 
     Args:
         plan: every instance that is listed, whether it came or not.
         studies: as `of_studies` returns it.
-        unproven: series of which nothing says that they are whole.
+        unproven: series that nothing shows to be whole.
     """
     seen = Counter(item.header.SeriesInstanceUID for item in plan.items if item.header)
     short, notes = 0, []

@@ -79,7 +79,7 @@ def _key(key: SecretStr, passphrase: SecretStr, prefix: str = "") -> tuple[bytes
 
 
 def hiding(target: SshTarget, plan: Plan) -> Hide:
-    """Return what takes a patient's data, of which a layout may make names of folders, out of a text."""
+    """Return a function that hides, in a text, a patient's data that a layout makes names of folders from."""
     return hidden.hiding(parts=private_parts(plan, target.layout))
 
 
@@ -89,7 +89,7 @@ def under(folder: str, name: str) -> str:
 
 
 def by_folder(target: SshTarget, plan: Plan) -> dict[str, list[Item]]:
-    """Return the plan's items by the folder, below the target's, that the layout gives them."""
+    """Return the plan's items by folder, as the layout names it below the target's."""
     folders: dict[str, list[Item]] = {}
     by_path = names(plan, target.layout)
     for item in plan.items:
@@ -100,8 +100,8 @@ def by_folder(target: SshTarget, plan: Plan) -> dict[str, list[Item]]:
 def hook(target: SshTarget, plan: Plan, report: PushReport, ran: Ran) -> HookResult:
     """Run `<folder>/<script> <destination folder> <target's name>` on the server, once per destination folder.
 
-    Every folder gets its run even if one fails, and none another one once that was good; the result is the first that
-    was not.
+    Every folder gets its run even if one fails, and none a second one after success; return the first result that is
+    not a success, if there is one.
 
     Raises:
         Retryable: the link was lost before it ended.
@@ -130,7 +130,7 @@ def hook(target: SshTarget, plan: Plan, report: PushReport, ran: Ran) -> HookRes
 
 
 def probe_host(health: Health, target: SshTarget) -> bool:
-    """Probe name and port, those of the jump host if there is one, and the way on from there; return if all went."""
+    """Probe name and port (the jump host's, if there is one, and the way on from there); return True if all is well."""
     _, host, port = target.jump if target.jump_host else ("", target.host, target.port)
 
     def said(sock: socket.socket) -> str:
@@ -155,7 +155,7 @@ def _greeted(sock: socket.socket, where: str, timeout_s: float) -> str:
 
 
 def _greeted_behind(target: SshTarget) -> str:
-    """Return the first line of the host behind the jump host."""
+    """Return the greeting of the host behind the jump host."""
     way_there = login(target).jump
     assert way_there is not None  # noqa: S101 - for the type checker
     with SshClient(way_there) as jump:
@@ -172,7 +172,7 @@ def _greeted_behind(target: SshTarget) -> str:
 
 
 def probe_account(health: Health, client: SshClient) -> bool:
-    """Probe host key and login; return whether to go on. Where paramiko can't carry them, ssh(1) shows them later."""
+    """Probe host key and login; return whether to go on. What paramiko can't do, the later probes with ssh(1) show."""
     if not suits(client):
         return True
     account = Account(client)
@@ -188,7 +188,7 @@ def probe_account(health: Health, client: SshClient) -> bool:
 
 
 def probe_login(health: Health, error: DispatchError | None, facts: LoginFacts) -> bool:
-    """Report how a login went, whose error (None if it went well) was kept; return whether we are in."""
+    """Report the result of a login from its error, None if it went well; return whether we are in."""
     got_in = bool(facts.method)
     if got_in and any(probe.name == "authenticate" for probe in health.probes):
         return True  # paramiko was let in before, and has reported it
@@ -210,11 +210,11 @@ def probe_name() -> str:
 
 
 def script_there(target: SshTarget) -> str:
-    """Return a shell script that fails if the target's own script can't be run."""
+    """Return a shell command that fails if the target's own script can't be run."""
     script = quote(under(target.folder, target.hook_script))
     return f"[ -f {script} ] && [ -x {script} ]"
 
 
 def no_script(target: SshTarget) -> NoScript:
-    """Return the error for that."""
+    """Return the error for a script that can't be run."""
     return NoScript(f"{under(target.folder, target.hook_script)}: not there, or not executable for this user")

@@ -1,7 +1,6 @@
 """Targets as Prefect keeps them: found by name over all types, loaded with their secrets, saved and removed.
 
-A name that several targets have (Prefect's own pages can make one) is refused everywhere, unless the type stands in
-front.
+A name that several targets have (Prefect's own pages allow that) is refused everywhere unless the type precedes it.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from transfer.validation import what_is_wrong
 
 @dataclass(frozen=True)
 class Broken:
-    """A saved target whose settings are not valid (any more): nothing can be sent to it until it is applied again."""
+    """A saved target whose settings are no longer valid: nothing can be sent to it until it is applied again."""
 
     name: str
     type_name: str
@@ -35,7 +34,7 @@ class Broken:
 
 
 def facts(one: Target | Broken) -> dict[str, Any]:
-    """Return what every list shows of a saved target; direction and `enabled` of a broken one are not known."""
+    """Return what lists show of a saved target; direction and `enabled` of a broken one are not known."""
     if isinstance(one, Broken):
         known: dict[str, Any] = {"direction": None, "enabled": None, "broken": one.reason}
     else:
@@ -44,7 +43,7 @@ def facts(one: Target | Broken) -> dict[str, Any]:
 
 
 async def all_targets(client: PrefectClient) -> list[Target | Broken]:
-    """Return every saved target, with secrets, by name; one that can't be loaded as what is wrong with it."""
+    """Return every saved target, with secrets, by name; a Broken for one that can't be loaded."""
     found: list[Target | Broken] = []
     for document in await documents(client):
         try:
@@ -80,7 +79,7 @@ def from_document(document: BlockDocument) -> Target:
     """Return the target that a document holds.
 
     Raises:
-        Misconfigured: its values don't fit the type (any more), or the type is of a package that is not there.
+        Misconfigured: its values are not valid for the type, or the type's package is not installed.
     """
     slug = document.block_type.slug if document.block_type else ""
     if slug not in _types_by_slug():
@@ -117,7 +116,7 @@ async def load(client: PrefectClient, names: Iterable[str]) -> list[Target]:
     """Load targets by name, or by `type/name`, in that order, each once.
 
     Raises:
-        NotFound: no such target; the message lists those that there are.
+        NotFound: there is no such target; the message lists the existing ones.
         Misconfigured: its settings are not valid, or a name means several targets.
     """
     wanted = list(dict.fromkeys(names))
@@ -141,7 +140,7 @@ async def _no_target(client: PrefectClient, names: Iterable[str]) -> NotFound:
 
 
 def check_destination(target: Target) -> None:
-    """Refuse a target that nothing may be sent to.
+    """Raise if nothing may be sent to a target.
 
     Raises:
         Misconfigured: it is disabled, only for queries, or of a type that has no driver.
@@ -156,7 +155,7 @@ def check_destination(target: Target) -> None:
 
 
 def check_source(target: Target) -> None:
-    """Refuse a target that can't be queried, or must not be.
+    """Raise if a target can't or must not be queried.
 
     Raises:
         Misconfigured: it is disabled, only for deliveries, or of a type that can't be queried.
@@ -180,7 +179,7 @@ async def save(client: PrefectClient, target: Target, name: str, *, replace: boo
         replace: whether targets of other types that have the name are removed.
 
     Raises:
-        Misconfigured: there are such, and they are not to be replaced.
+        Misconfigured: there are such targets, and they are not to be replaced.
     """
     there = await documents(client, [name])
     others = [one for one in there if type_of(one) != target.type_name]
@@ -193,7 +192,7 @@ async def save(client: PrefectClient, target: Target, name: str, *, replace: boo
 
 
 async def limit(client: PrefectClient, target: Target) -> str:
-    """Make sure that the global concurrency limit of a target is there; return its name."""
+    """Create a target's global concurrency limit if it doesn't exist; return its name."""
     name = f"talaria-{target.name}"
     await client.upsert_global_concurrency_limit_by_name(name, target.max_dispatches)
     return name
@@ -203,7 +202,7 @@ async def remove(client: PrefectClient, name: str) -> None:
     """Remove one target.
 
     Raises:
-        NotFound: there is none of that name; the message lists those that there are.
+        NotFound: there is none with that name; the message lists the existing ones.
         Misconfigured: the name means several.
     """
     document = pick(name, await documents(client, [split(name)[1]]))

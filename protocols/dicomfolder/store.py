@@ -174,7 +174,7 @@ class FolderPush(Incoming):
                 elif (
                     level is Level.PROVEN and item.path not in proven and not self.same_checksum(item, self.final(item))
                 ):
-                    self.report.revoke(item, "its checksum there is not the one of what was sent")
+                    self.report.revoke(item, "its checksum there is not that of the file that was sent")
             except (FileNotFoundError, NotADirectoryError):
                 self.report.revoke(item, "it was delivered, but is not there any more")
             except (Rejected, PermissionError):

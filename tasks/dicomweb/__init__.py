@@ -45,7 +45,7 @@ WADO_NONE = frozenset((204, 400, 404, 406, 409, 410))  # for an instance that is
 
 @contextmanager
 def connect(target: DicomWebTarget, check: Callable[[], None] = lambda: None) -> Iterator[Service]:
-    """Yield the target's services; connections are made as they are needed, and closed at the end."""
+    """Yield the target's services; make connections when they are needed, and close them at the end."""
     parts = urlsplit(target.url)
     trust = _tls(target)
     secrets = [
@@ -170,7 +170,7 @@ def _ask(service: Service, method: str, path: str, headers: dict[str, str] | Non
 
 
 def _ask_stow(service: Service, path: str) -> _Asked:
-    """Send a request without instances; to servers that this breaks, one with a part that is none."""
+    """Send a request without instances; to servers that can't bear that, one with a part that is not an instance."""
     headers = {"Content-Type": 'multipart/related; type="application/dicom"; boundary=talaria'}
     asked = _ask(service, "POST", path, headers, b"--talaria--\r\n")
     if asked.answer.status == 500:
@@ -180,7 +180,7 @@ def _ask_stow(service: Service, path: str) -> _Asked:
 
 
 def _require_service(service: Service, asked: dict[str, _Asked]) -> None:
-    """Raise if a server says the same to everything: that says nothing of credentials, rights and services."""
+    """Raise if a server answers every request alike: that shows nothing about credentials, rights and services."""
     if any(one.answer.status < 300 for one in asked.values()):
         return
     name, one = ("stow", asked["stow"]) if "stow" in asked else ("qido", asked["qido"])
@@ -215,7 +215,7 @@ def _judge_stow(service: Service, asked: _Asked, probe: Probe) -> None:
 
 
 def _probe_wado(service: Service, probe: Probe) -> None:
-    """Ask for an instance and look at the beginning of what comes; without one, for one that there isn't."""
+    """Ask for an instance and read the beginning of the answer; if none is known, ask for one that doesn't exist."""
     uids = qido.any_instance(service)
     with service.session.request(
         "GET", wado.path(service, uids or (BOGUS,) * 3), {"Accept": wado.ACCEPTS[1]}
@@ -254,7 +254,7 @@ def push(target: DicomWebTarget, plan: Plan, report: PushReport) -> Receipt:
 
 
 def _verify(target: DicomWebTarget, service: Service, plan: Plan, report: PushReport) -> tuple[Level, list[str]]:
-    """Go as far as `target.verify` says, or the server lets us; take back what turns out not to be there."""
+    """Verify at the target's level, or as far as the server lets us; revoke what turns out not to be there."""
     arrived = [item for item in plan.items if report.arrived(plan, item)]
     items = [item for item in arrived if not report.elsewhere(plan, item)]
     elsewhere = len(arrived) - len(items)
@@ -281,7 +281,7 @@ def _verify(target: DicomWebTarget, service: Service, plan: Plan, report: PushRe
 
 
 def _prove(target: DicomWebTarget, service: Service, plan: Plan, items: list[Item], report: PushReport) -> str:
-    """Read everything back and compare; returns why that proves less than it should, "" if it doesn't."""
+    """Read everything back and compare; return why that proves less than it should, "" if it proves all."""
     unproven: list[Item] = []
 
     def judged(item: Item, verdict: Verdict) -> None:
@@ -348,7 +348,7 @@ def retrieve(target: DicomWebTarget, query: Query, folder: Path, report: PushRep
 
 
 def _listed(service: Service, series: WadoSeries) -> set[str] | None:
-    """Return the UIDs of a series' instances, from a search or else from their metadata; None if neither has any."""
+    """Return the UIDs of a series' instances, from a search or else from metadata; None if neither lists any."""
     found: set[str] = set()
     with suppress(NotFound, Misconfigured):  # not every server lists instances
         found.update(qido.instances(Archive(service, WADO_TRIES), series.study, series.uid, series.announced))

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def errors(target: DicomWebTarget) -> Iterator[None]:
-    """Turn what the file system says into our own errors, and name the folder in them."""
+    """Turn the file system's errors into our own, which name the folder."""
     try:
         yield
     except fs.Silent as exc:
@@ -47,7 +47,7 @@ def errors(target: DicomWebTarget) -> Iterator[None]:
             raise
         if kind is NotFound and target.folder and target.folder.is_dir():
             raise Interrupted(
-                f"{target.url}: what is being read or written there vanishes: another program clears it", target.name
+                f"{target.url}: what is being read or written there vanishes: another program removes it", target.name
             ) from exc
         raise kind(f"{target.url}: {words_of(exc)}", target.name) from exc
 
@@ -56,11 +56,11 @@ def errors(target: DicomWebTarget) -> Iterator[None]:
 
 
 def connect(target: DicomWebTarget) -> Path:
-    """Return the target's folder, which is there and answers.
+    """Return the target's folder, after making sure that it exists and answers.
 
     Raises:
-        NotFound: it doesn't exist; it is never made, since a share that isn't mounted looks just so.
-        Misconfigured: it is no folder. Unreachable: its file system doesn't answer. Denied: the way to it is closed.
+        NotFound: it doesn't exist. It is never made: a share that isn't mounted looks the same.
+        Misconfigured: it is not a folder. Unreachable: its file system doesn't answer. Denied: the way to it is closed.
     """
     root = target.folder
     if root is None:
@@ -109,10 +109,10 @@ def check(target: DicomWebTarget) -> Health:
 
 
 def _rehearse(target: DicomWebTarget, root: Path) -> None:
-    """Do once what a push does, under names that are no instance's, and remove it.
+    """Do what a push does, under names that no instance has, and remove everything.
 
     Raises:
-        Misconfigured: something else can be read there than was written.
+        Misconfigured: what can be read there is not what was written.
     """
     probe = root / f".talaria-{uuid.uuid4().hex}"
     renamed = probe.with_name(f"{probe.name}-renamed")
@@ -148,7 +148,7 @@ def push(target: DicomWebTarget, plan: Plan, report: PushReport) -> Receipt:
 
 
 def find(target: DicomWebTarget, query: Query) -> Iterator[Match]:
-    """Yield what the folder has, as it is now."""
+    """Yield the studies or series that match, as the folder is now."""
     with errors(target), opened(target) as folder:
         yield from folder.find(query)
         _log(target, folder.report)
@@ -184,7 +184,7 @@ def _log(target: DicomWebTarget, report: IndexReport) -> None:
 
 
 def _passed_over(report: IndexReport) -> Iterator[tuple[int, str]]:
-    """Say what of a folder is in no answer, and why; each with the level at which it is logged."""
+    """Return what in a folder no answer shows, and why; each with the level at which it is logged."""
     if report.not_dicom:
         yield logging.INFO, f"{report.not_dicom} files are not DICOM: passed over"
     if report.damaged:

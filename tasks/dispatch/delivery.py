@@ -1,7 +1,7 @@
-"""One plan to one target: what every type has in common around its driver's push.
+"""One plan to one target: everything around a driver's push that all types have in common.
 
-Narrows the plan for the target, asks the ledger what is there already, pushes, and makes the receipt. Knows no
-Prefect; may be called again after any error, and then sends only what has no outcome yet.
+Narrows the plan for the target, asks the ledger what is there already, pushes, and makes the receipt. Independent of
+Prefect. May be called again after any error, and then sends only what has no outcome yet.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SHOWN_FAILURES = 20  # lines of failed attempts in a receipt
 
 
 class Progress:
-    """How far a delivery is: items with an outcome, and bytes; safe to read from another thread."""
+    """How far a delivery has come: items with an outcome, and bytes; safe to read from another thread."""
 
     def __init__(self, items: int, size: int) -> None:
         self.items, self.size = items, size
@@ -57,10 +57,10 @@ class Progress:
 
 
 class Delivery:
-    """A plan on its way to a target. Not a dataclass, so that Prefect doesn't walk through thousands of items.
+    """A plan on its way to a target. Not a dataclass, because Prefect would walk through thousands of items.
 
     Args:
-        force: what the ledger knows is forgotten first.
+        force: whether to forget first what the ledger knows.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class Delivery:
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """What the ledger's rows go by: dispatch, destination, and where that is for a study of this origin."""
+        """The key of the ledger's rows: dispatch, destination, and its endpoint for a study of this origin."""
         return self.plan.dispatch_id, self.target.name, self.target.endpoint_for(self.plan.origin)
 
     def push(self) -> Receipt:
@@ -162,16 +162,16 @@ class Delivery:
         self.progress.add(moved=count)
 
     def ends(self) -> None:
-        """Note that the delivery, as far as it has come, ends now: its time is counted up to here."""
+        """Count the delivery's time up to now."""
         self._ended = time.monotonic()
 
     @property
     def may_go_on(self) -> bool:
-        """Whether another attempt is left; those that got further are not counted."""
+        """Whether another attempt is left; attempts that got further are not counted."""
         return self.futile < self.target.max_attempts and self.attempts < MAX_ATTEMPTS
 
     def _got_further(self, done: int, moved: int) -> bool:
-        """Return True if an attempt has brought what the next one need not do again.
+        """Return True if an attempt has achieved something that the next one need not repeat.
 
         Args:
             done: how many items had an outcome when it began.
@@ -198,11 +198,11 @@ class Delivery:
         return f"attempt {self.attempts} of {possible} failed: {words}"
 
     def run_hook(self) -> None:
-        """Run the target's own script once; what it did is in the ledger.
+        """Run the target's own script once; the ledger keeps the result.
 
         Raises:
             HookFailed: it did not end well, or in time.
-            DispatchError: it could not be run (not there, not executable, no login), or the link was lost while it
+            DispatchError: it could not be run (not there, not executable, no login), the connection was lost while it
                 ran, or somebody stopped it.
         """
         if self.driver.hook is None:
@@ -243,7 +243,7 @@ class Delivery:
 
     @property
     def wants_hook(self) -> bool:
-        """Whether there is a hook to run: it is configured, everything arrived, and it has not been done before."""
+        """Whether the hook is to run: it is configured, everything has arrived, and it has not been done before."""
         if self.driver.hook is None or self.target.hook is None or not self.target.hook.wanted:
             return False
         return not self._hook_is_done() and self.receipt().state is State.DELIVERED
@@ -258,7 +258,7 @@ class Delivery:
         return hashlib.sha256("\0".join((*self.key, what)).encode()).hexdigest()[:24]
 
     def receipt(self) -> Receipt:
-        """What became of the plan so far, over all attempts of this run; before the first, what is there already."""
+        """Return what has become of the plan in all attempts of this run; before the first, what is there already."""
         known = self.ledger.outcomes(*self.key[:2], self.plan.items, self.key[2])
         before = self._before
         if before is None:
@@ -306,7 +306,7 @@ class Delivery:
         return record
 
     def _run_again_for(self, item: Item) -> None:
-        """Forget that the script was run for the folder that something comes into; it has not seen that."""
+        """Forget that the script was run for the folder of a new item, which it has not seen."""
         if self.target.hook is None:
             return
         if not self._folders:
@@ -332,7 +332,7 @@ class _Ran:
         self._ledger.record_hook(self._dispatch_id, self._row(folder), self._endpoint, "done", 0, "")
 
     def forget(self, folder: str) -> None:
-        """Let the script be run for a folder again, and so for the dispatch."""
+        """Forget that the script was run for a folder, and so for the dispatch."""
         for name in (self._row(folder), self._destination):
             row = self._ledger.hook(self._dispatch_id, name)
             if row and row.outcome == "done":
@@ -344,11 +344,11 @@ class _Ran:
 
 
 class HookFailed(Retryable):
-    """The target's own script did not end well; it may be run again, the data is not sent again."""
+    """The target's own script failed; it may be run again, but the data is not sent again."""
 
 
 def sort_out(facts: Facts, target: Target, plan: Plan) -> tuple[dict[Item, Outcome], list[Item]]:
-    """Split a plan into what the target does not get, each with its outcome, and what it does."""
+    """Split a plan into items that the target does not get, each with its outcome, and items that it gets."""
     refused = {item: Outcome(Kind.SKIPPED, item.not_sent) for item in plan.left_out}
     wanted = []
     for item in plan.items:
@@ -364,7 +364,7 @@ def sort_out(facts: Facts, target: Target, plan: Plan) -> tuple[dict[Item, Outco
 
 
 def summary(failures: Sequence[str]) -> list[str]:
-    """Return the sentences of failed attempts; where many failed alike, the first, the last, and how many between."""
+    """Return the sentences of failed attempts; where many are alike, the first, the last, and the number between."""
     found: list[str] = []
     for _, group in groupby(failures, lambda failure: failure.partition(": ")[2]):
         alike = list(group)
@@ -376,7 +376,7 @@ def summary(failures: Sequence[str]) -> list[str]:
 
 
 def lacking(refused: dict[Item, Outcome]) -> int:
-    """Return how many of the files that a target does not get it should have: what it skips is not for it."""
+    """Return how many files the target should have but does not get; skipped files are not for it."""
     return sum(outcome.kind is Kind.REJECTED for outcome in refused.values())
 
 

@@ -1,4 +1,4 @@
-"""Receipts as the server keeps them, for whoever reads them on any machine: whole, with all items.
+"""Receipts at the server, whole and with all items, so that they can be read from any machine.
 
 A document is compressed and cut into parts, one artifact each, of the type that Prefect's pages don't list.
 """
@@ -29,7 +29,7 @@ HIDDEN = "result"  # the type of artifacts that Prefect's pages leave out
 
 
 async def keep(client: PrefectClient, flow_run_id: UUID, document: dict[str, Any]) -> None:
-    """Keep the receipts of a run at the server; those that it left before are gone then."""
+    """Save the receipts of a run at the server, and remove its earlier ones."""
     data = json.dumps(document, separators=(",", ":")).encode()
     text = base64.b64encode(zlib.compress(data)).decode("ascii")
     pieces = [text[at : at + PART_CHARS] for at in range(0, len(text), PART_CHARS)]
@@ -43,7 +43,7 @@ async def keep(client: PrefectClient, flow_run_id: UUID, document: dict[str, Any
 
 
 async def read(client: PrefectClient, flow_run_id: UUID) -> dict[str, Any] | None:
-    """Return the last receipts of a run that are there whole; None if the server has none."""
+    """Return the last complete receipts of a run; None if the server has none."""
     sets: dict[str, dict[int, Artifact]] = {}
     for part in await _parts(client, flow_run_id):  # the newest first
         mark = part.metadata_ or {}

@@ -1,4 +1,4 @@
-"""A server that is away for a moment must cost a run some time, never its result."""
+"""Waits for a Prefect server that is away for a moment: that must cost a run some time, never its result."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def is_outage(exc: BaseException) -> bool:
 
 
 async def patiently(call: Callable[[], Awaitable[R]], given_up: Callable[[], bool] = lambda: False) -> R:
-    """Await what `call` returns, again and again while the server is away.
+    """Await what `call` returns; repeat while the server is away.
 
     Args:
-        given_up: asked before another try; True lets the error out.
+        given_up: called before another try; True raises the error.
     """
     end = time.monotonic() + PATIENCE_S
     while True:

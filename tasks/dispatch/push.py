@@ -34,7 +34,7 @@ def delay_before(attempt: int, target: Target, error: BaseException | None) -> f
 
 
 def hook_delay_before(attempt: int, target: Target) -> float:
-    """Return the seconds to wait before an attempt at a target's script: its own delay, doubled with each attempt.
+    """Return the seconds to wait before an attempt at a target's script: its own delay, doubled each time.
 
     Without jitter: one script on one server is no crowd. At most `retry_max_delay_s`, unless the first delay is longer.
     """
@@ -91,9 +91,9 @@ async def run_hook(delivery: Delivery) -> None:
 
 
 class _Plainly(logging.Filter):
-    """Leaves out of a run's log what Prefect says of an error of ours: we have said it in one line.
+    """Drops Prefect's log records about an error of ours: we have logged it in one line.
 
-    A traceback is for bugs; those are logged by whoever meets them.
+    A traceback is for bugs, and those are logged where they are caught.
     """
 
     def filter(self, record: logging.LogRecord) -> bool:
@@ -113,7 +113,7 @@ def _with_policy(
     attempts: int,
     delay: Callable[[int, BaseException], float | None],
 ) -> Task[[Delivery], Any]:
-    """Return a task under this name that is tried again after a Retryable, unless `delay` returns None."""
+    """Return a task with this name that is tried again after a Retryable, unless `delay` returns None."""
 
     def is_retryable(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
         # A plain function: Prefect takes anything else for "no retry". The engine reads the delay of the next
@@ -135,7 +135,7 @@ def _with_policy(
 
 
 def failure_of(error: BaseException, target: str) -> DispatchError:
-    """Return an error as one of ours: what a driver doesn't know is named by its type only, its text may hold PHI."""
+    """Return an error as one of ours; an unforeseen one is named by its type only, because its text may hold PHI."""
     if isinstance(error, DispatchError):
         return error
     return DispatchError(f"unexpected {type(error).__name__}: see the run's log", target)

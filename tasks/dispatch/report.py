@@ -1,4 +1,4 @@
-"""What people see of a dispatch in Prefect: progress while it runs, receipts at its end."""
+"""What people see of a dispatch in Prefect: progress while it runs, receipts at the end."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ SHOWN_ITEMS = 500  # lines of the artifact's list; the JSON file has all
 
 @asynccontextmanager
 async def progress_shown(deliveries: Sequence[Delivery], shown_live: Live) -> AsyncIterator[None]:
-    """Show how far deliveries are while the block runs: live, and as an artifact for each that takes its time.
+    """Show how far deliveries have come while the block runs: live, and as an artifact for each that takes long.
 
-    The artifact's description is how many items have an outcome, then a line for each of the last failed attempts.
+    The artifact's description is the number of items with an outcome, then a line for each of the last failed attempts.
     """
     artifacts: dict[str, UUID] = {}
     shown: dict[str, Part] = {}
@@ -56,7 +56,7 @@ async def progress_shown(deliveries: Sequence[Delivery], shown_live: Live) -> As
 
 
 def part_of(delivery: Delivery) -> Part:
-    """Return how far a delivery is."""
+    """Return how far a delivery has come."""
     progress, failures = delivery.progress, tuple(delivery.failures[-SHOWN_FAILURES:])
     done, items = progress.done, progress.items
     words = f"{done} of {items} items to {delivery.target.name}"
@@ -65,7 +65,7 @@ def part_of(delivery: Delivery) -> Part:
 
 @asynccontextmanager
 async def updated(update: Callable[[], Awaitable[None]], first_after: float = 0.0) -> AsyncIterator[None]:
-    """Bring what people see up to date while the block runs, and once more at its end.
+    """Update what people see while the block runs, and once more at its end.
 
     Args:
         first_after: seconds before the first update; a block that ends before has none.
@@ -107,7 +107,7 @@ def document(dispatch_id: str, flow_run_id: str, state: State, receipts: Sequenc
 async def report(
     home: Home, dispatch_id: str, flow_run_id: str, state: State, receipts: Sequence[Receipt], outputs: dict[str, str]
 ) -> None:
-    """Leave the receipts behind: whole at the server, a copy as a JSON file, events, and artifacts for people.
+    """Save the receipts: whole at the server, a copy as a JSON file, events, and artifacts for people.
 
     Args:
         outputs: how hooks ended, and what they printed, by target.
@@ -166,7 +166,7 @@ def _markdown(dispatch_id: str, state: State, receipts: Sequence[Receipt], outpu
 
 
 def _plain(text: str) -> str:
-    """Keep a value from being read as Markdown or HTML."""
+    """Escape a value, so that it is not read as Markdown or HTML."""
     for sign in "\\`*_[]<>|":
         text = text.replace(sign, "\\" + sign)
     return text.replace("\n", " ")

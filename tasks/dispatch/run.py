@@ -1,4 +1,4 @@
-"""One dispatch as it runs: its targets, its files, its deliveries, its end."""
+"""One run of a dispatch: its targets, its files, its deliveries, its end."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Dispatch:
         return self.ledger.same_dispatch(self.flow_run_id, staged.plan)
 
     async def deliver(self, plan: Plan, priority: str, force: bool) -> list[Receipt]:
-        """Push to all targets at once; what one of them does never holds up another."""
+        """Push to all targets at once; none of them ever holds up another."""
         self.deliveries = [
             Delivery(DRIVERS.of(target), target, plan, self.ledger, self.home, self.cancelled, force=force)
             for target in self.targets
@@ -108,7 +108,7 @@ class Dispatch:
             delivery.ends()
 
     async def _push(self, delivery: Delivery) -> None:
-        """Push as soon as the target has a place free; the place is held for as long as the push takes."""
+        """Push as soon as the target's concurrency limit has room, and take a place of it while the push runs."""
         async with get_client() as client:
             slot = await limit(client, delivery.target)
         async with concurrency(
@@ -117,7 +117,7 @@ class Dispatch:
             await push_task(delivery)(delivery)
 
     async def _stoppable(self, work: Awaitable[R], idle: Callable[[], bool] = lambda: False) -> R:
-        """Wait for work; when the run is cancelled, let it stop by itself unless it is idle, then cancel it."""
+        """Wait for work; when the run is cancelled, let the work stop by itself, or cancel it if it is idle."""
         task = asyncio.ensure_future(work)
         while not (await asyncio.wait([task], timeout=LOOK_S))[0]:
             if self.cancelled.is_set():
@@ -128,7 +128,7 @@ class Dispatch:
         return await task
 
     async def conclude(self, plan: Plan, receipts: list[Receipt]) -> RunState[Any]:
-        """Leave the receipts behind and return the state that the flow run ends in."""
+        """Save the receipts and return the state in which the flow run ends."""
         state = overall([receipt.state for receipt in receipts])
         outputs = {d.target.name: f"{d.hook_told}\n{d.hook_output}" for d in self.deliveries if d.hook_told}
         await patiently(lambda: report(self.home, plan.dispatch_id, self.flow_run_id, state, receipts, outputs))
@@ -142,10 +142,10 @@ class Dispatch:
 
 @asynccontextmanager
 async def dispatching(targets: list[str]) -> AsyncIterator[Dispatch]:
-    """Load the targets and open the ledger for the flow run that is running; staging is gone at the end.
+    """Load the targets and open the ledger for the current flow run; remove its staging folder at the end.
 
     Raises:
-        NotFound, Misconfigured: a target isn't there or may not be sent to.
+        NotFound, Misconfigured: a target doesn't exist or may not be sent to.
     """
     context = FlowRunContext.get()
     if context is None or context.flow_run is None:
@@ -180,7 +180,7 @@ async def _load(names: list[str]) -> list[Target]:
 
 
 def opens(target: Target, priority: str, now: datetime | None = None) -> datetime | None:
-    """Return when a target may be sent to, or None if that is now."""
+    """Return when a target may be sent to; None if now."""
     now = now or datetime.now(UTC)
     if not target.enabled:
         return now + timedelta(seconds=DISABLED_S)
@@ -194,7 +194,7 @@ def opens(target: Target, priority: str, now: datetime | None = None) -> datetim
 
 
 def refusal(error: DispatchError) -> RunState[Any]:
-    """Return the state of a run that could not begin, or was stopped before it did."""
+    """Return the state of a run that could not begin, or was stopped before it began."""
     return Cancelled(message=str(error)) if isinstance(error, DispatchCancelled) else Failed(message=str(error))
 
 

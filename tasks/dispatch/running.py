@@ -1,4 +1,4 @@
-"""The runs of this process: how to stop one, and that it is ours.
+"""The runs of this process: which there are, and how to stop one.
 
 A run in a worker's thread can't be interrupted by a signal; it looks at its flag between items instead.
 """
@@ -30,7 +30,7 @@ def flag(flow_run_id: str) -> threading.Event:
 
 @contextmanager
 def part_of(flow_run_id: str) -> Iterator[None]:
-    """Let runs that begin in this context be parts of another one: they share its flag."""
+    """Make runs that begin in this context parts of another one: they share its flag."""
     token = _whole.set(flow_run_id)
     try:
         yield
@@ -39,12 +39,12 @@ def part_of(flow_run_id: str) -> Iterator[None]:
 
 
 def whole() -> str:
-    """Return the id of the run that runs of this context are parts of, "" if there is none."""
+    """Return the id of the run that this context's runs are parts of; "" if there is none."""
     return _whole.get()
 
 
 def pause(flow_run_id: str) -> threading.Event:
-    """Return the flag that lets a run end where it can go on later."""
+    """Return the flag that makes a run pause at a point from which it can continue later."""
     with _lock:
         return _pauses.setdefault(flow_run_id, threading.Event())
 

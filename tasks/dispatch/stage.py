@@ -17,7 +17,7 @@ from transfer.staging import stage
 
 
 class Staged:
-    """The plan of the staged files. A plain class, so that Prefect doesn't walk through thousands of items."""
+    """The plan of the staged files. A plain class, because Prefect would walk through thousands of items."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
@@ -41,7 +41,7 @@ def plan_and_stage(paths: list[str], exclude: str, origin: Origin, into: Path, c
 
 @task(name="stage", cache_policy=NO_CACHE, persist_result=False)
 async def stage_files(paths: list[str], exclude: str, origin: Origin, into: Path, cancel: object) -> Staged:
-    """Stage a dispatch's files; its log says how many and how much."""
+    """Stage a dispatch's files; log their number and size."""
     cancelled = cancel if isinstance(cancel, threading.Event) else threading.Event()
     plan = await asyncio.to_thread(plan_and_stage, paths, exclude, origin, into, cancelled)
     get_run_logger().info("%d files, %d bytes, dispatch %s", len(plan.items), plan.size, plan.dispatch_id)

@@ -1,1 +1,1 @@
-"""The engine of a retrieval: find studies, fetch them, hand each on as soon as it is whole. Drivers don't import it."""
+"""The engine of a retrieval: find studies, fetch them, send each on as soon as it is whole. Drivers don't import it."""

@@ -42,10 +42,10 @@ class Fetcher:
         return PushReport(cancelled=self.cancelled, pausing=self.paused)
 
     def patiently(self, work: Callable[[], R]) -> R:
-        """Do some work, as often as the source's settings say.
+        """Do some work, with as many attempts as the source's settings allow.
 
         Raises:
-            DispatchError: the last attempt's.
+            DispatchError: that of the last attempt.
         """
         attempt = 1
         while True:
@@ -66,7 +66,7 @@ class Fetcher:
     # ---- find
 
     def find(self, accessions: list[str]) -> list[Match]:
-        """Return the studies with these accession numbers, or that the filters find if there are none."""
+        """Return the studies with these accession numbers or, without any, those that the filters find."""
         query = self.filters
         if accessions:
             query = Query(**{**self.filters.__dict__, "AccessionNumber": tuple(accessions)})
@@ -80,7 +80,7 @@ class Fetcher:
             return found
 
     def find_pending(self) -> None:
-        """Ask for accession numbers that have not been asked for; what became of each is in the job."""
+        """Search for the accession numbers that have not been searched for; the job keeps each result."""
         batch = self.job.pending[:BATCH]
         self._find(batch)
         self.job.pending = self.job.pending[len(batch) :]
@@ -112,7 +112,7 @@ class Fetcher:
         return False
 
     def search(self) -> None:
-        """Find studies by the keys that are no accession numbers."""
+        """Find studies by the other keys than accession numbers."""
         self._take(self.patiently(lambda: self.find([])))
         self.job.searched = True
         self.job.save()
@@ -127,7 +127,7 @@ class Fetcher:
     # ---- fetch
 
     def fetch(self, study: Study, folder: Path) -> None:
-        """Fetch a study into a folder; what became of it is in `study`. A pause leaves it as it is.
+        """Fetch a study into a folder; `study` keeps the result. A pause leaves it as it is.
 
         Raises:
             Cancelled: somebody asked for it.

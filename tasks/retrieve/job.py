@@ -1,6 +1,6 @@
-"""What a retrieval knows of itself, kept in the state directory: it may be paused, killed and taken up again.
+"""A retrieval's state, kept in the state directory: it may be paused, killed and taken up again.
 
-Holds accession numbers and UIDs, nothing else of a patient's.
+Holds accession numbers and UIDs, no other data of a patient.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from transfer.ledger import write_json
 
 
 class Stage(StrEnum):
-    """How far a study is."""
+    """How far a study has come."""
 
     FOUND = "found"  # at the source
     WHOLE = "whole"  # fetched, and not handed on yet
@@ -37,7 +37,7 @@ class Study:
         reason: why it is partial or failed, in one sentence.
         notes: how it was fetched.
         targets: state by target, as its dispatch left it.
-        dispatch: flow run of the dispatch that took it.
+        dispatch: flow run of the dispatch that sends it.
     """
 
     study: str
@@ -53,7 +53,7 @@ class Study:
 
     @property
     def came_whole(self) -> bool:
-        """Whether it failed on its way from here, not on its way to here."""
+        """Whether it was fetched whole, and failed only when it was sent on."""
         return self.stage is Stage.FAILED and self.instances > 0 and not self.missing
 
 
@@ -62,11 +62,11 @@ class Job:
     """A retrieval's state.
 
     Attributes:
-        pending: accession numbers that have not been asked for.
-        missing: accession numbers of which the source has nothing that matches.
-        failed: accession numbers that could not be asked for, with the reason.
+        pending: accession numbers that have not been searched for.
+        missing: accession numbers for which the source has no match.
+        failed: accession numbers whose search failed, with the reason.
         searched: whether a search by other keys has been made.
-        ended: whether it came to an end; a run after that is a retry.
+        ended: whether it has ended; a run after that is a retry.
     """
 
     folder: Path
@@ -93,7 +93,7 @@ class Job:
         return cls(folder, studies=studies, **document)
 
     def save(self) -> None:
-        """Keep it, whole or not at all."""
+        """Save the state, whole or not at all."""
         with self._lock:
             document = {
                 "pending": self.pending,
@@ -107,7 +107,7 @@ class Job:
             write_json(self.folder / "job.json", document)
 
     def again(self) -> None:
-        """Begin a run: after an end, let all that did not succeed be tried again; what was delivered stays so."""
+        """Begin a run; after an earlier end, schedule everything that did not succeed once more."""
         if not self.ended:
             return
         self.ended = False
@@ -127,12 +127,12 @@ class Job:
 
 
 def folder_of(home: Home, flow_run_id: str) -> Path:
-    """Return where a retrieval keeps its state and what it has fetched."""
+    """Return the folder of a retrieval's state and of what it has fetched."""
     return home.root / "retrievals" / flow_run_id
 
 
 def size_of(folder: Path) -> tuple[int, int]:
-    """Return number and bytes of the instances in a folder; some may be moved away while it is looked at."""
+    """Return number and bytes of the instances in a folder; some may be moved away meanwhile."""
     sizes = []
     with suppress(FileNotFoundError), os.scandir(folder) as entries:
         for entry in entries:
@@ -142,5 +142,5 @@ def size_of(folder: Path) -> tuple[int, int]:
 
 
 def discard(folder: Path) -> None:
-    """Remove what was fetched of a study."""
+    """Remove what has been fetched of a study."""
     shutil.rmtree(folder, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Brings a study that was fetched into a folder of the user's, as `<into>/<accession>/<series>/<instance>.dcm`."""
+"""Moves a fetched study into a folder of the user's, as `<into>/<accession>/<series>/<instance>.dcm`."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from transfer.oserrors import FULL
 
 
 def check_place(into: Path) -> None:
-    """Refuse a folder that can't be brought to, or whose name is probably mistyped.
+    """Raise if studies can't be moved to a folder, or if its name is probably mistyped.
 
     Raises:
-        Misconfigured: neither it nor the folder that it would be in is there.
+        Misconfigured: neither the folder nor the one above it exists.
     """
     if os.path.lexists(into) and not into.is_dir():
         raise Misconfigured(f"{into} is not a folder")
@@ -28,10 +28,10 @@ def check_place(into: Path) -> None:
 
 
 def place(folder: Path, into: Path, name: str) -> int:
-    """Move the instances of a folder to their places, for good; return how many. What is there already is replaced.
+    """Move the instances of a folder to their final places; return how many. What is there already is replaced.
 
     Args:
-        name: of the study's folder: its accession number, or its UID.
+        name: name of the study's folder: its accession number or its UID.
 
     Raises:
         Busy: there is no room. Misconfigured: the folder can't be written to.

@@ -26,7 +26,7 @@ SHOWN_ROWS = 2000  # of the artifact; the files have all
 
 
 def state_of(job: Job) -> str:
-    """Delivered if everything that was asked for was found and handed on."""
+    """Return the state: delivered if everything that was asked for was found and sent on."""
     if job.whole:
         return "delivered"
     return "partial" if any(one.stage is Stage.DELIVERED for one in job.studies.values()) else "failed"
@@ -37,7 +37,7 @@ def rows(job: Job) -> list[dict[str, Any]]:
     found = [_row(one) for one in job.studies.values()]
     found += [_of_number(number, "missing", "the source has no study that matches") for number in job.missing]
     found += [_of_number(number, "failed", reason) for number, reason in job.failed.items()]
-    found += [_of_number(number, "waiting", "not asked for yet") for number in job.pending]
+    found += [_of_number(number, "waiting", "not searched for yet") for number in job.pending]
     return found
 
 
@@ -84,7 +84,7 @@ def document(job: Job, flow_run_id: str, source: str, state: str) -> dict[str, A
 
 
 def csv_text(job: Job) -> str:
-    """Return the same as a table for spreadsheets; no value is taken for a formula there."""
+    """Return the same as CSV, in which spreadsheets take no value for a formula."""
     out = io.StringIO()
     writer = csv.DictWriter(out, COLUMNS)
     writer.writeheader()
@@ -94,12 +94,12 @@ def csv_text(job: Job) -> str:
 
 
 def csv_path(home: Home, flow_run_id: str) -> Path:
-    """Return where the CSV file of a retrieval is."""
+    """Return the path of a retrieval's CSV file."""
     return home.receipt(flow_run_id).with_suffix(".csv")
 
 
 async def report(home: Home, job: Job, flow_run_id: str, source: str, state: str) -> None:
-    """Leave the result behind: whole at the server, JSON and CSV in the state directory, and an artifact."""
+    """Save the result: whole at the server, JSON and CSV in the state directory, and an artifact."""
     whole = document(job, flow_run_id, source, state)
     write_json(home.receipt(flow_run_id), whole)
     async with get_client() as client:
@@ -117,7 +117,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def part_of(job: Job, source: str) -> Part:
-    """Return how far a retrieval is."""
+    """Return how far a retrieval has come."""
     done = sum(one.stage not in (Stage.FOUND, Stage.WHOLE) for one in job.studies.values())
     done += len(job.missing) + len(job.failed)
     total = len(job.studies) + len(job.missing) + len(job.failed) + len(job.pending)

@@ -1,4 +1,4 @@
-"""One retrieval as it runs: studies are found, fetched one after another, and handed on while the next is fetched."""
+"""One run of a retrieval: find studies, fetch them one after another, and send each on while the next is fetched."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Wish:
         """Return the accession numbers of the list, each once.
 
         Raises:
-            Misconfigured: there is nothing to look for, or nowhere to bring it.
+            Misconfigured: there is nothing to look for, or no place to bring it to.
         """
         found = accessions(self.accessions)
         keys = ("StudyInstanceUID", "SeriesInstanceUID", "StudyDate", "PatientID", "PatientName", "StudyDescription")
@@ -102,7 +102,7 @@ class Retrieval:
     # ---- the whole
 
     async def run(self) -> None:
-        """Find, fetch and hand on, until all is done or something holds it up."""
+        """Find, fetch and send on, until all is done or something stops it for now."""
         progress = RetrievalProgress(self.source.name)
         async with live(self.home, self.flow_run_id) as shown, updated(lambda: progress.show(self.job)):
             shown.phase = "fetching"
@@ -128,7 +128,7 @@ class Retrieval:
         self.job.save()
 
     async def _fetch(self) -> None:
-        """Take study after study; each is handed on as soon as it is whole."""
+        """Fetch study after study; send each on as soon as it is complete."""
         for study in list(self.job.studies.values()):
             folder = self._folder(study)
             if study.stage is Stage.WHOLE and not any(folder.glob("*.dcm")):
@@ -154,14 +154,14 @@ class Retrieval:
         return self.cancelled.is_set() or self.paused.is_set()
 
     def _held_up(self) -> bool:
-        """Return whether the source must not be asked now; then the run goes on later."""
+        """Return whether the source must not be asked now; if so, the run continues later."""
         opening = opens(self.source, self.wish.priority)
         if opening:
             self.again = min(self.again or opening, opening)
         return opening is not None
 
     async def _on_a_place(self, work: Callable[[], R]) -> R:
-        """Do blocking work as soon as the source has places free for its associations."""
+        """Do blocking work as soon as the source's concurrency limit has room."""
         count = min(self.source.concurrency, self.source.max_dispatches)
 
         async def run() -> R:
@@ -177,7 +177,7 @@ class Retrieval:
         return await self._stoppable(patiently(run, lambda: bool(begun)), begun)
 
     async def _stoppable(self, work: Awaitable[R], begun: list[bool]) -> R:
-        """Wait for work; when the run is cancelled, let it stop by itself, then leave it."""
+        """Wait for work; when the run is cancelled, let the work stop by itself."""
         task = asyncio.ensure_future(work)
         while not (await asyncio.wait([task], timeout=LOOK_S))[0]:
             if self.cancelled.is_set() or (self.paused.is_set() and not begun):
@@ -207,11 +207,11 @@ class Retrieval:
             await asyncio.wait(self._handing_on, timeout=LOOK_S, return_when=asyncio.FIRST_COMPLETED)
 
     def _held(self) -> int:
-        """Return the bytes that were fetched and are still here."""
+        """Return how many bytes have been fetched and are still here."""
         return sum(size_of(folder)[1] for folder in self._folders.glob("*"))
 
     def _drop(self) -> bool:
-        """Give up the files of one study that a retry would have sent without fetching them again."""
+        """Delete the files of one failed study, to make room; a retry then fetches them again."""
         for one in self.job.studies.values():
             folder = self._folder(one)
             if one.stage in (Stage.FAILED, Stage.PARTIAL) and size_of(folder)[0]:
@@ -243,14 +243,14 @@ class Retrieval:
             except DispatchError as exc:
                 study.stage, study.reason = Stage.FAILED, exc.message
             except Exception as exc:  # what one study meets must not end the others
-                get_run_logger().exception("study %s could not be handed on", study.study)
+                get_run_logger().exception("study %s could not be sent on", study.study)
                 study.stage, study.reason = Stage.FAILED, f"unexpected {type(exc).__name__}: see the run's log"
             if study.stage is Stage.DELIVERED:
                 await asyncio.to_thread(discard, folder)
             self.job.save()
 
     async def _dispatch(self, study: Study, folder: Path) -> None:
-        """Send a study by a dispatch of its own, with the queried node as its origin."""
+        """Send a study in a dispatch of its own, with the queried node as its origin."""
         with running.part_of(self.flow_run_id):
             state = await self._send(
                 [str(folder)],
@@ -276,7 +276,7 @@ class Retrieval:
     # ---- the end
 
     async def conclude(self) -> RunState[Any]:
-        """Leave the result behind and return the state that the flow run ends in."""
+        """Save the result and return the state in which the flow run ends."""
         state = state_of(self.job)
         unfinished = (
             any(one.stage in (Stage.FOUND, Stage.WHOLE) for one in self.job.studies.values()) or self.job.pending
@@ -311,7 +311,7 @@ async def retrieving(wish: Wish, send: Send) -> AsyncIterator[Retrieval]:
     """Load source and targets for the flow run that is running.
 
     Raises:
-        NotFound, Misconfigured: one isn't there, may not be queried or sent to, or the wish makes no sense.
+        NotFound, Misconfigured: one doesn't exist, may not be queried or sent to, or the request is contradictory.
     """
     context = FlowRunContext.get()
     if context is None or context.flow_run is None:

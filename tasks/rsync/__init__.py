@@ -1,8 +1,8 @@
-"""rsync targets: folders on servers that give a shell and have rsync.
+"""rsync targets: folders on servers that offer a shell and have rsync installed.
 
-Everything goes into `<folder>/.incoming-<dispatch>/`, where an interrupted transfer finds again what has come. When
-it is whole, one rename makes it visible; if the folder is there already, file after file is renamed into it. A shell
-prepares and ends it; rsync logs in on its own.
+Everything goes into `<folder>/.incoming-<dispatch>/`, where a later attempt finds what an interrupted transfer has
+brought. When everything is there, one rename makes it visible; if the folder exists already, file after file is renamed
+into it. A shell prepares and completes this; rsync logs in by itself.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def _check(health: Health, target: RsyncTarget, client: SshClient) -> None:
 
 
 def _rehearse(client: SshClient, shell: Shell, place: str) -> None:
-    """Let rsync log in by itself, with ssh(1), and compare a file of ours with one that isn't there, at `place`."""
+    """Let rsync log in by itself, with ssh(1), and compare a file of ours with a missing one at `place`."""
     with TemporaryDirectory(prefix="talaria-") as here:
         name = ssh.probe_name()
         Path(here, name).write_bytes(b"talaria")
@@ -120,7 +120,7 @@ def _rehearse(client: SshClient, shell: Shell, place: str) -> None:
 
 
 def push(target: RsyncTarget, plan: Plan, report: PushReport) -> Receipt:
-    """Send every pending file, make all visible at once, then put the marker; a file is reported when it is visible."""
+    """Send every pending file, make all visible at once, then put the marker; report a file when it is visible."""
     report.check()
     hide = ssh.hiding(target, plan)
     with (
@@ -134,7 +134,7 @@ def push(target: RsyncTarget, plan: Plan, report: PushReport) -> Receipt:
 
 @dataclass
 class _Folder:
-    """One folder that the layout makes: its name, where it grows, and what it shall hold."""
+    """One folder that the layout makes: its name, where it is filled, and the items that belong into it."""
 
     name: str
     number: int
@@ -194,7 +194,7 @@ class _Push:
         self.report(item, Outcome(Kind.REJECTED, self.hide(reason)))
 
     def unchanged(self, items: Iterable[Item], refuse: Callable[[Item, str], None]) -> list[Item]:
-        """Return the items whose files are as planned; `refuse` gets the others, each with the reason."""
+        """Return the items whose files are as planned; call `refuse` with each of the others and the reason."""
         good = []
         for item in items:
             try:
@@ -214,7 +214,7 @@ class _Push:
         self.placed = {int(name.removeprefix("placed-")) for name in placed if name}
 
     def send(self, folder: _Folder, *, look: bool) -> None:
-        """Bring a folder's files to where it grows; what has changed meanwhile is rejected.
+        """Bring a folder's files to where it is filled; reject what has changed meanwhile.
 
         Args:
             look: whether an earlier attempt broke off.
@@ -259,7 +259,7 @@ class _Push:
                 folder.sent.append(item)
 
     def too_large(self, item: Item, reason: str, items: list[Item]) -> list[Item]:
-        """Reject a file for its length, and all that are no shorter; return the others."""
+        """Reject a file for its length, and all that are at least as long; return the others."""
         for one in items:
             if one.size >= item.size:
                 self.reject(one, reason if one is item else f"no shorter than {item.shown}: {reason}")
@@ -278,9 +278,9 @@ class _Push:
             return False
 
     def suspects(self, folder: _Folder, place: str, there: str) -> list[Item]:
-        """Return the files at which the link may have broken in earlier attempts.
+        """Return the files at which the connection may have broken in earlier attempts.
 
-        rsync sends one file after the other, in an order of its own: the first that has not come is the next of them.
+        rsync sends one file after the other, in an order of its own: the first that has not arrived is suspected.
         """
         by_path = {item.path: item for item in folder.pending}
         _, paths = self.rsync.differing(self.plan.root, by_path, place, there=there)
@@ -289,7 +289,7 @@ class _Push:
         return [by_path[path] for path in paths if path in self.broke]
 
     def set_aside(self, item: Item, error: DispatchError, folder: _Folder) -> None:
-        """Leave a file to the next attempt; what has come of it must not take the room of others."""
+        """Leave a file to the next attempt; delete its part, which must not take the room of others."""
         error.item = item.shown
         self.aside[item] = error
         self.report.put_off[item.path] = self.hide(error.message)
@@ -298,10 +298,10 @@ class _Push:
             self.script(REMOVE, PATHS=[f"{above}/{PARTIAL}/{name}"])
 
     def missing(self, result: Result, items: list[Item], place: str, there: str) -> dict[str, str]:
-        """Return why which files have not come, where rsync says that some have not.
+        """Return the files that have not arrived, with the reasons, after rsync has said that there are some.
 
         Raises:
-            DispatchError: the reason holds for every file, or none has come.
+            DispatchError: the reason holds for every file, or none has arrived.
         """
         error = result.failure()
         if isinstance(error, Busy):
@@ -359,16 +359,16 @@ class _Push:
                     self.report(item, ssh.REPLACED if item.path in old else DELIVERED)
 
     def replaced(self, folder: _Folder) -> frozenset[str]:
-        """Return the paths at which another file was in a folder that was there before."""
+        """Return the paths at which another file was replaced in a folder that existed before."""
         _, output = self.script(REPLACED, PLACE=str(folder.number))
         return frozenset(output.decode("utf-8", "surrogateescape").split("\0"))
 
     def expected(self, folder: _Folder) -> str:
-        """How many files must be where a folder grows: rsync has been seen to leave out a name without a word."""
+        """Return how many files a folder must hold before it is placed: rsync has been seen to skip a name silently."""
         return "''" if folder.number in self.placed else str(len(folder.sent))
 
     def left(self, growing: list[_Folder], said: str) -> dict[str, str]:
-        """Return why which files could not be renamed into a folder that was there.
+        """Return the files that could not be renamed into a folder that existed, with the reasons.
 
         Raises:
             DispatchError: none could.
@@ -395,7 +395,7 @@ class _Push:
         return self.report.arrived(self.plan, item)
 
     def verify(self) -> Level:
-        """Ask rsync what it would have to send; take back what it names."""
+        """Ask rsync what it would still have to send; revoke what it names."""
         wanted = self.target.verify
         if wanted is Level.ACCEPTED:
             return wanted
@@ -421,9 +421,9 @@ class _Push:
         return wanted
 
     def finish(self) -> None:
-        """Put the marker into every folder that has all its files; take away where they grew.
+        """Put the marker into every folder that has all its files; remove the folders in which they were filled.
 
-        Which folder lacks what can't be sent is not known: then none is marked.
+        Nothing shows in which folder a file that can't be sent would lie: if there is one, no folder is marked.
         """
         whole = [folder.name for folder in self.folders if all(map(self.has_arrived, folder.items))]
         if self.plan.lacks:
@@ -439,20 +439,20 @@ class _Push:
 
 
 def _named(result: Result, items: list[Item]) -> Item | None:
-    """Return the item that rsync's words name."""
+    """Return the item that rsync's message names."""
     found = [item for item in items if f"/{item.path}" in result.words + result.there]
     return max(found, key=lambda item: len(item.path), default=None)
 
 
 def _lost(error: DispatchError) -> DispatchError:
-    """Return what an error means that came after we had made the folders: they are not wrong, they vanish."""
+    """Return the meaning of an error after we had made the folders: if they are missing, somebody removes them."""
     if not isinstance(error, NotFound):
         return error
-    return Interrupted(f"{error.message}: what is being written vanishes, another attempt or program clears it")
+    return Interrupted(f"{error.message}: what is being written vanishes: another attempt or program removes it")
 
 
 def _said(output: bytes, target: RsyncTarget, hide: Callable[[str], str] = str) -> DispatchError:
-    """Return the error that a script's words mean."""
+    """Return the error that a script's message means."""
     words = output.decode("utf-8", "replace").strip()
     kind = next((error for pattern, error in WORDS if re.search(pattern, words, re.MULTILINE)), Misconfigured)
     return kind(f"{target.folder}: {short(words, hide)}")

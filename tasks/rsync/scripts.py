@@ -1,4 +1,4 @@
-"""What a shell on the server does for an rsync target, before and after the files come."""
+"""What a shell on the server does for an rsync target, before and after the files arrive."""
 
 from __future__ import annotations
 
@@ -99,11 +99,11 @@ printf '%s' "$folder"
 
 
 class Script(str):
-    """Text of a script that is put into another as it is."""
+    """Text that becomes part of a script without quoting."""
 
 
 def filled(text: str, **words: str | list[str]) -> str:
-    """Put words into a script, quoted, in one pass: what is put in is not looked at again."""
+    """Fill words into a script, quoted and in one pass, so that no filled-in text is replaced again."""
 
     def word(found: re.Match[str]) -> str:
         value = words[found[1]]

@@ -1,6 +1,6 @@
 """S3 targets: a prefix of a bucket, at AWS or at any store that speaks S3.
 
-What a store's words mean is in `errors.py`, one push in `push.py`, large files in `large.py`, checksums in
+The meaning of a store's errors is in `errors.py`, one push in `push.py`, large files in `large.py`, checksums in
 `support.py`, verification in `verify.py`.
 """
 
@@ -45,14 +45,14 @@ PARTS = {
 
 @contextmanager
 def connect(target: S3Target, check: Callable[[], None] = lambda: None, hidden: Iterable[str] = ()) -> Iterator[Store]:
-    """Yield the target's bucket; connections are made as they are needed, and closed at the end.
+    """Yield the target's bucket; make connections when they are needed, and close them at the end.
 
     Args:
         hidden: names of folders that no message may show; secrets never are.
 
     Raises:
-        Misconfigured: there are no credentials, or settings contradict each other, or `endpoint_url` can name no
-            host. Denied: no credentials can be had.
+        Misconfigured: there are no credentials, or settings contradict each other, or `endpoint_url` names no host.
+            Denied: no credentials can be had.
     """
     proxy = target.proxy.get_secret_value()
     secrets = {_secret(target.secret_access_key) or "", _secret(target.session_token) or ""} - {""}
@@ -96,7 +96,7 @@ def _tls(target: S3Target) -> Tls:
 
 
 def check(target: S3Target) -> Health:
-    """Probe name, TCP, TLS, credentials, rights; write, read, remove objects; see which checksums the store knows."""
+    """Probe name, TCP, TLS, credentials and rights; write, read and remove objects; find out which checksums work."""
     health = Health()
     order = ["resolve", "tcp", "tls", "authenticate", "authorize", "write", "checksum", "multipart", "trailers"]
     if target.endpoint_url and urlsplit(target.endpoint_url).scheme == "http":
@@ -124,7 +124,7 @@ def check(target: S3Target) -> Health:
 
 
 def _probe_bucket(health: Health, target: S3Target, store: Store) -> None:
-    """Any answer to a signed request but those about the credentials means that these are good."""
+    """Probe the bucket: any answer to a signed request that is not about the credentials means that these are good."""
     refused: StoreError | None = None
     with health.probe("authenticate") as probe, errors(store.where):
         try:
@@ -185,7 +185,7 @@ def _probe_objects(health: Health, target: S3Target, store: Store, *, trailers: 
 
 
 def _probe_locked(health: Health, supports: Supports) -> None:
-    """Write one probe where each would stay."""
+    """Write a single probe object where nothing can be removed."""
     with health.probe("write") as probe:
         support = supports.probe()
         probe.detail = "an object was written with a checksum" + (", read back" if support.read_back else "")

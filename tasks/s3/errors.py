@@ -1,4 +1,4 @@
-"""What a store, or boto3, says, and what it means for a dispatch."""
+"""What the errors of a store, and of boto3, mean for a dispatch."""
 
 from __future__ import annotations
 
@@ -120,14 +120,14 @@ def errors(where: str, item: str | None = None) -> Iterator[None]:
             raise Mismatch(str(exc)) from exc
         raise of(exc, where, item) from exc
     except Corrupts as exc:
-        raise Misconfigured(f"{where}: the store does not keep what it is given: {exc}") from exc
+        raise Misconfigured(f"{where}: the store does not keep what was sent to it: {exc}") from exc
     except tuple(kind for kind, _, _ in FOREIGN) as exc:
         kind, remedy = next((ours, remedy) for theirs, ours, remedy in FOREIGN if isinstance(exc, theirs))
         raise kind(f"{where}: {_sentence(exc)}: {remedy}", item=item) from exc
 
 
 def of(exc: StoreError, where: str, item: str | None = None) -> DispatchError:
-    """Return the error of ours that a refusal means."""
+    """Return a store's refusal as one of our errors."""
     remedy = REMEDIES.get(exc.code)
     message = f"{where}: {exc}" + (f": {remedy}" if remedy else "")
     if exc.busy:
@@ -139,7 +139,7 @@ def of(exc: StoreError, where: str, item: str | None = None) -> DispatchError:
 
 
 def only_denied(exc: StoreError) -> bool:
-    """Return whether it is this one operation that the key may not do."""
+    """Return True if the key may not do this one operation."""
     return exc.status == 403 and exc.code not in CREDENTIALS
 
 

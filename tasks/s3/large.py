@@ -1,4 +1,4 @@
-"""The way of one large file to a bucket: hashed, sent in parts, put together."""
+"""One large file on its way to a bucket: hashed, sent in parts, put together."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Large:
         self.whole: bytes | None = None
 
     def hash(self) -> Sums:
-        """Read the file once for what must be known before its first byte is sent: SHA-256, and the whole's CRC."""
+        """Read the file once for what must be known before its first byte is sent: SHA-256 and CRC of the whole."""
         sha256 = hashlib.sha256()
         algorithm = self.push.supports.support.algorithm
         whole = algorithm.new() if algorithm and algorithm.whole else None
@@ -72,7 +72,7 @@ class Large:
         return Sums.of(self.sha256, self.whole)
 
     def send(self) -> Sums:
-        """Send it; go on with what an earlier attempt has left.
+        """Send the file, continuing what an earlier attempt has left.
 
         Raises:
             Rejected: the file has changed, or the store gets other bytes each time.
@@ -159,7 +159,7 @@ class Large:
                 return
 
     def _undo(self, upload: Upload) -> None:
-        """Leave nothing of an upload that failed, neither parts nor an object that is not the file."""
+        """Remove everything of a failed upload: its parts, and an object that is not the file."""
         with errors(self.push.store.where):
             if upload.made:
                 self.push.store.delete(self.key, upload.version)

@@ -1,7 +1,8 @@
-"""How many connections are of use for small objects.
+"""How many connections pay for small objects.
 
 To a near store the time of a small object is spent in this process, where threads only wait for each other (measured:
-2,000 of 35 kB take a sixth longer with four than with one); to a far one it is spent waiting, which threads share.
+2,000 of 35 kB take a sixth longer with four than with one); to a far one it is spent waiting, which threads do at the
+same time.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ TIMED = 4  # objects that are timed, after a first one that makes the connection
 
 
 def useful(items: Sequence[Item], most: int, send: Callable[[], None]) -> int:
-    """Return how many connections help, at most `most`; where that is not known, send some objects to find out.
+    """Return how many connections pay, at most `most`; send some objects to find out if that is not known.
 
     Args:
         send: sends the next one.

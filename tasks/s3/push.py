@@ -4,8 +4,8 @@
     <prefix>/<name>/.talaria-manifest-<dispatch id>.json  names, sizes and checksums, after all files
     <prefix>/<name>/.complete                             empty, last
 
-An object is visible whole or not at all, so that nothing needs a temporary name. What is there already, with the
-same size and SHA-256, is left alone.
+An object is visible whole or not at all, so nothing needs a temporary name. An object that is there already, with the
+same size and SHA-256, is not sent again.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class S3Push:
     # ---- what is there
 
     def _look(self) -> None:
-        """Find out what is there, and which uploads earlier attempts have left unfinished."""
+        """List what is there, and the unfinished uploads of earlier attempts."""
         for folder in sorted(set(self.folders.values())):
             try:
                 for page in self.store.pages(
@@ -136,7 +136,7 @@ class S3Push:
         return item.size > self.target.multipart_bytes
 
     def _stored(self, key: str, size: int | None = None) -> StoredObject | None:
-        """Return what the store says of an object; None if it isn't there, or not with this size."""
+        """Return what the store says about an object; None if it isn't there with this size."""
         if self._there is not None and (key not in self._there or size not in (None, self._there[key])):
             return None
         try:
@@ -155,7 +155,7 @@ class S3Push:
         return True
 
     def _spare(self, item: Item, ours: bytes) -> None:
-        """Raise Rejected if another instance has an item's key: it would be lost."""
+        """Raise Rejected if another instance has an item's key, because that would be lost."""
         key = self.keys[item.path]
         if self._there is None or not self._there.get(key):
             return
@@ -173,7 +173,7 @@ class S3Push:
             raise Rejected(OTHER_INSTANCE, item=item.shown)
 
     def _unmark(self, item: Item) -> None:
-        """Before something is put into a folder, take its marker away: it is not complete any more."""
+        """Remove a folder's marker before something is put into it: it is no longer complete."""
         folder = self.folders[item.path]
         with self._lock:
             if folder in self._written:
@@ -189,7 +189,7 @@ class S3Push:
         except StoreError as exc:
             if not only_denied(exc):
                 raise of(exc, self.store.where) from exc
-            self._notes.append(f"the {MARKER} of an earlier dispatch was there all the time: it can't be removed")
+            self._notes.append(f"the {MARKER} of an earlier dispatch stayed there all the time: it can't be removed")
         else:
             if self._there is not None:
                 self._there.pop(marker, None)
@@ -197,13 +197,13 @@ class S3Push:
     # ---- several at once
 
     def check(self) -> None:
-        """Raise if this push shall stop, or has failed in another thread."""
+        """Raise if this push is to stop, or has failed in another thread."""
         if self._failed.is_set():
             raise _Stopped
         self.report.check()
 
     def _each(self, items: Iterable[Item], work: Callable[[Item], None]) -> None:
-        """Do something with each item."""
+        """Call a function with each item, in several threads."""
 
         def one(item: Item) -> None:
             self.check()
@@ -233,7 +233,7 @@ class S3Push:
             self._failed.set()
 
     def _try(self, work: Callable[[Item], None], item: Item) -> None:
-        """Send an item; put it aside if that fails, unless nothing else gets through either."""
+        """Send an item; if that fails, set it aside, unless nothing else gets through either."""
         try:
             work(item)
         except Rejected as exc:
@@ -254,9 +254,9 @@ class S3Push:
             self._in_a_row = 0
 
     def _send_aside(self) -> None:
-        """Try again, alone, what failed for now; raises the first error of what fails again.
+        """Send again, one by one, what failed for now; raise the first error of those that fail again.
 
-        What was refused for good is rejected, if the store has taken anything else.
+        Reject what was refused for good, if the store has taken anything else.
         """
         failed: list[DispatchError] = []
         for item, error in self._aside:
@@ -283,7 +283,7 @@ class S3Push:
 
     @contextmanager
     def _stopping(self) -> Iterator[None]:
-        """Raise what a thread has raised; stop all of them if this one is interrupted."""
+        """Raise what a thread has raised; stop all threads if this one is interrupted."""
         try:
             yield
         except BaseException:
@@ -355,14 +355,14 @@ class S3Push:
         return key
 
     def headers(self, item: Item, sha256: str) -> dict[str, str]:
-        """Return the head that an item's object gets."""
+        """Return the header fields that an item's object gets."""
         kind = content_type(item.path, item.header is not None)
         return {"content-type": kind, SHA256_FIELD: sha256, **self.supports.headers}
 
     def put(
         self, key: str, data: memoryview, headers: dict[str, str], sha256: str, digest: bytes | None, item: Item | None
     ) -> None:
-        """Put an object that is in memory; a second time if the store got something else.
+        """Put an object from memory; put it a second time if the store got something else.
 
         Raises:
             Rejected: it did so again, or keeps something else, which is then removed.
@@ -387,11 +387,11 @@ class S3Push:
             raise Rejected(f"the store keeps other bytes than were sent: {exc}", item=shown) from exc
 
     def payload(self, data: memoryview) -> Payload:
-        """Return a body that keeps to the bandwidth limit and reports the bytes that went out."""
+        """Return a body that keeps to the bandwidth limit and reports the bytes that were sent."""
         return Payload(data, self._throttle.piece, self._throttle.spend, self.report.moved)
 
     def read(self, item: Item, fd: int, start: int, size: int) -> memoryview:
-        """Read a piece of a file; it holds until this thread reads the next one."""
+        """Read a piece of a file into this thread's buffer; it is valid until the next call."""
         buffer: bytearray = getattr(self._local, "buffer", bytearray())
         if len(buffer) < size:
             buffer = self._local.buffer = bytearray(size)
@@ -407,7 +407,7 @@ class S3Push:
         return view
 
     def forget(self, key: str, upload_id: str) -> None:
-        """Abort an upload that nobody goes on with."""
+        """Abort an upload that nobody will continue."""
         upload = Upload(self.store, key, {}, self.supports.support, self.supports.form)
         upload.id = upload_id
         with errors(self.store.where):
@@ -445,7 +445,7 @@ class S3Push:
         return folder in self._written or self._stored(self._key(folder, name)) is None
 
     def _know(self, item: Item) -> None:
-        """Learn the SHA-256 of an item that an earlier attempt has sent."""
+        """Find the SHA-256 of an item that an earlier attempt has sent."""
         if not self._arrived(item):
             return
         stored = self._verifier.stored.get(item.path)
@@ -453,7 +453,7 @@ class S3Push:
             with errors(self.store.where):
                 stored = self.store.head(self.keys[item.path])
             if stored is None or stored.size != item.size:
-                self.report.revoke(item, "it had been delivered, and the store does not have it any more")
+                self.report.revoke(item, "it had been delivered, but the store no longer has it")
                 return
         try:
             self.sums[item.path] = Sums(stored.sha256) if stored.sha256 else self._sums_of(item)
@@ -492,4 +492,4 @@ class S3Push:
 
 
 class _Stopped(Exception):
-    """Another thread's error ends this one's work."""
+    """This thread stops because another one failed."""

@@ -1,4 +1,4 @@
-"""What goes along with a target's objects: fields of their heads, and the checksum that the store supports."""
+"""What is sent with a target's objects: header fields, and the checksum that the store supports."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _forms: dict[tuple[str, ...], Form] = {}
 
 
 def forget() -> None:
-    """Find everything out anew, because a store may have become another."""
+    """Forget what was found out, because a different store may be there now."""
     with _lock:
         _supports.clear()
         _forms.clear()
 
 
 def common_headers(target: S3Target) -> dict[str, str]:
-    """Return the fields that every object of a target gets."""
+    """Return the header fields that every object of a target gets."""
     fields = {
         "x-amz-server-side-encryption": target.sse.value if target.sse else None,
         "x-amz-server-side-encryption-aws-kms-key-id": target.kms_key_id,
@@ -37,7 +37,7 @@ def common_headers(target: S3Target) -> dict[str, str]:
 
 
 class Supports:
-    """The checksum of one push, found when it is first asked for; ask before there are threads."""
+    """The checksum of one push, found when it is first used; use it before threads start."""
 
     def __init__(self, target: S3Target, store: Store) -> None:
         self.target, self.store = target, store
@@ -49,10 +49,10 @@ class Supports:
 
     @property
     def support(self) -> Support:
-        """The checksum of objects.
+        """What the store does with checksums of objects.
 
         Raises:
-            DispatchError: the store doesn't keep what it is given, refuses to be written to, or can't be reached.
+            DispatchError: the store doesn't keep what is sent to it, refuses writes, or can't be reached.
         """
         if self._support is None:
             self._support = self._found()
@@ -77,13 +77,13 @@ class Supports:
 
     @functools.cached_property
     def retention(self) -> str:
-        """How long the bucket keeps everything by default; "" if it does not, or won't say."""
+        """How long the bucket keeps every object by default; "" if it doesn't, or doesn't say."""
         with errors(self.store.where):
             return self.store.retention()
 
     @property
     def stays(self) -> str:
-        """Why a probe can't be taken away."""
+        """Why a probe can't be removed."""
         if self.retention:
             return f"the bucket has Object Lock ({self.retention})"
         return "the key may not delete"
@@ -97,7 +97,7 @@ class Supports:
         return (explicit,) if explicit else ()
 
     def probe(self) -> Support:
-        """Try what the store does; an algorithm that was asked for by name stays, whatever that is."""
+        """Find out what the store does; an algorithm that the settings name is used whatever the result."""
         with errors(self.store.where):
             prober = Prober(self.store, self.target.prefix, self.headers)
             found = (prober.locked if self.retention else prober.checksums)(self.candidates)
@@ -107,7 +107,7 @@ class Supports:
 
     @property
     def form(self) -> Form:
-        """How the checksum of an object in parts is made; raises as `support`."""
+        """The form of the checksum of an object in parts; raises as `support`."""
         if self._form is None:
             algorithm = self.support.algorithm
             # One probe that stays is enough.
@@ -124,6 +124,6 @@ class Supports:
         return self._form
 
     def probe_form(self) -> Form:
-        """Try in which form the store takes it."""
+        """Find out which form the store takes."""
         with errors(self.store.where):
             return Prober(self.store, self.target.prefix, self.headers).parts(self.support)

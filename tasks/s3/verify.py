@@ -1,4 +1,4 @@
-"""Asks a bucket what it has, and proves that this is what was sent."""
+"""Asks a bucket what it has, and proves that it is what was sent."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Sums:
 
     Attributes:
         sha256: hexadecimal.
-        told: what the store says of an object that holds it, encoded; None if that is not known.
+        told: what the store says about an object with that content, encoded; None if that is not known.
     """
 
     sha256: str
@@ -37,7 +37,7 @@ class Sums:
 
 
 class Verifier:
-    """Verifies items, several at once; says which level was reached for all of them.
+    """Verifies items, several at once, and knows the level that was reached for all of them.
 
     Args:
         keys: by path.
@@ -64,7 +64,7 @@ class Verifier:
         self._lock = threading.Lock()
 
     def verify(self, item: Item) -> None:
-        """Look at one item that has arrived; revoke it if the store has it not, or otherwise."""
+        """Verify one item that has arrived; revoke it if the store doesn't have it, or has something else."""
         key = self._keys[item.path]
         try:
             stored = self._store.head(key, MODE if self._proving else None)
@@ -117,7 +117,7 @@ class Verifier:
             self._refuse(item, "what the store gives back is not what was sent")
 
     def _refuse(self, item: Item, why: str) -> None:
-        """Revoke an item, and take what is in its place away: a reader must not find it, nor the next push."""
+        """Revoke an item and remove what the store has in its place, which no reader and no later push must find."""
         self._report.revoke(item, why)
         with suppress(StoreError):
             self._store.delete(self._keys[item.path])

@@ -1,8 +1,8 @@
-"""SFTP targets: folders on servers that need no shell.
+"""SFTP targets: folders on servers; no shell is needed.
 
-A file is written beside its final place under a temporary name that depends on the dispatch and the path alone, so
-that another attempt finds it and goes on where it stopped; when its length is right it is renamed, and reported. The
-marker comes when every file of its folder is there.
+A file is written beside its final place under a temporary name that depends on the dispatch and the path alone, so that
+another attempt finds it and continues it; when its length is right it is renamed and reported. The marker comes when
+every file of its folder is there.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ async def _check(health: Health, target: SftpTarget, client: SshClient) -> None:
 
 
 async def _check_folder(health: Health, target: SftpTarget, session: Sftp) -> None:
-    """Write, rename and remove a file in the folder, or in the nearest one above it that there is."""
+    """Write, rename and remove a file in the folder or, if that doesn't exist, in the nearest one above it."""
     folder = target.folder
     above = [folder]
     while folder.strip("./"):
@@ -108,7 +108,7 @@ async def _check_folder(health: Health, target: SftpTarget, session: Sftp) -> No
 
 
 async def _probe_rename(session: Sftp, name: bytes) -> str:
-    """Rename the probe file and remove it; return how it was renamed, "" if it could not be."""
+    """Rename the probe file and remove it; return how it was renamed, "" if that failed."""
     found = ""
     for how, call in (("posix-rename@openssh.com", session.posix_rename), ("rename", session.rename)):
         if how == "rename" or how.encode() in session.extensions:
@@ -128,7 +128,7 @@ def _check_script(target: SftpTarget, client: SshClient) -> None:
 
 
 def push(target: SftpTarget, plan: Plan, report: PushReport) -> Receipt:
-    """Write every pending file, then the marker; each is reported when it has its final name."""
+    """Write every pending file, then the marker; report each file when it has its final name."""
     report.check()
     hide = ssh.hiding(target, plan)
     with quieted(hide, target.name), SshClient(ssh.login(target), hide, report.check) as client:
@@ -151,7 +151,7 @@ async def _push(sending: Sending) -> Receipt:
 
 
 async def _unless_cancelled(push: Awaitable[Receipt], report: PushReport) -> Receipt:
-    """Run a push; stop it when somebody asks for that."""
+    """Run a push; stop it when the dispatch is cancelled."""
 
     async def ask() -> None:
         while True:

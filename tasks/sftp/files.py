@@ -1,6 +1,6 @@
 """How a dispatch's files get to an SFTP server: temporary names, resuming, renaming.
 
-What fails alone costs itself alone, and every attempt gets further than the one before.
+A file that fails affects no other file, and every attempt gets further than the one before.
 """
 
 from __future__ import annotations
@@ -87,10 +87,10 @@ class Sending(Remote):
             self.notes.append("the server does not keep the times of files")
 
     async def suspects(self, sessions: list[Sftp]) -> None:
-        """Send what was on its way when the link broke in an earlier attempt, each file alone.
+        """Send the files that were on their way when the connection broke in an earlier attempt, one by one.
 
         Raises:
-            Retryable: the link broke again, at these files or for good; the others have been dealt with.
+            Retryable: the connection broke again, at these files or for good; the others have their outcome.
         """
         failed: Retryable | None = None
         breaks = 0
@@ -110,13 +110,13 @@ class Sending(Remote):
             raise failed
 
     async def squeeze(self, session: Sftp) -> None:
-        """Try files for which there was no room once more, alone: others may have had less room because of them.
+        """Send files for which there was no room once more, one by one: others may have taken their room for a while.
 
-        With them those that were refused without a reason: it may have been this one, and others' temporary files
-        removed before we could ask.
+        Files that were refused without a reason are included: the reason may have been a full disk, though temporary
+        files of others had been removed before we could ask.
 
         Raises:
-            Busy: there still is none for one of them; all others have been dealt with.
+            Busy: there is still no room for one of them; all others have their outcome.
         """
         failed: Busy | None = None
         again = [*self.no_room, *self.unexplained] if self.no_room else []
@@ -130,7 +130,7 @@ class Sending(Remote):
             raise failed
 
     def reject_unexplained(self) -> None:
-        """Reject what was refused without a reason, when want of room was not it."""
+        """Reject files that were refused without a reason, when a full disk can't have been it."""
         refused, self.unexplained = self.unexplained, {}
         for item, outcome in refused.items():
             self.report(item, outcome)
@@ -138,7 +138,7 @@ class Sending(Remote):
     # ---- before
 
     async def prepare(self, session: Sftp) -> None:
-        """Make the folders; take away the marker of an earlier dispatch; find out how to rename."""
+        """Make the folders, remove the marker of an earlier dispatch, and find out how to rename."""
         self.posix = b"posix-rename@openssh.com" in session.extensions
         items = [*self.queue, *self.alone]
         pending = {id(self.folder_of[item.path]): self.folder_of[item.path] for item in items}
@@ -163,7 +163,7 @@ class Sending(Remote):
     # ---- the files
 
     async def connect_more(self, sessions: list[Sftp], group: asyncio.TaskGroup) -> None:
-        """Add connections where they pay; what can't be had is no failure: the first one does it alone."""
+        """Add connections where they pay; if none can be had, the first one does all the work."""
         size = sum(item.size for item in self.queue)
         wanted = min(self.target.concurrency, len(self.queue), 1 + size // CONNECTION_BYTES)
         for _ in range(wanted - 1):
@@ -175,7 +175,7 @@ class Sending(Remote):
             group.create_task(self.work(session))
 
     async def work(self, session: Sftp) -> None:
-        """Deliver what is left over one connection, many files at once."""
+        """Deliver the remaining files over one connection, many at once."""
         claims = SendWindow(CLAIM_BYTES)
         slots = SendWindow(min(FILES_AT_ONCE, session.open_files // 2 or FILES_AT_ONCE))
 
@@ -230,15 +230,15 @@ class Sending(Remote):
         self.report(item, outcome)
 
     def check_way(self, item: Item, final: bytes) -> None:
-        """Raise Rejected if a folder on the way to an item could not be made."""
+        """Raise Rejected if a folder above an item could not be made."""
         for barred, reason in self.barred.items():
             if final.startswith(barred + b"/"):
                 raise Rejected(reason, item=item.shown)
 
     async def replaces(self, session: Sftp, item: Item, fd: int, final: bytes) -> bool:
-        """Return True if another file has an item's final name, in a folder that was there before.
+        """Return True if another file has an item's final name, in a folder that existed before.
 
-        A server that can't rename has there what an earlier attempt left: that is not asked for.
+        Not asked of a server that can't rename: there it is what an earlier attempt left.
 
         Raises:
             Rejected: it is another instance, which would be lost.
@@ -285,16 +285,16 @@ class Sending(Remote):
             raise error from exc
 
     def temporary(self, item: Item, final: bytes) -> bytes:
-        """Return a name beside the final one that every attempt at this dispatch gives to this file, as it is now.
+        """Return a temporary name, the same in every attempt at this dispatch as long as the file doesn't change.
 
-        What came of a file that has changed since would be gone on with, and a sample may not show the change.
+        Otherwise an attempt would continue what it finds of a changed file, and a sample may not show the change.
         """
         what = f"{item.path}\0{item.size}\0{item.mtime_ns}"
         mark = hashlib.sha256(what.encode("utf-8", "surrogateescape")).hexdigest()[:16]
         return posixpath.dirname(final) + b"/" + self.hidden + mark.encode()
 
     async def write(self, session: Sftp, item: Item, fd: int, path: bytes, *, resume: bool) -> None:
-        """Write a file whole; what the server keeps has been compared with the plan when this returns."""
+        """Write a whole file, and compare the length that the server keeps with the plan."""
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
         holes = self.sparse and b"posix-rename@openssh.com" in session.extensions and is_sparse(os.fstat(fd))
         handle, offset = await self.open(session, item, fd, path, resume=resume)
@@ -331,17 +331,17 @@ class Sending(Remote):
         )
 
     async def keep_time(self, session: Sftp, item: Item, handle: bytes) -> None:
-        """Give a file there the time of ours, in whole seconds: version 3 knows no others."""
+        """Give the remote file the modification time of ours, in whole seconds: version 3 has no finer ones."""
         try:
             await session.set_time(handle, item.mtime_ns // 1_000_000_000)
         except Status:
             self.timed = False
 
     async def open(self, session: Sftp, item: Item, fd: int, path: bytes, *, resume: bool) -> tuple[bytes, int]:
-        """Open the remote file; return its handle, and from where on to write.
+        """Open the remote file; return its handle, and the offset from which to write.
 
-        A server may have confirmed later writes than it has kept, if it works on many at once: what was on the way
-        when the link broke is sent again.
+        A server that works on many writes at once may have kept later ones without earlier ones: everything that was on
+        the way when the connection broke is sent again.
         """
         if resume and item.size > 2 * WINDOW_BYTES:
             try:
@@ -369,7 +369,7 @@ class Sending(Remote):
         return True
 
     async def length(self, session: Sftp, handle: bytes, path: bytes) -> int | None:
-        """Return the length of an open file, None if the server doesn't show it."""
+        """Return the length of an open file; None if the server doesn't show it."""
         with suppress(Status):
             return (await session.fstat(handle)).size
         with suppress(Status):
@@ -377,7 +377,7 @@ class Sending(Remote):
         return None
 
     async def clear(self, session: Sftp) -> None:
-        """Remove what earlier attempts have left of files that have changed, or are not to be sent any more."""
+        """Remove what earlier attempts have left of files that have changed or are no longer to be sent."""
         below = {
             posixpath.dirname(folder.final(item))
             for folder in self.folders
@@ -405,7 +405,7 @@ class Sending(Remote):
     async def mark(self, session: Sftp) -> None:
         """Put the marker into every folder that has all its files.
 
-        Which folder lacks what can't be sent is not known: then none is marked.
+        Nothing shows in which folder a file that can't be sent would lie: if there is one, no folder is marked.
         """
         if self.plan.lacks:
             return

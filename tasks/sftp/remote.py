@@ -1,4 +1,4 @@
-"""What is known of an SFTP server while a dispatch goes there: its folders, how it renames, what its failures mean."""
+"""What is known about an SFTP server during a push: its folders, how it renames, what its failures mean."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ class Folder:
 
 
 class Unexplained(Rejected):
-    """The server refused one item and gave no reason. Alone, or where nothing met a full disk, it is a rejection."""
+    """The server refused one item without a reason. If it was sent alone, or no disk was full, that is a rejection."""
 
 
 class NoRename(Exception):
-    """The server has turned out not to rename."""
+    """The server turned out to be unable to rename."""
 
 
 class Remote:
@@ -92,7 +92,7 @@ class Remote:
                 raise await self.why(session, exc, encoded(one)) from exc
 
     async def make_subfolder(self, session: Sftp, path: bytes) -> None:
-        """Make a folder in a dispatch's folder; if that can't be, its files are rejected and the others go on."""
+        """Make a folder in a dispatch's folder; if that fails, its files are rejected and the others go on."""
         try:
             await self.mkdir(session, path)
         except Status as exc:
@@ -103,7 +103,7 @@ class Remote:
             self.barred[path] = error.message
 
     async def mkdir(self, session: Sftp, path: bytes) -> None:
-        """Make a folder; one that is there is as good. Version 3 has no status of its own for that."""
+        """Make a folder if it isn't there. Version 3 has no status of its own for one that exists."""
         try:
             await session.mkdir(path)
         except Status as exc:
@@ -122,12 +122,12 @@ class Remote:
 
     @property
     def hidden(self) -> bytes:
-        """What the names of this dispatch's temporary files begin with; another target may lead to the same place."""
+        """The beginning of this dispatch's temporary names, unlike that of other targets in the same folder."""
         owner = hashlib.sha256(self.target.name.encode()).hexdigest()[:8]
         return f".incoming-{self.plan.dispatch_id}-{owner}-".encode()
 
     async def probe_rename(self, session: Sftp, folder: Folder) -> None:
-        """Find out, before a large file was written twice, whether the server renames at all."""
+        """Find out whether the server renames at all, before a large file has been written for nothing."""
         name = encoded(f"{folder.path}/.incoming-{self.plan.dispatch_id}-probe")
         with suppress(Status):
             await session.close_file(await session.open(name, FLAG_WRITE | FLAG_CREATE | FLAG_TRUNCATE))
@@ -164,7 +164,7 @@ class Remote:
     # ---- errors
 
     async def why(self, session: Sftp, status: Status, path: bytes, item: Item | None = None) -> DispatchError:
-        """Return the error that a status means; FAILURE gets its meaning from the state of the file system."""
+        """Return the error that a status means; the state of the file system explains a plain FAILURE."""
         shown = path.decode("utf-8", "backslashreplace") if item is None else item.shown
         kind = ERRORS.get(status.code, Rejected)
         if status.code in (Code.FAILURE, Code.PERMISSION_DENIED, Code.NO_SUCH_FILE):
@@ -188,7 +188,7 @@ class Remote:
         return kind(f"{shown}: {status}")
 
     async def space(self, session: Sftp, path: bytes) -> Space | None:
-        """Return what room there is where a path is, or would be; None if the server doesn't say."""
+        """Return the free space where a path is or would be; None if the server doesn't say."""
         while True:
             space = await session.space(path or b".")
             if space is not None or path in (b"", b"/") or not session.extensions:
@@ -196,7 +196,7 @@ class Remote:
             path = posixpath.dirname(path.rstrip(b"/"))
 
     async def may_write(self, session: Sftp, folder: Folder) -> bool:
-        """Return True if anything at all may be written into a dispatch's folder."""
+        """Return True if a file can be written into a dispatch's folder at all."""
         name = encoded(f"{folder.path}/{ssh.probe_name()}")
         try:
             await session.close_file(await session.open(name, FLAG_WRITE | FLAG_CREATE | FLAG_TRUNCATE))
@@ -217,10 +217,10 @@ def encoded(path: str) -> bytes:
 
 
 async def is_there(session: Sftp, path: str) -> bool:
-    """Return True if there is a folder of this name, as far as the server shows.
+    """Return True if there is a folder with this name, as far as the server shows.
 
     Raises:
-        Misconfigured: something else is in its place.
+        Misconfigured: something else has this name.
     """
     try:
         there = await session.stat(encoded(path))
@@ -232,13 +232,13 @@ async def is_there(session: Sftp, path: str) -> bool:
 
 
 def plain(status: Status, path: str) -> DispatchError:
-    """Return the error that a status means where nothing more is known."""
+    """Return the error that a status means by itself."""
     kind = ERRORS.get(status.code, Denied)
     return (Denied if kind is Rejected else kind)(f"{path}: {status}")
 
 
 async def each(values: Iterable[T], at_once: int, job: Callable[[T], Awaitable[None]]) -> None:
-    """Do a job for each value, so many at once."""
+    """Call `job` with each value, a number of them at once."""
     iterator = iter(values)
 
     async def worker() -> None:
@@ -257,7 +257,7 @@ async def together(jobs: Iterable[Awaitable[None]]) -> None:
 
 
 def first(error: BaseException) -> BaseException:
-    """Return the error that a group of them began with."""
+    """Return the first error of a group."""
     while isinstance(error, BaseExceptionGroup):
         error = next(
             (one for one in error.exceptions if not isinstance(one, asyncio.CancelledError)), error.exceptions[0]

@@ -38,7 +38,7 @@ Pairs = list[tuple[Item, bytes]]
 
 
 async def verify(sending: Sending, session: Sftp) -> Level:
-    """Reach the level that was asked for, or note why not; what is not there is taken back.
+    """Verify at the target's level, or note why that is not possible; revoke what is not there.
 
     Covers every item that has arrived, in this attempt or an earlier one.
     """
@@ -60,8 +60,8 @@ def _arrived(sending: Sending) -> Pairs:
 async def _listed(sending: Sending, session: Sftp) -> bool:
     """Ask for the length of every file.
 
-    A server that shows none hides them, unless it shows that of an earlier marker, or the folder is gone; one that
-    shows some doesn't have the others.
+    A server that shows no length at all hides them, unless it shows that of an earlier marker or the folder is gone. A
+    server that shows some lengths doesn't have the other files.
     """
     pairs = _arrived(sending)
     sizes: dict[str, int] = {}
@@ -88,9 +88,9 @@ async def _listed(sending: Sending, session: Sftp) -> bool:
 
 
 async def _hides(sending: Sending, session: Sftp, folder: Folder) -> bool:
-    """Return True if a server that shows no file's length may have the files of a folder all the same.
+    """Return True if a server that shows no file's length may still have a folder's files.
 
-    By asking alone: what is written to find out can't be removed everywhere.
+    This only asks: a file written to find out could not be removed everywhere.
     """
     with suppress(Status):
         if (await session.stat(encoded(f"{folder.path}/{ssh.MARKER}"))).size is not None:
@@ -108,7 +108,7 @@ async def _knows(session: Sftp, path: str) -> bool:
 
 
 async def _proven(sending: Sending, session: Sftp) -> bool:
-    """Compare checksums: computed by the server if it lets us, else of what we read back."""
+    """Compare checksums: computed by the server if it lets us, else by us from what we read back."""
     pairs = _arrived(sending)
     remote = await asyncio.to_thread(_remote_sums, sending, pairs)
     unread: list[Item] = []
@@ -154,7 +154,7 @@ def _local_sum(sending: Sending, item: Item) -> str:
 
 
 def _remote_sums(sending: Sending, pairs: Pairs) -> dict[str, str]:
-    """Let the server compute checksums; return those that it could, by path, none if it gives no shell."""
+    """Let the server compute checksums; return them by path, as far as it can; none if it gives no shell."""
     found: dict[str, str] = {}
     check = sending.report.check
     try:

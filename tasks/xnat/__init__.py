@@ -1,7 +1,7 @@
-"""XNAT: whole studies to the import service of a project, one session per study, seen through to the archive.
+"""XNAT targets: whole studies go to a project's import service, one session per study, and are followed to the archive.
 
-What the service, the prearchive and the archive do is in `protocols/xnat/client.py`; labels are in `names.py`, the way
-of a single study in `study.py`, its zip in `zip.py`.
+What the service, the prearchive and the archive do is in `protocols/xnat/client.py`; labels are in `names.py`, the
+delivery of a single study in `study.py`, its zip in `zip.py`.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ NO_STUDY = "no Study Instance UID (0020,000D): XNAT could not know which session
 
 @contextmanager
 def connect(target: XnatTarget, check: Callable[[], None]) -> Iterator[XnatClient]:
-    """Log in; the session at XNAT is ended in every case.
+    """Log in, and end the session at XNAT in every case.
 
     Raises:
         Denied: XNAT doesn't take the credentials. Misconfigured: there is no XNAT at `host`.
@@ -86,7 +86,7 @@ def connect(target: XnatTarget, check: Callable[[], None]) -> Iterator[XnatClien
 
 
 def _server(location: str) -> str:
-    """Return where a redirect points to, without what the path may hold."""
+    """Return the server that a redirect points to, without its path."""
     url = urlsplit(location)
     return f"{url.scheme}://{url.netloc}" if url.netloc else "another page of it"
 
@@ -117,7 +117,7 @@ def check(target: XnatTarget) -> Health:
 
 
 def _check_xnat(target: XnatTarget, health: Health, ask: Callable[[], None], rest: list[str]) -> None:
-    """Make the probes that need a login; take those that it makes off `rest`."""
+    """Make the probes that need a login; remove each from `rest`."""
     with ExitStack() as ends:
         with health.probe("authenticate") as probe:
             rest.remove("authenticate")
@@ -142,7 +142,7 @@ def _check_xnat(target: XnatTarget, health: Health, ask: Callable[[], None], res
 
 
 def _see_project(client: XnatClient, target: XnatTarget) -> None:
-    """Raise NotFound if the user doesn't see the project: an import to it would be no error at XNAT, but lost."""
+    """Raise NotFound if the user doesn't see the project: XNAT would accept an import to it and lose it."""
     if target.project_id not in client.projects():
         raise NotFound(
             f"XNAT has no project with the ID {target.project_id!r} that user {target.user} may see (an ID is neither "
@@ -160,7 +160,7 @@ def _may_create(client: XnatClient, target: XnatTarget) -> bool:
         raise
     if target.project_id not in allowed:
         raise Denied(
-            f"user {target.user} may see project {target.project_id} and not create sessions in it: make the user a "
+            f"user {target.user} may see project {target.project_id} but not create sessions in it: make the user a "
             "member or an owner"
         )
     return True
@@ -203,7 +203,7 @@ def push(target: XnatTarget, plan: Plan, report: PushReport) -> Receipt:
 
 
 def _studies(plan: Plan, items: Iterable[Item], report: PushReport) -> list[XnatStudy]:
-    """Return the plan's studies, those last that something was wrong with before; `items` are to be sent."""
+    """Return the plan's studies of which `items` are to be sent; those that failed before come last."""
     found: dict[str, list[Item]] = defaultdict(list)
     sending = {item.path for item in items}
     last: dict[str, int] = {}
@@ -221,7 +221,7 @@ def _studies(plan: Plan, items: Iterable[Item], report: PushReport) -> list[Xnat
 
 
 class _Push:
-    """Imports studies, several at once. What goes wrong with one of them stops no other, unless XNAT is away."""
+    """Imports studies, several at once. A failure of one doesn't stop the others, unless XNAT is away."""
 
     def __init__(self, importer: Importer, stop: threading.Event) -> None:
         self._importer, self._stop = importer, stop
@@ -247,7 +247,7 @@ class _Push:
             raise gravest(self._errors)
 
     def _settle_refused(self) -> None:
-        """Reject studies that XNAT refuses though it takes others; raise why, if it takes none."""
+        """Reject studies that XNAT refuses while it takes others; raise the reason if it takes none."""
         report = self._importer.report
         taken = any(outcome.arrived for outcome in report.outcomes.values())
         for study, error in self._refused:
@@ -291,7 +291,7 @@ class _Push:
 
 
 def _is_away(client: XnatClient, target: XnatTarget, exc: Retryable) -> bool:
-    """Return True if what went wrong is not about a study or a file: XNAT asks to wait, or answers nothing else."""
+    """Return True if an error is not about a study or a file: XNAT asks to wait, or answers nothing else either."""
     if isinstance(exc, Unreachable) or getattr(exc, "retry_after", None):
         return True
     try:

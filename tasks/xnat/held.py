@@ -17,8 +17,8 @@ _TELLING = re.compile(r"[0-2](\.\d+){2,}\.dcm")  # the name of a file that was s
 class Held:
     """What XNAT has of a study.
 
-    Names of files that we sent, or anybody who names them so, say which instances they are. Of the others (XNAT
-    gives names of its own to what came over DICOM, and some servers to all) only the number is known.
+    The names of files that we sent (or that others named in the same way) show which instances they are. Of other files
+    only the number is known: XNAT names what came over DICOM itself, and some servers rename all.
 
     Args:
         files: series, "" where XNAT gives none, and name of each file.
@@ -34,7 +34,7 @@ class Held:
             self.loose[series] += not _TELLING.fullmatch(name)
 
     def lacks(self, items: Iterable[Item], study: Sequence[Item], before: Held | None = None) -> dict[str, str]:
-        """Return the paths of those of the items that XNAT doesn't have, each with what was seen.
+        """Return the paths of the items that XNAT doesn't have, each with what was seen instead.
 
         Args:
             items: one for each instance.
@@ -71,12 +71,12 @@ def held_in_archive(client: XnatClient, project: str, session: ImageSession) -> 
 
 
 def held_in_prearchive(client: XnatClient, entry: CatalogEntry) -> Held:
-    """Return what an entry of the prearchive has; the prearchive does not give the UIDs of series."""
+    """Return what an entry of the prearchive has; the prearchive doesn't give series UIDs."""
     return Held(("", name) for name in client.entry_files(entry))
 
 
 def name_of(item: Item) -> str:
-    """Return what an item is called at XNAT."""
+    """Return an item's file name at XNAT."""
     return entry_name(header_of(item).SOPInstanceUID)
 
 

@@ -1,10 +1,10 @@
-"""Labels of subjects and sessions: filled from templates, made fit for XNAT, and never one for two of a kind.
+"""Labels of subjects and sessions: filled from templates, made valid for XNAT, and never the same for two.
 
 XNAT knows a session by its label, unique within the project, and not by its study. So before a label is used, XNAT is
 asked what it has: a session of this study, under whatever label, is used again; a label that another study has gets
 a suffix made from the study's UID, the same one each time. Likewise a subject's label gets a suffix if XNAT's subject
-of that label is another patient, and if the patient's ID had to be changed to become a label, as `A/1` and `A:1` do:
-both would be `A_1`. A patient who has a subject of the plain label, from earlier releases, keeps it.
+with that label is another patient, and if the patient's ID had to be changed to become a label: `A/1` and `A:1` would
+both be `A_1`. A patient who has a subject of the plain label, from earlier releases, keeps it.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class XnatStudy:
 
 @dataclass(frozen=True)
 class Name:
-    """How a study is called at XNAT, and the archived session of it that is there already."""
+    """A study's labels at XNAT, and its archived session if there is one already."""
 
     subject: str = field(repr=False)
     session: str = field(repr=False)
@@ -58,10 +58,11 @@ def digest(text: str, chars: int = DIGEST_CHARS) -> str:
 
 
 def label_of(text: str) -> tuple[str, bool]:
-    """Return a label made of a text, and whether it is the text itself.
+    """Return a label made of a text, and whether it equals the text.
 
-    Accents are dropped, all else that XNAT doesn't take becomes an underscore. Where that loses letters or digits of
-    other scripts, or the text is too long, a digest of the text is added: such texts must not become one label.
+    Accents are dropped; every other character that XNAT doesn't allow becomes an underscore. Where that loses letters
+    or digits of other scripts, or the text is too long, a digest of the text is added, so that different texts don't
+    get the same label.
     """
     plain = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
     label = _UNFIT.sub("_", plain)
@@ -73,9 +74,9 @@ def label_of(text: str) -> tuple[str, bool]:
 
 
 def values_of(study: XnatStudy, dispatch_id: str) -> dict[str, str]:
-    """Return what the fields of a template stand for: of each the first value that any file of the study has.
+    """Return the values of a template's fields: for each the first value that any file of the study has.
 
-    A study without a patient's ID is nobody else's: its patient is named after the study.
+    A study without a patient's ID is not mixed with others: its patient is named after the study.
     """
     values = {}
     for name in FIELDS:
@@ -97,7 +98,7 @@ def candidates(label: str, uid: str) -> Iterator[str]:
 
 
 def entry_name(SOPInstanceUID: str) -> str:
-    """Return what an instance is called in the zip, and so at XNAT, which keeps the names of files."""
+    """Return an instance's name in the zip, and so at XNAT, which keeps file names."""
     name = SOPInstanceUID
     if not (name.isascii() and name.replace(".", "0").isdigit()) or name.startswith("."):  # PS3.5 section 9.1
         name = re.sub(r"[^A-Za-z0-9.-]", "_", name).lstrip(".") + "-" + digest(SOPInstanceUID)
@@ -129,7 +130,7 @@ class Names:
         return Name(subject, session, existing, hidden)
 
     def _session(self, study: XnatStudy, wish: str, avoid: set[str]) -> tuple[str, str, ImageSession | None]:
-        """Return the label, the subject that the session is under if there is one, and the session."""
+        """Return the label, the session with that label and its subject, if there are any."""
         project, labels = self._target.project_id, list(candidates(wish, study.uid))
         try:
             known = dict(self._client.sessions_of(project, study.uid))
@@ -149,7 +150,7 @@ class Names:
         return labels[-1], "", None
 
     def _is_ours(self, study: XnatStudy, label: str) -> bool:
-        """Return whether a session has this study's files though it has another UID: some projects replace UIDs."""
+        """Return True if a session has this study's files although its UID differs: some projects replace UIDs."""
         ours = {entry_name(header_of(item).SOPInstanceUID) for item in study.items}
         return any(name in ours for _, name in self._client.files(self._target.project_id, label))
 
@@ -166,7 +167,7 @@ class Names:
         return label
 
     def _owner(self, label: str, values: dict[str, str]) -> str | None:
-        """Return the patient's ID of the subject of that label, None if there is none, or nothing says whose it is.
+        """Return the patient's ID of the subject with that label; None if there is no such subject or ID.
 
         XNAT keeps the patient's ID with each session, unless a script replaced it: an ID that would not have become
         this label says nothing.

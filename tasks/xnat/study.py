@@ -1,8 +1,8 @@
-"""One study to XNAT: look, import, see it through to the archive, compare what is there, report.
+"""Delivers one study to XNAT: look, import, follow it to the archive, compare what is there, report.
 
 XNAT's word on an import is worth little by itself: 200 comes with files left out (unreadable for XNAT, or filtered),
 with a session that stays in the prearchive, or under no project at all; 400 comes with a session that gets archived
-a minute later. So no outcome is reported before XNAT was asked what it has of the study, file by file.
+a minute later. So no outcome is reported before XNAT has listed what it has of the study, file by file.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _OUR_FAULT = ("Parameter dest format error", "identify upload format", "Unsuppor
 
 @dataclass
 class _Ended:
-    """How an import ended, as far as XNAT says: in the archive, in the prearchive, or refused."""
+    """How an import ended according to XNAT: in the archive, in the prearchive, or refused."""
 
     archived: ImageSession | None = None
     entry: CatalogEntry | None = None
@@ -56,7 +56,7 @@ class _Ended:
 
 
 class _Taken(Exception):
-    """Another study got this label while ours was on its way."""
+    """Another study took this label while ours was on its way."""
 
 
 @dataclass
@@ -79,7 +79,8 @@ class Importer:
         """Import what XNAT lacks of a study; report every pending item's outcome.
 
         Raises:
-            Retryable: the link, the session or XNAT's patience was lost; what was not reported is left to do.
+            Retryable: the connection or the session was lost, or XNAT asked to wait; what was not reported is left to
+                do.
             Denied, Misconfigured: nothing can be sent at all.
         """
         avoid: set[str] = set()
@@ -130,7 +131,7 @@ class _Delivery:
             self._import_and_report(lacking, held or Held())
 
     def _import_and_report(self, lacking: list[Item], before: Held) -> None:
-        """Import what XNAT lacks: at once, or in parts if that was tried before and came to nothing."""
+        """Import what XNAT lacks: at once, or in parts if that was tried before and failed."""
         unanswered = self.shared.report.unanswered
         if len(lacking) > 1 and not all(unanswered[item.path] for item in lacking):
             self._import_group(lacking, before)
@@ -138,7 +139,7 @@ class _Delivery:
             self._import_groups(lacking, before)
 
     def _import_group(self, items: list[Item], before: Held) -> Held:
-        """Import items and report what became of them; return what XNAT has then, as far as it is known."""
+        """Import items and report their outcomes; return what XNAT has then, as far as that is known."""
         ended = self._import(items)
         left = [item for item in items if item.path not in self.rejected]
         if ended is not None and not ended.refused:
@@ -149,7 +150,7 @@ class _Delivery:
         return before
 
     def _import_groups(self, items: list[Item], before: Held) -> None:
-        """Import items in parts, so that a file at which XNAT fails each time costs only itself in the end.
+        """Import items in parts, so that in the end a file at which XNAT always fails affects no other.
 
         Raises:
             Retryable: what went wrong with a part; the next attempt makes smaller ones of it.
@@ -186,7 +187,7 @@ class _Delivery:
             raise errors[0]
 
     def _may_add(self) -> bool:
-        """Return whether a session that is there may get more: by `overwrite`, or because this dispatch made it."""
+        """Return True if files may be added to an existing session: `overwrite` allows it, or this dispatch made it."""
         shared = self.shared
         ours = any(
             item.path in shared.report.unanswered or shared.report.arrived(shared.plan, item)
@@ -197,7 +198,7 @@ class _Delivery:
     # ---- what XNAT has
 
     def _wait_for_earlier(self) -> CatalogEntry | None:
-        """Wait while XNAT is still at work on an earlier import of this session; return what is in the prearchive."""
+        """Wait while XNAT still works on an earlier import of this session; return what is in the prearchive."""
         entry = self._find()
         if entry is None or not entry.working:
             return entry
@@ -208,7 +209,7 @@ class _Delivery:
         return ended.entry
 
     def _find(self) -> CatalogEntry | None:
-        """This study's entry in the prearchive, the latest if there are several."""
+        """Return this study's entry in the prearchive, the latest if there are several."""
         try:
             entries = self.client.prearchive(self.project)
         except XnatRefused as exc:
@@ -220,7 +221,7 @@ class _Delivery:
         return max(ours, key=lambda one: one.timestamp, default=None)
 
     def _held(self, session: ImageSession | None, entry: CatalogEntry | None) -> Held | None:
-        """Return what XNAT has of the study where it shall go, None if nothing; a failed entry counts for nothing."""
+        """Return what XNAT has of the study at its destination; None if nothing, and for a failed entry."""
         if session is not None:
             return held_in_archive(self.client, self.project, session)
         wanted = self.target.destination is Destination.PREARCHIVE
@@ -231,10 +232,10 @@ class _Delivery:
     # ---- the import
 
     def _import(self, items: list[Item]) -> _Ended | None:
-        """Send items, a second time without those that XNAT can't read, or that change; None if none is left.
+        """Send items; if XNAT can't read some, or some change, send the others a second time. None if none is left.
 
         Raises:
-            Busy: two times were not enough. What was found out until then is reported: the next attempt gets further.
+            Busy: sending twice was not enough. What has been found out is reported, so the next attempt gets further.
         """
         why = ""
         while items:
@@ -267,7 +268,7 @@ class _Delivery:
         return [item for item in items if item.path not in self.rejected]
 
     def _unchanged(self, items: list[Item]) -> list[Item]:
-        """Return the items without all that have changed or are gone by now: each would cost one more import."""
+        """Return the items whose files have not changed: each changed one would cost one more import."""
         for item in items:
             try:
                 self.shared.plan.check(item)
@@ -276,7 +277,7 @@ class _Delivery:
         return [item for item in items if item.path not in self.rejected]
 
     def _send(self, items: list[Item]) -> list[ArchivePlace] | None:
-        """Send a zip of these items; None if XNAT has it all but doesn't answer in time."""
+        """Send a zip of these items; return None if XNAT has received all of it but doesn't answer in time."""
         names = [(item, name_of(item)) for item in items]
         destination = self.target.destination
         query = {
@@ -308,11 +309,11 @@ class _Delivery:
                     shared.report.unanswered.update(item.path for item in items)  # until it is reported
 
     def _after_refusal(self, exc: XnatRefused, words: str) -> _Ended:
-        """Find out what a refused import came to: XNAT may be at work on it all the same."""
+        """Find out how a refused import ended: XNAT may be working on it nevertheless."""
         if exc.status in (400, 409, 500) and any(part in exc.words for part in _OUR_FAULT):
             raise Misconfigured(f"XNAT doesn't understand the import: {words}") from None
         if exc.status == 404:
-            raise Misconfigured(f"XNAT's import service is not what it should be: {words}") from None
+            raise Misconfigured(f"XNAT's import service doesn't behave as expected: {words}") from None
         if _BROKEN in exc.words:
             raise Interrupted(f"{self.study.shown}: XNAT could not read the upload to its end: {words}") from None
         if _COLLISION in exc.words:
@@ -332,7 +333,7 @@ class _Delivery:
         return _Ended(entry=entry, refused=self._refusal(words, entry, reason))
 
     def _discard(self, entry: CatalogEntry) -> None:
-        """Take away the entry that our own import left, before it is sent again under another label."""
+        """Remove the entry that our own import left, before the study is sent again under another label."""
         try:
             self.client.discard(entry)
         except XnatRefused:
@@ -345,7 +346,7 @@ class _Delivery:
     # ---- after the import
 
     def _ended(self, places: list[ArchivePlace] | None) -> _Ended:
-        """See an accepted import through to its end."""
+        """Follow an accepted import to its end."""
         for place in places or ():
             if place.project != self.project:
                 raise Denied(
@@ -365,7 +366,7 @@ class _Delivery:
         if ended is not None:
             return ended
         if places:
-            return _Ended(warning=f"XNAT put it to {places[0].shown}, and doesn't show it any more")
+            return _Ended(warning=f"XNAT put it into {places[0].shown}, and no longer shows it")
         why = "XNAT took none of the files and gave no reason: an import filter or an anonymisation script refuses them"
         return _Ended(refused=why)
 
@@ -377,7 +378,7 @@ class _Delivery:
         return _Ended(archived=session) if session is not None else None
 
     def _see_through(self, entry: CatalogEntry) -> _Ended:
-        """Watch an entry of the prearchive until it is where it shall be, or will not get there by itself."""
+        """Watch an entry of the prearchive until it is at its destination, or won't get there by itself."""
         end = time.monotonic() + self.target.archive_timeout_s
         pause = POLL_S[0]
         stays = self.target.destination is Destination.PREARCHIVE
@@ -401,7 +402,7 @@ class _Delivery:
             now = self.client.entry(entry)
 
     def _confirm(self, ended: _Ended, sent: list[Item], before: Held) -> Held:
-        """Compare what XNAT has with what it was sent, and report; return what it has."""
+        """Compare what XNAT has with what was sent, and report outcomes; return what it has."""
         try:
             held = self._held(ended.archived, None)
             if held is None and ended.entry is not None:
@@ -427,7 +428,7 @@ class _Delivery:
         return held
 
     def _verify(self, held: Held | None) -> None:
-        """See that what was delivered earlier is there; take back what isn't."""
+        """Verify that what was delivered earlier is still there; revoke what isn't."""
         done = [item for item in self.whole if item.path in self.shared.plan.done]
         if self.target.verify is Level.ACCEPTED or not done:
             return
@@ -440,7 +441,7 @@ class _Delivery:
                 self.shared.report.revoke(item, f"delivered earlier, but not there: {seen}")
 
     def _report(self, delivered: Iterable[Item] = (), warning: str = "") -> None:
-        """Report what is known of pending items; what this run sent before is a delivery, though XNAT has it by now."""
+        """Report pending items that XNAT has; those that this run sent count as delivered, not as already there."""
         shared = self.shared
         unanswered = shared.report.unanswered
         outcomes = {item.path: DELIVERED if item.path in unanswered else ALREADY for item in self.already}

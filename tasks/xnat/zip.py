@@ -1,8 +1,8 @@
-"""The zip of a study's files as the body of a request: read while it is sent, by way of the plan only.
+"""The zip of a study's files as the body of a request: made while it is sent, from files opened through the plan.
 
-A zip has each file's CRC-32 before its bytes. Small files are read once: sum, look, send. Large ones are summed by
-a thread that stays a little ahead of what is being sent, so that the second reading comes from the page cache. A
-second thread fills buffers while the one that asks for them sends.
+A zip has each file's CRC-32 before its bytes. Small files are read once: compute, check, send. For large ones a thread
+computes it a little ahead of the sending, so that the second reading comes from the page cache. Another thread fills
+buffers while the caller sends them.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ WAIT_S = 0.2  # between two looks at whether to stop
 
 
 class ZipBody:
-    """A body for `protocols.http.session`, good for several requests one after the other. Use it in a `with` block.
+    """A body for `protocols.http.session`, for any number of requests one after the other. Use it in a `with` block.
 
-    A file that is not, or no longer, the one of the plan stops the request before its last byte, so that no server
-    ever gets a whole zip with it.
+    A file that differs from the planned one stops the request before its last byte, so that no server ever gets a whole
+    zip with it.
 
     Args:
         names: what each file is called in the zip.
@@ -116,7 +116,7 @@ class ZipBody:
             out.put(record)
 
     def _small_file(self, part: _Part, out: _Filler) -> None:
-        """Write a file and its header, if it is the one that was planned."""
+        """Write a file and its header, if it has not changed since it was planned."""
         out.ask()
         head = part.entry.local_size
         out.make_room(head + part.size)
@@ -129,7 +129,7 @@ class ZipBody:
         out.skip(part.size)
 
     def _large_file(self, part: _Part, out: _Filler, sums: _Sums) -> None:
-        """Write a file piece by piece; its bytes must give the sum that its header has."""
+        """Write a file piece by piece; its bytes must match the CRC-32 in its header."""
         part.entry.crc = sums.wait_for(part, out.ask)
         out.make_room(part.entry.local_size)
         out.put(part.entry.local())
@@ -168,7 +168,7 @@ class _Part:
         return self.entry.size
 
     def read(self, fd: int, into: memoryview, offset: int) -> None:
-        """Fill a buffer with what is at `offset` of the entry.
+        """Fill a buffer with the entry's bytes from `offset` on.
 
         Raises:
             Rejected: the file has become shorter, or can't be read.
@@ -179,11 +179,11 @@ class _Part:
 
 
 class _Stopped(Exception):
-    """Nobody wants the rest."""
+    """The rest is no longer wanted."""
 
 
 class _Filler:
-    """Fills buffers in a thread while others are being sent: reading and summing cost the link no time.
+    """Fills buffers in a thread while others are sent, so that reading and summing don't delay the connection.
 
     Args:
         fill: writes everything, by way of `put`, or of `free` and `skip`.
@@ -205,7 +205,7 @@ class _Filler:
     # ---- for who sends
 
     def next(self, check: Callable[[], None]) -> memoryview | None:
-        """Return what is to be sent next, None at the end, or raise what went wrong."""
+        """Return the next piece to send, None at the end; raise the thread's error if it failed."""
         while True:
             check()
             with suppress(Empty):
@@ -215,7 +215,7 @@ class _Filler:
                 return found
 
     def give_back(self, piece: memoryview) -> None:
-        """Take back a piece that was sent."""
+        """Take back the buffer of a piece that was sent."""
         self._empty.put(memoryview(piece.obj))
 
     def stop(self) -> None:
@@ -231,7 +231,7 @@ class _Filler:
 
     @property
     def free(self) -> memoryview:
-        """What is left of the buffer at hand; there is always some."""
+        """Return the free rest of the current buffer, which is never empty."""
         if self._view is None:
             self._view, self._used = self._empty.get(), 0
         if self._view is None:
@@ -267,7 +267,7 @@ class _Filler:
 
 
 class _Sums:
-    """The CRC-32 of files, computed by a thread that stays at most `AHEAD_BYTES` ahead of who asks for them."""
+    """The CRC-32 of files, computed by a thread that stays at most `AHEAD_BYTES` ahead of the reader."""
 
     def __init__(self, plan: Plan, parts: Sequence[_Part]) -> None:
         self._plan = plan
@@ -280,7 +280,7 @@ class _Sums:
         self._thread.start()
 
     def wait_for(self, part: _Part, check: Callable[[], None]) -> int:
-        """Return the sum of a file as soon as it is known, or raise what kept it from being so."""
+        """Return a file's CRC-32 as soon as it is known; raise the error if it can't be computed."""
         with self._changed:
             while part.item.path not in self._known:
                 check()
@@ -291,7 +291,7 @@ class _Sums:
         return found
 
     def forget(self, part: _Part) -> None:
-        """Drop a file that was sent: the thread may go on to another."""
+        """Drop a file that was sent, so that the thread may go on to another."""
         with self._changed:
             self._ahead -= part.size
             self._changed.notify_all()
