@@ -1,8 +1,8 @@
-"""A folder of DICOM files that answers queries as a DICOMweb server does, and gives its instances out.
+"""A folder of DICOM files that answers queries as a DICOMweb server does, and lists instances to fetch.
 
-A query first looks at every directory entry (names, sizes, times: no file is opened), reads the headers of files
-that are new or changed, and forgets those that are gone; see `dicomscan` and `dicomindex`. Answers are those of
-Orthanc for the same files. The folder's files are never changed.
+A query first reads every directory entry (names, sizes, times: no file is opened), then the headers of new and changed
+files, and forgets those that are gone; see `scan.py` and `index.py`. Answers are those of Orthanc for the same files.
+The folder's files are never changed.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ class IndexReport:
 
     Attributes:
         read: files whose headers were read just now.
-        removed: files that are there no more.
+        removed: files that are no longer there.
         unchanged: files that are as they were, and were not opened.
-        not_dicom: files in the folder that are something else.
-        damaged: files that are DICOM, or meant to be, but are broken or say not which series they belong to.
+        not_dicom: files in the folder that are not DICOM.
+        damaged: files that are DICOM, or meant to be, but are broken or don't name their series.
         unreadable: files and folders that this process may not read.
         links: symbolic links, which are not followed.
         saved: whether the index is in its file; False where it is in memory only.
@@ -100,12 +100,12 @@ class HeldInstance:
 class DicomFolder:
     """A folder with its index; for one thread at a time.
 
-    The index is kept in the folder if that can be written to, else in the state directory, else in memory.
+    The index is kept in the folder if that is writable, else in the state directory, else in memory.
 
     Args:
         root: the folder; a link to one is followed.
-        state_dir: where the indexes of folders are kept that can't be written to; None for nowhere.
-        check: called every now and then; may raise to stop.
+        state_dir: where the indexes of read-only folders are kept; None for nowhere.
+        check: called now and then; may raise to stop.
 
     Attributes:
         report: what the last look at the folder found.
@@ -139,7 +139,7 @@ class DicomFolder:
     # ---- keeping the index up to date
 
     def refresh(self) -> IndexReport:
-        """Bring the index up to date; reads only headers of files that are new or changed.
+        """Update the index; read only the headers of new and changed files.
 
         Raises:
             OSError: the folder can't be listed, or its share is gone.
@@ -209,9 +209,10 @@ class DicomFolder:
     # ---- answering
 
     def find(self, query: Query) -> Iterator[Match]:
-        """Yield the studies, or series, that match, as the folder is now; in the order of their files' paths.
+        """Yield the studies or series that match, as the folder is now, in the order of their files' paths.
 
-        A study matches if it does itself and, where the query has keys of series, if one of its series has them all.
+        A study matches if its own attributes do and, where the query has keys of series, one of its series matches them
+        all.
 
         Raises:
             Misconfigured: a key is malformed.
@@ -256,7 +257,7 @@ class DicomFolder:
         return Match(keyworded(answer), instances)
 
     def _study_answer(self, study: int) -> tuple[dict[str, Any], int]:
-        """Return what QIDO answers of a study, and how many instances it has."""
+        """Return QIDO's answer for a study, and how many instances it has."""
         db = self._index.db
         row = db.execute(
             f"SELECT {_columns(STUDY_FIELDS)} FROM studies st JOIN headers h ON h.id=st.header WHERE st.id=?",  # noqa: S608
@@ -322,15 +323,15 @@ def _place(root: Path, state_dir: Path | None) -> tuple[Path | None, int]:
 
 
 def _note_use(index: Path) -> None:
-    """Set the time of the last access, which not every file system does by itself; the other times stay."""
+    """Set the time of the last access, which not every file system does by itself; keep the other times."""
     with suppress(OSError):
         os.utime(index, ns=(time.time_ns(), index.stat().st_mtime_ns))
 
 
 def clear_indexes(state_dir: Path, before: float) -> int:
-    """Remove indexes from the state directory that nobody has used since; return how many there were.
+    """Remove indexes from the state directory that have not been used since; return how many there were.
 
-    One that is needed again is made anew from its folder: nothing is lost but time.
+    One that is needed again is made again from its folder: only time is lost.
 
     Args:
         before: seconds since the epoch.
@@ -361,7 +362,7 @@ def _columns(fields: Iterable[str]) -> str:
 
 
 def _nullable(test: Test) -> Callable[[str | None], bool]:
-    """Accept what a file doesn't have as an empty value."""
+    """Return a test that takes a missing value for an empty one."""
     return lambda value: test(value or "")
 
 

@@ -1,10 +1,10 @@
-"""The index of a folder of DICOM files: what each file's header says, in one SQLite file.
+"""The index of a folder of DICOM files: the values of each file's header, in one SQLite file.
 
 The database lives in memory: it is read whole from the file, changed there, and saved by writing a new file and
 renaming it. So no reader ever sees half of it, a process that is killed leaves the last saved one, and no locks are
 needed, which network shares often don't have or get wrong (SQLite's write-ahead log can't be on one at all). Two
-processes at once have a copy each; the last to save wins, and what its copy lacks is read from the files again.
-A file of 100,000 instances has some 20 MB, and is read in milliseconds. Behind the database it holds a digest of it.
+processes at once have a copy each; the last one to save wins, and what its copy lacks is read from the files again. A
+file of 100,000 instances has some 20 MB, and is read in milliseconds. A digest of the database follows it in the file.
 
 A header's values are kept once for all files that share them: usually one row per series.
 """
@@ -36,7 +36,7 @@ NOT_DICOM, DAMAGED, INSTANCE = range(3)  # kinds of file
 
 
 class Attribute(NamedTuple):
-    """An attribute that is indexed: answered, and looked for, where files have it."""
+    """An indexed attribute: it can be matched, and is returned where files have it."""
 
     tag: int
     keyword: str
@@ -105,7 +105,7 @@ PRAGMA user_version = {VERSION};
 
 
 class Stamp(NamedTuple):
-    """What shows that a file is the one whose header was read: bytes, nanoseconds, nanoseconds, number."""
+    """Shows that a file is the one whose header was read: size in bytes, two times in nanoseconds, inode number."""
 
     size: int
     mtime_ns: int
@@ -119,14 +119,14 @@ class Stamp(NamedTuple):
 
 
 class IndexedInstance(NamedTuple):
-    """One instance: its header, and the undecoded values of the elements that are indexed."""
+    """One instance: its header, and the undecoded values of the indexed elements."""
 
     header: Header
     elements: Mapping[int, bytes]
 
     @property
     def mark(self) -> bytes:
-        """Stands for all values."""
+        """A digest of all values."""
         found = [self.elements.get(tag) for tag in (CHARSET, *ORDER)]
         return hashlib.blake2b(repr(found).encode(), digest_size=16).digest()
 
@@ -146,7 +146,7 @@ class Index:
 
     Args:
         path: where it is saved, and looked for first; None keeps it in memory only.
-        others: where one may be found that is a start.
+        others: further files that may hold an index to start from.
     """
 
     def __init__(self, path: Path | None, *others: Path) -> None:
@@ -167,8 +167,8 @@ class Index:
     def _load(self, source: Path) -> bool:
         """Read a file; return True if it is an index of ours and whole.
 
-        Whoever may write to a folder may put any file in the index's place; one with other tables, or with triggers
-        and views, is none of ours.
+        Anybody who may write to a folder can replace the index by any file; one with other tables, or with triggers and
+        views, is not ours.
         """
         try:
             data = _read(source)
@@ -189,11 +189,11 @@ class Index:
     # ---- folders and files
 
     def folders(self) -> dict[bytes, tuple[int, bytes]]:
-        """Return id and mark of every folder by its path."""
+        """Return id and mark of every folder, by path."""
         return {path: (key, mark) for key, path, mark in self.db.execute("SELECT id, path, mark FROM folders")}
 
     def stamps(self, folder: int) -> dict[bytes, Stamp]:
-        """Return the stamps of a folder's files by name."""
+        """Return the stamps of a folder's files, by name."""
         rows = self.db.execute("SELECT name, size, mtime_ns, ctime_ns, inode FROM files WHERE folder=?", (folder,))
         return {name: Stamp(*stamp) for name, *stamp in rows}
 
@@ -202,18 +202,18 @@ class Index:
         return dict(self.db.execute("SELECT kind, COUNT(*) FROM files GROUP BY kind"))
 
     def add_folder(self, path: bytes) -> int:
-        """Begin a folder; its mark is empty, which equals none, until all its files are in."""
+        """Add a folder; its mark is empty, which equals no other, until all its files are added."""
         self._changed = True
         row = self.db.execute("INSERT INTO folders (path, mark) VALUES (?, x'') RETURNING id", (path,)).fetchone()
         return int(row[0])
 
     def mark_folder(self, folder: int, mark: bytes) -> None:
-        """Note that all files of a folder are in as they are now."""
+        """Note that all files of a folder have been added as they are now."""
         self._changed = True
         self.db.execute("UPDATE folders SET mark=? WHERE id=?", (mark, folder))
 
     def remove_folder(self, folder: int) -> int:
-        """Forget a folder and its files; return how many these were."""
+        """Remove a folder and its files; return how many files there were."""
         names = list(self.stamps(folder))
         self.remove_files(folder, names)
         self.db.execute("DELETE FROM folders WHERE id=?", (folder,))
@@ -222,7 +222,7 @@ class Index:
     def put_file(
         self, folder: int, name: bytes, stamp: Stamp, kind: int, instance: IndexedInstance | None = None
     ) -> None:
-        """Add a file, or what it is now."""
+        """Add a file, or replace what is known about it."""
         self._touch(folder, [name])
         row: tuple[Any, ...] = (None, None, None, None)
         if instance is not None:
@@ -233,7 +233,7 @@ class Index:
         )
 
     def remove_files(self, folder: int, names: list[bytes]) -> None:
-        """Forget files that are gone; one that isn't known is no error."""
+        """Remove files that are gone; an unknown one is not an error."""
         self._touch(folder, names)
         self.db.executemany("DELETE FROM files WHERE folder=? AND name=?", [(folder, name) for name in names])
 
@@ -248,7 +248,7 @@ class Index:
                 self._touched.add(row[0])
 
     def _header(self, instance: IndexedInstance) -> int:
-        """Return the row of the instance's values, made if there is none."""
+        """Return the row of the instance's values; add it if there is none."""
         mark = instance.mark
         row = self.db.execute("SELECT id, series FROM headers WHERE mark=?", (mark,)).fetchone()
         if row is None:
@@ -273,7 +273,7 @@ class Index:
         return int(row[0])
 
     def settle(self) -> None:
-        """Count the series that were touched anew, and find out which file speaks for each, and for their studies.
+        """Count the instances of changed series, and choose the file whose header stands for each and for its study.
 
         For a series that is its first file in the order of paths; for a study, the one of the series that begins
         last. Where the files of a study agree, as they should, this changes nothing; where they don't, it is what
@@ -320,7 +320,7 @@ class Index:
 
     @contextlib.contextmanager
     def changing(self) -> Iterator[None]:
-        """Make changes together, which is faster; those before an exception stay, because each file is whole."""
+        """Make changes in one transaction, which is faster; changes before an exception stay, as each is complete."""
         self.db.execute("BEGIN")
         try:
             yield
@@ -371,19 +371,19 @@ def _own_schema() -> list[Any]:
 
 
 def _read(path: Path) -> bytes:
-    """Return a file's bytes; a link, or anything but a file, is none of ours."""
+    """Return a file's bytes; a link, or anything else but a file, is refused."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     with open(fd, "rb") as file:
         return file.read() if stat.S_ISREG(os.fstat(fd).st_mode) else b""
 
 
 def _digest(data: bytes | memoryview) -> bytes:
-    """Return what an index file ends with, behind its database."""
+    """Return the digest that follows the database in an index file."""
     return hashlib.blake2b(data, digest_size=DIGEST_BYTES).digest()
 
 
 def _write(path: Path, pieces: Iterable[bytes], mode: int) -> None:
-    """Write a new file, flushed to the disk: whatever name it gets afterwards has it whole."""
+    """Write a new file and flush it to disk, so that it is whole under any name that it gets afterwards."""
     fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, mode)
     with open(fd, "wb") as file:
         file.writelines(pieces)
@@ -392,7 +392,7 @@ def _write(path: Path, pieces: Iterable[bytes], mode: int) -> None:
 
 
 def _sweep(path: Path) -> None:
-    """Remove parts of this index that were left behind."""
+    """Remove unfinished files of this index."""
     with os.scandir(path.parent) as entries:
         for entry in entries:
             if entry.name.startswith(f"{path.name}.") and entry.name.endswith(".part"):

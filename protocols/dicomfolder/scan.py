@@ -1,7 +1,7 @@
-"""Brings an index up to date with its folder: looks at every directory entry, reads only headers that are new.
+"""Updates the index of a folder: reads every directory entry, but only the headers of new and changed files.
 
-Symbolic links are not followed: what one inside the folder leads to is found where it is, what leads out of the
-folder is not part of it.
+Symbolic links are not followed: what they lead to inside the folder is found in its own place, and what is outside is
+not part of it.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ GONE = frozenset(
 
 @dataclass
 class Change:
-    """What differs between a folder and what the index has of it.
+    """The differences between one folder and the index.
 
     Attributes:
         path: relative to the root, `b""` for the root itself.
-        mark: stands for all its entries as they were seen.
+        mark: a digest of all its entries as they were seen.
         read: names of the files whose headers must be read.
-        gone: names that are there no more.
+        gone: names that are no longer there.
     """
 
     path: bytes
@@ -55,11 +55,11 @@ class Change:
 
 @dataclass
 class Changes:
-    """What differs between a whole tree and its index.
+    """The differences between a whole tree and the index.
 
     Attributes:
-        vanished: folders that are there no more.
-        unchanged: how many files are as they were.
+        vanished: folders that are no longer there.
+        unchanged: how many files are unchanged.
         unreadable: how many folders can't be listed.
         links: how many symbolic links there are, which are not followed.
         newest: the latest time of any file that must be read, nanoseconds since the epoch.
@@ -77,7 +77,7 @@ class Changes:
 
 
 def look(index: Index, root: bytes, check: Callable[[], None]) -> Changes:
-    """Find out what has changed. No file is opened.
+    """Return what has changed, without opening a file.
 
     Args:
         check: called for each folder; may raise to stop.
@@ -146,11 +146,11 @@ def _mark(files: dict[bytes, Stamp]) -> bytes:
 
 
 class Read(NamedTuple):
-    """What one file turned out to be.
+    """The result of reading one file.
 
     Attributes:
         stamp: None if the file can't be read, or is gone.
-        settled: whether the file can't have changed since without a change of its stamp.
+        settled: whether any later change of the file must change its stamp.
     """
 
     name: bytes
@@ -170,7 +170,7 @@ class Work:
 
 
 def apply(index: Index, root: bytes, changes: Changes, between: Callable[[], None]) -> Work:
-    """Read the headers of new and changed files into the index, and take out what is gone.
+    """Read the headers of new and changed files into the index, and remove files that are gone.
 
     Args:
         between: called after every few files; may save the index, and may raise to stop: what was read until then
@@ -207,7 +207,7 @@ def apply(index: Index, root: bytes, changes: Changes, between: Callable[[], Non
 def _bring_up(
     index: Index, where: bytes, folder: int, change: Change, readers: Readers, work: Work, between: Callable[[], None]
 ) -> None:
-    """Bring one folder up to date."""
+    """Update one folder."""
     with index.changing():
         index.remove_files(folder, change.gone)
     work.removed += len(change.gone)
@@ -222,14 +222,14 @@ def _bring_up(
 
 
 def _let_it_tick(newest: int) -> None:
-    """Wait until a later write must leave a later time than the newest there is."""
+    """Wait until any later write must get a later time than the newest one."""
     age = time.time_ns() - newest
     if age < TICK_NS:
         time.sleep(min(TICK_NS, TICK_NS - age) / 1e9)
 
 
 def _put(index: Index, folder: int, read: Read, work: Work) -> bool:
-    """Enter a file into the index; return False if it must be read again although its stamp is the same."""
+    """Add a file to the index; return False if it must be read again although its stamp is the same."""
     if read.stamp is None:
         work.unreadable += read.kind == DAMAGED
         index.remove_files(folder, [read.name])

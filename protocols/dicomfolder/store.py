@@ -1,4 +1,4 @@
-"""Puts instances into a folder that others query, and brings what they asked for out of one.
+"""Stores instances into a folder that others query, and copies requested instances out of one.
 
     <root>/<study>/<series>/<SOP instance>.dcm       UIDs, made safe as names
     <root>/.incoming-<dispatch id>/<owner>/          what is being written; gone when the dispatch has arrived
@@ -64,7 +64,7 @@ class FolderPush(Incoming):
         return self.where[item.path].final / _name(item)
 
     def run(self, level: Level) -> Level:
-        """Bring what is pending; returns the level of verification that was reached for all of the plan.
+        """Store the pending items; return the level of verification that was reached for the whole plan.
 
         Raises:
             Denied: a link leads out of the folder.
@@ -95,7 +95,7 @@ class FolderPush(Incoming):
         return reached
 
     def discard(self) -> None:
-        """Remove what lies beside the final names."""
+        """Remove everything that lies beside the final names."""
         for place in self.places.values():
             place.discard()
 
@@ -105,7 +105,7 @@ class FolderPush(Incoming):
                 raise Denied(f"a symbolic link leads from {place.final.relative_to(self._root)} to elsewhere")
 
     def _refuse_homeless(self) -> None:
-        """Reject what says not which study and series it belongs to."""
+        """Reject instances that don't name their study and series."""
         for item in self.plan.pending:
             if not (header_of(item).StudyInstanceUID and header_of(item).SeriesInstanceUID):
                 self.report(item, Outcome(Kind.REJECTED, "has no Study or Series Instance UID"))
@@ -140,7 +140,7 @@ class FolderPush(Incoming):
                     self.report(item, outcome)
 
     def _rename(self, item: Item) -> Outcome | None:
-        """Give a file its final name; None if the file system fails at it, perhaps at it alone."""
+        """Give a file its final name; None if the file system fails at it, perhaps at this file alone."""
         kept, final = Path(self.kept(item)), self.final(item)
         try:
             if fs.move_file(kept, final):
@@ -159,7 +159,7 @@ class FolderPush(Incoming):
         return REPLACED
 
     def _verify(self, level: Level, proven: set[str]) -> Level:
-        """Look, or read, whether all that has arrived is there; what isn't is taken back."""
+        """Verify that all that has arrived is there, by size or checksum; revoke what isn't."""
         if level is Level.ACCEPTED:
             return level
         reached = level
@@ -214,10 +214,10 @@ def fetch(
     threads: int,
     bandwidth_limit: int | None = None,
 ) -> Plan:
-    """Copy instances into a folder, as `<SOP instance UID>.dcm`; returns them as a plan, all outcomes reported.
+    """Copy instances into a folder, as `<SOP instance UID>.dcm`; return them as a plan whose outcomes are reported.
 
     What is there already is not copied again. An instance that is in several series comes once. Series by series: if
-    the retrieval shall pause, what follows the running one has no outcome.
+    the retrieval is to pause, the series after the current one have no outcome.
 
     Raises:
         Busy, Misconfigured: `into` is full, or can't be written to.
@@ -269,7 +269,7 @@ def _bring(one: HeldInstance, into: Path, report: PushReport, throttle: Throttle
 
 
 def _is_copy(one: HeldInstance, final: Path, report: PushReport) -> bool:
-    """Return True if a file is what the folder holds now: a correction may have the same length."""
+    """Return True if a file equals what the folder holds now: a correction may have the same length."""
     with suppress(OSError), one.path.open("rb") as file:
         return same_content(file.fileno(), final, report.check)
     return False
@@ -279,7 +279,7 @@ def _copy(one: HeldInstance, final: Path, report: PushReport, throttle: Throttle
     """Copy a file, whole or not at all.
 
     Raises:
-        Rejected: it is not the file any more whose header was read, or can't be read.
+        Rejected: it is no longer the file whose header was read, or can't be read.
     """
     if not UID.fullmatch(one.SOPInstanceUID):
         raise Rejected("its SOP Instance UID is not valid")

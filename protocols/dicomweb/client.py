@@ -1,9 +1,9 @@
-"""Asks for one page of a search, and for metadata, with dicomweb-client, over our own connections.
+"""Fetches one page of a search, or metadata, with dicomweb-client, over our own connections.
 
-The library makes the URLs and reads the JSON. What it would lose is kept here: a query as servers read it (it encodes
-`*`, which Orthanc then takes for a letter), answers in XML, the status, the type and the words of an answer that it
-can't read, and the Warning that says that there is more. It never retries, and asks for no further page by itself: a
-server that ignores `offset` would keep it busy for ever.
+The library makes the URLs and reads the JSON. This module adds what it would lose: queries in the form that servers
+read (it encodes `*`, which Orthanc then takes for a letter), answers in XML, the status, type and words of an answer
+that it can't read, and the Warning that there are more results. It never retries, and fetches no further page by
+itself: with a server that ignores `offset` that would never end.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ Keys = tuple[tuple[str, str], ...]
 
 
 class RequestRefused(Exception):
-    """The server doesn't take this request as it is (400)."""
+    """The server refuses this form of the request (400)."""
 
     def __init__(self, error: DispatchError) -> None:
         super().__init__(error.message)
@@ -125,7 +125,7 @@ class DicomwebClient:
         return self._read(lambda: ask(*(percent(uid, safe="") for uid in uids)), path)[0]
 
     def _read(self, ask: Callable[[], Any], path: str) -> tuple[list[Attributes], Answer]:
-        """Let the library ask and read; what it can't read becomes an error of ours, with the server's words."""
+        """Let the library send and read; raise our own error, with the server's words, if it can't read the answer."""
         service, problem = self._service, None
         self._wire.last = None
         try:
@@ -135,7 +135,7 @@ class DicomwebClient:
         except (requests.HTTPError, ValueError, RecursionError) as exc:
             problem = exc
         if self._wire.last is None:  # nothing was sent: a UID that no path can hold
-            raise NotFound(f"{service.where}{path}: is not a path of any server") from None
+            raise NotFound(f"{service.where}{path}: is not a valid path") from None
         answer, body = self._wire.last
         if problem is None and answer.status in (200, 204, 206):
             return found, answer
@@ -151,7 +151,7 @@ class DicomwebClient:
 
 
 class _Wire(Adapter):
-    """Our connections, for the library.
+    """The library's connections, which are our own.
 
     Attributes:
         last: the latest answer, and its body as it came.
@@ -172,7 +172,7 @@ class _Wire(Adapter):
         self._kept.last = value
 
     def send(self, request: requests.PreparedRequest, *args: Any, **settings: Any) -> requests.Response:
-        """Send a request with its query as servers read it; returns the answer with a body in JSON."""
+        """Send a request, its query in the form that servers read; return the answer with a body in JSON."""
         head, _, query = (request.url or "").partition("?")
         if query:
             pairs = parse_qsl(query, keep_blank_values=True)
@@ -195,7 +195,7 @@ class _Wire(Adapter):
 
 
 def _as_json(answer: Answer, body: bytes, where: str) -> bytes:
-    """Return the body of an answer in the form that the library reads; one that is neither JSON nor XML as it is."""
+    """Return the body of an answer as JSON; unchanged if it is neither JSON nor XML."""
     body = body.removeprefix(b"\xef\xbb\xbf").strip()
     kind, options = parameters(answer.headers.get("Content-Type", ""))
     try:

@@ -1,15 +1,16 @@
 """All results of one search by QIDO-RS (PS3.18 section 10.6): every page, and the proof that there are no more.
 
 Servers cap a page below the limit that was asked for, send the first page again whatever the offset, or nothing
-(Orthanc 1.10 with `ModalitiesInStudy`), refuse attributes and filters that they don't know, or ignore them. So behind
-a page of more than a few the next one begins with its last result, which shows that the offset counts. Where it
-doesn't, more is asked for at once; and where the server may hold results back, these prove that it doesn't:
+(Orthanc 1.10 with `ModalitiesInStudy`), refuse attributes and filters that they don't know, or ignore them. So after a
+page of more than a few results the next one begins with its last result, which shows whether the server respects the
+offset. If it doesn't, a larger page is requested; and if the server may hold results back, one of these must prove that
+it doesn't:
 
     an answer of this server, to any search of the level, that had more results
     the count that it gave of them, or a count of all it has that is no larger
     searches that share the results out (by UID, by date), each answered with fewer
 
-Else the search ends with an error: an absence that isn't proven is not reported.
+Otherwise the search ends with an error: an absence that isn't proven is not reported.
 """
 
 from __future__ import annotations
@@ -45,13 +46,13 @@ class CutShort(Misconfigured):
 
 @dataclass
 class Archive:
-    """A server that is searched, and what was learned of it: for all searches of one question, in one thread.
+    """A server that is searched, and what has been found out about it; for all searches of one query, in one thread.
 
     Attributes:
         left_out: names of parameters that it refuses.
         closed: whether it takes only dates with both ends.
         largest: by level, the most results that came in one answer.
-        tries: how often a page is asked for over links that break.
+        tries: how often a page is requested over connections that break.
     """
 
     service: Service
@@ -100,7 +101,7 @@ class PagedSearch:
 
     @property
     def sent(self) -> Keys:
-        """The keys as the server gets them: without those that it refuses."""
+        """The keys that are sent: without those that the server refuses."""
         return tuple((key, self._date(value) if key == DATE else value) for key, value in self.keys if self._takes(key))
 
     @property
@@ -118,7 +119,7 @@ class PagedSearch:
     # ---- one page
 
     def page(self, limit: int, offset: int, extra: Keys = ()) -> Page:
-        """Fetch a page, without what the server refuses."""
+        """Fetch a page, without the parameters that the server refuses."""
         try:
             found = self._ask(limit, offset, extra)
         except RequestRefused as exc:
@@ -141,10 +142,10 @@ class PagedSearch:
             except Interrupted:
                 if not left:
                     raise
-        raise ValueError("a page is asked for at least once")
+        raise ValueError("a page is requested at least once")
 
     def _learned(self, limit: int, refusal: RequestRefused) -> Page:
-        """Find out which parameters the server refuses, which it doesn't say; returns the first page without them.
+        """Find out which parameters the server refuses, as it doesn't name them; return the first page without them.
 
         Raises:
             DispatchError: it refuses the search whatever is left out.
@@ -178,14 +179,14 @@ class PagedSearch:
         raise refusal.error from None
 
     def _taken(self, limit: int) -> Page | None:
-        """Return the first page; None if the search is refused as it is now."""
+        """Return the first page; None if this form of the search is refused."""
         try:
             return self._ask(limit, 0)
         except RequestRefused:
             return None
 
     def _fresh(self, rows: list[Attributes]) -> Iterator[Attributes]:
-        """Yield the results that are new."""
+        """Yield the results that have not been yielded before."""
         for row in rows:
             uid = self._uid(row)
             if uid and uid not in self._seen:
@@ -199,7 +200,7 @@ class PagedSearch:
     # ---- one page after the other
 
     def _walk(self, limit: int) -> Generator[Attributes, None, int | None]:
-        """Yield what comes by pages; returns None if that is all, else how many results come at once at most."""
+        """Yield what pages bring; return None if that is all, else the largest number of results in one answer."""
         known = self.archive.largest.get(self.level, 0)
         page = self.page(limit, 0)
         count, first = len(page.rows), sorted(self._uid(row) for row in page.rows)
@@ -249,7 +250,7 @@ class PagedSearch:
     # ---- proof
 
     def _prove(self, count: int) -> Iterator[Attributes]:
-        """Yield what the server held back, if it can be had otherwise.
+        """Yield what the server held back, if other searches bring it.
 
         Raises:
             Misconfigured: nothing shows that it holds nothing back.
@@ -299,9 +300,9 @@ class PagedSearch:
         return False
 
     def _by_uid(self, count: int) -> Generator[Attributes, None, bool]:
-        """Share the results out by how their UIDs begin; returns True if that gave all of them.
+        """Split the results by the beginnings of their UIDs; return True if that brought all of them.
 
-        UIDs have no wild cards in DICOM, but some servers take them: the shares show it.
+        DICOM has no wild cards in UIDs, but some servers accept them, which the parts show.
         """
         key, came = UID_KEYS[self.level], set[str]()
         wanted = set(self._seen)
@@ -325,7 +326,7 @@ class PagedSearch:
         return False
 
     def _by_date(self, count: int) -> Generator[Attributes, None, bool]:
-        """Share the results out by study date; returns True if that gave all that have one."""
+        """Split the results by study date; return True if that brought all that have one."""
         period = next((in_days(value) for key, value in self.sent if key == DATE), "-")
         first, _, last = period.partition("-")
         shares = [(first, last)] if "-" in period else []
@@ -352,14 +353,14 @@ class PagedSearch:
         return False
 
     def _whole(self, count: int) -> list[Attributes] | None:
-        """Return the results of the search as it is: where the first share is cut."""
+        """Return the results of the unsplit search, which decide where the first cut is made."""
         try:
             return self.page(count, 0).rows
         except (NotFound, RequestRefused):
             return None
 
     def _share(self, count: int, key: tuple[str, str]) -> list[Attributes] | None:
-        """Return the results of one share; None if it can't be had, or there are more."""
+        """Return the results of one part; None if the server refuses it or has more."""
         try:
             page = self.page(max(count + 1, PAGE), 0, (key,))
         except (NotFound, RequestRefused, Misconfigured):
@@ -376,7 +377,7 @@ class PagedSearch:
 
 
 def _days_from(date: str, days: int) -> str:
-    """Return the date so many days after another; where the calendar ends, or it is no date, one beyond it."""
+    """Return the date so many days after another; one beyond the calendar where that ends or the date is not valid."""
     try:
         day = datetime.date(int(date[:4]), int(date[4:6]), int(date[6:])) + datetime.timedelta(days)
         return day.strftime("%Y%m%d").rjust(8, "0")

@@ -1,9 +1,9 @@
-"""Searches by QIDO-RS (PS3.18 section 10.6): all that a query asks for, and only that.
+"""Searches by QIDO-RS (PS3.18 section 10.6): everything that a query matches, and nothing else.
 
 Servers match differently, and some ignore filters, so everything is compared with the query on this side, by the
-rules of `imaging.match`; and servers are asked in words with which they can't leave out what those rules find. Where
-an answer lacks what is to be compared, the server's own match counts, if it was seen to match at all; else an instance
-of the study is looked at.
+rules of `imaging.match`; and the searches are worded so that servers can't leave out what those rules find. Where an
+answer lacks a value to compare, the server's own match counts, if it has been seen to match at all; otherwise an
+instance of the study is read.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def find(service: Service, query: Query, *, tries: int = 1) -> Iterator[Match]:
     """Yield the studies or series that match, each once.
 
     Args:
-        tries: how often a page is asked for over links that break.
+        tries: how often a page is requested over connections that break.
 
     Raises:
         Misconfigured: the query is malformed, or the server can't answer it in full.
@@ -76,7 +76,7 @@ def instances(archive: Archive, study_uid: str, series_uid: str, expected: int |
 
 
 def holds(archive: Archive, study_uid: str, series_uid: str, uid: str) -> bool | None:
-    """Ask for one instance; returns whether the server has it, None if its answer leaves that open."""
+    """Return whether the server has an instance; None if its answer leaves that open."""
     segments = ("studies", study_uid, "series", series_uid, "instances")
     search = PagedSearch(archive, segments, (("SOPInstanceUID", uid),))
     try:
@@ -87,7 +87,7 @@ def holds(archive: Archive, study_uid: str, series_uid: str, uid: str) -> bool |
 
 
 def probe(service: Service, *segments: str) -> dict[str, Any] | None:
-    """Ask for one study, or one of what is below one; returns it, None if there is none."""
+    """Return one study, or one series or instance below a study; None if there is none."""
     try:
         found = DicomwebClient(service).search(segments or ("studies",), limit=1).rows
     except RequestRefused as exc:
@@ -96,7 +96,7 @@ def probe(service: Service, *segments: str) -> dict[str, Any] | None:
 
 
 def any_instance(service: Service) -> tuple[str, str, str] | None:
-    """Return the UIDs (study, series, instance) of some instance, None if none is to be found."""
+    """Return the UIDs (study, series, instance) of any instance; None if none is found."""
     uids: list[str] = []
     segments: list[str] = []
     for level, keyword in _LEVELS:
@@ -110,7 +110,7 @@ def any_instance(service: Service) -> tuple[str, str, str] | None:
 
 
 class _Finder:
-    """One query to one server, and what was learned of it meanwhile."""
+    """One query to one server, and what has been found out about the server meanwhile."""
 
     def __init__(self, archive: Archive, query: Query) -> None:
         self.archive, self.query = archive, query
@@ -146,7 +146,7 @@ class _Finder:
         """Yield the results of a search that pass all tests, as values by keyword.
 
         Args:
-            keys: those of the search as the query has them: in these words the server's own match counts.
+            keys: those of the search as the query has them: in this form the server's own match counts.
         """
         given: set[str] = set()  # keywords that the server answers
         open_: list[tuple[dict[str, Any], list[tuple[str, Test]]]] = []
@@ -172,7 +172,7 @@ class _Finder:
                 yield values | {keyword: below.get(keyword, "") for keyword, _ in failed}
 
     def _wordings(self, keys: Keys) -> Iterator[Keys]:
-        """Yield the searches that together miss nothing; each is asked only if those before it found nothing.
+        """Yield searches that together miss nothing; each is made only if those before it found nothing.
 
         Names are looked for with wild cards, as servers don't agree on what stands between and behind their parts.
         The second is for servers that don't decode what a URL can't hold (Orthanc's plugin 1.7), the others are for
@@ -194,7 +194,7 @@ class _Finder:
             yield keys
 
     def _takes_wild_cards(self, key: str) -> bool:
-        """Ask for any value of a key: a server that takes the star for a letter finds nothing."""
+        """Return True if `*` alone finds something: a server that takes it for a letter finds nothing."""
         if key not in self._stars:
             try:
                 found = PagedSearch(self.archive, ("studies",), ((key, "*"),)).page(1, 0)
@@ -204,7 +204,7 @@ class _Finder:
         return self._stars[key]
 
     def _matches(self, segments: tuple[str, ...], key: str) -> bool:
-        """Ask for a value that nothing has: a server that ignores the key finds something."""
+        """Return True if a value that nothing has finds nothing: a server that ignores the key finds something."""
         known = (segments[-1], key)
         if known not in self._matched:
             search = PagedSearch(self.archive, segments, ((key, NO_DATE if key == DATE else NO_VALUE),))
@@ -283,7 +283,7 @@ class _Finder:
     # ---- what an answer lacks
 
     def _below(self, segments: tuple[str, ...], uid: str) -> dict[str, Any] | None:
-        """Return what one instance of a study or series says, None if the server doesn't show any."""
+        """Return the values of one instance of a study or series; None if the server doesn't show any."""
         uids = [*segments[1::2], uid]
         try:
             for level, keyword in _LEVELS[len(uids) :]:
@@ -298,7 +298,7 @@ class _Finder:
         return keyworded(found[0]) if found else None
 
     def _by_key(self, search: PagedSearch, uid: str, keywords: list[str]) -> dict[str, Any]:
-        """Return the values with which the server finds a result, where it shows them nowhere.
+        """Return the query's values by which the server finds a result, if it shows the values nowhere.
 
         Raises:
             Misconfigured: it doesn't match them either.
@@ -325,7 +325,7 @@ def _loose(value: str) -> str:
 
 
 def _loose_name(value: str) -> str:
-    """Return a pattern that finds all that a name, or a pattern of names, matches, whatever stands behind its parts."""
+    """Return a pattern that finds all that a name, or a pattern of names, matches, whatever follows its parts."""
     return re.sub(r"\*+", "*", _any_sign(_loose(value)) + "*")
 
 

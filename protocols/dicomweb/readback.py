@@ -1,8 +1,8 @@
 """Verifies what a DICOMweb server was sent: asks it what it has (QIDO), or reads it back and compares (WADO).
 
-Servers may write file meta information of their own, and may change the header (merge patients, coerce elements), so
-what was read back is the same if the pixel data is, in the same transfer syntax; and the whole data set where there
-is no pixel data.
+Servers may write file meta information of their own, and may change the header (merge patients, coerce elements), so an
+instance counts as the same if its pixel data is the same in the same transfer syntax, or, without pixel data, if the
+whole data set is.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Verdict(Enum):
     """What reading an instance back showed."""
 
     SAME = "the same"
-    CHANGED = "changed by the server, but for the pixel data"
+    CHANGED = "changed by the server, except for the pixel data"
     UNLIKE = "can't be compared"
     OTHER = "read back with other pixel data"
     MISSING = "accepted, but can't be read back"
@@ -53,10 +53,10 @@ class Verdict(Enum):
 def unlisted(
     service: Service, items: Iterable[Item], check: Callable[[], None], wait_s: float | None = None
 ) -> list[Item]:
-    """Return the items that the server does not list; those that show up a little later count as listed.
+    """Return the items that the server doesn't list; those that appear a little later count as listed.
 
     Args:
-        wait_s: how much later, at most; None for `LISTED_WAIT_S`.
+        wait_s: the longest time for that; None for `LISTED_WAIT_S`.
 
     Raises:
         Unverifiable: it can't be searched. DispatchError: it can't be reached just now.
@@ -96,7 +96,7 @@ def listed(service: Service, items: Iterable[Item], check: Callable[[], None]) -
 
 
 def _unlisted(archive: Archive, series: tuple[str, str], wanted: list[Item], check: Callable[[], None]) -> list[Item]:
-    """Return the items of a series that the server doesn't list, nor has when it is asked for each."""
+    """Return the items of a series that the server neither lists nor has when it is asked for each."""
     listed: set[str] = set()
     whole = True
     try:
@@ -174,7 +174,7 @@ def _verdict(ours: int, sent: Header, theirs: int, got: Header, check: Callable[
 
 
 def _same(ours: int, at: int, theirs: int, there: int, check: Callable[[], None]) -> bool:
-    """Compare two files from these positions to their ends."""
+    """Return True if two files are equal from these positions to their ends."""
     while True:
         check()
         piece = os.pread(ours, COMPARE_BYTES, at)
@@ -186,7 +186,7 @@ def _same(ours: int, at: int, theirs: int, there: int, check: Callable[[], None]
 
 
 def _pixel_data(fd: int, header: Header) -> int | None:
-    """Return the position of the pixel data (or what stands for it), None if there is none to be found."""
+    """Return the position of the pixel data (or what stands for it); None if none is found."""
     syntax = header.TransferSyntaxUID
     if syntax == DEFLATED_LITTLE:
         return None

@@ -1,4 +1,4 @@
-"""What the three DICOMweb services share: where they are, what their statuses mean.
+"""What the three DICOMweb services share: where they are, and the meaning of statuses.
 
 Sources: PS3.18 sections 8.5 (status codes), 10.5 (store), 10.6 (search) and 10.4 (retrieve), RFC 9110 section 15.
 """
@@ -44,7 +44,7 @@ ADVICE = {
     401: "check the credentials",
     403: "ask for the right to do this",
     404: "check url and the prefixes",
-    405: "this service is not at this place: check url and the prefixes",
+    405: "this service is not there: check url and the prefixes",
     406: "it can't give its answer as JSON or XML here: check url and the prefixes, and any proxy before the server",
     410: "check url and the prefixes",
 }
@@ -93,7 +93,7 @@ class Service:
         return self.clean("; ".join(part for part in (said, warnings) if part))
 
     def clean(self, text: str) -> str:
-        """Return a text of the server, fit for a message."""
+        """Return a text of the server in a form for messages."""
         return words.clean(text, self._hidden)
 
     @property
@@ -101,7 +101,7 @@ class Service:
         return self.hidden | self.session.secrets
 
     def error(self, answer: Answer, body: bytes, path: str) -> DispatchError:
-        """Return the error that a status stands for; the message has the server's own words."""
+        """Return the error that a status means; the message has the server's own words."""
         status = answer.status
         kind = STATUS_ERRORS.get(status, Busy if status >= 500 else Misconfigured)
         where = f"{self.where}{path.split('?')[0]}"
@@ -115,7 +115,7 @@ class Service:
         return Busy(text, retry_after=answer.retry_after) if kind is Busy else kind(text)
 
     def get(self, path: str, accept: str) -> tuple[int, Answer, bytes]:
-        """Fetch what a search finds; returns status, head and body."""
+        """Fetch a resource; return status, head and body."""
         with self.session.request("GET", path, {"Accept": accept}) as answer:
             return answer.status, answer, answer.read(RESULT_BYTES)
 

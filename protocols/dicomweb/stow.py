@@ -70,7 +70,7 @@ _stumbled: dict[str, tuple[frozenset[str], float]] = {}
 
 
 def _forget() -> None:
-    """Drop what is not suspected any more: there may be many dispatches, of many paths."""
+    """Drop instances that are no longer suspected: there may be many dispatches, with many paths."""
     now = time.monotonic()
     for key in [key for key, (_, until) in list(_stumbled.items()) if until <= now]:
         _stumbled.pop(key, None)  # another dispatch may have done it
@@ -170,7 +170,7 @@ class StowPush:
                     self._turn.notify_all()
 
     def _next(self) -> Batch | None:
-        """Wait for a batch to send; None if there is none left, or something went wrong."""
+        """Wait for a batch to send; None if none is left, or another thread has failed."""
         with self._turn:
             while not self._failed:
                 if self._queue:
@@ -182,7 +182,7 @@ class StowPush:
         return None
 
     def _send(self, batch: Batch, buffer: bytearray) -> list[Batch]:
-        """Send one batch and report the outcomes; return what is to be sent again."""
+        """Send one batch and report the outcomes; return the batches to send again."""
         self.report.check()
         while True:
             body = StowBody(batch.items, self.plan, buffer, self._throttle.piece, self._pace, self.report.moved)
@@ -203,7 +203,7 @@ class StowPush:
                 return self._judge(batch, body, answer, content)
 
     def _suspect(self, batch: Batch, body: StowBody, exc: DispatchError) -> None:
-        """Note, for the next attempts too, what was on its way when something failed, and how large that was."""
+        """Remember, also for later attempts, which instances were under way when something failed, and their size."""
         until = time.monotonic() + SUSPICION_S
         with self._turn:
             self._suspects |= {item.path for item in batch.items}
@@ -227,7 +227,7 @@ class StowPush:
             return answer, content
 
     def _pace(self, count: int) -> None:
-        """Wait until so many bytes may go."""
+        """Wait until so many bytes may be sent."""
         dicomweb.pause(self._throttle.delay(count), self.report.check)
 
     # ---- what an answer means
@@ -281,15 +281,15 @@ class StowPush:
         unsure: bool | None = None,
         lasting: bool = False,
     ) -> list[Batch]:
-        """Return what becomes of a batch that failed, perhaps for one of its instances.
+        """Return the batches to send after one failed, perhaps because of one of its instances.
 
         Args:
-            said: what the server said, or did.
-            unsure: whether it may have been stored all the same; None for what the error says.
+            said: the server's words or reaction.
+            unsure: whether it may have been stored nevertheless; None to judge by the error.
             lasting: whether it would be the same another time.
 
         Raises:
-            DispatchError: the error given, if it is put down to the server.
+            DispatchError: the given error, if the server is its cause.
         """
         if body.out:
             self._suspect(batch, body, error)
@@ -309,12 +309,12 @@ class StowPush:
         return []
 
     def _listed(self, items: tuple[Item, ...]) -> list[Item]:
-        """Return which of these instances the server lists, as far as it answers."""
+        """Return those of these instances that the server lists, as far as it answers."""
         with self._asking:
             return readback.listed(self.service, items, self.report.check)
 
     def _answers(self) -> bool:
-        """Return True if the server answers a search, with whatever does not say that it is down."""
+        """Return True if the server answers a search in any way that doesn't mean that it is down."""
         path = self.service.path(self.service.qido, "studies", query=[("limit", "1")])
         try:
             status, _, _ = self.service.get(path, dicomweb.ACCEPT)
@@ -325,7 +325,7 @@ class StowPush:
         return dicomweb.STATUS_ERRORS.get(status) is not Busy
 
     def _without_room(self, item: Item, refusal: Busy, batch: Batch) -> list[Batch]:
-        """An instance that the server has no room for now, which some say of instances that they can't take at all."""
+        """Handle an instance that the server has no room for now; some say so of instances that they can never take."""
         if not batch.last:
             return [Batch((item,), last=True)]
         with self._turn:
@@ -336,7 +336,7 @@ class StowPush:
     def _unnamed(
         self, rest: Batch, batch: Batch, body: StowBody, lists: Lists | None, answer: Answer, content: bytes
     ) -> list[Batch]:
-        """Return what becomes of the instances of a batch that no list names."""
+        """Return the batches to send for instances that no list of the answer names."""
         alone = len(batch.items) == 1
         promised = answer.media_type in (JSON, XML) and not answer.framed  # a list, which may have been cut off
         if answer.status < 300 and not content and not answer.early and not promised:
@@ -362,7 +362,7 @@ class StowPush:
         return []
 
     def _taken(self, items: Iterable[Item], words: str, answer: Answer) -> None:
-        """Report instances of which the status alone says that they were accepted."""
+        """Report instances that were accepted according to the status alone."""
         for item in items:
             with self._turn:
                 self.unlisted += 1
@@ -371,9 +371,9 @@ class StowPush:
     def _settled(
         self, rest: Batch, batch: Batch, body: StowBody, lists: Lists | None, answer: Answer, content: bytes
     ) -> list[Batch]:
-        """Find out what became of instances that an answer of success doesn't name; returns what is to be sent again.
+        """Settle instances that a successful answer doesn't name; return the batches to send again.
 
-        A gateway that gives instances UIDs of its own would store each again, each time that it gets it.
+        A gateway that gives instances its own UIDs would store an instance again each time it is sent.
         """
         strangers = lists.under_other_uids(map(uid_of, batch.items)) if lists else 0
         page = "html" in answer.media_type and lists is None
@@ -404,7 +404,7 @@ class StowPush:
         return []
 
     def _asked(self, items: tuple[Item, ...], wait_s: float) -> tuple[Item, ...] | None:
-        """Ask the server which of these instances it doesn't have; None if it can't say."""
+        """Return those of these instances that the server doesn't have; None if it can't be searched."""
         with self._asking:  # one thread at a time: the questions are few, or the server is odd
             try:
                 missing = tuple(readback.unlisted(self.service, items, self.report.check, wait_s))
@@ -417,7 +417,7 @@ class StowPush:
             return missing
 
     def _open(self, rest: Batch) -> list[Batch]:
-        """Instances of which nothing is known: each alone, then the next attempt."""
+        """Return batches for instances of which nothing is known: each alone, then in the next attempt."""
         if not rest.last:
             return rest.alone()
         with self._turn:
@@ -427,7 +427,7 @@ class StowPush:
     def _failure(
         self, item: Item, failure: stow_answer.Failure, batch: Batch, answer: Answer
     ) -> Outcome | Batch | Busy:
-        """Return what becomes of an instance that the answer names as failed."""
+        """Handle an instance that the answer names as failed; return the batches to send again."""
         text = stow_answer.failure(failure)
         if failure.comment:
             text += f": {self._hiding((item,)).clean(failure.comment)!r}"

@@ -1,4 +1,4 @@
-"""What a STOW answer says of each instance, and what its reasons mean.
+"""What a STOW answer says about each instance, and the meaning of its reasons.
 
 Sources: PS3.18 section 10.5.3 and Annex I.2, PS3.4 Annexes B.2.3 and J.3.4, PS3.7 Annex C; the codes of Azure's
 DICOM service are in its conformance statement.
@@ -57,7 +57,7 @@ class Failure:
 
 
 def is_busy(code: int | None) -> bool:
-    """Return whether the same instance may be taken later."""
+    """Return True if the server may accept the same instance later."""
     return code is not None and (0xA700 <= code <= 0xA7FF or code in (_AZURE_IN_PROGRESS, _RESOURCE_LIMITATION))
 
 
@@ -88,7 +88,7 @@ class Lists:
 
     @classmethod
     def of(cls, content: bytes) -> Lists | None:
-        """Read an answer; None if it has none of the lists."""
+        """Return the lists of an answer; None if it has none of them."""
         try:
             answers = dicomjson.parse(content) if content else []
         except ValueError:

@@ -20,11 +20,11 @@ PART_BYTES = len(PART_HEAD) + BOUNDARY_CHARS + 8  # around each instance: two da
 
 @dataclass(frozen=True)
 class Batch:
-    """Instances that go in one request.
+    """Instances that are sent in one request.
 
     Attributes:
         last: whether its only instance was sent before, so that there is no further try in this push.
-        soon: whether it goes next all the same, to find out what is wrong.
+        soon: whether it is sent next nevertheless, to find out what is wrong.
     """
 
     items: tuple[Item, ...]
@@ -32,7 +32,7 @@ class Batch:
     soon: bool = False
 
     def alone(self) -> list[Batch]:
-        """Each of the instances in a batch of its own, for the last time."""
+        """Return each instance in a batch of its own, to be sent for the last time."""
         return [Batch((item,), last=True) for item in self.items]
 
     def halves(self) -> list[Batch]:
@@ -42,10 +42,10 @@ class Batch:
 
 
 def batches(items: Iterable[Item], batch_bytes: int, batch_items: int, concurrency: int) -> Iterator[Batch]:
-    """Split instances, in order, so that no request is larger than allowed, and that all connections have some.
+    """Split instances, in order, so that no request is larger than allowed and every connection gets some.
 
-    An instance that is larger than `batch_bytes` goes alone; two with the same UID never go together, as no
-    answer could say which of them it means.
+    An instance larger than `batch_bytes` is sent alone; two with the same UID are never sent together, because no
+    answer could show which of them it means.
     """
     items = list(items)
     whole = sum(item.size + PART_BYTES for item in items)
@@ -70,11 +70,10 @@ def uid_of(item: Item) -> str:
 
 
 class StowBody:
-    """A batch as multipart/related: read from disk as it goes, its length known before.
+    """A batch as multipart/related: read from disk while it is sent, with a length that is known before.
 
     Attributes:
-        current: the instance that is being read.
-        out: bytes that went out.
+        current: the instance that is being read. out: bytes that were sent.
     """
 
     def __init__(
@@ -107,7 +106,7 @@ class StowBody:
 
     @property
     def whole(self) -> int:
-        """How many instances have gone out whole."""
+        """How many instances have been sent whole."""
         return sum(end <= self.out for end in self._ends)
 
     def sent(self, count: int) -> None:
@@ -115,7 +114,7 @@ class StowBody:
         self._moved(count)
 
     def __iter__(self) -> Iterator[memoryview]:
-        """Read the files; what was read last of each goes out only after the file was found unchanged.
+        """Read the files; the last piece of each is sent only after the file was found unchanged.
 
         Raises:
             Rejected: `current` is not the file that was planned.

@@ -1,7 +1,7 @@
-"""Finds out whether a STOW server fails, or fails at one instance, when a request is refused or broken off as a whole.
+"""Finds out, when a whole request is refused or broken off, whether the server fails or one instance makes it fail.
 
 No status says so: a gateway whose backend falls over at one instance answers 502, a firewall 403, a route for one kind
-of instance 404, and a server that breaks down answers nothing. What shows it is another instance, alone:
+of instance 404, and a server that breaks down answers nothing. Another instance, sent alone, shows it:
 
     the same becomes of the next ones, each alone, and nothing was stored     it is the server: its error ends the push
     others are stored, one fails alone as well                                it is that instance
@@ -35,8 +35,7 @@ class Lone:
     """An instance that failed alone.
 
     Attributes:
-        said: what the server said, or did.
-        lasting: whether it would do so again.
+        said: the server's words or reaction. lasting: whether it would react so again.
     """
 
     item: Item
@@ -46,10 +45,10 @@ class Lone:
 
 
 class Doubts:
-    """What failed as a whole in one push; may be used from several threads.
+    """The requests of one push that failed as a whole; may be used from several threads.
 
     Args:
-        at_once: requests that may be on their way together, and so fail together.
+        at_once: requests that may be under way together, and so fail together.
         known: whether an earlier attempt has met such an instance.
         alive: asks whether the server answers at all.
     """
@@ -70,7 +69,7 @@ class Doubts:
             self.stored += arrived
 
     def is_server(self, error: DispatchError) -> bool:
-        """Count a failure; return True if it is put down to the server."""
+        """Count a failure; return True if the server is its cause."""
         with self._lock:
             self._in_a_row += 1
             count, stored = self._in_a_row, self.stored
@@ -87,7 +86,7 @@ class Doubts:
         return count >= lasting or not (self._before and error.retryable and self._is_alive())
 
     def apart(self, batch: Batch) -> list[Batch]:
-        """Return the instances of a failed batch, each alone: at the end, but for some of them if nothing was stored.
+        """Return the instances of a failed batch, each alone: to be sent last, but some at once if nothing was stored.
 
         Neighbours are alike, so those that go first are far from each other.
         """
@@ -104,7 +103,7 @@ class Doubts:
         self._report.put_off[item.path] = said
 
     def judge(self, report: Callable[[Item, Outcome], None]) -> list[Retryable]:
-        """Reject what fails for itself alone; return why the others are left for the next attempt.
+        """Reject instances that fail by themselves; return why others are left for the next attempt.
 
         Raises:
             DispatchError: the server fails, as far as this push shows.

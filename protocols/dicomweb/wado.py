@@ -1,7 +1,7 @@
-"""Retrieves instances by WADO-RS (PS3.18 section 10.4): each goes to disk as it comes, and gets its name when whole.
+"""Retrieves instances by WADO-RS (PS3.18 section 10.4): each is written while it arrives, and named when it is whole.
 
-A series is asked for at once. What doesn't come so (a server or proxy that gives up on large answers, a link that
-breaks) is listed and asked for one by one, and in other forms; what doesn't come alone costs itself alone.
+A series is requested as a whole. What doesn't arrive so (a server or proxy gives up on large answers, a connection
+breaks) is listed and requested one by one, and in other forms; an instance that fails affects no other.
 """
 
 from __future__ import annotations
@@ -62,20 +62,20 @@ def path(service: Service, uids: tuple[str, ...]) -> str:
 
 
 class Unable(Busy):
-    """The server breaks down at this request, or takes too long; smaller ones may go."""
+    """The server fails at this request, or takes too long; smaller ones may succeed."""
 
 
 def fetch(
     service: Service, uids: tuple[str, ...], pace: Callable[[int], None], forms: list[str] | None = None
 ) -> Generator[Iterator[memoryview], None, None]:
-    """Yield the content of each instance of a study, a series or an instance, as it comes.
+    """Yield the content of each instance of a study or series, or of one instance, as it arrives.
 
     Each content must be read to its end, or left, before the next.
 
     Args:
         uids: of the study, the series and the instance; fewer for all that is below.
         pace: called with the bytes that came; may wait, or raise to stop.
-        forms: what to ask for, one after the other until the server gives it; that comes first from then on.
+        forms: media types to request, one after the other until the server accepts one, which comes first from then on.
 
     Raises:
         NotFound: there is no such resource. Misconfigured: the answer is something else. Unable.
@@ -122,10 +122,11 @@ def _paced(pieces: Iterator[memoryview], pace: Callable[[int], None]) -> Iterato
 
 @contextmanager
 def spooled(content: Iterator[memoryview], folder: Path) -> Iterator[tuple[Path, Header]]:
-    """Write the content of an instance to a temporary file of a folder; what is still there at the end is removed.
+    """Write the content of an instance to a temporary file in a folder; remove the file at the end if it is left.
 
     Raises:
-        Rejected: what came is no whole DICOM file. Busy: there is no room. Misconfigured: nothing can be written there.
+        Rejected: what arrived is not a whole DICOM file. Busy: there is no room. Misconfigured: nothing can be written
+            there.
     """
     with partial.writing(folder):
         file, fd = partial.create(folder)
@@ -166,16 +167,16 @@ class _Job:
 class WadoRetrieval:
     """Brings the instances of some series into a folder, as `<SOP instance UID>.dcm`.
 
-    What is there already is not asked for again, so that the same retrieval, begun again, fetches what is missing.
-    Which instances a series should have is asked only where the count is not what was announced, as servers take longer
-    to list a series than to give it; and what is missing is fetched before the next series is listed, so that each try
-    adds something however often the link breaks.
+    Instances that are there already are not requested again, so the same retrieval, begun again, fetches what is
+    missing. The instances of a series are listed only if the count is not the announced one, because servers take
+    longer to list a series than to send it; missing ones are fetched before the next series is listed, so that each try
+    adds something however often the connection breaks.
 
     Args:
         listed: returns the UIDs of a series' instances, None if the server lists none.
 
     Attributes:
-        notes: what went otherwise than announced, for people.
+        notes: what differs from what was announced, for people.
     """
 
     def __init__(
@@ -212,7 +213,7 @@ class WadoRetrieval:
         self._concurrency = concurrency
 
     def run(self) -> Plan:
-        """Fetch what is missing; returns what should be here as a plan, whose outcomes have been reported.
+        """Fetch what is missing; return what should be here as a plan, whose outcomes have been reported.
 
         Raises:
             DispatchError: not all could be asked for; what came is in the folder, and has been reported.
@@ -238,7 +239,7 @@ class WadoRetrieval:
         return self._counts[series.uid] > 0 and self._counts[series.uid] == series.announced
 
     def _look(self) -> None:
-        """Find what is in the folder already."""
+        """Find the instances that are in the folder already."""
         wanted = {one.uid for one in self.series}
         for uid, series, item in here(self.folder, wanted, self.report.check):
             self._here[uid] = item
@@ -264,7 +265,7 @@ class WadoRetrieval:
                     self._lock.notify_all()
 
     def _next(self) -> _Job | None:
-        """Wait for a job; None if there is none left, or something went wrong."""
+        """Wait for a job; None if none is left, or another thread has failed."""
         with self._lock:
             while not (self._failed or self.report.pausing.is_set()):
                 if self._jobs:
@@ -276,7 +277,7 @@ class WadoRetrieval:
         return None
 
     def _do(self, job: _Job) -> list[_Job]:
-        """Fetch what a job is about; returns what is to be fetched now, or again."""
+        """Do a job; return the jobs that follow from it."""
         if job.instance:
             return self._do_instance(job)
         if self._whole and not job.apart and not self._counts[job.series.uid]:
@@ -316,7 +317,7 @@ class WadoRetrieval:
         return []
 
     def _one_by_one(self, series: WadoSeries) -> list[_Job]:
-        """List what the server has of a series and is not here.
+        """List the instances of a series that the server has and that are not here.
 
         A series that can't be listed now is left for the next retrieval; several, one after the other, end this one.
         """
@@ -344,7 +345,7 @@ class WadoRetrieval:
         return [_Job(series, uid) for uid in missing]
 
     def _fetch(self, job: _Job) -> DispatchError | None:
-        """Bring what a job is about; returns why it didn't come, or not all of it, None if it did.
+        """Fetch what a job asks for; return why not all of it arrived, None if it did.
 
         Raises:
             DispatchError: nothing else would come either, or could be written.
@@ -368,11 +369,11 @@ class WadoRetrieval:
                     return exc
 
     def _keep(self, job: _Job, file: Path, header: Header) -> None:
-        """Give a whole file its name, if it is what was asked for and isn't there yet."""
+        """Give a whole file its name, if it is what was requested and isn't there yet."""
         uid = header.SOPInstanceUID
         wanted = uid == job.instance if job.instance else header.SeriesInstanceUID == job.series.uid
         if not wanted or not UID.fullmatch(uid):
-            raise Rejected("the server gave another instance than was asked for")
+            raise Rejected("the server sent another instance than the requested one")
         with self._lock:
             if uid in self._here:
                 return  # a second copy

@@ -1,6 +1,6 @@
-"""Brings files into a file system so that nobody ever sees half of one, and nothing is lost when the power goes.
+"""Writes files so that nobody ever sees half of one, and nothing is lost when the power fails.
 
-POSIX calls only, no threads: what is copied under one name, flushed, and given its final name by one rename.
+POSIX calls only, no threads: a file is copied under one name, flushed, and given its final name by one rename.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Silent(Exception):
 
 
 def within(seconds: float, ask: Callable[[], T]) -> T:
-    """Return what `ask` returns; a share whose server is gone may block it for ever, and then its thread is left.
+    """Return what `ask` returns; if a share whose server is gone blocks it for ever, abandon its thread.
 
     Raises:
         Silent: no answer in time.
@@ -89,7 +89,7 @@ def own(folder: Path, mode: int | None, group: int | None) -> None:
 
 
 def flush_folder(folder: Path) -> None:
-    """Wait until the entries of a folder are on disk, where the file system knows of such a thing."""
+    """Wait until the entries of a folder are on disk, where the file system supports that."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
@@ -150,7 +150,7 @@ def flush_all(folder: Path, check: Callable[[], None]) -> bool:
 
 
 def flush_soon(fd: int) -> None:
-    """Begin to write a file's content to disk, so that a later flush waits less."""
+    """Start writing a file's content to disk, so that a later flush waits less."""
     with suppress(OSError):
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
@@ -169,14 +169,14 @@ def move_folder(source: Path, final: Path) -> bool:
 
 
 def is_caseless(folder: Path) -> bool:
-    """Return True if a file system takes the name of a folder, in other letters, for the same."""
+    """Return True if a file system takes a folder's name in the other case for the same name."""
     with suppress(OSError):
         return folder.name.swapcase() != folder.name and folder.with_name(folder.name.swapcase()).samefile(folder)
     return False
 
 
 def is_of_other_name(path: Path) -> bool:
-    """Return True if a path leads to what is called otherwise: on a share that takes `ab` for `AB`, or drops a dot."""
+    """Return True if a path leads to another name: on a share that takes `ab` for `AB`, or drops a dot."""
     for other in (path.with_name(path.name.swapcase()), path.with_name(path.name.rstrip(".") or path.name)):
         with suppress(OSError):
             if other != path and os.path.samefile(path, other) and path.name not in os.listdir(path.parent):
@@ -228,7 +228,7 @@ def check_writable(folder: Path) -> None:
 
 
 def room(folder: Path) -> tuple[int, int, int]:
-    """Free bytes, free inodes and the size of a block; -1 where the file system gives none."""
+    """Return free bytes, free inodes and the size of a block; -1 where the file system gives no number."""
     info = os.statvfs(folder)
     free = info.f_bavail * info.f_frsize if info.f_blocks else -1
     return free, info.f_favail if info.f_files else -1, info.f_frsize or 4096
@@ -246,5 +246,5 @@ def readable(fd: int) -> bool:
 
 
 def size(count: int) -> str:
-    """Write a number of bytes for people."""
+    """Return a number of bytes as text for people."""
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"

@@ -1,10 +1,10 @@
-"""Writes the files of a plan into a hidden folder beside the place where they shall be, whole and flushed.
+"""Writes the files of a plan, whole and flushed, into a hidden folder beside their final place.
 
     <root>/.incoming-<dispatch id>/<owner>/
     ├── parts/               files that are being written
     └── files/<name>/...     whole files: what a killed dispatch goes on with
 
-What is here has not arrived yet: giving it its final name is the caller's step, when all of it is here.
+Files here have not arrived yet: the caller gives them their final names when all are here.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SMALL_BYTES = 128 << 10  # below that, on a local disk, threads only wait for th
 
 
 class Stopped(Exception):
-    """Another thread's error ends this one's work."""
+    """This thread stops because another one failed."""
 
 
 @dataclass(frozen=True)
@@ -64,11 +64,11 @@ class Style:
 
 
 class Place:
-    """One folder of the target: where its files are written, and where they shall be.
+    """One folder of the target: where its files are written, and where they are to be in the end.
 
     Args:
         folder: its name, relative to `root`; may have several parts.
-        hidden: what is written goes below a folder of this name.
+        hidden: name of the folder in which files are written.
     """
 
     def __init__(self, root: Path, folder: str, hidden: str, owner: str) -> None:
@@ -95,7 +95,7 @@ class Place:
         return f"{self.parts}/{self._unique}-{next(self._numbers)}"
 
     def make_for(self, kept: str, style: Style) -> None:
-        """Make the folders that a whole file will be in."""
+        """Make the folders for a whole file."""
         folder = kept.rpartition("/")[0]
         if folder in self._known:
             return
@@ -109,7 +109,7 @@ class Place:
             self._known.add(folder)
 
     def claim(self, item: Item, kept: str) -> None:
-        """Keep a name for an item.
+        """Reserve a name for an item.
 
         Raises:
             Rejected: another file of the plan has it, on a file system that takes `ab` for `AB`.
@@ -120,12 +120,12 @@ class Place:
                 raise Rejected(f"{first} has its name there: the file system takes capitals for small letters")
 
     def unmark(self) -> None:
-        """Take the marker away, whoever put it: the folder is not complete any more."""
+        """Remove the marker, whoever put it there: the folder is no longer complete."""
         with suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError):
             (self.final / MARKER).unlink()
 
     def discard(self) -> None:
-        """Remove what was written and is not under its final name."""
+        """Remove what was written and has no final name."""
         shutil.rmtree(self.base, ignore_errors=True)
         with suppress(OSError):  # files of another owner are in it
             self.base.parent.rmdir()
@@ -154,18 +154,17 @@ class Incoming:
         self._whole = 0  # files that came
 
     def kept(self, item: Item) -> str:
-        """Return where the item is when it is whole."""
+        """Return the path of the item's whole file."""
         return f"{self.where[item.path].files}/{item.path}"
 
     def bring(self, items: list[Item]) -> list[Item]:
-        """Write, or find written, what is in these items; return those that are here now, flushed.
+        """Write these items, unless they are here already; return those that are here now, flushed.
 
         The others were rejected, and reported.
 
         Raises:
-            Busy: they don't fit.
-            Interrupted: something else was written than should be.
-            Cancelled, OSError: as they come; what is whole by then stays for the next attempt.
+            Busy: there is no room for them. Interrupted: what was written is not what should have been.
+            Cancelled, OSError: as they come; whole files stay for the next attempt.
         """
         resumed = self._resumed(items)
         for item in items:
@@ -183,10 +182,10 @@ class Incoming:
         return here
 
     def set_aside(self, item: Item, exc: OSError) -> None:
-        """Leave a file out, at which alone the file system may fail.
+        """Set a file aside at which alone the file system may fail.
 
         Raises:
-            OSError: the one given: it is about more than this file.
+            OSError: the given one, if it is about more than this file.
         """
         self._in_a_row += 1
         if exc.errno not in DOUBTFUL_ERRORS or self._in_a_row > ASIDE_IN_A_ROW:
@@ -195,10 +194,10 @@ class Incoming:
         self._aside[item] = exc
 
     def settle_aside(self) -> None:
-        """Reject files that may not be written where others may; called when these have their final names.
+        """Reject files that were set aside although others could be written; called when those have their final names.
 
         Raises:
-            OSError: what kept a file from coming, and may pass.
+            OSError: a file's error, if it may pass.
         """
         aside, self._aside = self._aside, {}
         for item, exc in aside.items():
@@ -209,7 +208,7 @@ class Incoming:
                 raise exc
 
     def check(self) -> None:
-        """Raise if the work shall stop, or has failed in another thread."""
+        """Raise if the work is to stop, or has failed in another thread."""
         self.report.check()
         if self._failed.is_set():
             raise Stopped
@@ -238,10 +237,10 @@ class Incoming:
         each((items[start : start + size] for start in range(0, len(items), size)), run, threads, "files")
 
     def same_checksum(self, item: Item, file: Path | str) -> bool:
-        """Compare the SHA-256 of an item with that of a file that is read back.
+        """Return True if a file that is read back has the SHA-256 of an item.
 
         Raises:
-            Rejected: the item can't be read (any more).
+            Rejected: the item can no longer be read.
         """
         with self.plan.open(item) as fd:
             ours = fs.checksum(fd, self.check)
@@ -252,7 +251,7 @@ class Incoming:
             os.close(fd)
 
     def prove(self, items: list[Item]) -> None:
-        """Compare checksums of what is here with the source's.
+        """Compare the checksums of the files here with those of the source.
 
         Raises:
             Interrupted: one differs; it is removed.
@@ -267,7 +266,7 @@ class Incoming:
         self.in_threads(items, work)
 
     def _resumed(self, items: list[Item]) -> frozenset[str]:
-        """Return the paths of the items that an earlier attempt has written; clear what else it left."""
+        """Return the paths of the items that an earlier attempt has written; remove what else it left."""
         wanted = {self.kept(item): item for item in items}
         found: set[str] = set()
         for place in set(self.where.values()):
@@ -284,7 +283,7 @@ class Incoming:
         return frozenset(found)
 
     def _is_whole(self, item: Item, kept: str) -> bool:
-        """Return True if what an earlier attempt kept is this item, and not what its file was then."""
+        """Return True if the file of an earlier attempt is this item as it is now."""
         info = os.lstat(kept)
         if info.st_size != item.size:
             return False
@@ -345,7 +344,7 @@ class Incoming:
                     os.close(writer)
 
     def _link(self, item: Item, reader: int, kept: str) -> bool:
-        """Make a hard link to the source; say whether that could be done."""
+        """Make a hard link to the source; return True if that was possible."""
         try:
             os.link(self.plan.file(item), kept)
         except OSError as exc:
@@ -363,13 +362,13 @@ class Incoming:
         return True
 
     def _check_link(self, item: Item, made: os.stat_result) -> None:
-        """Look once more, just before it is seen, whether what a link shares with the source is still the same."""
+        """Check, just before a link becomes visible, that the file which it shares with the source is unchanged."""
         if not self.plan.is_same(item, os.lstat(self.kept(item)), made):
             os.unlink(self.kept(item))
             self.report(item, Outcome(Kind.REJECTED, CHANGED))
 
     def _fill(self, item: Item, reader: int, writer: int) -> None:
-        """Copy the content, and set all that belongs to the file but its name."""
+        """Copy the content, and set everything that belongs to the file except its name."""
         try:
             copy_bytes(reader, writer, self._moved, min(PIECE_BYTES, self._throttle.piece))
         except OSError as exc:
@@ -393,7 +392,7 @@ class Incoming:
         self.check()
 
     def _flush(self, items: list[Item]) -> None:
-        """Wait until what is here is on disk, also what an earlier attempt wrote, or whoever made a link's source.
+        """Wait until the files here are on disk, including those of earlier attempts and the sources of links.
 
         Flushing a whole file system costs one commit of its journal, where each file costs its own.
         """
@@ -417,7 +416,7 @@ class Incoming:
 
 @contextmanager
 def _blamed_on(item: Item) -> Iterator[None]:
-    """Reject the item for what the file system says of it alone."""
+    """Reject the item for an error of the file system that is about it alone."""
     try:
         yield
     except OSError as exc:

@@ -25,7 +25,7 @@ def here(folder: Path, series: Collection[str], check: Callable[[], None]) -> It
 
 
 def held(path: Path, uid: str) -> Item | None:
-    """Return the item of a whole file that holds this instance, None if it doesn't."""
+    """Return the item of a file if it is whole and holds this instance; None if not."""
     with suppress(OSError, NotDicom, Damaged), path.open("rb") as file:
         info = os.fstat(file.fileno())
         header = read_header(file.fileno(), info.st_size)

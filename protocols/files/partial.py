@@ -1,6 +1,6 @@
-"""Files that are being written beside their final names, and how to know them from those that a killed process left.
+"""Files that are being written beside their final names, distinct from those that a killed process left.
 
-The writer holds a lock on its file, which the kernel drops with the process: what nobody holds is a leftover.
+The writer holds a lock on its file, which the kernel releases with the process: a file without a lock is a leftover.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ STALE_S = 3600  # where the file system has no locks, older ones count as left b
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Raise an error of the folder that is written to as one of its own, unlike one of what is read.
+    """Raise an OSError of the written folder as our own error, so that it differs from one of a file that is read.
 
     Raises:
-        Busy: it is full. Misconfigured: it can't be written to; it is the caller's own choice.
+        Busy: it is full. Misconfigured: it can't be written to; the caller chose it.
     """
     try:
         yield
@@ -39,13 +39,13 @@ def writing(folder: Path) -> Iterator[None]:
 
 
 def failure(folder: Path, exc: OSError) -> DispatchError:
-    """Return the error that one of the folder's means; see `writing`."""
+    """Return our error for an OSError of the folder; see `writing`."""
     kind = Busy if exc.errno in FULL else Misconfigured
     return kind(f"can't write to {folder}: {words_of(exc)}")
 
 
 def create(folder: Path) -> tuple[Path, int]:
-    """Make a file to write; returns its path and its descriptor, which holds the lock as long as it is open."""
+    """Make a file to write; return its path and its descriptor, which holds the lock as long as it is open."""
     while True:
         path = folder / f".talaria-{secrets.token_hex(8)}"
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
@@ -61,9 +61,9 @@ def create(folder: Path) -> tuple[Path, int]:
 
 
 class PartialFile:
-    """A file that has no name before it is whole: nobody sees it, and a killed process leaves nothing of it.
+    """A file without a name until it is whole: nobody sees it, and a killed process leaves nothing of it.
 
-    Where the file system has no such files (or no /proc is there to name them by), one of `create`.
+    Where the file system doesn't support that (or there is no /proc to name it by), a file made by `create`.
 
     Raises:
         OSError: it can't be made.
@@ -80,7 +80,7 @@ class PartialFile:
             self._path, self.fd = create(folder)
 
     def keep(self, name: str) -> None:
-        """Give it its name, in the place of a file that has it."""
+        """Give the file its name, replacing one that has it."""
         final = f"{self._folder}/{name}"
         if self._path is None:
             try:
@@ -100,7 +100,7 @@ class PartialFile:
         os.link(f"/proc/self/fd/{self.fd}", path, src_dir_fd=self.fd, follow_symlinks=True)
 
     def _copy(self) -> None:
-        """Write it again under a name, on a machine without /proc."""
+        """Copy the file to its name, on a machine without /proc."""
         self._path, fd = create(self._folder)
         size, done = os.fstat(self.fd).st_size, 0
         while done < size:
@@ -110,7 +110,7 @@ class PartialFile:
         self.fd = fd
 
     def close(self) -> None:
-        """Close it; what has no name of its own by now is gone."""
+        """Close the file; without a name it is gone."""
         os.close(self.fd)
         if self._path is not None:
             with suppress(OSError):

@@ -1,8 +1,8 @@
 """Lets a library that speaks through `requests` speak through our own HTTP client instead of urllib3.
 
-So the library's requests too can be stopped in any wait, count silence and not the length of a call, hear an answer
-that comes before their body is through, send pieces of any size, and raise our own errors. And nothing of them shows:
-urllib3 writes every URL into its log and its errors, and URLs of XNAT hold patients' IDs.
+So the library's requests can be stopped in any wait, time out by silence and not by the length of a call, read an
+answer that comes before all of the body was sent, send pieces of any size, and raise our own errors. And no URL appears
+in a log: urllib3 writes every URL into its log and its errors, and XNAT's URLs hold patients' IDs.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ OWN_FIELDS = frozenset(("host", "content-length", "transfer-encoding", "connecti
 
 
 class Adapter(BaseAdapter):
-    """Carries a `requests` session's requests to one origin.
+    """Sends a `requests` session's requests to one origin.
 
     A body that is not bytes must be one of `protocols.http.session`, and have a length for `requests` to see
     (`__len__`).
@@ -41,7 +41,7 @@ class Adapter(BaseAdapter):
         self._session.close()
 
     def send(self, request: requests.PreparedRequest, *_: Any, **__: Any) -> requests.Response:
-        """Send a request, and read its answer whole. Timeouts, trust and proxies are the session's own.
+        """Send a request and read its whole answer. Timeouts, trust and proxies are those of our session.
 
         Raises:
             DispatchError: as `Session.request` does.
@@ -64,7 +64,7 @@ class Adapter(BaseAdapter):
 
 
 class _Raw(io.BytesIO):
-    """What `requests` takes for urllib3's answer: it looks for cookies in there.
+    """What `requests` takes for urllib3's answer, in which it looks for cookies.
 
     Attributes:
         answer: the head as it came: `requests` keeps one field of a name.
@@ -76,7 +76,7 @@ class _Raw(io.BytesIO):
         self._original_response = SimpleNamespace(msg=answer.headers)
 
     def release_conn(self) -> None:
-        """Nothing to give back: the answer was read whole."""
+        """Do nothing: the whole answer has been read."""
 
 
 def _fields(headers: Mapping[str, str | bytes]) -> dict[str, str]:

@@ -24,8 +24,8 @@ class Answer:
     """An answer, whose body is read as it comes.
 
     Attributes:
-        early: it came before the whole request was sent, which was then broken off.
-        keeps: it says that the connection is kept, which is nothing new to most clients of HTTP/1.1.
+        early: whether it came before the whole request was sent; the rest was not sent then.
+        keeps: whether it says that the connection is kept, as HTTP/1.1 implies anyway.
     """
 
     def __init__(self, connection: Connection, method: str, where: str) -> None:
@@ -40,7 +40,7 @@ class Answer:
         self._chunked = "chunked" in coding
         length = self.headers.get("Content-Length", "").split(",")[0].strip()
         if length and not (length.isdecimal() and len(length) <= LENGTH_DIGITS) and not coding:
-            raise Interrupted(f"{where}: the answer has no sensible Content-Length: its end is not known")
+            raise Interrupted(f"{where}: the answer's Content-Length is not valid, so its end is not known")
         self._length = int(length) if length and not coding else None
         if method == "HEAD" or self.status in (204, 304):
             self._chunked, self._length = False, 0
@@ -59,7 +59,7 @@ class Answer:
 
     @property
     def retry_after(self) -> float | None:
-        """Seconds that the server asks to wait (Retry-After), whether it names them or a date; None if it doesn't."""
+        """Seconds that the server asks to wait (Retry-After, as a number or a date); None if it doesn't."""
         return retry_after(self.headers.get("Retry-After"))
 
     @property
@@ -69,15 +69,15 @@ class Answer:
 
     @property
     def framed(self) -> bool:
-        """Whether the answer itself says where it ends; else the end of the connection does."""
+        """Whether the answer itself shows where it ends; if not, the end of the connection does."""
         return self._chunked or self._length is not None
 
     def close(self) -> None:
-        """Leave the rest of it unread, and give its connection up."""
+        """Leave the rest unread, and close the connection."""
         self.connection.close()
 
     def chunks(self) -> Iterator[memoryview]:
-        """Yield what is left of the body, in pieces as they come; a piece holds until the next one is asked for.
+        """Yield the rest of the body in pieces as they arrive; a piece is valid until the next one is requested.
 
         Raises:
             Interrupted: it ended before its announced end. TimedOut.
@@ -128,7 +128,7 @@ class Answer:
             yield piece
 
     def _chunks(self) -> Iterator[memoryview]:
-        """RFC 9112 section 7.1; what servers add to sizes and behind the last chunk is passed over, within bounds."""
+        """RFC 9112 section 7.1; extensions and trailers are skipped, within bounds."""
         extra = taken = 0
         try:
             while True:

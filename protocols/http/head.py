@@ -1,7 +1,7 @@
 """Heads: the status line and the fields of an answer, and the fields of a part of one (RFC 9112 sections 4 and 5).
 
-Taken apart in one pass; http.client needs ten times as long. Read generously, because real servers and proxies write
-oddly: bare LF, no reason, folded lines, any byte in a value, lines that are no fields (these are skipped).
+Parsed in one pass; http.client needs ten times as long. Tolerant, because real servers and proxies deviate: bare LF, no
+reason, folded lines, any byte in a value, lines that are not fields (these are skipped).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Fields:
     """Header fields in their order; names in any case, the first of several of one name counts.
 
     Args:
-        lines: the fields as they came, each on one line; what is no field is passed over.
+        lines: the fields as they came, each on one line; a line that is not a field is skipped.
     """
 
     __slots__ = ("_first", "_lines")
@@ -45,7 +45,7 @@ class Fields:
         return default if value is None else value.strip(_BLANKS)
 
     def get_all(self, name: str, default: Sequence[str] = ()) -> Sequence[str]:
-        """Return the values of all fields of a name."""
+        """Return the values of all fields with a name."""
         return [value for key, value in self.items() if key.lower() == name.lower()] or default
 
     def items(self) -> list[tuple[str, str]]:
@@ -79,10 +79,10 @@ class Head(NamedTuple):
 
 
 def status_line(line: str) -> tuple[int, str, bool]:
-    """Take a status line apart: status, reason, and whether the version is after HTTP/1.0.
+    """Return the parts of a status line: status, reason, and whether the version is after HTTP/1.0.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is not a status line.
     """
     version, _, rest = line.partition(" ")
     code, _, reason = rest.partition(" ")
@@ -92,7 +92,7 @@ def status_line(line: str) -> tuple[int, str, bool]:
 
 
 def head(block: str) -> Head:
-    """Take the head of an answer apart: its lines, without the blank one at the end.
+    """Parse the head of an answer: its lines, without the blank one at the end.
 
     Raises:
         ValueError: it is not HTTP/1.x, or has too many lines.
@@ -102,7 +102,7 @@ def head(block: str) -> Head:
 
 
 def fields(block: str) -> Fields:
-    """Take header fields apart.
+    """Parse header fields.
 
     Raises:
         ValueError: there are too many lines.
@@ -118,7 +118,7 @@ def fields(block: str) -> Fields:
 
 
 def _plain(lines: list[str]) -> list[str]:
-    """Join what is continued with a blank, as RFC 9112 section 5.2 says, and drop blanks before colons.
+    """Join folded lines with a blank, as RFC 9112 section 5.2 says, and drop blanks before colons.
 
     A CR alone becomes a blank (section 2.2).
     """
@@ -137,7 +137,7 @@ def _plain(lines: list[str]) -> list[str]:
 def retry_after(value: str | None) -> float | None:
     """Return the seconds that a Retry-After field asks to wait, whether it names them or a date (RFC 9110 10.2.3).
 
-    None if there is no such field, or nothing can be read from it.
+    None if there is no such field, or its value is not valid.
     """
     text = (value or "").strip()
     try:

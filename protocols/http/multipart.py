@@ -1,4 +1,4 @@
-"""Takes a multipart answer apart while it comes (RFC 2046 section 5.1): no part is ever in memory as a whole."""
+"""Splits a multipart answer while it arrives (RFC 2046 section 5.1): no part is ever in memory as a whole."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Parts:
             yield self._head()
 
     def content(self) -> Iterator[memoryview]:
-        """Yield the rest of the present part."""
+        """Yield the rest of the current part."""
         keep = len(self._delimiter) - 1  # bytes at the end that may be the delimiter's beginning
         while self._within:
             begin, end = self._at, self._data.find(self._delimiter, self._at)
@@ -72,7 +72,7 @@ class Parts:
                 self._more()
 
     def _head(self) -> Fields:
-        """Read a part's head; the present position is behind its delimiter."""
+        """Read a part's head; the current position is behind its delimiter."""
         if not self._line_end:
             end = self._find(b"\n")
             self._line_end = b"\r\n" if self._data[end - 1 : end] == b"\r" else b"\n"
@@ -89,7 +89,7 @@ class Parts:
             raise Interrupted(f"{self._where}: a part of the answer has too long a head") from exc
 
     def _find(self, sign: bytes) -> int:
-        """Find what must be within a part's head."""
+        """Return the position of what must occur within a part's head."""
         while (end := self._data.find(sign, self._at)) < 0:
             if len(self._data) - self._at > HEAD_BYTES:
                 raise Interrupted(f"{self._where}: a part of the answer has a head without end")

@@ -33,7 +33,7 @@ class Fixed:
 
     @classmethod
     def basic(cls, user: str, password: str) -> Fixed:
-        """User and password (RFC 7617), in UTF-8."""
+        """Return the field for user and password (RFC 7617), in UTF-8."""
         return cls("Basic " + base64.b64encode(f"{user}:{password}".encode()).decode())
 
     @classmethod
@@ -93,7 +93,7 @@ class ClientCredentials:
             self._lock.release()
 
     def renew(self, refused: str, check: Callable[[], None]) -> bool:
-        """Fetch another token, unless somebody has done so since; False if it is the refused one again."""
+        """Fetch another token, unless another thread has done so already; False if it is the refused one again."""
         asked = time.monotonic()
         self._acquire(check)
         try:
@@ -105,7 +105,7 @@ class ClientCredentials:
 
     @property
     def secrets(self) -> frozenset[str]:
-        """What no message may show, as of now."""
+        """What no message may show at the moment."""
         token = self._token
         return frozenset((self.client_secret, self._basic, *([token.value] if token else ())))
 
@@ -119,7 +119,7 @@ class ClientCredentials:
             check()
 
     def _fetched(self, asked: float, check: Callable[[], None]) -> _Token:
-        """Fetch a token, unless somebody has failed to while we waited: servers lock clients that fail too often."""
+        """Fetch a token, unless another thread has just failed to: servers lock clients that fail too often."""
         if self._failed and self._failed[0] > asked:
             raise copy(self._failed[1])
         try:
@@ -147,7 +147,7 @@ class ClientCredentials:
         except (ValueError, TypeError, KeyError, AttributeError) as exc:
             raise Misconfigured(f"{self._where}: the answer holds no access_token: check token_url") from exc
         if not isinstance(value, str) or not value or not value.isascii() or not value.isprintable():
-            raise Misconfigured(f"{self._where}: the access_token is none that a request can carry")
+            raise Misconfigured(f"{self._where}: the access_token is not valid in a request")
         if kind.lower() != "bearer":
             raise Misconfigured(f"{self._where}: gives a token of type {words.clean(kind)}, only Bearer is known")
         return _Token(value, time.monotonic() + lifetime - min(EARLY_S, lifetime / 5))

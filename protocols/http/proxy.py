@@ -20,7 +20,7 @@ DEFAULT_PORTS = {"http": 80, "https": 443}
 
 @dataclass(frozen=True)
 class Proxy:
-    """A proxy, and who we are to it."""
+    """A proxy, and our credentials for it."""
 
     scheme: str
     host: str
@@ -30,10 +30,10 @@ class Proxy:
 
     @classmethod
     def of(cls, setting: str, url: str) -> Proxy | None:
-        """Return the proxy that a target's setting means for a URL; None for the direct way.
+        """Return the proxy that a target's setting means for a URL; None for a direct connection.
 
         Raises:
-            Misconfigured: the environment names something else than an HTTP proxy.
+            Misconfigured: the environment names something other than an HTTP proxy.
         """
         setting = setting.strip()
         if setting != ENVIRONMENT:
@@ -64,7 +64,7 @@ class Proxy:
 
     @property
     def full_url(self) -> str:
-        """The proxy and who we are to it; for no message."""
+        """The proxy's URL with our credentials; never for a message."""
         user = f"{quote(self.user, safe='')}:{quote(self.password, safe='')}@" if self.user else ""
         return f"{self.scheme}://{user}{place(self.host, self.port)}"
 
@@ -75,7 +75,7 @@ class Proxy:
 
     @property
     def authorization(self) -> dict[str, str]:
-        """The field that says who we are (RFC 9110 section 11.7.2), if the setting does."""
+        """The field with our credentials (RFC 9110 section 11.7.2), if the setting has them."""
         return {"Proxy-Authorization": f"Basic {self._credentials}"} if self.user else {}
 
     @property
@@ -102,7 +102,7 @@ class Proxy:
         return sock
 
     def tunnel(self, sock: socket, host: str, port: int, timeout_s: float, check: Callable[[], None]) -> None:
-        """Have a connection to the proxy passed on to a server; it is closed if that fails.
+        """Make a tunnel to a server from a connection to the proxy, which is closed if that fails.
 
         Raises:
             Denied, Unreachable, Misconfigured: the proxy refuses. Interrupted, TimedOut: it gives no answer.

@@ -1,10 +1,9 @@
 """An HTTP/1.1 client for bodies of any size (RFC 9110, RFC 9112), on sockets of its own.
 
-Bodies go out in pieces of a length that is known beforehand, so no server has to understand chunked requests; an
-answer that comes before the whole body was sent is read and respected; a request can be stopped at any time.
-http.client, urllib3 and httpx look at the answer only when the last byte is out, and can't be stopped in a wait;
-their speed is in docs/performance.md. Redirects are followed within one origin only, so that neither data nor
-credentials go to a host that nobody named.
+The length of a body is known beforehand, so no server has to understand chunked requests; an answer that comes before
+the whole body was sent is read and respected; a request can be stopped at any time. http.client, urllib3 and httpx read
+the answer only when the last byte is sent, and can't be stopped in a wait; their speed is in docs/performance.md.
+Redirects are followed within one origin only, so that neither data nor credentials go to a host that nobody named.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ _without_continue: set[str] = set()  # servers that did not say it in time: this
 
 
 class Body(Protocol):
-    """What a request carries; may be asked for its pieces again if the request has to be sent again."""
+    """The body of a request; asked for its pieces again if the request has to be repeated."""
 
     @property
     def length(self) -> int:
@@ -51,12 +50,12 @@ class Body(Protocol):
     def __iter__(self) -> Iterator[memoryview]: ...
 
     def sent(self, count: int) -> None:
-        """Count bytes that went out."""
+        """Count bytes that were sent."""
 
 
 @dataclass(frozen=True)
 class Content:
-    """A body that is in memory."""
+    """A body in memory."""
 
     data: bytes
 
@@ -78,7 +77,7 @@ class Authorizer(Protocol):
         """Return the field's value."""
 
     def renew(self, refused: str, check: Callable[[], None]) -> bool:
-        """Get another value after this one was refused; False if there is none to be had."""
+        """Get another value after this one was refused; False if there is none."""
 
     @property
     def secrets(self) -> frozenset[str]:
@@ -117,7 +116,7 @@ class WebOrigin:
 
     @property
     def authority(self) -> str:
-        """The Host field; the port only where it isn't the scheme's own."""
+        """The value of the Host field; with the port only where it isn't the scheme's default."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return host if self.port == PORTS[self.scheme] else f"{host}:{self.port}"
 
@@ -128,16 +127,16 @@ class WebOrigin:
 
     @property
     def way(self) -> str:
-        """The server and the proxy on the way, for messages."""
+        """The server, and the proxy if there is one, for messages."""
         return f"{self.where} by way of {self.proxy.url}" if self.proxy else self.where
 
     @property
     def forwards(self) -> Proxy | None:
-        """The proxy, if it reads requests and passes them on; to a server with TLS it passes bytes."""
+        """The proxy, if it reads requests and forwards them; for a server with TLS it forwards bytes."""
         return self.proxy if self.scheme == "http" else None
 
     def reach(self, check: Callable[[], None]) -> socket:
-        """Connect to the server, or to the proxy that passes on what is sent; see `connect`."""
+        """Connect to the server, or to the proxy that forwards to it; see `connect`."""
         if self.proxy is None:
             return connect(self.host, self.port, self.connect_timeout_s, check)
         sock = self.proxy.connect(self.tls, self.connect_timeout_s, check)
@@ -158,12 +157,12 @@ class WebOrigin:
 
 
 class Session:
-    """Requests to one origin, over connections that are kept and used again; safe to use from several threads.
+    """Requests to one origin, over connections that are reused; safe to use from several threads.
 
     Args:
         authorizer: gives the Authorization field; None for none.
-        check: called several times a second while a request is on its way; may raise to stop it.
-        follow: whether redirects are followed; else they are answers like others.
+        check: called several times a second during a request; may raise to stop it.
+        follow: whether redirects are followed; if not, they are answers like others.
     """
 
     def __init__(
@@ -213,7 +212,7 @@ class Session:
 
         Args:
             path: with the query, encoded.
-            expect: ask the server to look at the head before the body goes (`Expect: 100-continue`).
+            expect: ask the server to judge the head before the body is sent (`Expect: 100-continue`).
 
         Raises:
             Unreachable, TimedOut, Interrupted, NotTrusted, Denied, Misconfigured: no answer could be had.
@@ -249,7 +248,7 @@ class Session:
                 raise
 
     def _passed(self, answer: Answer) -> None:
-        """Raise Denied if it is the proxy that wants credentials."""
+        """Raise Denied if the proxy asks for credentials."""
         if answer.status == 407 and self.origin.forwards:
             raise self.origin.forwards.refusal(answer.status, answer.reason, self.origin.authority)
 
@@ -257,13 +256,13 @@ class Session:
         return self.authorizer is not None and self.authorizer.renew(refused, self.check)
 
     def _redirected(self, answer: Answer, request: _Request, redirects: int) -> str:
-        """The path that an answer points to; only within this origin, and only if the request may follow."""
+        """Return the path of a redirect, if it is within this origin and the request may follow it."""
         here = self.origin.where
         try:
             target = urlsplit(urljoin(here + request.path, str(answer.headers["Location"])))
             origin = (target.scheme, target.hostname, target.port or PORTS.get(target.scheme))
         except ValueError as exc:
-            raise Misconfigured(f"{here}: answers {answer.status} and points to what is no URL") from exc
+            raise Misconfigured(f"{here}: answers {answer.status} and points to something that is not a URL") from exc
         if origin != (self.origin.scheme, self.origin.host, self.origin.port):
             shown = f"{origin[0]}://{origin[1]}" + (f":{origin[2]}" if origin[2] != PORTS.get(origin[0]) else "")
             raise Misconfigured(
@@ -303,7 +302,7 @@ class Session:
         """Return a connection and how long it has been idle.
 
         Args:
-            fresh: not one that a server may be about to close, because the request could not be sent again.
+            fresh: no connection that the server may be about to close, because the request can't be repeated.
         """
         while True:
             with self._lock:
@@ -317,7 +316,7 @@ class Session:
             connection.close()  # by the server, or it said something that nobody asked for
 
     def _give_back(self, answer: Answer) -> None:
-        """Keep the connection if it can carry another request; little that is left of the answer is read first."""
+        """Keep the connection if it can carry another request; read a short rest of the answer first."""
         if not answer.early and not answer.reusable:
             with suppress(Interrupted, TimedOut, KeyError, ValueError):
                 if int(answer.headers["Content-Length"]) <= LEFTOVER_BYTES:
@@ -364,7 +363,7 @@ class _Request:
 
 
 class _Exchange:
-    """One request on its way out, while the server may speak at any time.
+    """One request and its answer, which the server may send at any time.
 
     Attributes:
         complete: whether the server may have got enough of the request to carry it out.
@@ -400,9 +399,9 @@ class _Exchange:
         return self._final
 
     def _upload(self, head: bytes, body: Body) -> None:
-        """Send what is left of the head and a body, as far as the server lets us.
+        """Send the rest of the head and the body, as far as the server lets us.
 
-        The head goes with the body's beginning: alone it would wake the server for nothing.
+        The head is sent together with the beginning of the body: alone it would wake the server for nothing.
         """
         ahead = len(head)
 
@@ -423,7 +422,7 @@ class _Exchange:
                 return
 
     def _send(self, data: memoryview, sent: Callable[[int], None] = lambda count: None) -> bool:
-        """Send bytes; False if there is no use in sending more."""
+        """Send bytes; False if sending more is of no use."""
         while data:
             try:
                 quiet, self._quiet = self._quiet, False
@@ -438,14 +437,14 @@ class _Exchange:
         return True
 
     def _hear_early(self) -> bool:
-        """Read what the server says in between; False if it wants no more of the request."""
+        """Read what the server sends meanwhile; False if it wants no more of the request."""
         self._hear()
         # After an early success the server may still be reading; after an error it is not.
         self._broken_off = self._final is not None and self._final.status >= 300
         return not self._broken_off
 
     def _hear(self) -> None:
-        """Read one answer; one of 1xx says that the final one is still to come (RFC 9110 section 15.2)."""
+        """Read one answer; a status of 1xx means that the final one is still to come (RFC 9110 section 15.2)."""
         answer = Answer(self._connection, self._request.method, self._connection.where)
         if answer.status >= 200:
             self._final = answer

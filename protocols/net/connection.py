@@ -1,7 +1,7 @@
-"""One TCP connection, with TLS or without, that can be stopped at any time and hears the peer while it sends.
+"""One TCP connection, with TLS or without, that can be stopped at any time and notices the peer's answer while sending.
 
-The socket never blocks: every wait is a short `poll`, after which the caller's `check` may raise. Nothing of the
-environment (proxies, certificates) has a say.
+The socket never blocks: every wait is a short `poll`, after which the caller's `check` may raise. Nothing from the
+environment (proxies, certificates) is used.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ def resolve(host: str, port: int) -> list[tuple[socket.AddressFamily, tuple[obje
 
 
 def shown(found: Iterable[tuple[socket.AddressFamily, tuple[object, ...]]]) -> str:
-    """Addresses for people, each once."""
+    """Return addresses for people, each once."""
     return ", ".join(dict.fromkeys(str(address[0]) for _, address in found))
 
 
 def resolve_within(
     host: str, port: int, timeout_s: float, check: Callable[[], None]
 ) -> list[tuple[socket.AddressFamily, tuple[object, ...]]]:
-    """Resolve as `resolve` does, in a thread: the system's resolver can't be stopped, and has its own idea of time.
+    """Resolve a name as `resolve` does, in a thread: the system's resolver can't be stopped, and has its own timeouts.
 
     Raises:
         Unreachable: the name is not known, or not within `timeout_s`.
@@ -178,11 +178,11 @@ def _ready(sock: socket.socket, events: int, timeout_s: float, check: Callable[[
 
 
 class Connection:
-    """A connection that is made, and what has been read from it ahead of its use.
+    """An established connection, with a buffer of what was read from it.
 
     Args:
         where: the peer, for messages.
-        idle_timeout_s: how long the peer may neither take nor give a byte.
+        idle_timeout_s: how long the peer may neither accept nor send a byte.
         check: called several times a second while waiting, and between pieces; may raise to stop.
     """
 
@@ -219,14 +219,15 @@ class Connection:
         deaf: bool = False,
         quiet: bool = False,
     ) -> int:
-        """Send all of it, unless the peer speaks first; return the bytes that went out.
+        """Send all bytes, unless the peer sends something first; return how many were sent.
 
         Args:
-            deaf: whether to go on though the peer speaks.
-            quiet: whether the peer was listened to just now.
+            deaf: whether to continue although the peer sends something.
+            quiet: whether it was just checked that the peer has sent nothing.
 
         Raises:
-            Interrupted: the connection is gone, and the peer left no word. TimedOut: it takes nothing any more.
+            Interrupted: the connection is gone, and the peer sent no answer.
+            TimedOut: it accepts no more bytes.
         """
         done = 0
         while done < len(data):
@@ -251,7 +252,7 @@ class Connection:
         return done
 
     def listen(self, timeout_s: float) -> bool:
-        """Return True if the peer says something within this time.
+        """Return True if the peer sends something within this time.
 
         Raises:
             Interrupted: the connection is gone.
@@ -285,10 +286,10 @@ class Connection:
         return True
 
     def _last_words(self) -> bool:
-        """Return True if there is an answer of a peer that takes no more.
+        """Return True if a peer that accepts no more bytes has sent an answer.
 
         Raises:
-            NotTrusted, Denied, Misconfigured: its last word is a TLS alert.
+            NotTrusted, Denied, Misconfigured: the last thing it sent is a TLS alert.
         """
         try:
             return self.heard()
@@ -319,7 +320,7 @@ class Connection:
                 raise self._broken(exc, "while its answer was awaited") from exc
 
     def line(self) -> bytes:
-        """Take one line, without its end.
+        """Return one line, without its end.
 
         Raises:
             Interrupted: the connection ended within it; ValueError: it is too long.
@@ -339,10 +340,10 @@ class Connection:
                 raise Interrupted(f"{self.where}: the connection was closed in the middle of an answer")
 
     def head(self, begins: Callable[[str], object]) -> str:
-        """Take lines up to a blank one, which is taken too and not returned; their ends stay as they came.
+        """Return lines with their ends, up to a blank one, which is consumed too.
 
         Args:
-            begins: called with the first line if it comes alone; may raise.
+            begins: called with the first line if it arrives alone; may raise.
 
         Raises:
             Interrupted: the connection ended within it; ValueError: it is too long.
@@ -367,9 +368,9 @@ class Connection:
                 raise Interrupted(f"{self.where}: the connection was closed in the middle of an answer")
 
     def take(self, limit: int) -> memoryview:
-        """Take what has come, at least one byte, at most `limit`; empty if the peer has closed.
+        """Return what has arrived, at least one byte, at most `limit`; empty if the peer has closed.
 
-        The view holds until the next call.
+        The view is valid until the next call.
         """
         if self._start == self._end and not self.fill():
             return self._view[:0]
@@ -380,7 +381,7 @@ class Connection:
 
     @property
     def ahead(self) -> bool:
-        """Whether there are bytes that nobody has taken."""
+        """Whether there are unread bytes in the buffer."""
         return self._start < self._end
 
     def _receive(self) -> int:
@@ -394,7 +395,7 @@ class Connection:
         return count
 
     def _make_room(self) -> None:
-        """Move what is left to the beginning."""
+        """Move the unread bytes to the beginning."""
         if self._start:
             left = bytes(self._view[self._start : self._end])
             self._view[: len(left)] = left

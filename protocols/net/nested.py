@@ -1,4 +1,4 @@
-"""TLS inside TLS: to a server, through a proxy that is itself spoken to over TLS. OpenSSL's sockets can't nest."""
+"""TLS inside TLS, for a server behind a proxy that itself uses TLS: Python's TLS sockets can't be nested."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ WRITE_BYTES = 1 << 20  # of plain bytes that are encrypted before the outer sock
 
 
 class NestedTls:
-    """Does what a `ssl.SSLSocket` that never blocks does, on top of another one."""
+    """A non-blocking TLS socket on top of another one, with the methods of `ssl.SSLSocket`."""
 
     def __init__(self, outer: ssl.SSLSocket, context: ssl.SSLContext, host: str) -> None:
         self._outer = outer
@@ -33,11 +33,11 @@ class NestedTls:
         return count
 
     def pending(self) -> int:
-        """Return what can be read without waiting, at least; perhaps only a part of a record."""
+        """Return a lower bound of the bytes that can be read without waiting."""
         return self._inner.pending() or self._came.pending or self._outer.pending()
 
     def _reading(self, operation: Any, *arguments: Any) -> Any:
-        """Do something that may have to read first; raises SSLWantReadError or SSLWantWriteError to be called again."""
+        """Do an operation that may have to read first; SSLWantReadError and SSLWantWriteError mean: call it again."""
         while True:
             try:
                 result = operation(*arguments)
@@ -59,5 +59,5 @@ class NestedTls:
             self._left = self._left[self._outer.send(self._left) :]
 
     def __getattr__(self, name: str) -> Any:
-        """What a check shows is of the inner connection; file descriptor and end are the outer's."""
+        """Answer for the inner connection where it has the attribute; file descriptor and closing are the outer's."""
         return getattr(self._inner if name in ("version", "cipher", "getpeercert") else self._outer, name)

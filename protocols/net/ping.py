@@ -1,6 +1,6 @@
-"""ICMP echo by the system's `ping`: whether a host answers at all, as a hint for people who look for what is wrong.
+"""ICMP echo by the system's `ping`: whether a host answers at all, as a hint for people who look for a fault.
 
-Where there is no such program, or it may not send, the answer is that it could not be tried. Source: ping(8).
+If there is no such program, or it may not send, the result is that it could not be tried. Source: ping(8).
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ NO_ANSWER = 1  # exit code of ping(8)
 
 @dataclass(frozen=True)
 class Echo:
-    """What came of it: whether the host answered (None: it could not be tried), and how or why, for people."""
+    """The result: whether the host answered (None: it could not be tried), and details for people."""
 
     answered: bool | None
     detail: str
 
 
 class Ping:
-    """One echo request, under way from the start in a thread of its own, so that it takes no time of others.
+    """One echo request, sent at once from a thread of its own, so that it delays nothing else.
 
     Attributes:
         ms: how long it took, milliseconds.
@@ -40,7 +40,7 @@ class Ping:
         self._thread.start()
 
     def result(self) -> Echo:
-        """Return what came of it, at most `WAIT_S` after the start."""
+        """Return the result, at most `WAIT_S` after the start."""
         self._thread.join(max(0.0, self._end - time.monotonic()))
         return self._echo
 
@@ -69,7 +69,7 @@ class Ping:
 
 
 def _ping(program: str, address: str) -> tuple[int | None, str]:
-    """Ask once; `address` is a number and so never an option. Returns the exit code and the last words."""
+    """Ping once and return exit code and last line; `address` is numeric, so it is never an option."""
     try:
         done = subprocess.run(
             [program, "-n", "-c", "1", "-W", "1", address],

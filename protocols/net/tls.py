@@ -44,10 +44,10 @@ _PLAIN = ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "HTTPS_PROXY_REQUEST", "UNEXPE
 
 @dataclass(frozen=True)
 class Tls:
-    """What one side of a TLS connection needs; paths, or PEM text.
+    """The settings of our side of a TLS connection; paths, or PEM text.
 
     Attributes:
-        ca: who may vouch for the peer; the system's trust store if empty.
+        ca: authorities that may vouch for the peer; the system's trust store if empty.
         cert: our certificate and its chain, if the peer asks for one.
         key: its private key; empty if it is in `cert`.
         key_password: of an encrypted key.
@@ -66,7 +66,7 @@ class Tls:
         """Return a context to connect with; the same one every time.
 
         Raises:
-            Misconfigured: a file is missing or isn't what it should be; the message names the setting.
+            Misconfigured: a file is missing or not valid; the message names the setting.
         """
         return self._client
 
@@ -110,13 +110,13 @@ class Tls:
 
 
 def offered(settings: Tls, shake: Callable[[ssl.SSLContext], ssl.SSLSocket]) -> tuple[str, list[str]]:
-    """Find out which cipher suites a peer takes that shares none with us, by handshakes of the profile `legacy`.
+    """Return the cipher suites of a peer that has none in common with us, found by handshakes with profile `legacy`.
 
     Args:
         shake: connects and shakes hands; what it returns is closed.
 
     Returns:
-        The TLS version, and names of suites, nothing if the profile doesn't help or suites are not the matter.
+        The TLS version and the names of suites; nothing if the profile doesn't help or suites are not the reason.
     """
     found: list[str] = []
     version = ""
@@ -188,7 +188,7 @@ def load_cert(context: ssl.SSLContext, cert: str, key: str = "", password: str =
 
 
 class _PemFile:
-    """A path to PEM text, of a file that is there or of memory: OpenSSL's loader takes files only."""
+    """A path to PEM text, of an existing file or of one in memory: OpenSSL's loader only takes files."""
 
     def __init__(self, setting: str, value: str) -> None:
         self.fd = -1
@@ -221,7 +221,7 @@ def _reason(exc: Exception) -> str:
 
 
 def classify(exc: OSError, where: str, *, has_cert: bool = False) -> DispatchError:
-    """Name the cause of a handshake that failed, or of a connection that a TLS alert ended.
+    """Return the error for a handshake that failed, or for a connection that a TLS alert ended.
 
     Args:
         where: the peer, as `host:port`.
@@ -298,7 +298,7 @@ def _untrusted(exc: ssl.SSLCertVerificationError) -> str:
 
 
 def peer_facts(sock: ssl.SSLSocket) -> str:
-    """Return in one line what a check shows: version, cipher suite, whose certificate, days to its expiry."""
+    """Return one line for a check: version, cipher suite, the certificate's owner, days to its expiry."""
     cipher = sock.cipher()
     parts = [sock.version() or "TLS", cipher[0] if cipher else "no cipher"]
     cert: dict[str, Any] = sock.getpeercert() or {}

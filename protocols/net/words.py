@@ -1,4 +1,4 @@
-"""A peer's own words, made fit for a message: short, on one line, without secrets and patients' data."""
+"""A peer's own words in a form for messages: short, on one line, without secrets and patients' data."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ _ETAG = re.compile(r'"?([0-9a-f]{32})(-\d+)?"?')
 
 
 class Mismatch(Exception):
-    """The store's checksum of what it got is not that of what was sent."""
+    """The store's checksum of what it received differs from that of what was sent."""
 
 
 class HeadFields(Protocol):
@@ -74,7 +74,7 @@ class Algorithm:
         return {self.field: encoded(digest)}
 
     def told(self, headers: HeadFields) -> str | None:
-        """What an answer says, encoded, with `-<count>` if it is that of the parts' checksums; None if nothing."""
+        """Return an answer's checksum, encoded, with `-<count>` if it is that of the parts' checksums; or None."""
         if self is not MD5:
             return headers.get(self.field)
         form = _ETAG.fullmatch((headers.get("etag") or "").lower())
@@ -104,7 +104,7 @@ class Support:
     """What a store does with checksums.
 
     Attributes:
-        algorithm: the one that goes with every object, None for none.
+        algorithm: the one that is sent with every object, None for none.
         verifies: whether the store was seen to refuse an object whose checksum is wrong.
         tells: whether it gives the checksum of what it holds, computed by itself.
         read_back: whether what was written could be read.
@@ -118,16 +118,16 @@ class Support:
     removed: bool = True
 
     def header(self, digest: bytes | None) -> dict[str, str]:
-        """The field that goes with an object. An MD5 that is not compared stays here, so that none can repeat it."""
+        """Return the field to send with an object; none for an MD5 that is not compared, only repeated."""
         if self.algorithm is None or digest is None or (self.algorithm is MD5 and not self.verifies):
             return {}
         return self.algorithm.header(digest)
 
     def compare(self, digest: bytes | None, headers: HeadFields) -> None:
-        """Compare with what the store says, if it does.
+        """Compare a checksum with the store's, if it gives one.
 
         Raises:
-            Mismatch: it holds something else.
+            Mismatch: the store holds something else.
         """
         if self.algorithm is None or digest is None or (self.algorithm is MD5 and not self.tells):
             return

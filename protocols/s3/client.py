@@ -1,7 +1,7 @@
-"""boto3 as we use it: credentials, region, URLs and the rare operations; the sending is done by others.
+"""boto3 as we use it: credentials, region, URLs and rare operations; `store.py` does the sending.
 
-A client neither retries (whoever calls knows what may be done again), nor reads from the environment where to
-connect and whom to trust.
+A client doesn't retry, because only the caller knows what may be repeated, and doesn't take endpoints, proxies or trust
+from the environment.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class BucketSettings:
     hidden: frozenset[str] = field(default=frozenset(), repr=False)
 
     def origin(self, url: str) -> WebOrigin:
-        """Return the server that a URL names, and how to get there."""
+        """Return the server that a URL names, and how to reach it."""
         return WebOrigin.of(url, self.tls, self.connect_timeout_s, self.idle_timeout_s, self.proxy)
 
     @property
@@ -95,7 +95,7 @@ class BucketAccount:
     """Credentials, and the clients that use them.
 
     Raises:
-        botocore.exceptions.BotoCoreError: there are none, or no such profile.
+        botocore.exceptions.BotoCoreError: there are no credentials, or there is no such profile.
     """
 
     def __init__(self, settings: BucketSettings) -> None:
@@ -123,7 +123,7 @@ class BucketAccount:
         return str(region or DEFAULT_REGION)
 
     def client(self, region: str, carry: Callable[[AWSPreparedRequest], AWSResponse]) -> tuple[Any, Aim]:
-        """Return a client whose requests are sent by `carry`, and where it aims at."""
+        """Return a client whose requests are sent by `carry`, and where they go."""
         style = self._settings.addressing
         if style == "auto" and self._settings.endpoint_url and not self._settings.at_aws:
             style = "path"  # few stores have a host name for each bucket
@@ -155,7 +155,7 @@ def _proxies(settings: BucketSettings) -> dict[str, str]:
 
 
 def _aim(client: Any, bucket: str) -> Aim:
-    """Let the client make a request that is not sent, and see what it looks like."""
+    """Let the client make a request without sending it, and return where it would go."""
     seen: list[AWSPreparedRequest] = []
 
     def keep(request: AWSPreparedRequest, **_: Any) -> AWSResponse:
@@ -174,13 +174,13 @@ def _aim(client: Any, bucket: str) -> Aim:
 
 
 def answer_of(request: AWSPreparedRequest, status: int, headers: Fields, body: bytes) -> AWSResponse:
-    """Return an answer in the form in which boto3 takes it."""
+    """Return an answer in the form that boto3 expects."""
     fields: Any = dict(reversed(headers.items()))  # the first of several counts
     return AWSResponse(str(request.url), status, fields, _Raw(body))
 
 
 def _loaded() -> Any:
-    """Read what boto3 describes S3 with, which takes 0.06 s: with this module, so that no push waits for it."""
+    """Load boto3's description of S3, which takes 0.06 s, together with this module, so that no push waits for it."""
     loader = botocore.session.Session().get_component("data_loader")  # keeps what it has read
     for name in ("service-2", "endpoint-rule-set-1"):
         loader.load_service_model("s3", name)

@@ -1,4 +1,4 @@
-"""What an S3 store says of a request that it refuses ("List of error codes", Amazon S3 API reference)."""
+"""What an S3 store says about a request that it refuses ("List of error codes", Amazon S3 API reference)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _ELEMENT = re.compile(r"<(Code|Message)>([^<]*)</\1>")
 
 
 class StoreError(Exception):
-    """The store's own word for what it refuses.
+    """A store's refusal, in its own words.
 
     Attributes:
         status: of HTTP.
@@ -55,12 +55,12 @@ class StoreError(Exception):
 
     @property
     def mismatch(self) -> bool:
-        """Whether what came was not what had been announced."""
+        """Whether the store received something else than was announced."""
         return self.code in MISMATCH_CODES
 
     @classmethod
     def of_answer(cls, status: int, headers: Fields, body: bytes, hidden: Iterable[str]) -> StoreError:
-        """Read it from an answer."""
+        """Return the error in an answer."""
         text = body.decode("utf-8", "replace")
         found = {name: html.unescape(value).strip() for name, value in _ELEMENT.findall(text)}
         return cls(
@@ -73,7 +73,7 @@ class StoreError(Exception):
 
     @classmethod
     def of_boto(cls, exc: ClientError, hidden: Iterable[str]) -> StoreError:
-        """Read it from what boto3 raises."""
+        """Return the error in what boto3 raises."""
         facts = exc.response.get("ResponseMetadata", {})
         headers = facts.get("HTTPHeaders", {})
         error = exc.response.get("Error", {})

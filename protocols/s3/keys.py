@@ -1,4 +1,4 @@
-"""Keys of S3 objects: the names of files, made such that every store takes and lists them."""
+"""Keys of S3 objects: file names in a form that every store accepts and lists."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _TYPES = mimetypes.MimeTypes(filenames=())
 
 
 def keys(prefix: str, folders: dict[str, str], paths: Iterable[str]) -> dict[str, str]:
-    """Map relative paths to keys `<prefix>/<folder>/<path>`, no two to the same.
+    """Map relative paths to keys `<prefix>/<folder>/<path>`, no two to the same key.
 
     Bytes that are not UTF-8 and control characters become `%XX`; where that makes two names the same, the later one
     gets a part of its own hash.

@@ -1,8 +1,8 @@
-"""Finds out what a store does with checksums, by small objects that are written, read back and removed.
+"""Finds out what a store does with checksums, with small objects that are written, read back and removed.
 
-Whether a store compares a checksum, only a wrong one shows; and whether it computes those that it gives, or repeats
-what it was sent. What was written is read back each time: a store that gives back other bytes is found out
-before anybody's data goes there.
+Only a wrong checksum shows whether a store compares it, and whether the store computes the one that it gives or repeats
+what it was sent. What was written is read back each time, so a store that gives back other bytes is found before
+anybody's data goes there.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ TRAILING = "STREAMING-UNSIGNED-PAYLOAD-TRAILER"
 
 
 class Corrupts(Exception):
-    """The store gives back other bytes than it was given."""
+    """The store gives back other bytes than were written."""
 
 
 class Prober:
     """Writes, reads and removes probes below a prefix.
 
     Args:
-        headers: what goes with every object, such as its encryption.
+        headers: header fields of every object, such as its encryption.
     """
 
     def __init__(self, store: Store, prefix: str, headers: Mapping[str, str]) -> None:
@@ -51,10 +51,10 @@ class Prober:
         self._versions: dict[str | None, None] = {}
 
     def checksums(self, candidates: Iterable[Algorithm] = AUTOMATIC) -> Support:
-        """Find the first algorithm that the store compares, else the first that it computes, else none.
+        """Return the first algorithm that the store compares, else the first that it computes, else none.
 
         Raises:
-            Corrupts: what was written comes back otherwise.
+            Corrupts: what comes back is not what was written.
             StoreError: writing is refused altogether. DispatchError: no answer.
         """
         best = Support()
@@ -73,9 +73,9 @@ class Prober:
         return Support(best.algorithm, best.verifies, best.tells, self.read_back, self.removed)
 
     def locked(self, candidates: Iterable[Algorithm] = AUTOMATIC) -> Support:
-        """Write one probe, with a checksum, into a bucket that keeps it (Object Lock); it can't be taken away.
+        """Write one probe, with a checksum, into a bucket that keeps it (Object Lock), so that it can't be removed.
 
-        Such a store asks for a checksum with each object, and compares it: that is not tried with a wrong one.
+        Such a store demands a checksum with each object and compares it, so no wrong one is tried.
 
         Raises:
             as `checksums`.
@@ -114,7 +114,7 @@ class Prober:
         return False
 
     def parts(self, support: Support) -> Form:
-        """Find how the store takes the checksum of an object that comes in parts; raises as `checksums`."""
+        """Return how the store takes the checksum of an object in parts; raises as `checksums`."""
         algorithm = support.algorithm
         forms = [Form.PLAIN]
         if algorithm and algorithm is not MD5:
@@ -195,13 +195,13 @@ class Prober:
                 raise Corrupts("what was written is not there") from exc
             raise
         if data != SAMPLE:
-            raise Corrupts(f"{len(SAMPLE)} bytes were written, {len(data)} other ones came back")
+            raise Corrupts(f"{len(SAMPLE)} bytes were written, and {len(data)} different bytes came back")
         return answer.headers
 
     def remove(self) -> None:
-        """Remove all that was written, every version; `removed` says whether something is left.
+        """Remove every version of all that was written; `removed` says whether nothing is left.
 
-        What must stay gets a marker of deletion, so that nobody who lists the bucket sees it.
+        What must stay gets a delete marker, so that it doesn't appear in lists of the bucket.
         """
         versions, self._versions = self._versions, {}
         try:

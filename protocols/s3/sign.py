@@ -21,7 +21,7 @@ UNRESERVED = "-._~"  # what is not percent-encoded beside letters and digits, RF
 
 @dataclass(frozen=True, slots=True)
 class Credentials:
-    """Who signs; `token` belongs to temporary credentials."""
+    """The keys to sign with; `token` belongs to temporary credentials."""
 
     access_key: str
     secret_key: str = field(repr=False)
@@ -75,7 +75,7 @@ class Signer:
         return encoded + (f"?{arguments}" if arguments else ""), fields
 
     def _key_of(self, secret: str, day: str) -> bytes:
-        """Return the key that holds for one day."""
+        """Return the signing key of one day."""
         known, key = self._key
         if known != (secret, day):
             key = b"AWS4" + secret.encode()

@@ -1,8 +1,8 @@
 """One bucket of an S3 store.
 
-boto3 finds credentials, region and URL, and speaks the operations that a push needs once; objects, parts and HEADs
-go straight over our own connections, because boto3 needs 1.2 ms of CPU for a small object and this way 0.25 ms
-(figures in docs/performance.md). Both use the same connections and the same trust.
+boto3 finds credentials, region and URL, and does the operations that a push needs once; objects, parts and HEADs go
+directly over our own connections, because boto3 needs 1.2 ms of CPU for a small object and this way 0.25 ms (figures in
+docs/performance.md). Both use the same connections and the same trust.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ class Payload:
     """A request's body in memory, sent in pieces.
 
     Args:
-        piece: bytes that go without a look at the pace.
-        pace: called with the length of each piece before it goes; may wait.
-        moved: called with what went out.
+        piece: bytes that are sent before `pace` is called again.
+        pace: called with the length of each piece before it is sent; may wait.
+        moved: called with the number of bytes that were sent.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Store:
     """A bucket, over connections that are kept; safe to use from several threads.
 
     Args:
-        check: called several times a second while something is under way; may raise to stop it. May be replaced.
+        check: called several times a second during every call; may raise to stop it. May be replaced.
 
     Raises:
         botocore.exceptions.BotoCoreError: no credentials, no such profile, no such region.
@@ -123,7 +123,7 @@ class Store:
 
     @property
     def secure(self) -> bool:
-        """Whether TLS keeps what is sent from being changed on its way."""
+        """Whether TLS protects what is sent from being changed on its way."""
         return self.origin.scheme == "https"
 
     def close(self) -> None:
@@ -140,7 +140,7 @@ class Store:
         """Ask AWS for the bucket's region, once in a process, and use it.
 
         Raises:
-            StoreError: there is no such bucket. One that may only be written to names its region all the same.
+            StoreError: there is no such bucket. One that may only be written to names its region nevertheless.
         """
         if not self._settings.at_aws or self.bucket in _regions:
             return
@@ -156,7 +156,7 @@ class Store:
                 self._use(region)
 
     def retention(self) -> str:
-        """Return how long the bucket keeps everything by default (Object Lock); "" if it does not, or won't say.
+        """Return how long the bucket keeps every object by default (Object Lock); "" if it doesn't, or doesn't say.
 
         Raises:
             StoreError: the store is busy. DispatchError: no answer.
@@ -173,7 +173,7 @@ class Store:
 
     @contextmanager
     def grace(self, seconds: float) -> Iterator[None]:
-        """Let what is done inside take so long, also if `check` would stop it at once; then it is TimedOut."""
+        """Let the block run for so long, even if `check` would stop it at once; then raise TimedOut."""
         end = time.monotonic() + seconds
 
         def check() -> None:
@@ -189,7 +189,7 @@ class Store:
     # ---- operations by boto3
 
     def call(self, operation: str, **parameters: Any) -> dict[str, Any]:
-        """Do one operation on the bucket; a store that is busy is asked again a few times.
+        """Do one operation on the bucket; repeat it a few times while the store is busy.
 
         Raises:
             StoreError: the store refuses. DispatchError: no answer could be had.
@@ -205,7 +205,7 @@ class Store:
         return self._patiently(once)
 
     def pages(self, operation: str, again: Mapping[str, str], **parameters: Any) -> Iterator[dict[str, Any]]:
-        """Do an operation that lists, page by page; raises as `call`.
+        """Yield the pages of an operation that lists; raises as `call`.
 
         Args:
             again: by the name of each parameter that asks for the next page, the member of a page that holds its value.
@@ -221,7 +221,7 @@ class Store:
             parameters |= following
 
     def _carry(self, request: AWSPreparedRequest) -> AWSResponse:
-        """Send what boto3 has made ready."""
+        """Send a request that boto3 has prepared."""
         url = urlsplit(str(request.url))
         headers = {
             str(name): value.decode("latin-1") if isinstance(value, bytes) else str(value)
@@ -256,8 +256,8 @@ class Store:
         """Store an object, or with a query a part of one; return the head of the answer.
 
         Args:
-            sha256: of the payload, hexadecimal, signed along; None for a payload that TLS protects already.
-            tries: how often it is sent at most, as long as the store answers with "later".
+            sha256: of the payload, hexadecimal, to be signed; None for a payload that TLS protects already.
+            tries: how often it is sent at most, while the store answers that it is busy.
 
         Raises:
             StoreError, DispatchError: as `call`.
@@ -269,7 +269,7 @@ class Store:
             return answer.headers
 
     def head(self, key: str, headers: Mapping[str, str] | None = None) -> StoredObject | None:
-        """Return what the store says of an object, None if there is none; raises as `call`."""
+        """Return what the store says about an object, None if there is none; raises as `call`."""
         try:
             with self._request("HEAD", key, {}, headers or {}) as answer:
                 sha256 = answer.headers.get(SHA256_FIELD)
@@ -287,7 +287,7 @@ class Store:
             yield answer
 
     def delete(self, key: str, version: str | None = None) -> None:
-        """Remove an object, or one version of it; none there is no error. Raises as `call`."""
+        """Remove an object, or one version of it, if it is there. Raises as `call`."""
         with self._request("DELETE", key, {"versionId": version} if version else {}, {}):
             pass
 
@@ -302,7 +302,7 @@ class Store:
         body: Payload | None = None,
         tries: int = TRIES,
     ) -> Iterator[Answer]:
-        """Send a signed request, again if the store is busy; yields an answer that is no error."""
+        """Send a signed request, and repeat it while the store is busy; yields an answer that is not an error."""
 
         def once() -> tuple[ExitStack, Answer]:
             path, fields = self._signer.signed(
@@ -324,7 +324,7 @@ class Store:
         return Credentials(now.access_key, now.secret_key, now.token)
 
     def _patiently(self, once: Callable[[], T], tries: int = TRIES) -> T:
-        """Do something; if the store is busy, again after a pause."""
+        """Call a function; repeat it after a pause while the store is busy."""
         for tried in range(1, tries):
             try:
                 return once()
@@ -335,7 +335,7 @@ class Store:
         return once()
 
     def pause(self, seconds: float | None, tried: int = 1) -> None:
-        """Wait as long as the store asks to; None for a short while, longer with each try."""
+        """Wait as long as the store asks for; None for a short time that grows with each try."""
         if seconds is None:
             seconds = random.uniform(0, PAUSE_S * 2 ** (tried - 1))  # noqa: S311 - spreads load, guards nothing
         end = time.monotonic() + seconds

@@ -1,7 +1,7 @@
 """Large objects, sent in parts ("Multipart upload overview", Amazon S3 user guide).
 
-The store keeps the parts of an upload until it is completed or aborted, also when nobody remembers it: whoever sends
-the same object again finds them with `stale`, and goes on with an upload if its parts are the file's.
+The store keeps the parts of an upload until it is completed or aborted, even if nobody remembers it. `stale` finds such
+uploads when the same object is sent again, and `resume` continues one whose parts are the file's.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Gone(Exception):
 
 
 class Form(StrEnum):
-    """Which checksum an upload in parts has."""
+    """The kind of checksum that an upload in parts has."""
 
     FULL = "FULL_OBJECT"
     COMPOSITE = "COMPOSITE"  # of the parts' checksums
@@ -42,7 +42,7 @@ class Form(StrEnum):
 
 
 def part_size(size: int, wanted: int) -> int:
-    """Return the bytes of a part: as wanted, or as many whole MiB as keep a large object within 10,000 parts."""
+    """Return the size of a part in bytes: as wanted, or whole MiB so that a large object has at most 10,000 parts."""
     least = -(-size // MAX_PARTS)
     return wanted if least <= wanted else -(-least // MIB) * MIB
 
@@ -56,11 +56,11 @@ class UploadPart:
 
 
 class Upload:
-    """One object on its way in parts; `put` may be called from several threads.
+    """The upload of one object in parts; `put` may be called from several threads.
 
     Args:
-        headers: what the object's head shall have.
-        support: which checksum goes along.
+        headers: header fields of the object.
+        support: which checksum is sent along.
     """
 
     def __init__(self, store: Store, key: str, headers: Mapping[str, str], support: Support, form: Form) -> None:
@@ -72,7 +72,7 @@ class Upload:
         self._lock = threading.Lock()
 
     def create(self) -> None:
-        """Begin; raises as `Store.call`."""
+        """Begin the upload; raises as `Store.call`."""
         parameters: dict[str, Any] = {PARAMETERS[name]: v for name, v in self.headers.items() if name in PARAMETERS}
         parameters["Metadata"] = {n.removeprefix(META): v for n, v in self.headers.items() if n.startswith(META)}
         if self.form is not Form.PLAIN and self.support.algorithm:
@@ -102,7 +102,7 @@ class Upload:
             self.parts[number] = UploadPart(told.get("ETag", ""), digest)
 
     def complete(self, size: int, whole: bytes | None) -> str | None:
-        """Make the object of its parts; return its checksum as the store reports it from now on, if that is known.
+        """Make the object from its parts; return its checksum as the store will report it, if that is known.
 
         Args:
             whole: the checksum of all bytes, for `Form.FULL`.
@@ -143,7 +143,7 @@ class Upload:
         return expected
 
     def abort(self) -> None:
-        """Give the upload up, so that the store forgets its parts; one that it doesn't know is no error."""
+        """Abort the upload, so that the store deletes its parts; an unknown upload is not an error."""
         if not self.id or self.made:
             return
         try:
@@ -153,7 +153,7 @@ class Upload:
                 raise
 
     def resume(self, found: str, sizes: list[int], read: Callable[[int], memoryview]) -> bool:
-        """Go on with an upload that the store has; False if its parts are not the file's.
+        """Continue an upload that the store has; return False if its parts are not the file's.
 
         Args:
             found: its id.
@@ -185,7 +185,7 @@ class Upload:
 
 
 def _same(row: Mapping[str, Any], data: memoryview) -> bool | None:
-    """Compare a part at the store with our bytes; None if it gives nothing to compare with."""
+    """Compare a part at the store with our bytes; None if the store gives nothing to compare with."""
     for name, algorithm in ALGORITHMS.items():
         if algorithm is MD5:
             told = MD5.told({"etag": str(row.get("ETag", "")).lower()})
@@ -198,9 +198,9 @@ def _same(row: Mapping[str, Any], data: memoryview) -> bool | None:
 
 
 def stale(store: Store, prefix: str) -> dict[str, list[str]]:
-    """Return the ids, newest last, of unfinished uploads by key, of all keys that begin so.
+    """Return the ids of unfinished uploads by key, newest last, for all keys with this prefix.
 
-    A store that can't list them has none.
+    Empty for a store that can't list them.
     """
     found: dict[str, list[tuple[str, str]]] = {}
     try:

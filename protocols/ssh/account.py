@@ -1,12 +1,12 @@
-"""A login by paramiko: what checks ask, and where shells run.
+"""A login by paramiko, for checks and for shells.
 
     the key, the password or the user is refused     Denied, with what to look at
     another key than the trusted ones                NotTrusted, with the fingerprint to pin
     the link breaks, or the host is silent           Interrupted, Busy, TimedOut as in `handshake.py`; never Denied
     no session beside those that there are           Busy
 
-Not for what paramiko can't carry (`suits`): host certificates and revoked keys, FIDO keys, and what the account that we
-run under has in its agent and its folder `.ssh`. There ssh(1) does it all.
+paramiko is not used for what it can't do (`suits`): host certificates and revoked keys, FIDO keys, and the keys that
+our own account has in its agent and its folder `.ssh`. There ssh(1) does everything.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ KEYS: tuple[type[paramiko.PKey], ...] = (paramiko.Ed25519Key, paramiko.ECDSAKey,
 
 
 def suits(client: SshClient) -> bool:
-    """Return whether paramiko can carry the login of a client that was entered."""
+    """Return True if paramiko can do the login of a client that was entered."""
     login = client.login
     if any(key.startswith("@") for key in client.keys):
         return False
@@ -71,7 +71,7 @@ class Account:
         self._asked = math.inf  # when, for a sign of life
 
     def begin(self, check: Callable[[], None] = lambda: None) -> None:
-        """Connect, look at the host's key, log in. `facts` says how far it got.
+        """Connect, check the host's key and log in; `facts` shows how far it got.
 
         Raises:
             DispatchError: as the table above says.
@@ -101,13 +101,13 @@ class Account:
             raise NotTrusted(why_not_trusted(login, self.facts))
 
     def close(self) -> None:
-        """End the connection, and what runs over it."""
+        """End the connection and everything that runs over it."""
         self._ended.set()
         self._stack.close()
 
     @property
     def is_there(self) -> bool:
-        """Whether the connection is."""
+        """Whether the connection is still there."""
         return self._transport.is_active()
 
     @property
@@ -119,7 +119,7 @@ class Account:
     # ---- login
 
     def _authenticate(self, check: Callable[[], None]) -> None:
-        """Try each way in once, those that the host names; several may be wanted one after the other."""
+        """Try once each method that the host names; it may want several, one after the other."""
         login = self.client.login
         user = login.user or getpass.getuser()
         ways: dict[str, Callable[[Transport], Sequence[str]]] = {}
@@ -170,7 +170,7 @@ class Account:
         raise Denied(f"{login.shown}: {short(words, self.client.hide)}: {why_denied(login)}")
 
     def _wait(self, job: Callable[[], T], check: Callable[[], None]) -> tuple[list[T], list[Exception]]:
-        """Do what paramiko waits for in a thread of its own, so that we can be stopped; return result or error."""
+        """Run a blocking call of paramiko's in its own thread, so that we can be stopped; return result or error."""
         done: list[T] = []
         failed: list[Exception] = []
 
@@ -190,11 +190,11 @@ class Account:
         return done, failed
 
     def _answers(self, title: str, instructions: str, prompts: list[tuple[str, bool]]) -> list[str]:
-        """Answer with the password; never with what an expired one shall be replaced by."""
+        """Answer with the password, but not to a request for a new one when the old one has expired."""
         return ["" if "ew " in text and "password" in text else self.client.login.password for text, _ in prompts]
 
     def _stay_alive(self) -> None:
-        """Ask the host for a sign of life now and then: a script may be silent, a host not."""
+        """Ask the host for a sign of life now and then: a script may be silent, but not a host."""
         pause_s = max(1.0, self.client.login.idle_timeout_s / ALIVE_COUNT)
         while not self._ended.wait(pause_s) and self.is_there:
             self._asked = time.monotonic()
@@ -203,13 +203,13 @@ class Account:
             self._asked = math.inf
 
     def look(self) -> None:
-        """Close the connection if the host owes a sign of life for too long."""
+        """Close the connection if the host has not answered for too long."""
         if time.monotonic() - self._asked > self.client.login.idle_timeout_s:
             self._transport.close()
 
     @property
     def last_words(self) -> str:
-        """How the connection has ended."""
+        """Return the error with which the connection ended."""
         return short(self._transport.parting, self.client.hide) or "the connection broke"
 
     # ---- commands
@@ -218,7 +218,8 @@ class Account:
         """Start a command in the account's login shell.
 
         Raises:
-            Busy: the host gives no further session. Interrupted, TimedOut: the link broke, or it doesn't answer.
+            Busy: the host gives no further session.
+            Interrupted, TimedOut: the connection broke, or the host doesn't answer.
         """
         login = self.client.login
         got, failed = self._wait(partial(self._transport.open_session, timeout=login.idle_timeout_s), check)
@@ -226,7 +227,7 @@ class Account:
             if isinstance(failed[0], paramiko.ChannelException):
                 raise Busy(f"{login.shown}: the host gives no session: {failed[0].text}") from failed[0]
             if "imeout" in str(failed[0]):
-                raise TimedOut(f"{login.shown}: no answer to the question for a session") from failed[0]
+                raise TimedOut(f"{login.shown}: no answer to the request for a session") from failed[0]
             raise Interrupted(f"{login.shown}: {self.last_words}{ENDED_AT_ONCE}") from failed[0]
         channel = got[0]
         _, failed = self._wait(partial(channel.exec_command, command), check)
@@ -235,7 +236,7 @@ class Account:
 
 
 class Command:
-    """A command that runs on a host; as `Started` for a process of ssh(1).
+    """A command that runs on a host; the counterpart of `Started`, a process of ssh(1).
 
     Args:
         words: why it was not started.
@@ -254,7 +255,7 @@ class Command:
 
     @property
     def errors(self) -> str:
-        """The end of what came on its standard error."""
+        """The last bytes of its standard error."""
         self._hear()
         return self._errors.decode("utf-8", "replace").replace("\r", "")
 
@@ -264,7 +265,7 @@ class Command:
             del self._errors[:-ERRORS_BYTES]
 
     def send(self, data: bytes, check: Callable[[], None] = lambda: None) -> None:
-        """Give it bytes as its standard input; its end is seen, and named, where its output is read."""
+        """Write bytes to its standard input; if it has ended, reading its output shows that, and why."""
         self._channel.settimeout(LOOK_S)
         end = time.monotonic() + self.client.login.idle_timeout_s
         with suppress(OSError):
@@ -281,7 +282,7 @@ class Command:
                 data, end = data[count:], time.monotonic() + self.client.login.idle_timeout_s
 
     def receive(self, wait_s: float) -> bytes | None:
-        """Return what has come, b"" at the end, None if nothing came in time."""
+        """Return the bytes that have arrived, b"" at the end, None if none arrived in time."""
         self._hear()
         self.account.look()
         self._channel.settimeout(wait_s)
@@ -304,7 +305,7 @@ class Command:
         return None if code == -1 and not self.account.is_there else code
 
     def failure(self, *, begun: bool = True) -> DispatchError:
-        """Return why the link broke."""
+        """Return why the connection broke."""
         advice = "" if begun else ENDED_AT_ONCE
         return Interrupted(f"{self.client.login.shown}: {self.account.last_words}{advice}")
 
@@ -313,7 +314,7 @@ class Command:
         self.account.close()
 
     def close(self, wait_s: float = END_S) -> None:
-        """Let it end by closing its input; stop it if it doesn't within `wait_s`."""
+        """Close its input, so that it ends; stop it if it doesn't within `wait_s`."""
         self.end_input()
         self.exit_code(wait_s)
         self.stop()

@@ -1,4 +1,4 @@
-"""SSH by the system's own client, and by paramiko: one way in for rsync, SFTP and scripts, one place for trust.
+"""SSH by the system's own client and by paramiko: one place for logins and trust, for rsync, SFTP and scripts.
 
     with SshClient(login) as client:
         started = client.start("sftp", subsystem=True)   # a process of ssh(1); `started.failure()` says why it ended
@@ -49,7 +49,7 @@ exec cat {path}
 
 
 class Started:
-    """A process of ssh(1). It leads its own process group.
+    """A process of ssh(1), the leader of its own process group.
 
     Args:
         said: where its words go.
@@ -62,21 +62,21 @@ class Started:
 
     @property
     def facts(self) -> LoginFacts:
-        """What is known of the connection so far."""
+        """What is known about the connection so far."""
         return self.said.facts
 
     @property
     def words(self) -> str:
-        """Why what runs there has not started, or what the link broke of, in ssh's own words."""
+        """Why the command has not started, or why the connection broke, in ssh's own words."""
         return self.said.words
 
     @property
     def errors(self) -> str:
-        """What the other side wrote to its standard error, and the host to everybody."""
+        """What the command wrote to its standard error, and the host's message to everybody."""
         return self.said.stderr
 
     def send(self, data: bytes, check: Callable[[], None] = lambda: None) -> None:
-        """Give it bytes as its standard input; its end is seen, and named, where its output is read."""
+        """Write bytes to its standard input; if it has ended, reading its output shows that, and why."""
         assert self.process.stdin is not None  # noqa: S101 - for the type checker: it was started with a pipe
         fd = self.process.stdin.fileno()
         os.set_blocking(fd, False)  # a host that hangs takes nothing, for as long as ssh bears with it
@@ -90,7 +90,7 @@ class Started:
                         data = data[os.write(fd, data[:PIECE]) :]
 
     def receive(self, wait_s: float) -> bytes | None:
-        """Return what has come, b"" at the end, None if nothing came in time."""
+        """Return the bytes that have arrived, b"" at the end, None if none arrived in time."""
         assert self.process.stdout is not None  # noqa: S101
         poll = select.poll()
         poll.register(self.process.stdout, select.POLLIN)
@@ -117,23 +117,23 @@ class Started:
         return self.said.failure(self.process.returncode, begun=begun)
 
     def stop(self) -> None:
-        """End the process and what it has started."""
+        """End the process and everything that it has started."""
         stop(self.process)
 
     def close(self, wait_s: float = END_S) -> None:
-        """Let it end by closing its input; stop it if it doesn't within `wait_s`."""
+        """Close its input, so that it ends; stop it if it doesn't within `wait_s`."""
         self.end_input()
         self.exit_code(wait_s)
         stop(self.process)
 
 
 class SshClient:
-    """Starts `ssh` for one login. A context manager: what it has put into files is gone at its end.
+    """Starts `ssh` for one login. A context manager: its files are removed at the end.
 
-    Entering it settles which keys of the host are good, for which a host may have to be asked.
+    Entering it decides which keys of the host are accepted; for that it may have to ask the host.
 
     Args:
-        hide: takes out of the other side's words what must not show.
+        hide: removes from the other side's words what must not show.
         check: called while waiting; may raise to stop.
 
     Raises:
@@ -177,7 +177,7 @@ class SshClient:
 
     @contextmanager
     def briefly(self) -> Iterator[None]:
-        """Remove, at the end of the block, the files that were made within it: of a program that has ended."""
+        """Remove, at the end of the block, the files made within it, for a program that has ended by then."""
         mine = len(self._files)
         with self.jump.briefly() if self.jump is not None else nullcontext():
             try:
@@ -198,10 +198,10 @@ class SshClient:
         return Started(self, start(argv, said.errors, self.env), said)
 
     def command(self, options: Sequence[str] | None = None) -> tuple[list[str], Said]:
-        """Return the command up to, and without, the host, and where its words will go.
+        """Return the command line before the host, and the file for its messages.
 
         Args:
-            options: instead of those that say whom to trust and who we are.
+            options: replace those that say whom to trust and who we are.
         """
         fixed = {
             "BatchMode": "no" if self.login.password else "yes",
@@ -238,7 +238,7 @@ class SshClient:
     def transport(self, kinds: Sequence[str] = ()) -> Iterator[Transport]:
         """Connect, directly or through the jump host; closed at the end of the block.
 
-        An error within it, of a connection that leads through the jump host, gets the reason from there.
+        If the connection leads through the jump host, an error within the block gets its reason from there.
 
         Args:
             kinds: types of host keys, as they are negotiated, in order of preference.
@@ -262,7 +262,7 @@ class SshClient:
             way.stop()
 
     def through(self, host: str, port: int) -> tuple[socket.socket, Started]:
-        """Connect to a host from this one; return a socket that leads there, and the ssh that carries it."""
+        """Connect to a host through this one; return a socket that leads there, and the ssh process behind it."""
         ours, its = socket.socketpair()
         argv, said = self.command()
         argv += ["-W", place(host, port), "--", self.login.host]
@@ -275,7 +275,7 @@ class SshClient:
         """Ask the host for its key of a type; return it as `type base64`, None if it has none.
 
         Raises:
-            DispatchError: it gave no answer; that says nothing of its key.
+            DispatchError: it gave no answer, which shows nothing about its key.
         """
         names = hostkeys.KINDS[kind]
         try:
@@ -319,7 +319,7 @@ class SshClient:
         ]
 
     def _trust(self) -> list[str]:
-        """Settle which host keys are good; return the options that say so. ssh never asks: it would wait for ever."""
+        """Decide which host keys are accepted; return the options. ssh must never ask: it would wait for ever."""
         login = self.login
         if login.pins:
             self.keys = hostkeys.resolved(login.host, login.port, login.pins, self.ask)
@@ -338,7 +338,7 @@ class SshClient:
         return ["StrictHostKeyChecking=yes", f"UserKnownHostsFile={files}", "HashKnownHosts=no"]
 
     def _identity(self) -> list[str]:
-        """Return the options that say who we are, and put what a password needs into the environment."""
+        """Return the options that say who we are; put what a password needs into the environment."""
         login = self.login
         options: list[str] = []
         methods = ["publickey"] if login.key or not login.password else []
@@ -359,7 +359,7 @@ class SshClient:
 
 
 def greeting(sock: socket.socket, where: str, timeout_s: float) -> str:
-    """Return a host's first line (RFC 4253 section 4.2), or what it says instead, "" if it says nothing.
+    """Return a host's first line (RFC 4253 section 4.2), or what it sends instead; "" if it sends nothing.
 
     Raises:
         Unreachable: the connection broke, or nothing came in time.

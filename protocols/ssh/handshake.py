@@ -30,11 +30,11 @@ _BANNER, _PARTING = "Banner: ", "Disconnect (code "
 
 
 class NothingInCommon(Misconfigured):
-    """paramiko and the host share no algorithm; ssh(1) knows more of them."""
+    """paramiko and the host have no algorithm in common; ssh(1) knows more of them."""
 
 
 class _Notes(logging.Handler):
-    """Keeps what paramiko logs of a peer's words, which it hands out in no other way, by the connection's thread."""
+    """Keeps a peer's words from paramiko's log, where alone they appear, by the connection's thread."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ _log.addHandler(_notes)
 
 
 class Transport(paramiko.Transport):
-    """A connection of paramiko's that keeps the host's parting words, and can be waited for.
+    """A connection of paramiko's that keeps the host's last words, and can be waited for.
 
     Args:
         where: the host, for messages.
@@ -77,7 +77,7 @@ class Transport(paramiko.Transport):
 
     @property
     def came(self) -> str:
-        """What the host said instead of, or before, SSH's first line."""
+        """What the host sent before, or instead of, SSH's first line."""
         return " ".join(text.removeprefix(_BANNER).strip() for text in self._said if text.startswith(_BANNER))
 
     @property
@@ -87,7 +87,7 @@ class Transport(paramiko.Transport):
         return texts[-1] if texts else ""
 
     def exchange(self, timeout_s: float, check: Callable[[], None] = lambda: None) -> paramiko.PKey:
-        """Exchange keys; return the host's, of which it has proven to have the private half.
+        """Exchange keys; return the host's key, after it has proven to have the private half.
 
         Args:
             timeout_s: for the first line, and again for the exchange.
@@ -108,12 +108,12 @@ class Transport(paramiko.Transport):
         return self.get_remote_server_key()
 
     def wait_for_end(self) -> None:
-        """Take in the last words of a connection that is broken, and end it: what is sent fails before what is read."""
+        """Read the last words of a broken connection, and end it: sending fails before reading does."""
         self.join(END_S)
         super().close()
 
     def failure(self) -> DispatchError:
-        """Return why a connection that has ended before the login did so."""
+        """Return why a connection has ended before the login."""
         exc = self.get_exception()
         if isinstance(exc, IncompatiblePeer):
             return NothingInCommon(f"{self.where}: {exc}")

@@ -1,9 +1,9 @@
-"""Whom we talk to: the keys of SSH hosts, pinned, known or learned.
+"""Keys of SSH hosts, which prove whom we talk to: pinned, known or learned.
 
 A pin is a fingerprint (`SHA256:...`) or a key as in a known_hosts line without its host, `[@marker ]type base64`.
 ssh itself compares keys, not fingerprints; so the key that a fingerprint stands for is asked of the host and compared
-with the pin here, and ssh is then given this key alone. A host shows one key a connection, so that each type that it
-may have is a question of its own.
+with the pin here, and ssh is then given this key alone. A host shows one key in each connection, so each type of key
+that it may have takes another connection.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ def fingerprint(key: str) -> str:
 
 
 def text_of(key: paramiko.PKey) -> str:
-    """Return a key of paramiko's as `type base64`."""
+    """Return one of paramiko's keys as `type base64`."""
     return f"{key.get_name()} {key.get_base64()}"
 
 
 def pattern(host: str, port: int) -> str:
-    """Return how known_hosts names a host; a port other than 22 must be part of it (sshd(8))."""
+    """Return the name of a host in known_hosts; a port other than 22 must be part of it (sshd(8))."""
     return host if port == 22 else f"[{host}]:{port}"
 
 
@@ -58,10 +58,10 @@ def line(host: str, port: int, key: str) -> str:
 
 
 def resolved(host: str, port: int, pins: Iterable[str], ask: Ask) -> tuple[str, ...]:
-    """Return the keys that pins stand for; a fingerprint that is none of the host's keys adds nothing.
+    """Return the keys that pins stand for; a fingerprint of no key of the host adds nothing.
 
     Raises:
-        DispatchError: the question failed: that says nothing of the key.
+        DispatchError: the host could not be asked, which shows nothing about its key.
     """
     keys: list[str] = []
     wanted = [pin for pin in pins if pin.startswith("SHA256:")]
@@ -102,7 +102,7 @@ def known(host: str, port: int, files: Iterable[Path]) -> tuple[str, ...]:
 
 
 def learn(file: Path, host: str, port: int, key: str) -> None:
-    """Keep a host's key, for us and for ssh(1)."""
+    """Save a host's key, for us and for ssh(1)."""
     file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     fd = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:

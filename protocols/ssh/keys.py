@@ -1,4 +1,4 @@
-"""Private keys of SSH, brought into a form that ssh reads without asking for a passphrase.
+"""Private keys of SSH, converted to a form that ssh reads without asking for a passphrase.
 
 Decrypting them here, instead of answering ssh's prompt, shows whether the passphrase is wrong or the host refuses the
 key.
@@ -23,13 +23,13 @@ from transfer.errors import Misconfigured
 
 
 def private_key(text: str, passphrase: str = "") -> tuple[bytes, bytes]:
-    """Return a private key that needs no passphrase any more, and its certificate if one lies beside it.
+    """Return a private key without a passphrase, and its certificate if one lies beside it.
 
     Args:
         text: the key itself, or the path of its file.
 
     Raises:
-        Misconfigured: there is no such file, everybody may read it, it is no key, or the passphrase doesn't fit.
+        Misconfigured: there is no such file, everybody may read it, it is not a key, or the passphrase is wrong.
     """
     certificate = b""
     if "-----BEGIN" not in text and "PuTTY-User-Key-File" not in text:
@@ -75,5 +75,5 @@ def _decrypted(text: str, passphrase: str) -> bytes:
     except ValueError as exc:
         if passphrase:
             raise Misconfigured("passphrase does not open private_key") from exc
-        raise Misconfigured("private_key is no key that OpenSSH could use; ssh-keygen -t ed25519 makes one") from exc
+        raise Misconfigured("private_key is not a key that OpenSSH can use; ssh-keygen -t ed25519 makes one") from exc
     return data

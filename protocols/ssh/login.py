@@ -1,4 +1,4 @@
-"""Whose door, and what opens it; why it stayed closed, in words."""
+"""A login: where, as whom and with what; and why one failed, in words."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from protocols.ssh import hostkeys
 
 @dataclass(frozen=True)
 class Login:
-    """Whose door, and what opens it.
+    """Where to log in, as whom and with what.
 
     Attributes:
         user: "" for the name of the account that we run under.
         key: a private key in a form that needs no passphrase (`private_key`), b"" for none.
         certificate: the certificate that belongs to the key, as ssh-keygen -s makes it.
         pins: the host keys to trust (`hostkeys.py`); without any, those that are known.
-        accept_new: whether a host of which no key is known yet is trusted, and its key kept.
-        known_hosts: files of known keys; the first is where a new one is kept.
+        accept_new: whether to trust a host without a known key, and to save its key.
+        known_hosts: files of known keys; a new one is saved in the first.
         connect_timeout_s: for the connection, and again for the handshake.
         idle_timeout_s: silence after which the host counts as hung.
         jump: the host through which the way leads, None for a direct one.
@@ -47,7 +47,7 @@ class Login:
 
 @dataclass(frozen=True)
 class LoginFacts:
-    """What is known of a connection: "" where it did not get so far."""
+    """What is known about a connection; "" where it did not get so far."""
 
     key_type: str = ""
     fingerprint: str = ""
@@ -57,7 +57,7 @@ class LoginFacts:
 
 
 def why_not_trusted(login: Login, facts: LoginFacts, words: str = "") -> str:
-    """Return what is wrong with the key that a host shows, and what to do if it is right.
+    """Return why a host's key is not trusted, and what to do if it is the right one.
 
     Args:
         words: ssh(1)'s.
@@ -85,7 +85,7 @@ def why_not_trusted(login: Login, facts: LoginFacts, words: str = "") -> str:
 
 
 def why_denied(login: Login) -> str:
-    """Return what to look at where the host lets nobody in with what we have."""
+    """Return what to check when a host refuses the login."""
     if login.key and login.password:
         return "it takes neither this private_key nor this password for this user"
     if login.key:

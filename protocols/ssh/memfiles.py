@@ -1,4 +1,4 @@
-"""Files for programs that take secrets only from files: gone with this process, however it ends."""
+"""Files for programs that take secrets only from files: they vanish with this process, however it ends."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class MemoryFiles:
     """Files that only this user's processes can read, until `close`.
 
     They lie in memory (memfd_create(2)) and are reached as `/proc/<pid>/fd/<n>`, so that nothing is left on a disk
-    even if this process is killed. Where the system has no such thing, they lie in a folder of mode 0700.
+    even if this process is killed. Where the system lacks that, they lie in a folder of mode 0700.
     """
 
     def __init__(self) -> None:
@@ -54,7 +54,7 @@ class MemoryFiles:
 
 
 def tail(path: str, limit: int = 1 << 20) -> bytes:
-    """Return the last lines of such a file, whole ones, up to `limit` bytes; b"" if it is gone."""
+    """Return the last whole lines of such a file, up to `limit` bytes; b"" if it is gone."""
     try:
         with open(path, "rb") as file:
             skipped = max(0, os.fstat(file.fileno()).st_size - limit)

@@ -1,4 +1,4 @@
-"""The packets of SFTP, version 3, and the bookkeeping of many that are on the way.
+"""The packets of SFTP, version 3, and the bookkeeping of many requests under way.
 
 Source: draft-ietf-secsh-filexfer-02.
 """
@@ -41,7 +41,7 @@ class Code(IntEnum):
 
 
 class Status(Exception):
-    """The server's answer was not OK. `words` is what it said, `path` what it was about."""
+    """The server's answer was not OK. `words` is its message, `path` what it was about."""
 
     def __init__(self, code: int, words: str, path: bytes = b"") -> None:
         super().__init__(code, words, path)
@@ -54,7 +54,7 @@ class Status(Exception):
 
 @dataclass(frozen=True)
 class Attributes:
-    """What a server says of a file; None for what it keeps to itself."""
+    """What a server says about a file; None for what it doesn't say."""
 
     size: int | None = None
     mode: int | None = None
@@ -66,7 +66,7 @@ class Attributes:
 
 @dataclass(frozen=True)
 class Space:
-    """The room on a file system: for the user that asks, root's reserve left out."""
+    """The free space of a file system for the user that asks, without root's reserve."""
 
     free_bytes: int
     free_files: int
@@ -74,7 +74,7 @@ class Space:
 
 
 class SendWindow:
-    """Bytes that may be on the way; first come, first served."""
+    """A limit on the bytes under way; first come, first served."""
 
     def __init__(self, size: int) -> None:
         self._free = size
@@ -82,7 +82,7 @@ class SendWindow:
         self._is_open = False
 
     async def take(self, count: int) -> None:
-        """Wait until `count` bytes may go."""
+        """Wait until `count` bytes may be sent."""
         if not self._waiters and (count <= self._free or self._is_open):
             self._free -= count
             return
@@ -96,7 +96,7 @@ class SendWindow:
             raise
 
     def give(self, count: int) -> None:
-        """Say that `count` bytes are not on the way any more."""
+        """Release `count` bytes that are no longer under way."""
         self._free += count
         while self._waiters and (self._waiters[0][0] <= self._free or self._is_open):
             count, future = self._waiters.popleft()
@@ -105,13 +105,13 @@ class SendWindow:
                 future.set_result(None)
 
     def open(self) -> None:
-        """Let everybody through: the connection is lost, and they shall find out."""
+        """Let every waiter through: the connection is lost, and they are to find that out."""
         self._is_open = True
         self.give(0)
 
 
 class FileWrites:
-    """The writes of one file that are on the way."""
+    """The writes of one file that are under way."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, window: SendWindow, moved: Callable[[int], None]) -> None:
         self._loop, self._window, self._moved = loop, window, moved
@@ -121,7 +121,7 @@ class FileWrites:
         self.failed: Exception | None = None
 
     def sent(self, count: int) -> Answered:
-        """Note a write of `count` bytes; return what is called with its answer. That never raises."""
+        """Note a write of `count` bytes; return the function to call with its answer, which never raises."""
         self._count += 1
 
         def answered(kind: int, body: bytes) -> None:
@@ -181,7 +181,7 @@ def attributes_of(body: bytes) -> Attributes:
 
 
 def names_of(body: bytes) -> list[bytes]:
-    """Read an answer to READDIR (draft section 7): the names, without what else it says of each."""
+    """Return the names in an answer to READDIR (draft section 7)."""
     names, at = [], 4
     for _ in range(int.from_bytes(body[:4], "big")):
         if at >= len(body):

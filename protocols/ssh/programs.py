@@ -1,4 +1,4 @@
-"""Programs of the system that a protocol is spoken with: started apart from us, and stopped for sure."""
+"""Programs of the system that speak a protocol: started in process groups of their own, and reliably stopped."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def program(name: str) -> str:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """Return what a program gets as its environment; its messages are the English ones."""
+    """Return a program's environment, in which its messages are in English."""
     return {name: os.environ[name] for name in KEPT if name in os.environ} | {"LC_ALL": "C"} | more
 
 
@@ -43,7 +43,7 @@ def start(
     stdin: int | IO[bytes] = subprocess.PIPE,
     stdout: int = subprocess.PIPE,
 ) -> subprocess.Popen[bytes]:
-    """Start a program that leads its own process group.
+    """Start a program as the leader of its own process group.
 
     Args:
         errors: file to whose end its standard error goes.
@@ -61,7 +61,7 @@ def start(
 
 
 def stop(process: subprocess.Popen[Any], grace_s: float = GRACE_S) -> None:
-    """End a process that leads its own group, and everything in that group; returns when it is gone."""
+    """End a process group and wait until its leader is gone."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         if process.poll() is not None:
             break

@@ -99,8 +99,8 @@ class Result:
     """How a run of rsync ended: its exit code, both sides' last words, what it printed, and the ssh that it used.
 
     Attributes:
-        words: what rsync said here, and passed on from the other side.
-        there: what the other side said past rsync's protocol.
+        words: rsync's messages here, and those that it passed on from the other side.
+        there: what the other side wrote outside of rsync's protocol.
     """
 
     code: int
@@ -110,7 +110,7 @@ class Result:
     said: Said
 
     def failure(self) -> DispatchError:
-        """Return the error that the exit code and the words mean."""
+        """Return the error that exit code and messages mean."""
         words = "\n".join(line for line in self.words.splitlines() if "rsync error:" not in line)
         words = "\n".join(filter(str.strip, (words, self.there))) or self.words
         said, shown = short(words, self.said.hide), self.said.login.shown
@@ -127,7 +127,7 @@ class Rsync:
     """How to run rsync to a host.
 
     Attributes:
-        banner: what the host says to everybody, returned by a shell that was there before.
+        banner: the host's message to everybody, known from an earlier shell.
         limit: bytes per second, None for no limit.
     """
 
@@ -150,14 +150,12 @@ class Rsync:
     ) -> Result:
         """Send the files with these paths below `source` to the same paths below `folder`.
 
-        The folder exists, and TEMPORARY in it.
-
-        What was interrupted before goes on where it stopped. New files and folders get the modes that the umask of
-        the account leaves.
+        The folder and TEMPORARY in it exist. Files that were interrupted before are continued. The account's umask
+        decides the modes of new files and folders.
 
         Args:
-            largest: bytes of the largest file: either side may be silent for as long as it reads what has come of it.
-            there: a folder of which files with the same length and time are not sent again.
+            largest: bytes of the largest file: either side may be silent while it reads the part that is there.
+            there: a folder whose files, if length and time are the same, are not sent again.
             sparse: whether runs of zeros become holes.
 
         Raises:
@@ -189,7 +187,7 @@ class Rsync:
         size: int = 0,
         there: str = "",
     ) -> tuple[Result, list[str]]:
-        """Return which files rsync would have to send: by length, or by checksum.
+        """Return the files that rsync would have to send, compared by length or by checksum.
 
         Args:
             size: bytes of all of them, for the time that checksums may take.
@@ -254,7 +252,7 @@ class Rsync:
         return Result(code, tail(errors).decode("utf-8", "replace"), there, output, said)
 
     def _follow(self, process: subprocess.Popen[bytes], idle_s: float) -> bytes:
-        """Read what rsync prints until it ends; report the bytes that it says have moved.
+        """Read rsync's output until it ends; report the bytes that have moved.
 
         rsync's own timeout, and ssh's, take the other side's signs of life for progress, even if nothing of ours
         gets through; so the time counts here as well.
@@ -288,7 +286,7 @@ class Rsync:
 
 
 def _code_of_ssh(file: str) -> int:
-    """Return the code with which ssh has ended, if it is its own or the shell's there; else 0."""
+    """Return ssh's exit code if it comes from ssh itself or from the shell there; else 0."""
     end = time.monotonic() + END_S
     while not (text := tail(file).strip()) and time.monotonic() < end:
         time.sleep(LOOK_S)
@@ -296,7 +294,7 @@ def _code_of_ssh(file: str) -> int:
 
 
 def _all_there(fd: int) -> bytes:
-    """Read what a pipe that doesn't block holds."""
+    """Return everything that a non-blocking pipe holds."""
     pieces = []
     with suppress(BlockingIOError):
         while piece := os.read(fd, PIECE):
@@ -309,5 +307,5 @@ def _besides(folder: str) -> list[str]:
 
 
 def _unescaped(name: bytes) -> str:
-    r"""Return a name as it is: rsync prints control characters as \#ooo."""
+    r"""Return a name without rsync's escapes, which are \#ooo for control characters."""
     return _ESCAPED.sub(lambda found: bytes([int(found[1], 8)]), name).decode("utf-8", "surrogateescape")

@@ -1,4 +1,4 @@
-"""SFTP, version 3, over the system's ssh: many requests at once on one connection, nothing waits for its turn.
+"""SFTP, version 3, over the system's ssh: many requests at once on one connection.
 
 Source: draft-ietf-secsh-filexfer-02 (what servers speak), and OpenSSH's PROTOCOL file for the extensions
 `posix-rename@openssh.com`, `statvfs@openssh.com` and `limits@openssh.com`. Paths are bytes.
@@ -126,7 +126,7 @@ class Sftp:
         return wire.attributes_of(await self._ask(wire.FSTAT, string(handle), wanted=wire.ATTRS))
 
     async def stat(self, path: bytes) -> Attributes:
-        """Return the attributes of what is at a path."""
+        """Return the attributes of a path."""
         return wire.attributes_of(await self._ask(wire.STAT, string(path), path=path, wanted=wire.ATTRS))
 
     async def set_time(self, handle: bytes, seconds: int) -> None:
@@ -140,7 +140,7 @@ class Sftp:
 
     @property
     def is_lost(self) -> bool:
-        """Whether the connection is."""
+        """Whether the connection is lost."""
         return self._failed is not None
 
     async def read(self, handle: bytes, offset: int, count: int) -> bytes:
@@ -172,7 +172,7 @@ class Sftp:
             piece: the most bytes in one request.
             pace: awaited before each piece.
             moved: called with each count of bytes when it is confirmed.
-            holes: whether to pass over the local file's holes, so that the remote one has them too.
+            holes: whether to skip the local file's holes, so that the remote one has them too.
 
         Raises:
             Status: a write failed; the first failure.
@@ -209,7 +209,7 @@ class Sftp:
             moved(size - written)
 
     async def sha256(self, path: bytes, size: int, check: Callable[[], None] = lambda: None) -> str:
-        """Read a file back; return the hexadecimal SHA-256 of its first `size` bytes, "" if it is not that long."""
+        """Read a file back; return the hexadecimal SHA-256 of its first `size` bytes, "" if it is shorter."""
         handle = await self.open(path, wire.FLAG_READ)
         try:
             digest, at, asked = hashlib.sha256(), 0, 0
@@ -265,15 +265,15 @@ class Sftp:
         await self._ask(wire.REMOVE, string(path), path=path)
 
     async def rename(self, old: bytes, new: bytes) -> None:
-        """Rename; what a server of version 3 does if `new` exists is its own affair, most fail."""
+        """Rename a file; if `new` exists, most servers of version 3 fail."""
         await self._ask(wire.RENAME, string(old), string(new), path=new)
 
     async def posix_rename(self, old: bytes, new: bytes) -> None:
-        """Rename in one step over what is there, as rename(2)."""
+        """Rename a file in one step, replacing what is there, as rename(2)."""
         await self._ask(wire.EXTENDED, string(b"posix-rename@openssh.com"), string(old), string(new), path=new)
 
     async def space(self, path: bytes) -> Space | None:
-        """Return what room there is where a path lies, None if the server doesn't say."""
+        """Return the free space where a path lies; None if the server doesn't say."""
         if b"statvfs@openssh.com" not in self.extensions:
             return None
         try:
@@ -287,7 +287,7 @@ class Sftp:
     # ---- requests and answers
 
     async def _ask(self, kind: int, *parts: bytes, path: bytes = b"", wanted: int = wire.STATUS) -> bytes:
-        """Send a request; return the content of its answer, which is of the wanted type and no failure."""
+        """Send a request; return the content of its answer, if it is of the wanted type and not a failure."""
         future: asyncio.Future[tuple[int, bytes]] = self._loop.create_future()
 
         def answered(kind: int, body: bytes) -> None:
@@ -324,7 +324,7 @@ class Sftp:
             self._writable()
 
     def _writable(self) -> None:
-        """Write what the pipe takes; the rest when it takes more."""
+        """Write as much as the pipe takes now, and the rest when it takes more."""
         try:
             while self._queue:
                 count = os.writev(self._in, list(itertools.islice(self._queue, 64)))
@@ -380,7 +380,7 @@ class Sftp:
         del came[:at]
 
     def _end(self) -> None:
-        """The process has closed its side: find out why, then let everybody know who waits."""
+        """Find out why the process has closed its side, and end every wait with that error."""
         self._loop.remove_reader(self._out)
         if self._writing:
             self._loop.remove_writer(self._in)
@@ -400,7 +400,7 @@ class Sftp:
         self._fail(error)
 
     def _fail(self, error: DispatchError) -> None:
-        """End everything that waits with an error."""
+        """End every wait with an error."""
         self._failed = self._failed or error
         if not self._greeted.done():
             self._greeted.set_exception(self._failed)

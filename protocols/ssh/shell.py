@@ -1,7 +1,7 @@
-"""A POSIX shell on the other side: scripts through its standard input, so that nothing is quoted twice.
+"""A POSIX shell on the server: scripts go through its standard input, so that nothing is quoted twice.
 
-The command that the user's login shell sees is the constant `sh -s`, which every shell takes the same way; what
-follows is read by a POSIX shell, in which `quote` makes any value safe, byte for byte.
+The user's login shell only sees the constant command `sh -s`, which every shell understands alike; what follows is read
+by a POSIX shell, in which `quote` makes any value safe, byte for byte.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ class NoShell(Misconfigured):
 
 
 class NoScript(Misconfigured):
-    """The program is not there, or may not be executed."""
+    """The program doesn't exist, or may not be executed."""
 
 
 class Shell:
     """A shell that runs one script after the other over one login. A context manager.
 
-    Whether there is one shows with the first script: to ask before would cost a way there and back.
+    The first script shows whether there is a shell: asking before would cost a round trip.
     """
 
     def __init__(self, client: SshClient, check: Callable[[], None] = lambda: None) -> None:
@@ -60,18 +60,17 @@ class Shell:
     def run(
         self, script: str, *, idle_s: float | None = None, check: Callable[[], None] | None = None
     ) -> tuple[int, bytes]:
-        """Run a script; return its exit code and what it printed, errors included, its messages in English.
+        """Run a script; return its exit code and its output, with errors, in English.
 
-        What a script that fails prints may be cut in the middle.
+        The output of a script that fails may be cut in the middle.
 
         Args:
             idle_s: seconds of silence after which the other side counts as hung.
             check: called again and again; may raise to stop.
 
         Raises:
-            NoShell: logged in, but there is none.
-            TimedOut: it says nothing for too long.
-            Misconfigured: the login prints without end, or a script more than can be taken.
+            NoShell: logged in, but there is no shell. TimedOut: it is silent for too long.
+            Misconfigured: the login prints without end, or a script prints too much.
             DispatchError: no connection, no login, or the link broke.
         """
         idle_s, check = idle_s or self.client.login.idle_timeout_s, check or self._check
@@ -144,7 +143,7 @@ class Shell:
 def begin(
     client: SshClient, check: Callable[[], None], learn: Callable[[Account], None] = lambda account: None
 ) -> Started | Command:
-    """Start a shell: by paramiko if it can carry the login, else by ssh(1).
+    """Start a shell: by paramiko if it can do the login, else by ssh(1).
 
     Args:
         learn: called with the account, whether it opens or not.
@@ -175,13 +174,13 @@ def run_script(
 ) -> tuple[int | None, str]:
     """Run a program on the host with these arguments, unchanged; return its exit code and its last output.
 
-    The client takes out of the output what must not show.
-    The exit code is None if the program was stopped after `timeout_s`. It is stopped, too, when the link breaks, so
-    that a later try doesn't find it running. What it leaves running in the background is not waited for.
+    The client removes from the output what must not show. The exit code is None if the program was stopped after
+    `timeout_s`. It is also stopped when the connection breaks, so that a later try doesn't find it running. Programs
+    that it leaves running in the background are not waited for.
 
     Raises:
-        NoScript: the program is not there, or may not be executed.
-        Interrupted: the link broke before the program ended.
+        NoScript: the program doesn't exist, or may not be executed.
+        Interrupted: the connection broke before the program ended.
         DispatchError: no connection, no login, no shell; or what `check` raises.
     """
     token = uuid.uuid4().hex
@@ -247,13 +246,13 @@ def _follow(
 
 
 def _last(output: bytearray, hide: Callable[[str], str]) -> str:
-    """Return the end of a script's output without what must not show, of which a cut may have left a half in front."""
+    """Return the end of a script's output without what must not show, even if it was cut in half there."""
     text = hide(bytes(output[-HOOK_OUTPUT_BYTES:]).decode("utf-8", "replace"))
     return text[NAME_CHARS:] if len(output) >= HOOK_OUTPUT_BYTES else text
 
 
 def _ended(started: Started | Command, output: bytes) -> Exception:
-    """Return why a shell has ended that should not: no login, no shell, or a broken link."""
+    """Return why a shell has ended unexpectedly: no login, no shell, or a broken connection."""
     code = started.exit_code()
     refused = re.search(r"(exec|shell) request failed", started.words)
     if not refused and (not started.facts.method or code in (None, started.LOST)):

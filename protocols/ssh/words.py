@@ -1,4 +1,4 @@
-"""What ssh(1) says, and what it means: it exits with 255 for every error of its own, and names them only in words.
+"""The messages of ssh(1) and what they mean: for all of its own errors it exits with 255.
 
 Its own words go to a log, apart from what the host says to everybody (banners) and from what programs there write to
 their standard error: neither may be taken for an answer to us.
@@ -57,13 +57,13 @@ _CIPHER = re.compile(r"kex: client->server cipher: (\S+)")
 
 @dataclass(frozen=True)
 class Said:
-    """What one ssh(1) has said.
+    """The messages of one ssh(1).
 
     Attributes:
         log: file with its own words.
         errors: file with the host's words to everybody, and the standard error of what runs there.
-        way: the same of the ssh that leads through the jump host.
-        texts: what stood in both files, once they may be gone.
+        way: the same for the ssh that leads through the jump host.
+        texts: the content of both files, once they may be gone.
     """
 
     login: Login
@@ -74,18 +74,18 @@ class Said:
     texts: tuple[str, str] | None = field(default=None, repr=False)
 
     def kept(self) -> Said:
-        """Return the same, of which the files may go."""
+        """Return a copy that doesn't need the files any more."""
         texts = self.logged, self.stderr
         return replace(self, way=self.way.kept() if self.way else None, texts=texts)
 
     @property
     def logged(self) -> str:
-        """ssh's own words, all of them."""
+        """All of ssh's own messages."""
         return self.texts[0] if self.texts else text_of(tail(self.log))
 
     @property
     def facts(self) -> LoginFacts:
-        """What is known of the connection so far."""
+        """What is known about the connection so far."""
         text = self.logged
         key, method = _HOST_KEY.search(text), _METHOD.search(text)
         software, cipher = _SOFTWARE.search(text), _CIPHER.search(text)
@@ -98,13 +98,13 @@ class Said:
 
     @property
     def words(self) -> str:
-        """ssh's own words, without what it says when all is well."""
+        """ssh's own messages without those that it logs when all is well."""
         lines = (line.strip() for line in self.logged.splitlines())
         return " ".join(line for line in lines if line and not _NOISE.match(line) and not set(line) <= {"@", " "})
 
     @property
     def stderr(self) -> str:
-        """What came on the standard error."""
+        """The standard error of what runs there."""
         return self.texts[1] if self.texts else text_of(tail(self.errors))
 
     def failure(self, code: int | None, *, begun: bool = True) -> DispatchError:
@@ -114,7 +114,7 @@ class Said:
 
         Args:
             code: ssh's exit code.
-            begun: whether what was to run on the host has said anything.
+            begun: whether the command on the host has sent anything.
         """
         facts, words, shown = self.facts, self.words, self.login.shown
         if self.way is not None and not facts.software and self.way.words:
@@ -139,7 +139,7 @@ class Said:
         return kind(f"{shown}: {short(said, self.hide)}{advice}")
 
     def failure_of_way(self, code: int | None) -> DispatchError:
-        """Return why this one, to a jump host, has led to nothing."""
+        """Return why this ssh, to a jump host, has failed."""
         error = self.failure(code)
         # sshd_config, AllowTcpForwarding and PermitOpen; of a session, the words mean that there are enough of them.
         prohibited = "administratively prohibited" in self.words
@@ -153,10 +153,10 @@ ENDED_AT_ONCE = (
 
 
 def short(text: str, hide: Callable[[str], str] = str) -> str:
-    """Cut foreign words to a length that a message bears, on one line; their end is kept.
+    """Return another program's words on one line, cut to their end where they are too long for a message.
 
     Args:
-        hide: takes out what must not show; called first, because it would not know the half of it that a cut leaves.
+        hide: removes what must not show; called before the cut, which might leave half of it.
     """
     text = " ".join(hide(text).split())
     if len(text) <= WORDS_CHARS:
@@ -165,5 +165,5 @@ def short(text: str, hide: Callable[[str], str] = str) -> str:
 
 
 def text_of(data: bytes) -> str:
-    """Return what a program said as text."""
+    """Return a program's output as text."""
     return data.decode("utf-8", "replace").replace("\r", "")

@@ -1,7 +1,7 @@
-"""What XNAT answers: its refusals, its tables, and what it says of sessions.
+"""What XNAT answers: refusals, tables and descriptions of sessions.
 
-XNAT answers a request that it doesn't take, or that comes without a login, with a web page, and sometimes with status
-200. So every answer is judged by its status and by what it is.
+XNAT answers a request that it refuses, or that comes without a login, with a web page, sometimes with status 200. So
+every answer is judged by its status and by its content.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class CatalogEntry:
 
     @property
     def shown(self) -> str:
-        """Where it is, without the session's label."""
+        """Its place, without the session's label."""
         return f"/prearchive/projects/{self.project}/{self.timestamp}"
 
     @property
@@ -95,7 +95,7 @@ class CatalogEntry:
 
     @property
     def working(self) -> bool:
-        """Whether XNAT is at work on it."""
+        """Whether XNAT is working on it."""
         return self.status.startswith("_") or self.state.startswith(BUSY_STATES)
 
     @property
@@ -105,7 +105,7 @@ class CatalogEntry:
 
 @dataclass(frozen=True)
 class ArchivePlace:
-    """Where an import said that it put a session: an URI of its answer."""
+    """Where an import put a session, according to its answer: a URI."""
 
     kind: str  # archive, prearchive or direct-archive
     project: str
@@ -119,7 +119,7 @@ class ArchivePlace:
 
 
 def judged(answer: requests.Response) -> requests.Response:
-    """Return an answer with data in it.
+    """Return an answer that holds data; raise for every other one.
 
     Raises:
         XnatRefused: any status but 200 and 201, and every web page.
@@ -141,7 +141,7 @@ def part(value: str) -> str:
 
 
 def value_of(row: dict[str, Any], name: str) -> str:
-    """Return a column of a row: XNAT gives it by its name, or by the path of its field, in any case of letters."""
+    """Return a column of a row: XNAT gives its name, or the path of its field, in upper or lower case."""
     for key, value in row.items():
         if key.lower().rpartition("/")[2] == name:
             return "" if value is None else str(value)
@@ -149,7 +149,7 @@ def value_of(row: dict[str, Any], name: str) -> str:
 
 
 def table(answer: requests.Response) -> list[dict[str, Any]]:
-    """Return the rows of a table, which come as JSON, or from some addresses always as CSV.
+    """Return the rows of a table, which comes as JSON or, from some addresses, always as CSV.
 
     Raises:
         ValueError: it is neither.
@@ -210,7 +210,7 @@ def is_page(answer: requests.Response) -> bool:
 
 
 def words_of(answer: requests.Response) -> str:
-    """Return what an error says: the text of XNAT's error page stands in its <h3>; other pages have a title."""
+    """Return the words of an error: XNAT's error page has them in its <h3>, other pages in their title."""
     text = answer.text
     if is_page(answer):
         found = {tag.lower(): inner for tag, inner in reversed(_TITLE.findall(text))}

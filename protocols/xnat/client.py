@@ -1,9 +1,9 @@
-"""XNAT's REST interface, as far as a delivery needs it: log in, look, import, watch the prearchive, log out.
+"""XNAT's REST interface, as far as a delivery needs it: log in, list, import, watch the prearchive, log out.
 
-pyxnat carries what it has: the login, every request, the list of projects, and scans, resources and files of the
-prearchive. It has no search by study or by permission, and no single entry of the prearchive: those are asked for by
-their paths. Each answer is judged before pyxnat sees it, because its own judgement takes a failed login for an old
-server, and fails on every error page (UnboundLocalError, pyxnat 1.6.4).
+pyxnat carries what it has calls for: the login, every request, the list of projects, and scans, resources and files of
+the prearchive. It has no search by study or by permission, and no call for a single entry of the prearchive: those are
+requested by their paths. Each answer is judged before pyxnat sees it, because its own judgement takes a failed login
+for an old server, and fails on every error page (UnboundLocalError, pyxnat 1.6.4).
 
 Source: XNAT 1.8's own REST classes (DicomZipImporter, GradualDicomImporter, PrearcSessionArchiver, ScanList, FileList).
 """
@@ -57,7 +57,7 @@ _COLUMNS = {"projects": "ID", "scans": "ID", "resources": "label", "files": "Nam
 
 
 def _pyxnat() -> ModuleType:
-    """Import pyxnat without what its constructor looks for: modules that import pandas and nibabel (3 s, 56 MB).
+    """Import pyxnat without the modules that its constructor looks for, which import pandas and nibabel (3 s, 56 MB).
 
     They add methods to objects that nobody here uses. The name is private: `tests/protocols/test_xnat_client.py` fails
     for a version that has it no more; `pyproject.toml` pins the one that has.
@@ -73,8 +73,8 @@ class XnatClient:
     Args:
         url: base URL, without a slash at the end.
         user, password: or an alias token and its secret.
-        connect: makes what carries the requests; its argument is called several times a second in every wait, and may
-            raise to stop it.
+        connect: makes the client that sends the requests; its argument is called several times a second in every wait,
+            and may raise to stop it.
         check: that argument, until the session is closed.
     """
 
@@ -107,7 +107,7 @@ class XnatClient:
         """Open a session at XNAT; its cookie goes with every later request.
 
         Raises:
-            XnatRefused: the credentials are not accepted (401), or this is no XNAT.
+            XnatRefused: the credentials are not accepted (401), or this is not an XNAT.
         """
         self._interface._get_entry_point()
 
@@ -127,7 +127,7 @@ class XnatClient:
         self._session.close()
 
     def version(self) -> str:
-        """Return XNAT's version, "" if it is not known. Since 1.8 it is at another address than before."""
+        """Return XNAT's version, "" if it is not known. Its address changed with 1.8."""
         with suppress(XnatRefused):
             text = self._get("/data/version").text.strip()
             if text and not text.startswith("{"):
@@ -145,7 +145,7 @@ class XnatClient:
         return {value_of(row, "id") for row in self._rows("/data/projects", query)}
 
     def sessions_of(self, project: str, uid: str) -> list[tuple[str, str]]:
-        """Label, and label of the subject, of the archived sessions of a study in a project."""
+        """Return the labels of a study's archived sessions in a project, each with the label of its subject."""
         rows = self._rows(
             f"/data/projects/{part(project)}/experiments",
             {
@@ -182,7 +182,7 @@ class XnatClient:
         return session_of(found)
 
     def files(self, project: str, label: str) -> list[tuple[str, str]]:
-        """Return the scan's ID, "" where XNAT gives none, and the name of each file of an archived session."""
+        """Return each file of an archived session: the ID of its scan ("" where XNAT gives none) and its name."""
         path = f"/data/projects/{part(project)}/experiments/{part(label)}/scans/ALL/files"
         found = []
         try:
@@ -202,7 +202,7 @@ class XnatClient:
         return [entry_of(row) for row in rows]
 
     def entry(self, entry: CatalogEntry) -> CatalogEntry | None:
-        """Return the same entry as it is now, None if it is gone."""
+        """Return the current state of an entry; None if it is gone."""
         try:
             rows = self._rows(entry.path, {"format": "json"})
         except XnatRefused as exc:
@@ -226,7 +226,7 @@ class XnatClient:
         self._interface.delete(entry.path, allow_redirects=False)
 
     def log_of(self, entry: CatalogEntry) -> str:
-        """Return the last words that XNAT wrote of an entry, "" if it wrote none or doesn't show them."""
+        """Return the last line of XNAT's log of an entry; "" if there is none or XNAT doesn't show it."""
         with suppress(XnatRefused):
             answer = self._get(f"{entry.path}/logs/last", {"format": "json"})
             with suppress(ValueError):
@@ -247,7 +247,7 @@ class XnatClient:
         return list(places(answer.text))
 
     def _judge(self, answer: requests.Response, *_: Any, **__: Any) -> None:
-        """Raise XnatRefused for an answer without the data that was asked for. `requests` calls it for every answer."""
+        """Raise XnatRefused for an answer without the requested data. `requests` calls this for every answer."""
         self._session.cookies.update(answer.cookies)  # of a refusal too: there may be a session to end
         try:
             _fit(answer)
@@ -257,7 +257,7 @@ class XnatClient:
 
     @contextmanager
     def _read_by_pyxnat(self) -> Iterator[None]:
-        """Raise what happened while pyxnat was asking: it takes some errors for an empty list, or fails on them."""
+        """Raise the error that occurred inside pyxnat, which takes some errors for an empty list, or fails on them."""
         self._failed.error = None
         try:
             yield
@@ -286,7 +286,7 @@ class XnatClient:
 
 
 def _fit(answer: requests.Response) -> None:
-    """Raise XnatRefused for an answer that is not what was asked for, or that pyxnat can't read."""
+    """Raise XnatRefused for an answer that is not what was requested, or that pyxnat can't read."""
     judged(answer)
     url = urlsplit(answer.request.url or "")
     last = url.path.rpartition("/")[2]
@@ -299,13 +299,13 @@ def _fit(answer: requests.Response) -> None:
 
 
 class _Failed(threading.local):
-    """What went wrong in a thread's last request."""
+    """The error of a thread's last request."""
 
     error: BaseException | None = None
 
 
 class _Noted(Adapter):
-    """Carries requests, and notes what went wrong."""
+    """Sends requests, and keeps the errors."""
 
     def __init__(self, session: Http, failed: _Failed) -> None:
         super().__init__(session)
@@ -320,5 +320,5 @@ class _Noted(Adapter):
 
 
 def _all(values: str | list[str]) -> list[str]:
-    """pyxnat gives a single value as it is, without a list."""
+    """Return values as a list: pyxnat returns a single one without."""
     return [values] if isinstance(values, str) else list(values)

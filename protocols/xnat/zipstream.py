@@ -1,7 +1,7 @@
-"""A zip file that never exists: stored entries, sizes known beforehand, written piece by piece while it is sent.
+"""A zip that is never a file: stored entries with sizes known beforehand, written piece by piece while it is sent.
 
 Every local header holds the entry's size and CRC-32, so the reader needs no data descriptor: Java's `ZipInputStream`,
-which XNAT unpacks with, refuses a stored entry that has one ("only DEFLATED entries can have EXT descriptor"). The
+with which XNAT unpacks, refuses a stored entry that has one ("only DEFLATED entries can have EXT descriptor"). The
 price is a pass over each file before it is sent, which also brings it into the page cache.
 
 Source: APPNOTE.TXT 6.3.10 sections 4.3.7 (local header), 4.3.12 (central directory), 4.3.14-16 (end records) and
@@ -33,7 +33,7 @@ _LOCATOR_64 = struct.Struct("<IIQI")
 
 @dataclass(slots=True)
 class ZipEntry:
-    """One file of the zip. `crc` must be known before its header is asked for; the length never needs it."""
+    """One file of the zip. `crc` must be known before its header is made; the length doesn't depend on it."""
 
     name: bytes
     size: int
@@ -97,7 +97,7 @@ def length(entries: Iterable[ZipEntry]) -> int:
 
 
 def directory(entries: Iterable[ZipEntry]) -> Iterator[bytes]:
-    """Yield what follows the last file: the central directory, in pieces, and the end records. Offsets must be set."""
+    """Yield what follows the last file: the central directory, in pieces, and the end records. Set offsets before."""
     start = size = count = 0
     for entry in entries:
         start = entry.offset + entry.local_size + entry.size
