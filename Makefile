@@ -59,8 +59,8 @@ lint: tools
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 
-# Tests wait for servers more than they compute: three at a time, on two cores.
-PARALLEL := --numprocesses 3 --dist worksteal
+# Tests wait for servers more than they compute: four at a time, on two cores.
+PARALLEL := --numprocesses 4 --dist worksteal
 PYTEST := $(BIN)/python -m pytest $(PARALLEL)
 
 # The second run is that of an ordinary user, where root runs this; an ordinary user has run all of it himself.

@@ -49,7 +49,7 @@ def watched(folder: Path, plan_root: Path, paths: list[str], name: str) -> Itera
         yield seen
     finally:
         stop.touch()
-        answer = json.loads(process.communicate(timeout=60)[0])
+        answer = json.loads(process.communicate(timeout=300)[0])
         stop.unlink()
         seen.looks, seen.wrong, seen.partly = answer["looks"], answer["wrong"], answer["partly"]
 

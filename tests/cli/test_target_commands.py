@@ -161,13 +161,13 @@ def create(up: Talaria, slug: str, name: str, **data: Any) -> httpx.Response:
     (schema, *_) = up.api("POST", "/block_schemas/filter", block_schemas={"block_type_id": {"any_": [kind["id"]]}})
     document = {"name": name, "data": data, "block_type_id": kind["id"], "block_schema_id": schema["id"]}
     user, _, password = (up.home / "api.auth").read_text().strip().partition(":")
-    return httpx.post(f"{up.url}/block_documents/", json=document, auth=(user, password), timeout=60)
+    return httpx.post(f"{up.url}/block_documents/", json=document, auth=(user, password), timeout=300)
 
 
 def make_alike(up: Talaria, slug: str, name: str, **data: Any) -> None:
     """Make a target under a name that is taken, as a Prefect server that isn't ours lets one do."""
     create(up, slug, "for-a-moment", **data).raise_for_status()
-    with closing(sqlite3.connect(up.home / "prefect" / "prefect.db", timeout=60)) as db:
+    with closing(sqlite3.connect(up.home / "prefect" / "prefect.db", timeout=300)) as db:
         assert db.execute("UPDATE block_document SET name=? WHERE name='for-a-moment'", (name,)).rowcount == 1
         db.commit()
 

@@ -58,13 +58,13 @@ def test_a_flood_is_answered_without_503_and_schedules_survive(up: Talaria) -> N
     body = {"parameters": {"paths": ["/x"], "targets": ["y"]}, "state": far}
 
     async def flood() -> list[int]:
-        async with httpx.AsyncClient(auth=(user, password), timeout=60, limits=httpx.Limits(max_connections=16)) as one:
+        async with httpx.AsyncClient(auth=(user, password), timeout=99, limits=httpx.Limits(max_connections=16)) as one:
             answers = await asyncio.gather(*(one.post(f"{path}/create_flow_run", json=body) for _ in range(100)))
             return [answer.status_code for answer in answers]
 
     assert set(asyncio.run(flood())) == {201}
     schedule = {"schedule": {"cron": "0 2 * * *", "timezone": "Europe/Berlin"}, "active": True}
-    httpx.post(f"{path}/schedules", json=[schedule], auth=(user, password), timeout=60).raise_for_status()
+    httpx.post(f"{path}/schedules", json=[schedule], auth=(user, password), timeout=300).raise_for_status()
     up.api("PATCH", f"/deployments/{deployment['id']}", description="changed by somebody")
     up.stop()
     up.start()

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.timeout(600)
 def test_a_deployment_that_names_foreign_code_runs_none_of_it(up: Talaria, tmp_path: Path) -> None:
     user, _, password = (up.home / "api.auth").read_text().strip().partition(":")
     made = tmp_path / "foreign"
-    with httpx.Client(base_url=up.url, auth=(user, password), timeout=60, trust_env=False) as api:
+    with httpx.Client(base_url=up.url, auth=(user, password), timeout=300, trust_env=False) as api:
         flow = api.post("/flows/", json={"name": "foreign"}).raise_for_status().json()
         deployment = {"name": "f", "flow_id": flow["id"], "work_pool_name": "talaria", "work_queue_name": "normal"}
         # Importing the module alone would already run it.

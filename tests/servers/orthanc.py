@@ -32,7 +32,7 @@ function ReceivedInstanceFilter(dicom, origin, info)
   return rule(dicom.SOPInstanceUID)
 end
 """
-REST_TIMEOUT_S = 30  # a busy machine; answers come within milliseconds
+REST_TIMEOUT_S = 120  # a busy machine; answers come within milliseconds
 
 
 @dataclass(frozen=True)

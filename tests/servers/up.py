@@ -25,8 +25,8 @@ from talaria.__main__ import main
 from talaria.server import send_what_is_queued
 from talaria.testing.process import free_port, stop
 
-READY_S = 180  # the first start migrates the database
-COMMAND_S = 120
+READY_S = 300  # the first start migrates the database
+COMMAND_S = 300
 _migrated: list[bytes] = []  # the database of a server that has just begun, once there is one
 
 
@@ -84,7 +84,7 @@ class Talaria:
 
     def _copy_of_the_database(self) -> bytes:
         with (
-            closing(sqlite3.connect(self.database, timeout=60)) as there,
+            closing(sqlite3.connect(self.database, timeout=300)) as there,
             closing(sqlite3.connect(":memory:")) as copy,
         ):
             there.backup(copy)
@@ -116,7 +116,7 @@ class Talaria:
         (found,) = [child for child in self.children() if any(mark in part for part in child.cmdline())]
         return found
 
-    def until(self, condition: Callable[[], object], seconds: float = 60, *, alive: bool = False) -> None:
+    def until(self, condition: Callable[[], object], seconds: float = 120, *, alive: bool = False) -> None:
         """Wait for a condition."""
         end = time.monotonic() + seconds
         while not condition():
@@ -196,7 +196,7 @@ class Talaria:
         """Call the Prefect API as any client with the password may."""
         user, _, password = (self.home / "api.auth").read_text().strip().partition(":")
         for _ in range(50):
-            answer = httpx.request(method, self.url + path, json=body or None, auth=(user, password), timeout=60)
+            answer = httpx.request(method, self.url + path, json=body or None, auth=(user, password), timeout=300)
             if answer.status_code != 503:
                 break
             time.sleep(0.2)  # on SQLite, so answers a server that another client writes to; Prefect's client asks again

@@ -276,7 +276,7 @@ def test_the_same_dispatch_from_two_machines_at_once(tmp_path: Path) -> None:
     plan = scan([study])
     processes = [start(folder, study, plan.size * 2) for _ in range(2)]
     for process in processes:
-        process.communicate(timeout=60)
+        process.communicate(timeout=300)
     assert any(process.returncode == 0 for process in processes)
     last = attempt(target(folder), plan)
     delivered(last)
