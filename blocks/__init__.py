@@ -1,7 +1,7 @@
 """What a target is: one Prefect block per type.
 
-Importing this package makes all types known to Prefect, those of other packages too, so that a saved document loads
-as its own class.
+Importing this package registers all types with Prefect, including those of other packages, so that a saved document
+loads as its own class.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ class Hook:
     """A target's own script, which is run at its server when everything has arrived.
 
     Attributes:
-        wanted: whether to run it; what would have to be run is kept in the ledger either way.
+        wanted: whether to run it; the ledger keeps what would have to be run either way.
         layout: the script is run once for each folder that this template makes.
         attempts: how often it is tried in one run.
         retry_delay_s: seconds before the second try; doubles with each one.
@@ -73,8 +73,8 @@ class Target(Block, ABC):
     direction: Direction = Field(
         default=Direction.STORE, description="What the target is used for: store, query, or both."
     )
-    contact: str = Field(default="", description="E-mail address of whom to ask when the target fails.")
-    description: str = Field(default="", description="What people should know of this target.")
+    contact: str = Field(default="", description="E-mail address of the person to ask when the target fails.")
+    description: str = Field(default="", description="What people should know about this target.")
     exclude: str = Field(
         default="",
         description="Comma-separated globs of names of files and folders that are not sent, as in *.png,*.json.",
@@ -87,7 +87,10 @@ class Target(Block, ABC):
         description="How often a push is tried in one run; attempts that got further are not counted.",
     )
     retry_delay_s: float = Field(
-        default=30, ge=0, le=86_400, description="Seconds before the second attempt at most; doubles with each one."
+        default=30,
+        ge=0,
+        le=86_400,
+        description="Most seconds before the second attempt; doubles with each one.",
     )
     retry_max_delay_s: float = Field(
         default=900, ge=0, le=86_400, description="Longest wait between attempts, seconds."
@@ -107,7 +110,7 @@ class Target(Block, ABC):
     )
     window: str | None = Field(
         default=None,
-        description="When it may be sent to, as in 18:00-06:00 Mon-Fri Europe/Berlin; urgent dispatches may ignore it.",
+        description="When dispatches may go to it, as in 18:00-06:00 Mon-Fri Europe/Berlin; urgent ones may ignore it.",
     )
     verify: Level = Field(
         default=Level.ACCEPTED,
@@ -116,16 +119,16 @@ class Target(Block, ABC):
 
     @property
     def name(self) -> str:
-        """The target's name; the type's name as long as it is not saved under one."""
+        """The target's name; the type's name until it is saved under one."""
         return self._block_document_name or self.type_name
 
     @property
     def made(self) -> datetime | None:
-        """When it was saved first; None for one that was not loaded from a server."""
+        """When the target was first saved; None if it was not loaded from a server."""
         return self._made
 
     def made_at(self, time: datetime | None) -> None:
-        """Note when the target was saved first."""
+        """Set the time when the target was first saved."""
         self._made = time
 
     def named(self, name: str) -> Target:
@@ -135,7 +138,7 @@ class Target(Block, ABC):
         return self
 
     def endpoint_for(self, origin: Origin = NO_ORIGIN) -> str:
-        """A mark of where the data of a study from `origin` goes: the ledger's rows count as long as it is the same."""
+        """Return a mark of where a study from `origin` goes: the ledger's rows count as long as it stays the same."""
         parts = []
         for field in self.where:
             value = getattr(self, field)
@@ -144,7 +147,7 @@ class Target(Block, ABC):
         return hashlib.sha256("\0".join([self.type_name, *parts]).encode()).hexdigest()[:16]
 
     def places(self, origin: Origin) -> list[str]:
-        """Return what of a study's origin decides where its data goes; empty where that is the target's own matter."""
+        """Return what in a study's origin decides where its data goes; empty where the target alone decides."""
         return []
 
     @property
@@ -154,7 +157,7 @@ class Target(Block, ABC):
 
     @property
     def node(self) -> str:
-        """Name or address of the host that the target is on; "" if it is on none, or the settings don't say."""
+        """Name or address of the target's host; "" if it has none, or the settings don't name it."""
         value = str(getattr(self, self.host_in) or "") if self.host_in else ""
         return (urlsplit(value).hostname or "") if "://" in value else value
 
@@ -210,9 +213,9 @@ def check_host(value: str) -> str:
 
 
 def check_argument(value: str) -> str:
-    """Refuse what a program would take for an option, or that holds control characters.
+    """Raise ValueError for what a program would take for an option, or that holds control characters.
 
-    For values that become part of a command line, a URL or a path at the other side.
+    For values that become part of a command line, a URL or a path on a server.
     """
     if value.startswith("-"):
         raise ValueError(f"{value!r} must not begin with '-'")
@@ -222,7 +225,7 @@ def check_argument(value: str) -> str:
 
 
 def check_layout(value: str) -> str:
-    """Return a layout template, or raise ValueError with the fields that there are."""
+    """Return a layout template, or raise ValueError that lists the fields."""
     fields_of(value)
     return value
 

@@ -26,7 +26,7 @@ class Transcode(StrEnum):
 class DicomTarget(Target):
     """A PACS, a modality or any other DICOM node that is reached over TCP without encryption.
 
-    Instances go out as they are, by C-STORE over several associations; a transfer syntax that the node refuses is
+    Instances are sent unchanged, by C-STORE over several associations; a transfer syntax that the node refuses is
     converted without loss, unless `transcode` says otherwise. Can be queried and pulled from.
     """
 
@@ -49,8 +49,8 @@ pacs = DicomTarget.load("BLOCK_NAME")
         description="Host name or IP address; the word sender stands for the node that the study came from."
     )
     port: int = Field(default=104, ge=1, le=65_535, description="TCP port of the node.")
-    aet_target: str = Field(default="ANY-SCP", description="AE title of the node, which is called.")
-    aet_source: str = Field(default="TALARIA", description="AE title that this side gives as its own, the calling one.")
+    aet_target: str = Field(default="ANY-SCP", description="AE title of the node (the called AE title).")
+    aet_source: str = Field(default="TALARIA", description="AE title of this side (the calling AE title).")
     pass_sender_aet: bool = Field(
         default=False, description="Whether to call with the AE title of the study's sender instead of aet_source."
     )
@@ -113,11 +113,11 @@ pacs = DicomTarget.load("BLOCK_NAME")
 
     @property
     def node(self) -> str:
-        """The node's host; "" for one that is known only when a study has come from it."""
+        """The node's host; "" if it is known only when a study has come from it."""
         return "" if self.host == SENDER else super().node
 
     def places(self, origin: Origin) -> list[str]:
-        """Return the sender's address and the title that it called, where the target takes them over."""
+        """Return the sender's address and the AE title that it called, as far as the target uses them."""
         found = [f"sender_host={origin.sender_host.strip().lower()}"] if self.host == SENDER else []
         return found + ([f"receiver_aet={origin.receiver_aet.strip()}"] if self.pass_receiver_aet else [])
 

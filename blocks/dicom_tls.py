@@ -12,7 +12,7 @@ from blocks.dicom import DicomTarget
 
 
 class TlsProfile(StrEnum):
-    """Secure connection profiles of PS3.15 Annex B, and what nodes need that know none of them."""
+    """Secure connection profiles of PS3.15 Annex B, and one for nodes that know none of them."""
 
     BCP195 = "bcp195"
     NONDOWNGRADING = "bcp195-nondowngrading"
@@ -59,7 +59,7 @@ pacs = DicomTlsTarget.load("BLOCK_NAME")
         "for old nodes: TLS 1.0 and later, RSA key exchange and CBC suites too.",
     )
     verify_hostname: bool = Field(
-        default=True, description="Whether the node's certificate must be for the host that is connected to."
+        default=True, description="Whether the node's certificate must be for the host that the connection goes to."
     )
 
     @model_validator(mode="after")

@@ -18,7 +18,7 @@ CREDENTIALS = "http_user and http_password"
 class DicomWebTarget(Proxied):
     """A DICOMweb server: STOW-RS to send, QIDO-RS to query, WADO-RS to retrieve. Or a local folder of DICOM files.
 
-    Requests are authorized by user and password, by a fixed token, or by a token that OAuth2 client credentials get.
+    Requests are authorized by user and password, by a fixed token, or by a token from OAuth2 client credentials.
     With a `file://` URL the folder is searched by an index that is kept up to date.
     """
 
@@ -42,8 +42,8 @@ archive = DicomWebTarget.load("BLOCK_NAME")
         "file:///data/dicom."
     )
     qido_url_prefix: str = Field(default="", description="Path below url where searches are answered; empty for url.")
-    wado_url_prefix: str = Field(default="", description="Path below url where instances are given out; empty for url.")
-    stow_url_prefix: str = Field(default="", description="Path below url where instances are taken; empty for url.")
+    wado_url_prefix: str = Field(default="", description="Path below url where instances are retrieved; empty for url.")
+    stow_url_prefix: str = Field(default="", description="Path below url where instances are stored; empty for url.")
     http_user: str = Field(default="", description="User name for basic authentication.")
     http_password: SecretStr = Field(default=SecretStr(""), description="Password of http_user.")
     access_token: SecretStr = Field(
@@ -52,7 +52,7 @@ archive = DicomWebTarget.load("BLOCK_NAME")
     token_url: str = Field(default="", description="OAuth2 token endpoint that gives tokens for client credentials.")
     client_id: str = Field(default="", description="OAuth2 client, for token_url.")
     client_secret: SecretStr = Field(default=SecretStr(""), description="Secret of the OAuth2 client.")
-    scope: str = Field(default="", description="Scopes that are asked for at token_url, separated by blanks.")
+    scope: str = Field(default="", description="Scopes to request at token_url, separated by blanks.")
     ca_cert: str = Field(
         default="",
         description="Certificates that are trusted to vouch for the server: path of a PEM file or folder, or PEM text; "
@@ -67,13 +67,13 @@ archive = DicomWebTarget.load("BLOCK_NAME")
     )
     tls_key_password: SecretStr = Field(default=SecretStr(""), description="Password of an encrypted private key.")
     batch_bytes: int = Field(
-        default=20_000_000, ge=1, description="Most bytes of one request; a larger instance goes alone."
+        default=20_000_000, ge=1, description="Most bytes of one request; a larger instance is sent alone."
     )
-    batch_items: int = Field(default=100, ge=1, le=10_000, description="Most instances of one request.")
+    batch_items: int = Field(default=100, ge=1, le=10_000, description="Most instances in one request.")
 
     @property
     def folder(self) -> Path | None:
-        """The folder that a `file://` URL names, None for a server."""
+        """The folder that a `file://` URL names; None for a server."""
         parts = urlsplit(self.url)
         # Bytes that are no UTF-8 stay what they are.
         return Path(unquote(parts.path, errors="surrogateescape")) if parts.scheme == "file" else None
@@ -119,7 +119,7 @@ archive = DicomWebTarget.load("BLOCK_NAME")
         token = value.get_secret_value().strip()
         if not token.isascii() or not token.isprintable() or " " in token:
             # The value itself must not show up in the message.
-            raise ValueError("is no token that a request can carry: paste it without line breaks and the word Bearer")
+            raise ValueError("is not valid as a token: paste it without line breaks and the word Bearer")
         return SecretStr(token)
 
     @model_validator(mode="after")
@@ -147,7 +147,7 @@ archive = DicomWebTarget.load("BLOCK_NAME")
         if self.tls_key.get_secret_value() and not self.tls_cert:
             raise ValueError("tls_key is set without tls_cert: set both, or none")
         if used and self.folder is not None:
-            raise ValueError(f"{used[0]} is of no use for a folder: remove it")
+            raise ValueError(f"{used[0]} has no meaning for a folder: remove it")
         return self
 
 

@@ -18,7 +18,7 @@ GROUP = "talaria.targets"
 
 @dataclass(frozen=True)
 class Extension:
-    """A type of target that another package adds. Its entry point has the type's name, and refers to one of these.
+    """A type of target that another package adds. Its entry point has the type's name and refers to one of these.
 
     Attributes:
         block: what a target of this type is; its `type_name` is the name of the entry point.
@@ -34,9 +34,9 @@ class Extension:
 def load(
     own: Mapping[str, type[Target]], found: Iterable[EntryPoint] | None = None
 ) -> tuple[dict[str, Extension], dict[str, str]]:
-    """Load what other packages add; return it by type, and for each type that is refused one line that says why.
+    """Return the types that other packages add, by name, and for each refused one a line that says why.
 
-    Whatever is wrong with another package's type, the other types work.
+    Whatever is wrong with one package's type, the other types work.
 
     Args:
         own: our own types, which no other package may replace.
@@ -66,10 +66,10 @@ def load(
 
 
 def _load(point: EntryPoint, blocks: Mapping[str, type[Target]]) -> Extension:
-    """Return what an entry point refers to.
+    """Return the extension that an entry point refers to.
 
     Raises:
-        ValueError: it is not what it should be, or would take the place of another type.
+        ValueError: it is not a valid extension, or would replace another type.
         Exception: whatever its import raises.
     """
     if not NAME.fullmatch(point.name):
@@ -95,7 +95,7 @@ def _load(point: EntryPoint, blocks: Mapping[str, type[Target]]) -> Extension:
 
 
 def _keep_registered(blocks: Iterable[type[Target]]) -> None:
-    """Let Prefect find these classes by their slugs, whatever a refused package has put in their place."""
+    """Make Prefect find these classes by their slugs, even if a refused package has replaced them."""
     registry = get_registry_for_type(Block)
     for cls in blocks:
         if registry is not None:

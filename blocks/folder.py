@@ -41,8 +41,8 @@ archive = FolderTarget.load("BLOCK_NAME")
     where: ClassVar[tuple[str, ...]] = ("folder", "layout")
 
     folder: str = Field(
-        description="Absolute path of a folder that exists; it is never made, so that a share that is not mounted is "
-        "not written beside."
+        description="Absolute path of an existing folder; it is never made, so that nothing is written where a share "
+        "is not mounted."
     )
     layout: str = LAYOUT
     link: LinkPolicy = Field(
@@ -51,10 +51,10 @@ archive = FolderTarget.load("BLOCK_NAME")
         "copies (which share blocks where the file system can).",
     )
     mode: str | None = Field(
-        default=None, description="Octal permissions of files, as in 0640; none for what the worker's umask gives."
+        default=None, description="Octal permissions of files, as in 0640; none to leave them to the worker's umask."
     )
     dir_mode: str | None = Field(
-        default=None, description="Octal permissions of folders, as in 0750; none for what the worker's umask gives."
+        default=None, description="Octal permissions of folders, as in 0750; none to leave them to the worker's umask."
     )
     group: str | None = Field(default=None, description="Name or number of the group that files and folders get.")
 

@@ -12,11 +12,11 @@ ENVIRONMENT = "environment"
 
 
 class Proxied(Target):
-    """What DICOMweb, S3 and XNAT targets have beside what every target has."""
+    """What DICOMweb, S3 and XNAT targets have in addition to other targets."""
 
     proxy: SecretStr = Field(
         default=SecretStr(""),
-        description="HTTP proxy on the way, as in http://user:password@proxy.example.org:3128; environment takes "
+        description="HTTP proxy to use, as in http://user:password@proxy.example.org:3128; environment takes "
         "HTTPS_PROXY, HTTP_PROXY and NO_PROXY of the worker; empty for none.",
     )
 
@@ -31,7 +31,7 @@ def check_proxy(value: str) -> str:
     value = value.strip()
     if value in ("", ENVIRONMENT):
         return value
-    form = "write http://host:port, with user:password@ before the host if the proxy wants them, or environment"
+    form = "write http://host:port, with user:password@ before the host if the proxy needs them, or environment"
     if CONTROL.search(value) or " " in value or not value.isascii():
         raise ValueError(f"proxy must be ASCII without blanks: {form}; encode other characters with %")
     try:
@@ -44,6 +44,6 @@ def check_proxy(value: str) -> str:
     if parts.path.strip("/") or parts.query or parts.fragment:
         raise ValueError(f"proxy holds more than scheme, host and port: {form}")
     if parts.username == "" or (parts.password and not parts.username):
-        raise ValueError(f"proxy has a password and no user: {form}")
+        raise ValueError(f"proxy has a password but no user: {form}")
     check_host(parts.hostname)
     return value

@@ -16,8 +16,8 @@ WILD = re.compile(r"[*?\[\]\\]")
 class RsyncTarget(SshTarget):
     """A folder on a Linux server that is filled by rsync over SSH.
 
-    A dispatch becomes visible at once, when it is whole; what an interrupted one has sent is not sent again. Can
-    run a script on the server when everything is there.
+    A dispatch becomes visible at once when it is whole; an interrupted one is continued. Can run a script on the server
+    when everything is there.
     """
 
     _block_type_name = "rsync Target"

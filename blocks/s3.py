@@ -20,7 +20,7 @@ ACCESS_POINT = re.compile(r"arn:[a-z-]+:s3[a-z-]*:[a-z0-9-]+:\d+:accesspoint[:/]
 
 
 class Checksum(StrEnum):
-    """Which checksum goes with every object, for the store to compare with what it got."""
+    """The checksum that is sent with every object, for the store to compare."""
 
     AUTO = "auto"
     CRC64NVME = "crc64nvme"
@@ -30,7 +30,7 @@ class Checksum(StrEnum):
 
 
 class Addressing(StrEnum):
-    """Where the bucket's name stands in a URL."""
+    """Where in a URL the bucket's name stands."""
 
     AUTO = "auto"
     PATH = "path"
@@ -67,7 +67,7 @@ cloud = S3Target.load("BLOCK_NAME")
     host_in: ClassVar[str] = "endpoint_url"
 
     bucket: str = Field(description="Name of the bucket, which must exist, or the ARN of an access point.")
-    prefix: str = Field(default="", description="What the keys of all objects begin with, without slashes around it.")
+    prefix: str = Field(default="", description="Beginning of the keys of all objects, without slashes around it.")
     layout: str = LAYOUT
     region: str | None = Field(
         default=None, description="Region of the bucket; none to ask AWS, or for us-east-1 at other stores."
@@ -108,7 +108,7 @@ cloud = S3Target.load("BLOCK_NAME")
         default=8 * MIB,
         ge=MIN_PART,
         le=MAX_PART,
-        description="Size in bytes of the parts that larger files are sent in; each connection holds one in memory.",
+        description="Size in bytes of the parts in which larger files are sent; each connection holds one in memory.",
     )
     concurrency: int = Field(default=8, ge=1, le=64, description="Connections used at once inside one dispatch.")
 
@@ -118,7 +118,7 @@ cloud = S3Target.load("BLOCK_NAME")
     )  # fmt: skip
     @classmethod
     def _none(cls, value: Any) -> Any:
-        """Take empty text, which a form sends for what nobody filled in, as no value."""
+        """Take empty text, which a form sends for an empty field, as no value."""
         text = value.get_secret_value() if isinstance(value, SecretStr) else value
         return None if isinstance(text, str) and not text.strip() else value
 

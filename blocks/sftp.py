@@ -21,7 +21,7 @@ class Rename(StrEnum):
 class SftpTarget(SshTarget):
     """A folder on a server that is filled by SFTP; the server needs no shell, except for the script at the end.
 
-    Files go under a temporary name until they are whole; an interrupted one is continued where it stopped.
+    Files have a temporary name until they are whole; an interrupted one is continued.
     """
 
     _block_type_name = "SFTP Target"

@@ -20,7 +20,7 @@ SCRIPT_CHARS = 200  # fits every file system's 255 bytes
 
 
 class HostKeyPolicy(StrEnum):
-    """What to do about a host whose key is not known yet; a changed key is never accepted."""
+    """What to do about a host without a known key; a changed key is never accepted."""
 
     STRICT = "strict"
     ACCEPT_NEW = "accept-new"
@@ -64,7 +64,7 @@ class SshTarget(Target, ABC):
     jump_private_key: SecretStr = Field(
         default=SecretStr(""),
         description="Private key for the jump host, given as private_key; empty for the same as the server's. "
-        "Passwords are never given to the jump host.",
+        "Passwords are never sent to the jump host.",
     )
     jump_passphrase: SecretStr = Field(default=SecretStr(""), description="Passphrase of jump_private_key.")
     on_complete: bool = Field(
@@ -157,7 +157,7 @@ def check_user(value: str) -> str:
     """Return the name of a user.
 
     Raises:
-        ValueError: it looks like an option, or holds what a shell would not take as it is.
+        ValueError: it looks like an option, or holds a character that shells interpret.
     """
     value = check_argument(value.strip())
     if any(char in value for char in "\"'`$;|&<>(){}"):  # ssh of today refuses these as well
@@ -166,7 +166,7 @@ def check_user(value: str) -> str:
 
 
 def check_jump_host(value: str) -> tuple[str, str, int]:
-    """Return user, host and port of `user@host:port`, of which only the host must be there; IPv6 in brackets.
+    """Return user, host and port of `user@host:port`, of which only the host is required; IPv6 in brackets.
 
     Raises:
         ValueError: it is none of these.
@@ -179,7 +179,7 @@ def check_jump_host(value: str) -> tuple[str, str, int]:
 
 
 def check_folder(value: str) -> str:
-    """Return a folder on a server without trailing slashes; `~/` is where relative paths begin anyway.
+    """Return a folder on a server without trailing slashes and `~/`, where relative paths begin anyway.
 
     Raises:
         ValueError: it is empty, looks like an option, holds control characters, or is another user's home.

@@ -20,17 +20,14 @@ NAME_FIELDS = (
 
 
 class Destination(StrEnum):
-    """Where in XNAT a session shall end."""
+    """Where in XNAT a session is to end."""
 
     ARCHIVE = "archive"
     PREARCHIVE = "prearchive"
 
 
 class Overwrite(StrEnum):
-    """What happens to a study of which XNAT has a session already.
-
-    Never does one study change the session of another.
-    """
+    """What happens to a study of which XNAT has a session already. A study never changes another one's session."""
 
     NONE = "none"  # nothing is sent
     APPEND = "append"  # what is missing is added
@@ -38,7 +35,7 @@ class Overwrite(StrEnum):
 
 
 class XnatTarget(Proxied):
-    """Delivers whole studies to a project of an XNAT server, one session per study, and sees that they are archived."""
+    """Delivers whole studies to a project of an XNAT server, one session per study, and follows them to the archive."""
 
     _block_type_name = "XNAT Target"
     _block_type_slug = "xnat-target"
@@ -63,7 +60,7 @@ x = XnatTarget.load("BLOCK_NAME")
         default="{PatientID}_{StudyDate}_{StudyTime}", description=f"Label of the session; {NAME_FIELDS}"
     )
     destination: Destination = Field(
-        default=Destination.ARCHIVE, description="Where the session shall end: archive, or prearchive for a review."
+        default=Destination.ARCHIVE, description="Where the session is to end: archive, or prearchive for a review."
     )
     overwrite: Overwrite = Field(
         default=Overwrite.NONE,

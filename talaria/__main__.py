@@ -19,7 +19,7 @@ UsageError: Any = typer.BadParameter.__mro__[1]
 
 
 class _HomeFirst(MetaPathFinder):
-    """Makes the state directory before Prefect, when it is imported, makes its own in it, or warns that it can't.
+    """Makes the state directory before the import of Prefect, which makes its own folder in it or warns that it can't.
 
     A command that needs neither makes none.
     """

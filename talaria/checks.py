@@ -42,7 +42,7 @@ def _test(access: ServerAccess, target: Target | Broken) -> dict[str, Any]:
         create, "check", {"target": f"{target.type_name}/{target.name}"}, f"check of {target.name}", "urgent"
     )
     ended = result_of(access, flow_run)
-    detail = (ended.state and ended.state.message) or "the check did not run to its end"
+    detail = (ended.state and ended.state.message) or "the check did not finish"
     found = access.run(result_of_run, flow_run.id, target.name)
     return _shown(found or _failed(target.name, "check", detail))
 

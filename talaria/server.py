@@ -1,8 +1,8 @@
 """The embedded Prefect server: one process, on SQLite in the state directory.
 
-Whoever starts it holds `server.lock`; whoever uses one that a command started for its own duration holds
-`users.lock` together with others, and the owner waits for them before it stops. The kernel drops both locks, and
-kills the server, when their holder is killed.
+The process that starts it holds `server.lock`. Processes that use a server which a command started for its own duration
+share `users.lock`, and the owner waits for them before it stops. The kernel releases both locks, and ends the server,
+when their holder is killed.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Address:
 
     @property
     def ui(self) -> str:
-        """The UI that asks for the password by itself, also on a link to a run."""
+        """The UI that asks for the password by itself, also after a link to a run."""
         return self.url.removesuffix("/api") + "/v2"
 
 
@@ -98,7 +98,7 @@ def _locked(path: Path, how: int) -> Iterator[IO[str] | None]:
 
 
 def running(home: Home) -> Address | None:
-    """Return where the embedded server of this state directory runs, None if it doesn't.
+    """Return where the embedded server of this state directory runs; None if it doesn't.
 
     Raises:
         ServerError: it is being started, and does not become ready.
@@ -209,7 +209,7 @@ def check_port(host: str, port: int) -> None:
 
 
 def use(environment: Mapping[str, str]) -> None:
-    """Let this process be a client of the server that the environment names."""
+    """Make this process a client of the server that the environment names."""
     os.environ.update(environment)
     if "prefect" in sys.modules:  # it has read its settings when it was imported
         from prefect.context import refresh_global_settings_context
@@ -219,7 +219,7 @@ def use(environment: Mapping[str, str]) -> None:
 
 @contextmanager
 def reached(home: Home) -> Iterator[tuple[Address | None, bool]]:
-    """Make a Prefect API reachable for the length of the block.
+    """Make a Prefect API reachable during the block.
 
     PREFECT_API_URL set: that server. Else the embedded one, which is started, and stopped at the end, if it does
     not run. Yields its address (None for a server that isn't ours) and whether dispatches must be run here, for no
@@ -227,7 +227,7 @@ def reached(home: Home) -> Iterator[tuple[Address | None, bool]]:
     this process is set, and Prefect made to look at it again if it is imported already.
 
     Raises:
-        ServerError: there is no server to be had.
+        ServerError: no server can be reached or started.
     """
     url = os.environ.get("PREFECT_API_URL")
     if url:
@@ -260,7 +260,7 @@ def reached(home: Home) -> Iterator[tuple[Address | None, bool]]:
 
 
 def send_what_is_queued() -> None:
-    """Send the log lines and events that Prefect keeps back for a moment, before their server is gone."""
+    """Send the log lines and events that Prefect holds for a moment, before their server stops."""
     if "prefect" in sys.modules:
         from prefect.events.worker import EventsWorker
         from prefect.logging.handlers import APILogWorker

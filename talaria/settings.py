@@ -1,4 +1,4 @@
-"""Settings, and the environment that Prefect is started with. Imports nothing heavy: every command begins here."""
+"""Settings, and the environment of Prefect's processes. Imports nothing heavy: every command begins here."""
 
 from __future__ import annotations
 
@@ -47,15 +47,15 @@ class Settings(BaseSettings):
         default=20 << 30, ge=1 << 20, description="Bytes that a retrieval keeps between fetching and sending."
     )
     off_peak: str = Field(default="22:00-06:00", description="Off-peak hours, as in a target's window.")
-    sources: str = Field(default="", description="Folders, separated by `:` or commas, below which may be sent from.")
+    sources: str = Field(default="", description="Folders, separated by `:` or commas, that hold what may be sent.")
     places: str = Field(
-        default="", description="The same, below which folder targets, file:// and retrievals' folders may lie."
+        default="", description="Folders below which folder targets, file:// targets and retrievals may write."
     )
 
     @field_validator("sources", "places", mode="before")
     @classmethod
     def _listed(cls, value: object) -> object:
-        """Take a list as TOML has them."""
+        """Accept a list, as TOML has them."""
         return os.pathsep.join(map(str, value)) if isinstance(value, list) else value
 
     @classmethod
@@ -73,7 +73,7 @@ class Settings(BaseSettings):
 
 
 def load_settings() -> Settings:
-    """Read the settings and make them hold for everything in this process.
+    """Read the settings and apply them to everything in this process.
 
     Raises:
         ValueError: a setting is wrong; the message names it and what is allowed.
@@ -101,7 +101,7 @@ def _is_ours(file: Path) -> bool:
     """Return True if a file of settings is there.
 
     Raises:
-        ValueError: somebody else can change what stands in it.
+        ValueError: another user can change it.
     """
     try:
         info = file.stat()
@@ -110,14 +110,14 @@ def _is_ours(file: Path) -> bool:
     except OSError as exc:
         raise ValueError(f"{file} can't be read: {exc.strerror}") from exc
     if info.st_uid not in (os.geteuid(), 0):
-        raise ValueError(f"{file} belongs to another user: its settings are not taken")
+        raise ValueError(f"{file} belongs to another user: its settings are not used")
     if info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise ValueError(f"{file} can be changed by other users: chmod go-w {file}")
     return True
 
 
 def secret(home: Home, name: str, make: str) -> str:
-    """Return a secret of the state directory, made on first use; its file is there whole or not at all, mode 0600.
+    """Return a secret of the state directory, made on first use; its file is whole or missing, mode 0600.
 
     Raises:
         OSError: it can't be written, or somebody else can read or change it.
@@ -142,7 +142,7 @@ def secret(home: Home, name: str, make: str) -> str:
 
 
 def _kept(path: Path) -> str:
-    """Return the secret that a file holds, "" if there is none; an empty file is what a full disk once left."""
+    """Return the secret in a file; "" if there is none, or only an empty file that a full disk once left."""
     try:
         info = path.lstat()
     except FileNotFoundError:
@@ -153,12 +153,12 @@ def _kept(path: Path) -> str:
 
 
 def auth_string(home: Home) -> str:
-    """Return the machine's own token, `user:password`: whoever has it is admin on this machine."""
+    """Return the machine's own token, `user:password`: its holder is admin on this machine."""
     return secret(home, "api.auth", f"talaria:{secrets.token_urlsafe(24)}")
 
 
 def worker_auth(home: Home) -> str:
-    """Return the credential of the product's own processes: the only one that secrets of targets are answered to."""
+    """Return the credential of the product's own processes, the only one that secrets of targets are sent to."""
     return secret(home, "worker.auth", f"worker:{secrets.token_urlsafe(24)}")
 
 
@@ -197,7 +197,7 @@ def client_environment(home: Home, url: str, *, auth: bool) -> dict[str, str]:
 def _excepting(host: str) -> str:
     """Return the hosts that the environment excepts from its proxies, and one more.
 
-    Both spellings get all of them, for who sees both takes one: urllib the small one, others the first that they find.
+    Both spellings get all of them, because programs read only one: urllib the small one, others the first they find.
     """
     hosts = [one.strip() for name in NO_PROXY for one in os.environ.get(name, "").split(",") if one.strip()]
     return "*" if "*" in hosts else ",".join(dict.fromkeys([*hosts, host]))

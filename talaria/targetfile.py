@@ -26,7 +26,7 @@ _PREFECT = ("block_type_slug",)
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice, of which YAML's usual reader would silently drop the first."""
+    """Refuses a repeated key, of which YAML's usual reader would silently drop the first."""
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
@@ -44,7 +44,7 @@ def read(path: Path) -> dict[str, Target]:
     """Read the targets of a file, secrets filled in.
 
     Raises:
-        Misconfigured: every target that is wrong, each in a line with its name and the field.
+        Misconfigured: with a line for every target that is wrong, its name and the field.
     """
     try:
         document = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 - a SafeLoader
@@ -71,7 +71,7 @@ def read(path: Path) -> dict[str, Target]:
 
 
 def make(name: str, values: Any, folder: Path = Path()) -> Target:
-    """Make a target of the values that a file gives.
+    """Make a target from the values in a file.
 
     Args:
         folder: what relative `file:` paths are relative to.
@@ -106,7 +106,7 @@ def make(name: str, values: Any, folder: Path = Path()) -> Target:
 
 
 def meant(word: str, known: Iterable[str]) -> str:
-    """Return the question after the word that somebody probably meant; "" if none is like it."""
+    """Return a question with the word that was probably meant; "" if none is similar."""
     plainly = re.sub(r"[\s.+_-]+", "-", word.strip().lower())
     names = {re.sub(r"[\s.+_-]+", "-", name): name for name in known}
     found = get_close_matches(plainly, names, n=1, cutoff=0.6)
@@ -119,7 +119,7 @@ def field_names(cls: type[Target]) -> list[str]:
 
 
 def action_for(target: Target, saved: Iterable[Target | Broken], *, replace: bool) -> str:
-    """Return what applying a target does to those that are saved: created, updated, unchanged or replaced.
+    """Return what applying a target does: created, updated, unchanged or replaced.
 
     Raises:
         Misconfigured: targets of other types have its name, and are not to be replaced.
@@ -139,14 +139,14 @@ def action_for(target: Target, saved: Iterable[Target | Broken], *, replace: boo
 
 
 def same(target: Target, saved: object) -> bool:
-    """Return True if a saved target has the type and all the values, secrets too, of this one."""
+    """Return True if a saved target has the type and all the values of this one, secrets included."""
     return type(saved) is type(target) and all(
         getattr(saved, field) == getattr(target, field) for field in field_names(type(target))
     )
 
 
 def values_of(target: Target, *, secrets: bool = False) -> dict[str, Any]:
-    """Return the values of a target that differ from the defaults; secrets left out, or masked if `secrets`."""
+    """Return the values of a target that differ from the defaults; without secrets, or masked if `secrets`."""
     values: dict[str, Any] = {"type": target.type_name}
     for name in field_names(type(target)):
         value, field = getattr(target, name), type(target).model_fields[name]
@@ -164,7 +164,7 @@ def values_of(target: Target, *, secrets: bool = False) -> dict[str, Any]:
 
 
 def _filled(value: Any, where: str, folder: Path) -> Any:
-    """Put variables and files in place of their names."""
+    """Replace the names of variables and files by their values."""
     if not isinstance(value, str):
         return value
     if value.startswith(FILE) and not value.startswith("file://"):  # file:// is a DICOMweb folder

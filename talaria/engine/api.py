@@ -32,7 +32,7 @@ def create_app() -> UniqueNames:
 
 
 def let_writers_wait() -> None:
-    """Let every transaction of this process that may write wait for those before it, first come, first served."""
+    """Make every transaction of this process that may write wait for those before it, first come, first served."""
     # A private name of Prefect's: tests/engine/test_api.py fails when it changes.
     AioSqliteConfiguration.begin_transaction = _begin_transaction  # type: ignore[method-assign]
 
@@ -55,7 +55,7 @@ async def _begin_transaction(
 
 
 async def _taken(turn: asyncio.Lock) -> bool:
-    """Wait for one's turn; False if it did not come in time: whoever holds it may wait for us."""
+    """Wait for the turn; return False if it doesn't come in time: its holder may be waiting for us."""
     try:
         await asyncio.wait_for(turn.acquire(), TURN_S)
     except TimeoutError:

@@ -1,6 +1,6 @@
-"""Takes up what a crash left unfinished: the runs of processes that are no more.
+"""Takes up what a crash left unfinished: the runs of processes that no longer exist.
 
-The ledger knows which process began a run; the kernel knows whether that process lives. A run whose owner is dead
+The ledger knows which process began a run; the kernel knows whether that process is alive. A run whose owner is dead
 is put back into the queue under its own id, where the ledger makes it send only what is missing.
 """
 
@@ -42,10 +42,10 @@ logger = logging.getLogger(__name__)
 
 
 async def recover(client: PrefectClient, home: Home, pool: str, *, alone: bool) -> list[str]:
-    """Put the runs of dead owners back into the queue; clear away what they left in staging.
+    """Put the runs of dead owners back into the queue; remove what they left in staging.
 
     Args:
-        alone: nobody but the processes of this state directory works for the server (the embedded one).
+        alone: whether only the processes of this state directory work for the server (the embedded one).
 
     Returns:
         The ids of the runs that were taken up.
@@ -74,7 +74,7 @@ async def taken_up(client: PrefectClient, pool: str) -> list[str]:
 
 
 def clear_staging(home: Home, ledger: Ledger) -> int:
-    """Remove the staging folders of runs that nobody runs any more; return how many there were."""
+    """Remove the staging folders of runs that no process runs any more; return how many there were."""
     # Listed first: a run is in the ledger before it has a folder.
     folders = list(home.staging.iterdir()) if home.staging.is_dir() else []
     living = {run_id for run_id, owner in ledger.unfinished().items() if home.alive(owner)}
@@ -88,7 +88,7 @@ def clear(home: Home, ledger: Ledger, before: float) -> tuple[int, int, int]:
     """Remove what is older than `before` (seconds since the epoch), and orphans of staging; return how many of each.
 
     Returns:
-        How many receipts, staging folders, and indexes of read-only folders that nobody has used since.
+        How many receipts, staging folders, and unused indexes of read-only folders.
     """
     from protocols.dicomfolder.folder import (
         clear_indexes,  # pydicom takes a second, and every command imports this module
@@ -107,7 +107,7 @@ def clear(home: Home, ledger: Ledger, before: float) -> tuple[int, int, int]:
 
 
 async def settle(run_id: str) -> None:
-    """Make sure that a run which this process has ended is at an end at the server, too.
+    """Make sure that a run which has ended in this process has also ended at the server.
 
     An engine that lost its server may leave a run in Running: then it is put back into the queue. Waits for the
     server if it is away.
@@ -153,7 +153,7 @@ async def _take_up(client: PrefectClient, run_id: str) -> bool:
 
 
 async def _under_way(client: PrefectClient, pool: str) -> set[str]:
-    """Find the runs of the pool that are under way by their state, whoever owns them."""
+    """Return the pool's runs that are under way according to their state, whoever owns them."""
     under_way = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
     return {str(run.id) for run in await _runs(client, pool, under_way)}
 

@@ -22,7 +22,7 @@ QUEUES = {"urgent": 1, "normal": 10, "offpeak": 100}
 
 
 async def register(client: PrefectClient) -> None:
-    """Bring everything up to date at the server; may be done again at any time."""
+    """Create or update everything at the server; may be repeated at any time."""
     for cls in TYPES.values():
         await cls.aregister_type_and_schema(client=client)
     await _pool(client)
@@ -40,7 +40,7 @@ async def workers(client: PrefectClient) -> list[Worker]:
 
 
 async def deployed(client: PrefectClient, name: str) -> Any:
-    """Return the deployment of a flow, registered first if it isn't there."""
+    """Return the deployment of a flow; register it first if it isn't there."""
     try:
         return await client.read_deployment_by_name(f"{name}/talaria")
     except ObjectNotFound:
@@ -69,7 +69,7 @@ async def _pool(client: PrefectClient) -> WorkPool:
 
 
 async def _deployment(client: PrefectClient, name: str, flow: Flow[..., Any], entrypoint: str) -> None:
-    """Create a deployment, or bring what is ours of it up to date: to create it again would delete its schedules."""
+    """Create a deployment, or update our part of it: creating it again would delete its schedules."""
     flow_id = await client.create_flow(flow)
     description = (flow.description or "").split("\n\n")[0]
     schema = parameter_schema(flow).model_dump_for_openapi()

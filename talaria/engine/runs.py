@@ -1,4 +1,4 @@
-"""Flow runs as commands use them: made, run here if no worker does, followed to their end."""
+"""Flow runs as commands use them: created, run here if no worker runs them, followed to their end."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ SOON_S = 20  # a next attempt further away than this is not waited for
 async def create(
     client: PrefectClient, flow: str, parameters: dict[str, Any], name: str, queue: str, begin: datetime | None = None
 ) -> FlowRun:
-    """Create a flow run of one of our deployments, to begin now or then."""
+    """Create a flow run of one of our deployments, to begin now or at a given time."""
     deployment = await deployed(client, flow)
     return await client.create_flow_run_from_deployment(
         deployment.id,
@@ -56,7 +56,7 @@ async def create(
 
 
 def run_here(access: ServerAccess, flow_run: FlowRun) -> None:
-    """Run a flow run in this process, in the place of a worker; returns when it has ended, or waits for long."""
+    """Run a flow run in this process instead of a worker; return when it has ended, or has long to wait."""
     run_id = str(flow_run.id)
     flow, _ = FLOWS[access.run(_flow_name, flow_run)]
     with access.home.owner() as owner, Ledger(access.home.ledger) as ledger:
@@ -76,7 +76,7 @@ async def _flow_name(client: PrefectClient, flow_run: FlowRun) -> str:
 
 
 async def _when_due(client: PrefectClient, run_id: UUID) -> FlowRun:
-    """Read a run that has stopped; one that goes on soon when its time has come."""
+    """Return a run that has stopped; one that continues soon is returned at that time."""
     while True:
         flow_run = await client.read_flow_run(run_id)
         state = flow_run.state
@@ -99,7 +99,7 @@ def result_of(
         show: called with the progress (percent, words) by target from time to time.
 
     Returns:
-        The run as it ended; or as it waits, if its next attempt is not soon.
+        The run as it ended, or as it waits if its next attempt is not soon.
     """
     worker = None
     if access.own:
@@ -156,7 +156,7 @@ def _at_rest(flow_run: FlowRun) -> bool:
 async def progress(
     client: PrefectClient, home: Home, run_id: UUID, since: datetime | None = None
 ) -> dict[str, tuple[float, str]]:
-    """Read how far a run is, if that is not older than `since`: percent and words by target."""
+    """Return how far a run has come, if that is not older than `since`: percent and words by target."""
     look = live.read(home, str(run_id))
     if look and (since is None or look["time"] >= since.timestamp()):
         return {
@@ -177,7 +177,7 @@ async def progress(
 
 
 async def cancel(client: PrefectClient, run_id: UUID) -> str:
-    """Ask a run to stop; return the name of the state that it is in then."""
+    """Ask a run to stop; return the name of its state afterwards."""
     flow_run = await client.read_flow_run(run_id)
     if flow_run.state is None or flow_run.state.is_final():
         raise Misconfigured(f"run {run_id} has ended: {flow_run.state_name}")
@@ -204,10 +204,10 @@ async def retry(client: PrefectClient, run_id: UUID) -> FlowRun:
 
 
 async def pause(client: PrefectClient, run_id: UUID) -> str:
-    """Ask a retrieval to end after the running series, or keep what has not begun from beginning.
+    """Ask a retrieval to stop after the current series, or keep a run that has not begun from beginning.
 
     Returns:
-        The name of the state that it is in then.
+        The name of its state afterwards.
     """
     flow_run = await client.read_flow_run(run_id)
     state = flow_run.state
@@ -224,10 +224,10 @@ async def pause(client: PrefectClient, run_id: UUID) -> str:
 
 
 async def resume(client: PrefectClient, run_id: UUID) -> FlowRun:
-    """Let a paused run go on where it ended."""
+    """Let a paused run continue."""
     flow_run = await client.read_flow_run(run_id)
     if flow_run.state_name == running.PAUSING:
-        raise Misconfigured(f"run {run_id} is about to pause: it can be resumed when its series has come")
+        raise Misconfigured(f"run {run_id} is about to pause: it can be resumed when its current series is fetched")
     if flow_run.state_name != running.PAUSED:
         raise Misconfigured(f"run {run_id} is not paused: {flow_run.state_name}")
     await client.set_flow_run_state(run_id, AwaitingRetry(scheduled_time=datetime.now(UTC)), force=True)
@@ -235,7 +235,7 @@ async def resume(client: PrefectClient, run_id: UUID) -> FlowRun:
 
 
 def is_retrieval(flow_run: FlowRun) -> bool:
-    """Return whether a run is a retrieval, not a dispatch."""
+    """Return True if a run is a retrieval, not a dispatch."""
     return "source" in flow_run.parameters
 
 
@@ -251,11 +251,11 @@ async def jobs(client: PrefectClient, limit: int, offset: int = 0) -> list[FlowR
 
 
 async def find(client: PrefectClient, job: str) -> FlowRun:
-    """Find a run by its id, the beginning of it, or the id of its dispatch.
+    """Return a run by its id, the beginning of its id, or the id of its dispatch.
 
     Raises:
-        NotFound: there is none.
-        Misconfigured: it is empty, or means several runs; the message lists them.
+        NotFound: there is no such run.
+        Misconfigured: the id is empty, or means several runs; the message lists them.
     """
     job = job.strip().lower()
     try:

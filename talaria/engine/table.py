@@ -20,5 +20,5 @@ FLOWS: dict[str, tuple[Flow[..., Any], str]] = {
 
 
 def flow_at(entrypoint: str) -> Flow[..., Any] | None:
-    """Return the flow that an entry point names, None if it is none of ours."""
+    """Return the flow that an entry point names; None if it is not one of ours."""
     return next((flow for flow, ours in FLOWS.values() if ours == entrypoint), None)

@@ -1,4 +1,4 @@
-"""One name for one target, also where it is saved by Prefect's own pages or clients: the embedded server refuses it."""
+"""Keeps target names unique, also for Prefect's own pages and clients: the embedded server refuses a taken name."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ Application = Callable[[Message, Receive, Send], Awaitable[None]]
 
 
 class UniqueNames:
-    """Prefect's application, which refuses to create a target under a name that one of another type has.
+    """Prefect's application; refuses to create a target with the name of one of another type.
 
-    Prefect itself asks for unique names within a type only. A name can't be changed later.
+    Prefect itself demands unique names only within a type. A name can't be changed later.
     """
 
     def __init__(self, app: Application) -> None:
@@ -56,7 +56,7 @@ class UniqueNames:
                 await self.app(scope, again, send)
 
     async def _taken(self, scope: Message, body: bytes) -> str:
-        """Return why a block document can't have the name that it asks for; "" if it can, or is no target."""
+        """Return why a block document can't have its name; "" if it can, or is not a target."""
         try:
             document = json.loads(body)
             name, type_id = str(document["name"]), UUID(document["block_type_id"])
@@ -80,7 +80,7 @@ class UniqueNames:
 
 
 async def _refuse(send: Send, status: int, why: str) -> None:
-    """Answer as FastAPI does to what is not valid."""
+    """Answer as FastAPI does to a request that is not valid."""
     body = json.dumps({"detail": why}).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": status, "headers": headers})

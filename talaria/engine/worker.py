@@ -1,7 +1,7 @@
-"""The worker: runs flows in threads of one process that has everything imported.
+"""The worker: runs flows in threads of one process, in which everything is imported already.
 
 Prefect's own process worker starts an interpreter for each run, which costs 3-6 s before the first line of a flow;
-in threads it is 0.3-1 s. What threads take away is put back here: a run is cancelled through its flag, and the
+in threads it is 0.3-1 s. What is lost with processes is made up for here: a run is cancelled through its flag, and the
 runs of a killed worker are taken up by the next one (`talaria.engine.recovery`).
 """
 
@@ -45,7 +45,7 @@ WATCH_S = 1.0  # between two looks for runs that somebody cancels
 
 
 class TalariaResult(BaseWorkerResult):
-    """How a run ended for the worker; its state is the flow engine's business."""
+    """The result of a run for the worker; the flow engine sets the run's state."""
 
 
 class TalariaWorker(BaseWorker[BaseJobConfiguration, BaseVariables, TalariaResult]):
@@ -57,7 +57,7 @@ class TalariaWorker(BaseWorker[BaseJobConfiguration, BaseVariables, TalariaResul
     _description = "Runs Talaria's flows in threads of a long-lived process."
 
     def serve_from(self, home: Home, ledger: Ledger, owner: str, limit: int) -> TalariaWorker:
-        """Give the worker its state directory and the name under which its runs are in the ledger."""
+        """Set the worker's state directory and the name under which its runs are in the ledger."""
         self.home, self.ledger, self.owner = home, ledger, owner
         self.threads = ThreadPoolExecutor(limit, thread_name_prefix="run")
         self.draining = False
@@ -109,14 +109,14 @@ class TalariaWorker(BaseWorker[BaseJobConfiguration, BaseVariables, TalariaResul
             await self.ended.wait()
 
     async def _flow_of(self, flow_run: FlowRun) -> Flow[..., Any] | None:
-        """Return the flow to run; None, with the run failed, if its deployment names none of ours."""
+        """Return the flow to run; if its deployment names none of ours, fail the run and return None."""
         if flow_run.deployment_id is None:
             raise RuntimeError("a run without a deployment")
         deployment = await self.client.read_deployment(flow_run.deployment_id)
         flow = flow_at(str(deployment.entrypoint))
         if flow is None:
             # Whoever may make a deployment may not thereby run code of his own on this machine.
-            why = f"its deployment's entry point, {deployment.entrypoint}, is none of Talaria's flows"
+            why = f"its deployment's entry point, {deployment.entrypoint}, is not one of Talaria's flows"
             await self.client.set_flow_run_state(flow_run.id, Failed(message=f"Not run: {why}."), force=True)
         return flow
 

@@ -1,11 +1,11 @@
-"""What tests a type of target, of this repository or of another package: the conformance suite and what it needs.
+"""Tests for types of target, of this repository or another package: the conformance suite and what it needs.
 
 A package that adds a type (`docs/ninth-target.md`) tests it with a file of two lines:
 
     from talaria.testing.conformance import *
     from talaria_webdav.harness import HARNESSES
 
-harness      what the suite must know of a type: a server, and how to look at what it holds
+harness what the suite must know about a type: a server, and how to see what it holds
 conformance  the suite: every case against every harness
 cases        its cases, by what they are about
 studies      makes small studies, with odd names, damaged files and what no log may show

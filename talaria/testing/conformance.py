@@ -8,7 +8,7 @@ A test file takes the whole suite over, and says which harnesses it is for (`har
     pytest tests/conformance.py -k webdav            this type; `-k dicom-storescp` one server
     pytest --pyargs talaria.testing.conformance      every type that another package has installed here
 
-What a type does differently is declared in its driver's Facts or its Harness, and asserted here; nothing is skipped.
+Where a type differs, its driver's Facts or its Harness declare it, and the suite asserts that; nothing is skipped.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from talaria.testing.harness import Factory, Harness, of_extensions
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run each case for each harness of the file that has taken the suite over, else for those of other packages."""
+    """Run each case for each harness of the test file that imports the suite, or for those of other packages."""
     if "harness" in metafunc.fixturenames:
         harnesses: dict[str, Factory] = getattr(metafunc.module, "HARNESSES", None) or of_extensions()
         if not harnesses:
@@ -46,7 +46,7 @@ def harness(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Harness]
 
 @pytest.fixture
 def study(tmp_path: Path) -> Path:
-    """The folder that a test puts the files into that it sends."""
+    """The folder for the files that a test sends."""
     folder = tmp_path / "study"
     folder.mkdir()
     return folder

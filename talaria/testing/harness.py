@@ -1,4 +1,4 @@
-"""What the conformance suite must know of a type of target to test its driver, and how it sends."""
+"""What the conformance suite must know about a type of target to test its driver, and how the suite sends."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from transfer.receipt import Level, Receipt
 class Harness:
     """One running server and how to look at it; made afresh (empty) for each test.
 
-    What a server, or a protocol, can't do is declared here and asserted as such by the suite.
+    What a server or a protocol can't do is declared here, and the suite asserts it.
 
     Attributes:
         name: shown in the test's id, e.g. `dicom-storescp`.
@@ -96,11 +96,11 @@ class Sent:
 
     Attributes:
         plan: what was handed to the driver, narrowed for the target.
-        refused: what the target does not get, with the reason; it never reached the driver.
+        refused: items that the target does not get, with the reason; they never reached the driver.
         outcomes: what the driver reported, by path.
         moved: bytes that the driver reported as moved.
         receipt: of the dispatch, all attempts; None if this one raised.
-        error: what it raised, None if nothing.
+        error: the error that it raised, None if none.
     """
 
     plan: Plan
@@ -157,7 +157,7 @@ class HarnessDispatch:
         return sent
 
     def receipt(self) -> Receipt:
-        """Return what the dispatch would leave behind now: all attempts."""
+        """Return the receipt that the dispatch would leave now, over all attempts."""
         return self.delivery.receipt()
 
     def record(self, item: Item, outcome: Outcome) -> None:
@@ -174,7 +174,7 @@ class HarnessDispatch:
 
 
 class _WatchedLedger(Ledger):
-    """A ledger that also says what it keeps, once somebody listens."""
+    """A ledger that also reports each outcome to a listener."""
 
     listener: HarnessDispatch | None = None
 
@@ -185,7 +185,7 @@ class _WatchedLedger(Ledger):
 
 
 class _WatchedDelivery(Delivery):
-    """A delivery that also says how much went out."""
+    """A delivery that also reports the bytes that were sent."""
 
     listener: HarnessDispatch
 
@@ -208,7 +208,7 @@ def sending(
 
     Args:
         source: a plan, or the folder to plan.
-        done: what the ledger knows as arrived: paths, or outcomes by path.
+        done: what has arrived according to the ledger: paths, or outcomes by path.
         told: called with each outcome, in whichever thread the driver reports it.
         moved: called with each count of bytes, likewise.
         cancelled: set by whoever wants the push to stop.

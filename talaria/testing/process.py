@@ -86,7 +86,7 @@ def server(
     ready: Callable[[], bool] | None = None,
     cwd: Path | None = None,
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a server until the block ends; yields when `ready` says so, or when its port answers.
+    """Run a server until the block ends; yields when `ready` returns True, or when its port answers.
 
     Raises:
         RuntimeError: it ended, or was not ready in time; the message ends with its log.

@@ -18,7 +18,7 @@ CONNECT_S = 10.0
 
 
 class _Way:
-    """One direction of a connection: what came from one socket, and waits until it is due at the other."""
+    """One direction of a connection: bytes from one socket that wait until they are due at the other."""
 
     def __init__(self, source: socket.socket, sink: socket.socket, *, counted: bool) -> None:
         self.source, self.sink, self.counted = source, sink, counted
@@ -29,7 +29,7 @@ class _Way:
         self.back: _Way = self
 
     def put(self, due: float, piece: bytes) -> None:
-        """Let a piece wait; an empty one is the end."""
+        """Add a piece; an empty one is the end."""
         self.waiting.append((due, memoryview(piece)))
         self.held += len(piece)
 
@@ -55,14 +55,14 @@ class _Way:
 
 @dataclass
 class Relay:
-    """Settings may be changed while it runs; they hold for what passes from then on.
+    """A relay. Settings may be changed while it runs, and hold for what passes from then on.
 
     Attributes:
         port: where clients connect.
         upstream: where the server listens.
         cut_after: bytes from clients, over all connections, after which every connection is reset; None never.
         stays_cut: whether new connections are reset as well, once it has cut.
-        stall_after: bytes from clients after which nothing is passed on any more, connections stay open.
+        stall_after: bytes from clients after which nothing is passed on, while connections stay open.
         delay_s: added in each direction.
         sent: bytes that came from clients so far.
         connections: how many connections were made so far.
@@ -100,7 +100,7 @@ class Relay:
         self._selector.close()
 
     def _watch(self) -> float | None:
-        """Ask the selector for what each socket can do now; seconds until the next piece is due."""
+        """Register with the selector what each socket can do now; return the seconds until the next piece is due."""
         now, next_due = time.monotonic(), None
         for sock, way in list(self._ways.items()):
             out = way.back

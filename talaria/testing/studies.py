@@ -67,7 +67,7 @@ RAW_NAMES = (os.fsdecode(b"latin-1 caf\xe9.dcm"),)
 
 
 def data_file(name: str) -> Path:
-    """Return one of pydicom's own test files; never one that it would have to fetch."""
+    """Return one of pydicom's own test files, never one that it would have to download."""
     root = Path(pydicom.__file__).parent / "data"
     for folder in ("test_files", "charset_files", "palettes"):
         if (root / folder / name).is_file():
@@ -92,7 +92,7 @@ def quiet() -> Iterator[None]:
 
 
 def dataset(name: str = "CT_small.dcm", *, study: str = "", series: str = "", **changes: Any) -> Dataset:
-    """Read a test file and make it an instance of its own: fresh UIDs, the test patient, and these values."""
+    """Return a test file as a new instance: fresh UIDs, the test patient, and these values."""
     with quiet():
         ds = pydicom.dcmread(data_file(name))
         for keyword, value in {
@@ -208,7 +208,7 @@ def sample(folder: Path, *, others: bool = True) -> list[Path]:
 
 
 def every_syntax(folder: Path) -> list[Path]:
-    """Write one instance in every transfer syntax that pydicom has a file of, big endian and deflated included."""
+    """Write one instance in every transfer syntax of which pydicom has a file, big endian and deflated included."""
     names = (
         "CT_small.dcm", "MR_small_implicit.dcm", "MR_small_bigendian.dcm", "image_dfl.dcm", "MR_small_RLE.dcm",
         "SC_rgb_jpeg_dcmtk.dcm", "JPGExtended.dcm", "SC_rgb_jpeg_gdcm.dcm", "MR_small_jpeg_ls_lossless.dcm",
@@ -248,7 +248,7 @@ def _data_set(name: str) -> bytes:
 
 
 def damaged(folder: Path) -> dict[str, Path]:
-    """Write files that are meant to be DICOM and aren't whole; the keys say what is wrong with each."""
+    """Write files that are meant to be DICOM but are damaged; the keys say what is wrong with each."""
     whole = ct_bytes()
     no_uid = dataset()
     bare = encoded(no_uid)

@@ -30,6 +30,6 @@ def test_a_deployment_that_names_foreign_code_runs_none_of_it(up: Talaria, tmp_p
 
         up.until(lambda: state()["type"] in ("FAILED", "COMPLETED", "CRASHED"), 120)
         assert state()["type"] == "FAILED"
-        assert "none of Talaria's flows" in state()["message"]
+        assert "not one of Talaria's flows" in state()["message"]
     assert not made.exists()
     assert up.here("status").returncode == 0  # the worker goes on

@@ -106,7 +106,7 @@ def test_push_excluded_files_absent(harness: Harness, study: Path) -> None:
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_push_verify_levels(harness: Harness, study: Path, level: Level) -> None:
-    """A level that the driver and the server can reach is reached; else the receipt says which was, and why."""
+    """A level that driver and server can reach is reached; otherwise the receipt says which one was, and why."""
     studies.sample(study)
     harness.target.verify = level
     receipt = send(harness, study).require()

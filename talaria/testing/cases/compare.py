@@ -1,4 +1,4 @@
-"""What the server must hold after a push, and whether it does."""
+"""What the server must hold after a push, and assertions that it does."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def assert_same(harness: Harness, wanted: dict[str, bytes], got: dict[str, bytes
 
 
 def _assert_same_instance(sent: bytes, got: bytes) -> None:
-    """A DICOM peer may write its own file meta information, never other content."""
+    """Assert equal data sets: a DICOM peer may write its own file meta information, but no other content."""
     with studies.quiet():
         a, b = pydicom.dcmread(io.BytesIO(sent)), pydicom.dcmread(io.BytesIO(got))
         assert b.SOPInstanceUID == a.SOPInstanceUID

@@ -1,4 +1,4 @@
-"""Pushes that are made again: after one that was whole, broke off, or left something rejected."""
+"""Repeated pushes: after one that succeeded, broke off, or left something rejected."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_one_rejected_link_cut_retry(harness: Harness, study: Path, level: Level
 
 
 def test_one_refused_by_the_peer_then_pushed_again(harness: Harness, study: Path) -> None:
-    """The same where the peer refuses the item, if one of this type can, and the link goes with the last answer."""
+    """The same where the peer refuses the item, if this type's can, and the connection breaks at the last answer."""
     studies.ct(study, 6, side=64)
     plan = scan([study])
     victim = plan.items[0]
