@@ -1,4 +1,4 @@
-"""Association requests of others, and our answers, as bytes (PS3.8 sections 9.3.2 to 9.3.4)."""
+"""Association requests of peers, and our answers, as bytes (PS3.8 sections 9.3.2 to 9.3.4)."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ ACCEPTED, NO_CLASS, NO_SYNTAX = 0, 3, 4  # result of a context, PS3.8 table 9-18
 
 @dataclass(frozen=True)
 class Proposal:
-    """What a peer asks for.
+    """A peer's association request.
 
     Attributes:
         contexts: abstract syntax and transfer syntaxes by context id.
-        max_pdu: the largest PDU that the peer takes, bytes; 0 for any.
+        max_pdu: the largest PDU that the peer accepts, bytes; 0 for any.
     """
 
     called: str
@@ -36,7 +36,7 @@ def proposal(body: bytes) -> Proposal:
     """Read the variable field of an A-ASSOCIATE-RQ.
 
     Raises:
-        ValueError: it makes no sense.
+        ValueError: it is not valid.
     """
     if len(body) < FIXED:
         raise ValueError("an association request that is cut short")
@@ -60,8 +60,8 @@ def acceptance(
 
     Args:
         body: the variable field of the request.
-        choose: returns the transfer syntax for an abstract syntax and those that are offered, or why there is none
-            (a result of PS3.8 table 9-18).
+        choose: returns the transfer syntax for an abstract syntax and those that are offered, or the reason for none (a
+            result of PS3.8 table 9-18).
     """
     accepted: dict[int, tuple[str, str]] = {}
     items = [_item(APPLICATION, APPLICATION_CONTEXT)]

@@ -1,8 +1,8 @@
-"""Studies of many accession numbers, with fewer queries than there are numbers where a peer allows it.
+"""Finds the studies of many accession numbers, with fewer queries than numbers where a peer allows that.
 
-The standard has lists for UIDs only. Some peers take them for accession numbers too, some refuse them, and DCMTK's
-answers "success, nothing". So a list is believed only with a number in it that is known to be there, and what no list
-or wild card brings is asked for by a query of its own: only then it is missing.
+The standard has lists for UIDs only. Some peers accept them for accession numbers too, some refuse them, and DCMTK's
+answers "success, nothing". So a list is believed only if it holds a number that is known to be there, and a number that
+no list or wild card brings gets a query of its own before it counts as missing.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Accessions:
     """One search for accession numbers.
 
     Args:
-        ask: asks the peer for studies; stops after so many answers if that is not 0.
+        ask: queries the peer for studies; stops after a number of answers if that is not 0.
     """
 
     def __init__(self, ask: Ask) -> None:
@@ -36,7 +36,7 @@ class Accessions:
         self._found: set[str] = set()
 
     def find(self, numbers: list[str]) -> Iterator[tuple[Mapping[str, str], Answer]]:
-        """Yield the studies, with the keys that were sent for each."""
+        """Yield the studies, each with the keys that were sent."""
         left = list(numbers)
         if len(left) > FEW:
             hit = ""
@@ -65,7 +65,7 @@ class Accessions:
             yield from answers
 
     def _list(self, numbers: list[str], hit: str) -> list[tuple[Mapping[str, str], Answer]] | None:
-        """Return what a list of numbers brings; None if the peer doesn't understand it."""
+        """Return the answers to a list of numbers; None if the peer doesn't understand it."""
         # Some peers look at the first value only, or at the last.
         values = [*numbers[: len(numbers) // 2], hit, *numbers[len(numbers) // 2 :]]
         try:

@@ -1,8 +1,8 @@
-"""What a peer is asked for when an association is opened, and less of it where the peer ends the request.
+"""Decides what to request when an association is opened, and requests less if the peer refuses it.
 
 Some peers reject a request over one SOP class or transfer syntax in it, or over the number of contexts; others abort,
-close, or say nothing. What a peer has against us, or against any association now, it says to a request for C-ECHO as
-well; where it grants that, the contexts are to blame, and it is asked for less:
+close, or say nothing. A peer that refuses us, or any association now, also refuses a request for C-ECHO. If it grants
+that, the contexts are the reason, and less is requested:
 
     fewer contexts at once, each SOP class alone, each of its transfer syntaxes alone, uncompressed instead
 """
@@ -33,7 +33,7 @@ class Group:
     Attributes:
         serves: SOP class and transfer syntax of the instances that go over it.
         asked: what is asked for: these, and what they may be converted to.
-        alone: whether it is as little as can be asked for.
+        alone: whether it is the least that can be requested.
     """
 
     serves: tuple[Pair, ...]
@@ -46,7 +46,7 @@ class Group:
 
 
 class Asking:
-    """How one peer is asked for associations; learns while it is.
+    """How to request associations from one peer; learns from the answers.
 
     Args:
         policy: what may be converted, as in `imaging.transcode`.
@@ -56,7 +56,7 @@ class Asking:
         granted: the most storage contexts that the peer has answered.
         alive: whether it has answered any request.
         apart: whether each SOP class is asked for alone.
-        hopeless: why no association is granted that instances of these pairs could go over.
+        hopeless: why no association is granted for instances of these pairs.
     """
 
     def __init__(self, peer: Peer, policy: str, *, silent: bool = False) -> None:
@@ -70,14 +70,14 @@ class Asking:
 
     @property
     def patience(self) -> float:
-        """How many seconds to wait for an answer: after a silence, a few of them shall cost no more than one."""
+        """Seconds to wait for an answer: after a silence, a few of them are to cost no more than one."""
         longest = self.peer.idle_timeout_s
         if not self._silent:
             return longest
         return min(longest, max(SHARE * longest, TIMES_SLOWEST * self._slowest, LEAST_S))
 
     def associate(self, wanted: Sequence[tuple[str, Sequence[str]]], check: Callable[[], None]) -> Association:
-        """Ask for an association with these contexts.
+        """Request an association with these contexts.
 
         Raises:
             As `association.associate`.
@@ -93,7 +93,7 @@ class Asking:
         return made
 
     def answers(self, check: Callable[[], None]) -> bool:
-        """Return True if the peer grants an association for next to nothing."""
+        """Return True if the peer grants an association for C-ECHO alone."""
         if not self.alive:
             try:
                 self.associate([(VERIFICATION, UNCOMPRESSED[1:])], check).release()
@@ -113,7 +113,7 @@ class Asking:
         return found
 
     def fewer(self, group: Group, later: Iterable[Group]) -> list[Group] | None:
-        """Return what to ask for instead of a group and those after it: fewer contexts; None if they are few."""
+        """Return what to request instead of a group and those after it: fewer contexts; None if they are few."""
         while len(group.asked) > self.granted and self._room + 1 < len(ROOMS):
             self._room += 1
             if len(group.asked) > ROOMS[self._room]:
@@ -121,7 +121,7 @@ class Asking:
         return None
 
     def smaller(self, group: Group, later: Iterable[Group]) -> list[Group] | None:
-        """Return what to ask for instead of a group and those after it: parts of it; None if it has none."""
+        """Return what to request instead of a group and those after it: parts of it; None if it has none."""
         if len(group.classes) > 1:
             self.apart = True
             return self._again(group, later)

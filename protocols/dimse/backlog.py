@@ -1,12 +1,12 @@
-"""What several associations still have to send, and what became of instances that got no plain answer.
+"""What several associations still have to send, and what is known about instances without a plain answer.
 
     waiting    in the plan's order, each to whoever is free
     later      what was passed over because nothing around it went through
     suspects   outstanding when an association broke, or refused "for now": tried alone, one by one, after all others
 
-An instance is rejected when it fails alone as well and the peer took others meanwhile; a peer that takes nothing is
-left in peace, and an instance of which nothing can be said has no outcome. To fail alone is to fail as the first on an
-association: what comes after others may have met the end of what the peer takes on one.
+An instance is rejected when it also fails alone and the peer has taken others meanwhile. A peer that takes nothing gets
+no more requests, and an instance of which nothing can be said has no outcome. To fail alone is to fail as the first on
+an association: a later one may have met the limit of what the peer takes on one.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Suspect:
 
     Attributes:
         error: what happened last.
-        times: how often something did while it was outstanding alone: only then it is certain what it was.
+        times: how often something happened while it was outstanding alone, so that it must be the cause.
         at: when something happened last; `time.monotonic`.
         waited: the longest silence that it was given alone, seconds.
         arrived: how many instances had arrived by when it did first.
@@ -71,7 +71,7 @@ class Suspect:
 
 
 class Backlog:
-    """The instances of some associations; all methods may be called from several threads.
+    """The instances of some associations; all methods are safe to call from several threads.
 
     Attributes:
         lasts: how many instances the peer takes on one association before it ends it; None if it was not seen to.
@@ -99,17 +99,17 @@ class Backlog:
         return len(self._waiting)
 
     def next(self) -> Item | None:
-        """Take the next instance; None if none waits, or no more shall be sent."""
+        """Return the next instance; None if none waits, or no more are to be sent."""
         with self._lock:
             return self._waiting.popleft() if self._waiting and not self._stopped else None
 
     def put_back(self, item: Item) -> None:
-        """Let an instance that was read but not sent be the next one."""
+        """Make an instance that was read but not sent the next one."""
         with self._lock:
             self._waiting.appendleft(item)
 
     def stop(self) -> None:
-        """Hand out nothing any more."""
+        """Hand out no more instances."""
         self._stopped = True
 
     @property
@@ -117,7 +117,7 @@ class Backlog:
         return self._stopped
 
     def turn(self) -> bool:
-        """Let what was passed over wait again; return whether there is anything."""
+        """Let instances that were passed over wait again; return whether there are any."""
         with self._lock:
             self._waiting.extend(self._later)
             self._later.clear()
@@ -177,7 +177,7 @@ class Backlog:
             self._count(silent=silent)
 
     def released(self, outstanding: Sequence[Item], answered: int) -> None:
-        """Note that the peer ended an association in order, after some instances: none of the others is to blame."""
+        """Note that the peer ended an association in order, after some instances: none of the others is the reason."""
         with self._lock:
             self._waiting.extendleft(item for item in reversed(outstanding) if item.path not in self._suspects)
             self._ended(answered)
@@ -208,7 +208,7 @@ class Backlog:
         return suspect
 
     def patience(self, item: Item, longest: float) -> float:
-        """Return how many seconds of silence an instance is given that is tried alone.
+        """Return how many seconds of silence to allow an instance that is tried alone.
 
         After a silence it is less: of a few seconds each, some instances together cost no more than one of `longest`.
         """
@@ -228,12 +228,12 @@ class Backlog:
                 self._later.append(self._waiting.popleft())
 
     def suspects(self) -> list[Suspect]:
-        """Return what has to be tried alone, what failed least first."""
+        """Return the instances to try alone, those that failed least first."""
         with self._lock:
             return sorted(self._suspects.values(), key=lambda one: (one.times, one.at))
 
     def verdict(self, suspect: Suspect) -> Outcome | None:
-        """Return that an instance is rejected; None as long as it may be the peer that fails.
+        """Return a rejection of an instance; None as long as the peer may be what fails.
 
         A peer that aborts or falls silent and took others is one that can't take this instance. One that is out of
         resources is that for all, unless it took others afterwards.

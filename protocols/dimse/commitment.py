@@ -1,4 +1,4 @@
-"""Storage commitment: the peer's word that it keeps what it got.
+"""Storage commitment: the peer's promise to keep what it has received.
 
 N-ACTION asks for it; the answer, an N-EVENT-REPORT, comes on the same association or on a new one that the peer
 opens to our listener, at once or much later.
@@ -49,7 +49,7 @@ class CannotCommit(Exception):
 
 @dataclass
 class Transaction:
-    """One request and what was reported on it.
+    """One request and the report on it.
 
     Attributes:
         instances: SOP class by SOP instance UID.
@@ -64,7 +64,7 @@ class Transaction:
     reported: threading.Event = field(default_factory=threading.Event)
 
     def take(self, report: Dataset) -> None:
-        """Take the report (PS3.4 table J.3-2); what it says of instances that were not asked for is ignored."""
+        """Take the report (PS3.4 table J.3-2); instances that were not asked for are ignored."""
         for one in report.get("ReferencedSOPSequence") or ():
             self.committed.add(str(one.get("ReferencedSOPInstanceUID", "")))
         for one in report.get("FailedSOPSequence") or ():
@@ -75,7 +75,7 @@ class Transaction:
 
     @property
     def request(self) -> Dataset:
-        """The action information (PS3.4 table J.3-1)."""
+        """Return the action information (PS3.4 table J.3-1)."""
         ds = Dataset()
         ds.TransactionUID = self.uid
         references = []
@@ -88,7 +88,7 @@ class Transaction:
 
 
 def _reason(failed: Dataset) -> int:
-    """Failure Reason (0008,1197), 0110 (processing failure) where a peer gives none."""
+    """Return the Failure Reason (0008,1197), or 0110 (processing failure) if a peer gives none."""
     try:
         return int(failed.get("FailureReason") or 0x0110)
     except (TypeError, ValueError):
@@ -114,7 +114,7 @@ class Transactions:
         """Handle an N-EVENT-REPORT; return the status of the response.
 
         Args:
-            served: gets the thread, of pynetdicom's, that will send the response.
+            served: called with the thread of pynetdicom's that will send the response.
         """
         if served is not None:
             served.append(threading.current_thread())
@@ -155,7 +155,7 @@ def commit(
         The transactions; those that were not reported on in time have `reported` unset.
 
     Raises:
-        CannotCommit: the peer doesn't do it, or gives no answer to the request.
+        CannotCommit: the peer doesn't support it, or doesn't answer the request.
         Retryable: there is no association now.
     """
     uids = list(instances)
@@ -182,8 +182,8 @@ def commit(
 def _ask(peer: Peer, transaction: Transaction, wait_s: float, check: Callable[[], None]) -> None:
     """Ask for one transaction, and wait for the report on the same association.
 
-    On an association of its own: a report on one transaction that comes while the next is asked for would have
-    pynetdicom's threads wait for each other.
+    Uses an association of its own: a report on one transaction during the request for the next would make pynetdicom's
+    threads wait for each other.
     """
     served: list[threading.Thread] = []
     handlers = [(evt.EVT_N_EVENT_REPORT, OPEN.report, [served])]
@@ -194,7 +194,7 @@ def _ask(peer: Peer, transaction: Transaction, wait_s: float, check: Callable[[]
     except DispatchError as exc:
         raise CannotCommit(exc.message) from exc
     if not association.accepted:
-        raise CannotCommit("the peer does not do storage commitment")
+        raise CannotCommit("the peer does not support storage commitment")
     try:
         _request(association, transaction, check)
         _wait(transaction, time.monotonic() + wait_s, check, association)
@@ -230,7 +230,7 @@ def _request(association: Association, transaction: Transaction, check: Callable
 def _wait(
     transaction: Transaction, end: float, check: Callable[[], None], association: Association | None = None
 ) -> None:
-    """Wait until it is reported, the time is up, or the association that the report was to come on is over."""
+    """Wait until it is reported, the time is up, or the association for the report has ended."""
     while not transaction.reported.wait(min(SLICE_S, max(0.0, end - time.monotonic()))):
         check()
         if time.monotonic() >= end or (association is not None and not association.assoc.is_established):
@@ -238,5 +238,5 @@ def _wait(
 
 
 def reason(code: int) -> str:
-    """Say a failure reason in words."""
+    """Return a failure reason in words."""
     return f"storage commitment failed: {code:04X} {REASONS.get(code, 'unknown reason')}"

@@ -1,6 +1,6 @@
-"""Which presentation contexts to ask for.
+"""Which presentation contexts to request.
 
-One context per (SOP class, transfer syntax), so that the answer says of each syntax whether the peer takes it: of
+One context per (SOP class, transfer syntax), so that the answer shows for each syntax whether the peer accepts it: from
 several syntaxes in one context it would choose a single one (PS3.8 section 9.3.3.2).
 """
 
@@ -20,7 +20,7 @@ Pair = tuple[str, str]  # SOP class, transfer syntax
 
 
 def groups(needed: Iterable[Pair], policy: str, room: int = MAX_CONTEXTS, *, apart: bool = False) -> list[list[Pair]]:
-    """Distribute the contexts that a plan needs over as few associations as hold them.
+    """Distribute the contexts that a plan needs over as few associations as possible.
 
     Args:
         needed: what the plan's instances have.
@@ -53,5 +53,5 @@ def of_class(pairs: Iterable[Pair], sop_class: str) -> list[str]:
 
 
 def names(uids: Iterable[str]) -> str:
-    """Name transfer syntaxes or SOP classes for people."""
+    """Return the names of transfer syntaxes or SOP classes for people."""
     return ", ".join(UID(uid).name for uid in uids) or "none"

@@ -1,4 +1,4 @@
-"""What one association carries: takes instances, sends them, reports their outcomes."""
+"""Sends instances over one association and reports their outcomes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MOST_REFUSED = 2  # in a row, after others on the same association: maybe it is 
 
 
 class Carrier(Protocol):
-    """Who has conveyors, over one or several associations: what they share."""
+    """The owner of conveyors over one or several associations, and what they share."""
 
     peer: Peer
     plan: Plan
@@ -47,17 +47,17 @@ class Carrier(Protocol):
     last: DispatchError | None
 
     def grow(self, count: int) -> None:
-        """Open so many more associations."""
+        """Open this many more associations."""
 
     def refusal(self, association: Association, header: Header) -> str:
-        """Say why an instance can't be sent over an association."""
+        """Return why an instance can't be sent over an association."""
 
 
 class Conveyor:
     """Carries instances of a fleet's backlog over one association.
 
     Args:
-        take: gives the next instance; None at the end.
+        take: returns the next instance; None at the end.
         alone: whether nothing else may be outstanding beside an instance.
 
     Attributes:
@@ -77,11 +77,11 @@ class Conveyor:
         self._awaits = 0.0  # since when a response is waited for; 0 if none is
 
     def serve(self) -> None:
-        """Carry instances until there are no more, or the association ends; what was outstanding is suspected then.
+        """Send instances until there are no more, or the association ends; outstanding ones become suspects then.
 
         Raises:
             Busy: no room here for a converted instance.
-            Other errors: what is no matter of this association.
+            Other errors: those that are not about this association.
         """
         sender = Sender(self.association, self.fleet.throttle, self.report.moved, self._check)
         try:
@@ -135,13 +135,13 @@ class Conveyor:
         return not self.backlog.full(self.taken)
 
     def _check(self) -> None:
-        """Look whether to stop, between pieces and in every wait; ask for help in a long one."""
+        """Check whether to stop, between pieces and in every wait; ask for more associations in a long one."""
         self.report.check()
         if self._awaits and not self.alone and time.monotonic() - self._awaits > LONG_S:
             self.fleet.grow(self.fleet.pace.hang())
 
     def _send(self, sender: Sender, item: Item) -> None:
-        """Send an item, having read what it can of it while the peer was busy with the one before."""
+        """Send an item, after reading as much of it as possible while the peer was busy with the one before."""
         with ExitStack() as stack:
             try:
                 if self.alone:
@@ -209,7 +209,7 @@ class Conveyor:
             raise Busy(str(exc)) from exc
 
     def _keep_alive(self, sender: Sender) -> Callable[[], None]:
-        """Make what a long conversion calls: it stops it if the dispatch shall stop, and sends C-ECHO now and then."""
+        """Return a function for long conversions to call: it stops them with the dispatch, and sends C-ECHO."""
         said = time.monotonic()
         context = self.association.context(VERIFICATION)
 
@@ -223,7 +223,7 @@ class Conveyor:
         return check
 
     def _settle(self, sender: Sender, most: int) -> None:
-        """Wait for responses until at most so many are outstanding."""
+        """Wait for responses until at most this many are outstanding."""
         while len(self._outstanding) > most:
             self._awaits = time.monotonic()
             response = sender.receive()
@@ -231,7 +231,7 @@ class Conveyor:
             self._take(response)
 
     def _take(self, response: Response) -> None:
-        """Report the outcome that a response gives to the item that it is for."""
+        """Report the outcome of the item that a response is about."""
         number, status = response.message_id, response.status
         item, sent = self._outstanding.get(-1 if number is None else number, (None, 0.0))
         if item is None:
@@ -277,7 +277,7 @@ OUTCOMES = {
 
 
 def _is_renamed(item: Item, response: Response) -> bool:
-    """Return True if the peer confirms an instance of another UID: some archives and gateways replace them."""
+    """Return True if the peer confirms an instance under another UID: some archives and gateways replace them."""
     uid = response.sop_instance
     return uid != header_of(item).SOPInstanceUID and UID.fullmatch(uid) is not None
 

@@ -1,8 +1,8 @@
-"""The connection as pynetdicom sees it, which can be lent to a sender of our own.
+"""The connection as pynetdicom sees it, which can be lent to our own sender.
 
 pynetdicom's own transport logs the cause of a failure and keeps it to itself, reads without a time limit (a peer
 that sends three bytes of a PDU and falls silent holds its thread for ever) and looks for data by `select`, which
-knows no descriptor above 1023. `LentSocket` keeps its interface to the state machine and does these otherwise.
+knows no descriptor above 1023. `LentSocket` keeps its interface to the state machine and does these things differently.
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ ABORT_REASONS = {
 
 
 class LentSocket(AssociationSocket):
-    """A connected socket under pynetdicom's state machine, which can be lent to a sender of our own.
+    """A connected socket under pynetdicom's state machine, which can be lent to our own sender.
 
-    While it is lent (`lend`), the threads of pynetdicom rest and only the borrower reads and writes; after
-    `take_back` they go on where they were, so that release and abort are theirs again.
+    While it is lent (`lend`), the threads of pynetdicom rest and only the borrower reads and writes; after `take_back`
+    they continue, so that release and abort are theirs again.
 
     Attributes:
-        head: the first bytes that came from the peer: they show a rejection, an abort, or that it is no DICOM at all.
+        head: the first bytes that came from the peer: they show a rejection, an abort, or that it is not DICOM at all.
         ahead: bytes that were read and not yet asked for.
         heard: when something came from the peer last; `time.monotonic`.
         failure: what ended the connection, if that was an error of the socket or of TLS.
@@ -92,7 +92,7 @@ class LentSocket(AssociationSocket):
         assoc.dul.state_machine.do_action = self._do_action  # type: ignore[method-assign]
 
     def _do_action(self, event: str) -> None:
-        """Make a step of the state machine; what it can't digest ends the connection, not pynetdicom's thread."""
+        """Do a step of the state machine; an error in it ends the connection, not pynetdicom's thread."""
         try:
             self._act(event)
         except Exception as exc:  # of a decoder: whatever a peer sends
@@ -100,7 +100,7 @@ class LentSocket(AssociationSocket):
             self.hang_up()
 
     def connect(self, primitive: T_CONNECT) -> None:
-        """Let the state machine know that the connection is there."""
+        """Report the connection to the state machine."""
         with suppress(OSError):
             self.assoc.requestor.address_info = AddressInformation.from_tuple(self._sock.getsockname())
         self._is_connected = True
@@ -110,7 +110,7 @@ class LentSocket(AssociationSocket):
 
     @property
     def ready(self) -> bool:
-        """Whether there is something to read. The state machine asks all the time; it rests here while lent."""
+        """Whether there is something to read. The state machine polls this; it pauses here while the socket is lent."""
         if self._lent.is_set():
             self._resting.set()
             self._returned.wait()
@@ -144,7 +144,7 @@ class LentSocket(AssociationSocket):
         self.failure = self.failure or exc
 
     def recv(self, nr_bytes: int) -> bytearray:
-        """Read so many bytes, or fewer if the connection ends; OSError if the peer falls silent in between."""
+        """Read this many bytes, or fewer if the connection ends; OSError if the peer falls silent meanwhile."""
         self._buffer(nr_bytes)
         if nr_bytes == HEAD_BYTES and self.ahead[:1] == ACCEPTANCE and len(self.ahead) >= nr_bytes:
             self._tidy()
@@ -164,7 +164,7 @@ class LentSocket(AssociationSocket):
                 self._fail(exc)
 
     def _tidy(self) -> None:
-        """Put an acceptance in place of the peer's that pynetdicom understands, once all of it is here."""
+        """Replace the peer's acceptance by one that pynetdicom understands, once all of it is here."""
         length = int.from_bytes(self.ahead[2:HEAD_BYTES], "big")
         if length > MAX_ACCEPTANCE:
             return
@@ -213,13 +213,13 @@ class LentSocket(AssociationSocket):
             raise TimeoutError("the peer fell silent")
 
     def lend(self, check: Callable[[], None] = lambda: None) -> socket.socket:
-        """Hand the socket out, once pynetdicom's threads have let go of it.
+        """Return the socket to the borrower, once pynetdicom's threads have paused.
 
         Both look for work every millisecond, which would cost as much as sending a small instance. The reactor of
         the association is paused by its own checkpoint, as pynetdicom's `release` does; the upper layer's in `ready`.
 
         Args:
-            check: called while a thread is still in the middle of a PDU of the peer's; may raise to stop.
+            check: called while a thread is still reading a PDU from the peer; may raise to stop.
 
         Raises:
             ConnectionError: the association is over. TimeoutError: the peer fell silent in the middle of a PDU.
@@ -240,7 +240,7 @@ class LentSocket(AssociationSocket):
         return self._sock
 
     def take_back(self) -> None:
-        """Let pynetdicom's threads go on with the socket."""
+        """Give the socket back to pynetdicom's threads."""
         self._lent.clear()
         with suppress(OSError):
             self._sock.setblocking(False)
@@ -248,7 +248,7 @@ class LentSocket(AssociationSocket):
         self._returned.set()
 
     def hang_up(self, *, reset: bool = False) -> None:
-        """End the connection from any thread; whoever waits for it wakes up."""
+        """End the connection from any thread, and wake up the threads that wait for it."""
         with suppress(OSError):
             if reset:  # what is still in the buffers must not reach the peer
                 self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

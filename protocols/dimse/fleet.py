@@ -1,7 +1,7 @@
-"""Several associations that empty one backlog: the instances of a plan, in order, each to whoever is free.
+"""Several associations that send one backlog: the instances of a plan, in order, each over a free association.
 
 Every association takes instances in the plan's order, so that within one association the order of a series is kept.
-One that breaks is replaced; what was outstanding on it comes last, alone (`protocols.dimse.backlog`).
+A broken one is replaced; its outstanding instances are sent last, alone (`protocols.dimse.backlog`).
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ MOST_EMPTY = 3  # associations in a row that end before anything went out
 
 
 class Fleet:
-    """Sends the pending items of a plan over up to `concurrency` associations, as many of them as help.
+    """Sends the pending items of a plan over up to `concurrency` associations, as many as pay.
 
     Args:
         transcode: what may be done about a transfer syntax that the peer refuses; see `imaging.transcode`.
-        throttle: what all associations together may send.
+        throttle: limits what all associations send together.
 
     Attributes:
         notes: what people should know although everything was delivered.
         backlog: what is sent over associations with the same contexts.
-        last: why an association broke last.
+        last: the latest reason why an association broke.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Fleet:
             self.notes.append(f"{NOTE}: {len(padded)} of the instances, such as {padded[0]}")
 
     def _can_ask(self, item: Item) -> bool:
-        """Reject an item whose presentation context can't be written down; nothing else would come of it."""
+        """Reject an item whose presentation context can't be encoded."""
         header = header_of(item)
         for name in ("SOPClassUID", "TransferSyntaxUID"):
             uid: str = getattr(header, name)
@@ -95,7 +95,7 @@ class Fleet:
     def _deliver(self, items: Sequence[Item]) -> None:
         """Send items over associations, each of which has the contexts of some of them.
 
-        What has no outcome in the end, and what the peer grants no association for, keeps no others from being sent.
+        Items that end without an outcome, or get no association from the peer, don't keep others from being sent.
         """
         asking = self.asking
         several = self._several = len({pair(item) for item in items}) > 1
@@ -127,7 +127,7 @@ class Fleet:
             raise gravest(errors)
 
     def _turned_away(self, items: Sequence[Item]) -> list[DispatchError]:
-        """Reject what no association is granted for; return why nothing is, if the peer grants none for anything."""
+        """Reject items that get no association; return the reason if the peer grants none at all."""
         asking = self.asking
         if not asking.granted:
             return list(asking.hopeless.values())
@@ -143,12 +143,13 @@ class Fleet:
     def _run(self, items: Sequence[Item], group: Group) -> None:
         """Send items whose contexts fit into one association.
 
-        This thread opens the first association, and others follow as they help: a peer that refuses us does so once.
+        This thread opens the first association, so that a peer which refuses us does so once; others follow as they
+        pay.
 
         Raises:
             Unsettled: some have no outcome.
             _TurnedAway: the peer may have refused the first association over its contexts.
-            DispatchError: the peer can't be reached, or lets us send nothing.
+            DispatchError: the peer can't be reached, or doesn't let us send anything.
         """
         self.backlog, self._group = Backlog(items), group
         self._stood, self.last = False, None
@@ -185,7 +186,7 @@ class Fleet:
                 self.notes.append(note)
 
     def _gone(self, items: Sequence[Item]) -> DispatchError:
-        """Return the error for a peer that grants no association any more."""
+        """Return the error for a peer that no longer grants an association."""
         left = sum(item.path not in self.report.outcomes for item in items)
         return self._unsettled(left, len(items), self._refusals[-1] if self._refusals else self.last)
 
@@ -200,7 +201,7 @@ class Fleet:
     # ---- all but suspects
 
     def grow(self, count: int) -> None:
-        """Open so many more associations, each in a thread of its own."""
+        """Open this many more associations, each in a thread of its own."""
         for _ in range(min(count, len(self.backlog))):
             thread = threading.Thread(target=self._work, kwargs={"further": True}, name="association", daemon=True)
             thread.start()
@@ -211,7 +212,7 @@ class Fleet:
 
         Args:
             first: whether nothing is known of the peer yet.
-            further: whether others serve it already, who go on if no association is granted.
+            further: whether others serve it already, which continue if no association is granted.
         """
         empty = 0
         try:
@@ -231,7 +232,7 @@ class Fleet:
             self.backlog.stop()
 
     def _first(self) -> Association | None:
-        """Open the first association; it decides what is rejected for want of a context."""
+        """Open the first association; reject what it has no context for."""
         asking = self.asking
         try:
             association = asking.associate(self._contexts(), self.report.check)
@@ -254,7 +255,7 @@ class Fleet:
         return None
 
     def _once_more(self, error: DispatchError) -> Association | None:
-        """Ask again, where the peer has granted others before; a silence is costly and says enough."""
+        """Request it again if the peer has granted others before, but not after a silence, which costs much time."""
         asking = self.asking
         if isinstance(error, TimedOut) or not (isinstance(error, Retryable) or about_contexts(error)):
             return None
@@ -269,7 +270,7 @@ class Fleet:
         """Open a further association, or one in place of another; None if the peer doesn't grant it.
 
         Args:
-            patient: whether to try again; else the others go on without it.
+            patient: whether to try again; if not, the others continue without it.
         """
         for pause in AGAIN_S if patient else AGAIN_S[:1]:
             self._wait(pause)
@@ -279,7 +280,7 @@ class Fleet:
                     return association
                 # What the first one takes is not refused because of another one.
                 association.release()
-                raise Interrupted(f"{self.peer.where}: a further association was granted, but nothing of it")
+                raise Interrupted(f"{self.peer.where}: a further association was granted, but none of its contexts")
             except Cancelled:
                 raise
             except DispatchError as exc:
@@ -301,7 +302,7 @@ class Fleet:
         return wanted
 
     def refusal(self, association: Association, header: Header) -> str:
-        """Say which syntaxes were offered for an instance that can't be sent, and which of them the peer takes."""
+        """Return which syntaxes were offered for an instance that can't be sent, and which the peer accepts."""
         offered = of_class(self._group.asked, header.SOPClassUID)
         accepted = of_class(association.accepted, header.SOPClassUID)
         more = set(fallbacks(header.TransferSyntaxUID, "lossless")) - set(
@@ -316,7 +317,7 @@ class Fleet:
     # ---- suspects
 
     def _try_suspects(self) -> None:
-        """Try each suspect alone, again and again until it has an outcome, or nothing can be said of it."""
+        """Try each suspect alone, repeatedly, until it has an outcome or nothing can be said about it."""
         empty = 0
         while to_try := deque(self._judged()):
             while to_try:
@@ -348,7 +349,7 @@ class Fleet:
 
 
 class Unsettled(Exception):
-    """Some instances have no outcome, which keeps no others from being sent."""
+    """Some instances have no outcome; others can still be sent."""
 
     def __init__(self, error: DispatchError) -> None:
         super().__init__(str(error))
@@ -356,7 +357,7 @@ class Unsettled(Exception):
 
 
 class _TurnedAway(Exception):
-    """The peer ended the request for the first association, maybe over what was asked for."""
+    """The peer refused the first association, maybe because of its contexts."""
 
     def __init__(self, error: DispatchError) -> None:
         super().__init__(str(error))

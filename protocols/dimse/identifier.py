@@ -53,7 +53,7 @@ ENCODINGS = {
 
 
 def encodings(text: str) -> list[str]:
-    """Return the character sets that have all characters of a text, the likeliest first; [""] for plain ASCII."""
+    """Return the character sets that have all characters of a text, the most likely first; [""] for plain ASCII."""
     if text.isascii():
         return [""]
     found = []
@@ -115,7 +115,7 @@ def _tag_and_vr(keyword: str) -> tuple[int, str]:
 
 @functools.lru_cache(maxsize=4096)
 def _known(tag: int) -> tuple[str, str]:
-    """Keyword and VR of a tag, "" and UN if it is private or unknown."""
+    """Return keyword and VR of a tag; "" and UN if it is private or unknown."""
     try:
         return keyword_for_tag(tag), dictionary_VR(tag)
     except KeyError:
@@ -125,7 +125,7 @@ def _known(tag: int) -> tuple[str, str]:
 def read(data: bytes, syntax: str, asked_in: str = "") -> dict[str, Any]:
     """Return the values of a data set by keyword: one value as it is, several as a list, none as "".
 
-    Sequences and binary values are left out. What is cut short is left out, and everything behind it.
+    Sequences and binary values are left out. A truncated element and everything after it are left out.
 
     Args:
         asked_in: the character set of the request, for answers that don't name theirs.
@@ -143,7 +143,7 @@ def read(data: bytes, syntax: str, asked_in: str = "") -> dict[str, Any]:
 
 
 class Answers:
-    """Reads the answers to one query, of which most values are those of another answer: each is decoded once.
+    """Reads the answers to one query; decodes each value once, because most values repeat.
 
     Args:
         asked_in: the character set of the request, for answers that don't name theirs.
@@ -155,7 +155,7 @@ class Answers:
         self._decoded: dict[bytes, dict[bytes, tuple[str, Any]]] = {}  # keyword and value by element, by character set
 
     def read(self, data: bytes) -> dict[str, Any]:
-        """Return what the function `read` does."""
+        """Return the values of a data set, as the function `read` does."""
         charset = b""
         decoded = self._decoded.setdefault(charset, {})
         found: dict[str, Any] = {}
@@ -212,7 +212,7 @@ def _value(raw: bytes, vr: str, charset: bytes, asked_in: str) -> Any:
 
 
 def _text(raw: bytes, vr: str, charset: bytes, asked_in: str) -> str:
-    """Decode a value; where the character set that is named can't be meant, by the one that can."""
+    """Decode a value, with the request's character set if the named one can't be meant."""
     term = charset or asked_in.encode()
     if charset in _MISTAKEN and b"\x1b" not in raw:
         try:
@@ -244,7 +244,7 @@ def _numbers(raw: bytes, form: str) -> Any:
 
 
 def _elements(data: bytes, explicit: bool) -> Iterator[tuple[int, str, bytes]]:
-    """Tag, VR ("" where the dictionary has it) and value of each element at the top."""
+    """Yield tag, VR ("" where the dictionary has it) and value of each top-level element."""
     pos, end = 0, len(data)
     while pos + 8 <= end:
         tag, vr, length, pos = _head(data, pos, explicit)
@@ -272,7 +272,7 @@ def _head(data: bytes, pos: int, explicit: bool) -> tuple[int, str, int, int]:
 
 
 def _after_sequence(data: bytes, pos: int, explicit: bool, depth: int) -> int:
-    """Return the position behind a sequence, or an item, of undefined length; the end if it has none."""
+    """Return the position after a sequence or item of undefined length; the end of the data if it has no end."""
     while pos + 8 <= len(data) and depth < MAX_DEPTH:
         tag, _, length, pos = _head(data, pos, explicit)
         if tag in (_ITEM_END, _SEQUENCE_END):

@@ -60,11 +60,11 @@ class Listener:
         self._thread.start()
 
     def offer(self, tls: ssl.SSLContext | None) -> None:
-        """Let peers come with TLS too, if nobody has seen to that before."""
+        """Accept TLS as well, unless that was enabled before."""
         self._server.tls = self._server.tls or tls
 
     def close(self) -> None:
-        """Listen no more, and break the associations that are open."""
+        """Stop listening, and break open associations."""
         self._server.shutdown()
         for assoc in self._server.active_associations:
             with suppress(OSError, AttributeError):  # it may end by itself meanwhile
@@ -79,7 +79,7 @@ class _Server(ThreadedAssociationServer):
 
 
 class _Handler(RequestHandler):
-    """Begins TLS in the connection's own thread, if the peer does; pynetdicom's server would wait for it alone."""
+    """Begins TLS, if the peer does, in the connection's own thread; pynetdicom's server would block meanwhile."""
 
     def _create_association(self) -> Association:
         assoc = super()._create_association()

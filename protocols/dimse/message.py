@@ -1,4 +1,4 @@
-"""C-STORE and C-ECHO as bytes: the command set that goes out, the response that comes back.
+"""C-STORE and C-ECHO as bytes: the command set to send, and the response.
 
 Sources: PS3.7 section 9.3.1 and Annex E (command sets, always implicit VR little endian), PS3.8 sections 9.3.4 to
 9.3.8 (PDUs) and Annex E.2 (message control header).
@@ -45,7 +45,7 @@ def fragments(body: bytes) -> Iterator[tuple[int, bytes]]:
 
 
 class StoreCommand:
-    """Builds the C-STORE-RQ command sets of one SOP class: all but message id and instance is made once."""
+    """Builds the C-STORE-RQ command sets of one SOP class; everything except message id and instance is made once."""
 
     def __init__(self, sop_class: str) -> None:
         # The group length comes before, and counts from here on.
@@ -74,7 +74,7 @@ class StoreCommand:
         )
 
     def pdus(self, context: int, message_id: int, sop_instance: str, fragment: int) -> bytes:
-        """Return the command set as PDUs, in fragments of at most so many bytes."""
+        """Return the command set as PDUs, with fragments of limited length."""
         data = self.build(message_id, sop_instance)
         if len(data) <= fragment:
             return header(len(data), context, COMMAND | LAST) + data
@@ -106,7 +106,7 @@ def _element(element: int, value: bytes) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """What came back. `status` and `message_id` are None where the peer left them out."""
+    """A response. `status` and `message_id` are None where the peer left them out."""
 
     command: int | None
     message_id: int | None
@@ -117,7 +117,7 @@ class Response:
 
 
 def parse_response(command_set: bytes) -> Response:
-    """Read a command set; what is missing or cut short stays None."""
+    """Read a command set; missing or truncated values stay None."""
     values: dict[int, bytes] = {}
     pos = 0
     while pos + 8 <= len(command_set):

@@ -1,4 +1,4 @@
-"""What retrievals by C-MOVE have asked for: nothing else is taken by the Storage SCP that serves them."""
+"""What retrievals by C-MOVE have requested: their Storage SCP accepts nothing else."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Expected:
             the peer's own AE title, which pynetdicom's archive gives instead.
         hosts: addresses that they may come from.
         instances: their UIDs, None if they are not known.
-        heard: when something came last; `time.monotonic`.
+        heard: when something was last received; `time.monotonic`.
     """
 
     originators: frozenset[str]
@@ -34,7 +34,7 @@ class Expected:
     heard: float = field(default_factory=time.monotonic)
 
     def last_heard(self) -> float:
-        """Return when something came last."""
+        """Return when something was last received."""
         return self.heard
 
 
@@ -47,7 +47,7 @@ class MoveDesk:
 
     @contextmanager
     def expecting(self, one: Expected) -> Iterator[None]:
-        """Take what belongs to this move until the block ends."""
+        """Accept what belongs to this move until the block ends."""
         with self._lock:
             self._expected.append(one)
         try:
@@ -57,17 +57,17 @@ class MoveDesk:
                 self._expected.remove(one)
 
     def admit(self, caller: Caller) -> bool:
-        """Return True if a peer at this address was asked for something."""
+        """Return True if something was requested from a peer at this address."""
         with self._lock:
             return any(caller.host in one.hosts for one in self._expected)
 
     def depot(self, caller: Caller, request: CommandSet) -> tuple[Depot | None, int]:
-        """Return where an instance goes, or None and the status to refuse it with."""
+        """Return the folder for an instance, or None and the status to refuse it with."""
         one = self._of(caller, request)
         return (None, NOT_AUTHORISED) if one is None else (one.depot, 0)
 
     def heard(self, caller: Caller, request: CommandSet | None) -> None:
-        """Take note that something comes."""
+        """Note that something was received."""
         one = None if request is None else self._of(caller, request)
         if one is not None:
             one.heard = time.monotonic()

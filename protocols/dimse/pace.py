@@ -1,6 +1,6 @@
-"""How many associations help: as many as keep this process busy, and not more.
+"""How many associations pay: as many as keep this process busy, and not more.
 
-One association to a near and fast peer leaves our thread little to wait for; more of them would only contend for the
+With one association to a near and fast peer our thread hardly waits; more threads would only contend for the
 interpreter. To a far or slow peer a thread waits nearly all the time, and each further association adds its own rate.
 So what is measured is the share of the time in which the associations' threads compute, send and receive; what they
 wait for a processor on a machine that is busy otherwise doesn't count (proc(5), schedstat).
@@ -20,7 +20,7 @@ ENOUGH, CERTAIN, AIM = 0.5, 0.2, 0.75
 
 
 class Meter:
-    """The time that the thread which makes it has worked, since the last look."""
+    """Measures how long the thread that makes it has worked since the last look."""
 
     def __init__(self) -> None:
         self._fd = -1
@@ -52,13 +52,13 @@ class Meter:
 
 
 class Pace:
-    """Decides how many associations there should be.
+    """Decides how many associations there are to be.
 
     Args:
         most: at most so many.
 
     Attributes:
-        count: how many were asked for so far.
+        count: how many were requested so far.
     """
 
     def __init__(self, most: int) -> None:
@@ -68,7 +68,7 @@ class Pace:
         self._low = 0
 
     def look(self, meter: Meter) -> int:
-        """Return how many associations to add now; each association's thread asks after its answers."""
+        """Return how many associations to add now; each association's thread calls this after its answers."""
         if self.count >= self.most or time.perf_counter() - meter.begun < LOOK_S:
             return 0
         share = meter.share()
@@ -84,7 +84,7 @@ class Pace:
             return self._grow(max(self.count + 1, int(AIM * self.count / max(busy, 0.01))))
 
     def hang(self) -> int:
-        """Return how many to add when a thread has nothing to do but wait."""
+        """Return how many to add when a thread can only wait."""
         with self._lock:
             return self._grow(self.most)
 

@@ -1,6 +1,6 @@
 """How a search is split where a peer doesn't give all answers at once: by date, time of day, prefix, or modality.
 
-Each splitter returns searches that together find what the one before did, or nothing if it can't split it further.
+Each splitter returns searches that together find what the original one does, or nothing if it can't split further.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ LAST_S = DAY_S - 1
 
 
 def by_date(keys: Keys, found: Sequence[dict[str, Any]]) -> list[Keys]:
-    """Halve the dates, in the middle of what was found; a period that is open stays so on that side."""
+    """Halve the dates, in the middle of what was found; a period stays open on the side on which it was."""
     halves = _halves(keys, found)
     return [keys | {"StudyDate": f"{_date(begin)}-{_date(end)}"} for begin, end in halves]
 
 
 def by_closed_date(keys: Keys, found: Sequence[dict[str, Any]]) -> list[Keys]:
-    """Halve the dates, for peers that take no period with an open side."""
+    """Halve the dates, for peers that don't accept a period with an open side."""
     halves = _halves(keys, found)
     return [keys | {"StudyDate": f"{_date(begin or date.min)}-{_date(end or date.max)}"} for begin, end in halves]
 
@@ -54,7 +54,7 @@ def _halves(keys: Keys, found: Sequence[dict[str, Any]]) -> list[tuple[date | No
 
 
 def by_time(keys: Keys, found: Sequence[dict[str, Any]]) -> list[Keys]:
-    """Halve the time of day, within one day; what a peer compares as text, or without fractions, is in one half."""
+    """Halve the time of day within a day, so that peers which compare text or drop fractions find each time once."""
     first, dash, last = keys.get("StudyDate", "-").partition("-")
     if (dash and first != last) or not all(str(one.get("StudyTime", "")) for one in found):
         return []
@@ -70,7 +70,7 @@ def by_time(keys: Keys, found: Sequence[dict[str, Any]]) -> list[Keys]:
 
 
 def by_prefix(keys: Keys, found: Sequence[dict[str, Any]]) -> list[Keys]:
-    """Add one more character to what an identifier begins with."""
+    """Split by the next character of an identifier."""
     for key in PREFIXED:
         value = keys.get(key, "*")
         if value.endswith("*") and value.count("*") == 1 and "?" not in value and len(value) < 12:
@@ -81,7 +81,7 @@ def by_prefix(keys: Keys, found: Sequence[dict[str, Any]]) -> list[Keys]:
 
 
 def by_modality(keys: Keys, found: Sequence[dict[str, Any]]) -> list[Keys]:
-    """Ask for one modality after another."""
+    """Split by modality."""
     if "ModalitiesInStudy" in keys:
         return []
     return [keys | {"ModalitiesInStudy": modality} for modality in MODALITIES]
@@ -91,7 +91,7 @@ SPLITTERS: tuple[Splitter, ...] = (by_date, by_closed_date, by_time, by_modality
 
 
 def outside(part: Keys, whole: Keys, found: Sequence[dict[str, Any]]) -> bool:
-    """Return True if answers to a part of a search are none of it: the peer doesn't look at the key."""
+    """Return True if answers don't belong to the part of a search: the peer ignores the key."""
     return any(
         one.get(key) not in (None, "") and not _is_in(key, value, one[key])
         for key, value in part.items()
@@ -122,7 +122,7 @@ def _date(day: date | None) -> str:
 
 
 def _seconds(text: str) -> int:
-    """Seconds of a time of day, which may be cut short (PS3.5 section 6.2, TM), without its fraction."""
+    """Return the whole seconds of a time of day, which may lack its last parts (PS3.5 section 6.2, TM)."""
     text = text[:6].ljust(6, "0")
     return int(text[:2]) * 3600 + int(text[2:4]) * 60 + int(text[4:6])
 

@@ -1,4 +1,4 @@
-"""Ports that this process listens on for associations that peers open, each shared by all who need it."""
+"""Ports on which this process listens for associations from peers, each shared by all its users."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class Port(Protocol):
     """Listens on a port from the time that it is made."""
 
     def offer(self, tls: ssl.SSLContext | None) -> None:
-        """Let peers come with TLS too, if nobody has seen to that before."""
+        """Accept TLS as well, unless that was enabled before."""
 
     def close(self) -> None:
-        """Listen no more, and break the associations that are open."""
+        """Stop listening, and break open associations."""
 
 
 P = TypeVar("P", bound=Port)
@@ -42,14 +42,14 @@ def shared(
     *,
     remedy: str = "",
 ) -> Iterator[P]:
-    """Listen on a port until the block ends; several blocks of one process share who listens.
+    """Listen on a port until the block ends; several blocks of one process share the listener.
 
     Args:
         kind: what listens: two kinds can't share a port.
         make: makes it, if there is none.
         tls: a server's context, for peers that come with TLS.
-        wait_s: how long to wait for somebody else to give the port up, seconds.
-        remedy: what to do if nobody does.
+        wait_s: seconds to wait for another user to release the port.
+        remedy: what to do if that doesn't happen.
 
     Raises:
         Misconfigured: the port can't be listened on.

@@ -45,10 +45,10 @@ _KNOWN: dict[int, tuple[Meaning, str]] = {
 
 
 def meaning(status: int) -> tuple[Meaning, str]:
-    """Return what a status of C-STORE means, and its words.
+    """Return the meaning of a C-STORE status, and its words.
 
-    A status that no clause knows counts as a failure of its instance: PS3.7 Annex C has no other kind of final
-    status but success, warning and failure, and only the two first say that the instance was kept.
+    A status that no clause defines counts as a failure of its instance: PS3.7 Annex C has no other final statuses than
+    success, warning and failure, and only the first two mean that the instance was kept.
     """
     if status in _KNOWN:
         return _KNOWN[status]

@@ -42,11 +42,11 @@ _SLICE = struct.pack("ll", int(SLICE_S), int(SLICE_S % 1 * 1e6))  # struct timev
 
 
 class ReleasedByPeer(Interrupted):
-    """The peer has ended the association in order; it blames no instance."""
+    """The peer has ended the association in order; no instance is the reason."""
 
 
 class Changed(Exception):
-    """The instance must not be sent after all, and part of it has been: the association can't go on."""
+    """The instance must not be sent, but part of it has been: the association must end."""
 
 
 @dataclass(eq=False)
@@ -55,7 +55,7 @@ class OutgoingInstance:
 
     Attributes:
         fd: open file. It is read by position, so that its offset doesn't matter.
-        offset: where the data set begins, bytes; moves on as it is read.
+        offset: where the data set begins, bytes; advances while it is read.
         size: of the file, bytes.
         context: presentation context id.
         verify: called after the last byte was read and before the last fragment goes out; raises to keep the
@@ -93,7 +93,7 @@ class _Buffer:
         self._patched = -1  # where the header of a last fragment is
 
     def load(self, commands: StoreCommand, instance: OutgoingInstance) -> None:
-        """Put the command set of an instance before the data, and its context into all headers."""
+        """Put the command set of an instance before the data, and its context id into all headers."""
         if self._context != instance.context:
             self._context, self._patched = instance.context, -1
             header = message.header(self.fragment, self._context, 0)
@@ -104,7 +104,7 @@ class _Buffer:
         self.memory[self.begin : COMMAND_ROOM] = pdus
 
     def fill(self, instance: OutgoingInstance) -> bool:
-        """Read what comes next of an instance; mark the last fragment. Return False if the file ends early."""
+        """Read the next bytes of an instance; mark the last fragment. Return False if the file ends early."""
         if self._patched >= 0:
             message.put_header(self.memory, self._patched, self.fragment, self._context, 0)
             self._patched = -1
@@ -126,7 +126,7 @@ class _Buffer:
         return True
 
     def _complete(self, instance: OutgoingInstance, want: int) -> bool:
-        """Go on after a short read, place by place."""
+        """Continue after a short read, place by place."""
         while self.payload < want:
             which, done = divmod(self.payload, self.fragment)
             place = self.places[which][done : min(self.fragment, done + want - self.payload)]
@@ -138,11 +138,11 @@ class _Buffer:
 
 
 class Sender:
-    """Sends instances over a borrowed connection. Use it as a context manager: the connection goes back after it.
+    """Sends instances over a borrowed connection. A context manager, which gives the connection back at the end.
 
     Args:
         throttle: shared by all senders of a dispatch.
-        moved: called with the number of bytes that went out.
+        moved: called with the number of bytes that were sent.
         check: called between pieces and several times a second while waiting; may raise to stop.
 
     Attributes:
@@ -202,7 +202,7 @@ class Sender:
         self.association.transport.take_back()
 
     def prepare(self, instance: OutgoingInstance) -> None:
-        """Read the beginning of an instance, or all of a small one: can be done while the peer is busy.
+        """Read the beginning of an instance, or all of a small one, perhaps while the peer is busy.
 
         Raises:
             Changed: the file ends early. Other errors: what `verify` raised. Nothing has been sent.
@@ -226,8 +226,8 @@ class Sender:
         """Send the instance that was prepared last; its response will name its message id.
 
         Raises:
-            TimedOut: the peer takes no more bytes. Interrupted: the connection ended.
-            Changed: the file is not what it was, and part of it has gone out: end the association.
+            TimedOut: the peer accepts no more bytes. Interrupted: the connection ended.
+            Changed: the file has changed, and part of it has been sent: end the association.
         """
         buffer = self._buffer
         self._send(buffer)
@@ -240,7 +240,7 @@ class Sender:
             self._send(buffer)
 
     def _send(self, buffer: _Buffer) -> None:
-        """Write what is in the buffer, if there is a throttle in pieces of whole PDUs."""
+        """Write the buffer, in pieces of whole PDUs if there is a throttle."""
         if self._throttle.limit is None:
             self._write(buffer.view[buffer.begin : buffer.end])
             self._moved(buffer.payload)
@@ -289,12 +289,12 @@ class Sender:
         """Wait for the next response to C-STORE.
 
         Raises:
-            TimedOut: none comes. Interrupted: the peer aborts, releases, or says what makes no sense here.
+            TimedOut: none comes. Interrupted: the peer aborts, releases, or sends something unexpected.
         """
         return self._response(message.C_STORE_RSP)
 
     def echo(self, context: int) -> None:
-        """Send C-ECHO and wait for the response, to show the peer that we are there; nothing may be outstanding."""
+        """Send C-ECHO and wait for the response, to show the peer that we are alive; nothing may be outstanding."""
         self._message_id = self._message_id % 0xFFFF + 1
         self._write(memoryview(message.echo_pdu(context, self._message_id)))
         self._response(message.C_ECHO_RSP)
@@ -302,7 +302,7 @@ class Sender:
     def release(self) -> None:
         """End the association in order (A-RELEASE), when nothing is outstanding; everything was confirmed before.
 
-        Not by pynetdicom, which waits for seconds for an answer where the peer asks for a release at the same time.
+        Not by pynetdicom, which waits for seconds for an answer if the peer asks for a release at the same time.
         """
         self.patience = min(RELEASE_S, self.patience)
         with suppress(Interrupted, TimedOut):
@@ -327,7 +327,7 @@ class Sender:
                 return response
 
     def _pdu(self) -> tuple[int, bytes] | None:
-        """Cut the next PDU off what was received."""
+        """Return the next PDU of what was received."""
         data = self._received
         if len(data) < 6:
             return None
@@ -379,7 +379,7 @@ class Sender:
             return
 
     def _broken(self, exc: OSError) -> DispatchError:
-        """Name why the connection ended: an abort that the peer sent before says more than a reset."""
+        """Return why the connection ended: an abort that the peer sent before says more than a reset."""
         self.torn = True
         if isinstance(exc, ssl.SSLError) and "ALERT" in (exc.reason or "") and self.peer.tls:
             return tls.classify(exc, self.peer.where, has_cert=bool(self.peer.tls.cert))
@@ -392,10 +392,10 @@ class Sender:
         return Interrupted(f"{self.peer.where}: the connection broke: {exc.strerror or exc}")
 
     def _look_for_an_end(self) -> None:
-        """Look whether what came unasked ends the association: a peer that has done so may take no more bytes.
+        """Check whether unexpected bytes end the association: a peer that has ended it may accept no more bytes.
 
         Raises:
-            Interrupted: it does. What came before stays for `drain`.
+            Interrupted: they do. What came before them stays for `drain`.
         """
         self._read_rest()
         pos = 0
@@ -405,7 +405,7 @@ class Sender:
             pos += 6 + int.from_bytes(self._received[pos + 2 : pos + 6], "big")
 
     def _read_rest(self) -> None:
-        """Read what has come already: it stays readable after the connection broke."""
+        """Read the bytes that have arrived, which are readable even after the connection broke."""
         with suppress(OSError):
             poll = select.poll()
             poll.register(self._sock, select.POLLIN)
@@ -415,7 +415,7 @@ class Sender:
                 self._received += memoryview(self._scratch)[:count]
 
     def drain(self) -> list[Response]:
-        """Return the responses that came before the connection broke, and were not asked for yet."""
+        """Return the responses that arrived before the connection broke and have not been returned yet."""
         found: list[Response] = []
         self._read_rest()
         with suppress(Interrupted):

@@ -28,7 +28,7 @@ PLAIN_ALERT = b"\x15\x03"  # how a TLS alert begins (RFC 8446 section 5.1): what
 
 @dataclass(frozen=True)
 class Peer:
-    """Whom to talk to, and how long to wait for it.
+    """The node to connect to, and how long to wait for it.
 
     Attributes:
         connect_timeout_s: for a TCP connection and its TLS handshake, seconds each.
@@ -102,7 +102,7 @@ def handshake(
 
 
 def _no_common(error: DispatchError) -> bool:
-    """Return True if a handshake may have failed for want of a common version or cipher suite."""
+    """Return True if a handshake may have failed because no version or cipher suite is common."""
     reason = (getattr(error.__cause__, "reason", None) or "").upper()
     return any(word in reason for word in ("HANDSHAKE_FAILURE", "VERSION", "PROTOCOL", "INSUFFICIENT", "CIPHER"))
 
@@ -118,9 +118,9 @@ def _shake(peer: Peer, context: ssl.SSLContext) -> ssl.SSLSocket:
 
 
 def verdict(sock: ssl.SSLSocket, peer: Peer, settings: tls.Tls) -> None:
-    """Wait shortly for the peer's opinion of our certificate: TLS 1.3 gives it after the handshake.
+    """Wait briefly for the peer's verdict on our certificate: with TLS 1.3 it comes after the handshake.
 
-    The socket is closed if it is a bad one.
+    The socket is closed if the certificate is refused.
 
     Raises:
         Misconfigured, Denied, Interrupted: the peer ended the connection, as `tls.classify` says.
@@ -140,7 +140,7 @@ def verdict(sock: ssl.SSLSocket, peer: Peer, settings: tls.Tls) -> None:
 
 
 def poll(sock: socket.socket, events: int, seconds: float) -> bool:
-    """Return True if a socket is ready within so many seconds."""
+    """Return True if a socket is ready within this number of seconds."""
     ready = select.poll()
     ready.register(sock, events)
     return bool(ready.poll(seconds * 1000))
