@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 START_S = 90  # a busy machine; most are up in less than one
 STOP_S = 5
@@ -28,6 +29,20 @@ def as_loaded(seconds: float) -> float:
     with suppress(OSError):
         running = max(running, float(Path("/proc/loadavg").read_text("ascii").split()[3].partition("/")[0]))  # now
     return seconds * max(1.0, running / (os.cpu_count() or 1))
+
+
+def patient(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a target's settings with more time for its peers where they must wait for a processor.
+
+    A second is long for a server on loopback; where ten others are at work it is not. Timeouts that a test waits for
+    stay what they are at twice as much load as there are processors.
+    """
+    shortest = {"idle_timeout_s": 0.5, "connect_timeout_s": 5}  # shorter ones are waited for in any case
+    return dict(settings) | {
+        name: max(value, as_loaded(value / 2))
+        for name, value in settings.items()
+        if name in shortest and value >= shortest[name]
+    }
 
 
 def _share() -> Iterator[int] | None:

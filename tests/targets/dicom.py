@@ -11,6 +11,7 @@ from blocks.base import Target
 from blocks.dicom import DicomTarget
 from talaria.testing import process
 from talaria.testing.harness import Harness
+from talaria.testing.process import patient
 from talaria.testing.relay import relay
 from tests.servers.dcmtk import StoreScp, storescp
 from tests.servers.orthanc import Orthanc, shared_orthanc
@@ -34,7 +35,7 @@ def dicom_target(port: int, **settings: Any) -> DicomTarget:
         "retry_delay_s": 0,
         "retry_max_delay_s": 0,
     }
-    target = DicomTarget(**(defaults | settings))
+    target = DicomTarget(**patient(defaults | settings))
     target.named("dicom-test")
     return target
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from blocks.dicom_tls import DicomTlsTarget
 from talaria.testing.harness import Harness
+from talaria.testing.process import patient
 from tests.servers.certificates import Authority, Leaf
 from tests.servers.dcmtk import storescp
 from tests.servers.orthanc import shared_orthanc
@@ -70,7 +71,7 @@ def tls_target(port: int, **settings: Any) -> DicomTlsTarget:
         "tls_key": str(made.client.key),
         "tls_key_password": KEY_PASSWORD,
     }
-    target = DicomTlsTarget(**(defaults | settings))
+    target = DicomTlsTarget(**patient(defaults | settings))
     target.named("dicom-tls-test")
     return target
 

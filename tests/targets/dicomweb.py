@@ -13,6 +13,7 @@ from blocks.base import Target
 from blocks.dicomweb import DicomWebTarget
 from talaria.testing import process
 from talaria.testing.harness import Harness
+from talaria.testing.process import patient
 from talaria.testing.relay import relay
 from tests.servers.certificates import Authority
 from tests.servers.dicomweb import Scripted, scripted
@@ -33,7 +34,7 @@ def dicomweb_target(url: str, **settings: Any) -> DicomWebTarget:
         "retry_max_delay_s": 0,
         "direction": "both",
     }
-    target = DicomWebTarget(**(defaults | settings))
+    target = DicomWebTarget(**patient(defaults | settings))
     target.named("dicomweb-test")
     return target
 

@@ -16,7 +16,7 @@ from blocks.base import Target
 from blocks.s3 import S3Target
 from protocols.s3.keys import keys
 from talaria.testing.harness import Harness
-from talaria.testing.process import free_port
+from talaria.testing.process import free_port, patient
 from talaria.testing.relay import relay
 from tasks.s3.support import forget
 from tests.servers.certificates import Authority, Leaf
@@ -65,7 +65,7 @@ def target(url: str, access_key: str, secret_key: str, **settings: Any) -> S3Tar
         "retry_delay_s": 0,
         "retry_max_delay_s": 0,
     }
-    made = S3Target(**(defaults | settings))
+    made = S3Target(**patient(defaults | settings))
     made.named("s3-test")
     return made
 

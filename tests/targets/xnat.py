@@ -11,6 +11,7 @@ from blocks.base import Target
 from blocks.xnat import XnatTarget
 from talaria.testing import process
 from talaria.testing.harness import Harness
+from talaria.testing.process import patient
 from talaria.testing.relay import relay
 from tests.servers.xnat import Xnat, xnat
 from transfer.plan import Item, Plan
@@ -31,7 +32,7 @@ def xnat_target(url: str, **settings: Any) -> XnatTarget:
         "retry_delay_s": 0,
         "retry_max_delay_s": 0,
     }
-    target = XnatTarget(**(defaults | settings))
+    target = XnatTarget(**patient(defaults | settings))
     target.named("xnat-test")
     return target
 
