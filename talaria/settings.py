@@ -171,6 +171,7 @@ def server_environment(home: Home, host: str, port: int, *, auth: bool) -> dict[
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
         "PREFECT_UI_API_URL": "/api",
         "PREFECT_LOGGING_SERVER_LEVEL": "WARNING",
+        "PREFECT_SERVER_API_CSRF_PROTECTION_ENABLED": "false",
     }
     if auth:
         environment["PREFECT_SERVER_API_AUTH_STRING"] = auth_string(home)
@@ -188,6 +189,9 @@ def client_environment(home: Home, url: str, *, auth: bool) -> dict[str, str]:
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "DO_NOT_TRACK": "1",
         "PREFECT_CLIENT_METRICS_ENABLED": "false",
+        # Each client would ask for both before its first call; our server is of our version, and wants no token.
+        "PREFECT_CLIENT_CSRF_SUPPORT_ENABLED": "false",
+        "PREFECT_CLIENT_SERVER_VERSION_CHECK_ENABLED": "false",
     }
     if auth:
         environment["PREFECT_API_AUTH_STRING"] = auth_string(home)

@@ -86,8 +86,6 @@ class _Crew:
         self.log = home.root / "logs" / "worker.log"
         self.env = {
             "TALARIA_LIMIT": str(limit),
-            "PREFECT_WORKER_QUERY_SECONDS": "0.5",
-            "PREFECT_WORKER_PREFETCH_SECONDS": "1",
             "PREFECT_LOGGING_LEVEL": "INFO",
             "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "INFO",
             # A run whose server is away for a moment must not end for that.

@@ -174,8 +174,9 @@ def push(target: FolderTarget, plan: Plan, report: PushReport) -> Receipt:
         job = _Push(target, plan, report, root)
         try:
             return job.run()
-        except (Cancelled, Permanent):
-            job.discard()  # nobody will go on with it
+        except (Cancelled, Permanent) as exc:
+            if isinstance(exc, Permanent) or not report.pausing.is_set():
+                job.discard()  # nobody will go on with it
             raise
 
 

@@ -12,7 +12,7 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -198,6 +198,15 @@ class Ledger:
                 " owner=excluded.owner, begun=excluded.begun, ended=NULL",
                 (flow_run_id, owner, time.time()),
             )
+
+    def run_claimed(self, flow_run_id: str, owner: str, alive: Callable[[str], bool]) -> bool:
+        """Note that a process is about to run a flow run, unless a living one has it; return whether it may."""
+        with self._writing() as db:
+            row = db.execute("SELECT owner, ended FROM runs WHERE flow_run_id=?", (flow_run_id,)).fetchone()
+            if row and row[1] is None and row[0] and alive(row[0]):
+                return False
+            self.run_begins(flow_run_id, owner)
+        return True
 
     def same_dispatch(self, flow_run_id: str, plan: Plan) -> Plan:
         """Return the plan with the dispatch id that its flow run had when it first ran.

@@ -107,7 +107,7 @@ def cancel(job: Job, as_json: Json = False) -> None:
 
 @app.command(epilog="Example: talaria jobs pause 3f2a")
 def pause(job: Job, as_json: Json = False) -> None:
-    """Let a retrieval end after the running series, to go on there when it is resumed."""
+    """Let a dispatch end after the items under way, a retrieval after the series, to go on there when resumed."""
     from talaria.engine import runs
 
     with api() as access:
@@ -122,7 +122,7 @@ def resume(
     no_wait: Annotated[bool, typer.Option("--no-wait", help="Return as soon as it is queued.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Let a paused retrieval, or a dispatch that was paused before it began, go on."""
+    """Let a paused dispatch or retrieval go on where it ended."""
     from talaria.engine import runs
 
     with api() as access:

@@ -27,7 +27,7 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import ObjectNotFound, PrefectException
-from prefect.states import AwaitingRetry, Cancelled, Scheduled
+from prefect.states import AwaitingRetry, Cancelled, Crashed, Scheduled
 
 from tasks.dispatch.running import PAUSED, PAUSING, UNTIL_RESUMED
 from tasks.paging import every
@@ -35,7 +35,8 @@ from transfer.home import Home
 from transfer.ledger import Ledger
 from transfer.staging import discard
 
-MAX_RUNS = 20  # a run that crashed that often is left for people to look at
+MAX_CRASHES = 20  # a run that crashed that often is left for people to look at
+CRASHES = "talaria.crashes"  # label of a run: how often it was taken up
 PATIENCE_S = 600  # how long a run's end waits for a server that is away
 TAKEN_UP = "taken up after a crash"  # what the state of a run says that is back in the queue
 logger = logging.getLogger(__name__)
@@ -130,7 +131,7 @@ async def _take_up(client: PrefectClient, run_id: str) -> bool:
     except ObjectNotFound:
         return False
     state = flow_run.state
-    if state is None or state.type is StateType.SCHEDULED:
+    if state is None or state.type is StateType.SCHEDULED or state.is_paused():
         return False
     if state.type is StateType.CANCELLING:
         await client.set_flow_run_state(flow_run.id, Cancelled(message="cancelled"), force=True)
@@ -140,12 +141,17 @@ async def _take_up(client: PrefectClient, run_id: str) -> bool:
     if flow_run.parent_task_run_id is not None:  # a part of a run that is taken up itself, and makes it anew
         await client.set_flow_run_state(flow_run.id, Cancelled(message="its run was taken up again"), force=True)
         return False
-    if flow_run.run_count >= MAX_RUNS:
+    crashes = int(str(flow_run.labels.get(CRASHES, 0)))
+    if crashes >= MAX_CRASHES:
+        why = f"its worker or server died {crashes} times while it ran: look why, then retry it"
+        if not state.is_final():
+            await client.set_flow_run_state(flow_run.id, Crashed(message=why), force=True)
         return False
     if state.name == PAUSING:  # it was killed before it had paused
         paused: State[Any] = Scheduled(scheduled_time=datetime.now(UTC) + UNTIL_RESUMED, name=PAUSED)
         await client.set_flow_run_state(flow_run.id, paused, force=True)
         return False
+    await client.update_flow_run_labels(flow_run.id, {CRASHES: crashes + 1})
     await client.set_flow_run_state(
         flow_run.id, AwaitingRetry(scheduled_time=datetime.now(UTC), message=TAKEN_UP), force=True
     )

@@ -14,9 +14,13 @@ from prefect.utilities.callables import parameter_schema
 
 from blocks import TYPES
 from talaria.engine.table import FLOWS
-from talaria.engine.worker import TalariaWorker
 from talaria.settings import POOL
 
+# Our workers need nothing of it, but a server takes no empty one.
+TEMPLATE = {
+    "job_configuration": {"name": "{{ name }}"},
+    "variables": {"type": "object", "properties": {"name": {"type": "string", "title": "Name"}}},
+}
 # Lower numbers first: an urgent dispatch overtakes, an off-peak one goes last.
 QUEUES = {"urgent": 1, "normal": 10, "offpeak": 100}
 
@@ -52,11 +56,8 @@ async def _pool(client: PrefectClient) -> WorkPool:
     try:
         pool = await client.read_work_pool(POOL)
     except ObjectNotFound:
-        template = TalariaWorker.get_default_base_job_template()
         try:
-            pool = await client.create_work_pool(
-                WorkPoolCreate(name=POOL, type=TalariaWorker.type, base_job_template=template)
-            )
+            pool = await client.create_work_pool(WorkPoolCreate(name=POOL, type="talaria", base_job_template=TEMPLATE))
         except ObjectAlreadyExists:
             pool = await client.read_work_pool(POOL)
     for name, priority in QUEUES.items():

@@ -21,10 +21,10 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.client.schemas.sorting import ArtifactSort, FlowRunSort
 from prefect.exceptions import ObjectNotFound
-from prefect.flow_engine import run_flow
 from prefect.states import AwaitingRetry, Cancelled, Cancelling, Scheduled
 
 from talaria.cli.access import ServerAccess
+from talaria.engine import lanes
 from talaria.engine.recovery import settle
 from talaria.engine.registry import deployed
 from talaria.engine.table import FLOWS
@@ -62,7 +62,7 @@ def run_here(access: ServerAccess, flow_run: FlowRun) -> None:
     with access.home.owner() as owner, Ledger(access.home.ledger) as ledger:
         while True:
             ledger.run_begins(run_id, owner)
-            asyncio.run(run_flow(flow, flow_run=flow_run, return_type="state"))  # type: ignore[arg-type]
+            asyncio.run(lanes.run_here(flow, flow_run))
             asyncio.run(settle(run_id))
             ledger.run_ends(run_id)
             # It may wait for a window that opens soon, or have lost its server: there is no worker to take it up.
@@ -204,7 +204,7 @@ async def retry(client: PrefectClient, run_id: UUID) -> FlowRun:
 
 
 async def pause(client: PrefectClient, run_id: UUID) -> str:
-    """Ask a retrieval to stop after the current series, or keep a run that has not begun from beginning.
+    """Ask a run to stop where it can go on, a retrieval after the current series; or keep it from beginning.
 
     Returns:
         The name of its state afterwards.
@@ -213,12 +213,12 @@ async def pause(client: PrefectClient, run_id: UUID) -> str:
     state = flow_run.state
     if state is None or state.is_final() or state.type is StateType.CANCELLING:
         raise Misconfigured(f"run {run_id} has ended, or is ending: {flow_run.state_name}")
+    if state.is_paused() or state.name == running.PAUSED:
+        raise Misconfigured(f"run {run_id} is paused already: {flow_run.state_name}")
     if state.type is StateType.SCHEDULED:
         state = Scheduled(scheduled_time=datetime.now(UTC) + running.UNTIL_RESUMED, name=running.PAUSED)
-    elif is_retrieval(flow_run):
-        state = State(type=StateType.RUNNING, name=running.PAUSING)
     else:
-        raise Misconfigured("a dispatch that is under way can't be paused: cancel it, and retry it later")
+        state = State(type=StateType.RUNNING, name=running.PAUSING)
     await client.set_flow_run_state(run_id, state, force=True)
     return str(state.name)
 
@@ -227,8 +227,8 @@ async def resume(client: PrefectClient, run_id: UUID) -> FlowRun:
     """Let a paused run continue."""
     flow_run = await client.read_flow_run(run_id)
     if flow_run.state_name == running.PAUSING:
-        raise Misconfigured(f"run {run_id} is about to pause: it can be resumed when its current series is fetched")
-    if flow_run.state_name != running.PAUSED:
+        raise Misconfigured(f"run {run_id} is about to pause: it can be resumed when it has")
+    if flow_run.state_name != running.PAUSED and not (flow_run.state and flow_run.state.is_paused()):
         raise Misconfigured(f"run {run_id} is not paused: {flow_run.state_name}")
     await client.set_flow_run_state(run_id, AwaitingRetry(scheduled_time=datetime.now(UTC)), force=True)
     return await client.read_flow_run(run_id)

@@ -1,192 +1,364 @@
 """The worker: runs flows in threads of one process, in which everything is imported already.
 
-Prefect's own process worker starts an interpreter for each run, which costs 3-6 s before the first line of a flow;
-in threads it is 0.3-1 s. What is lost with processes is made up for here: a run is cancelled through its flag, and the
-runs of a killed worker are taken up by the next one (`talaria.engine.recovery`).
+Prefect's own process worker starts an interpreter for each run, which costs 3-6 s before the first line of a flow.
+What is lost with processes is made up for here: a run is stopped through its flag, and the runs of a killed worker are
+taken up by the next one (`talaria.engine.recovery`).
+
+An event of the server wakes it when a run is to be begun or stopped. As a net below that, for events that get lost, it
+looks at the server every NET_S seconds.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextvars
+import logging
 import os
+import random
 import signal
 import socket
-from concurrent.futures import ThreadPoolExecutor
+import time
 from contextlib import suppress
+from datetime import UTC, datetime, timedelta
 from typing import Any
+from uuid import UUID
 
-import anyio
-import anyio.abc
 import httpx
-from prefect import Flow, get_client
+from prefect import Flow
+from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.filters import (
     FlowRunFilter,
+    FlowRunFilterId,
     FlowRunFilterState,
-    FlowRunFilterStateName,
     FlowRunFilterStateType,
     WorkPoolFilter,
     WorkPoolFilterName,
 )
-from prefect.client.schemas.objects import FlowRun, StateType
-from prefect.exceptions import PrefectException
-from prefect.flow_engine import run_flow
-from prefect.states import Cancelled, Failed
-from prefect.workers.base import BaseJobConfiguration, BaseVariables, BaseWorker, BaseWorkerResult
+from prefect.client.schemas.objects import FlowRun, State, StateType
+from prefect.client.schemas.responses import OrchestrationResult, SetStateStatus, WorkerFlowRunResponse
+from prefect.exceptions import ObjectNotFound, PrefectException
+from prefect.states import Cancelled, Failed, Pending, Scheduled
 
+from talaria.engine import lanes
 from talaria.engine.recovery import settle
 from talaria.engine.table import flow_at
+from talaria.engine.watch import StateChange, watch
 from talaria.settings import POOL
-from tasks.dispatch import running
+from tasks.dispatch import progress, running
 from transfer.home import Home
 from transfer.ledger import Ledger
 
-WATCH_S = 1.0  # between two looks for runs that somebody cancels
+NET_S = 20.0  # between two looks at the server when no event comes
+BLIND_S = 2.0  # the same while there is no subscription
+SOON_S = NET_S + 10  # a run that is to begin by then gets an alarm of its own
+HEARTBEAT_S = 30.0  # Prefect takes a worker for offline after three of them
+HEED_S = 0.1  # before a run is asked after whose state has changed: it ends, most often, and is gone by then
+CALM_S = 0.05  # after a look that found nothing: what woke us need not be ours
+DEPLOYED_S = 60.0  # how long it is known which flow a deployment is of
+READY_LANES = 2
+LOST = (httpx.HTTPError, PrefectException, OSError)
+logger = logging.getLogger("prefect.worker")
 
 
-class TalariaResult(BaseWorkerResult):
-    """The result of a run for the worker; the flow engine sets the run's state."""
+class Worker:
+    """Takes runs out of a work pool's queues and runs them, `limit` at once."""
 
-
-class TalariaWorker(BaseWorker[BaseJobConfiguration, BaseVariables, TalariaResult]):
-    """Runs deployments of Talaria's flows in threads of this process."""
-
-    type = "talaria"
-    job_configuration = BaseJobConfiguration
-    job_configuration_variables = BaseVariables
-    _description = "Runs Talaria's flows in threads of a long-lived process."
-
-    def serve_from(self, home: Home, ledger: Ledger, owner: str, limit: int) -> TalariaWorker:
-        """Set the worker's state directory and the name under which its runs are in the ledger."""
-        self.home, self.ledger, self.owner = home, ledger, owner
-        self.threads = ThreadPoolExecutor(limit, thread_name_prefix="run")
+    def __init__(self, client: PrefectClient, pool: str, home: Home, ledger: Ledger, owner: str, limit: int) -> None:
+        self.client, self.pool, self.home, self.ledger, self.owner = client, pool, home, ledger, owner
+        self.limit = limit
+        self.name = f"{socket.gethostname()}-{os.getpid()}"
         self.draining = False
-        self.active: set[str] = set()
-        self.ended = asyncio.Event()  # nothing runs any more, and nothing new is taken
-        return self
+        self.active: dict[UUID, asyncio.Task[None]] = {}
+        # Those that are free; some are there before the first run comes.
+        self._lanes = [lanes.Lane(f"run-{number}") for number in range(min(limit, READY_LANES))]
+        self._claimed: set[UUID] = set()  # those of them that are ours by their state at the server, too
+        self._wake = asyncio.Event()
+        self._more = False  # runs may wait for a place to be free
+        self._expected: set[UUID] = set()  # runs that events have named, and that have not begun yet
+        self._flows: dict[UUID, tuple[float, Flow[..., Any] | None, str]] = {}  # by deployment, with the time
+        self._jobs: set[asyncio.Task[None]] = set()
 
-    async def get_and_submit_flow_runs(self) -> list[FlowRun]:
-        return [] if self.draining else await super().get_and_submit_flow_runs()
-
-    async def run(
-        self,
-        flow_run: FlowRun,
-        configuration: BaseJobConfiguration,
-        task_status: anyio.abc.TaskStatus[Any] | None = None,
-    ) -> TalariaResult:
-        """Run one flow run in a thread, to its end."""
-        run_id = str(flow_run.id)
-        identifier = f"{socket.gethostname()}:{os.getpid()}:{run_id}"
-        self.ledger.run_begins(run_id, self.owner)
-        self.active.add(run_id)
-        running.flag(run_id)
-        try:
-            flow = await self._flow_of(flow_run)
-            if task_status:
-                task_status.started(identifier)
-            if flow is None:
-                return TalariaResult(status_code=1, identifier=identifier)
-            loop = asyncio.get_running_loop()
-            await loop.run_in_executor(self.threads, contextvars.Context().run, _run, flow, flow_run)
-        except Exception:
-            # The engine has set the state where it could; what it could not set is settled below.
-            self._logger.exception("run %s ended with an error of the engine", run_id)
-            if task_status and not task_status._future.done():  # type: ignore[attr-defined]
-                raise
-        finally:
-            self.active.discard(run_id)
-            if self.draining and not self.active:
-                self.ended.set()
-            running.forget(run_id)
-            if not self.draining or not running.stopping():
-                await settle(run_id)
-                self.ledger.run_ends(run_id)
-        return TalariaResult(status_code=0, identifier=identifier)
+    async def serve(self) -> None:
+        """Work until it is cancelled."""
+        self._wake.set()
+        async with asyncio.TaskGroup() as group:
+            group.create_task(watch(self._pool_id, self._changed, self._connected))
+            group.create_task(self._take_runs())
+            group.create_task(self._beat())
+            group.create_task(self._look_again())
 
     async def idle(self) -> None:
-        """Wait until nothing runs."""
-        if self.active:
-            await self.ended.wait()
+        """Take nothing new, and wait until nothing runs."""
+        self.draining = True
+        while self.active:
+            await asyncio.wait(list(self.active.values()))
+
+    def close(self) -> None:
+        for lane in self._lanes:
+            lane.close()
+
+    # ---- what is to be run
+
+    async def _take_runs(self) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            if self.draining:
+                return
+            if len(self.active) >= self.limit:
+                self._more = True
+                continue
+            try:
+                found = await self._due()
+            except LOST as exc:
+                logger.debug("no runs: %s", exc)
+                await asyncio.sleep(1)
+                self._wake.set()
+                continue
+            if self.draining:
+                return
+            begun = 0
+            for flow_run in found:
+                self._expected.discard(flow_run.id)
+                if flow_run.id not in self.active and len(self.active) < self.limit:
+                    self.active[flow_run.id] = asyncio.create_task(self._run(flow_run))
+                    begun += 1
+            self._more = len(found) > begun or len(found) >= self.limit
+            if self._expected and len(found) < self.limit:  # their time has not come
+                self._expected.clear()
+                self._do(self._set_alarms())
+            if not begun:
+                await asyncio.sleep(CALM_S)
+
+    async def _due(self) -> list[FlowRun]:
+        """Return the runs that are to begin now, those first that go first; no more than can be begun."""
+        answer = await self._scheduled(scheduled_before=datetime.now(UTC).isoformat())
+        return [entry.flow_run for entry in answer]
+
+    async def _scheduled(self, **body: Any) -> list[WorkerFlowRunResponse]:
+        try:
+            answer = await self.client.request(
+                "POST",
+                "/work_pools/{name}/get_scheduled_flow_runs",
+                path_params={"name": self.pool},
+                json={"limit": self.limit, **body},
+            )
+        except httpx.HTTPStatusError as exc:
+            if exc.response.status_code == 404:  # somebody has removed the pool
+                return []
+            raise
+        return [WorkerFlowRunResponse.model_validate(one) for one in answer.json()]
+
+    async def _set_alarms(self) -> None:
+        """Be awake when the runs are to begin that wait for their time."""
+        now = datetime.now(UTC)
+        soon = await self._scheduled(
+            scheduled_after=now.isoformat(), scheduled_before=(now + timedelta(seconds=SOON_S)).isoformat(), limit=200
+        )
+        for begin in {entry.flow_run.next_scheduled_start_time for entry in soon}:
+            self._set_alarm(begin)
+
+    def _set_alarm(self, begin: datetime | None) -> None:
+        if begin is None or (seconds := begin.timestamp() - time.time()) <= 0:
+            self._wake.set()
+        elif seconds < SOON_S:
+            asyncio.get_running_loop().call_later(seconds + 0.001, self._wake.set)
+
+    # ---- one run
+
+    async def _run(self, flow_run: FlowRun) -> None:
+        """Run one flow run in a thread, to its end."""
+        run_id, settled, more = str(flow_run.id), False, True
+        running.flag(run_id)
+        try:
+            if not self.ledger.run_claimed(run_id, self.owner, self.home.alive):
+                settled, more = True, False  # it still runs, and its next time has come: an event says when it may
+                return
+            flow = await self._flow_of(flow_run)
+            if flow is None or not await self._claim(flow_run):
+                settled = True
+            else:
+                self._claimed.add(flow_run.id)
+                state = await self._in_lane(flow, flow_run)
+                settled = state is not None and (state.is_final() or state.is_scheduled() or state.is_paused())
+                if state is not None and state.is_scheduled():
+                    self._set_alarm(state.state_details.scheduled_time)
+            if settled:
+                self.ledger.run_ends(run_id)
+        except Exception:
+            # The engine has set the state where it could; what it could not set is settled below.
+            logger.exception("run %s ended with an error of the engine", run_id)
+        finally:
+            if not settled and not (self.draining and running.stopping()):
+                await settle(run_id)
+                self.ledger.run_ends(run_id)
+            running.forget(run_id)
+            self._claimed.discard(flow_run.id)
+            del self.active[flow_run.id]
+            if self._more and more:
+                self._wake.set()
+
+    async def _in_lane(self, flow: Flow[..., Any], flow_run: FlowRun) -> State[Any] | None:
+        lane = self._lanes.pop() if self._lanes else lanes.Lane("run")
+        try:
+            return await lane.run(flow, flow_run)
+        finally:
+            if not lane.broken:
+                self._lanes.append(lane)
+
+    async def _claim(self, flow_run: FlowRun) -> bool:
+        """Take a run for this worker; False if another one has it, or somebody has changed its state."""
+        try:
+            result: OrchestrationResult[Any] = await self.client.set_flow_run_state(flow_run.id, Pending())
+        except ObjectNotFound:
+            return False
+        state = result.state
+        return result.status is SetStateStatus.ACCEPT and state is not None and state.is_pending()
 
     async def _flow_of(self, flow_run: FlowRun) -> Flow[..., Any] | None:
         """Return the flow to run; if its deployment names none of ours, fail the run and return None."""
-        if flow_run.deployment_id is None:
-            raise RuntimeError("a run without a deployment")
-        deployment = await self.client.read_deployment(flow_run.deployment_id)
-        flow = flow_at(str(deployment.entrypoint))
+        deployment_id = flow_run.deployment_id
+        known = self._flows.get(deployment_id) if deployment_id else None
+        if known is None or known[0] < time.monotonic() - DEPLOYED_S:
+            entrypoint = "none"
+            with suppress(ObjectNotFound):
+                if deployment_id:
+                    entrypoint = str((await self.client.read_deployment(deployment_id)).entrypoint)
+            known = time.monotonic(), flow_at(entrypoint), entrypoint
+            if deployment_id:
+                self._flows[deployment_id] = known
+        _, flow, entrypoint = known
         if flow is None:
             # Whoever may make a deployment may not thereby run code of his own on this machine.
-            why = f"its deployment's entry point, {deployment.entrypoint}, is not one of Talaria's flows"
+            why = f"its deployment's entry point, {entrypoint}, is not one of Talaria's flows"
             await self.client.set_flow_run_state(flow_run.id, Failed(message=f"Not run: {why}."), force=True)
         return flow
 
-    async def watch(self) -> None:
-        """Stop the runs that somebody cancels or pauses."""
+    # ---- what others make of runs
+
+    async def _pool_id(self) -> UUID:
+        return (await self.client.read_work_pool(self.pool)).id
+
+    def _connected(self, now: bool) -> None:
+        if now:
+            running.WATCHED.set()
+            self._wake.set()
+            self._do(self._look())
+        else:
+            running.WATCHED.clear()
+
+    def _changed(self, change: StateChange) -> None:
+        if change.run_id in self.active:
+            if change.type not in ("PENDING", "RUNNING") or change.name == running.PAUSING:
+                self._do(self._heed([change.run_id], after=HEED_S))
+        elif change.type == "SCHEDULED":
+            self._expected.add(change.run_id)
+            self._wake.set()
+        elif change.type == "CANCELLING" or (change.type == "RUNNING" and change.before == "PAUSED"):
+            self._do(self._look_after(change))
+
+    def _do(self, work: Any) -> None:
+        async def guarded() -> None:
+            with suppress(*LOST):
+                await work
+
+        task = asyncio.create_task(guarded())
+        self._jobs.add(task)
+        task.add_done_callback(self._jobs.discard)
+
+    async def _heed(self, run_ids: list[UUID], after: float = 0.0) -> None:
+        """Stop those of our runs that somebody has given a state which they must not have while they run."""
+        await asyncio.sleep(after)
+        run_ids = [run_id for run_id in run_ids if run_id in self._claimed]
+        if not run_ids:
+            return
+        found = await self.client.read_flow_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=run_ids)))
+        states = {flow_run.id: flow_run.state for flow_run in found}
+        for run_id in run_ids:
+            state = states.get(run_id)
+            if state is not None and (state.is_paused() or state.name == running.PAUSING):
+                running.pause(str(run_id)).set()
+            elif state is None or state.type not in (StateType.PENDING, StateType.RUNNING):
+                running.flag(str(run_id)).set()
+
+    async def _look_after(self, change: StateChange) -> None:
+        """Bring a run that nobody runs to where it belongs."""
+        flow_run = await self.client.read_flow_run(change.run_id)
+        state, run_id = flow_run.state, str(change.run_id)
+        if state is None or state.type.value != change.type:
+            return
+        owner = self.ledger.unfinished().get(run_id)
+        if owner and self.home.alive(owner):
+            return
+        if state.is_cancelling():  # while it waited for its next attempt
+            await self.client.set_flow_run_state(flow_run.id, Cancelled(), force=True)
+            self.ledger.run_ends(run_id)
+        elif state.is_running():  # resumed: it ended when it was paused
+            resumed: State[Any] = Scheduled(scheduled_time=datetime.now(UTC), name="Resuming")
+            await self.client.set_flow_run_state(flow_run.id, resumed, force=True)
+
+    # ---- the net
+
+    async def _look_again(self) -> None:
         while True:
-            with suppress(httpx.HTTPError, PrefectException):
-                await self._cancel_asked()
-            await anyio.sleep(WATCH_S)
+            seconds = NET_S if running.WATCHED.is_set() else BLIND_S
+            await asyncio.sleep(seconds * random.uniform(0.9, 1.1))  # noqa: S311 - spreads load
+            self._wake.set()
+            with suppress(*LOST):
+                await self._look()
+            progress.clear(self.home, lambda run_id: run_id in map(str, self.active))
 
-    async def _cancel_asked(self) -> None:
-        async with get_client() as client:
-            asked = await client.read_flow_runs(
-                flow_run_filter=FlowRunFilter(
-                    state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.CANCELLING]))
-                ),
-                work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=[self._work_pool_name])),
-            )
-            owners = self.ledger.unfinished()
-            for flow_run in asked:
-                run_id = str(flow_run.id)
-                if run_id in self.active:
-                    running.flag(run_id).set()
-                elif not (run_id in owners and self.home.alive(owners[run_id])):
-                    # Cancelled while it waited for its next attempt: nobody runs it.
-                    await client.set_flow_run_state(flow_run.id, Cancelled(), force=True)
-                    self.ledger.run_ends(run_id)
-            pausing = await client.read_flow_runs(
-                flow_run_filter=FlowRunFilter(
-                    state=FlowRunFilterState(name=FlowRunFilterStateName(any_=[running.PAUSING]))
-                ),
-                work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=[self._work_pool_name])),
-            )
-            for flow_run in pausing:
-                if str(flow_run.id) in self.active:
-                    running.pause(str(flow_run.id)).set()
+    async def _look(self) -> None:
+        """Look for what events would have said."""
+        await self._set_alarms()
+        await self._heed(list(self.active))
+        cancelling = await self.client.read_flow_runs(
+            flow_run_filter=FlowRunFilter(
+                state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.CANCELLING]))
+            ),
+            work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=[self.pool])),
+        )
+        for flow_run in cancelling:
+            if flow_run.id not in self.active:
+                await self._look_after(StateChange(flow_run.id, "CANCELLING", "Cancelling", ""))
 
-
-def _run(flow: Flow[..., Any], flow_run: FlowRun) -> None:
-    """Run a flow in a thread of its own, with an event loop of its own."""
-    result = run_flow(flow, flow_run=flow_run, return_type="state")
-    if asyncio.iscoroutine(result):
-        asyncio.run(result)
+    async def _beat(self) -> None:
+        """Let the server know that we live."""
+        while True:
+            with suppress(*LOST):
+                await self.client.send_worker_heartbeat(self.pool, self.name, HEARTBEAT_S)
+            await asyncio.sleep(HEARTBEAT_S)
 
 
 async def work(pool: str, limit: int) -> None:
     """Work until SIGTERM (what runs is finished first) or a second one (what runs is stopped and left to recovery)."""
-    home = Home.current()
+    home, stop = Home.current(), asyncio.Event()
     with home.owner() as owner, Ledger(home.ledger) as ledger:
-        worker = TalariaWorker(work_pool_name=pool, name=f"{socket.gethostname()}-{os.getpid()}", limit=limit)
-        worker.serve_from(home, ledger, owner, limit)
-        stop = asyncio.Event()
+        async with lanes.client() as client:
+            worker = Worker(client, pool, home, ledger, owner, limit)
 
-        def asked_to_stop() -> None:
-            if worker.draining:
-                running.stop_all()
-            worker.draining = True
-            stop.set()
+            def asked_to_stop() -> None:
+                if worker.draining:
+                    running.stop_all()
+                worker.draining = True
+                stop.set()
 
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, asked_to_stop)
-        async with anyio.create_task_group() as group:
-            group.start_soon(worker.start)
-            group.start_soon(worker.watch)
-            await stop.wait()
-            await worker.idle()
-            group.cancel_scope.cancel()
+            loop = asyncio.get_running_loop()
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.add_signal_handler(number, asked_to_stop)
+            serving = asyncio.create_task(worker.serve())
+            stopping = asyncio.create_task(stop.wait())
+            await asyncio.wait([serving, stopping], return_when=asyncio.FIRST_COMPLETED)
+            try:
+                if serving.done():
+                    serving.result()
+                await worker.idle()
+            finally:
+                for task in (serving, stopping):
+                    task.cancel()
+                await asyncio.gather(serving, stopping, return_exceptions=True)
+                worker.close()
 
 
 def main() -> None:
     """Entry point of a worker process."""
-    anyio.run(work, POOL, int(os.environ.get("TALARIA_LIMIT", "8")))
+    asyncio.run(work(POOL, int(os.environ.get("TALARIA_LIMIT", "8"))))

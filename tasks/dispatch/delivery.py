@@ -60,6 +60,7 @@ class Delivery:
     """A plan on its way to a target. Not a dataclass, because Prefect would walk through thousands of items.
 
     Args:
+        paused: set, before `cancelled` is, by whoever wants to go on later with what has come.
         force: whether to forget first what the ledger knows.
     """
 
@@ -72,9 +73,10 @@ class Delivery:
         home: Home,
         cancelled: threading.Event,
         *,
+        paused: threading.Event | None = None,
         force: bool = False,
     ) -> None:
-        self.driver, self.target = driver, target
+        self.driver, self.target, self.paused = driver, target, paused
         self.ledger, self.home, self.cancelled = ledger, home, cancelled
         self.refused, wanted = sort_out(driver.facts, target, plan)
         self.plan = plan.narrowed(wanted, lacks=lacking(self.refused))
@@ -134,7 +136,7 @@ class Delivery:
                 told = ((item.path, self._told.get(item.path)) for item in plan.items if item.path not in done)
                 rejected = {path: outcome for path, outcome in told if outcome and not outcome.arrived}
                 report = PushReport(
-                    self._record(key), self.cancelled, self.moved, self._unanswered, put_off=self._put_off
+                    self._record(key), self.cancelled, self.moved, self._unanswered, self.paused, self._put_off
                 )
                 report.check()
                 for item in self.refused:

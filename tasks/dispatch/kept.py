@@ -28,8 +28,12 @@ KIND = "talaria-receipt"  # what the metadata of a part says that it is
 HIDDEN = "result"  # the type of artifacts that Prefect's pages leave out
 
 
-async def keep(client: PrefectClient, flow_run_id: UUID, document: dict[str, Any]) -> None:
-    """Save the receipts of a run at the server, and remove its earlier ones."""
+async def keep(client: PrefectClient, flow_run_id: UUID, document: dict[str, Any], *, again: bool = True) -> None:
+    """Save the receipts of a run at the server, and remove its earlier ones.
+
+    Args:
+        again: whether there may be earlier ones.
+    """
     data = json.dumps(document, separators=(",", ":")).encode()
     text = base64.b64encode(zlib.compress(data)).decode("ascii")
     pieces = [text[at : at + PART_CHARS] for at in range(0, len(text), PART_CHARS)]
@@ -37,7 +41,7 @@ async def keep(client: PrefectClient, flow_run_id: UUID, document: dict[str, Any
     for number, piece in enumerate(pieces):
         part = ArtifactCreate(type=HIDDEN, data=piece, metadata_=mark | {"part": str(number)}, flow_run_id=flow_run_id)
         await client.create_artifact(part)
-    for old in await _parts(client, flow_run_id):
+    for old in await _parts(client, flow_run_id) if again else ():
         if old.metadata_ and old.metadata_["set"] != mark["set"]:
             await client.delete_artifact(old.id)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -16,6 +17,7 @@ from prefect.artifacts import (
     acreate_table_artifact,
     aupdate_progress_artifact,
 )
+from prefect.context import FlowRunContext
 from prefect.events import emit_event
 from prefect.exceptions import PrefectException
 
@@ -25,7 +27,7 @@ from tasks.dispatch.progress import Live, Part
 from transfer.home import Home
 from transfer.ledger import write_json
 from transfer.outcome import Kind
-from transfer.receipt import Receipt, State
+from transfer.receipt import ItemResult, Receipt, State
 
 PROGRESS_S = 5.0  # before a target gets its progress artifact, and between two updates; each costs the server 35 ms
 SHOWN_ITEMS = 500  # lines of the artifact's list; the JSON file has all
@@ -115,7 +117,7 @@ async def report(
     path, whole = home.receipt(flow_run_id), document(dispatch_id, flow_run_id, state, receipts)
     write_json(path, whole)
     async with get_client() as client:
-        await kept.keep(client, UUID(flow_run_id), whole)
+        await kept.keep(client, UUID(flow_run_id), whole, again=has_run_before())
     for receipt in receipts:
         emit_event(
             "talaria.receipt",
@@ -125,12 +127,20 @@ async def report(
             },
             payload={"dispatch_id": dispatch_id, "flow_run_id": flow_run_id, **receipt.to_json() | {"items": []}},
         )
-    await acreate_table_artifact([_row(receipt) for receipt in receipts], "receipt", f"dispatch {dispatch_id}: {state}")
-    await acreate_markdown_artifact(
-        _markdown(dispatch_id, state, receipts, outputs, str(path)),
-        "receipt-details",
-        f"dispatch {dispatch_id}: details",
-    )
+    rows = [_row(receipt) for receipt in receipts]
+    await acreate_table_artifact(rows, "receipt", f"dispatch {dispatch_id}: {state}; {_links(path)}")
+    if outputs or any(receipt.error or receipt.notes or _odd(receipt) for receipt in receipts):
+        await acreate_markdown_artifact(
+            _markdown(dispatch_id, state, receipts, outputs, path),
+            "receipt-details",
+            f"dispatch {dispatch_id}: details",
+        )
+
+
+def has_run_before() -> bool:
+    """Return True unless it is the first time that the flow run of this context runs."""
+    context = FlowRunContext.get()
+    return context is None or context.flow_run is None or context.flow_run.run_count != 1
 
 
 def _row(receipt: Receipt) -> dict[str, Any]:
@@ -139,16 +149,24 @@ def _row(receipt: Receipt) -> dict[str, Any]:
     return {key: counts[key] for key in (*keys, "attempts", "verified", "hook")} | {"error": receipt.error or ""}
 
 
-def _markdown(dispatch_id: str, state: State, receipts: Sequence[Receipt], outputs: dict[str, str], path: str) -> str:
-    lines = [f"# Dispatch `{dispatch_id}`: {state}", "", f"All items: `{path}` on the machine that sent them.", ""]
+def _links(path: Path) -> str:
     links = {"runs": "/v2/runs", "targets": "/v2/blocks", "earlier receipts": "/v2/artifacts/key/receipt"}
-    lines += [" · ".join(f"[{words}]({path})" for words, path in links.items()), ""]
+    shown = " · ".join(f"[{words}]({link})" for words, link in links.items())
+    return f"all items: `{path}` on the machine that sent them; {shown}"
+
+
+def _odd(receipt: Receipt) -> list[ItemResult]:
+    return [item for item in receipt.items if item.outcome is not Kind.DELIVERED]
+
+
+def _markdown(dispatch_id: str, state: State, receipts: Sequence[Receipt], outputs: dict[str, str], path: Path) -> str:
+    lines = [f"# Dispatch `{dispatch_id}`: {state}", "", _links(path), ""]
     for receipt in receipts:
         counts = ", ".join(f"{count} {kind}" for kind, count in receipt.counts.items() if count) or "nothing"
         lines += [f"## {receipt.target}: {receipt.state}", "", f"{counts}; verified: {receipt.verified}."]
         lines += [f"\n**{_plain(receipt.error)}**"] if receipt.error else []
         lines += [f"\n{_plain(note)}" for note in receipt.notes]
-        odd = [item for item in receipt.items if item.outcome is not Kind.DELIVERED]
+        odd = _odd(receipt)
         if odd:
             lines += ["", "| item | outcome | reason |", "|---|---|---|"]
             lines += [f"| {_plain(i.path)} | {i.outcome} | {_plain(i.detail)} |" for i in odd[:SHOWN_ITEMS]]

@@ -12,21 +12,21 @@ from typing import Any, TypeVar
 
 from prefect import get_client
 from prefect.client.schemas.objects import State as RunState
-from prefect.concurrency.asyncio import concurrency
 from prefect.context import FlowRunContext
 from prefect.logging import get_run_logger
-from prefect.states import AwaitingRetry, Cancelled, Completed, Failed
+from prefect.states import AwaitingRetry, Cancelled, Completed, Failed, Scheduled
 
 from blocks.base import Target
 from tasks import DRIVERS
 from tasks.dispatch import running
 from tasks.dispatch.delivery import Delivery
 from tasks.dispatch.patience import is_outage, patiently
+from tasks.dispatch.place import place
 from tasks.dispatch.progress import Live, live
 from tasks.dispatch.push import failure_of, hook_task, push_task
 from tasks.dispatch.report import progress_shown, report
 from tasks.dispatch.stage import stage_files
-from tasks.targets import check_destination, limit, load
+from tasks.targets import check_destination, load
 from transfer.errors import Cancelled as DispatchCancelled
 from transfer.errors import DispatchError
 from transfer.home import Home
@@ -38,7 +38,6 @@ from transfer.window import DispatchWindow
 
 R = TypeVar("R")
 OFF_PEAK = "22:00-06:00"  # UTC, unless TALARIA_OFF_PEAK says otherwise
-LEASE_S = 60  # a killed worker's place at a target is free again after this
 LOOK_S = 0.25  # between two looks at the cancel flag
 GRACE_S = 3  # for a driver to stop by itself, before what it waits for is cancelled: all in all it takes less than 5
 DISABLED_S = 60  # a dispatch to a disabled target looks again after this
@@ -52,7 +51,7 @@ class Dispatch:
     ) -> None:
         self.flow_run_id, self.targets, self.home, self.ledger = flow_run_id, targets, home, ledger
         self.live = shown_live
-        self.cancelled = running.flag(flow_run_id)
+        self.cancelled, self.paused = running.flag(flow_run_id), running.pause(flow_run_id)
         self.staging = home.staging / flow_run_id
         self.deliveries: list[Delivery] = []
         self.again: datetime | None = None  # when what waits may be tried
@@ -64,13 +63,29 @@ class Dispatch:
         except asyncio.CancelledError as exc:
             if not self.cancelled.is_set():
                 raise
-            raise DispatchCancelled("the dispatch was cancelled while its files were read") from exc
+            raise self._stopped_early() from exc
+        except DispatchCancelled as exc:
+            raise self._stopped_early() from exc
         return self.ledger.same_dispatch(self.flow_run_id, staged.plan)
+
+    def _stopped_early(self) -> DispatchCancelled:
+        if self.paused.is_set():
+            return _Paused("the dispatch was paused while its files were read")
+        return DispatchCancelled("the dispatch was cancelled while its files were read")
 
     async def deliver(self, plan: Plan, priority: str, force: bool) -> list[Receipt]:
         """Push to all targets at once; none of them ever holds up another."""
         self.deliveries = [
-            Delivery(DRIVERS.of(target), target, plan, self.ledger, self.home, self.cancelled, force=force)
+            Delivery(
+                DRIVERS.of(target),
+                target,
+                plan,
+                self.ledger,
+                self.home,
+                self.cancelled,
+                paused=self.paused,
+                force=force,
+            )
             for target in self.targets
         ]
         async with progress_shown(self.deliveries, self.live):
@@ -104,22 +119,21 @@ class Dispatch:
             if not self.cancelled.is_set():
                 raise
         if self.cancelled.is_set() and delivery.receipt().unsent:
-            delivery.stopped = State.CANCELLED
+            # What came stays; a paused one goes on with the rest when it is resumed.
+            delivery.stopped = State.WAITING if self.paused.is_set() else State.CANCELLED
             delivery.ends()
 
     async def _push(self, delivery: Delivery) -> None:
         """Push as soon as the target's concurrency limit has room, and take a place of it while the push runs."""
-        async with get_client() as client:
-            slot = await limit(client, delivery.target)
-        async with concurrency(
-            slot, occupy=1, strict=True, lease_duration=LEASE_S, raise_on_lease_renewal_failure=False
-        ):
+        async with get_client() as client, place(client, delivery.target):
             await push_task(delivery)(delivery)
 
     async def _stoppable(self, work: Awaitable[R], idle: Callable[[], bool] = lambda: False) -> R:
         """Wait for work; when the run is cancelled, let the work stop by itself, or cancel it if it is idle."""
         task = asyncio.ensure_future(work)
         while not (await asyncio.wait([task], timeout=LOOK_S))[0]:
+            if self.paused.is_set():
+                self.cancelled.set()
             if self.cancelled.is_set():
                 if not idle():
                     await asyncio.wait([task], timeout=GRACE_S)
@@ -133,6 +147,8 @@ class Dispatch:
         outputs = {d.target.name: f"{d.hook_told}\n{d.hook_output}" for d in self.deliveries if d.hook_told}
         await patiently(lambda: report(self.home, plan.dispatch_id, self.flow_run_id, state, receipts, outputs))
         message = "; ".join(_sentence(receipt) for receipt in receipts)
+        if self.paused.is_set() and any(delivery.stopped is State.WAITING for delivery in self.deliveries):
+            return paused(message)
         if self.again and not self.cancelled.is_set():
             return AwaitingRetry(scheduled_time=self.again, message=message)
         if state is State.DELIVERED:
@@ -193,8 +209,20 @@ def opens(target: Target, priority: str, now: datetime | None = None) -> datetim
     return max(openings) if openings else None
 
 
+class _Paused(DispatchCancelled):
+    """The dispatch was stopped to go on later."""
+
+
+def paused(message: str) -> RunState[Any]:
+    """Return the state of a run that goes on when somebody resumes it."""
+    never = datetime.now(UTC) + running.UNTIL_RESUMED
+    return Scheduled(scheduled_time=never, name=running.PAUSED, message=message)
+
+
 def refusal(error: DispatchError) -> RunState[Any]:
     """Return the state of a run that could not begin, or was stopped before it began."""
+    if isinstance(error, _Paused):
+        return paused(error.message)
     return Cancelled(message=str(error)) if isinstance(error, DispatchCancelled) else Failed(message=str(error))
 
 

@@ -15,6 +15,9 @@ PAUSING = "Pausing"  # name of the state of a run that shall pause
 PAUSED = "Paused"  # and of one that has: scheduled for a time that does not come
 UNTIL_RESUMED = timedelta(days=3650)
 
+# Set while what others make of runs is reported to this process as it happens.
+WATCHED = threading.Event()
+
 _lock = threading.Lock()
 _flags: dict[str, threading.Event] = {}
 _pauses: dict[str, threading.Event] = {}
@@ -47,6 +50,12 @@ def pause(flow_run_id: str) -> threading.Event:
     """Return the flag that makes a run pause at a point from which it can continue later."""
     with _lock:
         return _pauses.setdefault(flow_run_id, threading.Event())
+
+
+def asked(flow_run_id: str) -> bool:
+    """Return True if a run has been asked to stop or to pause."""
+    with _lock:
+        return any(one[flow_run_id].is_set() for one in (_flags, _pauses) if flow_run_id in one)
 
 
 def forget(flow_run_id: str) -> None:

@@ -17,6 +17,7 @@ from prefect.artifacts import acreate_progress_artifact, acreate_table_artifact,
 
 from tasks.dispatch import kept
 from tasks.dispatch.progress import Part
+from tasks.dispatch.report import has_run_before
 from tasks.retrieve.job import Job, Stage, Study
 from transfer.home import Home
 from transfer.ledger import write_json
@@ -103,7 +104,7 @@ async def report(home: Home, job: Job, flow_run_id: str, source: str, state: str
     whole = document(job, flow_run_id, source, state)
     write_json(home.receipt(flow_run_id), whole)
     async with get_client() as client:
-        await kept.keep(client, UUID(flow_run_id), whole)
+        await kept.keep(client, UUID(flow_run_id), whole, again=has_run_before())
     path = csv_path(home, flow_run_id)
     _write(path, csv_text(job))
     shown = rows(job)[:SHOWN_ROWS]

@@ -18,8 +18,8 @@ from typing import Any, TypeVar
 from prefect import get_client
 from prefect.client.schemas.objects import State as RunState
 from prefect.client.schemas.objects import StateType
-from prefect.concurrency.asyncio import concurrency
 from prefect.context import FlowRunContext
+from prefect.exceptions import Abort, Pause
 from prefect.logging import get_run_logger
 from prefect.states import AwaitingRetry, Cancelled, Completed, Failed, Scheduled
 
@@ -28,14 +28,15 @@ from blocks.dicom import DicomTarget
 from imaging.query import Query
 from tasks.dispatch import running
 from tasks.dispatch.patience import patiently
+from tasks.dispatch.place import place as places
 from tasks.dispatch.progress import live
 from tasks.dispatch.report import updated
-from tasks.dispatch.run import LEASE_S, LOOK_S, opens
+from tasks.dispatch.run import LOOK_S, opens
 from tasks.retrieve.fetch import Fetcher
 from tasks.retrieve.job import Job, Stage, Study, discard, folder_of, size_of
 from tasks.retrieve.place import check_place, place
 from tasks.retrieve.report import RetrievalProgress, document, part_of, report, state_of
-from tasks.targets import check_destination, check_source, limit, load
+from tasks.targets import check_destination, check_source, load
 from transfer.accessions import accessions
 from transfer.errors import Cancelled as DispatchCancelled
 from transfer.errors import DispatchError, Misconfigured
@@ -165,11 +166,7 @@ class Retrieval:
         count = min(self.source.concurrency, self.source.max_dispatches)
 
         async def run() -> R:
-            async with get_client() as client:
-                slot = await limit(client, self.source)
-            async with concurrency(
-                slot, occupy=count, strict=True, lease_duration=LEASE_S, raise_on_lease_renewal_failure=False
-            ):
+            async with get_client() as client, places(client, self.source, count):
                 begun.append(True)
                 return await asyncio.to_thread(work)
 
@@ -251,14 +248,18 @@ class Retrieval:
 
     async def _dispatch(self, study: Study, folder: Path) -> None:
         """Send a study in a dispatch of its own, with the queried node as its origin."""
-        with running.part_of(self.flow_run_id):
-            state = await self._send(
-                [str(folder)],
-                list(self.wish.targets),
-                sender_aet=self.source.aet_target if isinstance(self.source, DicomTarget) else "",
-                sender_host=self.source.node,
-                return_state=True,
-            )
+        try:
+            with running.part_of(self.flow_run_id):
+                state = await self._send(
+                    [str(folder)],
+                    list(self.wish.targets),
+                    sender_aet=self.source.aet_target if isinstance(self.source, DicomTarget) else "",
+                    sender_host=self.source.node,
+                    return_state=True,
+                )
+        except (Pause, Abort) as exc:  # no Exceptions: they would end us with it
+            study.stage, study.reason = Stage.FAILED, f"its dispatch was stopped by somebody else: {exc}"
+            return
         study.dispatch = str(state.state_details.flow_run_id or "")
         study.targets = _targets(self.home, study.dispatch)
         if state.type is StateType.COMPLETED:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import inspect
 import os
+import re
 import signal
 from collections.abc import Iterator
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import httpx
 import psutil
@@ -17,17 +19,68 @@ from prefect.server.database.configurations import SQLITE_BEGIN_MODE, AioSqliteC
 
 from talaria.engine import api
 from talaria.testing import studies
-from tests.servers.up import Talaria, talaria
+from tests.servers.up import Talaria
 
 MARKS = ("talaria.engine.worker", "talaria.engine.api")
 pytestmark = pytest.mark.timeout(600)
 
 
+DISPATCHES = 4
+# What a dispatch of one target costs: its claim, Running, its reading then and at its end, its end; its target; a place
+# and that place given back; the receipt, for commands and for people.
+CALLS = [
+    "GET /flow_runs/ID",
+    "GET /flow_runs/ID",
+    "POST /artifacts/",
+    "POST /artifacts/",
+    "POST /block_documents/filter",
+    "POST /flow_runs/ID/set_state",
+    "POST /flow_runs/ID/set_state",
+    "POST /flow_runs/ID/set_state",
+    "POST /v2/concurrency_limits/decrement-with-lease",
+    "POST /v2/concurrency_limits/increment-with-lease",
+]
+LOOKS = "POST /work_pools/talaria/get_scheduled_flow_runs"
+
+
 @pytest.fixture(scope="module")
 def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Talaria]:
-    """A server of their own: one fills it with runs, the other kills it."""
-    with talaria(tmp_path_factory.mktemp("up")) as one:
-        yield one
+    """A server of their own: one fills it with runs, the other kills it; and its worker's log has each call."""
+    one = Talaria(tmp_path_factory.mktemp("up"))
+    one.more["PREFECT_LOGGING_ROOT_LEVEL"] = "INFO"
+    try:
+        yield one.start()
+    finally:
+        one.stop()
+
+
+def calls(up: Talaria, since: int = 0) -> list[str]:
+    """The calls of the API that the worker has made, with the status of the answer where that is an error."""
+    log = (up.home / "logs" / "worker.log").read_bytes()[since:].decode()
+    found = re.findall(r'HTTP Request: (\S+) http://[^/]+/api(\S+) "\S+ (\d+)', log)
+    return [
+        f"{method} {re.sub('[0-9a-f]{8}-[0-9a-f-]{27}', 'ID', path)}" + (f" {status}" if status >= "400" else "")
+        for method, path, status in found
+    ]
+
+
+def test_a_dispatch_takes_few_calls_of_the_api(up: Talaria, tmp_path: Path) -> None:
+    (tmp_path / "archive").mkdir()
+    up.apply(archive={"type": "folder", "folder": str(tmp_path / "archive"), "max_dispatches": 64})
+    for number in range(DISPATCHES + 1):
+        studies.ct(tmp_path / f"study{number}", 3)
+    assert up.told("send", str(tmp_path / "study0"), "--to", "archive")["state"] == "delivered"
+    since = (up.home / "logs" / "worker.log").stat().st_size
+    for number in range(1, DISPATCHES + 1):
+        assert up.told("send", str(tmp_path / f"study{number}"), "--to", "archive")["state"] == "delivered"
+    made = calls(up, since)
+    for call in CALLS:
+        assert made.count(call) == DISPATCHES * CALLS.count(call), made
+    # Looks for runs, and logs in bulk; the net below the events, and heartbeats, come by time.
+    others = sorted({call for call in made if call not in CALLS})
+    by_time = ["POST /flow_runs/filter", "POST /logs/", "POST /work_pools/talaria/workers/heartbeat"]
+    assert set(others) <= {LOOKS, *by_time}
+    assert made.count(LOOKS) <= 3 * DISPATCHES
 
 
 def test_the_private_name_is_still_prefect_s() -> None:
@@ -63,6 +116,7 @@ def test_a_flood_is_answered_without_503_and_schedules_survive(up: Talaria) -> N
             return [answer.status_code for answer in answers]
 
     assert set(asyncio.run(flood())) == {201}
+    assert not [call for call in calls(up) if call.endswith(" 503")]
     schedule = {"schedule": {"cron": "0 2 * * *", "timezone": "Europe/Berlin"}, "active": True}
     httpx.post(f"{path}/schedules", json=[schedule], auth=(user, password), timeout=300).raise_for_status()
     up.api("PATCH", f"/deployments/{deployment['id']}", description="changed by somebody")

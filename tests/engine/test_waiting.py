@@ -128,7 +128,7 @@ def test_the_clock_opens_windows_and_enabling_frees_what_waits(up: Talaria, tmp_
 
 
 def test_queued_and_waiting_runs_are_cancelled_at_once(up: Talaria, tmp_path: Path) -> None:
-    studies.ct(tmp_path / "study", 2)
+    studies.ct(tmp_path / "study", 60)  # so slow that it is still under way when it is cancelled
     closed = folder(tmp_path / "closed", window=later(2))
     dead = {"type": "dicom", "host": "127.0.0.1", "port": 1, "aet_target": "PACS", "connect_timeout_s": 1}
     up.apply(

@@ -128,6 +128,20 @@ def test_runs(path: Path) -> None:
         assert ledger.unfinished() == {"r2": "owner-2"}
 
 
+def test_a_run_that_a_living_process_has_is_nobody_else_s(path: Path) -> None:
+    living = {"first", "second"}
+    with Ledger(path) as ledger, Ledger(path) as other:
+        assert ledger.run_claimed("r", "first", living.__contains__)
+        assert not other.run_claimed("r", "second", living.__contains__)
+        assert not ledger.run_claimed("r", "first", living.__contains__)  # it runs already
+        assert other.unfinished() == {"r": "first"}
+        living.remove("first")
+        assert other.run_claimed("r", "second", living.__contains__)
+        assert ledger.unfinished() == {"r": "second"}
+        other.run_ends("r")
+        assert ledger.run_claimed("r", "third", living.__contains__)
+
+
 def test_prune_forgets_whole_dispatches_that_are_over(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Ledger(path) as ledger:
         now = time.time()

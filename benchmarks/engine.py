@@ -1,0 +1,278 @@
+"""The engine: our worker beside Prefect's process worker, on the same flow, at one server, to the same sink.
+
+    python -m benchmarks.engine [--single 10] [--many 40] [--process-single 3] [--process-many 4] [--idle 60]
+
+Each dispatch is 3 CT images of 0.5 MB to a DICOM sink that throws them away (benchmarks/discard.c), behind a relay that
+notes when the first byte comes. `first` is from the API's answer to the creation until then, `done` until the run's
+final state; calls are those of the worker and its runs, CPU is that of all its processes. Last comes what server,
+worker and `talaria up` use while nothing is to be done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+from benchmarks.dicom import discard
+from benchmarks.measure import machine
+from talaria.testing import process, studies
+
+FILES = 3
+LOGS = {  # each call of the API in a line of the log
+    "PREFECT_LOGGING_ROOT_LEVEL": "INFO",
+    "PREFECT_LOGGING_LEVEL": "INFO",
+    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "INFO",
+}
+SETTLE_S = 3.0  # until the last logs and events have been sent
+ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
+POOL = "bench-process"
+
+
+class Relay:
+    """Passes each connection on to a sink; notes when its first byte came."""
+
+    def __init__(self, to: int) -> None:
+        self.first: list[float] = []
+        self._to = to
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = int(self._listener.getsockname()[1])
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                here, _ = self._listener.accept()
+                there = socket.create_connection(("127.0.0.1", self._to))
+                for source, sink, note in ((here, there, True), (there, here, False)):
+                    threading.Thread(target=self._pass, args=(source, sink, note), daemon=True).start()
+
+    def _pass(self, source: socket.socket, sink: socket.socket, note: bool) -> None:
+        with suppress(OSError):
+            while data := source.recv(1 << 18):
+                if note:
+                    self.first.append(time.time())
+                    note = False
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_WR)
+
+
+@dataclass
+class Way:
+    """One kind of worker.
+
+    Attributes:
+        workers: returns its processes.
+    """
+
+    name: str
+    deployment: str
+    log: Path
+    workers: Callable[[], list[psutil.Process]]
+    first: list[float] = field(default_factory=list)
+    done: list[float] = field(default_factory=list)
+    calls: float = 0.0
+    rate: float = 0.0
+    server_cpu: float = 0.0
+    worker_cpu: float = 0.0
+
+    def row(self) -> str:
+        numbers = (statistics.median(self.first), max(self.first), statistics.median(self.done))
+        times = " | ".join(f"{number:.2f}" for number in numbers)
+        return (
+            f"| {self.name} | {times} | {self.calls:.1f} | {self.rate:.2f} "
+            f"| {self.server_cpu:.2f} | {self.worker_cpu:.2f} |"
+        )
+
+
+class Bench:
+    """A running `talaria up`, and what is asked of it."""
+
+    def __init__(self, root: Path, relay: Relay) -> None:
+        self.root, self.relay, self.home = root, relay, root / "home"
+        self.home.mkdir()
+        self.port = process.free_port()
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "TALARIA_"))}
+        self.env = kept | LOGS | {"TALARIA_HOME": str(self.home), "HOME": str(root)}
+        self.made = 0
+
+    @contextmanager
+    def up(self) -> Iterator[None]:
+        log = self.root / "up.log"
+        argv = [sys.executable, "-P", "-m", "talaria", "up", "--port", str(self.port)]
+        with log.open("wb") as out:
+            self.process = subprocess.Popen(argv, env=self.env, stdout=out, stderr=out, start_new_session=True)
+        try:
+            _until(lambda: b"ready:" in log.read_bytes(), 180)
+            user, _, password = (self.home / "api.auth").read_text().strip().partition(":")
+            self.auth = f"{user}:{password}"
+            self.api = httpx.Client(
+                base_url=f"http://127.0.0.1:{self.port}/api", auth=(user, password), timeout=60, trust_env=False
+            )
+            targets = self.root / "targets.yaml"
+            sink = f"{{type: dicom, host: 127.0.0.1, port: {self.relay.port}, max_dispatches: 16}}"
+            targets.write_text(f"targets:\n  sink: {sink}\n")
+            apply = [sys.executable, "-P", "-m", "talaria", "target", "apply", str(targets)]
+            subprocess.run(apply, env=self.env, check=True, stdout=subprocess.DEVNULL)
+            yield
+        finally:
+            process.stop(self.process)
+
+    def ask(self, method: str, path: str, body: Any = None) -> Any:
+        answer = self.api.request(method, path, json=body)
+        answer.raise_for_status()
+        return answer.json() if answer.content else None
+
+    def family(self) -> dict[str, list[psutil.Process]]:
+        """The server, our worker, and what starts them."""
+        found: dict[str, list[psutil.Process]] = {"server": [], "worker": []}
+        for child in psutil.Process(self.process.pid).children(recursive=True):
+            found["worker" if "talaria.engine.worker" in " ".join(child.cmdline()) else "server"].append(child)
+        return found | {"up": [psutil.Process(self.process.pid)]}
+
+    def study(self) -> Path:
+        self.made += 1
+        folder = self.root / f"study{self.made}"
+        studies.ct(folder, FILES)
+        return folder
+
+    def create(self, way: Way, folder: Path) -> str:
+        parameters = {"paths": [str(folder)], "targets": ["sink"]}
+        made = self.ask("POST", f"/deployments/{way.deployment}/create_flow_run", {"parameters": parameters})
+        return str(made["id"])
+
+    def measure(self, way: Way, single: int, many: int) -> None:
+        """Run dispatches one at a time, then many at once."""
+        self._one(way)  # what is loaded at first use is loaded
+        way.first.clear()
+        way.done.clear()
+        before, calls = self._cpu(way), _calls(way.log)
+        for _ in range(single):
+            self._one(way)
+        time.sleep(SETTLE_S)
+        way.calls = (_calls(way.log) - calls) / single
+        after = self._cpu(way)
+        way.server_cpu, way.worker_cpu = ((b - a) / single for a, b in zip(before, after, strict=True))
+        folders = [self.study() for _ in range(many)]
+        begun = time.time()
+        ids = [self.create(way, folder) for folder in folders]
+        filter_ = {"flow_runs": {"id": {"any_": ids}, "state": {"type": {"any_": list(ENDED)}}}}
+        _until(lambda: self.ask("POST", "/flow_runs/count", filter_) == many, 60 + 30 * many)
+        way.rate = many / (time.time() - begun)
+
+    def _one(self, way: Way) -> None:
+        folder = self.study()
+        time.sleep(1.0)
+        self.relay.first.clear()
+        run_id = self.create(way, folder)
+        created = time.time()
+        _until(lambda: self.ask("GET", f"/flow_runs/{run_id}")["state_type"] in ENDED, 180, 0.02)
+        state = self.ask("GET", f"/flow_runs/{run_id}")["state"]
+        if state["type"] != "COMPLETED":
+            raise RuntimeError(f"{way.name}: {state}")
+        way.first.append(min(self.relay.first) - created)
+        way.done.append(time.time() - created)
+
+    def _cpu(self, way: Way) -> tuple[float, float]:
+        return sum(map(_seconds, self.family()["server"])), sum(map(_seconds, way.workers()))
+
+
+def _seconds(one: psutil.Process) -> float:
+    """CPU time of a process and of those of its children that have ended."""
+    with suppress(psutil.Error):
+        times = one.cpu_times()
+        return float(times.user + times.system + times.children_user + times.children_system)
+    return 0.0
+
+
+def _calls(log: Path) -> int:
+    return len(re.findall(rb"HTTP Request: ", log.read_bytes()))
+
+
+def _until(ready: Callable[[], object], seconds: float, look: float = 0.1) -> None:
+    end = time.monotonic() + seconds
+    while not ready():
+        if time.monotonic() > end:
+            raise RuntimeError("waited in vain")
+        time.sleep(look)
+
+
+@contextmanager
+def process_worker(bench: Bench) -> Iterator[Way]:
+    """Prefect's own worker, which starts an interpreter for each run; for a deployment of the same flow."""
+    bench.ask("POST", "/work_pools/", {"name": POOL, "type": "process", "base_job_template": {}})
+    (ours,) = bench.ask("POST", "/deployments/filter", {"flows": {"name": {"any_": ["dispatch"]}}})
+    body = {"name": "bench", "flow_id": ours["flow_id"], "work_pool_name": POOL, "entrypoint": ours["entrypoint"]}
+    made = bench.ask("POST", "/deployments/", body | {"path": str(Path(__file__).parents[1])})
+    log = bench.root / "process-worker.log"
+    env = bench.env | {
+        "PREFECT_API_URL": f"http://127.0.0.1:{bench.port}/api",
+        "PREFECT_API_AUTH_STRING": bench.auth,
+        "PREFECT_HOME": str(bench.root / "prefect"),
+        "PREFECT_WORKER_QUERY_SECONDS": "0.5",
+        "PREFECT_WORKER_PREFETCH_SECONDS": "1",
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+    }
+    argv = [sys.executable, "-m", "prefect", "worker", "start", "--pool", POOL, "--type", "process", "--limit", "8"]
+    with log.open("wb") as out:
+        running = subprocess.Popen(argv, env=env, stdout=out, stderr=out, start_new_session=True)
+    try:
+        _until(lambda: b"started!" in log.read_bytes(), 120)
+        worker = psutil.Process(running.pid)
+        yield Way("Prefect's process worker", made["id"], log, lambda: [worker, *worker.children(recursive=True)])
+    finally:
+        process.stop(running)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, count in (("single", 10), ("many", 40), ("process-single", 3), ("process-many", 4), ("idle", 60)):
+        parser.add_argument(f"--{name}", type=int, default=count)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="talaria-bench-") as name, discard(Path(name) / "sink") as (port, _):
+        bench = Bench(Path(name), Relay(port))
+        with bench.up():
+            (ours,) = bench.ask("POST", "/deployments/filter", {"flows": {"name": {"any_": ["dispatch"]}}})
+            talaria = Way(
+                "Talaria's worker", ours["id"], bench.home / "logs/worker.log", lambda: bench.family()["worker"]
+            )
+            bench.measure(talaria, options.single, options.many)
+            ways = [talaria]
+            if options.process_single:
+                with process_worker(bench) as way:
+                    bench.measure(way, options.process_single, options.process_many)
+                    ways.append(way)
+            time.sleep(SETTLE_S)
+            before = {what: sum(map(_seconds, found)) for what, found in bench.family().items()}
+            time.sleep(options.idle)
+            idle = {what: sum(map(_seconds, found)) - before[what] for what, found in bench.family().items()}
+        print(f"{machine()}, load {os.getloadavg()[0]:.1f}\n")
+        print("| way | first s | worst s | done s | calls | dispatches/s | CPU server s | CPU worker s |")
+        print("|---|---|---|---|---|---|---|---|")
+        print("\n".join(way.row() for way in ways))
+        if len(ways) > 1:
+            print(
+                f"\nfirst byte: {statistics.median(ways[1].first) / statistics.median(talaria.first):.0f} times as soon"
+            )
+        if options.idle:
+            shown = ", ".join(f"{what} {100 * seconds / options.idle:.1f}" for what, seconds in idle.items())
+            print(f"idle, % of a core: {shown}; all {100 * sum(idle.values()) / options.idle:.1f}")
+
+
+if __name__ == "__main__":
+    main()

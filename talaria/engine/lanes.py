@@ -1,0 +1,184 @@
+"""Threads that run flows, each with an event loop and a client of its own that are kept for one run after another.
+
+Prefect makes a client for nearly every call that has none at hand, each with a TLS context of its own (25 ms of CPU),
+and for each run of a deployment a thread with one more, and a websocket, that looks out for its suspension. A lane has
+its client made before a run begins, and the worker looks out for all of its runs (`talaria.engine.watch`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import functools
+import ssl
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from typing import Any
+from uuid import UUID
+
+import certifi
+import httpx
+from prefect import Flow
+from prefect.client.orchestration import PrefectClient
+from prefect.client.schemas.objects import FlowRun, State, StateType
+from prefect.client.schemas.responses import OrchestrationResult, SetStateStatus, StateRejectDetails
+from prefect.context import AsyncClientContext
+from prefect.exceptions import Abort, ObjectNotFound, Pause
+from prefect.flow_engine import run_flow
+from prefect.settings import get_current_settings
+from prefect.states import AwaitingRetry
+
+from talaria.engine.recovery import TAKEN_UP
+from tasks.dispatch import running
+
+READY_S = 60
+KEEP_S = 4  # a connection is not used again that has been idle for longer: the server closes it after 5
+# States in which a run is the engine's that runs it. In any other, somebody has set that state on purpose.
+OURS = (StateType.PENDING, StateType.RUNNING, StateType.CANCELLING)
+
+
+class Client(PrefectClient):
+    """Prefect's client, with this process's TLS context."""
+
+    def __init__(self) -> None:
+        api = get_current_settings().api
+        super().__init__(
+            str(api.url),
+            auth_string=api.auth_string.get_secret_value() if api.auth_string else None,
+            api_key=api.key.get_secret_value() if api.key else None,
+            httpx_settings={
+                "verify": _tls(),
+                "limits": httpx.Limits(max_connections=16, max_keepalive_connections=8, keepalive_expiry=KEEP_S),
+            },
+        )
+
+
+class RunClient(Client):
+    """The client that runs have: what somebody else has made of a run is not overwritten with how it ended here."""
+
+    async def set_flow_run_state(
+        self, flow_run_id: UUID | str, state: State[Any], force: bool = False
+    ) -> OrchestrationResult[Any]:
+        """Set a run's state, unless somebody else has set one meanwhile that ends or stops it: then that is returned.
+
+        Raises:
+            Abort: the run has been deleted.
+        """
+        run_id = UUID(str(flow_run_id))
+        if state.type is not StateType.RUNNING or running.asked(str(run_id)) or not running.WATCHED.is_set():
+            try:
+                now = (await self.read_flow_run(run_id)).state
+            except ObjectNotFound as exc:
+                raise Abort(f"run {run_id} has been deleted") from exc
+            if now is not None and now.type not in OURS:
+                why = StateRejectDetails(reason=f"somebody has set it {now.name} meanwhile")
+                return OrchestrationResult(state=now, status=SetStateStatus.REJECT, details=why)
+            if running.stopping() and state.is_cancelled() and now is not None and not now.is_cancelling():
+                # Nobody wants it cancelled: its process ends, and another one goes on with it.
+                state = AwaitingRetry(scheduled_time=datetime.now(UTC), message=TAKEN_UP)
+        return await super().set_flow_run_state(run_id, state, force)
+
+    async def update_flow_run(self, flow_run_id: UUID, *args: Any, **kwargs: Any) -> httpx.Response:
+        """Update a run; of retries and a version, which its engine sends before each, our flows have none."""
+        if not args and set(kwargs) == {"flow_version", "empirical_policy"}:
+            return httpx.Response(204)
+        return await super().update_flow_run(flow_run_id, *args, **kwargs)
+
+
+@functools.cache
+def _tls() -> ssl.SSLContext:
+    """Return this process's TLS context for Prefect's API, as its settings say."""
+    api = get_current_settings().api
+    context = ssl.create_default_context(cafile=api.ssl_cert_file or certifi.where())
+    if api.tls_insecure_skip_verify:
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context
+
+
+@asynccontextmanager
+async def client(made: Callable[[], Client] = Client) -> AsyncIterator[PrefectClient]:
+    """Have one client for everything that asks for one within the block, in this event loop."""
+    # Its constructor would make a client of Prefect's choice.
+    async with AsyncClientContext.model_construct(client=made()) as context:
+        yield context.client
+
+
+async def run_here(flow: Flow[..., Any], flow_run: FlowRun) -> State[Any] | None:
+    """Run a flow run to its end, in this event loop; return as `run` does."""
+    async with client(RunClient):
+        return await run(flow, flow_run)
+
+
+async def run(flow: Flow[..., Any], flow_run: FlowRun) -> State[Any] | None:
+    """Run a flow run to its end, within the block of `client`; return the state that it has at the server then.
+
+    None: it was let go where its engine stops, for a pause, or because it is gone.
+    """
+    # With its deployment, the engine would begin to look out for its suspension; the server's copy keeps it.
+    engines = flow_run.model_copy(update={"deployment_id": None})
+    # Else each run asks the server for a default; our flows leave no results.
+    flow.result_storage = get_current_settings().results.local_storage_path
+    try:
+        ended: Any = run_flow(flow, flow_run=engines, return_type="state")
+        state: State[Any] | None = await ended if asyncio.iscoroutine(ended) else ended
+        return state
+    except (Pause, Abort) as exc:  # no Exceptions: they would end whoever waits for the run
+        let_go = getattr(exc, "state", None)
+        return let_go if isinstance(let_go, State) else None
+
+
+class Lane:
+    """One thread that runs one flow run after another."""
+
+    def __init__(self, name: str) -> None:
+        self._ready = threading.Event()
+        self._failed: BaseException | None = None
+        self._thread = threading.Thread(target=self._main, name=name, daemon=True)
+        self._thread.start()
+
+    async def run(self, flow: Flow[..., Any], flow_run: FlowRun) -> State[Any] | None:
+        """Run a flow run there, as `run` does; called from another event loop."""
+        if not self._ready.is_set():
+            await asyncio.to_thread(self._ready.wait, READY_S)
+        if self._failed:
+            raise RuntimeError("a thread for runs did not start") from self._failed
+        ours = asyncio.run_coroutine_threadsafe(self._one(flow, flow_run), self._loop)
+        return await asyncio.wrap_future(ours)
+
+    @property
+    def broken(self) -> bool:
+        """Whether it did not start, or has ended."""
+        return self._failed is not None or not self._thread.is_alive()
+
+    def close(self) -> None:
+        """Close its client; nothing may run there any more."""
+        if self._ready.wait(READY_S) and not self._failed:
+            self._loop.call_soon_threadsafe(self._end.set)
+
+    def _main(self) -> None:
+        try:
+            asyncio.run(self._serve())
+        except BaseException as exc:
+            self._failed = exc
+            self._ready.set()
+
+    async def _serve(self) -> None:
+        self._loop, self._end = asyncio.get_running_loop(), asyncio.Event()
+        async with client(RunClient):
+            self._context = contextvars.copy_context()
+            self._server = asyncio.current_task()
+            self._ready.set()
+            await self._end.wait()
+
+    async def _one(self, flow: Flow[..., Any], flow_run: FlowRun) -> State[Any] | None:
+        """Run it in a context of its own, and leave no task of it behind."""
+        task = self._loop.create_task(run(flow, flow_run), context=self._context.copy())
+        try:
+            return await task
+        finally:
+            left = asyncio.all_tasks() - {asyncio.current_task(), self._server}
+            for other in left:
+                other.cancel()
+            await asyncio.gather(*left, return_exceptions=True)

@@ -1,0 +1,71 @@
+"""What happens to runs, as the server's events say it: one subscription for a worker and all that it runs."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from uuid import UUID
+
+from prefect.events.clients import get_events_subscriber
+from prefect.events.filters import EventAnyResourceFilter, EventFilter, EventNameFilter
+
+RUN = "prefect.flow-run."
+# What runs do by themselves, all the time.
+ORDINARY = [f"{RUN}{name}" for name in ("Pending", "heartbeat")]
+PAUSE_S = (0.2, 0.5, 1.0, 2.0, 5.0)  # before the subscription is tried again, the last for ever
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StateChange:
+    """A run's new state.
+
+    Attributes:
+        before: type of the state before, "" if there was none.
+    """
+
+    run_id: UUID
+    type: str
+    name: str
+    before: str
+
+
+async def watch(
+    pool_id: Callable[[], Awaitable[UUID]], changed: Callable[[StateChange], None], connected: Callable[[bool], None]
+) -> None:
+    """Report each change of the state of a run of a work pool, for ever.
+
+    Events are lost while there is no connection, or come twice: whoever is told looks at the server.
+
+    Args:
+        pool_id: returns the pool's id.
+        changed: called for each change.
+        connected: called with True when the subscription has begun, with False when it has ended.
+    """
+    failures = 0
+    while True:
+        try:
+            about = EventFilter(
+                event=EventNameFilter(prefix=[RUN], exclude_name=ORDINARY),
+                any_resource=EventAnyResourceFilter(id=[f"prefect.work-pool.{await pool_id()}"]),
+            )
+            async with get_events_subscriber(about, reconnection_attempts=0) as events:
+                failures = 0
+                connected(True)
+                async for event in events:
+                    payload = event.payload.get("initial_state") or {}
+                    changed(
+                        StateChange(
+                            UUID(event.resource.id.removeprefix(RUN)),
+                            event.resource.get("prefect.state-type") or "",
+                            event.resource.get("prefect.state-name") or "",
+                            str(payload.get("type") or ""),
+                        )
+                    )
+        except Exception as exc:  # whatever it is: the server is away, or has another mind of events
+            logger.debug("the subscription ended: %s", exc)
+        connected(False)
+        await asyncio.sleep(PAUSE_S[min(failures, len(PAUSE_S) - 1)])
+        failures += 1

@@ -1,0 +1,110 @@
+"""Places at a target: no more dispatches at once than it may have, over all workers.
+
+The server counts them, as a global concurrency limit; a place is a lease, renewed while it is held, so that a killed
+worker's is free again after LEASE_S. By the client that is at hand: Prefect's own `concurrency` makes three more, and a
+thread, for each.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from uuid import UUID
+
+import httpx
+from prefect.client.orchestration import PrefectClient
+from prefect.exceptions import PrefectException
+
+from blocks.base import Target
+from tasks.targets import limit, limit_name
+
+LEASE_S = 60  # a killed worker's place at a target is free again after this
+WAIT_S = 2.0  # between two tries to get a place, unless one becomes free in this process
+LOCKED = 423  # HTTP: all places are taken
+
+_waiting: dict[str, set[tuple[asyncio.AbstractEventLoop, asyncio.Event]]] = {}
+
+
+@asynccontextmanager
+async def place(client: PrefectClient, target: Target, count: int = 1) -> AsyncIterator[None]:
+    """Hold places at a target while the block runs; waits for them.
+
+    Raises:
+        httpx.HTTPError, PrefectException: the server does not answer as it should.
+    """
+    lease = await _taken(client, target, count)
+    renewing = asyncio.create_task(_renew(client, lease))
+    try:
+        yield
+    finally:
+        renewing.cancel()
+        await _given_back(client, target, lease)
+
+
+async def _taken(client: PrefectClient, target: Target, count: int) -> UUID:
+    name, known = limit_name(target), False
+    while True:
+        with _told_of(name) as free:
+            try:
+                lease, allowed = await _asked(client, target, count)
+            except httpx.HTTPStatusError as exc:
+                if exc.response.status_code != LOCKED:
+                    raise
+                lease, allowed = None, None
+            if lease and (known or allowed == target.max_dispatches):
+                return lease
+            if not known:  # it is not there, or somebody has changed the target since
+                if lease:
+                    await _given_back(client, target, lease)
+                await limit(client, target)
+                known = True
+                continue
+            with suppress(TimeoutError):
+                await asyncio.wait_for(free.wait(), WAIT_S)
+
+
+async def _asked(client: PrefectClient, target: Target, count: int) -> tuple[UUID | None, int | None]:
+    """Ask for places; return the lease, None where there is no such limit, and how many places there are at all."""
+    asking = asyncio.ensure_future(
+        client.increment_concurrency_slots_with_lease([limit_name(target)], count, "concurrency", LEASE_S)
+    )
+    try:
+        answer = (await asyncio.shield(asking)).json()
+    except asyncio.CancelledError:
+        with suppress(httpx.HTTPError, PrefectException):  # it may have been granted: nobody else knows of it
+            await _given_back(client, target, UUID((await asking).json()["lease_id"]))
+        raise
+    limits = answer["limits"]
+    return (UUID(answer["lease_id"]), int(limits[0]["limit"])) if limits else (None, None)
+
+
+async def _given_back(client: PrefectClient, target: Target, lease: UUID) -> None:
+    with suppress(httpx.HTTPError, PrefectException):  # then it ends by itself
+        await asyncio.shield(client.release_concurrency_slots_with_lease(lease))
+    for loop, event in list(_waiting.get(limit_name(target), ())):
+        with suppress(RuntimeError):  # its loop has just been closed
+            loop.call_soon_threadsafe(event.set)
+
+
+async def _renew(client: PrefectClient, lease: UUID) -> None:
+    while True:
+        await asyncio.sleep(LEASE_S / 2)
+        with suppress(httpx.HTTPError, PrefectException):
+            await client.renew_concurrency_lease(lease, LEASE_S)
+
+
+class _told_of:
+    """An event that is set when a place of this name becomes free in this process."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __enter__(self) -> asyncio.Event:
+        event = asyncio.Event()
+        self._entry = (asyncio.get_running_loop(), event)
+        _waiting.setdefault(self._name, set()).add(self._entry)
+        return event
+
+    def __exit__(self, *exc: object) -> None:
+        _waiting[self._name].discard(self._entry)

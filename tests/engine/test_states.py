@@ -1,0 +1,153 @@
+"""What others make of a run, by Prefect's API or pages: it does what it says, at any time, and no other run minds."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+from prefect import get_client
+from prefect.client.schemas.objects import FlowRun, State, StateType
+from prefect.context import refresh_global_settings_context
+from prefect.exceptions import ObjectNotFound
+from prefect.states import Pending
+
+from flows.dispatch import dispatch
+from talaria.engine import lanes
+from talaria.testing import studies
+from tests.servers.up import Talaria
+
+pytestmark = pytest.mark.timeout(600)
+SLOW = 20_000  # bytes per second
+LATER = {"scheduled_time": (datetime.now(UTC) + timedelta(hours=5)).isoformat()}
+# As the API takes them; "" is a run that is deleted.
+STATES: dict[str, dict[str, Any]] = {
+    "Suspended": {"type": "PAUSED", "name": "Suspended", "state_details": {"pause_reschedule": True}},
+    "Paused": {"type": "PAUSED", "name": "Paused"},
+    "Cancelled": {"type": "CANCELLED"},
+    "Failed": {"type": "FAILED"},
+    "Completed": {"type": "COMPLETED"},
+    "Crashed": {"type": "CRASHED"},
+    "Scheduled": {"type": "SCHEDULED", "state_details": LATER},
+    "": {},
+}
+
+
+def folder(path: Path, **fields: Any) -> dict[str, Any]:
+    path.mkdir(parents=True, exist_ok=True)
+    return {"type": "folder", "folder": str(path), "max_attempts": 3, "retry_delay_s": 0.2, **fields}
+
+
+def instances(path: Path) -> set[str]:
+    found = (os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names)
+    return {os.path.relpath(name, path) for name in found if name.endswith(".dcm")}
+
+
+def put(up: Talaria, run_id: str, name: str) -> None:
+    if name:
+        up.api("POST", f"/flow_runs/{run_id}/set_state", state=STATES[name], force=True)
+    else:
+        up.api("DELETE", f"/flow_runs/{run_id}")
+
+
+def is_at_rest(up: Talaria, run_id: str) -> bool:
+    return not (up.home / "staging" / run_id).exists()
+
+
+def named(up: Talaria, run_id: str) -> str:
+    found = up.api("POST", "/flow_runs/filter", flow_runs={"id": {"any_": [run_id]}})
+    return str(found[0]["state"]["name"]) if found else ""
+
+
+@pytest.fixture
+def here(up: Talaria) -> Iterator[None]:
+    """Let this process be a client of the server, and dispatch from its state directory."""
+    auth = (up.home / "api.auth").read_text().strip()
+    env = {**up.env, "PREFECT_API_URL": up.url, "PREFECT_API_AUTH_STRING": auth}
+    with mock.patch.dict(os.environ, env):
+        refresh_global_settings_context()
+        yield
+    refresh_global_settings_context()
+
+
+@pytest.mark.parametrize("names", [list(STATES)[:4], list(STATES)[4:]], ids=",".join)
+def test_a_state_that_is_set_while_a_run_sends_stops_it_and_stays(
+    up: Talaria, tmp_path: Path, names: list[str]
+) -> None:
+    worker = up.child("talaria.engine.worker").pid
+    targets = {f"s{number}": folder(tmp_path / str(number), bandwidth_limit=SLOW, concurrency=1) for number in range(5)}
+    up.apply(**targets)
+    runs = {}
+    for number, name in enumerate([*names, "neighbour"]):
+        studies.ct(tmp_path / f"study{number}", 8 if name == "neighbour" else 400)
+        told = up.told("send", str(tmp_path / f"study{number}"), "--to", f"s{number}", "--no-wait")
+        runs[name] = told["flow_run_id"]
+    up.until(lambda: all(instances(tmp_path / str(number)) for number in range(5)), 180)
+    for name in names:
+        put(up, runs[name], name)
+    up.until(lambda: all(is_at_rest(up, runs[name]) for name in names), 60)
+    came = [len(instances(tmp_path / str(number))) for number in range(4)]
+    assert all(count < 400 for count in came), came
+    assert all(came[names.index(name)] for name in names if STATES[name].get("type") == "PAUSED")  # what came is kept
+    up.until(lambda: named(up, runs["neighbour"]) == "Completed", 60)
+    assert [named(up, runs[name]) for name in names] == names
+    assert [len(instances(tmp_path / str(number))) for number in range(4)] == came
+    assert len(instances(tmp_path / "4")) == 8
+    assert up.child("talaria.engine.worker").pid == worker
+    # What was stopped to go on does, by Prefect's own way; what came is not sent again.
+    up.apply(**{name: fields | {"bandwidth_limit": None} for name, fields in targets.items()})
+    for number, name in enumerate(names):
+        if name in ("Suspended", "Paused"):
+            up.api("POST", f"/flow_runs/{runs[name]}/resume", run_input=None)
+            up.until(lambda name=name: named(up, runs[name]) == "Completed", 60)  # type: ignore[misc]
+            receipt = up.told("jobs", "show", runs[name])["targets"][f"s{number}"]
+            assert receipt["state"] == "delivered" and receipt["delivered"] == 400
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_a_state_that_is_set_before_a_run_begins_keeps_it_from_beginning(
+    up: Talaria, here: None, tmp_path: Path, name: str
+) -> None:
+    """Where its worker has taken it, and its flow has not begun."""
+    studies.ct(tmp_path / "study", 1)
+    up.apply(archive=folder(tmp_path / "archive"))
+
+    async def claimed() -> FlowRun:
+        async with get_client() as client:
+            parameters = {"paths": [str(tmp_path / "study")], "targets": ["archive"]}
+            return await client.create_flow_run(dispatch, parameters=parameters, state=Pending())
+
+    flow_run = asyncio.run(claimed())
+    put(up, str(flow_run.id), name)
+    ended: State[Any] | None = None
+    try:
+        ended = asyncio.run(lanes.run_here(dispatch, flow_run))
+    except ObjectNotFound:
+        assert not name
+    assert named(up, str(flow_run.id)) == name
+    assert ended is None or ended.name == name
+    assert not instances(tmp_path / "archive")
+
+
+def test_a_dispatch_is_paused_after_the_items_under_way_and_goes_on_there(up: Talaria, tmp_path: Path) -> None:
+    studies.ct(tmp_path / "study", 400)
+    slow = folder(tmp_path / "archive", bandwidth_limit=SLOW, concurrency=1)
+    up.apply(archive=slow)
+    run_id = up.told("send", str(tmp_path / "study"), "--to", "archive", "--no-wait")["flow_run_id"]
+    up.until(lambda: instances(tmp_path / "archive"))
+    assert up.told("jobs", "pause", run_id)["action"] == "pausing"
+    up.until(lambda: named(up, run_id) == "Paused")
+    came = len(instances(tmp_path / "archive"))
+    shown = up.told("jobs", "show", run_id)
+    receipt = shown["targets"]["archive"]
+    assert (receipt["state"], receipt["unsent"]) == ("waiting", 400) and 0 < came < 400  # no folder of half a study
+    assert up.run(run_id)["state"]["type"] == StateType.SCHEDULED.value
+    assert "paused already" in up.here("jobs", "pause", run_id).stderr
+    up.apply(archive=slow | {"bandwidth_limit": None})
+    resumed = up.told("jobs", "resume", run_id)["targets"]["archive"]
+    assert resumed["state"] == "delivered" and resumed["delivered"] == 400
