@@ -118,7 +118,7 @@ def run() -> bool:
     print(f"\nWhat arrived: {place / 'pacs'}, {place / 'archive'} and {place / 'dicomweb'}")
     print(f"The run in the Prefect UI: TALARIA_HOME={home.root} talaria up")
     print(f"then open http://127.0.0.1:4200/v2/runs/flow-run/{flow_run.id}")
-    print(f"and give it the line in {home.root / 'api.auth'} as the password.")
+    print(f"and give it the line in {home.root / 'api.auth'} as the password; no user is needed.")
     return bool(document["state"] == "delivered")
 
 

@@ -1,4 +1,4 @@
-"""The embedded Prefect server: one process, on SQLite in the state directory.
+"""The server process: the front door, with the embedded Prefect server on SQLite, or one elsewhere, behind it.
 
 The process that starts it holds `server.lock`. Processes that use a server which a command started for its own duration
 share `users.lock`, and the owner waits for them before it stops. The kernel releases both locks, and ends the server,
@@ -16,7 +16,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +24,8 @@ from typing import IO
 
 import httpx
 
+from talaria import listener
+from talaria.entrance import Entrance
 from talaria.errors import ServerError
 from talaria.settings import client_environment, server_environment
 from transfer.home import Home
@@ -35,23 +37,34 @@ PR_SET_PDEATHSIG = 1  # prctl(2)
 
 @dataclass(frozen=True)
 class Address:
-    """Where a running embedded server is."""
+    """Where a running server is.
 
-    url: str  # of the API
+    Attributes:
+        url: of Prefect's API, for processes of this machine.
+        front: of the front door, for people.
+        auth: whether it asks for a login.
+        workers: whether workers run beside it; none do for a server that a command started.
+    """
+
+    url: str
+    front: str
     auth: bool
-    workers: bool = True  # whether workers run beside it; none do for a server that a command started
+    workers: bool = True
 
     @property
     def ui(self) -> str:
-        """The UI that asks for the password by itself, also after a link to a run."""
-        return self.url.removesuffix("/api") + "/v2"
+        """Prefect's UI."""
+        return self.front + "/v2"
 
 
-def child(argv: list[str], env: Mapping[str, str], log: Path, *, umask: int = -1) -> subprocess.Popen[bytes]:
+def child(
+    argv: list[str], env: Mapping[str, str], log: Path, *, umask: int = -1, sockets: Sequence[socket.socket] = ()
+) -> subprocess.Popen[bytes]:
     """Start a process that ends with us, also if we are killed; its output goes to the end of `log` (mode 0600).
 
     Args:
         umask: of the process; -1 for ours, as whatever delivers files to folders needs it.
+        sockets: that it gets, under the same numbers.
     """
     parent = os.getpid()
 
@@ -72,6 +85,7 @@ def child(argv: list[str], env: Mapping[str, str], log: Path, *, umask: int = -1
             start_new_session=True,  # Ctrl-C in the terminal is for us; we stop our children in order
             preexec_fn=die_with_parent,
             umask=umask,
+            pass_fds=[one.fileno() for one in sockets],
         )
 
 
@@ -101,7 +115,7 @@ def running(home: Home) -> Address | None:
     """Return where the embedded server of this state directory runs; None if it doesn't.
 
     Raises:
-        ServerError: it is being started, and does not become ready.
+        ServerError: it is being started, and does not become ready; or what listens there is not ours.
     """
     end = time.monotonic() + READY_S
     while True:
@@ -110,8 +124,10 @@ def running(home: Home) -> Address | None:
                 return None
         try:
             known = json.loads((home.root / "server.json").read_text(encoding="utf-8"))
-            address = Address(known["url"], known["auth"], known["workers"])
-            if healthy(address.url):
+            address = Address(known["url"], known["front"], known["auth"], known["workers"])
+            if not listener.is_ours(known["port"], known["inode"], known["pid"]):
+                raise ServerError(f"what listens at {address.url} is not our server: it gets no password")
+            if ready(address.url):
                 return address
         except (OSError, ValueError, KeyError):
             pass
@@ -128,23 +144,53 @@ def healthy(url: str) -> bool:
         return False
 
 
-class EmbeddedServer:
-    """The server process; made by `serving`."""
+def ready(url: str) -> bool:
+    """Return True if our own server answers, and the Prefect server behind it."""
+    try:
+        answer = httpx.get(f"{url.removesuffix('/api')}/talaria/health", timeout=5, trust_env=False)
+        return answer.status_code == 200 and answer.json()["prefect"] == "ready"
+    except (httpx.HTTPError, ValueError, KeyError, TypeError):
+        return False
 
-    def __init__(self, home: Home, host: str, port: int, auth: bool, workers: bool) -> None:
-        self.home, self.host, self.port, self.auth = home, host, port, auth
-        connect = "127.0.0.1" if host in ("0.0.0.0", "") else "[::1]" if host == "::" else host  # noqa: S104
-        self.address = Address(
-            f"http://{f'[{host}]' if host.count(':') > 1 and host != '::' else connect}:{port}/api", auth, workers
-        )
+
+class FrontServer:
+    """The server process and its sockets, which outlive it; made by `serving`."""
+
+    def __init__(self, home: Home, entrance: Entrance, workers: bool, outer: socket.socket | None) -> None:
+        self.home, self.entrance = home, entrance
+        self.outer = outer or listener.bind(entrance.host, entrance.port)
+        self.inner = listener.bind("127.0.0.1", 0) if entrance.apart else None
+        host, port = self.outer.getsockname()[:2]
+        scheme = "https" if entrance.certificate or entrance.peers else "http"
+        shown = entrance.hosts[0] if entrance.peers else f"{_shown(host)}:{port}"
+        self.port = self.inner.getsockname()[1] if self.inner else port
+        own = "127.0.0.1" if self.inner else _shown(host)
+        self.address = Address(f"http://{own}:{self.port}/api", f"{scheme}://{shown}", entrance.auth, workers)
         self.log = home.root / "logs" / "server.log"
         self.process = self._start()
 
     def _start(self) -> subprocess.Popen[bytes]:
-        argv = [sys.executable, "-m", "uvicorn", "--factory", "talaria.engine.api:create_app"]
-        argv += ["--host", self.host, "--port", str(self.port), "--timeout-keep-alive", "5", "--log-level", "warning"]
-        environment = server_environment(self.home, self.host, self.port, auth=self.auth)
-        return child(argv, environment, self.log, umask=0o077)  # its database holds the targets' secrets
+        one = self.entrance
+        orders = {
+            "outer": self.outer.fileno(),
+            "inner": self.inner.fileno() if self.inner else -1,
+            "auth": one.auth,
+            "hosts": one.hosts,
+            "certificate": one.certificate,
+            "key": one.key,
+            "peers": one.peers,
+            "user_header": one.user_header,
+            "proxy_role": one.proxy_role,
+            "upstream": one.upstream,
+        }
+        environment = {} if one.upstream else server_environment(self.home, self.address.url)
+        return child(
+            [sys.executable, "-P", "-m", "talaria.front"],
+            environment | {"TALARIA_HOME": str(self.home.root), "TALARIA_FRONT": json.dumps(orders)},
+            self.log,
+            umask=0o077,  # its database holds the targets' secrets
+            sockets=[self.outer, *([self.inner] if self.inner else [])],
+        )
 
     def wait(self, check: Callable[[], None] = lambda: None) -> None:
         """Wait until it answers.
@@ -153,32 +199,40 @@ class EmbeddedServer:
             ServerError: it ended, or is not ready in time; the message ends with its log.
         """
         end = time.monotonic() + READY_S
-        while not healthy(self.address.url):
+        while not ready(self.address.url):
             check()
             if self.process.poll() is not None or time.monotonic() > end:
                 raise ServerError(f"the server did not start:\n{_tail(self.log)}")
             time.sleep(0.1)
         record = self.home.root / "server.json"
         part = record.with_suffix(".part")
-        part.write_text(json.dumps(asdict(self.address) | {"pid": self.process.pid}), encoding="utf-8")
-        part.chmod(0o600)
+        held = {"pid": os.getpid(), "port": self.port, "inode": listener.inode(self.inner or self.outer)}
+        part.unlink(missing_ok=True)
+        with open(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w", encoding="utf-8") as file:
+            json.dump(asdict(self.address) | held, file)
         part.replace(record)
 
     def restart(self) -> None:
-        """Start it again after it died."""
+        """Start it again after it died, on the same sockets."""
         self.process = self._start()
 
     def stop(self) -> None:
         stop_child(self.process)
+        for one in (self.outer, self.inner):
+            if one:
+                one.close()
         (self.home.root / "server.json").unlink(missing_ok=True)
 
 
 @contextmanager
-def serving(home: Home, host: str, port: int, *, auth: bool, workers: bool = True) -> Iterator[EmbeddedServer]:
-    """Start the embedded server of a state directory; it is stopped when the block ends.
+def serving(
+    home: Home, entrance: Entrance, *, workers: bool = True, outer: socket.socket | None = None
+) -> Iterator[FrontServer]:
+    """Start the server of a state directory; it is stopped when the block ends.
 
     Args:
         workers: whether the caller runs workers beside it; if not, whoever uses it runs dispatches by itself.
+        outer: the socket that it listens on; by default, one is bound as the entrance says.
 
     Raises:
         ServerError: one runs already, the port is taken, or it can't be started.
@@ -187,25 +241,17 @@ def serving(home: Home, host: str, port: int, *, auth: bool, workers: bool = Tru
         if lock is None:
             raise ServerError(f"the server of {home.root} runs already: stop it first, or use another TALARIA_HOME")
         (home.root / "server.json").unlink(missing_ok=True)
-        check_port(host, port)
-        server = EmbeddedServer(home, host, port, auth, workers)
+        server = FrontServer(home, entrance, workers, outer)
         try:
             yield server
         finally:
             server.stop()
 
 
-def check_port(host: str, port: int) -> None:
-    """Raise ServerError if nothing can listen there."""
-    try:
-        family, kind, number, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, number) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-    except OSError as exc:
-        raise ServerError(
-            f"can't listen on {host}:{port} ({exc.strerror}): choose another with --host and --port"
-        ) from exc
+def _shown(host: str) -> str:
+    """Return where a client on this machine finds a socket that is bound to an address."""
+    connect = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
+    return f"[{connect}]" if ":" in connect else connect
 
 
 def use(environment: Mapping[str, str]) -> None:
@@ -238,15 +284,12 @@ def reached(home: Home) -> Iterator[tuple[Address | None, bool]]:
     with _locked(home.root / "users.lock", fcntl.LOCK_SH) as users:
         address = running(home)
         if address:
-            use(client_environment(home, address.url, auth=address.auth))
+            use(client_environment(home, address.url))
             yield address, not address.workers
             return
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
         try:
-            with serving(home, "127.0.0.1", port, auth=True, workers=False) as server:
-                use(client_environment(home, server.address.url, auth=True))
+            with serving(home, Entrance("127.0.0.1", 0), workers=False) as server:
+                use(client_environment(home, server.address.url))
                 server.wait()
                 try:
                     yield server.address, True
@@ -255,7 +298,7 @@ def reached(home: Home) -> Iterator[tuple[Address | None, bool]]:
                     # Others that came meanwhile use this server: stop it when the last of them has ended.
                     fcntl.flock(users, fcntl.LOCK_EX)  # type: ignore[arg-type]  # taken with waiting: never None
         finally:
-            for name in client_environment(home, "", auth=True):
+            for name in client_environment(home, ""):
                 os.environ.pop(name, None)
 
 

@@ -34,6 +34,17 @@ class Settings(BaseSettings):
     home: Path = Field(default=Path("~/.talaria"), description="State directory.")
     host: str = Field(default="127.0.0.1", description="Address that `talaria up` listens on.")
     port: int = Field(default=4200, ge=1, le=65535, description="Port that `talaria up` listens on.")
+    hosts: str = Field(default="", description="Names, separated by commas, that users reach `talaria up` by.")
+    tls_cert: str = Field(default="", description="Certificate chain (PEM) of `talaria up`.")
+    tls_key: str = Field(default="", description="Its private key (PEM, without a passphrase).")
+    behind_proxy: bool = Field(default=False, description="Whether a proxy with TLS stands in front of `talaria up`.")
+    proxy_peers: str = Field(
+        default="127.0.0.1,::1", description="Addresses or networks, separated by commas, of that proxy."
+    )
+    proxy_user_header: str = Field(default="", description="Header in which that proxy names who has logged in.")
+    proxy_role: str = Field(
+        default="", description="Role of those whom that proxy names and `talaria user add` hasn't: empty for none."
+    )
     workers: int = Field(default=1, ge=1, le=64, description="Worker processes of `talaria up`.")
     limit: int = Field(default=8, ge=1, le=256, description="Dispatches at once in one worker.")
     scp_aet: str = Field(
@@ -162,26 +173,25 @@ def worker_auth(home: Home) -> str:
     return secret(home, "worker.auth", f"worker:{secrets.token_urlsafe(24)}")
 
 
-def server_environment(home: Home, host: str, port: int, *, auth: bool) -> dict[str, str]:
-    """Return the environment of the embedded server."""
+def server_environment(home: Home, url: str) -> dict[str, str]:
+    """Return the environment of the embedded server, whose own processes reach its API at `url`."""
     key = secret(home, "encryption.key", base64.urlsafe_b64encode(secrets.token_bytes(32)).decode("ascii"))
-    shown = f"[{host}]" if ":" in host else host
-    environment = client_environment(home, f"http://{shown}:{port}/api", auth=auth) | {
+    return client_environment(home, url) | {
         "PREFECT_SERVER_ENCRYPTION_KEY": key,
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
         "PREFECT_UI_API_URL": "/api",
+        "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
         "PREFECT_LOGGING_SERVER_LEVEL": "WARNING",
         "PREFECT_SERVER_API_CSRF_PROTECTION_ENABLED": "false",
+        # Also a request that the gate forgot would need it.
+        "PREFECT_SERVER_API_AUTH_STRING": worker_auth(home),
     }
-    if auth:
-        environment["PREFECT_SERVER_API_AUTH_STRING"] = auth_string(home)
-    return environment
 
 
-def client_environment(home: Home, url: str, *, auth: bool) -> dict[str, str]:
-    """Return the environment of a client of the embedded server."""
+def client_environment(home: Home, url: str) -> dict[str, str]:
+    """Return the environment of a process of ours that is a client of the embedded server."""
     host = urlsplit(url).hostname or ""
-    environment = {
+    return {
         # Prefect's clients would give our password to a proxy of the environment.
         **(dict.fromkeys(NO_PROXY, _excepting(host)) if host else {}),
         "PREFECT_HOME": str(home.root / "prefect"),
@@ -192,10 +202,8 @@ def client_environment(home: Home, url: str, *, auth: bool) -> dict[str, str]:
         # Each client would ask for both before its first call; our server is of our version, and wants no token.
         "PREFECT_CLIENT_CSRF_SUPPORT_ENABLED": "false",
         "PREFECT_CLIENT_SERVER_VERSION_CHECK_ENABLED": "false",
+        "PREFECT_API_AUTH_STRING": worker_auth(home),
     }
-    if auth:
-        environment["PREFECT_API_AUTH_STRING"] = auth_string(home)
-    return environment
 
 
 def _excepting(host: str) -> str:

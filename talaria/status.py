@@ -21,7 +21,7 @@ def collect(home: Home) -> dict[str, Any]:
         ok = address is not None
         if address:
             url = address.url
-            use(client_environment(home, address.url, auth=address.auth))
+            use(client_environment(home, address.url))
     document: dict[str, Any] = {"server": {"ok": ok, "url": url}, "workers": [], "queues": {}, "targets": []}
     return document | asyncio.run(_ask()) if ok else document
 

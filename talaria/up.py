@@ -1,4 +1,4 @@
-"""`talaria up`: the embedded server and its workers, in the foreground."""
+"""`talaria up`: the front door with the embedded server, and its workers, in the foreground."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from types import FrameType
 
 import httpx
 
+from talaria import listener
 from talaria.cli.output import say
+from talaria.entrance import entrance
 from talaria.errors import ServerError
-from talaria.server import EmbeddedServer, child, healthy, serving, stop_child, use
-from talaria.settings import LOOPBACK, POOL, Settings, client_environment
+from talaria.server import FrontServer, child, healthy, serving, stop_child, use
+from talaria.settings import POOL, Settings, client_environment
 from transfer.home import Home
 
 LOOK_S = 0.3  # between two looks at the processes
@@ -26,33 +28,35 @@ CALM_S = 2.0  # before a worker that died is started again
 def up(settings: Settings, home: Home, host: str, port: int, workers: int, *, auth: bool) -> None:
     """Serve until SIGINT or SIGTERM: the first drains (running dispatches are finished), the second stops at once.
 
-    With PREFECT_API_URL set, the workers serve that server, and none is embedded.
+    With PREFECT_API_URL set, the front door and the workers serve that server, and none is embedded. A socket of
+    systemd's takes the place of host and port.
 
     Raises:
         ServerError: the server can't be started or reached.
-        ValueError: an open address was asked for without authentication.
+        ValueError: an open address was asked for without what must be set for it.
     """
-    if not auth and host not in LOOPBACK:
-        raise ValueError(f"--no-auth is for loopback only, not for {host}")
+    url = os.environ.get("PREFECT_API_URL", "").rstrip("/")
+    given = listener.from_systemd()
+    if given:
+        host, port = given.getsockname()[:2]
+    way = entrance(settings, home, host, port, auth=auth, upstream=url)
     asked = _Asked()
-    url = os.environ.get("PREFECT_API_URL")
-    if url:
-        if not healthy(url.rstrip("/")):
-            raise ServerError(f"no Prefect server answers at PREFECT_API_URL={url}")
-        _serve(settings, home, None, workers, asked)
-    else:
-        with serving(home, host, port, auth=auth) as server:
-            server.wait(asked.check)
-            use(client_environment(home, server.address.url, auth=auth))
-            _serve(settings, home, server, workers, asked)
+    if url and not healthy(url):
+        raise ServerError(f"no Prefect server answers at PREFECT_API_URL={url}")
+    with serving(home, way, outer=given) as server:
+        server.wait(asked.check)
+        if not url:
+            use(client_environment(home, server.address.url))
+        _serve(settings, home, server, workers, asked)
     say("stopped")
 
 
-def _serve(settings: Settings, home: Home, server: EmbeddedServer | None, workers: int, asked: _Asked) -> None:
+def _serve(settings: Settings, home: Home, server: FrontServer, workers: int, asked: _Asked) -> None:
     """Work for a server, embedded or not, until somebody asks to stop."""
-    taken = _prepare(home, alone=server is not None)
+    embedded = not server.entrance.upstream
+    taken = _prepare(home, alone=embedded)
     _announce(home, server, taken)
-    crew = _Crew(home, settings.limit, workers, alone=server is not None and workers == 1)
+    crew = _Crew(home, settings.limit, workers, alone=embedded and workers == 1)
     try:
         _watch(server, crew, asked)
         crew.drain(asked)
@@ -134,10 +138,10 @@ class _Crew:
             stop_child(member)
 
 
-def _watch(server: EmbeddedServer | None, crew: _Crew, asked: _Asked) -> None:
+def _watch(server: FrontServer, crew: _Crew, asked: _Asked) -> None:
     """Keep server and workers alive until somebody asks to stop."""
     while not asked.event.wait(LOOK_S):
-        if server and server.process.poll() is not None:
+        if server.process.poll() is not None:
             say(f"the server ended with exit code {server.process.returncode}: starting it again (log: {server.log})")
             server.restart()
             server.wait(asked.check)
@@ -169,12 +173,13 @@ async def _recover(home: Home, *, alone: bool) -> list[str]:
         return await recover(client, home, POOL, alone=alone)
 
 
-def _announce(home: Home, server: EmbeddedServer | None, taken: list[str]) -> None:
+def _announce(home: Home, server: FrontServer, taken: list[str]) -> None:
     from blocks import REFUSED
+    from talaria.front.users import Users
 
-    say(f"Prefect UI: {server.address.ui if server else os.environ['PREFECT_API_URL'].removesuffix('/api')}")
-    if server and server.auth:
-        say(f"the UI asks for a password once: it is the line in {home.root / 'api.auth'}")
+    say(f"Prefect UI: {server.address.ui}")
+    if server.address.auth and not Users(home).all():
+        say(f"it asks for a password once: it is the line in {home.root / 'api.auth'}; no user is needed with it")
     for run_id in taken:
         say(f"taken up after a crash: {run_id}")
     for name, reason in REFUSED.items():

@@ -30,15 +30,23 @@ def up(
     host: Annotated[str | None, typer.Option(help="Address to listen on; default 127.0.0.1.")] = None,
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port to listen on; default 4200.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, max=64, help="Worker processes; default 1.")] = None,
+    tls_cert: Annotated[str | None, typer.Option(help="Certificate chain (PEM); taken again when renewed.")] = None,
+    tls_key: Annotated[str | None, typer.Option(help="Its private key (PEM, without a passphrase).")] = None,
+    behind_proxy: Annotated[
+        bool,
+        typer.Option("--behind-proxy", help="A proxy with TLS stands in front; see docs/security.md."),
+    ] = False,
     no_auth: Annotated[
         bool, typer.Option("--no-auth", help="Let everybody on this machine in; loopback only.")
     ] = False,
 ) -> None:
-    """Run the embedded Prefect server, its UI and workers in the foreground; Ctrl-C drains and stops."""
+    """Run the server with Prefect's UI, and workers, in the foreground; Ctrl-C drains and stops."""
     from talaria.settings import load_settings
     from talaria.up import up as serve
 
     settings = load_settings()
+    given = {"tls_cert": tls_cert, "tls_key": tls_key, "behind_proxy": behind_proxy or None}
+    settings = settings.model_copy(update={name: value for name, value in given.items() if value is not None})
     serve(
         settings,
         Home.current(),

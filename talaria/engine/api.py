@@ -24,7 +24,7 @@ _turns: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = WeakKeyDict
 
 
 def create_app() -> UniqueNames:
-    """Return Prefect's application, behind what we add; for `uvicorn --factory`."""
+    """Return Prefect's application, behind what we add; the front door mounts it."""
     from prefect.server.api.server import create_app as prefects_own
 
     let_writers_wait()

@@ -136,6 +136,8 @@ class Gate:
         peer = scope["client"][0] if scope.get("client") else ""
         proxied = bool(self.door.peers) and not inner
         secure = (self.door.tls or proxied) and not inner
+        if any(part in (".", "..") for part in scope["path"].split("/")) or not scope["path"].startswith("/"):
+            raise _Refused(400, "the path has dots for folders")  # another server may read it as another path
         try:
             host = header_of(headers, b"host")
             if not host_is_ours(host, scope["server"][0] if scope.get("server") else "", self.door):

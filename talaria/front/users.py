@@ -19,6 +19,7 @@ SHORTEST = 10  # characters of a password
 LONGEST = 1024  # so that nobody lets us hash megabytes
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
 _RESERVED = ("talaria", "worker", "machine")  # what the product's own credentials are called
+_TAKEN = "a user named {0} is there already: `talaria user passwd {0}`, or remove it"
 _hasher = PasswordHasher()  # argon2id, with the parameters of RFC 9106's low-memory recommendation
 _two_at_once = threading.Semaphore(2)  # each takes 64 MiB
 
@@ -48,13 +49,26 @@ class Users:
         Raises:
             ValueError: the name is taken or not valid, or the password is too short.
         """
-        if not _NAME.fullmatch(name) or name.lower() in _RESERVED:
-            raise ValueError(f"user name {name!r} is not valid: letters, digits and . _ @ - (not {_RESERVED[0]})")
+        self.check(name)
         hashed = "" if password is None else hash_of(password)
         with self.file.changing() as users:
             if name in users:
-                raise ValueError(f"a user named {name} is there already: `talaria user passwd {name}`, or remove it")
+                raise ValueError(_TAKEN.format(name))
             users[name] = {"role": role.label, "hash": hashed, "stamp": secrets.token_hex(8)}
+
+    def check(self, name: str, *, there: bool = False) -> None:
+        """Refuse a name before a password is asked for.
+
+        Raises:
+            ValueError: it is not valid or is taken; with `there`, there is no such user.
+        """
+        known = self.file.read()
+        if there:
+            _known(name, known)
+        elif not _NAME.fullmatch(name) or name.lower() in _RESERVED:
+            raise ValueError(f"user name {name!r} is not valid: letters, digits and . _ @ - (not {_RESERVED[0]})")
+        elif name in known:
+            raise ValueError(_TAKEN.format(name))
 
     def remove(self, name: str) -> None:
         """Remove a user; their sessions end."""

@@ -21,7 +21,7 @@ from talaria.engine import api
 from talaria.testing import studies
 from tests.servers.up import Talaria
 
-MARKS = ("talaria.engine.worker", "talaria.engine.api")
+MARKS = ("talaria.engine.worker", "talaria.front")
 pytestmark = pytest.mark.timeout(600)
 
 

@@ -188,7 +188,7 @@ def test_one_dead_target_delays_no_other(up: Talaria, pacs: StoreScp, tmp_path: 
     "victim",
     [
         pytest.param("talaria.engine.worker", marks=pytest.mark.slow),
-        pytest.param("uvicorn", marks=pytest.mark.slow),
+        pytest.param("talaria.front", marks=pytest.mark.slow),
         "everything",
     ],
 )

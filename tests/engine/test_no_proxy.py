@@ -77,7 +77,7 @@ def test_our_server_is_excepted_and_what_the_user_excepts_stays_so(
     """Both spellings are read: by urllib, and so by websockets and httpx, the small one first, elsewhere the other."""
     for name, value in named.items():
         monkeypatch.setenv(name, value)
-    ours = client_environment(Home(tmp_path), f"http://{host}:4200/api", auth=False)
+    ours = client_environment(Home(tmp_path), f"http://{host}:4200/api")
     for excepted in (ours["NO_PROXY"], ours["no_proxy"]):
         proxies = {"http": "http://127.0.0.1:1", "no": excepted}
         for other in (f"{host.strip('[]')}:4200", *(["pacs.example:80"] if named else [])):

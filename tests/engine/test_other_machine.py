@@ -18,7 +18,7 @@ pytestmark = pytest.mark.timeout(600)
 
 def elsewhere(up: Talaria, home: Path, *arguments: str, code: int = 0, alone: bool = False) -> Any:
     """Run a command with another state directory, at the same server; `alone`: as a process of its own."""
-    auth = (up.home / "api.auth").read_text().strip()
+    auth = (up.home / "worker.auth").read_text().strip()
     env = {"TALARIA_HOME": str(home), "PREFECT_API_URL": up.url, "PREFECT_API_AUTH_STRING": auth}
     ran = (up if alone else up.here)(*arguments, "--json", env=env)
     assert ran.returncode == code, ran

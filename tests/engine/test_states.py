@@ -67,7 +67,7 @@ def named(up: Talaria, run_id: str) -> str:
 @pytest.fixture
 def here(up: Talaria) -> Iterator[None]:
     """Let this process be a client of the server, and dispatch from its state directory."""
-    auth = (up.home / "api.auth").read_text().strip()
+    auth = (up.home / "worker.auth").read_text().strip()
     env = {**up.env, "PREFECT_API_URL": up.url, "PREFECT_API_AUTH_STRING": auth}
     with mock.patch.dict(os.environ, env):
         refresh_global_settings_context()

@@ -408,6 +408,26 @@ def test_websockets_know_the_same_roles(door: FrontDoor) -> None:
     run(case)
 
 
+@pytest.mark.parametrize("path", ["/api/events/count-by/..", "/api/./events/filter", "/talaria/../api/flows/x", "api"])
+def test_a_path_that_another_server_reads_as_another_one_is_refused(door: FrontDoor, path: str) -> None:
+    """Seen: behind a client that resolves dots, `POST /api/events/count-by/..` was `POST /api/events`."""
+    scope = {
+        "type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "query_string": b"",
+        "root_path": "", "scheme": "http", "client": ("127.0.0.1", 5), "server": ("127.0.0.1", 4200),
+        "headers": [(b"host", b"localhost"), (b"authorization", door.worker["Authorization"].encode())],
+    }  # fmt: skip
+    got: list[Any] = []
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: Any) -> None:
+        got.append(message)
+
+    asyncio.run(door.gate(scope, receive, send))
+    assert got[0]["status"] == 400
+
+
 def test_refusals_are_heard_of(door: FrontDoor) -> None:
     async def case() -> None:
         async with door.browser() as client:

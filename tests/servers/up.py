@@ -112,7 +112,7 @@ class Talaria:
         return psutil.Process(self.process.pid).children(recursive=True)
 
     def child(self, mark: str) -> psutil.Process:
-        """The child whose command line holds `mark`: `uvicorn` (the server), `talaria.engine.worker` (the worker)."""
+        """The child whose command line holds `mark`: `talaria.front` (server), `talaria.engine.worker` (worker)."""
         (found,) = [child for child in self.children() if any(mark in part for part in child.cmdline())]
         return found
 

@@ -1,0 +1,182 @@
+"""The server process: the front door on sockets that it inherits. Started by `talaria.server`, never by people."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import socket
+import ssl
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import uvicorn
+
+from talaria.front.access import Role
+from talaria.front.app import build
+from talaria.front.embedded import EmbeddedPrefect, load
+from talaria.front.heard import AuditWriter
+from talaria.front.keys import Door, KeyRing
+from talaria.front.remote import RemotePrefect
+from talaria.front.upstream import Upstream
+from talaria.settings import worker_auth
+from transfer.home import Home
+
+ORDERS = "TALARIA_FRONT"  # the variable that says what is to be served
+KEEP_ALIVE_S = 5
+GRACE_S = 5  # for answers under way, at the end
+LOOK_S = 5  # between two looks whether the certificate has been renewed
+_logger = logging.getLogger("talaria.front")
+
+
+@dataclass(frozen=True)
+class Orders:
+    """What `talaria.server` asks for.
+
+    Attributes:
+        outer, inner: descriptors of the sockets; inner -1 for none.
+        certificate, key: files of the outer socket's TLS, "" for none.
+        upstream: the API of a Prefect server elsewhere, "" for the embedded one.
+        rest: as in `Door`.
+    """
+
+    outer: int
+    inner: int
+    auth: bool
+    hosts: list[str]
+    certificate: str
+    key: str
+    peers: list[str]
+    user_header: str
+    proxy_role: str
+    upstream: str
+
+
+class _Server(uvicorn.Server):
+    """One that stops the other, of the inner socket, with itself."""
+
+    other: uvicorn.Server | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        super().handle_exit(sig, frame)
+        if self.other:
+            self.other.should_exit = True
+
+
+class _Other(uvicorn.Server):
+    @contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        yield  # they are the first server's
+
+
+class Front:
+    """The process."""
+
+    def __init__(self, orders: Orders, home: Home) -> None:
+        self.orders, self.failed, self.heard = orders, False, AuditWriter()
+        inner = socket.socket(fileno=orders.inner) if orders.inner >= 0 else None
+        self.outer, self.inner = socket.socket(fileno=orders.outer), inner
+        door = Door(
+            auth=orders.auth,
+            hosts=frozenset(orders.hosts),
+            tls=bool(orders.certificate),
+            peers=tuple(orders.peers),
+            user_header=orders.user_header,
+            proxy_role=Role.of(orders.proxy_role) if orders.proxy_role else None,
+            inner_port=inner.getsockname()[1] if inner else 0,
+        )
+        self.upstream: Upstream = (
+            RemotePrefect(orders.upstream, os.environ.get("PREFECT_API_AUTH_STRING", ""))
+            if orders.upstream
+            else EmbeddedPrefect(worker_auth(home), load, self._fail)
+        )
+        self.app = build(KeyRing(home), door, self.upstream, (), self.heard)
+
+    async def serve(self) -> None:
+        """Serve until SIGTERM."""
+        tls: dict[str, Any] = {}
+        if self.orders.certificate:
+            tls = {"ssl_certfile": self.orders.certificate, "ssl_keyfile": self.orders.key, "ssl_keyfile_password": ""}
+        self.server = _Server(_config(self.app, lifespan="on", **tls))
+        tasks = [asyncio.create_task(self.server.serve([self.outer]))]
+        if self.inner:
+            self.server.other = _Other(_config(self.app, lifespan="off"))
+            tasks.append(asyncio.create_task(self.server.other.serve([self.inner])))
+        renewing = asyncio.create_task(self._renew())
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            renewing.cancel()
+            self.heard.close()
+
+    def _fail(self) -> None:
+        self.failed = True
+        self.server.should_exit = True
+        if self.server.other:
+            self.server.other.should_exit = True
+
+    async def _renew(self) -> None:
+        """Take the certificate's files again when they have changed; what is not valid is not taken."""
+        paths = [Path(one) for one in (self.orders.certificate, self.orders.key) if one]
+        seen = [_mark(path) for path in paths]
+        while paths:
+            await asyncio.sleep(LOOK_S)
+            now = [_mark(path) for path in paths]
+            context = self.server.config.ssl if self.server.config.loaded else None
+            if now == seen or context is None:
+                continue
+            try:
+                trial = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+                for one in (trial, context):
+                    one.load_cert_chain(self.orders.certificate, self.orders.key, "")
+            except (OSError, ssl.SSLError) as exc:
+                _logger.warning("the renewed certificate can't be used yet: %s", exc)  # half of the pair, perhaps
+                continue
+            seen = now
+            _logger.warning("the certificate has been renewed")
+
+
+def _config(app: Any, *, lifespan: Any, **tls: Any) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        lifespan=lifespan,
+        log_level="warning",
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=GRACE_S,
+        proxy_headers=False,  # whom to believe is the gate's business
+        server_header=False,
+        **tls,
+    )
+
+
+def _mark(path: Path) -> tuple[int, int, int] | None:
+    try:
+        info = path.stat()
+    except OSError:
+        return None
+    return info.st_ino, info.st_mtime_ns, info.st_size
+
+
+def main() -> None:
+    """Serve as the environment orders."""
+    orders = Orders(**json.loads(os.environ.pop(ORDERS)))
+    front: Front | None = None
+
+    async def serve() -> bool:
+        nonlocal front
+        front = Front(orders, Home.current())
+        await front.serve()
+        return front.failed
+
+    if asyncio.run(serve()):
+        sys.exit(3)
+
+
+if __name__ == "__main__":
+    main()

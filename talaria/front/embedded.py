@@ -1,0 +1,114 @@
+"""Prefect's server in this process: loaded while the front door answers already, and mounted whole."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+from uuid import UUID
+
+import httpx
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+
+from talaria.front.access import ACTING, Role
+from talaria.front.gate import Application, Message, Receive, Send
+
+WAIT_S = 120  # longest that a request waits for the server to start; a first start migrates the database
+_logger = logging.getLogger("talaria.front")
+
+
+class EmbeddedPrefect:
+    """Prefect's server, made by `load`, which returns the application and Prefect's own FastAPI within it.
+
+    It wants `credential`, which its environment has set. `failed` is called if it can't be started.
+    """
+
+    def __init__(
+        self, credential: str, load: Callable[[], tuple[Application, Any]], failed: Callable[[], None] = lambda: None
+    ) -> None:
+        self.credential, self._load, self._failed = credential, load, failed
+        self._app: Application | None = None
+        self._ready, self._stop = asyncio.Event(), asyncio.Event()
+        self._wrong = ""
+        name, _, password = credential.partition(":")
+        self.client = httpx.AsyncClient(
+            transport=httpx.ASGITransport(self, raise_app_exceptions=False),
+            base_url="http://127.0.0.1/api",
+            auth=(name, password),
+            timeout=WAIT_S,
+        )
+
+    @property
+    def state(self) -> str:
+        return self._wrong or ("ready" if self._app else "starting")
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        task = asyncio.create_task(self._serve())
+        try:
+            yield
+        finally:
+            self._stop.set()
+            await task
+            await self.client.aclose()
+
+    async def _serve(self) -> None:
+        try:
+            app, prefect = await asyncio.to_thread(self._load)
+            async with prefect.router.lifespan_context(prefect):
+                self._app = app
+                self._ready.set()
+                await self._stop.wait()
+        except Exception as exc:
+            _logger.exception("Prefect's server ended")
+            self._wrong = f"failed: {type(exc).__name__}"
+            self._ready.set()
+            self._failed()
+        finally:
+            self._app = None
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        if self._app is None:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._ready.wait(), WAIT_S)
+        if self._app is None:
+            await _not_yet(scope, receive, send, self.state)
+            return
+        await self._app(scope, receive, send)
+
+
+async def _not_yet(scope: Message, receive: Receive, send: Send, state: str) -> None:
+    if scope["type"] == "websocket":
+        await receive()
+        await send({"type": "websocket.close", "code": 1013})
+        return
+    await JSONResponse({"error": f"the server is {state}"}, 503, {"Retry-After": "5"})(scope, receive, send)
+
+
+def load() -> tuple[Application, Any]:
+    """Return Prefect's application as the engine makes it, and say to it who asks."""
+    from talaria.engine.api import create_app
+
+    app = create_app()
+    prefect: Any = app.app
+    say_who(prefect)
+    return app, prefect
+
+
+def say_who(prefect: Any) -> None:
+    """Let runs, deployments and the like say in `created_by` who made them."""
+    from prefect.server.api import dependencies
+    from prefect.server.schemas.core import CreatedBy
+
+    async def created_by(request: Request) -> Any:
+        who = ACTING.get()
+        if Role.NOBODY < who.role < Role.WORKER:
+            return CreatedBy(id=None, type="USER", display_value=who.name)
+        number, name = (request.headers.get(f"prefect-automation-{part}") for part in ("id", "name"))
+        return dependencies.get_created_by(UUID(number) if number else None, name)
+
+    created_by.__annotations__["request"] = Request
+    prefect.api_app.dependency_overrides[dependencies.get_created_by] = created_by

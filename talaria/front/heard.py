@@ -1,0 +1,48 @@
+"""What the front door writes into the audit trail: logins, logouts, refusals."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+from transfer.audit import AuditResult, Event, record
+
+EVENTS = {
+    "login": (Event.LOGIN, AuditResult.SUCCESS),
+    "login refused": (Event.LOGIN, AuditResult.SERIOUS),
+    "logout": (Event.LOGOUT, AuditResult.SUCCESS),
+    "refused": (Event.REFUSED, AuditResult.SERIOUS),
+}
+STRANGERS = 60  # entries in a minute of those who have not logged in: nobody fills the disk with refusals
+_logger = logging.getLogger("talaria.front")
+
+
+class AuditWriter:
+    """Writes entries in order, in a thread of its own: each waits for the disk."""
+
+    def __init__(self, write: Callable[..., object] = record, clock: Callable[[], float] = time.monotonic) -> None:
+        self._write, self._clock = write, clock
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="audit")
+        self._strangers: list[float] = []
+
+    def __call__(self, what: str, who: str, more: str) -> None:
+        """Take down what happened: one of EVENTS, the user, and the address (of a login) or what was refused."""
+        event, result = EVENTS[what]
+        if result is AuditResult.SERIOUS:
+            _logger.warning("%s: %s %s", what, who or "nobody", more)
+        if not who or what == "login refused":
+            now = self._clock()
+            self._strangers = [one for one in self._strangers if now - one < 60]
+            if len(self._strangers) >= STRANGERS:
+                return
+            self._strangers.append(now)
+        login = event in (Event.LOGIN, Event.LOGOUT)
+        details = {"source": more} if login else {"request": more}
+        self._thread.submit(partial(self._write, event, who or "nobody", result, **details))
+
+    def close(self) -> None:
+        """Wait until all is written."""
+        self._thread.shutdown()
