@@ -260,6 +260,7 @@ class _Push:
         else:
             place.unmark()
             outcomes = [self._merge(place, item, touched) for item in items]
+        self.report.unanswered.update(item.path for item, one in zip(items, outcomes, strict=True) if _is_new(one))
         for folder in touched:
             fs.flush_folder(folder)
         for item, outcome in zip(items, outcomes, strict=True):
@@ -323,8 +324,8 @@ class _Push:
                 try:
                     place = self.where[item.path]
                     if not self.incoming.same_checksum(item, place.final / item.path):
+                        # The next attempt compares, and writes it again.
                         self.report.revoke(item, "its checksum there is not that of the file that was sent")
-                        place.unmark()  # the next attempt compares, and writes it again
                 except (Rejected, PermissionError):
                     unread.append(item)
 
@@ -346,7 +347,12 @@ class _Push:
         return "" if info.st_size == item.size else f"it has {info.st_size} bytes there instead of {item.size}"
 
     def _mark(self, place: Place) -> None:
-        """Put the marker if every file of the plan is there; its time is that of the last arrival."""
+        """Put the marker if every file of the plan is there; its time is that of the last arrival.
+
+        A marker that is there is removed where a file was taken back.
+        """
+        if any(item.path in self.report.revoked for item in place.items):
+            place.unmark()
         if self.plan.lacks or len(list(self._arrived(place.items))) < len(place.items) or not place.final.is_dir():
             return
         marker, reported = place.final / MARKER, self.report.outcomes
@@ -360,6 +366,10 @@ class _Push:
         marker.touch()
         fs.own(marker, self.style.mode, self.style.group)
         fs.flush_folder(place.final)
+
+
+def _is_new(outcome: Outcome | None) -> bool:
+    return outcome is not None and outcome.kind in (Kind.DELIVERED, Kind.WARNING)
 
 
 def _is_other_instance(item: Item, final: Path) -> bool:

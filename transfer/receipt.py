@@ -149,6 +149,7 @@ class PushReport:
         moved: called with each count of bytes that went out, for progress.
         unanswered: how often items, by path, were sent in this run without an answer; outlives an attempt. If such an
             item is found at the target, it counts as delivered, not as already there.
+        tries: in how many attempts of this run an item, by path, failed alone.
         put_off: the peer's last words, by path, about items that it refused for the time being; outlives an attempt.
     """
 
@@ -160,9 +161,11 @@ class PushReport:
         unanswered: Counter[str] | None = None,
         pausing: threading.Event | None = None,
         put_off: dict[str, str] | None = None,
+        tries: Counter[str] | None = None,
     ) -> None:
         self.put_off: dict[str, str] = {} if put_off is None else put_off
         self.unanswered: Counter[str] = Counter() if unanswered is None else unanswered
+        self.tries: Counter[str] = Counter() if tries is None else tries
         self._record = record
         self._lock = threading.Lock()
         self._moved = moved
@@ -170,9 +173,12 @@ class PushReport:
         self.cancelled = cancelled or threading.Event()
         self.pausing = pausing or threading.Event()
         self.outcomes: dict[str, Outcome] = {}
+        self.revoked: set[str] = set()  # paths of what had been confirmed, and is not there
 
     def __call__(self, item: Item, outcome: Outcome) -> None:
         """Report an item's outcome: once per item, after the peer's confirmation."""
+        if outcome.kind is Kind.ALREADY and item.path in self.unanswered:
+            outcome = Outcome(Kind.DELIVERED, outcome.detail)
         with self._lock:
             if item.path in self.outcomes:
                 raise RuntimeError(f"second outcome for {item.shown}")
@@ -199,6 +205,7 @@ class PushReport:
         with self._lock:
             self._record(item, outcome)
             self.outcomes[item.path] = outcome
+            self.revoked.add(item.path)
 
     def moved(self, count: int) -> None:
         """Report that `count` more bytes went out."""

@@ -133,6 +133,8 @@ class FolderPush(Incoming):
             self.report.check()
             new = fs.make_folders(place.final, self._root, self.style.dir_mode, self.style.group)
             outcomes = [self._rename(item) for item in mine]
+            moved = (item for item, one in zip(mine, outcomes, strict=True) if one in (DELIVERED, REPLACED))
+            self.report.unanswered.update(item.path for item in moved)
             for folder in {place.final, *(folder.parent for folder in new)}:
                 fs.flush_folder(folder)
             for item, outcome in zip(mine, outcomes, strict=True):

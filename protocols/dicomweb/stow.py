@@ -139,7 +139,7 @@ class StowPush:
         self._queue = deque()
         for part in parts[:2]:
             self._queue += batches(part, self._batch_bytes, self._batch_items, self._concurrency)
-        parts[2].sort(key=lambda item: self.report.unanswered[item.path])  # what was tried least comes first
+        parts[2].sort(key=lambda item: self.report.tries[item.path])  # what was tried least comes first
         self._queue += [Batch((item,), last=True) for item in parts[2]]
         in_threads(self._work, min(self._concurrency, len(self._queue)), "stow")
         self._later += self._doubts.judge(self._report)
@@ -297,6 +297,8 @@ class StowPush:
             raise error
         if unsure is None:
             unsure = isinstance(error, Interrupted) or (isinstance(error, TimedOut) and bool(self._doubts.stored))
+        if unsure or isinstance(error, Interrupted | TimedOut):
+            self.report.unanswered.update(item.path for item in body.items[: body.whole])
         if unsure and body.whole:
             there = self._listed(batch.items)
             for item in there:

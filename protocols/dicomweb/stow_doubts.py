@@ -114,7 +114,7 @@ class Doubts:
         for one in lone:
             if not counts or (one.lasting and not self.stored):
                 raise one.error
-            tries = self._report.unanswered
+            tries = self._report.tries
             tries[one.item.path] += 1
             if one.lasting:
                 report(one.item, Outcome(Kind.REJECTED, one.said))

@@ -96,6 +96,7 @@ class Conveyor:
             if isinstance(exc, ReleasedByPeer) and self.answers:
                 self.backlog.released(outstanding, self.answers)
             else:
+                self.report.unanswered.update(item.path for item in outstanding)
                 self.backlog.broke(outstanding, exc, self.answers, sender.patience, alone=self.alone)
             self.fleet.last = exc
         except BaseException as exc:

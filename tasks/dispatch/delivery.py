@@ -91,6 +91,7 @@ class Delivery:
         self._told: dict[str, Outcome] = {}
         self._stumbled: set[str] = set()
         self._unanswered: Counter[str] = Counter()
+        self._tries: Counter[str] = Counter()
         self._put_off: dict[str, str] = {}
         self._before: frozenset[str] | None = None
         self._last: Receipt | None = None
@@ -136,7 +137,13 @@ class Delivery:
                 told = ((item.path, self._told.get(item.path)) for item in plan.items if item.path not in done)
                 rejected = {path: outcome for path, outcome in told if outcome and not outcome.arrived}
                 report = PushReport(
-                    self._record(key), self.cancelled, self.moved, self._unanswered, self.paused, self._put_off
+                    self._record(key),
+                    self.cancelled,
+                    self.moved,
+                    self._unanswered,
+                    self.paused,
+                    self._put_off,
+                    self._tries,
                 )
                 report.check()
                 for item in self.refused:

@@ -423,12 +423,15 @@ class _Push:
     def finish(self) -> None:
         """Put the marker into every folder that has all its files; remove the folders in which they were filled.
 
+        A marker that is there is removed where a file was taken back.
         Nothing shows in which folder a file that can't be sent would lie: if there is one, no folder is marked.
         """
+        revoked = self.report.revoked
+        lacking = [folder.name for folder in self.folders if any(item.path in revoked for item in folder.items)]
         whole = [folder.name for folder in self.folders if all(map(self.has_arrived, folder.items))]
         if self.plan.lacks:
             whole = []
-        code, output = self.script(FINISH, NAMES=whole)
+        code, output = self.script(FINISH, NAMES=whole, LACKING=lacking)
         if code:
             if self.plan.pending:
                 raise _said(output, self.target, self.hide)

@@ -77,6 +77,7 @@ cd @FOLDER@/@INCOMING@ && find @PLACE@ ! -type d -exec printf '%s\\0' {} +
 """
 FINISH = """
 cd @FOLDER@ || exit 1
+for one in @LACKING@; do rm -f "./$one/@MARKER@"; done
 for one in @NAMES@; do
   if [ ! -d "./$one" ]; then printf '%s\\0' "$one"
   elif [ ! -e "./$one/@MARKER@" ]; then : >"./$one/@MARKER@" || exit 1

@@ -242,6 +242,7 @@ class S3Push:
             at_once = self.target.concurrency
             if exc.retryable:
                 exc.item = exc.item or item.shown
+                self.report.unanswered[item.path] += 1
             self.report.put_off[item.path] = exc.message
             with self._lock:
                 self._aside.append((item, exc))
@@ -425,11 +426,14 @@ class S3Push:
         return self.report.arrived(self.plan, item)
 
     def _finish(self) -> None:
-        """Put manifests and markers, if every file of the plan is there."""
+        """Put manifests and markers, if every file of the plan is there; a marker goes where one was taken back."""
         self.report.check()
         folders: dict[str, list[Item]] = {}
         for item in self.plan.items:
             folders.setdefault(self.folders[item.path], []).append(item)
+        for folder in {self.folders[path] for path in self.report.revoked}:
+            if self._stored(marker := self._key(folder, MARKER)) is not None:
+                self._remove_marker(marker)
         manifests = [f for f in folders if self._lacks(f, MANIFEST.format(self.plan.dispatch_id))]
         markers = [f for f in folders if self._lacks(f, MARKER)]
         for folder in manifests:

@@ -405,14 +405,16 @@ class Sending(Remote):
     async def mark(self, session: Sftp) -> None:
         """Put the marker into every folder that has all its files.
 
+        A marker that is there is removed where a file was taken back.
         Nothing shows in which folder a file that can't be sent would lie: if there is one, no folder is marked.
         """
-        if self.plan.lacks:
-            return
         for folder in self.folders:
-            if not all(map(self.has_arrived, folder.items)):
-                continue
             path = encoded(f"{folder.path}/{ssh.MARKER}")
+            if any(item.path in self.report.revoked for item in folder.items):
+                with suppress(Status):
+                    await session.remove(path)
+            if self.plan.lacks or not all(map(self.has_arrived, folder.items)):
+                continue
             try:
                 await session.close_file(await session.open(path, FLAG_WRITE | FLAG_CREATE))
             except Status as exc:

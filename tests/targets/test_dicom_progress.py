@@ -455,3 +455,27 @@ def test_a_class_at_which_the_peer_ends_the_request_costs_itself_alone(name: str
         sent = attempt(target_of(peer, concurrency=2), plan)
     assert {item.path for item in plan.items} - sent.arrived == {name}
     assert set(sent.rejected) == {name}
+
+
+@pytest.mark.parametrize("end", [Abort(), Silence()], ids=str)
+def test_what_this_run_brought_without_an_answer_is_delivered_and_not_already_there(
+    end: Script, tmp_path: Path
+) -> None:
+    """The peer stores an instance, ends the association before it says so, and has it when it comes again."""
+    studies.ct(tmp_path, 4)
+    plan = scan([tmp_path])
+    unanswered, before = uids(plan)[1], uids(plan)[2]
+    met: Counter[str] = Counter()
+
+    def script(store: Store) -> Script:
+        met[store.SOPInstanceUID] += 1
+        if store.SOPInstanceUID == before or met[store.SOPInstanceUID] > 1:
+            return 0x0111
+        return end if store.SOPInstanceUID == unanswered else 0
+
+    with scp(on_store=script) as peer:
+        receipt = attempt(target_of(peer, concurrency=1), plan).require()
+    kinds = {row.sop_instance_uid: row.outcome for row in receipt.items}
+    assert kinds.pop(before) is Kind.ALREADY
+    assert set(kinds.values()) == {Kind.DELIVERED}
+    assert receipt.bytes == plan.size - plan.items[2].size

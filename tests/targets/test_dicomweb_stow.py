@@ -457,6 +457,29 @@ def test_409_data_already_there(server: Scripted, plan: Plan) -> None:
     assert kinds(sent) == [Kind.ALREADY] * 8
 
 
+@pytest.mark.parametrize("fault", [Reply(504), Reply(resets=True)], ids=["504", "reset"])
+def test_what_this_run_brought_without_an_answer_is_delivered_and_not_already_there(
+    server: Scripted, plan: Plan, fault: Reply
+) -> None:
+    """A request is taken, and its answer lost; the server can't be searched, and says 0111 of what it has."""
+    brought: set[str] = {uids(plan)[7]}  # which was there before
+
+    def store(request: Request) -> Reply:
+        old = {uid: 0x0111 for uid in request.uids if uid in brought}
+        new = {uid: 0 for uid in request.uids if uid not in brought}
+        brought.update(new)
+        if len(server.of("POST")) == 2:
+            return fault
+        return Reply(409 if old else 200, as_json(listing(new, old)))  # type: ignore[arg-type]
+
+    server.only = ""
+    server.script = [lambda request: store(request) if request.method == "POST" else Reply(404)] * 99
+    receipt = push(server, plan, batch_items=2).require()
+    kinds = [row.outcome for row in receipt.items]
+    assert kinds == [Kind.DELIVERED] * 7 + [Kind.ALREADY]
+    assert receipt.bytes == plan.size - plan.items[7].size
+
+
 def test_409_without_a_list_is_a_rejection(server: Scripted, plan: Plan) -> None:
     bad = uids(plan)[2]
     server.script = [lambda request: Reply(409, PAGE, "text/html") if bad in request.uids else None] * 20

@@ -384,6 +384,27 @@ def test_one_rejected_link_cut_retry(archive: Path, study: Path, monkeypatch: py
         assert not (archive / "all" / ".complete").exists()
 
 
+def test_what_an_attempt_brought_before_it_broke_off_is_delivered_and_not_already_there(
+    archive: Path, study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    studies.ct(study, 3)
+    flush = fs.flush_folder
+
+    def gone(folder: Path) -> None:
+        if (archive / "all" / "CT0001.dcm").exists():
+            raise OSError(errno.ESTALE, "Stale file handle")
+        flush(folder)
+
+    with sending(target(archive, layout="all"), study) as sender:
+        with monkeypatch.context() as patch:
+            patch.setattr(fs, "flush_folder", gone)
+            assert isinstance(sender.attempt().error, Interrupted)
+        assert tree(archive / "all") == {"CT0001.dcm", "CT0002.dcm", "CT0003.dcm"}
+        receipt = sender.attempt().require()
+    assert receipt.counts[Kind.DELIVERED] == 3
+    assert receipt.bytes == sum(path.stat().st_size for path in study.iterdir())
+
+
 def _interrupted(*_: Any) -> None:
     raise Interrupted("the share went away")
 

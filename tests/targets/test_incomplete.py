@@ -18,13 +18,14 @@ from transfer.home import Home
 from transfer.ledger import Ledger
 from transfer.outcome import Kind
 from transfer.plan import scan
-from transfer.receipt import State
+from transfer.receipt import Level, State
 
 FACTORIES: dict[str, Callable[[Path], AbstractContextManager[Harness]]] = {
     name: factory
     for module, name in ((folder, "folder"), (rsync, "rsync-openssh"), (sftp, "sftp-openssh"), (s3, "s3-moto"))
     for name, factory in [(name, module.HARNESSES[name])]
 }
+FOLDERS = [name for name in FACTORIES if not name.startswith("s3")]
 
 
 @pytest.fixture(params=FACTORIES)
@@ -94,4 +95,28 @@ def test_what_the_target_does_not_want_does_not_make_it_incomplete(
     one = delivery(harness, study, ledger, tmp_path)
     one.push()
     assert one.receipt().state is State.DELIVERED
+    assert marked(harness)
+
+
+@pytest.mark.parametrize("harness", FOLDERS, indirect=True)
+@pytest.mark.parametrize("level", [Level.LISTED, Level.PROVEN])
+def test_a_marker_goes_where_a_file_is_found_lost_and_comes_back_with_it(
+    harness: Harness, study: Path, ledger: Ledger, tmp_path: Path, level: Level
+) -> None:
+    (study / "link.dcm").unlink()
+    harness.target.verify = level
+    delivery(harness, study, ledger, tmp_path).push()
+    assert marked(harness)
+    (lost,) = (tmp_path / "server").rglob("CT0002.dcm")
+    lost.unlink()
+    found = delivery(harness, study, ledger, tmp_path).push()
+    assert found.state is State.PARTIAL
+    assert {row.path: row.outcome for row in found.items} == {
+        "CT0001.dcm": Kind.ALREADY,
+        "CT0002.dcm": Kind.REJECTED,
+    }
+    assert not marked(harness)
+    again = delivery(harness, study, ledger, tmp_path).push()
+    assert again.state is State.DELIVERED
+    assert again.counts[Kind.DELIVERED] == 1
     assert marked(harness)

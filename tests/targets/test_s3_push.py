@@ -419,6 +419,17 @@ def test_an_answer_that_is_lost_is_found_to_be_done(store: Stub, study: Path) ->
     assert_whole(store, second)
 
 
+def test_what_this_run_brought_without_an_answer_is_delivered_and_not_already_there(store: Stub, study: Path) -> None:
+    studies.ct(study, 1)
+    large(study / "large.bin")
+    store.fault = on("Complete", Misdeed(silent=True), times=1)
+    with sending(target(store), study) as sender:
+        assert isinstance(sender.attempt().error, Interrupted)
+        receipt = sender.attempt().require()
+    assert receipt.counts[Kind.DELIVERED] == 2
+    assert receipt.bytes == sum(path.stat().st_size for path in study.iterdir())
+
+
 def test_names_made_of_patient_data_show_in_no_message(store: Stub, study: Path) -> None:
     studies.ct(study, 2)
     usual = target(store, layout="{PatientID}")
@@ -868,6 +879,21 @@ def test_what_the_store_has_lost_is_revoked(store: Stub, study: Path) -> None:
     sent = attempt(target(store, verify="listed"), study)
     assert sent.rejected == {"CT0002.dcm": "the store does not have it"}
     assert not marked(store)
+
+
+@pytest.mark.parametrize("level", ["listed", "proven"])
+def test_what_the_store_has_lost_later_takes_the_marker_away(store: Stub, study: Path, level: str) -> None:
+    studies.ct(study, 3)
+    first = attempt(target(store, verify=level), study)
+    assert marked(store)
+    (lost,) = (key for key in store.buckets["lab"] if key.endswith("CT0002.dcm"))
+    del store.buckets["lab"][lost]
+    found = attempt(target(store, verify=level), study, done=first.arrived).require()
+    assert found.counts[Kind.REJECTED] == 1
+    assert not marked(store)
+    again = attempt(target(store, verify=level), study, done=first.arrived - {"CT0002.dcm"}).require()
+    assert again.state is State.DELIVERED
+    assert marked(store)
 
 
 def test_probes_are_made_once_in_a_process(store: Stub, study: Path) -> None:

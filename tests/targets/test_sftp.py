@@ -362,7 +362,7 @@ def test_a_file_in_the_place_of_the_target_is_told_by_the_check_and_the_push(
     one = target(tmp_path / f"in{below}")
     error = attempt(one, study).error
     assert isinstance(error, Misconfigured), repr(error)
-    assert f"{tmp_path}/in: a file is in the place" in error.message
+    assert f"{tmp_path}/in: there is a file where" in error.message
     health = DRIVERS.of(one).check(one)
     assert next(probe for probe in health.probes if probe.result == "failed").name == "authorize"
     assert isinstance(health.error, Misconfigured)
