@@ -1091,7 +1091,7 @@ def test_redirect_to_what_is_no_url(server: Scripted, plan: Plan, location: str)
     server.script = Always([Reply(307, headers={"Location": location})])
     sent = push(server, plan)
     assert isinstance(sent.error, Misconfigured)
-    assert "no URL" in sent.error.message
+    assert "not a URL" in sent.error.message
 
 
 @pytest.mark.parametrize(
