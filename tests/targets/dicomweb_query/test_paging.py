@@ -1,0 +1,207 @@
+"""Pages of QIDO-RS: every result once, and none missing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from imaging.query import Query
+from protocols.dicomweb import pages, qido
+from talaria.testing import studies
+from tests.servers.dicomweb import Reply, Scripted, as_json
+from tests.targets.dicomweb_query.finding import found, hold, study_uids
+from transfer.errors import Misconfigured
+
+
+@pytest.fixture
+def many(server: Scripted, monkeypatch: pytest.MonkeyPatch) -> Scripted:
+    """A server with 50 studies; pages of 20 are asked for."""
+    monkeypatch.setattr(pages, "PAGE", 20)
+    hold(server, *(studies.ct_bytes() for _ in range(50)))
+    return server
+
+
+def test_pages(many: Scripted) -> None:
+    matches = found(many)
+    assert len(matches) == len(study_uids(matches)) == 50
+    assert [dict(request.query)["offset"] for request in many.of("GET")] == ["0", "19", "38"]
+
+
+@pytest.mark.parametrize("cap", [1, 7, 20, 49, 50, 51])
+def test_server_caps_pages(many: Scripted, cap: int) -> None:
+    many.cap = cap
+    assert len(study_uids(found(many))) == 50
+
+
+@pytest.mark.parametrize("cap", [None, 7])
+def test_server_begins_again_after_the_last_page(many: Scripted, cap: int | None) -> None:
+    many.repeats, many.cap = True, cap
+    matches = found(many)
+    assert len(matches) == len(study_uids(matches)) == 50
+
+
+def test_server_ignores_offset(many: Scripted) -> None:
+    many.ignores = {"offset"}
+    hold(many, studies.ct_bytes())  # 51, which no server has for a limit
+    matches = found(many)
+    assert len(matches) == len(study_uids(matches)) == 51
+
+
+def test_server_ignores_offset_and_limit(many: Scripted) -> None:
+    many.ignores = {"offset", "limit"}
+    matches = found(many)
+    assert len(matches) == len(study_uids(matches)) == 50
+
+
+def test_server_gives_much_at_once(many: Scripted) -> None:
+    many.ignores = {"offset", "limit"}
+    usual = many._search
+
+    def search(segments: list[str], query: list[tuple[str, str]]) -> Reply:
+        return replace(usual(segments, query), body=usual(segments, query).body + b" " * (20 << 20))
+
+    many._search = search  # type: ignore[method-assign]
+    assert len(study_uids(found(many))) == 50
+
+
+@pytest.mark.parametrize("ignores", [{"offset"}, {"offset", "limit"}])
+@pytest.mark.parametrize("cap", [12, 20, 49])
+def test_server_ignores_offset_and_caps(many: Scripted, cap: int, ignores: set[str]) -> None:
+    """This one takes wild cards in UIDs, so that the studies can be asked for in shares."""
+    many.ignores, many.cap = ignores, cap
+    assert len(study_uids(found(many))) == 50
+
+
+def strict(server: Scripted) -> None:
+    """Let a server take wild cards in UIDs for letters, as DICOM has it."""
+    usual = server._search
+
+    def search(segments: list[str], query: list[tuple[str, str]]) -> Reply:
+        stars = [key for key, value in query if key.endswith("UID") and "*" in value]
+        return Reply(204) if stars else usual(segments, query)
+
+    server._search = search  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("ignores", [{"offset"}, {"offset", "limit"}, {"offset", "filters"}])
+@pytest.mark.parametrize("cap", [12, 49])
+def test_no_way_to_all_of_it_is_an_error(many: Scripted, cap: int, ignores: set[str]) -> None:
+    many.ignores, many.cap = ignores, cap
+    strict(many)
+    with pytest.raises(Misconfigured, match="narrow the query"):
+        found(many)
+
+
+@pytest.mark.parametrize("cap", [12, None])
+def test_shares_by_study_date(server: Scripted, cap: int | None) -> None:
+    hold(server, *(studies.dataset(StudyDate=f"2024{n % 12 + 1:02}{n % 28 + 1:02}") for n in range(60)))
+    strict(server)
+    server.cap, server.ignores = cap, {"offset"}
+    assert len(study_uids(found(server, Query(StudyDate="2024-2024")))) == 60
+    assert len(study_uids(found(server, Query(StudyDate="20240301-")))) == 50
+    if cap is None:  # nothing is held back: each day has fewer than come at once
+        assert len(study_uids(found(server))) == 60
+    else:  # there may be studies without a date
+        with pytest.raises(Misconfigured, match="range of study dates"):
+            found(server)
+
+
+def test_server_counts_the_offset_within_the_limit(many: Scripted) -> None:
+    """As Orthanc 1.10 does for searches by modality."""
+    usual = many._search
+
+    def search(segments: list[str], query: list[tuple[str, str]]) -> Reply:
+        given = dict(query)
+        limit, offset = int(given.get("limit", "0")), int(given.get("offset", "0"))
+        shorter = [(key, str(max(0, limit - offset)) if key == "limit" else value) for key, value in query]
+        return usual(segments, shorter) if limit > offset else Reply(204)
+
+    many._search = search  # type: ignore[method-assign]
+    assert len(study_uids(found(many))) == 50
+
+
+def test_offset_is_refused_though_there_is_more(many: Scripted) -> None:
+    many.cap = 20
+    usual = many._search
+    many._search = lambda segments, query: (  # type: ignore[method-assign]
+        Reply(400) if dict(query).get("offset", "0") != "0" else usual(segments, query)
+    )
+    assert len(study_uids(found(many))) == 50
+
+
+def test_server_says_that_there_is_more(many: Scripted) -> None:
+    many.ignores, many.cap = {"offset"}, 7
+    usual = many._search
+
+    def search(segments: list[str], query: list[tuple[str, str]]) -> Reply:
+        reply = usual(segments, query)
+        reply.headers["Warning"] = "299 pacs: There are 43 additional results that can be requested"
+        return reply
+
+    many._search = search  # type: ignore[method-assign]
+    with pytest.raises(Misconfigured, match="narrow the query"):
+        found(many)
+
+
+def test_overlapping_pages(many: Scripted) -> None:
+    usual = many._search
+
+    def search(segments: list[str], query: list[tuple[str, str]]) -> Reply:
+        shifted = [(key, str(max(0, int(value) - 3)) if key == "offset" else value) for key, value in query]
+        return usual(segments, shifted)
+
+    many._search = search  # type: ignore[method-assign]
+    matches = found(many)
+    assert len(matches) == len(study_uids(matches)) == 50
+
+
+@pytest.mark.parametrize("studies_there", [5, 50])
+@pytest.mark.parametrize("status", [400, 404, 416])
+def test_server_refuses_what_is_beyond_the_last_page(
+    server: Scripted, monkeypatch: pytest.MonkeyPatch, status: int, studies_there: int
+) -> None:
+    monkeypatch.setattr(pages, "PAGE", 20)
+    hold(server, *(studies.ct_bytes() for _ in range(studies_there)))
+    usual = server._search
+
+    def search(segments: list[str], query: list[tuple[str, str]]) -> Reply:
+        reply = usual(segments, query)
+        return Reply(status) if reply.status == 204 else reply
+
+    server._search = search  # type: ignore[method-assign]
+    assert len(study_uids(found(server))) == studies_there
+
+
+@pytest.mark.parametrize(
+    ("times", "repeats"), [(1, False), (19, False), (40, False), (70, False), (450, False), (1, True), (19, True)]
+)
+def test_server_has_a_row_for_each_instance(
+    server: Scripted, monkeypatch: pytest.MonkeyPatch, times: int, repeats: bool
+) -> None:
+    """As pynetdicom's own server answers searches for studies."""
+    monkeypatch.setattr(pages, "PAGE", 20)
+    rows = [{qido.STUDY_UID: {"vr": "UI", "Value": [f"2.25.{n}"]}} for n in range(5) for _ in range(times)]
+
+    def search(segments: list[str], query: list[tuple[str, str]]) -> Reply:
+        offset, limit = int(dict(query)["offset"]), int(dict(query)["limit"])
+        page = rows[offset : offset + limit] or (rows[:limit] if repeats else [])
+        return Reply(200, as_json(page)) if page else Reply(204)
+
+    server._search = search  # type: ignore[method-assign]
+    assert len(study_uids(found(server))) == 5
+    assert len(server.of("GET")) < 20 + 5 * times / 10
+
+
+def test_unknown_parameters_are_left_out(many: Scripted) -> None:
+    for rejected in ({"includefield"}, {"limit"}, {"includefield", "limit", "offset"}):
+        many.rejects = rejected
+        assert len(study_uids(found(many))) == 50
+
+
+def test_nothing_matches(server: Scripted) -> None:
+    assert found(server) == []
+    server.script = [Reply(200, b"[]"), Reply(200, b""), Reply(204)]
+    for _ in range(3):
+        assert found(server) == []
+    assert not server.script
