@@ -15,8 +15,8 @@ from transfer.health import Health
 EARLIER = "an earlier probe failed"
 
 
-def _go_on() -> None:
-    """Never cancel: nobody stops a check but its timeouts."""
+def go_on() -> None:
+    """Do nothing: a check can't be cancelled, and all its waits have an end."""
 
 
 def reach(
@@ -38,7 +38,7 @@ def reach(
         The connection, which the caller uses or closes; None if a probe failed.
     """
     with health.probe("resolve") as probe:
-        probe.detail = shown(resolve_within(host, port, timeout_s, _go_on))
+        probe.detail = shown(resolve_within(host, port, timeout_s, go_on))
     if not health.ok:
         return None
     sock: socket.socket | None = None
@@ -66,10 +66,10 @@ def reach_web(health: Health, origin: WebOrigin) -> None:
         health.skip("resolve", "tcp", why="the proxy finds the server" if health.ok else EARLIER)
         if health.ok and sock is not None and secure:
             with health.probe("tls") as probe:
-                wrapped = origin.shake(sock, _go_on)
+                wrapped = origin.shake(sock, go_on)
                 sock, probe.detail = wrapped, peer_facts(wrapped)
     else:
-        shake = partial(origin.shake, check=_go_on) if secure else None
+        shake = partial(origin.shake, check=go_on) if secure else None
         sock = reach(health, origin.host, origin.port, origin.connect_timeout_s, shake=shake)
     if sock is not None:
         sock.close()
@@ -82,10 +82,10 @@ def _by_proxy(health: Health, origin: WebOrigin) -> socket.socket | None:
     assert proxy is not None  # noqa: S101 - for the type checker
     with health.probe("proxy") as probe:
         if origin.scheme == "https":
-            sock = origin.reach(_go_on)
+            sock = origin.reach(go_on)
             probe.detail = f"{proxy.url} passes on what is sent to {origin.authority}"
             return sock
-        with Session(origin, check=_go_on, follow=False) as session, session.request("HEAD", "/") as answer:
+        with Session(origin, check=go_on, follow=False) as session, session.request("HEAD", "/") as answer:
             if answer.status in (502, 503, 504):
                 raise proxy.refusal(answer.status, answer.reason, origin.authority)
         probe.detail = f"{proxy.url} passes on requests to {origin.authority}"

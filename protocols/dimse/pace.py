@@ -2,53 +2,20 @@
 
 With one association to a near and fast peer our thread hardly waits; more threads would only contend for the
 interpreter. To a far or slow peer a thread waits nearly all the time, and each further association adds its own rate.
-So what is measured is the share of the time in which the associations' threads compute, send and receive; what they
-wait for a processor on a machine that is busy otherwise doesn't count (proc(5), schedstat).
+So what is measured is the share of the time in which the associations' threads compute, send and receive.
 """
 
 from __future__ import annotations
 
-import os
 import threading
 import time
-from contextlib import suppress
+
+from transfer.meter import Meter
 
 LOOK_S = 0.01  # the shortest time that is judged: a hundred small instances, or half a round trip of a far peer
 # Shares of one processor: from the first on nothing is gained by more associations; below the second that is certain
 # at once; the third is what is aimed at.
 ENOUGH, CERTAIN, AIM = 0.5, 0.2, 0.75
-
-
-class Meter:
-    """Measures how long the thread that makes it has worked since the last look."""
-
-    def __init__(self) -> None:
-        self._fd = -1
-        with suppress(OSError):
-            self._fd = os.open("/proc/thread-self/schedstat", os.O_RDONLY | os.O_CLOEXEC)
-        self.begun = time.perf_counter()
-        self._worked, self._queued = self._read()
-
-    def _read(self) -> tuple[float, float]:
-        """Return seconds on a processor, and seconds waiting for one."""
-        if self._fd >= 0:
-            with suppress(OSError, ValueError):
-                worked, queued, _ = os.pread(self._fd, 64, 0).split()
-                return int(worked) / 1e9, int(queued) / 1e9
-        return time.thread_time(), 0.0
-
-    def share(self) -> float:
-        """Return the share of the time since the last look in which the thread worked, if it had a processor."""
-        now, (worked, queued) = time.perf_counter(), self._read()
-        free = max(now - self.begun - (queued - self._queued), 1e-6)
-        share = (worked - self._worked) / free
-        self.begun, self._worked, self._queued = now, worked, queued
-        return share
-
-    def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
 
 
 class Pace:

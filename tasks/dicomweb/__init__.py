@@ -26,7 +26,7 @@ from protocols.http.session import Authorizer, Content, Session, WebOrigin
 from protocols.net import tls
 from tasks.dicomweb import folder as dicomweb_folder
 from tasks.driver import Driver, Facts
-from tasks.probes import reach_web
+from tasks.probes import go_on, reach_web
 from tasks.pulled import compared, of_studies
 from transfer import stopping
 from transfer.errors import Busy, DispatchError, Misconfigured, NotFound
@@ -119,7 +119,7 @@ def _probe_services(health: Health, target: DicomWebTarget, service: Service) ->
     with health.probe("authenticate") as probe:
         authorizer = service.session.authorizer
         if authorizer is not None:
-            authorizer.header(_go_on)
+            authorizer.header(go_on)
         asked["qido"] = _ask(service, "GET", service.path(service.qido, "studies", query=[("limit", "1")]))
         if target.stores:
             asked["stow"] = _ask_stow(service, service.path(service.stow, "studies"))
@@ -150,10 +150,6 @@ def _probe_services(health: Health, target: DicomWebTarget, service: Service) ->
             _probe_wado(service, probe)
     else:
         health.skip("wado", why="nothing is retrieved from this target")
-
-
-def _go_on() -> None:
-    """Never cancel: a check can't be cancelled, and all its waits have an end."""
 
 
 @dataclass(frozen=True)

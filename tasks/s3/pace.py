@@ -7,9 +7,9 @@ same time.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 
+from transfer.meter import Meter
 from transfer.plan import Item
 
 SMALL_BYTES = 128 << 10  # on average: larger ones are hashed and sent without the interpreter's lock
@@ -26,9 +26,11 @@ def useful(items: Sequence[Item], most: int, send: Callable[[], None]) -> int:
     if most == 1 or len(items) < MANY or sum(item.size for item in items) > SMALL_BYTES * len(items):
         return most
     send()
-    shares = []
-    for _ in range(TIMED):
-        begun, busy = time.perf_counter(), time.thread_time()
-        send()
-        shares.append((time.perf_counter() - begun) / max(time.thread_time() - busy, 1e-6))
-    return max(1, min(most, int(min(shares))))
+    meter, shares = Meter(), []
+    try:
+        for _ in range(TIMED):
+            send()
+            shares.append(meter.share())
+    finally:
+        meter.close()
+    return max(1, min(most, int(1 / max(*shares, 1 / most))))

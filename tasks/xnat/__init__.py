@@ -20,7 +20,7 @@ from protocols.net.words import clean
 from protocols.xnat.answers import XnatRefused
 from protocols.xnat.client import XnatClient
 from tasks.driver import Driver, Facts
-from tasks.probes import reach_web
+from tasks.probes import go_on, reach_web
 from tasks.xnat.errors import classified
 from tasks.xnat.names import Name, Names, XnatStudy
 from tasks.xnat.study import Importer
@@ -106,22 +106,19 @@ def check(target: XnatTarget) -> Health:
     health = Health()
     rest = ["authenticate", "project", "authorize", "version"]
 
-    def ask() -> None:
-        """Never cancel: nobody stops a check but its timeouts."""
-
     reach_web(health, _origin(target))
     if health.error is None:
-        _check_xnat(target, health, ask, rest)
+        _check_xnat(target, health, rest)
     health.skip(*rest)
     return health
 
 
-def _check_xnat(target: XnatTarget, health: Health, ask: Callable[[], None], rest: list[str]) -> None:
+def _check_xnat(target: XnatTarget, health: Health, rest: list[str]) -> None:
     """Make the probes that need a login; remove each from `rest`."""
     with ExitStack() as ends:
         with health.probe("authenticate") as probe:
             rest.remove("authenticate")
-            client = ends.enter_context(connect(target, ask))
+            client = ends.enter_context(connect(target, go_on))
             probe.detail = f"logged in as {target.user}"
         if health.error:
             return

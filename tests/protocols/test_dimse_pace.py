@@ -11,13 +11,14 @@ import pytest
 
 from protocols.dimse.backlog import Backlog
 from protocols.dimse.fleet import Fleet
-from protocols.dimse.pace import LOOK_S, Meter, Pace
+from protocols.dimse.pace import LOOK_S, Pace
 from protocols.dimse.transport import Peer
 from talaria.testing import studies
 from talaria.testing.harness import attempt
 from tests.servers.scp import scp
 from tests.servers.steps import Wait
 from tests.targets.dicom import dicom_target
+from transfer.meter import Meter
 from transfer.plan import scan
 from transfer.receipt import PushReport
 from transfer.throttle import Throttle
