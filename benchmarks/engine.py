@@ -120,7 +120,6 @@ class Bench:
         try:
             _until(lambda: b"ready:" in log.read_bytes(), 180)
             user, _, password = (self.home / "api.auth").read_text().strip().partition(":")
-            self.auth = f"{user}:{password}"
             self.api = httpx.Client(
                 base_url=f"http://127.0.0.1:{self.port}/api", auth=(user, password), timeout=60, trust_env=False
             )
@@ -220,9 +219,10 @@ def process_worker(bench: Bench) -> Iterator[Way]:
     body = {"name": "bench", "flow_id": ours["flow_id"], "work_pool_name": POOL, "entrypoint": ours["entrypoint"]}
     made = bench.ask("POST", "/deployments/", body | {"path": str(Path(__file__).parents[1])})
     log = bench.root / "process-worker.log"
+    auth = next(path for name in ("worker.auth", "api.auth") if (path := bench.home / name).exists())
     env = bench.env | {
         "PREFECT_API_URL": f"http://127.0.0.1:{bench.port}/api",
-        "PREFECT_API_AUTH_STRING": bench.auth,
+        "PREFECT_API_AUTH_STRING": auth.read_text().strip(),
         "PREFECT_HOME": str(bench.root / "prefect"),
         "PREFECT_WORKER_QUERY_SECONDS": "0.5",
         "PREFECT_WORKER_PREFETCH_SECONDS": "1",
