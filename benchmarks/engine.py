@@ -127,7 +127,7 @@ class Bench:
             sink = f"{{type: dicom, host: 127.0.0.1, port: {self.relay.port}, max_dispatches: 16}}"
             targets.write_text(f"targets:\n  sink: {sink}\n")
             apply = [sys.executable, "-P", "-m", "talaria", "target", "apply", str(targets)]
-            subprocess.run(apply, env=self.env, check=True, stdout=subprocess.DEVNULL)
+            subprocess.run(apply, env=self.env, check=True, capture_output=True)
             yield
         finally:
             process.stop(self.process)
