@@ -211,7 +211,7 @@ class Connection:
         try:
             self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if self.peer.tls is not None:
-                self.socket.settimeout(5)
+                self.socket.settimeout(60)
                 self.socket.getpeername()  # of a connection that was reset, TLS would leave a socket unclosed
                 self.socket = self.peer.tls.wrap_socket(self.socket, server_side=True)
             self.socket.settimeout(POLL_S)
@@ -248,7 +248,7 @@ class Connection:
 
     def write(self, data: bytes) -> None:
         size = self.peer.write_size or len(data)
-        self.socket.settimeout(5)
+        self.socket.settimeout(60)
         for start in range(0, len(data), size):
             self.socket.sendall(data[start : start + size])
         self.socket.settimeout(POLL_S)

@@ -114,44 +114,44 @@ def test_xnatpy_logs_in_lists_uploads_and_reads(server: Xnat, tmp_path: Path) ->
 
 def test_without_login_401_or_the_login_page(server: Xnat) -> None:
     url = server.url + "/data/projects"
-    answer = requests.get(url, timeout=5)
+    answer = requests.get(url, timeout=60)
     assert (answer.status_code, answer.headers["WWW-Authenticate"][:5]) == (401, "Basic")
-    answer = requests.get(url, headers={"User-Agent": "Mozilla/5.0"}, timeout=5)
+    answer = requests.get(url, headers={"User-Agent": "Mozilla/5.0"}, timeout=60)
     assert (answer.status_code, answer.headers["Content-Type"]) == (200, "text/html")
 
 
 def test_alias_tokens_log_in(server: Xnat) -> None:
-    token = requests.get(server.url + "/data/services/tokens/issue", auth=("lab", "lab"), timeout=5).json()
+    token = requests.get(server.url + "/data/services/tokens/issue", auth=("lab", "lab"), timeout=60).json()
     alias = (token["alias"], token["secret"])
-    assert requests.get(server.url + "/data/auth", auth=alias, timeout=5).text == "User 'lab' is logged in"
-    requests.get(f"{server.url}/data/services/tokens/invalidate/{alias[0]}/{alias[1]}", auth=("lab", "lab"), timeout=5)
-    assert requests.get(server.url + "/data/auth", auth=alias, timeout=5).status_code == 401
+    assert requests.get(server.url + "/data/auth", auth=alias, timeout=60).text == "User 'lab' is logged in"
+    requests.get(f"{server.url}/data/services/tokens/invalidate/{alias[0]}/{alias[1]}", auth=("lab", "lab"), timeout=60)
+    assert requests.get(server.url + "/data/auth", auth=alias, timeout=60).status_code == 401
 
 
 def test_sessions_expire(server: Xnat) -> None:
     with requests.Session() as session:
-        first = session.get(server.url + "/data/JSESSION", auth=("lab", "lab"), timeout=5).text
-        assert session.get(server.url + "/data/JSESSION", timeout=5).text == first
+        first = session.get(server.url + "/data/JSESSION", auth=("lab", "lab"), timeout=60).text
+        assert session.get(server.url + "/data/JSESSION", timeout=60).text == first
         server.server.session_s = -1
-        assert session.get(server.url + "/data/JSESSION", timeout=5).status_code == 401
+        assert session.get(server.url + "/data/JSESSION", timeout=60).status_code == 401
     with requests.Session() as session:
         server.server.session_s = 900
-        csrf = session.get(server.url + "/data/JSESSION?CSRF=true", auth=("lab", "lab"), timeout=5).text
+        csrf = session.get(server.url + "/data/JSESSION?CSRF=true", auth=("lab", "lab"), timeout=60).text
         assert "; XNAT_CSRF=" in csrf
-        session.delete(server.url + "/data/JSESSION", timeout=5)
-        assert session.get(server.url + "/data/auth", timeout=5).status_code == 401
+        session.delete(server.url + "/data/JSESSION", timeout=60)
+        assert session.get(server.url + "/data/auth", timeout=60).status_code == 401
 
 
 def test_projects_by_permission(server: Xnat) -> None:
     server.store.add_user("reader", "r")
     server.store.add_project("Q", reader="collaborator")
     url = server.url + "/data/projects"
-    found = requests.get(url, auth=("reader", "r"), timeout=5).json()["ResultSet"]["Result"]
+    found = requests.get(url, auth=("reader", "r"), timeout=60).json()["ResultSet"]["Result"]
     assert [row["ID"] for row in found] == ["Q"]
     query = {"permissions": "create", "dataType": "xnat:subjectData"}
-    found = requests.get(url, auth=("reader", "r"), params=query, timeout=5).json()
+    found = requests.get(url, auth=("reader", "r"), params=query, timeout=60).json()
     assert found["ResultSet"]["Result"] == []
-    assert requests.get(url + "/P", auth=("reader", "r"), timeout=5).status_code == 404
+    assert requests.get(url + "/P", auth=("reader", "r"), timeout=60).status_code == 404
 
 
 # ---- the import service's refusals
@@ -174,7 +174,7 @@ def test_import_refuses_parameters(server: Xnat, params: dict[str, str], status:
 
 def test_import_takes_one_file_by_post_only(server: Xnat) -> None:
     data = zipped(studies.ct_bytes())
-    assert requests.get(server.url + IMPORT, auth=("lab", "lab"), timeout=5).status_code == 405
+    assert requests.get(server.url + IMPORT, auth=("lab", "lab"), timeout=60).status_code == 405
     assert words(post(server, b"")) == "Unable to identify upload format."
     assert words(post(server, data, kind="text/plain")) == "Unable to identify upload format."
     two = {"a": ("a.zip", data, "application/zip"), "b": ("b.zip", data, "application/zip")}
@@ -209,7 +209,7 @@ def test_import_without_destination_is_receiving(server: Xnat) -> None:
     assert entry.status == "RECEIVING"
     assert answer.text == f"/data/prearchive/projects/P/{entry.timestamp}/E\r\n"
     assert answer.headers["Content-Type"] == "text/uri-list"
-    commit = requests.post(server.url + answer.text.strip() + "?action=commit", auth=("lab", "lab"), timeout=5)
+    commit = requests.post(server.url + answer.text.strip() + "?action=commit", auth=("lab", "lab"), timeout=60)
     assert (commit.status_code, entry.status) == (200, "READY")
 
 
@@ -278,7 +278,7 @@ def test_overwrite_none_append_delete(server: Xnat) -> None:
     assert (answer.status_code, words(answer)) == (400, "unable to archive for the Prearchive session")
     [entry] = server.store.prearchive
     assert entry.status == "CONFLICT"
-    log = requests.get(f"{server.url}/data{entry.url}/logs/last", auth=("lab", "lab"), timeout=5).json()
+    log = requests.get(f"{server.url}/data{entry.url}/logs/last", auth=("lab", "lab"), timeout=60).json()
     assert log["ResultSet"]["Result"][0]["entry"] == "Session already exists, retry with overwrite enabled"
     server.store.prearchive.clear()
     # Appended: another file of the same scan is added, the same file is a conflict.
@@ -303,19 +303,21 @@ def test_archive_service(server: Xnat) -> None:
     post(server, zipped(studies.ct_bytes()), params={"dest": "/prearchive/projects/P"})
     [entry] = server.store.prearchive
     url = server.url + "/data/services/archive"
-    answer = requests.post(url, params={"src": entry.url}, auth=("lab", "lab"), timeout=5)
+    answer = requests.post(url, params={"src": entry.url}, auth=("lab", "lab"), timeout=60)
     assert answer.text == "/data/archive/projects/P/subjects/S/experiments/E\r\n"
-    assert requests.post(url, params={"src": entry.url}, auth=("lab", "lab"), timeout=5).status_code == 404
+    assert requests.post(url, params={"src": entry.url}, auth=("lab", "lab"), timeout=60).status_code == 404
 
 
 def test_prearchive_by_tag_is_for_administrators(server: Xnat) -> None:
     post(server, zipped(studies.ct_bytes()))
     server.store.add_user("root", "root", admin=True)
     url = f"{server.url}/data/prearchive?tag={server.store.prearchive[0].tag}"
-    assert requests.get(url, auth=("lab", "lab"), timeout=5).status_code == 403
-    assert requests.get(url, auth=("root", "root"), timeout=5).json()["ResultSet"]["totalRecords"] == "1"
+    assert requests.get(url, auth=("lab", "lab"), timeout=60).status_code == 403
+    assert requests.get(url, auth=("root", "root"), timeout=60).json()["ResultSet"]["totalRecords"] == "1"
     entry = f"{server.url}/data{server.store.prearchive[0].url}"
-    assert requests.get(entry, auth=("lab", "lab"), timeout=5).json()["ResultSet"]["Result"][0]["status"] == "RECEIVING"
-    assert requests.post(entry, params={"action": "sing"}, auth=("lab", "lab"), timeout=5).status_code == 400
-    assert requests.delete(entry, auth=("lab", "lab"), timeout=5).status_code == 200
-    assert requests.get(entry, auth=("lab", "lab"), timeout=5).status_code == 404
+    assert (
+        requests.get(entry, auth=("lab", "lab"), timeout=60).json()["ResultSet"]["Result"][0]["status"] == "RECEIVING"
+    )
+    assert requests.post(entry, params={"action": "sing"}, auth=("lab", "lab"), timeout=60).status_code == 400
+    assert requests.delete(entry, auth=("lab", "lab"), timeout=60).status_code == 200
+    assert requests.get(entry, auth=("lab", "lab"), timeout=60).status_code == 404

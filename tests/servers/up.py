@@ -23,7 +23,7 @@ from prefect.context import refresh_global_settings_context
 
 from talaria.__main__ import main
 from talaria.server import send_what_is_queued
-from talaria.testing.process import free_port, stop
+from talaria.testing.process import as_loaded, free_port, stop
 
 READY_S = 300  # the first start migrates the database
 COMMAND_S = 300
@@ -117,8 +117,8 @@ class Talaria:
         return found
 
     def until(self, condition: Callable[[], object], seconds: float = 120, *, alive: bool = False) -> None:
-        """Wait for a condition."""
-        end = time.monotonic() + seconds
+        """Wait for a condition, so many seconds where nothing else runs."""
+        end = time.monotonic() + as_loaded(seconds)
         while not condition():
             if alive and self.process and self.process.poll() is not None:
                 raise AssertionError(f"talaria up ended:\n{self.log.read_text()}")

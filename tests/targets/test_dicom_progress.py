@@ -250,7 +250,8 @@ def test_a_peer_that_ends_each_association_after_some(end: Script, lasts: int, c
         assert not peer.repeated
         ended = [one.ended for one in peer.associations]
         assert ended.count("done") <= 2 * concurrency + 1, "nothing was learnt"
-        assert f"after {lasts} instances" in " ".join(sent.require().notes)
+        if concurrency * lasts < COUNT:  # else all may be through before any of them has ended
+            assert f"after {lasts} instances" in " ".join(sent.require().notes)
 
 
 @pytest.mark.parametrize(

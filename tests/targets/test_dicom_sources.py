@@ -145,7 +145,7 @@ def test_a_killed_retrieval_leaves_nothing_half_and_goes_on(phase: str, tmp_path
     def refuses(request: Request) -> int:
         if phase == "find" and not here.is_set():
             here.set()
-            peer.stopped.wait(60)
+            peer.stopped.wait(300)
         return 0
 
     def script(request: Request, found: list[Held]) -> Steps:
@@ -164,10 +164,10 @@ def test_a_killed_retrieval_leaves_nothing_half_and_goes_on(phase: str, tmp_path
         argv = [sys.executable, "-c", CHILD, what, str(peer.port), str(tmp_path / "in")]
         child = subprocess.Popen(argv, cwd=Path(__file__).parents[2])
         try:
-            assert here.wait(30)
+            assert here.wait(120)
         finally:
             os.kill(child.pid, signal.SIGKILL)
-            child.wait(10)
+            child.wait(60)
         target = dicom_target(peer.port, aet_target=peer.aet, direction="query", idle_timeout_s=5)
         receipt = retrieve(target, Query(AccessionNumber=(studies.ACCESSION,)), tmp_path / "in", PushReport())
         assert receipt.state is State.DELIVERED
