@@ -1,1 +1,4 @@
-"""Speaks one wire protocol each, well and fast; knows no target and no Prefect."""
+"""One package for each wire protocol, without targets and Prefect; drivers (`tasks`) use them.
+
+All of them may use `net`, `http` and `files`; apart from these they don't know each other.
+"""

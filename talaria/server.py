@@ -231,7 +231,7 @@ def serving(
     """Start the server of a state directory; it is stopped when the block ends.
 
     Args:
-        workers: whether the caller runs workers beside it; if not, whoever uses it runs dispatches by itself.
+        workers: whether the caller runs workers beside it; if not, its users run dispatches by themselves.
         outer: the socket that it listens on; by default, one is bound as the entrance says.
 
     Raises:

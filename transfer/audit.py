@@ -159,7 +159,7 @@ def record(
 
     Args:
         who: name of the user, or of the token; "" for the user who runs this process.
-        source: address of whoever asked, where it came over a network.
+        source: address of the client, if the request came over a network.
         details: what it was about; UIDs, names and counts only. What is None or empty is left out.
     """
     global _lost
@@ -216,7 +216,7 @@ class Fault:
 
 
 def entries(trail: Trail) -> Iterator[dict[str, Any]]:
-    """Yield the entries, oldest first; what is none is passed over.
+    """Yield the entries, oldest first; what is not an entry is skipped.
 
     Raises:
         OSError: it can't be read.

@@ -143,8 +143,8 @@ class PushReport:
 
     Args:
         record: keeps an outcome for good (the ledger) before it counts.
-        cancelled: set by whoever wants the push to stop.
-        pausing: set by whoever wants a retrieval to end after the running series. With `cancelled`: somebody will go on
+        cancelled: set to stop the push.
+        pausing: set to end a retrieval after the current series. With `cancelled`: somebody will go on
             with what has come, so a push keeps what it has begun.
         moved: called with each count of bytes that went out, for progress.
         unanswered: how often items, by path, were sent in this run without an answer; outlives an attempt. If such an

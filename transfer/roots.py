@@ -1,4 +1,4 @@
-"""Which paths of this machine may be sent from and written to: below which folders they must lie.
+"""Which paths of this machine files may be sent from and written to: the folders that they must lie in.
 
 TALARIA_SOURCES    what may be sent
 TALARIA_PLACES     where folder targets, DICOMweb folders (file://) and what is retrieved may lie
@@ -43,7 +43,7 @@ class Roots:
 
         Raises:
             Denied: it lies elsewhere, or in the state directory, or somebody changes links while it is opened.
-            NotFound: there is nothing. OSError: it can't be opened.
+            NotFound: it doesn't exist. OSError: it can't be opened.
         """
         real = self._real(path, strict=True)
         root = self._root_of(real, path)
@@ -58,9 +58,9 @@ class Roots:
             os.close(fd)
 
     def check(self, path: str | os.PathLike[str]) -> None:
-        """Raise Denied if a path, which need not be there yet, lies elsewhere: for an early word.
+        """Raise Denied if a path, which need not exist yet, lies elsewhere: for an early message.
 
-        Whoever reads or writes opens it with `open`.
+        To read or write, open it with `open`.
         """
         self._root_of(self._real(path, strict=False), path)
 
@@ -139,11 +139,11 @@ def missing() -> list[str]:
 
 
 def meaning() -> Iterable[str]:
-    """Yield, for each variable that is not set, what that means."""
+    """Yield a sentence for each variable that is not set, on what that means."""
     if not sources().are_set:
-        yield f"{SOURCES} is not set: whoever may dispatch can send any file that this user can read"
+        yield f"{SOURCES} is not set: everybody who may dispatch can send any file that this user can read"
     if not places().are_set:
-        yield f"{PLACES} is not set: whoever may change targets or retrieve can write wherever this user can"
+        yield f"{PLACES} is not set: everybody who may change targets or retrieve can write wherever this user can"
 
 
 def open_place(path: str | os.PathLike[str]) -> int:

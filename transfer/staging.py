@@ -1,4 +1,4 @@
-"""Staging: the files of a plan, held still in a folder of our own while the dispatch runs.
+"""Staging: keeps the files of a plan unchanged in a folder of our own while the dispatch runs.
 
 Nothing is copied where a hard link or a reflink does; a hard link keeps a file from vanishing but not from being
 written to, so it is watched, and whoever reads it asks `Plan.check` before its last byte counts.

@@ -93,23 +93,23 @@ def plain(text: str) -> str:
 
 
 def _words(error: Mapping[str, Any], fields: Mapping[str, Any]) -> str:
-    where, told = ".".join(str(part) for part in error["loc"]), error.get("ctx", {})
+    where, context = ".".join(str(part) for part in error["loc"]), error.get("ctx", {})
     said = _SAID.get(error["type"])
     if said is None:
         said = plain(str(error["msg"]))
     else:
         field = fields.get(str(error["loc"][0])) if error["loc"] else None
-        said = said.format(range=_range(getattr(field, "metadata", ()), told), expected=told.get("expected"))
+        said = said.format(range=_range(getattr(field, "metadata", ()), context), expected=context.get("expected"))
     # Validators that look at several fields name them by themselves.
     return said if not where or said.startswith(f"{where} ") else f"{where}: {said}"
 
 
-def _range(metadata: Iterable[object], told: Mapping[str, Any]) -> str:
+def _range(metadata: Iterable[object], context: Mapping[str, Any]) -> str:
     """Return the bounds of a number: the field's or, if they aren't known, the one that the error names."""
     metadata = list(metadata)
     bounds = {
         name: getattr(mark, name) for name in _BOUNDS for mark in metadata if getattr(mark, name, None) is not None
     }
-    bounds = bounds or {name: told[name] for name in _BOUNDS if name in told}
+    bounds = bounds or {name: context[name] for name in _BOUNDS if name in context}
     parts = [f"{how} {bounds[name]}" for name, how in _BOUNDS.items() if name in bounds]
     return ", " + " and ".join(parts) if parts else ""

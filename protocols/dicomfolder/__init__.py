@@ -1,1 +1,1 @@
-"""A folder that is queried like a DICOMweb server: its index, its scan, storing into it and fetching from it."""
+"""A folder that is queried like a DICOMweb server: index, scan, storing, fetching. For `tasks/dicomweb/folder.py`."""

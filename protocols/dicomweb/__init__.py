@@ -1,1 +1,7 @@
-"""DICOMweb as a client: STOW-RS, QIDO-RS, WADO-RS, and comparing what a server has with what it was sent."""
+"""DICOMweb as a client. For `tasks/dicomweb/`.
+
+shared     service (where it is, what a status means), client (dicomweb-client over our connections)
+STOW-RS    stow, stow_body, stow_answer, stow_doubts
+QIDO-RS    qido (what a query matches), pages (all pages of one search)
+WADO-RS    wado, readback (compares what a server has with what it was sent)
+"""

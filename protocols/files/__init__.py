@@ -1,1 +1,1 @@
-"""Files on this machine: written so that nobody sees half of one. Shared by every protocol, as `net` and `http`."""
+"""Files on this machine, written so that nobody sees half of one. Every protocol may use it, as `net` and `http`."""

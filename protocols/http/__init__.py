@@ -1,1 +1,1 @@
-"""HTTP/1.1: sessions, answers, multipart bodies, authorization. For every protocol that is spoken over HTTP."""
+"""HTTP/1.1: sessions, answers, multipart bodies, authorization, proxies. Every protocol over HTTP may use it."""

@@ -1,1 +1,1 @@
-"""Shared by every protocol: connections, TLS, ping, and what may be shown of a peer's words."""
+"""Connections, TLS, ping, and what a message may show of a peer's words. Every protocol may use it."""

@@ -1,1 +1,1 @@
-"""S3: objects, signatures, checksums, uploads in parts, and what stores say of an error."""
+"""S3: objects, signatures, checksums, uploads in parts, and what stores say about an error. For `tasks/s3/`."""

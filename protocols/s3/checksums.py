@@ -73,7 +73,7 @@ class Algorithm:
         """Return the header field that carries the checksum to a store."""
         return {self.field: encoded(digest)}
 
-    def told(self, headers: HeadFields) -> str | None:
+    def reported(self, headers: HeadFields) -> str | None:
         """Return an answer's checksum, encoded, with `-<count>` if it is that of the parts' checksums; or None."""
         if self is not MD5:
             return headers.get(self.field)
@@ -106,14 +106,14 @@ class Support:
     Attributes:
         algorithm: the one that is sent with every object, None for none.
         verifies: whether the store was seen to refuse an object whose checksum is wrong.
-        tells: whether it gives the checksum of what it holds, computed by itself.
+        reports: whether it gives the checksum of what it holds, computed by itself.
         read_back: whether what was written could be read.
         removed: whether what was written could be removed.
     """
 
     algorithm: Algorithm | None = None
     verifies: bool = False
-    tells: bool = False
+    reports: bool = False
     read_back: bool = True
     removed: bool = True
 
@@ -129,14 +129,14 @@ class Support:
         Raises:
             Mismatch: the store holds something else.
         """
-        if self.algorithm is None or digest is None or (self.algorithm is MD5 and not self.tells):
+        if self.algorithm is None or digest is None or (self.algorithm is MD5 and not self.reports):
             return
-        told = self.algorithm.told(headers)
-        if told and "-" not in told and told != encoded(digest):
-            raise Mismatch(f"the store's {self.algorithm.name} is {told}, that of what was sent {encoded(digest)}")
+        reported = self.algorithm.reported(headers)
+        if reported and "-" not in reported and reported != encoded(digest):
+            raise Mismatch(f"the store's {self.algorithm.name} is {reported}, that of what was sent {encoded(digest)}")
 
     def __str__(self) -> str:
         if self.algorithm is None:
             return "the store neither compares nor gives checksums"
-        does = [word for word, so in (("compares", self.verifies), ("gives", self.tells)) if so]
+        does = [word for word, so in (("compares", self.verifies), ("gives", self.reports)) if so]
         return f"the store {' and '.join(does) or 'ignores'} {self.algorithm.name}"

@@ -61,7 +61,7 @@ class Prober:
         try:
             for algorithm in candidates:
                 found = self._try(algorithm)
-                if found.verifies or (found.tells and not best.tells):
+                if found.verifies or (found.reports and not best.reports):
                     best = found
                 if found.verifies:
                     break
@@ -70,7 +70,7 @@ class Prober:
                 self.compare()
         finally:
             self.remove()
-        return Support(best.algorithm, best.verifies, best.tells, self.read_back, self.removed)
+        return Support(best.algorithm, best.verifies, best.reports, self.read_back, self.removed)
 
     def locked(self, candidates: Iterable[Algorithm] = AUTOMATIC) -> Support:
         """Write one probe, with a checksum, into a bucket that keeps it (Object Lock), so that it can't be removed.
@@ -83,10 +83,10 @@ class Prober:
         for algorithm in candidates:
             right = algorithm.of(memoryview(SAMPLE))
             if not self._refused(lambda: self.write(algorithm.header(right))):  # noqa: B023
-                told = self.compare()
+                reported = self.compare()
                 self.remove()
-                tells = told is not None and algorithm.told(told) == encoded(right)
-                return Support(algorithm, True, tells, self.read_back, self.removed)
+                reports = reported is not None and algorithm.reported(reported) == encoded(right)
+                return Support(algorithm, True, reports, self.read_back, self.removed)
         self.write({})  # raises what the store has against it
         self.compare()
         self.remove()
@@ -97,11 +97,11 @@ class Prober:
         wrong = algorithm.of(memoryview(SAMPLE[1:]))
         if self._refused(lambda: self.write(algorithm.header(right))):
             return Support()
-        told = self.compare()
+        reported = self.compare()
         verifies = self._refused(lambda: self.write(algorithm.header(wrong)))
         if not verifies:  # a right one in the answer is then of the store's own making
-            told = self.compare()
-        return Support(algorithm, verifies, told is not None and algorithm.told(told) == encoded(right))
+            reported = self.compare()
+        return Support(algorithm, verifies, reported is not None and algorithm.reported(reported) == encoded(right))
 
     @staticmethod
     def _refused(write: Callable[[], object]) -> bool:
@@ -164,8 +164,8 @@ class Prober:
 
     def write(self, headers: Mapping[str, str], body: bytes = SAMPLE, sha256: str | None = None) -> None:
         """Write the probe; raises as `Store.put`."""
-        told = self.store.put(self.key, Payload(memoryview(body)), {**self.headers, **headers}, sha256)
-        self._versions[told.get("x-amz-version-id")] = None
+        reported = self.store.put(self.key, Payload(memoryview(body)), {**self.headers, **headers}, sha256)
+        self._versions[reported.get("x-amz-version-id")] = None
 
     def compare(self) -> Fields | None:
         """Read the probe back; return the head of the answer, None if reading is not allowed.

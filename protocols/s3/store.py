@@ -311,8 +311,8 @@ class Store:
             with ExitStack() as stack:
                 answer = stack.enter_context(self._session.request(method, path, fields, body))
                 if answer.status >= 300:
-                    told = b"" if method == "HEAD" else answer.read(ERROR_BYTES)
-                    raise StoreError.of_answer(answer.status, answer.headers, told, self._settings.hidden)
+                    answered = b"" if method == "HEAD" else answer.read(ERROR_BYTES)
+                    raise StoreError.of_answer(answer.status, answer.headers, answered, self._settings.hidden)
                 return stack.pop_all(), answer
 
         stack, answer = self._patiently(once, tries)

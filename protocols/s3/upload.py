@@ -92,14 +92,14 @@ class Upload:
         signed = None if headers else hashlib.sha256(payload.data).hexdigest()
         try:
             query = {"partNumber": str(number), "uploadId": self.id}
-            told = self.store.put(self.key, payload, headers, signed, query, tries=2)
+            reported = self.store.put(self.key, payload, headers, signed, query, tries=2)
         except StoreError as exc:
             if exc.code == "NoSuchUpload":
                 raise Gone from exc
             raise
-        self.support.compare(digest, told)
+        self.support.compare(digest, reported)
         with self._lock:
-            self.parts[number] = UploadPart(told.get("ETag", ""), digest)
+            self.parts[number] = UploadPart(reported.get("ETag", ""), digest)
 
     def complete(self, size: int, whole: bytes | None) -> str | None:
         """Make the object from its parts; return its checksum as the store will report it, if that is known.
@@ -125,7 +125,7 @@ class Upload:
         if algorithm and self.form is Form.FULL and whole is not None:
             expected = encoded(whole)
             parameters = {member: expected, "ChecksumType": self.form.value, "MpuObjectSize": size}
-        elif algorithm and (self.form is Form.COMPOSITE or (algorithm is MD5 and self.support.tells)):
+        elif algorithm and (self.form is Form.COMPOSITE or (algorithm is MD5 and self.support.reports)):
             expected = algorithm.composite(part.digest or b"" for part in map(self.parts.__getitem__, numbers))
         try:
             answer = self.store.call(
@@ -137,9 +137,9 @@ class Upload:
                 raise Gone from exc
             raise
         self.made, self.version = True, answer.get("VersionId")
-        told = answer.get(member) if member else None
-        if expected and told and told != expected:
-            raise Mismatch(f"{algorithm.name if algorithm else ''} of the whole is {told}, not {expected}")
+        reported = answer.get(member) if member else None
+        if expected and reported and reported != expected:
+            raise Mismatch(f"{algorithm.name if algorithm else ''} of the whole is {reported}, not {expected}")
         return expected
 
     def abort(self) -> None:
@@ -188,11 +188,11 @@ def _same(row: Mapping[str, Any], data: memoryview) -> bool | None:
     """Compare a part at the store with our bytes; None if the store gives nothing to compare with."""
     for name, algorithm in ALGORITHMS.items():
         if algorithm is MD5:
-            told = MD5.told({"etag": str(row.get("ETag", "")).lower()})
+            reported = MD5.reported({"etag": str(row.get("ETag", "")).lower()})
         else:
-            told = row.get(f"Checksum{name.upper()}")
-        if told:
-            same = bool(told == encoded(algorithm.of(data)))
+            reported = row.get(f"Checksum{name.upper()}")
+        if reported:
+            same = bool(reported == encoded(algorithm.of(data)))
             return same or (None if algorithm is MD5 else False)  # KMS makes ETags that are no MD5
     return None
 

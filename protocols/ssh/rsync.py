@@ -258,7 +258,7 @@ class Rsync:
         gets through; so the time counts here as well.
         """
         assert process.stdout is not None  # noqa: S101 - for the type checker
-        fd, output, told = process.stdout.fileno(), bytearray(), 0
+        fd, output, reported = process.stdout.fileno(), bytearray(), 0
         os.set_blocking(fd, False)
         with suppress(OSError):
             fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
@@ -275,7 +275,7 @@ class Rsync:
                 output += piece
                 seen = _PROGRESS.findall(output)
                 if seen:
-                    moved, told = int(seen[-1]) - told, int(seen[-1])
+                    moved, reported = int(seen[-1]) - reported, int(seen[-1])
                     if moved > 0:
                         self.moved(moved)
                     del output[: max(output.rfind(b"\r"), output.rfind(b"\n"))]

@@ -132,12 +132,12 @@ class Shell:
             elif len(output) > HEAD_BYTES + 2 * TAIL_BYTES:
                 cut += len(output) - HEAD_BYTES - TAIL_BYTES
                 del output[HEAD_BYTES:-TAIL_BYTES]
-            told = end.search(output, max(0, len(output) - END_BYTES))
-            if told:
-                code = int(told[1])
+            found = end.search(output, max(0, len(output) - END_BYTES))
+            if found:
+                code = int(found[1])
                 if cut and not code:  # then it is data, of which nothing may be missing
                     raise Misconfigured(f"{self.client.login.shown}: a script printed {cut} bytes too many")
-                return code, bytes(output[: told.start()])
+                return code, bytes(output[: found.start()])
 
 
 def begin(
@@ -225,17 +225,17 @@ def _follow(
                 raise Interrupted(f"{login.shown}: the link broke while {script} was running")
             raise _ended(started, bytes(output))
         output += piece or b""
-        told = re.search(mark + rb"(-|\+|\d+)\n", output)
-        if told and told[1] == b"-":
+        found = re.search(mark + rb"(-|\+|\d+)\n", output)
+        if found and found[1] == b"-":
             raise NoScript(f"{script}: not there, or not executable for this user")
-        if told and told[1] == b"+":
-            del output[: told.end()]
+        if found and found[1] == b"+":
+            del output[: found.end()]
             begun, end = True, time.monotonic() + timeout_s
-            told = re.search(mark + rb"(\d+)\n", output)
-        if told and not stopped:
-            return int(told[1]), _last(output[: told.start()], hide)
-        if told or piece == b"" or (stopped and time.monotonic() > end):
-            return None, f"{_last(output[: told.start()] if told else output, hide)}\nstopped after {timeout_s:g} s"
+            found = re.search(mark + rb"(\d+)\n", output)
+        if found and not stopped:
+            return int(found[1]), _last(output[: found.start()], hide)
+        if found or piece == b"" or (stopped and time.monotonic() > end):
+            return None, f"{_last(output[: found.start()] if found else output, hide)}\nstopped after {timeout_s:g} s"
         if begun and len(output) > 2 * HOOK_OUTPUT_BYTES:
             del output[:-HOOK_OUTPUT_BYTES]
         if time.monotonic() > end:

@@ -211,7 +211,7 @@ def sending(
         done: what has arrived according to the ledger: paths, or outcomes by path.
         told: called with each outcome, in whichever thread the driver reports it.
         moved: called with each count of bytes, likewise.
-        cancelled: set by whoever wants the push to stop.
+        cancelled: set to stop the push.
     """
     plan = scan([source]) if isinstance(source, Path) else source
     with TemporaryDirectory(prefix="talaria-home-") as folder:

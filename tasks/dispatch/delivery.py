@@ -60,7 +60,7 @@ class Delivery:
     """A plan on its way to a target. Not a dataclass, because Prefect would walk through thousands of items.
 
     Args:
-        paused: set, before `cancelled` is, by whoever wants to go on later with what has come.
+        paused: set before `cancelled`, if what has arrived is to be continued later.
         force: whether to forget first what the ledger knows.
     """
 

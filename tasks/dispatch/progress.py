@@ -1,9 +1,10 @@
 """How far a run is, live: one small file for each run, which any process of this machine may read.
 
-Whoever runs a dispatch or a retrieval writes `TALARIA_HOME/progress/<flow run id>.json` four times a second, as long as
-something changes. A file is replaced as a whole (a reader sees one look, never a half), costs no call of an API, and
-stays for KEPT_S after the run has ended or come to rest, so that a reader sees the last look too. There is none for a
-run that has not begun, or that a worker of another machine runs: then the progress artifacts are all there is.
+The process that runs a dispatch or a retrieval writes `TALARIA_HOME/progress/<flow run id>.json` four times a second,
+as long as something changes. A file is replaced as a whole (a reader sees one look, never a half), costs no call of an
+API, and stays for KEPT_S after the run has ended or come to rest, so that a reader sees the last look too. There is
+none for a run that has not begun, or that a worker of another machine runs: then the progress artifacts are all there
+is.
 
     {"flow_run_id": "…", "time": 1764366000.25,     when this was, in seconds since the epoch
      "phase": "staging",                            then "sending" (of a retrieval "fetching"), at the end "ended"

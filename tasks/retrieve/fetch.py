@@ -28,7 +28,7 @@ class Fetcher:
 
     Args:
         filters: the query without its accession numbers.
-        cancelled, paused: set by whoever wants it to stop at once, or after the running series.
+        cancelled, paused: set to stop it at once, or after the current series.
     """
 
     def __init__(

@@ -81,7 +81,7 @@ class Large:
             upload = self._begun()
             self.push.uploads.add(upload)
             try:
-                told = self._sent(upload)
+                reported = self._sent(upload)
             except (Permanent, Mismatch) as exc:
                 # Whoever may not complete an upload may not be allowed to abort it either.
                 with nullcontext() if isinstance(exc, Rejected | Mismatch) else suppress(DispatchError):
@@ -92,7 +92,7 @@ class Large:
                     raise Rejected(f"the store got other bytes than were sent: {exc}", item=self.item.shown) from exc
             else:
                 self.push.uploads.discard(upload)
-                return Sums(self.sha256, told)
+                return Sums(self.sha256, reported)
         raise AssertionError("the last try returns or raises")
 
     def _begun(self) -> Upload:
@@ -131,7 +131,7 @@ class Large:
         push.plan.check(self.item, self.fd)
         with errors(push.store.where, self.item.shown):
             try:
-                told = upload.complete(self.item.size, self.whole)
+                reported = upload.complete(self.item.size, self.whole)
             except Gone:
                 # It had been completed, and the answer was lost; or somebody took it away.
                 stored = push.store.head(self.key)
@@ -139,12 +139,12 @@ class Large:
                     raise
                 return None
             # The head of a resumed upload was fixed by the earlier attempt; and not every store counts.
-            stored = push.store.head(self.key) if resumed or told is None else None
+            stored = push.store.head(self.key) if resumed or reported is None else None
         if stored and stored.size != self.item.size:
             raise Mismatch(f"it made {stored.size} bytes of {self.item.size}")
         if stored and resumed and stored.sha256 != self.sha256:
             raise Mismatch("the parts of an earlier attempt are of another file")
-        return told
+        return reported
 
     def _send_part(self, upload: Upload, number: int) -> None:
         data = self._part(number)

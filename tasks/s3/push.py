@@ -375,16 +375,16 @@ class S3Push:
                 with errors(self.store.where, shown):
                     payload = self.payload(data) if item else Payload(data)
                     # An item that the store wants later is put aside, and sent once more.
-                    told = self.store.put(key, payload, headers, sha256, tries=1 if item else TRIES)
+                    reported = self.store.put(key, payload, headers, sha256, tries=1 if item else TRIES)
                 break
             except Mismatch as exc:
                 if last:
                     raise Rejected(f"the store got other bytes than were sent: {exc}", item=shown) from exc
         try:
-            support.compare(digest, told)
+            support.compare(digest, reported)
         except Mismatch as exc:
             with errors(self.store.where):
-                self.store.delete(key, told.get("x-amz-version-id"))
+                self.store.delete(key, reported.get("x-amz-version-id"))
             raise Rejected(f"the store keeps other bytes than were sent: {exc}", item=shown) from exc
 
     def payload(self, data: memoryview) -> Payload:

@@ -102,7 +102,7 @@ class Supports:
             prober = Prober(self.store, self.target.prefix, self.headers)
             found = (prober.locked if self.retention else prober.checksums)(self.candidates)
         if self.target.checksum is not Checksum.AUTO and self.candidates:
-            return Support(self.candidates[0], found.verifies, found.tells, found.read_back, found.removed)
+            return Support(self.candidates[0], found.verifies, found.reports, found.read_back, found.removed)
         return found
 
     @property

@@ -25,11 +25,11 @@ class Sums:
 
     Attributes:
         sha256: hexadecimal.
-        told: what the store says about an object with that content, encoded; None if that is not known.
+        reported: what the store says about an object with that content, encoded; None if that is not known.
     """
 
     sha256: str
-    told: str | None = None
+    reported: str | None = None
 
     @classmethod
     def of(cls, sha256: str, digest: bytes | None) -> Sums:
@@ -93,9 +93,9 @@ class Verifier:
             self._lower(Level.LISTED, "a file that was sent before can't be read again")
             return
         support = self._supports.support
-        told = support.algorithm.told(stored.headers) if support.algorithm and support.tells else None
-        if told and sums.told and told.partition("-")[1:] == sums.told.partition("-")[1:]:
-            if told != sums.told:
+        reported = support.algorithm.reported(stored.headers) if support.algorithm and support.reports else None
+        if reported and sums.reported and reported.partition("-")[1:] == sums.reported.partition("-")[1:]:
+            if reported != sums.reported:
                 self._refuse(item, "the store's checksum is not that of what was sent")
             return
         self._read_back(item, sums)

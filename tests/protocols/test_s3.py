@@ -227,15 +227,15 @@ def test_checksums_grow(data: bytes, cut: int) -> None:
 
 def test_md5_is_read_from_the_etag() -> None:
     digest = MD5.of(memoryview(b"x"))
-    assert MD5.told({"etag": f'"{digest.hex()}"'}) == encoded(digest)
-    assert MD5.told({"etag": f'"{digest.hex()}-3"'}) == encoded(digest) + "-3"
-    assert MD5.told({"etag": '"of another kind"'}) is None
-    assert MD5.told({}) is None
+    assert MD5.reported({"etag": f'"{digest.hex()}"'}) == encoded(digest)
+    assert MD5.reported({"etag": f'"{digest.hex()}-3"'}) == encoded(digest) + "-3"
+    assert MD5.reported({"etag": '"of another kind"'}) is None
+    assert MD5.reported({}) is None
 
 
 def test_an_md5_that_is_not_compared_is_not_sent() -> None:
     digest = MD5.of(memoryview(b"x"))
-    assert Support(MD5, verifies=False, tells=True).header(digest) == {}
+    assert Support(MD5, verifies=False, reports=True).header(digest) == {}
     assert Support(MD5, verifies=True).header(digest) == {"content-md5": encoded(digest)}
 
 

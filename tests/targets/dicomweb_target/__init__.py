@@ -1,0 +1,1 @@
+"""DICOMweb targets: fields, authorization, TLS, check."""

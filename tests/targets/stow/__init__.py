@@ -1,0 +1,1 @@
+"""STOW-RS: every answer that servers give, and what becomes of the instances."""

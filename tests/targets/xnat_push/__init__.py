@@ -1,0 +1,1 @@
+"""Pushes to XNAT, from labels to the archive."""
