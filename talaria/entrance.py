@@ -1,4 +1,4 @@
-"""Where and how `talaria up` is to be reached, and what has to be set before anybody from elsewhere may."""
+"""Where and how `talaria up` can be reached, and what must be set before other machines can reach it."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _HEADER = re.compile(r"[A-Za-z0-9-]+")
 
 @dataclass(frozen=True)
 class Entrance:
-    """Where the front door is, and what it asks of whoever comes.
+    """Where the front door is, and what it demands from clients.
 
     Attributes:
         port: 0 for any that is free.
         auth: whether it asks for a login.
-        hosts: names by which it may be asked for, besides loopback's and its address.
+        hosts: names that a request may address, besides loopback's and its own address.
         certificate, key: files for TLS, "" for none.
         peers: addresses or networks of the proxy that it is behind; none if it isn't.
         user_header, proxy_role: how that proxy names who has logged in, and the role of those who aren't users here.
@@ -45,7 +45,7 @@ class Entrance:
 
     @property
     def apart(self) -> bool:
-        """Whether our own processes have a socket of their own: they speak neither TLS to it nor by a proxy."""
+        """Whether our own processes have a socket of their own, without TLS and proxy."""
         return bool(self.certificate or self.peers)
 
 
@@ -53,7 +53,7 @@ def entrance(settings: Settings, home: Home, host: str, port: int, *, auth: bool
     """Return how `talaria up` is to be reached.
 
     Raises:
-        ValueError: that would let in who should not come in; the message says what to set.
+        ValueError: that would let in people who must not come in; the message says what to set.
     """
     certificate, key = (str(Path(one).expanduser().absolute()) if one else "" for one in _pair(settings))
     if not auth and (not is_loopback(host) or settings.behind_proxy):

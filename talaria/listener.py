@@ -1,8 +1,8 @@
 """The listening socket: bound before anything is started, and proved to be ours before anybody sends it a credential.
 
-Whoever is on this machine can bind a port that is free. So the record of a server, in the state directory that only we
-can write to, names the socket's inode, and a client looks in the kernel's tables whether that socket listens there and
-a process of ours holds it.
+Any user of this machine can bind a free port. So the record of a server, in the state directory that only we can write
+to, names the socket's inode, and a client checks in the kernel's tables that this socket listens there and that a
+process of ours holds it.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def from_systemd() -> socket.socket | None:
 
 
 def inode(one: socket.socket) -> int:
-    """Return the number by which the kernel knows a socket."""
+    """Return the kernel's number of a socket."""
     return os.fstat(one.fileno()).st_ino
 
 

@@ -1,8 +1,8 @@
 """Threads that run flows, each with an event loop and a client of its own that are kept for one run after another.
 
 Prefect makes a client for nearly every call that has none at hand, each with a TLS context of its own (25 ms of CPU),
-and for each run of a deployment a thread with one more, and a websocket, that looks out for its suspension. A lane has
-its client made before a run begins, and the worker looks out for all of its runs (`talaria.engine.watch`).
+and for each run of a deployment a thread with one more, and a websocket, that watches for its suspension. A lane makes
+its client before a run begins, and the worker watches all of its runs (`talaria.engine.watch`).
 """
 
 from __future__ import annotations
@@ -56,12 +56,12 @@ class Client(PrefectClient):
 
 
 class RunClient(Client):
-    """The client that runs have: what somebody else has made of a run is not overwritten with how it ended here."""
+    """The client of runs: never overwrites a state that somebody else has set with how the run ended here."""
 
     async def set_flow_run_state(
         self, flow_run_id: UUID | str, state: State[Any], force: bool = False
     ) -> OrchestrationResult[Any]:
-        """Set a run's state, unless somebody else has set one meanwhile that ends or stops it: then that is returned.
+        """Set a run's state, unless somebody else has set one that ends or stops it: then return that.
 
         Raises:
             Abort: the run has been deleted.
@@ -81,7 +81,7 @@ class RunClient(Client):
         return await super().set_flow_run_state(run_id, state, force)
 
     async def update_flow_run(self, flow_run_id: UUID, *args: Any, **kwargs: Any) -> httpx.Response:
-        """Update a run; of retries and a version, which its engine sends before each, our flows have none."""
+        """Update a run, without retries and version, which its engine sends each time and our flows don't have."""
         if not args and set(kwargs) == {"flow_version", "empirical_policy"}:
             return httpx.Response(204)
         return await super().update_flow_run(flow_run_id, *args, **kwargs)
@@ -99,7 +99,7 @@ def _tls() -> ssl.SSLContext:
 
 @asynccontextmanager
 async def client(made: Callable[[], Client] = Client) -> AsyncIterator[PrefectClient]:
-    """Have one client for everything that asks for one within the block, in this event loop."""
+    """Use one client for everything that needs one within the block, in this event loop."""
     # Its constructor would make a client of Prefect's choice.
     async with AsyncClientContext.model_construct(client=made()) as context:
         yield context.client
@@ -114,7 +114,7 @@ async def run_here(flow: Flow[..., Any], flow_run: FlowRun) -> State[Any] | None
 async def run(flow: Flow[..., Any], flow_run: FlowRun) -> State[Any] | None:
     """Run a flow run to its end, within the block of `client`; return the state that it has at the server then.
 
-    None: it was let go where its engine stops, for a pause, or because it is gone.
+    None: the run was dropped, because its engine stops, for a pause, or because it was deleted.
     """
     # With its deployment, the engine would begin to look out for its suspension; the server's copy keeps it.
     engines = flow_run.model_copy(update={"deployment_id": None})
@@ -139,7 +139,7 @@ class Lane:
         self._thread.start()
 
     async def run(self, flow: Flow[..., Any], flow_run: FlowRun) -> State[Any] | None:
-        """Run a flow run there, as `run` does; called from another event loop."""
+        """Run a flow run in the thread, as `run` does; called from another event loop."""
         if not self._ready.is_set():
             await asyncio.to_thread(self._ready.wait, READY_S)
         if self._failed:
@@ -153,7 +153,7 @@ class Lane:
         return self._failed is not None or not self._thread.is_alive()
 
     def close(self) -> None:
-        """Close its client; nothing may run there any more."""
+        """Close its client; nothing may run there afterwards."""
         if self._ready.wait(READY_S) and not self._failed:
             self._loop.call_soon_threadsafe(self._end.set)
 
@@ -173,7 +173,7 @@ class Lane:
             await self._end.wait()
 
     async def _one(self, flow: Flow[..., Any], flow_run: FlowRun) -> State[Any] | None:
-        """Run it in a context of its own, and leave no task of it behind."""
+        """Run it in a context of its own, and leave none of its tasks behind."""
         task = self._loop.create_task(run(flow, flow_run), context=self._context.copy())
         try:
             return await task

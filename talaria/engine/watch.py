@@ -1,4 +1,4 @@
-"""What happens to runs, as the server's events say it: one subscription for a worker and all that it runs."""
+"""Reports changes of runs from the server's events: one subscription for a worker and all that it runs."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ async def watch(
 ) -> None:
     """Report each change of the state of a run of a work pool, for ever.
 
-    Events are lost while there is no connection, or come twice: whoever is told looks at the server.
+    Events are lost while there is no connection, or come twice: `changed` must look at the server.
 
     Args:
         pool_id: returns the pool's id.

@@ -59,7 +59,7 @@ class Orders:
 
 
 class _Server(uvicorn.Server):
-    """One that stops the other, of the inner socket, with itself."""
+    """A server that stops the other one, of the inner socket, together with itself."""
 
     other: uvicorn.Server | None = None
 
@@ -76,7 +76,7 @@ class _Other(uvicorn.Server):
 
 
 class Front:
-    """The process."""
+    """The server process."""
 
     def __init__(self, orders: Orders, home: Home) -> None:
         self.orders, self.failed, self.heard = orders, False, AuditWriter()
@@ -122,7 +122,7 @@ class Front:
             self.server.other.should_exit = True
 
     async def _renew(self) -> None:
-        """Take the certificate's files again when they have changed; what is not valid is not taken."""
+        """Load the certificate's files again when they have changed; keep the old ones if the new are not valid."""
         paths = [Path(one) for one in (self.orders.certificate, self.orders.key) if one]
         seen = [_mark(path) for path in paths]
         while paths:
@@ -164,7 +164,7 @@ def _mark(path: Path) -> tuple[int, int, int] | None:
 
 
 def main() -> None:
-    """Serve as the environment orders."""
+    """Serve with the orders in the environment."""
     orders = Orders(**json.loads(os.environ.pop(ORDERS)))
     front: Front | None = None
 

@@ -1,4 +1,4 @@
-"""Who asks, and what a route needs: the words that the gate, the routes and their tests share."""
+"""Roles and identities, and the role that a route needs; shared by the gate, the routes and their tests."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SCOPE_KEY = "talaria.user"  # of an ASGI scope: the Identity that the gate has f
 
 
 class Role(IntEnum):
-    """What somebody may do; each may do what those before it may."""
+    """What somebody may do; each role includes the ones before it."""
 
     NOBODY = 0  # no login: what everybody may see
     VIEWER = 1  # look
@@ -79,7 +79,7 @@ def role_of(route: BaseRoute) -> Role:
 def required(routes: Iterable[BaseRoute], scope: dict[str, Any]) -> Role | None:
     """Return the role that the route of a request needs, None if none of these routes is meant.
 
-    A path that is right with a method that is not gets the route's role: 405 is answered to whom it may concern.
+    A known path with another method gets the route's role, so that only those who may use it see 405.
     """
     partly: Role | None = None
     for route in routes:

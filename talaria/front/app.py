@@ -30,7 +30,7 @@ def build(
         routes: of Talaria's API, each with the role that it needs (`access.needs`); paths begin with `/talaria/`.
             `request.app.state.upstream.client` is a client of Prefect's API, `request.scope["talaria.user"]` the
             Identity of whoever asks.
-        heard: is called with logins, logouts and refusals.
+        heard: called with logins, logouts and refusals.
     """
     own = [*Pages(keys, lambda: upstream.state, heard).routes(), *routes]
 

@@ -1,4 +1,4 @@
-"""What every answer of the front door carries: what a browser may do with it, and who else may read it (nobody)."""
+"""Headers of every answer of the front door: what a browser may do with it, and that nobody else may read it."""
 
 from __future__ import annotations
 
@@ -58,5 +58,5 @@ def dressed(scope: Message, send: Send, *, tls: bool) -> Send:
 
 
 def _caching(path: str, status: int) -> bytes:
-    """Prefect's assets have a hash in their names; what else is answered is for one person, now."""
+    """Return the caching header: assets of Prefect have a hash in their names, other answers hold now only."""
     return b"private, max-age=31536000, immutable" if "/assets/" in path and status == 200 else b"no-store"

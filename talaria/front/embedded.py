@@ -23,7 +23,7 @@ _logger = logging.getLogger("talaria.front")
 class EmbeddedPrefect:
     """Prefect's server, made by `load`, which returns the application and Prefect's own FastAPI within it.
 
-    It wants `credential`, which its environment has set. `failed` is called if it can't be started.
+    It expects `credential`, which its environment sets. `failed` is called if it can't be started.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ async def _not_yet(scope: Message, receive: Receive, send: Send, state: str) -> 
 
 
 def load() -> tuple[Application, Any]:
-    """Return Prefect's application as the engine makes it, and say to it who asks."""
+    """Return Prefect's application as the engine makes it, which is then passed the identity of each client."""
     from talaria.engine.api import create_app
 
     app = create_app()
@@ -99,7 +99,7 @@ def load() -> tuple[Application, Any]:
 
 
 def say_who(prefect: Any) -> None:
-    """Let runs, deployments and the like say in `created_by` who made them."""
+    """Make runs, deployments and the like name their creator in `created_by`."""
     from prefect.server.api import dependencies
     from prefect.server.schemas.core import CreatedBy
 

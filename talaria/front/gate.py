@@ -1,7 +1,7 @@
 """The gate: lets a request or websocket in, or refuses it, before anything behind sees it. Pure ASGI.
 
-In this order: Host (421), Origin (403), who asks (401, or the login page), what their role may do (403). What is
-passed on to Prefect carries Prefect's own credential in place of the asker's.
+In this order: Host (421), Origin (403), who asks (401, or the login page), what their role may do (403). Requests to
+Prefect carry Prefect's own credential instead of the client's.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ class _Refused(Exception):
 
 @dataclass(frozen=True)
 class _Asker:
-    """Who asks, and how they came.
+    """Who sends a request, and how it came.
 
     Attributes:
-        ambient: whether a browser would prove them without the page's doing: by cookie or proxy.
+        ambient: whether a browser proves their identity without the page's doing: by cookie or proxy.
         local: whether they came over loopback, past no proxy.
         secure: whether it was TLS, here or at the proxy.
     """
@@ -65,13 +65,13 @@ def is_own(path: str) -> bool:
 
 
 class Gate:
-    """The whole application behind checks.
+    """The whole application, behind checks.
 
     Args:
         app: what answers: Talaria's routes, and Prefect for all other paths.
         routes: Talaria's own routes, which declare the role that they need.
-        credential: what Prefect's server wants, `user:password`; "" for nothing.
-        refused: called with who, what and why for each refusal that somebody should hear of.
+        credential: what Prefect's server expects, `user:password`; "" for nothing.
+        refused: called with who, what and why for each refusal that is to be recorded.
     """
 
     def __init__(
@@ -127,10 +127,10 @@ class Gate:
             ACTING.reset(token)
 
     def _asker(self, scope: Message) -> _Asker:
-        """Return who asks.
+        """Return who sends the request.
 
         Raises:
-            _Refused: the request is not one that may come here, whoever asks.
+            _Refused: the request is not allowed from anybody.
         """
         headers, inner = scope["headers"], self._inner(scope)
         peer = scope["client"][0] if scope.get("client") else ""
@@ -186,7 +186,7 @@ class Gate:
             raise _Refused(403, why)
 
     async def _inspected(self, scope: Message, receive: Receive, who: Identity) -> Receive:
-        """Look into the body of a request where that matters; return what gives it again."""
+        """Check the body of a request where that matters; return a `receive` that delivers it again."""
         if not prefect_rules.inspected(scope["method"], scope["path"], who.role):
             return receive
         body, more = bytearray(), True
@@ -208,7 +208,7 @@ class Gate:
         return again
 
     def _with_credential(self, headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
-        """Return the headers with Prefect's credential, and without what is between the asker and us."""
+        """Return the headers with Prefect's credential, and without those that are between the client and us."""
         private = {b"authorization", b"cookie", self.door.user_header.lower().encode()}
         kept = [(key, value) for key, value in headers if key not in private]
         if self.credential:
@@ -248,7 +248,7 @@ class Gate:
         await self.app(passed, self._first_word(receive, asker, need, known=known), send)
 
     def _may_open(self, scope: Message, asker: _Asker, need: Role) -> bool:
-        """Return True if whoever asks may, False if that hangs on the first message.
+        """Return True if the client may open the websocket, False if the first message decides that.
 
         Raises:
             _Refused: they may not.
@@ -307,7 +307,7 @@ def _is_settings(path: str) -> bool:
 
 
 def _without_login(send: Send) -> Send:
-    """Let Prefect's UI ask for no password: whoever sees it has logged in here."""
+    """Stop Prefect's UI from asking for a password: its users have logged in here."""
     start: Message = {}
     body = bytearray()
 

@@ -29,7 +29,7 @@ class AuditWriter:
         self._strangers: list[float] = []
 
     def __call__(self, what: str, who: str, more: str) -> None:
-        """Take down what happened: one of EVENTS, the user, and the address (of a login) or what was refused."""
+        """Record what happened: one of EVENTS, the user, and the address (of a login) or what was refused."""
         event, result = EVENTS[what]
         if result is AuditResult.SERIOUS:
             _logger.warning("%s: %s %s", what, who or "nobody", more)

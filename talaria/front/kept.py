@@ -16,7 +16,7 @@ from transfer.home import Home
 
 
 class KeptFile:
-    """A file that is there whole or not at all, mode 0600, read again when it has changed."""
+    """A file that is whole or missing, mode 0600, and read again when it has changed."""
 
     def __init__(self, home: Home, name: str) -> None:
         self.home, self.path = home, home.root / name
@@ -48,7 +48,7 @@ class KeptFile:
 
     @contextmanager
     def changing(self) -> Iterator[dict[str, dict[str, Any]]]:
-        """Yield the entries; what the block changes is written at its end, if it ends well."""
+        """Yield the entries; write the block's changes at its end, if it ends without an error."""
         with self.home.exclusive(f"kept-{self.path.name}"):
             entries: dict[str, dict[str, Any]] = json.loads(json.dumps(self.read()))
             yield entries

@@ -1,4 +1,4 @@
-"""What proves who asks: the worker's and the machine's own credentials, tokens, sessions, a trusted proxy's header."""
+"""Proofs of identity: the worker's and the machine's own credentials, tokens, sessions, a trusted proxy's header."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MACHINE = "talaria"  # the name of whoever has the machine's own token
 
 @dataclass(frozen=True)
 class Door:
-    """How the front door is set.
+    """The settings of the front door.
 
     Attributes:
         auth: whether it asks for a login.
@@ -49,7 +49,7 @@ class Door:
         object.__setattr__(self, "networks", tuple(ipaddress.ip_network(peer, strict=False) for peer in self.peers))
 
     def trusts(self, address: str) -> bool:
-        """Return True if a connection from there is one of a declared proxy."""
+        """Return True if a connection comes from a declared proxy."""
         try:
             one = ipaddress.ip_address(address.partition("%")[0])
         except ValueError:
@@ -83,7 +83,7 @@ class KeyRing:
         return self.of_text(value, local=local)
 
     def of_text(self, text: str, *, local: bool) -> Identity | None:
-        """Return whose credential this is; a token may have a name and a colon before it."""
+        """Return the identity of a credential; a token may have a name and a colon before it."""
         if _same(text, self._worker):
             return Identity("worker", Role.WORKER, "worker")
         if _same(text, self._machine) and local:
@@ -91,7 +91,7 @@ class KeyRing:
         return self.tokens.verify(text.rpartition(":")[2])
 
     def of_login(self, name: str, password: str, *, local: bool) -> Identity | None:
-        """Return who logs in: a user; or, without a name, whoever has the machine's own token as the password."""
+        """Return who logs in: a user or, without a name, the holder of the machine's own token as the password."""
         password = password.strip()
         if not name.strip() or _same(f"{name.strip()}:{password}", self._machine):
             text = password if ":" in password or not name.strip() else f"{name.strip()}:{password}"
@@ -107,7 +107,7 @@ class KeyRing:
         return None
 
     def of_cookies(self, header: str, *, tls: bool, local: bool) -> tuple[Identity, str] | None:
-        """Return whose session the cookies of a request hold, and its cookie; None if none."""
+        """Return the identity of the session in a request's cookies, and its cookie; None if there is none."""
         cookie = cookie_parser(header).get(SAFE_COOKIE if tls else COOKIE, "")
         session = self.sessions.read(cookie) if cookie else None
         if session is None:
@@ -126,7 +126,7 @@ class KeyRing:
         return hashlib.sha256(self._machine.encode()).hexdigest()[:16]
 
     def of_proxy(self, name: str, door: Door) -> Identity | None:
-        """Return whom a trusted proxy names; the users' file has the last word on the role."""
+        """Return the identity that a trusted proxy names; the users' file decides the role."""
         role = self.users.role_of(name) or door.proxy_role
         return Identity(name, role, "proxy") if role and name.isprintable() and len(name) <= 128 else None
 

@@ -50,18 +50,18 @@ class Attempts:
         self._failed: dict[str, list[float]] = {}
 
     def wait_s(self, address: str, name: str) -> int:
-        """Return how many seconds nobody may try from there, or as that user; 0 if now."""
+        """Return the seconds until the next attempt from an address, or as a user, is allowed; 0 if now."""
         return max(self._wait(f"from {address}", FROM_ONE_ADDRESS), self._wait(f"of {name}", OF_ONE_NAME))
 
     def begin(self, address: str, name: str) -> None:
-        """Count an attempt, before it is known how it ends: many at once must not get by."""
+        """Count an attempt before its result is known, so that many at once don't get through."""
         for key in (f"from {address}", f"of {name}"):
             self._failed.setdefault(key, []).append(self.clock())
         while len(self._failed) > REMEMBERED:
             del self._failed[next(iter(self._failed))]
 
     def forget(self, address: str, name: str) -> None:
-        """Count no attempt of a name that has logged in, and one less from its address."""
+        """Forget the attempts of a name that has logged in, and one of those from its address."""
         self._failed.pop(f"of {name}", None)
         if times := self._failed.get(f"from {address}"):
             times.pop()
@@ -114,7 +114,7 @@ class Pages:
         """Begin a session, or show the form again."""
         form = await _form(request)
         if form is None:
-            return _page("/", "That was not the form.", 400)
+            return _page("/", "This is not the login form.", 400)
         name, password, goal = form.get("user", "").strip(), form.get("password", ""), _inside(form.get("next", ""))
         address = request.client.host if request.client else ""
         if wait := self.attempts.wait_s(address, name):
@@ -163,7 +163,7 @@ def _page(goal: str, alert: str = "", status: int = 200) -> HTMLResponse:
 
 
 async def _form(request: Request) -> dict[str, str] | None:
-    """Return the fields of a form; None if it is none, or too long."""
+    """Return the fields of a form; None if it is not a form, or too long."""
     body = b""
     try:
         async for piece in request.stream():
@@ -177,6 +177,6 @@ async def _form(request: Request) -> dict[str, str] | None:
 
 
 def _inside(goal: str) -> str:
-    """Return where to go after the login: a path of this server, never another host."""
+    """Return the path to go to after the login: on this server, never on another host."""
     plain = goal.startswith("/") and not goal.startswith(("//", "/\\")) and goal.isprintable() and "\\" not in goal
     return goal if plain and goal.isascii() else "/"

@@ -30,7 +30,7 @@ def host_is_ours(host: str | None, address: str, door: Door) -> bool:
 
 
 def why_foreign(headers: Iterable[tuple[bytes, bytes]], method: str, schemes: tuple[str, ...]) -> str:
-    """Return why a request is one of a foreign page, "" if it is not, or no browser's.
+    """Return why a request comes from a foreign page; "" if it doesn't, or not from a browser.
 
     Args:
         schemes: with which our pages may have been loaded.
@@ -66,7 +66,7 @@ def _is_origin(origin: str, host: str | None, schemes: tuple[str, ...]) -> bool:
 
 
 def _split(host: str | None) -> tuple[str, int] | None:
-    """Return name and port (0 for none) of a Host; None if it is not one."""
+    """Return name and port (0 for none) of a Host; None if it is not valid."""
     if not host or any(letter in host for letter in "/@?#\\ \t,"):
         return None
     try:

@@ -67,7 +67,7 @@ def role_for_websocket(path: str) -> Role:
 
 
 def inspected(method: str, path: str, role: Role) -> bool:
-    """Return True if the body of a request has to be looked into before it is passed on."""
+    """Return True if the body of a request must be checked before it is passed on."""
     if role >= Role.WORKER or method in ("GET", "HEAD"):
         return False
     path = path.rstrip("/")
@@ -105,7 +105,7 @@ _SECRETS = "secrets are answered to the worker's own credential only"
 
 
 class _Pairs(list[tuple[str, Any]]):
-    """A JSON object with every key that stands there, also one that stands twice."""
+    """A JSON object with all of its keys, repeated ones included."""
 
 
 def _is_include(key: str) -> bool:

@@ -113,7 +113,7 @@ class RemotePrefect:
 
 
 async def _both_ways(there: ClientConnection, receive: Receive, send: Send) -> None:
-    """Carry messages until one side closes."""
+    """Pass messages both ways until one side closes."""
 
     async def out() -> None:
         while True:
@@ -140,7 +140,7 @@ async def _both_ways(there: ClientConnection, receive: Receive, send: Send) -> N
 
 
 def _code(code: int | None) -> int:
-    """Return a code that may be sent: 1005 and 1006 say that there was none (RFC 6455 7.4.1)."""
+    """Return a code that may be sent: 1005 and 1006 mean that there was none (RFC 6455 7.4.1)."""
     return code if code and code not in (1005, 1006, 1015) else 1000
 
 

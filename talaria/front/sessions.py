@@ -18,7 +18,7 @@ SAFE_COOKIE = "__Host-talaria_session"  # browsers take this name only with Secu
 
 
 class Sessions:
-    """Makes and reads the cookies; which have been logged out is kept in `sessions.json`."""
+    """Makes and reads the cookies; `sessions.json` keeps the sessions that have been logged out."""
 
     def __init__(self, home: Home) -> None:
         key = secret(home, "session.key", base64.urlsafe_b64encode(secrets.token_bytes(32)).decode("ascii"))

@@ -25,7 +25,7 @@ LONGEST_S = 3650 * 86_400  # so that the end is a date that can be shown
 
 @dataclass(frozen=True)
 class Token:
-    """One of them, as lists show them: without what proves it.
+    """A token as lists show it: without its secret.
 
     Attributes:
         created: seconds since 1970.
@@ -46,7 +46,7 @@ class Tokens:
         self.file = KeptFile(home, "tokens.json")
 
     def all(self) -> list[Token]:
-        """Return them, oldest first; also those that have expired."""
+        """Return the tokens, oldest first, expired ones included."""
         found = [
             Token(key, one["name"], Role.of(one["role"]), one["created"], one["expires"])
             for key, one in self.file.read().items()
@@ -91,7 +91,7 @@ class Tokens:
         return Token(found[0], one["name"], Role.of(one["role"]), one["created"], one["expires"])
 
     def verify(self, text: str) -> Identity | None:
-        """Return whose token this is, None if it is none that is valid now."""
+        """Return the identity of a token; None if it is not valid now."""
         match = _TOKEN.fullmatch(text)
         one = self.file.read().get(match[1]) if match else None
         if one is None or not hmac.compare_digest(str(one["sha256"]), _hash(text)):

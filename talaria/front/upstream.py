@@ -23,10 +23,10 @@ class Upstream(Protocol):
     client: httpx.AsyncClient
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Answer what Prefect's server answers."""
+        """Answer with Prefect's server."""
 
     def running(self) -> AbstractAsyncContextManager[None]:
-        """Start it, or begin to; stop it at the end of the block."""
+        """Start the server, or begin to; stop it at the end of the block."""
 
     @property
     def state(self) -> str:

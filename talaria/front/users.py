@@ -26,7 +26,7 @@ _two_at_once = threading.Semaphore(2)  # each takes 64 MiB
 
 @dataclass(frozen=True)
 class User:
-    """One of them, as lists show them."""
+    """A user as lists show them."""
 
     name: str
     role: Role
@@ -57,7 +57,7 @@ class Users:
             users[name] = {"role": role.label, "hash": hashed, "stamp": secrets.token_hex(8)}
 
     def check(self, name: str, *, there: bool = False) -> None:
-        """Refuse a name before a password is asked for.
+        """Raise if a name can't be used, before a password is asked for.
 
         Raises:
             ValueError: it is not valid or is taken; with `there`, there is no such user.
@@ -92,7 +92,7 @@ class Users:
         return Role.of(one["role"]) if one else None
 
     def stamp(self, name: str) -> str:
-        """Return what a session of a user has to name; "" if there is no such user."""
+        """Return the stamp that a session of a user must hold; "" if there is no such user."""
         one = self.file.read().get(name)
         return str(one["stamp"]) if one else ""
 

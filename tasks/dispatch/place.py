@@ -1,8 +1,8 @@
-"""Places at a target: no more dispatches at once than it may have, over all workers.
+"""Places at a target, which limit the dispatches at once to it over all workers.
 
 The server counts them, as a global concurrency limit; a place is a lease, renewed while it is held, so that a killed
-worker's is free again after LEASE_S. By the client that is at hand: Prefect's own `concurrency` makes three more, and a
-thread, for each.
+worker's is free again after LEASE_S. Uses the present client: Prefect's own `concurrency` makes three more, and a
+thread, for each place.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _waiting: dict[str, set[tuple[asyncio.AbstractEventLoop, asyncio.Event]]] = {}
 
 @asynccontextmanager
 async def place(client: PrefectClient, target: Target, count: int = 1) -> AsyncIterator[None]:
-    """Hold places at a target while the block runs; waits for them.
+    """Wait for places at a target, and hold them while the block runs.
 
     Raises:
         httpx.HTTPError, PrefectException: the server does not answer as it should.
@@ -65,7 +65,7 @@ async def _taken(client: PrefectClient, target: Target, count: int) -> UUID:
 
 
 async def _asked(client: PrefectClient, target: Target, count: int) -> tuple[UUID | None, int | None]:
-    """Ask for places; return the lease, None where there is no such limit, and how many places there are at all."""
+    """Ask for places; return the lease, None if there is no such limit, and the number of places there are."""
     asking = asyncio.ensure_future(
         client.increment_concurrency_slots_with_lease([limit_name(target)], count, "concurrency", LEASE_S)
     )
@@ -95,7 +95,7 @@ async def _renew(client: PrefectClient, lease: UUID) -> None:
 
 
 class _told_of:
-    """An event that is set when a place of this name becomes free in this process."""
+    """Return an event that is set when a place with this name becomes free in this process."""
 
     def __init__(self, name: str) -> None:
         self._name = name
