@@ -2,7 +2,7 @@
 
     python -m benchmarks.engine [--single 10] [--many 40] [--process-single 3] [--process-many 4] [--idle 60]
 
-Each dispatch is 3 CT images of 0.5 MB to a DICOM sink that throws them away (benchmarks/discard.c), behind a relay that
+Each dispatch is 3 small CT images to a DICOM sink that throws them away (benchmarks/discard.c), behind a relay that
 notes when the first byte comes. `first` is from the API's answer to the creation until then, `done` until the run's
 final state; calls are those of the worker and its runs, CPU is that of all its processes. Last comes what server,
 worker and `talaria up` use while nothing is to be done.

@@ -79,7 +79,6 @@ def here(up: Talaria) -> Iterator[None]:
 def test_a_state_that_is_set_while_a_run_sends_stops_it_and_stays(
     up: Talaria, tmp_path: Path, names: list[str]
 ) -> None:
-    worker = up.child("talaria.engine.worker").pid
     targets = {f"s{number}": folder(tmp_path / str(number), bandwidth_limit=SLOW, concurrency=1) for number in range(5)}
     up.apply(**targets)
     runs = {}
@@ -88,6 +87,7 @@ def test_a_state_that_is_set_while_a_run_sends_stops_it_and_stays(
         told = up.told("send", str(tmp_path / f"study{number}"), "--to", f"s{number}", "--no-wait")
         runs[name] = told["flow_run_id"]
     up.until(lambda: all(instances(tmp_path / str(number)) for number in range(5)), 180)
+    worker = up.child("talaria.engine.worker").pid
     for name in names:
         put(up, runs[name], name)
     up.until(lambda: all(is_at_rest(up, runs[name]) for name in names), 60)
