@@ -72,6 +72,15 @@ def test_a_study_goes_to_a_pacs_and_an_archive(up: Talaria, pacs: StoreScp, tmp_
     assert studies.PATIENT_NAME not in json.dumps(artifacts) and studies.PATIENT_ID not in json.dumps(artifacts)
 
 
+@pytest.fixture(scope="module")
+def three(up: Talaria, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Apply a good target, one that is off and one to query, once for all that is refused; return the good folder."""
+    root = tmp_path_factory.mktemp("three")
+    off = folder(root / "off", enabled=False)
+    up.apply(good=folder(root / "good"), off=off, source=dicom(1, direction="query"))
+    return root / "good"
+
+
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
@@ -84,19 +93,16 @@ def test_a_study_goes_to_a_pacs_and_an_archive(up: Talaria, pacs: StoreScp, tmp_
         (["STUDY"], "--to"),
     ],
 )
-def test_bad_input_is_refused_in_one_line(up: Talaria, tmp_path: Path, arguments: list[str], word: str) -> None:
+def test_bad_input_is_refused_in_one_line(
+    up: Talaria, three: Path, tmp_path: Path, arguments: list[str], word: str
+) -> None:
     (tmp_path / "empty").mkdir()
     studies.ct(tmp_path / "study", 1)
-    up.apply(
-        good=folder(tmp_path / "good"),
-        off=folder(tmp_path / "off", enabled=False),
-        source=dicom(1, direction="query"),
-    )
     names = {"EMPTY": str(tmp_path / "empty"), "STUDY": str(tmp_path / "study")}
     ran = up.here("send", *[names.get(a, a) for a in arguments])
     assert ran.returncode == 2 and ran.stdout == ""
     assert word in ran.stderr and len(ran.stderr.strip().splitlines()) == 1
-    assert not files(tmp_path / "good")
+    assert not files(three)
 
 
 @pytest.mark.parametrize(

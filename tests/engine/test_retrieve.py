@@ -290,6 +290,14 @@ def test_what_a_kill_interrupts_is_taken_up_and_nothing_delivered_is_fetched_aga
         assert not [name for name in files(into) if ".talaria" in name]
 
 
+@pytest.fixture(scope="module")
+def three(up: Talaria, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Apply a source, a target that only stores and a folder, once for all that is refused."""
+    pacs = {"type": "dicom", "host": "127.0.0.1", "port": 1, "aet_target": "X"}
+    up.apply(src=pacs | {"direction": "query"}, pacs=pacs, arch=folder(tmp_path_factory.mktemp("arch")))
+
+
+@pytest.mark.usefixtures("three")
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
@@ -306,9 +314,7 @@ def test_what_a_kill_interrupts_is_taken_up_and_nothing_delivered_is_fetched_aga
         (["src", "--accession-file", "/no/such/file", "--into", "/tmp/x"], "/no/such/file"),
     ],
 )
-def test_bad_input_is_refused_in_one_line(up: Talaria, tmp_path: Path, arguments: list[str], word: str) -> None:
-    pacs = {"type": "dicom", "host": "127.0.0.1", "port": 1, "aet_target": "X"}
-    up.apply(src=pacs | {"direction": "query"}, pacs=pacs, arch=folder(tmp_path / "arch"))
+def test_bad_input_is_refused_in_one_line(up: Talaria, arguments: list[str], word: str) -> None:
     ran = up.here("retrieve", *arguments)
     assert ran.returncode == 2 and ran.stdout == ""
     assert word in ran.stderr and len(ran.stderr.strip().splitlines()) == 1
