@@ -144,7 +144,7 @@ def stop(process: subprocess.Popen[bytes], wait_s: float = STOP_S) -> None:
         except ProcessLookupError:
             break
         try:
-            process.wait(wait_s)
+            process.wait(as_loaded(wait_s))
             break
         except subprocess.TimeoutExpired:
             continue
