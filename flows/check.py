@@ -9,7 +9,7 @@ from prefect import flow, get_client
 from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
-from tasks.checking import check_target, report_health
+from tasks.checking import check_target, report_health, shown_live
 from tasks.targets import load
 from transfer.errors import DispatchError
 
@@ -24,7 +24,8 @@ async def check(target: str) -> State[Any]:
     try:
         async with get_client() as client:
             (found,) = await load(client, [target])
-        health = await asyncio.to_thread(check_target, found)
+        with shown_live():
+            health = await asyncio.to_thread(check_target, found)
     except DispatchError as error:
         return Failed(message=str(error))
     await report_health(found, health)

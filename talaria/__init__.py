@@ -1,1 +1,3 @@
-"""What people touch: command line, settings, the embedded server and worker."""
+"""What people touch: the command line, the settings, the front door, and the embedded Prefect server and worker."""
+
+__version__ = "0.1.0"

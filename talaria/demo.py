@@ -19,13 +19,13 @@ from pydicom.uid import AllTransferSyntaxes, generate_uid
 from pynetdicom import AE, AllStoragePresentationContexts, build_context, evt
 from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]
 
-from talaria.cli.access import api
+from talaria.cli.follow import follow
+from talaria.cli.local import local
 from talaria.cli.output import say
-from talaria.cli.send import receipt, show_receipt
+from talaria.cli.send import show_receipt
 from talaria.settings import load_settings
 from tasks.targets import save
 from transfer.home import Home
-from transfer.plan import scan
 
 # One instance of each kind, all from pydicom's own test files.
 SAMPLES = {
@@ -91,7 +91,6 @@ def run() -> bool:
     from blocks.dicom import DicomTarget
     from blocks.dicomweb import DicomWebTarget
     from blocks.folder import FolderTarget
-    from talaria.engine import runs
 
     os.environ["TALARIA_HOME"] = str(load_settings().home.expanduser().absolute() / "demo")
     load_settings()
@@ -102,7 +101,7 @@ def run() -> bool:
         (place / folder).mkdir(parents=True)
     study = make_study(place / "study")
     say(f"a study of {len(SAMPLES)} instances, a PNG and a JSON: {study}")
-    with pacs(place / "pacs") as port, api() as access:
+    with pacs(place / "pacs") as port, local() as access:
         targets = {
             "demo-pacs": DicomTarget(host="127.0.0.1", port=port, aet_target="DEMOPACS", aet_source="TALARIA"),
             "demo-archive": FolderTarget(folder=str(place / "archive"), exclude=EXCLUDED),
@@ -110,14 +109,12 @@ def run() -> bool:
         }
         for name, target in targets.items():
             access.run(save, target, name)
-        parameters = {"paths": [str(study)], "targets": list(targets)}
-        name = runs.name_of(scan([study]).dispatch_id, list(targets))
-        flow_run = runs.result_of(access, access.run(runs.create, "dispatch", parameters, name, "normal"))
-        document = receipt(access, flow_run)
+        queued = access.call("create_dispatch", paths=[str(study)], targets=list(targets))
+        document = follow(access, queued["flow_run_id"])
     show_receipt(document)
     print(f"\nWhat arrived: {place / 'pacs'}, {place / 'archive'} and {place / 'dicomweb'}")
     print(f"The run in the Prefect UI: TALARIA_HOME={home.root} talaria up")
-    print(f"then open http://127.0.0.1:4200/v2/runs/flow-run/{flow_run.id}")
+    print(f"then open http://127.0.0.1:4200/v2/runs/flow-run/{queued['flow_run_id']}")
     print(f"and give it the line in {home.root / 'api.auth'} as the password; no user is needed.")
     return bool(document["state"] == "delivered")
 

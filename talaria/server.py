@@ -206,7 +206,12 @@ class FrontServer:
             time.sleep(0.1)
         record = self.home.root / "server.json"
         part = record.with_suffix(".part")
-        held = {"pid": os.getpid(), "port": self.port, "inode": listener.inode(self.inner or self.outer)}
+        held = {
+            "prefect": self.entrance.upstream,
+            "pid": os.getpid(),
+            "port": self.port,
+            "inode": listener.inode(self.inner or self.outer),
+        }
         part.unlink(missing_ok=True)
         with open(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w", encoding="utf-8") as file:
             json.dump(asdict(self.address) | held, file)

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
+from talaria.home import files
 from transfer import roots
 from transfer.home import Home
 from transfer.validation import what_is_wrong
@@ -78,9 +79,7 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        home = Path(os.environ.get("TALARIA_HOME") or "~/.talaria").expanduser()
-        files = [file for file in (Path("talaria.toml"), home / "talaria.toml") if _is_ours(file)]
-        return (init_settings, env_settings, *(TomlConfigSettingsSource(settings_cls, file) for file in files))
+        return (init_settings, env_settings, *(TomlConfigSettingsSource(settings_cls, file) for file in files()))
 
 
 def load_settings() -> Settings:
@@ -106,25 +105,6 @@ def load_settings() -> Settings:
     for name in ("scp_aet", "scp_port", "scp_host", "spool_limit"):
         os.environ[f"TALARIA_{name.upper()}"] = str(getattr(settings, name))
     return settings
-
-
-def _is_ours(file: Path) -> bool:
-    """Return True if a file of settings is there.
-
-    Raises:
-        ValueError: another user can change it.
-    """
-    try:
-        info = file.stat()
-    except FileNotFoundError:
-        return False
-    except OSError as exc:
-        raise ValueError(f"{file} can't be read: {exc.strerror}") from exc
-    if info.st_uid not in (os.geteuid(), 0):
-        raise ValueError(f"{file} belongs to another user: its settings are not used")
-    if info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise ValueError(f"{file} can be changed by other users: chmod go-w {file}")
-    return True
 
 
 def secret(home: Home, name: str, make: str) -> str:

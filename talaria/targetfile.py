@@ -2,42 +2,24 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import SecretStr, ValidationError
 
 from blocks import REFUSED, TYPES, Target
 from blocks.base import check_name
+from talaria.targetyaml import document, filled
 from tasks.targets import Broken
 from transfer.errors import Misconfigured
-from transfer.validation import what_is_wrong, what_is_wrong_with_yaml
+from transfer.validation import what_is_wrong
 
-_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
-FILE = "file:"
 SHOWN = 40  # characters of a word that is not known
 # What Prefect adds to a block's own fields.
 _PREFECT = ("block_type_slug",)
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses a repeated key, of which YAML's usual reader would silently drop the first."""
-
-
-def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    keys = [loader.construct_object(key) for key, _ in node.value]
-    twice = [key for key in keys if keys.count(key) > 1]
-    if twice:
-        raise yaml.constructor.ConstructorError(None, None, f"{twice[0]!r} stands twice", node.start_mark)
-    return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
-
-
-_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 
 
 def read(path: Path) -> dict[str, Target]:
@@ -46,21 +28,9 @@ def read(path: Path) -> dict[str, Target]:
     Raises:
         Misconfigured: with a line for every target that is wrong, its name and the field.
     """
-    try:
-        document = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 - a SafeLoader
-    except OSError as exc:
-        raise Misconfigured(f"{path}: {exc.strerror}") from exc
-    except UnicodeDecodeError as exc:
-        raise Misconfigured(f"{path}: is not UTF-8 text") from exc
-    except (yaml.YAMLError, ValueError, RecursionError) as exc:
-        raise Misconfigured(f"{path}: {what_is_wrong_with_yaml(exc)}") from None  # its own words hold the source
-    if not isinstance(document, dict) or set(document) != {"targets"} or not isinstance(document["targets"], dict):
-        raise Misconfigured(f"{path}: expected one key `targets` with a mapping of names to targets")
-    if not document["targets"]:
-        raise Misconfigured(f"{path}: names no target")
     found: dict[str, Target] = {}
     wrong = []
-    for name, values in document["targets"].items():
+    for name, values in document(path).items():
         try:
             found[str(name)] = make(str(name), values, path.parent)
         except Misconfigured as exc:
@@ -70,11 +40,12 @@ def read(path: Path) -> dict[str, Target]:
     return found
 
 
-def make(name: str, values: Any, folder: Path = Path()) -> Target:
+def make(name: str, values: Any, folder: Path = Path(), *, fill: bool = True) -> Target:
     """Make a target from the values in a file.
 
     Args:
         folder: what relative `file:` paths are relative to.
+        fill: whether variables and files are still to be put in place of their names.
 
     Raises:
         Misconfigured: with the field and the remedy; values are not repeated, they may be secrets.
@@ -98,9 +69,10 @@ def make(name: str, values: Any, folder: Path = Path()) -> Target:
         if field not in known:
             hint = meant(field, known) or "`talaria target types` lists the fields"
             raise Misconfigured(f"target {name}: unknown field {field[:SHOWN]!r} of type {kind}: {hint}")
-    filled = {field: _filled(value, f"target {name}: {field}", folder) for field, value in fields.items()}
+    if fill:
+        fields = {field: filled(value, f"target {name}: {field}", folder) for field, value in fields.items()}
     try:
-        return cls(**filled).named(name)
+        return cls(**fields).named(name)
     except ValidationError as exc:
         raise Misconfigured(f"target {name}: " + what_is_wrong(exc.errors(), cls.model_fields)) from exc
 
@@ -161,29 +133,3 @@ def values_of(target: Target, *, secrets: bool = False) -> dict[str, Any]:
     return {"type": target.type_name} | {
         name: dumped.get(name, value) for name, value in values.items() if name != "type"
     }
-
-
-def _filled(value: Any, where: str, folder: Path) -> Any:
-    """Replace the names of variables and files by their values."""
-    if not isinstance(value, str):
-        return value
-    if value.startswith(FILE) and not value.startswith("file://"):  # file:// is a DICOMweb folder
-        path = folder / Path(value.removeprefix(FILE)).expanduser()
-        try:
-            return path.read_text(encoding="utf-8").strip("\r\n")
-        except OSError as exc:
-            raise Misconfigured(f"{where}: can't read {path}: {exc.strerror or exc}") from exc
-        except UnicodeDecodeError as exc:
-            raise Misconfigured(f"{where}: {path} is not UTF-8 text") from exc
-
-    def variable(match: re.Match[str]) -> str:
-        if match[1] not in os.environ:
-            raise Misconfigured(f"{where}: the environment variable {match[1]} is not set")
-        return os.environ[match[1]]
-
-    if "${" in _VARIABLE.sub("", value):
-        raise Misconfigured(
-            f"{where}: after ${{ the name of an environment variable and }} must follow, as in ${{NAME}}; "
-            "a value that holds these characters is given by file:PATH"
-        )
-    return _VARIABLE.sub(variable, value)

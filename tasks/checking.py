@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,15 @@ from prefect.client.schemas.filters import (
 )
 from prefect.client.schemas.objects import Artifact, ArtifactCollection
 from prefect.client.schemas.sorting import ArtifactCollectionSort, ArtifactSort
+from prefect.context import FlowRunContext
 
 from blocks.base import Target
 from protocols.net.ping import Ping
 from tasks import DRIVERS
 from tasks.paging import every
 from tasks.targets import Broken
-from transfer.health import FAILED, OK, SKIPPED, Health
+from transfer import live
+from transfer.health import FAILED, OK, SKIPPED, Health, Probe, watched
 from transfer.home import Home
 from transfer.ledger import write_json
 
@@ -48,6 +51,25 @@ def check_target(target: Target) -> Health:
         result = SKIPPED if echo.answered is None else OK if echo.answered else FAILED
         health.hint("ping", result, ping.ms, echo.detail, after="resolve")
     return health
+
+
+@contextmanager
+def shown_live() -> Iterator[None]:
+    """Show the probes of the check that this run makes as they come, to whoever looks at this machine."""
+    context, home = FlowRunContext.get(), Home.current()
+    if context is None or context.flow_run is None:
+        raise RuntimeError("a check runs inside a flow run")
+    run_id, probes = str(context.flow_run.id), list[dict[str, Any]]()
+
+    def show(probe: Probe) -> None:
+        probes.append(probe.to_json())
+        live.write(home, run_id, live.PROBES, {"probes": probes})
+
+    try:
+        with watched(show):
+            yield
+    finally:
+        live.forget(home, run_id, live.PROBES)
 
 
 async def report_health(target: Target, health: Health) -> None:

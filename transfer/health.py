@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +23,23 @@ class Probe:
     ms: float = 0.0
     detail: str = ""
     informative: bool = False  # a failure doesn't make the target unhealthy (ping)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the probe as it stands in the JSON of `target test`."""
+        return {"name": self.name, "result": self.result, "ms": self.ms, "detail": self.detail}
+
+
+_watcher: ContextVar[Callable[[Probe], None] | None] = ContextVar("watcher", default=None)
+
+
+@contextmanager
+def watched(watcher: Callable[[Probe], None]) -> Iterator[None]:
+    """Report each probe that is made in this context as soon as it is made; from the thread that made it."""
+    token = _watcher.set(watcher)
+    try:
+        yield
+    finally:
+        _watcher.reset(token)
 
 
 @dataclass
@@ -53,20 +71,25 @@ class Health:
         finally:
             probe.ms = round((time.monotonic() - begun) * 1000, 1)
             self.probes.append(probe)
+            _report(probe)
 
     def hint(self, name: str, result: str, ms: float, detail: str, after: str = "") -> None:
         """Add a probe that doesn't count as a failure, behind the probe `after` if there is one."""
         at = next((n + 1 for n, probe in enumerate(self.probes) if probe.name == after), 0)
         self.probes.insert(at, Probe(name, result, ms, detail, informative=True))
+        _report(self.probes[at])
 
     def skip(self, *names: str, why: str = "an earlier probe failed") -> None:
         """Add the probes that were not made."""
-        self.probes.extend(Probe(name, SKIPPED, detail=why) for name in names)
+        for name in names:
+            self.probes.append(Probe(name, SKIPPED, detail=why))
+            _report(self.probes[-1])
 
     def to_json(self, name: str) -> dict[str, Any]:
         """Return the JSON of `target test`."""
-        return {
-            "name": name,
-            "ok": self.ok,
-            "probes": [{"name": p.name, "result": p.result, "ms": p.ms, "detail": p.detail} for p in self.probes],
-        }
+        return {"name": name, "ok": self.ok, "probes": [probe.to_json() for probe in self.probes]}
+
+
+def _report(probe: Probe) -> None:
+    if watcher := _watcher.get():
+        watcher(probe)

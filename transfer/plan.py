@@ -244,6 +244,24 @@ def _found(
     return found, left_out
 
 
+def look(paths: Iterable[Path | str], exclude: tuple[str, ...] = ()) -> None:
+    """Make sure that there is something to send, without reading any file; ends at the first that is.
+
+    Raises:
+        NotFound, Denied, Misconfigured: as `scan` does.
+    """
+    asked = _sources(paths)
+    root = asked[0] if len(asked) == 1 and asked[0].is_dir() else _common_folder(asked)
+    above = len(str(root).rstrip("/")) + 1
+    with Sources(map(str, asked)) as sources:
+        for source in sources.paths:
+            for path in _files(source, sources, lambda: None):
+                names = (*exclude, *OWN_NAMES)
+                if not excluded(path[above:], names) and not sources.is_state(path):
+                    return
+        raise Misconfigured(f"nothing to send in {', '.join(sources.paths)}")
+
+
 def _sources(paths: Iterable[Path | str]) -> list[Path]:
     """Resolve the paths; drop those that lie within another one."""
     resolved: list[Path] = []

@@ -31,6 +31,9 @@ _SAID = {
     "bool_parsing": "must be true or false",
     "enum": "must be {expected}",
     "literal_error": "must be {expected}",
+    "too_short": "must not be empty",
+    "list_type": "must be a list",
+    "dict_type": "must be a mapping",
 }
 _BOUNDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
 OWN = "Value error, "  # what pydantic puts before the message of a validator

@@ -1,7 +1,7 @@
 """The command line.
 
-Modules here import what is heavy inside commands: Prefect takes two seconds, what reads settings and speaks HTTP half
-of one. Help and wrong use need neither.
+Modules here import what is heavy inside functions, and only where no API answers (`local`): Prefect takes two seconds,
+what reads settings and speaks HTTP half of one.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ from typing import Annotated
 
 import typer
 
-from talaria.cli import jobs, query, retrieve, send, serve, target, user
+from talaria.cli import jobs, query, quick, retrieve, send, serve, target, user
 
+quick.install()
 app = typer.Typer(
     name="talaria",
     no_args_is_help=True,
+    rich_markup_mode=None,  # Rich takes 0.2 s to print a help
     pretty_exceptions_enable=False,
     help="Delivers DICOM studies, and results made from them, to targets, and proves the delivery.",
     epilog="Exit codes: 0 done, 1 not everything was delivered or healthy, 2 wrong use or bad configuration, "

@@ -1,75 +1,69 @@
-"""A command's connection to a Prefect server."""
+"""How a command reaches what it needs: the API of the `talaria up` that runs, or by itself where none does."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol
 
-from talaria.cli.output import say
-from transfer.home import Home
+from talaria.cli import remote
+from talaria.errors import ServerError
 
 if TYPE_CHECKING:
-    from prefect.client.orchestration import PrefectClient
-
-    from talaria.server import Address
-    from talaria.settings import Settings
-
-P = ParamSpec("P")
-R = TypeVar("R")
+    from talaria.cli.local import Local
 
 
-@dataclass
-class ServerAccess:
-    """A server that answers.
+class Access(Protocol):
+    """Operations of `talaria.service`, by name.
 
     Attributes:
-        address: of the embedded server, None for one that PREFECT_API_URL names.
-        own: whether this command, or another one, started it for its own duration; no worker runs beside it then.
+        own: whether no worker runs beside it: this command runs what it makes.
     """
 
-    settings: Settings
-    home: Home
-    address: Address | None
     own: bool
 
-    def run(self, call: Callable[Concatenate[PrefectClient, P], Awaitable[R]], *args: P.args, **kwargs: P.kwargs) -> R:
-        """Call a coroutine function with a client as its first argument."""
-        from prefect import get_client
+    def call(self, operation: str, **given: Any) -> dict[str, Any]:
+        """Do an operation and return its document."""
 
-        async def with_client() -> R:
-            async with get_client() as client:
-                return await call(client, *args, **kwargs)
+    def stream(self, operation: str, **given: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Do an operation and yield its events."""
 
-        return asyncio.run(with_client())
+    def link(self, run_id: str) -> str:
+        """Return where the UI shows a run, "" if it doesn't."""
 
 
 @contextmanager
-def api() -> Iterator[ServerAccess]:
-    """Reach the server; start the embedded one for the length of the block if there is none."""
-    import os
-
-    from talaria.server import reached, running
-    from talaria.settings import load_settings
-
-    settings = load_settings()
-    home = Home.current()
-    if not os.environ.get("PREFECT_API_URL") and running(home) is None:
-        say("no server runs: starting one for this command (`talaria up` keeps one running)")
-    with reached(home) as (address, own):
-        access = ServerAccess(settings, home, address, own)
-        if own:
-            access.run(_prepare, home)
+def api() -> Iterator[Access]:
+    """Reach the server's API; do without where there is none."""
+    there = remote.found()
+    if there is not None:
+        with there:
+            if _answers(there):
+                yield there
+                return
+    with alone() as access:
         yield access
 
 
-async def _prepare(client: PrefectClient, home: Home) -> None:
-    """Let a server that has just been started know our types and deployments, and that killed runs run no more."""
-    from talaria.engine.recovery import recover
-    from talaria.engine.registry import register
-    from talaria.settings import POOL
+def _answers(there: remote.ApiClient) -> bool:
+    """Return True if a server has the API; False if the one that runs here is too old for it.
 
-    await register(client)
-    await recover(client, home, POOL, alone=True)
+    Raises:
+        ServerError: it does not answer, or is one that was named and has none.
+    """
+    try:
+        there.call("health")
+    except remote.NoApi as exc:
+        if there.local:
+            return False
+        raise ServerError(f"{there.url} is no Talaria server that this command knows: is it older?") from exc
+    return True
+
+
+@contextmanager
+def alone() -> Iterator[Local]:
+    """Do without the API: with a client of the Prefect server, which is started for the block if none runs."""
+    from talaria.cli.local import local
+
+    with local() as access:
+        yield access

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from talaria.cli.access import api
+from talaria.cli.access import Access, api
 from talaria.cli.output import print_json, table
-from talaria.cli.retrieve import finish as follow
-from talaria.cli.retrieve import result, show_result
-from talaria.cli.send import finish, receipt, show_receipt, trimmed
-
-if TYPE_CHECKING:
-    from prefect.client.schemas.objects import FlowRun
-
-    from talaria.cli.access import ServerAccess
+from talaria.cli.retrieve import finish as finish_retrieval
+from talaria.cli.retrieve import show_result
+from talaria.cli.send import finish, show_receipt
 
 app = typer.Typer(
     no_args_is_help=True,
+    rich_markup_mode=None,  # Rich takes 0.2 s to print a help
     help="List, show, retry, pause, resume and cancel dispatches and retrievals.\n\nExample: talaria jobs list",
 )
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")]
@@ -30,22 +26,20 @@ def list_(
     limit: Annotated[int, typer.Option(min=1, max=200, help="How many, newest first.")] = 50, as_json: Json = False
 ) -> None:
     """The newest dispatches and retrievals."""
-    from talaria.engine import runs
-
     with api() as access:
-        found = [_line(flow_run) for flow_run in access.run(runs.jobs, limit)]
+        found = access.call("list_jobs", limit=limit)
     if as_json:
-        print_json({"jobs": found})
+        print_json(found)
         return
     rows = [
         [
             one["id"],
             one["state"],
-            one["dispatch_id"] or f"from {one['source']}",
+            one["dispatch_id"] or (f"from {one['source']}" if one["source"] else ""),
             ", ".join(one["targets"]),
             one["begun"] or "",
         ]
-        for one in found
+        for one in found["jobs"]
     ]
     table("", ["run", "state", "dispatch", "targets", "begun"], rows)
 
@@ -57,25 +51,19 @@ def show(
     as_json: Json = False,
 ) -> None:
     """One dispatch or retrieval: its receipts, and what its targets said."""
-    from talaria.engine import runs
-
     with api() as access:
-        flow_run = access.run(runs.find, job)
-        pulls = runs.is_retrieval(flow_run)
-        document = result(access, flow_run) if pulls else trimmed(receipt(access, flow_run), all_items)
-        document["run"] = _line(flow_run)
-        shown = access.run(runs.progress, access.home, flow_run.id)
-        document["progress"] = {name: round(percent, 1) for name, (percent, _) in shown.items()}
+        document = access.call("show_job", job=job, all_items=all_items)
     if as_json:
         print_json(document)
         return
-    print(f"run {flow_run.id}: {flow_run.state_name}")
-    if flow_run.state and flow_run.state.message:
-        print(flow_run.state.message)
-    if pulls:
-        show_result(document)
-    else:
+    run = document["run"]
+    print(f"run {run['id']}: {run['state']}")
+    if run["message"]:
+        print(run["message"])
+    if run["kind"] == "dispatch":
         show_receipt(document)
+    else:
+        show_result(document)
 
 
 @app.command(epilog="Example: talaria jobs retry 3f2a")
@@ -85,35 +73,22 @@ def retry(
     as_json: Json = False,
 ) -> None:
     """Run what has ended again: only what is missing is fetched or sent, only a failed hook is run."""
-    from talaria.engine import runs
-
     with api() as access:
-        flow_run = access.run(runs.retry, access.run(runs.find, job).id)
-        if not no_wait:
-            _wait(access, flow_run, as_json)
-    _done(flow_run, "queued", as_json)
+        _go_on(access, access.call("retry_job", job=job), no_wait, as_json)
 
 
 @app.command(epilog="Example: talaria jobs cancel 3f2a")
 def cancel(job: Job, as_json: Json = False) -> None:
     """Stop a dispatch or retrieval: what was confirmed stays confirmed, a retry does the rest."""
-    from talaria.engine import runs
-
     with api() as access:
-        flow_run = access.run(runs.find, job)
-        state = access.run(runs.cancel, flow_run.id)
-    _done(flow_run, state, as_json)
+        _done(access.call("cancel_job", job=job), as_json)
 
 
 @app.command(epilog="Example: talaria jobs pause 3f2a")
 def pause(job: Job, as_json: Json = False) -> None:
     """Let a dispatch end after the items under way, a retrieval after the series, to go on there when resumed."""
-    from talaria.engine import runs
-
     with api() as access:
-        flow_run = access.run(runs.find, job)
-        state = access.run(runs.pause, flow_run.id)
-    _done(flow_run, state, as_json)
+        _done(access.call("pause_job", job=job), as_json)
 
 
 @app.command(epilog="Example: talaria jobs resume 3f2a")
@@ -123,45 +98,22 @@ def resume(
     as_json: Json = False,
 ) -> None:
     """Let a paused dispatch or retrieval go on where it ended."""
-    from talaria.engine import runs
-
     with api() as access:
-        flow_run = access.run(runs.resume, access.run(runs.find, job).id)
-        if not no_wait:
-            _wait(access, flow_run, as_json)
-    _done(flow_run, "queued", as_json)
+        _go_on(access, access.call("resume_job", job=job), no_wait, as_json)
 
 
-def _wait(access: ServerAccess, flow_run: FlowRun, as_json: bool) -> None:
-    """Follow a retrieval or a dispatch to its end and exit with the code that its result deserves."""
-    from talaria.engine.runs import is_retrieval
-
-    if is_retrieval(flow_run):
-        raise typer.Exit(follow(access, flow_run, as_json=as_json))
-    finish(access, flow_run, all_items=False, as_json=as_json)
-
-
-def _done(flow_run: FlowRun, state: str, as_json: bool) -> None:
-    if as_json:
-        print_json({"id": str(flow_run.id), "action": state.lower()})
+def _go_on(access: Access, done: dict[str, Any], no_wait: bool, as_json: bool) -> None:
+    """Follow a job that is in the queue again to its end, and exit with the code that its result deserves."""
+    if no_wait:
+        _done(done, as_json)
+    elif done["kind"] == "dispatch":
+        finish(access, done["id"], all_items=False, as_json=as_json)
     else:
-        print(f"{flow_run.id}: {state}")
+        raise typer.Exit(finish_retrieval(access, done["id"], as_json=as_json))
 
 
-def _line(flow_run: FlowRun) -> dict[str, Any]:
-    from talaria.engine.runs import dispatch_of, is_retrieval
-
-    begun = flow_run.start_time or flow_run.expected_start_time
-    return {
-        "id": str(flow_run.id),
-        "state": flow_run.state_name,
-        "kind": "retrieval" if is_retrieval(flow_run) else "dispatch",
-        "source": flow_run.parameters.get("source", ""),
-        "dispatch_id": dispatch_of(flow_run),
-        "targets": list(flow_run.parameters.get("targets", [])),
-        "paths": list(flow_run.parameters.get("paths", [])),
-        "begun": begun.isoformat(timespec="seconds") if begun else None,
-        "ended": flow_run.end_time.isoformat(timespec="seconds") if flow_run.end_time else None,
-        "runs": flow_run.run_count,
-        "message": flow_run.state.message if flow_run.state else None,
-    }
+def _done(done: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print_json({"id": done["id"], "action": done["action"]})
+    else:
+        print(f"{done['id']}: {done['action']}")

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from functools import wraps
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 import typer
-
-if TYPE_CHECKING:
-    from imaging.query import Query
 
 LISTS = "separated by commas"
 
@@ -34,30 +31,9 @@ class Keys:
         list[str], typer.Option(help=f"Series descriptions, {LISTS}; may be given several times.", metavar="D,...")
     ] = field(default_factory=list)
 
-    def query(self, level: str = "study") -> Query:
-        """Return the query that they make.
-
-        Raises:
-            ValueError: a study date that is not one.
-        """
-        from imaging.match import of_study
-        from imaging.query import Query
-        from transfer.accessions import accessions
-
-        made = Query(
-            AccessionNumber=accessions(self.accession),
-            PatientID=self.patient_id,
-            PatientName=self.patient_name,
-            StudyDate=self.study_date,
-            Modality=self.modality,
-            StudyInstanceUID=self.study_uid,
-            SeriesInstanceUID=self.series_uid,
-            StudyDescription=_values(self.study_description),
-            SeriesDescription=_values(self.series_description),
-            level=level,
-        )
-        list(of_study(made))
-        return made
+    def given(self) -> dict[str, Any]:
+        """Return them by name, as `talaria.service.retrievals.query_of` takes them."""
+        return asdict(self)
 
 
 def with_keys(command: Callable[..., int]) -> Callable[..., int]:
@@ -87,10 +63,3 @@ def with_keys(command: Callable[..., int]) -> Callable[..., int]:
 
 def _default(one: Any) -> Any:
     return one.default if one.default is not MISSING else one.default_factory()
-
-
-def _values(given: list[str]) -> tuple[str, ...]:
-    """Return the descriptions of an option; one with a comma in it is written in quotes, as in a spreadsheet's file."""
-    import csv
-
-    return tuple(dict.fromkeys(part.strip() for row in csv.reader(given, skipinitialspace=True) for part in row))

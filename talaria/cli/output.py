@@ -9,10 +9,12 @@ from typing import Any
 
 import typer
 
-from talaria.errors import ServerError
+from talaria.errors import Refused, ServerError
 from transfer.errors import Denied, DispatchError, Misconfigured, NotFound
 from transfer.validation import plain
 
+WIDE = 200  # columns of a table that goes to no terminal
+NARROW = 8  # columns below which none is folded
 DONE, NOT_ALL, WRONG_USE, NO_SERVER = 0, 1, 2, 3
 
 
@@ -24,6 +26,8 @@ def exit_code_of(exc: BaseException) -> int:
         return _fail(str(exc), WRONG_USE)
     if isinstance(exc, DispatchError):
         return _fail(str(exc), NOT_ALL)
+    if isinstance(exc, Refused):
+        return _fail(str(exc), exc.code)
     if isinstance(exc, ServerError):
         return _fail(str(exc), NO_SERVER)
     if isinstance(exc, sqlite3.Error):
@@ -59,18 +63,62 @@ def say(text: str) -> None:
 
 
 def table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
-    """Print a table to stdout; as wide as it needs to be when stdout is not a terminal."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
+    """Print a table to stdout, as wide as the terminal; as it needs to be, up to WIDE, when stdout is not one."""
+    import shutil
 
-    console = Console(width=None if sys.stdout.isatty() else 200)
-    shown = Table(title=title or None, title_justify="left")
-    for column in columns:
-        shown.add_column(column, overflow="fold")
-    for row in rows:
-        shown.add_row(*(escape(str(cell)) for cell in row))
-    console.print(shown)
+    room = shutil.get_terminal_size().columns if sys.stdout.isatty() else WIDE
+    cells = [[_shown(cell) for cell in row] for row in [columns, *rows]]
+    widths = [max(1, *(_width(row[at]) for row in cells)) for at in range(len(columns))]
+    while (excess := sum(widths) + 3 * len(widths) + 1 - room) > 0 and max(widths) > NARROW:
+        widest = widths.index(max(widths))
+        second = max([NARROW, *(width for at, width in enumerate(widths) if at != widest)])
+        widths[widest] -= max(1, min(excess, widths[widest] - second))
+    if title:
+        print(title)
+    _line("┏┳┓━", widths)
+    _row(cells[0], widths, "┃")
+    _line("┡╇┩━", widths)
+    for row in cells[1:]:
+        _row(row, widths, "│")
+    _line("└┴┘─", widths)
+
+
+def _line(signs: str, widths: list[int]) -> None:
+    left, middle, right, fill = (*signs,)
+    print(left + middle.join(fill * (width + 2) for width in widths) + right)
+
+
+def _row(cells: list[str], widths: list[int], edge: str) -> None:
+    folded = [_folded(cell, width) for cell, width in zip(cells, widths, strict=True)]
+    for at in range(max(len(lines) for lines in folded)):
+        parts = [lines[at] if at < len(lines) else "" for lines in folded]
+        filled = [part + " " * (width - _width(part)) for part, width in zip(parts, widths, strict=True)]
+        print(f"{edge} " + f" {edge} ".join(filled) + f" {edge}")
+
+
+def _folded(text: str, width: int) -> list[str]:
+    lines, line, used = [], "", 0
+    for sign in text:
+        if used + _width(sign) > width and line:
+            lines.append(line)
+            line, used = "", 0
+        line, used = line + sign, used + _width(sign)
+    return [*lines, line]
+
+
+def _shown(cell: Any) -> str:
+    """Return a value as it can be shown: what a peer said may hold what a terminal obeys."""
+    return "".join(sign if sign.isprintable() else " " if sign == "\n" else repr(sign)[1:-1] for sign in str(cell))
+
+
+def _width(text: str) -> int:
+    """Return how many columns of a terminal a text takes."""
+    if text.isascii():
+        return len(text)
+    import unicodedata
+
+    wide = sum(unicodedata.east_asian_width(sign) in "WF" for sign in text)
+    return len(text) + wide - sum(unicodedata.combining(sign) > 0 for sign in text)
 
 
 def _is_api_error(exc: BaseException) -> bool:

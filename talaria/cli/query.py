@@ -41,16 +41,8 @@ def query(
     as_json: Json = False,
 ) -> int:
     """Ask a target what it has: studies, or series."""
-    wanted = keys.query(str(level))
-    from tasks import DRIVERS
-    from tasks.targets import check_source, load
-
     with api() as access:
-        (target,) = access.run(load, [name])
-    check_source(target)
-    find = DRIVERS.of(target).find
-    assert find is not None  # noqa: S101 - check_source has seen it
-    found = [match.to_json() for match in find(target, wanted)]
+        found = access.call("find_matches", source=name, level=str(level), **keys.given())["matches"]
     if as_json:
         print_json({"matches": found})
     else:

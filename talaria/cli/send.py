@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import sys
-from contextlib import suppress
+import os
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from talaria.cli.access import ServerAccess, api
+from talaria.cli.access import Access, api
+from talaria.cli.follow import follow
 from talaria.cli.output import DONE, NOT_ALL, print_json, say, table
-
-if TYPE_CHECKING:
-    from prefect.client.schemas.objects import FlowRun
-
-    from blocks import Target
-    from transfer.plan import Plan
+from transfer.errors import NotFound
 
 
 class Priority(StrEnum):
@@ -61,134 +55,57 @@ def send(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")] = False,
 ) -> None:
     """Send files and folders to one or more targets, and wait for the receipts."""
-    from transfer.globs import patterns
-    from transfer.plan import Origin, scan
-
-    names = [name.strip() for part in to for name in part.split(",") if name.strip()]
+    names = list(dict.fromkeys(name.strip() for part in to for name in part.split(",") if name.strip()))
     if not names:
         raise ValueError("--to names no target")
-    plan = scan(paths, patterns(exclude), Origin(sender_aet, receiver_aet, sender_host))
-    parameters = {
+    what: dict[str, Any] = {
         "paths": [str(path.absolute()) for path in paths],
-        "targets": list(dict.fromkeys(names)),
+        "targets": names,
         "exclude": exclude,
-        "priority": str(priority),
         "sender_aet": sender_aet,
         "receiver_aet": receiver_aet,
         "sender_host": sender_host,
-        "force": force,
     }
+    if not os.environ.get("TALARIA_URL"):  # else they are on another machine
+        for path in paths:
+            _check_there(path)
     with api() as access:
-        targets = _destinations(access, parameters["targets"])
         if dry_run:
-            _show_plan(plan, targets, as_json)
+            _show_plan(access.call("plan_dispatch", **what), as_json)
             return
-        _send(access, plan, targets, parameters, no_wait=no_wait, all_items=all_items, as_json=as_json)
+        # The worker reads the files, once; who wants to know at once what it will send waits until it has.
+        queued = access.call(
+            "create_dispatch", **what, priority=str(priority), force=force, planned=no_wait and as_json
+        )
+        if no_wait:
+            if access.own:
+                say("queued: it runs as soon as `talaria up` does")
+            if as_json:
+                print_json({key: value for key, value in trimmed(queued, all_items).items() if key != "run"})
+            else:
+                print(f"dispatch queued as run {queued['flow_run_id']}")
+            return
+        finish(access, queued["flow_run_id"], all_items=all_items, as_json=as_json)
 
 
-def _destinations(access: ServerAccess, names: Any) -> list[Target]:
-    """Load the targets and refuse those that nothing may be sent to, before anything is."""
-    from tasks.targets import check_destination, load
-
-    targets = access.run(load, names)
-    for target in targets:
-        check_destination(target)
-    return targets
-
-
-def _send(
-    access: ServerAccess,
-    plan: Plan,
-    targets: list[Target],
-    parameters: dict[str, Any],
-    *,
-    no_wait: bool,
-    all_items: bool,
-    as_json: bool,
-) -> None:
-    from talaria.engine import runs
-
-    queue = parameters["priority"]
-    name = runs.name_of(plan.dispatch_id, parameters["targets"])
-    flow_run = access.run(runs.create, "dispatch", parameters, name, queue)
-    if no_wait:
-        if access.own:
-            say("queued: it runs as soon as `talaria up` does")
-        if as_json:
-            print_json(trimmed(_queued(access, plan, targets, flow_run, force=parameters["force"]), all_items))
-        else:
-            print(f"dispatch {plan.dispatch_id} queued as run {flow_run.id}")
-        return
-    finish(access, flow_run, all_items=all_items, as_json=as_json)
+def _check_there(path: Path) -> None:
+    """Refuse a path that is not there before anything is asked for."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError, ValueError) as exc:
+        raise NotFound(f"{path}: no such file or folder") from exc
+    except OSError as exc:
+        raise NotFound(f"{path}: {exc.strerror}") from exc
 
 
-def _queued(
-    access: ServerAccess, plan: Plan, targets: list[Target], flow_run: FlowRun, *, force: bool
-) -> dict[str, Any]:
-    """Return the receipts of a dispatch that has not begun: everything waits, but for what is at a target already."""
-    from threading import Event
-
-    from tasks import DRIVERS
-    from tasks.dispatch.delivery import Delivery
-    from tasks.dispatch.report import document
-    from transfer.ledger import Ledger
-    from transfer.receipt import State
-
-    receipts = []
-    with Ledger(access.home.ledger) as ledger:
-        for target in targets:
-            delivery = Delivery(DRIVERS.of(target), target, plan, ledger, access.home, Event(), force=force)
-            delivery.stopped = State.WAITING
-            receipts.append(delivery.receipt())
-    return document(plan.dispatch_id, str(flow_run.id), State.WAITING, receipts)
-
-
-def finish(access: ServerAccess, flow_run: FlowRun, *, all_items: bool, as_json: bool) -> None:
+def finish(access: Access, run_id: str, *, all_items: bool, as_json: bool) -> None:
     """Follow a dispatch to its end, show its receipts, and exit with the code that they deserve."""
-    from talaria.engine.runs import result_of
-
-    say(
-        f"run {flow_run.id}"
-        + (f": {access.address.ui}/runs/flow-run/{flow_run.id}" if access.address and not access.own else "")
-    )
-    with _bars() as show:
-        ended = result_of(access, flow_run, show)
-    document = receipt(access, ended)
+    document = follow(access, run_id, all_items=all_items)
     if as_json:
-        print_json(trimmed(document, all_items))
+        print_json(document)
     else:
         show_receipt(document)
     raise typer.Exit(DONE if document["state"] == "delivered" else NOT_ALL)
-
-
-def receipt(access: ServerAccess, flow_run: FlowRun) -> dict[str, Any]:
-    """Return the receipts of a run, with all items; a run that could not begin has none, but its state's message.
-
-    They are the server's; the copy on this machine, if it has one, is read where the server has none (any more).
-    """
-    from talaria.engine.runs import dispatch_of
-    from tasks.dispatch import kept
-
-    state = flow_run.state
-    document = access.run(kept.read, flow_run.id)
-    if document is None:
-        with suppress(OSError):
-            document = json.loads(access.home.receipt(str(flow_run.id)).read_text(encoding="utf-8"))
-    if document is None:
-        under_way = ("SCHEDULED", "PENDING", "RUNNING", "CANCELLING")
-        names = {"CANCELLED": "cancelled", "COMPLETED": "delivered"} | dict.fromkeys(under_way, "waiting")
-        document = {
-            "dispatch_id": dispatch_of(flow_run),
-            "flow_run_id": str(flow_run.id),
-            "state": names.get(str(state.type.value) if state else "", "failed"),
-            "targets": {},
-            "error": state.message if state else None,
-        }
-    if state and state.type.value == "CANCELLED":  # what waited when it was cancelled waits no more
-        parts = [document, *document["targets"].values()]
-        for part in [part for part in parts if part["state"] == "waiting"]:
-            part["state"] = "cancelled"
-    return document
 
 
 def trimmed(document: dict[str, Any], all_items: bool) -> dict[str, Any]:
@@ -230,58 +147,12 @@ def show_receipt(document: dict[str, Any]) -> None:
             print(f"{name}: … and {len(shown) - 50} more: talaria jobs show {document['flow_run_id']} --json")
 
 
-def _show_plan(plan: Plan, targets: list[Target], as_json: bool) -> None:
-    from tasks import DRIVERS
-    from tasks.dispatch.delivery import sort_out
-
-    found: dict[str, Any] = {}
-    for target in targets:
-        refused, wanted = sort_out(DRIVERS.of(target).facts, target, plan)
-        found[target.name] = {
-            "files": len(wanted),
-            "bytes": sum(item.size for item in wanted),
-            "items": [{"path": i.shown, "outcome": str(o.kind), "detail": o.detail} for i, o in refused.items()],
-        }
+def _show_plan(plan: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        print_json({"dispatch_id": plan.dispatch_id, "dry_run": True, "targets": found})
+        print_json(plan)
         return
-    print(f"dispatch {plan.dispatch_id} would send:")
-    for name, one in found.items():
+    print(f"dispatch {plan['dispatch_id']} would send:")
+    for name, one in plan["targets"].items():
         print(f"{name}: {one['files']} files, {one['bytes']} bytes")
         for item in one["items"]:
             print(f"{name}: {item['path']}: {item['outcome']}: {item['detail']}")
-
-
-class _bars:
-    """Progress bars on stderr, one per target, while the block runs, and a line for each attempt that failed."""
-
-    def __enter__(self) -> Any:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-        self.progress = Progress(
-            TextColumn("{task.fields[name]}"),
-            BarColumn(),
-            TextColumn("{task.percentage:>3.0f}%"),
-            TextColumn("{task.description}"),
-            TimeElapsedColumn(),
-            console=Console(stderr=True),
-            transient=not sys.stderr.isatty(),
-        )
-        self.tasks: dict[str, Any] = {}
-        self.said: set[tuple[str, str]] = set()
-        self.progress.start()
-        return self.show
-
-    def show(self, now: dict[str, tuple[float, str]]) -> None:
-        for name, (percent, words) in now.items():
-            words, *failures = words.split("\n")
-            for line in [line for line in failures if (name, line) not in self.said]:
-                self.said.add((name, line))
-                self.progress.console.print(f"{name}: {line}", markup=False, highlight=False, soft_wrap=True)
-            if name not in self.tasks:
-                self.tasks[name] = self.progress.add_task(words, total=100, name=name)
-            self.progress.update(self.tasks[name], completed=percent, description=words)
-
-    def __exit__(self, *exc: object) -> None:
-        self.progress.stop()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 import time
-from typing import Annotated
+from contextlib import suppress
+from typing import Annotated, Any
 
 import typer
 
+from talaria.cli import remote
 from talaria.cli.access import api
 from talaria.cli.output import DONE, NO_SERVER, NOT_ALL, checked, enabled, print_json, say, table
 from transfer.home import Home
@@ -59,11 +61,7 @@ def up(
 
 def status(as_json: Json = False) -> None:
     """What runs, what waits, and how the targets were when they were last checked."""
-    from talaria.settings import load_settings
-    from talaria.status import collect
-
-    load_settings()
-    document = collect(Home.current())
+    document = _status()
     if not document["server"]["ok"]:
         document["error"] = "no server runs: `talaria up` starts it"
         say(f"talaria: {document['error']}")
@@ -81,19 +79,21 @@ def status(as_json: Json = False) -> None:
     raise typer.Exit(DONE if document["server"]["ok"] else NO_SERVER)
 
 
+def _status() -> dict[str, Any]:
+    """Return what `status` shows; starts nothing."""
+    there = remote.found()
+    if there is not None:
+        with suppress(remote.NoApi), there:
+            return there.call("status")
+    from talaria.cli.local import status_of_server
+
+    return status_of_server()
+
+
 def recover(as_json: Json = False) -> None:
     """Take up what a crash left unfinished; `talaria up` does it by itself when it starts."""
-    from talaria.engine import recovery
-    from talaria.engine.runs import find, result_of
-    from talaria.settings import POOL
-
     with api() as access:
-        if access.own:  # this or another command has put them back into the queue; no worker runs them
-            taken = access.run(recovery.taken_up, POOL)
-            for run_id in taken:
-                result_of(access, access.run(find, run_id))
-        else:
-            taken = access.run(recovery.recover, access.home, POOL, alone=False)
+        taken = access.call("recover_jobs")["recovered"]
     if as_json:
         print_json({"recovered": taken})
     else:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
+from talaria.cli import remote
 from talaria.cli.access import api
 from talaria.cli.output import DONE, NOT_ALL, checked, enabled, print_json, say, table
 
-if TYPE_CHECKING:
-    from blocks import Target
-    from tasks.targets import Broken
-
 app = typer.Typer(
     no_args_is_help=True,
+    rich_markup_mode=None,  # Rich takes 0.2 s to print a help
     help="Create, show, test and remove targets.\n\nExample: talaria target apply targets.yaml",
 )
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")]
@@ -25,42 +24,20 @@ Name = Annotated[str, typer.Argument(help="Name of the target, or its type and n
 @app.command(epilog="Example: talaria target types --json")
 def types(as_json: Json = False) -> None:
     """The types of target: what each can do, and its fields."""
-    from blocks import REFUSED, TYPES
-    from talaria.targetfile import field_names
-    from tasks import DRIVERS
-    from transfer.errors import Misconfigured
+    import asyncio
 
-    found: dict[str, Any] = {}
-    for name, cls in TYPES.items():
-        problem = ""
-        try:
-            driver = DRIVERS.get(name)
-        except Misconfigured as exc:  # its extra is not installed, or another package's driver is broken
-            driver, problem = None, exc.message
-        fields = {
-            field: {
-                "description": cls.model_fields[field].description,
-                "required": cls.model_fields[field].is_required(),
-                "secret": "SecretStr" in str(cls.model_fields[field].annotation),
-            }
-            for field in field_names(cls)
-        }
-        abilities = (
-            {}
-            if driver is None
-            else {
-                "push": True,
-                "query": driver.find is not None,
-                "pull": driver.retrieve is not None,
-                "hook": driver.hook is not None,
-                "dicom_only": driver.facts.dicom_only,
-                "verifies": [str(level) for level in driver.facts.verifies_by],
-            }
-        )
-        why = {"problem": problem} if problem else {}
-        found[name] = {"works": driver is not None, **why, **abilities, "fields": fields}
+    there = remote.found()
+    document: dict[str, Any] = {}
+    if there is not None:
+        with suppress(remote.NoApi), there:
+            document = there.call("target_types")
+    if not document:  # no server is needed
+        from talaria.service.targets import target_types
+
+        document = asyncio.run(target_types())
+    found, refused = document["types"], document["refused"]
     if as_json:
-        print_json({"types": found, "refused": REFUSED})
+        print_json(document)
         return
     rows = []
     for name, one in found.items():
@@ -77,7 +54,7 @@ def types(as_json: Json = False) -> None:
     for name, one in found.items():
         if "problem" in one:
             say(f"talaria: type {name}: {one['problem']}")
-    for name, reason in REFUSED.items():
+    for name, reason in refused.items():
         say(f"talaria: type {name} can't be used: {reason}")
 
 
@@ -92,40 +69,25 @@ def apply(
     as_json: Json = False,
 ) -> None:
     """Create or update the targets listed in a file; all of them or, if one is wrong, none."""
-    from talaria.targetfile import action_for, read
-    from tasks.targets import all_targets, remove, save
+    from talaria.targetyaml import read_filled
 
-    wanted = read(file)
+    values = read_filled(file)
     with api() as access:
-        there = access.run(all_targets)
-        actions = {name: action_for(target, there, replace=replace) for name, target in wanted.items()}
-        old = [one for one in there if prune and one.name not in wanted]
-        for name, action in actions.items() if not dry_run else ():
-            if action != "unchanged":
-                access.run(save, wanted[name], name, replace=replace)
-        for one in old if not dry_run else ():
-            access.run(remove, f"{one.type_name}/{one.name}")
-    actions |= {one.name: "removed" for one in old}
-    done = [{"name": name, "action": action} for name, action in actions.items()]
+        done = access.call("apply_targets", targets=values, dry_run=dry_run, replace=replace, prune=prune)
     if as_json:
-        print_json({"dry_run": dry_run, "targets": done})
+        print_json(done)
         return
-    for name, action in actions.items():
-        print(f"{name}: {'would be ' if dry_run and action != 'unchanged' else ''}{action}")
+    for one in done["targets"]:
+        print(f"{one['name']}: {'would be ' if dry_run and one['action'] != 'unchanged' else ''}{one['action']}")
 
 
 @app.command("list", epilog="Example: talaria target list --json")
 def list_(as_json: Json = False) -> None:
     """All targets; one whose settings are not valid any more is listed as broken, with the reason."""
-    from tasks.checking import last_checks
-    from tasks.targets import all_targets
-
     with api() as access:
-        targets = access.run(all_targets)
-        checks = access.run(last_checks, targets)
-    found = [_entry(one, checks.get(one.name)) for one in targets]
+        document = access.call("list_targets")
     if as_json:
-        print_json({"targets": found})
+        print_json(document)
         return
     rows = [
         [
@@ -137,39 +99,18 @@ def list_(as_json: Json = False) -> None:
             one["broken"] or one.get("description", ""),
             checked(one),
         ]
-        for one in found
+        for one in document["targets"]
     ]
     table("", ["name", "type", "direction", "enabled", "where", "description", "last check"], rows)
-
-
-def _entry(one: Target | Broken, check: dict[str, Any] | None) -> dict[str, Any]:
-    """Return what `list` shows of a target."""
-    from blocks import Target
-    from talaria.targetfile import values_of
-    from tasks.targets import facts
-
-    state = None if check is None else {"ok": check["ok"], "time": check["time"]}
-    values = values_of(one, secrets=True) if isinstance(one, Target) else {}
-    return {"name": one.name, **values, **facts(one), "last_check": state}
 
 
 @app.command(epilog="Example: talaria target show pacs")
 def show(name: Name, as_json: Json = False) -> None:
     """One target's settings; secrets are never shown."""
-    from talaria.targetfile import values_of
-    from tasks.targets import load
-
     with api() as access:
-        (target,) = access.run(load, [name])
-    values = {"name": target.name, **values_of(target, secrets=True)}
+        values = access.call("show_target", name=name, given=not as_json)
     if as_json:
-        defaults = target.model_dump(mode="json")
-        secret = {f for f, info in type(target).model_fields.items() if "SecretStr" in str(info.annotation)}
-        print_json(
-            {"name": target.name}
-            | {k: v for k, v in defaults.items() if k != "block_type_slug" and k not in secret}
-            | values
-        )
+        print_json(values)
         return
     for field, value in values.items():
         print(f"{field}: {value}")
@@ -178,11 +119,8 @@ def show(name: Name, as_json: Json = False) -> None:
 @app.command(epilog="Example: talaria target remove old-pacs")
 def remove(name: Name, as_json: Json = False) -> None:
     """Remove a target; what was delivered stays in the ledger."""
-    from tasks import targets
-
     with api() as access:
-        access.run(targets.remove, name)
-    _done(name, "removed", as_json)
+        _done(access.call("remove_target", name=name), as_json)
 
 
 @app.command(epilog="Example: talaria target rename pacs archive-pacs")
@@ -192,53 +130,36 @@ def rename(
     as_json: Json = False,
 ) -> None:
     """Give a target another name."""
-    from blocks.base import check_name
-    from tasks import targets
-
-    check_name(new)
     with api() as access:
-        (target,) = access.run(targets.load, [old])
-        if access.run(targets.documents, [new]):
-            raise ValueError(f"a target named {new} is there already")
-        access.run(targets.save, target, new)
-        access.run(targets.remove, old)
-    _done(new, f"renamed from {old}", as_json)
+        _done(access.call("rename_target", name=old, to=new), as_json)
 
 
 @app.command(epilog="Example: talaria target enable pacs")
 def enable(name: Name, as_json: Json = False) -> None:
     """Let a target take part again."""
-    _set_enabled(name, True, as_json)
+    with api() as access:
+        _done(access.call("enable_target", name=name, enabled=True), as_json)
 
 
 @app.command(epilog="Example: talaria target disable pacs")
 def disable(name: Name, as_json: Json = False) -> None:
     """Take a target out: dispatches to it are refused, queued ones wait."""
-    _set_enabled(name, False, as_json)
+    with api() as access:
+        _done(access.call("enable_target", name=name, enabled=False), as_json)
 
 
 @app.command(epilog="Example: talaria target export > targets.yaml")
 def export(as_json: Json = False) -> None:
     """All targets as `apply` reads them, secrets left out."""
-    import yaml
-
-    from blocks import Target
-    from talaria.targetfile import values_of
-    from tasks.targets import all_targets
-    from transfer.errors import Misconfigured
-
     with api() as access:
-        found = access.run(all_targets)
-    names = [one.name for one in found]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise Misconfigured(f"several targets are named {', '.join(twice)}: rename or remove one of each")
-    for one in found:
-        if not isinstance(one, Target):
-            say(f"talaria: {one.name} is left out: {one.reason}")
-    document = {"targets": {one.name: values_of(one) for one in found if isinstance(one, Target)}}
+        document = access.call("export_targets")
+    for name, reason in document.pop("left_out").items():
+        say(f"talaria: {name} is left out: {reason}")
     if as_json:
         print_json(document)
     else:
+        import yaml
+
         print(yaml.safe_dump(document, sort_keys=False, allow_unicode=True), end="")
 
 
@@ -254,35 +175,41 @@ def test(
     """Check targets where dispatches run, step by step; where it can be removed, a probe is written."""
     if (name is not None) + all_ + (file is not None) != 1 and not (name and file):
         raise ValueError("say which: a NAME, --all, or --file FILE.yaml")
-    from talaria.checks import check_file, check_saved
-
-    found = check_file(file, name) if file else check_saved(name)
+    values = _of_file(file, name) if file else {}
+    found = []
+    with api() as access:
+        events = access.stream("test_values", targets=values) if file else access.stream("test_targets", name=name)
+        for kind, event in events:
+            if kind == "result":
+                found.append(event)
+                if not as_json:
+                    print(f"{event['name']}: {'ok' if event['ok'] else 'not ok'}")
+            elif not as_json:
+                probe = event["probe"]
+                line = f"{event['name']}: {probe['name']}: {probe['result']}, {probe['ms']:.0f} ms"
+                print(f"{line}: {probe['detail']}" if probe["detail"] else line, flush=True)
     if as_json:
         print_json(found[0] if name and found else {"targets": found})
-    else:
-        for one in found:
-            rows = [[p["name"], p["result"], f"{p['ms']:.0f} ms", p["detail"]] for p in one["probes"]]
-            table(f"{one['name']}: {'ok' if one['ok'] else 'not ok'}", ["probe", "result", "time", "detail"], rows)
     if not found:
         say("there are no targets to test")
     raise typer.Exit(DONE if all(one["ok"] for one in found) else NOT_ALL)
 
 
-def _set_enabled(name: str, enabled: bool, as_json: bool) -> None:
-    from tasks import targets
+def _of_file(file: Path, name: str | None) -> dict[str, Any]:
+    from talaria.targetyaml import read_filled
+    from transfer.errors import NotFound
 
-    with api() as access:
-        (target,) = access.run(targets.load, [name])
-        target.enabled = enabled
-        access.run(targets.save, target, target.name)
-    _done(target.name, "enabled" if enabled else "disabled", as_json)
+    values = read_filled(file)
+    if name is not None and name not in values:
+        raise NotFound(f"{file} has no target named {name}; it has {', '.join(values)}")
+    return {key: one for key, one in values.items() if name in (None, key)}
 
 
-def _done(name: str, action: str, as_json: bool) -> None:
+def _done(done: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        print_json({"name": name, "action": action})
+        print_json(done)
     else:
-        print(f"{name}: {action}")
+        print(f"{done['name']}: {done['action']}")
 
 
 def _place(values: dict[str, Any]) -> str:

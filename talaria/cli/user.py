@@ -14,8 +14,14 @@ from transfer.home import Home
 if TYPE_CHECKING:
     from talaria.front.users import Users
 
-user = typer.Typer(no_args_is_help=True, help="People who may log in, kept in `users.json` of the state directory.")
-token = typer.Typer(no_args_is_help=True, help="Tokens for scripts; a token is shown once, when it is made.")
+user = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="People who may log in, kept in `users.json` of the state directory.",
+)
+token = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="Tokens for scripts; a token is shown once, when it is made."
+)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")]
 Name = Annotated[str, typer.Argument(help="Name of the user.")]

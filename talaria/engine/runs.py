@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import threading
-import time
-from collections.abc import AsyncIterator, Callable
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, Protocol, TypeVar
 from uuid import UUID
 
 from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.filters import (
     ArtifactFilter,
     ArtifactFilterFlowRunId,
+    ArtifactFilterKey,
     ArtifactFilterType,
     DeploymentFilter,
     DeploymentFilterId,
@@ -23,28 +23,50 @@ from prefect.client.schemas.sorting import ArtifactSort, FlowRunSort
 from prefect.exceptions import ObjectNotFound
 from prefect.states import AwaitingRetry, Cancelled, Cancelling, Scheduled
 
-from talaria.cli.access import ServerAccess
 from talaria.engine import lanes
 from talaria.engine.recovery import settle
 from talaria.engine.registry import deployed
 from talaria.engine.table import FLOWS
-from tasks.dispatch import progress as live
 from tasks.dispatch import running
+from tasks.dispatch.run import UNPLANNED
+from transfer import live
 from transfer.errors import Misconfigured, NotFound
 from transfer.home import Home
 from transfer.ledger import Ledger
 
+R = TypeVar("R")
+
 POLL_S = 0.25
-PROGRESS_S = 0.5  # between two looks at how far it is
 PAGE = 200  # runs a request; Prefect's own limit
 SHOWN_JOBS = 5  # candidates that a message lists
+BY = "talaria.by"  # label of a run: who asked for it
+UNDER_WAY = (StateType.PENDING, StateType.RUNNING, StateType.CANCELLING)
 SOON_S = 20  # a next attempt further away than this is not waited for
 
 
+class Conflict(Misconfigured):
+    """An idempotency key was used for something else."""
+
+
 async def create(
-    client: PrefectClient, flow: str, parameters: dict[str, Any], name: str, queue: str, begin: datetime | None = None
+    client: PrefectClient,
+    flow: str,
+    parameters: dict[str, Any],
+    name: str,
+    queue: str,
+    begin: datetime | None = None,
+    *,
+    key: str | None = None,
+    by: str = "",
+    show_plan: bool = False,
 ) -> FlowRun:
-    """Create a flow run of one of our deployments, to begin now or at a given time."""
+    """Create a flow run of one of our deployments, to begin now or at a given time.
+
+    Args:
+        key: who gives the same one again gets the same run.
+        by: who asked for it.
+        show_plan: whether the worker is to show what it is going to do (`transfer.live`).
+    """
     deployment = await deployed(client, flow)
     return await client.create_flow_run_from_deployment(
         deployment.id,
@@ -52,10 +74,21 @@ async def create(
         name=name,
         work_queue_name=queue,
         state=Scheduled(scheduled_time=begin or datetime.now(UTC)),
+        idempotency_key=key,
+        labels=({BY: by} if by else {}) | ({live.SHOW_PLAN: True} if show_plan else {}),
     )
 
 
-def run_here(access: ServerAccess, flow_run: FlowRun) -> None:
+class Runner(Protocol):
+    """Whoever runs runs in the place of a worker."""
+
+    home: Home
+
+    def run(self, call: Callable[..., Awaitable[R]], *args: Any) -> R:
+        """Call a coroutine function with a client as its first argument."""
+
+
+def run_here(access: Runner, flow_run: FlowRun) -> None:
     """Run a flow run in this process instead of a worker; return when it has ended, or has long to wait."""
     run_id = str(flow_run.id)
     flow, _ = FLOWS[access.run(_flow_name, flow_run)]
@@ -67,7 +100,7 @@ def run_here(access: ServerAccess, flow_run: FlowRun) -> None:
             ledger.run_ends(run_id)
             # It may wait for a window that opens soon, or have lost its server: there is no worker to take it up.
             flow_run = access.run(_when_due, flow_run.id)
-            if _at_rest(flow_run) or flow_run.state is None or flow_run.state.is_final():
+            if at_rest(flow_run) or flow_run.state is None or flow_run.state.is_final():
                 return
 
 
@@ -80,7 +113,7 @@ async def _when_due(client: PrefectClient, run_id: UUID) -> FlowRun:
     while True:
         flow_run = await client.read_flow_run(run_id)
         state = flow_run.state
-        if state is None or state.type is not StateType.SCHEDULED or _at_rest(flow_run):
+        if state is None or state.type is not StateType.SCHEDULED or at_rest(flow_run):
             return flow_run
         begin = state.state_details.scheduled_time
         if begin is None or begin <= datetime.now(UTC):
@@ -88,60 +121,7 @@ async def _when_due(client: PrefectClient, run_id: UUID) -> FlowRun:
         await asyncio.sleep(POLL_S)
 
 
-def result_of(
-    access: ServerAccess, flow_run: FlowRun, show: Callable[[dict[str, tuple[float, str]]], None] | None = None
-) -> FlowRun:
-    """Follow a flow run to its end, running it here if the server was started for this command.
-
-    Ctrl-C cancels the run, and waits until it has stopped; a second one leaves at once.
-
-    Args:
-        show: called with the progress (percent, words) by target from time to time.
-
-    Returns:
-        The run as it ended, or as it waits if its next attempt is not soon.
-    """
-    worker = None
-    if access.own:
-        worker = threading.Thread(target=run_here, args=(access, flow_run), daemon=True)
-        worker.start()
-    try:
-        return _follow(access, flow_run, worker, show)
-    except KeyboardInterrupt:
-        running.flag(str(flow_run.id)).set()
-        access.run(_cancel, flow_run.id)
-        return _follow(access, flow_run, worker, show)
-
-
-def _follow(
-    access: ServerAccess,
-    begun: FlowRun,
-    worker: threading.Thread | None,
-    show: Callable[[dict[str, tuple[float, str]]], None] | None,
-) -> FlowRun:
-    run_id, since = begun.id, begun.state.timestamp if begun.state else None
-
-    async def follow(client: PrefectClient) -> FlowRun:
-        shown = 0.0
-        while True:
-            flow_run = await client.read_flow_run(run_id)
-            if show and time.monotonic() - shown > PROGRESS_S:
-                show(await progress(client, access.home, run_id, since))
-                shown = time.monotonic()
-            if worker and flow_run.state and flow_run.state.type is StateType.CANCELLING:
-                running.flag(str(run_id)).set()  # by the UI or another command: no worker watches for us
-            if worker and flow_run.state_name == running.PAUSING:
-                running.pause(str(run_id)).set()
-            if not worker.is_alive() if worker else _at_rest(flow_run):
-                if show:
-                    show(await progress(client, access.home, run_id, since))
-                return flow_run
-            await asyncio.sleep(POLL_S)
-
-    return access.run(follow)
-
-
-def _at_rest(flow_run: FlowRun) -> bool:
+def at_rest(flow_run: FlowRun) -> bool:
     """Return True if a run has ended, or waits for a time that is not soon."""
     state = flow_run.state
     if state is None:
@@ -153,16 +133,28 @@ def _at_rest(flow_run: FlowRun) -> bool:
     return state.is_final() and state.type is not StateType.CRASHED
 
 
-async def progress(
-    client: PrefectClient, home: Home, run_id: UUID, since: datetime | None = None
+def under_way(flow_run: FlowRun) -> bool:
+    """Return True if somebody runs a run."""
+    return flow_run.state is not None and flow_run.state.type in UNDER_WAY
+
+
+async def table_of(client: PrefectClient, run_id: UUID, key: str) -> list[dict[str, Any]]:
+    """Return the rows of a run's newest table of this name; none if it has none."""
+    newest = await client.read_artifacts(
+        artifact_filter=ArtifactFilter(
+            flow_run_id=ArtifactFilterFlowRunId(any_=[run_id]), key=ArtifactFilterKey(any_=[key])
+        ),
+        sort=ArtifactSort.CREATED_DESC,
+        limit=1,
+    )
+    rows: list[dict[str, Any]] = json.loads(str(newest[0].data)) if newest else []
+    return rows
+
+
+async def shown_progress(
+    client: PrefectClient, run_id: UUID, since: datetime | None = None
 ) -> dict[str, tuple[float, str]]:
-    """Return how far a run has come, if that is not older than `since`: percent and words by target."""
-    look = live.read(home, str(run_id))
-    if look and (since is None or look["time"] >= since.timestamp()):
-        return {
-            name: (part["percent"], "\n".join([part["words"], *part["failures"]]))
-            for name, part in look["parts"].items()
-        }
+    """Read the progress artifacts of a run that are not older than `since`: percent and words by target."""
     newest = await client.read_artifacts(
         artifact_filter=ArtifactFilter(
             flow_run_id=ArtifactFilterFlowRunId(any_=[run_id]), type=ArtifactFilterType(any_=["progress"])
@@ -235,13 +227,22 @@ async def resume(client: PrefectClient, run_id: UUID) -> FlowRun:
 
 
 def is_retrieval(flow_run: FlowRun) -> bool:
-    """Return True if a run is a retrieval, not a dispatch."""
-    return "source" in flow_run.parameters
+    """Return whether a run is a retrieval, not a dispatch."""
+    return kind_of(flow_run) == "retrieval"
 
 
-async def jobs(client: PrefectClient, limit: int, offset: int = 0) -> list[FlowRun]:
-    """Return the newest runs of dispatches and retrievals."""
-    ids = [(await deployed(client, name)).id for name in ("dispatch", "retrieve")]
+def kind_of(flow_run: FlowRun) -> str:
+    """Return what a run is, by its parameters: `dispatch`, `retrieval` or `query`."""
+    if "source" not in flow_run.parameters:
+        return "dispatch"
+    return "retrieval" if {"targets", "into"} & flow_run.parameters.keys() else "query"
+
+
+async def jobs(
+    client: PrefectClient, limit: int, offset: int = 0, flows: tuple[str, ...] = ("dispatch", "retrieve")
+) -> list[FlowRun]:
+    """Return the newest runs of some flows, dispatches and retrievals unless others are named."""
+    ids = [(await deployed(client, name)).id for name in flows]
     return await client.read_flow_runs(
         deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=ids)),
         sort=FlowRunSort.EXPECTED_START_TIME_DESC,
@@ -250,8 +251,8 @@ async def jobs(client: PrefectClient, limit: int, offset: int = 0) -> list[FlowR
     )
 
 
-async def find(client: PrefectClient, job: str) -> FlowRun:
-    """Return a run by its id, the beginning of its id, or the id of its dispatch.
+async def find(client: PrefectClient, job: str, flows: tuple[str, ...] = ("dispatch", "retrieve")) -> FlowRun:
+    """Find a run by its id, the beginning of it, or the id of its dispatch.
 
     Raises:
         NotFound: there is no such run.
@@ -262,7 +263,9 @@ async def find(client: PrefectClient, job: str) -> FlowRun:
         return await client.read_flow_run(UUID(job))
     except (ValueError, ObjectNotFound):
         pass
-    found = [run async for run in _all_jobs(client) if str(run.id).startswith(job) or job in ("", dispatch_of(run))]
+    found = [
+        run async for run in _all_jobs(client, flows) if str(run.id).startswith(job) or job in ("", dispatch_of(run))
+    ]
     if not found and job:
         raise NotFound(f"no job {job}: `talaria jobs list` shows them")
     if len(found) == 1 and job:
@@ -273,9 +276,9 @@ async def find(client: PrefectClient, job: str) -> FlowRun:
     raise Misconfigured(f"{what}: {candidates}{more}")
 
 
-async def _all_jobs(client: PrefectClient) -> AsyncIterator[FlowRun]:
+async def _all_jobs(client: PrefectClient, flows: tuple[str, ...]) -> AsyncIterator[FlowRun]:
     offset = 0
-    while page := await jobs(client, PAGE, offset):
+    while page := await jobs(client, PAGE, offset, flows):
         for run in page:
             yield run
         offset += len(page)
@@ -284,6 +287,11 @@ async def _all_jobs(client: PrefectClient) -> AsyncIterator[FlowRun]:
 def name_of(dispatch_id: str, targets: list[str]) -> str:
     """Return the name of a dispatch's run."""
     return f"{dispatch_id} to {', '.join(targets)}"
+
+
+def unplanned(targets: list[str]) -> str:
+    """Return the name of a dispatch's run before its files are read: the worker puts the dispatch id in front."""
+    return f"{UNPLANNED}{', '.join(targets)}"
 
 
 def dispatch_of(flow_run: FlowRun) -> str:

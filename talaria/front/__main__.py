@@ -19,6 +19,7 @@ from typing import Any
 import uvicorn
 
 from talaria.front.access import Role
+from talaria.front.api import routes
 from talaria.front.app import build
 from talaria.front.embedded import EmbeddedPrefect, load
 from talaria.front.heard import AuditWriter
@@ -96,7 +97,8 @@ class Front:
             if orders.upstream
             else EmbeddedPrefect(worker_auth(home), load, self._fail)
         )
-        self.app = build(KeyRing(home), door, self.upstream, (), self.heard)
+        own = routes(self.upstream, home, embedded=not orders.upstream, url=orders.upstream)
+        self.app = build(KeyRing(home), door, self.upstream, own, self.heard)
 
     async def serve(self) -> None:
         """Serve until SIGTERM."""

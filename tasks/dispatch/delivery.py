@@ -266,8 +266,13 @@ class Delivery:
     def _lock(self, what: str) -> str:
         return hashlib.sha256("\0".join((*self.key, what)).encode()).hexdigest()[:24]
 
-    def receipt(self) -> Receipt:
-        """Return what has become of the plan in all attempts of this run; before the first, what is there already."""
+    def receipt(self, *, waiting: bool = False) -> Receipt:
+        """Return what has become of the plan in all attempts of this run; before the first, what is there already.
+
+        Args:
+            waiting: whether it is of a delivery that is about to begin.
+        """
+        stopped = State.WAITING if waiting else self.stopped
         known = self.ledger.outcomes(*self.key[:2], self.plan.items, self.key[2])
         before = self._before
         if before is None:
@@ -292,7 +297,7 @@ class Delivery:
             size,
             0.0 if self._begun is None else max(0.0, self._ended - self._begun),
             self._last.verified if self._last else Level.ACCEPTED,
-            self.attempts if self.stopped is State.WAITING else max(1, self.attempts),
+            self.attempts if stopped is State.WAITING else max(1, self.attempts),
             self.hook,
             self.error.message if self.error else None,
             (
@@ -300,7 +305,7 @@ class Delivery:
                 *(summary(self.failures) if self.attempts > 1 else ()),
                 *([self.hook_told] if self.hook == "failed" else ()),
             ),
-            self.stopped,
+            stopped,
         )
 
     def _record(self, key: tuple[str, str, str]) -> Callable[[Item, Outcome], None]:

@@ -24,9 +24,10 @@ from tasks.dispatch.patience import is_outage, patiently
 from tasks.dispatch.place import place
 from tasks.dispatch.progress import Live, live
 from tasks.dispatch.push import failure_of, hook_task, push_task
-from tasks.dispatch.report import progress_shown, report
+from tasks.dispatch.report import document, progress_shown, report
 from tasks.dispatch.stage import stage_files
 from tasks.targets import check_destination, load
+from transfer import live as shown
 from transfer.errors import Cancelled as DispatchCancelled
 from transfer.errors import DispatchError
 from transfer.home import Home
@@ -40,6 +41,7 @@ R = TypeVar("R")
 OFF_PEAK = "22:00-06:00"  # UTC, unless TALARIA_OFF_PEAK says otherwise
 LOOK_S = 0.25  # between two looks at the cancel flag
 GRACE_S = 3  # for a driver to stop by itself, before what it waits for is cancelled: all in all it takes less than 5
+UNPLANNED = "to "  # how the name of a run begins whose files have not been read
 DISABLED_S = 60  # a dispatch to a disabled target looks again after this
 
 
@@ -88,9 +90,24 @@ class Dispatch:
             )
             for target in self.targets
         ]
+        await self._name(plan)
         async with progress_shown(self.deliveries, self.live):
             await asyncio.gather(*(self._deliver(delivery, priority) for delivery in self.deliveries))
         return [delivery.receipt() for delivery in self.deliveries]
+
+    async def _name(self, plan: Plan) -> None:
+        """Put the dispatch's id in front of the run's name, if the run was made before it was known; show the plan."""
+        context = FlowRunContext.get()
+        flow_run = context.flow_run if context else None
+        if flow_run is None:
+            return
+        if flow_run.name.startswith(UNPLANNED):
+            async with get_client() as client:
+                await patiently(lambda: client.update_flow_run(flow_run.id, name=f"{plan.dispatch_id} {flow_run.name}"))
+        if flow_run.labels.get(shown.SHOW_PLAN):
+            receipts = [delivery.receipt(waiting=True) for delivery in self.deliveries]
+            whole = document(plan.dispatch_id, self.flow_run_id, State.WAITING, receipts)
+            await asyncio.to_thread(shown.write, self.home, self.flow_run_id, shown.PLAN, whole)
 
     async def _deliver(self, delivery: Delivery, priority: str) -> None:
         target, logger = delivery.target, get_run_logger()

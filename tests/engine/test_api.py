@@ -31,6 +31,7 @@ DISPATCHES = 4
 CALLS = [
     "GET /flow_runs/ID",
     "GET /flow_runs/ID",
+    "PATCH /flow_runs/ID",  # its name, when the files have been read
     "POST /artifacts/",
     "POST /artifacts/",
     "POST /block_documents/filter",

@@ -1,0 +1,126 @@
+"""What every route needs: who asks, whether he may, and where it is done."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+from fastapi import Depends, FastAPI, Header, Request
+from fastapi.responses import StreamingResponse
+from pydantic import BaseModel, ConfigDict
+
+from talaria import __version__
+from talaria.front.access import SCOPE_KEY, Identity, Role, role_of
+from talaria.front.api.errors import Forbidden, answer_to
+from talaria.service import Office
+from transfer.home import Home
+
+if TYPE_CHECKING:
+    from prefect.client.orchestration import PrefectClient
+
+BEAT_S = 15.0  # between two signs of life in a stream that has nothing to say: proxies close silent ones
+KEY_CHARS = 200
+Event = tuple[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Reach:
+    """How the API reaches what it needs; `app.state.reach`."""
+
+    client: Callable[[], Awaitable[PrefectClient]]
+    home: Home
+    embedded: bool
+    url: str
+
+
+class RequestBody(BaseModel):
+    """What a request says; a field that is not known is refused."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+def _asked(request: Request) -> Callable[[], Awaitable[Office]]:
+    """Return what returns where a request is done, for who asks: only when the request itself is known to be valid."""
+    reach: Reach = request.app.state.reach
+    who = asker(request)
+
+    async def service() -> Office:
+        return Office(await reach.client(), reach.home, user=who.name, embedded=reach.embedded)
+
+    return service
+
+
+def asker(request: Request) -> Identity:
+    """Return who asks.
+
+    Raises:
+        Forbidden: nobody whom the gate has let in, or somebody who may not. The gate has looked already; a route that
+            it forgot is closed all the same.
+    """
+    who: Identity | None = request.scope.get(SCOPE_KEY)
+    needed = role_of(request.scope["route"])
+    if who is None or (needed > Role.NOBODY and who.role == Role.NOBODY):
+        raise Forbidden("log in first", 401)
+    if who.role < needed:
+        raise Forbidden(f"this needs the role {needed.label}: {who.name or 'you'} may not do it", 403)
+    return who
+
+
+Asked = Annotated[Callable[[], Awaitable[Office]], Depends(_asked)]
+Who = Annotated[Identity, Depends(asker)]
+Key = Annotated[
+    str,
+    Header(
+        alias="Idempotency-Key",
+        max_length=KEY_CHARS,
+        description="Of your choice. The same key again gives the same job, not a second one.",
+    ),
+]
+
+
+def add(app: FastAPI, method: str, path: str, endpoint: Callable[..., Any], *, name: str = "", **more: Any) -> None:
+    """Add a route; its operation is named as its function."""
+    status = 201 if name.startswith("create_") or endpoint.__name__.startswith("create_") else 200
+    app.add_api_route(
+        path,
+        endpoint,
+        methods=[method],
+        operation_id=name or endpoint.__name__,
+        status_code=status,
+        responses={
+            "4XX": {"description": '`{"error": "…"}`: one line that says what to change.'},
+            "502": {"description": 'The target, or what it names, did not do it: `{"error": "…"}`.'},
+        },
+        **more,
+    )
+
+
+async def streamed(events: AsyncIterator[Event]) -> StreamingResponse:
+    """Return events as server-sent events; what is wrong before the first of them is an answer of its own."""
+    first = await anext(events, None)
+    return StreamingResponse(
+        _lines(first, events),
+        media_type="text/event-stream",
+        headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no", "Talaria-Version": __version__},
+    )
+
+
+async def _lines(first: Event | None, events: AsyncIterator[Event]) -> AsyncIterator[str]:
+    """Write events, and a comment where there is none for a while. An error ends the stream as the event `error`."""
+    event, coming = first, None
+    try:
+        while event is not None:
+            yield f"event: {event[0]}\ndata: {json.dumps(event[1])}\n\n"
+            coming = asyncio.ensure_future(anext(events, None))
+            while not (await asyncio.wait([coming], timeout=BEAT_S))[0]:
+                yield ": still here\n\n"
+            event = coming.result()
+    except Exception as exc:
+        status, words = answer_to(exc)
+        yield f"event: error\ndata: {json.dumps({'error': words, 'status': status})}\n\n"
+    finally:
+        if coming is not None:
+            coming.cancel()

@@ -1,0 +1,69 @@
+"""Routes that make dispatches, or say what one would send."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from fastapi import FastAPI
+from pydantic import Field
+
+from talaria.front.access import Role, needs
+from talaria.front.api.asking import Asked, Key, RequestBody, add
+
+
+class Files(RequestBody):
+    """What goes where."""
+
+    paths: list[str] = Field(min_length=1, description="Files and folders on the machine that sends: absolute paths.")
+    targets: list[str] = Field(min_length=1, description="Names of targets, as `pacs` or `dicom/pacs`.")
+    exclude: str = Field(default="", description="Comma-separated globs of names that are not sent.")
+    sender_aet: str = Field(default="", description="AE title that the study came from, for targets that pass it on.")
+    receiver_aet: str = Field(default="", description="AE title that the sender called, for targets that pass it on.")
+    sender_host: str = Field(default="", description="Host that the study came from, for targets that send back.")
+
+    def check(self) -> None:
+        for path in self.paths:
+            if not Path(path).is_absolute():
+                raise ValueError(f"paths: {path!r} is not an absolute path")
+
+
+class NewDispatch(Files):
+    """A dispatch."""
+
+    priority: Literal["urgent", "normal", "offpeak"] = Field(
+        default="normal", description="urgent ignores windows, offpeak waits for the off-peak hours."
+    )
+    force: bool = Field(default=False, description="Send again what has arrived before.")
+    planned: bool = Field(
+        default=False,
+        description="Answer when a worker has read the files, or after some seconds, with what will be sent.",
+    )
+
+
+@needs(Role.OPERATOR)
+async def create_dispatch(asked: Asked, body: NewDispatch, idempotency_key: Key = "") -> dict[str, Any]:
+    """Send files and folders to targets. It is in the queue when this answers.
+
+    The answer has the keys of a receipt, all waiting; `flow_run_id` is the id by which it is asked for. `dispatch_id`
+    is "" until a worker has read the files: it is derived from them.
+    """
+    from talaria.service import dispatches
+
+    body.check()
+    return await dispatches.create_dispatch(await asked(), **body.model_dump(), key=idempotency_key)
+
+
+@needs(Role.OPERATOR)
+async def plan_dispatch(asked: Asked, body: Files) -> dict[str, Any]:
+    """What a dispatch would send, and what not: the files are read, nothing is sent."""
+    from talaria.service import dispatches
+
+    body.check()
+    return await dispatches.plan_dispatch(await asked(), **body.model_dump())
+
+
+def add_to(app: FastAPI) -> None:
+    """Add the routes."""
+    add(app, "POST", "/dispatches", create_dispatch)
+    add(app, "POST", "/dispatches/plan", plan_dispatch)

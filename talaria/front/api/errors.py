@@ -1,0 +1,93 @@
+"""Errors as answers: a status, and one line that says what to change; never a secret, never a patient's data."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
+
+from talaria import __version__
+from transfer.errors import Denied, DispatchError, Misconfigured, NotFound
+from transfer.validation import what_is_wrong
+
+logger = logging.getLogger(__name__)
+WRONG, MISSING, CONFLICT, TARGET, AWAY, BUG = 422, 404, 409, 502, 503, 500
+
+_NO_JSON = ("json_invalid", "model_attributes_type")  # pydantic's names of what is wrong with a whole body
+
+
+class Forbidden(Exception):
+    """Nobody has logged in, or he may not do this."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+def answer_to(exc: BaseException) -> tuple[int, str]:
+    """Return the status and the line for what went wrong; an error that is not known is named by its type only."""
+    if isinstance(exc, Forbidden):
+        return exc.status, str(exc)
+    if isinstance(exc, NotFound):
+        return MISSING, str(exc)
+    if type(exc).__name__ == "Conflict":
+        return CONFLICT, str(exc)
+    if isinstance(exc, Misconfigured | Denied) or type(exc) is ValueError:  # others' may quote the value
+        return WRONG, str(exc)
+    if isinstance(exc, DispatchError):
+        return TARGET, str(exc)
+    if any(cls.__module__.partition(".")[0] in ("httpx", "prefect") for cls in type(exc).__mro__):
+        logger.warning("the Prefect server did not answer as expected", exc_info=exc)
+        return AWAY, f"the Prefect server did not answer as expected ({type(exc).__name__})"
+    logger.error("a request failed", exc_info=exc)
+    return BUG, f"unexpected {type(exc).__name__}: see the server's log"
+
+
+class Answering(APIRoute):
+    """A route whose errors are answers."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handler = super().get_route_handler()
+
+        async def answered(request: Request) -> Response:
+            try:
+                return await handler(request)
+            except (RequestValidationError, HTTPException):
+                raise  # the application's, as below
+            except Exception as exc:
+                return said(*answer_to(exc))
+
+        return answered
+
+
+def add_to(app: FastAPI) -> None:
+    """Let an application answer so to what is no valid request, or no route."""
+
+    async def invalid(request: Request, exc: Exception) -> JSONResponse:
+        errors: Sequence[Mapping[str, Any]] = exc.errors() if isinstance(exc, RequestValidationError) else ()
+        plain = [{**one, "loc": one["loc"][1:]} for one in errors if one["type"] not in _NO_JSON]
+        return said(WRONG, what_is_wrong(plain, {}) or "the body must be a JSON object (Content-Type application/json)")
+
+    async def http(request: Request, exc: Exception) -> JSONResponse:
+        status = exc.status_code if isinstance(exc, HTTPException) else BUG
+        words = {
+            404: "there is no such route: see openapi.json",
+            405: "this route has no such method: see openapi.json",
+        }
+        detail = exc.detail if isinstance(exc, HTTPException) else ""
+        return said(status, words.get(status, str(detail)), getattr(exc, "headers", None))
+
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(HTTPException, http)
+
+
+def said(status: int, words: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    """Return an answer that says what is wrong."""
+    more = {"Talaria-Version": __version__, **(headers or {})}
+    return JSONResponse({"error": " ".join(words.split())}, status, headers=more)

@@ -1,0 +1,39 @@
+"""Routes that say how things are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI, Request
+
+from talaria import __version__
+from talaria.front.access import Role, needs
+from talaria.front.api.asking import Asked, Who, add
+
+
+@needs(Role.NOBODY)
+async def health(who: Who) -> dict[str, Any]:
+    """Whether this server answers, and its version."""
+    return {"ok": True, "version": __version__}
+
+
+@needs(Role.VIEWER)
+async def status(request: Request, asked: Asked) -> dict[str, Any]:
+    """What runs, what waits, and how the targets were when they were last checked."""
+    from talaria.service.status import status
+
+    url = request.app.state.reach.url or f"{request.url.scheme}://{request.url.netloc}/api"
+    return await status(await asked(), url)
+
+
+def add_to(app: FastAPI) -> None:
+    """Add the routes."""
+    add(app, "GET", "/health", health)
+    add(app, "GET", "/status", status)
+
+
+def open_to_viewers(app: FastAPI) -> None:
+    """Let everybody who may look read the description of the API."""
+    for route in app.routes:
+        if getattr(route, "path", "") == "/openapi.json":
+            needs(Role.VIEWER)(route.endpoint)  # type: ignore[attr-defined]

@@ -1,0 +1,115 @@
+"""Routes of jobs: the same for dispatches, retrievals and queries, and for `jobs`, which are the first two together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any
+
+from fastapi import FastAPI, Query
+from fastapi.responses import StreamingResponse
+
+from talaria.front.access import Role, needs
+from talaria.front.api.asking import Asked, add, streamed
+
+COLLECTIONS = {
+    "jobs": ("dispatch", "retrieval"),
+    "dispatches": ("dispatch",),
+    "retrievals": ("retrieval",),
+    "queries": ("query",),
+}
+All = Annotated[bool, Query(description="List delivered items too.")]
+Limit = Annotated[int, Query(ge=1, le=200, description="How many, newest first.")]
+
+
+def add_to(app: FastAPI) -> None:
+    """Add the routes. `{job}`: the id of the run or its beginning, or of the dispatch."""
+    for collection, kinds in COLLECTIONS.items():
+        _add(app, collection, kinds)
+    add(app, "POST", "/recover", recover_jobs)
+
+
+@needs(Role.OPERATOR)
+async def recover_jobs(asked: Asked) -> dict[str, Any]:
+    """Take up what a crash left unfinished."""
+    from talaria.service import jobs
+
+    return await jobs.recover_jobs(await asked())
+
+
+def _add(app: FastAPI, collection: str, kinds: tuple[str, ...]) -> None:
+    one = "job" if collection == "jobs" else kinds[0]
+
+    @needs(Role.VIEWER)
+    async def list_jobs(asked: Asked, limit: Limit = 50) -> dict[str, Any]:
+        """The newest, with their states."""
+        from talaria.service import jobs
+
+        return await jobs.list_jobs(await asked(), limit, kinds)
+
+    @needs(Role.VIEWER)
+    async def show_job(asked: Asked, job: str, all_items: All = False) -> dict[str, Any]:
+        """Its result so far, its run, and how far it is."""
+        from talaria.service import jobs
+
+        return await jobs.show_job(await asked(), job, all_items, kinds)
+
+    @needs(Role.VIEWER)
+    async def job_receipt(asked: Asked, job: str) -> dict[str, Any]:
+        """Its result so far, with every item."""
+        from talaria.service import jobs
+
+        return await jobs.job_receipt(await asked(), job, kinds)
+
+    @needs(Role.VIEWER)
+    async def follow_job(asked: Asked, job: str, all_items: All = False) -> StreamingResponse:
+        """Server-sent events until it has ended or waits for long: `state`, `progress`, at the end `result`.
+
+        `progress` has, for each target, `items` and `done`, `bytes` and `moved`, `percent`, `rate` (bytes a second) and
+        `seconds_left` (null: not known).
+        """
+        from talaria.service import jobs
+
+        return await streamed(jobs.follow_job(await asked(), job, all_items, kinds))
+
+    @needs(Role.OPERATOR)
+    async def retry_job(asked: Asked, job: str) -> dict[str, Any]:
+        """Run what has ended again: only what is missing is fetched or sent."""
+        from talaria.service import jobs
+
+        return await jobs.retry_job(await asked(), job, kinds)
+
+    @needs(Role.OPERATOR)
+    async def cancel_job(asked: Asked, job: str) -> dict[str, Any]:
+        """Stop it: what was confirmed stays confirmed, a retry does the rest."""
+        from talaria.service import jobs
+
+        return await jobs.cancel_job(await asked(), job, kinds)
+
+    @needs(Role.OPERATOR)
+    async def pause_job(asked: Asked, job: str) -> dict[str, Any]:
+        """Let a retrieval end after the running series; keep what has not begun from beginning."""
+        from talaria.service import jobs
+
+        return await jobs.pause_job(await asked(), job, kinds)
+
+    @needs(Role.OPERATOR)
+    async def resume_job(asked: Asked, job: str) -> dict[str, Any]:
+        """Let it go on after a pause."""
+        from talaria.service import jobs
+
+        return await jobs.resume_job(await asked(), job, kinds)
+
+    def route(method: str, path: str, endpoint: Callable[..., Any], name: str, **more: Any) -> None:
+        add(app, method, f"/{collection}{path}", endpoint, name=name, **more)
+
+    route("GET", "", list_jobs, f"list_{collection}")
+    route("GET", "/{job}", show_job, f"show_{one}")
+    route("GET", "/{job}/receipt", job_receipt, f"{one}_receipt")
+    route("GET", "/{job}/events", follow_job, f"follow_{one}", response_class=StreamingResponse)
+    for action, endpoint in {
+        "retry": retry_job,
+        "cancel": cancel_job,
+        "pause": pause_job,
+        "resume": resume_job,
+    }.items():
+        route("POST", f"/{{job}}/{action}", endpoint, f"{action}_{one}")

@@ -1,0 +1,33 @@
+"""What Talaria does for whoever asks: for its API, and for commands where no server runs. JSON comes in and goes out.
+
+Nobody else may use it: the engine and the flows know nothing of who asks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from transfer.home import Home
+
+if TYPE_CHECKING:
+    from prefect.client.orchestration import PrefectClient
+
+
+@dataclass(frozen=True)
+class Office:
+    """Where it is done.
+
+    Attributes:
+        client: of the Prefect server.
+        home: the state directory of this machine.
+        user: name of who asks, "" if nobody has logged in.
+        alone: whether no worker runs, so that whoever makes a run runs it.
+        embedded: whether the Prefect server is ours, so that paths are those of this machine.
+    """
+
+    client: PrefectClient
+    home: Home
+    user: str = ""
+    alone: bool = False
+    embedded: bool = True

@@ -1,0 +1,175 @@
+"""Dispatches: looked at, planned, and put into the queue."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from typing import Any
+
+from prefect.client.schemas.objects import FlowRun
+
+from blocks import Target
+from talaria.engine import runs
+from talaria.service import Office
+from talaria.service.jobs import line, outcome, result, trimmed
+from tasks import DRIVERS
+from tasks.dispatch.delivery import Delivery, sort_out
+from tasks.dispatch.report import document as whole
+from tasks.targets import check_destination, load
+from transfer import live
+from transfer.globs import patterns
+from transfer.ledger import Ledger
+from transfer.plan import Origin, Plan, look, scan
+from transfer.receipt import State
+
+PLAN_S = 0.05  # between two looks for the plan of a dispatch
+UNTAKEN_S = 5.0  # how long a plan is waited for while no worker has taken the dispatch
+UNPLANNED_S = 60.0  # and while one has
+
+
+async def create_dispatch(
+    office: Office,
+    paths: list[str],
+    targets: list[str],
+    exclude: str = "",
+    priority: str = "normal",
+    sender_aet: str = "",
+    receiver_aet: str = "",
+    sender_host: str = "",
+    force: bool = False,
+    key: str = "",
+    planned: bool = False,
+) -> dict[str, Any]:
+    """Put a dispatch into the queue. The files are read where it is sent from, when its turn has come.
+
+    Args:
+        paths: absolute, on the machine that sends.
+        key: who gives the same one again gets the same dispatch, not a second one.
+        planned: wait a little for the worker to read the files, and return what it is going to do.
+
+    Raises:
+        NotFound, Misconfigured, Denied: there is no such target or path, or nothing to send.
+    """
+    targets = list(dict.fromkeys(targets))
+    if not targets:
+        raise ValueError("no target is named")
+    destinations = await load(office.client, targets)
+    for target in destinations:
+        check_destination(target)
+    if office.embedded:
+        await asyncio.to_thread(look, paths, patterns(exclude))
+    parameters = {
+        "paths": paths,
+        "targets": targets,
+        "exclude": exclude,
+        "priority": priority,
+        "sender_aet": sender_aet,
+        "receiver_aet": receiver_aet,
+        "sender_host": sender_host,
+        "force": force,
+    }
+    flow_run = await runs.create(
+        office.client,
+        "dispatch",
+        parameters,
+        runs.unplanned(targets),
+        priority,
+        key=f"{office.user}:{key}" if key else None,
+        by=office.user,
+        show_plan=planned,
+    )
+    if key and flow_run.parameters != parameters:
+        raise runs.Conflict(f"the idempotency key {key} was used for another dispatch, {flow_run.id}: choose a new one")
+    fresh = not flow_run.run_count and not runs.under_way(flow_run)  # not made before, with the same key
+    document = await _planned(office, flow_run, destinations) if planned and fresh else None
+    return {"run": line(flow_run)} | (document or await _of_queue(office, flow_run, targets))
+
+
+async def _of_queue(office: Office, flow_run: FlowRun, targets: list[str]) -> dict[str, Any]:
+    """Return the result of a dispatch that is not planned yet, or of one that was made before with the same key."""
+    if flow_run.run_count:
+        return trimmed(await result(office, flow_run))
+    waiting = {
+        "state": "waiting", "delivered": 0, "warnings": 0, "already": 0, "rejected": 0, "skipped": 0, "unsent": 0,
+        "bytes": 0, "seconds": 0.0, "attempts": 0, "verified": "accepted", "hook": "none", "error": None, "notes": [],
+        "items": [],
+    }  # fmt: skip
+    return {
+        "dispatch_id": runs.dispatch_of(flow_run),
+        "flow_run_id": str(flow_run.id),
+        "state": outcome(flow_run, "delivered"),
+        "targets": {name: dict(waiting) for name in targets},
+    }
+
+
+async def _planned(office: Office, flow_run: FlowRun, targets: list[Target]) -> dict[str, Any] | None:
+    """Wait for the plan that a worker makes of a dispatch; read the files here if none takes it soon.
+
+    Returns:
+        What is known of the dispatch; None if a worker elsewhere has it.
+    """
+    loop = asyncio.get_running_loop()
+    begun, run_id = loop.time(), str(flow_run.id)
+    while (waited := loop.time() - begun) < UNPLANNED_S:
+        plan = await asyncio.to_thread(live.read, office.home, run_id, live.PLAN)
+        if plan is not None:
+            live.forget(office.home, run_id, live.PLAN)
+            return plan
+        if flow_run.state and flow_run.state.is_final():
+            return trimmed(await result(office, flow_run))
+        if (office.alone or waited > UNTAKEN_S) and not runs.under_way(flow_run):
+            return await _read_here(office, flow_run, targets) if office.embedded else None
+        await asyncio.sleep(PLAN_S)
+        flow_run = await office.client.read_flow_run(flow_run.id)
+    return None
+
+
+async def _read_here(office: Office, flow_run: FlowRun, targets: list[Target]) -> dict[str, Any]:
+    """Return what a dispatch is going to do that no worker has begun."""
+    asked = flow_run.parameters
+    origin = Origin(asked["sender_aet"], asked["receiver_aet"], asked["sender_host"])
+
+    def read() -> dict[str, Any]:
+        plan = scan(asked["paths"], patterns(asked["exclude"]), origin)
+        with Ledger(office.home.ledger) as ledger:
+            receipts = [
+                Delivery(
+                    DRIVERS.of(one), one, plan, ledger, office.home, threading.Event(), force=asked["force"]
+                ).receipt(waiting=True)
+                for one in targets
+            ]
+        return whole(plan.dispatch_id, str(flow_run.id), State.WAITING, receipts)
+
+    document = await asyncio.to_thread(read)
+    await office.client.update_flow_run(flow_run.id, name=runs.name_of(document["dispatch_id"], asked["targets"]))
+    return document
+
+
+async def plan_dispatch(
+    office: Office,
+    paths: list[str],
+    targets: list[str],
+    exclude: str = "",
+    sender_aet: str = "",
+    receiver_aet: str = "",
+    sender_host: str = "",
+) -> dict[str, Any]:
+    """Return what a dispatch would send; the files are read on this machine."""
+    found: list[Target] = await load(office.client, list(dict.fromkeys(targets)))
+    for target in found:
+        check_destination(target)
+    plan = await asyncio.to_thread(scan, paths, patterns(exclude), Origin(sender_aet, receiver_aet, sender_host))
+    return {
+        "dispatch_id": plan.dispatch_id,
+        "dry_run": True,
+        "targets": {target.name: _would_send(plan, target) for target in found},
+    }
+
+
+def _would_send(plan: Plan, target: Target) -> dict[str, Any]:
+    refused, wanted = sort_out(DRIVERS.of(target).facts, target, plan)
+    return {
+        "files": len(wanted),
+        "bytes": sum(item.size for item in wanted),
+        "items": [{"path": i.shown, "outcome": str(o.kind), "detail": o.detail} for i, o in refused.items()],
+    }

@@ -1,0 +1,256 @@
+"""Dispatches, retrievals and queries as jobs: listed, shown, followed, retried, paused, resumed and cancelled."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from prefect.client.schemas.objects import FlowRun
+from prefect.exceptions import PrefectException
+
+from talaria.engine import recovery, runs
+from talaria.service import Office
+from talaria.settings import POOL
+from tasks.dispatch import kept, progress
+from transfer.errors import NotFound
+
+KINDS = {"dispatch": "dispatch", "retrieval": "retrieve", "query": "find"}  # of jobs, and the flows that they run
+JOBS = ("dispatch", "retrieval")
+UNDER_WAY = ("SCHEDULED", "PENDING", "RUNNING", "CANCELLING")
+LOOK_S = 0.1  # between two looks at a run's progress, and at its state while it begins or ends
+BUSY, BUSY_S = ("sending", "fetching"), 1.0  # at its state while its runner is in one of these phases
+QUEUED_S = 0.5  # and while it waits in a queue, or runs elsewhere
+QUICK_S = 5.0  # how long it is looked at often after somebody has begun to follow it
+FAR_S = 1.0  # between two looks at the progress of a run of another machine
+
+
+async def list_jobs(office: Office, limit: int = 50, kinds: tuple[str, ...] = JOBS) -> dict[str, Any]:
+    """Return the newest jobs of some kinds."""
+    found = await runs.jobs(office.client, limit, flows=tuple(KINDS[kind] for kind in kinds))
+    return {"jobs": [line(one) for one in found]}
+
+
+def line(flow_run: FlowRun) -> dict[str, Any]:
+    """Return what a list shows of a job."""
+    begun = flow_run.start_time or flow_run.expected_start_time
+    return {
+        "id": str(flow_run.id),
+        "state": flow_run.state_name,
+        "kind": runs.kind_of(flow_run),
+        "source": flow_run.parameters.get("source", ""),
+        "dispatch_id": runs.dispatch_of(flow_run),
+        "targets": list(flow_run.parameters.get("targets", [])),
+        "paths": list(flow_run.parameters.get("paths", [])),
+        "by": str(flow_run.labels.get(runs.BY) or (flow_run.created_by and flow_run.created_by.display_value) or ""),
+        "begun": begun.isoformat(timespec="seconds") if begun else None,
+        "ended": flow_run.end_time.isoformat(timespec="seconds") if flow_run.end_time else None,
+        "runs": flow_run.run_count,
+        "message": flow_run.state.message if flow_run.state else None,
+    }
+
+
+async def show_job(
+    office: Office, job: str, all_items: bool = False, kinds: tuple[str, ...] = tuple(KINDS)
+) -> dict[str, Any]:
+    """Return a job: its result so far, its run, and how far it is."""
+    flow_run = await found(office, job, kinds)
+    document = await result(office, flow_run)
+    document = document if all_items else trimmed(document)
+    look = await _look(office, flow_run, None)
+    document["run"] = line(flow_run)
+    document["progress"] = {name: part["percent"] for name, part in look.items()}
+    return document
+
+
+async def job_receipt(office: Office, job: str, kinds: tuple[str, ...] = tuple(KINDS)) -> dict[str, Any]:
+    """Return a job's result so far, with every item."""
+    return await result(office, await found(office, job, kinds))
+
+
+async def found(office: Office, job: str, kinds: tuple[str, ...] = tuple(KINDS)) -> FlowRun:
+    """Find a job by the id of its run, the beginning of it, or the id of its dispatch.
+
+    Raises:
+        NotFound, Misconfigured: there is none, or there are several; the message lists them.
+    """
+    flow_run = await runs.find(office.client, job, flows=tuple(KINDS[kind] for kind in kinds))
+    if runs.kind_of(flow_run) not in kinds:
+        raise NotFound(f"no {kinds[0]} {job}")
+    return flow_run
+
+
+async def retry_job(office: Office, job: str, kinds: tuple[str, ...] = tuple(KINDS)) -> dict[str, Any]:
+    """Run what has ended again: only what is missing is fetched or sent, only a failed hook is run."""
+    flow_run = await runs.retry(office.client, (await found(office, job, kinds)).id)
+    return _done(flow_run, "queued")
+
+
+async def cancel_job(office: Office, job: str, kinds: tuple[str, ...] = tuple(KINDS)) -> dict[str, Any]:
+    """Stop a job: what was confirmed stays confirmed, a retry does the rest."""
+    flow_run = await found(office, job, kinds)
+    return _done(flow_run, await runs.cancel(office.client, flow_run.id))
+
+
+async def pause_job(office: Office, job: str, kinds: tuple[str, ...] = tuple(KINDS)) -> dict[str, Any]:
+    """Let a retrieval end after the running series, to go on there; keep what has not begun from beginning."""
+    flow_run = await found(office, job, kinds)
+    return _done(flow_run, await runs.pause(office.client, flow_run.id))
+
+
+async def resume_job(office: Office, job: str, kinds: tuple[str, ...] = tuple(KINDS)) -> dict[str, Any]:
+    """Let a paused job go on."""
+    flow_run = await runs.resume(office.client, (await found(office, job, kinds)).id)
+    return _done(flow_run, "queued")
+
+
+async def recover_jobs(office: Office) -> dict[str, Any]:
+    """Take up what a crash left unfinished."""
+    return {"recovered": await recovery.recover(office.client, office.home, POOL, alone=False)}
+
+
+def _done(flow_run: FlowRun, state: str) -> dict[str, Any]:
+    return {"id": str(flow_run.id), "kind": runs.kind_of(flow_run), "action": state.lower()}
+
+
+# ---- results
+
+
+async def result(office: Office, flow_run: FlowRun) -> dict[str, Any]:
+    """Return what a run has left behind, with all items; of one that could not begin, its state's message.
+
+    Receipts are the server's; the copy on this machine, if it has one, is read where the server has none (any more).
+    """
+    kind, state = runs.kind_of(flow_run), flow_run.state
+    if kind == "query":
+        return await _matches(office, flow_run)
+    document = await kept.read(office.client, flow_run.id)
+    if document is None:
+        with suppress(OSError):
+            document = json.loads(office.home.receipt(str(flow_run.id)).read_text(encoding="utf-8"))
+    if document is None:
+        document = _nothing(flow_run, kind)
+    if state and state.type.value == "CANCELLED":  # what waited when it was cancelled waits no more
+        parts = [document, *(document["targets"].values() if kind == "dispatch" else ())]
+        for part in [part for part in parts if part["state"] in ("waiting", "paused")]:
+            part["state"] = "cancelled"
+    return document
+
+
+def _nothing(flow_run: FlowRun, kind: str) -> dict[str, Any]:
+    """Return the result of a run that has left none."""
+    error = flow_run.state.message if flow_run.state else None
+    common = {"flow_run_id": str(flow_run.id), "state": outcome(flow_run, "delivered"), "error": error}
+    if kind == "dispatch":
+        return {"dispatch_id": runs.dispatch_of(flow_run), **common, "targets": {}}
+    lists: dict[str, Any] = {name: [] for name in ("missing", "partial", "failed", "waiting", "studies", "accessions")}
+    more = {"source": flow_run.parameters.get("source", ""), "found": 0, "delivered": 0, "state": outcome(flow_run)}
+    return {**common, **more, **lists}
+
+
+async def _matches(office: Office, flow_run: FlowRun) -> dict[str, Any]:
+    return {
+        "flow_run_id": str(flow_run.id),
+        "source": flow_run.parameters.get("source", ""),
+        "state": outcome(flow_run, "found"),
+        "matches": await runs.table_of(office.client, flow_run.id, "matches"),
+        "error": flow_run.state.message if flow_run.state and not flow_run.state.is_completed() else None,
+    }
+
+
+def outcome(flow_run: FlowRun, completed: str = "failed") -> str:
+    """Return a run's state as a result names it."""
+    names = {"CANCELLED": "cancelled", "COMPLETED": completed} | dict.fromkeys(UNDER_WAY, "waiting")
+    return names.get(str(flow_run.state.type.value) if flow_run.state else "", "failed")
+
+
+def trimmed(document: dict[str, Any]) -> dict[str, Any]:
+    """Return the same receipts without the items that are plainly delivered."""
+    if "dispatch_id" not in document:
+        return document
+    targets = {
+        name: one | {"items": [item for item in one["items"] if item["outcome"] != "delivered"]}
+        for name, one in document["targets"].items()
+    }
+    return document | {"targets": targets}
+
+
+# ---- live
+
+
+async def follow_job(
+    office: Office,
+    job: str,
+    all_items: bool = False,
+    kinds: tuple[str, ...] = tuple(KINDS),
+    is_over: Callable[[FlowRun], bool] = runs.at_rest,
+) -> AsyncIterator[tuple[str, dict[str, Any]]]:
+    """Follow a job until it has ended, or waits for a time that is not soon.
+
+    Args:
+        is_over: asked at each look at the run.
+
+    Yields:
+        "state" with what a list shows of it, at once and whenever it changes; "progress" with how far each of its
+        targets is; at the end "result".
+    """
+    flow_run = await found(office, job, kinds)
+    loop = asyncio.get_running_loop()
+    since = flow_run.state.timestamp if flow_run.state and not runs.under_way(flow_run) else None
+    begun = looked = loop.time()
+    state, shown, far = "", dict[str, Any](), 0.0
+    while True:
+        now = json.dumps(line(flow_run))
+        if now != state:
+            state = now
+            yield "state", line(flow_run)
+        phase, parts = await _look_live(office, flow_run, since)
+        if not phase and runs.under_way(flow_run) and loop.time() - far >= FAR_S:
+            parts, far = await _look_far(office, flow_run.id, since), loop.time()
+        if parts and parts != shown:
+            shown = parts
+            yield "progress", {"targets": parts}
+        if is_over(flow_run):
+            break
+        await asyncio.sleep(LOOK_S)
+        if loop.time() - looked >= _pause(phase, loop.time() - begun):
+            with suppress(PrefectException, OSError):  # the server is away for a moment
+                flow_run = await office.client.read_flow_run(flow_run.id)
+            looked = loop.time()
+    document = await result(office, flow_run)
+    yield "result", document if all_items else trimmed(document)
+
+
+def _pause(phase: str, followed_s: float) -> float:
+    """Return the seconds between two looks at the state of a run, which cost the server a call each."""
+    if phase in BUSY:
+        return BUSY_S  # its runner says when that is over
+    return LOOK_S if phase or followed_s < QUICK_S else QUEUED_S
+
+
+async def _look_live(
+    office: Office, flow_run: FlowRun, since: datetime | None
+) -> tuple[str, dict[str, dict[str, Any]]]:
+    """Return what a run does, and how far its parts are, as its runner on this machine tells it; "" for nothing."""
+    look = await asyncio.to_thread(progress.read, office.home, str(flow_run.id))
+    if look and (since is None or look["time"] >= since.timestamp()):
+        return look["phase"], look["parts"]
+    return "", {}
+
+
+async def _look(office: Office, flow_run: FlowRun, since: datetime | None) -> dict[str, dict[str, Any]]:
+    _, parts = await _look_live(office, flow_run, since)
+    return parts or await _look_far(office, flow_run.id, since)
+
+
+async def _look_far(office: Office, run_id: UUID, since: datetime | None) -> dict[str, dict[str, Any]]:
+    """Return how far a run of another machine is, as it tells the server."""
+    shown = await runs.shown_progress(office.client, run_id, since)
+    return {
+        name: {"percent": percent, "words": words.partition("\n")[0], "failures": words.split("\n")[1:]}
+        for name, (percent, words) in shown.items()
+    }

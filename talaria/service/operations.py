@@ -1,0 +1,39 @@
+"""The operations by name: what the routes of the API do, and commands where no API answers."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+from talaria.service import Office, dispatches, jobs, retrievals, status, targets
+
+CALLS: dict[str, Callable[..., Awaitable[dict[str, Any]]]] = {
+    "list_targets": targets.list_targets,
+    "show_target": targets.show_target,
+    "apply_targets": targets.apply_targets,
+    "remove_target": targets.remove_target,
+    "rename_target": targets.rename_target,
+    "enable_target": targets.enable_target,
+    "export_targets": targets.export_targets,
+    "target_types": targets.target_types,
+    "create_dispatch": dispatches.create_dispatch,
+    "plan_dispatch": dispatches.plan_dispatch,
+    "find_matches": retrievals.find_matches,
+    "create_query": retrievals.create_query,
+    "create_retrieval": retrievals.create_retrieval,
+    "list_jobs": jobs.list_jobs,
+    "show_job": jobs.show_job,
+    "retry_job": jobs.retry_job,
+    "cancel_job": jobs.cancel_job,
+    "pause_job": jobs.pause_job,
+    "resume_job": jobs.resume_job,
+    "recover_jobs": jobs.recover_jobs,
+    "status": status.status,
+}
+STREAMS: dict[str, Callable[..., AsyncIterator[tuple[str, dict[str, Any]]]]] = {
+    "test_targets": targets.test_targets,
+    "test_values": targets.test_values,
+    "follow_job": jobs.follow_job,
+}
+
+__all__ = ["CALLS", "STREAMS", "Office"]

@@ -1,0 +1,168 @@
+"""Queries and retrievals. What a query finds is a patient's data: it goes to who asked and nowhere else."""
+
+from __future__ import annotations
+
+import asyncio
+import csv
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from imaging.match import of_study
+from imaging.query import Query, listed
+from talaria.engine import runs
+from talaria.service import Office
+from talaria.service.jobs import line, result
+from tasks import DRIVERS
+from tasks.retrieve.place import check_place
+from tasks.targets import check_destination, check_source, load
+from transfer.accessions import accessions
+
+# Without one of these, a retrieval would fetch all that there is.
+SELECTIVE = ("accessions", "study_uids", "series_uid", "study_date", "study_descriptions")
+
+
+def query_of(
+    accession: str = "",
+    patient_id: str = "",
+    patient_name: str = "",
+    study_date: str = "",
+    modality: str = "",
+    study_uid: str = "",
+    series_uid: str = "",
+    study_description: Sequence[str] = (),
+    series_description: Sequence[str] = (),
+    level: str = "study",
+) -> Query:
+    """Return the query that keys make, as the options of `talaria query` give them.
+
+    Raises:
+        ValueError: a study date that is not one.
+    """
+    made = Query(
+        AccessionNumber=accessions(accession),
+        PatientID=patient_id,
+        PatientName=patient_name,
+        StudyDate=study_date,
+        Modality=modality,
+        StudyInstanceUID=study_uid,
+        SeriesInstanceUID=series_uid,
+        StudyDescription=_values(study_description),
+        SeriesDescription=_values(series_description),
+        level=level,
+    )
+    list(of_study(made))
+    return made
+
+
+def _values(given: Sequence[str]) -> tuple[str, ...]:
+    """Return the descriptions of an option; one with a comma in it is written in quotes, as in a spreadsheet's file."""
+    return tuple(dict.fromkeys(part.strip() for row in csv.reader(given, skipinitialspace=True) for part in row))
+
+
+async def find_matches(office: Office, source: str, **keys: Any) -> dict[str, Any]:
+    """Ask a target what it has, at once; the answer is kept nowhere."""
+    query = query_of(**keys)
+    (target,) = await load(office.client, [source])
+    check_source(target)
+    find = DRIVERS.of(target).find
+    assert find is not None  # noqa: S101 - check_source has seen it
+    return {"matches": await asyncio.to_thread(lambda: [match.to_json() for match in find(target, query)])}
+
+
+async def create_query(office: Office, source: str, key: str = "", **keys: Any) -> dict[str, Any]:
+    """Put a query into the queue; its result lists UIDs and accession numbers, and no patient.
+
+    Raises:
+        ValueError: it asks for a patient: that would be kept with the run.
+    """
+    query = query_of(**keys)
+    if query.PatientID or query.PatientName or query.SeriesInstanceUID:
+        raise ValueError("what is kept with a run names no patient and no series: ask for matches instead")
+    (target,) = await load(office.client, [source])
+    check_source(target)
+    parameters = {
+        "source": source,
+        "accessions": _lines(query.AccessionNumber),
+        "study_uids": listed(query.StudyInstanceUID),
+        "study_date": query.StudyDate,
+        "modality": query.Modality,
+        "study_descriptions": list(query.StudyDescription),
+        "series_descriptions": list(query.SeriesDescription),
+        "level": query.level,
+    }
+    return await _queued(office, "find", parameters, f"query of {source}", "normal", key)
+
+
+async def create_retrieval(
+    office: Office,
+    source: str,
+    numbers: Sequence[str] = (),
+    targets: Sequence[str] = (),
+    into: str = "",
+    off_peak: bool = False,
+    studies_per_hour: int = 0,
+    key: str = "",
+    **keys: Any,
+) -> dict[str, Any]:
+    """Put a retrieval into the queue.
+
+    Args:
+        numbers: accession numbers, beside those of the keys.
+        into: absolute path of a folder on the machine that fetches.
+
+    Raises:
+        NotFound, Misconfigured, ValueError: it can't be done, or nothing is asked for.
+    """
+    wanted = query_of(**keys)
+    numbers = tuple(dict.fromkeys((*wanted.AccessionNumber, *numbers)))
+    if bool(targets) == bool(into):
+        raise ValueError("give either --to NAME or --into FOLDER")
+    parameters: dict[str, Any] = {
+        "source": source,
+        "accessions": _lines(numbers),
+        "targets": list(dict.fromkeys(targets)),
+        "into": into,
+        "study_uids": listed(wanted.StudyInstanceUID),
+        "series_uid": wanted.SeriesInstanceUID,
+        "study_date": wanted.StudyDate,
+        "modality": wanted.Modality,
+        "study_descriptions": list(wanted.StudyDescription),
+        "series_descriptions": list(wanted.SeriesDescription),
+        "priority": "offpeak" if off_peak else "normal",
+        "studies_per_hour": studies_per_hour,
+    }
+    if into and not Path(into).is_absolute():
+        raise ValueError(f"{into}: give the folder's absolute path")
+    if into and office.embedded:  # else the folder is another machine's
+        await asyncio.to_thread(check_place, Path(into))
+    (origin,) = await load(office.client, [source])
+    check_source(origin)
+    for target in await load(office.client, parameters["targets"]) if targets else ():
+        check_destination(target)
+    if wanted.PatientID or wanted.PatientName:  # no patient's name or ID gets into a run's parameters
+        find = DRIVERS.of(origin).find
+        assert find is not None  # noqa: S101 - check_source has seen it
+        query = replace(wanted, AccessionNumber=numbers)
+        uids = await asyncio.to_thread(lambda: [match.StudyInstanceUID for match in find(origin, query)])
+        if not uids:
+            raise ValueError("nothing matches the query")
+        parameters |= {"study_uids": uids, "accessions": ""}
+    elif not any(parameters[name] for name in SELECTIVE):
+        raise ValueError("nothing to look for: give accession numbers, UIDs, a date, a patient or a description")
+    return await _queued(office, "retrieve", parameters, f"from {source}", parameters["priority"], key)
+
+
+async def _queued(
+    office: Office, flow: str, parameters: dict[str, Any], name: str, queue: str, key: str
+) -> dict[str, Any]:
+    own = f"{office.user}:{key}" if key else None
+    flow_run = await runs.create(office.client, flow, parameters, name, queue, key=own, by=office.user)
+    if key and flow_run.parameters != parameters:
+        raise runs.Conflict(f"the idempotency key {key} was used for another job, {flow_run.id}: choose a new one")
+    return {"run": line(flow_run)} | await result(office, flow_run)
+
+
+def _lines(numbers: Sequence[str]) -> str:
+    return "\n".join(f'"{one}"' if {",", ";", " "} & {*one} else one for one in numbers)

@@ -1,0 +1,257 @@
+"""Targets: listed, shown, applied, renamed, enabled, removed and tested."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Collection, Iterator
+from typing import Any
+
+from blocks import REFUSED, TYPES, Target
+from blocks.base import check_name
+from talaria.engine.registry import workers
+from talaria.engine.runs import at_rest, create
+from talaria.service import Office
+from talaria.targetfile import action_for, field_names, make, values_of
+from tasks import DRIVERS
+from tasks import targets as saved
+from tasks.checking import check_target, keep, last_checks, result_of_run
+from tasks.targets import Broken, all_targets, facts, load
+from transfer import live
+from transfer.errors import Misconfigured
+from transfer.health import Probe, watched
+
+Event = tuple[str, dict[str, Any]]
+LOOK_S = 0.1  # between two looks at a check that runs
+STATE_S = 0.5  # and at the state of its run
+
+
+async def target_types(office: Office | None = None) -> dict[str, Any]:
+    """Return the types of target: what each can do, and its fields."""
+    return await asyncio.to_thread(_types)  # imports every driver
+
+
+def _types() -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, cls in TYPES.items():
+        problem = ""
+        try:
+            driver = DRIVERS.get(name)
+        except Misconfigured as exc:  # its extra is not installed, or another package's driver is broken
+            driver, problem = None, exc.message
+        fields = {
+            field: {
+                "description": cls.model_fields[field].description,
+                "required": cls.model_fields[field].is_required(),
+                "secret": field in _secrets(cls),
+            }
+            for field in field_names(cls)
+        }
+        abilities = (
+            {}
+            if driver is None
+            else {
+                "push": True,
+                "query": driver.find is not None,
+                "pull": driver.retrieve is not None,
+                "hook": driver.hook is not None,
+                "dicom_only": driver.facts.dicom_only,
+                "verifies": [str(level) for level in driver.facts.verifies_by],
+            }
+        )
+        why = {"problem": problem} if problem else {}
+        found[name] = {"works": driver is not None, **why, **abilities, "fields": fields}
+    return {"types": found, "refused": REFUSED}
+
+
+async def list_targets(office: Office) -> dict[str, Any]:
+    """Return all targets; one whose settings are not valid any more is listed as broken, with the reason."""
+    found = await all_targets(office.client)
+    checks = await last_checks(office.client, found)
+    return {"targets": [_entry(one, checks.get(one.name)) for one in found]}
+
+
+def _entry(one: Target | Broken, check: dict[str, Any] | None) -> dict[str, Any]:
+    state = None if check is None else {"ok": check["ok"], "time": check["time"]}
+    values = values_of(one, secrets=True) if isinstance(one, Target) else {}
+    return {"name": one.name, **values, **facts(one), "last_check": state}
+
+
+async def show_target(office: Office, name: str, given: bool = False) -> dict[str, Any]:
+    """Return one target's settings, secrets masked.
+
+    Args:
+        given: only those that are not the defaults.
+    """
+    (target,) = await load(office.client, [name])
+    values = {"name": target.name, **values_of(target, secrets=True)}
+    if given:
+        return values
+    hidden = {"block_type_slug", *_secrets(type(target))}
+    every = {key: value for key, value in target.model_dump(mode="json").items() if key not in hidden}
+    return {"name": target.name} | every | values
+
+
+def _secrets(cls: type[Target]) -> set[str]:
+    return {field for field, info in cls.model_fields.items() if "SecretStr" in str(info.annotation)}
+
+
+async def apply_targets(
+    office: Office,
+    targets: dict[str, Any],  # by name, the values that a file gives
+    dry_run: bool = False,
+    replace: bool = False,
+    prune: bool = False,
+) -> dict[str, Any]:
+    """Create or update targets; all of them or, if one is wrong, none."""
+    wanted = made(targets)
+    there = await all_targets(office.client)
+    actions = {name: action_for(target, there, replace=replace) for name, target in wanted.items()}
+    old = [one for one in there if prune and one.name not in wanted]
+    for name, action in actions.items() if not dry_run else ():
+        if action != "unchanged":
+            await saved.save(office.client, wanted[name], name, replace=replace)
+    for one in old if not dry_run else ():
+        await saved.remove(office.client, f"{one.type_name}/{one.name}")
+    actions |= {one.name: "removed" for one in old}
+    return {"dry_run": dry_run, "targets": [{"name": name, "action": action} for name, action in actions.items()]}
+
+
+def made(values: dict[str, Any]) -> dict[str, Target]:
+    """Make targets of values in which variables and files have been filled in: nothing is read on this machine.
+
+    Raises:
+        Misconfigured: every target that is wrong, each in a line.
+    """
+    found, wrong = {}, []
+    for name, one in values.items():
+        try:
+            found[name] = make(name, one, fill=False)
+        except Misconfigured as exc:
+            wrong.append(exc.message)
+    if wrong:
+        raise Misconfigured("\n".join(wrong))
+    if not found:
+        raise Misconfigured("no target is named")
+    return found
+
+
+async def remove_target(office: Office, name: str) -> dict[str, Any]:
+    """Remove a target; what was delivered stays in the ledger."""
+    await saved.remove(office.client, name)
+    return {"name": name, "action": "removed"}
+
+
+async def rename_target(office: Office, name: str, to: str) -> dict[str, Any]:
+    """Give a target another name."""
+    check_name(to)
+    (target,) = await load(office.client, [name])
+    if await saved.documents(office.client, [to]):
+        raise ValueError(f"a target named {to} is there already")
+    await saved.save(office.client, target, to)
+    await saved.remove(office.client, name)
+    return {"name": to, "action": f"renamed from {name}"}
+
+
+async def enable_target(office: Office, name: str, enabled: bool = True) -> dict[str, Any]:
+    """Let a target take part again, or take it out: dispatches to it are refused then, queued ones wait."""
+    (target,) = await load(office.client, [name])
+    target.enabled = enabled
+    await saved.save(office.client, target, target.name)
+    return {"name": target.name, "action": "enabled" if enabled else "disabled"}
+
+
+async def export_targets(office: Office) -> dict[str, Any]:
+    """Return all targets as `apply` reads them, secrets left out; and why others are left out."""
+    found = await all_targets(office.client)
+    names = [one.name for one in found]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise Misconfigured(f"several targets are named {', '.join(twice)}: rename or remove one of each")
+    return {
+        "targets": {one.name: values_of(one) for one in found if isinstance(one, Target)},
+        "left_out": {one.name: one.reason for one in found if isinstance(one, Broken)},
+    }
+
+
+# ---- tests
+
+
+async def test_targets(office: Office, name: str | None = None) -> AsyncIterator[Event]:
+    """Check a saved target, or all enabled ones: on the worker if one runs, else here.
+
+    Yields:
+        "probe" with a target's name and a probe, as each is made; "result" with the JSON of `target test`.
+    """
+    found: list[Target | Broken] = [*await load(office.client, [name])] if name else [*await all_targets(office.client)]
+    for one in found:
+        if isinstance(one, Broken):
+            for event in _ended(_failed(one.name, "settings", one.reason)):
+                yield event
+        elif name or one.enabled:
+            here = office.alone or not await workers(office.client)
+            async for event in _check_here(one, saved=True) if here else _check_there(office, one):
+                yield event
+
+
+async def test_values(office: Office, targets: dict[str, Any]) -> AsyncIterator[Event]:
+    """Check targets that are not saved, here: a secret must not become a run's parameter. Yields as `test_targets`."""
+    for target in made(targets).values():
+        async for event in _check_here(target, saved=False):
+            yield event
+
+
+async def _check_here(target: Target, *, saved: bool) -> AsyncIterator[Event]:
+    loop, probes = asyncio.get_running_loop(), asyncio.Queue[Probe]()
+
+    def made_one(probe: Probe) -> None:
+        loop.call_soon_threadsafe(probes.put_nowait, probe)
+
+    with watched(made_one):
+        check = asyncio.create_task(asyncio.to_thread(check_target, target))
+    shown = set()
+    while not check.done() or not probes.empty():
+        waiting = asyncio.create_task(probes.get())
+        await asyncio.wait([check, waiting], return_when=asyncio.FIRST_COMPLETED)
+        if not waiting.done():
+            waiting.cancel()
+            continue
+        shown.add(waiting.result().name)
+        yield "probe", {"name": target.name, "probe": waiting.result().to_json()}
+    health = await check
+    document = keep(target, health) if saved else health.to_json(target.name)
+    for event in _ended(document, shown):
+        yield event
+
+
+async def _check_there(office: Office, target: Target) -> AsyncIterator[Event]:
+    """Let a worker check a target, with its probes as they come where it is on this machine."""
+    parameters = {"target": f"{target.type_name}/{target.name}"}
+    run = await create(office.client, "check", parameters, f"check of {target.name}", "urgent", by=office.user)
+    shown, looked = set[str](), 0.0
+    loop = asyncio.get_running_loop()
+    while True:
+        probes = (live.read(office.home, str(run.id), live.PROBES) or {}).get("probes", ())
+        for probe in [probe for probe in probes if probe["name"] not in shown]:
+            shown.add(probe["name"])
+            yield "probe", {"name": target.name, "probe": probe}
+        if loop.time() - looked >= STATE_S:
+            run, looked = await office.client.read_flow_run(run.id), loop.time()
+            if at_rest(run):
+                break
+        await asyncio.sleep(LOOK_S)
+    detail = (run.state and run.state.message) or "the check did not run to its end"
+    found = await result_of_run(office.client, run.id, target.name)
+    for event in _ended(found or _failed(target.name, "check", detail), shown):
+        yield event
+
+
+def _failed(name: str, probe: str, why: str) -> dict[str, Any]:
+    """Return the result for a target that could not be checked."""
+    return {"name": name, "ok": False, "probes": [{"name": probe, "result": "failed", "ms": 0.0, "detail": why}]}
+
+
+def _ended(document: dict[str, Any], shown: Collection[str] = ()) -> Iterator[Event]:
+    """Return the probes that have not been shown, and the result."""
+    for probe in document["probes"]:
+        if probe["name"] not in shown:
+            yield "probe", {"name": document["name"], "probe": probe}
+    yield "result", {key: document[key] for key in ("name", "ok", "probes")}

@@ -1,0 +1,188 @@
+"""Commands are clients of the API where one answers: they load nothing, and have the same words and exit codes."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from talaria import __version__
+from tests.servers.api import SECRET, Api, api, events
+
+HEAVY = (
+    *("prefect", "pydantic", "rich", "pydicom", "httpx", "fastapi", "starlette", "sqlalchemy", "pydantic_settings"),
+    *("requests", "numpy", "pynetdicom", "boto3", "botocore", "paramiko", "pyxnat", "dicomweb_client"),
+    *("blocks", "tasks", "flows", "protocols"),
+    *("talaria.service", "talaria.engine", "talaria.front", "talaria.settings"),
+)
+SCRIPT = f"""
+import sys
+from talaria.__main__ import main
+try:
+    main()
+finally:
+    print("loaded:", *[name for name in {HEAVY} if name in sys.modules], file=sys.stderr)
+"""
+RUN = "3f2a0000-0000-4000-8000-000000000001"
+RECEIPT = {"state": "delivered", "delivered": 1, "warnings": 0, "already": 0, "rejected": 0, "skipped": 0, "unsent": 0,
+           "bytes": 7, "seconds": 0.1, "attempts": 1, "verified": "accepted", "hook": "none", "error": None,
+           "notes": [], "items": []}  # fmt: skip
+DONE = {"dispatch_id": "d1", "flow_run_id": RUN, "state": "delivered", "targets": {"pacs": RECEIPT}}
+LINE = {"id": RUN, "state": "Completed", "kind": "dispatch", "source": "", "dispatch_id": "d1", "targets": ["pacs"],
+        "paths": [], "begun": None, "ended": None, "runs": 1, "message": None}  # fmt: skip
+PART = {"items": 1, "done": 1, "bytes": 7, "moved": 7, "percent": 100.0, "rate": 7.0, "seconds_left": 0.0,
+        "words": "1 of 1 items to pacs", "failures": ["attempt 1 of 3 failed: gone"]}  # fmt: skip
+TARGET = {"name": "pacs", "type": "dicom", "direction": "store", "enabled": True, "broken": None, "last_check": None}
+SEND = {
+    ("POST", "/dispatches"): [(201, {**DONE, "state": "waiting", "run": LINE})],
+    ("GET", f"/jobs/{RUN}/events"): [
+        (200, events(("state", LINE), ("progress", {"targets": {"pacs": PART}}), ("result", DONE)))
+    ],
+}
+
+
+def run(one: Api, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-P", "-c", SCRIPT, *arguments],
+        env={**one.env, **env},
+        capture_output=True,
+        text=True,
+        cwd=one.home.parent,
+        check=False,
+    )
+
+
+def words(ran: subprocess.CompletedProcess[str]) -> list[str]:
+    """What a command said, without the line that this test adds."""
+    *said, loaded = ran.stderr.strip().splitlines()
+    assert loaded == "loaded:", loaded
+    return said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "answers", "code"),
+    [
+        (["target", "list"], {("GET", "/targets"): [(200, {"targets": [TARGET]})]}, 0),
+        (["target", "list", "--json"], {("GET", "/targets"): [(200, {"targets": [TARGET]})]}, 0),
+        (["target", "show", "pacs"], {("GET", "/targets/pacs"): [(200, TARGET)]}, 0),
+        (["target", "apply", "targets.yaml"], {("POST", "/targets"): [(200, {"dry_run": False, "targets": []})]}, 0),
+        (["target", "types"], {("GET", "/target-types"): [(200, {"types": {}, "refused": {}})]}, 0),
+        (
+            ["target", "test", "pacs"],
+            {("POST", "/target-tests"): [(200, events(("result", {"name": "pacs", "ok": False, "probes": []})))]},
+            1,
+        ),
+        (["send", "study", "--to", "pacs", "--json"], SEND, 0),
+        (["send", "study", "--to", "pacs"], SEND, 0),
+        (["jobs", "list"], {("GET", "/jobs"): [(200, {"jobs": [LINE]})]}, 0),
+        (["jobs", "show", "3f2a"], {("GET", "/jobs/3f2a"): [(200, {**DONE, "run": LINE, "progress": {}})]}, 0),
+        (["query", "pacs", "--accession", "A"], {("POST", "/matches"): [(200, {"matches": []})]}, 1),
+        (
+            ["retrieve", "pacs", "--accession-file", "list.csv", "--to", "x", "--no-wait", "--json"],
+            {("POST", "/retrievals"): [(201, {"flow_run_id": RUN, "run": LINE})]},
+            0,
+        ),
+        (
+            ["status"],
+            {
+                ("GET", "/status"): [
+                    (200, {"server": {"ok": True, "url": "u"}, "workers": [], "queues": {}, "targets": []})
+                ]
+            },
+            0,
+        ),
+    ],
+)
+def test_commands_load_nothing_heavy(
+    arguments: list[str], answers: dict[tuple[str, str], list[tuple[int, Any]]], code: int, tmp_path: Path
+) -> None:
+    (tmp_path / "study").mkdir()
+    (tmp_path / "list.csv").write_text("A1\n")
+    (tmp_path / "targets.yaml").write_text("targets: {a: {type: folder, folder: /x}}")
+    with api(tmp_path / "home", {key: list(value) for key, value in answers.items()}) as one:
+        ran = run(one, *arguments)
+        assert ran.returncode == code, ran.stderr
+        words(ran)
+        assert all(asked.headers["Authorization"] == f"Bearer {SECRET}" for asked in one.asked)
+        if "--json" in arguments:
+            json.loads(ran.stdout)
+
+
+def test_send_says_what_goes_wrong_as_it_does_and_prints_the_receipt(tmp_path: Path) -> None:
+    (tmp_path / "study").mkdir()
+    with api(tmp_path / "home", {key: list(value) for key, value in SEND.items()}) as one:
+        ran = run(one, "send", "study", "--to", "pacs,pacs,cloud", "--exclude", "*.png", "--json")
+        assert json.loads(ran.stdout) == DONE
+        assert words(ran)[1:] == ["pacs: attempt 1 of 3 failed: gone"] and RUN in words(ran)[0]
+        (made,) = [asked for asked in one.asked if asked.path.endswith("/dispatches")]
+        assert made.body["paths"] == [str(tmp_path / "study")] and made.body["targets"] == ["pacs", "cloud"]
+        assert made.body["exclude"] == "*.png" and made.headers["Idempotency-Key"]
+        # A path that is not there is refused before anything is asked.
+        one.asked.clear()
+        ran = run(one, "send", "no/such", "--to", "pacs")
+        assert ran.returncode == 2 and words(ran) == ["talaria: no/such: no such file or folder"]
+        assert not any(asked.path.endswith("/dispatches") for asked in one.asked)
+
+
+@pytest.mark.parametrize(("status", "code"), [(401, 2), (403, 2), (404, 2), (409, 2), (422, 2), (500, 3), (502, 1)])
+def test_a_refusal_is_one_line_and_the_code_that_it_deserves(status: int, code: int, tmp_path: Path) -> None:
+    answers = {("GET", "/targets/pacs"): [(status, {"error": "no target named pacs; there are: a, b"})]}
+    with api(tmp_path / "home", answers) as one:
+        ran = run(one, "target", "show", "pacs", "--json")
+    assert ran.returncode == code
+    assert words(ran) == ["talaria: no target named pacs; there are: a, b"]
+    assert json.loads(ran.stdout) == {"error": "no target named pacs; there are: a, b"}
+
+
+def test_what_is_not_there_for_a_moment_is_waited_for_and_made_once(tmp_path: Path) -> None:
+    (tmp_path / "study").mkdir()
+    answers = {key: list(value) for key, value in SEND.items()}
+    answers["POST", "/dispatches"] = [(200, None), (503, {"error": "starting"}), *SEND["POST", "/dispatches"]]
+    answers["GET", f"/jobs/{RUN}/events"] = [
+        (200, events(("state", LINE))),  # it ends before the job does
+        *SEND["GET", f"/jobs/{RUN}/events"],
+    ]
+    with api(tmp_path / "home", answers) as one:
+        ran = run(one, "send", "study", "--to", "pacs", "--json")
+        assert ran.returncode == 0 and json.loads(ran.stdout) == DONE
+        keys = [asked.headers["Idempotency-Key"] for asked in one.asked if asked.path.endswith("/dispatches")]
+        assert len(keys) == 3 and len(set(keys)) == 1
+
+
+def test_a_server_of_another_version_is_named_once(tmp_path: Path) -> None:
+    with api(tmp_path / "home", {("GET", "/jobs"): [(200, {"jobs": []})]}) as one:
+        one.version = "9.9.9"
+        said = words(run(one, "jobs", "list", "--json"))
+    assert said == [f"the server is Talaria 9.9.9, this command {__version__}: update the older one"]
+
+
+def test_a_token_goes_to_the_server_that_is_named_and_only_over_https(tmp_path: Path) -> None:
+    with api(tmp_path / "home", {("GET", "/targets"): [(200, {"targets": []})]}) as one:
+        here = {"TALARIA_HOME": str(tmp_path / "other"), "TALARIA_URL": one.url, "TALARIA_TOKEN": "abc"}
+        ran = run(one, "target", "list", "--json", **here)
+        assert ran.returncode == 0 and not words(ran)
+        assert {asked.headers["Authorization"] for asked in one.asked} == {"Bearer abc"}
+        ran = run(one, "target", "list", **here | {"TALARIA_URL": "http://talaria.example:4200"})
+        assert ran.returncode == 2 and "https" in words(ran)[0] and "abc" not in ran.stderr
+        ran = run(one, "target", "list", **here | {"TALARIA_URL": "ftp://x"})
+        assert ran.returncode == 2 and "TALARIA_URL" in words(ran)[0]
+        one.answers["GET", "/health"] = [(404, "<html>")]
+        ran = run(one, "target", "list", **here)
+        assert ran.returncode == 3 and "no Talaria server" in words(ran)[0]
+    ran = run(one, "target", "list", **here)
+    assert ran.returncode == 3 and "no server answers" in words(ran)[0]
+
+
+def test_whoever_listens_in_the_server_s_place_gets_no_token(tmp_path: Path) -> None:
+    """The server has ended, and somebody else has bound its port."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        elsewhere = {"inode": 1}
+        with api(tmp_path / "home", {("GET", "/targets"): [(200, {"targets": []})]}, record=elsewhere) as one:
+            ran = run(one, "target", "list")
+            assert ran.returncode == 3 and "not our server" in ran.stderr and not one.asked

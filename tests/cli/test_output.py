@@ -1,0 +1,49 @@
+"""What commands print for people."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+
+import pytest
+
+from talaria.cli.follow import clock, size, words_of
+from talaria.cli.output import _width, table
+
+
+def printed(capsys: pytest.CaptureFixture[str], *arguments: object) -> list[str]:
+    table(*arguments)  # type: ignore[arg-type]
+    return capsys.readouterr().out.splitlines()
+
+
+def test_a_table_is_as_wide_as_it_needs_to_be(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = printed(capsys, "Targets", ["name", "type"], [["pacs", "dicom"], ["日本", "folder"]])
+    assert lines[0] == "Targets"
+    assert len({_width(line) for line in lines[1:]}) == 1
+    assert lines[2].split() == ["┃", "name", "┃", "type", "┃"] and "│ 日本 │ folder │" in lines
+
+
+def test_a_table_fits_a_terminal_and_loses_nothing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setattr(shutil, "get_terminal_size", lambda: os.terminal_size((40, 24)))
+    text = "".join(chr(ord("a") + n % 26) for n in range(100))
+    lines = printed(capsys, "", ["name", "what"], [["pacs", text]])
+    assert max(map(_width, lines)) <= 40
+    assert "".join(line.split("│")[2].strip() for line in lines[3:-1]) == text
+
+
+def test_what_a_terminal_would_obey_is_shown_as_text(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = printed(capsys, "", ["what"], [["red \x1b[31m\x07 and\nmore"]])
+    assert "│ red \\x1b[31m\\x07 and more │" in lines
+
+
+def test_progress_is_said_with_bytes_rate_and_time_left() -> None:
+    part = {"words": "120 of 500 items to pacs", "bytes": 262_144_000, "moved": 62_914_560, "rate": 31_457_280.0}
+    assert words_of(part | {"seconds_left": 6.3}) == "120 of 500 items to pacs, 62.9 MB of 262 MB, 31.5 MB/s, 6 s left"
+    assert words_of(part | {"rate": 0.0, "seconds_left": None}) == "120 of 500 items to pacs, 62.9 MB of 262 MB"
+    assert words_of({"percent": 3.0, "words": "3 of 7 studies from pacs"}) == "3 of 7 studies from pacs"
+    assert [size(count) for count in (0, 999, 1000, 2.5e12, 9e18)] == ["0 B", "999 B", "1.0 kB", "2.5 TB", "9000000 TB"]
+    assert [clock(seconds) for seconds in (0.2, 59.4, 61, 3723)] == ["1 s", "59 s", "1:01", "1:02:03"]

@@ -1,0 +1,226 @@
+"""Talaria's own API at a server that runs: dispatches that are queued when it answers, followed live, and the rest."""
+
+from __future__ import annotations
+
+import asyncio
+import builtins
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from talaria.testing import studies
+from tests.engine.test_dispatch import files, folder
+from tests.engine.test_retrieve import placed, source, study
+from tests.engine.test_waiting import later
+from tests.servers.qr import archive
+from tests.servers.up import Talaria
+
+pytestmark = pytest.mark.timeout(600)
+CREATES, CLIENTS = 60, 16
+SLOW = 40_000  # bytes a second
+
+
+def client(up: Talaria, **more: Any) -> httpx.Client:
+    secret = (up.home / "api.auth").read_text().strip()
+    base = f"http://127.0.0.1:{up.port}/talaria/api/v1"
+    return httpx.Client(base_url=base, headers={"Authorization": f"Bearer {secret}"}, timeout=120, trust_env=False)
+
+
+@pytest.fixture
+def api(up: Talaria) -> Iterator[httpx.Client]:
+    with client(up) as one:
+        yield one
+
+
+def events(answer: httpx.Response) -> Iterator[tuple[str, Any]]:
+    name = ""
+    for line in answer.iter_lines():
+        if line.startswith("event: "):
+            name = line[7:]
+        elif line.startswith("data: "):
+            yield name, json.loads(line[6:])
+
+
+def followed(api: httpx.Client, path: str, method: str = "GET", **more: Any) -> list[tuple[str, Any]]:
+    with api.stream(method, path, **more) as answer:
+        assert answer.status_code == 200 and answer.headers["content-type"].startswith("text/event-stream")
+        return list(events(answer))
+
+
+def test_many_creates_at_once_are_all_queued_and_none_is_turned_away(up: Talaria, tmp_path: Path) -> None:
+    studies.ct(tmp_path / "study", 1)
+    up.apply(closed=folder(tmp_path / "closed", window=later(3)))
+    body = {"paths": [str(tmp_path / "study")], "targets": ["closed"]}
+    secret = (up.home / "api.auth").read_text().strip()
+
+    async def flood() -> list[httpx.Response]:
+        limits = httpx.Limits(max_connections=CLIENTS)
+        headers = {"Authorization": f"Bearer {secret}"}
+        base = f"http://127.0.0.1:{up.port}/talaria/api/v1"
+        async with httpx.AsyncClient(
+            base_url=base, headers=headers, limits=limits, timeout=180, trust_env=False
+        ) as one:
+
+            async def create() -> httpx.Response:
+                made = await one.post("/dispatches", json=body)
+                if made.status_code == 201:  # in the queue: it can be cancelled there, or where it waits
+                    await one.post(f"/dispatches/{made.json()['flow_run_id']}/cancel")
+                return made
+
+            return list(await asyncio.gather(*(create() for _ in range(CREATES))))
+
+    answers = asyncio.run(flood())
+    assert [answer.status_code for answer in answers] == [201] * CREATES, {answer.text for answer in answers}
+    ids = {answer.json()["flow_run_id"] for answer in answers}
+    assert len(ids) == CREATES
+    found = up.api("POST", "/flow_runs/filter", flow_runs={"id": {"any_": sorted(ids)}})
+    assert len(found) == CREATES
+
+
+def test_the_same_key_is_the_same_dispatch(up: Talaria, api: httpx.Client, tmp_path: Path) -> None:
+    studies.ct(tmp_path / "study", 1)
+    up.apply(archive=folder(tmp_path / "archive"))
+    body = {"paths": [str(tmp_path / "study")], "targets": ["archive"]}
+    key = {"Idempotency-Key": str(tmp_path)[-100:]}
+    first, second = (api.post("/dispatches", json=body, headers=key) for _ in range(2))
+    assert first.status_code == second.status_code == 201
+    run = first.json()["flow_run_id"]
+    assert second.json()["flow_run_id"] == run
+    assert followed(api, f"/dispatches/{run}/events")[-1][1]["state"] == "delivered"
+    assert api.post("/dispatches", json=body, headers=key).json()["state"] == "delivered"
+    other = api.post("/dispatches", json=body | {"force": True}, headers=key)
+    assert other.status_code == 409 and run in other.json()["error"]
+    assert len(files(tmp_path / "archive")) == 2
+
+
+def test_a_dispatch_is_followed_with_bytes_rate_and_time_left(up: Talaria, api: httpx.Client, tmp_path: Path) -> None:
+    sent = studies.ct(tmp_path / "study", 12)
+    up.apply(slow=folder(tmp_path / "slow", bandwidth_limit=SLOW, concurrency=1))
+    body = {"paths": [str(tmp_path / "study")], "targets": ["slow"]}
+    made = api.post("/dispatches", json=body).json()
+    run = made["flow_run_id"]
+    assert made["state"] == made["targets"]["slow"]["state"] == "waiting" and made["run"]["by"] == "talaria"
+    seen = followed(api, f"/dispatches/{run}/events")
+    assert [name for name, _ in seen][-1] == "result"
+    states = [event["state"] for name, event in seen if name == "state"]
+    assert states[-1] == "Completed" and "Running" in states
+    parts = [event["targets"]["slow"] for name, event in seen if name == "progress" and event["targets"]]
+    size = sum(path.stat().st_size for path in sent)
+    assert all((part["items"], part["bytes"]) == (len(sent), size) for part in parts)
+    moved = [part["moved"] for part in parts]
+    assert moved == sorted(moved) and len(set(moved)) > 3
+    assert any(part["rate"] > 0 and part["seconds_left"] for part in parts)
+    receipt = seen[-1][1]
+    assert receipt["state"] == "delivered" and receipt["targets"]["slow"]["items"] == []
+    whole = api.get(f"/dispatches/{run}/receipt").json()
+    assert len(whole["targets"]["slow"]["items"]) == len(sent)
+    shown = api.get(f"/dispatches/{run[:13]}").json()
+    assert shown["run"]["dispatch_id"] == receipt["dispatch_id"] == shown["dispatch_id"]
+    assert api.get("/dispatches").json()["jobs"][0]["id"] == run
+    # A retry sends nothing again; what has ended can't be cancelled.
+    assert api.post(f"/dispatches/{run}/cancel").status_code == 422
+    assert api.post(f"/dispatches/{run}/retry").json()["action"] == "queued"
+    again = followed(api, f"/dispatches/{run}/events")[-1][1]["targets"]["slow"]
+    assert (again["already"], again["delivered"]) == (len(sent), 0)
+    assert api.get("/retrievals").json()["jobs"] == [] or run not in api.get("/retrievals").text
+    assert api.get(f"/retrievals/{run}").status_code == 404
+
+
+def test_send_leaves_the_files_to_the_side_that_sends(
+    up: Talaria, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    studies.ct(tmp_path / "study", 3)
+    up.apply(archive=folder(tmp_path / "archive"))
+    opened: list[str] = []
+
+    def watched(name: str, real: Any) -> Any:
+        def call(path: Any, *more: Any, **named: Any) -> Any:
+            if str(tmp_path / "study") in str(path):
+                opened.append(f"{name} {path}")
+            return real(path, *more, **named)
+
+        return call
+
+    with monkeypatch.context() as patched:
+        for module, name in ((os, "open"), (os, "scandir"), (os, "listdir"), (builtins, "open")):
+            patched.setattr(module, name, watched(name, getattr(module, name)))
+        assert up.told("send", str(tmp_path / "study"), "--to", "archive")["state"] == "delivered"
+        queued = up.told("send", str(tmp_path / "study"), "--to", "archive", "--no-wait")
+    assert opened == [] and queued["targets"]["archive"]["already"] == 3
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "words"),
+    [
+        ({"paths": ["/no/such"], "targets": ["good"]}, 404, "/no/such: no such file or folder"),
+        ({"paths": ["relative"], "targets": ["good"]}, 422, "absolute"),
+        ({"paths": ["EMPTY"], "targets": ["good"]}, 422, "nothing to send"),
+        ({"paths": ["STUDY"], "targets": ["good"], "exclude": "*.dcm"}, 422, "nothing to send"),
+        ({"paths": ["STUDY"], "targets": ["nobody"]}, 404, "no target named nobody"),
+        ({"paths": ["STUDY"], "targets": ["off"]}, 422, "disabled"),
+    ],
+)
+def test_what_can_t_be_sent_is_refused_in_one_line(
+    up: Talaria, api: httpx.Client, tmp_path: Path, body: dict[str, Any], status: int, words: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    studies.ct(tmp_path / "study", 1)
+    up.apply(good=folder(tmp_path / "good"), off=folder(tmp_path / "off", enabled=False))
+    names = {"EMPTY": str(tmp_path / "empty"), "STUDY": str(tmp_path / "study")}
+    answer = api.post("/dispatches", json=body | {"paths": [names.get(path, path) for path in body["paths"]]})
+    assert answer.status_code == status and words in answer.json()["error"]
+
+
+def test_targets_come_and_go_and_secrets_stay(up: Talaria, api: httpx.Client, tmp_path: Path) -> None:
+    (tmp_path / "place").mkdir()
+    cloud = {"type": "s3", "bucket": "studies", "access_key_id": "AK", "secret_access_key": "${HOME} swordfish"}
+    shelf = {"type": "folder", "folder": str(tmp_path / "place")}
+    made = api.post("/targets", json={"targets": {"api-cloud": cloud, "api-shelf": shelf}}).json()
+    assert [one["action"] for one in made["targets"]] == ["created", "created"]
+    # Texts are taken as they are: nothing of the server's environment or disk gets into a target.
+    again = api.post("/targets", json={"targets": {"api-cloud": cloud}, "dry_run": True}).json()
+    assert again["targets"] == [{"name": "api-cloud", "action": "unchanged"}]
+    for path in ("/targets", "/targets/api-cloud", "/targets/s3/api-cloud", "/target-export"):
+        answer = api.get(path)
+        assert answer.status_code == 200 and "swordfish" not in answer.text and "api-cloud" in answer.text
+    wrong = api.post(
+        "/targets", json={"targets": {"api-shelf": {"type": "folder", "folder": "/x", "colour": "swordfish"}}}
+    )
+    assert wrong.status_code == 422 and "colour" in wrong.json()["error"] and "swordfish" not in wrong.text
+    tested = followed(api, "/target-tests?name=api-shelf", "POST")
+    assert [name for name, _ in tested][-1] == "result" and tested[-1][1]["ok"] is True
+    assert [event["probe"]["name"] for name, event in tested if name == "probe"]
+    unsaved = followed(api, "/target-tests/unsaved", "POST", json={"targets": {"x": shelf | {"folder": "/no/such"}}})
+    assert unsaved[-1][1]["ok"] is False and api.get("/targets/x").status_code == 404
+    assert api.post("/targets/api-shelf/enable", json={"enabled": False}).json()["action"] == "disabled"
+    assert api.post("/targets/api-shelf/rename", json={"to": "api-other"}).json()["name"] == "api-other"
+    for name in ("api-other", "api-cloud"):
+        assert api.delete(f"/targets/{name}").json()["action"] == "removed"
+    gone = api.get("/targets/api-other")
+    assert gone.status_code == 404 and "no target named api-other" in gone.json()["error"]
+
+
+def test_queries_and_retrievals(up: Talaria, api: httpx.Client, tmp_path: Path) -> None:
+    with archive([*study("Q1"), *study("Q2")]) as peer:
+        up.apply(src=source(peer))
+        asked = {"source": "src", "patient_name": studies.PATIENT_NAME}
+        found = api.post("/matches", json=asked).json()["matches"]
+        assert {one["AccessionNumber"] for one in found} == {"Q1", "Q2"}
+        refused = api.post("/queries", json=asked)
+        assert refused.status_code == 422 and studies.PATIENT_NAME not in refused.text
+        query = api.post("/queries", json={"source": "src", "accession": "Q1,Q2"}).json()["flow_run_id"]
+        listed = followed(api, f"/queries/{query}/events")[-1][1]
+        assert {one["AccessionNumber"] for one in listed["matches"]} == {"Q1", "Q2"} and listed["state"] == "found"
+        assert not any(value in json.dumps(listed) for value in studies.PHI)
+        assert api.get("/queries").json()["jobs"][0]["kind"] == "query"
+        into = str(tmp_path / "into")
+        made = api.post("/retrievals", json={"source": "src", "numbers": ["Q1"], "into": into}).json()
+        ended = followed(api, f"/retrievals/{made['flow_run_id']}/events")[-1][1]
+        assert ended["state"] == "delivered" and set(placed(tmp_path / "into")) == {"Q1"}
+        assert api.post("/retrievals", json={"source": "src", "into": into}).status_code == 422
+        assert api.get(f"/retrievals/{made['flow_run_id']}").json()["run"]["kind"] == "retrieval"

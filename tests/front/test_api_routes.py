@@ -1,0 +1,129 @@
+"""Talaria's API as it describes itself: what commands ask for is there, each route has its role, errors one form."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from talaria.cli import remote
+from talaria.front import api
+from talaria.front.access import SCOPE_KEY, Identity, Role, role_of
+from talaria.front.api.errors import answer_to
+from transfer.errors import Busy, Denied, Misconfigured, NotFound, Unreachable
+from transfer.home import Home
+
+SECRET = "swordfish"
+
+
+@pytest.fixture
+def app(tmp_path: Path) -> FastAPI:
+    async def client() -> Any:
+        raise httpx.ConnectError("the Prefect server is away")
+
+    return api.application(client, Home(tmp_path))
+
+
+def ask(app: FastAPI, method: str, path: str, role: Role | None = Role.ADMIN, **more: Any) -> httpx.Response:
+    async def gated(scope: Any, receive: Any, send: Any) -> None:
+        known = {} if role is None else {SCOPE_KEY: Identity("anna", role)}
+        await app({**scope, **known}, receive, send)
+
+    async def call() -> httpx.Response:
+        transport = httpx.ASGITransport(gated, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://t") as client:
+            return await client.request(method, path, **more)
+
+    return asyncio.run(call())
+
+
+def test_what_commands_ask_for_is_there_under_the_same_name(app: FastAPI) -> None:
+    paths = app.openapi()["paths"]
+    there = {
+        one["operationId"]: (method.upper(), path.replace(":path", ""))
+        for path, methods in paths.items()
+        for method, one in methods.items()
+    }
+    for operation, route in {**remote.ROUTES, **remote.STREAMS}.items():
+        assert there[operation] == route
+
+
+def test_everything_that_the_issue_names_has_a_route_with_a_summary(app: FastAPI) -> None:
+    there = {f"{method.upper()} {path}" for path, methods in app.openapi()["paths"].items() for method in methods}
+    jobs = {"GET {}", "GET {}/{{job}}", "GET {}/{{job}}/receipt", "GET {}/{{job}}/events"} | {
+        f"POST {{}}/{{{{job}}}}/{action}" for action in ("retry", "cancel", "pause", "resume")
+    }
+    for name in ("dispatches", "retrievals", "queries"):
+        assert {one.format(f"/{name}") for one in jobs} | {f"POST /{name}"} <= there
+    assert {"GET /health", "GET /status", "POST /target-tests", "POST /matches"} <= there
+    for methods in app.openapi()["paths"].values():
+        assert all(one["description"] for one in methods.values())
+
+
+def test_every_route_declares_its_role_and_holds_to_it(app: FastAPI) -> None:
+    for route in app.routes:
+        endpoint = getattr(route, "endpoint", None)
+        assert hasattr(endpoint, "role"), route
+        path = str(getattr(route, "path", "")).replace("{name:path}", "x").replace("{job}", "x")
+        if path == "/openapi.json":
+            continue  # the gate's
+        for method in getattr(route, "methods", ()):
+            needed = role_of(route)
+            if needed > Role.NOBODY:
+                assert ask(app, method, path, None, json={}).status_code == 401, path
+                below = Role(needed - 1)
+                assert ask(app, method, path, below, json={}).status_code in (401, 403), path
+    changes = {"POST /targets", "DELETE /targets/{name:path}", "POST /target-tests/unsaved"}
+    for route in app.routes:
+        if any(f"{method} {route.path}" in changes for method in getattr(route, "methods", ())):  # type: ignore[attr-defined]
+            assert role_of(route) is Role.ADMIN
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({"paths": [], "targets": ["a"]}, "paths: must not be empty"),
+        ({"targets": ["a"]}, "paths: is required"),
+        ({"paths": ["/x"], "targets": ["a"], "colour": SECRET}, "colour: unknown field"),
+        ({"paths": ["/x"], "targets": ["a"], "priority": SECRET}, "priority: must be 'urgent', 'normal' or 'offpeak'"),
+        ({"paths": "/x", "targets": ["a"]}, "paths: must be a list"),
+    ],
+)
+def test_what_is_not_valid_is_said_in_one_line_without_its_value(app: FastAPI, body: Any, words: str) -> None:
+    answer = ask(app, "POST", "/dispatches", json=body)
+    # Prefect is asked for first, and is away: what is wrong with the request itself is said all the same.
+    assert answer.status_code == 422 and answer.json() == {"error": words}
+    assert SECRET not in answer.text
+
+
+def test_errors_have_one_form(app: FastAPI) -> None:
+    assert "no such route" in ask(app, "GET", "/nothing").json()["error"]
+    assert "no such method" in ask(app, "DELETE", "/health").json()["error"]
+    for kind in ("application/json", "text/plain"):
+        broken = ask(app, "POST", "/dispatches", content=b"{", headers={"Content-Type": kind})
+        assert "JSON object" in broken.json()["error"]
+    away = ask(app, "GET", "/targets")
+    assert away.status_code == 503 and "Prefect server" in away.json()["error"]
+    assert ask(app, "GET", "/health", None).status_code == 401  # the gate names whoever asks, nobody too
+    assert ask(app, "GET", "/health", Role.NOBODY).json()["ok"] is True
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "words"),
+    [
+        (NotFound("no target named x", ""), 404, "no target named x"),
+        (Misconfigured("is disabled", "pacs"), 422, "pacs: is disabled"),
+        (Denied("lies elsewhere"), 422, "lies elsewhere"),
+        (ValueError("--to"), 422, "--to"),
+        (Unreachable("refused", "pacs"), 502, "pacs: refused"),
+        (Busy("later", "pacs"), 502, "pacs: later"),
+        (UnicodeEncodeError("ascii", SECRET, 0, 1, SECRET), 500, "unexpected UnicodeEncodeError: see the server's log"),
+        (KeyError(SECRET), 500, "unexpected KeyError: see the server's log"),
+    ],
+)
+def test_an_error_becomes_a_status_and_its_own_words(error: Exception, status: int, words: str) -> None:
+    assert answer_to(error) == (status, words)

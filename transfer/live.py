@@ -1,0 +1,50 @@
+"""What a run found before it ends, for whoever looks at this machine: small files, replaced as a whole.
+
+What shall outlive the run, or be seen from elsewhere, is kept at Prefect; this costs no server anything. The folder is
+that of the runs' progress (`tasks.dispatch.progress`), which is cleared there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from transfer.home import Home
+
+PLAN, PROBES = "plan", "probes"  # kinds: what a dispatch is going to do; the steps of a check that were made so far
+
+SHOW_PLAN = "talaria.show-plan"  # label of a run that is to show its plan
+
+
+def write(home: Home, run_id: str, kind: str, document: dict[str, Any]) -> None:
+    """Replace what a run found. A disk that is full costs the sight of it, not the run."""
+    path = _path(home, run_id, kind)
+    part = path.with_suffix(".part")
+    flags = os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_CLOEXEC
+    with suppress(OSError):
+        path.parent.mkdir(exist_ok=True, mode=0o700)
+        with open(os.open(part, flags, 0o600), "w", encoding="utf-8") as file:
+            json.dump(document, file)
+        part.replace(path)
+
+
+def read(home: Home, run_id: str, kind: str) -> dict[str, Any] | None:
+    """Return what a run found; None if it has found nothing yet, or not on this machine."""
+    try:
+        document: dict[str, Any] = json.loads(_path(home, run_id, kind).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return document
+
+
+def forget(home: Home, run_id: str, kind: str) -> None:
+    """Remove what a run found."""
+    with suppress(OSError):
+        _path(home, run_id, kind).unlink()
+
+
+def _path(home: Home, run_id: str, kind: str) -> Path:
+    return home.root / "progress" / f"{run_id}.{kind}.json"
