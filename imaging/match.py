@@ -1,5 +1,7 @@
 """What a query's keys match: as PS3.4 section C.2.2.2 says but, as in Orthanc, without regard to upper and lower case.
 
+Descriptions are filters, and match exactly as they are given.
+
 Blanks around a value don't count, nor do empty components at the end of a person's name. A name with several
 component groups (alphabetic, ideographic, phonetic) matches as a whole or by one of them.
 """
@@ -27,7 +29,7 @@ def of_study(query: Query) -> Iterator[tuple[str, Test]]:
     if query.AccessionNumber:
         yield "AccessionNumber", one_of(query.AccessionNumber)
     if query.StudyDescription:
-        yield "StudyDescription", one_of(query.StudyDescription)
+        yield "StudyDescription", exactly(query.StudyDescription)
     if not is_universal(query.PatientID):
         yield "PatientID", like(query.PatientID)
     if not is_universal(query.PatientName):
@@ -44,7 +46,7 @@ def of_series(query: Query) -> Iterator[tuple[str, Test]]:
         tests = [like(modality) for modality in listed(query.Modality)]
         yield "Modality", lambda value: any(test(value) for test in tests)
     if query.SeriesDescription:
-        yield "SeriesDescription", one_of(query.SeriesDescription)
+        yield "SeriesDescription", exactly(query.SeriesDescription)
     if query.SeriesInstanceUID.strip():
         yield "SeriesInstanceUID", one_of(listed(query.SeriesInstanceUID))
 
@@ -67,6 +69,12 @@ def one_of(values: Iterable[str]) -> Test:
     """Return a test for exact values, any of which may match; an empty one matches nothing."""
     wanted = frozenset(_plain(value) for value in values) - {""}
     return lambda value: _plain(value) in wanted
+
+
+def exactly(values: Iterable[str]) -> Test:
+    """Values in upper and lower case as given, any of which matches; an empty one matches nothing."""
+    wanted = frozenset(value.strip() for value in values) - {""}
+    return lambda value: value.strip() in wanted
 
 
 def like(pattern: str) -> Test:
@@ -130,7 +138,10 @@ def _ends(period: str) -> tuple[str, str]:
         except ValueError as exc:
             raise ValueError(f"study date {period!r}: {end} is not a date, as in YYYYMMDD") from exc
     first = parsed[1] or ""
-    return first, (parsed[3] or "") if parsed[2] else first
+    last = (parsed[3] or "") if parsed[2] else first
+    if last and first.ljust(8, "0") > last.ljust(8, "9"):
+        raise ValueError(f"study date {period!r}: the range ends before it begins")
+    return first, last
 
 
 def between(period: str) -> Test:

@@ -189,7 +189,7 @@ def uids(matches: Iterable[Match], query: Query) -> list[str]:
 def _study_passes(study: Study, query: Query, fold: Fold) -> bool:
     return (
         _is_one_of(study.accession, query.AccessionNumber, fold)
-        and _is_one_of(study.description, query.StudyDescription, fold)
+        and _is_one_of(study.description, query.StudyDescription, str)
         and _is_like(study.patient_id, query.PatientID, fold)
         and _is_named(study.name, query.PatientName, fold)
         and _is_within(study.date, query.StudyDate)
@@ -201,7 +201,7 @@ def _series_passes(series: Series, query: Query, fold: Fold) -> bool:
     modalities = query.Modality.replace("\\", ",").split(",")
     return (
         any(_is_like(series.modality, one, fold) for one in modalities)
-        and _is_one_of(series.description, query.SeriesDescription, fold)
+        and _is_one_of(series.description, query.SeriesDescription, str)
         and (not query.SeriesInstanceUID or series.uid == query.SeriesInstanceUID)
     )
 

@@ -30,6 +30,7 @@ STUDY_FIELDS = (
     "StudyDescription", "ModalitiesInStudy", "NumberOfStudyRelatedSeries", "NumberOfStudyRelatedInstances",
 )  # fmt: skip
 SERIES_FIELDS = ("SeriesDescription", "BodyPartExamined", "NumberOfSeriesRelatedInstances")
+CASED = ("StudyDescription", "SeriesDescription")  # match in the case that they are given in; servers may ignore it
 # Values that no study has: a server that finds something with them ignores the key.
 NO_VALUE, NO_DATE = "NO SUCH VALUE 7Q", "18000101"
 NAME_TRIES = 5  # with up to so many empty components less one at its end, as some write names (PS3.5 section 6.2.1)
@@ -162,7 +163,8 @@ class _Finder:
             if any(keyword in given for keyword, _ in failed):
                 continue  # it answers that of others, so this one has no value
             sent = [key for key, value in search.sent if (key, value) in keys and not has_wild_cards(value)]
-            if all(keyword in sent and self._matches(search.segments, keyword) for keyword, _ in failed):
+            trusted = [keyword for keyword in sent if keyword not in CASED]
+            if all(keyword in trusted and self._matches(search.segments, keyword) for keyword, _ in failed):
                 yield values
                 continue
             below = self._below(search.segments, str(values.get(uid, "")))

@@ -309,6 +309,7 @@ def three(up: Talaria, tmp_path_factory: pytest.TempPathFactory) -> None:
         (["src", "--into", "/tmp/x"], "nothing to look for"),
         (["src", "--study-date", "soon", "--into", "/tmp/x"], "study date"),
         (["src", "--study-date", "20240231", "--into", "/tmp/x"], "20240231 is not a date"),
+        (["src", "--study-date", "20240131-20240101", "--into", "/tmp/x"], "ends before it begins"),
         (["src", "--accession", "A", "--into", "/no/such/folder"], "there is no folder /no/such"),
         (["src", "--accession", "A", "--into", "/etc/passwd"], "/etc/passwd is not a folder"),
         (["src", "--accession-file", "/no/such/file", "--into", "/tmp/x"], "/no/such/file"),

@@ -49,7 +49,8 @@ def test_wild_cards_take_no_time_to_fail() -> None:
 
 @given(days, days, days)
 def test_range_includes_its_ends(first: str, last: str, day: str) -> None:
-    assert between(f"{first}-{last}")(day) == (first <= day <= last)
+    low, high = sorted((first, last))
+    assert between(f"{low}-{high}")(day) == (low <= day <= high)
     assert between(f"{first}-")(day) == (first <= day)
     assert between(f"-{last}")(day) == (day <= last)
     assert between(first)(day) == (first == day)
@@ -109,6 +110,27 @@ def test_what_is_no_date_is_refused_with_the_remedy(period: str) -> None:
 )
 def test_names(pattern: str, name: str, expected: bool) -> None:
     assert named(pattern)(name) == expected
+
+
+@pytest.mark.parametrize("period", ["20240131-20240101", "2025-2024", "202402-202401", "20240601-202405"])
+def test_a_range_that_ends_before_it_begins_is_refused(period: str) -> None:
+    for read in (between, in_days):
+        with pytest.raises(ValueError, match="ends before it begins"):
+            read(period)
+
+
+@given(days)
+def test_a_day_and_its_month_and_year_are_ranges_in_any_order(day: str) -> None:
+    for period in (f"{day}-{day[:6]}", f"{day[:6]}-{day}", f"{day}-{day[:4]}", f"{day[:4]}-{day}", f"{day}-{day}"):
+        assert between(period)(day)
+
+
+def test_descriptions_match_in_the_case_that_they_are_given_in() -> None:
+    query = Query(StudyDescription=("Thorax", " Knie, axial "), SeriesDescription=("T2",))
+    of_the_study, of_the_series = dict(of_study(query)), dict(of_series(query))
+    described = ("Thorax", "thorax", "Thorax ", "Knie, axial", "Knie, axia", "", "Thor*")
+    assert [one for one in described if of_the_study["StudyDescription"](one)] == ["Thorax", "Thorax ", "Knie, axial"]
+    assert [one for one in ("T2", "t2", "T2 axial") if of_the_series["SeriesDescription"](one)] == ["T2"]
 
 
 def test_lists() -> None:
