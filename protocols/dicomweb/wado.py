@@ -16,6 +16,7 @@ from pathlib import Path
 
 from imaging.header import UID, Damaged, Header, NotDicom, read_header
 from protocols.dicomweb import service as dicomweb
+from protocols.dicomweb import wado_uri
 from protocols.dicomweb.service import Service
 from protocols.files import partial
 from protocols.files.instances import here
@@ -65,6 +66,10 @@ class Unable(Busy):
     """The server fails at this request, or takes too long; smaller ones may succeed."""
 
 
+class NoService(Misconfigured):
+    """The server does not do this."""
+
+
 def fetch(
     service: Service, uids: tuple[str, ...], pace: Callable[[int], None], forms: list[str] | None = None
 ) -> Generator[Iterator[memoryview], None, None]:
@@ -94,6 +99,8 @@ def fetch(
             body = answer.read()
             if accept == asked[-1] or answer.status not in OTHER_FORM:
                 error = service.error(answer, body, where)
+                if isinstance(error, Misconfigured):
+                    raise NoService(error.message)
                 raise Unable(error.message) if answer.status in UNABLE else error
 
 
@@ -210,6 +217,8 @@ class WadoRetrieval:
         self._unable = 0  # failures since anything came
         self._whole = True  # whether series are asked for at once
         self._forms = list(ACCEPTS)
+        self._uri = ""  # where WADO-URI is, once WADO-RS turned out not to be there
+        self._sought = 0  # instances for which that was looked for
         self._concurrency = concurrency
 
     def run(self) -> Plan:
@@ -293,7 +302,10 @@ class WadoRetrieval:
         return [] if self._is_whole(job.series) else self._one_by_one(job.series)
 
     def _do_instance(self, job: _Job) -> list[_Job]:
+        by_uri = bool(self._uri)
         refusal = self._fetch(job)
+        if isinstance(refusal, NotFound | NoService) and not by_uri and self._finds_uri(job):
+            refusal = self._fetch(job)
         if isinstance(refusal, LASTING):
             self._refused[job.instance] = refusal.message
             with self._lock:
@@ -315,6 +327,24 @@ class WadoRetrieval:
             else:
                 self._lost.append(refusal)
         return []
+
+    def _finds_uri(self, job: _Job) -> bool:
+        """Return whether an instance that WADO-RS doesn't give is given by WADO-URI, if that can be."""
+        with self._lock:
+            if self._uri or self._came or self._sought >= HOPELESS:
+                return bool(self._uri)
+            self._sought += 1
+            self._uri = wado_uri.found(self.service, (job.series.study, job.series.uid, job.instance))
+            if self._uri:
+                self._whole = False
+                self.notes.append(f"retrieved by WADO-URI at {self._uri}: the server has no WADO-RS")
+            return bool(self._uri)
+
+    def _contents(self, job: _Job) -> Generator[Iterator[memoryview], None, None]:
+        uids = (job.series.study, job.series.uid) + ((job.instance,) if job.instance else ())
+        if self._uri and job.instance:
+            return wado_uri.fetch(self.service, self._uri, uids, self._pace)
+        return fetch(self.service, uids, self._pace, self._forms)
 
     def _one_by_one(self, series: WadoSeries) -> list[_Job]:
         """List the instances of a series that the server has and that are not here.
@@ -350,8 +380,7 @@ class WadoRetrieval:
         Raises:
             DispatchError: nothing else would come either, or could be written.
         """
-        uids = (job.series.study, job.series.uid) + ((job.instance,) if job.instance else ())
-        with closing(fetch(self.service, uids, self._pace, self._forms)) as contents:
+        with closing(self._contents(job)) as contents:
             while True:
                 try:
                     content = next(contents, None)

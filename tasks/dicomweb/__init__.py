@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from blocks.dicomweb import DicomWebTarget
 from imaging import json as dicomjson
 from imaging.query import Match, Query
-from protocols.dicomweb import qido, readback, wado
+from protocols.dicomweb import qido, readback, wado, wado_uri
 from protocols.dicomweb import service as dicomweb
 from protocols.dicomweb.client import DicomwebClient, RequestRefused
 from protocols.dicomweb.pages import Archive
@@ -225,7 +225,11 @@ def _probe_wado(service: Service, probe: Probe) -> None:
         elif not uids and answer.status in WADO_NONE:
             probe.detail = f"answers {answer.status} for an instance that is not there"
         elif answer.status != 200:
-            raise service.error(answer, answer.read(), wado.path(service, uids or (BOGUS,) * 3))
+            error = service.error(answer, answer.read(), wado.path(service, uids or (BOGUS,) * 3))
+            place = wado_uri.found(service, uids) if uids and isinstance(error, wado_uri.ABSENT) else ""
+            if not place:
+                raise error
+            probe.detail = f"gives instances by WADO-URI only, at {place}"
 
 
 def push(target: DicomWebTarget, plan: Plan, report: PushReport) -> Receipt:

@@ -195,6 +195,7 @@ class Scripted:
         repeats: beyond the last page comes the first one again.
         withheld: instances that are listed, but not given out.
         gives: how WADO answers: `multipart`, `single`, `chunked`, `closing`.
+        uri: path of a WADO-URI service; then there is no WADO-RS, which is answered with `no_rs`.
         wado_cut: bytes of a WADO answer after which the connection is reset, once.
         tokens: how many tokens were given out at /token; `lifetime_s` is theirs, None is not told.
     """
@@ -218,6 +219,8 @@ class Scripted:
     withheld: set[str] = field(default_factory=set)
     kept: dict[tuple[Any, ...], list[dict[str, Any]]] = field(default_factory=dict)
     gives: str = "multipart"
+    uri: str = ""
+    no_rs: int = 404
     wado_cut: int | None = None
     tokens: list[str] = field(default_factory=list)
     lifetime_s: float | None = 3600
@@ -298,14 +301,20 @@ class Scripted:
     def _usual(self, request: Request) -> Reply:
         if request.path == "/token":
             return self._token(request)
+        if self.uri and request.path == self.uri:
+            return self._by_uri(dict(request.query))
         if not request.path.startswith("/rs/"):
             return Reply(404, b"<html><title>Not here</title></html>", "text/html")
         segments = [unquote(part) for part in request.path.split("/")[2:]]
+        if segments[0] not in ("studies", "series", "instances"):
+            return Reply(404)
         if request.method == "POST":
             return self._store(request) if segments == ["studies"] else Reply(404)
         if segments[-1] == "metadata":
             return self._metadata(segments)
         wants_dicom = 'application/dicom"' in request.headers.get("accept", "") or len(segments) == 6
+        if wants_dicom and self.uri:
+            return Reply(self.no_rs)
         return self._retrieve(segments) if wants_dicom else self._search(segments, request.query)
 
     # ---- services
@@ -368,6 +377,14 @@ class Scripted:
         for ds in files:
             groups.setdefault(str(ds[key].value), []).append(ds)
         return [_match(level, group) for _, group in sorted(groups.items())]
+
+    def _by_uri(self, given: dict[str, str]) -> Reply:
+        uid = given.get("objectUID", "")
+        if given.get("requestType") != "WADO" or "transferSyntax" in given:
+            return Reply(400)
+        if uid not in self.stored or uid in self.withheld:
+            return Reply(404)
+        return Reply(200, self.stored[uid], "application/dicom")
 
     def _retrieve(self, segments: list[str]) -> Reply:
         wanted = dict(zip(segments[::2], segments[1::2], strict=True))
