@@ -14,6 +14,8 @@ from transfer.errors import Busy, Misconfigured
 from transfer.layout import sanitised
 from transfer.oserrors import FULL
 
+PLACES = "places"  # file beside the instances that are moved: where they go
+
 
 def check_place(into: Path) -> None:
     """Raise if studies can't be moved to a folder, or if its name is probably mistyped.
@@ -36,24 +38,35 @@ def place(folder: Path, into: Path, name: str) -> int:
     Raises:
         Busy: there is no room. Misconfigured: the folder can't be written to.
     """
-    count = 0
+    places: dict[Path, Path] = {}
     changed: dict[Path, None] = {}
     try:
         for path in sorted(folder.glob("*.dcm")):
             with path.open("rb") as file:
                 header = read_header(file.fileno(), path.stat().st_size)
-            parent = into / sanitised(name) / sanitised(header.SeriesInstanceUID)
-            if parent not in changed:
-                parent.mkdir(parents=True, exist_ok=True)
-                changed |= dict.fromkeys((parent, parent.parent, into))
-            _move(path, parent / path.name)
-            count += 1
+            places[path] = into / sanitised(name) / sanitised(header.SeriesInstanceUID) / path.name
+        with (folder / PLACES).open("a", encoding="utf-8") as notes:
+            notes.writelines(f"{final}\n" for final in places.values())
+        for path, final in places.items():
+            if final.parent not in changed:
+                final.parent.mkdir(parents=True, exist_ok=True)
+                changed |= dict.fromkeys((final.parent, final.parent.parent, into))
+            _move(path, final)
         for one in changed:
             flush_folder(one)
     except OSError as exc:
         kind = Busy if exc.errno in FULL else Misconfigured
         raise kind(f"can't write to {into}: {exc.strerror}") from exc
-    return count
+    return len(places)
+
+
+def is_placed(folder: Path) -> bool:
+    """Return True if all that was ever to be moved from a folder is in its final place."""
+    try:
+        finals = (folder / PLACES).read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return False
+    return bool(finals) and all(map(os.path.exists, finals))
 
 
 def _move(path: Path, final: Path) -> None:

@@ -34,7 +34,7 @@ from tasks.dispatch.report import updated
 from tasks.dispatch.run import LOOK_S, opens
 from tasks.retrieve.fetch import Fetcher
 from tasks.retrieve.job import Job, Stage, Study, discard, folder_of, size_of
-from tasks.retrieve.place import check_place, place
+from tasks.retrieve.place import check_place, is_placed, place
 from tasks.retrieve.report import RetrievalProgress, document, part_of, report, state_of
 from tasks.targets import check_destination, check_source, load
 from transfer.accessions import accessions
@@ -133,7 +133,11 @@ class Retrieval:
         for study in list(self.job.studies.values()):
             folder = self._folder(study)
             if study.stage is Stage.WHOLE and not any(folder.glob("*.dcm")):
-                study.stage = Stage.FOUND  # its files are gone: fetched again
+                # A kill between the last move and the note of it; else its files are gone, and it is fetched again.
+                study.stage = Stage.DELIVERED if is_placed(folder) else Stage.FOUND
+                self.job.save()
+            if study.stage is Stage.DELIVERED and folder.is_dir():
+                await asyncio.to_thread(discard, folder)
             if study.stage is Stage.FOUND:
                 if self._stopped() or self._held_up():
                     continue
@@ -242,9 +246,9 @@ class Retrieval:
             except Exception as exc:  # what one study meets must not end the others
                 get_run_logger().exception("study %s could not be sent on", study.study)
                 study.stage, study.reason = Stage.FAILED, f"unexpected {type(exc).__name__}: see the run's log"
+            self.job.save()
             if study.stage is Stage.DELIVERED:
                 await asyncio.to_thread(discard, folder)
-            self.job.save()
 
     async def _dispatch(self, study: Study, folder: Path) -> None:
         """Send a study in a dispatch of its own, with the queried node as its origin."""

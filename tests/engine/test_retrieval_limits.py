@@ -9,6 +9,7 @@ import asyncio
 import itertools
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,9 @@ from prefect.states import Completed, Failed, Scheduled
 from blocks.base import Target
 from imaging.query import Query
 from talaria.testing import studies
+from tasks.retrieve import place as places
 from tasks.retrieve import run as engine
-from tasks.retrieve.job import Stage
+from tasks.retrieve.job import Stage, Study
 from tasks.retrieve.run import Retrieval, Wish
 from tests.servers.qr import FIND, GET, Archive, Instance, Last, Request, Send, Steps, archive
 from tests.targets.dicom import dicom_target
@@ -193,6 +195,37 @@ def test_a_retry_asks_only_for_what_did_not_succeed() -> None:
         assert len(peer.asked(GET)) == before[0] + 1  # S2 lay here whole: only sent again
         asked = {str(request.keys.get("AccessionNumber", "")) for request in peer.asked(FIND)[before[1] :]}
         assert asked <= {"S3", ""}
+
+
+@pytest.mark.parametrize("moved", [0, 1, 2])
+def test_what_a_kill_leaves_of_a_delivery_is_not_fetched_again(
+    moved: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed before, within and after the moves to the folder, and before that was noted."""
+    wish = {"targets": (), "into": str(tmp_path / "into"), "numbers": "S1"}
+
+    async def killed(self: Retrieval, one: Study, folder: Path) -> None:
+        moves = iter(range(moved))
+
+        def move(path: Path, final: Path) -> None:
+            if next(moves, None) is None:
+                raise KeyboardInterrupt
+            path.replace(final)
+
+        with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
+            patch.setattr(places, "_move", move)
+            places.place(folder, Path(self.wish.into), one.accession)
+
+    with archive(study("S1")) as peer:
+        with monkeypatch.context() as patch:
+            patch.setattr(Retrieval, "_hand_on", killed)
+            asyncio.run(made(peer, **wish).run())
+        assert len(list((tmp_path / "into").rglob("*/*.dcm"))) >= moved
+        again = made(peer, **wish)
+        asyncio.run(again.run())
+        assert stages(again) == {"S1": Stage.DELIVERED} and len(peer.asked(GET)) == 1
+        assert len(list((tmp_path / "into" / "S1").rglob("*.dcm"))) == 2
+        assert not list(again._folders.glob("*"))
 
 
 def test_what_was_brought_before_a_folder_was_full_is_not_fetched_again(
