@@ -1,287 +1,45 @@
-"""Retrievals beside DCMTK's programs: from a source in memory to a file system in memory, and 10,000 answers to C-FIND.
+"""Retrievals beside DCMTK's programs: from a source in memory, from real ones, over a long way; and answers to C-FIND.
 
     .venv/bin/python -m benchmarks.retrieve [--rounds 5] [--set small]
 
 Two anchors: `getscu`, and `movescu` to `storescp --fork`, as they come, which parse and re-encode what they get; and
 with `+B`, which keeps bytes as Talaria does. DCMTK's programs get PDUs as large as they take them, and no Nagle. Own
-CPU is that of the process, of `storescp` that of its children. Candidates take turns, ratios are those of a round.
+CPU is that of the process, of `storescp` that of its children too. Candidates take turns, ratios are those of a round.
+What is received goes to a file system in memory. Memory is what a retrieval takes above the idle process.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
+import json
 import os
+import resource
 import shutil
-import socket
 import statistics
-import struct
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 import psutil
 
-from benchmarks.measure import MB, Run, in_turn, machine, run, section
-from talaria.testing import studies
+from benchmarks.measure import MB, Run, in_turn, machine, peak_mib, run, section
+from benchmarks.retrieve_source import ANSWERS, CLASS, PDU, SERIES, STUDY, instance, source
 from talaria.testing.process import free_port, listening
-from tests.servers import wire
 
 NODELAY = {"TCP_NODELAY": "1"}
-PDU = 131_072  # bytes
-SETS = {"small": (2000, 30_000), "ct": (500, 524_288), "large": (1, 300_000_000)}  # instances, bytes of each
-ANSWERS = 10_000
-STUDY, SERIES, CLASS = "1.2.826.0.1.1", "1.2.826.0.1.2", "1.2.840.10008.5.1.4.1.1.2"
+SETS = {
+    "small": (2000, 30_000), "ct": (500, 524_288), "large": (1, 300_000_000), "many": (20_000, 9_000),
+    "huge": (1, 2_000_000_000),
+}  # fmt: skip
+FAR = 200  # small instances over the long way
+LISTED = 2000  # accession numbers
 ROOT = "/dev/shm"
-
-
-# ---- the source
-
-
-def _uid(number: int) -> str:
-    return f"1.2.826.0.1.3.{number + 10_000_000}"
-
-
-def instance(number: int, size: int) -> tuple[bytes, bytes]:
-    """Command set and data set of one instance, explicit VR little endian."""
-    uid = _uid(number)
-    command = wire.encode_command(
-        {
-            0x00000002: wire.padded(CLASS),
-            0x00000100: struct.pack("<H", 1),
-            0x00000110: struct.pack("<H", 1),
-            0x00000700: struct.pack("<H", 0),
-            0x00000800: struct.pack("<H", 1),
-            0x00001000: wire.padded(uid),
-        }
-    )
-
-    return command, _head(uid) + struct.pack("<HH2sHI", 0x7FE0, 0x10, b"OW", 0, size) + _pixels(size)
-
-
-@functools.cache
-def _pixels(size: int) -> bytes:
-    return (os.urandom(1 << 16) * (size // (1 << 16) + 1))[:size]
-
-
-@functools.cache
-def _template() -> tuple[bytes, str]:
-    """What stands before the pixels in an image of a scanner's, with its private elements, and its instance UID."""
-    uid = "1.2.826.0.1.3." + "9" * 8
-    with studies.quiet():
-        ds = studies.dataset(study=STUDY, series=SERIES, SOPInstanceUID=uid)
-        for keyword in ("PixelData", "DataSetTrailingPadding"):
-            del ds[keyword]
-        return wire.encode_dataset(ds, wire.EXPLICIT), uid
-
-
-def _head(uid: str) -> bytes:
-    data, old = _template()
-    return data.replace(old.encode(), uid.encode())
-
-
-def pdus(context: int, command: bytes, data: bytes) -> bytes:
-    step = PDU - 12
-    pieces = [wire.p_data(context, command)]
-    for at in range(0, len(data), step):
-        pieces.append(wire.p_data(context, data[at : at + step], command=False, last=at + step >= len(data)))
-    return b"".join(pieces)
-
-
-class Source:
-    """Answers any query with its one series, and sends it from memory; one thread per association."""
-
-    def __init__(self, count: int, size: int, ports: Mapping[str, int]) -> None:
-        self.instances = [instance(number, size) for number in range(count)]
-        self.ports = ports
-        self.prepared: dict[int, list[bytes]] = {}
-        self.answers: dict[bytes, bytes] = {}  # by identifier
-        self.listener = socket.create_server(("127.0.0.1", 0), backlog=64)
-        self.port = int(self.listener.getsockname()[1])
-
-    def serve(self) -> None:
-        while True:
-            sock, _ = self.listener.accept()
-            threading.Thread(target=self._run, args=(sock,), daemon=True).start()
-
-    def ready(self, context: int) -> list[bytes]:
-        if context not in self.prepared:
-            self.prepared[context] = [pdus(context, *one) for one in self.instances]
-        return self.prepared[context]
-
-    def _run(self, sock: socket.socket) -> None:
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        with suppress(OSError, EOFError):
-            peer = _Peer(sock)
-            peer.accept()
-            while True:
-                context, fields, data = peer.message()
-                kind = wire.number(fields[0x00000100])
-                if kind == 0x0020:
-                    self._find(peer, context, fields, data)
-                elif kind == 0x0010:
-                    number = next(n for n, pair in peer.contexts.items() if pair == (CLASS, wire.EXPLICIT))
-                    self._send(peer, number, partial(peer.respond, context, fields, 0xFF00))
-                    peer.respond(context, fields, 0, len(self.instances))
-                elif kind == 0x0021:
-                    self._move(fields)
-                    peer.respond(context, fields, 0, len(self.instances))
-
-    def _send(self, peer: _Peer, context: int, told: Callable[[int], None]) -> None:
-        for number, data in enumerate(self.ready(context), 1):
-            peer.sock.sendall(data)
-            peer.message()
-            if number % 10 == 0:
-                told(number)
-
-    def _move(self, fields: Mapping[int, bytes]) -> None:
-        with socket.create_connection(("127.0.0.1", self.ports[wire.uid_of(fields[0x00000600]).strip()])) as sock:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            peer = _Peer(sock)
-            peer.request(wire.uid_of(fields[0x00000600]).strip())
-            self._send(peer, 1, lambda done: None)
-            sock.sendall(bytes((5, 0, 0, 0, 0, 4, 0, 0, 0, 0)))
-            with suppress(OSError):
-                sock.recv(10)
-
-    def _find(self, peer: _Peer, context: int, fields: Mapping[int, bytes], data: bytes) -> None:
-        from pydicom.dataset import Dataset
-
-        syntax = peer.contexts[context][1]
-        if data in self.answers:  # asked before: what follows takes longer than all that is measured
-            peer.sock.sendall(self.answers[data])
-            return
-        keys = wire.decode_dataset(data, syntax)
-        level = str(keys.QueryRetrieveLevel)
-        many = "PatientName" in keys and str(keys.get("AccessionNumber", "")) == "MANY"
-        count = ANSWERS if many else len(self.instances) if level == "IMAGE" else 1
-        out = []
-        for number in range(count):
-            found = Dataset()
-            for element in keys:
-                value = {
-                    "QueryRetrieveLevel": level, "StudyInstanceUID": f"{STUDY}.{number}" if many else STUDY,
-                    "SeriesInstanceUID": SERIES, "SOPClassUID": CLASS, "SOPInstanceUID": _uid(number),
-                    "NumberOfSeriesRelatedInstances": len(self.instances), "Modality": "CT",
-                    "NumberOfStudyRelatedInstances": len(self.instances), "PatientName": f"Doe^John{number}",
-                    "AccessionNumber": "MANY" if many else "ONE", "StudyDate": "20240101",
-                }.get(element.keyword, "")  # fmt: skip
-                setattr(found, element.keyword, value)
-            out.append(peer.response(context, fields, 0xFF00, wire.encode_dataset(found, syntax)))
-        out.append(peer.response(context, fields, 0))
-        self.answers[data] = b"".join(out)
-        peer.sock.sendall(self.answers[data])
-
-
-class _Peer:
-    """The other side of one association."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self.sock = sock
-        self.contexts: dict[int, tuple[str, str]] = {}
-
-    def _exactly(self, count: int) -> bytes:
-        data = bytearray()
-        while len(data) < count:
-            piece = self.sock.recv(count - len(data))
-            if not piece:
-                raise EOFError
-            data += piece
-        return bytes(data)
-
-    def _pdu(self) -> tuple[int, bytes]:
-        kind, length = struct.unpack(">BxI", self._exactly(6))
-        return kind, self._exactly(length)
-
-    def accept(self) -> None:
-        _, body = self._pdu()
-        asked = wire.decode_proposal(1, body)
-        items = wire.item(0x10, b"1.2.840.10008.3.1.1.1")
-        for context in asked.contexts:
-            syntax = wire.EXPLICIT if wire.EXPLICIT in context.offered else context.offered[0]
-            self.contexts[context.id] = context.abstract_syntax, syntax
-            items += wire.item(0x21, bytes((context.id, 0, 0, 0)) + wire.item(0x40, syntax.encode()))
-        user = wire.item(0x51, struct.pack(">I", PDU)) + wire.item(0x52, wire.IMPLEMENTATION.encode())
-        for uid, roles in asked.roles.items():
-            user += wire.item(0x54, struct.pack(">H", len(uid)) + uid.encode() + bytes(roles))
-        body = struct.pack(">HH", 1, 0) + body[4:68] + items + wire.item(0x50, user)
-        self.sock.sendall(struct.pack(">BxI", 2, len(body)) + body)
-
-    def request(self, called: str) -> None:
-        titles = called.ljust(16).encode() + b"SOURCE".ljust(16) + bytes(32)
-        context = bytes((1, 0, 0, 0)) + wire.item(0x30, CLASS.encode()) + wire.item(0x40, wire.EXPLICIT.encode())
-        user = wire.item(0x51, struct.pack(">I", PDU)) + wire.item(0x52, wire.IMPLEMENTATION.encode())
-        body = struct.pack(">HH", 1, 0) + titles + wire.item(0x10, b"1.2.840.10008.3.1.1.1") + wire.item(0x20, context)
-        body += wire.item(0x50, user)
-        self.sock.sendall(struct.pack(">BxI", 1, len(body)) + body)
-        kind, _ = self._pdu()
-        if kind != 2:
-            raise RuntimeError("the destination refuses the association")
-
-    def message(self) -> tuple[int, dict[int, bytes], bytes]:
-        command, data, fields = b"", b"", None
-        while True:
-            kind, body = self._pdu()
-            if kind == 5:
-                self.sock.sendall(bytes((6, 0, 0, 0, 0, 4, 0, 0, 0, 0)))
-            if kind != 4:
-                raise EOFError
-            at = 0
-            while at < len(body):
-                length, context, flags = struct.unpack_from(">IBB", body, at)
-                piece = body[at + 6 : at + 4 + length]
-                at += 4 + length
-                if flags & 1:
-                    command += piece
-                else:
-                    data += piece
-                if flags == 3:
-                    fields = wire.decode_command(command)
-                    if wire.number(fields[0x00000800]) == wire.NO_DATA:
-                        return context, fields, b""
-                elif flags == 2 and fields is not None:
-                    return context, fields, data
-
-    def response(
-        self, context: int, fields: Mapping[int, bytes], status: int, data: bytes = b"", done: int = 0
-    ) -> bytes:
-        elements = {
-            0x00000002: fields[0x00000002],
-            0x00000100: struct.pack("<H", wire.number(fields[0x00000100]) | 0x8000),
-            0x00000120: fields[0x00000110],
-            0x00000800: struct.pack("<H", 1 if data else wire.NO_DATA),
-            0x00000900: struct.pack("<H", status),
-        }
-        if wire.number(fields[0x00000100]) != 0x0020:
-            elements |= {0x1020: struct.pack("<H", 0), 0x1021: struct.pack("<H", done & 0xFFFF)}
-            elements |= {0x1022: struct.pack("<H", 0), 0x1023: struct.pack("<H", 0)}
-        out = wire.p_data(context, wire.encode_command(elements))
-        return out + (wire.p_data(context, data, command=False) if data else b"")
-
-    def respond(self, context: int, fields: Mapping[int, bytes], status: int, done: int) -> None:
-        self.sock.sendall(self.response(context, fields, status, done=done))
-
-
-@contextmanager
-def source(count: int, size: int, ports: Mapping[str, int]) -> Iterator[int]:
-    """Run a source in a process of its own; yields its port."""
-    made = Source(count, size, ports)
-    made.ready(1)
-    child = os.fork()
-    if child == 0:
-        made.serve()
-    try:
-        yield made.port
-    finally:
-        os.kill(child, 9)
-        os.waitpid(child, 0)
-        made.listener.close()
 
 
 # ---- the candidates
@@ -310,27 +68,62 @@ def program(
 
 
 def _children_cpu(server: psutil.Process | None) -> float:
+    """Seconds that a process has used, and its children, those too that nobody has waited for yet."""
     if server is None:
         return 0.0
     times = server.cpu_times()
-    return times.children_user + times.children_system + times.user + times.system
+    used = times.children_user + times.children_system + times.user + times.system
+    for child in server.children():
+        with suppress(psutil.Error):
+            used += child.cpu_times().user + child.cpu_times().system
+    return float(used)
 
 
-def retrieve(port: int, folder: Path, way: str) -> None:
-    """Retrieve the source's series as a driver does: find, fetch, compare."""
+@contextmanager
+def above_idle() -> Iterator[None]:
+    """As `measure.section`, but memory is what the block takes above what the process has before it, MiB."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew: imports had theirs
+    idle = peak_mib()
+    before, begun = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
+    yield
+    wall, after = time.perf_counter() - begun, resource.getrusage(resource.RUSAGE_SELF)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    print(json.dumps(asdict(Run(wall, cpu, peak_mib() - idle))), flush=True)
+
+
+def retrieve(port: int, folder: Path, aet: str, associations: int, study: str) -> None:
+    """Retrieve a study as a driver does: find, fetch, compare."""
+    from blocks.base import Direction
     from blocks.dicom import DicomTarget
     from imaging.query import Query
-    from protocols.dimse.get import Retriever
     from tasks.dicom import retrieve as fetch
     from transfer.receipt import PushReport
 
-    if way == "move":
-        Retriever.stores = property(lambda one: False)  # type: ignore[method-assign,assignment]
-    target = DicomTarget(host="127.0.0.1", port=port, direction="query", idle_timeout_s=60)
-    with section():
-        receipt = fetch(target, Query(StudyInstanceUID=STUDY), folder, PushReport())
+    target = DicomTarget(
+        host="127.0.0.1", port=port, direction=Direction.QUERY, idle_timeout_s=60, aet_target=aet,
+        concurrency=associations, max_dispatches=associations,
+    )  # fmt: skip
+    with above_idle():
+        receipt = fetch(target, Query(StudyInstanceUID=study), folder, PushReport())
     if receipt.state != "delivered":
         raise RuntimeError(f"{receipt}")
+
+
+def look_up(port: int, aet: str, single: bool, numbers: Path) -> None:
+    """Find a list of accession numbers, each by a query of its own or as a driver does."""
+    from imaging.query import Query
+    from protocols.dimse.query import finder
+    from protocols.dimse.search import PeerSearch
+    from protocols.dimse.transport import Peer
+
+    wanted = tuple(numbers.read_text().split())
+    known = {one for at, one in enumerate(wanted) if at % 10}
+    with finder(Peer("127.0.0.1", port, aet)) as asked, section():
+        search = PeerSearch(asked)
+        queries = [Query(AccessionNumber=(one,)) for one in wanted] if single else [Query(AccessionNumber=wanted)]
+        found = {one.attributes["AccessionNumber"] for query in queries for one in search.find(query)}
+    if found != known:
+        raise RuntimeError(f"{len(found)} of {len(wanted)} numbers found")
 
 
 def find(port: int) -> None:
@@ -369,17 +162,19 @@ def find_pynetdicom(port: int) -> None:
 
 def show(found: Mapping[str, list[Run]], size: int, anchors: Sequence[str]) -> None:
     heads = [f"rate to {anchor}" for anchor in anchors] + [f"CPU to {anchors[0]}"]
-    print(f"\n| what | MB/s | wall s | CPU s | {' | '.join(heads)} |")
-    print("|---|---|---|---|" + "---|" * len(heads))
+    print(f"\n| what | MB/s | wall s | CPU s | MiB more | {' | '.join(heads)} |")
+    print("|---|---|---|---|---|" + "---|" * len(heads))
     for name, runs in found.items():
-        wall, cpu = (statistics.median(getattr(one, what) for one in runs) for what in ("wall_s", "cpu_s"))
+        keys = ("wall_s", "cpu_s", "peak_mib")
+        wall, cpu, peak = (statistics.median(getattr(one, key) for one in runs) for key in keys)
         cells = []
         for anchor in anchors:
             ratios = [other.wall_s / one.wall_s for one, other in zip(runs, found[anchor], strict=True)]
             cells.append(f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})")
         shares = [one.cpu_s / other.cpu_s for one, other in zip(runs, found[anchors[0]], strict=True)]
-        print(f"| {name} | {size / MB / wall:.0f} | {wall:.3f} | {cpu:.3f} | {' | '.join(cells)} | "
-              f"{statistics.median(shares):.2f} |")  # fmt: skip
+        own = name.startswith("talaria")
+        print(f"| {name} | {size / MB / wall:.0f} | {wall:.3f} | {cpu:.3f} | {f'{peak:.0f}' if own else ''} | "
+              f"{' | '.join(cells)} | {statistics.median(shares):.2f} |")  # fmt: skip
 
 
 @contextmanager
@@ -396,38 +191,157 @@ def storescp(folder: Path, *options: str) -> Iterator[tuple[int, psutil.Process]
         server.wait()
 
 
-def compare(name: str, rounds: int, root: Path) -> None:
-    count, size = SETS[name]
-    total = count * size
-    print(f"\n## {name}: {count} instances of {size / MB:.2f} MB")
-    folder = root / "in"
-    scp_port = free_port()
+def dcmtk(tool: str, port: int, aet: str, study: str, *options: str) -> list[str]:
+    keys = ["-S", "-k", "0008,0052=STUDY", "-k", f"0020,000d={study}"]
+    return [tool, "-pdu", str(PDU), "-aec", aet, *keys, *options, "127.0.0.1", str(port)]
+
+
+@contextmanager
+def emptied(folder: Path) -> Iterator[partial[None]]:
+    """Yield what makes a folder empty again."""
 
     def clear() -> None:
         shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
+        folder.mkdir(parents=True)
 
     clear()
-    with storescp(folder) as (plain, plain_server), storescp(folder, "+B") as (kept, kept_server):
-        ports = {"PLAIN": plain, "KEPT": kept, "TALARIA": scp_port}
-        with source(count, size, ports) as port:
-            keys = ["-S", "-k", "0008,0052=SERIES", "-k", f"0020,000d={STUDY}", "-k", f"0020,000e={SERIES}"]
-            get = ["getscu", "-pdu", str(PDU), *keys, "-od", str(folder)]
-            move = ["movescu", "-pdu", str(PDU), *keys]
-            at = ["127.0.0.1", str(port)]
-            scp = {"TALARIA_SCP_PORT": str(scp_port), "TALARIA_SCP_HOST": "127.0.0.1"}
-            by_get = {
-                "talaria, C-GET": partial(ours, "retrieve", port, folder, "get"),
-                "getscu": partial(program, [*get, *at], None, folder, count),
-                "getscu +B": partial(program, [*get, "+B", *at], None, folder, count),
-            }
-            show(in_turn(by_get, rounds, clear), total, ("getscu", "getscu +B"))
-            by_move = {
-                "talaria, C-MOVE": partial(ours, "retrieve", port, folder, "move", env=scp),
-                "movescu to storescp": partial(program, [*move, "-aem", "PLAIN", *at], plain_server, folder, count),
-                "movescu to storescp +B": partial(program, [*move, "-aem", "KEPT", *at], kept_server, folder, count),
-            }
-            show(in_turn(by_move, rounds, clear), total, ("movescu to storescp", "movescu to storescp +B"))
+    yield partial(clear)
+
+
+def compare(name: str, rounds: int, root: Path) -> None:
+    count, size = SETS[name]
+    print(f"\n## {name}: {count} instances of {size / MB:.2f} MB")
+    folder, scp_port = root / "in", free_port()
+    with (
+        emptied(folder) as clear,
+        storescp(folder) as (plain, plain_server),
+        storescp(folder, "+B") as (kept, kept_server),
+        source(count, size, {"PLAIN": plain, "KEPT": kept, "TALARIA": scp_port}) as port,
+    ):
+        get = partial(dcmtk, "getscu", port, "ANY-SCP", STUDY, "-od", str(folder))
+        move = partial(dcmtk, "movescu", port, "ANY-SCP", STUDY)
+        scp = {"TALARIA_SCP_PORT": str(scp_port), "TALARIA_SCP_HOST": "127.0.0.1"}
+        by_get = {
+            "talaria, C-GET": partial(ours, "retrieve", port, folder, "ANY-SCP", 2, STUDY),
+            "getscu": partial(program, get(), None, folder, count),
+            "getscu +B": partial(program, get("+B"), None, folder, count),
+        }
+        show(in_turn(by_get, rounds, clear), count * size, ("getscu", "getscu +B"))
+        by_move = {
+            "talaria, C-MOVE": partial(ours, "retrieve", port, folder, "NOGET", 2, STUDY, env=scp),
+            "movescu to storescp": partial(program, move("-aem", "PLAIN"), plain_server, folder, count),
+            "movescu to storescp +B": partial(program, move("-aem", "KEPT"), kept_server, folder, count),
+        }
+        show(in_turn(by_move, rounds, clear), count * size, ("movescu to storescp", "movescu to storescp +B"))
+
+
+def compare_memory(root: Path) -> None:
+    """What one retrieval of very many instances, and of a very large one, takes above the idle process."""
+    print("\n## Memory\n\n| set | MiB above idle | wall s | CPU s |\n|---|---|---|---|")
+    folder = root / "in"
+    for name in ("small", "many", "huge"):
+        count, size = SETS[name]
+        with emptied(folder), source(count, size, {}) as port:
+            made = ours("retrieve", port, folder, "ANY-SCP", 2, STUDY)
+        print(f"| {count} of {size / MB:.2f} MB | {made.peak_mib:.0f} | {made.wall_s:.2f} | {made.cpu_s:.2f} |")
+
+
+def compare_far(rounds: int, root: Path) -> None:
+    from talaria.testing.relay import relay
+
+    print(f"\n## 20 ms to the source and back: {FAR} instances of 0.03 MB")
+    folder = root / "in"
+    with emptied(folder) as clear, source(FAR, 30_000, {}) as near, relay(near, delay_s=0.01) as way:
+        get = partial(dcmtk, "getscu", way.port, "ANY-SCP", STUDY, "-od", str(folder))
+        show(
+            in_turn(
+                {
+                    "talaria, one association": partial(ours, "retrieve", way.port, folder, "ANY-SCP", 1, STUDY),
+                    "talaria, up to 4": partial(ours, "retrieve", way.port, folder, "ANY-SCP", 4, STUDY),
+                    "getscu": partial(program, get(), None, folder, FAR),
+                    "getscu +B": partial(program, get("+B"), None, folder, FAR),
+                },
+                rounds,
+                clear,
+            ),
+            FAR * 30_000,
+            ("getscu", "getscu +B"),
+        )
+
+
+def compare_real(rounds: int, root: Path) -> None:
+    """From Orthanc and dcmqrscp, whose own CPU is in the table."""
+    for maker in (real_orthanc, real_dcmqrscp):
+        with maker(root / maker.__name__) as (name, port, aet, pid):
+            for kind, count, size in (("small", 600, 30_000), ("ct", 100, 524_288)):
+                study = fill(port, aet, count, size, root / f"{name}-{kind}")
+                print(f"\n## From {name}, {kind}: {count} instances of {size / MB:.2f} MB")
+                folder, server = root / "in", psutil.Process(pid)
+                get = partial(dcmtk, "getscu", port, aet, study, "-od", str(folder))
+                spent: dict[str, list[float]] = {}
+
+                def counted(what: str, work: partial[Run], spent: dict[str, list[float]] = spent,
+                            server: psutil.Process = server) -> Run:  # fmt: skip
+                    before = _children_cpu(server)
+                    done = work()
+                    spent.setdefault(what, []).append(_children_cpu(server) - before)
+                    return done
+
+                with emptied(folder) as clear:
+                    candidates = {
+                        "talaria": partial(ours, "retrieve", port, folder, aet, 2, study),
+                        "getscu": partial(program, get(), None, folder, count),
+                        "getscu +B": partial(program, get("+B"), None, folder, count),
+                    }
+                    turns = {what: partial(counted, what, work) for what, work in candidates.items()}
+                    show(in_turn(turns, rounds, clear), count * size, ("getscu", "getscu +B"))
+                shares = ", ".join(f"{what} {statistics.median(each[1:]):.2f} s" for what, each in spent.items())
+                print(f"\n{name}'s own CPU: {shares}")
+
+
+@contextmanager
+def real_orthanc(folder: Path) -> Iterator[tuple[str, int, str, int]]:
+    from tests.servers.orthanc import orthanc
+
+    with orthanc(folder) as running:
+        yield "Orthanc", running.dicom_port, running.aet, running.pid
+
+
+@contextmanager
+def real_dcmqrscp(folder: Path) -> Iterator[tuple[str, int, str, int]]:
+    from tests.servers.dcmtk import dcmqrscp
+
+    with dcmqrscp(folder, studies=LISTED + 50) as running:
+        yield "dcmqrscp", running.port, running.aet, running.process.pid
+
+
+def fill(port: int, aet: str, count: int, size: int, folder: Path) -> str:
+    """Store one series at a node; returns its study's UID."""
+    digit, first = ("1", 0) if size < 100_000 else ("2", 5000)
+    for number in range(first, first + count):
+        write(folder, number, size, {STUDY: STUDY + digit, SERIES: SERIES + digit})
+    send(port, aet, folder)
+    return STUDY + digit
+
+
+def write(folder: Path, number: int, size: int, changes: Mapping[str, str]) -> None:
+    """Write an instance of the source's, in which values are replaced by others that take as many bytes."""
+    from tests.servers import wire
+
+    command, data = instance(number, size)
+    for old, new in changes.items():
+        if len(wire.padded(old)) != len(wire.padded(new)) or wire.padded(old) not in data:
+            raise ValueError(f"{new} can't stand in the place of {old}")
+        data = data.replace(wire.padded(old), wire.padded(new), 1)
+    uid = wire.uid_of(wire.decode_command(command)[0x00001000])
+    folder.mkdir(exist_ok=True)
+    (folder / f"{number}.dcm").write_bytes(wire.part10(CLASS, uid, wire.EXPLICIT, data))
+
+
+def send(port: int, aet: str, folder: Path) -> None:
+    argv = ["dcmsend", "--no-halt", "-aec", aet, "--scan-directories", "127.0.0.1", str(port), str(folder)]
+    subprocess.run(argv, check=True, env=os.environ | NODELAY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    shutil.rmtree(folder)
 
 
 def compare_find(rounds: int) -> None:
@@ -448,27 +362,59 @@ def compare_find(rounds: int) -> None:
         show(found, 0, ("findscu -q", "pynetdicom"))
 
 
+def compare_lists(rounds: int, root: Path) -> None:
+    """A list of accession numbers, one in ten of which is not there, beside a query for each."""
+    from talaria.testing.studies import ACCESSION
+
+    numbers = [f"{number:0{len(ACCESSION)}}" for number in range(LISTED)]
+    for maker in (real_orthanc, real_dcmqrscp):
+        with maker(root / f"list-{maker.__name__}") as (name, port, aet, _):
+            for number, accession in enumerate(numbers):
+                if number % 10:
+                    own = {STUDY: f"1.2.826.{100_000 + number}", SERIES: f"1.2.826.{200_000 + number}"}
+                    write(root / "list", number, 1000, own | {ACCESSION: accession})
+            send(port, aet, root / "list")
+            print(f"\n## {LISTED} accession numbers at {name}, a tenth of them unknown")
+            given = root / "numbers"
+            given.write_text("\n".join(numbers))
+            found = {
+                "talaria, the list": partial(ours, "look-up", port, aet, 0, given),
+                "talaria, one by one": partial(ours, "look-up", port, aet, 1, given),
+            }
+            show(in_turn(found, rounds), 0, ("talaria, one by one",))
+
+
+OTHERS = ("memory", "far", "find", "real", "lists")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--set", choices=(*SETS, "find"), action="append", help="one or several; all if none is named")
+    sets = ("small", "ct", "large", *OTHERS)
+    parser.add_argument("--set", choices=sets, action="append", help="one or several; all if none is named")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--task", choices=("retrieve", "find", "find-pynetdicom"), help=argparse.SUPPRESS)
+    parser.add_argument("--task", choices=("retrieve", "look-up", "find", "find-pynetdicom"), help=argparse.SUPPRESS)
     parser.add_argument("arguments", nargs="*", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    given = options.arguments
     if options.task == "retrieve":
-        retrieve(int(options.arguments[0]), Path(options.arguments[1]), options.arguments[2])
+        retrieve(int(given[0]), Path(given[1]), given[2], int(given[3]), given[4])
+    elif options.task == "look-up":
+        look_up(int(given[0]), given[1], given[2] == "1", Path(given[3]))
     elif options.task == "find":
-        find(int(options.arguments[0]))
+        find(int(given[0]))
     elif options.task == "find-pynetdicom":
-        find_pynetdicom(int(options.arguments[0]))
+        find_pynetdicom(int(given[0]))
     else:
         print(machine())
         with tempfile.TemporaryDirectory(prefix="talaria-benchmark-", dir=ROOT) as name:
-            for one in options.set or (*SETS, "find"):
-                if one == "find":
-                    compare_find(options.rounds)
-                else:
-                    compare(one, options.rounds, Path(name))
+            root, rounds = Path(name), options.rounds
+            others = {
+                "memory": partial(compare_memory, root), "far": partial(compare_far, rounds, root),
+                "find": partial(compare_find, rounds), "real": partial(compare_real, rounds, root),
+                "lists": partial(compare_lists, min(rounds, 3), root),
+            }  # fmt: skip
+            for one in options.set or sets:
+                others.get(one, partial(compare, one, rounds, root))()
 
 
 if __name__ == "__main__":
