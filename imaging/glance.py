@@ -24,7 +24,9 @@ class Glance:
     def __init__(self) -> None:
         self._before: dict[str, tuple[bytes, int, int, str, str]] = {}  # by transfer syntax
 
-    def __call__(self, head: bytes, length: int, syntax: str, offset: int) -> Header | None:
+    def __call__(
+        self, head: bytes, length: int, syntax: str, offset: int, likely: tuple[str, str] = ("", "")
+    ) -> Header | None:
         """Return an instance's UIDs, nothing else of its header; None if finding them takes a walk over its elements.
 
         The pixel data must end with the data set, and the UIDs of study and series stand once before it: in an item
@@ -34,6 +36,7 @@ class Glance:
             head: the first HEAD_BYTES of the data set, or fewer if it has no more.
             length: bytes of the whole data set.
             offset: of the data set in its file.
+            likely: SOP class and instance, if they are known from elsewhere: they are looked for first.
         """
         explicit = syntax == EXPLICIT_LITTLE
         if (not explicit and syntax != IMPLICIT_LITTLE) or not head.startswith(_GROUP):
@@ -59,11 +62,23 @@ class Glance:
             if study and series and after == next_to:
                 self._before[syntax] = head[at:series_after], at, end, study, series
         beginning = min(end, BEGINNING_BYTES)  # the tags of class and instance are among the lowest
-        sop_class, _, after = _first(head, _CLASS + vr, 0, beginning)
-        instance = _first(head, _INSTANCE + vr, after, beginning)[0]
+        sop_class, instance = likely
+        if not instance or head.find(_pair(*likely, explicit=explicit), 0, beginning) < 0:
+            sop_class, _, after = _first(head, _CLASS + vr, 0, beginning)
+            instance = _first(head, _INSTANCE + vr, after, beginning)[0]
         if not (study and series and sop_class and instance):
             return None
         return Header(sop_class, instance, syntax, study, series, offset, explicit=explicit)
+
+
+def _pair(sop_class: str, instance: str, *, explicit: bool) -> bytes:
+    """Return the elements of class and instance as they follow each other in most data sets."""
+    made = b""
+    for tag, uid in ((_CLASS, sop_class), (_INSTANCE, instance)):
+        raw = uid.encode("ascii", "replace")
+        raw += b"\0" * (len(raw) % 2)
+        made += tag + (b"UI" + len(raw).to_bytes(2, "little") if explicit else len(raw).to_bytes(4, "little")) + raw
+    return made
 
 
 def _once(head: bytes, element: bytes, end: int) -> tuple[str, int, int]:

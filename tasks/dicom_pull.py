@@ -7,18 +7,20 @@ from dataclasses import replace
 from pathlib import Path
 
 from imaging.query import Match, Query, text
-from protocols.dimse.association import associate
 from protocols.dimse.contexts import UNCOMPRESSED
+from protocols.dimse.direct import associate
 from protocols.dimse.get import PATIENT_ROOT_GET, PATIENT_ROOT_MOVE, STUDY_ROOT_GET, STUDY_ROOT_MOVE
-from protocols.dimse.pull import MoveDestination, Pull, PulledSeries
+from protocols.dimse.pull import MoveDestination, Pull
 from protocols.dimse.query import finder
 from protocols.dimse.search import PeerSearch
+from protocols.dimse.series import PulledSeries
 from protocols.dimse.transport import Peer
 from tasks.pulled import compared, of_studies
 from transfer.errors import Misconfigured, NotFound
 from transfer.receipt import Level, PushReport, Receipt
 from transfer.throttle import Throttle
 
+FAR_S = 0.008  # for the first answer to a query; from then on a series is worth several associations
 SCP_PORT = 11_112  # unless TALARIA_SCP_PORT says otherwise; registered for DICOM
 
 
@@ -46,21 +48,32 @@ def retrieve(
     Raises:
         NotFound: nothing matches.
     """
+
+    def list_again(one: PulledSeries) -> None:
+        with finder(peer, report.check) as asked:
+            _list(PeerSearch(asked), one)
+
     with finder(peer, report.check) as asked:
         search = PeerSearch(asked)
         matches = list(search.find(replace(query, level="series")))
-        series = [_series(search, match) for match in matches]
-    if not series:
-        raise NotFound(f"{peer.where}: nothing matches the query")
-    pull = Pull(
-        peer,
-        series,
-        folder,
-        report,
-        associations=associations,
-        throttle=Throttle(bandwidth_limit),
-        destination=destination(),
-    )
+        series = [_series(match) for match in matches]
+        if not series:
+            raise NotFound(f"{peer.where}: nothing matches the query")
+        pull = Pull(
+            peer,
+            series,
+            folder,
+            report,
+            list_again,
+            associations=associations,
+            throttle=Throttle(bandwidth_limit),
+            destination=destination(),
+            far=asked.quickest_s > FAR_S,
+        )
+        pull.look()
+        for one in series:
+            if pull.wants_list(one):
+                _list(search, one)
     plan = pull.run()
     receipt = report.receipt(name, plan, Level.ACCEPTED if pull.unproven else Level.LISTED, tuple(pull.notes))
     return compared(receipt, plan, series, of_studies(query, matches), pull.unproven)
@@ -88,15 +101,21 @@ def granted(peer: Peer) -> str:
     return f"C-MOVE is granted, C-GET is not: {at.aet}, port {at.port}, must be registered there as a destination"
 
 
-def _series(search: PeerSearch, match: Match) -> PulledSeries:
-    images = search.images(match.StudyInstanceUID, match.SeriesInstanceUID)
+def _series(match: Match) -> PulledSeries:
     return PulledSeries(
         match.StudyInstanceUID,
         match.SeriesInstanceUID,
-        match.instances,
-        None if images is None else {str(one["SOPInstanceUID"]): _kinds(one) for one in images},
-        str(match.attributes.get("PatientID", "")),
+        match.instances or None,  # a series without instances is none: the peer doesn't count
+        patient=str(match.attributes.get("PatientID", "")),
+        modality=str(match.attributes.get("Modality", "")),
     )
+
+
+def _list(search: PeerSearch, one: PulledSeries) -> None:
+    """Ask the peer what a series has."""
+    images = search.images(one.study, one.uid, one.patient)
+    one.images = None if images is None else {str(each["SOPInstanceUID"]): _kinds(each) for each in images}
+    one.listed = True
 
 
 def _kinds(image: dict[str, object]) -> tuple[str, tuple[str, ...]]:

@@ -30,16 +30,33 @@ def tidied(body: bytes) -> bytes:
         told = list(_items(b"".join(value for kind, value in items if kind == USER)))
     except ValueError:
         return body
-    made = [_item(APPLICATION, APPLICATION_CONTEXT)]
+    made = [item(APPLICATION, APPLICATION_CONTEXT)]
     made += [context for kind, value in items if kind == CONTEXT and (context := _context(value))]
     user = dict(told)
     limit, implementation = user.get(MAX_LENGTH, b""), user.get(IMPLEMENTATION, b"")
-    inner = _item(MAX_LENGTH, limit if len(limit) == 4 else struct.pack(">I", CAREFUL_PDU))
-    inner += _item(IMPLEMENTATION, implementation if _is_uid(implementation) else UNKNOWN)
+    inner = item(MAX_LENGTH, limit if len(limit) == 4 else struct.pack(">I", CAREFUL_PDU))
+    inner += item(IMPLEMENTATION, implementation if _is_uid(implementation) else UNKNOWN)
     if len(user.get(WINDOW, b"")) == 4:
-        inner += _item(WINDOW, user[WINDOW])
-    inner += b"".join(_item(ROLE, value) for kind, value in told if kind == ROLE)
-    return body[:AC_BYTES] + b"".join(made) + _item(USER, inner)
+        inner += item(WINDOW, user[WINDOW])
+    inner += b"".join(item(ROLE, value) for kind, value in told if kind == ROLE)
+    return body[:AC_BYTES] + b"".join(made) + item(USER, inner)
+
+
+def accepted(body: bytes) -> tuple[dict[int, str], int]:
+    """Return what an A-ASSOCIATE-AC accepts: transfer syntax by context id, and the largest PDU that the peer takes.
+
+    Raises:
+        ValueError: it makes no sense.
+    """
+    items = list(_items(body[AC_BYTES:]))
+    told = dict(_items(b"".join(value for kind, value in items if kind == USER)))
+    syntaxes = {}
+    for kind, value in items:
+        context = _context(value) if kind == CONTEXT else b""
+        if context and context[6] == ACCEPTED:
+            syntaxes[context[4]] = context[12:].decode("ascii")
+    limit = told.get(MAX_LENGTH, b"")
+    return syntaxes, int.from_bytes(limit, "big") if len(limit) == 4 else CAREFUL_PDU
 
 
 def _context(value: bytes) -> bytes:
@@ -54,7 +71,7 @@ def _context(value: bytes) -> bytes:
     if not _is_uid(syntax):
         # Only an accepted context has to name one.
         result, syntax = result or NO_REASON, UNKNOWN
-    return _item(CONTEXT, bytes((number, 0, result, 0)) + _item(SYNTAX, syntax))
+    return item(CONTEXT, bytes((number, 0, result, 0)) + item(SYNTAX, syntax))
 
 
 def _items(data: bytes) -> Iterator[tuple[int, bytes]]:
@@ -75,7 +92,8 @@ def _items(data: bytes) -> Iterator[tuple[int, bytes]]:
         pos = end
 
 
-def _item(kind: int, value: bytes) -> bytes:
+def item(kind: int, value: bytes) -> bytes:
+    """Return an item of an association request or its answer."""
     return struct.pack(">BBH", kind, 0, len(value)) + value
 
 

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import pydicom.config
 from pydicom.uid import UID
@@ -323,8 +323,8 @@ def negotiate(
         if answer.presentation_context_definition_results_list:
             return association
         raise Interrupted(f"{peer.where}: the peer's answer to the association request makes no sense")
-    said = RejectedRequest(*transport.head[8:10]) if _is_rejected(transport) else transport.failure
-    raise _refused(association, silent, patience) from said
+    said = RejectedRequest(*transport.head[8:10]) if is_rejected(transport.head) else transport.failure
+    raise refused(peer, transport, silent, patience) from said
 
 
 def _give_up(sock: Any, thread: threading.Thread) -> None:
@@ -351,15 +351,23 @@ def _unanswered(peer: Peer, patience: float) -> TimedOut:
     return TimedOut(f"{peer.where}: no answer to the association request within {patience:g} s")
 
 
-def _is_rejected(transport: LentSocket) -> bool:
-    return transport.head[:1] == b"\x03" and len(transport.head) >= 10
+class Heard(Protocol):
+    """What came of a request: the first bytes of the answer, and what ended the connection."""
+
+    head: bytes
+    failure: OSError | None
+    timed_out: bool
 
 
-def _refused(association: Association, silent: bool, patience: float) -> DispatchError:
+def is_rejected(head: bytes) -> bool:
+    """Return True if an answer that begins so is an A-ASSOCIATE-RJ."""
+    return head[:1] == b"\x03" and len(head) >= 10
+
+
+def refused(peer: Peer, transport: Heard, silent: bool, patience: float) -> DispatchError:
     """Name why there is no association."""
-    peer, transport = association.peer, association.transport
     head = bytes(transport.head)
-    if _is_rejected(transport):
+    if is_rejected(head):
         return rejection(peer, *head[7:10])
     if head[:1] == b"\x07" and len(head) >= 10:
         return Interrupted(f"{peer.where}: {aborted(*head[8:10])} that was asked for")

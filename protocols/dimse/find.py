@@ -9,8 +9,8 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from protocols.dimse.association import associate
 from protocols.dimse.contexts import UNCOMPRESSED
+from protocols.dimse.direct import associate
 from protocols.dimse.query import STUDY_ROOT_FIND, Finder
 from protocols.dimse.transport import Peer
 from protocols.net.connection import SLICE_S

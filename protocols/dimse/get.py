@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from pynetdicom import build_role
-
 from protocols.dimse import identifier
-from protocols.dimse.association import MAX_CONTEXTS, Association, associate
 from protocols.dimse.contexts import UNCOMPRESSED, Pair
+from protocols.dimse.direct import DirectAssociation, associate
 from protocols.dimse.message import C_STORE_RQ
-from protocols.dimse.query import MEDIUM, PENDING, PRIVATE, Conversation
-from protocols.dimse.receive import Depot, receive, response
+from protocols.dimse.query import CANCELLED, MEDIUM, PENDING, PRIVATE, Conversation
+from protocols.dimse.receive import Depot, Responder, receive
 from protocols.dimse.stream import (
     AFFECTED_CLASS,
     COMMENT,
@@ -31,7 +29,6 @@ from protocols.dimse.stream import (
     WARNING,
     CommandSet,
     Released,
-    pdus,
 )
 from protocols.dimse.transport import Peer
 from protocols.net.hiding import forms
@@ -43,26 +40,7 @@ STUDY_ROOT_GET, PATIENT_ROOT_GET = "1.2.840.10008.5.1.4.1.2.2.3", "1.2.840.10008
 STUDY_ROOT_MOVE, PATIENT_ROOT_MOVE = "1.2.840.10008.5.1.4.1.2.2.2", "1.2.840.10008.5.1.4.1.2.1.2"
 C_GET_RQ, C_GET_RSP, C_MOVE_RQ, C_MOVE_RSP = 0x0010, 0x8010, 0x0021, 0x8021
 DESTINATION_UNKNOWN, WARNINGS = 0xA801, 0xB000
-
-# The syntaxes that instances come in; asked for in contexts of their own, or the peer would choose one for a class.
-SYNTAXES = (
-    "1.2.840.10008.1.2.1", "1.2.840.10008.1.2", "1.2.840.10008.1.2.4.70", "1.2.840.10008.1.2.4.90",
-    "1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.51", "1.2.840.10008.1.2.4.80", "1.2.840.10008.1.2.5",
-    "1.2.840.10008.1.2.4.91", "1.2.840.10008.1.2.4.57", "1.2.840.10008.1.2.4.81", "1.2.840.10008.1.2.1.99",
-    "1.2.840.10008.1.2.2", "1.2.840.10008.1.2.4.201", "1.2.840.10008.1.2.4.202", "1.2.840.10008.1.2.4.203",
-    "1.2.840.10008.1.2.4.102", "1.2.840.10008.1.2.4.103", "1.2.840.10008.1.2.4.100", "1.2.840.10008.1.2.4.101",
-    "1.2.840.10008.1.2.4.104", "1.2.840.10008.1.2.4.105", "1.2.840.10008.1.2.4.106", "1.2.840.10008.1.2.4.107",
-    "1.2.840.10008.1.2.4.108", "1.2.840.10008.1.2.4.92", "1.2.840.10008.1.2.4.93", "1.2.840.10008.1.2.4.110",
-    "1.2.840.10008.1.2.4.111", "1.2.840.10008.1.2.4.112", "1.2.840.10008.1.2.1.98",
-)  # fmt: skip
-# For series of which the peer doesn't list the instances: what most studies are made of.
-USUAL_CLASSES = (
-    "1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.2.1", "1.2.840.10008.5.1.4.1.1.4",
-    "1.2.840.10008.5.1.4.1.1.4.1", "1.2.840.10008.5.1.4.1.1.1", "1.2.840.10008.5.1.4.1.1.1.1",
-    "1.2.840.10008.5.1.4.1.1.1.2", "1.2.840.10008.5.1.4.1.1.6.1", "1.2.840.10008.5.1.4.1.1.3.1",
-    "1.2.840.10008.5.1.4.1.1.7", "1.2.840.10008.5.1.4.1.1.12.1", "1.2.840.10008.5.1.4.1.1.20",
-    "1.2.840.10008.5.1.4.1.1.128", "1.2.840.10008.5.1.4.1.1.88.33", "1.2.840.10008.5.1.4.1.1.11.1",
-)  # fmt: skip
+UNSUPPORTED = (0x0122, 0x0211)  # PS3.7 Annex C: SOP class not supported, unrecognised operation
 
 _numbers = itertools.count(int(time.time()) % 30_000)  # message ids of moves: no two of this process at once alike
 
@@ -90,7 +68,12 @@ class FinalResponse:
     @property
     def refused(self) -> bool:
         """Whether the peer did not do it at all."""
-        return self.status not in (0, WARNINGS) and not (self.completed or self.warning)
+        return self.status not in (0, WARNINGS, CANCELLED) and not (self.completed or self.warning)
+
+    @property
+    def unsupported(self) -> bool:
+        """Whether the peer says that it does not do such a thing, whatever is asked for."""
+        return self.status in UNSUPPORTED
 
     def __str__(self) -> str:
         counts = [
@@ -114,7 +97,7 @@ class Retriever(Conversation):
 
     def __init__(
         self,
-        association: Association,
+        association: DirectAssociation,
         roots: tuple[str, str],
         pairs: frozenset[Pair],
         check: Callable[[], None],
@@ -129,6 +112,7 @@ class Retriever(Conversation):
         self._storage = {number for (abstract, _), number in association.accepted.items() if abstract not in roots}
         self._syntax = by_number.get(self._context, UNCOMPRESSED[0])
         self._syntaxes = by_number
+        self._respond = Responder(self.stream, association.max_send)
 
     @property
     def stores(self) -> bool:
@@ -161,11 +145,10 @@ class Retriever(Conversation):
         if syntax is None or not command.has_dataset:
             raise Interrupted(f"{self.peer.where}: the peer sent an instance in a context that it did not accept")
         try:
-            status = receive(self.stream, command, syntax, depot)
+            receive(self.stream, command, syntax, depot, self._respond)
         except Released as exc:
             self.released = True
             raise Interrupted(f"{self.peer.where}: the peer released the association") from exc
-        self.stream.send(pdus(command.context, response(command, status), None, self.association.max_send))
         if depot.failure is not None:
             raise depot.failure  # sources go on through A700: only the end of the association stops them
 
@@ -227,24 +210,6 @@ def next_message_id() -> int:
     return next(_numbers) % 0xFFFF + 1
 
 
-def pairs_for(classes: Mapping[str, Iterable[str]]) -> list[Pair]:
-    """Return the storage contexts to ask for, for SOP classes and the syntaxes that are known of each (or none).
-
-    One context per class and syntax: of several syntaxes in one the peer would choose for all of a class. What a peer
-    names comes first; the rest of the 126 places is shared out.
-    """
-    room = MAX_CONTEXTS - 2
-    known: list[Pair] = []
-    for sop_class, syntaxes in classes.items():
-        known += [(sop_class, syntax) for syntax in syntaxes]
-    wanted = dict.fromkeys(known[:room])
-    for syntax in SYNTAXES:
-        for sop_class in classes:
-            if len(wanted) < room:
-                wanted[sop_class, syntax] = None
-    return list(wanted)
-
-
 def getter(
     peer: Peer,
     pairs: Sequence[Pair],
@@ -260,8 +225,7 @@ def getter(
     classes = list(dict.fromkeys(sop_class for sop_class, _ in pairs))
     contexts: list[tuple[str, Sequence[str]]] = [(STUDY_ROOT_GET, UNCOMPRESSED), (PATIENT_ROOT_GET, UNCOMPRESSED)]
     contexts += [(sop_class, (syntax,)) for sop_class, syntax in pairs]
-    roles = [build_role(sop_class, scu_role=False, scp_role=True) for sop_class in classes]
-    association = associate(peer, contexts, check, negotiation=roles)
+    association = associate(peer, contexts, check, providers=classes)
     return Retriever(association, (STUDY_ROOT_GET, PATIENT_ROOT_GET), frozenset(pairs), check, throttle, moved)
 
 

@@ -7,39 +7,42 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from imaging.header import UID, Header
+from imaging.header import Header
 from protocols.dimse.get import (
     DESTINATION_UNKNOWN,
     PATIENT_ROOT_GET,
     PATIENT_ROOT_MOVE,
-    USUAL_CLASSES,
     FinalResponse,
     Retriever,
     failure,
     getter,
     mover,
     next_message_id,
-    pairs_for,
 )
 from protocols.dimse.moves import DESK, Expected, addresses
+from protocols.dimse.offers import USUAL_CLASSES, pairs_for
 from protocols.dimse.ports import shared
 from protocols.dimse.receive import Depot
 from protocols.dimse.scp import StorageScp
+from protocols.dimse.series import PulledSeries
 from protocols.dimse.transport import Peer
 from protocols.files import partial as files
 from protocols.files.instances import here
 from transfer.errors import Busy, DispatchError, Interrupted, Misconfigured, TimedOut, Unreachable
-from transfer.fanout import in_threads
+from transfer.fanout import gravest, in_threads
 from transfer.outcome import ALREADY, DELIVERED, Kind, Outcome
 from transfer.plan import Item, Plan
 from transfer.receipt import PushReport
 from transfer.throttle import Throttle
 
 UID_LIST = 50  # instances in one request
+HOPELESS = 3  # refusals, one after the other, before C-GET has brought anything
+HOPELESS_SERIES = 2  # series that C-GET brought nothing of
+PART = 25  # instances that are worth an association of their own
 LATE_S = 3.0  # for what is still on its way when a source says that a move is done
 LOOK_S = 0.05
 PORT_S = 30  # for another process to give up the Storage SCP's port
@@ -52,32 +55,6 @@ class MoveDestination:
     aet: str = "TALARIA"
     port: int = 0
     host: str = ""  # address to listen on, "" for all
-
-
-@dataclass(eq=False)
-class PulledSeries:
-    """A series to retrieve.
-
-    Attributes:
-        announced: how many instances the peer says that it has, None if it doesn't say.
-        images: what the peer lists: SOP class and transfer syntaxes by SOP instance UID; None if it lists nothing.
-        patient: Patient ID, for peers of Patient Root.
-    """
-
-    study: str
-    uid: str
-    announced: int | None = None
-    images: dict[str, tuple[str, tuple[str, ...]]] | None = None
-    patient: str = field(default="", repr=False)
-    answers: list[FinalResponse] = field(default_factory=list)
-
-    def classes(self) -> dict[str, tuple[str, ...]]:
-        """Return the SOP classes of its instances, with the syntaxes that the peer names."""
-        found: dict[str, dict[str, None]] = {}
-        for sop_class, syntaxes in (self.images or {}).values():
-            if UID.fullmatch(sop_class):
-                found.setdefault(sop_class, {}).update(dict.fromkeys(syntaxes))
-        return {sop_class: tuple(syntaxes) for sop_class, syntaxes in found.items()}
 
 
 class _NoRoom(Exception):
@@ -99,8 +76,13 @@ def _association() -> Iterator[None]:
 class Pull:
     """One retrieval. What is in the folder already is not asked for again.
 
+    A series is asked for as a whole, and what the peer has of it is listed only where that doesn't bring what was
+    announced: listing takes some peers longer than giving.
+
     Args:
+        lister: asks the peer what a series has, on an association of its own, and notes it there.
         associations: how many at most at once.
+        far: whether the way to the peer is long, so that a series is worth several associations.
 
     Attributes:
         notes: what went otherwise than announced, and how it was retrieved, for people.
@@ -113,20 +95,25 @@ class Pull:
         series: Sequence[PulledSeries],
         folder: Path,
         report: PushReport,
+        lister: Callable[[PulledSeries], None],
         *,
         associations: int,
         throttle: Throttle,
         destination: MoveDestination,
+        far: bool = False,
     ) -> None:
         self.peer, self.series, self.folder, self.report = peer, list(series), folder, report
         self.notes: list[str] = []
         self.unproven: list[str] = []
-        self._associations, self._throttle, self._destination = associations, throttle, destination
+        self._lister, self._associations, self._far = lister, associations, far
+        self._throttle, self._destination = throttle, destination
         self._lock = threading.Lock()
         self._here: dict[str, Item] = {}
         self._counts: Counter[str] = Counter()
         self._jobs: deque[PulledSeries] = deque()
-        self._moves = ""  # why C-MOVE is used, "" as long as C-GET may do
+        self._moves = ""  # why C-MOVE is used for all, "" as long as C-GET may do
+        self._refusals = 0  # series that C-GET brought nothing of
+        self._given_up: list[DispatchError] = []
         self._got = False  # whether C-GET has ever brought something
         self._established = 0
         self._led = False
@@ -134,57 +121,88 @@ class Pull:
         self._current: dict[int, PulledSeries] = {}  # by thread
         self._uids: dict[str, set[str]] = {one.uid: set() for one in self.series}
 
-    def run(self) -> Plan:
-        """Fetch what is missing; return what should be here as a plan, whose outcomes have been reported.
-
-        Raises:
-            DispatchError: not all could be asked for; what came is in the folder, and has been reported.
-        """
+    def look(self) -> None:
+        """Find what is in the folder already."""
         with files.writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         files.sweep(self.folder)
-        self._look()
-        self._jobs.extend(one for one in self.series if self._lacks(one))
-        if self._jobs:
-            in_threads(self._work, max(1, min(self._associations, len(self._jobs))), "pull")
-        items = dict(self._here)
-        for one in self.series:
-            last = one.answers[-1] if one.answers else None
-            for uid in sorted((one.images or {}).keys() - self._here.keys()):
-                items[uid] = Item(f"{uid}.dcm", 0, 0, Header("", uid, "", one.study, one.uid, 0))
-                text = "listed by the peer, but not given" + (f" ({last})" if last else "")
-                self.report(items[uid], Outcome(Kind.REJECTED, text))
-            if one.images is None and one.announced is None and not (last is None or last.whole):
-                self.unproven.append(one.uid)
-                self.notes.append(f"series {one.uid}: the peer does not say what it has, nor that all came: {last}")
-            elif last and (last.failed or last.status):
-                self.notes.append(f"series {one.uid}: the peer answered {last}")
-        if self._moves:
-            self.notes.append(f"retrieved by C-MOVE to {self._destination.aet}: {self._moves}")
-        elif any(one.answers for one in self.series):
-            self.notes.append("retrieved by C-GET, which the peer grants")
-        return Plan("", self.folder, tuple(sorted(items.values(), key=lambda item: item.path)))
-
-    def count(self, series: str) -> int:
-        """Return how many instances of a series are here."""
-        return self._counts[series]
-
-    def _look(self) -> None:
-        """Find what is in the folder already."""
         wanted = {one.uid for one in self.series}
         for uid, series, item in here(self.folder, wanted, self.report.check):
             self._here[uid] = item
             self._uids[series].add(uid)
             self._counts[series] += 1
             self.report(item, ALREADY)
+        for one in self.series:
+            begun = bool(self._counts[one.uid]) or (self._far and self._parts(one.announced or 0) > 1)
+            one.doubtful = begun and self._lacks(one)
+
+    def wants_list(self, one: PulledSeries) -> bool:
+        """Return whether the peer is to be asked what a series has before it is asked for the series."""
+        unknown = one.announced is None or not (self._moves or one.moves or one.classes())
+        return not one.listed and (one.doubtful or (unknown and self._lacks(one)))
+
+    def run(self) -> Plan:
+        """Fetch what is missing; return what should be here as a plan, whose outcomes have been reported.
+
+        Raises:
+            DispatchError: not all could be asked for; what came is in the folder, and has been reported.
+        """
+        for one in self.series:
+            if self._lacks(one):
+                self._jobs.extend(self._divided(one))
+        if self._jobs:
+            in_threads(self._work, max(1, min(self._associations, len(self._jobs))), "pull")
+        if self._given_up and not self._here:
+            raise gravest(self._given_up)
+        items = dict(self._here)
+        for one in self.series:
+            self._conclude(one, items)
+        if self._moves:
+            self.notes.append(f"retrieved by C-MOVE to {self._destination.aet}: {self._moves}")
+        elif any(one.answers and not one.moves for one in self.series):
+            self.notes.append("retrieved by C-GET, which the peer grants")
+        return Plan("", self.folder, tuple(sorted(items.values(), key=lambda item: item.path)))
+
+    def _conclude(self, one: PulledSeries, items: dict[str, Item]) -> None:
+        """Report what a series lacks, and what the peer had to say about it."""
+        last = one.answers[-1] if one.answers else None
+        for uid in self._missing(one):
+            items[uid] = Item(f"{uid}.dcm", 0, 0, Header("", uid, "", one.study, one.uid, 0))
+            text = "listed by the peer, but not given" + (f" ({last})" if last else "")
+            self.report(items[uid], Outcome(Kind.REJECTED, text))
+        for why, count in one.refused.items():
+            self.notes.append(f"series {one.uid}: {count} instances were not taken: {why}")
+        if one.images is None and one.announced is None and not (last is None or last.whole):
+            self.unproven.append(one.uid)
+            self.notes.append(f"series {one.uid}: the peer does not say what it has, nor that all came: {last}")
+        elif last and (last.failed or last.status):
+            self.notes.append(f"series {one.uid}: the peer answered {last}")
+        if one.moves and not self._moves:
+            self.notes.append(f"series {one.uid}: retrieved by C-MOVE to {self._destination.aet}: {one.moves}")
+
+    def _parts(self, count: int) -> int:
+        """Return how many associations so many instances of one series are worth."""
+        return max(1, min(self._associations // max(1, len(self.series)), count // PART))
+
+    def _divided(self, one: PulledSeries) -> list[PulledSeries]:
+        missing = self._missing(one)
+        parts = self._parts(len(missing)) if self._far else 1
+        if parts == 1:
+            return [one]
+        each = -(-len(missing) // parts)
+        return [one.part(missing[start : start + each]) for start in range(0, len(missing), each)]
+
+    def _missing(self, one: PulledSeries) -> list[str]:
+        """Return which instances of those that the peer lists are not here."""
+        return sorted(uid for uid in one.images or () if uid not in self._here)
 
     def _lacks(self, one: PulledSeries) -> bool:
         """Return whether something of a series is not here, as far as is known."""
-        if one.images is not None and one.images.keys() - self._here.keys():
-            return True
+        if one.images is not None:
+            return bool(self._missing(one))
         if one.announced is not None:
-            return self._counts[one.uid] < one.announced and one.images is None
-        return one.images is None and not (one.answers and one.answers[-1].whole)
+            return self._counts[one.uid] < one.announced
+        return not (one.answers and one.answers[-1].whole)
 
     def _keep(self, item: Item) -> None:
         assert item.header is not None  # noqa: S101 - a Depot keeps instances only
@@ -193,13 +211,19 @@ class Pull:
             self._counts[item.header.SeriesInstanceUID] += 1
         self.report(item, DELIVERED)
 
-    def _depot(self, one: PulledSeries, *, durable: bool) -> Depot:
+    @contextmanager
+    def _depot(self, one: PulledSeries, *, durable: bool) -> Iterator[Depot]:
         def refuse(header: Header) -> str:
             if header.StudyInstanceUID == one.study and header.SeriesInstanceUID == one.uid:
                 return ""
             return "" if one.images and header.SOPInstanceUID in one.images else "of another series than was asked for"
 
-        return Depot(self.folder, refuse, self._keep, durable=durable, here=self._uids[one.uid])
+        depot = Depot(self.folder, refuse, self._keep, durable=durable, here=self._uids[one.uid])
+        try:
+            yield depot
+        finally:
+            one.refused.update(depot.refused)
+            depot.settle(self.report.check)
 
     # ---- associations
 
@@ -216,8 +240,15 @@ class Pull:
             while (one := self._next()) is not None:
                 before = len(self._here)
                 try:
-                    if not (self._by_move(one) if self._moves else self._by_get(one)):
-                        self._put_back(self._taken())  # C-GET is not to be had
+                    if self.wants_list(one):
+                        with _association():
+                            self._lister(one)
+                    if not self._lacks(one):
+                        continue
+                    if self._moves or one.moves:
+                        self._by_move(one)
+                    else:
+                        self._by_get(one)
                 except _NoRoom as exc:
                     self._put_back(self._taken())
                     if self._established:
@@ -225,7 +256,9 @@ class Pull:
                     raise exc.error from exc
                 except (Interrupted, TimedOut):
                     # Who brings something before it breaks is asked again for the rest.
-                    self._put_back(self._taken())
+                    taken = self._taken()
+                    taken.doubtful = bool(self._counts[taken.uid])
+                    self._put_back(taken)
                     if len(self._here) == before:
                         raise
         finally:
@@ -260,68 +293,98 @@ class Pull:
             with self._lock:
                 self._established -= 1
 
-    def _by_get(self, one: PulledSeries) -> bool:
-        """Retrieve series on one association by C-GET, beginning with this one; False if the peer doesn't grant it."""
+    def _weigh(self, one: PulledSeries) -> None:
+        """Let a series be listed, after the others, if what came of it may not be all."""
+        last = one.answers[-1] if one.answers else None
+        claimed = (last.completed or 0) + (last.warning or 0) if last else 0
+        one.doubtful = self._lacks(one) or bool(
+            last and (last.status or last.failed or claimed > self._counts[one.uid])
+        )
+        if one.doubtful and not one.listed:
+            with self._lock:
+                self._jobs.append(one)
+
+    # ---- C-GET
+
+    def _by_get(self, one: PulledSeries) -> None:
+        """Retrieve series on one association by C-GET, beginning with this one."""
         pairs = pairs_for(one.classes() or dict.fromkeys(USUAL_CLASSES, ()))
         with _association():
             retriever = getter(self.peer, pairs, self.report.check, self._throttle, self.report.moved)
-        why = ""
-        if not retriever.root:
-            why = "the peer does not accept C-GET"
-        elif not retriever.stores:
-            why = "the peer accepts C-GET, but sends none of the SOP classes that were asked for"
-        if why:
+        if not (retriever.root and retriever.stores):
             retriever.association.release()
-            self._no_get(why)
-            return False
+            if retriever.root:
+                self._no_get(one, "the peer accepts C-GET, but sends none of the SOP classes that were asked for")
+            else:
+                self._no_get(one, "the peer does not accept C-GET", for_all=True)
+            return
         with self._counted(), retriever:
             following: PulledSeries | None = one
-            while following is not None:
-                if not self._get(retriever, following):
-                    return False
+            while following is not None and self._get(retriever, following):
                 following = self._next(partial(self._fits, retriever))
-        return True
 
-    def _no_get(self, why: str) -> None:
+    def _no_get(self, one: PulledSeries, why: str, *, for_all: bool = False) -> None:
+        """Have a series, or all that are left, retrieved by C-MOVE, once it is known what it holds.
+
+        Raises:
+            Misconfigured: there is nowhere to move it to, and all are to be moved.
+        """
+        if not (one.listed or for_all):
+            one.doubtful = True  # SOP classes other than the usual ones may be to blame
+            self._put_back(one)
+            return
+        error = None
         if not self._destination.port:
-            raise Misconfigured(
+            error = Misconfigured(
                 f"{self.peer.where}: {why}, and no port is set for the Storage SCP that C-MOVE would send to: "
                 "set scp_port"
             )
+            if for_all:
+                raise error
+            self._give_up(one, error)
+            return
         with self._lock:
-            self._moves = self._moves or why
+            one.moves = why
+            self._refusals += 1
+            if for_all or (self._refusals >= HOPELESS_SERIES and not self._got):
+                self._moves = self._moves or why
+        self._put_back(one)
+
+    def _give_up(self, one: PulledSeries, error: DispatchError) -> None:
+        """Leave a series that can't be asked for in any way."""
+        with self._lock:
+            self._given_up.append(error)
+            self.notes.append(f"series {one.uid}: {error.message}")
 
     def _fits(self, retriever: Retriever, one: PulledSeries) -> bool:
         """Return True if an association has the contexts of a series."""
+        if self._moves or one.moves or self.wants_list(one):
+            return False
         classes = one.classes()
         held = {sop_class for sop_class, _ in retriever.pairs}
         named = {(each, syntax) for each, syntaxes in classes.items() for syntax in syntaxes}
-        return not self._moves and bool(classes) and classes.keys() <= held and named <= retriever.pairs
+        return bool(classes) and classes.keys() <= held and named <= retriever.pairs
 
     def _get(self, retriever: Retriever, one: PulledSeries) -> bool:
-        depot = self._depot(one, durable=False)
-        try:
+        """Ask for a series; return False if it has to be asked for in another way."""
+        refusals, last = 0, None
+        with self._depot(one, durable=False) as depot:
             for keys in self._requests(one, retriever):
-                answer = retriever.get(keys, depot)
-                one.answers.append(answer)
+                last = retriever.get(keys, depot)
+                one.answers.append(last)
                 self._got = self._got or bool(self._counts[one.uid])
-                error = failure(self.peer, answer)
-                if error and not self._destination.port:
-                    raise error
-                if answer.refused and not self._got and self._destination.port:
-                    self._no_get(f"the peer answers C-GET with {answer}")
-                    one.answers.clear()
-                    return False
+                error = failure(self.peer, last)
                 if error:
                     raise error
-        finally:
-            self._note(one, depot)
-            depot.settle(self.report.check)
+                refusals = refusals + 1 if last.refused else 0
+                if last.unsupported or refusals >= HOPELESS or not one.listed:
+                    break
+        if last is not None and last.refused and not self._got:
+            one.answers.clear()
+            self._no_get(one, f"the peer answers C-GET with {last}", for_all=last.unsupported)
+            return False
+        self._weigh(one)
         return True
-
-    def _note(self, one: PulledSeries, depot: Depot) -> None:
-        for why, count in depot.refused.items():
-            self.notes.append(f"series {one.uid}: {count} instances were not taken: {why}")
 
     def _requests(self, one: PulledSeries, retriever: Retriever) -> Iterator[dict[str, str]]:
         """Yield the keys to ask with: for the series, then for what is still missing, in lists and one by one."""
@@ -329,12 +392,12 @@ class Pull:
         if retriever.root in (PATIENT_ROOT_GET, PATIENT_ROOT_MOVE):
             above["PatientID"] = one.patient
         whole, image = above | {"QueryRetrieveLevel": "SERIES"}, above | {"QueryRetrieveLevel": "IMAGE"}
-        if not self._counts[one.uid] or one.images is None:
+        if one.images is None or not (self._counts[one.uid] or one.is_part):
             yield whole
             if one.images is None and self._lacks(one):
                 yield whole
         for step in (UID_LIST, 1):
-            missing = sorted((one.images or {}).keys() - self._here.keys())
+            missing = self._missing(one)
             if step == 1 and len(missing) > UID_LIST:
                 return  # what is missing of lists is missing
             for start in range(0, len(missing), step):
@@ -343,18 +406,22 @@ class Pull:
 
     # ---- C-MOVE
 
-    def _by_move(self, one: PulledSeries) -> bool:
+    def _by_move(self, one: PulledSeries) -> None:
         with _association():
             retriever = mover(self.peer, self.report.check)
         if not retriever.root:
             retriever.association.release()
-            raise Misconfigured(f"{self.peer.where}: {self._moves}; nor does it accept C-MOVE: it can't be pulled from")
+            why = self._moves or one.moves
+            error = Misconfigured(f"{self.peer.where}: {why}; nor does it accept C-MOVE: it can't be pulled from")
+            if self._moves:
+                raise error
+            self._give_up(one, error)
+            return
         with self._counted(), self._listening(), retriever:
             following: PulledSeries | None = one
             while following is not None:
                 self._move(retriever, following)
-                following = self._next()
-        return True
+                following = self._next(lambda each: bool(self._moves or each.moves) and not self.wants_list(each))
 
     @contextmanager
     def _listening(self) -> Iterator[None]:
@@ -373,10 +440,9 @@ class Pull:
             yield
 
     def _move(self, retriever: Retriever, one: PulledSeries) -> None:
-        depot = self._depot(one, durable=True)
         hosts = addresses(self.peer.host, self.peer.port)
         instances = None if one.images is None else frozenset(one.images)
-        try:
+        with self._depot(one, durable=True) as depot:
             for keys in self._requests(one, retriever):
                 number = next_message_id()
                 expected = Expected(frozenset((self.peer.calling, self.peer.called)), number, hosts, instances, depot)
@@ -387,12 +453,16 @@ class Pull:
                     # A peer that has moved something knows where to; some call any failure so.
                     known = any(each.status != DESTINATION_UNKNOWN for each in one.answers)
                     if error and not (known and answer.status == DESTINATION_UNKNOWN):
-                        raise error
+                        if self._moves:
+                            raise error
+                        self._give_up(one, error)
+                        return
                     self._await_late(one, answer, expected)
                 if depot.failure is not None:
                     raise depot.failure
-        finally:
-            self._note(one, depot)
+                if not one.listed:
+                    break
+        self._weigh(one)
 
     def _await_late(self, one: PulledSeries, answer: FinalResponse, expected: Expected) -> None:
         """Wait for instances that are still on their way: some peers answer before they have sent anything."""

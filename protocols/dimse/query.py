@@ -5,14 +5,15 @@ Sources: PS3.4 Annex C.4.1 (C-FIND, statuses), C.6.1 and C.6.2 (Patient Root, St
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
 
 from protocols.dimse import identifier
-from protocols.dimse.association import Association, associate
 from protocols.dimse.contexts import UNCOMPRESSED
+from protocols.dimse.direct import DirectAssociation, associate
 from protocols.dimse.message import RELEASE_RP_PDU
 from protocols.dimse.stream import (
     AFFECTED_CLASS,
@@ -25,7 +26,6 @@ from protocols.dimse.stream import (
     STATUS,
     CommandSet,
     Released,
-    Stream,
     encoded,
     pdus,
 )
@@ -38,6 +38,7 @@ from transfer.throttle import Throttle
 STUDY_ROOT_FIND, PATIENT_ROOT_FIND = "1.2.840.10008.5.1.4.1.2.2.1", "1.2.840.10008.5.1.4.1.2.1.1"
 C_FIND_RQ, C_FIND_RSP, C_CANCEL_RQ, C_ECHO_RQ = 0x0020, 0x8020, 0x0FFF, 0x0030
 PENDING = (0xFF00, 0xFF01)  # PS3.4 table C.4-1
+CANCELLED = 0xFE00
 MEDIUM, FOLLOWS = 0, 1
 PRIVATE = ("PatientName", "PatientID", "AccessionNumber")  # keys whose values show in no message
 
@@ -47,34 +48,18 @@ class Conversation:
 
     def __init__(
         self,
-        association: Association,
+        association: DirectAssociation,
         check: Callable[[], None] = lambda: None,
         throttle: Throttle | None = None,
         moved: Callable[[int], None] = lambda count: None,
     ) -> None:
-        self.association, self.peer = association, association.peer
+        self.association, self.peer, self.stream = association, association.peer, association.stream
         self._check, self._throttle, self._moved = check, throttle or Throttle(None), moved
         self._message_id = 0
         self.released = False
-        self.stream: Stream
 
     def __enter__(self) -> Self:
-        try:
-            sock = self.association.transport.lend(self._check)
-        except TimeoutError as exc:
-            self.association.drop()
-            raise TimedOut(f"{self.peer.where}: the peer fell silent for {self.peer.idle_timeout_s:g} s") from exc
-        except ConnectionError as exc:
-            self.association.drop()
-            raise Interrupted(f"{self.peer.where}: the peer ended the association") from exc
-        except BaseException:
-            self.association.drop()
-            raise
-        self.stream = Stream(
-            sock, self.peer.where, self.peer.idle_timeout_s, self._check, self._throttle, moved=self._moved
-        )
-        self.stream.feed(self.association.transport.ahead)
-        self.association.transport.ahead.clear()
+        self.stream.check, self.stream.throttle, self.stream.moved = self._check, self._throttle, self._moved
         return self
 
     def __exit__(
@@ -83,25 +68,13 @@ class Conversation:
         if self.released:
             with suppress(DispatchError):
                 self.stream.send(RELEASE_RP_PDU)
-            self.association.drop()
+            self.association.close()
         elif kind is None or (issubclass(kind, DispatchError) and not issubclass(kind, Interrupted | TimedOut)):
-            self._give_back()
-        else:
-            self.abort()
-
-    def _give_back(self) -> None:
-        idle = not self.stream.ahead and not self.stream.torn and not self._outstanding
-        self.association.transport.take_back()
-        if idle:
-            self.association.release()
-        else:
-            self.association.abort()
-
-    def abort(self) -> None:
-        """End the association at once."""
-        self.association.transport.take_back()
-        if self.stream.torn:
-            self.association.drop()
+            idle = not self.stream.ahead and not self.stream.torn and not self._outstanding
+            if idle:
+                self.association.release()
+            else:
+                self.association.abort()
         else:
             self.association.abort()
 
@@ -153,7 +126,7 @@ def refusal(what: str, code: int, comment: str) -> DispatchError:
         return Busy(text)
     if code == 0x0124:
         return Denied(text)
-    return Interrupted(text) if code == 0xFE00 else Misconfigured(text)
+    return Interrupted(text) if code == CANCELLED else Misconfigured(text)
 
 
 class Finder(Conversation):
@@ -161,10 +134,12 @@ class Finder(Conversation):
 
     Attributes:
         root: abstract syntax of the information model that the peer takes, Study Root where it can.
+        quickest_s: how long the peer took, at its best, from a request to the first answer.
     """
 
-    def __init__(self, association: Association, check: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, association: DirectAssociation, check: Callable[[], None] = lambda: None) -> None:
         super().__init__(association, check)
+        self.quickest_s = association.round_trip_s
         roots = [root for root in (STUDY_ROOT_FIND, PATIENT_ROOT_FIND) if association.context(root) is not None]
         self.root = roots[0]
         context = association.context(self.root)
@@ -190,20 +165,25 @@ class Finder(Conversation):
         """
         values = dict.fromkeys(wanted, "") | dict(keys) | {"QueryRetrieveLevel": level}
         data = identifier.built(values, charset, self._syntax)
+        begun = time.monotonic()
         message_id = self.ask(self._context, {AFFECTED_CLASS: self.root, FIELD: C_FIND_RQ, PRIORITY: MEDIUM}, data)
         count, stopped = 0, False
         answers = identifier.Answers(self._syntax, charset)
         while True:
             command = self.command()
+            if begun:
+                self.quickest_s = min(self.quickest_s, time.monotonic() - begun)
+                begun = 0.0
             if command.kind == C_ECHO_RQ:
                 continue
             if command.kind != C_FIND_RSP:
                 raise Interrupted(f"{self.peer.where}: the peer sent an unexpected message in answer to C-FIND")
             answer = self._dataset() if command.has_dataset else b""
             if command.number(STATUS) not in PENDING:
-                if stopped and command.number(STATUS) == 0xFE00:
-                    command[STATUS] = b"\0\0"
-                self.final(command, values, "C-FIND")
+                if stopped and command.number(STATUS) == CANCELLED:
+                    self._outstanding = False
+                else:
+                    self.final(command, values, "C-FIND")
                 return
             if stopped or not answer:
                 continue

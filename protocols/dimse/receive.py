@@ -17,7 +17,7 @@ from pynetdicom import PYNETDICOM_IMPLEMENTATION_UID, PYNETDICOM_IMPLEMENTATION_
 
 from imaging.glance import HEAD_BYTES, Glance
 from imaging.header import UID, Damaged, Header, NotDicom, read_header
-from protocols.dimse.message import C_STORE_RSP, NO_DATASET
+from protocols.dimse.message import C_STORE_RSP, HEADERS, NO_DATASET
 from protocols.dimse.stream import (
     AFFECTED_CLASS,
     AFFECTED_INSTANCE,
@@ -28,6 +28,7 @@ from protocols.dimse.stream import (
     STATUS,
     CommandSet,
     Stream,
+    pdus,
 )
 from protocols.files import filesystem as fs
 from protocols.files import partial
@@ -65,23 +66,32 @@ class Depot:
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
         self._unsettled: list[str] = []
-        self._meta: dict[tuple[str, str], tuple[bytes, bytes]] = {}
+        self._meta: dict[tuple[str, str, int], tuple[bytes, bytes]] = {}
+        self.path = str(self.folder)
         self.glance = Glance()
 
     def meta(self, sop_class: str, uid: str, syntax: str) -> bytes:
         """Return the preamble and file meta information (PS3.10 section 7.1)."""
-        around = self._meta.get((sop_class, syntax))
+        raw = uid.encode("ascii")
+        if len(raw) % 2:
+            raw += b"\0"
+        around = self._meta.get((sop_class, syntax, len(raw)))
         if around is None:
-            around = _VERSION + _uid_element(0x02, sop_class), _uid_element(0x10, syntax) + _OURS
-            self._meta[sop_class, syntax] = around
-        body = around[0] + _uid_element(0x03, uid) + around[1]
-        return _PREAMBLE + len(body).to_bytes(4, "little") + body
+            before = _VERSION + _uid_element(0x02, sop_class) + _ELEMENT.pack(2, 3, b"UI", len(raw))
+            after = _uid_element(0x10, syntax) + _OURS
+            length = len(before) + len(raw) + len(after)
+            around = _PREAMBLE + length.to_bytes(4, "little") + before, after
+            self._meta[sop_class, syntax, len(raw)] = around
+        return around[0] + raw + around[1]
 
-    def keep(self, part: partial.PartialFile, size: int, uid: str, seen: Header | None) -> int:
-        """Give a whole file its name, if it is wanted and not there yet; return the status to answer with.
+    def keep(self, part: partial.PartialFile, size: int, uid: str, seen: Header | None) -> tuple[int, Header | None]:
+        """Give a whole file its name, if it is wanted and not there yet.
 
         Args:
             seen: what a glance at the data set showed.
+
+        Returns:
+            The status to answer with, and the header of what has its name now; then `note` is to follow.
         """
         header = seen
         if header is None or header.SOPInstanceUID != uid or self.refuse(header):
@@ -89,31 +99,33 @@ class Depot:
                 header = read_header(part.fd, size)
             except (NotDicom, Damaged) as exc:
                 self._count(f"damaged: {exc}")
-                return CANNOT_UNDERSTAND
+                return CANNOT_UNDERSTAND, None
             if header.SOPInstanceUID != uid:
                 self._count("another instance than the request names")
-                return MISMATCH
+                return MISMATCH, None
             why = self.refuse(header)
             if why:
                 self._count(why)
-                return NOT_AUTHORISED
+                return NOT_AUTHORISED, None
         if uid in self.here:
-            return SUCCESS  # a second copy
+            return SUCCESS, None  # a second copy
         if self.durable:
             os.fdatasync(part.fd)
-        name = f"{uid}.dcm"
-        part.keep(name)
+        part.keep(f"{uid}.dcm")
         if self.durable:
             self._sync_folder()
-        info = os.fstat(part.fd)
         with self._lock:
             if uid in self.here:
-                return SUCCESS
+                return SUCCESS, None
             self.here.add(uid)
-            if not self.durable:
-                self._unsettled.append(name)
-        self.kept(Item(name, size, info.st_mtime_ns, header))
-        return SUCCESS
+        return SUCCESS, header
+
+    def note(self, part: partial.PartialFile, size: int, header: Header) -> None:
+        """Count an instance that has its name."""
+        item = Item(f"{header.SOPInstanceUID}.dcm", size, os.fstat(part.fd).st_mtime_ns, header)
+        if not self.durable:
+            self._unsettled.append(item.path)
+        self.kept(item)
 
     def _count(self, why: str) -> None:
         with self._lock:
@@ -153,36 +165,48 @@ class Depot:
             self._sync_folder()
 
 
-def receive(stream: Stream, request: CommandSet, syntax: str, depot: Depot) -> int:
-    """Read the data set of a C-STORE request into a folder; return the status to answer with.
+def receive(
+    stream: Stream, request: CommandSet, syntax: str, depot: Depot, respond: Callable[[CommandSet, int], None]
+) -> int:
+    """Read the data set of a C-STORE request into a folder, and answer; return the status of the answer.
 
     A folder that can't be written to is `depot.failure`: the rest of the data set is read and forgotten, and the
-    status is A700.
+    status is A700. The peer gets its answer before the instance is counted: it makes the next one meanwhile.
 
     Raises:
-        Interrupted, TimedOut: the association ended; nothing is left of the file.
+        Interrupted, TimedOut: the association ended; nothing is left of a file that had no name.
     """
     uid, sop_class = request.uid(AFFECTED_INSTANCE), request.uid(AFFECTED_CLASS)
     if not UID.fullmatch(uid) or not UID.fullmatch(sop_class):
         stream.skip()
+        respond(request, INVALID_INSTANCE)
         return INVALID_INSTANCE
     try:
-        part = partial.PartialFile(depot.folder)
+        part = partial.PartialFile(depot.path)
     except OSError as exc:
         depot.failure = partial.failure(depot.folder, exc)
         stream.skip()
+        respond(request, OUT_OF_RESOURCES)
         return OUT_OF_RESOURCES
+    header = None
+    size, status = 0, OUT_OF_RESOURCES
     try:
-        meta = depot.meta(sop_class, uid, syntax)
-        size, head = _spool(stream, part.fd, depot, meta)
-        if depot.failure is not None:
-            return OUT_OF_RESOURCES
-        return depot.keep(part, size, uid, depot.glance(head, size - len(meta), syntax, len(meta)))
-    except OSError as exc:
-        depot.failure = partial.failure(depot.folder, exc)
-        return OUT_OF_RESOURCES
+        try:
+            meta = depot.meta(sop_class, uid, syntax)
+            size, head = _spool(stream, part.fd, depot, meta)
+            if depot.failure is None:
+                seen = depot.glance(head, size - len(meta), syntax, len(meta), (sop_class, uid))
+                status, header = depot.keep(part, size, uid, seen)
+        except OSError as exc:
+            depot.failure = partial.failure(depot.folder, exc)
+        respond(request, status)
     finally:
-        part.close()
+        try:
+            if header is not None:
+                depot.note(part, size, header)
+        finally:
+            part.close()
+    return status
 
 
 def _spool(stream: Stream, fd: int, depot: Depot, meta: bytes) -> tuple[int, bytes]:
@@ -244,6 +268,35 @@ def response(request: CommandSet, status: int) -> bytes:
     return _LENGTH.pack(0, 0, 4, len(body)) + body
 
 
+class Responder:
+    """Answers the C-STORE requests of one association; what is alike in all answers is made once.
+
+    Args:
+        most: largest PDU that the peer takes, bytes; 0 for any.
+    """
+
+    def __init__(self, stream: Stream, most: int) -> None:
+        self._stream, self._most = stream, most
+        self._made: dict[tuple[int, int, bytes, int], tuple[bytes, bytes]] = {}
+
+    def __call__(self, request: CommandSet, status: int) -> None:
+        """Send the answer to a request."""
+        uid, message_id = request.get(AFFECTED_INSTANCE, b""), request.get(MESSAGE_ID, b"")
+        sop_class = request.get(AFFECTED_CLASS, b"")
+        key = request.context, status, sop_class, len(uid)
+        made = self._made.get(key)
+        if made is not None and len(message_id) == 2:
+            self._stream.send(made[0] + message_id + made[1] + uid)
+            return
+        command = response(request, status)
+        whole = pdus(request.context, command, None, self._most)
+        if len(whole) == HEADERS + len(command):
+            at = HEADERS + 12 + 8 + len(sop_class) + 10 + 8
+            self._made[key] = whole[:at], whole[at + 2 : len(whole) - len(uid)]
+        self._stream.send(whole)
+
+
+_ELEMENT = struct.Struct("<HH2sH")
 _HEAD, _NUMBER, _LENGTH = struct.Struct("<HHI"), struct.Struct("<HHIH"), struct.Struct("<HHII")
 
 

@@ -21,7 +21,7 @@ from typing import Protocol
 from protocols.dimse import acceptance
 from protocols.dimse.acceptance import Proposal
 from protocols.dimse.message import C_ECHO_RQ, C_ECHO_RSP, C_STORE_RQ, NO_DATASET, RELEASE_RP_PDU
-from protocols.dimse.receive import OUT_OF_RESOURCES, Depot, receive, response
+from protocols.dimse.receive import OUT_OF_RESOURCES, Depot, Responder, receive
 from protocols.dimse.stream import (
     AFFECTED_CLASS,
     DATASET_TYPE,
@@ -221,6 +221,7 @@ class _Association:
     ) -> None:
         self.desk, self.caller, self.contexts, self.max_pdu = scp.desk, caller, contexts, asked.max_pdu
         self.stream = scp.stream(sock, caller)
+        self.respond = Responder(self.stream, self.max_pdu)
         self.request: CommandSet | None = None
         self.stream.moved = lambda count: self.desk.heard(self.caller, self.request)
 
@@ -250,9 +251,9 @@ class _Association:
         depot, status = self.desk.depot(self.caller, request)
         if depot is None:
             self.stream.skip()
+            self.respond(request, status)
         else:
-            status = receive(self.stream, request, self.contexts[request.context][1], depot)
-        self.stream.send(pdus(request.context, response(request, status), None, self.max_pdu))
+            status = receive(self.stream, request, self.contexts[request.context][1], depot, self.respond)
         if status == OUT_OF_RESOURCES and depot is not None and depot.failure is not None:
             # Sources go on through A700; a full disk must not take the rest of the study one by one.
             raise depot.failure

@@ -7,6 +7,7 @@ query on this side, by the rules of `imaging.match`; an answer that may be cut s
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -15,10 +16,12 @@ from imaging.match import in_days
 from imaging.query import Match, Query, count, listed, text
 from protocols.dimse.accessions import Accessions
 from protocols.dimse.identifier import encodings
-from protocols.dimse.parts import SPLITTERS, Splitter, outside
+from protocols.dimse.parts import SPLITTERS, Splitter, by_prefix, outside
 from protocols.dimse.query import PATIENT_ROOT_FIND, Finder
 from transfer.errors import Busy, DispatchError, Misconfigured
 from transfer.query import series_tests, study_tests
+
+logger = logging.getLogger(__name__)
 
 Answer = dict[str, Any]
 
@@ -42,6 +45,7 @@ MOST_PROBED = 5000  # answers; whether more than these are all is not looked int
 CAPS = frozenset((5, 10, 20, 25, 30, 50, 100, 150, 200, 250, 300, 400, 500, 1000, 1500, 2000, 2500, 3000, 5000))
 UID_LIST = 50  # UIDs in one query
 MAX_DEPTH = 60  # of parts of parts
+MOST_UNDATED = 1000  # queries, in search of studies without a date
 
 
 class PeerSearch:
@@ -82,8 +86,9 @@ class PeerSearch:
                 f"{self.finder.peer.where}: the peer's answers have no {', '.join(lacking)}: the query can't ask for it"
             )
 
-    def images(self, study: str, series: str) -> list[Answer] | None:
+    def images(self, study: str, series: str, patient: str = "") -> list[Answer] | None:
         """Return the instances of a series; None if the peer doesn't list them, or not all of them."""
+        self._patients.setdefault(study, patient)
         keys = {"StudyInstanceUID": study, "SeriesInstanceUID": series}
         try:
             found = self.answers("IMAGE", keys, IMAGE_FIELDS)
@@ -300,18 +305,56 @@ class PeerSearch:
                     raise
                 continue  # it doesn't take this key, or no range or wild card in it
             if uids <= {str(one.get("StudyInstanceUID", "")) for one in got}:
-                return got
+                return got if "StudyDate" in keys or "StudyDate" not in parts[0] else got + self._undated(keys, charset)
         if busy is not None and not found:
             raise busy
         raise _CutShort(f"{self.finder.peer.where}: the peer gives {len(found)} answers and has more: narrow the query")
+
+    def _undated(self, keys: dict[str, str], charset: str) -> list[Answer]:
+        """Return the studies without a date, which are in no period, and which nobody can be asked for.
+
+        Everything is asked for again by what identifiers begin with, as long as the peer looks at that, and that takes
+        no more than so many queries.
+
+        Raises:
+            _CutShort: there are such studies, and not all of them are given.
+        """
+        found: list[Answer] = []
+        left = [(keys, by_prefix(keys, []))]
+        asked = 0
+        while left:
+            above, parts = left.pop()
+            for part in parts:
+                cut = False
+                answers: list[Answer] = []
+                try:
+                    answers.extend(self._at_study_level(part, charset))
+                    cut = self._is_cut_short(
+                        part, charset, answers, frozenset(str(one.get("StudyInstanceUID", "")) for one in answers)
+                    )
+                except Busy:
+                    cut = True
+                except Misconfigured:
+                    answers = []
+                asked += 1
+                found += [one for one in answers if not one.get("StudyDate")]
+                if outside(part, above, answers) or asked > MOST_UNDATED:
+                    logger.warning("studies without a study date may be missing: they can't be asked for")
+                    return found
+                if cut:
+                    smaller = by_prefix(part, answers)
+                    if not smaller and found:
+                        raise _CutShort(f"{self.finder.peer.where}: not all studies without a date are given: give one")
+                    left.append((part, smaller))
+        return found
 
     def _is_cut_short(self, keys: dict[str, str], charset: str, found: list[Answer], uids: frozenset[str]) -> bool:
         """Return whether the peer has more than it gave without a word.
 
         Shown by asking for parts of the same again, at both ends of the dates and, at a suspicious number, half of it.
         """
-        dates = sorted({str(one.get("StudyDate", "")) for one in found})
-        if not 2 <= len(found) <= MOST_PROBED or not all(re.fullmatch(r"\d{8}", date) for date in dates):
+        dates = sorted({str(one["StudyDate"]) for one in found if one.get("StudyDate")})
+        if not 2 <= len(found) <= MOST_PROBED or not all(re.fullmatch(r"\d{8}", date) for date in dates) or not dates:
             return False
         first, dash, last = keys.get("StudyDate", "-").partition("-")
         if not dash or first == last != "":

@@ -93,6 +93,49 @@ def decoded(raw: bytes | bytearray | memoryview, context: int = 0) -> CommandSet
     return command
 
 
+class Commands:
+    """Reads command sets, of which most are those of another: all answers to a query, all requests but their UIDs."""
+
+    def __init__(self) -> None:
+        self._raw = b""
+        self._command = CommandSet()
+        self._values = (0, 0, 0, 0)  # begin and end of message ID and instance UID, if they are in this order
+
+    def read(self, raw: bytes, context: int) -> CommandSet:
+        """Return what `decoded` does; not to be changed."""
+        before = self._raw
+        if raw == before and context == self._command.context:
+            return self._command
+        begin, end, uid, uid_end = self._values
+        if (
+            uid_end
+            and len(raw) == len(before)
+            and raw[:begin] == before[:begin]
+            and raw[end:uid] == before[end:uid]
+            and raw[uid_end:] == before[uid_end:]
+        ):
+            command = CommandSet(self._command)
+            command.context = context
+            command[MESSAGE_ID], command[AFFECTED_INSTANCE] = raw[begin:end], raw[uid:uid_end]
+            self._command, self._raw = command, raw
+            return command
+        self._command, self._raw = decoded(raw, context), raw
+        self._values = self._found(raw)
+        return self._command
+
+    def _found(self, raw: bytes) -> tuple[int, int, int, int]:
+        places: dict[int, tuple[int, int]] = {}
+        pos = 0
+        while pos + 8 <= len(raw):
+            group, element, length = _ELEMENT.unpack_from(raw, pos)
+            if group or element in places or pos + 8 + length > len(raw):
+                return 0, 0, 0, 0
+            places[element] = pos + 8, pos + 8 + length
+            pos += 8 + length
+        (begin, end), (uid, uid_end) = places.get(MESSAGE_ID, (0, 0)), places.get(AFFECTED_INSTANCE, (0, 0))
+        return (begin, end, uid, uid_end) if 0 < begin < uid else (0, 0, 0, 0)
+
+
 def encoded(elements: dict[int, int | str | bytes]) -> bytes:
     """Return a command set with its group length: numbers as US, text as AE or UI."""
     body = b"".join(_element(number, elements[number]) for number in sorted(elements))
@@ -147,6 +190,7 @@ class Stream:
     def __post_init__(self) -> None:
         self._memory = bytearray(BUFFER)
         self._view = memoryview(self._memory)
+        self._commands = Commands()
         self._begin = self._end = 0
         self._pdu_left = self._pdv_left = 0
         self._control = 0
@@ -164,17 +208,22 @@ class Stream:
         else:
             self.sock.settimeout(SLICE_S)
 
-    def feed(self, data: bytes | bytearray) -> None:
-        """Take what somebody else has read from the connection already."""
-        if len(data) > BUFFER - self._end:
-            raise Interrupted(f"{self.where}: the peer sent more than was asked for")
-        self._view[self._end : self._end + len(data)] = data
-        self._end += len(data)
-
     @property
     def ahead(self) -> bytes:
         """What was read and not used."""
         return bytes(self._view[self._begin : self._end])
+
+    def peek(self, count: int) -> None:
+        """Wait until so many bytes, at most BUFFER, are `ahead`."""
+        while self._end - self._begin < count:
+            self.fill()
+
+    def take(self, count: int) -> bytes:
+        """Wait for so many bytes, at most BUFFER, and return them, whatever they are."""
+        self.peek(count)
+        taken = bytes(self._view[self._begin : self._begin + count])
+        self._begin += count
+        return taken
 
     # ---- reading
 
@@ -295,7 +344,7 @@ class Stream:
             if not self.is_command:
                 raise Interrupted(f"{self.where}: the peer sent a data set without a command")
             if self.last and not collected:
-                return decoded(view, self.context)
+                return self._commands.read(bytes(view), self.context)
             collected += view
             if len(collected) > MAX_COMMAND:
                 raise Interrupted(f"{self.where}: the peer sent a command set without end")

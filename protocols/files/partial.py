@@ -69,7 +69,7 @@ class PartialFile:
         OSError: it can't be made.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path | str) -> None:
         self._folder = folder
         self._path: Path | None = None
         try:
@@ -77,7 +77,7 @@ class PartialFile:
         except OSError as exc:
             if exc.errno not in NO_UNNAMED:
                 raise
-            self._path, self.fd = create(folder)
+            self._path, self.fd = create(Path(folder))
 
     def keep(self, name: str) -> None:
         """Give the file its name, replacing one that has it."""
@@ -87,7 +87,7 @@ class PartialFile:
                 self._link(final)
                 return
             except FileExistsError:
-                self._path = self._folder / f".talaria-{secrets.token_hex(8)}"
+                self._path = Path(self._folder) / f".talaria-{secrets.token_hex(8)}"
                 self._link(str(self._path))
             except FileNotFoundError:
                 self._copy()
@@ -101,7 +101,7 @@ class PartialFile:
 
     def _copy(self) -> None:
         """Copy the file to its name, on a machine without /proc."""
-        self._path, fd = create(self._folder)
+        self._path, fd = create(Path(self._folder))
         size, done = os.fstat(self.fd).st_size, 0
         while done < size:
             done += os.sendfile(fd, self.fd, done, size - done)

@@ -53,6 +53,15 @@ def test_more_matches_than_a_peer_gives_are_asked_for_by_date(limit: int, status
         assert len(found(peer, Query(StudyDate="20240101-20240131"))) == 8
 
 
+@pytest.mark.parametrize("status", [0xA700, 0x0000])
+def test_a_study_without_a_date_beyond_what_a_peer_gives_is_found(status: int) -> None:
+    days = [f"2024{month:02}01" for month in range(1, 9)]
+    made = files(9, StudyDate=lambda n: days[n] if n < 8 else "", PatientID=lambda n: "ABCDEFGHI"[n])
+    with archive(made, limit=5, limit_status=status) as peer:
+        assert len(found(peer, Query())) == 9
+        assert len(found(peer, Query(StudyDate="2024-2024"))) == 8
+
+
 @pytest.mark.parametrize("key", ["StudyTime", "Modality", "PatientID"])
 def test_more_matches_of_one_day_than_a_peer_gives_are_asked_for_by_what_else_there_is(key: str) -> None:
     changes: dict[str, object] = {"StudyDate": "20240101", "PatientID": "P1"}

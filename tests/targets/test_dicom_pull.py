@@ -25,6 +25,7 @@ from protocols.dimse.moves import MoveDesk
 from talaria.cli.target import types
 from talaria.testing import studies
 from talaria.testing.process import as_loaded, free_port, program
+from talaria.testing.relay import relay
 from tasks import DRIVERS
 from tasks.dicom import check, find, retrieve
 from tests.servers.dcmtk import dcmqrscp
@@ -319,6 +320,56 @@ def test_a_later_series_that_c_get_is_refused_for_comes_by_c_move(tmp_path: Path
         assert first not in {str(request.keys.SeriesInstanceUID) for request in peer.asked(MOVE)}
 
 
+@pytest.mark.parametrize("status", [0xFE00, 0xA702, 0xC000])
+@pytest.mark.parametrize("place", [0, 1])
+def test_one_series_that_is_refused_takes_no_other_to_c_move(
+    status: int, place: int, tmp_path: Path, port: int
+) -> None:
+    """By C-MOVE, which this peer does not do either, nothing would come."""
+    files = study(6, 3)
+    bad = sorted({str(Instance.of(file).ds.SeriesInstanceUID) for file in files})[place]
+
+    def refuses(request: Request) -> int:
+        return status if request.kind == GET and str(request.keys.SeriesInstanceUID) == bad else 0
+
+    with archive(files, accept=only(MOVES), refuses=refuses) as peer:
+        receipt = pull(peer, tmp_path / "in", max_dispatches=1)
+        assert receipt.state is State.PARTIAL and receipt.counts[Kind.DELIVERED] == 4
+        assert_agrees(receipt, tmp_path / "in", peer)
+        assert any(bad in note and f"{status:04X}" in note for note in receipt.notes)
+
+
+def test_a_retrieval_that_a_peer_cancels_midway_is_asked_for_again(tmp_path: Path) -> None:
+    def script(request: Request, found: list[Instance]) -> Steps:
+        return half_then(Last(0xFE00, 1, 0, 0))(request, found) if request.number == 1 else sends(found)
+
+    with archive(study(), on_get=script) as peer:
+        receipt = pull(peer, tmp_path / "in")
+        assert receipt.state is State.DELIVERED
+        assert_agrees(receipt, tmp_path / "in", peer)
+
+
+def test_instances_are_listed_only_where_what_came_is_not_what_was_announced(tmp_path: Path) -> None:
+    with archive(study()) as peer:
+        assert pull(peer, tmp_path / "in").state is State.DELIVERED
+        assert not [request for request in peer.asked(FIND) if request.level == "IMAGE"]
+        next((tmp_path / "in").iterdir()).unlink()
+        assert pull(peer, tmp_path / "in").counts[Kind.ALREADY] == 5
+        assert [request.level for request in peer.asked(FIND)].count("IMAGE") == 1
+        assert peer.asked(GET)[-1].level == "IMAGE"  # of the series that had begun, what is missing
+
+
+def test_a_series_far_away_comes_over_several_associations(tmp_path: Path) -> None:
+    with archive(study(60, 1)) as peer, relay(peer.port, delay_s=0.01) as link:
+        target = dicom_target(
+            link.port, aet_target=peer.aet, direction="query", concurrency=3, max_dispatches=3, idle_timeout_s=10
+        )
+        receipt = retrieve(target, Query(AccessionNumber=(studies.ACCESSION,)), tmp_path / "in", PushReport())
+        assert receipt.state is State.DELIVERED
+        assert_agrees(receipt, tmp_path / "in", peer)
+        assert len({request.association for request in peer.asked(GET)}) == 2  # 25 instances at least are worth one
+
+
 def test_a_peer_without_c_get_and_c_move_says_so(tmp_path: Path, port: int) -> None:
     refused = (*GETS, *MOVES)
     with (
@@ -545,6 +596,7 @@ def test_a_full_disk_ends_the_association_and_leaves_nothing_half(
     with archive(study(12, 1), accept=only(refused), ports={AET: number}) as peer:
         with pytest.raises(Busy, match="can't write"):
             pull(peer, full, idle_timeout_s=5)
+        assert peer.wait_closed(20)
         assert 0xA700 in peer.store_answers
         assert len(peer.store_answers) <= 7 or way == "move"
         assert 0 < len(datasets(full)) < 12

@@ -46,5 +46,3 @@ def test_wado_uri_of_orthanc_gives_what_wado_rs_gives(orthanc: Orthanc, tmp_path
         assert place == "/wado"
         [content] = [b"".join(bytes(piece) for piece in one) for one in wado_uri.fetch(service, place, uids, int)]
     assert pydicom.dcmread(BytesIO(content)).PixelData == ds.PixelData
-
-

@@ -1,0 +1,56 @@
+"""Which storage contexts a retrieval by C-GET asks for: an association has room for 126."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from protocols.dimse.association import MAX_CONTEXTS
+from protocols.dimse.contexts import Pair
+
+# The syntaxes that instances come in; asked for in contexts of their own, or the peer would choose one for a class.
+SYNTAXES = (
+    "1.2.840.10008.1.2.1", "1.2.840.10008.1.2", "1.2.840.10008.1.2.4.70", "1.2.840.10008.1.2.4.90",
+    "1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.51", "1.2.840.10008.1.2.4.80", "1.2.840.10008.1.2.5",
+    "1.2.840.10008.1.2.4.91", "1.2.840.10008.1.2.4.57", "1.2.840.10008.1.2.4.81", "1.2.840.10008.1.2.1.99",
+    "1.2.840.10008.1.2.2", "1.2.840.10008.1.2.4.201", "1.2.840.10008.1.2.4.202", "1.2.840.10008.1.2.4.203",
+    "1.2.840.10008.1.2.4.102", "1.2.840.10008.1.2.4.103", "1.2.840.10008.1.2.4.100", "1.2.840.10008.1.2.4.101",
+    "1.2.840.10008.1.2.4.104", "1.2.840.10008.1.2.4.105", "1.2.840.10008.1.2.4.106", "1.2.840.10008.1.2.4.107",
+    "1.2.840.10008.1.2.4.108", "1.2.840.10008.1.2.4.92", "1.2.840.10008.1.2.4.93", "1.2.840.10008.1.2.4.110",
+    "1.2.840.10008.1.2.4.111", "1.2.840.10008.1.2.4.112", "1.2.840.10008.1.2.1.98",
+)  # fmt: skip
+# For series of which the peer doesn't list the instances: what most studies are made of.
+USUAL_CLASSES = (
+    "1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.2.1", "1.2.840.10008.5.1.4.1.1.4",
+    "1.2.840.10008.5.1.4.1.1.4.1", "1.2.840.10008.5.1.4.1.1.1", "1.2.840.10008.5.1.4.1.1.1.1",
+    "1.2.840.10008.5.1.4.1.1.1.2", "1.2.840.10008.5.1.4.1.1.6.1", "1.2.840.10008.5.1.4.1.1.3.1",
+    "1.2.840.10008.5.1.4.1.1.7", "1.2.840.10008.5.1.4.1.1.12.1", "1.2.840.10008.5.1.4.1.1.20",
+    "1.2.840.10008.5.1.4.1.1.128", "1.2.840.10008.5.1.4.1.1.88.33", "1.2.840.10008.5.1.4.1.1.11.1",
+)  # fmt: skip
+
+# What series of a modality are made of, as good as always. Of other series the peer is asked for its instances before.
+CLASSES_OF = {
+    modality: tuple(f"1.2.840.10008.5.1.4.1.1.{number}" for number in numbers.split())
+    for modality, numbers in {
+        "CT": "2 2.1 7 2.2", "MR": "4 4.1 7 4.2 4.3 4.4", "CR": "1 1.1 7", "DX": "1.1 1 1.1.1 7",
+        "MG": "1.2 13.1.3 7 1.2.1", "US": "6.1 3.1 7 6.2 6 3", "NM": "20 7 5", "PT": "128 130 7 128.1",
+        "XA": "12.1 12.1.1 7 13.1.1", "RF": "12.2 12.2.1 7",
+    }.items()
+}  # fmt: skip
+
+
+def pairs_for(classes: Mapping[str, Iterable[str]]) -> list[Pair]:
+    """Return the storage contexts to ask for, for SOP classes and the syntaxes that are known of each (or none).
+
+    One context per class and syntax: of several syntaxes in one the peer would choose for all of a class. What a peer
+    names comes first; the rest of the 126 places is shared out.
+    """
+    room = MAX_CONTEXTS - 2
+    known: list[Pair] = []
+    for sop_class, syntaxes in classes.items():
+        known += [(sop_class, syntax) for syntax in syntaxes]
+    wanted = dict.fromkeys(known[:room])
+    for syntax in SYNTAXES:
+        for sop_class in classes:
+            if len(wanted) < room:
+                wanted[sop_class, syntax] = None
+    return list(wanted)

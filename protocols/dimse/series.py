@@ -1,0 +1,58 @@
+"""A series that is retrieved, and what is known of it before and while that is done."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+
+from imaging.header import UID
+from protocols.dimse.get import FinalResponse
+from protocols.dimse.offers import CLASSES_OF
+
+Images = dict[str, tuple[str, tuple[str, ...]]]  # SOP class and transfer syntaxes by SOP instance UID
+
+
+@dataclass(eq=False)
+class PulledSeries:
+    """A series to retrieve, or a part of one.
+
+    Attributes:
+        announced: how many instances the peer says that it has, None if it doesn't say.
+        images: what the peer lists; None if it lists nothing, or was not asked.
+        patient: Patient ID, for peers of Patient Root.
+        listed: whether the peer was asked to list it.
+        doubtful: whether more has to be known of it before it is asked for again.
+        moves: why it is retrieved by C-MOVE, though others may come by C-GET.
+        is_part: whether it is to be asked for by `images` only.
+        answers: the peer's final responses.
+        refused: how many instances were not taken, by reason.
+    """
+
+    study: str
+    uid: str
+    announced: int | None = None
+    images: Images | None = None
+    patient: str = field(default="", repr=False)
+    modality: str = ""
+    listed: bool = False
+    doubtful: bool = False
+    moves: str = ""
+    is_part: bool = False
+    answers: list[FinalResponse] = field(default_factory=list)
+    refused: Counter[str] = field(default_factory=Counter)
+
+    def classes(self) -> dict[str, tuple[str, ...]]:
+        """Return the SOP classes of its instances, with the syntaxes that the peer names: as listed, or as usual."""
+        found: dict[str, dict[str, None]] = {}
+        for sop_class, syntaxes in (self.images or {}).values():
+            if UID.fullmatch(sop_class):
+                found.setdefault(sop_class, {}).update(dict.fromkeys(syntaxes))
+        if not found and self.modality in CLASSES_OF:
+            return dict.fromkeys(CLASSES_OF[self.modality], ())
+        return {sop_class: tuple(syntaxes) for sop_class, syntaxes in found.items()}
+
+    def part(self, uids: Iterable[str]) -> PulledSeries:
+        """Return some instances of a listed series as a job of their own, whose answers are the series'."""
+        images = {uid: (self.images or {})[uid] for uid in uids}
+        return replace(self, announced=None, images=images, is_part=True)
