@@ -71,7 +71,7 @@ def read_header(fd: int, size: int) -> Header:
     """Read the header of the open file `fd` of `size` bytes; the file offset is left alone.
 
     Raises:
-        NotDicom: no DICOM file (nor a data set alone), or a DICOMDIR, which is no instance.
+        NotDicom: no DICOM file (nor a data set alone), or a DICOMDIR, which is not an instance.
         Damaged: empty, truncated, without a needed UID, not parsable, or in a transfer syntax that can't be known.
         OSError: the file can't be read.
     """
@@ -96,7 +96,7 @@ def read_elements(fd: int, size: int, tags: Iterable[int]) -> tuple[Header, dict
             return _bare(window, wanted)
         meta, offset = _meta(window, PREAMBLE_BYTES if head[128:132] == b"DICM" else 0)
         if _text(meta.get(0x00020002, b"")) == MEDIA_STORAGE_DIRECTORY:
-            raise NotDicom("a DICOMDIR, which is no instance")
+            raise NotDicom("a DICOMDIR, which is not an instance")
         syntax = _text(meta.get(0x00020010, b""))
         if not syntax:
             return _unnamed(window, offset, wanted, "no Transfer Syntax UID (0002,0010)")

@@ -54,7 +54,7 @@ def compared(
         known[one.study] += max(one.announced or 0, seen[one.uid])
         if one.announced is not None and seen[one.uid] < one.announced:
             short += one.announced - seen[one.uid]
-            notes.append(f"series {one.uid}: {one.announced} instances are announced, {seen[one.uid]} are to be had")
+            notes.append(f"series {one.uid}: {one.announced} instances are announced, {seen[one.uid]} can be retrieved")
         elif not seen[one.uid]:
             short += 1
             notes.append(f"series {one.uid}: nothing came")

@@ -333,7 +333,9 @@ class Sender:
             return None
         length = int.from_bytes(data[2:6], "big")
         if length > MAX_RESPONSE or data[0] not in message.EXPECTED:
-            raise Interrupted(f"{self.peer.where}: the peer sent what is no answer to C-STORE (PDU type {data[0]:02X})")
+            raise Interrupted(
+                f"{self.peer.where}: the peer sent something other than a response (PDU type {data[0]:02X})"
+            )
         if len(data) < 6 + length:
             return None
         pdu = data[0], bytes(data[6 : 6 + length])

@@ -48,7 +48,7 @@ class Ping:
         program = shutil.which("ping")
         if program is None:
             self.ms = 0.0
-            self._echo = Echo(None, "there is no ping program here")
+            self._echo = Echo(None, "no ping program is installed here")
             return
         try:
             address = str(socket.getaddrinfo(self.host, None, type=socket.SOCK_DGRAM)[0][4][0])

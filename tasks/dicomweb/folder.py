@@ -64,7 +64,7 @@ def connect(target: DicomWebTarget) -> Path:
     """
     root = target.folder
     if root is None:
-        raise Misconfigured(f"{target.url} is no folder", target.name)
+        raise Misconfigured(f"{target.url} is not a folder", target.name)
     with errors(target):
         info = fs.within(target.connect_timeout_s, root.stat)
         if not stat.S_ISDIR(info.st_mode):

@@ -98,7 +98,7 @@ FOREIGN: tuple[tuple[type[Exception], type[DispatchError], str], ...] = (
     (boto.InvalidS3AddressingStyleError, Misconfigured, "correct addressing_style"),
     (boto.UnsupportedS3ConfigurationError, Misconfigured, "see bucket, region and endpoint_url"),
     (boto.EndpointResolutionError, Misconfigured, "see bucket, region and endpoint_url"),
-    (ResponseParserError, Misconfigured, "what answers there is no S3 store: correct endpoint_url"),
+    (ResponseParserError, Misconfigured, "what answers there is not an S3 store: correct endpoint_url"),
     (boto.ClientError, Denied, "the credentials can't be had"),  # of the service that gives them
     (boto.HTTPClientError, Unreachable, "the service that gives credentials can't be reached"),
     (Gone, Interrupted, "the store has lost the upload"),

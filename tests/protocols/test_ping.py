@@ -94,7 +94,7 @@ def test_without_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     tried = Ping("127.0.0.1")
     echo = tried.result()
-    assert (echo.answered, echo.detail) == (None, "there is no ping program here")
+    assert (echo.answered, echo.detail) == (None, "no ping program is installed here")
     assert tried.ms == 0  # nothing was waited for
 
 

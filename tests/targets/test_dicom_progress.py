@@ -109,7 +109,7 @@ WRONG: dict[str, tuple[Script, str]] = {
     "abort": (Abort(), "aborted"),
     "reset": (Reset(), "the peer"),
     "partly": (Partly(), "the peer"),
-    "garbage": ([Raw(b"HTTP/1.1 400 Bad Request\r\n\r\n"), Close()], "no answer to C-STORE"),
+    "garbage": ([Raw(b"HTTP/1.1 400 Bad Request\r\n\r\n"), Close()], "other than a response"),
     "alien": (Answer(message_id=4711, kept=False), "was not sent"),
     "bare": (Answer(status=None), "no status"),
     "silence": (Silence(), "no answer to C-STORE"),
