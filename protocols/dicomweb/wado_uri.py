@@ -1,6 +1,6 @@
 """Retrieves instances by WADO-URI (PS3.18 section 9), one by one, from servers that have nothing else.
 
-The service has no place of its own in DICOMweb: it is looked for where servers have it.
+DICOMweb defines no place for the service: it is looked for where servers have it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def places(service: Service) -> list[str]:
 def fetch(
     service: Service, place: str, uids: tuple[str, ...], pace: Callable[[int], None]
 ) -> Generator[Iterator[memoryview], None, None]:
-    """Yield the content of an instance as it comes; it must be read to its end, or left.
+    """Yield the content of an instance as it arrives; it must be read to its end, or left.
 
     Args:
         place: one of `places`.
@@ -64,7 +64,7 @@ def fetch(
 
 
 def found(service: Service, uids: tuple[str, ...]) -> str:
-    """Return where an instance is given out; "" if it is nowhere."""
+    """Return the path of the service that has an instance; "" if there is none."""
     for place in places(service):
         contents = fetch(service, place, uids, lambda count: None)
         try:

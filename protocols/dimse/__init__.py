@@ -1,8 +1,8 @@
 """DICOM upper layer and DIMSE: associations, C-STORE, C-FIND, C-GET, C-MOVE, storage commitment. For `tasks/dicom*.py`.
 
-connection      transport, entity, association, answer, stream, message, contexts, asking
+connection      transport, entity, association (pynetdicom), direct (bytes), answer, stream, message, asking, contexts
 C-STORE         fleet (all associations), backlog, conveyor (one association), store (bytes), pace, status
 C-FIND          query, search, parts, accessions, identifier, find (what a peer has of what was sent)
-C-GET, C-MOVE   pull, get, receive, moves, scp (our Storage SCP), acceptance
+C-GET, C-MOVE   pull, series, offers, get, receive, moves, scp (our Storage SCP), acceptance
 commitment      commitment, listener, ports
 """

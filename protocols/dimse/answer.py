@@ -1,7 +1,7 @@
-"""Makes of a peer's A-ASSOCIATE-AC one that pynetdicom takes: it ends the association over what it doesn't know.
+"""Turns a peer's A-ASSOCIATE-AC into one that pynetdicom accepts, which ends the association over unknown items.
 
-The standard has a receiver ignore items that it doesn't know (PS3.8 section 9.3.1), and peers are not exact about
-some of those that nobody needs here: the implementation's version name, or an answer to what was not asked.
+The standard has a receiver ignore items that it doesn't know (PS3.8 section 9.3.1), and peers make mistakes in some
+that are not needed here: the implementation's version name, or an answer to something that was not asked.
 
 Source: PS3.8 tables 9-17 to 9-19 and Annex D, PS3.7 Annex D.3.3.
 """
@@ -24,7 +24,7 @@ RESULTS = range(5)
 
 
 def tidied(body: bytes) -> bytes:
-    """Return the variable field of an A-ASSOCIATE-AC without what can be ignored; as it is if it makes no sense."""
+    """Return the variable field of an A-ASSOCIATE-AC without ignorable items; unchanged if it is not valid."""
     try:
         items = list(_items(body[AC_BYTES:]))
         told = list(_items(b"".join(value for kind, value in items if kind == USER)))
@@ -60,7 +60,7 @@ def accepted(body: bytes) -> tuple[dict[int, str], int]:
 
 
 def _context(value: bytes) -> bytes:
-    """Return the answer to one context; nothing for one that can't have been asked for."""
+    """Return the answer to one context; nothing for one that can't have been requested."""
     if len(value) < 4 or value[0] % 2 == 0:
         return b""
     number, result = value[0], value[2] if value[2] in RESULTS else NO_REASON
@@ -75,7 +75,7 @@ def _context(value: bytes) -> bytes:
 
 
 def _items(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Type and value of each item.
+    """Yield type and value of each item.
 
     Raises:
         ValueError: the last one is cut short.

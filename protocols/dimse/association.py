@@ -1,7 +1,7 @@
-"""Associations: asked for, used and ended by pynetdicom, over a connection of ours.
+"""Associations: requested, used and ended by pynetdicom, over our own connection.
 
-pynetdicom negotiates (ACSE), keeps the state machine of PS3.8 section 9.2, and carries every service but one:
-C-STORE, which `store.Sender` does on the borrowed connection.
+pynetdicom negotiates (ACSE), keeps the state machine of PS3.8 section 9.2, and does every service except C-STORE, which
+`store.Sender` does on the borrowed connection.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Association:
         accepted: context id by (abstract syntax, transfer syntax); empty if the peer accepted none, in which case
             the association is over.
         window: how many operations may be outstanding at once (PS3.7 Annex D.3.3.3); 1 if the peer grants no more.
-        max_send: largest PDU that the peer takes, bytes; 0 for any.
+        max_send: largest PDU that the peer accepts, bytes; 0 for any.
     """
 
     def __init__(self, peer: Peer, assoc: PynetdicomAssociation, transport: LentSocket) -> None:
@@ -91,11 +91,11 @@ class Association:
     def call(
         self, doing: str, function: Callable[[PynetdicomAssociation], T], check: Callable[[], None] = _nothing
     ) -> T:
-        """Run an operation of pynetdicom's, in a thread of its own, so that the wait for it can be called off.
+        """Run an operation of pynetdicom's in a thread of its own, so that waiting for it can be stopped.
 
         Args:
             doing: what it is, for messages.
-            function: gets pynetdicom's association.
+            function: called with pynetdicom's association.
             check: called several times a second; may raise to stop, which breaks the connection.
 
         Raises:
@@ -140,8 +140,8 @@ class Association:
     def _wait_for_reactor(self) -> None:
         """Wait until pynetdicom's reactor has woken up from the operation before this one.
 
-        Else the next operation takes it for paused, sends its request, and loses the response to the reactor, which
-        wakes up meanwhile: seen once in some hundred C-FIND to a fast peer.
+        Otherwise the next operation takes the reactor for paused, sends its request, and loses the response to the
+        reactor, which wakes up meanwhile: seen once in some hundred C-FIND to a fast peer.
         """
         while self.assoc._is_paused and self.assoc._reactor_checkpoint.is_set() and self.assoc.is_established:
             time.sleep(REACTOR_S)
@@ -160,7 +160,7 @@ class Association:
             raise Interrupted(f"{self.peer.where}: C-ECHO answered with status {status.Status:04X}")
 
     def lost(self, doing: str, begun: float) -> DispatchError:
-        """Name why an operation of pynetdicom's got no answer: its answer is the same for timeouts and aborts: none."""
+        """Return why an operation of pynetdicom's got no answer, as pynetdicom doesn't tell timeouts from aborts."""
         failure = self.transport.failure
         if isinstance(failure, ssl.SSLError) and self.peer.tls:
             return tls.classify(failure, self.peer.where, has_cert=bool(self.peer.tls.cert))
@@ -181,7 +181,7 @@ class Association:
         self._end()
 
     def _try(self, end: Callable[[], None], seconds: float) -> None:
-        """Let pynetdicom end the association, if it can within so many seconds.
+        """Let pynetdicom end the association, if it can within this number of seconds.
 
         It waits without limit for its reactor, which a request of the peer's that comes just now may keep from
         pausing, and for its upper layer, which may be waiting for the other half of a PDU.
@@ -228,7 +228,7 @@ def associate(
     Args:
         contexts: at most 128 of (abstract syntax, transfer syntaxes to choose from).
         check: called several times a second while waiting; may raise to stop.
-        window: operations that we should like to have outstanding at once.
+        window: how many outstanding operations to propose.
         patience: seconds to wait for the peer's answer to the request; 0 for its idle timeout.
         negotiation: further items of pynetdicom's for the request, such as role selections.
         handlers: event handlers of pynetdicom's for requests that the peer makes.
@@ -328,7 +328,7 @@ def negotiate(
 
 
 def _give_up(sock: Any, thread: threading.Thread) -> None:
-    """End a negotiation from outside: its threads see the connection end."""
+    """End a negotiation from outside: its threads notice the end of the connection."""
     with suppress(OSError):
         sock.shutdown(2)
     thread.join(GRACE_S)
@@ -340,7 +340,7 @@ def _context(abstract: str, syntaxes: Sequence[str]) -> PresentationContext:
 
 
 def about_contexts(error: BaseException) -> bool:
-    """Return True if an association may have been refused over what was asked for, and not over who asked."""
+    """Return True if an association may have been refused because of its contexts, and not because of us."""
     said = error.__cause__
     if isinstance(said, RejectedRequest):
         return (said.source, said.reason) not in OF_ANY_REQUEST
@@ -365,7 +365,7 @@ def is_rejected(head: bytes) -> bool:
 
 
 def refused(peer: Peer, transport: Heard, silent: bool, patience: float) -> DispatchError:
-    """Name why there is no association."""
+    """Return why there is no association."""
     head = bytes(transport.head)
     if is_rejected(head):
         return rejection(peer, *head[7:10])
@@ -400,7 +400,7 @@ def rejection(peer: Peer, result: int, source: int, reason: int) -> DispatchErro
 
 
 def aborted(source: int, reason: int) -> str:
-    """Return what an A-ABORT says in words (PS3.8 section 9.3.8)."""
+    """Return the meaning of an A-ABORT in words (PS3.8 section 9.3.8)."""
     if source == 0:
         return "the peer aborted the association"
     return f"the peer's provider aborted the association ({ABORT_REASONS.get(reason, 'no reason given')})"

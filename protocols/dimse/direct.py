@@ -1,4 +1,4 @@
-"""Associations for queries and retrievals: negotiated and ended as bytes, over a connection of our own.
+"""Associations for queries and retrievals: negotiated and ended as bytes, over our own connection.
 
 pynetdicom's two threads look for work every millisecond, so that each association costs 20 ms to begin and to end:
 as much as a study of 100 small instances takes.
@@ -34,7 +34,7 @@ PROPOSED, ABSTRACT, VERSION = 0x20, 0x30, 0x55
 
 @dataclass
 class _Heard:
-    """What came of a request, as `association.refused` reads it."""
+    """The result of a request, as `association.refused` reads it."""
 
     head: bytes = b""
     failure: OSError | None = None
@@ -47,7 +47,7 @@ class DirectAssociation:
 
     Attributes:
         accepted: context id by (abstract syntax, transfer syntax); empty if the peer accepted none.
-        max_send: largest PDU that the peer takes, bytes; 0 for any.
+        max_send: largest PDU that the peer accepts, bytes; 0 for any.
         round_trip_s: how long the peer's answer to the request took.
     """
 
@@ -63,7 +63,7 @@ class DirectAssociation:
         return next((number for (abstract, _), number in self.accepted.items() if abstract == abstract_syntax), None)
 
     def release(self) -> None:
-        """End the association in order; an answer to A-RELEASE-RQ is a courtesy, for which nobody waits long."""
+        """End the association in order, without waiting long for the answer to A-RELEASE-RQ."""
         if self._over:
             return
         stream = self.stream

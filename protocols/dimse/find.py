@@ -39,7 +39,7 @@ def missing(peer: Peer, wanted: Iterable[Stored], check: Callable[[], None] = la
     Asks at IMAGE level, series by series, for the UIDs of all instances.
 
     Raises:
-        CannotList: it doesn't do Study Root C-FIND, or not this one.
+        CannotList: it doesn't support Study Root C-FIND, or not this query.
         Retryable: the association ended, or there is none now.
     """
     by_series: dict[tuple[str, str], set[str]] = {}
@@ -58,7 +58,7 @@ def missing(peer: Peer, wanted: Iterable[Stored], check: Callable[[], None] = la
     except DispatchError as exc:
         raise CannotList(exc.message) from exc
     if not association.accepted:
-        raise CannotList("the peer does not do Study Root C-FIND")
+        raise CannotList("the peer does not support Study Root C-FIND")
     try:
         with Finder(association, check) as asked:
             return _missing(asked, by_series, check)

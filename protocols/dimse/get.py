@@ -1,4 +1,4 @@
-"""C-GET and C-MOVE over a connection of our own: one request, and what the peer answers to it.
+"""C-GET and C-MOVE over our own connection: one request, and the peer's answers to it.
 
 Sources: PS3.4 sections C.4.2 and C.4.3 (statuses, sub-operation counters), PS3.7 sections 9.3.3 and 9.3.4.
 """
@@ -62,12 +62,12 @@ class FinalResponse:
 
     @property
     def whole(self) -> bool:
-        """Whether the peer says that everything was sent, and that there was something."""
+        """Whether the peer says that everything was sent, and that there was something to send."""
         return self.status == 0 and not self.failed and (self.completed or self.warning or 0) > 0
 
     @property
     def refused(self) -> bool:
-        """Whether the peer did not do it at all."""
+        """Whether the peer did not do the retrieval at all."""
         return self.status not in (0, WARNINGS, CANCELLED) and not (self.completed or self.warning)
 
     @property
@@ -89,7 +89,7 @@ class FinalResponse:
 
 
 class Retriever(Conversation):
-    """An association on which series are asked for.
+    """An association on which series are requested.
 
     Attributes:
         pairs: the storage contexts that were asked for; empty for C-MOVE.
@@ -123,7 +123,7 @@ class Retriever(Conversation):
         return identifier.built({key: value for key, value in keys.items() if value}, "", self._syntax)
 
     def get(self, keys: Mapping[str, str], depot: Depot) -> FinalResponse:
-        """Ask for instances on this association (C-GET), and take them.
+        """Request instances on this association (C-GET), and receive them.
 
         Raises:
             Interrupted, TimedOut: the association ended. Busy: the disk is full.
@@ -155,12 +155,12 @@ class Retriever(Conversation):
     def move(
         self, keys: Mapping[str, str], destination: str, message_id: int, quiet: Callable[[], float]
     ) -> FinalResponse:
-        """Have instances sent to another association (C-MOVE), and wait for the peer's last word.
+        """Request instances to be sent to another association (C-MOVE), and wait for the final response.
 
         Args:
-            destination: AE title of who takes them.
-            message_id: by which they will be known as asked for.
-            quiet: returns when something was heard there last; silence here alone is none.
+            destination: AE title that receives them.
+            message_id: by which they will be recognised.
+            quiet: returns when something was last received there, so that silence here alone doesn't count.
 
         Raises:
             Interrupted, TimedOut: the association ended.
@@ -179,7 +179,7 @@ class Retriever(Conversation):
                 self._skip()
 
     def _answer(self, command: CommandSet, keys: Mapping[str, str]) -> FinalResponse | None:
-        """Return the final response; None if this is another."""
+        """Return the final response; None for a pending one."""
         if command.has_dataset:
             self._skip()
         status = command.number(STATUS)
@@ -220,7 +220,7 @@ def getter(
     """Associate with a peer to retrieve by C-GET.
 
     Raises:
-        As `associate`. A peer that doesn't do C-GET is seen by `root`.
+        As `associate`. `root` shows a peer that doesn't support C-GET.
     """
     classes = list(dict.fromkeys(sop_class for sop_class, _ in pairs))
     contexts: list[tuple[str, Sequence[str]]] = [(STUDY_ROOT_GET, UNCOMPRESSED), (PATIENT_ROOT_GET, UNCOMPRESSED)]
@@ -233,7 +233,7 @@ def mover(peer: Peer, check: Callable[[], None]) -> Retriever:
     """Associate with a peer to retrieve by C-MOVE.
 
     Raises:
-        As `associate`. A peer that doesn't do C-MOVE is seen by `root`.
+        As `associate`. `root` shows a peer that doesn't support C-MOVE.
     """
     association = associate(peer, [(STUDY_ROOT_MOVE, UNCOMPRESSED), (PATIENT_ROOT_MOVE, UNCOMPRESSED)], check)
     return Retriever(
@@ -242,7 +242,7 @@ def mover(peer: Peer, check: Callable[[], None]) -> Retriever:
 
 
 def failure(peer: Peer, answer: FinalResponse, destination: str = "") -> DispatchError | None:
-    """Return the error that a status means for everything that is still to be asked for, None if it means none."""
+    """Return the error that a status means for all further requests; None if it means none."""
     if answer.status == DESTINATION_UNKNOWN:
         return Misconfigured(
             f"{peer.where}: the peer doesn't know the move destination {destination}: register this AE title there, "

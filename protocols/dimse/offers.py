@@ -1,4 +1,4 @@
-"""Which storage contexts a retrieval by C-GET asks for: an association has room for 126."""
+"""Which storage contexts a retrieval by C-GET requests: an association has room for 126."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ CLASSES_OF = {
 
 
 def pairs_for(classes: Mapping[str, Iterable[str]]) -> list[Pair]:
-    """Return the storage contexts to ask for, for SOP classes and the syntaxes that are known of each (or none).
+    """Return the storage contexts to request for SOP classes, each with the syntaxes that are known of it (or none).
 
     One context per class and syntax: of several syntaxes in one the peer would choose for all of a class. What a peer
-    names comes first; the rest of the 126 places is shared out.
+    names comes first; the rest of the 126 places is divided.
     """
     room = MAX_CONTEXTS - 2
     known: list[Pair] = []

@@ -50,7 +50,7 @@ PORT_S = 30  # for another process to give up the Storage SCP's port
 
 @dataclass(frozen=True)
 class MoveDestination:
-    """Where C-MOVE sends to: our Storage SCP, as the peer knows it. Port 0: none, C-MOVE can't be used."""
+    """The destination of C-MOVE: our Storage SCP, as the peer knows it. Port 0: none, so C-MOVE can't be used."""
 
     aet: str = "TALARIA"
     port: int = 0
@@ -58,7 +58,7 @@ class MoveDestination:
 
 
 class _NoRoom(Exception):
-    """There is no association to be had now."""
+    """No association can be had now."""
 
     def __init__(self, error: DispatchError) -> None:
         super().__init__(error.message)
@@ -74,7 +74,7 @@ def _association() -> Iterator[None]:
 
 
 class Pull:
-    """One retrieval. What is in the folder already is not asked for again.
+    """One retrieval. Instances that are in the folder already are not requested again.
 
     A series is asked for as a whole, and what the peer has of it is listed only where that doesn't bring what was
     announced: listing takes some peers longer than giving.
@@ -122,7 +122,7 @@ class Pull:
         self._uids: dict[str, set[str]] = {one.uid: set() for one in self.series}
 
     def look(self) -> None:
-        """Find what is in the folder already."""
+        """Find the instances that are in the folder already."""
         with files.writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         files.sweep(self.folder)
@@ -164,7 +164,7 @@ class Pull:
         return Plan("", self.folder, tuple(sorted(items.values(), key=lambda item: item.path)))
 
     def _conclude(self, one: PulledSeries, items: dict[str, Item]) -> None:
-        """Report what a series lacks, and what the peer had to say about it."""
+        """Report what a series lacks, and the peer's words about it."""
         last = one.answers[-1] if one.answers else None
         for uid in self._missing(one):
             items[uid] = Item(f"{uid}.dcm", 0, 0, Header("", uid, "", one.study, one.uid, 0))
@@ -181,7 +181,7 @@ class Pull:
             self.notes.append(f"series {one.uid}: retrieved by C-MOVE to {self._destination.aet}: {one.moves}")
 
     def _parts(self, count: int) -> int:
-        """Return how many associations so many instances of one series are worth."""
+        """Return how many associations pay for a number of instances of one series."""
         return max(1, min(self._associations // max(1, len(self.series)), count // PART))
 
     def _divided(self, one: PulledSeries) -> list[PulledSeries]:
@@ -193,11 +193,11 @@ class Pull:
         return [one.part(missing[start : start + each]) for start in range(0, len(missing), each)]
 
     def _missing(self, one: PulledSeries) -> list[str]:
-        """Return which instances of those that the peer lists are not here."""
+        """Return the instances that the peer lists and that are not here."""
         return sorted(uid for uid in one.images or () if uid not in self._here)
 
     def _lacks(self, one: PulledSeries) -> bool:
-        """Return whether something of a series is not here, as far as is known."""
+        """Return True if something of a series is not here, as far as is known."""
         if one.images is not None:
             return bool(self._missing(one))
         if one.announced is not None:
@@ -228,9 +228,9 @@ class Pull:
     # ---- associations
 
     def _work(self) -> None:
-        """Take series after series, on one association as long as that serves.
+        """Retrieve series after series, on one association as long as it fits.
 
-        The first to come associates alone: a peer that takes one association only shall not choose which.
+        The first thread associates alone, so that a peer which allows one association doesn't choose which.
         """
         with self._lock:
             leads, self._led = not self._led, True
@@ -266,7 +266,7 @@ class Pull:
                 self._open.set()
 
     def _next(self, fits: Callable[[PulledSeries], bool] = lambda one: True) -> PulledSeries | None:
-        """Take the next series; None if there is none, it doesn't fit, or the retrieval shall pause."""
+        """Return the next series; None if there is none, it doesn't fit, or the retrieval is to pause."""
         self.report.check()
         with self._lock:
             if not self._jobs or self.report.pausing.is_set() or not fits(self._jobs[0]):
@@ -294,7 +294,7 @@ class Pull:
                 self._established -= 1
 
     def _weigh(self, one: PulledSeries) -> None:
-        """Let a series be listed, after the others, if what came of it may not be all."""
+        """Schedule a listing of a series, after the others, if it may not have arrived completely."""
         last = one.answers[-1] if one.answers else None
         claimed = (last.completed or 0) + (last.warning or 0) if last else 0
         one.doubtful = self._lacks(one) or bool(
@@ -324,7 +324,7 @@ class Pull:
                 following = self._next(partial(self._fits, retriever))
 
     def _no_get(self, one: PulledSeries, why: str, *, for_all: bool = False) -> None:
-        """Have a series, or all that are left, retrieved by C-MOVE, once it is known what it holds.
+        """Schedule C-MOVE for a series, or for all that are left, once its content is known.
 
         Raises:
             Misconfigured: there is nowhere to move it to, and all are to be moved.
@@ -351,7 +351,7 @@ class Pull:
         self._put_back(one)
 
     def _give_up(self, one: PulledSeries, error: DispatchError) -> None:
-        """Leave a series that can't be asked for in any way."""
+        """Give up a series that can't be requested in any way."""
         with self._lock:
             self._given_up.append(error)
             self.notes.append(f"series {one.uid}: {error.message}")
@@ -366,7 +366,7 @@ class Pull:
         return bool(classes) and classes.keys() <= held and named <= retriever.pairs
 
     def _get(self, retriever: Retriever, one: PulledSeries) -> bool:
-        """Ask for a series; return False if it has to be asked for in another way."""
+        """Request a series; return False if it must be requested in another way."""
         refusals, last = 0, None
         with self._depot(one, durable=False) as depot:
             for keys in self._requests(one, retriever):
@@ -387,7 +387,7 @@ class Pull:
         return True
 
     def _requests(self, one: PulledSeries, retriever: Retriever) -> Iterator[dict[str, str]]:
-        """Yield the keys to ask with: for the series, then for what is still missing, in lists and one by one."""
+        """Yield the keys of requests: for the series, then for what is still missing, in lists and one by one."""
         above = {"StudyInstanceUID": one.study, "SeriesInstanceUID": one.uid}
         if retriever.root in (PATIENT_ROOT_GET, PATIENT_ROOT_MOVE):
             above["PatientID"] = one.patient

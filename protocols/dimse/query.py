@@ -1,4 +1,4 @@
-"""C-FIND over a connection of our own: a query's answers as they come.
+"""C-FIND over our own connection: a query's answers as they arrive.
 
 Sources: PS3.4 Annex C.4.1 (C-FIND, statuses), C.6.1 and C.6.2 (Patient Root, Study Root).
 """
@@ -44,7 +44,7 @@ PRIVATE = ("PatientName", "PatientID", "AccessionNumber")  # keys whose values s
 
 
 class Conversation:
-    """An association whose connection is ours for as long as the block lasts; released at its end, or aborted."""
+    """An association whose connection is lent to us during the block; released at its end, or aborted."""
 
     def __init__(
         self,
@@ -90,7 +90,7 @@ class Conversation:
         return self._message_id
 
     def cancel(self, context: int, message_id: int) -> None:
-        """Ask the peer to stop what it answers (C-CANCEL, PS3.7 section 9.3.2.3); the final response still comes."""
+        """Ask the peer to stop answering (C-CANCEL, PS3.7 section 9.3.2.3); the final response still comes."""
         command = encoded({FIELD: C_CANCEL_RQ, RESPONDED_TO: message_id, DATASET_TYPE: 0x0101})
         self.stream.send(pdus(context, command, None, self.association.max_send))
 
@@ -107,7 +107,7 @@ class Conversation:
             raise Interrupted(f"{self.peer.where}: the peer released the association") from exc
 
     def final(self, command: CommandSet, keys: Mapping[str, str], doing: str) -> None:
-        """Raise an error for the final status of C-FIND that is not success."""
+        """Raise an error if the final status of C-FIND is not success."""
         self._outstanding = False
         code = command.number(STATUS)
         if code is None:
@@ -120,7 +120,7 @@ class Conversation:
 
 
 def refusal(what: str, code: int, comment: str) -> DispatchError:
-    """Return the error that a final status of C-FIND means which is not success (PS3.4 table C.4-1, PS3.7 Annex C)."""
+    """Return the error for a final status of C-FIND other than success (PS3.4 table C.4-1, PS3.7 Annex C)."""
     text = f"{what} answered with status {code:04X}" + (f" ({comment})" if comment else "")
     if code & 0xFF00 == 0xA700 or code == 0x0213:
         return Busy(text)
@@ -130,10 +130,10 @@ def refusal(what: str, code: int, comment: str) -> DispatchError:
 
 
 class Finder(Conversation):
-    """Asks one peer, query by query.
+    """Sends queries to one peer, one after the other.
 
     Attributes:
-        root: abstract syntax of the information model that the peer takes, Study Root where it can.
+        root: abstract syntax of the information model that the peer accepts, Study Root if possible.
         quickest_s: how long the peer took, at its best, from a request to the first answer.
     """
 
@@ -157,11 +157,11 @@ class Finder(Conversation):
             keys: values to match.
             wanted: keywords of further values in the answer.
             charset: of the values, "" if they are ASCII.
-            most: after so many answers the peer is asked to stop; 0 for no limit.
+            most: number of answers after which the peer is asked to stop; 0 for no limit.
 
         Raises:
             Interrupted, TimedOut: the answer is not complete. Busy: the peer has no room for it now, or gives no more.
-            Denied: not authorised. Misconfigured: the peer can't do this query; the message has its status.
+            Denied: not authorised. Misconfigured: the peer can't answer this query; the message has its status.
         """
         values = dict.fromkeys(wanted, "") | dict(keys) | {"QueryRetrieveLevel": level}
         data = identifier.built(values, charset, self._syntax)
@@ -202,7 +202,7 @@ class Finder(Conversation):
 
 
 def finder(peer: Peer, check: Callable[[], None] = lambda: None) -> Finder:
-    """Associate with a peer to query it; use what comes back as a context manager.
+    """Associate with a peer to query it; use the result as a context manager.
 
     Raises:
         Misconfigured: it accepts neither Study Root nor Patient Root C-FIND. Others: as `associate`.

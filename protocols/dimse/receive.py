@@ -1,7 +1,7 @@
-"""Instances as they come by C-STORE: from the connection into a file, under its name when it is whole.
+"""Receives instances by C-STORE: from the connection into a file, which gets its name when it is whole.
 
-A data set's bytes are written from the buffer that they were received in, by one writev(2) for many fragments. What
-says which instance it is is looked up in its first bytes; memory doesn't grow with an instance or a study.
+A data set's bytes are written from the buffer that they were received in, by one writev(2) for many fragments. Its
+first bytes show which instance it is; memory doesn't grow with an instance or a study.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ PIECES = 512  # that writev(2) gets at once; it takes 1024
 
 @dataclass(eq=False)
 class Depot:
-    """A folder into which instances come, as `<SOP instance UID>.dcm`; safe to use from several threads.
+    """A folder that receives instances, as `<SOP instance UID>.dcm`; safe to use from several threads.
 
     Args:
         refuse: returns why an instance is not wanted, "" if it is.
-        kept: called with each instance that has its name; may raise to end the association.
-        durable: whether file and name must be on the disk before an instance counts; else `settle` sees to that.
+        kept: called with each instance that has got its name; may raise to end the association.
+        durable: whether file and name must be on disk before an instance counts; if not, `settle` flushes them.
 
     Attributes:
         failure: why nothing more can be written.
@@ -121,7 +121,7 @@ class Depot:
         return SUCCESS, header
 
     def note(self, part: partial.PartialFile, size: int, header: Header) -> None:
-        """Count an instance that has its name."""
+        """Count an instance that has got its name."""
         item = Item(f"{header.SOPInstanceUID}.dcm", size, os.fstat(part.fd).st_mtime_ns, header)
         if not self.durable:
             self._unsettled.append(item.path)
@@ -139,7 +139,7 @@ class Depot:
             os.close(fd)
 
     def settle(self, check: Callable[[], None] = lambda: None) -> None:
-        """Make sure that what came is on the disk: all at once, which costs one commit of the file system's journal.
+        """Flush everything that was received to disk at once, which costs one commit of the file system's journal.
 
         Args:
             check: called now and then; may raise to stop.
@@ -170,8 +170,8 @@ def receive(
 ) -> int:
     """Read the data set of a C-STORE request into a folder, and answer; return the status of the answer.
 
-    A folder that can't be written to is `depot.failure`: the rest of the data set is read and forgotten, and the
-    status is A700. The peer gets its answer before the instance is counted: it makes the next one meanwhile.
+    A folder that can't be written to is `depot.failure`: the rest of the data set is read and dropped, and the status
+    is A700. The peer gets its answer before the instance is counted, and prepares the next one meanwhile.
 
     Raises:
         Interrupted, TimedOut: the association ended; nothing is left of a file that had no name.
@@ -210,7 +210,7 @@ def receive(
 
 
 def _spool(stream: Stream, fd: int, depot: Depot, meta: bytes) -> tuple[int, bytes]:
-    """Write a data set as it comes; returns the size of the file, and the first bytes of the data set."""
+    """Write a data set while it arrives; return the size of the file, and the first bytes of the data set."""
     pieces: list[bytes | memoryview] = [meta]
     waiting = len(meta)
     size = 0
@@ -269,7 +269,7 @@ def response(request: CommandSet, status: int) -> bytes:
 
 
 class Responder:
-    """Answers the C-STORE requests of one association; what is alike in all answers is made once.
+    """Answers the C-STORE requests of one association; the common part of the answers is made once.
 
     Args:
         most: largest PDU that the peer takes, bytes; 0 for any.

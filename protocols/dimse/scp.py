@@ -1,8 +1,8 @@
-"""The Storage SCP: takes instances that peers send, in threads of its own, one per association.
+"""The Storage SCP: receives instances from peers, in threads of its own, one per association.
 
-It negotiates by itself, so that nothing of a library stands between the connection and the file, and takes every SOP
-class and transfer syntax as it is sent. Who may send what, and where it goes, is decided by its `Desk`: a retrieval
-by C-MOVE has one for what it asked for, a listener for modalities another.
+It negotiates by itself, so that no library is between the connection and the file, and accepts every SOP class and
+transfer syntax as it is sent. Who may send what, and where it goes, is decided by its `Desk`: a retrieval by C-MOVE has
+one for what it asked for, a listener for modalities another.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ OTHERS = (
 
 @dataclass(frozen=True)
 class Caller:
-    """Who has opened an association: AE titles and address."""
+    """The peer that has opened an association: AE titles and address."""
 
     called: str
     calling: str
@@ -66,20 +66,20 @@ class Caller:
 
 
 class Desk(Protocol):
-    """Decides what a Storage SCP takes."""
+    """Decides what a Storage SCP accepts."""
 
     def admit(self, caller: Caller) -> bool:
         """Return True if this peer may send anything now."""
 
     def depot(self, caller: Caller, request: CommandSet) -> tuple[Depot | None, int]:
-        """Return where an instance goes, or None and the status to refuse it with."""
+        """Return the folder for an instance, or None and the status to refuse it with."""
 
     def heard(self, caller: Caller, request: CommandSet | None) -> None:
-        """Take note that something comes."""
+        """Note that something was received."""
 
 
 class StorageScp:
-    """A port on which instances are taken, from now on until `close`.
+    """A port that accepts instances, from now on until `close`.
 
     Raises:
         OSError: the port can't be listened on.
@@ -107,11 +107,11 @@ class StorageScp:
         self._thread.start()
 
     def offer(self, tls: ssl.SSLContext | None) -> None:
-        """Let peers come with TLS too, if nobody has seen to that before."""
+        """Accept TLS as well, unless that was enabled before."""
         self.tls = self.tls or tls
 
     def close(self) -> None:
-        """Listen no more, and break the associations that are open."""
+        """Stop listening, and break open associations."""
         self._closed.set()
         with suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
@@ -168,10 +168,10 @@ class StorageScp:
             sock.close()
 
     def _begin(self, sock: socket.socket, host: str) -> tuple[socket.socket, _Association | None]:
-        """Take an association request; return the connection under its TLS, and the association if it is admitted.
+        """Read an association request; return the connection under its TLS, and the association if it is admitted.
 
         Raises:
-            OSError, Interrupted: the peer does not ask for one in time.
+            OSError, Interrupted: the peer does not request one in time.
         """
         end = time.monotonic() + HANDSHAKE_S
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -293,7 +293,7 @@ def _exactly(sock: socket.socket, count: int, end: float) -> bytes:
 
 
 def _choose(abstract: str, offered: tuple[str, ...]) -> str | int:
-    """Return the first syntax that is offered, for any SOP class that is not another service's."""
+    """Return the first offered syntax, for any SOP class of the storage service."""
     if abstract.startswith(OTHERS):
         return acceptance.NO_CLASS
     return offered[0] if offered else acceptance.NO_SYNTAX

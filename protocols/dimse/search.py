@@ -1,4 +1,4 @@
-"""Searches by C-FIND: a query's studies and series, each once, whole, and only what the query really asks for.
+"""Searches by C-FIND: all studies and series that a query matches, each once, and nothing else.
 
 Peers differ: some ignore a key that they don't know, some refuse it, some match other things than they were asked
 for, some stop at a number of answers, with a status (A700) or without a word. So everything is compared with the
@@ -60,7 +60,7 @@ class PeerSearch:
         """Yield the studies or series that match, each once.
 
         Raises:
-            Misconfigured: the query is none, or the peer can't answer it in full. Others: as `Finder.ask_for`.
+            Misconfigured: the query is not valid, or the peer can't answer it in full. Others: as `Finder.ask_for`.
         """
         of_series = dict(series_tests(query))
         for study in self._studies(query):
@@ -79,7 +79,7 @@ class PeerSearch:
                 yield found
 
     def _require(self, found: Answer, tests: Mapping[str, Any]) -> None:
-        """Refuse to filter by what the peer doesn't give: "nothing found" would be a lie."""
+        """Raise if the query needs values that the peer doesn't give: "nothing found" would be wrong."""
         lacking = [keyword for keyword in tests if keyword not in found]
         if lacking:
             raise Misconfigured(
@@ -134,7 +134,7 @@ class PeerSearch:
                 yield study
 
     def _candidates(self, query: Query) -> Iterator[tuple[Mapping[str, str], Answer]]:
-        """Studies that may match, with the keys that the peer was asked to match."""
+        """Yield studies that may match, with the keys that the peer was asked to match."""
         for values in (query.AccessionNumber, query.StudyDescription, query.SeriesDescription):
             if values and not any(value.strip() for value in values):
                 return  # blanks match nothing: not worth a list of all that there is
@@ -167,7 +167,7 @@ class PeerSearch:
             yield from self._worded(keys)
 
     def _by_uid(self, uids: list[str], keys: dict[str, str]) -> Iterator[tuple[Mapping[str, str], Answer]]:
-        """Ask for studies by lists of UIDs, and for each alone that no list brings: not every peer takes lists."""
+        """Yield studies by lists of UIDs, and ask for each alone that no list brings: not every peer accepts lists."""
         uids = list(dict.fromkeys(uids))
         found: set[str] = set()
         for start in range(0, len(uids), UID_LIST) if len(uids) > 1 else ():
@@ -196,7 +196,7 @@ class PeerSearch:
         return [uid for uid in dict.fromkeys(found) if uid]
 
     def _worded(self, keys: dict[str, str], most: int = 0) -> Iterator[tuple[Mapping[str, str], Answer]]:
-        """Ask in words that the peer takes: in one character set after another, without keys that it refuses."""
+        """Ask in a form that the peer accepts: in one character set after another, without keys that it refuses."""
         failed: DispatchError | None = None
         answered = False
         for wording, charset in self._wordings(keys):
@@ -215,9 +215,9 @@ class PeerSearch:
             raise failed
 
     def _wordings(self, keys: dict[str, str]) -> Iterator[tuple[dict[str, str], str]]:
-        """The keys as they are; for others than ASCII with wild cards instead, then in one character set after another.
+        """Yield the keys unchanged; if they are not ASCII, with wild cards, then in one character set after another.
 
-        Nobody says in which character sets a peer takes its questions, or has stored its names.
+        Nothing shows in which character sets a peer reads queries, or has stored its names.
         """
         # To some a ? is one byte (Orthanc), so that it passes over letters that are not ASCII.
         keys = {key: SINGLE.sub("*", value) if key in TEXTS else value for key, value in keys.items()}
@@ -271,13 +271,13 @@ class PeerSearch:
         above: dict[str, str] | None = None,
         depth: int = 0,
     ) -> list[Answer]:
-        """Return all answers to a question, asked in parts if the peer doesn't give them at once.
+        """Return all answers to a query, asked in parts if the peer doesn't give them at once.
 
         Args:
-            above: the question of which this is a part.
+            above: the query of which this is a part.
 
         Raises:
-            _Ignored: the peer answers as if this were no part.
+            _Ignored: the peer answers the part like the whole.
             Misconfigured: there is more than the peer gives, and no way to ask for it.
         """
         found: list[Answer] = []
@@ -311,7 +311,7 @@ class PeerSearch:
         raise _CutShort(f"{self.finder.peer.where}: the peer gives {len(found)} answers and has more: narrow the query")
 
     def _undated(self, keys: dict[str, str], charset: str) -> list[Answer]:
-        """Return the studies without a date, which are in no period, and which nobody can be asked for.
+        """Return the studies without a date, which are in no period and can't be asked for.
 
         Everything is asked for again by what identifiers begin with, as long as the peer looks at that, and that takes
         no more than so many queries.
@@ -349,7 +349,7 @@ class PeerSearch:
         return found
 
     def _is_cut_short(self, keys: dict[str, str], charset: str, found: list[Answer], uids: frozenset[str]) -> bool:
-        """Return whether the peer has more than it gave without a word.
+        """Return True if the peer has more than it gave, without saying so.
 
         Shown by asking for parts of the same again, at both ends of the dates and, at a suspicious number, half of it.
         """
@@ -380,7 +380,7 @@ class PeerSearch:
         return False
 
     def _has_series(self, study: Answer, tests: dict[str, Any], query: Query) -> bool:
-        """Return whether one series of a study passes all tests that a query has for series."""
+        """Return True if one series of a study passes all tests that a query has for series."""
         if not tests:
             return True
         modalities = study.get("ModalitiesInStudy")
@@ -392,7 +392,7 @@ class PeerSearch:
 
 
 def _any_form(name: str) -> str:
-    """Return a pattern for a name with and without what is empty at its end, and its other forms (PS3.5 section 6.2).
+    """Return a pattern for a name with and without empty parts at its end, and its other forms (PS3.5 section 6.2).
 
     Peers that compare names as text (dcmqrscp) take Doe^Jane and Doe^Jane^^^ for two, and see one form only.
     """
@@ -401,8 +401,8 @@ def _any_form(name: str) -> str:
 
 
 class _Ignored(Exception):
-    """A part of a question was answered like all of it."""
+    """A part of a query was answered like the whole."""
 
 
 class _CutShort(Misconfigured):
-    """There is more than the peer gives."""
+    """The peer has more than it gives."""

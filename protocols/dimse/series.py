@@ -1,4 +1,4 @@
-"""A series that is retrieved, and what is known of it before and while that is done."""
+"""A series to retrieve, and what is known about it before and during the retrieval."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class PulledSeries:
         images: what the peer lists; None if it lists nothing, or was not asked.
         patient: Patient ID, for peers of Patient Root.
         listed: whether the peer was asked to list it.
-        doubtful: whether more has to be known of it before it is asked for again.
+        doubtful: whether more must be known about it before it is requested again.
         moves: why it is retrieved by C-MOVE, though others may come by C-GET.
         is_part: whether it is to be asked for by `images` only.
         answers: the peer's final responses.

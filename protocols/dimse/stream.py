@@ -1,7 +1,7 @@
-"""Messages on a connection: PDUs are cut up where they were received, so that no byte of a data set is copied.
+"""Messages on a connection: PDUs are parsed in the receive buffer, so that no byte of a data set is copied.
 
-Used by both sides: by who asked for an association, on a connection lent by pynetdicom, and by the Storage SCP on its
-own. Everything that waits looks at `check` several times a second; a peer that is silent for too long has hung up.
+Used by both sides: by the requester of an association, on a connection lent by pynetdicom, and by the Storage SCP on
+its own. Every wait calls `check` several times a second; a peer that is silent for too long counts as hung.
 
 Sources: PS3.8 section 9.3 (PDUs) and Annex E.2 (fragments), PS3.7 section 6.3 and Annex E (command sets).
 """
@@ -58,7 +58,7 @@ class CommandSet(dict[int, bytes]):
         return int.from_bytes(value, "little") if len(value) == 2 else None
 
     def uid(self, element: int) -> str:
-        """Return the value of an element of VR UI, whatever is in it."""
+        """Return the value of an element of VR UI, valid or not."""
         return self.get(element, b"").rstrip(b"\0 ").decode("ascii", "replace")
 
     def text(self, element: int) -> str:
@@ -80,7 +80,7 @@ class CommandSet(dict[int, bytes]):
 
 
 def decoded(raw: bytes | bytearray | memoryview, context: int = 0) -> CommandSet:
-    """Read a command set; what is cut short is left out."""
+    """Read a command set; leave out a truncated element."""
     command = CommandSet()
     command.context = context
     pos, end = 0, len(raw)
@@ -172,7 +172,7 @@ class Stream:
 
     Attributes:
         where: the peer, for messages.
-        heard: when something came from the peer last; `time.monotonic`.
+        heard: when something last came from the peer; `time.monotonic`.
         quiet: called when nothing came for a while; returns when something was heard elsewhere (`time.monotonic`).
         context, is_command, last: of the piece that `piece` returned; `last` with the end of its message part.
         torn: whether the connection is in the middle of a PDU that we send, so that an abort can't be sent.
@@ -210,7 +210,7 @@ class Stream:
 
     @property
     def ahead(self) -> bytes:
-        """What was read and not used."""
+        """Return bytes that were read and not used."""
         return bytes(self._view[self._begin : self._end])
 
     def peek(self, count: int) -> None:
@@ -228,12 +228,12 @@ class Stream:
     # ---- reading
 
     def piece(self) -> memoryview | None:
-        """Return the next part of a fragment that is in the buffer, None if more must be read (`fill`).
+        """Return the next part of a fragment in the buffer; None if more must be read (`fill`).
 
         A part is valid until the next `fill`.
 
         Raises:
-            Released: the peer asks for a release. Interrupted: it aborts, or what came makes no sense.
+            Released: the peer asks for a release. Interrupted: it aborts, or its bytes are not valid.
         """
         while True:
             there = self._end - self._begin
@@ -284,7 +284,7 @@ class Stream:
         raise Interrupted(f"{self.where}: {aborted(body[2], body[3])}")
 
     def fill(self) -> None:
-        """Wait for bytes and read them; what `piece` has returned before is void.
+        """Wait for bytes and read them; what `piece` returned before is no longer valid.
 
         Raises:
             TimedOut: the peer is silent. Interrupted: the connection ended.
@@ -372,7 +372,7 @@ class Stream:
                 return bytes(first)
 
     def skip(self) -> None:
-        """Read the data set that belongs to the command before it, and forget it."""
+        """Read the data set that belongs to the command before it, and drop it."""
         while True:
             view = self.piece()
             if view is None:
@@ -386,7 +386,7 @@ class Stream:
         """Write all bytes.
 
         Raises:
-            TimedOut: the peer takes none. Interrupted: the connection ended.
+            TimedOut: the peer accepts none. Interrupted: the connection ended.
         """
         left = memoryview(data)
         last = time.monotonic()
@@ -407,7 +407,7 @@ class Stream:
         self._answered = True
 
     def _broken(self, exc: OSError) -> Interrupted:
-        """Name why the connection ended: an abort that the peer sent before says more than a reset."""
+        """Return why the connection ended: an abort that the peer sent before says more than a reset."""
         ready = select.poll()
         ready.register(self.sock, select.POLLIN)
         try:
