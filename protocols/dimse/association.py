@@ -1,7 +1,7 @@
 """Associations: requested, used and ended by pynetdicom, over our own connection.
 
-pynetdicom negotiates (ACSE), keeps the state machine of PS3.8 section 9.2, and does every service except C-STORE, which
-`store.Sender` does on the borrowed connection.
+pynetdicom negotiates (ACSE), keeps the state machine of PS3.8 section 9.2, and does C-ECHO and storage commitment.
+`store.Sender` does C-STORE on the borrowed connection; for queries and retrievals see `direct.py`.
 """
 
 from __future__ import annotations
