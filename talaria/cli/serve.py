@@ -12,6 +12,7 @@ import typer
 from talaria.cli import remote
 from talaria.cli.access import api
 from talaria.cli.output import DONE, NO_SERVER, NOT_ALL, checked, enabled, print_json, say, table
+from talaria.errors import Refused, ServerError
 from transfer.home import Home
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")]
@@ -63,7 +64,7 @@ def status(as_json: Json = False) -> None:
     """What runs, what waits, and how the targets were when they were last checked."""
     document = _status()
     if not document["server"]["ok"]:
-        document["error"] = "no server runs: `talaria up` starts it"
+        document.setdefault("error", "no server runs: `talaria up` starts it")
         say(f"talaria: {document['error']}")
     if as_json:
         print_json(document)
@@ -83,8 +84,14 @@ def _status() -> dict[str, Any]:
     """Return what `status` shows; starts nothing."""
     there = remote.found()
     if there is not None:
-        with suppress(remote.NoApi), there:
-            return there.call("status")
+        try:
+            with suppress(remote.NoApi), there:
+                return there.call("status")
+        except (ServerError, Refused) as exc:
+            if isinstance(exc, Refused) and exc.code != NO_SERVER:
+                raise
+            away = {"server": {"ok": False, "url": there.shown}, "workers": [], "queues": {}, "targets": []}
+            return away | {"error": str(exc)}
     from talaria.cli.local import status_of_server
 
     return status_of_server()

@@ -154,6 +154,14 @@ def test_what_is_not_there_for_a_moment_is_waited_for_and_made_once(tmp_path: Pa
         assert len(keys) == 3 and len(set(keys)) == 1
 
 
+def test_status_says_that_the_server_does_not_answer(tmp_path: Path) -> None:
+    with api(tmp_path / "home", {("GET", "/status"): [(500, {"error": "unexpected KeyError"})]}) as one:
+        ran = run(one, "status", "--json")
+    document = json.loads(ran.stdout)
+    assert ran.returncode == 3 and document["server"] == {"ok": False, "url": one.url} and document["workers"] == []
+    assert words(ran) == ["talaria: unexpected KeyError"] and document["error"] == "unexpected KeyError"
+
+
 def test_a_server_of_another_version_is_named_once(tmp_path: Path) -> None:
     with api(tmp_path / "home", {("GET", "/jobs"): [(200, {"jobs": []})]}) as one:
         one.version = "9.9.9"
