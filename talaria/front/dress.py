@@ -18,17 +18,18 @@ _FIXED = (
 _OURS = {name for name, _ in _FIXED} | {b"content-security-policy", b"strict-transport-security"}
 
 
-def policy(host: str) -> str:
+def policy(host: str, *, own: bool) -> str:
     """Return the content security policy: nothing but this server, whatever a page tries to reach.
 
-    Prefect's UI asks a host of Amplitude's although analytics are off. It needs styles in its elements and workers
-    that it makes itself.
+    Prefect's UI asks a host of Amplitude's although analytics are off. It needs styles in its elements, workers that it
+    makes itself, and to compile the schemas of its forms; pages of our `own` compile nothing.
     """
     sockets = f" ws://{host} wss://{host}" if host else ""
+    scripts = "'self'" if own else "'self' 'unsafe-eval'"
     return (
-        f"default-src 'self'; connect-src 'self' data: blob:{sockets}; img-src 'self' data: blob:; "
-        "font-src 'self' data:; style-src 'self' 'unsafe-inline'; worker-src 'self' blob: data:; object-src 'none'; "
-        "base-uri 'self'; form-action 'self'; frame-ancestors 'none'"
+        f"default-src 'self'; script-src {scripts}; connect-src 'self' data: blob:{sockets}; "
+        "img-src 'self' data: blob:; font-src 'self' data:; style-src 'self' 'unsafe-inline'; "
+        "worker-src 'self' blob: data:; object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'none'"
     )
 
 
@@ -45,7 +46,7 @@ def dressed(scope: Message, send: Send, *, tls: bool) -> Send:
                 for key, value in message.get("headers", ())
                 if key.lower() not in _OURS and not key.lower().startswith(b"access-control-")
             ]
-            headers += [*_FIXED, (b"content-security-policy", policy(safe).encode())]
+            headers += [*_FIXED, (b"content-security-policy", policy(safe, own=path.startswith("/talaria")).encode())]
             if tls:
                 headers.append((b"strict-transport-security", b"max-age=31536000"))
             names = {key.lower() for key, _ in headers}
