@@ -9,7 +9,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Coroutine
 from types import FrameType
+from typing import Any
 
 import httpx
 
@@ -56,7 +58,7 @@ def _serve(settings: Settings, home: Home, server: FrontServer, workers: int, as
     embedded = not server.entrance.upstream
     taken = _prepare(home, alone=embedded)
     _announce(home, server, taken)
-    crew = _Crew(home, settings.limit, workers, alone=embedded and workers == 1)
+    crew = _Crew(server, home, settings.limit, workers, alone=embedded and workers == 1)
     try:
         _watch(server, crew, asked)
         crew.drain(asked)
@@ -85,8 +87,8 @@ class _Asked:
 class _Crew:
     """The worker processes."""
 
-    def __init__(self, home: Home, limit: int, count: int, *, alone: bool) -> None:
-        self.home, self.alone = home, alone
+    def __init__(self, server: FrontServer, home: Home, limit: int, count: int, *, alone: bool) -> None:
+        self.server, self.home, self.alone = server, home, alone
         self.log = home.root / "logs" / "worker.log"
         self.env = {
             "TALARIA_LIMIT": str(limit),
@@ -115,8 +117,10 @@ class _Crew:
         from prefect.exceptions import PrefectException
 
         try:
-            taken = asyncio.run(_recover(self.home, alone=self.alone))
-        except (httpx.HTTPError, PrefectException) as exc:
+            taken = asyncio.run(
+                _while(lambda: self.server.process.poll() is None, _recover(self.home, alone=self.alone))
+            )
+        except (httpx.HTTPError, PrefectException, ServerError) as exc:
             say(f"the server does not answer ({type(exc).__name__}): the worker is started again when it does")
             return False
         for run_id in taken:
@@ -136,6 +140,23 @@ class _Crew:
     def stop(self) -> None:
         for member in self.members:
             stop_child(member)
+
+
+async def _while(alive: Callable[[], bool], call: Coroutine[Any, Any, list[str]]) -> list[str]:
+    """Return what a call returns that a server answers, as long as that lives.
+
+    Its socket outlives it: nobody would refuse a connection, and the call would wait for a server that we are to start.
+
+    Raises:
+        ServerError: it ended first.
+    """
+    task = asyncio.ensure_future(call)
+    while not (await asyncio.wait([task], timeout=LOOK_S))[0]:
+        if not alive():
+            task.cancel()
+            await asyncio.wait([task])
+            raise ServerError("the server ended")
+    return task.result()
 
 
 def _watch(server: FrontServer, crew: _Crew, asked: _Asked) -> None:

@@ -117,7 +117,7 @@ def test_whoever_bound_the_port_first_is_asked_nothing(home: Home, monkeypatch: 
     import json
 
     asked: list[str] = []
-    monkeypatch.setattr(server.httpx, "get", lambda url, **_: asked.append(url))
+    monkeypatch.setattr(server, "ready", asked.append)
     with listener.bind("127.0.0.1", 0) as theirs, listener.bind("127.0.0.1", 0) as ours:
         port = theirs.getsockname()[1]
         record = {
