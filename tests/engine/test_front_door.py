@@ -45,9 +45,8 @@ def test_runs_say_who_made_them_and_roles_hold_for_prefect_s_api(up: Talaria) ->
 
 
 def test_secrets_are_answered_to_the_worker_only(up: Talaria) -> None:
-    up.apply(
-        store={"type": "s3", "bucket": "b", "region": "us-east-1", "access_key_id": "k", "secret_access_key": "hush"}
-    )
+    keys = {"access_key_id": "k", "secret_access_key": "hush"}
+    up.apply(store={"type": "s3", "bucket": "studies", "region": "us-east-1", **keys})
     url, body = f"{up.url}/block_documents/filter", {"include_secrets": True}
     for name, status in (("api.auth", 403), ("worker.auth", 200)):
         answer = httpx.post(url, json=body, auth=auth(up, name), timeout=60)

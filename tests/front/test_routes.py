@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 from starlette.routing import Mount
 
-from talaria.front.access import Role
-from tests.front.door import FrontDoor
+from talaria.front.access import Role, role_of
+from talaria.front.api import routes as api_routes
+from tests.front.door import Echo, FrontDoor
 from tests.front.test_gate import handshake
+from transfer.home import Home
 
 
 def words(text: str) -> list[str]:
@@ -157,3 +159,42 @@ def test_every_websocket(prefects: list[tuple[str, list[str], str]], tmp_path: P
             assert (await handshake(door, path, worker, Origin="http://evil.example"))[0] == "refused"
 
     asyncio.run(case())
+
+
+def test_every_route_of_our_own_api(tmp_path: Path) -> None:
+    """What a role lacks is refused by the gate, before anything of the API runs; each route declares what it needs."""
+    home = tmp_path / "home"
+    home.mkdir(mode=0o700)
+    door = FrontDoor(home, api_routes(Echo(), Home(home)))  # type: ignore[arg-type]
+    tokens = {role: door.token(role) for role in (Role.VIEWER, Role.OPERATOR)}
+    seen: list[Role] = []
+
+    async def case() -> None:
+        async with door.browser() as client:
+
+            async def status(method: str, path: str, headers: dict[str, str]) -> int:
+                return (await client.request(method, path, headers=headers)).status_code
+
+            for method, pattern, need in declared(list(door.gate.routes)):
+                path = re.sub(r"{[^}]*}", "x", pattern)
+                seen.append(need)
+                assert await status(method, path, {**door.worker, "Host": "evil.example"}) == 421, path
+                assert await status(method, path, {**door.worker, "Origin": "http://evil.example"}) == 403, path
+                if need > Role.NOBODY:
+                    assert await status(method, path, {}) == 401, path
+                for role, headers in tokens.items():
+                    if role < need:
+                        assert await status(method, path, headers) == 403, (method, path)
+
+    asyncio.run(case())
+    assert {Role.VIEWER, Role.OPERATOR, Role.ADMIN} <= set(seen) and len(seen) > 20
+
+
+def declared(routes: list[Any], before: str = "") -> Iterator[tuple[str, str, Role]]:
+    """Yield method, path and needed role of each route of ours."""
+    for route in routes:
+        if isinstance(route, Mount):
+            yield from declared(list(route.routes), before + route.path)
+        else:
+            for method in sorted(route.methods - {"HEAD"}):
+                yield method, before + re.sub(r":\w+}", "}", route.path), role_of(route)
