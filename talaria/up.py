@@ -57,9 +57,9 @@ def _serve(settings: Settings, home: Home, server: FrontServer, workers: int, as
     """Work for a server, embedded or not, until somebody asks to stop."""
     embedded = not server.entrance.upstream
     taken = _prepare(home, alone=embedded)
-    _announce(home, server, taken)
     crew = _Crew(server, home, settings.limit, workers, alone=embedded and workers == 1)
     try:
+        _announce(home, server, taken)
         _watch(server, crew, asked)
         crew.drain(asked)
     finally:

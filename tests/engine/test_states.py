@@ -23,7 +23,7 @@ from talaria.testing import studies
 from tests.servers.up import Talaria
 
 pytestmark = pytest.mark.timeout(600)
-SLOW = 20_000  # bytes per second
+COUNT, SLOW = 40, 2_000  # files of 7 kB, and bytes per second: more than two minutes
 LATER = {"scheduled_time": (datetime.now(UTC) + timedelta(hours=5)).isoformat()}
 # As the API takes them; "" is a run that is deleted.
 STATES: dict[str, dict[str, Any]] = {
@@ -83,7 +83,7 @@ def test_a_state_that_is_set_while_a_run_sends_stops_it_and_stays(
     up.apply(**targets)
     runs = {}
     for number, name in enumerate([*names, "neighbour"]):
-        studies.ct(tmp_path / f"study{number}", 8 if name == "neighbour" else 400)
+        studies.ct(tmp_path / f"study{number}", 2 if name == "neighbour" else COUNT)
         told = up.told("send", str(tmp_path / f"study{number}"), "--to", f"s{number}", "--no-wait")
         runs[name] = told["flow_run_id"]
     up.until(lambda: all(instances(tmp_path / str(number)) for number in range(5)), 180)
@@ -92,12 +92,12 @@ def test_a_state_that_is_set_while_a_run_sends_stops_it_and_stays(
         put(up, runs[name], name)
     up.until(lambda: all(is_at_rest(up, runs[name]) for name in names), 60)
     came = [len(instances(tmp_path / str(number))) for number in range(4)]
-    assert all(count < 400 for count in came), came
+    assert all(count < COUNT for count in came), came
     assert all(came[names.index(name)] for name in names if STATES[name].get("type") == "PAUSED")  # what came is kept
     up.until(lambda: named(up, runs["neighbour"]) == "Completed", 60)
     assert [named(up, runs[name]) for name in names] == names
     assert [len(instances(tmp_path / str(number))) for number in range(4)] == came
-    assert len(instances(tmp_path / "4")) == 8
+    assert len(instances(tmp_path / "4")) == 2
     assert up.child("talaria.engine.worker").pid == worker
     # What was stopped to go on does, by Prefect's own way; what came is not sent again.
     up.apply(**{name: fields | {"bandwidth_limit": None} for name, fields in targets.items()})
@@ -106,7 +106,7 @@ def test_a_state_that_is_set_while_a_run_sends_stops_it_and_stays(
             up.api("POST", f"/flow_runs/{runs[name]}/resume", run_input=None)
             up.until(lambda name=name: named(up, runs[name]) == "Completed", 60)  # type: ignore[misc]
             receipt = up.told("jobs", "show", runs[name])["targets"][f"s{number}"]
-            assert receipt["state"] == "delivered" and receipt["delivered"] == 400
+            assert receipt["state"] == "delivered" and receipt["delivered"] == COUNT
 
 
 @pytest.mark.parametrize("name", STATES)
@@ -135,7 +135,7 @@ def test_a_state_that_is_set_before_a_run_begins_keeps_it_from_beginning(
 
 
 def test_a_dispatch_is_paused_after_the_items_under_way_and_goes_on_there(up: Talaria, tmp_path: Path) -> None:
-    studies.ct(tmp_path / "study", 400)
+    studies.ct(tmp_path / "study", COUNT)
     slow = folder(tmp_path / "archive", bandwidth_limit=SLOW, concurrency=1)
     up.apply(archive=slow)
     run_id = up.told("send", str(tmp_path / "study"), "--to", "archive", "--no-wait")["flow_run_id"]
@@ -145,9 +145,9 @@ def test_a_dispatch_is_paused_after_the_items_under_way_and_goes_on_there(up: Ta
     came = len(instances(tmp_path / "archive"))
     shown = up.told("jobs", "show", run_id)
     receipt = shown["targets"]["archive"]
-    assert (receipt["state"], receipt["unsent"]) == ("waiting", 400) and 0 < came < 400  # no folder of half a study
+    assert (receipt["state"], receipt["unsent"]) == ("waiting", COUNT) and 0 < came < COUNT  # no folder of half a study
     assert up.run(run_id)["state"]["type"] == StateType.SCHEDULED.value
     assert "paused already" in up.here("jobs", "pause", run_id).stderr
     up.apply(archive=slow | {"bandwidth_limit": None})
     resumed = up.told("jobs", "resume", run_id)["targets"]["archive"]
-    assert resumed["state"] == "delivered" and resumed["delivered"] == 400
+    assert resumed["state"] == "delivered" and resumed["delivered"] == COUNT
