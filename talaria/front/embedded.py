@@ -101,14 +101,19 @@ def load() -> tuple[Application, Any]:
 def say_who(prefect: Any) -> None:
     """Make runs, deployments and the like name their creator in `created_by`."""
     from prefect.server.api import dependencies
-    from prefect.server.schemas.core import CreatedBy
+    from prefect.server.schemas.core import CreatedBy, UpdatedBy
 
-    async def created_by(request: Request) -> Any:
-        who = ACTING.get()
-        if Role.NOBODY < who.role < Role.WORKER:
-            return CreatedBy(id=None, type="USER", display_value=who.name)
-        number, name = (request.headers.get(f"prefect-automation-{part}") for part in ("id", "name"))
-        return dependencies.get_created_by(UUID(number) if number else None, name)
+    def answered(kind: type[CreatedBy] | type[UpdatedBy], otherwise: Callable[..., Any]) -> Callable[..., Any]:
+        async def by(request: Request) -> Any:
+            who = ACTING.get()
+            if Role.NOBODY < who.role < Role.WORKER:
+                return kind(id=None, type="USER", display_value=who.name)
+            number, name = (request.headers.get(f"prefect-automation-{part}") for part in ("id", "name"))
+            return otherwise(UUID(number) if number else None, name)
 
-    created_by.__annotations__["request"] = Request
-    prefect.api_app.dependency_overrides[dependencies.get_created_by] = created_by
+        by.__annotations__["request"] = Request
+        return by
+
+    # Both: where Prefect creates a deployment, it takes the one for there if the other is.
+    for kind, theirs in ((CreatedBy, dependencies.get_created_by), (UpdatedBy, dependencies.get_updated_by)):
+        prefect.api_app.dependency_overrides[theirs] = answered(kind, theirs)
