@@ -53,6 +53,13 @@ class Hook:
     retry_delay_s: float
 
 
+class QuotePeer(StrEnum):
+    """How much of what a peer says stands in messages."""
+
+    SHORT = "short"
+    NONE = "none"
+
+
 class Target(Block, ABC):
     """A place that studies are delivered to, or queried and pulled from.
 
@@ -115,6 +122,11 @@ class Target(Block, ABC):
     verify: Level = Field(
         default=Level.ACCEPTED,
         description="How deliveries are verified: accepted by the peer, listed by it afterwards, or proven.",
+    )
+
+    quote_peer: QuotePeer = Field(
+        default=QuotePeer.SHORT,
+        description="How much of a peer's own words messages quote: short, without secrets and names, or none.",
     )
 
     @property

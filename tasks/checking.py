@@ -27,6 +27,7 @@ from blocks.base import Target
 from protocols.net.ping import Ping
 from tasks import DRIVERS
 from tasks.paging import every
+from tasks.quiet import Quiet
 from tasks.targets import Broken
 from transfer import live
 from transfer.health import FAILED, OK, SKIPPED, Health, Probe, watched
@@ -46,6 +47,10 @@ def check_target(target: Target) -> Health:
     driver = DRIVERS.of(target)
     ping = Ping(target.node) if target.node else None
     health = driver.check(target)
+    quiet = Quiet(target)
+    for probe in health.probes:
+        if probe.result == FAILED:
+            probe.detail = quiet.text(probe.detail)
     if ping is not None:
         echo = ping.result()
         result = SKIPPED if echo.answered is None else OK if echo.answered else FAILED

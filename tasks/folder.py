@@ -1,7 +1,8 @@
 """Folder targets: files go to `<folder>/<name>/<relative path>`, and `<name>` appears when it is whole.
 
 What is written lies in `<folder>/.incoming-<dispatch id>/` first (protocols/files/incoming.py). A new `<name>` then
-appears with one rename; if it is there already, each file is renamed into it. `.complete` comes last.
+comes by one rename; into one that is there already, each file comes by a rename of its own. `.complete` comes last.
+No link below the folder is followed (protocols/files/tree.py).
 
 Messages never hold `<name>`: a layout may make it from a patient's data.
 """
@@ -11,18 +12,19 @@ from __future__ import annotations
 import errno
 import grp
 import os
-import shutil
 import stat
 import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from blocks.folder import FolderTarget, LinkPolicy
 from imaging.header import Damaged, NotDicom, read_header
 from protocols.files import filesystem as fs
 from protocols.files.incoming import MARKER, Incoming, Place, Style
+from protocols.files.tree import Tree, joined, own, parent
 from tasks.driver import Driver, Facts
+from transfer.beneath import WAY
 from transfer.content import same_content
 from transfer.errors import Busy, Cancelled, Interrupted, Misconfigured, NotFound, Permanent, Rejected, Unreachable
 from transfer.health import Health
@@ -32,6 +34,8 @@ from transfer.outcome import ALREADY, Kind, Outcome
 from transfer.plan import Item, Plan
 from transfer.receipt import Level, PushReport, Receipt
 
+NO_FILE = "what has its name there is a link or a device, not a file"
+IN_THE_WAY = (errno.EEXIST, errno.ENOTDIR, errno.ELOOP)  # something else is in the place of a folder
 REPLACED = Outcome(Kind.WARNING, "replaced an older file of this name")
 
 
@@ -64,22 +68,22 @@ def errors(target: FolderTarget) -> Iterator[None]:
 # ---- connect
 
 
-def connect(target: FolderTarget) -> Path:
-    """Return the target's folder, after making sure that it exists and answers.
+def connect(target: FolderTarget) -> Tree:
+    """Return the target's folder, which is there and answers; the caller closes it.
 
     Raises:
         NotFound: it doesn't exist. It is never made: a share that isn't mounted looks the same.
         Misconfigured: it is not a folder, or the group doesn't exist.
         Unreachable: the file system doesn't answer.
-        Denied: the way to it is closed.
+        Denied: the way to it is closed, or it lies where nothing may be written to.
     """
     root = Path(target.folder)
     with errors(target):
         info = fs.within(target.connect_timeout_s, root.stat)
         if not stat.S_ISDIR(info.st_mode):
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-    _style(target)
-    return root
+        _style(target)
+        return Tree(root)
 
 
 def _style(target: FolderTarget) -> Style:
@@ -105,62 +109,63 @@ def _style(target: FolderTarget) -> Style:
 def check(target: FolderTarget) -> Health:
     """Probe: the folder is there, what a delivery does can be done in it, there is room."""
     health = Health()
-    with health.probe("folder") as probe:
-        root = connect(target)
-        probe.detail = f"{root.resolve()} on {fs.kind(root) or 'an unknown file system'}"
-    if not health.ok:
-        health.skip("authorize", "space")
-        return health
-    with health.probe("authorize") as probe, errors(target):
-        folders = _written_to(target, root)
-        for folder in folders:
-            _rehearse(target, folder)
-        probe.detail = f"written, renamed and removed as user {user()}"
-    if not health.ok:
-        health.skip("space")
-        return health
-    with health.probe("space") as probe, errors(target):
-        free, inodes, _ = min(map(fs.room, folders), key=lambda room: room[0] if room[0] >= 0 else float("inf"))
-        if free == 0 or inodes == 0:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        probe.detail = f"{fs.size(free)} are free" if free > 0 else "the file system does not say"
+    with ExitStack() as stack:
+        with health.probe("folder") as probe:
+            tree = stack.enter_context(connect(target))
+            probe.detail = f"{tree.root.resolve()} on {fs.kind(tree.root) or 'an unknown file system'}"
+        if not health.ok:
+            health.skip("authorize", "space")
+            return health
+        with health.probe("authorize") as probe, errors(target):
+            folders = _written_to(target, tree)
+            for folder in folders:
+                _rehearse(target, tree, folder)
+            probe.detail = f"written, renamed and removed as user {user()}"
+        if not health.ok:
+            health.skip("space")
+            return health
+        with health.probe("space") as probe, errors(target):
+            rooms = [fs.room(stack.enter_context(tree.opened(folder, WAY))) for folder in folders]
+            free, inodes, _ = min(rooms, key=lambda room: room[0] if room[0] >= 0 else float("inf"))
+            if free == 0 or inodes == 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            probe.detail = f"{fs.size(free)} are free" if free > 0 else "the file system does not say"
     return health
 
 
-def _written_to(target: FolderTarget, root: Path) -> list[Path]:
-    """Return the existing folders that a delivery writes to: the target's, and those that its layout always names.
+def _written_to(target: FolderTarget, tree: Tree) -> list[str]:
+    """Return the folders that are there and that a delivery writes to: the target's, and what its layout always names.
 
     Raises:
-        OSError: there is a file where a folder should be.
+        OSError: a file, or a link, is in the place of one.
     """
-    folder = root
+    folder = ""
     for part in target.layout.split("/"):
-        if "{" in part or not os.path.lexists(folder / part):
+        if "{" in part or not tree.exists(below := joined(folder, part)):
             break
-        folder /= part
-        if not folder.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-    return [root] if folder == root else [root, folder]
+        with tree.opened(below, WAY):
+            folder = below
+    return list(dict.fromkeys(["", folder]))
 
 
-def _rehearse(target: FolderTarget, root: Path) -> None:
-    """Do what a delivery does, under names that no delivery has, and remove everything."""
+def _rehearse(target: FolderTarget, tree: Tree, folder: str) -> None:
+    """Do once what a delivery does, under names that are no delivery's, and remove it."""
     style = _style(target)
-    probe = root / f".talaria-{uuid.uuid4().hex}"
-    renamed = probe.with_name(f"{probe.name}-renamed")
+    probe = joined(folder, f".talaria-{uuid.uuid4().hex}")
+    renamed = f"{probe}-renamed"
     try:
-        probe.mkdir()
-        fs.own(probe, style.dir_mode, style.group)
-        file = probe / "probe"
-        file.write_bytes(b"probe")
-        fs.own(file, style.mode, style.group)
-        fs.flush_folder(probe)
-        probe.rename(renamed)
-        if (renamed / "probe").read_bytes() != b"probe":
-            raise Misconfigured(f"{target.folder}: what is written there can't be read back", target.name)
+        tree.make_folders(probe, folder, style.dir_mode, style.group)
+        with tree.opened(f"{probe}/probe", os.O_WRONLY | os.O_CREAT | os.O_EXCL) as fd:
+            os.write(fd, b"probe")
+            own(fd, style.mode, style.group)
+        tree.flush(probe)
+        tree.rename(probe, renamed)
+        with tree.opened(f"{renamed}/probe") as fd:
+            if os.read(fd, 100) != b"probe":
+                raise Misconfigured(f"{target.folder}: what is written there can't be read back", target.name)
     finally:
         for left in (probe, renamed):
-            shutil.rmtree(left, ignore_errors=True)
+            tree.remove(left)
 
 
 # ---- push
@@ -169,9 +174,8 @@ def _rehearse(target: FolderTarget, root: Path) -> None:
 def push(target: FolderTarget, plan: Plan, report: PushReport) -> Receipt:
     """Copy what is pending, give it its final name at once, and put the marker last."""
     report.check()
-    root = connect(target)
-    with errors(target):
-        job = _Push(target, plan, report, root)
+    with connect(target) as tree, errors(target):
+        job = _Push(target, plan, report, tree)
         try:
             return job.run()
         except (Cancelled, Permanent) as exc:
@@ -183,22 +187,24 @@ def push(target: FolderTarget, plan: Plan, report: PushReport) -> Receipt:
 class _Push:
     """One push; its steps stand here in the order in which they are taken."""
 
-    def __init__(self, target: FolderTarget, plan: Plan, report: PushReport, root: Path) -> None:
-        self.target, self.plan, self.report, self.root = target, plan, report, root
+    def __init__(self, target: FolderTarget, plan: Plan, report: PushReport, tree: Tree) -> None:
+        self.target, self.plan, self.report, self.tree = target, plan, report, tree
         self.style = _style(target)
         self.places: dict[str, Place] = {}
         self.where: dict[str, Place] = {}
         self.notes: list[str] = []
-        for path, folder in names(plan, target.layout, lambda name: fs.is_of_other_name(root / name)).items():
+        for path, folder in names(plan, target.layout, tree.is_of_other_name).items():
             if folder not in self.places:
-                self.places[folder] = Place(root, folder, f".incoming-{plan.dispatch_id}", target.name)
+                self.places[folder] = Place(tree, folder, f".incoming-{plan.dispatch_id}", target.name)
             self.where[path] = self.places[folder]
         for item in plan.items:
             self.where[item.path].items.append(item)
         self.incoming = Incoming(plan, self.where, report, self.style)
 
     def run(self) -> Receipt:
-        here = self.incoming.bring([item for item in self.plan.pending if not self._already(item)])
+        self._refuse_linked()
+        pending = [item for item in self.plan.pending if item.path not in self.report.outcomes]
+        here = self.incoming.bring([item for item in pending if not self._already(item)])
         if self.target.verify is Level.PROVEN:
             self.incoming.prove(here)
         for place in self.places.values():
@@ -211,6 +217,13 @@ class _Push:
         self.discard()
         return self.report.receipt(self.target.name, self.plan, verified, tuple(self.notes))
 
+    def _refuse_linked(self) -> None:
+        """Reject what belongs into a folder that is a link, or lies behind one; other places are not concerned."""
+        linked = {place for place in self.places.values() if self.tree.is_linked(place.final)}
+        for item in self.plan.pending if linked else ():
+            if self.where[item.path] in linked:
+                self.report(item, Outcome(Kind.REJECTED, ITEM_ERRORS[errno.ELOOP]))
+
     def discard(self) -> None:
         """Remove everything that lies beside the final names."""
         for place in self.places.values():
@@ -221,15 +234,15 @@ class _Push:
         place = self.where[item.path]
         if not place.existed:
             return False
-        final = place.final / item.path
         try:
-            info = final.lstat()
-            if not stat.S_ISREG(info.st_mode) or info.st_size != item.size:
-                return False
-            # Length and time may be those of another file: what unpacks archives gives all the same time.
-            with self.plan.open(item) as fd:
-                if not os.path.samestat(os.fstat(fd), info) and not same_content(fd, final, self.report.check):
+            with self.tree.opened(f"{place.final}/{item.path}") as there:
+                info = os.fstat(there)
+                if not stat.S_ISREG(info.st_mode) or info.st_size != item.size:
                     return False
+                # Length and time may be those of another file: what unpacks archives gives all the same time.
+                with self.plan.open(item) as fd:
+                    if not os.path.samestat(os.fstat(fd), info) and not same_content(fd, there, self.report.check):
+                        return False
         except (FileNotFoundError, NotADirectoryError, PermissionError, Rejected):
             return False
         except OSError as exc:
@@ -243,61 +256,67 @@ class _Push:
         """Give the files of one folder their final names, then report that they have arrived."""
         if not items:
             return
-        for written, _, _ in os.walk(str(place.files), topdown=False):
-            fs.flush_folder(Path(written))
+        for written in self.tree.folders(place.files):
+            self.tree.flush(written)
         try:
-            new = fs.make_folders(place.final.parent, self.root, self.style.dir_mode, self.style.group)
+            new = self.tree.make_folders(parent(place.final), "", self.style.dir_mode, self.style.group)
         except OSError as exc:
             if exc.errno not in ITEM_ERRORS:
                 raise
             for item in items:  # other places are not concerned
                 self.report(item, Outcome(Kind.REJECTED, ITEM_ERRORS[exc.errno]))
             return
-        touched = {folder.parent for folder in new}
-        if fs.move_folder(place.files, place.final):
+        touched = set(map(parent, new))
+        if self.tree.move_folder(place.files, place.final):
             outcomes: list[Outcome | None] = [Outcome(Kind.DELIVERED)] * len(items)
-            touched.add(place.final.parent)
+            touched.add(parent(place.final))
         else:
             place.unmark()
             outcomes = [self._merge(place, item, touched) for item in items]
         self.report.unanswered.update(item.path for item, one in zip(items, outcomes, strict=True) if _is_new(one))
         for folder in touched:
-            fs.flush_folder(folder)
+            self.tree.flush(folder)
         for item, outcome in zip(items, outcomes, strict=True):
             if outcome is not None:
                 self.report(item, outcome)
 
-    def _merge(self, place: Place, item: Item, touched: set[Path]) -> Outcome | None:
-        """Bring one file into a folder that is there already; never lose another file of its name silently.
+    def _merge(self, place: Place, item: Item, touched: set[str]) -> Outcome | None:
+        """Bring one file into a folder that is there already; another file of its name is not simply lost.
 
         Return None if the file system fails at it, perhaps at this file alone.
         """
-        kept, final = Path(self.incoming.kept(item)), place.final / item.path
+        tree, kept, final = self.tree, self.incoming.kept(item), f"{place.final}/{item.path}"
         try:
-            new = fs.make_folders(final.parent, place.final, self.style.dir_mode, self.style.group)
-            touched |= {folder.parent for folder in new}
-            if fs.move_file(kept, final):
-                touched.add(final.parent)
+            new = tree.make_folders(parent(final), place.final, self.style.dir_mode, self.style.group)
+            touched |= set(map(parent, new))
+            if tree.move_file(kept, final):
+                touched.add(parent(final))
                 return Outcome(Kind.DELIVERED)
-            if not stat.S_ISREG(mode := final.lstat().st_mode):
-                folder = stat.S_ISDIR(mode)
-                why = (
-                    ITEM_ERRORS[errno.EISDIR] if folder else "what has its name there is a link or a device, not a file"
-                )
-                return Outcome(Kind.REJECTED, why)
-            with open(kept, "rb") as file:
-                if same_content(file.fileno(), final, self.report.check):
+            if not stat.S_ISREG(mode := tree.stat(final).st_mode):
+                return Outcome(Kind.REJECTED, ITEM_ERRORS[errno.EISDIR] if stat.S_ISDIR(mode) else NO_FILE)
+            with tree.opened(kept) as file, tree.opened(final) as there:
+                if same_content(file, there, self.report.check):
                     return ALREADY
-            if _is_other_instance(item, final):
-                return Outcome(Kind.REJECTED, OTHER_INSTANCE)
-            kept.replace(final)
-            touched.add(final.parent)
+                if _is_other_instance(item, there):
+                    return Outcome(Kind.REJECTED, OTHER_INSTANCE)
+            tree.rename(kept, final)
+            touched.add(parent(final))
         except OSError as exc:
             if exc.errno in ITEM_ERRORS:
-                return Outcome(Kind.REJECTED, ITEM_ERRORS[exc.errno])
+                return Outcome(Kind.REJECTED, ITEM_ERRORS[exc.errno] + self._where(place, item, exc))
             self.incoming.set_aside(item, exc)
             return None
         return REPLACED
+
+    def _where(self, place: Place, item: Item, exc: OSError) -> str:
+        """Name the file that is in the place of a folder; "" if it is above the item's own folders."""
+        if exc.errno in IN_THE_WAY and self.tree.is_folder(place.final):
+            *folders, _ = item.shown.split("/")
+            *really, _ = item.path.split("/")
+            for count in range(1, len(really) + 1):
+                if not self.tree.is_folder("/".join([place.final, *really[:count]])):
+                    return f": {'/'.join(folders[:count])}"
+        return ""
 
     def _verify(self, proven: frozenset[str]) -> Level:
         """Verify all items at the target's level; revoke those that are not there.
@@ -323,9 +342,9 @@ class _Push:
             for item in batch:
                 try:
                     place = self.where[item.path]
-                    if not self.incoming.same_checksum(item, place.final / item.path):
-                        # The next attempt compares, and writes it again.
-                        self.report.revoke(item, "its checksum there is not that of the file that was sent")
+                    if not self.incoming.same_checksum(item, f"{place.final}/{item.path}"):
+                        self.report.revoke(item, "its checksum there is not the one of what was sent")
+                        place.unmark()  # the next attempt compares, and writes it again
                 except (Rejected, PermissionError):
                     unread.append(item)
 
@@ -341,44 +360,41 @@ class _Push:
     def _lacks(self, item: Item) -> str:
         """Return why an item is not there under its final name; "" if it is."""
         try:
-            info = (self.where[item.path].final / item.path).stat()
-        except (FileNotFoundError, NotADirectoryError):
-            return "it was delivered, but is not there any more"
+            info = self.tree.stat(f"{self.where[item.path].final}/{item.path}")
+        except OSError as exc:
+            if exc.errno in (errno.ENOENT, *IN_THE_WAY):
+                return "it was delivered, but is not there any more"
+            raise
+        if not stat.S_ISREG(info.st_mode):
+            return f"it was delivered, but {NO_FILE}"
         return "" if info.st_size == item.size else f"it has {info.st_size} bytes there instead of {item.size}"
 
     def _mark(self, place: Place) -> None:
-        """Put the marker if every file of the plan is there; its time is that of the last arrival.
-
-        A marker that is there is removed where a file was taken back.
-        """
-        if any(item.path in self.report.revoked for item in place.items):
-            place.unmark()
-        if self.plan.lacks or len(list(self._arrived(place.items))) < len(place.items) or not place.final.is_dir():
+        """Put the marker, if every file of the plan is there; its time is when something came to an old one."""
+        if self.plan.lacks or len(list(self._arrived(place.items))) < len(place.items):
             return
-        marker, reported = place.final / MARKER, self.report.outcomes
-        if os.path.lexists(marker):
+        if not self.tree.is_folder(place.final):
+            return
+        marker, reported = f"{place.final}/{MARKER}", self.report.outcomes
+        if self.tree.exists(marker):
             if any(item.path in reported and reported[item.path].kind is not Kind.ALREADY for item in place.items):
-                os.utime(marker)
+                with self.tree.opened(marker) as fd:
+                    os.utime(fd)
             return
         if gone := sum(1 for item in place.items if item.path not in reported and self._lacks(item)):
             self.notes.append(f"no {MARKER}: {gone} files that had been delivered are not there any more")
             return
-        marker.touch()
-        fs.own(marker, self.style.mode, self.style.group)
-        fs.flush_folder(place.final)
+        with self.tree.opened(marker, os.O_WRONLY | os.O_CREAT) as fd:
+            own(fd, self.style.mode, self.style.group)
+        self.tree.flush(place.final)
 
 
-def _is_new(outcome: Outcome | None) -> bool:
-    return outcome is not None and outcome.kind in (Kind.DELIVERED, Kind.WARNING)
-
-
-def _is_other_instance(item: Item, final: Path) -> bool:
-    """Return True if the file at `final` is another DICOM instance than the item."""
+def _is_other_instance(item: Item, there: int) -> bool:
+    """Return True if an opened file is another DICOM instance than the item."""
     if item.header is None:
         return False
-    with open(final, "rb") as file, suppress(NotDicom, Damaged):
-        there = read_header(file.fileno(), os.fstat(file.fileno()).st_size).SOPInstanceUID
-        return there != item.header.SOPInstanceUID
+    with suppress(NotDicom, Damaged):
+        return read_header(there, os.fstat(there).st_size).SOPInstanceUID != item.header.SOPInstanceUID
     return False
 
 

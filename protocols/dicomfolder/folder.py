@@ -23,6 +23,9 @@ from imaging.match import Test
 from imaging.query import Match, Query
 from protocols.dicomfolder.index import ATTRIBUTES, DAMAGED, NAME, NOT_DICOM, Index, Stamp
 from protocols.dicomfolder.scan import Changes, Work, apply, look
+from protocols.files.tree import Tree
+from transfer.beneath import FOLDER
+from transfer.errors import Rejected
 from transfer.query import series_tests, study_tests
 
 INDEXES = "indexes"  # the folder of the state directory where those are kept that can't be in their folders
@@ -111,12 +114,12 @@ class DicomFolder:
         report: what the last look at the folder found.
 
     Raises:
-        OSError: there is no such folder.
+        OSError: there is no such folder. Denied: it lies where Talaria may not read (`transfer.roots`).
     """
 
     def __init__(self, root: Path, state_dir: Path | None = None, check: Callable[[], None] = lambda: None) -> None:
         self.root = root.resolve(strict=True)
-        self._root = os.fsencode(self.root)
+        self._tree = Tree(self.root)
         self._check = check
         self._path, self._mode = _place(self.root, state_dir)
         if self._path and self._path.parent != self.root:
@@ -129,6 +132,18 @@ class DicomFolder:
 
     def close(self) -> None:
         self._index.close()
+        self._tree.close()
+
+    def open(self, instance: HeldInstance) -> int:
+        """Open the file of an instance; the caller closes the descriptor.
+
+        Raises:
+            Rejected: it is gone, or there is a link on the way to it by now.
+        """
+        try:
+            return self._tree.open(str(instance.path.relative_to(self.root)))
+        except OSError as exc:
+            raise Rejected(f"can't be read: {exc.strerror}") from exc
 
     def __enter__(self) -> DicomFolder:
         return self
@@ -144,7 +159,7 @@ class DicomFolder:
         Raises:
             OSError: the folder can't be listed, or its share is gone.
         """
-        changes = look(self._index, self._root, self._check)
+        changes = look(self._index, self._tree, self._check)
         work = Work()
         if changes:
             with self._alone():
@@ -152,7 +167,7 @@ class DicomFolder:
                     # Another process has read what we were about to read.
                     self._index.close()
                     self._index, self._stamp = Index(self._path, self.root / NAME), stamp
-                    changes = look(self._index, self._root, self._check)
+                    changes = look(self._index, self._tree, self._check)
                 work = self._apply(changes)
         self.report = self._reported(changes, work)
         return self.report
@@ -164,7 +179,7 @@ class DicomFolder:
             self._check()
 
         try:
-            return apply(self._index, self._root, changes, between)
+            return apply(self._index, self._tree, changes, between)
         finally:
             self._save()
 
@@ -189,7 +204,7 @@ class DicomFolder:
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """Wait until no other process is reading headers of this folder, as far as its file system shows."""
-        fd = os.open(self._root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        fd = self._tree.open("", FOLDER)
         try:
             end = time.monotonic() + LOCK_S
             while time.monotonic() < end:
@@ -296,7 +311,7 @@ class DicomFolder:
         ):
             if b"/" in name or b".." in folder.split(b"/") or folder.startswith(b"/"):
                 continue  # no look at a directory finds such names: somebody put them into the index
-            path = Path(os.fsdecode(os.path.join(self._root, folder, name)))
+            path = self.root / os.fsdecode(os.path.join(folder, name))
             held = HeldInstance(
                 path, Stamp(size, mtime_ns, ctime_ns, inode), uid, class_uid, syntax, study_uid, series_uid
             )

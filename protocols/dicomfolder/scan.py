@@ -19,6 +19,8 @@ from typing import NamedTuple
 
 from imaging.header import Damaged, NotDicom, read_elements
 from protocols.dicomfolder.index import DAMAGED, INSTANCE, NOT_DICOM, TAGS, Index, IndexedInstance, Stamp
+from protocols.files.tree import Tree
+from transfer.beneath import FOLDER
 from transfer.readers import Readers
 
 CHUNK = 256  # files that are read between two looks at whether to stop
@@ -76,8 +78,8 @@ class Changes:
         return bool(self.folders or self.vanished)
 
 
-def look(index: Index, root: bytes, check: Callable[[], None]) -> Changes:
-    """Return what has changed, without opening a file.
+def look(index: Index, tree: Tree, check: Callable[[], None]) -> Changes:
+    """Find out what has changed. No file is opened.
 
     Args:
         check: called for each folder; may raise to stop.
@@ -92,11 +94,11 @@ def look(index: Index, root: bytes, check: Callable[[], None]) -> Changes:
         path = stack.pop()
         check()
         try:
-            files, below, links = _list(os.path.join(root, path) if path else root)
+            files, below, links = _list(tree, path)
         except OSError as exc:
             if not path or exc.errno in GONE:
                 raise
-            if exc.errno not in (errno.ENOENT, errno.ENOTDIR):  # else it vanished this moment
+            if exc.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):  # else it vanished this moment
                 found.unreadable += 1
             continue
         found.links += links
@@ -115,12 +117,12 @@ def look(index: Index, root: bytes, check: Callable[[], None]) -> Changes:
     return found
 
 
-def _list(path: bytes) -> tuple[dict[bytes, Stamp], list[bytes], int]:
+def _list(tree: Tree, path: bytes) -> tuple[dict[bytes, Stamp], list[bytes], int]:
     """Return a directory's files by name with their stamps, the names of directories, and how many links there are."""
     files, below, links = {}, [], 0
-    with os.scandir(path) as entries:
+    with tree.opened(os.fsdecode(path), FOLDER) as fd, os.scandir(fd) as entries:
         for entry in entries:
-            name = entry.name
+            name = os.fsencode(entry.name)
             if name.startswith(OWN) or name == MARKER:
                 continue
             try:
@@ -169,8 +171,8 @@ class Work:
     unreadable: int = 0
 
 
-def apply(index: Index, root: bytes, changes: Changes, between: Callable[[], None]) -> Work:
-    """Read the headers of new and changed files into the index, and remove files that are gone.
+def apply(index: Index, tree: Tree, changes: Changes, between: Callable[[], None]) -> Work:
+    """Read the headers of new and changed files into the index, and take out what is gone.
 
     Args:
         between: called after every few files; may save the index, and may raise to stop: what was read until then
@@ -190,22 +192,14 @@ def apply(index: Index, root: bytes, changes: Changes, between: Callable[[], Non
         with Readers(CHUNK) as readers:
             for change in changes.folders:
                 folder = known[change.path][0] if change.path in known else index.add_folder(change.path)
-                _bring_up(
-                    index,
-                    os.path.join(root, change.path) if change.path else root,
-                    folder,
-                    change,
-                    readers,
-                    work,
-                    between,
-                )
+                _bring_up(index, tree, folder, change, readers, work, between)
     finally:
         index.settle()
     return work
 
 
 def _bring_up(
-    index: Index, where: bytes, folder: int, change: Change, readers: Readers, work: Work, between: Callable[[], None]
+    index: Index, tree: Tree, folder: int, change: Change, readers: Readers, work: Work, between: Callable[[], None]
 ) -> None:
     """Update one folder."""
     with index.changing():
@@ -214,7 +208,7 @@ def _bring_up(
     names, whole = iter(change.read), True
     while chunk := list(islice(names, readers.batch)):
         with index.changing():
-            for read in readers.map(partial(_read, where), chunk):
+            for read in readers.map(partial(_read, tree, change.path), chunk):
                 whole &= _put(index, folder, read, work)
         between()
     if whole:
@@ -240,10 +234,10 @@ def _put(index: Index, folder: int, read: Read, work: Work) -> bool:
     return read.settled
 
 
-def _read(where: bytes, name: bytes) -> Read:
+def _read(tree: Tree, folder: bytes, name: bytes) -> Read:
     """Read one file's header."""
     try:
-        fd = os.open(os.path.join(where, name), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        fd = tree.open(os.fsdecode(os.path.join(folder, name)))
     except OSError as exc:
         return _failed(name, exc)
     try:

@@ -17,11 +17,11 @@ from contextlib import suppress
 from pathlib import Path
 
 from imaging.header import UID, Damaged, Header, NotDicom, read_header
-from protocols.dicomfolder.folder import HeldInstance
-from protocols.files import filesystem as fs
+from protocols.dicomfolder.folder import DicomFolder, HeldInstance
 from protocols.files import partial
 from protocols.files.incoming import PIECE_BYTES, Incoming, Place, Style
 from protocols.files.instances import held
+from protocols.files.tree import Tree, parent
 from transfer.content import copy_bytes, same_content
 from transfer.duplicates import Duplicates
 from transfer.errors import Busy, Cancelled, Denied, Permanent, Rejected
@@ -33,6 +33,7 @@ from transfer.plan import Item, Plan, header_of
 from transfer.receipt import Level, PushReport
 from transfer.throttle import Throttle
 
+NO_FILE = "what has its name there is a link or a device, not a file"
 REPLACED = Outcome(Kind.WARNING, "replaced another version of this instance")
 
 
@@ -43,25 +44,25 @@ class FolderPush(Incoming):
     """One push into a folder.
 
     Args:
-        root: the folder, with no link on the way to it.
+        tree: the folder.
         owner: name of the target, which keeps its push apart from another target's into the same folder.
 
     Attributes:
         notes: why a level was not reached, for people.
     """
 
-    def __init__(self, root: Path, owner: str, plan: Plan, report: PushReport, style: Style) -> None:
+    def __init__(self, tree: Tree, owner: str, plan: Plan, report: PushReport, style: Style) -> None:
         self.notes: list[str] = []
-        self._root, self._owner = root, owner
-        self.places = _places(plan, root, owner)
+        self._all, self._owner = tree, owner
+        self.places = _places(plan, tree, owner)
         super().__init__(plan, _where(plan, self.places), report, style)
 
     def kept(self, item: Item) -> str:
         return f"{self.where[item.path].files}/{_name(item)}"
 
-    def final(self, item: Item) -> Path:
-        """Return where the instance shall be."""
-        return self.where[item.path].final / _name(item)
+    def final(self, item: Item) -> str:
+        """Return where the instance shall be, relative to the folder."""
+        return f"{self.where[item.path].final}/{_name(item)}"
 
     def run(self, level: Level) -> Level:
         """Store the pending items; return the level of verification that was reached for the whole plan.
@@ -83,7 +84,7 @@ class FolderPush(Incoming):
                     self.prove(here)
                     proven |= {item.path for item in here}
                 self._publish(here)
-                self.places = _places(self.plan, self._root, self._owner)  # as they are before anything is written
+                self.places = _places(self.plan, self._all, self._owner)  # as they are before anything is written
                 self.where = _where(self.plan, self.places)
                 items = list(duplicates.settle())
             reached = self._verify(level, proven)
@@ -101,8 +102,8 @@ class FolderPush(Incoming):
 
     def _stay_inside(self) -> None:
         for place in self.places.values():
-            if Path(os.path.realpath(place.final)) != place.final:
-                raise Denied(f"a symbolic link leads from {place.final.relative_to(self._root)} to elsewhere")
+            if place.tree.is_linked(place.final):
+                raise Denied(f"a symbolic link leads from {place.final} to elsewhere")
 
     def _refuse_homeless(self) -> None:
         """Reject instances that don't name their study and series."""
@@ -113,14 +114,19 @@ class FolderPush(Incoming):
     def _already(self, item: Item) -> bool:
         """Report ALREADY if the instance is there, the same to the last byte; return whether it is."""
         try:
-            info = self.final(item).lstat()
-            if not stat.S_ISREG(info.st_mode) or info.st_size != item.size:
-                return False
-            with self.plan.open(item) as fd:
-                if not same_content(fd, self.final(item), self.report.check):
+            with self._all.opened(self.final(item)) as there:
+                info = os.fstat(there)
+                if not stat.S_ISREG(info.st_mode) or info.st_size != item.size:
                     return False
+                with self.plan.open(item) as fd:
+                    if not same_content(fd, there, self.report.check):
+                        return False
         except (FileNotFoundError, NotADirectoryError, PermissionError, Rejected):
             return False
+        except OSError as exc:
+            if exc.errno in ITEM_ERRORS or exc.errno == errno.ENXIO:  # a link, a socket
+                return False
+            raise
         self.report(item, ALREADY)
         return True
 
@@ -131,28 +137,34 @@ class FolderPush(Incoming):
             if not mine:
                 continue
             self.report.check()
-            new = fs.make_folders(place.final, self._root, self.style.dir_mode, self.style.group)
+            tree = place.tree
+            try:
+                new = tree.make_folders(place.final, "", self.style.dir_mode, self.style.group)
+            except OSError as exc:
+                if exc.errno not in ITEM_ERRORS:
+                    raise
+                for item in mine:  # other series are not concerned
+                    self.report(item, Outcome(Kind.REJECTED, f"{ITEM_ERRORS[exc.errno]}: {_obstacle(place)}"))
+                continue
             outcomes = [self._rename(item) for item in mine]
-            moved = (item for item, one in zip(mine, outcomes, strict=True) if one in (DELIVERED, REPLACED))
-            self.report.unanswered.update(item.path for item in moved)
-            for folder in {place.final, *(folder.parent for folder in new)}:
-                fs.flush_folder(folder)
+            for folder in {place.final, *map(parent, new)}:
+                tree.flush(folder)
             for item, outcome in zip(mine, outcomes, strict=True):
                 if outcome is not None:
                     self.report(item, outcome)
 
     def _rename(self, item: Item) -> Outcome | None:
-        """Give a file its final name; None if the file system fails at it, perhaps at this file alone."""
-        kept, final = Path(self.kept(item)), self.final(item)
+        """Give a file its final name; None if the file system fails at it, perhaps at it alone."""
+        tree, kept, final = self._all, self.kept(item), self.final(item)
         try:
-            if fs.move_file(kept, final):
+            if tree.move_file(kept, final):
                 return DELIVERED
-            if not stat.S_ISREG(final.lstat().st_mode):
-                return Outcome(Kind.REJECTED, ITEM_ERRORS[errno.EISDIR])
-            with kept.open("rb") as file:
-                if same_content(file.fileno(), final, self.report.check):
+            if not stat.S_ISREG(mode := tree.stat(final).st_mode):
+                return Outcome(Kind.REJECTED, ITEM_ERRORS[errno.EISDIR] if stat.S_ISDIR(mode) else NO_FILE)
+            with tree.opened(kept) as file, tree.opened(final) as there:
+                if same_content(file, there, self.report.check):
                     return ALREADY
-            kept.replace(final)
+            tree.rename(kept, final)
         except OSError as exc:
             if exc.errno in ITEM_ERRORS:
                 return Outcome(Kind.REJECTED, ITEM_ERRORS[exc.errno])
@@ -170,16 +182,22 @@ class FolderPush(Incoming):
                 continue
             self.report.check()
             try:
-                size = self.final(item).lstat().st_size
+                info = self._all.stat(self.final(item))
+                size = info.st_size if stat.S_ISREG(info.st_mode) else 0
                 if size != item.size:
                     self.report.revoke(item, f"it has {size} bytes there instead of {item.size}")
                 elif (
                     level is Level.PROVEN and item.path not in proven and not self.same_checksum(item, self.final(item))
                 ):
-                    self.report.revoke(item, "its checksum there is not that of the file that was sent")
-            except (FileNotFoundError, NotADirectoryError):
+                    self.report.revoke(item, "its checksum there is not the one of what was sent")
+            except OSError as exc:
+                if isinstance(exc, PermissionError):
+                    reached = Level.LISTED
+                    continue
+                if exc.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                    raise
                 self.report.revoke(item, "it was delivered, but is not there any more")
-            except (Rejected, PermissionError):
+            except Rejected:
                 reached = Level.LISTED
         if reached is not level:
             self.notes.append("not proven: some files that were there before can't be read again")
@@ -191,10 +209,18 @@ def _folder(item: Item) -> str:
     return f"{sanitised(header.StudyInstanceUID)}/{sanitised(header.SeriesInstanceUID)}"
 
 
-def _places(plan: Plan, root: Path, owner: str) -> dict[str, Place]:
+def _obstacle(place: Place) -> str:
+    """Return the first part of a folder's name that is no folder: it is made of UIDs, which may be told."""
+    parts = place.final.split("/")
+    return next(
+        (name for end in range(1, len(parts)) if not place.tree.is_folder(name := "/".join(parts[:end]))), place.final
+    )
+
+
+def _places(plan: Plan, tree: Tree, owner: str) -> dict[str, Place]:
     """Return the places of the plan's series, by folder."""
     folders = dict.fromkeys(_folder(item) for item in plan.items)
-    return {folder: Place(root, folder, f".incoming-{plan.dispatch_id}", owner) for folder in folders}
+    return {folder: Place(tree, folder, f".incoming-{plan.dispatch_id}", owner) for folder in folders}
 
 
 def _where(plan: Plan, places: dict[str, Place]) -> dict[str, Place]:
@@ -209,6 +235,7 @@ def _name(item: Item) -> str:
 
 
 def fetch(
+    folder: DicomFolder,
     instances: Iterable[HeldInstance],
     into: Path,
     report: PushReport,
@@ -241,7 +268,12 @@ def fetch(
         if report.pausing.is_set():
             items.extend(map(_item, some))
         else:
-            each(some, lambda one: items.append(_bring(one, into, report, throttle)), min(threads, len(some)), "fetch")
+            each(
+                some,
+                lambda one: items.append(_bring(folder, one, into, report, throttle)),
+                min(threads, len(some)),
+                "fetch",
+            )
     return Plan("", into, tuple(sorted(items, key=lambda item: item.path)))
 
 
@@ -251,17 +283,17 @@ def _item(one: HeldInstance) -> Item:
     return Item(f"{sanitised(uid)}.dcm", 0, 0, header)
 
 
-def _bring(one: HeldInstance, into: Path, report: PushReport, throttle: Throttle) -> Item:
+def _bring(folder: DicomFolder, one: HeldInstance, into: Path, report: PushReport, throttle: Throttle) -> Item:
     """Copy one instance, and report its outcome."""
     report.check()
     uid, item = one.SOPInstanceUID, _item(one)
     final = into / item.path
     there = held(final, uid)
-    if there is not None and there.size == one.size and _is_copy(one, final, report):
+    if there is not None and there.size == one.size and _is_copy(folder, one, final, report):
         report(there, ALREADY)
         return there
     try:
-        _copy(one, final, report, throttle)
+        _copy(folder, one, final, report, throttle)
     except Rejected as exc:
         report(item, Outcome(Kind.REJECTED, exc.message))
         return item
@@ -270,14 +302,18 @@ def _bring(one: HeldInstance, into: Path, report: PushReport, throttle: Throttle
     return item
 
 
-def _is_copy(one: HeldInstance, final: Path, report: PushReport) -> bool:
-    """Return True if a file equals what the folder holds now: a correction may have the same length."""
-    with suppress(OSError), one.path.open("rb") as file:
-        return same_content(file.fileno(), final, report.check)
+def _is_copy(folder: DicomFolder, one: HeldInstance, final: Path, report: PushReport) -> bool:
+    """Return True if a file is what the folder holds now: a correction may have the same length."""
+    with suppress(OSError, Rejected):
+        fd = folder.open(one)
+        try:
+            return same_content(fd, final, report.check)
+        finally:
+            os.close(fd)
     return False
 
 
-def _copy(one: HeldInstance, final: Path, report: PushReport, throttle: Throttle) -> None:
+def _copy(folder: DicomFolder, one: HeldInstance, final: Path, report: PushReport, throttle: Throttle) -> None:
     """Copy a file, whole or not at all.
 
     Raises:
@@ -293,7 +329,9 @@ def _copy(one: HeldInstance, final: Path, report: PushReport, throttle: Throttle
         report.moved(count)
         report.check()
 
-    with source.open(item) as reader:
+    reader = folder.open(one)
+    try:
+        source.check(item, reader)
         with partial.writing(final.parent):
             part, writer = partial.create(final.parent)
         try:
@@ -310,6 +348,8 @@ def _copy(one: HeldInstance, final: Path, report: PushReport, throttle: Throttle
         finally:
             part.unlink(missing_ok=True)
             os.close(writer)
+    finally:
+        os.close(reader)
 
 
 def _uid(fd: int) -> str:

@@ -9,19 +9,17 @@ import ctypes
 import errno
 import hashlib
 import os
-import stat
 import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
+from protocols.files.tree import flush_entries
 from transfer.content import READ_BYTES
 
 T = TypeVar("T")
 
-# What link(2) says where the file system, or the owner, allows no hard link.
-NO_LINK = (errno.EPERM, errno.EXDEV, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES, errno.EINVAL)
 # File systems that syncfs(2) flushes in full; others (CIFS, FUSE) want fsync(2) for each file.
 FLUSHED_AS_A_WHOLE = frozenset(
     ("ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "zfs", "bcachefs", "tmpfs", "ramfs", "overlay", "nfs", "nfs4")
@@ -61,41 +59,11 @@ def within(seconds: float, ask: Callable[[], T]) -> T:
     return answers[0]
 
 
-def make_folders(path: Path, below: Path, mode: int | None = None, group: int | None = None) -> list[Path]:
-    """Make the folders from `below` (which exists) down to `path`; return those that are new, the highest first."""
-    made: list[Path] = []
-    missing = []
-    while path != below and not path.is_dir():
-        missing.append(path)
-        path = path.parent
-    for folder in reversed(missing):
-        try:
-            folder.mkdir()
-        except FileExistsError:
-            if not folder.is_dir():  # else somebody else was faster
-                raise
-            continue
-        own(folder, mode, group)
-        made.append(folder)
-    return made
-
-
-def own(folder: Path, mode: int | None, group: int | None) -> None:
-    """Give a folder its permissions and group; a set-group-ID bit that it inherited stays (chmod(2) drops it)."""
-    if group is not None:
-        os.chown(folder, -1, group)
-    if mode is not None:
-        os.chmod(folder, mode | (folder.stat().st_mode & stat.S_ISGID))
-
-
 def flush_folder(folder: Path) -> None:
     """Wait until the entries of a folder are on disk, where the file system supports that."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        os.fsync(fd)
-    except OSError as exc:
-        if exc.errno not in (errno.EINVAL, errno.EBADF, errno.EOPNOTSUPP):  # shares that can't flush folders
-            raise
+        flush_entries(fd)
     finally:
         os.close(fd)
 
@@ -119,17 +87,18 @@ def kind(folder: Path) -> str:
     return found
 
 
-def flush_all(folder: Path, check: Callable[[], None]) -> bool:
+def flush_all(folder: Path | int, check: Callable[[], None]) -> bool:
     """Wait until all that was written to a file system is on disk; False if it has no such call.
 
     Args:
+        folder: any of it, by its path or opened.
         check: called now and then; may raise to stop, and then the flush ends by itself.
     """
     try:
         syncfs = ctypes.CDLL(None, use_errno=True).syncfs
     except (AttributeError, OSError):
         return False
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    fd = os.dup(folder) if isinstance(folder, int) else os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     failed: list[int] = []
 
     def run() -> None:
@@ -141,6 +110,7 @@ def flush_all(folder: Path, check: Callable[[], None]) -> bool:
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
+    check()
     while thread.is_alive():
         thread.join(CHECK_S)
         check()
@@ -153,55 +123,6 @@ def flush_soon(fd: int) -> None:
     """Start writing a file's content to disk, so that a later flush waits less."""
     with suppress(OSError):
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def move_folder(source: Path, final: Path) -> bool:
-    """Give a whole folder its final name in one step; False if there is something of that name."""
-    try:
-        os.rename(source, final)
-    except OSError as exc:
-        if exc.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-            return False
-        if exc.errno in (errno.EXDEV, errno.EBUSY) and os.path.ismount(final):
-            return False  # a file system of its own, of which we are inside
-        raise
-    return True
-
-
-def is_caseless(folder: Path) -> bool:
-    """Return True if a file system takes a folder's name in the other case for the same name."""
-    with suppress(OSError):
-        return folder.name.swapcase() != folder.name and folder.with_name(folder.name.swapcase()).samefile(folder)
-    return False
-
-
-def is_of_other_name(path: Path) -> bool:
-    """Return True if a path leads to another name: on a share that takes `ab` for `AB`, or drops a dot."""
-    for other in (path.with_name(path.name.swapcase()), path.with_name(path.name.rstrip(".") or path.name)):
-        with suppress(OSError):
-            if other != path and os.path.samefile(path, other) and path.name not in os.listdir(path.parent):
-                return True
-    return False
-
-
-def move_file(source: Path, final: Path) -> bool:
-    """Give a file its final name in one step; False, and nothing changed, if there is something of that name.
-
-    rename(2) replaces what is there, also what another process put there since we looked; link(2) doesn't.
-    """
-    try:
-        os.link(source, final, follow_symlinks=False)
-    except FileExistsError:
-        return False
-    except OSError as exc:
-        if exc.errno not in NO_LINK:
-            raise
-        if os.path.lexists(final):
-            return False
-        os.rename(source, final)
-        return True
-    os.unlink(source)
-    return True
 
 
 def checksum(fd: int, check: Callable[[], None], *, from_disk: bool = False) -> bytes:
@@ -221,14 +142,14 @@ def checksum(fd: int, check: Callable[[], None], *, from_disk: bool = False) -> 
     return digest.digest()
 
 
-def check_writable(folder: Path) -> None:
+def check_writable(folder: Path | int) -> None:
     """Raise OSError (EROFS) if the file system is mounted read-only."""
     if os.statvfs(folder).f_flag & os.ST_RDONLY:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
 
-def room(folder: Path) -> tuple[int, int, int]:
-    """Return free bytes, free inodes and the size of a block; -1 where the file system gives no number."""
+def room(folder: Path | int) -> tuple[int, int, int]:
+    """Free bytes, free inodes and the size of a block; -1 where the file system gives none."""
     info = os.statvfs(folder)
     free = info.f_bavail * info.f_frsize if info.f_blocks else -1
     return free, info.f_favail if info.f_files else -1, info.f_frsize or 4096

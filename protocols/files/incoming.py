@@ -12,16 +12,17 @@ from __future__ import annotations
 import errno
 import itertools
 import os
-import shutil
+import stat
 import threading
 import unicodedata
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 from protocols.files import filesystem as fs
+from protocols.files.tree import NO_LINK, Tree, joined, parent
+from transfer.beneath import FOLDER
 from transfer.content import copy_bytes, same_content
 from transfer.errors import Busy, Denied, Interrupted, Rejected
 from transfer.fanout import each
@@ -64,25 +65,26 @@ class Style:
 
 
 class Place:
-    """One folder of the target: where its files are written, and where they are to be in the end.
+    """One folder of the target: where its files are written, and where they shall be. Paths are relative to `tree`.
 
     Args:
-        folder: its name, relative to `root`; may have several parts.
-        hidden: name of the folder in which files are written.
+        folder: its name; may have several parts.
+        hidden: what is written goes below a folder of this name.
     """
 
-    def __init__(self, root: Path, folder: str, hidden: str, owner: str) -> None:
+    def __init__(self, tree: Tree, folder: str, hidden: str, owner: str) -> None:
+        self.tree = tree
         self.items: list[Item] = []
-        self.final = root / folder
-        self.existed = os.path.lexists(self.final)
-        near = self.final
-        while not near.is_dir():
-            near = near.parent
+        self.final = folder
+        self.existed = tree.exists(folder)
+        near = folder
+        while near and not tree.is_folder(near):
+            near = parent(near)
         # On the file system of the final name, which may be one of its own: a rename can't cross over.
-        self.above = root if near.stat().st_dev == root.stat().st_dev else near
-        self.base = self.above / hidden / owner
-        self.parts = self.base / "parts"
-        self.files = self.base / "files" / folder
+        self.above = "" if tree.stat(near).st_dev == tree.stat("").st_dev else near
+        self.base = joined(self.above, hidden, owner)
+        self.parts = f"{self.base}/parts"
+        self.files = f"{self.base}/files/{folder}"
         self._known: set[str] = set()
         self._caseless = False
         self._claimed: dict[str, str] = {}
@@ -95,17 +97,17 @@ class Place:
         return f"{self.parts}/{self._unique}-{next(self._numbers)}"
 
     def make_for(self, kept: str, style: Style) -> None:
-        """Make the folders for a whole file."""
-        folder = kept.rpartition("/")[0]
+        """Make the folders that a whole file will be in."""
+        folder, tree = parent(kept), self.tree
         if folder in self._known:
             return
         with self._lock:
             if not self._known:
-                fs.make_folders(self.parts, self.above)
-                fs.make_folders(self.files.parent, self.base)
-                self._caseless = fs.is_caseless(self.base.parent)
+                tree.make_folders(self.parts, self.above)
+                tree.make_folders(parent(self.files), self.base)
+                self._caseless = tree.is_caseless(parent(self.base))
             # Only what will be seen gets the permissions that the target asks for.
-            fs.make_folders(Path(folder), self.files.parent, style.dir_mode, style.group)
+            tree.make_folders(folder, parent(self.files), style.dir_mode, style.group)
             self._known.add(folder)
 
     def claim(self, item: Item, kept: str) -> None:
@@ -120,15 +122,15 @@ class Place:
                 raise Rejected(f"{first} has its name there: the file system takes capitals for small letters")
 
     def unmark(self) -> None:
-        """Remove the marker, whoever put it there: the folder is no longer complete."""
-        with suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError):
-            (self.final / MARKER).unlink()
+        """Take the marker away, whoever put it: the folder is not complete any more."""
+        with _harmless(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EPERM, errno.EACCES, errno.ELOOP):
+            self.tree.unlink(f"{self.final}/{MARKER}")
 
     def discard(self) -> None:
-        """Remove what was written and has no final name."""
-        shutil.rmtree(self.base, ignore_errors=True)
+        """Remove what was written and is not under its final name."""
+        self.tree.remove(self.base)
         with suppress(OSError):  # files of another owner are in it
-            self.base.parent.rmdir()
+            self.tree.rmdir(parent(self.base))
 
 
 class Incoming:
@@ -145,8 +147,8 @@ class Incoming:
         self._linking = style.link and style.mode is None and style.group is None
         self._linked: list[tuple[Item, os.stat_result]] = []  # each as it was then
         self._kinds = {place.above: "" for place in where.values()}
-        for folder in self._kinds:
-            self._kinds[folder] = fs.kind(folder)
+        for place in set(where.values()):
+            self._kinds[place.above] = self._kinds[place.above] or fs.kind(place.tree.root / place.above)
         self._local = fs.LOCAL.issuperset(self._kinds.values())
         self._failed = threading.Event()
         self._aside: dict[Item, OSError] = {}  # files at which the file system failed
@@ -207,6 +209,9 @@ class Incoming:
             if item.path not in self.report.outcomes:
                 raise exc
 
+    def _tree(self, item: Item) -> Tree:
+        return self.where[item.path].tree
+
     def check(self) -> None:
         """Raise if the work is to stop, or has failed in another thread."""
         self.report.check()
@@ -236,19 +241,16 @@ class Incoming:
 
         each((items[start : start + size] for start in range(0, len(items), size)), run, threads, "files")
 
-    def same_checksum(self, item: Item, file: Path | str) -> bool:
-        """Return True if a file that is read back has the SHA-256 of an item.
+    def same_checksum(self, item: Item, file: str) -> bool:
+        """Compare the SHA-256 of an item with that of a file of its tree that is read back.
 
         Raises:
             Rejected: the item can no longer be read.
         """
         with self.plan.open(item) as fd:
             ours = fs.checksum(fd, self.check)
-        fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-        try:
+        with self._tree(item).opened(file) as fd:
             return fs.checksum(fd, self.check, from_disk=True) == ours
-        finally:
-            os.close(fd)
 
     def prove(self, items: list[Item]) -> None:
         """Compare the checksums of the files here with those of the source.
@@ -260,7 +262,7 @@ class Incoming:
         def work(batch: list[Item]) -> None:
             for item in batch:
                 if not self.same_checksum(item, self.kept(item)):
-                    os.unlink(self.kept(item))
+                    self._tree(item).unlink(self.kept(item))
                     raise Interrupted("a file that was read back is not the one that was written", item=item.shown)
 
         self.in_threads(items, work)
@@ -270,39 +272,42 @@ class Incoming:
         wanted = {self.kept(item): item for item in items}
         found: set[str] = set()
         for place in set(self.where.values()):
-            if not place.base.is_dir():
+            tree = place.tree
+            if not tree.is_folder(place.files):
                 continue
-            shutil.rmtree(place.parts, ignore_errors=True)
-            for folder, _, files in os.walk(place.files):
-                for file in files:
-                    kept = f"{folder}/{file}"
-                    if kept in wanted and self._is_whole(wanted[kept], kept):
-                        found.add(wanted[kept].path)
-                    else:
-                        os.unlink(kept)
+            tree.remove(place.parts)
+            for kept in list(tree.files(place.files)):
+                if kept in wanted and self._is_whole(wanted[kept], kept):
+                    found.add(wanted[kept].path)
+                else:
+                    tree.unlink(kept)
         return frozenset(found)
 
     def _is_whole(self, item: Item, kept: str) -> bool:
-        """Return True if the file of an earlier attempt is this item as it is now."""
-        info = os.lstat(kept)
-        if info.st_size != item.size:
-            return False
+        """Return True if what an earlier attempt kept is this item, and not what its file was then."""
         try:
-            with self.plan.open(item) as fd:
-                return same_content(fd, Path(kept), self.check)
+            with self._tree(item).opened(kept) as there, self.plan.open(item) as fd:
+                info = os.fstat(there)
+                is_file = stat.S_ISREG(info.st_mode) and info.st_size == item.size
+                return is_file and same_content(fd, there, self.check)
         except Rejected:
             return False
+        except OSError as exc:
+            if exc.errno in (errno.ELOOP, errno.EACCES, errno.ENXIO):  # no file of ours
+                return False
+            raise
 
     def _need_room(self, items: list[Item]) -> None:
-        needs: dict[Path, list[Item]] = {}
+        needs: dict[str, list[Item]] = {}
         for item in items:
             place = self.where[item.path]
             needs.setdefault(place.above, []).append(item)
         for folder, group in needs.items():
-            if self._linking and self.plan.root.stat().st_dev == folder.stat().st_dev:
-                continue
-            fs.check_writable(folder)  # its room says nothing
-            free, inodes, block = fs.room(folder)
+            with self._tree(group[0]).opened(folder, FOLDER) as fd:
+                if self._linking and self.plan.root.stat().st_dev == os.fstat(fd).st_dev:
+                    continue
+                fs.check_writable(fd)  # its room says nothing
+                free, inodes, block = fs.room(fd)
             need = sum(-(-item.size // block) * block for item in group)
             if 0 <= free < need:
                 raise Busy(f"no room: {fs.size(need)} are needed, {fs.size(free)} are free")
@@ -332,39 +337,41 @@ class Incoming:
                 if self._linking and self._link(item, reader, kept):
                     return
                 part = place.part()
-                writer = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+                writer = place.tree.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
                 try:
                     self._fill(item, reader, writer)
-                    os.rename(part, kept)
+                    place.tree.rename(part, kept)
                 except BaseException:
                     with suppress(OSError):
-                        os.unlink(part)
+                        place.tree.unlink(part)
                     raise
                 finally:
                     os.close(writer)
 
     def _link(self, item: Item, reader: int, kept: str) -> bool:
-        """Make a hard link to the source; return True if that was possible."""
+        """Make a hard link to the source; say whether that could be done."""
+        tree = self._tree(item)
         try:
-            os.link(self.plan.file(item), kept)
+            tree.link(self.plan.file(item), kept)
         except OSError as exc:
-            if exc.errno not in fs.NO_LINK:
+            if exc.errno not in NO_LINK:
                 raise
             if exc.errno != errno.EMLINK:  # which is about this one file
                 self._linking = False
             return False
-        made = os.lstat(kept)
-        if made.st_ino != os.fstat(reader).st_ino:
-            os.unlink(kept)
+        made = tree.stat(kept)
+        if not os.path.samestat(made, os.fstat(reader)):
+            tree.unlink(kept)
             raise Rejected(CHANGED, item=item.shown)
         self._linked.append((item, made))
         self.report.moved(item.size)  # no byte goes anywhere: nothing to throttle
         return True
 
     def _check_link(self, item: Item, made: os.stat_result) -> None:
-        """Check, just before a link becomes visible, that the file which it shares with the source is unchanged."""
-        if not self.plan.is_same(item, os.lstat(self.kept(item)), made):
-            os.unlink(self.kept(item))
+        """Look once more, just before it is seen, whether what a link shares with the source is still the same."""
+        tree, kept = self._tree(item), self.kept(item)
+        if not self.plan.is_same(item, tree.stat(kept), made):
+            tree.unlink(kept)
             self.report(item, Outcome(Kind.REJECTED, CHANGED))
 
     def _fill(self, item: Item, reader: int, writer: int) -> None:
@@ -396,22 +403,32 @@ class Incoming:
 
         Flushing a whole file system costs one commit of its journal, where each file costs its own.
         """
-        by_folder: dict[Path, list[Item]] = {}
+        by_folder: dict[str, list[Item]] = {}
         for item in items:
             by_folder.setdefault(self.where[item.path].above, []).append(item)
         for folder, group in by_folder.items():
             as_a_whole = len(group) >= FEW_FILES and self._kinds[folder] in fs.FLUSHED_AS_A_WHOLE
-            if not (as_a_whole and fs.flush_all(folder, self.check)):
+            if as_a_whole:
+                with self._tree(group[0]).opened(folder, FOLDER) as fd:
+                    as_a_whole = fs.flush_all(fd, self.check)
+            if not as_a_whole:
                 self.in_threads(group, self._flush_each)
 
     def _flush_each(self, batch: list[Item]) -> None:
         for item in batch:
             self.check()
-            fd = os.open(self.kept(item), os.O_RDONLY | os.O_CLOEXEC)
-            try:
+            with self._tree(item).opened(self.kept(item)) as fd:
                 os.fsync(fd)
-            finally:
-                os.close(fd)
+
+
+@contextmanager
+def _harmless(*numbers: int) -> Iterator[None]:
+    """Pass over errors of these numbers."""
+    try:
+        yield
+    except OSError as exc:
+        if exc.errno not in numbers:
+            raise
 
 
 @contextmanager

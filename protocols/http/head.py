@@ -7,6 +7,7 @@ reason, folded lines, any byte in a value, lines that are not fields (these are 
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Sequence
 from datetime import UTC
@@ -16,6 +17,7 @@ from typing import NamedTuple, overload
 MAX_FIELDS = 256  # lines of a head that are read
 MAX_RETRY_AFTER_S = 86_400.0  # longest wait that is honoured: a day
 _BLANKS = " \t"
+_PROTOCOL = re.compile(r"(?:HTTP|RTSP|SIP|SSH|ICY|AMQP|RFB)[-/ ]?[0-9.]{0,5}(?![0-9A-Za-z])")
 
 
 class Fields:
@@ -87,7 +89,9 @@ def status_line(line: str) -> tuple[int, str, bool]:
     version, _, rest = line.partition(" ")
     code, _, reason = rest.partition(" ")
     if not version.startswith("HTTP/1.") or len(code) != 3 or not (code.isascii() and code.isdigit()):
-        raise ValueError(f"it begins with {line[:40]!r}" if line.isascii() else "it begins with other bytes")
+        # Nothing else of it: it may be data, cut where no one would know a name again.
+        named = _PROTOCOL.match(line)
+        raise ValueError(f"it begins with {named[0]!r}" if named else "it begins with other bytes")
     return int(code), reason.strip(), version != "HTTP/1.0"
 
 

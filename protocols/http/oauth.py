@@ -18,10 +18,12 @@ from protocols.http.answer import Answer
 from protocols.http.session import Content, Session, WebOrigin
 from protocols.net import words
 from protocols.net.connection import SLICE_S
+from protocols.net.hiding import secret_forms
 from transfer.errors import Busy, Cancelled, Denied, DispatchError, Misconfigured, NotFound
 
 EARLY_S = 60.0  # a token is renewed so long before its end, or after four fifths of a short life
 UNTOLD_S = 300.0  # lifetime of a token whose server names none
+OTHER_TYPES = ("basic", "dpop", "mac", "n_a", "pop")  # registered for token_type, and not for us
 MAX_TOKEN_BYTES = 1 << 20
 
 
@@ -149,7 +151,8 @@ class ClientCredentials:
         if not isinstance(value, str) or not value or not value.isascii() or not value.isprintable():
             raise Misconfigured(f"{self._where}: the access_token is not valid in a request")
         if kind.lower() != "bearer":
-            raise Misconfigured(f"{self._where}: gives a token of type {words.clean(kind)}, only Bearer is known")
+            named = f" ({kind.lower()})" if kind.lower() in OTHER_TYPES else ""  # else it may be anything
+            raise Misconfigured(f"{self._where}: gives a token of another type than Bearer{named}")
         return _Token(value, time.monotonic() + lifetime - min(EARLY_S, lifetime / 5))
 
     def _ask(self, session: Session) -> tuple[int, Answer, bytes]:
@@ -165,9 +168,13 @@ class ClientCredentials:
             return answer.status, answer, answer.read(MAX_TOKEN_BYTES)
 
     def _refused(self, status: int, answer: Answer, body: bytes) -> DispatchError:
-        hidden = self.secrets | (self.origin.proxy.secrets if self.origin.proxy else frozenset())
+        hidden = secret_forms(
+            self.secrets | (self.origin.proxy.secrets if self.origin.proxy else frozenset()), (self.client_id,)
+        )
         said = words.excerpt(body, answer.media_type, hidden)
-        text = f"{self._where}: no token: {status} {words.clean(answer.reason)}" + (f": {said!r}" if said else "")
+        text = f"{self._where}: no token: {status} {words.clean(answer.reason, hidden)}" + (
+            f": {said!r}" if said else ""
+        )
         if status in (408, 425, 429) or status >= 500:
             return Busy(text, retry_after=answer.retry_after)
         if status in (404, 405, 410):

@@ -6,10 +6,14 @@ how an error loses them before anybody logs it.
 
 from __future__ import annotations
 
+import base64
 import os
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
+from html.entities import codepoint2name
 
 from imaging.charset import NAME_DELIMITERS, TEXT_DELIMITERS, decoded
 from imaging.header import Damaged, NotDicom, read_elements
@@ -18,6 +22,8 @@ from transfer.plan import Item, Plan
 
 BLOT = "***"
 MIN_PRIVATE_CHARS = 3  # shorter values would blot out parts of ordinary words: of those, only whole words are meant
+MANY = 500  # values
+MIN_CODED_CHARS = 6  # of a secret in Base64; shorter ones stand in ordinary words
 MAX_FILES = 1024  # read at most; a batch rarely holds more than one patient
 _CHARSET = 0x00080005
 # Patient's name, other names, birth name, mother's birth name, responsible person.
@@ -37,9 +43,10 @@ def hiding(values: Iterable[str] = (), parts: Iterable[str] = ()) -> Hide:
         parts: names of folders or files; short ones are meant only as a whole part of a path.
     """
     values, parts = set(values), set(parts)
+    many = len(values) + len(parts) > MANY  # then a pattern of all spellings would take minutes to make
     patterns = [
-        *((value, _in_words(value)) for value in values if _is_private(value)),
-        *((part, _in_paths(part)) for part in parts - values if part),
+        *((value, _in_words(value, many)) for value in values if _is_private(value)),
+        *((part, _in_paths(part, many)) for part in parts - values if part),
     ]
     if not patterns:
         return str
@@ -72,22 +79,89 @@ def _is_short(value: str) -> bool:
     return value.isascii() and len(value) < MIN_PRIVATE_CHARS
 
 
-def _in_words(value: str) -> str:
-    pattern = _in_any_form(value)
+def _in_words(value: str, many: bool) -> str:
+    pattern = _in_any_form(value, many)
     return rf"(?<![A-Za-z0-9]){pattern}(?![A-Za-z0-9])" if _is_short(value) else pattern
 
 
-def _in_paths(value: str) -> str:
-    pattern = _in_any_form(value)
+def _in_paths(value: str, many: bool) -> str:
+    pattern = _in_any_form(value, many)
     return rf"(?<=/){pattern}(?=$|[/'\":;\s])" if _is_short(value) else pattern
 
 
-def _in_any_form(value: str) -> str:
-    """Return a pattern for a value as it is, or with any of its characters encoded as in a URL or a form."""
-    encoded = ("".join(f"%{byte:02X}" for byte in c.encode("utf-8", "surrogatepass")) for c in value)
-    return "".join(
-        f"(?:{re.escape(c)}|{code}{'|[+]' if c == ' ' else ''})" for c, code in zip(value, encoded, strict=True)
-    )
+def _in_any_form(value: str, many: bool = False) -> str:
+    """Return a pattern for a value as it is, or as peers and programs on the way to them spell it.
+
+    Any of its characters may be encoded as in a URL, a form, HTML or JSON, once or twice; those beyond ASCII may be
+    decomposed (NFD), in Latin-1 taken for UTF-8 or the other way round, or lost; blanks may be one or several.
+    """
+    value = unicodedata.normalize("NFC", value)
+    if many:
+        return "".join(f"(?:{re.escape(c)}|{_percent(c.encode('utf-8', 'surrogatepass'))})" for c in value)
+    lossy = sum(c.isascii() and c.isalnum() for c in value) > 1  # else any question mark would be taken for it
+    return "".join(_SPACE if part.isspace() else "".join(_char(c, lossy) for c in part) for part in _parts(value))
+
+
+def _parts(value: str) -> list[str]:
+    return [part for part in re.split(r"(\s+)", value) if part]
+
+
+_SPACE = r"(?:\s|[+]|%(?:25)*20|%(?:25)*C2%(?:25)*A0|&nbsp;|&#(?:0*32|0*160|x0*20|x0*A0);|\\u00[2A]0)+"
+
+
+@lru_cache(maxsize=4096)
+def _char(c: str, lossy: bool) -> str:
+    """Return a pattern for one character."""
+    code = ord(c)
+    utf8 = c.encode("utf-8", "surrogatepass")
+    found = [re.escape(c), _percent(utf8), f"&#(?:0*{code}|x0*{code:X});"]
+    if code < 0x10000:
+        found.append(rf"\\u{code:04X}")
+    if c in _ENTITIES:
+        found.append(f"&(?:amp;)?{_ENTITIES[c]};")
+    if not c.isascii():
+        if len(c.upper()) > 1:
+            found.append(re.escape(c.upper()))
+        if (decomposed := unicodedata.normalize("NFD", c)) != c:
+            found.append(re.escape(decomposed))
+        found += {re.escape(utf8.decode(wrong, "ignore")) for wrong in ("latin-1", "cp1252")} - {""}
+        found.append("".join("[ ?\ufffd]" if 0x7F < byte < 0xA0 else re.escape(chr(byte)) for byte in utf8))
+        if code < 0x100:
+            found += [_percent(bytes((code,))), rf"\\x{code:02X}"]
+        if lossy:
+            found.append(f"[?\ufffd]{{1,{len(utf8)}}}")
+    return f"(?:{'|'.join(dict.fromkeys(found))})"
+
+
+def _percent(data: bytes) -> str:
+    return "".join(f"%(?:25)*{byte:02X}" for byte in data)
+
+
+_ENTITIES = {chr(code): name for code, name in codepoint2name.items()} | {"'": "(?:apos|#0*39)"}
+
+
+def secret_forms(secrets: Iterable[str], users: Iterable[str] = ()) -> set[str]:
+    """Return secrets, and what a peer may show of them: in Base64, alone or behind a user's name, and as hexadecimals.
+
+    Base64 depends on what stands before a text only by its length: its inner part is found after anything.
+    """
+    found: set[str] = set()
+    for secret in secrets:
+        if not secret:
+            continue
+        found.add(secret)
+        data = secret.encode("utf-8", "surrogatepass")
+        for user in users:
+            whole = base64.b64encode(f"{user}:{secret}".encode("utf-8", "surrogatepass")).decode("ascii")
+            found |= {whole, whole.rstrip("=")}
+        for before in range(3):
+            code = base64.b64encode(b"\0" * before + data).decode("ascii")
+            inner = code[-(-before * 8 // 6) : (before + len(data)) * 8 // 6]
+            if len(inner) >= MIN_CODED_CHARS:
+                found |= {inner, inner.replace("+", "-").replace("/", "_")}
+        if len(data) * 2 >= MIN_CODED_CHARS:
+            found.add(data.hex())
+    return found
 
 
 def forms(name: str) -> set[str]:
@@ -100,7 +174,8 @@ def date_forms(date: str) -> set[str]:
     if len(date) != 8:
         return {date}
     y, m, d = date[:4], date[4:6], date[6:]
-    return {date, f"{y}-{m}-{d}", f"{d}.{m}.{y}", f"{m}/{d}/{y}", f"{d}/{m}/{y}", f"{y}/{m}/{d}", f"{y}.{m}.{d}"}
+    written = (f"{y}-{m}-{d}", f"{d}.{m}.{y}", f"{m}/{d}/{y}", f"{d}/{m}/{y}", f"{y}/{m}/{d}", f"{y}.{m}.{d}")
+    return {date, f"{d}{m}{y}", f"{d}-{m}-{y}", *written}
 
 
 def identifying(plan: Plan, items: Iterable[Item]) -> set[str]:

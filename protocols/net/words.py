@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 
 from protocols.net.hiding import hiding
 
-QUOTE_CHARS = 200  # of a peer's own words in a message
+QUOTE_CHARS = 120  # of a peer's own words in a message
 READ_CHARS = 20_000  # of its page that are looked at
 # Members of JSON error documents: Orthanc, dcm4chee, Google, Azure, RFC 9457 and RFC 6749.
 _JSON_KEYS = ("message", "details", "detail", "error_description", "error", "errormessage", "title", "reason")
@@ -30,7 +30,9 @@ def excerpt(body: bytes, media_type: str, hidden: Iterable[str] = ()) -> str:
 
 def clean(text: str, hidden: Iterable[str] = ()) -> str:
     """Return a text on one line, without what is hidden, cut to `QUOTE_CHARS`."""
-    text = hiding(hidden)(" ".join("".join(c if c.isprintable() else " " for c in text).split()))
+    hide = hiding(hidden)
+    # Before as well: what is made fit to be read may be what shows that two characters were one.
+    text = hide(" ".join("".join(c if c.isprintable() else " " for c in hide(text)).split()))
     return text if len(text) <= QUOTE_CHARS else text[: QUOTE_CHARS - 1].rstrip() + "…"
 
 

@@ -11,7 +11,7 @@ import os
 import stat
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from blocks.dicomweb import DicomWebTarget
@@ -20,6 +20,8 @@ from protocols.dicomfolder.folder import DicomFolder, IndexReport
 from protocols.dicomfolder.store import FolderPush, fetch
 from protocols.files import filesystem as fs
 from protocols.files.incoming import Style
+from protocols.files.tree import Tree
+from transfer.beneath import FOLDER
 from transfer.errors import Busy, Denied, DispatchError, Interrupted, Misconfigured, NotFound, Unreachable
 from transfer.health import Health
 from transfer.home import Home
@@ -96,34 +98,38 @@ def check(target: DicomWebTarget) -> Health:
         return health
     if target.stores:
         with health.probe("authorize") as probe, errors(target):
-            _rehearse(target, root)
+            with Tree(root) as tree:
+                _rehearse(target, tree)
             probe.detail = f"written, renamed and removed as user {user()}"
     else:
         health.skip("authorize", why="nothing is stored here")
     with health.probe("qido") as probe, errors(target):
         # A first look at a large folder takes minutes: not in a check.
-        with os.scandir(root) as entries:
+        with Tree(root) as tree, tree.opened("", FOLDER) as fd, os.scandir(fd) as entries:
             empty = next(entries, None) is None
         probe.detail = "the folder is empty" if empty else "the folder can be listed"
     return health
 
 
-def _rehearse(target: DicomWebTarget, root: Path) -> None:
-    """Do what a push does, under names that no instance has, and remove everything.
+def _rehearse(target: DicomWebTarget, tree: Tree) -> None:
+    """Do once what a push does, under names that are no instance's, and remove it.
 
     Raises:
         Misconfigured: what can be read there is not what was written.
     """
-    probe = root / f".talaria-{uuid.uuid4().hex}"
-    renamed = probe.with_name(f"{probe.name}-renamed")
+    probe = f".talaria-{uuid.uuid4().hex}"
+    renamed = f"{probe}-renamed"
     try:
-        probe.write_bytes(b"probe")
-        probe.replace(renamed)
-        if renamed.read_bytes() != b"probe":
-            raise Misconfigured(f"{target.url}: what is written there can't be read back", target.name)
+        with tree.opened(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as fd:
+            os.write(fd, b"probe")
+        tree.rename(probe, renamed)
+        with tree.opened(renamed) as fd:
+            if os.read(fd, 100) != b"probe":
+                raise Misconfigured(f"{target.url}: what is written there can't be read back", target.name)
     finally:
-        probe.unlink(missing_ok=True)
-        renamed.unlink(missing_ok=True)
+        for left in (probe, renamed):
+            with suppress(OSError):
+                tree.unlink(left)
 
 
 # ---- push
@@ -132,10 +138,10 @@ def _rehearse(target: DicomWebTarget, root: Path) -> None:
 def push(target: DicomWebTarget, plan: Plan, report: PushReport) -> Receipt:
     """Put what is pending into the folder, as `<study>/<series>/<instance>.dcm`."""
     report.check()
-    root = connect(target).resolve()
+    root = connect(target)
     style = Style(threads=target.concurrency, bandwidth_limit=target.bandwidth_limit)
-    with errors(target):
-        store = FolderPush(root, target.name, plan, report, style)
+    with errors(target), Tree(root) as tree:
+        store = FolderPush(tree, target.name, plan, report, style)
         try:
             reached = store.run(target.verify)
         except (Busy, Interrupted, Denied) as exc:
@@ -169,7 +175,7 @@ def retrieve(target: DicomWebTarget, query: Query, into: Path, report: PushRepor
         _log(target, folder.report)
         if not held:
             raise NotFound(f"{target.url}: nothing matches the query")
-        plan = fetch(held, into, report, threads=target.concurrency, bandwidth_limit=target.bandwidth_limit)
+        plan = fetch(folder, held, into, report, threads=target.concurrency, bandwidth_limit=target.bandwidth_limit)
         notes = tuple(text for _, text in _passed_over(folder.report))
     return report.receipt(target.name, plan, verified=Level.LISTED, notes=notes)
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from blocks.base import Target
 from tasks.driver import Driver, Facts
+from tasks.quiet import Quiet
 from transfer.errors import Cancelled, DispatchError, Retryable
 from transfer.globs import excluded
 from transfer.home import Home
@@ -80,6 +81,7 @@ class Delivery:
         self.ledger, self.home, self.cancelled = ledger, home, cancelled
         self.refused, wanted = sort_out(driver.facts, target, plan)
         self.plan = plan.narrowed(wanted, lacks=lacking(self.refused))
+        self.quiet = Quiet(target, self.plan)
         self.attempts = 0
         self.futile = 0  # how many of them did not get further
         self.failures: list[str] = []  # how each failed attempt ended, in a sentence
@@ -153,6 +155,7 @@ class Delivery:
                 items = sorted(plan.items, key=lambda item: item.shown in self._stumbled)
                 self._last = self.driver.push(self.target, plan.narrowed(items, done, rejected=rejected), report)
         except DispatchError as exc:
+            self.quiet.error(exc)
             exc.target = exc.target or self.target.name
             if exc.item:
                 self._stumbled.add(exc.item)
@@ -225,6 +228,7 @@ class Delivery:
         except HookFailed:
             raise
         except DispatchError as exc:
+            self.quiet.error(exc)
             exc.target = exc.target or self.target.name
             self.hook, self.hook_output = "failed", ""
             self.hook_told = f"the script was not run to its end: {exc.message}"
@@ -239,10 +243,11 @@ class Delivery:
         try:
             result = self.driver.hook(self.target, self.plan, report, self._ran)
         except DispatchError as exc:
+            self.quiet.error(exc)
             self.ledger.record_hook(*key, "failed", None, exc.message)
             raise
         self.hook = "done" if result.exit_code == 0 else "failed"
-        self.hook_output = result.output.encode()[-OUTPUT_BYTES:].decode("utf-8", "ignore")
+        self.hook_output = self.quiet.output(result.output.encode()[-OUTPUT_BYTES:].decode("utf-8", "ignore"))
         self.ledger.record_hook(*key, self.hook, result.exit_code, self.hook_output)
         how = "was stopped, its time was up" if result.exit_code is None else f"ended with exit code {result.exit_code}"
         last = self.hook_output.strip().rpartition("\n")[2].strip()[-LINE_CHARS:]
@@ -285,7 +290,7 @@ class Delivery:
             if outcome and outcome.arrived and item.path in before:
                 outcome = Outcome(Kind.ALREADY, outcome.detail)  # which may say that it has another UID there
             if outcome is None:
-                said = self._put_off.get(item.path)
+                said = self.quiet.text(self._put_off.get(item.path, ""))
                 outcome = Outcome(Kind.UNSENT, f"{UNSENT.detail}: {said}") if said else UNSENT
             if outcome.kind in (Kind.DELIVERED, Kind.WARNING):
                 size += item.size
@@ -301,7 +306,7 @@ class Delivery:
             self.hook,
             self.error.message if self.error else None,
             (
-                *(self._last.notes if self._last else ()),
+                *(map(self.quiet.hide, self._last.notes) if self._last else ()),
                 *(summary(self.failures) if self.attempts > 1 else ()),
                 *([self.hook_told] if self.hook == "failed" else ()),
             ),
@@ -310,6 +315,7 @@ class Delivery:
 
     def _record(self, key: tuple[str, str, str]) -> Callable[[Item, Outcome], None]:
         def record(item: Item, outcome: Outcome) -> None:
+            outcome = self.quiet.outcome(outcome)
             if outcome.arrived and self.driver.hook is not None:
                 self._run_again_for(item)
             self.ledger.record(*key, item, outcome)

@@ -12,6 +12,7 @@ from blocks.base import Target
 from imaging.query import Match, Query
 from tasks import DRIVERS
 from tasks.dispatch.push import delay_before
+from tasks.quiet import Quiet
 from tasks.retrieve.job import Job, Stage, Study, size_of
 from transfer import stopping
 from transfer.errors import Cancelled, DispatchError, NotFound, Retryable
@@ -37,6 +38,7 @@ class Fetcher:
         self.source, self.filters, self.job = source, filters, job
         self.cancelled, self.paused = cancelled, paused
         self.driver = DRIVERS.of(source)
+        self.quiet = Quiet(source)
 
     def report(self) -> PushReport:
         return PushReport(cancelled=self.cancelled, pausing=self.paused)
@@ -50,7 +52,8 @@ class Fetcher:
         attempt = 1
         while True:
             try:
-                return work()
+                with self.quiet.errors():
+                    return work()
             except Retryable as exc:
                 attempt += 1
                 if attempt > self.source.max_attempts or self.paused.is_set():

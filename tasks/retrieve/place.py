@@ -1,18 +1,24 @@
-"""Moves a fetched study into a folder of the user's, as `<into>/<accession>/<series>/<instance>.dcm`."""
+"""Brings a study that was fetched into a folder of the user's, as `<into>/<accession>/<series>/<instance>.dcm`.
+
+No link below the folder is followed (protocols/files/tree.py).
+"""
 
 from __future__ import annotations
 
 import errno
 import os
-import shutil
+import stat
 import uuid
 from pathlib import Path
 
 from imaging.header import read_header
-from protocols.files.filesystem import flush_folder
+from protocols.files.tree import Tree, parent
+from transfer import roots
+from transfer.beneath import above
+from transfer.content import copy_bytes
 from transfer.errors import Busy, Misconfigured
 from transfer.layout import sanitised
-from transfer.oserrors import FULL
+from transfer.oserrors import FULL, words_of
 
 PLACES = "places"  # file beside the instances that are moved: where they go
 
@@ -21,12 +27,35 @@ def check_place(into: Path) -> None:
     """Raise if studies can't be moved to a folder, or if its name is probably mistyped.
 
     Raises:
-        Misconfigured: neither the folder nor the one above it exists.
+        Misconfigured: neither it nor the folder that it would be in is there.
+        Denied: it lies where nothing may be written to.
     """
+    roots.places().check(into)
     if os.path.lexists(into) and not into.is_dir():
         raise Misconfigured(f"{into} is not a folder")
     if not into.parent.is_dir():
         raise Misconfigured(f"{into}: there is no folder {into.parent} to make it in")
+
+
+def spool_in(into: Path, name: str) -> Path | None:
+    """Return the folder, in the one to bring to, where studies are fetched to; None where others could swap it.
+
+    Beside what it will be, so that it need not be copied.
+    """
+    near = into if into.is_dir() else into.parent
+    try:
+        info = near.stat()
+    except OSError:
+        return None
+    others = info.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not info.st_mode & stat.S_ISVTX
+    if others or info.st_uid not in (os.geteuid(), 0):
+        return None
+    spool = into / name
+    try:
+        there = spool.lstat()
+    except OSError:
+        return spool
+    return spool if stat.S_ISDIR(there.st_mode) and there.st_uid == os.geteuid() else None
 
 
 def place(folder: Path, into: Path, name: str) -> int:
@@ -36,55 +65,62 @@ def place(folder: Path, into: Path, name: str) -> int:
         name: name of the study's folder: its accession number or its UID.
 
     Raises:
-        Busy: there is no room. Misconfigured: the folder can't be written to.
+        Busy: there is no room. Misconfigured: the folder can't be written to. Denied: it lies where it may not.
     """
-    places: dict[Path, Path] = {}
-    changed: dict[Path, None] = {}
+    count, series = 0, ""
+    changed: dict[str, None] = {}
     try:
-        for path in sorted(folder.glob("*.dcm")):
-            with path.open("rb") as file:
-                header = read_header(file.fileno(), path.stat().st_size)
-            places[path] = into / sanitised(name) / sanitised(header.SeriesInstanceUID) / path.name
-        with (folder / PLACES).open("a", encoding="utf-8") as notes:
-            notes.writelines(f"{final}\n" for final in places.values())
-        for path, final in places.items():
-            if final.parent not in changed:
-                final.parent.mkdir(parents=True, exist_ok=True)
-                changed |= dict.fromkeys((final.parent, final.parent.parent, into))
-            _move(path, final)
-        for one in changed:
-            flush_folder(one)
+        with _opened(into) as tree:
+            for path in sorted(folder.glob("*.dcm")):
+                with path.open("rb") as file:
+                    header = read_header(file.fileno(), path.stat().st_size)
+                series = f"{sanitised(name)}/{sanitised(header.SeriesInstanceUID)}"
+                if series not in changed:
+                    tree.make_folders(series)
+                    changed |= dict.fromkeys((series, parent(series), ""))
+                _move(path, tree, f"{series}/{path.name}")
+                count += 1
+            for one in changed:
+                tree.flush(one)
     except OSError as exc:
         kind = Busy if exc.errno in FULL else Misconfigured
-        raise kind(f"can't write to {into}: {exc.strerror}") from exc
-    return len(places)
+        raise kind(f"can't write to {into}{_obstacle(into, series, exc)}: {words_of(exc)}") from exc
+    return count
 
 
-def is_placed(folder: Path) -> bool:
-    """Return True if all that was ever to be moved from a folder is in its final place."""
+def _opened(into: Path) -> Tree:
+    """Open the folder, which is made where it is not there."""
+    if not os.path.lexists(into):
+        with Tree(into.parent) as higher:
+            higher.make_folders(into.name)
+    return Tree(into)
+
+
+def _obstacle(into: Path, series: str, exc: OSError) -> str:
+    """Name what is in the place of a folder."""
+    if exc.errno in (errno.EEXIST, errno.ENOTDIR, errno.ELOOP):
+        for name in (parent(series), series):
+            if name and not stat.S_ISDIR((into / name).lstat().st_mode if os.path.lexists(into / name) else 0):
+                return f"/{name}"
+    return ""
+
+
+def _move(path: Path, tree: Tree, final: str) -> None:
     try:
-        finals = (folder / PLACES).read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return False
-    return bool(finals) and all(map(os.path.exists, finals))
-
-
-def _move(path: Path, final: Path) -> None:
-    try:
-        path.replace(final)
+        with above(tree.fd, final) as (folder, name):
+            os.rename(path, name, dst_dir_fd=folder)
         return
     except OSError as exc:
         if exc.errno != errno.EXDEV:
             raise
-    part = final.with_name(f".talaria-{uuid.uuid4().hex[:16]}")
+    part = f"{parent(final)}/.talaria-{uuid.uuid4().hex[:16]}"
     try:
-        shutil.copyfile(path, part)
-        fd = os.open(part, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fdatasync(fd)
-        finally:
-            os.close(fd)
-        part.replace(final)
-    finally:
-        part.unlink(missing_ok=True)
+        with path.open("rb") as reader, tree.opened(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as writer:
+            copy_bytes(reader.fileno(), writer)
+            os.fdatasync(writer)
+        tree.rename(part, final)
+    except BaseException:
+        if tree.exists(part):
+            tree.unlink(part)
+        raise
     path.unlink()

@@ -34,7 +34,7 @@ from tasks.dispatch.report import updated
 from tasks.dispatch.run import LOOK_S, opens
 from tasks.retrieve.fetch import Fetcher
 from tasks.retrieve.job import Job, Stage, Study, discard, folder_of, size_of
-from tasks.retrieve.place import check_place, is_placed, place
+from tasks.retrieve.place import check_place, place, spool_in
 from tasks.retrieve.report import RetrievalProgress, document, part_of, report, state_of
 from tasks.targets import check_destination, check_source, load
 from transfer.accessions import accessions
@@ -93,7 +93,8 @@ class Retrieval:
         self.job.again()
         self.fetcher = Fetcher(source, wish.filters, self.job, self.cancelled, self.paused)
         self.again: datetime | None = None  # when what waits may go on
-        self._spool = Path(wish.into) / f".talaria-{flow_run_id[:8]}" if wish.into else folder_of(home, flow_run_id)
+        inside = spool_in(Path(wish.into), f".talaria-{flow_run_id[:8]}") if wish.into else None
+        self._spool = inside or folder_of(home, flow_run_id)
         self._folders = self._spool / "spool"  # holds one for each study that has been fetched and not handed on
         self._limit = int(os.environ.get("TALARIA_SPOOL_LIMIT") or SPOOL_LIMIT)
         self._places = asyncio.Semaphore(DISPATCHES)

@@ -14,6 +14,7 @@ from blocks.base import Target
 from imaging.query import Match, Query
 from tasks import DRIVERS
 from tasks.dispatch.patience import patiently
+from tasks.quiet import Quiet
 from tasks.targets import check_source, load
 
 SHOWN = ("AccessionNumber", "StudyInstanceUID", "SeriesInstanceUID", "StudyDate", "Modality", "ModalitiesInStudy")
@@ -44,7 +45,8 @@ async def _load(name: str) -> Target:
 def _find(target: Target, query: Query) -> list[Match]:
     find = DRIVERS.of(target).find
     assert find is not None  # noqa: S101 - `check_source` has seen it
-    return list(find(target, query))
+    with Quiet(target).errors():
+        return list(find(target, query))
 
 
 def _row(match: Match) -> dict[str, Any]:

@@ -28,25 +28,23 @@ from protocols.dicomfolder import scan as dicomscan
 from protocols.dicomfolder.folder import DicomFolder, IndexReport, clear_indexes
 from protocols.dicomfolder.index import NAME, Index
 from talaria.testing import studies
-from talaria.testing.process import as_loaded
+from transfer.beneath import open_beneath
 
 NOBODY = 65534  # a user without rights; root may do everything and can't test what others may not
 
 
 @contextmanager
 def opened_files() -> Iterator[list[str]]:
-    """Record every regular file that is opened by os.open: that is how headers are read."""
+    """Record every regular file that is opened below the folder: that is how headers are read."""
     seen: list[str] = []
-    really = os.open
 
-    def recording(path: Any, *args: Any, **options: Any) -> int:
-        fd = really(path, *args, **options)
-        name = os.fsdecode(path)
-        if stat.S_ISREG(os.fstat(fd).st_mode) and NAME not in name:
-            seen.append(name)
+    def recording(folder: int, path: str, *args: Any) -> int:
+        fd = open_beneath(folder, path, *args)
+        if stat.S_ISREG(os.fstat(fd).st_mode):
+            seen.append(os.readlink(f"/proc/self/fd/{fd}"))
         return fd
 
-    with mock.patch.object(os, "open", recording):
+    with mock.patch("protocols.files.tree.open_beneath", recording):
         yield seen
 
 
@@ -689,14 +687,13 @@ def test_share_that_goes_away_is_an_error_and_takes_nothing_out_of_the_index(tmp
     series(tmp_path / "a", 3)
     series(tmp_path / "b", 3)
     look(tmp_path)
-    really = os.scandir
 
-    def scandir(path: Any) -> Any:
-        if os.fsdecode(path).endswith("/b"):
+    def stale(folder: int, path: str, *args: Any) -> Any:
+        if path == "b":
             raise OSError(116, "Stale file handle")
-        return really(path)
+        return open_beneath(folder, path, *args)
 
-    with mock.patch.object(os, "scandir", scandir), pytest.raises(OSError, match="Stale"):
+    with mock.patch("protocols.files.tree.open_beneath", stale), pytest.raises(OSError, match="Stale"):
         look(tmp_path)
     assert look(tmp_path).unchanged == 6
 

@@ -16,12 +16,14 @@ import pytest
 from blocks.dicomweb import DicomWebTarget
 from imaging.query import Query
 from protocols.files import partial
+from protocols.files.tree import Tree
 from talaria.testing import studies
 from talaria.testing.harness import attempt
 from tasks import DRIVERS
 from tests.protocols.test_dicomfolder_orthanc import mixed, upload
 from tests.servers.orthanc import shared_orthanc
 from tests.targets.dicomweb_file import held, seen, target
+from transfer.beneath import open_beneath
 from transfer.errors import Busy, Cancelled, Denied, Interrupted, Misconfigured, NotFound, Unreachable
 from transfer.outcome import Kind
 from transfer.plan import scan
@@ -90,7 +92,14 @@ def test_check_of_a_folder_that_can_only_be_read(tmp_path: Path) -> None:
     source = target(tmp_path)
     source.direction = "query"
     studies.dicom(tmp_path / "a.dcm")
-    with mock.patch.object(Path, "write_bytes", side_effect=OSError(errno.EROFS, "Read-only file system")):
+    really = Tree.open
+
+    def closed(tree: Tree, path: str, flags: int = os.O_RDONLY, *mode: int) -> int:
+        if flags & os.O_CREAT:
+            raise OSError(errno.EROFS, "Read-only file system")
+        return really(tree, path, flags, *mode)
+
+    with mock.patch.object(Tree, "open", closed):
         assert driver.check(source).ok
         source.direction = "both"
         health = driver.check(source)
@@ -270,14 +279,13 @@ def test_retrieve_into_a_folder_that_can_not_be_written_to(tmp_path: Path) -> No
 def test_file_that_changes_between_look_and_copy_is_rejected_for_now(tmp_path: Path) -> None:
     root = tmp_path / "root"
     paths = series(root, 3)
-    really = os.open
 
-    def meddling(path: Any, flags: int, *args: Any, **options: Any) -> int:
-        if os.fsdecode(path) == str(paths[1]) and threading.current_thread() is not threading.main_thread():
+    def meddling(folder: int, path: str, *args: Any) -> int:
+        if path.endswith(paths[1].name) and threading.current_thread() is not threading.main_thread():
             paths[1].write_bytes(paths[2].read_bytes())
-        return really(path, flags, *args, **options)
+        return open_beneath(folder, path, *args)
 
-    with mock.patch.object(os, "open", meddling):
+    with mock.patch("protocols.files.tree.open_beneath", meddling):
         receipt = retrieve(target(root), tmp_path / "into")
     assert receipt.state is State.PARTIAL
     assert receipt.counts[Kind.REJECTED] == 1
@@ -324,14 +332,13 @@ def test_full_disk_at_the_destination_is_Busy(tmp_path: Path) -> None:
 def test_what_can_not_be_read_is_in_the_notes(tmp_path: Path) -> None:
     root = tmp_path / "root"
     paths = series(root, 3)
-    really = os.open
 
-    def closed(path: Any, *args: Any, **options: Any) -> int:
-        if os.fsdecode(path) == str(paths[0]):
+    def closed(folder: int, path: str, *args: Any) -> int:
+        if path.endswith(paths[0].name):
             raise PermissionError(errno.EACCES, "Permission denied")
-        return really(path, *args, **options)
+        return open_beneath(folder, path, *args)
 
-    with mock.patch.object(os, "open", closed):
+    with mock.patch("protocols.files.tree.open_beneath", closed):
         receipt = retrieve(target(root), tmp_path / "into")
     assert receipt.counts[Kind.DELIVERED] == 2
     assert any("can't be read" in note for note in receipt.notes)

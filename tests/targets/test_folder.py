@@ -23,6 +23,7 @@ from pydicom.data import get_testdata_files
 from blocks.folder import FolderTarget
 from protocols.files import filesystem as fs
 from protocols.files import incoming
+from protocols.files.tree import Tree
 from talaria.testing import studies
 from talaria.testing.harness import Sent, attempt, sending
 from talaria.testing.process import as_loaded
@@ -116,7 +117,7 @@ def test_a_share_that_takes_small_letters_for_capitals(
     (archive / "AB").mkdir()
     (archive / "ab").symlink_to("AB")
     really = os.listdir
-    monkeypatch.setattr("protocols.files.filesystem.os.listdir", lambda path: [n for n in really(path) if n != "ab"])
+    monkeypatch.setattr("protocols.files.tree.os.listdir", lambda path: [n for n in really(path) if n != "ab"])
     studies.dicom(study / "1.dcm", PatientID="ab")
     studies.dicom(study / "2.dcm", PatientID="AB")
     delivered(attempt(target(archive, layout="{PatientID}"), study / "2.dcm"))
@@ -263,6 +264,7 @@ def test_what_is_in_the_way_rejects_one_file(archive: Path, study: Path) -> None
     sent = attempt(target(archive, layout="all"), study)
     assert set(sent.rejected) == {"CT0001.dcm", "CT0003.dcm", "sub/CT0001.dcm"}
     assert "a folder" in sent.rejected["CT0001.dcm"] and "a link" in sent.rejected["CT0003.dcm"]
+    assert sent.rejected["sub/CT0001.dcm"] == "there is a file in the place of its folder: sub"
     assert sent.arrived == {"CT0002.dcm"}
     assert (archive / "all" / "sub").read_text() == "a file"
     assert not (archive / "all" / ".complete").exists()
@@ -321,7 +323,7 @@ def test_the_check_writes_where_the_layout_leads(
 
 def test_names_that_a_share_takes_for_one(archive: Path, study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Files that differ only in capitals: the second is rejected, and never written over the first."""
-    monkeypatch.setattr("protocols.files.filesystem.is_caseless", lambda folder: True)
+    monkeypatch.setattr("protocols.files.tree.Tree.is_caseless", lambda tree, folder: True)
     studies.ct(study, 1)
     studies.write(study / "ct0001.DCM", studies.ct_bytes())
     sent = attempt(target(archive), study)
@@ -466,10 +468,8 @@ def test_a_name_too_long_for_the_file_system_rejects_one_file(archive: Path, stu
         Path("1.dcm").write_bytes(studies.ct_bytes())
     finally:
         os.chdir(here)
-    longer = archive / ("a" * 200) / ("b" * 200)
-    longer.mkdir(parents=True)
     plan = scan([study])
-    sent = attempt(target(longer), plan)
+    sent = attempt(target(archive, layout="/".join(letter * 200 for letter in "abc")), plan)
     assert sent.arrived == {"CT0001.dcm"}
     assert all("too long" in why or "can't be read" in why for why in sent.rejected.values())
     assert len(sent.rejected) + len([item for item in plan.items if item.problem]) == 1
@@ -654,7 +654,7 @@ def test_a_share_that_hangs_is_unreachable(archive: Path, study: Path, monkeypat
 
 
 def test_a_check_that_fails_leaves_nothing(archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Path, "rename", lambda self, to: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+    monkeypatch.setattr(Tree, "rename", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error")))
     health = check(target(archive))
     assert not health.ok
     assert [(probe.name, probe.result) for probe in health.probes][:2] == [("folder", "ok"), ("authorize", "failed")]
@@ -693,14 +693,14 @@ def test_messages_hold_nothing_of_the_patient(archive: Path, study: Path, monkey
         return call
 
     for number in (2, 5, 13, 28, 116):
-        for name in ("rename", "open", "link"):
+        for name in ("rename", "open", "make_folders"):
             with monkeypatch.context() as patch:
-                real = getattr(os, name)
+                real = getattr(Tree, name)
                 patch.setattr(
-                    os,
+                    Tree,
                     name,
                     lambda *a, real=real, number=number, **o: (
-                        fail(number)() if ".incoming" in str(a[0]) else real(*a, **o)
+                        fail(number)() if ".incoming" in str(a[1]) else real(*a, **o)
                     ),
                 )
                 sent = attempt(target(archive, **layout), first.plan)
