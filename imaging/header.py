@@ -39,6 +39,10 @@ _HEADER_TAGS = frozenset(
     (0x00080005, 0x00080016, 0x00080018, 0x00080020, 0x00080030, 0x00080050, 0x00080060, 0x00100020, 0x0020000D,
      0x0020000E, 0x00200011)
 )  # fmt: skip
+# A few bytes may inflate to a thousand times as many (zlib's limit is 1032). What images really do is far less.
+INFLATED_BYTES, INFLATED_TIMES = 256 << 20, 64
+KEPT_BYTES = 1 << 20  # of an inflated data set, where its header is
+END_BYTES, END_TIMES, MAX_END_BYTES = 64 << 20, 16, 1 << 30  # so far its end is looked for when only its header is read
 BEGINNING_BYTES = 1024  # of a file, which hold what identifies the instance
 
 
@@ -232,32 +236,39 @@ def _unnamed(window: FileWindow, offset: int, wanted: frozenset[int], why: str) 
 
 
 def _deflated(fd: int, offset: int, size: int, wanted: frozenset[int]) -> tuple[Walk, dict[int, bytes]]:
-    """Inflate the data set (PS3.5 Annex A.5) piece by piece; keep the first MiB, where the header is."""
-    keep = 1 << 20
+    """Inflate the data set (PS3.5 Annex A.5) piece by piece; keep its beginning, where the header is.
+
+    Its end is looked for as far as that costs little; what inflates to more is judged by whoever needs it whole.
+    """
     inflate = zlib.decompressobj(-zlib.MAX_WBITS)
-    data = bytearray()
+    data, left = bytearray(), min(END_BYTES + END_TIMES * (size - offset), MAX_END_BYTES)
     try:
-        while offset < size and not inflate.eof:
-            raw = os.pread(fd, keep, offset)
+        while offset < size and not inflate.eof and left > 0:
+            raw = os.pread(fd, KEPT_BYTES, offset)
             offset += len(raw)
             if not raw:
                 break
-            while raw and not inflate.eof:
-                piece = inflate.decompress(raw, keep)
-                raw = inflate.unconsumed_tail
-                data += piece[: max(0, keep - len(data))]
+            while raw and not inflate.eof and left > 0:
+                piece = inflate.decompress(raw, KEPT_BYTES)
+                raw, left = inflate.unconsumed_tail, left - len(piece)
+                data += piece[: max(0, KEPT_BYTES - len(data))]
     except zlib.error as exc:
         raise Damaged("the deflated data set is damaged") from exc
-    if not inflate.eof:
+    if not inflate.eof and left > 0:
         raise Damaged("truncated: the deflated data set has no end")
     found: dict[int, bytes] = {}
     walk = Walk(FileWindow(fd, len(data), bytes(data)), "<", True, wanted)
     try:
         walk.top(0, found)
     except Damaged:
-        if len(data) < keep:
+        if len(data) < KEPT_BYTES:
             raise  # else only the element that the cut goes through: what is wanted comes before it
     return walk, found
+
+
+def inflated_limit(size: int) -> int:
+    """Return how many bytes a deflated data set of `size` bytes may inflate to."""
+    return INFLATED_BYTES + INFLATED_TIMES * size
 
 
 def _text(raw: bytes) -> str:

@@ -31,7 +31,7 @@ from typing import IO
 from pydicom.uid import UID
 
 from imaging import pixels
-from imaging.header import Damaged
+from imaging.header import Damaged, inflated_limit
 from imaging.pixels import EXPLICIT, JPEG_2000, JPEG_2000_LOSSY, JPEG_LS, JPEG_LS_NEAR, RLE, Reader, Unfit
 from imaging.recode import EXPLICIT_BIG, EXPLICIT_LITTLE, IMPLICIT_LITTLE, PIECE_BYTES, Encoding, Recoder, Source
 
@@ -214,8 +214,13 @@ def _convert(
 
 
 def inflate(source: Reader, out: IO[bytes], check: Callable[[], None]) -> None:
-    """Undo the compression of a whole data set, PS3.5 section A.5."""
+    """Undo the compression of a whole data set, PS3.5 section A.5.
+
+    Raises:
+        Damaged: it is no such thing, has no end, or inflates to more than `header.inflated_limit` allows.
+    """
     inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+    limit = inflated_limit(os.fstat(source.fd).st_size - source.base)
     try:
         while not inflater.eof:
             raw = source.read(PIECE_BYTES)
@@ -223,7 +228,9 @@ def inflate(source: Reader, out: IO[bytes], check: Callable[[], None]) -> None:
                 raise Damaged("the deflated data set has no end")
             while raw and not inflater.eof:
                 check()
-                out.write(inflater.decompress(raw, PIECE_BYTES))
+                limit -= out.write(inflater.decompress(raw, PIECE_BYTES))
+                if limit < 0:
+                    raise Damaged("the deflated data set inflates to far more than images do")
                 raw = inflater.unconsumed_tail
         out.write(inflater.flush())
     except zlib.error as exc:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
+import time
 import zlib
 from collections.abc import Iterator
 
 from protocols.http.head import MAX_FIELDS, head, retry_after, status_line
 from protocols.net.connection import Connection
-from transfer.errors import Interrupted
+from transfer.errors import Interrupted, TimedOut
 
 BODY_BYTES = 16 << 20  # of an answer that is read into memory: a STOW answer has some 500 bytes per instance
 INFLATED_BYTES = 1 << 20  # of a compressed answer, one piece
 EXTENSION_BYTES = 65_536  # of all chunks together, beside as many as the chunks have
+TRAILER_S = 120.0  # for all of them
 LENGTH_DIGITS = 20  # of the longest body that anybody could send: Python reads no number of thousands of digits
 MEMBER = b"\x1f\x8b"  # how a member of gzip begins (RFC 1952 section 2.3.1)
 
@@ -142,9 +144,12 @@ class Answer:
                     raise ValueError("too many extensions")  # noqa: TRY301
                 yield from self._exactly(count)
                 self.connection.line()
+            end_s = time.monotonic() + TRAILER_S
             for _ in range(MAX_FIELDS):  # trailer fields
                 if not self.connection.line():
                     return
+                if time.monotonic() > end_s:
+                    raise TimedOut(f"{self.where}: the trailers of its answer did not end within {TRAILER_S:g} s")
             raise ValueError("too many trailers")  # noqa: TRY301
         except ValueError as exc:
             raise Interrupted(f"{self.where}: the answer's chunks are damaged: {exc}") from exc

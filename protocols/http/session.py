@@ -31,6 +31,7 @@ STALE_S = 0.5  # a connection idle for so long may have been closed by a server 
 LEFTOVER_BYTES = 1 << 20  # of an answer that nobody wants: read so that the connection can be used again
 IDEMPOTENT = frozenset(("GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE"))  # RFC 9110 section 9.2.2
 MAX_INFORMATIONAL = 1000  # answers 1xx to one request; a slow import may send one every few seconds
+INFORMATIONAL_S = 3600.0  # from the first of them to the final answer
 JOINED_BYTES = 65_536  # of a body that go with the head in one piece
 REDIRECTS = (301, 302, 303, 307, 308)
 MAX_REDIRECTS = 5
@@ -374,7 +375,7 @@ class _Exchange:
         self._connection, self._request = connection, request
         self._final: Answer | None = None  # if it came before everything was sent
         self._broken_off = False  # whether what was sent ends before its announced end
-        self._informational = 0
+        self._informational, self._first_heard = 0, 0.0
         self._quiet = True  # nothing has come yet on this connection
 
     def run(self, origin: WebOrigin) -> Answer:
@@ -450,5 +451,8 @@ class _Exchange:
             self._final = answer
             return
         self._informational += 1
+        self._first_heard = self._first_heard or time.monotonic()
+        if time.monotonic() - self._first_heard > INFORMATIONAL_S:
+            raise TimedOut(f"{self._connection.where}: only answers of status 1xx for {INFORMATIONAL_S:g} s")
         if self._informational > MAX_INFORMATIONAL:
             raise Interrupted(f"{self._connection.where}: more than {MAX_INFORMATIONAL} answers of status 1xx")

@@ -25,6 +25,7 @@ from transfer.errors import Interrupted, TimedOut, Unreachable
 SLICE_S = 0.2  # the longest wait between two looks at `check`
 READ_BYTES = 262_144  # one read; larger ones are not faster on loopback
 LINE_BYTES = 65_536  # the longest line that is read
+LINE_S = 120.0  # from the first byte of a line, or of a head, to its end: a peer may drop one byte a minute
 HEAD_BYTES = READ_BYTES - 65_536  # of a head that is read; one has room in the buffer
 
 _AGAIN_READ = (BlockingIOError, ssl.SSLWantReadError)
@@ -323,9 +324,9 @@ class Connection:
         """Return one line, without its end.
 
         Raises:
-            Interrupted: the connection ended within it; ValueError: it is too long.
+            Interrupted: the connection ended within it; ValueError: it is too long. TimedOut: it takes too long.
         """
-        searched = self._start
+        searched, end_s = self._start, 0.0
         while True:
             end = self._buffer.find(b"\n", searched, self._end)
             if end >= 0:
@@ -334,6 +335,7 @@ class Connection:
                 return taken.removesuffix(b"\r")
             if self._end - self._start > LINE_BYTES:
                 raise ValueError("a line without end")
+            end_s = self._in_time(end_s)
             self._make_room()
             searched = self._end
             if not self.fill():
@@ -346,9 +348,9 @@ class Connection:
             begins: called with the first line if it arrives alone; may raise.
 
         Raises:
-            Interrupted: the connection ended within it; ValueError: it is too long.
+            Interrupted: the connection ended within it; ValueError: it is too long. TimedOut: it takes too long.
         """
-        searched, first = self._start, True
+        searched, first, end_s = self._start, True, 0.0
         while True:
             end = self._buffer.find(b"\n\r\n", searched, self._end)
             bare = self._buffer.find(b"\n\n", searched, self._end if end < 0 else end)
@@ -362,10 +364,23 @@ class Connection:
             length = self._end - self._start
             if length >= HEAD_BYTES or (first and length > LINE_BYTES):
                 raise ValueError("a line without end" if first else "its head has no end")
+            end_s = self._in_time(end_s)
             self._make_room()
             searched = max(self._start, self._end - 2)
             if not self.fill():
                 raise Interrupted(f"{self.where}: the connection was closed in the middle of an answer")
+
+    def _in_time(self, end_s: float) -> float:
+        """Return when what is being read must be whole; 0 as long as nothing of it has come.
+
+        Raises:
+            TimedOut: that has passed.
+        """
+        if self._start == self._end:
+            return 0.0
+        if end_s and time.monotonic() > end_s:
+            raise TimedOut(f"{self.where}: a line of its answer did not end within {LINE_S:g} s")
+        return end_s or time.monotonic() + LINE_S
 
     def take(self, limit: int) -> memoryview:
         """Return what has arrived, at least one byte, at most `limit`; empty if the peer has closed.
