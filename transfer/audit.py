@@ -2,6 +2,7 @@
 
 TALARIA_HOME/audit/
 ├── trail.jsonl    one entry per line; mode 0600
+├── pseudonyms.key what patients' IDs are hidden behind
 └── head           number and hash of the last entry: shows that a tail was cut off
 
 An entry holds UIDs, names of targets and users, counts; never a secret, never a patient's data. Writing it never fails
@@ -12,9 +13,11 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import hmac
 import json
 import logging
 import os
+import secrets
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -185,6 +188,39 @@ def record(
             logger.error("an entry of the audit trail could not be written: %s", exc.strerror)  # noqa: TRY400
             return False
     return True
+
+
+def pseudonym(value: str) -> str:
+    """Return what stands for a patient's ID in the trail: the same for the same, and nobody's who has not the key.
+
+    Empty if there is no key to be had.
+    """
+    try:
+        key = _key(Trail(Home.current()))
+    except OSError:
+        return ""
+    return hmac.new(key, value.encode("utf-8", "replace"), hashlib.sha256).hexdigest()[:16]
+
+
+def _key(trail: Trail) -> bytes:
+    """Return the key of the pseudonyms, made on first use; its file is there whole or not at all."""
+    path = f"{trail.folder}/pseudonyms.key"
+    with suppress(FileNotFoundError), open(path, "rb") as file:
+        return file.read()
+    os.makedirs(trail.folder, mode=0o700, exist_ok=True)
+    part = f"{path}.{secrets.token_hex(8)}"
+    fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        with open(fd, "wb") as file:
+            file.write(secrets.token_bytes(32))
+            file.flush()
+            os.fsync(fd)
+        with suppress(FileExistsError):  # another process was faster
+            os.link(part, path)
+    finally:
+        os.unlink(part)
+    with open(path, "rb") as file:
+        return file.read()
 
 
 def _plain(value: Any) -> Any:

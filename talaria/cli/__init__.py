@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from talaria.cli import jobs, query, quick, retrieve, send, serve, target, user
+from talaria.cli import audit, jobs, query, retrieve, send, serve, target
 
 quick.install()
 app = typer.Typer(
@@ -43,8 +43,7 @@ def _main(
 
 app.add_typer(target.app, name="target")
 app.add_typer(jobs.app, name="jobs")
-app.add_typer(user.user, name="user")
-app.add_typer(user.token, name="token")
+app.add_typer(audit.app, name="audit")
 send.add_to(app)
 query.add_to(app)
 retrieve.add_to(app)

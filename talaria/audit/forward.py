@@ -1,0 +1,149 @@
+"""Sends the audit trail on to a syslog server: the file is the buffer, and what was sent is noted beside it.
+
+Whoever records never waits for a server. One process forwards at a time; it notes an entry as sent when the other
+machine has it, so that after a break, or a crash, entries come twice rather than never.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from talaria.audit.messages import message
+from talaria.audit.syslog import SyslogConnection, SyslogTarget, formatted
+from transfer.audit import Trail
+from transfer.home import Home
+
+logger = logging.getLogger(__name__)
+
+SETTING = "TALARIA_AUDIT_SYSLOG"
+LOOK_S = 1.0  # between two looks at the file: one call
+MAX_WAIT_S = 60.0  # between two tries to reach the server
+BATCH_BYTES = 256 << 10  # of the trail that are read at a time
+
+
+def syslog_target() -> SyslogTarget | None:
+    """Return where the trail is sent on to, as the environment says; None for nowhere.
+
+    Raises:
+        ValueError: the address is none.
+    """
+    address = os.environ.get(SETTING, "").strip()
+    if not address:
+        return None
+    return SyslogTarget.of(address, *(os.environ.get(f"{SETTING}_{name}", "") for name in ("CA", "CERT", "KEY")))
+
+
+class Forwarder:
+    """Forwards a trail until it is stopped."""
+
+    def __init__(self, home: Home, target: SyslogTarget) -> None:
+        self.trail, self.target = Trail(home), target
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="audit", daemon=True)
+        self._connection: SyslogConnection | None = None
+        self._host = socket.gethostname()
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop; what was not sent is sent by the next one."""
+        self._stop.set()
+        self._thread.join(15)
+
+    def _run(self) -> None:
+        Path(self.trail.folder).mkdir(mode=0o700, parents=True, exist_ok=True)
+        fd = os.open(f"{self.trail.folder}/forwarding.lock", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            while not self._stop.is_set():
+                with suppress(BlockingIOError):  # another process forwards; the kernel drops its lock if it dies
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    self._forward()
+                self._stop.wait(LOOK_S)
+        finally:
+            os.close(fd)
+            self._close()
+
+    def _forward(self) -> None:
+        wait_s, said = LOOK_S, ""
+        while not self._stop.wait(wait_s if said else LOOK_S):
+            try:
+                while self._step():
+                    wait_s, said = LOOK_S, ""
+            except OSError as exc:
+                self._close()
+                words = f"{self.target.host}:{self.target.port}: {exc.strerror or exc}"
+                if words != said:
+                    logger.warning("audit messages wait, the syslog server can't be reached: %s", words)
+                wait_s, said = min(wait_s * 2, MAX_WAIT_S), words
+
+    def _step(self) -> bool:
+        """Send the next entries; return whether there were any."""
+        position = self._position()
+        try:
+            with open(self.trail.path, "rb") as file:
+                if os.fstat(file.fileno()).st_size <= position:
+                    return False
+                file.seek(position)
+                piece = file.read(BATCH_BYTES)
+        except FileNotFoundError:
+            return False
+        whole = piece[: piece.rfind(b"\n") + 1]
+        if not whole:
+            return False
+        messages = [one for line in whole.splitlines() if (one := self._message(line))]
+        if messages:
+            self._connection = self._connection or SyslogConnection(self.target)
+            self._connection.send(b"".join(messages))
+        self._note(position + len(whole))
+        return True
+
+    def _message(self, line: bytes) -> bytes:
+        try:
+            entry = json.loads(line)
+            text = message(entry, self._host)
+            return formatted(text, str(entry["time"]), self._host) if text else b""
+        except (ValueError, KeyError, TypeError):
+            return b""  # no entry: `verify` names it
+
+    def _position(self) -> int:
+        try:
+            with open(f"{self.trail.folder}/forwarded", encoding="ascii") as file:
+                return int(file.read())
+        except (OSError, ValueError):
+            return 0
+
+    def _note(self, position: int) -> None:
+        path = f"{self.trail.folder}/forwarded"
+        fd = os.open(f"{path}.part", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        with open(fd, "w", encoding="ascii") as file:
+            file.write(str(position))
+        Path(f"{path}.part").replace(path)
+
+    def _close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+
+@contextmanager
+def forwarding(home: Home) -> Iterator[None]:
+    """Forward the trail while the block runs, if a server is configured."""
+    target = syslog_target()
+    if target is None:
+        yield
+        return
+    forwarder = Forwarder(home, target)
+    forwarder.start()
+    try:
+        yield
+    finally:
+        forwarder.stop()

@@ -1,0 +1,192 @@
+"""DICOM audit messages (PS3.15 section A.5) made of entries of the audit trail.
+
+What the trail doesn't hold isn't in them: patients stand under a pseudonym, a query without its keys' values.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+from xml.etree import ElementTree as Xml
+
+from transfer.audit import Event
+
+
+class Code(NamedTuple):
+    """A coded value; of the DICOM Controlled Terminology unless it says otherwise (PS3.16 annex D)."""
+
+    value: str
+    meaning: str
+    system: str = "DCM"
+
+
+class Form(NamedTuple):
+    """What kind of message an event becomes: its event, its type, and the action (PS3.15 tables A.5.3.x-1)."""
+
+    event: Code
+    action: str
+    kind: Code | None = None
+
+
+APPLICATION = Code("110100", "Application Activity")
+AUTHENTICATION = Code("110114", "User Authentication")
+ALERT = Code("110113", "Security Alert")
+FORMS: dict[str, Form] = {
+    Event.STARTED: Form(APPLICATION, "E", Code("110120", "Application Start")),
+    Event.STOPPED: Form(APPLICATION, "E", Code("110121", "Application Stop")),
+    Event.LOGIN: Form(AUTHENTICATION, "E", Code("110122", "Login")),
+    Event.LOGOUT: Form(AUTHENTICATION, "E", Code("110123", "Logout")),
+    Event.REFUSED: Form(ALERT, "E", Code("110132", "Use of Restricted Function")),
+    Event.USER_CHANGED: Form(ALERT, "E", Code("110137", "User Security Attributes Changed")),
+    Event.TARGET_CHANGED: Form(ALERT, "E", Code("110128", "Network Configuration")),
+    Event.TARGET_REMOVED: Form(ALERT, "E", Code("110128", "Network Configuration")),
+    Event.LOST: Form(ALERT, "E", Code("110133", "Audit Recording Stopped")),
+    Event.DELIVERY_BEGUN: Form(Code("110102", "Begin Transferring DICOM Instances"), "E"),
+    Event.DELIVERY: Form(Code("110104", "DICOM Instances Transferred"), "C"),
+    Event.RETRIEVAL: Form(Code("110104", "DICOM Instances Transferred"), "C"),
+    Event.QUERY: Form(Code("110112", "Query"), "E"),
+}
+OUTCOMES = {"success": "0", "minor": "4", "serious": "8"}
+SOURCE, DESTINATION = Code("110153", "Source Role ID"), Code("110152", "Destination Role ID")
+RUNS, RUNNER = Code("110150", "Application"), Code("110151", "Application Launcher")
+STUDY, SOP_CLASS, NODE = (
+    Code("110180", "Study Instance UID"),
+    Code("110181", "SOP Class UID"),
+    Code("110182", "Node ID"),
+)
+PATIENT, USER_ID, URI = (Code("2", "Patient Number", "RFC-3881"), Code("11", "User Identifier", "RFC-3881"),
+                         Code("12", "URI", "RFC-3881"))  # fmt: skip
+PERSON, SYSTEM = "1", "2"  # ParticipantObjectTypeCode
+OURSELVES = "talaria"
+
+
+def message(entry: Mapping[str, Any], host: str) -> str | None:
+    """Return an entry as an audit message; None for what PS3.15 has no message for.
+
+    Args:
+        host: name of this machine.
+    """
+    form = FORMS.get(entry["event"])
+    if form is None:
+        return None
+    root = Xml.Element("AuditMessage")
+    event = Xml.SubElement(
+        root,
+        "EventIdentification",
+        EventActionCode=form.action,
+        EventDateTime=str(entry["time"]),
+        EventOutcomeIndicator=OUTCOMES.get(str(entry["result"]), "8"),
+    )
+    _code(event, "EventID", form.event)
+    if form.kind:
+        _code(event, "EventTypeCode", form.kind)
+    details = entry.get("details", {})
+    if details.get("reason"):
+        Xml.SubElement(event, "EventOutcomeDescription").text = str(details["reason"])
+    _participants(root, entry, form, details, host)
+    source = Xml.SubElement(root, "AuditSourceIdentification", AuditSourceID=f"{OURSELVES}@{host}")
+    Xml.SubElement(source, "AuditSourceTypeCode", {"csd-code": "4"})  # application server
+    _objects(root, entry, form, details)
+    return Xml.tostring(root, encoding="unicode")
+
+
+def _participants(
+    root: Xml.Element, entry: Mapping[str, Any], form: Form, details: Mapping[str, Any], host: str
+) -> None:
+    who, address = str(entry["who"]), str(entry.get("source", ""))
+    peer = str(details.get("target") or details.get("source") or "")
+    if form.event is APPLICATION:
+        _participant(root, OURSELVES, host, requestor=False, role=RUNS)
+        _participant(root, who, address, requestor=True, role=RUNNER)
+    elif form.event in (AUTHENTICATION, ALERT):
+        _participant(root, who, address, requestor=True)
+        _participant(root, OURSELVES, host, requestor=False)
+    else:  # instances, or questions, from one to another, because of somebody
+        sends = entry["event"] in (Event.DELIVERY_BEGUN, Event.DELIVERY, Event.QUERY)
+        node = str(details.get("node") or "")
+        _participant(root, OURSELVES, host, requestor=False, role=SOURCE if sends else DESTINATION)
+        _participant(root, peer or "unknown", node, requestor=False, role=DESTINATION if sends else SOURCE)
+        _participant(root, who, address, requestor=True)
+
+
+def _participant(root: Xml.Element, user: str, address: str, *, requestor: bool, role: Code | None = None) -> None:
+    made = Xml.SubElement(root, "ActiveParticipant", UserID=user, UserIsRequestor="true" if requestor else "false")
+    if address:
+        made.set("NetworkAccessPointID", address)
+        made.set("NetworkAccessPointTypeCode", "2" if _is_address(address) else "1")
+    if role:
+        _code(made, "RoleIDCode", role)
+
+
+def _is_address(text: str) -> bool:
+    return ":" in text or text.replace(".", "").isdigit()
+
+
+def _objects(root: Xml.Element, entry: Mapping[str, Any], form: Form, details: Mapping[str, Any]) -> None:
+    event = entry["event"]
+    if form.event is ALERT:
+        about = str(details.get("target") or details.get("user") or details.get("path") or event)
+        kind = NODE if "target" in details else USER_ID if "user" in details else URI
+        _object(root, about, SYSTEM, "13", kind, f"{event}: {about}", details)
+        return
+    if event == Event.QUERY:
+        classes = details.get("sop_classes") or ["1.2.840.10008.5.1.4.1.2.2.1"]  # Study Root, FIND
+        _object(root, str(classes[0]), SYSTEM, "3", SOP_CLASS, None, details)
+        return
+    if form.event in (APPLICATION, AUTHENTICATION):
+        return
+    studies = [str(uid) for uid in details.get("studies", [])] or ["unknown"]
+    for study in studies:
+        made = _object(root, study, SYSTEM, "3", STUDY, study, details if study == studies[0] else {})
+        description = Xml.SubElement(made, "ParticipantObjectDescription")
+        classes = details.get("sop_classes", {}) if study == studies[0] else {}
+        for uid, count in classes.items() if isinstance(classes, Mapping) else ():
+            Xml.SubElement(description, "SOPClass", UID=str(uid), NumberOfInstances=str(count))
+        contains = Xml.SubElement(description, "ParticipantObjectContainsStudy")
+        Xml.SubElement(contains, "StudyIDs", UID=study)
+    for patient in details.get("patients", []) or ["unknown"]:
+        _object(root, str(patient), PERSON, "1", PATIENT, str(patient), {})
+
+
+SHOWN = ("run", "dispatch", "items", "delivered", "rejected", "bytes", "state", "fields", "count", "keys")
+
+
+def _object(
+    root: Xml.Element, name: str, kind: str, role: str, code: Code, shown: str | None, details: Mapping[str, Any]
+) -> Xml.Element:
+    """Add an object; its elements in the order of the schema.
+
+    Args:
+        shown: its name; None for a query, whose values are not in the trail.
+    """
+    made = Xml.SubElement(
+        root,
+        "ParticipantObjectIdentification",
+        ParticipantObjectID=name,
+        ParticipantObjectTypeCode=kind,
+        ParticipantObjectTypeCodeRole=role,
+    )
+    _code(made, "ParticipantObjectIDTypeCode", code)
+    if shown is None:
+        keys = ",".join(map(str, _list(details.get("keys", []))))
+        Xml.SubElement(made, "ParticipantObjectQuery").text = base64.b64encode(keys.encode()).decode("ascii")
+    else:
+        Xml.SubElement(made, "ParticipantObjectName").text = shown
+    for key in SHOWN:
+        if key in details:
+            value = base64.b64encode(",".join(map(str, _list(details[key]))).encode()).decode("ascii")
+            Xml.SubElement(made, "ParticipantObjectDetail", type=key, value=value)
+    return made
+
+
+def _list(value: object) -> Iterable[object]:
+    return value if isinstance(value, list) else [value]
+
+
+def _code(parent: Xml.Element, name: str, code: Code) -> None:
+    Xml.SubElement(
+        parent,
+        name,
+        {"csd-code": code.value, "codeSystemName": code.system, "originalText": code.meaning},
+    )

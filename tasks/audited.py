@@ -1,0 +1,77 @@
+"""What the audit trail says of deliveries, queries and retrievals: UIDs and counts, and who asked for them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from blocks.base import Target
+from tasks.dispatch.delivery import Delivery
+from transfer.audit import AuditResult, Event, pseudonym, record
+from transfer.plan import Plan
+from transfer.receipt import Receipt, State
+
+MOST = 50  # UIDs of one entry
+RESULTS = {State.DELIVERED: AuditResult.SUCCESS, State.PARTIAL: AuditResult.MINOR, State.WAITING: AuditResult.MINOR}
+
+
+def requester(flow_run: Any) -> str:
+    """Return who made a flow run, "" if that is not known: then it counts as this process' user."""
+    return str(getattr(getattr(flow_run, "created_by", None), "display_value", None) or "")
+
+
+def delivery_begins(delivery: Delivery, run: str, who: str) -> None:
+    """Record that a target is about to be sent to (PS3.15: Begin Transferring DICOM Instances)."""
+    record(Event.DELIVERY_BEGUN, who, **_about(delivery.target, run), **_content(delivery.plan))
+
+
+def delivery_ends(delivery: Delivery, receipt: Receipt, run: str, who: str) -> None:
+    """Record how a delivery ended (PS3.15: DICOM Instances Transferred)."""
+    record(
+        Event.DELIVERY,
+        who,
+        RESULTS.get(receipt.state, AuditResult.SERIOUS),
+        state=str(receipt.state),
+        **_about(delivery.target, run),
+        **_content(delivery.plan),
+        **{str(kind): count for kind, count in receipt.counts.items() if count},
+        bytes=receipt.bytes,
+        reason=receipt.error,
+    )
+
+
+def refused(reason: str, run: str, who: str, **about: Any) -> None:
+    """Record that a run was refused before it did anything."""
+    record(Event.REFUSED, who, AuditResult.SERIOUS, reason=reason, run=run, **about)
+
+
+def queried(source: Target, keys: list[str], found: int | None, run: str, who: str) -> None:
+    """Record a query; `keys` are the names of its keys, `found` is None if it failed."""
+    result = AuditResult.SERIOUS if found is None else AuditResult.SUCCESS
+    record(Event.QUERY, who, result, **_about(source, run), keys=keys, found=found)
+
+
+def retrieval_ends(source: Target, state: str, studies: list[str], into: str, run: str, who: str) -> None:
+    """Record how a retrieval ended, and what it brought."""
+    result = AuditResult.SUCCESS if state == "delivered" else AuditResult.MINOR if studies else AuditResult.SERIOUS
+    record(
+        Event.RETRIEVAL, who, result, state=state, **_about(source, run, "source"), studies=studies[:MOST], into=into
+    )
+
+
+def _about(target: Target, run: str, role: str = "target") -> dict[str, Any]:
+    return {role: target.name, "type": target.type_name, "node": target.node, "run": run}
+
+
+def _content(plan: Plan) -> dict[str, Any]:
+    headers = [item.header for item in plan.items if item.header]
+    studies = sorted({header.StudyInstanceUID for header in headers} - {""})
+    patients = sorted({header.PatientID for header in headers} - {""})
+    classes = Counter(header.SOPClassUID for header in headers)
+    return {
+        "dispatch": plan.dispatch_id,
+        "items": len(plan.items),
+        "studies": studies[:MOST],
+        "sop_classes": dict(classes.most_common(MOST)),
+        "patients": [pseudonym(patient) for patient in patients[:MOST]],
+    }
