@@ -30,7 +30,7 @@ from talaria import listener
 from talaria.entrance import Entrance
 from talaria.errors import ServerError
 from talaria.settings import client_environment, server_environment
-from transfer.home import Home
+from transfer.home import Home, private
 
 READY_S = 600  # the first start migrates the database: 8 s on an idle machine, minutes on a very busy one
 STOP_S = 15
@@ -104,7 +104,7 @@ def stop_child(process: subprocess.Popen[bytes], wait_s: float = STOP_S) -> None
 @contextmanager
 def _locked(path: Path, how: int) -> Iterator[IO[str] | None]:
     """Hold a lock; yields None if it was asked for without waiting and somebody else has it."""
-    with open(path, "a", encoding="ascii") as file:
+    with open(path, "a", encoding="ascii", opener=private) as file:
         try:
             fcntl.flock(file, how)
         except BlockingIOError:

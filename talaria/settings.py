@@ -10,10 +10,11 @@ import stat
 import tempfile
 import tomllib
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from pydantic import Field, ValidationError, field_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from talaria.home import files
 from transfer import roots
@@ -64,6 +65,11 @@ class Settings(BaseSettings):
         default="", description="Folders below which folder targets, file:// targets and retrievals may write."
     )
 
+    audit_syslog: str = Field(default="", description="Syslog server for audit messages over TLS, host or host:port.")
+    audit_syslog_ca: str = Field(default="", description="PEM file of the authority that its certificate is from.")
+    audit_syslog_cert: str = Field(default="", description="PEM file of our certificate, where it wants one.")
+    audit_syslog_key: str = Field(default="", description="PEM file of the key of that certificate.")
+
     @field_validator("sources", "places", mode="before")
     @classmethod
     def _listed(cls, value: object) -> object:
@@ -79,7 +85,9 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return (init_settings, env_settings, *(TomlConfigSettingsSource(settings_cls, file) for file in files()))
+        home = Path(os.environ.get("TALARIA_HOME") or "~/.talaria").expanduser()
+        files = [_kept_in(file) for file in (Path("talaria.toml"), home / "talaria.toml")]
+        return (init_settings, env_settings, *(InitSettingsSource(settings_cls, file) for file in files if file))
 
 
 def load_settings() -> Settings:
@@ -102,9 +110,32 @@ def load_settings() -> Settings:
     os.environ["TALARIA_OFF_PEAK"] = settings.off_peak
     for name, value in ((roots.SOURCES, settings.sources), (roots.PLACES, settings.places)):
         os.environ[name] = os.pathsep.join(roots.parse(name, value))
-    for name in ("scp_aet", "scp_port", "scp_host", "spool_limit"):
+    audit = ("audit_syslog", "audit_syslog_ca", "audit_syslog_cert", "audit_syslog_key")
+    for name in ("scp_aet", "scp_port", "scp_host", "spool_limit", *audit):
         os.environ[f"TALARIA_{name.upper()}"] = str(getattr(settings, name))
     return settings
+
+
+def _kept_in(file: Path) -> dict[str, Any]:
+    """Return what a file of settings holds, {} if there is none. What is read is what was looked at.
+
+    Raises:
+        ValueError: somebody else can change what stands in it, or it is not valid TOML.
+    """
+    try:
+        link = file.lstat()
+        fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return {}
+    except OSError as exc:
+        raise ValueError(f"{file} can't be read: {exc.strerror}") from exc
+    with open(fd, "rb") as opened:
+        info = os.fstat(fd)
+        if not {info.st_uid, link.st_uid} <= {os.geteuid(), 0}:
+            raise ValueError(f"{file} belongs to another user: its settings are not taken")
+        if info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise ValueError(f"{file} can be changed by other users: chmod go-w {file}")
+        return tomllib.load(opened) if stat.S_ISREG(info.st_mode) else {}
 
 
 def secret(home: Home, name: str, make: str) -> str:

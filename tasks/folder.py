@@ -343,7 +343,7 @@ class _Push:
                 try:
                     place = self.where[item.path]
                     if not self.incoming.same_checksum(item, f"{place.final}/{item.path}"):
-                        self.report.revoke(item, "its checksum there is not the one of what was sent")
+                        self.report.revoke(item, "its checksum there is not that of the file that was sent")
                         place.unmark()  # the next attempt compares, and writes it again
                 except (Rejected, PermissionError):
                     unread.append(item)

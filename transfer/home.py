@@ -66,7 +66,7 @@ class Home:
         folder.mkdir(exist_ok=True, mode=0o700)
         name = uuid.uuid4().hex
         path = folder / name
-        with open(path, "w", encoding="ascii") as file:
+        with open(path, "w", encoding="ascii", opener=private) as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             try:
                 yield name
@@ -92,7 +92,7 @@ class Home:
         folder.mkdir(exist_ok=True, mode=0o700)
         path = folder / name
         while True:
-            with open(path, "a", encoding="ascii") as file:
+            with open(path, "a", encoding="ascii", opener=private) as file:
                 while not _take(file.fileno()):
                     check()
                     time.sleep(WAIT_S)
@@ -103,6 +103,11 @@ class Home:
                     return
                 finally:
                     path.unlink(missing_ok=True)
+
+
+def private(path: str, flags: int) -> int:
+    """Open a file of the state directory, for `open(opener=...)`: only we may read one that is made."""
+    return os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
 
 
 def _is_still(path: Path, fd: int) -> bool:

@@ -52,10 +52,10 @@ ITEM_ERRORS = {
     errno.EILSEQ: "the file system doesn't allow the characters of its name",
     errno.EINVAL: "the file system doesn't allow its name",
     errno.EFBIG: "it is larger than the file system allows",
-    errno.EISDIR: "there is a folder of its name",
-    errno.EEXIST: "there is a file in the place of its folder",
-    errno.ENOTDIR: "there is a file in the place of its folder",
-    errno.ELOOP: "there is a symbolic link in the place of its folder: links are not followed below a target's folder",
+    errno.EISDIR: "there is a folder with its name",
+    errno.EEXIST: "there is a file where its folder should be",
+    errno.ENOTDIR: "there is a file where its folder should be",
+    errno.ELOOP: "there is a symbolic link where its folder should be: links below a target's folder are not followed",
 }
 
 # Of one file, or of everything: others show which.
@@ -63,10 +63,10 @@ DOUBTFUL_ERRORS = frozenset((errno.EIO, errno.EREMOTEIO, errno.ESTALE, errno.EAC
 
 _REMEDIES = {
     errno.ENOENT: "make the folder, or mount the share that it lies on",
-    errno.ENOTDIR: "a file is in the place of a folder: name a folder, or move the file away",
-    errno.EEXIST: "a file is in the place of a folder: move it away",
-    errno.EISDIR: "a folder is in the place of a file: move it away",
-    errno.ELOOP: "a symbolic link is in the place of a folder: links are not followed below a target's folder",
+    errno.ENOTDIR: "there is a file where a folder is expected: name a folder, or move the file away",
+    errno.EEXIST: "there is a file where a folder is expected: move it away",
+    errno.EISDIR: "there is a folder where a file is expected: move it away",
+    errno.ELOOP: "there is a symbolic link where a folder is expected: links below a target's folder are not followed",
     errno.EROFS: "mount it so that it can be written to",
     errno.EXDEV: "one folder of a dispatch must lie on one file system",
     errno.ENOSPC: "make room",

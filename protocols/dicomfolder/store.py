@@ -189,7 +189,7 @@ class FolderPush(Incoming):
                 elif (
                     level is Level.PROVEN and item.path not in proven and not self.same_checksum(item, self.final(item))
                 ):
-                    self.report.revoke(item, "its checksum there is not the one of what was sent")
+                    self.report.revoke(item, "its checksum there is not that of the file that was sent")
             except OSError as exc:
                 if isinstance(exc, PermissionError):
                     reached = Level.LISTED

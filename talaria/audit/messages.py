@@ -58,6 +58,7 @@ STUDY, SOP_CLASS, NODE = (
 PATIENT, USER_ID, URI = (Code("2", "Patient Number", "RFC-3881"), Code("11", "User Identifier", "RFC-3881"),
                          Code("12", "URI", "RFC-3881"))  # fmt: skip
 PERSON, SYSTEM = "1", "2"  # ParticipantObjectTypeCode
+STUDY_ROOT = "1.2.840.10008.5.1.4.1.2.2.1"  # the SOP class that is searched, whatever the protocol
 OURSELVES = "talaria"
 
 
@@ -131,8 +132,7 @@ def _objects(root: Xml.Element, entry: Mapping[str, Any], form: Form, details: M
         _object(root, about, SYSTEM, "13", kind, f"{event}: {about}", details)
         return
     if event == Event.QUERY:
-        classes = details.get("sop_classes") or ["1.2.840.10008.5.1.4.1.2.2.1"]  # Study Root, FIND
-        _object(root, str(classes[0]), SYSTEM, "3", SOP_CLASS, None, details)
+        _object(root, STUDY_ROOT, SYSTEM, "3", SOP_CLASS, None, details)
         return
     if form.event in (APPLICATION, AUTHENTICATION):
         return

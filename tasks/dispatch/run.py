@@ -18,7 +18,7 @@ from prefect.states import AwaitingRetry, Cancelled, Completed, Failed, Schedule
 
 from blocks.base import Target
 from tasks import DRIVERS
-from tasks.dispatch import running
+from tasks.dispatch import audited, running
 from tasks.dispatch.delivery import Delivery
 from tasks.dispatch.patience import is_outage, patiently
 from tasks.dispatch.place import place
@@ -29,7 +29,7 @@ from tasks.dispatch.stage import stage_files
 from tasks.targets import check_destination, load
 from transfer import live as shown
 from transfer.errors import Cancelled as DispatchCancelled
-from transfer.errors import DispatchError
+from transfer.errors import Denied, DispatchError
 from transfer.home import Home
 from transfer.ledger import Ledger
 from transfer.plan import Origin, Plan
@@ -52,6 +52,7 @@ class Dispatch:
         self, flow_run_id: str, targets: Sequence[Target], home: Home, ledger: Ledger, shown_live: Live
     ) -> None:
         self.flow_run_id, self.targets, self.home, self.ledger = flow_run_id, targets, home, ledger
+        self.who = ""  # who asked for it, for the audit trail
         self.live = shown_live
         self.cancelled, self.paused = running.flag(flow_run_id), running.pause(flow_run_id)
         self.staging = home.staging / flow_run_id
@@ -93,7 +94,11 @@ class Dispatch:
         await self._name(plan)
         async with progress_shown(self.deliveries, self.live):
             await asyncio.gather(*(self._deliver(delivery, priority) for delivery in self.deliveries))
-        return [delivery.receipt() for delivery in self.deliveries]
+        receipts = [delivery.receipt() for delivery in self.deliveries]
+        for delivery, receipt in zip(self.deliveries, receipts, strict=True):
+            if delivery.attempts:
+                await asyncio.to_thread(audited.delivery_ends, delivery, receipt, self.flow_run_id, self.who)
+        return receipts
 
     async def _name(self, plan: Plan) -> None:
         """Put the dispatch's id in front of the run's name, if the run was made before it was known; show the plan."""
@@ -142,8 +147,19 @@ class Dispatch:
 
     async def _push(self, delivery: Delivery) -> None:
         """Push as soon as the target's concurrency limit has room, and take a place of it while the push runs."""
-        async with get_client() as client, place(client, delivery.target):
-            await push_task(delivery)(delivery)
+        async with get_client() as client:
+            slot = await limit(client, delivery.target)
+        async with concurrency(
+            slot, occupy=1, strict=True, lease_duration=LEASE_S, raise_on_lease_renewal_failure=False
+        ):
+            # Beside the push, which doesn't wait for the trail's disk.
+            begun = asyncio.create_task(
+                asyncio.to_thread(audited.delivery_begins, delivery, self.flow_run_id, self.who)
+            )
+            try:
+                await push_task(delivery)(delivery)
+            finally:
+                await begun
 
     async def _stoppable(self, work: Awaitable[R], idle: Callable[[], bool] = lambda: False) -> R:
         """Wait for work; when the run is cancelled, let the work stop by itself, or cancel it if it is idle."""
@@ -194,6 +210,7 @@ async def dispatching(targets: list[str]) -> AsyncIterator[Dispatch]:
     async with AsyncExitStack() as stack:
         ledger = stack.enter_context(Ledger(home.ledger))
         dispatch = Dispatch(flow_run_id, chosen, home, ledger, await stack.enter_async_context(live(home, flow_run_id)))
+        dispatch.who = audited.requester(context.flow_run)
         # A part of another run belongs to who runs that; nobody else must take its staging for left behind.
         owner = ledger.unfinished().get(running.whole())
         if owner:
@@ -238,8 +255,9 @@ def paused(message: str) -> RunState[Any]:
 
 def refusal(error: DispatchError) -> RunState[Any]:
     """Return the state of a run that could not begin, or was stopped before it began."""
-    if isinstance(error, _Paused):
-        return paused(error.message)
+    if isinstance(error, Denied):
+        run = getattr(FlowRunContext.get(), "flow_run", None)
+        audited.refused(str(error), str(getattr(run, "id", "")), audited.requester(run), target=error.target)
     return Cancelled(message=str(error)) if isinstance(error, DispatchCancelled) else Failed(message=str(error))
 
 

@@ -26,7 +26,7 @@ from prefect.states import AwaitingRetry, Cancelled, Completed, Failed, Schedule
 from blocks.base import Target
 from blocks.dicom import DicomTarget
 from imaging.query import Query
-from tasks.dispatch import running
+from tasks.dispatch import audited, running
 from tasks.dispatch.patience import patiently
 from tasks.dispatch.place import place as places
 from tasks.dispatch.progress import live
@@ -88,6 +88,7 @@ class Retrieval:
 
     def __init__(self, flow_run_id: str, wish: Wish, source: Target, home: Home, send: Send) -> None:
         self.flow_run_id, self.wish, self.source, self.home, self._send = flow_run_id, wish, source, home, send
+        self.who = ""  # who asked for it, for the audit trail
         self.cancelled, self.paused = running.flag(flow_run_id), running.pause(flow_run_id)
         self.job = Job.load(home, flow_run_id, wish.numbers())
         self.job.again()
@@ -300,6 +301,11 @@ class Retrieval:
             with suppress(OSError):  # something is left in it for a retry
                 self._folders.rmdir()
                 self._spool.rmdir()
+        if self.job.ended:
+            brought = [one.study for one in self.job.studies.values() if one.stage is Stage.DELIVERED]
+            await asyncio.to_thread(
+                audited.retrieval_ends, self.source, state, brought, self.wish.into, self.flow_run_id, self.who
+            )
         message = _sentence(document(self.job, self.flow_run_id, self.source.name, state))
         if state == "paused":
             return Scheduled(
@@ -334,7 +340,9 @@ async def retrieving(wish: Wish, send: Send) -> AsyncIterator[Retrieval]:
     executor = ThreadPoolExecutor(8, thread_name_prefix="retrieve")
     asyncio.get_running_loop().set_default_executor(executor)
     try:
-        yield Retrieval(flow_run_id, wish, source, home, send)
+        retrieval = Retrieval(flow_run_id, wish, source, home, send)
+        retrieval.who = audited.requester(context.flow_run)
+        yield retrieval
     finally:
         running.forget(flow_run_id)
 

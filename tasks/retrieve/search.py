@@ -8,11 +8,13 @@ from typing import Any
 from prefect import get_client
 from prefect.artifacts import acreate_table_artifact
 from prefect.client.schemas.objects import State
+from prefect.context import FlowRunContext
 from prefect.states import Completed, Failed
 
 from blocks.base import Target
 from imaging.query import Match, Query
 from tasks import DRIVERS
+from tasks.dispatch import audited
 from tasks.dispatch.patience import patiently
 from tasks.quiet import Quiet
 from tasks.targets import check_source, load
@@ -29,7 +31,7 @@ async def search(source: str, query: Query) -> State[Any]:
     """
     target = await patiently(lambda: _load(source))
     check_source(target)
-    found = await asyncio.to_thread(_find, target, query)
+    found = await asyncio.to_thread(_find, target, query, getattr(FlowRunContext.get(), "flow_run", None))
     words = f"{len(found)} {'series' if query.level == 'series' else 'studies'} at {target.name}"
     rows = [_row(match) for match in found[:MOST_ROWS]]
     await patiently(lambda: acreate_table_artifact(rows, "matches", words))
@@ -42,11 +44,18 @@ async def _load(name: str) -> Target:
         return target
 
 
-def _find(target: Target, query: Query) -> list[Match]:
+def _find(target: Target, query: Query, flow_run: Any) -> list[Match]:
     find = DRIVERS.of(target).find
     assert find is not None  # noqa: S101 - `check_source` has seen it
-    with Quiet(target).errors():
-        return list(find(target, query))
+    found: list[Match] | None = None
+    try:
+        with Quiet(target).errors():
+            found = list(find(target, query))
+    finally:
+        keys = [name for name, value in vars(query).items() if value and name != "level"]
+        count = None if found is None else len(found)
+        audited.queried(target, keys, count, str(getattr(flow_run, "id", "")), audited.requester(flow_run))
+    return found
 
 
 def _row(match: Match) -> dict[str, Any]:

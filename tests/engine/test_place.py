@@ -53,7 +53,7 @@ def test_no_link_is_followed(tmp_path: Path, fetched: Path, depth: int) -> None:
     swapped = series if depth == 2 else series.parent
     swapped.rename(tmp_path / "was")
     swapped.symlink_to(victim)
-    with pytest.raises(Misconfigured, match=r"/ACC.*: .*symbolic link is in the place of a folder"):
+    with pytest.raises(Misconfigured, match=r"/ACC.*: .*symbolic link where a folder is expected"):
         place(again.parent, into, "ACC")
     assert not any(victim.iterdir())
 
@@ -61,7 +61,7 @@ def test_no_link_is_followed(tmp_path: Path, fetched: Path, depth: int) -> None:
 def test_a_file_in_the_place_of_a_folder_is_named(tmp_path: Path, fetched: Path) -> None:
     into = tmp_path / "into"
     studies.write(into / "ACC", b"a file")
-    with pytest.raises(Misconfigured, match=r"can't write to .*/into/ACC: .*: a file is in the place of a folder"):
+    with pytest.raises(Misconfigured, match=r"into/ACC: .*: there is a file where a folder is expected"):
         place(fetched, into, "ACC")
 
 

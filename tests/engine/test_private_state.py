@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from talaria import settings
-from talaria.server import child
+from talaria.server import _locked, child
+from transfer.audit import Event, pseudonym, record
 from transfer.home import Home
+from transfer.ledger import Ledger, write_json
 
 
 def test_settings_that_others_can_change_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,6 +47,81 @@ def test_settings_and_a_state_directory_of_another_user_are_refused(
     monkeypatch.setenv("TALARIA_HOME", str(home))
     with pytest.raises(PermissionError, match="belongs to another user"):
         Home.current()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a link away")
+def test_a_link_that_another_user_made_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It leads to a file of ours, which was not meant for this."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other.toml").write_text("port = 4999\n")
+    (tmp_path / "talaria.toml").symlink_to("other.toml")
+    assert settings.load_settings().port == 4999
+    os.lchown(tmp_path / "talaria.toml", 12345, 12345)
+    with pytest.raises(ValueError, match="belongs to another user"):
+        settings.load_settings()
+
+
+def test_settings_that_are_no_toml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "talaria.toml").write_text("port 4999\n")
+    with pytest.raises(ValueError, match=r"talaria\.toml can't be read"):
+        settings.load_settings()
+
+
+def test_roots_and_syslog_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("TALARIA_SOURCES", "TALARIA_PLACES", "TALARIA_AUDIT_SYSLOG")
+    for name in names:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "talaria.toml"
+    file.write_text('sources = ["/srv/a", "/srv/b"]\nplaces = "/srv/c, /srv/d"\naudit_syslog = "host:6514"\n')
+    settings.load_settings()
+    assert [os.environ[name] for name in names] == ["/srv/a:/srv/b", "/srv/c:/srv/d", "host:6514"]
+    for name in names:
+        monkeypatch.delenv(name)
+    file.write_text('sources = "relative"\n')
+    with pytest.raises(ValueError, match="relative is not an absolute path"):
+        settings.load_settings()
+
+
+def test_what_a_process_makes_in_the_state_directory_is_for_nobody_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TALARIA_HOME", str(tmp_path / "home"))
+    home = Home.current()
+    before = os.umask(0)
+    try:
+        with home.owner(), home.exclusive("lock"), _locked(home.root / "server.lock", fcntl.LOCK_EX) as held:
+            assert held
+            settings.auth_string(home)
+            record(Event.LOGIN, "anna")
+            assert pseudonym("12345")
+            write_json(home.receipt("run"), {})
+            with Ledger(home.ledger) as ledger:
+                ledger.run_begins("run", "owner")
+                found = list(home.root.rglob("*"))
+                assert len(found) > 8
+                for path in found:
+                    assert path.stat().st_mode & 0o077 == 0, path
+    finally:
+        os.umask(before)
+
+
+def test_the_systemd_unit_is_confined() -> None:
+    unit = (Path(__file__).parents[2] / "deployments" / "talaria.service").read_text()
+    for line in (
+        "UMask=0077", "NoNewPrivileges=true", "ProtectSystem=strict", "StateDirectoryMode=0700", "PrivateTmp=true",
+        "CapabilityBoundingSet=", "SystemCallFilter=@system-service", "RestrictNamespaces=true",
+    ):  # fmt: skip
+        assert line in unit.splitlines()
+    if shutil.which("systemd-analyze"):
+        said = subprocess.run(
+            ["systemd-analyze", "verify", "--man=no", "deployments/talaria.service"],
+            cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        lines = [line for line in said.stderr.splitlines() if "talaria.service" in line]
+        assert [line for line in lines if "not executable" not in line and "is not found" not in line] == []
 
 
 def test_a_secret_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -101,7 +101,7 @@ def test_images_that_deflate_well_are_taken(tmp_path: Path) -> None:
     assert (tmp_path / "out").stat().st_size == size
 
 
-@pytest.mark.parametrize("cut", [5, 100, 5000])
+@pytest.mark.parametrize("cut", [100, 5000])
 def test_one_that_is_cut_short_is_damaged(tmp_path: Path, cut: int) -> None:
     data = studies.data_file("image_dfl.dcm").read_bytes()
     (tmp_path / "cut.dcm").write_bytes(data[: -cut - 1])

@@ -28,6 +28,7 @@ from protocols.dicomfolder import scan as dicomscan
 from protocols.dicomfolder.folder import DicomFolder, IndexReport, clear_indexes
 from protocols.dicomfolder.index import NAME, Index
 from talaria.testing import studies
+from talaria.testing.process import as_loaded
 from transfer.beneath import open_beneath
 
 NOBODY = 65534  # a user without rights; root may do everything and can't test what others may not

@@ -264,7 +264,7 @@ def test_what_is_in_the_way_rejects_one_file(archive: Path, study: Path) -> None
     sent = attempt(target(archive, layout="all"), study)
     assert set(sent.rejected) == {"CT0001.dcm", "CT0003.dcm", "sub/CT0001.dcm"}
     assert "a folder" in sent.rejected["CT0001.dcm"] and "a link" in sent.rejected["CT0003.dcm"]
-    assert sent.rejected["sub/CT0001.dcm"] == "there is a file in the place of its folder: sub"
+    assert sent.rejected["sub/CT0001.dcm"] == "there is a file where its folder should be: sub"
     assert sent.arrived == {"CT0002.dcm"}
     assert (archive / "all" / "sub").read_text() == "a file"
     assert not (archive / "all" / ".complete").exists()

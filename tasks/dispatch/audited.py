@@ -34,7 +34,7 @@ def delivery_ends(delivery: Delivery, receipt: Receipt, run: str, who: str) -> N
         state=str(receipt.state),
         **_about(delivery.target, run),
         **_content(delivery.plan),
-        **{str(kind): count for kind, count in receipt.counts.items() if count},
+        outcomes={str(kind): count for kind, count in receipt.counts.items() if count},
         bytes=receipt.bytes,
         reason=receipt.error,
     )
