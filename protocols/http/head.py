@@ -17,7 +17,10 @@ from typing import NamedTuple, overload
 MAX_FIELDS = 256  # lines of a head that are read
 MAX_RETRY_AFTER_S = 86_400.0  # longest wait that is honoured: a day
 _BLANKS = " \t"
-_PROTOCOL = re.compile(r"(?:HTTP|RTSP|SIP|SSH|ICY|AMQP|RFB)[-/ ]?[0-9.]{0,5}(?![0-9A-Za-z])")
+_PROTOCOL = re.compile(
+    r"(?:SSH-[0-9.]{1,5}-[A-Za-z]{1,12}_?[0-9.p]{0,8}"
+    r"|(?:HTTP|RTSP|SIP|ICY|AMQP|RFB)[-/ ]?[0-9.]{0,5}(?: [1-5][0-9]{2})?)(?!\S)"
+)
 
 
 class Fields:
@@ -91,7 +94,8 @@ def status_line(line: str) -> tuple[int, str, bool]:
     if not version.startswith("HTTP/1.") or len(code) != 3 or not (code.isascii() and code.isdigit()):
         # Nothing else of it: it may be data, cut where no one would know a name again.
         named = _PROTOCOL.match(line)
-        raise ValueError(f"it begins with {named[0]!r}" if named else "it begins with other bytes")
+        shown = repr(named[0] if named else "") if named or not line else "other bytes"
+        raise ValueError(f"it begins with {shown}")
     return int(code), reason.strip(), version != "HTTP/1.0"
 
 

@@ -13,7 +13,7 @@ from xml.etree import ElementTree as Xml
 from transfer.audit import Event
 
 
-class Code(NamedTuple):
+class AuditCode(NamedTuple):
     """A coded value; of the DICOM Controlled Terminology unless it says otherwise (PS3.16 annex D)."""
 
     value: str
@@ -21,42 +21,42 @@ class Code(NamedTuple):
     system: str = "DCM"
 
 
-class Form(NamedTuple):
+class AuditForm(NamedTuple):
     """What kind of message an event becomes: its event, its type, and the action (PS3.15 tables A.5.3.x-1)."""
 
-    event: Code
+    event: AuditCode
     action: str
-    kind: Code | None = None
+    kind: AuditCode | None = None
 
 
-APPLICATION = Code("110100", "Application Activity")
-AUTHENTICATION = Code("110114", "User Authentication")
-ALERT = Code("110113", "Security Alert")
-FORMS: dict[str, Form] = {
-    Event.STARTED: Form(APPLICATION, "E", Code("110120", "Application Start")),
-    Event.STOPPED: Form(APPLICATION, "E", Code("110121", "Application Stop")),
-    Event.LOGIN: Form(AUTHENTICATION, "E", Code("110122", "Login")),
-    Event.LOGOUT: Form(AUTHENTICATION, "E", Code("110123", "Logout")),
-    Event.REFUSED: Form(ALERT, "E", Code("110132", "Use of Restricted Function")),
-    Event.USER_CHANGED: Form(ALERT, "E", Code("110137", "User Security Attributes Changed")),
-    Event.TARGET_CHANGED: Form(ALERT, "E", Code("110128", "Network Configuration")),
-    Event.TARGET_REMOVED: Form(ALERT, "E", Code("110128", "Network Configuration")),
-    Event.LOST: Form(ALERT, "E", Code("110133", "Audit Recording Stopped")),
-    Event.DELIVERY_BEGUN: Form(Code("110102", "Begin Transferring DICOM Instances"), "E"),
-    Event.DELIVERY: Form(Code("110104", "DICOM Instances Transferred"), "C"),
-    Event.RETRIEVAL: Form(Code("110104", "DICOM Instances Transferred"), "C"),
-    Event.QUERY: Form(Code("110112", "Query"), "E"),
+APPLICATION = AuditCode("110100", "Application Activity")
+AUTHENTICATION = AuditCode("110114", "User Authentication")
+ALERT = AuditCode("110113", "Security Alert")
+FORMS: dict[str, AuditForm] = {
+    Event.STARTED: AuditForm(APPLICATION, "E", AuditCode("110120", "Application Start")),
+    Event.STOPPED: AuditForm(APPLICATION, "E", AuditCode("110121", "Application Stop")),
+    Event.LOGIN: AuditForm(AUTHENTICATION, "E", AuditCode("110122", "Login")),
+    Event.LOGOUT: AuditForm(AUTHENTICATION, "E", AuditCode("110123", "Logout")),
+    Event.REFUSED: AuditForm(ALERT, "E", AuditCode("110132", "Use of Restricted Function")),
+    Event.USER_CHANGED: AuditForm(ALERT, "E", AuditCode("110137", "User Security Attributes Changed")),
+    Event.TARGET_CHANGED: AuditForm(ALERT, "E", AuditCode("110128", "Network Configuration")),
+    Event.TARGET_REMOVED: AuditForm(ALERT, "E", AuditCode("110128", "Network Configuration")),
+    Event.LOST: AuditForm(ALERT, "E", AuditCode("110133", "Audit Recording Stopped")),
+    Event.DELIVERY_BEGUN: AuditForm(AuditCode("110102", "Begin Transferring DICOM Instances"), "E"),
+    Event.DELIVERY: AuditForm(AuditCode("110104", "DICOM Instances Transferred"), "C"),
+    Event.RETRIEVAL: AuditForm(AuditCode("110104", "DICOM Instances Transferred"), "C"),
+    Event.QUERY: AuditForm(AuditCode("110112", "Query"), "E"),
 }
 OUTCOMES = {"success": "0", "minor": "4", "serious": "8"}
-SOURCE, DESTINATION = Code("110153", "Source Role ID"), Code("110152", "Destination Role ID")
-RUNS, RUNNER = Code("110150", "Application"), Code("110151", "Application Launcher")
+SOURCE, DESTINATION = AuditCode("110153", "Source Role ID"), AuditCode("110152", "Destination Role ID")
+RUNS, RUNNER = AuditCode("110150", "Application"), AuditCode("110151", "Application Launcher")
 STUDY, SOP_CLASS, NODE = (
-    Code("110180", "Study Instance UID"),
-    Code("110181", "SOP Class UID"),
-    Code("110182", "Node ID"),
+    AuditCode("110180", "Study Instance UID"),
+    AuditCode("110181", "SOP Class UID"),
+    AuditCode("110182", "Node ID"),
 )
-PATIENT, USER_ID, URI = (Code("2", "Patient Number", "RFC-3881"), Code("11", "User Identifier", "RFC-3881"),
-                         Code("12", "URI", "RFC-3881"))  # fmt: skip
+PATIENT, USER_ID, URI = (AuditCode("2", "Patient Number", "RFC-3881"), AuditCode("11", "User Identifier", "RFC-3881"),
+                         AuditCode("12", "URI", "RFC-3881"))  # fmt: skip
 PERSON, SYSTEM = "1", "2"  # ParticipantObjectTypeCode
 STUDY_ROOT = "1.2.840.10008.5.1.4.1.2.2.1"  # the SOP class that is searched, whatever the protocol
 OURSELVES = "talaria"
@@ -93,7 +93,7 @@ def message(entry: Mapping[str, Any], host: str) -> str | None:
 
 
 def _participants(
-    root: Xml.Element, entry: Mapping[str, Any], form: Form, details: Mapping[str, Any], host: str
+    root: Xml.Element, entry: Mapping[str, Any], form: AuditForm, details: Mapping[str, Any], host: str
 ) -> None:
     who, address = str(entry["who"]), str(entry.get("source", ""))
     peer = str(details.get("target") or details.get("source") or "")
@@ -111,7 +111,7 @@ def _participants(
         _participant(root, who, address, requestor=True)
 
 
-def _participant(root: Xml.Element, user: str, address: str, *, requestor: bool, role: Code | None = None) -> None:
+def _participant(root: Xml.Element, user: str, address: str, *, requestor: bool, role: AuditCode | None = None) -> None:
     made = Xml.SubElement(root, "ActiveParticipant", UserID=user, UserIsRequestor="true" if requestor else "false")
     if address:
         made.set("NetworkAccessPointID", address)
@@ -124,7 +124,7 @@ def _is_address(text: str) -> bool:
     return ":" in text or text.replace(".", "").isdigit()
 
 
-def _objects(root: Xml.Element, entry: Mapping[str, Any], form: Form, details: Mapping[str, Any]) -> None:
+def _objects(root: Xml.Element, entry: Mapping[str, Any], form: AuditForm, details: Mapping[str, Any]) -> None:
     event = entry["event"]
     if form.event is ALERT:
         about = str(details.get("target") or details.get("user") or details.get("path") or event)
@@ -153,7 +153,7 @@ SHOWN = ("run", "dispatch", "items", "delivered", "rejected", "bytes", "state", 
 
 
 def _object(
-    root: Xml.Element, name: str, kind: str, role: str, code: Code, shown: str | None, details: Mapping[str, Any]
+    root: Xml.Element, name: str, kind: str, role: str, code: AuditCode, shown: str | None, details: Mapping[str, Any]
 ) -> Xml.Element:
     """Add an object; its elements in the order of the schema.
 
@@ -184,7 +184,7 @@ def _list(value: object) -> Iterable[object]:
     return value if isinstance(value, list) else [value]
 
 
-def _code(parent: Xml.Element, name: str, code: Code) -> None:
+def _code(parent: Xml.Element, name: str, code: AuditCode) -> None:
     Xml.SubElement(
         parent,
         name,

@@ -70,6 +70,36 @@ def test_a_study_goes_to_a_pacs_and_an_archive(up: Talaria, pacs: StoreScp, tmp_
     assert {a["key"] for a in artifacts if a["key"]} >= {"receipt", "receipt-details"}
     assert shown["progress"] == {"pacs": 100.0, "archive": 100.0}
     assert studies.PATIENT_NAME not in json.dumps(artifacts) and studies.PATIENT_ID not in json.dumps(artifacts)
+    trail = up.json("audit", "show", "--last", "1000")["entries"]
+    of_run = [one for one in trail if one["details"].get("run") == result["flow_run_id"]]
+    ended = {one["details"]["target"]: one["result"] for one in of_run if one["event"] == "delivery"}
+    assert ended == {"pacs": "success", "archive": "success"}
+    assert {one["details"]["target"] for one in of_run if one["event"] == "delivery-begun"} == {"pacs", "archive"}
+    assert {one["details"]["dispatch"] for one in of_run} == {result["dispatch_id"]}
+    assert not any(private in json.dumps(of_run) for private in studies.PHI)
+    assert up.json("audit", "verify")["ok"]
+
+
+def test_the_state_directory_is_not_sent(up: Talaria, tmp_path: Path) -> None:
+    up.apply(archive=folder(tmp_path / "archive"))
+    deployments = up.api("POST", "/deployments/filter")
+    deployment = next(one for one in deployments if one["entrypoint"] == "flows.dispatch:dispatch")
+    run = up.api(
+        "POST",
+        f"/deployments/{deployment['id']}/create_flow_run",
+        parameters={"paths": [str(up.home / "api.auth")], "targets": ["archive"]},
+    )
+    end = time.monotonic() + 120
+    while time.monotonic() < end:
+        state = up.api("GET", f"/flow_runs/{run['id']}")["state"]
+        if state["type"] in ("FAILED", "COMPLETED", "CRASHED"):
+            break
+        time.sleep(0.2)
+    assert state["type"] == "FAILED"
+    assert "state directory, which holds secrets" in state["message"]
+    assert not list((tmp_path / "archive").rglob("api.auth"))
+    trail = up.json("audit", "show", "--event", "refused", "--last", "1000")["entries"]
+    assert any(one["details"].get("run") == run["id"] for one in trail)
 
 
 @pytest.fixture(scope="module")
