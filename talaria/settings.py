@@ -132,7 +132,7 @@ def _kept_in(file: Path) -> dict[str, Any]:
     with open(fd, "rb") as opened:
         info = os.fstat(fd)
         if not {info.st_uid, link.st_uid} <= {os.geteuid(), 0}:
-            raise ValueError(f"{file} belongs to another user: its settings are not taken")
+            raise ValueError(f"{file} belongs to another user: its settings are not used")
         if info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             raise ValueError(f"{file} can be changed by other users: chmod go-w {file}")
         return tomllib.load(opened) if stat.S_ISREG(info.st_mode) else {}

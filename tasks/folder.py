@@ -343,8 +343,8 @@ class _Push:
                 try:
                     place = self.where[item.path]
                     if not self.incoming.same_checksum(item, f"{place.final}/{item.path}"):
+                        # The next attempt compares, and writes it again.
                         self.report.revoke(item, "its checksum there is not that of the file that was sent")
-                        place.unmark()  # the next attempt compares, and writes it again
                 except (Rejected, PermissionError):
                     unread.append(item)
 
@@ -370,7 +370,12 @@ class _Push:
         return "" if info.st_size == item.size else f"it has {info.st_size} bytes there instead of {item.size}"
 
     def _mark(self, place: Place) -> None:
-        """Put the marker, if every file of the plan is there; its time is when something came to an old one."""
+        """Put the marker if every file of the plan is there; its time is that of the last arrival.
+
+        A marker that is there is removed where a file was taken back.
+        """
+        if any(item.path in self.report.revoked for item in place.items):
+            place.unmark()
         if self.plan.lacks or len(list(self._arrived(place.items))) < len(place.items):
             return
         if not self.tree.is_folder(place.final):
@@ -387,6 +392,10 @@ class _Push:
         with self.tree.opened(marker, os.O_WRONLY | os.O_CREAT) as fd:
             own(fd, self.style.mode, self.style.group)
         self.tree.flush(place.final)
+
+
+def _is_new(outcome: Outcome | None) -> bool:
+    return outcome is not None and outcome.kind in (Kind.DELIVERED, Kind.WARNING)
 
 
 def _is_other_instance(item: Item, there: int) -> bool:

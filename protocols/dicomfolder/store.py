@@ -147,6 +147,8 @@ class FolderPush(Incoming):
                     self.report(item, Outcome(Kind.REJECTED, f"{ITEM_ERRORS[exc.errno]}: {_obstacle(place)}"))
                 continue
             outcomes = [self._rename(item) for item in mine]
+            moved = (item for item, one in zip(mine, outcomes, strict=True) if one in (DELIVERED, REPLACED))
+            self.report.unanswered.update(item.path for item in moved)
             for folder in {place.final, *map(parent, new)}:
                 tree.flush(folder)
             for item, outcome in zip(mine, outcomes, strict=True):

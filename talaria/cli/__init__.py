@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from talaria.cli import audit, jobs, query, retrieve, send, serve, target
+from talaria.cli import audit, jobs, query, retrieve, send, serve, target, user
 
 quick.install()
 app = typer.Typer(
@@ -44,6 +44,8 @@ def _main(
 app.add_typer(target.app, name="target")
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(audit.app, name="audit")
+app.add_typer(user.user, name="user")
+app.add_typer(user.token, name="token")
 send.add_to(app)
 query.add_to(app)
 retrieve.add_to(app)

@@ -39,6 +39,7 @@ from prefect.exceptions import ObjectNotFound, PrefectException
 from prefect.states import Cancelled, Failed, Pending, Scheduled
 
 from talaria.audit.forward import forwarding
+from talaria.engine import lanes
 from talaria.engine.recovery import settle
 from talaria.engine.table import flow_at
 from talaria.engine.watch import StateChange, watch
@@ -331,27 +332,32 @@ class Worker:
 
 async def work(pool: str, limit: int) -> None:
     """Work until SIGTERM (what runs is finished first) or a second one (what runs is stopped and left to recovery)."""
-    home = Home.current()
+    home, stop = Home.current(), asyncio.Event()
     with home.owner() as owner, Ledger(home.ledger) as ledger, forwarding(home):
-        worker = TalariaWorker(work_pool_name=pool, name=f"{socket.gethostname()}-{os.getpid()}", limit=limit)
-        worker.serve_from(home, ledger, owner, limit)
-        stop = asyncio.Event()
+        async with lanes.client() as client:
+            worker = Worker(client, pool, home, ledger, owner, limit)
 
-        def asked_to_stop() -> None:
-            if worker.draining:
-                running.stop_all()
-            worker.draining = True
-            stop.set()
+            def asked_to_stop() -> None:
+                if worker.draining:
+                    running.stop_all()
+                worker.draining = True
+                stop.set()
 
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, asked_to_stop)
-        async with anyio.create_task_group() as group:
-            group.start_soon(worker.start)
-            group.start_soon(worker.watch)
-            await stop.wait()
-            await worker.idle()
-            group.cancel_scope.cancel()
+            loop = asyncio.get_running_loop()
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.add_signal_handler(number, asked_to_stop)
+            serving = asyncio.create_task(worker.serve())
+            stopping = asyncio.create_task(stop.wait())
+            await asyncio.wait([serving, stopping], return_when=asyncio.FIRST_COMPLETED)
+            try:
+                if serving.done():
+                    serving.result()
+                await worker.idle()
+            finally:
+                for task in (serving, stopping):
+                    task.cancel()
+                await asyncio.gather(serving, stopping, return_exceptions=True)
+                worker.close()
 
 
 def main() -> None:

@@ -147,11 +147,7 @@ class Dispatch:
 
     async def _push(self, delivery: Delivery) -> None:
         """Push as soon as the target's concurrency limit has room, and take a place of it while the push runs."""
-        async with get_client() as client:
-            slot = await limit(client, delivery.target)
-        async with concurrency(
-            slot, occupy=1, strict=True, lease_duration=LEASE_S, raise_on_lease_renewal_failure=False
-        ):
+        async with get_client() as client, place(client, delivery.target):
             # Beside the push, which doesn't wait for the trail's disk.
             begun = asyncio.create_task(
                 asyncio.to_thread(audited.delivery_begins, delivery, self.flow_run_id, self.who)
@@ -255,6 +251,8 @@ def paused(message: str) -> RunState[Any]:
 
 def refusal(error: DispatchError) -> RunState[Any]:
     """Return the state of a run that could not begin, or was stopped before it began."""
+    if isinstance(error, _Paused):
+        return paused(error.message)
     if isinstance(error, Denied):
         run = getattr(FlowRunContext.get(), "flow_run", None)
         audited.refused(str(error), str(getattr(run, "id", "")), audited.requester(run), target=error.target)

@@ -1,92 +1,141 @@
-"""Where retrievals bring studies: below the allowed folders, and never through a link."""
+"""Places at a target: who gets one, who waits, and that none is lost."""
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
+import asyncio
+from typing import Any, cast
+from uuid import UUID, uuid4
 
+import httpx
 import pytest
+from prefect.client.orchestration import PrefectClient
 
-from talaria.testing import studies
-from tasks.retrieve.place import check_place, place, spool_in
-from transfer.errors import Denied, Misconfigured
-
-
-@pytest.fixture
-def fetched(tmp_path: Path) -> Path:
-    studies.dicom(tmp_path / "spool" / "1.dcm")
-    return tmp_path / "spool"
+from blocks import FolderTarget
+from tasks.dispatch import place as module
+from tasks.dispatch.place import place
 
 
-def files(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+class Server:
+    """As far as places go: one limit, and its leases."""
+
+    def __init__(self, limit: int | None) -> None:
+        self.limit, self.leases, self.saved, self.renewed = limit, dict[UUID, int](), list[int](), 0
+        self.slow = asyncio.Event()
+        self.slow.set()
+        self.asked, self.renewed_twice = asyncio.Event(), asyncio.Event()
+
+    async def increment_concurrency_slots_with_lease(
+        self, names: list[str], slots: int, mode: str, lease_duration: float
+    ) -> httpx.Response:
+        assert names == ["talaria-archive"] and mode == "concurrency" and lease_duration == module.LEASE_S
+        self.asked.set()
+        await self.slow.wait()
+        lease = uuid4()
+        if self.limit is None:
+            return httpx.Response(200, json={"lease_id": str(lease), "limits": []})
+        if sum(self.leases.values()) + slots > self.limit:
+            answer = httpx.Response(423, request=httpx.Request("POST", "http://server"))
+            raise httpx.HTTPStatusError("locked", request=answer.request, response=answer)
+        self.leases[lease] = slots
+        limits = [{"id": str(uuid4()), "name": names[0], "limit": self.limit}]
+        return httpx.Response(200, json={"lease_id": str(lease), "limits": limits})
+
+    async def release_concurrency_slots_with_lease(self, lease_id: UUID) -> None:
+        self.leases.pop(lease_id, None)
+
+    async def renew_concurrency_lease(self, lease_id: UUID, lease_duration: float) -> None:
+        assert lease_id in self.leases
+        self.renewed += 1
+        if self.renewed == 2:
+            self.renewed_twice.set()
+
+    async def upsert_global_concurrency_limit_by_name(self, name: str, limit: int) -> None:
+        self.saved.append(limit)
+        self.limit = limit
 
 
-def test_a_study_is_brought(tmp_path: Path, fetched: Path) -> None:
-    into = tmp_path / "into"
-    check_place(into)
-    assert place(fetched, into, "ACC") == 1
-    (file,) = files(into)
-    assert file.startswith("ACC/") and file.endswith("/1.dcm")
-    assert not files(fetched)
+def target(places: int) -> FolderTarget:
+    one = FolderTarget(folder="/archive", max_dispatches=places)
+    one._block_document_name = "archive"
+    return one
 
 
-def test_onto_another_file_system(fetched: Path) -> None:
-    into = Path(f"/dev/shm/talaria-{os.getpid()}-into")
-    try:
-        assert place(fetched, into, "ACC") == 1
-        assert len(files(into)) == 1
-    finally:
-        for path in sorted(into.rglob("*"), reverse=True):
-            path.unlink() if path.is_file() else path.rmdir()
-        into.rmdir()
+def client(server: Server) -> PrefectClient:
+    return cast(PrefectClient, server)
 
 
-@pytest.mark.parametrize("depth", [1, 2])
-def test_no_link_is_followed(tmp_path: Path, fetched: Path, depth: int) -> None:
-    into, victim = tmp_path / "into", tmp_path / "victim"
-    again = tmp_path / "again" / "1.dcm"
-    studies.write(again, (fetched / "1.dcm").read_bytes())
-    place(fetched, into, "ACC")
-    (series,) = (into / "ACC").iterdir()
-    victim.mkdir()
-    swapped = series if depth == 2 else series.parent
-    swapped.rename(tmp_path / "was")
-    swapped.symlink_to(victim)
-    with pytest.raises(Misconfigured, match=r"/ACC.*: .*symbolic link where a folder is expected"):
-        place(again.parent, into, "ACC")
-    assert not any(victim.iterdir())
+@pytest.mark.parametrize("known", [None, 1, 5, 2])
+def test_the_limit_is_what_the_target_says(known: int | None) -> None:
+    async def run() -> None:
+        server = Server(known)
+        async with place(client(server), target(2)):
+            assert sum(server.leases.values()) == 1
+        assert not server.leases
+        assert server.saved == ([] if known == 2 else [2])
+
+    asyncio.run(run())
 
 
-def test_a_file_in_the_place_of_a_folder_is_named(tmp_path: Path, fetched: Path) -> None:
-    into = tmp_path / "into"
-    studies.write(into / "ACC", b"a file")
-    with pytest.raises(Misconfigured, match=r"into/ACC: .*: there is a file where a folder is expected"):
-        place(fetched, into, "ACC")
+def test_who_waits_goes_on_as_soon_as_a_place_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "WAIT_S", 3600)
+
+    async def run() -> list[Any]:
+        server, order = Server(1), list[Any]()
+
+        async def second() -> None:
+            async with place(client(server), target(1)):
+                order.append("second")
+
+        async with place(client(server), target(1)):
+            server.asked.clear()
+            waiting = asyncio.create_task(second())
+            await server.asked.wait()
+            order.append("first")
+        await waiting
+        assert not server.leases
+        return order
+
+    assert asyncio.run(run()) == ["first", "second"]
 
 
-def test_only_below_the_places(tmp_path: Path, fetched: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    places = tmp_path / "places"
-    places.mkdir()
-    (places / "out").symlink_to(tmp_path)
-    monkeypatch.setenv("TALARIA_PLACES", str(places))
-    for into in (tmp_path / "elsewhere", places / "out" / "new", places / ".." / "new"):
-        with pytest.raises(Denied, match="below no folder of TALARIA_PLACES"):
-            check_place(into)
-        with pytest.raises(Denied):
-            place(fetched, into, "ACC")
-    check_place(places / "new")
-    assert place(fetched, places / "new", "ACC") == 1
+def test_a_place_that_comes_too_late_is_given_back() -> None:
+    async def run() -> None:
+        server = Server(1)
+        server.slow.clear()
+
+        async def late() -> None:
+            async with place(client(server), target(1)):
+                raise AssertionError("it was cancelled before")
+
+        waiting = asyncio.create_task(late())
+        await server.asked.wait()
+        waiting.cancel()
+        await asyncio.sleep(0)
+        server.slow.set()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        assert not server.leases
+
+    asyncio.run(run())
 
 
-def test_studies_are_fetched_beside_their_place_only_if_nobody_can_swap_the_folder(tmp_path: Path) -> None:
-    into = tmp_path / "into"
-    assert spool_in(into, ".talaria-x") == into / ".talaria-x"
-    into.mkdir()
-    assert spool_in(into, ".talaria-x") == into / ".talaria-x"
-    (into / ".talaria-x").symlink_to(tmp_path)
-    assert spool_in(into, ".talaria-x") is None
-    into.chmod(0o777)
-    assert spool_in(into, ".talaria-y") is None
-    into.chmod(0o1777)
-    assert spool_in(into, ".talaria-y") == into / ".talaria-y"
+def test_a_place_is_renewed_while_it_is_held_and_given_back_when_its_run_is_cancelled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "LEASE_S", 0.02)
+
+    async def run() -> None:
+        server = Server(1)
+
+        async def hold() -> None:
+            async with place(client(server), target(1)):
+                await asyncio.Event().wait()
+
+        holding = asyncio.create_task(hold())
+        await server.renewed_twice.wait()
+        holding.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await holding
+        assert not server.leases
+
+    asyncio.run(run())
