@@ -21,6 +21,7 @@ from talaria.entrance import entrance
 from talaria.errors import ServerError
 from talaria.server import FrontServer, child, healthy, serving, stop_child, use
 from talaria.settings import POOL, Settings, client_environment
+from transfer import roots
 from transfer.home import Home
 
 LOOK_S = 0.3  # between two looks at the processes
@@ -205,4 +206,6 @@ def _announce(home: Home, server: FrontServer, taken: list[str]) -> None:
         say(f"taken up after a crash: {run_id}")
     for name, reason in REFUSED.items():
         say(f"targets of type {name} can't be used: {reason}")
+    if unset := "; ".join(roots.meaning()):
+        say(unset)
     say("ready: Ctrl-C drains and stops")

@@ -390,16 +390,16 @@ def test_what_an_attempt_brought_before_it_broke_off_is_delivered_and_not_alread
     archive: Path, study: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     studies.ct(study, 3)
-    flush = fs.flush_folder
+    flush = Tree.flush
 
-    def gone(folder: Path) -> None:
+    def gone(tree: Tree, folder: str) -> None:
         if (archive / "all" / "CT0001.dcm").exists():
             raise OSError(errno.ESTALE, "Stale file handle")
-        flush(folder)
+        flush(tree, folder)
 
     with sending(target(archive, layout="all"), study) as sender:
         with monkeypatch.context() as patch:
-            patch.setattr(fs, "flush_folder", gone)
+            patch.setattr(Tree, "flush", gone)
             assert isinstance(sender.attempt().error, Interrupted)
         assert tree(archive / "all") == {"CT0001.dcm", "CT0002.dcm", "CT0003.dcm"}
         receipt = sender.attempt().require()
