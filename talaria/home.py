@@ -48,12 +48,12 @@ def _is_ours(file: Path) -> bool:
         ValueError: another user can change it.
     """
     try:
-        info = file.stat()
+        info, link = file.stat(), file.lstat()
     except FileNotFoundError:
         return False
     except OSError as exc:
         raise ValueError(f"{file} can't be read: {exc.strerror}") from exc
-    if info.st_uid not in (os.geteuid(), 0):
+    if not {info.st_uid, link.st_uid} <= {os.geteuid(), 0}:
         raise ValueError(f"{file} belongs to another user: its settings are not used")
     if info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise ValueError(f"{file} can be changed by other users: chmod go-w {file}")

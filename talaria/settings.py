@@ -10,11 +10,10 @@ import stat
 import tempfile
 import tomllib
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 from pydantic import Field, ValidationError, field_validator
-from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 from talaria.home import files
 from transfer import roots
@@ -85,9 +84,7 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        home = Path(os.environ.get("TALARIA_HOME") or "~/.talaria").expanduser()
-        files = [_kept_in(file) for file in (Path("talaria.toml"), home / "talaria.toml")]
-        return (init_settings, env_settings, *(InitSettingsSource(settings_cls, file) for file in files if file))
+        return (init_settings, env_settings, *(TomlConfigSettingsSource(settings_cls, file) for file in files()))
 
 
 def load_settings() -> Settings:
@@ -114,28 +111,6 @@ def load_settings() -> Settings:
     for name in ("scp_aet", "scp_port", "scp_host", "spool_limit", *audit):
         os.environ[f"TALARIA_{name.upper()}"] = str(getattr(settings, name))
     return settings
-
-
-def _kept_in(file: Path) -> dict[str, Any]:
-    """Return what a file of settings holds, {} if there is none. What is read is what was looked at.
-
-    Raises:
-        ValueError: somebody else can change what stands in it, or it is not valid TOML.
-    """
-    try:
-        link = file.lstat()
-        fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except FileNotFoundError:
-        return {}
-    except OSError as exc:
-        raise ValueError(f"{file} can't be read: {exc.strerror}") from exc
-    with open(fd, "rb") as opened:
-        info = os.fstat(fd)
-        if not {info.st_uid, link.st_uid} <= {os.geteuid(), 0}:
-            raise ValueError(f"{file} belongs to another user: its settings are not used")
-        if info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            raise ValueError(f"{file} can be changed by other users: chmod go-w {file}")
-        return tomllib.load(opened) if stat.S_ISREG(info.st_mode) else {}
 
 
 def secret(home: Home, name: str, make: str) -> str:

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from talaria.cli import audit, jobs, query, retrieve, send, serve, target, user
+from talaria.cli import audit, jobs, query, quick, retrieve, send, serve, target, user
 
 quick.install()
 app = typer.Typer(

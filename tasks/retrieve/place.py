@@ -67,25 +67,37 @@ def place(folder: Path, into: Path, name: str) -> int:
     Raises:
         Busy: there is no room. Misconfigured: the folder can't be written to. Denied: it lies where it may not.
     """
-    count, series = 0, ""
+    series, finals = "", dict[Path, str]()
     changed: dict[str, None] = {}
     try:
+        for path in sorted(folder.glob("*.dcm")):
+            with path.open("rb") as file:
+                header = read_header(file.fileno(), path.stat().st_size)
+            finals[path] = f"{sanitised(name)}/{sanitised(header.SeriesInstanceUID)}/{path.name}"
+        with (folder / PLACES).open("a", encoding="utf-8") as notes:
+            notes.writelines(f"{into / final}\n" for final in finals.values())
         with _opened(into) as tree:
-            for path in sorted(folder.glob("*.dcm")):
-                with path.open("rb") as file:
-                    header = read_header(file.fileno(), path.stat().st_size)
-                series = f"{sanitised(name)}/{sanitised(header.SeriesInstanceUID)}"
+            for path, final in finals.items():
+                series = parent(final)
                 if series not in changed:
                     tree.make_folders(series)
                     changed |= dict.fromkeys((series, parent(series), ""))
-                _move(path, tree, f"{series}/{path.name}")
-                count += 1
+                _move(path, tree, final)
             for one in changed:
                 tree.flush(one)
     except OSError as exc:
         kind = Busy if exc.errno in FULL else Misconfigured
         raise kind(f"can't write to {into}{_obstacle(into, series, exc)}: {words_of(exc)}") from exc
-    return count
+    return len(finals)
+
+
+def is_placed(folder: Path) -> bool:
+    """Return True if all that was ever to be moved from a folder is in its final place."""
+    try:
+        finals = (folder / PLACES).read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return False
+    return bool(finals) and all(map(os.path.exists, finals))
 
 
 def _opened(into: Path) -> Tree:

@@ -34,7 +34,7 @@ from tasks.dispatch.report import updated
 from tasks.dispatch.run import LOOK_S, opens
 from tasks.retrieve.fetch import Fetcher
 from tasks.retrieve.job import Job, Stage, Study, discard, folder_of, size_of
-from tasks.retrieve.place import check_place, place, spool_in
+from tasks.retrieve.place import check_place, is_placed, place, spool_in
 from tasks.retrieve.report import RetrievalProgress, document, part_of, report, state_of
 from tasks.targets import check_destination, check_source, load
 from transfer.accessions import accessions
