@@ -154,7 +154,8 @@ class Pull:
             in_threads(self._work, max(1, min(self._associations, len(self._jobs))), "pull")
         if self._given_up and not self._here:
             raise gravest(self._given_up)
-        items = dict(self._here)
+        self._uids.clear()
+        items = self._here  # no copy: there may be many
         for one in self.series:
             self._conclude(one, items)
         if self._moves:

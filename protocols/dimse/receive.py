@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import struct
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -176,7 +177,7 @@ def receive(
     Raises:
         Interrupted, TimedOut: the association ended; nothing is left of a file that had no name.
     """
-    uid, sop_class = request.uid(AFFECTED_INSTANCE), request.uid(AFFECTED_CLASS)
+    uid, sop_class = request.uid(AFFECTED_INSTANCE), sys.intern(request.uid(AFFECTED_CLASS))
     if not UID.fullmatch(uid) or not UID.fullmatch(sop_class):
         stream.skip()
         respond(request, INVALID_INSTANCE)
