@@ -92,10 +92,11 @@ def run() -> bool:
     from blocks.dicomweb import DicomWebTarget
     from blocks.folder import FolderTarget
 
-    os.environ["TALARIA_HOME"] = str(load_settings().home.expanduser().absolute() / "demo")
+    demo = load_settings().home.expanduser().absolute() / "demo"
+    os.environ["TALARIA_HOME"] = str(demo / "state")
     load_settings()
     home = Home.current()
-    place = home.root / "places"
+    place = demo / "places"  # beside the state directory, from which nothing may be sent
     shutil.rmtree(place, ignore_errors=True)
     for folder in ("archive", "dicomweb"):
         (place / folder).mkdir(parents=True)

@@ -19,9 +19,10 @@ from prefect.client.schemas.filters import (
     DeploymentFilterId,
 )
 from prefect.client.schemas.objects import FlowRun, State, StateType
+from prefect.client.schemas.responses import SetStateStatus
 from prefect.client.schemas.sorting import ArtifactSort, FlowRunSort
 from prefect.exceptions import ObjectNotFound
-from prefect.states import AwaitingRetry, Cancelled, Cancelling, Scheduled
+from prefect.states import AwaitingRetry, Cancelled, Cancelling, Pending, Scheduled
 
 from talaria.engine import lanes
 from talaria.engine.recovery import settle
@@ -94,14 +95,20 @@ def run_here(access: Runner, flow_run: FlowRun) -> None:
     flow, _ = FLOWS[access.run(_flow_name, flow_run)]
     with access.home.owner() as owner, Ledger(access.home.ledger) as ledger:
         while True:
-            ledger.run_begins(run_id, owner)
-            asyncio.run(lanes.run_here(flow, flow_run))
-            asyncio.run(settle(run_id))
-            ledger.run_ends(run_id)
+            if access.run(_claimed, flow_run.id):
+                ledger.run_begins(run_id, owner)
+                asyncio.run(lanes.run_here(flow, flow_run))
+                asyncio.run(settle(run_id))
+                ledger.run_ends(run_id)
             # It may wait for a window that opens soon, or have lost its server: there is no worker to take it up.
             flow_run = access.run(_when_due, flow_run.id)
             if at_rest(flow_run) or flow_run.state is None or flow_run.state.is_final():
                 return
+
+
+async def _claimed(client: PrefectClient, run_id: UUID) -> bool:
+    """Set a run Pending, as a worker does; return False if the server has it otherwise, cancelled for example."""
+    return (await client.set_flow_run_state(run_id, Pending())).status is SetStateStatus.ACCEPT
 
 
 async def _flow_name(client: PrefectClient, flow_run: FlowRun) -> str:
