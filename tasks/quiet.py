@@ -9,10 +9,12 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
+from urllib.parse import unquote, urlsplit
 
 from pydantic import SecretStr
 
 from blocks.base import QuotePeer, Target
+from protocols.http.proxy import ENVIRONMENT
 from protocols.net.hiding import Hide, hiding, identifying, secret_forms
 from transfer.errors import (
     Busy,
@@ -102,16 +104,33 @@ class Quiet:
 
 
 def secrets_of(target: Target) -> set[str]:
-    """Return a target's secrets, in the forms in which they show."""
+    """Return a target's secrets, in the forms in which they show.
+
+    Where a key lies, and which proxy is on the way, is no secret, though what stands in these fields may be.
+    """
     secrets, users = [], []
     for name in type(target).model_fields:
         value = getattr(target, name)
         if isinstance(value, SecretStr):
-            secrets += [value.get_secret_value(), *value.get_secret_value().split("\n")]
+            secrets += _parts(value.get_secret_value())
         elif name in USERS and isinstance(value, str):
             users.append(value)
-    # Keys are many lines, of which a peer may show one.
-    return secret_forms((one for one in secrets if not one.startswith("-----")), users)
+    return secret_forms(secrets, users)
+
+
+def _parts(value: str) -> list[str]:
+    """Return what is secret in a field: the password of a URL, each line of a key, else all of it."""
+    if value.startswith("/") or value == ENVIRONMENT:
+        return []
+    if "://" in value:
+        try:
+            password = urlsplit(value).password or ""
+        except ValueError:
+            return [value]
+        return [password, unquote(password)]
+    lines = value.splitlines()
+    # A peer may show one line of a key.
+    return [value] if len(lines) < 2 else [value, *(one for one in lines if not one.startswith("-----"))]
 
 
 def _is_telling(value: str) -> bool:

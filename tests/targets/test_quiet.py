@@ -110,3 +110,13 @@ def test_short_numbers_of_patients_are_no_status(tmp_path: Path) -> None:
     studies.dicom(tmp_path / "1.dcm", PatientID="403", AccessionNumber="7000123")
     quiet = Quiet(web(), scan([tmp_path]))
     assert quiet.text("status 403 for 7000123") == "status 403 for ***"
+
+
+def test_where_a_key_lies_and_the_proxy_are_no_secrets() -> None:
+    for proxy in ("http://anna:s3cr%40t-word@proxy.example:3128", "environment"):
+        target = web(proxy=proxy, tls_key="/etc/keys/talaria.pem", tls_cert="/etc/keys/talaria.crt")
+        text = "/etc/keys/talaria.pem: by way of http://proxy.example:3128, set in the environment"
+        assert Quiet(target).text(text) == text
+    target = web(proxy="http://anna:s3cr%40t-word@proxy.example:3128")
+    shown = Quiet(target).text("http://anna:s3cr%40t-word@proxy.example:3128 says s3cr@t-word")
+    assert shown == "http://anna:***@proxy.example:3128 says ***"
