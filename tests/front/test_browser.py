@@ -17,6 +17,9 @@ from transfer.home import Home
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 PAGES = ("dashboard", "runs", "flows", "deployments", "work-pools", "blocks", "events", "settings")
+# It has text, and has asked the API; some pages ask again and again, so the network is never idle.
+SHOWN = """document.body.innerText.trim().length > 60 && performance.getEntriesByType("resource")
+    .filter(one => one.name.includes("/api/") && one.responseEnd).length > 1"""
 
 
 def test_a_viewer_sees_prefect_s_pages_and_no_other_host_is_asked(tmp_path: Path) -> None:
@@ -38,17 +41,17 @@ def test_a_viewer_sees_prefect_s_pages_and_no_other_host_is_asked(tmp_path: Path
             browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
             page = browser.new_page()
             page.on("request", seen)
+            page.on("pageerror", lambda error: failed.append(str(error)))
             page.on("response", answered)
             page.goto(f"{base}/v2/dashboard")
             page.fill("[name=user]", "anna")
             page.fill("[name=password]", PASSWORD)
             page.click("button")
-            page.wait_for_url("**/v2/dashboard", timeout=120_000)
+            page.wait_for_url("**/v2/dashboard*", timeout=120_000)
             for name in PAGES:
-                page.goto(f"{base}/v2/{name}", wait_until="networkidle", timeout=120_000)
+                page.goto(f"{base}/v2/{name}", timeout=120_000)
+                page.wait_for_function(SHOWN, timeout=120_000)
                 assert "/talaria/login" not in page.url
-                assert page.locator("main, #root").first.inner_text().strip(), name
             browser.close()
     assert failed == []
-    # Chromium reports a request that the policy has refused as one that was asked for; none of them has an answer.
-    assert {host for host in asked if host} <= {urlsplit(base).netloc} | {"sr-client-cfg.amplitude.com"}
+    assert {host for host in asked if host} == {urlsplit(base).netloc}
