@@ -32,7 +32,7 @@ def xnat_target(url: str, **settings: Any) -> XnatTarget:
         "retry_delay_s": 0,
         "retry_max_delay_s": 0,
     }
-    target = XnatTarget(**patient(defaults | settings))
+    target = XnatTarget(**(patient(defaults) | settings))  # shorter ones are measured by how long the server is silent
     target.named("xnat-test")
     return target
 
