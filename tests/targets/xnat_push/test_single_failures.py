@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import threading
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -93,19 +93,20 @@ def test_studies_that_fail_stop_no_others(server: Xnat, study: Path, how: str) -
     uids = [studies.uid(56) for _ in range(6)]
     for number, uid in enumerate(uids):
         studies.ct(study / str(number), 2, study=uid)
-    run = server.rest.service.run
+    run, given_up = server.rest.service.run, threading.Event()
 
     def failing(user: str, params: dict[str, str], uploads: list[Any]) -> Any:
         if len(server.imports) <= 2:  # the first two to come
             if how == "silent":
                 uploads[0].read(1 << 30)
-                time.sleep(2.5)
+                given_up.wait(60)
             raise Refusal(500, "java.lang.NullPointerException")
         return run(user, params, uploads)
 
     server.rest.service.run = failing  # type: ignore[method-assign]
     with sending(xnat_target(server.url, concurrency=1, idle_timeout_s=1), study) as sender:
         first = sender.attempt()
+        given_up.set()
         assert type(first.error) is (Busy if how == "500" else TimedOut)
         assert len(first.arrived) == 8, "what could go did not go"
         assert len(server.imports) == 6
