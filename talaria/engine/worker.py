@@ -269,12 +269,14 @@ class Worker:
     async def _heed(self, run_ids: list[UUID], after: float = 0.0) -> None:
         """Stop those of our runs that somebody has given a state which they must not have while they run."""
         await asyncio.sleep(after)
-        run_ids = [run_id for run_id in run_ids if run_id in self._claimed]
-        if not run_ids:
+        ours = {run_id: self.active[run_id] for run_id in run_ids if run_id in self._claimed}
+        if not ours:
             return
-        found = await self.client.read_flow_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=run_ids)))
+        found = await self.client.read_flow_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[*ours])))
         states = {flow_run.id: flow_run.state for flow_run in found}
-        for run_id in run_ids:
+        for run_id, task in ours.items():
+            if self.active.get(run_id) is not task:
+                continue  # it has ended meanwhile, and may have begun again: what was read is not its state
             state = states.get(run_id)
             if state is not None and (state.is_paused() or state.name == running.PAUSING):
                 running.pause(str(run_id)).set()
