@@ -15,6 +15,7 @@ from contextlib import contextmanager
 
 FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 WAY = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_CLOEXEC  # to go through; need not be readable
+AGAIN = 100  # how often a path is resolved whose links change meanwhile
 OPENAT2 = 437  # the same on all architectures
 RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, RESOLVE_BENEATH = 0x02, 0x04, 0x08
 _RESOLVE = RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS
@@ -119,3 +120,19 @@ def above(folder: int, path: str) -> Iterator[tuple[int, str]]:
         yield fd, name
     finally:
         os.close(fd)
+
+
+def resolved(path: str | os.PathLike[str], strict: bool = False) -> str:
+    """Return a path without links, also while somebody changes them.
+
+    Raises:
+        FileNotFoundError: it is not there (if `strict`), or its links never stop changing.
+        OSError: it can't be looked at.
+    """
+    for _ in range(AGAIN):
+        try:
+            return os.path.realpath(path, strict=strict)
+        except OSError as exc:
+            if exc.errno != errno.EINVAL:  # a link became something else between two looks at it
+                raise
+    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fspath(path))

@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 
 from imaging.header import Damaged, Header, NotDicom, read_header
-from transfer.beneath import FOLDER
+from transfer.beneath import FOLDER, resolved
 from transfer.errors import Misconfigured, NotFound, Rejected
 from transfer.globs import excluded
 from transfer.outcome import ALREADY, Outcome
@@ -329,7 +329,7 @@ def _files(source: str, sources: Sources, check: Callable[[], None]) -> Iterator
 def _end_of(path: str) -> str:
     """Return where a link leads; its own place if it is gone by now."""
     try:
-        return os.path.realpath(path)
+        return resolved(path)
     except OSError:
         return path
 
@@ -369,7 +369,7 @@ def _item(relative: str, path: str, sources: Sources, watch: Watch) -> Item:
     try:
         mode = os.lstat(path).st_mode
         if stat.S_ISLNK(mode):
-            if not sources.hold(os.path.realpath(path)):
+            if not sources.hold(resolved(path)):
                 return Item(relative, 0, 0, problem=LEADS_OUT)
             mode = os.stat(path).st_mode
         if not stat.S_ISREG(mode):

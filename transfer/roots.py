@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from transfer.beneath import FOLDER, WAY, open_beneath
+from transfer.beneath import FOLDER, WAY, open_beneath, resolved
 from transfer.errors import Denied, Misconfigured, NotFound
 
 SOURCES, PLACES = "TALARIA_SOURCES", "TALARIA_PLACES"
@@ -66,7 +66,7 @@ class Roots:
 
     def _real(self, path: str | os.PathLike[str], *, strict: bool) -> str:
         try:
-            return os.path.realpath(path, strict=strict)
+            return resolved(path, strict)
         except (FileNotFoundError, NotADirectoryError, ValueError) as exc:
             raise NotFound(f"{os.fspath(path)}: no such file or folder") from exc
         except OSError as exc:
@@ -78,7 +78,7 @@ class Roots:
         if is_private(real):
             raise Denied(f"{os.fspath(path)}: lies in Talaria's state directory, which holds secrets")
         for root in self.folders:
-            if is_in(real, base := os.path.realpath(root)):
+            if is_in(real, base := resolved(root)):
                 return base
         raise Denied(f"{os.fspath(path)}: lies below no folder of {self.setting}")
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from transfer import roots
-from transfer.beneath import WAY, above, is_link_error, open_beneath
+from transfer.beneath import WAY, above, is_link_error, open_beneath, resolved
 from transfer.roots import Roots
 
 
@@ -79,7 +79,7 @@ class Sources:
         except OSError as exc:
             if not is_link_error(exc):
                 raise
-        return open_beneath(*self._way(os.path.realpath(path, strict=True)), flags)
+        return open_beneath(*self._way(resolved(path, strict=True)), flags)
 
     @contextmanager
     def above(self, path: str) -> Iterator[tuple[int, str]]:
@@ -87,7 +87,7 @@ class Sources:
 
         The name itself must be opened with O_NOFOLLOW.
         """
-        with above(*self._way(os.path.realpath(path, strict=True))) as found:
+        with above(*self._way(resolved(path, strict=True))) as found:
             yield found
 
     def _way(self, path: str) -> tuple[int, str]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from imaging.header import Damaged, NotDicom, read_header
-from transfer.beneath import is_link_error
+from transfer.beneath import is_link_error, resolved
 from transfer.content import copy_bytes, same_content
 from transfer.errors import Busy, NotFound
 from transfer.oserrors import FULL, kind_of, words_of
@@ -53,7 +53,7 @@ def stage(plan: Plan, into: Path, check: Callable[[], None] = lambda: None) -> P
         raise kind(f"can't stage files in {into.parent}: {words_of(exc)}") from exc
     made: set[Path] = set()
     items = []
-    with Sources(plan.sources or (os.path.realpath(plan.root),)) as sources:
+    with Sources(plan.sources or (resolved(plan.root),)) as sources:
         for item in plan.items:
             check()
             items.append(item if item.problem else _stage_item(plan, item, sources, into, made, check))
