@@ -45,10 +45,6 @@ UNDER_WAY = (StateType.PENDING, StateType.RUNNING, StateType.CANCELLING)
 SOON_S = 20  # a next attempt further away than this is not waited for
 
 
-class Conflict(Misconfigured):
-    """An idempotency key was used for something else."""
-
-
 async def create(
     client: PrefectClient,
     flow: str,

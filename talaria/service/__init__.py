@@ -8,10 +8,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from transfer.errors import Misconfigured
 from transfer.home import Home
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import PrefectClient
+
+
+class Conflict(Misconfigured):
+    """An idempotency key was used for something else."""
 
 
 @dataclass(frozen=True)

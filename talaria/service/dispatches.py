@@ -11,7 +11,7 @@ from prefect.client.schemas.objects import FlowRun
 from blocks import Target
 from talaria.engine import runs
 from talaria.service import Office
-from talaria.service.jobs import line, outcome, result, trimmed
+from talaria.service.jobs import line, outcome, queued, result, trimmed
 from tasks import DRIVERS
 from tasks.dispatch.delivery import Delivery, sort_out
 from tasks.dispatch.report import document as whole
@@ -68,18 +68,8 @@ async def create_dispatch(
         "sender_host": sender_host,
         "force": force,
     }
-    flow_run = await runs.create(
-        office.client,
-        "dispatch",
-        parameters,
-        runs.unplanned(targets),
-        priority,
-        key=f"{office.user}:{key}" if key else None,
-        by=office.user,
-        show_plan=planned,
-    )
-    if key and flow_run.parameters != parameters:
-        raise runs.Conflict(f"the idempotency key {key} was used for another dispatch, {flow_run.id}: choose a new one")
+    name = runs.unplanned(targets)
+    flow_run = await queued(office, "dispatch", parameters, name, priority, key, what="dispatch", show_plan=planned)
     fresh = not flow_run.run_count and not runs.under_way(flow_run)  # not made before, with the same key
     document = await _planned(office, flow_run, destinations) if planned and fresh else None
     return {"run": line(flow_run)} | (document or await _of_queue(office, flow_run, targets))

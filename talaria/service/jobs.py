@@ -14,7 +14,7 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.exceptions import PrefectException
 
 from talaria.engine import recovery, runs
-from talaria.service import Office
+from talaria.service import Conflict, Office
 from talaria.settings import POOL
 from tasks.dispatch import kept, progress
 from transfer.errors import NotFound
@@ -115,6 +115,34 @@ async def recover_jobs(office: Office) -> dict[str, Any]:
 
 def _done(flow_run: FlowRun, state: str) -> dict[str, Any]:
     return {"id": str(flow_run.id), "kind": runs.kind_of(flow_run), "action": state.lower()}
+
+
+async def queued(
+    office: Office,
+    flow: str,
+    parameters: dict[str, Any],
+    name: str,
+    queue: str,
+    key: str,
+    *,
+    what: str = "job",
+    show_plan: bool = False,
+) -> FlowRun:
+    """Put a run into a queue for who asks.
+
+    Args:
+        key: who gives the same one again gets the same run, not a second one.
+
+    Raises:
+        Conflict: the key was used for something else.
+    """
+    own = f"{office.user}:{key}" if key else None
+    flow_run = await runs.create(
+        office.client, flow, parameters, name, queue, key=own, by=office.user, show_plan=show_plan
+    )
+    if key and flow_run.parameters != parameters:
+        raise Conflict(f"the idempotency key {key} was used for another {what}, {flow_run.id}: choose a new one")
+    return flow_run
 
 
 # ---- results

@@ -11,9 +11,8 @@ from typing import Any
 
 from imaging.match import of_study
 from imaging.query import Query, listed
-from talaria.engine import runs
 from talaria.service import Office
-from talaria.service.jobs import line, result
+from talaria.service.jobs import line, queued, result
 from tasks import DRIVERS
 from tasks.retrieve.place import check_place
 from tasks.targets import check_destination, check_source, load
@@ -157,10 +156,7 @@ async def create_retrieval(
 async def _queued(
     office: Office, flow: str, parameters: dict[str, Any], name: str, queue: str, key: str
 ) -> dict[str, Any]:
-    own = f"{office.user}:{key}" if key else None
-    flow_run = await runs.create(office.client, flow, parameters, name, queue, key=own, by=office.user)
-    if key and flow_run.parameters != parameters:
-        raise runs.Conflict(f"the idempotency key {key} was used for another job, {flow_run.id}: choose a new one")
+    flow_run = await queued(office, flow, parameters, name, queue, key)
     return {"run": line(flow_run)} | await result(office, flow_run)
 
 

@@ -13,6 +13,7 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
 from talaria import __version__
+from talaria.service import Conflict
 from transfer.errors import Denied, DispatchError, Misconfigured, NotFound
 from transfer.validation import what_is_wrong
 
@@ -36,7 +37,7 @@ def answer_to(exc: BaseException) -> tuple[int, str]:
         return exc.status, str(exc)
     if isinstance(exc, NotFound):
         return MISSING, str(exc)
-    if type(exc).__name__ == "Conflict":
+    if isinstance(exc, Conflict):
         return CONFLICT, str(exc)
     if isinstance(exc, Misconfigured | Denied) or type(exc) is ValueError:  # others' may quote the value
         return WRONG, str(exc)
