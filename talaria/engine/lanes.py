@@ -28,7 +28,7 @@ from prefect.context import AsyncClientContext
 from prefect.exceptions import Abort, ObjectNotFound, Pause
 from prefect.flow_engine import run_flow
 from prefect.settings import get_current_settings
-from prefect.states import AwaitingRetry
+from prefect.states import AwaitingRetry, Pending
 
 from talaria.engine.recovery import TAKEN_UP
 from tasks.dispatch import running
@@ -103,6 +103,15 @@ async def client(made: Callable[[], Client] = Client) -> AsyncIterator[PrefectCl
     # Its constructor would make a client of Prefect's choice.
     async with AsyncClientContext.model_construct(client=made()) as context:
         yield context.client
+
+
+async def claim(client: PrefectClient, run_id: UUID) -> bool:
+    """Set a run Pending, so that it is ours to run; False if another one has it, or somebody has changed its state."""
+    try:
+        result: OrchestrationResult[Any] = await client.set_flow_run_state(run_id, Pending())
+    except ObjectNotFound:
+        return False
+    return result.status is SetStateStatus.ACCEPT and result.state is not None and result.state.is_pending()
 
 
 async def run_here(flow: Flow[..., Any], flow_run: FlowRun) -> State[Any] | None:

@@ -19,10 +19,9 @@ from prefect.client.schemas.filters import (
     DeploymentFilterId,
 )
 from prefect.client.schemas.objects import FlowRun, State, StateType
-from prefect.client.schemas.responses import SetStateStatus
 from prefect.client.schemas.sorting import ArtifactSort, FlowRunSort
 from prefect.exceptions import ObjectNotFound
-from prefect.states import AwaitingRetry, Cancelled, Cancelling, Pending, Scheduled
+from prefect.states import AwaitingRetry, Cancelled, Cancelling, Scheduled
 
 from talaria.engine import lanes
 from talaria.engine.recovery import settle
@@ -91,7 +90,7 @@ def run_here(access: Runner, flow_run: FlowRun) -> None:
     flow, _ = FLOWS[access.run(_flow_name, flow_run)]
     with access.home.owner() as owner, Ledger(access.home.ledger) as ledger:
         while True:
-            if access.run(_claimed, flow_run.id):
+            if access.run(lanes.claim, flow_run.id):
                 ledger.run_begins(run_id, owner)
                 asyncio.run(lanes.run_here(flow, flow_run))
                 asyncio.run(settle(run_id))
@@ -100,11 +99,6 @@ def run_here(access: Runner, flow_run: FlowRun) -> None:
             flow_run = access.run(_when_due, flow_run.id)
             if at_rest(flow_run) or flow_run.state is None or flow_run.state.is_final():
                 return
-
-
-async def _claimed(client: PrefectClient, run_id: UUID) -> bool:
-    """Set a run Pending, as a worker does; return False if the server has it otherwise, cancelled for example."""
-    return (await client.set_flow_run_state(run_id, Pending())).status is SetStateStatus.ACCEPT
 
 
 async def _flow_name(client: PrefectClient, flow_run: FlowRun) -> str:
@@ -227,11 +221,6 @@ async def resume(client: PrefectClient, run_id: UUID) -> FlowRun:
         raise Misconfigured(f"run {run_id} is not paused: {flow_run.state_name}")
     await client.set_flow_run_state(run_id, AwaitingRetry(scheduled_time=datetime.now(UTC)), force=True)
     return await client.read_flow_run(run_id)
-
-
-def is_retrieval(flow_run: FlowRun) -> bool:
-    """Return whether a run is a retrieval, not a dispatch."""
-    return kind_of(flow_run) == "retrieval"
 
 
 def kind_of(flow_run: FlowRun) -> str:

@@ -34,9 +34,9 @@ from prefect.client.schemas.filters import (
     WorkPoolFilterName,
 )
 from prefect.client.schemas.objects import FlowRun, State, StateType
-from prefect.client.schemas.responses import OrchestrationResult, SetStateStatus, WorkerFlowRunResponse
+from prefect.client.schemas.responses import WorkerFlowRunResponse
 from prefect.exceptions import ObjectNotFound, PrefectException
-from prefect.states import Cancelled, Failed, Pending, Scheduled
+from prefect.states import Cancelled, Failed, Scheduled
 
 from talaria.audit.forward import forwarding
 from talaria.engine import lanes
@@ -175,7 +175,7 @@ class Worker:
                 settled, more = True, False  # it still runs, and its next time has come: an event says when it may
                 return
             flow = await self._flow_of(flow_run)
-            if flow is None or not await self._claim(flow_run):
+            if flow is None or not await lanes.claim(self.client, flow_run.id):
                 settled = True
             else:
                 self._claimed.add(flow_run.id)
@@ -205,15 +205,6 @@ class Worker:
         finally:
             if not lane.broken:
                 self._lanes.append(lane)
-
-    async def _claim(self, flow_run: FlowRun) -> bool:
-        """Take a run for this worker; False if another one has it, or somebody has changed its state."""
-        try:
-            result: OrchestrationResult[Any] = await self.client.set_flow_run_state(flow_run.id, Pending())
-        except ObjectNotFound:
-            return False
-        state = result.state
-        return result.status is SetStateStatus.ACCEPT and state is not None and state.is_pending()
 
     async def _flow_of(self, flow_run: FlowRun) -> Flow[..., Any] | None:
         """Return the flow to run; if its deployment names none of ours, fail the run and return None."""
