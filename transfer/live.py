@@ -21,14 +21,18 @@ SHOW_PLAN = "talaria.show-plan"  # label of a run that is to show its plan
 
 def write(home: Home, run_id: str, kind: str, document: dict[str, Any]) -> None:
     """Replace what a run found. A disk that is full costs the sight of it, not the run."""
-    path = _path(home, run_id, kind)
+    with suppress(OSError):
+        replace(_path(home, run_id, kind), document)
+
+
+def replace(path: Path, document: dict[str, Any]) -> None:
+    """Write a file as a whole: whoever reads sees the old one or the new one. Only this user may read it."""
     part = path.with_suffix(".part")
     flags = os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_CLOEXEC
-    with suppress(OSError):
-        path.parent.mkdir(exist_ok=True, mode=0o700)
-        with open(os.open(part, flags, 0o600), "w", encoding="utf-8") as file:
-            json.dump(document, file)
-        part.replace(path)
+    path.parent.mkdir(exist_ok=True, mode=0o700)
+    with open(os.open(part, flags, 0o600), "w", encoding="utf-8") as file:
+        json.dump(document, file)
+    part.replace(path)
 
 
 def read(home: Home, run_id: str, kind: str) -> dict[str, Any] | None:

@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -36,6 +35,7 @@ from typing import Any
 from uuid import UUID
 
 from transfer.home import Home
+from transfer.live import replace
 
 LOOK_S = 0.25  # between two looks at a run's progress
 RATE_S = 4.0  # over which the rate is taken
@@ -78,11 +78,7 @@ class Live:
         if look == self._shown:
             return
         self._shown = look
-        part = self._path.with_suffix(".part")
-        self._path.parent.mkdir(exist_ok=True, mode=0o700)
-        with open(os.open(part, os.O_CREAT | os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC, 0o600), "w") as file:
-            json.dump(look | {"time": time.time()}, file)
-        part.replace(self._path)
+        replace(self._path, look | {"time": time.time()})
 
     def _speed(self, name: str, part: Part, now: float) -> dict[str, float | None]:
         seen = self._moved.setdefault(name, deque())
