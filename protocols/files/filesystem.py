@@ -15,7 +15,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
-from protocols.files.tree import flush_entries
 from transfer.content import READ_BYTES
 
 T = TypeVar("T")
@@ -57,15 +56,6 @@ def within(seconds: float, ask: Callable[[], T]) -> T:
     if not answers:
         raise Silent
     return answers[0]
-
-
-def flush_folder(folder: Path) -> None:
-    """Wait until the entries of a folder are on disk, where the file system supports that."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        flush_entries(fd)
-    finally:
-        os.close(fd)
 
 
 def kind(folder: Path) -> str:

@@ -70,17 +70,20 @@ class Tree:
 
     def exists(self, path: str) -> bool:
         """Return True if there is anything of a name, also a link; False where a link is on the way to it."""
-        try:
-            self.stat(path)
-        except OSError as exc:
-            if exc.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
-                return False
-            raise
-        return True
+        return self._mode(path) != 0
 
     def is_folder(self, path: str) -> bool:
         """Return True if there is a folder of a name, and no link."""
-        return self.exists(path) and stat.S_ISDIR(self.stat(path).st_mode)
+        return stat.S_ISDIR(self._mode(path))
+
+    def _mode(self, path: str) -> int:
+        """Return the type and permissions of what has a name; 0 if there is nothing, or a link is on the way to it."""
+        try:
+            return self.stat(path).st_mode
+        except OSError as exc:
+            if exc.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                return 0
+            raise
 
     def is_linked(self, path: str) -> bool:
         """Return True if a link is on the way to a path, or in its place."""
@@ -173,7 +176,11 @@ class Tree:
     def flush(self, path: str) -> None:
         """Wait until the entries of a folder are on disk, where the file system knows of such a thing."""
         with self.opened(path, FOLDER) as fd:
-            flush_entries(fd)
+            try:
+                os.fsync(fd)
+            except OSError as exc:
+                if exc.errno not in (errno.EINVAL, errno.EBADF, errno.EOPNOTSUPP):  # shares that can't flush folders
+                    raise
 
     def move_folder(self, source: str, final: str) -> bool:
         """Give a whole folder its final name in one step; False if there is something of that name."""
@@ -259,12 +266,3 @@ def own(fd: int, mode: int | None, group: int | None) -> None:
         info = os.fstat(fd)
         inherited = info.st_mode & stat.S_ISGID if stat.S_ISDIR(info.st_mode) else 0  # chmod(2) drops it
         os.fchmod(fd, mode | inherited)
-
-
-def flush_entries(fd: int) -> None:
-    """Wait until the entries of an opened folder are on disk, where the file system knows of such a thing."""
-    try:
-        os.fsync(fd)
-    except OSError as exc:
-        if exc.errno not in (errno.EINVAL, errno.EBADF, errno.EOPNOTSUPP):  # shares that can't flush folders
-            raise
