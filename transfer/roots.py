@@ -15,10 +15,15 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from transfer.beneath import FOLDER, WAY, open_beneath, resolved
+from transfer.beneath import WAY, open_beneath, resolved
 from transfer.errors import Denied, Misconfigured, NotFound
 
 SOURCES, PLACES = "TALARIA_SOURCES", "TALARIA_PLACES"
+# What it means that they are not set.
+_MEANING = {
+    SOURCES: "everybody who may dispatch can send any file that this user can read",
+    PLACES: "everybody who may change targets or retrieve can write wherever this user can",
+}
 SPOOLS = re.compile(r"retrievals/[^/]+/spool(/|$)")  # of the state directory: what a retrieval fetched, and sends
 
 
@@ -140,12 +145,5 @@ def missing() -> list[str]:
 
 def meaning() -> Iterable[str]:
     """Yield a sentence for each variable that is not set, on what that means."""
-    if not sources().are_set:
-        yield f"{SOURCES} is not set: everybody who may dispatch can send any file that this user can read"
-    if not places().are_set:
-        yield f"{PLACES} is not set: everybody who may change targets or retrieve can write wherever this user can"
-
-
-def open_place(path: str | os.PathLike[str]) -> int:
-    """Open a folder that will be written to; raises as `Roots.open`."""
-    return places().open(path, FOLDER)
+    for name in missing():
+        yield f"{name} is not set: {_MEANING[name]}"

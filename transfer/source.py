@@ -35,7 +35,7 @@ class Sources:
             allowed.check(path)
         self._roots: list[tuple[str, int]] = []
         try:
-            for root in map(os.path.realpath, allowed.folders):
+            for root in map(resolved, allowed.folders):
                 if any(roots.is_in(path, root) for path in self.paths):
                     self._roots.append((root, os.open(root, WAY)))
         except BaseException:
