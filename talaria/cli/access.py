@@ -33,15 +33,19 @@ class Access(Protocol):
 
 
 @contextmanager
-def api() -> Iterator[Access]:
-    """Reach the server's API; do without where there is none."""
+def api(*, saved: bool = True) -> Iterator[Access]:
+    """Reach the server's API; do without where there is none.
+
+    Args:
+        saved: whether anything that is saved there is needed; no server is started for what needs nothing.
+    """
     there = remote.found()
     if there is not None:
         with there:
             if _answers(there):
                 yield there
                 return
-    with alone() as access:
+    with alone(saved=saved) as access:
         yield access
 
 
@@ -61,9 +65,12 @@ def _answers(there: remote.ApiClient) -> bool:
 
 
 @contextmanager
-def alone() -> Iterator[Local]:
+def alone(*, saved: bool = True) -> Iterator[Local]:
     """Do without the API: with a client of the Prefect server, which is started for the block if none runs."""
-    from talaria.cli.local import local
+    from talaria.cli.local import Local, local
 
+    if not saved:
+        yield Local.without_server()
+        return
     with local() as access:
         yield access

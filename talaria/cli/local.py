@@ -11,7 +11,7 @@ import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 from uuid import UUID
 
 from prefect import get_client
@@ -40,13 +40,20 @@ class Local:
     Attributes:
         address: of the embedded server, None for one that PREFECT_API_URL names.
         own: whether this command, or another one, started it for its own duration; no worker runs beside it then.
+        served: whether there is one at all.
     """
 
     settings: Settings
     home: Home
     address: Address | None
     own: bool
+    served: bool = True
     _workers: dict[UUID, threading.Thread] = field(default_factory=dict, init=False)
+
+    @classmethod
+    def without_server(cls) -> Local:
+        """Return what does the operations that need nothing that is saved."""
+        return cls(load_settings(), Home.current(), None, own=False, served=False)
 
     def run(self, call: Callable[Concatenate[PrefectClient, P], Awaitable[R]], *args: P.args, **kwargs: P.kwargs) -> R:
         """Call a coroutine function with a client as its first argument."""
@@ -72,8 +79,9 @@ class Local:
         if operation == "follow_job" and self.own:
             given["is_over"] = self._running(self.run(runs.find, given["job"]))
         with asyncio.Runner() as runner:
-            client = get_client()
-            runner.run(client.__aenter__())
+            client = get_client() if self.served else None
+            if client is not None:
+                runner.run(client.__aenter__())
             events = STREAMS[operation](self._service(client), **given)
             try:
                 while (event := runner.run(_next(events))) is not None:
@@ -81,14 +89,15 @@ class Local:
             finally:
                 with suppress(RuntimeError):  # closed already: it was interrupted
                     runner.run(events.aclose())  # type: ignore[attr-defined]
-                runner.run(client.__aexit__(None, None, None))
+                if client is not None:
+                    runner.run(client.__aexit__(None, None, None))
 
     def link(self, run_id: str) -> str:
         """Return where the UI shows a run, "" if it doesn't."""
         return f"{self.address.ui}/runs/flow-run/{run_id}" if self.address and not self.own else ""
 
-    def _service(self, client: PrefectClient) -> Office:
-        return Office(client, self.home, alone=self.own, embedded=self.address is not None)
+    def _service(self, client: PrefectClient | None) -> Office:
+        return Office(cast(PrefectClient, client), self.home, alone=self.own, embedded=self.address is not None)
 
     def _running(self, flow_run: FlowRun) -> Callable[[FlowRun], bool]:
         """Run a job in this process, in the place of a worker; return what says whether it is over."""

@@ -177,7 +177,7 @@ def test(
         raise ValueError("say which: a NAME, --all, or --file FILE.yaml")
     values = _of_file(file, name) if file else {}
     found = []
-    with api() as access:
+    with api(saved=file is None) as access:
         events = access.stream("test_values", targets=values) if file else access.stream("test_targets", name=name)
         for kind, event in events:
             if kind == "result":
