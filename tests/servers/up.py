@@ -27,7 +27,7 @@ from talaria.testing.process import as_loaded, free_port, stop
 
 READY_S = 300  # the first start migrates the database
 COMMAND_S = 300
-_migrated: list[bytes] = []  # the database of a server that has just begun, once there is one
+MIGRATED = "migrated.db"  # the database of a server that has just begun, for all processes of one run of the tests
 
 
 class Talaria:
@@ -65,22 +65,29 @@ class Talaria:
                 start_new_session=True,
             )
         self.until(lambda: b"ready:" in self.log.read_bytes()[seen:], READY_S, alive=True)
-        if fresh and not _migrated:
-            _migrated.append(self._copy_of_the_database())
+        if fresh and not self._migrated.exists() and "PYTHONPATH" not in self.env:  # else with types that are not ours
+            made = self._migrated.with_name(f"{MIGRATED}-{os.getpid()}")
+            made.write_bytes(self._copy_of_the_database())
+            made.replace(self._migrated)
         return self
+
+    @property
+    def _migrated(self) -> Path:
+        own = next((one for one in self.folder.parents if one.name.startswith("popen-gw")), None)
+        return (own or self.folder).parent / MIGRATED  # pytest's folder of this run, which it removes at some time
 
     @property
     def database(self) -> Path:
         return self.home / "prefect" / "prefect.db"
 
     def _begin_with_a_database(self) -> None:
-        """Put there what the first server of this process has made: half of a first start is migrations."""
-        for data in _migrated:
+        """Put there what the first server of this run has made: half of a first start is migrations."""
+        if self._migrated.exists():
             self.database.parent.mkdir(parents=True)
             for path in (self.home, self.database.parent):
                 path.chmod(0o700)
             self.database.touch(0o600)
-            self.database.write_bytes(data)
+            self.database.write_bytes(self._migrated.read_bytes())
 
     def _copy_of_the_database(self) -> bytes:
         with (
