@@ -7,6 +7,8 @@ how an error loses them before anybody logs it.
 from __future__ import annotations
 
 import base64
+import html
+import json
 import os
 import re
 import unicodedata
@@ -14,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from html.entities import codepoint2name
+from urllib.parse import quote
 
 from imaging.charset import NAME_DELIMITERS, TEXT_DELIMITERS, decoded
 from imaging.header import Damaged, NotDicom, read_elements
@@ -24,6 +27,7 @@ BLOT = "***"
 MIN_PRIVATE_CHARS = 3  # shorter values would blot out parts of ordinary words: of those, only whole words are meant
 MANY = 500  # values
 MIN_CODED_CHARS = 6  # of a secret in Base64; shorter ones stand in ordinary words
+LONG_CHARS = 40  # of a value in ASCII without blanks: a token, a line of a key
 MAX_FILES = 1024  # read at most; a batch rarely holds more than one patient
 _CHARSET = 0x00080005
 # Patient's name, other names, birth name, mother's birth name, responsible person.
@@ -94,12 +98,26 @@ def _in_any_form(value: str, many: bool = False) -> str:
 
     Any of its characters may be encoded as in a URL, a form, HTML or JSON, once or twice; those beyond ASCII may be
     decomposed (NFD), in Latin-1 taken for UTF-8 or the other way round, or lost; blanks may be one or several.
+    A long value in ASCII is encoded as a whole or not at all: a pattern of all mixtures for each line of a key, in
+    each of its forms, would take seconds to make.
     """
     value = unicodedata.normalize("NFC", value)
+    if len(value) >= LONG_CHARS and _PLAIN.fullmatch(value):
+        return f"(?:{'|'.join(map(re.escape, sorted(_encoded(value), key=len, reverse=True)))})"
     if many:
         return "".join(f"(?:{re.escape(c)}|{_percent(c.encode('utf-8', 'surrogatepass'))})" for c in value)
     lossy = sum(c.isascii() and c.isalnum() for c in value) > 1  # else any question mark would be taken for it
     return "".join(_SPACE if part.isspace() else "".join(_char(c, lossy) for c in part) for part in _parts(value))
+
+
+def _encoded(value: str) -> set[str]:
+    """Return a value as it is, as in a URL (once or twice, all of it or only what must be), HTML and JSON."""
+    once = {quote(value), quote(value, safe="")}
+    numbers = {"".join(f"&#{ord(c)};" for c in value), "".join(f"&#x{ord(c):X};" for c in value)}
+    return {value, *once, *map(quote, once), html.escape(value), *numbers, json.dumps(value)[1:-1]}
+
+
+_PLAIN = re.compile(r"[!-~]+")
 
 
 def _parts(value: str) -> list[str]:
