@@ -12,6 +12,7 @@ from prefect.events.clients import get_events_subscriber
 from prefect.events.filters import EventAnyResourceFilter, EventFilter, EventNameFilter
 
 RUN = "prefect.flow-run."
+RESUMING = "Resuming"  # name that Prefect gives a run which is put back into the queue after a pause
 # What runs do by themselves, all the time.
 ORDINARY = [f"{RUN}{name}" for name in ("Pending", "heartbeat")]
 PAUSE_S = (0.2, 0.5, 1.0, 2.0, 5.0)  # before the subscription is tried again, the last for ever
@@ -30,6 +31,11 @@ class StateChange:
     type: str
     name: str
     before: str
+
+    @property
+    def is_resumption(self) -> bool:
+        """Whether somebody has let a paused run go on."""
+        return self.before == "PAUSED" and (self.type == "RUNNING" or self.name == RESUMING)
 
 
 async def watch(

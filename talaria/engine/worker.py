@@ -42,7 +42,7 @@ from talaria.audit.forward import forwarding
 from talaria.engine import lanes
 from talaria.engine.recovery import settle
 from talaria.engine.table import flow_at
-from talaria.engine.watch import StateChange, watch
+from talaria.engine.watch import RESUMING, StateChange, watch
 from talaria.settings import POOL
 from tasks.dispatch import progress, running
 from transfer.home import Home
@@ -53,6 +53,7 @@ BLIND_S = 2.0  # the same while there is no subscription
 SOON_S = NET_S + 10  # a run that is to begin by then gets an alarm of its own
 HEARTBEAT_S = 30.0  # Prefect takes a worker for offline after three of them
 HEED_S = 0.1  # before a run is asked after whose state has changed: it ends, most often, and is gone by then
+LATE_S = (0.5, 2.0)  # after which an event is looked into again: the server sends it before its transaction ends
 CALM_S = 0.05  # after a look that found nothing: what woke us need not be ours
 DEPLOYED_S = 60.0  # how long it is known which flow a deployment is of
 READY_LANES = 2
@@ -74,7 +75,9 @@ class Worker:
         self._claimed: set[UUID] = set()  # those of them that are ours by their state at the server, too
         self._wake = asyncio.Event()
         self._more = False  # runs may wait for a place to be free
+        self._resumed: set[UUID] = set()  # runs of ours that somebody has let go on before they had come to rest
         self._expected: set[UUID] = set()  # runs that events have named, and that have not begun yet
+        self._awaited: set[UUID] = set()  # the same, of the last seconds
         self._flows: dict[UUID, tuple[float, Flow[..., Any] | None, str]] = {}  # by deployment, with the time
         self._jobs: set[asyncio.Task[None]] = set()
 
@@ -120,6 +123,7 @@ class Worker:
             begun = 0
             for flow_run in found:
                 self._expected.discard(flow_run.id)
+                self._awaited.discard(flow_run.id)
                 if flow_run.id not in self.active and len(self.active) < self.limit:
                     self.active[flow_run.id] = asyncio.create_task(self._run(flow_run))
                     begun += 1
@@ -195,6 +199,9 @@ class Worker:
             running.forget(run_id)
             self._claimed.discard(flow_run.id)
             del self.active[flow_run.id]
+            if flow_run.id in self._resumed:
+                self._resumed.discard(flow_run.id)
+                self._do(self._go_on(flow_run.id))
             if self._more and more:
                 self._wake.set()
 
@@ -240,12 +247,18 @@ class Worker:
 
     def _changed(self, change: StateChange) -> None:
         if change.run_id in self.active:
+            if change.is_resumption:
+                self._resumed.add(change.run_id)
+            elif change.type == "PAUSED":
+                self._resumed.discard(change.run_id)
             if change.type not in ("PENDING", "RUNNING") or change.name == running.PAUSING:
-                self._do(self._heed([change.run_id], after=HEED_S))
+                self._do(self._heed_change(change))
         elif change.type == "SCHEDULED":
             self._expected.add(change.run_id)
+            self._awaited.add(change.run_id)
             self._wake.set()
-        elif change.type == "CANCELLING" or (change.type == "RUNNING" and change.before == "PAUSED"):
+            self._do(self._wake_late(change.run_id))
+        elif change.type == "CANCELLING" or change.is_resumption:
             self._do(self._look_after(change))
 
     def _do(self, work: Any) -> None:
@@ -257,9 +270,21 @@ class Worker:
         self._jobs.add(task)
         task.add_done_callback(self._jobs.discard)
 
-    async def _heed(self, run_ids: list[UUID], after: float = 0.0) -> None:
+    async def _wake_late(self, run_id: UUID) -> None:
+        """Look again for a run that was not among those that are due."""
+        for seconds in LATE_S:
+            await asyncio.sleep(seconds)
+            if run_id in self._awaited:
+                self._wake.set()
+        self._awaited.discard(run_id)
+
+    async def _heed_change(self, change: StateChange) -> None:
+        for seconds in (HEED_S, *LATE_S):
+            await asyncio.sleep(seconds)
+            await self._heed([change.run_id])
+
+    async def _heed(self, run_ids: list[UUID]) -> None:
         """Stop those of our runs that somebody has given a state which they must not have while they run."""
-        await asyncio.sleep(after)
         ours = {run_id: self.active[run_id] for run_id in run_ids if run_id in self._claimed}
         if not ours:
             return
@@ -276,9 +301,13 @@ class Worker:
 
     async def _look_after(self, change: StateChange) -> None:
         """Bring a run that nobody runs to where it belongs."""
-        flow_run = await self.client.read_flow_run(change.run_id)
-        state, run_id = flow_run.state, str(change.run_id)
-        if state is None or state.type.value != change.type:
+        for seconds in (0.0, *LATE_S):
+            await asyncio.sleep(seconds)
+            flow_run = await self.client.read_flow_run(change.run_id)
+            state, run_id = flow_run.state, str(change.run_id)
+            if state is not None and state.type.value == change.type:
+                break
+        else:
             return
         owner = self.ledger.unfinished().get(run_id)
         if owner and self.home.alive(owner):
@@ -286,9 +315,16 @@ class Worker:
         if state.is_cancelling():  # while it waited for its next attempt
             await self.client.set_flow_run_state(flow_run.id, Cancelled(), force=True)
             self.ledger.run_ends(run_id)
-        elif state.is_running():  # resumed: it ended when it was paused
-            resumed: State[Any] = Scheduled(scheduled_time=datetime.now(UTC), name="Resuming")
-            await self.client.set_flow_run_state(flow_run.id, resumed, force=True)
+        elif state.is_running():  # it ended when it was paused
+            await self.client.set_flow_run_state(flow_run.id, _resuming(), force=True)
+
+    async def _go_on(self, run_id: UUID) -> None:
+        """Let a run begin again that was resumed while it stopped for its pause."""
+        state = (await self.client.read_flow_run(run_id)).state
+        if state is not None and (state.is_running() or state.is_paused() or state.name == running.PAUSED):
+            await self.client.set_flow_run_state(run_id, _resuming(), force=True)
+        else:
+            self._wake.set()  # it may be due already
 
     # ---- the net
 
@@ -321,6 +357,10 @@ class Worker:
             with suppress(*LOST):
                 await self.client.send_worker_heartbeat(self.pool, self.name, HEARTBEAT_S)
             await asyncio.sleep(HEARTBEAT_S)
+
+
+def _resuming() -> State[Any]:
+    return Scheduled(scheduled_time=datetime.now(UTC), name=RESUMING)
 
 
 async def work(pool: str, limit: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -107,6 +108,22 @@ def test_a_state_that_is_set_while_a_run_sends_stops_it_and_stays(
             up.until(lambda name=name: named(up, runs[name]) == "Completed", 60)  # type: ignore[misc]
             receipt = up.told("jobs", "show", runs[name])["targets"][f"s{number}"]
             assert receipt["state"] == "delivered" and receipt["delivered"] == COUNT
+
+
+@pytest.mark.parametrize("name", ["Suspended", "Paused"])
+@pytest.mark.parametrize("after", [0.0, 0.15, 0.4])
+def test_a_run_that_is_resumed_while_it_stops_for_its_pause_goes_on(
+    up: Talaria, tmp_path: Path, name: str, after: float
+) -> None:
+    studies.ct(tmp_path / "study", 20)
+    up.apply(archive=folder(tmp_path / "archive", bandwidth_limit=10_000, concurrency=1))
+    run_id = up.told("send", str(tmp_path / "study"), "--to", "archive", "--no-wait")["flow_run_id"]
+    up.until(lambda: instances(tmp_path / "archive"))
+    put(up, run_id, name)
+    time.sleep(after)
+    up.api("POST", f"/flow_runs/{run_id}/resume", run_input=None)
+    up.until(lambda: named(up, run_id) == "Completed")
+    assert len(instances(tmp_path / "archive")) == 20
 
 
 @pytest.mark.parametrize("name", STATES)
