@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
@@ -127,15 +127,41 @@ def _names_users(function: Callable[..., object]) -> bool:
     return USERS.search(inspect.getsource(function)) is not None
 
 
-# Before the options -m and -k choose.
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+# Before the options -m and -k choose, and after it.
+@pytest.hookimpl(tryfirst=True, wrapper=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Generator[None]:
     for item in filter(_depends_on_the_user, items):
         item.add_marker("as_user")
     mounting = [item for item in items if item.get_closest_marker("mounts")]
     _mounting[:] = [item.nodeid for item in mounting]
     for item in mounting:
         item.add_marker(pytest.mark.timeout(600))  # the first of a file waits for all
+    yield
+    processes = getattr(config, "workerinput", {}).get("workercount", 1)
+    if processes > 1:
+        items[:] = _dealt(items, processes)
+
+
+def _dealt(items: list[pytest.Item], processes: int) -> list[pytest.Item]:
+    """Return tests in an order that has each of pytest-xdist's processes begin with its share of what takes longest.
+
+    A process gets one part of all tests, and takes from the end of another's when it is through with its own. Left
+    for the end, the tests that wait for a server and a worker would be taken by all at once, each starting its own.
+    """
+    files: dict[Path, list[pytest.Item]] = {}
+    for item in items:
+        files.setdefault(item.path, []).append(item)
+    long = [path for path in files if path.parent.name == "engine"]
+    shares: list[list[pytest.Item]] = [[] for _ in range(processes)]
+    for path in sorted(long, key=lambda path: -len(files[path])):
+        min(shares, key=len).extend(files.pop(path))
+    rest = [item for file in files.values() for item in file]
+    size, order = len(items) // processes, list[pytest.Item]()
+    for share in shares:
+        room = max(0, size - len(share))
+        order += [*share, *rest[:room]]
+        del rest[:room]
+    return order + rest
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

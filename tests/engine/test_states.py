@@ -110,20 +110,21 @@ def test_a_state_that_is_set_while_a_run_sends_stops_it_and_stays(
             assert receipt["state"] == "delivered" and receipt["delivered"] == COUNT
 
 
-@pytest.mark.parametrize("name", ["Suspended", "Paused"])
-@pytest.mark.parametrize("after", [0.0, 0.15, 0.4])
-def test_a_run_that_is_resumed_while_it_stops_for_its_pause_goes_on(
-    up: Talaria, tmp_path: Path, name: str, after: float
-) -> None:
-    studies.ct(tmp_path / "study", 20)
-    up.apply(archive=folder(tmp_path / "archive", bandwidth_limit=10_000, concurrency=1))
-    run_id = up.told("send", str(tmp_path / "study"), "--to", "archive", "--no-wait")["flow_run_id"]
-    up.until(lambda: instances(tmp_path / "archive"))
-    put(up, run_id, name)
-    time.sleep(after)
-    up.api("POST", f"/flow_runs/{run_id}/resume", run_input=None)
-    up.until(lambda: named(up, run_id) == "Completed")
-    assert len(instances(tmp_path / "archive")) == 20
+def test_runs_that_are_resumed_while_they_stop_for_their_pause_go_on(up: Talaria, tmp_path: Path) -> None:
+    pauses = [(name, after) for after in (0.0, 0.15, 0.4) for name in ("Suspended", "Paused")]
+    up.apply(**{f"r{n}": folder(tmp_path / str(n), bandwidth_limit=5_000, concurrency=1) for n in range(len(pauses))})
+    runs = []
+    for n in range(len(pauses)):
+        studies.ct(tmp_path / f"study{n}", 8)
+        runs.append(up.told("send", str(tmp_path / f"study{n}"), "--to", f"r{n}", "--no-wait")["flow_run_id"])
+    for n, (name, after) in enumerate(pauses):
+        up.until(lambda n=n: instances(tmp_path / str(n)))  # type: ignore[misc]
+        put(up, runs[n], name)
+        time.sleep(after)
+        up.api("POST", f"/flow_runs/{runs[n]}/resume", run_input=None)
+    for n, run_id in enumerate(runs):
+        up.until(lambda run_id=run_id: named(up, run_id) == "Completed")  # type: ignore[misc]
+        assert len(instances(tmp_path / str(n))) == 8
 
 
 @pytest.mark.parametrize("name", STATES)
