@@ -26,20 +26,22 @@ REMEMBERED = 10_000  # addresses and names; then the oldest are forgotten
 _logger = logging.getLogger("talaria.front")
 
 PAGE = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>Talaria: log in</title>
+<html lang="en"><head><meta charset="utf-8"><title>Talaria: {title}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style>body{{font:16px/1.5 system-ui,sans-serif;display:grid;place-items:center;min-height:90vh;background:#f4f5f7}}
 form{{background:#fff;padding:2rem;border-radius:8px;box-shadow:0 1px 6px #0002;width:20rem}}
 label{{display:block;margin-top:1rem}}input{{width:100%;box-sizing:border-box;padding:.5rem;font:inherit}}
 button{{margin-top:1.5rem;padding:.5rem 1.5rem;font:inherit}}[role=alert]{{color:#a40000}}</style></head>
-<body><main><form method="post" action="/talaria/login"><h1>Talaria</h1>{alert}
+<body><main><form method="post" action="{action}"><h1>Talaria</h1>{inner}</form></main></body></html>
+"""
+LOGIN = """{alert}
 <input type="hidden" name="next" value="{next}">
 <label>User <input name="user" autocomplete="username" autofocus></label>
 <label>Password <input name="password" type="password" autocomplete="current-password" required></label>
 <p><small>On this machine without users: leave the user empty; the password is the line in api.auth of the state
 directory.</small></p>
-<button>Log in</button></form></main></body></html>
-"""
+<button>Log in</button>"""
+LOGOUT = """<p>You are logged in as <strong>{user}</strong> ({role}).</p><button>Log out</button>"""
 
 
 class Attempts:
@@ -89,6 +91,7 @@ class Pages:
         return [
             Route("/talaria/login", self.show, methods=["GET"]),
             Route("/talaria/login", self.log_in, methods=["POST"]),
+            Route("/talaria/logout", self.ask, methods=["GET"]),
             Route("/talaria/logout", self.log_out, methods=["POST"]),
             Route("/talaria/health", self.health, methods=["GET"]),
             Route("/talaria", self.home, methods=["GET"]),
@@ -144,6 +147,13 @@ class Pages:
         )
         return done
 
+    @needs(Role.VIEWER)
+    async def ask(self, request: Request) -> Response:
+        """Show who is logged in, with a button that ends the session: a link of another page ends none."""
+        who: Identity = request.scope[SCOPE_KEY]
+        inner = LOGOUT.format(user=html.escape(who.name), role=who.role.name.lower())
+        return HTMLResponse(PAGE.format(title="log out", action="/talaria/logout", inner=inner))
+
     @needs(Role.NOBODY)
     async def log_out(self, request: Request) -> Response:
         """End the session, on every copy of its cookie."""
@@ -159,7 +169,8 @@ class Pages:
 
 def _page(goal: str, alert: str = "", status: int = 200) -> HTMLResponse:
     shown = f'<p role="alert">{html.escape(alert)}</p>' if alert else ""
-    return HTMLResponse(PAGE.format(alert=shown, next=html.escape(goal)), status)
+    inner = LOGIN.format(alert=shown, next=html.escape(goal))
+    return HTMLResponse(PAGE.format(title="log in", action="/talaria/login", inner=inner), status)
 
 
 async def _form(request: Request) -> dict[str, str] | None:

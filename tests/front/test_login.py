@@ -96,6 +96,8 @@ def test_logout_password_role_and_removal_end_every_copy_of_a_session(door: Fron
                 assert await copies(client) == [200]
 
             await begin()
+            asked = await client.get("/talaria/logout", headers={"Cookie": kept[0]})
+            assert "<strong>anna</strong>" in asked.text and await copies(client) == [200]
             foreign = {"Cookie": kept[0], "Origin": "http://evil.example"}
             assert (await client.post("/talaria/logout", headers=foreign)).status_code == 403
             done = await client.post("/talaria/logout", headers={"Cookie": kept[0], **ORIGIN})
