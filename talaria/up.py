@@ -15,13 +15,14 @@ from typing import Any
 
 import httpx
 
-from talaria import listener
+from talaria import __version__, listener
 from talaria.cli.output import say
 from talaria.entrance import entrance
 from talaria.errors import ServerError
 from talaria.server import FrontServer, child, healthy, serving, stop_child, use
 from talaria.settings import POOL, Settings, client_environment
 from transfer import roots
+from transfer.audit import Event, record
 from transfer.home import Home
 
 LOOK_S = 0.3  # between two looks at the processes
@@ -60,11 +61,13 @@ def _serve(settings: Settings, home: Home, server: FrontServer, workers: int, as
     taken = _prepare(home, alone=embedded)
     crew = _Crew(server, home, settings.limit, workers, alone=embedded and workers == 1)
     try:
+        record(Event.STARTED, version=__version__)
         _announce(home, server, taken)
         _watch(server, crew, asked)
         crew.drain(asked)
     finally:
         crew.stop()
+        record(Event.STOPPED)
 
 
 class _Asked:

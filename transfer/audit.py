@@ -50,7 +50,7 @@ class Event(StrEnum):
     DISPATCH = "dispatch"  # somebody asked for one, or to cancel or retry it
     DELIVERY_BEGUN = "delivery-begun"
     DELIVERY = "delivery"  # and how it ended
-    QUERY = "query"
+    QUERY = "query"  # somebody asked for one to be queued, or a peer was asked
     RETRIEVAL = "retrieval"  # somebody asked for one, or it ended
     LOST = "lost"  # entries before this one that could not be written
 
@@ -156,13 +156,13 @@ _lock = threading.Lock()
 
 
 def record(
-    event: Event, who: str = "", result: AuditResult = AuditResult.SUCCESS, *, source: str = "", **details: Any
+    event: Event, who: str = "", result: AuditResult = AuditResult.SUCCESS, *, address: str = "", **details: Any
 ) -> bool:
     """Record what somebody did; return whether it is on disk. Takes some milliseconds; never raises.
 
     Args:
         who: name of the user, or of the token; "" for the user who runs this process.
-        source: address of the client, if the request came over a network.
+        address: of the client, if the request came over a network.
         details: what it was about; UIDs, names and counts only. What is None or empty is left out.
     """
     global _lost
@@ -171,7 +171,7 @@ def record(
         "event": str(event),
         "who": _short(who or f"{user()} (local)"),
         "result": str(result),
-        **({"source": _short(source)} if source else {}),
+        **({"source": _short(address)} if address else {}),
     }
     kept = {name: _plain(value) for name, value in details.items() if value not in (None, "", (), [], {})}
     if kept:

@@ -69,7 +69,7 @@ def message(entry: Mapping[str, Any], host: str) -> str | None:
         host: name of this machine.
     """
     form = FORMS.get(entry["event"])
-    if form is None:
+    if form is None or "action" in entry.get("details", {}):  # a request: nothing was asked of a peer, or transferred
         return None
     root = Xml.Element("AuditMessage")
     event = Xml.SubElement(

@@ -8,7 +8,8 @@ from contextlib import asynccontextmanager
 from starlette.applications import Starlette
 from starlette.routing import BaseRoute
 
-from talaria.front.access import Identity
+from talaria.front import prefect_rules
+from talaria.front.access import SCOPE_KEY, Identity
 from talaria.front.gate import Gate, Message, Receive, Send, is_own
 from talaria.front.keys import Door, KeyRing
 from talaria.front.login import Pages
@@ -30,7 +31,7 @@ def build(
         routes: of Talaria's API, each with the role that it needs (`access.needs`); paths begin with `/talaria/`.
             `request.app.state.upstream.client` is a client of Prefect's API, `request.scope["talaria.user"]` the
             Identity of whoever asks.
-        heard: called with logins, logouts and refusals.
+        heard: called with logins, logouts, refusals, and what people change through Prefect's API.
     """
     own = [*Pages(keys, lambda: upstream.state, heard).routes(), *routes]
 
@@ -44,10 +45,26 @@ def build(
     ours.router.redirect_slashes = False
 
     async def split(scope: Message, receive: Receive, send: Send) -> None:
-        mine = scope["type"] == "lifespan" or is_own(scope["path"])
-        await (ours if mine else upstream)(scope, receive, send)
+        if scope["type"] == "lifespan" or is_own(scope["path"]):
+            await ours(scope, receive, send)
+            return
+        who: Identity = scope[SCOPE_KEY]
+        if scope["type"] == "http" and (what := prefect_rules.recorded(scope["method"], scope["path"], who.role)):
+            send = _noted(send, lambda: heard(what, who.name, f"{scope['method']} {scope['path']}"))
+        await upstream(scope, receive, send)
 
     def refused(who: Identity, what: str, why: str) -> None:
         heard("refused", who.name, f"{what}: {why}")
 
     return Gate(split, own, keys, door, upstream.credential, refused)
+
+
+def _noted(send: Send, done: Callable[[], None]) -> Send:
+    """Call `done` when the answer says that what was asked for has been done."""
+
+    async def sent(message: Message) -> None:
+        if message["type"] == "http.response.start" and message["status"] < 300:
+            done()
+        await send(message)
+
+    return sent

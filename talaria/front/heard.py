@@ -1,4 +1,4 @@
-"""What the front door writes into the audit trail: logins, logouts, refusals."""
+"""What the front door writes into the audit trail: logins, logouts, refusals, and changes through Prefect's API."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ EVENTS = {
     "login refused": (Event.LOGIN, AuditResult.SERIOUS),
     "logout": (Event.LOGOUT, AuditResult.SUCCESS),
     "refused": (Event.REFUSED, AuditResult.SERIOUS),
+    "target changed": (Event.TARGET_CHANGED, AuditResult.SUCCESS),
+    "target removed": (Event.TARGET_REMOVED, AuditResult.SUCCESS),
+    "run changed": (Event.DISPATCH, AuditResult.SUCCESS),
 }
 STRANGERS = 60  # entries in a minute of those who have not logged in: nobody fills the disk with refusals
 _logger = logging.getLogger("talaria.front")
@@ -29,7 +32,7 @@ class AuditWriter:
         self._strangers: list[float] = []
 
     def __call__(self, what: str, who: str, more: str) -> None:
-        """Record what happened: one of EVENTS, the user, and the address (of a login) or what was refused."""
+        """Record what happened: one of EVENTS, the user, and the address (of a login) or the request."""
         event, result = EVENTS[what]
         if result is AuditResult.SERIOUS:
             _logger.warning("%s: %s %s", what, who or "nobody", more)
@@ -40,7 +43,7 @@ class AuditWriter:
                 return
             self._strangers.append(now)
         login = event in (Event.LOGIN, Event.LOGOUT)
-        details = {"source": more} if login else {"request": more}
+        details = {"address": more} if login else {"request": more}
         self._thread.submit(partial(self._write, event, who or "nobody", result, **details))
 
     def close(self) -> None:

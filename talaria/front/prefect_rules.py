@@ -43,6 +43,8 @@ _WATCHES = re.compile(r"/api/(?:events|logs)/out")  # websockets that only read
 _INSPECTED = re.compile(r"/api/(?:block_documents|block_types)(?:/.*)?")
 # States that an operator may put a run into: again, cancel, pause. Others would say that something has arrived.
 _STATES = ("SCHEDULED", "CANCELLING", "PAUSED")
+# What the audit trail has an entry for: targets are Prefect's blocks.
+_TARGETS = re.compile(r"/api/block_documents(?:/.*)?")
 _NO = ("false", "0", "off", "no", "n", "f", "")
 
 
@@ -59,6 +61,19 @@ def role_for(method: str, path: str) -> Role:
         if _WORKS.fullmatch(path):
             return Role.WORKER
     return Role.ADMIN
+
+
+def recorded(method: str, path: str, role: Role) -> str:
+    """Return what a request of a person does that the audit trail has an entry for, "" if nothing.
+
+    One of `heard.EVENTS`: `target changed`, `target removed`, `run changed`.
+    """
+    path = path.rstrip("/")
+    if role >= Role.WORKER or method in ("GET", "HEAD") or (method == "POST" and _READS.fullmatch(path)):
+        return ""
+    if _TARGETS.fullmatch(path):
+        return "target removed" if method == "DELETE" else "target changed"
+    return "run changed" if _OPERATES.fullmatch(path) or path.startswith("/api/flow_runs/") else ""
 
 
 def role_for_websocket(path: str) -> Role:

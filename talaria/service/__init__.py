@@ -27,6 +27,7 @@ class Office:
         client: of the Prefect server.
         home: the state directory of this machine.
         user: name of who asks, "" if nobody has logged in.
+        address: where the request came from, "" if not over a network.
         alone: whether no worker runs, so that whoever makes a run runs it.
         embedded: whether the Prefect server is ours, so that paths are those of this machine.
     """
@@ -34,5 +35,6 @@ class Office:
     client: PrefectClient
     home: Home
     user: str = ""
+    address: str = ""
     alone: bool = False
     embedded: bool = True

@@ -14,7 +14,7 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.exceptions import PrefectException
 
 from talaria.engine import recovery, runs
-from talaria.service import Conflict, Office
+from talaria.service import Conflict, Office, recorded
 from talaria.settings import POOL
 from tasks.dispatch import kept, progress
 from transfer.errors import NotFound
@@ -86,26 +86,25 @@ async def found(office: Office, job: str, kinds: tuple[str, ...] = tuple(KINDS))
 
 async def retry_job(office: Office, job: str, kinds: tuple[str, ...] = tuple(KINDS)) -> dict[str, Any]:
     """Run what has ended again: only what is missing is fetched or sent, only a failed hook is run."""
-    flow_run = await runs.retry(office.client, (await found(office, job, kinds)).id)
-    return _done(flow_run, "queued")
+    return await _done(office, await runs.retry(office.client, (await found(office, job, kinds)).id), "retry", "queued")
 
 
 async def cancel_job(office: Office, job: str, kinds: tuple[str, ...] = tuple(KINDS)) -> dict[str, Any]:
     """Stop a job: what was confirmed stays confirmed, a retry does the rest."""
     flow_run = await found(office, job, kinds)
-    return _done(flow_run, await runs.cancel(office.client, flow_run.id))
+    return await _done(office, flow_run, "cancel", await runs.cancel(office.client, flow_run.id))
 
 
 async def pause_job(office: Office, job: str, kinds: tuple[str, ...] = tuple(KINDS)) -> dict[str, Any]:
     """Let a retrieval end after the running series, to go on there; keep what has not begun from beginning."""
     flow_run = await found(office, job, kinds)
-    return _done(flow_run, await runs.pause(office.client, flow_run.id))
+    return await _done(office, flow_run, "pause", await runs.pause(office.client, flow_run.id))
 
 
 async def resume_job(office: Office, job: str, kinds: tuple[str, ...] = tuple(KINDS)) -> dict[str, Any]:
     """Let a paused job go on."""
     flow_run = await runs.resume(office.client, (await found(office, job, kinds)).id)
-    return _done(flow_run, "queued")
+    return await _done(office, flow_run, "resume", "queued")
 
 
 async def recover_jobs(office: Office) -> dict[str, Any]:
@@ -113,7 +112,8 @@ async def recover_jobs(office: Office) -> dict[str, Any]:
     return {"recovered": await recovery.recover(office.client, office.home, POOL, alone=False)}
 
 
-def _done(flow_run: FlowRun, state: str) -> dict[str, Any]:
+async def _done(office: Office, flow_run: FlowRun, action: str, state: str) -> dict[str, Any]:
+    await recorded.job(office, flow_run, action)
     return {"id": str(flow_run.id), "kind": runs.kind_of(flow_run), "action": state.lower()}
 
 
@@ -140,6 +140,7 @@ async def queued(
     flow_run = await runs.create(
         office.client, flow, parameters, name, queue, key=own, by=office.user, show_plan=show_plan
     )
+    await recorded.job(office, flow_run, "asked")
     if key and flow_run.parameters != parameters:
         raise Conflict(f"the idempotency key {key} was used for another {what}, {flow_run.id}: choose a new one")
     return flow_run

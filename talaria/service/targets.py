@@ -10,7 +10,7 @@ from blocks import REFUSED, TYPES, Target
 from blocks.base import check_name
 from talaria.engine.registry import workers
 from talaria.engine.runs import at_rest, create
-from talaria.service import Office
+from talaria.service import Office, recorded
 from talaria.targetfile import action_for, field_names, make, values_of
 from tasks import DRIVERS
 from tasks import targets as saved
@@ -110,8 +110,11 @@ async def apply_targets(
     for name, action in actions.items() if not dry_run else ():
         if action != "unchanged":
             await saved.save(office.client, wanted[name], name, replace=replace)
+            before = next((one for one in there if one.name == name and isinstance(one, Target)), None)
+            await recorded.target_changed(office, name, action, recorded.differing(wanted[name], before))
     for one in old if not dry_run else ():
         await saved.remove(office.client, f"{one.type_name}/{one.name}")
+        await recorded.target_removed(office, one.name)
     actions |= {one.name: "removed" for one in old}
     return {"dry_run": dry_run, "targets": [{"name": name, "action": action} for name, action in actions.items()]}
 
@@ -138,6 +141,7 @@ def made(values: dict[str, Any]) -> dict[str, Target]:
 async def remove_target(office: Office, name: str) -> dict[str, Any]:
     """Remove a target; what was delivered stays in the ledger."""
     await saved.remove(office.client, name)
+    await recorded.target_removed(office, name)
     return {"name": name, "action": "removed"}
 
 
@@ -149,6 +153,7 @@ async def rename_target(office: Office, name: str, to: str) -> dict[str, Any]:
         raise ValueError(f"a target named {to} is there already")
     await saved.save(office.client, target, to)
     await saved.remove(office.client, name)
+    await recorded.target_changed(office, to, f"renamed from {name}", ["name"])
     return {"name": to, "action": f"renamed from {name}"}
 
 
@@ -157,7 +162,9 @@ async def enable_target(office: Office, name: str, enabled: bool = True) -> dict
     (target,) = await load(office.client, [name])
     target.enabled = enabled
     await saved.save(office.client, target, target.name)
-    return {"name": target.name, "action": "enabled" if enabled else "disabled"}
+    action = "enabled" if enabled else "disabled"
+    await recorded.target_changed(office, target.name, action, ["enabled"])
+    return {"name": target.name, "action": action}
 
 
 async def export_targets(office: Office) -> dict[str, Any]:

@@ -143,7 +143,7 @@ DETAILS: dict[str, Any] = {
 @pytest.mark.parametrize("event", Event)
 @pytest.mark.parametrize("details", [DETAILS, {}])
 def test_every_message_is_as_the_schema_has_it(home: Home, event: Event, details: dict[str, Any]) -> None:
-    record(event, "anna", AuditResult.MINOR, source="10.0.0.7", **details)
+    record(event, "anna", AuditResult.MINOR, address="10.0.0.7", **details)
     (entry,) = entries(Trail(home))
     text = message(entry, "host.example.org")
     if event not in FORMS:
@@ -293,7 +293,7 @@ def run(*arguments: str) -> tuple[int, str]:
 
 
 def test_show_and_verify(home: Home) -> None:
-    record(Event.LOGIN, "anna", source="10.0.0.7")
+    record(Event.LOGIN, "anna", address="10.0.0.7")
     record(Event.TARGET_CHANGED, "otto", target="pacs", fields=["host"])
     code, text = run("show")
     assert code == 0

@@ -224,3 +224,38 @@ def test_queries_and_retrievals(up: Talaria, api: httpx.Client, tmp_path: Path) 
         assert ended["state"] == "delivered" and set(placed(tmp_path / "into")) == {"Q1"}
         assert api.post("/retrievals", json={"source": "src", "into": into}).status_code == 422
         assert api.get(f"/retrievals/{made['flow_run_id']}").json()["run"]["kind"] == "retrieval"
+
+
+def test_the_trail_says_who_asked_for_what(up: Talaria, api: httpx.Client, tmp_path: Path) -> None:
+    studies.ct(tmp_path / "study", 1)
+
+    def own() -> list[dict[str, Any]]:
+        found = up.told("audit", "show", "--last", "10000")["entries"]
+        assert "started" in [one["event"] for one in found]
+        return [one for one in found if "audited" in json.dumps(one)]
+
+    values = folder(tmp_path / "there", window=later(3))
+    for one in (values, values, values | {"window": later(5), "description": "secret words"}):
+        assert api.post("/targets", json={"targets": {"audited": one}}).status_code == 200
+    made = api.post("/dispatches", json={"paths": [str(tmp_path / "study")], "targets": ["audited"]}).json()
+    run_id = made["flow_run_id"]
+    assert api.post(f"/dispatches/{run_id}/cancel").status_code == 200
+    assert api.post("/targets/audited/enable", json={"enabled": False}).status_code == 200
+    assert api.post("/targets/audited/rename", json={"to": "audited-too"}).status_code == 200
+    assert api.delete("/targets/audited-too").status_code == 200
+    found = own()
+    assert {one["source"] for one in found} == {"127.0.0.1"} and len({one["who"] for one in found}) == 1
+    assert "secret words" not in json.dumps(found)
+    said = [(one["event"], {k: v for k, v in one["details"].items() if k != "run"}) for one in found]
+    given = sorted(values.keys() - {"type"})
+    assert said == [
+        ("target-changed", {"target": "audited", "change": "created", "fields": given}),
+        ("target-changed", {"target": "audited", "change": "updated", "fields": ["description", "window"]}),
+        ("dispatch", {"action": "asked", "targets": ["audited"]}),
+        ("dispatch", {"action": "cancel", "targets": ["audited"]}),
+        ("target-changed", {"target": "audited", "change": "disabled", "fields": ["enabled"]}),
+        ("target-changed", {"target": "audited-too", "change": "renamed from audited", "fields": ["name"]}),
+        ("target-removed", {"target": "audited-too"}),
+    ]
+    assert [one["details"]["run"] for one in found if one["event"] == "dispatch"] == [run_id] * 2
+    assert up.told("audit", "verify")["ok"]

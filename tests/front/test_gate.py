@@ -438,6 +438,32 @@ def test_refusals_are_heard_of(door: FrontDoor) -> None:
     assert "POST /api/flows/" in door.heard[0][2]
 
 
+def test_changes_through_prefects_api_are_heard_of(door: FrontDoor) -> None:
+    asked = [
+        ("POST", "/api/block_documents/", "target changed"),
+        ("PATCH", "/api/block_documents/x", "target changed"),
+        ("DELETE", "/api/block_documents/x", "target removed"),
+        ("POST", "/api/deployments/x/create_flow_run", "run changed"),
+        ("POST", "/api/flow_runs/x/set_state", "run changed"),
+        ("DELETE", "/api/flow_runs/x", "run changed"),
+        ("POST", "/api/block_documents/filter", ""),
+        ("POST", "/api/flow_runs/count", ""),
+        ("GET", "/api/block_documents/x", ""),
+    ]
+
+    async def case() -> None:
+        async with door.browser() as client:
+            login = door.token(Role.ADMIN)
+            for method, path, _ in asked:
+                json = None if method in ("GET", "DELETE") else {}
+                answer = await client.request(method, path, headers=login, json=json)
+                assert answer.status_code < 300, answer.text
+
+    run(case)
+    names = door.heard[0][1]
+    assert door.heard == [(what, names, f"{method} {path}") for method, path, what in asked if what]
+
+
 def test_a_broken_file_of_tokens_lets_nobody_in(door: FrontDoor) -> None:
     headers = door.token(Role.ADMIN)
     path = door.home.root / "tokens.json"

@@ -38,7 +38,7 @@ def faults(trail: Trail) -> list[tuple[int, str]]:
 
 
 def test_an_entry(trail: Trail) -> None:
-    assert record(Event.LOGIN, "anna", AuditResult.SERIOUS, source="10.0.0.7", reason="wrong\npassword", nothing="")
+    assert record(Event.LOGIN, "anna", AuditResult.SERIOUS, address="10.0.0.7", reason="wrong\npassword", nothing="")
     (entry,) = audit.entries(trail)
     assert (entry["n"], entry["prev"], entry["hash"]) == (1, audit.FIRST, audit.hash_of(entry))
     assert (entry["event"], entry["who"], entry["result"]) == ("login", "anna", "serious")

@@ -48,7 +48,8 @@ def _asked(request: Request) -> Callable[[], Awaitable[Office]]:
     who = asker(request)
 
     async def service() -> Office:
-        return Office(await reach.client(), reach.home, user=who.name, embedded=reach.embedded)
+        address = request.client.host if request.client else ""
+        return Office(await reach.client(), reach.home, user=who.name, address=address, embedded=reach.embedded)
 
     return service
 

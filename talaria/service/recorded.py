@@ -1,0 +1,48 @@
+"""What the audit trail says of requests: which jobs and which changes of targets somebody asked for."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from prefect.client.schemas.objects import FlowRun
+
+from blocks import Target
+from talaria.engine import runs
+from talaria.service import Office
+from transfer.audit import Event, record
+
+EVENTS = {"dispatch": Event.DISPATCH, "retrieval": Event.RETRIEVAL, "query": Event.QUERY}
+
+
+async def job(office: Office, flow_run: FlowRun, action: str) -> None:
+    """Record that somebody asked for a job (`asked`), or for its retry, cancellation, pause or resumption."""
+    kind = runs.kind_of(flow_run)
+    about = {
+        "source": flow_run.parameters.get("source", ""),
+        "targets": flow_run.parameters.get("targets", []),
+        "into": flow_run.parameters.get("into", ""),
+    }
+    await _record(office, EVENTS[kind], action=action, run=str(flow_run.id), **about)
+
+
+async def target_changed(office: Office, name: str, change: str, fields: list[str]) -> None:
+    """Record a change of a target: `created`, `updated`, `renamed`, `enabled`, `disabled`; names of fields only."""
+    await _record(office, Event.TARGET_CHANGED, target=name, change=change, fields=fields)
+
+
+async def target_removed(office: Office, name: str) -> None:
+    """Record that a target was removed."""
+    await _record(office, Event.TARGET_REMOVED, target=name)
+
+
+def differing(new: Target, old: Target | None) -> list[str]:
+    """Return the names of the fields that differ, secrets among them; of a target that is new those that are given."""
+    fields = type(new).model_fields
+    if old is None or type(old) is not type(new):
+        return sorted(new.model_fields_set & fields.keys())
+    return sorted(name for name in fields if getattr(new, name) != getattr(old, name))
+
+
+async def _record(office: Office, event: Event, **details: Any) -> None:
+    await asyncio.to_thread(lambda: record(event, office.user, address=office.address, **details))
