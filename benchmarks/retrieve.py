@@ -39,6 +39,7 @@ SETS = {
 }  # fmt: skip
 FAR = 200  # small instances over the long way
 LISTED = 2000  # accession numbers
+DCMQRSCP_STUDIES = 500  # more it keeps of no AE title, whatever its configuration says
 ROOT = "/dev/shm"
 
 
@@ -311,7 +312,7 @@ def real_orthanc(folder: Path) -> Iterator[tuple[str, int, str, int]]:
 def real_dcmqrscp(folder: Path) -> Iterator[tuple[str, int, str, int]]:
     from tests.servers.dcmtk import dcmqrscp
 
-    with dcmqrscp(folder, studies=LISTED + 50) as running:
+    with dcmqrscp(folder, studies=DCMQRSCP_STUDIES) as running:
         yield "dcmqrscp", running.port, running.aet, running.process.pid
 
 
@@ -366,15 +367,15 @@ def compare_lists(rounds: int, root: Path) -> None:
     """A list of accession numbers, one in ten of which is not there, beside a query for each."""
     from talaria.testing.studies import ACCESSION
 
-    numbers = [f"{number:0{len(ACCESSION)}}" for number in range(LISTED)]
-    for maker in (real_orthanc, real_dcmqrscp):
+    for maker, count in ((real_orthanc, LISTED), (real_dcmqrscp, DCMQRSCP_STUDIES)):
+        numbers = [f"{number:0{len(ACCESSION)}}" for number in range(count)]
         with maker(root / f"list-{maker.__name__}") as (name, port, aet, _):
             for number, accession in enumerate(numbers):
                 if number % 10:
                     own = {STUDY: f"1.2.826.{100_000 + number}", SERIES: f"1.2.826.{200_000 + number}"}
                     write(root / "list", number, 1000, own | {ACCESSION: accession})
             send(port, aet, root / "list")
-            print(f"\n## {LISTED} accession numbers at {name}, a tenth of them unknown")
+            print(f"\n## {len(numbers)} accession numbers at {name}, a tenth of them unknown")
             given = root / "numbers"
             given.write_text("\n".join(numbers))
             found = {
