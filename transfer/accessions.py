@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
+import sys
 from pathlib import Path
 
 from transfer.errors import Misconfigured
@@ -14,9 +15,16 @@ QUOTES = "\"'`\u2018\u2019\u201a\u201b\u201c\u201d\u201e\u00ab\u00bb"
 # A column's title, which comes along when the column is copied.
 TITLES = frozenset((
     "accession", "accessionnumber", "accessionno", "accessionnr", "accessionid", "accno", "accnr", "accnum", "acc",
-    "accessions", "accessionnumbers",
+    "accessions", "accessionnumbers", "accnumber", "studyaccessionnumber",
 ))  # fmt: skip
 _BETWEEN = re.compile(r"[\s,;\u00a0\u200b\ufeff\u2060]+")
+_AS_TEXT = re.compile(r'(?<![^\s,;"])="([^"\n\r]*)"')  # how spreadsheets write a text that looks like a number: ="0012"
+_TWO_WORDS = re.compile(
+    r"\A[\s\"']*(accession|acc\.?)[ _]+(numbers?|no\.?|nr\.?|id|#)[\"']?(?=\s*[\n\r,;\t])", re.IGNORECASE
+)
+_SEPARATOR = re.compile(r"""\A["']?sep=.["']?[ \t]*\r?\n""")  # a line that some spreadsheets write first
+_SHORTENED = re.compile(r"(?<![\w.+-])\d(?:[.,]\d+)?E\+\d+(?!\w)")
+STANDARD_INPUT = Path("-")
 BOMS = ((b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"))
 
 
@@ -27,10 +35,18 @@ def accessions(text: str) -> tuple[str, ...]:
     column are dropped. In double quotes a number may hold blanks and commas.
 
     Raises:
-        Misconfigured: a value is not an accession number (too long, or with control characters or a backslash).
+        Misconfigured: a value is not an accession number (too long, or with control characters or a backslash), or no
+            longer one (1.23E+11).
     """
     found: dict[str, None] = {}
-    for value in _column(text) or _values(text):
+    text = _SEPARATOR.sub("", text.lstrip("\ufeff"))
+    column = _column(text)
+    shortened = _SHORTENED.search("\n".join(column) if column else text)
+    if shortened:
+        raise Misconfigured(
+            f"{shortened[0]} is what a spreadsheet has left of a long number: format that column as text"
+        )
+    for value in column or _values(text):
         if len(value) > MOST_CHARS or "\\" in value or not value.isprintable():
             raise Misconfigured(
                 f"an accession number must have at most {MOST_CHARS} printable characters, no backslash"
@@ -47,7 +63,6 @@ def _column(text: str) -> list[str]:
 
     That is the column with the title, or the first one where no column has it.
     """
-    text = text.lstrip("\ufeff")
     first = text.partition("\n")[0]
     for sign in ("\t", ";", ","):
         if sign not in first:
@@ -57,9 +72,9 @@ def _column(text: str) -> list[str]:
         except csv.Error as exc:  # a quote that is not closed makes all that follows one value
             raise Misconfigured(f"the list is not valid CSV: {exc}") from exc
         rows = [[_cell(cell) for cell in row] for row in rows if any(cell.strip() for cell in row)]
-        if len(rows) < 2 or any(re.search(r"\d", title) for title in rows[0]):
+        if len(rows) < 2:
             continue
-        titled = (number for number, title in enumerate(rows[0]) if _is_title(title))
+        titled = (number for number, title in enumerate(rows[0]) if _is_title(title) and not re.search(r"\d", title))
         at = next(titled, 0 if _is_table(rows) else None)
         if at is not None:
             return [row[at] for row in rows[1:] if len(row) > at and row[at]]
@@ -78,11 +93,14 @@ def _is_title(text: str) -> bool:
 def _is_table(rows: list[list[str]]) -> bool:
     """Return True if a row of words stands above rows of the same width whose first cells hold digits."""
     title, *others = rows
+    if any(re.search(r"\d", one) for one in title):
+        return False
     return all(title) and all(len(row) == len(title) and re.search(r"\d", row[0]) for row in others)
 
 
 def _values(text: str) -> list[str]:
     values: list[str] = []
+    text = _AS_TEXT.sub(r'"\1"', text)
     for quoted, plain in re.findall(r'"([^"\n\r]*)"|([^"]+)', _titled(text)):
         parts = [quoted] if quoted else _BETWEEN.split(plain)
         values += [part.strip().strip(QUOTES).strip() for part in parts]
@@ -91,18 +109,17 @@ def _values(text: str) -> list[str]:
 
 def _titled(text: str) -> str:
     """Return the text with a title of two words joined into one, so that it is recognised as a title."""
-    return re.sub(r"\A[\s\ufeff\"']*(accession)[ _]+(numbers?|no\.?)[\"']?(?=\s*[\n\r,;\t])", r"accessionnumber", text,
-                  flags=re.IGNORECASE)  # fmt: skip
+    return _TWO_WORDS.sub("accessionnumber", text)
 
 
 def from_file(path: Path) -> tuple[str, ...]:
-    """Return the accession numbers of a text file, UTF-8, UTF-16 or Latin-1.
+    """Return the accession numbers of a text file, UTF-8, UTF-16 or Latin-1; `-` is standard input.
 
     Raises:
         Misconfigured: it can't be read, or is not text.
     """
     try:
-        raw = path.read_bytes()
+        raw = sys.stdin.buffer.read() if path == STANDARD_INPUT else path.read_bytes()
     except OSError as exc:
         raise Misconfigured(f"{path}: {exc.strerror}") from exc
     for bom, encoding in BOMS:

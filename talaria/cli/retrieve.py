@@ -25,7 +25,8 @@ def retrieve(
     name: Annotated[str, typer.Argument(help="Name of the target to pull from.", metavar="NAME")],
     keys: Keys,
     accession_file: Annotated[
-        Path | None, typer.Option(help="File with accession numbers: text or CSV.", metavar="FILE")
+        Path | None,
+        typer.Option(help="File with accession numbers: text or CSV; - for standard input.", metavar="FILE"),
     ] = None,
     to: Annotated[
         list[str], typer.Option("--to", help="Targets to deliver to, separated by commas.", metavar="NAME[,NAME...]")
@@ -39,11 +40,13 @@ def retrieve(
     as_json: Json = False,
 ) -> int:
     """Find studies, fetch them, and deliver each as soon as it is whole."""
-    from transfer.accessions import from_file
+    from transfer.accessions import STANDARD_INPUT, from_file
 
     numbers = from_file(accession_file) if accession_file else ()
     if accession_file and not numbers:
-        raise ValueError(f"{accession_file} holds no accession number")
+        raise ValueError(
+            f"{'standard input' if accession_file == STANDARD_INPUT else accession_file} holds no accession number"
+        )
     targets = list(dict.fromkeys(one.strip() for part in to for one in part.split(",") if one.strip()))
     if bool(targets) == (into is not None):
         raise ValueError("give either --to NAME or --into FOLDER")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,15 @@ from transfer.errors import Misconfigured
         # A table without that title: its first column.
         ("Fall;Name;Datum\n0012;Meier;20240101\n0013;;20240102\n", ("0012", "0013")),
         ('Case,Name\r\n1,"Meier, Hans"\r\n2,Huber\r\n', ("1", "2")),
+        ('="0012"\r\n="0013"\r\n', ("0012", "0013")),
+        ('="0012",="0013"', ("0012", "0013")),
+        ("'0012\n'0013", ("0012", "0013")),
+        ("sep=;\r\nName;Accession\r\nx;A1\r\ny;A2\r\n", ("A1", "A2")),
+        ("Name 1;Accession Number;Date 2\nx;A1;2024\ny;A2;2024\n", ("A1", "A2")),
+        ("Accession #\n0012\n0013", ("0012", "0013")),
+        ("Acc. Number\n0012\n0013", ("0012", "0013")),
+        ("weight;accession\n1.2E+05;A1\n1.3E+05;A2", ("A1", "A2")),
+        ("1E5\nA2E+05\n3E-02", ("1E5", "A2E+05", "3E-02")),
         # No tables: lists in several lines.
         ("A1,A2\nA3,A4", ("A1", "A2", "A3", "A4")),
         ("X,Y\nZ,W", ("X", "Y", "Z", "W")),
@@ -53,6 +63,12 @@ def test_what_is_no_number_is_refused(text: str) -> None:
         accessions(text)
 
 
+@pytest.mark.parametrize("text", ["1.23E+05", "A1\n1,23E+11", "A1,2E+05,A3", "Name;Accession\nx;1.23E+11\ny;A2"])
+def test_what_a_spreadsheet_has_shortened_is_refused_and_not_looked_for(text: str) -> None:
+    with pytest.raises(Misconfigured, match=r"E\+\d\d is what a spreadsheet has left .* format that column as text"):
+        accessions(text)
+
+
 def test_two_thousand_in_one_list() -> None:
     numbers = tuple(f"ACC{n:06}" for n in range(2000))
     assert accessions("\n".join(numbers)) == numbers
@@ -62,6 +78,12 @@ def test_two_thousand_in_one_list() -> None:
 def test_files_in_every_usual_encoding(encoding: str, tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_bytes("A\u00e41\r\nA2\r\n".encode(encoding))
     assert from_file(tmp_path / "list.txt") == ("A\u00e41", "A2")
+
+
+def test_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    piped = io.TextIOWrapper(io.BytesIO("\ufeffAccession\r\nA1\r\n".encode("utf-16-le")))
+    monkeypatch.setattr("sys.stdin", piped)
+    assert from_file(Path("-")) == ("A1",)
 
 
 def test_files_that_are_no_lists(tmp_path: Path) -> None:
