@@ -14,11 +14,19 @@ Keys = dict[str, str]
 Splitter = Callable[[Keys, Sequence[dict[str, Any]]], list[Keys]]
 
 DAY_S = 86_400
-SIGNS = string.digits + string.ascii_uppercase + string.ascii_lowercase + "-_./ ^"
+# With what an identifier or a name may begin, or go on; the others are wild cards, or end a value.
+SIGNS = string.digits + string.ascii_uppercase + string.ascii_lowercase + "-_./ ^#+:,()=&@'!$%;<>[]{}|~`\""
 PREFIXED = ("PatientID", "AccessionNumber", "PatientName")
+LONGEST = 12  # characters of a prefix
+# Defined terms, retired ones too (PS3.3 section C.7.3.1.1.1).
 MODALITIES = (
     "CT", "MR", "CR", "DX", "US", "MG", "NM", "PT", "XA", "RF", "OT", "SC", "SR", "PR", "KO", "SEG", "RTSTRUCT",
     "RTPLAN", "RTDOSE", "RTIMAGE", "REG", "ES", "ECG", "IO", "PX", "OP", "OPT", "SM", "GM", "XC", "BMD", "IVUS", "DOC",
+    "ANN", "AR", "AS", "ASMT", "AU", "BDUS", "BI", "CD", "CF", "CFM", "CP", "CS", "CTPROTOCOL", "DD", "DF", "DG", "DM",
+    "DMS", "DS", "EC", "EEG", "EMG", "EOG", "EPS", "FA", "FID", "FS", "HC", "HD", "IOL", "IVOCT", "KER", "LEN", "LP",
+    "LS", "M3D", "MA", "MS", "OAM", "OCT", "OPM", "OPR", "OPTBSV", "OPTENF", "OPV", "OSS", "PA", "PLAN", "POS", "RESP",
+    "RG", "RTINTENT", "RTRAD", "RTRECORD", "RTSEGANN", "RWV", "SMR", "SRF", "ST", "STAIN", "TEXTUREMAP", "TG", "VA",
+    "VF", "XAPROTOCOL",
 )  # fmt: skip
 USUAL = date(1900, 1, 1), date(2199, 12, 31)  # where the middle is looked for if nothing says where studies are
 LAST_S = DAY_S - 1
@@ -69,15 +77,18 @@ def by_time(keys: Keys, found: Sequence[dict[str, Any]]) -> list[Keys]:
     ]
 
 
-def by_prefix(keys: Keys, found: Sequence[dict[str, Any]]) -> list[Keys]:
-    """Split by the next character of an identifier."""
-    for key in PREFIXED:
+def by_prefix(key: str) -> Splitter:
+    """Return a splitter by the next character of an identifier."""
+
+    def split(keys: Keys, found: Sequence[dict[str, Any]]) -> list[Keys]:
         value = keys.get(key, "*")
-        if value.endswith("*") and value.count("*") == 1 and "?" not in value and len(value) < 12:
-            prefix = value[:-1]
-            exact = [keys | {key: prefix}] if prefix else []
-            return exact + [keys | {key: f"{prefix}{sign}*"} for sign in SIGNS]
-    return []
+        if not value.endswith("*") or value.count("*") > 1 or "?" in value or len(value) > LONGEST:
+            return []
+        prefix = value[:-1]
+        exact = [keys | {key: prefix}] if prefix else []
+        return exact + [keys | {key: f"{prefix}{sign}*"} for sign in SIGNS]
+
+    return split
 
 
 def by_modality(keys: Keys, found: Sequence[dict[str, Any]]) -> list[Keys]:
@@ -87,7 +98,7 @@ def by_modality(keys: Keys, found: Sequence[dict[str, Any]]) -> list[Keys]:
     return [keys | {"ModalitiesInStudy": modality} for modality in MODALITIES]
 
 
-SPLITTERS: tuple[Splitter, ...] = (by_date, by_closed_date, by_time, by_modality, by_prefix)
+SPLITTERS: tuple[Splitter, ...] = (by_date, by_closed_date, by_time, by_modality, *map(by_prefix, PREFIXED))
 
 
 def outside(part: Keys, whole: Keys, found: Sequence[dict[str, Any]]) -> bool:

@@ -7,7 +7,6 @@ query on this side, by the rules of `imaging.match`; an answer that may be cut s
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -16,12 +15,10 @@ from imaging.match import in_days
 from imaging.query import Match, Query, count, listed, text
 from protocols.dimse.accessions import Accessions
 from protocols.dimse.identifier import encodings
-from protocols.dimse.parts import SPLITTERS, Splitter, by_prefix, outside
+from protocols.dimse.parts import PREFIXED, SPLITTERS, Splitter, by_prefix, outside
 from protocols.dimse.query import PATIENT_ROOT_FIND, Finder
 from transfer.errors import Busy, DispatchError, Misconfigured
 from transfer.query import series_tests, study_tests
-
-logger = logging.getLogger(__name__)
 
 Answer = dict[str, Any]
 
@@ -45,7 +42,7 @@ MOST_PROBED = 5000  # answers; whether more than these are all is not looked int
 CAPS = frozenset((5, 10, 20, 25, 30, 50, 100, 150, 200, 250, 300, 400, 500, 1000, 1500, 2000, 2500, 3000, 5000))
 UID_LIST = 50  # UIDs in one query
 MAX_DEPTH = 60  # of parts of parts
-MOST_UNDATED = 1000  # queries, in search of studies without a date
+MOST_UNDATED = 3000  # queries for one identifier, in search of studies without a date
 
 
 class PeerSearch:
@@ -239,6 +236,8 @@ class PeerSearch:
                 if most or any(key in keys and not re.search(r"[*?]", keys[key]) for key in EXACT):
                     return list(self._at_study_level(keys, charset, most))
                 return self._whole(keys, charset, SPLITTERS)
+            except _CutShort:
+                raise
             except Misconfigured:
                 optional = next((key for key in OPTIONAL if key in keys), None)
                 if optional is None:
@@ -313,40 +312,56 @@ class PeerSearch:
     def _undated(self, keys: dict[str, str], charset: str) -> list[Answer]:
         """Return the studies without a date, which are in no period and can't be asked for.
 
-        Everything is asked for again by what identifiers begin with, as long as the peer looks at that, and that takes
-        no more than so many queries.
+        Everything is asked for again by what one identifier begins with, to the end, and roughly by what the others do:
+        one of them may be empty.
 
         Raises:
-            _CutShort: there are such studies, and not all of them are given.
+            _CutShort: the peer doesn't look at what identifiers begin with, or that takes too many queries.
         """
         found: list[Answer] = []
-        left = [(keys, by_prefix(keys, []))]
+        whole = False
+        for key in PREFIXED:
+            whole = self._undated_by(key, keys, charset, found, roughly=whole) or whole
+        if not whole:
+            raise _CutShort(
+                f"{self.finder.peer.where}: the peer doesn't give all answers at once, and whether it has studies "
+                "without a date can't be found out: give a study date, or a period"
+            )
+        return found
+
+    def _undated_by(
+        self, first: str, keys: dict[str, str], charset: str, found: list[Answer], *, roughly: bool
+    ) -> bool:
+        """Add the studies without a date, by what an identifier begins with; return True if these are all.
+
+        Args:
+            roughly: look only into those parts of the answers further in which there are such studies.
+        """
+        order = [by_prefix(key) for key in (first, *(key for key in PREFIXED if key != first))]
+        left = [(keys, part) for part in order[0](keys, [])]
         asked = 0
         while left:
-            above, parts = left.pop()
-            for part in parts:
-                cut = False
-                answers: list[Answer] = []
-                try:
-                    answers.extend(self._at_study_level(part, charset))
-                    cut = self._is_cut_short(
-                        part, charset, answers, frozenset(str(one.get("StudyInstanceUID", "")) for one in answers)
-                    )
-                except Busy:
-                    cut = True
-                except Misconfigured:
-                    answers = []
-                asked += 1
-                found += [one for one in answers if not one.get("StudyDate")]
-                if outside(part, above, answers) or asked > MOST_UNDATED:
-                    logger.warning("studies without a study date may be missing: they can't be asked for")
-                    return found
-                if cut:
-                    smaller = by_prefix(part, answers)
-                    if not smaller and found:
-                        raise _CutShort(f"{self.finder.peer.where}: not all studies without a date are given: give one")
-                    left.append((part, smaller))
-        return found
+            above, part = left.pop()
+            answers: list[Answer] = []
+            try:
+                answers.extend(self._at_study_level(part, charset))
+                uids = frozenset(str(one.get("StudyInstanceUID", "")) for one in answers)
+                cut = self._is_cut_short(part, charset, answers, uids)
+            except Busy:
+                cut = True
+            except Misconfigured:  # it takes no wild cards
+                return False
+            asked += 1
+            undated = [one for one in answers if not one.get("StudyDate")]
+            found += undated
+            if outside(part, above, answers) or asked > MOST_UNDATED:
+                return False
+            if cut and (undated or not roughly):
+                smaller = next(filter(None, (split(part, answers) for split in order)), [])
+                if not smaller:
+                    return False
+                left += [(part, one) for one in smaller]
+        return asked > 0
 
     def _is_cut_short(self, keys: dict[str, str], charset: str, found: list[Answer], uids: frozenset[str]) -> bool:
         """Return True if the peer has more than it gave, without saying so.

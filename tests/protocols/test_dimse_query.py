@@ -20,6 +20,7 @@ from tests.servers.steps import REFUSED_CLASS
 from transfer.errors import Busy, DispatchError, Interrupted, Misconfigured
 
 STUDY_ROOT = "1.2.840.10008.5.1.4.1.2.2.1"
+IDENTIFIERS = frozenset(("ModalitiesInStudy", "PatientID", "PatientName", "AccessionNumber"))
 
 
 def found(peer: Archive, query: Query) -> list[Match]:
@@ -32,7 +33,7 @@ def files(count: int, **changes: object) -> list[bytes]:
     return [
         studies.encoded(
             studies.dataset(
-                **{"AccessionNumber": f"A{n:04}", "PatientID": f"P{n:04}"}
+                **{"AccessionNumber": f"A{n:04}", "PatientID": f"{n:02}"}
                 | {key: value(n) if callable(value) else value for key, value in changes.items()}  # type: ignore[arg-type]
             )
         )
@@ -62,28 +63,64 @@ def test_a_study_without_a_date_beyond_what_a_peer_gives_is_found(status: int) -
         assert len(found(peer, Query(StudyDate="2024-2024"))) == 8
 
 
+@pytest.mark.parametrize("heeded", ["PatientID", "AccessionNumber", "PatientName"])
+def test_studies_without_a_date_are_found_by_the_identifier_that_a_peer_looks_at(heeded: str) -> None:
+    changes: dict[str, object] = {"StudyDate": lambda n: f"2024{n:02}01" if 0 < n < 9 else "", "PatientID": "P"}
+    changes[heeded] = lambda n: "ABCDEFGHI#&("[n - 1]
+    with archive(files(12, **changes)[1:], limit=5, limit_status=0xA700, ignores=IDENTIFIERS - {heeded}) as peer:
+        assert len(found(peer, Query())) == 11
+
+
+def test_a_study_without_date_and_patient_id_is_found_by_what_else_it_has() -> None:
+    changes: dict[str, object] = {"StudyDate": lambda n: f"2024{n + 1:02}01" if n < 8 else ""}
+    made = files(9, **changes, PatientID=lambda n: f"{n}" if n < 8 else "", AccessionNumber=lambda n: f"{n}")
+    with archive(made, limit=5, limit_status=0xA700) as peer:
+        assert len(found(peer, Query())) == 9
+
+
+@pytest.mark.parametrize("status", [0xA700, 0x0000])
+def test_where_studies_without_a_date_may_be_hidden_the_search_fails_and_asks_for_a_period(status: int) -> None:
+    made = files(9, StudyDate=lambda n: f"2024{n + 1:02}01" if n < 8 else "")
+
+    def refuses(request: Request) -> int:
+        return 0xA900 if "*" in str(request.keys) else 0
+
+    for settings_ in ({"ignores": IDENTIFIERS}, {"refuses": refuses}):
+        with archive(made, limit=5, limit_status=status, **settings_) as peer:
+            with pytest.raises(Misconfigured, match="without a date can't be found out: give a study date"):
+                found(peer, Query())
+            assert len(found(peer, Query(StudyDate="2024-"))) == 8
+
+
+def test_rare_modalities_are_not_lost_where_a_search_is_split_by_modality() -> None:
+    changes: dict[str, object] = {"StudyDate": "20240101", "StudyTime": "120000", "PatientID": "P"}
+    changes["Modality"] = lambda n: "HC" if n > 7 else ("CT", "MR")[n % 2]
+    ignored = IDENTIFIERS - {"ModalitiesInStudy"}
+    with archive(files(10, **changes), limit=5, limit_status=0xA700, ignores=ignored) as peer:
+        assert len(found(peer, Query(StudyDate="2024-"))) == 10
+
+
 @pytest.mark.parametrize("key", ["StudyTime", "Modality", "PatientID"])
 def test_more_matches_of_one_day_than_a_peer_gives_are_asked_for_by_what_else_there_is(key: str) -> None:
     changes: dict[str, object] = {"StudyDate": "20240101", "PatientID": "P1"}
     changes[key] = {
         "StudyTime": lambda n: f"{n:02}0000",
         "Modality": lambda n: ("CT", "MR", "US", "CR")[n % 4],
-        "PatientID": lambda n: f"P{n:04}",
+        "PatientID": lambda n: f"{n:02}",
     }[key]
     ignored = {"StudyTime", "ModalitiesInStudy", "PatientID", "PatientName", "AccessionNumber"} - {
         "ModalitiesInStudy" if key == "Modality" else key
     }
     with archive(files(20, **changes), limit=5, limit_status=0xA700, ignores=frozenset(ignored)) as peer:
-        assert len(found(peer, Query())) == 20
+        assert len(found(peer, Query(StudyDate="2024-"))) == 20
 
 
 def test_times_between_two_seconds_are_in_one_half() -> None:
     """Halving 10:00:00 to 10:00:01 leaves nothing between the halves."""
     times = [f"1000{second:02}.{part}" for second in range(10) for part in ("0", "5", "999999")]
     changes: dict[str, object] = {"StudyDate": "20240101", "StudyTime": lambda n: times[n], "PatientID": "P"}
-    ignored = frozenset(("ModalitiesInStudy", "PatientID", "PatientName", "AccessionNumber"))
-    with archive(files(30, **changes), limit=5, limit_status=0xA700, ignores=ignored) as peer:
-        assert len(found(peer, Query())) == 30
+    with archive(files(30, **changes), limit=5, limit_status=0xA700, ignores=IDENTIFIERS) as peer:
+        assert len(found(peer, Query(StudyDate="2024-"))) == 30
 
 
 def test_dates_of_other_centuries_are_in_one_half() -> None:
@@ -155,7 +192,7 @@ def test_a_single_wild_card_is_matched_here() -> None:
 
 
 def test_what_cannot_be_split_is_an_error_that_says_so() -> None:
-    alike = files(12, StudyDate="20240101", StudyTime="120000", PatientID="P", AccessionNumber="A")
+    alike = files(12, StudyDate="20240101", StudyTime="120000", PatientID="P", AccessionNumber="A", PatientName="N")
     with archive(alike, limit=5, limit_status=0xA700) as peer, pytest.raises(DispatchError, match="gives 5 answers"):
         found(peer, Query())
 
@@ -169,7 +206,7 @@ def test_keys_that_a_peer_ignores_are_matched_here() -> None:
     ignored = frozenset(("PatientID", "StudyDate", "ModalitiesInStudy", "StudyDescription", "AccessionNumber"))
     data = files(6, StudyDescription=lambda n: "Thorax" if n % 2 else "Kopf", StudyDate=lambda n: f"202401{n + 1:02}")
     with archive(data, ignores=ignored) as peer:
-        assert accessions(found(peer, Query(PatientID="P0003"))) == ["A0003"]
+        assert accessions(found(peer, Query(PatientID="03"))) == ["A0003"]
         assert accessions(found(peer, Query(StudyDate="20240103-20240104"))) == ["A0002", "A0003"]
         assert accessions(found(peer, Query(StudyDescription=("Thorax",)))) == ["A0001", "A0003", "A0005"]
         assert accessions(found(peer, Query(AccessionNumber=("A0001", "A0004")))) == ["A0001", "A0004"]
@@ -276,7 +313,7 @@ def test_a_peer_of_patient_root_only_is_asked_below_its_patients() -> None:
 
     with archive(files(3), refuses=refuses, accept=accept) as peer:
         assert accessions(found(peer, Query(level="series"))) == ["A0000", "A0001", "A0002"]
-        assert accessions(found(peer, Query(PatientID="P0001"))) == ["A0001"]
+        assert accessions(found(peer, Query(PatientID="01"))) == ["A0001"]
 
 
 def test_a_peer_that_cannot_be_queried_says_so() -> None:
