@@ -53,7 +53,7 @@ class Talaria:
         """Run `talaria up`; returns when it says that it is ready."""
         fresh = not self.database.exists()
         if fresh:
-            self._begin_with_a_database()
+            self.begin_with_a_database()
         seen = self.log.stat().st_size if self.log.exists() else 0
         with self.log.open("ab") as out:
             self.process = subprocess.Popen(
@@ -80,7 +80,7 @@ class Talaria:
     def database(self) -> Path:
         return self.home / "prefect" / "prefect.db"
 
-    def _begin_with_a_database(self) -> None:
+    def begin_with_a_database(self) -> None:
         """Put there what the first server of this run has made: half of a first start is migrations."""
         if self._migrated.exists():
             self.database.parent.mkdir(parents=True)
