@@ -67,6 +67,7 @@ class Job:
         failed: accession numbers whose search failed, with the reason.
         searched: whether a search by other keys has been made.
         ended: whether it has ended; a run after that is a retry.
+        next_study: seconds since the epoch before which no study is fetched, for the limit of studies per hour.
     """
 
     folder: Path
@@ -76,6 +77,7 @@ class Job:
     searched: bool = False
     error: str = ""
     ended: bool = False
+    next_study: float = 0.0
     studies: dict[str, Study] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -102,6 +104,7 @@ class Job:
                 "searched": self.searched,
                 "error": self.error,
                 "ended": self.ended,
+                "next_study": self.next_study,
                 "studies": {uid: asdict(one) for uid, one in self.studies.items()},
             }
             write_json(self.folder / "job.json", document)
@@ -116,7 +119,7 @@ class Job:
         for one in self.studies.values():
             if one.stage in (Stage.PARTIAL, Stage.FAILED):
                 one.stage = Stage.WHOLE if one.came_whole else Stage.FOUND
-                one.reason = ""
+                one.reason = one.dispatch = ""
         self.searched = self.searched and bool(self.studies)
 
     @property

@@ -50,6 +50,7 @@ Send = Callable[..., Awaitable[RunState[Any]]]  # the flow of a dispatch
 SPOOL_LIMIT = 20 << 30  # bytes, unless TALARIA_SPOOL_LIMIT says otherwise
 DISPATCHES = 2  # studies that are handed on at once
 GRACE_S = 4  # for a driver to stop by itself when the run is cancelled
+HELD_S = 600.0  # for which a run waits in its worker for the next study; longer, and it gives its place back
 LATER_S = 60.0  # until a dispatch is looked at again that waits for its target
 
 
@@ -100,7 +101,7 @@ class Retrieval:
         self._limit = int(os.environ.get("TALARIA_SPOOL_LIMIT") or SPOOL_LIMIT)
         self._places = asyncio.Semaphore(DISPATCHES)
         self._handing_on: set[asyncio.Task[None]] = set()
-        self._next_study = 0.0
+        self._waits = False  # whether a target can't be sent to now
 
     # ---- the whole
 
@@ -144,9 +145,7 @@ class Retrieval:
                 if self._stopped() or self._held_up():
                     continue
                 try:
-                    await self._room(study)
-                    await self._pace()
-                    if self._stopped() or self.again:
+                    if not await self._room() or not await self._pace() or self._stopped() or self._held_up():
                         continue
                     await self._on_a_place(partial(self.fetcher.fetch, study, folder))
                 except DispatchCancelled:
@@ -197,17 +196,21 @@ class Retrieval:
 
     # ---- between two studies
 
-    async def _room(self, study: Study) -> None:
-        """Wait until there is room for another study: fetching waits for sending."""
+    async def _room(self) -> bool:
+        """Wait until there is room for another study: fetching waits for sending.
+
+        Returns:
+            False if what fills it waits for a target.
+        """
         while self._held() >= self._limit and not self._stopped():
             if not self._handing_on:
                 if not self._drop():
-                    # What fills it waits for a target.
                     later = datetime.now(UTC) + timedelta(seconds=LATER_S)
                     self.again = self.again or later
-                    return
+                    return False
                 continue
             await asyncio.wait(self._handing_on, timeout=LOOK_S, return_when=asyncio.FIRST_COMPLETED)
+        return True
 
     def _held(self) -> int:
         """Return how many bytes have been fetched and are still here."""
@@ -223,18 +226,29 @@ class Retrieval:
                 return True
         return False
 
-    async def _pace(self) -> None:
-        """Keep to the number of studies per hour."""
-        while (left := self._next_study - time.monotonic()) > 0 and not self._stopped():  # noqa: ASYNC110 - set by threads
+    async def _pace(self) -> bool:
+        """Keep to the number of studies per hour.
+
+        Returns:
+            False if it is long until the next one: the run goes on then, and holds no worker's place until then.
+        """
+        if not self.wish.studies_per_hour:
+            return True
+        each = 3600 / self.wish.studies_per_hour
+        while (left := min(self.job.next_study - time.time(), each)) > 0 and not self._stopped():
+            if left > HELD_S and not self._handing_on:
+                later = datetime.now(UTC) + timedelta(seconds=left)
+                self.again = min(self.again or later, later)
+                return False
             await asyncio.sleep(min(left, LOOK_S))
-        if self.wish.studies_per_hour:
-            self._next_study = time.monotonic() + 3600 / self.wish.studies_per_hour
+        self.job.next_study = time.time() + each
+        return True
 
     # ---- handing on
 
     async def _hand_on(self, study: Study, folder: Path) -> None:
         async with self._places:
-            if self.cancelled.is_set():
+            if self.cancelled.is_set() or (self._waits and study.dispatch):  # nothing has changed for it
                 return
             try:
                 if self.wish.into:
@@ -273,6 +287,7 @@ class Retrieval:
         elif state.type is StateType.SCHEDULED:
             begin = state.state_details.scheduled_time or datetime.now(UTC) + timedelta(seconds=LATER_S)
             self.again = min(self.again or begin, begin)
+            self._waits = True
             study.reason = state.message or "waits for its target"
         elif not self.cancelled.is_set():
             study.stage, study.reason = Stage.FAILED, state.message or "the dispatch failed"

@@ -13,6 +13,7 @@ from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 from prefect.client.schemas.objects import State
@@ -81,9 +82,9 @@ def test_fetching_waits_for_sending_where_the_spool_is_full(monkeypatch: pytest.
     waits = asyncio.Event()
     really = Retrieval._room
 
-    async def room(self: Retrieval, study: Any) -> None:
+    async def room(self: Retrieval) -> bool:
         waits.set()
-        await really(self, study)
+        return await really(self)
 
     async def send(paths: list[str], targets: list[str], **_: Any) -> State[Any]:
         fetched_at_begin.append(len(peer.asked(GET)))
@@ -123,6 +124,37 @@ def test_what_waits_for_a_target_fills_the_spool_and_the_run_goes_on_later(monke
         assert len(peer.asked(GET)) == 3
 
 
+def test_what_waits_for_a_target_does_not_keep_the_next_study_from_being_fetched(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A source that may be asked by night, a target that may be sent to by day: all come in one night."""
+    opening = datetime.now(UTC) + timedelta(hours=2)
+    sent: list[str] = []
+
+    async def send(paths: list[str], targets: list[str], **_: Any) -> State[Any]:
+        sent.append(paths[0])
+        state: State[Any] = Scheduled(scheduled_time=opening, message="the window opens at ten")
+        state.state_details.flow_run_id = uuid4()
+        return state
+
+    monkeypatch.setenv("TALARIA_OFF_PEAK", window(-0.5))
+    with archive(three()) as peer:
+        night = made(peer, send, priority="offpeak")
+        asyncio.run(night.run())
+        assert stages(night) == dict.fromkeys(("S1", "S2", "S3"), Stage.WHOLE)
+        assert len(peer.asked(GET)) == len(sent) == 3 and night.again == opening
+        # Taken up while the target still waits: what has been handed on is not handed on again and again.
+        sent.clear()
+        still = made(peer, send, priority="offpeak")
+        asyncio.run(still.run())
+        assert 1 <= len(sent) <= engine.DISPATCHES and still.again == opening
+        monkeypatch.setenv("TALARIA_OFF_PEAK", window(2))
+        day = made(peer, priority="offpeak")
+        asyncio.run(day.run())
+        assert stages(day) == dict.fromkeys(("S1", "S2", "S3"), Stage.DELIVERED)
+        assert len(peer.asked(GET)) == 3
+
+
 def test_no_more_studies_in_an_hour_than_allowed() -> None:
     begun: list[float] = []
 
@@ -135,6 +167,18 @@ def test_no_more_studies_in_an_hour_than_allowed() -> None:
         asyncio.run(one.run())
     assert stages(one) == dict.fromkeys(("S1", "S2", "S3"), Stage.DELIVERED)
     assert all(later - earlier > 0.4 for earlier, later in itertools.pairwise(begun))
+
+
+def test_a_long_wait_for_the_next_study_holds_no_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    with archive(three()) as peer:
+        for fetched in (1, 1, 2):  # the second run comes too early: another worker's, after a kill
+            one = made(peer, studies_per_hour=2)
+            if fetched == 2:
+                one.job.next_study = time.time() - 1
+            asyncio.run(one.run())
+            assert len(peer.asked(GET)) == fetched
+            assert list(stages(one).values()).count(Stage.DELIVERED) == fetched
+            assert one.again and timedelta(minutes=25) < one.again - datetime.now(UTC) <= timedelta(minutes=30)
 
 
 def window(hours: float) -> str:
