@@ -7,8 +7,8 @@ from typing import Any, Literal
 from prefect import flow
 from prefect.client.schemas.objects import State
 
-from imaging.query import Query
 from tasks.dispatch.run import refusal
+from tasks.retrieve.asked import query_of
 from tasks.retrieve.search import search
 from transfer.accessions import accessions as numbers
 from transfer.errors import DispatchError
@@ -29,24 +29,24 @@ async def find(
 
     Args:
         source: name of the target to query.
-        accessions: accession numbers, separated by commas, blanks or new lines.
+        accessions: accession numbers as copied from a list or a spreadsheet: separated by commas, blanks or new lines.
         study_uids: Study Instance UIDs.
-        study_date: only studies of this date, or range: FROM-TO, FROM- or -TO.
-        modality: only studies with series of this modality.
-        study_descriptions: only studies with one of these descriptions.
-        series_descriptions: only series with one of these descriptions.
+        study_date: only studies of this date, as 20240131, or range, as 20240101-20240131, 20240101- or -20240131.
+        modality: only studies with series of this modality, as CT.
+        study_descriptions: only studies with one of these descriptions, in the same case.
+        series_descriptions: only series with one of these descriptions, in the same case.
         level: what one match is.
     """
     try:
-        query = Query(
-            AccessionNumber=numbers(accessions),
-            StudyInstanceUID=",".join(study_uids),
-            StudyDate=study_date,
-            Modality=modality,
-            StudyDescription=tuple(study_descriptions),
-            SeriesDescription=tuple(series_descriptions),
+        query = query_of(
+            accessions=numbers(accessions),
+            study_uids=study_uids,
+            study_date=study_date,
+            modality=modality,
+            study_descriptions=study_descriptions,
+            series_descriptions=series_descriptions,
             level=level,
         )
-        return await search(source, query)
+        return await search(source.strip(), query)
     except DispatchError as error:
         return refusal(error)

@@ -8,8 +8,8 @@ from prefect import flow
 from prefect.client.schemas.objects import State
 
 from flows.dispatch import dispatch
-from imaging.query import Query
 from tasks.dispatch.run import refusal
+from tasks.retrieve.asked import given, query_of
 from tasks.retrieve.run import Wish, retrieving
 from transfer.errors import DispatchError
 
@@ -35,27 +35,28 @@ async def retrieve(
 
     Args:
         source: name of the target to query and pull from.
-        accessions: accession numbers, separated by commas, blanks or new lines.
+        accessions: accession numbers as copied from a list or a spreadsheet: separated by commas, blanks or new lines.
         targets: names of the targets to deliver to; leave empty to use a folder.
         into: folder on the worker's machine, for `<accession>/<series>/<instance>.dcm`; leave empty to use targets.
         study_uids: Study Instance UIDs, instead of accession numbers.
         series_uid: only this series.
-        study_date: only studies of this date, or range: FROM-TO, FROM- or -TO.
-        modality: only series of this modality.
-        study_descriptions: only studies with one of these descriptions.
-        series_descriptions: only series with one of these descriptions.
+        study_date: only studies of this date, as 20240131, or range, as 20240101-20240131, 20240101- or -20240131.
+        modality: only series of this modality, as CT.
+        study_descriptions: only studies with one of these descriptions, in the same case.
+        series_descriptions: only series with one of these descriptions, in the same case.
         priority: `offpeak` fetches within the off-peak hours only.
         studies_per_hour: fetch no more studies than this in an hour; 0 for no limit.
     """
-    filters = Query(
-        StudyInstanceUID=",".join(study_uids),
-        SeriesInstanceUID=series_uid,
-        StudyDate=study_date,
-        Modality=modality,
-        StudyDescription=tuple(study_descriptions),
-        SeriesDescription=tuple(series_descriptions),
+    filters = query_of(
+        study_uids=study_uids,
+        series_uid=series_uid,
+        study_date=study_date,
+        modality=modality,
+        study_descriptions=study_descriptions,
+        series_descriptions=series_descriptions,
     )
-    wish = Wish(source, tuple(targets), into, accessions, filters, priority, studies_per_hour)
+    names = dict.fromkeys(given(targets))
+    wish = Wish(source.strip(), tuple(names), into.strip(), accessions, filters, priority, studies_per_hour)
     try:
         async with retrieving(wish, dispatch) as running:
             await running.run()

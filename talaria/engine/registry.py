@@ -73,7 +73,7 @@ async def _deployment(client: PrefectClient, name: str, flow: Flow[..., Any], en
     """Create a deployment, or update our part of it: creating it again would delete its schedules."""
     flow_id = await client.create_flow(flow)
     description = (flow.description or "").split("\n\n")[0]
-    schema = parameter_schema(flow).model_dump_for_openapi()
+    schema = form(flow)
     try:
         there = await client.read_deployment_by_name(f"{name}/talaria")
     except ObjectNotFound:
@@ -100,3 +100,20 @@ async def _deployment(client: PrefectClient, name: str, flow: Flow[..., Any], en
         enforce_parameter_schema=True,
         tags=["talaria"],
     )
+
+
+def form(flow: Flow[..., Any]) -> dict[str, Any]:
+    """Return the schema of a flow's parameters, as Prefect's UI makes a form of it: with titles for people."""
+    schema = parameter_schema(flow).model_dump_for_openapi()
+    for name, field in schema["properties"].items():
+        words = (
+            str(name)
+            .replace("_", " ")
+            .replace("aet", "AE title")
+            .replace("uid", "UID")
+            .replace("accessions", "accession numbers")
+        )
+        field["title"] = words[0].upper() + words[1:]
+        about = str(field.get("description", ""))
+        field["description"] = about[:1].upper() + about[1:]
+    return schema

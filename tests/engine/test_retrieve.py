@@ -201,8 +201,9 @@ def test_a_search_as_a_run_lists_uids_and_no_patient(up: Talaria) -> None:
         up.apply(src=source(peer))
         deployment = up.api("GET", "/deployments/name/find/talaria")
         shown = deployment["parameter_openapi_schema"]["properties"]
-        assert {"source", "accessions", "study_date", "level"} <= shown.keys() and shown["source"]["description"]
-        parameters = {"source": "src", "accessions": "G1\nG2 G3", "level": "series"}
+        assert {"source", "accessions", "study_date", "level"} <= shown.keys()
+        # As a person fills the form, with a blank line that was added and left.
+        parameters = {"source": "src ", "accessions": "G1\nG2 G3", "level": "series", "study_descriptions": [""]}
         run = up.api("POST", f"/deployments/{deployment['id']}/create_flow_run", parameters=parameters)
         up.until(lambda: up.run(run["id"])["state_type"] in ("COMPLETED", "FAILED"), 120)
         assert up.run(run["id"])["state"]["message"] == "4 series at src"
@@ -211,6 +212,31 @@ def test_a_search_as_a_run_lists_uids_and_no_patient(up: Talaria) -> None:
         assert sorted(row["AccessionNumber"] for row in rows) == ["G1", "G1", "G2", "G2"]
         assert {row["instances"] for row in rows} == {2}
         assert not any(value in json.dumps(artifact) for value in studies.PHI)
+
+
+@pytest.mark.parametrize("name", ["find", "retrieve"])
+def test_a_form_says_of_each_field_what_it_is_for_and_needs_the_source_only(up: Talaria, name: str) -> None:
+    schema = up.api("GET", f"/deployments/name/{name}/talaria")["parameter_openapi_schema"]
+    assert schema["required"] == ["source"]
+    for field, shown in schema["properties"].items():
+        assert shown["title"] != field and shown["title"][0].isupper() and "_" not in shown["title"]
+        assert shown["description"][0].isupper() or shown["description"][0] == "`"
+        assert field == "source" or shown["default"] in ("", [], 0, "normal", "study")
+    choice = schema["properties"]["level" if name == "find" else "priority"]
+    assert choice["enum"] == (["study", "series"] if name == "find" else ["normal", "offpeak"])
+    assert schema["properties"]["accessions"]["title"] == "Accession numbers"
+
+
+def test_a_retrieval_s_form_with_the_obvious_fields_only(up: Talaria, tmp_path: Path) -> None:
+    with archive([*study("Q1"), *study("Q2")]) as peer:
+        up.apply(src=source(peer), arch=folder(tmp_path / "arch"))
+        deployment = up.api("GET", "/deployments/name/retrieve/talaria")
+        parameters = {"source": "src", "accessions": "Accession\r\nQ1\r\n'Q2\r\n", "targets": [" arch", ""]}
+        run = up.api("POST", f"/deployments/{deployment['id']}/create_flow_run", parameters=parameters)
+        up.until(lambda: up.run(run["id"])["state_type"] in ("COMPLETED", "FAILED"), 120)
+        assert up.run(run["id"])["state"]["message"] == "2 studies found, 2 delivered"
+        archived = {path.stem for path in (tmp_path / "arch").rglob("*.dcm")}
+        assert archived == {one.uid for one in peer.instances}
 
 
 def test_a_pause_ends_after_the_running_series_and_resume_goes_on_there(up: Talaria, tmp_path: Path) -> None:
