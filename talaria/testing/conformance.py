@@ -1,6 +1,7 @@
 """The conformance suite: every case against every harness of a type of target.
 
-A test file takes the whole suite over, and says which harnesses it is for (`harness.Harness`; one is one server):
+A test file takes the whole suite over, and says which harnesses it is for (`harness.Harness`; one is one server), and
+in `SOURCES`, by name, from which of them can be pulled, if any:
 
     from talaria.testing.conformance import *
     from talaria_webdav.harness import HARNESSES
@@ -18,13 +19,15 @@ from pathlib import Path
 
 import pytest
 
+from blocks import EXTENSIONS
 from talaria.testing.cases.arrival import *  # noqa: F403
 from talaria.testing.cases.checks import *  # noqa: F403
 from talaria.testing.cases.compare import *  # noqa: F403
 from talaria.testing.cases.faults import *  # noqa: F403
+from talaria.testing.cases.pulls import *  # noqa: F403
 from talaria.testing.cases.repeats import *  # noqa: F403
 from talaria.testing.cases.reports import *  # noqa: F403
-from talaria.testing.harness import Factory, Harness, of_extensions
+from talaria.testing.harness import Factory, Harness, of_extensions, sources_of_extension
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -34,10 +37,30 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         if not harnesses:
             raise pytest.UsageError("no harness to test: define HARNESSES, or install a package that adds a type")
         metafunc.parametrize("harness", [pytest.param(f, id=name) for name, f in harnesses.items()], indirect=True)
+    if "source" in metafunc.fixturenames:
+        own: dict[str, Factory] | None = getattr(metafunc.module, "HARNESSES", None)
+        if own:
+            sources = {name: own[name] for name in getattr(metafunc.module, "SOURCES", ())}
+        else:
+            sources = {name: factory for one in EXTENSIONS for name, factory in sources_of_extension(one).items()}
+        given = [pytest.param(factory, id=name) for name, factory in sources.items()]
+        metafunc.parametrize("source", given or [pytest.param(None, id="none")], indirect=True)
 
 
 @pytest.fixture
 def harness(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Harness]:
+    server = tmp_path / "server"
+    server.mkdir()
+    with request.param(server) as made:
+        yield made
+
+
+@pytest.fixture
+def source(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Harness | None]:
+    """A harness whose server can be queried; None where no type can be."""
+    if request.param is None:
+        yield None
+        return
     server = tmp_path / "server"
     server.mkdir()
     with request.param(server) as made:
@@ -63,5 +86,6 @@ __all__ = [  # what a test file takes over with `import *`: the cases, and the f
     "harness",
     "own_home",
     "pytest_generate_tests",
+    "source",
     "study",
 ]

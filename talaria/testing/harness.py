@@ -90,6 +90,13 @@ def of_extension(type_name: str) -> dict[str, Factory]:
     return harnesses
 
 
+def sources_of_extension(type_name: str) -> dict[str, Factory]:
+    """Return those harnesses of a type of another package whose servers can be queried: its `SOURCES` name them."""
+    harnesses = of_extension(type_name)
+    names: tuple[str, ...] = getattr(import_module(EXTENSIONS[type_name].harness), "SOURCES", ())
+    return {name: harnesses[name] for name in names}
+
+
 @dataclass
 class Sent:
     """What one attempt to push did.

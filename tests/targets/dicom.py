@@ -128,4 +128,5 @@ HARNESSES: dict[str, Callable[[Path], AbstractContextManager[Harness]]] = {
     "dicom-orthanc": _orthanc,
     "dicom-script": _script,
 }
+SOURCES = ("dicom-orthanc",)
 NEEDED = {"host": "pacs.example.org", "aet_target": "ARCHIVE"}

@@ -106,4 +106,5 @@ HARNESSES: dict[str, Callable[[Path], AbstractContextManager[Harness]]] = {
     "dicom-tls-orthanc": _orthanc,
     "dicom-tls-script": _script,
 }
+SOURCES = ("dicom-tls-orthanc",)
 NEEDED = {"host": "pacs.example.org", "aet_target": "ARCHIVE"}

@@ -144,4 +144,5 @@ HARNESSES: dict[str, Callable[[Path], AbstractContextManager[Harness]]] = {
     "dicomweb-script": _script,
     "dicomweb-file": dicomweb_file.harness,
 }
+SOURCES = ("dicomweb-orthanc", "dicomweb-orthanc-tls", "dicomweb-file")
 NEEDED = {"url": "https://pacs.example.org/dicom-web"}

@@ -40,10 +40,10 @@ def assert_same(harness: Harness, wanted: dict[str, bytes], got: dict[str, bytes
         if harness.driver.facts.keeps_names:
             assert got[key] == data, f"{key!r} is not what was sent"
         else:
-            _assert_same_instance(data, got[key])
+            assert_same_instance(data, got[key])
 
 
-def _assert_same_instance(sent: bytes, got: bytes) -> None:
+def assert_same_instance(sent: bytes, got: bytes) -> None:
     """Assert equal data sets: a DICOM peer may write its own file meta information, but no other content."""
     with studies.quiet():
         a, b = pydicom.dcmread(io.BytesIO(sent)), pydicom.dcmread(io.BytesIO(got))
