@@ -136,10 +136,10 @@ def push(target: SftpTarget, plan: Plan, report: PushReport) -> Receipt:
 
 
 async def _push(sending: Sending) -> Receipt:
-    session = await Sftp.connect(sending.client)
-    sessions = [session]
+    sessions = [await Sftp.connect(sending.client)]
     try:
         await sending.files(sessions)
+        session = await sending.live(sessions)
         verified = await verify(sending, session)
         await sending.mark(session)
     except BaseException:
@@ -176,5 +176,10 @@ driver = Driver(
     check=check,
     push=push,
     hook=ssh.hook,
-    facts=Facts(keeps_names=True, resumes=True, verifies_by=(Level.ACCEPTED, Level.LISTED, Level.PROVEN)),
+    facts=Facts(
+        keeps_names=True,
+        resumes=True,
+        reconnects=True,
+        verifies_by=(Level.ACCEPTED, Level.LISTED, Level.PROVEN),
+    ),
 )

@@ -1,6 +1,7 @@
 """How a dispatch's files get to an SFTP server: temporary names, resuming, renaming.
 
-A file that fails affects no other file, and every attempt gets further than the one before.
+A file that fails affects no other file, and every attempt gets further than the one before. Where a connection breaks,
+the files that were on their way over it are suspected (`suspects.py`); the others go on over a new one.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import asyncio
 import hashlib
 import os
 import posixpath
-from collections import Counter, OrderedDict, deque
+from collections import deque
 from contextlib import suppress
 
 from blocks.sftp import SftpTarget
@@ -18,9 +19,10 @@ from protocols.ssh.client import SshClient
 from protocols.ssh.packets import FLAG_CREATE, FLAG_READ, FLAG_TRUNCATE, FLAG_WRITE, Code, SendWindow, Status
 from protocols.ssh.sftp import WINDOW_BYTES, Sftp
 from tasks import ssh
-from tasks.sftp.remote import NoRename, Remote, Unexplained, each, encoded
+from tasks.sftp.remote import NoRename, Remote, Unexplained, each, encoded, first
+from tasks.sftp.suspects import RESUMED_BYTES, Suspects
 from transfer.content import data_before, is_sparse
-from transfer.errors import Busy, DispatchError, Rejected, Retryable
+from transfer.errors import Busy, DispatchError, Interrupted, Permanent, Rejected, Retryable
 from transfer.layout import OTHER_INSTANCE
 from transfer.outcome import DELIVERED, Kind, Outcome
 from transfer.plan import Item, Plan
@@ -32,12 +34,6 @@ CLAIM_BYTES = 4 * WINDOW_BYTES  # of the files that one connection works on, so 
 CONNECTION_BYTES = 32 << 20  # worth the handshake of one more connection
 SAMPLE_BYTES = 32_768  # compared before an interrupted file is continued
 FULL_IN_A_ROW = 64  # files without room, and none that had some in between: the disk is full for all
-MOST_BREAKS = 6  # of the link in one attempt, at files that are sent alone
-REMEMBERED = 200  # dispatches
-
-# How often the link broke while a file was on its way, by target and dispatch: what may have broken it is sent alone,
-# after all others. As long as this process lives; another one finds out by itself.
-_broke: OrderedDict[tuple[str, str], Counter[str]] = OrderedDict()
 
 
 class Sending(Remote):
@@ -48,37 +44,40 @@ class Sending(Remote):
         self.throttle = Throttle(target.bandwidth_limit)
         self.sparse = True  # as long as nothing shows that the server can't have holes
         self.timed = True  # whether the server keeps times
-        self.under_way: dict[str, Sftp] = {}  # paths of the files that are
         self.no_room: dict[Item, Busy] = {}
         self.no_room_in_a_row = 0
         self.unexplained: dict[Item, Outcome] = {}  # refused, and reported only when all have been tried
-        self.broke = _broke.setdefault((target.name, plan.dispatch_id), Counter())
-        _broke.move_to_end((target.name, plan.dispatch_id))
-        while len(_broke) > REMEMBERED:
-            _broke.popitem(last=False)
-        self.queue = deque(item for item in plan.pending if not self.broke[item.path])
-        suspects = (item for item in plan.pending if self.broke[item.path])
-        self.alone = sorted(suspects, key=lambda item: self.broke[item.path])
+        self.suspects = Suspects(target.name, plan, report, self.hide)
+        self.queue = deque(item for item in plan.pending if item not in self.suspects)
+        self.lost: Retryable | None = None  # why a connection that broke was not replaced
+        self.written: set[Item] = set()  # files of which the server has confirmed every byte
 
     async def files(self, sessions: list[Sftp]) -> None:
-        """Deliver what is pending; further connections are added to `sessions`."""
-        if not self.queue and not self.alone:
+        """Deliver what is pending.
+
+        Args:
+            sessions: at first one; further ones are added, and those that break are taken away.
+
+        Raises:
+            Retryable: what goes on in the next attempt could not be delivered; the others have their outcome.
+        """
+        if not self.queue and not self.suspects.alone:
             return
         await self.prepare(sessions[0])
         try:
-            try:
-                async with asyncio.TaskGroup() as group:
-                    more = group.create_task(self.connect_more(sessions, group))
-                    await self.work(sessions[0])
-                    more.cancel()
-            finally:
-                self.broke.update(path for path, session in self.under_way.items() if session.is_lost)
-            await self.suspects(sessions)
-            await self.squeeze(sessions[0])
+            async with asyncio.TaskGroup() as group:
+                more = group.create_task(self.connect_more(sessions, group))
+                await self.work(sessions, sessions[0])
+                more.cancel()
+            error = self.lost if self.queue else None
+            await self.send_alone(sessions)
+            if error := self.suspects.error or error:
+                raise error
+            await self.squeeze(await self.live(sessions))
         finally:
             if not self.no_room:
                 self.reject_unexplained()
-        await self.clear(sessions[0])
+        await self.clear(await self.live(sessions))
         if not self.renames:
             self.notes.append("the server can't rename: files were visible while they were being written")
         if not self.sized:
@@ -86,28 +85,43 @@ class Sending(Remote):
         if not self.timed:
             self.notes.append("the server does not keep the times of files")
 
-    async def suspects(self, sessions: list[Sftp]) -> None:
-        """Send the files that were on their way when the connection broke in an earlier attempt, one by one.
+    async def live(self, sessions: list[Sftp]) -> Sftp:
+        """Return a session that is not lost, a new one if there is none; raises as `connect`."""
+        while lost := next((one for one in sessions if one.is_lost), None):
+            sessions.remove(lost)
+            await lost.close(by_force=True)
+        return sessions[0] if sessions else await self.connect(sessions)
+
+    async def connect(self, sessions: list[Sftp]) -> Sftp:
+        """Begin a session in the place of one that broke.
 
         Raises:
-            Retryable: the connection broke again, at these files or for good; the others have their outcome.
+            Retryable: none can be had; also where the server, which let us in before, refuses the login now.
         """
-        failed: Retryable | None = None
-        breaks = 0
-        for item in self.alone:
+        try:
+            session = await Sftp.connect(self.client)
+        except Permanent as exc:
+            raise Interrupted(f"the connection broke, and no other can be had: {exc.message}", exc.target) from exc
+        sessions.append(session)
+        return session
+
+    async def send_alone(self, sessions: list[Sftp]) -> None:
+        """Send the files that were on their way when a connection broke, now or in an earlier attempt, one by one."""
+        self.suspects.progress()
+        for item in self.suspects.in_order():
             try:
-                await self.deliver(sessions[-1], item)
+                session = await self.live(sessions)
             except Retryable as exc:
-                breaks += 1
-                self.broke[item.path] += 1
-                words = f"{exc.message}, while this file was sent alone"
-                failed = failed or type(exc)(words, exc.target, item.shown)
-                self.report.put_off[item.path] = self.hide(words)
-                if breaks == MOST_BREAKS or not sessions[-1].is_lost:
-                    break
-                sessions.append(await Sftp.connect(self.client))
-        if failed is not None:
-            raise failed
+                self.suspects.error = self.suspects.error or exc
+                return
+            try:
+                await self.deliver(session, item)
+            except Retryable as exc:
+                if not session.is_lost:
+                    raise
+                self.suspects.put_off(item, exc)
+                if self.suspects.has_enough(alone=True):
+                    return
 
     async def squeeze(self, session: Sftp) -> None:
         """Send files for which there was no room once more, one by one: others may have taken their room for a while.
@@ -118,10 +132,11 @@ class Sending(Remote):
         Raises:
             Busy: there is still no room for one of them; all others have their outcome.
         """
-        failed: Busy | None = None
-        again = [*self.no_room, *self.unexplained] if self.no_room else []
+        twice = {item: exc for item, exc in self.no_room.items() if item in self.suspects.twice}
+        failed = next(iter(twice.values()), None)
+        again = [item for item in (*self.no_room, *self.unexplained) if item not in twice] if self.no_room else []
         if again:
-            self.no_room, self.unexplained = {}, {}
+            self.no_room, self.unexplained = twice, {}
         for item in again:
             await self.deliver(session, item)
             failed = failed or self.no_room.get(item)
@@ -140,7 +155,7 @@ class Sending(Remote):
     async def prepare(self, session: Sftp) -> None:
         """Make the folders, remove the marker of an earlier dispatch, and find out how to rename."""
         self.posix = b"posix-rename@openssh.com" in session.extensions
-        items = [*self.queue, *self.alone]
+        items = [*self.queue, *self.suspects.alone]
         pending = {id(self.folder_of[item.path]): self.folder_of[item.path] for item in items}
         for folder in pending.values():
             await self.make_folder(session, folder.path)
@@ -172,32 +187,61 @@ class Sending(Remote):
             except DispatchError:
                 return
             sessions.append(session)
-            group.create_task(self.work(session))
+            group.create_task(self.work(sessions, session))
 
-    async def work(self, session: Sftp) -> None:
-        """Deliver the remaining files over one connection, many at once."""
+    async def work(self, sessions: list[Sftp], session: Sftp) -> None:
+        """Deliver the remaining files over one connection, and over a new one each time that it breaks."""
+        while (broken := await self.send(session)) is not None and self.queue:
+            # Where it can't be replaced, other connections may deliver the rest.
+            if self.suspects.has_enough():
+                self.lost = broken
+                return
+            if session in sessions:  # a server may allow only so many
+                sessions.remove(session)
+                await session.close(by_force=True)
+            try:
+                session = await self.connect(sessions)
+            except Retryable as exc:
+                self.lost = exc
+                return
+
+    async def send(self, session: Sftp) -> Retryable | None:
+        """Deliver the remaining files over one connection, many at once; return the error if it breaks."""
         claims = SendWindow(CLAIM_BYTES)
         slots = SendWindow(min(FILES_AT_ONCE, session.open_files // 2 or FILES_AT_ONCE))
+        taken: dict[Item, bool] = {}  # from the queue, and whether it has begun
 
         async def one(item: Item, claimed: int) -> None:
+            taken[item] = True
             try:
                 await self.deliver(session, item)
+                del taken[item]
             finally:
                 claims.give(claimed)
                 slots.give(1)
 
-        async with asyncio.TaskGroup() as group:
-            while self.queue:
-                claimed = min(self.queue[0].size, CLAIM_BYTES)
-                await slots.take(1)
-                await claims.take(claimed)
-                if self.queue:
-                    group.create_task(one(self.queue.popleft(), claimed))
+        try:
+            async with asyncio.TaskGroup() as group:
+                while self.queue:
+                    claimed = min(self.queue[0].size, CLAIM_BYTES)
+                    await slots.take(1)
+                    await claims.take(claimed)
+                    if self.queue:
+                        item = self.queue.popleft()
+                        taken[item] = False
+                        group.create_task(one(item, claimed))
+        except ExceptionGroup as exc:
+            broken = first(exc)
+            if not session.is_lost or exc.split(Retryable)[1] is not None or not isinstance(broken, Retryable):
+                raise
+            self.queue.extendleft(item for item, begun in reversed(taken.items()) if not begun)
+            self.suspects.add((item for item, begun in taken.items() if begun), broken)
+            return broken
+        return None
 
     async def deliver(self, session: Sftp, item: Item) -> None:
         """Bring one file to its final name, and report its outcome."""
         outcome = DELIVERED
-        self.under_way[item.path] = session
         try:
             final = self.folder_of[item.path].final(item)
             self.check_way(item, final)
@@ -210,10 +254,14 @@ class Sending(Remote):
                     await self.bring(session, item, fd, final)
         except Unexplained as exc:
             self.unexplained[item] = Outcome(Kind.REJECTED, self.hide(exc.message))
-            del self.under_way[item.path]
             return
         except Rejected as exc:
             outcome = Outcome(Kind.REJECTED, self.hide(exc.message))
+        except Interrupted as exc:
+            if session.is_lost:
+                raise
+            self.suspects.put_off(item, exc, "")  # the server's word on this file
+            return
         except Busy as exc:
             if session.is_lost:
                 raise
@@ -223,10 +271,9 @@ class Sending(Remote):
             self.no_room_in_a_row += 1
             if self.no_room_in_a_row >= FULL_IN_A_ROW:
                 raise
-            del self.under_way[item.path]
             return
-        del self.under_way[item.path]
         self.no_room_in_a_row = 0
+        self.suspects.progress()
         self.report(item, outcome)
 
     def check_way(self, item: Item, final: bytes) -> None:
@@ -306,6 +353,7 @@ class Sending(Remote):
                     raise
                 self.sparse = False
                 await self.upload(session, item, fd, handle, 0, holes=False)
+            self.written.add(item)
             self.plan.check(item, fd)
             held, _ = await asyncio.gather(self.length(session, handle, path), self.keep_time(session, item, handle))
         except EOFError as exc:
@@ -343,7 +391,12 @@ class Sending(Remote):
         A server that works on many writes at once may have kept later ones without earlier ones: everything that was on
         the way when the connection broke is sent again.
         """
-        if resume and item.size > 2 * WINDOW_BYTES:
+        if resume and item in self.written:  # and the connection broke before it had its name
+            handle = await session.open(path, FLAG_WRITE | FLAG_CREATE)
+            if await self.length(session, handle, path) == item.size:
+                return handle, item.size
+            await session.close_file(handle)
+        elif resume and item.size > RESUMED_BYTES:
             try:
                 handle = await session.open(path, FLAG_READ | FLAG_WRITE | FLAG_CREATE)
             except Status:

@@ -5,7 +5,8 @@
 Made of asyncssh, in a process of its own. What they do may be changed while they run by words in `FOLDER/../<control>`:
 `shorten` (bytes after the first 2,000 of a file are lost without an error), `refuse NAME`, `full` (no space left),
 `full N` (none for what a file has beyond N bytes), `crowded N` (the same; until the first of these is removed, others
-fail without a reason), `hang up N` (the connection is cut when a file gets longer).
+fail without a reason), `hang up N` (the connection is cut when a file gets longer), `stall N` (what a file has beyond N
+bytes is never confirmed), `tire N` (the connection is cut after N files).
 """
 
 from __future__ import annotations
@@ -110,6 +111,7 @@ def main() -> None:
         def __init__(self, chan: Any) -> None:
             super().__init__(chan, chroot=os.fsencode(given.root))
             self.offsets: dict[int, int] = {}
+            self.files = 0  # that got their names
 
         def open(self, path: bytes, pflags: int, attrs: Any) -> Any:
             said = words()
@@ -130,6 +132,8 @@ def main() -> None:
                 raise asyncssh.SFTPFailure("Failure")
             if said.startswith("hang up ") and end > int(said[8:]):
                 self.channel.get_connection().abort()
+            if said.startswith("stall ") and end > int(said[6:]):
+                return asyncio.Event().wait()
             if said == "shorten":
                 data = data[: max(0, KEPT_BYTES - offset)]
             return super().write(file_obj, offset, data)
@@ -148,6 +152,10 @@ def main() -> None:
             said = words()
             if said.startswith("refuse ") and os.fsencode(said[7:]) in newpath:
                 raise asyncssh.SFTPFailure("refused")
+            self.files += 1
+            if said.startswith("tire ") and self.files > int(said[5:]):
+                self.channel.get_connection().abort()
+                raise asyncssh.SFTPFailure("tired")
             return super().posix_rename(oldpath, newpath)
 
         def remove(self, path: bytes) -> Any:

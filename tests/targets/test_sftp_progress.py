@@ -14,13 +14,14 @@ from pydantic import SecretStr
 from blocks.sftp import SftpTarget
 from protocols.ssh.packets import Space, space_of
 from talaria.testing import studies
-from talaria.testing.harness import Sent, attempt
+from talaria.testing.harness import Sent, attempt, sending
+from talaria.testing.relay import relay
 from tests.servers.openssh import shared
 from tests.servers.sftp_odd import Odd, odd
 from tests.targets.remote_folder import RemoteFolder
 from tests.targets.sftp import odd_target
 from transfer.content import data_before, data_parts, is_sparse
-from transfer.errors import Busy, Interrupted
+from transfer.errors import Busy, Interrupted, TimedOut
 from transfer.plan import scan
 from transfer.receipt import State
 
@@ -93,21 +94,63 @@ def test_a_disk_that_is_full_for_all_is_left_in_peace(tmp_path: Path, strange: t
     assert not sent.arrived and not moved
 
 
-@pytest.mark.parametrize("large", [1, 3])
-def test_files_at_which_the_server_hangs_up_hold_up_no_others(
+@pytest.mark.parametrize("large", [1, 6])
+def test_files_at_which_the_server_hangs_up_cost_themselves_alone(
     tmp_path: Path, strange: tuple[Odd, RemoteFolder], large: int
 ) -> None:
+    """In the first attempt; each is sent twice at most, and named."""
     server, remote = strange
     plan = scan([study(tmp_path, large)])
-    with server.doing(f"hang up {SMALL}"):
-        first = attempt(remote.target, plan)  # here nobody knows which of those on their way it was
+    with server.doing(f"hang up {SMALL}"), sending(remote.target, plan) as sender:
+        first = sender.attempt()
         assert isinstance(first.error, Interrupted), repr(first.error)
-        second = attempt(remote.target, plan, done=first.arrived)
-        assert isinstance(second.error, Interrupted), repr(second.error)
-        arrived = first.arrived | second.arrived
-        assert len(arrived) == 30, "others were held up"
-        assert (second.error.item or "").startswith("A") and "sent alone" in str(second.error)
-    assert attempt(remote.target, plan, done=arrived).require().state is State.DELIVERED
+        assert (first.error.item or "").startswith("A") and "sent alone" in str(first.error)
+        assert len(first.arrived) == 30 and not first.rejected, "others were held up"
+        assert first.moved <= 2 * plan.size
+        left = {item.path: item.detail for item in sender.receipt().items if item.path not in first.arrived}
+        assert len(left) == large and all("sent alone" in detail for detail in left.values()), left
+        if large == 1:
+            assert isinstance(sender.attempt().error, Interrupted)
+            third = sender.attempt()
+            assert third.require().state is State.PARTIAL
+            assert ["alone, 3 times" in reason for reason in third.rejected.values()] == [True]
+    assert attempt(remote.target, plan, done=first.arrived).require().state is State.DELIVERED
+    assert remote.read_back(plan) == content(first)
+    assert not remote.leftovers()
+
+
+def test_a_file_that_is_never_confirmed_costs_itself_alone(tmp_path: Path, strange: tuple[Odd, RemoteFolder]) -> None:
+    server, remote = strange
+    plan = scan([study(tmp_path, 1)])
+    with server.doing(f"stall {SMALL}"):
+        sent = attempt(remote.target.model_copy(update={"idle_timeout_s": 2}), plan)
+    assert isinstance(sent.error, TimedOut), repr(sent.error)
+    assert sent.error.item == "A0.bin" and len(sent.arrived) == 30
+    assert attempt(remote.target, plan, done=sent.arrived).require().state is State.DELIVERED
+
+
+def test_a_server_that_ends_each_session_after_some_files_gets_all(
+    tmp_path: Path, strange: tuple[Odd, RemoteFolder]
+) -> None:
+    server, remote = strange
+    plan = scan([study(tmp_path, 0)])
+    with server.doing("tire 8"):
+        first = attempt(remote.target, plan)
+        assert len(first.arrived) >= 24, "only those that were sent alone at a session's end are left"
+        assert attempt(remote.target, plan, done=first.arrived).require().state is State.DELIVERED
+    assert remote.read_back(plan) == content(first)
+
+
+def test_a_server_that_hangs_up_at_every_file_is_left_in_peace(
+    tmp_path: Path, strange: tuple[Odd, RemoteFolder]
+) -> None:
+    server, remote = strange
+    studies.ct(tmp_path / "study", 200)
+    with server.doing("hang up 0"), relay(server.port) as link:
+        sent = attempt(remote.target.model_copy(update={"port": link.port}), tmp_path / "study")
+    assert isinstance(sent.error, Interrupted), repr(sent.error)
+    assert not sent.arrived
+    assert link.connections <= 12
 
 
 @pytest.mark.parametrize(
