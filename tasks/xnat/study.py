@@ -7,7 +7,6 @@ a minute later. So no outcome is reported before XNAT has listed what it has of 
 
 from __future__ import annotations
 
-import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -17,9 +16,11 @@ from blocks.xnat import Destination, Overwrite, XnatTarget
 from protocols.net.words import clean
 from protocols.xnat.answers import ArchivePlace, CatalogEntry, ImageSession, XnatRefused
 from protocols.xnat.client import XnatClient
+from tasks.xnat import refusals
 from tasks.xnat.errors import classified
 from tasks.xnat.held import Held, distinct, held_in_archive, held_in_prearchive, name_of
 from tasks.xnat.names import Name, Names, XnatStudy
+from tasks.xnat.refusals import RefusedWhole
 from tasks.xnat.zip import ZipBody
 from transfer.errors import Busy, Denied, Interrupted, Misconfigured, Rejected, Retryable, TimedOut
 from transfer.outcome import ALREADY, DELIVERED, Kind, Outcome
@@ -30,18 +31,10 @@ from transfer.throttle import Throttle
 POLL_S = (0.2, 5.0)  # between two looks at the prearchive: at first, and at most
 COLLISION_S = 2.0  # until files of a broken import that XNAT is still writing may be sent again
 GROUPS = 16  # parts that a study is imported in where it can't be in one: 1,000 files are alone after three attempts
+ALONE = 64  # files of a refused import that are sent one by one at once: each import costs seconds at a real XNAT
 MAX_FAILED = 3  # parts that fail one after the other before XNAT is left in peace
 MAX_TRIES = 3  # of a file that XNAT fails at each time, before it is rejected
 MAX_SENDS = 2  # of a study in one attempt; what is still lacking then is left to the next one
-
-# XNAT's own words, by what they mean here (GradualDicomImporter, DicomZipImporter, PrearcSessionArchiver).
-_UNREADABLE = re.compile(r"unable to read DICOM object (\S+)|object (\S+) contains no SOP")
-_COLLISION = "Concurrent file sends"
-_BROKEN = "unable to read data from file"
-_WORKING = ("already be in progress", "already archiving", "in use", "lock session", "did not return a valid data URI")
-_OTHER_STUDY = "modification of session UID"
-_EXISTS = "Session already exists: XNAT has this study without this file, and overwrite is none: set it to append"
-_OUR_FAULT = ("Parameter dest format error", "identify upload format", "Unsupported format", "Importer is limited")
 
 
 @dataclass
@@ -125,21 +118,29 @@ class _Delivery:
             self._report()
             self._verify(held)
         elif held is not None and not self._may_add():
-            self.rejected = dict.fromkeys(sending, _EXISTS)
+            self.rejected = dict.fromkeys(sending, refusals.EXISTS)
             self._report()
         else:
             self._import_and_report(lacking, held or Held())
 
     def _import_and_report(self, lacking: list[Item], before: Held) -> None:
-        """Import what XNAT lacks: at once, or in parts if that was tried before and failed."""
+        """Import what XNAT lacks: at once, or in parts if that was tried before and failed, or fails now."""
         unanswered = self.shared.report.unanswered
-        if len(lacking) > 1 and not all(unanswered[item.path] for item in lacking):
-            self._import_group(lacking, before)
-        else:
+        if len(lacking) == 1 or all(unanswered[item.path] for item in lacking):
             self._import_groups(lacking, before)
+            return
+        try:
+            self._import_group(lacking, before)
+        except RefusedWhole:
+            fresh = Held() if self.target.overwrite is Overwrite.DELETE else before
+            self._import_groups(lacking, fresh, again=True)
 
     def _import_group(self, items: list[Item], before: Held) -> Held:
-        """Import items and report their outcomes; return what XNAT has then, as far as that is known."""
+        """Import items and report their outcomes; return what XNAT has then, as far as that is known.
+
+        Raises:
+            RefusedWhole: XNAT refuses them together, for a reason that may lie in one of them.
+        """
         ended = self._import(items)
         left = [item for item in items if item.path not in self.rejected]
         if ended is not None and not ended.refused:
@@ -149,16 +150,23 @@ class _Delivery:
         self._report()
         return before
 
-    def _import_groups(self, items: list[Item], before: Held) -> None:
-        """Import items in parts, so that in the end a file at which XNAT always fails affects no other.
+    def _import_groups(self, items: list[Item], before: Held, *, again: bool = False) -> Held:
+        """Import items in parts, so that in the end a file that XNAT refuses, or fails at, affects no other.
+
+        Args:
+            again: whether this attempt has sent them before, together, and XNAT has refused that: few are sent alone.
 
         Raises:
             Retryable: what went wrong with a part; the next attempt makes smaller ones of it.
         """
         errors: list[Retryable] = []
-        failed = 0  # since a part arrived
-        ordered = sorted(items, key=lambda item: (header_of(item).SeriesInstanceUID, item.path))
-        size = -(-len(ordered) // GROUPS)
+        refused: list[tuple[list[Item], RefusedWhole]] = []
+        failed = taken = 0  # parts: of the first since one arrived
+        ordered = sorted(
+            (item for item in items if item.path not in self.rejected),
+            key=lambda item: (header_of(item).SeriesInstanceUID, item.path),
+        )
+        size = 1 if again and len(ordered) <= ALONE else max(1, -(-len(ordered) // GROUPS))
         for start in range(0, len(ordered), size):
             group = ordered[start : start + size]
             # With an earlier part XNAT may have archived what had come of this one in a broken import.
@@ -168,12 +176,19 @@ class _Delivery:
             if not group:
                 self._report()
                 continue
-            self.shared.sends[self.study.uid] = 0  # counts for the same files
+            self.shared.sends[self.study.uid] = int(again)  # counts for the same files
             try:
                 with classified(self.name.hidden):
-                    before = self._import_group(group, before)
+                    try:
+                        before = self._import_group(group, before)
+                    except RefusedWhole as exc:
+                        if again:
+                            refused.append((group, exc))
+                            continue
+                        before = self._import_groups(group, before, again=True)
                     self.name = self.shared.names.name(self.study)  # from the first on, there is a session
                 failed = 0
+                taken += any(item.path not in self.rejected for item in group)
             except Retryable as exc:
                 failed += 1
                 if failed >= MAX_FAILED or self.shared.is_away(exc):
@@ -183,8 +198,16 @@ class _Delivery:
                     self._report()
                 else:
                     errors.append(exc)
+        if refused and not taken and not errors and not any(exc.too_large for _, exc in refused):
+            for group, said in refused:  # it is hardly a file in each of them
+                self.rejected |= dict.fromkeys((item.path for item in group), said.words)
+            self._report()
+        elif refused:
+            words = f"{len(refused)} part(s) of it refused, to be sent in smaller ones: {refused[0][1].words}"
+            errors.append(Busy(f"{self.study.shown}: {words}", item=refused[0][0][0].shown))
         if errors:
             raise errors[0]
+        return before
 
     def _may_add(self) -> bool:
         """Return True if files may be added to an existing session: `overwrite` allows it, or this dispatch made it."""
@@ -250,15 +273,15 @@ class _Delivery:
                 items = self._unchanged(self._without(items, exc.item, why))
             except XnatRefused as exc:
                 why = self._words(exc.words)
-                found = _UNREADABLE.search(exc.words)
+                found = refusals.UNREADABLE.search(exc.words)
                 culprit = next((item for item in items if found and name_of(item) in found.groups()), None)
                 if culprit:
                     self.unreadable = True
                     items = self._without(items, culprit.shown, why)
-                elif _COLLISION in exc.words and self.shared.sends[self.study.uid] < MAX_SENDS:
+                elif refusals.COLLISION in exc.words and self.shared.sends[self.study.uid] < MAX_SENDS:
                     self._sleep(COLLISION_S)
                 else:
-                    return self._after_refusal(exc, why)
+                    return self._after_refusal(exc, why, several=len(items) > 1)
         return None
 
     def _without(self, items: list[Item], shown: str | None, why: str) -> list[Item]:
@@ -308,28 +331,37 @@ class _Delivery:
                     shared.sends[self.study.uid] += 1
                     shared.report.unanswered.update(item.path for item in items)  # until it is reported
 
-    def _after_refusal(self, exc: XnatRefused, words: str) -> _Ended:
-        """Find out how a refused import ended: XNAT may be working on it nevertheless."""
-        if exc.status in (400, 409, 500) and any(part in exc.words for part in _OUR_FAULT):
+    def _after_refusal(self, exc: XnatRefused, words: str, *, several: bool) -> _Ended:
+        """Find out how a refused import ended: XNAT may be working on it nevertheless.
+
+        Raises:
+            RefusedWhole: of several files, one may be the reason.
+            DispatchError: the reason is none of the files.
+        """
+        if exc.status in (400, 409, 500) and any(part in exc.words for part in refusals.OUR_FAULT):
             raise Misconfigured(f"XNAT doesn't understand the import: {words}") from None
         if exc.status == 404:
             raise Misconfigured(f"XNAT's import service doesn't behave as expected: {words}") from None
-        if _BROKEN in exc.words:
+        if refusals.BROKEN in exc.words:
             raise Interrupted(f"{self.study.shown}: XNAT could not read the upload to its end: {words}") from None
-        if _COLLISION in exc.words:
+        if refusals.COLLISION in exc.words:
             raise Busy(f"{self.study.shown}: XNAT is still writing files of an earlier import: {words}") from None
-        if exc.status not in (400, 409, 413, 423):
+        if exc.status not in (*refusals.CONTENT, 423):
             raise exc
+        if exc.status != refusals.TOO_LARGE and refusals.NO_ROOM.search(exc.words):
+            raise Busy(f"{self.study.shown}: XNAT has no room: {words}") from None
         entry = self._find()
         if entry is not None and entry.working:
             return self._see_through(entry)
-        if exc.status == 423 or any(part in exc.words for part in _WORKING):
+        if exc.status == 423 or any(part in exc.words for part in refusals.WORKING):
             raise Busy(f"{self.study.shown}: {words}") from None
         reason = self._words(self.client.log_of(entry)) if entry is not None and entry.failed else ""
-        if _OTHER_STUDY in exc.words + reason and self.name.existing is None:
+        if refusals.OTHER_STUDY in exc.words + reason and self.name.existing is None:
             if entry is not None:
                 self._discard(entry)
             raise _Taken
+        if several and refusals.may_be_one(exc.words) and (entry is None or not entry.failed):
+            raise RefusedWhole(words, too_large=exc.status == refusals.TOO_LARGE)
         return _Ended(entry=entry, refused=self._refusal(words, entry, reason))
 
     def _discard(self, entry: CatalogEntry) -> None:

@@ -11,12 +11,16 @@ import pytest
 
 from talaria.testing import studies
 from talaria.testing.harness import Sent, attempt, sending
-from tests.servers.xnat import Fault, Refusal, Reply, Xnat, error
+from tests.servers.xnat import Fault, Refusal, Reply, Xnat
+from tests.servers.xnat import error as error_page
 from tests.targets.xnat import xnat_target
 from tests.targets.xnat_push.pushing import fails
 from transfer.errors import (
     Busy,
     Denied,
+    DispatchError,
+    Interrupted,
+    Misconfigured,
     TimedOut,
 )
 from transfer.outcome import Kind
@@ -25,9 +29,15 @@ from transfer.receipt import State
 
 
 class Failing:
-    """XNAT that fails, in one way or another, at every import with one of these instances."""
+    """XNAT that fails, in one way or another, at every import with one of these instances.
 
-    def __init__(self, server: Xnat, bad: set[str], how: str) -> None:
+    Args:
+        how: `aborts`, `500`, or the status with which it refuses the import, without naming the instance.
+    """
+
+    words = "java.lang.IllegalArgumentException: value out of range"
+
+    def __init__(self, server: Xnat, bad: set[str], how: str | int) -> None:
         self.server, self.bad, self.how = server, bad, how
         self.sent: list[set[str]] = []  # instances of each import
         self._put = server.rest.service._file
@@ -45,6 +55,8 @@ class Failing:
         if name.removesuffix(".dcm") in self.bad:
             for _ in pieces:
                 pass
+            if isinstance(self.how, int):
+                raise Refusal(self.how, self.words)
             if self.how == "aborts":
                 raise BrokenPipeError  # the stand-in closes the connection
             raise Refusal(500, "java.lang.NullPointerException")
@@ -79,6 +91,101 @@ def test_a_file_at_which_xnat_fails_each_time(server: Xnat, study: Path, at: set
     files = studies.ct(study, 20)
     bad = {_uid_of(files[number]) for number in at}
     delivered_in_the_end(server, study, Failing(server, bad, how), attempts=6)
+
+
+@pytest.mark.parametrize("status", [400, 409, 413, 422])
+@pytest.mark.parametrize("at", [{0}, {19}, {3, 11, 12, 13}])
+def test_a_file_that_xnat_refuses_without_naming_it(server: Xnat, study: Path, at: set[int], status: int) -> None:
+    """It alone is rejected, with XNAT's reason, in the first attempt; nothing is sent more than twice."""
+    files = studies.ct(study, 20)
+    failing = Failing(server, {_uid_of(files[number]) for number in at}, status)
+    sent = attempt(xnat_target(server.url), study)
+    assert sent.require().state is State.PARTIAL
+    assert set(sent.rejected) == {files[number].name for number in at}
+    assert all("value out of range" in reason for reason in sent.rejected.values())
+    assert len(sent.arrived) == 20 - len(at)
+    assert set(server.instances()) == {_uid_of(file) for file in files} - failing.bad
+    assert {one.name for one in server.store.prearchive} == set()
+    counts = Counter(sop for one in failing.sent for sop in one)
+    assert max(counts.values()) <= 2
+
+
+def test_a_file_that_xnat_refuses_in_a_large_study(server: Xnat, study: Path) -> None:
+    """Parts of it are refused at first; each attempt comes nearer to the file, and sends nothing more than twice."""
+    files = studies.ct(study, 130)
+    failing = Failing(server, {_uid_of(files[77])}, 400)
+    with sending(xnat_target(server.url), study) as sender:
+        first = sender.attempt()
+        assert type(first.error) is Busy and "value out of range" in str(first.error)
+        assert len(first.arrived) > 110
+        assert max(Counter(sop for one in failing.sent for sop in one).values()) <= 2
+        failing.sent.clear()
+        second = sender.attempt()
+        assert max(Counter(sop for one in failing.sent for sop in one).values()) <= 2
+        assert second.require().state is State.PARTIAL
+    assert {path: "out of range" in reason for path, reason in second.rejected.items()} == {files[77].name: True}
+    assert len(server.instances()) == 129
+
+
+def test_a_large_study_of_which_xnat_refuses_everything_is_rejected_at_once(server: Xnat, study: Path) -> None:
+    files = studies.ct(study, 80)
+    Failing(server, {_uid_of(file) for file in files}, 400)
+    sent = attempt(xnat_target(server.url), study)
+    assert sent.require().state is State.FAILED
+    assert len(sent.rejected) == 80
+    assert len(server.imports) <= 17
+
+
+def test_a_study_that_is_too_large_goes_in_parts(server: Xnat, study: Path) -> None:
+    studies.ct(study, 80, side=64)
+    run = server.rest.service.run
+
+    def limited(user: str, params: dict[str, str], uploads: list[Any]) -> Any:
+        data = uploads[0].read
+        size = 0
+
+        def read(count: int) -> bytes:
+            nonlocal size
+            piece: bytes = data(count)
+            size += len(piece)
+            if size > 30_000:
+                raise Refusal(413, "Request Entity Too Large")
+            return piece
+
+        uploads[0].read = read
+        return run(user, params, uploads)
+
+    server.rest.service.run = limited  # type: ignore[method-assign]
+    with sending(xnat_target(server.url), study) as sender:
+        for _ in range(3):
+            sent = sender.attempt()
+            if sent.receipt:
+                break
+        assert sender.receipt().state is State.DELIVERED
+    assert len(server.instances()) == 80
+
+
+@pytest.mark.parametrize(
+    ("status", "words", "error"),
+    [
+        (401, "The request requires user authentication", Interrupted),
+        (403, "Forbidden", Denied),
+        (404, "Not Found", Misconfigured),
+        (400, "Disk quota exceeded", Busy),
+        (400, "java.io.IOException: No space left on device", Busy),
+        (503, "down for maintenance", Busy),
+        (507, "Insufficient Storage", Busy),
+    ],
+)
+def test_a_refusal_that_is_not_about_content_is_not_tried_in_parts(
+    server: Xnat, study: Path, status: int, words: str, error: type[DispatchError]
+) -> None:
+    studies.ct(study, 5)
+    server.faults.append(Fault("POST", "/data/services/import", error_page(status, words), times=99))
+    problem = fails(attempt(xnat_target(server.url), study), error)
+    assert words in str(problem)
+    assert len(server.imports) == 1
+    server.faults.clear()
 
 
 def _uid_of(file: Path) -> str:
@@ -141,7 +248,7 @@ def test_a_study_that_is_refused_stops_no_others(server: Xnat, study: Path, stat
 def test_a_server_that_refuses_every_study_is_left_in_peace(server: Xnat, study: Path) -> None:
     for number in range(8):
         studies.ct(study / str(number), 1, study=studies.uid(56))
-    server.faults.append(Fault("POST", "/data/services/import", error(403, "Forbidden"), times=99))
+    server.faults.append(Fault("POST", "/data/services/import", error_page(403, "Forbidden"), times=99))
     fails(attempt(xnat_target(server.url, concurrency=1), study), Denied)
     assert len(server.imports) == 3
     server.faults.clear()
@@ -150,7 +257,7 @@ def test_a_server_that_refuses_every_study_is_left_in_peace(server: Xnat, study:
 def test_a_server_that_fails_always_is_left_in_peace(server: Xnat, study: Path) -> None:
     for number in range(8):
         studies.ct(study / str(number), 1, study=studies.uid(56))
-    server.faults.append(Fault("POST", "/data/services/import", error(500, "out of memory"), times=99))
+    server.faults.append(Fault("POST", "/data/services/import", error_page(500, "out of memory"), times=99))
     fails(attempt(xnat_target(server.url, concurrency=1), study), Busy)
     assert len(server.imports) == 3
     server.faults.clear()
