@@ -47,6 +47,7 @@ ADVICE = {
     405: "this service is not there: check url and the prefixes",
     406: "it can't give its answer as JSON or XML here: check url and the prefixes, and any proxy before the server",
     410: "check url and the prefixes",
+    415: "it does not take this type of content here: check url and the prefixes, and any proxy before the server",
 }
 # In a value of a query. RFC 3986 section 3.4 allows more; those signs separate values for some servers.
 QUERY_SAFE = "*?/:@!$'()-._~"

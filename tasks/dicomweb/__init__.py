@@ -11,6 +11,8 @@ from urllib.parse import urlsplit
 
 from blocks.dicomweb import DicomWebTarget
 from imaging import json as dicomjson
+from imaging.header import Header
+from imaging.part10 import preamble_and_meta
 from imaging.query import Match, Query
 from protocols.dicomweb import qido, readback, wado, wado_uri
 from protocols.dicomweb import service as dicomweb
@@ -38,7 +40,9 @@ from transfer.receipt import Level, PushReport, Receipt
 
 BOGUS = "1.2.826.0.1.3680043.8.498.0"  # a UID below pydicom's root that no object has
 # What a server may answer to a STOW request without instances: all of these come from a STOW service.
-STOW_ANSWERS = frozenset((200, 201, 202, 204, 400, 406, 409, 411, 415, 422))
+STOW_ANSWERS = frozenset((200, 201, 202, 204, 400, 406, 409, 411, 422))
+# A part that can't be stored, for servers that answer so to a request without any.
+PARTS = {500: b"nothing", 415: preamble_and_meta(Header("", "", "1.2.840.10008.1.2.1", "", "", 0))}
 WADO_TRIES = 3  # of a list that a retrieval needs, over links that break
 WADO_NONE = frozenset((204, 400, 404, 406, 409, 410))  # for an instance that isn't there
 
@@ -166,12 +170,15 @@ def _ask(service: Service, method: str, path: str, headers: dict[str, str] | Non
 
 
 def _ask_stow(service: Service, path: str) -> _Asked:
-    """Send a request without instances; to servers that can't bear that, one with a part that is not an instance."""
+    """Send a request as a push does, but without instances; to servers that can't bear that, one with a part.
+
+    Some look into a part before they take its type: they get a DICOM file that ends with its meta information.
+    """
     headers = {"Content-Type": 'multipart/related; type="application/dicom"; boundary=talaria'}
     asked = _ask(service, "POST", path, headers, b"--talaria--\r\n")
-    if asked.answer.status == 500:
-        part = b"--talaria\r\nContent-Type: application/dicom\r\n\r\nnothing\r\n--talaria--\r\n"
-        asked = _ask(service, "POST", path, headers, part)
+    if part := PARTS.get(asked.answer.status):
+        body = b"--talaria\r\nContent-Type: application/dicom\r\n\r\n" + part + b"\r\n--talaria--\r\n"
+        asked = _ask(service, "POST", path, headers, body)
     return asked
 
 
@@ -180,7 +187,7 @@ def _require_service(service: Service, asked: dict[str, _Asked]) -> None:
     if any(one.answer.status < 300 for one in asked.values()):
         return
     name, one = ("stow", asked["stow"]) if "stow" in asked else ("qido", asked["qido"])
-    if one.answer.status not in STOW_ANSWERS:
+    if one.answer.status not in STOW_ANSWERS | {415}:
         return  # an error wherever it comes from
     nowhere = service.path("", f"no-such-service-{BOGUS}")
     other = _ask_stow(service, nowhere) if name == "stow" else _ask(service, "GET", nowhere)
@@ -208,6 +215,8 @@ def _judge_stow(service: Service, asked: _Asked, probe: Probe) -> None:
     if asked.answer.media_type == "text/html" and status < 400:
         raise dicomweb.unexpected(service, asked.answer, asked.body, asked.path)
     probe.detail = f"answers {status} to a request without instances; nothing was stored"
+    if status >= 400:
+        probe.detail += ", so that only a push can show whether it takes instances"
 
 
 def _probe_wado(service: Service, probe: Probe) -> None:

@@ -84,10 +84,36 @@ def test_check_stow(server: Scripted, status: int, probe: str, error: type[Dispa
     assert "why" in health.error.message
 
 
-@pytest.mark.parametrize("status", [200, 204, 400, 409, 415])
+@pytest.mark.parametrize("status", [200, 204, 400, 409, 422])
 def test_check_stow_that_answers(server: Scripted, status: int) -> None:
+    """What a refusal of a request without instances leaves open is said."""
     server._store = lambda request: Reply(status)  # type: ignore[method-assign]
-    assert check(dicomweb_target(server.url)).ok
+    health = check(dicomweb_target(server.url))
+    assert health.ok
+    [stow] = [probe for probe in health.probes if probe.name == "stow"]
+    assert ("only a push can show whether it takes instances" in stow.detail) is (status >= 400)
+
+
+def test_check_stow_that_takes_no_instances(server: Scripted, plan: Plan) -> None:
+    """A web server that refuses the type of content, of whatever it gets: the check fails as the push does."""
+    server._store = lambda request: Reply(415, b"<h1>Unsupported Media Type</h1>", "text/html")  # type: ignore[method-assign]
+    health = check(dicomweb_target(server.url))
+    assert names(health, "failed") == ["stow"]
+    assert type(health.error) is Misconfigured
+    assert "415" in health.error.message and "does not take this type of content" in health.error.message
+    sent = attempt(dicomweb_target(server.url), plan)
+    assert not sent.arrived and len(sent.rejected) == len(plan.items)
+
+
+def test_check_stow_that_looks_into_parts_before_it_takes_their_type(server: Scripted) -> None:
+    def store(request: Request) -> Reply:
+        dicom = [part[128:132] == b"DICM" for part in request.parts]
+        return Reply(409 if dicom and all(dicom) else 415)
+
+    server._store = store  # type: ignore[method-assign]
+    health = check(dicomweb_target(server.url))
+    assert health.ok, health
+    assert not server.stored
 
 
 def test_check_stow_that_stumbles_over_an_empty_request(server: Scripted) -> None:
