@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import os
@@ -10,7 +11,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -51,9 +52,21 @@ class Talaria:
 
     def start(self, *options: str) -> Talaria:
         """Run `talaria up`; returns when it says that it is ready."""
-        fresh = not self.database.exists()
-        if fresh:
-            self.begin_with_a_database()
+        if self.database.exists():
+            return self._start(options)
+        with self._turn():
+            if not self._migrated.exists():
+                self._start(options)
+                if "PYTHONPATH" in self.env:  # it has types that are not ours
+                    return self
+                made = self._migrated.with_name(f"{MIGRATED}-{os.getpid()}")
+                made.write_bytes(self._copy_of_the_database())
+                made.replace(self._migrated)
+                return self
+        self.begin_with_a_database()
+        return self._start(options)
+
+    def _start(self, options: Sequence[str]) -> Talaria:
         seen = self.log.stat().st_size if self.log.exists() else 0
         with self.log.open("ab") as out:
             self.process = subprocess.Popen(
@@ -65,11 +78,14 @@ class Talaria:
                 start_new_session=True,
             )
         self.until(lambda: b"ready:" in self.log.read_bytes()[seen:], READY_S, alive=True)
-        if fresh and not self._migrated.exists() and "PYTHONPATH" not in self.env:  # else with types that are not ours
-            made = self._migrated.with_name(f"{MIGRATED}-{os.getpid()}")
-            made.write_bytes(self._copy_of_the_database())
-            made.replace(self._migrated)
         return self
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Let one process of this run make the database, while the others wait for it."""
+        with self._migrated.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
 
     @property
     def _migrated(self) -> Path:
