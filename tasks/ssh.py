@@ -62,7 +62,15 @@ def login(target: SshTarget) -> Login:
         key, certificate = _key(target.jump_private_key, target.jump_passphrase, "jump_")
     # Its password is the server's alone.
     jump = replace(
-        own, host=host, port=port, user=user, key=key, certificate=certificate, password="", pins=target.jump_pins
+        own,
+        host=host,
+        port=port,
+        user=user,
+        key=key,
+        certificate=certificate,
+        password="",
+        pins=target.jump_pins,
+        prefix="jump_",
     )
     return replace(own, jump=jump)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from ipaddress import ip_address, ip_network
 from socket import socket
 from urllib import request as environment
 from urllib.parse import quote, unquote, urlsplit
@@ -12,6 +13,7 @@ from urllib.parse import quote, unquote, urlsplit
 from protocols.http.head import head, status_line
 from protocols.net.connection import Connection, connect, handshake, place
 from protocols.net.tls import Tls
+from protocols.net.words import clean
 from transfer.errors import Denied, DispatchError, Misconfigured, NotTrusted, Unreachable
 
 ENVIRONMENT = "environment"  # the setting that takes the worker's own proxies
@@ -41,21 +43,23 @@ class Proxy:
         parts = urlsplit(url)
         found = environment.getproxies_environment()
         named = found.get(parts.scheme) or found.get("all")
-        authority = f"{parts.hostname}:{parts.port or DEFAULT_PORTS[parts.scheme]}"
-        if not named or _bypassed(authority, found):
+        if not named or _bypassed(parts.hostname or "", parts.port or DEFAULT_PORTS[parts.scheme], found.get("no", "")):
             return None
         return cls._parsed(named if "://" in named else f"http://{named}")
 
     @classmethod
     def _parsed(cls, url: str) -> Proxy:
-        parts = urlsplit(url)
+        # No message has the value, which may hold a password; nor is a part of one taken for host and port.
         try:
+            parts = urlsplit(url)
             port = parts.port or DEFAULT_PORTS[parts.scheme]
-        except (ValueError, KeyError) as exc:
-            # Without the value, which may hold a password.
-            raise Misconfigured("the proxy is not an HTTP proxy: write http://host:port") from exc
-        user, password = unquote(parts.username or ""), unquote(parts.password or "")
-        return cls(parts.scheme, parts.hostname or "", port, user, password)
+        except (ValueError, KeyError):
+            parts, port = urlsplit(""), 0
+        if not parts.hostname or parts.path.strip("/") or parts.query or parts.fragment:
+            raise Misconfigured(
+                "the proxy is not an HTTP proxy: write http://host:port, and special characters of a password with %"
+            )
+        return cls(parts.scheme, parts.hostname, port, unquote(parts.username or ""), unquote(parts.password or ""))
 
     @property
     def url(self) -> str:
@@ -134,7 +138,7 @@ class Proxy:
 
     def refusal(self, status: int, reason: str, target: str) -> DispatchError:
         """Return the error for the proxy's refusal to pass a request on."""
-        said = f"the proxy {self.url} answers {status} {reason}".rstrip()
+        said = f"the proxy {self.url} answers {status} {clean(reason, self.secrets)}".rstrip()
         if status == 407 or (status == 401 and self.user):  # tinyproxy confuses them
             what = (
                 "refuses these credentials: correct user and password"
@@ -149,6 +153,39 @@ class Proxy:
         return Misconfigured(f"{said}: it makes no connection to {target}: correct proxy")
 
 
-def _bypassed(authority: str, found: dict[str, str]) -> bool:
-    """Return True if NO_PROXY names the server."""
-    return bool(environment.proxy_bypass_environment(authority, found))  # type: ignore[attr-defined]
+def _bypassed(host: str, port: int, no_proxy: str) -> bool:
+    """Return True if NO_PROXY names a server.
+
+    Its parts are names, which mean what lies below them as well, with or without a dot or `*.` before them; addresses,
+    also of IPv6, in brackets or not; networks as 10.0.0.0/8; each with a port or without; and `*`, which means all.
+    """
+    host = host.lower().rstrip(".").partition("%")[0]
+    for entry in no_proxy.lower().replace(",", " ").split():
+        if entry == "*":
+            return True
+        name, wanted = _split(entry)
+        if wanted not in ("", str(port)):
+            continue
+        if _within(host, name):
+            return True
+        name = name.removeprefix("*").strip(".")
+        if name and (host == name or host.endswith(f".{name}")):
+            return True
+    return False
+
+
+def _split(entry: str) -> tuple[str, str]:
+    """Return the name, address or network of a part of NO_PROXY, and its port, "" for none."""
+    if entry.startswith("["):
+        name, _, rest = entry[1:].partition("]")
+        return name, rest.removeprefix(":")
+    name, colon, port = entry.rpartition(":")
+    return (name, port) if colon and ":" not in name else (entry, "")
+
+
+def _within(host: str, network: str) -> bool:
+    """Return True if both are addresses, and one is the other or lies in it."""
+    try:
+        return ip_address(host) in ip_network(network, strict=False)
+    except ValueError:
+        return False

@@ -256,7 +256,9 @@ class SshClient:
             if way.exit_code(WAY_S) is None and not isinstance(exc, TimedOut):
                 raise
             if not way.said.words:
-                raise
+                if way.said.facts.method:  # the jump host passes on what we say: the host is silent
+                    raise
+                raise type(exc)(f"jump_host {self.jump.login.shown}: has not let us in: {exc.message}") from exc
             raise way.said.failure_of_way(way.process.returncode) from exc
         finally:
             way.stop()

@@ -23,6 +23,7 @@ class Login:
         connect_timeout_s: for the connection, and again for the handshake.
         idle_timeout_s: silence after which the host counts as hung.
         jump: the host through which the way leads, None for a direct one.
+        prefix: what the names of this login's settings begin with in messages: `jump_` for a jump host's.
     """
 
     host: str
@@ -37,6 +38,7 @@ class Login:
     connect_timeout_s: float = 10
     idle_timeout_s: float = 60
     jump: Login | None = None
+    prefix: str = ""
 
     @property
     def shown(self) -> str:
@@ -63,29 +65,34 @@ def why_not_trusted(login: Login, facts: LoginFacts, words: str = "") -> str:
         words: ssh(1)'s.
     """
     shown = f"{facts.key_type} {facts.fingerprint}" if facts.fingerprint else "a key"
-    where = place(login.host, login.port)
+    where, setting = place(login.host, login.port), f"{login.prefix}host_key"
     if "revoked" in words:
         return f"{where}: the host shows {shown}, which is marked as revoked: the host must get a new key"
     if login.pins:
-        change = f". If the change is wanted, set host_key to {facts.fingerprint}" if facts.fingerprint else ""
-        return f"{where}: the host shows {shown}, which is not the pinned host_key{change}"
+        change = f". If the change is wanted, set {setting} to {facts.fingerprint}" if facts.fingerprint else ""
+        return f"{where}: the host shows {shown}, which is not the pinned {setting}{change}"
     if hostkeys.known(login.host, login.port, login.known_hosts):
         files = " or ".join(str(file) for file in login.known_hosts)
         return (
             f"{where}: the host key has CHANGED: the host shows {shown}, another one is known. If the change is "
-            f"wanted, set host_key to the new fingerprint, or remove the old key: "
+            f"wanted, set {setting} to the new fingerprint, or remove the old key: "
             f"ssh-keygen -R '{hostkeys.pattern(login.host, login.port)}' -f {files}"
         )
     if not facts.fingerprint:
         return f"{where}: the host key is not trusted: {' '.join(words.split())[-300:]}"
     return (
         f"{where}: the host key is unknown: {shown}. If that is the server's (its administrator sees it with "
-        f"ssh-keygen -lf), set host_key to {facts.fingerprint}"
+        f"ssh-keygen -lf), set {setting} to {facts.fingerprint}"
     )
 
 
 def why_denied(login: Login) -> str:
     """Return what to check when a host refuses the login."""
+    if login.prefix:  # passwords are not for jump hosts
+        own = "jump_private_key, or private_key where that is empty"
+        if login.key:
+            return f"it does not take this {own}: its public key must be among the account's authorized_keys"
+        return f"set {own}: the account that Talaria runs under has no key that the jump host takes"
     if login.key and login.password:
         return "it takes neither this private_key nor this password for this user"
     if login.key:

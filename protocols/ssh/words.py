@@ -117,8 +117,11 @@ class Said:
             begun: whether the command on the host has sent anything.
         """
         facts, words, shown = self.facts, self.words, self.login.shown
-        if self.way is not None and not facts.software and self.way.words:
-            return self.way.failure_of_way(code)
+        if self.way is not None and not facts.software:
+            if self.way.words:
+                return self.way.failure_of_way(code)
+            if not self.way.facts.method:  # it is silent, and has not let us in
+                shown = f"jump_host {self.way.login.shown}"
         if facts.method:
             kind = next((error for pattern, error in BROKEN if re.search(pattern, words)), Interrupted)
             said = short(words or self.stderr or f"ssh ended with exit code {code}", self.hide)

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import os
+import socket
 import ssl
+import threading
+from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from pydantic import SecretStr, ValidationError
 
 from blocks.base import Target
+from protocols.http.proxy import Proxy
 from talaria.testing import studies
 from talaria.testing.harness import attempt
 from talaria.testing.process import free_port
+from talaria.testing.relay import relay
 from tasks import DRIVERS
 from tests.servers.certificates import Authority
 from tests.servers.dicomweb import scripted
@@ -28,7 +34,7 @@ from tests.servers.xnat import xnat
 from tests.targets.dicomweb import dicomweb_target
 from tests.targets.s3 import stub_target
 from tests.targets.xnat import xnat_target
-from transfer.errors import Denied, DispatchError, Misconfigured, Unreachable
+from transfer.errors import Denied, DispatchError, Interrupted, Misconfigured, Retryable, TimedOut, Unreachable
 from transfer.health import Health
 from transfer.receipt import State
 
@@ -221,6 +227,139 @@ def test_the_environment_s_proxies_only_where_the_field_says_so(
         monkeypatch.setenv("no_proxy", "example.org")
         assert check(target).ok
         assert proxy.seen(server.port) > 0
+
+
+# Cuts and stalls after so many bytes from the client: the request for a tunnel is of some 200.
+WAYS: dict[str, tuple[dict[str, Any], tuple[type[DispatchError], ...]]] = {
+    "hangs before it answers": ({"stall_after": 0}, (TimedOut,)),
+    "hangs after it has answered": ({"stall_after": 400}, (TimedOut,)),
+    "closes before it answers": ({"cut_after": 20, "stays_cut": True}, (Interrupted, Unreachable)),
+    "dies in the handshake": ({"cut_after": 400, "stays_cut": True}, (Interrupted, Unreachable)),
+    "dies midway": ({"cut_after": 1_000_000, "stays_cut": True}, (Interrupted, Unreachable)),
+    "hangs midway": ({"stall_after": 1_000_000}, (TimedOut,)),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "how"), [*(("dicomweb", how) for how in WAYS), ("s3", "dies midway"), ("xnat", "dies midway")]
+)
+def test_a_proxy_that_dies_or_hangs(
+    kind: str, how: str, authority: Authority, proxy: TinyProxy, study: Path, tmp_path: Path
+) -> None:
+    """It is no fault of the settings: tried again, and nothing secret is said."""
+    fault, expected = WAYS[how]
+    with serving(kind, True, authority, tmp_path) as server, relay(proxy.port, **fault) as way:
+        target = server.make(
+            proxy=f"http://{CREDENTIALS}@127.0.0.1:{way.port}", connect_timeout_s=1, idle_timeout_s=1, concurrency=1
+        )
+        sent = attempt(target, study)
+        assert isinstance(sent.error, expected), repr(sent.error)
+        assert not sent.rejected, sent.rejected
+        if "midway" not in how:
+            health = check(target)
+            assert isinstance(health.error, Retryable), repr(health.error)
+        for text in (repr(sent.error), str(sent.error)):
+            assert PASSWORD not in text and "pr0xy" not in text
+
+
+ODD: dict[bytes, type[DispatchError]] = {  # what a proxy may answer to the request for a tunnel
+    b"HTTP/1.1 407 give me more than {given}\r\n\r\n": Denied,
+    b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n": Denied,
+    b"HTTP/1.1 502 Bad Gateway\r\n\r\n": Unreachable,
+    b"HTTP/1.1 504 Gateway Timeout\r\n\r\n": Unreachable,
+    b"HTTP/1.1 429 Too Many Requests\r\n\r\n": Unreachable,
+    b"HTTP/1.1 404 Not Found\r\n\r\n": Misconfigured,
+    b"HTTP/1.1 302 Found\r\nLocation: http://login.example/\r\n\r\n": Misconfigured,
+    b"HTTP/1.1 200 OK\r\n\r\n<html>": Misconfigured,
+    b"SSH-2.0-OpenSSH_9.2\r\n": Misconfigured,
+    b"": Interrupted,
+}
+SECRET = 'p@ss/w#rd:%41 s"cret'
+
+
+@pytest.mark.parametrize("kind", SERVERS)
+def test_odd_answers_of_a_proxy(kind: str, authority: Authority, study: Path, tmp_path: Path) -> None:
+    """A password of special characters arrives as it is, and is not in a message though the proxy quotes it."""
+    given: set[str] = set()
+    answer = b""
+
+    def serve(listener: socket.socket) -> None:
+        with suppress(OSError):
+            while True:
+                with listener.accept()[0] as sock:
+                    sock.settimeout(5)
+                    head = b""
+                    while b"\r\n\r\n" not in head and (piece := sock.recv(4096)):
+                        head += piece
+                    fields = dict(line.split(": ", 1) for line in head.decode().split("\r\n")[1:] if line)
+                    code = fields["Proxy-Authorization"].removeprefix("Basic ")
+                    given.add(b64decode(code).decode())
+                    sock.sendall(answer.replace(b"{given}", f"{code} {SECRET}".encode()))
+
+    with socket.create_server(("127.0.0.1", 0)) as listener, serving(kind, True, authority, tmp_path) as server:
+        threading.Thread(target=serve, args=(listener,), daemon=True).start()
+        target = server.make(proxy=f"http://l%40b:{quote(SECRET, safe='')}@127.0.0.1:{listener.getsockname()[1]}")
+        for answer in list(ODD) if kind == "dicomweb" else list(ODD)[:1]:
+            sent, health = attempt(target, study), check(target)
+            for error in (sent.error, health.error):
+                assert type(error) is ODD[answer], (answer, error)
+                coded = b64encode(f"l@b:{SECRET}".encode()).decode()
+                for secret in (SECRET, quote(SECRET), quote(SECRET, safe=""), coded, "p@ss", "p%40ss"):
+                    assert secret not in repr(error) + str(error) + str(health.probes)
+        listener.shutdown(socket.SHUT_RDWR)
+    assert given == {f"l@b:{SECRET}"}
+
+
+@pytest.mark.parametrize(
+    ("host", "no_proxy", "passed_by"),
+    [
+        ("pacs.example.org", "example.org", True),
+        ("pacs.example.org", "localhost, .example.org", True),
+        ("pacs.example.org", "*.Example.ORG", True),
+        ("pacs.example.org.", "example.org.", True),
+        ("badexample.org", "example.org", False),
+        ("example.org", ".example.org", True),
+        ("pacs.example.org", "example.org:443", True),
+        ("pacs.example.org", "example.org:8443", False),
+        ("pacs.example.org:8443", "a.b c.d example.org:8443", True),
+        ("10.1.2.3", "10.0.0.0/8", True),
+        ("11.1.2.3", "10.0.0.0/8", False),
+        ("10.1.2.3", "10.1.2.3", True),
+        ("110.1.2.3", "10.1.2.3", False),
+        ("[2001:db8::7]", "2001:db8::7", True),
+        ("[2001:db8::7]", "[2001:DB8:0::7]", True),
+        ("[2001:db8::7]", "[2001:db8::7]:443", True),
+        ("[2001:db8::7]", "[2001:db8::7]:8443", False),
+        ("[2001:db8::7]:8443", "[2001:db8::7]:8443", True),
+        ("[2001:db8::7]", "2001:db8::/32", True),
+        ("anything", "*", True),
+        ("anything", "", False),
+        ("anything", ",, .", False),
+    ],
+)
+def test_what_no_proxy_names(host: str, no_proxy: str, passed_by: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("https_proxy", "http://proxy.example.net:3128")
+    monkeypatch.setenv("no_proxy", no_proxy)
+    assert (Proxy.of("environment", f"https://{host}/dicom-web") is None) is passed_by
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "http://u:s3[cret@proxy:1",
+        "http://u:s3#cret@proxy:1",
+        "http://u:12/s3cret@proxy:1",
+        "socks5://u:s3cret@p",
+        "http://:1",
+        "u:s3/cret@proxy",
+    ],
+)
+def test_a_proxy_of_the_environment_that_is_none(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of a password is taken for a host, or said."""
+    monkeypatch.setenv("https_proxy", value)
+    with pytest.raises(Misconfigured, match="not an HTTP proxy") as caught:
+        Proxy.of("environment", "https://pacs.example.org")
+    assert caught.value.__cause__ is None and "cret" not in str(caught.value)
 
 
 def test_what_answers_is_no_proxy(authority: Authority, study: Path, tmp_path: Path) -> None:

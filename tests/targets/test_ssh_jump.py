@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -18,6 +19,7 @@ from blocks.ssh import HostKeyPolicy, SshTarget
 from protocols.ssh import hostkeys
 from talaria.testing import process, studies
 from talaria.testing.harness import attempt
+from talaria.testing.relay import relay
 from tasks import DRIVERS
 from tests.servers.openssh import Server, make_key, openssh
 from transfer.errors import Denied, Misconfigured, NotTrusted, Retryable, Unreachable
@@ -132,6 +134,8 @@ def test_what_the_jump_host_refuses_is_said_of_it(
         error = attempt(one, study).error
         assert isinstance(error, expected), repr(error)
         assert str(one.jump[2]) in error.message, error.message
+        if what != "port":
+            assert {"key": "this jump_private_key", "trust": "set jump_host_key to"}[what] in error.message
         health = DRIVERS.of(one).check(one)
         assert isinstance(health.error, expected), health.to_json("x")
 
@@ -189,9 +193,28 @@ def test_a_jump_host_that_goes_away_is_retryable(kind: type[SshTarget], study: P
                         session.kill()
 
         error = attempt(one, study, moved=moved).error
-        assert isinstance(error, Retryable), repr(error)
+        if kind is RsyncTarget or error:  # SFTP goes on by itself
+            assert isinstance(error, Retryable), repr(error)
         one.bandwidth_limit = None
         assert attempt(one, study).require().state is State.DELIVERED
+
+
+@pytest.mark.parametrize("fault", [{"stall_after": 1_500}, {"cut_after": 1_500, "stays_cut": True}])
+def test_a_jump_host_that_hangs_or_hangs_up_is_retryable(
+    way: Way, study: Path, tmp_path: Path, fault: dict[str, Any]
+) -> None:
+    """Before it lets us in: that shows nothing of keys and rights; by ssh(1), and by paramiko."""
+    with relay(way.jump.port, **fault) as link:
+        for pin in way.server.host_keys[0], way.server.fingerprints[0]:
+            one = way.target(
+                SftpTarget, tmp_path / "in", jump_host=f"{way.jump.user}@127.0.0.1:{link.port}", host_key=pin,
+                connect_timeout_s=1, idle_timeout_s=2,
+            )  # fmt: skip
+            error = attempt(one, study).error
+            assert isinstance(error, Retryable), repr(error)
+            assert "jump_host" in error.message or f":{link.port}" in error.message, error.message
+            assert PASSPHRASE not in str(error)
+        assert isinstance(DRIVERS.of(one).check(one).error, Retryable)
 
 
 @pytest.mark.parametrize(
