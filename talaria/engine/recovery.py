@@ -174,7 +174,7 @@ async def _runs(client: PrefectClient, pool: str, states: list[StateType]) -> li
 
 
 async def _free_slots(client: PrefectClient) -> None:
-    """Free the places at targets that killed runs still hold."""
+    """Free the slots of targets that killed runs still hold."""
     for limit in await every(client.read_global_concurrency_limits):
         if limit.name.startswith("talaria-") and limit.active_slots:
             await client.update_global_concurrency_limit(limit.name, GlobalConcurrencyLimitUpdate(active_slots=0))

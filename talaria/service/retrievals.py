@@ -14,7 +14,7 @@ from imaging.query import Query, listed
 from talaria.service import Office
 from talaria.service.jobs import line, queued, result
 from tasks import DRIVERS
-from tasks.retrieve.place import check_place
+from tasks.retrieve.moving import check_into
 from tasks.targets import check_destination, check_source, load
 from transfer.accessions import accessions
 
@@ -135,7 +135,7 @@ async def create_retrieval(
     if into and not Path(into).is_absolute():
         raise ValueError(f"{into}: give the folder's absolute path")
     if into and office.embedded:  # else the folder is another machine's
-        await asyncio.to_thread(check_place, Path(into))
+        await asyncio.to_thread(check_into, Path(into))
     (origin,) = await load(office.client, [source])
     check_source(origin)
     for target in await load(office.client, parameters["targets"]) if targets else ():

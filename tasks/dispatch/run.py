@@ -21,10 +21,10 @@ from tasks import DRIVERS
 from tasks.dispatch import audited, running
 from tasks.dispatch.delivery import Delivery
 from tasks.dispatch.patience import is_outage, patiently
-from tasks.dispatch.place import place
 from tasks.dispatch.progress import Live, live
 from tasks.dispatch.push import failure_of, hook_task, push_task
 from tasks.dispatch.report import document, progress_shown, report
+from tasks.dispatch.slots import slots
 from tasks.dispatch.stage import stage_files
 from tasks.targets import check_destination, load
 from transfer import live as shown
@@ -126,7 +126,7 @@ class Dispatch:
             # Once a push has begun, its own retries decide; before, a server that is away is waited for.
             await self._stoppable(
                 patiently(lambda: self._push(delivery), lambda: delivery.attempts > 0),
-                # It waits for a place at the target, or for its next attempt: no driver is at work.
+                # It waits for a slot of the target, or for its next attempt: no driver is at work.
                 idle=lambda: delivery.attempts == 0 or delivery.error is not None,
             )
             if delivery.wants_hook:
@@ -146,8 +146,8 @@ class Dispatch:
             delivery.ends()
 
     async def _push(self, delivery: Delivery) -> None:
-        """Push as soon as the target's concurrency limit has room, and take a place of it while the push runs."""
-        async with get_client() as client, place(client, delivery.target):
+        """Push as soon as the target's concurrency limit has room, and hold a slot of it while the push runs."""
+        async with get_client() as client, slots(client, delivery.target):
             # Beside the push, which doesn't wait for the trail's disk.
             begun = asyncio.create_task(
                 asyncio.to_thread(audited.delivery_begins, delivery, self.flow_run_id, self.who)

@@ -1,8 +1,8 @@
-"""Places at a target, which limit the dispatches at once to it over all workers.
+"""Slots of a target: they limit how many dispatches it gets at once, over all workers.
 
-The server counts them, as a global concurrency limit; a place is a lease, renewed while it is held, so that a killed
-worker's is free again after LEASE_S. Uses the present client: Prefect's own `concurrency` makes three more, and a
-thread, for each place.
+The server counts them, as a global concurrency limit; a slot is a lease, renewed while it is held, so that a killed
+worker's slot is free again after LEASE_S. Uses the present client: Prefect's own `concurrency` makes three more, and a
+thread, for each slot.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from prefect.exceptions import PrefectException
 from blocks.base import Target
 from tasks.targets import limit, limit_name
 
-LEASE_S = 60  # a killed worker's place at a target is free again after this
-WAIT_S = 2.0  # between two tries to get a place, unless one becomes free in this process
-LOCKED = 423  # HTTP: all places are taken
+LEASE_S = 60  # a killed worker's slot is free again after this
+WAIT_S = 2.0  # between two tries to get a slot, unless one becomes free in this process
+LOCKED = 423  # HTTP: all slots are taken
 
 _waiting: dict[str, set[tuple[asyncio.AbstractEventLoop, asyncio.Event]]] = {}
 
 
 @asynccontextmanager
-async def place(client: PrefectClient, target: Target, count: int = 1) -> AsyncIterator[None]:
-    """Wait for places at a target, and hold them while the block runs.
+async def slots(client: PrefectClient, target: Target, count: int = 1) -> AsyncIterator[None]:
+    """Wait for slots of a target, and hold them while the block runs.
 
     Raises:
         httpx.HTTPError, PrefectException: the server does not answer as it should.
@@ -45,7 +45,7 @@ async def place(client: PrefectClient, target: Target, count: int = 1) -> AsyncI
 async def _taken(client: PrefectClient, target: Target, count: int) -> UUID:
     name, known = limit_name(target), False
     while True:
-        with _told_of(name) as free:
+        with _when_free(name) as free:
             try:
                 lease, allowed = await _asked(client, target, count)
             except httpx.HTTPStatusError as exc:
@@ -65,7 +65,7 @@ async def _taken(client: PrefectClient, target: Target, count: int) -> UUID:
 
 
 async def _asked(client: PrefectClient, target: Target, count: int) -> tuple[UUID | None, int | None]:
-    """Ask for places; return the lease, None if there is no such limit, and the number of places there are."""
+    """Ask for slots; return the lease, None if there is no such limit, and how many slots there are."""
     asking = asyncio.ensure_future(
         client.increment_concurrency_slots_with_lease([limit_name(target)], count, "concurrency", LEASE_S)
     )
@@ -94,8 +94,8 @@ async def _renew(client: PrefectClient, lease: UUID) -> None:
             await client.renew_concurrency_lease(lease, LEASE_S)
 
 
-class _told_of:
-    """Return an event that is set when a place with this name becomes free in this process."""
+class _when_free:
+    """Return an event that is set when a slot of this name becomes free in this process."""
 
     def __init__(self, name: str) -> None:
         self._name = name

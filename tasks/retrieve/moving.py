@@ -20,10 +20,10 @@ from transfer.errors import Busy, Misconfigured
 from transfer.layout import sanitised
 from transfer.oserrors import FULL, words_of
 
-PLACES = "places"  # file beside the instances that are moved: where they go
+NOTES = "places"  # file beside the instances that are moved: where they go
 
 
-def check_place(into: Path) -> None:
+def check_into(into: Path) -> None:
     """Raise if studies can't be moved to a folder, or if its name is probably mistyped.
 
     Raises:
@@ -58,7 +58,7 @@ def spool_in(into: Path, name: str) -> Path | None:
     return spool if stat.S_ISDIR(there.st_mode) and there.st_uid == os.geteuid() else None
 
 
-def place(folder: Path, into: Path, name: str) -> int:
+def move_into(folder: Path, into: Path, name: str) -> int:
     """Move the instances of a folder to their final places; return how many. What is there already is replaced.
 
     Args:
@@ -74,7 +74,7 @@ def place(folder: Path, into: Path, name: str) -> int:
             with path.open("rb") as file:
                 header = read_header(file.fileno(), path.stat().st_size)
             finals[path] = f"{sanitised(name)}/{sanitised(header.SeriesInstanceUID)}/{path.name}"
-        with (folder / PLACES).open("a", encoding="utf-8") as notes:
+        with (folder / NOTES).open("a", encoding="utf-8") as notes:
             notes.writelines(f"{into / final}\n" for final in finals.values())
         with _opened(into) as tree:
             for path, final in finals.items():
@@ -91,10 +91,10 @@ def place(folder: Path, into: Path, name: str) -> int:
     return len(finals)
 
 
-def is_placed(folder: Path) -> bool:
+def is_moved(folder: Path) -> bool:
     """Return True if all that was ever to be moved from a folder is in its final place."""
     try:
-        finals = (folder / PLACES).read_text(encoding="utf-8").splitlines()
+        finals = (folder / NOTES).read_text(encoding="utf-8").splitlines()
     except OSError:
         return False
     return bool(finals) and all(map(os.path.exists, finals))

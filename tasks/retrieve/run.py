@@ -28,13 +28,13 @@ from blocks.dicom import DicomTarget
 from imaging.query import Query
 from tasks.dispatch import audited, running
 from tasks.dispatch.patience import patiently
-from tasks.dispatch.place import place as places
 from tasks.dispatch.progress import live
 from tasks.dispatch.report import updated
 from tasks.dispatch.run import LOOK_S, opens
+from tasks.dispatch.slots import slots
 from tasks.retrieve.fetch import Fetcher
 from tasks.retrieve.job import Job, Stage, Study, discard, folder_of, size_of
-from tasks.retrieve.place import check_place, is_placed, place, spool_in
+from tasks.retrieve.moving import check_into, is_moved, move_into, spool_in
 from tasks.retrieve.report import RetrievalProgress, document, part_of, report, state_of
 from tasks.targets import check_destination, check_source, load
 from transfer.accessions import accessions
@@ -99,7 +99,7 @@ class Retrieval:
         self._spool = inside or folder_of(home, flow_run_id)
         self._folders = self._spool / "spool"  # holds one for each study that has been fetched and not handed on
         self._limit = int(os.environ.get("TALARIA_SPOOL_LIMIT") or SPOOL_LIMIT)
-        self._places = asyncio.Semaphore(DISPATCHES)
+        self._senders = asyncio.Semaphore(DISPATCHES)
         self._handing_on: set[asyncio.Task[None]] = set()
         self._waits = False  # whether a target can't be sent to now
 
@@ -120,9 +120,9 @@ class Retrieval:
     async def _find(self) -> None:
         try:
             while self.job.pending and not self.paused.is_set():
-                await self._on_a_place(self.fetcher.find_pending)
+                await self._in_a_slot(self.fetcher.find_pending)
             if not self.job.searched and not self.wish.accessions.strip() and not self.job.studies:
-                await self._on_a_place(self.fetcher.search)
+                await self._in_a_slot(self.fetcher.search)
                 if not self.job.studies:
                     self.job.error = "nothing matches the query"
         except DispatchCancelled:
@@ -137,7 +137,7 @@ class Retrieval:
             folder = self._folder(study)
             if study.stage is Stage.WHOLE and not any(folder.glob("*.dcm")):
                 # A kill between the last move and the note of it; else its files are gone, and it is fetched again.
-                study.stage = Stage.DELIVERED if is_placed(folder) else Stage.FOUND
+                study.stage = Stage.DELIVERED if is_moved(folder) else Stage.FOUND
                 self.job.save()
             if study.stage is Stage.DELIVERED and folder.is_dir():
                 await asyncio.to_thread(discard, folder)
@@ -147,7 +147,7 @@ class Retrieval:
                 try:
                     if not await self._room() or not await self._pace() or self._stopped() or self._held_up():
                         continue
-                    await self._on_a_place(partial(self.fetcher.fetch, study, folder))
+                    await self._in_a_slot(partial(self.fetcher.fetch, study, folder))
                 except DispatchCancelled:
                     continue
                 self.job.save()
@@ -166,12 +166,12 @@ class Retrieval:
             self.again = min(self.again or opening, opening)
         return opening is not None
 
-    async def _on_a_place(self, work: Callable[[], R]) -> R:
+    async def _in_a_slot(self, work: Callable[[], R]) -> R:
         """Do blocking work as soon as the source's concurrency limit has room."""
         count = min(self.source.concurrency, self.source.max_dispatches)
 
         async def run() -> R:
-            async with get_client() as client, places(client, self.source, count):
+            async with get_client() as client, slots(client, self.source, count):
                 begun.append(True)
                 return await asyncio.to_thread(work)
 
@@ -247,13 +247,13 @@ class Retrieval:
     # ---- handing on
 
     async def _hand_on(self, study: Study, folder: Path) -> None:
-        async with self._places:
+        async with self._senders:
             if self.cancelled.is_set() or (self._waits and study.dispatch):  # nothing has changed for it
                 return
             try:
                 if self.wish.into:
                     name = study.accession or study.study
-                    await asyncio.to_thread(place, folder, Path(self.wish.into), name)
+                    await asyncio.to_thread(move_into, folder, Path(self.wish.into), name)
                     study.stage = Stage.DELIVERED
                 else:
                     await self._dispatch(study, folder)
@@ -346,7 +346,7 @@ async def retrieving(wish: Wish, send: Send) -> AsyncIterator[Retrieval]:
     flow_run_id, home = str(context.flow_run.id), Home.current()
     wish.numbers()
     if wish.into:
-        check_place(Path(wish.into))
+        check_into(Path(wish.into))
     source, *targets = await patiently(lambda: _load([wish.source, *wish.targets]))
     check_source(source)
     for target in targets:

@@ -22,7 +22,7 @@ from prefect.states import Completed, Failed, Scheduled
 from blocks.base import Target
 from imaging.query import Query
 from talaria.testing import studies
-from tasks.retrieve import place as places
+from tasks.retrieve import moving
 from tasks.retrieve import run as engine
 from tasks.retrieve.job import Stage, Study
 from tasks.retrieve.run import Retrieval, Wish
@@ -36,15 +36,15 @@ Sent = Callable[..., Awaitable[State[Any]]]
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No server: nobody looks at progress, and the source's places are free."""
+    """No server: nobody looks at progress, and the source's slots are free."""
 
-    async def on_a_place(self: Retrieval, work: Callable[[], Any]) -> Any:
+    async def in_a_slot(self: Retrieval, work: Callable[[], Any]) -> Any:
         return await asyncio.to_thread(work)
 
     async def show(self: Any, job: Any) -> None:
         pass
 
-    monkeypatch.setattr(Retrieval, "_on_a_place", on_a_place)
+    monkeypatch.setattr(Retrieval, "_in_a_slot", in_a_slot)
     monkeypatch.setattr(engine.RetrievalProgress, "show", show)
     monkeypatch.setenv("TALARIA_HOME", str(tmp_path / "home"))
 
@@ -257,8 +257,8 @@ def test_what_a_kill_leaves_of_a_delivery_is_not_fetched_again(
             path.replace(final)
 
         with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
-            patch.setattr(places, "_move", move)
-            places.place(folder, Path(self.wish.into), one.accession)
+            patch.setattr(moving, "_move", move)
+            moving.move_into(folder, Path(self.wish.into), one.accession)
 
     with archive(study("S1")) as peer:
         with monkeypatch.context() as patch:
@@ -276,7 +276,7 @@ def test_what_was_brought_before_a_folder_was_full_is_not_fetched_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     into = tmp_path / "into"
-    really, moved = engine.place, []
+    really, moved = engine.move_into, []
 
     def full(folder: Path, into: Path, name: str) -> int:
         moved.append(folder)
@@ -290,14 +290,14 @@ def test_what_was_brought_before_a_folder_was_full_is_not_fetched_again(
         raise Busy(f"can't write to {into}: no space left on device, after {count}")
 
     with archive(study("S1", 4)) as peer:
-        monkeypatch.setattr(engine, "place", full)
+        monkeypatch.setattr(engine, "move_into", full)
         one = made(peer, numbers="S1", targets=(), into=str(into))
         asyncio.run(one.run())
         [of_one] = one.job.studies.values()
         assert of_one.stage is Stage.FAILED and "no space" in of_one.reason
         one.job.ended = True
         one.job.save()
-        monkeypatch.setattr(engine, "place", really)
+        monkeypatch.setattr(engine, "move_into", really)
         again = made(peer, numbers="S1", targets=(), into=str(into))
         asyncio.run(again.run())
         assert stages(again) == {"S1": Stage.DELIVERED} and len(peer.asked(GET)) == 1

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from talaria.testing import studies
-from tasks.retrieve.place import check_place, place, spool_in
+from tasks.retrieve.moving import check_into, move_into, spool_in
 from transfer.errors import Denied, Misconfigured
 
 
@@ -24,8 +24,8 @@ def files(folder: Path) -> list[str]:
 
 def test_a_study_is_brought(tmp_path: Path, fetched: Path) -> None:
     into = tmp_path / "into"
-    check_place(into)
-    assert place(fetched, into, "ACC") == 1
+    check_into(into)
+    assert move_into(fetched, into, "ACC") == 1
     (file,) = files(into)
     assert file.startswith("ACC/") and file.endswith("/1.dcm")
     assert not list(fetched.glob("*.dcm"))
@@ -34,7 +34,7 @@ def test_a_study_is_brought(tmp_path: Path, fetched: Path) -> None:
 def test_onto_another_file_system(fetched: Path) -> None:
     into = Path(f"/dev/shm/talaria-{os.getpid()}-into")
     try:
-        assert place(fetched, into, "ACC") == 1
+        assert move_into(fetched, into, "ACC") == 1
         assert len(files(into)) == 1
     finally:
         for path in sorted(into.rglob("*"), reverse=True):
@@ -47,14 +47,14 @@ def test_no_link_is_followed(tmp_path: Path, fetched: Path, depth: int) -> None:
     into, victim = tmp_path / "into", tmp_path / "victim"
     again = tmp_path / "again" / "1.dcm"
     studies.write(again, (fetched / "1.dcm").read_bytes())
-    place(fetched, into, "ACC")
+    move_into(fetched, into, "ACC")
     (series,) = (into / "ACC").iterdir()
     victim.mkdir()
     swapped = series if depth == 2 else series.parent
     swapped.rename(tmp_path / "was")
     swapped.symlink_to(victim)
     with pytest.raises(Misconfigured, match=r"/ACC.*: .*symbolic link where a folder is expected"):
-        place(again.parent, into, "ACC")
+        move_into(again.parent, into, "ACC")
     assert not any(victim.iterdir())
 
 
@@ -62,7 +62,7 @@ def test_a_file_in_the_place_of_a_folder_is_named(tmp_path: Path, fetched: Path)
     into = tmp_path / "into"
     studies.write(into / "ACC", b"a file")
     with pytest.raises(Misconfigured, match=r"into/ACC: .*: there is a file where a folder is expected"):
-        place(fetched, into, "ACC")
+        move_into(fetched, into, "ACC")
 
 
 def test_only_below_the_places(tmp_path: Path, fetched: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,11 +72,11 @@ def test_only_below_the_places(tmp_path: Path, fetched: Path, monkeypatch: pytes
     monkeypatch.setenv("TALARIA_PLACES", str(places))
     for into in (tmp_path / "elsewhere", places / "out" / "new", places / ".." / "new"):
         with pytest.raises(Denied, match="below no folder of TALARIA_PLACES"):
-            check_place(into)
+            check_into(into)
         with pytest.raises(Denied):
-            place(fetched, into, "ACC")
-    check_place(places / "new")
-    assert place(fetched, places / "new", "ACC") == 1
+            move_into(fetched, into, "ACC")
+    check_into(places / "new")
+    assert move_into(fetched, places / "new", "ACC") == 1
 
 
 def test_studies_are_fetched_beside_their_place_only_if_nobody_can_swap_the_folder(tmp_path: Path) -> None:

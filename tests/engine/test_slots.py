@@ -11,12 +11,12 @@ import pytest
 from prefect.client.orchestration import PrefectClient
 
 from blocks import FolderTarget
-from tasks.dispatch import place as module
-from tasks.dispatch.place import place
+from tasks.dispatch import slots as module
+from tasks.dispatch.slots import slots
 
 
 class Server:
-    """As far as places go: one limit, and its leases."""
+    """As far as slots go: one limit, and its leases."""
 
     def __init__(self, limit: int | None) -> None:
         self.limit, self.leases, self.saved, self.renewed = limit, dict[UUID, int](), list[int](), 0
@@ -54,8 +54,8 @@ class Server:
         self.limit = limit
 
 
-def target(places: int) -> FolderTarget:
-    one = FolderTarget(folder="/archive", max_dispatches=places)
+def target(count: int) -> FolderTarget:
+    one = FolderTarget(folder="/archive", max_dispatches=count)
     one._block_document_name = "archive"
     return one
 
@@ -68,7 +68,7 @@ def client(server: Server) -> PrefectClient:
 def test_the_limit_is_what_the_target_says(known: int | None) -> None:
     async def run() -> None:
         server = Server(known)
-        async with place(client(server), target(2)):
+        async with slots(client(server), target(2)):
             assert sum(server.leases.values()) == 1
         assert not server.leases
         assert server.saved == ([] if known == 2 else [2])
@@ -76,17 +76,17 @@ def test_the_limit_is_what_the_target_says(known: int | None) -> None:
     asyncio.run(run())
 
 
-def test_who_waits_goes_on_as_soon_as_a_place_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_waits_goes_on_as_soon_as_a_slot_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "WAIT_S", 3600)
 
     async def run() -> list[Any]:
         server, order = Server(1), list[Any]()
 
         async def second() -> None:
-            async with place(client(server), target(1)):
+            async with slots(client(server), target(1)):
                 order.append("second")
 
-        async with place(client(server), target(1)):
+        async with slots(client(server), target(1)):
             server.asked.clear()
             waiting = asyncio.create_task(second())
             await server.asked.wait()
@@ -98,13 +98,13 @@ def test_who_waits_goes_on_as_soon_as_a_place_is_free(monkeypatch: pytest.Monkey
     assert asyncio.run(run()) == ["first", "second"]
 
 
-def test_a_place_that_comes_too_late_is_given_back() -> None:
+def test_a_slot_that_comes_too_late_is_given_back() -> None:
     async def run() -> None:
         server = Server(1)
         server.slow.clear()
 
         async def late() -> None:
-            async with place(client(server), target(1)):
+            async with slots(client(server), target(1)):
                 raise AssertionError("it was cancelled before")
 
         waiting = asyncio.create_task(late())
@@ -119,7 +119,7 @@ def test_a_place_that_comes_too_late_is_given_back() -> None:
     asyncio.run(run())
 
 
-def test_a_place_is_renewed_while_it_is_held_and_given_back_when_its_run_is_cancelled(
+def test_a_slot_is_renewed_while_it_is_held_and_given_back_when_its_run_is_cancelled(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(module, "LEASE_S", 0.02)
@@ -128,7 +128,7 @@ def test_a_place_is_renewed_while_it_is_held_and_given_back_when_its_run_is_canc
         server = Server(1)
 
         async def hold() -> None:
-            async with place(client(server), target(1)):
+            async with slots(client(server), target(1)):
                 await asyncio.Event().wait()
 
         holding = asyncio.create_task(hold())
