@@ -15,7 +15,7 @@ import os
 import stat
 import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from blocks.folder import FolderTarget, LinkPolicy
@@ -24,12 +24,13 @@ from protocols.files import filesystem as fs
 from protocols.files.incoming import MARKER, Incoming, Place, Style
 from protocols.files.tree import Tree, joined, own, parent
 from tasks.driver import Driver, Facts
+from tasks.filesystem import file_errors
 from transfer.beneath import WAY
 from transfer.content import same_content
-from transfer.errors import Busy, Cancelled, Interrupted, Misconfigured, NotFound, Permanent, Rejected, Unreachable
+from transfer.errors import Busy, Cancelled, Interrupted, Misconfigured, Permanent, Rejected
 from transfer.health import Health
 from transfer.layout import OTHER_INSTANCE, names
-from transfer.oserrors import FULL, ITEM_ERRORS, kind_of, user, words_of
+from transfer.oserrors import ITEM_ERRORS, user
 from transfer.outcome import ALREADY, Kind, Outcome
 from transfer.plan import Item, Plan
 from transfer.receipt import Level, PushReport, Receipt
@@ -37,32 +38,6 @@ from transfer.receipt import Level, PushReport, Receipt
 NO_FILE = "what has its name there is a link or a device, not a file"
 IN_THE_WAY = (errno.EEXIST, errno.ENOTDIR, errno.ELOOP)  # something else is in the place of a folder
 REPLACED = Outcome(Kind.WARNING, "replaced an older file of this name")
-
-
-@contextmanager
-def errors(target: FolderTarget) -> Iterator[None]:
-    """Turn the file system's errors into our own, which name the folder."""
-    try:
-        yield
-    except fs.Silent as exc:
-        raise Unreachable(f"{target.folder} did not answer within {target.connect_timeout_s:g} s", target.name) from exc
-    except (Busy, Interrupted) as exc:
-        if not exc.target:
-            exc.message, exc.target = f"{target.folder}: {exc.message}", target.name
-        raise
-    except OSError as exc:
-        exc.filename = exc.filename2 = None  # a path below the folder may hold a patient's data
-        kind = kind_of(exc)
-        if kind is None:
-            raise
-        if kind is NotFound and Path(target.folder).is_dir():
-            raise Interrupted(
-                f"{target.folder}: what is being written there vanishes: another program removes it", target.name
-            ) from exc
-        words = words_of(exc)
-        if exc.errno in FULL:
-            words += f"; {fs.size(fs.room(Path(target.folder))[0])} are free"
-        raise kind(f"{target.folder}: {words}", target.name) from exc
 
 
 # ---- connect
@@ -78,7 +53,7 @@ def connect(target: FolderTarget) -> Tree:
         Denied: the way to it is closed, or it lies where nothing may be written to.
     """
     root = Path(target.folder)
-    with errors(target):
+    with file_errors(target):
         info = fs.within(target.connect_timeout_s, root.stat)
         if not stat.S_ISDIR(info.st_mode):
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
@@ -116,7 +91,7 @@ def check(target: FolderTarget) -> Health:
         if not health.ok:
             health.skip("authorize", "space")
             return health
-        with health.probe("authorize") as probe, errors(target):
+        with health.probe("authorize") as probe, file_errors(target):
             folders = _written_to(target, tree)
             for folder in folders:
                 _rehearse(target, tree, folder)
@@ -124,7 +99,7 @@ def check(target: FolderTarget) -> Health:
         if not health.ok:
             health.skip("space")
             return health
-        with health.probe("space") as probe, errors(target):
+        with health.probe("space") as probe, file_errors(target):
             rooms = [fs.room(stack.enter_context(tree.opened(folder, WAY))) for folder in folders]
             free, inodes, _ = min(rooms, key=lambda room: room[0] if room[0] >= 0 else float("inf"))
             if free == 0 or inodes == 0:
@@ -174,10 +149,13 @@ def _rehearse(target: FolderTarget, tree: Tree, folder: str) -> None:
 def push(target: FolderTarget, plan: Plan, report: PushReport) -> Receipt:
     """Copy what is pending, give it its final name at once, and put the marker last."""
     report.check()
-    with connect(target) as tree, errors(target):
+    with connect(target) as tree, file_errors(target):
         job = _Push(target, plan, report, tree)
         try:
             return job.run()
+        except (Busy, Interrupted) as exc:
+            exc.message = f"{target.folder}: {exc.message}"
+            raise
         except (Cancelled, Permanent) as exc:
             if isinstance(exc, Permanent) or not report.pausing.is_set():
                 job.discard()  # nobody will go on with it

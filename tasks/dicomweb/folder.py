@@ -11,7 +11,7 @@ import os
 import stat
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 from blocks.dicomweb import DicomWebTarget
@@ -21,37 +21,16 @@ from protocols.dicomfolder.store import FolderPush, fetch
 from protocols.files import filesystem as fs
 from protocols.files.incoming import Style
 from protocols.files.tree import Tree
+from tasks.filesystem import file_errors
 from transfer.beneath import FOLDER
-from transfer.errors import Busy, Denied, DispatchError, Interrupted, Misconfigured, NotFound, Unreachable
+from transfer.errors import Busy, Denied, Interrupted, Misconfigured, NotFound
 from transfer.health import Health
 from transfer.home import Home
-from transfer.oserrors import kind_of, user, words_of
+from transfer.oserrors import user
 from transfer.plan import Plan
 from transfer.receipt import Level, PushReport, Receipt
 
 logger = logging.getLogger(__name__)
-
-
-@contextmanager
-def errors(target: DicomWebTarget) -> Iterator[None]:
-    """Turn the file system's errors into our own, which name the folder."""
-    try:
-        yield
-    except fs.Silent as exc:
-        raise Unreachable(f"{target.url} did not answer within {target.connect_timeout_s:g} s", target.name) from exc
-    except DispatchError as exc:
-        exc.target = exc.target or target.name
-        raise
-    except OSError as exc:
-        exc.filename = exc.filename2 = None  # a path below the folder may hold a patient's data
-        kind = kind_of(exc)
-        if kind is None:
-            raise
-        if kind is NotFound and target.folder and target.folder.is_dir():
-            raise Interrupted(
-                f"{target.url}: what is being read or written there vanishes: another program removes it", target.name
-            ) from exc
-        raise kind(f"{target.url}: {words_of(exc)}", target.name) from exc
 
 
 # ---- connect
@@ -67,7 +46,7 @@ def connect(target: DicomWebTarget) -> Path:
     root = target.folder
     if root is None:
         raise Misconfigured(f"{target.url} is not a folder", target.name)
-    with errors(target):
+    with file_errors(target):
         info = fs.within(target.connect_timeout_s, root.stat)
         if not stat.S_ISDIR(info.st_mode):
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
@@ -75,12 +54,12 @@ def connect(target: DicomWebTarget) -> Path:
 
 
 def opened(target: DicomWebTarget, check: Callable[[], None] = lambda: None) -> DicomFolder:
-    """Return the target's folder with its index; the caller closes it, and wraps its use in `errors`."""
+    """Return the target's folder with its index; the caller closes it, and wraps its use in `file_errors`."""
     try:
         state: Path | None = Home.current().root
     except OSError:
         state = None  # then the index of a read-only folder is kept in memory
-    with errors(target):
+    with file_errors(target):
         return DicomFolder(connect(target), state, check)
 
 
@@ -97,13 +76,13 @@ def check(target: DicomWebTarget) -> Health:
         health.skip("authorize", "qido")
         return health
     if target.stores:
-        with health.probe("authorize") as probe, errors(target):
+        with health.probe("authorize") as probe, file_errors(target):
             with Tree(root) as tree:
                 _rehearse(target, tree)
             probe.detail = f"written, renamed and removed as user {user()}"
     else:
         health.skip("authorize", why="nothing is stored here")
-    with health.probe("qido") as probe, errors(target):
+    with health.probe("qido") as probe, file_errors(target):
         # A first look at a large folder takes minutes: not in a check.
         with Tree(root) as tree, tree.opened("", FOLDER) as fd, os.scandir(fd) as entries:
             empty = next(entries, None) is None
@@ -140,7 +119,7 @@ def push(target: DicomWebTarget, plan: Plan, report: PushReport) -> Receipt:
     report.check()
     root = connect(target)
     style = Style(threads=target.concurrency, bandwidth_limit=target.bandwidth_limit)
-    with errors(target), Tree(root) as tree:
+    with file_errors(target), Tree(root) as tree:
         store = FolderPush(tree, target.name, plan, report, style)
         try:
             reached = store.run(target.verify)
@@ -155,7 +134,7 @@ def push(target: DicomWebTarget, plan: Plan, report: PushReport) -> Receipt:
 
 def find(target: DicomWebTarget, query: Query) -> Iterator[Match]:
     """Yield the studies or series that match, as the folder is now."""
-    with errors(target), opened(target) as folder:
+    with file_errors(target), opened(target) as folder:
         yield from folder.find(query)
         _log(target, folder.report)
 
@@ -170,7 +149,7 @@ def retrieve(target: DicomWebTarget, query: Query, into: Path, report: PushRepor
         NotFound: nothing matches.
     """
     report.check()
-    with errors(target), opened(target, report.check) as folder:
+    with file_errors(target), opened(target, report.check) as folder:
         held = list(folder.instances(query))
         _log(target, folder.report)
         if not held:
