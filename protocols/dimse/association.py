@@ -60,21 +60,35 @@ def _nothing() -> None:
     pass
 
 
-class Association:
-    """One established association.
+class Negotiated:
+    """What both kinds of association know once the peer has accepted one.
 
     Attributes:
         accepted: context id by (abstract syntax, transfer syntax); empty if the peer accepted none, in which case
             the association is over.
-        window: how many operations may be outstanding at once (PS3.7 Annex D.3.3.3); 1 if the peer grants no more.
         max_send: largest PDU that the peer accepts, bytes; 0 for any.
+    """
+
+    accepted: dict[tuple[str, str], int]
+    max_send: int
+
+    def context(self, abstract_syntax: str) -> int | None:
+        """Return the id of a context for an abstract syntax, whatever its transfer syntax; None if there is none."""
+        return next((number for (abstract, _), number in self.accepted.items() if abstract == abstract_syntax), None)
+
+
+class Association(Negotiated):
+    """One established association, which pynetdicom's threads keep.
+
+    Attributes:
+        window: how many operations may be outstanding at once (PS3.7 Annex D.3.3.3); 1 if the peer grants no more.
     """
 
     def __init__(self, peer: Peer, assoc: PynetdicomAssociation, transport: LentSocket) -> None:
         self.peer = peer
         self.assoc = assoc
         self.transport = transport
-        self.accepted: dict[tuple[str, str], int] = {
+        self.accepted = {
             (str(cx.abstract_syntax), str(cx.transfer_syntax[0])): cx.context_id or 0
             for cx in assoc.accepted_contexts
             if cx.transfer_syntax
@@ -82,11 +96,7 @@ class Association:
         invoked = assoc.acceptor.asynchronous_operations[0] if assoc.is_established else 1
         asked = assoc.requestor.asynchronous_operations[0]
         self.window = max(1, asked if invoked == 0 else min(asked, invoked))
-        self.max_send: int = assoc.acceptor.maximum_length or 0
-
-    def context(self, abstract_syntax: str) -> int | None:
-        """Return the id of a context for an abstract syntax, whatever its transfer syntax; None if there is none."""
-        return next((number for (abstract, _), number in self.accepted.items() if abstract == abstract_syntax), None)
+        self.max_send = assoc.acceptor.maximum_length or 0
 
     def call(
         self, doing: str, function: Callable[[PynetdicomAssociation], T], check: Callable[[], None] = _nothing
@@ -312,9 +322,7 @@ def negotiate(
     if assoc.is_established:
         if 0 < association.max_send < MIN_PDU:
             association.abort()
-            raise Misconfigured(
-                f"{peer.where}: the peer takes PDUs of {association.max_send} bytes only, which hold no data"
-            )
+            raise too_small(peer, association.max_send)
         return association
     silent = time.monotonic() - begun >= patience
     association.drop()
@@ -322,7 +330,7 @@ def negotiate(
     if answer is not None and answer.result == 0 and transport.head[:1] == b"\x02":
         if answer.presentation_context_definition_results_list:
             return association
-        raise Interrupted(f"{peer.where}: the peer's answer to the association request makes no sense")
+        raise senseless(peer)
     said = RejectedRequest(*transport.head[8:10]) if is_rejected(transport.head) else transport.failure
     raise refused(peer, transport, silent, patience) from said
 
@@ -351,6 +359,16 @@ def _unanswered(peer: Peer, patience: float) -> TimedOut:
     return TimedOut(f"{peer.where}: no answer to the association request within {patience:g} s")
 
 
+def senseless(peer: Peer) -> Interrupted:
+    """Return the error for an acceptance that can't be read."""
+    return Interrupted(f"{peer.where}: the peer's answer to the association request makes no sense")
+
+
+def too_small(peer: Peer, size: int) -> Misconfigured:
+    """Return the error for a peer whose largest PDU, in bytes, has no room for data."""
+    return Misconfigured(f"{peer.where}: the peer takes PDUs of {size} bytes only, which hold no data")
+
+
 class Heard(Protocol):
     """What came of a request: the first bytes of the answer, and what ended the connection."""
 
@@ -374,7 +392,7 @@ def refused(peer: Peer, transport: Heard, silent: bool, patience: float) -> Disp
     if head.startswith(PLAIN_ALERT) and peer.tls is None:
         return _wants_tls(peer)
     if head[:1] == b"\x02" and not (silent or transport.timed_out):
-        return Interrupted(f"{peer.where}: the peer's answer to the association request makes no sense")
+        return senseless(peer)
     if head and head[0] not in (2, 3, 7):
         return Misconfigured(f"{peer.where}: the peer does not speak DICOM on this port: correct host or port")
     if transport.failure is not None and peer.tls is not None:

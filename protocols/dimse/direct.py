@@ -13,18 +13,26 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from socket import SHUT_RDWR, SO_LINGER, SOL_SOCKET
 from typing import Any
 
 from pynetdicom import PYNETDICOM_IMPLEMENTATION_UID, PYNETDICOM_IMPLEMENTATION_VERSION
 
 from protocols.dimse import answer
-from protocols.dimse.association import MIN_PDU, RELEASE_S, RejectedRequest, is_rejected, refused
+from protocols.dimse.association import (
+    MIN_PDU,
+    RELEASE_S,
+    Negotiated,
+    RejectedRequest,
+    is_rejected,
+    refused,
+    senseless,
+    too_small,
+)
 from protocols.dimse.entity import HEAD, HEAD_BYTES
 from protocols.dimse.message import ABORT, P_DATA_TF, RELEASE_RP, RELEASE_RP_PDU, RELEASE_RQ, RELEASE_RQ_PDU
 from protocols.dimse.stream import SHORT_PDU, Stream
-from protocols.dimse.transport import ABORT_PDU, Peer, connect
-from transfer.errors import DispatchError, Interrupted, Misconfigured, TimedOut
+from protocols.dimse.transport import ABORT_PDU, Peer, connect, hang_up
+from transfer.errors import DispatchError, Interrupted, TimedOut
 from transfer.throttle import Throttle
 
 REQUEST, ACCEPTANCE, REJECTION = 0x01, 0x02, 0x03
@@ -42,12 +50,10 @@ class _Heard:
 
 
 @dataclass(eq=False)
-class DirectAssociation:
+class DirectAssociation(Negotiated):
     """One association that is ours alone.
 
     Attributes:
-        accepted: context id by (abstract syntax, transfer syntax); empty if the peer accepted none.
-        max_send: largest PDU that the peer accepts, bytes; 0 for any.
         round_trip_s: how long the peer's answer to the request took.
     """
 
@@ -57,10 +63,6 @@ class DirectAssociation:
     max_send: int = 0
     round_trip_s: float = 0.0
     _over: bool = False
-
-    def context(self, abstract_syntax: str) -> int | None:
-        """Return the id of a context for an abstract syntax, whatever its transfer syntax; None if there is none."""
-        return next((number for (abstract, _), number in self.accepted.items() if abstract == abstract_syntax), None)
 
     def release(self) -> None:
         """End the association in order, without waiting long for the answer to A-RELEASE-RQ."""
@@ -102,14 +104,12 @@ class DirectAssociation:
     def close(self) -> None:
         """Close the connection of an association that is over."""
         self._over = True
-        with suppress(OSError):
-            self.stream.sock.shutdown(SHUT_RDWR)
+        hang_up(self.stream.sock)
         self.stream.sock.close()
 
     def drop(self) -> None:
         """Break the connection: for a peer that is gone, or in the middle of a PDU, where an abort can't be sent."""
-        with suppress(OSError):
-            self.stream.sock.setsockopt(SOL_SOCKET, SO_LINGER, struct.pack("ii", 1, 0))
+        hang_up(self.stream.sock, reset=True)
         self.close()
 
 
@@ -146,7 +146,7 @@ def associate(
         syntaxes, made.max_send = answer.accepted(body)
     except ValueError as exc:
         made.abort()
-        raise Interrupted(f"{peer.where}: the peer's answer to the association request makes no sense") from exc
+        raise senseless(peer) from exc
     for number, (abstract, _) in zip(range(1, 256, 2), contexts, strict=False):
         if number in syntaxes:
             made.accepted[abstract, syntaxes[number]] = number
@@ -154,7 +154,7 @@ def associate(
         made.abort()
     elif 0 < made.max_send < MIN_PDU:
         made.abort()
-        raise Misconfigured(f"{peer.where}: the peer takes PDUs of {made.max_send} bytes only, which hold no data")
+        raise too_small(peer, made.max_send)
     return made
 
 

@@ -11,7 +11,6 @@ import errno
 import select
 import socket
 import ssl
-import struct
 import threading
 import time
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from pynetdicom.association import Association
 from pynetdicom.transport import T_CONNECT, AddressInformation, AssociationSocket
 
 from protocols.dimse.answer import tidied
-from protocols.dimse.transport import poll
+from protocols.dimse.transport import hang_up, poll
 
 REACTOR_S = 0.001  # how often pynetdicom's threads look for work
 RECEIVE = 65_536  # bytes
@@ -249,10 +248,7 @@ class LentSocket(AssociationSocket):
 
     def hang_up(self, *, reset: bool = False) -> None:
         """End the connection from any thread, and wake up the threads that wait for it."""
-        with suppress(OSError):
-            if reset:  # what is still in the buffers must not reach the peer
-                self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            socket.socket.shutdown(self._sock, socket.SHUT_RDWR)
+        hang_up(self._sock, reset=reset)
 
     def dispose(self) -> None:
         """Close the socket for good, after the association's threads have ended."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import select
 import socket
 import ssl
+import struct
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -71,6 +72,18 @@ def connect(peer: Peer, check: Callable[[], None] = lambda: None) -> socket.sock
     """
     sock = connect_tcp(peer, check)
     return sock if peer.tls is None else handshake(sock, peer, peer.tls, check)
+
+
+def hang_up(sock: socket.socket, *, reset: bool = False) -> None:
+    """End a connection without closing its socket, from any thread.
+
+    Args:
+        reset: whether what is still in the buffers must not reach the peer.
+    """
+    with suppress(OSError):
+        if reset:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)  # not that of TLS, which another thread may be using
 
 
 def connect_tcp(peer: Peer, check: Callable[[], None] = lambda: None) -> socket.socket:
