@@ -93,13 +93,10 @@ def _check_outward(settings: Settings, home: Home, host: str, tls: bool) -> None
         lacks.append("a user (`talaria user add NAME --role admin`)")
     if settings.behind_proxy and not settings.hosts:
         lacks.append("TALARIA_HOSTS, the names by which the proxy is reached")
-    lacks += [f"{name}, folders separated by `:`" for name in (roots.SOURCES, roots.PLACES) if not _set(settings, name)]
+    given = {roots.SOURCES: settings.sources, roots.PLACES: settings.places}
+    lacks += [f"{name}, folders separated by `:`" for name in roots.missing(given)]
     if lacks:
         raise ValueError(f"{where} lets others in, and needs: {'; '.join(lacks)}")
-
-
-def _set(settings: Settings, name: str) -> bool:
-    return bool(settings.sources if name == roots.SOURCES else settings.places)
 
 
 def _pair(settings: Settings) -> tuple[str, str]:

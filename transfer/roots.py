@@ -12,7 +12,7 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from transfer.beneath import WAY, open_beneath, resolved
@@ -38,10 +38,6 @@ class Roots:
 
     setting: str
     folders: tuple[str, ...]
-
-    @property
-    def are_set(self) -> bool:
-        return self.folders != ("/",)
 
     def open(self, path: str | os.PathLike[str], flags: int = os.O_RDONLY | os.O_NONBLOCK) -> int:
         """Open a path, links on it followed once; return a descriptor of what surely lies below a root.
@@ -138,9 +134,13 @@ def places() -> Roots:
     return _of(PLACES)
 
 
-def missing() -> list[str]:
-    """Return the variables that must be set before anybody but this machine's users is let in."""
-    return [roots.setting for roots in (sources(), places()) if not roots.are_set]
+def missing(values: Mapping[str, str] = os.environ) -> list[str]:
+    """Return the variables that must be set before anybody but this machine's users is let in.
+
+    Args:
+        values: what each is set to; one that isn't there is not set.
+    """
+    return [name for name in _MEANING if not parse(name, values.get(name, ""))]
 
 
 def meaning() -> Iterable[str]:

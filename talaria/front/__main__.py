@@ -66,8 +66,13 @@ class _Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         super().handle_exit(sig, frame)
-        if self.other:
-            self.other.should_exit = True
+        self.stop()
+
+    def stop(self) -> None:
+        """Let both servers finish the answers that are under way, and end."""
+        for one in (self, self.other):
+            if one:
+                one.should_exit = True
 
 
 class _Other(uvicorn.Server):
@@ -119,9 +124,7 @@ class Front:
 
     def _fail(self) -> None:
         self.failed = True
-        self.server.should_exit = True
-        if self.server.other:
-            self.server.other.should_exit = True
+        self.server.stop()
 
     async def _renew(self) -> None:
         """Load the certificate's files again when they have changed; keep the old ones if the new are not valid."""

@@ -7,7 +7,6 @@ Prefect carry Prefect's own credential instead of the client's.
 from __future__ import annotations
 
 import base64
-import ipaddress
 import json
 import logging
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
@@ -23,6 +22,7 @@ from talaria.front.access import ACTING, NOBODY, SCOPE_KEY, Identity, Role, requ
 from talaria.front.dress import dressed
 from talaria.front.keys import Door, KeyRing, header_of
 from talaria.front.origin import host_is_ours, proves_same_origin, why_foreign
+from talaria.listener import is_loopback
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -155,7 +155,7 @@ class Gate:
             raise _Refused(500, "the users or tokens of this server can't be read") from exc
 
     def _identified(self, headers: list[tuple[bytes, bytes]], peer: str, *, proxied: bool, secure: bool) -> _Asker:
-        local = not proxied and _is_loopback(peer)
+        local = not proxied and is_loopback(peer)
         if (authorization := header_of(headers, b"authorization")) is not None:
             who = self.keys.of_header(authorization, local=local)
             if who:
@@ -292,14 +292,6 @@ class Gate:
     def _may(self, text: str, local: bool, need: Role) -> bool:
         who = self.keys.of_text(text, local=local) if text else None
         return who is not None and who.role >= need
-
-
-def _is_loopback(address: str) -> bool:
-    try:
-        one = ipaddress.ip_address(address)
-    except ValueError:
-        return False
-    return (getattr(one, "ipv4_mapped", None) or one).is_loopback
 
 
 def _is_settings(path: str) -> bool:

@@ -54,7 +54,7 @@ def test_beyond_loopback_everything_that_protects_must_be_set(home: Home, pair: 
 
 
 def test_loopback_needs_nothing_and_no_auth_is_for_loopback(home: Home) -> None:
-    for host in ("127.0.0.1", "localhost", "::1", "127.0.0.2"):
+    for host in ("127.0.0.1", "localhost", "::1", "127.0.0.2", "::ffff:127.0.0.1"):
         assert not way(home, host).apart
         assert way(home, host, auth=False).auth is False
     for host in ("0.0.0.0", "192.0.2.1", "::"):
