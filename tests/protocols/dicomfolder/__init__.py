@@ -1,0 +1,1 @@
+"""Folders that answer queries: their index, and what it answers."""

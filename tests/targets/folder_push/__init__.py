@@ -1,0 +1,1 @@
+"""Folder targets: what becomes of files, folders, links and disks."""

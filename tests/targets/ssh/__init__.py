@@ -1,0 +1,1 @@
+"""What rsync and SFTP have in common: logins, host keys, jump hosts, what messages show."""
