@@ -23,6 +23,7 @@ from talaria.testing import studies
 from talaria.testing.harness import attempt
 from tasks.dicomweb import folder as dicomweb
 from tasks.folder import check
+from tests.targets.folder_push import pushing
 from transfer import beneath
 from transfer.errors import Denied
 from transfer.plan import Plan, scan
@@ -34,13 +35,6 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None
     """Both ways to open without links."""
     if request.param == "step by step":
         monkeypatch.setattr(beneath, "_syscall", None)
-
-
-@pytest.fixture
-def archive(tmp_path: Path) -> Path:
-    folder = tmp_path / "archive"
-    folder.mkdir()
-    return folder
 
 
 @pytest.fixture
@@ -78,9 +72,7 @@ def victim(tmp_path: Path, plan: Plan) -> Victim:
 
 
 def target(folder: Path, **fields: Any) -> FolderTarget:
-    made = FolderTarget(folder=str(folder), **{"layout": "all", "verify": "proven", "mode": "0600"} | fields)
-    made.named("archive")
-    return made
+    return pushing.target(folder, **{"layout": "all", "verify": "proven", "mode": "0600"} | fields)
 
 
 def plant(link: Path, to: Path) -> None:

@@ -11,32 +11,20 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from blocks.folder import FolderTarget
 from talaria.testing import studies
 from talaria.testing.harness import Sent, attempt
 from tasks.folder import check
+from tests.targets.folder_push.pushing import delivered, target
 from transfer.errors import Busy, Cancelled, Denied
 from transfer.outcome import Kind
 from transfer.plan import scan
-from transfer.receipt import State
-
-
-def target(folder: Path, **fields: Any) -> FolderTarget:
-    made = FolderTarget(folder=str(folder), **fields)
-    made.named("archive")
-    return made
 
 
 def visible(folder: Path) -> set[str]:
     return {name for path in folder.rglob("*") if not (name := str(path.relative_to(folder))).startswith(".incoming-")}
-
-
-def delivered(sent: Sent) -> None:
-    assert sent.require().state is State.DELIVERED, sent.rejected
 
 
 # ---- a disk that fills up
@@ -163,7 +151,7 @@ def start(folder: Path, study: Path, limit: int, layout: str = "{dispatch_id}") 
         [sys.executable, "-c", PUSH, str(folder), str(study), str(limit), layout],
         stdout=subprocess.PIPE,
         text=True,
-        cwd=Path(__file__).parents[2],
+        cwd=Path(__file__).parents[3],
     )
 
 
@@ -331,7 +319,7 @@ def test_memory_stays_flat(tmp_path: Path) -> None:
         attempt(FolderTarget(folder={str(tmp_path / "archive")!r}, verify="proven"), plan).require()
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     """)
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=root)
     assert ran.returncode == 0, ran.stderr
     assert int(ran.stdout) < 40_000, "kB"

@@ -1,0 +1,1 @@
+"""Protocols, each against real or scripted servers."""
