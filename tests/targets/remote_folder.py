@@ -7,17 +7,37 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import SecretStr
 
 from blocks.ssh import SshTarget
 from talaria.testing import process
+from talaria.testing.harness import Sent
 from talaria.testing.relay import relay
+from tests.servers.openssh import Server
 from transfer.layout import names as layout_names
 from transfer.plan import Item, Plan
 
 HANDSHAKE_BYTES = 5_000  # of ours, before the first byte of a file
 TIMES: dict[str, Any] = {"connect_timeout_s": 5, "idle_timeout_s": 10, "retry_delay_s": 0, "retry_max_delay_s": 0}
 OWN = (".incoming-", ".talaria-")
+K = TypeVar("K", bound=SshTarget)
+
+
+def ssh_target(kind: type[K], server: Server, folder: Path | str, **more: object) -> K:
+    """A target at a server on this machine that logs in with the server's own key."""
+    fields = {
+        "host": "127.0.0.1", "port": server.port, "user": server.user, "folder": str(folder),
+        "host_key": "".join(server.host_keys[:1]), "private_key": SecretStr(str(server.key)), "connect_timeout_s": 5,
+        "idle_timeout_s": 10,
+    }  # fmt: skip
+    return kind(**(fields | more))
+
+
+def content(sent: Sent) -> dict[str, bytes]:
+    """What was sent, as it lies here."""
+    return {item.path: sent.plan.file(item).read_bytes() for item in sent.plan.items}
 
 
 @dataclass

@@ -13,7 +13,6 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from pydantic import SecretStr
 
 import tasks.rsync
 from blocks.rsync import RsyncTarget
@@ -25,7 +24,7 @@ from talaria.testing.process import as_loaded
 from talaria.testing.relay import relay
 from tasks import DRIVERS
 from tests.servers.openssh import IS_ROOT, Server, openssh, shared
-from tests.targets.remote_folder import RemoteFolder
+from tests.targets.remote_folder import RemoteFolder, content, ssh_target
 from tests.targets.test_sftp import inside, ordinary, small_disk
 from tests.watching import watched
 from transfer.errors import Busy, Cancelled, Denied, Interrupted, Misconfigured, TimedOut
@@ -42,17 +41,7 @@ def study(tmp_path: Path) -> Path:
 
 
 def target(folder: Path | str, server: Server | None = None, **more: object) -> RsyncTarget:
-    server = server or shared()
-    fields = {
-        "host": "127.0.0.1", "port": server.port, "user": server.user, "folder": str(folder),
-        "host_key": server.host_keys[0], "private_key": SecretStr(str(server.key)), "connect_timeout_s": 5,
-        "idle_timeout_s": 10,
-    }  # fmt: skip
-    return RsyncTarget(**(fields | more))
-
-
-def content(sent: Sent) -> dict[str, bytes]:
-    return {item.path: sent.plan.file(item).read_bytes() for item in sent.plan.items}
+    return ssh_target(RsyncTarget, server or shared(), folder, **more)
 
 
 def below(folder: Path) -> set[str]:

@@ -10,15 +10,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from pydantic import SecretStr
 
 from blocks.rsync import RsyncTarget
 from protocols.ssh.client import SshClient
 from protocols.ssh.rsync import Rsync
 from talaria.testing import studies
-from talaria.testing.harness import Sent, attempt
+from talaria.testing.harness import attempt
 from tasks.ssh import login
 from tests.servers.openssh import Server, openssh, shared
+from tests.targets.remote_folder import content, ssh_target
 from tests.targets.test_sftp import inside, small_disk
 from transfer.errors import Busy, Retryable
 from transfer.plan import scan
@@ -40,16 +40,7 @@ wait $child
 
 
 def target(folder: Path | str, server: Server, **more: object) -> RsyncTarget:
-    fields = {
-        "host": "127.0.0.1", "port": server.port, "user": server.user, "folder": str(folder),
-        "host_key": server.host_keys[0], "private_key": SecretStr(str(server.key)), "connect_timeout_s": 5,
-        "idle_timeout_s": 10,
-    }  # fmt: skip
-    return RsyncTarget(**(fields | more))
-
-
-def content(sent: Sent) -> dict[str, bytes]:
-    return {item.path: sent.plan.file(item).read_bytes() for item in sent.plan.items}
+    return ssh_target(RsyncTarget, server, folder, **more)
 
 
 def below(folder: Path) -> dict[str, bytes]:

@@ -24,13 +24,13 @@ from blocks.sftp import Rename, SftpTarget
 from protocols.ssh import packets as wire
 from protocols.ssh.sftp import Sftp
 from talaria.testing import studies
-from talaria.testing.harness import Sent, attempt
+from talaria.testing.harness import attempt
 from talaria.testing.process import as_loaded
 from talaria.testing.relay import relay
 from tasks import DRIVERS
 from tests.servers.openssh import IS_ROOT, PASSWORD, Server, openssh, shared, temporary_user
 from tests.servers.sftp_odd import Odd, odd
-from tests.targets.remote_folder import RemoteFolder
+from tests.targets.remote_folder import RemoteFolder, content, ssh_target
 from tests.targets.sftp import odd_target
 from tests.watching import watched
 from transfer.errors import Busy, Cancelled, Denied, DispatchError, Misconfigured, Retryable
@@ -52,17 +52,7 @@ def strange(tmp_path: Path, *without: str) -> Iterator[tuple[Odd, RemoteFolder]]
 
 
 def target(folder: Path | str, server: Server | None = None, **more: object) -> SftpTarget:
-    server = server or shared()
-    fields = {
-        "host": "127.0.0.1", "port": server.port, "user": server.user, "folder": str(folder),
-        "host_key": server.host_keys[0], "private_key": SecretStr(str(server.key)), "connect_timeout_s": 5,
-        "idle_timeout_s": 10,
-    }  # fmt: skip
-    return SftpTarget(**(fields | more))
-
-
-def content(sent: Sent) -> dict[str, bytes]:
-    return {item.path: sent.plan.file(item).read_bytes() for item in sent.plan.items}
+    return ssh_target(SftpTarget, server or shared(), folder, **more)
 
 
 def probes(target: SftpTarget) -> dict[str, str]:

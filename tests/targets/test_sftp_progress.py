@@ -18,7 +18,7 @@ from talaria.testing.harness import Sent, attempt, sending
 from talaria.testing.relay import relay
 from tests.servers.openssh import shared
 from tests.servers.sftp_odd import Odd, odd
-from tests.targets.remote_folder import RemoteFolder
+from tests.targets.remote_folder import RemoteFolder, content
 from tests.targets.sftp import odd_target
 from transfer.content import data_before, data_parts, is_sparse
 from transfer.errors import Busy, Interrupted, TimedOut
@@ -42,10 +42,6 @@ def study(tmp_path: Path, large: int) -> Path:
         (tmp_path / "study" / f"A{number}.bin").write_bytes(os.urandom(LARGE))
     assert all(path.stat().st_size < SMALL for path in (tmp_path / "study").glob("*.dcm"))
     return tmp_path / "study"
-
-
-def content(sent: Sent) -> dict[str, bytes]:
-    return {item.path: sent.plan.file(item).read_bytes() for item in sent.plan.items}
 
 
 @pytest.mark.parametrize("large", [1, 6])

@@ -15,12 +15,10 @@ from unittest import mock
 
 import paramiko
 import pytest
-from pydantic import SecretStr
 
 from blocks.rsync import RsyncTarget
 from blocks.sftp import SftpTarget
 from blocks.ssh import HostKeyPolicy, SshTarget
-from protocols.ssh import hostkeys
 from protocols.ssh.account import Account, suits
 from protocols.ssh.client import SshClient
 from protocols.ssh.login import Login
@@ -31,6 +29,7 @@ from talaria.testing.relay import relay
 from tasks import DRIVERS
 from tasks.ssh import login
 from tests.servers.openssh import IS_ROOT, Server, make_key, openssh, public, shared, temporary_user
+from tests.targets.remote_folder import ssh_target
 from transfer.errors import (
     Busy,
     Denied,
@@ -44,31 +43,13 @@ from transfer.errors import (
 )
 from transfer.receipt import PushReport, State
 
-KINDS: tuple[type[SshTarget], ...] = (RsyncTarget, SftpTarget)
+pytestmark = pytest.mark.usefixtures("empty_state")
 LOCKED = "Accounts are locked after 3 failures. Permission denied (publickey). Host key verification failed."
-
-
-@pytest.fixture(autouse=True)
-def _empty_state(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Nothing has been learned yet, and the account knows no host."""
-    monkeypatch.setenv("TALARIA_HOME", str(tmp_path / "state"))
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    hostkeys._resolved.clear()
-
-
-@pytest.fixture(params=KINDS, ids=lambda kind: kind.type_name)
-def kind(request: pytest.FixtureRequest) -> type[SshTarget]:
-    return request.param  # type: ignore[no-any-return]
 
 
 def target(kind: type[SshTarget], server: Server, folder: Path, **more: object) -> SshTarget:
     folder.mkdir(exist_ok=True)
-    fields = {
-        "host": "127.0.0.1", "port": server.port, "user": server.user, "folder": str(folder),
-        "host_key": "".join(server.host_keys[:1]), "private_key": SecretStr(str(server.key)), "connect_timeout_s": 5,
-        "idle_timeout_s": 10,
-    }  # fmt: skip
-    return kind(**(fields | more))
+    return ssh_target(kind, server, folder, **more)
 
 
 def study(tmp_path: Path, count: int = 2) -> Path:
@@ -146,7 +127,10 @@ def test_paramiko_logs_in_for_checks_and_runs_hooks(kind: type[SshTarget], tmp_p
 
 
 @pytest.mark.parametrize("kinds", [("ed25519",), ("rsa",), ("ecdsa", "rsa")], ids="+".join)
-def test_what_paramiko_has_learned_ssh_knows(tmp_path: Path, kinds: tuple[str, ...]) -> None:
+def test_what_paramiko_has_learned_ssh_knows(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kinds: tuple[str, ...]
+) -> None:
+    monkeypatch.setenv("TALARIA_HOME", str(tmp_path / "state"))  # a path that needs no quoting for ssh below
     with openssh(tmp_path / "sshd", kinds=kinds) as server:
         one = target(
             SftpTarget, server, tmp_path / "in", host_key="", host_key_policy=HostKeyPolicy.ACCEPT_NEW

@@ -13,10 +13,8 @@ import psutil
 import pytest
 from pydantic import SecretStr, ValidationError
 
-from blocks.rsync import RsyncTarget
 from blocks.sftp import SftpTarget
 from blocks.ssh import HostKeyPolicy, SshTarget
-from protocols.ssh import hostkeys
 from talaria.testing import process, studies
 from talaria.testing.harness import attempt
 from talaria.testing.relay import relay
@@ -25,7 +23,7 @@ from tests.servers.openssh import Server, make_key, openssh
 from transfer.errors import Denied, Misconfigured, NotTrusted, Retryable, Unreachable
 from transfer.receipt import PushReport, State
 
-KINDS: tuple[type[SshTarget], ...] = (RsyncTarget, SftpTarget)
+pytestmark = pytest.mark.usefixtures("empty_state")
 PASSPHRASE = "of the jump host's key"
 
 
@@ -60,18 +58,6 @@ def only_from(folder: Path, more: str = "") -> Iterator[Way]:
 def way(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Way]:
     with only_from(tmp_path_factory.mktemp("way")) as both:
         yield both
-
-
-@pytest.fixture(autouse=True)
-def _empty_state(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("TALARIA_HOME", str(tmp_path / 'state, with 100% of it\'s "signs"'))
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    hostkeys._resolved.clear()
-
-
-@pytest.fixture(params=KINDS, ids=lambda kind: kind.type_name)
-def kind(request: pytest.FixtureRequest) -> type[SshTarget]:
-    return request.param  # type: ignore[no-any-return]
 
 
 @pytest.fixture

@@ -33,16 +33,11 @@ from talaria.testing.process import as_loaded
 from tasks import DRIVERS
 from tests.servers.openssh import IS_ROOT, PASSWORD, Server, make_key, openssh, shared, temporary_user
 from tests.servers.sftp_odd import odd
+from tests.targets.remote_folder import ssh_target
 from tests.targets.sftp import odd_target
 from transfer.errors import Busy, Denied, DispatchError, Misconfigured, TimedOut, Unreachable
 
 PASSPHRASE = "Schlüssel-7719 mit Leerzeichen"
-KINDS: tuple[type[SshTarget], ...] = (RsyncTarget, SftpTarget)
-
-
-@pytest.fixture(params=KINDS, ids=lambda kind: kind.type_name)
-def kind(request: pytest.FixtureRequest) -> type[SshTarget]:
-    return request.param  # type: ignore[no-any-return]
 
 
 @pytest.fixture
@@ -51,11 +46,7 @@ def server() -> Server:
 
 
 def target(kind: type[SshTarget], server: Server, folder: Path, **more: object) -> SshTarget:
-    fields = {
-        "host": "127.0.0.1", "port": server.port, "user": server.user, "folder": str(folder),
-        "host_key": server.host_keys[0], "connect_timeout_s": 5, "idle_timeout_s": 10,
-    }  # fmt: skip
-    return kind(**(fields | more))
+    return ssh_target(kind, server, folder, **({"private_key": SecretStr("")} | more))
 
 
 def send(target: SshTarget, tmp_path: Path) -> Sent:

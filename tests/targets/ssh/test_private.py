@@ -8,10 +8,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-from pydantic import SecretStr
 
-from blocks.rsync import RsyncTarget
-from blocks.sftp import SftpTarget
 from blocks.ssh import SshTarget
 from protocols.ssh.login import Login, LoginFacts
 from protocols.ssh.memfiles import tail
@@ -24,6 +21,7 @@ from tasks import DRIVERS
 from tasks.rsync import _said
 from tasks.ssh import hiding
 from tests.servers.openssh import shared
+from tests.targets.remote_folder import ssh_target
 from transfer.errors import DispatchError
 from transfer.plan import scan
 from transfer.receipt import Level, PushReport, State
@@ -31,15 +29,10 @@ from transfer.receipt import Level, PushReport, State
 LAYOUT = "{PatientID}/acc-{AccessionNumber}/{Modality}"
 
 
-@pytest.fixture(params=[RsyncTarget, SftpTarget], ids=lambda kind: kind.type_name)
-def target(request: pytest.FixtureRequest, tmp_path: Path) -> SshTarget:
-    server = shared()
+@pytest.fixture
+def target(kind: type[SshTarget], tmp_path: Path) -> SshTarget:
     (tmp_path / "in").mkdir()
-    one: SshTarget = request.param(
-        host="127.0.0.1", port=server.port, user=server.user, folder=str(tmp_path / "in"), layout=LAYOUT,
-        host_key=server.host_keys[0], private_key=SecretStr(str(server.key)), connect_timeout_s=5, idle_timeout_s=10,
-    )  # fmt: skip
-    return one
+    return ssh_target(kind, shared(), tmp_path / "in", layout=LAYOUT)
 
 
 def told(error: BaseException | None) -> str:

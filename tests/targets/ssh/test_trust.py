@@ -13,14 +13,14 @@ from pydantic import SecretStr, ValidationError
 from blocks.rsync import RsyncTarget
 from blocks.sftp import SftpTarget
 from blocks.ssh import HostKeyPolicy, SshTarget
-from protocols.ssh import hostkeys
 from talaria.testing import process, studies
 from talaria.testing.harness import attempt
 from tasks import DRIVERS
 from tests.servers.openssh import Server, make_key, openssh, public
+from tests.targets.remote_folder import ssh_target
 from transfer.errors import NotTrusted, Unreachable
 
-TYPES: tuple[type[SshTarget], ...] = (RsyncTarget, SftpTarget)
+pytestmark = pytest.mark.usefixtures("empty_state")
 OTHER_KEY = "SHA256:" + "A" * 43
 
 
@@ -30,26 +30,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield running
 
 
-@pytest.fixture(autouse=True)
-def _empty_state(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Nothing has been learned yet, and the account knows no host."""
-    monkeypatch.setenv("TALARIA_HOME", str(tmp_path / "state of talaria"))
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    hostkeys._resolved.clear()
-
-
-@pytest.fixture(params=TYPES, ids=lambda kind: kind.type_name)
-def kind(request: pytest.FixtureRequest) -> type[SshTarget]:
-    return request.param  # type: ignore[no-any-return]
-
-
 def target(kind: type[SshTarget], server: Server, folder: Path, host_key: str = "", **more: object) -> SshTarget:
     folder.mkdir(exist_ok=True)
-    fields = {
-        "host": "127.0.0.1", "port": server.port, "user": server.user, "folder": str(folder), "host_key": host_key,
-        "private_key": SecretStr(str(server.key)), "connect_timeout_s": 5, "idle_timeout_s": 10,
-    }  # fmt: skip
-    return kind(**(fields | more))
+    return ssh_target(kind, server, folder, host_key=host_key, **more)
 
 
 def send(target: SshTarget, tmp_path: Path) -> Exception | None:
