@@ -24,18 +24,20 @@ CANNOT_UNDERSTAND = 0xC000  # PS3.4 table B.2-1: this instance is refused for go
 MakeTarget = Callable[..., DicomTarget]
 
 
+# On loopback with timeouts that fit a test, and no waiting between attempts.
+LOOPBACK: dict[str, Any] = {
+    "host": "127.0.0.1",
+    "aet_source": AET,
+    "connect_timeout_s": 5,
+    "idle_timeout_s": 10,
+    "retry_delay_s": 0,
+    "retry_max_delay_s": 0,
+}
+
+
 def dicom_target(port: int, **settings: Any) -> DicomTarget:
-    """A target on loopback with timeouts that fit a test, and no waiting between attempts."""
-    defaults: dict[str, Any] = {
-        "host": "127.0.0.1",
-        "port": port,
-        "aet_source": AET,
-        "connect_timeout_s": 5,
-        "idle_timeout_s": 10,
-        "retry_delay_s": 0,
-        "retry_max_delay_s": 0,
-    }
-    target = DicomTarget(**patient(defaults | settings))
+    """A target as `LOOPBACK` says."""
+    target = DicomTarget(**patient(LOOPBACK | {"port": port} | settings))
     target.named("dicom-test")
     return target
 

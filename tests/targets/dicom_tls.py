@@ -19,7 +19,7 @@ from tests.servers.certificates import Authority, Leaf
 from tests.servers.dcmtk import storescp
 from tests.servers.orthanc import shared_orthanc
 from tests.servers.scp import scp
-from tests.targets.dicom import AET, harness_of_orthanc, harness_of_script, harness_of_storescp
+from tests.targets.dicom import LOOPBACK, harness_of_orthanc, harness_of_script, harness_of_storescp
 
 KEY_PASSWORD = "Schluessel-0815"
 
@@ -56,16 +56,10 @@ def certificates() -> Certificates:
 
 
 def tls_target(port: int, **settings: Any) -> DicomTlsTarget:
-    """A target on loopback with timeouts that fit a test, which trusts the test's authority and shows a certificate."""
+    """A target as `LOOPBACK` says, which trusts the test's authority and shows a certificate."""
     made = certificates()
-    defaults: dict[str, Any] = {
-        "host": "127.0.0.1",
+    defaults: dict[str, Any] = LOOPBACK | {
         "port": port,
-        "aet_source": AET,
-        "connect_timeout_s": 5,
-        "idle_timeout_s": 10,
-        "retry_delay_s": 0,
-        "retry_max_delay_s": 0,
         "ca_cert": str(made.ca),
         "tls_cert": str(made.client.cert),
         "tls_key": str(made.client.key),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from urllib.parse import quote
@@ -15,7 +16,7 @@ from blocks.base import Target
 from blocks.dicomweb import DicomWebTarget
 from talaria.testing import studies
 from talaria.testing.harness import Harness
-from tests.targets.folder import losing_the_end, stale_after
+from tests.targets.folder import cut, final, shorten
 from transfer.errors import NotFound
 from transfer.plan import Item, Plan
 
@@ -29,9 +30,6 @@ def target(folder: Path) -> DicomWebTarget:
     return made
 
 
-HIDDEN = (".incoming-", ".talaria-")
-
-
 def seen(root: Path) -> list[str]:
     """Every name below a folder; what vanishes meanwhile may be among them."""
     return [
@@ -39,11 +37,6 @@ def seen(root: Path) -> list[str]:
         for folder, folders, files in os.walk(root)
         for name in (*folders, *files)
     ]
-
-
-def final(name: str) -> bool:
-    """Whether nothing on the way to a name says that it is not yet whole."""
-    return not any(part.startswith(HIDDEN) for part in name.split("/"))
 
 
 def held(root: Path) -> dict[str, bytes]:
@@ -70,21 +63,11 @@ def harness(folder: Path) -> Iterator[Harness]:
         return set(seen(root))
 
     @contextmanager
-    def cut(count: int) -> Iterator[Target]:
-        with stale_after(count):
-            yield usual
-
-    @contextmanager
     def reject(plan: Plan, item: Item) -> Iterator[Target]:
         assert item.header
         series = root / item.header.StudyInstanceUID / item.header.SeriesInstanceUID
         (series / f"{item.header.SOPInstanceUID}.dcm").mkdir(parents=True)
         yield usual
-
-    @contextmanager
-    def shorten() -> Iterator[Target]:
-        with losing_the_end():
-            yield usual
 
     yield Harness(
         name="dicomweb-file",
@@ -95,7 +78,7 @@ def harness(folder: Path) -> Iterator[Harness]:
         names=names,
         final=final,
         leftovers=names,
-        cut=cut,
+        cut=partial(cut, usual),
         reject=reject,
-        shorten=shorten,
+        shorten=partial(shorten, usual),
     )

@@ -23,6 +23,11 @@ from transfer.plan import Item, Plan
 ANOTHER_FILE_SYSTEM = Path("/dev/shm")
 
 
+def final(name: str) -> bool:
+    """Whether nothing on the way to a name says that it is not yet whole."""
+    return not any(part.startswith((".incoming-", ".talaria-")) for part in name.split("/"))
+
+
 def harness(folder: Path, *, name: str, link: LinkPolicy = LinkPolicy.NEVER) -> Harness:
     """Look at a folder as any program on the machine can."""
 
@@ -44,25 +49,12 @@ def harness(folder: Path, *, name: str, link: LinkPolicy = LinkPolicy.NEVER) -> 
     def names() -> set[str]:
         return {os.path.relpath(os.path.join(path, name), folder) for path, a, b in os.walk(folder) for name in a + b}
 
-    def final(seen: str) -> bool:
-        return not any(part.startswith((".incoming-", ".talaria-")) for part in seen.split("/"))
-
     usual = target(folder)
-
-    @contextmanager
-    def cut(count: int) -> Iterator[Target]:
-        with stale_after(count):
-            yield usual
 
     @contextmanager
     def reject(plan: Plan, item: Item) -> Iterator[Target]:
         (folder / plan.dispatch_id / item.path).mkdir(parents=True)
         yield usual
-
-    @contextmanager
-    def shorten() -> Iterator[Target]:
-        with losing_the_end():
-            yield usual
 
     return Harness(
         name=name,
@@ -73,9 +65,9 @@ def harness(folder: Path, *, name: str, link: LinkPolicy = LinkPolicy.NEVER) -> 
         names=names,
         final=final,
         leftovers=names,
-        cut=cut,
+        cut=partial(cut, usual),
         reject=reject,
-        shorten=None if link is LinkPolicy.AUTO else shorten,  # a link has no end to lose
+        shorten=None if link is LinkPolicy.AUTO else partial(shorten, usual),  # a link has no end to lose
     )
 
 
@@ -116,6 +108,20 @@ def stale_after(limit: int) -> Iterator[None]:
         link=counting(os.link, linked),
     ):
         yield
+
+
+@contextmanager
+def cut(target: Target, count: int) -> Iterator[Target]:
+    """The target on a share that goes once, after so many bytes."""
+    with stale_after(count):
+        yield target
+
+
+@contextmanager
+def shorten(target: Target) -> Iterator[Target]:
+    """The target on a disk that loses the last byte of each file."""
+    with losing_the_end():
+        yield target
 
 
 @contextmanager

@@ -18,10 +18,8 @@ from talaria.testing.harness import attempt
 from tasks.s3 import driver
 from tests.servers.s3 import S3Server, s3rver
 from tests.targets.s3 import certificates, files_of, shared_moto, target
+from tests.targets.s3_push.pushing import PART
 from transfer.receipt import Level, State
-
-MIB = 1 << 20
-PART = 5 * MIB
 
 
 @pytest.fixture(scope="module", params=["http", "https"])
@@ -34,13 +32,12 @@ def spoiler(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.fixture
-def study(tmp_path: Path) -> Path:
-    folder = tmp_path / "study"
-    studies.sample(folder)
-    studies.odd_names(folder / "odd")
-    (folder / "large.bin").write_bytes(os.urandom(2 * PART + 77))
-    (folder / "empty.txt").write_bytes(b"")
-    return folder
+def study(study: Path) -> Path:
+    studies.sample(study)
+    studies.odd_names(study / "odd")
+    (study / "large.bin").write_bytes(os.urandom(2 * PART + 77))
+    (study / "empty.txt").write_bytes(b"")
+    return study
 
 
 def objects(client: Any, prefix: str) -> dict[str, bytes]:

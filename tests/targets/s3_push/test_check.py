@@ -29,22 +29,11 @@ from transfer.health import Health
 from transfer.receipt import State
 
 
-@pytest.fixture(autouse=True)
-def _nothing_known() -> None:
-    forget()  # another store had this port before
-
-
 @pytest.fixture
-def store() -> Iterator[Stub]:
-    with stub(buckets={"lab": {}}) as made:
-        yield made
-
-
-@pytest.fixture
-def study(tmp_path: Path) -> Path:
-    folder = tmp_path / "study"
-    studies.ct(folder, 2)
-    return folder
+def study(study: Path) -> Path:
+    """Two instances, in the folder to send."""
+    studies.ct(study, 2)
+    return study
 
 
 def results(health: Health) -> dict[str, str]:
