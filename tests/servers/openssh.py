@@ -169,3 +169,43 @@ def temporary_user(home: Path, password: str = PASSWORD) -> Iterator[str]:
         yield name
     finally:
         subprocess.run([process.program("userdel"), "-f", name], check=True, capture_output=True)
+
+
+@contextmanager
+def small_disk(tmp_path: Path, options: str) -> Iterator[Server]:
+    """A server in a mount namespace of its own, where `/mnt` is a small disk.
+
+    Without root that takes a user namespace in which we are root, and sshd another one in which it is not: as root it
+    would look for a folder of root's, which belongs to nobody there.
+    """
+    back = "" if IS_ROOT else f"unshare -U --map-user={os.geteuid()} --map-group={os.getegid()} "
+    script = f'mount --make-rprivate /; mount -t tmpfs -o {options} tmpfs /mnt; exec {back}"$@"'
+    before = ["unshare", "-m" if IS_ROOT else "-rm", "sh", "-c", script, "sh"]
+    with openssh(tmp_path / "sshd", before=tuple(before)) as server:
+        yield server
+
+
+def inside(server: Server, command: str) -> str:
+    """Run a command where the server lives."""
+    argv = ["ssh", "-F", "/dev/null", "-i", str(server.key), "-p", str(server.port), "-o", "StrictHostKeyChecking=no"]
+    argv += ["-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR", f"{server.user}@127.0.0.1", command]
+    return subprocess.run(argv, check=True, capture_output=True, text=True, stdin=subprocess.DEVNULL).stdout
+
+
+@contextmanager
+def ordinary(tmp_path: Path, more: str = "") -> Iterator[tuple[Server, Path]]:
+    """A server that lets in a user for whom rights count, and the user's home."""
+    with tempfile.TemporaryDirectory(prefix="talaria-home-") as folder:
+        home = Path(folder)
+        home.chmod(0o755)
+        if not IS_ROOT:
+            with openssh(tmp_path / "sshd", more=more) as server:
+                yield server, home
+            return
+        with (
+            temporary_user(home / "user") as user,
+            tempfile.TemporaryDirectory(prefix="talaria-sshd-") as place,
+        ):
+            os.chmod(place, 0o755)
+            with openssh(Path(place), user=user, more=more.replace("@USER@", user)) as server:
+                yield server, home / "user"

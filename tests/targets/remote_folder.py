@@ -13,9 +13,9 @@ from pydantic import SecretStr
 
 from blocks.ssh import SshTarget
 from talaria.testing import process
-from talaria.testing.harness import Sent
+from talaria.testing.harness import Harness, Sent
 from talaria.testing.relay import relay
-from tests.servers.openssh import Server
+from tests.servers.openssh import Server, shared
 from transfer.layout import names as layout_names
 from transfer.plan import Item, Plan
 
@@ -77,6 +77,20 @@ class RemoteFolder:
                             continue
         return found
 
+    def harness(self, name: str, *secrets: str) -> Harness:
+        return Harness(
+            name=name,
+            target=self.target,
+            dead=self.dead(),
+            read_back=self.read_back,
+            names=self.names,
+            cut=self.cut,
+            final=self.final,
+            leftovers=self.leftovers,
+            reject=self.in_the_way,
+            secrets=secrets,
+        )
+
     def through(self, port: int) -> SshTarget:
         """The target behind a relay."""
         return self.target.model_copy(update={"port": port})
@@ -98,3 +112,12 @@ class RemoteFolder:
         obstacle = self.folder / name / item.path
         obstacle.mkdir(parents=True)
         yield self.target
+
+
+@contextmanager
+def over_openssh(kind: type[SshTarget], folder: Path) -> Iterator[Harness]:
+    """A folder behind this machine's OpenSSH, for the conformance suite."""
+    server = shared()
+    key = server.key.read_text()
+    target = ssh_target(kind, server, folder, private_key=SecretStr(key), host_key="\n".join(server.host_keys), **TIMES)
+    yield RemoteFolder(folder, target).harness(f"{kind.type_name}-openssh", key.splitlines()[2])

@@ -11,30 +11,13 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from pydantic import SecretStr
-
 from blocks.sftp import SftpTarget
 from talaria.testing.harness import Harness
-from tests.servers.openssh import PASSWORD, shared
+from tests.servers.openssh import PASSWORD
 from tests.servers.sftp_odd import Odd, odd
-from tests.targets.remote_folder import TIMES, RemoteFolder
+from tests.targets.remote_folder import TIMES, RemoteFolder, over_openssh
 from transfer.plan import Item, Plan
 from transfer.receipt import Level
-
-
-@contextmanager
-def openssh(folder: Path) -> Iterator[Harness]:
-    server = shared()
-    target = SftpTarget(
-        host="127.0.0.1",
-        port=server.port,
-        user=server.user,
-        folder=str(folder),
-        private_key=SecretStr(server.key.read_text()),
-        host_key="\n".join(server.host_keys),
-        **TIMES,
-    )
-    yield _harness("sftp-openssh", RemoteFolder(folder, target), (server.key.read_text().splitlines()[2],))
 
 
 @functools.cache
@@ -66,7 +49,7 @@ def _odd_factory(
         place.mkdir()
         remote = RemoteFolder(place, odd_target(server, f"/{place.name}", login=login))
         secret = PASSWORD if login != "publickey" else server.key.read_text().splitlines()[2]
-        made = _harness(name, remote, (secret,))
+        made = remote.harness(name, secret)
         made.reaches = reaches
 
         @contextmanager
@@ -86,24 +69,9 @@ def _odd_factory(
     return name, factory
 
 
-def _harness(name: str, remote: RemoteFolder, secrets: tuple[str, ...]) -> Harness:
-    return Harness(
-        name=name,
-        target=remote.target,
-        dead=remote.dead(),
-        read_back=remote.read_back,
-        names=remote.names,
-        cut=remote.cut,
-        final=remote.final,
-        leftovers=remote.leftovers,
-        reject=remote.in_the_way,
-        secrets=secrets,
-    )
-
-
 HARNESSES: dict[str, Callable[[Path], AbstractContextManager[Harness]]] = dict(
     [
-        ("sftp-openssh", openssh),
+        ("sftp-openssh", functools.partial(over_openssh, SftpTarget)),
         _odd_factory("sftp-no-posix-rename", "posix-rename", "limits", login="password"),
         _odd_factory("sftp-keyboard-interactive", login="keyboard-interactive"),
     ]

@@ -23,9 +23,8 @@ from talaria.testing.harness import Sent, attempt
 from talaria.testing.process import as_loaded
 from talaria.testing.relay import relay
 from tasks import DRIVERS
-from tests.servers.openssh import IS_ROOT, Server, openssh, shared
+from tests.servers.openssh import IS_ROOT, Server, inside, openssh, ordinary, shared, small_disk
 from tests.targets.remote_folder import RemoteFolder, content, ssh_target
-from tests.targets.test_sftp import inside, ordinary, small_disk
 from tests.watching import watched
 from transfer.errors import Busy, Cancelled, Denied, Interrupted, Misconfigured, TimedOut
 from transfer.outcome import Kind
@@ -306,40 +305,6 @@ def test_a_full_disk_is_busy_and_fine_after_room_is_made(tmp_path: Path, study: 
         assert attempt(one, study, done=sent.arrived).require().state is State.DELIVERED
         names = inside(server, f"ls -A /mnt/in /mnt/in/{sent.plan.dispatch_id}").split()
         assert names[-5:] == [".complete", "0.dcm", "1.dcm", "2.dcm", "3.dcm"]
-
-
-def test_a_read_only_file_system_is_denied(tmp_path: Path, study: Path) -> None:
-    studies.ct(study, 1)
-    with small_disk(tmp_path, "ro") as server:
-        one = target("/mnt/in", server)
-        error = attempt(one, study).error
-        assert isinstance(error, Denied), repr(error)
-        assert "Read-only" in error.message
-        assert isinstance(DRIVERS.of(one).check(one).error, Denied)
-
-
-@pytest.mark.parametrize("what", ["folder", "its dispatch", "a folder below"])
-def test_a_folder_without_the_right_to_write_is_denied(tmp_path: Path, study: Path, what: str) -> None:
-    studies.ct(study / "a", 2)
-    studies.ct(study / "b", 2)
-    plan = scan([study])
-    with ordinary(tmp_path) as (server, home):
-        one = target(home / "in", server)
-        dispatch = home / "in" / plan.dispatch_id
-        closed = {"folder": home / "in", "its dispatch": dispatch, "a folder below": dispatch / "a"}[what]
-        closed.mkdir(parents=True)
-        if IS_ROOT:
-            subprocess.run(["chown", "-R", f"{server.user}:", str(home)], check=True)
-        closed.chmod(0o555)
-        sent = attempt(one, plan)
-        if what == "a folder below":
-            assert set(sent.rejected) == {"a/CT0001.dcm", "a/CT0002.dcm"}, repr(sent.error)
-            assert len(sent.arrived) == 2
-        else:
-            assert isinstance(sent.error, Denied), repr(sent.error)
-            assert not sent.outcomes
-        closed.chmod(0o755)
-        assert attempt(one, plan, done=sent.arrived).require().state is State.DELIVERED
 
 
 def test_folders_stay_enterable_for_the_group_whatever_the_umask_and_modes_here(tmp_path: Path, study: Path) -> None:

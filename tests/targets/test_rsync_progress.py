@@ -17,9 +17,8 @@ from protocols.ssh.rsync import Rsync
 from talaria.testing import studies
 from talaria.testing.harness import attempt
 from tasks.ssh import login
-from tests.servers.openssh import Server, openssh, shared
+from tests.servers.openssh import Server, inside, openssh, shared, small_disk
 from tests.targets.remote_folder import content, ssh_target
-from tests.targets.test_sftp import inside, small_disk
 from transfer.errors import Busy, Retryable
 from transfer.plan import scan
 from transfer.receipt import State

@@ -28,12 +28,12 @@ from talaria.testing.harness import attempt
 from talaria.testing.process import as_loaded
 from talaria.testing.relay import relay
 from tasks import DRIVERS
-from tests.servers.openssh import IS_ROOT, PASSWORD, Server, openssh, shared, temporary_user
+from tests.servers.openssh import IS_ROOT, PASSWORD, Server, inside, openssh, shared, small_disk, temporary_user
 from tests.servers.sftp_odd import Odd, odd
 from tests.targets.remote_folder import RemoteFolder, content, ssh_target
 from tests.targets.sftp import odd_target
 from tests.watching import watched
-from transfer.errors import Busy, Cancelled, Denied, DispatchError, Misconfigured, Retryable
+from transfer.errors import Busy, Cancelled, DispatchError, Misconfigured, Retryable
 from transfer.outcome import Kind
 from transfer.plan import scan
 from transfer.receipt import Level, PushReport, State
@@ -370,27 +370,6 @@ def test_a_name_that_is_too_long_there_is_rejected_alone(tmp_path: Path, study: 
 # ---- no room, no right
 
 
-@contextmanager
-def small_disk(tmp_path: Path, options: str) -> Iterator[Server]:
-    """A server in a mount namespace of its own, where `/mnt` is a small disk.
-
-    Without root that takes a user namespace in which we are root, and sshd another one in which it is not: as root it
-    would look for a folder of root's, which belongs to nobody there.
-    """
-    back = "" if IS_ROOT else f"unshare -U --map-user={os.geteuid()} --map-group={os.getegid()} "
-    script = f'mount --make-rprivate /; mount -t tmpfs -o {options} tmpfs /mnt; exec {back}"$@"'
-    before = ["unshare", "-m" if IS_ROOT else "-rm", "sh", "-c", script, "sh"]
-    with openssh(tmp_path / "sshd", before=tuple(before)) as server:
-        yield server
-
-
-def inside(server: Server, command: str) -> str:
-    """Run a command where the server lives."""
-    argv = ["ssh", "-F", "/dev/null", "-i", str(server.key), "-p", str(server.port), "-o", "StrictHostKeyChecking=no"]
-    argv += ["-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR", f"{server.user}@127.0.0.1", command]
-    return subprocess.run(argv, check=True, capture_output=True, text=True, stdin=subprocess.DEVNULL).stdout
-
-
 def test_a_full_disk_is_busy_with_the_figure_and_fine_after_room_is_made(tmp_path: Path, study: Path) -> None:
     for number in range(4):
         studies.multiframe(study / f"{number}.dcm", 8)  # 4 MB each
@@ -416,59 +395,6 @@ def test_a_disk_without_room_for_a_folder_is_busy(tmp_path: Path, study: Path) -
         assert isinstance(sent.error, Busy), repr(sent.error)
         assert "no room" in sent.error.message
         assert not sent.rejected
-
-
-def test_a_read_only_file_system_is_denied(tmp_path: Path, study: Path) -> None:
-    studies.ct(study, 1)
-    with small_disk(tmp_path, "ro") as server:
-        one = target("/mnt/in", server)
-        sent = attempt(one, study)
-        assert isinstance(sent.error, Denied), repr(sent.error)
-        assert isinstance(DRIVERS.of(one).check(one).error, Denied)
-
-
-@pytest.mark.parametrize("what", ["folder", "its dispatch", "a folder below"])
-def test_a_folder_without_the_right_to_write_is_denied(tmp_path: Path, study: Path, what: str) -> None:
-    studies.ct(study / "a", 2)
-    studies.ct(study / "b", 2)
-    plan = scan([study])
-    with ordinary(tmp_path) as (server, home):
-        one = target(home / "in", server)
-        closed = {"folder": home / "in", "its dispatch": home / "in" / plan.dispatch_id,
-                  "a folder below": home / "in" / plan.dispatch_id / "a"}[what]  # fmt: skip
-        closed.mkdir(parents=True)
-        if IS_ROOT:
-            subprocess.run(["chown", "-R", f"{server.user}:", str(home)], check=True)
-        closed.chmod(0o555)
-        sent = attempt(one, plan)
-        if what == "a folder below":
-            assert set(sent.rejected) == {"a/CT0001.dcm", "a/CT0002.dcm"}, repr(sent.error)
-            assert len(sent.arrived) == 2
-        else:
-            assert isinstance(sent.error, Denied), repr(sent.error)
-            assert not sent.outcomes
-        assert probes(one)["authorize"] == ("failed" if what == "folder" else "ok")
-        closed.chmod(0o755)
-        assert attempt(one, plan, done=sent.arrived).require().state is State.DELIVERED
-
-
-@contextmanager
-def ordinary(tmp_path: Path, more: str = "") -> Iterator[tuple[Server, Path]]:
-    """A server that lets in a user for whom rights count, and the user's home."""
-    with tempfile.TemporaryDirectory(prefix="talaria-home-") as folder:
-        home = Path(folder)
-        home.chmod(0o755)
-        if not IS_ROOT:
-            with openssh(tmp_path / "sshd", more=more) as server:
-                yield server, home
-            return
-        with (
-            temporary_user(home / "user") as user,
-            tempfile.TemporaryDirectory(prefix="talaria-sshd-") as place,
-        ):
-            os.chmod(place, 0o755)
-            with openssh(Path(place), user=user, more=more.replace("@USER@", user)) as server:
-                yield server, home / "user"
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from transfer.plan import scan
 from transfer.receipt import State
 
 MEGABYTE = 1 << 20
-HARNESSES = rsync.HARNESSES | {"sftp-openssh": sftp.openssh}
+HARNESSES = rsync.HARNESSES | {"sftp-openssh": sftp.HARNESSES["sftp-openssh"]}
 # Sent again after a break: what SFTP had on the way, and as much before that; what rsync says of blocks that are there.
 SLACK_BYTES = 9 * MEGABYTE
 
