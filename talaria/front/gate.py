@@ -116,7 +116,7 @@ class Gate:
         except _Refused as exc:
             if exc.status == 403:
                 self.refused(who, f"{method} {path}", exc.why)
-            await self._refuse(scope, receive, out, exc, who)
+            await self._refuse(scope, receive, out, exc)
             return
         token = ACTING.set(who)
         try:
@@ -181,7 +181,7 @@ class Gate:
         if asker.ambient and method not in _SAFE and not proves_same_origin(scope["headers"]):
             raise _Refused(403, "a change with a session must come from one of our pages (no Origin)")
         if not is_own(scope["path"]) and (
-            why := prefect_rules.why_not(scope["path"], scope.get("query_string", b""), asker.who.role)
+            why := prefect_rules.why_not(scope.get("query_string", b""), asker.who.role)
         ):
             raise _Refused(403, why)
 
@@ -215,7 +215,7 @@ class Gate:
             kept.append((b"authorization", b"Basic " + base64.b64encode(self.credential.encode())))
         return kept
 
-    async def _refuse(self, scope: Message, receive: Receive, send: Send, exc: _Refused, who: Identity) -> None:
+    async def _refuse(self, scope: Message, receive: Receive, send: Send, exc: _Refused) -> None:
         answer: Response = JSONResponse({"error": exc.why, "detail": exc.why}, exc.status)
         if exc.status == 401:
             accept = next((value for key, value in scope["headers"] if key == b"accept"), b"")

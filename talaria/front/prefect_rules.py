@@ -89,7 +89,7 @@ def inspected(method: str, path: str, role: Role) -> bool:
     return bool(_INSPECTED.fullmatch(path) or (role is Role.OPERATOR and _OPERATES.fullmatch(path)))
 
 
-def why_not(path: str, query: bytes, role: Role) -> str:
+def why_not(query: bytes, role: Role) -> str:
     """Return why a request's query is refused, "" if it isn't."""
     if role >= Role.WORKER or b"=" not in query:
         return ""
