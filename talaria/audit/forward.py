@@ -1,7 +1,7 @@
 """Sends the audit trail on to a syslog server: the file is the buffer, and what was sent is noted beside it.
 
-Whoever records never waits for a server. One process forwards at a time; it notes an entry as sent when the other
-machine has it, so that after a break, or a crash, entries come twice rather than never.
+Recording an entry never waits for the server. One process forwards at a time. It notes an entry as sent once the other
+machine has it, so that after a lost connection or a crash an entry comes twice rather than never.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ BATCH_BYTES = 256 << 10  # of the trail that are read at a time
 
 
 def syslog_target() -> SyslogTarget | None:
-    """Return where the trail is sent on to, as the environment says; None for nowhere.
+    """Return the syslog server that the environment names; None if it names none.
 
     Raises:
-        ValueError: the address is none.
+        ValueError: the address is not valid.
     """
     address = os.environ.get(SETTING, "").strip()
     if not address:
@@ -55,7 +55,7 @@ class Forwarder:
         self._thread.start()
 
     def stop(self) -> None:
-        """Stop; what was not sent is sent by the next one."""
+        """Stop; the next forwarder sends what is left."""
         self._stop.set()
         self._thread.join(15)
 
@@ -112,7 +112,7 @@ class Forwarder:
             text = message(entry, self._host)
             return formatted(text, str(entry["time"]), self._host) if text else b""
         except (ValueError, KeyError, TypeError):
-            return b""  # no entry: `verify` names it
+            return b""  # not a valid entry: `talaria audit verify` reports it
 
     def _position(self) -> int:
         try:

@@ -1,6 +1,6 @@
 """DICOM audit messages (PS3.15 section A.5) made of entries of the audit trail.
 
-What the trail doesn't hold isn't in them: patients stand under a pseudonym, a query without its keys' values.
+They hold no more than the trail does: patients by a pseudonym, queries without the values of their keys.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def _participants(
     elif form.event in (AUTHENTICATION, ALERT):
         _participant(root, who, address, requestor=True)
         _participant(root, OURSELVES, host, requestor=False)
-    else:  # instances, or questions, from one to another, because of somebody
+    else:  # instances or queries from one machine to another, on a user's behalf
         sends = entry["event"] in (Event.DELIVERY_BEGUN, Event.DELIVERY, Event.QUERY)
         node = str(details.get("node") or "")
         _participant(root, OURSELVES, host, requestor=False, role=SOURCE if sends else DESTINATION)

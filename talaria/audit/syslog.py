@@ -49,7 +49,7 @@ class SyslogTarget:
 
 
 def formatted(message: str, time_iso: str, host: str, pid: int | None = None) -> bytes:
-    """Return a message as it goes out, with its length before it."""
+    """Return a message as bytes to send: RFC 5424, with its length in front."""
     name = "".join(c for c in host if 33 <= ord(c) <= 126)[:255] or "-"
     head = f"<{PRIORITY}>1 {time_iso} {name} talaria {pid or os.getpid()} {MSGID} - "
     data = head.encode("ascii") + b"\xef\xbb\xbf" + message.encode("utf-8", "replace")  # RFC 5424 section 6.4
@@ -57,7 +57,7 @@ def formatted(message: str, time_iso: str, host: str, pid: int | None = None) ->
 
 
 class SyslogConnection:
-    """A connection to a syslog server. Raises OSError (and ssl.SSLError, which is one) from everything."""
+    """A connection to a syslog server. Every method may raise OSError; ssl.SSLError is one."""
 
     def __init__(self, target: SyslogTarget) -> None:
         context = ssl.create_default_context(cafile=target.ca or None)
@@ -74,7 +74,7 @@ class SyslogConnection:
         """Send messages, and wait until the other machine has them all; syslog itself confirms nothing.
 
         Raises:
-            OSError: they are not known to be there; they may be.
+            OSError: it is not known whether they arrived.
         """
         self._sock.sendall(data)
         end = time.monotonic() + TAKEN_S

@@ -38,7 +38,7 @@ def _main(
         bool, typer.Option("--version", help="Print the version and exit.", callback=_version, is_eager=True)
     ] = False,
 ) -> None:
-    """What stands before every command."""
+    """Read the options that stand before every command."""
 
 
 app.add_typer(target.app, name="target")

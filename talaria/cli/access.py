@@ -1,4 +1,4 @@
-"""How a command reaches what it needs: the API of the `talaria up` that runs, or by itself where none does."""
+"""How a command gets its work done: by the API of the running `talaria up`, or by itself where none runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Access(Protocol):
     """Operations of `talaria.service`, by name.
 
     Attributes:
-        own: whether no worker runs beside it: this command runs what it makes.
+        own: whether no worker runs, so that this command executes the runs that it creates.
     """
 
     own: bool
@@ -34,10 +34,10 @@ class Access(Protocol):
 
 @contextmanager
 def api(*, saved: bool = True) -> Iterator[Access]:
-    """Reach the server's API; do without where there is none.
+    """Yield access by the server's API, or without it where there is none.
 
     Args:
-        saved: whether anything that is saved there is needed; no server is started for what needs nothing.
+        saved: whether the command needs what the server keeps; else none is started for it.
     """
     there = remote.found()
     if there is not None:
@@ -66,7 +66,7 @@ def _answers(there: remote.ApiClient) -> bool:
 
 @contextmanager
 def alone(*, saved: bool = True) -> Iterator[Local]:
-    """Do without the API: with a client of the Prefect server, which is started for the block if none runs."""
+    """Yield access without the API, by a client of the Prefect server, which is started for the block if none runs."""
     from talaria.cli.local import Local, local
 
     if not saved:

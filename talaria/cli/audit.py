@@ -17,8 +17,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document to s
 
 @app.command(epilog="Example: talaria audit show --last 20 --who anna")
 def show(
-    last: Annotated[int, typer.Option(min=1, help="How many entries, the newest.")] = 50,
-    who: Annotated[str, typer.Option(help="Only what this user did.")] = "",
+    last: Annotated[int, typer.Option(min=1, help="How many of the newest entries.")] = 50,
+    who: Annotated[str, typer.Option(help="Only entries of this user.")] = "",
     event: Annotated[str, typer.Option(help="Only this event, as in login or delivery.")] = "",
     as_json: Json = False,
 ) -> None:

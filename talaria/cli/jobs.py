@@ -25,7 +25,7 @@ Job = Annotated[str, typer.Argument(help="Id of the run (or its beginning), or o
 def list_(
     limit: Annotated[int, typer.Option(min=1, max=200, help="How many, newest first.")] = 50, as_json: Json = False
 ) -> None:
-    """The newest dispatches and retrievals."""
+    """List the newest dispatches and retrievals."""
     with api() as access:
         found = access.call("list_jobs", limit=limit)
     if as_json:
@@ -50,7 +50,7 @@ def show(
     all_items: Annotated[bool, typer.Option("--all-items", help="List delivered items too.")] = False,
     as_json: Json = False,
 ) -> None:
-    """One dispatch or retrieval: its receipts, and what its targets said."""
+    """Show one dispatch or retrieval: its receipts, and what its targets answered."""
     with api() as access:
         document = access.call("show_job", job=job, all_items=all_items)
     if as_json:
@@ -72,7 +72,7 @@ def retry(
     no_wait: Annotated[bool, typer.Option("--no-wait", help="Return as soon as it is queued.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Run what has ended again: only what is missing is fetched or sent, only a failed hook is run."""
+    """Run an ended job again: only what is missing is fetched or sent, only a failed hook is run."""
     with api() as access:
         _go_on(access, access.call("retry_job", job=job), no_wait, as_json)
 
@@ -86,7 +86,7 @@ def cancel(job: Job, as_json: Json = False) -> None:
 
 @app.command(epilog="Example: talaria jobs pause 3f2a")
 def pause(job: Job, as_json: Json = False) -> None:
-    """Let a dispatch end after the items under way, a retrieval after the series, to go on there when resumed."""
+    """Pause a job: a dispatch stops after the items under way, a retrieval after the series."""
     with api() as access:
         _done(access.call("pause_job", job=job), as_json)
 
@@ -97,13 +97,13 @@ def resume(
     no_wait: Annotated[bool, typer.Option("--no-wait", help="Return as soon as it is queued.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Let a paused dispatch or retrieval go on where it ended."""
+    """Let a paused dispatch or retrieval continue where it stopped."""
     with api() as access:
         _go_on(access, access.call("resume_job", job=job), no_wait, as_json)
 
 
 def _go_on(access: Access, done: dict[str, Any], no_wait: bool, as_json: bool) -> None:
-    """Follow a job that is in the queue again to its end, and exit with the code that its result deserves."""
+    """Follow a job that was queued again to its end, and exit with the code for its result."""
     if no_wait:
         _done(done, as_json)
     elif done["kind"] == "dispatch":

@@ -32,7 +32,7 @@ class Keys:
     ] = field(default_factory=list)
 
     def given(self) -> dict[str, Any]:
-        """Return them by name, as `talaria.service.retrievals.query_of` takes them."""
+        """Return the options by name, as `talaria.service.retrievals.query_of` takes them."""
         return asdict(self)
 
 

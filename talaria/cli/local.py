@@ -1,4 +1,4 @@
-"""Commands that do by themselves what the API would do: no `talaria up` runs, or it serves no API.
+"""Commands without the API: where no `talaria up` runs, or where it serves no API.
 
 Imports Prefect and everything else.
 """
@@ -52,7 +52,7 @@ class Local:
 
     @classmethod
     def without_server(cls) -> Local:
-        """Return what does the operations that need nothing that is saved."""
+        """Return access to the operations that need nothing of what a server keeps."""
         return cls(load_settings(), Home.current(), None, own=False, served=False)
 
     def run(self, call: Callable[Concatenate[PrefectClient, P], Awaitable[R]], *args: P.args, **kwargs: P.kwargs) -> R:
@@ -100,7 +100,7 @@ class Local:
         return Office(cast(PrefectClient, client), self.home, alone=self.own, embedded=self.address is not None)
 
     def _running(self, flow_run: FlowRun) -> Callable[[FlowRun], bool]:
-        """Run a job in this process, in the place of a worker; return what says whether it is over."""
+        """Run a job in this process in the place of a worker; yield a function that returns whether it is over."""
         if flow_run.id not in self._workers:
             worker = threading.Thread(target=runs.run_here, args=(self, flow_run), daemon=True)
             self._workers[flow_run.id] = worker
@@ -108,7 +108,7 @@ class Local:
         worker = self._workers[flow_run.id]
 
         def is_over(now: FlowRun) -> bool:
-            # By the UI, another command or Ctrl-C: no worker watches for us.
+            # It may be cancelled by the UI, another command or Ctrl-C, and no worker watches for that here.
             if now.state and now.state.type is StateType.CANCELLING:
                 here.flag(str(now.id)).set()
             if now.state_name == here.PAUSING:
@@ -145,7 +145,7 @@ def local() -> Iterator[Local]:
 
 
 async def _prepare(client: PrefectClient, home: Home) -> None:
-    """Let a server that has just been started know our types and deployments, and that killed runs run no more."""
+    """Register types and deployments at a server that has just been started; put the runs of killed processes back."""
     await register(client)
     await recover(client, home, POOL, alone=True)
 

@@ -1,4 +1,4 @@
-"""How commands speak: results to stdout, words to stderr, errors as one line and an exit code."""
+"""The output of commands: results on stdout, messages on stderr, an error as one line and an exit code."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DONE, NOT_ALL, WRONG_USE, NO_SERVER = 0, 1, 2, 3
 
 
 def exit_code_of(exc: BaseException) -> int:
-    """Say what went wrong on one line, and return the exit code for it; what is not known propagates."""
+    """Print an error as one line, and return the exit code for it; an unexpected error is raised again."""
     if isinstance(exc, typer.Abort | KeyboardInterrupt):
         return _fail("interrupted", NOT_ALL)
     if isinstance(exc, Misconfigured | NotFound | Denied | ValueError):
@@ -40,7 +40,7 @@ def exit_code_of(exc: BaseException) -> int:
 
 
 def wrong_use(message: str) -> int:
-    """Say how the command line was wrong."""
+    """Print what is wrong with the command line."""
     return _fail(f"{plain(message)} (`--help` shows how)", WRONG_USE)
 
 
@@ -107,7 +107,7 @@ def _folded(text: str, width: int) -> list[str]:
 
 
 def _shown(cell: Any) -> str:
-    """Return a value as it can be shown: what a peer said may hold what a terminal obeys."""
+    """Return a value without control sequences for a terminal: a peer's words may hold some."""
     return "".join(sign if sign.isprintable() else " " if sign == "\n" else repr(sign)[1:-1] for sign in str(cell))
 
 
@@ -132,6 +132,6 @@ def enabled(target: dict[str, Any]) -> str:
 
 
 def checked(target: dict[str, Any]) -> str:
-    """Return how a listed target was when it was last checked; empty if it never was."""
+    """Return the result and time of a listed target's last check; "" if there was none."""
     last = target["last_check"]
     return "" if last is None else f"{'ok' if last['ok'] else 'failed'} {last['time']}"

@@ -40,7 +40,7 @@ def query(
     level: Annotated[QueryLevel, typer.Option(help="What one match is.")] = QueryLevel.STUDY,
     as_json: Json = False,
 ) -> int:
-    """Ask a target what it has: studies, or series."""
+    """List the studies or series that a target has."""
     with api() as access:
         found = access.call("find_matches", source=name, level=str(level), **keys.given())["matches"]
     if as_json:

@@ -1,6 +1,6 @@
-"""Plain options are read without pydantic, which Typer loads for them: it takes as long as the rest of a command.
+"""Reads plain options without pydantic, which Typer would load for them: that takes as long as the rest of a command.
 
-What is not plain, and everything that is wrong, is Typer's as before, with Typer's words.
+Other options, and all that are not valid, are left to Typer, whose messages they get.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ core: Any = typer.core
 
 
 class _NotPlain(Exception):
-    """Typer itself must look at it."""
+    """Typer itself must read the value."""
 
 
 def install() -> None:
-    """Let Typer use what is here; private names of its: tests/cli/test_light_commands.py fails when they change."""
+    """Replace private functions of Typer's by those here; tests/cli/test_light_commands.py fails if they change."""
     typers_own = core.build_runtime_param
 
     @dataclass(frozen=True)
@@ -47,10 +47,10 @@ def install() -> None:
 
 
 def _read(annotation: Any, value: Any, info: Any, param: Any, ctx: Any) -> Any:
-    """Return a value as its annotation wants it.
+    """Return a value as the type of its annotation.
 
     Raises:
-        _NotPlain: it is not surely right.
+        _NotPlain: it may be wrong.
     """
     if get_origin(annotation) is list and isinstance(value, list | tuple):
         return [_read(get_args(annotation)[0], one, info, param, ctx) for one in value]

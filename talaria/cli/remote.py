@@ -1,4 +1,4 @@
-"""Commands as clients of Talaria's API, which `talaria up` serves; with the standard library's means, which are quick.
+"""Commands as clients of Talaria's API, which `talaria up` serves; by the standard library, which is quick to load.
 
 Which server: TALARIA_URL with TALARIA_TOKEN; else the one that runs for the state directory, with the machine's token.
 """
@@ -64,7 +64,7 @@ AGAIN = ("create_dispatch", "create_query", "create_retrieval")  # with a key, s
 
 
 class NoApi(Exception):
-    """The server is one without Talaria's API: older, or something else."""
+    """The server has no API of Talaria's: it is older, or something else."""
 
 
 @dataclass
@@ -75,7 +75,7 @@ class ApiClient:
         url: of the server, without a path.
         authorization: the header's value, "" for none.
         shown: the url that people use.
-        check: called before anything is sent, and raises if the listener is not who it should be.
+        check: called before anything is sent; raises if the listener is not the expected server.
     """
 
     url: str
@@ -113,7 +113,7 @@ class ApiClient:
         self._drop()
 
     def stream(self, operation: str, **given: Any) -> Iterator[Event]:
-        """Do an operation and yield its events; a job is followed on when the server has been away for a moment."""
+        """Do an operation and yield its events; following a job goes on after the server was away for a moment."""
         method, path, body = _request(STREAMS[operation], given, in_query=operation in IN_QUERY)
         end = time.monotonic() + RETRY_S
         while True:
@@ -129,7 +129,7 @@ class ApiClient:
                 if operation != "follow_job":
                     return
                 if time.monotonic() > end:
-                    raise ServerError(f"the server at {self.url} says no more of it")
+                    raise ServerError(f"the server at {self.url} reports no more of it")
             except (OSError, http.client.HTTPException) as exc:
                 if method != "GET" or time.monotonic() > end:
                     raise ServerError(f"the server at {self.url} went away: {_words(exc)}") from exc
@@ -164,7 +164,7 @@ class ApiClient:
             return answer
 
     def _still_there(self, exc: Exception) -> None:
-        """Raise ServerError if the server of the state directory runs no more."""
+        """Raise ServerError if the server of the state directory no longer runs."""
         if self.local and not _is_locked(_home() / "server.lock"):
             raise ServerError(f"the server at {self.url} has ended") from exc
 
@@ -251,7 +251,7 @@ def _events(answer: http.client.HTTPResponse) -> Iterator[Event]:
 
 
 def _refusal(status: int, words: str) -> Exception:
-    """Return an answer that is not the expected one as an error with the exit code that it deserves."""
+    """Return the error, with its exit code, that an unexpected answer means."""
     return Refused(words, 1 if status == 502 else 3 if status >= 500 else 2)
 
 
@@ -263,10 +263,10 @@ def _words(exc: BaseException) -> str:
 
 
 def found() -> ApiClient | None:
-    """Return the server whose API commands use; None if there is none, so that a command does it by itself.
+    """Return the server whose API commands use; None if there is none, and a command works by itself.
 
     Raises:
-        ValueError: TALARIA_URL names none that can be used.
+        ValueError: TALARIA_URL is not valid.
     """
     if url := os.environ.get("TALARIA_URL"):
         return _named(url)
@@ -301,7 +301,7 @@ def _elsewhere(record: dict[str, Any]) -> bool:
 
 
 def _record() -> dict[str, Any] | None:
-    """Return what the running `talaria up` says of itself; None if none runs for the state directory."""
+    """Return the record of the running `talaria up`; None if none runs for the state directory."""
     home = _home()
     if not _is_locked(home / "server.lock"):
         return None

@@ -73,7 +73,7 @@ def retrieve(
 
 
 def finish(access: Access, run_id: str, *, as_json: bool) -> int:
-    """Follow a retrieval to its end, show its result, and return the exit code that it deserves."""
+    """Follow a retrieval to its end, show its result, and return the exit code for it."""
     document = follow(access, run_id)
     if as_json:
         print_json(document)

@@ -47,7 +47,7 @@ def send(
     ] = "",
     sender_host: Annotated[str, typer.Option(help="Host that the study came from, for targets that send back.")] = "",
     force: Annotated[bool, typer.Option("--force", help="Send again what has arrived before.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be sent.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be sent.")] = False,
     no_wait: Annotated[bool, typer.Option("--no-wait", help="Return as soon as the dispatch is queued.")] = False,
     all_items: Annotated[
         bool, typer.Option("--all-items", help="List every item in the JSON, delivered ones too.")
@@ -73,7 +73,7 @@ def send(
         if dry_run:
             _show_plan(access.call("plan_dispatch", **what), as_json)
             return
-        # The worker reads the files, once; who wants to know at once what it will send waits until it has.
+        # The worker reads the files, once; whoever wants to know at once what will be sent waits for that.
         queued = access.call(
             "create_dispatch", **what, priority=str(priority), force=force, planned=no_wait and as_json
         )
@@ -89,7 +89,7 @@ def send(
 
 
 def _check_there(path: Path) -> None:
-    """Refuse a path that is not there before anything is asked for."""
+    """Raise if a path is not there, before anything is queued."""
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError, ValueError) as exc:
@@ -99,7 +99,7 @@ def _check_there(path: Path) -> None:
 
 
 def finish(access: Access, run_id: str, *, all_items: bool, as_json: bool) -> None:
-    """Follow a dispatch to its end, show its receipts, and exit with the code that they deserve."""
+    """Follow a dispatch to its end, show its receipts, and exit with the code for them."""
     document = follow(access, run_id, all_items=all_items)
     if as_json:
         print_json(document)
@@ -109,7 +109,7 @@ def finish(access: Access, run_id: str, *, all_items: bool, as_json: bool) -> No
 
 
 def trimmed(document: dict[str, Any], all_items: bool) -> dict[str, Any]:
-    """Return the same receipts without the items that are plainly delivered, unless all are wanted."""
+    """Return the receipts without the items that are plainly delivered, unless all are wanted."""
     if all_items:
         return document
     targets = {

@@ -33,7 +33,9 @@ def up(
     host: Annotated[str | None, typer.Option(help="Address to listen on; default 127.0.0.1.")] = None,
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port to listen on; default 4200.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, max=64, help="Worker processes; default 1.")] = None,
-    tls_cert: Annotated[str | None, typer.Option(help="Certificate chain (PEM); taken again when renewed.")] = None,
+    tls_cert: Annotated[
+        str | None, typer.Option(help="Certificate chain (PEM); read again when it has been renewed.")
+    ] = None,
     tls_key: Annotated[str | None, typer.Option(help="Its private key (PEM, without a passphrase).")] = None,
     behind_proxy: Annotated[
         bool,
@@ -61,7 +63,7 @@ def up(
 
 
 def status(as_json: Json = False) -> None:
-    """What runs, what waits, and how the targets were when they were last checked."""
+    """Show what runs, what waits, and how the targets were when they were last checked."""
     document = _status()
     if not document["server"]["ok"]:
         document.setdefault("error", "no server runs: `talaria up` starts it")

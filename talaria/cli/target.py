@@ -1,4 +1,4 @@
-"""`talaria target`: what is known of targets."""
+"""`talaria target`: creates, shows, tests and removes targets."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Name = Annotated[str, typer.Argument(help="Name of the target, or its type and n
 
 @app.command(epilog="Example: talaria target types --json")
 def types(as_json: Json = False) -> None:
-    """The types of target: what each can do, and its fields."""
+    """List the types of target: what each can do, and its fields."""
     import asyncio
 
     there = remote.found()
@@ -61,7 +61,7 @@ def types(as_json: Json = False) -> None:
 @app.command(epilog="Example: talaria target apply targets.yaml --dry-run")
 def apply(
     file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="YAML file with a mapping `targets`.")],
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be done.")] = False,
     replace: Annotated[
         bool, typer.Option("--replace", help="Replace targets of another type that have the same name.")
     ] = False,
@@ -83,7 +83,7 @@ def apply(
 
 @app.command("list", epilog="Example: talaria target list --json")
 def list_(as_json: Json = False) -> None:
-    """All targets; one whose settings are not valid any more is listed as broken, with the reason."""
+    """List all targets; one whose settings are no longer valid is listed as broken, with the reason."""
     with api() as access:
         document = access.call("list_targets")
     if as_json:
@@ -106,7 +106,7 @@ def list_(as_json: Json = False) -> None:
 
 @app.command(epilog="Example: talaria target show pacs")
 def show(name: Name, as_json: Json = False) -> None:
-    """One target's settings; secrets are never shown."""
+    """Show one target's settings; secrets are never shown."""
     with api() as access:
         values = access.call("show_target", name=name, given=not as_json)
     if as_json:
@@ -150,7 +150,7 @@ def disable(name: Name, as_json: Json = False) -> None:
 
 @app.command(epilog="Example: talaria target export > targets.yaml")
 def export(as_json: Json = False) -> None:
-    """All targets as `apply` reads them, secrets left out."""
+    """Print all targets as `apply` reads them, without secrets."""
     with api() as access:
         document = access.call("export_targets")
     for name, reason in document.pop("left_out").items():
@@ -172,7 +172,7 @@ def test(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Check targets where dispatches run, step by step; where it can be removed, a probe is written."""
+    """Check targets step by step, where dispatches run; a probe is written where it can be removed again."""
     if (name is not None) + all_ + (file is not None) != 1 and not (name and file):
         raise ValueError("say which: a NAME, --all, or --file FILE.yaml")
     values = _of_file(file, name) if file else {}

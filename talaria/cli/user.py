@@ -1,4 +1,4 @@
-"""`talaria user` and `talaria token`: who may come in by the front door of this machine."""
+"""`talaria user` and `talaria token`: who may log in at the front door of this machine."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def role(name: Name, role: RoleOption, as_json: Json = False) -> None:
 def create(
     role: RoleOption = "viewer",
     expires: Annotated[str, typer.Option(help="How long it is valid, as in 90d, 12h or 30m; or never.")] = "90d",
-    name: Annotated[str, typer.Option(help="What the audit trail and `created_by` of runs call it.")] = "",
+    name: Annotated[str, typer.Option(help="Its name in the audit trail and in `created_by` of runs.")] = "",
     as_json: Json = False,
 ) -> None:
     """Make a token, and print it: it can't be shown again."""
@@ -112,7 +112,7 @@ def create(
 
 @token.command("list", epilog="Example: talaria token list")
 def list_tokens(as_json: Json = False) -> None:
-    """List tokens, without what proves them."""
+    """List tokens, without their secrets."""
     from talaria.front.tokens import Tokens
     from talaria.settings import load_settings
 
@@ -137,7 +137,7 @@ def list_tokens(as_json: Json = False) -> None:
 
 @token.command(epilog="Example: talaria token revoke 3f9a1c20")
 def revoke(which: Annotated[str, typer.Argument(help="Its id, or its name.")], as_json: Json = False) -> None:
-    """Let a token be valid no more, at once."""
+    """Revoke a token, which is not valid from then on."""
     from talaria.front.tokens import Tokens
     from talaria.settings import load_settings
 

@@ -34,7 +34,7 @@ from talaria.engine.recovery import TAKEN_UP
 from tasks.dispatch import running
 
 READY_S = 60
-KEEP_S = 4  # a connection is not used again that has been idle for longer: the server closes it after 5
+KEEP_S = 4  # a connection that was idle for longer is not used again: the server closes it after 5
 # States in which a run is the engine's that runs it. In any other, somebody has set that state on purpose.
 OURS = (StateType.PENDING, StateType.RUNNING, StateType.CANCELLING)
 
@@ -56,7 +56,7 @@ class Client(PrefectClient):
 
 
 class RunClient(Client):
-    """The client of runs: never overwrites a state that somebody else has set with how the run ended here."""
+    """The client of runs: reports how a run ended here, unless somebody else has set its state meanwhile."""
 
     async def set_flow_run_state(
         self, flow_run_id: UUID | str, state: State[Any], force: bool = False
@@ -106,7 +106,7 @@ async def client(made: Callable[[], Client] = Client) -> AsyncIterator[PrefectCl
 
 
 async def claim(client: PrefectClient, run_id: UUID) -> bool:
-    """Set a run Pending, so that it is ours to run; False if another one has it, or somebody has changed its state."""
+    """Set a run to Pending, which makes it ours; return False if it is another's, or its state has changed."""
     try:
         result: OrchestrationResult[Any] = await client.set_flow_run_state(run_id, Pending())
     except ObjectNotFound:

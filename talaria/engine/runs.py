@@ -59,7 +59,7 @@ async def create(
     """Create a flow run of one of our deployments, to begin now or at a given time.
 
     Args:
-        key: who gives the same one again gets the same run.
+        key: idempotency key; the same key again gives the same run.
         by: who asked for it.
         show_plan: whether the worker is to show what it is going to do (`transfer.live`).
     """
@@ -76,7 +76,7 @@ async def create(
 
 
 class Runner(Protocol):
-    """Whoever runs runs in the place of a worker."""
+    """What executes runs where no worker does."""
 
     home: Home
 
@@ -126,12 +126,12 @@ def at_rest(flow_run: FlowRun) -> bool:
     if state.type is StateType.SCHEDULED:
         begin = state.state_details.scheduled_time
         return begin is not None and begin > datetime.now(UTC) + timedelta(seconds=SOON_S)
-    # A crashed run is taken up again by whoever lives.
+    # A process that is alive takes up a crashed run.
     return state.is_final() and state.type is not StateType.CRASHED
 
 
 def under_way(flow_run: FlowRun) -> bool:
-    """Return True if somebody runs a run."""
+    """Return True if some process executes a run."""
     return flow_run.state is not None and flow_run.state.type in UNDER_WAY
 
 

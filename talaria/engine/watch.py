@@ -70,7 +70,7 @@ async def watch(
                             str(payload.get("type") or ""),
                         )
                     )
-        except Exception as exc:  # whatever it is: the server is away, or has another mind of events
+        except Exception as exc:  # whatever it is: the server is away, or refuses the subscription
             logger.debug("the subscription ended: %s", exc)
         connected(False)
         await asyncio.sleep(PAUSE_S[min(failures, len(PAUSE_S) - 1)])

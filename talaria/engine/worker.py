@@ -135,7 +135,7 @@ class Worker:
                 await asyncio.sleep(CALM_S)
 
     async def _due(self) -> list[FlowRun]:
-        """Return the runs that are to begin now, those first that go first; no more than can be begun."""
+        """Return the runs that are to begin now, the most urgent first, and no more than there are free threads."""
         answer = await self._scheduled(scheduled_before=datetime.now(UTC).isoformat())
         return [entry.flow_run for entry in answer]
 
@@ -154,7 +154,7 @@ class Worker:
         return [WorkerFlowRunResponse.model_validate(one) for one in answer.json()]
 
     async def _set_alarms(self) -> None:
-        """Be awake when the runs are to begin that wait for their time."""
+        """Set alarms for the runs that wait for their time."""
         now = datetime.now(UTC)
         soon = await self._scheduled(
             scheduled_after=now.isoformat(), scheduled_before=(now + timedelta(seconds=SOON_S)).isoformat(), limit=200
@@ -227,7 +227,7 @@ class Worker:
                 self._flows[deployment_id] = known
         _, flow, entrypoint = known
         if flow is None:
-            # Whoever may make a deployment may not thereby run code of his own on this machine.
+            # To be allowed to create deployments must not mean to run code of one's own on this machine.
             why = f"its deployment's entry point, {entrypoint}, is not one of Talaria's flows"
             await self.client.set_flow_run_state(flow_run.id, Failed(message=f"Not run: {why}."), force=True)
         return flow
@@ -284,7 +284,7 @@ class Worker:
             await self._heed([change.run_id])
 
     async def _heed(self, run_ids: list[UUID]) -> None:
-        """Stop those of our runs that somebody has given a state which they must not have while they run."""
+        """Stop those of our runs to which somebody has given a state that a running one must not have."""
         ours = {run_id: self.active[run_id] for run_id in run_ids if run_id in self._claimed}
         if not ours:
             return
@@ -300,7 +300,7 @@ class Worker:
                 running.flag(str(run_id)).set()
 
     async def _look_after(self, change: StateChange) -> None:
-        """Bring a run that nobody runs to where it belongs."""
+        """Put a run that no process executes into the state that it belongs in."""
         for seconds in (0.0, *LATE_S):
             await asyncio.sleep(seconds)
             flow_run = await self.client.read_flow_run(change.run_id)
@@ -319,7 +319,7 @@ class Worker:
             await self.client.set_flow_run_state(flow_run.id, _resuming(), force=True)
 
     async def _go_on(self, run_id: UUID) -> None:
-        """Let a run begin again that was resumed while it stopped for its pause."""
+        """Start a run again that was resumed before it had come to rest."""
         state = (await self.client.read_flow_run(run_id)).state
         if state is not None and (state.is_running() or state.is_paused() or state.name == running.PAUSED):
             await self.client.set_flow_run_state(run_id, _resuming(), force=True)
@@ -338,7 +338,7 @@ class Worker:
             progress.clear(self.home, lambda run_id: run_id in map(str, self.active))
 
     async def _look(self) -> None:
-        """Look for what events would have said."""
+        """Ask the server for what events should have reported."""
         await self._set_alarms()
         await self._heed(list(self.active))
         cancelling = await self.client.read_flow_runs(
@@ -352,7 +352,7 @@ class Worker:
                 await self._look_after(StateChange(flow_run.id, "CANCELLING", "Cancelling", ""))
 
     async def _beat(self) -> None:
-        """Let the server know that we live."""
+        """Send the server a heartbeat."""
         while True:
             with suppress(*LOST):
                 await self.client.send_worker_heartbeat(self.pool, self.name, HEARTBEAT_S)

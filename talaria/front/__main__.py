@@ -32,13 +32,13 @@ from transfer.home import Home
 ORDERS = "TALARIA_FRONT"  # the variable that says what is to be served
 KEEP_ALIVE_S = 5
 GRACE_S = 5  # for answers under way, at the end
-LOOK_S = 5  # between two looks whether the certificate has been renewed
+LOOK_S = 5  # between two checks whether the certificate has been renewed
 _logger = logging.getLogger("talaria.front")
 
 
 @dataclass(frozen=True)
 class Orders:
-    """What `talaria.server` asks for.
+    """What the process is to serve, as `talaria.server` orders it.
 
     Attributes:
         outer, inner: descriptors of the sockets; inner -1 for none.
@@ -154,7 +154,7 @@ def _config(app: Any, *, lifespan: Any, **tls: Any) -> uvicorn.Config:
         log_level="warning",
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=GRACE_S,
-        proxy_headers=False,  # whom to believe is the gate's business
+        proxy_headers=False,  # the gate decides which proxies are trusted
         server_header=False,
         **tls,
     )

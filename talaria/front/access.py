@@ -15,7 +15,7 @@ SCOPE_KEY = "talaria.user"  # of an ASGI scope: the Identity that the gate has f
 
 
 class Role(IntEnum):
-    """What somebody may do; each role includes the ones before it."""
+    """What a client may do; each role includes the ones before it."""
 
     NOBODY = 0  # no login: what everybody may see
     VIEWER = 1  # look
@@ -25,10 +25,10 @@ class Role(IntEnum):
 
     @classmethod
     def of(cls, name: str) -> Role:
-        """Return the role of a person by its name.
+        """Return the role with a name.
 
         Raises:
-            ValueError: it is not one that can be given.
+            ValueError: there is none, or people can't have it.
         """
         given = {role.name.lower(): role for role in (cls.VIEWER, cls.OPERATOR, cls.ADMIN)}
         if name not in given:
@@ -77,7 +77,7 @@ def role_of(route: BaseRoute) -> Role:
 
 
 def required(routes: Iterable[BaseRoute], scope: dict[str, Any]) -> Role | None:
-    """Return the role that the route of a request needs, None if none of these routes is meant.
+    """Return the role that the route of a request needs, None if the request is for none of these routes.
 
     A known path with another method gets the route's role, so that only those who may use it see 405.
     """

@@ -1,4 +1,4 @@
-"""Headers of every answer of the front door: what a browser may do with it, and that nobody else may read it."""
+"""Security headers of every answer: what a browser may load, embed and cache, and that no other site may read it."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _OURS = {name for name, _ in _FIXED} | {b"content-security-policy", b"strict-tra
 
 
 def policy(host: str, *, own: bool) -> str:
-    """Return the content security policy: nothing but this server, whatever a page tries to reach.
+    """Return the Content-Security-Policy, by which a page reaches nothing but this server.
 
-    Prefect's UI asks a host of Amplitude's although analytics are off. It needs styles in its elements, workers that it
-    makes itself, and to compile the schemas of its forms; pages of our `own` compile nothing.
+    Prefect's UI calls a host of Amplitude although analytics are off. It needs inline styles, workers made of blobs,
+    and `eval` for the schemas of its forms; our `own` pages need no `eval`.
     """
     sockets = f" ws://{host} wss://{host}" if host else ""
     scripts = "'self'" if own else "'self' 'unsafe-eval'"
@@ -34,7 +34,7 @@ def policy(host: str, *, own: bool) -> str:
 
 
 def dressed(scope: Message, send: Send, *, tls: bool) -> Send:
-    """Return `send` with these headers on every answer, and CORS taken out."""
+    """Return a `send` that adds these headers to every answer, and removes those of CORS."""
     host = next((value.decode("latin-1") for key, value in scope["headers"] if key == b"host"), "")
     safe = host if all(letter.isalnum() or letter in ".:-[]" for letter in host) else ""
     path = scope["path"]
@@ -59,5 +59,5 @@ def dressed(scope: Message, send: Send, *, tls: bool) -> Send:
 
 
 def _caching(path: str, status: int) -> bytes:
-    """Return the caching header: assets of Prefect have a hash in their names, other answers hold now only."""
+    """Return the Cache-Control header: Prefect's assets, whose names hold a hash, may be kept, other answers not."""
     return b"private, max-age=31536000, immutable" if "/assets/" in path and status == 200 else b"no-store"

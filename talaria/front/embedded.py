@@ -1,4 +1,4 @@
-"""Prefect's server in this process: loaded while the front door answers already, and mounted whole."""
+"""Prefect's server in this process: loaded in the background, while the front door already answers."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ async def _not_yet(scope: Message, receive: Receive, send: Send, state: str) -> 
 
 
 def load() -> tuple[Application, Any]:
-    """Return Prefect's application as the engine makes it, which is then passed the identity of each client."""
+    """Return the engine's Prefect application and the FastAPI within it, which records who creates what."""
     from talaria.engine.api import create_app
 
     app = create_app()
@@ -99,7 +99,7 @@ def load() -> tuple[Application, Any]:
 
 
 def say_who(prefect: Any) -> None:
-    """Make runs, deployments and the like name their creator in `created_by`."""
+    """Let Prefect record in `created_by` who creates a run, a deployment or the like."""
     from prefect.server.api import dependencies
     from prefect.server.schemas.core import CreatedBy, UpdatedBy
 
@@ -114,6 +114,6 @@ def say_who(prefect: Any) -> None:
         by.__annotations__["request"] = Request
         return by
 
-    # Both: where Prefect creates a deployment, it takes the one for there if the other is.
+    # Both of them: the route that creates deployments asks for both, and may use either.
     for kind, theirs in ((CreatedBy, dependencies.get_created_by), (UpdatedBy, dependencies.get_updated_by)):
         prefect.api_app.dependency_overrides[theirs] = answered(kind, theirs)

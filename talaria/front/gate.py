@@ -44,11 +44,11 @@ class _Refused(Exception):
 
 @dataclass(frozen=True)
 class _Asker:
-    """Who sends a request, and how it came.
+    """Who sent a request, and how it came.
 
     Attributes:
-        ambient: whether a browser proves their identity without the page's doing: by cookie or proxy.
-        local: whether they came over loopback, past no proxy.
+        ambient: whether the browser identifies them by itself (cookie, proxy), whichever page made the request.
+        local: whether the request came over loopback, and through no proxy.
         secure: whether it was TLS, here or at the proxy.
     """
 
@@ -65,7 +65,7 @@ def is_own(path: str) -> bool:
 
 
 class Gate:
-    """The whole application, behind checks.
+    """The whole application, behind the checks.
 
     Args:
         app: what answers: Talaria's routes, and Prefect for all other paths.
@@ -130,7 +130,7 @@ class Gate:
         """Return who sends the request.
 
         Raises:
-            _Refused: the request is not allowed from anybody.
+            _Refused: nobody may send such a request.
         """
         headers, inner = scope["headers"], self._inner(scope)
         peer = scope["client"][0] if scope.get("client") else ""
@@ -180,9 +180,7 @@ class Gate:
             raise _Refused(403, f"needs the role {need.label}: {asker.who.name} has {asker.who.role.label}")
         if asker.ambient and method not in _SAFE and not proves_same_origin(scope["headers"]):
             raise _Refused(403, "a change with a session must come from one of our pages (no Origin)")
-        if not is_own(scope["path"]) and (
-            why := prefect_rules.why_not(scope.get("query_string", b""), asker.who.role)
-        ):
+        if not is_own(scope["path"]) and (why := prefect_rules.why_not(scope.get("query_string", b""), asker.who.role)):
             raise _Refused(403, why)
 
     async def _inspected(self, scope: Message, receive: Receive, who: Identity) -> Receive:
@@ -208,7 +206,7 @@ class Gate:
         return again
 
     def _with_credential(self, headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
-        """Return the headers with Prefect's credential, and without those that are between the client and us."""
+        """Return the headers to pass on: with Prefect's credential in the place of the client's own."""
         private = {b"authorization", b"cookie", self.door.user_header.lower().encode()}
         kept = [(key, value) for key, value in headers if key not in private]
         if self.credential:
@@ -224,7 +222,7 @@ class Gate:
                 answer = RedirectResponse(f"{OWN}/login?next={quote(asked, safe='')}", 303)
             else:
                 answer.headers["www-authenticate"] = 'Bearer realm="talaria"'
-        answer.headers["connection"] = "close"  # a body that was not read is not read as the next request
+        answer.headers["connection"] = "close"  # else a body that was not read would be taken for the next request
         await answer(scope, receive, send)
 
     def _inner(self, scope: Message) -> bool:
@@ -265,9 +263,10 @@ class Gate:
         return False
 
     def _first_word(self, receive: Receive, asker: _Asker, need: Role, *, known: bool) -> Receive:
-        """Put Prefect's credential into the first message, `{"type": "auth", "token": …}`, if whoever sends it may.
+        """Return a `receive` that puts Prefect's credential into the first message, if its sender has the role.
 
-        Prefect's clients prove themselves with it alone. Without it Prefect closes the websocket.
+        By this message, `{"type": "auth", "token": …}`, Prefect's clients identify themselves; without a valid token
+        Prefect closes the websocket.
         """
         done = False
 

@@ -19,12 +19,12 @@ EVENTS = {
     "target removed": (Event.TARGET_REMOVED, AuditResult.SUCCESS),
     "run changed": (Event.DISPATCH, AuditResult.SUCCESS),
 }
-STRANGERS = 60  # entries in a minute of those who have not logged in: nobody fills the disk with refusals
+STRANGERS = 60  # entries a minute on clients that have not logged in, so that nobody fills the disk with refusals
 _logger = logging.getLogger("talaria.front")
 
 
 class AuditWriter:
-    """Writes entries in order, in a thread of its own: each waits for the disk."""
+    """Writes entries in order, in a thread of its own, because each waits for the disk."""
 
     def __init__(self, write: Callable[..., object] = record, clock: Callable[[], float] = time.monotonic) -> None:
         self._write, self._clock = write, clock

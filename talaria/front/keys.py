@@ -59,14 +59,14 @@ class Door:
 
 
 class KeyRing:
-    """The credentials of a state directory."""
+    """All credentials that a state directory knows."""
 
     def __init__(self, home: Home) -> None:
         self.users, self.tokens, self.sessions = Users(home), Tokens(home), Sessions(home)
         self._worker, self._machine = worker_auth(home), auth_string(home)
 
     def of_header(self, header: str, *, local: bool) -> Identity | None:
-        """Return whose `Authorization` this is: `Bearer`, or `Basic` as Prefect's clients have it; None if nobody's.
+        """Return the identity that an `Authorization` header proves, None for none: `Bearer`, or `Basic` as by Prefect.
 
         Args:
             local: whether the request came to us over loopback, without a proxy.
@@ -91,7 +91,7 @@ class KeyRing:
         return self.tokens.verify(text.rpartition(":")[2])
 
     def of_login(self, name: str, password: str, *, local: bool) -> Identity | None:
-        """Return who logs in: a user or, without a name, the holder of the machine's own token as the password."""
+        """Return the identity that a login proves, or None; without a name, the password is the machine's token."""
         password = password.strip()
         if not name.strip() or _same(f"{name.strip()}:{password}", self._machine):
             text = password if ":" in password or not name.strip() else f"{name.strip()}:{password}"
@@ -132,7 +132,7 @@ class KeyRing:
 
 
 def header_of(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> str | None:
-    """Return the one value of a header; None if it is not there.
+    """Return the value of a header; None if it is not there.
 
     Raises:
         ValueError: it is there more than once.

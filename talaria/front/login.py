@@ -56,14 +56,14 @@ class Attempts:
         return max(self._wait(f"from {address}", FROM_ONE_ADDRESS), self._wait(f"of {name}", OF_ONE_NAME))
 
     def begin(self, address: str, name: str) -> None:
-        """Count an attempt before its result is known, so that many at once don't get through."""
+        """Count an attempt before its result is known, so that many at once don't evade the limit."""
         for key in (f"from {address}", f"of {name}"):
             self._failed.setdefault(key, []).append(self.clock())
         while len(self._failed) > REMEMBERED:
             del self._failed[next(iter(self._failed))]
 
     def forget(self, address: str, name: str) -> None:
-        """Forget the attempts of a name that has logged in, and one of those from its address."""
+        """Forget all attempts with a name, and the last one from an address: that login was successful."""
         self._failed.pop(f"of {name}", None)
         if times := self._failed.get(f"from {address}"):
             times.pop()
@@ -99,12 +99,12 @@ class Pages:
 
     @needs(Role.VIEWER)
     async def home(self, request: Request) -> Response:
-        """Show Prefect's UI until there are pages of our own."""
+        """Redirect to Prefect's UI, as there are no pages of our own yet."""
         return RedirectResponse("/v2/", 303)
 
     @needs(Role.NOBODY)
     async def health(self, request: Request) -> Response:
-        """Answer 200 as soon as this process does; `prefect` says how far the server behind is."""
+        """Answer 200 as soon as this process answers; `prefect` is the state of the Prefect server."""
         return JSONResponse({"status": "ok", "prefect": self.state()})
 
     @needs(Role.NOBODY)
@@ -156,7 +156,7 @@ class Pages:
 
     @needs(Role.NOBODY)
     async def log_out(self, request: Request) -> Response:
-        """End the session, on every copy of its cookie."""
+        """End the session: no copy of its cookie is valid any more."""
         who: Identity = request.scope[SCOPE_KEY]
         if cookie := request.scope["talaria.cookie"]:
             await anyio.to_thread.run_sync(self.keys.sessions.end, cookie)
@@ -188,6 +188,6 @@ async def _form(request: Request) -> dict[str, str] | None:
 
 
 def _inside(goal: str) -> str:
-    """Return the path to go to after the login: on this server, never on another host."""
+    """Return the path to open after the login: always one of this server."""
     plain = goal.startswith("/") and not goal.startswith(("//", "/\\")) and goal.isprintable() and "\\" not in goal
     return goal if plain and goal.isascii() else "/"

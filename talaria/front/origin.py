@@ -1,4 +1,5 @@
-"""Which requests come from our own pages: Host against rebinding of names, Origin and Sec-Fetch-Site against others."""
+"""Which requests come from our own pages: Host is checked against DNS rebinding, Origin and Sec-Fetch-Site against
+other sites."""
 
 from __future__ import annotations
 
@@ -30,13 +31,13 @@ def host_is_ours(host: str | None, address: str, door: Door) -> bool:
 
 
 def why_foreign(headers: Iterable[tuple[bytes, bytes]], method: str, schemes: tuple[str, ...]) -> str:
-    """Return why a request comes from a foreign page; "" if it doesn't, or not from a browser.
+    """Return why a request counts as another site's; "" if it is one of our pages', or of no browser.
 
     Args:
-        schemes: with which our pages may have been loaded.
+        schemes: by which our pages may have been loaded.
 
     Raises:
-        ValueError: a header stands twice.
+        ValueError: a header occurs twice.
     """
     headers = list(headers)
     origin, host = header_of(headers, b"origin"), header_of(headers, b"host")
@@ -49,7 +50,7 @@ def why_foreign(headers: Iterable[tuple[bytes, bytes]], method: str, schemes: tu
 
 
 def proves_same_origin(headers: Iterable[tuple[bytes, bytes]]) -> bool:
-    """Return True if a browser says that the request is one of our own pages; Origin has been compared before."""
+    """Return True if the browser says that one of our pages sent the request; `why_foreign` has compared Origin."""
     headers = list(headers)
     return header_of(headers, b"origin") is not None or header_of(headers, b"sec-fetch-site") == "same-origin"
 

@@ -12,11 +12,11 @@ from urllib.parse import parse_qsl
 
 from talaria.front.access import Role
 
-BODY_BYTES = 4 << 20  # of a body that is looked into before it is passed on
+BODY_BYTES = 4 << 20  # most bytes of a body that is checked before it is passed on
 
 _OPEN = re.compile(r"/api/(health|ready)")
-# POST with which Prefect's UI reads. Not among them, though they sound so: get_scheduled_flow_runs and get_runs, which
-# say that a worker has polled.
+# POST requests by which Prefect's UI reads. Despite their names, get_scheduled_flow_runs and get_runs are not among
+# them: they record that a worker has polled.
 _READS = re.compile(
     r"/api/(?:"
     r"(?:flows|flow_runs|task_runs|deployments|saved_searches|logs|concurrency_limits|v2/concurrency_limits|block_types"
@@ -33,7 +33,7 @@ _READS = re.compile(
 _OPERATES = re.compile(
     r"/api/(?:deployments/[^/]+/create_flow_run(?:/bulk)?|flow_runs/[^/]+/(?:set_state|resume)|flow_runs/bulk_set_state)"
 )
-# What only processes of the product do. An admin who did it would falsify what runs say, or stop workers.
+# What only the product's own processes do. An admin who did it would falsify the state of runs, or stop workers.
 _WORKS = re.compile(
     r"/api/(?:logs|events|(?:v2/)?concurrency_limits/(?:increment|decrement|increment-with-lease|decrement-with-lease)"
     r"|v2/concurrency_limits/leases/[^/]+/renew|work_pools/[^/]+/workers/heartbeat"

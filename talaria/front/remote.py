@@ -35,7 +35,7 @@ class RemotePrefect:
         self._base = self.url.removesuffix("/api")
         self._tls = _tls() if self.url.startswith("https:") else None
         name, _, password = credential.partition(":")
-        # A proxy of the environment gets nothing that it could read.
+        # No proxy of the environment: it could read the credential.
         common: dict[str, Any] = {"timeout": TIMEOUT_S, "trust_env": self._tls is not None, "verify": self._tls or True}
         own = (name, password) if credential else None
         self.client = httpx.AsyncClient(base_url=self.url, auth=own, **common)
@@ -57,7 +57,7 @@ class RemotePrefect:
             await self._http(scope, receive, send)
 
     def _there(self, scope: Message) -> str:
-        """Return the URL of a request at the other server, made of the path that the gate has judged."""
+        """Return the other server's URL for a request, made of the path that the gate has checked."""
         path = quote(scope["path"], safe="/:@!$&'()*+,;=~")
         base = self.url if path.startswith("/api/") else self._base
         query = scope.get("query_string", b"").decode("latin-1")
@@ -86,7 +86,7 @@ class RemotePrefect:
             await answer.aclose()
 
     def _ours(self, location: bytes) -> bytes:
-        """Return a redirect to the other server as one within ours."""
+        """Return a redirect's address with ours in the place of the other server's."""
         text = location.decode("latin-1")
         host = urlsplit(self._base)
         begin = f"{host.scheme}://{host.netloc}"
@@ -129,7 +129,7 @@ async def _both_ways(there: ClientConnection, receive: Receive, send: Send) -> N
             async for message in there:
                 await send({"type": "websocket.send", "text" if isinstance(message, str) else "bytes": message})
         except ConnectionClosed:
-            pass  # with which code, is said below
+            pass  # its code is passed on below
         await send({"type": "websocket.close", "code": _code(there.close_code)})
 
     tasks = [asyncio.create_task(out()), asyncio.create_task(back())]
@@ -155,5 +155,5 @@ async def _body(receive: Receive) -> AsyncIterator[bytes]:
 
 
 def _tls() -> ssl.SSLContext:
-    """Return how the server is verified: as Prefect's own clients do, by their variable or the system's authorities."""
+    """Return how to verify the server, as Prefect's own clients do: by their variable, or the system's authorities."""
     return ssl.create_default_context(cafile=os.environ.get("PREFECT_API_SSL_CERT_FILE") or None)

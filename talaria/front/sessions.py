@@ -1,4 +1,4 @@
-"""Sessions of people at a browser: a signed cookie that ends with its time, a logout, or a change of its user."""
+"""Sessions of browsers: a signed cookie, valid until it expires, its user logs out, or its user is changed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Sessions:
         self._ended = KeptFile(home, "sessions.json")
 
     def begin(self, name: str, stamp: str, how: str) -> str:
-        """Return the cookie of a new session; `stamp` is of its user, and ends the session when it changes."""
+        """Return the cookie of a new session, which ends when the `stamp` of its user changes."""
         return str(self._signer.dumps([name, stamp, how, secrets.token_urlsafe(16)]))
 
     def read(self, cookie: str) -> tuple[str, str, str] | None:
@@ -37,7 +37,7 @@ class Sessions:
         return found[0], found[1], found[2]
 
     def end(self, cookie: str) -> None:
-        """End a session for good, on every copy of its cookie."""
+        """End a session: no copy of its cookie is valid any more."""
         found = self._load(cookie)
         if found is None:
             return

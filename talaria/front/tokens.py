@@ -1,6 +1,6 @@
 """Tokens for scripts: shown once, kept as SHA-256 in `tokens.json` of the state directory.
 
-They are 256 random bits, so a plain hash protects them as well as a slow one, and can be asked for with every request.
+They are 256 random bits, so a fast hash protects them as well as a slow one, and can be computed for every request.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Tokens:
         return sorted(found, key=lambda one: one.created)
 
     def create(self, role: Role, expires_s: float | None, name: str = "") -> tuple[Token, str]:
-        """Make a token; returns it and its text, which nobody can read again."""
+        """Make a token; return it, and its text, which can't be read again."""
         if name and not _NAME.fullmatch(name):
             raise ValueError(f"token name {name!r} is not valid: letters, digits and . _ @ -")
         now = time.time()
@@ -102,7 +102,7 @@ class Tokens:
 
 
 def seconds_of(age: str) -> float | None:
-    """Return the length of an age as in 90d, 12h or 30m, in seconds; None for `never`.
+    """Return a period such as 90d, 12h or 30m in seconds; None for `never`.
 
     Raises:
         ValueError: it is not one.

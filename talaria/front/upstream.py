@@ -1,4 +1,4 @@
-"""The Prefect server behind the front door, as the rest of it sees one: in this process, or elsewhere."""
+"""The Prefect server behind the front door, whether it is in this process or elsewhere."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ class Users:
         self.file = KeptFile(home, "users.json")
 
     def all(self) -> list[User]:
-        """Return them by name."""
+        """Return the users, sorted by name."""
         return [User(name, Role.of(one["role"]), bool(one["hash"])) for name, one in sorted(self.file.read().items())]
 
     def add(self, name: str, role: Role, password: str | None) -> None:
@@ -97,7 +97,7 @@ class Users:
         return str(one["stamp"]) if one else ""
 
     def verify(self, name: str, password: str) -> Identity | None:
-        """Return who logs in, None if name or password is wrong; takes as long in both cases."""
+        """Return the identity of a user who logs in; None, after as long a time, if name or password is wrong."""
         if len(password) > LONGEST:
             return None
         one = self.file.read().get(name)

@@ -1,6 +1,6 @@
-"""What Talaria does for whoever asks: for its API, and for commands where no server runs. JSON comes in and goes out.
+"""Talaria's operations, for its API and for commands where no server runs; they take and return JSON.
 
-Nobody else may use it: the engine and the flows know nothing of who asks.
+Nothing else may use them: the engine and the flows don't know the user who asks.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ class Conflict(Misconfigured):
 
 @dataclass(frozen=True)
 class Office:
-    """Where it is done.
+    """What an operation works with.
 
     Attributes:
         client: of the Prefect server.
         home: the state directory of this machine.
-        user: name of who asks, "" if nobody has logged in.
+        user: name of the user who asks, "" if nobody has logged in.
         address: where the request came from, "" if not over a network.
-        alone: whether no worker runs, so that whoever makes a run runs it.
+        alone: whether no worker runs, so that the process that creates a run also runs it.
         embedded: whether the Prefect server is ours, so that paths are those of this machine.
     """
 

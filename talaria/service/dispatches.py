@@ -44,7 +44,7 @@ async def create_dispatch(
 
     Args:
         paths: absolute, on the machine that sends.
-        key: who gives the same one again gets the same dispatch, not a second one.
+        key: idempotency key; the same key again gives the same dispatch, not a second one.
         planned: wait a little for the worker to read the files, and return what it is going to do.
 
     Raises:
@@ -115,7 +115,7 @@ async def _planned(office: Office, flow_run: FlowRun, targets: list[Target]) -> 
 
 
 async def _read_here(office: Office, flow_run: FlowRun, targets: list[Target]) -> dict[str, Any]:
-    """Return what a dispatch is going to do that no worker has begun."""
+    """Read the files of a dispatch that no worker has begun; return what it is going to do."""
     asked = flow_run.parameters
     origin = Origin(asked["sender_aet"], asked["receiver_aet"], asked["sender_host"])
 

@@ -36,7 +36,7 @@ async def list_jobs(office: Office, limit: int = 50, kinds: tuple[str, ...] = JO
 
 
 def line(flow_run: FlowRun) -> dict[str, Any]:
-    """Return what a list shows of a job."""
+    """Return a job as lists show it."""
     begun = flow_run.start_time or flow_run.expected_start_time
     return {
         "id": str(flow_run.id),
@@ -85,7 +85,7 @@ async def found(office: Office, job: str, kinds: tuple[str, ...] = tuple(KINDS))
 
 
 async def retry_job(office: Office, job: str, kinds: tuple[str, ...] = tuple(KINDS)) -> dict[str, Any]:
-    """Run what has ended again: only what is missing is fetched or sent, only a failed hook is run."""
+    """Run an ended job again: only what is missing is fetched or sent, only a failed hook is run."""
     return await _done(office, await runs.retry(office.client, (await found(office, job, kinds)).id), "retry", "queued")
 
 
@@ -96,7 +96,7 @@ async def cancel_job(office: Office, job: str, kinds: tuple[str, ...] = tuple(KI
 
 
 async def pause_job(office: Office, job: str, kinds: tuple[str, ...] = tuple(KINDS)) -> dict[str, Any]:
-    """Let a retrieval end after the running series, to go on there; keep what has not begun from beginning."""
+    """Pause a job: a retrieval stops after the current series, to go on there; one that has not begun doesn't begin."""
     flow_run = await found(office, job, kinds)
     return await _done(office, flow_run, "pause", await runs.pause(office.client, flow_run.id))
 
@@ -128,10 +128,10 @@ async def queued(
     what: str = "job",
     show_plan: bool = False,
 ) -> FlowRun:
-    """Put a run into a queue for who asks.
+    """Put a run into a queue for the user who asks.
 
     Args:
-        key: who gives the same one again gets the same run, not a second one.
+        key: idempotency key; the same key again gives the same run, not a second one.
 
     Raises:
         Conflict: the key was used for something else.
@@ -264,7 +264,7 @@ def _pause(phase: str, followed_s: float) -> float:
 async def _look_live(
     office: Office, flow_run: FlowRun, since: datetime | None
 ) -> tuple[str, dict[str, dict[str, Any]]]:
-    """Return what a run does, and how far its parts are, as its runner on this machine tells it; "" for nothing."""
+    """Return a run's phase, and how far its parts are, as its runner on this machine reports; "" if it doesn't."""
     look = await asyncio.to_thread(progress.read, office.home, str(flow_run.id))
     if look and (since is None or look["time"] >= since.timestamp()):
         return look["phase"], look["parts"]
@@ -277,7 +277,7 @@ async def _look(office: Office, flow_run: FlowRun, since: datetime | None) -> di
 
 
 async def _look_far(office: Office, run_id: UUID, since: datetime | None) -> dict[str, dict[str, Any]]:
-    """Return how far a run of another machine is, as it tells the server."""
+    """Return how far a run of another machine is, as it reports to the server."""
     shown = await runs.shown_progress(office.client, run_id, since)
     return {
         name: {"percent": percent, "words": words.partition("\n")[0], "failures": words.split("\n")[1:]}

@@ -1,4 +1,4 @@
-"""The operations by name: what the routes of the API do, and commands where no API answers."""
+"""All operations by name; routes of the API call them, and so do commands where no API answers."""
 
 from __future__ import annotations
 

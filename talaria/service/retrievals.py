@@ -1,4 +1,4 @@
-"""Queries and retrievals. What a query finds is a patient's data: it goes to who asked and nowhere else."""
+"""Queries and retrievals. What a query finds is a patient's data: it goes to the user who asked, and nowhere else."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def query_of(
     series_description: Sequence[str] = (),
     level: str = "study",
 ) -> Query:
-    """Return the query that keys make, as the options of `talaria query` give them.
+    """Return the query for keys that are named as the options of `talaria query`.
 
     Raises:
-        ValueError: a study date that is not one.
+        ValueError: the study date is not valid.
     """
     made = Query(
         AccessionNumber=accessions(accession),
@@ -56,7 +56,7 @@ def query_of(
 
 
 def _values(given: Sequence[str]) -> tuple[str, ...]:
-    """Return the descriptions of an option; one with a comma in it is written in quotes, as in a spreadsheet's file."""
+    """Return the descriptions that an option lists; one that holds a comma stands in quotes, as in CSV."""
     return tuple(dict.fromkeys(part.strip() for row in csv.reader(given, skipinitialspace=True) for part in row))
 
 

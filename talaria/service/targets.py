@@ -64,7 +64,7 @@ def _types() -> dict[str, Any]:
 
 
 async def list_targets(office: Office) -> dict[str, Any]:
-    """Return all targets; one whose settings are not valid any more is listed as broken, with the reason."""
+    """Return all targets; one whose settings are no longer valid is listed as broken, with the reason."""
     found = await all_targets(office.client)
     checks = await last_checks(office.client, found)
     return {"targets": [_entry(one, checks.get(one.name)) for one in found]}
@@ -120,7 +120,7 @@ async def apply_targets(
 
 
 def made(values: dict[str, Any]) -> dict[str, Target]:
-    """Make targets of values in which variables and files have been filled in: nothing is read on this machine.
+    """Return targets made of values, in which variables and files are filled in: nothing is read on this machine.
 
     Raises:
         Misconfigured: every target that is wrong, each in a line.
@@ -168,7 +168,7 @@ async def enable_target(office: Office, name: str, enabled: bool = True) -> dict
 
 
 async def export_targets(office: Office) -> dict[str, Any]:
-    """Return all targets as `apply` reads them, secrets left out; and why others are left out."""
+    """Return all targets as `apply` reads them, without secrets; and why others are left out."""
     found = await all_targets(office.client)
     names = [one.name for one in found]
     if twice := sorted({name for name in names if names.count(name) > 1}):

@@ -1,4 +1,4 @@
-"""What the audit trail says of deliveries, queries and retrievals: UIDs and counts, and who asked for them."""
+"""What the audit trail records of deliveries, queries and retrievals: UIDs and counts, and who asked for them."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ RESULTS = {State.DELIVERED: AuditResult.SUCCESS, State.PARTIAL: AuditResult.MINO
 
 
 def requester(flow_run: Any) -> str:
-    """Return who made a flow run, "" if that is not known: then it counts as this process' user."""
+    """Return who created a flow run; "" if that is not known, and then this process's user is recorded."""
     return str(getattr(getattr(flow_run, "created_by", None), "display_value", None) or "")
 
 
 def delivery_begins(delivery: Delivery, run: str, who: str) -> None:
-    """Record that a target is about to be sent to (PS3.15: Begin Transferring DICOM Instances)."""
+    """Record that a delivery begins (PS3.15: Begin Transferring DICOM Instances)."""
     record(Event.DELIVERY_BEGUN, who, **_about(delivery.target, run), **_content(delivery.plan))
 
 

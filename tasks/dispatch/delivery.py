@@ -84,7 +84,7 @@ class Delivery:
         self.quiet = Quiet(target, self.plan)
         self.attempts = 0
         self.futile = 0  # how many of them did not get further
-        self.failures: list[str] = []  # how each failed attempt ended, in a sentence
+        self.failures: list[str] = []  # a sentence on each failed attempt
         self.error: DispatchError | None = None
         self.hook = "none"
         self.hook_output = ""
@@ -272,7 +272,7 @@ class Delivery:
         return hashlib.sha256("\0".join((*self.key, what)).encode()).hexdigest()[:24]
 
     def receipt(self, *, waiting: bool = False) -> Receipt:
-        """Return what has become of the plan in all attempts of this run; before the first, what is there already.
+        """Return the receipt of all attempts of this run; before the first one, of what is there already.
 
         Args:
             waiting: whether it is of a delivery that is about to begin.
@@ -326,7 +326,7 @@ class Delivery:
         return record
 
     def _run_again_for(self, item: Item) -> None:
-        """Forget that the script was run for the folder of a new item, which it has not seen."""
+        """Forget that the script was run for the folder of a new item: it has not seen that item."""
         if self.target.hook is None:
             return
         if not self._folders:
@@ -338,7 +338,7 @@ class Delivery:
 
 
 class _Ran:
-    """The folders of a dispatch for which the script has ended well, in the ledger; their names may be a patient's."""
+    """The folders for which a dispatch's script has succeeded, in the ledger; their names may be a patient's."""
 
     def __init__(self, ledger: Ledger, dispatch_id: str, destination: str, endpoint: str) -> None:
         self._ledger, self._dispatch_id, self._endpoint = ledger, dispatch_id, endpoint
@@ -368,7 +368,7 @@ class HookFailed(Retryable):
 
 
 def sort_out(facts: Facts, target: Target, plan: Plan) -> tuple[dict[Item, Outcome], list[Item]]:
-    """Split a plan into items that the target does not get, each with its outcome, and items that it gets."""
+    """Split a plan into the items that the target doesn't get, each with its outcome, and those that it gets."""
     refused = {item: Outcome(Kind.SKIPPED, item.not_sent) for item in plan.left_out}
     wanted = []
     for item in plan.items:
@@ -384,7 +384,7 @@ def sort_out(facts: Facts, target: Target, plan: Plan) -> tuple[dict[Item, Outco
 
 
 def summary(failures: Sequence[str]) -> list[str]:
-    """Return the sentences of failed attempts; where many are alike, the first, the last, and the number between."""
+    """Return the sentences on failed attempts; of many alike ones the first, the last, and the number between."""
     found: list[str] = []
     for _, group in groupby(failures, lambda failure: failure.partition(": ")[2]):
         alike = list(group)

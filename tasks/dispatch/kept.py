@@ -24,7 +24,7 @@ from prefect.client.schemas.sorting import ArtifactSort
 
 PART_CHARS = 1 << 19  # of one artifact's data: a request of half a megabyte; some 20,000 items
 PAGE = 20  # artifacts a request
-KIND = "talaria-receipt"  # what the metadata of a part says that it is
+KIND = "talaria-receipt"  # marks the artifacts that are such parts, in their metadata
 HIDDEN = "result"  # the type of artifacts that Prefect's pages leave out
 
 
@@ -55,7 +55,7 @@ async def read(client: PrefectClient, flow_run_id: UUID) -> dict[str, Any] | Non
     for parts in sets.values():
         mark = parts[min(parts)].metadata_ or {}
         if len(parts) < int(mark["parts"]):
-            continue  # who wrote it was killed
+            continue  # its writer was killed
         data = zlib.decompress(base64.b64decode("".join(str(parts[number].data) for number in sorted(parts))))
         if hashlib.sha256(data).hexdigest() == mark["sha256"]:
             document: dict[str, Any] = json.loads(data)

@@ -1,4 +1,4 @@
-"""Waits for a Prefect server that is away for a moment: that must cost a run some time, never its result."""
+"""Waits for a Prefect server that is away for a moment, which may cost a run some time but never its result."""
 
 from __future__ import annotations
 

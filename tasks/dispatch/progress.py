@@ -71,7 +71,7 @@ class Live:
         self._shown: dict[str, Any] = {}
 
     def write(self) -> None:
-        """Write how far it is, if that has changed."""
+        """Write the progress, if it has changed."""
         now = time.monotonic()
         parts = {name: asdict(part) | self._speed(name, part, now) for name, part in self.parts().items()}
         look = {"flow_run_id": self._run_id, "phase": self.phase, "parts": parts}
@@ -93,7 +93,7 @@ class Live:
 
 @asynccontextmanager
 async def live(home: Home, flow_run_id: str) -> AsyncIterator[Live]:
-    """Write how far a run is, again and again, until the block ends."""
+    """Write a run's progress again and again until the block ends."""
     one = Live(home, flow_run_id)
 
     async def keep() -> None:
@@ -113,12 +113,12 @@ async def live(home: Home, flow_run_id: str) -> AsyncIterator[Live]:
 
 
 def read(home: Home, flow_run_id: str) -> dict[str, Any] | None:
-    """Return the last look at a run; None if there is none on this machine.
+    """Return a run's last progress; None if there is none on this machine.
 
     Raises:
-        ValueError: it is no id of a run.
+        ValueError: it is not the id of a run.
     """
-    UUID(flow_run_id)  # whoever asks over a network gets no other file
+    UUID(flow_run_id)  # so that a request over the network can't read another file
     try:
         look: dict[str, Any] = json.loads(_path(home, flow_run_id).read_bytes())
     except FileNotFoundError:
@@ -127,10 +127,10 @@ def read(home: Home, flow_run_id: str) -> dict[str, Any] | None:
 
 
 def clear(home: Home, running: Callable[[str], bool]) -> None:
-    """Remove what was kept long enough, and what killed runs left; `running` says which of them still run."""
+    """Remove progress that is older than KEPT_S or of killed runs; `running` returns which of those still run."""
     before = time.time() - KEPT_S
     for path in (home.root / "progress").glob("*.*"):
-        with suppress(FileNotFoundError):  # somebody else clears as well, or it is written anew
+        with suppress(FileNotFoundError):  # another process has removed or replaced it
             if path.stat().st_mtime < before and not running(path.stem):
                 path.unlink()
 

@@ -1,4 +1,4 @@
-"""The Prefect skin of a delivery: type-specific tasks with the target's own retry policy."""
+"""A delivery as Prefect tasks: one for each type, with the target's own retry policy."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def hook_task(target: Target) -> Task[[Delivery], Any]:
 
 @task(cache_policy=NO_CACHE, persist_result=False)
 async def push(delivery: Delivery) -> Receipt:
-    """Push what has no outcome yet to the delivery's target."""
+    """Push the items that have no outcome yet to the delivery's target."""
     logger = get_run_logger()
     target = delivery.target
     try:
@@ -91,7 +91,7 @@ async def run_hook(delivery: Delivery) -> None:
 
 
 class _Plainly(logging.Filter):
-    """Drops Prefect's log records about an error of ours: we have logged it in one line.
+    """Drops Prefect's log records of errors that we have logged in one line.
 
     A traceback is for bugs, and those are logged where they are caught.
     """
@@ -135,7 +135,7 @@ def _with_policy(
 
 
 def failure_of(error: BaseException, target: str) -> DispatchError:
-    """Return an error as one of ours; an unforeseen one is named by its type only, because its text may hold PHI."""
+    """Return an error as one of ours; an unexpected one is named by its type only, as its text may hold PHI."""
     if isinstance(error, DispatchError):
         return error
     return DispatchError(f"unexpected {type(error).__name__}: see the run's log", target)

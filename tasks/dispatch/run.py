@@ -40,8 +40,8 @@ from transfer.window import DispatchWindow
 R = TypeVar("R")
 OFF_PEAK = "22:00-06:00"  # UTC, unless TALARIA_OFF_PEAK says otherwise
 LOOK_S = 0.25  # between two looks at the cancel flag
-GRACE_S = 3  # for a driver to stop by itself, before what it waits for is cancelled: all in all it takes less than 5
-UNPLANNED = "to "  # how the name of a run begins whose files have not been read
+GRACE_S = 3  # for a driver to stop by itself before it is cancelled; a cancelled run ends within 5
+UNPLANNED = "to "  # begins the name of a run whose files have not been read
 DISABLED_S = 60  # a dispatch to a disabled target looks again after this
 
 
@@ -101,7 +101,7 @@ class Dispatch:
         return receipts
 
     async def _name(self, plan: Plan) -> None:
-        """Put the dispatch's id in front of the run's name, if the run was made before it was known; show the plan."""
+        """Put the dispatch's id into the run's name, if the run was created before it was known; show the plan."""
         context = FlowRunContext.get()
         flow_run = context.flow_run if context else None
         if flow_run is None:
@@ -207,7 +207,7 @@ async def dispatching(targets: list[str]) -> AsyncIterator[Dispatch]:
         ledger = stack.enter_context(Ledger(home.ledger))
         dispatch = Dispatch(flow_run_id, chosen, home, ledger, await stack.enter_async_context(live(home, flow_run_id)))
         dispatch.who = audited.requester(context.flow_run)
-        # A part of another run belongs to who runs that; nobody else must take its staging for left behind.
+        # A part of another run belongs to that run's process; no other may take its staging folder for an orphan.
         owner = ledger.unfinished().get(running.whole())
         if owner:
             ledger.run_begins(flow_run_id, owner)
@@ -226,7 +226,7 @@ async def _load(names: list[str]) -> list[Target]:
 
 
 def opens(target: Target, priority: str, now: datetime | None = None) -> datetime | None:
-    """Return when a target may be sent to; None if now."""
+    """Return the time from which a target may be sent to; None for now."""
     now = now or datetime.now(UTC)
     if not target.enabled:
         return now + timedelta(seconds=DISABLED_S)
@@ -240,7 +240,7 @@ def opens(target: Target, priority: str, now: datetime | None = None) -> datetim
 
 
 class _Paused(DispatchCancelled):
-    """The dispatch was stopped to go on later."""
+    """The dispatch was paused."""
 
 
 def paused(message: str) -> RunState[Any]:

@@ -11,11 +11,11 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import timedelta
 
-PAUSING = "Pausing"  # name of the state of a run that shall pause
+PAUSING = "Pausing"  # name of the state of a run that is to pause
 PAUSED = "Paused"  # and of one that has: scheduled for a time that does not come
 UNTIL_RESUMED = timedelta(days=3650)
 
-# Set while what others make of runs is reported to this process as it happens.
+# Set while the server's events report changes of runs to this process.
 WATCHED = threading.Event()
 
 _lock = threading.Lock()
@@ -66,7 +66,7 @@ def forget(flow_run_id: str) -> None:
 
 
 def running() -> list[str]:
-    """Return the ids of the runs that can be stopped here."""
+    """Return the ids of the runs that this process executes, and can stop."""
     with _lock:
         return list(_flags)
 

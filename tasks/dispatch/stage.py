@@ -35,7 +35,7 @@ def plan_and_stage(paths: list[str], exclude: str, origin: Origin, into: Path, c
             raise Cancelled("the dispatch was cancelled")
 
     plan = scan(paths, patterns(exclude), origin, check)
-    check()  # nobody clears the folder away if the run has ended meanwhile
+    check()  # if the run has ended meanwhile, nobody else removes the folder
     return stage(plan, into, check)
 
 

@@ -1,4 +1,4 @@
-"""The API as an application, to be mounted at `PATH`; it imports Prefect only when somebody asks for something."""
+"""The API as an application, to be mounted at `PATH`; it imports Prefect at the first request that needs it."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ PATH = "/talaria/api/v1"
 
 
 def routes(upstream: Upstream, home: Home, *, embedded: bool = True, url: str = "") -> list[BaseRoute]:
-    """Return the API as a route of the front door; arguments as of `application`."""
+    """Return the API as a route of the front door; arguments as for `application`."""
     return [Mount(PATH, app=application(_shared(upstream), home, embedded=embedded, url=url))]
 
 
 def _shared(upstream: Upstream) -> Callable[[], Awaitable[PrefectClient]]:
-    """Return a function that returns the one client of Prefect's API in this process, without a socket between."""
+    """Return a function that returns this process's one client of Prefect's API, which uses no socket."""
     made: list[PrefectClient] = []
     turn = asyncio.Lock()
 
     async def prefect(scope: Message, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":  # it is started by others; the client waits for it with its first request
+        if scope["type"] == "lifespan":  # others start it; the client waits for that with its first request
             while (await receive())["type"] == "lifespan.startup":
                 await send({"type": "lifespan.startup.complete"})
             await send({"type": "lifespan.shutdown.complete"})

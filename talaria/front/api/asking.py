@@ -1,4 +1,4 @@
-"""What every route needs: who asks, whether he may, and where it is done."""
+"""What every route needs: the client's identity, whether it has the role, and the office that does the work."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ class Reach:
 
 
 class RequestBody(BaseModel):
-    """What a request says; a field that is not known is refused."""
+    """The body of a request; unknown fields are refused."""
 
     model_config = ConfigDict(extra="forbid")
 
 
 def _asked(request: Request) -> Callable[[], Awaitable[Office]]:
-    """Return what returns where a request is done, for who asks: only when the request itself is known to be valid."""
+    """Return a function that makes the client's Office; it is called only when the request is known to be valid."""
     reach: Reach = request.app.state.reach
     who = asker(request)
 
@@ -55,11 +55,11 @@ def _asked(request: Request) -> Callable[[], Awaitable[Office]]:
 
 
 def asker(request: Request) -> Identity:
-    """Return who asks.
+    """Return the client's identity.
 
     Raises:
-        Forbidden: nobody whom the gate has let in, or somebody who may not. The gate has looked already; a route that
-            it forgot is closed all the same.
+        Forbidden: the client has not logged in, or lacks the role. The gate has checked that already; a route that it
+            missed is closed all the same.
     """
     who: Identity | None = request.scope.get(SCOPE_KEY)
     needed = role_of(request.scope["route"])
@@ -93,14 +93,14 @@ def add(app: FastAPI, method: str, path: str, endpoint: Callable[..., Any], *, n
         status_code=status,
         responses={
             "4XX": {"description": '`{"error": "…"}`: one line that says what to change.'},
-            "502": {"description": 'The target, or what it names, did not do it: `{"error": "…"}`.'},
+            "502": {"description": 'The target, or a server behind it, failed: `{"error": "…"}`.'},
         },
         **more,
     )
 
 
 async def streamed(events: AsyncIterator[Event]) -> StreamingResponse:
-    """Return events as server-sent events; what is wrong before the first of them is an answer of its own."""
+    """Return events as server-sent events; an error before the first of them becomes an ordinary error answer."""
     first = await anext(events, None)
     return StreamingResponse(
         _lines(first, events),
@@ -110,7 +110,7 @@ async def streamed(events: AsyncIterator[Event]) -> StreamingResponse:
 
 
 async def _lines(first: Event | None, events: AsyncIterator[Event]) -> AsyncIterator[str]:
-    """Write events, and a comment where there is none for a while. An error ends the stream as the event `error`."""
+    """Yield events as text, and a comment after a while without any; an error ends the stream as the event `error`."""
     event, coming = first, None
     try:
         while event is not None:

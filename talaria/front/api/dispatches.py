@@ -1,4 +1,4 @@
-"""Routes that make dispatches, or say what one would send."""
+"""Routes that create dispatches, or show what one would send."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from talaria.front.api.asking import Asked, Key, RequestBody, add
 
 
 class Files(RequestBody):
-    """What goes where."""
+    """What to send, and to which targets."""
 
     paths: list[str] = Field(min_length=1, description="Files and folders on the machine that sends: absolute paths.")
     targets: list[str] = Field(min_length=1, description="Names of targets, as `pacs` or `dicom/pacs`.")
@@ -29,7 +29,7 @@ class Files(RequestBody):
 
 
 class NewDispatch(Files):
-    """A dispatch."""
+    """A dispatch to create."""
 
     priority: Literal["urgent", "normal", "offpeak"] = Field(
         default="normal", description="urgent ignores windows, offpeak waits for the off-peak hours."
@@ -56,7 +56,7 @@ async def create_dispatch(asked: Asked, body: NewDispatch, idempotency_key: Key 
 
 @needs(Role.OPERATOR)
 async def plan_dispatch(asked: Asked, body: Files) -> dict[str, Any]:
-    """What a dispatch would send, and what not: the files are read, nothing is sent."""
+    """Return what a dispatch would send, and what not: the files are read, nothing is sent."""
     from talaria.service import dispatches
 
     body.check()

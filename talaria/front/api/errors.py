@@ -24,7 +24,7 @@ _NO_JSON = ("json_invalid", "model_attributes_type")  # pydantic's names of what
 
 
 class Forbidden(Exception):
-    """Nobody has logged in, or he may not do this."""
+    """The client has not logged in, or may not do this."""
 
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
@@ -32,7 +32,7 @@ class Forbidden(Exception):
 
 
 def answer_to(exc: BaseException) -> tuple[int, str]:
-    """Return the status and the line for what went wrong; an error that is not known is named by its type only."""
+    """Return the status and the line of words for an error; an unexpected one is named by its type only."""
     if isinstance(exc, Forbidden):
         return exc.status, str(exc)
     if isinstance(exc, NotFound):
@@ -51,7 +51,7 @@ def answer_to(exc: BaseException) -> tuple[int, str]:
 
 
 class Answering(APIRoute):
-    """A route whose errors are answers."""
+    """A route that turns errors into answers."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handler = super().get_route_handler()
@@ -68,7 +68,7 @@ class Answering(APIRoute):
 
 
 def add_to(app: FastAPI) -> None:
-    """Let an application answer so to what is no valid request, or no route."""
+    """Let an application answer in the same form to requests that are not valid and to unknown routes."""
 
     async def invalid(request: Request, exc: Exception) -> JSONResponse:
         errors: Sequence[Mapping[str, Any]] = exc.errors() if isinstance(exc, RequestValidationError) else ()

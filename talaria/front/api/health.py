@@ -1,4 +1,4 @@
-"""Routes that say how things are."""
+"""Routes for the state of the server."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from talaria.front.api.asking import Asked, Who, add
 
 @needs(Role.NOBODY)
 async def health(who: Who) -> dict[str, Any]:
-    """Whether this server answers, and its version."""
+    """Return whether this server answers, and its version."""
     return {"ok": True, "version": __version__}
 
 
 @needs(Role.VIEWER)
 async def status(request: Request, asked: Asked) -> dict[str, Any]:
-    """What runs, what waits, and how the targets were when they were last checked."""
+    """Return what runs, what waits, and how the targets were when they were last checked."""
     from talaria.service.status import status
 
     url = request.app.state.reach.url or f"{request.url.scheme}://{request.url.netloc}/api"
@@ -33,7 +33,7 @@ def add_to(app: FastAPI) -> None:
 
 
 def open_to_viewers(app: FastAPI) -> None:
-    """Let everybody who may look read the description of the API."""
+    """Let every viewer read the description of the API."""
     for route in app.routes:
         if getattr(route, "path", "") == "/openapi.json":
             needs(Role.VIEWER)(route.endpoint)  # type: ignore[attr-defined]

@@ -41,28 +41,28 @@ def _add(app: FastAPI, collection: str, kinds: tuple[str, ...]) -> None:
 
     @needs(Role.VIEWER)
     async def list_jobs(asked: Asked, limit: Limit = 50) -> dict[str, Any]:
-        """The newest, with their states."""
+        """List the newest, with their states."""
         from talaria.service import jobs
 
         return await jobs.list_jobs(await asked(), limit, kinds)
 
     @needs(Role.VIEWER)
     async def show_job(asked: Asked, job: str, all_items: All = False) -> dict[str, Any]:
-        """Its result so far, its run, and how far it is."""
+        """Return its result so far, its run, and how far it is."""
         from talaria.service import jobs
 
         return await jobs.show_job(await asked(), job, all_items, kinds)
 
     @needs(Role.VIEWER)
     async def job_receipt(asked: Asked, job: str) -> dict[str, Any]:
-        """Its result so far, with every item."""
+        """Return its result so far, with every item."""
         from talaria.service import jobs
 
         return await jobs.job_receipt(await asked(), job, kinds)
 
     @needs(Role.VIEWER)
     async def follow_job(asked: Asked, job: str, all_items: All = False) -> StreamingResponse:
-        """Server-sent events until it has ended or waits for long: `state`, `progress`, at the end `result`.
+        """Send server-sent events until it has ended or waits for long: `state`, `progress`, at the end `result`.
 
         `progress` has, for each target, `items` and `done`, `bytes` and `moved`, `percent`, `rate` (bytes a second) and
         `seconds_left` (null: not known).
@@ -73,7 +73,7 @@ def _add(app: FastAPI, collection: str, kinds: tuple[str, ...]) -> None:
 
     @needs(Role.OPERATOR)
     async def retry_job(asked: Asked, job: str) -> dict[str, Any]:
-        """Run what has ended again: only what is missing is fetched or sent."""
+        """Run an ended one again: only what is missing is fetched or sent."""
         from talaria.service import jobs
 
         return await jobs.retry_job(await asked(), job, kinds)
@@ -87,7 +87,7 @@ def _add(app: FastAPI, collection: str, kinds: tuple[str, ...]) -> None:
 
     @needs(Role.OPERATOR)
     async def pause_job(asked: Asked, job: str) -> dict[str, Any]:
-        """Let a retrieval end after the running series; keep what has not begun from beginning."""
+        """Pause it: a retrieval stops after the current series; one that has not begun does not begin."""
         from talaria.service import jobs
 
         return await jobs.pause_job(await asked(), job, kinds)

@@ -46,7 +46,7 @@ class Unsaved(RequestBody):
 
 @needs(Role.VIEWER)
 async def list_targets(asked: Asked) -> dict[str, Any]:
-    """All targets, secrets masked; one whose settings are not valid any more is listed as broken, with the reason."""
+    """List all targets, secrets masked; one whose settings are no longer valid is listed as broken, with the reason."""
     from talaria.service import targets
 
     return await targets.list_targets(await asked())
@@ -62,7 +62,7 @@ async def apply_targets(asked: Asked, body: Apply) -> dict[str, Any]:
 
 @needs(Role.VIEWER)
 async def export_targets(asked: Asked) -> dict[str, Any]:
-    """All targets as `apply` takes them, secrets left out; and why others are left out."""
+    """Return all targets as `apply` takes them, without secrets; and why others are left out."""
     from talaria.service import targets
 
     return await targets.export_targets(await asked())
@@ -70,7 +70,7 @@ async def export_targets(asked: Asked) -> dict[str, Any]:
 
 @needs(Role.VIEWER)
 async def target_types(who: Who) -> dict[str, Any]:
-    """The types of target: what each can do, and its fields."""
+    """List the types of target: what each can do, and its fields."""
     from talaria.service import targets
 
     return await targets.target_types()
@@ -82,7 +82,7 @@ async def show_target(
     name: str,
     given: Annotated[bool, Query(description="Only what is not a default.")] = False,
 ) -> dict[str, Any]:
-    """One target's settings, secrets masked. `name`: its name, or its type and name as in dicom/pacs."""
+    """Return one target's settings, secrets masked. `name`: its name, or its type and name as in dicom/pacs."""
     from talaria.service import targets
 
     return await targets.show_target(await asked(), name, given)
