@@ -212,7 +212,7 @@ def _folder(item: Item) -> str:
 
 
 def _obstacle(place: Place) -> str:
-    """Return the first part of a folder's name that is no folder: it is made of UIDs, which may be told."""
+    """Return the first part of a folder's name that is no folder: it is made of UIDs, which messages may hold."""
     parts = place.final.split("/")
     return next(
         (name for end in range(1, len(parts)) if not place.tree.is_folder(name := "/".join(parts[:end]))), place.final

@@ -27,18 +27,18 @@ def tidied(body: bytes) -> bytes:
     """Return the variable field of an A-ASSOCIATE-AC without ignorable items; unchanged if it is not valid."""
     try:
         items = list(_items(body[AC_BYTES:]))
-        told = list(_items(b"".join(value for kind, value in items if kind == USER)))
+        sent = list(_items(b"".join(value for kind, value in items if kind == USER)))
     except ValueError:
         return body
     made = [item(APPLICATION, APPLICATION_CONTEXT)]
     made += [context for kind, value in items if kind == CONTEXT and (context := _context(value))]
-    user = dict(told)
+    user = dict(sent)
     limit, implementation = user.get(MAX_LENGTH, b""), user.get(IMPLEMENTATION, b"")
     inner = item(MAX_LENGTH, limit if len(limit) == 4 else struct.pack(">I", CAREFUL_PDU))
     inner += item(IMPLEMENTATION, implementation if _is_uid(implementation) else UNKNOWN)
     if len(user.get(WINDOW, b"")) == 4:
         inner += item(WINDOW, user[WINDOW])
-    inner += b"".join(item(ROLE, value) for kind, value in told if kind == ROLE)
+    inner += b"".join(item(ROLE, value) for kind, value in sent if kind == ROLE)
     return body[:AC_BYTES] + b"".join(made) + item(USER, inner)
 
 
@@ -49,13 +49,13 @@ def accepted(body: bytes) -> tuple[dict[int, str], int]:
         ValueError: it makes no sense.
     """
     items = list(_items(body[AC_BYTES:]))
-    told = dict(_items(b"".join(value for kind, value in items if kind == USER)))
+    sent = dict(_items(b"".join(value for kind, value in items if kind == USER)))
     syntaxes = {}
     for kind, value in items:
         context = _context(value) if kind == CONTEXT else b""
         if context and context[6] == ACCEPTED:
             syntaxes[context[4]] = context[12:].decode("ascii")
-    limit = told.get(MAX_LENGTH, b"")
+    limit = sent.get(MAX_LENGTH, b"")
     return syntaxes, int.from_bytes(limit, "big") if len(limit) == 4 else CAREFUL_PDU
 
 

@@ -100,7 +100,7 @@ class Local:
         return Office(cast(PrefectClient, client), self.home, alone=self.own, embedded=self.address is not None)
 
     def _running(self, flow_run: FlowRun) -> Callable[[FlowRun], bool]:
-        """Run a job in this process in the place of a worker; yield a function that returns whether it is over."""
+        """Run a job in this process in the place of a worker; return a function that returns whether it is over."""
         if flow_run.id not in self._workers:
             worker = threading.Thread(target=runs.run_here, args=(self, flow_run), daemon=True)
             self._workers[flow_run.id] = worker

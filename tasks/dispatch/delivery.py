@@ -88,9 +88,9 @@ class Delivery:
         self.error: DispatchError | None = None
         self.hook = "none"
         self.hook_output = ""
-        self.hook_told = ""  # how it ended, in a sentence without its output
+        self.hook_result = ""  # how it ended, in a sentence without its output
         self.stopped: State | None = None
-        self._told: dict[str, Outcome] = {}
+        self._reported: dict[str, Outcome] = {}
         self._stumbled: set[str] = set()
         self._unanswered: Counter[str] = Counter()
         self._tries: Counter[str] = Counter()
@@ -136,8 +136,8 @@ class Delivery:
                 mark = progress.done, progress.moved
                 done = {path: outcome for path, outcome in known.items() if outcome.arrived}
                 # Rejected in this run: not at the target, but not sent again either.
-                told = ((item.path, self._told.get(item.path)) for item in plan.items if item.path not in done)
-                rejected = {path: outcome for path, outcome in told if outcome and not outcome.arrived}
+                reported = ((item.path, self._reported.get(item.path)) for item in plan.items if item.path not in done)
+                rejected = {path: outcome for path, outcome in reported if outcome and not outcome.arrived}
                 report = PushReport(
                     self._record(key),
                     self.cancelled,
@@ -149,7 +149,7 @@ class Delivery:
                 )
                 report.check()
                 for item in self.refused:
-                    if item.path not in self._told:
+                    if item.path not in self._reported:
                         self._record(key)(item, self.refused[item])
                 # What an attempt stumbled over comes last in the next one, so that it holds up nothing else.
                 items = sorted(plan.items, key=lambda item: item.shown in self._stumbled)
@@ -231,7 +231,7 @@ class Delivery:
             self.quiet.error(exc)
             exc.target = exc.target or self.target.name
             self.hook, self.hook_output = "failed", ""
-            self.hook_told = f"the script was not run to its end: {exc.message}"
+            self.hook_result = f"the script was not run to its end: {exc.message}"
             self.stopped = State.CANCELLED if isinstance(exc, Cancelled) else None
             raise
         finally:
@@ -251,7 +251,7 @@ class Delivery:
         self.ledger.record_hook(*key, self.hook, result.exit_code, self.hook_output)
         how = "was stopped, its time was up" if result.exit_code is None else f"ended with exit code {result.exit_code}"
         last = self.hook_output.strip().rpartition("\n")[2].strip()[-LINE_CHARS:]
-        self.hook_told = f"the script {how}" + (f": {last}" if last and self.hook == "failed" else "")
+        self.hook_result = f"the script {how}" + (f": {last}" if last and self.hook == "failed" else "")
         if self.hook == "failed":
             raise HookFailed(f"the script {how}: {self.hook_output.strip()[-SHOWN_CHARS:]}", self.target.name)
 
@@ -286,7 +286,7 @@ class Delivery:
             before = frozenset(known)
         rows, size = [], 0
         for item in self.plan.items:
-            outcome = self._told.get(item.path) or known.get(item.path)
+            outcome = self._reported.get(item.path) or known.get(item.path)
             if outcome and outcome.arrived and item.path in before:
                 outcome = Outcome(Kind.ALREADY, outcome.detail)  # which may say that it has another UID there
             if outcome is None:
@@ -308,7 +308,7 @@ class Delivery:
             (
                 *(map(self.quiet.hide, self._last.notes) if self._last else ()),
                 *(summary(self.failures) if self.attempts > 1 else ()),
-                *([self.hook_told] if self.hook == "failed" else ()),
+                *([self.hook_result] if self.hook == "failed" else ()),
             ),
             stopped,
         )
@@ -319,9 +319,9 @@ class Delivery:
             if outcome.arrived and self.driver.hook is not None:
                 self._run_again_for(item)
             self.ledger.record(*key, item, outcome)
-            if item.path not in self._told and item not in self.refused:
+            if item.path not in self._reported and item not in self.refused:
                 self.progress.add(done=1)
-            self._told[item.path] = outcome
+            self._reported[item.path] = outcome
 
         return record
 

@@ -85,9 +85,9 @@ async def run_hook(delivery: Delivery) -> None:
     try:
         await asyncio.to_thread(delivery.run_hook)
     finally:
-        if delivery.hook_told:
+        if delivery.hook_result:
             said = f"; it said: {delivery.hook_output}" if delivery.hook_output else ""
-            get_run_logger().info("%s: %s%s", delivery.target.name, delivery.hook_told, said)
+            get_run_logger().info("%s: %s%s", delivery.target.name, delivery.hook_result, said)
 
 
 class _Plainly(logging.Filter):

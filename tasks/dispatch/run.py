@@ -173,7 +173,7 @@ class Dispatch:
     async def conclude(self, plan: Plan, receipts: list[Receipt]) -> RunState[Any]:
         """Save the receipts and return the state in which the flow run ends."""
         state = overall([receipt.state for receipt in receipts])
-        outputs = {d.target.name: f"{d.hook_told}\n{d.hook_output}" for d in self.deliveries if d.hook_told}
+        outputs = {d.target.name: f"{d.hook_result}\n{d.hook_output}" for d in self.deliveries if d.hook_result}
         await patiently(lambda: report(self.home, plan.dispatch_id, self.flow_run_id, state, receipts, outputs))
         message = "; ".join(_sentence(receipt) for receipt in receipts)
         if self.paused.is_set() and any(delivery.stopped is State.WAITING for delivery in self.deliveries):

@@ -277,7 +277,7 @@ def test_a_failed_hook_is_run_again_and_the_data_not_sent_again(
             assert row is not None
             assert (row.outcome, row.exit_code, row.attempts) == ("failed", 5, attempts)
             assert "on standard error" in row.output
-            assert one.hook_told == "the script ended with exit code 5: on standard error"
+            assert one.hook_result == "the script ended with exit code 5: on standard error"
         script.write_text(SCRIPT)
         # Later, as another run of the same dispatch.
         before = link.sent
@@ -314,7 +314,7 @@ def test_one_that_can_not_be_run_fails_for_good_and_the_data_stays_delivered(
     assert row is not None
     assert (row.outcome, row.exit_code) == ("failed", None)
     assert "not there, or not executable" in row.output
-    assert "not there, or not executable" in one.hook_told
+    assert "not there, or not executable" in one.hook_result
     assert one.hook_output == "", "it has said nothing"
     receipt = one.receipt()
     assert (receipt.hook, receipt.error, receipt.state) == ("failed", None, State.PARTIAL)
