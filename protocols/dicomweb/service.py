@@ -12,6 +12,7 @@ from urllib.parse import quote as percent
 from urllib.parse import urlencode
 
 from protocols.http.answer import Answer
+from protocols.http.head import BUSY_STATUS
 from protocols.http.session import Session
 from protocols.net import words
 from protocols.net.connection import SLICE_S
@@ -25,18 +26,11 @@ ACCEPT = f"{JSON}, {XML};q=0.9, application/json;q=0.8, application/xml;q=0.7"
 RESULT_BYTES = 128 << 20  # of a search: servers without pages give all at once, some 1 kB for each result
 # What a status means where nothing more specific is known of the request.
 STATUS_ERRORS: dict[int, type[DispatchError]] = {
+    **dict.fromkeys(BUSY_STATUS, Busy),
     401: Denied,
     403: Denied,
     404: NotFound,
     410: NotFound,
-    408: Busy,
-    425: Busy,
-    429: Busy,
-    500: Busy,
-    502: Busy,
-    503: Busy,
-    504: Busy,
-    507: Busy,
     501: Misconfigured,
     505: Misconfigured,
 }

@@ -15,6 +15,8 @@ from email.utils import parsedate_to_datetime
 from typing import NamedTuple, overload
 
 MAX_FIELDS = 256  # lines of a head that are read
+# Answers that mean "later": RFC 9110 section 15, RFC 6585 (429), RFC 8470 (425), RFC 4918 (507).
+BUSY_STATUS = frozenset((408, 425, 429, 500, 502, 503, 504, 507))
 MAX_RETRY_AFTER_S = 86_400.0  # longest wait that is honoured: a day
 _BLANKS = " \t"
 _PROTOCOL = re.compile(

@@ -8,10 +8,11 @@ from collections.abc import Iterable
 
 from botocore.exceptions import ClientError
 
-from protocols.http.head import Fields, retry_after
+from protocols.http.head import BUSY_STATUS, Fields, retry_after
 from protocols.net.words import clean
 
-BUSY_STATUS = frozenset((408, 425, 429, 500, 502, 503, 504, 507, 509))
+# 509: some stores answer so above their bandwidth.
+S3_BUSY_STATUS = BUSY_STATUS | {509}
 # Codes that mean "later", whatever their status is; the X ones are MinIO's.
 BUSY_CODES = frozenset((
     "SlowDown", "SlowDownRead", "SlowDownWrite", "ServiceUnavailable", "InternalError", "RequestTimeout", "Throttling",
@@ -51,7 +52,7 @@ class StoreError(Exception):
     @property
     def busy(self) -> bool:
         """Whether the same request may succeed later."""
-        return (self.status in BUSY_STATUS and self.code != "NotImplemented") or self.code in BUSY_CODES
+        return (self.status in S3_BUSY_STATUS and self.code != "NotImplemented") or self.code in BUSY_CODES
 
     @property
     def mismatch(self) -> bool:

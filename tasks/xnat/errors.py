@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+from protocols.http.head import BUSY_STATUS
 from protocols.net.hiding import hiding, quieted
 from protocols.net.words import clean
 from protocols.xnat.answers import XnatRefused
@@ -12,23 +13,16 @@ from transfer.errors import Busy, Denied, DispatchError, Interrupted, Misconfigu
 
 # What a status means once somebody is logged in. A login that is refused is Denied, see `connect`.
 STATUS: dict[int, type[DispatchError]] = {
+    **dict.fromkeys(BUSY_STATUS, Busy),
     400: Misconfigured,
     401: Interrupted,  # the session expired; the next attempt logs in afresh, and is Denied if that is what it is
     403: Denied,
     404: NotFound,
     405: Misconfigured,
     406: Misconfigured,
-    408: Busy,
     409: Busy,
     415: Misconfigured,
     423: Busy,
-    425: Busy,
-    429: Busy,
-    500: Busy,
-    502: Busy,
-    503: Busy,
-    504: Busy,
-    507: Busy,
 }
 
 
