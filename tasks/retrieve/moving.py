@@ -38,9 +38,9 @@ def check_into(into: Path) -> None:
 
 
 def spool_in(into: Path, name: str) -> Path | None:
-    """Return the folder, in the one to bring to, where studies are fetched to; None where others could swap it.
+    """Return the folder below the destination that studies are fetched into; None where others could swap it.
 
-    Beside what it will be, so that it need not be copied.
+    It lies on the destination's file system, so that nothing need be copied.
     """
     near = into if into.is_dir() else into.parent
     try:
