@@ -20,7 +20,7 @@ from protocols.files.tree import Tree
 from talaria.testing import studies
 from talaria.testing.harness import attempt
 from tasks import DRIVERS
-from tests.protocols.dicomfolder.test_orthanc import mixed, upload
+from tests.protocols.dicomfolder.mixture import mixed, upload
 from tests.servers.orthanc import shared_orthanc
 from tests.targets.dicomweb_file import held, seen, target
 from transfer.beneath import open_beneath
