@@ -13,6 +13,7 @@ import psutil
 import pytest
 from pydantic import SecretStr, ValidationError
 
+from blocks.rsync import RsyncTarget
 from blocks.sftp import SftpTarget
 from blocks.ssh import HostKeyPolicy, SshTarget
 from talaria.testing import process, studies
