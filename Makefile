@@ -59,9 +59,9 @@ lint: tools
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 
-# Tests wait for servers more than they compute: six at a time, on two cores. What fails is run once more, and listed
+# Tests wait for servers more than they compute: four at a time, on two cores. What fails is run once more, and listed
 # ("RERUN") where it passes then: a test that is not steady, or a race in the product, for somebody to look into.
-PARALLEL := --numprocesses 6 --dist worksteal --reruns 1
+PARALLEL := --numprocesses 4 --dist worksteal --reruns 1
 PYTEST := $(BIN)/python -m pytest $(PARALLEL)
 
 # The second run is that of an ordinary user, where root runs this; an ordinary user has run all of it himself.
