@@ -358,7 +358,12 @@ class _Sender:
         ds.file_meta.TransferSyntaxUID = one.syntax
         originator = request.calling if step.originator is None else step.originator
         names = {"originator_aet": originator, "originator_id": request.message_id} if originator else {}
-        status = self.assoc.send_c_store(ds, msg_id=1, **names)
+        try:
+            status = self.assoc.send_c_store(ds, msg_id=1, **names)
+        except RuntimeError:
+            if self.assoc.is_established:
+                raise
+            status = pydicom.Dataset()  # the receiver has just ended the association
         self.peer.store_answers.append(int(status.get("Status", -1)))
 
     def close(self) -> None:
