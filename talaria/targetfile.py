@@ -112,9 +112,18 @@ def action_for(target: Target, saved: Iterable[Target | Broken], *, replace: boo
 
 def same(target: Target, saved: object) -> bool:
     """Return True if a saved target has the type and all the values of this one, secrets included."""
-    return type(saved) is type(target) and all(
-        getattr(saved, field) == getattr(target, field) for field in field_names(type(target))
-    )
+    return type(saved) is type(target) and not differing(target, saved)
+
+
+def differing(target: Target, saved: object) -> list[str]:
+    """Return the names of the fields, secrets among them, in which a target differs from the saved one.
+
+    Where there is none of its type, these are the fields that are given.
+    """
+    names = field_names(type(target))
+    if type(saved) is not type(target):
+        return sorted(target.model_fields_set.intersection(names))
+    return sorted(name for name in names if getattr(target, name) != getattr(saved, name))
 
 
 def values_of(target: Target, *, secrets: bool = False) -> dict[str, Any]:

@@ -151,7 +151,7 @@ class Pages:
     async def ask(self, request: Request) -> Response:
         """Show who is logged in, with a button that ends the session: a link of another page ends none."""
         who: Identity = request.scope[SCOPE_KEY]
-        inner = LOGOUT.format(user=html.escape(who.name), role=who.role.name.lower())
+        inner = LOGOUT.format(user=html.escape(who.name), role=who.role.label)
         return HTMLResponse(PAGE.format(title="log out", action="/talaria/logout", inner=inner))
 
     @needs(Role.NOBODY)

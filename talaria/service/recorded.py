@@ -7,7 +7,6 @@ from typing import Any
 
 from prefect.client.schemas.objects import FlowRun
 
-from blocks import Target
 from talaria.engine import runs
 from talaria.service import Office
 from transfer.audit import Event, record
@@ -34,14 +33,6 @@ async def target_changed(office: Office, name: str, change: str, fields: list[st
 async def target_removed(office: Office, name: str) -> None:
     """Record that a target was removed."""
     await _record(office, Event.TARGET_REMOVED, target=name)
-
-
-def differing(new: Target, old: Target | None) -> list[str]:
-    """Return the names of the fields that differ, secrets among them; of a target that is new those that are given."""
-    fields = type(new).model_fields
-    if old is None or type(old) is not type(new):
-        return sorted(new.model_fields_set & fields.keys())
-    return sorted(name for name in fields if getattr(new, name) != getattr(old, name))
 
 
 async def _record(office: Office, event: Event, **details: Any) -> None:

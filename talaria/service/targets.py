@@ -11,7 +11,7 @@ from blocks.base import check_name
 from talaria.engine.registry import workers
 from talaria.engine.runs import at_rest, create
 from talaria.service import Office, recorded
-from talaria.targetfile import action_for, field_names, make, values_of
+from talaria.targetfile import action_for, differing, field_names, make, values_of
 from tasks import DRIVERS
 from tasks import targets as saved
 from tasks.checking import check_target, keep, last_checks, result_of_run
@@ -111,7 +111,7 @@ async def apply_targets(
         if action != "unchanged":
             await saved.save(office.client, wanted[name], name, replace=replace)
             before = next((one for one in there if one.name == name and isinstance(one, Target)), None)
-            await recorded.target_changed(office, name, action, recorded.differing(wanted[name], before))
+            await recorded.target_changed(office, name, action, differing(wanted[name], before))
     for one in old if not dry_run else ():
         await saved.remove(office.client, f"{one.type_name}/{one.name}")
         await recorded.target_removed(office, one.name)
