@@ -252,7 +252,7 @@ class Worker:
             elif change.type == "PAUSED":
                 self._resumed.discard(change.run_id)
             if change.type not in ("PENDING", "RUNNING") or change.name == running.PAUSING:
-                self._do(self._heed_change(change))
+                self._do(self._heed_soon(change.run_id))
         elif change.type == "SCHEDULED":
             self._expected.add(change.run_id)
             self._awaited.add(change.run_id)
@@ -278,10 +278,10 @@ class Worker:
                 self._wake.set()
         self._awaited.discard(run_id)
 
-    async def _heed_change(self, change: StateChange) -> None:
+    async def _heed_soon(self, run_id: UUID) -> None:
         for seconds in (HEED_S, *LATE_S):
             await asyncio.sleep(seconds)
-            await self._heed([change.run_id])
+            await self._heed([run_id])
 
     async def _heed(self, run_ids: list[UUID]) -> None:
         """Stop those of our runs to which somebody has given a state that a running one must not have."""
