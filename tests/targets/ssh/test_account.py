@@ -312,26 +312,27 @@ def test_a_host_that_closes_at_once_is_not_called_something_else(kind: type[SshT
     assert isinstance(health.error, Busy) and "closed the connection before its first line" in health.error.message
 
 
-def test_a_banner_is_not_what_rsync_says(tmp_path: Path) -> None:
-    (tmp_path / "banner").write_text("Who says Permission denied, or No space left on device?\n")
+def failing_rsync(tmp_path: Path, script: str) -> str:
+    """Return the line of sshd's settings by which the server's rsync is a shell script."""
     (tmp_path / "bin").mkdir()
     fails = tmp_path / "bin" / "rsync"
-    fails.write_text("#!/bin/sh\necho 'its own words' >&2\nexit 12\n")
+    fails.write_text(f"#!/bin/sh\n{script}\n")
     fails.chmod(0o755)
-    command = f'PATH={tmp_path}/bin:$PATH sh -c "$SSH_ORIGINAL_COMMAND"'
-    with openssh(tmp_path / "sshd", more=f"Banner {tmp_path}/banner\nForceCommand {command}") as server:
+    return f'ForceCommand PATH={tmp_path}/bin:$PATH sh -c "$SSH_ORIGINAL_COMMAND"'
+
+
+def test_a_banner_is_not_what_rsync_says(tmp_path: Path) -> None:
+    (tmp_path / "banner").write_text("Who says Permission denied, or No space left on device?\n")
+    fails = failing_rsync(tmp_path, "echo 'its own words' >&2\nexit 12")
+    with openssh(tmp_path / "sshd", more=f"Banner {tmp_path}/banner\n{fails}") as server:
         error = attempt(target(RsyncTarget, server, tmp_path / "in"), study(tmp_path)).error
         assert isinstance(error, Interrupted), repr(error)
         assert "its own words" in error.message and "Who says" not in error.message
 
 
 def test_the_end_of_a_long_text_is_kept(tmp_path: Path) -> None:
-    (tmp_path / "bin").mkdir()
-    fails = tmp_path / "bin" / "rsync"
-    fails.write_text("#!/bin/sh\nseq 1 1000 >&2; echo 'write failed: No space left on device' >&2\nexit 11\n")
-    fails.chmod(0o755)
-    command = f'PATH={tmp_path}/bin:$PATH sh -c "$SSH_ORIGINAL_COMMAND"'
-    with openssh(tmp_path / "sshd", more=f"ForceCommand {command}") as server:
+    fails = failing_rsync(tmp_path, "seq 1 1000 >&2; echo 'write failed: No space left on device' >&2\nexit 11")
+    with openssh(tmp_path / "sshd", more=fails) as server:
         error = attempt(target(RsyncTarget, server, tmp_path / "in"), study(tmp_path)).error
         assert error is not None and "No space left on device" in error.message
         assert len(error.message) < 600
