@@ -61,16 +61,18 @@ lint: tools
 
 # Tests wait for servers more than they compute: four at a time, on two cores. What fails is run once more, and listed
 # ("RERUN") where it passes then: a test that is not steady, or a race in the product, for somebody to look into.
+# What fails twice is run alone, in a process of its own.
 PARALLEL := --numprocesses 4 --dist worksteal --reruns 1
-PYTEST := $(BIN)/python -m pytest $(PARALLEL)
+PYTEST := $(BIN)/python -m pytest
+ALONE := --numprocesses 0 --last-failed --last-failed-no-failures none
 
 # The second run is that of an ordinary user, where root runs this; an ordinary user has run all of it himself.
 test: tools servers lint
-	$(PYTEST) -m "not slow"
+	$(PYTEST) $(PARALLEL) -m "not slow" || { test $$? = 1 && $(PYTEST) $(PARALLEL) $(ALONE) -m "not slow"; }
 	@sh tests/as_another_user.sh $(PARALLEL) -m "as_user and not slow"
 
 test-all: tools servers lint
-	$(PYTEST) --timeout 1800
+	$(PYTEST) $(PARALLEL) --timeout 1800
 	@sh tests/as_another_user.sh $(PARALLEL) --timeout 1800
 
 clean:

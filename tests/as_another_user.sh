@@ -31,5 +31,8 @@ cd "$place/tree"
 make --silent PYTHON="$python" tools
 find .venv -type d -exec chown "$user:" {} +  # where that user's Python keeps what it has compiled; files may be others' too
 echo "as user $user, in a copy of the tree:"
-runuser -u "$user" -- env -u XDG_RUNTIME_DIR -u XDG_CACHE_HOME -u XDG_CONFIG_HOME -u TMPDIR \
-    HOME="$place/home" USER="$user" LOGNAME="$user" .venv/bin/python -m pytest "$@"
+run() {
+    runuser -u "$user" -- env -u XDG_RUNTIME_DIR -u XDG_CACHE_HOME -u XDG_CONFIG_HOME -u TMPDIR \
+        HOME="$place/home" USER="$user" LOGNAME="$user" .venv/bin/python -m pytest "$@"
+}
+run "$@" || { [ $? = 1 ] && run "$@" --numprocesses 0 --last-failed --last-failed-no-failures none; }
