@@ -28,6 +28,7 @@ MIN_PRIVATE_CHARS = 3  # shorter values would blot out parts of ordinary words: 
 MANY = 500  # values
 MIN_CODED_CHARS = 6  # of a secret in Base64; shorter ones stand in ordinary words
 LONG_CHARS = 40  # of a value in ASCII without blanks: a token, a line of a key
+WHOLE_KEY_CHARS = 400  # of one with several lines; names and passwords are shorter
 MAX_FILES = 1024  # read at most; a batch rarely holds more than one patient
 _CHARSET = 0x00080005
 # Patient's name, other names, birth name, mother's birth name, responsible person.
@@ -48,15 +49,27 @@ def hiding(values: Iterable[str] = (), parts: Iterable[str] = ()) -> Hide:
     """
     values, parts = set(values), set(parts)
     many = len(values) + len(parts) > MANY  # then a pattern of all spellings would take minutes to make
-    patterns = [
-        *((value, _in_words(value, many)) for value in values if _is_private(value)),
-        *((part, _in_paths(part, many)) for part in parts - values if part),
+    known = [
+        *((value, _in_words) for value in values if _is_private(value)),
+        *((part, _in_paths) for part in parts - values if part),
     ]
-    if not patterns:
+    if not known:
         return str
-    patterns.sort(key=lambda one: len(one[0]), reverse=True)
-    found = re.compile("|".join(pattern for _, pattern in patterns), re.IGNORECASE)
-    return lambda text: found.sub(BLOT, text)
+    known.sort(key=lambda one: len(one[0]), reverse=True)
+    # A pattern for a key, its lines and all their forms takes seconds to make, and hardly any text shows one.
+    rare = {value: may_be_in for value, _ in known if (may_be_in := _if_rare(value))}
+
+    @lru_cache(maxsize=16)
+    def pattern(shown: frozenset[str]) -> re.Pattern[str]:
+        spelled = [spell(value, many) for value, spell in known if value not in rare or value in shown]
+        return re.compile("|".join(spelled) or "(?!)", re.IGNORECASE)
+
+    def hide(text: str) -> str:
+        folded = text.translate(_LIKE_ASCII).lower()
+        shown = frozenset(value for value, may_be_in in rare.items() if may_be_in(folded))
+        return pattern(shown).sub(BLOT, text)
+
+    return hide
 
 
 @contextmanager
@@ -93,6 +106,20 @@ def _in_paths(value: str, many: bool) -> str:
     return rf"(?<=/){pattern}(?=$|[/'\":;\s])" if _is_short(value) else pattern
 
 
+def _if_rare(value: str) -> Callable[[str], bool] | None:
+    """Return what finds out quickly whether a text in small letters may show a long value; None for others."""
+    value = unicodedata.normalize("NFC", value)
+    if _is_token(value):
+        spelled = [one.lower() for one in _encoded(value)]
+        return lambda text: any(one in text for one in spelled)
+    least = len("".join(value.split()))  # of its characters none has an empty form; of blanks one may stand for several
+    return (lambda text: len(text) >= least) if least >= WHOLE_KEY_CHARS else None
+
+
+def _is_token(value: str) -> bool:
+    return len(value) >= LONG_CHARS and _PLAIN.fullmatch(value) is not None
+
+
 def _in_any_form(value: str, many: bool = False) -> str:
     """Return a pattern for a value as it is, or as peers and programs on the way to them spell it.
 
@@ -102,7 +129,7 @@ def _in_any_form(value: str, many: bool = False) -> str:
     each of its forms, would take seconds to make.
     """
     value = unicodedata.normalize("NFC", value)
-    if len(value) >= LONG_CHARS and _PLAIN.fullmatch(value):
+    if _is_token(value):
         return f"(?:{'|'.join(map(re.escape, sorted(_encoded(value), key=len, reverse=True)))})"
     if many:
         return "".join(f"(?:{re.escape(c)}|{_percent(c.encode('utf-8', 'surrogatepass'))})" for c in value)
@@ -118,6 +145,8 @@ def _encoded(value: str) -> set[str]:
 
 
 _PLAIN = re.compile(r"[!-~]+")
+# The other characters that a pattern takes for letters of ASCII when it ignores case.
+_LIKE_ASCII = str.maketrans("\u0130\u0131\u017f\u212a", "iisk")
 
 
 def _parts(value: str) -> list[str]:
