@@ -38,9 +38,11 @@ async def dispatch(
         force: send again what the ledger says has arrived.
     """
     try:
-        async with dispatching(targets) as running:
+        async with dispatching(targets, priority) as running:
+            if not await running.goes_on():
+                return await running.conclude()
             plan = await running.stage(paths, exclude, Origin(sender_aet, receiver_aet, sender_host))
-            receipts = await running.deliver(plan, priority, force)
-            return await running.conclude(plan, receipts)
+            receipts = await running.deliver(plan, force)
+            return await running.conclude(plan.dispatch_id, receipts)
     except DispatchError as error:
         return refusal(error)

@@ -134,20 +134,26 @@ class Ledger:
             )  # fmt: skip
 
     def outcomes(
-        self, dispatch_id: str, destination: str, items: tuple[Item, ...], endpoint: str | None = None
+        self,
+        dispatch_id: str,
+        destination: str,
+        items: tuple[Item, ...],
+        endpoint: str | None = None,
+        since: float = 0.0,
     ) -> dict[str, Outcome]:
         """Return the outcomes, by path, of the items whose file is still the one that the row is about.
 
         Args:
             endpoint: count only rows about this one; None for any.
+            since: count only rows that were written since then, in seconds since the epoch.
         """
         with self._lock:
             rows = {
                 path: (size, mtime_ns, Outcome(Kind(outcome), detail))
                 for path, size, mtime_ns, outcome, detail in self._db.execute(
                     "SELECT path, size, mtime_ns, outcome, detail FROM items WHERE dispatch_id=? AND destination=?"
-                    " AND endpoint=coalesce(?,endpoint)",
-                    (dispatch_id, destination, endpoint),
+                    " AND endpoint=coalesce(?,endpoint) AND time>=?",
+                    (dispatch_id, destination, endpoint, since),
                 )
             }
         found = {}

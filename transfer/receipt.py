@@ -96,6 +96,28 @@ class Receipt:
             return State.PARTIAL if self.hook == "failed" else State.DELIVERED
         return State.PARTIAL if arrived else State.FAILED
 
+    @classmethod
+    def from_json(cls, target: str, document: dict[str, Any]) -> Receipt:
+        """Return the receipt that `to_json` made this of, with all items."""
+        items = tuple(
+            ItemResult(one["path"], one["sop_instance_uid"], Kind(one["outcome"]), one["detail"])
+            for one in document["items"]
+        )
+        stopped = State(document["state"]) if document["state"] in (State.CANCELLED, State.WAITING) else None
+        return cls(
+            target,
+            items,
+            document["bytes"],
+            document["seconds"],
+            Level(document["verified"]),
+            document["attempts"],
+            document["hook"],
+            document["error"],
+            tuple(document["notes"]),
+            stopped,
+            document["unsent"] - sum(item.outcome is Kind.UNSENT for item in items),
+        )
+
     def to_json(self, all_items: bool = False) -> dict[str, Any]:
         """Return the JSON of one target in `send --json`: keys as documented in docs/cli.md."""
         counts = self.counts

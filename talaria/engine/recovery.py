@@ -29,6 +29,7 @@ from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import ObjectNotFound, PrefectException
 from prefect.states import AwaitingRetry, Cancelled, Crashed, Scheduled
 
+from tasks.dispatch import rest
 from tasks.dispatch.running import PAUSED, PAUSING, UNTIL_RESUMED
 from tasks.paging import every
 from transfer.home import Home
@@ -100,6 +101,7 @@ def clear(home: Home, ledger: Ledger, before: float) -> tuple[int, int, int]:
     for path in old:
         path.unlink(missing_ok=True)
         path.with_suffix(".csv").unlink(missing_ok=True)
+    rest.clear(home, before)
     living = {run_id for run_id, owner in ledger.unfinished().items() if home.alive(owner)}
     for state in (home.root / "retrievals").glob("*/job.json"):
         if state.stat().st_mtime < before and state.parent.name not in living:

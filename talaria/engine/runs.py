@@ -27,7 +27,7 @@ from talaria.engine import lanes
 from talaria.engine.recovery import settle
 from talaria.engine.registry import deployed
 from talaria.engine.table import FLOWS
-from tasks.dispatch import running
+from tasks.dispatch import rest, running
 from tasks.dispatch.run import UNPLANNED
 from transfer import live
 from transfer.errors import Misconfigured, NotFound
@@ -119,11 +119,13 @@ async def _when_due(client: PrefectClient, run_id: UUID) -> FlowRun:
 
 
 def at_rest(flow_run: FlowRun) -> bool:
-    """Return True if a run has ended, or waits for a time that is not soon."""
+    """Return True if a run has ended, or waits for a time that is not soon and that people have set."""
     state = flow_run.state
     if state is None:
         return False
     if state.type is StateType.SCHEDULED:
+        if (state.message or "").startswith(rest.TRIES_AGAIN):
+            return False
         begin = state.state_details.scheduled_time
         return begin is not None and begin > datetime.now(UTC) + timedelta(seconds=SOON_S)
     # A process that is alive takes up a crashed run.

@@ -36,7 +36,7 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.client.schemas.responses import WorkerFlowRunResponse
 from prefect.exceptions import ObjectNotFound, PrefectException
-from prefect.states import Cancelled, Failed, Scheduled
+from prefect.states import AwaitingRetry, Cancelled, Failed, Scheduled
 
 from talaria.audit.forward import forwarding
 from talaria.engine import lanes
@@ -44,7 +44,7 @@ from talaria.engine.recovery import settle
 from talaria.engine.table import flow_at
 from talaria.engine.watch import RESUMING, StateChange, watch
 from talaria.settings import POOL
-from tasks.dispatch import progress, running
+from tasks.dispatch import line, progress, running
 from transfer.home import Home
 from transfer.ledger import Ledger
 
@@ -76,6 +76,7 @@ class Worker:
         self._wake = asyncio.Event()
         self._more = False  # runs may wait for a place to be free
         self._resumed: set[UUID] = set()  # runs of ours that somebody has let go on before they had come to rest
+        self._early: set[UUID] = set()  # runs of ours that are to come back at once when their part has ended
         self._expected: set[UUID] = set()  # runs that events have named, and that have not begun yet
         self._awaited: set[UUID] = set()  # the same, of the last seconds
         self._flows: dict[UUID, tuple[float, Flow[..., Any] | None, str]] = {}  # by deployment, with the time
@@ -84,11 +85,20 @@ class Worker:
     async def serve(self) -> None:
         """Work until it is cancelled."""
         self._wake.set()
-        async with asyncio.TaskGroup() as group:
-            group.create_task(watch(self._pool_id, self._changed, self._connected))
-            group.create_task(self._take_runs())
-            group.create_task(self._beat())
-            group.create_task(self._look_again())
+        loop = asyncio.get_running_loop()
+
+        def call_back(run_id: str) -> None:
+            loop.call_soon_threadsafe(self._called_back, UUID(run_id))
+
+        line.serve(call_back)
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(watch(self._pool_id, self._changed, self._connected))
+                group.create_task(self._take_runs())
+                group.create_task(self._beat())
+                group.create_task(self._look_again())
+        finally:
+            line.serve(None)
 
     async def idle(self) -> None:
         """Take nothing new, and wait until nothing runs."""
@@ -202,6 +212,9 @@ class Worker:
             if flow_run.id in self._resumed:
                 self._resumed.discard(flow_run.id)
                 self._do(self._go_on(flow_run.id))
+            if flow_run.id in self._early:
+                self._early.discard(flow_run.id)
+                self._do(self._bring_forward(flow_run.id))
             if self._more and more:
                 self._wake.set()
 
@@ -325,6 +338,24 @@ class Worker:
             await self.client.set_flow_run_state(run_id, _resuming(), force=True)
         else:
             self._wake.set()  # it may be due already
+
+    def _called_back(self, run_id: UUID) -> None:
+        """Let a run that rests come back before its time: what it waits for is there."""
+        if run_id in self.active:
+            self._early.add(run_id)
+        else:
+            self._do(self._bring_forward(run_id))
+
+    async def _bring_forward(self, run_id: UUID) -> None:
+        try:
+            state = (await self.client.read_flow_run(run_id)).state
+        except ObjectNotFound:
+            state = None
+        if state is None or not state.is_scheduled() or state.name == running.PAUSED:
+            await asyncio.to_thread(line.gone, str(run_id))
+            return
+        now: State[Any] = AwaitingRetry(scheduled_time=datetime.now(UTC), message=state.message)
+        await self.client.set_flow_run_state(run_id, now, force=True)
 
     # ---- the net
 

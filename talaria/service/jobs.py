@@ -16,7 +16,7 @@ from prefect.exceptions import PrefectException
 from talaria.engine import recovery, runs
 from talaria.service import Conflict, Office, recorded
 from talaria.settings import POOL
-from tasks.dispatch import kept, progress
+from tasks.dispatch import kept, progress, rest
 from transfer.errors import NotFound
 
 KINDS = {"dispatch": "dispatch", "retrieval": "retrieve", "query": "find"}  # of jobs, and the flows that they run
@@ -86,7 +86,10 @@ async def found(office: Office, job: str, kinds: tuple[str, ...] = tuple(KINDS))
 
 async def retry_job(office: Office, job: str, kinds: tuple[str, ...] = tuple(KINDS)) -> dict[str, Any]:
     """Run an ended job again: only what is missing is fetched or sent, only a failed hook is run."""
-    return await _done(office, await runs.retry(office.client, (await found(office, job, kinds)).id), "retry", "queued")
+    flow_run = await found(office, job, kinds)
+    if flow_run.state and flow_run.state.is_final():
+        rest.forget(office.home, str(flow_run.id))  # it begins anew
+    return await _done(office, await runs.retry(office.client, flow_run.id), "retry", "queued")
 
 
 async def cancel_job(office: Office, job: str, kinds: tuple[str, ...] = tuple(KINDS)) -> dict[str, Any]:

@@ -11,10 +11,13 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from datetime import datetime
 from itertools import groupby
 from typing import Any
 
 from blocks.base import Target
+from tasks.dispatch.rest import Left
 from tasks.driver import Driver, Facts
 from tasks.quiet import Quiet
 from transfer.errors import Cancelled, DispatchError, Retryable
@@ -90,6 +93,9 @@ class Delivery:
         self.hook_output = ""
         self.hook_result = ""  # how it ended, in a sentence without its output
         self.stopped: State | None = None
+        self.may_rest = False  # whether its run may end its part, instead of waiting for the next attempt
+        self.again: datetime | None = None  # when the next attempt may begin, where its run does not wait for it
+        self._since = 0.0  # when this run's first attempt began, in seconds since the epoch
         self._reported: dict[str, Outcome] = {}
         self._stumbled: set[str] = set()
         self._unanswered: Counter[str] = Counter()
@@ -126,6 +132,7 @@ class Delivery:
             # The same dispatch to the same place, started twice: the second waits, then finds all of it done.
             with self.home.exclusive(self._lock("push"), PushReport(cancelled=self.cancelled).check):
                 if self._before is None:
+                    self._since = time.time()
                     self.ledger.begin(*key, force=self._force)
                 known = self.ledger.outcomes(*key[:2], plan.items, key[2])
                 if self._before is None:
@@ -168,6 +175,44 @@ class Delivery:
         finally:
             self.ends()
         return self.receipt()
+
+    def leave(self, left: Left) -> Left:
+        """Return what the next part of its run must know; `left` is what this part knew."""
+        if not self.attempts:
+            return replace(left, ended=self.stopped is not State.WAITING)
+        return Left(
+            self.attempts,
+            self.futile,
+            self.failures,
+            self._since,
+            time.time() if self.attempts > left.attempts else left.tried,
+            left.since,
+            self.again.timestamp() if self.again else 0.0,
+            type(self.error).__name__ if self.error else "",
+            self.stopped is not State.WAITING,
+            sorted(self._stumbled),
+            dict(self._unanswered),
+            dict(self._tries),
+            {path: self.quiet.text(said) for path, said in self._put_off.items()},
+        )
+
+    def resume(self, left: Left) -> None:
+        """Go on where an earlier part of its run left off."""
+        if not left.begun:
+            return
+        self.attempts, self.futile, self.failures = left.attempts, left.futile, list(left.failures)
+        self._since, self._begun = left.begun, time.monotonic() - (time.time() - left.begun)
+        self._stumbled, self._put_off = set(left.stumbled), dict(left.put_off)
+        self._unanswered, self._tries = Counter(left.unanswered), Counter(left.tries)
+        key, items = self.key, self.plan.items
+        known = self.ledger.outcomes(*key[:2], items, key[2])
+        self._reported = self.ledger.outcomes(*key[:2], items, key[2], since=self._since)
+        self._before = frozenset(
+            path for path, outcome in known.items() if outcome.arrived and path not in self._reported
+        )
+        for item in items:
+            if item.path in known:
+                self.progress.add(done=1, moved=item.size)
 
     def moved(self, count: int) -> None:
         """Count bytes that went out; several threads may call it."""

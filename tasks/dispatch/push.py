@@ -6,6 +6,7 @@ import asyncio
 import logging
 import random
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from prefect import Task, task
@@ -18,6 +19,7 @@ from tasks.dispatch.delivery import MAX_ATTEMPTS, Delivery
 from transfer.errors import Busy, DispatchError, Retryable
 from transfer.receipt import Receipt
 
+NEAR_S = 1.0  # a run waits so long for its next attempt; for a later one it ends its part
 MAX_RETRY_AFTER_S = 86_400  # a peer that asks for more than a day means "don't"
 
 
@@ -49,7 +51,13 @@ def push_task(delivery: Delivery) -> Task[[Delivery], Any]:
 
     def delay(attempt: int, error: BaseException) -> float | None:
         # An attempt that got further is not counted: the next one waits as the first retry does.
-        return delay_before(max(2, delivery.futile + 1), target, error) if delivery.may_go_on else None
+        if not delivery.may_go_on:
+            return None
+        seconds = delay_before(max(2, delivery.futile + 1), target, error)
+        if delivery.may_rest and seconds > NEAR_S:
+            delivery.again = datetime.now(UTC) + timedelta(seconds=seconds)
+            return None
+        return seconds
 
     return _with_policy(push, f"push-{target.type_name}", target, MAX_ATTEMPTS, delay)
 

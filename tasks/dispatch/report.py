@@ -34,12 +34,17 @@ SHOWN_ITEMS = 500  # lines of the artifact's list; the JSON file has all
 
 
 @asynccontextmanager
-async def progress_shown(deliveries: Sequence[Delivery], shown_live: Live) -> AsyncIterator[None]:
+async def progress_shown(
+    deliveries: Sequence[Delivery], shown_live: Live, artifacts: dict[str, UUID] | None = None
+) -> AsyncIterator[None]:
     """Show how far deliveries have come while the block runs: live, and as an artifact for each that takes long.
 
     The artifact's description is the number of items with an outcome, then a line for each of the last failed attempts.
+
+    Args:
+        artifacts: those of earlier parts of the run, by target; new ones are added.
     """
-    artifacts: dict[str, UUID] = {}
+    artifacts = {} if artifacts is None else artifacts
     shown: dict[str, Part] = {}
 
     async def update() -> None:
@@ -47,7 +52,7 @@ async def progress_shown(deliveries: Sequence[Delivery], shown_live: Live) -> As
             text, percent = "\n".join([part.words, *part.failures]), round(part.percent, 1)
             if name not in artifacts:
                 artifacts[name] = await acreate_progress_artifact(percent, f"progress-{name}", text)
-            elif shown[name] != part:
+            elif shown.get(name) != part:
                 await aupdate_progress_artifact(artifacts[name], percent, text)
             shown[name] = part
 
@@ -107,17 +112,27 @@ def document(dispatch_id: str, flow_run_id: str, state: State, receipts: Sequenc
 
 
 async def report(
-    home: Home, dispatch_id: str, flow_run_id: str, state: State, receipts: Sequence[Receipt], outputs: dict[str, str]
+    home: Home,
+    dispatch_id: str,
+    flow_run_id: str,
+    state: State,
+    receipts: Sequence[Receipt],
+    outputs: dict[str, str],
+    *,
+    brief: bool = False,
 ) -> None:
     """Save the receipts: whole at the server, a copy as a JSON file, events, and artifacts for people.
 
     Args:
         outputs: how hooks ended, and what they printed, by target.
+        brief: whether the run waits on: no events, and no more artifacts than it has.
     """
     path, whole = home.receipt(flow_run_id), document(dispatch_id, flow_run_id, state, receipts)
     write_json(path, whole)
     async with get_client() as client:
         await kept.keep(client, UUID(flow_run_id), whole, again=has_run_before())
+    if brief:
+        return
     for receipt in receipts:
         emit_event(
             "talaria.receipt",

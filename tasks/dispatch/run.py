@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
+from uuid import UUID
 
 from prefect import get_client
 from prefect.client.schemas.objects import State as RunState
@@ -18,18 +21,20 @@ from prefect.states import AwaitingRetry, Cancelled, Completed, Failed, Schedule
 
 from blocks.base import Target
 from tasks import DRIVERS
-from tasks.dispatch import audited, running
-from tasks.dispatch.delivery import Delivery
+from tasks.dispatch import audited, line, rest, running
+from tasks.dispatch.delivery import Delivery, summary
 from tasks.dispatch.patience import is_outage, patiently
 from tasks.dispatch.progress import Live, live
-from tasks.dispatch.push import failure_of, hook_task, push_task
+from tasks.dispatch.push import delay_before, failure_of, hook_task, push_task
 from tasks.dispatch.report import document, progress_shown, report
-from tasks.dispatch.slots import slots
+from tasks.dispatch.rest import Left, Wait
+from tasks.dispatch.slots import NoSlot, slots
 from tasks.dispatch.stage import stage_files
+from tasks.quiet import Quiet
 from tasks.targets import check_destination, load
 from transfer import live as shown
 from transfer.errors import Cancelled as DispatchCancelled
-from transfer.errors import Denied, DispatchError
+from transfer.errors import Denied, DispatchError, TimedOut, Unreachable
 from transfer.home import Home
 from transfer.ledger import Ledger
 from transfer.plan import Origin, Plan
@@ -42,6 +47,9 @@ OFF_PEAK = "22:00-06:00"  # UTC, unless TALARIA_OFF_PEAK says otherwise
 LOOK_S = 0.25  # between two looks at the cancel flag
 GRACE_S = 3  # for a driver to stop by itself before it is cancelled; a cancelled run ends within 5
 UNPLANNED = "to "  # begins the name of a run whose files have not been read
+SLOT_S = 2.0  # how long a run waits for a slot, where no other one rests for it; then it rests, too
+TURN_S = 15.0  # after which a run looks again for a slot, for each that stands in line before it
+TURNS_S = 600.0  # and at most after this
 DISABLED_S = 60  # a dispatch to a disabled target looks again after this
 
 
@@ -49,15 +57,114 @@ class Dispatch:
     """A dispatch to several targets within a flow run; made by `dispatching`."""
 
     def __init__(
-        self, flow_run_id: str, targets: Sequence[Target], home: Home, ledger: Ledger, shown_live: Live
+        self, flow_run_id: str, targets: Sequence[Target], home: Home, ledger: Ledger, shown_live: Live, priority: str
     ) -> None:
         self.flow_run_id, self.targets, self.home, self.ledger = flow_run_id, targets, home, ledger
+        self.priority = priority
         self.who = ""  # who asked for it, for the audit trail
         self.live = shown_live
         self.cancelled, self.paused = running.flag(flow_run_id), running.pause(flow_run_id)
         self.staging = home.staging / flow_run_id
         self.deliveries: list[Delivery] = []
-        self.again: datetime | None = None  # when what waits may be tried
+        self.rest = rest.load(home, flow_run_id) if line.may_rest() else rest.Rest()
+        self.waits: dict[str, Wait] = {}  # by target
+        self._held: dict[str, AsyncExitStack] = {}  # slots that were taken before the files are staged, by target
+        self._failed: dict[str, tuple[str, bool]] = {}  # targets that a test found dead: why, whether it was the last
+
+    def _left(self, target: Target) -> Left:
+        return self.rest.left.setdefault(target.name, Left())
+
+    @property
+    def _open(self) -> list[Target]:
+        """The targets for which something is left to do in this part."""
+        waiting = {*self.waits, *self._failed}
+        return [one for one in self.targets if not self._left(one).ended and one.name not in waiting]
+
+    async def goes_on(self) -> bool:
+        """Return True if there is something to do; False if a run that comes back must wait on, or is over.
+
+        Looks at the targets alone: what waits for one that is dead is neither read nor staged again.
+        """
+        if not self.rest.document:
+            return True
+        try:
+            looks = asyncio.gather(*(self._look(target) for target in self._open))
+            await self._stoppable(looks, idle=lambda: True)
+        except asyncio.CancelledError as exc:
+            if not self.cancelled.is_set():
+                raise
+            raise self._stopped_early("waited") from exc
+        return bool(self._open)
+
+    async def _look(self, target: Target) -> None:
+        """Look whether a run that comes back may push to a target, and take a slot of it."""
+        left, name = self._left(target), target.name
+        opening = self._opening(target)
+        if opening:
+            self.waits[name] = opening
+        elif left.again > time.time():
+            self.waits[name] = _next_attempt(target, left.again)
+        elif left.error in (Unreachable.__name__, TimedOut.__name__) and (dead := await self._tested(target)):
+            self._note(target, left, dead)
+        elif left.since:
+            try:
+                self._held[name] = await patiently(lambda: self._slot(target))
+            except NoSlot:
+                self._stand_in_line(target)
+
+    async def _tested(self, target: Target) -> DispatchError | None:
+        """Return the error that keeps a target from being reached; None if a push may do better."""
+        try:
+            error = (await asyncio.to_thread(DRIVERS.of(target).check, target)).error
+        except DispatchError as exc:
+            error = exc
+        return error if isinstance(error, Unreachable | TimedOut) else None
+
+    def _note(self, target: Target, left: Left, error: DispatchError) -> None:
+        """Count a test as a failed attempt, without files."""
+        left.attempts, left.futile, left.tried = left.attempts + 1, left.futile + 1, time.time()
+        left.error, words = type(error).__name__, " ".join(Quiet(target).text(error.message).split())
+        possible = left.attempts - left.futile + target.max_attempts
+        left.failures.append(f"attempt {left.attempts} of {possible} failed: {words}")
+        get_run_logger().warning("%s: %s", target.name, left.failures[-1])
+        self._failed[target.name] = words, left.futile >= target.max_attempts
+        if left.futile < target.max_attempts:
+            left.again = time.time() + delay_before(left.futile + 1, target, error)
+            self.waits[target.name] = _next_attempt(target, left.again)
+
+    def _opening(self, target: Target) -> Wait | None:
+        opening = opens(target, self.priority)
+        if opening is None:
+            return None
+        what = f"the hours of {target.name}" if target.enabled else f"{target.name} to be enabled"
+        return Wait(opening, what, soon=False)
+
+    def _stand_in_line(self, target: Target) -> None:
+        left = self._left(target)
+        left.since = left.since or time.time()
+        turn = line.turn(left.since, self.priority)
+        before = line.join(target.name, self.flow_run_id, turn, time.time())
+        until = time.time() + min(TURNS_S, TURN_S * (before + 1))
+        line.join(target.name, self.flow_run_id, turn, until)
+        self.waits[target.name] = Wait(datetime.fromtimestamp(until, UTC), f"a slot at {target.name}")
+
+    async def _slot(self, target: Target) -> AsyncExitStack:
+        """Take a slot of a target: at once or soon where a run can rest, else as soon as there is one.
+
+        Raises:
+            NoSlot: there is none, or others wait for one.
+        """
+        left, wait_s = self._left(target), None
+        if line.may_rest():
+            if not line.is_first(target.name, self.flow_run_id, line.turn(left.since or time.time(), self.priority)):
+                raise NoSlot(target.name)
+            wait_s = 0.0 if left.since else SLOT_S
+        async with AsyncExitStack() as stack:
+            client = await stack.enter_async_context(get_client())
+            await stack.enter_async_context(slots(client, target, wait_s=wait_s))
+            line.leave(target.name, self.flow_run_id)
+            left.since = 0.0
+            return stack.pop_all()
 
     async def stage(self, paths: list[str], exclude: str, origin: Origin) -> Plan:
         """Plan and stage the files; a run that is taken up again keeps its dispatch id."""
@@ -71,13 +178,17 @@ class Dispatch:
             raise self._stopped_early() from exc
         return self.ledger.same_dispatch(self.flow_run_id, staged.plan)
 
-    def _stopped_early(self) -> DispatchCancelled:
+    def _stopped_early(self, did: str = "read its files") -> DispatchCancelled:
         if self.paused.is_set():
-            return _Paused("the dispatch was paused while its files were read")
-        return DispatchCancelled("the dispatch was cancelled while its files were read")
+            return _Paused(f"the dispatch was paused while it {did}")
+        return DispatchCancelled(f"the dispatch was cancelled while it {did}")
 
-    async def deliver(self, plan: Plan, priority: str, force: bool) -> list[Receipt]:
-        """Push to all targets at once; none of them ever holds up another."""
+    async def deliver(self, plan: Plan, force: bool) -> list[Receipt]:
+        """Push to all targets at once; none of them ever holds up another.
+
+        Returns:
+            The receipts of the targets for which something was to be done.
+        """
         self.deliveries = [
             Delivery(
                 DRIVERS.of(target),
@@ -89,14 +200,20 @@ class Dispatch:
                 paused=self.paused,
                 force=force,
             )
-            for target in self.targets
+            for target in self._open
         ]
+        for delivery in self.deliveries:
+            delivery.may_rest = line.may_rest()
+            await asyncio.to_thread(delivery.resume, self._left(delivery.target))
+        before = [delivery.attempts for delivery in self.deliveries]
         await self._name(plan)
-        async with progress_shown(self.deliveries, self.live):
-            await asyncio.gather(*(self._deliver(delivery, priority) for delivery in self.deliveries))
+        artifacts = {name: UUID(one) for name, one in self.rest.artifacts.items()}
+        async with progress_shown(self.deliveries, self.live, artifacts):
+            await asyncio.gather(*(self._deliver(delivery) for delivery in self.deliveries))
+        self.rest.artifacts = {name: str(one) for name, one in artifacts.items()}
         receipts = [delivery.receipt() for delivery in self.deliveries]
-        for delivery, receipt in zip(self.deliveries, receipts, strict=True):
-            if delivery.attempts:
+        for delivery, receipt, attempts in zip(self.deliveries, receipts, before, strict=True):
+            if delivery.attempts > attempts:
                 await asyncio.to_thread(audited.delivery_ends, delivery, receipt, self.flow_run_id, self.who)
         return receipts
 
@@ -114,24 +231,32 @@ class Dispatch:
             whole = document(plan.dispatch_id, self.flow_run_id, State.WAITING, receipts)
             await asyncio.to_thread(shown.write, self.home, self.flow_run_id, shown.PLAN, whole)
 
-    async def _deliver(self, delivery: Delivery, priority: str) -> None:
+    async def _deliver(self, delivery: Delivery) -> None:
         target, logger = delivery.target, get_run_logger()
-        opening = opens(target, priority)
+        opening = self._opening(target)
         if opening:
             delivery.stopped = State.WAITING
-            self.again = min(self.again or opening, opening)
-            logger.info("%s: waits until %s", target.name, opening.isoformat())
+            self.waits[target.name] = opening
+            logger.info("%s: waits until %s", target.name, opening.until.isoformat())
             return
+        began = delivery.attempts
         try:
             # Once a push has begun, its own retries decide; before, a server that is away is waited for.
             await self._stoppable(
-                patiently(lambda: self._push(delivery), lambda: delivery.attempts > 0),
+                patiently(lambda: self._push(delivery), lambda: delivery.attempts > began),
                 # It waits for a slot of the target, or for its next attempt: no driver is at work.
-                idle=lambda: delivery.attempts == 0 or delivery.error is not None,
+                idle=lambda: delivery.attempts == began or delivery.error is not None,
             )
             if delivery.wants_hook:
                 await self._stoppable(hook_task(target)(delivery))
+        except NoSlot:
+            delivery.stopped = State.WAITING
+            self._stand_in_line(target)
         except Exception as exc:  # one target's failure, whatever it is, must not end the other deliveries
+            if delivery.again and not self.cancelled.is_set():
+                delivery.stopped = State.WAITING
+                self.waits[target.name] = _next_attempt(target, delivery.again.timestamp())
+                return
             if delivery.hook == "failed" or (is_outage(exc) and delivery.receipt().state is State.DELIVERED):
                 return
             if delivery.error is None:
@@ -147,7 +272,7 @@ class Dispatch:
 
     async def _push(self, delivery: Delivery) -> None:
         """Push as soon as the target's concurrency limit has room, and hold a slot of it while the push runs."""
-        async with get_client() as client, slots(client, delivery.target):
+        async with self._held.pop(delivery.target.name, None) or await self._slot(delivery.target):
             # Beside the push, which doesn't wait for the trail's disk.
             begun = asyncio.create_task(
                 asyncio.to_thread(audited.delivery_begins, delivery, self.flow_run_id, self.who)
@@ -170,23 +295,70 @@ class Dispatch:
                 break
         return await task
 
-    async def conclude(self, plan: Plan, receipts: list[Receipt]) -> RunState[Any]:
-        """Save the receipts and return the state in which the flow run ends."""
+    async def conclude(self, dispatch_id: str = "", new: Sequence[Receipt] = ()) -> RunState[Any]:
+        """Save the receipts and return the state in which the flow run ends its part, or all of it.
+
+        Args:
+            dispatch_id: of the plan; "" if nothing was read in this part.
+            new: the receipts of this part.
+        """
+        dispatch_id = dispatch_id or str(self.rest.document["dispatch_id"])
+        receipts = self._receipts(new)
         state = overall([receipt.state for receipt in receipts])
         outputs = {d.target.name: f"{d.hook_result}\n{d.hook_output}" for d in self.deliveries if d.hook_result}
-        await patiently(lambda: report(self.home, plan.dispatch_id, self.flow_run_id, state, receipts, outputs))
+        rests = bool(self.waits) and not self.cancelled.is_set()
+        if new or self._failed:
+            brief = rests and bool(self.rest.document)
+            await patiently(
+                lambda: report(self.home, dispatch_id, self.flow_run_id, state, receipts, outputs, brief=brief)
+            )
         message = "; ".join(_sentence(receipt) for receipt in receipts)
+        if rests and line.may_rest():
+            for delivery in self.deliveries:
+                name = delivery.target.name
+                self.rest.left[name] = delivery.leave(self._left(delivery.target))
+            await asyncio.to_thread(rest.save, self.home, self.flow_run_id, self.rest)
+        else:
+            await asyncio.to_thread(rest.forget, self.home, self.flow_run_id)
         if self.paused.is_set() and any(delivery.stopped is State.WAITING for delivery in self.deliveries):
             return paused(message)
-        if self.again and not self.cancelled.is_set():
-            return AwaitingRetry(scheduled_time=self.again, message=message)
+        if rests:
+            first = min(wait.until for wait in self.waits.values())
+            return AwaitingRetry(scheduled_time=first, message=rest.message(self.waits.values(), message))
         if state is State.DELIVERED:
             return Completed(message=message)
         return Cancelled(message=message) if state is State.CANCELLED else Failed(message=message)
 
+    def _receipts(self, new: Sequence[Receipt]) -> list[Receipt]:
+        """Return the receipt of every target: of this part, or of the last one that had to do with it."""
+        found = {receipt.target: receipt for receipt in new}
+        for name, one in self.rest.document.get("targets", {}).items() if self.rest.document else ():
+            if name not in found:
+                found[name] = Receipt.from_json(name, one)
+        for name, (why, last) in self._failed.items():
+            left = self.rest.left[name]
+            found[name] = replace(
+                found[name],
+                attempts=left.attempts,
+                error=why,
+                notes=tuple(summary(left.failures)),
+                stopped=None if last else State.WAITING,
+                seconds=max(0.0, time.time() - left.begun) if left.begun else found[name].seconds,
+            )
+        return [found[target.name] for target in self.targets if target.name in found]
+
+    async def release(self) -> None:
+        """Give back what was taken and not used."""
+        while self._held:
+            await self._held.popitem()[1].aclose()
+
+
+def _next_attempt(target: Target, again: float) -> Wait:
+    return Wait(datetime.fromtimestamp(again, UTC), f"the next attempt at {target.name}")
+
 
 @asynccontextmanager
-async def dispatching(targets: list[str]) -> AsyncIterator[Dispatch]:
+async def dispatching(targets: list[str], priority: str) -> AsyncIterator[Dispatch]:
     """Load the targets and open the ledger for the current flow run; remove its staging folder at the end.
 
     Raises:
@@ -205,7 +377,9 @@ async def dispatching(targets: list[str]) -> AsyncIterator[Dispatch]:
     asyncio.get_running_loop().set_default_executor(executor)
     async with AsyncExitStack() as stack:
         ledger = stack.enter_context(Ledger(home.ledger))
-        dispatch = Dispatch(flow_run_id, chosen, home, ledger, await stack.enter_async_context(live(home, flow_run_id)))
+        shown_live = await stack.enter_async_context(live(home, flow_run_id))
+        dispatch = Dispatch(flow_run_id, chosen, home, ledger, shown_live, priority)
+        stack.push_async_callback(dispatch.release)
         dispatch.who = audited.requester(context.flow_run)
         # A part of another run belongs to that run's process; no other may take its staging folder for an orphan.
         owner = ledger.unfinished().get(running.whole())
@@ -213,6 +387,10 @@ async def dispatching(targets: list[str]) -> AsyncIterator[Dispatch]:
             ledger.run_begins(flow_run_id, owner)
         try:
             yield dispatch
+        except DispatchError as exc:
+            if not isinstance(exc, _Paused):
+                await asyncio.to_thread(rest.forget, home, flow_run_id)
+            raise
         finally:
             await asyncio.to_thread(discard, dispatch.staging)
             running.forget(flow_run_id)

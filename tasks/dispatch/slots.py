@@ -17,23 +17,35 @@ from prefect.client.orchestration import PrefectClient
 from prefect.exceptions import PrefectException
 
 from blocks.base import Target
+from tasks.dispatch import line
 from tasks.targets import limit, limit_name
 
 LEASE_S = 60  # a killed worker's slot is free again after this
 WAIT_S = 2.0  # between two tries to get a slot, unless one becomes free in this process
 LOCKED = 423  # HTTP: all slots are taken
 
+
+class NoSlot(Exception):
+    """All slots of a target are taken."""
+
+
 _waiting: dict[str, set[tuple[asyncio.AbstractEventLoop, asyncio.Event]]] = {}
 
 
 @asynccontextmanager
-async def slots(client: PrefectClient, target: Target, count: int = 1) -> AsyncIterator[None]:
+async def slots(
+    client: PrefectClient, target: Target, count: int = 1, wait_s: float | None = None
+) -> AsyncIterator[None]:
     """Wait for slots of a target, and hold them while the block runs.
 
+    Args:
+        wait_s: the longest wait in seconds; None for as long as it takes.
+
     Raises:
+        NoSlot: none has become free in that time.
         httpx.HTTPError, PrefectException: the server does not answer as it should.
     """
-    lease = await _taken(client, target, count)
+    lease = await _taken(client, target, count, wait_s)
     renewing = asyncio.create_task(_renew(client, lease))
     try:
         yield
@@ -42,8 +54,10 @@ async def slots(client: PrefectClient, target: Target, count: int = 1) -> AsyncI
         await _given_back(client, target, lease)
 
 
-async def _taken(client: PrefectClient, target: Target, count: int) -> UUID:
+async def _taken(client: PrefectClient, target: Target, count: int, wait_s: float | None) -> UUID:
     name, known = limit_name(target), False
+    loop = asyncio.get_running_loop()
+    end = None if wait_s is None else loop.time() + wait_s
     while True:
         with _when_free(name) as free:
             try:
@@ -60,8 +74,10 @@ async def _taken(client: PrefectClient, target: Target, count: int) -> UUID:
                 await limit(client, target)
                 known = True
                 continue
+            if end is not None and loop.time() >= end:
+                raise NoSlot(name)
             with suppress(TimeoutError):
-                await asyncio.wait_for(free.wait(), WAIT_S)
+                await asyncio.wait_for(free.wait(), WAIT_S if end is None else min(WAIT_S, end - loop.time()))
 
 
 async def _asked(client: PrefectClient, target: Target, count: int) -> tuple[UUID | None, int | None]:
@@ -85,6 +101,7 @@ async def _given_back(client: PrefectClient, target: Target, lease: UUID) -> Non
     for loop, event in list(_waiting.get(limit_name(target), ())):
         with suppress(RuntimeError):  # its loop has just been closed
             loop.call_soon_threadsafe(event.set)
+    line.wake(target.name)
 
 
 async def _renew(client: PrefectClient, lease: UUID) -> None:

@@ -1,0 +1,123 @@
+"""What a dispatch that waits leaves behind for its next part, so that it holds nothing meanwhile.
+
+A run that can't go on for a while ends its part: no thread, no slot of a target, no staged file is kept.
+`TALARIA_HOME/waiting/<flow run id>.json` says what it has achieved; names of files
+stand in it, as in a receipt.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from transfer.home import Home
+from transfer.live import replace
+
+TRIES_AGAIN = "tries again"  # begins the message of a run that waits for something that may come soon
+WAITS = "waits"  # and of one that waits for a time that people have set
+
+
+@dataclass
+class Wait:
+    """What a run waits for.
+
+    Attributes:
+        until: when it looks again.
+        what: what for, as in "a slot at pacs".
+        soon: whether nobody has to do anything for it to come.
+    """
+
+    until: datetime
+    what: str
+    soon: bool = True
+
+
+@dataclass
+class Left:
+    """What a run has achieved at one target, and what it knows of the rest.
+
+    Attributes:
+        begun: when its first attempt began, in seconds since the epoch; 0 before it.
+        since: when it began to wait for a slot; 0 if it doesn't.
+        again: when its next attempt may begin.
+        error: the name of the class of its last error.
+        ended: whether nothing is left to do.
+    """
+
+    attempts: int = 0
+    futile: int = 0
+    failures: list[str] = field(default_factory=list)
+    begun: float = 0.0
+    tried: float = 0.0
+    since: float = 0.0
+    again: float = 0.0
+    error: str = ""
+    ended: bool = False
+    stumbled: list[str] = field(default_factory=list)
+    unanswered: dict[str, int] = field(default_factory=dict)
+    tries: dict[str, int] = field(default_factory=dict)
+    put_off: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Rest:
+    """What a run has left behind.
+
+    Attributes:
+        document: its receipts so far; {} for a run that has not rested.
+        left: by target.
+        artifacts: ids of its progress artifacts, by target.
+    """
+
+    document: dict[str, Any] = field(default_factory=dict)
+    left: dict[str, Left] = field(default_factory=dict)
+    artifacts: dict[str, str] = field(default_factory=dict)
+
+
+def load(home: Home, run_id: str) -> Rest:
+    """Return what a run has left behind; an empty one if it is not known, and then the ledger knows what arrived."""
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        kept = json.loads(_path(home, run_id).read_bytes())
+        document = json.loads(home.receipt(run_id).read_bytes())
+        return Rest(document, {name: Left(**one) for name, one in kept["left"].items()}, kept["artifacts"])
+    return Rest()
+
+
+def save(home: Home, run_id: str, rest: Rest) -> None:
+    """Keep what a run leaves behind; its receipts are a file of their own."""
+    replace(
+        _path(home, run_id),
+        {"left": {name: asdict(one) for name, one in rest.left.items()}, "artifacts": rest.artifacts},
+    )
+
+
+def forget(home: Home, run_id: str) -> None:
+    """Remove what a run has left behind: it is over, or begins anew."""
+    with suppress(OSError):
+        _path(home, run_id).unlink()
+
+
+def clear(home: Home, before: float) -> None:
+    """Remove what runs have left behind that were not heard of since `before`, in seconds since the epoch."""
+    for path in (home.root / "waiting").glob("*.json"):
+        with suppress(FileNotFoundError):
+            if path.stat().st_mtime < before:
+                path.unlink()
+
+
+def message(waits: Iterable[Wait], receipts: str) -> str:
+    """Return the message of a run that waits: until when, for what, and how far it is."""
+    found = sorted(waits, key=lambda one: one.until)
+    how, at = (TRIES_AGAIN, "at") if any(one.soon for one in found) else (WAITS, "until")
+    first = found[0].until.astimezone(UTC)
+    day = "" if first.date() == datetime.now(UTC).date() else f"{first:%Y-%m-%d} "
+    return f"{how} {at} {day}{first:%H:%M:%S} UTC: {', '.join(one.what for one in found)}; {receipts}"
+
+
+def _path(home: Home, run_id: str) -> Path:
+    return home.root / "waiting" / f"{run_id}.json"

@@ -1,0 +1,142 @@
+"""Dispatches that wait hold up nobody: they end their part, say for what and until when, and come back."""
+
+from __future__ import annotations
+
+import json
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from talaria.testing import studies
+from tests.servers.dcmtk import storescp
+from tests.servers.up import Talaria
+
+pytestmark = pytest.mark.timeout(600)
+DEAD = 10  # dispatches; a worker runs eight at once
+
+
+def folder(path: Path, **fields: Any) -> dict[str, Any]:
+    path.mkdir(parents=True, exist_ok=True)
+    return {"type": "folder", "folder": str(path), **fields}
+
+
+def dead(port: int, **fields: Any) -> dict[str, Any]:
+    waits = {"max_attempts": 9, "retry_delay_s": 3600, "retry_max_delay_s": 86_400}
+    return {"type": "dicom", "host": "127.0.0.1", "port": port, "aet_target": "PACS", **waits, **fields}
+
+
+def files(path: Path) -> set[str]:
+    found = (os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names)
+    return {os.path.relpath(name, path) for name in found if name.endswith(".dcm")}
+
+
+def send(up: Talaria, study: Path, to: str, *options: str) -> str:
+    return str(up.told("send", str(study), "--to", to, "--no-wait", *options)["flow_run_id"])
+
+
+def rests(up: Talaria, run_id: str, times: int) -> bool:
+    """Whether a run waits, after so many parts."""
+    run = up.run(run_id)
+    return bool(run["state"]["type"] == "SCHEDULED" and run["run_count"] == times)
+
+
+def go_on(up: Talaria, run_id: str) -> None:
+    """Let the time come for which a run waits."""
+    path = up.home / "waiting" / f"{run_id}.json"
+    kept = json.loads(path.read_text())
+    for left in kept["left"].values():
+        left["again"] = 0
+    path.write_text(json.dumps(kept))
+    soon = {"scheduled_time": datetime.now(UTC).isoformat()}
+    state = {"type": "SCHEDULED", "name": "AwaitingRetry", "state_details": soon}
+    up.api("POST", f"/flow_runs/{run_id}/set_state", state=state, force=True)
+
+
+def artifacts(up: Talaria, run_id: str) -> int:
+    return len(up.api("POST", "/artifacts/filter", flow_runs={"id": {"any_": [run_id]}}))
+
+
+def test_dispatches_to_dead_targets_hold_up_no_other(up: Talaria, tmp_path: Path) -> None:
+    studies.ct(tmp_path / "study", 2)
+    up.apply(dead=dead(1), live=folder(tmp_path / "live"))
+    waiting = [send(up, tmp_path / "study", "dead") for _ in range(DEAD)]
+    assert up.told("send", str(tmp_path / "study"), "--to", "live")["state"] == "delivered"
+    up.until(lambda: all(rests(up, run, 1) for run in waiting), 180)
+    for run in waiting:
+        state = up.run(run)["state"]
+        assert state["name"] == "AwaitingRetry"
+        assert state["message"].startswith("tries again at ") and "the next attempt at dead" in state["message"]
+        assert not (up.home / "staging" / run).exists()
+    shown = up.told("jobs", "show", waiting[-1])["targets"]["dead"]
+    assert (shown["state"], shown["attempts"], shown["unsent"]) == ("waiting", 1, 2) and shown["error"]
+
+
+def test_a_run_comes_back_for_the_dead_target_alone_and_reads_nothing_for_it(up: Talaria, tmp_path: Path) -> None:
+    studies.ct(tmp_path / "study", 2)
+    others = {name: folder(tmp_path / name) for name in ("one", "two")}
+    up.apply(**others, pacs=dead(1))
+    run = send(up, tmp_path / "study", "one,two,pacs")
+    up.until(lambda: rests(up, run, 1))
+    assert len(files(tmp_path / "one")) == len(files(tmp_path / "two")) == 2
+    arrived = {name: [p.stat().st_mtime_ns for p in (tmp_path / name).rglob("*.dcm")] for name in ("one", "two")}
+    left = artifacts(up, run)
+    (tmp_path / "study").rename(tmp_path / "away")  # whoever looked for the files would fail
+    for times in (2, 3):
+        go_on(up, run)
+        up.until(lambda times=times: rests(up, run, times))  # type: ignore[misc]
+        shown = up.told("jobs", "show", run)["targets"]
+        assert [one["state"] for one in shown.values()] == ["delivered", "delivered", "waiting"]
+        assert shown["pacs"]["attempts"] == times and f"attempt {times} of 9 failed" in shown["pacs"]["notes"][-1]
+    assert artifacts(up, run) == left
+    (tmp_path / "away").rename(tmp_path / "study")
+    with storescp(tmp_path / "pacs") as pacs:
+        up.apply(**others, pacs=dead(pacs.port, aet_target="STORESCP"))
+        go_on(up, run)
+        up.until(lambda: up.run(run)["state"]["type"] == "COMPLETED")
+        assert len(pacs.names()) == 2
+    shown = up.told("jobs", "show", run)["targets"]
+    assert [(one["state"], one["delivered"]) for one in shown.values()] == [("delivered", 2)] * 3
+    assert shown["pacs"]["attempts"] == 4 and [shown[name]["attempts"] for name in ("one", "two")] == [1, 1]
+    assert arrived == {
+        name: [p.stat().st_mtime_ns for p in (tmp_path / name).rglob("*.dcm")] for name in ("one", "two")
+    }
+    assert not (up.home / "waiting" / f"{run}.json").exists()
+
+
+def test_the_last_attempt_ends_a_run_that_comes_back(up: Talaria, tmp_path: Path) -> None:
+    studies.ct(tmp_path / "study", 1)
+    up.apply(pacs=dead(1, max_attempts=2))
+    run = send(up, tmp_path / "study", "pacs")
+    up.until(lambda: rests(up, run, 1))
+    go_on(up, run)
+    up.until(lambda: up.run(run)["state"]["type"] == "FAILED")
+    shown = up.told("jobs", "show", run)["targets"]["pacs"]
+    assert (shown["state"], shown["attempts"], shown["unsent"]) == ("failed", 2, 1)
+    again = up.told("jobs", "retry", run, "--no-wait")["id"]  # begins anew
+    up.until(lambda: rests(up, again, 3))
+    assert up.told("jobs", "show", run)["targets"]["pacs"]["attempts"] == 1
+    up.here("jobs", "cancel", run)
+
+
+def test_who_waits_for_a_slot_rests_and_is_woken_in_turn(up: Talaria, tmp_path: Path) -> None:
+    for number in range(4):
+        studies.ct(tmp_path / f"study{number}", 40 if number == 0 else 1)
+    busy = folder(tmp_path / "busy", max_dispatches=1, concurrency=1)
+    up.apply(busy=busy | {"bandwidth_limit": 1024})
+    runs = [send(up, tmp_path / "study0", "busy")]
+    up.until(lambda: up.run(runs[0])["state"]["type"] == "RUNNING" and list((tmp_path / "busy").iterdir()))
+    for number, options in ((1, ()), (2, ()), (3, ("--priority", "urgent"))):
+        runs.append(send(up, tmp_path / f"study{number}", "busy", *options))
+        up.until(lambda: rests(up, runs[-1], 1))
+    for run in runs[1:]:
+        state = up.run(run)["state"]
+        assert "tries again at " in state["message"] and "a slot at busy" in state["message"]
+        assert not (up.home / "staging" / run).exists()
+    up.apply(busy=busy)
+    up.here("jobs", "cancel", runs[0])
+    up.until(lambda: all(up.run(run)["state"]["type"] == "COMPLETED" for run in runs[1:]))
+    ends = [datetime.fromisoformat(up.run(run)["end_time"]) for run in runs[1:]]
+    assert ends[2] < ends[0] < ends[1]  # the urgent one, then as they came
