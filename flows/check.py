@@ -10,8 +10,10 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
 from tasks.checking import check_target, report_health, shown_live
+from tasks.dispatch import breaker
 from tasks.targets import load
 from transfer.errors import DispatchError
+from transfer.home import Home
 
 
 @flow(name="check", persist_result=False)
@@ -29,5 +31,7 @@ async def check(target: str) -> State[Any]:
     except DispatchError as error:
         return Failed(message=str(error))
     await report_health(found, health)
+    if health.ok:
+        await asyncio.to_thread(breaker.answered, Home.current(), found)
     bad = ", ".join(probe.name for probe in health.probes if probe.result == "failed" and not probe.informative)
     return Completed(message="healthy") if health.ok else Failed(message=f"failed: {bad}")

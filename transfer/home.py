@@ -4,6 +4,8 @@ TALARIA_HOME (default ~/.talaria, mode 0700)
 ├── ledger.sqlite     what arrived where
 ├── receipts/         one JSON file per flow run
 ├── progress/         how far each flow run is that runs, or has just ended
+├── waiting/          what flow runs that wait have achieved
+├── breakers/         one file per target that does not answer
 ├── staging/          one folder per running flow run
 ├── indexes/          one file per folder that is searched and can't hold its index itself
 ├── owners/           one locked file per living process that runs dispatches

@@ -127,7 +127,9 @@ def _is_api_error(exc: BaseException) -> bool:
 
 
 def enabled(target: dict[str, Any]) -> str:
-    """Return whether a listed target takes part, in a word."""
+    """Return whether a listed target takes part, in a word or two."""
+    if target.get("breaker", {}).get("state") == "open":
+        return "does not answer"
     return "broken" if target["broken"] else "yes" if target["enabled"] else "no"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Collection, Iterator
+from datetime import UTC, datetime
 from typing import Any
 
 from blocks import REFUSED, TYPES, Target
@@ -15,10 +16,12 @@ from talaria.targetfile import action_for, differing, field_names, make, values_
 from tasks import DRIVERS
 from tasks import targets as saved
 from tasks.checking import check_target, keep, last_checks, result_of_run
+from tasks.dispatch import breaker
 from tasks.targets import Broken, all_targets, facts, load
 from transfer import live
 from transfer.errors import Misconfigured
 from transfer.health import Probe, watched
+from transfer.home import Home
 
 Event = tuple[str, dict[str, Any]]
 LOOK_S = 0.1  # between two looks at a check that runs
@@ -67,13 +70,22 @@ async def list_targets(office: Office) -> dict[str, Any]:
     """Return all targets; one whose settings are no longer valid is listed as broken, with the reason."""
     found = await all_targets(office.client)
     checks = await last_checks(office.client, found)
-    return {"targets": [_entry(one, checks.get(one.name)) for one in found]}
+    return {"targets": [_entry(one, checks.get(one.name), office.home) for one in found]}
 
 
-def _entry(one: Target | Broken, check: dict[str, Any] | None) -> dict[str, Any]:
+def _entry(one: Target | Broken, check: dict[str, Any] | None, home: Home) -> dict[str, Any]:
     state = None if check is None else {"ok": check["ok"], "time": check["time"]}
     values = values_of(one, secrets=True) if isinstance(one, Target) else {}
-    return {"name": one.name, **values, **facts(one), "last_check": state}
+    return {"name": one.name, **values, **facts(one), "last_check": state, "breaker": _breaker(one, home)}
+
+
+def _breaker(one: Target | Broken, home: Home) -> dict[str, Any]:
+    known = breaker.read(home, one) if isinstance(one, Target) else None
+    if known is None or not known.opened:
+        return {"state": "closed"}
+    times = {"since": known.opened, "next_test": known.until}
+    shown = {key: datetime.fromtimestamp(time, UTC).isoformat(timespec="seconds") for key, time in times.items()}
+    return {"state": "open", **shown, "failures": known.failures, "reason": known.reason}
 
 
 async def show_target(office: Office, name: str, given: bool = False) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.logging import get_run_logger
 
 from blocks.base import Target
+from tasks.dispatch import breaker
 from tasks.dispatch.delivery import MAX_ATTEMPTS, Delivery
 from transfer.errors import Busy, DispatchError, Retryable
 from transfer.receipt import Receipt
@@ -54,7 +55,7 @@ def push_task(delivery: Delivery) -> Task[[Delivery], Any]:
         if not delivery.may_go_on:
             return None
         seconds = delay_before(max(2, delivery.futile + 1), target, error)
-        if delivery.may_rest and seconds > NEAR_S:
+        if delivery.may_rest and (seconds > NEAR_S or breaker.read(delivery.home, target).opened):
             delivery.again = datetime.now(UTC) + timedelta(seconds=seconds)
             return None
         return seconds
@@ -76,12 +77,15 @@ def hook_task(target: Target) -> Task[[Delivery], Any]:
 async def push(delivery: Delivery) -> Receipt:
     """Push the items that have no outcome yet to the delivery's target."""
     logger = get_run_logger()
-    target = delivery.target
+    target, futile = delivery.target, delivery.futile
     try:
         receipt = await asyncio.to_thread(delivery.push)
-    except DispatchError:
+    except DispatchError as exc:
         logger.warning("%s: %s", target.name, delivery.failures[-1])
+        if delivery.futile > futile:
+            await asyncio.to_thread(breaker.failed, delivery.home, target, exc, exc.message)
         raise
+    await asyncio.to_thread(breaker.answered, delivery.home, target)
     counts = ", ".join(f"{count} {kind}" for kind, count in receipt.counts.items() if count)
     logger.info("%s: %s, %d bytes in %.1f s", target.name, counts or "nothing to do", receipt.bytes, receipt.seconds)
     return receipt

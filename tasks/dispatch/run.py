@@ -21,7 +21,7 @@ from prefect.states import AwaitingRetry, Cancelled, Completed, Failed, Schedule
 
 from blocks.base import Target
 from tasks import DRIVERS
-from tasks.dispatch import audited, line, rest, running
+from tasks.dispatch import audited, breaker, line, rest, running
 from tasks.dispatch.delivery import Delivery, summary
 from tasks.dispatch.patience import is_outage, patiently
 from tasks.dispatch.progress import Live, live
@@ -34,7 +34,7 @@ from tasks.quiet import Quiet
 from tasks.targets import check_destination, load
 from transfer import live as shown
 from transfer.errors import Cancelled as DispatchCancelled
-from transfer.errors import Denied, DispatchError, TimedOut, Unreachable
+from transfer.errors import Denied, DispatchError, Unreachable
 from transfer.home import Home
 from transfer.ledger import Ledger
 from transfer.plan import Origin, Plan
@@ -102,26 +102,60 @@ class Dispatch:
         opening = self._opening(target)
         if opening:
             self.waits[name] = opening
+        elif await self._is_dead(target):
+            return
         elif left.again > time.time():
             self.waits[name] = _next_attempt(target, left.again)
-        elif left.error in (Unreachable.__name__, TimedOut.__name__) and (dead := await self._tested(target)):
-            self._note(target, left, dead)
+        elif left.error in [one.__name__ for one in breaker.DEAD] and (error := await self._tested(target)):
+            self._count(target, error)
         elif left.since:
             try:
                 self._held[name] = await patiently(lambda: self._slot(target))
             except NoSlot:
                 self._stand_in_line(target)
 
+    async def _is_dead(self, target: Target) -> bool:
+        """Return True if a target's breaker is open: the run waits for it then, and has tested it if it was time."""
+        one = breaker.read(self.home, target)
+        if not one.opened:
+            return False
+        left = self._left(target)
+        with breaker.testing(self.home, target) as mine:
+            if mine and one.until <= time.time() and await self._tested(target) is None:
+                return False
+        one = breaker.read(self.home, target)
+        if not one.opened:
+            return False
+        if not self.rest.document:  # it has just come: tests from now on are attempts of its own
+            left.tried = left.tried or time.time()
+        elif one.tested > left.tried:
+            self._count(target, Unreachable(one.reason))
+            if target.name not in self.waits:
+                return True
+        until, left.again = max(one.until, time.time() + breaker.FIRST_S), 0.0
+        turn = line.turn(left.tried, self.priority)
+        line.join(breaker.queue(target), self.flow_run_id, turn, until)
+        since = datetime.fromtimestamp(one.opened, UTC)
+        what = f"{target.name} to answer, which it hasn't since {since:%H:%M:%S} UTC"
+        self.waits[target.name] = Wait(datetime.fromtimestamp(until, UTC), what)
+        return True
+
     async def _tested(self, target: Target) -> DispatchError | None:
-        """Return the error that keeps a target from being reached; None if a push may do better."""
+        """Test a target; return the error that keeps it from being reached, None if a push may do better."""
         try:
             error = (await asyncio.to_thread(DRIVERS.of(target).check, target)).error
         except DispatchError as exc:
             error = exc
-        return error if isinstance(error, Unreachable | TimedOut) else None
+        if not isinstance(error, breaker.DEAD):
+            await asyncio.to_thread(breaker.answered, self.home, target)
+            return None
+        words = Quiet(target).text(error.message)
+        await asyncio.to_thread(breaker.failed, self.home, target, error, words)
+        return error
 
-    def _note(self, target: Target, left: Left, error: DispatchError) -> None:
+    def _count(self, target: Target, error: DispatchError) -> None:
         """Count a test as a failed attempt, without files."""
+        left = self._left(target)
         left.attempts, left.futile, left.tried = left.attempts + 1, left.futile + 1, time.time()
         left.error, words = type(error).__name__, " ".join(Quiet(target).text(error.message).split())
         possible = left.attempts - left.futile + target.max_attempts
@@ -238,6 +272,9 @@ class Dispatch:
             delivery.stopped = State.WAITING
             self.waits[target.name] = opening
             logger.info("%s: waits until %s", target.name, opening.until.isoformat())
+            return
+        if line.may_rest() and not self.rest.document and await self._is_dead(target):
+            delivery.stopped = State.WAITING
             return
         began = delivery.attempts
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from talaria.testing import studies
+from talaria.testing.relay import relay
 from tests.servers.dcmtk import storescp
 from tests.servers.up import Talaria
 
@@ -68,9 +70,9 @@ def test_dispatches_to_dead_targets_hold_up_no_other(up: Talaria, tmp_path: Path
     for run in waiting:
         state = up.run(run)["state"]
         assert state["name"] == "AwaitingRetry"
-        assert state["message"].startswith("tries again at ") and "the next attempt at dead" in state["message"]
+        assert re.match(r"tries again at [-0-9: ]+ UTC: (the next attempt at dead|dead to answer)", state["message"])
         assert not (up.home / "staging" / run).exists()
-    shown = up.told("jobs", "show", waiting[-1])["targets"]["dead"]
+    shown = up.told("jobs", "show", waiting[0])["targets"]["dead"]
     assert (shown["state"], shown["attempts"], shown["unsent"]) == ("waiting", 1, 2) and shown["error"]
 
 
@@ -140,3 +142,33 @@ def test_who_waits_for_a_slot_rests_and_is_woken_in_turn(up: Talaria, tmp_path: 
     up.until(lambda: all(up.run(run)["state"]["type"] == "COMPLETED" for run in runs[1:]))
     ends = [datetime.fromisoformat(up.run(run)["end_time"]) for run in runs[1:]]
     assert ends[2] < ends[0] < ends[1]  # the urgent one, then as they came
+
+
+def breaker(up: Talaria) -> dict[str, Any]:
+    (found,) = (one["breaker"] for one in up.told("target", "list")["targets"] if one["name"] == "silent")
+    return dict(found)
+
+
+def events(up: Talaria, name: str) -> list[str]:
+    found = up.api("POST", "/events/filter", filter={"event": {"name": [name]}})["events"]
+    return [one["resource"]["prefect.resource.id"] for one in found]
+
+
+def test_a_target_that_does_not_answer_is_tested_by_one_run_at_a_time(up: Talaria, tmp_path: Path) -> None:
+    studies.ct(tmp_path / "study", 1)
+    with storescp(tmp_path / "pacs") as pacs, relay(pacs.port, stall_after=0) as link:
+        silent = dead(link.port, aet_target="STORESCP", max_attempts=50, retry_delay_s=5, idle_timeout_s=1)
+        up.apply(silent=silent | {"max_dispatches": 8})
+        assert breaker(up) == {"state": "closed"}
+        runs = [send(up, tmp_path / "study", "silent") for _ in range(6)]
+        up.until(lambda: breaker(up)["state"] == "open")
+        found = breaker(up)
+        assert found["failures"] >= 5 and found["reason"] and found["next_test"] > found["since"]
+        up.until(lambda: "talaria.target.silent" in events(up, "talaria.breaker.opened"))
+        last = send(up, tmp_path / "study", "silent")
+        up.until(lambda: up.run(last)["state"]["type"] == "SCHEDULED" and up.run(last)["run_count"])
+        assert "silent to answer, which it hasn't since" in up.run(last)["state"]["message"]
+        link.stall_after = None
+        up.until(lambda: all(up.run(run)["state"]["type"] == "COMPLETED" for run in [*runs, last]))
+        assert breaker(up) == {"state": "closed"}
+        up.until(lambda: "talaria.target.silent" in events(up, "talaria.breaker.closed"))

@@ -1,0 +1,136 @@
+"""Which targets do not answer.
+
+After LIMIT failures in a row a target's breaker opens: dispatches to it wait, and one run at a time tests whether it is
+back; the first answer closes it.
+
+One small file for each such target in `TALARIA_HOME/breakers`, for all workers of this machine. A target whose settings
+have changed since begins anew.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from prefect.events import emit_event
+
+from blocks.base import Target
+from tasks.dispatch import line
+from transfer.errors import DispatchError, TimedOut, Unreachable
+from transfer.home import Home, private
+from transfer.live import replace
+
+LIMIT = 5  # failures in a row, of any dispatches
+FIRST_S, LONGEST_S = 1.0, 300.0  # at least, and at most, between two tests; the target's own delays lie between
+DEAD = (Unreachable, TimedOut)  # errors that count
+
+
+@dataclass
+class Breaker:
+    """What is known of a target that did not answer.
+
+    Attributes:
+        mark: of its settings then.
+        failures: in a row.
+        opened: when that were too many, in seconds since the epoch; 0 if they are not.
+        tested: when it was tried last.
+        until: when it is tested again.
+        reason: what the last failure was.
+    """
+
+    mark: str
+    failures: int = 0
+    opened: float = 0.0
+    tested: float = 0.0
+    until: float = 0.0
+    reason: str = ""
+
+
+def read(home: Home, target: Target) -> Breaker:
+    """Return the state of a target's breaker."""
+    mark = _mark(target)
+    with suppress(OSError, ValueError, TypeError):
+        found = Breaker(**json.loads(_path(home, target).read_bytes()))
+        if found.mark == mark:
+            return found
+    return Breaker(mark)
+
+
+def failed(home: Home, target: Target, error: DispatchError, reason: str) -> Breaker:
+    """Count a failure, if it is one of those that a dead target causes; return the state then."""
+    if not isinstance(error, DEAD):
+        return read(home, target)
+    with _locked(home, target, "lock", wait=True):
+        one = read(home, target)
+        opens = one.failures + 1 >= LIMIT and not one.opened
+        one.failures, one.tested, one.reason = one.failures + 1, time.time(), reason
+        if opens:
+            one.opened = one.tested
+        if one.opened:
+            longest = min(LONGEST_S, target.retry_max_delay_s)
+            later = min(longest, target.retry_delay_s * 2 ** min(one.failures - LIMIT, 20))
+            one.until = one.tested + max(FIRST_S, later)
+        replace(_path(home, target), asdict(one))
+    if opens:
+        _emit("opened", target, one)
+    return one
+
+
+def answered(home: Home, target: Target) -> None:
+    """Note that a target answers; wake what waits for that."""
+    if _path(home, target).exists():
+        with _locked(home, target, "lock", wait=True):
+            one = read(home, target)
+            _path(home, target).unlink(missing_ok=True)
+        if one.opened:
+            _emit("closed", target, one)
+            line.wake(queue(target), target.max_dispatches)
+            return
+    line.wake(queue(target))
+
+
+@contextmanager
+def testing(home: Home, target: Target) -> Iterator[bool]:
+    """Be the one that tests a target during the block; yields False if another run does."""
+    with _locked(home, target, "test", wait=False) as mine:
+        yield mine
+
+
+def queue(target: Target) -> str:
+    """Return the name of the line in which runs wait for a target to answer."""
+    return f"{target.name}?"
+
+
+@contextmanager
+def _locked(home: Home, target: Target, what: str, *, wait: bool) -> Iterator[bool]:
+    path = _path(home, target).with_suffix(f".{what}")
+    path.parent.mkdir(exist_ok=True, mode=0o700)
+    with open(path, "a", encoding="ascii", opener=private) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def _emit(what: str, target: Target, one: Breaker) -> None:
+    emit_event(
+        f"talaria.breaker.{what}",
+        resource={"prefect.resource.id": f"talaria.target.{target.name}", "prefect.resource.name": target.name},
+        payload={"target": target.name, "failures": one.failures, "reason": one.reason, "since": one.opened},
+    )
+
+
+def _mark(target: Target) -> str:
+    return hashlib.sha256(target.model_dump_json().encode()).hexdigest()[:24]  # secrets are masked in it
+
+
+def _path(home: Home, target: Target) -> Path:
+    return home.root / "breakers" / f"{target.name}.json"
