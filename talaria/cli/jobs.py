@@ -15,7 +15,7 @@ from talaria.cli.send import finish, show_receipt
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,  # Rich takes 0.2 s to print a help
-    help="List, show, retry, pause, resume and cancel dispatches and retrievals.\n\nExample: talaria jobs list",
+    help="List, show, retry, send, pause, resume and cancel dispatches and retrievals.\n\nExample: talaria jobs list",
 )
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")]
 Job = Annotated[str, typer.Argument(help="Id of the run (or its beginning), or of the dispatch.")]
@@ -23,11 +23,13 @@ Job = Annotated[str, typer.Argument(help="Id of the run (or its beginning), or o
 
 @app.command("list", epilog="Example: talaria jobs list --json")
 def list_(
-    limit: Annotated[int, typer.Option(min=1, max=200, help="How many, newest first.")] = 50, as_json: Json = False
+    limit: Annotated[int, typer.Option(min=1, max=200, help="How many, newest first.")] = 50,
+    failed: Annotated[bool, typer.Option("--failed", help="List only those that were given up.")] = False,
+    as_json: Json = False,
 ) -> None:
     """List the newest dispatches and retrievals."""
     with api() as access:
-        found = access.call("list_jobs", limit=limit)
+        found = access.call("list_jobs", limit=limit, **({"failed": True} if failed else {}))
     if as_json:
         print_json(found)
         return
@@ -38,10 +40,11 @@ def list_(
             one["dispatch_id"] or (f"from {one['source']}" if one["source"] else ""),
             ", ".join(one["targets"]),
             one["begun"] or "",
+            *([one["message"] or ""] if failed else []),
         ]
         for one in found["jobs"]
     ]
-    table("", ["run", "state", "dispatch", "targets", "begun"], rows)
+    table("", ["run", "state", "dispatch", "targets", "begun", *(["reason"] if failed else [])], rows)
 
 
 @app.command(epilog="Example: talaria jobs show 3f2a --json")
@@ -69,12 +72,30 @@ def show(
 @app.command(epilog="Example: talaria jobs retry 3f2a")
 def retry(
     job: Job,
+    only: Annotated[str, typer.Option(help="The one target of a dispatch that is tried again.", metavar="NAME")] = "",
     no_wait: Annotated[bool, typer.Option("--no-wait", help="Return as soon as it is queued.")] = False,
     as_json: Json = False,
 ) -> None:
     """Run an ended job again: only what is missing is fetched or sent, only a failed hook is run."""
     with api() as access:
-        _go_on(access, access.call("retry_job", job=job), no_wait, as_json)
+        _go_on(access, access.call("retry_job", job=job, **({"only": only} if only else {})), no_wait, as_json)
+
+
+@app.command(epilog="Example: talaria jobs send 3f2a --to archive")
+def send(
+    job: Job,
+    to: Annotated[
+        list[str], typer.Option("--to", help="Names of targets, separated by commas.", metavar="NAME[,NAME...]")
+    ],
+    no_wait: Annotated[bool, typer.Option("--no-wait", help="Return as soon as it is queued.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Send the files of a dispatch to other targets, in a dispatch of its own."""
+    names = [name.strip() for part in to for name in part.split(",") if name.strip()]
+    with api() as access:
+        sent = access.call("send_job", job=job, to=names)
+        done = {"id": sent["flow_run_id"], "kind": "dispatch", "action": "queued"}
+        _go_on(access, done, no_wait, as_json)
 
 
 @app.command(epilog="Example: talaria jobs cancel 3f2a")

@@ -47,6 +47,7 @@ ROUTES: dict[str, tuple[str, str]] = {
     "list_jobs": ("GET", "/jobs"),
     "show_job": ("GET", "/jobs/{job}"),
     "retry_job": ("POST", "/jobs/{job}/retry"),
+    "send_job": ("POST", "/jobs/{job}/send"),
     "cancel_job": ("POST", "/jobs/{job}/cancel"),
     "pause_job": ("POST", "/jobs/{job}/pause"),
     "resume_job": ("POST", "/jobs/{job}/resume"),
@@ -59,7 +60,7 @@ STREAMS: dict[str, tuple[str, str]] = {
     "test_values": ("POST", "/target-tests/unsaved"),
     "follow_job": ("GET", "/jobs/{job}/events"),
 }
-IN_QUERY = ("test_targets",)  # their values are in the query although they are a POST
+IN_QUERY = ("test_targets", "retry_job")  # their values are in the query although they are a POST
 AGAIN = ("create_dispatch", "create_query", "create_retrieval")  # with a key, so that they can be sent again
 
 

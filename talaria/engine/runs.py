@@ -17,6 +17,9 @@ from prefect.client.schemas.filters import (
     ArtifactFilterType,
     DeploymentFilter,
     DeploymentFilterId,
+    FlowRunFilter,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
 )
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.client.schemas.sorting import ArtifactSort, FlowRunSort
@@ -41,6 +44,7 @@ PAGE = 200  # runs a request; Prefect's own limit
 SHOWN_JOBS = 5  # candidates that a message lists
 BY = "talaria.by"  # label of a run: who asked for it
 UNDER_WAY = (StateType.PENDING, StateType.RUNNING, StateType.CANCELLING)
+GIVEN_UP = (StateType.FAILED, StateType.CRASHED)
 SOON_S = 20  # a next attempt further away than this is not waited for
 
 
@@ -233,12 +237,23 @@ def kind_of(flow_run: FlowRun) -> str:
 
 
 async def jobs(
-    client: PrefectClient, limit: int, offset: int = 0, flows: tuple[str, ...] = ("dispatch", "retrieve")
+    client: PrefectClient,
+    limit: int,
+    offset: int = 0,
+    flows: tuple[str, ...] = ("dispatch", "retrieve"),
+    states: tuple[StateType, ...] = (),
 ) -> list[FlowRun]:
-    """Return the newest runs of some flows, dispatches and retrievals unless others are named."""
+    """Return the newest runs of some flows, dispatches and retrievals unless others are named.
+
+    Args:
+        states: only those that are in one of these.
+    """
     ids = [(await deployed(client, name)).id for name in flows]
     return await client.read_flow_runs(
         deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=ids)),
+        flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[*states])))
+        if states
+        else None,
         sort=FlowRunSort.EXPECTED_START_TIME_DESC,
         limit=limit,
         offset=offset,

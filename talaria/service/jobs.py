@@ -17,7 +17,8 @@ from talaria.engine import recovery, runs
 from talaria.service import Conflict, Office, recorded
 from talaria.settings import POOL
 from tasks.dispatch import kept, progress, rest
-from transfer.errors import NotFound
+from tasks.names import split
+from transfer.errors import Misconfigured, NotFound
 
 KINDS = {"dispatch": "dispatch", "retrieval": "retrieve", "query": "find"}  # of jobs, and the flows that they run
 JOBS = ("dispatch", "retrieval")
@@ -29,9 +30,12 @@ QUICK_S = 5.0  # how long it is looked at often after somebody has begun to foll
 FAR_S = 1.0  # between two looks at the progress of a run of another machine
 
 
-async def list_jobs(office: Office, limit: int = 50, kinds: tuple[str, ...] = JOBS) -> dict[str, Any]:
-    """Return the newest jobs of some kinds."""
-    found = await runs.jobs(office.client, limit, flows=tuple(KINDS[kind] for kind in kinds))
+async def list_jobs(
+    office: Office, limit: int = 50, kinds: tuple[str, ...] = JOBS, failed: bool = False
+) -> dict[str, Any]:
+    """Return the newest jobs of some kinds; with `failed`, of those that were given up."""
+    states = runs.GIVEN_UP if failed else ()
+    found = await runs.jobs(office.client, limit, flows=tuple(KINDS[kind] for kind in kinds), states=states)
     return {"jobs": [line(one) for one in found]}
 
 
@@ -84,12 +88,35 @@ async def found(office: Office, job: str, kinds: tuple[str, ...] = tuple(KINDS))
     return flow_run
 
 
-async def retry_job(office: Office, job: str, kinds: tuple[str, ...] = tuple(KINDS)) -> dict[str, Any]:
-    """Run an ended job again: only what is missing is fetched or sent, only a failed hook is run."""
+async def retry_job(office: Office, job: str, kinds: tuple[str, ...] = tuple(KINDS), only: str = "") -> dict[str, Any]:
+    """Run an ended job again: only what is missing is fetched or sent, only a failed hook is run.
+
+    Args:
+        only: of a dispatch, the one target that is tried again.
+
+    Raises:
+        Misconfigured: it is not one of the job's targets, or its receipts are not on this machine.
+    """
     flow_run = await found(office, job, kinds)
+    run_id = str(flow_run.id)
+    if only:
+        targets = [split(name)[1] for name in flow_run.parameters.get("targets", ())]
+        if runs.kind_of(flow_run) != "dispatch" or only not in targets:
+            raise Misconfigured(f"{only} is not one of the targets of {run_id}: {', '.join(targets)}")
     if flow_run.state and flow_run.state.is_final():
-        rest.forget(office.home, str(flow_run.id))  # it begins anew
+        rest.forget(office.home, run_id)  # it begins anew
+        if only and not rest.leave_out(office.home, run_id, [name for name in targets if name != only]):
+            raise Misconfigured(f"the receipts of {run_id} are not on this machine: retry all of it")
     return await _done(office, await runs.retry(office.client, flow_run.id), "retry", "queued")
+
+
+async def send_job(office: Office, job: str, to: list[str]) -> dict[str, Any]:
+    """Send the files of a dispatch to other targets, in a dispatch of its own."""
+    from talaria.service.dispatches import create_dispatch  # it uses this module
+
+    flow_run = await found(office, job, ("dispatch",))
+    asked = {key: value for key, value in flow_run.parameters.items() if key not in ("targets", "force")}
+    return await create_dispatch(office, targets=to, **asked)
 
 
 async def cancel_job(office: Office, job: str, kinds: tuple[str, ...] = tuple(KINDS)) -> dict[str, Any]:

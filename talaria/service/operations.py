@@ -24,6 +24,7 @@ CALLS: dict[str, Callable[..., Awaitable[dict[str, Any]]]] = {
     "list_jobs": jobs.list_jobs,
     "show_job": jobs.show_job,
     "retry_job": jobs.retry_job,
+    "send_job": jobs.send_job,
     "cancel_job": jobs.cancel_job,
     "pause_job": jobs.pause_job,
     "resume_job": jobs.resume_job,

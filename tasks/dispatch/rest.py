@@ -102,6 +102,14 @@ def forget(home: Home, run_id: str) -> None:
         _path(home, run_id).unlink()
 
 
+def leave_out(home: Home, run_id: str, targets: Iterable[str]) -> bool:
+    """Let a run that has ended do no more for some targets when it runs again; return False if it left no receipts."""
+    if not home.receipt(run_id).exists():
+        return False
+    save(home, run_id, Rest(left={name: Left(ended=True) for name in targets}))
+    return True
+
+
 def clear(home: Home, before: float) -> None:
     """Remove what runs have left behind that were not heard of since `before`, in seconds since the epoch."""
     for path in (home.root / "waiting").glob("*.json"):

@@ -66,7 +66,7 @@ class Dispatch:
         self.cancelled, self.paused = running.flag(flow_run_id), running.pause(flow_run_id)
         self.staging = home.staging / flow_run_id
         self.deliveries: list[Delivery] = []
-        self.rest = rest.load(home, flow_run_id) if line.may_rest() else rest.Rest()
+        self.rest = rest.Rest() if running.whole() else rest.load(home, flow_run_id)
         self.waits: dict[str, Wait] = {}  # by target
         self._held: dict[str, AsyncExitStack] = {}  # slots that were taken before the files are staged, by target
         self._failed: dict[str, tuple[str, bool]] = {}  # targets that a test found dead: why, whether it was the last

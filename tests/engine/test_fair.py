@@ -172,3 +172,27 @@ def test_a_target_that_does_not_answer_is_tested_by_one_run_at_a_time(up: Talari
         up.until(lambda: all(up.run(run)["state"]["type"] == "COMPLETED" for run in [*runs, last]))
         assert breaker(up) == {"state": "closed"}
         up.until(lambda: "talaria.target.silent" in events(up, "talaria.breaker.closed"))
+
+
+def test_what_was_given_up_is_listed_retried_for_one_target_and_sent_elsewhere(up: Talaria, tmp_path: Path) -> None:
+    studies.ct(tmp_path / "study", 2)
+    gone = {name: folder(tmp_path / name, max_attempts=1, retry_delay_s=0) for name in ("first", "second")}
+    up.apply(**gone, other=folder(tmp_path / "other"))
+    for name in gone:
+        (tmp_path / name).rmdir()
+    run = up.told("send", str(tmp_path / "study"), "--to", "first,second", code=1)["flow_run_id"]
+    (listed,) = (one for one in up.told("jobs", "list", "--failed")["jobs"] if one["id"] == run)
+    assert listed["state"] == "Failed" and "first failed" in listed["message"]
+    assert run in up.here("jobs", "list", "--failed").stdout
+    sent = up.told("jobs", "send", run, "--to", "other")
+    assert sent["flow_run_id"] != run and sent["state"] == "delivered" and len(files(tmp_path / "other")) == 2
+    for name in gone:
+        (tmp_path / name).mkdir()
+    again = up.told("jobs", "retry", run, "--only", "second", code=1)
+    assert again["flow_run_id"] == run and again["state"] == "partial"
+    assert [one["state"] for one in again["targets"].values()] == ["failed", "delivered"]
+    assert not files(tmp_path / "first") and len(files(tmp_path / "second")) == 2
+    refused = up.here("jobs", "retry", run, "--only", "third")
+    assert refused.returncode == 2 and "not one of the targets" in refused.stderr
+    assert sent["flow_run_id"] not in {one["id"] for one in up.told("jobs", "list", "--failed")["jobs"]}
+    assert up.told("jobs", "retry", run)["state"] == "delivered" and len(files(tmp_path / "first")) == 2

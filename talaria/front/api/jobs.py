@@ -7,9 +7,10 @@ from typing import Annotated, Any
 
 from fastapi import FastAPI, Query
 from fastapi.responses import StreamingResponse
+from pydantic import Field
 
 from talaria.front.access import Role, needs
-from talaria.front.api.asking import Asked, add, streamed
+from talaria.front.api.asking import Asked, RequestBody, add, streamed
 
 COLLECTIONS = {
     "jobs": ("dispatch", "retrieval"),
@@ -18,6 +19,8 @@ COLLECTIONS = {
     "queries": ("query",),
 }
 All = Annotated[bool, Query(description="List delivered items too.")]
+GivenUp = Annotated[bool, Query(description="List only those that were given up.")]
+Only = Annotated[str, Query(description="Of a dispatch, the one target that is tried again.")]
 Limit = Annotated[int, Query(ge=1, le=200, description="How many, newest first.")]
 
 
@@ -25,7 +28,23 @@ def add_to(app: FastAPI) -> None:
     """Add the routes. `{job}`: the id of the run or its beginning, or of the dispatch."""
     for collection, kinds in COLLECTIONS.items():
         _add(app, collection, kinds)
+    for collection, one in {"jobs": "job", "dispatches": "dispatch"}.items():
+        add(app, "POST", f"/{collection}/{{job}}/send", send_job, name=f"send_{one}")
     add(app, "POST", "/recover", recover_jobs)
+
+
+class Destinations(RequestBody):
+    """Where to send what a dispatch sent."""
+
+    to: list[str] = Field(min_length=1, description="Names of targets.")
+
+
+@needs(Role.OPERATOR)
+async def send_job(asked: Asked, job: str, body: Destinations) -> dict[str, Any]:
+    """Send the files of a dispatch to other targets, in a dispatch of its own; answers as if it had been created."""
+    from talaria.service import jobs
+
+    return await jobs.send_job(await asked(), job, body.to)
 
 
 @needs(Role.OPERATOR)
@@ -40,11 +59,11 @@ def _add(app: FastAPI, collection: str, kinds: tuple[str, ...]) -> None:
     one = "job" if collection == "jobs" else kinds[0]
 
     @needs(Role.VIEWER)
-    async def list_jobs(asked: Asked, limit: Limit = 50) -> dict[str, Any]:
+    async def list_jobs(asked: Asked, limit: Limit = 50, failed: GivenUp = False) -> dict[str, Any]:
         """List the newest, with their states."""
         from talaria.service import jobs
 
-        return await jobs.list_jobs(await asked(), limit, kinds)
+        return await jobs.list_jobs(await asked(), limit, kinds, failed)
 
     @needs(Role.VIEWER)
     async def show_job(asked: Asked, job: str, all_items: All = False) -> dict[str, Any]:
@@ -72,11 +91,11 @@ def _add(app: FastAPI, collection: str, kinds: tuple[str, ...]) -> None:
         return await streamed(jobs.follow_job(await asked(), job, all_items, kinds))
 
     @needs(Role.OPERATOR)
-    async def retry_job(asked: Asked, job: str) -> dict[str, Any]:
+    async def retry_job(asked: Asked, job: str, only: Only = "") -> dict[str, Any]:
         """Run an ended one again: only what is missing is fetched or sent."""
         from talaria.service import jobs
 
-        return await jobs.retry_job(await asked(), job, kinds)
+        return await jobs.retry_job(await asked(), job, kinds, only)
 
     @needs(Role.OPERATOR)
     async def cancel_job(asked: Asked, job: str) -> dict[str, Any]:
