@@ -240,7 +240,7 @@ class Ledger:
             return dict(self._db.execute("SELECT flow_run_id, owner FROM runs WHERE ended IS NULL"))
 
     def prune(self, before: float) -> int:
-        """Delete dispatches whose last row is older than `before` (seconds since the epoch); return how many rows."""
+        """Delete dispatches and other runs that ended before a time (seconds since the epoch); return how many rows."""
         with self._writing() as db:
             old = (
                 "SELECT dispatch_id FROM items GROUP BY dispatch_id HAVING MAX(time) < ?"
@@ -252,7 +252,9 @@ class Ledger:
                 "DELETE FROM hooks WHERE dispatch_id=?",
                 "DELETE FROM runs WHERE dispatch_id=?",
             )
-            return sum(db.execute(delete, (one,)).rowcount for delete in deletions for one in ids)
+            # Checks, queries and retrievals have a row as runs, and nothing else.
+            others = db.execute("DELETE FROM runs WHERE dispatch_id='' AND ended < ?", (before,)).rowcount
+            return others + sum(db.execute(delete, (one,)).rowcount for delete in deletions for one in ids)
 
 
 def write_json(path: Path, document: dict[str, Any]) -> None:

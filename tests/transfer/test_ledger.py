@@ -158,6 +158,19 @@ def test_prune_forgets_whole_dispatches_that_are_over(path: Path, monkeypatch: p
         assert len(ledger.results("mixed")["pacs"]) == 2
 
 
+def test_prune_forgets_runs_that_are_no_dispatches(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Ledger(path) as ledger:
+        now = time.time()
+        for run, age, over in (("old", 50, True), ("new", 1, True), ("runs", 50, False)):
+            monkeypatch.setattr(time, "time", lambda age=age: now - age)
+            ledger.run_begins(run, "owner")
+            if over:
+                ledger.run_ends(run)
+        assert ledger.prune(now - 10) == 1
+        assert ledger.unfinished() == {"runs": "owner"}
+        assert ledger.prune(now - 10) == 0 and ledger.prune(now) == 1
+
+
 def test_only_its_owner_may_read_it(path: Path) -> None:
     with Ledger(path) as ledger:
         ledger.record("d", "pacs", "e", ITEMS[0], DELIVERED)
