@@ -8,14 +8,13 @@ import os
 import secrets
 import stat
 import tempfile
-import tomllib
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from pydantic import Field, ValidationError, field_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
-from talaria.home import files
+from talaria.home import settings_files
 from transfer import roots
 from transfer.home import Home
 from transfer.validation import what_is_wrong
@@ -84,7 +83,7 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return (init_settings, env_settings, *(TomlConfigSettingsSource(settings_cls, file) for file in files()))
+        return (init_settings, env_settings, *(InitSettingsSource(settings_cls, one) for one in settings_files()))
 
 
 def load_settings() -> Settings:
@@ -97,8 +96,6 @@ def load_settings() -> Settings:
         settings = Settings()
     except ValidationError as exc:
         raise ValueError(f"setting {what_is_wrong(exc.errors(), Settings.model_fields)}{_WHERE}") from exc
-    except tomllib.TOMLDecodeError as exc:
-        raise ValueError(f"talaria.toml can't be read: {exc}") from exc
     try:
         DispatchWindow.parse(settings.off_peak)
     except ValueError as exc:

@@ -7,11 +7,14 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from talaria import settings
+from talaria.home import home_of_settings
 from talaria.server import _locked, child
 from transfer.audit import Event, pseudonym, record
 from transfer.home import Home
@@ -61,9 +64,73 @@ def test_a_link_that_another_user_made_is_refused(tmp_path: Path, monkeypatch: p
         settings.load_settings()
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a link away")
+def test_every_link_that_leads_to_settings_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far" / "other.toml").write_text("port = 4999\n")
+    (tmp_path / "far" / "link").symlink_to("other.toml")
+    (tmp_path / "talaria.toml").symlink_to(tmp_path / "far" / "link")
+    assert settings.load_settings().port == 4999
+    os.lchown(tmp_path / "far" / "link", 12345, 12345)
+    with pytest.raises(ValueError, match="belongs to another user"):
+        settings.load_settings()
+
+
+@pytest.mark.parametrize("read", [lambda: settings.load_settings().port, home_of_settings])
+def test_the_settings_that_are_read_are_those_that_were_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: Callable[[], Any]
+) -> None:
+    """Somebody who may write to the folder puts another file there as soon as the first one has been looked at."""
+    file, foreign = tmp_path / "talaria.toml", tmp_path / "foreign"
+    file.write_text(f"port = 4998\nhome = '{tmp_path}/ours'\n")
+    ours = file.stat().st_ino
+    foreign.write_text(f"port = 4999\nhome = '{tmp_path}/theirs'\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TALARIA_HOME", "")
+    swaps = []
+
+    def swapping(look: Callable[..., os.stat_result]) -> Callable[..., os.stat_result]:
+        def looked(*args: Any, **kwargs: Any) -> os.stat_result:
+            info = look(*args, **kwargs)
+            if info.st_ino == ours and not swaps:
+                swaps.append(info)
+                os.replace(foreign, file)  # noqa: PTH105 - it looks at nothing
+            return info
+
+        return looked
+
+    with monkeypatch.context() as patched:
+        for name in ("stat", "lstat", "fstat"):
+            patched.setattr(os, name, swapping(getattr(os, name)))
+        found = read()
+    assert swaps and found in (4998, tmp_path / "ours")
+
+
+@pytest.mark.parametrize("kind", ["fifo", "loop", "folder", "endless"])
+def test_settings_that_are_no_file_of_ordinary_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "talaria.toml"
+    if kind == "fifo":
+        os.mkfifo(file, 0o600)
+    elif kind == "loop":
+        file.symlink_to("talaria.toml")
+    elif kind == "folder":
+        file.mkdir(0o700)
+    else:
+        with open(file, "wb") as opened:
+            opened.truncate(1 << 40)
+        file.chmod(0o600)
+    with pytest.raises(ValueError, match=r"talaria\.toml can't be read"):
+        settings.load_settings()
+
+
 def test_settings_that_are_no_toml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "talaria.toml").write_text("port 4999\n")
+    with pytest.raises(ValueError, match=r"talaria\.toml can't be read"):
+        settings.load_settings()
+    (tmp_path / "talaria.toml").write_bytes(b"contact = '\xff'\n")
     with pytest.raises(ValueError, match=r"talaria\.toml can't be read"):
         settings.load_settings()
 
