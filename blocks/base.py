@@ -5,13 +5,17 @@ from __future__ import annotations
 import hashlib
 import re
 from abc import ABC
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
-from typing import ClassVar
+from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
 from prefect.blocks.core import Block
+from prefect.client.schemas.objects import BlockDocument
 from pydantic import ConfigDict, Field, PrivateAttr, SecretStr, field_validator, model_validator
 
 from transfer.globs import patterns
@@ -25,6 +29,8 @@ HOST = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?\.?|\[?[0-9A-Fa-f:
 EMAIL = re.compile(r"[^@\s,;<>]+@[^@\s,;<>]+")
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 NO_ORIGIN = Origin()
+MASK = "********"  # what the server answers in the place of a secret
+_MASKED: ContextVar[bool] = ContextVar("masked", default=False)
 LOGO = "https://raw.githubusercontent.com/PrefectHQ/prefect/main/docs/logo/dark.svg"
 
 
@@ -173,6 +179,29 @@ class Target(Block, ABC):
         value = str(getattr(self, self.host_in) or "") if self.host_in else ""
         return (urlsplit(value).hostname or "") if "://" in value else value
 
+    @classmethod
+    def secret_fields(cls) -> frozenset[str]:
+        """Return the names of the fields that are secret."""
+        return frozenset(name for name, field in cls.model_fields.items() if "SecretStr" in str(field.annotation))
+
+    def _to_block_document(self, *args: Any, **kwargs: Any) -> BlockDocument:
+        """Save a secret that is not set as null, which the server does not mask: lists then show what is set."""
+        document = super()._to_block_document(*args, **kwargs)
+        for name in self.secret_fields():
+            value = getattr(self, name)
+            if isinstance(value, SecretStr) and not value.get_secret_value():
+                document.data[name] = None
+        return document
+
+    @model_validator(mode="before")
+    @classmethod
+    def _unset(cls, values: Any) -> Any:
+        """Take a secret that is null, as it was saved, for one that is not given."""
+        if not isinstance(values, dict):
+            return values
+        unset = {name for name in cls.secret_fields() if name in values and values[name] is None}
+        return {name: value for name, value in values.items() if name not in unset}
+
     @property
     def stores(self) -> bool:
         return self.direction is not Direction.QUERY
@@ -207,6 +236,21 @@ class Target(Block, ABC):
         if self.retry_max_delay_s < self.retry_delay_s:
             raise ValueError("retry_max_delay_s must not be less than retry_delay_s")
         return self
+
+
+@contextmanager
+def masked_secrets() -> Iterator[None]:
+    """Let targets be made, in the block, of documents whose secrets the server has masked."""
+    token = _MASKED.set(True)
+    try:
+        yield
+    finally:
+        _MASKED.reset(token)
+
+
+def is_masked(value: SecretStr) -> bool:
+    """Return True if a secret is not known: only its mask was answered."""
+    return _MASKED.get() and value.get_secret_value() == MASK
 
 
 def check_name(name: str) -> str:

@@ -6,7 +6,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, field_validator
 
-from blocks.base import CONTROL, Target, check_host
+from blocks.base import CONTROL, Target, check_host, is_masked
 
 ENVIRONMENT = "environment"
 
@@ -23,7 +23,7 @@ class Proxied(Target):
     @field_validator("proxy")
     @classmethod
     def _proxy(cls, value: SecretStr) -> SecretStr:
-        return SecretStr(check_proxy(value.get_secret_value()))
+        return value if is_masked(value) else SecretStr(check_proxy(value.get_secret_value()))
 
 
 def check_proxy(value: str) -> str:

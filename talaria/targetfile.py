@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import SecretStr, ValidationError
 
 from blocks import REFUSED, TYPES, Target
-from blocks.base import check_name
+from blocks.base import MASK, check_name
 from talaria.targetyaml import document, filled
 from tasks.targets import Broken
 from transfer.errors import Misconfigured
@@ -135,7 +135,7 @@ def values_of(target: Target, *, secrets: bool = False) -> dict[str, Any]:
             continue
         if isinstance(value, SecretStr):
             if secrets and value.get_secret_value():
-                values[name] = "********"
+                values[name] = MASK
             continue
         values[name] = value
     dumped = target.model_dump(mode="json", include=set(values) - {"type"})

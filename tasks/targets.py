@@ -1,4 +1,6 @@
-"""Targets as Prefect keeps them: found by name over all types, loaded with their secrets, saved and removed.
+"""Targets as Prefect keeps them: found by name over all types, loaded, saved and removed.
+
+Secrets are asked for only of targets that are about to be used; others are made of what the server answers without.
 
 A name that several targets have (Prefect's own pages allow that) is refused everywhere unless the type precedes it.
 """
@@ -16,6 +18,7 @@ from prefect.client.schemas.objects import BlockDocument
 from pydantic import ValidationError
 
 from blocks import REFUSED, TYPES, Target
+from blocks.base import MASK, masked_secrets
 from tasks import DRIVERS
 from tasks.names import ambiguous, pick, qualified, split, type_of
 from tasks.paging import PAGE
@@ -42,27 +45,37 @@ def facts(one: Target | Broken) -> dict[str, Any]:
     return {"name": one.name, "type": one.type_name, **known}
 
 
-async def all_targets(client: PrefectClient) -> list[Target | Broken]:
-    """Return every saved target, with secrets, by name; a Broken for one that can't be loaded."""
+async def all_targets(client: PrefectClient, used: Iterable[str] = ()) -> list[Target | Broken]:
+    """Return every saved target, by name; a Broken for one that can't be loaded.
+
+    Args:
+        used: the names of those that are loaded with their secrets; of others, secrets that are set are masked.
+    """
+    there = {document.id: document for document in await documents(client)}
+    if names := {str(document.name) for document in there.values()} & set(used):
+        there |= {document.id: document for document in await documents(client, names, secrets=True)}
     found: list[Target | Broken] = []
-    for document in await documents(client):
+    for document in there.values():
         try:
-            found.append(from_document(document))
+            found.append(await _made(client, document, known=document.name in names))
         except Misconfigured as exc:
             found.append(Broken(str(document.name), type_of(document), exc.message, document.created))
     return sorted(found, key=lambda target: target.name)
 
 
-async def documents(client: PrefectClient, names: Iterable[str] | None = None) -> list[BlockDocument]:
-    """Return the block documents of targets, all or those with these names."""
+async def documents(
+    client: PrefectClient, names: Iterable[str] | None = None, *, secrets: bool = False
+) -> list[BlockDocument]:
+    """Return the block documents of targets, all or those with these names; secrets masked unless they are wanted."""
     body: dict[str, Any] = {
         # Of every type, also one whose package is gone: its targets are listed as broken, not left out.
         "block_schemas": {"block_capabilities": {"all_": Target._block_schema_capabilities}},
         "block_documents": {"is_anonymous": {"eq_": False}},
-        "include_secrets": True,
         "limit": PAGE,
         "offset": 0,
     }
+    if secrets:
+        body["include_secrets"] = True
     if names is not None:
         body["block_documents"]["name"] = {"any_": list(names)}
     found: list[BlockDocument] = []
@@ -73,6 +86,33 @@ async def documents(client: PrefectClient, names: Iterable[str] | None = None) -
         if len(page) < PAGE:
             return found
         body["offset"] += PAGE
+
+
+async def _made(client: PrefectClient, document: BlockDocument, *, known: bool) -> Target:
+    """Return the target that a document holds, which may be one without secrets (`known` false).
+
+    Raises:
+        Misconfigured: as of `from_document`.
+    """
+    if known:
+        return from_document(document)
+    try:
+        with masked_secrets():
+            return from_document(document)
+    except Misconfigured as exc:
+        if not _may_be_the_mask(document, exc.__cause__):
+            raise
+    whole = await documents(client, [str(document.name)], secrets=True)
+    return from_document(next((one for one in whole if one.id == document.id), document))
+
+
+def _may_be_the_mask(document: BlockDocument, exc: BaseException | None) -> bool:
+    """Return True if settings may be valid once the secrets are known: a type judges these, too."""
+    masked = {name for name, value in document.data.items() if value == MASK}
+    if not masked or not isinstance(exc, ValidationError):
+        return bool(masked) and exc is not None
+    places = [error["loc"] for error in exc.errors(include_input=False, include_context=False)]
+    return all(not place or place[0] in masked for place in places)
 
 
 def from_document(document: BlockDocument) -> Target:
@@ -112,15 +152,18 @@ def _types_by_slug() -> dict[str, type[Target]]:
     return {cls.get_block_type_slug(): cls for cls in TYPES.values()}
 
 
-async def load(client: PrefectClient, names: Iterable[str]) -> list[Target]:
+async def load(client: PrefectClient, names: Iterable[str], *, secrets: bool = True) -> list[Target]:
     """Load targets by name, or by `type/name`, in that order, each once.
+
+    Args:
+        secrets: whether they are about to be used; else the secrets that are set are masked.
 
     Raises:
         NotFound: there is no such target; the message lists the existing ones.
         Misconfigured: its settings are not valid, or a name means several targets.
     """
     wanted = list(dict.fromkeys(names))
-    there = await documents(client, {split(name)[1] for name in wanted})
+    there = await documents(client, {split(name)[1] for name in wanted}, secrets=secrets)
     found = {name: pick(name, there) for name in wanted}
     missing = [name for name, document in found.items() if document is None]
     if missing:
@@ -130,7 +173,7 @@ async def load(client: PrefectClient, names: Iterable[str]) -> list[Target]:
         alike = [one for one in chosen.values() if one.name == document.name]
         if len(alike) > 1:  # the ledger and the receipts know targets by their names
             raise ambiguous(str(document.name), alike)
-    return [from_document(document) for document in chosen.values()]
+    return [await _made(client, document, known=secrets) for document in chosen.values()]
 
 
 async def _no_target(client: PrefectClient, names: Iterable[str]) -> NotFound:

@@ -53,8 +53,7 @@ async def create_dispatch(
     targets = list(dict.fromkeys(targets))
     if not targets:
         raise ValueError("no target is named")
-    destinations = await load(office.client, targets)
-    for target in destinations:
+    for target in await load(office.client, targets, secrets=False):
         check_destination(target)
     if office.embedded:
         await asyncio.to_thread(look, paths, patterns(exclude))
@@ -71,7 +70,7 @@ async def create_dispatch(
     name = runs.unplanned(targets)
     flow_run = await queued(office, "dispatch", parameters, name, priority, key, what="dispatch", show_plan=planned)
     fresh = not flow_run.run_count and not runs.under_way(flow_run)  # not made before, with the same key
-    document = await _planned(office, flow_run, destinations) if planned and fresh else None
+    document = await _planned(office, flow_run) if planned and fresh else None
     return {"run": line(flow_run)} | (document or await _of_queue(office, flow_run, targets))
 
 
@@ -92,7 +91,7 @@ async def _of_queue(office: Office, flow_run: FlowRun, targets: list[str]) -> di
     }
 
 
-async def _planned(office: Office, flow_run: FlowRun, targets: list[Target]) -> dict[str, Any] | None:
+async def _planned(office: Office, flow_run: FlowRun) -> dict[str, Any] | None:
     """Wait for the plan that a worker makes of a dispatch; read the files here if none takes it soon.
 
     Returns:
@@ -108,15 +107,16 @@ async def _planned(office: Office, flow_run: FlowRun, targets: list[Target]) -> 
         if flow_run.state and flow_run.state.is_final():
             return trimmed(await result(office, flow_run))
         if (office.alone or waited > UNTAKEN_S) and not runs.under_way(flow_run):
-            return await _read_here(office, flow_run, targets) if office.embedded else None
+            return await _read_here(office, flow_run) if office.embedded else None
         await asyncio.sleep(PLAN_S)
         flow_run = await office.client.read_flow_run(flow_run.id)
     return None
 
 
-async def _read_here(office: Office, flow_run: FlowRun, targets: list[Target]) -> dict[str, Any]:
+async def _read_here(office: Office, flow_run: FlowRun) -> dict[str, Any]:
     """Read the files of a dispatch that no worker has begun; return what it is going to do."""
     asked = flow_run.parameters
+    targets = await load(office.client, asked["targets"])
     origin = Origin(asked["sender_aet"], asked["receiver_aet"], asked["sender_host"])
 
     def read() -> dict[str, Any]:
@@ -145,7 +145,7 @@ async def plan_dispatch(
     sender_host: str = "",
 ) -> dict[str, Any]:
     """Return what a dispatch would send; the files are read on this machine."""
-    found: list[Target] = await load(office.client, list(dict.fromkeys(targets)))
+    found: list[Target] = await load(office.client, list(dict.fromkeys(targets)), secrets=False)
     for target in found:
         check_destination(target)
     plan = await asyncio.to_thread(scan, paths, patterns(exclude), Origin(sender_aet, receiver_aet, sender_host))

@@ -79,7 +79,7 @@ async def create_query(office: Office, source: str, key: str = "", **keys: Any) 
     query = query_of(**keys)
     if query.PatientID or query.PatientName or query.SeriesInstanceUID:
         raise ValueError("what is kept with a run names no patient and no series: ask for matches instead")
-    (target,) = await load(office.client, [source])
+    (target,) = await load(office.client, [source], secrets=False)
     check_source(target)
     parameters = {
         "source": source,
@@ -136,11 +136,12 @@ async def create_retrieval(
         raise ValueError(f"{into}: give the folder's absolute path")
     if into and office.embedded:  # else the folder is another machine's
         await asyncio.to_thread(check_into, Path(into))
-    (origin,) = await load(office.client, [source])
+    asks = bool(wanted.PatientID or wanted.PatientName)
+    (origin,) = await load(office.client, [source], secrets=asks)
     check_source(origin)
-    for target in await load(office.client, parameters["targets"]) if targets else ():
+    for target in await load(office.client, parameters["targets"], secrets=False) if targets else ():
         check_destination(target)
-    if wanted.PatientID or wanted.PatientName:  # no patient's name or ID gets into a run's parameters
+    if asks:  # no patient's name or ID gets into a run's parameters
         find = DRIVERS.of(origin).find
         assert find is not None  # noqa: S101 - check_source has seen it
         query = replace(wanted, AccessionNumber=numbers)

@@ -45,7 +45,7 @@ def _types() -> dict[str, Any]:
             field: {
                 "description": cls.model_fields[field].description,
                 "required": cls.model_fields[field].is_required(),
-                "secret": field in _secrets(cls),
+                "secret": field in cls.secret_fields(),
             }
             for field in field_names(cls)
         }
@@ -94,17 +94,13 @@ async def show_target(office: Office, name: str, given: bool = False) -> dict[st
     Args:
         given: only those that are not the defaults.
     """
-    (target,) = await load(office.client, [name])
+    (target,) = await load(office.client, [name], secrets=False)
     values = {"name": target.name, **values_of(target, secrets=True)}
     if given:
         return values
-    hidden = {"block_type_slug", *_secrets(type(target))}
+    hidden = {"block_type_slug", *target.secret_fields()}
     every = {key: value for key, value in target.model_dump(mode="json").items() if key not in hidden}
     return {"name": target.name} | every | values
-
-
-def _secrets(cls: type[Target]) -> set[str]:
-    return {field for field, info in cls.model_fields.items() if "SecretStr" in str(info.annotation)}
 
 
 async def apply_targets(
@@ -116,7 +112,7 @@ async def apply_targets(
 ) -> dict[str, Any]:
     """Create or update targets; all of them or, if one is wrong, none."""
     wanted = made(targets)
-    there = await all_targets(office.client)
+    there = await all_targets(office.client, used=wanted)
     actions = {name: action_for(target, there, replace=replace) for name, target in wanted.items()}
     old = [one for one in there if prune and one.name not in wanted]
     for name, action in actions.items() if not dry_run else ():
@@ -200,14 +196,15 @@ async def test_targets(office: Office, name: str | None = None) -> AsyncIterator
     Yields:
         "probe" with a target's name and a probe, as each is made; "result" with the JSON of `target test`.
     """
-    found: list[Target | Broken] = [*await load(office.client, [name])] if name else [*await all_targets(office.client)]
+    found: list[Target | Broken] = []
+    found += await load(office.client, [name], secrets=False) if name else await all_targets(office.client)
     for one in found:
         if isinstance(one, Broken):
             for event in _ended(_failed(one.name, "settings", one.reason)):
                 yield event
         elif name or one.enabled:
             here = office.alone or not await workers(office.client)
-            async for event in _check_here(one, saved=True) if here else _check_there(office, one):
+            async for event in _check_saved(office, one) if here else _check_there(office, one):
                 yield event
 
 
@@ -216,6 +213,18 @@ async def test_values(office: Office, targets: dict[str, Any]) -> AsyncIterator[
     for target in made(targets).values():
         async for event in _check_here(target, saved=False):
             yield event
+
+
+async def _check_saved(office: Office, target: Target) -> AsyncIterator[Event]:
+    """Check a saved target here, with its secrets."""
+    try:
+        (whole,) = await load(office.client, [f"{target.type_name}/{target.name}"])
+    except Misconfigured as exc:  # one of its secrets is not valid, or it is gone
+        for event in _ended(_failed(target.name, "settings", exc.message)):
+            yield event
+        return
+    async for event in _check_here(whole, saved=True):
+        yield event
 
 
 async def _check_here(target: Target, *, saved: bool) -> AsyncIterator[Event]:

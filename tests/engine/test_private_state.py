@@ -95,7 +95,7 @@ def test_the_settings_that_are_read_are_those_that_were_checked(
             info = look(*args, **kwargs)
             if info.st_ino == ours and not swaps:
                 swaps.append(info)
-                os.replace(foreign, file)  # noqa: PTH105 - it looks at nothing
+                os.replace(foreign, file)
             return info
 
         return looked
