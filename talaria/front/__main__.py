@@ -156,6 +156,7 @@ def _config(app: Any, *, lifespan: Any, **tls: Any) -> uvicorn.Config:
         timeout_graceful_shutdown=GRACE_S,
         proxy_headers=False,  # the gate decides which proxies are trusted
         server_header=False,
+        http="h11",  # bounds the head of a request, which httptools, where it is installed, does not
         **tls,
     )
 

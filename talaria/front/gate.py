@@ -31,6 +31,7 @@ Application = Callable[[Message, Receive, Send], Awaitable[None]]
 
 OWN = "/talaria"
 _SAFE = ("GET", "HEAD", "OPTIONS")
+_AUTOMATION = {b"prefect-automation-id", b"prefect-automation-name"}  # would stand in `created_by` as who made a run
 _logger = logging.getLogger("talaria.front")
 
 
@@ -110,7 +111,7 @@ class Gate:
             passed["talaria.cookie"] = asker.cookie
             if not is_own(path):
                 receive = await self._inspected(scope, receive, who)
-                passed["headers"] = self._with_credential(scope["headers"])
+                passed["headers"] = self._with_credential(scope["headers"], who)
                 if _is_settings(path):  # they are changed on the way, so they must not be compressed
                     passed["headers"] = [one for one in passed["headers"] if one[0] != b"accept-encoding"]
         except _Refused as exc:
@@ -136,8 +137,8 @@ class Gate:
         peer = scope["client"][0] if scope.get("client") else ""
         proxied = bool(self.door.peers) and not inner
         secure = (self.door.tls or proxied) and not inner
-        if any(part in (".", "..") for part in scope["path"].split("/")) or not scope["path"].startswith("/"):
-            raise _Refused(400, "the path has dots for folders")  # another server may read it as another path
+        if not _is_plain(scope["path"]):
+            raise _Refused(400, "the path has dots for folders, double slashes or backslashes")
         try:
             host = header_of(headers, b"host")
             if not host_is_ours(host, scope["server"][0] if scope.get("server") else "", self.door):
@@ -205,9 +206,11 @@ class Gate:
 
         return again
 
-    def _with_credential(self, headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    def _with_credential(self, headers: list[tuple[bytes, bytes]], who: Identity) -> list[tuple[bytes, bytes]]:
         """Return the headers to pass on: with Prefect's credential in the place of the client's own."""
         private = {b"authorization", b"cookie", self.door.user_header.lower().encode()}
+        if who.role < Role.WORKER:
+            private |= _AUTOMATION
         kept = [(key, value) for key, value in headers if key not in private]
         if self.credential:
             kept.append((b"authorization", b"Basic " + base64.b64encode(self.credential.encode())))
@@ -242,7 +245,7 @@ class Gate:
             await receive()
             await send({"type": "websocket.close", "code": 1008, "reason": ""})
             return
-        passed = {**scope, SCOPE_KEY: asker.who, "headers": self._with_credential(scope["headers"])}
+        passed = {**scope, SCOPE_KEY: asker.who, "headers": self._with_credential(scope["headers"], asker.who)}
         await self.app(passed, self._first_word(receive, asker, need, known=known), send)
 
     def _may_open(self, scope: Message, asker: _Asker, need: Role) -> bool:
@@ -291,6 +294,14 @@ class Gate:
     def _may(self, text: str, local: bool, need: Role) -> bool:
         who = self.keys.of_text(text, local=local) if text else None
         return who is not None and who.role >= need
+
+
+def _is_plain(path: str) -> bool:
+    """Return True for a path that every server reads as the same one.
+
+    A server elsewhere, or a proxy before it, may resolve dots, merge slashes, and take backslashes for slashes.
+    """
+    return path.startswith("/") and not {".", ".."} & {*path.split("/")} and "//" not in path and "\\" not in path
 
 
 def _is_settings(path: str) -> bool:

@@ -122,8 +122,12 @@ def test_without_a_login_the_door_is_open_on_loopback_only(tmp_path: Path) -> No
 def test_what_is_behind_gets_its_own_credential_and_nothing_of_the_asker_s(door: FrontDoor) -> None:
     async def case() -> None:
         async with door.browser() as client:
-            answer = await client.get("/api/flows/x", headers={**door.token(Role.VIEWER), "Cookie": "a=b"})
+            names = {"Prefect-Automation-Id": "1", "Prefect-Automation-Name": "anna"}
+            answer = await client.get("/api/flows/x", headers={**door.token(Role.VIEWER), "Cookie": "a=b", **names})
             seen = answer.json()["headers"]
+            assert not {"prefect-automation-id", "prefect-automation-name"} & seen.keys()
+            ours = await client.get("/api/flows/x", headers={**door.worker, **names})
+            assert ours.json()["headers"]["prefect-automation-name"] == "anna"
             assert seen["authorization"] == basic("worker:behind")["Authorization"] and "cookie" not in seen
             settings = await client.get("/ui-settings", headers=door.machine)
             assert settings.json()["auth"] is None and settings.json()["api_url"] == "/api"
@@ -408,9 +412,19 @@ def test_websockets_know_the_same_roles(door: FrontDoor) -> None:
     run(case)
 
 
-@pytest.mark.parametrize("path", ["/api/events/count-by/..", "/api/./events/filter", "/talaria/../api/flows/x", "api"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/api/events/count-by/..", "/api/./events/filter", "/talaria/../api/flows/x", "api", "//api/flows/filter",
+        "/api//block_documents/filter", "/api/block_documents//filter", "/api\\block_documents\\filter",
+    ],
+)  # fmt: skip
 def test_a_path_that_another_server_reads_as_another_one_is_refused(door: FrontDoor, path: str) -> None:
-    """Seen: behind a client that resolves dots, `POST /api/events/count-by/..` was `POST /api/events`."""
+    """Seen: behind a client that resolves dots, `POST /api/events/count-by/..` was `POST /api/events`.
+
+    A proxy before a server elsewhere that merges slashes made `/api//block_documents/filter` the route whose bodies are
+    looked at for `include_secrets`.
+    """
     scope = {
         "type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "query_string": b"",
         "root_path": "", "scheme": "http", "client": ("127.0.0.1", 5), "server": ("127.0.0.1", 4200),
