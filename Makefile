@@ -13,7 +13,7 @@ endif
 # Containers often set it: then each start of a program compiles hundreds of modules, which is half of what it costs.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install tools demo test test-all lint lock servers clean
+.PHONY: install tools demo test test-all lint compiled lock servers clean
 .DELETE_ON_ERROR:
 
 # What the product needs to run, all types of target.
@@ -66,10 +66,17 @@ PARALLEL := --numprocesses 4 --dist worksteal --reruns 1
 PYTEST := $(BIN)/python -m pytest
 ALONE := --numprocesses 0 --last-failed --last-failed-no-failures none
 
-# The second run is that of an ordinary user, where root runs this; an ordinary user has run all of it himself.
-test: tools servers lint
+# What tests import is compiled once, beside the check of types, which takes one core: else four processes compile all
+# of it, each for itself.
+compiled: tools
+	@$(PYTEST) --collect-only -qq >.cache/collected.txt || { cat .cache/collected.txt; exit 1; }
+
+# The second run is that of an ordinary user, where root runs this; an ordinary user has run all of it himself. It is
+# short: what a further process takes to collect its tests would be most of it.
+test: tools servers
+	@$(MAKE) --no-print-directory --jobs 2 lint compiled
 	$(PYTEST) $(PARALLEL) -m "not slow" || { test $$? = 1 && $(PYTEST) $(PARALLEL) $(ALONE) -m "not slow"; }
-	@sh tests/as_another_user.sh $(PARALLEL) -m "as_user and not slow"
+	@sh tests/as_another_user.sh $(PARALLEL) --numprocesses 2 -m "as_user and not slow"
 
 test-all: tools servers lint
 	$(PYTEST) $(PARALLEL) --timeout 1800
