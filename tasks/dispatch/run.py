@@ -49,6 +49,7 @@ GRACE_S = 3  # for a driver to stop by itself before it is cancelled; a cancelle
 UNPLANNED = "to "  # begins the name of a run whose files have not been read
 SLOT_S = 2.0  # how long a run waits for a slot, where no other one rests for it; then it rests, too
 TURN_S = 15.0  # after which a run looks again for a slot, for each that stands in line before it
+APART_S = 0.25  # between the returns of runs that wait for the same target to answer
 TURNS_S = 600.0  # and at most after this
 DISABLED_S = 60  # a dispatch to a disabled target looks again after this
 
@@ -119,10 +120,13 @@ class Dispatch:
         one = breaker.read(self.home, target)
         if not one.opened:
             return False
-        left = self._left(target)
-        with breaker.testing(self.home, target) as mine:
-            if mine and one.until <= time.time() and await self._tested(target) is None:
-                return False
+        left, pause_s = self._left(target), breaker.FIRST_S
+        if one.until <= time.time():
+            with breaker.testing(self.home, target) as mine:
+                if not mine:  # whoever tests it wakes us if it answers
+                    pause_s = min(target.idle_timeout_s, breaker.LONGEST_S)
+                elif breaker.read(self.home, target).until <= time.time() and await self._tested(target) is None:
+                    return False
         one = breaker.read(self.home, target)
         if not one.opened:
             return False
@@ -132,9 +136,10 @@ class Dispatch:
             self._count(target, Unreachable(one.reason))
             if target.name not in self.waits:
                 return True
-        until, left.again = max(one.until, time.time() + breaker.FIRST_S), 0.0
-        turn = line.turn(left.tried, self.priority)
-        line.join(breaker.queue(target), self.flow_run_id, turn, until)
+        until, left.again = max(one.until, time.time() + pause_s), 0.0
+        turn, queue = line.turn(left.tried, self.priority), breaker.queue(target)
+        until += line.join(queue, self.flow_run_id, turn, until) * APART_S
+        line.join(queue, self.flow_run_id, turn, until)
         since = datetime.fromtimestamp(one.opened, UTC)
         what = f"{target.name} to answer, which it hasn't since {since:%H:%M:%S} UTC"
         self.waits[target.name] = Wait(datetime.fromtimestamp(until, UTC), what)
