@@ -22,6 +22,7 @@ class Glance:
     """Remembers where the previous instance had its UIDs: within a series the places hardly differ."""
 
     def __init__(self) -> None:
+        self._pairs: dict[tuple[str, int, bool], bytes] = {}  # the class, and how an instance begins
         self._before: dict[str, tuple[bytes, int, int, str, str]] = {}  # by transfer syntax
 
     def __call__(
@@ -63,22 +64,31 @@ class Glance:
                 self._before[syntax] = head[at:series_after], at, end, study, series
         beginning = min(end, BEGINNING_BYTES)  # the tags of class and instance are among the lowest
         sop_class, instance = likely
-        if not instance or head.find(_pair(*likely, explicit=explicit), 0, beginning) < 0:
+        if not instance or head.find(self._pair(sop_class, instance, explicit=explicit), 0, beginning) < 0:
             sop_class, _, after = _first(head, _CLASS + vr, 0, beginning)
             instance = _first(head, _INSTANCE + vr, after, beginning)[0]
         if not (study and series and sop_class and instance):
             return None
         return Header(sop_class, instance, syntax, study, series, offset, explicit=explicit)
 
+    def _pair(self, sop_class: str, instance: str, *, explicit: bool) -> bytes:
+        """Return the elements of class and instance as they follow each other in most data sets."""
+        raw = _even(instance)
+        before = self._pairs.get((sop_class, len(raw), explicit))
+        if before is None:
+            before = _begin(_CLASS, _even(sop_class), explicit=explicit) + _even(sop_class)
+            before += _begin(_INSTANCE, raw, explicit=explicit)
+            self._pairs[sop_class, len(raw), explicit] = before
+        return before + raw
 
-def _pair(sop_class: str, instance: str, *, explicit: bool) -> bytes:
-    """Return the elements of class and instance as they follow each other in most data sets."""
-    made = b""
-    for tag, uid in ((_CLASS, sop_class), (_INSTANCE, instance)):
-        raw = uid.encode("ascii", "replace")
-        raw += b"\0" * (len(raw) % 2)
-        made += tag + (b"UI" + len(raw).to_bytes(2, "little") if explicit else len(raw).to_bytes(4, "little")) + raw
-    return made
+
+def _even(uid: str) -> bytes:
+    raw = uid.encode("ascii", "replace")
+    return raw + b"\0" if len(raw) % 2 else raw
+
+
+def _begin(tag: bytes, raw: bytes, *, explicit: bool) -> bytes:
+    return tag + (b"UI" + len(raw).to_bytes(2, "little") if explicit else len(raw).to_bytes(4, "little"))
 
 
 def _once(head: bytes, element: bytes, end: int) -> tuple[str, int, int]:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from protocols.dimse.receive import NOT_AUTHORISED, Depot
 from protocols.dimse.scp import Caller
@@ -23,7 +22,6 @@ class Expected:
             the peer's own AE title, which pynetdicom's archive gives instead.
         hosts: addresses that they may come from.
         instances: their UIDs, None if they are not known.
-        heard: when something was last received; `time.monotonic`.
     """
 
     originators: frozenset[str]
@@ -31,11 +29,10 @@ class Expected:
     hosts: frozenset[str]
     instances: frozenset[str] | None
     depot: Depot
-    heard: float = field(default_factory=time.monotonic)
 
     def last_heard(self) -> float:
         """Return when something was last received."""
-        return self.heard
+        return self.depot.heard
 
 
 class MoveDesk:
@@ -65,12 +62,6 @@ class MoveDesk:
         """Return the folder for an instance, or None and the status to refuse it with."""
         one = self._of(caller, request)
         return (None, NOT_AUTHORISED) if one is None else (one.depot, 0)
-
-    def heard(self, caller: Caller, request: CommandSet | None) -> None:
-        """Note that something was received."""
-        one = None if request is None else self._of(caller, request)
-        if one is not None:
-            one.heard = time.monotonic()
 
     def _of(self, caller: Caller, request: CommandSet) -> Expected | None:
         originator, number = request.text(ORIGINATOR), request.number(ORIGINATOR_ID)

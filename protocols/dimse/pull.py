@@ -473,7 +473,7 @@ class Pull:
         early = answer.status == 0 and not (answer.completed or answer.failed or answer.warning)
         patience = self.peer.idle_timeout_s if early else min(LATE_S, self.peer.idle_timeout_s)
         while self._lacks(one) and expected.depot.failure is None:
-            if time.monotonic() - max(ended, expected.heard) >= patience:
+            if time.monotonic() - max(ended, expected.last_heard()) >= patience:
                 if early and not self._counts[one.uid]:
                     raise TimedOut(
                         f"{self.peer.where}: the peer says that it has sent the series, and nothing came within "

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 import struct
-import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,6 +53,7 @@ class Depot:
 
     Attributes:
         failure: why nothing more can be written.
+        heard: when something last came for it; `time.monotonic`.
         refused: how many instances were not wanted, by reason.
     """
 
@@ -63,6 +64,7 @@ class Depot:
     failure: DispatchError | None = None
     refused: dict[str, int] = field(default_factory=dict)
     here: set[str] = field(default_factory=set)
+    heard: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
@@ -70,6 +72,7 @@ class Depot:
         self._meta: dict[tuple[str, str, int], tuple[bytes, bytes]] = {}
         self.path = str(self.folder)
         self.glance = Glance()
+        self._directory: _Directory | None = None
 
     def meta(self, sop_class: str, uid: str, syntax: str) -> bytes:
         """Return the preamble and file meta information (PS3.10 section 7.1)."""
@@ -133,11 +136,11 @@ class Depot:
             self.refused[why] = self.refused.get(why, 0) + 1
 
     def _sync_folder(self) -> None:
-        fd = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        directory = self._directory
+        if directory is None:
+            fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            directory = self._directory = _Directory(fd)
+        os.fsync(directory.fd)
 
     def settle(self, check: Callable[[], None] = lambda: None) -> None:
         """Flush everything that was received to disk at once, which costs one commit of the file system's journal.
@@ -166,6 +169,16 @@ class Depot:
             self._sync_folder()
 
 
+class _Directory:
+    """An open directory, closed with the last reference: an association may still write when its retrieval ended."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def __del__(self) -> None:
+        os.close(self.fd)
+
+
 def receive(
     stream: Stream, request: CommandSet, syntax: str, depot: Depot, respond: Callable[[CommandSet, int], None]
 ) -> int:
@@ -177,8 +190,8 @@ def receive(
     Raises:
         Interrupted, TimedOut: the association ended; nothing is left of a file that had no name.
     """
-    uid, sop_class = request.uid(AFFECTED_INSTANCE), sys.intern(request.uid(AFFECTED_CLASS))
-    if not UID.fullmatch(uid) or not UID.fullmatch(sop_class):
+    uid, sop_class = request.uid(AFFECTED_INSTANCE), request.sop_class
+    if not sop_class or not UID.fullmatch(uid):
         stream.skip()
         respond(request, INVALID_INSTANCE)
         return INVALID_INSTANCE

@@ -74,9 +74,6 @@ class Desk(Protocol):
     def depot(self, caller: Caller, request: CommandSet) -> tuple[Depot | None, int]:
         """Return the folder for an instance, or None and the status to refuse it with."""
 
-    def heard(self, caller: Caller, request: CommandSet | None) -> None:
-        """Note that something was received."""
-
 
 class StorageScp:
     """A port that accepts instances, from now on until `close`.
@@ -222,15 +219,14 @@ class _Association:
         self.desk, self.caller, self.contexts, self.max_pdu = scp.desk, caller, contexts, asked.max_pdu
         self.stream = scp.stream(sock, caller)
         self.respond = Responder(self.stream, self.max_pdu)
-        self.request: CommandSet | None = None
-        self.stream.moved = lambda count: self.desk.heard(self.caller, self.request)
+        self.depot: Depot | None = None  # for the instance that is being received
+        self.stream.moved = self._moved
 
     def run(self) -> None:
         stream = self.stream
         try:
             while True:
-                self.request = None
-                request = self.request = stream.command()
+                request = stream.command()
                 if request.kind == C_STORE_RQ:
                     self._store(request)
                 elif request.kind == C_ECHO_RQ:
@@ -253,10 +249,17 @@ class _Association:
             self.stream.skip()
             self.respond(request, status)
         else:
+            depot.heard = self.stream.heard  # it may have come with its request
+            self.depot = depot
             status = receive(self.stream, request, self.contexts[request.context][1], depot, self.respond)
+            self.depot = None
         if status == OUT_OF_RESOURCES and depot is not None and depot.failure is not None:
             # Sources go on through A700; a full disk must not take the rest of the study one by one.
             raise depot.failure
+
+    def _moved(self, count: int) -> None:
+        if self.depot is not None:
+            self.depot.heard = self.stream.heard
 
     def _answer_echo(self, request: CommandSet) -> None:
         answer: dict[int, int | str | bytes] = {

@@ -12,10 +12,13 @@ import select
 import socket
 import ssl
 import struct
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 
+from imaging.header import UID
 from protocols.dimse.association import aborted
 from protocols.dimse.message import ABORT, COMMAND, LAST, NO_DATASET, P_DATA_TF, RELEASE_RQ, header
 from protocols.net.connection import SLICE_S
@@ -44,13 +47,20 @@ class Released(Exception):
 
 
 class CommandSet(dict[int, bytes]):
-    """A command set: values by element number of group 0000.
+    """A command set: values by element number of group 0000. What `Commands` reads is not to be changed.
 
     Attributes:
         context: of the presentation context that it came in.
     """
 
     context: int = 0
+
+    def following(self, message_id: bytes, instance: bytes) -> CommandSet:
+        """Return the command set that differs in message ID and SOP instance UID only."""
+        made = CommandSet(self)
+        made.__dict__.update(self.__dict__)  # what has been worked out doesn't depend on these two
+        made[MESSAGE_ID], made[AFFECTED_INSTANCE] = message_id, instance
+        return made
 
     def number(self, element: int) -> int | None:
         """Return the value of an element of VR US; None if it is absent or not one."""
@@ -68,15 +78,21 @@ class CommandSet(dict[int, bytes]):
             text = raw.decode("utf-8")
         except UnicodeDecodeError:
             text = raw.decode("latin-1")
-        return "".join(c for c in text if c.isprintable()).strip()
+        return (text if text.isprintable() else "".join(c for c in text if c.isprintable())).strip()
 
-    @property
+    @cached_property
     def has_dataset(self) -> bool:
         return self.number(DATASET_TYPE) not in (None, NO_DATASET)
 
-    @property
+    @cached_property
     def kind(self) -> int | None:
         return self.number(FIELD)
+
+    @cached_property
+    def sop_class(self) -> str:
+        """The affected SOP class UID; "" if it is absent or not one."""
+        uid = self.uid(AFFECTED_CLASS)
+        return sys.intern(uid) if UID.fullmatch(uid) else ""
 
 
 def decoded(raw: bytes | bytearray | memoryview, context: int = 0) -> CommandSet:
@@ -114,9 +130,8 @@ class Commands:
             and raw[end:uid] == before[end:uid]
             and raw[uid_end:] == before[uid_end:]
         ):
-            command = CommandSet(self._command)
+            command = self._command.following(raw[begin:end], raw[uid:uid_end])
             command.context = context
-            command[MESSAGE_ID], command[AFFECTED_INSTANCE] = raw[begin:end], raw[uid:uid_end]
             self._command, self._raw = command, raw
             return command
         self._command, self._raw = decoded(raw, context), raw

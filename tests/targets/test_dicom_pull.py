@@ -21,7 +21,7 @@ from imaging.header import read_header
 from imaging.query import Query
 from protocols.dimse import scp
 from protocols.dimse.get import Retriever
-from protocols.dimse.moves import MoveDesk
+from protocols.dimse.moves import DESK, MoveDesk
 from talaria.cli.target import types
 from talaria.testing import studies
 from talaria.testing.process import as_loaded, free_port, program
@@ -228,6 +228,23 @@ def test_silence_on_the_wire_ends_a_retrieval_not_the_time_since_a_response(tmp_
         begun = time.monotonic()
         receipt = pull(peer, tmp_path / "in", idle_timeout_s=1.5)
         assert receipt.state is State.DELIVERED and time.monotonic() - begun > 2
+
+
+def test_what_comes_by_c_move_breaks_the_silence_even_if_an_instance_comes_all_at_once(
+    tmp_path: Path, port: int
+) -> None:
+    noted: list[bool] = []
+
+    def script(request: Request, found: list[Instance]) -> Any:
+        for one in found:
+            before = DESK._expected[0].last_heard()
+            yield Send(one)
+            noted.append(DESK._expected[0].last_heard() > before)
+        yield Last(0, len(found), 0, 0)
+
+    with archive(study(4, 1), accept=only(GETS), on_move=script, ports={AET: port}) as peer:
+        assert pull(peer, tmp_path / "in").state is State.DELIVERED
+    assert noted == [True] * 4
 
 
 def test_instances_of_another_study_and_copies_are_not_kept(tmp_path: Path) -> None:
