@@ -196,10 +196,11 @@ class Target(Block, ABC):
     @model_validator(mode="before")
     @classmethod
     def _unset(cls, values: Any) -> Any:
-        """Take a secret that is null, as it was saved, for one that is not given."""
+        """Take a secret that is null, as it was saved, for one that is not given, unless it may be null."""
         if not isinstance(values, dict):
             return values
-        unset = {name for name in cls.secret_fields() if name in values and values[name] is None}
+        secrets = {name for name in cls.secret_fields() if cls.model_fields[name].default is not None}
+        unset = {name for name in secrets if name in values and values[name] is None}
         return {name: value for name, value in values.items() if name not in unset}
 
     @property
