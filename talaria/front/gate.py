@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
+from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import BaseRoute
 
@@ -30,6 +31,7 @@ Send = Callable[[Message], Awaitable[None]]
 Application = Callable[[Message, Receive, Send], Awaitable[None]]
 
 OWN = "/talaria"
+MOST_BYTES = 16 << 20  # of a person's or script's request; a list of 100,000 paths takes half of it
 _SAFE = ("GET", "HEAD", "OPTIONS")
 _AUTOMATION = {b"prefect-automation-id", b"prefect-automation-name"}  # would stand in `created_by` as who made a run
 _logger = logging.getLogger("talaria.front")
@@ -109,6 +111,8 @@ class Gate:
             self._admit(scope, asker, Role.VIEWER if need is None else need)
             passed = {**scope, SCOPE_KEY: who, "talaria.secure": asker.secure, "talaria.local": asker.local}
             passed["talaria.cookie"] = asker.cookie
+            if who.role < Role.WORKER:
+                receive = _bounded(scope["headers"], receive)
             if not is_own(path):
                 receive = await self._inspected(scope, receive, who)
                 passed["headers"] = self._with_credential(scope["headers"], who)
@@ -124,6 +128,8 @@ class Gate:
             if _is_settings(path):
                 out = _without_login(out)
             await self.app(passed, receive, out)
+        except HTTPException as exc:  # of `_bounded`, where what is behind doesn't answer it
+            await self._refuse(scope, receive, out, _Refused(exc.status_code, exc.detail))
         finally:
             ACTING.reset(token)
 
@@ -294,6 +300,29 @@ class Gate:
     def _may(self, text: str, local: bool, need: Role) -> bool:
         who = self.keys.of_text(text, local=local) if text else None
         return who is not None and who.role >= need
+
+
+def _bounded(headers: list[tuple[bytes, bytes]], receive: Receive) -> Receive:
+    """Return a `receive` that ends a body which would fill the server's memory.
+
+    Raises:
+        _Refused: the body says that it is too long. HTTPException: while it is received, which every route answers.
+    """
+    why = f"a body of more than {MOST_BYTES} bytes"
+    length = next((value for key, value in headers if key == b"content-length"), b"0")
+    if length.isdigit() and int(length) > MOST_BYTES:
+        raise _Refused(413, why)
+    count = 0
+
+    async def received() -> Message:
+        nonlocal count
+        message = await receive()
+        count += len(message.get("body", b""))
+        if count > MOST_BYTES:
+            raise HTTPException(413, why)
+        return message
+
+    return received
 
 
 def _is_plain(path: str) -> bool:

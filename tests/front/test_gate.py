@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from talaria.front import gate
 from talaria.front.access import ACTING, Role, needs
 from tests.front.door import PASSWORD, FrontDoor, basic
 
@@ -249,6 +250,37 @@ def test_an_operator_says_of_no_run_that_it_is_done(door: FrontDoor, path: str, 
             assert answer.status_code == status
             assert (await client.post(path, json=body, headers=door.token(Role.ADMIN))).status_code == 200
 
+    run(case)
+
+
+@pytest.mark.parametrize("path", ["/api/flow_runs/filter", "/talaria/api/v1/read"])
+def test_no_body_fills_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    monkeypatch.setattr(gate, "MOST_BYTES", 100_000)
+
+    @needs(Role.VIEWER)
+    async def read(request: Request) -> Response:
+        return JSONResponse({"body": (await request.body()).decode()})
+
+    door = FrontDoor(tmp_path / "home", [Route("/talaria/api/v1/read", read, methods=["POST"])])
+
+    async def pieces(count: int) -> AsyncIterator[bytes]:
+        for _ in range(count):
+            asked.append(count)
+            yield b"x" * 10_000
+
+    async def case() -> None:
+        async with door.browser() as client:
+            for headers in (door.token(Role.VIEWER), door.token(Role.ADMIN), door.machine):
+                fine = await client.post(path, content=b"x" * 100_000, headers=headers)
+                assert fine.json()["body"] == "x" * 100_000
+                assert (await client.post(path, content=b"x" * 100_001, headers=headers)).status_code == 413
+                asked.clear()
+                assert (await client.post(path, content=pieces(1000), headers=headers)).status_code == 413
+                assert len(asked) <= 11
+            if not path.startswith("/talaria"):
+                assert (await client.post(path, content=b"x" * 100_001, headers=door.worker)).status_code == 200
+
+    asked: list[int] = []
     run(case)
 
 
