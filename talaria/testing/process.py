@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -124,6 +127,16 @@ def until(condition: Callable[[], object], seconds: float = 60) -> None:
     while not condition():
         assert time.monotonic() < end, f"waited {seconds} s in vain"
         time.sleep(0.02)
+
+
+def open_descriptors() -> Counter[str]:
+    """Return what this process has open, by kind; first collects garbage, of which a plan's watch of files may be."""
+    gc.collect()
+    kinds: Counter[str] = Counter()
+    for fd in os.listdir("/proc/self/fd"):
+        with suppress(FileNotFoundError):  # that of the folder itself, and what threads close meanwhile
+            kinds[re.sub(r"\d+", "N", os.readlink(f"/proc/self/fd/{fd}"))] += 1
+    return kinds
 
 
 def wait(process: subprocess.Popen[bytes], ready: Callable[[], bool], log: Path) -> None:

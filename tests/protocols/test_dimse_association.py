@@ -19,7 +19,7 @@ from protocols.dimse.association import Association, associate
 from protocols.dimse.fleet import Fleet
 from protocols.dimse.store import OutgoingInstance, Sender
 from protocols.dimse.transport import Peer, speaks_dicom, speaks_tls
-from talaria.testing import studies
+from talaria.testing import process, studies
 from talaria.testing.process import as_loaded
 from tests.servers.scp import Scp, scp
 from tests.servers.steps import Abort, Answer, Close, Reject, Silence, Store, Wait
@@ -222,19 +222,13 @@ def test_a_failing_ledger_is_no_error_of_the_peer(plan: Plan) -> None:
 
 
 def test_threads_and_sockets_end_with_the_delivery(plan: Plan) -> None:
-    def now() -> tuple[int, int]:
-        return threading.active_count(), len(os.listdir("/proc/self/fd"))
-
-    threads, files = now()
+    threads, files = threading.active_count(), process.open_descriptors()
     with scp(on_store=lambda store: Close()) as server:
         for _ in range(2):
             with pytest.raises(Interrupted):
                 Fleet(peer_of(server), plan, PushReport(), 2, "never", Throttle(None)).deliver()
             server.stores.clear()
-    end = time.monotonic() + 20
-    while any(more > before for more, before in zip(now(), (threads, files), strict=True)) and time.monotonic() < end:
-        time.sleep(0.05)
-    assert time.monotonic() < end, f"{now()} threads and descriptors, {(threads, files)} before"
+    process.until(lambda: threading.active_count() <= threads and process.open_descriptors() <= files)
 
 
 def test_what_arrives_is_the_data_set(plan: Plan) -> None:

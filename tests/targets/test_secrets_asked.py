@@ -72,11 +72,17 @@ def _no_events(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("prefect.blocks.core.emit_event", lambda **_: None)
 
 
-@pytest.fixture
-def server() -> Server:
-    """One target of each type, each with a secret where it has any, and one without."""
+@pytest.fixture(scope="module")
+def whole() -> Server:
+    """One target of each type, each with a secret where it has any, one with a proxy, and one without secrets."""
     proxied = TYPES["dicomweb"](**NEEDED["dicomweb"] | {"proxy": PROXY})
     return Server(*(filled(name) for name in NEEDED), proxied, TYPES["dicomweb"](**NEEDED["dicomweb"]))
+
+
+@pytest.fixture
+def server(whole: Server) -> Server:
+    whole.asked.clear()
+    return whole
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from imaging.header import Header, read_header
-from talaria.testing import studies
+from talaria.testing import process, studies
 from talaria.testing.process import as_loaded
 from transfer.errors import Cancelled, Misconfigured, NotFound, Rejected
 from transfer.plan import Item, Plan, scan
@@ -356,12 +356,12 @@ def test_check_notices_a_change_while_it_is_read(tmp_path: Path) -> None:
 def test_descriptors_are_closed(tmp_path: Path) -> None:
     studies.ct(tmp_path, 20)
     plan = scan([tmp_path])
-    before = len(os.listdir("/proc/self/fd"))
+    before = process.open_descriptors()
     scan([tmp_path])
     for item in plan.items:
         with plan.open(item):
             pass
-    assert len(os.listdir("/proc/self/fd")) <= before
+    assert process.open_descriptors() <= before
 
 
 def test_narrowed(tmp_path: Path) -> None:

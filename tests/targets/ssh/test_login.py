@@ -6,9 +6,7 @@ a server in Python.
 
 from __future__ import annotations
 
-import gc
 import os
-import re
 import shutil
 import socket
 import subprocess
@@ -16,7 +14,6 @@ import tempfile
 import threading
 import time
 import uuid
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -349,16 +346,6 @@ def test_a_system_without_files_in_memory_uses_a_folder_of_its_own(
     assert not list(temporary.glob("talaria-ssh-*"))
 
 
-def open_descriptors() -> Counter[str]:
-    """Return what this process has open, without garbage: a plan watches its files until it is collected."""
-    gc.collect()
-    kinds: Counter[str] = Counter()
-    for fd in os.listdir("/proc/self/fd"):
-        with suppress(FileNotFoundError):  # that of the folder itself, and what threads close meanwhile
-            kinds[re.sub(r"\d+", "N", os.readlink(f"/proc/self/fd/{fd}"))] += 1
-    return kinds
-
-
 def test_nothing_outlives_a_push(kind: type[SshTarget], server: Server, tmp_path: Path) -> None:
     one = target(kind, server, tmp_path / "in", private_key=SecretStr(str(server.key)))
 
@@ -368,11 +355,11 @@ def test_nothing_outlives_a_push(kind: type[SshTarget], server: Server, tmp_path
 
     push()  # what a process opens once stays open
     children = {child.pid for child in psutil.Process().children(recursive=True)}
-    descriptors = open_descriptors()
+    descriptors = process.open_descriptors()
     push()
     left = [child for child in psutil.Process().children(recursive=True) if child.pid not in children]
     assert not [child.name() for child in left if child.name() in ("ssh", "rsync")]
-    process.until(lambda: open_descriptors() <= descriptors, 10)
+    process.until(lambda: process.open_descriptors() <= descriptors, 10)
 
 
 # ---- servers that are in the way
