@@ -6,29 +6,66 @@ import asyncio
 import builtins
 import json
 import os
+import re
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import httpx
+import jsonschema
 import pytest
 
+from talaria.front.api import PATH, application
 from talaria.testing import studies
 from tests.engine.test_dispatch import files, folder
 from tests.engine.test_retrieve import placed, source, study
 from tests.engine.test_waiting import later
 from tests.servers.qr import archive
 from tests.servers.up import Talaria
+from transfer.home import Home
 
 pytestmark = pytest.mark.timeout(600)
 CREATES, CLIENTS = 60, 16
 SLOW = 40_000  # bytes a second
+SEEN = set[str]()  # operations whose answers have been compared with their description
 
 
 def client(up: Talaria, **more: Any) -> httpx.Client:
     secret = (up.home / "api.auth").read_text().strip()
     base = f"http://127.0.0.1:{up.port}/talaria/api/v1"
-    return httpx.Client(base_url=base, headers={"Authorization": f"Bearer {secret}"}, timeout=120, trust_env=False)
+    hooks = {"response": [described]}
+    return httpx.Client(
+        base_url=base, headers={"Authorization": f"Bearer {secret}"}, timeout=120, trust_env=False, event_hooks=hooks
+    )
+
+
+@lru_cache
+def description() -> dict[str, Any]:
+    async def nobody() -> Any:
+        raise AssertionError("no request")
+
+    return application(nobody, Home(Path("/nowhere"))).openapi()
+
+
+def described(answer: httpx.Response) -> None:
+    """Check that an answer is what the description of the API says: this is asked of all answers in this file."""
+    if answer.headers["content-type"].startswith("text/event-stream"):
+        return
+    path, method = answer.request.url.path.removeprefix(PATH), answer.request.method.lower()
+    routes = [
+        one
+        for one in description()["paths"]
+        if re.fullmatch(re.sub(r"\\{name\\}", ".+", re.sub(r"\\{job\\}", "[^/]+", re.escape(one))), path)
+        and method in description()["paths"][one]
+    ]
+    route = min(routes, key=lambda one: one.count("{"))  # a fixed path comes before one that takes any name
+    responses = description()["paths"][route][method]["responses"]
+    said = responses.get(str(answer.status_code)) or responses[f"{answer.status_code // 100}XX"]
+    schema = said["content"]["application/json"]["schema"]
+    answer.read()
+    jsonschema.validate(answer.json(), schema | {"components": description()["components"]})
+    SEEN.add(description()["paths"][route][method]["operationId"])
 
 
 @pytest.fixture
@@ -259,3 +296,50 @@ def test_the_trail_says_who_asked_for_what(up: Talaria, api: httpx.Client, tmp_p
     ]
     assert [one["details"]["run"] for one in found if one["event"] == "dispatch"] == [run_id] * 2
     assert up.told("audit", "verify")["ok"]
+
+
+def test_every_route_answers_as_it_is_described(up: Talaria, api: httpx.Client, tmp_path: Path) -> None:
+    SEEN.clear()
+    studies.ct(tmp_path / "study", 2)
+    (tmp_path / "web").mkdir()
+    up.apply(closed=folder(tmp_path / "closed", window=later(3)), archive=folder(tmp_path / "archive"))
+    name = next(iter(api.get("/targets").json()["targets"]))["name"]
+    web = {"type": "dicomweb", "url": (tmp_path / "web").as_uri(), "direction": "both"}
+    assert api.post("/targets", json={"targets": {"web": web}}).json()["targets"]
+    for path in ("/health", "/status", "/target-types", "/target-export", f"/targets/{name}", "/targets/nobody"):
+        api.get(path)
+    assert api.post("/targets/web/enable", json={"enabled": True}).status_code == 200
+    assert api.post("/targets/web/rename", json={"to": "net"}).status_code == 200
+    followed(api, "/target-tests?name=archive", "POST")
+    assert api.get("/status").status_code == api.get("/targets").status_code == 200  # with a check now
+    body = {"paths": [str(tmp_path / "study")], "targets": ["archive", "closed"]}
+    assert api.post("/dispatches/plan", json=body).status_code == 200
+    delivered = api.post("/dispatches", json=body | {"targets": ["archive"]}).json()["flow_run_id"]
+    assert followed(api, f"/dispatches/{delivered}/events")[-1][1]["state"] == "delivered"
+    waits = api.post("/dispatches", json=body | {"targets": ["closed"], "planned": True}).json()["flow_run_id"]
+    query = api.post("/queries", json={"source": "net", "accession": "A1"}).json()["flow_run_id"]
+    into = {"source": "net", "numbers": ["A1"], "into": str(tmp_path / "into")}
+    retrieval = api.post("/retrievals", json=into).json()["flow_run_id"]
+    assert api.post("/matches", json={"source": "net", "accession": "A1"}).json() == {"matches": []}
+    for kind, run in (("queries", query), ("retrievals", retrieval), ("dispatches", waits)):
+        followed(api, f"/{kind}/{run}/events")
+    for kind, run in (
+        ("queries", query),
+        ("retrievals", retrieval),
+        ("dispatches", delivered),
+        ("dispatches", waits),
+        ("jobs", delivered),
+        ("jobs", retrieval),
+    ):
+        assert api.get(f"/{kind}").status_code == 200
+        for path in ("", "?all_items=true", "/receipt"):
+            assert api.get(f"/{kind}/{run}{path}").status_code == 200
+        for action in ("pause", "resume", "cancel", "retry", "cancel"):
+            api.post(f"/{kind}/{run}/{action}")
+    for collection in ("dispatches", "jobs"):
+        assert api.post(f"/{collection}/{delivered}/send", json={"to": ["archive"]}).status_code == 200
+    assert api.post("/recover").status_code == 200
+    assert api.delete("/targets/net").status_code == 200
+    every = {one["operationId"] for methods in description()["paths"].values() for one in methods.values()}
+    streams = {one for one in every if one.startswith("follow_")} | {"test_targets", "test_values"}
+    assert every - streams == SEEN

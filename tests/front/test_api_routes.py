@@ -52,6 +52,21 @@ def test_what_commands_ask_for_is_there_under_the_same_name(app: FastAPI) -> Non
         assert there[operation] == route
 
 
+def test_every_answer_is_described_by_its_keys(app: FastAPI) -> None:
+    """A stream of events has its own media type; all others are objects with named keys."""
+    for path, methods in app.openapi()["paths"].items():
+        for method, one in methods.items():
+            (status,) = {"200", "201"} & one["responses"].keys()
+            kinds = one["responses"][status]["content"]
+            if path.endswith("/events") or path.startswith("/target-tests"):
+                assert "text/event-stream" in kinds, (method, path)
+                continue
+            schema = kinds["application/json"]["schema"]
+            for part in schema.get("anyOf", [schema]):
+                described = app.openapi()["components"]["schemas"][part["$ref"].rpartition("/")[2]]
+                assert described["properties"] and described["required"], (method, path)
+
+
 def test_everything_that_the_issue_names_has_a_route_with_a_summary(app: FastAPI) -> None:
     there = {f"{method.upper()} {path}" for path, methods in app.openapi()["paths"].items() for method in methods}
     jobs = {"GET {}", "GET {}/{{job}}", "GET {}/{{job}}/receipt", "GET {}/{{job}}/events"} | {

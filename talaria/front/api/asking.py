@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict
 
 from talaria import __version__
 from talaria.front.access import SCOPE_KEY, Identity, Role, role_of
+from talaria.front.api.answers import ProblemAnswer
 from talaria.front.api.errors import Forbidden, answer_to
 from talaria.service import Office
 from transfer.home import Home
@@ -82,18 +83,38 @@ Key = Annotated[
 ]
 
 
-def add(app: FastAPI, method: str, path: str, endpoint: Callable[..., Any], *, name: str = "", **more: Any) -> None:
-    """Add a route; its operation is named as its function."""
+def add(
+    app: FastAPI,
+    method: str,
+    path: str,
+    endpoint: Callable[..., Any],
+    *,
+    name: str = "",
+    answer: Any = None,
+    **more: Any,
+) -> None:
+    """Add a route; its operation is named as its function.
+
+    Args:
+        answer: model that describes the JSON of the answer; none for a stream.
+    """
     status = 201 if name.startswith("create_") or endpoint.__name__.startswith("create_") else 200
+    stream = {"description": "Server-sent events.", "content": {"text/event-stream": {"schema": {"type": "string"}}}}
+    described: dict[int | str, dict[str, Any]] = {status: stream if answer is None else {"model": answer}}
     app.add_api_route(
         path,
         endpoint,
         methods=[method],
         operation_id=name or endpoint.__name__,
         status_code=status,
+        response_model=None,  # documents go out as they are
         responses={
-            "4XX": {"description": '`{"error": "…"}`: one line that says what to change.'},
-            "502": {"description": 'The target, or a server behind it, failed: `{"error": "…"}`.'},
+            **described,
+            "4XX": {"model": ProblemAnswer, "description": '`{"error": "…"}`: one line that says what to change.'},
+            "502": {
+                "model": ProblemAnswer,
+                "description": 'The target, or a server behind it, failed: `{"error": "…"}`.',
+            },
         },
         **more,
     )

@@ -9,6 +9,7 @@ from fastapi import FastAPI
 from pydantic import Field
 
 from talaria.front.access import Role, needs
+from talaria.front.api import answers
 from talaria.front.api.asking import Asked, Key, RequestBody, add
 
 
@@ -65,5 +66,5 @@ async def plan_dispatch(asked: Asked, body: Files) -> dict[str, Any]:
 
 def add_to(app: FastAPI) -> None:
     """Add the routes."""
-    add(app, "POST", "/dispatches", create_dispatch)
-    add(app, "POST", "/dispatches/plan", plan_dispatch)
+    add(app, "POST", "/dispatches", create_dispatch, answer=answers.CreatedDispatchAnswer)
+    add(app, "POST", "/dispatches/plan", plan_dispatch, answer=answers.DispatchPlanAnswer)

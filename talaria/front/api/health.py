@@ -8,6 +8,7 @@ from fastapi import FastAPI, Request
 
 from talaria import __version__
 from talaria.front.access import Role, needs
+from talaria.front.api import answers
 from talaria.front.api.asking import Asked, Who, add
 
 
@@ -28,8 +29,8 @@ async def status(request: Request, asked: Asked) -> dict[str, Any]:
 
 def add_to(app: FastAPI) -> None:
     """Add the routes."""
-    add(app, "GET", "/health", health)
-    add(app, "GET", "/status", status)
+    add(app, "GET", "/health", health, answer=answers.HealthAnswer)
+    add(app, "GET", "/status", status, answer=answers.StatusAnswer)
 
 
 def open_to_viewers(app: FastAPI) -> None:

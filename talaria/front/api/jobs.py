@@ -10,6 +10,7 @@ from fastapi.responses import StreamingResponse
 from pydantic import Field
 
 from talaria.front.access import Role, needs
+from talaria.front.api import answers
 from talaria.front.api.asking import Asked, RequestBody, add, streamed
 
 COLLECTIONS = {
@@ -29,8 +30,15 @@ def add_to(app: FastAPI) -> None:
     for collection, kinds in COLLECTIONS.items():
         _add(app, collection, kinds)
     for collection, one in {"jobs": "job", "dispatches": "dispatch"}.items():
-        add(app, "POST", f"/{collection}/{{job}}/send", send_job, name=f"send_{one}")
-    add(app, "POST", "/recover", recover_jobs)
+        add(
+            app,
+            "POST",
+            f"/{collection}/{{job}}/send",
+            send_job,
+            name=f"send_{one}",
+            answer=answers.CreatedDispatchAnswer,
+        )
+    add(app, "POST", "/recover", recover_jobs, answer=answers.RecoveredAnswer)
 
 
 class Destinations(RequestBody):
@@ -121,9 +129,9 @@ def _add(app: FastAPI, collection: str, kinds: tuple[str, ...]) -> None:
     def route(method: str, path: str, endpoint: Callable[..., Any], name: str, **more: Any) -> None:
         add(app, method, f"/{collection}{path}", endpoint, name=name, **more)
 
-    route("GET", "", list_jobs, f"list_{collection}")
-    route("GET", "/{job}", show_job, f"show_{one}")
-    route("GET", "/{job}/receipt", job_receipt, f"{one}_receipt")
+    route("GET", "", list_jobs, f"list_{collection}", answer=answers.JobListAnswer)
+    route("GET", "/{job}", show_job, f"show_{one}", answer=answers.SHOWN[one])
+    route("GET", "/{job}/receipt", job_receipt, f"{one}_receipt", answer=answers.RESULTS[one])
     route("GET", "/{job}/events", follow_job, f"follow_{one}", response_class=StreamingResponse)
     for action, endpoint in {
         "retry": retry_job,
@@ -131,4 +139,4 @@ def _add(app: FastAPI, collection: str, kinds: tuple[str, ...]) -> None:
         "pause": pause_job,
         "resume": resume_job,
     }.items():
-        route("POST", f"/{{job}}/{action}", endpoint, f"{action}_{one}")
+        route("POST", f"/{{job}}/{action}", endpoint, f"{action}_{one}", answer=answers.JobChangeAnswer)

@@ -8,6 +8,7 @@ from fastapi import FastAPI
 from pydantic import Field
 
 from talaria.front.access import Role, needs
+from talaria.front.api import answers
 from talaria.front.api.asking import Asked, Key, RequestBody, add
 
 
@@ -70,6 +71,6 @@ async def create_retrieval(asked: Asked, body: NewRetrieval, idempotency_key: Ke
 
 def add_to(app: FastAPI) -> None:
     """Add the routes."""
-    add(app, "POST", "/matches", find_matches)
-    add(app, "POST", "/queries", create_query)
-    add(app, "POST", "/retrievals", create_retrieval)
+    add(app, "POST", "/matches", find_matches, answer=answers.MatchesAnswer)
+    add(app, "POST", "/queries", create_query, answer=answers.CreatedQueryAnswer)
+    add(app, "POST", "/retrievals", create_retrieval, answer=answers.CreatedRetrievalAnswer)

@@ -9,6 +9,7 @@ from fastapi.responses import StreamingResponse
 from pydantic import Field
 
 from talaria.front.access import Role, needs
+from talaria.front.api import answers
 from talaria.front.api.asking import Asked, RequestBody, Who, add, streamed
 
 Values = Annotated[
@@ -132,13 +133,13 @@ async def test_values(asked: Asked, body: Unsaved) -> StreamingResponse:
 
 def add_to(app: FastAPI) -> None:
     """Add the routes; those with a fixed end stand before those that take any name, which may hold a slash."""
-    add(app, "GET", "/targets", list_targets)
-    add(app, "POST", "/targets", apply_targets)
-    add(app, "GET", "/target-types", target_types)
-    add(app, "GET", "/target-export", export_targets)
+    add(app, "GET", "/targets", list_targets, answer=answers.TargetListAnswer)
+    add(app, "POST", "/targets", apply_targets, answer=answers.AppliedAnswer)
+    add(app, "GET", "/target-types", target_types, answer=answers.TargetTypesAnswer)
+    add(app, "GET", "/target-export", export_targets, answer=answers.ExportedAnswer)
     add(app, "POST", "/target-tests", test_targets, response_class=StreamingResponse)
     add(app, "POST", "/target-tests/unsaved", test_values, response_class=StreamingResponse)
-    add(app, "POST", "/targets/{name:path}/rename", rename_target)
-    add(app, "POST", "/targets/{name:path}/enable", enable_target)
-    add(app, "GET", "/targets/{name:path}", show_target)
-    add(app, "DELETE", "/targets/{name:path}", remove_target)
+    add(app, "POST", "/targets/{name:path}/rename", rename_target, answer=answers.TargetChangeAnswer)
+    add(app, "POST", "/targets/{name:path}/enable", enable_target, answer=answers.TargetChangeAnswer)
+    add(app, "GET", "/targets/{name:path}", show_target, answer=answers.TargetSettingsAnswer)
+    add(app, "DELETE", "/targets/{name:path}", remove_target, answer=answers.TargetChangeAnswer)
