@@ -36,12 +36,10 @@ def turn(since: float, priority: str) -> float:
     return since + AHEAD_S.get(priority, 0.0)
 
 
-def join(target: str, run_id: str, turn: float, until: float) -> int:
-    """Let a run stand in line until its time comes; return how many stand before it."""
+def join(target: str, run_id: str, turn: float, until: float) -> None:
+    """Let a run stand in line until its time comes."""
     with _lock:
-        line = _lines.setdefault(target, {})
-        line[run_id] = turn, until
-        return sum(other < turn and _fresh(end) for other, end in line.values())
+        _lines.setdefault(target, {})[run_id] = turn, until
 
 
 def leave(target: str, run_id: str) -> None:
@@ -58,11 +56,11 @@ def gone(run_id: str) -> None:
         wake(target)
 
 
-def is_first(target: str, run_id: str, turn: float) -> bool:
-    """Return True if no other run stands in line before this one."""
+def before(target: str, run_id: str, turn: float) -> int:
+    """Return how many other runs stand in line before this one."""
     with _lock:
         line = _lines.get(target, {})
-        return not any(other < turn and _fresh(end) for one, (other, end) in line.items() if one != run_id)
+        return sum(other < turn and _fresh(end) for one, (other, end) in line.items() if one != run_id)
 
 
 def wake(target: str, count: int = 1) -> None:

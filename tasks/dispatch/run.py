@@ -49,8 +49,8 @@ GRACE_S = 3  # for a driver to stop by itself before it is cancelled; a cancelle
 UNPLANNED = "to "  # begins the name of a run whose files have not been read
 SLOT_S = 2.0  # how long a run waits for a slot, where no other one rests for it; then it rests, too
 TURN_S = 15.0  # after which a run looks again for a slot, for each that stands in line before it
-APART_S = 0.25  # between the returns of runs that wait for the same target to answer
 TURNS_S = 600.0  # and at most after this
+APART_S = 0.25  # between the returns of runs that wait for the same target to answer
 DISABLED_S = 60  # a dispatch to a disabled target looks again after this
 
 
@@ -138,7 +138,7 @@ class Dispatch:
                 return True
         until, left.again = max(one.until, time.time() + pause_s), 0.0
         turn, queue = line.turn(left.tried, self.priority), breaker.queue(target)
-        until += line.join(queue, self.flow_run_id, turn, until) * APART_S
+        until += line.before(queue, self.flow_run_id, turn) * APART_S
         line.join(queue, self.flow_run_id, turn, until)
         since = datetime.fromtimestamp(one.opened, UTC)
         what = f"{target.name} to answer, which it hasn't since {since:%H:%M:%S} UTC"
@@ -182,7 +182,7 @@ class Dispatch:
         left = self._left(target)
         left.since = left.since or time.time()
         turn = line.turn(left.since, self.priority)
-        before = line.join(target.name, self.flow_run_id, turn, time.time())
+        before = line.before(target.name, self.flow_run_id, turn)
         until = time.time() + min(TURNS_S, TURN_S * (before + 1))
         line.join(target.name, self.flow_run_id, turn, until)
         self.waits[target.name] = Wait(datetime.fromtimestamp(until, UTC), f"a slot at {target.name}")
@@ -195,7 +195,7 @@ class Dispatch:
         """
         left, wait_s = self._left(target), None
         if line.may_rest():
-            if not line.is_first(target.name, self.flow_run_id, line.turn(left.since or time.time(), self.priority)):
+            if line.before(target.name, self.flow_run_id, line.turn(left.since or time.time(), self.priority)):
                 raise NoSlot(target.name)
             wait_s = 0.0 if left.since else SLOT_S
         async with AsyncExitStack() as stack:
