@@ -21,7 +21,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
-from typing import IO
 from urllib.parse import urlsplit
 
 import httpx
@@ -30,7 +29,7 @@ from talaria import listener
 from talaria.entrance import Entrance
 from talaria.errors import ServerError
 from talaria.settings import client_environment, server_environment
-from transfer.home import Home, private
+from transfer.home import Home, locked
 
 READY_S = 600  # the first start migrates the database: 8 s on an idle machine, minutes on a very busy one
 STOP_S = 15
@@ -101,18 +100,6 @@ def stop_child(process: subprocess.Popen[bytes], wait_s: float = STOP_S) -> None
         process.wait()
 
 
-@contextmanager
-def _locked(path: Path, how: int) -> Iterator[IO[str] | None]:
-    """Hold a lock; yields None if it was asked for without waiting and somebody else has it."""
-    with open(path, "a", encoding="ascii", opener=private) as file:
-        try:
-            fcntl.flock(file, how)
-        except BlockingIOError:
-            yield None
-            return
-        yield file
-
-
 def running(home: Home) -> Address | None:
     """Return where the embedded server of this state directory runs; None if it doesn't.
 
@@ -121,7 +108,7 @@ def running(home: Home) -> Address | None:
     """
     end = time.monotonic() + READY_S
     while True:
-        with _locked(home.root / "server.lock", fcntl.LOCK_EX | fcntl.LOCK_NB) as free:
+        with locked(home.root / "server.lock", fcntl.LOCK_EX | fcntl.LOCK_NB) as free:
             if free:
                 return None
         try:
@@ -252,7 +239,7 @@ def serving(
     Raises:
         ServerError: one runs already, the port is taken, or it can't be started.
     """
-    with _locked(home.root / "server.lock", fcntl.LOCK_EX | fcntl.LOCK_NB) as lock:
+    with locked(home.root / "server.lock", fcntl.LOCK_EX | fcntl.LOCK_NB) as lock:
         if lock is None:
             raise ServerError(f"the server of {home.root} runs already: stop it first, or use another TALARIA_HOME")
         (home.root / "server.json").unlink(missing_ok=True)
@@ -296,7 +283,7 @@ def reached(home: Home) -> Iterator[tuple[Address | None, bool]]:
             raise ServerError(f"no Prefect server answers at PREFECT_API_URL={url}")
         yield None, False
         return
-    with _locked(home.root / "users.lock", fcntl.LOCK_SH) as users:
+    with locked(home.root / "users.lock", fcntl.LOCK_SH) as users:
         address = running(home)
         if address:
             use(client_environment(home, address.url))

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 WAIT_S = 0.2  # between two looks at a lock that somebody else holds
 
@@ -110,6 +111,22 @@ class Home:
 def private(path: str, flags: int) -> int:
     """Open a file of the state directory, for `open(opener=...)`: only we may read one that is made."""
     return os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+
+
+@contextmanager
+def locked(path: Path, how: int) -> Iterator[IO[str] | None]:
+    """Hold a lock on a file of the state directory during the block, as flock(2) takes it.
+
+    Yields:
+        The file; None if the lock was asked for without waiting and somebody else has it.
+    """
+    with open(path, "a", encoding="ascii", opener=private) as file:
+        try:
+            fcntl.flock(file, how)
+        except BlockingIOError:
+            yield None
+            return
+        yield file
 
 
 def _is_still(path: Path, fd: int) -> bool:

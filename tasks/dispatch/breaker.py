@@ -23,7 +23,7 @@ from prefect.events import emit_event
 from blocks.base import Target
 from tasks.dispatch import line
 from transfer.errors import DispatchError, TimedOut, Unreachable
-from transfer.home import Home, private
+from transfer.home import Home, locked
 from transfer.live import replace
 
 LIMIT = 5  # failures in a row, of any dispatches
@@ -66,7 +66,7 @@ def failed(home: Home, target: Target, error: DispatchError, reason: str) -> Bre
     """Count a failure, if it is one of those that a dead target causes; return the state then."""
     if not isinstance(error, DEAD):
         return read(home, target)
-    with _locked(home, target, "lock", wait=True):
+    with locked(_lock(home, target, "lock"), fcntl.LOCK_EX):
         one = read(home, target)
         opens = one.failures + 1 >= LIMIT and not one.opened
         one.failures, one.tested, one.reason = one.failures + 1, time.time(), reason
@@ -85,7 +85,7 @@ def failed(home: Home, target: Target, error: DispatchError, reason: str) -> Bre
 def answered(home: Home, target: Target) -> None:
     """Note that a target answers; wake what waits for that."""
     if _path(home, target).exists():
-        with _locked(home, target, "lock", wait=True):
+        with locked(_lock(home, target, "lock"), fcntl.LOCK_EX):
             one = read(home, target)
             _path(home, target).unlink(missing_ok=True)
         if one.opened:
@@ -98,8 +98,8 @@ def answered(home: Home, target: Target) -> None:
 @contextmanager
 def testing(home: Home, target: Target) -> Iterator[bool]:
     """Be the one that tests a target during the block; yields False if another run does."""
-    with _locked(home, target, "test", wait=False) as mine:
-        yield mine
+    with locked(_lock(home, target, "test"), fcntl.LOCK_EX | fcntl.LOCK_NB) as mine:
+        yield mine is not None
 
 
 def queue(target: Target) -> str:
@@ -107,17 +107,10 @@ def queue(target: Target) -> str:
     return f"{target.name}?"
 
 
-@contextmanager
-def _locked(home: Home, target: Target, what: str, *, wait: bool) -> Iterator[bool]:
+def _lock(home: Home, target: Target, what: str) -> Path:
     path = _path(home, target).with_suffix(f".{what}")
     path.parent.mkdir(exist_ok=True, mode=0o700)
-    with open(path, "a", encoding="ascii", opener=private) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-            return
-        yield True
+    return path
 
 
 def _emit(what: str, target: Target, one: Breaker) -> None:
