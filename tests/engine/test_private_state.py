@@ -15,9 +15,9 @@ import pytest
 
 from talaria import settings
 from talaria.home import home_of_settings
-from talaria.server import _locked, child
+from talaria.server import child
 from transfer.audit import Event, pseudonym, record
-from transfer.home import Home
+from transfer.home import Home, locked
 from transfer.ledger import Ledger, write_json
 
 
@@ -159,7 +159,7 @@ def test_what_a_process_makes_in_the_state_directory_is_for_nobody_else(
     home = Home.current()
     before = os.umask(0)
     try:
-        with home.owner(), home.exclusive("lock"), _locked(home.root / "server.lock", fcntl.LOCK_EX) as held:
+        with home.owner(), home.exclusive("lock"), locked(home.root / "server.lock", fcntl.LOCK_EX) as held:
             assert held
             settings.auth_string(home)
             record(Event.LOGIN, "anna")
