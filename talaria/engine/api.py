@@ -1,4 +1,5 @@
-"""The embedded server's application: Prefect's own, with unique names of targets, and SQLite's writers in turn.
+"""The embedded server's application: Prefect's own, with unique names of targets, queues by priority, and SQLite's
+writers in turn.
 
 Prefect begins nearly every transaction DEFERRED. One that reads and then writes while another has written meanwhile
 ends at once, whatever the time-out (SQLITE_BUSY_SNAPSHOT), and the server answers 503. One that begins IMMEDIATE waits.
@@ -14,7 +15,8 @@ from weakref import WeakKeyDictionary
 
 from prefect.server.database.configurations import SQLITE_BEGIN_MODE, AioSqliteConfiguration
 
-from talaria.engine.unique import UniqueNames
+from talaria.engine.priority import QueueOfPriority
+from talaria.engine.unique import Application, UniqueNames
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction
@@ -23,12 +25,13 @@ TURN_S = 10  # longest wait for one's turn; SQLite's own lock decides after that
 _turns: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = WeakKeyDictionary()
 
 
-def create_app() -> UniqueNames:
-    """Return Prefect's application, behind what we add; the front door mounts it."""
+def create_app() -> tuple[Application, Any]:
+    """Return Prefect's application behind what we add, which the front door mounts, and Prefect's alone."""
     from prefect.server.api.server import create_app as prefects_own
 
     let_writers_wait()
-    return UniqueNames(prefects_own())
+    prefect = prefects_own()
+    return QueueOfPriority(UniqueNames(prefect)), prefect
 
 
 def let_writers_wait() -> None:

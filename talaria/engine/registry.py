@@ -21,8 +21,9 @@ TEMPLATE = {
     "job_configuration": {"name": "{{ name }}"},
     "variables": {"type": "object", "properties": {"name": {"type": "string", "title": "Name"}}},
 }
+CHECKS = "checks"  # the queue of checks: they have places of their own
 # Lower numbers first: an urgent dispatch overtakes, an off-peak one goes last.
-QUEUES = {"urgent": 1, "normal": 10, "offpeak": 100}
+QUEUES = {"urgent": 1, CHECKS: 5, "normal": 10, "offpeak": 100}
 
 
 async def register(client: PrefectClient) -> None:
@@ -71,6 +72,7 @@ async def _pool(client: PrefectClient) -> WorkPool:
 
 async def _deployment(client: PrefectClient, name: str, flow: Flow[..., Any], entrypoint: str) -> None:
     """Create a deployment, or update our part of it: creating it again would delete its schedules."""
+    queue = CHECKS if name == "check" else "normal"
     flow_id = await client.create_flow(flow)
     description = (flow.description or "").split("\n\n")[0]
     schema = form(flow)
@@ -85,7 +87,7 @@ async def _deployment(client: PrefectClient, name: str, flow: Flow[..., Any], en
             "enforce_parameter_schema": True,
             "parameter_openapi_schema": schema,
             "work_pool_name": POOL,
-            "work_queue_name": "normal",
+            "work_queue_name": queue,
         }
         await client.request("PATCH", "/deployments/{id}", path_params={"id": there.id}, json=ours)
         return
@@ -94,7 +96,7 @@ async def _deployment(client: PrefectClient, name: str, flow: Flow[..., Any], en
         name="talaria",
         description=description,
         work_pool_name=POOL,
-        work_queue_name="normal",
+        work_queue_name=queue,
         entrypoint=entrypoint,
         parameter_openapi_schema=schema,
         enforce_parameter_schema=True,

@@ -33,27 +33,16 @@ class UniqueNames:
         if scope["type"] != "http" or (scope["method"], scope["path"].rstrip("/")) != ("POST", "/api/block_documents"):
             await self.app(scope, receive, send)
             return
-        body, more = bytearray(), True
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return
-            body += message.get("body", b"")
-            if len(body) > BODY_BYTES:
-                await _refuse(send, 413, f"a block document of more than {BODY_BYTES} bytes")
-                return
-            more = message.get("more_body", False)
-        pieces: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
-
-        async def again() -> Message:
-            return pieces.pop() if pieces else await receive()
-
+        body = await read(receive)
+        if body is None:
+            await refuse(send, 413, f"a block document of more than {BODY_BYTES} bytes")
+            return
         async with self._turn:
-            taken = await self._taken(scope, bytes(body))
+            taken = await self._taken(scope, body)
             if taken:
-                await _refuse(send, 422, taken)
+                await refuse(send, 422, taken)
             else:
-                await self.app(scope, again, send)
+                await self.app(scope, again(body, receive), send)
 
     async def _taken(self, scope: Message, body: bytes) -> str:
         """Return why a block document can't have its name; "" if it can, or is not a target."""
@@ -79,7 +68,29 @@ class UniqueNames:
         return f"a target named {name} is there already, of type {others[0]}: choose another name" if others else ""
 
 
-async def _refuse(send: Send, status: int, why: str) -> None:
+async def read(receive: Receive) -> bytes | None:
+    """Return the body of a request; None if it is too long, or its sender has gone."""
+    body, more = bytearray(), True
+    while more:
+        message = await receive()
+        body += message.get("body", b"")
+        if len(body) > BODY_BYTES or message["type"] == "http.disconnect":
+            return None
+        more = message.get("more_body", False)
+    return bytes(body)
+
+
+def again(body: bytes, receive: Receive) -> Receive:
+    """Return what gives a body that has been read to the application, in the place of `receive`."""
+    pieces: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive_again() -> Message:
+        return pieces.pop() if pieces else await receive()
+
+    return receive_again
+
+
+async def refuse(send: Send, status: int, why: str) -> None:
     """Answer as FastAPI does to a request that is not valid."""
     body = json.dumps({"detail": why}).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]

@@ -12,6 +12,7 @@ from prefect.events.clients import get_events_subscriber
 from prefect.events.filters import EventAnyResourceFilter, EventFilter, EventNameFilter
 
 RUN = "prefect.flow-run."
+QUEUE = "work-queue"  # role of the queue of a run, among the resources that are related to its events
 RESUMING = "Resuming"  # name that Prefect gives a run which is put back into the queue after a pause
 # What runs do by themselves, all the time.
 ORDINARY = [f"{RUN}{name}" for name in ("Pending", "heartbeat")]
@@ -25,12 +26,14 @@ class StateChange:
 
     Attributes:
         before: type of the state before, "" if there was none.
+        queue: name of the queue that it stands in.
     """
 
     run_id: UUID
     type: str
     name: str
     before: str
+    queue: str = ""
 
     @property
     def is_resumption(self) -> bool:
@@ -68,6 +71,10 @@ async def watch(
                             event.resource.get("prefect.state-type") or "",
                             event.resource.get("prefect.state-name") or "",
                             str(payload.get("type") or ""),
+                            next(
+                                (one.get("prefect.resource.name") or "" for one in event.related if one.role == QUEUE),
+                                "",
+                            ),
                         )
                     )
         except Exception as exc:  # whatever it is: the server is away, or refuses the subscription

@@ -34,13 +34,14 @@ from prefect.client.schemas.filters import (
     WorkPoolFilterName,
 )
 from prefect.client.schemas.objects import FlowRun, State, StateType
-from prefect.client.schemas.responses import WorkerFlowRunResponse
 from prefect.exceptions import ObjectNotFound, PrefectException
 from prefect.states import AwaitingRetry, Cancelled, Failed, Scheduled
 
 from talaria.audit.forward import forwarding
 from talaria.engine import lanes
+from talaria.engine.due import Due, is_check
 from talaria.engine.recovery import settle
+from talaria.engine.registry import CHECKS
 from talaria.engine.table import flow_at
 from talaria.engine.watch import RESUMING, StateChange, watch
 from talaria.settings import POOL
@@ -57,16 +58,17 @@ LATE_S = (0.5, 2.0)  # after which an event is looked into again: the server sen
 CALM_S = 0.05  # after a look that found nothing: what woke us need not be ours
 DEPLOYED_S = 60.0  # how long it is known which flow a deployment is of
 READY_LANES = 2
+CHECKS_AT_ONCE = 2  # beside the dispatches: who tests a target does not wait for their places
 LOST = (httpx.HTTPError, PrefectException, OSError)
 logger = logging.getLogger("prefect.worker")
 
 
 class Worker:
-    """Takes runs out of a work pool's queues and runs them, `limit` at once."""
+    """Takes runs out of a work pool's queues and runs them, `limit` at once, and a few checks besides."""
 
     def __init__(self, client: PrefectClient, pool: str, home: Home, ledger: Ledger, owner: str, limit: int) -> None:
         self.client, self.pool, self.home, self.ledger, self.owner = client, pool, home, ledger, owner
-        self.limit = limit
+        self.limit, self.due = limit, Due(client, pool, limit)
         self.name = f"{socket.gethostname()}-{os.getpid()}"
         self.draining = False
         self.active: dict[UUID, asyncio.Task[None]] = {}
@@ -77,8 +79,10 @@ class Worker:
         self._more = False  # runs may wait for a place to be free
         self._resumed: set[UUID] = set()  # runs of ours that somebody has let go on before they had come to rest
         self._early: set[UUID] = set()  # runs of ours that are to come back at once when their part has ended
-        self._expected: set[UUID] = set()  # runs that events have named, and that have not begun yet
-        self._awaited: set[UUID] = set()  # the same, of the last seconds
+        self._checks: set[UUID] = set()  # those of ours that are checks
+        self._check_waits = False
+        self._awaited: dict[UUID, float] = {}  # runs that events have named and no look has found, and until when
+        self._alarms = False  # whether their time may not have come yet
         self._flows: dict[UUID, tuple[float, Flow[..., Any] | None, str]] = {}  # by deployment, with the time
         self._jobs: set[asyncio.Task[None]] = set()
 
@@ -118,11 +122,12 @@ class Worker:
             self._wake.clear()
             if self.draining:
                 return
-            if len(self.active) >= self.limit:
+            places = self.limit - len(self.active) + len(self._checks)
+            if places <= 0 and not (self._check_waits and len(self._checks) < CHECKS_AT_ONCE):
                 self._more = True
                 continue
             try:
-                found = await self._due()
+                found = await self.due.found(checks=self._check_waits, others=places > 0)
             except LOST as exc:
                 logger.debug("no runs: %s", exc)
                 await asyncio.sleep(1)
@@ -130,46 +135,45 @@ class Worker:
                 continue
             if self.draining:
                 return
-            begun = 0
-            for flow_run in found:
-                self._expected.discard(flow_run.id)
-                self._awaited.discard(flow_run.id)
-                if flow_run.id not in self.active and len(self.active) < self.limit:
-                    self.active[flow_run.id] = asyncio.create_task(self._run(flow_run))
-                    begun += 1
-            self._more = len(found) > begun or len(found) >= self.limit
-            if self._expected and len(found) < self.limit:  # their time has not come
-                self._expected.clear()
-                self._do(self._set_alarms())
+            begun = self._begin([one for one in found if one.id not in self.active], places)
+            self._check_waits = any(is_check(one) and one.id not in self.active for one in found)
+            if places > 0:
+                self._more = len(found) > begun or len(found) >= self.limit
+                if len(found) < self.limit:
+                    self._not_found()
             if not begun:
                 await asyncio.sleep(CALM_S)
 
-    async def _due(self) -> list[FlowRun]:
-        """Return the runs that are to begin now, the most urgent first, and no more than there are free threads."""
-        answer = await self._scheduled(scheduled_before=datetime.now(UTC).isoformat())
-        return [entry.flow_run for entry in answer]
+    def _begin(self, found: list[FlowRun], places: int) -> int:
+        """Begin as many runs as there are places for; return how many."""
+        room, begun = CHECKS_AT_ONCE - len(self._checks), 0
+        for flow_run in found:
+            self._awaited.pop(flow_run.id, None)
+            if is_check(flow_run):
+                if room <= 0:
+                    continue
+                room -= 1
+                self._checks.add(flow_run.id)
+            elif places <= 0:
+                continue
+            else:
+                places -= 1
+            self.active[flow_run.id] = asyncio.create_task(self._run(flow_run))
+            begun += 1
+        return begun
 
-    async def _scheduled(self, **body: Any) -> list[WorkerFlowRunResponse]:
-        try:
-            answer = await self.client.request(
-                "POST",
-                "/work_pools/{name}/get_scheduled_flow_runs",
-                path_params={"name": self.pool},
-                json={"limit": self.limit, **body},
-            )
-        except httpx.HTTPStatusError as exc:
-            if exc.response.status_code == 404:  # somebody has removed the pool
-                return []
-            raise
-        return [WorkerFlowRunResponse.model_validate(one) for one in answer.json()]
+    def _not_found(self) -> None:
+        """Set alarms for what events have named and a look did not find: its time has not come."""
+        if self._alarms and self._awaited:
+            self._do(self._set_alarms())
+        self._alarms, now = False, time.monotonic()
+        self._awaited = {run_id: until for run_id, until in self._awaited.items() if until > now}
 
     async def _set_alarms(self) -> None:
         """Set alarms for the runs that wait for their time."""
         now = datetime.now(UTC)
-        soon = await self._scheduled(
-            scheduled_after=now.isoformat(), scheduled_before=(now + timedelta(seconds=SOON_S)).isoformat(), limit=200
-        )
-        for begin in {entry.flow_run.next_scheduled_start_time for entry in soon}:
+        soon = await self.due.scheduled(after=now, before=now + timedelta(seconds=SOON_S), limit=200)
+        for begin in {flow_run.next_scheduled_start_time for flow_run in soon}:
             self._set_alarm(begin)
 
     def _set_alarm(self, begin: datetime | None) -> None:
@@ -209,13 +213,14 @@ class Worker:
             running.forget(run_id)
             self._claimed.discard(flow_run.id)
             del self.active[flow_run.id]
+            self._checks.discard(flow_run.id)
             if flow_run.id in self._resumed:
                 self._resumed.discard(flow_run.id)
                 self._do(self._go_on(flow_run.id))
             if flow_run.id in self._early:
                 self._early.discard(flow_run.id)
                 self._do(self._bring_forward(flow_run.id))
-            if self._more and more:
+            if (self._more or self._check_waits) and more:
                 self._wake.set()
 
     async def _in_lane(self, flow: Flow[..., Any], flow_run: FlowRun) -> State[Any] | None:
@@ -267,8 +272,9 @@ class Worker:
             if change.type not in ("PENDING", "RUNNING") or change.name == running.PAUSING:
                 self._do(self._heed_soon(change.run_id))
         elif change.type == "SCHEDULED":
-            self._expected.add(change.run_id)
-            self._awaited.add(change.run_id)
+            self._awaited[change.run_id] = time.monotonic() + sum(LATE_S) + 1
+            self._alarms = True
+            self._check_waits = self._check_waits or change.queue == CHECKS
             self._wake.set()
             self._do(self._wake_late(change.run_id))
         elif change.type == "CANCELLING" or change.is_resumption:
@@ -289,7 +295,6 @@ class Worker:
             await asyncio.sleep(seconds)
             if run_id in self._awaited:
                 self._wake.set()
-        self._awaited.discard(run_id)
 
     async def _heed_soon(self, run_id: UUID) -> None:
         for seconds in (HEED_S, *LATE_S):
@@ -363,6 +368,7 @@ class Worker:
         while True:
             seconds = NET_S if running.WATCHED.is_set() else BLIND_S
             await asyncio.sleep(seconds * random.uniform(0.9, 1.1))  # noqa: S311 - spreads load
+            self._check_waits = True  # an event may have been lost
             self._wake.set()
             with suppress(*LOST):
                 await self._look()

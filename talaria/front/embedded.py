@@ -92,8 +92,7 @@ def load() -> tuple[Application, Any]:
     """Return the engine's Prefect application and the FastAPI within it, which records who creates what."""
     from talaria.engine.api import create_app
 
-    app = create_app()
-    prefect: Any = app.app
+    app, prefect = create_app()
     say_who(prefect)
     return app, prefect
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from blocks import REFUSED, TYPES, Target
 from blocks.base import check_name
-from talaria.engine.registry import workers
+from talaria.engine.registry import CHECKS, workers
 from talaria.engine.runs import at_rest, create
 from talaria.service import Office, recorded
 from talaria.targetfile import action_for, differing, field_names, make, values_of
@@ -253,7 +253,7 @@ async def _check_here(target: Target, *, saved: bool) -> AsyncIterator[Event]:
 async def _check_there(office: Office, target: Target) -> AsyncIterator[Event]:
     """Let a worker check a target, with its probes as they come where it is on this machine."""
     parameters = {"target": f"{target.type_name}/{target.name}"}
-    run = await create(office.client, "check", parameters, f"check of {target.name}", "urgent", by=office.user)
+    run = await create(office.client, "check", parameters, f"check of {target.name}", CHECKS, by=office.user)
     shown, looked = set[str](), 0.0
     loop = asyncio.get_running_loop()
     while True:

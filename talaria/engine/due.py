@@ -1,0 +1,86 @@
+"""Which runs are to begin now, and in which order.
+
+The server lists what is due by queue, an urgent one first, and then by time. Here they are put in the order in which
+they would get a slot at a target: by the time since which they wait, `urgent` as if they had come ten minutes earlier,
+`offpeak` ten minutes later. So those in the lower queues have their turn, for which the server's answer has no room.
+"""
+
+from __future__ import annotations
+
+import time
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import httpx
+from prefect.client.orchestration import PrefectClient
+from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.responses import WorkerFlowRunResponse
+
+from talaria.engine.registry import CHECKS
+from tasks.dispatch import line
+
+PASSED_S = 15.0  # between two looks for runs in lower queues that were passed over
+LOWER = ("normal", "offpeak")  # queues, below "urgent"
+
+
+class Due:
+    """The runs of a work pool that are to begin now, as many as a worker of `limit` places may want."""
+
+    def __init__(self, client: PrefectClient, pool: str, limit: int) -> None:
+        self.client, self.pool, self.limit = client, pool, limit
+        self._look_again = 0.0  # for runs that were passed over, in monotonic seconds
+
+    async def found(self, *, checks: bool, others: bool) -> list[FlowRun]:
+        """Return the runs that are due, the first one first.
+
+        Args:
+            checks: whether a check may be among them that dispatches leave no room for.
+            others: whether there is a place for anything else.
+        """
+        now, found = datetime.now(UTC), list[FlowRun]()
+        if others:
+            found += await self.scheduled(before=now)
+            if len(found) >= self.limit:
+                found += await self._passed_over(now)
+        if checks and (not others or len(found) >= self.limit):
+            found += await self.scheduled(before=now, queue=CHECKS)
+        return sorted({one.id: one for one in found}.values(), key=turn)
+
+    async def _passed_over(self, now: datetime) -> list[FlowRun]:
+        """Return runs of lower queues that have waited so long that a fresh urgent one does not overtake them."""
+        if time.monotonic() < self._look_again:
+            return []
+        found = []
+        for queue in LOWER:
+            ahead = line.turn(0.0, queue) - line.turn(0.0, "urgent")
+            found += await self.scheduled(before=now - timedelta(seconds=ahead), queue=queue)
+        self._look_again = 0.0 if found else time.monotonic() + PASSED_S
+        return found
+
+    async def scheduled(
+        self, *, before: datetime, after: datetime | None = None, queue: str = "", limit: int | None = None
+    ) -> list[FlowRun]:
+        """Return runs that are to begin within a time; none if somebody has removed the pool or the queue."""
+        body: dict[str, Any] = {"limit": limit or self.limit, "scheduled_before": before.isoformat()}
+        body |= {"scheduled_after": after.isoformat()} if after else {}
+        body |= {"work_queue_names": [queue]} if queue else {}
+        try:
+            answer = await self.client.request(
+                "POST", "/work_pools/{name}/get_scheduled_flow_runs", path_params={"name": self.pool}, json=body
+            )
+        except httpx.HTTPStatusError as exc:
+            if exc.response.status_code == 404:
+                return []
+            raise
+        return [WorkerFlowRunResponse.model_validate(one).flow_run for one in answer.json()]
+
+
+def turn(flow_run: FlowRun) -> float:
+    """Return a run's turn among those that are due; the lowest comes first."""
+    since = flow_run.next_scheduled_start_time
+    return line.turn(since.timestamp() if since else 0.0, str(flow_run.parameters.get("priority", "")))
+
+
+def is_check(flow_run: FlowRun) -> bool:
+    """Return True for the check of a target."""
+    return "target" in flow_run.parameters

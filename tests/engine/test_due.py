@@ -1,0 +1,151 @@
+"""Which run begins first: its priority decides, whatever queue it stands in; none waits for ever, checks for nobody."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, cast
+from uuid import uuid4
+
+import httpx
+import pytest
+from prefect.client.orchestration import PrefectClient
+
+from talaria.engine.due import Due
+from talaria.engine.priority import QueueOfPriority
+from talaria.engine.registry import QUEUES
+from talaria.engine.unique import Message
+from talaria.testing import studies
+from tests.servers.up import Talaria
+
+LIMIT = 4
+ORDER = list(QUEUES)
+NOW = datetime.now(UTC)
+
+
+class Server:
+    """As far as what is due goes; answers as Prefect does: by queue, then by time, and no more than is asked for."""
+
+    def __init__(self) -> None:
+        self.runs: list[tuple[str, dict[str, Any]]] = []
+        self.asked: list[str] = []
+
+    def add(self, name: str, queue: str, minutes: float, **parameters: Any) -> None:
+        """A run that has waited so many minutes in a queue."""
+        time = (NOW - timedelta(minutes=minutes)).isoformat()
+        flow_run = {"id": str(uuid4()), "name": name, "flow_id": str(uuid4()), "parameters": parameters}
+        self.runs.append((queue, flow_run | {"next_scheduled_start_time": time}))
+
+    async def request(
+        self, method: str, path: str, path_params: dict[str, str], json: dict[str, Any]
+    ) -> httpx.Response:
+        assert (method, path_params) == ("POST", {"name": "pool"}) and path.endswith("/get_scheduled_flow_runs")
+        queues, before = json.get("work_queue_names") or ORDER, datetime.fromisoformat(json["scheduled_before"])
+        self.asked.append(",".join(json.get("work_queue_names", ["all"])))
+        due = [
+            (ORDER.index(queue), time, one)
+            for queue, one in self.runs
+            if queue in queues and (time := datetime.fromisoformat(one["next_scheduled_start_time"])) <= before
+        ]
+        ids = {"work_pool_id": str(uuid4()), "work_queue_id": str(uuid4())}
+        found = [ids | {"flow_run": one} for _, _, one in sorted(due, key=lambda one: one[:2])][: json["limit"]]
+        return httpx.Response(200, json=found)
+
+    def due(self) -> Due:
+        return Due(cast(PrefectClient, self), "pool", LIMIT)
+
+
+def names(due: Due, *, checks: bool = False, others: bool = True) -> list[str]:
+    return [one.name for one in asyncio.run(due.found(checks=checks, others=others))]
+
+
+def test_priority_decides_whatever_the_queue() -> None:
+    server = Server()
+    server.add("off", "normal", 5, priority="offpeak")
+    server.add("old", "normal", 3, priority="normal")
+    server.add("now", "normal", 1, priority="urgent")
+    assert names(server.due()) == ["now", "old", "off"] and server.asked == ["all"]
+
+
+@pytest.mark.parametrize(("queue", "minutes"), [("normal", 10), ("offpeak", 20)])
+def test_who_has_waited_long_is_not_overtaken_by_those_that_come(queue: str, minutes: int) -> None:
+    server = Server()
+    for number in range(3 * LIMIT):
+        server.add(f"urgent{number}", "urgent", 0.1, priority="urgent")
+    server.add("young", queue, minutes - 1, priority=queue)
+    due = server.due()
+    assert "young" not in names(due)
+    server.add("old", queue, minutes + 1, priority=queue)
+    assert "old" not in names(due)  # there was nobody a moment ago: it does not ask each time
+    due = server.due()
+    assert names(due)[0] == "old" and names(due)[0] == "old"
+    server.runs.pop()
+    asked = len(server.asked)
+    assert "old" not in names(due) and server.asked[asked:] == ["all", "normal", "offpeak"]
+
+
+def test_a_check_is_found_where_there_is_no_room_for_it() -> None:
+    server = Server()
+    for number in range(LIMIT):
+        server.add(f"urgent{number}", "urgent", 1, priority="urgent")
+    server.add("check", "checks", 0, target="folder-target/archive")
+    assert "check" in names(server.due(), checks=True)
+    server.asked.clear()
+    assert names(server.due(), checks=True, others=False) == ["check"] and server.asked == ["checks"]
+    server.asked.clear()
+    assert names(server.due(), others=False) == [] and server.asked == []
+
+
+@pytest.mark.parametrize("pool", ["talaria", "other"])
+@pytest.mark.parametrize("path", ["", "/bulk"])
+def test_a_run_is_created_in_the_queue_of_its_priority(pool: str, path: str) -> None:
+    deployment, seen = f"/api/deployments/{uuid4()}", list[Any]()
+
+    async def prefect(scope: Message, receive: Any, send: Any) -> None:
+        answer: Any = {"work_pool_name": pool}
+        if scope["method"] == "POST":
+            body = (await receive())["body"]
+            assert dict(scope["headers"])[b"content-length"] == str(len(body)).encode()
+            answer = seen.append(json.loads(body))
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": json.dumps(answer).encode()})
+
+    async def created(body: Any) -> Any:
+        seen.clear()
+        transport = httpx.ASGITransport(QueueOfPriority(prefect))
+        async with httpx.AsyncClient(transport=transport, base_url="http://talaria") as client:
+            await client.post(f"{deployment}/create_flow_run{path}", json=[body] if path else body)
+        return seen[0][0] if path else seen[0]
+
+    ours = pool == "talaria"
+    for queue in ({}, {"work_queue_name": "normal"}):
+        run = asyncio.run(created({"parameters": {"priority": "urgent"}} | queue))
+        assert run.get("work_queue_name") == ("urgent" if ours else queue.get("work_queue_name"))
+    for odd in ({}, {"parameters": None}, {"parameters": {"priority": []}}, {"parameters": {"priority": "checks"}}):
+        assert asyncio.run(created(odd)) == odd
+
+
+def test_a_check_does_not_wait_for_dispatches(up: Talaria, tmp_path: Path) -> None:
+    studies.ct(tmp_path / "study", 40)
+    (tmp_path / "slow").mkdir()
+    slow = {"type": "folder", "folder": str(tmp_path / "slow"), "concurrency": 1, "max_dispatches": 64}
+    up.apply(slow=slow | {"bandwidth_limit": 1024})
+    deployment = up.api("GET", "/deployments/name/dispatch/talaria")["id"]
+    # By Prefect's own API, without a queue.
+    asked = {"paths": [str(tmp_path / "study")], "targets": ["slow"], "priority": "urgent", "force": True}
+    runs = [up.api("POST", f"/deployments/{deployment}/create_flow_run", parameters=asked) for _ in range(9)]
+    assert {run["work_queue_name"] for run in runs} == {"urgent"}
+    states = [""]
+
+    def full() -> bool:
+        states[:] = [up.run(run["id"])["state"]["type"] for run in runs]
+        return states.count("RUNNING") == 8
+
+    up.until(full)
+    assert up.told("target", "test", "slow")["ok"]
+    assert full() and "SCHEDULED" in states  # the ninth waits still
+    for run in runs:
+        up.api("POST", f"/flow_runs/{run['id']}/set_state", state={"type": "CANCELLING"})
+    up.until(lambda: all(up.run(run["id"])["state"]["type"] == "CANCELLED" for run in runs))
