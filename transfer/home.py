@@ -20,7 +20,7 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -63,14 +63,20 @@ class Home:
         return self.root / "staging"
 
     @contextmanager
-    def owner(self) -> Iterator[str]:
-        """Make this process an owner of flow runs; yields an id that is alive until the block or the process ends."""
+    def owner(self, label: str = "") -> Iterator[str]:
+        """Make this process an owner of flow runs; yields an id that is alive until the block or the process ends.
+
+        Args:
+            label: the name that others know it by.
+        """
         folder = self.root / "owners"
         folder.mkdir(exist_ok=True, mode=0o700)
         name = uuid.uuid4().hex
         path = folder / name
         with open(path, "w", encoding="ascii", opener=private) as file:
             fcntl.flock(file, fcntl.LOCK_EX)
+            file.write(label)
+            file.flush()
             try:
                 yield name
             finally:
@@ -83,6 +89,15 @@ class Home:
                 return not _take(file.fileno())
         except FileNotFoundError:
             return False
+
+    def owners(self) -> set[str]:
+        """Return the labels of the owners that are alive."""
+        folder, found = self.root / "owners", set()
+        for path in folder.iterdir() if folder.is_dir() else ():
+            with suppress(FileNotFoundError):
+                if self.alive(path.name):
+                    found.add(path.read_text(encoding="ascii"))
+        return found
 
     @contextmanager
     def exclusive(self, name: str, check: Callable[[], None] = lambda: None) -> Iterator[None]:

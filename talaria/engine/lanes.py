@@ -10,6 +10,8 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import functools
+import os
+import socket
 import ssl
 import threading
 from collections.abc import AsyncIterator, Callable
@@ -30,7 +32,7 @@ from prefect.flow_engine import run_flow
 from prefect.settings import get_current_settings
 from prefect.states import AwaitingRetry, Pending
 
-from talaria.engine.recovery import TAKEN_UP
+from talaria.engine.recovery import TAKEN_BY, TAKEN_UP
 from tasks.dispatch import running
 
 READY_S = 60
@@ -105,13 +107,27 @@ async def client(made: Callable[[], Client] = Client) -> AsyncIterator[PrefectCl
         yield context.client
 
 
-async def claim(client: PrefectClient, run_id: UUID) -> bool:
-    """Set a run to Pending, which makes it ours; return False if it is another's, or its state has changed."""
+def name() -> str:
+    """Return the name of this process, by which its runs and, of a worker, its heartbeats are known."""
+    return f"{socket.gethostname()}-{os.getpid()}"
+
+
+async def claim(client: PrefectClient, run_id: UUID, by: str) -> bool:
+    """Set a run to Pending, which makes it ours; return False if it is another's, or its state has changed.
+
+    Args:
+        by: name of this process, which the state's message says.
+    """
+    ours: State[Any] = Pending(message=f"{TAKEN_BY}{by}")
     try:
-        result: OrchestrationResult[Any] = await client.set_flow_run_state(run_id, Pending())
+        result: OrchestrationResult[Any] = await client.set_flow_run_state(run_id, ours)
+        if result.status is SetStateStatus.ACCEPT:
+            return result.state is not None and result.state.is_pending()
+        # The client asks again where an answer is lost, and is refused then what it has got.
+        now = (await client.read_flow_run(run_id)).state
     except ObjectNotFound:
         return False
-    return result.status is SetStateStatus.ACCEPT and result.state is not None and result.state.is_pending()
+    return now is not None and now.is_pending() and now.message == ours.message
 
 
 async def run_here(flow: Flow[..., Any], flow_run: FlowRun) -> State[Any] | None:

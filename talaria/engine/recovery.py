@@ -7,6 +7,7 @@ is put back into the queue under its own id, where the ledger makes it send only
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import logging
 import time
 from datetime import UTC, datetime
@@ -32,13 +33,15 @@ from prefect.states import AwaitingRetry, Cancelled, Crashed, Scheduled
 from tasks.dispatch import rest
 from tasks.dispatch.running import PAUSED, PAUSING, UNTIL_RESUMED
 from tasks.paging import every
-from transfer.home import Home
+from transfer.home import Home, locked
 from transfer.ledger import Ledger
 from transfer.staging import discard
 
 MAX_CRASHES = 20  # a run that crashed that often is left for people to look at
 CRASHES = "talaria.crashes"  # label of a run: how often it was taken up
 PATIENCE_S = 600  # how long a run's end waits for a server that is away
+TAKEN_BY = "taken by "  # begins what the state of a Pending run says, then comes the name of a process
+ABANDONED_S = 120.0  # after which a run should have begun; Prefect takes a worker for offline after 90 s
 TAKEN_UP = "taken up after a crash"  # what the state of a run says that is back in the queue
 logger = logging.getLogger(__name__)
 
@@ -66,6 +69,41 @@ async def recover(client: PrefectClient, home: Home, pool: str, *, alone: bool) 
         await asyncio.to_thread(clear_staging, home, ledger)
     if alone and not living:
         await _free_slots(client)
+    return taken
+
+
+async def abandoned(client: PrefectClient, home: Home, ledger: Ledger, pending: list[FlowRun]) -> list[str]:
+    """Put runs back into the queue that are Pending, and that no process has, whatever the ledger knows of them.
+
+    Nothing was sent for them since: whoever begins them next, nothing goes out twice.
+
+    Returns:
+        The ids of the runs that were taken up.
+    """
+    from talaria.engine.registry import workers  # imports every driver, and every command imports this module
+
+    late = datetime.now(UTC).timestamp() - ABANDONED_S
+    old = [(one, one.state) for one in pending if one.state and one.state.timestamp.timestamp() < late]
+    taken: list[str] = []
+    if not old:
+        return taken
+    ours = home.owners()
+    others = {worker.name for worker in await workers(client)} - ours
+    with locked(home.root / "abandoned.lock", fcntl.LOCK_EX | fcntl.LOCK_NB) as mine:
+        for flow_run, state in old if mine else ():
+            run_id, said = str(flow_run.id), state.message or ""
+            owner = ledger.unfinished().get(run_id)
+            if owner and home.alive(owner):
+                continue
+            # Where it names nobody, it may be any worker's.
+            if said.removeprefix(TAKEN_BY) in others | ours if said.startswith(TAKEN_BY) else others:
+                continue
+            now = (await client.read_flow_run(flow_run.id)).state
+            if now is None or now.id != state.id:
+                continue
+            if await _take_up(client, run_id):
+                taken.append(run_id)
+            ledger.run_ends(run_id)
     return taken
 
 

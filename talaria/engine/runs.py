@@ -92,9 +92,10 @@ def run_here(access: Runner, flow_run: FlowRun) -> None:
     """Run a flow run in this process instead of a worker; return when it has ended, or has long to wait."""
     run_id = str(flow_run.id)
     flow, _ = FLOWS[access.run(_flow_name, flow_run)]
-    with access.home.owner() as owner, Ledger(access.home.ledger) as ledger:
+    name = lanes.name()
+    with access.home.owner(name) as owner, Ledger(access.home.ledger) as ledger:
         while True:
-            if access.run(lanes.claim, flow_run.id):
+            if access.run(lanes.claim, flow_run.id, name):
                 ledger.run_begins(run_id, owner)
                 asyncio.run(lanes.run_here(flow, flow_run))
                 asyncio.run(settle(run_id))

@@ -15,7 +15,6 @@ import logging
 import os
 import random
 import signal
-import socket
 import time
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
@@ -40,7 +39,7 @@ from prefect.states import AwaitingRetry, Cancelled, Failed, Scheduled
 from talaria.audit.forward import forwarding
 from talaria.engine import lanes
 from talaria.engine.due import Due, is_check
-from talaria.engine.recovery import settle
+from talaria.engine.recovery import abandoned, settle
 from talaria.engine.registry import CHECKS
 from talaria.engine.table import flow_at
 from talaria.engine.watch import RESUMING, StateChange, watch
@@ -69,7 +68,7 @@ class Worker:
     def __init__(self, client: PrefectClient, pool: str, home: Home, ledger: Ledger, owner: str, limit: int) -> None:
         self.client, self.pool, self.home, self.ledger, self.owner = client, pool, home, ledger, owner
         self.limit, self.due = limit, Due(client, pool, limit)
-        self.name = f"{socket.gethostname()}-{os.getpid()}"
+        self.name = lanes.name()
         self.draining = False
         self.active: dict[UUID, asyncio.Task[None]] = {}
         # Those that are free; some are there before the first run comes.
@@ -193,7 +192,7 @@ class Worker:
                 settled, more = True, False  # it still runs, and its next time has come: an event says when it may
                 return
             flow = await self._flow_of(flow_run)
-            if flow is None or not await lanes.claim(self.client, flow_run.id):
+            if flow is None or not await lanes.claim(self.client, flow_run.id, self.name):
                 settled = True
             else:
                 self._claimed.add(flow_run.id)
@@ -378,15 +377,17 @@ class Worker:
         """Ask the server for what events should have reported."""
         await self._set_alarms()
         await self._heed(list(self.active))
-        cancelling = await self.client.read_flow_runs(
-            flow_run_filter=FlowRunFilter(
-                state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.CANCELLING]))
-            ),
+        states = [StateType.CANCELLING, StateType.PENDING]
+        found = await self.client.read_flow_runs(
+            flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=states))),
             work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=[self.pool])),
         )
-        for flow_run in cancelling:
-            if flow_run.id not in self.active:
+        found = [flow_run for flow_run in found if flow_run.id not in self.active]
+        for flow_run in found:
+            if flow_run.state and flow_run.state.is_cancelling():
                 await self._look_after(StateChange(flow_run.id, "CANCELLING", "Cancelling", ""))
+        pending = [flow_run for flow_run in found if flow_run.state and flow_run.state.is_pending()]
+        await abandoned(self.client, self.home, self.ledger, pending)
 
     async def _beat(self) -> None:
         """Send the server a heartbeat."""
@@ -403,7 +404,7 @@ def _resuming() -> State[Any]:
 async def work(pool: str, limit: int) -> None:
     """Work until SIGTERM (what runs is finished first) or a second one (what runs is stopped and left to recovery)."""
     home, stop = Home.current(), asyncio.Event()
-    with home.owner() as owner, Ledger(home.ledger) as ledger, forwarding(home):
+    with home.owner(lanes.name()) as owner, Ledger(home.ledger) as ledger, forwarding(home):
         async with lanes.client() as client:
             worker = Worker(client, pool, home, ledger, owner, limit)
 

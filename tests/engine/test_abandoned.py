@@ -1,0 +1,137 @@
+"""Runs that are Pending and that nobody has: as where a claim was lost, or the state directory is an older copy."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, cast
+from uuid import UUID, uuid4
+
+import pytest
+from prefect.client.orchestration import PrefectClient
+from prefect.client.schemas.objects import FlowRun, State, StateType, Worker, WorkerStatus
+from prefect.client.schemas.responses import OrchestrationResult, SetStateStatus, StateRejectDetails
+from prefect.states import Pending, Running
+
+from talaria.engine import lanes
+from talaria.engine.recovery import ABANDONED_S, TAKEN_BY, abandoned
+from transfer.home import Home
+from transfer.ledger import Ledger
+
+OLD = timedelta(seconds=ABANDONED_S + 1)
+
+
+class Server:
+    """One run and the workers that are online."""
+
+    def __init__(self, message: str = "", age: timedelta = OLD, online: tuple[str, ...] = ()) -> None:
+        self.state: State[Any] = Pending(message=message, timestamp=datetime.now(UTC) - age)
+        self.id, self.online = uuid4(), online
+        self.change: State[Any] | None = None  # somebody sets it meanwhile
+
+    @property
+    def run(self) -> FlowRun:
+        return FlowRun(id=self.id, flow_id=uuid4(), state=self.state)
+
+    async def read_workers_for_work_pool(self, pool: str) -> list[Worker]:
+        if self.change:
+            self.state = self.change
+        pool_id = uuid4()
+        return [Worker(name=name, work_pool_id=pool_id, status=WorkerStatus.ONLINE) for name in self.online]
+
+    async def read_flow_run(self, run_id: UUID) -> FlowRun:
+        return self.run
+
+    async def update_flow_run_labels(self, run_id: UUID, labels: dict[str, Any]) -> None:
+        assert run_id == self.id
+
+    async def set_flow_run_state(self, run_id: UUID, state: State[Any], force: bool = False) -> None:
+        assert run_id == self.id and force
+        self.state = state
+
+
+def look(server: Server, home: Home, owner: str = "") -> list[str]:
+    with Ledger(home.ledger) as ledger:
+        if owner:
+            ledger.run_begins(str(server.id), owner)
+        return asyncio.run(abandoned(cast(PrefectClient, server), home, ledger, [server.run]))
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Home:
+    return Home(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("message", "online"),
+    [
+        (f"{TAKEN_BY}gone-1", ("other-2", "ours-3")),
+        (f"{TAKEN_BY}gone-1", ()),
+        ("", ("ours-3",)),  # of an earlier version, or set by hand; no other worker lives
+        ("", ()),
+    ],
+)
+def test_a_run_whose_worker_is_gone_is_taken_up(home: Home, message: str, online: tuple[str, ...]) -> None:
+    server = Server(message, online=online)
+    with home.owner("ours-3"):
+        assert look(server, home) == [str(server.id)]
+    assert server.state.type is StateType.SCHEDULED
+
+
+@pytest.mark.parametrize(
+    ("message", "online"),
+    [
+        (f"{TAKEN_BY}other-2", ("other-2",)),
+        (f"{TAKEN_BY}ours-3", ()),  # it has not sent a heartbeat yet
+        ("", ("other-2", "ours-3")),
+    ],
+)
+def test_a_run_that_a_living_worker_may_have_stays(home: Home, message: str, online: tuple[str, ...]) -> None:
+    server = Server(message, online=online)
+    with home.owner("ours-3"):
+        assert look(server, home) == []
+    assert server.state.is_pending()
+
+
+def test_a_run_that_has_just_been_taken_or_goes_on_stays(home: Home) -> None:
+    assert look(Server(age=timedelta()), home) == []
+    server = Server()
+    server.change = Running()
+    assert look(server, home) == [] and server.state.is_running()
+    with home.owner("ours-3") as owner:
+        assert look(Server(), home, owner) == []
+    assert look(dead := Server(), home, owner) == [str(dead.id)]  # its owner has ended
+
+
+def test_two_look_at_once_and_one_takes_up(home: Home) -> None:
+    server, both = Server(), threading.Barrier(2)
+    found: list[list[str]] = []
+
+    def one() -> None:
+        with Ledger(home.ledger) as ledger:
+            pending = [server.run]
+            both.wait()
+            found.append(asyncio.run(abandoned(cast(PrefectClient, server), home, ledger, pending)))
+
+    threads = [threading.Thread(target=one) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(map(len, found)) == [0, 1]
+
+
+class Claimed(Server):
+    """Refuses to set what is Pending to Pending, as Prefect does."""
+
+    async def set_flow_run_state(self, run_id: UUID, state: State[Any], force: bool = False) -> Any:
+        details = StateRejectDetails(reason="it is pending")
+        return OrchestrationResult(state=None, status=SetStateStatus.REJECT, details=details)
+
+
+@pytest.mark.parametrize(("taker", "ours"), [("me-1", True), ("other-2", False)])
+def test_a_claim_whose_answer_was_lost_is_still_ours(taker: str, ours: bool) -> None:
+    server = Claimed(f"{TAKEN_BY}{taker}")
+    assert asyncio.run(lanes.claim(cast(PrefectClient, server), server.id, "me-1")) is ours
