@@ -62,6 +62,11 @@ class Home:
     def staging(self) -> Path:
         return self.root / "staging"
 
+    @property
+    def waiting(self) -> Path:
+        """The folder of what runs that wait leave behind for their next part."""
+        return self.root / "waiting"
+
     @contextmanager
     def owner(self, label: str = "") -> Iterator[str]:
         """Make this process an owner of flow runs; yields an id that is alive until the block or the process ends.

@@ -10,7 +10,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
-import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -22,15 +21,13 @@ from imaging.json import keyworded
 from imaging.match import Test
 from imaging.query import Match, Query
 from protocols.dicomfolder.index import ATTRIBUTES, DAMAGED, NAME, NOT_DICOM, Index, Stamp
+from protocols.dicomfolder.indexes import INDEXES, SUFFIX
 from protocols.dicomfolder.scan import Changes, Work, apply, look
 from protocols.files.tree import Tree
 from transfer.beneath import FOLDER
 from transfer.errors import Rejected
 from transfer.query import series_tests, study_tests
 
-INDEXES = "indexes"  # the folder of the state directory where those are kept that can't be in their folders
-SUFFIX = ".sqlite"
-OWN_INDEX = re.compile(r"[0-9a-f]{32}\.sqlite(\.[0-9a-f]{12}\.part)?")
 SAVE_EVERY_S = 20.0  # of a long first look, so much is lost at most when the process is killed
 # How long to wait for another process that is reading the same headers. The lock only spares both the same work;
 # where a file system has no locks, or one is held for ever, everything works without.
@@ -341,25 +338,6 @@ def _note_use(index: Path) -> None:
     """Set the time of the last access, which not every file system does by itself; keep the other times."""
     with suppress(OSError):
         os.utime(index, ns=(time.time_ns(), index.stat().st_mtime_ns))
-
-
-def clear_indexes(state_dir: Path, before: float) -> int:
-    """Remove indexes from the state directory that have not been used since; return how many there were.
-
-    One that is needed again is made again from its folder: only time is lost.
-
-    Args:
-        before: seconds since the epoch.
-    """
-    count = 0
-    folder = state_dir / INDEXES
-    for path in folder.iterdir() if folder.is_dir() else ():
-        with suppress(OSError):
-            info = path.lstat()
-            if OWN_INDEX.fullmatch(path.name) and max(info.st_atime, info.st_mtime) < before:
-                path.unlink()
-                count += path.suffix == SUFFIX
-    return count
 
 
 def _stamp(path: Path | None) -> Stamp | None:

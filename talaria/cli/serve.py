@@ -114,7 +114,7 @@ def prune(
     as_json: Json = False,
 ) -> None:
     """Forget old ledger rows, receipts and indexes of folders, and clear orphans of staging."""
-    from talaria.engine.recovery import clear
+    from talaria.engine.leftovers import clear
     from talaria.settings import load_settings
     from transfer.ledger import Ledger
 

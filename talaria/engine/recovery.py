@@ -30,12 +30,11 @@ from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import ObjectNotFound, PrefectException
 from prefect.states import AwaitingRetry, Cancelled, Crashed, Scheduled
 
-from tasks.dispatch import rest
+from talaria.engine.leftovers import clear_staging
 from tasks.dispatch.running import PAUSED, PAUSING, UNTIL_RESUMED
 from tasks.paging import every
 from transfer.home import Home, locked
 from transfer.ledger import Ledger
-from transfer.staging import discard
 
 MAX_CRASHES = 20  # a run that crashed that often is left for people to look at
 CRASHES = "talaria.crashes"  # label of a run: how often it was taken up
@@ -111,40 +110,6 @@ async def taken_up(client: PrefectClient, pool: str) -> list[str]:
     """Return the ids of the runs that are back in the queue after a crash, and that no worker has begun yet."""
     queued = await _runs(client, pool, [StateType.SCHEDULED])
     return [str(run.id) for run in queued if run.state and run.state.message == TAKEN_UP]
-
-
-def clear_staging(home: Home, ledger: Ledger) -> int:
-    """Remove the staging folders of runs that no process runs any more; return how many there were."""
-    # Listed first: a run is in the ledger before it has a folder.
-    folders = list(home.staging.iterdir()) if home.staging.is_dir() else []
-    living = {run_id for run_id, owner in ledger.unfinished().items() if home.alive(owner)}
-    orphans = [folder for folder in folders if folder.name not in living]
-    for folder in orphans:
-        discard(folder)
-    return len(orphans)
-
-
-def clear(home: Home, ledger: Ledger, before: float) -> tuple[int, int, int]:
-    """Remove what is older than `before` (seconds since the epoch), and orphans of staging; return how many of each.
-
-    Returns:
-        How many receipts, staging folders, and unused indexes of read-only folders.
-    """
-    from protocols.dicomfolder.folder import (
-        clear_indexes,  # pydicom takes a second, and every command imports this module
-    )
-
-    receipts = home.receipt("").parent
-    old = [path for path in receipts.glob("*.json") if path.stat().st_mtime < before] if receipts.is_dir() else []
-    for path in old:
-        path.unlink(missing_ok=True)
-        path.with_suffix(".csv").unlink(missing_ok=True)
-    rest.clear(home, before)
-    living = {run_id for run_id, owner in ledger.unfinished().items() if home.alive(owner)}
-    for state in (home.root / "retrievals").glob("*/job.json"):
-        if state.stat().st_mtime < before and state.parent.name not in living:
-            discard(state.parent)
-    return len(old), clear_staging(home, ledger), clear_indexes(home.root, before)
 
 
 async def settle(run_id: str) -> None:

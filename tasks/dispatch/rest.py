@@ -110,14 +110,6 @@ def leave_out(home: Home, run_id: str, targets: Iterable[str]) -> bool:
     return True
 
 
-def clear(home: Home, before: float) -> None:
-    """Remove what runs have left behind that were not heard of since `before`, in seconds since the epoch."""
-    for path in (home.root / "waiting").glob("*.json"):
-        with suppress(FileNotFoundError):
-            if path.stat().st_mtime < before:
-                path.unlink()
-
-
 def message(waits: Iterable[Wait], receipts: str) -> str:
     """Return the message of a run that waits: until when, for what, and how far it is."""
     found = sorted(waits, key=lambda one: one.until)
@@ -128,4 +120,4 @@ def message(waits: Iterable[Wait], receipts: str) -> str:
 
 
 def _path(home: Home, run_id: str) -> Path:
-    return home.root / "waiting" / f"{run_id}.json"
+    return home.waiting / f"{run_id}.json"

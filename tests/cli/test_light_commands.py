@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -111,6 +112,32 @@ def test_commands_load_nothing_heavy(
         assert all(asked.headers["Authorization"] == f"Bearer {SECRET}" for asked in one.asked)
         if "--json" in arguments:
             json.loads(ran.stdout)
+
+
+def test_prune_loads_neither_prefect_nor_a_driver(tmp_path: Path) -> None:
+    """It works on this machine's state directory, whether a server runs or not."""
+    home = tmp_path / "home"
+    old, new = (home / "receipts" / f"{name}.json" for name in ("old", "new"))
+    waiting, orphan = home / "waiting" / "old.json", home / "staging" / "gone" / "1.dcm"
+    index = home / "indexes" / f"{'0' * 32}.sqlite"
+    for path in (old, new, waiting, orphan, index):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}")
+    for path in (old, waiting, index):
+        os.utime(path, (1e9, 1e9))
+    script = SCRIPT.replace(str(HEAVY), str(("prefect", "pydicom", "numpy", "httpx", "blocks", "tasks", "flows")))
+    env = {**os.environ, "TALARIA_HOME": str(home)}
+    ran = subprocess.run(
+        [sys.executable, "-P", "-c", script, "prune", "--json"],
+        env=env,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert json.loads(ran.stdout) == {"rows": 0, "receipts": 1, "staging": 1, "indexes": 1}
+    words(ran)
+    assert new.exists() and not any(path.exists() for path in (old, waiting, orphan, index))
 
 
 def test_send_says_what_goes_wrong_as_it_does_and_prints_the_receipt(tmp_path: Path) -> None:

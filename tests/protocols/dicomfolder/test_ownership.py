@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 
 from imaging.query import Query
-from protocols.dicomfolder.folder import DicomFolder, clear_indexes
+from protocols.dicomfolder.folder import DicomFolder
 from protocols.dicomfolder.index import NAME
+from protocols.dicomfolder.indexes import clear_indexes
 from tests.protocols.dicomfolder.looking import look, series
 
 NOBODY = 65534  # a user without rights; root may do everything and can't test what others may not
