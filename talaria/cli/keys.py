@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from functools import wraps
 from typing import Annotated, Any, get_type_hints
@@ -32,8 +33,14 @@ class Keys:
     ] = field(default_factory=list)
 
     def given(self) -> dict[str, Any]:
-        """Return the options by name, as `talaria.service.retrievals.query_of` takes them."""
-        return asdict(self)
+        """Return the options by name, as `talaria.service.retrievals` takes them, lists of descriptions as lists."""
+        of_study, of_series = _values(self.study_description), _values(self.series_description)
+        return asdict(self) | {"study_description": of_study, "series_description": of_series}
+
+
+def _values(given: Iterable[str]) -> list[str]:
+    """Return the descriptions that an option lists; one that holds a comma stands in quotes, as in CSV."""
+    return list(dict.fromkeys(part.strip() for row in csv.reader(given, skipinitialspace=True) for part in row))
 
 
 def with_keys(command: Callable[..., int]) -> Callable[..., int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import csv
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from imaging.query import Query, listed
 from talaria.service import Office
 from talaria.service.jobs import line, queued, result
 from tasks import DRIVERS
+from tasks.retrieve.asked import query_of
 from tasks.retrieve.moving import check_into
 from tasks.targets import check_destination, check_source, load
 from transfer.accessions import accessions
@@ -22,47 +22,32 @@ from transfer.accessions import accessions
 SELECTIVE = ("accessions", "study_uids", "series_uid", "study_date", "study_descriptions")
 
 
-def query_of(
+def _query(
     accession: str = "",
-    patient_id: str = "",
-    patient_name: str = "",
-    study_date: str = "",
-    modality: str = "",
     study_uid: str = "",
-    series_uid: str = "",
     study_description: Sequence[str] = (),
     series_description: Sequence[str] = (),
-    level: str = "study",
+    **rest: str,
 ) -> Query:
     """Return the query for keys that are named as the options of `talaria query`.
 
     Raises:
         ValueError: the study date is not valid.
     """
-    made = Query(
-        AccessionNumber=accessions(accession),
-        PatientID=patient_id,
-        PatientName=patient_name,
-        StudyDate=study_date,
-        Modality=modality,
-        StudyInstanceUID=study_uid,
-        SeriesInstanceUID=series_uid,
-        StudyDescription=_values(study_description),
-        SeriesDescription=_values(series_description),
-        level=level,
+    made = query_of(
+        accessions=accessions(accession),
+        study_uids=[study_uid],
+        study_descriptions=study_description,
+        series_descriptions=series_description,
+        **rest,
     )
     list(of_study(made))
     return made
 
 
-def _values(given: Sequence[str]) -> tuple[str, ...]:
-    """Return the descriptions that an option lists; one that holds a comma stands in quotes, as in CSV."""
-    return tuple(dict.fromkeys(part.strip() for row in csv.reader(given, skipinitialspace=True) for part in row))
-
-
 async def find_matches(office: Office, source: str, **keys: Any) -> dict[str, Any]:
     """Ask a target what it has, at once; the answer is kept nowhere."""
-    query = query_of(**keys)
+    query = _query(**keys)
     (target,) = await load(office.client, [source])
     check_source(target)
     find = DRIVERS.of(target).find
@@ -76,7 +61,7 @@ async def create_query(office: Office, source: str, key: str = "", **keys: Any) 
     Raises:
         ValueError: it asks for a patient: that would be kept with the run.
     """
-    query = query_of(**keys)
+    query = _query(**keys)
     if query.PatientID or query.PatientName or query.SeriesInstanceUID:
         raise ValueError("what is kept with a run names no patient and no series: ask for matches instead")
     (target,) = await load(office.client, [source], secrets=False)
@@ -114,7 +99,7 @@ async def create_retrieval(
     Raises:
         NotFound, Misconfigured, ValueError: it can't be done, or nothing is asked for.
     """
-    wanted = query_of(**keys)
+    wanted = _query(**keys)
     numbers = tuple(dict.fromkeys((*wanted.AccessionNumber, *numbers)))
     if bool(targets) == bool(into):
         raise ValueError("give either --to NAME or --into FOLDER")

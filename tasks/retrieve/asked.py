@@ -1,4 +1,4 @@
-"""What a person fills into the forms of searches and retrievals, as a query. A line left blank asks nothing."""
+"""What a person asks for, in the form of a run or with the options of a command, as a query. Blanks ask nothing."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ def given(values: Iterable[str]) -> list[str]:
 def query_of(
     *,
     accessions: tuple[str, ...] = (),
+    patient_id: str = "",
+    patient_name: str = "",
     study_uids: Sequence[str] = (),
     series_uid: str = "",
     study_date: str = "",
@@ -23,14 +25,20 @@ def query_of(
     series_descriptions: Sequence[str] = (),
     level: str = "study",
 ) -> Query:
-    """Return the query that a filled form makes; UIDs may be pasted as a list, descriptions are taken as they are."""
+    """Return the query for what was filled in; UIDs may be pasted as a list, descriptions are taken as they are."""
     return Query(
         AccessionNumber=accessions,
-        StudyInstanceUID=",".join(uid for line in study_uids for uid in line.replace(",", " ").split()),
-        SeriesInstanceUID=series_uid.strip(),
+        PatientID=patient_id.strip(),
+        PatientName=patient_name.strip(),
+        StudyInstanceUID=_uids(study_uids),
+        SeriesInstanceUID=_uids([series_uid]),
         StudyDate=study_date.strip(),
         Modality=modality.strip(),
         StudyDescription=tuple(one for one in study_descriptions if one.strip()),
         SeriesDescription=tuple(one for one in series_descriptions if one.strip()),
         level=level,
     )
+
+
+def _uids(given: Iterable[str]) -> str:
+    return ",".join(uid for line in given for uid in line.replace(",", " ").split())

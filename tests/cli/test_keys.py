@@ -1,0 +1,21 @@
+"""What the options of a search are for the API, and what the API makes of them."""
+
+from __future__ import annotations
+
+from imaging.query import Query
+from talaria.cli.keys import Keys
+from tasks.retrieve.asked import query_of
+
+
+def test_options_list_descriptions_and_the_api_takes_each_as_it_is() -> None:
+    given = Keys(study_description=['CT, "CHEST, PA"', "ct"], series_description=[""]).given()
+    assert given["study_description"] == ["CT", "CHEST, PA", "ct"] and given["series_description"] == []
+    made = query_of(study_descriptions=given["study_description"], series_descriptions=["AX T1, 5mm", " "])
+    assert made.StudyDescription == ("CT", "CHEST, PA", "ct") and made.SeriesDescription == ("AX T1, 5mm",)
+
+
+def test_blanks_ask_for_nothing_and_uids_may_be_pasted() -> None:
+    assert query_of(patient_id=" ", patient_name="\t", study_uids=[" "], series_uid=" ", modality=" ") == Query()
+    made = query_of(study_uids=["1.2, 1.3", "1.4\n1.5"], series_uid=" 1.6\n1.7 ", patient_name=" Doe^Jane ")
+    assert (made.StudyInstanceUID, made.SeriesInstanceUID) == ("1.2,1.3,1.4,1.5", "1.6,1.7")
+    assert made.PatientName == "Doe^Jane"
