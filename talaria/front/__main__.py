@@ -23,6 +23,7 @@ from talaria.front.api import routes
 from talaria.front.app import build
 from talaria.front.embedded import EmbeddedPrefect, load
 from talaria.front.heard import AuditWriter
+from talaria.front.impatient import ImpatientProtocol
 from talaria.front.keys import Door, KeyRing
 from talaria.front.remote import RemotePrefect
 from talaria.front.upstream import Upstream
@@ -156,7 +157,7 @@ def _config(app: Any, *, lifespan: Any, **tls: Any) -> uvicorn.Config:
         timeout_graceful_shutdown=GRACE_S,
         proxy_headers=False,  # the gate decides which proxies are trusted
         server_header=False,
-        http="h11",  # bounds the head of a request, which httptools, where it is installed, does not
+        http=ImpatientProtocol,  # of h11, which bounds the head of a request; httptools does not
         **tls,
     )
 

@@ -6,6 +6,7 @@ Prefect carry Prefect's own credential instead of the client's.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import logging
@@ -32,6 +33,7 @@ Application = Callable[[Message, Receive, Send], Awaitable[None]]
 
 OWN = "/talaria"
 MOST_BYTES = 16 << 20  # of a person's or script's request; a list of 100,000 paths takes half of it
+FIRST_WORD_S = 20  # of a websocket, which says who opens it
 _SAFE = ("GET", "HEAD", "OPTIONS")
 _AUTOMATION = {b"prefect-automation-id", b"prefect-automation-name"}  # would stand in `created_by` as who made a run
 _logger = logging.getLogger("talaria.front")
@@ -281,7 +283,11 @@ class Gate:
 
         async def received() -> Message:
             nonlocal done
-            message = await receive()
+            try:
+                # The first message is that it connects. An open websocket without a login is nobody's for long.
+                message = await asyncio.wait_for(receive(), None if done else FIRST_WORD_S)
+            except TimeoutError:
+                return {"type": "websocket.disconnect", "code": 1008}
             if done or message["type"] != "websocket.receive":
                 return message
             done = True

@@ -407,6 +407,35 @@ async def handshake(door: FrontDoor, path: str, word: Any, **headers: str) -> tu
     return ("open" if texts else "closed"), texts
 
 
+def test_a_websocket_that_says_nothing_is_ended(door: FrontDoor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate, "FIRST_WORD_S", 0.1)
+    heard: list[Any] = []
+
+    async def listens(scope: Any, receive: Any, send: Any) -> None:
+        heard.append(await receive())
+        heard.append(await receive())
+
+    async def case() -> None:
+        given = [{"type": "websocket.connect"}]
+
+        async def receive() -> Any:
+            if not given:
+                await asyncio.Event().wait()
+            return given.pop()
+
+        async def send(message: Any) -> None: ...
+
+        monkeypatch.setattr(door.gate, "app", listens)
+        scope = {
+            "type": "websocket", "path": "/api/events/out", "headers": [(b"host", b"127.0.0.1")], "query_string": b"",
+            "client": ("127.0.0.1", 5), "server": ("127.0.0.1", 4200),
+        }  # fmt: skip
+        await asyncio.wait_for(door.gate(scope, receive, send), 60)
+
+    run(case)
+    assert [one["type"] for one in heard] == ["websocket.connect", "websocket.disconnect"]
+
+
 def test_websockets_know_the_same_roles(door: FrontDoor) -> None:
     def word(headers: dict[str, str]) -> dict[str, str]:
         return {"type": "auth", "token": headers["Authorization"].split()[1]}
