@@ -16,6 +16,7 @@ from transfer.home import Home
 
 PLAN, PROBES = "plan", "probes"  # kinds: what a dispatch is going to do; the steps of a check that were made so far
 
+BY = "talaria.by"  # label of a run: who asked for it
 SHOW_PLAN = "talaria.show-plan"  # label of a run that is to show its plan
 
 

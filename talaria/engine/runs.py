@@ -42,7 +42,6 @@ R = TypeVar("R")
 POLL_S = 0.25
 PAGE = 200  # runs a request; Prefect's own limit
 SHOWN_JOBS = 5  # candidates that a message lists
-BY = "talaria.by"  # label of a run: who asked for it
 UNDER_WAY = (StateType.PENDING, StateType.RUNNING, StateType.CANCELLING)
 GIVEN_UP = (StateType.FAILED, StateType.CRASHED)
 SOON_S = 20  # a next attempt further away than this is not waited for
@@ -75,7 +74,7 @@ async def create(
         work_queue_name=queue,
         state=Scheduled(scheduled_time=begin or datetime.now(UTC)),
         idempotency_key=key,
-        labels=({BY: by} if by else {}) | ({live.SHOW_PLAN: True} if show_plan else {}),
+        labels=({live.BY: by} if by else {}) | ({live.SHOW_PLAN: True} if show_plan else {}),
     )
 
 

@@ -116,8 +116,10 @@ class Gate:
             if who.role < Role.WORKER:
                 receive = _bounded(scope["headers"], receive)
             if not is_own(path):
-                receive = await self._inspected(scope, receive, who)
                 passed["headers"] = self._with_credential(scope["headers"], who)
+                if prefect_rules.inspected(method, path, who.role):
+                    body = await self._inspected(scope, receive, who)
+                    receive, passed["headers"] = _again(body, receive), _of_length(len(body), passed["headers"])
                 if _is_settings(path):  # they are changed on the way, so they must not be compressed
                     passed["headers"] = [one for one in passed["headers"] if one[0] != b"accept-encoding"]
         except _Refused as exc:
@@ -192,10 +194,8 @@ class Gate:
         if not is_own(scope["path"]) and (why := prefect_rules.why_not(scope.get("query_string", b""), asker.who.role)):
             raise _Refused(403, why)
 
-    async def _inspected(self, scope: Message, receive: Receive, who: Identity) -> Receive:
-        """Check the body of a request where that matters; return a `receive` that delivers it again."""
-        if not prefect_rules.inspected(scope["method"], scope["path"], who.role):
-            return receive
+    async def _inspected(self, scope: Message, receive: Receive, who: Identity) -> bytes:
+        """Check the body of a request; return the one to pass on."""
         body, more = bytearray(), True
         while more:
             message = await receive()
@@ -207,12 +207,7 @@ class Gate:
                 raise _Refused(413, f"a body of more than {prefect_rules.BODY_BYTES} bytes")
         if why := prefect_rules.why_not_body(scope["path"], bytes(body), who.role):
             raise _Refused(403, why)
-        pieces: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
-
-        async def again() -> Message:
-            return pieces.pop() if pieces else await receive()
-
-        return again
+        return prefect_rules.signed(scope["path"], bytes(body), who.name)
 
     def _with_credential(self, headers: list[tuple[bytes, bytes]], who: Identity) -> list[tuple[bytes, bytes]]:
         """Return the headers to pass on: with Prefect's credential in the place of the client's own."""
@@ -329,6 +324,21 @@ def _bounded(headers: list[tuple[bytes, bytes]], receive: Receive) -> Receive:
         return message
 
     return received
+
+
+def _again(body: bytes, receive: Receive) -> Receive:
+    """Return a `receive` that delivers a body that has been received already."""
+    pieces: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def again() -> Message:
+        return pieces.pop() if pieces else await receive()
+
+    return again
+
+
+def _of_length(length: int, headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """Return headers that say how long a body is, where they did before."""
+    return [(key, str(length).encode() if key == b"content-length" else value) for key, value in headers]
 
 
 def _is_plain(path: str) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 from talaria.front.access import Role
+from transfer import live
 
 BODY_BYTES = 4 << 20  # most bytes of a body that is checked before it is passed on
 
@@ -39,6 +40,8 @@ _WORKS = re.compile(
     r"|v2/concurrency_limits/leases/[^/]+/renew|work_pools/[^/]+/workers/heartbeat"
     r"|(?:deployments|work_pools/[^/]+)/get_scheduled_flow_runs|work_queues/[^/]+/get_runs)"
 )
+# Where runs are made, which get a label that says for whom.
+_CREATES = re.compile(r"/api/(?:deployments/[^/]+/create_flow_run(?:/bulk)?|flow_runs)")
 _WATCHES = re.compile(r"/api/(?:events|logs)/out")  # websockets that only read
 _INSPECTED = re.compile(r"/api/(?:block_documents|block_types)(?:/.*)?")
 # States that an operator may put a run into: again, cancel, pause. Others would say that something has arrived.
@@ -82,11 +85,13 @@ def role_for_websocket(path: str) -> Role:
 
 
 def inspected(method: str, path: str, role: Role) -> bool:
-    """Return True if the body of a request must be checked before it is passed on."""
+    """Return True if the body of a request must be checked, or signed, before it is passed on."""
     if role >= Role.WORKER or method in ("GET", "HEAD"):
         return False
     path = path.rstrip("/")
-    return bool(_INSPECTED.fullmatch(path) or (role is Role.OPERATOR and _OPERATES.fullmatch(path)))
+    return bool(_CREATES.fullmatch(path)) or bool(
+        _INSPECTED.fullmatch(path) or (role is Role.OPERATOR and _OPERATES.fullmatch(path))
+    )
 
 
 def why_not(query: bytes, role: Role) -> str:
@@ -101,6 +106,20 @@ def why_not(query: bytes, role: Role) -> str:
         if _is_include(key) and value.strip().casefold() not in _NO:
             return _SECRETS
     return ""
+
+
+def signed(path: str, body: bytes, who: str) -> bytes:
+    """Return a body with the name of whoever makes runs in their labels: a Prefect server elsewhere knows nobody.
+
+    Bodies that make no runs are returned as they are.
+    """
+    if not _CREATES.fullmatch(path.rstrip("/")):
+        return body
+    document = json.loads(body or b"{}")
+    for one in document if isinstance(document, list) else [document]:
+        if isinstance(one, dict) and isinstance(one.setdefault("labels", None), dict | None):
+            one["labels"] = (one["labels"] or {}) | {live.BY: who}
+    return json.dumps(document).encode()
 
 
 def why_not_body(path: str, body: bytes, role: Role) -> str:

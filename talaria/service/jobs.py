@@ -17,6 +17,7 @@ from talaria.engine import recovery, runs
 from talaria.service import Conflict, Office, recorded
 from talaria.settings import POOL
 from tasks.dispatch import kept, progress, rest
+from tasks.dispatch.audited import requester
 from tasks.names import split
 from transfer.errors import Misconfigured, NotFound
 
@@ -50,7 +51,7 @@ def line(flow_run: FlowRun) -> dict[str, Any]:
         "dispatch_id": runs.dispatch_of(flow_run),
         "targets": list(flow_run.parameters.get("targets", [])),
         "paths": list(flow_run.parameters.get("paths", [])),
-        "by": str(flow_run.labels.get(runs.BY) or (flow_run.created_by and flow_run.created_by.display_value) or ""),
+        "by": requester(flow_run),
         "begun": begun.isoformat(timespec="seconds") if begun else None,
         "ended": flow_run.end_time.isoformat(timespec="seconds") if flow_run.end_time else None,
         "runs": flow_run.run_count,

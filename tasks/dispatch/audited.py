@@ -7,6 +7,7 @@ from typing import Any
 
 from blocks.base import Target
 from tasks.dispatch.delivery import Delivery
+from transfer import live
 from transfer.audit import AuditResult, Event, pseudonym, record
 from transfer.plan import Plan
 from transfer.receipt import Receipt, State
@@ -16,8 +17,12 @@ RESULTS = {State.DELIVERED: AuditResult.SUCCESS, State.PARTIAL: AuditResult.MINO
 
 
 def requester(flow_run: Any) -> str:
-    """Return who created a flow run; "" if that is not known, and then this process's user is recorded."""
-    return str(getattr(getattr(flow_run, "created_by", None), "display_value", None) or "")
+    """Return who asked for a flow run; "" if that is not known, and then this process's user is recorded.
+
+    The front door sets the label, and nobody can set it past that; `created_by` is empty at a Prefect server elsewhere.
+    """
+    by = getattr(flow_run, "labels", {}).get(live.BY) or getattr(flow_run, "created_by", None)
+    return str(getattr(by, "display_value", by) or "")
 
 
 def delivery_begins(delivery: Delivery, run: str, who: str) -> None:

@@ -284,6 +284,38 @@ def test_no_body_fills_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     run(case)
 
 
+def test_runs_are_labelled_with_who_makes_them(door: FrontDoor) -> None:
+    """A Prefect server elsewhere knows nobody. Whoever asks can't be somebody else."""
+    one = {"name": "ä", "parameters": {"n": 2**70, "x": 0.1}}
+    by = {"talaria.by": "operator"}
+    cases: list[tuple[str, Any, Any]] = [
+        ("/api/deployments/x/create_flow_run", one, one | {"labels": by}),
+        ("/api/deployments/x/create_flow_run/", one | {"labels": None}, one | {"labels": by}),
+        ("/api/deployments/x/create_flow_run", {"labels": {"a": 1, **dict.fromkeys(by, "eve")}},
+         {"labels": {"a": 1, **by}}),
+        ("/api/deployments/x/create_flow_run/bulk", [one, {}, 7], [one | {"labels": by}, {"labels": by}, 7]),
+        ("/api/deployments/x/create_flow_run", {"labels": [1]}, {"labels": [1]}),  # Prefect refuses it
+        ("/api/flow_runs/filter", one, one),
+    ]  # fmt: skip
+
+    async def case() -> None:
+        named = door.keys.tokens.create(Role.OPERATOR, None, "operator")[1]
+        operator, admin = {"Authorization": f"Bearer {named}"}, door.token(Role.ADMIN)
+        async with door.browser() as client:
+            for path, body, expected in cases:
+                answer = await client.post(path, json=body, headers=operator)
+                assert answer.status_code == 200, answer.text
+                assert json.loads(answer.json()["body"]) == expected
+                assert int(answer.json()["headers"]["content-length"]) == len(answer.json()["body"].encode())
+            answer = await client.post("/api/flow_runs/", json={"labels": {"talaria.by": "eve"}}, headers=admin)
+            assert "eve" not in answer.json()["body"] and "talaria.by" in answer.json()["body"]
+            whole = b'{"labels": {"talaria.by": "anna"}}'  # the worker passes on for whom it works
+            answer = await client.post("/api/flow_runs/", content=whole, headers=door.worker)
+            assert answer.json()["body"] == whole.decode()
+
+    run(case)
+
+
 def test_routes_of_our_own_need_the_role_that_they_declare(tmp_path: Path) -> None:
     @needs(Role.OPERATOR)
     async def send(request: Request) -> Response:

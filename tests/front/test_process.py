@@ -148,6 +148,8 @@ def test_a_server_elsewhere_is_behind_the_same_door(run: Callable[..., Process])
         odd = client.get("/api/variables/name/a%3Fb%25c%2Fd", headers=one.machine).json()
         assert odd["path"] == "/api/variables/name/a?b%c/d" and odd["query"] == ""
         assert client.get("/moved", headers=one.machine).headers["location"] == "/v2/runs"
+        made = client.post("/api/deployments/x/create_flow_run", json={"parameters": {}}, headers=one.machine).json()
+        assert json.loads(made["body"])["labels"] == {"talaria.by": "talaria"}
         secrets = {"include_secrets": True}
         assert client.post("/api/block_documents/filter", json=secrets, headers=one.machine).status_code == 403
 
