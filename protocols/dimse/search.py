@@ -14,6 +14,7 @@ from typing import Any
 from imaging.match import in_days
 from imaging.query import Match, Query, count, listed, text
 from protocols.dimse.accessions import Accessions
+from protocols.dimse.below import SeriesInParts
 from protocols.dimse.identifier import encodings
 from protocols.dimse.parts import PREFIXED, SPLITTERS, Splitter, by_prefix, outside
 from protocols.dimse.query import PATIENT_ROOT_FIND, Finder
@@ -41,6 +42,7 @@ MOST_PROBED = 5000  # answers; whether more than these are all is not looked int
 # Numbers at which peers stop without a word.
 CAPS = frozenset((5, 10, 20, 25, 30, 50, 100, 150, 200, 250, 300, 400, 500, 1000, 1500, 2000, 2500, 3000, 5000))
 UID_LIST = 50  # UIDs in one query
+MOST_STALE = 3  # studies that announce more series than they have, after which a peer's counts say nothing
 MAX_DEPTH = 60  # of parts of parts
 MOST_UNDATED = 3000  # queries for one identifier, in search of studies without a date
 
@@ -51,6 +53,7 @@ class PeerSearch:
     def __init__(self, finder: Finder) -> None:
         self.finder = finder
         self._refused: set[str] = set()  # optional keys that this peer doesn't take
+        self._stale = 0  # studies that announced more series than there were
         self._patients: dict[str, str] = {}  # PatientID by study, for peers of Patient Root
 
     def find(self, query: Query) -> Iterator[Match]:
@@ -62,18 +65,43 @@ class PeerSearch:
         of_series = dict(series_tests(query))
         for study in self._studies(query):
             if query.level == "series":
-                for series in self.series(str(study["StudyInstanceUID"]), query):
+                for series in self.series(study, query):
                     yield Match({**study, **series}, count(series.get("NumberOfSeriesRelatedInstances")))
             elif self._has_series(study, of_series, query):
                 yield Match(study, count(study.get("NumberOfStudyRelatedInstances")))
 
-    def series(self, study: str, query: Query) -> Iterator[Answer]:
+    def series(self, study: Answer, query: Query) -> Iterator[Answer]:
         """Yield the series of a study that match a query."""
         tests = series_tests(query)
-        for found in self.answers("SERIES", {"StudyInstanceUID": study}, SERIES_FIELDS):
+        for found in self._all_series(study):
             self._require(found, dict(tests))
             if all(test(text(found.get(keyword))) for keyword, test in tests):
                 yield found
+
+    def _all_series(self, study: Answer) -> list[Answer]:
+        """Return the series of a study, asked for in parts if the study announces more than come at once.
+
+        Raises:
+            _CutShort: the peer has more than it gives.
+        """
+        keys = {"StudyInstanceUID": str(study["StudyInstanceUID"])}
+        first = self.answers("SERIES", keys, SERIES_FIELDS)
+        announced = count(study.get("NumberOfStudyRelatedSeries")) or 0
+        at_limit = len(first) in CAPS
+        if len(first) >= announced or not first or (self._stale >= MOST_STALE and not at_limit):
+            return first
+        parts = SeriesInParts(lambda more: self.answers("SERIES", keys | more, SERIES_FIELDS), first, announced)
+        parts.by_modality(text(study.get("ModalitiesInStudy")).split("\\"))
+        if not parts.whole:
+            parts.by_number()
+        if not parts.whole:
+            if parts.cut or (at_limit and not parts.heeded):
+                raise _CutShort(
+                    f"{self.finder.peer.where}: the peer gives {len(parts.found)} series of a study and has more: it "
+                    f"announces {announced}"
+                )
+            self._stale += 1
+        return list(parts.found.values())
 
     def _require(self, found: Answer, tests: Mapping[str, Any]) -> None:
         """Raise if the query needs values that the peer doesn't give: "nothing found" would be wrong."""
@@ -402,8 +430,7 @@ class PeerSearch:
         if set(tests) == {"Modality"} and modalities:
             every = [modalities] if isinstance(modalities, str) else modalities
             return any(tests["Modality"](str(one)) for one in every)
-        found = list(self.series(str(study["StudyInstanceUID"]), query))
-        return bool(found)
+        return any(True for _ in self.series(study, query))
 
 
 def _any_form(name: str) -> str:

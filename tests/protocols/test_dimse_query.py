@@ -45,6 +45,47 @@ def accessions(matches: list[Match]) -> list[str]:
     return sorted(str(match.attributes["AccessionNumber"]) for match in matches)
 
 
+def series(count: int, **changes: object) -> list[bytes]:
+    """One study of so many series, of one instance each."""
+    return files(count, StudyInstanceUID=studies.uid(), AccessionNumber="A", PatientID="P", **changes)
+
+
+@pytest.mark.parametrize("limit", [1, 3, 7, 11])
+def test_series_beyond_a_limit_that_a_peer_does_not_mention_are_found_by_number(limit: int) -> None:
+    made = series(12, SeriesNumber=lambda n: n + 1)
+    with archive(made, limit=limit) as peer:
+        assert len(found(peer, Query(level="series"))) == 12
+        assert len(found(peer, Query(level="series", Modality="CT"))) == 12
+
+
+def test_series_beyond_a_limit_are_found_by_modality() -> None:
+    made = series(12, SeriesNumber="", Modality=lambda n: ("CT", "MR", "PT", "US")[n % 4])
+    with archive(made, limit=5) as peer:
+        assert len(found(peer, Query(level="series"))) == 12
+        assert len(peer.asked(FIND)) == 6  # studies, series, each modality
+
+
+@pytest.mark.parametrize("ignored", ["SeriesNumber", ""])
+def test_series_that_a_peer_does_not_give_are_an_error(ignored: str) -> None:
+    # All of one number, two of another: that shows the limit, and no key tells the others apart.
+    made = series(14, SeriesNumber=lambda n: 7 if n < 12 else 9) if not ignored else series(12, SeriesNumber="1")
+    with archive(made, limit=5, ignores=frozenset((ignored,))) as peer:
+        with pytest.raises(Misconfigured, match=r"gives [57] series of a study and has more: it announces 1[24]"):
+            found(peer, Query(level="series"))
+        with pytest.raises(Misconfigured, match="has more"):
+            found(peer, Query(SeriesDescription=("nowhere",)))
+
+
+@pytest.mark.parametrize("count", [3, 5])
+def test_series_that_are_announced_and_not_there_are_no_error_and_cost_little(count: int) -> None:
+    made = [file for n in range(10) for file in series(count, SeriesNumber=lambda n: n + 1)]
+    with archive(made, announced_series=50) as peer:
+        assert len(found(peer, Query(level="series"))) == 10 * count
+        asked = len([one for one in peer.asked(FIND) if one.level == "SERIES"])
+        # Three studies show that the counts are wrong, but where there are as many series as peers stop at.
+        assert asked == 10 + 2 * (10 if count == 5 else 3)
+
+
 @pytest.mark.parametrize("status", [0xA700, 0x0000])
 @pytest.mark.parametrize("limit", [5, 7])
 def test_more_matches_than_a_peer_gives_are_asked_for_by_date(limit: int, status: int) -> None:

@@ -112,6 +112,7 @@ class Archive(Scp):
         ignores: keywords that are not matched.
         refuses: returns the status to refuse a query with, 0 to answer it.
         answer_charset: how answers are encoded, and how that is called in them (None: not at all).
+        announced_series: how many series it says that each study has; None for the truth.
         ports: of move destinations by AE title.
         store_answers: statuses of C-STORE, in order.
     """
@@ -125,6 +126,7 @@ class Archive(Scp):
     answer_charset: tuple[str, str | None] | None = None
     on_get: Callable[[Request, list[Instance]], Steps] | None = None
     on_move: Callable[[Request, list[Instance]], Steps] | None = None
+    announced_series: int | None = None
     ports: dict[str, int] = field(default_factory=dict)
     requests: list[Request] = field(default_factory=list)
     store_answers: list[int] = field(default_factory=list)
@@ -231,6 +233,8 @@ class _Connection(Connection):
                 above, below = counted[keyword]
                 same = [one.ds for one in self.peer.instances if one.ds.get(above) == first.get(above)]
                 setattr(answer, keyword, len({ds.get(below) for ds in same}))
+                if below == "SeriesInstanceUID" and self.peer.announced_series is not None:
+                    answer.NumberOfStudyRelatedSeries = self.peer.announced_series
             elif keyword == "ModalitiesInStudy":
                 same = [o.ds for o in self.peer.instances if o.ds.StudyInstanceUID == first.StudyInstanceUID]
                 answer.ModalitiesInStudy = sorted({ds.Modality for ds in same})
