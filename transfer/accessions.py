@@ -17,10 +17,13 @@ TITLES = frozenset((
     "accession", "accessionnumber", "accessionno", "accessionnr", "accessionid", "accno", "accnr", "accnum", "acc",
     "accessions", "accessionnumbers", "accnumber", "studyaccessionnumber",
 ))  # fmt: skip
-_BETWEEN = re.compile(r"[\s,;\u00a0\u200b\ufeff\u2060]+")
+_BETWEEN = re.compile(r"[\s,;\u00a0\u200b\ufeff\u2060\uff0c\uff1b\u3001]+")
+_UNSEEN = re.compile(r"[\u200e\u200f\u061c\u202a-\u202e\u2066-\u2069]")  # directions of writing: no part of a number
+_BLANK_LINES = re.compile(r"\A(?:[ \t,;]*\r?\n)+")
+MOST_ABOVE = 20  # lines above a table, as a report's title
 _AS_TEXT = re.compile(r'(?<![^\s,;"])="([^"\n\r]*)"')  # how spreadsheets write a text that looks like a number: ="0012"
 _TWO_WORDS = re.compile(
-    r"\A[\s\"']*(accession|acc\.?)[ _]+(numbers?|no\.?|nr\.?|id|#)[\"']?(?=\s*[\n\r,;\t])", re.IGNORECASE
+    r"\A[\s\"']*(accession|acc\.?)[ _]+(numbers?|no\.?|nr\.?|id|#)[\"']?\s*(?::|(?=[\n\r,;\t]))", re.IGNORECASE
 )
 _SEPARATOR = re.compile(r"""\A["']?sep=.["']?[ \t]*\r?\n""")  # a line that some spreadsheets write first
 _SHORTENED = re.compile(r"(?<![\w.+-])\d(?:[.,]\d+)?E\+\d+(?!\w)")
@@ -39,7 +42,7 @@ def accessions(text: str) -> tuple[str, ...]:
             longer one (1.23E+11).
     """
     found: dict[str, None] = {}
-    text = _SEPARATOR.sub("", text.lstrip("\ufeff"))
+    text = _BLANK_LINES.sub("", _SEPARATOR.sub("", _UNSEEN.sub("", text.lstrip("\ufeff"))))
     column = _column(text)
     shortened = _SHORTENED.search("\n".join(column) if column else text)
     if shortened:
@@ -61,24 +64,34 @@ def accessions(text: str) -> tuple[str, ...]:
 def _column(text: str) -> list[str]:
     """Return the values of a table's column of accession numbers; none if the text is not a table.
 
-    That is the column with the title, or the first one where no column has it.
+    That is the column with the title, which may stand below other lines, or the first one where no column has it.
     """
     first = text.partition("\n")[0]
     for sign in ("\t", ";", ","):
-        if sign not in first:
+        if sign not in text:
             continue
         try:
             rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=sign))
         except csv.Error as exc:  # a quote that is not closed makes all that follows one value
+            if sign not in first:
+                continue
             raise Misconfigured(f"the list is not valid CSV: {exc}") from exc
         rows = [[_cell(cell) for cell in row] for row in rows if any(cell.strip() for cell in row)]
         if len(rows) < 2:
             continue
-        titled = (number for number, title in enumerate(rows[0]) if _is_title(title) and not re.search(r"\d", title))
-        at = next(titled, 0 if _is_table(rows) else None)
+        top, at = _titled_column(rows) or (0, 0 if sign in first and _is_table(rows) else None)
         if at is not None:
-            return [row[at] for row in rows[1:] if len(row) > at and row[at]]
+            return [row[at] for row in rows[top + 1 :] if len(row) > at and row[at]]
     return []
+
+
+def _titled_column(rows: list[list[str]]) -> tuple[int, int] | None:
+    """Return the row and the column of the title in a table; None if there is none."""
+    for top, row in enumerate(rows[:MOST_ABOVE]):
+        for at, title in enumerate(row if len(row) > 1 else ()):
+            if _is_title(title) and not re.search(r"\d", title):
+                return top, at
+    return None
 
 
 def _cell(text: str) -> str:

@@ -44,6 +44,17 @@ from transfer.errors import Misconfigured
         ("Acc. Number\n0012\n0013", ("0012", "0013")),
         ("weight;accession\n1.2E+05;A1\n1.3E+05;A2", ("A1", "A2")),
         ("1E5\nA2E+05\n3E-02", ("1E5", "A2E+05", "3E-02")),
+        # What stands above the table, or is not seen.
+        ("\n\nAccession,Name\nA1,Meier\nA2,Huber\n", ("A1", "A2")),
+        ("\r\n\t\r\nName\tAccession\r\nx\tA1\r\n", ("A1",)),
+        ("sep=;\r\n;;\r\nName;Accession\r\nx;A1\r\n", ("A1",)),
+        ("Worklist of 2024-01-01\n\nAccession;Name\nA1;Meier\nA2;Huber", ("A1", "A2")),
+        ('"List, all",,\r\n,,\r\nName,Accession No.,Date\r\n"Meier, Hans",A1,2024\r\n', ("A1",)),
+        ("\u200eA1\u200f\n\u202aA2\u202c", ("A1", "A2")),
+        ("A1\uff0cA2\u3001A3\uff1bA4", ("A1", "A2", "A3", "A4")),
+        ("Accession Number:\nA1\nA2", ("A1", "A2")),
+        ("Accession number: A1, A2", ("A1", "A2")),
+        ("Accession: A1, A2", ("A1", "A2")),
         # No tables: lists in several lines.
         ("A1,A2\nA3,A4", ("A1", "A2", "A3", "A4")),
         ("X,Y\nZ,W", ("X", "Y", "Z", "W")),
