@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 import pydicom
 import pytest
@@ -19,32 +18,17 @@ import pytest
 from talaria.testing import studies
 from talaria.testing.process import as_loaded
 from talaria.testing.relay import relay
+from tests.engine.material import dicom, files, folder
 from tests.servers.dcmtk import StoreScp, storescp
 from tests.servers.up import Talaria
 
 pytestmark = pytest.mark.timeout(600)
-FAST = {"max_attempts": 3, "retry_delay_s": 0.2, "retry_max_delay_s": 0.5, "idle_timeout_s": 10}
 
 
 @pytest.fixture
 def pacs(tmp_path: Path) -> Iterator[StoreScp]:
     with storescp(tmp_path / "pacs") as one:
         yield one
-
-
-def dicom(port: int, **fields: Any) -> dict[str, Any]:
-    return {"type": "dicom", "host": "127.0.0.1", "port": port, "aet_target": "STORESCP", **FAST, **fields}
-
-
-def folder(path: Path, **fields: Any) -> dict[str, Any]:
-    path.mkdir(parents=True, exist_ok=True)
-    return {"type": "folder", "folder": str(path), **FAST, **fields}
-
-
-def files(path: Path) -> dict[str, bytes]:
-    # os.walk passes over folders that are renamed while it looks.
-    names = [os.path.join(folder, name) for folder, _, found in os.walk(path) for name in found]
-    return {os.path.relpath(name, path): Path(name).read_bytes() for name in names}
 
 
 def test_a_study_goes_to_a_pacs_and_an_archive(up: Talaria, pacs: StoreScp, tmp_path: Path) -> None:

@@ -18,9 +18,7 @@ import pytest
 
 from talaria.front.api import PATH, application
 from talaria.testing import studies
-from tests.engine.test_dispatch import files, folder
-from tests.engine.test_retrieve import placed, source, study
-from tests.engine.test_waiting import later
+from tests.engine.material import files, folder, later, placed, source, study
 from tests.servers.qr import archive
 from tests.servers.up import Talaria
 from transfer.home import Home

@@ -6,45 +6,18 @@ import csv
 import json
 import threading
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from talaria.testing import studies
 from tasks.retrieve.job import size_of
-from tests.engine.test_dispatch import FAST, files, folder
-from tests.engine.test_waiting import go_on, later
+from tests.engine.material import FAST, files, folder, go_on, later, placed, source, study
 from tests.servers.dcmtk import storescp
 from tests.servers.orthanc import orthanc
-from tests.servers.qr import GET, Archive, Instance, Last, Request, Send, Steps, archive, sends
+from tests.servers.qr import GET, Instance, Last, Request, Send, Steps, archive, sends
 from tests.servers.up import Talaria
 
 pytestmark = pytest.mark.timeout(900)
-
-
-def study(accession: str, series: int = 2, each: int = 2, **changes: Any) -> list[bytes]:
-    uid, uids = studies.uid(), [studies.uid() for _ in range(series)]
-    return [
-        studies.encoded(studies.dataset(study=uid, series=one, AccessionNumber=accession, **changes))
-        for one in uids
-        for _ in range(each)
-    ]
-
-
-def source(peer: Archive, **fields: Any) -> dict[str, Any]:
-    return {
-        "type": "dicom", "host": "127.0.0.1", "port": peer.port, "aet_target": "ARCHIVE", "direction": "query", **FAST,
-        **fields,
-    }  # fmt: skip
-
-
-def placed(into: Path) -> dict[str, set[str]]:
-    """Names of the files in a folder by that of the first folder."""
-    found: dict[str, set[str]] = {}
-    for path in into.rglob("*"):
-        if path.is_file():
-            found.setdefault(path.relative_to(into).parts[0], set()).add(path.stem)
-    return found
 
 
 def test_a_list_goes_to_targets_and_what_is_missing_or_partial_is_repaired_by_retry(

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.engine.test_dispatch import FAST, files, folder
-from tests.engine.test_retrieve import source, study
+from tests.engine.material import FAST, files, folder, source, study
 from tests.servers.qr import GET, Instance, archive
 from tests.servers.scp import scp
 from tests.servers.steps import Abort, Script, Store

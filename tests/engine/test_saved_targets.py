@@ -8,7 +8,7 @@ import pytest
 
 from talaria import targetfile
 from tests.servers.up import Talaria
-from tests.targets.test_blocks import NEEDED, SECRET, filled, secrets_of
+from tests.targets.fields import NEEDED, SECRET, filled, secrets_of
 
 pytestmark = pytest.mark.timeout(600)
 

@@ -15,6 +15,7 @@ import pytest
 
 from talaria.testing import studies
 from talaria.testing.process import as_loaded
+from tests.engine.material import go_on, later
 from tests.servers.dicomweb import Reply, scripted
 from tests.servers.up import Talaria
 
@@ -28,12 +29,6 @@ def folder(path: Path, **fields: Any) -> dict[str, Any]:
     return {"type": "folder", "folder": str(path), "max_attempts": 3, "retry_delay_s": 0.2, **fields}
 
 
-def later(hours: int) -> str:
-    """A window that opens after so many hours."""
-    begin, end = (datetime.now(UTC) + timedelta(hours=h) for h in (hours, hours + 1))
-    return f"{begin:%H:%M}-{end:%H:%M}"
-
-
 def files(path: Path) -> set[str]:
     # os.walk passes over folders that are renamed while it looks.
     return {os.path.relpath(os.path.join(folder, name), path) for folder, _, names in os.walk(path) for name in names}
@@ -41,13 +36,6 @@ def files(path: Path) -> set[str]:
 
 def state_of(up: Talaria, run_id: str) -> str:
     return str(up.run(run_id)["state"]["type"])
-
-
-def go_on(up: Talaria, run_id: str) -> None:
-    """Let the time come for which a run waits."""
-    soon = {"scheduled_time": datetime.now(UTC).isoformat()}
-    state = {"type": "SCHEDULED", "name": "AwaitingRetry", "state_details": soon}
-    up.api("POST", f"/flow_runs/{run_id}/set_state", state=state, force=True)
 
 
 def cancelled_in_time(up: Talaria, run_id: str) -> dict[str, Any]:

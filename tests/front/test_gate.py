@@ -15,7 +15,7 @@ from starlette.routing import Route
 
 from talaria.front import gate
 from talaria.front.access import ACTING, Role, needs
-from tests.front.door import PASSWORD, FrontDoor, basic
+from tests.front.door import PASSWORD, FrontDoor, basic, handshake
 
 Case = Callable[[], Coroutine[Any, Any, None]]
 
@@ -412,31 +412,6 @@ def test_the_header_is_worth_nothing_without_a_declared_proxy(door: FrontDoor) -
 
 
 # ---- websockets
-
-
-async def handshake(door: FrontDoor, path: str, word: Any, **headers: str) -> tuple[str, list[str]]:
-    """Open a websocket and say one word; returns how it ended (`refused`, `closed`, `open`) and what came."""
-    raw = [(b"host", b"127.0.0.1:4200"), *((k.lower().encode(), v.encode()) for k, v in headers.items())]
-    scope = {
-        "type": "websocket", "path": path, "raw_path": path.encode(), "query_string": b"", "root_path": "",
-        "scheme": "ws", "headers": raw, "client": ("127.0.0.1", 5), "server": ("127.0.0.1", 4200),
-        "subprotocols": ["prefect"], "extensions": {}, "state": {},
-    }  # fmt: skip
-    given = [{"type": "websocket.connect"}, {"type": "websocket.receive", "text": json.dumps(word)}]
-    got: list[Any] = []
-
-    async def receive() -> Any:
-        return given.pop(0) if given else {"type": "websocket.disconnect", "code": 1000}
-
-    async def send(message: Any) -> None:
-        got.append(message)
-
-    await door.gate(scope, receive, send)
-    kinds = [one["type"] for one in got]
-    if "websocket.accept" not in kinds:
-        return "refused", []
-    texts = [one["text"] for one in got if one["type"] == "websocket.send"]
-    return ("open" if texts else "closed"), texts
 
 
 def test_a_websocket_that_says_nothing_is_ended(door: FrontDoor, monkeypatch: pytest.MonkeyPatch) -> None:

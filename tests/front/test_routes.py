@@ -16,8 +16,7 @@ from starlette.routing import Mount
 
 from talaria.front.access import Role, role_of
 from talaria.front.api import routes as api_routes
-from tests.front.door import Echo, FrontDoor
-from tests.front.test_gate import handshake
+from tests.front.door import Echo, FrontDoor, handshake
 from transfer.home import Home
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from imaging.header import EXPLICIT_BIG, EXPLICIT_LITTLE, IMPLICIT_LITTLE, Damaged, Header, NotDicom, read_header
 from imaging.part10 import beginning
 from talaria.testing import studies
-from tests.imaging.test_header import header_of
+from tests.imaging.encoded import UID, element, header_of, part10
 
 GE_PRIVATE = "1.2.840.113619.5.2"
 SYNTAXES = {
@@ -38,18 +38,6 @@ def whole(name: str) -> bytes:
 def bare(name: str) -> bytes:
     data = whole(name)
     return data[header_of(data).dataset_offset :]
-
-
-def element(group: int, number: int, vr: bytes, value: bytes, form: str = "short") -> bytes:
-    if form == "short":
-        return struct.pack("<HH2sH", group, number, vr, len(value)) + value
-    return struct.pack("<HH2sHI", group, number, vr, 0, len(value)) + value
-
-
-def part10(syntax: str, data: bytes) -> bytes:
-    uid = syntax.encode() + b"\0" * (len(syntax) % 2)
-    meta = element(2, 0x10, b"UI", uid)
-    return bytes(128) + b"DICM" + element(2, 0, b"UL", struct.pack("<I", len(meta))) + meta + data
 
 
 CUTS: dict[str, Callable[[str], bytes]] = {
@@ -152,7 +140,6 @@ def test_deflated_by_jpip(syntax: str) -> None:
     assert header_of(data).SOPInstanceUID == header_of(whole("CT_small.dcm")).SOPInstanceUID
 
 
-UID = b"1.2.3.45"
 BLANKS: dict[str, bytes] = {
     "blanks, short": element(8, 0x70, b"  ", b"maker!"),
     "zeros, short": element(8, 0x70, b"\0\0", b"maker!"),

@@ -6,8 +6,6 @@ import io
 import os
 import struct
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pydicom
@@ -19,6 +17,7 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian
 
 from imaging.header import EXPLICIT_BIG, EXPLICIT_LITTLE, IMPLICIT_LITTLE, Damaged, Header, NotDicom, read_header
 from talaria.testing import studies
+from tests.imaging.encoded import header_of, opened
 
 FILES = sorted(
     path
@@ -49,22 +48,6 @@ KEYWORDS = (
     "SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "Modality", "SeriesNumber", "StudyDate",
     "StudyTime", "AccessionNumber", "PatientID",
 )  # fmt: skip
-
-
-@contextmanager
-def opened(data: bytes) -> Iterator[int]:
-    """A file in memory."""
-    fd = os.memfd_create("header")
-    try:
-        os.write(fd, data)
-        yield fd
-    finally:
-        os.close(fd)
-
-
-def header_of(data: bytes) -> Header:
-    with opened(data) as fd:
-        return read_header(fd, len(data))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)

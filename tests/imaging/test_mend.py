@@ -12,12 +12,11 @@ import pydicom
 import pytest
 from pydicom.encaps import generate_fragments
 
-from imaging.header import EXPLICIT_LITTLE, read_header
+from imaging.header import EXPLICIT_BIG, EXPLICIT_LITTLE, IMPLICIT_LITTLE, read_header
 from imaging.mend import mended
 from imaging.part10 import preamble_and_meta
 from talaria.testing import studies
-from tests.imaging.test_bare import EXPLICIT_BIG, IMPLICIT_LITTLE, UID, element, part10
-from tests.imaging.test_header import header_of, opened
+from tests.imaging.encoded import UID, element, header_of, opened, part10
 
 JPEG = "1.2.840.10008.1.2.4.50"
 BEGIN = element(8, 0x16, b"UI", b"1.2.840.10008.5.1.4.1.1.2\0") + element(8, 0x18, b"UI", UID)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any
 
 import pytest
@@ -10,32 +9,12 @@ from prefect.blocks.core import Block
 from prefect.testing.standard_test_suites import BlockStandardTestSuite
 from pydantic import SecretStr, ValidationError
 
-from blocks import EXTENSIONS, TYPES, Target
+from blocks import TYPES, Target
 from blocks.dicom_tls import DicomTlsTarget
 from talaria import targetfile
 from tasks import DRIVERS
+from tests.targets.fields import NEEDED, SECRET, filled, secrets_of
 from transfer.errors import Misconfigured
-
-SECRET = "s3cr3t-value-of-a-test"
-# The least that each of our own types needs.
-NEEDED: dict[str, dict[str, Any]] = {
-    name: import_module(f"tests.targets.{name.replace('-', '_')}").NEEDED for name in TYPES if name not in EXTENSIONS
-}
-
-
-def secrets_of(cls: type[Target]) -> list[str]:
-    return [name for name, field in cls.model_fields.items() if "SecretStr" in str(field.annotation)]
-
-
-def filled(name: str) -> Target:
-    """A target of this type whose password, or the like, is SECRET."""
-    values = dict(NEEDED[name])
-    for field in ("password", "http_password", "secret_access_key", "tls_key_password"):
-        if field in TYPES[name].model_fields:
-            values[field] = SECRET
-            values |= {"http_user": "u"} if field == "http_password" else {}
-            values |= {"access_key_id": "AK"} if field == "secret_access_key" else {}
-    return TYPES[name](**values)
 
 
 @pytest.mark.parametrize("name", NEEDED)

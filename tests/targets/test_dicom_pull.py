@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import select
 import socket
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -17,14 +16,13 @@ import pytest
 
 from blocks import TYPES
 from blocks.dicom import DicomTarget
-from imaging.header import read_header
 from imaging.query import Query
 from protocols.dimse import scp
 from protocols.dimse.get import Retriever
 from protocols.dimse.moves import DESK, MoveDesk
 from talaria.cli.target import types
 from talaria.testing import studies
-from talaria.testing.process import as_loaded, free_port, program
+from talaria.testing.process import as_loaded, free_port
 from talaria.testing.relay import relay
 from tasks import DRIVERS
 from tasks.dicom import check, find, retrieve
@@ -35,32 +33,18 @@ from tests.servers.steps import REFUSED_CLASS, Abort, Silence
 from tests.servers.wire import Context
 from tests.targets.dicom import dicom_target
 from tests.targets.dicom_tls import certificates, tls_target
+from tests.targets.pulling import AET, assert_agrees, datasets, port_of_moves, store, study
 from transfer.errors import Busy, Cancelled, DispatchError, Interrupted, Misconfigured, NotFound, TimedOut
 from transfer.outcome import Kind
 from transfer.receipt import Level, PushReport, Receipt, State
 
 GETS = ("1.2.840.10008.5.1.4.1.2.2.3", "1.2.840.10008.5.1.4.1.2.1.3")
 MOVES = ("1.2.840.10008.5.1.4.1.2.2.2", "1.2.840.10008.5.1.4.1.2.1.2")
-AET = "RECEIVER"
 
 
 @pytest.fixture
 def port(monkeypatch: pytest.MonkeyPatch) -> int:
-    """The port of the Storage SCP that C-MOVE sends to."""
-    number = free_port()
-    monkeypatch.setenv("TALARIA_SCP_PORT", str(number))
-    monkeypatch.setenv("TALARIA_SCP_AET", AET)
-    monkeypatch.setenv("TALARIA_SCP_HOST", "127.0.0.1")
-    return number
-
-
-def study(count: int = 6, series: int = 2, name: str = "CT_small.dcm") -> list[bytes]:
-    """The files of one study, in several series."""
-    uid, uids = studies.uid(), [studies.uid() for _ in range(series)]
-    return [
-        studies.encoded(studies.dataset(name, study=uid, series=uids[n % series], InstanceNumber=n))
-        for n in range(count)
-    ]
+    return port_of_moves(monkeypatch)
 
 
 def only(roots: Sequence[str]) -> Callable[[Context], str | int]:
@@ -71,28 +55,6 @@ def only(roots: Sequence[str]) -> Callable[[Context], str | int]:
 def pull(peer: Archive, folder: Path, report: PushReport | None = None, **settings: Any) -> Receipt:
     target = dicom_target(peer.port, **{"aet_target": peer.aet, "idle_timeout_s": 3, "direction": "query"} | settings)
     return retrieve(target, Query(AccessionNumber=(studies.ACCESSION,)), folder, report or PushReport())
-
-
-def datasets(folder: Path) -> dict[str, bytes]:
-    """The data set of each file by SOP instance UID; nothing else may be there."""
-    found = {}
-    for path in folder.iterdir():
-        with path.open("rb") as file:
-            header = read_header(file.fileno(), path.stat().st_size)
-            assert path.name == f"{header.SOPInstanceUID}.dcm"
-            found[header.SOPInstanceUID] = path.read_bytes()[header.dataset_offset :]
-    return found
-
-
-def assert_agrees(receipt: Receipt, folder: Path, peer: Archive) -> None:
-    """Assert that the receipt says of every instance what is on the disk, and that all bytes are the peer's."""
-    here = datasets(folder) if folder.is_dir() else {}
-    said = {item.sop_instance_uid for item in receipt.items if item.outcome in (Kind.DELIVERED, Kind.ALREADY)}
-    assert said == set(here)
-    for one in peer.instances:
-        assert here.get(one.uid, one.data) == one.data
-    if receipt.state is State.DELIVERED:
-        assert set(here) == {one.uid for one in peer.instances}
 
 
 @pytest.mark.parametrize("way", ["get", "move"])
@@ -617,13 +579,6 @@ def test_a_full_disk_ends_the_association_and_leaves_nothing_half(
         assert 0xA700 in peer.store_answers
         assert len(peer.store_answers) <= 7 or way == "move"
         assert 0 < len(datasets(full)) < 12
-
-
-def store(folder: Path, files: list[bytes], at: int, aet: str) -> None:
-    for number, data in enumerate(files):
-        studies.write(folder / "sent" / f"{number}.dcm", data)
-    argv = [program("storescu"), "-aec", aet, "+sd", "127.0.0.1", str(at), str(folder / "sent")]
-    subprocess.run(argv, check=True, capture_output=True)
 
 
 def test_real_servers_by_both_ways(tmp_path: Path, port: int, monkeypatch: pytest.MonkeyPatch) -> None:

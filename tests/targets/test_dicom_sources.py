@@ -30,11 +30,14 @@ from tests.servers.qrscp import qrscp
 from tests.servers.steps import Silence
 from tests.targets.dicom import dicom_target
 from tests.targets.dicom_tls import certificates, tls_target
-from tests.targets.test_dicom_pull import AET, assert_agrees, datasets, port, store, study
+from tests.targets.pulling import AET, assert_agrees, datasets, port_of_moves, store, study
 from transfer.errors import Misconfigured
 from transfer.receipt import PushReport, State
 
-__all__ = ["port"]  # a fixture
+
+@pytest.fixture
+def port(monkeypatch: pytest.MonkeyPatch) -> int:
+    return port_of_moves(monkeypatch)
 
 
 def wrong(target: DicomTarget, queries: list[Query]) -> dict[str, str]:

@@ -17,7 +17,7 @@ from blocks.dicomweb import DicomWebTarget
 from blocks.xnat import XnatTarget
 from talaria.service import Office, targets
 from tasks.targets import Broken, all_targets, load
-from tests.targets.test_blocks import NEEDED, SECRET, filled
+from tests.targets.fields import NEEDED, SECRET, filled
 from transfer.errors import Misconfigured
 from transfer.home import Home
 

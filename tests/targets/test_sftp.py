@@ -509,14 +509,15 @@ def test_memory_does_not_grow_with_a_file(tmp_path: Path, study: Path) -> None:
     code = f"""
 import resource
 from pathlib import Path
-from tests.targets.test_sftp import target
+from blocks.sftp import SftpTarget
 from tests.servers.openssh import Server
+from tests.targets.remote_folder import ssh_target
 from talaria.testing.harness import attempt
 server = {shared()!r}
 import os
 os.environ["TALARIA_HOME"] = {os.environ["TALARIA_HOME"]!r}
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-attempt(target({str(tmp_path / "in")!r}, server), Path({str(study)!r})).require()
+attempt(ssh_target(SftpTarget, server, {str(tmp_path / "in")!r}), Path({str(study)!r})).require()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
     code = code.replace("PosixPath", "Path")

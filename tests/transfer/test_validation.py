@@ -13,7 +13,7 @@ import pytest
 from blocks import TYPES
 from talaria import targetfile
 from talaria.settings import load_settings
-from tests.targets.test_blocks import NEEDED
+from tests.targets.fields import NEEDED
 from transfer.errors import Misconfigured
 
 

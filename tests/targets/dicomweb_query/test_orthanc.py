@@ -7,23 +7,17 @@ from typing import Any
 
 import pytest
 
-from blocks.dicomweb import DicomWebTarget
 from imaging.query import Query
 from protocols.dicomweb import pages
 from talaria.testing import studies
 from talaria.testing.harness import attempt
 from tasks.dicomweb import driver, find, retrieve
 from tests.servers.orthanc import Orthanc
-from tests.targets.dicomweb import dicomweb_target
+from tests.targets.dicomweb_query.fetching import orthanc_target
 from tests.targets.dicomweb_query.finding import files
 from transfer.outcome import Kind
 from transfer.plan import scan
 from transfer.receipt import Level, PushReport, State
-
-
-def orthanc_target(orthanc: Orthanc, **settings: Any) -> DicomWebTarget:
-    credentials = {"http_user": orthanc.user, "http_password": orthanc.password}
-    return dicomweb_target(orthanc.dicomweb_url, **(credentials | settings))
 
 
 def test_orthanc_find(orthanc: Orthanc, tmp_path: Path) -> None:

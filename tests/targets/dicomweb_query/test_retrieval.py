@@ -20,21 +20,12 @@ from talaria.testing import studies
 from tasks.dicomweb import retrieve
 from tests.servers.dicomweb import Reply, Request, Scripted, as_json
 from tests.targets.dicomweb import dicomweb_target
-from tests.targets.dicomweb_query.finding import EVERYTHING, PAGE, files, hold
+from tests.targets.dicomweb_query.fetching import fetched, series_of
+from tests.targets.dicomweb_query.finding import PAGE, files, hold
 from transfer.errors import Busy, Cancelled, Denied, DispatchError, Interrupted, Misconfigured, NotFound
 from transfer.outcome import Kind
 from transfer.plan import scan
-from transfer.receipt import Level, PushReport, Receipt, State
-
-
-def series_of(count: int, **uids: str) -> list[bytes]:
-    """One series of CT images."""
-    study, series = uids.get("study", studies.uid(56)), uids.get("series", studies.uid(56))
-    return [studies.ct_bytes(study=study, series=series) for _ in range(count)]
-
-
-def fetched(server: Scripted, folder: Path, query: Query = EVERYTHING, **settings: Any) -> Receipt:
-    return retrieve(dicomweb_target(server.url, **settings), query, folder, PushReport())
+from transfer.receipt import Level, PushReport, State
 
 
 @pytest.mark.parametrize("gives", ["multipart", "chunked", "single", "closing"])

@@ -14,9 +14,8 @@ from tasks.dicomweb import check, connect
 from tests.servers.dicomweb import Scripted
 from tests.servers.orthanc import Orthanc
 from tests.targets.dicomweb import dicomweb_target
+from tests.targets.dicomweb_query.fetching import fetched, orthanc_target, series_of
 from tests.targets.dicomweb_query.finding import files, hold
-from tests.targets.dicomweb_query.test_orthanc import orthanc_target
-from tests.targets.dicomweb_query.test_retrieval import fetched, series_of
 from transfer.outcome import Kind
 from transfer.receipt import State
 

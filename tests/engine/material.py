@@ -1,0 +1,67 @@
+"""What the tests of this folder send to and fetch from, as `target apply` takes it, and what has come."""
+
+from __future__ import annotations
+
+import os
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from talaria.testing import studies
+from tests.servers.qr import Archive
+from tests.servers.up import Talaria
+
+FAST = {"max_attempts": 3, "retry_delay_s": 0.2, "retry_max_delay_s": 0.5, "idle_timeout_s": 10}
+
+
+def dicom(port: int, **fields: Any) -> dict[str, Any]:
+    return {"type": "dicom", "host": "127.0.0.1", "port": port, "aet_target": "STORESCP", **FAST, **fields}
+
+
+def folder(path: Path, **fields: Any) -> dict[str, Any]:
+    path.mkdir(parents=True, exist_ok=True)
+    return {"type": "folder", "folder": str(path), **FAST, **fields}
+
+
+def files(path: Path) -> dict[str, bytes]:
+    # os.walk passes over folders that are renamed while it looks.
+    names = [os.path.join(folder, name) for folder, _, found in os.walk(path) for name in found]
+    return {os.path.relpath(name, path): Path(name).read_bytes() for name in names}
+
+
+def study(accession: str, series: int = 2, each: int = 2, **changes: Any) -> list[bytes]:
+    uid, uids = studies.uid(), [studies.uid() for _ in range(series)]
+    return [
+        studies.encoded(studies.dataset(study=uid, series=one, AccessionNumber=accession, **changes))
+        for one in uids
+        for _ in range(each)
+    ]
+
+
+def source(peer: Archive, **fields: Any) -> dict[str, Any]:
+    return {
+        "type": "dicom", "host": "127.0.0.1", "port": peer.port, "aet_target": "ARCHIVE", "direction": "query", **FAST,
+        **fields,
+    }  # fmt: skip
+
+
+def placed(into: Path) -> dict[str, set[str]]:
+    """Names of the files in a folder by that of the first folder."""
+    found: dict[str, set[str]] = {}
+    for path in into.rglob("*"):
+        if path.is_file():
+            found.setdefault(path.relative_to(into).parts[0], set()).add(path.stem)
+    return found
+
+
+def later(hours: int) -> str:
+    """A window that opens after so many hours."""
+    begin, end = (datetime.now(UTC) + timedelta(hours=h) for h in (hours, hours + 1))
+    return f"{begin:%H:%M}-{end:%H:%M}"
+
+
+def go_on(up: Talaria, run_id: str) -> None:
+    """Let the time come for which a run waits."""
+    soon = {"scheduled_time": datetime.now(UTC).isoformat()}
+    state = {"type": "SCHEDULED", "name": "AwaitingRetry", "state_details": soon}
+    up.api("POST", f"/flow_runs/{run_id}/set_state", state=state, force=True)
