@@ -1,7 +1,7 @@
 """The command line.
 
-Modules here import what is heavy inside functions, and only where no API answers (`local`): Prefect takes two seconds,
-what reads settings and speaks HTTP half of one.
+Modules here import what is heavy inside functions, and only where no API answers (`local`, `demo`): Prefect takes two
+seconds, what reads settings and speaks HTTP half of one. Nothing else imports from here.
 """
 
 from __future__ import annotations

@@ -135,6 +135,6 @@ def prune(
 
 def demo() -> None:
     """Send a study to an embedded PACS, an archive folder and a DICOMweb folder, and show the receipts."""
-    from talaria.demo import run
+    from talaria.cli.demo import run
 
     raise typer.Exit(DONE if run() else NOT_ALL)

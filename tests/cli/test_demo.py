@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from talaria.demo import SAMPLES
+from talaria.cli.demo import SAMPLES
 from tests.servers.up import Talaria
 
 
