@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 
 from talaria import __version__, listener
-from talaria.cli.output import say
+from talaria.console import say
 from talaria.entrance import entrance
 from talaria.errors import ServerError
 from talaria.server import FrontServer, child, healthy, serving, stop_child, use

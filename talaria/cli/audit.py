@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from talaria.cli.output import DONE, NOT_ALL, print_json, say
+from talaria.cli.output import DONE, NOT_ALL, print_json
+from talaria.console import say
 from transfer.audit import Trail, entries, verify
 from transfer.home import Home
 

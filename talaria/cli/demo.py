@@ -21,8 +21,8 @@ from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]
 
 from talaria.cli.follow import follow
 from talaria.cli.local import local
-from talaria.cli.output import say
 from talaria.cli.send import show_receipt
+from talaria.console import say
 from talaria.settings import load_settings
 from tasks.targets import save
 from transfer.home import Home

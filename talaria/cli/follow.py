@@ -6,7 +6,7 @@ import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from talaria.cli.output import say
+from talaria.console import say
 
 if TYPE_CHECKING:
     from talaria.cli.access import Access

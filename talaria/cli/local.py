@@ -18,7 +18,7 @@ from prefect import get_client
 from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.objects import FlowRun, StateType
 
-from talaria.cli.output import say
+from talaria.console import say
 from talaria.engine import runs
 from talaria.engine.recovery import recover, taken_up
 from talaria.engine.registry import register

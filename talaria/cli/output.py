@@ -57,11 +57,6 @@ def print_json(document: dict[str, Any]) -> None:
     print(json.dumps(document, indent=2))
 
 
-def say(text: str) -> None:
-    """Print a line for people, to stderr."""
-    print(text, file=sys.stderr, flush=True)
-
-
 def table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
     """Print a table to stdout, as wide as the terminal; as it needs to be, up to WIDE, when stdout is not one."""
     import shutil

@@ -9,7 +9,8 @@ import typer
 
 from talaria.cli.access import api
 from talaria.cli.keys import Keys, with_keys
-from talaria.cli.output import DONE, NOT_ALL, print_json, say, table
+from talaria.cli.output import DONE, NOT_ALL, print_json, table
+from talaria.console import say
 
 COLUMNS = {
     "study": ("StudyDate", "AccessionNumber", "PatientID", "PatientName", "ModalitiesInStudy", "StudyDescription",

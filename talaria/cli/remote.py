@@ -19,7 +19,7 @@ from typing import Any
 from urllib.parse import quote, urlencode, urlsplit
 
 from talaria import __version__
-from talaria.cli.output import say
+from talaria.console import say
 from talaria.errors import Refused, ServerError
 
 API = "/talaria/api/v1"

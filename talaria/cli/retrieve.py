@@ -10,8 +10,9 @@ import typer
 from talaria.cli.access import Access, api
 from talaria.cli.follow import follow
 from talaria.cli.keys import Keys, with_keys
-from talaria.cli.output import DONE, NOT_ALL, print_json, say, table
+from talaria.cli.output import DONE, NOT_ALL, print_json, table
 from talaria.cli.query import Json
+from talaria.console import say
 
 
 def add_to(app: typer.Typer) -> None:

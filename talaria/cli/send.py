@@ -11,7 +11,8 @@ import typer
 
 from talaria.cli.access import Access, api
 from talaria.cli.follow import follow
-from talaria.cli.output import DONE, NOT_ALL, print_json, say, table
+from talaria.cli.output import DONE, NOT_ALL, print_json, table
+from talaria.console import say
 from transfer.errors import NotFound
 
 

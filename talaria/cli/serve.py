@@ -11,7 +11,8 @@ import typer
 
 from talaria.cli import remote
 from talaria.cli.access import api
-from talaria.cli.output import DONE, NO_SERVER, NOT_ALL, checked, enabled, print_json, say, table
+from talaria.cli.output import DONE, NO_SERVER, NOT_ALL, checked, enabled, print_json, table
+from talaria.console import say
 from talaria.errors import Refused, ServerError
 from transfer.home import Home
 

@@ -10,7 +10,8 @@ import typer
 
 from talaria.cli import remote
 from talaria.cli.access import api
-from talaria.cli.output import DONE, NOT_ALL, checked, enabled, print_json, say, table
+from talaria.cli.output import DONE, NOT_ALL, checked, enabled, print_json, table
+from talaria.console import say
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from talaria.cli.output import print_json, say, table
+from talaria.cli.output import print_json, table
+from talaria.console import say
 from transfer.home import Home
 
 if TYPE_CHECKING:
