@@ -25,6 +25,7 @@ from talaria.testing import studies
 from talaria.testing.harness import Sent, attempt
 from talaria.testing.process import as_loaded
 from talaria.testing.relay import relay
+from tests.clock import tick
 from tests.servers.dcmtk import storescp
 from tests.servers.orthanc import shared_orthanc
 from tests.servers.scp import scp
@@ -252,7 +253,7 @@ def test_what_cannot_be_decoded_costs_only_itself(study: Path) -> None:
 def test_a_file_that_changes_while_it_is_converted(study: Path) -> None:
     path = studies.multiframe(study / "large.dcm", 40)
     plan = scan([study])
-    time.sleep(0.01)
+    tick(study)
     changed = threading.Event()
 
     def moved(sent: Sent, count: int) -> None:

@@ -181,9 +181,10 @@ def test_it_is_stopped_when_its_time_is_up_with_all_that_it_has_started(target: 
 
 
 def gone(target: SshTarget) -> bool:
-    """Tell whether the process that the script has started is there no more."""
+    """Return whether the process that the script has started is there no more."""
     pid = int((Path(target.folder) / "pid").read_text())
-    for _ in range(100):
+    end = time.monotonic() + as_loaded(10)
+    while time.monotonic() < end:
         try:
             state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
         except (FileNotFoundError, ProcessLookupError):  # the latter if it ends while its state is read

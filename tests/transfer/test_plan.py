@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from imaging.header import Header, read_header
 from talaria.testing import process, studies
 from talaria.testing.process import as_loaded
+from tests.clock import tick
 from transfer.errors import Cancelled, Misconfigured, NotFound, Rejected
 from transfer.plan import Item, Plan, scan
 
@@ -346,7 +347,7 @@ def test_check_notices_a_change_while_it_is_read(tmp_path: Path) -> None:
     with plan.open(item) as fd:
         os.read(fd, 100)
         plan.check(item, fd)
-        time.sleep(0.01)
+        tick(tmp_path)
         with open(file, "r+b") as other:
             other.write(b"x")
         with pytest.raises(Rejected, match="changed"):

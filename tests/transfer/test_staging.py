@@ -7,7 +7,6 @@ import os
 import shutil
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -17,6 +16,7 @@ from unittest import mock
 import pytest
 
 from talaria.testing import studies
+from tests.clock import tick
 from transfer.content import copy_bytes
 from transfer.errors import Busy, Cancelled, Denied, Misconfigured, NotFound, Rejected
 from transfer.plan import Plan, scan
@@ -92,7 +92,7 @@ def test_what_changed_since_it_was_planned(tmp_path: Path, elsewhere: Path) -> N
         plan = scan([source])
         with open(source / "CT0001.dcm", "ab") as file:
             file.write(b"\0\0")
-        time.sleep(0.01)
+        tick(tmp_path)
         (source / "CT0002.dcm").touch()
         (source / "CT0003.dcm").unlink()
         staged = stage(plan, into)
@@ -109,7 +109,7 @@ def test_a_change_after_staging_is_noticed_when_it_is_read(tmp_path: Path) -> No
     """A hard link keeps a file from vanishing, not from being written to."""
     (file,) = studies.ct(tmp_path / "source", 1)
     staged = stage(scan([tmp_path / "source"]), tmp_path / "run")
-    time.sleep(0.01)
+    tick(tmp_path)
     with open(file, "r+b") as other:
         other.write(b"x")
     with pytest.raises(Exception, match="changed"), staged.open(staged.items[0]):
@@ -348,7 +348,7 @@ def test_what_happens_to_a_file_but_not_to_its_content_is_no_change(tmp_path: Pa
         with staged.open(item) as fd:
             staged.check(item, fd)
 
-    time.sleep(0.02)  # longer than the clock of a file system stands still
+    tick(tmp_path)
     other = stage(plan, tmp_path / "other")
     assert_same()
     discard(other.root)
@@ -369,7 +369,7 @@ def test_without_a_watch_a_link_more_is_no_change_and_a_rewritten_file_is(
     (file,) = studies.ct(tmp_path / "source", 1)
     staged = stage(scan([tmp_path / "source"]), tmp_path / "run")
     (item,) = staged.items
-    time.sleep(0.02)
+    tick(tmp_path)
     os.link(file, tmp_path / "link")
     staged.check(item)
     (tmp_path / "link").unlink()
@@ -387,7 +387,7 @@ def test_a_file_rewritten_before_it_was_staged(tmp_path: Path, monkeypatch: pyte
         (file,) = studies.ct(tmp_path / name, 1)
         plan = scan([tmp_path / name])
         info = file.stat()
-        time.sleep(0.02)
+        tick(tmp_path)
         file.write_bytes(file.read_bytes() if name == "same" else studies.ct_bytes())
         os.utime(file, ns=(info.st_atime_ns, info.st_mtime_ns))
         (item,) = stage(plan, tmp_path / "run" / name).items
@@ -397,7 +397,7 @@ def test_a_file_rewritten_before_it_was_staged(tmp_path: Path, monkeypatch: pyte
 def test_what_others_do_to_a_file_before_it_is_staged_is_no_change(tmp_path: Path) -> None:
     (file,) = studies.ct(tmp_path / "source", 1)
     plan = scan([tmp_path / "source"])
-    time.sleep(0.02)
+    tick(tmp_path)
     discard(stage(plan, tmp_path / "other").root)
     file.chmod(0o640)
     staged = stage(plan, tmp_path / "run")
@@ -410,7 +410,7 @@ def test_a_file_rewritten_while_it_is_copied(tmp_path: Path, elsewhere: Path, mo
     for name in ("rewritten", "linked"):
         (file,) = studies.ct(tmp_path / name, 1)
         plan = scan([tmp_path / name])
-        time.sleep(0.02)
+        tick(tmp_path)
 
         def midway(source: int, copy: Path, check: Any, name: str = name, file: Path = file) -> None:
             shutil.copy2(f"/proc/self/fd/{source}", copy)

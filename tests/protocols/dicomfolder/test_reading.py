@@ -6,7 +6,6 @@ import os
 import random
 import shutil
 import threading
-import time
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,6 +18,7 @@ from protocols.dicomfolder import folder as dicomfolder
 from protocols.dicomfolder import scan as dicomscan
 from protocols.dicomfolder.folder import DicomFolder
 from talaria.testing import studies
+from tests.clock import tick
 from tests.protocols.dicomfolder.looking import look, names, opened_files, series
 
 
@@ -180,7 +180,7 @@ def test_names_of_any_bytes(tmp_path: Path) -> None:
 
 def test_copies_of_an_instance_count_once_and_the_last_written_is_given(tmp_path: Path) -> None:
     path = studies.dicom(tmp_path / "a.dcm")
-    time.sleep(0.05)
+    tick(tmp_path)
     copy = studies.write(tmp_path / "z" / "copy.dcm", path.read_bytes())
     os.utime(copy, ns=(0, 0))  # what its times say doesn't count: programs set them
     with DicomFolder(tmp_path) as folder:

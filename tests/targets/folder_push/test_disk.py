@@ -8,7 +8,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import pytest
 from talaria.testing import studies
 from talaria.testing.harness import Sent, attempt
 from tasks.folder import check
+from tests.clock import tick
 from tests.targets.folder_push.pushing import delivered, target
 from transfer.errors import Busy, Cancelled, Denied
 from transfer.outcome import Kind
@@ -192,7 +192,7 @@ def test_what_was_written_before_a_file_changed_is_not_taken(tmp_path: Path) -> 
     for item in plan.items:
         studies.write(kept / item.path, plan.file(item).read_bytes())
         os.utime(kept / item.path, ns=(item.mtime_ns, item.mtime_ns))
-    time.sleep(0.01)
+    tick(tmp_path)
     (study / "CT0002.dcm").write_bytes(studies.ct_bytes())
     now = scan([study])
     renewed = type(plan)(plan.dispatch_id, now.root, now.items)
