@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import tempfile
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from talaria.testing import process
 from talaria.testing.harness import Harness
 from talaria.testing.process import patient
 from talaria.testing.relay import relay
-from tests.servers.certificates import Authority
+from tests.servers.certificates import Authority, Leaf
 from tests.servers.dicomweb import Scripted, scripted
 from tests.servers.orthanc import DICOMWEB_ROOT, shared_orthanc, tls_front
 from tests.targets import dicomweb_file
@@ -71,16 +72,18 @@ def _orthanc(folder: Path) -> Iterator[Harness]:
 
 
 @functools.cache
-def authority() -> Authority:
-    """One certificate authority for all tests of this process."""
-    return Authority(Path(tempfile.mkdtemp(prefix="talaria-ca-")))
+def _certificates() -> tuple[Authority, Leaf, Leaf]:
+    """An authority, and certificates of a server and a client; made once in a process."""
+    folder = tempfile.TemporaryDirectory(prefix="talaria-ca-")
+    atexit.register(folder.cleanup)
+    authority = Authority(Path(folder.name))
+    return authority, authority.leaf("server"), authority.leaf("client")
 
 
 @contextmanager
 def _orthanc_tls(folder: Path) -> Iterator[Harness]:
     server = shared_orthanc()
-    ca = authority()
-    leaf, client = ca.leaf("server"), ca.leaf("client")
+    ca, leaf, client = _certificates()
     settings = {
         "http_user": server.user,
         "http_password": server.password,
