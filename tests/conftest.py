@@ -134,6 +134,16 @@ def _file_names_users(path: str) -> bool:
     return USERS.search(Path(path).read_text("utf-8")) is not None
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Pass over files that hold no test whose result depends on who runs it, where only such tests are wanted."""
+    if collection_path.suffix != ".py" or not re.match(r"as_user\b", config.option.markexpr):
+        return None
+    near = [path for path in (collection_path, collection_path.with_name("conftest.py")) if path.exists()]
+    text = "".join(path.read_text("utf-8") for path in near)
+    fixtures = any(re.search(rf"\b{name}\b", text) for name in USERS_FIXTURES)
+    return None if fixtures or USERS.search(text) or collection_path.name == "conformance.py" else True
+
+
 # Before the options -m and -k choose, and after it.
 @pytest.hookimpl(tryfirst=True, wrapper=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Generator[None]:
