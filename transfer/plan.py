@@ -16,6 +16,7 @@ from itertools import islice
 from pathlib import Path
 
 from imaging.header import Damaged, Header, NotDicom, read_header
+from transfer import roots
 from transfer.beneath import FOLDER, resolved
 from transfer.errors import Misconfigured, NotFound, Rejected
 from transfer.globs import excluded
@@ -268,6 +269,7 @@ def _sources(paths: Iterable[Path | str]) -> list[Path]:
     for path in paths:
         if not str(path):
             raise Misconfigured("an empty path was given to send")
+        roots.sources().check(path)  # before anything says what is there, or where a link leads
         try:
             resolved.append(Path(path).resolve(strict=True))
         except (FileNotFoundError, NotADirectoryError, ValueError) as exc:

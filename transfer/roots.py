@@ -46,7 +46,11 @@ class Roots:
             Denied: it lies elsewhere, or in the state directory, or somebody changes links while it is opened.
             NotFound: it doesn't exist. OSError: it can't be opened.
         """
-        real = self._real(path, strict=True)
+        try:
+            real = self._real(path, strict=True)
+        except NotFound:
+            self.check(path)  # what there is elsewhere is not shown
+            raise
         root = self._root_of(real, path)
         fd = os.open(root, WAY)
         try:

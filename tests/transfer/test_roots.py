@@ -12,6 +12,7 @@ import pytest
 from transfer import beneath, roots
 from transfer.beneath import open_beneath
 from transfer.errors import Denied, Misconfigured, NotFound
+from transfer.plan import look
 
 
 @pytest.fixture(params=["openat2", "step by step"])
@@ -111,6 +112,20 @@ def test_a_path_elsewhere(way: str, inside: Path) -> None:
 
 
 @pytest.mark.usefixtures("only_inside")
+def test_what_there_is_elsewhere_is_not_shown(inside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(roots.SOURCES, str(inside))
+    (inside / "link").symlink_to("../outside")
+    elsewhere = inside.parent / "outside"
+    links = inside / "link" / "file", inside / "link" / "none"
+    for path in (Path("/none"), elsewhere / "file", elsewhere / "none", *links):
+        for ask in (lambda path: roots.sources().open(path), lambda path: look([path])):
+            with pytest.raises(Denied) as caught:
+                ask(path)
+            assert caught.value.message == f"{path}: lies below no folder of TALARIA_SOURCES"
+    with pytest.raises(NotFound):
+        roots.sources().open(inside / "none")
+
+
 def test_a_link_put_there_between_look_and_opening(way: str, inside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     resolve = os.path.realpath
 
