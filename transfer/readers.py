@@ -5,17 +5,19 @@ One thread is faster for files in the page cache, where several would only conte
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
+
+from transfer.meter import Meter
 
 A = TypeVar("A")
 B = TypeVar("B")
 
 THREADS = 8
 FIRST_BATCH = 16  # as long as nobody knows how slow the files are
-WAITING = 0.5  # share of the time; with less, threads cost more than they gain
+SLOW_BATCHES = 2  # in a row, before threads are started: one may only have been interrupted between two clocks
+WORKING = 0.5  # share of the time in which one thread works; with more, threads cost more than they gain
 
 
 class Readers:
@@ -30,6 +32,7 @@ class Readers:
 
     def __init__(self, batch: int) -> None:
         self.batch, self._batch = min(FIRST_BATCH, batch), batch
+        self._slow = 0  # batches in a row
         self._pool: ThreadPoolExecutor | None = None
 
     def __enter__(self) -> Readers:
@@ -43,11 +46,16 @@ class Readers:
         """Return what `read` returns for each, in order."""
         if self._pool:
             return self._pool.map(read, names)
-        begun, worked = time.perf_counter(), time.thread_time()
-        found = [read(name) for name in names]
-        took, worked = time.perf_counter() - begun, time.thread_time() - worked
+        meter = Meter()
+        try:
+            found = [read(name) for name in names]
+            share = meter.share()
+        finally:
+            meter.close()
         if len(names) >= FIRST_BATCH:
-            self.batch = self._batch
-            if took - worked > WAITING * took:
-                self._pool = ThreadPoolExecutor(THREADS)
+            self._slow = self._slow + 1 if share < WORKING else 0
+            if not self._slow:
+                self.batch = self._batch
+            if self._slow == SLOW_BATCHES:
+                self.batch, self._pool = self._batch, ThreadPoolExecutor(THREADS)
         return found
