@@ -16,6 +16,7 @@ import struct
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from imaging.charset import decoded
 from imaging.walk import LONG_VRS, MAX_VALUE_BYTES, SHORT_VRS, FileWindow, Walk
@@ -99,9 +100,9 @@ def read_elements(fd: int, size: int, tags: Iterable[int]) -> tuple[Header, dict
         if head[128:132] != b"DICM" and _begins_meta(head) is None:
             return _bare(window, wanted)
         meta, offset = _meta(window, PREAMBLE_BYTES if head[128:132] == b"DICM" else 0)
-        if _text(meta.get(0x00020002, b"")) == MEDIA_STORAGE_DIRECTORY:
+        if _common(meta.get(0x00020002, b"")) == MEDIA_STORAGE_DIRECTORY:
             raise NotDicom("a DICOMDIR, which is not an instance")
-        syntax = _text(meta.get(0x00020010, b""))
+        syntax = _common(meta.get(0x00020010, b""))
         if not syntax:
             return _unnamed(window, offset, wanted, "no Transfer Syntax UID (0002,0010)")
         if syntax in DEFLATED_SYNTAXES:
@@ -275,29 +276,38 @@ def _text(raw: bytes) -> str:
     return raw.rstrip(b"\0 ").decode("latin-1").strip()
 
 
+# What the files of a study have in common is decoded once, and kept in memory once.
+_common = lru_cache(maxsize=256)(_text)
+
+
+@lru_cache(maxsize=256)
+def _common_decoded(raw: bytes, charset: bytes) -> str:
+    return decoded(raw, charset).strip("\0 ")
+
+
 def _header(found: dict[int, bytes], syntax: str, offset: int, *, part10: bool, explicit: bool, odd: bool) -> Header:
-    uids = {}
-    for tag, name in ((0x00080016, "SOP Class UID"), (0x00080018, "SOP Instance UID")):
-        uids[tag] = _text(found.get(tag, b""))
-        if not uids[tag]:
-            raise Damaged(f"no {name} ({tag >> 16:04X},{tag & 0xFFFF:04X})")
-        if len(uids[tag]) > MAX_UID_CHARS:
-            raise Damaged(f"{name} is longer than {MAX_UID_CHARS} characters")
+    sop_class = _common(found.get(0x00080016, b""))
+    instance = _text(found.get(0x00080018, b""))
+    for uid, name in ((sop_class, "SOP Class UID (0008,0016)"), (instance, "SOP Instance UID (0008,0018)")):
+        if not uid:
+            raise Damaged(f"no {name}")
+        if len(uid) > MAX_UID_CHARS:
+            raise Damaged(f"{name.partition(' (')[0]} is longer than {MAX_UID_CHARS} characters")
     charset = found.get(0x00080005, b"")
     return Header(
-        SOPClassUID=uids[0x00080016],
-        SOPInstanceUID=uids[0x00080018],
-        TransferSyntaxUID=syntax,
-        StudyInstanceUID=_text(found.get(0x0020000D, b"")),
-        SeriesInstanceUID=_text(found.get(0x0020000E, b"")),
-        dataset_offset=offset,
-        Modality=_text(found.get(0x00080060, b"")),
-        SeriesNumber=_text(found.get(0x00200011, b"")),
-        StudyDate=_text(found.get(0x00080020, b"")),
-        StudyTime=_text(found.get(0x00080030, b"")),
-        AccessionNumber=decoded(found.get(0x00080050, b""), charset).strip("\0 "),
-        PatientID=decoded(found.get(0x00100020, b""), charset).strip("\0 "),
-        part10=part10,
-        explicit=explicit,
-        odd=odd,
+        sop_class,
+        instance,
+        syntax,
+        _common(found.get(0x0020000D, b"")),
+        _common(found.get(0x0020000E, b"")),
+        offset,
+        _common(found.get(0x00080060, b"")),
+        _common(found.get(0x00200011, b"")),
+        _common(found.get(0x00080020, b"")),
+        _common(found.get(0x00080030, b"")),
+        _common_decoded(found.get(0x00080050, b""), charset),
+        _common_decoded(found.get(0x00100020, b""), charset),
+        part10,
+        explicit,
+        odd,
     )
