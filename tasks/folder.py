@@ -254,9 +254,10 @@ class _Push:
         self.report.unanswered.update(item.path for item, one in zip(items, outcomes, strict=True) if _is_new(one))
         for folder in touched:
             self.tree.flush(folder)
-        for item, outcome in zip(items, outcomes, strict=True):
-            if outcome is not None:
-                self.report(item, outcome)
+        with self.report.together():
+            for item, outcome in zip(items, outcomes, strict=True):
+                if outcome is not None:
+                    self.report(item, outcome)
 
     def _merge(self, place: Place, item: Item, touched: set[str]) -> Outcome | None:
         """Bring one file into a folder that is there already; another file of its name is not simply lost.

@@ -12,7 +12,7 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -94,6 +94,12 @@ class Ledger:
                 self._db.execute("ROLLBACK")
                 raise
             self._db.execute("COMMIT")
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Save what the block records with one commit, at its end; nothing of it if it raises."""
+        with self._writing():
+            yield
 
     def begin(self, dispatch_id: str, destination: str, endpoint: str, *, force: bool = False) -> None:
         """Prepare a run of a dispatch: forget rejections, so that they are tried again; with `force`, everything.
@@ -259,12 +265,17 @@ class Ledger:
 
 def write_json(path: Path, document: dict[str, Any]) -> None:
     """Write a JSON file whole or not at all, readable by its owner only."""
+    write_whole(path, [json.dumps(document, indent=1).encode()])
+
+
+def write_whole(path: Path, pieces: Iterable[bytes]) -> None:
+    """Write a file, piece by piece, whole or not at all, readable by its owner only."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     part = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
     fd = os.open(part, os.O_CREAT | os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:
-        with open(fd, "w", encoding="utf-8") as writer:
-            json.dump(document, writer, indent=1)
+        with open(fd, "wb") as writer:
+            writer.writelines(pieces)
             writer.flush()
             os.fsync(writer.fileno())
         os.replace(part, path)

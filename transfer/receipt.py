@@ -5,17 +5,22 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cached_property
 from typing import Any
 
 from transfer.errors import Cancelled
 from transfer.outcome import ARRIVED, UNSENT, Kind, Outcome
 from transfer.plan import Item, Plan
+
+PIECE_ITEMS = 500  # of a receipt that is written piece by piece
 
 
 class Level(StrEnum):
@@ -44,6 +49,15 @@ class ItemResult:
     sop_instance_uid: str
     outcome: Kind
     detail: str = ""
+
+    def to_json(self) -> dict[str, str]:
+        """Return the JSON of one item."""
+        return {
+            "path": self.path,
+            "sop_instance_uid": self.sop_instance_uid,
+            "outcome": str(self.outcome),
+            "detail": self.detail,
+        }
 
 
 @dataclass(frozen=True)
@@ -79,7 +93,7 @@ class Receipt:
         """How many items have no confirmation yet."""
         return self.counts[Kind.UNSENT] + self.missing
 
-    @property
+    @cached_property
     def counts(self) -> dict[Kind, int]:
         """The number of items by kind of outcome."""
         seen = Counter(item.outcome for item in self.items)
@@ -120,6 +134,11 @@ class Receipt:
 
     def to_json(self, all_items: bool = False) -> dict[str, Any]:
         """Return the JSON of one target in `send --json`: keys as documented in docs/cli.md."""
+        items = [item.to_json() for item in self.items if all_items or item.outcome is not Kind.DELIVERED]
+        return self.facts() | {"items": items}
+
+    def facts(self) -> dict[str, Any]:
+        """Return the JSON of one target without its items."""
         counts = self.counts
         return {
             "state": str(self.state),
@@ -136,17 +155,16 @@ class Receipt:
             "hook": self.hook,
             "error": self.error,
             "notes": list(self.notes),
-            "items": [
-                {
-                    "path": item.path,
-                    "sop_instance_uid": item.sop_instance_uid,
-                    "outcome": str(item.outcome),
-                    "detail": item.detail,
-                }
-                for item in self.items
-                if all_items or item.outcome is not Kind.DELIVERED
-            ],
         }
+
+
+def pieces(receipt: Receipt) -> Iterator[bytes]:
+    """Yield the JSON of `Receipt.to_json` with all items, piece by piece."""
+    yield json.dumps(receipt.facts())[:-1].encode() + b', "items": [\n'
+    for start in range(0, len(receipt.items), PIECE_ITEMS):
+        lines = [json.dumps(item.to_json()) for item in receipt.items[start : start + PIECE_ITEMS]]
+        yield (",\n" if start else "").encode() + ",\n".join(lines).encode()
+    yield b"]}"
 
 
 def overall(states: list[State]) -> State:
@@ -172,6 +190,7 @@ class PushReport:
         unanswered: how often items, by path, were sent in this run without an answer; outlives an attempt. If such an
             item is found at the target, it counts as delivered, not as already there.
         tries: in how many attempts of this run an item, by path, failed alone.
+        together: makes a block in which many outcomes are kept at once.
         put_off: the peer's last words, by path, about items that it refused for the time being; outlives an attempt.
     """
 
@@ -184,11 +203,12 @@ class PushReport:
         pausing: threading.Event | None = None,
         put_off: dict[str, str] | None = None,
         tries: Counter[str] | None = None,
+        together: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.put_off: dict[str, str] = {} if put_off is None else put_off
         self.unanswered: Counter[str] = Counter() if unanswered is None else unanswered
         self.tries: Counter[str] = Counter() if tries is None else tries
-        self._record = record
+        self._record, self.together = record, together
         self._lock = threading.Lock()
         self._moved = moved
         self._begun = time.monotonic()

@@ -153,14 +153,19 @@ class Delivery:
                     self.paused,
                     self._put_off,
                     self._tries,
+                    self.ledger.together,
                 )
                 report.check()
-                for item in self.refused:
-                    if item.path not in self._reported:
-                        self._record(key)(item, self.refused[item])
+                with self.ledger.together():
+                    for item in self.refused:
+                        if item.path not in self._reported:
+                            self._record(key)(item, self.refused[item])
                 # What an attempt stumbled over comes last in the next one, so that it holds up nothing else.
-                items = sorted(plan.items, key=lambda item: item.shown in self._stumbled)
-                self._last = self.driver.push(self.target, plan.narrowed(items, done, rejected=rejected), report)
+                items = plan.items
+                if self._stumbled:
+                    items = tuple(sorted(items, key=lambda item: item.shown in self._stumbled))
+                receipt = self.driver.push(self.target, plan.narrowed(items, done, rejected=rejected), report)
+                self._last = replace(receipt, items=())
         except DispatchError as exc:
             self.quiet.error(exc)
             exc.target = exc.target or self.target.name
@@ -323,7 +328,9 @@ class Delivery:
             waiting: whether it is of a delivery that is about to begin.
         """
         stopped = State.WAITING if waiting else self.stopped
-        known = self.ledger.outcomes(*self.key[:2], self.plan.items, self.key[2])
+        # What was reported in this run needs no look.
+        others = tuple(item for item in self.plan.items if item.path not in self._reported)
+        known = self.ledger.outcomes(*self.key[:2], others, self.key[2]) if others else {}
         before = self._before
         if before is None:
             # What was refused will be tried again; what is forced is sent again.

@@ -5,10 +5,12 @@ A document is compressed and cut into parts, one artifact each, of the type that
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import json
 import zlib
+from collections.abc import Iterable
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -28,22 +30,31 @@ KIND = "talaria-receipt"  # marks the artifacts that are such parts, in their me
 HIDDEN = "result"  # the type of artifacts that Prefect's pages leave out
 
 
-async def keep(client: PrefectClient, flow_run_id: UUID, document: dict[str, Any], *, again: bool = True) -> None:
+async def keep(client: PrefectClient, flow_run_id: UUID, pieces: Iterable[bytes], *, again: bool = True) -> None:
     """Save the receipts of a run at the server, and remove its earlier ones.
 
     Args:
+        pieces: the document in JSON; only compressed it is held as a whole.
         again: whether there may be earlier ones.
     """
-    data = json.dumps(document, separators=(",", ":")).encode()
-    text = base64.b64encode(zlib.compress(data)).decode("ascii")
-    pieces = [text[at : at + PART_CHARS] for at in range(0, len(text), PART_CHARS)]
-    mark = {"kind": KIND, "set": uuid4().hex, "parts": str(len(pieces)), "sha256": hashlib.sha256(data).hexdigest()}
-    for number, piece in enumerate(pieces):
-        part = ArtifactCreate(type=HIDDEN, data=piece, metadata_=mark | {"part": str(number)}, flow_run_id=flow_run_id)
+    text, digest = await asyncio.to_thread(_compressed, pieces)
+    parts = [text[at : at + PART_CHARS] for at in range(0, len(text), PART_CHARS)]
+    mark = {"kind": KIND, "set": uuid4().hex, "parts": str(len(parts)), "sha256": digest}
+    for number, data in enumerate(parts):
+        part = ArtifactCreate(type=HIDDEN, data=data, metadata_=mark | {"part": str(number)}, flow_run_id=flow_run_id)
         await client.create_artifact(part)
     for old in await _parts(client, flow_run_id) if again else ():
         if old.metadata_ and old.metadata_["set"] != mark["set"]:
             await client.delete_artifact(old.id)
+
+
+def _compressed(pieces: Iterable[bytes]) -> tuple[str, str]:
+    """Return a document compressed, in base 64, and its SHA-256."""
+    compressor, digest, packed = zlib.compressobj(), hashlib.sha256(), bytearray()
+    for piece in pieces:
+        digest.update(piece)
+        packed += compressor.compress(piece)
+    return base64.b64encode(packed + compressor.flush()).decode("ascii"), digest.hexdigest()
 
 
 async def read(client: PrefectClient, flow_run_id: UUID) -> dict[str, Any] | None:

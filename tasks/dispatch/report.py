@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,13 @@ from tasks.dispatch import kept
 from tasks.dispatch.delivery import SHOWN_FAILURES, Delivery
 from tasks.dispatch.progress import Live, Part
 from transfer.home import Home
-from transfer.ledger import write_json
+from transfer.ledger import write_whole
 from transfer.outcome import Kind
 from transfer.receipt import ItemResult, Receipt, State
+from transfer.receipt import pieces as pieces_of
 
 PROGRESS_S = 5.0  # before a target gets its progress artifact, and between two updates; each costs the server 35 ms
-SHOWN_ITEMS = 500  # lines of the artifact's list; the JSON file has all
+SHOWN_ITEMS = 100  # lines of the artifact's list; the JSON file has all
 
 
 @asynccontextmanager
@@ -111,6 +113,16 @@ def document(dispatch_id: str, flow_run_id: str, state: State, receipts: Sequenc
     }
 
 
+def pieces(dispatch_id: str, flow_run_id: str, state: State, receipts: Sequence[Receipt]) -> Iterator[bytes]:
+    """Yield the JSON of `document`, piece by piece."""
+    head = document(dispatch_id, flow_run_id, state, ())
+    yield json.dumps(head)[: -len("{}}")].encode() + b"{"
+    for number, receipt in enumerate(receipts):
+        yield (b",\n" if number else b"\n") + json.dumps(receipt.target).encode() + b": "
+        yield from pieces_of(receipt)
+    yield b"}}\n"
+
+
 async def report(
     home: Home,
     dispatch_id: str,
@@ -127,10 +139,10 @@ async def report(
         outputs: how hooks ended, and what they printed, by target.
         brief: whether the run waits on: no events, and no more artifacts than it has.
     """
-    path, whole = home.receipt(flow_run_id), document(dispatch_id, flow_run_id, state, receipts)
-    write_json(path, whole)
+    path, what = home.receipt(flow_run_id), (dispatch_id, flow_run_id, state, receipts)
+    await asyncio.to_thread(write_whole, path, pieces(*what))
     async with get_client() as client:
-        await kept.keep(client, UUID(flow_run_id), whole, again=has_run_before())
+        await kept.keep(client, UUID(flow_run_id), pieces(*what), again=has_run_before())
     if brief:
         return
     for receipt in receipts:
@@ -140,7 +152,7 @@ async def report(
                 "prefect.resource.id": f"talaria.target.{receipt.target}",
                 "prefect.resource.name": receipt.target,
             },
-            payload={"dispatch_id": dispatch_id, "flow_run_id": flow_run_id, **receipt.to_json() | {"items": []}},
+            payload={"dispatch_id": dispatch_id, "flow_run_id": flow_run_id, **receipt.facts(), "items": []},
         )
     rows = [_row(receipt) for receipt in receipts]
     await acreate_table_artifact(rows, "receipt", f"dispatch {dispatch_id}: {state}; {_links(path)}")
@@ -159,7 +171,7 @@ def has_run_before() -> bool:
 
 
 def _row(receipt: Receipt) -> dict[str, Any]:
-    counts = receipt.to_json() | {"target": receipt.target}
+    counts = receipt.facts() | {"target": receipt.target}
     keys = ("target", "state", "delivered", "warnings", "already", "rejected", "skipped", "unsent", "bytes", "seconds")
     return {key: counts[key] for key in (*keys, "attempts", "verified", "hook")} | {"error": receipt.error or ""}
 

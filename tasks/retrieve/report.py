@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,7 @@ async def report(home: Home, job: Job, flow_run_id: str, source: str, state: str
     whole = document(job, flow_run_id, source, state)
     write_json(home.receipt(flow_run_id), whole)
     async with get_client() as client:
-        await kept.keep(client, UUID(flow_run_id), whole, again=has_run_before())
+        await kept.keep(client, UUID(flow_run_id), [json.dumps(whole).encode()], again=has_run_before())
     path = csv_path(home, flow_run_id)
     _write(path, csv_text(job))
     shown = rows(job)[:SHOWN_ROWS]

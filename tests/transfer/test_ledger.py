@@ -47,6 +47,19 @@ def test_keeps_outcomes(path: Path) -> None:
         assert ledger.results("d1")["pacs"][3] == ItemResult("a/3.dcm", "", Kind.REJECTED, REJECTED.detail)
 
 
+def test_keeps_several_with_one_commit_or_none_of_them(path: Path) -> None:
+    with Ledger(path) as ledger, Ledger(path) as other:
+        with ledger.together():
+            for item in ITEMS[:2]:
+                ledger.record("d", "pacs", "e", item, DELIVERED)
+            assert other.outcomes("d", "pacs", ITEMS) == {}
+        assert other.outcomes("d", "pacs", ITEMS) == {"a/0.dcm": DELIVERED, "a/1.dcm": DELIVERED}
+        with pytest.raises(RuntimeError, match="midway"), ledger.together():
+            ledger.record("d", "pacs", "e", ITEMS[2], DELIVERED)
+            raise RuntimeError("midway")
+        assert set(ledger.outcomes("d", "pacs", ITEMS)) == {"a/0.dcm", "a/1.dcm"}
+
+
 def test_a_row_is_about_the_file_as_it_was(path: Path) -> None:
     with Ledger(path) as ledger:
         ledger.record("d", "pacs", "e", ITEMS[0], DELIVERED)

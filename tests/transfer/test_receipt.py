@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from talaria.testing import studies
+from tasks.dispatch import report
 from transfer.errors import Cancelled
 from transfer.outcome import ALREADY, DELIVERED, Kind, Outcome
 from transfer.plan import Item, Plan, scan
-from transfer.receipt import ItemResult, Level, PushReport, Receipt, State, overall
+from transfer.receipt import ItemResult, Level, PushReport, Receipt, State, overall, pieces
 
 PLAN = Plan("d", Path("/x"), tuple(Item(f"{number}.dcm", 10, number) for number in range(4)))
 ONE, TWO, THREE, FOUR = PLAN.items
@@ -77,6 +78,21 @@ def test_json(tmp_path: Path) -> None:
     assert rejected["sop_instance_uid"] == plan.items[1].header.SOPInstanceUID
     assert (rejected["outcome"], rejected["detail"]) == ("rejected", "no")
     assert len(made.to_json(all_items=True)["items"]) == 3
+
+
+def test_the_json_in_pieces_is_the_same() -> None:
+    many = tuple(ItemResult(f'{number}/ä"\\.dcm', f"1.2.{number}", Kind.DELIVERED) for number in range(1101))
+    for items in ((), many[:1], many[:500], many):
+        one = Receipt("pacs", items, 7, 1.5, notes=("a", "b"))
+        found = list(pieces(one))
+        assert json.loads(b"".join(found)) == one.to_json(all_items=True)
+        assert max(map(len, found)) < 100_000
+        other = Receipt.from_json("pacs", one.to_json(all_items=True))
+        whole = json.loads(b"".join(report.pieces("d", "run", State.PARTIAL, [one, other])))
+        assert whole == report.document("d", "run", State.PARTIAL, [one, other])
+    assert json.loads(b"".join(report.pieces("d", "run", State.FAILED, []))) == report.document(
+        "d", "run", State.FAILED, []
+    )
 
 
 def test_what_was_done_before_is_already_there() -> None:
