@@ -22,6 +22,7 @@ async def dispatch(
     receiver_aet: str = "",
     sender_host: str = "",
     force: bool = False,
+    copy_first: bool = False,
 ) -> State[Any]:
     """Deliver the files below `paths` to every target, all targets at once.
 
@@ -36,12 +37,13 @@ async def dispatch(
         receiver_aet: AE title that the sender called, for targets that pass it on.
         sender_host: host of whom the study came from, for targets that send back.
         force: send again what the ledger says has arrived.
+        copy_first: copy the files before they are sent, so that they may be changed meanwhile.
     """
     try:
         async with dispatching(targets, priority) as running:
             if not await running.goes_on():
                 return await running.conclude()
-            plan = await running.stage(paths, exclude, Origin(sender_aet, receiver_aet, sender_host))
+            plan = await running.stage(paths, exclude, Origin(sender_aet, receiver_aet, sender_host), copy_first)
             receipts = await running.deliver(plan, force)
             return await running.conclude(plan.dispatch_id, receipts)
     except DispatchError as error:

@@ -43,6 +43,7 @@ class Facts:
         reconnects: a broken connection is made again within the same attempt, where the peer lets us.
         atomic_replace: no reader ever sees half a file, or half a dispatch, under a final name.
         verifies_by: the levels that the driver can reach.
+        by_name: hands the files' names to another program, so that none may be read in its place.
     """
 
     dicom_only: bool = False
@@ -51,6 +52,7 @@ class Facts:
     reconnects: bool = False
     atomic_replace: bool = False
     verifies_by: tuple[Level, ...] = (Level.ACCEPTED,)
+    by_name: bool = False
 
 
 @dataclass(frozen=True)

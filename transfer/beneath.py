@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-WAY = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_CLOEXEC  # to go through; need not be readable
+PATH_ONLY = getattr(os, "O_PATH", os.O_RDONLY)  # to look at; need not be readable
+WAY = PATH_ONLY | os.O_DIRECTORY | os.O_CLOEXEC  # to go through
 AGAIN = 100  # how often a path is resolved whose links change meanwhile
 OPENAT2 = 437  # the same on all architectures
 RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, RESOLVE_BENEATH = 0x02, 0x04, 0x08

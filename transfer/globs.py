@@ -22,6 +22,11 @@ def excluded(path: str, globs: tuple[str, ...]) -> bool:
     return bool(globs) and any(map(_any_of(globs).match, path.split("/")))
 
 
+def is_excluded(name: str, globs: tuple[str, ...]) -> bool:
+    """Return True if the name of a file or folder matches one of the patterns."""
+    return _any_of(globs).match(name) is not None
+
+
 @lru_cache(maxsize=64)
 def _any_of(globs: tuple[str, ...]) -> re.Pattern[str]:
     """Return one compiled pattern for all of them, since it is applied to each file of each dispatch."""

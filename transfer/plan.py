@@ -9,25 +9,24 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from pathlib import Path
 
 from imaging.header import Damaged, Header, NotDicom, read_header
 from transfer import roots
-from transfer.beneath import FOLDER, resolved
+from transfer.beneath import PATH_ONLY, is_link_error, resolved
 from transfer.errors import Misconfigured, NotFound, Rejected
-from transfer.globs import excluded
+from transfer.globs import excluded, is_excluded
 from transfer.outcome import ALREADY, Outcome
 from transfer.readers import Readers
-from transfer.source import LeadsOut, Sources
+from transfer.source import InPlace, LeadsOut, Sources
+from transfer.walk import files
 from transfer.watch import Watch
 
 BATCH_FILES = 64  # headers that are read between two looks at whether to stop
 HEAD_BYTES = 65_536  # of a file that isn't DICOM, its first bytes stand for its content in the dispatch id
-MAX_LINKED_FOLDERS = 10_000  # links to folders that hold links to folders multiply
 LEADS_OUT = "a symbolic link that leads out of the source"
 CHANGED = "changed since the dispatch was planned"
 DISPATCH_ID_CHARS = 20  # hexadecimal, 80 bits
@@ -56,8 +55,9 @@ class Item:
         problem: why no target may have this file (a link out of the source, unreadable); "" if nothing is wrong.
         not_sent: why targets that carry only DICOM reject (damaged) or skip (not DICOM) it, "" if they take it.
         damaged: whether `not_sent` is a rejection.
-        ctime_ns, links: time of the last change to the file or to what is known of it, and number of its hard links,
-            when it was planned or staged; 0 if that is not known.
+        ctime_ns, links, inode: time of the last change to the file or to what is known of it, number of its hard links,
+            and of its inode, when it was planned or staged; 0 if that is not known.
+        in_place: whether a staged plan reads the file where it lies.
     """
 
     path: str
@@ -69,6 +69,24 @@ class Item:
     damaged: bool = False
     ctime_ns: int = field(default=0, compare=False)
     links: int = field(default=0, compare=False)
+    inode: int = field(default=0, compare=False)
+    in_place: bool = field(default=False, compare=False)
+
+    def seen(self, now: os.stat_result, *, in_place: bool = False) -> Item:
+        """Return the item with what is known of its file now."""
+        return Item(
+            self.path,
+            self.size,
+            self.mtime_ns,
+            self.header,
+            self.problem,
+            self.not_sent,
+            self.damaged,
+            now.st_ctime_ns,
+            now.st_nlink,
+            now.st_ino,
+            in_place,
+        )
 
     @property
     def shown(self) -> str:
@@ -106,6 +124,7 @@ class Plan:
             are any, nothing says that it is complete.
         watch: knows which of the files were written to.
         sources: absolute paths, without links, of what was asked for; empty for all that is in `root`.
+        in_place: opens the items that are not below `root`, but read where they lie.
     """
 
     dispatch_id: str
@@ -118,6 +137,7 @@ class Plan:
     lacks: int = 0
     watch: Watch | None = field(default=None, repr=False, compare=False)
     sources: tuple[str, ...] = field(default=(), repr=False, compare=False)
+    in_place: InPlace | None = field(default=None, repr=False, compare=False)
 
     @property
     def pending(self) -> tuple[Item, ...]:
@@ -130,8 +150,14 @@ class Plan:
         return sum(item.size for item in self.items)
 
     def file(self, item: Item) -> Path:
-        """Return where the item's bytes are."""
-        return self.root / item.path
+        """Return where the item's bytes are; to read them, open them with `open`."""
+        return (self.in_place.root if item.in_place and self.in_place else self.root) / item.path
+
+    def descriptor(self, item: Item, flags: int = os.O_RDONLY | os.O_NONBLOCK) -> int:
+        """Open the item's file, whatever has become of it; OSError with ELOOP if a link leads out of the source."""
+        if item.in_place and self.in_place:
+            return self.in_place.open(item.path, flags)
+        return os.open(f"{self.root}/{item.path}", flags | os.O_CLOEXEC | os.O_NOFOLLOW)
 
     def narrowed(
         self,
@@ -155,9 +181,9 @@ class Plan:
             Rejected: the file is gone or is not the one that was planned.
         """
         try:
-            fd = os.open(f"{self.root}/{item.path}", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            fd = self.descriptor(item)
         except OSError as exc:
-            raise Rejected(f"can't be read: {exc.strerror}", item=item.shown) from exc
+            raise self._unreadable(item, exc) from exc
         try:
             self.check(item, fd)
             yield fd
@@ -171,11 +197,24 @@ class Plan:
             fd: the open file; None to look by its name, which costs a fifth of opening it.
         """
         try:
-            now = os.stat(f"{self.root}/{item.path}", follow_symlinks=False) if fd is None else os.fstat(fd)
+            now = self._seen(item) if fd is None else os.fstat(fd)
         except OSError as exc:
-            raise Rejected(f"can't be read: {exc.strerror}", item=item.shown) from exc
+            raise self._unreadable(item, exc) from exc
         if not self.is_same(item, now):
             raise Rejected(CHANGED, item=item.shown)
+
+    def _seen(self, item: Item) -> os.stat_result:
+        if not item.in_place:
+            return os.stat(f"{self.root}/{item.path}", follow_symlinks=False)
+        fd = self.descriptor(item, PATH_ONLY)
+        try:
+            return os.fstat(fd)
+        finally:
+            os.close(fd)
+
+    def _unreadable(self, item: Item, exc: OSError) -> Rejected:
+        moved = item.in_place and is_link_error(exc)  # something else is in its place
+        return Rejected(CHANGED if moved else f"can't be read: {exc.strerror}", item=item.shown)
 
     def is_same(self, item: Item, now: os.stat_result, since: os.stat_result | None = None) -> bool:
         """Return True if a file's facts are those that it had when it was planned, or at `since`.
@@ -188,6 +227,8 @@ class Plan:
         ctime, links = (since.st_ctime_ns, since.st_nlink) if since else (item.ctime_ns, item.links)
         if not ctime or now.st_ctime_ns == ctime:
             return True
+        if item.in_place and now.st_ino != item.inode:
+            return False
         written = self.watch.is_written(item.path) if self.watch else None
         return now.st_nlink != links if written is None else not written
 
@@ -213,36 +254,151 @@ def scan(
     """
     asked = _sources(paths)
     root = asked[0] if len(asked) == 1 and asked[0].is_dir() else _common_folder(asked)
-    with Sources(map(str, asked)) as sources:
-        found, left_out = _found(root, sources, exclude, check)
-        watch = Watch()
-        items = tuple(_items(found, sources, watch, check))
-        dispatch_id = _dispatch_id(root, items, sources)
-    aside = tuple(Item(name, 0, 0, not_sent=why) for name, why in sorted(left_out.items()))
-    return Plan(dispatch_id, root, items, origin=origin, left_out=aside, watch=watch, sources=sources.paths)
+    with Sources(map(str, asked)) as sources, _Scan(str(root), sources, exclude, check) as found:
+        found.read_all()
+        items = tuple(sorted(found.items, key=_path))
+        dispatch_id = _dispatch_id(items, found.heads)
+    aside = tuple(Item(name, 0, 0, not_sent=why) for name, why in sorted(found.left_out.items()))
+    return Plan(dispatch_id, root, items, origin=origin, left_out=aside, watch=found.watch, sources=sources.paths)
 
 
-def _found(
-    root: Path, sources: Sources, exclude: tuple[str, ...], check: Callable[[], None]
-) -> tuple[dict[str, str], dict[str, str]]:
-    """Return the files to send, by relative path, and why others are left out."""
-    found: dict[str, str] = {}
-    left_out: dict[str, str] = {}
-    above = len(str(root).rstrip("/")) + 1
-    for source in sources.paths:
-        for path in _files(source, sources, check):
-            relative = path[above:]
-            if excluded(relative, exclude):
-                left_out[relative] = f"excluded by {','.join(exclude)}"
-            elif excluded(relative, OWN_NAMES):
-                left_out[relative] = "a name that Talaria keeps for itself"
-            elif sources.is_state(path):
-                left_out[relative] = "Talaria's state directory, which holds secrets"
-            else:
-                found.setdefault(relative, path)
-    if not found:
-        raise Misconfigured(f"nothing to send in {', '.join(sources.paths)}")
-    return found, left_out
+def _path(item: Item) -> str:
+    return item.path
+
+
+class _Scan:
+    """Finds the files of the sources and reads their headers, several at once where that pays. A context manager.
+
+    Attributes:
+        items: the files to send, in any order.
+        left_out: why others are left out, by relative path.
+        heads: marks of the content of files that are not DICOM, by relative path.
+        watch: knows which of the files are written to.
+    """
+
+    def __init__(self, root: str, sources: Sources, exclude: tuple[str, ...], check: Callable[[], None]) -> None:
+        self.items: list[Item] = []
+        self.left_out: dict[str, str] = {}
+        self.heads: dict[str, bytes] = {}
+        self.watch = Watch()
+        self._above, self._sources = len(root.rstrip("/")) + 1, sources
+        self._exclude, self._check = exclude, check
+        self._folder: str | None = None  # that of the last file
+        self._outer = ""  # why all files of that folder are left out
+        self._fd = -1  # it, opened, where files of it wait to be read
+        self._opened: list[int] = []  # all folders of which files wait
+        self._waiting: list[tuple[int, str, str]] = []  # opened folder, or -1, path, relative path
+        self._readers = Readers(BATCH_FILES)
+
+    def __enter__(self) -> _Scan:
+        self._readers.__enter__()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._readers.__exit__(*exc)
+        self._close()
+
+    def read_all(self) -> None:
+        """Read everything."""
+        for source in self._sources.paths:
+            for folder, fd, name in files(source, self._sources, self._check):
+                self._take(folder, fd, name)
+        self._read()
+        if not self.items:
+            raise Misconfigured(f"nothing to send in {', '.join(self._sources.paths)}")
+
+    def _take(self, folder: str, fd: int, name: str) -> None:
+        if folder != self._folder:
+            self._folder, self._fd = folder, -1
+            self._outer = self._why_not([part for part in folder[self._above :].split("/") if part])
+        path = f"{folder}/{name}"
+        relative = path[self._above :]
+        why = self._outer or self._why_not((name,))
+        if not why and self._sources.is_state(path):
+            why = "Talaria's state directory, which holds secrets"
+        if why:
+            self.left_out[relative] = why
+            return
+        if fd >= 0 and self._fd < 0:
+            self._fd = os.dup(fd)
+            self._opened.append(self._fd)
+        self._waiting.append((self._fd if fd >= 0 else -1, path, relative))
+        if len(self._waiting) >= self._readers.batch:
+            self._read()
+
+    def _why_not(self, names: Sequence[str]) -> str:
+        for name in names:
+            if self._exclude and is_excluded(name, self._exclude):
+                return f"excluded by {','.join(self._exclude)}"
+        return "a name that Talaria keeps for itself" if any(is_excluded(name, OWN_NAMES) for name in names) else ""
+
+    def _read(self) -> None:
+        """Read the files that wait; return when their folders are closed."""
+        self._check()
+        waiting, self._waiting = self._waiting, []
+        try:
+            self.items += self._readers.map(self._item, waiting)
+        finally:
+            self._close()
+
+    def _close(self) -> None:
+        while self._opened:
+            os.close(self._opened.pop())
+        self._fd = -1
+
+    def _item(self, file: tuple[int, str, str]) -> Item:
+        """Read one file's facts and return its item; the item says what is wrong with the file."""
+        folder, path, relative = file
+        try:
+            fd = self._open(folder, path)
+        except LeadsOut:
+            return Item(relative, 0, 0, problem=LEADS_OUT)
+        except _Irregular as exc:
+            return Item(relative, 0, 0, problem=str(exc))
+        except OSError as exc:
+            return Item(relative, 0, 0, problem=f"can't be read: {exc.strerror}")
+        try:
+            info = os.fstat(fd)
+            if not stat.S_ISREG(info.st_mode):  # since it was looked at
+                return Item(relative, 0, 0, problem="not a regular file")
+            self.watch.add(relative, path)
+            header, why, damaged = None, "", False
+            try:
+                header = read_header(fd, info.st_size)
+            except NotDicom as exc:
+                why = str(exc)
+            except Damaged as exc:
+                # An empty file says nothing of itself but its name.
+                why, damaged = str(exc), info.st_size > 0 or relative.lower().endswith((".dcm", ".dicom"))
+            if header is None:
+                self.heads[relative] = hashlib.sha256(os.pread(fd, HEAD_BYTES, 0)).digest()
+            facts = (info.st_ctime_ns, info.st_nlink, info.st_ino)
+            return Item(relative, info.st_size, info.st_mtime_ns, header, "", why, damaged, *facts)
+        except OSError as exc:
+            return Item(relative, 0, 0, problem=f"can't be read: {exc.strerror}")
+        finally:
+            os.close(fd)
+
+    def _open(self, folder: int, path: str) -> int:
+        if folder >= 0:
+            flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
+            try:
+                return os.open(path.rpartition("/")[2], flags, dir_fd=folder)
+            except OSError as exc:
+                if not is_link_error(exc):  # which it has become
+                    raise
+        mode = os.lstat(path).st_mode
+        if stat.S_ISLNK(mode):
+            if not self._sources.hold(resolved(path)):
+                raise LeadsOut(path)
+            mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode):
+            raise _Irregular("can't be listed" if stat.S_ISDIR(mode) else "not a regular file")
+        return self._sources.open(path)
+
+
+class _Irregular(Exception):
+    """It is no file; the text says what is wrong with it."""
 
 
 def look(paths: Iterable[Path | str], exclude: tuple[str, ...] = ()) -> None:
@@ -256,8 +412,8 @@ def look(paths: Iterable[Path | str], exclude: tuple[str, ...] = ()) -> None:
     above = len(str(root).rstrip("/")) + 1
     with Sources(map(str, asked)) as sources:
         for source in sources.paths:
-            for path in _files(source, sources, lambda: None):
-                names = (*exclude, *OWN_NAMES)
+            for folder, _, name in files(source, sources, lambda: None):
+                names, path = (*exclude, *OWN_NAMES), f"{folder}/{name}"
                 if not excluded(path[above:], names) and not sources.is_state(path):
                     return
         raise Misconfigured(f"nothing to send in {', '.join(sources.paths)}")
@@ -286,142 +442,14 @@ def _common_folder(sources: list[Path]) -> Path:
     return Path(os.path.commonpath([s.parent for s in sources]))
 
 
-def _files(source: str, sources: Sources, check: Callable[[], None]) -> Iterator[str]:
-    """Yield every file below a source, in any order.
-
-    A link to a folder inside the source is followed, unless it leads back to a folder that it is in. A link to one
-    outside, and a folder that can't be listed, are yielded as paths of their own, so that they are refused by name.
-    """
-    if not os.path.isdir(source):
-        yield source
-        return
-    links, top = 0, source
-    # A folder, where it really is, and the real folders on the way to it.
-    stack: list[tuple[str, str, frozenset[str]]] = [(source, top, frozenset((top,)))]
-    while stack:
-        folder, place, above = stack.pop()
-        check()
-        try:
-            entries = _listed(folder, sources)
-        except (OSError, LeadsOut):
-            yield folder
-            continue
-        for name, is_folder, is_link in entries:
-            path = f"{folder.rstrip('/')}/{name}"
-            if not is_folder:
-                yield path
-                continue
-            real = f"{place.rstrip('/')}/{name}"
-            if is_link:
-                real = _end_of(path)
-                if not sources.hold(real):
-                    yield path  # refused by name
-                    continue
-                if any(one == real or one.startswith(f"{real}/") for one in above):
-                    continue
-                links += 1
-                if links > MAX_LINKED_FOLDERS:
-                    raise Misconfigured(f"{source}: more than {MAX_LINKED_FOLDERS} links to folders, of one another")
-            if sources.is_state(real):
-                yield path
-                continue
-            stack.append((path, real, above | {real}))
-
-
-def _end_of(path: str) -> str:
-    """Return where a link leads; its own place if it is gone by now."""
-    try:
-        return resolved(path)
-    except OSError:
-        return path
-
-
-def _listed(folder: str, sources: Sources) -> list[tuple[str, bool, bool]]:
-    """Return a folder's entries: name, whether it is or leads to a folder, and whether it is a link."""
-    found = []
-    fd = sources.open(folder, FOLDER)
-    try:
-        with os.scandir(fd) as listing:
-            for entry in listing:
-                try:
-                    is_folder = entry.is_dir()
-                except OSError:  # a link in a circle, or to what may not be looked at
-                    is_folder = False
-                found.append((entry.name, is_folder, is_folder and entry.is_symlink()))
-    finally:
-        os.close(fd)
-    return found
-
-
-def _items(found: dict[str, str], sources: Sources, watch: Watch, check: Callable[[], None]) -> Iterator[Item]:
-    """Read the facts of all files; return items in the order of their relative paths."""
-
-    def read(name: str) -> Item:
-        return _item(name, found[name], sources, watch)
-
-    names = iter(sorted(found))
-    with Readers(BATCH_FILES) as readers:
-        while batch := list(islice(names, readers.batch)):
-            check()
-            yield from readers.map(read, batch)
-
-
-def _item(relative: str, path: str, sources: Sources, watch: Watch) -> Item:
-    """Read one file's facts and return its item; the item says what is wrong with the file."""
-    try:
-        mode = os.lstat(path).st_mode
-        if stat.S_ISLNK(mode):
-            if not sources.hold(resolved(path)):
-                return Item(relative, 0, 0, problem=LEADS_OUT)
-            mode = os.stat(path).st_mode
-        if not stat.S_ISREG(mode):
-            return Item(relative, 0, 0, problem="can't be listed" if stat.S_ISDIR(mode) else "not a regular file")
-        fd = sources.open(path)
-    except LeadsOut:
-        return Item(relative, 0, 0, problem=LEADS_OUT)
-    except OSError as exc:
-        return Item(relative, 0, 0, problem=f"can't be read: {exc.strerror}")
-    try:
-        info = os.fstat(fd)
-        if not stat.S_ISREG(info.st_mode):  # since it was looked at
-            return Item(relative, 0, 0, problem="not a regular file")
-        watch.add(relative, path)
-        header, why, damaged = None, "", False
-        try:
-            header = read_header(fd, info.st_size)
-        except NotDicom as exc:
-            why = str(exc)
-        except Damaged as exc:
-            # An empty file says nothing of itself but its name.
-            why, damaged = str(exc), info.st_size > 0 or relative.lower().endswith((".dcm", ".dicom"))
-        return Item(relative, info.st_size, info.st_mtime_ns, header, "", why, damaged, info.st_ctime_ns, info.st_nlink)
-    except OSError as exc:
-        return Item(relative, 0, 0, problem=f"can't be read: {exc.strerror}")
-    finally:
-        os.close(fd)
-
-
-def _dispatch_id(root: Path, items: tuple[Item, ...], sources: Sources) -> str:
+def _dispatch_id(items: tuple[Item, ...], heads: Mapping[str, bytes]) -> str:
     """Return the id, made of names, sizes, times and content marks: the same for the same files, wherever they lie."""
     digest = hashlib.sha256()
     for item in items:
         # What is refused is not read: a link may lead anywhere.
         mark = item.problem.encode() or (
-            item.header.SOPInstanceUID.encode() if item.header else _head(f"{root}/{item.path}", sources)
+            item.header.SOPInstanceUID.encode() if item.header else heads.get(item.path, b"")
         )
         name = item.path.encode("utf-8", "surrogateescape")
         digest.update(b"%s\0%d\0%d\0%s\n" % (name, item.size, item.mtime_ns, mark))
     return digest.hexdigest()[:DISPATCH_ID_CHARS]
-
-
-def _head(path: str, sources: Sources) -> bytes:
-    try:
-        fd = sources.open(path)
-    except (OSError, LeadsOut):
-        return b""
-    try:
-        return hashlib.sha256(os.pread(fd, HEAD_BYTES, 0)).digest()
-    except OSError:
-        return b""
-    finally:
-        os.close(fd)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 
 from transfer import roots
 from transfer.beneath import WAY, above, is_link_error, open_beneath, resolved
@@ -17,6 +21,8 @@ class LeadsOut(Exception):
 
 class Sources:
     """Files and folders, each with all that is in it. A context manager; safe to use from several threads.
+
+    Closed at the latest when it is garbage collected.
 
     Args:
         paths: absolute, without links on the way.
@@ -34,6 +40,7 @@ class Sources:
         for path in self.paths:
             allowed.check(path)
         self._roots: list[tuple[str, int]] = []
+        self.close = weakref.finalize(self, _close, self._roots)
         try:
             for root in map(resolved, allowed.folders):
                 if any(roots.is_in(path, root) for path in self.paths):
@@ -41,10 +48,6 @@ class Sources:
         except BaseException:
             self.close()
             raise
-
-    def close(self) -> None:
-        while self._roots:
-            os.close(self._roots.pop()[1])
 
     def __enter__(self) -> Sources:
         return self
@@ -96,3 +99,23 @@ class Sources:
                 if roots.is_in(path, root):
                     return fd, path[len(root.rstrip("/")) + 1 :] or "."
         raise LeadsOut(path)
+
+
+def _close(opened: list[tuple[str, int]]) -> None:
+    while opened:
+        os.close(opened.pop()[1])
+
+
+@dataclass(frozen=True)
+class InPlace:
+    """The files that a staged plan reads where they lie: below `root`, and within the sources."""
+
+    root: Path
+    sources: Sources
+
+    def open(self, path: str, flags: int = os.O_RDONLY | os.O_NONBLOCK) -> int:
+        """Open a file by its path relative to the root; OSError with ELOOP if it leads out of the sources."""
+        try:
+            return self.sources.open(f"{str(self.root).rstrip('/')}/{path}", flags)
+        except LeadsOut as exc:
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path) from exc

@@ -304,7 +304,7 @@ class Incoming:
             needs.setdefault(place.above, []).append(item)
         for folder, group in needs.items():
             with self._tree(group[0]).opened(folder, FOLDER) as fd:
-                if self._linking and self.plan.root.stat().st_dev == os.fstat(fd).st_dev:
+                if self._linking and self._device(group[0]) == os.fstat(fd).st_dev:
                     continue
                 fs.check_writable(fd)  # its room says nothing
                 free, inodes, block = fs.room(fd)
@@ -313,6 +313,10 @@ class Incoming:
                 raise Busy(f"no room: {fs.size(need)} are needed, {fs.size(free)} are free")
             if 0 <= inodes < len(group):
                 raise Busy(f"no room: {len(group)} files are to come, {inodes} more are possible")
+
+    def _device(self, item: Item) -> int:
+        folder = self.plan.in_place.root if item.in_place and self.plan.in_place else self.plan.root
+        return folder.stat().st_dev
 
     def _copy(self, batch: list[Item]) -> None:
         """Write files, each whole, under the names that they keep."""
@@ -352,11 +356,14 @@ class Incoming:
         """Make a hard link to the source; say whether that could be done."""
         tree = self._tree(item)
         try:
-            tree.link(self.plan.file(item), kept)
+            # What is read in its place may have another name by now: what was opened is linked.
+            source = f"/proc/self/fd/{reader}" if item.in_place else self.plan.file(item)
+            tree.link(source, kept, follow=item.in_place)
         except OSError as exc:
-            if exc.errno not in NO_LINK:
+            gone = item.in_place and exc.errno == errno.ENOENT
+            if exc.errno not in NO_LINK and not gone:
                 raise
-            if exc.errno != errno.EMLINK:  # which is about this one file
+            if exc.errno != errno.EMLINK and not gone:  # which are about this one file
                 self._linking = False
             return False
         made = tree.stat(kept)

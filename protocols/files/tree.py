@@ -148,10 +148,10 @@ class Tree:
         with above(self.fd, old) as (source, name), above(self.fd, new) as (place, final):
             os.rename(name, final, src_dir_fd=source, dst_dir_fd=place)
 
-    def link(self, source: str | os.PathLike[str], new: str) -> None:
+    def link(self, source: str | os.PathLike[str], new: str, *, follow: bool = False) -> None:
         """Make a hard link to a file from outside; see link(2)."""
         with above(self.fd, new) as (place, final):
-            os.link(source, final, dst_dir_fd=place, follow_symlinks=False)
+            os.link(source, final, dst_dir_fd=place, follow_symlinks=follow)
 
     def unlink(self, path: str) -> None:
         """Remove a file, or a link itself."""

@@ -242,7 +242,7 @@ def identifying(plan: Plan, items: Iterable[Item]) -> set[str]:
 
 def _read(plan: Plan, item: Item) -> set[str]:
     try:
-        fd = os.open(plan.file(item), os.O_RDONLY | os.O_CLOEXEC)
+        fd = plan.descriptor(item)
     except OSError:
         return set()
     try:

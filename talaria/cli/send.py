@@ -48,6 +48,9 @@ def send(
     ] = "",
     sender_host: Annotated[str, typer.Option(help="Host that the study came from, for targets that send back.")] = "",
     force: Annotated[bool, typer.Option("--force", help="Send again what has arrived before.")] = False,
+    copy_first: Annotated[
+        bool, typer.Option("--copy-first", help="Copy the files first, so that they may be changed meanwhile.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be sent.")] = False,
     no_wait: Annotated[bool, typer.Option("--no-wait", help="Return as soon as the dispatch is queued.")] = False,
     all_items: Annotated[
@@ -76,7 +79,12 @@ def send(
             return
         # The worker reads the files, once; whoever wants to know at once what will be sent waits for that.
         queued = access.call(
-            "create_dispatch", **what, priority=str(priority), force=force, planned=no_wait and as_json
+            "create_dispatch",
+            **what,
+            priority=str(priority),
+            force=force,
+            copy_first=copy_first,
+            planned=no_wait and as_json,
         )
         if no_wait:
             if access.own:

@@ -37,6 +37,7 @@ async def create_dispatch(
     receiver_aet: str = "",
     sender_host: str = "",
     force: bool = False,
+    copy_first: bool = False,
     key: str = "",
     planned: bool = False,
 ) -> dict[str, Any]:
@@ -66,6 +67,7 @@ async def create_dispatch(
         "receiver_aet": receiver_aet,
         "sender_host": sender_host,
         "force": force,
+        "copy_first": copy_first,
     }
     name = runs.unplanned(targets)
     flow_run = await queued(office, "dispatch", parameters, name, priority, key, what="dispatch", show_plan=planned)

@@ -39,7 +39,7 @@ from transfer.home import Home
 from transfer.ledger import Ledger
 from transfer.plan import Origin, Plan
 from transfer.receipt import Receipt, State, overall
-from transfer.staging import discard
+from transfer.staging import Way, discard
 from transfer.window import DispatchWindow
 
 R = TypeVar("R")
@@ -205,10 +205,12 @@ class Dispatch:
             left.since = 0.0
             return stack.pop_all()
 
-    async def stage(self, paths: list[str], exclude: str, origin: Origin) -> Plan:
+    async def stage(self, paths: list[str], exclude: str, origin: Origin, copy_first: bool = False) -> Plan:
         """Plan and stage the files; a run that is taken up again keeps its dispatch id."""
+        by_name = any(DRIVERS.of(target).facts.by_name for target in self._open)
+        way = Way.COPY if copy_first else Way.NAME if by_name else Way.READ
         try:
-            staged = await self._stoppable(stage_files(paths, exclude, origin, self.staging, self.cancelled))
+            staged = await self._stoppable(stage_files(paths, exclude, origin, self.staging, self.cancelled, way))
         except asyncio.CancelledError as exc:
             if not self.cancelled.is_set():
                 raise

@@ -13,7 +13,7 @@ from prefect.logging import get_run_logger
 from transfer.errors import Cancelled
 from transfer.globs import patterns
 from transfer.plan import Origin, Plan, scan
-from transfer.staging import stage
+from transfer.staging import Way, stage
 
 
 class Staged:
@@ -23,7 +23,9 @@ class Staged:
         self.plan = plan
 
 
-def plan_and_stage(paths: list[str], exclude: str, origin: Origin, into: Path, cancelled: threading.Event) -> Plan:
+def plan_and_stage(
+    paths: list[str], exclude: str, origin: Origin, into: Path, cancelled: threading.Event, way: Way = Way.READ
+) -> Plan:
     """Plan the files below `paths` without the excluded ones and bring them into the folder `into`.
 
     Raises:
@@ -36,13 +38,15 @@ def plan_and_stage(paths: list[str], exclude: str, origin: Origin, into: Path, c
 
     plan = scan(paths, patterns(exclude), origin, check)
     check()  # if the run has ended meanwhile, nobody else removes the folder
-    return stage(plan, into, check)
+    return stage(plan, into, check, way)
 
 
 @task(name="stage", cache_policy=NO_CACHE, persist_result=False)
-async def stage_files(paths: list[str], exclude: str, origin: Origin, into: Path, cancel: object) -> Staged:
-    """Stage a dispatch's files; log their number and size."""
+async def stage_files(paths: list[str], exclude: str, origin: Origin, into: Path, cancel: object, way: Way) -> Staged:
+    """Stage a dispatch's files; log their number and size, and how many are read where they lie."""
     cancelled = cancel if isinstance(cancel, threading.Event) else threading.Event()
-    plan = await asyncio.to_thread(plan_and_stage, paths, exclude, origin, into, cancelled)
-    get_run_logger().info("%d files, %d bytes, dispatch %s", len(plan.items), plan.size, plan.dispatch_id)
+    plan = await asyncio.to_thread(plan_and_stage, paths, exclude, origin, into, cancelled, way)
+    apart = sum(item.in_place for item in plan.items)
+    where = f"; {apart} can't be linked and are read in their place" if apart else ""
+    get_run_logger().info("%d files, %d bytes, dispatch %s%s", len(plan.items), plan.size, plan.dispatch_id, where)
     return Staged(plan)

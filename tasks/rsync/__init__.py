@@ -471,5 +471,6 @@ driver = Driver(
         resumes=True,
         atomic_replace=True,
         verifies_by=(Level.ACCEPTED, Level.LISTED, Level.PROVEN),
+        by_name=True,
     ),
 )

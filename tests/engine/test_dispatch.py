@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from io import BytesIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import pydicom
 import pytest
@@ -64,6 +66,25 @@ def test_a_study_goes_to_a_pacs_and_an_archive(up: Talaria, pacs: StoreScp, tmp_
     assert {one["details"]["dispatch"] for one in of_run if one != asked} == {result["dispatch_id"]}
     assert not any(private in json.dumps(of_run) for private in studies.PHI)
     assert up.json("audit", "verify")["ok"]
+
+
+def test_a_source_on_another_file_system_is_read_in_its_place(up: Talaria, tmp_path: Path) -> None:
+    """Unless it is to be copied first; the run's log says what was done."""
+    up.apply(apart=folder(tmp_path / "archive"))
+    with TemporaryDirectory(dir="/dev/shm") as source:
+        studies.ct(Path(source), 3)
+        for options, in_place in (((), True), (("--copy-first", "--force"), False)):
+            run = up.json("send", source, "--to", "apart", *options)
+            assert run["state"] == "delivered"
+            of_run = {"flow_run_id": {"any_": [run["flow_run_id"]]}}
+
+            def said(of_run: dict[str, Any] = of_run) -> list[str]:
+                lines = [line["message"] for line in up.api("POST", "/logs/filter", logs=of_run)]
+                return [line for line in lines if line.startswith("3 files, ")]
+
+            up.until(said)
+            assert said()[0].endswith("3 can't be linked and are read in their place") is in_place
+    assert not list((up.home / "staging").iterdir())
 
 
 def test_the_state_directory_is_not_sent(up: Talaria, tmp_path: Path) -> None:

@@ -226,7 +226,7 @@ def test_links_in_circles(tmp_path: Path) -> None:
 
 
 def test_links_that_multiply_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("transfer.plan.MAX_LINKED_FOLDERS", 200)
+    monkeypatch.setattr("transfer.walk.MAX_LINKED_FOLDERS", 200)
     for name in range(8):
         studies.write(tmp_path / str(name) / "x", b"x")
         for other in range(8):

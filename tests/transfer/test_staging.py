@@ -20,7 +20,7 @@ from tests.clock import tick
 from transfer.content import copy_bytes
 from transfer.errors import Busy, Cancelled, Denied, Misconfigured, NotFound, Rejected
 from transfer.plan import Plan, scan
-from transfer.staging import discard, stage
+from transfer.staging import Way, discard, stage
 
 
 @pytest.fixture
@@ -53,15 +53,144 @@ def test_links_where_it_can(tmp_path: Path) -> None:
     assert scan([tmp_path / "source"]) == plan, "the source is as it was"
 
 
-def test_copies_where_it_must(tmp_path: Path, elsewhere: Path) -> None:
+def test_copies_where_names_are_needed(tmp_path: Path, elsewhere: Path) -> None:
     studies.sample(tmp_path)
     studies.write(tmp_path / "empty.txt", b"")
     studies.write(tmp_path / "large", os.urandom(20 << 20))
     plan = scan([tmp_path])
-    staged = stage(plan, elsewhere / "run")
+    staged = stage(plan, elsewhere / "run", way=Way.NAME)
     assert_staged(plan, staged)
     (tmp_path / "CT" / "1.dcm").unlink()  # held still
     assert staged.file(staged.items[0]).exists()
+
+
+def test_copies_first_where_that_is_asked_for(tmp_path: Path) -> None:
+    (file,) = studies.ct(tmp_path / "source", 1)
+    plan = scan([tmp_path / "source"])
+    data = file.read_bytes()
+    staged = stage(plan, tmp_path / "run", way=Way.COPY)
+    assert_staged(plan, staged)
+    file.write_bytes(b"changed meanwhile")
+    with staged.open(staged.items[0]) as fd:
+        assert os.read(fd, len(data) + 1) == data
+        staged.check(staged.items[0], fd)
+
+
+# ---- read in its place
+
+
+def in_place(source: Path, into: Path) -> Plan:
+    """Stage a source on another file system, and make sure that nothing was copied."""
+    staged = stage(scan([source]), into)
+    assert all(item.in_place for item in staged.items if not item.problem)
+    assert not any(path.is_file() or path.is_symlink() for path in into.rglob("*"))
+    return staged
+
+
+def test_reads_in_place_where_it_can_not_link(tmp_path: Path, elsewhere: Path) -> None:
+    studies.sample(tmp_path)
+    studies.odd_names(tmp_path / "odd")
+    studies.write(tmp_path / "empty.txt", b"")
+    (tmp_path / "file.dcm").symlink_to("CT/1.dcm")
+    (tmp_path / "folder").symlink_to("CT")
+    plan = scan([tmp_path])
+    staged = in_place(tmp_path, elsewhere / "run")
+    assert_staged(plan, staged)
+    for item in staged.items:
+        staged.check(item)
+
+
+def test_files_named_one_by_one_are_read_in_place(tmp_path: Path, elsewhere: Path) -> None:
+    files = studies.ct(tmp_path / "source", 3)
+    plan = scan(files[:2])
+    staged = stage(plan, elsewhere / "run")
+    assert [item.in_place for item in staged.items] == [True, True]
+    assert_staged(plan, staged)
+
+
+def test_what_a_user_may_not_link_is_read_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of another user, where fs.protected_hardlinks is on."""
+    studies.ct(tmp_path / "source", 3)
+    monkeypatch.setattr("os.link", mock.Mock(side_effect=PermissionError(errno.EPERM, "not ours")))
+    assert_staged(scan([tmp_path / "source"]), in_place(tmp_path / "source", tmp_path / "run"))
+
+
+def replaced(file: Path) -> None:
+    """Put another file of the same length and times in its place."""
+    info, other = file.stat(), file.with_suffix(".other")
+    other.write_bytes(bytes(info.st_size))
+    os.utime(other, ns=(info.st_atime_ns, info.st_mtime_ns))
+    other.replace(file)
+
+
+CHANGES: dict[str, Callable[[Path], object]] = {
+    "rewritten with its old times": lambda file: rewrite(file),
+    "replaced by one of the same length and times": replaced,
+    "longer": lambda file: file.write_bytes(file.read_bytes() + b"  "),
+    "shorter": lambda file: os.truncate(file, 1000),
+    "touched": os.utime,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("watched", [True, False])
+def test_a_change_of_what_is_read_in_place_is_noticed(
+    tmp_path: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch, change: str, watched: bool
+) -> None:
+    if not watched:
+        monkeypatch.setattr("transfer.watch._add", lambda *_: -1)
+    (file,) = studies.ct(tmp_path / "source", 1)
+    staged = in_place(tmp_path / "source", elsewhere / "run")
+    (item,) = staged.items
+    tick(tmp_path)
+    with staged.open(item) as fd:
+        CHANGES[change](file)
+        if not change.startswith("replaced"):  # what was opened is still the old one
+            with pytest.raises(Rejected, match="changed"):
+                staged.check(item, fd)
+    with pytest.raises(Rejected, match="changed"):
+        staged.check(item)
+    with pytest.raises(Rejected, match="changed"), staged.open(item):
+        pass
+
+
+def test_what_is_gone_from_its_place_is_named(tmp_path: Path, elsewhere: Path) -> None:
+    (file,) = studies.ct(tmp_path / "source", 1)
+    staged = in_place(tmp_path / "source", elsewhere / "run")
+    file.unlink()
+    with pytest.raises(Rejected, match=r"can't be read: No such file .*CT0001"), staged.open(staged.items[0]):
+        pass
+    with pytest.raises(Rejected, match="can't be read: No such file"):
+        staged.check(staged.items[0])
+
+
+@pytest.mark.parametrize("what", ["the file", "its folder", "the source"])
+def test_a_link_put_in_the_place_of_what_is_read_is_not_followed(tmp_path: Path, elsewhere: Path, what: str) -> None:
+    """Not even if it leads to the same file, outside of the source."""
+    source, secret = tmp_path / "source", tmp_path / "secret"
+    (file,) = studies.ct(source / "a", 1)
+    staged = in_place(source, elsewhere / "run")
+    (secret / "a").mkdir(parents=True)
+    os.link(file, secret / "a" / file.name)
+    swapped = {"the file": file, "its folder": file.parent, "the source": source}[what]
+    swapped.rename(tmp_path / "was")
+    swapped.symlink_to(secret / swapped.relative_to(source))
+    with pytest.raises(Rejected, match="changed"), staged.open(staged.items[0]):
+        pass
+    with pytest.raises(Rejected, match="changed"):
+        staged.check(staged.items[0])
+
+
+def test_what_happens_to_what_is_read_in_place_but_not_to_its_content(tmp_path: Path, elsewhere: Path) -> None:
+    (file,) = studies.ct(tmp_path / "source", 1)
+    staged = in_place(tmp_path / "source", elsewhere / "run")
+    tick(tmp_path)
+    file.chmod(0o640)
+    os.link(file, tmp_path / "link")
+    with staged.open(staged.items[0]) as fd:
+        staged.check(staged.items[0], fd)
+    (tmp_path / "link").unlink()
+    staged.check(staged.items[0])
 
 
 def test_a_link_inside_the_source_becomes_a_file(tmp_path: Path) -> None:
@@ -96,6 +225,7 @@ def test_what_changed_since_it_was_planned(tmp_path: Path, elsewhere: Path) -> N
         (source / "CT0002.dcm").touch()
         (source / "CT0003.dcm").unlink()
         staged = stage(plan, into)
+        assert [item.in_place for item in staged.items] == [False, False, False, into.parent == elsewhere]
         assert [item.problem for item in staged.items] == [
             "changed since the dispatch was planned",
             "changed since the dispatch was planned",
@@ -149,9 +279,12 @@ def test_stops_between_files_and_within_a_copy(tmp_path: Path, elsewhere: Path) 
 
     for after in (0, 3, 12):
         with pytest.raises(Cancelled):
+            stage(plan, elsewhere / "run", stopping(after), Way.COPY)
+    for after in (0, 3):
+        with pytest.raises(Cancelled):
             stage(plan, elsewhere / "run", stopping(after))
     with pytest.raises(Cancelled):
-        stage(plan.narrowed(plan.items[-1:]), elsewhere / "run", stopping(2))
+        stage(plan.narrowed(plan.items[-1:]), elsewhere / "run", stopping(2), Way.COPY)
 
 
 @pytest.mark.mounts
@@ -160,10 +293,10 @@ def test_no_room_is_busy(tmp_path: Path, disk: Callable[[str], Path]) -> None:
     studies.ct(tmp_path / "source", 8, side=256)  # 137 kB each
     plan = scan([tmp_path / "source"])
     with pytest.raises(Busy, match="no room"):
-        stage(plan, small / "run")
+        stage(plan, small / "run", way=Way.COPY)
     discard(small / "run")
     assert not list(small.iterdir())
-    staged = stage(plan.narrowed(plan.items[:6]), small / "run")
+    staged = stage(plan.narrowed(plan.items[:6]), small / "run", way=Way.COPY)
     assert not any(item.problem for item in staged.items)
 
 
@@ -419,7 +552,7 @@ def test_a_file_rewritten_while_it_is_copied(tmp_path: Path, elsewhere: Path, mo
                 rewrite(file)
 
         monkeypatch.setattr("transfer.staging._copy", midway)
-        (item,) = stage(plan, elsewhere / name).items
+        (item,) = stage(plan, elsewhere / name, way=Way.COPY).items
         assert item.problem == ("changed since the dispatch was planned" if name == "rewritten" else "")
 
 

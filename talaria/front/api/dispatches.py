@@ -36,6 +36,9 @@ class NewDispatch(Files):
         default="normal", description="urgent ignores windows, offpeak waits for the off-peak hours."
     )
     force: bool = Field(default=False, description="Send again what has arrived before.")
+    copy_first: bool = Field(
+        default=False, description="Copy the files before they are sent, so that they may be changed meanwhile."
+    )
     planned: bool = Field(
         default=False,
         description="Answer when a worker has read the files, or after some seconds, with what will be sent.",

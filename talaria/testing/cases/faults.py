@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from transfer.errors import Cancelled
 from transfer.outcome import Outcome
 from transfer.plan import Item, scan
 from transfer.receipt import State
+from transfer.source import InPlace, Sources
 
 STOP_S = 5  # a cancelled push is over by then
 
@@ -208,3 +210,37 @@ def test_push_changed_file_is_rejected_and_never_arrives(harness: Harness, study
         assert "chang" in sent.rejected[item.path]
         assert receipt.state is State.PARTIAL
     assert_same(harness, wanted, got)
+
+
+def test_push_reads_in_place_and_rejects_what_changed(harness: Harness, study: Path) -> None:
+    """Files that could not be linked: one is rewritten, one replaced, both with their old times, one removed."""
+    if harness.driver.facts.by_name:  # a program opens them: they are linked or copied for it, never read in place
+        studies.ct(study, 1)
+        assert_delivered(harness, attempt(harness.target, scan([study])))
+        return
+    files = studies.ct(study, 5)
+    original = scan([study])
+    plan = replace(
+        original,
+        root=study / "nothing is there",
+        items=tuple(replace(item, in_place=True) for item in original.items),
+        in_place=InPlace(study, Sources(original.sources)),
+    )
+    wanted = {key(harness, item): plan.file(item).read_bytes() for item in plan.items[3:]}
+    time.sleep(0.01)  # longer than the clock of a file system stands still
+    info = files[0].stat()
+    files[0].write_bytes(bytes(info.st_size))
+    os.utime(files[0], ns=(info.st_atime_ns, info.st_mtime_ns))
+    info, other = files[1].stat(), study.parent / "other.dcm"
+    other.write_bytes(studies.ct_bytes()[: info.st_size].ljust(info.st_size))
+    os.utime(other, ns=(info.st_atime_ns, info.st_mtime_ns))
+    other.replace(files[1])
+    files[2].unlink()
+    sent = attempt(harness.target, plan)
+    assert sent.require().state is State.PARTIAL
+    assert {path: reason[:5] for path, reason in sent.rejected.items()} == {
+        "CT0001.dcm": "chang",
+        "CT0002.dcm": "chang",
+        "CT0003.dcm": "can't",
+    }
+    assert_same(harness, wanted, harness.read_back(sent.plan))
