@@ -57,6 +57,17 @@ class Settings(BaseSettings):
     spool_limit: int = Field(
         default=20 << 30, ge=1 << 20, description="Bytes that a retrieval keeps between fetching and sending."
     )
+    keep_days: int = Field(
+        default=90,
+        ge=1,
+        le=36_500,
+        description="Days that ended dispatches are remembered for: ledger, receipts, runs.",
+    )
+    keep_limit: int = Field(
+        default=10 << 30,
+        ge=1 << 20,
+        description="Bytes that this may take; beyond them, the oldest is forgotten sooner.",
+    )
     off_peak: str = Field(default="22:00-06:00", description="Off-peak hours, as in a target's window.")
     sources: str = Field(default="", description="Folders, separated by `:` or commas, that hold what may be sent.")
     places: str = Field(
@@ -105,7 +116,7 @@ def load_settings() -> Settings:
     for name, value in ((roots.SOURCES, settings.sources), (roots.PLACES, settings.places)):
         os.environ[name] = os.pathsep.join(roots.parse(name, value))
     audit = ("audit_syslog", "audit_syslog_ca", "audit_syslog_cert", "audit_syslog_key")
-    for name in ("scp_aet", "scp_port", "scp_host", "spool_limit", *audit):
+    for name in ("scp_aet", "scp_port", "scp_host", "spool_limit", "keep_days", "keep_limit", *audit):
         os.environ[f"TALARIA_{name.upper()}"] = str(getattr(settings, name))
     return settings
 

@@ -245,14 +245,19 @@ class Ledger:
         with self._lock:
             return dict(self._db.execute("SELECT flow_run_id, owner FROM runs WHERE ended IS NULL"))
 
-    def prune(self, before: float) -> int:
-        """Delete dispatches and other runs that ended before a time (seconds since the epoch); return how many rows."""
+    def prune(self, before: float, keep: Iterable[str] = ()) -> int:
+        """Delete dispatches and other runs that ended before a time (seconds since the epoch); return how many rows.
+
+        Args:
+            keep: ids of flow runs that go on later: what they have sent is not forgotten.
+        """
         with self._writing() as db:
             old = (
                 "SELECT dispatch_id FROM items GROUP BY dispatch_id HAVING MAX(time) < ?"
-                " EXCEPT SELECT dispatch_id FROM runs WHERE ended IS NULL"
+                " EXCEPT SELECT dispatch_id FROM runs"
+                " WHERE ended IS NULL OR flow_run_id IN (SELECT value FROM json_each(?))"
             )
-            ids = [row[0] for row in db.execute(old, (before,))]
+            ids = [row[0] for row in db.execute(old, (before, json.dumps([*keep])))]
             deletions = (
                 "DELETE FROM items WHERE dispatch_id=?",
                 "DELETE FROM hooks WHERE dispatch_id=?",

@@ -115,7 +115,7 @@ def prune(
     as_json: Json = False,
 ) -> None:
     """Forget old ledger rows, receipts and indexes of folders, and clear orphans of staging."""
-    from talaria.engine.leftovers import clear
+    from talaria.engine.leftovers import clear, waiting
     from talaria.settings import load_settings
     from transfer.ledger import Ledger
 
@@ -126,7 +126,7 @@ def prune(
     load_settings()
     home = Home.current()
     with Ledger(home.ledger) as ledger:
-        rows = ledger.prune(before)
+        rows = ledger.prune(before, waiting(home))
         receipts, orphans, indexes = clear(home, ledger, before)
     if as_json:
         print_json({"rows": rows, "receipts": receipts, "staging": orphans, "indexes": indexes})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from contextlib import suppress
 
 from protocols.dicomfolder.indexes import clear_indexes
@@ -21,23 +22,34 @@ def clear_staging(home: Home, ledger: Ledger) -> int:
     return len(orphans)
 
 
-def clear(home: Home, ledger: Ledger, before: float) -> tuple[int, int, int]:
+def waiting(home: Home) -> set[str]:
+    """Return the ids of the runs that wait for their next part, and have left behind what it must know."""
+    return {path.stem for path in home.waiting.glob("*.json")}
+
+
+def clear(home: Home, ledger: Ledger, before: float, keep: Collection[str] = ()) -> tuple[int, int, int]:
     """Remove what is older than `before` (seconds since the epoch), and orphans of staging; return how many of each.
+
+    Args:
+        keep: ids of runs that have not ended.
 
     Returns:
         How many receipts, staging folders, and unused indexes of read-only folders.
     """
-    receipts = home.receipt("").parent
-    old = [path for path in receipts.glob("*.json") if path.stat().st_mtime < before] if receipts.is_dir() else []
-    for path in old:
-        path.unlink(missing_ok=True)
-        path.with_suffix(".csv").unlink(missing_ok=True)
-    for path in home.waiting.glob("*.json"):
+    for run_id in waiting(home) - {*keep}:
+        path = home.waiting / f"{run_id}.json"
         with suppress(FileNotFoundError):  # the run goes on just now
             if path.stat().st_mtime < before:
                 path.unlink()
-    living = {run_id for run_id, owner in ledger.unfinished().items() if home.alive(owner)}
+    kept = {*keep, *waiting(home)}
+    old = []
+    for path in home.receipt("").parent.glob("*.json"):
+        if path.stem not in kept and path.stat().st_mtime < before:
+            old.append(path)
+            path.unlink(missing_ok=True)
+            path.with_suffix(".csv").unlink(missing_ok=True)
+    kept |= {run_id for run_id, owner in ledger.unfinished().items() if home.alive(owner)}
     for state in (home.root / "retrievals").glob("*/job.json"):
-        if state.stat().st_mtime < before and state.parent.name not in living:
+        if state.stat().st_mtime < before and state.parent.name not in kept:
             discard(state.parent)
     return len(old), clear_staging(home, ledger), clear_indexes(home.root, before)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
 import logging
 import os
@@ -33,6 +34,7 @@ from transfer.home import Home
 ORDERS = "TALARIA_FRONT"  # the variable that says what is to be served
 KEEP_ALIVE_S = 5
 GRACE_S = 5  # for answers under way, at the end
+FIRST_S = 60  # before what is old is looked for
 LOOK_S = 5  # between two checks whether the certificate has been renewed
 _logger = logging.getLogger("talaria.front")
 
@@ -86,7 +88,7 @@ class Front:
     """The server process."""
 
     def __init__(self, orders: Orders, home: Home) -> None:
-        self.orders, self.failed, self.heard = orders, False, AuditWriter()
+        self.orders, self.home, self.failed, self.heard = orders, home, False, AuditWriter()
         inner = socket.socket(fileno=orders.inner) if orders.inner >= 0 else None
         self.outer, self.inner = socket.socket(fileno=orders.outer), inner
         door = Door(
@@ -116,16 +118,23 @@ class Front:
         if self.inner:
             self.server.other = _Other(_config(self.app, lifespan="off"))
             tasks.append(asyncio.create_task(self.server.other.serve([self.inner])))
-        renewing = asyncio.create_task(self._renew())
+        besides = [asyncio.create_task(self._renew()), asyncio.create_task(self._keep())]
         try:
             await asyncio.gather(*tasks)
         finally:
-            renewing.cancel()
+            for task in besides:
+                task.cancel()
             self.heard.close()
 
     def _fail(self) -> None:
         self.failed = True
         self.server.stop()
+
+    async def _keep(self) -> None:
+        """Keep what is remembered within its bounds."""
+        await asyncio.sleep(FIRST_S)
+        retention = await asyncio.to_thread(importlib.import_module, "talaria.engine.retention")  # with all of Prefect
+        await retention.keep(self.home, self.upstream.client, embedded=not self.orders.upstream)
 
     async def _renew(self) -> None:
         """Load the certificate's files again when they have changed; keep the old ones if the new are not valid."""

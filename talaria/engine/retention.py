@@ -1,0 +1,139 @@
+"""Keeps what is remembered within bounds of age and size, as long as a server runs.
+
+What goes: rows of the ledger, receipts, and of the embedded server runs that have ended, with their logs and artifacts,
+and events. What has not ended, or may go on, stays, however old it is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import shutil
+import sqlite3
+import time
+from collections.abc import Awaitable, Callable, Collection
+from contextlib import closing, suppress
+from datetime import timedelta
+from pathlib import Path
+
+import httpx
+from prefect.client.schemas.objects import StateType
+
+from talaria.engine.leftovers import clear
+from transfer.home import Home
+from transfer.ledger import Ledger
+
+EVERY_S = 3600.0  # between two looks
+STEP = 0.8  # of the age; each step that the size asks for
+YOUNGEST_S = 2 * 3600.0  # what is younger stays whatever its size
+EVENTS_S = 7 * 86_400.0  # events are kept no longer
+LOG_BYTES = 32 << 20  # of a log file, before it begins anew
+PAGE = 200  # runs a request; Prefect's own limit
+OPEN = [one.value for one in StateType if one not in (StateType.COMPLETED, StateType.FAILED, StateType.CRASHED)]
+OPEN.remove(StateType.CANCELLED.value)
+Vacuum = Callable[[float], Awaitable[None]]
+logger = logging.getLogger("talaria.retention")
+
+
+async def keep(home: Home, client: httpx.AsyncClient, *, embedded: bool) -> None:
+    """Look each hour, for ever.
+
+    Args:
+        client: of Prefect's API.
+        embedded: whether its database is ours to clear.
+    """
+    days, limit = int(os.environ.get("TALARIA_KEEP_DAYS", "90")), int(os.environ.get("TALARIA_KEEP_LIMIT", 10 << 30))
+    while True:
+        try:
+            await tidy(home, days * 86_400.0, limit, await _unfinished(client), vacuum if embedded else None)
+        except Exception:  # whatever it is, nothing else depends on it
+            logger.exception("what is old could not be cleared: tried again in an hour")
+        await asyncio.sleep(EVERY_S)
+
+
+async def tidy(home: Home, age: float, limit: int, open_runs: Collection[str], vacuum: Vacuum | None = None) -> float:
+    """Forget what is older than `age` seconds, and more if the rest takes more than `limit` bytes.
+
+    Args:
+        open_runs: ids of runs that have not ended.
+        vacuum: clears Prefect's database of what is older than so many seconds.
+
+    Returns:
+        The age that was kept.
+    """
+    kept = age
+    while True:
+        await asyncio.to_thread(_forget, home, kept, open_runs)
+        if vacuum:
+            await vacuum(kept)
+        size = await asyncio.to_thread(used, home)
+        if size <= limit or kept <= YOUNGEST_S:
+            break
+        kept = max(kept * STEP, YOUNGEST_S)
+    if kept < age:
+        logger.warning("TALARIA_KEEP_LIMIT is reached: what is older than %.0f hours is forgotten", kept / 3600)
+    return kept
+
+
+async def vacuum(age: float) -> None:
+    """Delete ended runs, with all that belongs to them, and events from Prefect's database in this process."""
+    from prefect.server.database import provide_database_interface
+    from prefect.server.services import db_vacuum
+    from prefect.settings import (
+        PREFECT_SERVER_EVENTS_RETENTION_PERIOD,
+        PREFECT_SERVER_SERVICES_DB_VACUUM_RETENTION_PERIOD,
+        temporary_settings,
+    )
+
+    bounds = {
+        PREFECT_SERVER_SERVICES_DB_VACUUM_RETENTION_PERIOD: timedelta(seconds=age),
+        PREFECT_SERVER_EVENTS_RETENTION_PERIOD: timedelta(seconds=min(age, EVENTS_S)),
+    }
+    db = provide_database_interface()
+    with temporary_settings(bounds):
+        await db_vacuum.vacuum_old_flow_runs(db=db)
+        await db_vacuum.vacuum_orphaned_logs(db=db)
+        await db_vacuum.vacuum_orphaned_artifacts(db=db)
+        await db_vacuum.vacuum_stale_artifact_collections(db=db)
+        await db_vacuum.vacuum_old_events(db=db)
+
+
+def used(home: Home) -> int:
+    """Return the bytes of what is kept: databases, without pages that are free again, and receipts."""
+    found = sum(_pages(path) for path in (home.root / "prefect" / "prefect.db", home.ledger) if path.exists())
+    for path in home.receipt("").parent.glob("*"):
+        with suppress(FileNotFoundError):
+            found += path.stat().st_size
+    return found
+
+
+def _pages(database: Path) -> int:
+    with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True, timeout=60)) as db:
+        (pages,), (free,), (size,) = (
+            db.execute(f"PRAGMA {name}").fetchone() for name in ("page_count", "freelist_count", "page_size")
+        )
+    return int((pages - free) * size)
+
+
+def _forget(home: Home, age: float, open_runs: Collection[str]) -> None:
+    before = time.time() - age
+    with Ledger(home.ledger) as ledger:
+        ledger.prune(before, open_runs)
+        clear(home, ledger, before, open_runs)
+    for log in (home.root / "logs").glob("*.log"):
+        if log.stat().st_size > LOG_BYTES:
+            shutil.copyfile(log, log.with_suffix(".log.1"))
+            log.with_suffix(".log.1").chmod(0o600)
+            os.truncate(log, 0)  # who writes it appends, and goes on
+
+
+async def _unfinished(client: httpx.AsyncClient) -> set[str]:
+    found: set[str] = set()
+    while True:
+        body = {"flow_runs": {"state": {"type": {"any_": OPEN}}}, "limit": PAGE, "offset": len(found)}
+        answer = await client.post("/flow_runs/filter", json={**body, "sort": "ID_DESC"})
+        page = answer.raise_for_status().json()
+        found |= {one["id"] for one in page}
+        if len(page) < PAGE:
+            return found

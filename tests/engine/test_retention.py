@@ -1,0 +1,164 @@
+"""What is remembered has bounds: what is old goes, and sooner where it takes too much; what goes on stays."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sqlite3
+import subprocess
+import sys
+import time
+from contextlib import closing
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import httpx
+import pytest
+
+from talaria.engine import retention
+from talaria.testing import studies
+from tests.servers.up import Talaria
+from transfer.home import Home
+from transfer.ledger import Ledger
+from transfer.outcome import Kind, Outcome
+from transfer.plan import Origin, Plan, scan
+
+DAY_S = 86_400.0
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Home:
+    home = Home(tmp_path / "home")
+    for name in ("receipts", "waiting", "retrievals", "logs"):
+        (home.root / name).mkdir(parents=True)
+    return home
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Plan:
+    studies.ct(tmp_path / "study", 1)
+    return scan([str(tmp_path / "study")], (), Origin())
+
+
+def ended(home: Home, plan: Plan, run_id: str, days: float, monkeypatch: pytest.MonkeyPatch, size: int = 0) -> None:
+    """Leave what a dispatch leaves that ended so many days ago."""
+    now = time.time()
+    (item,) = plan.items
+    with Ledger(home.ledger) as ledger, monkeypatch.context() as past:
+        past.setattr("transfer.ledger.time.time", lambda: now - days * DAY_S)
+        ledger.run_begins(run_id, "gone")
+        ledger.same_dispatch(run_id, replace(plan, dispatch_id=f"dispatch-{run_id}"))
+        ledger.record(f"dispatch-{run_id}", "archive", "folder", item, Outcome(Kind.DELIVERED))
+        ledger.run_ends(run_id)
+    for path in (home.receipt(run_id), home.root / "retrievals" / run_id / "job.json"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps("x" * size))
+        os.utime(path, (now - days * DAY_S,) * 2)
+
+
+def left(home: Home) -> set[str]:
+    """The runs of which there is anything left; all of it, then."""
+    receipts = {path.stem for path in home.receipt("").parent.iterdir()}
+    assert {path.parent.name for path in home.root.glob("retrievals/*/job.json")} == receipts
+    with Ledger(home.ledger) as ledger:
+        assert {run_id for run_id in receipts if ledger.results(f"dispatch-{run_id}")} == receipts
+    with closing(sqlite3.connect(home.ledger)) as db:
+        assert {row[0] for row in db.execute("SELECT flow_run_id FROM runs")} == receipts
+    return receipts
+
+
+def test_what_is_old_goes_unless_it_goes_on(home: Home, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    for run_id, days in (("old", 91), ("waits", 91), ("young", 89)):
+        ended(home, plan, run_id, days, monkeypatch)
+    (home.root / "waiting" / "waits.json").write_text("{}")
+    os.utime(home.root / "waiting" / "waits.json", (1, 1))
+    aged = list[float]()
+
+    async def vacuum(age: float) -> None:
+        aged.append(age)
+
+    kept = asyncio.run(retention.tidy(home, 90 * DAY_S, 1 << 30, {"waits"}, vacuum))
+    assert left(home) == {"waits", "young"} and kept == 90 * DAY_S and aged == [kept]
+    assert (home.root / "waiting" / "waits.json").exists()
+    asyncio.run(retention.tidy(home, 90 * DAY_S, 1 << 30, ()))
+    assert left(home) == {"young"} and not (home.root / "waiting" / "waits.json").exists()
+
+
+def test_the_oldest_goes_sooner_where_all_takes_too_much(
+    home: Home, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(10):
+        ended(home, plan, f"run{number}", number + 0.5, monkeypatch, 100_000)
+    ended(home, plan, "waits", 9, monkeypatch)
+    ended(home, plan, "now", 0.01, monkeypatch, 100_000)
+    limit = retention.used(home) - 550_000
+    asyncio.run(retention.tidy(home, 90 * DAY_S, limit, {"waits"}))
+    there = left(home)
+    assert retention.used(home) <= limit and there == {f"run{n}" for n in range(len(there) - 2)} | {"waits", "now"}
+    assert len(there) >= 5
+    # What is hours old stays in any case.
+    assert asyncio.run(retention.tidy(home, 90 * DAY_S, 1, {"waits"})) == retention.YOUNGEST_S
+    assert left(home) == {"waits", "now"}
+
+
+def test_a_long_log_begins_anew(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retention, "LOG_BYTES", 10)
+    log = home.root / "logs" / "server.log"
+    with log.open("ab", buffering=0) as writer:
+        writer.write(b"first line\n")
+        asyncio.run(retention.tidy(home, DAY_S, 1 << 30, ()))
+        writer.write(b"second\n")
+    assert log.read_bytes() == b"second\n" and log.with_name("server.log.1").read_bytes() == b"first line\n"
+
+
+def test_runs_that_have_not_ended_are_asked_for_page_by_page() -> None:
+    runs = [{"id": str(number)} for number in range(2 * retention.PAGE + 1)]
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked = json.loads(request.content)
+        states = set(asked["flow_runs"]["state"]["type"]["any_"])
+        assert {"SCHEDULED", "PAUSED", "RUNNING"} < states and not states & {"COMPLETED", "FAILED", "CANCELLED"}
+        return httpx.Response(200, json=runs[asked["offset"] : asked["offset"] + asked["limit"]], request=request)
+
+    async def ask() -> set[str]:
+        async with httpx.AsyncClient(transport=httpx.MockTransport(answer), base_url="http://there/api") as client:
+            return await retention._unfinished(client)
+
+    assert asyncio.run(ask()) == {run["id"] for run in runs}
+
+
+def test_old_runs_go_with_all_that_belongs_to_them(up: Talaria, tmp_path: Path) -> None:
+    studies.ct(tmp_path / "study", 1)
+    (tmp_path / "archive").mkdir()
+    archive = {"type": "folder", "folder": str(tmp_path / "archive")}
+    opens, closes = (datetime.now(UTC) + timedelta(hours=hours) for hours in (2, 3))
+    up.apply(archive=archive, later=archive | {"window": f"{opens:%H:%M}-{closes:%H:%M}"})
+    run = up.told("send", str(tmp_path / "study"), "--to", "archive")["flow_run_id"]
+    waits = up.told("send", str(tmp_path / "study"), "--to", "later", "--no-wait")["flow_run_id"]
+    up.until(lambda: up.run(waits)["state"]["name"] == "AwaitingRetry")
+    up.until(lambda: up.api("POST", "/logs/filter", logs={"flow_run_id": {"any_": [run]}}))  # they come in bulk
+    copy = tmp_path / "prefect.db"
+    copy.write_bytes(up._copy_of_the_database())
+    up.here("jobs", "cancel", waits)
+    of_the_run = ("log", "artifact", "flow_run_state", "task_run")
+    with closing(sqlite3.connect(copy)) as db:
+
+        def count(table: str, of: str = "", key: str = "flow_run_id") -> int:
+            where, values = (f" WHERE {key}=?", [of]) if of else ("", [])
+            return int(db.execute(f"SELECT COUNT(*) FROM {table}{where}", values).fetchone()[0])
+
+        assert all(count(table, run) for table in of_the_run) and count("events")
+        past = "2020-01-01 00:00:00.000000"
+        db.execute("UPDATE flow_run SET end_time=? WHERE id IN (?,?)", (past, run, waits))
+        for table in ("events", "event_resources"):
+            db.execute(f"UPDATE {table} SET occurred=?", (past,))
+        db.commit()
+        # In a process of its own, as Prefect's server leaves connections open.
+        vacuum = f"import asyncio; from talaria.engine.retention import vacuum; asyncio.run(vacuum({DAY_S}))"
+        there = {**os.environ, "PREFECT_API_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{copy}"}
+        subprocess.run([sys.executable, "-P", "-c", vacuum], env=there, check=True)
+        assert not count("flow_run", run, "id") and not any(count(table, run) for table in of_the_run)
+        assert count("flow_run", waits, "id") == 1 and count("flow_run_state", waits)
+        assert not count("events") and not count("event_resources")
