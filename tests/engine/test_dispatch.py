@@ -232,7 +232,7 @@ def test_one_dead_target_delays_no_other(up: Talaria, pacs: StoreScp, tmp_path: 
     [
         pytest.param("talaria.engine.worker", marks=pytest.mark.slow),
         pytest.param("talaria.front", marks=pytest.mark.slow),
-        "everything",
+        pytest.param("everything", marks=pytest.mark.slow),
     ],
 )
 def test_killed_in_the_middle_it_is_taken_up_by_itself(victim: str, tmp_path: Path) -> None:
