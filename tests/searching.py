@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.uid import ExplicitVRLittleEndian
+from pydicom.uid import UID, ExplicitVRLittleEndian
 
 from imaging.query import Match, Query
 from talaria.testing import studies
@@ -87,8 +87,8 @@ def files(count: int = COUNT) -> Iterator[tuple[str, bytes]]:
             ds.file_meta = FileMetaDataset()
             ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
             ds.SpecificCharacterSet = "ISO_IR 192"
-            ds.SOPClassUID = ds.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.7"
-            ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = f"{series.uid}.1"
+            ds.SOPClassUID = ds.file_meta.MediaStorageSOPClassUID = UID("1.2.840.10008.5.1.4.1.1.7")
+            ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = UID(f"{series.uid}.1")
             ds.StudyDate, ds.StudyTime, ds.AccessionNumber = study.date, "", study.accession
             ds.Modality, ds.StudyDescription, ds.SeriesDescription = (
                 series.modality,

@@ -82,7 +82,7 @@ class FrontDoor:
         return basic((self.home.root / "worker.auth").read_text().strip())
 
     def browser(self, client: str = "127.0.0.1", base: str = "http://127.0.0.1:4200") -> httpx.AsyncClient:
-        transport = httpx.ASGITransport(self.gate, client=(client, 50000))  # type: ignore[arg-type]
+        transport = httpx.ASGITransport(self.gate, client=(client, 50000))
         return httpx.AsyncClient(transport=transport, base_url=base)
 
 

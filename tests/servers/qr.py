@@ -359,9 +359,11 @@ class _Sender:
         one = step.instance
         ds = wire.decode_dataset(one.data if step.data is None else step.data, one.syntax)
         ds.file_meta = pydicom.dataset.FileMetaDataset()
-        ds.file_meta.TransferSyntaxUID = one.syntax
+        ds.file_meta.TransferSyntaxUID = pydicom.uid.UID(one.syntax)
         originator = request.calling if step.originator is None else step.originator
-        names = {"originator_aet": originator, "originator_id": request.message_id} if originator else {}
+        names: dict[str, Any] = (
+            {"originator_aet": originator, "originator_id": request.message_id} if originator else {}
+        )
         try:
             status = self.assoc.send_c_store(ds, msg_id=1, **names)
         except RuntimeError:

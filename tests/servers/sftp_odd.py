@@ -169,7 +169,7 @@ def main() -> None:
             folder = os.path.isdir(self.map_path(path))
             if ("folders" if folder else "stat") in without and path != b"/":
                 raise asyncssh.SFTPNoSuchFile("there is nothing to be seen here")
-            found = super().stat(path)
+            found: Any = super().stat(path)
             return asyncssh.SFTPAttrs(permissions=found.st_mode) if "sizes" in without and not folder else found
 
         def lstat(self, path: bytes) -> Any:
@@ -178,7 +178,7 @@ def main() -> None:
         def fstat(self, file_obj: Any) -> Any:
             if "stat" in without:
                 raise asyncssh.SFTPOpUnsupported("not here")
-            found = super().fstat(file_obj)
+            found: Any = super().fstat(file_obj)
             return asyncssh.SFTPAttrs(permissions=found.st_mode) if "sizes" in without else found
 
     class Doorman(asyncssh.SSHServer):

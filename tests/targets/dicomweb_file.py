@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 import pydicom
 
-from blocks.base import Target
+from blocks.base import Direction, Target
 from blocks.dicomweb import DicomWebTarget
 from talaria.testing import studies
 from talaria.testing.harness import Harness
@@ -24,7 +24,11 @@ from transfer.plan import Item, Plan
 def target(folder: Path) -> DicomWebTarget:
     """Return a target that stores in a folder and can be queried."""
     made = DicomWebTarget(
-        url=f"file://{quote(str(folder))}", direction="both", retry_delay_s=0, connect_timeout_s=5, concurrency=2
+        url=f"file://{quote(str(folder))}",
+        direction=Direction.BOTH,
+        retry_delay_s=0,
+        connect_timeout_s=5,
+        concurrency=2,
     )
     made.named("dicomweb-file")
     return made

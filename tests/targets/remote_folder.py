@@ -25,9 +25,9 @@ OWN = (".incoming-", ".talaria-")
 K = TypeVar("K", bound=SshTarget)
 
 
-def ssh_target(kind: type[K], server: Server, folder: Path | str, **more: object) -> K:
+def ssh_target(kind: type[K], server: Server, folder: Path | str, **more: Any) -> K:
     """A target at a server on this machine that logs in with the server's own key."""
-    fields = {
+    fields: dict[str, Any] = {
         "host": "127.0.0.1", "port": server.port, "user": server.user, "folder": str(folder),
         "host_key": "".join(server.host_keys[:1]), "private_key": SecretStr(str(server.key)), "connect_timeout_s": 5,
         "idle_timeout_s": 10,
