@@ -160,16 +160,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _dealt(items: list[pytest.Item], processes: int) -> list[pytest.Item]:
-    """Return tests in an order that has each of pytest-xdist's processes begin with its share of what takes longest.
+    """Return tests in an order that has half of pytest-xdist's processes begin with a share of what takes longest.
 
     A process gets one part of all tests, and takes from the end of another's when it is through with its own. Left
-    for the end, the tests that wait for a server and a worker would be taken by all at once, each starting its own.
+    for the end, the tests that wait for a server and a worker would be taken by all at once, each starting its own;
+    a start takes a processor for twelve seconds.
     """
     files: dict[Path, list[pytest.Item]] = {}
     for item in items:
         files.setdefault(item.path, []).append(item)
     long = [path for path in files if path.parent.name == "engine"]
-    shares: list[list[pytest.Item]] = [[] for _ in range(processes)]
+    shares: list[list[pytest.Item]] = [[] for _ in range(max(1, processes // 2))]
     for path in sorted(long, key=lambda path: -len(files[path])):
         min(shares, key=len).extend(files.pop(path))
     rest = [item for file in files.values() for item in file]
