@@ -33,7 +33,7 @@ class Roots:
 
     Attributes:
         setting: the variable that names them.
-        folders: absolute; `/` alone where the variable is not set.
+        folders: absolute; `/` where the variable is not set. Of the state directory, only spools of retrievals count.
     """
 
     setting: str
@@ -129,8 +129,9 @@ def _of(setting: str) -> Roots:
 
 
 def sources() -> Roots:
-    """Return where may be sent from."""
-    return _of(SOURCES)
+    """Return where may be sent from: what retrievals have fetched into the state directory, too."""
+    made = _of(SOURCES)
+    return Roots(SOURCES, (*made.folders, os.path.join(state_folder(), "retrievals")))
 
 
 def places() -> Roots:

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from talaria.testing import studies
 from transfer import beneath, roots
 from transfer.beneath import open_beneath
 from transfer.errors import Denied, Misconfigured, NotFound
-from transfer.plan import look
+from transfer.plan import look, scan
+from transfer.source import Sources
 
 
 @pytest.fixture(params=["openat2", "step by step"])
@@ -141,18 +143,28 @@ def test_a_link_put_there_between_look_and_opening(way: str, inside: Path, monke
         roots.sources().open(inside / "a" / "b" / "file")
 
 
-def test_the_state_directory_is_never_a_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("allowed", ["", "elsewhere"])
+def test_of_the_state_directory_only_what_was_retrieved_is_a_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, allowed: str
+) -> None:
     home = tmp_path / "home"
     spool = home / "retrievals" / "run" / "spool" / "study"
     spool.mkdir(parents=True)
     (home / "api.auth").write_text("secret")
     (home.parent / "link").symlink_to(home)
     monkeypatch.setenv("TALARIA_HOME", str(home))
-    monkeypatch.delenv(roots.SOURCES, raising=False)
+    monkeypatch.setenv(roots.SOURCES, str(tmp_path / allowed) if allowed else "")
     for path in (home, home / "api.auth", home.parent / "link" / "api.auth", home / "retrievals"):
         with pytest.raises(Denied, match="state directory"):
             roots.sources().open(path)
     os.close(roots.sources().open(spool))
+    studies.ct(spool, 2)
+    assert len(scan([spool]).items) == 2
+    with Sources([str(spool)]) as sources:
+        os.close(sources.open(str(next(spool.glob("*.dcm")))))
+    (spool / "link").symlink_to(home / "api.auth")
+    with pytest.raises(Denied), Sources([str(spool / "link")]):
+        pass
 
 
 def test_without_roots_it_says_what_that_means(monkeypatch: pytest.MonkeyPatch) -> None:
