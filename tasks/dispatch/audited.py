@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from blocks.base import Target
@@ -13,7 +16,18 @@ from transfer.plan import Plan
 from transfer.receipt import Receipt, State
 
 MOST = 50  # UIDs of one entry
+_behalf: ContextVar[str] = ContextVar("on_behalf_of", default="")
 RESULTS = {State.DELIVERED: AuditResult.SUCCESS, State.PARTIAL: AuditResult.MINOR, State.WAITING: AuditResult.MINOR}
+
+
+@contextmanager
+def on_behalf_of(who: str) -> Iterator[None]:
+    """Record what runs within the block begin as asked for by somebody, where nothing else says by whom."""
+    token = _behalf.set(who)
+    try:
+        yield
+    finally:
+        _behalf.reset(token)
 
 
 def requester(flow_run: Any) -> str:
@@ -22,7 +36,7 @@ def requester(flow_run: Any) -> str:
     The front door sets the label, and nobody can set it past that; `created_by` is empty at a Prefect server elsewhere.
     """
     by = getattr(flow_run, "labels", {}).get(live.BY) or getattr(flow_run, "created_by", None)
-    return str(getattr(by, "display_value", by) or "")
+    return str(getattr(by, "display_value", by) or _behalf.get())
 
 
 def delivery_begins(delivery: Delivery, run: str, who: str) -> None:

@@ -269,7 +269,7 @@ class Retrieval:
     async def _dispatch(self, study: Study, folder: Path) -> None:
         """Send a study in a dispatch of its own, with the queried node as its origin."""
         try:
-            with running.part_of(self.flow_run_id):
+            with running.part_of(self.flow_run_id), audited.on_behalf_of(self.who):
                 state = await self._send(
                     [str(folder)],
                     list(self.wish.targets),

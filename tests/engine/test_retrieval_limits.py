@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from uuid import uuid4
 
@@ -22,6 +23,7 @@ from prefect.states import Completed, Failed, Scheduled
 from blocks.base import Target
 from imaging.query import Query
 from talaria.testing import studies
+from tasks.dispatch import audited
 from tasks.retrieve import moving
 from tasks.retrieve import run as engine
 from tasks.retrieve.job import Stage, Study
@@ -215,6 +217,24 @@ def test_hours_that_end_meanwhile_end_the_fetching_after_the_running_study(monke
         asyncio.run(one.run())
         assert stages(one) == {"S1": Stage.DELIVERED, "S2": Stage.FOUND, "S3": Stage.FOUND}
         assert one.again is not None
+
+
+def test_deliveries_of_a_retrieval_are_recorded_as_asked_for_by_whom_it_was() -> None:
+    """Their runs are parts of its run, and made by the worker."""
+    whose: list[str] = []
+
+    async def send(paths: list[str], targets: list[str], **_: Any) -> State[Any]:
+        whose.append(audited.requester(SimpleNamespace(labels={}, created_by=None)))
+        return await delivered(paths, targets)
+
+    with archive(study("S1")) as peer:
+        one = made(peer, send, numbers="S1")
+        one.who = "anna"
+        asyncio.run(one.run())
+    assert whose == ["anna"] and audited.requester(SimpleNamespace(labels={})) == ""
+    labelled = SimpleNamespace(labels={"talaria.by": "bert"}, created_by=SimpleNamespace(display_value="worker"))
+    with audited.on_behalf_of("anna"):
+        assert audited.requester(labelled) == "bert"
 
 
 def test_a_retry_asks_only_for_what_did_not_succeed() -> None:
