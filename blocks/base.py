@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 from abc import ABC
@@ -180,6 +181,7 @@ class Target(Block, ABC):
         return (urlsplit(value).hostname or "") if "://" in value else value
 
     @classmethod
+    @functools.cache
     def secret_fields(cls) -> frozenset[str]:
         """Return the names of the fields that are secret."""
         return frozenset(name for name, field in cls.model_fields.items() if "SecretStr" in str(field.annotation))
