@@ -33,8 +33,8 @@ from tasks.dispatch.stage import stage_files
 from tasks.quiet import Quiet
 from tasks.targets import check_destination, load
 from transfer import live as shown
-from transfer.errors import Cancelled as DispatchCancelled
 from transfer.errors import Denied, DispatchError, Unreachable
+from transfer.errors import Cancelled as DispatchCancelled
 from transfer.home import Home
 from transfer.ledger import Ledger
 from transfer.plan import Origin, Plan
@@ -98,12 +98,12 @@ class Dispatch:
         return bool(self._open)
 
     async def _look(self, target: Target) -> None:
-        """Look whether a run that comes back may push to a target, and take a slot of it."""
+        """Look whether a run may push to a target; one that comes back tests it, or takes a slot of it."""
         left, name = self._left(target), target.name
         opening = self._opening(target)
         if opening:
             self.waits[name] = opening
-        elif await self._is_dead(target):
+        elif (self.rest.document or line.may_rest()) and await self._is_dead(target):
             return
         elif left.again > time.time():
             self.waits[name] = _next_attempt(target, left.again)
@@ -274,14 +274,11 @@ class Dispatch:
 
     async def _deliver(self, delivery: Delivery) -> None:
         target, logger = delivery.target, get_run_logger()
-        opening = self._opening(target)
-        if opening:
+        if not self.rest.document:  # one that comes back has looked before it read its files
+            await self._look(target)
+        if target.name in self.waits:
             delivery.stopped = State.WAITING
-            self.waits[target.name] = opening
-            logger.info("%s: waits until %s", target.name, opening.until.isoformat())
-            return
-        if line.may_rest() and not self.rest.document and await self._is_dead(target):
-            delivery.stopped = State.WAITING
+            logger.info("%s: waits until %s", target.name, self.waits[target.name].until.isoformat())
             return
         began = delivery.attempts
         try:
