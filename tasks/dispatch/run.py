@@ -33,7 +33,7 @@ from tasks.dispatch.stage import stage_files
 from tasks.quiet import Quiet
 from tasks.targets import check_destination, load
 from transfer import live as shown
-from transfer.errors import Denied, DispatchError, Unreachable
+from transfer.errors import Busy, Denied, DispatchError, Unreachable
 from transfer.errors import Cancelled as DispatchCancelled
 from transfer.home import Home
 from transfer.ledger import Ledger
@@ -51,6 +51,7 @@ SLOT_S = 2.0  # how long a run waits for a slot, where no other one rests for it
 TURN_S = 15.0  # after which a run looks again for a slot, for each that stands in line before it
 TURNS_S = 600.0  # and at most after this
 APART_S = 0.25  # between the returns of runs that wait for the same target to answer
+TESTED = (*breaker.DEAD, Busy)  # after one of these a target is tested before its files are read again
 DISABLED_S = 60  # a dispatch to a disabled target looks again after this
 
 
@@ -107,7 +108,7 @@ class Dispatch:
             return
         elif left.again > time.time():
             self.waits[name] = _next_attempt(target, left.again)
-        elif left.error in [one.__name__ for one in breaker.DEAD] and (error := await self._tested(target)):
+        elif left.error in [one.__name__ for one in TESTED] and (error := await self._tested(target)):
             self._count(target, error)
         elif left.since:
             try:
@@ -153,7 +154,7 @@ class Dispatch:
             error = exc
         if not isinstance(error, breaker.DEAD):
             await asyncio.to_thread(breaker.answered, self.home, target)
-            return None
+            return error if isinstance(error, Busy) else None
         words = Quiet(target).text(error.message)
         await asyncio.to_thread(breaker.failed, self.home, target, error, words)
         return error

@@ -14,6 +14,7 @@ import pytest
 from talaria.testing import studies
 from talaria.testing.relay import relay
 from tests.servers.dcmtk import storescp
+from tests.servers.dicomweb import Reply, scripted
 from tests.servers.up import Talaria
 
 pytestmark = pytest.mark.timeout(600)
@@ -108,6 +109,26 @@ def test_a_run_comes_back_for_the_dead_target_alone_and_reads_nothing_for_it(up:
     assert not (up.home / "waiting" / f"{run}.json").exists()
 
 
+def test_a_target_that_stays_busy_is_asked_again_without_reading_the_files(up: Talaria, tmp_path: Path) -> None:
+    studies.ct(tmp_path / "study", 2)
+    later = Reply(503, headers={"Retry-After": "3600"})
+    with scripted(script=[later] * 99) as pacs:
+        up.apply(pacs={"type": "dicomweb", "url": pacs.url, "max_attempts": 9})
+        run = send(up, tmp_path / "study", "pacs")
+        up.until(lambda: rests(up, run, 1))
+        (tmp_path / "study").rename(tmp_path / "away")  # whoever looked for the files would fail
+        go_on(up, run)
+        up.until(lambda: rests(up, run, 2))
+        shown = up.told("jobs", "show", run)["targets"]["pacs"]
+        assert (shown["state"], shown["attempts"]) == ("waiting", 2) and "503" in shown["error"]
+        assert breaker(up, "pacs") == {"state": "closed"}
+        pacs.script.clear()
+        (tmp_path / "away").rename(tmp_path / "study")
+        go_on(up, run)
+        up.until(lambda: up.run(run)["state"]["type"] == "COMPLETED")
+        assert len(pacs.stored) == 2
+
+
 def test_the_last_attempt_ends_a_run_that_comes_back(up: Talaria, tmp_path: Path) -> None:
     studies.ct(tmp_path / "study", 1)
     up.apply(pacs=dead(1, max_attempts=2))
@@ -144,8 +165,8 @@ def test_who_waits_for_a_slot_rests_and_is_woken_in_turn(up: Talaria, tmp_path: 
     assert ends[2] < ends[0] < ends[1]  # the urgent one, then as they came
 
 
-def breaker(up: Talaria) -> dict[str, Any]:
-    (found,) = (one["breaker"] for one in up.told("target", "list")["targets"] if one["name"] == "silent")
+def breaker(up: Talaria, name: str = "silent") -> dict[str, Any]:
+    (found,) = (one["breaker"] for one in up.told("target", "list")["targets"] if one["name"] == name)
     return dict(found)
 
 
