@@ -278,6 +278,7 @@ def _text(raw: bytes) -> str:
 
 # What the files of a study have in common is decoded once, and kept in memory once.
 _common = lru_cache(maxsize=256)(_text)
+_common_number = lru_cache(maxsize=256)(int)
 
 
 @lru_cache(maxsize=256)
@@ -300,7 +301,7 @@ def _header(found: dict[int, bytes], syntax: str, offset: int, *, part10: bool, 
         syntax,
         _common(found.get(0x0020000D, b"")),
         _common(found.get(0x0020000E, b"")),
-        offset,
+        _common_number(offset),
         _common(found.get(0x00080060, b"")),
         _common(found.get(0x00200011, b"")),
         _common(found.get(0x00080020, b"")),

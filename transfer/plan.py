@@ -12,6 +12,7 @@ import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 
 from imaging.header import Damaged, Header, NotDicom, read_header
@@ -262,6 +263,10 @@ def scan(
     return Plan(dispatch_id, root, items, origin=origin, left_out=aside, watch=found.watch, sources=sources.paths)
 
 
+# The files of a series often have one length: kept in memory once.
+_common = lru_cache(maxsize=256)(int)
+
+
 def _path(item: Item) -> str:
     return item.path
 
@@ -373,7 +378,7 @@ class _Scan:
             if header is None:
                 self.heads[relative] = hashlib.sha256(os.pread(fd, HEAD_BYTES, 0)).digest()
             facts = (info.st_ctime_ns, info.st_nlink, info.st_ino)
-            return Item(relative, info.st_size, info.st_mtime_ns, header, "", why, damaged, *facts)
+            return Item(relative, _common(info.st_size), info.st_mtime_ns, header, "", why, damaged, *facts)
         except OSError as exc:
             return Item(relative, 0, 0, problem=f"can't be read: {exc.strerror}")
         finally:
