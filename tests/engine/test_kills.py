@@ -41,6 +41,9 @@ class Sender:
         self.client = httpx.Client(auth=(user, password), timeout=30)
         self.deployment = up.api("GET", "/deployments/name/dispatch/talaria")["id"]
 
+    def close(self) -> None:
+        self.client.close()
+
     def ask(self, method: str, path: str, body: Any) -> Any:
         end = time.monotonic() + as_loaded(WAIT_S)
         while True:
@@ -103,24 +106,24 @@ def test_every_run_ends_and_nothing_is_lost_or_sent_twice(tmp_path: Path, kills:
             up.start()
             again = {"max_attempts": 50, "retry_delay_s": 0.2, "retry_max_delay_s": 1}
             up.apply(pacs={"type": "dicom", "host": "127.0.0.1", "port": pacs.port, "aet_target": pacs.aet, **again})
-            sender = Sender(up)
-            order: list[str] = []
-            for _ in range(kills):
-                order = order or chance.sample(ROUND, len(ROUND))
-                for _ in range(EACH):
-                    sender.send("pacs")
-                if chance.random() < 0.3:  # a run that is being stopped ends, too
-                    run = chance.choice(sender.runs[-EACH:])
-                    sender.ask("POST", f"/flow_runs/{run}/set_state", {"state": {"type": "CANCELLING"}})
-                seen = len(came)
-                time.sleep(chance.uniform(0, 1))  # no waiting for anything: any moment is right
-                kill(up, order.pop())
-                # One goes on before the next kill, which else might hit processes that have only begun to start.
-                up.until(lambda seen=seen: len(came) > seen or not sender.count(*UNDER_WAY), WAIT_S, alive=True)  # type: ignore[misc]
-            up.until(lambda: not sender.count(*UNDER_WAY), WAIT_S, alive=True)
-            ended = {state: sender.count(state) for state in ("COMPLETED", "CANCELLED")}
-            assert sum(ended.values()) == len(sender.runs), ended
-            up.until(lambda: not list((up.home / "staging").iterdir()))
+            with closing(Sender(up)) as sender:
+                order: list[str] = []
+                for _ in range(kills):
+                    order = order or chance.sample(ROUND, len(ROUND))
+                    for _ in range(EACH):
+                        sender.send("pacs")
+                    if chance.random() < 0.3:  # a run that is being stopped ends, too
+                        run = chance.choice(sender.runs[-EACH:])
+                        sender.ask("POST", f"/flow_runs/{run}/set_state", {"state": {"type": "CANCELLING"}})
+                    seen = len(came)
+                    time.sleep(chance.uniform(0, 1))  # no waiting for anything: any moment is right
+                    kill(up, order.pop())
+                    # One goes on before the next kill, which else might hit processes that have only begun to start.
+                    up.until(lambda seen=seen: len(came) > seen or not sender.count(*UNDER_WAY), WAIT_S, alive=True)  # type: ignore[misc]
+                up.until(lambda: not sender.count(*UNDER_WAY), WAIT_S, alive=True)
+                ended = {state: sender.count(state) for state in ("COMPLETED", "CANCELLED")}
+                assert sum(ended.values()) == len(sender.runs), ended
+                up.until(lambda: not list((up.home / "staging").iterdir()))
         finally:
             up.stop()
     with closing(sqlite3.connect(up.home / "ledger.sqlite")) as ledger:
