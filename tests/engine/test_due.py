@@ -22,19 +22,19 @@ from tests.servers.up import Talaria
 
 LIMIT = 4
 ORDER = list(QUEUES)
-NOW = datetime.now(UTC)
 
 
 class Server:
     """As far as what is due goes; answers as Prefect does: by queue, then by time, and no more than is asked for."""
 
     def __init__(self) -> None:
+        self.now = datetime.now(UTC)
         self.runs: list[tuple[str, dict[str, Any]]] = []
         self.asked: list[str] = []
 
     def add(self, name: str, queue: str, minutes: float, **parameters: Any) -> None:
         """A run that has waited so many minutes in a queue."""
-        time = (NOW - timedelta(minutes=minutes)).isoformat()
+        time = (self.now - timedelta(minutes=minutes)).isoformat()
         flow_run = {"id": str(uuid4()), "name": name, "flow_id": str(uuid4()), "parameters": parameters}
         self.runs.append((queue, flow_run | {"next_scheduled_start_time": time}))
 
