@@ -108,12 +108,17 @@ def _in_paths(value: str, many: bool) -> str:
 
 def _if_rare(value: str) -> Callable[[str], bool] | None:
     """Return what finds out quickly whether a text in small letters may show a long value; None for others."""
-    value = unicodedata.normalize("NFC", value)
     if _is_token(value):
         spelled = [one.lower() for one in _encoded(value)]
         return lambda text: any(one in text for one in spelled)
-    least = len("".join(value.split()))  # of its characters none has an empty form; of blanks one may stand for several
+    # Of its characters none has an empty form; of blanks one may stand for several.
+    least = min(len("".join(form.split())) for form in _normalized(value))
     return (lambda text: len(text) >= least) if least >= WHOLE_KEY_CHARS else None
+
+
+def _normalized(value: str) -> list[str]:
+    """Return a value composed (NFC), and as it is where that is something else, as with compatibility ideographs."""
+    return list(dict.fromkeys((unicodedata.normalize("NFC", value), value)))
 
 
 def _is_token(value: str) -> bool:
@@ -128,9 +133,13 @@ def _in_any_form(value: str, many: bool = False) -> str:
     A long value in ASCII is encoded as a whole or not at all: a pattern of all mixtures for each line of a key, in
     each of its forms, would take seconds to make.
     """
-    value = unicodedata.normalize("NFC", value)
     if _is_token(value):
         return f"(?:{'|'.join(map(re.escape, sorted(_encoded(value), key=len, reverse=True)))})"
+    return f"(?:{'|'.join(_spelled(form, many) for form in _normalized(value))})"
+
+
+def _spelled(value: str, many: bool) -> str:
+    """Return a pattern for a value, character by character."""
     if many:
         return "".join(f"(?:{re.escape(c)}|{_percent(c.encode('utf-8', 'surrogatepass'))})" for c in value)
     lossy = sum(c.isascii() and c.isalnum() for c in value) > 1  # else any question mark would be taken for it

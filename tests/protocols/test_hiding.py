@@ -52,6 +52,15 @@ def test_a_value_that_is_decomposed_itself() -> None:
     assert clean("for Müller", {value}) == clean(f"for {value}", {value}) == "for ***"
 
 
+@pytest.mark.parametrize("many", [False, True])
+@pytest.mark.parametrize(
+    "value", ["000\U0002f800", "\u212bngstr\u00f6m", "a\u0301\u0323b", "\u0958\u0915", "\u2126" * 3]
+)
+def test_a_value_that_is_written_otherwise_when_it_is_normalized(value: str, many: bool) -> None:
+    hide = hiding({value, *(f"{number:09}" for number in range(501 if many else 0))})
+    assert hide(f"for {value}!") == hide(f"for {unicodedata.normalize('NFC', value)}!") == "for ***!"
+
+
 def test_what_is_lost_is_no_license_to_hide_everything() -> None:
     assert clean("why? and who?", forms("李^Wu")) == "why? and who?"
 
