@@ -64,6 +64,7 @@ lint: tools
 # What fails twice is run alone, in a process of its own.
 PARALLEL := --numprocesses 4 --dist worksteal --reruns 1
 PYTEST := $(BIN)/python -m pytest
+THOROUGH := --timeout 1800 --hypothesis-profile default
 ALONE := --numprocesses 0 --last-failed --last-failed-no-failures none
 
 # What tests import is compiled once, beside the check of types, which takes one core: else four processes compile all
@@ -79,8 +80,8 @@ test: tools servers
 	@sh tests/as_another_user.sh $(PARALLEL) --numprocesses 2 -m "as_user and not slow"
 
 test-all: tools servers lint
-	$(PYTEST) $(PARALLEL) --timeout 1800
-	@sh tests/as_another_user.sh $(PARALLEL) --timeout 1800
+	$(PYTEST) $(PARALLEL) $(THOROUGH)
+	@sh tests/as_another_user.sh $(PARALLEL) $(THOROUGH)
 
 clean:
 	rm -rf .venv .cache build *.egg-info

@@ -18,7 +18,12 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+# What passes once passes again: `make test` draws the same examples each time, `make test-all` new ones.
+hypothesis.settings.register_profile("same", derandomize=True, database=None)
+hypothesis.settings.load_profile("same")
 
 # They would override what a test, or a target, names itself. Tests of exactly that set them on their own.
 AMBIENT = re.compile(
