@@ -300,22 +300,22 @@ def three(up: Talaria, tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
-        (["nobody", "--accession", "A", "--into", "/tmp/x"], "nobody"),
-        (["arch", "--accession", "A", "--into", "/tmp/x"], "can't be queried"),
-        (["pacs", "--accession", "A", "--into", "/tmp/x"], "direction store"),
+        (["nobody", "--accession", "A", "--into", "INTO"], "nobody"),
+        (["arch", "--accession", "A", "--into", "INTO"], "can't be queried"),
+        (["pacs", "--accession", "A", "--into", "INTO"], "direction store"),
         (["src", "--accession", "A"], "--to"),
-        (["src", "--accession", "A", "--to", "arch", "--into", "/tmp/x"], "--to"),
-        (["src", "--into", "/tmp/x"], "nothing to look for"),
-        (["src", "--study-date", "soon", "--into", "/tmp/x"], "study date"),
-        (["src", "--study-date", "20240231", "--into", "/tmp/x"], "20240231 is not a date"),
-        (["src", "--study-date", "20240131-20240101", "--into", "/tmp/x"], "ends before it begins"),
+        (["src", "--accession", "A", "--to", "arch", "--into", "INTO"], "--to"),
+        (["src", "--into", "INTO"], "nothing to look for"),
+        (["src", "--study-date", "soon", "--into", "INTO"], "study date"),
+        (["src", "--study-date", "20240231", "--into", "INTO"], "20240231 is not a date"),
+        (["src", "--study-date", "20240131-20240101", "--into", "INTO"], "ends before it begins"),
         (["src", "--accession", "A", "--into", "/no/such/folder"], "there is no folder /no/such"),
         (["src", "--accession", "A", "--into", "/etc/passwd"], "/etc/passwd is not a folder"),
-        (["src", "--accession-file", "/no/such/file", "--into", "/tmp/x"], "/no/such/file"),
+        (["src", "--accession-file", "/no/such/file", "--into", "INTO"], "/no/such/file"),
     ],
 )
-def test_bad_input_is_refused_in_one_line(up: Talaria, arguments: list[str], word: str) -> None:
-    ran = up.here("retrieve", *arguments)
+def test_bad_input_is_refused_in_one_line(up: Talaria, tmp_path: Path, arguments: list[str], word: str) -> None:
+    ran = up.here("retrieve", *(str(tmp_path / "into") if one == "INTO" else one for one in arguments))
     assert ran.returncode == 2 and ran.stdout == ""
     assert word in ran.stderr and len(ran.stderr.strip().splitlines()) == 1
 
