@@ -19,7 +19,7 @@ from talaria.testing import studies
 from tests.clock import tick
 from transfer.content import copy_bytes
 from transfer.errors import Busy, Cancelled, Denied, Misconfigured, NotFound, Rejected
-from transfer.plan import Plan, scan
+from transfer.plan import Item, Plan, scan
 from transfer.staging import Way, discard, stage
 
 
@@ -38,6 +38,14 @@ def assert_staged(plan: Plan, staged: Plan) -> None:
         assert staged.file(item).read_bytes() == plan.file(item).read_bytes()
         with staged.open(item) as fd:
             staged.check(item, fd)
+
+
+def assert_rejected(staged: Plan, item: Item) -> None:
+    """A file that has changed is rejected, whether it has been opened or not."""
+    with pytest.raises(Rejected, match="changed"):
+        staged.check(item)
+    with pytest.raises(Rejected, match="changed"), staged.open(item):
+        pass
 
 
 def test_links_where_it_can(tmp_path: Path) -> None:
@@ -148,10 +156,7 @@ def test_a_change_of_what_is_read_in_place_is_noticed(
         if not change.startswith("replaced"):  # what was opened is still the old one
             with pytest.raises(Rejected, match="changed"):
                 staged.check(item, fd)
-    with pytest.raises(Rejected, match="changed"):
-        staged.check(item)
-    with pytest.raises(Rejected, match="changed"), staged.open(item):
-        pass
+    assert_rejected(staged, item)
 
 
 def test_what_is_gone_from_its_place_is_named(tmp_path: Path, elsewhere: Path) -> None:
@@ -463,10 +468,7 @@ def test_a_file_rewritten_with_its_old_times_is_noticed(tmp_path: Path, through:
             name.unlink()
         with pytest.raises(Rejected, match="changed"):
             staged.check(item, fd)
-    with pytest.raises(Rejected, match="changed"):
-        staged.check(item)
-    with pytest.raises(Rejected, match="changed"), staged.open(item):
-        pass
+    assert_rejected(staged, item)
 
 
 def test_what_happens_to_a_file_but_not_to_its_content_is_no_change(tmp_path: Path) -> None:
