@@ -18,7 +18,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import httpx
-from prefect.client.schemas.objects import StateType
+from prefect.client.schemas.objects import TERMINAL_STATES, StateType
 
 from talaria.engine.leftovers import clear
 from transfer.home import Home
@@ -30,8 +30,7 @@ YOUNGEST_S = 2 * 3600.0  # what is younger stays whatever its size
 EVENTS_S = 7 * 86_400.0  # events are kept no longer
 LOG_BYTES = 32 << 20  # of a log file, before it begins anew
 PAGE = 200  # runs a request; Prefect's own limit
-OPEN = [one.value for one in StateType if one not in (StateType.COMPLETED, StateType.FAILED, StateType.CRASHED)]
-OPEN.remove(StateType.CANCELLED.value)
+OPEN = [one.value for one in StateType if one not in TERMINAL_STATES]
 Vacuum = Callable[[float], Awaitable[None]]
 logger = logging.getLogger("talaria.retention")
 
