@@ -6,10 +6,8 @@ import json
 import re
 from typing import Any
 
-import httpx
-
 from talaria.engine.registry import CHECKS, QUEUES
-from talaria.engine.unique import BODY_BYTES, Application, Message, Receive, Send, again, read, refuse
+from talaria.engine.unique import BODY_BYTES, Application, Message, Receive, Send, again, asking, read, refuse
 from talaria.settings import POOL
 
 PRIORITIES = QUEUES.keys() - {CHECKS}
@@ -39,9 +37,7 @@ class QueueOfPriority:
         await self.app(scope, again(body, receive), send)
 
     async def _is_ours(self, scope: Message, deployment: str) -> bool:
-        own = [(key, value) for key, value in scope["headers"] if key == b"authorization"]
-        there = httpx.ASGITransport(self.app)
-        async with httpx.AsyncClient(transport=there, base_url="http://talaria/api", headers=own) as client:
+        async with asking(self.app, scope) as client:
             found = await client.get(deployment)
         return found.status_code == 200 and found.json().get("work_pool_name") == POOL
 

@@ -52,9 +52,7 @@ class UniqueNames:
             schema_id = UUID(document["block_schema_id"])
         except (ValueError, KeyError, TypeError):
             return ""  # Prefect's to refuse, or anonymous
-        own = [(key, value) for key, value in scope["headers"] if key == b"authorization"]
-        there = httpx.ASGITransport(self.app)
-        async with httpx.AsyncClient(transport=there, base_url="http://talaria/api", headers=own) as client:
+        async with asking(self.app, scope) as client:
             schema = await client.get(f"/block_schemas/{schema_id}")
             capability = Target._block_schema_capabilities[0]
             if schema.status_code != 200 or capability not in schema.json()["capabilities"]:
@@ -66,6 +64,12 @@ class UniqueNames:
             found = (await client.post("/block_documents/filter", json=asked)).json()
         others = [one["block_type"]["name"] for one in found if UUID(one["block_type_id"]) != type_id]
         return f"a target named {name} is there already, of type {others[0]}: choose another name" if others else ""
+
+
+def asking(app: Application, scope: Message) -> httpx.AsyncClient:
+    """Return a client that asks Prefect's application in the name of whoever sent a request."""
+    own = [(key, value) for key, value in scope["headers"] if key == b"authorization"]
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://talaria/api", headers=own)
 
 
 async def read(receive: Receive) -> bytes | None:
