@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from starlette.applications import Starlette
 from starlette.routing import BaseRoute
 
-from talaria.front import prefect_rules
+from talaria.front import prefect_rules, static
 from talaria.front.access import SCOPE_KEY, Identity
 from talaria.front.gate import Gate, Message, Receive, Send, is_own
 from talaria.front.keys import Door, KeyRing
@@ -33,7 +33,7 @@ def build(
             Identity of whoever asks.
         heard: called with logins, logouts, refusals, and what people change through Prefect's API.
     """
-    own = [*Pages(keys, lambda: upstream.state, heard).routes(), *routes]
+    own = [*static.routes(), *Pages(keys, lambda: upstream.state, heard).routes(), *routes]
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
