@@ -113,9 +113,11 @@ def _series(match: Match) -> PulledSeries:
 
 def _list(search: PeerSearch, one: PulledSeries) -> None:
     """Ask the peer what a series has."""
-    images = search.images(one.study, one.uid, one.patient)
-    one.images = None if images is None else {str(each["SOPInstanceUID"]): _kinds(each) for each in images}
-    one.listed = True
+    images, one.all_listed = search.images(
+        one.study, one.uid, one.patient, announced=one.announced, doubtful=one.doubtful
+    )
+    one.images = {str(each["SOPInstanceUID"]): _kinds(each) for each in images} or None
+    one.listed, one.proven = True, one.proven or one.doubtful
 
 
 def _kinds(image: dict[str, object]) -> tuple[str, tuple[str, ...]]:

@@ -1,7 +1,7 @@
-"""The series of a study that announces more than a peer gave: asked for by modality and by number.
+"""The series of a study, or instances of a series, of which a peer may have more than it gave: asked for in parts.
 
-A peer may stop at a number of answers without a word. It may also announce series that it has no more. So whatever
-parts of the same query bring decides: keys that every peer matches (PS3.4 table C.6-3).
+A peer may stop at a number of answers without a word. It may also announce what it has no more. So whatever parts of
+the same query bring decides, by modality and by number: keys that every peer matches (PS3.4 tables C.6-3 and C.6-4).
 """
 
 from __future__ import annotations
@@ -10,41 +10,49 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from imaging.query import text
 from transfer.errors import Busy, Misconfigured
 
 Answer = dict[str, Any]
 Ask = Callable[[dict[str, str]], list[Answer]]
 
-MOST_NUMBERS = 1000  # queries for one study
+MOST_NUMBERS = 1000  # queries for one study or series
 BEYOND = 10  # numbers behind the last one that are asked for
-SAMPLE = 2  # numbers, between those that series had and behind them, that show whether there is more
+SAMPLE = 2  # numbers before, between and behind those that are known, which show whether there is more
 
 
 @dataclass
-class SeriesInParts:
-    """What a peer has of one study.
+class InParts:
+    """What a peer has of one study or series.
 
     Args:
         ask: returns the answers to further keys.
         first: what it answered without any.
-        announced: how many series it says that the study has.
+        announced: how many there are, as the peer says; None if it doesn't say.
+        unique, number: keywords of the UID and the number of one of them.
 
     Attributes:
         heeded: whether the peer looks at one of the keys, so that there is no more than it gave.
+        exhausted: whether every number was asked for, and none brought as many as the peer may give at most.
     """
 
     ask: Ask
     first: list[Answer]
-    announced: int
+    announced: int | None
+    unique: str = "SeriesInstanceUID"
+    number: str = "SeriesNumber"
     heeded: bool = False
+    exhausted: bool = False
     found: dict[str, Answer] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self._last = -1  # the highest number
+        self._full = False  # whether a part brought so many that it may be cut short
         self._add(self.first)
 
     @property
     def whole(self) -> bool:
-        return len(self.found) >= self.announced
+        return self.announced is not None and len(self.found) >= self.announced
 
     @property
     def cut(self) -> bool:
@@ -59,24 +67,33 @@ class SeriesInParts:
             self.heeded = all(0 <= number < len(self.first) for number in counts)
 
     def by_number(self) -> None:
-        """Ask for some numbers that no series had; if they bring something, for all of them, and for those known."""
+        """Ask for some numbers that none had; if they bring something, for all of them, and for those known."""
         known = self._numbers()
         if not known:
             return
-        last = max(known)
-        gaps = [number for number in range(min(known), last) if number not in known]
-        sample = [*gaps[:SAMPLE], *range(last + 1, last + 1 + SAMPLE)]
+        least = min(known)
+        gaps = [number for number in range(least, self._last) if number not in known]
+        before, behind = range(max(least - SAMPLE, 1), least), range(self._last + 1, self._last + 1 + SAMPLE)
+        sample = (*gaps[:SAMPLE], *behind, *before)
         if not all(self._by(number) for number in sample):
             return
-        self.heeded = self.heeded or len(known) > 1  # else all that it gave may be part of one number
-        every = (*range(1, max(self.announced, last) + BEYOND + 1), 0)
-        rest = [number for number in every if number not in known and number not in sample]
-        for number in (*rest[:MOST_NUMBERS], *sorted(known)):
-            if not self.cut or self.whole or not self._by(number):
-                return
+        self.heeded = self.heeded or len(known) > 1 or len(self.first) == 1  # else all may be part of one number
+        if self.cut:
+            self.exhausted = self._by_all(known | set(sample), sorted(known)) and not self._full
+
+    def _by_all(self, done: set[int], known: list[int]) -> bool:
+        """Ask for one number after the other until nothing is missing; return True if none is left."""
+        asked, number = 0, 1
+        while number <= max(self.announced or 0, self._last) + BEYOND:
+            if number not in done:
+                asked += 1
+                if self.whole or asked > MOST_NUMBERS or not self._by(number):
+                    return False
+            number += 1
+        return all(not self.whole and self._by(number) for number in (*({0} - done), *known))
 
     def _by(self, number: int) -> bool:
-        return self._part("SeriesNumber", str(number)) >= 0
+        return self._part(self.number, str(number)) >= 0
 
     def _part(self, key: str, value: str) -> int:
         """Add the answers for one value; return how many there were, or -1 if the peer doesn't look at the key."""
@@ -84,15 +101,18 @@ class SeriesInParts:
             answers = self.ask({key: value})
         except (Busy, Misconfigured):
             return -1
-        if any(str(one.get(key) or value).strip() != value for one in answers):
+        if any((text(one.get(key)) or value).strip() != value for one in answers):
             return -1
         self._add(answers)
+        self._full = self._full or len(answers) >= len(self.first)
         return len(answers)
 
     def _add(self, answers: list[Answer]) -> None:
         for one in answers:
-            self.found.setdefault(str(one["SeriesInstanceUID"]), one)
+            self.found.setdefault(str(one[self.unique]), one)
+        self._last = max(self._last, *self._numbers(answers), -1)
 
-    def _numbers(self) -> set[int]:
-        texts = {str(one.get("SeriesNumber") or "").strip() for one in self.found.values()}
-        return {int(text) for text in texts if text.isdecimal() and text.isascii() and len(text) < 9}
+    def _numbers(self, answers: Iterable[Answer] | None = None) -> set[int]:
+        every = self.found.values() if answers is None else answers
+        texts = {text(one.get(self.number)).strip() for one in every}
+        return {int(one) for one in texts if one.isdecimal() and one.isascii() and len(one) < 9}

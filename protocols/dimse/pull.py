@@ -173,7 +173,7 @@ class Pull:
             self.report(items[uid], Outcome(Kind.REJECTED, text))
         for why, count in one.refused.items():
             self.notes.append(f"series {one.uid}: {count} instances were not taken: {why}")
-        if one.images is None and one.announced is None and not (last is None or last.whole):
+        if not one.all_listed and one.announced is None and not (last is None or last.whole):
             self.unproven.append(one.uid)
             self.notes.append(f"series {one.uid}: the peer does not say what it has, nor that all came: {last}")
         elif last and (last.failed or last.status):
@@ -187,7 +187,7 @@ class Pull:
 
     def _divided(self, one: PulledSeries) -> list[PulledSeries]:
         missing = self._missing(one)
-        parts = self._parts(len(missing)) if self._far else 1
+        parts = self._parts(len(missing)) if self._far and one.all_listed else 1
         if parts == 1:
             return [one]
         each = -(-len(missing) // parts)
@@ -199,7 +199,7 @@ class Pull:
 
     def _lacks(self, one: PulledSeries) -> bool:
         """Return True if something of a series is not here, as far as is known."""
-        if one.images is not None:
+        if one.all_listed or self._missing(one):
             return bool(self._missing(one))
         if one.announced is not None:
             return self._counts[one.uid] < one.announced
@@ -301,6 +301,8 @@ class Pull:
         one.doubtful = self._lacks(one) or bool(
             last and (last.status or last.failed or claimed > self._counts[one.uid])
         )
+        if one.doubtful and one.announced is None and not one.proven:
+            one.listed = False  # the list may end at a limit, too
         if one.doubtful and not one.listed:
             with self._lock:
                 self._jobs.append(one)
@@ -393,9 +395,9 @@ class Pull:
         if retriever.root in (PATIENT_ROOT_GET, PATIENT_ROOT_MOVE):
             above["PatientID"] = one.patient
         whole, image = above | {"QueryRetrieveLevel": "SERIES"}, above | {"QueryRetrieveLevel": "IMAGE"}
-        if one.images is None or not (self._counts[one.uid] or one.is_part):
+        if not one.all_listed or not (self._counts[one.uid] or one.is_part):
             yield whole
-            if one.images is None and self._lacks(one):
+            if not one.all_listed and self._lacks(one):
                 yield whole
         for step in (UID_LIST, 1):
             missing = self._missing(one)
@@ -442,7 +444,7 @@ class Pull:
 
     def _move(self, retriever: Retriever, one: PulledSeries) -> None:
         hosts = addresses(self.peer.host, self.peer.port)
-        instances = None if one.images is None else frozenset(one.images)
+        instances = frozenset(one.images) if one.images and one.all_listed else None
         with self._depot(one, durable=True) as depot:
             for keys in self._requests(one, retriever):
                 number = next_message_id()

@@ -14,7 +14,7 @@ from typing import Any
 from imaging.match import in_days
 from imaging.query import Match, Query, count, listed, text
 from protocols.dimse.accessions import Accessions
-from protocols.dimse.below import SeriesInParts
+from protocols.dimse.below import InParts
 from protocols.dimse.identifier import encodings
 from protocols.dimse.parts import PREFIXED, SPLITTERS, Splitter, by_prefix, outside
 from protocols.dimse.query import PATIENT_ROOT_FIND, Finder
@@ -32,7 +32,7 @@ SERIES_FIELDS = (
     "SeriesInstanceUID", "Modality", "SeriesNumber", "SeriesDescription", "BodyPartExamined",
     "NumberOfSeriesRelatedInstances",
 )  # fmt: skip
-IMAGE_FIELDS = ("SOPInstanceUID", "SOPClassUID", "AvailableTransferSyntaxUID")
+IMAGE_FIELDS = ("SOPInstanceUID", "SOPClassUID", "AvailableTransferSyntaxUID", "InstanceNumber")
 OPTIONAL = ("ModalitiesInStudy", "StudyDescription")  # keys that may be left out where a peer refuses them
 TEXTS = ("PatientName", "PatientID", "StudyDescription")
 LATIN = 0x24F  # the last of its letters in Unicode; others may stand in a second or third form of a name
@@ -90,7 +90,7 @@ class PeerSearch:
         at_limit = len(first) in CAPS
         if len(first) >= announced or not first or (self._stale >= MOST_STALE and not at_limit):
             return first
-        parts = SeriesInParts(lambda more: self.answers("SERIES", keys | more, SERIES_FIELDS), first, announced)
+        parts = InParts(lambda more: self.answers("SERIES", keys | more, SERIES_FIELDS), first, announced)
         parts.by_modality(text(study.get("ModalitiesInStudy")).split("\\"))
         if not parts.whole:
             parts.by_number()
@@ -111,23 +111,50 @@ class PeerSearch:
                 f"{self.finder.peer.where}: the peer's answers have no {', '.join(lacking)}: the query can't ask for it"
             )
 
-    def images(self, study: str, series: str, patient: str = "") -> list[Answer] | None:
-        """Return the instances of a series; None if the peer doesn't list them, or not all of them."""
+    def images(
+        self, study: str, series: str, patient: str = "", *, announced: int | None = None, doubtful: bool = False
+    ) -> tuple[list[Answer], bool]:
+        """Return the instances of a series as far as the peer lists them, and whether these are all.
+
+        Args:
+            announced: how many there are, as the peer says.
+            doubtful: whether the peer is to show that it doesn't stop at a limit, if it doesn't say how many there are.
+        """
         self._patients.setdefault(study, patient)
         keys = {"StudyInstanceUID": study, "SeriesInstanceUID": series}
+        first: dict[str, Answer] = {}
+        cut = False
         try:
-            found = self.answers("IMAGE", keys, IMAGE_FIELDS)
-        except (Busy, Misconfigured):
-            return None
-        return found or None
+            self.answers("IMAGE", keys, IMAGE_FIELDS, first)
+        except (Busy, Misconfigured) as exc:
+            cut = isinstance(exc, Busy)
+        found = list(first.values())
+        if not found:
+            return [], False
+        doubtful = doubtful or len(found) in CAPS
+        if not cut and (not doubtful if announced is None else len(found) >= announced):
+            return found, True
+        parts = InParts(
+            lambda more: self.answers("IMAGE", keys | more, IMAGE_FIELDS),
+            found, announced, unique="SOPInstanceUID", number="InstanceNumber",
+        )  # fmt: skip
+        parts.by_number()
+        whole = parts.whole or parts.exhausted or (parts.heeded and not parts.cut and not cut)
+        return list(parts.found.values()), whole
 
-    def answers(self, level: str, keys: Mapping[str, str], fields: tuple[str, ...]) -> list[Answer]:
-        """Return everything below a study or a series, each once."""
+    def answers(
+        self, level: str, keys: Mapping[str, str], fields: tuple[str, ...], unique: dict[str, Answer] | None = None
+    ) -> list[Answer]:
+        """Return everything below a study or a series, each once.
+
+        Args:
+            unique: takes the answers as they come.
+        """
         keys = dict(keys)
         if self.finder.root == PATIENT_ROOT_FIND:
             keys["PatientID"] = self._patients.get(keys["StudyInstanceUID"], "")
         name = fields[0]
-        unique: dict[str, Answer] = {}
+        unique = {} if unique is None else unique
         for one in self.finder.ask_for(level, keys, fields):
             uid = str(one.get(name, ""))
             if not uid:

@@ -22,6 +22,8 @@ class PulledSeries:
         images: what the peer lists; None if it lists nothing, or was not asked.
         patient: Patient ID, for peers of Patient Root.
         listed: whether the peer was asked to list it.
+        all_listed: whether `images` is all that the peer has, as far as is known.
+        proven: whether that was looked into though nothing showed a limit.
         doubtful: whether more must be known about it before it is requested again.
         moves: why it is retrieved by C-MOVE, though others may come by C-GET.
         is_part: whether it is to be asked for by `images` only.
@@ -36,6 +38,8 @@ class PulledSeries:
     patient: str = field(default="", repr=False)
     modality: str = ""
     listed: bool = False
+    all_listed: bool = False
+    proven: bool = False
     doubtful: bool = False
     moves: str = ""
     is_part: bool = False

@@ -151,6 +151,64 @@ def test_without_counts_and_lists_the_peers_last_word_decides(tmp_path: Path) ->
         assert_agrees(receipt, tmp_path / "half", peer)
 
 
+UNCOUNTED = frozenset(("NumberOfSeriesRelatedInstances", "NumberOfStudyRelatedInstances"))
+
+
+@pytest.mark.parametrize("ignored", ["", "InstanceNumber"])
+@pytest.mark.parametrize("limit", [7, 10])
+def test_instances_beyond_a_limit_of_lists_are_retrieved_too(limit: int, ignored: str, tmp_path: Path) -> None:
+    # The peer lists fewer instances of a series than it announces, and gives half of them at first.
+    def script(request: Request, found: list[Instance]) -> Steps:
+        return half_then(Last(0xB000, 15, 15, 0))(request, found) if request.number == 1 else sends(found)
+
+    with archive(study(30, 1), limit=limit, on_get=script, ignores=frozenset((ignored,))) as peer:
+        receipt = pull(peer, tmp_path / "in")
+        assert receipt.state is State.DELIVERED
+        assert_agrees(receipt, tmp_path / "in", peer)
+
+
+def test_instances_beyond_a_limit_of_lists_come_over_a_long_way_too(tmp_path: Path) -> None:
+    with archive(study(50, 1), limit=30, ignores=frozenset(("InstanceNumber",))) as peer:
+        with relay(peer.port, delay_s=0.005) as link:
+            target = dicom_target(
+                link.port, aet_target=peer.aet, direction="query", concurrency=3, max_dispatches=3, idle_timeout_s=10
+            )
+            receipt = retrieve(target, Query(AccessionNumber=(studies.ACCESSION,)), tmp_path / "in", PushReport())
+        assert receipt.state is State.DELIVERED
+        assert_agrees(receipt, tmp_path / "in", peer)
+
+
+@pytest.mark.parametrize("ignored", ["", "InstanceNumber"])
+@pytest.mark.parametrize("limit", [7, 10, 20])
+def test_a_list_that_ends_at_a_limit_makes_nothing_whole_that_the_peer_calls_partial(
+    limit: int, ignored: str, tmp_path: Path
+) -> None:
+    ignores, lost = frozenset((ignored,)), 10
+
+    def script(request: Request, found: list[Instance]) -> Steps:
+        there = found[:-lost] if len(found) > lost else found
+        failed = len(found) - len(there)
+        return [*(Send(one) for one in there), Last(0xB000 if failed else 0, len(there), failed, 0)]
+
+    with archive(study(30, 1), limit=limit, leaves_out=UNCOUNTED, on_get=script, ignores=ignores) as peer:
+        for _ in range(2):  # nor when it is asked for again
+            receipt = pull(peer, tmp_path / "in")
+            assert_agrees(receipt, tmp_path / "in", peer)
+            if receipt.state is State.DELIVERED:
+                break
+            assert receipt.state is State.PARTIAL and receipt.unsent
+        # Instances that are found by number can be asked for alone; others are never said to be all.
+        assert (receipt.state is State.DELIVERED) == (not ignored)
+
+
+def test_a_list_that_is_whole_costs_one_query_where_the_peer_gives_all(tmp_path: Path) -> None:
+    with archive(study(10, 1), leaves_out=UNCOUNTED) as peer:
+        receipt = pull(peer, tmp_path / "in")
+        assert receipt.state is State.DELIVERED and receipt.verified is Level.LISTED
+        assert_agrees(receipt, tmp_path / "in", peer)
+        assert [request.level for request in peer.asked(FIND)].count("IMAGE") <= 3
+
+
 @pytest.mark.parametrize("way", ["get", "move"])
 @pytest.mark.parametrize("end", [Abort(), Silence()], ids=["abort", "silence"])
 def test_an_association_that_ends_midway_is_begun_again_for_the_rest(
