@@ -180,10 +180,12 @@ class WadoRetrieval:
     adds something however often the connection breaks.
 
     Args:
-        listed: returns the UIDs of a series' instances, None if the server lists none.
+        listed: returns the UIDs of a series' instances, None if the server lists none; and whether these are all.
 
     Attributes:
         notes: what differs from what was announced, for people.
+        blind: series of which the server says neither how many instances there are nor which.
+        ended_well: series that the server has sent as a whole, as far as its answer shows.
     """
 
     def __init__(
@@ -192,13 +194,15 @@ class WadoRetrieval:
         series: list[WadoSeries],
         folder: Path,
         report: PushReport,
-        listed: Callable[[WadoSeries], set[str] | None],
+        listed: Callable[[WadoSeries], tuple[set[str] | None, bool]],
         *,
         concurrency: int,
         bandwidth_limit: int | None = None,
     ) -> None:
         self.service, self.series, self.folder, self.report = service, series, folder, report
         self.notes: list[str] = []
+        self.blind: set[str] = set()
+        self.ended_well: set[str] = set()
         self._listed = listed
         self._throttle = Throttle(bandwidth_limit)
         self._lock = threading.Condition()
@@ -291,7 +295,7 @@ class WadoRetrieval:
             return self._do_instance(job)
         if self._whole and not job.apart and not self._counts[job.series.uid]:
             before = self._came
-            refusal = self._fetch(job)
+            refusal = self._fetch_whole(job)
             if refusal is not None and before == self._came:
                 if isinstance(refusal, Unable | TimedOut):
                     self._whole = False  # each series would take its time to fail
@@ -299,7 +303,19 @@ class WadoRetrieval:
                     self._vain += 1
                     if self._vain < HOPELESS or self._came:
                         return [replace(job, apart=True)]  # others first
-        return [] if self._is_whole(job.series) else self._one_by_one(job.series)
+        if self._is_whole(job.series):
+            return []
+        begun = self._counts[job.series.uid] > 0
+        again = self._one_by_one(job.series)
+        if job.series.uid in self.blind - self.ended_well and self._whole and begun:
+            self._fetch_whole(job)  # only its own word can show that nothing is missing
+        return [one for one in again if one.instance not in self._here]
+
+    def _fetch_whole(self, job: _Job) -> DispatchError | None:
+        refusal = self._fetch(job)
+        if refusal is None:
+            self.ended_well.add(job.series.uid)
+        return refusal
 
     def _do_instance(self, job: _Job) -> list[_Job]:
         by_uri = bool(self._uri)
@@ -352,7 +368,7 @@ class WadoRetrieval:
         A series that can't be listed now is left for the next retrieval; several, one after the other, end this one.
         """
         try:
-            uids = self._listed(series)
+            uids, all_listed = self._listed(series)
         except (*PASSING, Denied) as exc:
             with self._lock:
                 self._unlisted += 1
@@ -361,10 +377,13 @@ class WadoRetrieval:
                 self._lost.append(exc)
             return []
         self._unlisted = 0
-        if uids is None:
-            note = f"series {series.uid}: can't be compared, the server neither counts nor lists it"
-            if series.announced is None and note not in self.notes:
+        if series.announced is None and not all_listed:
+            self.blind.add(series.uid)
+            lists = f"does not count it, and lists only {len(uids)}" if uids else "neither counts nor lists it"
+            note = f"series {series.uid}: can't be compared, the server {lists}"
+            if note not in self.notes:
                 self.notes.append(note)
+        if uids is None:
             return []
         if not all(UID.fullmatch(uid) for uid in uids):
             why = f"{self.service.where}: lists an instance of series {series.uid} whose UID is not valid"

@@ -333,40 +333,38 @@ def retrieve(target: DicomWebTarget, query: Query, folder: Path, report: PushRep
         series = [WadoSeries(match.StudyInstanceUID, match.SeriesInstanceUID, match.instances) for match in matches]
         if not series:
             raise NotFound(f"{service.where}: nothing matches the query")
-        blind: list[str] = []
-
-        def listed(one: WadoSeries) -> set[str] | None:
-            found = _listed(service, one)
-            if found is None and one.announced is None:
-                blind.append(one.uid)
-            return found
-
         retrieval = WadoRetrieval(
             service,
             series,
             folder,
             report,
-            listed,
+            functools.partial(_listed, service),
             concurrency=target.concurrency,
             bandwidth_limit=target.bandwidth_limit,
         )
         plan = retrieval.run()
-    level = Level.ACCEPTED if blind else Level.LISTED
+    level = Level.ACCEPTED if retrieval.blind else Level.LISTED
     receipt = report.receipt(target.name, plan, level, tuple(retrieval.notes))
-    return compared(receipt, plan, series, of_studies(query, matches))
+    return compared(receipt, plan, series, of_studies(query, matches), retrieval.blind - retrieval.ended_well)
 
 
-def _listed(service: Service, series: WadoSeries) -> set[str] | None:
-    """Return the UIDs of a series' instances, from a search or else from metadata; None if neither lists any."""
+def _listed(service: Service, series: WadoSeries) -> tuple[set[str] | None, bool]:
+    """Return the UIDs of a series' instances, from a search or else from metadata, and whether these are all.
+
+    None if neither lists any.
+    """
     found: set[str] = set()
-    with suppress(NotFound, Misconfigured):  # not every server lists instances
+    whole = False
+    with suppress(NotFound, Misconfigured):  # not every server lists instances, or all of them
         found.update(qido.instances(Archive(service, WADO_TRIES), series.study, series.uid, series.announced))
-    if not found:
+        whole = bool(found)
+    if not whole:
         with suppress(NotFound, Misconfigured, RequestRefused, Busy):
             found.update(
                 dicomjson.text(one, qido.SOP_UID) for one in DicomwebClient(service).metadata(series.study, series.uid)
             )
-    return found - {""} or None
+            whole = True
+    return found - {""} or None, whole
 
 
 driver = Driver(

@@ -127,6 +127,66 @@ def test_retrieve_from_a_server_that_lists_no_instances(server: Scripted, tmp_pa
     assert set(files(tmp_path / "out")) == set(uids)
 
 
+def uncounted(server: Scripted, *, cap: int | None = None, metadata: bool = True) -> None:
+    """Have a server count no instances, give so many of a list at most and without pages, and perhaps no metadata."""
+    search, describe = server._search, server._metadata
+
+    def searched(segments: list[str], query: list[tuple[str, str]]) -> Reply:
+        reply = search(segments, query)
+        if segments[-1] == "instances":
+            reply.body = as_json(json.loads(reply.body)[:cap]) if reply.body else b""
+        elif reply.body:
+            counts = ("00201206", "00201208", "00201209")
+            reply.body = as_json([{k: v for k, v in row.items() if k not in counts} for row in json.loads(reply.body)])
+        return reply
+
+    server.ignores = {"offset", "limit", "filters"} if cap else set()
+    server._search = searched  # type: ignore[method-assign]
+    server._metadata = lambda segments: describe(segments) if metadata else Reply(404)  # type: ignore[method-assign]
+
+
+def test_retrieve_where_lists_end_at_a_limit(server: Scripted, tmp_path: Path) -> None:
+    uids = hold(server, *series_of(12))
+    uncounted(server, cap=10)
+    usual = server._retrieve
+    server._retrieve = lambda segments: Reply(504) if len(segments) == 4 else usual(segments)  # type: ignore[method-assign]
+    receipt = fetched(server, tmp_path / "out")
+    assert receipt.state is State.DELIVERED  # the metadata name all
+    assert set(files(tmp_path / "out")) == set(uids)
+
+
+def test_retrieve_where_nothing_lists_all_is_partial_unless_the_series_came_as_a_whole(
+    server: Scripted, tmp_path: Path
+) -> None:
+    uids = hold(server, *series_of(12))
+    uncounted(server, cap=10, metadata=False)
+    for _ in range(2):  # nor is it called partial when it is here already
+        receipt = fetched(server, tmp_path / "whole")
+        assert receipt.state is State.DELIVERED and receipt.verified is Level.ACCEPTED
+        assert set(files(tmp_path / "whole")) == set(uids)
+    usual = server._retrieve
+    server._retrieve = lambda segments: Reply(504) if len(segments) == 4 else usual(segments)  # type: ignore[method-assign]
+    receipt = fetched(server, tmp_path / "parts")
+    assert len(files(tmp_path / "parts")) == 10
+    assert receipt.state is State.PARTIAL and receipt.unsent
+    assert any("lists only" in note for note in receipt.notes)
+
+
+def test_retrieve_that_is_cut_is_partial_where_the_server_neither_counts_nor_lists(
+    server: Scripted, tmp_path: Path
+) -> None:
+    hold(server, *series_of(6))
+    uncounted(server, metadata=False)
+    search, usual = server._search, server._retrieve
+    server._search = lambda segments, query: (  # type: ignore[method-assign]
+        Reply(404) if segments[-1] == "instances" else search(segments, query)
+    )
+    server._retrieve = lambda segments: replace(usual(segments), cut=25_000)  # type: ignore[method-assign]
+    receipt = fetched(server, tmp_path / "out")
+    assert 0 < len(files(tmp_path / "out")) < 6
+    assert receipt.state is State.PARTIAL
+
+
 @pytest.mark.parametrize("into", ["/proc/none", "file/below", "file"])
 def test_retrieve_into_what_is_no_folder(server: Scripted, tmp_path: Path, into: str) -> None:
     hold(server, *series_of(2))
