@@ -19,6 +19,7 @@ from prefect.blocks.core import Block
 from prefect.client.schemas.objects import BlockDocument
 from pydantic import ConfigDict, Field, PrivateAttr, SecretStr, field_validator, model_validator
 
+from blocks.fields import BYTES_PER_S, SECONDS, TIMES, Group, about, in_order, ordered
 from transfer.globs import patterns
 from transfer.layout import fields_of
 from transfer.plan import Origin
@@ -81,59 +82,122 @@ class Target(Block, ABC):
     can_query: ClassVar[bool] = False  # whether `query` and `both` are directions of this type
     where: ClassVar[tuple[str, ...]] = ()  # the fields that say where the data goes
     host_in: ClassVar[str] = ""  # the field that names the host, alone or in a URL
+    # The fields that decide who is sent the secrets; () for `where` and all that is about the connection.
+    aims: ClassVar[tuple[str, ...]] = ()
     _made: datetime | None = PrivateAttr(None)
     _block_schema_capabilities: ClassVar[list[str]] = ["talaria-target"]
 
     direction: Direction = Field(
-        default=Direction.STORE, description="What the target is used for: store, query, or both."
+        default=Direction.STORE,
+        description="What the target is used for: store, query, or both.",
+        title="Used for",
+        json_schema_extra=about(Group.USE),
     )
-    contact: str = Field(default="", description="E-mail address of the person to ask when the target fails.")
-    description: str = Field(default="", description="What people should know about this target.")
+    contact: str = Field(
+        default="",
+        description="E-mail address of the person to ask when the target fails.",
+        title="Contact",
+        json_schema_extra=about(Group.INFORMATION, placeholder="pacs-team@example.org", at=1),
+    )
+    description: str = Field(
+        default="",
+        description="What people should know about this target.",
+        title="Description",
+        json_schema_extra=about(Group.INFORMATION),
+    )
     exclude: str = Field(
         default="",
         description="Comma-separated globs of names of files and folders that are not sent, as in *.png,*.json.",
+        title="Leave out",
+        json_schema_extra=about(Group.SENT, advanced=True, placeholder="*.png, *.json"),
     )
-    enabled: bool = Field(default=True, description="Whether the target takes part; a disabled one is refused.")
+    enabled: bool = Field(
+        default=True,
+        description="Whether the target takes part; a disabled one is refused.",
+        title="Enabled",
+        json_schema_extra=about(Group.USE, at=1),
+    )
     max_attempts: int = Field(
         default=5,
         ge=1,
         le=50,
         description="How often a push is tried in one run; attempts that got further are not counted.",
+        title="Attempts",
+        json_schema_extra=about(Group.RETRIES, advanced=True, unit=TIMES),
     )
     retry_delay_s: float = Field(
         default=30,
         ge=0,
         le=86_400,
         description="Most seconds before the second attempt; doubles with each one.",
+        title="First wait",
+        json_schema_extra=about(Group.RETRIES, advanced=True, unit=SECONDS),
     )
     retry_max_delay_s: float = Field(
-        default=900, ge=0, le=86_400, description="Longest wait between attempts, seconds."
+        default=900,
+        ge=0,
+        le=86_400,
+        description="Longest wait between attempts, seconds.",
+        title="Longest wait",
+        json_schema_extra=about(Group.RETRIES, advanced=True, unit=SECONDS),
     )
-    connect_timeout_s: float = Field(default=10, gt=0, le=3600, description="Seconds to wait for a connection.")
+    connect_timeout_s: float = Field(
+        default=10,
+        gt=0,
+        le=3600,
+        description="Seconds to wait for a connection.",
+        title="Give up connecting after",
+        json_schema_extra=about(Group.RETRIES, advanced=True, unit=SECONDS),
+    )
     idle_timeout_s: float = Field(
-        default=60, gt=0, le=86_400, description="Seconds of silence after which the peer counts as hung."
+        default=60,
+        gt=0,
+        le=86_400,
+        description="Seconds of silence after which the peer counts as hung.",
+        title="Give up on silence after",
+        json_schema_extra=about(Group.RETRIES, advanced=True, unit=SECONDS),
     )
     concurrency: int = Field(
-        default=4, ge=1, le=64, description="Connections or associations used at once inside one dispatch, at most."
+        default=4,
+        ge=1,
+        le=64,
+        description="Connections or associations used at once inside one dispatch, at most.",
+        title="Connections per dispatch",
+        json_schema_extra=about(Group.LIMITS, advanced=True),
     )
     max_dispatches: int = Field(
-        default=2, ge=1, le=1000, description="Dispatches at once to this target, over all workers."
+        default=2,
+        ge=1,
+        le=1000,
+        description="Dispatches at once to this target, over all workers.",
+        title="Dispatches at once",
+        json_schema_extra=about(Group.LIMITS, advanced=True),
     )
     bandwidth_limit: int | None = Field(
-        default=None, ge=1024, description="Most bytes per second of one dispatch; none for no limit."
+        default=None,
+        ge=1024,
+        description="Most bytes per second of one dispatch; none for no limit.",
+        title="Speed limit",
+        json_schema_extra=about(Group.LIMITS, advanced=True, unit=BYTES_PER_S, placeholder="no limit"),
     )
     window: str | None = Field(
         default=None,
         description="When dispatches may go to it, as in 18:00-06:00 Mon-Fri Europe/Berlin; urgent ones may ignore it.",
+        title="Sending hours",
+        json_schema_extra=about(Group.LIMITS, advanced=True, placeholder="18:00-06:00 Mon-Fri Europe/Berlin"),
     )
     verify: Level = Field(
         default=Level.ACCEPTED,
         description="How deliveries are verified: accepted by the peer, listed by it afterwards, or proven.",
+        title="Proof of delivery",
+        json_schema_extra=about(Group.SENT, advanced=True),
     )
 
     quote_peer: QuotePeer = Field(
         default=QuotePeer.SHORT,
         description="How much of a peer's own words messages quote: short, without secrets and names, or none.",
+        title="Quote the other side",
+        json_schema_extra=about(Group.INFORMATION, advanced=True),
     )
 
     @property
@@ -185,6 +249,25 @@ class Target(Block, ABC):
     def secret_fields(cls) -> frozenset[str]:
         """Return the names of the fields that are secret."""
         return frozenset(name for name, field in cls.model_fields.items() if "SecretStr" in str(field.annotation))
+
+    @classmethod
+    @functools.cache
+    def leads_secrets_to(cls) -> frozenset[str]:
+        """Return the fields that decide who is sent the secrets; () for a type without any.
+
+        Stored secrets are void as soon as one of these differs from the saved one: else whoever may edit a target
+        reads its secrets by pointing it at himself.
+        """
+        if not cls.secret_fields():
+            return frozenset()
+        connection = {one.name for one in ordered(cls) if one.group == Group.CONNECTION}
+        named = set(cls.aims or (*cls.where, cls.host_in, *connection))
+        return frozenset(named & cls.model_fields.keys())
+
+    @classmethod
+    def model_json_schema(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Return the schema that Prefect makes a form of: fields in their order, each with a title."""
+        return in_order(super().model_json_schema(*args, **kwargs), cls)
 
     def _to_block_document(self, *args: Any, **kwargs: Any) -> BlockDocument:
         """Save a secret that is not set as null, which the server does not mask: lists then show what is set."""
@@ -293,4 +376,6 @@ LAYOUT = Field(
     default="{dispatch_id}",
     description="Name of the folder that a dispatch gets; fields: dispatch_id, PatientID, StudyInstanceUID, "
     "AccessionNumber, StudyDate, StudyTime, SeriesInstanceUID, Modality, SeriesNumber, each in braces.",
+    title="Name of each dispatch's folder",
+    json_schema_extra=about(Group.NAMES, placeholder="{dispatch_id}"),
 )

@@ -8,6 +8,7 @@ from typing import ClassVar
 from pydantic import Field, HttpUrl, field_validator, model_validator
 
 from blocks.base import LOGO, Target, check_host
+from blocks.fields import BYTES, SECONDS, Group, about
 from transfer.plan import Origin
 
 AET_CHARS = 16  # PS3.5 table 6.2-1, VR AE
@@ -44,44 +45,86 @@ pacs = DicomTarget.load("BLOCK_NAME")
     can_query: ClassVar[bool] = True
     where: ClassVar[tuple[str, ...]] = ("host", "port", "aet_target", "pass_receiver_aet")
     host_in: ClassVar[str] = "host"
+    aims: ClassVar[tuple[str, ...]] = ("host", "port")
 
     host: str = Field(
-        description="Host name or IP address; the word sender stands for the node that the study came from."
+        description="Host name or IP address; the word sender stands for the node that the study came from.",
+        title="Host",
+        json_schema_extra=about(Group.CONNECTION, placeholder="pacs.example.org or 10.1.2.3"),
     )
-    port: int = Field(default=104, ge=1, le=65_535, description="TCP port of the node.")
-    aet_target: str = Field(default="ANY-SCP", description="AE title of the node (the called AE title).")
-    aet_source: str = Field(default="TALARIA", description="AE title of this side (the calling AE title).")
+    port: int = Field(
+        default=104,
+        ge=1,
+        le=65_535,
+        description="TCP port of the node.",
+        title="Port",
+        json_schema_extra=about(Group.CONNECTION, placeholder="104"),
+    )
+    aet_target: str = Field(
+        default="ANY-SCP",
+        description="AE title of the node (the called AE title).",
+        title="Their AE title",
+        json_schema_extra=about(Group.CONNECTION, placeholder="ANY-SCP"),
+    )
+    aet_source: str = Field(
+        default="TALARIA",
+        description="AE title of this side (the calling AE title).",
+        title="Our AE title",
+        json_schema_extra=about(Group.CONNECTION, placeholder="TALARIA"),
+    )
     pass_sender_aet: bool = Field(
-        default=False, description="Whether to call with the AE title of the study's sender instead of aet_source."
+        default=False,
+        description="Whether to call with the AE title of the study's sender instead of aet_source.",
+        title="Call with the sender's own title",
+        json_schema_extra=about(Group.ORIGIN, advanced=True, at=1),
     )
     pass_receiver_aet: bool = Field(
-        default=False, description="Whether to call the AE title that the study's sender called instead of aet_target."
+        default=False,
+        description="Whether to call the AE title that the study's sender called instead of aet_target.",
+        title="Call the title that the sender called",
+        json_schema_extra=about(Group.ORIGIN, advanced=True),
     )
     transcode: Transcode = Field(
         default=Transcode.LOSSLESS,
         description="What to do if the node refuses a file's transfer syntax: never convert, lossless, or any way.",
+        title="If the node refuses a file's encoding",
+        json_schema_extra=about(Group.CONVERSION, advanced=True),
     )
     max_pdu: int = Field(
         default=131_072,
         ge=0,
         le=1 << 24,
         description="Largest PDU in bytes that is sent or received; 0 leaves it to the node.",
+        title="Largest PDU",
+        json_schema_extra=about(Group.LIMITS, advanced=True, unit=BYTES),
     )
     storage_commitment_port: int = Field(
         default=0,
         ge=0,
         le=65_535,
         description="Port on which storage commitment reports are awaited; 0 for the same association only.",
+        title="Listen on port",
+        json_schema_extra=about(Group.COMMITMENT, advanced=True, placeholder="0", at=1),
     )
     storage_commitment_host: str = Field(
-        default="", description="Address to listen on for the report; empty for all addresses of this machine."
+        default="",
+        description="Address to listen on for the report; empty for all addresses of this machine.",
+        title="Listen on address",
+        json_schema_extra=about(Group.COMMITMENT, advanced=True, placeholder="all", at=2),
     )
     storage_commitment_aet: str = Field(
         default="",
         description="AE title of the node that answers storage commitment requests; empty for the called one.",
+        title="Who confirms",
+        json_schema_extra=about(Group.COMMITMENT, advanced=True, placeholder="as called"),
     )
     storage_commitment_wait_s: float = Field(
-        default=60, gt=0, le=86_400, description="Seconds to wait for the storage commitment report."
+        default=60,
+        gt=0,
+        le=86_400,
+        description="Seconds to wait for the storage commitment report.",
+        title="Wait for the report",
+        json_schema_extra=about(Group.COMMITMENT, advanced=True, unit=SECONDS, at=3),
     )
 
     @field_validator("host")

@@ -9,6 +9,7 @@ from pydantic import Field, HttpUrl, SecretStr, model_validator
 
 from blocks.base import LOGO
 from blocks.dicom import DicomTarget
+from blocks.fields import Group, about
 
 
 class TlsProfile(StrEnum):
@@ -39,27 +40,51 @@ pacs = DicomTlsTarget.load("BLOCK_NAME")
 
     type_name: ClassVar[str] = "dicom-tls"
 
-    port: int = Field(default=2762, ge=1, le=65_535, description="TCP port of the node.")
+    port: int = Field(
+        default=2762,
+        ge=1,
+        le=65_535,
+        description="TCP port of the node.",
+        title="Port",
+        json_schema_extra=about(Group.CONNECTION, placeholder="2762"),
+    )
     tls_key: SecretStr = Field(
-        default=SecretStr(""), description="Private key of our certificate: path of a PEM file, or its text."
+        default=SecretStr(""),
+        description="Private key of our certificate: path of a PEM file, or its text.",
+        title="Our key",
+        json_schema_extra=about(Group.SECURITY, placeholder="path or -----BEGIN PRIVATE KEY-----", at=2),
     )
     tls_cert: str = Field(
         default="",
         description="Our certificate with its chain, if the node asks for one: path of a PEM file, or its text.",
+        title="Our certificate",
+        json_schema_extra=about(Group.SECURITY, placeholder="path or -----BEGIN CERTIFICATE-----", at=1),
     )
-    tls_key_password: SecretStr = Field(default=SecretStr(""), description="Password of an encrypted private key.")
+    tls_key_password: SecretStr = Field(
+        default=SecretStr(""),
+        description="Password of an encrypted private key.",
+        title="Password of our key",
+        json_schema_extra=about(Group.SECURITY, at=3),
+    )
     ca_cert: str = Field(
         default="",
         description="Certificates that are trusted to vouch for the node: path of a PEM file or folder, or PEM text; "
         "empty for the system's trust store.",
+        title="Trust these authorities",
+        json_schema_extra=about(Group.SECURITY, placeholder="path or -----BEGIN CERTIFICATE-----"),
     )
     tls_profile: TlsProfile = Field(
         default=TlsProfile.BCP195,
         description="Secure connection profile: bcp195, bcp195-nondowngrading for the strictest suites only, or legacy "
         "for old nodes: TLS 1.0 and later, RSA key exchange and CBC suites too.",
+        title="Profile",
+        json_schema_extra=about(Group.SECURITY, advanced=True),
     )
     verify_hostname: bool = Field(
-        default=True, description="Whether the node's certificate must be for the host that the connection goes to."
+        default=True,
+        description="Whether the node's certificate must be for the host that the connection goes to.",
+        title="Check the name in the certificate",
+        json_schema_extra=about(Group.SECURITY, advanced=True),
     )
 
     @model_validator(mode="after")

@@ -9,6 +9,7 @@ from urllib.parse import unquote, urlsplit
 from pydantic import Field, HttpUrl, SecretStr, field_validator, model_validator
 
 from blocks.base import CONTROL, LOGO
+from blocks.fields import BYTES, Group, about
 from blocks.proxied import Proxied
 from blocks.urls import check_url
 
@@ -36,40 +37,111 @@ archive = DicomWebTarget.load("BLOCK_NAME")
     can_query: ClassVar[bool] = True
     where: ClassVar[tuple[str, ...]] = ("url", "stow_url_prefix")
     host_in: ClassVar[str] = "url"
+    aims: ClassVar[tuple[str, ...]] = ("url", "token_url", "proxy", "ca_cert")
 
     url: str = Field(
         description="Base URL of the services, as in https://pacs.example.org/dicom-web; or a local folder, as in "
-        "file:///data/dicom."
+        "file:///data/dicom.",
+        title="Address",
+        json_schema_extra=about(Group.CONNECTION, placeholder="https://pacs.example.org/dicom-web"),
     )
-    qido_url_prefix: str = Field(default="", description="Path below url where searches are answered; empty for url.")
-    wado_url_prefix: str = Field(default="", description="Path below url where instances are retrieved; empty for url.")
-    stow_url_prefix: str = Field(default="", description="Path below url where instances are stored; empty for url.")
-    http_user: str = Field(default="", description="User name for basic authentication.")
-    http_password: SecretStr = Field(default=SecretStr(""), description="Password of http_user.")
+    qido_url_prefix: str = Field(
+        default="",
+        description="Path below url where searches are answered; empty for url.",
+        title="Path for searching",
+        json_schema_extra=about(Group.PATHS, placeholder="rs", at=1),
+    )
+    wado_url_prefix: str = Field(
+        default="",
+        description="Path below url where instances are retrieved; empty for url.",
+        title="Path for fetching",
+        json_schema_extra=about(Group.PATHS, placeholder="rs", at=2),
+    )
+    stow_url_prefix: str = Field(
+        default="",
+        description="Path below url where instances are stored; empty for url.",
+        title="Path for sending",
+        json_schema_extra=about(Group.PATHS, placeholder="rs"),
+    )
+    http_user: str = Field(
+        default="",
+        description="User name for basic authentication.",
+        title="User",
+        json_schema_extra=about(Group.SIGN_IN),
+    )
+    http_password: SecretStr = Field(
+        default=SecretStr(""),
+        description="Password of http_user.",
+        title="Password",
+        json_schema_extra=about(Group.SIGN_IN),
+    )
     access_token: SecretStr = Field(
-        default=SecretStr(""), description="Token that is sent as it is, as a bearer token."
+        default=SecretStr(""),
+        description="Token that is sent as it is, as a bearer token.",
+        title="Token",
+        json_schema_extra=about(Group.SIGN_IN),
     )
-    token_url: str = Field(default="", description="OAuth2 token endpoint that gives tokens for client credentials.")
-    client_id: str = Field(default="", description="OAuth2 client, for token_url.")
-    client_secret: SecretStr = Field(default=SecretStr(""), description="Secret of the OAuth2 client.")
-    scope: str = Field(default="", description="Scopes to request at token_url, separated by blanks.")
+    token_url: str = Field(
+        default="",
+        description="OAuth2 token endpoint that gives tokens for client credentials.",
+        title="Token address",
+        json_schema_extra=about(Group.SIGN_IN, placeholder="https://login.example.org/oauth2/token"),
+    )
+    client_id: str = Field(
+        default="", description="OAuth2 client, for token_url.", title="Client", json_schema_extra=about(Group.SIGN_IN)
+    )
+    client_secret: SecretStr = Field(
+        default=SecretStr(""),
+        description="Secret of the OAuth2 client.",
+        title="Client secret",
+        json_schema_extra=about(Group.SIGN_IN),
+    )
+    scope: str = Field(
+        default="",
+        description="Scopes to request at token_url, separated by blanks.",
+        title="Scopes",
+        json_schema_extra=about(Group.SIGN_IN, placeholder="separated by blanks"),
+    )
     ca_cert: str = Field(
         default="",
         description="Certificates that are trusted to vouch for the server: path of a PEM file or folder, or PEM text; "
         "empty for the system's trust store.",
+        title="Trust these authorities",
+        json_schema_extra=about(Group.SECURITY, advanced=True, placeholder="path or -----BEGIN CERTIFICATE-----"),
     )
     tls_cert: str = Field(
         default="",
         description="Our certificate with its chain, if the server asks for one: path of a PEM file, or its text.",
+        title="Our certificate",
+        json_schema_extra=about(Group.SECURITY, advanced=True, placeholder="path or -----BEGIN CERTIFICATE-----", at=1),
     )
     tls_key: SecretStr = Field(
-        default=SecretStr(""), description="Private key of our certificate: path of a PEM file, or its text."
+        default=SecretStr(""),
+        description="Private key of our certificate: path of a PEM file, or its text.",
+        title="Our key",
+        json_schema_extra=about(Group.SECURITY, advanced=True, placeholder="path or -----BEGIN PRIVATE KEY-----", at=2),
     )
-    tls_key_password: SecretStr = Field(default=SecretStr(""), description="Password of an encrypted private key.")
+    tls_key_password: SecretStr = Field(
+        default=SecretStr(""),
+        description="Password of an encrypted private key.",
+        title="Password of our key",
+        json_schema_extra=about(Group.SECURITY, advanced=True, at=3),
+    )
     batch_bytes: int = Field(
-        default=20_000_000, ge=1, description="Most bytes of one request; a larger instance is sent alone."
+        default=20_000_000,
+        ge=1,
+        description="Most bytes of one request; a larger instance is sent alone.",
+        title="Most per request",
+        json_schema_extra=about(Group.SENT, advanced=True, unit=BYTES),
     )
-    batch_items: int = Field(default=100, ge=1, le=10_000, description="Most instances in one request.")
+    batch_items: int = Field(
+        default=100,
+        ge=1,
+        le=10_000,
+        description="Most instances in one request.",
+        title="Most images per request",
+        json_schema_extra=about(Group.SENT, advanced=True),
+    )
 
     @property
     def folder(self) -> Path | None:

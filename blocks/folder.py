@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from pydantic import Field, HttpUrl, field_validator
 
 from blocks.base import CONTROL, LAYOUT, LOGO, Target, check_layout
+from blocks.fields import Group, about
 
 MODE = re.compile(r"(?:0o?)?([0-7]{3,4})")
 
@@ -42,21 +43,36 @@ archive = FolderTarget.load("BLOCK_NAME")
 
     folder: str = Field(
         description="Absolute path of an existing folder; it is never made, so that nothing is written where a share "
-        "is not mounted."
+        "is not mounted.",
+        title="Folder on the worker",
+        json_schema_extra=about(Group.CONNECTION, placeholder="/mnt/archive"),
     )
     layout: str = LAYOUT
     link: LinkPolicy = Field(
         default=LinkPolicy.NEVER,
         description="Whether a file may be a hard link to the source: auto where the file system allows it, never for "
         "copies (which share blocks where the file system can).",
+        title="Hard links to the source",
+        json_schema_extra=about(Group.FILES, advanced=True),
     )
     mode: str | None = Field(
-        default=None, description="Octal permissions of files, as in 0640; none to leave them to the worker's umask."
+        default=None,
+        description="Octal permissions of files, as in 0640; none to leave them to the worker's umask.",
+        title="File permissions",
+        json_schema_extra=about(Group.FILES, advanced=True, placeholder="0640"),
     )
     dir_mode: str | None = Field(
-        default=None, description="Octal permissions of folders, as in 0750; none to leave them to the worker's umask."
+        default=None,
+        description="Octal permissions of folders, as in 0750; none to leave them to the worker's umask.",
+        title="Folder permissions",
+        json_schema_extra=about(Group.FILES, advanced=True, placeholder="0750"),
     )
-    group: str | None = Field(default=None, description="Name or number of the group that files and folders get.")
+    group: str | None = Field(
+        default=None,
+        description="Name or number of the group that files and folders get.",
+        title="Group",
+        json_schema_extra=about(Group.FILES, advanced=True),
+    )
 
     @field_validator("folder")
     @classmethod

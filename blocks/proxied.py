@@ -7,6 +7,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, SecretStr, field_validator
 
 from blocks.base import CONTROL, Target, check_host, is_masked
+from blocks.fields import Group, about
 
 ENVIRONMENT = "environment"
 
@@ -18,6 +19,8 @@ class Proxied(Target):
         default=SecretStr(""),
         description="HTTP proxy to use, as in http://user:password@proxy.example.org:3128; environment takes "
         "HTTPS_PROXY, HTTP_PROXY and NO_PROXY of the worker; empty for none.",
+        title="Proxy",
+        json_schema_extra=about(Group.CONNECTION, advanced=True, placeholder="http://proxy.example.org:3128"),
     )
 
     @field_validator("proxy")

@@ -8,6 +8,7 @@ from typing import ClassVar
 from pydantic import Field, HttpUrl, field_validator
 
 from blocks.base import LOGO
+from blocks.fields import Group, about
 from blocks.ssh import SshTarget, check_folder
 
 WILD = re.compile(r"[*?\[\]\\]")
@@ -32,9 +33,19 @@ server = RsyncTarget.load("BLOCK_NAME")
 
     type_name: ClassVar[str] = "rsync"
 
-    concurrency: int = Field(default=1, ge=1, le=1, description="Connections used at once; rsync uses one.")
+    concurrency: int = Field(
+        default=1,
+        ge=1,
+        le=1,
+        description="Connections used at once; rsync uses one.",
+        title="Connections per dispatch",
+        json_schema_extra=about(Group.LIMITS, advanced=True),
+    )
     compress: bool = Field(
-        default=False, description="Whether rsync compresses; pays only on slow links with uncompressed images."
+        default=False,
+        description="Whether rsync compresses; pays only on slow links with uncompressed images.",
+        title="Compress on the way",
+        json_schema_extra=about(Group.SENT, advanced=True),
     )
 
     @field_validator("folder")

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from pydantic import Field, HttpUrl, SecretStr, ValidationInfo, field_validator, model_validator
 
 from blocks.base import CONTROL, LAYOUT, LOGO, check_argument, check_layout
+from blocks.fields import BYTES, Group, about
 from blocks.proxied import Proxied
 from blocks.urls import check_url
 
@@ -65,52 +66,110 @@ cloud = S3Target.load("BLOCK_NAME")
     type_name: ClassVar[str] = "s3"
     where: ClassVar[tuple[str, ...]] = ("endpoint_url", "bucket", "prefix", "layout")
     host_in: ClassVar[str] = "endpoint_url"
+    aims: ClassVar[tuple[str, ...]] = ("endpoint_url", "region", "proxy", "ca_cert")
 
-    bucket: str = Field(description="Name of the bucket, which must exist, or the ARN of an access point.")
-    prefix: str = Field(default="", description="Beginning of the keys of all objects, without slashes around it.")
+    bucket: str = Field(
+        description="Name of the bucket, which must exist, or the ARN of an access point.",
+        title="Bucket",
+        json_schema_extra=about(Group.CONNECTION, placeholder="scans or an access point's ARN", at=1),
+    )
+    prefix: str = Field(
+        default="",
+        description="Beginning of the keys of all objects, without slashes around it.",
+        title="Prefix",
+        json_schema_extra=about(Group.CONNECTION, placeholder="trial-7/incoming", at=2),
+    )
     layout: str = LAYOUT
     region: str | None = Field(
-        default=None, description="Region of the bucket; none to ask AWS, or for us-east-1 at other stores."
+        default=None,
+        description="Region of the bucket; none to ask AWS, or for us-east-1 at other stores.",
+        title="Region",
+        json_schema_extra=about(Group.CONNECTION, placeholder="asked from AWS; us-east-1 elsewhere", at=3),
     )
     endpoint_url: str | None = Field(
-        default=None, description="URL of a store that is not AWS, as in https://minio.example.org:9000."
+        default=None,
+        description="URL of a store that is not AWS, as in https://minio.example.org:9000.",
+        title="Store address",
+        json_schema_extra=about(Group.CONNECTION, placeholder="https://minio.example.org:9000"),
     )
     addressing_style: Addressing = Field(
         default=Addressing.AUTO,
         description="Where the bucket's name goes in URLs: path, virtual (in the host name), or auto: virtual at AWS, "
         "path elsewhere.",
+        title="Bucket in address",
+        json_schema_extra=about(Group.STORED, advanced=True, at=5),
     )
     access_key_id: str | None = Field(
-        default=None, description="Access key; none for the profile or what the worker's environment provides."
+        default=None,
+        description="Access key; none for the profile or what the worker's environment provides.",
+        title="Access key",
+        json_schema_extra=about(Group.SIGN_IN),
     )
-    secret_access_key: SecretStr | None = Field(default=None, description="Secret of the access key.")
-    session_token: SecretStr | None = Field(default=None, description="Token of temporary credentials.")
+    secret_access_key: SecretStr | None = Field(
+        default=None,
+        description="Secret of the access key.",
+        title="Secret of the access key",
+        json_schema_extra=about(Group.SIGN_IN),
+    )
+    session_token: SecretStr | None = Field(
+        default=None,
+        description="Token of temporary credentials.",
+        title="Session token",
+        json_schema_extra=about(Group.SIGN_IN, advanced=True),
+    )
     profile: str | None = Field(
-        default=None, description="Profile of the worker's AWS configuration files that holds the credentials."
+        default=None,
+        description="Profile of the worker's AWS configuration files that holds the credentials.",
+        title="Profile",
+        json_schema_extra=about(Group.SIGN_IN),
     )
     ca_cert: str | None = Field(
         default=None,
         description="Path or PEM text of the authorities that may vouch for the store; none for the system's.",
+        title="Trust these authorities",
+        json_schema_extra=about(Group.SECURITY, advanced=True, placeholder="path or -----BEGIN CERTIFICATE-----"),
     )
     sse: Encryption | None = Field(
-        default=None, description="Encryption at the store: AES256, aws:kms or aws:kms:dsse; none for the bucket's own."
+        default=None,
+        description="Encryption at the store: AES256, aws:kms or aws:kms:dsse; none for the bucket's own.",
+        title="Encryption",
+        json_schema_extra=about(Group.STORED, advanced=True),
     )
-    kms_key_id: str | None = Field(default=None, description="Key for aws:kms; none for the account's default key.")
+    kms_key_id: str | None = Field(
+        default=None,
+        description="Key for aws:kms; none for the account's default key.",
+        title="Encryption key",
+        json_schema_extra=about(Group.STORED, advanced=True),
+    )
     storage_class: str | None = Field(
-        default=None, description="Storage class of the objects, as in STANDARD_IA; none for the bucket's own."
+        default=None,
+        description="Storage class of the objects, as in STANDARD_IA; none for the bucket's own.",
+        title="Storage class",
+        json_schema_extra=about(Group.STORED, advanced=True, placeholder="STANDARD_IA"),
     )
     checksum: Checksum = Field(
         default=Checksum.AUTO,
         description="Checksum that the store compares: auto finds out what it supports, crc64nvme, crc32, sha256, or "
         "off.",
+        title="Checksum",
+        json_schema_extra=about(Group.SENT, advanced=True),
     )
     multipart_bytes: int = Field(
         default=8 * MIB,
         ge=MIN_PART,
         le=MAX_PART,
         description="Size in bytes of the parts in which larger files are sent; each connection holds one in memory.",
+        title="Part size",
+        json_schema_extra=about(Group.SENT, advanced=True, unit=BYTES),
     )
-    concurrency: int = Field(default=8, ge=1, le=64, description="Connections used at once inside one dispatch.")
+    concurrency: int = Field(
+        default=8,
+        ge=1,
+        le=64,
+        description="Connections used at once inside one dispatch.",
+        title="Connections per dispatch",
+        json_schema_extra=about(Group.LIMITS, advanced=True),
+    )
 
     @field_validator(
         "region", "endpoint_url", "access_key_id", "secret_access_key", "session_token", "profile", "ca_cert", "sse",

@@ -8,6 +8,7 @@ from typing import ClassVar
 from pydantic import Field, HttpUrl
 
 from blocks.base import LOGO
+from blocks.fields import Group, about
 from blocks.ssh import SshTarget
 
 
@@ -40,4 +41,6 @@ server = SftpTarget.load("BLOCK_NAME")
         default=Rename.AUTO,
         description="Whether files get their final name when they are whole (auto), or are written under it (never) "
         "for servers that can't rename.",
+        title="Final name when complete",
+        json_schema_extra=about(Group.NAMES, advanced=True),
     )

@@ -12,6 +12,7 @@ from typing import ClassVar
 from pydantic import Field, SecretStr, field_validator
 
 from blocks.base import LAYOUT, Hook, Target, check_argument, check_host, check_layout
+from blocks.fields import SECONDS, TIMES, Group, about
 
 FINGERPRINT = re.compile(r"SHA256:[A-Za-z0-9+/]{43}")  # of ssh-keygen -l: base64 of 32 bytes, without padding
 KEY_TYPE = re.compile(r"(ssh|ecdsa|sk-ssh|sk-ecdsa)-[A-Za-z0-9@.-]+")
@@ -31,56 +32,124 @@ class SshTarget(Target, ABC):
 
     where: ClassVar[tuple[str, ...]] = ("host", "port", "user", "folder", "layout")
     host_in: ClassVar[str] = "host"
+    aims: ClassVar[tuple[str, ...]] = ("host", "port", "jump_host", "host_key", "host_key_policy", "jump_host_key")
 
-    host: str = Field(description="Host name or IP address of the server.")
-    port: int = Field(default=22, ge=1, le=65_535, description="TCP port of the server's SSH.")
-    user: str = Field(default="", description="User to log in as; empty for the account that dispatches run under.")
+    host: str = Field(
+        description="Host name or IP address of the server.",
+        title="Host",
+        json_schema_extra=about(Group.CONNECTION, placeholder="files.example.org or 10.1.2.3"),
+    )
+    port: int = Field(
+        default=22,
+        ge=1,
+        le=65_535,
+        description="TCP port of the server's SSH.",
+        title="Port",
+        json_schema_extra=about(Group.CONNECTION, placeholder="22"),
+    )
+    user: str = Field(
+        default="",
+        description="User to log in as; empty for the account that dispatches run under.",
+        title="User",
+        json_schema_extra=about(Group.CONNECTION, placeholder="the worker's account"),
+    )
     folder: str = Field(
-        description="Folder on the server that dispatches go to; a relative one begins at the user's home."
+        description="Folder on the server that dispatches go to; a relative one begins at the user's home.",
+        title="Folder on the server",
+        json_schema_extra=about(Group.CONNECTION, placeholder="incoming"),
     )
     layout: str = LAYOUT
     private_key: SecretStr = Field(
         default=SecretStr(""),
         description="Private key: its text, or the path of its file where dispatches run; without key and password, "
         "the SSH agent and the account's own keys are used.",
+        title="Private key",
+        json_schema_extra=about(Group.SIGN_IN, placeholder="path or -----BEGIN OPENSSH PRIVATE KEY-----", at=1),
     )
-    passphrase: SecretStr = Field(default=SecretStr(""), description="Passphrase of the private key.")
+    passphrase: SecretStr = Field(
+        default=SecretStr(""),
+        description="Passphrase of the private key.",
+        title="Passphrase",
+        json_schema_extra=about(Group.SIGN_IN, at=2),
+    )
     password: SecretStr = Field(
-        default=SecretStr(""), description="Password of the user, also for keyboard-interactive login."
+        default=SecretStr(""),
+        description="Password of the user, also for keyboard-interactive login.",
+        title="Password",
+        json_schema_extra=about(Group.SIGN_IN),
     )
     host_key: str = Field(
         default="",
         description="The server's key: its fingerprint as SHA256:..., or a known_hosts line; one per line if several.",
+        title="Server's key",
+        json_schema_extra=about(Group.TRUST, placeholder="SHA256:..."),
     )
     host_key_policy: HostKeyPolicy = Field(
         default=HostKeyPolicy.STRICT,
         description="Whether an unknown host is refused (strict) or its key learned once (accept-new).",
+        title="Unknown server",
+        json_schema_extra=about(Group.TRUST, advanced=True),
     )
     jump_host: str = Field(
         default="",
         description="Jump host (bastion) through which the server is reached: host, user@host or user@host:port.",
+        title="Jump host",
+        json_schema_extra=about(Group.JUMP_HOST, advanced=True, placeholder="user@bastion.example.org"),
     )
-    jump_host_key: str = Field(default="", description="The jump host's key, given as host_key.")
+    jump_host_key: str = Field(
+        default="",
+        description="The jump host's key, given as host_key.",
+        title="Jump host's key",
+        json_schema_extra=about(Group.JUMP_HOST, advanced=True, placeholder="SHA256:..."),
+    )
     jump_private_key: SecretStr = Field(
         default=SecretStr(""),
         description="Private key for the jump host, given as private_key; empty for the same as the server's. "
         "Passwords are never sent to the jump host.",
+        title="Private key for the jump host",
+        json_schema_extra=about(Group.JUMP_HOST, advanced=True),
     )
-    jump_passphrase: SecretStr = Field(default=SecretStr(""), description="Passphrase of jump_private_key.")
+    jump_passphrase: SecretStr = Field(
+        default=SecretStr(""),
+        description="Passphrase of jump_private_key.",
+        title="Passphrase for the jump host",
+        json_schema_extra=about(Group.JUMP_HOST, advanced=True),
+    )
     on_complete: bool = Field(
-        default=False, description="Whether to run the script in the folder after everything has arrived."
+        default=False,
+        description="Whether to run the script in the folder after everything has arrived.",
+        title="Run a script when all is there",
+        json_schema_extra=about(Group.AFTER, advanced=True),
     )
     hook_script: str = Field(
         default="mercure_complete.sh",
         description="Name of the script in the folder; gets the destination folder and the target's name.",
+        title="Script",
+        json_schema_extra=about(Group.AFTER, advanced=True, placeholder="mercure_complete.sh"),
     )
-    hook_timeout_s: float = Field(default=600, gt=0, le=86_400, description="Seconds the script may take.")
-    hook_attempts: int = Field(default=3, ge=1, le=50, description="How often the script is tried in one run.")
+    hook_timeout_s: float = Field(
+        default=600,
+        gt=0,
+        le=86_400,
+        description="Seconds the script may take.",
+        title="Time allowed",
+        json_schema_extra=about(Group.AFTER, advanced=True, unit=SECONDS),
+    )
+    hook_attempts: int = Field(
+        default=3,
+        ge=1,
+        le=50,
+        description="How often the script is tried in one run.",
+        title="Attempts of the script",
+        json_schema_extra=about(Group.AFTER, advanced=True, unit=TIMES),
+    )
     hook_retry_delay_s: float = Field(
         default=30,
         ge=0,
         le=86_400,
         description="Seconds before the second try of the script; doubles with each one, up to retry_max_delay_s.",
+        title="First wait of the script",
+        json_schema_extra=about(Group.AFTER, advanced=True, unit=SECONDS),
     )
 
     @property

@@ -9,6 +9,7 @@ from typing import ClassVar
 from pydantic import Field, HttpUrl, SecretStr, field_validator
 
 from blocks.base import LOGO, check_argument, check_layout
+from blocks.fields import SECONDS, Group, about
 from blocks.proxied import Proxied
 from blocks.urls import check_url
 
@@ -50,36 +51,75 @@ x = XnatTarget.load("BLOCK_NAME")
     type_name: ClassVar[str] = "xnat"
     where: ClassVar[tuple[str, ...]] = ("host", "project_id", "destination")
     host_in: ClassVar[str] = "host"
+    aims: ClassVar[tuple[str, ...]] = ("host", "proxy", "ca_cert")
 
-    host: str = Field(description="Base URL of the XNAT server, as in https://xnat.example.org.")
-    project_id: str = Field(description="ID of the project, which is not its title or its running title.")
-    user: str = Field(description="User name, or the alias of an alias token.")
-    password: SecretStr = Field(description="Password of the user, or the secret of the alias token.")
-    subject: str = Field(default="{PatientID}", description=f"Label of the subject; {NAME_FIELDS}")
+    host: str = Field(
+        description="Base URL of the XNAT server, as in https://xnat.example.org.",
+        title="Server",
+        json_schema_extra=about(Group.CONNECTION, placeholder="https://xnat.example.org"),
+    )
+    project_id: str = Field(
+        description="ID of the project, which is not its title or its running title.",
+        title="Project ID",
+        json_schema_extra=about(Group.CONNECTION, placeholder="TRIAL7"),
+    )
+    user: str = Field(
+        description="User name, or the alias of an alias token.",
+        title="User or token alias",
+        json_schema_extra=about(Group.SIGN_IN),
+    )
+    password: SecretStr = Field(
+        description="Password of the user, or the secret of the alias token.",
+        title="Password or token secret",
+        json_schema_extra=about(Group.SIGN_IN),
+    )
+    subject: str = Field(
+        default="{PatientID}",
+        description=f"Label of the subject; {NAME_FIELDS}",
+        title="Subject label",
+        json_schema_extra=about(Group.NAMES, placeholder="{PatientID}"),
+    )
     session: str = Field(
-        default="{PatientID}_{StudyDate}_{StudyTime}", description=f"Label of the session; {NAME_FIELDS}"
+        default="{PatientID}_{StudyDate}_{StudyTime}",
+        description=f"Label of the session; {NAME_FIELDS}",
+        title="Session label",
+        json_schema_extra=about(Group.NAMES, placeholder="{PatientID}_{StudyDate}_{StudyTime}"),
     )
     destination: Destination = Field(
-        default=Destination.ARCHIVE, description="Where the session is to end: archive, or prearchive for a review."
+        default=Destination.ARCHIVE,
+        description="Where the session is to end: archive, or prearchive for a review.",
+        title="Where sessions end",
+        json_schema_extra=about(Group.STORED, advanced=True),
     )
     overwrite: Overwrite = Field(
         default=Overwrite.NONE,
         description="What to do if XNAT has a session of the study: none refuses, append adds what is missing, "
         "delete replaces what is sent.",
+        title="If the session exists",
+        json_schema_extra=about(Group.STORED, advanced=True),
     )
     ca_cert: str = Field(
         default="",
         description="Certificates that are trusted to vouch for the server: path of a PEM file or folder, or PEM text; "
         "empty for the system's trust store.",
+        title="Trust these authorities",
+        json_schema_extra=about(Group.SECURITY, advanced=True, placeholder="path or -----BEGIN CERTIFICATE-----"),
     )
     archive_timeout_s: float = Field(
         default=600,
         ge=0,
         le=86_400,
         description="Seconds to wait, after the upload, for XNAT to build and archive a session.",
+        title="Wait for archiving",
+        json_schema_extra=about(Group.LIMITS, advanced=True, unit=SECONDS),
     )
     concurrency: int = Field(
-        default=2, ge=1, le=64, description="Studies that are imported at once inside one dispatch."
+        default=2,
+        ge=1,
+        le=64,
+        description="Studies that are imported at once inside one dispatch.",
+        title="Studies at once",
+        json_schema_extra=about(Group.LIMITS, advanced=True),
     )
 
     @field_validator("host")

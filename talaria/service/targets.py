@@ -9,6 +9,7 @@ from typing import Any
 
 from blocks import REFUSED, TYPES, Target
 from blocks.base import check_name
+from blocks.fields import facts as form_facts
 from talaria.engine.registry import CHECKS, workers
 from talaria.engine.runs import at_rest, create
 from talaria.service import Office, recorded
@@ -46,8 +47,15 @@ def _types() -> dict[str, Any]:
                 "description": cls.model_fields[field].description,
                 "required": cls.model_fields[field].is_required(),
                 "secret": field in cls.secret_fields(),
+                "title": shown.title,
+                "group": shown.group,
+                "tier": shown.tier,
+                "unit": shown.unit,
+                "placeholder": shown.placeholder,
+                "aims": field in cls.leads_secrets_to(),
             }
             for field in field_names(cls)
+            for shown in (form_facts(cls, field),)
         }
         abilities = (
             {}

@@ -126,6 +126,12 @@ class TypeFieldAnswer(ExactAnswer):
     description: str | None
     required: bool
     secret: bool
+    title: str = Field("", description="Its label in a form.")
+    group: str = Field("", description="The part of a form that it stands in.")
+    tier: str = Field("", description="`basic`, or `advanced` for what few need.")
+    unit: str = Field("", description="What its number counts: `s`, `B` for bytes, `B/s`, `times`.")
+    placeholder: str = Field("", description="An example for an empty field of a form.")
+    aims: bool = Field(False, description="Whether it decides who is sent the secrets.")
 
 
 class TargetTypeAnswer(ExactAnswer):
