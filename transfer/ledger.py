@@ -1,41 +1,38 @@
-"""The ledger: what arrived where, item by item, in one SQLite file that survives the process.
+"""The ledger: what arrived where, item by item, in a database that survives the process.
 
-One row per (dispatch, destination, item), committed after the peer's confirmation. Write-ahead logging with
-`synchronous=NORMAL`: a killed process loses nothing that was committed; a power cut may lose the last commits,
-never the file, and what is lost is sent again.
+One row per (dispatch, destination, item), committed after the peer's confirmation. The tables lie in one SQLite file,
+or in PostgreSQL (`transfer.database`); every statement is understood by both.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import sqlite3
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
+from transfer.database import opened
 from transfer.outcome import ARRIVED, Kind, Outcome
 from transfer.plan import Item, Plan
 from transfer.receipt import ItemResult
 
-BUSY_S = 30  # how long a writer waits for another process's commit
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS items (
   dispatch_id TEXT NOT NULL, destination TEXT NOT NULL, path TEXT NOT NULL,
-  endpoint TEXT NOT NULL, size INTEGER NOT NULL, mtime_ns INTEGER NOT NULL, sop_instance_uid TEXT NOT NULL,
-  outcome TEXT NOT NULL, detail TEXT NOT NULL, attempts INTEGER NOT NULL, time REAL NOT NULL,
+  endpoint TEXT NOT NULL, size BIGINT NOT NULL, mtime_ns BIGINT NOT NULL, sop_instance_uid TEXT NOT NULL,
+  outcome TEXT NOT NULL, detail TEXT NOT NULL, attempts INTEGER NOT NULL, time DOUBLE PRECISION NOT NULL,
   PRIMARY KEY (dispatch_id, destination, path)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS hooks (
   dispatch_id TEXT NOT NULL, destination TEXT NOT NULL, endpoint TEXT NOT NULL,
-  outcome TEXT NOT NULL, exit_code INTEGER, output TEXT NOT NULL, attempts INTEGER NOT NULL, time REAL NOT NULL,
-  PRIMARY KEY (dispatch_id, destination)) WITHOUT ROWID;
+  outcome TEXT NOT NULL, exit_code INTEGER, output TEXT NOT NULL, attempts INTEGER NOT NULL,
+  time DOUBLE PRECISION NOT NULL, PRIMARY KEY (dispatch_id, destination)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS runs (
-  flow_run_id TEXT PRIMARY KEY, dispatch_id TEXT NOT NULL, owner TEXT NOT NULL, begun REAL NOT NULL, ended REAL
-  ) WITHOUT ROWID;
+  flow_run_id TEXT PRIMARY KEY, dispatch_id TEXT NOT NULL, owner TEXT NOT NULL,
+  begun DOUBLE PRECISION NOT NULL, ended DOUBLE PRECISION) WITHOUT ROWID;
 """
 
 
@@ -56,27 +53,18 @@ class Ledger:
     """An open ledger; may be used from several threads, and by several processes at once.
 
     Args:
-        path: the file; made, with mode 0600, if it isn't there.
+        where: the file of SQLite's, made, with mode 0600, if it isn't there; or the URL of a PostgreSQL database.
 
     Raises:
         OSError, sqlite3.Error: the file can't be opened or is damaged.
+        DispatchError: the database can't be used.
     """
 
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        # Never opened when it is there: closing a descriptor of it drops the locks of every connection of this
-        # process (fcntl(2)), and then another process, when it closes, takes the log away that these still use.
-        with suppress(FileExistsError):
-            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600))
-        self._lock = threading.RLock()
-        self._db = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
-        self._db.execute("PRAGMA journal_mode=WAL")
-        self._db.execute("PRAGMA synchronous=NORMAL")
-        self._db.executescript(SCHEMA)
+    def __init__(self, where: Path | str) -> None:
+        self._db = opened(where, SCHEMA)
 
     def close(self) -> None:
-        with self._lock:
-            self._db.close()
+        self._db.close()
 
     def __enter__(self) -> Self:
         return self
@@ -84,21 +72,14 @@ class Ledger:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    @contextmanager
-    def _writing(self) -> Iterator[sqlite3.Connection]:
-        with self._lock:
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._db
-            except BaseException:
-                self._db.execute("ROLLBACK")
-                raise
-            self._db.execute("COMMIT")
+    def now(self) -> float:
+        """Return the time by the database's clock, in seconds since the epoch."""
+        return self._db.time()
 
     @contextmanager
     def together(self) -> Iterator[None]:
         """Save what the block records with one commit, at its end; nothing of it if it raises."""
-        with self._writing():
+        with self._db.writing():
             yield
 
     def begin(self, dispatch_id: str, destination: str, endpoint: str, *, force: bool = False) -> None:
@@ -106,37 +87,39 @@ class Ledger:
 
         Rows about another endpoint are forgotten as well: the target has been pointed elsewhere since.
         """
-        with self._writing() as db:
+        below = len(destination) + 1, f"{destination}/"
+        with self._db.writing():
             if force:
-                db.execute("DELETE FROM items WHERE dispatch_id=? AND destination=?", (dispatch_id, destination))
-                db.execute(
-                    "DELETE FROM hooks WHERE dispatch_id=? AND (destination=? OR destination GLOB ? || '/*')",
-                    (dispatch_id, destination, destination),
+                self._db.execute("DELETE FROM items WHERE dispatch_id=? AND destination=?", (dispatch_id, destination))
+                self._db.execute(
+                    "DELETE FROM hooks WHERE dispatch_id=? AND (destination=? OR substr(destination, 1, ?)=?)",
+                    (dispatch_id, destination, *below),
                 )
             else:
                 arrived = json.dumps([str(kind) for kind in ARRIVED])
-                db.execute(
-                    "DELETE FROM items WHERE dispatch_id=? AND destination=?"
-                    " AND (endpoint<>? OR outcome NOT IN (SELECT value FROM json_each(?)))",
+                self._db.execute(
+                    "DELETE FROM items WHERE dispatch_id=? AND destination=?"  # noqa: S608 - ours
+                    f" AND (endpoint<>? OR outcome NOT IN ({self._db.LISTED}))",
                     (dispatch_id, destination, endpoint, arrived),
                 )
-                db.execute(
-                    "DELETE FROM hooks WHERE dispatch_id=? AND (destination=? OR destination GLOB ? || '/*')"
+                self._db.execute(
+                    "DELETE FROM hooks WHERE dispatch_id=? AND (destination=? OR substr(destination, 1, ?)=?)"
                     " AND endpoint<>?",
-                    (dispatch_id, destination, destination, endpoint),
+                    (dispatch_id, destination, *below, endpoint),
                 )
 
     def record(self, dispatch_id: str, destination: str, endpoint: str, item: Item, outcome: Outcome) -> None:
         """Save an item's outcome; return when it is committed."""
         uid = item.header.SOPInstanceUID if item.header else ""
-        with self._lock:
+        with self._db.reading():
             self._db.execute(
-                "INSERT INTO items VALUES (?,?,?,?,?,?,?,?,?,1,?) ON CONFLICT DO UPDATE SET"
+                "INSERT INTO items VALUES (?,?,?,?,?,?,?,?,?,1,?)"
+                " ON CONFLICT (dispatch_id, destination, path) DO UPDATE SET"
                 " endpoint=excluded.endpoint, size=excluded.size, mtime_ns=excluded.mtime_ns,"
                 " sop_instance_uid=excluded.sop_instance_uid, outcome=excluded.outcome, detail=excluded.detail,"
-                " attempts=attempts+1, time=excluded.time",
+                " attempts=items.attempts+1, time=excluded.time",
                 (dispatch_id, destination, item.shown, endpoint, item.size, item.mtime_ns, uid,
-                 str(outcome.kind), outcome.detail, time.time()),
+                 str(outcome.kind), outcome.detail, self.now()),
             )  # fmt: skip
 
     def outcomes(
@@ -153,7 +136,7 @@ class Ledger:
             endpoint: count only rows about this one; None for any.
             since: count only rows that were written since then, in seconds since the epoch.
         """
-        with self._lock:
+        with self._db.reading():
             rows = {
                 path: (size, mtime_ns, Outcome(Kind(outcome), detail))
                 for path, size, mtime_ns, outcome, detail in self._db.execute(
@@ -172,7 +155,7 @@ class Ledger:
     def results(self, dispatch_id: str) -> dict[str, list[ItemResult]]:
         """Return all rows of a dispatch by destination."""
         found: dict[str, list[ItemResult]] = {}
-        with self._lock:
+        with self._db.reading():
             for destination, path, uid, outcome, detail in self._db.execute(
                 "SELECT destination, path, sop_instance_uid, outcome, detail FROM items WHERE dispatch_id=?"
                 " ORDER BY destination, path",
@@ -183,7 +166,7 @@ class Ledger:
 
     def hook(self, dispatch_id: str, destination: str) -> HookRow | None:
         """Return the last run of the target's hook for this dispatch."""
-        with self._lock:
+        with self._db.reading():
             row = self._db.execute(
                 "SELECT outcome, exit_code, output, attempts FROM hooks WHERE dispatch_id=? AND destination=?",
                 (dispatch_id, destination),
@@ -194,27 +177,27 @@ class Ledger:
         self, dispatch_id: str, destination: str, endpoint: str, outcome: str, exit_code: int | None, output: str
     ) -> None:
         """Save a run of the hook."""
-        with self._lock:
+        with self._db.reading():
             self._db.execute(
-                "INSERT INTO hooks VALUES (?,?,?,?,?,?,1,?) ON CONFLICT DO UPDATE SET endpoint=excluded.endpoint,"
-                " outcome=excluded.outcome, exit_code=excluded.exit_code, output=excluded.output,"
-                " attempts=attempts+1, time=excluded.time",
-                (dispatch_id, destination, endpoint, outcome, exit_code, output, time.time()),
+                "INSERT INTO hooks VALUES (?,?,?,?,?,?,1,?) ON CONFLICT (dispatch_id, destination) DO UPDATE SET"
+                " endpoint=excluded.endpoint, outcome=excluded.outcome, exit_code=excluded.exit_code,"
+                " output=excluded.output, attempts=hooks.attempts+1, time=excluded.time",
+                (dispatch_id, destination, endpoint, outcome, exit_code, output, self.now()),
             )
 
     def run_begins(self, flow_run_id: str, owner: str) -> None:
         """Note which process runs a flow run; its dispatch id, if it has one, stays."""
-        with self._lock:
+        with self._db.reading():
             self._db.execute(
-                "INSERT INTO runs VALUES (?,'',?,?,NULL) ON CONFLICT DO UPDATE SET"
+                "INSERT INTO runs VALUES (?,'',?,?,NULL) ON CONFLICT (flow_run_id) DO UPDATE SET"
                 " owner=excluded.owner, begun=excluded.begun, ended=NULL",
-                (flow_run_id, owner, time.time()),
+                (flow_run_id, owner, self.now()),
             )
 
     def run_claimed(self, flow_run_id: str, owner: str, alive: Callable[[str], bool]) -> bool:
         """Note that a process is about to run a flow run, unless a living one has it; return whether it may."""
-        with self._writing() as db:
-            row = db.execute("SELECT owner, ended FROM runs WHERE flow_run_id=?", (flow_run_id,)).fetchone()
+        with self._db.writing():
+            row = self._db.execute("SELECT owner, ended FROM runs WHERE flow_run_id=?", (flow_run_id,)).fetchone()
             if row and row[1] is None and row[0] and alive(row[0]):
                 return False
             self.run_begins(flow_run_id, owner)
@@ -225,24 +208,25 @@ class Ledger:
 
         A run that is taken up again continues its own dispatch, even if a file has changed since.
         """
-        with self._lock:
+        with self._db.reading():
             row = self._db.execute("SELECT dispatch_id FROM runs WHERE flow_run_id=?", (flow_run_id,)).fetchone()
             if row and row[0]:
                 return replace(plan, dispatch_id=row[0])
             self._db.execute(
-                "INSERT INTO runs VALUES (?,?,'',?,NULL) ON CONFLICT DO UPDATE SET dispatch_id=excluded.dispatch_id",
-                (flow_run_id, plan.dispatch_id, time.time()),
+                "INSERT INTO runs VALUES (?,?,'',?,NULL)"
+                " ON CONFLICT (flow_run_id) DO UPDATE SET dispatch_id=excluded.dispatch_id",
+                (flow_run_id, plan.dispatch_id, self.now()),
             )
         return plan
 
     def run_ends(self, flow_run_id: str) -> None:
         """Note that a flow run is over, however it ended."""
-        with self._lock:
-            self._db.execute("UPDATE runs SET ended=? WHERE flow_run_id=?", (time.time(), flow_run_id))
+        with self._db.reading():
+            self._db.execute("UPDATE runs SET ended=? WHERE flow_run_id=?", (self.now(), flow_run_id))
 
     def unfinished(self) -> dict[str, str]:
         """Return the owner, by flow run id, of every run that has begun and not ended."""
-        with self._lock:
+        with self._db.reading():
             return dict(self._db.execute("SELECT flow_run_id, owner FROM runs WHERE ended IS NULL"))
 
     def prune(self, before: float, keep: Iterable[str] = ()) -> int:
@@ -251,21 +235,21 @@ class Ledger:
         Args:
             keep: ids of flow runs that go on later: what they have sent is not forgotten.
         """
-        with self._writing() as db:
+        with self._db.writing():
             old = (
-                "SELECT dispatch_id FROM items GROUP BY dispatch_id HAVING MAX(time) < ?"
+                "SELECT dispatch_id FROM items GROUP BY dispatch_id HAVING MAX(time) < ?"  # noqa: S608 - ours
                 " EXCEPT SELECT dispatch_id FROM runs"
-                " WHERE ended IS NULL OR flow_run_id IN (SELECT value FROM json_each(?))"
+                f" WHERE ended IS NULL OR flow_run_id IN ({self._db.LISTED})"
             )
-            ids = [row[0] for row in db.execute(old, (before, json.dumps([*keep])))]
+            ids = [row[0] for row in self._db.execute(old, (before, json.dumps([*keep])))]
             deletions = (
                 "DELETE FROM items WHERE dispatch_id=?",
                 "DELETE FROM hooks WHERE dispatch_id=?",
                 "DELETE FROM runs WHERE dispatch_id=?",
             )
             # Checks, queries and retrievals have a row as runs, and nothing else.
-            others = db.execute("DELETE FROM runs WHERE dispatch_id='' AND ended < ?", (before,)).rowcount
-            return others + sum(db.execute(delete, (one,)).rowcount for delete in deletions for one in ids)
+            others = self._db.execute("DELETE FROM runs WHERE dispatch_id='' AND ended < ?", (before,)).rowcount
+            return others + sum(self._db.execute(delete, (one,)).rowcount for delete in deletions for one in ids)
 
 
 def write_json(path: Path, document: dict[str, Any]) -> None:

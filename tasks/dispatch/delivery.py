@@ -132,7 +132,7 @@ class Delivery:
             # The same dispatch to the same place, started twice: the second waits, then finds all of it done.
             with self.home.exclusive(self._lock("push"), PushReport(cancelled=self.cancelled).check):
                 if self._before is None:
-                    self._since = time.time()
+                    self._since = self.ledger.now()
                     self.ledger.begin(*key, force=self._force)
                 known = self.ledger.outcomes(*key[:2], plan.items, key[2])
                 if self._before is None:
@@ -206,7 +206,7 @@ class Delivery:
         if not left.begun:
             return
         self.attempts, self.futile, self.failures = left.attempts, left.futile, list(left.failures)
-        self._since, self._begun = left.begun, time.monotonic() - (time.time() - left.begun)
+        self._since, self._begun = left.begun, time.monotonic() - (self.ledger.now() - left.begun)
         self._stumbled, self._put_off = set(left.stumbled), dict(left.put_off)
         self._unanswered, self._tries = Counter(left.unanswered), Counter(left.tries)
         key, items = self.key, self.plan.items

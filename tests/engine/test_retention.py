@@ -47,7 +47,7 @@ def ended(home: Home, plan: Plan, run_id: str, days: float, monkeypatch: pytest.
     now = time.time()
     (item,) = plan.items
     with Ledger(home.ledger) as ledger, monkeypatch.context() as past:
-        past.setattr("transfer.ledger.time.time", lambda: now - days * DAY_S)
+        past.setattr("time.time", lambda: now - days * DAY_S)
         ledger.run_begins(run_id, "gone")
         ledger.same_dispatch(run_id, replace(plan, dispatch_id=f"dispatch-{run_id}"))
         ledger.record(f"dispatch-{run_id}", "archive", "folder", item, Outcome(Kind.DELIVERED))

@@ -1,0 +1,296 @@
+"""Where a ledger's tables lie: in a file of SQLite's, or in PostgreSQL, where several hosts share them.
+
+The ledger's statements are the same for both: parameters are `?`, conflicts are named by their columns, numbers are
+BIGINT or DOUBLE PRECISION, and lists come as JSON (`LISTED`).
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from transfer.errors import Misconfigured, Unreachable
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection, CursorResult, Engine
+
+BUSY_S = 30  # how long a writer waits for another process's commit, or for a server that is away
+AGAIN_S = 0.5  # between two attempts to reach one
+SET_UP = 0x74616C61  # key of the advisory lock under which tables are made
+PREFIXES = ("postgresql://", "postgres://", "postgresql+psycopg://")
+# A host that is gone without a word is noticed within these, which is before a lease ends.
+KEEPALIVE = {"connect_timeout": 10, "keepalives_idle": 5, "keepalives_interval": 3, "keepalives_count": 3}
+KEEPALIVE |= {"tcp_user_timeout": 15_000}  # milliseconds
+
+
+class Rows(Protocol):
+    """What a statement has found, or how many rows it has changed."""
+
+    @property
+    def rowcount(self) -> int: ...
+    def fetchone(self) -> Any: ...
+    def fetchall(self) -> list[Any]: ...
+    def __iter__(self) -> Iterator[Any]: ...
+
+
+class Database(Protocol):
+    """An open database; may be used from several threads, and by several processes at once.
+
+    Attributes:
+        LISTED: a query of the elements of a parameter, which is a JSON list of texts.
+        shared: whether processes of other hosts use it as well.
+    """
+
+    LISTED: str
+    shared: bool
+
+    def execute(self, statement: str, parameters: Sequence[Any] = ()) -> Rows:
+        """Execute a statement; return when it is committed, unless it is part of a block of `writing`."""
+
+    def writing(self) -> Any:
+        """Save what the block executes with one commit, at its end; nothing of it if it raises."""
+
+    def reading(self) -> Any:
+        """Keep other threads from this connection during the block, in which rows are fetched."""
+
+    def time(self) -> float:
+        """Return what the database's clock says, in seconds since the epoch."""
+
+    def close(self) -> None: ...
+
+
+class Sqlite:
+    """A file, with write-ahead logging.
+
+    `synchronous=NORMAL`: a killed process loses nothing that was committed; a power cut may lose the last commits,
+    never the file, and what is lost is sent again.
+
+    Raises:
+        OSError, sqlite3.Error: the file can't be opened or is damaged.
+    """
+
+    LISTED = "SELECT value FROM json_each(?)"
+    shared = False
+
+    def __init__(self, path: Path, schema: str) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        # Never opened when it is there: closing a descriptor of it drops the locks of every connection of this
+        # process (fcntl(2)), and then another process, when it closes, takes the log away that these still use.
+        with suppress(FileExistsError):
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600))
+        self._lock = threading.RLock()
+        self._db = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
+        self._db.execute("PRAGMA journal_mode=WAL")
+        self._db.execute("PRAGMA synchronous=NORMAL")
+        self._db.executescript(schema)
+
+    def execute(self, statement: str, parameters: Sequence[Any] = ()) -> Rows:
+        with self._lock:
+            return self._db.execute(statement, parameters)
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        with self._lock:
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+            except BaseException:
+                self._db.execute("ROLLBACK")
+                raise
+            self._db.execute("COMMIT")
+
+    def reading(self) -> Any:
+        return self._lock
+
+    def time(self) -> float:
+        return time.time()
+
+    def close(self) -> None:
+        with self._lock:
+            self._db.close()
+
+
+class Postgresql:
+    """A database of a PostgreSQL server, in which the tables lie in a schema of their own, `talaria`.
+
+    Raises:
+        Misconfigured: the URL is none of PostgreSQL's, or the server refuses what it asks for.
+        Unreachable: the server can't be reached.
+    """
+
+    LISTED = "SELECT json_array_elements_text(CAST(? AS json))"
+    shared = True
+
+    def __init__(self, url: str, schema: str) -> None:
+        self._engine, self._ahead = _set_up(url, schema)
+        self._lock = threading.RLock()
+        self._held: Connection | None = None  # taken once: to take one for each statement costs as much as it does
+        self._within = False  # a block of `writing`
+
+    def execute(self, statement: str, parameters: Sequence[Any] = ()) -> Rows:
+        with self._lock:
+            end = time.monotonic() + BUSY_S
+            while True:
+                try:
+                    return self._executed(statement, parameters)
+                except _lost() as exc:
+                    self._let_go()
+                    # Done twice, each of the ledger's statements leaves what it leaves done once.
+                    if self._within or time.monotonic() > end:
+                        raise _unreachable(exc) from exc
+                    time.sleep(AGAIN_S)
+
+    def _executed(self, statement: str, parameters: Sequence[Any] = ()) -> Rows:
+        if self._held is None:
+            if self._within:  # the connection is gone, and what had been done in the block
+                raise Unreachable("the connection to the ledger's database broke")
+            self._held = self._engine.connect()
+        # PostgreSQL's texts hold no NUL; nothing but a peer's own words could have one.
+        given = tuple(one.replace("\0", "") if isinstance(one, str) else one for one in parameters)
+        return _Fetched(self._held.exec_driver_sql(_prepared(statement), given))
+
+    def _let_go(self) -> None:
+        held, self._held = self._held, None
+        if held is not None:
+            with suppress(*_lost()):
+                held.invalidate()
+                held.close()
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        with self._lock:
+            self.execute("BEGIN")
+            self._within = True
+            try:
+                yield
+                self.execute("COMMIT")
+            except BaseException:
+                with suppress(Unreachable):  # then nothing of it is there either
+                    self.execute("ROLLBACK")
+                raise
+            finally:
+                self._within = False
+
+    def reading(self) -> Any:
+        return self._lock
+
+    def time(self) -> float:
+        # Its own clock goes on by ours, not to be asked for each row; CLOCK_MONOTONIC knows no steps.
+        return self._ahead + time.monotonic()
+
+    def close(self) -> None:
+        """Leave the connection to the next ledger of this process."""
+        with self._lock:
+            held, self._held = self._held, None
+            if held is not None:
+                held.close()
+
+
+def opened(where: Path | str, schema: str) -> Database:
+    """Open the database that a path or a URL names; make its tables if they aren't there."""
+    return Sqlite(where, schema) if isinstance(where, Path) else Postgresql(where, schema)
+
+
+class _Fetched:
+    def __init__(self, result: CursorResult[Any]) -> None:
+        self._rows = [tuple(row) for row in result] if result.returns_rows else []
+        self.rowcount = result.rowcount
+
+    def fetchone(self) -> Any:
+        return self._rows[0] if self._rows else None
+
+    def fetchall(self) -> list[Any]:
+        return self._rows
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._rows)
+
+
+@functools.cache
+def _prepared(statement: str) -> str:
+    return statement.replace("%", "%%").replace("?", "%s")
+
+
+@functools.cache
+def _lost() -> tuple[type[Exception], ...]:
+    from sqlalchemy.exc import InterfaceError, OperationalError
+
+    return OperationalError, InterfaceError
+
+
+def _unreachable(exc: Exception) -> Unreachable:
+    return Unreachable(f"the ledger's database can't be reached: {_words(exc)}")
+
+
+def _words(exc: Exception) -> str:
+    """Return what PostgreSQL says, without the statement and its parameters."""
+    return str(getattr(exc, "orig", None) or type(exc).__name__).strip().partition("\n")[0]
+
+
+@functools.cache
+def _engine(url: str) -> Engine:
+    """Return this process's connections to a database."""
+    from sqlalchemy import create_engine, make_url
+    from sqlalchemy.exc import ArgumentError, NoSuchModuleError
+
+    if not url.startswith(PREFIXES):
+        raise Misconfigured("the ledger's URL must begin with postgresql://")
+    try:
+        parts = make_url(url).set(drivername="postgresql+psycopg")
+        return create_engine(
+            parts,
+            isolation_level="AUTOCOMMIT",
+            pool_pre_ping=True,
+            pool_size=4,
+            max_overflow=60,
+            hide_parameters=True,  # in messages of errors
+            connect_args=KEEPALIVE | {"options": "-c search_path=talaria", "application_name": "talaria"},
+        )
+    except (ArgumentError, NoSuchModuleError, ModuleNotFoundError) as exc:
+        why = "install the extra `postgresql`" if isinstance(exc, ModuleNotFoundError) else "it is not a valid URL"
+        raise Misconfigured(f"the ledger's database can't be used: {why}") from None  # its URL may hold a password
+
+
+_setting_up = threading.Lock()
+
+
+def _set_up(url: str, schema: str) -> tuple[Engine, float]:
+    """Return the connections to a database whose tables are there, and how far its clock is ahead of our monotonic."""
+    from sqlalchemy import text
+    from sqlalchemy.exc import ProgrammingError
+
+    engine = _engine(url)
+    with _setting_up:
+        try:
+            if (url, schema) not in _known:
+                with engine.execution_options(isolation_level="READ COMMITTED").begin() as connection:
+                    connection.execute(text(f"SELECT pg_advisory_xact_lock({SET_UP})"))
+                    connection.execute(text("CREATE SCHEMA IF NOT EXISTS talaria"))
+                    for statement in filter(str.strip, _dialect(schema).split(";")):
+                        connection.execute(text(statement))
+            if _known.get((url, schema), (0.0, 0.0))[0] < time.monotonic() - SYNC_S:
+                with engine.connect() as connection:
+                    asked = time.monotonic()
+                    now = connection.execute(text("SELECT extract(epoch FROM clock_timestamp())")).scalar_one()
+                    _known[url, schema] = time.monotonic(), float(now) - (asked + time.monotonic()) / 2
+        except _lost() as exc:
+            raise _unreachable(exc) from exc
+        except ProgrammingError as exc:  # no right to make the tables
+            raise Misconfigured(f"the ledger's tables can't be made: {_words(exc)}") from exc
+        return engine, _known[url, schema][1]
+
+
+SYNC_S = 60.0  # for how long it is known how far a database's clock is ahead
+_known: dict[tuple[str, str], tuple[float, float]] = {}  # when that was asked, and the answer
+
+
+def _dialect(schema: str) -> str:
+    """Return the statements that make the tables as PostgreSQL has them: texts are compared byte by byte."""
+    return schema.replace("TEXT", 'TEXT COLLATE "C"').replace("BLOB", "BYTEA").replace("WITHOUT ROWID", "")
