@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from pydantic import Field, HttpUrl, field_validator, model_validator
 
-from blocks.base import LOGO, Target, check_host
+from blocks.base import ICONS, Target, check_host
 from blocks.fields import BYTES, SECONDS, Group, about
 from transfer.plan import Origin
 
@@ -34,7 +34,7 @@ class DicomTarget(Target):
     _block_type_name = "DICOM Target"
     _block_type_slug = "dicom-target"
     _documentation_url = HttpUrl("https://dicom.nema.org/medical/dicom/current/output/html/part04.html#chapter_B")
-    _logo_url = HttpUrl(LOGO)
+    _logo_url = HttpUrl(f"{ICONS}/dicom.svg")
     _code_example = """```python
 from blocks.dicom import DicomTarget
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from pydantic import Field, HttpUrl, SecretStr, model_validator
 
-from blocks.base import LOGO
+from blocks.base import ICONS
 from blocks.dicom import DicomTarget
 from blocks.fields import Group, about
 
@@ -31,7 +31,7 @@ class DicomTlsTarget(DicomTarget):
     _block_type_name = "DICOM TLS Target"
     _block_type_slug = "dicom-tls-target"
     _documentation_url = HttpUrl("https://dicom.nema.org/medical/dicom/current/output/html/part15.html#chapter_B")
-    _logo_url = HttpUrl(LOGO)
+    _logo_url = HttpUrl(f"{ICONS}/dicom-tls.svg")
     _code_example = """```python
 from blocks.dicom_tls import DicomTlsTarget
 

@@ -8,7 +8,7 @@ from urllib.parse import unquote, urlsplit
 
 from pydantic import Field, HttpUrl, SecretStr, field_validator, model_validator
 
-from blocks.base import CONTROL, LOGO
+from blocks.base import CONTROL, ICONS
 from blocks.fields import BYTES, Group, about
 from blocks.proxied import Proxied
 from blocks.urls import check_url
@@ -26,7 +26,7 @@ class DicomWebTarget(Proxied):
     _block_type_name = "DICOMweb Target"
     _block_type_slug = "dicomweb-target"
     _documentation_url = HttpUrl("https://dicom.nema.org/medical/dicom/current/output/html/part18.html")
-    _logo_url = HttpUrl(LOGO)
+    _logo_url = HttpUrl(f"{ICONS}/dicomweb.svg")
     _code_example = """```python
 from blocks.dicomweb import DicomWebTarget
 

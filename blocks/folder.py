@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field, HttpUrl, field_validator
 
-from blocks.base import CONTROL, LAYOUT, LOGO, Target, check_layout
+from blocks.base import CONTROL, ICONS, LAYOUT, Target, check_layout
 from blocks.fields import Group, about
 
 MODE = re.compile(r"(?:0o?)?([0-7]{3,4})")
@@ -31,7 +31,7 @@ class FolderTarget(Target):
     _block_type_name = "Folder Target"
     _block_type_slug = "folder-target"
     _documentation_url = HttpUrl("https://pubs.opengroup.org/onlinepubs/9799919799/functions/rename.html")
-    _logo_url = HttpUrl(LOGO)
+    _logo_url = HttpUrl(f"{ICONS}/folder.svg")
     _code_example = """```python
 from blocks.folder import FolderTarget
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from pydantic import Field, HttpUrl, field_validator
 
-from blocks.base import LOGO
+from blocks.base import ICONS
 from blocks.fields import Group, about
 from blocks.ssh import SshTarget, check_folder
 
@@ -24,7 +24,7 @@ class RsyncTarget(SshTarget):
     _block_type_name = "rsync Target"
     _block_type_slug = "rsync-target"
     _documentation_url = HttpUrl("https://download.samba.org/pub/rsync/rsync.1")
-    _logo_url = HttpUrl(LOGO)
+    _logo_url = HttpUrl(f"{ICONS}/rsync.svg")
     _code_example = """```python
 from blocks.rsync import RsyncTarget
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field, HttpUrl, SecretStr, ValidationInfo, field_validator, model_validator
 
-from blocks.base import CONTROL, LAYOUT, LOGO, check_argument, check_layout
+from blocks.base import CONTROL, ICONS, LAYOUT, check_argument, check_layout
 from blocks.fields import BYTES, Group, about
 from blocks.proxied import Proxied
 from blocks.urls import check_url
@@ -56,7 +56,7 @@ class S3Target(Proxied):
     _block_type_name = "S3 Target"
     _block_type_slug = "s3-target"
     _documentation_url = HttpUrl("https://docs.aws.amazon.com/AmazonS3/latest/API/Welcome.html")
-    _logo_url = HttpUrl(LOGO)
+    _logo_url = HttpUrl(f"{ICONS}/s3.svg")
     _code_example = """```python
 from blocks.s3 import S3Target
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from pydantic import Field, HttpUrl
 
-from blocks.base import LOGO
+from blocks.base import ICONS
 from blocks.fields import Group, about
 from blocks.ssh import SshTarget
 
@@ -28,7 +28,7 @@ class SftpTarget(SshTarget):
     _block_type_name = "SFTP Target"
     _block_type_slug = "sftp-target"
     _documentation_url = HttpUrl("https://datatracker.ietf.org/doc/html/draft-ietf-secsh-filexfer-02")
-    _logo_url = HttpUrl(LOGO)
+    _logo_url = HttpUrl(f"{ICONS}/sftp.svg")
     _code_example = """```python
 from blocks.sftp import SftpTarget
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from pydantic import Field, HttpUrl, SecretStr, field_validator
 
-from blocks.base import LOGO, check_argument, check_layout
+from blocks.base import ICONS, check_argument, check_layout
 from blocks.fields import SECONDS, Group, about
 from blocks.proxied import Proxied
 from blocks.urls import check_url
@@ -40,7 +40,7 @@ class XnatTarget(Proxied):
 
     _block_type_name = "XNAT Target"
     _block_type_slug = "xnat-target"
-    _logo_url = HttpUrl(LOGO)
+    _logo_url = HttpUrl(f"{ICONS}/xnat.svg")
     _documentation_url = HttpUrl("https://wiki.xnat.org/xnat-api/image-session-import-service-api")
     _code_example = """```python
 from blocks.xnat import XnatTarget

@@ -35,8 +35,7 @@ def policy(host: str, *, own: bool) -> str:
 
 def dressed(scope: Message, send: Send, *, tls: bool) -> Send:
     """Return a `send` that adds these headers to every answer, and removes those of CORS."""
-    host = next((value.decode("latin-1") for key, value in scope["headers"] if key == b"host"), "")
-    safe = host if all(letter.isalnum() or letter in ".:-[]" for letter in host) else ""
+    safe = safe_host(scope)
     path = scope["path"]
 
     async def sent(message: Message) -> None:
@@ -56,6 +55,12 @@ def dressed(scope: Message, send: Send, *, tls: bool) -> Send:
         await send(message)
 
     return sent
+
+
+def safe_host(scope: Message) -> str:
+    """Return the Host of a request; "" if it holds what no host has."""
+    host = next((value.decode("latin-1") for key, value in scope["headers"] if key == b"host"), "")
+    return host if all(letter.isalnum() or letter in ".:-[]" for letter in host) else ""
 
 
 def _caching(path: str, status: int) -> bytes:

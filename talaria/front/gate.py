@@ -21,7 +21,8 @@ from starlette.routing import BaseRoute
 
 from talaria.front import prefect_rules
 from talaria.front.access import ACTING, NOBODY, SCOPE_KEY, Identity, Role, required
-from talaria.front.dress import dressed
+from talaria.front.changed import change_for, changed
+from talaria.front.dress import dressed, safe_host
 from talaria.front.keys import Door, KeyRing, header_of
 from talaria.front.origin import host_is_ours, proves_same_origin, why_foreign
 from talaria.listener import is_loopback
@@ -120,8 +121,9 @@ class Gate:
                 if prefect_rules.inspected(method, path, who.role):
                     body = await self._inspected(scope, receive, who)
                     receive, passed["headers"] = _again(body, receive), _of_length(len(body), passed["headers"])
-                if _is_settings(path):  # they are changed on the way, so they must not be compressed
+                if change := change_for(path, who.role, _base(scope, secure=asker.secure)):
                     passed["headers"] = [one for one in passed["headers"] if one[0] != b"accept-encoding"]
+                    out = changed(out, change)
         except _Refused as exc:
             if exc.status == 403:
                 self.refused(who, f"{method} {path}", exc.why)
@@ -129,8 +131,6 @@ class Gate:
             return
         token = ACTING.set(who)
         try:
-            if _is_settings(path):
-                out = _without_login(out)
             await self.app(passed, receive, out)
         except HTTPException as exc:  # of `_bounded`, where what is behind doesn't answer it
             await self._refuse(scope, receive, out, _Refused(exc.status_code, exc.detail))
@@ -349,34 +349,7 @@ def _is_plain(path: str) -> bool:
     return path.startswith("/") and not {".", ".."} & {*path.split("/")} and "//" not in path and "\\" not in path
 
 
-def _is_settings(path: str) -> bool:
-    return not is_own(path) and path.rstrip("/").endswith("/ui-settings")
-
-
-def _without_login(send: Send) -> Send:
-    """Stop Prefect's UI from asking for a password: its users have logged in here."""
-    start: Message = {}
-    body = bytearray()
-
-    async def sent(message: Message) -> None:
-        if message["type"] == "http.response.start":
-            start.update(message)
-            return
-        if message["type"] == "http.response.body":
-            body.extend(message.get("body", b""))
-            if message.get("more_body", False):
-                return
-            answer = bytes(body)
-            try:
-                settings = json.loads(answer)
-                if isinstance(settings, dict) and start["status"] == 200:
-                    answer = json.dumps(settings | {"auth": None, "api_url": "/api"}).encode()
-            except ValueError:
-                pass  # a page of Prefect's, not its settings
-            headers = [(key, value) for key, value in start["headers"] if key.lower() != b"content-length"]
-            await send({**start, "headers": [*headers, (b"content-length", str(len(answer)).encode())]})
-            await send({"type": "http.response.body", "body": answer})
-            return
-        await send(message)
-
-    return sent
+def _base(scope: Message, *, secure: bool) -> str:
+    """Return where the client reaches this server; "" if it doesn't say."""
+    host = safe_host(scope)
+    return f"{'https' if secure else 'http'}://{host}" if host else ""
