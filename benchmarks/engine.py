@@ -1,11 +1,13 @@
 """The engine: our worker beside Prefect's process worker, on the same flow, at one server, to the same sink.
 
-    python -m benchmarks.engine [--single 10] [--many 40] [--process-single 3] [--process-many 4] [--idle 60]
+    python -m benchmarks.engine [--single 10] [--many 40] [--process-single 3] [--process-many 4] [--flood 200]
+                                [--idle 60]
 
 Each dispatch is 3 small CT images to a DICOM sink that throws them away (benchmarks/discard.c), behind a relay that
 notes when the first byte comes. `first` is from the API's answer to the creation until then, `done` until the run's
-final state; calls are those of the worker and its runs, CPU is that of all its processes. Last comes what server,
-worker and `talaria up` use while nothing is to be done.
+final state; calls are those of the worker and its runs, CPU is that of all its processes. A flood is
+so many studies in one run, to the sink and to a folder at once. Last comes what server, worker and `talaria up` use
+while nothing is to be done.
 """
 
 from __future__ import annotations
@@ -125,7 +127,9 @@ class Bench:
             )
             targets = self.root / "targets.yaml"
             sink = f"{{type: dicom, host: 127.0.0.1, port: {self.relay.port}, max_dispatches: 16}}"
-            targets.write_text(f"targets:\n  sink: {sink}\n")
+            (self.root / "shelf").mkdir()
+            shelf = f"{{type: folder, folder: {self.root}/shelf}}"
+            targets.write_text(f"targets:\n  sink: {sink}\n  shelf: {shelf}\n")
             apply = [sys.executable, "-P", "-m", "talaria", "target", "apply", str(targets)]
             subprocess.run(apply, env=self.env, check=True, capture_output=True)
             yield
@@ -173,6 +177,25 @@ class Bench:
         filter_ = {"flow_runs": {"id": {"any_": ids}, "state": {"type": {"any_": list(ENDED)}}}}
         _until(lambda: self.ask("POST", "/flow_runs/count", filter_) == many, 60 + 30 * many)
         way.rate = many / (time.time() - begun)
+
+    def flood(self, way: Way, count: int) -> str:
+        """Send many studies in one run; return a sentence on it."""
+        for number in range(count):
+            studies.ct(self.root / "flood" / f"study{number}", FILES)
+        before, calls = self._cpu(way), _calls(way.log)
+        parameters = {"paths": [str(self.root / "flood")], "targets": ["sink", "shelf"], "each": "folder"}
+        begun = time.time()
+        made = self.ask("POST", f"/deployments/{way.deployment}/create_flow_run", {"parameters": parameters})
+        _until(lambda: self.ask("GET", f"/flow_runs/{made['id']}")["state_type"] in ENDED, 60 + count)
+        seconds, state = time.time() - begun, self.ask("GET", f"/flow_runs/{made['id']}")["state"]
+        if state["type"] != "COMPLETED":
+            raise RuntimeError(f"flood: {state}")
+        time.sleep(SETTLE_S)
+        server, worker = ((b - a) / count * 1000 for a, b in zip(before, self._cpu(way), strict=True))
+        return (
+            f"flood of {count} studies: {seconds:.1f} s, {count / seconds:.0f} studies/s, "
+            f"{_calls(way.log) - calls} calls; CPU for a study: worker {worker:.0f} ms, server {server:.1f} ms"
+        )
 
     def _one(self, way: Way) -> None:
         folder = self.study()
@@ -241,7 +264,14 @@ def process_worker(bench: Bench) -> Iterator[Way]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, count in (("single", 10), ("many", 40), ("process-single", 3), ("process-many", 4), ("idle", 60)):
+    for name, count in (
+        ("single", 10),
+        ("many", 40),
+        ("process-single", 3),
+        ("process-many", 4),
+        ("flood", 200),
+        ("idle", 60),
+    ):
         parser.add_argument(f"--{name}", type=int, default=count)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="talaria-bench-") as name, discard(Path(name) / "sink") as (port, _):
@@ -253,6 +283,7 @@ def main() -> None:
             )
             bench.measure(talaria, options.single, options.many)
             ways = [talaria]
+            flood = bench.flood(talaria, options.flood) if options.flood else ""
             if options.process_single:
                 with process_worker(bench) as way:
                     bench.measure(way, options.process_single, options.process_many)
@@ -269,6 +300,8 @@ def main() -> None:
             print(
                 f"\nfirst byte: {statistics.median(ways[1].first) / statistics.median(talaria.first):.0f} times as soon"
             )
+        if flood:
+            print(f"\n{flood}")
         if options.idle:
             shown = ", ".join(f"{what} {100 * seconds / options.idle:.1f}" for what, seconds in idle.items())
             print(f"idle, % of a core: {shown}; all {100 * sum(idle.values()) / options.idle:.1f}")

@@ -23,6 +23,7 @@ async def dispatch(
     sender_host: str = "",
     force: bool = False,
     copy_first: bool = False,
+    each: Literal["", "folder", "path", "line"] = "",
 ) -> State[Any]:
     """Deliver the files below `paths` to every target, all targets at once.
 
@@ -38,12 +39,15 @@ async def dispatch(
         sender_host: host of whom the study came from, for targets that send back.
         force: send again what the ledger says has arrived.
         copy_first: copy the files before they are sent, so that they may be changed meanwhile.
+        each: what is a study of its own: each `folder` directly below the paths, each `path`, or each `line` of the
+            paths, which list studies; empty if all is one.
     """
     try:
         async with dispatching(targets, priority) as running:
             if not await running.goes_on():
                 return await running.conclude()
-            plan = await running.stage(paths, exclude, Origin(sender_aet, receiver_aet, sender_host), copy_first)
+            origin = Origin(sender_aet, receiver_aet, sender_host)
+            plan = await running.stage(paths, exclude, origin, copy_first, each)
             receipts = await running.deliver(plan, force)
             return await running.conclude(plan.dispatch_id, receipts)
     except DispatchError as error:

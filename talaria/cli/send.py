@@ -24,6 +24,14 @@ class Priority(StrEnum):
     OFFPEAK = "offpeak"
 
 
+class Each(StrEnum):
+    """What is a study of its own, as `transfer.studies` has it; spelled out, so that nothing is loaded for it."""
+
+    FOLDER = "folder"
+    PATH = "path"
+    LINE = "line"
+
+
 def add_to(app: typer.Typer) -> None:
     """Add the command to the command line."""
     app.command(epilog="Example: talaria send /data/study --to pacs,archive --exclude '*.png,*.json'")(send)
@@ -51,6 +59,12 @@ def send(
     copy_first: Annotated[
         bool, typer.Option("--copy-first", help="Copy the files first, so that they may be changed meanwhile.")
     ] = False,
+    each: Annotated[
+        Each | None,
+        typer.Option(
+            help="Many studies in one run: each folder directly below PATH, each PATH, or each line of PATH, a list."
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be sent.")] = False,
     no_wait: Annotated[bool, typer.Option("--no-wait", help="Return as soon as the dispatch is queued.")] = False,
     all_items: Annotated[
@@ -69,6 +83,7 @@ def send(
         "sender_aet": sender_aet,
         "receiver_aet": receiver_aet,
         "sender_host": sender_host,
+        "each": str(each or ""),
     }
     if not os.environ.get("TALARIA_URL"):  # else they are on another machine
         for path in paths:
@@ -121,11 +136,17 @@ def trimmed(document: dict[str, Any], all_items: bool) -> dict[str, Any]:
     """Return the receipts without the items that are plainly delivered, unless all are wanted."""
     if all_items:
         return document
-    targets = {
+    document = document | {"targets": _odd(document["targets"])}
+    if document.get("studies"):
+        document["studies"] = [row | {"targets": _odd(row["targets"])} for row in document["studies"]]
+    return document
+
+
+def _odd(targets: dict[str, Any]) -> dict[str, Any]:
+    return {
         name: one | {"items": [item for item in one["items"] if item["outcome"] != "delivered"]}
-        for name, one in document["targets"].items()
+        for name, one in targets.items()
     }
-    return document | {"targets": targets}
 
 
 def show_receipt(document: dict[str, Any]) -> None:
@@ -146,6 +167,8 @@ def show_receipt(document: dict[str, Any]) -> None:
     table(f"Dispatch {document['dispatch_id']}: {document['state']}", ["target", "state", *columns], rows)
     if document.get("error"):
         print(document["error"])
+    if studies := document.get("studies"):
+        print(f"{sum(one['state'] == 'delivered' for one in studies)} of {len(studies)} studies delivered")
     for name, one in trimmed(document, False)["targets"].items():
         for line in ([one["error"]] if one["error"] else []) + one["notes"]:
             print(f"{name}: {line}")
@@ -161,6 +184,9 @@ def _show_plan(plan: dict[str, Any], as_json: bool) -> None:
         print_json(plan)
         return
     print(f"dispatch {plan['dispatch_id']} would send:")
+    for study in plan.get("studies") or ():
+        what = study["error"] or f"{study['files']} files, {study['bytes']} bytes, dispatch {study['dispatch_id']}"
+        print(f"{study['study']}: {what}")
     for name, one in plan["targets"].items():
         print(f"{name}: {one['files']} files, {one['bytes']} bytes")
         for item in one["items"]:

@@ -17,10 +17,12 @@ from tasks.dispatch.delivery import Delivery, sort_out
 from tasks.dispatch.report import document as whole
 from tasks.targets import check_destination, load
 from transfer import live
+from transfer.errors import DispatchError
 from transfer.globs import patterns
 from transfer.ledger import Ledger
 from transfer.plan import Origin, Plan, look, scan
 from transfer.receipt import State
+from transfer.studies import Each, flood_id, listed
 
 PLAN_S = 0.05  # between two looks for the plan of a dispatch
 UNTAKEN_S = 5.0  # how long a plan is waited for while no worker has taken the dispatch
@@ -38,6 +40,7 @@ async def create_dispatch(
     sender_host: str = "",
     force: bool = False,
     copy_first: bool = False,
+    each: str = "",
     key: str = "",
     planned: bool = False,
 ) -> dict[str, Any]:
@@ -45,6 +48,7 @@ async def create_dispatch(
 
     Args:
         paths: absolute, on the machine that sends.
+        each: what is a study of its own, as `transfer.studies.Each`; "" if all is one.
         key: idempotency key; the same key again gives the same dispatch, not a second one.
         planned: wait a little for the worker to read the files, and return what it is going to do.
 
@@ -68,11 +72,12 @@ async def create_dispatch(
         "sender_host": sender_host,
         "force": force,
         "copy_first": copy_first,
+        "each": each,
     }
     name = runs.unplanned(targets)
     flow_run = await queued(office, "dispatch", parameters, name, priority, key, what="dispatch", show_plan=planned)
     fresh = not flow_run.run_count and not runs.under_way(flow_run)  # not made before, with the same key
-    document = await _planned(office, flow_run) if planned and fresh else None
+    document = await _planned(office, flow_run) if planned and fresh and not each else None
     return {"run": line(flow_run)} | (document or await _of_queue(office, flow_run, targets))
 
 
@@ -145,17 +150,44 @@ async def plan_dispatch(
     sender_aet: str = "",
     receiver_aet: str = "",
     sender_host: str = "",
+    each: str = "",
 ) -> dict[str, Any]:
     """Return what a dispatch would send; the files are read on this machine."""
     found: list[Target] = await load(office.client, list(dict.fromkeys(targets)), secrets=False)
     for target in found:
         check_destination(target)
-    plan = await asyncio.to_thread(scan, paths, patterns(exclude), Origin(sender_aet, receiver_aet, sender_host))
+    origin = Origin(sender_aet, receiver_aet, sender_host)
+    if each:
+        return await asyncio.to_thread(_plan_flood, paths, Each(each), patterns(exclude), origin, found)
+    plan = await asyncio.to_thread(scan, paths, patterns(exclude), origin)
     return {
         "dispatch_id": plan.dispatch_id,
         "dry_run": True,
         "targets": {target.name: _would_send(plan, target) for target in found},
     }
+
+
+def _plan_flood(
+    paths: list[str], each: Each, exclude: tuple[str, ...], origin: Origin, targets: list[Target]
+) -> dict[str, Any]:
+    """Return what a flood would send: of each study, and of all of them."""
+    studies = listed(paths, each, exclude)
+    whole_of: dict[str, dict[str, Any]] = {target.name: {"files": 0, "bytes": 0, "items": []} for target in targets}
+    rows = []
+    for study in studies:
+        row: dict[str, Any] = {"study": study.name, "dispatch_id": "", "error": None, "files": 0, "bytes": 0}
+        try:
+            plan = study.read(exclude, origin)
+        except DispatchError as exc:
+            row["error"] = exc.message
+        else:
+            row |= {"dispatch_id": plan.dispatch_id, "files": len(plan.items), "bytes": plan.size}
+            for target in targets:
+                part, sum_ = _would_send(plan, target), whole_of[target.name]
+                sum_["files"], sum_["bytes"] = sum_["files"] + part["files"], sum_["bytes"] + part["bytes"]
+                sum_["items"] += [one | {"path": f"{study.name}/{one['path']}"} for one in part["items"]]
+        rows.append(row)
+    return {"dispatch_id": flood_id(studies), "dry_run": True, "targets": whole_of, "studies": rows}
 
 
 def _would_send(plan: Plan, target: Target) -> dict[str, Any]:

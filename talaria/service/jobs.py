@@ -195,7 +195,9 @@ async def result(office: Office, flow_run: FlowRun) -> dict[str, Any]:
     if document is None:
         document = _nothing(flow_run, kind)
     if state and state.type.value == "CANCELLED":  # what waited when it was cancelled waits no more
-        parts = [document, *(document["targets"].values() if kind == "dispatch" else ())]
+        parts = [document]
+        for one in (document, *document.get("studies", ())) if kind == "dispatch" else ():
+            parts += [one, *one["targets"].values()]
         for part in [part for part in parts if part["state"] in ("waiting", "paused")]:
             part["state"] = "cancelled"
     return document
@@ -232,11 +234,17 @@ def trimmed(document: dict[str, Any]) -> dict[str, Any]:
     """Return the same receipts without the items that are plainly delivered."""
     if "dispatch_id" not in document:
         return document
-    targets = {
+    document = document | {"targets": _odd(document["targets"])}
+    if "studies" in document:
+        document["studies"] = [row | {"targets": _odd(row["targets"])} for row in document["studies"]]
+    return document
+
+
+def _odd(targets: dict[str, Any]) -> dict[str, Any]:
+    return {
         name: one | {"items": [item for item in one["items"] if item["outcome"] != "delivered"]}
-        for name, one in document["targets"].items()
+        for name, one in targets.items()
     }
-    return document | {"targets": targets}
 
 
 # ---- live

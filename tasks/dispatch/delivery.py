@@ -63,10 +63,15 @@ class Progress:
 class Delivery:
     """A plan on its way to a target. Not a dataclass, because Prefect would walk through thousands of items.
 
+    Attributes:
+        unit: what its progress counts.
+
     Args:
         paused: set before `cancelled`, if what has arrived is to be continued later.
         force: whether to forget first what the ledger knows.
     """
+
+    unit = "items"
 
     def __init__(
         self,

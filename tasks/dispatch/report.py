@@ -32,7 +32,10 @@ from transfer.receipt import ItemResult, Receipt, State
 from transfer.receipt import pieces as pieces_of
 
 PROGRESS_S = 5.0  # before a target gets its progress artifact, and between two updates; each costs the server 35 ms
+SHOWN_STUDIES = 1000  # lines of a flood's artifact
 SHOWN_ITEMS = 100  # lines of the artifact's list; the JSON file has all
+
+Studies = Sequence[dict[str, Any]] | None
 
 
 @asynccontextmanager
@@ -68,7 +71,7 @@ def part_of(delivery: Delivery) -> Part:
     """Return how far a delivery has come."""
     progress, failures = delivery.progress, tuple(delivery.failures[-SHOWN_FAILURES:])
     done, items = progress.done, progress.items
-    words = f"{done} of {items} items to {delivery.target.name}"
+    words = f"{done} of {items} {delivery.unit} to {delivery.target.name}"
     return Part(items, done, progress.size, progress.moved, progress.percent, words, failures)
 
 
@@ -104,7 +107,7 @@ async def updated(update: Callable[[], Awaitable[None]], first_after: float = 0.
 
 
 def document(dispatch_id: str, flow_run_id: str, state: State, receipts: Sequence[Receipt]) -> dict[str, Any]:
-    """Return the JSON of `send --json`, with all items."""
+    """Return the JSON of `send --json`, with all items; that of a flood has its studies, too."""
     return {
         "dispatch_id": dispatch_id,
         "flow_run_id": flow_run_id,
@@ -113,10 +116,18 @@ def document(dispatch_id: str, flow_run_id: str, state: State, receipts: Sequenc
     }
 
 
-def pieces(dispatch_id: str, flow_run_id: str, state: State, receipts: Sequence[Receipt]) -> Iterator[bytes]:
+def pieces(
+    dispatch_id: str, flow_run_id: str, state: State, receipts: Sequence[Receipt], studies: Studies = None
+) -> Iterator[bytes]:
     """Yield the JSON of `document`, piece by piece."""
     head = document(dispatch_id, flow_run_id, state, ())
-    yield json.dumps(head)[: -len("{}}")].encode() + b"{"
+    if studies is not None:
+        yield json.dumps(head)[: -len('"targets": {}}')].encode() + b'"studies": ['
+        for number, row in enumerate(studies):
+            yield (b",\n" if number else b"\n") + json.dumps(row).encode()
+        yield b'], "targets": {'
+    else:
+        yield json.dumps(head)[: -len("{}}")].encode() + b"{"
     for number, receipt in enumerate(receipts):
         yield (b",\n" if number else b"\n") + json.dumps(receipt.target).encode() + b": "
         yield from pieces_of(receipt)
@@ -132,14 +143,16 @@ async def report(
     outputs: dict[str, str],
     *,
     brief: bool = False,
+    studies: Studies = None,
 ) -> None:
     """Save the receipts: whole at the server, a copy as a JSON file, events, and artifacts for people.
 
     Args:
         outputs: how hooks ended, and what they printed, by target.
         brief: whether the run waits on: no events, and no more artifacts than it has.
+        studies: of a flood, the row of each.
     """
-    path, what = home.receipt(flow_run_id), (dispatch_id, flow_run_id, state, receipts)
+    path, what = home.receipt(flow_run_id), (dispatch_id, flow_run_id, state, receipts, studies)
     await asyncio.to_thread(write_whole, path, pieces(*what))
     async with get_client() as client:
         await kept.keep(client, UUID(flow_run_id), pieces(*what), again=has_run_before())
@@ -156,6 +169,8 @@ async def report(
         )
     rows = [_row(receipt) for receipt in receipts]
     await acreate_table_artifact(rows, "receipt", f"dispatch {dispatch_id}: {state}; {_links(path)}")
+    if studies is not None:
+        await acreate_table_artifact(_study_rows(studies), "receipt-studies", _of_studies(studies, path))
     if outputs or any(receipt.error or receipt.notes or _odd(receipt) for receipt in receipts):
         await acreate_markdown_artifact(
             _markdown(dispatch_id, state, receipts, outputs, path),
@@ -174,6 +189,24 @@ def _row(receipt: Receipt) -> dict[str, Any]:
     counts = receipt.facts() | {"target": receipt.target}
     keys = ("target", "state", "delivered", "warnings", "already", "rejected", "skipped", "unsent", "bytes", "seconds")
     return {key: counts[key] for key in (*keys, "attempts", "verified", "hook")} | {"error": receipt.error or ""}
+
+
+def _study_rows(studies: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return what people see of a flood's studies: those that were not delivered first."""
+    shown = sorted(studies, key=lambda row: row["state"] == State.DELIVERED)[:SHOWN_STUDIES]
+    return [
+        {"study": row["study"], "dispatch": row["dispatch_id"], "target": name}
+        | {key: one[key] for key in ("state", "delivered", "already", "rejected", "unsent", "hook")}
+        | {"error": one["error"] or ""}
+        for row in shown
+        for name, one in row["targets"].items()
+    ]
+
+
+def _of_studies(studies: Sequence[dict[str, Any]], path: Path) -> str:
+    delivered = sum(row["state"] == State.DELIVERED for row in studies)
+    rest = f", {SHOWN_STUDIES} are shown" if len(studies) > SHOWN_STUDIES else ""
+    return f"{delivered} of {len(studies)} studies delivered{rest}; {_links(path)}"
 
 
 def _links(path: Path) -> str:

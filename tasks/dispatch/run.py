@@ -23,6 +23,7 @@ from blocks.base import Target
 from tasks import DRIVERS
 from tasks.dispatch import audited, breaker, line, rest, running
 from tasks.dispatch.delivery import Delivery, summary
+from tasks.dispatch.flood import Flood, Studies, rows
 from tasks.dispatch.patience import is_outage, patiently
 from tasks.dispatch.progress import Live, live
 from tasks.dispatch.push import delay_before, failure_of, hook_task, push_task
@@ -35,11 +36,13 @@ from tasks.targets import check_destination, load
 from transfer import live as shown
 from transfer.errors import Busy, Denied, DispatchError, Unreachable
 from transfer.errors import Cancelled as DispatchCancelled
+from transfer.globs import patterns
 from transfer.home import Home
 from transfer.ledger import Ledger
 from transfer.plan import Origin, Plan
 from transfer.receipt import Receipt, State, overall
 from transfer.staging import Way, discard
+from transfer.studies import Each, listed
 from transfer.window import DispatchWindow
 
 R = TypeVar("R")
@@ -68,6 +71,7 @@ class Dispatch:
         self.cancelled, self.paused = running.flag(flow_run_id), running.pause(flow_run_id)
         self.staging = home.staging / flow_run_id
         self.deliveries: list[Delivery] = []
+        self.studies: Studies | None = None  # of a flood
         self.rest = rest.Rest() if running.whole() else rest.load(home, flow_run_id)
         self.waits: dict[str, Wait] = {}  # by target
         self._held: dict[str, AsyncExitStack] = {}  # slots that were taken before the files are staged, by target
@@ -206,10 +210,17 @@ class Dispatch:
             left.since = 0.0
             return stack.pop_all()
 
-    async def stage(self, paths: list[str], exclude: str, origin: Origin, copy_first: bool = False) -> Plan:
-        """Plan and stage the files; a run that is taken up again keeps its dispatch id."""
+    async def stage(
+        self, paths: list[str], exclude: str, origin: Origin, copy_first: bool = False, each: str = ""
+    ) -> Plan:
+        """Plan and stage the files, of a flood when they are needed; a run that is taken up again keeps its id."""
         by_name = any(DRIVERS.of(target).facts.by_name for target in self._open)
         way = Way.COPY if copy_first else Way.NAME if by_name else Way.READ
+        if each:
+            globs = patterns(exclude)
+            studies = await asyncio.to_thread(listed, paths, Each(each), globs)
+            self.studies = Studies(studies, globs, origin, self.staging, self.cancelled, way, len(self._open))
+            return self.ledger.same_dispatch(self.flow_run_id, self.studies.plan)
         try:
             staged = await self._stoppable(stage_files(paths, exclude, origin, self.staging, self.cancelled, way))
         except asyncio.CancelledError as exc:
@@ -231,19 +242,7 @@ class Dispatch:
         Returns:
             The receipts of the targets for which something was to be done.
         """
-        self.deliveries = [
-            Delivery(
-                DRIVERS.of(target),
-                target,
-                plan,
-                self.ledger,
-                self.home,
-                self.cancelled,
-                paused=self.paused,
-                force=force,
-            )
-            for target in self._open
-        ]
+        self.deliveries = [self._delivery(target, plan, force) for target in self._open]
         for delivery in self.deliveries:
             delivery.may_rest = line.may_rest()
             await asyncio.to_thread(delivery.resume, self._left(delivery.target))
@@ -258,6 +257,13 @@ class Dispatch:
             if delivery.attempts > attempts:
                 await asyncio.to_thread(audited.delivery_ends, delivery, receipt, self.flow_run_id, self.who)
         return receipts
+
+    def _delivery(self, target: Target, plan: Plan, force: bool) -> Delivery:
+        driver, where, paused = DRIVERS.of(target), (self.ledger, self.home, self.cancelled), self.paused
+        if self.studies is None:
+            return Delivery(driver, target, plan, *where, paused=paused, force=force)
+        self.studies.plan, run = plan, (self.flow_run_id, self.who, self.rest.document.get("studies", ()))
+        return Flood(driver, target, self.studies, *where, *run, paused=paused, force=force)
 
     async def _name(self, plan: Plan) -> None:
         """Put the dispatch's id into the run's name, if the run was created before it was known; show the plan."""
@@ -351,9 +357,11 @@ class Dispatch:
         rests = bool(self.waits) and not self.cancelled.is_set()
         if new or self._failed:
             brief = rests and bool(self.rest.document)
-            await patiently(
-                lambda: report(self.home, dispatch_id, self.flow_run_id, state, receipts, outputs, brief=brief)
-            )
+            studies = self.rest.document.get("studies")
+            if self.studies is not None:
+                studies = rows(self.studies, self.deliveries, studies or ())
+            what = self.home, dispatch_id, self.flow_run_id, state, receipts, outputs
+            await patiently(lambda: report(*what, brief=brief, studies=studies))
         message = "; ".join(_sentence(receipt) for receipt in receipts)
         if rests and line.may_rest():
             for delivery in self.deliveries:

@@ -224,6 +224,15 @@ class ReceiptAnswer(ExactAnswer):
     items: list[ItemAnswer]
 
 
+class FloodStudyAnswer(ExactAnswer):
+    """One study of a flood."""
+
+    study: str
+    dispatch_id: str = Field(description='"" until its files have been read.')
+    state: str = Field(description=DISPATCH_STATES)
+    targets: dict[str, ReceiptAnswer]
+
+
 class DispatchAnswer(ExactAnswer):
     """Receipts, by target."""
 
@@ -231,6 +240,7 @@ class DispatchAnswer(ExactAnswer):
     flow_run_id: str
     state: str = Field(description=DISPATCH_STATES)
     targets: dict[str, ReceiptAnswer]
+    studies: list[FloodStudyAnswer] | None = Field(default=None, description="Of a flood: each study's own receipts.")
     error: str | None = Field(default=None, description="Of a dispatch that could not begin.")
 
 
@@ -262,12 +272,23 @@ class TargetPlanAnswer(ExactAnswer):
     items: list[PlannedItemAnswer]
 
 
+class StudyPlanAnswer(ExactAnswer):
+    """A study of a flood."""
+
+    study: str
+    dispatch_id: str
+    error: str | None = Field(description="Why it can't be sent.")
+    files: int
+    bytes: int
+
+
 class DispatchPlanAnswer(ExactAnswer):
     """What a dispatch would send, by target."""
 
     dispatch_id: str
     dry_run: bool
     targets: dict[str, TargetPlanAnswer]
+    studies: list[StudyPlanAnswer] | None = Field(default=None, description="Of a flood.")
 
 
 class AccessionAnswer(ExactAnswer):

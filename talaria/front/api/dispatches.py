@@ -22,6 +22,11 @@ class Files(RequestBody):
     sender_aet: str = Field(default="", description="AE title that the study came from, for targets that pass it on.")
     receiver_aet: str = Field(default="", description="AE title that the sender called, for targets that pass it on.")
     sender_host: str = Field(default="", description="Host that the study came from, for targets that send back.")
+    each: Literal["", "folder", "path", "line"] = Field(
+        default="",
+        description="What is a study of its own: each folder directly below the paths, each path, or each line of the "
+        'paths, which list studies; "" if all is one.',
+    )
 
     def check(self) -> None:
         for path in self.paths:

@@ -1,0 +1,387 @@
+"""Many studies to one target in one run: each is a delivery of its own, and one that fails stops no other.
+
+Each study has its own dispatch id, rows in the ledger, marker at the target, run of the target's script, and receipt.
+Their files are planned and staged when their turn comes, and kept no longer.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from blocks.base import Target
+from tasks.dispatch import audited
+from tasks.dispatch.delivery import SHOWN_FAILURES, Delivery, HookFailed, summary
+from tasks.dispatch.push import failure_of
+from tasks.dispatch.rest import Left
+from tasks.driver import Driver
+from transfer.errors import Cancelled, DispatchError, Retryable, Unreachable
+from transfer.fanout import each
+from transfer.home import Home
+from transfer.ledger import Ledger
+from transfer.plan import Origin, Plan
+from transfer.receipt import ItemResult, Level, Receipt, State, overall
+from transfer.staging import Way, discard, stage
+from transfer.studies import Study, flood_id
+
+AT_ONCE = 4  # studies to one target, if it takes so many connections
+IN_ROW = 3  # studies that fail one after another say that the target is to blame
+KEPT = 32  # staged studies that wait for the other targets; one that is late finds its study staged anew
+LEVELS = [Level.ACCEPTED, Level.LISTED, Level.PROVEN]
+logger = logging.getLogger(__name__)
+
+
+class Studies:
+    """The studies of a flood, staged when they are asked for; safe to use from several threads.
+
+    Args:
+        into: the folder for staged files, which the caller removes.
+        sharers: how many targets get each study.
+    """
+
+    def __init__(
+        self,
+        studies: Sequence[Study],
+        exclude: tuple[str, ...],
+        origin: Origin,
+        into: Path,
+        cancelled: threading.Event,
+        way: Way,
+        sharers: int,
+    ) -> None:
+        self.all, self.plan = studies, Plan(flood_id(studies), into, (), origin=origin)
+        self.ids: dict[str, str] = {}  # of the dispatches, by the study's name
+        self._exclude, self._into, self._cancelled, self._way = exclude, into, cancelled, way
+        self._kept = KEPT if sharers > 1 else 0
+        self._staged: dict[str, _Staged] = {}
+        self._lock, self._numbers = threading.Lock(), itertools.count()
+        into.mkdir(parents=True, mode=0o700, exist_ok=True)
+
+    @contextmanager
+    def staged(self, study: Study) -> Iterator[Plan]:
+        """Plan and stage a study's files for the time of the block.
+
+        Raises:
+            DispatchError: as `scan` and `stage` do.
+        """
+        with self._lock:
+            one = self._staged.pop(study.name, None) or _Staged(self._into / str(next(self._numbers)))
+            self._staged[study.name] = one  # the one that was used last comes last
+            one.users += 1
+        try:
+            with one.lock:
+                if one.plan is None:
+                    one.plan = self._stage(study, one.folder)
+            yield one.plan
+        finally:
+            with self._lock:
+                one.users -= 1
+                idle = [name for name, other in self._staged.items() if not other.users]
+                gone = [self._staged.pop(name) for name in idle[: max(0, len(idle) - self._kept)]]
+            for other in gone:
+                discard(other.folder)
+
+    def _stage(self, study: Study, folder: Path) -> Plan:
+        def check() -> None:
+            if self._cancelled.is_set():
+                raise Cancelled("the dispatch was cancelled")
+
+        plan = stage(study.read(self._exclude, self.plan.origin, check), folder, check, self._way)
+        # A target that is late gets the dispatch that the others got, even if a file has changed since.
+        return replace(plan, dispatch_id=self.ids.setdefault(study.name, plan.dispatch_id))
+
+
+class _Staged:
+    """A study that is staged, or about to be."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.users = folder, 0
+        self.plan: Plan | None = None
+        self.lock = threading.Lock()
+
+
+class Flood(Delivery):
+    """Many studies on their way to a target.
+
+    Args:
+        run: id of the flow run. who: who asked for it.
+        before: the rows of the studies in the run's last part; what was settled there stays so.
+    """
+
+    unit = "studies"
+
+    def __init__(
+        self,
+        driver: Driver[Any],
+        target: Target,
+        studies: Studies,
+        ledger: Ledger,
+        home: Home,
+        cancelled: threading.Event,
+        run: str,
+        who: str,
+        before: Sequence[dict[str, Any]] = (),
+        *,
+        paused: threading.Event | None = None,
+        force: bool = False,
+    ) -> None:
+        super().__init__(driver, target, studies.plan, ledger, home, cancelled, paused=paused, force=force)
+        self.studies, self.run, self.who = studies, run, who
+        self._one = target  # with its share of what the target grants a dispatch
+        earlier = settled(target.name, before)
+        self._settled = {study.name: earlier[study.name] for study in studies.all if study.name in earlier}
+        self._partly: dict[str, Receipt] = {}  # so far, of those that are not settled
+        self._open_hooks = [name for name, one in self._settled.items() if one.hook == "failed"]
+        self._hook_error: DispatchError | None = None  # of this part's first runs of scripts
+        self._why: DispatchError | None = None  # what the last study failed for that is tried again
+        self._in_row = 0  # studies that have failed since one arrived
+        self._guard = threading.Lock()
+        self.progress.items, self.progress.size = len(studies.all), 0
+        self.progress.add(done=len(self._settled))
+
+    def push(self) -> Receipt:
+        """Make one attempt at every study that is not settled.
+
+        Raises:
+            DispatchError: the target failed as such, or some studies are to be tried again.
+        """
+        self.attempts += 1
+        self.error = self._why = None
+        self._since = self._since or time.time()
+        self._begun = self._begun or time.monotonic()
+        self._in_row, settled = 0, len(self._settled)
+        try:
+            waiting = [study for study in self.studies.all if study.name not in self._settled]
+            threads = max(1, min(self.target.concurrency, AT_ONCE, len(waiting)))
+            limit = self.target.bandwidth_limit
+            share = {
+                "concurrency": max(1, self.target.concurrency // threads),
+                "bandwidth_limit": limit and max(1024, limit // threads),
+            }
+            self._one = self.target.model_copy(update=share)
+            # Those that failed come last in the next attempt, so that they hold up no other.
+            waiting.sort(key=lambda study: self._tries[study.name])
+            each(waiting, self._deliver, threads, f"flood-{self.target.name}")
+            if self._why:
+                raise self._why
+        except DispatchError as exc:
+            self.quiet.error(exc)
+            exc.target = exc.target or self.target.name
+            self.error = exc
+            if isinstance(exc, Cancelled):
+                self.stopped = State.CANCELLED
+            self.futile += len(self._settled) == settled
+            self.failures.append(self._failure(exc))
+            raise
+        finally:
+            self.ends()
+        return self.receipt()
+
+    def _deliver(self, study: Study) -> None:
+        """Deliver one study.
+
+        Raises:
+            DispatchError: the target is to blame, or the run was stopped.
+        """
+        with ExitStack() as stack:
+            try:
+                plan = stack.enter_context(self.studies.staged(study))
+            except Cancelled:
+                raise
+            except DispatchError as exc:
+                exc.target = self.target.name
+                self._stumbles(study, Receipt(self.target.name, (), error=exc.message, missing=1), exc)
+                return
+            delivery = self._delivery(study, plan)
+            audited.delivery_begins(delivery, self.run, self.who)
+            try:
+                delivery.push()
+                if delivery.wants_hook:
+                    self._first_hook(study, delivery)
+            except Cancelled:
+                self._partly[study.name] = delivery.receipt()
+                raise
+            except Exception as exc:  # whatever it is, it must not end the other studies
+                if not isinstance(exc, DispatchError):
+                    logger.exception("%s: unexpected error with %s", self.target.name, study.name)
+                    delivery.error = failure_of(exc, self.target.name)
+                assert delivery.error is not None  # noqa: S101 - for the type checker
+                self._fails(study, delivery.receipt(), delivery.error)
+            else:
+                self._settles(study, delivery.receipt())
+                self._in_row = 0
+            finally:
+                receipt = self._settled.get(study.name) or self._partly.get(study.name) or delivery.receipt()
+                audited.delivery_ends(delivery, receipt, self.run, self.who)
+
+    def _delivery(self, study: Study, plan: Plan) -> Delivery:
+        what = self.driver, self._one, plan, self.ledger, self.home, self.cancelled
+        delivery = Delivery(*what, paused=self.paused, force=self._force)
+        dispatch_id, name, endpoint = delivery.key
+        if self.ledger.outcomes(dispatch_id, name, plan.items, endpoint, since=self._since):
+            # An earlier attempt of this run has sent some of it: that is not "already" there, nor sent again by force.
+            delivery.resume(Left(self._tries[study.name], begun=self._since))
+        return delivery
+
+    def _settles(self, study: Study, receipt: Receipt) -> None:
+        with self._guard:
+            self._partly.pop(study.name, None)
+            self._settled[study.name] = receipt
+        self.progress.add(done=1, moved=receipt.bytes)
+
+    def _fails(self, study: Study, receipt: Receipt, error: DispatchError) -> None:
+        """Keep that a study failed at the target; raise if the target is to blame."""
+        self._in_row += 1
+        if isinstance(error, Unreachable):
+            self._partly[study.name] = receipt
+            raise error
+        self._stumbles(study, receipt, error)
+        if self._in_row >= IN_ROW:
+            raise error
+
+    def _stumbles(self, study: Study, receipt: Receipt, error: DispatchError) -> None:
+        """Keep why a study failed; settle it if no other attempt may do better."""
+        self._tries[study.name] += 1
+        if not isinstance(error, Retryable) or self._tries[study.name] >= self.target.max_attempts:
+            self._settles(study, receipt)
+        else:
+            self._partly[study.name] = receipt
+            self._why = error
+
+    # ---- scripts
+
+    @property
+    def wants_hook(self) -> bool:
+        """Whether the script is to be run again for some study."""
+        return bool(self._open_hooks)
+
+    def _first_hook(self, study: Study, delivery: Delivery) -> None:
+        try:
+            delivery.run_hook()
+        except Cancelled:
+            raise
+        except DispatchError as exc:
+            delivery.hook = "failed"
+            self._open_hooks.append(study.name)
+            self._hook_error = self._hook_error or exc
+
+    def run_hook(self) -> None:
+        """Run the script again for each study for which it has failed; the first call counts what the push has tried.
+
+        Raises:
+            HookFailed: it has failed for some. Cancelled: somebody stopped it.
+        """
+        first, self._hook_error = self._hook_error, None
+        studies = [study for study in self.studies.all if study.name in self._open_hooks]
+        try:
+            for study in () if first else studies:
+                with self.studies.staged(study) as plan:
+                    delivery = self._delivery(study, plan)
+                    try:
+                        delivery.run_hook()
+                        self._open_hooks.remove(study.name)
+                    except Cancelled:
+                        raise
+                    except DispatchError as exc:
+                        first = first or exc
+                    notes = (delivery.hook_result,) if delivery.hook == "failed" else ()
+                    self._settled[study.name] = replace(self._settled[study.name], hook=delivery.hook, notes=notes)
+        except Cancelled:
+            self.stopped = State.CANCELLED
+            raise
+        except DispatchError as exc:  # a study that can't be read any more
+            first = first or exc
+        finally:
+            self.ends()
+        self.hook = "failed" if self._open_hooks else "done"
+        self.hook_result = ""
+        if first:
+            self.hook_result = f"the scripts of {len(self._open_hooks)} studies failed, as that of {studies[0].name}"
+            raise HookFailed(f"{self.hook_result}: {first.message}", self.target.name)
+
+    # ---- what is known
+
+    def receipts(self, *, waiting: bool = False) -> dict[str, Receipt]:
+        """Return the receipt of every study, by name."""
+        stopped = State.WAITING if waiting else self.stopped
+        error = None if stopped or not self.error else self.error.message
+        name, found = self.target.name, {}
+        for study in self.studies.all:
+            one = self._settled.get(study.name)
+            if one is None:
+                one = self._partly.get(study.name) or Receipt(name, (), attempts=0, error=error, missing=1)
+                one = replace(one, stopped=stopped)
+            found[study.name] = one
+        return found
+
+    def receipt(self, *, waiting: bool = False) -> Receipt:
+        """Return the receipt of all studies together."""
+        found = self.receipts(waiting=waiting)
+        stopped = State.WAITING if waiting else self.stopped
+        bad = {name: one for name, one in found.items() if one.error and one.state is not State.WAITING}
+        error = self.error.message if self.error else None
+        if not error and bad:
+            error = f"{len(bad)} of {len(found)} studies were not delivered, see the notes"
+        hooks = {one.hook for one in found.values()}
+        notes = [f"{name}: {one.error}" for name, one in itertools.islice(bad.items(), SHOWN_FAILURES)]
+        if len(bad) > SHOWN_FAILURES:
+            notes.append(f"… {len(bad) - SHOWN_FAILURES} more studies")
+        return Receipt(
+            self.target.name,
+            tuple(
+                ItemResult(f"{name}/{item.path}", item.sop_instance_uid, item.outcome, item.detail)
+                for name, one in found.items()
+                for item in one.items
+            ),
+            sum(one.bytes for one in found.values()),
+            0.0 if self._begun is None else max(0.0, self._ended - self._begun),
+            min((one.verified for one in found.values()), key=LEVELS.index),
+            self.attempts if stopped is State.WAITING else max(1, self.attempts),
+            "failed" if "failed" in hooks else "done" if "done" in hooks else "none",
+            error,
+            (
+                *notes,
+                *(summary(self.failures) if self.attempts > 1 else ()),
+                *((self.hook_result,) if self.hook_result else ()),
+            ),
+            stopped,
+            sum(one.missing for one in found.values()),
+        )
+
+
+def rows(studies: Studies, deliveries: Sequence[Delivery], before: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return a row for each study: its dispatch, its state, and its receipt at every target.
+
+    Args:
+        before: the rows of the run's last part; from there come those of targets for which this part had nothing to do.
+    """
+    earlier = {row["study"]: row for row in before}
+    receipts = {one.target.name: one.receipts() for one in deliveries if isinstance(one, Flood)}
+    found = []
+    for study in studies.all:
+        old = earlier.get(study.name, {"dispatch_id": "", "targets": {}})
+        targets = dict(old["targets"])
+        for name, of_target in receipts.items():
+            receipt = of_target[study.name]
+            targets[name] = receipt.facts() | {"items": [item.to_json() for item in receipt.items]}
+        state = overall([State(one["state"]) for one in targets.values()])
+        dispatch_id = studies.ids.get(study.name) or old["dispatch_id"]
+        found.append({"study": study.name, "dispatch_id": dispatch_id, "state": str(state), "targets": targets})
+    return found
+
+
+def settled(target: str, before: Sequence[dict[str, Any]]) -> dict[str, Receipt]:
+    """Return the receipts of the studies that are settled at a target, from the rows of the run's last part."""
+    found = {row["study"]: row["targets"].get(target) for row in before}
+    return {
+        name: Receipt.from_json(target, one)
+        for name, one in found.items()
+        if one and one["state"] not in (State.WAITING, State.CANCELLED)
+    }

@@ -1,0 +1,422 @@
+"""Many studies in one run: each is a dispatch of its own, and none stops another."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from blocks.folder import FolderTarget
+from blocks.sftp import SftpTarget
+from talaria.testing import studies as material
+from talaria.testing.process import free_port
+from tasks.dispatch.delivery import HookFailed
+from tasks.dispatch.flood import Flood, Studies, rows
+from tasks.dispatch.rest import Left
+from tasks.driver import Driver, Facts, HookResult
+from tests.engine.material import dicom, files, folder
+from tests.servers.dcmtk import storescp
+from tests.servers.up import Talaria
+from transfer.errors import Cancelled, Denied, Interrupted, Misconfigured, NotFound, Unreachable
+from transfer.health import Health
+from transfer.home import Home
+from transfer.ledger import Ledger
+from transfer.outcome import DELIVERED, Kind, Outcome
+from transfer.plan import LEADS_OUT, Origin, Plan, scan
+from transfer.receipt import PushReport, Receipt, State
+from transfer.staging import Way
+from transfer.studies import Each, listed
+
+Push = Callable[[FolderTarget, Plan, PushReport], Receipt]
+
+
+def made(root: Path, count: int, files: int = 2) -> Path:
+    for number in range(count):
+        material.ct(root / f"s{number}", files)
+    return root
+
+
+class Bench:
+    """Floods of the studies below one folder to a driver that does what the test says."""
+
+    def __init__(self, tmp_path: Path, push: Push, **fields: Any) -> None:
+        self.root, self.home, self.ledger = tmp_path / "many", Home(tmp_path / "home"), Ledger(tmp_path / "ledger.db")
+        self.home.root.mkdir()
+        self.driver = Driver(FolderTarget, lambda target: Health(), push, facts=Facts())
+        self.target = FolderTarget(folder="/nowhere", **fields)
+        self.target.named("shelf")
+        self.stop = threading.Event()
+        self.staging = tmp_path / "staging"
+
+    def studies(self, sharers: int = 1) -> Studies:
+        found = listed([str(self.root)], Each.FOLDER)
+        return Studies(found, (), Origin(), self.staging, self.stop, Way.READ, sharers)
+
+    def flood(self, before: list[dict[str, Any]] | None = None, **more: Any) -> Flood:
+        return Flood(
+            self.driver, self.target, self.studies(), self.ledger, self.home, self.stop, "run", "", before or [], **more
+        )
+
+
+def all_of_it(target: FolderTarget, plan: Plan, report: PushReport) -> Receipt:
+    for item in plan.pending:
+        with plan.open(item):
+            report(item, DELIVERED)
+    return report.receipt(target.name, plan)
+
+
+def states(flood: Flood) -> dict[str, str]:
+    return {name: str(one.state) for name, one in flood.receipts().items()}
+
+
+def test_each_study_is_the_dispatch_that_it_would_be_alone(tmp_path: Path) -> None:
+    made(tmp_path / "many", 5)
+    bench = Bench(tmp_path, all_of_it)
+    flood = bench.flood()
+    receipt = flood.push()
+    assert receipt.state is State.DELIVERED and receipt.counts[Kind.DELIVERED] == 10
+    found = rows(flood.studies, [flood], [])
+    alone = [scan([bench.root / f"s{number}"]).dispatch_id for number in range(5)]
+    assert [row["dispatch_id"] for row in found] == alone
+    assert all(row["targets"]["shelf"]["delivered"] == 2 and row["state"] == "delivered" for row in found)
+    assert [len(bench.ledger.results(one)["shelf"]) for one in alone] == [2] * 5
+    assert not list(bench.staging.iterdir())
+    again = bench.flood().push()
+    assert again.counts[Kind.ALREADY] == 10 and again.counts[Kind.DELIVERED] == 0
+
+
+def test_a_bad_study_stops_no_other(tmp_path: Path) -> None:
+    """Whatever is wrong: nothing in it, a link out of the folder, a file that is refused, a fault of ours."""
+    made(tmp_path / "many", 8)
+    (tmp_path / "many" / "empty").mkdir()
+    material.ct(tmp_path / "elsewhere", 1)
+    (tmp_path / "many" / "link").symlink_to(tmp_path / "elsewhere")
+    bad = {"s1": Denied("no"), "s4": RuntimeError("a bug"), "s6": Misconfigured("not so")}
+
+    def push(target: FolderTarget, plan: Plan, report: PushReport) -> Receipt:
+        name = next((name for name, error in bad.items() if plan.dispatch_id == ids[name]), "")
+        if name:
+            raise bad[name]
+        if plan.dispatch_id == ids["s2"]:
+            report(plan.items[0], Outcome(Kind.REJECTED, "not this one"))
+        for item in plan.pending:
+            if item.path not in report.outcomes:
+                report(item, DELIVERED)
+        return report.receipt(target.name, plan)
+
+    bench = Bench(tmp_path, push, concurrency=1)
+    ids = {f"s{number}": scan([bench.root / f"s{number}"]).dispatch_id for number in range(8)}
+    flood = bench.flood()
+    receipt = flood.push()
+    assert receipt.state is State.PARTIAL
+    failed = {"s1", "s4", "s6", "empty", "link"}
+    assert states(flood) == {
+        name: "failed" if name in failed else "partial" if name == "s2" else "delivered"
+        for name in (*ids, "empty", "link")
+    }
+    assert receipt.error == "5 of 10 studies were not delivered, see the notes"
+    assert any(note == f"link: {LEADS_OUT}" for note in receipt.notes)
+    assert not any("a bug" in note for note in receipt.notes)
+
+
+def test_a_study_that_fails_is_tried_again_alone(tmp_path: Path) -> None:
+    made(tmp_path / "many", 4)
+    pushed: Counter[str] = Counter()
+
+    def push(target: FolderTarget, plan: Plan, report: PushReport) -> Receipt:
+        pushed[plan.dispatch_id] += 1
+        if plan.dispatch_id == stubborn and pushed[stubborn] < 3:
+            report(plan.pending[0], DELIVERED) if pushed[stubborn] == 1 else None
+            raise Interrupted("broke off")
+        return all_of_it(target, plan, report)
+
+    bench = Bench(tmp_path, push)
+    stubborn = scan([bench.root / "s1"]).dispatch_id
+    flood = bench.flood()
+    for _ in range(2):
+        with pytest.raises(Interrupted):
+            flood.push()
+    assert flood.may_go_on
+    receipt = flood.push()
+    assert receipt.state is State.DELIVERED and receipt.attempts == 3
+    assert receipt.counts[Kind.DELIVERED] == 8  # what the first attempt sent is not "already" there
+    assert pushed == Counter({one: 3 if one == stubborn else 1 for one in pushed}) and len(pushed) == 4
+
+
+def test_a_study_is_given_up_after_the_attempts_of_its_target(tmp_path: Path) -> None:
+    made(tmp_path / "many", 3)
+
+    def push(target: FolderTarget, plan: Plan, report: PushReport) -> Receipt:
+        if plan.dispatch_id == stubborn:
+            raise Interrupted("broke off")
+        return all_of_it(target, plan, report)
+
+    bench = Bench(tmp_path, push, max_attempts=2)
+    stubborn = scan([bench.root / "s2"]).dispatch_id
+    flood = bench.flood()
+    with pytest.raises(Interrupted):
+        flood.push()
+    receipt = flood.push()
+    assert receipt.state is State.PARTIAL
+    assert states(flood) == {"s0": "delivered", "s1": "delivered", "s2": "failed"}
+
+
+@pytest.mark.parametrize(("error", "most"), [(Unreachable("nobody there"), 1), (Denied("not you"), 3)])
+def test_a_dead_target_is_not_asked_for_each_study(tmp_path: Path, error: Exception, most: int) -> None:
+    made(tmp_path / "many", 9, files=1)
+    asked = []
+
+    def push(target: FolderTarget, plan: Plan, report: PushReport) -> Receipt:
+        asked.append(plan.dispatch_id)
+        raise error
+
+    flood = Bench(tmp_path, push, concurrency=1).flood()
+    with pytest.raises(type(error)):
+        flood.push()
+    assert len(asked) == most
+    receipt = flood.receipt()
+    assert receipt.state is State.FAILED and receipt.unsent >= 6
+    assert set(states(flood).values()) == {"failed"}
+
+
+def test_the_next_part_does_only_what_the_last_one_left(tmp_path: Path) -> None:
+    made(tmp_path / "many", 6)
+    sent: list[str] = []
+
+    def push(target: FolderTarget, plan: Plan, report: PushReport) -> Receipt:
+        if len(sent) == 3 and not up:
+            raise Unreachable("gone")
+        sent.append(plan.dispatch_id)
+        return all_of_it(target, plan, report)
+
+    up: list[bool] = []
+    bench = Bench(tmp_path, push, concurrency=1)
+    first = bench.flood(force=True)
+    with pytest.raises(Unreachable):
+        first.push()
+    first.stopped = State.WAITING
+    receipt = first.receipt()
+    assert receipt.state is State.WAITING and receipt.unsent and receipt.counts[Kind.DELIVERED] == 6
+    found = json.loads(json.dumps(rows(first.studies, [first], [])))
+    assert [row["state"] for row in found].count("waiting") == 3
+    up.append(True)
+    (bench.root / "s0" / "CT0001.dcm").unlink()  # nobody reads again what is settled
+    second = bench.flood(found, force=True)
+    second.resume(first.leave(Left()))
+    done = second.push()
+    assert done.state is State.DELIVERED and done.counts[Kind.DELIVERED] == 12
+    assert len(sent) == len(set(sent)) == 6
+    assert all(row["dispatch_id"] for row in rows(second.studies, [second], found))
+
+
+def test_a_flood_stops_between_studies(tmp_path: Path) -> None:
+    made(tmp_path / "many", 6)
+
+    def push(target: FolderTarget, plan: Plan, report: PushReport) -> Receipt:
+        report.check()
+        done = all_of_it(target, plan, report)
+        bench.stop.set()
+        return done
+
+    bench = Bench(tmp_path, push, concurrency=1)
+    flood = bench.flood()
+    with pytest.raises(Cancelled):
+        flood.push()
+    receipt = flood.receipt()
+    assert receipt.state is State.CANCELLED and receipt.counts[Kind.DELIVERED] == 2 and receipt.unsent
+    bench.stop.clear()
+    bench.driver = Driver(FolderTarget, lambda target: Health(), all_of_it, facts=Facts())
+    again = bench.flood().push()
+    assert again.state is State.DELIVERED
+    assert (again.counts[Kind.ALREADY], again.counts[Kind.DELIVERED]) == (2, 10)
+
+
+def test_what_a_target_grants_a_dispatch_is_shared_among_the_studies(tmp_path: Path) -> None:
+    made(tmp_path / "many", 6, files=1)
+    seen: set[tuple[int, int | None]] = set()
+
+    def push(target: FolderTarget, plan: Plan, report: PushReport) -> Receipt:
+        seen.add((target.concurrency, target.bandwidth_limit))
+        return all_of_it(target, plan, report)
+
+    Bench(tmp_path, push, concurrency=8, bandwidth_limit=1_000_000).flood().push()
+    assert seen == {(2, 250_000)}
+
+
+def test_targets_share_what_is_staged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made(tmp_path / "many", 3)
+    bench = Bench(tmp_path, all_of_it)
+    shared = bench.studies(sharers=2)
+    for _ in range(2):
+        for study in shared.all:
+            with shared.staged(study) as plan:
+                assert plan.root.is_dir()
+    assert len(list(bench.staging.iterdir())) == 3  # each was staged once
+    shutil.rmtree(bench.root)
+    with shared.staged(shared.all[0]) as plan:  # and is there as long as somebody may want it
+        assert plan.items
+
+
+def test_a_study_that_is_staged_anew_keeps_its_dispatch(tmp_path: Path) -> None:
+    made(tmp_path / "many", 1)
+    bench = Bench(tmp_path, all_of_it)
+    shared = bench.studies()
+    with shared.staged(shared.all[0]) as plan:
+        first = plan.dispatch_id
+    material.ct(bench.root / "s0", 1, first=9)
+    with shared.staged(shared.all[0]) as plan:
+        assert plan.dispatch_id == first and len(plan.items) == 3
+
+
+def test_the_script_is_run_for_each_study_and_again_where_it_failed(tmp_path: Path) -> None:
+    made(tmp_path / "many", 4, files=1)
+    bench = Bench(tmp_path, all_of_it)
+    bench.target = SftpTarget(host="127.0.0.1", user="u", folder="/in", on_complete=True)
+    bench.target.named("shelf")
+    ran: Counter[str] = Counter()
+    stubborn = scan([bench.root / "s2"]).dispatch_id
+
+    def hook(target: Any, plan: Plan, report: PushReport, done: Any) -> HookResult:
+        ran[plan.dispatch_id] += 1
+        return HookResult(1 if plan.dispatch_id == stubborn and ran[stubborn] < 3 else 0, "said so")
+
+    bench.driver = Driver(SftpTarget, lambda target: Health(), all_of_it, hook=hook, facts=Facts())
+    flood = bench.flood()
+    assert flood.push().hook == "failed"
+    assert flood.wants_hook
+    for _ in range(2):
+        with pytest.raises(HookFailed, match="the scripts of 1 studies failed, as that of s2"):
+            flood.run_hook()
+    assert ran[stubborn] == 2 and flood.receipt().state is State.PARTIAL
+    flood.run_hook()
+    receipt = flood.receipt()
+    assert receipt.hook == "done" and receipt.state is State.DELIVERED and not flood.wants_hook
+    assert sorted(ran.values()) == [1, 1, 1, 3] and receipt.counts[Kind.DELIVERED] == 4
+
+
+# ---- what is a study
+
+
+def test_folders_are_studies_and_the_files_beside_them_one_more(tmp_path: Path) -> None:
+    made(tmp_path / "many", 2)
+    material.ct(tmp_path / "many", 2)
+    (tmp_path / "many" / ".talaria-x").mkdir()
+    (tmp_path / "many" / "out").mkdir()
+    (tmp_path / "many" / "passwd").symlink_to("/etc/passwd")
+    found = {one.name: one for one in listed([str(tmp_path / "many")], Each.FOLDER, ("out",))}
+    assert set(found) == {"s0", "s1", "many/*", "passwd"}
+    assert len(found["many/*"].read((), Origin()).items) == 2
+    assert found["passwd"].problem == LEADS_OUT
+    two = listed([str(tmp_path / "many"), str(tmp_path / "many")], Each.FOLDER)
+    assert len(two) == len(found) + 1
+
+
+def test_a_folder_that_becomes_a_link_is_not_followed(tmp_path: Path) -> None:
+    made(tmp_path / "many", 1)
+    material.ct(tmp_path / "elsewhere", 1)
+    (study,) = listed([str(tmp_path / "many")], Each.FOLDER)
+    shutil.rmtree(tmp_path / "many" / "s0")
+    (tmp_path / "many" / "s0").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(Exception, match=LEADS_OUT):
+        study.read((), Origin())
+
+
+def test_a_list_names_studies_line_by_line(tmp_path: Path) -> None:
+    made(tmp_path / "many", 2)
+    text = f"﻿# tonight\n\nmany/s0\r\n{tmp_path}/many/s1\nmany/s0\n  gone \n"
+    (tmp_path / "list.txt").write_text(text, encoding="utf-8")
+    found = listed([str(tmp_path / "list.txt")], Each.LINE)
+    assert [one.name for one in found] == ["many/s0", f"{tmp_path}/many/s1", "gone"]
+    assert len(found[0].read((), Origin()).items) == 2
+    with pytest.raises(NotFound):
+        found[2].read((), Origin())
+
+
+def test_what_is_no_list_and_no_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "empty.txt").write_text("# nothing\n")
+    (tmp_path / "nothing").mkdir()
+    for path, each in (("empty.txt", Each.LINE), ("nothing", Each.FOLDER)):
+        with pytest.raises(Misconfigured, match="no study in"):
+            listed([str(tmp_path / path)], each)
+    for path, each in (("nothing", Each.LINE), ("empty.txt", Each.FOLDER)):
+        with pytest.raises(Misconfigured, match="is not a"):
+            listed([str(tmp_path / path)], each)
+    with pytest.raises(NotFound):
+        listed([str(tmp_path / "gone")], Each.FOLDER)
+    monkeypatch.setenv("TALARIA_SOURCES", str(tmp_path / "nothing"))
+    for each in (Each.LINE, Each.FOLDER):
+        with pytest.raises(Exception, match="lies below no folder of TALARIA_SOURCES"):
+            listed([str(tmp_path / "empty.txt")], each)
+
+
+# ---- as people send them
+
+
+@pytest.mark.timeout(600)
+def test_a_folder_of_studies_goes_as_one_run(up: Talaria, tmp_path: Path) -> None:
+    """To a PACS and an archive; a bad one fails alone, and a retry does only what is missing."""
+    many = made(tmp_path / "many", 12, files=3)
+    (many / "empty").mkdir()
+    with storescp(tmp_path / "pacs") as pacs:
+        up.apply(pacs=dicom(pacs.port), archive=folder(tmp_path / "archive"))
+        what = str(many), "--each", "folder", "--to", "pacs,archive"
+        plan = up.json("send", *what, "--dry-run")
+        assert len(plan["studies"]) == 13 and plan["targets"]["pacs"]["files"] == 36
+        result = up.json("send", *what, code=1)
+        rows = {row["study"]: row for row in result["studies"]}
+        assert result["state"] == "partial" and len(pacs.files()) == 36
+        assert {name for name, row in rows.items() if row["state"] != "delivered"} == {"empty"}
+        assert "nothing to send" in rows["empty"]["targets"]["pacs"]["error"]
+        assert {row["study"]: row["dispatch_id"] for row in plan["studies"]} == {
+            name: row["dispatch_id"] for name, row in rows.items()
+        }
+        for name, row in rows.items():
+            if name != "empty":
+                arrived = files(tmp_path / "archive" / row["dispatch_id"])
+                assert arrived.pop(".complete") == b""
+                assert arrived == files(many / name)
+        assert result["targets"]["pacs"]["delivered"] == 36 and result["targets"]["pacs"]["items"] == []
+        assert up.told("jobs", "show", result["flow_run_id"])["studies"] == result["studies"]
+        shown = up.api("POST", "/artifacts/filter", flow_runs={"id": {"any_": [result["flow_run_id"]]}})
+        (table,) = [one for one in shown if one["key"] == "receipt-studies"]
+        assert len(json.loads(table["data"])) == 26 and "12 of 13 studies delivered" in table["description"]
+        trail = up.json("audit", "show", "--last", "1000")["entries"]
+        ended = [one["details"] for one in trail if one["event"] == "delivery" and one["result"] == "success"]
+        assert {row["dispatch_id"] for row in rows.values()} - {""} <= {one["dispatch"] for one in ended}
+        material.ct(many / "empty", 1)
+        up.told("jobs", "retry", result["flow_run_id"])
+        up.until(lambda: up.run(result["flow_run_id"])["state"]["name"] == "Completed")
+        again = up.told("jobs", "show", result["flow_run_id"])
+        assert (again["targets"]["pacs"]["already"], again["targets"]["pacs"]["delivered"]) == (36, 1)
+        assert again["dispatch_id"] == result["dispatch_id"] and len(pacs.files()) == 37
+    assert not list((up.home / "staging").iterdir())
+
+
+@pytest.mark.timeout(600)
+def test_a_flood_waits_for_a_dead_target_and_goes_on_where_it_was(up: Talaria, tmp_path: Path) -> None:
+    many = made(tmp_path / "many", 6, files=1)
+    waits = {"max_attempts": 50, "retry_delay_s": 3, "retry_max_delay_s": 3}
+    up.apply(away=dicom(free_port(), **waits), beside=folder(tmp_path / "archive"))
+    run_id = up.json("send", str(many), "--each", "folder", "--to", "away,beside", "--no-wait")["flow_run_id"]
+
+    def state() -> str:
+        return str(up.run(run_id)["state"]["name"])
+
+    up.until(lambda: state() == "AwaitingRetry")
+    shown = up.told("jobs", "show", run_id)
+    assert shown["targets"]["beside"]["delivered"] == 6 and shown["targets"]["away"]["state"] == "waiting"
+    assert {row["targets"]["away"]["state"] for row in shown["studies"]} == {"waiting"}
+    assert not list((up.home / "staging").iterdir())
+    with storescp(tmp_path / "pacs") as pacs:
+        up.apply(away=dicom(pacs.port, **waits))
+        up.until(lambda: state() == "Completed")
+        assert len(pacs.files()) == 6
+    done = up.told("jobs", "show", run_id)
+    assert done["targets"]["beside"]["delivered"] == done["targets"]["away"]["delivered"] == 6
+    assert {row["state"] for row in done["studies"]} == {"delivered"}

@@ -1,0 +1,143 @@
+"""The studies of a flood: which of them a folder of folders, several paths, or a list in a file names."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from transfer import roots
+from transfer.beneath import resolved
+from transfer.errors import Misconfigured, Rejected
+from transfer.globs import is_excluded
+from transfer.plan import DISPATCH_ID_CHARS, LEADS_OUT, OWN_NAMES, Item, Origin, Plan, scan
+
+LIST_BYTES = 16 << 20  # of a list of studies
+
+
+class Each(StrEnum):
+    """What is a study of its own."""
+
+    FOLDER = "folder"  # each folder directly below the paths; files that lie beside them are one more
+    PATH = "path"  # each path
+    LINE = "line"  # each line of the paths, which are text files
+
+
+@dataclass(frozen=True)
+class Study:
+    """One study of a flood.
+
+    Attributes:
+        name: unique in the flood, for people.
+        paths: its files and folders.
+        problem: why it can't be sent; "" if nothing is wrong so far.
+        within: the folder, without links, that its files must lie in; "" if they were asked for by their own paths.
+    """
+
+    name: str
+    paths: tuple[str, ...]
+    problem: str = ""
+    within: str = ""
+
+    def read(self, exclude: tuple[str, ...], origin: Origin, check: Callable[[], None] = lambda: None) -> Plan:
+        """Plan its files, as `scan` does.
+
+        Raises:
+            Rejected: a link leads out of the folder of studies.
+        """
+        if self.problem:
+            raise Rejected(self.problem)
+        plan = scan(self.paths, exclude, origin, check)
+        if self.within and not all(roots.is_in(source, self.within) for source in plan.sources):
+            raise Rejected(LEADS_OUT)
+        return plan
+
+
+def listed(paths: Iterable[str], each: Each, exclude: tuple[str, ...] = ()) -> list[Study]:
+    """Return the studies that the paths name, without reading any of them.
+
+    Raises:
+        NotFound, Denied: as `scan` does.
+        Misconfigured: a path is not what `each` asks for, or there is no study.
+    """
+    given = list(dict.fromkeys(map(str, paths)))
+    found: list[Study] = []
+    for path in given:
+        if not path:
+            raise Misconfigured("an empty path was given to send")
+        if each is Each.PATH:
+            found.append(_study(path, path))
+        elif each is Each.LINE:
+            found += _lines(path)
+        else:
+            found += _folders(path, exclude, "" if len(given) == 1 else path.rstrip("/") + "/")
+    unique = {study.name: study for study in found}
+    if not unique:
+        raise Misconfigured(f"no study in {', '.join(given)}")
+    return list(unique.values())
+
+
+def flood_id(studies: Iterable[Study]) -> str:
+    """Return the id of a flood: that of the same paths, whatever lies in them."""
+    digest = hashlib.sha256()
+    for study in studies:
+        digest.update("\0".join((study.name, *study.paths, "")).encode("utf-8", "surrogateescape") + b"\n")
+    return digest.hexdigest()[:DISPATCH_ID_CHARS]
+
+
+def _study(name: str, *paths: str, problem: str = "", within: str = "") -> Study:
+    return Study(Item(name, 0, 0).shown, paths, problem, within)
+
+
+def _lines(path: str) -> Iterator[Study]:
+    fd = roots.sources().open(path)
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise Misconfigured(f"{path}: is not a file that lists studies, one path in each line")
+        with open(fd, "rb", closefd=False) as file:
+            data = file.read(LIST_BYTES + 1)
+    finally:
+        os.close(fd)
+    if len(data) > LIST_BYTES:
+        raise Misconfigured(f"{path}: a list of studies has at most {LIST_BYTES >> 20} MiB")
+    folder = os.path.dirname(os.path.abspath(path))
+    for line in data.decode("utf-8-sig", "surrogateescape").splitlines():
+        name = line.strip()
+        if name and not name.startswith("#"):
+            yield _study(name, os.path.join(folder, name))
+
+
+def _folders(path: str, exclude: tuple[str, ...], prefix: str) -> Iterator[Study]:
+    fd = roots.sources().open(path)
+    try:
+        if not stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise Misconfigured(f"{path}: is not a folder of studies")
+        names = sorted(os.listdir(fd))
+    except OSError as exc:
+        raise Misconfigured(f"{path}: can't be read: {exc.strerror}") from exc
+    finally:
+        os.close(fd)
+    loose, real = [], resolved(path)
+    for name in names:
+        below = os.path.join(path, name)
+        if is_excluded(name, (*exclude, *OWN_NAMES)):
+            continue
+        if os.path.islink(below) and not _within(below, real):
+            yield _study(prefix + name, below, problem=LEADS_OUT)
+        elif os.path.isdir(below):
+            yield _study(prefix + name, below, within=real)
+        else:
+            loose.append(below)
+    if loose:
+        yield _study(f"{prefix or Path(path).name + '/'}*", *loose, within=real)
+
+
+def _within(link: str, folder: str) -> bool:
+    with suppress(OSError):
+        return roots.is_in(resolved(link), folder)
+    return False
