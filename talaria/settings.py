@@ -20,6 +20,7 @@ from transfer.home import Home
 from transfer.validation import what_is_wrong
 from transfer.window import DispatchWindow
 
+KEEP = ("keep_days", "keep_limit", "keep_failed_days")  # bounds of what is remembered
 POOL = "talaria"  # the work pool at the server that workers take runs from
 NO_PROXY = ("no_proxy", "NO_PROXY")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -67,6 +68,12 @@ class Settings(BaseSettings):
         default=10 << 30,
         ge=1 << 20,
         description="Bytes that this may take; beyond them, the oldest is forgotten sooner.",
+    )
+    keep_failed_days: int = Field(
+        default=14,
+        ge=0,
+        le=36_500,
+        description="Days that links to the files of dispatches that were given up are kept for a retry.",
     )
     off_peak: str = Field(default="22:00-06:00", description="Off-peak hours, as in a target's window.")
     sources: str = Field(default="", description="Folders, separated by `:` or commas, that hold what may be sent.")
@@ -116,7 +123,7 @@ def load_settings() -> Settings:
     for name, value in ((roots.SOURCES, settings.sources), (roots.PLACES, settings.places)):
         os.environ[name] = os.pathsep.join(roots.parse(name, value))
     audit = ("audit_syslog", "audit_syslog_ca", "audit_syslog_cert", "audit_syslog_key")
-    for name in ("scp_aet", "scp_port", "scp_host", "spool_limit", "keep_days", "keep_limit", *audit):
+    for name in ("scp_aet", "scp_port", "scp_host", "spool_limit", *KEEP, *audit):
         os.environ[f"TALARIA_{name.upper()}"] = str(getattr(settings, name))
     return settings
 

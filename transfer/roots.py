@@ -24,7 +24,8 @@ _MEANING = {
     SOURCES: "everybody who may dispatch can send any file that this user can read",
     PLACES: "everybody who may change targets or retrieve can write wherever this user can",
 }
-SPOOLS = re.compile(r"retrievals/[^/]+/spool(/|$)")  # of the state directory: what a retrieval fetched, and sends
+# Of the state directory: what a retrieval fetched, and sends; what was kept of a dispatch that was given up.
+SPOOLS = re.compile(r"(retrievals/[^/]+/spool|failed/[^/]+/files)(/|$)")
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ class Roots:
 
     Attributes:
         setting: the variable that names them.
-        folders: absolute; `/` where the variable is not set. Of the state directory, only spools of retrievals count.
+        folders: absolute; `/` where the variable is not set. Of the state directory, only spools of retrievals and
+            dead letters count.
     """
 
     setting: str
@@ -129,9 +131,9 @@ def _of(setting: str) -> Roots:
 
 
 def sources() -> Roots:
-    """Return where may be sent from: what retrievals have fetched into the state directory, too."""
+    """Return where may be sent from: also what retrievals and dead letters have in the state directory."""
     made = _of(SOURCES)
-    return Roots(SOURCES, (*made.folders, os.path.join(state_folder(), "retrievals")))
+    return Roots(SOURCES, (*made.folders, *(os.path.join(state_folder(), name) for name in ("retrievals", "failed"))))
 
 
 def places() -> Roots:

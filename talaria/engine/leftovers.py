@@ -6,6 +6,7 @@ from collections.abc import Collection
 from contextlib import suppress
 
 from protocols.dicomfolder.indexes import clear_indexes
+from transfer import deadletters
 from transfer.home import Home
 from transfer.ledger import Ledger
 from transfer.staging import discard
@@ -27,11 +28,14 @@ def waiting(home: Home) -> set[str]:
     return {path.stem for path in home.waiting.glob("*.json")}
 
 
-def clear(home: Home, ledger: Ledger, before: float, keep: Collection[str] = ()) -> tuple[int, int, int]:
+def clear(
+    home: Home, ledger: Ledger, before: float, keep: Collection[str] = (), failed_before: float = 0.0
+) -> tuple[int, int, int]:
     """Remove what is older than `before` (seconds since the epoch), and orphans of staging; return how many of each.
 
     Args:
         keep: ids of runs that have not ended.
+        failed_before: the time for files of dispatches that were given up, if it is later.
 
     Returns:
         How many receipts, staging folders, and unused indexes of read-only folders.
@@ -42,6 +46,7 @@ def clear(home: Home, ledger: Ledger, before: float, keep: Collection[str] = ())
             if path.stat().st_mtime < before:
                 path.unlink()
     kept = {*keep, *waiting(home)}
+    deadletters.clear(home, max(before, failed_before), kept)
     old = []
     for path in home.receipt("").parent.glob("*.json"):
         if path.stem not in kept and path.stat().st_mtime < before:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import shutil
 import sqlite3
@@ -21,13 +22,16 @@ import httpx
 from prefect.client.schemas.objects import TERMINAL_STATES, StateType
 
 from talaria.engine.leftovers import clear
+from talaria.settings import load_settings
+from transfer import deadletters
 from transfer.home import Home
 from transfer.ledger import Ledger
 
 EVERY_S = 3600.0  # between two looks
 STEP = 0.8  # of the age; each step that the size asks for
 YOUNGEST_S = 2 * 3600.0  # what is younger stays whatever its size
-EVENTS_S = 7 * 86_400.0  # events are kept no longer
+DAY_S = 86_400.0
+EVENTS_S = 7 * DAY_S  # events are kept no longer
 LOG_BYTES = 32 << 20  # of a log file, before it begins anew
 PAGE = 200  # runs a request; Prefect's own limit
 OPEN = [one.value for one in StateType if one not in TERMINAL_STATES]
@@ -42,28 +46,39 @@ async def keep(home: Home, client: httpx.AsyncClient, *, embedded: bool) -> None
         client: of Prefect's API.
         embedded: whether its database is ours to clear.
     """
-    days, limit = int(os.environ.get("TALARIA_KEEP_DAYS", "90")), int(os.environ.get("TALARIA_KEEP_LIMIT", 10 << 30))
+    settings = load_settings()
+    age, failed = settings.keep_days * DAY_S, settings.keep_failed_days * DAY_S
     while True:
         try:
-            await tidy(home, days * 86_400.0, limit, await _unfinished(client), vacuum if embedded else None)
+            runs = await _unfinished(client)
+            await tidy(home, age, settings.keep_limit, runs, vacuum if embedded else None, failed_age=failed)
         except Exception:  # whatever it is, nothing else depends on it
             logger.exception("what is old could not be cleared: tried again in an hour")
         await asyncio.sleep(EVERY_S)
 
 
-async def tidy(home: Home, age: float, limit: int, open_runs: Collection[str], vacuum: Vacuum | None = None) -> float:
+async def tidy(
+    home: Home,
+    age: float,
+    limit: int,
+    open_runs: Collection[str],
+    vacuum: Vacuum | None = None,
+    *,
+    failed_age: float = math.inf,
+) -> float:
     """Forget what is older than `age` seconds, and more if the rest takes more than `limit` bytes.
 
     Args:
         open_runs: ids of runs that have not ended.
         vacuum: clears Prefect's database of what is older than so many seconds.
+        failed_age: that of the files of dispatches that were given up, if it is shorter.
 
     Returns:
         The age that was kept.
     """
     kept = age
     while True:
-        await asyncio.to_thread(_forget, home, kept, open_runs)
+        await asyncio.to_thread(_forget, home, kept, open_runs, min(kept, failed_age))
         if vacuum:
             await vacuum(kept)
         size = await asyncio.to_thread(used, home)
@@ -99,12 +114,12 @@ async def vacuum(age: float) -> None:
 
 
 def used(home: Home) -> int:
-    """Return the bytes of what is kept: databases, without pages that are free again, and receipts."""
+    """Return the bytes of what is kept: databases, without pages that are free again, receipts, and dead letters."""
     found = sum(_pages(path) for path in (home.root / "prefect" / "prefect.db", home.ledger) if path.exists())
     for path in home.receipt("").parent.glob("*"):
         with suppress(FileNotFoundError):
             found += path.stat().st_size
-    return found
+    return found + deadletters.used(home)
 
 
 def _pages(database: Path) -> int:
@@ -115,11 +130,12 @@ def _pages(database: Path) -> int:
     return int((pages - free) * size)
 
 
-def _forget(home: Home, age: float, open_runs: Collection[str]) -> None:
-    before = time.time() - age
+def _forget(home: Home, age: float, open_runs: Collection[str], failed_age: float) -> None:
+    now = time.time()
+    before = now - age
     with Ledger(home.ledger) as ledger:
         ledger.prune(before, open_runs)
-        clear(home, ledger, before, open_runs)
+        clear(home, ledger, before, open_runs, now - failed_age)
     for log in (home.root / "logs").glob("*.log"):
         if log.stat().st_size > LOG_BYTES:
             shutil.copyfile(log, log.with_suffix(".log.1"))

@@ -19,6 +19,7 @@ from talaria.settings import POOL
 from tasks.dispatch import kept, progress, rest
 from tasks.dispatch.audited import requester
 from tasks.names import split
+from transfer import deadletters
 from transfer.errors import Misconfigured, NotFound
 
 KINDS = {"dispatch": "dispatch", "retrieval": "retrieve", "query": "find"}  # of jobs, and the flows that they run
@@ -117,6 +118,7 @@ async def send_job(office: Office, job: str, to: list[str]) -> dict[str, Any]:
 
     flow_run = await found(office, job, ("dispatch",))
     asked = {key: value for key, value in flow_run.parameters.items() if key not in ("targets", "force")}
+    asked["paths"] = await asyncio.to_thread(deadletters.instead, office.home, str(flow_run.id), asked["paths"])
     return await create_dispatch(office, targets=to, **asked)
 
 

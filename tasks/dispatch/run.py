@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Any, TypeVar
 from uuid import UUID
 
@@ -24,15 +23,17 @@ from tasks import DRIVERS
 from tasks.dispatch import audited, breaker, line, rest, running
 from tasks.dispatch.delivery import Delivery, summary
 from tasks.dispatch.flood import Flood, Studies, rows
+from tasks.dispatch.hours import opens
 from tasks.dispatch.patience import is_outage, patiently
 from tasks.dispatch.progress import Live, live
 from tasks.dispatch.push import delay_before, failure_of, hook_task, push_task
 from tasks.dispatch.report import document, progress_shown, report
 from tasks.dispatch.rest import Left, Wait
 from tasks.dispatch.slots import NoSlot, slots
-from tasks.dispatch.stage import stage_files
+from tasks.dispatch.stage import Staged, keep_dead_letter, plan_and_stage, stage_files
 from tasks.quiet import Quiet
 from tasks.targets import check_destination, load
+from transfer import deadletters
 from transfer import live as shown
 from transfer.errors import Busy, Denied, DispatchError, Unreachable
 from transfer.errors import Cancelled as DispatchCancelled
@@ -43,10 +44,8 @@ from transfer.plan import Origin, Plan
 from transfer.receipt import Receipt, State, overall
 from transfer.staging import Way, discard
 from transfer.studies import Each, listed
-from transfer.window import DispatchWindow
 
 R = TypeVar("R")
-OFF_PEAK = "22:00-06:00"  # UTC, unless TALARIA_OFF_PEAK says otherwise
 LOOK_S = 0.25  # between two looks at the cancel flag
 GRACE_S = 3  # for a driver to stop by itself before it is cancelled; a cancelled run ends within 5
 UNPLANNED = "to "  # begins the name of a run whose files have not been read
@@ -55,7 +54,6 @@ TURN_S = 15.0  # after which a run looks again for a slot, for each that stands 
 TURNS_S = 600.0  # and at most after this
 APART_S = 0.25  # between the returns of runs that wait for the same target to answer
 TESTED = (*breaker.DEAD, Busy)  # after one of these a target is tested before its files are read again
-DISABLED_S = 60  # a dispatch to a disabled target looks again after this
 
 
 class Dispatch:
@@ -72,6 +70,7 @@ class Dispatch:
         self.staging = home.staging / flow_run_id
         self.deliveries: list[Delivery] = []
         self.studies: Studies | None = None  # of a flood
+        self.staged: Staged | None = None  # of any other
         self.rest = rest.Rest() if running.whole() else rest.load(home, flow_run_id)
         self.waits: dict[str, Wait] = {}  # by target
         self._held: dict[str, AsyncExitStack] = {}  # slots that were taken before the files are staged, by target
@@ -221,6 +220,7 @@ class Dispatch:
             studies = await asyncio.to_thread(listed, paths, Each(each), globs)
             self.studies = Studies(studies, globs, origin, self.staging, self.cancelled, way, len(self._open))
             return self.ledger.same_dispatch(self.flow_run_id, self.studies.plan)
+        paths = await asyncio.to_thread(deadletters.instead, self.home, self.flow_run_id, paths)
         try:
             staged = await self._stoppable(stage_files(paths, exclude, origin, self.staging, self.cancelled, way))
         except asyncio.CancelledError as exc:
@@ -229,6 +229,7 @@ class Dispatch:
             raise self._stopped_early() from exc
         except DispatchCancelled as exc:
             raise self._stopped_early() from exc
+        self.staged = staged
         return self.ledger.same_dispatch(self.flow_run_id, staged.plan)
 
     def _stopped_early(self, did: str = "read its files") -> DispatchCancelled:
@@ -375,9 +376,24 @@ class Dispatch:
         if rests:
             first = min(wait.until for wait in self.waits.values())
             return AwaitingRetry(scheduled_time=first, message=rest.message(self.waits.values(), message))
+        await asyncio.to_thread(self._keep_files, state, receipts)
         if state is State.DELIVERED:
             return Completed(message=message)
         return Cancelled(message=message) if state is State.CANCELLED else Failed(message=message)
+
+    def _keep_files(self, state: State, receipts: Sequence[Receipt]) -> None:
+        """Keep the files of a run that was given up, for a retry; forget what was kept of one that succeeded."""
+        context = FlowRunContext.get()
+        asked = (context and context.parameters) or {}
+        if state is State.DELIVERED:
+            deadletters.forget(self.home, self.flow_run_id)
+        if state in (State.DELIVERED, State.CANCELLED) or asked.get("each") or running.whole():
+            return
+        if not any(one.unsent for one in receipts):
+            return
+        paths = deadletters.instead(self.home, self.flow_run_id, asked.get("paths", []))
+        what = paths, asked.get("exclude", ""), Origin(), self.staging, self.cancelled
+        keep_dead_letter(self.home, self.flow_run_id, self.staged, lambda: plan_and_stage(*what))
 
     def _receipts(self, new: Sequence[Receipt]) -> list[Receipt]:
         """Return the receipt of every target: of this part, or of the last one that had to do with it."""
@@ -451,20 +467,6 @@ async def dispatching(targets: list[str], priority: str) -> AsyncIterator[Dispat
 async def _load(names: list[str]) -> list[Target]:
     async with get_client() as client:
         return await load(client, names)
-
-
-def opens(target: Target, priority: str, now: datetime | None = None) -> datetime | None:
-    """Return the time from which a target may be sent to; None for now."""
-    now = now or datetime.now(UTC)
-    if not target.enabled:
-        return now + timedelta(seconds=DISABLED_S)
-    windows = []
-    if target.window and priority != "urgent":
-        windows.append(DispatchWindow.parse(target.window))
-    if priority == "offpeak":
-        windows.append(DispatchWindow.parse(os.environ.get("TALARIA_OFF_PEAK") or OFF_PEAK))
-    openings = [opening for window in windows if (opening := window.opens(now))]
-    return max(openings) if openings else None
 
 
 class _Paused(DispatchCancelled):

@@ -27,10 +27,11 @@ from blocks.base import Target
 from blocks.dicom import DicomTarget
 from imaging.query import Query
 from tasks.dispatch import audited, running
+from tasks.dispatch.hours import opens
 from tasks.dispatch.patience import patiently
 from tasks.dispatch.progress import live
 from tasks.dispatch.report import updated
-from tasks.dispatch.run import LOOK_S, opens
+from tasks.dispatch.run import LOOK_S
 from tasks.dispatch.slots import slots
 from tasks.retrieve.fetch import Fetcher
 from tasks.retrieve.job import Job, Stage, Study, discard, folder_of, size_of

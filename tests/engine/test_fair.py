@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -205,6 +206,7 @@ def test_what_was_given_up_is_listed_retried_for_one_target_and_sent_elsewhere(u
     (listed,) = (one for one in up.told("jobs", "list", "--failed")["jobs"] if one["id"] == run)
     assert listed["state"] == "Failed" and "first failed" in listed["message"]
     assert run in up.here("jobs", "list", "--failed").stdout
+    shutil.rmtree(tmp_path / "study")  # links to its files are kept
     sent = up.told("jobs", "send", run, "--to", "other")
     assert sent["flow_run_id"] != run and sent["state"] == "delivered" and len(files(tmp_path / "other")) == 2
     for name in gone:
@@ -216,4 +218,6 @@ def test_what_was_given_up_is_listed_retried_for_one_target_and_sent_elsewhere(u
     refused = up.here("jobs", "retry", run, "--only", "third")
     assert refused.returncode == 2 and "not one of the targets" in refused.stderr
     assert sent["flow_run_id"] not in {one["id"] for one in up.told("jobs", "list", "--failed")["jobs"]}
+    assert (up.home / "failed" / run).exists()
     assert up.told("jobs", "retry", run)["state"] == "delivered" and len(files(tmp_path / "first")) == 2
+    assert not (up.home / "failed" / run).exists()

@@ -1,0 +1,26 @@
+"""When a target may be sent to: its window, the off-peak hours, and whether it is enabled."""
+
+from __future__ import annotations
+
+import os
+from datetime import UTC, datetime, timedelta
+
+from blocks.base import Target
+from transfer.window import DispatchWindow
+
+OFF_PEAK = "22:00-06:00"  # UTC, unless TALARIA_OFF_PEAK says otherwise
+DISABLED_S = 60  # a dispatch to a disabled target looks again after this
+
+
+def opens(target: Target, priority: str, now: datetime | None = None) -> datetime | None:
+    """Return the time from which a target may be sent to; None for now."""
+    now = now or datetime.now(UTC)
+    if not target.enabled:
+        return now + timedelta(seconds=DISABLED_S)
+    windows = []
+    if target.window and priority != "urgent":
+        windows.append(DispatchWindow.parse(target.window))
+    if priority == "offpeak":
+        windows.append(DispatchWindow.parse(os.environ.get("TALARIA_OFF_PEAK") or OFF_PEAK))
+    openings = [opening for window in windows if (opening := window.opens(now))]
+    return max(openings) if openings else None

@@ -1,0 +1,104 @@
+"""Files of dispatches that were given up: kept as links, used where the source lacks some, and cleared."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from talaria.testing import studies
+from transfer import deadletters
+from transfer.errors import Denied
+from transfer.home import Home
+from transfer.plan import Plan, scan
+from transfer.staging import stage
+
+RUN = "7d0a2b66-1111-4222-8333-123456789abc"
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
+    monkeypatch.setenv("TALARIA_HOME", str(tmp_path / "home"))
+    home = Home(tmp_path / "home")
+    home.root.mkdir(mode=0o700)
+    return home
+
+
+def given_up(home: Home, source: Path) -> Plan:
+    plan = scan([str(source)])
+    staged = stage(plan, home.staging / RUN)
+    assert deadletters.keep(home, RUN, staged, plan.root)
+    return plan
+
+
+def test_what_was_kept_is_read_as_the_dispatch_that_it_was(home: Home, tmp_path: Path) -> None:
+    source = tmp_path / "study"
+    studies.ct(source / "a", 2)
+    studies.ct(source / "b" / "c", 1)
+    plan = given_up(home, source)
+    assert not (home.staging / RUN).exists()
+    assert deadletters.instead(home, RUN, [str(source)]) == [str(source)]
+    (source / "b" / "c" / "CT0001.dcm").unlink()
+    (kept,) = deadletters.instead(home, RUN, [str(source)])
+    again = scan([kept])
+    assert again.items == plan.items and again.dispatch_id == plan.dispatch_id
+    shutil.rmtree(source)
+    assert scan(deadletters.instead(home, RUN, [str(source)])).dispatch_id == plan.dispatch_id
+    deadletters.forget(home, RUN)
+    assert deadletters.instead(home, RUN, [str(source)]) == [str(source)]
+
+
+def test_what_fails_again_from_what_was_kept_stays_kept(home: Home, tmp_path: Path) -> None:
+    studies.ct(tmp_path / "study", 2)
+    given_up(home, tmp_path / "study")
+    shutil.rmtree(tmp_path / "study")
+    paths = deadletters.instead(home, RUN, [str(tmp_path / "study")])
+    plan = scan(paths)
+    assert deadletters.keep(home, RUN, stage(plan, home.staging / RUN), plan.root)
+    assert deadletters.instead(home, RUN, [str(tmp_path / "study")]) == paths
+    assert len(scan(paths).items) == 2
+
+
+def test_a_file_is_kept_by_its_name_alone(home: Home, tmp_path: Path) -> None:
+    one, _ = studies.ct(tmp_path / os.fsdecode(b"stud\xff"), 2)
+    plan = given_up(home, one)
+    assert deadletters.instead(home, RUN, [str(one)]) == [str(one)]
+    one.unlink()
+    assert scan(deadletters.instead(home, RUN, [str(one)])).items == plan.items
+
+
+def test_what_can_not_be_kept_whole_is_not_kept(home: Home, tmp_path: Path) -> None:
+    studies.ct(tmp_path / "study", 2)
+    plan = scan([str(tmp_path / "study")])
+    staged = stage(plan, home.staging / RUN)
+    first, second = staged.items
+    for bad in (replace(second, problem="can't be read"), replace(second, in_place=True)):
+        assert not deadletters.keep(home, RUN, replace(staged, items=(first, bad)), plan.root)
+    assert not (home.root / "failed").exists()
+
+
+def test_what_is_kept_goes_with_its_time_and_counts_what_it_takes(home: Home, tmp_path: Path) -> None:
+    files = studies.ct(tmp_path / "study", 2)
+    size = sum(path.stat().st_size for path in files)
+    given_up(home, tmp_path / "study")
+    mark = (home.root / "failed" / RUN / "source.json").stat().st_size
+    assert deadletters.used(home) == mark
+    shutil.rmtree(tmp_path / "study")
+    assert deadletters.used(home) == mark + size
+    assert deadletters.clear(home, time.time() - 60) == 0
+    os.utime(home.root / "failed" / RUN, (1, 1))
+    assert deadletters.clear(home, time.time() - 60, {RUN}) == 0
+    assert deadletters.clear(home, time.time() - 60) == 1
+    assert not (home.root / "failed" / RUN).exists() and deadletters.used(home) == 0
+
+
+def test_nothing_else_of_the_state_directory_is_sent(home: Home, tmp_path: Path) -> None:
+    studies.ct(tmp_path / "study", 1)
+    given_up(home, tmp_path / "study")
+    for path in (home.root / "failed", home.root / "failed" / RUN, home.root / "failed" / RUN / "source.json"):
+        with pytest.raises(Denied, match="state directory"):
+            scan([str(path)])

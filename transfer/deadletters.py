@@ -1,0 +1,94 @@
+"""Dead letters: the files of dispatches that were given up, so that these can be tried again without their source.
+
+    TALARIA_HOME/failed/<flow run id>/
+    ├── source.json   the folder that the files' paths were relative to
+    └── files/        what was staged: links to the files, which cost no room while the source exists
+
+Only what was staged as a whole is kept. It goes with the retention, or when the dispatch is delivered after all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Collection, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from transfer.home import Home
+from transfer.live import replace
+from transfer.plan import Plan
+from transfer.staging import discard
+
+
+def keep(home: Home, run_id: str, plan: Plan, source: Path) -> bool:
+    """Keep the staged files of a run that was given up; return False if not all of them can be.
+
+    Args:
+        plan: that of the staged files; its folder is taken away.
+        source: the folder that their paths were relative to.
+    """
+    folder = _folder(home, run_id)
+    if source == folder / "files":
+        return True  # it was read from here, and stays
+    if not plan.items or any(item.in_place or item.problem for item in plan.items):
+        return False
+    discard(folder)
+    folder.parent.mkdir(mode=0o700, exist_ok=True)
+    folder.mkdir(mode=0o700)
+    replace(folder / "source.json", {"source": os.fsencode(source).hex()})
+    os.rename(plan.root, folder / "files")
+    return True
+
+
+def instead(home: Home, run_id: str, paths: Sequence[str]) -> list[str]:
+    """Return what to read instead of a run's paths: what was kept, if the source has not all of it any more."""
+    folder = _folder(home, run_id)
+    files = folder / "files"
+    try:
+        source = os.fsdecode(bytes.fromhex(json.loads((folder / "source.json").read_bytes())["source"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return list(paths)
+    for above, _, names in os.walk(files):
+        there = os.path.join(source, os.path.relpath(above, files))
+        if not all(os.path.lexists(os.path.join(there, name)) for name in names):
+            os.utime(folder)  # it is wanted: the time of its retention begins anew
+            return [str(files)]
+    return list(paths)
+
+
+def forget(home: Home, run_id: str) -> None:
+    """Remove what was kept of a run."""
+    discard(_folder(home, run_id))
+
+
+def clear(home: Home, before: float, keep: Collection[str] = ()) -> int:
+    """Remove what was kept before a time (seconds since the epoch); return of how many runs.
+
+    Args:
+        keep: ids of runs that have not ended.
+    """
+    old = []
+    for folder in (home.root / "failed").glob("*"):
+        with suppress(FileNotFoundError):
+            if folder.name not in keep and folder.stat().st_mtime < min(before, time.time()):
+                old.append(folder)
+    for folder in old:
+        discard(folder)
+    return len(old)
+
+
+def used(home: Home) -> int:
+    """Return the bytes that are kept here alone: of files that their source has not any more."""
+    found = 0
+    for above, _, names in os.walk(home.root / "failed"):
+        for name in names:
+            with suppress(FileNotFoundError):
+                info = os.lstat(os.path.join(above, name))
+                found += info.st_size if info.st_nlink == 1 else 0
+    return found
+
+
+def _folder(home: Home, run_id: str) -> Path:
+    return home.root / "failed" / run_id
