@@ -19,6 +19,7 @@ from talaria import __version__, listener
 from talaria.console import say
 from talaria.entrance import entrance
 from talaria.errors import ServerError
+from talaria.imports import staying
 from talaria.server import FrontServer, child, healthy, serving, stop_child, use
 from talaria.settings import POOL, Settings, client_environment
 from transfer import roots
@@ -27,6 +28,7 @@ from transfer.home import Home
 
 LOOK_S = 0.3  # between two looks at the processes
 CALM_S = 2.0  # before a worker that died is started again
+WORKER = "from talaria.imports import staying\nwith staying(): from talaria.engine.worker import main\nmain()"
 
 
 def up(settings: Settings, home: Home, host: str, port: int, workers: int, *, auth: bool) -> None:
@@ -104,7 +106,7 @@ class _Crew:
         self.members = [self._start() for _ in range(count)]
 
     def _start(self) -> subprocess.Popen[bytes]:
-        return child([sys.executable, "-P", "-c", "from talaria.engine.worker import main; main()"], self.env, self.log)
+        return child([sys.executable, "-P", "-c", WORKER], self.env, self.log)
 
     def keep(self) -> None:
         """Start the ones again that died, and put what they ran back into the queue."""
@@ -176,9 +178,10 @@ def _watch(server: FrontServer, crew: _Crew, asked: _Asked) -> None:
 
 def _prepare(home: Home, *, alone: bool) -> list[str]:
     """Register what the server must know, and take up what a crash left; return the runs taken up."""
-    from prefect import get_client
+    with staying():
+        from prefect import get_client
 
-    from talaria.engine.registry import register
+        from talaria.engine.registry import register
 
     async def prepare() -> list[str]:
         async with get_client() as client:

@@ -15,6 +15,7 @@ from starlette.responses import JSONResponse
 
 from talaria.front.access import ACTING, Role
 from talaria.front.gate import Application, Message, Receive, Send
+from talaria.imports import staying
 
 WAIT_S = 120  # longest that a request waits for the server to start; a first start migrates the database
 _logger = logging.getLogger("talaria.front")
@@ -90,10 +91,11 @@ async def _not_yet(scope: Message, receive: Receive, send: Send, state: str) -> 
 
 def load() -> tuple[Application, Any]:
     """Return the engine's Prefect application and the FastAPI within it, which records who creates what."""
-    from talaria.engine.api import create_app
+    with staying():
+        from talaria.engine.api import create_app
 
-    app, prefect = create_app()
-    say_who(prefect)
+        app, prefect = create_app()
+        say_who(prefect)
     return app, prefect
 
 

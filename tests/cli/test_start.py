@@ -56,3 +56,31 @@ def test_nothing_warns_at_the_first_start(tmp_path: Path) -> None:
     )
     assert (ran.returncode, ran.stderr) == (0, "")
     assert home.stat().st_mode & 0o777 == 0o700 and set(json.loads(ran.stdout)["types"]) >= {"dicom", "folder"}
+
+
+STAYING = """
+import gc
+from talaria.imports import staying
+
+class Ring:
+    def __init__(self):
+        self.itself = self
+
+for wrong in (False, True):
+    before = gc.get_freeze_count()
+    try:
+        with staying():
+            assert not gc.isenabled()
+            kept = [Ring() for _ in range(1000)]
+            assert not wrong
+    except AssertionError:
+        assert wrong
+    assert gc.isenabled()
+    assert gc.get_freeze_count() >= before + 1000
+    assert not any(one is kept for one in gc.get_objects())
+"""
+
+
+def test_no_garbage_is_looked_for_in_what_is_imported_to_stay() -> None:
+    ran = subprocess.run([sys.executable, "-P", "-c", STAYING], capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stderr) == (0, "")
