@@ -13,7 +13,7 @@ endif
 # Containers often set it: then each start of a program compiles hundreds of modules, which is half of what it costs.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install tools demo test test-all lint compiled lock servers clean
+.PHONY: install tools demo test test-all lint compiled lock vendor servers clean
 .DELETE_ON_ERROR:
 
 # What the product needs to run, all types of target.
@@ -45,6 +45,12 @@ $(UV):
 lock: | $(UV)
 	$(UV) lock --upgrade
 	sed -i -E 's#https://[^/"]*/simple#https://index.invalid/simple#g; s#https://[^/"]*/packages/#https://index.invalid/packages/#g' uv.lock
+
+# What pages load that others wrote; tests compare it with vendor.toml.
+VENDOR := talaria/front/static/vendor
+vendor:
+	cd $(VENDOR) && npm pack --silent "htmx.org@$$(sed -n 's/^version = "\(.*\)"/\1/p' vendor.toml)" >/dev/null
+	cd $(VENDOR) && tar -xzf htmx.org-*.tgz --strip-components=2 package/dist/htmx.min.js && rm htmx.org-*.tgz
 
 demo: install
 	$(BIN)/talaria demo

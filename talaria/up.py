@@ -205,6 +205,7 @@ def _announce(home: Home, server: FrontServer, taken: list[str]) -> None:
     from blocks import REFUSED
     from talaria.front.users import Users
 
+    say(f"pages: {server.address.ui.removesuffix('/v2')}/talaria/")
     say(f"Prefect UI: {server.address.ui}")
     if server.address.auth and not Users(home).all():
         say(f"it asks for a password once: it is the line in {home.root / 'api.auth'}; no user is needed with it")

@@ -19,8 +19,10 @@ from typing import Any
 
 import uvicorn
 
+from talaria.front import pages
 from talaria.front.access import Role
-from talaria.front.api import routes
+from talaria.front.api import routes, shared
+from talaria.front.api.asking import Reach
 from talaria.front.app import build
 from talaria.front.embedded import EmbeddedPrefect, load
 from talaria.front.heard import AuditWriter
@@ -105,7 +107,8 @@ class Front:
             if orders.upstream
             else EmbeddedPrefect(worker_auth(home), load, self._fail)
         )
-        own = routes(self.upstream, home, embedded=not orders.upstream, url=orders.upstream)
+        reach = Reach(shared(self.upstream), home, embedded=not orders.upstream, url=orders.upstream)
+        own = [*pages.routes(reach), *routes(reach)]
         self.app = build(KeyRing(home), door, self.upstream, own, self.heard)
 
     async def serve(self) -> None:

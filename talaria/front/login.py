@@ -17,6 +17,7 @@ from starlette.routing import BaseRoute, Route
 from talaria.front.access import SCOPE_KEY, Identity, Role, needs
 from talaria.front.keys import KeyRing
 from talaria.front.sessions import COOKIE, LIFETIME_S, SAFE_COOKIE
+from talaria.front.static import asset
 
 FORM_BYTES = 8192
 WINDOW_S = 300  # in which failed logins count
@@ -28,11 +29,8 @@ _logger = logging.getLogger("talaria.front")
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>Talaria: {title}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<style>body{{font:16px/1.5 system-ui,sans-serif;display:grid;place-items:center;min-height:90vh;background:#f4f5f7}}
-form{{background:#fff;padding:2rem;border-radius:8px;box-shadow:0 1px 6px #0002;width:20rem}}
-label{{display:block;margin-top:1rem}}input{{width:100%;box-sizing:border-box;padding:.5rem;font:inherit}}
-button{{margin-top:1.5rem;padding:.5rem 1.5rem;font:inherit}}[role=alert]{{color:#a40000}}</style></head>
-<body><main><form method="post" action="{action}"><h1>Talaria</h1>{inner}</form></main></body></html>
+<link rel="icon" href="{icon}" type="image/svg+xml"><link rel="stylesheet" href="{style}"></head>
+<body class="door"><main><form method="post" action="{action}"><h1>Talaria</h1>{inner}</form></main></body></html>
 """
 LOGIN = """{alert}
 <input type="hidden" name="next" value="{next}">
@@ -94,13 +92,7 @@ class Pages:
             Route("/talaria/logout", self.ask, methods=["GET"]),
             Route("/talaria/logout", self.log_out, methods=["POST"]),
             Route("/talaria/health", self.health, methods=["GET"]),
-            Route("/talaria", self.home, methods=["GET"]),
         ]
-
-    @needs(Role.VIEWER)
-    async def home(self, request: Request) -> Response:
-        """Redirect to Prefect's UI, as there are no pages of our own yet."""
-        return RedirectResponse("/v2/", 303)
 
     @needs(Role.NOBODY)
     async def health(self, request: Request) -> Response:
@@ -152,7 +144,7 @@ class Pages:
         """Show who is logged in, with a button that ends the session: a link of another page ends none."""
         who: Identity = request.scope[SCOPE_KEY]
         inner = LOGOUT.format(user=html.escape(who.name), role=who.role.label)
-        return HTMLResponse(PAGE.format(title="log out", action="/talaria/logout", inner=inner))
+        return _framed("log out", "/talaria/logout", inner)
 
     @needs(Role.NOBODY)
     async def log_out(self, request: Request) -> Response:
@@ -170,7 +162,16 @@ class Pages:
 def _page(goal: str, alert: str = "", status: int = 200) -> HTMLResponse:
     shown = f'<p role="alert">{html.escape(alert)}</p>' if alert else ""
     inner = LOGIN.format(alert=shown, next=html.escape(goal))
-    return HTMLResponse(PAGE.format(title="log in", action="/talaria/login", inner=inner), status)
+    return _framed("log in", "/talaria/login", inner, status)
+
+
+def _framed(title: str, action: str, inner: str, status: int = 200) -> HTMLResponse:
+    return HTMLResponse(
+        PAGE.format(
+            title=title, action=action, inner=inner, style=asset("talaria.css"), icon=asset("icons/talaria.svg")
+        ),
+        status,
+    )
 
 
 async def _form(request: Request) -> dict[str, str] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Collection, Iterator
+from collections.abc import AsyncIterator, Collection, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -76,9 +76,13 @@ def _types() -> dict[str, Any]:
 
 async def list_targets(office: Office) -> dict[str, Any]:
     """Return all targets; one whose settings are no longer valid is listed as broken, with the reason."""
-    found = await all_targets(office.client)
+    return {"targets": await entries(office, await all_targets(office.client))}
+
+
+async def entries(office: Office, found: Sequence[Target | Broken]) -> list[dict[str, Any]]:
+    """Return saved targets as a list shows them."""
     checks = await last_checks(office.client, found)
-    return {"targets": [_entry(one, checks.get(one.name), office.home) for one in found]}
+    return [_entry(one, checks.get(one.name), office.home) for one in found]
 
 
 def _entry(one: Target | Broken, check: dict[str, Any] | None, home: Home) -> dict[str, Any]:
@@ -219,8 +223,14 @@ async def test_targets(office: Office, name: str | None = None) -> AsyncIterator
 async def test_values(office: Office, targets: dict[str, Any]) -> AsyncIterator[Event]:
     """Check targets that are not saved, here: a secret must not become a run's parameter. Yields as `test_targets`."""
     for target in made(targets).values():
-        async for event in _check_here(target, saved=False):
+        async for event in test_unsaved(target):
             yield event
+
+
+async def test_unsaved(target: Target) -> AsyncIterator[Event]:
+    """Check a target that is not saved, here. Yields as `test_targets`."""
+    async for event in _check_here(target, saved=False):
+        yield event
 
 
 async def _check_saved(office: Office, target: Target) -> AsyncIterator[Event]:

@@ -56,7 +56,6 @@ def test_a_session_is_a_cookie_that_scripts_of_pages_and_other_sites_never_see(d
             assert (await client.post("/api/flow_runs/1/resume", headers=same)).status_code == 200
             foreign = {"Origin": "http://evil.example"}
             assert (await client.post("/api/flow_runs/1/resume", headers=foreign)).status_code == 403
-            assert (await client.get("/talaria", follow_redirects=False)).headers["location"] == "/v2/"
 
     run(case)
     assert door.heard[0] == ("login", "anna", "127.0.0.1")

@@ -14,8 +14,11 @@ from typing import Any
 import pytest
 from starlette.routing import Mount
 
+from talaria.front import pages
 from talaria.front.access import Role, role_of
 from talaria.front.api import routes as api_routes
+from talaria.front.api import shared
+from talaria.front.api.asking import Reach
 from tests.front.door import Echo, FrontDoor, handshake
 from transfer.home import Home
 
@@ -164,7 +167,8 @@ def test_every_route_of_our_own_api(tmp_path: Path) -> None:
     """What a role lacks is refused by the gate, before anything of the API runs; each route declares what it needs."""
     home = tmp_path / "home"
     home.mkdir(mode=0o700)
-    door = FrontDoor(home, api_routes(Echo(), Home(home)))  # type: ignore[arg-type]
+    reach = Reach(shared(Echo()), Home(home), embedded=True, url="")  # type: ignore[arg-type]
+    door = FrontDoor(home, [*pages.routes(reach), *api_routes(reach)])
     tokens = {role: door.token(role) for role in (Role.VIEWER, Role.OPERATOR)}
     seen: list[Role] = []
 

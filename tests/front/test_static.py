@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import tomllib
 from pathlib import Path
 
 import httpx
@@ -42,3 +44,13 @@ def test_what_is_not_there_is_not_found(tmp_path: Path, path: str) -> None:
 
 def test_types_from_outside_share_an_icon() -> None:
     assert type_icon("webdav") == asset("icons/target.svg") != type_icon("dicom") == asset("icons/dicom.svg")
+
+
+def test_what_others_wrote_is_what_vendor_toml_says_with_its_licence() -> None:
+    vendor = FOLDER / "vendor"
+    known = tomllib.loads((vendor / "vendor.toml").read_text())
+    for name, one in known.items():
+        assert hashlib.sha256((vendor / one["as"]).read_bytes()).hexdigest() == one["sha256"]
+        assert (vendor / f"{name}.LICENSE").read_text().strip() and one["version"] and one["licence"]
+    scripts = {path.name for path in vendor.glob("*.js")}
+    assert scripts == {one["as"] for one in known.values()}

@@ -4,6 +4,6 @@ Every route declares the role that it needs (`talaria.front.access.needs`). Erro
 says what to change"}`. What takes a while comes as server-sent events. JSON as in docs/cli.md and docs/api.md.
 """
 
-from talaria.front.api.application import PATH, application, routes
+from talaria.front.api.application import PATH, application, routes, shared
 
-__all__ = ["PATH", "application", "routes"]
+__all__ = ["PATH", "application", "routes", "shared"]

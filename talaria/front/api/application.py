@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 PATH = "/talaria/api/v1"
 
 
-def routes(upstream: Upstream, home: Home, *, embedded: bool = True, url: str = "") -> list[BaseRoute]:
-    """Return the API as a route of the front door; arguments as for `application`."""
-    return [Mount(PATH, app=application(_shared(upstream), home, embedded=embedded, url=url))]
+def routes(reach: Reach) -> list[BaseRoute]:
+    """Return the API as a route of the front door."""
+    return [Mount(PATH, app=application(reach.client, reach.home, embedded=reach.embedded, url=reach.url))]
 
 
-def _shared(upstream: Upstream) -> Callable[[], Awaitable[PrefectClient]]:
+def shared(upstream: Upstream) -> Callable[[], Awaitable[PrefectClient]]:
     """Return a function that returns this process's one client of Prefect's API, which uses no socket."""
     made: list[PrefectClient] = []
     turn = asyncio.Lock()

@@ -1,0 +1,28 @@
+"""Talaria's own pages, made on the server: targets, dispatches, and what needs attention.
+
+Each page works without scripts; htmx and `static/talaria.js` only make it quicker. Texts stand in `texts.py`, templates
+in `templates/`. Nothing is loaded from elsewhere.
+"""
+
+from __future__ import annotations
+
+from starlette.routing import BaseRoute
+
+from talaria.front.api.asking import Reach
+from talaria.front.pages.checks import Checks
+from talaria.front.pages.dispatches import DispatchPages
+from talaria.front.pages.editing import EditingPages
+from talaria.front.pages.sending import SendingPages
+from talaria.front.pages.site import Site
+from talaria.front.pages.targets import TargetPages
+
+
+def routes(reach: Reach) -> list[BaseRoute]:
+    """Return the routes of all pages."""
+    site, checks = Site(reach), Checks()
+    return [
+        *DispatchPages(site).routes(),
+        *SendingPages(site).routes(),
+        *EditingPages(site, checks).routes(),
+        *TargetPages(site, checks).routes(),
+    ]

@@ -1,0 +1,85 @@
+"""Tests of targets that pages show while they run: each is kept here until some time after its end."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from talaria.front.api.errors import answer_to
+from talaria.front.pages.texts import TITLES
+
+KEPT_S = 900  # after a test has begun; it is followed for seconds
+MOST = 200
+HINTS = ("ping",)
+
+
+@dataclass
+class Check:
+    """A test of a target.
+
+    Attributes:
+        by: who has started it; nobody else is shown it.
+        back: path of the page that leads back to the target.
+        probes: as they have been made, for the page.
+        problem: why it did not run to its end.
+    """
+
+    id: str
+    name: str
+    by: str
+    back: str
+    contact: str = ""
+    probes: list[dict[str, Any]] = field(default_factory=list)
+    over: bool = False
+    ok: bool = False
+    problem: str = ""
+    begun: float = field(default_factory=time.monotonic)
+    task: asyncio.Task[None] | None = None
+
+
+class Checks:
+    """The tests that have been started from pages of this server."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, Check] = {}
+
+    def start(
+        self, name: str, by: str, back: str, contact: str, events: AsyncIterator[tuple[str, dict[str, Any]]]
+    ) -> Check:
+        """Start a test; returns at once."""
+        old = [one.id for one in self._found.values() if time.monotonic() - one.begun > KEPT_S and one.over]
+        for key in [*old, *list(self._found)[: max(0, len(self._found) - len(old) - MOST)]]:
+            self._found.pop(key, None)
+        check = Check(secrets.token_urlsafe(16), name, by, back, contact)
+        self._found[check.id] = check
+        check.task = asyncio.create_task(_follow(check, events))
+        return check
+
+    def find(self, key: str, by: str) -> Check | None:
+        """Return a test of this user; None if there is none."""
+        found = self._found.get(key)
+        return found if found and found.by == by else None
+
+
+async def _follow(check: Check, events: AsyncIterator[tuple[str, dict[str, Any]]]) -> None:
+    try:
+        async for kind, document in events:
+            if kind == "probe":
+                check.probes.append(_shown(document["probe"]))
+            elif kind == "result":
+                check.ok = bool(document["ok"])
+        check.problem = "" if check.probes else "no step was made"
+    except Exception as exc:
+        check.problem = answer_to(exc)[1]
+    finally:
+        check.over = True
+
+
+def _shown(probe: dict[str, Any]) -> dict[str, Any]:
+    hint = probe["name"] in HINTS
+    kind = "skipped" if hint and probe["result"] == "failed" else probe["result"]
+    return {**probe, "title": TITLES.get(probe["name"], probe["name"]), "hint": hint, "kind": kind}

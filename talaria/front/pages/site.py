@@ -1,0 +1,151 @@
+"""What every page needs: templates, whoever asks, forms as they come in, and errors as pages."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qs, quote
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import HTMLResponse, Response
+
+from talaria.front.access import SCOPE_KEY, Identity, Role
+from talaria.front.api.asking import Reach
+from talaria.front.api.errors import answer_to
+from talaria.front.pages.texts import job_kind, text
+from talaria.front.static import asset, type_icon
+from talaria.service import Office
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+FORM_BYTES = 256 << 10  # keys and certificates as text are the longest
+FIELDS = 300
+TEMPLATES = Path(__file__).parent.parent / "templates"
+Page = Callable[[Any, Request], Awaitable[Response]]
+
+
+@functools.cache
+def templates() -> Environment:
+    """Return the templates; what they show is escaped, and a name that they don't get is an error."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined  # takes a moment, at the first page only
+
+    found = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        auto_reload=False,
+    )
+    found.globals |= {"t": text, "asset": asset, "type_icon": type_icon, "job_kind": job_kind}
+    found.filters |= {"moment": moment, "path": functools.partial(quote, safe=""), "ago": ago}
+    return found
+
+
+def render(template: str, status: int = 200, /, **values: Any) -> HTMLResponse:
+    """Return a page, or a part of one, that is made of a template."""
+    return HTMLResponse(templates().get_template(template).render(**values), status)
+
+
+def moment(value: str | None) -> str:
+    """Return a time in UTC as people read it; the page's script shows it in the reader's zone."""
+    return datetime.fromisoformat(value).astimezone(UTC).strftime("%d %b %Y %H:%M UTC") if value else ""
+
+
+def ago(value: str | None) -> str:
+    """Return how long ago a time was."""
+    if not value:
+        return ""
+    seconds = max(0, (datetime.now(UTC) - datetime.fromisoformat(value)).total_seconds())
+    for unit, size in (("d", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{int(seconds // size)} {unit}"
+    return f"{int(seconds)} s"
+
+
+class Site:
+    """The pages' way to the operations behind them.
+
+    Args:
+        reach: how operations reach Prefect and the state directory.
+    """
+
+    def __init__(self, reach: Reach) -> None:
+        self.reach = reach
+
+    async def office(self, request: Request) -> Office:
+        """Return the office of whoever asks."""
+        address = request.client.host if request.client else ""
+        client = await self.reach.client()
+        return Office(client, self.reach.home, user=who(request).name, address=address, embedded=self.reach.embedded)
+
+    def page(self, request: Request, template: str, /, *, status: int = 200, **values: Any) -> HTMLResponse:
+        """Return a whole page, in the frame that all have.
+
+        Args:
+            template: its file; `values` are what it shows.
+        """
+        asker = who(request)
+        frame = {
+            "user": asker.name,
+            "role": asker.role.label,
+            "may_operate": asker.role >= Role.OPERATOR,
+            "may_admin": asker.role >= Role.ADMIN,
+            "here": request.url.path,
+            "address": request.url.path + (f"?{request.url.query}" if request.url.query else ""),
+            "session": asker.how == "session",
+        }
+        return render(template, status, **frame, **values)
+
+
+def who(request: Request) -> Identity:
+    """Return whoever asks, as the gate has found."""
+    found: Identity = request.scope[SCOPE_KEY]
+    return found
+
+
+async def fields(request: Request, several: tuple[str, ...] = ()) -> dict[str, str]:
+    """Return the fields of a form that was sent.
+
+    Args:
+        several: fields that may be there several times: their values, a line each.
+
+    Raises:
+        ValueError: it is not a form, or too long.
+    """
+    body = bytearray()
+    try:
+        async for piece in request.stream():
+            body += piece
+            if len(body) > FORM_BYTES:
+                raise ValueError(f"the form is longer than {FORM_BYTES} bytes")
+        found = parse_qs(body.decode(), keep_blank_values=True, max_num_fields=FIELDS, strict_parsing=bool(body))
+    except (UnicodeDecodeError, ClientDisconnect) as exc:
+        raise ValueError("this is not the form of this page") from exc
+    return {
+        key: "\n".join(values if key in several else values[-1:]).replace("\r\n", "\n") for key, values in found.items()
+    }
+
+
+def is_part(request: Request) -> bool:
+    """Return True if a page's script asks for a part of a page."""
+    return request.headers.get("hx-request") == "true"
+
+
+def shown(page: Page) -> Page:
+    """Let a page show errors in words, in the frame of all pages."""
+
+    @functools.wraps(page)
+    async def answered(self: Any, request: Request) -> Response:
+        try:
+            return await page(self, request)
+        except Exception as exc:
+            status, words = answer_to(exc)
+            site: Site = self.site
+            return site.page(request, "error.html", status=status, words=words)
+
+    return answered

@@ -1,0 +1,255 @@
+"""Pages of targets: all of them, one of them, and what its buttons do."""
+
+from __future__ import annotations
+
+from typing import Any
+from urllib.parse import quote, urlencode
+
+from starlette.requests import Request
+from starlette.responses import RedirectResponse, Response
+from starlette.routing import BaseRoute, Route
+
+from talaria.front.access import Role, needs
+from talaria.front.pages.checks import Check, Checks
+from talaria.front.pages.site import Site, fields, is_part, render, shown, who
+from talaria.front.pages.texts import text
+from transfer.errors import Misconfigured, NotFound
+
+LIST = "/talaria/targets"
+STATES = ("open", "failing", "broken", "unchecked", "ready", "off")  # the order in which people want to see them
+SORTS = ("state", "name", "type")
+SAID = ("changed", "added", "renamed", "enabled", "disabled", "removed")
+
+
+class TargetPages:
+    """The list of targets, each target, and its buttons but for Add and Edit."""
+
+    def __init__(self, site: Site, checks: Checks) -> None:
+        self.site, self.checks = site, checks
+
+    def routes(self) -> list[BaseRoute]:
+        """Return the routes."""
+        one = f"{LIST}/{{name}}"
+        return [
+            Route(LIST, self.every, methods=["GET"]),
+            Route(one, self.one, methods=["GET"]),
+            Route(f"{one}/test", self.test, methods=["POST"]),
+            Route(f"{one}/enable", self.enable, methods=["POST"]),
+            Route(f"{one}/rename", self.rename, methods=["POST"]),
+            Route(f"{one}/delete", self.delete, methods=["POST"]),
+            Route("/talaria/checks/{id}", self.check, methods=["GET"]),
+        ]
+
+    @needs(Role.VIEWER)
+    @shown
+    async def every(self, request: Request) -> Response:
+        """Show all targets, or those that the filter leaves; the filter stands in the address."""
+        from talaria.service import overview
+
+        office = await self.site.office(request)
+        activity = overview.by_target(await overview.last_day(office))
+        found = [row | {"activity": activity.get(row["name"], overview.Activity())} for row in await rows(office)]
+        given = {name: request.query_params.get(name, "") for name in ("q", "type", "direction", "state", "sort")}
+        return self.site.page(
+            request,
+            "targets.html",
+            every=len(found),
+            rows=_sorted([row for row in found if _matches(row, given)], given["sort"]),
+            filter=given,
+            choices=_choices(found),
+            said=_said(request),
+        )
+
+    @needs(Role.VIEWER)
+    @shown
+    async def one(self, request: Request) -> Response:
+        """Show a target."""
+        return await self._shown(request)
+
+    async def _shown(self, request: Request, problem: str = "", status: int = 200, **more: Any) -> Response:
+        from talaria.front.pages.forms import settings
+        from talaria.listener import is_loopback
+        from talaria.service import overview
+        from talaria.service.jobs import line
+
+        office, ref = await self.site.office(request), ref_of(request)
+        row, target = await _found(office, ref)
+        runs = [run for run in await overview.last_day(office) if row["name"] in _names(run.parameters)]
+        return self.site.page(
+            request,
+            "target.html",
+            status=status,
+            row=row,
+            target=target,
+            loops=bool(target and is_loopback(target.node)),
+            groups=settings(target) if target else [],
+            recent=[line(run) for run in runs[:10]],
+            activity=overview.by_target(runs).get(row["name"], overview.Activity()),
+            said=_said(request),
+            problem=problem,
+            **{"in_use": [], **more},
+        )
+
+    @needs(Role.OPERATOR)
+    @shown
+    async def test(self, request: Request) -> Response:
+        """Start a test of a saved target; show its steps as they are made."""
+        from talaria.service import targets
+
+        office, ref = await self.site.office(request), ref_of(request)
+        row, target = await _found(office, ref)
+        contact = target.contact if target else ""
+        events = targets.test_targets(office, ref)
+        return begun(request, self.checks.start(row["name"], who(request).name, row["path"], contact, events))
+
+    @needs(Role.OPERATOR)
+    @shown
+    async def check(self, request: Request) -> Response:
+        """Show how far a test is: in the page that has started it, or as a page of its own."""
+        found = self.checks.find(request.path_params["id"], who(request).name)
+        if found is None:
+            raise NotFound(text("test.gone"))
+        if is_part(request):
+            return render("check.html", check=found)
+        answer = self.site.page(request, "check_page.html", check=found)
+        if not found.over:
+            answer.headers["refresh"] = "2"  # without scripts
+        return answer
+
+    @needs(Role.ADMIN)
+    @shown
+    async def enable(self, request: Request) -> Response:
+        """Let a target take part, or take it out."""
+        from talaria.service import targets
+
+        on = (await fields(request)).get("enabled") == "true"
+        done = await targets.enable_target(await self.site.office(request), ref_of(request), on)
+        return to(done["name"], said="enabled" if on else "disabled")
+
+    @needs(Role.ADMIN)
+    @shown
+    async def rename(self, request: Request) -> Response:
+        """Give a target another name."""
+        from talaria.service import targets
+
+        name = (await fields(request)).get("to", "").strip()
+        try:
+            done = await targets.rename_target(await self.site.office(request), ref_of(request), name)
+        except ValueError as exc:
+            return await self._shown(request, str(exc), 422)
+        return to(done["name"], said="renamed")
+
+    @needs(Role.ADMIN)
+    @shown
+    async def delete(self, request: Request) -> Response:
+        """Delete a target that no dispatch waits for."""
+        from talaria.service import overview, targets
+        from talaria.service.jobs import line
+
+        office, ref = await self.site.office(request), ref_of(request)
+        row, _ = await _found(office, ref)
+        users = [line(run) for run in await overview.not_ended(office) if row["name"] in _names(run.parameters)]
+        if users:
+            return await self._shown(request, text("target.delete_used"), 409, in_use=users)
+        done = await targets.remove_target(office, ref)
+        return RedirectResponse(f"{LIST}?{urlencode({'said': 'removed', 'name': done['name']})}", 303)
+
+
+def begun(request: Request, check: Check) -> Response:
+    """Return the answer to a request that has started a test: its section, or the way to its page."""
+    return (
+        render("check.html", check=check) if is_part(request) else RedirectResponse(f"/talaria/checks/{check.id}", 303)
+    )
+
+
+def to(name: str, **words: str) -> RedirectResponse:
+    """Return the way to a target's page, which says what has been done."""
+    return RedirectResponse(f"{LIST}/{quote(name, safe='')}?{urlencode(words)}", 303)
+
+
+def ref_of(request: Request) -> str:
+    """Return what names the target of a page: its name, with its type before it where several have that name."""
+    kind, name = request.query_params.get("type", ""), request.path_params["name"]
+    return f"{kind}/{name}" if kind else str(name)
+
+
+def _said(request: Request) -> str:
+    """Return what a page says has just been done; only words of ours."""
+    word = request.query_params.get("said", "")
+    return text(f"said.{word}") if word in SAID else ""
+
+
+async def rows(office: Any) -> list[dict[str, Any]]:
+    """Return all targets as the list shows them."""
+    from blocks import Target
+    from talaria.service import overview, targets
+    from tasks.targets import all_targets
+
+    found = await all_targets(office.client)
+    entries = await targets.entries(office, found)
+    names = [one.name for one in found]
+    shown = []
+    for one, entry in zip(found, entries, strict=True):
+        twice = names.count(one.name) > 1
+        path = f"{LIST}/{quote(one.name, safe='')}" + (f"?type={quote(one.type_name, safe='')}" if twice else "")
+        whole = one if isinstance(one, Target) else None
+        shown.append(
+            entry
+            | {"state": _state(entry), "path": path, "target": whole}
+            | {"leads_to": overview.leads_to(whole) if whole else "", "contact": whole.contact if whole else ""}
+        )
+    return shown
+
+
+async def _found(office: Any, ref: str) -> tuple[dict[str, Any], Any]:
+    """Return one target as the list shows it, and itself with its secrets masked; None for one that is broken."""
+    kind, _, name = ref.rpartition("/")
+    found = [row for row in await rows(office) if row["name"] == name and kind in ("", row["type"])]
+    if not found:
+        raise NotFound(f"no target named {name}")
+    if len(found) > 1:
+        raise Misconfigured(f"several targets are named {name}: rename or remove one of each in the list")
+    return found[0], found[0]["target"]
+
+
+def _state(entry: dict[str, Any]) -> str:
+    if entry["broken"]:
+        return "broken"
+    if not entry["enabled"]:
+        return "off"
+    if entry["breaker"]["state"] == "open":
+        return "open"
+    check = entry["last_check"]
+    return "unchecked" if check is None else "ready" if check["ok"] else "failing"
+
+
+def _matches(row: dict[str, Any], given: dict[str, str]) -> bool:
+    words = " ".join(str(row[key]) for key in ("name", "leads_to", "contact")).casefold()
+    return all(word in words for word in given["q"].casefold().split()) and all(
+        not given[key] or given[key] == str(row[key]) for key in ("type", "direction", "state")
+    )
+
+
+def _sorted(found: list[dict[str, Any]], by: str) -> list[dict[str, Any]]:
+    if by == "type":
+        return sorted(found, key=lambda row: (row["type"], row["name"]))
+    return sorted(found, key=lambda row: row["name"] if by == "name" else (STATES.index(row["state"]), row["name"]))
+
+
+def _choices(found: list[dict[str, Any]]) -> list[tuple[str, str, list[tuple[str, str]]]]:
+    every = ("", text("all"))
+    kinds = sorted({str(row["type"]) for row in found})
+    return [
+        ("type", text("targets.type"), [every, *((one, one) for one in kinds)]),
+        (
+            "direction",
+            text("targets.direction"),
+            [every, *((one, text(f"direction.{one}")) for one in ("store", "query", "both"))],
+        ),
+        ("state", text("targets.state"), [every, *((one, text(f"state.{one}")) for one in STATES)]),
+        ("sort", text("targets.sort"), [(one, text(f"sort.{one}")) for one in SORTS]),
+    ]
+
+
+def _names(parameters: dict[str, Any]) -> list[str]:
+    return [str(one).rpartition("/")[2] for one in parameters.get("targets", ())]

@@ -1,0 +1,291 @@
+"""Talaria's pages at a server that runs, without scripts: every page, button and refusal, by forms and links alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from html import unescape
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+
+from talaria.front.access import Role
+from talaria.front.users import Users
+from talaria.testing.process import as_loaded, until
+from tests.engine.material import study
+from tests.front.door import PASSWORD
+from tests.servers.up import Talaria, talaria
+from transfer.home import Home
+
+pytestmark = pytest.mark.timeout(600)
+SECRET = "swordfish"
+XSS = '<img src=x onerror="alert(1)">'
+
+
+@pytest.fixture(scope="module")
+def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Talaria]:
+    with talaria(tmp_path_factory.mktemp("pages")) as found:
+        yield found
+
+
+class Person:
+    """Somebody who reads pages and sends their forms; nothing is known but what stands in them."""
+
+    def __init__(self, up: Talaria, role: Role) -> None:
+        self.base = up.url.removesuffix("/api")
+        self.client = httpx.Client(
+            base_url=self.base, timeout=120, trust_env=False, headers={"Accept": "text/html", "Origin": self.base}
+        )
+        name = f"{role.label}-{id(self)}"
+        Users(Home(up.home)).add(name, role, PASSWORD)
+        form = {"user": name, "password": PASSWORD, "next": "/talaria/"}
+        assert self.client.post("/talaria/login", data=form).status_code == 303
+
+    def get(self, path: str, status: int = 200) -> str:
+        answer = self.client.get(path)
+        assert answer.status_code == status, (path, answer.status_code, answer.text[:500])
+        return answer.text
+
+    def post(self, path: str, form: dict[str, Any], status: int = 303) -> str:
+        """Send a form; return where it leads, or the page that it answers."""
+        answer = self.client.post(path, data=form)
+        assert answer.status_code == status, (path, answer.status_code, words(answer.text)[:600])
+        return answer.headers.get("location", answer.text)
+
+    def form(self, path: str) -> dict[str, str]:
+        """Return the fields of a page's form as it is shown."""
+        return fields(self.get(path))
+
+
+def person(up: Talaria, role: Role) -> Iterator[Person]:
+    found = Person(up, role)
+    yield found
+    found.client.close()
+
+
+def fields(page: str) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for tag in re.findall(r"<input [^>]*>", page):
+        about = dict(re.findall(r'([a-z-]+)="([^"]*)"', tag))
+        if about.get("type") in ("checkbox", "radio") and " checked" not in tag:
+            continue
+        if "name" in about:
+            found[about["name"]] = unescape(about.get("value", ""))
+    for name, body in re.findall(r'<select [^>]*name="([^"]+)"[^>]*>(.*?)</select>', page, re.S):
+        chosen = re.search(r'<option(?: value="([^"]*)")? selected>([^<]*)', body)
+        if chosen:
+            found[name] = unescape(chosen[1] if chosen[1] is not None else chosen[2])
+    for name, body in re.findall(r'<textarea [^>]*name="([^"]+)"[^>]*>(.*?)</textarea>', page, re.S):
+        found[name] = unescape(body)
+    return found
+
+
+def words(page: str) -> str:
+    return " ".join(unescape(re.sub(r"<[^>]+>", " ", page)).split())
+
+
+@pytest.fixture(scope="module")
+def admin(up: Talaria) -> Iterator[Person]:
+    yield from person(up, Role.ADMIN)
+
+
+@pytest.fixture(scope="module")
+def operator(up: Talaria) -> Iterator[Person]:
+    yield from person(up, Role.OPERATOR)
+
+
+@pytest.fixture(scope="module")
+def viewer(up: Talaria) -> Iterator[Person]:
+    yield from person(up, Role.VIEWER)
+
+
+def added(admin: Person, tmp_path: Path, name: str, **more: str) -> Path:
+    """Add a target of type folder by its page; return the folder."""
+    folder = tmp_path / name
+    folder.mkdir()
+    form = admin.form("/talaria/add-target/folder")
+    leads = admin.post(
+        "/talaria/add-target/folder", {**form, "name": name, "folder": str(folder), **more, "do": "save"}
+    )
+    assert leads == f"/talaria/targets/{name}?said=added"
+    return folder
+
+
+def test_a_target_is_added_tested_changed_renamed_and_deleted(admin: Person, up: Talaria, tmp_path: Path) -> None:
+    folder = added(admin, tmp_path, "archive", description=XSS, contact="team@example.org")
+    page = admin.get("/talaria/targets/archive?said=added")
+    assert "The target was saved." in page and str(folder) in page and "Not tested" in page
+    assert XSS not in page and XSS in unescape(page)
+
+    leads = admin.post("/talaria/targets/archive/test", {})
+    until(lambda: over(admin.get(leads)), as_loaded(120))
+    assert "All steps succeeded." in admin.get(leads)
+    assert "Ready" in admin.get("/talaria/targets")
+
+    form = admin.form("/talaria/targets/archive/edit")
+    assert form["folder"] == str(folder) and form["description"] == XSS
+    assert admin.post("/talaria/targets/archive/edit", {**form, "description": "ours", "do": "save"}).endswith(
+        "changed"
+    )
+    saved = yaml.safe_load(up("target", "export").stdout)["targets"]["archive"]
+    assert saved["description"] == "ours" and saved["contact"] == "team@example.org" and saved["folder"] == str(folder)
+
+    admin.post("/talaria/targets/archive/enable", {"enabled": "false"})
+    assert "Off" in words(admin.get("/talaria/targets/archive"))
+    admin.post("/talaria/targets/archive/enable", {"enabled": "true"})
+    assert admin.post("/talaria/targets/archive/rename", {"to": "store"}) == "/talaria/targets/store?said=renamed"
+    assert "no target named archive" in words(admin.get("/talaria/targets/archive", 404))
+    assert "lower-case" in words(admin.post("/talaria/targets/store/rename", {"to": "Not Valid"}, 422))
+    assert admin.post("/talaria/targets/store/delete", {}).startswith("/talaria/targets?said=removed")
+    assert "no target named store" in words(admin.get("/talaria/targets/store", 404))
+
+
+def over(page: str) -> bool:
+    return "Testing" not in words(page)
+
+
+def test_what_is_wrong_is_said_at_the_field_and_nothing_typed_is_lost(admin: Person) -> None:
+    form = admin.form("/talaria/add-target/dicom")
+    typed = {**form, "name": "Bad Name", "host": "", "port": "http", "aet_target": "X" * 17, "description": XSS}
+    page = admin.post("/talaria/add-target/dicom", {**typed, "do": "save"}, 422)
+    for name in ("name", "host", "port", "aet_target"):
+        assert f'id="{name}-problem"' in page
+    assert page.count('aria-invalid="true"') == 4
+    again = fields(page)
+    assert {key: again[key] for key in ("name", "port", "aet_target", "description")} == {
+        key: typed[key] for key in ("name", "port", "aet_target", "description")
+    }
+    assert XSS not in page
+    assert "Bad Name" not in admin.get("/talaria/targets")
+
+
+def test_a_name_that_is_taken_is_refused(admin: Person, tmp_path: Path) -> None:
+    folder = added(admin, tmp_path, "taken")
+    form = admin.form("/talaria/add-target/folder")
+    page = admin.post("/talaria/add-target/folder", {**form, "name": "taken", "folder": str(folder), "do": "save"}, 422)
+    assert "a target named taken is there already" in words(page)
+
+
+def test_a_secret_is_never_shown_and_never_goes_to_another_place(admin: Person, up: Talaria, tmp_path: Path) -> None:
+    form = admin.form("/talaria/add-target/sftp")
+    new = {"name": "files", "host": "127.0.0.1", "port": "9", "user": "anna", "folder": "in", "password": SECRET}
+    admin.post("/talaria/add-target/sftp", {**form, **new, "do": "save"})
+    for path in ("", "/edit", "/duplicate"):
+        assert SECRET not in admin.get(f"/talaria/targets/files{path}")
+
+    kept = admin.form("/talaria/targets/files/edit")
+    assert kept["password.do"] == "keep"
+    assert admin.post("/talaria/targets/files/edit", {**kept, "description": "ours", "do": "save"}).endswith("changed")
+    for action in ("save", "test"):
+        moved = {**kept, "version": "", "host": "127.0.0.2", "do": action}
+        page = admin.post("/talaria/targets/files/edit", moved, 422)
+        assert "type it again" in words(page) and SECRET not in page
+    copy = admin.form("/talaria/targets/files/duplicate")
+    page = admin.post("/talaria/add-target/sftp", {**copy, "name": "other", "host": "127.0.0.2", "do": "save"}, 422)
+    assert "type it again" in words(page)
+    # At the same place the copy keeps it; a new one that is typed may go anywhere.
+    admin.post("/talaria/add-target/sftp", {**copy, "name": "copied", "do": "save"})
+    retyped = {**copy, "name": "other", "host": "127.0.0.2", "password": "other", "password.do": "replace"}
+    admin.post("/talaria/add-target/sftp", {**retyped, "do": "save"})
+    shown = up.json("target", "show", "copied")
+    assert set(shown["password"]) == {"*"}
+
+
+def test_the_second_of_two_editors_is_asked(admin: Person, tmp_path: Path) -> None:
+    added(admin, tmp_path, "both")
+    mine = admin.form("/talaria/targets/both/edit")
+    theirs = admin.form("/talaria/targets/both/edit")
+    admin.post("/talaria/targets/both/edit", {**theirs, "description": "theirs", "do": "save"})
+    page = admin.post("/talaria/targets/both/edit", {**mine, "description": "mine", "do": "save"}, 409)
+    assert "changed meanwhile" in words(page) and "theirs" in page and fields(page)["description"] == "mine"
+    assert fields(admin.get("/talaria/targets/both/edit"))["description"] == "theirs"
+    admin.post("/talaria/targets/both/edit", {**fields(page), "do": "save"})
+    assert fields(admin.get("/talaria/targets/both/edit"))["description"] == "mine"
+
+
+def test_a_target_is_tested_before_it_is_saved(admin: Person, tmp_path: Path) -> None:
+    form = admin.form("/talaria/add-target/folder")
+    leads = admin.post("/talaria/add-target/folder", {**form, "folder": str(tmp_path / "nowhere"), "do": "test"})
+    until(lambda: over(admin.get(leads)), as_loaded(120))
+    page = words(admin.get(leads))
+    assert "A step failed." in page and "nowhere" in page
+    assert "nowhere" not in admin.get("/talaria/targets")
+
+
+def test_a_study_is_planned_sent_and_seen(operator: Person, admin: Person, tmp_path: Path) -> None:
+    folder, source = added(admin, tmp_path, "kept"), tmp_path / "study"
+    source.mkdir()
+    for number, content in enumerate(study("A1", series=1, each=3)):
+        (source / f"{number}.dcm").write_bytes(content)
+    form = operator.form("/talaria/send") | {"paths": str(source), "to": "kept"}
+    planned = operator.post("/talaria/send", {**form, "do": "plan"}, 200)
+    assert "3 files" in words(planned) and fields(planned)["paths"] == str(source)
+    leads = operator.post("/talaria/send", {**form, "do": "send"})
+    assert operator.post("/talaria/send", {**form, "do": "send"}) == leads  # a double click sends once
+    until(lambda: "3 of 3 delivered" in words(operator.get(leads)), as_loaded(120))
+    assert len(list(folder.rglob("*.dcm"))) == 3
+    assert operator.client.get(f"{leads}/receipt").json()["targets"]["kept"]["delivered"] == 3
+    assert leads in operator.get("/talaria/dispatches") and leads in operator.get("/talaria/targets/kept")
+    assert words(operator.get("/talaria/dispatches?state=failed")).endswith("No dispatch matches.")
+    assert operator.post(f"{leads}/retry", {}) == leads
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"paths": "", "to": "x"}, "Name at least one file"),
+        ({"paths": "/data"}, "Choose at least one target"),
+        ({"paths": "data/x", "to": "x"}, "is not an absolute path"),
+        ({"paths": "/data", "to": "nobody"}, "no target named nobody"),
+    ],
+)
+def test_a_request_that_can_t_be_meant_is_refused_in_words(operator: Person, more: dict[str, str], said: str) -> None:
+    page = operator.post("/talaria/send", {"do": "send", **more}, 404 if "nobody" in more.values() else 422)
+    assert said in words(page)
+
+
+def test_roles_see_and_may_what_is_theirs(viewer: Person, operator: Person, admin: Person, tmp_path: Path) -> None:
+    added(admin, tmp_path, "roles")
+    pages = {one: one.get("/talaria/targets/roles") for one in (viewer, operator, admin)}
+    buttons = {one: set(re.findall(r"/talaria/targets/roles/(\w+)", page)) for one, page in pages.items()}
+    assert buttons[viewer] == set() and buttons[operator] == {"test"}
+    assert buttons[admin] == {"test", "edit", "duplicate", "enable", "rename", "delete"}
+    assert "Send a study" not in viewer.get("/talaria/dispatches")
+    for person, path in ((viewer, "/test"), (viewer, "/edit"), (operator, "/edit"), (operator, "/delete")):
+        person.post(f"/talaria/targets/roles{path}", {}, 403)
+    viewer.get("/talaria/add-target", 403)
+    leads = operator.post("/talaria/targets/roles/test", {})
+    assert "not known any more" in words(admin.get(leads, 404))  # another's test
+
+
+def test_filters_stand_in_the_address(viewer: Person, admin: Person, tmp_path: Path) -> None:
+    added(admin, tmp_path, "findme", contact="who@example.org")
+    for query in ("q=FINDME", "q=who%40example", "type=folder&q=find", "state=unchecked&q=find", "sort=name"):
+        assert "/talaria/targets/findme" in viewer.get(f"/talaria/targets?{query}")
+    for query in ("q=nothing-like-it", "type=folder&q=findme&state=off", "direction=query"):
+        assert "/talaria/targets/findme" not in viewer.get(f"/talaria/targets?{query}")
+
+
+def test_pages_have_no_script_or_style_of_their_own_and_load_nothing_from_elsewhere(admin: Person) -> None:
+    paths = ["/talaria/", "/talaria/targets", "/talaria/dispatches", "/talaria/send", "/talaria/add-target"]
+    paths += [f"/talaria/add-target/{kind}" for kind in ("dicom", "dicomweb", "xnat")]
+    for path in paths:
+        answer = admin.client.get(path)
+        assert answer.status_code == 200
+        policy = answer.headers["content-security-policy"]
+        assert "default-src 'none'" in policy and "unsafe" not in policy
+        assert answer.headers["cache-control"] == "no-store"
+        assert not re.search(r"<style|style=|<script(?! src=\"/talaria/)|\son\w+=", answer.text), path
+        assert not re.search(r"(src|href|action|hx-get|hx-post)=\"(?!/|#)", answer.text), path
+        for linked in set(re.findall(r'(?:src|href)="(/talaria/static/[^"]+)"', answer.text)):
+            assert admin.client.get(linked).status_code == 200
+        assert answer.text.count("<h1") == 1 and '<html lang="en">' in answer.text
+
+
+def test_an_unknown_page_or_type_is_said_in_words(admin: Person) -> None:
+    assert "no type named nothing" in words(admin.get("/talaria/add-target/nothing", 404))
+    assert "no target named nobody" in words(admin.get("/talaria/targets/nobody", 404))
+    assert "no job" in words(admin.get("/talaria/dispatches/00000000", 404))

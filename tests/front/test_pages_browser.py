@@ -1,0 +1,95 @@
+"""Talaria's pages in a browser, with their scripts: nothing fails, and no other host is asked."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+from playwright.sync_api import Page, expect, sync_playwright
+
+from talaria.front.access import Role
+from talaria.front.users import Users
+from tests.front.door import PASSWORD
+from tests.servers.up import talaria
+from transfer.home import Home
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+WAIT_MS = 120_000
+VIOLATIONS = "addEventListener('securitypolicyviolation', event => console.error('CSP ' + event.violatedDirective))"
+
+
+def test_a_target_is_added_tested_and_deleted_with_mouse_and_keyboard(tmp_path: Path) -> None:
+    asked: set[str] = set()
+    failed: list[str] = []
+    folder = tmp_path / "archive"
+    with talaria(tmp_path) as up:
+        Users(Home(up.home)).add("anna", Role.ADMIN, PASSWORD)
+        base = up.url.removesuffix("/api")
+        program = shutil.which("chromium") or shutil.which("google-chrome")
+        with sync_playwright() as playwright:
+            browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+            page = browser.new_page()
+            page.set_default_timeout(WAIT_MS)
+            expect.set_options(timeout=WAIT_MS)
+            page.add_init_script(VIOLATIONS)
+            page.on("request", lambda request: asked.add(urlsplit(request.url).netloc))
+            page.on("pageerror", lambda error: failed.append(str(error)))
+            page.on("console", lambda one: failed.append(one.text) if "CSP" in one.text else None)
+            walk(page, base, folder)
+            browser.close()
+    assert failed == []
+    assert {host for host in asked if host} == {urlsplit(base).netloc}
+
+
+def walk(page: Page, base: str, folder: Path) -> None:
+    page.goto(f"{base}/talaria/")
+    page.fill("[name=user]", "anna")
+    page.fill("[name=password]", PASSWORD)
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("heading", level=1)).to_have_text("Home")
+    page.get_by_role("link", name="Add target").click()
+    page.locator("a[href='/talaria/add-target/folder']").click()
+
+    # Tested before it is saved: the step that fails is shown below the form, and nothing typed is lost.
+    page.get_by_label("Name (required)").fill("archive")
+    page.get_by_label("Folder on the worker").fill(str(folder))
+    page.get_by_role("button", name="Test").click()
+    expect(page.locator("#check")).to_contain_text("A step failed.")
+    assert page.get_by_label("Folder on the worker").input_value() == str(folder)
+    folder.mkdir()
+    page.get_by_role("button", name="Test").click()
+    expect(page.locator("#check")).to_contain_text("All steps succeeded.")
+
+    # Tabs, by arrows; what is wrong in a tab or a fold that is closed is opened by its link.
+    page.get_by_role("tab", name="Configuration").focus()
+    page.keyboard.press("ArrowRight")
+    page.get_by_label("Contact").fill("nobody")
+    page.get_by_role("tab", name="Configuration").click()
+    page.get_by_role("button", name="Save").click()
+    expect(page.locator("[data-errors]")).to_be_focused()
+    page.get_by_role("tab", name="Configuration").click()
+    page.locator("[data-errors] a").click()
+    expect(page.get_by_label("Contact")).to_be_focused()
+    page.get_by_label("Contact").fill("team@example.org")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("heading", level=1)).to_have_text("archive")
+
+    page.get_by_role("button", name="Test").click()
+    expect(page.locator("#check")).to_contain_text("All steps succeeded.")
+    page.get_by_role("link", name="Targets").click()
+    page.get_by_role("searchbox").press_sequentially("nothing")
+    expect(page.locator("#list")).to_contain_text("No target matches.")
+    page.get_by_role("searchbox").fill("arch")
+    expect(page.locator("#list")).to_contain_text("1 of 1 targets")
+    assert page.url.endswith("q=arch&type=&direction=&state=&sort=state")
+    page.reload()
+    page.get_by_role("link", name="archive").click()
+
+    page.get_by_role("link", name="Delete").click()
+    page.keyboard.press("Escape")
+    expect(page.get_by_role("dialog")).to_be_hidden()
+    page.get_by_role("link", name="Delete").click()
+    page.get_by_role("button", name="Delete archive").click()
+    expect(page.get_by_role("status").first).to_contain_text("The target was deleted.")
