@@ -284,11 +284,12 @@ class Target(Block, ABC):
     @model_validator(mode="before")
     @classmethod
     def _unset(cls, values: Any) -> Any:
-        """Take a secret that is null, as it was saved, for one that is not given, unless it may be null."""
+        """Take for not given: a secret that is null, as it is saved, and, of what may be null, a form's empty text."""
         if not isinstance(values, dict):
             return values
         secrets = {name for name in cls.secret_fields() if cls.model_fields[name].default is not None}
         unset = {name for name in secrets if name in values and values[name] is None}
+        unset |= {name for name, field in cls.model_fields.items() if field.default is None and values.get(name) == ""}
         return {name: value for name, value in values.items() if name not in unset}
 
     @property

@@ -129,9 +129,23 @@ def in_order(schema: dict[str, Any], model: type[BaseModel]) -> dict[str, Any]:
     properties: dict[str, Any] = schema.get("properties", {})
     sorted_ones: dict[str, Any] = {}
     for position, one in enumerate(ordered(model, properties)):
-        shown = {key: value for key, value in properties[one.name].items() if key != "at"}
+        shown = _plain({key: value for key, value in properties[one.name].items() if key != "at"})
         sorted_ones[one.name] = shown | {"title": one.title, "position": position}
     return schema | {"properties": sorted_ones | {name: properties[name] for name in properties.keys() - sorted_ones}}
+
+
+def _plain(schema: dict[str, Any]) -> dict[str, Any]:
+    """Return the schema of a value that need not be given as Prefect's form shows it best.
+
+    A null beside it would be a tab of its own; a secret's empty default would be saved, and shown as one that is set.
+    """
+    without = {key: value for key, value in schema.items() if key not in ("anyOf", "default")}
+    match schema:
+        case {"anyOf": [{"type": _}, {"type": "null"}], "default": None}:
+            return without | dict(schema["anyOf"][0])
+        case {"format": "password", "default": ""}:
+            return without
+    return schema
 
 
 def _extra(field: FieldInfo) -> Mapping[str, Any]:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Any
+from uuid import UUID
 
 from prefect import Flow
 from prefect.client.orchestration import PrefectClient
-from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.actions import BlockDocumentUpdate, WorkPoolCreate
 from prefect.client.schemas.filters import WorkQueueFilter, WorkQueueFilterName
-from prefect.client.schemas.objects import Worker, WorkerStatus, WorkPool
+from prefect.client.schemas.objects import BlockSchema, Worker, WorkerStatus, WorkPool
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 from prefect.utilities.callables import parameter_schema
 
 from blocks import TYPES
 from talaria.engine.table import FLOWS
 from talaria.settings import POOL
+from tasks.targets import documents
 
 # Our workers need nothing of it, but a server takes no empty one.
 TEMPLATE = {
@@ -30,6 +33,7 @@ async def register(client: PrefectClient) -> None:
     """Create or update everything at the server; may be repeated at any time."""
     for cls in TYPES.values():
         await cls.aregister_type_and_schema(client=client)
+    await _forms(client)
     await _pool(client)
     for name, (flow, entrypoint) in FLOWS.items():
         await _deployment(client, name, flow, entrypoint)
@@ -51,6 +55,27 @@ async def deployed(client: PrefectClient, name: str) -> Any:
     except ObjectNotFound:
         await register(client)
         return await client.read_deployment_by_name(f"{name}/talaria")
+
+
+async def _forms(client: PrefectClient) -> None:
+    """Let targets that an older version saved be edited with today's labels and fields.
+
+    Prefect makes a form of the schema that a document was saved with. One of a newer version is left alone.
+    """
+    schemas: dict[UUID, datetime] = {}
+    by_slug = {cls.get_block_type_slug(): cls for cls in TYPES.values()}
+    for document in await documents(client):
+        cls = by_slug.get(document.block_type.slug if document.block_type else "")
+        ours = cls._block_schema_id if cls else None
+        if ours is None or ours == document.block_schema_id:
+            continue
+        if ours not in schemas:
+            answer = await client.request("GET", "/block_schemas/{id}", path_params={"id": ours})
+            schemas[ours] = BlockSchema.model_validate(answer.json()).created or datetime.max.replace(tzinfo=UTC)
+        theirs = document.block_schema.created if document.block_schema else None
+        if theirs is None or theirs < schemas[ours]:
+            update = BlockDocumentUpdate(block_schema_id=ours, data={}, merge_existing_data=True)
+            await client.update_block_document(document.id, update)
 
 
 async def _pool(client: PrefectClient) -> WorkPool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from talaria.front.access import Role
 # Block types keep their icons' addresses with this host (RFC 2606: there is none), for where this server is reached
 # is known only when somebody asks. It must be an address: Prefect's clients take no path.
 NOWHERE = b"https://talaria.invalid/"
+_LOGO = re.compile(rb'("logo_url":\s?")(https?://[^"]*)"')
 _WITH_ICONS = ("/api/block_types", "/api/block_documents", "/api/block_schemas")
 
 Change = Callable[[bytes], bytes]
@@ -27,8 +29,7 @@ def change_for(path: str, role: Role, base: str) -> Change | None:
     if path.rstrip("/").endswith("/ui-settings"):
         return _without_login
     if role < Role.WORKER and path.startswith(_WITH_ICONS):
-        here = f"{base}/".encode()
-        return lambda answer: answer.replace(NOWHERE, here)
+        return lambda answer: _with_icons(answer, f"{base}/".encode())
     return None
 
 
@@ -53,6 +54,13 @@ def changed(send: Send, change: Change) -> Send:
         await send(message)
 
     return sent
+
+
+def _with_icons(answer: bytes, here: bytes) -> bytes:
+    """Return an answer with the icons of this server: Prefect's own block types have theirs elsewhere."""
+    answer = answer.replace(NOWHERE, here)
+    ours = here + b"talaria/static/icons/"
+    return _LOGO.sub(lambda one: one[0] if one[2].startswith(ours) else one[1] + ours + b'block.svg"', answer)
 
 
 def _without_login(answer: bytes) -> bytes:

@@ -90,13 +90,17 @@ async def _not_yet(scope: Message, receive: Receive, send: Send, state: str) -> 
 
 
 def load() -> tuple[Application, Any]:
-    """Return the engine's Prefect application and the FastAPI within it, which records who creates what."""
+    """Return the engine's Prefect application, which refuses targets that are not valid, and the FastAPI within it.
+
+    It records who creates what.
+    """
     with staying():
         from talaria.engine.api import create_app
+        from talaria.front.saved import ValidTargets
 
         app, prefect = create_app()
         say_who(prefect)
-    return app, prefect
+    return ValidTargets(app), prefect
 
 
 def say_who(prefect: Any) -> None:

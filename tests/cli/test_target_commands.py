@@ -34,7 +34,8 @@ def apply(up: Talaria, *options: str, **targets: dict[str, Any]) -> dict[str, st
 def spoil(up: Talaria, name: str, **values: Any) -> None:
     """Change a saved target behind its validators' back, as an older version or another client might have."""
     (document,) = up.api("POST", "/block_documents/filter", block_documents={"name": {"any_": [name]}})
-    up.api("PATCH", f"/block_documents/{document['id']}", data=values, merge_existing_data=True)
+    body = {"data": values, "merge_existing_data": True}
+    up.as_worker("PATCH", f"/block_documents/{document['id']}", body)
 
 
 def refused(up: Talaria, *arguments: str) -> str:

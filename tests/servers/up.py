@@ -232,6 +232,13 @@ class Talaria:
         answer.raise_for_status()
         return answer.json() if answer.content else None
 
+    def as_worker(self, method: str, path: str, body: dict[str, Any]) -> Any:
+        """Call the Prefect API as our own processes do: what they save has been validated, and is not looked at."""
+        user, _, password = (self.home / "worker.auth").read_text().strip().partition(":")
+        answer = _client.request(method, self.url + path, json=body, auth=(user, password), timeout=300)
+        answer.raise_for_status()
+        return answer.json() if answer.content else None
+
     def run(self, run_id: str) -> Any:
         """A flow run as the API tells it."""
         return self.api("GET", f"/flow_runs/{run_id}")

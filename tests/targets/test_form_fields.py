@@ -113,3 +113,19 @@ def test_what_decides_who_is_sent_the_secrets(name: str) -> None:
     addresses = {field for field in field_names(cls) if ADDRESS.fullmatch(field)}
     if cls.secret_fields():
         assert addresses <= cls.leads_secrets_to() | {"aet_target"}, "an address that secrets could be sent to"
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_prefect_s_form_has_one_input_for_a_value_that_need_not_be_given(name: str) -> None:
+    properties: dict[str, Any] = TYPES[name]._to_block_schema().fields["properties"]
+    assert {field for field, schema in properties.items() if "anyOf" in schema} <= {"sse"}  # a list, and none of it
+    for field, schema in properties.items():
+        assert not (schema.get("format") == "password" and "default" in schema), field
+        assert "at" not in schema, field
+
+
+def test_the_empty_text_of_a_form_is_no_value() -> None:
+    target = TYPES["folder"](folder="/data", mode="", dir_mode="", group="", window="", bandwidth_limit="")
+    assert (
+        target.model_dump(include={"mode", "dir_mode", "group", "window", "bandwidth_limit"}, exclude_none=True) == {}
+    )
