@@ -92,6 +92,19 @@ def open_folder() -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
+@pytest.fixture
+def quick_passwords(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Hash passwords in a thousandth of the time; tests/front/test_users.py and those of whole servers do not."""
+    from argon2 import PasswordHasher
+
+    from talaria.front import users
+
+    monkeypatch.setattr(users, "_hasher", PasswordHasher(time_cost=1, memory_cost=8, parallelism=1))
+    users._nobodys.cache_clear()
+    yield
+    users._nobodys.cache_clear()
+
+
 NOBODY = 65534
 
 

@@ -14,6 +14,8 @@ from tests.front.door import PASSWORD
 from tests.servers.up import Talaria
 from transfer.home import Home
 
+pytestmark = pytest.mark.usefixtures("quick_passwords")
+
 
 @pytest.fixture
 def one(tmp_path: Path) -> Talaria:

@@ -17,6 +17,7 @@ from talaria.front import gate
 from talaria.front.access import ACTING, Role, needs
 from tests.front.door import PASSWORD, FrontDoor, basic, handshake
 
+pytestmark = pytest.mark.usefixtures("quick_passwords")
 Case = Callable[[], Coroutine[Any, Any, None]]
 
 

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from argon2 import extract_parameters
-from argon2.low_level import Type
 
 from talaria.front import login
 from talaria.front.access import Role
@@ -19,6 +16,7 @@ from talaria.front.login import FROM_ONE_ADDRESS, OF_ONE_NAME, WINDOW_S, Attempt
 from talaria.front.sessions import LIFETIME_S
 from tests.front.door import PASSWORD, FrontDoor
 
+pytestmark = pytest.mark.usefixtures("quick_passwords")
 Case = Callable[[], Coroutine[Any, Any, None]]
 ORIGIN = {"Origin": "http://127.0.0.1:4200"}
 
@@ -221,24 +219,6 @@ def test_a_login_is_no_form_of_any_size(door: FrontDoor) -> None:
             assert (await log_in(client, "anna", "x" * 5000)).status_code == 401
 
     run(case)
-
-
-def test_passwords_are_kept_as_argon2id_and_files_closed(door: FrontDoor) -> None:
-    path = door.home.root / "users.json"
-    kept = json.loads(path.read_text())["anna"]
-    parameters = extract_parameters(kept["hash"])
-    assert parameters.type is Type.ID and parameters.memory_cost >= 19 * 1024 and PASSWORD not in path.read_text()
-    text = door.keys.tokens.create(Role.VIEWER, None)[1]
-    assert text not in (door.home.root / "tokens.json").read_text()
-    for name in ("users.json", "tokens.json", "session.key", "api.auth", "worker.auth"):
-        assert (door.home.root / name).stat().st_mode & 0o777 == 0o600
-    with pytest.raises(ValueError, match="characters"):
-        door.keys.users.add("ben", Role.VIEWER, "short")
-    for name in ("", "a b", "talaria", "Worker", "x" * 65, "../x", "a\n"):
-        with pytest.raises(ValueError, match="not valid"):
-            door.keys.users.add(name, Role.VIEWER, PASSWORD)
-    with pytest.raises(ValueError, match="is there already"):
-        door.keys.users.add("anna", Role.VIEWER, PASSWORD)
 
 
 def test_a_token_ends_with_its_time(door: FrontDoor, monkeypatch: pytest.MonkeyPatch) -> None:
