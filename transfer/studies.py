@@ -29,7 +29,7 @@ class Each(StrEnum):
 
 
 @dataclass(frozen=True)
-class Study:
+class FloodStudy:
     """One study of a flood.
 
     Attributes:
@@ -58,7 +58,7 @@ class Study:
         return plan
 
 
-def listed(paths: Iterable[str], each: Each, exclude: tuple[str, ...] = ()) -> list[Study]:
+def listed(paths: Iterable[str], each: Each, exclude: tuple[str, ...] = ()) -> list[FloodStudy]:
     """Return the studies that the paths name, without reading any of them.
 
     Raises:
@@ -66,7 +66,7 @@ def listed(paths: Iterable[str], each: Each, exclude: tuple[str, ...] = ()) -> l
         Misconfigured: a path is not what `each` asks for, or there is no study.
     """
     given = list(dict.fromkeys(map(str, paths)))
-    found: list[Study] = []
+    found: list[FloodStudy] = []
     for path in given:
         if not path:
             raise Misconfigured("an empty path was given to send")
@@ -82,7 +82,7 @@ def listed(paths: Iterable[str], each: Each, exclude: tuple[str, ...] = ()) -> l
     return list(unique.values())
 
 
-def flood_id(studies: Iterable[Study]) -> str:
+def flood_id(studies: Iterable[FloodStudy]) -> str:
     """Return the id of a flood: that of the same paths, whatever lies in them."""
     digest = hashlib.sha256()
     for study in studies:
@@ -90,11 +90,11 @@ def flood_id(studies: Iterable[Study]) -> str:
     return digest.hexdigest()[:DISPATCH_ID_CHARS]
 
 
-def _study(name: str, *paths: str, problem: str = "", within: str = "") -> Study:
-    return Study(Item(name, 0, 0).shown, paths, problem, within)
+def _study(name: str, *paths: str, problem: str = "", within: str = "") -> FloodStudy:
+    return FloodStudy(Item(name, 0, 0).shown, paths, problem, within)
 
 
-def _lines(path: str) -> Iterator[Study]:
+def _lines(path: str) -> Iterator[FloodStudy]:
     fd = roots.sources().open(path)
     try:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
@@ -112,7 +112,7 @@ def _lines(path: str) -> Iterator[Study]:
             yield _study(name, os.path.join(folder, name))
 
 
-def _folders(path: str, exclude: tuple[str, ...], prefix: str) -> Iterator[Study]:
+def _folders(path: str, exclude: tuple[str, ...], prefix: str) -> Iterator[FloodStudy]:
     fd = roots.sources().open(path)
     try:
         if not stat.S_ISDIR(os.fstat(fd).st_mode):

@@ -27,7 +27,7 @@ SHARE, LEAST_S, TIMES_SLOWEST = 0.1, 0.5, 4
 
 
 @dataclass(frozen=True)
-class Group:
+class ContextGroup:
     """The contexts of one association.
 
     Attributes:
@@ -103,16 +103,16 @@ class Asking:
                 return False
         return True
 
-    def groups(self, pairs: Iterable[Pair]) -> list[Group]:
+    def groups(self, pairs: Iterable[Pair]) -> list[ContextGroup]:
         """Distribute the pairs of instances over as few associations as the peer lets us."""
         pairs = list(dict.fromkeys(pairs))
         found = []
         for asked in contexts.groups(pairs, self.policy, ROOMS[self._room], apart=self.apart):
             classes = {sop_class for sop_class, _ in asked}
-            found.append(Group(tuple(pair for pair in pairs if pair[0] in classes), tuple(asked)))
+            found.append(ContextGroup(tuple(pair for pair in pairs if pair[0] in classes), tuple(asked)))
         return found
 
-    def fewer(self, group: Group, later: Iterable[Group]) -> list[Group] | None:
+    def fewer(self, group: ContextGroup, later: Iterable[ContextGroup]) -> list[ContextGroup] | None:
         """Return what to request instead of a group and those after it: fewer contexts; None if they are few."""
         while len(group.asked) > self.granted and self._room + 1 < len(ROOMS):
             self._room += 1
@@ -120,7 +120,7 @@ class Asking:
                 return self._again(group, later)
         return None
 
-    def smaller(self, group: Group, later: Iterable[Group]) -> list[Group] | None:
+    def smaller(self, group: ContextGroup, later: Iterable[ContextGroup]) -> list[ContextGroup] | None:
         """Return what to request instead of a group and those after it: parts of it; None if it has none."""
         if len(group.classes) > 1:
             self.apart = True
@@ -134,13 +134,13 @@ class Asking:
         converts = syntax not in UNCOMPRESSED and UNCOMPRESSED[0] in fallbacks(syntax, self.policy)
         if not converts or len(plain) == len(group.asked):
             return None
-        return [Group(group.serves, plain, alone=True), *later]
+        return [ContextGroup(group.serves, plain, alone=True), *later]
 
-    def _again(self, group: Group, later: Iterable[Group]) -> list[Group]:
+    def _again(self, group: ContextGroup, later: Iterable[ContextGroup]) -> list[ContextGroup]:
         later = list(later)
         rest = [pair for each in (group, *later) if not each.alone for pair in each.serves]
         return [*(each for each in later if each.alone), *self.groups(rest)]
 
-    def _alone(self, pair: Pair) -> Group:
+    def _alone(self, pair: Pair) -> ContextGroup:
         asked = dict.fromkeys((pair, *((pair[0], syntax) for syntax in UNCOMPRESSED)))
-        return Group((pair,), tuple(asked), alone=True)
+        return ContextGroup((pair,), tuple(asked), alone=True)

@@ -15,7 +15,7 @@ from functools import partial
 from imaging.header import MAX_UID_CHARS, Header
 from imaging.mend import NOTE
 from imaging.transcode import fallbacks
-from protocols.dimse.asking import Asking, Group
+from protocols.dimse.asking import Asking, ContextGroup
 from protocols.dimse.association import Association, about_contexts
 from protocols.dimse.backlog import PAUSE_S, Backlog, Suspect
 from protocols.dimse.contexts import UNCOMPRESSED, names, of_class
@@ -60,7 +60,7 @@ class Fleet:
         self.padded: list[Item] = []  # instances that went out with their odd lengths mended
         self.asking = Asking(peer, transcode)
         self._lock = threading.Lock()
-        self._group = Group((), ())
+        self._group = ContextGroup((), ())
         self._several = False  # whether the plan needs more than one context
         self._errors: list[BaseException] = []
         self._refusals: list[DispatchError] = []  # of associations beside or after one that stood
@@ -140,7 +140,7 @@ class Fleet:
                 self.report(item, Outcome(Kind.REJECTED, f"{words}, each time for {what}; others were granted"))
         return []
 
-    def _run(self, items: Sequence[Item], group: Group) -> None:
+    def _run(self, items: Sequence[Item], group: ContextGroup) -> None:
         """Send items whose contexts fit into one association.
 
         This thread opens the first association, so that a peer which refuses us does so once; others follow as they

@@ -24,7 +24,7 @@ class Priority(StrEnum):
     OFFPEAK = "offpeak"
 
 
-class Each(StrEnum):
+class EachOption(StrEnum):
     """What is a study of its own, as `transfer.studies` has it; spelled out, so that nothing is loaded for it."""
 
     FOLDER = "folder"
@@ -60,7 +60,7 @@ def send(
         bool, typer.Option("--copy-first", help="Copy the files first, so that they may be changed meanwhile.")
     ] = False,
     each: Annotated[
-        Each | None,
+        EachOption | None,
         typer.Option(
             help="Many studies in one run: each folder directly below PATH, each PATH, or each line of PATH, a list."
         ),

@@ -58,7 +58,7 @@ class Draft:
 
 
 @dataclass(frozen=True)
-class Stored:
+class SavedTarget:
     """A saved target as a form begins with it.
 
     Attributes:
@@ -73,7 +73,7 @@ class Stored:
     version: str
 
 
-async def stored(office: Office, name: str) -> Stored:
+async def stored(office: Office, name: str) -> SavedTarget:
     """Return what is saved of a target, valid or not, without its secrets.
 
     Raises:
@@ -89,7 +89,7 @@ async def stored(office: Office, name: str) -> Stored:
     hidden = cls.secret_fields()
     values = {name: value for name, value in data.items() if name not in hidden}
     secrets = sorted(name for name in hidden if data.get(name))
-    return Stored(str(document.name), type_name, values, secrets, _version(document))
+    return SavedTarget(str(document.name), type_name, values, secrets, _version(document))
 
 
 async def version_of(office: Office, name: str) -> str:

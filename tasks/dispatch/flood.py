@@ -29,7 +29,7 @@ from transfer.ledger import Ledger
 from transfer.plan import Origin, Plan
 from transfer.receipt import ItemResult, Level, Receipt, State, overall
 from transfer.staging import Way, discard, stage
-from transfer.studies import Study, flood_id
+from transfer.studies import FloodStudy, flood_id
 
 AT_ONCE = 4  # studies to one target, if it takes so many connections
 IN_ROW = 3  # studies that fail one after another say that the target is to blame
@@ -48,7 +48,7 @@ class Studies:
 
     def __init__(
         self,
-        studies: Sequence[Study],
+        studies: Sequence[FloodStudy],
         exclude: tuple[str, ...],
         origin: Origin,
         into: Path,
@@ -65,7 +65,7 @@ class Studies:
         into.mkdir(parents=True, mode=0o700, exist_ok=True)
 
     @contextmanager
-    def staged(self, study: Study) -> Iterator[Plan]:
+    def staged(self, study: FloodStudy) -> Iterator[Plan]:
         """Plan and stage a study's files for the time of the block.
 
         Raises:
@@ -88,7 +88,7 @@ class Studies:
             for other in gone:
                 discard(other.folder)
 
-    def _stage(self, study: Study, folder: Path) -> Plan:
+    def _stage(self, study: FloodStudy, folder: Path) -> Plan:
         def check() -> None:
             if self._cancelled.is_set():
                 raise Cancelled("the dispatch was cancelled")
@@ -184,7 +184,7 @@ class Flood(Delivery):
             self.ends()
         return self.receipt()
 
-    def _deliver(self, study: Study) -> None:
+    def _deliver(self, study: FloodStudy) -> None:
         """Deliver one study.
 
         Raises:
@@ -221,7 +221,7 @@ class Flood(Delivery):
                 receipt = self._settled.get(study.name) or self._partly.get(study.name) or delivery.receipt()
                 audited.delivery_ends(delivery, receipt, self.run, self.who)
 
-    def _delivery(self, study: Study, plan: Plan) -> Delivery:
+    def _delivery(self, study: FloodStudy, plan: Plan) -> Delivery:
         what = self.driver, self._one, plan, self.ledger, self.home, self.cancelled
         delivery = Delivery(*what, paused=self.paused, force=self._force)
         dispatch_id, name, endpoint = delivery.key
@@ -230,13 +230,13 @@ class Flood(Delivery):
             delivery.resume(Left(self._tries[study.name], begun=self._since))
         return delivery
 
-    def _settles(self, study: Study, receipt: Receipt) -> None:
+    def _settles(self, study: FloodStudy, receipt: Receipt) -> None:
         with self._guard:
             self._partly.pop(study.name, None)
             self._settled[study.name] = receipt
         self.progress.add(done=1, moved=receipt.bytes)
 
-    def _fails(self, study: Study, receipt: Receipt, error: DispatchError) -> None:
+    def _fails(self, study: FloodStudy, receipt: Receipt, error: DispatchError) -> None:
         """Keep that a study failed at the target; raise if the target is to blame."""
         self._in_row += 1
         if isinstance(error, Unreachable):
@@ -246,7 +246,7 @@ class Flood(Delivery):
         if self._in_row >= IN_ROW:
             raise error
 
-    def _stumbles(self, study: Study, receipt: Receipt, error: DispatchError) -> None:
+    def _stumbles(self, study: FloodStudy, receipt: Receipt, error: DispatchError) -> None:
         """Keep why a study failed; settle it if no other attempt may do better."""
         self._tries[study.name] += 1
         if not isinstance(error, Retryable) or self._tries[study.name] >= self.target.max_attempts:
@@ -262,7 +262,7 @@ class Flood(Delivery):
         """Whether the script is to be run again for some study."""
         return bool(self._open_hooks)
 
-    def _first_hook(self, study: Study, delivery: Delivery) -> None:
+    def _first_hook(self, study: FloodStudy, delivery: Delivery) -> None:
         try:
             delivery.run_hook()
         except Cancelled:

@@ -11,25 +11,16 @@ from pydantic import SecretStr
 from blocks import TYPES
 from talaria.front.pages import forms
 from talaria.front.pages.texts import TEXTS, text
+from tests.targets.fields import NEEDED
 
-REQUIRED: dict[str, dict[str, Any]] = {
-    "dicom": {"host": "pacs.example.org"},
-    "dicom-tls": {"host": "pacs.example.org"},
-    "dicomweb": {"url": "https://pacs.example.org/dicom-web"},
-    "folder": {"folder": "/data/archive"},
-    "rsync": {"host": "files.example.org", "user": "anna", "folder": "in"},
-    "s3": {"bucket": "scans"},
-    "sftp": {"host": "files.example.org", "user": "anna", "folder": "in"},
-    "xnat": {"host": "https://xnat.example.org", "project_id": "TRIAL7", "user": "anna", "password": "x"},
-}
 SECRET = "swordfish"
 
 
-def inputs(groups: list[forms.Group]) -> dict[str, forms.Input]:
+def inputs(groups: list[forms.FieldGroup]) -> dict[str, forms.Input]:
     return {one.name: one for group in groups for one in [*group.inputs, *group.more]}
 
 
-def sent(groups: list[forms.Group]) -> dict[str, str]:
+def sent(groups: list[forms.FieldGroup]) -> dict[str, str]:
     """What a browser sends of a form as it is."""
     found = {}
     for name, one in inputs(groups).items():
@@ -42,18 +33,18 @@ def sent(groups: list[forms.Group]) -> dict[str, str]:
     return found
 
 
-@pytest.mark.parametrize("kind", REQUIRED)
+@pytest.mark.parametrize("kind", NEEDED)
 def test_a_form_that_is_sent_as_it_was_shown_changes_nothing(kind: str) -> None:
     cls = TYPES[kind]
-    target = cls(**REQUIRED[kind])
+    target = cls(**NEEDED[kind])
     shown = forms.form(cls, target.model_dump(mode="json"))
     values, secrets = forms.read(cls, sent(shown))
     assert secrets == {}
-    again = cls(**values, **{name: one for name, one in REQUIRED[kind].items() if name in cls.secret_fields()})
+    again = cls(**values, **{name: one for name, one in NEEDED[kind].items() if name in cls.secret_fields()})
     assert again.model_dump(mode="json") == target.model_dump(mode="json")
 
 
-@pytest.mark.parametrize("kind", REQUIRED)
+@pytest.mark.parametrize("kind", NEEDED)
 def test_every_field_has_its_place_a_label_and_a_help(kind: str) -> None:
     cls = TYPES[kind]
     shown = inputs(forms.form(cls, {}))
@@ -63,7 +54,7 @@ def test_every_field_has_its_place_a_label_and_a_help(kind: str) -> None:
     assert len({one.title for one in shown.values()}) == len(shown)
 
 
-@pytest.mark.parametrize("kind", REQUIRED)
+@pytest.mark.parametrize("kind", NEEDED)
 def test_no_secret_is_in_a_form(kind: str) -> None:
     cls = TYPES[kind]
     values = dict.fromkeys(cls.secret_fields(), SecretStr(SECRET))
@@ -133,7 +124,7 @@ def test_what_is_wrong_stands_at_the_field_that_it_names() -> None:
 
 
 def test_settings_of_a_target_show_no_secret_and_no_default() -> None:
-    target = TYPES["sftp"](**REQUIRED["sftp"], password=SECRET)
+    target = TYPES["sftp"](**NEEDED["sftp"], password=SECRET)
     shown = [one for _, found in forms.settings(target) for one in found]
     assert [one.value for one in shown if one.secret] == [""]
     assert SECRET not in str(shown) and "files.example.org" in [one.value for one in shown]

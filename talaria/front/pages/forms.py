@@ -57,7 +57,7 @@ class Input:
 
 
 @dataclass
-class Group:
+class FieldGroup:
     """Fields that stand together; those of `more` are folded away until they are wanted."""
 
     title: str
@@ -75,7 +75,7 @@ def form(
     values: Mapping[str, Any],
     stored: Collection[str] = (),
     problems: Mapping[str, list[str]] = types.MappingProxyType({}),
-) -> list[Group]:
+) -> list[FieldGroup]:
     """Return the form of a type.
 
     Args:
@@ -92,11 +92,11 @@ def form(
         ]
         if inputs:
             plain = [one for one, advanced in inputs if not advanced]
-            found.append(Group(title, plain, [one for one, advanced in inputs if advanced]))
+            found.append(FieldGroup(title, plain, [one for one, advanced in inputs if advanced]))
     return found
 
 
-def tabs(groups: list[Group]) -> list[tuple[str, list[Group]]]:
+def tabs(groups: list[FieldGroup]) -> list[tuple[str, list[FieldGroup]]]:
     """Return the parts of a form by tab: what people should know about a target stands in a tab of its own."""
     about = [group for group in groups if group.title == INFORMATION]
     return [("configuration", [group for group in groups if group not in about]), ("information", about)]
