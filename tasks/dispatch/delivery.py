@@ -97,6 +97,7 @@ class Delivery:
         self.hook = "none"
         self.hook_output = ""
         self.hook_result = ""  # how it ended, in a sentence without its output
+        self.hook_tries = 0  # how often it has failed in this run
         self.stopped: State | None = None
         self.may_rest = False  # whether its run may end its part, instead of waiting for the next attempt
         self.again: datetime | None = None  # when the next attempt may begin, where its run does not wait for it
@@ -204,6 +205,9 @@ class Delivery:
             dict(self._unanswered),
             dict(self._tries),
             {path: self.quiet.text(said) for path, said in self._put_off.items()},
+            self.hook_tries,
+            str(self._last.verified if self._last else Level.ACCEPTED),
+            [self.quiet.hide(note) for note in self._last.notes] if self._last else [],
         )
 
     def resume(self, left: Left) -> None:
@@ -214,6 +218,8 @@ class Delivery:
         self._since, self._begun = left.begun, time.monotonic() - (self.ledger.now() - left.begun)
         self._stumbled, self._put_off = set(left.stumbled), dict(left.put_off)
         self._unanswered, self._tries = Counter(left.unanswered), Counter(left.tries)
+        self.hook_tries = left.hook_tries
+        self._last = Receipt(self.target.name, (), verified=Level(left.verified), notes=tuple(left.notes))
         key, items = self.key, self.plan.items
         known = self.ledger.outcomes(*key[:2], items, key[2])
         self._reported = self.ledger.outcomes(*key[:2], items, key[2], since=self._since)
@@ -281,8 +287,10 @@ class Delivery:
                 if not self._hook_is_done():
                     self._run_hook(report)
         except HookFailed:
+            self.hook_tries += 1
             raise
         except DispatchError as exc:
+            self.hook_tries += 1
             self.quiet.error(exc)
             exc.target = exc.target or self.target.name
             self.hook, self.hook_output = "failed", ""

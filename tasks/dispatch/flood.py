@@ -300,6 +300,7 @@ class Flood(Delivery):
             first = first or exc
         finally:
             self.ends()
+        self.hook_tries += first is not None
         self.hook = "failed" if self._open_hooks else "done"
         self.hook_result = ""
         if first:

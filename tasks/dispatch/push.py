@@ -63,13 +63,20 @@ def push_task(delivery: Delivery) -> Task[[Delivery], Any]:
     return _with_policy(push, f"push-{target.type_name}", target, MAX_ATTEMPTS, delay)
 
 
-def hook_task(target: Target) -> Task[[Delivery], Any]:
+def hook_task(delivery: Delivery) -> Task[[Delivery], Any]:
     """Return the task `hook-<type>`, which has a policy of its own: its failure never sends data again."""
-
-    def delay(attempt: int, error: BaseException) -> float:
-        return hook_delay_before(attempt, target)
-
+    target = delivery.target
     attempts = target.hook.attempts if target.hook else 1
+
+    def delay(attempt: int, error: BaseException) -> float | None:
+        if delivery.hook_tries >= attempts:  # those of earlier parts of the run count
+            return None
+        seconds = hook_delay_before(delivery.hook_tries + 1, target)
+        if delivery.may_rest and seconds > NEAR_S:
+            delivery.again = datetime.now(UTC) + timedelta(seconds=seconds)
+            return None
+        return seconds
+
     return _with_policy(run_hook, f"hook-{target.type_name}", target, attempts, delay)
 
 

@@ -47,6 +47,7 @@ class Left:
         again: when its next attempt may begin.
         error: the name of the class of its last error.
         ended: whether nothing is left to do.
+        hook_tries: how often the target's script has failed; then everything has arrived, `verified` says how surely.
     """
 
     attempts: int = 0
@@ -62,6 +63,9 @@ class Left:
     unanswered: dict[str, int] = field(default_factory=dict)
     tries: dict[str, int] = field(default_factory=dict)
     put_off: dict[str, str] = field(default_factory=dict)
+    hook_tries: int = 0
+    verified: str = "accepted"
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass

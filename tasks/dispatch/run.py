@@ -110,7 +110,7 @@ class Dispatch:
         elif (self.rest.document or line.may_rest()) and await self._is_dead(target):
             return
         elif left.again > time.time():
-            self.waits[name] = _next_attempt(target, left.again)
+            self.waits[name] = _next_attempt(target, left.again, left.hook_tries)
         elif left.error in [one.__name__ for one in TESTED] and (error := await self._tested(target)):
             self._count(target, error)
         elif left.since:
@@ -291,20 +291,21 @@ class Dispatch:
         began = delivery.attempts
         try:
             # Once a push has begun, its own retries decide; before, a server that is away is waited for.
-            await self._stoppable(
-                patiently(lambda: self._push(delivery), lambda: delivery.attempts > began),
-                # It waits for a slot of the target, or for its next attempt: no driver is at work.
-                idle=lambda: delivery.attempts == began or delivery.error is not None,
-            )
+            if not delivery.hook_tries or not delivery.wants_hook:  # else everything has arrived in an earlier part
+                await self._stoppable(
+                    patiently(lambda: self._push(delivery), lambda: delivery.attempts > began),
+                    # It waits for a slot of the target, or for its next attempt: no driver is at work.
+                    idle=lambda: delivery.attempts == began or delivery.error is not None,
+                )
             if delivery.wants_hook:
-                await self._stoppable(hook_task(target)(delivery))
+                await self._stoppable(hook_task(delivery)(delivery))
         except NoSlot:
             delivery.stopped = State.WAITING
             self._stand_in_line(target)
         except Exception as exc:  # one target's failure, whatever it is, must not end the other deliveries
             if delivery.again and not self.cancelled.is_set():
                 delivery.stopped = State.WAITING
-                self.waits[target.name] = _next_attempt(target, delivery.again.timestamp())
+                self.waits[target.name] = _next_attempt(target, delivery.again.timestamp(), script=delivery.hook_tries)
                 return
             if delivery.hook == "failed" or (is_outage(exc) and delivery.receipt().state is State.DELIVERED):
                 return
@@ -419,8 +420,9 @@ class Dispatch:
             await self._held.popitem()[1].aclose()
 
 
-def _next_attempt(target: Target, again: float) -> Wait:
-    return Wait(datetime.fromtimestamp(again, UTC), f"the next attempt at {target.name}")
+def _next_attempt(target: Target, again: float, script: int = 0) -> Wait:
+    what = "run of the script" if script else "attempt"
+    return Wait(datetime.fromtimestamp(again, UTC), f"the next {what} at {target.name}")
 
 
 @asynccontextmanager

@@ -9,6 +9,8 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,7 @@ from talaria.testing.relay import relay
 from tasks import DRIVERS
 from tasks.dispatch.delivery import Delivery, HookFailed
 from tasks.dispatch.push import hook_delay_before, hook_task, push_task
+from tasks.dispatch.rest import Left
 from tests.servers.openssh import shared
 from transfer.errors import Cancelled, DispatchError, Misconfigured, Permanent, Retryable, Unreachable
 from transfer.home import Home
@@ -346,16 +349,25 @@ def test_it_has_a_retry_policy_of_its_own(target: SshTarget, study: Path, ledger
     """Not the push's: a script may need minutes where a transfer is tried again at once, and the other way round."""
     target.hook_attempts, target.hook_retry_delay_s = 4, 7
     target.max_attempts, target.retry_delay_s, target.retry_max_delay_s = 9, 100, 200
-    task = hook_task(target)
+    one = delivery(target, study, ledger, tmp_path)
+    task = hook_task(one)
     assert (task.name, task.retries) == (f"hook-{target.type_name}", 3)
     assert task.retry_condition_fn is not None
     delays = []
     for count in (1, 2, 3):
+        one.hook_tries = count
         run = TaskRun(task_key="hook", dynamic_key="0", flow_run_id=None, run_count=count)
         failed = RunState(type=StateType.FAILED, data=HookFailed("the script ended with exit code 1"))
         assert task.retry_condition_fn(task, run, failed)
         delays.append(task.retry_delay_seconds)
     assert delays == [[7], [14], [28]]
+    one.may_rest, one.hook_tries = True, 2  # then the run waits without the task, for the next in the line
+    assert not task.retry_condition_fn(task, run, failed)
+    assert one.again is not None and 13 < (one.again - datetime.now(UTC)).total_seconds() <= 14
+    left = one.leave(Left())
+    later = delivery(target, study, ledger, tmp_path)
+    later.resume(replace(left, begun=1.0, hook_tries=4))
+    assert later.hook_tries == 4 and not hook_task(later).retry_condition_fn(task, run, failed)  # type: ignore[misc]
     for final in (Misconfigured("not there"), Cancelled("stopped"), ValueError("a bug")):
         run = TaskRun(task_key="hook", dynamic_key="0", flow_run_id=None, run_count=1)
         assert not task.retry_condition_fn(task, run, RunState(type=StateType.FAILED, data=final))
