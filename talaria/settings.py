@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from talaria.home import settings_files
@@ -75,6 +75,18 @@ class Settings(BaseSettings):
         le=36_500,
         description="Days that links to the files of dispatches that were given up are kept for a retry.",
     )
+    ledger: SecretStr = Field(
+        default=SecretStr(""), description="URL (postgresql://) of the ledger that several hosts share; empty: a file."
+    )
+    lease: float = Field(
+        default=30.0, ge=2, le=3600, description="Seconds after which others take up the runs of a silent host."
+    )
+    host_name: str = Field(
+        default="", pattern=r"^[A-Za-z0-9._-]*$", description="Name of this host among those; empty for the system's."
+    )
+    shared_sources: str = Field(
+        default="", description="Folders that each of those hosts has, at the same path with the same files."
+    )
     off_peak: str = Field(default="22:00-06:00", description="Off-peak hours, as in a target's window.")
     sources: str = Field(default="", description="Folders, separated by `:` or commas, that hold what may be sent.")
     places: str = Field(
@@ -86,7 +98,7 @@ class Settings(BaseSettings):
     audit_syslog_cert: str = Field(default="", description="PEM file of our certificate, where it wants one.")
     audit_syslog_key: str = Field(default="", description="PEM file of the key of that certificate.")
 
-    @field_validator("sources", "places", mode="before")
+    @field_validator("sources", "places", "shared_sources", mode="before")
     @classmethod
     def _listed(cls, value: object) -> object:
         """Accept a list, as TOML has them."""
@@ -120,7 +132,17 @@ def load_settings() -> Settings:
         raise ValueError(f"setting off_peak: {exc}{_WHERE}") from exc
     os.environ["TALARIA_HOME"] = str(settings.home.expanduser().absolute())
     os.environ["TALARIA_OFF_PEAK"] = settings.off_peak
-    for name, value in ((roots.SOURCES, settings.sources), (roots.PLACES, settings.places)):
+    ledger = settings.ledger.get_secret_value()
+    if ledger and not ledger.startswith(("postgresql://", "postgres://")):
+        raise ValueError(f"setting ledger: it must begin with postgresql://{_WHERE}")  # it may hold a password
+    os.environ["TALARIA_LEDGER"], os.environ["TALARIA_LEASE"] = ledger, str(settings.lease)
+    os.environ["TALARIA_HOST_NAME"] = settings.host_name
+    folders = {
+        roots.SOURCES: settings.sources,
+        roots.PLACES: settings.places,
+        "TALARIA_SHARED_SOURCES": settings.shared_sources,
+    }
+    for name, value in folders.items():
         os.environ[name] = os.pathsep.join(roots.parse(name, value))
     audit = ("audit_syslog", "audit_syslog_ca", "audit_syslog_cert", "audit_syslog_key")
     for name in ("scp_aet", "scp_port", "scp_host", "spool_limit", *KEEP, *audit):

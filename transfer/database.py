@@ -44,10 +44,12 @@ class Database(Protocol):
     """An open database; may be used from several threads, and by several processes at once.
 
     Attributes:
+        NOW: its clock's time, in seconds since the epoch, within a statement.
         LISTED: a query of the elements of a parameter, which is a JSON list of texts.
         shared: whether processes of other hosts use it as well.
     """
 
+    NOW: str
     LISTED: str
     shared: bool
 
@@ -76,6 +78,7 @@ class Sqlite:
         OSError, sqlite3.Error: the file can't be opened or is damaged.
     """
 
+    NOW = "((julianday('now') - 2440587.5) * 86400.0)"
     LISTED = "SELECT value FROM json_each(?)"
     shared = False
 
@@ -125,6 +128,7 @@ class Postgresql:
         Unreachable: the server can't be reached.
     """
 
+    NOW = "CAST(extract(epoch FROM clock_timestamp()) AS DOUBLE PRECISION)"
     LISTED = "SELECT json_array_elements_text(CAST(? AS json))"
     shared = True
 

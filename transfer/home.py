@@ -1,7 +1,8 @@
 """Where Talaria keeps its state on this machine, and which of its processes are alive.
 
 TALARIA_HOME (default ~/.talaria, mode 0700)
-├── ledger.sqlite     what arrived where
+├── ledger.sqlite     what arrived where, unless TALARIA_LEDGER names a database
+├── identity          a name for this directory, where several share a ledger
 ├── receipts/         one JSON file per flow run
 ├── progress/         how far each flow run is that runs, or has just ended
 ├── waiting/          what flow runs that wait have achieved
@@ -17,6 +18,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -51,8 +53,21 @@ class Home:
         return home
 
     @property
-    def ledger(self) -> Path:
-        return self.root / "ledger.sqlite"
+    def ledger(self) -> Path | str:
+        """Where the ledger is: a file, or the URL of a database that several hosts share."""
+        return os.environ.get("TALARIA_LEDGER") or self.root / "ledger.sqlite"
+
+    def identity(self) -> str:
+        """Return a name that no other state directory has, made on first use."""
+        path = self.root / "identity"
+        with open(path, "a+", encoding="ascii", opener=private) as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.seek(0)
+            name = file.read()
+            if not name:
+                name = uuid.uuid4().hex
+                file.write(name)
+        return name
 
     def receipt(self, flow_run_id: str) -> Path:
         """Return the path of a flow run's receipts."""
@@ -126,6 +141,11 @@ class Home:
                     return
                 finally:
                     path.unlink(missing_ok=True)
+
+
+def host_name() -> str:
+    """Return the name by which other hosts know this one: TALARIA_HOST_NAME, or what the system has."""
+    return os.environ.get("TALARIA_HOST_NAME") or socket.gethostname()
 
 
 def private(path: str, flags: int) -> int:

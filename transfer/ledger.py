@@ -33,6 +33,8 @@ CREATE TABLE IF NOT EXISTS hooks (
 CREATE TABLE IF NOT EXISTS runs (
   flow_run_id TEXT PRIMARY KEY, dispatch_id TEXT NOT NULL, owner TEXT NOT NULL,
   begun DOUBLE PRECISION NOT NULL, ended DOUBLE PRECISION) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS owners (
+  owner TEXT PRIMARY KEY, home TEXT NOT NULL, host TEXT NOT NULL, until DOUBLE PRECISION NOT NULL) WITHOUT ROWID;
 """
 
 
@@ -47,6 +49,15 @@ class HookRow:
     exit_code: int | None
     output: str
     attempts: int
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """A process that has, or had, a lease (`transfer.lease`): of which state directory, and whether it has it still."""
+
+    home: str
+    host: str
+    live: bool
 
 
 class Ledger:
@@ -196,12 +207,18 @@ class Ledger:
 
     def run_claimed(self, flow_run_id: str, owner: str, alive: Callable[[str], bool]) -> bool:
         """Note that a process is about to run a flow run, unless a living one has it; return whether it may."""
-        with self._db.writing():
-            row = self._db.execute("SELECT owner, ended FROM runs WHERE flow_run_id=?", (flow_run_id,)).fetchone()
-            if row and row[1] is None and row[0] and alive(row[0]):
-                return False
-            self.run_begins(flow_run_id, owner)
-        return True
+        row = self._db.execute("SELECT owner, ended FROM runs WHERE flow_run_id=?", (flow_run_id,)).fetchone()
+        if row and row[1] is None and row[0] and alive(row[0]):
+            return False
+        if self.shared and not alive(owner):  # its lease has ended while it looked
+            return False
+        claimed = self._db.execute(
+            "INSERT INTO runs VALUES (?,'',?,?,NULL) ON CONFLICT (flow_run_id) DO UPDATE SET"
+            " owner=excluded.owner, begun=excluded.begun, ended=NULL"
+            " WHERE runs.ended IS NOT NULL OR runs.owner='' OR runs.owner=?",  # and not another's, who was faster
+            (flow_run_id, owner, self.now(), row[0] if row else ""),
+        )
+        return claimed.rowcount == 1
 
     def same_dispatch(self, flow_run_id: str, plan: Plan) -> Plan:
         """Return the plan with the dispatch id that its flow run had when it first ran.
@@ -219,15 +236,56 @@ class Ledger:
             )
         return plan
 
-    def run_ends(self, flow_run_id: str) -> None:
-        """Note that a flow run is over, however it ended."""
-        with self._db.reading():
-            self._db.execute("UPDATE runs SET ended=? WHERE flow_run_id=?", (self.now(), flow_run_id))
+    def run_ends(self, flow_run_id: str, owner: str | None = None) -> None:
+        """Note that a flow run is over, however it ended.
+
+        Args:
+            owner: only if the run is still this one's; None for whoever has it.
+        """
+        self._db.execute(
+            "UPDATE runs SET ended=? WHERE flow_run_id=? AND owner=coalesce(?,owner)",
+            (self.now(), flow_run_id, owner),
+        )
 
     def unfinished(self) -> dict[str, str]:
         """Return the owner, by flow run id, of every run that has begun and not ended."""
         with self._db.reading():
             return dict(self._db.execute("SELECT flow_run_id, owner FROM runs WHERE ended IS NULL"))
+
+    @property
+    def shared(self) -> bool:
+        """Whether several hosts share it, so that leases say who is alive."""
+        return self._db.shared
+
+    def enroll(self, owner: str, home: str, host: str, seconds: float) -> None:
+        """Give a process a lease."""
+        self._db.execute(
+            f"INSERT INTO owners VALUES (?,?,?,{self._db.NOW}+?) ON CONFLICT (owner) DO NOTHING",  # noqa: S608 - ours
+            (owner, home, host, seconds),
+        )
+
+    def renew(self, owner: str, seconds: float) -> bool:
+        """Renew a lease; return False if it has ended, for ever."""
+        now = self._db.NOW
+        return (
+            self._db.execute(
+                f"UPDATE owners SET until={now}+? WHERE owner=? AND until>{now}",  # noqa: S608 - ours
+                (seconds, owner),
+            ).rowcount
+            == 1
+        )
+
+    def resign(self, owner: str) -> None:
+        """End a lease."""
+        self._db.execute("UPDATE owners SET until=0 WHERE owner=?", (owner,))
+
+    def holder(self, owner: str) -> Holder | None:
+        """Return who has, or had, a lease."""
+        row = self._db.execute(
+            f"SELECT home, host, until>{self._db.NOW} FROM owners WHERE owner=?",  # noqa: S608 - ours
+            (owner,),
+        ).fetchone()
+        return Holder(row[0], row[1], bool(row[2])) if row else None
 
     def prune(self, before: float, keep: Iterable[str] = ()) -> int:
         """Delete dispatches and other runs that ended before a time (seconds since the epoch); return how many rows.
@@ -249,6 +307,10 @@ class Ledger:
             )
             # Checks, queries and retrievals have a row as runs, and nothing else.
             others = self._db.execute("DELETE FROM runs WHERE dispatch_id='' AND ended < ?", (before,)).rowcount
+            self._db.execute(
+                "DELETE FROM owners WHERE until < ? AND owner NOT IN (SELECT owner FROM runs WHERE ended IS NULL)",
+                (before,),
+            )
             return others + sum(self._db.execute(delete, (one,)).rowcount for delete in deletions for one in ids)
 
 

@@ -11,7 +11,6 @@ import asyncio
 import contextvars
 import functools
 import os
-import socket
 import ssl
 import threading
 from collections.abc import AsyncIterator, Callable
@@ -34,6 +33,7 @@ from prefect.states import AwaitingRetry, Pending
 
 from talaria.engine.recovery import TAKEN_BY, TAKEN_UP
 from tasks.dispatch import running
+from transfer.home import host_name
 
 READY_S = 60
 KEEP_S = 4  # a connection that was idle for longer is not used again: the server closes it after 5
@@ -69,6 +69,8 @@ class RunClient(Client):
             Abort: the run has been deleted.
         """
         run_id = UUID(str(flow_run_id))
+        if running.lost(str(run_id)):
+            raise Abort(f"run {run_id} is another process's now")
         if state.type is not StateType.RUNNING or running.asked(str(run_id)) or not running.WATCHED.is_set():
             try:
                 now = (await self.read_flow_run(run_id)).state
@@ -109,7 +111,7 @@ async def client(made: Callable[[], Client] = Client) -> AsyncIterator[PrefectCl
 
 def name() -> str:
     """Return the name of this process, by which its runs and, of a worker, its heartbeats are known."""
-    return f"{socket.gethostname()}-{os.getpid()}"
+    return f"{host_name()}-{os.getpid()}"
 
 
 async def claim(client: PrefectClient, run_id: UUID, by: str) -> bool:

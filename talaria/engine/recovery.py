@@ -1,7 +1,8 @@
 """Takes up what a crash left unfinished: the runs of processes that no longer exist.
 
-The ledger knows which process began a run; the kernel knows whether that process is alive. A run whose owner is dead
-is put back into the queue under its own id, where the ledger makes it send only what is missing.
+The ledger knows which process began a run; the kernel knows whether that process is alive, and of another host's its
+lease says so (`transfer.lease`). A run whose owner is dead is put back into the queue under its own id, where the
+ledger makes it send only what is missing.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import asyncio
 import fcntl
 import logging
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
@@ -33,7 +35,8 @@ from prefect.states import AwaitingRetry, Cancelled, Crashed, Scheduled
 from talaria.engine.leftovers import clear_staging
 from tasks.dispatch.running import PAUSED, PAUSING, UNTIL_RESUMED
 from tasks.paging import every
-from transfer.home import Home, locked
+from transfer import lease
+from transfer.home import Home, host_name, locked
 from transfer.ledger import Ledger
 
 MAX_CRASHES = 20  # a run that crashed that often is left for people to look at
@@ -58,9 +61,11 @@ async def recover(client: PrefectClient, home: Home, pool: str, *, alone: bool) 
     with Ledger(home.ledger) as ledger:
         # Asked first: a run is in the ledger before it is under way at the server.
         lost = await _under_way(client, pool) if alone else set()
-        owners = ledger.unfinished()
-        lost = {run_id for run_id in lost | set(owners) if not (owners.get(run_id) and home.alive(owners[run_id]))}
+        owners, alive = ledger.unfinished(), lease.living(home, ledger)
+        lost = {run_id for run_id in lost | set(owners) if not (owners.get(run_id) and alive(owners[run_id]))}
         for run_id in lost:
+            if run_id not in owners and await elsewhere(client, await client.read_flow_run(UUID(run_id)), online=False):
+                continue
             if await _take_up(client, run_id):
                 taken.append(run_id)
             ledger.run_ends(run_id)
@@ -92,7 +97,7 @@ async def abandoned(client: PrefectClient, home: Home, ledger: Ledger, pending: 
         for flow_run, state in old if mine else ():
             run_id, said = str(flow_run.id), state.message or ""
             owner = ledger.unfinished().get(run_id)
-            if owner and home.alive(owner):
+            if owner and lease.living(home, ledger)(owner):
                 continue
             # Where it names nobody, it may be any worker's.
             if said.removeprefix(TAKEN_BY) in others | ours if said.startswith(TAKEN_BY) else others:
@@ -104,6 +109,37 @@ async def abandoned(client: PrefectClient, home: Home, ledger: Ledger, pending: 
                 taken.append(run_id)
             ledger.run_ends(run_id)
     return taken
+
+
+async def taken_over(client: PrefectClient, ledger: Ledger, owner: str, alive: Callable[[str], bool]) -> list[str]:
+    """Put the runs of owners back into the queue whose leases have ended, on whichever host; return their ids.
+
+    Of several who see it, one does so: who becomes the run's owner in the ledger.
+    """
+    taken = []
+    for run_id, former in ledger.unfinished().items():
+        if former != owner and not alive(former) and ledger.run_claimed(run_id, owner, alive):
+            if await _take_up(client, run_id):
+                taken.append(run_id)
+            ledger.run_ends(run_id, owner)
+    return taken
+
+
+async def elsewhere(client: PrefectClient, flow_run: FlowRun, *, online: bool) -> bool:
+    """Return True if the worker that took a run, of which our ledger knows nothing, is another host's.
+
+    Args:
+        online: count only one that sends heartbeats.
+    """
+    states = [flow_run.state] if flow_run.state and flow_run.state.is_pending() else []
+    states = states or await client.read_flow_run_states(flow_run.id)
+    said = [state.message or "" for state in states if state and (state.message or "").startswith(TAKEN_BY)]
+    name = said[-1].removeprefix(TAKEN_BY) if said else ""
+    if not name or name.rpartition("-")[0] == host_name():
+        return False
+    from talaria.engine.registry import workers  # imports every driver, and every command imports this module
+
+    return not online or name in {worker.name for worker in await workers(client)}
 
 
 async def taken_up(client: PrefectClient, pool: str) -> list[str]:

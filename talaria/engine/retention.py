@@ -115,7 +115,9 @@ async def vacuum(age: float) -> None:
 
 def used(home: Home) -> int:
     """Return the bytes of what is kept: databases, without pages that are free again, receipts, and dead letters."""
-    found = sum(_pages(path) for path in (home.root / "prefect" / "prefect.db", home.ledger) if path.exists())
+    found = sum(
+        _pages(path) for path in (home.root / "prefect" / "prefect.db", home.root / "ledger.sqlite") if path.exists()
+    )
     for path in home.receipt("").parent.glob("*"):
         with suppress(FileNotFoundError):
             found += path.stat().st_size

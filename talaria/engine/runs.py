@@ -35,6 +35,7 @@ from tasks.dispatch.run import UNPLANNED
 from transfer import live
 from transfer.errors import Misconfigured, NotFound
 from transfer.home import Home
+from transfer.lease import Lease
 from transfer.ledger import Ledger
 
 R = TypeVar("R")
@@ -92,13 +93,16 @@ def run_here(access: Runner, flow_run: FlowRun) -> None:
     run_id = str(flow_run.id)
     flow, _ = FLOWS[access.run(_flow_name, flow_run)]
     name = lanes.name()
-    with access.home.owner(name) as owner, Ledger(access.home.ledger) as ledger:
+    lease = Lease(access.home, name, running.hold_until, running.lose_all)
+    with lease, Ledger(access.home.ledger) as ledger:
         while True:
             if access.run(lanes.claim, flow_run.id, name):
-                ledger.run_begins(run_id, owner)
+                running.regained(run_id)
+                ledger.run_begins(run_id, lease.owner)
                 asyncio.run(lanes.run_here(flow, flow_run))
-                asyncio.run(settle(run_id))
-                ledger.run_ends(run_id)
+                if not running.lost(run_id):
+                    asyncio.run(settle(run_id))
+                    ledger.run_ends(run_id, lease.owner)
             # It may wait for a window that opens soon, or have lost its server: there is no worker to take it up.
             flow_run = access.run(_when_due, flow_run.id)
             if at_rest(flow_run) or flow_run.state is None or flow_run.state.is_final():

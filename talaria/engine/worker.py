@@ -39,13 +39,14 @@ from prefect.states import AwaitingRetry, Cancelled, Failed, Scheduled
 from talaria.audit.forward import forwarding
 from talaria.engine import lanes
 from talaria.engine.due import Due, is_check
-from talaria.engine.recovery import abandoned, settle
+from talaria.engine.recovery import abandoned, elsewhere, settle, taken_over
 from talaria.engine.registry import CHECKS
 from talaria.engine.table import flow_at
 from talaria.engine.watch import RESUMING, StateChange, watch
 from talaria.settings import POOL
 from tasks.dispatch import line, progress, running
 from transfer.home import Home
+from transfer.lease import Lease, living
 from transfer.ledger import Ledger
 
 NET_S = 20.0  # between two looks at the server when no event comes
@@ -65,8 +66,9 @@ logger = logging.getLogger("prefect.worker")
 class Worker:
     """Takes runs out of a work pool's queues and runs them, `limit` at once, and a few checks besides."""
 
-    def __init__(self, client: PrefectClient, pool: str, home: Home, ledger: Ledger, owner: str, limit: int) -> None:
-        self.client, self.pool, self.home, self.ledger, self.owner = client, pool, home, ledger, owner
+    def __init__(self, client: PrefectClient, pool: str, home: Home, ledger: Ledger, lease: Lease, limit: int) -> None:
+        self.client, self.pool, self.home, self.ledger, self.lease = client, pool, home, ledger, lease
+        self.alive = living(home, ledger)
         self.limit, self.due = limit, Due(client, pool, limit)
         self.name = lanes.name()
         self.draining = False
@@ -185,12 +187,13 @@ class Worker:
 
     async def _run(self, flow_run: FlowRun) -> None:
         """Run one flow run in a thread, to its end."""
-        run_id, settled, more = str(flow_run.id), False, True
+        run_id, settled, more, owner = str(flow_run.id), False, True, self.lease.owner
         running.flag(run_id)
         try:
-            if not self.ledger.run_claimed(run_id, self.owner, self.home.alive):
+            if not self.ledger.run_claimed(run_id, owner, self.alive):
                 settled, more = True, False  # it still runs, and its next time has come: an event says when it may
                 return
+            running.regained(run_id)
             flow = await self._flow_of(flow_run)
             if flow is None or not await lanes.claim(self.client, flow_run.id, self.name):
                 settled = True
@@ -201,14 +204,14 @@ class Worker:
                 if state is not None and state.is_scheduled():
                     self._set_alarm(state.state_details.scheduled_time)
             if settled:
-                self.ledger.run_ends(run_id)
+                self.ledger.run_ends(run_id, owner)
         except Exception:
             # The engine has set the state where it could; what it could not set is settled below.
             logger.exception("run %s ended with an error of the engine", run_id)
         finally:
-            if not settled and not (self.draining and running.stopping()):
+            if not settled and not running.lost(run_id) and not (self.draining and running.stopping()):
                 await settle(run_id)
-                self.ledger.run_ends(run_id)
+                self.ledger.run_ends(run_id, owner)
             running.forget(run_id)
             self._claimed.discard(flow_run.id)
             del self.active[flow_run.id]
@@ -327,7 +330,7 @@ class Worker:
         else:
             return
         owner = self.ledger.unfinished().get(run_id)
-        if owner and self.home.alive(owner):
+        if self.alive(owner) if owner else await elsewhere(self.client, flow_run, online=True):
             return
         if state.is_cancelling():  # while it waited for its next attempt
             await self.client.set_flow_run_state(flow_run.id, Cancelled(), force=True)
@@ -388,6 +391,8 @@ class Worker:
                 await self._look_after(StateChange(flow_run.id, "CANCELLING", "Cancelling", ""))
         pending = [flow_run for flow_run in found if flow_run.state and flow_run.state.is_pending()]
         await abandoned(self.client, self.home, self.ledger, pending)
+        if self.ledger.shared:
+            await taken_over(self.client, self.ledger, self.lease.owner, self.alive)
 
     async def _beat(self) -> None:
         """Send the server a heartbeat."""
@@ -404,9 +409,10 @@ def _resuming() -> State[Any]:
 async def work(pool: str, limit: int) -> None:
     """Work until SIGTERM (what runs is finished first) or a second one (what runs is stopped and left to recovery)."""
     home, stop = Home.current(), asyncio.Event()
-    with home.owner(lanes.name()) as owner, Ledger(home.ledger) as ledger, forwarding(home):
+    lease = Lease(home, lanes.name(), running.hold_until, running.lose_all)
+    with lease, Ledger(home.ledger) as ledger, forwarding(home):
         async with lanes.client() as client:
-            worker = Worker(client, pool, home, ledger, owner, limit)
+            worker = Worker(client, pool, home, ledger, lease, limit)
 
             def asked_to_stop() -> None:
                 if worker.draining:

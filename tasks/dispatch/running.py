@@ -5,7 +5,9 @@ A run in a worker's thread can't be interrupted by a signal; it looks at its fla
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -19,6 +21,23 @@ UNTIL_RESUMED = timedelta(days=3650)
 WATCHED = threading.Event()
 
 _lock = threading.Lock()
+_lost: set[str] = set()
+_until = math.inf
+
+
+class _Flag(threading.Event):
+    """A flag that is set, without anybody who sets it, when this process's lease may have ended (`transfer.lease`).
+
+    A process that was paused finds it so at its next look, before any thread of its could have told it.
+    """
+
+    def is_set(self) -> bool:
+        return super().is_set() or _past()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        return self.is_set() or super().wait(timeout) or self.is_set()
+
+
 _flags: dict[str, threading.Event] = {}
 _pauses: dict[str, threading.Event] = {}
 _whole: ContextVar[str] = ContextVar("whole", default="")
@@ -28,7 +47,7 @@ _stopping = threading.Event()
 def flag(flow_run_id: str) -> threading.Event:
     """Return the flag that stops a run; the same one for the same run."""
     with _lock:
-        return _flags.setdefault(flow_run_id, _flags.get(_whole.get()) or threading.Event())
+        return _flags.setdefault(flow_run_id, _flags.get(_whole.get()) or _Flag())
 
 
 @contextmanager
@@ -82,3 +101,33 @@ def stop_all() -> None:
     with _lock:
         for event in _flags.values():
             event.set()
+
+
+def hold_until(moment: float) -> None:
+    """Let this process's runs go on until a moment of `transfer.lease.now`."""
+    global _until
+    _until = moment
+
+
+def lose_all() -> None:
+    """Stop every run of this process for good: it is somebody else's, and nothing more may be said of it here."""
+    global _until
+    with _lock:
+        _lost.update(_flags)
+        for event in _flags.values():
+            event.set()
+    _until = math.inf
+
+
+def lost(flow_run_id: str) -> bool:
+    """Return True if a run, which went on here, is or may be somebody else's."""
+    return flow_run_id in _lost or _past()
+
+
+def regained(flow_run_id: str) -> None:
+    """Note that a run is this process's again."""
+    _lost.discard(flow_run_id)
+
+
+def _past() -> bool:
+    return time.clock_gettime(time.CLOCK_BOOTTIME) > _until  # as transfer.lease.now

@@ -64,7 +64,7 @@ def left(home: Home) -> set[str]:
     assert {path.parent.name for path in home.root.glob("retrievals/*/job.json")} == receipts
     with Ledger(home.ledger) as ledger:
         assert {run_id for run_id in receipts if ledger.results(f"dispatch-{run_id}")} == receipts
-    with closing(sqlite3.connect(home.ledger)) as db:
+    with closing(sqlite3.connect(home.root / "ledger.sqlite")) as db:
         assert {row[0] for row in db.execute("SELECT flow_run_id FROM runs")} == receipts
     return receipts
 

@@ -22,7 +22,6 @@ import pytest
 
 from talaria.testing import studies
 from talaria.testing.process import as_loaded
-from tests.servers.postgresql import PostgreSql, postgresql
 from transfer import database
 from transfer.ledger import HookRow, Ledger, write_json
 from transfer.outcome import ALREADY, DELIVERED, Kind, Outcome
@@ -38,19 +37,13 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "state" / "ledger.sqlite"
 
 
-@pytest.fixture(scope="session")
-def server() -> Iterator[PostgreSql]:
-    with postgresql() as one:
-        yield one
-
-
 @pytest.fixture(params=["sqlite", "postgresql"])
 def where(request: pytest.FixtureRequest, path: Path) -> Iterator[Path | str]:
     """Both homes of a ledger."""
     if request.param == "sqlite":
         yield path
         return
-    url: str = request.getfixturevalue("server").new()
+    url: str = request.getfixturevalue("postgres").new()
     yield url
     database._engine(url).dispose()
 

@@ -1,0 +1,176 @@
+"""Who runs what, where several hosts share a ledger: one process at a time, and none that has been silent."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from talaria.testing.process import as_loaded, until
+from tests.servers.postgresql import PostgreSql
+from transfer import database
+from transfer.home import Home
+from transfer.lease import Lease, living
+from transfer.ledger import Ledger
+
+SECONDS = as_loaded(2)  # of a lease: what shares a processor may be late
+
+
+@pytest.fixture
+def url(postgres: PostgreSql, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    one = postgres.new()
+    monkeypatch.setenv("TALARIA_LEDGER", one)
+    yield one
+    database._engine(one).dispose()
+
+
+def host(folder: Path, name: str) -> Home:
+    (folder / name).mkdir(mode=0o700)
+    return Home(folder / name)
+
+
+def leased(home: Home, seconds: float = 60.0) -> Lease:
+    return Lease(home, "test", lambda moment: None, lambda: None, seconds=seconds)
+
+
+def test_a_run_that_another_host_has_is_its_own_until_its_lease_ends(url: str, tmp_path: Path) -> None:
+    first, second = host(tmp_path, "first"), host(tmp_path, "second")
+    with Ledger(url) as ledger, leased(second) as ours:
+        with leased(first) as theirs:
+            alive = living(second, ledger)
+            assert ledger.run_claimed("r", theirs.owner, living(first, ledger))
+            assert alive(theirs.owner) and not ledger.run_claimed("r", ours.owner, alive)
+            ledger.run_ends("r", ours.owner)  # who has it not ends nothing
+            assert ledger.unfinished() == {"r": theirs.owner}
+        assert not alive(theirs.owner)
+        assert ledger.run_claimed("r", ours.owner, alive)
+        ledger.run_ends("r", theirs.owner)
+        assert ledger.unfinished() == {"r": ours.owner}
+
+
+def test_a_lease_that_has_ended_never_comes_back(url: str) -> None:
+    with Ledger(url) as ledger:
+        ledger.enroll("late", "home", "host", -1.0)
+        ledger.enroll("late", "home", "host", 60.0)
+        assert not ledger.renew("late", 60.0)
+        ledger.enroll("good", "home", "host", 60.0)
+        assert ledger.renew("good", 60.0)
+        ledger.resign("good")
+        assert not ledger.renew("good", 60.0)
+
+
+def test_the_clock_of_the_database_decides(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = host(tmp_path, "first"), host(tmp_path, "second")
+    with Ledger(url) as ledger, leased(first) as theirs:
+        assert ledger.run_claimed("r", theirs.owner, living(first, ledger))
+        true = ledger.now()
+        for minutes in (-60, 60):
+            with monkeypatch.context() as off:
+                off.setattr(time, "time", lambda minutes=minutes: true + 60 * minutes)
+                assert abs(ledger.now() - true) < 60
+                with leased(second) as ours:
+                    assert not ledger.run_claimed("r", ours.owner, living(second, ledger))
+
+
+def test_of_many_who_take_over_one_does(url: str, tmp_path: Path) -> None:
+    homes = [host(tmp_path, f"host-{number}") for number in range(4)]
+    with Ledger(url) as ledger:
+        ledger.enroll("gone", "another", "host", -1.0)
+        for number in range(10):
+            ledger.run_begins(f"r{number}", "gone")
+    ready, taken = threading.Barrier(len(homes)), list[str]()
+
+    def take(home: Home) -> None:
+        with Ledger(url) as ledger, leased(home) as lease:
+            alive = living(home, ledger)
+            ready.wait()
+            taken.extend(f"r{number}" for number in range(10) if ledger.run_claimed(f"r{number}", lease.owner, alive))
+            ready.wait()
+
+    threads = [threading.Thread(target=take, args=(home,)) for home in homes]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(taken) == [f"r{number}" for number in range(10)]
+
+
+PUSHER = textwrap.dedent("""
+    import sys, time
+    from pathlib import Path
+    from tasks.dispatch import running
+    from transfer.home import Home
+    from transfer.lease import Lease, living
+    from transfer.ledger import Ledger
+
+    home = Home(Path(sys.argv[1]))
+    with Lease(home, "pusher", running.hold_until, running.lose_all, seconds=float(sys.argv[2])) as lease:
+        with Ledger(home.ledger) as ledger:
+            first = lease.owner
+            flag = running.flag("r")
+            assert ledger.run_claimed("r", first, living(home, ledger))
+            print(first, flush=True)
+            while not flag.is_set():
+                print("sent", flush=True)
+                time.sleep(0.01)
+            print("stopped", running.lost("r"), flush=True)
+            while lease.owner == first:
+                time.sleep(0.01)
+            print(lease.owner, living(home, ledger)(lease.owner), flush=True)
+""")
+
+
+@pytest.fixture
+def pusher(url: str, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    home = host(tmp_path, "pusher")
+    process = subprocess.Popen(
+        [sys.executable, "-c", PUSHER, str(home.root), str(SECONDS)],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"TALARIA_LEDGER": url},
+    )
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_a_process_that_was_paused_sends_nothing_more_and_becomes_another_owner(
+    url: str, tmp_path: Path, pusher: subprocess.Popen[str]
+) -> None:
+    assert pusher.stdout
+    owner, home = pusher.stdout.readline().strip(), host(tmp_path, "other")
+    assert pusher.stdout.readline() == "sent\n"
+    with Ledger(url) as ledger, leased(home) as ours:
+        alive = living(home, ledger)
+        assert not ledger.run_claimed("r", ours.owner, alive)
+        pusher.send_signal(signal.SIGSTOP)
+        until(lambda: ledger.run_claimed("r", ours.owner, alive), as_loaded(SECONDS + 10))
+        pusher.send_signal(signal.SIGCONT)
+        said = [line for line in pusher.stdout if line != "sent\n"]
+        stopped, another = said
+        assert stopped == "stopped True\n"
+        assert another.split()[0] != owner and another.split()[1] == "True"
+        assert ledger.unfinished() == {"r": ours.owner}
+
+
+def test_a_killed_host_s_runs_are_free_when_its_lease_ends(
+    url: str, tmp_path: Path, pusher: subprocess.Popen[str]
+) -> None:
+    assert pusher.stdout
+    owner, home = pusher.stdout.readline().strip(), host(tmp_path, "other")
+    with Ledger(url) as ledger, leased(home) as ours:
+        alive = living(home, ledger)
+        assert alive(owner)
+        pusher.kill()
+        # Its own state directory knows at once; another one when the lease has ended.
+        until(lambda: not living(Home(tmp_path / "pusher"), ledger)(owner), as_loaded(5))
+        until(lambda: ledger.run_claimed("r", ours.owner, alive), as_loaded(SECONDS + 10))
