@@ -10,16 +10,20 @@ from __future__ import annotations
 import time
 from datetime import UTC, datetime, timedelta
 from typing import Any
+from uuid import UUID
 
 import httpx
 from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.responses import WorkerFlowRunResponse
 
-from talaria.engine.registry import CHECKS
+from talaria.engine import hosts
+from talaria.engine.registry import CHECKS, queues
 from tasks.dispatch import line
 
 PASSED_S = 15.0  # between two looks for runs in lower queues that were passed over
+QUEUES_S = 60.0  # for how long it is known which queues there are
+MOST = 200  # runs that Prefect returns at once
 LOWER = ("normal", "offpeak")  # queues, below "urgent"
 
 
@@ -28,6 +32,9 @@ class Due:
 
     def __init__(self, client: PrefectClient, pool: str, limit: int) -> None:
         self.client, self.pool, self.limit = client, pool, limit
+        self.elsewhere = 0  # how many runs stand in ordinary queues whose files are on other hosts
+        self._queues: dict[UUID, str] = {}  # of all hosts and of this one, where there are several; asked each while
+        self._asked = 0.0
         self._look_again = 0.0  # for runs that were passed over, in monotonic seconds
 
     async def found(self, *, checks: bool, others: bool) -> list[FlowRun]:
@@ -51,8 +58,9 @@ class Due:
         if time.monotonic() < self._look_again:
             return []
         found = []
-        for queue in LOWER:
-            ahead = line.turn(0.0, queue) - line.turn(0.0, "urgent")
+        others = [hosts.own(queue) for queue in ("urgent", *LOWER)] if hosts.several() else []
+        for queue in (*LOWER, *others):
+            ahead = line.turn(0.0, queue.partition(hosts.AT)[0]) - line.turn(0.0, "urgent")
             found += await self.scheduled(before=now - timedelta(seconds=ahead), queue=queue)
         self._look_again = 0.0 if found else time.monotonic() + PASSED_S
         return found
@@ -61,18 +69,29 @@ class Due:
         self, *, before: datetime, after: datetime | None = None, queue: str = "", limit: int | None = None
     ) -> list[FlowRun]:
         """Return runs that are to begin within a time; none if somebody has removed the pool or the queue."""
-        body: dict[str, Any] = {"limit": limit or self.limit, "scheduled_before": before.isoformat()}
+        most = limit or min(MOST, self.limit + self.elsewhere)
+        body: dict[str, Any] = {"limit": most, "scheduled_before": before.isoformat()}
         body |= {"scheduled_after": after.isoformat()} if after else {}
-        body |= {"work_queue_names": [queue]} if queue else {}
+        if queue or hosts.several():
+            body |= {"work_queue_names": [queue] if queue else [*(await self._of_this_host()).values()]}
         try:
             answer = await self.client.request(
                 "POST", "/work_pools/{name}/get_scheduled_flow_runs", path_params={"name": self.pool}, json=body
             )
         except httpx.HTTPStatusError as exc:
             if exc.response.status_code == 404:
+                self._queues = {}
                 return []
             raise
-        return [WorkerFlowRunResponse.model_validate(one).flow_run for one in answer.json()]
+        found = [WorkerFlowRunResponse.model_validate(one) for one in answer.json()]
+        for one in found:  # the answer has ids alone
+            one.flow_run.work_queue_name = self._queues.get(one.work_queue_id)
+        return [one.flow_run for one in found]
+
+    async def _of_this_host(self) -> dict[UUID, str]:
+        if self._asked < time.monotonic() - QUEUES_S or not self._queues:
+            self._queues, self._asked = await queues(self.client), time.monotonic()
+        return self._queues
 
 
 def turn(flow_run: FlowRun) -> float:

@@ -32,6 +32,7 @@ from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import ObjectNotFound, PrefectException
 from prefect.states import AwaitingRetry, Cancelled, Crashed, Scheduled
 
+from talaria.engine import hosts
 from talaria.engine.leftovers import clear_staging
 from tasks.dispatch.running import PAUSED, PAUSING, UNTIL_RESUMED
 from tasks.paging import every
@@ -57,8 +58,11 @@ async def recover(client: PrefectClient, home: Home, pool: str, *, alone: bool) 
     Returns:
         The ids of the runs that were taken up.
     """
-    taken = []
+    taken: list[str] = []
     with Ledger(home.ledger) as ledger:
+        if ledger.shared:  # each worker looks after the runs of all hosts, and of many who do, one takes a run up
+            await asyncio.to_thread(clear_staging, home, ledger)
+            return taken
         # Asked first: a run is in the ledger before it is under way at the server.
         lost = await _under_way(client, pool) if alone else set()
         owners, alive = ledger.unfinished(), lease.living(home, ledger)
@@ -107,7 +111,7 @@ async def abandoned(client: PrefectClient, home: Home, ledger: Ledger, pending: 
                 continue
             if await _take_up(client, run_id):
                 taken.append(run_id)
-            ledger.run_ends(run_id)
+            ledger.run_ends(run_id, owner)
     return taken
 
 
@@ -145,7 +149,7 @@ async def elsewhere(client: PrefectClient, flow_run: FlowRun, *, online: bool) -
 async def taken_up(client: PrefectClient, pool: str) -> list[str]:
     """Return the ids of the runs that are back in the queue after a crash, and that no worker has begun yet."""
     queued = await _runs(client, pool, [StateType.SCHEDULED])
-    return [str(run.id) for run in queued if run.state and run.state.message == TAKEN_UP]
+    return [str(run.id) for run in queued if run.state and (run.state.message or "").startswith(TAKEN_UP)]
 
 
 async def settle(run_id: str) -> None:
@@ -193,8 +197,10 @@ async def _take_up(client: PrefectClient, run_id: str) -> bool:
         await client.set_flow_run_state(flow_run.id, paused, force=True)
         return False
     await client.update_flow_run_labels(flow_run.id, {CRASHES: crashes + 1})
+    other = hosts.where_it_waits(flow_run)
+    message = f"{TAKEN_UP}; waits for {other}, where its files are" if other else TAKEN_UP
     await client.set_flow_run_state(
-        flow_run.id, AwaitingRetry(scheduled_time=datetime.now(UTC), message=TAKEN_UP), force=True
+        flow_run.id, AwaitingRetry(scheduled_time=datetime.now(UTC), message=message), force=True
     )
     return True
 

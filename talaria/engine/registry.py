@@ -15,9 +15,12 @@ from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 from prefect.utilities.callables import parameter_schema
 
 from blocks import TYPES
+from talaria.engine import hosts
 from talaria.engine.table import FLOWS
 from talaria.settings import POOL
+from tasks.paging import every
 from tasks.targets import documents
+from transfer.home import host_name
 
 # Our workers need nothing of it, but a server takes no empty one.
 TEMPLATE = {
@@ -46,6 +49,12 @@ async def workers(client: PrefectClient) -> list[Worker]:
     except ObjectNotFound:
         return []
     return [worker for worker in found if worker.status is WorkerStatus.ONLINE]
+
+
+async def queues(client: PrefectClient) -> dict[UUID, str]:
+    """Return the names, by id, of the pool's queues that a worker of this host takes runs from."""
+    found = await every(client.read_work_queues, work_pool_name=POOL)
+    return {one.id: one.name for one in found if hosts.of_queue(one.name) in ("", host_name())}
 
 
 async def deployed(client: PrefectClient, name: str) -> Any:
@@ -86,7 +95,8 @@ async def _pool(client: PrefectClient) -> WorkPool:
             pool = await client.create_work_pool(WorkPoolCreate(name=POOL, type="talaria", base_job_template=TEMPLATE))
         except ObjectAlreadyExists:
             pool = await client.read_work_pool(POOL)
-    for name, priority in QUEUES.items():
+    ours = {hosts.own(name): priority for name, priority in QUEUES.items() if name != CHECKS}
+    for name, priority in (QUEUES | (ours if hosts.several() else {})).items():
         found = await client.read_work_queues(
             work_pool_name=POOL, work_queue_filter=WorkQueueFilter(name=WorkQueueFilterName(any_=[name]))
         )

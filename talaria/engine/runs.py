@@ -26,7 +26,7 @@ from prefect.client.schemas.sorting import ArtifactSort, FlowRunSort
 from prefect.exceptions import ObjectNotFound
 from prefect.states import AwaitingRetry, Cancelled, Cancelling, Scheduled
 
-from talaria.engine import lanes
+from talaria.engine import hosts, lanes
 from talaria.engine.recovery import settle
 from talaria.engine.registry import deployed
 from talaria.engine.table import FLOWS
@@ -72,7 +72,7 @@ async def create(
         deployment.id,
         parameters=parameters,
         name=name,
-        work_queue_name=queue,
+        work_queue_name=hosts.queue_for(queue, parameters),
         state=Scheduled(scheduled_time=begin or datetime.now(UTC)),
         idempotency_key=key,
         labels=({live.BY: by} if by else {}) | ({live.SHOW_PLAN: True} if show_plan else {}),

@@ -37,7 +37,7 @@ from prefect.exceptions import ObjectNotFound, PrefectException
 from prefect.states import AwaitingRetry, Cancelled, Failed, Scheduled
 
 from talaria.audit.forward import forwarding
-from talaria.engine import lanes
+from talaria.engine import hosts, lanes
 from talaria.engine.due import Due, is_check
 from talaria.engine.recovery import abandoned, elsewhere, settle, taken_over
 from talaria.engine.registry import CHECKS
@@ -45,7 +45,7 @@ from talaria.engine.table import flow_at
 from talaria.engine.watch import RESUMING, StateChange, watch
 from talaria.settings import POOL
 from tasks.dispatch import line, progress, running
-from transfer.home import Home
+from transfer.home import Home, host_name
 from transfer.lease import Lease, living
 from transfer.ledger import Ledger
 
@@ -136,6 +136,11 @@ class Worker:
                 continue
             if self.draining:
                 return
+            here = [one for one in found if one.id in self.active or hosts.is_here(one)]
+            missed = places > 0 and len(found) >= self.due.limit + self.due.elsewhere
+            self.due.elsewhere, found = len(found) - len(here), here
+            if missed and self.due.elsewhere and not found:
+                self._wake.set()  # behind those that are for others, there may be some for us
             begun = self._begin([one for one in found if one.id not in self.active], places)
             self._check_waits = any(is_check(one) and one.id not in self.active for one in found)
             if places > 0:
@@ -199,6 +204,8 @@ class Worker:
                 settled = True
             else:
                 self._claimed.add(flow_run.id)
+                if hosts.must_stay(flow_run):
+                    await self.client.update_flow_run_labels(flow_run.id, {hosts.HOST: host_name()})
                 state = await self._in_lane(flow, flow_run)
                 settled = state is not None and (state.is_final() or state.is_scheduled() or state.is_paused())
                 if state is not None and state.is_scheduled():

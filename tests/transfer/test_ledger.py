@@ -175,6 +175,7 @@ def test_a_run_that_a_living_process_has_is_nobody_else_s(where: Path | str) -> 
         assert other.run_claimed("r", "second", living.__contains__)
         assert ledger.unfinished() == {"r": "second"}
         other.run_ends("r")
+        living.add("third")
         assert ledger.run_claimed("r", "third", living.__contains__)
 
 

@@ -1,0 +1,111 @@
+"""A run starts where its files are: in which queue it waits, and who takes it from there."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any, cast
+from uuid import UUID, uuid4
+
+import pytest
+from prefect.client.orchestration import PrefectClient
+from prefect.client.schemas.objects import FlowRun, State, StateType
+from prefect.states import Running
+
+from talaria.engine import hosts
+from talaria.engine.recovery import TAKEN_BY, TAKEN_UP, _take_up, elsewhere
+
+
+@pytest.fixture(autouse=True)
+def shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that every host has; this one is called `here`."""
+    folder = tmp_path / "shared"
+    folder.mkdir()
+    monkeypatch.setenv("TALARIA_LEDGER", "postgresql://database/talaria")
+    monkeypatch.setenv("TALARIA_HOST_NAME", "here")
+    monkeypatch.setenv("TALARIA_SHARED_SOURCES", str(folder))
+    return folder
+
+
+def a_run(queue: str, *paths: Path, label: str = "") -> FlowRun:
+    labels: dict[str, Any] = {hosts.HOST: label} if label else {}
+    return FlowRun(
+        flow_id=uuid4(), work_queue_name=queue, parameters={"paths": [str(one) for one in paths]}, labels=labels
+    )
+
+
+def test_what_every_host_has_goes_into_the_queue_of_all(shared: Path, tmp_path: Path) -> None:
+    assert hosts.queue_for("urgent", {"paths": [str(shared / "study")]}) == "urgent"
+    assert hosts.queue_for("normal", {"paths": [str(shared / "a"), str(tmp_path / "b")]}) == "normal@here"
+    assert hosts.queue_for("normal", {"paths": [str(shared / ".." / "b")]}) == "normal@here"
+    assert hosts.queue_for("normal", {"source": "pacs", "targets": ["archive"]}) == "normal"
+    assert hosts.queue_for("normal", {"source": "pacs", "into": str(tmp_path)}) == "normal@here"
+
+
+def test_a_link_in_a_shared_folder_counts_as_what_it_points_at(shared: Path, tmp_path: Path) -> None:
+    (shared / "link").symlink_to(tmp_path)
+    assert hosts.queue_for("normal", {"paths": [str(shared / "link")]}) == "normal@here"
+
+
+def test_alone_a_host_has_no_queue_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TALARIA_LEDGER")
+    assert hosts.queue_for("normal", {"paths": [str(tmp_path)]}) == "normal"
+    assert hosts.is_here(a_run("normal", tmp_path / "missing"))
+
+
+def test_a_run_in_the_queue_of_all_begins_where_its_files_are(shared: Path, tmp_path: Path) -> None:
+    assert hosts.is_here(a_run("normal", shared / "anything"))
+    assert hosts.is_here(a_run("normal", tmp_path))
+    assert not hosts.is_here(a_run("normal", tmp_path, tmp_path / "missing"))
+    # Once begun at one host, it goes on there.
+    assert not hosts.is_here(a_run("normal", tmp_path, label="there"))
+    assert hosts.is_here(a_run("normal", tmp_path / "missing", label="here"))
+    assert hosts.must_stay(a_run("normal", tmp_path)) and not hosts.must_stay(a_run("normal", shared))
+    # What was put into this host's queue fails here if it is missing, and waits nowhere.
+    assert hosts.is_here(a_run("normal@here", tmp_path / "missing"))
+
+
+class Server:
+    """What is asked of a server about one run; no other worker is online."""
+
+    def __init__(self, run: FlowRun, *before: State[Any]) -> None:
+        self.run, self.before = run, list(before)
+        self.set: list[State[Any]] = []
+
+    async def read_flow_run(self, run_id: UUID) -> FlowRun:
+        return self.run
+
+    async def read_flow_run_states(self, run_id: UUID) -> list[State[Any]]:
+        return self.before
+
+    async def read_workers_for_work_pool(self, pool: str) -> list[Any]:
+        return []
+
+    async def update_flow_run_labels(self, run_id: UUID, labels: dict[str, Any]) -> None:
+        assert run_id == self.run.id
+
+    async def set_flow_run_state(self, run_id: UUID, state: State[Any], force: bool = False) -> None:
+        self.set.append(state)
+
+
+@pytest.mark.parametrize(("queue", "says"), [("normal@there", "waits for there"), ("normal", ""), ("normal@here", "")])
+def test_a_dead_host_s_run_waits_in_its_queue_and_says_so(queue: str, says: str, shared: Path) -> None:
+    run = a_run(queue, shared)
+    run.state = Running()
+    server = Server(run)
+    assert asyncio.run(_take_up(cast(PrefectClient, server), str(run.id)))
+    (state,) = server.set
+    assert state.type is StateType.SCHEDULED
+    message = state.message or ""
+    assert message.startswith(TAKEN_UP) and (says in message if says else message == TAKEN_UP)
+
+
+@pytest.mark.parametrize(("name", "foreign"), [("there-12", True), ("here-12", False), ("a-b-12", True), ("", False)])
+def test_a_run_that_a_worker_of_another_host_took_is_its_own(name: str, foreign: bool) -> None:
+    """As the embedded server decides before it takes up what its ledger does not know."""
+    run = a_run("normal")
+    run.state = Running()
+    before = State(type=StateType.PENDING, message=f"{TAKEN_BY}{name}" if name else "")
+    server = cast(PrefectClient, Server(run, before, run.state))
+    assert asyncio.run(elsewhere(server, run, online=False)) is foreign
+    assert asyncio.run(elsewhere(server, run, online=True)) is False  # nobody is there to end it
