@@ -68,6 +68,10 @@ class Talaria:
         self.begin_with_a_database()
         return self._start(options)
 
+    def run_beside(self, *options: str) -> Talaria:
+        """Run `talaria up` for a Prefect server of one's own, which the environment names."""
+        return self._start(options)
+
     def _start(self, options: Sequence[str]) -> Talaria:
         seen = self.log.stat().st_size if self.log.exists() else 0
         with self.log.open("ab") as out:
