@@ -35,27 +35,29 @@ LAST_S = DAY_S - 1
 def by_date(keys: Keys, found: Sequence[dict[str, Any]]) -> list[Keys]:
     """Halve the dates, in the middle of what was found; a period stays open on the side on which it was."""
     halves = _halves(keys, found)
-    return [keys | {"StudyDate": f"{_date(begin)}-{_date(end)}"} for begin, end in halves]
+    return [keys | {"StudyDate": f"{date_text(begin)}-{date_text(end)}"} for begin, end in halves]
 
 
 def by_closed_date(keys: Keys, found: Sequence[dict[str, Any]]) -> list[Keys]:
     """Halve the dates, for peers that don't accept a period with an open side."""
     halves = _halves(keys, found)
-    return [keys | {"StudyDate": f"{_date(begin or date.min)}-{_date(end or date.max)}"} for begin, end in halves]
+    return [
+        keys | {"StudyDate": f"{date_text(begin or date.min)}-{date_text(end or date.max)}"} for begin, end in halves
+    ]
 
 
 def _halves(keys: Keys, found: Sequence[dict[str, Any]]) -> list[tuple[date | None, date | None]]:
     dates = sorted(str(one.get("StudyDate", "")) for one in found)
-    if not all(_day(value) for value in dates):
+    if not all(day_of(value) for value in dates):
         return []  # what has no date is in no range
     first, dash, last = keys.get("StudyDate", "-").partition("-")
     if not dash:
         return []
-    low, high = _day(first), _day(last)
+    low, high = day_of(first), day_of(last)
     if (low and high and low >= high) or high == date.min:
         return []
     usual_low, usual_high = low or min(USUAL[0], high or USUAL[0]), high or max(USUAL[1], low or USUAL[1])
-    middle = _day(dates[(len(dates) - 1) // 2]) if dates else usual_low + (usual_high - usual_low) // 2
+    middle = day_of(dates[(len(dates) - 1) // 2]) if dates else usual_low + (usual_high - usual_low) // 2
     middle = max(middle or usual_low, low or date.min)
     middle = min(middle, (high or date.max) - timedelta(days=1))
     return [(low, middle), (middle + timedelta(days=1), high)]
@@ -67,13 +69,13 @@ def by_time(keys: Keys, found: Sequence[dict[str, Any]]) -> list[Keys]:
     if (dash and first != last) or not all(str(one.get("StudyTime", "")) for one in found):
         return []
     begin, _, end = keys.get("StudyTime", "-").partition("-")
-    low, high = _seconds(begin), _seconds(end) if end else LAST_S
+    low, high = seconds(begin), seconds(end) if end else LAST_S
     if low >= high:
         return []
     middle = (low + high) // 2
     return [
-        keys | {"StudyTime": f"{begin}-{_clock(middle)}.999999"},
-        keys | {"StudyTime": f"{_shortest(middle + 1)}-{end}"},
+        keys | {"StudyTime": f"{begin}-{clock(middle)}.999999"},
+        keys | {"StudyTime": f"{shortest(middle + 1)}-{end}"},
     ]
 
 
@@ -121,28 +123,28 @@ def _is_in(key: str, wanted: str, value: Any) -> bool:
     return wanted.casefold() in {each.casefold() for each in values}
 
 
-def _day(text: str) -> date | None:
+def day_of(text: str) -> date | None:
     try:
         return date(int(text[:4]), int(text[4:6]), int(text[6:8])) if len(text) == 8 else None
     except ValueError:
         return None
 
 
-def _date(day: date | None) -> str:
+def date_text(day: date | None) -> str:
     return f"{day.year:04}{day:%m%d}" if day else ""
 
 
-def _seconds(text: str) -> int:
+def seconds(text: str) -> int:
     """Return the whole seconds of a time of day, which may lack its last parts (PS3.5 section 6.2, TM)."""
     text = text[:6].ljust(6, "0")
     return int(text[:2]) * 3600 + int(text[2:4]) * 60 + int(text[4:6])
 
 
-def _clock(seconds: int) -> str:
+def clock(seconds: int) -> str:
     return f"{seconds // 3600:02}{seconds // 60 % 60:02}{seconds % 60:02}"
 
 
-def _shortest(seconds: int) -> str:
+def shortest(seconds: int) -> str:
     """As `_clock`, without the zeros at its end: as text, 1000 comes before 100000."""
-    text = _clock(seconds)
+    text = clock(seconds)
     return text[:2] if text.endswith("0000") else text[:4] if text.endswith("00") else text

@@ -16,7 +16,8 @@ from imaging.query import Match, Query, count, listed, text
 from protocols.dimse.accessions import Accessions
 from protocols.dimse.below import InParts
 from protocols.dimse.identifier import encodings
-from protocols.dimse.parts import PREFIXED, SPLITTERS, Splitter, by_prefix, outside
+from protocols.dimse.parts import PREFIXED, SPLITTERS, Splitter, by_prefix, by_time, outside
+from protocols.dimse.probes import CAPS, Probes
 from protocols.dimse.query import PATIENT_ROOT_FIND, Finder
 from transfer.errors import Busy, DispatchError, Misconfigured
 from transfer.query import series_tests, study_tests
@@ -38,12 +39,10 @@ TEXTS = ("PatientName", "PatientID", "StudyDescription")
 LATIN = 0x24F  # the last of its letters in Unicode; others may stand in a second or third form of a name
 SINGLE = re.compile(r"\*?\?[*?]*")  # a wild card for one character, with those around it
 EXACT = ("StudyInstanceUID", "AccessionNumber")  # keys that narrow a search so far that nothing is cut short
-MOST_PROBED = 5000  # answers; whether more than these are all is not looked into
-# Numbers at which peers stop without a word.
-CAPS = frozenset((5, 10, 20, 25, 30, 50, 100, 150, 200, 250, 300, 400, 500, 1000, 1500, 2000, 2500, 3000, 5000))
 UID_LIST = 50  # UIDs in one query
 MOST_STALE = 3  # studies that announce more series than they have, after which a peer's counts say nothing
 MAX_DEPTH = 60  # of parts of parts
+MOST_DOUBTED = 300  # queries for what nothing but a usual number of answers makes doubtful
 MOST_UNDATED = 3000  # queries for one identifier, in search of studies without a date
 
 
@@ -53,6 +52,8 @@ class PeerSearch:
     def __init__(self, finder: Finder) -> None:
         self.finder = finder
         self._refused: set[str] = set()  # optional keys that this peer doesn't take
+        self._limit = 0  # number of answers at which this peer was seen to stop without a word
+        self._doubted = 0  # queries that were spent on answers which only their number makes doubtful
         self._stale = 0  # studies that announced more series than there were
         self._patients: dict[str, str] = {}  # PatientID by study, for peers of Patient Root
 
@@ -324,11 +325,13 @@ class PeerSearch:
         splitters: tuple[Splitter, ...],
         above: dict[str, str] | None = None,
         depth: int = 0,
+        limit: int = 0,
     ) -> list[Answer]:
         """Return all answers to a query, asked in parts if the peer doesn't give them at once.
 
         Args:
             above: the query of which this is a part.
+            limit: number at which the peer is suspected to stop; 0 if that is any usual one.
 
         Raises:
             _Ignored: the peer answers the part like the whole.
@@ -344,22 +347,43 @@ class PeerSearch:
         uids = frozenset(str(one.get("StudyInstanceUID", "")) for one in found)
         if above is not None and outside(keys, above, found):
             raise _Ignored
-        if busy is None and not self._is_cut_short(keys, charset, found, uids):
-            return found
+        suspected = False
+        if busy is None:
+            probes = self._probes(keys, charset, found)
+            if probes.show_more():
+                self._limit = min(self._limit or len(found), len(found))
+            else:
+                days, most = probes.values("StudyDate"), self._limit or limit
+                suspected = len(days) < 2 <= len(found) and (len(found) >= most if most else len(found) in CAPS)
+                if not suspected or (not self._limit and self._doubted >= MOST_DOUBTED):
+                    return found
+                if days and all(one.get("StudyDate") for one in found):
+                    keys = keys | {"StudyDate": days[0]}
+                if len(probes.values("StudyTime")) < 2:
+                    splitters = tuple(one for one in splitters if one is not by_time)
+            limit = limit or len(found)
         for place, splitter in enumerate(splitters):
             parts = splitter(keys, found)
             if not parts or depth >= MAX_DEPTH:
                 continue
+            self._doubted += len(parts) if suspected else 0
             try:
-                got = [one for part in parts for one in self._whole(part, charset, splitters[place:], keys, depth + 1)]
+                rest = splitters[place:], keys, depth + 1, limit
+                got = [one for part in parts for one in self._whole(part, charset, *rest)]
             except _Ignored:
                 continue
             except Misconfigured as exc:
                 if isinstance(exc, _CutShort):
                     raise
                 continue  # it doesn't take this key, or no range or wild card in it
-            if uids <= {str(one.get("StudyInstanceUID", "")) for one in got}:
+            came = {str(one.get("StudyInstanceUID", "")) for one in got}
+            if suspected and not self._limit and came > uids:
+                self._limit = len(found)  # it does stop there: now parts that bring as many are looked into to the end
+                return self._whole(keys, charset, splitters, above, depth, limit)
+            if uids <= came:
                 return got if "StudyDate" in keys or "StudyDate" not in parts[0] else got + self._undated(keys, charset)
+        if suspected and not self._limit:
+            return found
         if busy is not None and not found:
             raise busy
         raise _CutShort(f"{self.finder.peer.where}: the peer gives {len(found)} answers and has more: narrow the query")
@@ -400,8 +424,7 @@ class PeerSearch:
             answers: list[Answer] = []
             try:
                 answers.extend(self._at_study_level(part, charset))
-                uids = frozenset(str(one.get("StudyInstanceUID", "")) for one in answers)
-                cut = self._is_cut_short(part, charset, answers, uids)
+                cut = self._probes(part, charset, answers).show_more()
             except Busy:
                 cut = True
             except Misconfigured:  # it takes no wild cards
@@ -418,36 +441,8 @@ class PeerSearch:
                 left += [(part, one) for one in smaller]
         return asked > 0
 
-    def _is_cut_short(self, keys: dict[str, str], charset: str, found: list[Answer], uids: frozenset[str]) -> bool:
-        """Return True if the peer has more than it gave, without saying so.
-
-        Shown by asking for parts of the same again, at both ends of the dates and, at a suspicious number, half of it.
-        """
-        dates = sorted({str(one["StudyDate"]) for one in found if one.get("StudyDate")})
-        if not 2 <= len(found) <= MOST_PROBED or not all(re.fullmatch(r"\d{8}", date) for date in dates) or not dates:
-            return False
-        first, dash, last = keys.get("StudyDate", "-").partition("-")
-        if not dash or first == last != "":
-            return False
-        probes = [f"{first}-{dates[0]}", f"{dates[-1]}-{last}"]
-        if len(found) in CAPS:
-            probes.append(f"{first}-{dates[len(dates) // 2]}")
-        for period in probes:
-            low, _, high = period.partition("-")
-            answers = self._at_study_level(keys | {"StudyDate": period}, charset)
-            try:
-                for one in answers:
-                    date = str(one.get("StudyDate", ""))
-                    if str(one.get("StudyInstanceUID", "")) not in uids:
-                        return True
-                    if (low and date < low) or (high and date > high):
-                        return False  # it doesn't look at dates
-            except (Busy, Misconfigured):
-                return False
-            finally:
-                for _ in answers:  # the association is in use until the last has come
-                    pass
-        return False
+    def _probes(self, keys: dict[str, str], charset: str, found: list[Answer]) -> Probes:
+        return Probes(lambda part: self._at_study_level(part, charset), keys, found)
 
     def _has_series(self, study: Answer, tests: dict[str, Any], query: Query) -> bool:
         """Return True if one series of a study passes all tests that a query has for series."""

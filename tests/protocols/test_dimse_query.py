@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from imaging.query import Match, Query
 from protocols.dimse import identifier, parts
 from protocols.dimse.query import finder
-from protocols.dimse.search import PeerSearch
+from protocols.dimse.search import MOST_DOUBTED, PeerSearch
 from protocols.dimse.transport import Peer
 from talaria.testing import studies
 from tests.servers import wire
@@ -78,7 +78,9 @@ def test_series_that_a_peer_does_not_give_are_an_error(ignored: str) -> None:
 
 @pytest.mark.parametrize("count", [3, 5])
 def test_series_that_are_announced_and_not_there_are_no_error_and_cost_little(count: int) -> None:
-    made = [file for n in range(10) for file in series(count, SeriesNumber=lambda n: n + 1)]
+    made = [
+        file for hour in range(10) for file in series(count, SeriesNumber=lambda n: n + 1, StudyTime=f"{hour:02}0000")
+    ]
     with archive(made, announced_series=50) as peer:
         assert len(found(peer, Query(level="series"))) == 10 * count
         asked = len([one for one in peer.asked(FIND) if one.level == "SERIES"])
@@ -154,6 +156,54 @@ def test_more_matches_of_one_day_than_a_peer_gives_are_asked_for_by_what_else_th
     }
     with archive(files(20, **changes), limit=5, limit_status=0xA700, ignores=frozenset(ignored)) as peer:
         assert len(found(peer, Query(StudyDate="2024-"))) == 20
+
+
+@pytest.mark.parametrize("limit", [5, 7])
+def test_matches_beyond_a_limit_that_a_peer_does_not_mention_are_found_though_its_first_are_of_one_day(
+    limit: int,
+) -> None:
+    made = files(12, StudyDate=lambda n: f"202401{max(n, 8) + 1:02}", StudyTime=lambda n: f"{n:02}0000")
+    with archive(made, limit=limit) as peer:
+        assert len(found(peer, Query(StudyDate="20240101-20240131"))) == 12
+
+
+@pytest.mark.parametrize("limit", [5, 7])
+@pytest.mark.parametrize("query", [Query(StudyDate="20240101"), Query(PatientID="P")])
+def test_matches_of_one_day_beyond_a_limit_that_a_peer_does_not_mention_are_found_by_time(
+    limit: int, query: Query
+) -> None:
+    made = files(12, StudyDate="20240101", PatientID="P", StudyTime=lambda n: f"{n:02}0000")
+    with archive(made, limit=limit) as peer:
+        assert len(found(peer, query)) == 12
+
+
+@pytest.mark.parametrize(("key", "day"), [("Modality", "20240101"), ("PatientID", "20240101"), ("PatientID", "")])
+def test_matches_of_one_time_beyond_a_usual_limit_are_found_by_what_else_there_is(key: str, day: str) -> None:
+    changes: dict[str, object] = {"StudyDate": day, "StudyTime": "120000" if day else "", "PatientID": "P"}
+    changes[key] = (lambda n: ("CT", "MR", "US", "CR")[n % 4]) if key == "Modality" else lambda n: f"{n:02}"
+    ignored = IDENTIFIERS - {"ModalitiesInStudy" if key == "Modality" else key}
+    with archive(files(12, **changes), limit=5, ignores=ignored) as peer:
+        assert len(found(peer, Query(StudyDate=day))) == 12
+
+
+def test_matches_that_nothing_tells_apart_are_an_error_where_the_peer_was_seen_to_stop_at_as_many() -> None:
+    changes = {"StudyTime": "120000", "PatientID": "P", "AccessionNumber": "A", "PatientName": "N"}
+    made = files(12, StudyDate=lambda n: "20240101" if n < 8 else "20240102", **changes)
+    with archive(made, limit=7) as peer, pytest.raises(Misconfigured, match="gives 7 answers and has more"):
+        found(peer, Query(StudyDate="2024-"))
+
+
+def test_as_many_matches_of_one_time_as_a_usual_limit_are_no_error() -> None:
+    with archive(files(5, StudyDate="20240101", StudyTime="120000"), ignores=IDENTIFIERS) as peer:
+        assert len(found(peer, Query(StudyDate="20240101"))) == 5
+        assert len(peer.asked(FIND)) < 45
+    alike = files(5, StudyDate="20240101", StudyTime="120000", PatientID="P", AccessionNumber="A", PatientName="N")
+    with archive(alike) as peer:
+        assert len(found(peer, Query(StudyDate="20240101"))) == 5
+        assert len(peer.asked(FIND)) < MOST_DOUBTED + 200
+    with archive(files(5, StudyDate="20240101", StudyTime=lambda n: f"{n + 8:02}0000")) as peer:
+        assert len(found(peer, Query(StudyDate="20240101"))) == 5
+        assert len(peer.asked(FIND)) < 12
 
 
 def test_times_between_two_seconds_are_in_one_half() -> None:
