@@ -15,8 +15,9 @@ from weakref import WeakKeyDictionary
 
 from prefect.server.database.configurations import SQLITE_BEGIN_MODE, AioSqliteConfiguration
 
+from talaria.engine.asgi import Application
 from talaria.engine.priority import QueueOfPriority
-from talaria.engine.unique import Application, UniqueNames
+from talaria.engine.unique import UniqueNames
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction

@@ -6,8 +6,8 @@ import json
 import re
 from typing import Any
 
+from talaria.engine.asgi import BODY_BYTES, Application, Message, Receive, Send, again, asking, read, refuse
 from talaria.engine.registry import CHECKS, QUEUES
-from talaria.engine.unique import BODY_BYTES, Application, Message, Receive, Send, again, asking, read, refuse
 from talaria.settings import POOL
 
 PRIORITIES = QUEUES.keys() - {CHECKS}

@@ -4,19 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
 from uuid import UUID
 
-import httpx
-
 from blocks.base import Target
-
-BODY_BYTES = 4 << 20  # of a document that is held before anybody's password is looked at; certificates have thousands
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-Application = Callable[[Message, Receive, Send], Awaitable[None]]
+from talaria.engine.asgi import BODY_BYTES, Application, Message, Receive, Send, again, asking, read, refuse
 
 
 class UniqueNames:
@@ -64,39 +55,3 @@ class UniqueNames:
             found = (await client.post("/block_documents/filter", json=asked)).json()
         others = [one["block_type"]["name"] for one in found if UUID(one["block_type_id"]) != type_id]
         return f"a target named {name} is there already, of type {others[0]}: choose another name" if others else ""
-
-
-def asking(app: Application, scope: Message) -> httpx.AsyncClient:
-    """Return a client that asks Prefect's application in the name of whoever sent a request."""
-    own = [(key, value) for key, value in scope["headers"] if key == b"authorization"]
-    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://talaria/api", headers=own)
-
-
-async def read(receive: Receive) -> bytes | None:
-    """Return the body of a request; None if it is too long, or its sender has gone."""
-    body, more = bytearray(), True
-    while more:
-        message = await receive()
-        body += message.get("body", b"")
-        if len(body) > BODY_BYTES or message["type"] == "http.disconnect":
-            return None
-        more = message.get("more_body", False)
-    return bytes(body)
-
-
-def again(body: bytes, receive: Receive) -> Receive:
-    """Return what gives a body that has been read to the application, in the place of `receive`."""
-    pieces: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
-
-    async def receive_again() -> Message:
-        return pieces.pop() if pieces else await receive()
-
-    return receive_again
-
-
-async def refuse(send: Send, status: int, why: str) -> None:
-    """Answer as FastAPI does to a request that is not valid."""
-    body = json.dumps({"detail": why}).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from blocks import TYPES, Target
 from blocks.base import MASK, masked_secrets
 from blocks.fields import facts
-from talaria.engine.unique import BODY_BYTES, Application, Message, Receive, Send, again, asking, read, refuse
+from talaria.engine.asgi import BODY_BYTES, Application, Message, Receive, Send, again, asking, read, refuse
 from talaria.front.access import SCOPE_KEY, Identity, Role
 from transfer.validation import what_is_wrong
 

@@ -13,10 +13,10 @@ import httpx
 import pytest
 from prefect.client.orchestration import PrefectClient
 
+from talaria.engine.asgi import Message
 from talaria.engine.due import Due
 from talaria.engine.priority import QueueOfPriority
 from talaria.engine.registry import QUEUES
-from talaria.engine.unique import Message
 from talaria.testing import studies
 from tests.servers.up import Talaria
 

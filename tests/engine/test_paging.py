@@ -6,7 +6,8 @@ import asyncio
 
 import pytest
 
-from talaria.engine.unique import BODY_BYTES, Message, UniqueNames
+from talaria.engine.asgi import BODY_BYTES, Message
+from talaria.engine.unique import UniqueNames
 from tasks.paging import PAGE, every
 
 

@@ -162,3 +162,15 @@ def test_old_runs_go_with_all_that_belongs_to_them(up: Talaria, tmp_path: Path) 
         assert not count("flow_run", run, "id") and not any(count(table, run) for table in of_the_run)
         assert count("flow_run", waits, "id") == 1 and count("flow_run_state", waits)
         assert not count("events") and not count("event_resources")
+
+
+def test_files_of_what_was_given_up_have_a_time_of_their_own(home: Home) -> None:
+    now = time.time()
+    for name, days in (("old", 20), ("open", 20), ("young", 2)):
+        folder = home.root / "failed" / name / "files"
+        folder.mkdir(parents=True)
+        os.utime(folder.parent, (now - days * DAY_S,) * 2)
+    asyncio.run(retention.tidy(home, 90 * DAY_S, 1 << 30, {"open"}, failed_age=14 * DAY_S))
+    assert {path.name for path in (home.root / "failed").iterdir()} == {"open", "young"}
+    asyncio.run(retention.tidy(home, DAY_S, 1 << 30, {"open"}, failed_age=14 * DAY_S))  # what is forgotten has no files
+    assert {path.name for path in (home.root / "failed").iterdir()} == {"open"}
