@@ -45,6 +45,7 @@ from talaria.engine.table import flow_at
 from talaria.engine.watch import RESUMING, StateChange, watch
 from talaria.settings import POOL
 from tasks.dispatch import line, progress, running
+from transfer.errors import Unreachable
 from transfer.home import Home, host_name
 from transfer.lease import Lease, living
 from transfer.ledger import Ledger
@@ -59,7 +60,7 @@ CALM_S = 0.05  # after a look that found nothing: what woke us need not be ours
 DEPLOYED_S = 60.0  # how long it is known which flow a deployment is of
 READY_LANES = 2
 CHECKS_AT_ONCE = 2  # beside the dispatches: who tests a target does not wait for their places
-LOST = (httpx.HTTPError, PrefectException, OSError)
+LOST = (httpx.HTTPError, PrefectException, OSError, Unreachable)  # the server, or the ledger's database
 logger = logging.getLogger("prefect.worker")
 
 
@@ -195,9 +196,10 @@ class Worker:
         run_id, settled, more, owner = str(flow_run.id), False, True, self.lease.owner
         running.flag(run_id)
         try:
+            settled, more = True, False  # where it still runs, and its next time has come, an event says when it may
             if not self.ledger.run_claimed(run_id, owner, self.alive):
-                settled, more = True, False  # it still runs, and its next time has come: an event says when it may
                 return
+            settled, more = False, True
             running.regained(run_id)
             flow = await self._flow_of(flow_run)
             if flow is None or not await lanes.claim(self.client, flow_run.id, self.name):
@@ -218,7 +220,8 @@ class Worker:
         finally:
             if not settled and not running.lost(run_id) and not (self.draining and running.stopping()):
                 await settle(run_id)
-                self.ledger.run_ends(run_id, owner)
+                with suppress(Unreachable):  # whoever takes it up finds that it has ended
+                    self.ledger.run_ends(run_id, owner)
             running.forget(run_id)
             self._claimed.discard(flow_run.id)
             del self.active[flow_run.id]

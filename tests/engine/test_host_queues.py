@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 from uuid import UUID, uuid4
 
 import pytest
 from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.objects import FlowRun, State, StateType
-from prefect.states import Running
+from prefect.states import Cancelling, Running
 
 from talaria.engine import hosts
-from talaria.engine.recovery import TAKEN_BY, TAKEN_UP, _take_up, elsewhere
+from talaria.engine.recovery import TAKEN_BY, TAKEN_UP, _take_up, elsewhere, taken_over
+from talaria.engine.watch import StateChange
+from talaria.engine.worker import LOST, Worker
+from transfer.errors import Unreachable
+from transfer.home import Home
+from transfer.lease import Lease, living
+from transfer.ledger import Ledger
 
 
 @pytest.fixture(autouse=True)
@@ -109,3 +116,75 @@ def test_a_run_that_a_worker_of_another_host_took_is_its_own(name: str, foreign:
     server = cast(PrefectClient, Server(run, before, run.state))
     assert asyncio.run(elsewhere(server, run, online=False)) is foreign
     assert asyncio.run(elsewhere(server, run, online=True)) is False  # nobody is there to end it
+
+
+class Shared(Ledger):
+    """A ledger as several hosts share one, in a file."""
+
+    shared = True
+
+
+def test_a_cancelled_run_is_left_to_the_host_whose_lease_holds(tmp_path: Path) -> None:
+    """It was set Cancelled by whoever heard of it first, while its owner went on sending."""
+    home, run = Home(tmp_path), a_run("normal")
+    run.state = Cancelling()
+    server, change = Server(run), StateChange(run.id, "CANCELLING", "Cancelling", "")
+    with Shared(tmp_path / "ledger.sqlite") as ledger:
+        worker = Worker(cast(PrefectClient, server), "talaria", home, ledger, cast(Lease, None), limit=0)
+        ledger.enroll("theirs", "another state directory", "there", 60.0)
+        ledger.run_begins(str(run.id), "theirs")
+        asyncio.run(worker._look_after(change))
+        assert server.set == []
+        ledger.resign("theirs")
+        asyncio.run(worker._look_after(change))
+        assert [state.type for state in server.set] == [StateType.CANCELLED] and ledger.unfinished() == {}
+
+
+def test_of_a_silent_host_s_runs_each_is_taken_up_once(tmp_path: Path) -> None:
+    home, run, other = Home(tmp_path), a_run("normal"), a_run("normal")
+    run.state = Running()
+    server = Server(run)
+    with Shared(tmp_path / "ledger.sqlite") as ledger, home.owner("ours") as ours:
+        ledger.enroll(ours, home.identity(), "here", 60.0)
+        ledger.enroll("gone", "another state directory", "there", -1.0)
+        ledger.enroll("theirs", "another state directory", "there", 60.0)
+        ledger.run_begins(str(run.id), "gone")
+        ledger.run_begins(str(other.id), "theirs")
+        alive = living(home, ledger)
+        assert asyncio.run(taken_over(cast(PrefectClient, server), ledger, ours, alive)) == [str(run.id)]
+        assert asyncio.run(taken_over(cast(PrefectClient, server), ledger, ours, alive)) == []
+        assert ledger.unfinished() == {str(other.id): "theirs"} and len(server.set) == 1
+
+
+class Away(Ledger):
+    """A ledger whose database can't be reached."""
+
+    shared = True
+
+    def run_claimed(self, *_: Any) -> bool:
+        raise Unreachable("the ledger's database can't be reached")
+
+    def unfinished(self) -> dict[str, str]:
+        raise Unreachable("the ledger's database can't be reached")
+
+
+def test_a_worker_outlives_a_database_that_is_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that can't be claimed gives its place back, and the look for runs of dead hosts is made again."""
+    home, run, settled = Home(tmp_path), a_run("normal"), list[str]()
+
+    async def settle(run_id: str) -> None:
+        settled.append(run_id)
+
+    monkeypatch.setattr("talaria.engine.worker.settle", settle)
+
+    async def work() -> None:
+        worker = Worker(cast(PrefectClient, Server(run)), "talaria", home, ledger, cast(Lease, lease), limit=0)
+        worker.active[run.id] = asyncio.create_task(worker._run(run))
+        await worker.active[run.id]
+        assert not worker.active and settled == []  # it may be another's
+        with pytest.raises(LOST):
+            ledger.unfinished()
+
+    lease = SimpleNamespace(owner="ours")
+    with Away(tmp_path / "ledger.sqlite") as ledger:
+        asyncio.run(work())
