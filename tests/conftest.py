@@ -195,14 +195,16 @@ def _dealt(items: list[pytest.Item], processes: int) -> list[pytest.Item]:
 
     A process gets one part of all tests, and takes from the end of another's when it is through with its own. Left
     for the end, the tests that wait for a server and a worker would be taken by all at once, each starting its own;
-    a start takes a processor for twelve seconds.
+    a start takes a processor for eight seconds. Those of one file, and of the folder that shares one, stay together.
     """
     files: dict[Path, list[pytest.Item]] = {}
     for item in items:
         files.setdefault(item.path, []).append(item)
-    long = [path for path in files if path.parent.name == "engine"]
+    shared = {path for path in files if path.parent.name == "engine"}
+    own = {path for path in files if any("up" in getattr(item, "fixturenames", ()) for item in files[path])}
+    long = sorted(shared | own, key=lambda path: (path not in shared, -len(files[path]), path))
     shares: list[list[pytest.Item]] = [[] for _ in range(max(1, processes // 2))]
-    for path in sorted(long, key=lambda path: -len(files[path])):
+    for path in long:
         min(shares, key=len).extend(files.pop(path))
     rest = [item for file in files.values() for item in file]
     size, order = len(items) // processes, list[pytest.Item]()
