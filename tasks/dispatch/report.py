@@ -168,12 +168,13 @@ async def report(
             payload={"dispatch_id": dispatch_id, "flow_run_id": flow_run_id, **receipt.facts(), "items": []},
         )
     rows = [_row(receipt) for receipt in receipts]
-    await acreate_table_artifact(rows, "receipt", f"dispatch {dispatch_id}: {state}; {_links(path)}")
+    links = _links(path, flow_run_id)
+    await acreate_table_artifact(rows, "receipt", f"dispatch {dispatch_id}: {state}; {links}")
     if studies is not None:
-        await acreate_table_artifact(_study_rows(studies), "receipt-studies", _of_studies(studies, path))
+        await acreate_table_artifact(_study_rows(studies), "receipt-studies", _of_studies(studies, links))
     if outputs or any(receipt.error or receipt.notes or _odd(receipt) for receipt in receipts):
         await acreate_markdown_artifact(
-            _markdown(dispatch_id, state, receipts, outputs, path),
+            _markdown(dispatch_id, state, receipts, outputs, links),
             "receipt-details",
             f"dispatch {dispatch_id}: details",
         )
@@ -203,14 +204,21 @@ def _study_rows(studies: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _of_studies(studies: Sequence[dict[str, Any]], path: Path) -> str:
+def _of_studies(studies: Sequence[dict[str, Any]], links: str) -> str:
     delivered = sum(row["state"] == State.DELIVERED for row in studies)
     rest = f", {SHOWN_STUDIES} are shown" if len(studies) > SHOWN_STUDIES else ""
-    return f"{delivered} of {len(studies)} studies delivered{rest}; {_links(path)}"
+    return f"{delivered} of {len(studies)} studies delivered{rest}; {links}"
 
 
-def _links(path: Path) -> str:
-    links = {"runs": "/v2/runs", "targets": "/v2/blocks", "earlier receipts": "/v2/artifacts/key/receipt"}
+def _links(path: Path, flow_run_id: str) -> str:
+    """Return where people go on from a receipt: our pages first, which can send what is missing."""
+    links = {
+        "this dispatch": f"/talaria/dispatches/{flow_run_id}",
+        "receipt": f"/talaria/dispatches/{flow_run_id}/receipt",
+        "its run": f"/v2/runs/flow-run/{flow_run_id}",
+        "targets": "/talaria/targets",
+        "earlier receipts": "/v2/artifacts/key/receipt",
+    }
     shown = " · ".join(f"[{words}]({link})" for words, link in links.items())
     return f"all items: `{path}` on the machine that sent them; {shown}"
 
@@ -219,11 +227,15 @@ def _odd(receipt: Receipt) -> list[ItemResult]:
     return [item for item in receipt.items if item.outcome is not Kind.DELIVERED]
 
 
-def _markdown(dispatch_id: str, state: State, receipts: Sequence[Receipt], outputs: dict[str, str], path: Path) -> str:
-    lines = [f"# Dispatch `{dispatch_id}`: {state}", "", _links(path), ""]
+def _markdown(dispatch_id: str, state: State, receipts: Sequence[Receipt], outputs: dict[str, str], links: str) -> str:
+    lines = [f"# Dispatch `{dispatch_id}`: {state}", "", links, ""]
     for receipt in receipts:
         counts = ", ".join(f"{count} {kind}" for kind, count in receipt.counts.items() if count) or "nothing"
-        lines += [f"## {receipt.target}: {receipt.state}", "", f"{counts}; verified: {receipt.verified}."]
+        lines += [
+            f"## [{receipt.target}](/talaria/targets/{receipt.target}): {receipt.state}",
+            "",
+            f"{counts}; verified: {receipt.verified}.",
+        ]
         lines += [f"\n**{_plain(receipt.error)}**"] if receipt.error else []
         lines += [f"\n{_plain(note)}" for note in receipt.notes]
         odd = _odd(receipt)

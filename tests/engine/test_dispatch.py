@@ -54,6 +54,10 @@ def test_a_study_goes_to_a_pacs_and_an_archive(up: Talaria, pacs: StoreScp, tmp_
     artifacts = up.api("POST", "/artifacts/filter", flow_runs={"id": {"any_": [result["flow_run_id"]]}})
     # Only a delivery that takes its time has an artifact of its progress, too.
     assert {a["key"] for a in artifacts if a["key"]} >= {"receipt", "receipt-details"}
+    run, words = result["flow_run_id"], {a["key"]: f"{a['description']} {a['data']}" for a in artifacts}
+    for link in (f"/talaria/dispatches/{run}", f"/talaria/dispatches/{run}/receipt", f"/v2/runs/flow-run/{run}"):
+        assert f"]({link})" in words["receipt"] and f"]({link})" in words["receipt-details"]
+    assert "[pacs](/talaria/targets/pacs)" in words["receipt-details"]
     assert shown["progress"] == {"pacs": 100.0, "archive": 100.0}
     assert studies.PATIENT_NAME not in json.dumps(artifacts) and studies.PATIENT_ID not in json.dumps(artifacts)
     trail = up.json("audit", "show", "--last", "1000")["entries"]
