@@ -14,7 +14,7 @@ from talaria.front.access import Role
 # Block types keep their icons' addresses with this host (RFC 2606: there is none), for where this server is reached
 # is known only when somebody asks. It must be an address: Prefect's clients take no path.
 NOWHERE = b"https://talaria.invalid/"
-_LOGO = re.compile(rb'("logo_url":\s?")(https?://[^"]*)"')
+_LOGO = re.compile(rb'("logo_url":\s?)(null|"https?://[^"]*")')
 _WITH_ICONS = ("/api/block_types", "/api/block_documents", "/api/block_schemas")
 
 Change = Callable[[bytes], bytes]
@@ -59,8 +59,8 @@ def changed(send: Send, change: Change) -> Send:
 def _with_icons(answer: bytes, here: bytes) -> bytes:
     """Return an answer with the icons of this server: Prefect's own block types have theirs elsewhere."""
     answer = answer.replace(NOWHERE, here)
-    ours = here + b"talaria/static/icons/"
-    return _LOGO.sub(lambda one: one[0] if one[2].startswith(ours) else one[1] + ours + b'block.svg"', answer)
+    ours = b'"%stalaria/static/icons/' % here
+    return _LOGO.sub(lambda one: one[0] if one[2].startswith(ours) else b'%s%sblock.svg"' % (one[1], ours), answer)
 
 
 def _without_login(answer: bytes) -> bytes:

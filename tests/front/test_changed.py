@@ -18,6 +18,7 @@ from tests.front.door import Echo, FrontDoor
 
 ELSEWHERE = "https://cdn.sanity.io/images/x-225x225.png"
 LOGOS = {name: str(cls._logo_url) for name, cls in TYPES.items()}
+KEPT = LOGOS | {"aws": ELSEWHERE, "plain": None}
 
 
 class BlockTypes(Echo):
@@ -25,7 +26,7 @@ class BlockTypes(Echo):
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         self.asked.append(scope)
-        kinds = [{"slug": name, "logo_url": logo} for name, logo in [*LOGOS.items(), ("aws", ELSEWHERE)]]
+        kinds = [{"slug": name, "logo_url": logo} for name, logo in KEPT.items()]
         body = json.dumps(kinds, separators=(",", ":")).encode()
         start = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         await send({"type": "http.response.start", "status": 200, "headers": start})
@@ -48,7 +49,9 @@ def test_people_get_icons_of_the_server_that_they_ask(tmp_path: Path, path: str,
     answer = ask(door, f"/api/{path}", door.token(Role.VIEWER), base)
     logos = {one["slug"]: one["logo_url"] for one in answer.json()}
     icons = f"{base}/talaria/static/icons"
-    assert logos == {name: f"{icons}/{name}.svg" for name in TYPES} | {"aws": f"{icons}/block.svg"}
+    assert logos == {name: f"{icons}/{name}.svg" for name in TYPES} | dict.fromkeys(
+        ("aws", "plain"), f"{icons}/block.svg"
+    )
     assert int(answer.headers["content-length"]) == len(answer.content)
     assert b"accept-encoding" not in dict(door.upstream.asked[0]["headers"])  # changed, so never compressed
     for logo in logos.values():
@@ -59,5 +62,5 @@ def test_the_product_s_own_processes_get_what_is_kept(tmp_path: Path) -> None:
     """Else each of them would write back another address, on every start."""
     door = FrontDoor(tmp_path / "home", upstream=BlockTypes())
     answer = ask(door, "/api/block_types/filter", door.worker, "http://127.0.0.1:4200")
-    assert {one["slug"]: one["logo_url"] for one in answer.json()} == LOGOS | {"aws": ELSEWHERE}
+    assert {one["slug"]: one["logo_url"] for one in answer.json()} == KEPT
     assert all(logo.encode().startswith(NOWHERE) for logo in LOGOS.values())
