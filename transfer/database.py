@@ -257,7 +257,7 @@ def _engine(url: str) -> Engine:
             hide_parameters=True,  # in messages of errors
             connect_args=KEEPALIVE | {"options": "-c search_path=talaria", "application_name": "talaria"},
         )
-    except (ArgumentError, NoSuchModuleError, ModuleNotFoundError) as exc:
+    except (ArgumentError, NoSuchModuleError, ModuleNotFoundError, ValueError) as exc:
         why = "install the extra `postgresql`" if isinstance(exc, ModuleNotFoundError) else "it is not a valid URL"
         raise Misconfigured(f"the ledger's database can't be used: {why}") from None  # its URL may hold a password
 

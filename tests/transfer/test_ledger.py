@@ -11,6 +11,7 @@ import sys
 import textwrap
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -22,7 +23,9 @@ import pytest
 
 from talaria.testing import studies
 from talaria.testing.process import as_loaded
+from tests.servers.postgresql import PostgreSql
 from transfer import database
+from transfer.errors import DispatchError, Misconfigured
 from transfer.ledger import HookRow, Ledger, write_json
 from transfer.outcome import ALREADY, DELIVERED, Kind, Outcome
 from transfer.plan import Item, Plan, scan
@@ -325,3 +328,13 @@ def test_a_second_process_that_closes_the_ledger_leaves_it_to_the_first(path: Pa
 
 
 CLOSES = "import sys; from pathlib import Path; from transfer.ledger import Ledger; Ledger(Path(sys.argv[1])).close()"
+
+
+@pytest.mark.parametrize(
+    "url", ["postgresql://lab:hunter2@{}/d", "postgresql://lab:hunter2@{}x/d", "mysql://lab:hunter2@{}/d"]
+)
+def test_no_error_shows_the_password_of_its_database(url: str, postgres: PostgreSql) -> None:
+    with pytest.raises(DispatchError) as raised:
+        Ledger(url.format(f"127.0.0.1:{postgres.port}"))
+    assert "hunter2" not in "".join(traceback.format_exception(raised.value))
+    assert isinstance(raised.value, Misconfigured) or "password authentication failed" in str(raised.value)
