@@ -28,6 +28,15 @@ TEMPLATE = {
     "variables": {"type": "object", "properties": {"name": {"type": "string", "title": "Name"}}},
 }
 CHECKS = "checks"  # the queue of checks: they have places of their own
+# Labels of parameters whose names say less than a label does; the same words as on our pages.
+TITLES = {
+    "paths": "files and folders",
+    "exclude": "leave out",
+    "force": "send again what has arrived",
+    "each": "what is a study of its own",
+    "into": "folder on the worker",
+    "level": "what one match is",
+}
 # Lower numbers first: an urgent dispatch overtakes, an off-peak one goes last.
 QUEUES = {"urgent": 1, CHECKS: 5, "normal": 10, "offpeak": 100}
 
@@ -144,7 +153,7 @@ def form(flow: Flow[..., Any]) -> dict[str, Any]:
     schema = parameter_schema(flow).model_dump_for_openapi()
     for name, field in schema["properties"].items():
         words = (
-            str(name)
+            TITLES.get(str(name), str(name))
             .replace("_", " ")
             .replace("aet", "AE title")
             .replace("uid", "UID")
