@@ -237,6 +237,11 @@ class Target(Block, ABC):
         return []
 
     @property
+    def place_template(self) -> str:
+        """The template of the place that an item gets below the endpoint; "" where the endpoint is one place."""
+        return str(getattr(self, "layout", ""))
+
+    @property
     def hook(self) -> Hook | None:
         """The target's own script; None for types that have none."""
         return None

@@ -122,6 +122,11 @@ x = XnatTarget.load("BLOCK_NAME")
         json_schema_extra=about(Group.LIMITS, advanced=True),
     )
 
+    @property
+    def place_template(self) -> str:
+        """Labels of another form make another session; and one that is replaced holds what the last dispatch sent."""
+        return "{dispatch_id}" if self.overwrite is Overwrite.DELETE else f"{self.subject}/{self.session}"
+
     @field_validator("host")
     @classmethod
     def _host(cls, value: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -126,3 +127,29 @@ def same_content(one: int, other: int | Path, check: Callable[[], None] = lambda
         if not mine:
             return True
         offset += len(mine)
+
+
+def sha256(fd: int, check: Callable[[], None] = lambda: None, *, in_memory: bool = False) -> str:
+    """Return the SHA-256 of an open file.
+
+    Args:
+        check: called between pieces; may raise to stop.
+        in_memory: give up, with "", as soon as a part would have to be read from the disk.
+    """
+    total, buffer, offset = hashlib.sha256(), memoryview(bytearray(READ_BYTES)), 0
+    flags = getattr(os, "RWF_NOWAIT", 0) if in_memory else 0
+    while True:
+        check()
+        try:
+            count = os.preadv(fd, [buffer], offset, flags)
+        except BlockingIOError:
+            return ""
+        except OSError as exc:
+            if not flags or exc.errno not in NOT_IN_KERNEL:
+                raise
+            flags = 0  # this file system can't say what is in memory
+            continue
+        if not count:
+            return total.hexdigest()
+        total.update(buffer[:count])
+        offset += count

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -28,6 +29,33 @@ PREFIXES = ("postgresql://", "postgres://", "postgresql+psycopg://")
 # A host that is gone without a word is noticed within these, which is before a lease ends.
 KEEPALIVE = {"connect_timeout": 10, "keepalives_idle": 5, "keepalives_interval": 3, "keepalives_count": 3}
 KEEPALIVE |= {"tcp_user_timeout": 15_000}  # milliseconds
+
+
+@dataclass(frozen=True)
+class Tables:
+    """The tables that a database has.
+
+    Attributes:
+        schema: the statements that make them where they aren't there.
+        version: their version; that of a database which keeps none, and has tables, is 0.
+        of_old: the statements that bring a file of version 0 up to date, once the tables are there.
+    """
+
+    schema: str
+    version: int
+    of_old: tuple[str, ...]
+
+    @property
+    def statements(self) -> list[str]:
+        return [one for one in self.schema.split(";") if one.strip()]
+
+    def check(self, version: int) -> None:
+        """Raise Misconfigured if a database has a version that is not known here."""
+        if version > self.version:
+            raise Misconfigured(
+                f"the ledger was made by a newer Talaria (version {version}; {self.version} is the latest known "
+                "here): use that one, or another ledger"
+            )
 
 
 class Rows(Protocol):
@@ -57,7 +85,7 @@ class Database(Protocol):
         """Execute a statement; return when it is committed, unless it is part of a block of `writing`."""
 
     def writing(self) -> Any:
-        """Save what the block executes with one commit, at its end; nothing of it if it raises."""
+        """Save what the block executes with one commit, at its end, or that of the block around it; or nothing."""
 
     def reading(self) -> Any:
         """Keep other threads from this connection during the block, in which rows are fetched."""
@@ -76,13 +104,14 @@ class Sqlite:
 
     Raises:
         OSError, sqlite3.Error: the file can't be opened or is damaged.
+        Misconfigured: it was made by a newer Talaria.
     """
 
     NOW = "((julianday('now') - 2440587.5) * 86400.0)"
     LISTED = "SELECT value FROM json_each(?)"
     shared = False
 
-    def __init__(self, path: Path, schema: str) -> None:
+    def __init__(self, path: Path, tables: Tables) -> None:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         # Never opened when it is there: closing a descriptor of it drops the locks of every connection of this
         # process (fcntl(2)), and then another process, when it closes, takes the log away that these still use.
@@ -92,7 +121,25 @@ class Sqlite:
         self._db = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
         self._db.execute("PRAGMA journal_mode=WAL")
         self._db.execute("PRAGMA synchronous=NORMAL")
-        self._db.executescript(schema)
+        try:
+            self._set_up(tables)
+        except BaseException:
+            self._db.close()
+            raise
+
+    def _set_up(self, tables: Tables) -> None:
+        """Make the tables, or bring those of an older Talaria up to date: at once, or not at all."""
+        if self._version() == tables.version:
+            return
+        with self.writing():
+            version = self._version()  # another process may have done it
+            tables.check(version)
+            for statement in (*tables.statements, *tables.of_old) if version < tables.version else ():
+                self._db.execute(statement)
+            self._db.execute(f"PRAGMA user_version={tables.version}")
+
+    def _version(self) -> int:
+        return int(self._db.execute("PRAGMA user_version").fetchone()[0])
 
     def execute(self, statement: str, parameters: Sequence[Any] = ()) -> Rows:
         with self._lock:
@@ -101,6 +148,9 @@ class Sqlite:
     @contextmanager
     def writing(self) -> Iterator[None]:
         with self._lock:
+            if self._db.in_transaction:  # within another block
+                yield
+                return
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield
@@ -132,8 +182,8 @@ class Postgresql:
     LISTED = "SELECT json_array_elements_text(CAST(? AS json))"
     shared = True
 
-    def __init__(self, url: str, schema: str) -> None:
-        self._engine, self._ahead = _set_up(url, schema)
+    def __init__(self, url: str, tables: Tables) -> None:
+        self._engine, self._ahead = _set_up(url, tables)
         self._lock = threading.RLock()
         self._held: Connection | None = None  # taken once: to take one for each statement costs as much as it does
         self._within = False  # a block of `writing`
@@ -197,9 +247,9 @@ class Postgresql:
                 held.close()
 
 
-def opened(where: Path | str, schema: str) -> Database:
+def opened(where: Path | str, tables: Tables) -> Database:
     """Open the database that a path or a URL names; make its tables if they aren't there."""
-    return Sqlite(where, schema) if isinstance(where, Path) else Postgresql(where, schema)
+    return Sqlite(where, tables) if isinstance(where, Path) else Postgresql(where, tables)
 
 
 class _Fetched:
@@ -265,7 +315,7 @@ def _engine(url: str) -> Engine:
 _setting_up = threading.Lock()
 
 
-def _set_up(url: str, schema: str) -> tuple[Engine, float]:
+def _set_up(url: str, tables: Tables) -> tuple[Engine, float]:
     """Return the connections to a database whose tables are there, and how far its clock is ahead of our monotonic."""
     from sqlalchemy import text
     from sqlalchemy.exc import ProgrammingError
@@ -273,26 +323,29 @@ def _set_up(url: str, schema: str) -> tuple[Engine, float]:
     engine = _engine(url)
     with _setting_up:
         try:
-            if (url, schema) not in _known:
+            if (url, tables) not in _known:
                 with engine.execution_options(isolation_level="READ COMMITTED").begin() as connection:
                     connection.execute(text(f"SELECT pg_advisory_xact_lock({SET_UP})"))
                     connection.execute(text("CREATE SCHEMA IF NOT EXISTS talaria"))
-                    for statement in filter(str.strip, _dialect(schema).split(";")):
-                        connection.execute(text(statement))
-            if _known.get((url, schema), (0.0, 0.0))[0] < time.monotonic() - SYNC_S:
+                    connection.execute(text("CREATE TABLE IF NOT EXISTS version (number INTEGER PRIMARY KEY)"))
+                    tables.check(connection.execute(text("SELECT max(number) FROM version")).scalar_one() or 0)
+                    connection.execute(text(f"INSERT INTO version VALUES ({tables.version}) ON CONFLICT DO NOTHING"))  # noqa: S608
+                    for statement in tables.statements:
+                        connection.execute(text(_dialect(statement)))
+            if _known.get((url, tables), (0.0, 0.0))[0] < time.monotonic() - SYNC_S:
                 with engine.connect() as connection:
                     asked = time.monotonic()
                     now = connection.execute(text("SELECT extract(epoch FROM clock_timestamp())")).scalar_one()
-                    _known[url, schema] = time.monotonic(), float(now) - (asked + time.monotonic()) / 2
+                    _known[url, tables] = time.monotonic(), float(now) - (asked + time.monotonic()) / 2
         except _lost() as exc:
             raise _unreachable(exc) from exc
         except ProgrammingError as exc:  # no right to make the tables
             raise Misconfigured(f"the ledger's tables can't be made: {_words(exc)}") from exc
-        return engine, _known[url, schema][1]
+        return engine, _known[url, tables][1]
 
 
 SYNC_S = 60.0  # for how long it is known how far a database's clock is ahead
-_known: dict[tuple[str, str], tuple[float, float]] = {}  # when that was asked, and the answer
+_known: dict[tuple[str, Tables], tuple[float, float]] = {}  # when that was asked, and the answer
 
 
 def _dialect(schema: str) -> str:

@@ -1,6 +1,7 @@
 """The ledger: what arrived where, item by item, in a database that survives the process.
 
-One row per (dispatch, destination, item), committed after the peer's confirmation. The tables lie in one SQLite file,
+One row per (dispatch, destination, item), committed after the peer's confirmation, and with it what the place holds
+now (`transfer.confirmed`), whichever dispatch asks. The tables lie in one SQLite file,
 or in PostgreSQL (`transfer.database`); every statement is understood by both.
 """
 
@@ -15,7 +16,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-from transfer.database import opened
+from transfer import confirmed
+from transfer.confirmed import Confirmation, Spot
+from transfer.database import Tables, opened
 from transfer.outcome import ARRIVED, Kind, Outcome
 from transfer.plan import Item, Plan
 from transfer.receipt import ItemResult
@@ -36,6 +39,17 @@ CREATE TABLE IF NOT EXISTS runs (
 CREATE TABLE IF NOT EXISTS owners (
   owner TEXT PRIMARY KEY, home TEXT NOT NULL, host TEXT NOT NULL, until DOUBLE PRECISION NOT NULL) WITHOUT ROWID;
 """
+# Rows about the script of a folder belong to the place, not to the dispatch that ran it: their dispatch_id is this
+# and the endpoint, their destination is the target's name, a slash, and a mark of the folder.
+AT = "at "
+OF_OLD = (
+    confirmed.OF_OLD_ROWS,
+    f"INSERT OR REPLACE INTO hooks SELECT '{AT}'||endpoint, destination, endpoint, outcome, exit_code, output,"  # noqa: S608
+    f" attempts, time FROM hooks WHERE destination LIKE '%/%' AND dispatch_id NOT LIKE '{AT}%' ORDER BY time",
+    f"DELETE FROM hooks WHERE destination LIKE '%/%' AND dispatch_id NOT LIKE '{AT}%'",  # noqa: S608
+)
+VERSION = 1  # 0 is that of the ledgers before they had one
+TABLES = Tables(SCHEMA + confirmed.TABLE, VERSION, OF_OLD)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +82,11 @@ class Ledger:
 
     Raises:
         OSError, sqlite3.Error: the file can't be opened or is damaged.
-        DispatchError: the database can't be used.
+        DispatchError: the database can't be used, or was made by a newer Talaria.
     """
 
     def __init__(self, where: Path | str) -> None:
-        self._db = opened(where, SCHEMA)
+        self._db = opened(where, TABLES)
 
     def close(self) -> None:
         self._db.close()
@@ -93,10 +107,15 @@ class Ledger:
         with self._db.writing():
             yield
 
-    def begin(self, dispatch_id: str, destination: str, endpoint: str, *, force: bool = False) -> None:
+    def begin(
+        self, dispatch_id: str, destination: str, endpoint: str, *, force: bool = False, spots: Iterable[Spot] = ()
+    ) -> None:
         """Prepare a run of a dispatch: forget rejections, so that they are tried again; with `force`, everything.
 
         Rows about another endpoint are forgotten as well: the target has been pointed elsewhere since.
+
+        Args:
+            spots: where its items belong: with `force`, what any dispatch brought there counts no more.
         """
         below = len(destination) + 1, f"{destination}/"
         with self._db.writing():
@@ -106,6 +125,7 @@ class Ledger:
                     "DELETE FROM hooks WHERE dispatch_id=? AND (destination=? OR substr(destination, 1, ?)=?)",
                     (dispatch_id, destination, *below),
                 )
+                confirmed.withdraw(self._db, endpoint, spots, self.now())
             else:
                 arrived = json.dumps([str(kind) for kind in ARRIVED])
                 self._db.execute(
@@ -119,8 +139,31 @@ class Ledger:
                     (dispatch_id, destination, *below, endpoint),
                 )
 
-    def record(self, dispatch_id: str, destination: str, endpoint: str, item: Item, outcome: Outcome) -> None:
-        """Save an item's outcome; return when it is committed."""
+    def record(
+        self,
+        dispatch_id: str,
+        destination: str,
+        endpoint: str,
+        item: Item,
+        outcome: Outcome,
+        spot: Spot | None = None,
+        since: float = 0.0,
+    ) -> None:
+        """Save an item's outcome; return when it is committed.
+
+        Args:
+            spot: where the item belongs, if other dispatches may find it there.
+            since: when this push began, in seconds since the epoch.
+        """
+        if spot is None:
+            with self._db.reading():
+                self._record(dispatch_id, destination, endpoint, item, outcome)
+            return
+        with self._db.writing():
+            self._record(dispatch_id, destination, endpoint, item, outcome)
+            confirmed.record(self._db, endpoint, spot, dispatch_id, item, outcome, since, self.now())
+
+    def _record(self, dispatch_id: str, destination: str, endpoint: str, item: Item, outcome: Outcome) -> None:
         uid = item.header.SOPInstanceUID if item.header else ""
         with self._db.reading():
             self._db.execute(
@@ -132,6 +175,34 @@ class Ledger:
                 (dispatch_id, destination, item.shown, endpoint, item.size, item.mtime_ns, uid,
                  str(outcome.kind), outcome.detail, self.now()),
             )  # fmt: skip
+
+    def settle(
+        self,
+        dispatch_id: str,
+        destination: str,
+        endpoint: str,
+        there: Iterable[tuple[Item, Outcome, Spot | None]],
+        gone: Iterable[Item],
+    ) -> None:
+        """Note as a dispatch's own what others have brought; forget what it brought, and is not there any more."""
+        with self._db.writing():
+            for item, outcome, spot in there:
+                self.record(dispatch_id, destination, endpoint, item, outcome, spot)
+            key = dispatch_id, destination
+            for item in gone:
+                self._db.execute(
+                    "DELETE FROM items WHERE dispatch_id=? AND destination=? AND path=?", (*key, item.shown)
+                )
+
+    def confirmed(self, endpoint: str, spots: Iterable[Spot]) -> dict[Spot, list[Confirmation]]:
+        """Return what an endpoint has confirmed of each spot; a spot that nothing is known of has no entry."""
+        with self._db.reading():
+            return confirmed.find(self._db, self._db.LISTED, endpoint, spots)
+
+    def sum_up(self, endpoint: str, sums: Iterable[tuple[Spot, Item, str]]) -> None:
+        """Add the SHA-256 of files to what has been confirmed."""
+        with self._db.writing():
+            confirmed.sum_up(self._db, endpoint, sums)
 
     def outcomes(
         self,
@@ -311,7 +382,10 @@ class Ledger:
                 "DELETE FROM owners WHERE until < ? AND owner NOT IN (SELECT owner FROM runs WHERE ended IS NULL)",
                 (before,),
             )
-            return others + sum(self._db.execute(delete, (one,)).rowcount for delete in deletions for one in ids)
+            others += sum(self._db.execute(delete, (one,)).rowcount for delete in deletions for one in ids)
+            scripts = "DELETE FROM hooks WHERE substr(dispatch_id, 1, ?)=? AND time < ?"
+            others += self._db.execute(scripts, (len(AT), AT, before)).rowcount
+            return others + confirmed.prune(self._db, before)
 
 
 def write_json(path: Path, document: dict[str, Any]) -> None:

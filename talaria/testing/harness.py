@@ -17,6 +17,7 @@ from blocks.base import Target
 from tasks import DRIVERS
 from tasks.dispatch.delivery import Delivery
 from tasks.driver import Driver
+from transfer.confirmed import Spot
 from transfer.errors import DispatchError, Unreachable
 from transfer.home import Home
 from transfer.ledger import Ledger
@@ -152,8 +153,7 @@ class HarnessDispatch:
     def attempt(self) -> Sent:
         """Push what has no outcome yet, once."""
         delivery = self.delivery
-        known = delivery.ledger.outcomes(*delivery.key[:2], delivery.plan.items, delivery.key[2])
-        done = [path for path, outcome in known.items() if outcome.arrived]
+        done = [path for path, outcome in delivery.known.glance().items() if outcome.arrived]
         self._sent = sent = Sent(delivery.plan.narrowed(delivery.plan.items, done), delivery.refused)
         begun = time.monotonic()
         try:
@@ -185,9 +185,18 @@ class _WatchedLedger(Ledger):
 
     listener: HarnessDispatch | None = None
 
-    def record(self, dispatch_id: str, destination: str, endpoint: str, item: Item, outcome: Outcome) -> None:
-        super().record(dispatch_id, destination, endpoint, item, outcome)
-        if self.listener:
+    def record(
+        self,
+        dispatch_id: str,
+        destination: str,
+        endpoint: str,
+        item: Item,
+        outcome: Outcome,
+        spot: Spot | None = None,
+        since: float = 0.0,
+    ) -> None:
+        super().record(dispatch_id, destination, endpoint, item, outcome, spot, since)
+        if self.listener and since:  # reported, and not found in the ledger
             self.listener.record(item, outcome)
 
 
@@ -210,10 +219,12 @@ def sending(
     told: Callable[[Sent, Item, Outcome], None] = lambda sent, item, outcome: None,
     moved: Callable[[Sent, int], None] = lambda sent, count: None,
     cancelled: threading.Event | None = None,
+    folder: Path | None = None,
 ) -> Iterator[HarnessDispatch]:
-    """Begin a dispatch to one target, in a state directory of its own.
+    """Begin a dispatch to one target.
 
     Args:
+        folder: the state directory, with the ledger; None for a new one.
         source: a plan, or the folder to plan.
         done: what has arrived according to the ledger: paths, or outcomes by path.
         told: called with each outcome, in whichever thread the driver reports it.
@@ -221,14 +232,14 @@ def sending(
         cancelled: set to stop the push.
     """
     plan = scan([source]) if isinstance(source, Path) else source
-    with TemporaryDirectory(prefix="talaria-home-") as folder:
-        home = Home(Path(folder))
+    with TemporaryDirectory(prefix="talaria-home-") as new:
+        home = Home(folder or Path(new))
         with _WatchedLedger(home.ledger) as ledger:
             delivery = _WatchedDelivery(DRIVERS.of(target), target, plan, ledger, home, cancelled or threading.Event())
             there = dict(done) if isinstance(done, Mapping) else dict.fromkeys(done, DELIVERED)
             for item in delivery.plan.items:
                 if item.path in there:
-                    ledger.record(*delivery.key, item, there[item.path])
+                    delivery.known.record(item, there[item.path], 0.0)
             sender = ledger.listener = delivery.listener = HarnessDispatch(delivery, told, moved)
             yield sender
 

@@ -10,13 +10,14 @@ import hashlib
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
 from itertools import groupby
 from typing import Any
 
 from blocks.base import Target
+from tasks.dispatch.known import Known
 from tasks.dispatch.rest import Left
 from tasks.driver import Driver, Facts
 from tasks.quiet import Quiet
@@ -24,7 +25,7 @@ from transfer.errors import Cancelled, DispatchError, Retryable
 from transfer.globs import excluded
 from transfer.home import Home
 from transfer.layout import names
-from transfer.ledger import Ledger
+from transfer.ledger import AT, Ledger
 from transfer.outcome import UNSENT, Kind, Outcome
 from transfer.plan import Item, Plan
 from transfer.receipt import ItemResult, Level, PushReport, Receipt, State
@@ -113,6 +114,7 @@ class Delivery:
         self._begun: float | None = None  # when the first attempt began, in monotonic seconds
         self._ended = 0.0  # when the last step ended
         self._force = force
+        self.known = Known(ledger, self.key, target, driver.facts, self.plan, PushReport(cancelled=cancelled).check)
         self._ran = _Ran(ledger, *self.key)
         self._folders: dict[str, str] = {}  # by path, where there is a script
         self._changed: set[str] = set()  # folders into which something has come
@@ -132,15 +134,15 @@ class Delivery:
         self.attempts += 1
         self.error = None
         self._begun = self._begun or time.monotonic()
-        plan, key, progress = self.plan, self.key, self.progress
+        plan, progress = self.plan, self.progress
         mark = progress.done, progress.moved
         try:
             # The same dispatch to the same place, started twice: the second waits, then finds all of it done.
             with self.home.exclusive(self._lock("push"), PushReport(cancelled=self.cancelled).check):
                 if self._before is None:
                     self._since = self.ledger.now()
-                    self.ledger.begin(*key, force=self._force)
-                known = self.ledger.outcomes(*key[:2], plan.items, key[2])
+                    self._begin()
+                known = self.known.look(self._reported)
                 if self._before is None:
                     self._before = frozenset(path for path, outcome in known.items() if outcome.arrived)
                     for item in plan.items:
@@ -152,7 +154,7 @@ class Delivery:
                 reported = ((item.path, self._reported.get(item.path)) for item in plan.items if item.path not in done)
                 rejected = {path: outcome for path, outcome in reported if outcome and not outcome.arrived}
                 report = PushReport(
-                    self._record(key),
+                    self._record,
                     self.cancelled,
                     self.moved,
                     self._unanswered,
@@ -165,7 +167,7 @@ class Delivery:
                 with self.ledger.together():
                     for item in self.refused:
                         if item.path not in self._reported:
-                            self._record(key)(item, self.refused[item])
+                            self._record(item, self.refused[item])
                 # What an attempt stumbled over comes last in the next one, so that it holds up nothing else.
                 items = plan.items
                 if self._stumbled:
@@ -185,7 +187,14 @@ class Delivery:
             raise
         finally:
             self.ends()
+        self.known.sum_up()
         return self.receipt()
+
+    def _begin(self) -> None:
+        self.known.begin(force=self._force)
+        if self._force and self.driver.hook is not None and self.target.hook is not None:
+            for folder in set(names(self.plan, self.target.hook.layout).values()):
+                self._ran.forget(folder)
 
     def leave(self, left: Left) -> Left:
         """Return what the next part of its run must know; `left` is what this part knew."""
@@ -343,12 +352,15 @@ class Delivery:
         stopped = State.WAITING if waiting else self.stopped
         # What was reported in this run needs no look.
         others = tuple(item for item in self.plan.items if item.path not in self._reported)
-        known = self.ledger.outcomes(*self.key[:2], others, self.key[2]) if others else {}
+        known: dict[str, Outcome] = {}
         before = self._before
-        if before is None:
-            # What was refused will be tried again; what is forced is sent again.
-            known = {} if self._force else {path: outcome for path, outcome in known.items() if outcome.arrived}
+        if before is not None:
+            known = self.ledger.outcomes(*self.key[:2], others, self.key[2]) if others else {}
+        elif not self._force:  # what is forced is sent again
+            # What was refused will be tried again.
+            known = {path: outcome for path, outcome in self.known.glance().items() if outcome.arrived}
             before = frozenset(known)
+        before = before or frozenset()
         rows, size = [], 0
         for item in self.plan.items:
             outcome = self._reported.get(item.path) or known.get(item.path)
@@ -378,17 +390,14 @@ class Delivery:
             stopped,
         )
 
-    def _record(self, key: tuple[str, str, str]) -> Callable[[Item, Outcome], None]:
-        def record(item: Item, outcome: Outcome) -> None:
-            outcome = self.quiet.outcome(outcome)
-            if outcome.arrived and self.driver.hook is not None:
-                self._run_again_for(item)
-            self.ledger.record(*key, item, outcome)
-            if item.path not in self._reported and item not in self.refused:
-                self.progress.add(done=1)
-            self._reported[item.path] = outcome
-
-        return record
+    def _record(self, item: Item, outcome: Outcome) -> None:
+        outcome = self.quiet.outcome(outcome)
+        if outcome.arrived and self.driver.hook is not None:
+            self._run_again_for(item)
+        self.known.record(item, outcome, self._since)
+        if item.path not in self._reported and item not in self.refused:
+            self.progress.add(done=1)
+        self._reported[item.path] = outcome
 
     def _run_again_for(self, item: Item) -> None:
         """Forget that the script was run for the folder of a new item: it has not seen that item."""
@@ -403,25 +412,28 @@ class Delivery:
 
 
 class _Ran:
-    """The folders for which a dispatch's script has succeeded, in the ledger; their names may be a patient's."""
+    """The folders for which a target's script has succeeded since something came into them, in the ledger.
+
+    Whichever dispatch it was: one that finds everything there does not run it again. Their names may be a patient's.
+    """
 
     def __init__(self, ledger: Ledger, dispatch_id: str, destination: str, endpoint: str) -> None:
         self._ledger, self._dispatch_id, self._endpoint = ledger, dispatch_id, endpoint
-        self._destination = destination
+        self._destination, self._place = destination, f"{AT}{endpoint}"
 
     def __contains__(self, folder: object) -> bool:
-        row = self._ledger.hook(self._dispatch_id, self._row(folder))
+        row = self._ledger.hook(self._place, self._row(folder))
         return row is not None and row.outcome == "done"
 
     def add(self, folder: str) -> None:
-        self._ledger.record_hook(self._dispatch_id, self._row(folder), self._endpoint, "done", 0, "")
+        self._ledger.record_hook(self._place, self._row(folder), self._endpoint, "done", 0, "")
 
     def forget(self, folder: str) -> None:
         """Forget that the script was run for a folder, and so for the dispatch."""
-        for name in (self._row(folder), self._destination):
-            row = self._ledger.hook(self._dispatch_id, name)
+        for key in ((self._place, self._row(folder)), (self._dispatch_id, self._destination)):
+            row = self._ledger.hook(*key)
             if row and row.outcome == "done":
-                self._ledger.record_hook(self._dispatch_id, name, self._endpoint, "outdated", None, row.output)
+                self._ledger.record_hook(*key, self._endpoint, "outdated", None, row.output)
 
     def _row(self, folder: object) -> str:
         mark = hashlib.sha256(str(folder).encode("utf-8", "surrogateescape")).hexdigest()[:24]

@@ -12,7 +12,6 @@ import textwrap
 import threading
 import time
 import traceback
-from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +23,6 @@ import pytest
 from talaria.testing import studies
 from talaria.testing.process import as_loaded
 from tests.servers.postgresql import PostgreSql
-from transfer import database
 from transfer.errors import DispatchError, Misconfigured
 from transfer.ledger import HookRow, Ledger, write_json
 from transfer.outcome import ALREADY, DELIVERED, Kind, Outcome
@@ -33,22 +31,6 @@ from transfer.receipt import ItemResult
 
 ITEMS = tuple(Item(f"a/{number}.dcm", 100 + number, 1_700_000_000_000_000_000 + number) for number in range(5))
 REJECTED = Outcome(Kind.REJECTED, "A900: data set does not match SOP class")
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "state" / "ledger.sqlite"
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def where(request: pytest.FixtureRequest, path: Path) -> Iterator[Path | str]:
-    """Both homes of a ledger."""
-    if request.param == "sqlite":
-        yield path
-        return
-    url: str = request.getfixturevalue("postgres").new()
-    yield url
-    database._engine(url).dispose()
 
 
 def rows(where: Path | str, query: str) -> list[Any]:

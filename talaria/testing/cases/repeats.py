@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -97,6 +98,37 @@ def test_one_refused_by_the_peer_then_pushed_again(harness: Harness, study: Path
     assert sent[1].moved == 0, "what was settled is sent again"
     assert not sent[1].arrived
     assert_one_rejected(harness, sent, victim)
+
+
+def test_only_what_the_place_has_not_confirmed_is_sent(harness: Harness, study: Path, tmp_path: Path) -> None:
+    """A folder that grows, then the same study in another folder: two dispatches of their own, one place."""
+    files, state, grown = studies.ct(tmp_path / "all", 7), tmp_path / "state", tmp_path / "grown"
+    state.mkdir()
+    target, one_place = harness.target, True
+    if harness.driver.facts.keeps_names:
+        one_place = "layout" in type(target).model_fields
+        if one_place:
+            target = target.model_copy(update={"layout": "{StudyInstanceUID}"}).named(target.name)
+    for file in files[:5]:
+        shutil.copy2(file, study)
+    with sending(target, study, folder=state) as sender:
+        assert sender.attempt().require().counts[Kind.DELIVERED] == 5
+    shutil.copytree(tmp_path / "all", grown, copy_function=shutil.copy)  # with times of their own
+    with sending(target, grown, folder=state) as sender:
+        sent = sender.attempt()
+        receipt = sent.require()
+        assert receipt.state is State.DELIVERED
+        assert len(sent.outcomes) == (2 if one_place else 7)
+        assert receipt.counts[Kind.DELIVERED] == len(sent.outcomes)
+        assert receipt.counts[Kind.ALREADY] == 7 - len(sent.outcomes)
+    if harness.driver.facts.keeps_names:
+        assert markers(harness)
+    else:
+        assert len(harness.read_back(sent.plan)) == 7
+    with sending(target, study, folder=state) as sender:
+        again = sender.attempt()
+        assert not again.outcomes
+        assert again.require().counts[Kind.ALREADY] == 5
 
 
 def assert_one_rejected(harness: Harness, sent: list[Sent], victim: Item) -> None:

@@ -1,0 +1,168 @@
+"""What the ledger knows of a delivery's items: what this dispatch recorded, and what the place confirmed to others."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Container, Iterable, Iterator
+from contextlib import suppress
+from functools import cached_property
+
+from blocks.base import Target
+from tasks.driver import Facts
+from transfer import confirmed
+from transfer.confirmed import Confirmation, Spot
+from transfer.content import sha256
+from transfer.errors import Cancelled, Rejected
+from transfer.layout import names
+from transfer.ledger import Ledger
+from transfer.outcome import Kind, Outcome
+from transfer.plan import Item, Plan
+
+MARK_CHARS = 24  # hexadecimal, of a place, whose name may be a patient's
+CHUNK = 10_000  # items that are looked up at once
+SUMS = 500  # that are saved with one commit
+
+
+class Known:
+    """The ledger, as one delivery sees it.
+
+    Args:
+        key: dispatch, destination, and its endpoint.
+        check: called between items and between pieces of files that are read; may raise to stop.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        key: tuple[str, str, str],
+        target: Target,
+        facts: Facts,
+        plan: Plan,
+        check: Callable[[], None],
+    ) -> None:
+        self._ledger, self._key, self._plan, self._check = ledger, key, plan, check
+        self._template = target.place_template or ("{dispatch_id}" if facts.keeps_names else "")
+        self._by_path = facts.keeps_names
+        self._place = _mark(self._template) if self._template else ""
+        self._sums: dict[str, str] = {}  # by path, of what was read
+        self._summed: set[str] = set()  # paths of what others have sent, and summed up
+        self._unread: list[Item] = []  # confirmed by this delivery, and not yet summed up
+
+    @property
+    def _is_own_place(self) -> bool:
+        """Whether the place is this dispatch's own, so that nobody else looks at it."""
+        return "{dispatch_id}" in self._template
+
+    @cached_property
+    def _places(self) -> dict[str, str]:
+        """The marks of the folders that items get at the target, by path."""
+        folders = names(self._plan, self._template)
+        marks = {folder: _mark(folder) for folder in set(folders.values())}
+        return {path: marks[folder] for path, folder in folders.items()}
+
+    def _spot(self, item: Item) -> Spot | None:
+        """Return where an item belongs; None if no other dispatch can find it there."""
+        if self._is_own_place:
+            return None
+        if self._by_path:
+            return Spot(self._places[item.path], item.shown) if item.path in self._places else None
+        return Spot(self._place, item.header.SOPInstanceUID) if item.header else None
+
+    def begin(self, *, force: bool) -> None:
+        """Prepare a run: forget what may be tried again; with `force`, everything about these items."""
+        self._ledger.begin(*self._key, force=force, spots=self._spots(self._plan.items))
+
+    def look(self, settled: Container[str]) -> dict[str, Outcome]:
+        """Return the outcomes, by path, of the items that are at the place, or were rejected by it in this run.
+
+        What others have sent is noted as this dispatch's as well, and what is not there any more is forgotten.
+
+        Args:
+            settled: paths of items that this run has reported.
+        """
+        own = self._own()
+        known = self._compared(own, settled, self._sum)
+        new, old = known.keys() - own.keys(), own.keys() - known.keys()
+        adopted = [(item, known[item.path]) for item in self._plan.items if item.path in new]
+        gone = [item for item in self._plan.items if item.path in old]
+        if adopted or gone:
+            self._ledger.settle(*self._key, ((item, one, self._spot(item)) for item, one in adopted), gone)
+            self._unread += (item for item, _ in adopted if item.path not in self._summed)
+        return known
+
+    def glance(self) -> dict[str, Outcome]:
+        """Return the same without reading a file or writing a row: what is likely to be there."""
+        return self._compared(self._own(), (), lambda item: iter(()))
+
+    def _own(self) -> dict[str, Outcome]:
+        return self._ledger.outcomes(*self._key[:2], self._plan.items, self._key[2])
+
+    def _compared(
+        self, own: dict[str, Outcome], settled: Container[str], sums: Callable[[Item], Iterator[str]]
+    ) -> dict[str, Outcome]:
+        found: dict[str, Outcome] = {}
+        for start in range(0, len(self._plan.items), CHUNK):
+            items = self._plan.items[start : start + CHUNK]
+            held = {} if self._is_own_place else self._ledger.confirmed(self._key[2], self._spots(items))
+            for item in items:
+                mine, spot = own.get(item.path), self._spot(item)
+                there = held.get(spot) if spot else None
+                if mine and (not mine.arrived or item.path in settled or not there):
+                    found[item.path] = mine
+                elif there and (one := self._same(there, item, sums, mine is not None)):
+                    if one.sha256 and item.path not in self._sums:
+                        self._summed.add(item.path)
+                    found[item.path] = mine or Outcome(Kind.ALREADY, one.outcome.detail)
+        return found
+
+    def _spots(self, items: Iterable[Item]) -> Iterator[Spot]:
+        return (spot for item in items if (spot := self._spot(item)))
+
+    def _same(
+        self, there: list[Confirmation], item: Item, sums: Callable[[Item], Iterator[str]], is_mine: bool
+    ) -> Confirmation | None:
+        unread = (one for one in there if is_mine and not one.sha256 and one.is_file(item))
+        return next(unread, None) or confirmed.same(there, item, sums(item))
+
+    def _sum(self, item: Item, *, in_memory: bool = False) -> Iterator[str]:
+        """Yield the SHA-256 of an item's file; nothing if it can't be read, or would have to be read from the disk."""
+        if item.path not in self._sums:
+            try:
+                with self._plan.open(item) as fd:
+                    value = sha256(fd, self._check, in_memory=in_memory)
+                    self._plan.check(item, fd)
+            except (Rejected, OSError):
+                return
+            if not value:
+                return
+            self._sums[item.path] = value
+        yield self._sums[item.path]
+
+    def record(self, item: Item, outcome: Outcome, since: float) -> None:
+        """Save an item's outcome; return when it is committed."""
+        # What the target is not to get says nothing about what it has.
+        spot = None if outcome.kind is Kind.SKIPPED or item.problem else self._spot(item)
+        self._ledger.record(*self._key, item, outcome, spot, since)
+        if spot and outcome.arrived:
+            self._unread.append(item)
+
+    def sum_up(self) -> None:
+        """Save the SHA-256 of what has been confirmed, as far as it is still in memory.
+
+        By that a copy of a file, which has another time, is known again.
+        """
+        unread, self._unread = self._unread, []
+        with suppress(Cancelled):  # what has arrived, has
+            for start in range(0, len(unread), SUMS):
+                self._ledger.sum_up(self._key[2], list(self._with_sums(unread[start : start + SUMS])))
+
+    def _with_sums(self, items: Iterable[Item]) -> Iterator[tuple[Spot, Item, str]]:
+        for item in items:
+            self._check()
+            if spot := self._spot(item):
+                for value in self._sum(item, in_memory=True):
+                    yield spot, item, value
+
+
+def _mark(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:MARK_CHARS]
