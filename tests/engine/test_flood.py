@@ -22,6 +22,8 @@ from tasks.dispatch.rest import Left
 from tasks.driver import Driver, Facts, HookResult
 from tests.engine.material import dicom, files, folder
 from tests.servers.dcmtk import storescp
+from tests.servers.scp import scp
+from tests.servers.steps import Store
 from tests.servers.up import Talaria
 from transfer.errors import Cancelled, Denied, Interrupted, Misconfigured, NotFound, Unreachable
 from transfer.health import Health
@@ -420,3 +422,45 @@ def test_a_flood_waits_for_a_dead_target_and_goes_on_where_it_was(up: Talaria, t
     done = up.told("jobs", "show", run_id)
     assert done["targets"]["beside"]["delivered"] == done["targets"]["away"]["delivered"] == 6
     assert {row["state"] for row in done["studies"]} == {"delivered"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_flood_is_paused_resumed_killed_and_cancelled(up: Talaria, tmp_path: Path) -> None:
+    """Nothing that was confirmed is sent twice, and what had not begun is not lost."""
+    many = made(tmp_path / "many", 60, files=2)
+    got: Counter[str] = Counter()
+    quick = threading.Event()
+
+    def keep(store: Store) -> int:
+        got[store.SOPInstanceUID] += 1
+        quick.wait(1.0)  # so that each of these comes while some are under way
+        return 0
+
+    with scp(on_store=keep, keep_data=False) as pacs:
+        up.apply(slow=dicom(pacs.port, aet_target=pacs.aet, concurrency=2))
+        run_id = up.json("send", str(many), "--each", "folder", "--to", "slow", "--no-wait")["flow_run_id"]
+
+        def state() -> str:
+            return str(up.run(run_id)["state"]["name"])
+
+        up.until(lambda: len(got) >= 4)
+        up.told("jobs", "pause", run_id)
+        up.until(lambda: state() == "Paused")
+        paused = len(got)
+        assert paused < 120
+        up.told("jobs", "resume", run_id, "--no-wait")
+        up.until(lambda: len(got) >= paused + 6)
+        up.child("talaria.engine.worker").kill()
+        up.until(lambda: len(got) >= paused + 12)
+        up.told("jobs", "cancel", run_id)
+        up.until(lambda: state() == "Cancelled")
+        cancelled = up.told("jobs", "show", run_id)["targets"]["slow"]
+        assert cancelled["state"] == "cancelled" and cancelled["unsent"]
+        quick.set()
+        up.told("jobs", "retry", run_id, "--no-wait")
+        up.until(lambda: state() == "Completed")
+        done = up.told("jobs", "show", run_id)["targets"]["slow"]
+        assert done["already"] + done["delivered"] == 120 == len(got)
+    # Only what was under way at the pause, the kill and the cancellation, with no answer known, went out twice.
+    assert sum(got.values()) - 120 <= 3 * 2
