@@ -20,8 +20,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -270,34 +270,36 @@ def compare_far(rounds: int, root: Path) -> None:
         )
 
 
-def compare_real(rounds: int, root: Path) -> None:
-    """From Orthanc and dcmqrscp, whose own CPU is in the table."""
-    for maker in (real_orthanc, real_dcmqrscp):
-        with maker(root / maker.__name__) as (name, port, aet, pid):
-            for kind, count, size in (("small", 600, 30_000), ("ct", 100, 524_288)):
-                study = fill(port, aet, count, size, root / f"{name}-{kind}")
-                print(f"\n## From {name}, {kind}: {count} instances of {size / MB:.2f} MB")
-                folder, server = root / "in", psutil.Process(pid)
-                get = partial(dcmtk, "getscu", port, aet, study, "-od", str(folder))
-                spent: dict[str, list[float]] = {}
+Maker = Callable[[Path], AbstractContextManager[tuple[str, int, str, int]]]
 
-                def counted(what: str, work: partial[Run], spent: dict[str, list[float]] = spent,
-                            server: psutil.Process = server) -> Run:  # fmt: skip
-                    before = _children_cpu(server)
-                    done = work()
-                    spent.setdefault(what, []).append(_children_cpu(server) - before)
-                    return done
 
-                with emptied(folder) as clear:
-                    candidates = {
-                        "talaria": partial(ours, "retrieve", port, folder, aet, 2, study),
-                        "getscu": partial(program, get(), None, folder, count),
-                        "getscu +B": partial(program, get("+B"), None, folder, count),
-                    }
-                    turns = {what: partial(counted, what, work) for what, work in candidates.items()}
-                    show(in_turn(turns, rounds, clear), count * size, ("getscu", "getscu +B"))
-                shares = ", ".join(f"{what} {statistics.median(each[1:]):.2f} s" for what, each in spent.items())
-                print(f"\n{name}'s own CPU: {shares}")
+def compare_real(maker: Maker, rounds: int, root: Path) -> None:
+    """From a real server, whose own CPU is below the table."""
+    with maker(root / "server") as (name, port, aet, pid):
+        for kind, count, size in (("small", 600, 30_000), ("ct", 100, 524_288)):
+            study = fill(port, aet, count, size, root / f"{name}-{kind}")
+            print(f"\n## From {name}, {kind}: {count} instances of {size / MB:.2f} MB")
+            folder, server = root / "in", psutil.Process(pid)
+            get = partial(dcmtk, "getscu", port, aet, study, "-od", str(folder))
+            spent: dict[str, list[float]] = {}
+
+            def counted(what: str, work: partial[Run], spent: dict[str, list[float]] = spent,
+                        server: psutil.Process = server) -> Run:  # fmt: skip
+                before = _children_cpu(server)
+                done = work()
+                spent.setdefault(what, []).append(_children_cpu(server) - before)
+                return done
+
+            with emptied(folder) as clear:
+                candidates = {
+                    "talaria": partial(ours, "retrieve", port, folder, aet, 2, study),
+                    "getscu": partial(program, get(), None, folder, count),
+                    "getscu +B": partial(program, get("+B"), None, folder, count),
+                }
+                turns = {what: partial(counted, what, work) for what, work in candidates.items()}
+                show(in_turn(turns, rounds, clear), count * size, ("getscu", "getscu +B"))
+            shares = ", ".join(f"{what} {statistics.median(each[1:]):.2f} s" for what, each in spent.items())
+            print(f"\n{name}'s own CPU: {shares}")
 
 
 @contextmanager
@@ -312,6 +314,7 @@ def real_orthanc(folder: Path) -> Iterator[tuple[str, int, str, int]]:
 def real_dcmqrscp(folder: Path) -> Iterator[tuple[str, int, str, int]]:
     from tests.servers.dcmtk import dcmqrscp
 
+    os.environ.update(NODELAY)  # else each of its small instances waits 40 ms for getscu's acknowledgement
     with dcmqrscp(folder, studies=DCMQRSCP_STUDIES) as running:
         yield "dcmqrscp", running.port, running.aet, running.process.pid
 
@@ -385,7 +388,7 @@ def compare_lists(rounds: int, root: Path) -> None:
             show(in_turn(found, rounds), 0, ("talaria, one by one",))
 
 
-OTHERS = ("memory", "far", "find", "real", "lists")
+OTHERS = ("memory", "far", "find", "orthanc", "dcmqrscp", "lists")
 
 
 def main() -> None:
@@ -411,7 +414,9 @@ def main() -> None:
             root, rounds = Path(name), options.rounds
             others = {
                 "memory": partial(compare_memory, root), "far": partial(compare_far, rounds, root),
-                "find": partial(compare_find, rounds), "real": partial(compare_real, rounds, root),
+                "find": partial(compare_find, rounds),
+                "orthanc": partial(compare_real, real_orthanc, rounds, root),
+                "dcmqrscp": partial(compare_real, real_dcmqrscp, rounds, root),
                 "lists": partial(compare_lists, min(rounds, 3), root),
             }  # fmt: skip
             for one in options.set or sets:
