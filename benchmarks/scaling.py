@@ -78,7 +78,15 @@ def main() -> None:
         for number, count in enumerate(given.workers):
             shared = {"TALARIA_SHARED_SOURCES": str(sources[0].parent)}
             with servers.host(f"host-{number}", number % 2, "--workers", str(count), **shared) as up:
-                up.apply(sink={"type": "dicom", "host": "127.0.0.1", "port": sink, "aet_target": "SINK"})
+                up.apply(
+                    sink={
+                        "type": "dicom",
+                        "host": "127.0.0.1",
+                        "port": sink,
+                        "aet_target": "SINK",
+                        "max_dispatches": 64,
+                    }
+                )
                 print(f"| {count} | {measured(servers, up, sources, begun)} |", flush=True)
                 begun += len(sources)
 

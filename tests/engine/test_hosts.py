@@ -77,7 +77,7 @@ def test_a_server_and_a_host_die_and_nothing_is_lost_or_sent_twice(tmp_path: Pat
         servers.host("second", 1, "--workers", "2", ahead_s=60, **settings) as second,
     ):
         target = {"type": "dicom", "host": "127.0.0.1", "port": sink.port, "aet_target": sink.aet}
-        second.apply(pacs=target | {"max_attempts": 8, "idle_timeout_s": 60})
+        second.apply(pacs=target | {"max_attempts": 8, "idle_timeout_s": 60, "max_dispatches": 64})
         dispatch = deployment(servers, 1)
 
         def create(number: int) -> None:
