@@ -37,6 +37,12 @@ class Wait:
     soon: bool = True
 
 
+def next_attempt(target: str, again: float, script: int = 0) -> Wait:
+    """Return the wait for a target's next attempt, or the next run of its script, at a time since the epoch."""
+    what = "run of the script" if script else "attempt"
+    return Wait(datetime.fromtimestamp(again, UTC), f"the next {what} at {target}")
+
+
 @dataclass
 class Left:
     """What a run has achieved at one target, and what it knows of the rest.

@@ -112,7 +112,7 @@ class Dispatch:
         elif (self.rest.document or line.may_rest()) and await self._is_dead(target):
             return
         elif left.again > time.time():
-            self.waits[name] = _next_attempt(target, left.again, left.hook_tries)
+            self.waits[name] = rest.next_attempt(target.name, left.again, left.hook_tries)
         elif left.error in [one.__name__ for one in TESTED] and (error := await self._tested(target)):
             self._count(target, error)
         elif left.since:
@@ -175,7 +175,7 @@ class Dispatch:
         self._failed[target.name] = words, left.futile >= target.max_attempts
         if left.futile < target.max_attempts:
             left.again = time.time() + delay_before(left.futile + 1, target, error)
-            self.waits[target.name] = _next_attempt(target, left.again)
+            self.waits[target.name] = rest.next_attempt(target.name, left.again)
 
     def _opening(self, target: Target) -> Wait | None:
         opening = opens(target, self.priority)
@@ -307,7 +307,9 @@ class Dispatch:
         except Exception as exc:  # one target's failure, whatever it is, must not end the other deliveries
             if delivery.again and not self.cancelled.is_set():
                 delivery.stopped = State.WAITING
-                self.waits[target.name] = _next_attempt(target, delivery.again.timestamp(), script=delivery.hook_tries)
+                self.waits[target.name] = rest.next_attempt(
+                    target.name, delivery.again.timestamp(), delivery.hook_tries
+                )
                 return
             if delivery.hook == "failed" or (is_outage(exc) and delivery.receipt().state is State.DELIVERED):
                 return
@@ -422,11 +424,6 @@ class Dispatch:
         """Give back what was taken and not used."""
         while self._held:
             await self._held.popitem()[1].aclose()
-
-
-def _next_attempt(target: Target, again: float, script: int = 0) -> Wait:
-    what = "run of the script" if script else "attempt"
-    return Wait(datetime.fromtimestamp(again, UTC), f"the next {what} at {target.name}")
 
 
 @asynccontextmanager
