@@ -6,7 +6,7 @@ import functools
 import hashlib
 import re
 from abc import ABC
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 from prefect.blocks.core import Block
 from prefect.client.schemas.objects import BlockDocument
 from pydantic import ConfigDict, Field, PrivateAttr, SecretStr, field_validator, model_validator
+from pydantic_core import to_jsonable_python
 
 from blocks.fields import BYTES_PER_S, SECONDS, TIMES, Group, about, in_order, ordered
 from transfer.globs import patterns
@@ -26,6 +27,7 @@ from transfer.plan import Origin
 from transfer.receipt import Level
 from transfer.window import DispatchWindow
 
+MOVED = "type it again: the target leads elsewhere now, and a stored secret never goes to another place"
 NAME = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?")  # what Prefect allows for a block document
 HOST = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?\.?|\[?[0-9A-Fa-f:.]+(%[A-Za-z0-9_.-]+)?\]?")
 EMAIL = re.compile(r"[^@\s,;<>]+@[^@\s,;<>]+")
@@ -106,7 +108,7 @@ class Target(Block, ABC):
         default="",
         description="What people should know about this target.",
         title="Description",
-        json_schema_extra=about(Group.INFORMATION),
+        json_schema_extra=about(Group.INFORMATION, lines=True),
     )
     exclude: str = Field(
         default="",
@@ -277,6 +279,11 @@ class Target(Block, ABC):
         """Return the schema that Prefect makes a form of: fields in their order, each with a title."""
         return in_order(super().model_json_schema(*args, **kwargs), cls)
 
+    @classmethod
+    def leads_elsewhere(cls, before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
+        """Return True if a change of values leads a target's secrets to another place than they were given for."""
+        return any(_plain(cls, before, name) != _plain(cls, after, name) for name in cls.leads_secrets_to())
+
     def _to_block_document(self, *args: Any, **kwargs: Any) -> BlockDocument:
         """Save a secret that is not set as null, which the server does not mask: lists then show what is set."""
         document = super()._to_block_document(*args, **kwargs)
@@ -331,6 +338,14 @@ class Target(Block, ABC):
         if self.retry_max_delay_s < self.retry_delay_s:
             raise ValueError("retry_max_delay_s must not be less than retry_delay_s")
         return self
+
+
+def _plain(cls: type[Target], values: Mapping[str, Any], name: str) -> Any:
+    """Return one of a target's values as it is saved, or its default; None for nothing, however that is written."""
+    field = cls.model_fields[name]
+    default = None if field.is_required() else field.get_default(call_default_factory=True)
+    value = values.get(name, default)
+    return (value.get_secret_value() if isinstance(value, SecretStr) else to_jsonable_python(value)) or None
 
 
 @contextmanager

@@ -52,13 +52,13 @@ pacs = DicomTlsTarget.load("BLOCK_NAME")
         default=SecretStr(""),
         description="Private key of our certificate: path of a PEM file, or its text.",
         title="Our key",
-        json_schema_extra=about(Group.SECURITY, placeholder="path or -----BEGIN PRIVATE KEY-----", at=2),
+        json_schema_extra=about(Group.SECURITY, placeholder="path or -----BEGIN PRIVATE KEY-----", at=2, lines=True),
     )
     tls_cert: str = Field(
         default="",
         description="Our certificate with its chain, if the node asks for one: path of a PEM file, or its text.",
         title="Our certificate",
-        json_schema_extra=about(Group.SECURITY, placeholder="path or -----BEGIN CERTIFICATE-----", at=1),
+        json_schema_extra=about(Group.SECURITY, placeholder="path or -----BEGIN CERTIFICATE-----", at=1, lines=True),
     )
     tls_key_password: SecretStr = Field(
         default=SecretStr(""),
@@ -71,7 +71,7 @@ pacs = DicomTlsTarget.load("BLOCK_NAME")
         description="Certificates that are trusted to vouch for the node: path of a PEM file or folder, or PEM text; "
         "empty for the system's trust store.",
         title="Trust these authorities",
-        json_schema_extra=about(Group.SECURITY, placeholder="path or -----BEGIN CERTIFICATE-----"),
+        json_schema_extra=about(Group.SECURITY, placeholder="path or -----BEGIN CERTIFICATE-----", lines=True),
     )
     tls_profile: TlsProfile = Field(
         default=TlsProfile.BCP195,

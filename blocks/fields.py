@@ -50,6 +50,7 @@ class FieldFacts:
         tier: whether it is shown at once, or only to those who look for it.
         unit: what its number counts; "" for none.
         placeholder: an example, shown where nothing has been written.
+        lines: whether its text may have several lines.
     """
 
     name: str
@@ -58,10 +59,17 @@ class FieldFacts:
     tier: Tier
     unit: str
     placeholder: str
+    lines: bool
 
 
 def about(
-    group: Group | str, *, advanced: bool = False, unit: str = "", placeholder: str = "", at: int = 0
+    group: Group | str,
+    *,
+    advanced: bool = False,
+    unit: str = "",
+    placeholder: str = "",
+    lines: bool = False,
+    at: int = 0,
 ) -> dict[str, Any]:
     """Return the `json_schema_extra` of a field that says how forms show it, beside its `title`.
 
@@ -71,6 +79,7 @@ def about(
     extra: dict[str, Any] = {"group": str(group), "tier": "advanced" if advanced else "basic"}
     extra |= {"at": at} if at else {}
     extra |= {"unit": unit} if unit else {}
+    extra |= {"lines": True} if lines else {}
     return extra | ({"placeholder": placeholder} if placeholder else {})
 
 
@@ -87,6 +96,7 @@ def facts(model: type[BaseModel], name: str) -> FieldFacts:
         tier="advanced" if advanced else "basic",
         unit=str(extra.get("unit", SECONDS if name.endswith("_s") else BYTES if name.endswith("_bytes") else "")),
         placeholder=str(extra.get("placeholder", "")),
+        lines=bool(extra.get("lines", False)),
     )
 
 

@@ -127,7 +127,9 @@ cloud = S3Target.load("BLOCK_NAME")
         default=None,
         description="Path or PEM text of the authorities that may vouch for the store; none for the system's.",
         title="Trust these authorities",
-        json_schema_extra=about(Group.SECURITY, advanced=True, placeholder="path or -----BEGIN CERTIFICATE-----"),
+        json_schema_extra=about(
+            Group.SECURITY, advanced=True, placeholder="path or -----BEGIN CERTIFICATE-----", lines=True
+        ),
     )
     sse: Encryption | None = Field(
         default=None,

@@ -64,7 +64,9 @@ class SshTarget(Target, ABC):
         description="Private key: its text, or the path of its file where dispatches run; without key and password, "
         "the SSH agent and the account's own keys are used.",
         title="Private key",
-        json_schema_extra=about(Group.SIGN_IN, placeholder="path or -----BEGIN OPENSSH PRIVATE KEY-----", at=1),
+        json_schema_extra=about(
+            Group.SIGN_IN, placeholder="path or -----BEGIN OPENSSH PRIVATE KEY-----", at=1, lines=True
+        ),
     )
     passphrase: SecretStr = Field(
         default=SecretStr(""),
@@ -82,7 +84,7 @@ class SshTarget(Target, ABC):
         default="",
         description="The server's key: its fingerprint as SHA256:..., or a known_hosts line; one per line if several.",
         title="Server's key",
-        json_schema_extra=about(Group.TRUST, placeholder="SHA256:..."),
+        json_schema_extra=about(Group.TRUST, placeholder="SHA256:...", lines=True),
     )
     host_key_policy: HostKeyPolicy = Field(
         default=HostKeyPolicy.STRICT,
@@ -100,14 +102,14 @@ class SshTarget(Target, ABC):
         default="",
         description="The jump host's key, given as host_key.",
         title="Jump host's key",
-        json_schema_extra=about(Group.JUMP_HOST, advanced=True, placeholder="SHA256:..."),
+        json_schema_extra=about(Group.JUMP_HOST, advanced=True, placeholder="SHA256:...", lines=True),
     )
     jump_private_key: SecretStr = Field(
         default=SecretStr(""),
         description="Private key for the jump host, given as private_key; empty for the same as the server's. "
         "Passwords are never sent to the jump host.",
         title="Private key for the jump host",
-        json_schema_extra=about(Group.JUMP_HOST, advanced=True),
+        json_schema_extra=about(Group.JUMP_HOST, advanced=True, lines=True),
     )
     jump_passphrase: SecretStr = Field(
         default=SecretStr(""),

@@ -103,7 +103,9 @@ x = XnatTarget.load("BLOCK_NAME")
         description="Certificates that are trusted to vouch for the server: path of a PEM file or folder, or PEM text; "
         "empty for the system's trust store.",
         title="Trust these authorities",
-        json_schema_extra=about(Group.SECURITY, advanced=True, placeholder="path or -----BEGIN CERTIFICATE-----"),
+        json_schema_extra=about(
+            Group.SECURITY, advanced=True, placeholder="path or -----BEGIN CERTIFICATE-----", lines=True
+        ),
     )
     archive_timeout_s: float = Field(
         default=600,

@@ -15,7 +15,7 @@ from uuid import UUID
 from pydantic import ValidationError
 
 from blocks import TYPES, Target
-from blocks.base import MASK, masked_secrets
+from blocks.base import MASK, MOVED, masked_secrets
 from blocks.fields import facts
 from talaria.engine.asgi import BODY_BYTES, Application, Message, Receive, Send, again, asking, read, refuse
 from talaria.front.access import SCOPE_KEY, Identity, Role
@@ -119,7 +119,12 @@ class ValidTargets:
         before, data = document["data"], given["data"]
         kept = {name for name in cls.secret_fields() if data.get(name) == MASK and before.get(name) is not None}
         data = data | {name: before[name] for name in kept}
-        return _sentence(cls, before | data if given.get("merge_existing_data", True) else data)
+        after = before | data if given.get("merge_existing_data", True) else data
+        stored = [name for name in cls.secret_fields() if before.get(name) and after.get(name) == before[name]]
+        unseen = [name for name in stored if name in kept or name not in given["data"]]
+        if unseen and cls.leads_elsewhere(before, after):
+            return "; ".join(f'"{facts(cls, name).title}": {MOVED}' for name in sorted(unseen))
+        return _sentence(cls, after)
 
 
 def _type_of(slug: str) -> type[Target] | None:

@@ -8,10 +8,9 @@ from typing import Any
 
 from prefect.client.schemas.objects import BlockDocument
 from pydantic import ValidationError
-from pydantic_core import to_jsonable_python
 
 from blocks import TYPES, Target
-from blocks.base import check_name
+from blocks.base import MOVED, check_name
 from talaria.service import Office, recorded
 from talaria.targetfile import differing, field_names
 from tasks import targets as saved
@@ -19,7 +18,7 @@ from tasks.names import pick, split, type_of
 from transfer.errors import Misconfigured, NotFound
 from transfer.validation import what_is_wrong
 
-MOVED = "type it again: the target leads elsewhere now, and a stored secret never goes to another place"
+UNSEEN = ("enabled",)  # a button changes it
 
 
 class NotValid(Exception):
@@ -47,6 +46,7 @@ class Draft:
         secrets: those that are replaced, or removed (None); others stay as they are stored.
         base: name of the saved target that is changed, or whose secrets are taken; "" for none.
         version: of `base`, as the form has shown it; "" to save whatever it has become.
+        new: whether it is to be another target than `base`.
     """
 
     name: str
@@ -55,6 +55,7 @@ class Draft:
     secrets: Mapping[str, str | None]
     base: str = ""
     version: str = ""
+    new: bool = False
 
 
 @dataclass(frozen=True)
@@ -121,13 +122,14 @@ async def drafted(office: Office, draft: Draft, *, named: bool = True) -> Target
         kept = {name: value for name, value in before.items() if name in cls.secret_fields() and value}
     kept = {name: value for name, value in kept.items() if name not in draft.secrets}
     given = {name: value for name, value in draft.secrets.items() if value is not None}
+    # What no form shows stays as it is: a target that takes no part is not let in by a change of something else.
+    unseen = {} if draft.new else {name: before[name] for name in UNSEEN if before.get(name) is not None}
     try:
-        target = cls(**{**kept, **draft.values, **given})
+        target = cls(**{**unseen, **kept, **draft.values, **given})
     except ValidationError as exc:
         found = exc.errors(include_input=False, include_url=False)
         raise NotValid(errors + [(dict(one), what_is_wrong([one], cls.model_fields)) for one in found]) from None
-    now = target.model_dump(mode="json")
-    if any(now[name] != before.get(name, _default(cls, name)) for name in cls.leads_secrets_to()):
+    if cls.leads_elsewhere(before, dict(target)):
         errors += [({"loc": (name,)}, MOVED) for name in kept]
     if errors:
         raise NotValid(errors)
@@ -142,8 +144,7 @@ async def save_draft(office: Office, draft: Draft) -> list[str]:
         Outdated: somebody else has saved the target since the form was shown.
     """
     target = await drafted(office, draft)
-    changes = bool(draft.base) and split(draft.base)[1] == draft.name
-    if not changes:
+    if draft.new:
         if await saved.documents(office.client, [draft.name]):
             raise NotValid([({"loc": ("name",)}, f"a target named {draft.name} is there already")])
         await saved.save(office.client, target, draft.name)
@@ -151,7 +152,8 @@ async def save_draft(office: Office, draft: Draft) -> list[str]:
         await recorded.target_changed(office, draft.name, "created", fields)
         return fields
     version = await version_of(office, draft.base)
-    (before,) = [one for one in await saved.all_targets(office.client, [draft.name]) if one.name == draft.name]
+    there = await saved.all_targets(office.client, [draft.name])
+    before = next(one for one in there if (one.type_name, one.name) == (draft.type_name, draft.name))
     if draft.version and version != draft.version:
         raise Outdated(before, version)
     fields = differing(target, before if isinstance(before, Target) else None)
@@ -159,11 +161,6 @@ async def save_draft(office: Office, draft: Draft) -> list[str]:
         await saved.save(office.client, target, draft.name)
         await recorded.target_changed(office, draft.name, "updated", fields)
     return fields
-
-
-def _default(cls: type[Target], name: str) -> Any:
-    field = cls.model_fields[name]
-    return None if field.is_required() else to_jsonable_python(field.get_default(call_default_factory=True))
 
 
 async def _document(office: Office, name: str, *, secrets: bool = False) -> BlockDocument:

@@ -22,7 +22,6 @@ from talaria.engine.registry import deployed
 from talaria.engine.runs import jobs
 from talaria.service import Office
 from talaria.service.jobs import line
-from tasks.names import split
 
 DAY = timedelta(days=1)
 PAGE, MOST = 200, 1000  # runs a request, and in all
@@ -77,8 +76,8 @@ def by_target(runs: Iterable[FlowRun]) -> dict[str, Activity]:
     found: dict[str, Activity] = {}
     for run in runs:
         state = run.state.type.value if run.state else ""
-        for name in run.parameters.get("targets", ()):
-            one = found.setdefault(split(str(name))[1], Activity())
+        for name in run.parameters.get("targets") or ():
+            one = found.setdefault(str(name).rpartition("/")[2], Activity())
             one.last = one.last or str(line(run)["begun"] or "")
             one.good += state in ENDED_WELL
             one.bad += state in ENDED_BADLY

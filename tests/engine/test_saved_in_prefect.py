@@ -82,6 +82,11 @@ def test_what_is_valid_is_saved_and_edited_with_its_secret_masked(up: Talaria) -
     removed = {"data": {**whole["data"], "password": ""}, "merge_existing_data": False}
     assert "password must not be empty" in ask(up, "PATCH", path, removed).json()["detail"]
     assert ask(up, "PATCH", path, {"data": {"contact": ""}, "merge_existing_data": True}).status_code == 204
+    # Nobody reads a stored secret by pointing the target at himself.
+    moved = {"host": "https://mine.example.org"}
+    for body in ({"data": {**whole["data"], **moved}, "merge_existing_data": False}, {"data": moved}):
+        answer = ask(up, "PATCH", path, {"merge_existing_data": True} | body)
+        assert answer.status_code == 422 and "type it again" in answer.json()["detail"], answer.text
     shown = up.told("target", "show", "edited")
     assert shown["project_id"] == "NEXT" and set(shown["password"]) == {"*"}
     (kept,) = up.as_worker("POST", "/block_documents/filter", {"include_secrets": True} | named("edited"))

@@ -10,10 +10,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from talaria.front.api.errors import answer_to
-from talaria.front.pages.texts import TITLES
+from talaria.front.pages.texts import TITLES, text
+from transfer.errors import Misconfigured
 
 KEPT_S = 900  # after a test has begun; it is followed for seconds
 MOST = 200
+AT_ONCE = 8  # of one user
 HINTS = ("ping",)
 
 
@@ -50,10 +52,18 @@ class Checks:
     def start(
         self, name: str, by: str, back: str, contact: str, events: AsyncIterator[tuple[str, dict[str, Any]]]
     ) -> Check:
-        """Start a test; returns at once."""
-        old = [one.id for one in self._found.values() if time.monotonic() - one.begun > KEPT_S and one.over]
-        for key in [*old, *list(self._found)[: max(0, len(self._found) - len(old) - MOST)]]:
-            self._found.pop(key, None)
+        """Start a test; returns at once.
+
+        Raises:
+            Misconfigured: this user has started many that have not ended.
+        """
+        now = time.monotonic()
+        over = [one.id for one in self._found.values() if one.over]
+        late = [key for key in over if now - self._found[key].begun > KEPT_S]
+        for key in {*late, *over[: max(0, len(self._found) - MOST)]}:
+            del self._found[key]
+        if sum(1 for one in self._found.values() if one.by == by and not one.over) >= AT_ONCE:
+            raise Misconfigured(text("test.many"))
         check = Check(secrets.token_urlsafe(16), name, by, back, contact)
         self._found[check.id] = check
         check.task = asyncio.create_task(_follow(check, events))

@@ -12,7 +12,7 @@ from starlette.responses import RedirectResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from talaria.front.access import Role, needs
-from talaria.front.pages.site import Site, fields, shown
+from talaria.front.pages.site import Site, fields, is_part, moment, shown, who
 from talaria.front.pages.targets import rows
 from talaria.front.pages.texts import text
 from transfer.errors import Misconfigured
@@ -115,7 +115,8 @@ class DispatchPages:
         office, job = await self.site.office(request), request.path_params["id"]
         document = await jobs.show_job(office, job, all_items=True, kinds=("dispatch",))
         run = document["run"]
-        others = [row["name"] for row in await rows(office) if _may_get(row, run)]
+        asked = who(request).role >= Role.OPERATOR and not is_part(request)
+        others = [row["name"] for row in await rows(office) if _may_get(row, run)] if asked else []
         return self.site.page(
             request,
             "dispatch.html",
@@ -175,7 +176,7 @@ def _attention(row: dict[str, Any]) -> str:
     if row["state"] == "broken":
         return text("home.broken", name=row["name"], why=row["broken"])
     if row["state"] == "open":
-        return text("home.open", name=row["name"], time=row["breaker"]["next_test"])
+        return text("home.open", name=row["name"], time=moment(row["breaker"]["next_test"]))
     return text("home.failing", name=row["name"])
 
 

@@ -11,7 +11,7 @@ from starlette.routing import BaseRoute, Route
 from talaria.front.access import Role, needs
 from talaria.front.pages.checks import Checks
 from talaria.front.pages.site import Site, fields, shown, who
-from talaria.front.pages.targets import LIST, begun, ref_of, to
+from talaria.front.pages.targets import LIST, begun, kind_of, ref_of, to
 from talaria.front.pages.texts import text
 from transfer.errors import NotFound
 
@@ -99,32 +99,40 @@ class EditingPages:
         return await self._sent(request, _type(stored.type_name), stored.name)
 
     async def _sent(self, request: Request, cls: type[Target], name: str) -> Response:
+        from talaria.front.pages import forms
         from talaria.service import editing, targets
 
         sent = await fields(request)
         draft = _draft(cls, sent, name, request)
         office = await self.site.office(request)
+        if empty := forms.unwritten(cls, sent):
+            return self._again(request, cls, sent, draft, name, empty)
         try:
             if sent.get("do") == "test":
                 target = await editing.drafted(office, draft, named=False)
                 events = targets.test_unsaved(target)
-                back = f"{LIST}/{name}/edit" if name else f"{ADD}/{cls.type_name}"
+                back = request.url.path + (f"?{request.url.query}" if request.url.query else "")
                 shown_as = draft.name or cls.type_name
                 return begun(request, self.checks.start(shown_as, who(request).name, back, target.contact, events))
             await editing.save_draft(office, draft)
         except editing.NotValid as exc:
-            return self._again(request, cls, sent, draft, name, exc)
+            return self._again(request, cls, sent, draft, name, forms.by_field(cls, exc.errors))
         except editing.Outdated as exc:
             return self._conflict(request, cls, sent, draft, exc)
-        return to(draft.name, said="changed" if name else "added")
+        return to(draft.name, kind_of(request), said="changed" if name else "added")
 
     def _again(
-        self, request: Request, cls: type[Target], sent: dict[str, str], draft: Draft, name: str, exc: Any
+        self,
+        request: Request,
+        cls: type[Target],
+        sent: dict[str, str],
+        draft: Draft,
+        name: str,
+        problems: dict[str, list[str]],
     ) -> Response:
         """Show a form again with what was typed, and what is wrong with it."""
         from talaria.front.pages import forms
 
-        problems = forms.by_field(cls, exc.errors)
         return self._form(
             request,
             cls,
@@ -167,7 +175,7 @@ class EditingPages:
         version: str = "",
         fixed: str | None = None,
         problems: dict[str, list[str]] | None = None,
-        conflict: Any = (),
+        conflict: Any = None,
         status: int = 200,
     ) -> Response:
         from talaria.front.pages import forms
@@ -190,7 +198,7 @@ class EditingPages:
             base=base,
             version=version,
             conflict=conflict,
-            back=f"{LIST}/{edits}" if edits else ADD,
+            back=to(edits, kind_of(request)).headers["location"] if edits else ADD,
         )
 
 
@@ -200,7 +208,8 @@ def _draft(cls: type[Target], sent: dict[str, str], name: str, request: Request)
 
     values, secrets = forms.read(cls, sent)
     base = ref_of(request) if name else sent.get("base", "")
-    return Draft(name or sent.get("name", "").strip(), cls.type_name, values, secrets, base, sent.get("version", ""))
+    new = name or sent.get("name", "").strip()
+    return Draft(new, cls.type_name, values, secrets, base, sent.get("version", ""), new=not name)
 
 
 def _stored(sent: dict[str, str]) -> list[str]:

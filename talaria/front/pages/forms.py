@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import types
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from talaria.front.pages.texts import text
 
 KEEP, REPLACE, REMOVE = "keep", "replace", "remove"
 INFORMATION = str(Parts.INFORMATION)
+_FIELD = re.compile(r"\b[a-z0-9_]+\b")
 BUTTONS = ("enabled",)  # fields that are changed by a button of their own
 SIZES = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 TIMES = {"s": 1, "min": 60, "h": 3600}
@@ -32,7 +34,7 @@ class Input:
         kind: `text`, `area`, `number`, `quantity`, `choice`, `switch` or `secret`.
         value: as the user reads and writes it; of a secret always "".
         units: that a quantity may be given in; `unit` is the one that it is given in.
-        stored: of a secret, whether there is one.
+        stored: of a secret, whether there is one, and `action` what is done with it.
         lines: whether its text may have several lines.
         problems: what is wrong with it.
     """
@@ -48,6 +50,7 @@ class Input:
     units: list[str] = field(default_factory=list)
     options: list[str] = field(default_factory=list)
     stored: bool = False
+    action: str = KEEP
     lines: bool = False
     problems: list[str] = field(default_factory=list)
 
@@ -115,11 +118,13 @@ def _input(cls: type[Target], name: str, values: Mapping[str, Any], stored: bool
         unit=known.unit,
         options=options,
         stored=stored,
-        lines=_has_lines(about),
+        lines=known.lines,
         problems=problems,
     )
     if kind == "secret":
+        one.action = str(values.get(f"{name}.do", KEEP))
         return one
+    one.kind = "area" if kind == "text" and known.lines else kind
     value = values.get(name, None if about.is_required() else about.get_default(call_default_factory=True))
     one.value = _written(value)
     if sizes := UNITS.get(known.unit):
@@ -142,12 +147,7 @@ def _kind(about: FieldInfo) -> tuple[str, list[str]]:
         return "choice", empty + [str(one.value) for one in first]
     if first in (int, float):
         return "number", []
-    return ("area" if _has_lines(about) else "text"), []
-
-
-def _has_lines(about: FieldInfo) -> bool:
-    """Return True for a field whose text may have several lines: a key or a certificate."""
-    return "PEM" in (about.description or "")
+    return "text", []
 
 
 def _parts(annotation: Any) -> tuple[Any, ...]:
@@ -231,7 +231,14 @@ def _value(cls: type[Target], name: str, given: str, unit: str) -> Any:
         except ValueError:
             return stripped
         return int(number) if number.is_integer() else number
-    return given if kind == "area" else stripped
+    return given if facts(cls, name).lines else stripped
+
+
+def unwritten(cls: type[Target], sent: Mapping[str, str]) -> dict[str, list[str]]:
+    """Return the stored secrets that are to be replaced by nothing, as problems."""
+    stored = cls.secret_fields() & {*sent.get("stored", "").split(",")}
+    empty = [name for name in sorted(stored) if sent.get(f"{name}.do") == REPLACE and not sent.get(name, "").strip()]
+    return {name: [text("form.unwritten")] for name in empty}
 
 
 def by_field(cls: type[Target], errors: Iterable[tuple[Mapping[str, Any], str]]) -> dict[str, list[str]]:
@@ -242,19 +249,24 @@ def by_field(cls: type[Target], errors: Iterable[tuple[Mapping[str, Any], str]])
     """
     found: dict[str, list[str]] = {}
     for error, said in errors:
-        named = [name for name in cls.model_fields if name in said.replace(",", " ").replace(":", " ").split()]
+        named = [word for word in _FIELD.findall(said) if word in cls.model_fields]
         place = str(error["loc"][0]) if error["loc"] else (named[0] if named else "")
         short = said.removeprefix(f"{place}: ").removeprefix(f"{place} ")
-        for name in sorted(named, key=len, reverse=True):
-            short = short.replace(name, f"“{facts(cls, name).title}”")
-        found.setdefault(place, []).append(short)
+        found.setdefault(place, []).append(_FIELD.sub(lambda word: _titled(cls, word[0]), short))
     return found
+
+
+def _titled(cls: type[Target], word: str) -> str:
+    """Return the label of a field in place of its name; any other word as it is."""
+    return f"“{facts(cls, word).title}”" if "_" in word and word in cls.model_fields else word
 
 
 def summary(cls: type[Target], problems: Mapping[str, list[str]]) -> list[tuple[str, str]]:
     """Return every problem with its field's id and label, for the top of the form."""
+    labels = {"name": text("form.name")}
+    labels |= {name: facts(cls, name).title for name in problems if name in cls.model_fields}
     return [
-        (name, f"{facts(cls, name).title if name in cls.model_fields else text('form.name')}: {one}")
+        (name, f"{labels[name]}: {one}" if name in labels else one)
         for name, several in problems.items()
         for one in several
     ]

@@ -15,6 +15,7 @@ from talaria.front.api.errors import answer_to
 from talaria.front.pages.site import Site, fields, shown
 from talaria.front.pages.targets import rows
 from talaria.front.pages.texts import text
+from talaria.service import Conflict
 
 PATH = "/talaria/send"
 PRIORITIES = ("normal", "urgent", "offpeak")
@@ -66,6 +67,8 @@ class SendingPages:
             )
         except Exception as exc:
             status, words = answer_to(exc)
+            if isinstance(exc, Conflict):  # a page that was gone back to, with another study in it
+                sent["key"] = secrets.token_urlsafe(12)
             return await self._form(request, sent, problem=words, status=status)
         return RedirectResponse(f"/talaria/dispatches/{done['flow_run_id']}", 303)
 

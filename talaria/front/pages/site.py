@@ -42,7 +42,7 @@ def templates() -> Environment:
         auto_reload=False,
     )
     found.globals |= {"t": text, "asset": asset, "type_icon": type_icon, "job_kind": job_kind}
-    found.filters |= {"moment": moment, "path": functools.partial(quote, safe=""), "ago": ago}
+    found.filters |= {"moment": moment, "path": functools.partial(quote, safe="")}
     return found
 
 
@@ -54,17 +54,6 @@ def render(template: str, status: int = 200, /, **values: Any) -> HTMLResponse:
 def moment(value: str | None) -> str:
     """Return a time in UTC as people read it; the page's script shows it in the reader's zone."""
     return datetime.fromisoformat(value).astimezone(UTC).strftime("%d %b %Y %H:%M UTC") if value else ""
-
-
-def ago(value: str | None) -> str:
-    """Return how long ago a time was."""
-    if not value:
-        return ""
-    seconds = max(0, (datetime.now(UTC) - datetime.fromisoformat(value)).total_seconds())
-    for unit, size in (("d", 86_400), ("h", 3600), ("min", 60)):
-        if seconds >= size:
-            return f"{int(seconds // size)} {unit}"
-    return f"{int(seconds)} s"
 
 
 class Site:

@@ -124,7 +124,7 @@ class TargetPages:
 
         on = (await fields(request)).get("enabled") == "true"
         done = await targets.enable_target(await self.site.office(request), ref_of(request), on)
-        return to(done["name"], said="enabled" if on else "disabled")
+        return to(done["name"], kind_of(request), said="enabled" if on else "disabled")
 
     @needs(Role.ADMIN)
     @shown
@@ -162,14 +162,24 @@ def begun(request: Request, check: Check) -> Response:
     )
 
 
-def to(name: str, **words: str) -> RedirectResponse:
-    """Return the way to a target's page, which says what has been done."""
-    return RedirectResponse(f"{LIST}/{quote(name, safe='')}?{urlencode(words)}", 303)
+def to(name: str, kind: str = "", **words: str) -> RedirectResponse:
+    """Return the way to a target's page, which says what has been done.
+
+    Args:
+        kind: its type, where several have the name.
+    """
+    query = urlencode(words | ({"type": kind} if kind else {}))
+    return RedirectResponse(f"{LIST}/{quote(name, safe='')}" + (f"?{query}" if query else ""), 303)
+
+
+def kind_of(request: Request) -> str:
+    """Return the type that an address names beside the name; "" where the name is enough."""
+    return request.query_params.get("type", "")
 
 
 def ref_of(request: Request) -> str:
     """Return what names the target of a page: its name, with its type before it where several have that name."""
-    kind, name = request.query_params.get("type", ""), request.path_params["name"]
+    kind, name = kind_of(request), request.path_params["name"]
     return f"{kind}/{name}" if kind else str(name)
 
 
@@ -252,4 +262,4 @@ def _choices(found: list[dict[str, Any]]) -> list[tuple[str, str, list[tuple[str
 
 
 def _names(parameters: dict[str, Any]) -> list[str]:
-    return [str(one).rpartition("/")[2] for one in parameters.get("targets", ())]
+    return [str(one).rpartition("/")[2] for one in parameters.get("targets") or ()]

@@ -118,6 +118,30 @@
     field.focus();
   });
 
+  // An answer that is no page, as where the session has ended, and a poll that fails, leave what is shown.
+  const trouble = words => {
+    const note = document.getElementById("trouble");
+    note.textContent = words;
+    note.hidden = !words;
+  };
+  const again = element => {
+    if (element.matches("#now,#check")) setTimeout(() => window.htmx.trigger(element, "again"), 5000);
+  };
+  document.addEventListener("htmx:beforeSwap", event => {
+    const {xhr, requestConfig, elt} = event.detail;
+    const frame = document.getElementById("trouble").dataset;
+    const poll = requestConfig.verb === "get" && elt.matches("#now,#check");
+    trouble("");
+    if (xhr.status < 400 || (!poll && xhr.responseText.includes('id="content"'))) return;
+    event.detail.shouldSwap = false;
+    trouble(xhr.status === 401 ? frame.login : frame.away);
+    if (xhr.status !== 401 && xhr.status !== 404) again(elt);
+  });
+  document.addEventListener("htmx:sendError", event => {
+    trouble(document.getElementById("trouble").dataset.away);
+    again(event.detail.elt);
+  });
+
   document.addEventListener("htmx:afterSwap", event => {
     const root = event.detail.elt.parentElement || document;
     local(root);

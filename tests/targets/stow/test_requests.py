@@ -115,10 +115,10 @@ def test_file_that_can_not_be_read_to_its_end(server: Scripted, plan: Plan, monk
     read = os.preadv
     bad = plan.file(plan.items[3]).stat().st_ino
 
-    def broken(fd: int, buffers: Any, offset: int) -> int:
+    def broken(fd: int, buffers: Any, offset: int, *flags: int) -> int:
         if os.fstat(fd).st_ino == bad:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return read(fd, buffers, offset)
+        return read(fd, buffers, offset, *flags)
 
     monkeypatch.setattr(os, "preadv", broken)
     sent = push(server, plan)
