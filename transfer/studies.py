@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 
@@ -76,10 +77,9 @@ def listed(paths: Iterable[str], each: Each, exclude: tuple[str, ...] = ()) -> l
             found += _lines(path)
         else:
             found += _folders(path, exclude, "" if len(given) == 1 else path.rstrip("/") + "/")
-    unique = {study.name: study for study in found}
-    if not unique:
+    if not found:
         raise Misconfigured(f"no study in {', '.join(given)}")
-    return list(unique.values())
+    return list(_told_apart(found))
 
 
 def flood_id(studies: Iterable[FloodStudy]) -> str:
@@ -92,6 +92,23 @@ def flood_id(studies: Iterable[FloodStudy]) -> str:
 
 def _study(name: str, *paths: str, problem: str = "", within: str = "") -> FloodStudy:
     return FloodStudy(Item(name, 0, 0).shown, paths, problem, within)
+
+
+def _told_apart(studies: Iterable[FloodStudy]) -> Iterator[FloodStudy]:
+    """Yield each study once; those that share a name, of two lists or folders, get their path as one."""
+    unique: dict[tuple[str, ...], FloodStudy] = {}
+    for study in studies:
+        unique.setdefault(study.paths, study)
+    times, taken = Counter(study.name for study in unique.values()), set[str]()
+    for paths, study in unique.items():
+        name = study.name
+        if times[name] > 1 and len(paths) == 1:
+            name = Item(paths[0], 0, 0).shown
+        known, number = name, 2
+        while name in taken:
+            name, number = f"{known} ({number})", number + 1
+        taken.add(name)
+        yield replace(study, name=name)
 
 
 def _lines(path: str) -> Iterator[FloodStudy]:

@@ -154,7 +154,7 @@ class Flood(Delivery):
         """
         self.attempts += 1
         self.error = self._why = None
-        self._since = self._since or time.time()
+        self._since = self._since or self.ledger.now()  # the rows are compared with it
         self._begun = self._begun or time.monotonic()
         self._in_row, settled = 0, len(self._settled)
         try:
@@ -282,30 +282,38 @@ class Flood(Delivery):
         studies = [study for study in self.studies.all if study.name in self._open_hooks]
         try:
             for study in () if first else studies:
-                with self.studies.staged(study) as plan:
-                    delivery = self._delivery(study, plan)
-                    try:
-                        delivery.run_hook()
-                        self._open_hooks.remove(study.name)
-                    except Cancelled:
-                        raise
-                    except DispatchError as exc:
-                        first = first or exc
-                    notes = (delivery.hook_result,) if delivery.hook == "failed" else ()
-                    self._settled[study.name] = replace(self._settled[study.name], hook=delivery.hook, notes=notes)
+                try:
+                    with self.studies.staged(study) as plan:
+                        self._hook_again(study, self._delivery(study, plan))
+                except Cancelled:
+                    raise
+                except DispatchError as exc:  # of the script, or of a study that can't be read any more
+                    first = first or exc
         except Cancelled:
             self.stopped = State.CANCELLED
             raise
-        except DispatchError as exc:  # a study that can't be read any more
-            first = first or exc
         finally:
             self.ends()
         self.hook_tries += first is not None
         self.hook = "failed" if self._open_hooks else "done"
         self.hook_result = ""
         if first:
-            self.hook_result = f"the scripts of {len(self._open_hooks)} studies failed, as that of {studies[0].name}"
+            self.hook_result = f"the scripts of {len(self._open_hooks)} studies failed"
             raise HookFailed(f"{self.hook_result}: {first.message}", self.target.name)
+
+    def _hook_again(self, study: FloodStudy, delivery: Delivery) -> None:
+        error: DispatchError | None = None
+        try:
+            delivery.run_hook()
+            self._open_hooks.remove(study.name)
+        except Cancelled:
+            raise
+        except DispatchError as exc:
+            error = exc
+        notes = (delivery.hook_result,) if delivery.hook == "failed" else ()
+        self._settled[study.name] = replace(self._settled[study.name], hook=delivery.hook, notes=notes)
+        if error:
+            raise error
 
     # ---- what is known
 

@@ -8,7 +8,7 @@ stand in it, as in a receipt.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -87,6 +87,10 @@ class Rest:
     document: dict[str, Any] = field(default_factory=dict)
     left: dict[str, Left] = field(default_factory=dict)
     artifacts: dict[str, str] = field(default_factory=dict)
+
+    def studies(self, target: str) -> Sequence[dict[str, Any]]:
+        """Return the rows of a flood's studies, if it has begun at a target; where it is retried, it begins anew."""
+        return self.document.get("studies", ()) if target in self.left and self.left[target].begun else ()
 
 
 def load(home: Home, run_id: str) -> Rest:

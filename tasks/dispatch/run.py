@@ -265,7 +265,7 @@ class Dispatch:
         driver, where, paused = DRIVERS.of(target), (self.ledger, self.home, self.cancelled), self.paused
         if self.studies is None:
             return Delivery(driver, target, plan, *where, paused=paused, force=force)
-        self.studies.plan, run = plan, (self.flow_run_id, self.who, self.rest.document.get("studies", ()))
+        self.studies.plan, run = plan, (self.flow_run_id, self.who, self.rest.studies(target.name))
         return Flood(driver, target, self.studies, *where, *run, paused=paused, force=force)
 
     async def _name(self, plan: Plan) -> None:

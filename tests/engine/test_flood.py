@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from talaria.testing import studies as material
 from talaria.testing.process import free_port
 from tasks.dispatch.delivery import HookFailed
 from tasks.dispatch.flood import Flood, Studies, rows
-from tasks.dispatch.rest import Left
+from tasks.dispatch.rest import Left, Rest
 from tasks.driver import Driver, Facts, HookResult
 from tests.engine.material import dicom, files, folder
 from tests.servers.dcmtk import storescp
@@ -293,13 +294,70 @@ def test_the_script_is_run_for_each_study_and_again_where_it_failed(tmp_path: Pa
     assert flood.push().hook == "failed"
     assert flood.wants_hook
     for _ in range(2):
-        with pytest.raises(HookFailed, match="the scripts of 1 studies failed, as that of s2"):
+        with pytest.raises(HookFailed, match="the scripts of 1 studies failed"):
             flood.run_hook()
     assert ran[stubborn] == 2 and flood.receipt().state is State.PARTIAL
     flood.run_hook()
     receipt = flood.receipt()
     assert receipt.hook == "done" and receipt.state is State.DELIVERED and not flood.wants_hook
     assert sorted(ran.values()) == [1, 1, 1, 3] and receipt.counts[Kind.DELIVERED] == 4
+
+
+def test_a_study_that_is_gone_keeps_no_other_script_from_its_run(tmp_path: Path) -> None:
+    made(tmp_path / "many", 3, files=1)
+    bench = Bench(tmp_path, all_of_it)
+    bench.target = SftpTarget(host="127.0.0.1", user="u", folder="/in", on_complete=True)
+    bench.target.named("shelf")
+    fails = [1]
+
+    def hook(target: Any, plan: Plan, report: PushReport, done: Any) -> HookResult:
+        return HookResult(*fails, "said so")
+
+    bench.driver = Driver(SftpTarget, lambda target: Health(), all_of_it, hook=hook, facts=Facts())
+    flood = bench.flood()
+    flood.push()
+    with pytest.raises(HookFailed, match="the scripts of 3 studies failed"):
+        flood.run_hook()
+    shutil.rmtree(bench.root / "s0")
+    fails[0] = 0
+    with pytest.raises(HookFailed, match="the scripts of 1 studies failed"):
+        flood.run_hook()
+    assert {name: one.hook for name, one in flood.receipts().items()} == {"s0": "failed", "s1": "done", "s2": "done"}
+
+
+def test_the_clock_of_the_ledger_says_what_this_run_has_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made(tmp_path / "many", 1)
+    failed: list[bool] = []
+
+    def push(target: FolderTarget, plan: Plan, report: PushReport) -> Receipt:
+        if not failed:
+            failed.append(True)
+            report(plan.pending[0], DELIVERED)
+            raise Interrupted("broke off")
+        return all_of_it(target, plan, report)
+
+    bench = Bench(tmp_path, push)
+    monkeypatch.setattr(bench.ledger._db, "time", lambda: time.time() - 3600)
+    flood = bench.flood()
+    with pytest.raises(Interrupted):
+        flood.push()
+    assert flood.push().counts[Kind.DELIVERED] == 2
+
+
+@pytest.mark.parametrize("begun", [0.0, 1.0])
+def test_what_has_failed_is_tried_again_by_a_retry_and_not_by_the_next_part(tmp_path: Path, begun: float) -> None:
+    made(tmp_path / "many", 2)
+
+    def push(target: FolderTarget, plan: Plan, report: PushReport) -> Receipt:
+        raise Misconfigured("not so")
+
+    bench = Bench(tmp_path, push, concurrency=1)
+    first = bench.flood()
+    assert first.push().state is State.FAILED
+    left = Rest({"studies": rows(first.studies, [first], [])}, {"shelf": Left(begun=begun), "other": Left(ended=True)})
+    bench.driver = Driver(FolderTarget, lambda target: Health(), all_of_it, facts=Facts())
+    again = bench.flood(list(left.studies("shelf")))
+    assert again.push().state is (State.FAILED if begun else State.DELIVERED)
 
 
 # ---- what is a study
@@ -338,6 +396,24 @@ def test_a_list_names_studies_line_by_line(tmp_path: Path) -> None:
     assert len(found[0].read((), Origin()).items) == 2
     with pytest.raises(NotFound):
         found[2].read((), Origin())
+
+
+def test_studies_that_share_a_name_are_told_apart_by_their_paths(tmp_path: Path) -> None:
+    for one in ("x", "y"):
+        material.ct(tmp_path / one / "a", 1)
+        (tmp_path / one / "list.txt").write_text(f"a\n{tmp_path}/x/a\n./{one}\n")
+    found = listed([str(tmp_path / one / "list.txt") for one in ("x", "y")], Each.LINE)
+    assert [one.name for one in found] == [f"{tmp_path}/x/a", "./x", f"{tmp_path}/y/a", "./y"]
+    assert [one.paths for one in found[::2]] == [(f"{tmp_path}/x/a",), (f"{tmp_path}/y/a",)]
+
+
+def test_a_folder_whose_name_is_a_star_is_not_the_files_beside_it(tmp_path: Path) -> None:
+    for one in ("x", "y"):
+        material.ct(tmp_path / one, 2)
+        material.ct(tmp_path / one / "*", 1)
+    found = listed([str(tmp_path / one) for one in ("x", "y")], Each.FOLDER)
+    assert [len(one.paths) for one in found] == [1, 2, 1, 2]
+    assert len({one.name for one in found}) == 4
 
 
 def test_what_is_no_list_and_no_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
