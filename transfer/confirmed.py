@@ -27,7 +27,8 @@ CREATE TABLE IF NOT EXISTS confirmed (
 OF_OLD_ROWS = (
     "INSERT INTO confirmed SELECT endpoint, '', sop_instance_uid, size, mtime_ns, '', outcome, detail, dispatch_id,"
     " path, time FROM (SELECT *, row_number() OVER (PARTITION BY endpoint, sop_instance_uid ORDER BY time DESC) AS last"
-    " FROM items WHERE sop_instance_uid<>'' AND outcome IN ('delivered', 'warning', 'already')) WHERE last=1"
+    " FROM items WHERE sop_instance_uid<>'' AND outcome<>'skipped') WHERE last=1"
+    " AND outcome IN ('delivered', 'warning', 'already')"
 )
 NOTHING = -1  # the size in a row that says that a place does not hold what it had confirmed
 SECOND = 1_000_000_000  # nanoseconds
@@ -141,15 +142,30 @@ def withdraw(db: Statements, endpoint: str, spots: Iterable[Spot], now: float) -
     for spot in spots:
         here = (endpoint, spot.place, spot.name)
         db.execute(f"DELETE FROM confirmed WHERE {_HERE}", here)  # noqa: S608
-        db.execute("INSERT INTO confirmed VALUES (?,?,?,?,0,'','rejected','','','',?)", (*here, NOTHING, now))
+        db.execute(
+            "INSERT INTO confirmed VALUES (?,?,?,?,0,'','rejected','','','',?)"
+            " ON CONFLICT (endpoint, place, item, size, mtime_ns) DO UPDATE SET time=excluded.time",
+            (*here, NOTHING, now),
+        )
 
 
-def sum_up(db: Statements, endpoint: str, sums: Iterable[tuple[Spot, Item, str]]) -> None:
-    """Add the SHA-256 of files to what has been confirmed."""
+def holds(db: Statements, endpoint: str, spot: Spot, one: Confirmation) -> bool:
+    """Return True if what has been found is still there, and see to it that it is until the end of the transaction."""
+    here = (endpoint, spot.place, spot.name)
+    touched = db.execute(
+        f"UPDATE confirmed SET time=time WHERE {_HERE} AND size=? AND mtime_ns=? AND ? IN ('', sha256)",  # noqa: S608
+        (*here, one.size, one.mtime_ns, one.sha256),
+    )
+    return int(touched.rowcount) == 1
+
+
+def sum_up(db: Statements, endpoint: str, dispatch_id: str, sums: Iterable[tuple[Spot, Item, str]]) -> None:
+    """Add the SHA-256 of a dispatch's files to what it has confirmed, unless another has confirmed it since."""
     for spot, item, sha256 in sums:
         db.execute(
-            f"UPDATE confirmed SET sha256=? WHERE {_HERE} AND size=? AND mtime_ns=?",  # noqa: S608
-            (sha256, endpoint, spot.place, spot.name, item.size, item.mtime_ns),
+            f"UPDATE confirmed SET sha256=? WHERE {_HERE} AND size=? AND mtime_ns=?"  # noqa: S608
+            " AND dispatch_id=? AND path=?",
+            (sha256, endpoint, spot.place, spot.name, item.size, item.mtime_ns, dispatch_id, item.shown),
         )
 
 

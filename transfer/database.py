@@ -220,6 +220,9 @@ class Postgresql:
     @contextmanager
     def writing(self) -> Iterator[None]:
         with self._lock:
+            if self._within:  # another block
+                yield
+                return
             self.execute("BEGIN")
             self._within = True
             try:

@@ -181,28 +181,37 @@ class Ledger:
         dispatch_id: str,
         destination: str,
         endpoint: str,
-        there: Iterable[tuple[Item, Outcome, Spot | None]],
+        there: Iterable[tuple[Item, Outcome, Spot, Confirmation]],
         gone: Iterable[Item],
-    ) -> None:
-        """Note as a dispatch's own what others have brought; forget what it brought, and is not there any more."""
+    ) -> set[str]:
+        """Note as a dispatch's own what others have brought; forget what it brought, and is not there any more.
+
+        Returns:
+            The paths of those that are not there any more either: somebody has replaced or withdrawn them meanwhile.
+        """
+        late = set[str]()
         with self._db.writing():
-            for item, outcome, spot in there:
-                self.record(dispatch_id, destination, endpoint, item, outcome, spot)
+            for item, outcome, spot, one in there:
+                if confirmed.holds(self._db, endpoint, spot, one):
+                    self.record(dispatch_id, destination, endpoint, item, outcome, spot)
+                else:
+                    late.add(item.path)
             key = dispatch_id, destination
             for item in gone:
                 self._db.execute(
                     "DELETE FROM items WHERE dispatch_id=? AND destination=? AND path=?", (*key, item.shown)
                 )
+        return late
 
     def confirmed(self, endpoint: str, spots: Iterable[Spot]) -> dict[Spot, list[Confirmation]]:
         """Return what an endpoint has confirmed of each spot; a spot that nothing is known of has no entry."""
         with self._db.reading():
             return confirmed.find(self._db, self._db.LISTED, endpoint, spots)
 
-    def sum_up(self, endpoint: str, sums: Iterable[tuple[Spot, Item, str]]) -> None:
-        """Add the SHA-256 of files to what has been confirmed."""
+    def sum_up(self, endpoint: str, dispatch_id: str, sums: Iterable[tuple[Spot, Item, str]]) -> None:
+        """Add the SHA-256 of a dispatch's files to what it has confirmed."""
         with self._db.writing():
-            confirmed.sum_up(self._db, endpoint, sums)
+            confirmed.sum_up(self._db, endpoint, dispatch_id, sums)
 
     def outcomes(
         self,
@@ -286,7 +295,8 @@ class Ledger:
         claimed = self._db.execute(
             "INSERT INTO runs VALUES (?,'',?,?,NULL) ON CONFLICT (flow_run_id) DO UPDATE SET"
             " owner=excluded.owner, begun=excluded.begun, ended=NULL"
-            " WHERE runs.ended IS NOT NULL OR runs.owner='' OR runs.owner=?",  # and not another's, who was faster
+            # Not another's, who was faster; our own is there if the answer to the first attempt got lost.
+            " WHERE runs.ended IS NOT NULL OR runs.owner='' OR runs.owner=? OR runs.owner=excluded.owner",
             (flow_run_id, owner, self.now(), row[0] if row else ""),
         )
         return claimed.rowcount == 1

@@ -45,6 +45,7 @@ class Known:
         self._by_path = facts.keeps_names
         self._place = _mark(self._template) if self._template else ""
         self._sums: dict[str, str] = {}  # by path, of what was read
+        self._found: dict[str, Confirmation] = {}  # by path, of what others have sent
         self._summed: set[str] = set()  # paths of what others have sent, and summed up
         self._unread: list[Item] = []  # confirmed by this delivery, and not yet summed up
 
@@ -83,11 +84,14 @@ class Known:
         own = self._own()
         known = self._compared(own, settled, self._sum)
         new, old = known.keys() - own.keys(), own.keys() - known.keys()
-        adopted = [(item, known[item.path]) for item in self._plan.items if item.path in new]
+        adopted = [(item, spot) for item in self._plan.items if item.path in new and (spot := self._spot(item))]
         gone = [item for item in self._plan.items if item.path in old]
         if adopted or gone:
-            self._ledger.settle(*self._key, ((item, one, self._spot(item)) for item, one in adopted), gone)
-            self._unread += (item for item, _ in adopted if item.path not in self._summed)
+            there = ((item, known[item.path], spot, self._found[item.path]) for item, spot in adopted)
+            for path in self._ledger.settle(*self._key, there, gone):  # files were read since it was found
+                del known[path]
+            self._unread += (item for item, _ in adopted if item.path in known and item.path not in self._summed)
+        self._found.clear()
         return known
 
     def glance(self) -> dict[str, Outcome]:
@@ -112,6 +116,8 @@ class Known:
                 elif there and (one := self._same(there, item, sums, mine is not None)):
                     if one.sha256 and item.path not in self._sums:
                         self._summed.add(item.path)
+                    if not mine:
+                        self._found[item.path] = one
                     found[item.path] = mine or Outcome(Kind.ALREADY, one.outcome.detail)
         return found
 
@@ -154,7 +160,7 @@ class Known:
         unread, self._unread = self._unread, []
         with suppress(Cancelled):  # what has arrived, has
             for start in range(0, len(unread), SUMS):
-                self._ledger.sum_up(self._key[2], list(self._with_sums(unread[start : start + SUMS])))
+                self._ledger.sum_up(self._key[2], self._key[0], list(self._with_sums(unread[start : start + SUMS])))
 
     def _with_sums(self, items: Iterable[Item]) -> Iterator[tuple[Spot, Item, str]]:
         for item in items:

@@ -37,6 +37,9 @@ CREATE TABLE runs (flow_run_id TEXT PRIMARY KEY, dispatch_id TEXT NOT NULL, owne
 INSERT INTO items VALUES ('d1','pacs','a.dcm','e',100,1700000000123456789,'1.2.3','delivered','',1,10.0);
 INSERT INTO items VALUES ('d2','pacs','a.dcm','e',100,1700000000123456790,'1.2.3','delivered','',1,20.0);
 INSERT INTO items VALUES ('d2','pacs','b.dcm','e',200,1700000000123456789,'1.2.4','rejected','C000',1,20.0);
+INSERT INTO items VALUES ('d2','pacs','c.dcm','e',100,1700000000123456789,'1.2.3','skipped','',1,30.0);
+INSERT INTO items VALUES ('d1','pacs','d.dcm','e',100,1700000000123456789,'1.2.5','delivered','',1,10.0);
+INSERT INTO items VALUES ('d2','pacs','d.dcm','e',100,1700000000123456789,'1.2.5','rejected','C000',1,20.0);
 INSERT INTO items VALUES ('d2','nas','notes','f',300,1700000000123456789,'','delivered','',1,20.0);
 INSERT INTO hooks VALUES ('d1','nas','f','done',0,'ok',1,10.0);
 INSERT INTO hooks VALUES ('d1','nas/0123','f','failed',1,'no',1,10.0);
@@ -122,7 +125,7 @@ def test_a_time_in_whole_seconds_proves_nothing_but_a_sum_does(where: Path | str
     coarse = replace(A, mtime_ns=1_700_000_000_000_000_000)
     with Ledger(where) as ledger:
         ledger.record("d1", "pacs", "e", coarse, DELIVERED, SPOT)
-        ledger.sum_up("e", [(SPOT, coarse, "5f")])
+        ledger.sum_up("e", "d1", [(SPOT, coarse, "5f")])
         there = ledger.confirmed("e", (SPOT,))[SPOT]
         for item in (coarse, B):
             assert confirmed.same(there, item, iter(())) is None
@@ -131,6 +134,47 @@ def test_a_time_in_whole_seconds_proves_nothing_but_a_sum_does(where: Path | str
         assert confirmed.same(there, replace(B, size=1), iter(("5f",))) is None
         ledger.record("d2", "pacs", "e", coarse, ALREADY, SPOT)
         assert ledger.confirmed("e", (SPOT,))[SPOT][0].sha256 == "5f"
+
+
+def test_a_sum_is_of_the_dispatch_that_was_confirmed_last(where: Path | str) -> None:
+    with Ledger(where) as ledger:
+        for dispatch in ("d1", "d2"):
+            ledger.record(dispatch, "pacs", "e", A, DELIVERED, SPOT, since=float("inf"))
+        ledger.sum_up("e", "d1", [(SPOT, A, "5f")])
+        assert [one.sha256 for one in ledger.confirmed("e", (SPOT,))[SPOT]] == [""]
+
+
+@pytest.mark.parametrize("meanwhile", ["replaced", "withdrawn", "summed up"])
+def test_what_was_found_counts_only_if_it_is_still_there(where: Path | str, meanwhile: str) -> None:
+    """Between the look and the note of it, files are read, which takes its time."""
+    with Ledger(where) as ledger:
+        ledger.record("d1", "pacs", "e", A, DELIVERED, SPOT)
+        (found,) = ledger.confirmed("e", (SPOT,))[SPOT]
+        if meanwhile == "replaced":
+            ledger.record("d3", "pacs", "e", B, DELIVERED, SPOT, since=float("inf"))
+        elif meanwhile == "withdrawn":
+            ledger.begin("d3", "pacs", "e", force=True, spots=[SPOT])
+        else:
+            ledger.sum_up("e", "d1", [(SPOT, A, "5f")])
+        still = meanwhile == "summed up"
+        before = ledger.confirmed("e", (SPOT,))
+        assert ledger.settle("d2", "pacs", "e", [(A, ALREADY, SPOT, found)], []) == (set() if still else {A.path})
+        assert held(ledger, A) is still
+        assert (ledger.outcomes("d2", "pacs", (A,)) != {}) is still
+        assert still or ledger.confirmed("e", (SPOT,)) == before
+
+
+def test_what_is_recorded_together_is_there_as_a_whole_or_not_at_all(where: Path | str) -> None:
+    with Ledger(where) as ledger:
+        with pytest.raises(RuntimeError), ledger.together():
+            ledger.record("d1", "pacs", "e", A, DELIVERED, SPOT)
+            ledger.record("d1", "pacs", "e", B, DELIVERED, Spot("", "2"))
+            raise RuntimeError("killed")
+        assert not ledger.confirmed("e", (SPOT, Spot("", "2"))) and not ledger.results("d1")
+        with ledger.together():
+            ledger.record("d1", "pacs", "e", A, DELIVERED, SPOT)
+            ledger.record("d1", "pacs", "e", replace(B, path="b.dcm"), DELIVERED, Spot("", "2"))
+        assert len(ledger.confirmed("e", (SPOT, Spot("", "2")))) == len(ledger.results("d1")["pacs"]) == 2
 
 
 def test_what_was_confirmed_long_ago_is_forgotten_with_its_dispatch(where: Path | str) -> None:
@@ -153,7 +197,9 @@ def test_an_old_ledger_is_brought_up_to_date(path: Path) -> None:
         with Ledger(path) as ledger:
             assert held(ledger, B), "the last content of an instance counts"
             assert not held(ledger, A)
-            assert not ledger.confirmed("e", (Spot("", "1.2.4"),))
+            assert not ledger.confirmed("e", (Spot("", "1.2.4"), Spot("", "1.2.5"))), (
+                "what was refused since is not there"
+            )
             assert not ledger.confirmed("f", (Spot("", ""),))
             assert ledger.outcomes("d1", "pacs", (A,), "e") == {"a.dcm": DELIVERED}
             assert ledger.hook("d1", "nas") == HookRow("done", 0, "ok", 1)

@@ -164,6 +164,18 @@ def test_a_run_that_a_living_process_has_is_nobody_else_s(where: Path | str) -> 
         assert ledger.run_claimed("r", "third", living.__contains__)
 
 
+def test_a_claim_whose_answer_got_lost_is_a_claim(where: Path | str) -> None:
+    with Ledger(where) as ledger:
+        ledger.run_begins("r", "gone")
+
+        def alive(owner: str) -> bool:
+            ledger.run_begins("r", "me")  # as the first attempt has left it
+            return owner == "me"
+
+        assert ledger.run_claimed("r", "me", alive)
+        assert ledger.unfinished() == {"r": "me"}
+
+
 def test_prune_forgets_whole_dispatches_that_are_over(where: Path | str, monkeypatch: pytest.MonkeyPatch) -> None:
     with Ledger(where) as ledger:
         now = time.time()
