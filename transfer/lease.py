@@ -80,8 +80,7 @@ class Lease:
         self._end.set()
         if self._ledger.shared:
             self._thread.join(self._seconds)
-            with suppress(DispatchError):
-                self._ledger.resign(self.owner)
+            self._resign(self.owner)
         self._mine.close()
         self._ledger.close()
 
@@ -100,8 +99,9 @@ class Lease:
             asked = now()
             try:
                 kept = asked < self._deadline and self._ledger.renew(self.owner, self._seconds)
-            except DispatchError as exc:
-                logger.warning("the lease on this process's runs can't be renewed: %s", exc)
+            except Exception as exc:  # whatever it is, this thread must go on
+                said = None if isinstance(exc, DispatchError) else exc
+                logger.warning("the lease on this process's runs can't be renewed: %s", exc, exc_info=said)
                 kept = now() < self._deadline
                 if kept:
                     continue
@@ -119,8 +119,19 @@ class Lease:
         while not self._end.is_set():
             try:
                 self._begin()
-                self._ledger.resign(former)
+            except Exception as exc:
+                said = None if isinstance(exc, DispatchError) else exc
+                logger.warning("no new lease: %s", exc, exc_info=said)
+                self._end.wait(self._seconds / BEATS)
+            else:
+                self._resign(former)
                 break
-            except DispatchError as exc:
-                logger.warning("no new lease: %s", exc)
-        before.close()
+        with suppress(OSError):
+            before.close()
+
+    def _resign(self, owner: str) -> None:
+        """End a lease, unless that can't be said: it ends by itself."""
+        try:
+            self._ledger.resign(owner)
+        except Exception as exc:
+            logger.debug("the lease's end can't be noted: %s", exc)

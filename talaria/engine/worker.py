@@ -15,6 +15,7 @@ import logging
 import os
 import random
 import signal
+import sqlite3
 import time
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
@@ -60,7 +61,8 @@ CALM_S = 0.05  # after a look that found nothing: what woke us need not be ours
 DEPLOYED_S = 60.0  # how long it is known which flow a deployment is of
 READY_LANES = 2
 CHECKS_AT_ONCE = 2  # beside the dispatches: who tests a target does not wait for their places
-LOST = (httpx.HTTPError, PrefectException, OSError, Unreachable)  # the server, or the ledger's database
+# The server, or the ledger's database, which may be busy or its disk full.
+LOST = (httpx.HTTPError, PrefectException, OSError, Unreachable, sqlite3.OperationalError)
 logger = logging.getLogger("prefect.worker")
 
 
@@ -79,6 +81,7 @@ class Worker:
         self._claimed: set[UUID] = set()  # those of them that are ours by their state at the server, too
         self._wake = asyncio.Event()
         self._more = False  # runs may wait for a place to be free
+        self._unended: dict[UUID, str] = {}  # runs whose end the ledger has not taken yet, with their owner
         self._resumed: set[UUID] = set()  # runs of ours that somebody has let go on before they had come to rest
         self._early: set[UUID] = set()  # runs of ours that are to come back at once when their part has ended
         self._checks: set[UUID] = set()  # those of ours that are checks
@@ -194,13 +197,14 @@ class Worker:
     async def _run(self, flow_run: FlowRun) -> None:
         """Run one flow run in a thread, to its end."""
         run_id, settled, more, owner = str(flow_run.id), False, True, self.lease.owner
+        running.regained(run_id)  # before it is claimed: it may be lost at any time from then on
         running.flag(run_id)
         try:
             settled, more = True, False  # where it still runs, and its next time has come, an event says when it may
             if not self.ledger.run_claimed(run_id, owner, self.alive):
                 return
             settled, more = False, True
-            running.regained(run_id)
+            self._unended.pop(flow_run.id, None)
             flow = await self._flow_of(flow_run)
             if flow is None or not await lanes.claim(self.client, flow_run.id, self.name):
                 settled = True
@@ -213,27 +217,46 @@ class Worker:
                 if state is not None and state.is_scheduled():
                     self._set_alarm(state.state_details.scheduled_time)
             if settled:
-                self.ledger.run_ends(run_id, owner)
+                self._ends(flow_run.id, owner)
         except Exception:
             # The engine has set the state where it could; what it could not set is settled below.
             logger.exception("run %s ended with an error of the engine", run_id)
         finally:
-            if not settled and not running.lost(run_id) and not (self.draining and running.stopping()):
-                await settle(run_id)
-                with suppress(Unreachable):  # whoever takes it up finds that it has ended
-                    self.ledger.run_ends(run_id, owner)
-            running.forget(run_id)
-            self._claimed.discard(flow_run.id)
-            del self.active[flow_run.id]
-            self._checks.discard(flow_run.id)
-            if flow_run.id in self._resumed:
-                self._resumed.discard(flow_run.id)
-                self._do(self._go_on(flow_run.id))
-            if flow_run.id in self._early:
-                self._early.discard(flow_run.id)
-                self._do(self._bring_forward(flow_run.id))
-            if (self._more or self._check_waits) and more:
-                self._wake.set()
+            try:
+                if not settled and not running.lost(run_id) and not (self.draining and running.stopping()):
+                    await settle(run_id)
+                    self._ends(flow_run.id, owner)
+            finally:  # whatever happens, its place is free
+                self._leaves(flow_run.id)
+                if (self._more or self._check_waits) and more:
+                    self._wake.set()
+
+    def _ends(self, run_id: UUID, owner: str) -> None:
+        """Note in the ledger that a run of ours has ended, or here that this is still to be done."""
+        self._unended[run_id] = owner
+        try:
+            self.ledger.run_ends(str(run_id), owner)
+        except (Unreachable, sqlite3.Error) as exc:  # if we die: whoever takes it up finds that it has ended
+            logger.warning("the end of run %s can't be noted yet: %s", run_id, exc)
+        else:
+            del self._unended[run_id]
+
+    def _end_late(self) -> None:
+        for run_id in [one for one in self._unended if one not in self.active]:
+            self._ends(run_id, self._unended[run_id])
+
+    def _leaves(self, run_id: UUID) -> None:
+        """Free the place of a run, which may be for us again at once."""
+        running.forget(str(run_id))
+        self._claimed.discard(run_id)
+        del self.active[run_id]
+        self._checks.discard(run_id)
+        if run_id in self._resumed:
+            self._resumed.discard(run_id)
+            self._do(self._go_on(run_id))
+        if run_id in self._early:
+            self._early.discard(run_id)
+            self._do(self._bring_forward(run_id))
 
     async def _in_lane(self, flow: Flow[..., Any], flow_run: FlowRun) -> State[Any] | None:
         lane = self._lanes.pop() if self._lanes else lanes.Lane("run")
@@ -381,6 +404,7 @@ class Worker:
             seconds = NET_S if running.WATCHED.is_set() else BLIND_S
             await asyncio.sleep(seconds * random.uniform(0.9, 1.1))  # noqa: S311 - spreads load
             self._check_waits = True  # an event may have been lost
+            self._end_late()
             self._wake.set()
             with suppress(*LOST):
                 await self._look()

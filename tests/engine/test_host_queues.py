@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -154,6 +155,49 @@ def test_of_a_silent_host_s_runs_each_is_taken_up_once(tmp_path: Path) -> None:
         assert asyncio.run(taken_over(cast(PrefectClient, server), ledger, ours, alive)) == [str(run.id)]
         assert asyncio.run(taken_over(cast(PrefectClient, server), ledger, ours, alive)) == []
         assert ledger.unfinished() == {str(other.id): "theirs"} and len(server.set) == 1
+
+
+class Full(Ledger):
+    """A ledger whose disk is full for a while."""
+
+    full = True
+
+    def run_ends(self, *what: Any) -> None:
+        if self.full:
+            raise sqlite3.OperationalError("database or disk is full")
+        super().run_ends(*what)
+
+
+@pytest.mark.parametrize("broken", [True, False])
+def test_a_run_whose_end_cannot_be_noted_gives_its_place_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: bool
+) -> None:
+    home, run, settled = Home(tmp_path), a_run("normal"), list[str]()
+
+    async def settle(run_id: str) -> None:
+        settled.append(run_id)
+
+    async def no_flow(self: Worker, flow_run: FlowRun) -> None:
+        if broken:
+            raise RuntimeError("an error of the engine")
+
+    monkeypatch.setattr("talaria.engine.worker.settle", settle)
+    monkeypatch.setattr(Worker, "_flow_of", no_flow)
+
+    async def work() -> None:
+        worker = Worker(cast(PrefectClient, Server(run)), "talaria", home, ledger, cast(Lease, lease), limit=0)
+        worker.active[run.id] = asyncio.create_task(worker._run(run))
+        await worker.active[run.id]
+        assert not worker.active and len(settled) == broken and ledger.unfinished() == {str(run.id): "ours"}
+        worker._end_late()
+        assert ledger.unfinished()
+        ledger.full = False
+        worker._end_late()
+        assert not ledger.unfinished() and not worker._unended
+
+    lease = SimpleNamespace(owner="ours")
+    with Full(tmp_path / "ledger.sqlite") as ledger:
+        asyncio.run(work())
 
 
 class Away(Ledger):

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -101,6 +102,30 @@ def test_of_many_who_take_over_one_does(url: str, tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert sorted(taken) == [f"r{number}" for number in range(10)]
+
+
+def test_no_error_ends_the_renewals(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    errors: list[Exception] = [OSError("no descriptor left"), RuntimeError("a bug"), RuntimeError("another")]
+    enroll = Ledger.enroll
+
+    def fails(*_: object) -> bool:
+        if len(errors) > 1:
+            raise errors.pop()
+        return False
+
+    def fails_once(ledger: Ledger, *what: Any) -> None:
+        if errors:
+            raise errors.pop()
+        enroll(ledger, *what)
+
+    with leased(host(tmp_path, "first"), seconds=0.6) as lease, Ledger(url) as ledger:
+        first = lease.owner
+        with monkeypatch.context() as broken:
+            broken.setattr(Ledger, "renew", fails)
+            broken.setattr(Ledger, "enroll", fails_once)
+            until(lambda: lease.owner != first, as_loaded(30))
+        assert not errors
+        until(lambda: (former := ledger.holder(first)) is not None and not former.live, as_loaded(30))
 
 
 PUSHER = textwrap.dedent("""
