@@ -36,6 +36,11 @@ class Reach:
     embedded: bool
     url: str
 
+    async def office(self, request: Request, who: Identity) -> Office:
+        """Return the office of whoever asks; waits until Prefect answers."""
+        address = request.client.host if request.client else ""
+        return Office(await self.client(), self.home, user=who.name, address=address, embedded=self.embedded)
+
 
 class RequestBody(BaseModel):
     """The body of a request; unknown fields are refused."""
@@ -49,8 +54,7 @@ def _asked(request: Request) -> Callable[[], Awaitable[Office]]:
     who = asker(request)
 
     async def service() -> Office:
-        address = request.client.host if request.client else ""
-        return Office(await reach.client(), reach.home, user=who.name, address=address, embedded=reach.embedded)
+        return await reach.office(request, who)
 
     return service
 

@@ -68,9 +68,7 @@ class Site:
 
     async def office(self, request: Request) -> Office:
         """Return the office of whoever asks."""
-        address = request.client.host if request.client else ""
-        client = await self.reach.client()
-        return Office(client, self.reach.home, user=who(request).name, address=address, embedded=self.reach.embedded)
+        return await self.reach.office(request, who(request))
 
     def page(self, request: Request, template: str, /, *, status: int = 200, **values: Any) -> HTMLResponse:
         """Return a whole page, in the frame that all have.
