@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -98,6 +99,19 @@ def facts(model: type[BaseModel], name: str) -> FieldFacts:
         placeholder=str(extra.get("placeholder", "")),
         lines=bool(extra.get("lines", False)),
     )
+
+
+def in_titles(model: type[BaseModel], message: str, quoted: str) -> str:
+    """Return a message with the labels of fields in place of their names, where these are no words of a sentence.
+
+    Args:
+        quoted: how a label stands in it, as in `"{}"`.
+    """
+
+    def titled(word: re.Match[str]) -> str:
+        return quoted.format(facts(model, word[0]).title) if word[0] in model.model_fields else word[0]
+
+    return re.sub(r"\b[a-z0-9]+_\w+", titled, message)
 
 
 def ordered(model: type[BaseModel], names: Mapping[str, Any] | None = None) -> list[FieldFacts]:

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from blocks import TYPES, Target
 from blocks.base import MASK, MOVED, masked_secrets
-from blocks.fields import facts
+from blocks.fields import facts, in_titles
 from talaria.engine.asgi import BODY_BYTES, Application, Message, Receive, Send, again, asking, read, refuse
 from talaria.front.access import SCOPE_KEY, Identity, Role
 from transfer.validation import what_is_wrong
@@ -158,18 +158,9 @@ def _judged(cls: type[Target], values: dict[str, Any]) -> dict[str, Any]:
     for error in errors:
         place = str(error["loc"][0]) if error["loc"] else _named(cls, str(error["msg"]))
         if place not in masked:  # a secret that stays as it is
-            words = _titled(cls, what_is_wrong([error], cls.model_fields).removeprefix(f"{place}: "))
+            words = in_titles(cls, what_is_wrong([error], cls.model_fields).removeprefix(f"{place}: "), '"{}"')
             found.setdefault(place, []).append(words[:1].upper() + words[1:])
     return {"errors": [{"property": name, "errors": words} for name, words in found.items()], "valid": not found}
-
-
-def _titled(cls: type[Target], message: str) -> str:
-    """Return a message with the labels of fields, which is what a form shows of them."""
-    return re.sub(
-        r"\b[a-z0-9]+_\w+",
-        lambda word: f'"{facts(cls, word[0]).title}"' if word[0] in cls.model_fields else word[0],
-        message,
-    )
 
 
 def _named(cls: type[Target], message: str) -> str:

@@ -13,7 +13,7 @@ from pydantic import SecretStr
 from pydantic.fields import FieldInfo
 
 from blocks import TYPES, Target
-from blocks.fields import BYTES, BYTES_PER_S, SECONDS, facts, groups
+from blocks.fields import BYTES, BYTES_PER_S, SECONDS, facts, groups, in_titles
 from blocks.fields import Group as Parts
 from talaria.front.pages.texts import text
 
@@ -252,13 +252,8 @@ def by_field(cls: type[Target], errors: Iterable[tuple[Mapping[str, Any], str]])
         named = [word for word in _FIELD.findall(said) if word in cls.model_fields]
         place = str(error["loc"][0]) if error["loc"] else (named[0] if named else "")
         short = said.removeprefix(f"{place}: ").removeprefix(f"{place} ")
-        found.setdefault(place, []).append(_FIELD.sub(lambda word: _titled(cls, word[0]), short))
+        found.setdefault(place, []).append(in_titles(cls, short, "“{}”"))
     return found
-
-
-def _titled(cls: type[Target], word: str) -> str:
-    """Return the label of a field in place of its name; any other word as it is."""
-    return f"“{facts(cls, word).title}”" if "_" in word and word in cls.model_fields else word
 
 
 def summary(cls: type[Target], problems: Mapping[str, list[str]]) -> list[tuple[str, str]]:
