@@ -71,13 +71,18 @@ async def not_ended(office: Office) -> list[FlowRun]:
     return found
 
 
+def names_of(run: FlowRun) -> list[str]:
+    """Return the names of a dispatch's targets, without their types; whoever made the run may have written anything."""
+    return [str(one).rpartition("/")[2] for one in run.parameters.get("targets") or ()]
+
+
 def by_target(runs: Iterable[FlowRun]) -> dict[str, Activity]:
     """Return what each target had to do, by its name."""
     found: dict[str, Activity] = {}
     for run in runs:
         state = run.state.type.value if run.state else ""
-        for name in run.parameters.get("targets") or ():
-            one = found.setdefault(str(name).rpartition("/")[2], Activity())
+        for name in names_of(run):
+            one = found.setdefault(name, Activity())
             one.last = one.last or str(line(run)["begun"] or "")
             one.good += state in ENDED_WELL
             one.bad += state in ENDED_BADLY

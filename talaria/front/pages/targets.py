@@ -74,7 +74,7 @@ class TargetPages:
 
         office, ref = await self.site.office(request), ref_of(request)
         row, target = await _found(office, ref)
-        runs = [run for run in await overview.last_day(office) if row["name"] in _names(run.parameters)]
+        runs = [run for run in await overview.last_day(office) if row["name"] in overview.names_of(run)]
         return self.site.page(
             request,
             "target.html",
@@ -148,7 +148,7 @@ class TargetPages:
 
         office, ref = await self.site.office(request), ref_of(request)
         row, _ = await _found(office, ref)
-        users = [line(run) for run in await overview.not_ended(office) if row["name"] in _names(run.parameters)]
+        users = [line(run) for run in await overview.not_ended(office) if row["name"] in overview.names_of(run)]
         if users:
             return await self._shown(request, text("target.delete_used"), 409, in_use=users)
         done = await targets.remove_target(office, ref)
@@ -259,7 +259,3 @@ def _choices(found: list[dict[str, Any]]) -> list[tuple[str, str, list[tuple[str
         ("state", text("targets.state"), [every, *((one, text(f"state.{one}")) for one in STATES)]),
         ("sort", text("targets.sort"), [(one, text(f"sort.{one}")) for one in SORTS]),
     ]
-
-
-def _names(parameters: dict[str, Any]) -> list[str]:
-    return [str(one).rpartition("/")[2] for one in parameters.get("targets") or ()]
