@@ -93,11 +93,6 @@ async def stored(office: Office, name: str) -> SavedTarget:
     return SavedTarget(str(document.name), type_name, values, secrets, _version(document))
 
 
-async def version_of(office: Office, name: str) -> str:
-    """Return what changes whenever a target is saved."""
-    return _version(await _document(office, name))
-
-
 async def drafted(office: Office, draft: Draft, *, named: bool = True) -> Target:
     """Return the target that a draft describes, with the stored secrets that it keeps.
 
@@ -151,7 +146,7 @@ async def save_draft(office: Office, draft: Draft) -> list[str]:
         fields = differing(target, None)
         await recorded.target_changed(office, draft.name, "created", fields)
         return fields
-    version = await version_of(office, draft.base)
+    version = _version(await _document(office, draft.base))
     there = await saved.all_targets(office.client, [draft.name])
     before = next(one for one in there if (one.type_name, one.name) == (draft.type_name, draft.name))
     if draft.version and version != draft.version:
@@ -171,4 +166,5 @@ async def _document(office: Office, name: str, *, secrets: bool = False) -> Bloc
 
 
 def _version(document: BlockDocument) -> str:
+    """Return what changes whenever a target is saved."""
     return document.updated.isoformat() if document.updated else str(document.id)

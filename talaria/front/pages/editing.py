@@ -57,6 +57,15 @@ class EditingPages:
     @shown
     async def filled(self, request: Request) -> Response:
         """Show the form of a saved target, one that is broken too."""
+        return await self._saved(request, copy=False)
+
+    @needs(Role.ADMIN)
+    @shown
+    async def copied(self, request: Request) -> Response:
+        """Show the form of a new target with the settings of a saved one."""
+        return await self._saved(request, copy=True)
+
+    async def _saved(self, request: Request, *, copy: bool) -> Response:
         from talaria.service import editing
 
         office, ref = await self.site.office(request), ref_of(request)
@@ -64,23 +73,11 @@ class EditingPages:
         return self._form(
             request,
             _type(stored.type_name),
-            name=stored.name,
+            name="" if copy else stored.name,
             values=stored.values,
             stored=stored.secrets,
             base=ref,
-            version=stored.version,
-        )
-
-    @needs(Role.ADMIN)
-    @shown
-    async def copied(self, request: Request) -> Response:
-        """Show the form of a new target with the settings of a saved one."""
-        from talaria.service import editing
-
-        office, ref = await self.site.office(request), ref_of(request)
-        stored = await editing.stored(office, ref)
-        return self._form(
-            request, _type(stored.type_name), name="", values=stored.values, stored=stored.secrets, base=ref
+            version="" if copy else stored.version,
         )
 
     @needs(Role.ADMIN)
