@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-from playwright.sync_api import Request, Response, sync_playwright
+from playwright.sync_api import Response
 
 from talaria.front.access import Role
 from talaria.front.users import Users
+from tests.front.browser import chromium
 from tests.front.door import PASSWORD
 from tests.servers.up import talaria
 from transfer.home import Home
@@ -23,11 +23,7 @@ SHOWN = """document.body.innerText.trim().length > 60 && performance.getEntriesB
 
 
 def test_a_viewer_sees_prefect_s_pages_and_no_other_host_is_asked(tmp_path: Path) -> None:
-    asked: set[str] = set()
     failed: list[str] = []
-
-    def seen(request: Request) -> None:
-        asked.add(urlsplit(request.url).netloc)
 
     def answered(response: Response) -> None:
         if response.status >= 400:
@@ -36,11 +32,7 @@ def test_a_viewer_sees_prefect_s_pages_and_no_other_host_is_asked(tmp_path: Path
     with talaria(tmp_path) as up:
         Users(Home(up.home)).add("anna", Role.VIEWER, PASSWORD)
         base = up.url.removesuffix("/api")
-        program = shutil.which("chromium") or shutil.which("google-chrome")
-        with sync_playwright() as playwright:
-            browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
-            page = browser.new_page()
-            page.on("request", seen)
+        with chromium() as (page, asked):
             page.on("pageerror", lambda error: failed.append(str(error)))
             page.on("response", answered)
             page.goto(f"{base}/v2/dashboard")
@@ -52,6 +44,5 @@ def test_a_viewer_sees_prefect_s_pages_and_no_other_host_is_asked(tmp_path: Path
                 page.goto(f"{base}/v2/{name}", timeout=120_000)
                 page.wait_for_function(SHOWN, timeout=120_000)
                 assert "/talaria/login" not in page.url
-            browser.close()
     assert failed == []
-    assert {host for host in asked if host} == {urlsplit(base).netloc}
+    assert asked == {urlsplit(base).netloc}

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-from playwright.sync_api import Page, expect, sync_playwright
+from playwright.sync_api import Page, expect
 
 from talaria.front.access import Role
 from talaria.front.users import Users
+from tests.front.browser import chromium
 from tests.front.door import PASSWORD
 from tests.servers.up import talaria
 from transfer.home import Home
@@ -21,26 +21,20 @@ VIOLATIONS = "addEventListener('securitypolicyviolation', event => console.error
 
 
 def test_a_target_is_added_tested_and_deleted_with_mouse_and_keyboard(tmp_path: Path) -> None:
-    asked: set[str] = set()
     failed: list[str] = []
     folder = tmp_path / "archive"
     with talaria(tmp_path) as up:
         Users(Home(up.home)).add("anna", Role.ADMIN, PASSWORD)
         base = up.url.removesuffix("/api")
-        program = shutil.which("chromium") or shutil.which("google-chrome")
-        with sync_playwright() as playwright:
-            browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
-            page = browser.new_page()
+        with chromium() as (page, asked):
             page.set_default_timeout(WAIT_MS)
             expect.set_options(timeout=WAIT_MS)
             page.add_init_script(VIOLATIONS)
-            page.on("request", lambda request: asked.add(urlsplit(request.url).netloc))
             page.on("pageerror", lambda error: failed.append(str(error)))
             page.on("console", lambda one: failed.append(one.text) if "CSP" in one.text else None)
             walk(page, base, folder)
-            browser.close()
     assert failed == []
-    assert {host for host in asked if host} == {urlsplit(base).netloc}
+    assert asked == {urlsplit(base).netloc}
 
 
 def walk(page: Page, base: str, folder: Path) -> None:

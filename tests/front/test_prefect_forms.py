@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import re
-import shutil
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import pytest
-from playwright.sync_api import Page, expect, sync_playwright
+from playwright.sync_api import Page, expect
 
 from blocks.dicom import DicomTarget
 from blocks.fields import ordered
 from talaria.front.access import Role
 from talaria.front.users import Users
+from tests.front.browser import chromium
 from tests.front.door import PASSWORD
 from tests.servers.up import Talaria, talaria
 from transfer.home import Home
@@ -25,18 +24,12 @@ TAKEN = "(name) => window.fetch(`/api/block_types/slug/dicom-target/block_docume
 
 
 def test_a_target_is_made_and_edited_in_prefect_s_form(tmp_path: Path) -> None:
-    with talaria(tmp_path) as up, sync_playwright() as playwright:
+    with talaria(tmp_path) as up, chromium() as (page, asked):
         Users(Home(up.home)).add("anna", Role.ADMIN, PASSWORD)
-        program = shutil.which("chromium") or shutil.which("google-chrome")
-        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        page = browser.new_page()
         page.set_default_timeout(WAIT_MS)
         expect.set_options(timeout=WAIT_MS)
-        asked: set[str] = set()
-        page.on("request", lambda request: asked.add(urlsplit(request.url).netloc))
         case(page, up)
-        browser.close()
-    assert {host for host in asked if host} == {f"127.0.0.1:{up.port}"}
+    assert asked == {f"127.0.0.1:{up.port}"}
 
 
 def case(page: Page, up: Talaria) -> None:
@@ -64,7 +57,7 @@ def case(page: Page, up: Talaria) -> None:
     wrong.wait_for(state="detached")
     page.get_by_role("button", name="Save").click()
     page.wait_for_url("**/v2/blocks/block/*")
-    assert up.told("target", "show", "made-there")["aet_target"] == "MAIN"
+    assert up.json("target", "show", "made-there")["aet_target"] == "MAIN"
 
     page.goto(f"{page.url}/edit")
     expect(title).to_have_value("MAIN")
@@ -76,4 +69,4 @@ def case(page: Page, up: Talaria) -> None:
     wrong.wait_for(state="detached")
     page.get_by_role("button", name="Save").click()
     page.wait_for_url(re.compile(r"/v2/blocks/block/[^/]+$"))
-    assert up.told("target", "show", "made-there")["aet_target"] == "SECOND"
+    assert up.json("target", "show", "made-there")["aet_target"] == "SECOND"
