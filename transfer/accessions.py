@@ -135,11 +135,20 @@ def from_file(path: Path) -> tuple[str, ...]:
         raw = sys.stdin.buffer.read() if path == STANDARD_INPUT else path.read_bytes()
     except OSError as exc:
         raise Misconfigured(f"{path}: {exc.strerror}") from exc
+    return from_bytes(raw, str(path))
+
+
+def from_bytes(raw: bytes, name: str) -> tuple[str, ...]:
+    """Return the accession numbers of a file's content; `name` is what messages call it.
+
+    Raises:
+        Misconfigured: it is not text, or holds what is no accession number.
+    """
     for bom, encoding in BOMS:
         if raw.startswith(bom):
             return accessions(raw.decode(encoding, "replace"))
     if b"\0" in raw:
-        raise Misconfigured(f"{path} is not a text file: save the list as text or CSV")
+        raise Misconfigured(f"{name} is not a text file: save the list as text or CSV")
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError:

@@ -19,7 +19,10 @@ from talaria.settings import POOL
 from tasks.dispatch import kept, progress, rest
 from tasks.dispatch.audited import requester
 from tasks.names import split
+from tasks.retrieve.job import Job, folder_of
+from tasks.retrieve.report import document as whole_of
 from transfer import deadletters
+from transfer.accessions import accessions
 from transfer.errors import Misconfigured, NotFound
 
 KINDS = {"dispatch": "dispatch", "retrieval": "retrieve", "query": "find"}  # of jobs, and the flows that they run
@@ -190,7 +193,9 @@ async def result(office: Office, flow_run: FlowRun) -> dict[str, Any]:
     kind, state = runs.kind_of(flow_run), flow_run.state
     if kind == "query":
         return await _matches(office, flow_run)
-    document = await kept.read(office.client, flow_run.id)
+    ended = state is not None and state.is_final()
+    document = await asyncio.to_thread(_retrieved, office, flow_run) if kind == "retrieval" and not ended else None
+    document = document or await kept.read(office.client, flow_run.id)
     if document is None:
         with suppress(OSError):
             document = json.loads(office.home.receipt(str(flow_run.id)).read_text(encoding="utf-8"))
@@ -203,6 +208,14 @@ async def result(office: Office, flow_run: FlowRun) -> dict[str, Any]:
         for part in [part for part in parts if part["state"] in ("waiting", "paused")]:
             part["state"] = "cancelled"
     return document
+
+
+def _retrieved(office: Office, flow_run: FlowRun) -> dict[str, Any] | None:
+    """Return how far each study of a retrieval is that has not ended; None if another machine runs it."""
+    if not folder_of(office.home, str(flow_run.id)).is_dir():
+        return None
+    job = Job.load(office.home, str(flow_run.id), accessions(flow_run.parameters.get("accessions", "")))
+    return whole_of(job, str(flow_run.id), flow_run.parameters.get("source", ""), outcome(flow_run, "delivered"))
 
 
 def _nothing(flow_run: FlowRun, kind: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from imaging.query import Query, listed
 from talaria.service import Office
 from talaria.service.jobs import line, queued, result
 from tasks import DRIVERS
+from tasks.dispatch import audited
 from tasks.retrieve.asked import query_of
 from tasks.retrieve.moving import check_into
 from tasks.targets import check_destination, check_source, load
@@ -46,13 +47,23 @@ def _query(
 
 
 async def find_matches(office: Office, source: str, **keys: Any) -> dict[str, Any]:
-    """Ask a target what it has, at once; the answer is kept nowhere."""
+    """Ask a target what it has, at once; the answer is kept nowhere, that somebody asked in the audit trail."""
     query = _query(**keys)
     (target,) = await load(office.client, [source])
     check_source(target)
     find = DRIVERS.of(target).find
     assert find is not None  # noqa: S101 - check_source has seen it
-    return {"matches": await asyncio.to_thread(lambda: [match.to_json() for match in find(target, query)])}
+
+    def ask() -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] | None = None
+        try:
+            found = [match.to_json() for match in find(target, query)]
+        finally:
+            asked = [name for name, value in vars(query).items() if value and name != "level"]
+            audited.queried(target, asked, None if found is None else len(found), "", office.user)
+        return found
+
+    return {"matches": await asyncio.to_thread(ask)}
 
 
 async def create_query(office: Office, source: str, key: str = "", **keys: Any) -> dict[str, Any]:

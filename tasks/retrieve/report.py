@@ -5,8 +5,6 @@ Names accession numbers and UIDs; no name, ID or birth date of a patient.
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 from pathlib import Path
@@ -22,6 +20,7 @@ from tasks.dispatch.report import has_run_before
 from tasks.retrieve.job import Job, Stage, Study
 from transfer.home import Home
 from transfer.ledger import write_json
+from transfer.tables import csv_text
 
 COLUMNS = ("accession", "study", "state", "instances", "missing", "bytes", "reason")
 SHOWN_ROWS = 2000  # of the artifact; the files have all
@@ -85,16 +84,6 @@ def document(job: Job, flow_run_id: str, source: str, state: str) -> dict[str, A
     }
 
 
-def csv_text(job: Job) -> str:
-    """Return the same as CSV, in which spreadsheets take no value for a formula."""
-    out = io.StringIO()
-    writer = csv.DictWriter(out, COLUMNS)
-    writer.writeheader()
-    for row in rows(job):
-        writer.writerow({key: f"'{row[key]}" if str(row[key])[:1] in "=+-@" else row[key] for key in COLUMNS})
-    return out.getvalue()
-
-
 def csv_path(home: Home, flow_run_id: str) -> Path:
     """Return the path of a retrieval's CSV file."""
     return home.receipt(flow_run_id).with_suffix(".csv")
@@ -107,7 +96,7 @@ async def report(home: Home, job: Job, flow_run_id: str, source: str, state: str
     async with get_client() as client:
         await kept.keep(client, UUID(flow_run_id), [json.dumps(whole).encode()], again=has_run_before())
     path = csv_path(home, flow_run_id)
-    _write(path, csv_text(job))
+    _write(path, csv_text(COLUMNS, rows(job)))
     shown = rows(job)[:SHOWN_ROWS]
     await acreate_table_artifact(shown, "retrieval", f"retrieval from {source}: {state}; all of it: {path}")
 

@@ -12,6 +12,8 @@ from talaria.front.api.asking import Reach
 from talaria.front.pages.checks import Checks
 from talaria.front.pages.dispatches import DispatchPages
 from talaria.front.pages.editing import EditingPages
+from talaria.front.pages.querying import QueryPages
+from talaria.front.pages.retrievals import RetrievalPages
 from talaria.front.pages.sending import SendingPages
 from talaria.front.pages.site import Site
 from talaria.front.pages.targets import TargetPages
@@ -23,6 +25,8 @@ def routes(reach: Reach) -> list[BaseRoute]:
     return [
         *DispatchPages(site).routes(),
         *SendingPages(site).routes(),
+        *QueryPages(site).routes(),
+        *RetrievalPages(site).routes(),
         *EditingPages(site, checks).routes(),
         *TargetPages(site, checks).routes(),
     ]

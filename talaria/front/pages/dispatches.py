@@ -12,7 +12,8 @@ from starlette.responses import RedirectResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from talaria.front.access import Role, needs
-from talaria.front.pages.site import Site, fields, is_part, moment, shown, who
+from talaria.front.pages.acting import act, actions
+from talaria.front.pages.site import Site, fields, is_part, moment, saved_as, shown, who
 from talaria.front.pages.targets import rows
 from talaria.front.pages.texts import text
 from transfer.errors import Misconfigured
@@ -20,7 +21,7 @@ from transfer.errors import Misconfigured
 LIST = "/talaria/dispatches"
 SHOWN = 50  # dispatches a page
 ITEMS = 200  # of one target, on a page
-ACTIONS = ("retry", "resume", "pause", "cancel")
+KINDS = ("dispatch",)
 FILTERS = {
     "": (),
     "failed": ("FAILED", "CRASHED"),
@@ -113,7 +114,7 @@ class DispatchPages:
         from talaria.service import jobs
 
         office, job = await self.site.office(request), request.path_params["id"]
-        document = await jobs.show_job(office, job, all_items=True, kinds=("dispatch",))
+        document = await jobs.show_job(office, job, all_items=True, kinds=KINDS)
         run = document["run"]
         asked = who(request).role >= Role.OPERATOR and not is_part(request)
         others = [row["name"] for row in await rows(office) if _may_get(row, run)] if asked else []
@@ -125,7 +126,7 @@ class DispatchPages:
             parts=[_part(name, one) for name, one in document["targets"].items()],
             progress=document["progress"],
             live=run["ended"] is None,
-            actions=_actions(run),
+            actions=actions(run),
             others=others,
             problem=problem,
         )
@@ -137,23 +138,17 @@ class DispatchPages:
         from talaria.service import jobs
 
         office, job = await self.site.office(request), request.path_params["id"]
-        document = await jobs.job_receipt(office, job, kinds=("dispatch",))
+        document = await jobs.job_receipt(office, job, kinds=KINDS)
         name = f"receipt-{document['dispatch_id'] or document['flow_run_id']}.json"
-        headers = {"content-disposition": f'attachment; filename="{quote(name)}"'}
-        return Response(json.dumps(document, indent=1), media_type="application/json", headers=headers)
+        return saved_as(name, "application/json", json.dumps(document, indent=1))
 
     @needs(Role.OPERATOR)
     @shown
     async def act(self, request: Request) -> Response:
         """Retry, cancel, pause or resume a dispatch."""
-        from talaria.service import jobs
-
-        calls = {"retry": jobs.retry_job, "cancel": jobs.cancel_job, "pause": jobs.pause_job, "resume": jobs.resume_job}
-        action, job = request.path_params["action"], request.path_params["id"]
-        if action not in calls:
-            raise Misconfigured(text("error"))
+        job = request.path_params["id"]
         try:
-            await calls[action](await self.site.office(request), job, kinds=("dispatch",))
+            await act(await self.site.office(request), job, request.path_params["action"], KINDS)
         except Misconfigured as exc:  # it has ended meanwhile, perhaps
             return await self._shown(request, exc.message, 409)
         return RedirectResponse(f"{LIST}/{quote(job)}", 303)
@@ -178,12 +173,6 @@ def _attention(row: dict[str, Any]) -> str:
     if row["state"] == "open":
         return text("home.open", name=row["name"], time=moment(row["breaker"]["next_test"]))
     return text("home.failing", name=row["name"])
-
-
-def _actions(run: dict[str, Any]) -> list[str]:
-    if run["ended"] is not None:
-        return ["retry"]
-    return ["resume", "cancel"] if str(run["state"]).lower() == "paused" else ["pause", "cancel"]
 
 
 def _may_get(row: dict[str, Any], run: dict[str, Any]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from jinja2 import Environment
 
 FORM_BYTES = 256 << 10  # keys and certificates as text are the longest
+FILE_BYTES = 4 << 20  # a list of a hundred thousand accession numbers
 FIELDS = 300
 TEMPLATES = Path(__file__).parent.parent / "templates"
 Page = Callable[[Any, Request], Awaitable[Response]]
@@ -95,27 +96,82 @@ def who(request: Request) -> Identity:
     return found
 
 
-async def fields(request: Request, several: tuple[str, ...] = ()) -> dict[str, str]:
+async def fields(request: Request, several: tuple[str, ...] = (), most: int = FIELDS) -> dict[str, str]:
     """Return the fields of a form that was sent.
 
     Args:
         several: fields that may be there several times: their values, a line each.
+        most: values that it may have in all.
 
     Raises:
         ValueError: it is not a form, or too long.
     """
-    body = bytearray()
     try:
-        async for piece in request.stream():
-            body += piece
-            if len(body) > FORM_BYTES:
-                raise ValueError(f"the form is longer than {FORM_BYTES} bytes")
-        found = parse_qs(body.decode(), keep_blank_values=True, max_num_fields=FIELDS, strict_parsing=bool(body))
+        body = await _body(request, FORM_BYTES)
+        found = parse_qs(body.decode(), keep_blank_values=True, max_num_fields=most, strict_parsing=bool(body))
     except (UnicodeDecodeError, ClientDisconnect) as exc:
-        raise ValueError("this is not the form of this page") from exc
+        raise ValueError(text("error.no_form")) from exc
+    return _joined(found, several)
+
+
+async def with_file(request: Request, name: str, several: tuple[str, ...] = ()) -> tuple[dict[str, str], bytes]:
+    """Return the fields of a form that may bring a small file, and the content of that.
+
+    Args:
+        name: of the file's field.
+        several: as of `fields`.
+
+    Raises:
+        ValueError: it is not a form, or too long.
+    """
+    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+        return await fields(request, several), b""
+    from starlette.datastructures import UploadFile
+    from starlette.formparsers import MultiPartException, MultiPartParser
+
+    async def pieces() -> AsyncGenerator[bytes, None]:
+        yield body
+        yield b""
+
+    try:
+        body = await _body(request, FILE_BYTES)
+        parser = MultiPartParser(request.headers, pieces(), max_files=1, max_fields=FIELDS, max_part_size=FILE_BYTES)
+        form = await parser.parse()
+    except (MultiPartException, ClientDisconnect, KeyError) as exc:
+        raise ValueError(text("error.no_form")) from exc
+    found: dict[str, list[str]] = {}
+    content = b""
+    for key, value in form.multi_items():
+        if isinstance(value, UploadFile):
+            content = await value.read() if key == name else content
+        else:
+            found.setdefault(key, []).append(value)
+    await form.close()
+    return _joined(found, several), content
+
+
+async def _body(request: Request, most: int) -> bytes:
+    body = bytearray()
+    async for piece in request.stream():
+        body += piece
+        if len(body) > most:
+            raise ValueError(text("error.long_form", count=most))
+    return bytes(body)
+
+
+def _joined(found: Mapping[str, list[str]], several: tuple[str, ...]) -> dict[str, str]:
     return {
         key: "\n".join(values if key in several else values[-1:]).replace("\r\n", "\n") for key, values in found.items()
     }
+
+
+def saved_as(name: str, kind: str, content: str) -> Response:
+    """Return a file that a browser saves.
+
+    Args:
+        kind: its media type.
+    """
+    return Response(content, media_type=kind, headers={"content-disposition": f'attachment; filename="{quote(name)}"'})
 
 
 def is_part(request: Request) -> bool:

@@ -51,6 +51,13 @@
     }
   });
 
+  // A box that picks all lines of a table.
+  document.addEventListener("change", event => {
+    const name = event.target.dataset.all;
+    if (name) event.target.form.querySelectorAll(`input[name=${name}]`).forEach(one => { one.checked = event.target.checked; });
+  });
+  const pickers = root => root.querySelectorAll("[data-all]").forEach(one => { one.hidden = false; });
+
   // A form that is left with changes asks first; one that is sent is sent once.
   let changed = false;
   document.addEventListener("change", event => { if (event.target.form?.dataset.watched !== undefined) changed = true; });
@@ -146,11 +153,13 @@
     const root = event.detail.elt.parentElement || document;
     local(root);
     tabs(root);
+    pickers(root);
     root.querySelector("[data-errors]")?.focus();
   });
   document.addEventListener("DOMContentLoaded", () => {
     local(document);
     tabs(document);
+    pickers(document);
     document.querySelector("[data-errors]")?.focus();
   });
 })();

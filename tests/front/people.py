@@ -1,0 +1,72 @@
+"""People who read Talaria's pages without scripts, by forms and links alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from html import unescape
+from typing import Any
+
+import httpx
+
+from talaria.front.access import Role
+from talaria.front.users import Users
+from tests.front.door import PASSWORD
+from tests.servers.up import Talaria
+from transfer.home import Home
+
+
+class Person:
+    """Somebody who reads pages and sends their forms; nothing is known but what stands in them."""
+
+    def __init__(self, up: Talaria, role: Role) -> None:
+        self.base = up.url.removesuffix("/api")
+        self.client = httpx.Client(
+            base_url=self.base, timeout=120, trust_env=False, headers={"Accept": "text/html", "Origin": self.base}
+        )
+        name = f"{role.label}-{id(self)}"
+        Users(Home(up.home)).add(name, role, PASSWORD)
+        form = {"user": name, "password": PASSWORD, "next": "/talaria/"}
+        assert self.client.post("/talaria/login", data=form).status_code == 303
+
+    def get(self, path: str, status: int = 200) -> str:
+        answer = self.client.get(path)
+        assert answer.status_code == status, (path, answer.status_code, answer.text[:500])
+        return answer.text
+
+    def post(self, path: str, form: dict[str, Any], status: int = 303) -> str:
+        """Send a form; return where it leads, or the page that it answers."""
+        answer = self.client.post(path, data=form)
+        assert answer.status_code == status, (path, answer.status_code, words(answer.text)[:600])
+        return str(answer.headers.get("location", answer.text))
+
+    def form(self, path: str) -> dict[str, str]:
+        """Return the fields of a page's form as it is shown."""
+        return fields(self.get(path))
+
+
+def person(up: Talaria, role: Role) -> Iterator[Person]:
+    found = Person(up, role)
+    yield found
+    found.client.close()
+
+
+def fields(page: str) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for tag in re.findall(r"<input [^>]*>", page):
+        about = dict(re.findall(r'([a-z-]+)="([^"]*)"', tag))
+        if about.get("type") in ("checkbox", "radio") and " checked" not in tag:
+            continue
+        if "name" in about:
+            found[about["name"]] = unescape(about.get("value", ""))
+    for name, body in re.findall(r'<select [^>]*name="([^"]+)"[^>]*>(.*?)</select>', page, re.S):
+        chosen = re.search(r'<option(?: value="([^"]*)")? selected>([^<]*)', body)
+        if chosen:
+            found[name] = unescape(chosen[1] if chosen[1] is not None else chosen[2])
+    for name, body in re.findall(r'<textarea [^>]*name="([^"]+)"[^>]*>(.*?)</textarea>', page, re.S):
+        found[name] = unescape(body.removeprefix("\n"))  # as browsers read it
+    return found
+
+
+def words(page: str) -> str:
+    return " ".join(unescape(re.sub(r"<[^>]+>", " ", page)).split())

@@ -1,0 +1,153 @@
+"""The Query page at a server that runs, without scripts: asked, picked, fetched; and nothing of a patient elsewhere."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from talaria.front.access import Role
+from talaria.testing.process import as_loaded, until
+from tests.engine.material import folder, placed, source, study
+from tests.front.people import Person, fields, person, words
+from tests.servers.qr import Instance, archive
+from tests.servers.up import talaria
+
+pytestmark = pytest.mark.timeout(600)
+XSS = '<img src=x onerror="alert(1)">'
+NAME = "DOE^QUERY"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
+    """A server, an archive that it may query, and somebody of each role."""
+    root = tmp_path_factory.mktemp("query")
+    data = {f"0{n}": study(f"0{n}", PatientName=NAME, PatientID="P-77", StudyDescription="Thorax") for n in range(1, 4)}
+    data["twice"] = study("04", StudyDescription=XSS) + study("04")
+    files = [one for each in data.values() for one in each]
+    with talaria(root) as up, archive(files) as peer:
+        up.apply(src=source(peer), arch=folder(root / "arch"))
+        people = {role: person(up, role) for role in (Role.VIEWER, Role.OPERATOR)}
+        viewer, operator = (next(one) for one in people.values())
+        yield SimpleNamespace(up=up, peer=peer, data=data, root=root, viewer=viewer, operator=operator)
+        for one in people.values():
+            next(one, None)
+
+
+def asked(operator: Person, **keys: str) -> tuple[str, str]:
+    """Search; return the address of what was found, and its page."""
+    form = operator.form("/talaria/query") | {"source": "src", "do": "search", **keys}
+    leads = operator.post("/talaria/query", form)
+    until(lambda: "Asking" not in words(operator.get(leads)), as_loaded(60))
+    return leads, operator.get(leads)
+
+
+def ended(operator: Person, leads: str) -> str:
+    until(lambda: 'hx-get="/talaria/retrievals/' not in operator.get(leads), as_loaded(120))
+    return operator.get(leads)
+
+
+def test_studies_are_found_picked_and_fetched_to_a_target(place: SimpleNamespace) -> None:
+    operator: Person = place.operator
+    leads, page = asked(operator, accessions="01\n02; 0404\n04")
+    assert "Found: 4" in words(page) and "Not found: 0404" in words(page)
+    assert "Several studies have the number 04" in words(page)
+    assert NAME in words(page) and "P-77" in words(page) and "Thorax" in words(page)
+    # Only what is surely meant is picked beforehand; what a peer says is text.
+    assert page.count('name="pick"') == 4 and page.count(" checked") == 2
+    assert XSS not in page and "&lt;img" in page
+    assert operator.client.get(leads).headers["cache-control"] == "no-store"
+
+    form = fields(page)
+    first = next(at for at in range(4) if f'value="{at}" checked' in page)
+    fetch = {**form, "pick": str(first), "to": "arch", "do": "picked"}
+    job = operator.post(leads, fetch)
+    assert operator.post(leads, fetch) == job  # a double click fetches once
+    page = ended(operator, job)
+    assert "Delivered: 1" in words(page) and "All: 1" in words(page)
+    assert NAME not in page and "P-77" not in page
+    rows = list(csv.DictReader(operator.get(f"{job}/csv").splitlines()))
+    assert [(one["accession"], one["state"], one["instances"]) for one in rows] == [("01", "delivered", "4")]
+    wanted = {Instance.of(one).uid for one in place.data["01"]}
+    assert {path.stem for path in (place.root / "arch").rglob("*.dcm")} == wanted
+    assert job in operator.get("/talaria/query")
+
+
+def test_single_series_are_picked_and_brought_to_a_folder(place: SimpleNamespace) -> None:
+    operator: Person = place.operator
+    leads, page = asked(operator, accessions="03")
+    leads = operator.post(leads, {"pick": "0", "do": "series"})
+    until(lambda: "Asking" not in words(operator.get(leads)), as_loaded(60))
+    page = operator.get(leads)
+    assert "Found: 2" in words(page) and "Show series" not in words(page)
+    into = place.root / "into"
+    job = operator.post(leads, {**fields(page), "pick": "1", "into": str(into), "do": "picked"})
+    ended(operator, job)
+    found = placed(into)
+    assert found.keys() == {"03"} and len(found["03"]) == 2
+    assert str(into) in operator.get(job)
+
+
+def test_a_list_is_uploaded_and_fetched_without_looking_then_retried(place: SimpleNamespace) -> None:
+    operator: Person = place.operator
+    form = operator.form("/talaria/query") | {"source": "src", "to": "arch", "do": "fetch", "accessions": "02"}
+    listed = {"list": ("list.csv", b"\xef\xbb\xbfAccession Number\r\n03\r\nNOPE\r\n", "text/csv")}
+    answer = operator.client.post("/talaria/query", data=form, files=listed)
+    assert answer.status_code == 303, words(answer.text)[:400]
+    job = answer.headers["location"]
+    page = ended(operator, job)
+    assert "Delivered: 2" in words(page) and "Not found: 1" in words(page)
+    assert "NOPE" in operator.get(f"{job}?state=missing") and "NOPE" not in operator.get(f"{job}?state=delivered")
+    for answer in (operator.client.get(job), operator.client.get(f"{job}/csv")):
+        assert answer.headers["cache-control"] == "no-store"
+    assert "is not paused" in words(operator.post(f"{job}/resume", {}, 409))
+    assert operator.post(f"{job}/retry", {}) == job
+
+
+@pytest.mark.parametrize(
+    ("more", "status", "said"),
+    [
+        ({}, 422, "Say what to look for"),
+        ({"accessions": "01", "do": "fetch"}, 422, "Say where to bring it"),
+        ({"accessions": "1.2E+11"}, 422, "format that column as text"),
+        ({"accessions": "01", "do": "fetch", "into": "relative"}, 422, "absolute path"),
+        ({"accessions": "01", "do": "fetch", "to": "arch", "studies_per_hour": "-1"}, 422, "give a number"),
+        ({"accessions": "01", "source": "arch"}, 303, ""),
+        ({"accessions": "01", "source": "nobody"}, 303, ""),
+    ],
+)
+def test_what_can_t_be_meant_is_refused_and_nothing_typed_is_lost(
+    place: SimpleNamespace, more: dict[str, str], status: int, said: str
+) -> None:
+    operator: Person = place.operator
+    form = {"source": "src", "do": "search", "patient_name": "", "modality": "CT", **more}
+    if "accessions" not in more:
+        form["modality"] = ""
+    page = operator.post("/talaria/query", form, status)
+    if status == 303:
+        until(lambda: "could not be asked" in words(operator.get(page)), as_loaded(60))
+        return
+    assert said in words(page)
+    assert fields(page)["accessions"] == more.get("accessions", "") and fields(page)["modality"] == form["modality"]
+
+
+def test_nobody_else_sees_what_was_found_and_no_patient_is_written_down(place: SimpleNamespace) -> None:
+    operator: Person = place.operator
+    leads, page = asked(operator, patient_name=NAME, patient_id="P-77")
+    assert "Found: 3" in words(page)
+    assert fields(operator.get(f"/talaria/query?again={leads.rpartition('/')[2]}"))["patient_name"] == NAME
+    rows = list(csv.DictReader(operator.get(f"{leads}/csv").splitlines()))
+    assert {one["PatientID"] for one in rows} == {"P-77"} and all(one["StudyInstanceUID"] for one in rows)
+    for other in person(place.up, Role.ADMIN):
+        other.get(leads, 404)
+        other.get(f"{leads}/csv", 404)
+    for path in ("/talaria/query", leads, "/talaria/retrievals/x"):
+        place.viewer.get(path, 403)
+    assert "Query" not in words(place.viewer.get("/talaria/"))
+    home: Path = place.up.home
+    for path in [place.up.log, *(one for one in home.rglob("*") if one.is_file() and one.suffix != ".dcm")]:
+        content = path.read_bytes()
+        assert NAME.encode() not in content and b"P-77" not in content, path
