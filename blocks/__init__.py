@@ -1,4 +1,4 @@
-"""What a target is: one Prefect block per type.
+"""What a target or a source is: one Prefect block per type.
 
 Importing this package registers all types with Prefect, including those of other packages, so that a saved document
 loads as its own class.
@@ -12,9 +12,12 @@ from blocks.dicom_tls import DicomTlsTarget
 from blocks.dicomweb import DicomWebTarget
 from blocks.extensions import Extension, load
 from blocks.folder import FolderTarget
+from blocks.inbox import InboxSource
+from blocks.list_source import ListSource
 from blocks.rsync import RsyncTarget
 from blocks.s3 import S3Target
 from blocks.sftp import SftpTarget
+from blocks.source import Source
 from blocks.xnat import XnatTarget
 
 _CLASSES: tuple[type[Target], ...] = (
@@ -30,5 +33,6 @@ _CLASSES: tuple[type[Target], ...] = (
 _OWN = {cls.type_name: cls for cls in _CLASSES}
 EXTENSIONS, REFUSED = load(_OWN)  # types of other packages; those that can't be used, with the reason
 TYPES: dict[str, type[Target]] = _OWN | {name: one.block for name, one in EXTENSIONS.items()}
+SOURCES: dict[str, type[Source]] = {cls.type_name: cls for cls in (InboxSource, ListSource)}
 
-__all__ = ["EXTENSIONS", "REFUSED", "TYPES", "Direction", "Extension", "Target"]
+__all__ = ["EXTENSIONS", "REFUSED", "SOURCES", "TYPES", "Direction", "Extension", "Source", "Target"]

@@ -15,12 +15,11 @@ from enum import StrEnum
 from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
-from prefect.blocks.core import Block
-from prefect.client.schemas.objects import BlockDocument
-from pydantic import ConfigDict, Field, PrivateAttr, SecretStr, field_validator, model_validator
+from pydantic import Field, PrivateAttr, SecretStr, field_validator, model_validator
 from pydantic_core import to_jsonable_python
 
-from blocks.fields import BYTES_PER_S, SECONDS, TIMES, Group, about, in_order, ordered
+from blocks.fields import BYTES_PER_S, SECONDS, TIMES, Group, about, ordered
+from blocks.named import NamedBlock
 from transfer.globs import patterns
 from transfer.layout import fields_of
 from transfer.plan import Origin
@@ -28,9 +27,7 @@ from transfer.receipt import Level
 from transfer.window import DispatchWindow
 
 MOVED = "type it again: the target leads elsewhere now, and a stored secret never goes to another place"
-NAME = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?")  # what Prefect allows for a block document
 HOST = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?\.?|\[?[0-9A-Fa-f:.]+(%[A-Za-z0-9_.-]+)?\]?")
-EMAIL = re.compile(r"[^@\s,;<>]+@[^@\s,;<>]+")
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 NO_ORIGIN = Origin()
 MASK = "********"  # what the server answers in the place of a secret
@@ -73,17 +70,14 @@ class QuotePeer(StrEnum):
     NONE = "none"
 
 
-class Target(Block, ABC):
+class Target(NamedBlock, ABC):
     """A place that studies are delivered to, or queried and pulled from.
 
     Every field has a default where old documents must still load; the name of a target is the name of its block
     document, unique over all types.
     """
 
-    # A refused value may be a secret, or hold one (a URL with a password): errors name the field only.
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, hide_input_in_errors=True)
-
-    type_name: ClassVar[str] = ""  # in targets.yaml
+    word: ClassVar[str] = "target"
     can_query: ClassVar[bool] = False  # whether `query` and `both` are directions of this type
     where: ClassVar[tuple[str, ...]] = ()  # the fields that say where the data goes
     host_in: ClassVar[str] = ""  # the field that names the host, alone or in a URL
@@ -206,11 +200,6 @@ class Target(Block, ABC):
     )
 
     @property
-    def name(self) -> str:
-        """The target's name; the type's name until it is saved under one."""
-        return self._block_document_name or self.type_name
-
-    @property
     def made(self) -> datetime | None:
         """When the target was first saved; None if it was not loaded from a server."""
         return self._made
@@ -218,12 +207,6 @@ class Target(Block, ABC):
     def made_at(self, time: datetime | None) -> None:
         """Set the time when the target was first saved."""
         self._made = time
-
-    def named(self, name: str) -> Target:
-        """Give the target a name without saving it."""
-        check_name(name)
-        self._block_document_name = name
-        return self
 
     def endpoint_for(self, origin: Origin = NO_ORIGIN) -> str:
         """Return a mark of where a study from `origin` goes: the ledger's rows count as long as it stays the same."""
@@ -256,12 +239,6 @@ class Target(Block, ABC):
 
     @classmethod
     @functools.cache
-    def secret_fields(cls) -> frozenset[str]:
-        """Return the names of the fields that are secret."""
-        return frozenset(name for name, field in cls.model_fields.items() if "SecretStr" in str(field.annotation))
-
-    @classmethod
-    @functools.cache
     def leads_secrets_to(cls) -> frozenset[str]:
         """Return the fields that decide who is sent the secrets; () for a type without any.
 
@@ -275,34 +252,9 @@ class Target(Block, ABC):
         return frozenset(named & cls.model_fields.keys())
 
     @classmethod
-    def model_json_schema(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Return the schema that Prefect makes a form of: fields in their order, each with a title."""
-        return in_order(super().model_json_schema(*args, **kwargs), cls)
-
-    @classmethod
     def leads_elsewhere(cls, before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
         """Return True if a change of values leads a target's secrets to another place than they were given for."""
         return any(_plain(cls, before, name) != _plain(cls, after, name) for name in cls.leads_secrets_to())
-
-    def _to_block_document(self, *args: Any, **kwargs: Any) -> BlockDocument:
-        """Save a secret that is not set as null, which the server does not mask: lists then show what is set."""
-        document = super()._to_block_document(*args, **kwargs)
-        for name in self.secret_fields():
-            value = getattr(self, name)
-            if isinstance(value, SecretStr) and not value.get_secret_value():
-                document.data[name] = None
-        return document
-
-    @model_validator(mode="before")
-    @classmethod
-    def _unset(cls, values: Any) -> Any:
-        """Take for not given: a secret that is null, as it is saved, and, of what may be null, a form's empty text."""
-        if not isinstance(values, dict):
-            return values
-        secrets = {name for name in cls.secret_fields() if cls.model_fields[name].default is not None}
-        unset = {name for name in secrets if name in values and values[name] is None}
-        unset |= {name for name, field in cls.model_fields.items() if field.default is None and values.get(name) == ""}
-        return {name: value for name, value in values.items() if name not in unset}
 
     @property
     def stores(self) -> bool:
@@ -316,13 +268,6 @@ class Target(Block, ABC):
     def globs(self) -> tuple[str, ...]:
         """The exclusion patterns."""
         return patterns(self.exclude)
-
-    @field_validator("contact")
-    @classmethod
-    def _contact(cls, value: str) -> str:
-        if value and not EMAIL.fullmatch(value):
-            raise ValueError(f"{value!r} is not an e-mail address: write it as in pacs-team@example.org")
-        return value
 
     @field_validator("window")
     @classmethod
@@ -361,13 +306,6 @@ def masked_secrets() -> Iterator[None]:
 def is_masked(value: SecretStr) -> bool:
     """Return True if a secret is not known: only its mask was answered."""
     return _MASKED.get() and value.get_secret_value() == MASK
-
-
-def check_name(name: str) -> str:
-    """Return the name of a target, or raise ValueError if Prefect would not take it."""
-    if not NAME.fullmatch(name):
-        raise ValueError(f"name {name!r}: use lower-case letters, digits and dashes")
-    return name
 
 
 def check_host(value: str) -> str:

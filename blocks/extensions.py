@@ -11,7 +11,8 @@ from importlib.metadata import EntryPoint, entry_points
 from prefect.blocks.core import Block
 from prefect.utilities.dispatch import get_registry_for_type
 
-from blocks.base import NAME, Target
+from blocks.base import Target
+from blocks.named import NAME
 
 GROUP = "talaria.targets"
 

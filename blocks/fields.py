@@ -25,6 +25,8 @@ class Group(StrEnum):
     SECURITY = "Security"
     JUMP_HOST = "Jump host"
     USE = "Use"
+    READY = "When it is ready"
+    SCHEDULE = "Schedule"
     NAMES = "Names"
     SENT = "What is sent"
     FILES = "Files and folders"

@@ -25,9 +25,9 @@ from imaging.recode import (
     PIXELS,
     UNDEFINED,
     Element,
+    EncodedSource,
     Encoding,
     Recoder,
-    Source,
     scan,
 )
 from imaging.transcode import Converted, deflate, inflate, room
@@ -96,7 +96,7 @@ def _mend(source: Reader, encoding: Encoding, out: IO[bytes], check: Callable[[]
     if EXTENDED_OFFSETS in found:
         changes[EXTENDED_OFFSETS] = ("OV", _table(found[EXTENDED_OFFSETS].value, "Q", moved))
     source.seek(0)
-    recoder = Recoder(Source(source, encoding), out, encoding, changes=changes, encapsulated=True, check=check)
+    recoder = Recoder(EncodedSource(source, encoding), out, encoding, changes=changes, encapsulated=True, check=check)
     if lengths:
 
         def write(element: Element) -> None:

@@ -15,7 +15,7 @@ from typing import IO, Any
 
 from imaging import recode
 from imaging.header import Damaged
-from imaging.recode import EXPLICIT_LITTLE, PIXELS, UNDEFINED, Element, Encoding, Found, Recoder, Source
+from imaging.recode import EXPLICIT_LITTLE, PIXELS, UNDEFINED, Element, EncodedSource, Encoding, Found, Recoder
 
 EXPLICIT = "1.2.840.10008.1.2.1"
 RLE = "1.2.840.10008.1.2.5"
@@ -161,7 +161,7 @@ def decode(source: Reader, syntax: str, out: IO[bytes], target: Encoding, check:
     """Write encapsulated pixel data as native pixel data, frame by frame."""
     found = scan(source, EXPLICIT_LITTLE)
     if PIXELS not in found:  # a report or the like under a syntax for images
-        Recoder(Source(source, EXPLICIT_LITTLE), out, target, check=check).run()
+        Recoder(EncodedSource(source, EXPLICIT_LITTLE), out, target, check=check).run()
         return
     pixels, options = _pixels(found, encapsulated=True), _options(found)
     if _EXTENDED_OFFSETS in found and _EXTENDED_LENGTHS in found:
@@ -195,7 +195,7 @@ def decode(source: Reader, syntax: str, out: IO[bytes], target: Encoding, check:
         out.write(b"\0" * (length % 2))
         _pass_fragments(reading)
 
-    reading = Source(source, EXPLICIT_LITTLE)
+    reading = EncodedSource(source, EXPLICIT_LITTLE)
     recoder = Recoder(
         reading,
         out,
@@ -221,7 +221,7 @@ def _changes(options: dict[str, Any], properties: dict[str, Any]) -> dict[int, t
     return changes
 
 
-def _pass_fragments(source: Source) -> None:
+def _pass_fragments(source: EncodedSource) -> None:
     """Skip encapsulated pixel data."""
     while True:
         item = source.element(explicit=False)
@@ -254,7 +254,7 @@ def encode(source: Reader, out: IO[bytes], to: str, check: Callable[[], None]) -
     if options["bits_allocated"] % 8:
         raise Unfit(f"its pixels have {options['bits_allocated']} bits, which can't be compressed")
     stream = Reader(source.fd, source.base + source.tell() + pixels.position)
-    reading = Source(source, EXPLICIT_LITTLE)
+    reading = EncodedSource(source, EXPLICIT_LITTLE)
     with _codecs("its pixel data can't be read"):
         # Bits above those stored may hold an overlay: they stay, or the comparison finds that they didn't.
         frames = _decoder(EXPLICIT).iter_array(

@@ -83,7 +83,7 @@ class Element:
         return f"({self.tag >> 16:04X},{self.tag & 0xFFFF:04X})"
 
 
-class Source:
+class EncodedSource:
     """A data set that is read front to back.
 
     Args:
@@ -158,7 +158,7 @@ class Recoder:
 
     def __init__(
         self,
-        source: Source,
+        source: EncodedSource,
         out: Sink,
         target: Encoding,
         *,
@@ -300,7 +300,7 @@ class Recoder:
     def _copy_unknown_sequence(self, element: Element) -> None:
         """Copy a sequence of unknown elements as it is: implicit little endian everywhere (PS3.5 section 6.2.2)."""
         self.head(element.tag, "UN", UNDEFINED)
-        plain = Source(self.source.stream, IMPLICIT_LITTLE)
+        plain = EncodedSource(self.source.stream, IMPLICIT_LITTLE)
         copy = Recoder(plain, self.out, IMPLICIT_LITTLE, check=self.check)
         before = self.source.position
         copy.verbatim_sequence(0)
@@ -434,7 +434,7 @@ def scan(stream: Reads, encoding: Encoding, skip: Callable[[int], None], wanted:
         stream: positioned where the data set begins.
         skip: moves the stream forward by so many bytes.
     """
-    source = Source(stream, encoding)
+    source = EncodedSource(stream, encoding)
     found: dict[int, Found] = {}
     while (element := source.element()) is not None:
         position = source.position
@@ -451,7 +451,7 @@ def scan(stream: Reads, encoding: Encoding, skip: Callable[[int], None], wanted:
     return found
 
 
-def _skip_sequence(source: Source, explicit: bool, depth: int) -> None:
+def _skip_sequence(source: EncodedSource, explicit: bool, depth: int) -> None:
     if depth > MAX_DEPTH:
         raise Damaged(f"sequences nested deeper than {MAX_DEPTH}")
     while True:

@@ -33,7 +33,7 @@ from pydicom.uid import UID
 from imaging import pixels
 from imaging.header import Damaged, inflated_limit
 from imaging.pixels import EXPLICIT, JPEG_2000, JPEG_2000_LOSSY, JPEG_LS, JPEG_LS_NEAR, RLE, Reader, Unfit
-from imaging.recode import EXPLICIT_BIG, EXPLICIT_LITTLE, IMPLICIT_LITTLE, PIECE_BYTES, Encoding, Recoder, Source
+from imaging.recode import EXPLICIT_BIG, EXPLICIT_LITTLE, IMPLICIT_LITTLE, PIECE_BYTES, EncodedSource, Encoding, Recoder
 
 NEVER, LOSSLESS, ANY = "never", "lossless", "any"
 
@@ -251,7 +251,7 @@ def deflate(source: Reader, out: IO[bytes], check: Callable[[], None]) -> None:
 def _recode(source: Reader, encoding: Encoding, out: IO[bytes], target: Encoding, check: Callable[[], None]) -> None:
     found = pixels.scan(source, encoding)
     Recoder(
-        Source(source, encoding),
+        EncodedSource(source, encoding),
         out,
         target,
         pixel_representation=pixels.number(found, pixels.REPRESENTATION, 0, encoding),

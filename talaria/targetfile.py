@@ -1,23 +1,24 @@
-"""`targets.yaml`: targets as people write them, and as `export` writes them back."""
+"""The file of targets and sources: each as people write it, and as `export` writes it back."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import SecretStr, ValidationError
 
 from blocks import REFUSED, TYPES, Target
-from blocks.base import MASK, check_name
-from talaria.targetyaml import document, filled
-from tasks.targets import Broken
+from blocks.base import MASK
+from blocks.named import NamedBlock, check_name
+from talaria.configfile import SHOWN, document, filled
+from tasks.documents import Broken
 from transfer.errors import Misconfigured
 from transfer.validation import what_is_wrong
 
-SHOWN = 40  # characters of a word that is not known
+B = TypeVar("B", bound=NamedBlock)
 # What Prefect adds to a block's own fields.
 _PREFECT = ("block_type_slug",)
 
@@ -50,31 +51,53 @@ def make(name: str, values: Any, folder: Path = Path(), *, fill: bool = True) ->
     Raises:
         Misconfigured: with the field and the remedy; values are not repeated, they may be secrets.
     """
+    return entry(Target, TYPES, name, values, folder, fill=fill, refused=REFUSED)
+
+
+def entry(
+    kind: type[B],
+    types: Mapping[str, type[B]],
+    name: str,
+    values: Any,
+    folder: Path = Path(),
+    *,
+    fill: bool,
+    refused: Mapping[str, str] | None = None,
+) -> B:
+    """Make a target or a source from the values in a file; arguments and errors as of `make`.
+
+    Args:
+        kind: the common class of `types`, which are by name.
+        refused: types that can't be used, each with the reason.
+    """
+    what = f"{kind.word} {name}"
     try:
         check_name(name)
     except ValueError as exc:
         raise Misconfigured(str(exc)) from exc
     if not isinstance(values, dict) or "type" not in values:
-        raise Misconfigured(f"target {name}: needs a type, one of {', '.join(TYPES)}")
+        raise Misconfigured(f"{what}: needs a type, one of {', '.join(types)}")
     fields = {str(field): value for field, value in values.items()}
-    kind = str(fields.pop("type"))
-    if kind in REFUSED and kind not in TYPES:
-        raise Misconfigured(f"target {name}: targets of type {kind} can't be used: {REFUSED[kind]}")
-    if kind not in TYPES:
-        hint = meant(kind, TYPES) or f"it is not one of {', '.join(TYPES)}"
-        raise Misconfigured(f"target {name}: unknown type {kind[:SHOWN]!r}: {hint}")
-    cls = TYPES[kind]
+    wanted = str(fields.pop("type"))
+    if refused and wanted in refused and wanted not in types:
+        raise Misconfigured(f"{what}: {kind.word}s of type {wanted} can't be used: {refused[wanted]}")
+    if wanted not in types:
+        hint = meant(wanted, types) or f"it is not one of {', '.join(types)}"
+        raise Misconfigured(f"{what}: unknown type {wanted[:SHOWN]!r}: {hint}")
+    cls = types[wanted]
     known = field_names(cls)
     for field in fields:
         if field not in known:
-            hint = meant(field, known) or "`talaria target types` lists the fields"
-            raise Misconfigured(f"target {name}: unknown field {field[:SHOWN]!r} of type {kind}: {hint}")
+            hint = meant(field, known) or f"`talaria {kind.word} types` lists the fields"
+            raise Misconfigured(f"{what}: unknown field {field[:SHOWN]!r} of type {wanted}: {hint}")
     if fill:
-        fields = {field: filled(value, f"target {name}: {field}", folder) for field, value in fields.items()}
+        fields = {field: filled(value, f"{what}: {field}", folder) for field, value in fields.items()}
     try:
         return cls(**fields).named(name)
     except ValidationError as exc:
-        raise Misconfigured(f"target {name}: " + what_is_wrong(exc.errors(), cls.model_fields)) from exc
+        raise Misconfigured(f"{what}: " + what_is_wrong(exc.errors(), cls.model_fields)) from exc
+    except ValueError as exc:
+        raise Misconfigured(f"{what}: {exc}") from exc
 
 
 def meant(word: str, known: Iterable[str]) -> str:
@@ -85,13 +108,13 @@ def meant(word: str, known: Iterable[str]) -> str:
     return f"did you mean {names[found[0]]}?" if found else ""
 
 
-def field_names(cls: type[Target]) -> list[str]:
-    """Return the fields that a target of this type may have in a file."""
+def field_names(cls: type[NamedBlock]) -> list[str]:
+    """Return the fields that a target or source of this type may have in a file."""
     return [name for name in cls.model_fields if name not in _PREFECT]
 
 
-def action_for(target: Target, saved: Iterable[Target | Broken], *, replace: bool) -> str:
-    """Return what applying a target does: created, updated, unchanged or replaced.
+def action_for(target: NamedBlock, saved: Iterable[NamedBlock | Broken], *, replace: bool) -> str:
+    """Return what applying a target, or a source, does: created, updated, unchanged or replaced.
 
     Raises:
         Misconfigured: targets of other types have its name, and are not to be replaced.
@@ -100,7 +123,7 @@ def action_for(target: Target, saved: Iterable[Target | Broken], *, replace: boo
     others = sorted(f"{one.type_name}/{one.name}" for one in alike if one.type_name != target.type_name)
     if others and not replace:
         raise Misconfigured(
-            f"target {target.name}: {' and '.join(others)} would be replaced by one of type {target.type_name}: "
+            f"{target.word} {target.name}: {' and '.join(others)} would be replaced by one of type {target.type_name}: "
             "say --replace, or choose another name"
         )
     if others:
@@ -110,12 +133,12 @@ def action_for(target: Target, saved: Iterable[Target | Broken], *, replace: boo
     return "unchanged" if same(target, alike[0]) else "updated"
 
 
-def same(target: Target, saved: object) -> bool:
-    """Return True if a saved target has the type and all the values of this one, secrets included."""
+def same(target: NamedBlock, saved: object) -> bool:
+    """Return True if what is saved has the type and all the values of this one, secrets included."""
     return type(saved) is type(target) and not differing(target, saved)
 
 
-def differing(target: Target, saved: object) -> list[str]:
+def differing(target: NamedBlock, saved: object) -> list[str]:
     """Return the names of the fields, secrets among them, in which a target differs from the saved one.
 
     Where there is none of its type, these are the fields that are given.
@@ -126,7 +149,7 @@ def differing(target: Target, saved: object) -> list[str]:
     return sorted(name for name in names if getattr(target, name) != getattr(saved, name))
 
 
-def values_of(target: Target, *, secrets: bool = False) -> dict[str, Any]:
+def values_of(target: NamedBlock, *, secrets: bool = False) -> dict[str, Any]:
     """Return the values of a target that differ from the defaults; without secrets, or masked if `secrets`."""
     values: dict[str, Any] = {"type": target.type_name}
     for name in field_names(type(target)):

@@ -26,9 +26,9 @@ from prefect.context import FlowRunContext
 from blocks.base import Target
 from protocols.net.ping import Ping
 from tasks import DRIVERS
+from tasks.documents import Broken
 from tasks.paging import every
 from tasks.quiet import Quiet
-from tasks.targets import Broken
 from transfer import live
 from transfer.health import FAILED, OK, SKIPPED, Health, Probe, watched
 from transfer.home import Home

@@ -1,4 +1,4 @@
-"""The names of targets: each name means one target, whatever its type."""
+"""The names of targets and of sources: each name means one of them, whatever its type."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ from collections.abc import Iterable, Sequence
 
 from prefect.client.schemas.objects import BlockDocument
 
-from blocks import TYPES
+from blocks import SOURCES, TYPES
 from transfer.errors import Misconfigured
 
-SLUGS = {cls.get_block_type_slug(): name for name, cls in TYPES.items()}
+SLUGS = {cls.get_block_type_slug(): name for name, cls in (*TYPES.items(), *SOURCES.items())}
 
 
 def type_of(document: BlockDocument) -> str:
-    """Return the name of a saved target's type, as in `targets.yaml`."""
+    """Return the name of a saved target's or source's type, as in `targets.yaml`."""
     slug = document.block_type.slug if document.block_type else ""
     return SLUGS.get(slug, slug)
 
 
 def qualified(document: BlockDocument) -> str:
-    """Return a saved target's name with its type in front, which no other target has."""
+    """Return a saved name with its type in front, which no other has."""
     return f"{type_of(document)}/{document.name}"
 
 
@@ -36,7 +36,7 @@ def split(written: str) -> tuple[str | None, str]:
 
 
 def pick(written: str, documents: Iterable[BlockDocument]) -> BlockDocument | None:
-    """Return the document of the target that a written name means; None if there is none.
+    """Return the document that a written name means; None if there is none.
 
     Raises:
         Misconfigured: it means several; the message lists them.

@@ -70,7 +70,7 @@ def apply(
     as_json: Json = False,
 ) -> None:
     """Create or update the targets listed in a file; all of them or, if one is wrong, none."""
-    from talaria.targetyaml import read_filled
+    from talaria.configfile import read_filled
 
     values = read_filled(file)
     with api() as access:
@@ -197,7 +197,7 @@ def test(
 
 
 def _of_file(file: Path, name: str | None) -> dict[str, Any]:
-    from talaria.targetyaml import read_filled
+    from talaria.configfile import read_filled
     from transfer.errors import NotFound
 
     values = read_filled(file)

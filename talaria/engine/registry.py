@@ -14,12 +14,13 @@ from prefect.client.schemas.objects import BlockSchema, Worker, WorkerStatus, Wo
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 from prefect.utilities.callables import parameter_schema
 
-from blocks import TYPES
+from blocks import SOURCES, TYPES
 from talaria.engine import hosts
 from talaria.engine.table import FLOWS
 from talaria.settings import POOL
 from tasks.paging import every
-from tasks.targets import documents
+from tasks.sources.saved import KEPT
+from tasks.targets import TARGETS
 from transfer.home import host_name
 
 # Our workers need nothing of it, but a server takes no empty one.
@@ -43,7 +44,7 @@ QUEUES = {"urgent": 1, CHECKS: 5, "normal": 10, "offpeak": 100}
 
 async def register(client: PrefectClient) -> None:
     """Create or update everything at the server; may be repeated at any time."""
-    for cls in TYPES.values():
+    for cls in (*TYPES.values(), *SOURCES.values()):
         await cls.aregister_type_and_schema(client=client)
     await _forms(client)
     await _pool(client)
@@ -76,13 +77,13 @@ async def deployed(client: PrefectClient, name: str) -> Any:
 
 
 async def _forms(client: PrefectClient) -> None:
-    """Let targets that an older version saved be edited with today's labels and fields.
+    """Let targets and sources that an older version saved be edited with today's labels and fields.
 
     Prefect makes a form of the schema that a document was saved with. One of a newer version is left alone.
     """
     schemas: dict[UUID, datetime] = {}
-    by_slug = {cls.get_block_type_slug(): cls for cls in TYPES.values()}
-    for document in await documents(client):
+    by_slug = {cls.get_block_type_slug(): cls for cls in (*TYPES.values(), *SOURCES.values())}
+    for document in (*await TARGETS.documents(client), *await KEPT.documents(client)):
         cls = by_slug.get(document.block_type.slug if document.block_type else "")
         ours = cls._block_schema_id if cls else None
         if ours is None or ours == document.block_schema_id:

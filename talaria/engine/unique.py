@@ -1,4 +1,7 @@
-"""Keeps target names unique, also for Prefect's own pages and clients: the embedded server refuses a taken name."""
+"""Keeps names of targets, and of sources, unique, also for Prefect's own pages and clients.
+
+The embedded server refuses a name that is taken.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,12 @@ import json
 from uuid import UUID
 
 from blocks.base import Target
+from blocks.source import Source
 from talaria.engine.asgi import BODY_BYTES, Application, Message, Receive, Send, again, asking, read, refuse
 
 
 class UniqueNames:
-    """Prefect's application; refuses to create a target with the name of one of another type.
+    """Prefect's application; refuses to create a target, or a source, with the name of one of another type.
 
     Prefect itself demands unique names only within a type. A name can't be changed later.
     """
@@ -36,7 +40,7 @@ class UniqueNames:
                 await self.app(scope, again(body, receive), send)
 
     async def _taken(self, scope: Message, body: bytes) -> str:
-        """Return why a block document can't have its name; "" if it can, or is not a target."""
+        """Return why a block document can't have its name; "" if it can, or is neither."""
         try:
             document = json.loads(body)
             name, type_id = str(document["name"]), UUID(document["block_type_id"])
@@ -45,8 +49,10 @@ class UniqueNames:
             return ""  # Prefect's to refuse, or anonymous
         async with asking(self.app, scope) as client:
             schema = await client.get(f"/block_schemas/{schema_id}")
-            capability = Target._block_schema_capabilities[0]
-            if schema.status_code != 200 or capability not in schema.json()["capabilities"]:
+            able = schema.json()["capabilities"] if schema.status_code == 200 else ()
+            kinds = {kind._block_schema_capabilities[0]: kind.word for kind in (Target, Source)}
+            capability = next((one for one in kinds if one in able), "")
+            if not capability:
                 return ""
             asked = {
                 "block_schemas": {"block_capabilities": {"all_": [capability]}},
@@ -54,4 +60,8 @@ class UniqueNames:
             }
             found = (await client.post("/block_documents/filter", json=asked)).json()
         others = [one["block_type"]["name"] for one in found if UUID(one["block_type_id"]) != type_id]
-        return f"a target named {name} is there already, of type {others[0]}: choose another name" if others else ""
+        return (
+            f"a {kinds[capability]} named {name} is there already, of type {others[0]}: choose another name"
+            if others
+            else ""
+        )

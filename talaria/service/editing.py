@@ -10,10 +10,12 @@ from prefect.client.schemas.objects import BlockDocument
 from pydantic import ValidationError
 
 from blocks import TYPES, Target
-from blocks.base import MOVED, check_name
+from blocks.base import MOVED
+from blocks.named import check_name
 from talaria.service import Office, recorded
 from talaria.targetfile import differing, field_names
 from tasks import targets as saved
+from tasks.documents import Broken
 from tasks.names import pick, split, type_of
 from transfer.errors import Misconfigured, NotFound
 from transfer.validation import what_is_wrong
@@ -32,7 +34,7 @@ class NotValid(Exception):
 class Outdated(Exception):
     """Somebody else has saved the target since the form was shown. `theirs` is what is saved now."""
 
-    def __init__(self, theirs: Target | saved.Broken, version: str) -> None:
+    def __init__(self, theirs: Target | Broken, version: str) -> None:
         super().__init__(f"{theirs.name} was changed meanwhile")
         self.theirs, self.version = theirs, version
 

@@ -8,8 +8,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 from blocks import REFUSED, TYPES, Target
-from blocks.base import check_name
 from blocks.fields import facts as form_facts
+from blocks.named import check_name
 from talaria.engine.registry import CHECKS, workers
 from talaria.engine.runs import at_rest, create
 from talaria.service import Office, recorded
@@ -18,7 +18,8 @@ from tasks import DRIVERS
 from tasks import targets as saved
 from tasks.checking import check_target, keep, last_checks, result_of_run
 from tasks.dispatch import breaker
-from tasks.targets import Broken, all_targets, facts, load
+from tasks.documents import Broken
+from tasks.targets import all_targets, facts, load
 from transfer import live
 from transfer.errors import Misconfigured
 from transfer.health import Probe, watched

@@ -16,7 +16,8 @@ from blocks import TYPES, Target
 from blocks.dicomweb import DicomWebTarget
 from blocks.xnat import XnatTarget
 from talaria.service import Office, targets
-from tasks.targets import Broken, all_targets, load
+from tasks.documents import Broken
+from tasks.targets import all_targets, load
 from tests.targets.fields import NEEDED, SECRET, filled
 from transfer.errors import Misconfigured
 from transfer.home import Home

@@ -1,4 +1,7 @@
-"""`targets.yaml` as text: parsed, with variables and files in place of their names. Imports nothing heavy."""
+"""The file of targets, sources and rules as text: parsed, variables and files in place of their names.
+
+Each `apply` takes the whole file, and of it the section that it is about. Imports nothing heavy.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,8 @@ from transfer.validation import what_is_wrong_with_yaml
 
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 FILE = "file:"
+SHOWN = 40  # characters of a word that is not known
+SECTIONS = {"targets": "target", "sources": "source", "notify": "rule"}  # and what messages call an entry of each
 
 
 class _Loader(yaml.SafeLoader):
@@ -22,6 +27,9 @@ class _Loader(yaml.SafeLoader):
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    for key, _ in node.value:
+        if key.tag == "tag:yaml.org,2002:bool":  # `on:` is a word, and not true
+            key.tag = "tag:yaml.org,2002:str"
     keys = [loader.construct_object(key) for key, _ in node.value]
     twice = [key for key in keys if keys.count(key) > 1]
     if twice:
@@ -32,11 +40,11 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 
 
-def document(path: Path) -> dict[Any, Any]:
-    """Read the mapping of names to targets of a file, as it stands there.
+def document(path: Path, section: str = "targets") -> dict[Any, Any]:
+    """Read a section of a file, a mapping of names to values, as it stands there.
 
     Raises:
-        Misconfigured: it can't be read, or is not such a file.
+        Misconfigured: the file can't be read, is not such a file, or has no such section.
     """
     try:
         document = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 - a SafeLoader
@@ -46,25 +54,31 @@ def document(path: Path) -> dict[Any, Any]:
         raise Misconfigured(f"{path}: is not UTF-8 text") from exc
     except (yaml.YAMLError, ValueError, RecursionError) as exc:
         raise Misconfigured(f"{path}: {what_is_wrong_with_yaml(exc)}") from None  # its own words hold the source
-    if not isinstance(document, dict) or set(document) != {"targets"} or not isinstance(document["targets"], dict):
-        raise Misconfigured(f"{path}: expected one key `targets` with a mapping of names to targets")
-    if not document["targets"]:
-        raise Misconfigured(f"{path}: names no target")
-    found: dict[Any, Any] = document["targets"]
+    keys = " or ".join(f"`{name}`" for name in SECTIONS)
+    if not isinstance(document, dict) or not document:
+        raise Misconfigured(f"{path}: expected a mapping with the key {keys}")
+    for name, entries in document.items():
+        if name not in SECTIONS:
+            raise Misconfigured(f"{path}: unknown key {str(name)[:SHOWN]!r}: expected {keys}")
+        if not isinstance(entries, dict):
+            raise Misconfigured(f"{path}: `{name}` must be a mapping of names to {SECTIONS[name]}s")
+    found: dict[Any, Any] = document.get(section, {})
+    if not found:
+        raise Misconfigured(f"{path}: names no {SECTIONS[section]}")
     return found
 
 
-def read_filled(path: Path) -> dict[str, Any]:
-    """Read the values of a file's targets by name, all of them text, numbers, lists or mappings, and filled in.
+def read_filled(path: Path, section: str = "targets") -> dict[str, Any]:
+    """Read the values of a section by name, all of them text, numbers, lists or mappings, and filled in.
 
     Raises:
         Misconfigured: every value that can't be filled in, each in a line.
     """
     found: dict[str, Any] = {}
     wrong = []
-    for name, values in document(path).items():
+    for name, values in document(path, section).items():
         try:
-            found[str(name)] = _sendable(values, str(name), path.parent)
+            found[str(name)] = _sendable(values, f"{SECTIONS[section]} {name}", path.parent)
         except Misconfigured as exc:
             wrong.append(exc.message)
     if wrong:
@@ -72,22 +86,26 @@ def read_filled(path: Path) -> dict[str, Any]:
     return found
 
 
-def _sendable(values: Any, name: str, folder: Path) -> Any:
+def _sendable(values: Any, what: str, folder: Path) -> Any:
     if not isinstance(values, dict):
         return None
     sent = {}
     for field, value in values.items():
-        where = f"target {name}: {field}"
-        sent[str(field)] = filled(value, where, folder) if field != "type" else value
+        where = f"{what}: {field}"
         try:
-            json.dumps(sent[str(field)])
-        except (TypeError, ValueError) as exc:  # a date, bytes, a set, a value that holds itself
+            json.dumps(value)
+        except (TypeError, ValueError, RecursionError) as exc:  # a date, bytes, a set, a value that holds itself
             raise Misconfigured(f"{where}: must be text: put it in quotes, or leave the field out") from exc
+        sent[str(field)] = filled(value, where, folder) if field != "type" else value
     return sent
 
 
 def filled(value: Any, where: str, folder: Path) -> Any:
-    """Replace the names of variables and files by their values."""
+    """Replace the names of variables and files by their values, also within lists and mappings."""
+    if isinstance(value, list):
+        return [filled(one, where, folder) for one in value]
+    if isinstance(value, dict):
+        return {key: filled(one, where, folder) for key, one in value.items()}
     if not isinstance(value, str):
         return value
     if value.startswith(FILE) and not value.startswith("file://"):  # file:// is a DICOMweb folder

@@ -1,0 +1,83 @@
+"""What is saved under a name of its own, as a Prefect block: a target, or a source. No input or output here."""
+
+from __future__ import annotations
+
+import functools
+import re
+from abc import ABC
+from typing import Any, ClassVar, Self
+
+from prefect.blocks.core import Block
+from prefect.client.schemas.objects import BlockDocument
+from pydantic import ConfigDict, SecretStr, field_validator, model_validator
+
+from blocks.fields import in_order
+
+NAME = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?")  # what Prefect allows for a block document
+EMAIL = re.compile(r"[^@\s,;<>]+@[^@\s,;<>]+")
+
+
+class NamedBlock(Block, ABC):
+    """A block document whose name is unique over all types of its kind."""
+
+    # A refused value may be a secret, or hold one (a URL with a password): errors name the field only.
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, hide_input_in_errors=True)
+
+    type_name: ClassVar[str] = ""  # in a file of targets and sources
+    word: ClassVar[str] = ""  # what messages call it: a target, a source
+
+    @property
+    def name(self) -> str:
+        """Its name; the type's name until it is saved under one."""
+        return self._block_document_name or self.type_name
+
+    def named(self, name: str) -> Self:
+        """Give it a name without saving it."""
+        check_name(name)
+        self._block_document_name = name
+        return self
+
+    @classmethod
+    @functools.cache
+    def secret_fields(cls) -> frozenset[str]:
+        """Return the names of the fields that are secret."""
+        return frozenset(name for name, field in cls.model_fields.items() if "SecretStr" in str(field.annotation))
+
+    @classmethod
+    def model_json_schema(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Return the schema that Prefect makes a form of: fields in their order, each with a title."""
+        return in_order(super().model_json_schema(*args, **kwargs), cls)
+
+    def _to_block_document(self, *args: Any, **kwargs: Any) -> BlockDocument:
+        """Save a secret that is not set as null, which the server does not mask: lists then show what is set."""
+        document = super()._to_block_document(*args, **kwargs)
+        for name in self.secret_fields():
+            value = getattr(self, name)
+            if isinstance(value, SecretStr) and not value.get_secret_value():
+                document.data[name] = None
+        return document
+
+    @model_validator(mode="before")
+    @classmethod
+    def _unset(cls, values: Any) -> Any:
+        """Take for not given: a secret that is null, as it is saved, and, of what may be null, a form's empty text."""
+        if not isinstance(values, dict):
+            return values
+        secrets = {name for name in cls.secret_fields() if cls.model_fields[name].default is not None}
+        unset = {name for name in secrets if name in values and values[name] is None}
+        unset |= {name for name, field in cls.model_fields.items() if field.default is None and values.get(name) == ""}
+        return {name: value for name, value in values.items() if name not in unset}
+
+    @field_validator("contact", check_fields=False)
+    @classmethod
+    def _contact(cls, value: str) -> str:
+        if value and not EMAIL.fullmatch(value):
+            raise ValueError(f"{value!r} is not an e-mail address: write it as in pacs-team@example.org")
+        return value
+
+
+def check_name(name: str) -> str:
+    """Return a name, or raise ValueError if Prefect would not take it."""
+    if not NAME.fullmatch(name):
+        raise ValueError(f"name {name!r}: use lower-case letters, digits and dashes")
+    return name

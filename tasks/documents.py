@@ -1,0 +1,182 @@
+"""Targets and sources as Prefect keeps them: block documents, of which blocks are made.
+
+Secrets are asked for only of what is about to be used; others are made of what the server answers without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Generic, TypeVar
+
+from prefect.blocks.core import Block
+from prefect.client.orchestration import PrefectClient
+from prefect.client.schemas.objects import BlockDocument
+from pydantic import ValidationError
+
+from blocks.base import MASK, masked_secrets
+from blocks.named import NamedBlock
+from tasks.names import ambiguous, pick, split, type_of
+from tasks.paging import PAGE
+from transfer.errors import Misconfigured, NotFound
+from transfer.validation import what_is_wrong
+
+B = TypeVar("B", bound=NamedBlock)
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A saved target or source whose settings are no longer valid: it takes no part until it is applied again."""
+
+    name: str
+    type_name: str
+    reason: str
+    made: datetime | None = None  # when it was saved first
+
+
+class Documents(Generic[B]):
+    """The saved blocks of one kind.
+
+    Args:
+        kind: their common class.
+        types: the classes by the names of their types.
+        refused: types that can't be used, each with the reason.
+    """
+
+    def __init__(self, kind: type[B], types: Mapping[str, type[B]], refused: Mapping[str, str] | None = None) -> None:
+        self.kind, self.types, self._refused = kind, types, refused or {}
+
+    async def documents(
+        self, client: PrefectClient, names: Iterable[str] | None = None, *, secrets: bool = False
+    ) -> list[BlockDocument]:
+        """Return the block documents, all or those with these names; secrets masked unless they are wanted."""
+        body: dict[str, Any] = {
+            # Of every type, also one whose package is gone: what has it is listed as broken, not left out.
+            "block_schemas": {"block_capabilities": {"all_": self.kind._block_schema_capabilities}},
+            "block_documents": {"is_anonymous": {"eq_": False}},
+            "limit": PAGE,
+            "offset": 0,
+        }
+        if secrets:
+            body["include_secrets"] = True
+        if names is not None:
+            body["block_documents"]["name"] = {"any_": list(names)}
+        found: list[BlockDocument] = []
+        while True:
+            response = await client.request("POST", "/block_documents/filter", json=body)
+            page = [BlockDocument.model_validate(document) for document in response.json()]
+            found += page
+            if len(page) < PAGE:
+                return found
+            body["offset"] += PAGE
+
+    async def all(self, client: PrefectClient, used: Iterable[str] = ()) -> list[B | Broken]:
+        """Return every saved block, by name; a Broken for one that can't be loaded.
+
+        Args:
+            used: the names of those that are loaded with their secrets; of others, secrets that are set are masked.
+        """
+        there = {document.id: document for document in await self.documents(client)}
+        if names := {str(document.name) for document in there.values()} & set(used):
+            there |= {document.id: document for document in await self.documents(client, names, secrets=True)}
+        found: list[B | Broken] = []
+        for document in there.values():
+            try:
+                found.append(await self._made(client, document, known=document.name in names))
+            except Misconfigured as exc:
+                found.append(Broken(str(document.name), type_of(document), exc.message, document.created))
+        return sorted(found, key=lambda one: one.name)
+
+    async def load(self, client: PrefectClient, names: Iterable[str], *, secrets: bool = True) -> list[B]:
+        """Load blocks by name, or by `type/name`, in that order, each once.
+
+        Args:
+            secrets: whether they are about to be used; else the secrets that are set are masked.
+
+        Raises:
+            NotFound: there is no such one; the message lists the existing ones.
+            Misconfigured: its settings are not valid, or a name means several.
+        """
+        wanted = list(dict.fromkeys(names))
+        there = await self.documents(client, {split(name)[1] for name in wanted}, secrets=secrets)
+        found = {name: pick(name, there) for name in wanted}
+        missing = [name for name, document in found.items() if document is None]
+        if missing:
+            raise await self._none(client, missing)
+        chosen = {document.id: document for document in found.values() if document}
+        for document in chosen.values():
+            alike = [one for one in chosen.values() if one.name == document.name]
+            if len(alike) > 1:  # the ledger and the receipts know them by their names
+                raise ambiguous(str(document.name), alike)
+        return [await self._made(client, document, known=secrets) for document in chosen.values()]
+
+    async def remove(self, client: PrefectClient, name: str) -> str:
+        """Remove one block; return its name.
+
+        Raises:
+            NotFound: there is none with that name; the message lists the existing ones.
+            Misconfigured: the name means several.
+        """
+        document = pick(name, await self.documents(client, [split(name)[1]]))
+        if document is None:
+            raise await self._none(client, [name])
+        await client.delete_block_document(document.id)
+        return str(document.name)
+
+    async def _none(self, client: PrefectClient, names: Iterable[str]) -> NotFound:
+        known, word = sorted(str(document.name) for document in await self.documents(client)), self.kind.word
+        there = f"there are: {', '.join(known)}" if known else f"there are none yet: `talaria {word} apply FILE.yaml`"
+        return NotFound(f"no {word} named {', '.join(names)}; {there}")
+
+    async def _made(self, client: PrefectClient, document: BlockDocument, *, known: bool) -> B:
+        """Return the block that a document holds, which may be one without secrets (`known` false).
+
+        Raises:
+            Misconfigured: as of `made_of`.
+        """
+        if known:
+            return self.made_of(document)
+        try:
+            with masked_secrets():
+                return self.made_of(document)
+        except Misconfigured as exc:
+            if not _may_be_the_mask(document, exc.__cause__):
+                raise
+        whole = await self.documents(client, [str(document.name)], secrets=True)
+        return self.made_of(next((one for one in whole if one.id == document.id), document))
+
+    def made_of(self, document: BlockDocument) -> B:
+        """Return the block that a document holds.
+
+        Raises:
+            Misconfigured: its values are not valid for the type, or the type's package is not installed.
+        """
+        slug = document.block_type.slug if document.block_type else ""
+        cls = next((one for one in self.types.values() if one.get_block_type_slug() == slug), None)
+        if cls is None:
+            why = "; ".join(f"{name}: {reason}" for name, reason in self._refused.items())
+            raise Misconfigured(
+                f"no type that works here has the block type {slug}: {why or 'install the package that adds it'}",
+                str(document.name),
+            )
+        try:
+            made = Block._from_block_document(document)
+        except (ValidationError, RuntimeError, TypeError, ValueError) as exc:
+            # Without its values: they may be secrets.
+            why = what_is_wrong(exc.errors(), cls.model_fields) if isinstance(exc, ValidationError) else ""
+            raise Misconfigured(
+                f"its settings are not valid ({why or type(exc).__name__}): apply it again", str(document.name)
+            ) from exc
+        if not isinstance(made, self.kind):
+            raise Misconfigured(f"is not a {self.kind.word}", str(document.name))
+        return made
+
+
+def _may_be_the_mask(document: BlockDocument, exc: BaseException | None) -> bool:
+    """Return True if settings may be valid once the secrets are known: a type judges these, too."""
+    masked = {name for name, value in document.data.items() if value == MASK}
+    if not masked or not isinstance(exc, ValidationError):
+        return bool(masked) and exc is not None
+    places = [error["loc"] for error in exc.errors(include_input=False, include_context=False)]
+    return all(not place or place[0] in masked for place in places)

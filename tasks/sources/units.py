@@ -1,0 +1,62 @@
+"""Units: what a source holds now, one for each study (series, folder, line) that is dispatched as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from blocks.source import Source
+from transfer.ledger import Ledger
+from transfer.plan import Origin
+
+# Where the function `units` of each type is; imported when a source of it is looked through.
+_MODULES: dict[str, str] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """A study (or series, folder, line) of a source, as it is now.
+
+    Attributes:
+        key: names it within its source, and stays the same while files come: a folder's name, a UID, a line.
+        paths: its files and folders, absolute.
+        fingerprint: changes whenever a file comes, goes or changes, by names, sizes and times.
+        newest: when something of it changed last, in seconds since the epoch.
+        files: how many it has.
+        origin: where it comes from, for targets that pass it on.
+        targets: the names of those that get it.
+        complete: whether its sender says so, so that it need not settle.
+        problem: why it can't be dispatched, in a sentence; "" if nothing is wrong.
+        shown: what people see of it; the key if empty.
+    """
+
+    key: str
+    paths: tuple[str, ...]
+    fingerprint: str
+    newest: float
+    files: int
+    origin: Origin
+    targets: tuple[str, ...]
+    complete: bool = False
+    problem: str = ""
+    shown: str = ""
+
+    @property
+    def name(self) -> str:
+        """What people see of it."""
+        return self.shown or self.key
+
+
+def units(source: Source, ledger: Ledger, check: Callable[[], None] = lambda: None) -> Iterable[Unit]:
+    """Yield what a source holds now, ready or not, in no order.
+
+    Args:
+        check: called between folders; may raise to stop.
+
+    Raises:
+        DispatchError: the source can't be looked through: nothing is known of what it holds.
+    """
+    found: Any = import_module(_MODULES[source.type_name])
+    yield from found.units(source, ledger, check)

@@ -1,0 +1,121 @@
+"""What a source may be: fields and their limits, and the sections of one file that each `apply` takes whole."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from blocks import SOURCES, Source
+from blocks.fields import Group, ordered
+from blocks.inbox import InboxSource
+from talaria import configfile, targetfile
+from talaria.targetfile import entry, field_names
+from transfer.errors import Misconfigured
+
+SECRET = "hunter2"
+WHOLE = """
+targets:
+  pacs: {type: dicom, host: h, aet_target: A}
+sources:
+  night: {type: inbox, folder: "/data/${WARD}", targets: [pacs], cron: "0 2 * * *", timezone: Europe/Berlin}
+  backlog: {type: list, file: /data/todo.csv, targets: [pacs], at_once: 3}
+notify:
+  team: {on: [dispatch.failed], headers: {Authorization: "${KEY}"}}
+"""
+
+
+def inbox(**fields: Any) -> InboxSource:
+    return InboxSource(**{"folder": "/data/in", "targets": ["pacs"], **fields})
+
+
+def test_each_section_of_one_file_is_read_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WARD", "ct")
+    monkeypatch.setenv("KEY", SECRET)
+    path = tmp_path / "all.yaml"
+    path.write_text(WHOLE)
+    assert list(targetfile.read(path)) == ["pacs"]
+    sources = configfile.read_filled(path, "sources")
+    assert sources["night"]["folder"] == "/data/ct"
+    assert configfile.read_filled(path, "notify") == {
+        "team": {"on": ["dispatch.failed"], "headers": {"Authorization": SECRET}}
+    }
+    made = {name: entry(Source, SOURCES, name, values, fill=False) for name, values in sources.items()}
+    assert [one.type_name for one in made.values()] == ["inbox", "list"]
+
+
+@pytest.mark.parametrize(
+    ("text", "section", "words"),
+    [
+        ("sources: {a: {type: inbox}}", "targets", "names no target"),
+        ("targets: {a: {type: dicom}}", "sources", "names no source"),
+        ("sources: [1]", "sources", "`sources` must be a mapping of names to sources"),
+        ("source: {}", "sources", "unknown key 'source': expected `targets` or `sources` or `notify`"),
+        ("[1, 2]", "sources", "expected a mapping with the key `targets` or `sources` or `notify`"),
+    ],
+)
+def test_a_section_that_is_not_there_or_no_section(tmp_path: Path, text: str, section: str, words: str) -> None:
+    path = tmp_path / "all.yaml"
+    path.write_text(text)
+    with pytest.raises(Misconfigured, match=re.escape(words)):
+        configfile.document(path, section)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"folder": "data"}, "is not an absolute path"),
+        ({"targets": []}, "must name one target at least"),
+        ({"targets": ["pacs", " "]}, "empty name"),
+        ({"after": "move"}, "move_to is given with after: move"),
+        ({"move_to": "/sent"}, "move_to is given with after: move"),
+        ({"cron": "at night"}, "not in the form of cron"),
+        ({"rrule": "weekly"}, "not a recurrence rule"),
+        ({"timezone": "Mars/Base"}, "not a time zone"),
+        ({"cron": "0 2 * * *", "interval_s": 60}, "one schedule at most"),
+        ({"watch": False}, "needs a schedule"),
+        ({"contact": "me"}, "not an e-mail address"),
+        ({"after": "move", "move_to": "/sent", "move_layout": "{Nothing}"}, "Nothing"),
+    ],
+)
+def test_an_inbox_that_can_not_be(fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        inbox(**fields)
+
+
+def test_an_inbox_keeps_what_it_is_given() -> None:
+    one = inbox(targets=["pacs", "cloud", "pacs"], exclude="*.tmp", sender_aet="CT1", rrule="FREQ=WEEKLY;BYDAY=SA")
+    assert one.reaches == ("pacs", "cloud")
+    assert one.globs == ("*.tmp",)
+    assert one.origin.sender_aet == "CT1"
+    assert one.scheduled
+
+
+def test_a_list_that_can_not_be() -> None:
+    values = {"type": "list", "file": "/data/todo.csv", "targets": ["pacs"]}
+    with pytest.raises(Misconfigured, match="source backlog: query: pacs is among the targets"):
+        entry(Source, SOURCES, "backlog", values | {"query": "pacs"}, fill=False)
+    with pytest.raises(Misconfigured, match="normal or offpeak"):
+        entry(Source, SOURCES, "backlog", values | {"query": "other", "priority": "urgent"}, fill=False)
+    with pytest.raises(Misconfigured, match="unknown field 'files' of type list: did you mean file"):
+        entry(Source, SOURCES, "backlog", {"type": "list", "files": SECRET, "targets": ["pacs"]}, fill=False)
+    with pytest.raises(Misconfigured, match="use at most 60 characters"):
+        entry(Source, SOURCES, "b" * 61, values, fill=False)
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_every_field_says_how_forms_show_it(name: str) -> None:
+    cls, known = SOURCES[name], {str(group) for group in Group}
+    shown = ordered(cls)
+    assert sorted(one.name for one in shown) == sorted(field_names(cls))
+    assert len({one.title for one in shown}) == len(shown), "two fields with one label"
+    for one in shown:
+        field = cls.model_fields[one.name]
+        assert field.title, one.name
+        assert one.group in known, one.name
+        assert not field.is_required() or one.tier == "basic", one.name
+        assert re.fullmatch(r".*\.", str(field.description), re.DOTALL), one.name
+        assert not one.name.endswith("_s") or "seconds" in str(field.description).lower(), one.name
