@@ -134,7 +134,7 @@ class Sqlite:
         with self.writing():
             version = self._version()  # another process may have done it
             tables.check(version)
-            for statement in (*tables.statements, *tables.of_old) if version < tables.version else ():
+            for statement in (*tables.statements, *(() if version else tables.of_old)):
                 self._db.execute(statement)
             self._db.execute(f"PRAGMA user_version={tables.version}")
 

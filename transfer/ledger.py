@@ -16,9 +16,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-from transfer import confirmed
+from transfer import confirmed, happenings, messages
 from transfer.confirmed import Confirmation, Spot
 from transfer.database import Tables, opened
+from transfer.happenings import Happenings
+from transfer.messages import Messages
 from transfer.outcome import ARRIVED, Kind, Outcome
 from transfer.plan import Item, Plan
 from transfer.receipt import ItemResult
@@ -48,8 +50,8 @@ OF_OLD = (
     f" attempts, time FROM hooks WHERE destination LIKE '%/%' AND dispatch_id NOT LIKE '{AT}%' ORDER BY time",
     f"DELETE FROM hooks WHERE destination LIKE '%/%' AND dispatch_id NOT LIKE '{AT}%'",  # noqa: S608
 )
-VERSION = 1  # 0 is that of the ledgers before they had one
-TABLES = Tables(SCHEMA + confirmed.TABLE, VERSION, OF_OLD)
+VERSION = 2  # 0 is that of the ledgers before they had one; 1 had no tables of what happened
+TABLES = Tables(SCHEMA + confirmed.TABLE + happenings.TABLE + messages.TABLE, VERSION, OF_OLD)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +85,15 @@ class Ledger:
     Raises:
         OSError, sqlite3.Error: the file can't be opened or is damaged.
         DispatchError: the database can't be used, or was made by a newer Talaria.
+
+    Attributes:
+        happenings: what people want to hear of, and totals.
+        messages: what is written to them.
     """
 
     def __init__(self, where: Path | str) -> None:
         self._db = opened(where, TABLES)
+        self.happenings, self.messages = Happenings(self._db), Messages(self._db)
 
     def close(self) -> None:
         self._db.close()
@@ -317,12 +324,15 @@ class Ledger:
             )
         return plan
 
-    def run_ends(self, flow_run_id: str, owner: str | None = None) -> None:
+    def run_ends(self, flow_run_id: str, owner: str | None = None, *, taken_up: bool = False) -> None:
         """Note that a flow run is over, however it ended.
 
         Args:
             owner: only if the run is still this one's; None for whoever has it.
+            taken_up: whether it goes on where its process was killed: what was said of its end is not said again.
         """
+        if not taken_up:
+            self.happenings.run_over(flow_run_id, owner)
         self._db.execute(
             "UPDATE runs SET ended=? WHERE flow_run_id=? AND owner=coalesce(?,owner)",
             (self.now(), flow_run_id, owner),
@@ -395,6 +405,7 @@ class Ledger:
             others += sum(self._db.execute(delete, (one,)).rowcount for delete in deletions for one in ids)
             scripts = "DELETE FROM hooks WHERE substr(dispatch_id, 1, ?)=? AND time < ?"
             others += self._db.execute(scripts, (len(AT), AT, before)).rowcount
+            others += self.happenings.prune(before) + self.messages.prune(before)
             return others + confirmed.prune(self._db, before)
 
 

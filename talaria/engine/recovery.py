@@ -70,9 +70,9 @@ async def recover(client: PrefectClient, home: Home, pool: str, *, alone: bool) 
         for run_id in lost:
             if run_id not in owners and await elsewhere(client, await client.read_flow_run(UUID(run_id)), online=False):
                 continue
-            if await _take_up(client, run_id):
+            if again := await _take_up(client, run_id):
                 taken.append(run_id)
-            ledger.run_ends(run_id)
+            ledger.run_ends(run_id, taken_up=again)
         living = set(ledger.unfinished())
         await asyncio.to_thread(clear_staging, home, ledger)
     if alone and not living:
@@ -109,9 +109,9 @@ async def abandoned(client: PrefectClient, home: Home, ledger: Ledger, pending: 
             now = (await client.read_flow_run(flow_run.id)).state
             if now is None or now.id != state.id:
                 continue
-            if await _take_up(client, run_id):
+            if again := await _take_up(client, run_id):
                 taken.append(run_id)
-            ledger.run_ends(run_id, owner)
+            ledger.run_ends(run_id, owner, taken_up=again)
     return taken
 
 
@@ -123,9 +123,9 @@ async def taken_over(client: PrefectClient, ledger: Ledger, owner: str, alive: C
     taken = []
     for run_id, former in ledger.unfinished().items():
         if former != owner and not alive(former) and ledger.run_claimed(run_id, owner, alive):
-            if await _take_up(client, run_id):
+            if again := await _take_up(client, run_id):
                 taken.append(run_id)
-            ledger.run_ends(run_id, owner)
+            ledger.run_ends(run_id, owner, taken_up=again)
     return taken
 
 

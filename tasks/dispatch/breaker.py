@@ -12,23 +12,26 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import logging
+import sqlite3
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from prefect.events import emit_event
-
 from blocks.base import Target
 from tasks.dispatch import line
+from tasks.happened import target_stands
 from transfer.errors import DispatchError, TimedOut, Unreachable
 from transfer.home import Home, locked
+from transfer.ledger import Ledger
 from transfer.live import replace
 
 LIMIT = 5  # failures in a row, of any dispatches
 FIRST_S, LONGEST_S = 1.0, 300.0  # at least, and at most, between two tests; the target's own delays lie between
 DEAD = (Unreachable, TimedOut)  # errors that count
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -78,7 +81,7 @@ def failed(home: Home, target: Target, error: DispatchError, reason: str) -> Bre
             one.until = one.tested + max(FIRST_S, later)
         replace(_path(home, target), asdict(one))
     if opens:
-        _emit("opened", target, one)
+        _say(home, target, one, up=False)
     return one
 
 
@@ -88,8 +91,8 @@ def answered(home: Home, target: Target) -> None:
         with locked(_lock(home, target, "lock"), fcntl.LOCK_EX):
             one = read(home, target)
             _path(home, target).unlink(missing_ok=True)
+        _say(home, target, one, up=True)  # also if it was open before its settings changed
         if one.opened:
-            _emit("closed", target, one)
             line.wake(queue(target), target.max_dispatches)
             return
     line.wake(queue(target))
@@ -113,12 +116,13 @@ def _lock(home: Home, target: Target, what: str) -> Path:
     return path
 
 
-def _emit(what: str, target: Target, one: Breaker) -> None:
-    emit_event(
-        f"talaria.breaker.{what}",
-        resource={"prefect.resource.id": f"talaria.target.{target.name}", "prefect.resource.name": target.name},
-        payload={"target": target.name, "failures": one.failures, "reason": one.reason, "since": one.opened},
-    )
+def _say(home: Home, target: Target, one: Breaker, *, up: bool) -> None:
+    """Say that a target does not answer, or answers again; where that fails, no dispatch does."""
+    try:
+        with Ledger(home.ledger) as ledger:
+            target_stands(ledger, target.name, up=up, about={"failures": one.failures, "since": one.opened})
+    except (DispatchError, OSError, sqlite3.Error) as exc:
+        logger.warning("that %s is %s can't be said: %s", target.name, "up" if up else "down", exc)
 
 
 def _mark(target: Target) -> str:

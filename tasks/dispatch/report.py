@@ -19,7 +19,6 @@ from prefect.artifacts import (
     aupdate_progress_artifact,
 )
 from prefect.context import FlowRunContext
-from prefect.events import emit_event
 from prefect.exceptions import PrefectException
 
 from tasks.dispatch import kept
@@ -145,11 +144,11 @@ async def report(
     brief: bool = False,
     studies: Studies = None,
 ) -> None:
-    """Save the receipts: whole at the server, a copy as a JSON file, events, and artifacts for people.
+    """Save the receipts: whole at the server, a copy as a JSON file, and artifacts for people.
 
     Args:
         outputs: how hooks ended, and what they printed, by target.
-        brief: whether the run waits on: no events, and no more artifacts than it has.
+        brief: whether the run waits on: no more artifacts than it has.
         studies: of a flood, the row of each.
     """
     path, what = home.receipt(flow_run_id), (dispatch_id, flow_run_id, state, receipts, studies)
@@ -158,15 +157,6 @@ async def report(
         await kept.keep(client, UUID(flow_run_id), pieces(*what), again=has_run_before())
     if brief:
         return
-    for receipt in receipts:
-        emit_event(
-            "talaria.receipt",
-            resource={
-                "prefect.resource.id": f"talaria.target.{receipt.target}",
-                "prefect.resource.name": receipt.target,
-            },
-            payload={"dispatch_id": dispatch_id, "flow_run_id": flow_run_id, **receipt.facts(), "items": []},
-        )
     rows = [_row(receipt) for receipt in receipts]
     links = _links(path, flow_run_id)
     await acreate_table_artifact(rows, "receipt", f"dispatch {dispatch_id}: {state}; {links}")

@@ -23,6 +23,7 @@ from blocks.base import Target
 from tasks import DRIVERS
 from tasks.dispatch import audited, breaker, line, rest, running
 from tasks.dispatch.delivery import Delivery, summary
+from tasks.dispatch.ends import say_ended, say_refused, sentence
 from tasks.dispatch.flood import Flood, Studies, rows
 from tasks.dispatch.hours import opens
 from tasks.dispatch.patience import is_outage, patiently
@@ -370,7 +371,10 @@ class Dispatch:
                 studies = rows(self.studies, self.deliveries, studies or ())
             what = self.home, dispatch_id, self.flow_run_id, state, receipts, outputs
             await patiently(lambda: report(*what, brief=brief, studies=studies))
-        message = "; ".join(_sentence(receipt) for receipt in receipts)
+        if new or self._failed:
+            said = self.ledger, dispatch_id, receipts, self.deliveries, self._failed
+            await asyncio.to_thread(say_ended, *said)
+        message = "; ".join(sentence(receipt) for receipt in receipts)
         if rests and line.may_rest():
             for delivery in self.deliveries:
                 name = delivery.target.name
@@ -460,6 +464,9 @@ async def dispatching(targets: list[str], priority: str) -> AsyncIterator[Dispat
             if not isinstance(exc, _Paused):
                 await asyncio.to_thread(rest.forget, home, flow_run_id)
             raise
+        except Exception as exc:  # a fault of ours
+            await asyncio.to_thread(say_refused, exc)
+            raise
         finally:
             await asyncio.to_thread(discard, dispatch.staging)
             running.forget(flow_run_id)
@@ -486,14 +493,8 @@ def refusal(error: DispatchError) -> RunState[Any]:
     """Return the state of a run that could not begin, or was stopped before it began."""
     if isinstance(error, _Paused):
         return paused(error.message)
+    say_refused(error)
     if isinstance(error, Denied):
         run = getattr(FlowRunContext.get(), "flow_run", None)
         audited.refused(str(error), str(getattr(run, "id", "")), audited.requester(run), target=error.target)
     return Cancelled(message=str(error)) if isinstance(error, DispatchCancelled) else Failed(message=str(error))
-
-
-def _sentence(receipt: Receipt) -> str:
-    counts = ", ".join(f"{count} {kind}" for kind, count in receipt.counts.items() if count)
-    rest = [receipt.error] if receipt.error else []
-    rest += [f"hook {receipt.hook}"] if receipt.hook == "failed" else []
-    return f"{receipt.target} {receipt.state}: " + ", ".join([counts or "nothing", *rest])

@@ -187,14 +187,14 @@ def test_a_target_that_does_not_answer_is_tested_by_one_run_at_a_time(up: Talari
         up.until(lambda: breaker(up)["state"] == "open")
         found = breaker(up)
         assert found["failures"] >= 5 and found["reason"] and found["next_test"] > found["since"]
-        up.until(lambda: "talaria.target.silent" in events(up, "talaria.breaker.opened"))
+        up.until(lambda: "talaria.target.silent" in events(up, "talaria.target.down"))
         last = send(up, tmp_path / "study", "silent")
         up.until(lambda: up.run(last)["state"]["type"] == "SCHEDULED" and up.run(last)["run_count"])
         assert "silent to answer, which it hasn't since" in up.run(last)["state"]["message"]
         link.stall_after = None
         up.until(lambda: all(up.run(run)["state"]["type"] == "COMPLETED" for run in [*runs, last]))
         assert breaker(up) == {"state": "closed"}
-        up.until(lambda: "talaria.target.silent" in events(up, "talaria.breaker.closed"))
+        up.until(lambda: "talaria.target.silent" in events(up, "talaria.target.up"))
 
 
 def test_what_was_given_up_is_listed_retried_for_one_target_and_sent_elsewhere(up: Talaria, tmp_path: Path) -> None:

@@ -1,0 +1,63 @@
+"""Says how the deliveries of a run ended, or that it could not begin."""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+from collections.abc import Collection, Sequence
+
+from prefect.context import FlowRunContext
+
+from tasks.dispatch.delivery import Delivery
+from tasks.happened import cause_of, dispatch_ended, dispatch_refused
+from transfer.errors import DispatchError
+from transfer.home import Home
+from transfer.ledger import Ledger
+from transfer.receipt import Receipt, State
+
+logger = logging.getLogger(__name__)
+
+
+def say_ended(
+    ledger: Ledger, dispatch_id: str, receipts: Sequence[Receipt], deliveries: Sequence[Delivery], dead: Collection[str]
+) -> None:
+    """Say how the deliveries ended that ended in this part of the run of this context.
+
+    Args:
+        dead: the names of targets that a test found not to answer.
+    """
+    run_id, _, paths = _asked()
+    errors = {delivery.target.name: delivery.error for delivery in deliveries}
+    for receipt in receipts:
+        name = receipt.target
+        if (name in dead or name in errors) and receipt.state is not State.WAITING:
+            cause = cause_of(receipt, errors.get(name), dead=name in dead)
+            dispatch_ended(ledger, run_id, dispatch_id, receipt, cause, paths)
+
+
+def say_refused(error: BaseException) -> None:
+    """Say that the run of this context could not begin; where that can't be said, the run ends all the same."""
+    run_id, targets, paths = _asked()
+    try:
+        with Ledger(Home.current().ledger) as ledger:
+            dispatch_refused(ledger, run_id, targets, error, paths)
+    except (DispatchError, OSError, sqlite3.Error) as exc:
+        logger.warning("the end of run %s is not known to others: %s", run_id, exc)
+
+
+def sentence(receipt: Receipt) -> str:
+    """Return a receipt in a line, for the state of its run."""
+    counts = ", ".join(f"{count} {kind}" for kind, count in receipt.counts.items() if count)
+    rest = [receipt.error] if receipt.error else []
+    rest += [f"hook {receipt.hook}"] if receipt.hook == "failed" else []
+    return f"{receipt.target} {receipt.state}: " + ", ".join([counts or "nothing", *rest])
+
+
+def _asked() -> tuple[str, list[str], list[str]]:
+    """Return the id of this context's run, the names of its targets, and its paths; no targets if it is no dispatch."""
+    context = FlowRunContext.get()
+    asked = (context and context.parameters) or {}
+    if context is None or context.flow_run is None or "source" in asked:
+        return "", [], []
+    targets = [str(name).strip().rpartition("/")[2] for name in asked.get("targets") or ()]
+    return str(context.flow_run.id), list(dict.fromkeys(targets)), [str(one) for one in asked.get("paths") or ()]

@@ -1,0 +1,64 @@
+"""What is said of a dispatch's end: in the ledger, as an event of Prefect's, with neither patients' data nor paths."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from talaria.testing import studies
+from tests.engine.material import folder
+from tests.servers.up import Talaria
+from transfer.happenings import BYTES, DISPATCHES, ITEMS
+from transfer.ledger import Ledger
+
+
+def events(up: Talaria, run_id: str) -> dict[str, Any]:
+    """The events about a run's targets, by target."""
+    about = {"event": {"prefix": ["talaria.dispatch."]}, "related": {"id": [f"prefect.flow-run.{run_id}"]}}
+    found = up.api("POST", "/events/filter", filter=about)["events"]
+    assert len(found) == len({one["payload"]["target"] for one in found})
+    return {one["payload"]["target"]: one for one in found}
+
+
+def totals(up: Talaria, target: str) -> dict[tuple[str, str], float]:
+    with Ledger(up.home / "ledger.sqlite") as ledger:
+        return {(one.name, one.label): one.value for one in ledger.happenings.totals("") if one.target == target}
+
+
+def test_each_target_has_an_event_of_its_own_with_counts_and_a_cause(up: Talaria, tmp_path: Path) -> None:
+    source = tmp_path / studies.PATIENT_NAME.replace("^", "_")
+    studies.ct(source, 3)
+    up.apply(good=folder(tmp_path / "good"), gone=folder(tmp_path / "gone", max_attempts=1, retry_delay_s=0))
+    (tmp_path / "gone").rmdir()
+    sent = up.told("send", str(source), "--to", "good,gone", code=1)
+    run = sent["flow_run_id"]
+    up.until(lambda: len(events(up, run)) == 2)
+    found = events(up, run)
+    good, gone = found["good"], found["gone"]
+    assert good["event"] == "talaria.dispatch.delivered" and gone["event"] == "talaria.dispatch.failed"
+    assert good["resource"]["prefect.resource.id"] == "talaria.target.good"
+    paid = good["payload"]
+    assert (paid["delivered"], paid["rejected"], paid["attempts"], paid["cause"]) == (3, 0, 1, "")
+    assert paid["bytes"] == sent["targets"]["good"]["bytes"] and paid["seconds"] == sent["targets"]["good"]["seconds"]
+    assert (paid["run"], paid["dispatch"]) == (run, sent["dispatch_id"])
+    assert gone["payload"]["cause"] in ("outage", "refused") and gone["payload"]["unsent"] == 3
+    assert source.name not in json.dumps(found) and str(tmp_path) not in json.dumps(found)
+    assert totals(up, "good") == totals(up, "good") | {
+        (DISPATCHES, "delivered"): 1, (BYTES, "delivered"): paid["bytes"], (ITEMS, "delivered"): 3,
+    }  # fmt: skip
+    assert totals(up, "gone")[DISPATCHES, "failed"] == 1
+    up.told("jobs", "retry", run, code=1)
+    up.until(lambda: totals(up, "gone")[DISPATCHES, "failed"] == 2)
+
+
+def test_a_dispatch_that_could_not_begin_is_said_to_have_failed(up: Talaria, tmp_path: Path) -> None:
+    studies.ct(tmp_path / "study", 1)
+    up.apply(never=folder(tmp_path / "never"))
+    deployment = up.api("GET", "/deployments/name/dispatch/talaria")
+    asked = {"paths": [str(tmp_path / "missing")], "targets": ["never"]}
+    run = up.api("POST", f"/deployments/{deployment['id']}/create_flow_run", parameters=asked)["id"]
+    up.until(lambda: events(up, run))
+    assert events(up, run)["never"]["event"] == "talaria.dispatch.failed"
+    assert events(up, run)["never"]["payload"]["cause"] == "refused"
+    assert totals(up, "never")[DISPATCHES, "failed"] == 1
