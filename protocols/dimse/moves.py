@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from protocols.dimse.receive import NOT_AUTHORISED, Depot
-from protocols.dimse.scp import Caller
+from protocols.dimse.scp import CALLING_UNKNOWN, Caller, Refusal, ServedAssociation
 from protocols.dimse.stream import AFFECTED_INSTANCE, ORIGINATOR, ORIGINATOR_ID, CommandSet
 
 
@@ -53,10 +53,11 @@ class MoveDesk:
             with self._lock:
                 self._expected.remove(one)
 
-    def admit(self, caller: Caller) -> bool:
-        """Return True if something was requested from a peer at this address."""
+    def admit(self, caller: Caller) -> MoveVisit | Refusal:
+        """Admit a peer if something was requested from one at its address."""
         with self._lock:
-            return any(caller.host in one.hosts for one in self._expected)
+            expected = any(caller.host in one.hosts for one in self._expected)
+        return MoveVisit(self, caller) if expected else CALLING_UNKNOWN
 
     def depot(self, caller: Caller, request: CommandSet) -> tuple[Depot | None, int]:
         """Return the folder for an instance, or None and the status to refuse it with."""
@@ -76,6 +77,26 @@ class MoveDesk:
         if named:
             return named[0]
         return found[0] if len(found) == 1 else None
+
+
+@dataclass(frozen=True)
+class MoveVisit:
+    """An association on which instances of moves come."""
+
+    desk: MoveDesk
+    caller: Caller
+    services: frozenset[str] = frozenset()
+
+    def depot(self, request: CommandSet) -> tuple[Depot | None, int]:
+        """Return the folder for an instance, or None and the status to refuse it with."""
+        return self.desk.depot(self.caller, request)
+
+    def serve(self, association: ServedAssociation, request: CommandSet) -> bool:
+        """Serve nothing but storage."""
+        return False
+
+    def ended(self) -> None:
+        """Need nothing done: what is expected does not depend on associations."""
 
 
 def addresses(host: str, port: int) -> frozenset[str]:

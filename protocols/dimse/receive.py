@@ -97,6 +97,30 @@ class Depot:
         Returns:
             The status to answer with, and the header of what has its name now; then `note` is to follow.
         """
+        status, header = self.identified(part, size, uid, seen)
+        if header is None:
+            return status, None
+        if uid in self.here:
+            return SUCCESS, None  # a second copy
+        if self.durable:
+            os.fdatasync(part.fd)
+        part.keep(f"{uid}.dcm")
+        if self.durable:
+            self._sync_folder()
+        with self._lock:
+            if uid in self.here:
+                return SUCCESS, None
+            self.here.add(uid)
+        return SUCCESS, header
+
+    def identified(
+        self, part: partial.PartialFile, size: int, uid: str, seen: Header | None
+    ) -> tuple[int, Header | None]:
+        """Return the header of a whole file, if it is the instance that its request names, and wanted.
+
+        Returns:
+            The status to answer with, and the header; None if it is to be refused.
+        """
         header = seen
         if header is None or header.SOPInstanceUID != uid or self.refuse(header):
             try:
@@ -111,17 +135,6 @@ class Depot:
             if why:
                 self._count(why)
                 return NOT_AUTHORISED, None
-        if uid in self.here:
-            return SUCCESS, None  # a second copy
-        if self.durable:
-            os.fdatasync(part.fd)
-        part.keep(f"{uid}.dcm")
-        if self.durable:
-            self._sync_folder()
-        with self._lock:
-            if uid in self.here:
-                return SUCCESS, None
-            self.here.add(uid)
         return SUCCESS, header
 
     def note(self, part: partial.PartialFile, size: int, header: Header) -> None:

@@ -2,7 +2,7 @@
 
 It negotiates by itself, so that no library is between the connection and the file, and accepts every SOP class and
 transfer syntax as it is sent. Who may send what, and where it goes, is decided by its `Desk`: a retrieval by C-MOVE has
-one for what it asked for, a listener for modalities another.
+one for what it asked for, a listener for modalities another (`protocols.dimse.intake`).
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ import time
 from collections import Counter
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from protocols.dimse import acceptance
-from protocols.dimse.acceptance import Proposal
+from protocols.dimse.contexts import UNCOMPRESSED
 from protocols.dimse.message import C_ECHO_RQ, C_ECHO_RSP, C_STORE_RQ, NO_DATASET, RELEASE_RP_PDU
 from protocols.dimse.receive import OUT_OF_RESOURCES, Depot, Responder, receive
 from protocols.dimse.stream import (
@@ -36,7 +37,7 @@ from protocols.dimse.stream import (
     pdus,
 )
 from protocols.dimse.transport import ABORT_PDU, VERIFICATION
-from transfer.errors import Cancelled, DispatchError, Interrupted
+from transfer.errors import Busy, Cancelled, DispatchError, Interrupted
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,9 @@ MOST_NEW, MOST_NEW_OF_ONE = 256, 32  # connections that have not been admitted y
 IDLE_S = 60  # silence on an association after which it is ended
 BACKLOG = 128
 TLS_HANDSHAKE = b"\x16"  # how a TLS connection begins (RFC 8446 section 5.1)
-CALLED_UNKNOWN, CALLING_UNKNOWN = (1, 1, 7), (1, 1, 3)  # PS3.8 table 9-21: permanent, by the user, reason
+Refusal = tuple[int, int, int]  # of an association, PS3.8 table 9-21: result, source, reason
+CALLED_UNKNOWN, CALLING_UNKNOWN = (1, 1, 7), (1, 1, 3)  # permanent, by the user
+CONGESTED, TOO_MANY = (2, 3, 1), (2, 3, 2)  # transient, by the provider: come again later
 # Services that are not storage: query and retrieve, worklists, commitment, print, procedure steps, notifications.
 OTHERS = (
     "1.2.840.10008.5.1.4.1.2.", "1.2.840.10008.5.1.4.31", "1.2.840.10008.1.20.", "1.2.840.10008.5.1.1.",
@@ -65,18 +68,36 @@ class Caller:
     host: str
 
 
+class Visit(Protocol):
+    """What is decided of one association that was admitted."""
+
+    @property
+    def services(self) -> frozenset[str]:
+        """Abstract syntaxes that are accepted besides storage and verification."""
+
+    def depot(self, request: CommandSet) -> tuple[Depot | None, int]:
+        """Return the folder for an instance, or None and the status to refuse it with."""
+
+    def serve(self, association: ServedAssociation, request: CommandSet) -> bool:
+        """Serve a request of another service, and read its data set; return False if it is of none that we know."""
+
+    def ended(self) -> None:
+        """Note that the association is over."""
+
+
 class Desk(Protocol):
     """Decides what a Storage SCP accepts."""
 
-    def admit(self, caller: Caller) -> bool:
-        """Return True if this peer may send anything now."""
-
-    def depot(self, caller: Caller, request: CommandSet) -> tuple[Depot | None, int]:
-        """Return the folder for an instance, or None and the status to refuse it with."""
+    def admit(self, caller: Caller) -> Visit | Refusal:
+        """Return what is to be decided of this peer's association, or why it may have none now."""
 
 
 class StorageScp:
     """A port that accepts instances, from now on until `close`.
+
+    Args:
+        aet: our AE title; "" if the desk knows by which we may be called.
+        tls_only: whether a peer without TLS is hung up on.
 
     Raises:
         OSError: the port can't be listened on.
@@ -90,10 +111,13 @@ class StorageScp:
         desk: Desk,
         tls: ssl.SSLContext | None = None,
         idle_timeout_s: float = IDLE_S,
+        *,
+        tls_only: bool = False,
     ) -> None:
-        self.aet, self.desk, self.tls = aet, desk, tls
+        self.aet, self.desk, self.tls, self.tls_only = aet, desk, tls, tls_only
         self._idle_timeout_s = idle_timeout_s
-        self._closed = threading.Event()
+        self._closed, self._deaf = threading.Event(), threading.Event()
+        self._served = 0
         self._lock = threading.Lock()
         self._open: set[socket.socket] = set()
         self._new: Counter[str] = Counter()  # connections that have not been admitted yet, by address
@@ -107,24 +131,35 @@ class StorageScp:
         """Accept TLS as well, unless that was enabled before."""
         self.tls = self.tls or tls
 
-    def close(self) -> None:
-        """Stop listening, and break open associations."""
-        self._closed.set()
+    def deafen(self) -> None:
+        """Stop listening; open associations go on."""
+        self._deaf.set()
         with suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._thread.join(HANDSHAKE_S)
         self._listener.close()
+
+    @property
+    def connections(self) -> int:
+        """How many connections are open."""
+        with self._lock:
+            return self._served
+
+    def close(self) -> None:
+        """Stop listening, and break open associations."""
+        self._closed.set()
+        self.deafen()
         with self._lock:
             for sock in self._open:
                 with suppress(OSError):
                     sock.shutdown(socket.SHUT_RDWR)
 
     def _accept(self) -> None:
-        while not self._closed.is_set():
+        while not self._deaf.is_set():
             try:
                 sock, address = self._listener.accept()
             except OSError:
-                if self._closed.wait(0.05):  # else out of descriptors, for one
+                if self._deaf.wait(0.05):  # else out of descriptors, for one
                     return
                 continue
             host = str(address[0]).removeprefix("::ffff:")
@@ -132,6 +167,7 @@ class StorageScp:
                 full = self._new[host] >= MOST_NEW_OF_ONE or self._new.total() >= MOST_NEW
                 if not full:
                     self._new[host] += 1
+                    self._served += 1
                     self._open.add(sock)
             if full:
                 logger.warning("connection from %s closed: too many that have not asked for an association", host)
@@ -153,7 +189,10 @@ class StorageScp:
                 new.callback(self._settled, host)
                 served, association = self._begin(sock, host)
             if association is not None:
-                association.run()
+                try:
+                    association.run()
+                finally:
+                    association.visit.ended()
         except (OSError, DispatchError) as exc:
             logger.info("association from %s ended: %s", host, exc)
         except Exception:
@@ -161,10 +200,11 @@ class StorageScp:
         finally:
             with self._lock:
                 self._open -= {sock, served}
+                self._served -= 1
             served.close()
             sock.close()
 
-    def _begin(self, sock: socket.socket, host: str) -> tuple[socket.socket, _Association | None]:
+    def _begin(self, sock: socket.socket, host: str) -> tuple[socket.socket, ServedAssociation | None]:
         """Read an association request; return the connection under its TLS, and the association if it is admitted.
 
         Raises:
@@ -174,6 +214,8 @@ class StorageScp:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.settimeout(HANDSHAKE_S)
         first = sock.recv(1, socket.MSG_PEEK)
+        if self.tls_only and first and first != TLS_HANDSHAKE:
+            raise Interrupted("it does not begin with TLS, which is demanded here")
         if first == TLS_HANDSHAKE and self.tls is not None:
             sock = self.tls.wrap_socket(sock, server_side=True)
             with self._lock:
@@ -185,15 +227,17 @@ class StorageScp:
             sock.sendall(ABORT_PDU)
             return sock, None
         caller = Caller(asked.called, asked.calling, host)
-        if asked.called != self.aet:
-            sock.sendall(acceptance.rejection(*CALLED_UNKNOWN))
+        visit = CALLED_UNKNOWN if self.aet and asked.called != self.aet else self.desk.admit(caller)
+        if isinstance(visit, tuple):
+            sock.sendall(acceptance.rejection(*visit))
             return sock, None
-        if not self.desk.admit(caller):
-            sock.sendall(acceptance.rejection(*CALLING_UNKNOWN))
-            return sock, None
-        answer, contexts = acceptance.acceptance(body, asked, _choose, MAX_PDU)
-        sock.sendall(answer)
-        return sock, _Association(self, sock, caller, asked, contexts)
+        try:
+            answer, contexts = acceptance.acceptance(body, asked, partial(_choose, visit.services), MAX_PDU)
+            sock.sendall(answer)
+            return sock, ServedAssociation(self, sock, caller, visit, asked.max_pdu, contexts)
+        except BaseException:
+            visit.ended()
+            raise
 
     def check(self) -> None:
         """Raise Cancelled once the SCP is closed."""
@@ -205,18 +249,24 @@ class StorageScp:
         return Stream(sock, f"{caller.calling} at {caller.host}", self._idle_timeout_s, self.check)
 
 
-class _Association:
-    """One association of a peer's, from its acceptance to its end."""
+class ServedAssociation:
+    """One association of a peer's, from its acceptance to its end.
+
+    Attributes:
+        contexts: abstract and transfer syntax of what was accepted, by context id.
+        max_pdu: the largest PDU that the peer takes, bytes; 0 for any.
+    """
 
     def __init__(
         self,
         scp: StorageScp,
         sock: socket.socket,
         caller: Caller,
-        asked: Proposal,
+        visit: Visit,
+        max_pdu: int,
         contexts: dict[int, tuple[str, str]],
     ) -> None:
-        self.desk, self.caller, self.contexts, self.max_pdu = scp.desk, caller, contexts, asked.max_pdu
+        self.visit, self.caller, self.contexts, self.max_pdu = visit, caller, contexts, max_pdu
         self.stream = scp.stream(sock, caller)
         self.respond = Responder(self.stream, self.max_pdu)
         self.depot: Depot | None = None  # for the instance that is being received
@@ -231,7 +281,7 @@ class _Association:
                     self._store(request)
                 elif request.kind == C_ECHO_RQ:
                     self._answer_echo(request)
-                elif request.has_dataset:
+                elif not self.visit.serve(self, request) and request.has_dataset:
                     stream.skip()
         except Released:
             stream.send(RELEASE_RP_PDU)
@@ -244,10 +294,12 @@ class _Association:
     def _store(self, request: CommandSet) -> None:
         if request.context not in self.contexts or not request.has_dataset:
             raise Interrupted(f"{self.stream.where}: a request in a context that was not accepted")
-        depot, status = self.desk.depot(self.caller, request)
+        depot, status = self.visit.depot(request)
         if depot is None:
             self.stream.skip()
             self.respond(request, status)
+            if status == OUT_OF_RESOURCES:
+                raise Busy("there is no room for instances")
         else:
             depot.heard = self.stream.heard  # it may have come with its request
             self.depot = depot
@@ -295,8 +347,10 @@ def _exactly(sock: socket.socket, count: int, end: float) -> bytes:
     return bytes(data)
 
 
-def _choose(abstract: str, offered: tuple[str, ...]) -> str | int:
-    """Return the first offered syntax, for any SOP class of the storage service."""
+def _choose(services: frozenset[str], abstract: str, offered: tuple[str, ...]) -> str | int:
+    """Return the first offered syntax, for any SOP class of the storage service; an uncompressed one for others."""
+    if abstract in services:
+        return next((syntax for syntax in offered if syntax in UNCOMPRESSED), acceptance.NO_SYNTAX)
     if abstract.startswith(OTHERS):
         return acceptance.NO_CLASS
     return offered[0] if offered else acceptance.NO_SYNTAX

@@ -79,20 +79,32 @@ class PartialFile:
                 raise
             self._path, self.fd = create(Path(folder))
 
-    def keep(self, name: str) -> None:
-        """Give the file its name, replacing one that has it."""
+    def keep(self, name: str, *, replace: bool = True) -> None:
+        """Give the file its name, below its folder, replacing one that has it.
+
+        Raises:
+            FileExistsError: one has it, and is not to be replaced.
+        """
         final = f"{self._folder}/{name}"
         if self._path is None:
             try:
                 self._link(final)
                 return
             except FileExistsError:
+                if not replace:
+                    raise
                 self._path = Path(self._folder) / f".talaria-{secrets.token_hex(8)}"
                 self._link(str(self._path))
             except FileNotFoundError:
+                if not os.path.isdir(os.path.dirname(final)):
+                    raise
                 self._copy()
         assert self._path is not None  # noqa: S101 - it has a name by now
-        os.rename(self._path, final)
+        if replace:
+            os.rename(self._path, final)
+        else:
+            os.link(self._path, final)
+            self._path.unlink()
         self._path = None
 
     def _link(self, path: str) -> None:

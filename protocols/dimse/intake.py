@@ -1,0 +1,368 @@
+"""What a listener for modalities decides: who may send, where instances go, when a unit is complete, when it is full.
+
+An instance is answered 0000 when its data and its name are on disk. A unit, all that one sender has sent of a study or
+a series, is settled when nothing has come for it for a while.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import os
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from imaging.header import Header
+from protocols.dimse import scp
+from protocols.dimse.committing import PUSH_MODEL, Commitments, Reports, ReportTo
+from protocols.dimse.receive import OUT_OF_RESOURCES, SUCCESS, Depot
+from protocols.dimse.scp import Caller, Refusal, ServedAssociation
+from protocols.dimse.stream import CommandSet
+from protocols.files import partial
+from transfer.content import same_content
+from transfer.spool import REPORTS, ReceivedUnit, Spool, sync
+
+logger = logging.getLogger(__name__)
+
+TOUCH_S = 1.0  # between two marks that a unit is still being received
+
+
+@dataclass(frozen=True)
+class KnownSender:
+    """Who may send: a pattern of AE titles, and an address, a network or a name; "" for any.
+
+    Attributes:
+        port: on which it listens for reports of storage commitment; 0 for the association that asked.
+    """
+
+    aet: str = ""
+    host: str = ""
+    port: int = 0
+
+    def matches(self, caller: Caller) -> bool:
+        """Return True if a caller is meant."""
+        if self.aet and not fnmatchcase(caller.calling, self.aet):
+            return False
+        if not self.host:
+            return True
+        try:
+            there = ipaddress.ip_address(caller.host.partition("%")[0])
+        except ValueError:
+            return False
+        try:
+            return there in ipaddress.ip_network(self.host, strict=False)
+        except ValueError:
+            return there in _addresses(self.host)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """How one source receives.
+
+    Attributes:
+        name: of the source.
+        aet: by which it is called.
+        senders: who may send; () for everybody.
+        by_series: whether a unit is a series, not a study.
+        settle_s: seconds of silence after which a unit is complete.
+        most: associations at once.
+        keep_free: bytes that must stay free on the disk.
+        open: whether anything is accepted now.
+    """
+
+    name: str
+    aet: str
+    senders: tuple[KnownSender, ...] = ()
+    by_series: bool = False
+    settle_s: float = 60.0
+    most: int = 64
+    keep_free: int = 1 << 30
+    open: bool = True
+
+
+@dataclass
+class Counts:
+    """What a source has received since its process began; for metrics.
+
+    Attributes:
+        refused: associations that were refused, by reason.
+        failed: instances that were answered with another status than 0000.
+    """
+
+    associations: int = 0
+    instances: int = 0
+    bytes: int = 0
+    duplicates: int = 0
+    versions: int = 0
+    failed: int = 0
+    refused: Counter[str] = field(default_factory=Counter)
+
+
+class Reception:
+    """Receives for one source, over all its associations; safe to use from several threads.
+
+    Args:
+        delivered: returns those of some SOP instance UIDs that are confirmed by whom the source sends to.
+        reports: sends reports of storage commitment to senders that await them on an association of ours.
+    """
+
+    def __init__(
+        self, terms: Terms, spool: Spool, delivered: Callable[[Collection[str]], set[str]], reports: Reports
+    ) -> None:
+        self.terms, self.spool, self.reports = terms, spool, reports
+        self.counts = Counts()
+        self.full = False  # whether the disk was, when somebody looked last
+        self._delivered = delivered
+        self._lock = threading.Lock()
+        self._visits: set[SpoolVisit] = set()
+        self._heard: dict[ReceivedUnit, float] = {}
+
+    def prepare(self) -> None:
+        """Make the folder, and take up what was received before.
+
+        Raises:
+            OSError: it can't be written to.
+        """
+        self.spool.prepare()
+        partial.sweep(self.spool.folder)
+        now, clock = time.monotonic(), time.time()
+        with self._lock:
+            for unit, _, changed in self.spool.units():
+                self._heard.setdefault(unit, now - max(0.0, clock - changed))
+        self.reports.take_up(self.spool.folder / REPORTS)
+
+    @property
+    def associations(self) -> int:
+        """How many are open."""
+        return len(self._visits)
+
+    @property
+    def receiving(self) -> int:
+        """How many units are not complete yet."""
+        return len(self._heard)
+
+    def admit(self, caller: Caller) -> SpoolVisit | Refusal:
+        """Admit a caller's association, or refuse it, for ever or for now."""
+        terms = self.terms
+        sender = next((one for one in terms.senders if one.matches(caller)), None)
+        if sender is None and terms.senders:
+            return self._refused(caller, "sender", scp.CALLING_UNKNOWN)
+        if not terms.open:
+            return self._refused(caller, "paused", scp.CONGESTED)
+        if not self.has_room():
+            return self._refused(caller, "disk", scp.CONGESTED)
+        with self._lock:
+            if len(self._visits) < terms.most:
+                visit = SpoolVisit(self, caller, sender.port if sender else 0)
+                self._visits.add(visit)
+                self.counts.associations += 1
+                return visit
+        return self._refused(caller, "limit", scp.TOO_MANY)
+
+    def _refused(self, caller: Caller, why: str, refusal: Refusal) -> Refusal:
+        with self._lock:
+            self.counts.refused[why] += 1
+        logger.warning("%s: association of %s at %s refused: %s", self.terms.name, caller.calling, caller.host, why)
+        return refusal
+
+    def has_room(self) -> bool:
+        """Return True if the disk has more room than is to be kept free."""
+        try:
+            disk = os.statvfs(self.spool.folder)
+        except OSError:
+            self.full = True
+            return False
+        self.full = disk.f_bavail * disk.f_frsize < max(self.terms.keep_free, 1) or (disk.f_files > 0 == disk.f_favail)
+        return not self.full
+
+    def heard(self, unit: ReceivedUnit) -> None:
+        """Note that something came for a unit."""
+        with self._lock:
+            self._heard[unit] = time.monotonic()
+
+    def left(self, visit: SpoolVisit) -> None:
+        """Note that an association is over."""
+        with self._lock:
+            self._visits.discard(visit)
+
+    def count(self, **more: int) -> None:
+        """Add to the counts."""
+        with self._lock:
+            for name, number in more.items():
+                setattr(self.counts, name, getattr(self.counts, name) + number)
+
+    def settled(self) -> list[ReceivedUnit]:
+        """Return the units that have become complete since the last call; those that are being received are not."""
+        now = time.monotonic()
+        with self._lock:
+            busy = {visit.unit for visit in self._visits if visit.receiving and visit.unit is not None}
+            for unit in busy:
+                if now - self._heard.get(unit, 0.0) >= TOUCH_S:
+                    self.spool.touch(unit)
+                    self._heard[unit] = now
+            done = [unit for unit, heard in self._heard.items() if now - heard >= self.terms.settle_s]
+            for unit in done:
+                del self._heard[unit]
+        return done
+
+    def holds(self, instances: Mapping[str, str]) -> set[str]:
+        """Return the UIDs of instances that lie here on disk, or that everybody has confirmed."""
+        wanted = {f"{uid}.dcm": uid for uid in instances}
+        found: set[str] = set()
+        for _, folder, _ in self.spool.units():
+            with suppress(FileNotFoundError):
+                with os.scandir(folder) as entries:
+                    here = {wanted[entry.name] for entry in entries if entry.name in wanted}
+                if here:
+                    sync(folder)  # one may have just got its name
+                    found |= here
+            if len(found) == len(wanted):
+                return found
+        return found | self._delivered(instances.keys() - found)
+
+
+class SpoolVisit:
+    """One association on which a modality sends.
+
+    Attributes:
+        unit: what the instance before belongs to.
+        receiving: whether an instance is on its way.
+    """
+
+    services = frozenset((PUSH_MODEL,))
+
+    def __init__(self, reception: Reception, caller: Caller, report_port: int) -> None:
+        self.reception, self.caller = reception, caller
+        self.unit: ReceivedUnit | None = None
+        self.receiving = False
+        self.instances = self.bytes = 0
+        self._begun = time.monotonic()
+        self._depot = SpoolDepot(self)
+        to = ReportTo(reception.terms.aet, caller.calling, caller.host, report_port)
+        self._commitments = Commitments(reception.holds, to, reception.reports, reception.spool.folder / REPORTS)
+
+    def depot(self, request: CommandSet) -> tuple[Depot | None, int]:
+        """Return the folder for an instance, or None and the status to refuse it with."""
+        if not self.reception.has_room():
+            self.reception.count(failed=1)
+            return None, OUT_OF_RESOURCES
+        self.receiving = True
+        return self._depot, SUCCESS
+
+    def serve(self, association: ServedAssociation, request: CommandSet) -> bool:
+        """Serve requests for storage commitment."""
+        return self._commitments.serve(association, request)
+
+    def ended(self) -> None:
+        """Note that the association is over."""
+        self.receiving = False
+        self.reception.left(self)
+        self._commitments.ended()
+        logger.info(
+            "%s: association of %s at %s ended: %d instances, %d bytes, %.1f s",
+            self.reception.terms.name,
+            self.caller.calling,
+            self.caller.host,
+            self.instances,
+            self.bytes,
+            time.monotonic() - self._begun,
+        )
+
+
+class SpoolDepot(Depot):
+    """Gives instances of one association their names, each in the folder of its unit."""
+
+    def __init__(self, visit: SpoolVisit) -> None:
+        super().__init__(visit.reception.spool.folder)
+        self._visit, self._reception = visit, visit.reception
+
+    def keep(self, part: partial.PartialFile, size: int, uid: str, seen: Header | None) -> tuple[int, Header | None]:
+        """Give a whole file its name, unless the same content has it; one with another content gets it elsewhere."""
+        status, header = self.identified(part, size, uid, seen)
+        if header is None:
+            self._visit.receiving = False
+            self._reception.count(failed=1)
+            return status, None
+        os.fdatasync(part.fd)
+        terms, caller = self._reception.terms, self._visit.caller
+        group = header.SeriesInstanceUID if terms.by_series else header.StudyInstanceUID
+        unit = ReceivedUnit(caller.calling, caller.called, caller.host, group)
+        while True:
+            name = f"{unit.name}/{uid}.dcm"
+            try:
+                part.keep(name, replace=False)
+            except FileNotFoundError:
+                self._reception.spool.make(unit)
+                continue
+            except FileExistsError:
+                same = self._same(part, size, self.folder / name)
+                if same is None:
+                    continue  # it was delivered and removed meanwhile
+                if not same:
+                    unit = unit.later
+                    continue
+                self._reception.count(duplicates=1)
+                header = None
+            break
+        sync(f"{self.path}/{unit.name}")
+        if header is not None and unit.version > 1:
+            self._reception.count(versions=1)
+        self._visit.unit = unit
+        self._visit.receiving = False
+        self._reception.heard(unit)
+        return SUCCESS, header
+
+    @staticmethod
+    def _same(part: partial.PartialFile, size: int, other: Path) -> bool | None:
+        """Return whether another file has the same content; None if it is not there any more."""
+        try:
+            fd = os.open(other, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            return None
+        try:
+            return os.fstat(fd).st_size == size and same_content(part.fd, fd)
+        finally:
+            os.close(fd)
+
+    def note(self, part: partial.PartialFile, size: int, header: Header) -> None:
+        """Count an instance that has got its name."""
+        self._visit.instances += 1
+        self._visit.bytes += size
+        self._reception.count(instances=1, bytes=size)
+
+
+class ListenerDesk:
+    """Decides by the AE title that is called which source an association is for."""
+
+    def __init__(self) -> None:
+        self._by_aet: dict[str, Reception] = {}
+        self.unknown = 0  # associations that called an AE title that nobody has
+
+    def seat(self, receptions: Iterable[Reception]) -> None:
+        """Let these receive from now on, and nobody else; open associations go on."""
+        self._by_aet = {one.terms.aet: one for one in receptions}
+
+    def admit(self, caller: Caller) -> SpoolVisit | Refusal:
+        """Admit an association to the source that it calls."""
+        reception = self._by_aet.get(caller.called)
+        if reception is None:
+            self.unknown += 1
+            logger.warning("association of %s at %s refused: it calls an unknown AE title", caller.calling, caller.host)
+            return scp.CALLED_UNKNOWN
+        return reception.admit(caller)
+
+
+def _addresses(host: str) -> set[ipaddress.IPv4Address | ipaddress.IPv6Address]:
+    """Return the addresses of a host; nothing if its name is not known now."""
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except OSError:
+        return set()
+    return {ipaddress.ip_address(str(address[0]).partition("%")[0]) for *_, address in found}

@@ -1,0 +1,194 @@
+"""Storage commitment as its SCP: only what is on disk or has arrived is promised, and each report finds its sender."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydicom.dataset import Dataset
+from pydicom.uid import UID
+from pynetdicom import AE, build_role, evt
+
+from protocols.dimse.commitment import PUSH_MODEL, PUSH_MODEL_INSTANCE
+from protocols.dimse.committing import Reports
+from protocols.dimse.intake import KnownSender
+from talaria.testing import studies
+from talaria.testing.harness import attempt
+from talaria.testing.process import free_port, until
+from tests.protocols.intake import AET, listening
+from tests.targets.dicom import dicom_target
+from transfer.receipt import Level
+from transfer.spool import REPORTS
+
+CT = "1.2.840.10008.5.1.4.1.1.2"
+
+
+def request(*uids: str, transaction: str = "") -> Dataset:
+    ds = Dataset()
+    ds.TransactionUID = transaction or studies.uid()
+    ds.ReferencedSOPSequence = []
+    for uid in uids:
+        one = Dataset()
+        one.ReferencedSOPClassUID, one.ReferencedSOPInstanceUID = CT, uid
+        ds.ReferencedSOPSequence.append(one)
+    return ds
+
+
+class Modality:
+    """A sender that asks for storage commitment by pynetdicom; it may listen for reports."""
+
+    def __init__(self, aet: str = "CT1") -> None:
+        self.aet = aet
+        self.reports: list[Dataset] = []
+        self.events: list[int] = []
+        self.answer = 0
+        self.heard = threading.Event()
+
+    def handle(self, event: evt.Event) -> tuple[int, None]:
+        self.events.append(int(event.request.EventTypeID))
+        if self.answer == 0:
+            self.reports.append(event.event_information)
+            self.heard.set()
+        return self.answer, None
+
+    def associate(self, port: int) -> Any:
+        ae = AE(self.aet)
+        ae.acse_timeout = ae.dimse_timeout = ae.network_timeout = 60
+        for each in (CT, PUSH_MODEL):
+            ae.add_requested_context(UID(each))
+        assoc = ae.associate("127.0.0.1", port, ae_title=AET, evt_handlers=[(evt.EVT_N_EVENT_REPORT, self.handle)])
+        assert assoc.is_established
+        return assoc
+
+    @contextmanager
+    def listening(self, port: int) -> Iterator[None]:
+        ae = AE(self.aet)
+        ae.add_supported_context(UID(PUSH_MODEL), scu_role=True, scp_role=True)
+        server = ae.start_server(("127.0.0.1", port), block=False, evt_handlers=[(evt.EVT_N_EVENT_REPORT, self.handle)])
+        try:
+            yield
+        finally:
+            server.shutdown()
+
+
+def ask(assoc: Any, ds: Dataset, action: int = 1, instance: str = PUSH_MODEL_INSTANCE) -> int:
+    status, _ = assoc.send_n_action(ds, action, UID(PUSH_MODEL), UID(instance))
+    return int(status.Status)
+
+
+def stored(assoc: Any) -> str:
+    ds = studies.dataset()
+    with studies.quiet():
+        assert int(assoc.send_c_store(ds).Status) == 0
+    return str(ds.SOPInstanceUID)
+
+
+def uids(report: Dataset, keyword: str) -> set[str]:
+    return {str(one.ReferencedSOPInstanceUID) for one in report.get(keyword) or ()}
+
+
+def test_the_report_comes_on_the_same_association(tmp_path: Path) -> None:
+    modality = Modality()
+    with listening(tmp_path / "home") as there:
+        assoc = modality.associate(there.port)
+        here, strange, arrived = stored(assoc), studies.uid(), studies.uid()
+        there.delivered.add(arrived)  # and was removed from the disk
+        assert ask(assoc, request(here, strange, arrived)) == 0
+        until(lambda: len(modality.reports) == 1)
+        assert ask(assoc, request(here)) == 0
+        until(lambda: len(modality.reports) == 2)
+        assoc.release()
+    first, second = modality.reports
+    assert uids(first, "ReferencedSOPSequence") == {here, arrived} and uids(first, "FailedSOPSequence") == {strange}
+    assert int(first.FailedSOPSequence[0].FailureReason) == 0x0112
+    assert uids(second, "ReferencedSOPSequence") == {here} and "FailedSOPSequence" not in second
+    assert modality.events == [2, 1]
+
+
+def test_the_report_comes_on_a_new_association_where_the_sender_listens(tmp_path: Path) -> None:
+    modality, port = Modality(), free_port()
+    with (
+        modality.listening(port),
+        listening(tmp_path / "home", senders=(KnownSender("CT*", "127.0.0.1", port),)) as there,
+    ):
+        assoc = modality.associate(there.port)
+        here = stored(assoc)
+        asked = request(here)
+        assert ask(assoc, asked) == 0
+        assoc.release()
+        assert modality.heard.wait(60)
+        [report] = modality.reports
+        assert report.TransactionUID == asked.TransactionUID and uids(report, "ReferencedSOPSequence") == {here}
+        until(lambda: not list((there.folder / REPORTS).iterdir()))
+
+
+def test_a_report_that_nobody_took_outlives_the_process(tmp_path: Path) -> None:
+    modality, port = Modality(), free_port()
+    senders = (KnownSender("", "", port),)
+    with listening(tmp_path / "home", senders=senders, reports=(first := Reports())) as there:
+        assoc = modality.associate(there.port)
+        here = stored(assoc)
+        assert ask(assoc, request(here)) == 0
+        assoc.release()
+        until(lambda: any(one.tries for one in first._due.values()))
+        assert first.waiting == 1
+    with modality.listening(port), listening(tmp_path / "home", senders=senders) as again:
+        assert modality.heard.wait(60)
+        assert uids(modality.reports[0], "ReferencedSOPSequence") == {here}
+        until(lambda: not again.reception.reports.waiting)
+
+
+@pytest.mark.parametrize(
+    ("ds", "how", "status"),
+    [
+        (request("1.2.3"), {"action": 2}, 0x0123),
+        (request("1.2.3"), {"instance": "1.2.3"}, 0x0112),
+        (Dataset(), {}, 0x0110),
+        (request("../../etc/passwd"), {}, 0x0110),
+        (request("1.2.3", transaction="../1"), {}, 0x0110),
+    ],
+)
+def test_requests_that_make_no_sense(ds: Dataset, how: dict[str, Any], status: int, tmp_path: Path) -> None:
+    if "TransactionUID" not in ds:
+        ds = Dataset()
+        ds.TransactionUID = "1.2.3"
+    modality = Modality()
+    with listening(tmp_path / "home") as there, studies.quiet():
+        assoc = modality.associate(there.port)
+        assert ask(assoc, ds, **how) == status
+        assert not modality.reports
+        stored(assoc)  # the association goes on
+        assoc.release()
+
+
+def test_our_own_sender_is_given_its_proof(tmp_path: Path) -> None:
+    files = studies.ct(tmp_path / "study", 5)
+    with listening(tmp_path / "home") as there:
+        receipt = attempt(
+            dicom_target(there.port, aet_target=AET, verify="proven", storage_commitment_wait_s=30), tmp_path / "study"
+        ).require()
+        assert receipt.verified is Level.PROVEN, receipt.notes
+        assert there.reception.counts.instances == len(files)
+
+
+def test_a_sender_that_proposes_its_role(tmp_path: Path) -> None:
+    modality = Modality()
+    with listening(tmp_path / "home") as there:
+        ae = AE("CT1")
+        ae.add_requested_context(UID(PUSH_MODEL))
+        assoc = ae.associate(
+            "127.0.0.1",
+            there.port,
+            ae_title=AET,
+            ext_neg=[build_role(UID(PUSH_MODEL), scu_role=True, scp_role=False)],
+            evt_handlers=[(evt.EVT_N_EVENT_REPORT, modality.handle)],
+        )
+        assert assoc.is_established
+        assert ask(assoc, request(studies.uid())) == 0
+        assert modality.heard.wait(60)
+        assert modality.events == [2]
+        assoc.release()

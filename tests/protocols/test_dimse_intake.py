@@ -1,0 +1,452 @@
+"""The listener for modalities: what it answers 0000 is on disk, whole and as sent, whoever sends it and however."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pydicom
+import pytest
+from pydicom.dataset import Dataset
+from pydicom.uid import UID
+from pynetdicom import AE
+
+from imaging.header import read_header
+from protocols.dimse.intake import KnownSender
+from protocols.dimse.scp import Caller
+from protocols.net.tls import Tls
+from talaria.testing import studies
+from talaria.testing.harness import attempt
+from talaria.testing.process import program, until
+from talaria.testing.relay import relay
+from tests.protocols.intake import AET, Listening, listening, lying, stray
+from tests.targets.dicom import dicom_target
+from tests.targets.dicom_tls import KEY_PASSWORD, certificates, tls_target
+from transfer.errors import Busy, DispatchError
+from transfer.receipt import State
+from transfer.spool import ReceivedUnit, Spool
+
+CT = "1.2.840.10008.5.1.4.1.1.2"
+VERIFICATION = "1.2.840.10008.1.1"
+
+
+def sent(*argv: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run one of DCMTK's clients."""
+    return subprocess.run([program(str(argv[0])), *map(str, argv[1:])], capture_output=True, text=True, timeout=120)
+
+
+def data_set(path: Path) -> bytes:
+    """The bytes of a file after its file meta information."""
+    with path.open("rb") as file:
+        return path.read_bytes()[read_header(file.fileno(), path.stat().st_size).dataset_offset :]
+
+
+def instance_of(path: Path) -> str:
+    return str(pydicom.dcmread(path, stop_before_pixels=True).SOPInstanceUID)
+
+
+def associated(port: int, *, calling: str = "CT1", called: str = AET, classes: tuple[str, ...] = (CT,)) -> Any:
+    ae = AE(calling)
+    ae.acse_timeout = ae.dimse_timeout = ae.network_timeout = 60
+    for each in classes:
+        ae.add_requested_context(UID(each))
+    return ae.associate("127.0.0.1", port, ae_title=called)
+
+
+def stored(assoc: Any, ds: Dataset) -> int:
+    with studies.quiet():
+        return int(assoc.send_c_store(ds).Status)
+
+
+# ---- as sent, by real senders
+
+
+def test_what_modalities_send_lies_as_they_sent_it(tmp_path: Path) -> None:
+    files = studies.ct(tmp_path / "study", 12)
+    with listening(tmp_path / "home") as there:
+        assert sent("echoscu", "-aet", "CT1", "-aec", AET, "127.0.0.1", str(there.port)).returncode == 0
+        done = sent("storescu", "-aet", "CT1", "-aec", AET, "127.0.0.1", str(there.port), "+sd", tmp_path / "study")
+        assert done.returncode == 0, done.stderr
+        [(unit, folder, _)] = Spool(there.folder).units()
+        study = str(pydicom.dcmread(files[0]).StudyInstanceUID)
+        assert unit == ReceivedUnit("CT1", AET, "127.0.0.1", study)
+        assert unit.origin.sender_aet == "CT1" and unit.origin.sender_host == "127.0.0.1"
+        assert {path.name for path in folder.iterdir()} == {f"{instance_of(path)}.dcm" for path in files}
+        assert lying(there.folder) == {instance_of(path): [data_set(path)] for path in files}
+        # The same again, from another sender: it is another unit, of another origin.
+        assert sent("dcmsend", "-aet", "CT2", "-aec", AET, "127.0.0.1", str(there.port), *files).returncode == 0
+        assert {unit.calling for unit, _, _ in Spool(there.folder).units()} == {"CT1", "CT2"}
+        counts = there.reception.counts
+        until(lambda: there.reception.associations == 0)
+        assert (counts.instances, counts.duplicates, counts.associations) == (24, 0, 3)
+        assert counts.bytes == sum(path.stat().st_size for path in there.folder.rglob("*.dcm"))
+
+
+def test_every_transfer_syntax_and_class_is_kept_as_sent(tmp_path: Path) -> None:
+    files = studies.every_syntax(tmp_path / "study")
+    private = studies.dataset("CT_small.dcm")
+    private.SOPClassUID = private.file_meta.MediaStorageSOPClassUID = UID("1.2.3.4.5.6.7")
+    files.append(studies.write(tmp_path / "study" / "private.dcm", studies.encoded(private)))
+    with listening(tmp_path / "home") as there:
+        receipt = attempt(dicom_target(there.port, aet_target=AET, transcode="never"), tmp_path / "study").require()
+        assert receipt.state is State.DELIVERED, receipt
+        assert lying(there.folder) == {instance_of(path): [data_set(path)] for path in files}
+        syntaxes = {str(pydicom.dcmread(path).file_meta.TransferSyntaxUID) for path in files}
+        kept = {str(pydicom.dcmread(path).file_meta.TransferSyntaxUID) for path in there.folder.rglob("*.dcm")}
+        assert kept == syntaxes and len(kept) > 5
+
+
+def test_series_apart(tmp_path: Path) -> None:
+    study = studies.uid(56)
+    for name in ("study", "other"):
+        studies.ct(tmp_path / name, 2, study=study)
+    with listening(tmp_path / "home", by_series=True) as there:
+        for name in ("study", "other"):
+            assert attempt(dicom_target(there.port, aet_target=AET), tmp_path / name).require().state is State.DELIVERED
+        assert len(list(Spool(there.folder).units())) == 2
+
+
+# ---- the same again, and the same with another content
+
+
+def test_nothing_that_came_twice_is_lost(tmp_path: Path) -> None:
+    ds = studies.dataset(InstanceNumber=1)
+    with listening(tmp_path / "home") as there:
+        assoc = associated(there.port)
+        for number in (1, 1, 2, 1, 2, 3):
+            ds.InstanceNumber = number
+            assert stored(assoc, ds) == 0
+        assoc.release()
+        [versions] = lying(there.folder).values()
+        assert len(versions) == 3
+        units = sorted(unit.version for unit, _, _ in Spool(there.folder).units())
+        assert units == [1, 2, 3]
+        counts = there.reception.counts
+        assert (counts.instances, counts.duplicates, counts.versions) == (3, 3, 2)
+
+
+def test_a_folder_that_was_delivered_and_removed_is_made_again(tmp_path: Path) -> None:
+    ds = studies.dataset()
+    with listening(tmp_path / "home") as there:
+        assoc = associated(there.port)
+        assert stored(assoc, ds) == 0
+        [(_, folder, _)] = Spool(there.folder).units()
+        for path in folder.iterdir():
+            path.unlink()
+        folder.rmdir()
+        assert stored(assoc, ds) == 0
+        assoc.release()
+        assert set(lying(there.folder)) == {str(ds.SOPInstanceUID)}
+
+
+def test_a_remover_and_many_senders_lose_nothing(tmp_path: Path) -> None:
+    """Somebody removes each unit as soon as it is empty, while 8 associations add to it: all that was answered 0000."""
+    taken: set[str] = set()
+    done = threading.Event()
+    study = studies.uid(56)
+    with listening(tmp_path / "home") as there:
+
+        def remove() -> None:
+            while not done.is_set():
+                for _, folder, _ in Spool(there.folder).units():
+                    for path in folder.iterdir():
+                        taken.add(path.stem)
+                        path.unlink()
+                    try:
+                        folder.rmdir()
+                    except OSError:
+                        continue
+
+        def send(number: int) -> set[str]:
+            folder = tmp_path / f"s{number}"
+            studies.ct(folder, 20, study=study)
+            receipt = attempt(dicom_target(there.port, aet_target=AET), folder).require()
+            assert receipt.state is State.DELIVERED, receipt
+            return {instance_of(path) for path in folder.iterdir()}
+
+        thread = threading.Thread(target=remove)
+        thread.start()
+        try:
+            with ThreadPoolExecutor(8) as pool:
+                every = set[str]().union(*pool.map(send, range(8)))
+        finally:
+            done.set()
+            thread.join()
+        assert len(every) == 160 and taken | set(lying(there.folder)) == every
+        assert there.reception.counts.failed == 0
+
+
+# ---- who may send
+
+
+@pytest.mark.parametrize(
+    ("rule", "taken"),
+    [
+        (KnownSender("CT*"), True),
+        (KnownSender("ct*"), False),
+        (KnownSender("", "127.0.0.0/8"), True),
+        (KnownSender("CT1", "127.0.0.1"), True),
+        (KnownSender("CT1", "10.0.0.0/8"), False),
+        (KnownSender("CT1", "localhost"), True),
+        (KnownSender("CT1", "no-such-host.invalid"), False),
+        (KnownSender("CT1", "::1"), False),
+    ],
+)
+def test_who_may_send(rule: KnownSender, taken: bool) -> None:
+    assert rule.matches(Caller(AET, "CT1", "127.0.0.1")) is taken
+
+
+def test_others_are_refused_for_good(tmp_path: Path) -> None:
+    with listening(tmp_path / "home", senders=(KnownSender("MR*"), KnownSender("CT*", "127.0.0.1"))) as there:
+        for calling, called, source, reason in (("XA1", AET, 1, 3), ("CT1", "NOBODY", 1, 7)):
+            assoc = associated(there.port, calling=calling, called=called)
+            assert assoc.is_rejected
+            answer = assoc.acceptor.primitive
+            assert (answer.result, answer.result_source, answer.diagnostic) == (1, source, reason)
+        assoc = associated(there.port)
+        assert assoc.is_established
+        assoc.release()
+        assert there.reception.counts.refused == {"sender": 1} and there.desk.unknown == 1
+
+
+def test_other_services_are_refused_by_context(tmp_path: Path) -> None:
+    find = "1.2.840.10008.5.1.4.1.2.2.1"
+    with listening(tmp_path / "home") as there:
+        assoc = associated(there.port, classes=(CT, find, VERIFICATION))
+        assert {str(one.abstract_syntax) for one in assoc.accepted_contexts} == {CT, VERIFICATION}
+        assert int(assoc.send_c_echo().Status) == 0
+        assoc.release()
+
+
+# ---- limits
+
+
+def refusal(assoc: Any) -> tuple[int, int, int]:
+    assert assoc.is_rejected
+    answer = assoc.acceptor.primitive
+    return answer.result, answer.result_source, answer.diagnostic
+
+
+def test_too_many_associations_are_asked_to_come_again(tmp_path: Path) -> None:
+    with listening(tmp_path / "home", most=2) as there:
+        held = [associated(there.port) for _ in range(2)]
+        assert refusal(associated(there.port)) == (2, 3, 2)
+        held[0].release()
+        until(lambda: there.reception.associations == 1)
+        assoc = associated(there.port)
+        assert assoc.is_established
+        for one in (assoc, held[1]):
+            one.release()
+
+
+def test_a_paused_source_asks_to_come_again_and_finishes_what_is_under_way(tmp_path: Path) -> None:
+    with listening(tmp_path / "home") as there:
+        assoc = associated(there.port)
+        there.change(open=False)
+        assert stored(assoc, studies.dataset()) == 0
+        assert refusal(associated(there.port)) == (2, 3, 1)
+        assoc.release()
+        there.change(open=True)
+        again = associated(there.port)
+        assert again.is_established
+        again.release()
+
+
+def test_fifty_at_once(tmp_path: Path) -> None:
+    with listening(tmp_path / "home", most=50) as there:
+        ready = threading.Barrier(50, timeout=120)
+
+        def send(number: int) -> str:
+            assoc = associated(there.port, calling=f"CT{number}")
+            assert assoc.is_established
+            ready.wait()  # all are open now
+            ds = studies.dataset()
+            assert stored(assoc, ds) == 0
+            assoc.release()
+            return str(ds.SOPInstanceUID)
+
+        with ThreadPoolExecutor(50) as pool:
+            uids = set(pool.map(send, range(50)))
+        assert set(lying(there.folder)) == uids and len(uids) == 50
+        assert there.reception.counts.refused == {}
+
+
+def test_half_an_instance_leaves_nothing(tmp_path: Path) -> None:
+    """The connection breaks in the middle of a data set."""
+    studies.multiframe(tmp_path / "study" / "1.dcm", 8)
+    with listening(tmp_path / "home") as there, relay(there.port, cut_after=1_000_000) as link:
+        done = sent("storescu", "-aec", AET, "127.0.0.1", str(link.port), tmp_path / "study" / "1.dcm")
+        assert done.returncode != 0
+        until(lambda: there.reception.associations == 0)
+        assert lying(there.folder) == {} and stray(there.folder) == []
+
+
+@pytest.mark.mounts
+def test_a_full_disk(tmp_path: Path, disk: Callable[[str], Path]) -> None:
+    """The instance that finds no room is answered A700, nothing of it is left, and nobody else gets an association."""
+    home = disk("size=3m")
+    files = [studies.multiframe(tmp_path / "study" / f"{number}.dcm", 2) for number in range(5)]
+    with listening(home, most=8) as there:
+        with pytest.raises(Busy):
+            attempt(dicom_target(there.port, aet_target=AET, concurrency=1), tmp_path / "study").require()
+        kept = lying(there.folder)
+        assert 0 < len(kept) < 5 and stray(there.folder) == []
+        assert all(kept[uid] == [data_set(path)] for path in files if (uid := instance_of(path)) in kept)
+        there.change(keep_free=1 << 20)  # now there is less than that
+        assert refusal(associated(there.port)) == (2, 3, 1)
+        for path in there.folder.rglob("*.dcm"):
+            path.unlink()
+        receipt = attempt(dicom_target(there.port, aet_target=AET), tmp_path / "study" / "1.dcm").require()
+        assert receipt.state is State.DELIVERED and len(lying(there.folder)) == 1
+
+
+def test_no_room_while_an_association_is_open(tmp_path: Path) -> None:
+    with listening(tmp_path / "home") as there:
+        assoc = associated(there.port)
+        assert stored(assoc, studies.dataset()) == 0
+        there.change(keep_free=1 << 60)
+        assert stored(assoc, studies.dataset()) == 0xA700
+        until(lambda: not assoc.is_established)  # sources go on through A700
+        assert len(lying(there.folder)) == 1 and there.reception.full
+
+
+# ---- TLS
+
+
+def test_tls_only(tmp_path: Path) -> None:
+    made = certificates()
+    context = Tls(ca=str(made.ca), cert=str(made.server.cert), key=str(made.server.key)).server()
+    studies.ct(tmp_path / "study", 3)
+    with listening(tmp_path / "home", scp={"tls": context, "tls_only": True}) as there:
+        sender = tls_target(there.port, aet_target=AET)
+        assert attempt(sender, tmp_path / "study").require().state is State.DELIVERED
+        client = made.client
+        done = sent(
+            "storescu", "-aec", AET, "+tls", client.key, client.cert, "+cf", made.ca, "+pw", KEY_PASSWORD,
+            "127.0.0.1", str(there.port), "+sd", tmp_path / "study",
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert len(lying(there.folder)) == 3
+        assert sent("echoscu", "-aec", AET, "127.0.0.1", str(there.port)).returncode != 0
+        with pytest.raises(DispatchError):
+            attempt(tls_target(there.port, aet_target=AET, tls_cert="", tls_key=""), tmp_path / "study").require()
+
+
+# ---- complete
+
+
+def test_a_unit_is_complete_when_nothing_has_come_for_a_while(tmp_path: Path) -> None:
+    with listening(tmp_path / "home", settle_s=3600) as there:
+        assoc = associated(there.port)
+        assert stored(assoc, studies.dataset()) == 0
+        assert there.reception.settled() == []
+        there.change(settle_s=0)
+        [unit] = there.reception.settled()
+        assert unit.calling == "CT1" and there.reception.settled() == []
+        ds = studies.dataset()
+        assert stored(assoc, ds) == 0
+        assoc.release()
+        assert [one.uid for one in there.reception.settled()] == [str(ds.StudyInstanceUID)]
+
+
+def test_what_is_being_received_is_not_complete(tmp_path: Path) -> None:
+    with listening(tmp_path / "home", settle_s=3600) as there:
+        assoc = associated(there.port)
+        assert stored(assoc, studies.dataset()) == 0
+        [visit] = there.reception._visits
+        visit.receiving = True  # a long instance of the same study
+        os.utime(next(path for _, path, _ in Spool(there.folder).units()), (1, 1))
+        there.reception._heard = dict.fromkeys(there.reception._heard, 0.0)
+        assert there.reception.settled() == []
+        [(_, _, changed)] = Spool(there.folder).units()
+        assert changed > 1
+        assoc.release()
+
+
+def test_what_was_received_before_is_taken_up(tmp_path: Path) -> None:
+    ds = studies.dataset()
+    with listening(tmp_path / "home") as there:
+        assoc = associated(there.port)
+        assert stored(assoc, ds) == 0
+        assoc.release()
+    with listening(tmp_path / "home", settle_s=0) as there:
+        assert [unit.uid for unit in there.reception.settled()] == [str(ds.StudyInstanceUID)]
+
+
+# ---- killed
+
+CHILD = """
+import sys, threading
+from pathlib import Path
+from tests.protocols.intake import listening
+with listening(Path(sys.argv[1]), most=64) as there:
+    print(there.port, flush=True)
+    threading.Event().wait()
+"""
+
+
+def test_killed_at_any_moment_what_was_answered_is_there(tmp_path: Path) -> None:
+    """Four senders, and a kill in the middle of what they send, twice."""
+    confirmed: set[str] = set()
+    lock = threading.Lock()
+
+    def send(port: int, number: int) -> None:
+        assoc = associated(port, calling=f"CT{number}")
+        while assoc.is_established:
+            ds = studies.dataset()
+            try:
+                status = stored(assoc, ds)
+            except (AttributeError, ValueError, RuntimeError):  # no answer any more
+                return
+            if status == 0:
+                with lock:
+                    confirmed.add(str(ds.SOPInstanceUID))
+
+    for run in range(2):
+        before = len(confirmed)
+        with subprocess.Popen(
+            [sys.executable, "-c", CHILD, tmp_path / "home"], stdout=subprocess.PIPE, text=True, cwd=os.getcwd()
+        ) as child:
+            assert child.stdout
+            port = int(child.stdout.readline())
+            with ThreadPoolExecutor(4) as pool:
+                for number in range(4):
+                    pool.submit(send, port, number)
+                until(lambda: len(confirmed) >= before + 20 + 17 * run)  # noqa: B023
+                child.send_signal(signal.SIGKILL)
+        there = lying(tmp_path / "home" / "received" / "ct")
+        assert confirmed <= set(there), confirmed - set(there)
+        assert stray(tmp_path / "home" / "received" / "ct") == []
+    assert len(confirmed) >= 57
+
+
+# ---- bytes that no modality sends
+
+
+@pytest.mark.parametrize(
+    "data", [b"GET / HTTP/1.1\r\n\r\n", b"\1\0\0\0\0\4abcd", b"\1\0\xff\xff\xff\xff", b"\4\0\0\0\0\0"]
+)
+def test_nonsense_ends_its_connection_only(data: bytes, tmp_path: Path) -> None:
+    with listening(tmp_path / "home") as there:
+        with socket.create_connection(("127.0.0.1", there.port), 30) as sock:
+            sock.sendall(data)
+            sock.shutdown(socket.SHUT_WR)
+            with suppress(ConnectionResetError):
+                while sock.recv(4096):
+                    pass
+        assert_works(there)
+
+
+def assert_works(there: Listening) -> None:
+    assoc = associated(there.port)
+    assert stored(assoc, studies.dataset()) == 0
+    assoc.release()
