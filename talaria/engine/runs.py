@@ -18,6 +18,8 @@ from prefect.client.schemas.filters import (
     DeploymentFilter,
     DeploymentFilterId,
     FlowRunFilter,
+    FlowRunFilterExpectedStartTime,
+    FlowRunFilterName,
     FlowRunFilterState,
     FlowRunFilterStateType,
 )
@@ -246,21 +248,47 @@ async def jobs(
     offset: int = 0,
     flows: tuple[str, ...] = ("dispatch", "retrieve"),
     states: tuple[StateType, ...] = (),
+    like: str = "",
+    since: datetime | None = None,
 ) -> list[FlowRun]:
     """Return the newest runs of some flows, dispatches and retrievals unless others are named.
 
     Args:
         states: only those that are in one of these.
+        like: only those whose names hold this: a dispatch's has its id and its targets.
+        since: only those that were to begin after this.
     """
     ids = [(await deployed(client, name)).id for name in flows]
     return await client.read_flow_runs(
         deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=ids)),
-        flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[*states])))
-        if states
-        else None,
+        flow_run_filter=_wanted(states, like, since),
         sort=FlowRunSort.EXPECTED_START_TIME_DESC,
         limit=limit,
         offset=offset,
+    )
+
+
+async def count(
+    client: PrefectClient,
+    flows: tuple[str, ...],
+    states: tuple[StateType, ...] = (),
+    like: str = "",
+    since: datetime | None = None,
+) -> int:
+    """Return how many runs `jobs` would return without a limit."""
+    ids = [(await deployed(client, name)).id for name in flows]
+    body = {
+        "flow_runs": _wanted(states, like, since).model_dump(mode="json"),
+        "deployments": DeploymentFilter(id=DeploymentFilterId(any_=ids)).model_dump(mode="json"),
+    }
+    return int((await client.request("POST", "/flow_runs/count", json=body)).json())
+
+
+def _wanted(states: tuple[StateType, ...], like: str, since: datetime | None) -> FlowRunFilter:
+    return FlowRunFilter(
+        state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[*states])) if states else None,
+        name=FlowRunFilterName(like_=like) if like else None,
+        expected_start_time=FlowRunFilterExpectedStartTime.model_validate({"after_": since}) if since else None,
     )
 
 

@@ -76,6 +76,11 @@ async def show_job(
     return document
 
 
+async def how_far(office: Office, flow_run: FlowRun) -> dict[str, dict[str, Any]]:
+    """Return how far each part of a run is: what `follow_job` yields as `progress`, as far as its runner says."""
+    return await _look(office, flow_run, None)
+
+
 async def job_receipt(office: Office, job: str, kinds: tuple[str, ...] = tuple(KINDS)) -> dict[str, Any]:
     """Return a job's result so far, with every item."""
     return await result(office, await found(office, job, kinds))

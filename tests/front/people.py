@@ -20,6 +20,7 @@ class Person:
     """Somebody who reads pages and sends their forms; nothing is known but what stands in them."""
 
     def __init__(self, up: Talaria, role: Role) -> None:
+        self.home = up.home
         self.base = up.url.removesuffix("/api")
         self.client = httpx.Client(
             base_url=self.base, timeout=120, trust_env=False, headers={"Accept": "text/html", "Origin": self.base}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 from collections.abc import Iterator
 from html import unescape
@@ -11,8 +12,8 @@ import pytest
 import yaml
 
 from talaria.front.access import Role
-from talaria.testing.process import as_loaded, until
-from tests.engine.material import study
+from talaria.testing.process import as_loaded, free_port, until
+from tests.engine.material import dicom, study
 from tests.front.people import Person, fields, person, words
 from tests.servers.up import Talaria, talaria
 
@@ -207,6 +208,92 @@ def test_a_study_is_planned_sent_and_seen(operator: Person, admin: Person, tmp_p
     assert leads in operator.get("/talaria/dispatches") and leads in operator.get("/talaria/targets/kept")
     assert words(operator.get("/talaria/dispatches?state=failed")).endswith("No dispatch matches.")
     assert operator.post(f"{leads}/retry", {}) == leads
+
+
+def sent(operator: Person, source: Path, to: str, **more: str) -> str:
+    """Send a folder by its page; return the address of the dispatch, which has ended."""
+    form = operator.form("/talaria/send") | {"paths": str(source), "to": to, **more}
+    leads = operator.post("/talaria/send", {**form, "do": "send"})
+    until(lambda: 'hx-trigger="load' not in operator.get(leads), as_loaded(120))
+    return leads
+
+
+def written(folder: Path, accession: str, each: int = 1) -> Path:
+    folder.mkdir(parents=True)
+    for number, content in enumerate(study(accession, series=1, each=each)):
+        (folder / f"{number}.dcm").write_bytes(content)
+    return folder
+
+
+def test_what_happened_to_a_dispatch_and_to_each_item(
+    up: Talaria, operator: Person, admin: Person, tmp_path: Path
+) -> None:
+    up.apply(dead=dicom(free_port()))
+    leads = sent(operator, written(tmp_path / "one", "A2"), "dead")
+    assert "attempts: 3" in words(operator.get(leads))
+    for said in ("attempt 1 of 3 failed", "attempt 2 of 3 failed"):  # logs come some seconds later
+        until(lambda said=said, leads=leads: said in words(operator.get(leads)), as_loaded(60))
+    kept = added(admin, tmp_path, "items")
+    source = written(tmp_path / "three", "A1", 3)
+    (source / "=note.txt").write_text("no image")
+    kept.rename(tmp_path / "away")  # until the target is repaired
+    leads = sent(operator, source, "items")
+    page = operator.get(leads)
+    assert "Failed" in words(page) and "mount the share" in words(page)
+    (tmp_path / "away").rename(kept)
+    operator.post(f"{leads}/retry", {})
+    until(lambda: "4 of 4 delivered" in words(operator.get(leads)), as_loaded(120))
+    page = operator.get(leads)
+    states = re.findall(r"<strong>(\w+)</strong>", page.partition('class="events"')[2])
+    assert states[0] == "Scheduled" and states.index("Failed") < states.index("AwaitingRetry") < len(states) - 1
+    assert "Items: 4" in words(page) and "Items: 1" in words(operator.get(f"{leads}?q=note"))
+    assert "Items: 0" in words(operator.get(f"{leads}?outcome=rejected&q=nothing"))
+    table = list(csv.DictReader(operator.get(f"{leads}/receipt.csv").splitlines()))
+    assert {one["item"]: one["target"] for one in table}["'=note.txt"] == "items" and len(table) == 4
+
+
+def test_many_dispatches_are_retried_and_sent_elsewhere_at_once(
+    operator: Person, admin: Person, tmp_path: Path
+) -> None:
+    added(admin, tmp_path, "many"), added(admin, tmp_path, "more")
+    leads = [sent(operator, written(tmp_path / f"m{number}", f"M{number}"), "many") for number in range(2)]
+    first, second = (one.rpartition("/")[2] for one in leads)
+    page = operator.get("/talaria/dispatches?q=many&state=delivered&days=1")
+    assert "Dispatches: 2" in words(page) and first in page and second in page
+    form = fields(page)
+    answer = operator.post("/talaria/dispatches", {**form, "pick": [first, second], "to": "more", "do": "send"}, 200)
+    assert "Done: 2. Not possible: 0." in words(answer)
+    until(lambda: "Dispatches: 2" in words(operator.get("/talaria/dispatches?q=more&state=delivered")), as_loaded(120))
+    # All that match, as the server finds them; what has ended can't be paused, and each says so.
+    answer = operator.post("/talaria/dispatches", {**form, "all": "true", "do": "pause"}, 200)
+    assert "Done: 0. Not possible: 2." in words(answer) and words(answer).count("has ended") == 2
+    assert "Not possible: 0." in words(
+        operator.post("/talaria/dispatches", {**form, "pick": first, "do": "retry"}, 200)
+    )
+    assert "No dispatch matches." in words(operator.get("/talaria/dispatches?q=nothing-like-it"))
+
+
+def test_folders_are_browsed_and_each_folder_is_a_study_of_its_own(
+    operator: Person, admin: Person, tmp_path: Path
+) -> None:
+    added(admin, tmp_path, "flood")
+    top = tmp_path / "day"
+    written(top / "one", "F1"), written(top / "two", "F2")
+    form = operator.form("/talaria/send") | {"to": "flood"}
+    page = operator.post("/talaria/send", {**form, "open": str(top)}, 200)
+    assert f'name="open" value="{top}/one"' in page and f'name="open" value="{tmp_path}"' in page
+    assert fields(page)["to"] == "flood"
+    page = operator.post("/talaria/send", {**fields(page), "add": str(top)}, 200)
+    form = fields(page) | {"each": "folder", "to": "flood"}
+    assert form["paths"] == str(top)
+    planned = words(operator.post("/talaria/send", {**form, "do": "plan"}, 200))
+    assert "Studies" in planned and "one" in planned and "2 files" in planned
+    leads = operator.post("/talaria/send", {**form, "do": "send"})
+    until(lambda: 'hx-trigger="load' not in operator.get(leads), as_loaded(120))
+    page = words(operator.get(leads))
+    assert "Studies" in page and "2 of 2 delivered" in page
+    for path, said in ((tmp_path / "nowhere", "no such file"), (Path(operator.home), "state directory")):
+        assert said in words(operator.post("/talaria/send", {**form, "open": str(path)}, 200))
 
 
 @pytest.mark.parametrize(

@@ -84,6 +84,8 @@ def test_single_series_are_picked_and_brought_to_a_folder(place: SimpleNamespace
     page = operator.get(leads)
     assert "Found: 2" in words(page) and "Show series" not in words(page)
     into = place.root / "into"
+    browsed = operator.post(leads, {**fields(page), "pick": "1", "open": str(place.root)}, 200)
+    assert f'value="{place.root}/arch"' in browsed and 'value="1" checked' in browsed
     job = operator.post(leads, {**fields(page), "pick": "1", "into": str(into), "do": "picked"})
     ended(operator, job)
     found = placed(into)

@@ -10,6 +10,7 @@ from starlette.routing import BaseRoute
 
 from talaria.front.api.asking import Reach
 from talaria.front.pages.checks import Checks
+from talaria.front.pages.dispatch import DispatchPage
 from talaria.front.pages.dispatches import DispatchPages
 from talaria.front.pages.editing import EditingPages
 from talaria.front.pages.querying import QueryPages
@@ -24,6 +25,7 @@ def routes(reach: Reach) -> list[BaseRoute]:
     site, checks = Site(reach), Checks()
     return [
         *DispatchPages(site).routes(),
+        *DispatchPage(site).routes(),
         *SendingPages(site).routes(),
         *QueryPages(site).routes(),
         *RetrievalPages(site).routes(),

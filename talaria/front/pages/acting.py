@@ -29,3 +29,16 @@ async def act(office: Any, job: str, action: str, kinds: tuple[str, ...]) -> Non
     if action not in calls:
         raise Misconfigured(text("error"))
     await calls[action](office, job, kinds=kinds)
+
+
+async def send_to(office: Any, job: str, name: str) -> str:
+    """Send the files of a dispatch to another target; return the id of the new dispatch's run.
+
+    Raises:
+        NotFound, Misconfigured, ValueError: there is no such target, or it takes nothing.
+    """
+    from talaria.service import jobs
+
+    if not name:
+        raise Misconfigured(text("send.no_target"))
+    return str((await jobs.send_job(office, job, [name]))["flow_run_id"])

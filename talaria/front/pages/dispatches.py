@@ -1,53 +1,50 @@
-"""Pages of dispatches: the newest, one with its reasons, and what its buttons do; and the home page."""
+"""Pages of dispatches: the newest, and what is done with many of them; and the home page."""
 
 from __future__ import annotations
 
-import json
-from collections import Counter
+from datetime import UTC, datetime, timedelta
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import urlencode
 
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from talaria.front.access import Role, needs
-from talaria.front.pages.acting import act, actions
-from talaria.front.pages.site import Site, fields, is_part, moment, saved_as, shown, who
+from talaria.front.pages.acting import ACTIONS, act, send_to
+from talaria.front.pages.site import Site, fields, moment, shown
 from talaria.front.pages.targets import rows
 from talaria.front.pages.texts import text
-from transfer.errors import Misconfigured
+from transfer.errors import DispatchError, Misconfigured
 
 LIST = "/talaria/dispatches"
-SHOWN = 50  # dispatches a page
-ITEMS = 200  # of one target, on a page
 KINDS = ("dispatch",)
+SHOWN = 50  # dispatches a page
+MOST = 500  # that one press of a button changes
 FILTERS = {
     "": (),
     "failed": ("FAILED", "CRASHED"),
     "waiting": ("SCHEDULED", "PENDING", "PAUSED"),
     "running": ("RUNNING",),
+    "delivered": ("COMPLETED",),
+    "cancelled": ("CANCELLED",),
 }
-DELIVERED = ("delivered", "already")
+DAYS = ("", "1", "7", "30")
 
 
 class DispatchPages:
-    """Home, the list of dispatches, and each of them."""
+    """Home, and the list of dispatches."""
 
     def __init__(self, site: Site) -> None:
         self.site = site
 
     def routes(self) -> list[BaseRoute]:
         """Return the routes."""
-        one = f"{LIST}/{{id}}"
         return [
             Route("/talaria", self.root, methods=["GET"]),
             Route("/talaria/", self.home, methods=["GET"]),
             Route(LIST, self.every, methods=["GET"]),
-            Route(one, self.one, methods=["GET"]),
-            Route(f"{one}/receipt", self.receipt, methods=["GET"]),
-            Route(f"{one}/send", self.send, methods=["POST"]),
-            Route(f"{one}/{{action}}", self.act, methods=["POST"]),
+            Route(LIST, self.many, methods=["POST"]),
         ]
 
     @needs(Role.VIEWER)
@@ -67,7 +64,7 @@ class DispatchPages:
         day, targets = await overview.last_day(office), await rows(office)
         bad = sum(1 for run in day if run.state and run.state.type.value in overview.ENDED_BADLY)
         attention = [(row["path"], _attention(row)) for row in targets if row["state"] in ("open", "broken", "failing")]
-        attention += [(f"{LIST}?state=failed", text("home.failed", count=bad))] if bad else []
+        attention += [(f"{LIST}?state=failed&days=1", text("home.failed", count=bad))] if bad else []
         return self.site.page(
             request,
             "home.html",
@@ -82,89 +79,85 @@ class DispatchPages:
     @needs(Role.VIEWER)
     @shown
     async def every(self, request: Request) -> Response:
-        """Show the newest dispatches, or those in one state."""
-        from prefect.client.schemas.objects import StateType
-
+        """Show the newest dispatches, or those that the filter leaves; the filter stands in the address."""
         from talaria.engine import runs
         from talaria.service.jobs import line
 
         office = await self.site.office(request)
-        state, offset = request.query_params.get("state", ""), request.query_params.get("offset", "0")
-        if state not in FILTERS or not offset.isdecimal():
+        given = _given(dict(request.query_params))
+        offset = request.query_params.get("offset", "0")
+        if not offset.isdecimal():
             raise Misconfigured(text("dispatches.nothing"))
-        states = tuple(StateType(one) for one in FILTERS[state])
-        found = await runs.jobs(office.client, SHOWN + 1, int(offset), flows=("dispatch",), states=states)
+        wanted = _wanted(given)
+        found = await runs.jobs(office.client, SHOWN + 1, int(offset), flows=KINDS, **wanted)
         return self.site.page(
             request,
             "dispatches.html",
             jobs=[line(run) for run in found[:SHOWN]],
-            state=state,
+            count=await runs.count(office.client, KINDS, **wanted),
+            given=given,
+            query=urlencode({key: value for key, value in given.items() if value}),
             states=[(one, text(f"filter.{one}")) for one in FILTERS],
+            days=[(one, text(f"days.{one}")) for one in DAYS],
+            actions=ACTIONS,
+            others=[row["name"] for row in await rows(office) if row["enabled"] and row["direction"] != "query"],
             offset=int(offset),
             more=len(found) > SHOWN,
         )
 
-    @needs(Role.VIEWER)
+    @needs(Role.OPERATOR)
     @shown
-    async def one(self, request: Request) -> Response:
-        """Show a dispatch: how far it is at each target, and why what is missing is missing."""
-        return await self._shown(request)
+    async def many(self, request: Request) -> Response:
+        """Retry, cancel, pause, resume or send elsewhere what was picked, or all that the filter leaves now."""
+        from talaria.engine import runs
 
-    async def _shown(self, request: Request, problem: str = "", status: int = 200) -> Response:
-        from talaria.service import jobs
-
-        office, job = await self.site.office(request), request.path_params["id"]
-        document = await jobs.show_job(office, job, all_items=True, kinds=KINDS)
-        run = document["run"]
-        asked = who(request).role >= Role.OPERATOR and not is_part(request)
-        others = [row["name"] for row in await rows(office) if _may_get(row, run)] if asked else []
+        office, sent = await self.site.office(request), await fields(request, several=("pick",))
+        given, action = _given(sent), sent.get("do", "")
+        picked = sent.get("pick", "").split()[:MOST]
+        if sent.get("all"):
+            picked = []
+            while len(picked) < MOST and (
+                page := await runs.jobs(
+                    office.client, min(200, MOST - len(picked)), len(picked), flows=KINDS, **_wanted(given)
+                )
+            ):
+                picked += [str(run.id) for run in page]
+        done, refused = list[str](), list[tuple[str, str]]()
+        for job in picked:
+            try:
+                await (
+                    send_to(office, job, sent.get("to", "")) if action == "send" else act(office, job, action, KINDS)
+                )
+                done.append(job)
+            except (DispatchError, ValueError) as exc:  # this one's state does not allow it; the others go on
+                refused.append((job, str(exc)))
         return self.site.page(
             request,
-            "dispatch.html",
-            status=status,
-            run=run,
-            parts=[_part(name, one) for name, one in document["targets"].items()],
-            progress=document["progress"],
-            live=run["ended"] is None,
-            actions=actions(run),
-            others=others,
-            problem=problem,
+            "many.html",
+            what=text(f"dispatch.{action}") if action in (*ACTIONS, "send") else "",
+            done=done,
+            refused=refused,
+            back=f"{LIST}?{urlencode(given)}",
         )
 
-    @needs(Role.VIEWER)
-    @shown
-    async def receipt(self, request: Request) -> Response:
-        """Return the receipt with every item, to be saved."""
-        from talaria.service import jobs
 
-        office, job = await self.site.office(request), request.path_params["id"]
-        document = await jobs.job_receipt(office, job, kinds=KINDS)
-        name = f"receipt-{document['dispatch_id'] or document['flow_run_id']}.json"
-        return saved_as(name, "application/json", json.dumps(document, indent=1))
+def _given(sent: dict[str, str]) -> dict[str, str]:
+    """Return the filter of a request.
 
-    @needs(Role.OPERATOR)
-    @shown
-    async def act(self, request: Request) -> Response:
-        """Retry, cancel, pause or resume a dispatch."""
-        job = request.path_params["id"]
-        try:
-            await act(await self.site.office(request), job, request.path_params["action"], KINDS)
-        except Misconfigured as exc:  # it has ended meanwhile, perhaps
-            return await self._shown(request, exc.message, 409)
-        return RedirectResponse(f"{LIST}/{quote(job)}", 303)
+    Raises:
+        Misconfigured: there is no such state or time.
+    """
+    given = {name: sent.get(name, "").strip() for name in ("state", "q", "days")}
+    if given["state"] not in FILTERS or given["days"] not in DAYS:
+        raise Misconfigured(text("dispatches.nothing"))
+    return given
 
-    @needs(Role.OPERATOR)
-    @shown
-    async def send(self, request: Request) -> Response:
-        """Send the files of a dispatch to another target."""
-        from talaria.service import jobs
 
-        name = (await fields(request)).get("to", "")
-        try:
-            done = await jobs.send_job(await self.site.office(request), request.path_params["id"], [name])
-        except Misconfigured as exc:
-            return await self._shown(request, exc.message, 422)
-        return RedirectResponse(f"{LIST}/{done['flow_run_id']}", 303)
+def _wanted(given: dict[str, str]) -> dict[str, Any]:
+    from prefect.client.schemas.objects import StateType
+
+    since = datetime.now(UTC) - timedelta(days=int(given["days"])) if given["days"] else None
+    return {"states": tuple(StateType(one) for one in FILTERS[given["state"]]), "like": given["q"], "since": since}
 
 
 def _attention(row: dict[str, Any]) -> str:
@@ -173,23 +166,3 @@ def _attention(row: dict[str, Any]) -> str:
     if row["state"] == "open":
         return text("home.open", name=row["name"], time=moment(row["breaker"]["next_test"]))
     return text("home.failing", name=row["name"])
-
-
-def _may_get(row: dict[str, Any], run: dict[str, Any]) -> bool:
-    return bool(row["enabled"] and row["direction"] != "query" and row["name"] not in run["targets"])
-
-
-def _part(name: str, receipt: dict[str, Any]) -> dict[str, Any]:
-    """Return the receipt of one target as the page shows it: reasons are counted, the most frequent first."""
-    items = [item for item in receipt["items"] if item["outcome"] not in DELIVERED]
-    reasons = Counter((item["outcome"], item["detail"]) for item in items)
-    return {
-        "name": name,
-        "state": receipt["state"],
-        "error": receipt.get("error") or "",
-        "delivered": sum(1 for item in receipt["items"] if item["outcome"] in DELIVERED),
-        "total": len(receipt["items"]),
-        "reasons": [(*key, count) for key, count in reasons.most_common(20)],
-        "items": items[:ITEMS],
-        "cut": len(items) > ITEMS,
-    }

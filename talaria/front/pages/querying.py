@@ -16,9 +16,11 @@ from starlette.routing import BaseRoute, Route
 from talaria.front.access import Role, needs
 from talaria.front.api.errors import answer_to
 from talaria.front.pages.searches import Search, Searches
+from talaria.front.pages.sending import browse
 from talaria.front.pages.site import Site, fields, saved_as, shown, who, with_file
 from talaria.front.pages.targets import rows
 from talaria.front.pages.texts import text
+from transfer import roots
 from transfer.accessions import accessions, from_bytes
 from transfer.errors import NotFound
 from transfer.tables import csv_text
@@ -76,6 +78,9 @@ class QueryPages:
         asked = {name: sent.get(name, "").strip() for name in FIELDS}
         asked["level"] = asked["level"] if asked["level"] in LEVELS else LEVELS[0]
         office = await self.site.office(request)
+        if "open" in sent or "add" in sent:
+            asked["into"] = sent.get("add", asked["into"])
+            return await self._form(request, asked, browsed=sent.get("open"))
         try:
             numbers = _numbers(asked, uploaded)
             if sent.get("do") == "fetch":
@@ -115,6 +120,9 @@ class QueryPages:
         everything = sent.get("do") == "all"
         chosen = [one for at, one in enumerate(search.matches) if everything or at in marked]
         asked = {**search.asked, **{name: sent.get(name, "").strip() for name in (*WHERE, "key")}}
+        if "open" in sent or "add" in sent:
+            asked["into"] = sent.get("add", asked["into"])
+            return await self._matches(request, search, asked, marked, browsed=sent.get("open"))
         try:
             keys = _of_picked(chosen, search.level, asked)
             if sent.get("do") == "series":
@@ -166,7 +174,13 @@ class QueryPages:
         return RedirectResponse(f"/talaria/retrievals/{done['flow_run_id']}", 303)
 
     async def _form(
-        self, request: Request, asked: Mapping[str, str], *, problem: str = "", status: int = 200
+        self,
+        request: Request,
+        asked: Mapping[str, str],
+        *,
+        problem: str = "",
+        status: int = 200,
+        browsed: str | None = None,
     ) -> Response:
         from talaria.engine import runs
         from talaria.service.jobs import line
@@ -174,6 +188,7 @@ class QueryPages:
         office = await self.site.office(request)
         recent = await runs.jobs(office.client, RECENT, flows=("retrieve",))
         every = await rows(office)
+        listing, wrong = await browse(office, roots.places, browsed)
         return self.site.page(
             request,
             "query.html",
@@ -182,7 +197,9 @@ class QueryPages:
             sources=[row for row in every if row["enabled"] and row["direction"] in ("query", "both")],
             targets=_destinations(every, asked.get("to", "")),
             levels=[(one, text(f"query.{one}")) for one in LEVELS],
-            problem=problem,
+            browsable=office.embedded,
+            listing=listing,
+            problem=problem or wrong,
             jobs=[line(run) for run in recent],
         )
 
@@ -195,9 +212,12 @@ class QueryPages:
         *,
         problem: str = "",
         status: int = 200,
+        browsed: str | None = None,
     ) -> Response:
+        office = await self.site.office(request)
+        listing, wrong = await browse(office, roots.places, browsed)
         asked, columns = search.asked if asked is None else asked, COLUMNS[search.level]
-        every = await rows(await self.site.office(request)) if search.over else []
+        every = await rows(office) if search.over else []
         lines = [
             (at, search.is_sure(one) if marked is None else at in marked, [_shown(one.get(name)) for name in columns])
             for at, one in enumerate(search.matches[:SHOWN])
@@ -214,7 +234,9 @@ class QueryPages:
             doubtful=sorted(search.doubtful) if search.numbers else [],
             values={name: asked.get(name, "") for name in WHERE} | {"key": secrets.token_urlsafe(12)},
             targets=_destinations(every, asked.get("to", "")),
-            problem=problem,
+            browsable=office.embedded,
+            listing=listing,
+            problem=problem or wrong,
         )
         if not search.over:
             answer.headers["refresh"] = "2"  # without scripts

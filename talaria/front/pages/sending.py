@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
@@ -12,16 +14,22 @@ from starlette.routing import BaseRoute, Route
 
 from talaria.front.access import Role, needs
 from talaria.front.api.errors import answer_to
-from talaria.front.pages.site import Site, fields, shown
+from talaria.front.pages.site import Site, fields, shown, size
 from talaria.front.pages.targets import rows
 from talaria.front.pages.texts import text
-from talaria.service import Conflict
+from talaria.service import Conflict, Office
+from transfer import roots
+from transfer.roots import Roots
+
+if TYPE_CHECKING:
+    from talaria.service.folders import Listing
 
 PATH = "/talaria/send"
 PRIORITIES = ("normal", "urgent", "offpeak")
 SHOWN = 200  # items of a plan
 ASKED = ("exclude", "sender_aet", "receiver_aet", "sender_host")
-FIELDS = ("paths", "priority", "key", *ASKED)
+EACH = ("", "folder", "path", "line")
+FIELDS = ("paths", "priority", "each", "key", *ASKED)
 
 
 class SendingPages:
@@ -43,14 +51,18 @@ class SendingPages:
     @needs(Role.OPERATOR)
     @shown
     async def sent(self, request: Request) -> Response:
-        """Show what would be sent, or send it."""
+        """Show what would be sent, or send it; or show what lies in a folder, to choose from it."""
         from talaria.service import dispatches
 
         sent = await fields(request, several=("to",))
         office = await self.site.office(request)
         asked: dict[str, Any] = {name: sent.get(name, "").strip() for name in ASKED}
-        paths = [line.strip() for line in sent.get("paths", "").splitlines() if line.strip()]
-        targets = [one for one in sent.get("to", "").split("\n") if one]
+        asked["each"] = sent.get("each", "") if sent.get("each") in EACH else ""
+        if sent.get("add"):
+            sent["paths"] = "\n".join(dict.fromkeys([*_paths(sent), sent["add"]]))
+        if "open" in sent or "add" in sent:
+            return await self._form(request, sent, browsed=sent.get("open", sent.get("at", "")))
+        paths, targets = _paths(sent), [one for one in sent.get("to", "").split("\n") if one]
         try:
             _check(paths, targets)
             if sent.get("do") == "plan":
@@ -73,11 +85,19 @@ class SendingPages:
         return RedirectResponse(f"/talaria/dispatches/{done['flow_run_id']}", 303)
 
     async def _form(
-        self, request: Request, sent: dict[str, str], *, plan: Any = None, problem: str = "", status: int = 200
+        self,
+        request: Request,
+        sent: dict[str, str],
+        *,
+        plan: Any = None,
+        problem: str = "",
+        status: int = 200,
+        browsed: str | None = None,
     ) -> Response:
         office = await self.site.office(request)
         chosen = sent.get("to", "").split("\n")
         targets = [row for row in await rows(office) if row["enabled"] and row["direction"] != "query"]
+        listing, wrong = await browse(office, roots.sources, browsed)
         return self.site.page(
             request,
             "send.html",
@@ -85,10 +105,34 @@ class SendingPages:
             values={name: sent.get(name, "") for name in FIELDS},
             targets=[(row["name"], row["type"], row["leads_to"], row["name"] in chosen) for row in targets],
             priorities=PRIORITIES,
+            each=[(one, text(f"send.each.{one}")) for one in EACH],
             parts=[] if plan is None else [_part(name, one) for name, one in plan["targets"].items()],
+            studies=(plan or {}).get("studies", [])[:SHOWN],
             planned=plan is not None,
-            problem=problem,
+            browsable=office.embedded,  # else the paths are another machine's
+            listing=listing,
+            problem=problem or wrong,
         )
+
+
+async def browse(office: Office, places: Callable[[], Roots], path: str | None) -> tuple[Listing | None, str]:
+    """Return what lies in a folder, and what was wrong with that; nothing if no folder is asked for.
+
+    Args:
+        places: returns the folders below which may be looked.
+    """
+    from talaria.service.folders import listing
+
+    if path is None or not office.embedded:
+        return None, ""
+    try:
+        return await asyncio.to_thread(lambda: listing(places(), path)), ""
+    except Exception as exc:
+        return None, answer_to(exc)[1]
+
+
+def _paths(sent: dict[str, str]) -> list[str]:
+    return [line.strip() for line in sent.get("paths", "").splitlines() if line.strip()]
 
 
 def _check(paths: list[str], targets: list[str]) -> None:
@@ -107,13 +151,5 @@ def _part(name: str, planned: dict[str, Any]) -> dict[str, Any]:
         "name": name,
         "items": planned["items"][:SHOWN],
         "cut": max(0, len(planned["items"]) - SHOWN),
-        "words": text("send.counts", files=planned["files"], size=_size(planned["bytes"])),
+        "words": text("send.counts", files=planned["files"], size=size(planned["bytes"])),
     }
-
-
-def _size(count: int) -> str:
-    """Return a number of bytes as people read it."""
-    size, units = float(count), ["B", "kB", "MB", "GB"]
-    while size >= 1000 and len(units) > 1:
-        size, units = size / 1000, units[1:]
-    return f"{size:,.3g} {units[0]}" if size < 1000 else f"{size:,.0f} {units[0]}"

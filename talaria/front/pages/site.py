@@ -43,7 +43,7 @@ def templates() -> Environment:
         auto_reload=False,
     )
     found.globals |= {"t": text, "asset": asset, "type_icon": type_icon, "job_kind": job_kind}
-    found.filters |= {"moment": moment, "path": functools.partial(quote, safe="")}
+    found.filters |= {"moment": moment, "size": size, "path": functools.partial(quote, safe="")}
     return found
 
 
@@ -55,6 +55,14 @@ def render(template: str, status: int = 200, /, **values: Any) -> HTMLResponse:
 def moment(value: str | None) -> str:
     """Return a time in UTC as people read it; the page's script shows it in the reader's zone."""
     return datetime.fromisoformat(value).astimezone(UTC).strftime("%d %b %Y %H:%M UTC") if value else ""
+
+
+def size(count: float) -> str:
+    """Return a number of bytes as people read it."""
+    number, units = float(count), ["B", "kB", "MB", "GB"]
+    while number >= 1000 and len(units) > 1:
+        number, units = number / 1000, units[1:]
+    return f"{number:,.3g} {units[0]}" if number < 1000 else f"{number:,.0f} {units[0]}"
 
 
 class Site:

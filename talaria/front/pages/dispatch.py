@@ -1,0 +1,207 @@
+"""The page of one dispatch: how far it is, what happened, each item, its receipt, and what its buttons do."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import quote, urlencode
+
+from starlette.requests import Request
+from starlette.responses import RedirectResponse, Response
+from starlette.routing import BaseRoute, Route
+
+from talaria.front.access import Role, needs
+from talaria.front.pages.acting import act, actions, send_to
+from talaria.front.pages.dispatches import KINDS, LIST
+from talaria.front.pages.site import Site, fields, is_part, saved_as, shown, size, who
+from talaria.front.pages.targets import rows
+from talaria.front.pages.texts import text
+from transfer.errors import Misconfigured
+from transfer.tables import csv_text
+
+ITEMS = 200  # on a page
+STUDIES = 200  # of a flood
+EVENTS = 200  # of the time line, the newest
+DELIVERED = ("delivered", "already")
+COLUMNS = ("target", "study", "item", "sop_instance_uid", "outcome", "reason")
+
+
+class DispatchPage:
+    """One dispatch."""
+
+    def __init__(self, site: Site) -> None:
+        self.site = site
+
+    def routes(self) -> list[BaseRoute]:
+        """Return the routes."""
+        one = f"{LIST}/{{id}}"
+        return [
+            Route(one, self.one, methods=["GET"]),
+            Route(f"{one}/receipt", self.receipt, methods=["GET"]),
+            Route(f"{one}/receipt.csv", self.table, methods=["GET"]),
+            Route(f"{one}/send", self.send, methods=["POST"]),
+            Route(f"{one}/{{action}}", self.act, methods=["POST"]),
+        ]
+
+    @needs(Role.VIEWER)
+    @shown
+    async def one(self, request: Request) -> Response:
+        """Show a dispatch: how far it is at each target, why what is missing is missing, and what happened."""
+        return await self._shown(request)
+
+    async def _shown(self, request: Request, problem: str = "", status: int = 200) -> Response:
+        from talaria.service import jobs
+        from talaria.service.timeline import timeline
+
+        office, job = await self.site.office(request), request.path_params["id"]
+        flow_run = await jobs.found(office, job, KINDS)
+        run, document = jobs.line(flow_run), await jobs.result(office, flow_run)
+        live = run["ended"] is None
+        asked = who(request).role >= Role.OPERATOR and not (live and is_part(request))
+        speeds = await jobs.how_far(office, flow_run) if live else {}
+        others = [row["name"] for row in await rows(office) if _may_get(row, run)] if asked else []
+        events = await timeline(office, run["id"])
+        given = {name: request.query_params.get(name, "") for name in ("target", "outcome", "q", "offset")}
+        items = [one for one in _items(document) if _matches(one, given)]
+        offset = int(given["offset"]) if given["offset"].isdecimal() else 0
+        return self.site.page(
+            request,
+            "dispatch.html",
+            status=status,
+            run=run,
+            parts=[_part(name, one) for name, one in document["targets"].items()],
+            studies=[_study(row) for row in sorted(document.get("studies", ()), key=_is_delivered)[:STUDIES]],
+            more_studies=max(0, len(document.get("studies", ())) - STUDIES),
+            progress=[_speed(name, part) for name, part in speeds.items()],
+            live=live,
+            part=is_part(request),
+            actions=actions(run),
+            others=others,
+            events=events[-EVENTS:],
+            more_events=max(0, len(events) - EVENTS),
+            items=items[offset : offset + ITEMS],
+            count=len(items),
+            offset=offset,
+            given=given,
+            query=urlencode({key: value for key, value in given.items() if value and key != "offset"}),
+            targets=list(document["targets"]),
+            outcomes=sorted({one["outcome"] for one in _items(document)}),
+            problem=problem,
+        )
+
+    @needs(Role.VIEWER)
+    @shown
+    async def receipt(self, request: Request) -> Response:
+        """Return the receipt with every item, to be saved."""
+        document = await self._receipt(request)
+        return saved_as(f"{_name(document)}.json", "application/json", json.dumps(document, indent=1))
+
+    @needs(Role.VIEWER)
+    @shown
+    async def table(self, request: Request) -> Response:
+        """Return the receipt as CSV: a line for each item and target."""
+        document = await self._receipt(request)
+        return saved_as(f"{_name(document)}.csv", "text/csv", csv_text(COLUMNS, _items(document)))
+
+    async def _receipt(self, request: Request) -> dict[str, Any]:
+        from talaria.service import jobs
+
+        return await jobs.job_receipt(await self.site.office(request), request.path_params["id"], kinds=KINDS)
+
+    @needs(Role.OPERATOR)
+    @shown
+    async def act(self, request: Request) -> Response:
+        """Retry, cancel, pause or resume a dispatch."""
+        job = request.path_params["id"]
+        try:
+            await act(await self.site.office(request), job, request.path_params["action"], KINDS)
+        except Misconfigured as exc:  # it has ended meanwhile, perhaps
+            return await self._shown(request, exc.message, 409)
+        return RedirectResponse(f"{LIST}/{quote(job)}", 303)
+
+    @needs(Role.OPERATOR)
+    @shown
+    async def send(self, request: Request) -> Response:
+        """Send the files of a dispatch to another target."""
+        to = (await fields(request)).get("to", "")
+        try:
+            made = await send_to(await self.site.office(request), request.path_params["id"], to)
+        except Misconfigured as exc:
+            return await self._shown(request, exc.message, 422)
+        return RedirectResponse(f"{LIST}/{made}", 303)
+
+
+def _name(document: Mapping[str, Any]) -> str:
+    return f"receipt-{document['dispatch_id'] or document['flow_run_id']}"
+
+
+def _may_get(row: dict[str, Any], run: dict[str, Any]) -> bool:
+    return bool(row["enabled"] and row["direction"] != "query" and row["name"] not in run["targets"])
+
+
+def _part(name: str, receipt: dict[str, Any]) -> dict[str, Any]:
+    """Return the receipt of one target as the page shows it: reasons are counted, the most frequent first."""
+    items = [item for item in receipt["items"] if item["outcome"] not in DELIVERED]
+    reasons = Counter((item["outcome"], item["detail"]) for item in items)
+    return {
+        "name": name,
+        "state": receipt["state"],
+        "error": receipt.get("error") or "",
+        "notes": receipt.get("notes") or [],
+        "hook": receipt.get("hook", "none"),
+        "attempts": receipt.get("attempts", 0),
+        "size": size(receipt.get("bytes", 0)),
+        "delivered": sum(1 for item in receipt["items"] if item["outcome"] in DELIVERED),
+        "total": len(receipt["items"]),
+        "reasons": [(*key, count) for key, count in reasons.most_common(20)],
+    }
+
+
+def _items(document: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return every item at every target, those that are not plainly delivered first."""
+    found = [
+        {"target": name, "study": "", "item": item["path"], "sop_instance_uid": item["sop_instance_uid"]}
+        | {"outcome": item["outcome"], "reason": item["detail"]}
+        for name, receipt in document["targets"].items()
+        for item in receipt["items"]
+    ]
+    found += [
+        {"target": name, "study": row["study"], "item": item["path"], "sop_instance_uid": item["sop_instance_uid"]}
+        | {"outcome": item["outcome"], "reason": item["detail"]}
+        for row in document.get("studies", ())
+        for name, receipt in row["targets"].items()
+        for item in receipt.get("items", ())
+    ]
+    return sorted(found, key=lambda one: one["outcome"] in DELIVERED)
+
+
+def _matches(item: dict[str, Any], given: dict[str, str]) -> bool:
+    words = f"{item['study']} {item['item']} {item['reason']} {item['sop_instance_uid']}".casefold()
+    same = all(not given[name] or given[name] == item[name] for name in ("target", "outcome"))
+    return same and given["q"].strip().casefold() in words
+
+
+def _is_delivered(row: dict[str, Any]) -> bool:
+    return bool(row["state"] == "delivered")
+
+
+def _study(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a study of a flood in a line."""
+    errors = [f"{name}: {one['error']}" for name, one in row["targets"].items() if one.get("error")]
+    return {"name": row["study"], "state": row["state"], "dispatch_id": row["dispatch_id"], "words": "; ".join(errors)}
+
+
+def _speed(name: str, part: dict[str, Any]) -> dict[str, Any]:
+    """Return how far one target is, in words: items, bytes, speed and time left, where they are known."""
+    words = [part["words"]]
+    if part.get("bytes"):
+        words.append(text("dispatch.moved", moved=size(part["moved"]), all=size(part["bytes"])))
+    if part.get("rate"):
+        words.append(text("dispatch.rate", rate=size(part["rate"])))
+    left = part.get("seconds_left")
+    if left is not None and part.get("rate"):
+        minutes, seconds = divmod(round(left), 60)
+        words.append(text("dispatch.left", time=f"{minutes}:{seconds:02}"))
+    return {"name": name, "percent": part["percent"], "words": ", ".join(words), "failures": part.get("failures", ())}

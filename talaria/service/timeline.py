@@ -1,0 +1,50 @@
+"""What happened to a run, in order: its states, and what its attempts, waits and scripts said."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+from uuid import UUID
+
+from prefect.client.schemas.filters import LogFilter, LogFilterFlowRunId, LogFilterLevel
+from prefect.client.schemas.objects import Log
+from prefect.client.schemas.sorting import LogSort
+
+from talaria.service import Office
+
+PAGE, MOST = 200, 1000  # lines a request, and in all; later ones are in Prefect
+BAD = ("FAILED", "CRASHED")
+
+
+async def timeline(office: Office, run_id: str) -> list[dict[str, Any]]:
+    """Return what happened to a run, oldest first: `time` (ISO 8601), `kind` (`state`, `info`, `warning`), `words`."""
+    events = [
+        {
+            "time": state.timestamp.isoformat(timespec="milliseconds"),
+            "kind": "warning" if state.type.value in BAD else "state",
+            "words": state.name or "",
+            "more": state.message or "",
+        }
+        for state in await office.client.read_flow_run_states(UUID(run_id))
+    ]
+    events += [
+        {
+            "time": one.timestamp.isoformat(timespec="milliseconds"),
+            "kind": "warning" if one.level >= logging.WARNING else "info",
+            "words": "",
+            "more": one.message,
+        }
+        for one in await _logs(office, UUID(run_id))
+    ]
+    return sorted(events, key=lambda event: str(event["time"]))
+
+
+async def _logs(office: Office, run_id: UUID) -> list[Log]:
+    wanted = LogFilter(flow_run_id=LogFilterFlowRunId(any_=[run_id]), level=LogFilterLevel(ge_=logging.INFO))
+    found: list[Log] = []
+    while len(found) < MOST:
+        page = await office.client.read_logs(wanted, limit=PAGE, offset=len(found), sort=LogSort.TIMESTAMP_ASC)
+        found += page
+        if len(page) < PAGE:
+            break
+    return found
