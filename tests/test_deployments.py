@@ -9,6 +9,7 @@ import shutil
 import subprocess
 from importlib.resources import files
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import jsonschema
@@ -58,7 +59,7 @@ def test_a_wrong_manifest_is_refused() -> None:
 
 def test_every_setting_that_they_name_is_one() -> None:
     known = {f"TALARIA_{name.upper()}" for name in Settings.model_fields}
-    for path in FOLDER.iterdir():
+    for path in [one for one in FOLDER.rglob("*") if one.is_file()]:
         assert set(re.findall(r"\bTALARIA_[A-Z_]+", path.read_text())) <= known, path.name
 
 
@@ -87,3 +88,54 @@ def test_systemd_takes_the_unit_of_a_server(tmp_path: Path) -> None:
         env=os.environ | {"SYSTEMD_LOG_LEVEL": "warning"},
     )
     assert path.name not in ran.stderr, ran.stderr
+
+
+# ---- monitoring
+
+
+MONITORING = FOLDER / "monitoring"
+DASHBOARD = json.loads((MONITORING / "grafana-dashboard.json").read_text())
+VARIABLES = {"$target": ".*", "$__rate_interval": "5m"}  # of the dashboard, and what Grafana may put for them
+
+
+def promtool(*arguments: str, given: str = "") -> str:
+    """Run Prometheus' own tool, of Debian's package; what it says is returned where it is content."""
+    ran = subprocess.run(
+        ["promtool", *arguments], cwd=MONITORING, input=given, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    return ran.stdout
+
+
+def test_prometheus_takes_the_alert_rules_and_they_do_what_their_tests_say() -> None:
+    promtool("check", "rules", "--lint-fatal", "talaria.rules.yml")
+    promtool("test", "rules", "talaria.tests.yml")
+    promtool("check", "config", "--syntax-only", "prometheus.yml")
+
+
+def test_each_alert_is_tested_or_a_plain_comparison() -> None:
+    rules = yaml.safe_load((MONITORING / "talaria.rules.yml").read_text())["groups"][0]["rules"]
+    tests = yaml.safe_load((MONITORING / "talaria.tests.yml").read_text())["tests"]
+    tested = {one["alertname"] for test in tests for one in test["alert_rule_test"]}
+    assert {one["alert"] for one in rules} - tested == {"TalariaDown"}
+
+
+def test_prometheus_takes_every_query_of_the_dashboard() -> None:
+    queries = [one["expr"] for panel in DASHBOARD["panels"] for one in panel["targets"]]
+    for name, value in VARIABLES.items():
+        queries = [one.replace(name, value) for one in queries]
+    assert len(queries) > 20 and not any("$" in one for one in queries)
+    rules = [{"record": f"query:{number}", "expr": one} for number, one in enumerate(queries)]
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "queries.yml"
+        path.write_text(yaml.safe_dump({"groups": [{"name": "dashboard", "rules": rules}]}))
+        promtool("check", "rules", str(path))
+
+
+def test_panels_of_the_dashboard_do_not_cover_each_other() -> None:
+    fields = set[tuple[int, int]]()
+    for panel in DASHBOARD["panels"]:
+        at = panel["gridPos"]
+        own = {(at["x"] + x, at["y"] + y) for x in range(at["w"]) for y in range(at["h"])}
+        assert not own & fields and at["x"] + at["w"] <= 24, panel["title"]
+        fields |= own

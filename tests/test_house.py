@@ -155,7 +155,7 @@ def imported() -> dict[str, set[str]]:
                 names = [str(one.value) for one in node.args if isinstance(one, ast.Constant)]
             for name in {name.split(".")[0] for name in names} - set(FLOORS) - set(sys.stdlib_module_names):
                 for one in providers.get(name, [name]):
-                    found.setdefault(one.lower(), set()).add(str(path.relative_to(ROOT)))
+                    found.setdefault(one.lower().replace("_", "-"), set()).add(str(path.relative_to(ROOT)))
     return found
 
 

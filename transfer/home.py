@@ -7,6 +7,7 @@ TALARIA_HOME (default ~/.talaria, mode 0700)
 ├── progress/         how far each flow run is that runs, or has just ended
 ├── waiting/          what flow runs that wait have achieved
 ├── breakers/         one file per target that does not answer
+├── listening/        one file per listener that is at work
 ├── staging/          one folder per running flow run
 ├── indexes/          one file per folder that is searched and can't hold its index itself
 ├── owners/           one locked file per living process that runs dispatches

@@ -19,7 +19,7 @@ from typing import Any
 
 import uvicorn
 
-from talaria.front import pages
+from talaria.front import metrics, pages
 from talaria.front.access import Role
 from talaria.front.api import routes, shared
 from talaria.front.api.asking import Reach
@@ -108,7 +108,7 @@ class Front:
             else EmbeddedPrefect(worker_auth(home), load, self._fail)
         )
         reach = Reach(shared(self.upstream), home, embedded=not orders.upstream, url=orders.upstream)
-        own = [*pages.routes(reach), *routes(reach)]
+        own = [*pages.routes(reach), *routes(reach), *metrics.routes(reach, orders.certificate)]
         self.app = build(KeyRing(home), door, self.upstream, own, self.heard)
 
     async def serve(self) -> None:

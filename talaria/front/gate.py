@@ -33,6 +33,7 @@ Send = Callable[[Message], Awaitable[None]]
 Application = Callable[[Message, Receive, Send], Awaitable[None]]
 
 OWN = "/talaria"
+METRICS = "/metrics"  # where scrapers look for it
 MOST_BYTES = 16 << 20  # of a person's or script's request; a list of 100,000 paths takes half of it
 FIRST_WORD_S = 20  # of a websocket, which says who opens it
 _SAFE = ("GET", "HEAD", "OPTIONS")
@@ -66,8 +67,8 @@ class _Asker:
 
 
 def is_own(path: str) -> bool:
-    """Return True for a path of Talaria's own pages and API."""
-    return path == OWN or path.startswith(f"{OWN}/")
+    """Return True for a path of Talaria's own pages and API, and of its metrics."""
+    return path in (OWN, METRICS) or path.startswith(f"{OWN}/")
 
 
 class Gate:

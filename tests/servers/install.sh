@@ -1,7 +1,7 @@
 #!/bin/sh
 # Installs the Debian packages of the servers that tests talk to, where it may; else says what is missing.
 set -eu
-packages="dcmtk orthanc orthanc-dicomweb openssh-server openssh-client rsync rclone socat chromium redis-server postgresql nodejs npm tinyproxy rsyslog rsyslog-openssl"
+packages="dcmtk orthanc orthanc-dicomweb openssh-server openssh-client rsync rclone socat chromium redis-server postgresql nodejs npm tinyproxy rsyslog rsyslog-openssl prometheus"
 missing=""
 for package in $packages; do
     case "$package" in

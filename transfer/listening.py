@@ -1,0 +1,59 @@
+"""How listeners for modalities are doing, for whoever looks at this machine: one small file for each, replaced whole.
+
+TALARIA_HOME/listening/<port>.json
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+
+from transfer.home import Home
+from transfer.live import replace
+
+STALE_S = 60.0  # after which a listener that has not written its file counts as gone; it writes each few seconds
+
+
+@dataclass(frozen=True)
+class ListenerStatus:
+    """What a listener has done since it began.
+
+    Attributes:
+        associations: those that are open now.
+        accepted, refused: associations.
+        instances, bytes: that were answered with success.
+        time: when this was written, in seconds since the epoch.
+    """
+
+    port: int
+    associations: int = 0
+    accepted: int = 0
+    refused: int = 0
+    instances: int = 0
+    bytes: int = 0
+    time: float = 0.0
+
+
+def write(home: Home, status: ListenerStatus) -> None:
+    """Replace what is known of a listener. A disk that is full costs the sight of it, nothing else."""
+    with suppress(OSError):
+        replace(home.root / "listening" / f"{status.port}.json", asdict(status))
+
+
+def forget(home: Home, port: int) -> None:
+    """Remove what is known of a listener that has ended."""
+    with suppress(OSError):
+        (home.root / "listening" / f"{port}.json").unlink()
+
+
+def listeners(home: Home) -> list[ListenerStatus]:
+    """Return what is known of the listeners that are at work, by port."""
+    found = []
+    for path in sorted((home.root / "listening").glob("*.json")):
+        with suppress(OSError, ValueError, TypeError):
+            one = ListenerStatus(**json.loads(path.read_bytes()))
+            if one.time > time.time() - STALE_S:
+                found.append(one)
+    return sorted(found, key=lambda one: one.port)
