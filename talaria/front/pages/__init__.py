@@ -16,6 +16,7 @@ from talaria.front.pages.editing import EditingPages
 from talaria.front.pages.querying import QueryPages
 from talaria.front.pages.retrievals import RetrievalPages
 from talaria.front.pages.sending import SendingPages
+from talaria.front.pages.settings import SettingsPages
 from talaria.front.pages.site import Site
 from talaria.front.pages.targets import TargetPages
 
@@ -29,6 +30,7 @@ def routes(reach: Reach) -> list[BaseRoute]:
         *SendingPages(site).routes(),
         *QueryPages(site).routes(),
         *RetrievalPages(site).routes(),
+        *SettingsPages(site).routes(),
         *EditingPages(site, checks).routes(),
         *TargetPages(site, checks).routes(),
     ]

@@ -1,0 +1,179 @@
+"""Settings as pages: passwords, users, tokens and the audit trail; no Prefect is needed for them."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Callable, Coroutine
+from html import unescape
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from talaria.front import pages
+from talaria.front.access import Role, role_of
+from talaria.front.api import shared
+from talaria.front.api.asking import Reach
+from tests.front.door import PASSWORD, Echo, FrontDoor
+from tests.front.people import fields, words
+from transfer.audit import Trail, entries
+from transfer.home import Home
+
+BASE = "http://127.0.0.1:4200"
+NEW = "another-good-password"
+ROOT = Path(__file__).parents[2]
+
+
+class House:
+    """A front door without a Prefect, and browsers of people who have logged in."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(mode=0o700)
+        reach = Reach(shared(Echo()), Home(folder), embedded=True, url="")  # type: ignore[arg-type]
+        self.door = FrontDoor(folder, pages.routes(reach))
+
+    def add(self, name: str, role: Role) -> None:
+        self.door.keys.users.add(name, role, PASSWORD)
+
+    async def log_in(self, client: httpx.AsyncClient, name: str, password: str = PASSWORD) -> int:
+        form = {"user": name, "password": password, "next": "/talaria/settings"}
+        return (await client.post("/talaria/login", data=form)).status_code
+
+    def audit(self) -> list[dict[str, Any]]:
+        return [one for one in entries(Trail(self.door.home)) if one["event"] == "user-changed"]
+
+
+@pytest.fixture
+def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> House:
+    monkeypatch.setenv("TALARIA_HOME", str(tmp_path / "home"))
+    return House(tmp_path / "home")
+
+
+def run(house: House, name: str, case: Callable[[httpx.AsyncClient], Coroutine[Any, Any, None]]) -> None:
+    async def whole() -> None:
+        async with house.door.browser() as client:
+            client.headers.update({"Accept": "text/html", "Origin": BASE})
+            assert await house.log_in(client, name) == 303
+            await case(client)
+
+    asyncio.run(whole())
+
+
+def test_one_s_own_password_is_changed_and_ends_the_sessions(house: House) -> None:
+    house.add("vera", Role.VIEWER)
+
+    async def case(client: httpx.AsyncClient) -> None:
+        page = (await client.get("/talaria/settings")).text
+        assert "vera (viewer)" in words(page) and "/talaria/settings/users" not in page
+        for form, said in (
+            ({"now": "wrong", "new": NEW, "again": NEW}, "The password now is wrong."),
+            ({"now": PASSWORD, "new": NEW, "again": "else"}, "are not the same"),
+            ({"now": PASSWORD, "new": "short", "again": "short"}, "a password has"),
+        ):
+            answer = await client.post("/talaria/settings/password", data=form)
+            assert answer.status_code == 422 and said in words(answer.text)
+        done = await client.post("/talaria/settings/password", data={"now": PASSWORD, "new": NEW, "again": NEW})
+        assert done.status_code == 303
+        assert (await client.get("/talaria/settings", headers={"Accept": "application/json"})).status_code == 401
+        assert await house.log_in(client, "vera") == 401
+        assert await house.log_in(client, "vera", NEW) == 303
+        for _ in range(20):  # nobody who finds an open session tries passwords for long
+            answer = await client.post("/talaria/settings/password", data={"now": "x", "new": NEW, "again": NEW})
+            if answer.status_code == 429:
+                break
+        assert answer.status_code == 429
+
+    run(house, "vera", case)
+    assert [(one["who"], one["details"]["change"]) for one in house.audit()] == [("vera", "password")]
+
+
+def test_an_admin_adds_changes_and_removes_users_but_not_himself(house: House) -> None:
+    house.add("adam", Role.ADMIN)
+
+    async def case(client: httpx.AsyncClient) -> None:
+        async def change(status: int = 303, **form: str) -> str:
+            answer = await client.post("/talaria/settings/users", data=form)
+            assert answer.status_code == status, words(answer.text)
+            return answer.text
+
+        page = await change(422, do="add", name="<b>", role="operator", password=PASSWORD)
+        assert "is not valid" in words(page) and "<b>" not in page and PASSWORD not in page
+        assert fields(page)["name"] == "<b>"
+        await change(do="add", name="olga", role="operator", password=PASSWORD)
+        await change(do="add", name="paul", role="viewer", proxy="true")
+        assert "a user named olga is there already" in words(
+            await change(422, do="add", name="olga", role="viewer", password=PASSWORD)
+        )
+        await change(do="role", name="olga", role="admin")
+        await change(do="password", name="olga", password=NEW)
+        for form in ({"do": "role", "role": "viewer"}, {"do": "remove"}):
+            assert "another admin has to do that" in words(await change(422, name="adam", **form))
+        page = (await client.get("/talaria/settings/users")).text
+        assert page.count('value="remove"') == 2
+        await change(do="remove", name="paul")
+
+    run(house, "adam", case)
+    users = {one.name: one.role for one in house.door.keys.users.all()}
+    assert users == {"adam": Role.ADMIN, "olga": Role.ADMIN}
+    assert house.door.keys.users.verify("olga", NEW)
+    changes = [(one["who"], one["details"]["change"], one["details"]["name"]) for one in house.audit()]
+    assert changes == [
+        ("adam", "added", "olga"), ("adam", "added", "paul"), ("adam", "role", "olga"), ("adam", "password", "olga"),
+        ("adam", "removed", "paul"),
+    ]  # fmt: skip
+
+
+def test_a_token_is_shown_once_works_and_is_revoked(house: House) -> None:
+    house.add("adam", Role.ADMIN)
+
+    async def case(client: httpx.AsyncClient) -> None:
+        answer = await client.post(
+            "/talaria/settings/tokens", data={"do": "create", "name": "night", "role": "viewer", "expires": "30d"}
+        )
+        secret = re.search(r"tal_[0-9a-f]{8}_[\w-]{43}", answer.text)
+        assert secret and answer.headers["cache-control"] == "no-store"
+        page = (await client.get("/talaria/settings/tokens")).text
+        assert "night" in page and secret[0] not in page
+        headers = {"Authorization": f"Bearer {secret[0]}", "Cookie": ""}
+        assert (await client.get("/talaria/settings", headers=headers)).status_code == 200
+        assert (await client.get("/talaria/settings/users", headers=headers)).status_code == 403
+        wrong = await client.post("/talaria/settings/tokens", data={"do": "create", "role": "root", "expires": "30d"})
+        assert wrong.status_code == 422 and "is not one of" in words(wrong.text)
+        assert (await client.post("/talaria/settings/tokens", data={"do": "revoke", "id": "night"})).status_code == 303
+
+    run(house, "adam", case)
+    assert house.door.keys.tokens.all() == []
+
+
+def test_the_audit_trail_is_read_filtered_and_verified(house: House) -> None:
+    house.add("adam", Role.ADMIN)
+
+    async def case(client: httpx.AsyncClient) -> None:
+        form = {"do": "add", "name": "olga", "role": "viewer", "password": PASSWORD}
+        await client.post("/talaria/settings/users", data=form)
+        page = words((await client.get("/talaria/settings/audit?event=user-changed&who=adam")).text)
+        assert "change: added, name: olga" in page
+        assert "No entry matches." in words((await client.get("/talaria/settings/audit?who=nobody")).text)
+        assert "none was altered" in words((await client.post("/talaria/settings/audit")).text)
+        await asyncio.to_thread(altered, Path(Trail(house.door.home).path))
+        assert "not as it was written" in words((await client.post("/talaria/settings/audit")).text)
+
+    run(house, "adam", case)
+
+
+def altered(trail: Path) -> None:
+    trail.write_bytes(trail.read_bytes().replace(b"olga", b"omar"))
+
+
+def test_the_document_names_every_page_and_its_role(house: House) -> None:
+    text = (ROOT / "docs/pages.md").read_text()
+    told = dict(re.findall(r"^\| `(/talaria/[^`]*)` \| (\w+) \|", text, re.M))
+    declared = {
+        re.sub(r"{(\w+)}", lambda found: found[1].upper(), route.path): role_of(route).label
+        for route in house.door.gate.routes
+        if "GET" in (getattr(route, "methods", None) or ()) and route.path.startswith("/talaria/")
+    }
+    assert {path: role for path, role in declared.items() if path in told} == told
+    assert unescape(text).count("| `/talaria/") == len(told)
