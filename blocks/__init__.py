@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from blocks.base import Direction, Target
 from blocks.dicom import DicomTarget
+from blocks.dicom_source import DicomSource
 from blocks.dicom_tls import DicomTlsTarget
 from blocks.dicomweb import DicomWebTarget
 from blocks.extensions import Extension, load
@@ -33,6 +34,6 @@ _CLASSES: tuple[type[Target], ...] = (
 _OWN = {cls.type_name: cls for cls in _CLASSES}
 EXTENSIONS, REFUSED = load(_OWN)  # types of other packages; those that can't be used, with the reason
 TYPES: dict[str, type[Target]] = _OWN | {name: one.block for name, one in EXTENSIONS.items()}
-SOURCES: dict[str, type[Source]] = {cls.type_name: cls for cls in (InboxSource, ListSource)}
+SOURCES: dict[str, type[Source]] = {cls.type_name: cls for cls in (InboxSource, ListSource, DicomSource)}
 
 __all__ = ["EXTENSIONS", "REFUSED", "SOURCES", "TYPES", "Direction", "Extension", "Source", "Target"]

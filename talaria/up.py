@@ -1,4 +1,4 @@
-"""`talaria up`: the front door with the embedded server, and its workers, in the foreground."""
+"""`talaria up`: the front door with the embedded server, its workers, and what listens, in the foreground."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from transfer.home import Home
 
 LOOK_S = 0.3  # between two looks at the processes
 CALM_S = 2.0  # before a worker that died is started again
+LISTENING = "from talaria.engine.listening import main\nmain()"
 WORKER = "from talaria.imports import staying\nwith staying(): from talaria.engine.worker import main\nmain()"
 
 
@@ -62,12 +63,16 @@ def _serve(settings: Settings, home: Home, server: FrontServer, workers: int, as
     embedded = not server.entrance.upstream
     taken = _prepare(home, alone=embedded)
     crew = _Crew(server, home, settings.limit, workers, alone=embedded and workers == 1)
+    ear = _Ear(home)
     try:
         record(Event.STARTED, version=__version__)
         _announce(home, server, taken)
-        _watch(server, crew, asked)
+        _watch(server, crew, ear, asked)
+        ear.close()
         crew.drain(asked)
+        ear.drain(asked)
     finally:
+        ear.stop()
         crew.stop()
         record(Event.STOPPED)
 
@@ -148,6 +153,40 @@ class _Crew:
             stop_child(member)
 
 
+class _Ear:
+    """The process that listens for modalities (`talaria.engine.listening`)."""
+
+    def __init__(self, home: Home) -> None:
+        self.log = home.root / "logs" / "listening.log"
+        self.process = self._start()
+        self._again = 0.0  # when it is started again, by `time.monotonic`; 0 while it runs
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        return child([sys.executable, "-P", "-c", LISTENING], {}, self.log, umask=0o077)
+
+    def keep(self) -> None:
+        """Start it again some time after it died."""
+        if self.process.poll() is None:
+            return
+        if not self._again:
+            say(f"what listens ended with exit code {self.process.returncode}: starting it again (log: {self.log})")
+            self._again = time.monotonic() + CALM_S
+        elif time.monotonic() >= self._again:
+            self.process, self._again = self._start(), 0.0
+
+    def close(self) -> None:
+        """Let nobody begin; open associations have some seconds."""
+        self.process.terminate()
+
+    def drain(self, asked: _Asked) -> None:
+        """Wait until open associations have ended, or their time is over, or somebody asks a second time."""
+        while asked.times < 2 and self.process.poll() is None:
+            time.sleep(LOOK_S)
+
+    def stop(self) -> None:
+        stop_child(self.process)
+
+
 async def _while(alive: Callable[[], bool], call: Coroutine[Any, Any, list[str]]) -> list[str]:
     """Return what a call returns that a server answers, as long as that lives.
 
@@ -165,14 +204,15 @@ async def _while(alive: Callable[[], bool], call: Coroutine[Any, Any, list[str]]
     return task.result()
 
 
-def _watch(server: FrontServer, crew: _Crew, asked: _Asked) -> None:
-    """Keep server and workers alive until somebody asks to stop."""
+def _watch(server: FrontServer, crew: _Crew, ear: _Ear, asked: _Asked) -> None:
+    """Keep server, workers and what listens alive until somebody asks to stop."""
     while not asked.event.wait(LOOK_S):
         if server.process.poll() is not None:
             say(f"the server ended with exit code {server.process.returncode}: starting it again (log: {server.log})")
             server.restart()
             server.wait(asked.check)
         crew.keep()
+        ear.keep()
     say("stopping: running dispatches are finished first; ask again to stop at once")
 
 

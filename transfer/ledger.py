@@ -250,6 +250,16 @@ class Ledger:
                 found[item.path] = row[2]
         return found
 
+    def confirmed_instances(self, uids: Iterable[str], destinations: Iterable[str]) -> set[str]:
+        """Return those of some SOP Instance UIDs that one of these targets has confirmed, in any dispatch."""
+        with self._db.reading():
+            rows = self._db.execute(
+                f"SELECT DISTINCT sop_instance_uid FROM items WHERE sop_instance_uid IN ({self._db.LISTED})"  # noqa: S608
+                f" AND destination IN ({self._db.LISTED}) AND outcome IN ({self._db.LISTED})",
+                tuple(json.dumps(sorted(one)) for one in (set(uids), set(destinations), ARRIVED)),
+            )
+            return {uid for (uid,) in rows}
+
     def results(self, dispatch_id: str) -> dict[str, list[ItemResult]]:
         """Return all rows of a dispatch by destination."""
         found: dict[str, list[ItemResult]] = {}

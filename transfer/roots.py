@@ -24,8 +24,9 @@ _MEANING = {
     SOURCES: "everybody who may dispatch can send any file that this user can read",
     PLACES: "everybody who may change targets or retrieve can write wherever this user can",
 }
-# Of the state directory: what a retrieval fetched, and sends; what was kept of a dispatch that was given up.
-SPOOLS = re.compile(r"(retrievals/[^/]+/spool|failed/[^/]+/files)(/|$)")
+# Of the state directory: what a retrieval fetched, and sends; what was kept of a dispatch that was given up; what was
+# received.
+SPOOLS = re.compile(r"(retrievals/[^/]+/spool|failed/[^/]+/files|received/[^/]+/[^/.][^/]*)(/|$)")
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,8 @@ class Roots:
 
     Attributes:
         setting: the variable that names them.
-        folders: absolute; `/` where the variable is not set. Of the state directory, only spools of retrievals and
-            dead letters count.
+        folders: absolute; `/` where the variable is not set. Of the state directory, only spools of retrievals, dead
+            letters and received units count.
     """
 
     setting: str
@@ -96,7 +97,7 @@ def is_in(real: str, folder: str) -> bool:
 
 
 def is_private(real: str) -> bool:
-    """Return True if a real path lies in the state directory, and not in what a retrieval is about to send."""
+    """Return True if a real path lies in the state directory, and not in what is about to be sent from there."""
     home = state_folder()
     return is_in(real, home) and not SPOOLS.match(_below(real, home))
 
@@ -131,9 +132,10 @@ def _of(setting: str) -> Roots:
 
 
 def sources() -> Roots:
-    """Return where may be sent from: also what retrievals and dead letters have in the state directory."""
+    """Return where may be sent from: also what was retrieved, kept or received in the state directory."""
     made = _of(SOURCES)
-    return Roots(SOURCES, (*made.folders, *(os.path.join(state_folder(), name) for name in ("retrievals", "failed"))))
+    spools = (os.path.join(state_folder(), name) for name in ("retrievals", "failed", "received"))
+    return Roots(SOURCES, (*made.folders, *spools))
 
 
 def places() -> Roots:

@@ -115,7 +115,7 @@ class StorageScp:
         tls_only: bool = False,
     ) -> None:
         self.aet, self.desk, self.tls, self.tls_only = aet, desk, tls, tls_only
-        self._idle_timeout_s = idle_timeout_s
+        self.idle_timeout_s = idle_timeout_s
         self._closed, self._deaf = threading.Event(), threading.Event()
         self._served = 0
         self._lock = threading.Lock()
@@ -246,7 +246,7 @@ class StorageScp:
 
     def stream(self, sock: socket.socket, caller: Caller) -> Stream:
         """Return a connection as messages."""
-        return Stream(sock, f"{caller.calling} at {caller.host}", self._idle_timeout_s, self.check)
+        return Stream(sock, f"{caller.calling} at {caller.host}", self.idle_timeout_s, self.check)
 
 
 class ServedAssociation:

@@ -1,0 +1,318 @@
+"""A DICOM listener: an AE title and a port that modalities send to, and where what they send goes."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterable
+from enum import StrEnum
+from fnmatch import fnmatchcase
+from typing import ClassVar, Self
+
+from pydantic import BaseModel, ConfigDict, Field, HttpUrl, SecretStr, field_validator, model_validator
+
+from blocks.base import ICONS, check_host
+from blocks.dicom import AET_CHARS, check_aet
+from blocks.dicom_tls import TlsProfile
+from blocks.fields import BYTES, SECONDS, Group, about
+from blocks.source import Source, checked_names
+
+MOST_ASSOCIATIONS = 64  # at once, unless the source says otherwise
+
+
+class DicomUnit(StrEnum):
+    """What is dispatched as a whole."""
+
+    STUDY = "study"
+    SERIES = "series"
+
+
+class AllowedPeer(BaseModel):
+    """Who may send; what is left empty may be anything."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    aet: str = Field(default="", title="AE title", description="Pattern of its AE title, as in CT*.")
+    host: str = Field(
+        default="", title="Host", description="Its address, a network as in 10.1.0.0/16, or its name; empty for any."
+    )
+    port: int = Field(
+        default=0,
+        ge=0,
+        le=65_535,
+        title="Port for reports",
+        description="Port on which it listens for reports of storage commitment; 0 if they are to come on the "
+        "association that asked.",
+    )
+
+    @field_validator("aet")
+    @classmethod
+    def _aet(cls, value: str) -> str:
+        return _pattern(value)
+
+    @field_validator("host")
+    @classmethod
+    def _host(cls, value: str) -> str:
+        value = value.strip()
+        if "/" in value:
+            try:
+                return str(ipaddress.ip_network(value, strict=False))
+            except ValueError as exc:
+                raise ValueError(f"{value!r} is not a network: write it as in 10.1.0.0/16") from exc
+        return check_host(value) if value else ""
+
+
+class Route(BaseModel):
+    """Where studies go: those that all its patterns fit, to all its targets. An empty pattern fits everything."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    called: str = Field(default="", title="Called AE title", description="Pattern of the AE title that was called.")
+    calling: str = Field(default="", title="Calling AE title", description="Pattern of the sender's AE title.")
+    modality: str = Field(
+        default="", title="Modality", description="Patterns of a series' modality, separated by commas, as in CT,MR."
+    )
+    study_description: str = Field(
+        default="", title="Study description", description="Pattern of it, as in *thorax*, whatever its case."
+    )
+    series_description: str = Field(
+        default="", title="Series description", description="Pattern of it, as in *lung*, whatever its case."
+    )
+    targets: list[str] = Field(title="Targets", description="Names of the targets.")
+
+    @field_validator("targets")
+    @classmethod
+    def _targets(cls, value: list[str]) -> list[str]:
+        names = checked_names(value)
+        if not names:
+            raise ValueError("a route to nobody: name one target at least")
+        return names
+
+    @field_validator("called", "calling")
+    @classmethod
+    def _titles(cls, value: str) -> str:
+        return _pattern(value)
+
+    @property
+    def reads(self) -> bool:
+        """Whether it takes a look into instances to decide."""
+        return bool(self.modality or self.study_description or self.series_description)
+
+    def fits_titles(self, calling: str, called: str) -> bool:
+        """Return True if it may take what this sender has sent to this AE title."""
+        titles = ((calling, self.calling), (called, self.called))
+        return all(not pattern or fnmatchcase(title, pattern) for title, pattern in titles)
+
+    def fits(self, modality: str, study_description: str, series_description: str) -> bool:
+        """Return True if it takes a series that says this of itself."""
+        modalities = [one.strip() for one in self.modality.split(",") if one.strip()]
+        if modalities and not any(fnmatchcase(modality.upper(), one.upper()) for one in modalities):
+            return False
+        described = ((study_description, self.study_description), (series_description, self.series_description))
+        return all(not pattern or fnmatchcase(text.casefold(), pattern.casefold()) for text, pattern in described)
+
+
+class DicomSource(Source):
+    """A DICOM listener: modalities send to it by C-STORE, and may ask it for storage commitment.
+
+    Instances are kept as sent, in any transfer syntax and of any SOP class, and are on disk before they are confirmed.
+    A study is dispatched when nothing has come for it for some time, with the sender's AE titles and address; what
+    every target has confirmed is removed. Several sources may share a port, each with an AE title of its own.
+    """
+
+    _block_type_name = "DICOM Source"
+    _block_type_slug = "dicom-source"
+    _documentation_url = HttpUrl("https://dicom.nema.org/medical/dicom/current/output/html/part04.html#chapter_B")
+    _logo_url = HttpUrl(f"{ICONS}/dicom.svg")
+    _code_example = """```python
+from blocks.dicom_source import DicomSource
+
+router = DicomSource.load("BLOCK_NAME")
+```"""
+
+    type_name: ClassVar[str] = "dicom"
+    watched: ClassVar[bool] = True
+
+    port: int = Field(
+        default=11_112,
+        ge=1,
+        le=65_535,
+        description="TCP port that is listened on.",
+        title="Port",
+        json_schema_extra=about(Group.CONNECTION, placeholder="11112"),
+    )
+    host: str = Field(
+        default="",
+        description="Address to listen on; empty for all addresses of this machine.",
+        title="Listen on address",
+        json_schema_extra=about(Group.CONNECTION, advanced=True, placeholder="all"),
+    )
+    aet: str = Field(
+        default="TALARIA",
+        description="AE title by which senders call it.",
+        title="Our AE title",
+        json_schema_extra=about(Group.CONNECTION, placeholder="TALARIA"),
+    )
+    peers: list[AllowedPeer] = Field(
+        default=[],
+        description="Who may send, by AE title and address; empty for everybody who knows our AE title.",
+        title="Who may send",
+        json_schema_extra=about(Group.TRUST),
+    )
+    routes: list[Route] = Field(
+        default=[],
+        description="Where studies go besides the targets: each route takes what its patterns fit. A study goes as a "
+        "whole, also where only one of its series fits.",
+        title="Routes",
+        json_schema_extra=about(Group.USE, at=2),
+    )
+    unit: DicomUnit = Field(
+        default=DicomUnit.STUDY,
+        description="What is dispatched as a whole: what one sender has sent of a study, or of a series.",
+        title="What is one study",
+        json_schema_extra=about(Group.READY),
+    )
+    settle_s: float = Field(
+        default=60,
+        ge=1,
+        le=604_800,
+        description="Seconds without a new instance after which a study is complete.",
+        title="Complete after",
+        json_schema_extra=about(Group.READY, unit=SECONDS),
+    )
+    max_associations: int = Field(
+        default=MOST_ASSOCIATIONS,
+        ge=1,
+        le=1000,
+        description="Associations at once; more are asked to come again later.",
+        title="Associations at once",
+        json_schema_extra=about(Group.LIMITS, advanced=True),
+    )
+    idle_timeout_s: float = Field(
+        default=60,
+        gt=0,
+        le=86_400,
+        description="Seconds of silence after which an association is ended.",
+        title="Give up on silence after",
+        json_schema_extra=about(Group.LIMITS, advanced=True, unit=SECONDS),
+    )
+    keep_free: int = Field(
+        default=1 << 30,
+        ge=0,
+        description="Bytes that must stay free on the disk: with less, nothing is accepted.",
+        title="Keep free",
+        json_schema_extra=about(Group.LIMITS, advanced=True, unit=BYTES),
+    )
+    tls_cert: str = Field(
+        default="",
+        description="Our certificate with its chain: path of a PEM file, or its text; with it, only TLS is accepted.",
+        title="Our certificate",
+        json_schema_extra=about(Group.SECURITY, placeholder="path or -----BEGIN CERTIFICATE-----", at=1, lines=True),
+    )
+    tls_key: SecretStr = Field(
+        default=SecretStr(""),
+        description="Private key of our certificate: path of a PEM file, or its text.",
+        title="Our key",
+        json_schema_extra=about(Group.SECURITY, placeholder="path or -----BEGIN PRIVATE KEY-----", at=2, lines=True),
+    )
+    tls_key_password: SecretStr = Field(
+        default=SecretStr(""),
+        description="Password of an encrypted private key.",
+        title="Password of our key",
+        json_schema_extra=about(Group.SECURITY, at=3),
+    )
+    ca_cert: str = Field(
+        default="",
+        description="Certificates that are trusted to vouch for senders: path of a PEM file or folder, or PEM text; "
+        "empty for the system's trust store.",
+        title="Trust these authorities",
+        json_schema_extra=about(Group.SECURITY, placeholder="path or -----BEGIN CERTIFICATE-----", lines=True),
+    )
+    tls_profile: TlsProfile = Field(
+        default=TlsProfile.BCP195,
+        description="Secure connection profile: bcp195, bcp195-nondowngrading for the strictest suites only, or legacy "
+        "for old senders: TLS 1.0 and later, RSA key exchange and CBC suites too.",
+        title="Profile",
+        json_schema_extra=about(Group.SECURITY, advanced=True),
+    )
+
+    @property
+    def reaches(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys((*self.targets, *(name for route in self.routes for name in route.targets))))
+
+    @property
+    def place(self) -> tuple[str, int]:
+        """Address and port that are listened on; sources that share them have one listener."""
+        return self.host, self.port
+
+    @property
+    def security(self) -> tuple[str, ...]:
+        """The settings of TLS, which sources on one port must have in common; () for plain connections."""
+        if not self.tls_cert:
+            return ()
+        key, password = self.tls_key.get_secret_value(), self.tls_key_password.get_secret_value()
+        return self.tls_cert, key, password, self.ca_cert, str(self.tls_profile)
+
+    @field_validator("host")
+    @classmethod
+    def _listen_on(cls, value: str) -> str:
+        return check_host(value) if value.strip() else ""
+
+    @field_validator("aet")
+    @classmethod
+    def _aet(cls, value: str) -> str:
+        return check_aet(value)
+
+    @model_validator(mode="after")
+    def _to_somebody(self) -> Self:
+        if not self.reaches:
+            raise ValueError("targets or routes: must name one target at least")
+        return self
+
+    @model_validator(mode="after")
+    def _key_with_cert(self) -> Self:
+        if self.tls_key.get_secret_value() and not self.tls_cert:
+            raise ValueError("tls_key is set without tls_cert: set both, or none")
+        if self.ca_cert and not self.tls_cert:
+            raise ValueError("ca_cert is set without tls_cert: only TLS has certificates to check")
+        return self
+
+
+def clashes(sources: Iterable[Source]) -> dict[str, str]:
+    """Return why some of these sources can't listen beside those before them: a sentence by the source's name."""
+    wrong: dict[str, str] = {}
+    seen: list[DicomSource] = []
+    for one in sources:
+        if not isinstance(one, DicomSource):
+            continue
+        why = next((why for other in seen if (why := _clash(one, other))), "")
+        if why:
+            wrong[one.name] = why
+        else:
+            seen.append(one)
+    return wrong
+
+
+def _clash(one: DicomSource, other: DicomSource) -> str:
+    if one.port != other.port:
+        return ""
+    if one.host != other.host:
+        if one.host and other.host:
+            return ""
+        return f"port {one.port}: {other.name} listens on it at another address: give both the same host, or two ports"
+    if one.aet == other.aet:
+        return f"AE title {one.aet} on port {one.port} is that of {other.name}: each source on a port needs its own"
+    if one.security != other.security:
+        return f"port {one.port}: {other.name} listens on it with other settings of TLS: they belong to the port"
+    return ""
+
+
+def _pattern(value: str) -> str:
+    """Return a pattern of AE titles, or raise ValueError if it can fit none."""
+    value = value.strip(" ")
+    if not value:
+        return ""
+    if "\\" in value or not value.isascii() or not value.isprintable():
+        raise ValueError(f"{value!r} is not a pattern of AE titles: they have ASCII characters without backslash")
+    if len(value) > AET_CHARS and not set(value) & set("*?["):
+        raise ValueError(f"{value!r}: AE titles have at most {AET_CHARS} characters")
+    return value

@@ -1,0 +1,220 @@
+"""The ports that DICOM sources listen on: opened, changed and closed as the sources are, without Prefect.
+
+One port has one listener, whose sources differ in their AE titles. What changes while it runs holds for the next
+association; those that are under way are never broken for it.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from blocks.dicom_source import DicomSource, DicomUnit, clashes
+from protocols.dimse.committing import Reports
+from protocols.dimse.intake import KnownSender, ListenerDesk, Reception, Terms
+from protocols.dimse.scp import StorageScp
+from protocols.net.tls import Tls
+from transfer.errors import Misconfigured
+from transfer.home import Home
+from transfer.oserrors import words_of
+from transfer.spool import FOLDER, ReceivedUnit, Spool
+
+logger = logging.getLogger(__name__)
+
+LOOK_S = 0.1  # between two looks at associations that are to end
+Delivered = Callable[[Collection[str], Collection[str]], set[str]]
+
+
+@dataclass
+class _Port:
+    """One listener and its sources."""
+
+    desk: ListenerDesk
+    scp: StorageScp
+    security: tuple[str, ...]
+    receptions: list[Reception] = field(default_factory=list)
+
+
+class Listeners:
+    """All listeners of this process.
+
+    Args:
+        delivered: returns those of some SOP Instance UIDs that one of some targets, given by name, has confirmed.
+
+    Attributes:
+        troubles: why a source does not listen, in a sentence, by its name.
+    """
+
+    def __init__(self, home: Home, delivered: Delivered = lambda uids, targets: set()) -> None:
+        self.troubles: dict[str, str] = {}
+        self._home, self._delivered = home, delivered
+        self._sources: dict[str, DicomSource] = {}
+        self._receptions: dict[str, Reception] = {}
+        self._ports: dict[tuple[str, int], _Port] = {}
+        self._ending: list[StorageScp] = []
+        self._reports = Reports(self._security_of)
+
+    def apply(self, sources: Iterable[DicomSource]) -> None:
+        """Listen for these sources, and for no others."""
+        wanted = sorted(sources, key=lambda one: one.name)
+        # Who listens already keeps its port and AE title against one that was added.
+        wanted.sort(key=lambda one: one.name not in self._sources or one.name in self.troubles)
+        troubles = clashes(wanted)
+        by_place: dict[tuple[str, int], list[DicomSource]] = {}
+        for one in wanted:
+            if one.name not in troubles:
+                try:
+                    self._receptions[one.name] = self._reception(one)
+                    by_place.setdefault(one.place, []).append(one)
+                except OSError as exc:
+                    troubles[one.name] = f"nothing can be kept: {words_of(exc)}"
+        self._sources = {one.name: one for one in wanted}
+        for place in set(self._ports) - set(by_place):
+            self._end(place)
+        for place, here in by_place.items():
+            if why := self._listen(place, here):
+                troubles |= dict.fromkeys((one.name for one in here), why)
+        for name in set(self._receptions) - set(self._sources):
+            if not self._receptions[name].associations:
+                del self._receptions[name]
+        for name, why in troubles.items():
+            if self.troubles.get(name) != why:
+                logger.error("source %s does not listen: %s", name, why)
+        self.troubles = troubles
+
+    def settled(self) -> dict[str, list[ReceivedUnit]]:
+        """Return the units that have become complete since the last call, by the names of their sources."""
+        found = {name: one.settled() for name, one in list(self._receptions.items())}
+        self._ending = [scp for scp in self._ending if scp.connections]
+        return {name: units for name, units in found.items() if units}
+
+    def status(self) -> dict[str, Any]:
+        """Return what metrics and people want to know of each source; totals count since the process began."""
+        return {name: self._status_of(one) for name, one in self._sources.items()}
+
+    def close(self, wait_s: float, hurried: Callable[[], bool] = lambda: False) -> None:
+        """Stop listening; associations have some seconds to end by themselves.
+
+        Args:
+            hurried: whether somebody wants it at once.
+        """
+        for place in list(self._ports):
+            self._end(place)
+        end = time.monotonic() + wait_s
+        while any(scp.connections for scp in self._ending) and time.monotonic() < end and not hurried():
+            time.sleep(LOOK_S)
+        for scp in self._ending:
+            scp.close()
+        self._reports.close()
+
+    def _reception(self, source: DicomSource) -> Reception:
+        """Return what receives for a source, made if it is new; its terms are the source's from now on.
+
+        Raises:
+            OSError: its folder can't be made.
+        """
+        known = self._receptions.get(source.name)
+        if known is not None:
+            known.terms = terms(source)
+            return known
+        spool = Spool(self._home.root / FOLDER / source.name)
+        name = source.name
+
+        def delivered(uids: Collection[str]) -> set[str]:
+            there = self._sources.get(name)
+            return self._delivered(uids, there.reaches) if there and uids else set()
+
+        made = Reception(terms(source), spool, delivered, self._reports)
+        made.prepare()
+        return made
+
+    def _listen(self, place: tuple[str, int], sources: list[DicomSource]) -> str:
+        """Listen at a place for its sources; return why that is not possible, "" if it is."""
+        port, security = self._ports.get(place), sources[0].security
+        receptions = [self._receptions[one.name] for one in sources]
+        idle_timeout_s = max(one.idle_timeout_s for one in sources)
+        try:
+            if port is None:
+                desk = ListenerDesk()
+                desk.seat(receptions)
+                tls = _tls(sources[0]).server() if security else None
+                scp = StorageScp(*place, "", desk, tls, idle_timeout_s, tls_only=bool(security))
+                self._ports[place] = port = _Port(desk, scp, security, receptions)
+                logger.info("listening on port %d for %s", place[1], ", ".join(one.aet for one in sources))
+            elif port.security != security:
+                tls = _tls(sources[0]).server() if security else None
+                port.scp.tls, port.scp.tls_only, port.security = tls, bool(security), security
+        except Misconfigured as exc:
+            if port is not None:  # with the former certificate, nobody would know that the new one is of no use
+                self._end(place)
+            return exc.message
+        except OSError as exc:
+            return f"can't listen on {place[0] or 'all addresses'}, port {place[1]}: {exc.strerror or exc}"
+        port.scp.idle_timeout_s = idle_timeout_s
+        port.receptions = receptions
+        port.desk.seat(receptions)
+        return ""
+
+    def _end(self, place: tuple[str, int]) -> None:
+        """Stop listening at a place; its associations go on."""
+        port = self._ports.pop(place)
+        port.desk.seat(())
+        port.scp.deafen()
+        self._ending.append(port.scp)
+        logger.info("no longer listening on port %d", place[1])
+
+    def _security_of(self, aet: str) -> Tls | None:
+        """Return the settings of TLS for reports that an AE title of ours sends."""
+        source = next((one for one in self._sources.values() if one.aet == aet), None)
+        return _tls(source) if source is not None and source.security else None
+
+    def _status_of(self, source: DicomSource) -> dict[str, Any]:
+        found: dict[str, Any] = {"port": source.port, "aet": source.aet}
+        trouble, one = self.troubles.get(source.name, ""), self._receptions.get(source.name)
+        found["state"] = "failed" if trouble else "listening" if source.enabled else "paused"
+        found["error"] = trouble
+        if one is not None:
+            counts = one.counts
+            found |= {
+                "associations": one.associations,
+                "receiving": one.receiving,
+                "full": one.full,
+                "totals": {
+                    "associations": counts.associations,
+                    "instances": counts.instances,
+                    "bytes": counts.bytes,
+                    "duplicates": counts.duplicates,
+                    "versions": counts.versions,
+                    "failed": counts.failed,
+                    "refused": dict(counts.refused),
+                },
+            }
+        return found
+
+
+def terms(source: DicomSource) -> Terms:
+    """Return how a source receives."""
+    return Terms(
+        name=source.name,
+        aet=source.aet,
+        senders=tuple(KnownSender(one.aet, one.host, one.port) for one in source.peers),
+        by_series=source.unit is DicomUnit.SERIES,
+        settle_s=source.settle_s,
+        most=source.max_associations,
+        keep_free=source.keep_free,
+        open=source.enabled,
+    )
+
+
+def _tls(source: DicomSource) -> Tls:
+    return Tls(
+        ca=source.ca_cert,
+        cert=source.tls_cert,
+        key=source.tls_key.get_secret_value(),
+        key_password=source.tls_key_password.get_secret_value(),
+        verify_hostname=False,
+        profile=str(source.tls_profile),
+    )

@@ -1,0 +1,217 @@
+"""The process that listens for modalities: waits until there is a DICOM source, then receives for all of them.
+
+As long as there is none, it imports nothing and looks at the server now and then. Sources that are added, changed,
+paused or removed are taken up while it runs. What it has received since it began stands in `listening.json` of the
+state directory, for metrics.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Collection
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+if TYPE_CHECKING:
+    from prefect.client.orchestration import PrefectClient
+
+    from talaria.engine.listeners import Listeners
+    from transfer.home import Home
+
+logger = logging.getLogger("talaria.listening")
+
+SLUG = "dicom-source"
+LOOK_S = 2.0  # between two looks at the server's sources
+TICK_S = 0.25  # between two looks at what has become complete
+STATUS_S = 1.0  # between two writings of the status, if it has changed
+DRAIN_S = 15.0  # for associations to end when somebody wants us to stop
+SWEEP_S = 2.0  # between two sweeps of one source
+MISSING_S = 20.0  # the same where a source has no deployment yet
+STATUS = "listening.json"
+OURS = ("127.0.0.1", "::1", "localhost")  # where the embedded server is
+
+
+class _Asked:
+    """Counts how often somebody asked us to stop."""
+
+    def __init__(self) -> None:
+        self.times = 0
+        self.event = threading.Event()
+        signal.signal(signal.SIGTERM, self._ask)
+        signal.signal(signal.SIGINT, self._ask)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.times += 1
+        self.event.set()
+
+
+def main() -> None:
+    """Listen until SIGTERM: no new associations then, the second time open ones are broken."""
+    asked = _Asked()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for each look at the server
+    while not _is_wanted():
+        if asked.event.wait(LOOK_S):
+            return
+    _listen(asked)
+
+
+def _is_wanted() -> bool:
+    """Return True if there is a DICOM source, or only Prefect's own client can find out: the server is elsewhere."""
+    url = os.environ.get("PREFECT_API_URL", "").rstrip("/")
+    if urlsplit(url).hostname not in OURS:
+        return True
+    body = {"block_types": {"slug": {"any_": [SLUG]}}, "block_documents": {"is_anonymous": {"eq_": False}}, "limit": 1}
+    headers = {"Content-Type": "application/json"}
+    if login := os.environ.get("PREFECT_API_AUTH_STRING"):
+        headers["Authorization"] = "Basic " + base64.b64encode(login.encode()).decode()
+    asking = urllib.request.Request(f"{url}/block_documents/filter", json.dumps(body).encode(), headers)  # noqa: S310
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(asking, timeout=10) as answer:
+            return bool(json.load(answer))
+    except urllib.error.HTTPError as exc:
+        return exc.code in (401, 403)
+    except (OSError, ValueError):
+        return False
+
+
+def _listen(asked: _Asked) -> None:
+    from talaria.imports import staying
+
+    with staying():
+        from talaria.engine.listeners import Listeners
+        from transfer.home import Home
+        from transfer.ledger import Ledger
+
+    home = Home.current()
+
+    def delivered(uids: Collection[str], targets: Collection[str]) -> set[str]:
+        with Ledger(home.ledger) as ledger:
+            return ledger.confirmed_instances(uids, targets)
+
+    listeners = Listeners(home, delivered)
+    try:
+        asyncio.run(_Watch(listeners, home, asked).run())
+    finally:
+        logger.info("no longer listening: open associations may end by themselves")
+        listeners.close(DRAIN_S, lambda: asked.times >= 2)
+        (home.root / STATUS).unlink(missing_ok=True)
+
+
+class _Watch:
+    """Keeps the listeners as the sources are, and starts a sweep where something has become complete."""
+
+    def __init__(self, listeners: Listeners, home: Home, asked: _Asked) -> None:
+        self._listeners, self._home, self._asked = listeners, home, asked
+        self._known: Any = None  # the documents that the listeners were made of
+        self._due: dict[str, float] = {}  # sources with something to dispatch; `time.monotonic` of the next try
+        self._status = ""
+        self._looked = self._written = 0.0
+
+    async def run(self) -> None:
+        from prefect import get_client
+
+        async with get_client() as client:
+            while not self._asked.event.is_set():
+                now = time.monotonic()
+                if now - self._looked >= LOOK_S:
+                    await self._guarded(self._look(client), "the sources can't be read")
+                    self._looked = time.monotonic()
+                for name in self._listeners.settled():
+                    self._due.setdefault(name, now)
+                for name in [name for name, at in self._due.items() if at <= now]:
+                    self._due[name] = now + SWEEP_S
+                    await self._guarded(self._sweep(client, name), f"source {name} can't be swept now")
+                if now - self._written >= STATUS_S:
+                    self._write()
+                await asyncio.sleep(TICK_S)
+
+    async def _guarded(self, call: Any, words: str) -> None:
+        """Await a call to the server; that is away now and then, and what it was for is tried again."""
+        import httpx
+        from prefect.exceptions import PrefectException
+
+        try:
+            await asyncio.wait_for(call, 60)
+        except (httpx.HTTPError, PrefectException, TimeoutError) as exc:
+            logger.warning("%s: %s", words, type(exc).__name__)
+
+    async def _look(self, client: PrefectClient) -> None:
+        from blocks.dicom_source import DicomSource
+        from tasks.sources.saved import KEPT
+        from transfer.errors import Misconfigured
+
+        documents = [
+            one for one in await KEPT.documents(client, secrets=True) if one.block_type and one.block_type.slug == SLUG
+        ]
+        known = [(one.id, one.name, one.data) for one in documents]
+        if known == self._known and not self._listeners.troubles:
+            return
+        sources = []
+        for document in documents:
+            try:
+                made = KEPT.made_of(document)
+            except Misconfigured as exc:
+                if known != self._known:
+                    logger.warning("source %s does not listen: %s", document.name, exc.message)
+                continue
+            if isinstance(made, DicomSource):
+                sources.append(made)
+        await asyncio.to_thread(self._listeners.apply, sources)
+        if known != self._known:
+            for one in sources:  # of one that was paused, or just changed its routes, something may wait
+                self._due.setdefault(one.name, time.monotonic())
+        self._known = known
+
+    async def _sweep(self, client: PrefectClient, name: str) -> None:
+        """Start the run that dispatches what is complete."""
+        from prefect.exceptions import ObjectNotFound
+
+        try:
+            deployment = await client.read_deployment_by_name(f"batch/{name}")
+        except ObjectNotFound:  # it is made when the source is saved, or was removed with it
+            if name in self._listeners.status():
+                self._due[name] = time.monotonic() + MISSING_S
+            else:
+                self._due.pop(name, None)
+            return
+        await client.create_flow_run_from_deployment(deployment.id)
+        self._due.pop(name, None)
+
+    def _write(self) -> None:
+        """Write the status, if it has changed."""
+        from transfer.ledger import write_json
+
+        status = json.dumps(self._listeners.status(), sort_keys=True)
+        self._written = time.monotonic()
+        if status != self._status:
+            about = {"pid": os.getpid(), "time": time.time(), "sources": json.loads(status)}
+            write_json(self._home.root / STATUS, about)
+            self._status = status
+
+
+def status(home: Path) -> dict[str, Any]:
+    """Return the last status; nothing if no process listens.
+
+    Each source, by name: `port`, `aet`, `state` (listening, paused, failed), `error`, `associations` (open now),
+    `receiving` (units that are not complete), `full`, and `totals` since the process began: associations, instances,
+    bytes, duplicates, versions, failed, refused (by reason).
+    """
+    try:
+        found: dict[str, Any] = json.loads((home / STATUS).read_text(encoding="utf-8"))["sources"]
+    except (OSError, ValueError, KeyError):
+        return {}
+    return found

@@ -1,0 +1,199 @@
+"""DICOM sources as blocks, and the ports that they listen on while they are added, changed, paused and removed."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from blocks import SOURCES
+from blocks.dicom_source import DicomSource, Route, clashes
+from talaria.engine.listeners import Listeners
+from talaria.testing import studies
+from talaria.testing.harness import attempt
+from talaria.testing.process import free_port, listening, until
+from tests.protocols.intake import lying
+from tests.protocols.test_dimse_intake import associated, refusal, sent, stored
+from tests.targets.dicom import dicom_target
+from tests.targets.dicom_tls import certificates, tls_target
+from transfer.home import Home
+from transfer.receipt import State
+
+
+def source(name: str, port: int, **fields: Any) -> DicomSource:
+    return DicomSource(
+        **{"port": port, "host": "127.0.0.1", "aet": name.upper(), "targets": ["pacs"], "keep_free": 0, **fields}
+    ).named(name)
+
+
+@pytest.fixture
+def listeners(tmp_path: Path) -> Iterator[Listeners]:
+    home = Home(tmp_path / "home")
+    home.root.mkdir()
+    made = Listeners(home)
+    try:
+        yield made
+    finally:
+        made.close(0)
+
+
+def sends(port: int, called: str) -> bool:
+    """Store one instance; return False if nobody listens, or nobody has the AE title."""
+    if not listening(port):
+        return False
+    assoc = associated(port, called=called)
+    if not assoc.is_established:
+        return False
+    assert stored(assoc, studies.dataset()) == 0
+    assoc.release()
+    return True
+
+
+# ---- the block
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"targets": []}, "must name one target at least"),
+        ({"routes": [{"calling": "CT*", "targets": []}]}, "a route to nobody"),
+        ({"routes": [{"calling": "CT*"}]}, "targets"),
+        ({"routes": [{"callin": "CT*", "targets": ["a"]}]}, "callin"),
+        ({"aet": "A" * 17}, "must have 1 to 16 characters"),
+        ({"peers": [{"aet": "A\\B"}]}, "not a pattern of AE titles"),
+        ({"peers": [{"aet": "A" * 17}]}, "at most 16"),
+        ({"peers": [{"host": "10.0.0.0/99"}]}, "is not a network"),
+        ({"peers": [{"host": "a b"}]}, "is not a host name"),
+        ({"host": "a b"}, "is not a host name"),
+        ({"port": 70_000}, "port"),
+        ({"settle_s": 0}, "settle_s"),
+        ({"tls_key": "k"}, "tls_key is set without tls_cert"),
+        ({"ca_cert": "k"}, "ca_cert is set without tls_cert"),
+    ],
+)
+def test_what_a_source_may_not_be(fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        source("ct", fields.pop("port", 104), **fields)
+
+
+def test_a_source_reaches_what_its_routes_name() -> None:
+    assert SOURCES["dicom"] is DicomSource
+    one = source("ct", 104, targets=["a"], routes=[{"targets": ["b", "a"]}, {"calling": "X", "targets": ["c"]}])
+    assert one.reaches == ("a", "b", "c")
+
+
+@pytest.mark.parametrize(
+    ("route", "fits"),
+    [
+        ({}, True),
+        ({"modality": "CT"}, True),
+        ({"modality": "MR, ct"}, True),
+        ({"modality": "MR"}, False),
+        ({"study_description": "*THORAX*"}, True),
+        ({"study_description": "thorax"}, False),
+        ({"series_description": "lung*", "modality": "CT"}, True),
+        ({"series_description": "lung*", "modality": "MR"}, False),
+    ],
+)
+def test_what_a_route_takes(route: dict[str, Any], fits: bool) -> None:
+    assert Route(targets=["a"], **route).fits("CT", "CT Thorax nativ", "Lung 1.0") is fits
+
+
+def test_routes_by_titles() -> None:
+    route = Route(targets=["a"], calling="CT*", called="ROUTER")
+    assert route.fits_titles("CT1", "ROUTER")
+    assert not route.fits_titles("CT1", "OTHER") and not route.fits_titles("MR1", "ROUTER")
+
+
+def test_what_can_not_listen_beside_another() -> None:
+    made = certificates()
+    tls = {"tls_cert": str(made.server.cert), "tls_key": str(made.server.key)}
+    first = source("a", 104, aet="X")
+    assert clashes([first, source("b", 104, aet="Y"), source("c", 105, aet="X")]) == {}
+    assert "is that of a: each source" in clashes([first, source("b", 104, aet="X")])["b"]
+    assert "other settings of TLS" in clashes([first, source("b", 104, aet="Y", **tls)])["b"]
+    assert "another address" in clashes([first, source("b", 104, aet="Y", host="")])["b"]
+    assert clashes([first, source("b", 104, aet="Y", host="127.0.0.2")]) == {}
+
+
+# ---- the ports
+
+
+def test_sources_come_change_and_go(listeners: Listeners, tmp_path: Path) -> None:
+    port, other = free_port(), free_port()
+    received = tmp_path / "home" / "received"
+    listeners.apply([])
+    assert not listening(port)
+    listeners.apply([source("ct", port), source("mr", port)])  # two on one port
+    assert sends(port, "CT") and sends(port, "MR") and not sends(port, "XA")
+    assert len(lying(received / "ct")) == len(lying(received / "mr")) == 1
+    listeners.apply([source("ct", other), source("mr", port, aet="MR2")])
+    assert sends(other, "CT") and sends(port, "MR2") and not sends(port, "MR") and not sends(port, "CT")
+    assert len(lying(received / "ct")) == len(lying(received / "mr")) == 2
+    listeners.apply([source("ct", other, enabled=False)])
+    assert not listening(port)
+    assert refusal(associated(other, called="CT")) == (2, 3, 1)
+    assert listeners.status()["ct"]["state"] == "paused"
+    assert listeners.status()["ct"]["totals"]["refused"] == {"paused": 1}
+    listeners.apply([])
+    assert not listening(other) and listeners.status() == {}
+
+
+def test_associations_outlive_what_is_changed_and_removed(listeners: Listeners, tmp_path: Path) -> None:
+    port, other = free_port(), free_port()
+    listeners.apply([source("ct", port)])
+    open_ = [associated(port, called="CT") for _ in range(2)]
+    listeners.apply([source("ct", other)])
+    assert not listening(port)
+    assert stored(open_[0], studies.dataset()) == 0
+    listeners.apply([])
+    assert stored(open_[1], studies.dataset()) == 0
+    for one in open_:
+        one.release()
+    assert len(lying(tmp_path / "home" / "received" / "ct")) == 2
+    listeners.apply([source("ct", port)])  # the same source again: what it had received is its own
+    until(lambda: listeners.status()["ct"]["receiving"] == 2)
+
+
+def test_a_port_that_is_taken_is_tried_again(listeners: Listeners) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        listeners.apply([source("ct", port)])
+        assert f"can't listen on 127.0.0.1, port {port}: Address already in use" in listeners.troubles["ct"]
+        assert listeners.status()["ct"]["state"] == "failed"
+    listeners.apply([source("ct", port)])
+    assert listeners.troubles == {} and sends(port, "CT")
+
+
+def test_who_listens_already_keeps_its_title(listeners: Listeners) -> None:
+    port = free_port()
+    listeners.apply([source("ct", port)])
+    listeners.apply([source("a", port, aet="CT"), source("ct", port)])
+    assert set(listeners.troubles) == {"a"} and sends(port, "CT")
+    assert listeners.status()["ct"]["totals"]["instances"] == 1
+
+
+def test_tls_comes_and_goes_with_the_settings(listeners: Listeners, tmp_path: Path) -> None:
+    made, port = certificates(), free_port()
+    tls = {"tls_cert": str(made.server.cert), "tls_key": str(made.server.key), "ca_cert": str(made.ca)}
+    studies.ct(tmp_path / "study", 1)
+    listeners.apply([source("ct", port)])
+    listeners.apply([source("ct", port, **tls)])
+    assert attempt(tls_target(port, aet_target="CT"), tmp_path / "study").require().state is State.DELIVERED
+    assert sent("echoscu", "-aec", "CT", "127.0.0.1", str(port)).returncode != 0
+    listeners.apply([source("ct", port, **(tls | {"tls_cert": "/nowhere.pem"}))])
+    assert "/nowhere.pem" in listeners.troubles["ct"] and not listening(port)
+    listeners.apply([source("ct", port)])
+    assert attempt(dicom_target(port, aet_target="CT"), tmp_path / "study").require().state is State.DELIVERED
+
+
+def test_what_is_complete_is_named_by_its_source(listeners: Listeners) -> None:
+    port = free_port()
+    listeners.apply([source("ct", port), source("mr", port)])
+    assert sends(port, "CT") and listeners.settled() == {}
+    listeners._receptions["ct"].terms = listeners._receptions["ct"].terms.__class__(name="ct", aet="CT", settle_s=0)
+    assert list(listeners.settled()) == ["ct"]
