@@ -8,6 +8,7 @@ TALARIA_HOME (default ~/.talaria, mode 0700)
 ├── waiting/          what flow runs that wait have achieved
 ├── breakers/         one file per target that does not answer
 ├── listening/        one file per listener that is at work
+├── uploads/          one folder per upload: what people send from their browsers
 ├── staging/          one folder per running flow run
 ├── indexes/          one file per folder that is searched and can't hold its index itself
 ├── owners/           one locked file per living process that runs dispatches

@@ -25,8 +25,9 @@ _MEANING = {
     PLACES: "everybody who may change targets or retrieve can write wherever this user can",
 }
 # Of the state directory: what a retrieval fetched, and sends; what was kept of a dispatch that was given up; what was
-# received.
-SPOOLS = re.compile(r"(retrievals/[^/]+/spool|failed/[^/]+/files|received/[^/]+/[^/.][^/]*)(/|$)")
+# received, and what was uploaded.
+SPOOLS = re.compile(r"(retrievals/[^/]+/spool|failed/[^/]+/files|received/[^/]+/[^/.][^/]*|uploads/[^/]+/files)(/|$)")
+SPOOLED = ("retrievals", "failed", "received", "uploads")
 
 
 @dataclass(frozen=True)
@@ -132,10 +133,9 @@ def _of(setting: str) -> Roots:
 
 
 def sources() -> Roots:
-    """Return where may be sent from: also what was retrieved, kept or received in the state directory."""
+    """Return where may be sent from: also what was retrieved, kept, received or uploaded in the state directory."""
     made = _of(SOURCES)
-    spools = (os.path.join(state_folder(), name) for name in ("retrievals", "failed", "received"))
-    return Roots(SOURCES, (*made.folders, *spools))
+    return Roots(SOURCES, (*made.folders, *(os.path.join(state_folder(), name) for name in SPOOLED)))
 
 
 def places() -> Roots:

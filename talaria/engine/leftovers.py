@@ -6,7 +6,7 @@ from collections.abc import Collection
 from contextlib import suppress
 
 from protocols.dicomfolder.indexes import clear_indexes
-from transfer import deadletters
+from transfer import deadletters, uploads
 from transfer.home import Home
 from transfer.ledger import Ledger
 from transfer.staging import discard
@@ -46,6 +46,7 @@ def clear(
             if path.stat().st_mtime < before:
                 path.unlink()
     kept = {*keep, *waiting(home)}
+    uploads.tidy(home, before, kept)
     deadletters.clear(home, max(before, failed_before), kept)
     old = []
     for path in home.receipt("").parent.glob("*.json"):

@@ -19,6 +19,7 @@ from talaria.front.pages.sending import SendingPages
 from talaria.front.pages.settings import SettingsPages
 from talaria.front.pages.site import Site
 from talaria.front.pages.targets import TargetPages
+from talaria.front.pages.uploading import UploadPages
 
 
 def routes(reach: Reach) -> list[BaseRoute]:
@@ -28,6 +29,7 @@ def routes(reach: Reach) -> list[BaseRoute]:
         *DispatchPages(site).routes(),
         *DispatchPage(site).routes(),
         *SendingPages(site).routes(),
+        *UploadPages(site).routes(),
         *QueryPages(site).routes(),
         *RetrievalPages(site).routes(),
         *SettingsPages(site).routes(),

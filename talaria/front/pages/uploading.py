@@ -1,0 +1,232 @@
+"""The page that takes files from a browser: a folder, DICOM files or archives, to be sent to targets.
+
+With scripts, files come in pieces, and one that broke off goes on where it was. Without, they come in one form.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import json
+import shutil
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, RedirectResponse, Response
+from starlette.routing import BaseRoute, Route
+
+from talaria.front.access import Role, needs
+from talaria.front.api.errors import answer_to, said
+from talaria.front.pages.incoming import FormOfFiles
+from talaria.front.pages.sending import PRIORITIES
+from talaria.front.pages.site import Site, shown, size, who
+from talaria.front.pages.targets import rows
+from talaria.front.pages.texts import text
+from transfer import uploads
+from transfer.errors import Misconfigured
+from transfer.uploads import BrowserUpload
+
+PATH = "/talaria/upload"
+EACH = ("", "folder")
+MANIFEST_BYTES = 32 << 20  # names and sizes of a hundred thousand files
+PIECE = 1 << 20  # bytes that are written at once
+ASKED = ("exclude", "priority", "each")
+Answer = Callable[[Any, Request], Awaitable[Response]]
+
+
+def answered(endpoint: Answer) -> Answer:
+    """Let an endpoint that a script calls say errors as JSON."""
+
+    @functools.wraps(endpoint)
+    async def safe(self: Any, request: Request) -> Response:
+        try:
+            return await endpoint(self, request)
+        except Exception as exc:
+            return said(*answer_to(exc))
+
+    return safe
+
+
+class UploadPages:
+    """The form, and what its script calls."""
+
+    def __init__(self, site: Site) -> None:
+        self.site, self.home = site, site.reach.home
+
+    def routes(self) -> list[BaseRoute]:
+        """Return the routes."""
+        one = "/talaria/uploads/{id}"
+        return [
+            Route(PATH, self.empty, methods=["GET"]),
+            Route(PATH, self.whole, methods=["POST"]),
+            Route("/talaria/uploads", self.begin, methods=["POST"]),
+            Route(one, self.state, methods=["GET"]),
+            Route(f"{one}/send", self.send, methods=["POST"]),
+            Route(f"{one}/{{number}}", self.piece, methods=["POST"]),
+        ]
+
+    @needs(Role.OPERATOR)
+    @shown
+    async def empty(self, request: Request) -> Response:
+        """Show the form."""
+        return await self._form(request)
+
+    async def _form(
+        self, request: Request, problem: str = "", status: int = 200, chosen: list[str] | None = None
+    ) -> Response:
+        office = await self.site.office(request)
+        targets = [row for row in await rows(office) if row["enabled"] and row["direction"] != "query"]
+        return self.site.page(
+            request,
+            "upload.html",
+            status=status,
+            here_only=not office.embedded,
+            targets=[(row["name"], row["type"], row["leads_to"], row["name"] in (chosen or [])) for row in targets],
+            priorities=PRIORITIES,
+            each=[(one, text(f"upload.each.{one}")) for one in EACH],
+            limit=size(uploads.limit()),
+            problem=problem,
+        )
+
+    @needs(Role.OPERATOR)
+    @shown
+    async def whole(self, request: Request) -> Response:
+        """Take all files in one form, and send them."""
+        office = await self.site.office(request)
+        await asyncio.to_thread(uploads.tidy, self.home, 0.0)
+        upload = await asyncio.to_thread(uploads.begin, self.home, who(request).name, [], {})
+        form = None
+        try:
+            form = FormOfFiles(request.headers.get("content-type", ""), upload.content)
+            await _written(request, form.write)
+            form.close()
+            asked = _asked({name: values[-1] for name, values in form.fields.items()}, form.fields.get("to", []))
+            if not form.files:
+                raise Misconfigured(text("upload.nothing"))  # noqa: TRY301 - as any other thing that is wrong
+            upload.files, upload.asked = form.files, asked
+            leads = await self._sent(office, upload)
+        except Exception as exc:
+            if form is not None:
+                form.close()
+            await asyncio.to_thread(shutil.rmtree, upload.folder, ignore_errors=True)
+            status, words = answer_to(exc)
+            return await self._form(request, words, status, form.fields.get("to") if form else None)
+        return RedirectResponse(leads, 303)
+
+    @needs(Role.OPERATOR)
+    @answered
+    async def begin(self, request: Request) -> Response:
+        """Announce an upload: its files with their sizes, and where they go."""
+        body = bytearray()
+
+        def keep(piece: bytes) -> None:
+            body.extend(piece)
+            if len(body) > MANIFEST_BYTES:
+                raise ValueError(text("error.long_form", count=MANIFEST_BYTES))
+
+        await _written(request, keep)
+        try:
+            sent = json.loads(body)
+            files = [(str(path), int(count)) for path, count in sent["files"]]
+            asked = _asked({name: str(sent.get(name, "")) for name in ASKED}, [str(one) for one in sent["to"]])
+        except (ValueError, TypeError, KeyError, AttributeError) as exc:
+            raise ValueError(text("error.no_form")) from exc
+        if not files:
+            raise Misconfigured(text("upload.nothing"))
+        await self._checked(request, asked)
+        await asyncio.to_thread(uploads.tidy, self.home, 0.0)
+        upload = await asyncio.to_thread(uploads.begin, self.home, who(request).name, files, asked)
+        return JSONResponse({"id": upload.id}, 201)
+
+    async def _checked(self, request: Request, asked: dict[str, Any]) -> None:
+        """Raise before anything is uploaded that could not be sent."""
+        from tasks.targets import check_destination, load
+
+        office = await self.site.office(request)
+        if not office.embedded:
+            raise Misconfigured(text("upload.elsewhere"))
+        if not asked["to"]:
+            raise Misconfigured(text("send.no_target"))
+        for target in await load(office.client, asked["to"], secrets=False):
+            check_destination(target)
+
+    @needs(Role.OPERATOR)
+    @answered
+    async def state(self, request: Request) -> Response:
+        """Return how many bytes of each file are there."""
+        upload = await asyncio.to_thread(self._upload, request)
+        return JSONResponse({"have": await asyncio.to_thread(upload.sizes), "run": upload.run})
+
+    @needs(Role.OPERATOR)
+    @answered
+    async def piece(self, request: Request) -> Response:
+        """Append to a file, from where it is."""
+        upload = await asyncio.to_thread(self._upload, request)
+        number, offset = request.path_params["number"], request.headers.get("upload-offset", "")
+        if not number.isdecimal() or not offset.isdecimal() or upload.run:
+            raise Misconfigured(text("error.no_form"))
+        file = await asyncio.to_thread(upload.append, int(number), int(offset))
+        try:
+            await _written(request, file.write)
+        finally:
+            await asyncio.to_thread(file.close)
+        return JSONResponse({"offset": file.offset})
+
+    @needs(Role.OPERATOR)
+    @answered
+    async def send(self, request: Request) -> Response:
+        """Send an upload that is whole; once, however often it is asked for."""
+        upload = await asyncio.to_thread(self._upload, request)
+        leads = f"/talaria/dispatches/{upload.run}" if upload.run else ""
+        return JSONResponse({"location": leads or await self._sent(await self.site.office(request), upload)})
+
+    def _upload(self, request: Request) -> BrowserUpload:
+        return uploads.find(self.home, request.path_params["id"], who(request).name)
+
+    async def _sent(self, office: Any, upload: BrowserUpload) -> str:
+        from talaria.service.dispatches import create_dispatch
+
+        if not office.embedded:
+            raise Misconfigured(text("upload.elsewhere"))
+        if count := await asyncio.to_thread(upload.missing):
+            raise Misconfigured(text("upload.missing", count=count))
+        if not upload.asked["to"]:
+            raise Misconfigured(text("send.no_target"))
+        await asyncio.to_thread(upload.unpack)
+        asked = {name: value for name, value in upload.asked.items() if name != "to"}
+        paths = [str(await asyncio.to_thread(upload.top) if asked["each"] else upload.content)]
+        done = await create_dispatch(office, paths, upload.asked["to"], key=upload.id, **asked)
+        upload.run = done["flow_run_id"]
+        await asyncio.to_thread(upload.save)
+        return f"/talaria/dispatches/{upload.run}"
+
+
+def _asked(sent: dict[str, str], to: list[str]) -> dict[str, Any]:
+    """Return what is to be done with an upload."""
+    priority, each = sent.get("priority", ""), sent.get("each", "")
+    return {
+        "to": [one for one in to if one],
+        "exclude": sent.get("exclude", "").strip(),
+        "priority": priority if priority in PRIORITIES else "normal",
+        "each": each if each in EACH else "",
+    }
+
+
+async def _written(request: Request, write: Callable[[bytes], None]) -> None:
+    """Hand the body of a request on, in pieces, in a thread: a disk may be slow.
+
+    Raises:
+        ValueError: it broke off.
+    """
+    waiting = bytearray()
+    try:
+        async for piece in request.stream():
+            waiting += piece
+            if len(waiting) >= PIECE:
+                await asyncio.to_thread(write, bytes(waiting))
+                waiting.clear()
+    except ClientDisconnect as exc:
+        await asyncio.to_thread(write, bytes(waiting))  # what has come need not come again
+        raise ValueError(text("upload.broken")) from exc
+    await asyncio.to_thread(write, bytes(waiting))
