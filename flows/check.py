@@ -11,6 +11,7 @@ from prefect.states import Completed, Failed
 
 from tasks.checking import check_target, report_health, shown_live
 from tasks.dispatch import breaker
+from tasks.dispatch.asked import name_run
 from tasks.targets import load
 from transfer.errors import DispatchError
 from transfer.home import Home
@@ -24,6 +25,7 @@ async def check(target: str) -> State[Any]:
         target: name of the target.
     """
     try:
+        await name_run(f"check of {target.strip()}")
         async with get_client() as client:
             (found,) = await load(client, [target])
         with shown_live():

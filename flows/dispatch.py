@@ -7,6 +7,7 @@ from typing import Any, Literal
 from prefect import flow
 from prefect.client.schemas.objects import State
 
+from tasks.dispatch.asked import check_asked, name_run, unplanned
 from tasks.dispatch.run import dispatching, refusal
 from transfer.errors import DispatchError
 from transfer.plan import Origin
@@ -43,6 +44,8 @@ async def dispatch(
             paths, which list studies; empty if all is one.
     """
     try:
+        await name_run(unplanned(paths, targets))
+        check_asked(paths, targets)
         async with dispatching(targets, priority) as running:
             if not await running.goes_on():
                 return await running.conclude()

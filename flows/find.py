@@ -7,6 +7,7 @@ from typing import Any, Literal
 from prefect import flow
 from prefect.client.schemas.objects import State
 
+from tasks.dispatch.asked import name_run
 from tasks.dispatch.run import refusal
 from tasks.retrieve.asked import query_of
 from tasks.retrieve.search import search
@@ -38,6 +39,7 @@ async def find(
         level: what one match is.
     """
     try:
+        await name_run(f"query of {source.strip()}")
         query = query_of(
             accessions=numbers(accessions),
             study_uids=study_uids,

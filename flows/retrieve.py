@@ -8,6 +8,7 @@ from prefect import flow
 from prefect.client.schemas.objects import State
 
 from flows.dispatch import dispatch
+from tasks.dispatch.asked import name_run, retrieval_name
 from tasks.dispatch.run import refusal
 from tasks.retrieve.asked import given, query_of
 from tasks.retrieve.run import Wish, retrieving
@@ -58,6 +59,7 @@ async def retrieve(
     names = dict.fromkeys(given(targets))
     wish = Wish(source.strip(), tuple(names), into.strip(), accessions, filters, priority, studies_per_hour)
     try:
+        await name_run(retrieval_name(wish.source, wish.targets, wish.into))
         async with retrieving(wish, dispatch) as running:
             await running.run()
             return await running.conclude()

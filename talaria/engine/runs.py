@@ -33,7 +33,7 @@ from talaria.engine.recovery import settle
 from talaria.engine.registry import deployed
 from talaria.engine.table import FLOWS
 from tasks.dispatch import rest, running
-from tasks.dispatch.run import UNPLANNED
+from tasks.dispatch.asked import dispatch_in
 from transfer import live
 from transfer.errors import Misconfigured, NotFound
 from transfer.home import Home
@@ -325,17 +325,6 @@ async def _all_jobs(client: PrefectClient, flows: tuple[str, ...]) -> AsyncItera
         offset += len(page)
 
 
-def name_of(dispatch_id: str, targets: list[str]) -> str:
-    """Return the name of a dispatch's run."""
-    return f"{dispatch_id} to {', '.join(targets)}"
-
-
-def unplanned(targets: list[str]) -> str:
-    """Return the name of a dispatch's run before its files are read: the worker puts the dispatch id in front."""
-    return f"{UNPLANNED}{', '.join(targets)}"
-
-
 def dispatch_of(flow_run: FlowRun) -> str:
-    """Return the dispatch id in a run's name, "" for runs that others made."""
-    first, _, rest = flow_run.name.partition(" to ")
-    return first if rest else ""
+    """Return the dispatch id in a run's name; "" until its files have been read."""
+    return dispatch_in(flow_run.name)

@@ -28,6 +28,7 @@ from talaria.front.embedded import EmbeddedPrefect, load
 from talaria.front.heard import AuditWriter
 from talaria.front.impatient import ImpatientProtocol
 from talaria.front.keys import Door, KeyRing
+from talaria.front.offered import OfferedNames
 from talaria.front.remote import RemotePrefect
 from talaria.front.upstream import Upstream
 from talaria.settings import worker_auth
@@ -107,9 +108,12 @@ class Front:
             if orders.upstream
             else EmbeddedPrefect(worker_auth(home), load, self._fail)
         )
-        reach = Reach(shared(self.upstream), home, embedded=not orders.upstream, url=orders.upstream)
+        reach = Reach(
+            shared(self.upstream), home, embedded=not orders.upstream, url=orders.upstream, upstream=self.upstream
+        )
         own = [*pages.routes(reach), *routes(reach), *metrics.routes(reach, orders.certificate)]
-        self.app = build(KeyRing(home), door, self.upstream, own, self.heard)
+        behind = OfferedNames(self.upstream, reach.office_in)
+        self.app = build(KeyRing(home), door, self.upstream, own, self.heard, behind)
 
     async def serve(self) -> None:
         """Serve until SIGTERM."""

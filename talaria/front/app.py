@@ -10,7 +10,7 @@ from starlette.routing import BaseRoute
 
 from talaria.front import prefect_rules, static
 from talaria.front.access import SCOPE_KEY, Identity
-from talaria.front.gate import Gate, Message, Receive, Send, is_own
+from talaria.front.gate import Application, Gate, Message, Receive, Send, is_own
 from talaria.front.keys import Door, KeyRing
 from talaria.front.login import Pages
 from talaria.front.upstream import Upstream
@@ -24,6 +24,7 @@ def build(
     upstream: Upstream,
     routes: Sequence[BaseRoute] = (),
     heard: Heard = lambda what, who, more: None,
+    behind: Application | None = None,
 ) -> Gate:
     """Return the application.
 
@@ -31,6 +32,7 @@ def build(
         routes: of Talaria's API, each with the role that it needs (`access.needs`); paths begin with `/talaria/`.
             `request.app.state.upstream.client` is a client of Prefect's API, `request.scope["talaria.user"]` the
             Identity of whoever asks.
+        behind: what answers all but our own paths; `upstream` as it is if none.
         heard: called with logins, logouts, refusals, and what people change through Prefect's API.
     """
     own = [*static.routes(), *Pages(keys, lambda: upstream.state, heard).routes(), *routes]
@@ -51,7 +53,7 @@ def build(
         who: Identity = scope[SCOPE_KEY]
         if scope["type"] == "http" and (what := prefect_rules.recorded(scope["method"], scope["path"], who.role)):
             send = _noted(send, lambda: heard(what, who.name, f"{scope['method']} {scope['path']}"))
-        await upstream(scope, receive, send)
+        await (behind or upstream)(scope, receive, send)
 
     def refused(who: Identity, what: str, why: str) -> None:
         heard("refused", who.name, f"{what}: {why}")

@@ -13,6 +13,7 @@ from talaria.engine import runs
 from talaria.service import Office
 from talaria.service.jobs import line, outcome, queued, result, trimmed
 from tasks import DRIVERS
+from tasks.dispatch.asked import check_asked, name_of, unplanned
 from tasks.dispatch.delivery import Delivery, sort_out
 from tasks.dispatch.report import document as whole
 from tasks.targets import check_destination, load
@@ -56,11 +57,10 @@ async def create_dispatch(
         NotFound, Misconfigured, Denied: there is no such target or path, or nothing to send.
     """
     targets = list(dict.fromkeys(targets))
-    if not targets:
-        raise ValueError("no target is named")
+    check_asked(paths, targets)
     for target in await load(office.client, targets, secrets=False):
         check_destination(target)
-    if office.embedded:
+    if office.embedded:  # else the files are another machine's
         await asyncio.to_thread(look, paths, patterns(exclude))
     parameters = {
         "paths": paths,
@@ -74,7 +74,7 @@ async def create_dispatch(
         "copy_first": copy_first,
         "each": each,
     }
-    name = runs.unplanned(targets)
+    name = unplanned(paths, targets)
     flow_run = await queued(office, "dispatch", parameters, name, priority, key, what="dispatch", show_plan=planned)
     fresh = not flow_run.run_count and not runs.under_way(flow_run)  # not made before, with the same key
     document = await _planned(office, flow_run) if planned and fresh and not each else None
@@ -138,7 +138,8 @@ async def _read_here(office: Office, flow_run: FlowRun) -> dict[str, Any]:
         return whole(plan.dispatch_id, str(flow_run.id), State.WAITING, receipts)
 
     document = await asyncio.to_thread(read)
-    await office.client.update_flow_run(flow_run.id, name=runs.name_of(document["dispatch_id"], asked["targets"]))
+    name = name_of(document["dispatch_id"], asked["paths"], asked["targets"])
+    await office.client.update_flow_run(flow_run.id, name=name)
     return document
 
 
@@ -153,6 +154,7 @@ async def plan_dispatch(
     each: str = "",
 ) -> dict[str, Any]:
     """Return what a dispatch would send; the files are read on this machine."""
+    check_asked(paths, targets)
     found: list[Target] = await load(office.client, list(dict.fromkeys(targets)), secrets=False)
     for target in found:
         check_destination(target)

@@ -14,6 +14,7 @@ from talaria.service import Office
 from talaria.service.jobs import line, queued, result
 from tasks import DRIVERS
 from tasks.dispatch import audited
+from tasks.dispatch.asked import retrieval_name
 from tasks.retrieve.asked import query_of
 from tasks.retrieve.moving import check_into
 from tasks.targets import check_destination, check_source, load
@@ -147,7 +148,8 @@ async def create_retrieval(
         parameters |= {"study_uids": uids, "accessions": ""}
     elif not any(parameters[name] for name in SELECTIVE):
         raise ValueError("nothing to look for: give accession numbers, UIDs, a date, a patient or a description")
-    return await _queued(office, "retrieve", parameters, f"from {source}", parameters["priority"], key)
+    name = retrieval_name(source, parameters["targets"], into)
+    return await _queued(office, "retrieve", parameters, name, parameters["priority"], key)
 
 
 async def _queued(

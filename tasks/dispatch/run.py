@@ -22,6 +22,7 @@ from prefect.states import AwaitingRetry, Cancelled, Completed, Failed, Schedule
 from blocks.base import Target
 from tasks import DRIVERS
 from tasks.dispatch import audited, breaker, line, rest, running
+from tasks.dispatch.asked import UNPLANNED
 from tasks.dispatch.delivery import Delivery, summary
 from tasks.dispatch.ends import say_ended, say_refused, sentence
 from tasks.dispatch.flood import Flood, Studies, rows
@@ -51,7 +52,6 @@ R = TypeVar("R")
 LOOK_S = 0.25  # between two looks at the cancel flag
 GRACE_S = 3  # for a driver to stop by itself before it is cancelled; a cancelled run ends within 5
 LOST = "this process has lost its lease on the run, which another one takes up"
-UNPLANNED = "to "  # begins the name of a run whose files have not been read
 SLOT_S = 2.0  # how long a run waits for a slot, where no other one rests for it; then it rests, too
 TURN_S = 15.0  # after which a run looks again for a slot, for each that stands in line before it
 TURNS_S = 600.0  # and at most after this

@@ -117,6 +117,53 @@ def test_many_creates_at_once_are_all_queued_and_none_is_turned_away(up: Talaria
     assert len(found) == CREATES
 
 
+def test_scripts_hear_all_that_happens_and_what_they_have_missed(
+    up: Talaria, api: httpx.Client, tmp_path: Path
+) -> None:
+    studies.ct(tmp_path / "study", 1)
+    up.apply(heard=folder(tmp_path / "heard"))
+    seen: list[tuple[str, str, Any]] = []
+
+    def hear(run: str, **more: Any) -> None:
+        """Hear events until a run has ended and its receipt has been told of."""
+        with api.stream("GET", "/events", **more) as answer:
+            number = ""
+            lines = answer.iter_lines()
+            assert next(lines) == "event: open"
+            run = run or api.post("/dispatches", json=body).json()["flow_run_id"]
+            wanted, name = {"run", "talaria.receipt"}, "open"
+            while wanted:
+                line = next(lines)
+                number = line[4:] if line.startswith("id: ") else number
+                name = line[7:] if line.startswith("event: ") else name
+                if not line.startswith("data: ") or name == "open":
+                    continue
+                data = json.loads(line[6:])
+                seen.append((number, name, data))
+                if run in (data.get("id"), data.get("flow_run_id")):
+                    wanted -= {name} if name != "run" or data["state"] == "Completed" else set()
+
+    body = {"paths": [str(tmp_path / "study")], "targets": ["heard"]}
+    hear("")
+    states = [(one["kind"], one["state"], one["name"]) for _, name, one in seen if name == "run"]
+    assert ("dispatch", "Scheduled", "to heard: study") in states
+    receipt = next(one for _, name, one in seen if name == "talaria.receipt")
+    assert (receipt["about"], receipt["state"]) == ("heard", "delivered")
+    # A follower that was cut off goes on after the last event that it saw, also after one that it missed meanwhile.
+    missed = api.post("/dispatches", json=body | {"force": True}).json()["flow_run_id"]
+    followed(api, f"/dispatches/{missed}/events")
+    last, numbers = seen[-1][0], {number for number, _, _ in seen}
+    seen.clear()
+    hear(missed, headers={"Last-Event-ID": last})
+    assert not numbers & {number for number, _, _ in seen}
+    assert "Scheduled" in [one["state"] for _, name, one in seen if name == "run" and one["id"] == missed]
+
+
+def test_an_event_id_that_is_none_is_refused(api: httpx.Client) -> None:
+    answer = api.get("/events", headers={"Last-Event-ID": "yesterday"})
+    assert answer.status_code == 422 and "Last-Event-ID" in answer.json()["error"]
+
+
 def test_the_same_key_is_the_same_dispatch(up: Talaria, api: httpx.Client, tmp_path: Path) -> None:
     studies.ct(tmp_path / "study", 1)
     up.apply(archive=folder(tmp_path / "archive"))

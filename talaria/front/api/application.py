@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from starlette.routing import BaseRoute, Mount
 
 from talaria import __version__
-from talaria.front.api import dispatches, errors, jobs, queries, targets
+from talaria.front.api import dispatches, errors, events, jobs, queries, targets
 from talaria.front.api import health as healths
 from talaria.front.api.asking import Reach
 from transfer.home import Home
@@ -26,7 +26,7 @@ PATH = "/talaria/api/v1"
 
 def routes(reach: Reach) -> list[BaseRoute]:
     """Return the API as a route of the front door."""
-    return [Mount(PATH, app=application(reach.client, reach.home, embedded=reach.embedded, url=reach.url))]
+    return [Mount(PATH, app=_application(reach))]
 
 
 def shared(upstream: Upstream) -> Callable[[], Awaitable[PrefectClient]]:
@@ -70,6 +70,10 @@ def application(
         embedded: whether the Prefect server is ours, so that its workers are on this machine.
         url: of the Prefect server, as `status` shows it.
     """
+    return _application(Reach(client, home, embedded, url))
+
+
+def _application(reach: Reach) -> FastAPI:
     app = FastAPI(
         title="Talaria",
         version=__version__,
@@ -81,8 +85,8 @@ def application(
         servers=[{"url": PATH}],
     )
     app.router.route_class = errors.Answering
-    app.state.reach = Reach(client, home, embedded, url)
-    for part in (healths, targets, dispatches, queries, jobs):
+    app.state.reach = reach
+    for part in (healths, targets, dispatches, queries, jobs, events):
         part.add_to(app)
     healths.open_to_viewers(app)
     errors.add_to(app)

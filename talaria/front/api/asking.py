@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,15 +16,18 @@ from talaria import __version__
 from talaria.front.access import SCOPE_KEY, Identity, Role, role_of
 from talaria.front.api.answers import ProblemAnswer
 from talaria.front.api.errors import Forbidden, answer_to
+from talaria.front.subscription import Ended
 from talaria.service import Office
 from transfer.home import Home
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import PrefectClient
 
+    from talaria.front.upstream import Upstream
+
 BEAT_S = 15.0  # between two signs of life in a stream that has nothing to say: proxies close silent ones
 KEY_CHARS = 200
-Event = tuple[str, dict[str, Any]]
+Event = tuple[str, dict[str, Any]] | tuple[str, dict[str, Any], str]  # its name, its data and perhaps its id
 
 
 @dataclass(frozen=True)
@@ -35,10 +38,24 @@ class Reach:
     home: Home
     embedded: bool
     url: str
+    upstream: Upstream | None = None
+
+    @property
+    def prefect(self) -> Upstream:
+        """The Prefect server that subscriptions are made at."""
+        if self.upstream is None:
+            raise Ended("there is no Prefect server to hear events of")
+        return self.upstream
 
     async def office(self, request: Request, who: Identity) -> Office:
         """Return the office of whoever asks; waits until Prefect answers."""
-        address = request.client.host if request.client else ""
+        return await self._office(who, request.client.host if request.client else "")
+
+    async def office_in(self, scope: MutableMapping[str, Any]) -> Office:
+        """Return the office of whoever sends a request that the gate has let in."""
+        return await self._office(scope[SCOPE_KEY], (scope.get("client") or ("",))[0])
+
+    async def _office(self, who: Identity, address: str) -> Office:
         return Office(await self.client(), self.home, user=who.name, address=address, embedded=self.embedded)
 
 
@@ -139,7 +156,8 @@ async def _lines(first: Event | None, events: AsyncIterator[Event]) -> AsyncIter
     event, coming = first, None
     try:
         while event is not None:
-            yield f"event: {event[0]}\ndata: {json.dumps(event[1])}\n\n"
+            number = f"id: {event[2]}\n" if len(event) > 2 else ""
+            yield f"{number}event: {event[0]}\ndata: {json.dumps(event[1])}\n\n"
             coming = asyncio.ensure_future(anext(events, None))
             while not (await asyncio.wait([coming], timeout=BEAT_S))[0]:
                 yield ": still here\n\n"

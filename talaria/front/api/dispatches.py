@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Literal
 
 from fastapi import FastAPI
@@ -27,11 +26,6 @@ class Files(RequestBody):
         description="What is a study of its own: each folder directly below the paths, each path, or each line of the "
         'paths, which list studies; "" if all is one.',
     )
-
-    def check(self) -> None:
-        for path in self.paths:
-            if not Path(path).is_absolute():
-                raise ValueError(f"paths: {path!r} is not an absolute path")
 
 
 class NewDispatch(Files):
@@ -59,7 +53,6 @@ async def create_dispatch(asked: Asked, body: NewDispatch, idempotency_key: Key 
     """
     from talaria.service import dispatches
 
-    body.check()
     return await dispatches.create_dispatch(await asked(), **body.model_dump(), key=idempotency_key)
 
 
@@ -68,7 +61,6 @@ async def plan_dispatch(asked: Asked, body: Files) -> dict[str, Any]:
     """Return what a dispatch would send, and what not: the files are read, nothing is sent."""
     from talaria.service import dispatches
 
-    body.check()
     return await dispatches.plan_dispatch(await asked(), **body.model_dump())
 
 

@@ -13,6 +13,7 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
 from talaria import __version__
+from talaria.front.subscription import Ended
 from talaria.service import Conflict
 from transfer.errors import Denied, DispatchError, Misconfigured, NotFound
 from transfer.validation import what_is_wrong
@@ -41,6 +42,8 @@ def answer_to(exc: BaseException) -> tuple[int, str]:
         return CONFLICT, str(exc)
     if isinstance(exc, Misconfigured | Denied) or type(exc) is ValueError:  # others' may quote the value
         return WRONG, str(exc)
+    if isinstance(exc, Ended):
+        return AWAY, str(exc)
     if isinstance(exc, DispatchError):
         return TARGET, str(exc)
     if any(cls.__module__.partition(".")[0] in ("httpx", "prefect") for cls in type(exc).__mro__):

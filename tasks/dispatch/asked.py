@@ -1,0 +1,87 @@
+"""What is asked of a run: refused in a sentence before anything is done, and said by the run's name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from prefect import get_client
+from prefect.context import FlowRunContext
+
+from tasks.dispatch.patience import patiently
+from tasks.names import split
+from transfer.errors import Misconfigured
+from transfer.plan import DISPATCH_ID_CHARS
+
+UNPLANNED = "to "  # begins the name of a run whose files have not been read
+NAME_CHARS = 120  # of what a name says of the files
+_MADE_UP = re.compile(r"[a-z]+-[a-z]+")  # what Prefect calls a run that was given no name
+_NAMED = re.compile(rf"([0-9a-f]{{{DISPATCH_ID_CHARS}}}) to ")
+
+
+def check_asked(paths: Sequence[str], targets: Sequence[str]) -> None:
+    """Check that a dispatch names files, by absolute paths, and targets.
+
+    Raises:
+        Misconfigured: it doesn't.
+    """
+    if not [path for path in paths if path.strip()]:
+        raise Misconfigured("no path to send is given")
+    if not [name for name in targets if name.strip()]:
+        raise Misconfigured("no target is named")
+    for path in paths:
+        if not Path(path).is_absolute():
+            raise Misconfigured(f"paths: {path!r} is not an absolute path")
+
+
+def unplanned(paths: Sequence[str], targets: Sequence[str]) -> str:
+    """Return the name of a dispatch's run before its files are read: the worker puts the dispatch id in front."""
+    names = list(dict.fromkeys(split(name)[1] for name in targets if name.strip(" /")))
+    return f"{UNPLANNED}{', '.join(names)}{_what(paths)}"
+
+
+def name_of(dispatch_id: str, paths: Sequence[str], targets: Sequence[str]) -> str:
+    """Return the name of a dispatch's run: what it is, where to, and of which files."""
+    return f"{dispatch_id} {unplanned(paths, targets)}"
+
+
+def dispatch_in(name: str) -> str:
+    """Return the dispatch id in a run's name; "" if there is none."""
+    found = _NAMED.match(name)
+    return found[1] if found else ""
+
+
+def retrieval_name(source: str, targets: Sequence[str], into: str) -> str:
+    """Return the name of a retrieval's run."""
+    where = ", ".join(targets) or into
+    return f"from {source} to {where}" if where else f"from {source}"
+
+
+async def name_run(name: str) -> None:
+    """Give the current run a name that says what it does, if whoever started it gave it none.
+
+    That of a dispatch says it in any case, for lists find its id there; a name that its maker chose stands behind it.
+    """
+    context = FlowRunContext.get()
+    flow_run = context.flow_run if context else None
+    if flow_run is None or dispatch_in(flow_run.name) or flow_run.name.startswith(UNPLANNED):
+        return
+    own = flow_run.name
+    if _MADE_UP.fullmatch(own):
+        flow_run.name = name
+    elif name.startswith(UNPLANNED):
+        flow_run.name = f"{name} ({own})"
+    else:
+        return
+    async with get_client() as client:
+        await patiently(lambda: client.update_flow_run(flow_run.id, name=flow_run.name))
+
+
+def _what(paths: Sequence[str]) -> str:
+    named = [Path(path).name or path for path in paths if path.strip()]
+    if not named:
+        return ""
+    first = named[0] if len(named[0]) <= NAME_CHARS else f"{named[0][:NAME_CHARS]}…"
+    more = f" and {len(named) - 1} more" if len(named) > 1 else ""
+    return f": {first}{more}"

@@ -1,0 +1,81 @@
+"""Runs that others create, through Prefect's API: they fail at once, in words, or are named; forms offer targets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from talaria.testing import studies
+from tests.engine.material import folder
+from tests.servers.up import Talaria
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Path:
+    studies.ct(tmp_path / "study 7", 1)
+    return tmp_path / "study 7"
+
+
+def deployment(up: Talaria, flow: str) -> dict[str, Any]:
+    found: dict[str, Any] = up.api("GET", f"/deployments/name/{flow}/talaria")
+    return found
+
+
+def create(up: Talaria, flow: str, **body: Any) -> httpx.Response:
+    """Create a run as scripts do, with Prefect's API and a person's token."""
+    headers = {"Authorization": f"Bearer {(up.home / 'api.auth').read_text().strip()}"}
+    path = f"{up.url}/deployments/{deployment(up, flow)['id']}/create_flow_run"
+    return httpx.post(path, json=body, headers=headers, trust_env=False, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"paths": []}, "no path to send is given"),
+        ({"paths": ["study"]}, "paths: 'study' is not an absolute path"),
+        ({"paths": ["/nowhere/at/all"]}, "/nowhere/at/all: no such file or folder"),
+        ({"targets": []}, "no target is named"),
+        ({"targets": ["nobody"]}, "no target named nobody"),
+    ],
+)
+def test_a_dispatch_that_cant_be_done_fails_at_once_in_words(
+    up: Talaria, study: Path, tmp_path: Path, change: dict[str, Any], words: str
+) -> None:
+    up.apply(there=folder(tmp_path / "there"))
+    answer = create(up, "dispatch", parameters={"paths": [str(study)], "targets": ["there"]} | change)
+    assert answer.status_code == 201
+    run = answer.json()["id"]
+    up.until(lambda: up.run(run)["state_type"] == "FAILED")
+    found = up.run(run)
+    assert words in found["state"]["message"]
+    assert found["name"].startswith("to ")
+
+
+@pytest.mark.parametrize(("given", "behind"), [({}, ""), ({"name": "nightly"}, " (nightly)")])
+def test_a_run_that_others_make_says_what_it_is_and_where_to(
+    up: Talaria, study: Path, tmp_path: Path, given: dict[str, str], behind: str
+) -> None:
+    up.apply(named=folder(tmp_path / "named"))
+    answer = create(up, "dispatch", parameters={"paths": [str(study)], "targets": ["named"]}, **given)
+    assert answer.status_code == 201
+    run = answer.json()["id"]
+    up.until(lambda: up.run(run)["state_type"] == "COMPLETED")
+    listed = next(one for one in up.told("jobs", "list", "--json")["jobs"] if one["id"] == run)
+    assert listed["dispatch_id"]
+    assert up.run(run)["name"] == f"{listed['dispatch_id']} to named: study 7{behind}"
+
+
+def test_a_form_offers_the_names_of_targets(up: Talaria, tmp_path: Path) -> None:
+    web = {"type": "dicomweb", "url": f"file://{tmp_path}", "direction": "query"}
+    up.apply(kept=folder(tmp_path / "kept"), asked=web)
+    fields = deployment(up, "retrieve")["id"]
+    shown = up.api("GET", f"/deployments/{fields}")["parameter_openapi_schema"]["properties"]
+    assert "kept" in shown["targets"]["items"]["enum"] and "asked" not in shown["targets"]["items"]["enum"]
+    assert "asked" in shown["source"]["enum"] and "kept" not in shown["source"]["enum"]
+    checked = up.api("GET", f"/deployments/{deployment(up, 'check')['id']}")["parameter_openapi_schema"]["properties"]
+    assert {"kept", "asked"} <= {*checked["target"]["enum"]}
+    # A target that was added a moment ago may be named: the names are none of what the server itself enforces.
+    assert "enum" not in deployment(up, "retrieve")["parameter_openapi_schema"]["properties"]["targets"]["items"]
