@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from urllib.parse import quote, unquote
 
@@ -40,7 +41,7 @@ class ReceivedUnit:
     uid: str
     version: int = 1
 
-    @property
+    @cached_property
     def name(self) -> str:
         """The name of its folder, at most 240 bytes."""
         parts = [_quoted(self.calling), _quoted(self.called), _quoted(self.host), _quoted(self.uid)]

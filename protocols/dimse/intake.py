@@ -15,7 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from protocols.dimse.committing import PUSH_MODEL, Commitments, Reports, ReportT
 from protocols.dimse.receive import OUT_OF_RESOURCES, SUCCESS, Depot
 from protocols.dimse.scp import Caller, Refusal, ServedAssociation
 from protocols.dimse.stream import CommandSet
-from protocols.files import partial
+from protocols.files import durable, partial
 from transfer.content import same_content
 from transfer.spool import REPORTS, ReceivedUnit, Spool, sync
 
@@ -118,6 +118,7 @@ class Reception:
     ) -> None:
         self.terms, self.spool, self.reports = terms, spool, reports
         self.counts = Counts()
+        self.durably: durable.DurableWay = durable.AnyFileSystem
         self.full = False  # whether the disk was, when somebody looked last
         self._delivered = delivered
         self._lock = threading.Lock()
@@ -132,6 +133,7 @@ class Reception:
         """
         self.spool.prepare()
         partial.sweep(self.spool.folder)
+        self.durably = durable.way_of(self.spool.folder)
         now, clock = time.monotonic(), time.time()
         with self._lock:
             for unit, _, changed in self.spool.units():
@@ -182,11 +184,6 @@ class Reception:
         self.full = disk.f_bavail * disk.f_frsize < max(self.terms.keep_free, 1) or (disk.f_files > 0 == disk.f_favail)
         return not self.full
 
-    def heard(self, unit: ReceivedUnit) -> None:
-        """Note that something came for a unit."""
-        with self._lock:
-            self._heard[unit] = time.monotonic()
-
     def left(self, visit: SpoolVisit) -> None:
         """Note that an association is over."""
         with self._lock:
@@ -197,6 +194,13 @@ class Reception:
         with self._lock:
             for name, number in more.items():
                 setattr(self.counts, name, getattr(self.counts, name) + number)
+
+    def kept(self, unit: ReceivedUnit, *, isnew: bool) -> None:
+        """Note that an instance of a unit is on disk."""
+        with self._lock:
+            self._heard[unit] = time.monotonic()
+            self.counts.duplicates += not isnew
+            self.counts.versions += isnew and unit.version > 1
 
     def settled(self) -> list[ReceivedUnit]:
         """Return the units that have become complete since the last call; those that are being received are not."""
@@ -282,6 +286,8 @@ class SpoolDepot(Depot):
     def __init__(self, visit: SpoolVisit) -> None:
         super().__init__(visit.reception.spool.folder)
         self._visit, self._reception = visit, visit.reception
+        self._durably = visit.reception.durably
+        self._unit = ReceivedUnit(visit.caller.calling, visit.caller.called, visit.caller.host, "")
 
     def keep(self, part: partial.PartialFile, size: int, uid: str, seen: Header | None) -> tuple[int, Header | None]:
         """Give a whole file its name, unless the same content has it; one with another content gets it elsewhere."""
@@ -290,34 +296,34 @@ class SpoolDepot(Depot):
             self._visit.receiving = False
             self._reception.count(failed=1)
             return status, None
-        os.fdatasync(part.fd)
-        terms, caller = self._reception.terms, self._visit.caller
-        group = header.SeriesInstanceUID if terms.by_series else header.StudyInstanceUID
-        unit = ReceivedUnit(caller.calling, caller.called, caller.host, group)
+        group = header.SeriesInstanceUID if self._reception.terms.by_series else header.StudyInstanceUID
+        if group != self._unit.uid:
+            self._unit = replace(self._unit, uid=group)
+        unit, isnew = self._unit, True
+        durably = self._durably(part)
         while True:
-            name = f"{unit.name}/{uid}.dcm"
             try:
-                part.keep(name, replace=False)
+                part.keep(f"{unit.name}/{uid}.dcm", replace=False)
             except FileNotFoundError:
                 self._reception.spool.make(unit)
                 continue
             except FileExistsError:
-                same = self._same(part, size, self.folder / name)
+                same = self._same(part, size, self.folder / unit.name / f"{uid}.dcm")
                 if same is None:
                     continue  # it was delivered and removed meanwhile
                 if not same:
                     unit = unit.later
                     continue
-                self._reception.count(duplicates=1)
-                header = None
+                isnew = False
             break
-        sync(f"{self.path}/{unit.name}")
-        if header is not None and unit.version > 1:
-            self._reception.count(versions=1)
+        if isnew:
+            durably.named(f"{self.path}/{unit.name}")
+        else:
+            sync(f"{self.path}/{unit.name}")  # who sent it first may still be waiting for that
+        self._reception.kept(unit, isnew=isnew)
         self._visit.unit = unit
         self._visit.receiving = False
-        self._reception.heard(unit)
-        return SUCCESS, header
+        return SUCCESS, header if isnew else None
 
     @staticmethod
     def _same(part: partial.PartialFile, size: int, other: Path) -> bool | None:

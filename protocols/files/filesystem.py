@@ -13,11 +13,19 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from transfer.content import READ_BYTES
 
 T = TypeVar("T")
+
+_WAIT_WRITE_WAIT = 1 | 2 | 4  # flags of sync_file_range(2): before, write, after
+_SYNC_FILE_RANGE: Any = None
+try:
+    _SYNC_FILE_RANGE = ctypes.CDLL(None, use_errno=True).sync_file_range
+    _SYNC_FILE_RANGE.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+except (AttributeError, OSError):
+    pass
 
 # File systems that syncfs(2) flushes in full; others (CIFS, FUSE) want fsync(2) for each file.
 FLUSHED_AS_A_WHOLE = frozenset(
@@ -25,6 +33,9 @@ FLUSHED_AS_A_WHOLE = frozenset(
 )
 # File systems where each call waits for a network: there many threads wait at once.
 LOCAL = FLUSHED_AS_A_WHOLE - {"nfs", "nfs4", "overlay"}
+# File systems whose fsync(2) of a file makes its new name durable too, in the same commit of their journal.
+NAMED_WITH_FILE = frozenset(("ext4", "xfs"))
+VOLATILE = frozenset(("tmpfs", "ramfs"))  # a power cut leaves nothing of these
 CHECK_S = 0.2  # between two looks at the cancel flag while a flush goes on
 
 
@@ -113,6 +124,19 @@ def flush_soon(fd: int) -> None:
     """Start writing a file's content to disk, so that a later flush waits less."""
     with suppress(OSError):
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def write_back(fd: int) -> None:
+    """Wait until the data of a file, without what describes it, has been written to the disk, which may hold it back.
+
+    Raises:
+        OSError: it can't be written, or the system has no such call.
+    """
+    if _SYNC_FILE_RANGE is None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    if _SYNC_FILE_RANGE(fd, 0, 0, _WAIT_WRITE_WAIT):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
 
 
 def checksum(fd: int, check: Callable[[], None], *, from_disk: bool = False) -> bytes:
