@@ -9,7 +9,7 @@ from pydantic import Field, HttpUrl, field_validator, model_validator
 
 from blocks.base import check_layout
 from blocks.fields import SECONDS, Group, about
-from blocks.source import LOGO, FileSource, check_path
+from blocks.source import LOGO, After, FileSource, Leaving, check_path
 
 
 class InboxUnit(StrEnum):
@@ -18,14 +18,6 @@ class InboxUnit(StrEnum):
     FOLDER = "folder"
     STUDY = "study"
     SERIES = "series"
-
-
-class After(StrEnum):
-    """What becomes of files that every target has confirmed."""
-
-    LEAVE = "leave"
-    MOVE = "move"
-    DELETE = "delete"
 
 
 class Late(StrEnum):
@@ -114,6 +106,10 @@ inbox = InboxSource.load("BLOCK_NAME")
     @property
     def folders(self) -> tuple[str, ...]:
         return (self.folder,)
+
+    @property
+    def leaving(self) -> Leaving:
+        return Leaving(self.after, self.move_to, self.move_layout)
 
     @field_validator("folder")
     @classmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC
 from collections.abc import Iterable
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import ClassVar, Self
 from zoneinfo import ZoneInfo
@@ -26,6 +27,23 @@ class SourcePriority(StrEnum):
     URGENT = "urgent"
     NORMAL = "normal"
     OFFPEAK = "offpeak"
+
+
+class After(StrEnum):
+    """What becomes of files that every target has confirmed."""
+
+    LEAVE = "leave"
+    MOVE = "move"
+    DELETE = "delete"
+
+
+@dataclass(frozen=True)
+class Leaving:
+    """How files leave a source: whether at all, to which folder, and under which names there ("" for their own)."""
+
+    after: After = After.LEAVE
+    move_to: str = ""
+    move_layout: str = ""
 
 
 class Source(NamedBlock, ABC):
@@ -122,6 +140,11 @@ class Source(NamedBlock, ABC):
     def folders(self) -> tuple[str, ...]:
         """The folders that it takes studies from; no two sources, and no folder target, may share any of it."""
         return ()
+
+    @property
+    def leaving(self) -> Leaving:
+        """What becomes of files that every target has confirmed."""
+        return Leaving()
 
     @property
     def scheduled(self) -> bool:

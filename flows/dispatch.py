@@ -24,7 +24,7 @@ async def dispatch(
     sender_host: str = "",
     force: bool = False,
     copy_first: bool = False,
-    each: Literal["", "folder", "path", "line"] = "",
+    each: Literal["", "folder", "path", "line", "unit"] = "",
 ) -> State[Any]:
     """Deliver the files below `paths` to every target, all targets at once.
 
@@ -40,8 +40,8 @@ async def dispatch(
         sender_host: host of whom the study came from, for targets that send back.
         force: send again what the ledger says has arrived.
         copy_first: copy the files before they are sent, so that they may be changed meanwhile.
-        each: what is a study of its own: each `folder` directly below the paths, each `path`, or each `line` of the
-            paths, which list studies; empty if all is one.
+        each: what is a study of its own: each `folder` directly below the paths, each `path`, each `line` of the
+            paths, which list studies, or each `unit` of a source, for sweeps; empty if all is one.
     """
     try:
         await name_run(unplanned(paths, targets))

@@ -47,6 +47,8 @@ class Event(StrEnum):
     USER_CHANGED = "user-changed"  # users, roles, tokens
     TARGET_CHANGED = "target-changed"  # which fields, without their values
     TARGET_REMOVED = "target-removed"
+    SOURCE_CHANGED = "source-changed"
+    SOURCE_REMOVED = "source-removed"
     DISPATCH = "dispatch"  # somebody asked for one, or to cancel or retry it
     DELIVERY_BEGUN = "delivery-begun"
     DELIVERY = "delivery"  # and how it ended

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-from transfer import confirmed, happenings, messages
+from transfer import confirmed, happenings, messages, sourcebook
 from transfer.confirmed import Confirmation, Spot
 from transfer.database import Tables, opened
 from transfer.happenings import Happenings
@@ -24,6 +24,7 @@ from transfer.messages import Messages
 from transfer.outcome import ARRIVED, Kind, Outcome
 from transfer.plan import Item, Plan
 from transfer.receipt import ItemResult
+from transfer.sourcebook import Sourcebook
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS items (
@@ -50,8 +51,8 @@ OF_OLD = (
     f" attempts, time FROM hooks WHERE destination LIKE '%/%' AND dispatch_id NOT LIKE '{AT}%' ORDER BY time",
     f"DELETE FROM hooks WHERE destination LIKE '%/%' AND dispatch_id NOT LIKE '{AT}%'",  # noqa: S608
 )
-VERSION = 2  # 0 is that of the ledgers before they had one; 1 had no tables of what happened
-TABLES = Tables(SCHEMA + confirmed.TABLE + happenings.TABLE + messages.TABLE, VERSION, OF_OLD)
+VERSION = 3  # 0 is that of the ledgers before they had one; 1 had no tables of what happened, 2 none of sources
+TABLES = Tables(SCHEMA + confirmed.TABLE + happenings.TABLE + messages.TABLE + sourcebook.TABLES, VERSION, OF_OLD)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,11 +90,13 @@ class Ledger:
     Attributes:
         happenings: what people want to hear of, and totals.
         messages: what is written to them.
+        sources: what is known of sources.
     """
 
     def __init__(self, where: Path | str) -> None:
         self._db = opened(where, TABLES)
         self.happenings, self.messages = Happenings(self._db), Messages(self._db)
+        self.sources = Sourcebook(self._db)
 
     def close(self) -> None:
         self._db.close()
@@ -259,6 +262,16 @@ class Ledger:
                 tuple(json.dumps(sorted(one)) for one in (set(uids), set(destinations), ARRIVED)),
             )
             return {uid for (uid,) in rows}
+
+    def arrived(self, dispatch_id: str, destination: str, endpoint: str) -> dict[str, tuple[int, int]]:
+        """Return length and time, by path, of the files of a dispatch that an endpoint has confirmed."""
+        with self._db.reading():
+            rows = self._db.execute(
+                "SELECT path, size, mtime_ns FROM items WHERE dispatch_id=? AND destination=? AND endpoint=?"  # noqa: S608
+                f" AND outcome IN ({self._db.LISTED})",
+                (dispatch_id, destination, endpoint, json.dumps([str(kind) for kind in ARRIVED])),
+            )
+            return {path: (size, mtime_ns) for path, size, mtime_ns in rows}
 
     def results(self, dispatch_id: str) -> dict[str, list[ItemResult]]:
         """Return all rows of a dispatch by destination."""

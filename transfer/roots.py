@@ -25,9 +25,11 @@ _MEANING = {
     PLACES: "everybody who may change targets or retrieve can write wherever this user can",
 }
 # Of the state directory: what a retrieval fetched, and sends; what was kept of a dispatch that was given up; what was
-# received, and what was uploaded.
-SPOOLS = re.compile(r"(retrievals/[^/]+/spool|failed/[^/]+/files|received/[^/]+/[^/.][^/]*|uploads/[^/]+/files)(/|$)")
-SPOOLED = ("retrievals", "failed", "received", "uploads")
+# received, and what was uploaded; the lists of the units of a source that a dispatch sends.
+SPOOLS = re.compile(
+    r"(retrievals/[^/]+/spool|failed/[^/]+/files|received/[^/]+/[^/.][^/]*|uploads/[^/]+/files|sources/[^/]+/batches)(/|$)"
+)
+SPOOLED = ("retrievals", "failed", "received", "uploads", "sources")
 
 
 @dataclass(frozen=True)

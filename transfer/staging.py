@@ -36,6 +36,7 @@ class Way(Enum):
     READ = auto()  # linked, or frozen by a reflink; where neither can be had, read in place
     NAME = auto()  # the same, but copied instead of read in place: some program opens them by their names
     COPY = auto()  # copied, so that the source may be written to meanwhile
+    PLACE = auto()  # read in place, so that nothing of theirs changes: a link would change their ctime
 
 
 def stage(plan: Plan, into: Path, check: Callable[[], None] = lambda: None, way: Way = Way.READ) -> Plan:
@@ -159,6 +160,8 @@ class _Staging:
         watched = before.st_ctime_ns == item.ctime_ns
         if not watched and not _is_still(self._plan, item, found, before):
             return replace(item, problem=CHANGED)
+        if self._way is Way.PLACE:
+            return item.seen(before, in_place=True)
         name = item.path.rpartition("/")[2]
         if self._way is not Way.COPY and before.st_dev not in self._apart:
             try:

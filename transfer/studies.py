@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 
-from transfer import roots
+from transfer import roots, unitlist
 from transfer.beneath import resolved
 from transfer.errors import Misconfigured, Rejected
 from transfer.globs import is_excluded
@@ -27,6 +27,7 @@ class Each(StrEnum):
     FOLDER = "folder"  # each folder directly below the paths; files that lie beside them are one more
     PATH = "path"  # each path
     LINE = "line"  # each line of the paths, which are text files
+    UNIT = "unit"  # each unit of a source, which the paths list (`transfer.unitlist`)
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,8 @@ def listed(paths: Iterable[str], each: Each, exclude: tuple[str, ...] = ()) -> l
             found.append(_study(path, path))
         elif each is Each.LINE:
             found += _lines(path)
+        elif each is Each.UNIT:
+            found += (FloodStudy(one.key, one.paths, within=one.within) for one in unitlist.read(path))
         else:
             found += _folders(path, exclude, "" if len(given) == 1 else path.rstrip("/") + "/")
     if not found:

@@ -41,6 +41,8 @@ FORMS: dict[str, AuditForm] = {
     Event.USER_CHANGED: AuditForm(ALERT, "E", AuditCode("110137", "User Security Attributes Changed")),
     Event.TARGET_CHANGED: AuditForm(ALERT, "E", AuditCode("110128", "Network Configuration")),
     Event.TARGET_REMOVED: AuditForm(ALERT, "E", AuditCode("110128", "Network Configuration")),
+    Event.SOURCE_CHANGED: AuditForm(ALERT, "E", AuditCode("110128", "Network Configuration")),
+    Event.SOURCE_REMOVED: AuditForm(ALERT, "E", AuditCode("110128", "Network Configuration")),
     Event.LOST: AuditForm(ALERT, "E", AuditCode("110133", "Audit Recording Stopped")),
     Event.DELIVERY_BEGUN: AuditForm(AuditCode("110102", "Begin Transferring DICOM Instances"), "E"),
     Event.DELIVERY: AuditForm(AuditCode("110104", "DICOM Instances Transferred"), "C"),

@@ -16,6 +16,7 @@ from prefect.utilities.callables import parameter_schema
 
 from blocks import SOURCES, TYPES
 from talaria.engine import hosts
+from talaria.engine.batches import deploy_all
 from talaria.engine.table import FLOWS
 from talaria.settings import POOL
 from tasks.paging import every
@@ -50,6 +51,7 @@ async def register(client: PrefectClient) -> None:
     await _pool(client)
     for name, (flow, entrypoint) in FLOWS.items():
         await _deployment(client, name, flow, entrypoint)
+    await deploy_all(client)
 
 
 async def workers(client: PrefectClient) -> list[Worker]:

@@ -42,6 +42,7 @@ from talaria.engine import hosts, lanes
 from talaria.engine.due import Due, is_check
 from talaria.engine.recovery import abandoned, elsewhere, settle, taken_over
 from talaria.engine.registry import CHECKS
+from talaria.engine.sweeping import keep_sweeping
 from talaria.engine.table import flow_at
 from talaria.engine.watch import RESUMING, StateChange, watch
 from talaria.settings import POOL
@@ -458,16 +459,19 @@ async def work(pool: str, limit: int) -> None:
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, asked_to_stop)
             serving = asyncio.create_task(worker.serve())
+            sweeping = asyncio.create_task(keep_sweeping(client, home, ledger))
             stopping = asyncio.create_task(stop.wait())
             await asyncio.wait([serving, stopping], return_when=asyncio.FIRST_COMPLETED)
+            sweeping.cancel()
             try:
                 if serving.done():
                     serving.result()
                 await worker.idle()
             finally:
-                for task in (serving, stopping):
+                tasks = (serving, stopping, sweeping)
+                for task in tasks:
                     task.cancel()
-                await asyncio.gather(serving, stopping, return_exceptions=True)
+                await asyncio.gather(*tasks, return_exceptions=True)
                 worker.close()
 
 

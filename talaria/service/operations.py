@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
-from talaria.service import Office, dispatches, jobs, retrievals, status, targets
+from talaria.service import Office, dispatches, jobs, retrievals, sources, status, targets
 
 CALLS: dict[str, Callable[..., Awaitable[dict[str, Any]]]] = {
     "list_targets": targets.list_targets,
@@ -16,6 +16,15 @@ CALLS: dict[str, Callable[..., Awaitable[dict[str, Any]]]] = {
     "enable_target": targets.enable_target,
     "export_targets": targets.export_targets,
     "target_types": targets.target_types,
+    "list_sources": sources.list_sources,
+    "show_source": sources.show_source,
+    "apply_sources": sources.apply_sources,
+    "remove_source": sources.remove_source,
+    "enable_source": sources.enable_source,
+    "source_types": sources.source_types,
+    "test_source": sources.test_source,
+    "sweep_source": sources.sweep_source,
+    "retry_source": sources.retry_source,
     "create_dispatch": dispatches.create_dispatch,
     "plan_dispatch": dispatches.plan_dispatch,
     "find_matches": retrievals.find_matches,

@@ -35,5 +35,15 @@ async def target_removed(office: Office, name: str) -> None:
     await _record(office, Event.TARGET_REMOVED, target=name)
 
 
+async def source_changed(office: Office, name: str, change: str, fields: list[str]) -> None:
+    """Record a change of a source: `created`, `updated`, `replaced`, `paused`, `resumed`; names of fields only."""
+    await _record(office, Event.SOURCE_CHANGED, source=name, change=change, fields=fields)
+
+
+async def source_removed(office: Office, name: str) -> None:
+    """Record that a source was removed."""
+    await _record(office, Event.SOURCE_REMOVED, source=name)
+
+
 async def _record(office: Office, event: Event, **details: Any) -> None:
     await asyncio.to_thread(lambda: record(event, office.user, address=office.address, **details))

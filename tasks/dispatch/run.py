@@ -219,6 +219,8 @@ class Dispatch:
         by_name = any(DRIVERS.of(target).facts.by_name for target in self._open)
         way = Way.COPY if copy_first else Way.NAME if by_name else Way.READ
         if each:
+            if each == Each.UNIT:  # what may be moved or deleted afterwards is not to be changed by a link of ours
+                way = Way.COPY if by_name or copy_first else Way.PLACE
             globs = patterns(exclude)
             studies = await asyncio.to_thread(listed, paths, Each(each), globs)
             self.studies = Studies(studies, globs, origin, self.staging, self.cancelled, way, len(self._open))

@@ -8,11 +8,12 @@ from importlib import import_module
 from typing import Any
 
 from blocks.source import Source
+from transfer.errors import Misconfigured
 from transfer.ledger import Ledger
 from transfer.plan import Origin
 
-# Where the function `units` of each type is; imported when a source of it is looked through.
-_MODULES: dict[str, str] = {}
+# Where the function `units` of each type is, and `root` where its files lie in a folder of its own.
+_MODULES = {"inbox": "tasks.sources.inbox"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,5 +59,20 @@ def units(source: Source, ledger: Ledger, check: Callable[[], None] = lambda: No
     Raises:
         DispatchError: the source can't be looked through: nothing is known of what it holds.
     """
-    found: Any = import_module(_MODULES[source.type_name])
-    yield from found.units(source, ledger, check)
+    yield from _module(source).units(source, ledger, check)
+
+
+def root(source: Source) -> str:
+    """Return the folder, without links, that all files of a source lie in; "" if they may be moved or deleted never.
+
+    Raises:
+        DispatchError: it can't be looked through.
+    """
+    found = getattr(_module(source), "root", None)
+    return str(found(source)) if found else ""
+
+
+def _module(source: Source) -> Any:
+    if source.type_name not in _MODULES:
+        raise Misconfigured(f"sources of type {source.type_name} can't be looked through here", source.name)
+    return import_module(_MODULES[source.type_name])

@@ -1,0 +1,180 @@
+"""`talaria source`: creates, shows, tests, pauses and removes sources."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from talaria.cli import remote
+from talaria.cli.access import api
+from talaria.cli.output import DONE, NOT_ALL, print_json, table
+from talaria.console import say
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,  # Rich takes 0.2 s to print a help
+    help="Create, show, test, pause and remove sources: inboxes and lists.\n\n"
+    "Example: talaria source apply targets.yaml",
+)
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")]
+Name = Annotated[str, typer.Argument(help="Name of the source.")]
+
+
+@app.command(epilog="Example: talaria source types --json")
+def types(as_json: Json = False) -> None:
+    """List the types of source, and their fields."""
+    import asyncio
+
+    there = remote.found()
+    document: dict[str, Any] = {}
+    if there is not None:
+        with suppress(remote.NoApi), there:
+            document = there.call("source_types")
+    if not document:  # no server is needed
+        from talaria.service.sources import source_types
+
+        document = asyncio.run(source_types())
+    if as_json:
+        print_json(document)
+        return
+    rows = [
+        [name, ", ".join(field + ("*" if facts["required"] else "") for field, facts in one["fields"].items())]
+        for name, one in document["types"].items()
+    ]
+    table("Types (fields with * are required)", ["type", "fields"], rows)
+
+
+@app.command(epilog="Example: talaria source apply targets.yaml --dry-run")
+def apply(
+    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="YAML file with a mapping `sources`.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be done.")] = False,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Replace sources of another type that have the same name.")
+    ] = False,
+    prune: Annotated[bool, typer.Option("--prune", help="Remove the sources that the file doesn't list.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Create or update the sources listed in a file; all of them or, if one is wrong, none."""
+    from talaria.configfile import read_filled
+
+    values = read_filled(file, "sources")
+    with api() as access:
+        done = access.call("apply_sources", sources=values, dry_run=dry_run, replace=replace, prune=prune)
+    if as_json:
+        print_json(done)
+        return
+    for one in done["sources"]:
+        print(f"{one['name']}: {'would be ' if dry_run and one['action'] != 'unchanged' else ''}{one['action']}")
+
+
+@app.command("list", epilog="Example: talaria source list --json")
+def list_(as_json: Json = False) -> None:
+    """List all sources, with what became of their units."""
+    with api() as access:
+        document = access.call("list_sources")
+    if as_json:
+        print_json(document)
+        return
+    rows = [
+        [
+            one["name"],
+            one["type"],
+            "broken" if one["broken"] else "yes" if one["enabled"] else "paused",
+            str(one.get("folder") or one.get("file") or one.get("port") or ""),
+            ", ".join(one.get("targets", ())),
+            _counts(one),
+            one["broken"] or one["problem"] or one["last_sweep"] or "never",
+        ]
+        for one in document["sources"]
+    ]
+    table("", ["name", "type", "enabled", "where", "targets", "units", "last sweep"], rows)
+
+
+@app.command(epilog="Example: talaria source show inbox")
+def show(name: Name, as_json: Json = False) -> None:
+    """Show one source: settings, schedule, last sweep, and the units that need a person."""
+    with api() as access:
+        document = access.call("show_source", name=name, given=not as_json)
+    if as_json:
+        print_json(document)
+        return
+    print(f"name: {document['name']}")
+    for field, value in document["settings"].items():
+        print(f"{field}: {value}")
+    print(f"schedule: {'; '.join(document['schedule']) or 'none'}")
+    print(f"last sweep: {document['last_sweep'] or 'never'}")
+    print(f"units: {_counts(document)}")
+    if document["problem"]:
+        say(f"talaria: {document['problem']}")
+    for one in document["attention"]:
+        print(f"{one['unit']}: {one['state']}: {one['detail']}")
+
+
+@app.command(epilog="Example: talaria source test inbox")
+def test(name: Name, as_json: Json = False) -> None:
+    """Look whether a source can be used, and what its next sweep would find; nothing is sent or moved."""
+    with api() as access:
+        document = access.call("test_source", name=name)
+    if as_json:
+        print_json(document)
+    else:
+        for one in document["problems"]:
+            print(f"{name}: {one}")
+        found = ", ".join(f"{count} {what}" for what, count in document["units"].items())
+        print(f"{name}: {'ok' if document['ok'] else 'not ok'}: {found}")
+    raise typer.Exit(DONE if document["ok"] else NOT_ALL)
+
+
+@app.command(epilog="Example: talaria source pause inbox")
+def pause(name: Name, as_json: Json = False) -> None:
+    """Pause a source: nothing of it is dispatched, moved or deleted; what is under way goes on."""
+    with api() as access:
+        _done(access.call("enable_source", name=name, enabled=False), as_json)
+
+
+@app.command(epilog="Example: talaria source resume inbox")
+def resume(name: Name, as_json: Json = False) -> None:
+    """Let a paused source take part again."""
+    with api() as access:
+        _done(access.call("enable_source", name=name, enabled=True), as_json)
+
+
+@app.command(epilog="Example: talaria source sweep inbox")
+def sweep(name: Name, as_json: Json = False) -> None:
+    """Look through a source now, whatever its schedule."""
+    with api() as access:
+        _done(access.call("sweep_source", name=name), as_json)
+
+
+@app.command(epilog="Example: talaria source retry inbox")
+def retry(
+    name: Name,
+    unit: Annotated[str, typer.Argument(help="One unit; all that failed or are held by default.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Have units that failed, or are held, dispatched again."""
+    with api() as access:
+        _done(access.call("retry_source", name=name, unit=unit), as_json)
+
+
+@app.command(epilog="Example: talaria source remove inbox")
+def remove(name: Name, as_json: Json = False) -> None:
+    """Remove a source; no file is touched, and what is under way goes on."""
+    with api() as access:
+        _done(access.call("remove_source", name=name), as_json)
+
+
+def _counts(one: dict[str, Any]) -> str:
+    found = [f"{count} {state}" for state, count in one["units"].items() if count]
+    found += [f"{one['waiting']} not settled"] if one["waiting"] else []
+    return ", ".join(found) or "none"
+
+
+def _done(done: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print_json(done)
+    else:
+        print(f"{done['name']}: {done['action']}")

@@ -1,0 +1,165 @@
+"""The deployments of sources: `batch/<source>`, whose runs are sweeps, with the schedule that the source gives.
+
+What people change of a deployment in Prefect's UI stays: it is made once, and its schedules are replaced only when the
+source itself gets another schedule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from typing import Any
+
+from prefect.client.orchestration import PrefectClient
+from prefect.client.schemas.actions import DeploymentScheduleCreate
+from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId, FlowRunFilter, FlowRunFilterState
+from prefect.client.schemas.filters import FlowRunFilterStateType as OfType
+from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.client.schemas.responses import DeploymentResponse
+from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule, RRuleSchedule
+from prefect.client.schemas.sorting import FlowRunSort
+from prefect.exceptions import ObjectNotFound
+from prefect.states import Scheduled
+
+from blocks import Source
+from talaria.engine import hosts
+from talaria.engine.table import OF_SOURCES
+from talaria.settings import POOL
+from tasks.sources.saved import KEPT
+
+WHEN = ("cron", "interval_s", "rrule", "timezone")  # the fields of a source's schedule
+OPEN = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
+
+
+async def deploy(client: PrefectClient, source: Source, before: Source | None = None) -> None:
+    """Create the deployment of a source, or update our part of it.
+
+    Args:
+        before: the source as it was saved; its schedule is left alone if it is the same.
+    """
+    from talaria.engine.registry import form  # it uses this module
+
+    flow, entrypoint = OF_SOURCES["batch"]
+    ours: dict[str, Any] = {
+        "description": source.description or f"Sweeps of the source {source.name}, of type {source.type_name}.",
+        "entrypoint": entrypoint,
+        "enforce_parameter_schema": True,
+        "parameter_openapi_schema": form(flow),
+        "work_pool_name": POOL,
+        "work_queue_name": hosts.queue_for("normal", {"paths": list(source.folders)}),
+    }
+    there = await _deployment(client, source.name)
+    if there is None:
+        flow_id = await client.create_flow(flow)
+        await client.create_deployment(
+            flow_id=flow_id,
+            name=source.name,
+            tags=["talaria"],
+            parameters={"source": source.name},
+            schedules=_schedules(source),
+            paused=not source.enabled,
+            **ours,
+        )
+        return
+    await client.request("PATCH", "/deployments/{id}", path_params={"id": there.id}, json=ours)
+    if before is not None and any(getattr(source, name) != getattr(before, name) for name in WHEN):
+        for one in await client.read_deployment_schedules(there.id):
+            await client.delete_deployment_schedule(there.id, one.id)
+        if new := _schedules(source):
+            await client.create_deployment_schedules(there.id, [(one.schedule, bool(one.active)) for one in new])
+    if before is not None and source.enabled != before.enabled:
+        await pause(client, source)
+
+
+async def pause(client: PrefectClient, source: Source) -> None:
+    """Let the schedules of a source count, or not, as it is enabled."""
+    there = await _deployment(client, source.name)
+    if there is not None:
+        await (client.resume_deployment if source.enabled else client.pause_deployment)(there.id)
+
+
+async def withdraw(client: PrefectClient, name: str) -> None:
+    """Remove the deployment of a source; what runs goes on."""
+    there = await _deployment(client, name)
+    if there is not None:
+        await client.delete_deployment(there.id)
+
+
+async def start(client: PrefectClient, name: str, by: str = "") -> FlowRun:
+    """Create a sweep of a source that begins now; return the one that waits to begin, if there is one."""
+    from transfer import live
+
+    there = await _deployment(client, name)
+    if there is None:
+        await deploy(client, (await KEPT.load(client, [name], secrets=False))[0])
+        there = await _deployment(client, name)
+    assert there is not None  # noqa: S101 - for the type checker
+    for one in await sweeps(client, name, [StateType.SCHEDULED, StateType.PENDING]):
+        begin = one.state.state_details.scheduled_time if one.state else None
+        if begin is None or begin <= datetime.now(UTC):
+            return one
+    return await client.create_flow_run_from_deployment(
+        there.id,
+        parameters={"source": name},
+        name=f"sweep of {name}",
+        state=Scheduled(scheduled_time=datetime.now(UTC)),
+        labels={live.BY: by} if by else {},
+    )
+
+
+async def sweeps(client: PrefectClient, name: str, states: Iterable[StateType], limit: int = 10) -> list[FlowRun]:
+    """Return the newest sweeps of a source that are in some states."""
+    there = await _deployment(client, name)
+    if there is None:
+        return []
+    return await client.read_flow_runs(
+        deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=[there.id])),
+        flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=OfType(any_=[*states]))),
+        sort=FlowRunSort.EXPECTED_START_TIME_DESC,
+        limit=limit,
+    )
+
+
+async def schedule_of(client: PrefectClient, name: str) -> list[str]:
+    """Return the schedules that a source's deployment has now, in words."""
+    there = await _deployment(client, name)
+    return [_words(one.schedule) + ("" if one.active else ", paused") for one in there.schedules] if there else []
+
+
+async def deploy_all(client: PrefectClient) -> None:
+    """Create or update the deployments of all sources that are saved."""
+    for one in await KEPT.all(client):
+        if isinstance(one, Source):
+            await deploy(client, one)
+
+
+async def _deployment(client: PrefectClient, name: str) -> DeploymentResponse | None:
+    try:
+        return await client.read_deployment_by_name(f"batch/{name}")
+    except ObjectNotFound:
+        return None
+
+
+def _schedules(source: Source) -> list[DeploymentScheduleCreate]:
+    made: CronSchedule | IntervalSchedule | RRuleSchedule
+    if source.cron:
+        made = CronSchedule(cron=source.cron, timezone=source.timezone)
+    elif source.rrule:
+        made = RRuleSchedule(rrule=source.rrule, timezone=source.timezone)
+    elif source.interval_s:
+        made = IntervalSchedule.model_validate({"interval": source.interval_s, "timezone": source.timezone})
+    else:
+        return []
+    return [DeploymentScheduleCreate(schedule=made, active=True)]
+
+
+def _words(schedule: Any) -> str:
+    match schedule:
+        case CronSchedule():
+            return f"cron {schedule.cron} {schedule.timezone or 'UTC'}"
+        case RRuleSchedule():
+            return f"{schedule.rrule} {schedule.timezone or 'UTC'}"
+        case IntervalSchedule():
+            return f"every {schedule.interval.total_seconds():.0f} s"
+        case _:
+            return "none"

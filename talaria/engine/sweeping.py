@@ -1,0 +1,172 @@
+"""Begins sweeps of sources: when something in a watched folder may be ready, and when a dispatch of a source has ended.
+
+One worker of a host does so for all (a lock decides which). It looks at nothing itself: a sweep, a run of
+`batch/<source>`, does. What it misses, a schedule finds, or its own look every NET_S.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import logging
+import sqlite3
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+from uuid import UUID
+
+import httpx
+from prefect.client.orchestration import PrefectClient
+from prefect.client.schemas.objects import StateType
+from prefect.exceptions import ObjectNotFound, PrefectException
+
+from blocks import Source
+from talaria.engine import batches
+from talaria.engine.inotify import FolderWatch
+from tasks.sources.inbox import MARKER
+from tasks.sources.runs import PrefectDispatching
+from tasks.sources.saved import KEPT
+from transfer.errors import DispatchError
+from transfer.home import Home, locked
+from transfer.ledger import Ledger
+
+LOOK_S = 0.5  # between two looks at what has happened in the folders, and at the ledger
+SAVED_S = 5.0  # between two looks at which sources there are
+ENDED_S = 2.0  # between two looks at runs that are under way
+NET_S = 600.0  # after which a watched source is swept whatever was noticed
+BLIND_S = 60.0  # and where not all is noticed
+CALM_S = 1.0  # between two sweeps of a source
+LOST = (httpx.HTTPError, PrefectException, OSError, DispatchError, sqlite3.Error)
+logger = logging.getLogger("talaria.sources")
+
+
+@dataclass
+class _Watched:
+    """A source whose folder is watched.
+
+    Attributes:
+        due: when it is to be swept next, in monotonic seconds.
+        run: its last sweep that was begun here.
+    """
+
+    source: Source
+    folders: list[FolderWatch] = field(default_factory=list)
+    due: float = 0.0
+    begun: float = 0.0
+    run: UUID | None = None
+    known_next: float = 0.0
+
+    def soon(self, seconds: float) -> None:
+        """Have it swept within some seconds, if it was to be later."""
+        self.due = min(self.due, time.monotonic() + seconds)
+
+    @property
+    def settle_s(self) -> float:
+        return float(getattr(self.source, "settle_s", 0.0))
+
+
+async def keep_sweeping(client: PrefectClient, home: Home, ledger: Ledger) -> None:
+    """Begin sweeps, for ever; one process of a state directory does."""
+    folder = home.root / "locks"
+    while True:
+        with suppress(OSError):
+            folder.mkdir(exist_ok=True, mode=0o700)
+            with locked(folder / "sweeping", fcntl.LOCK_EX | fcntl.LOCK_NB) as mine:
+                if mine is not None:
+                    await _Sweeping(client, home, ledger).serve()
+        await asyncio.sleep(SAVED_S)
+
+
+class _Sweeping:
+    def __init__(self, client: PrefectClient, home: Home, ledger: Ledger) -> None:
+        self.client, self.home, self.ledger = client, home, ledger
+        self.watched: dict[str, _Watched] = {}
+        self._saved = self._ended = 0.0
+
+    async def serve(self) -> None:
+        while True:
+            try:
+                await self._look()
+            except LOST as exc:
+                logger.debug("sources were not looked at: %s", exc)
+            except Exception:  # whatever it is, the others go on
+                logger.exception("sources were not looked at")
+                await asyncio.sleep(SAVED_S)
+            await asyncio.sleep(LOOK_S)
+
+    async def _look(self) -> None:
+        now = time.monotonic()
+        if now - self._saved >= SAVED_S:
+            self._saved = now
+            await self._read_sources()
+        if not self.watched:
+            return
+        for one in self.watched.values():
+            self._listen(one)
+        if now - self._ended >= ENDED_S:
+            self._ended = now
+            await self._see_ends()
+        for name, one in self.watched.items():
+            if one.due <= time.monotonic() and one.begun + CALM_S <= time.monotonic():
+                await self._begin(name, one)
+
+    async def _read_sources(self) -> None:
+        """See which sources there are; begin to watch those that are new or have changed."""
+        found = {one.name: one for one in await KEPT.all(self.client) if isinstance(one, Source) and one.enabled}
+        for name in self.watched.keys() - found.keys():
+            del self.watched[name]
+        for name, source in found.items():
+            old = self.watched.get(name)
+            if old is None or old.source != source:
+                net = time.monotonic() if self._is_watched(source) else float("inf")
+                watches = await asyncio.to_thread(self._watches, source)
+                self.watched[name] = _Watched(source, watches, net, old.begun if old else 0.0)
+
+    @staticmethod
+    def _is_watched(source: Source) -> bool:
+        return source.watched and bool(getattr(source, "watch", True))
+
+    def _watches(self, source: Source) -> list[FolderWatch]:
+        return [FolderWatch(folder) for folder in source.folders] if self._is_watched(source) else []
+
+    def _listen(self, one: _Watched) -> None:
+        for folder in one.folders:
+            names = folder.names()
+            if MARKER in names:
+                one.soon(CALM_S)
+            elif names:
+                one.soon(one.settle_s + CALM_S)
+            if folder.blind:
+                one.soon(BLIND_S)
+
+    async def _see_ends(self) -> None:
+        """Have sources swept of whose dispatches one has ended, or that had something that may be ready now."""
+        sweeps = await asyncio.to_thread(self.ledger.sources.sweeps)
+        for name, row in sweeps.items():
+            one = self.watched.get(name)
+            if one and self._is_watched(one.source) and row.next and row.next != one.known_next:
+                one.known_next = row.next
+                one.soon(max(0.0, row.next - time.time()) + CALM_S)
+        for name, runs in (await asyncio.to_thread(self.ledger.sources.under_way)).items():
+            one = self.watched.get(name)
+            if one is None:
+                continue
+            if "" in runs:
+                one.soon(ENDED_S)
+            going = PrefectDispatching(self.client, self.home, name)
+            if await going.any_ended([run for run in runs if run]):
+                one.soon(0.0)
+
+    async def _begin(self, name: str, one: _Watched) -> None:
+        if one.run is not None:
+            with suppress(ObjectNotFound):
+                state = (await self.client.read_flow_run(one.run)).state
+                if state and not state.is_final() and state.type is not StateType.SCHEDULED:
+                    one.due = time.monotonic() + CALM_S  # it may have looked before the last thing happened
+                    return
+                if state and state.type is StateType.FAILED and one.begun + BLIND_S > time.monotonic():
+                    one.due = one.begun + BLIND_S  # it would fail again, for the same reason
+                    return
+        one.begun = time.monotonic()
+        one.due = one.begun + NET_S if self._is_watched(one.source) else float("inf")
+        one.run = (await batches.start(self.client, name)).id

@@ -1,0 +1,255 @@
+"""Sources: listed, shown, applied, tested, paused, swept and removed."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from datetime import UTC, datetime
+from typing import Any
+
+from blocks import SOURCES, Source, Target
+from blocks.fields import facts as form_facts
+from talaria.engine import batches
+from talaria.service import Office, recorded
+from talaria.targetfile import action_for, differing, entry, field_names, values_of
+from tasks.documents import Broken
+from tasks.sources import checks, units
+from tasks.sources.saved import KEPT
+from tasks.targets import TARGETS
+from transfer.errors import DispatchError, Misconfigured, NotFound
+from transfer.ledger import Ledger
+from transfer.sourcebook import Sourcebook, UnitState
+
+SHOWN = 50  # units that failed, or are held, in the JSON of one source
+
+
+async def source_types(office: Office | None = None) -> dict[str, Any]:
+    """Return the types of source, and their fields."""
+    found = {}
+    for name, cls in SOURCES.items():
+        fields = {
+            field: {
+                "description": cls.model_fields[field].description,
+                "required": cls.model_fields[field].is_required(),
+                "secret": field in cls.secret_fields(),
+                "title": shown.title,
+                "group": shown.group,
+                "tier": shown.tier,
+                "unit": shown.unit,
+                "placeholder": shown.placeholder,
+            }
+            for field in field_names(cls)
+            for shown in (form_facts(cls, field),)
+        }
+        found[name] = {"fields": fields}
+    return {"types": found}
+
+
+async def list_sources(office: Office) -> dict[str, Any]:
+    """Return all sources, with how many of their units are in which state."""
+    found = await KEPT.all(office.client)
+    counts, sweeps = await asyncio.to_thread(_read, office, lambda book: (book.counts(), book.sweeps()))
+    rows = []
+    for one in found:
+        row, there = sweeps.get(one.name), counts.get(one.name, {})
+        values = values_of(one) if isinstance(one, Source) else {}
+        known = {"enabled": one.enabled, "broken": None} if isinstance(one, Source) else _broken(one)
+        rows.append({
+            "name": one.name, **values, "type": one.type_name, **known,
+            "units": {str(state): there.get(state, 0) for state in UnitState},
+            "waiting": row.waiting if row else 0,
+            "last_sweep": _time(row.time) if row else None,
+            "problem": row.detail if row else "",
+        })  # fmt: skip
+    return {"sources": rows}
+
+
+def _broken(one: Broken) -> dict[str, Any]:
+    return {"enabled": None, "broken": one.reason}
+
+
+async def show_source(office: Office, name: str, given: bool = False) -> dict[str, Any]:
+    """Return one source: its settings, schedule as Prefect has it, last sweep, and the units that need a person.
+
+    Args:
+        given: only the settings that are not the defaults.
+    """
+    source = await _load(office, name)
+    values: dict[str, Any] = values_of(source, secrets=True)
+    if not given:
+        hidden = {"block_type_slug", *source.secret_fields()}
+        values = {key: one for key, one in source.model_dump(mode="json").items() if key not in hidden} | values
+    rows, row = await asyncio.to_thread(_read, office, lambda book: (book.units(source.name), book.sweep(source.name)))
+    counts = Counter(one.state for one in rows.values())
+    bad = [one for one in rows.values() if one.state in (UnitState.FAILED, UnitState.HELD) or one.detail]
+    return {
+        "name": source.name,
+        "settings": values,
+        "schedule": await batches.schedule_of(office.client, source.name),
+        "last_sweep": _time(row.time),
+        "problem": row.detail,
+        "waiting": row.waiting,
+        "units": {str(state): counts.get(state, 0) for state in UnitState},
+        "attention": [
+            {"unit": one.shown, "state": str(one.state), "detail": one.detail, "run": one.run, "time": _time(one.time)}
+            for one in sorted(bad, key=lambda one: -one.time)[:SHOWN]
+        ],
+    }
+
+
+async def apply_sources(
+    office: Office,
+    sources: dict[str, Any],  # by name, the values that a file gives
+    dry_run: bool = False,
+    replace: bool = False,
+    prune: bool = False,
+) -> dict[str, Any]:
+    """Create or update sources; all of them or, if one is wrong, none."""
+    wanted = _made(sources)
+    there = await KEPT.all(office.client, used=wanted)
+    actions = {name: action_for(source, there, replace=replace) for name, source in wanted.items()}
+    old = [one for one in there if prune and one.name not in wanted]
+    kept = [one for one in there if isinstance(one, Source) and one.name not in wanted and one not in old]
+    targets = await _targets(office)
+    everyone = [*wanted.values(), *kept]
+    await asyncio.to_thread(_check, wanted.values(), everyone, targets)
+    for name, action in actions.items() if not dry_run else ():
+        before = next((one for one in there if one.name == name and isinstance(one, Source)), None)
+        await _save(office, wanted[name], before, action)
+    for one in old if not dry_run else ():
+        await _remove(office, one.name, f"{one.type_name}/{one.name}")
+    actions |= {one.name: "removed" for one in old}
+    return {"dry_run": dry_run, "sources": [{"name": name, "action": action} for name, action in actions.items()]}
+
+
+def _made(values: dict[str, Any]) -> dict[str, Source]:
+    found, wrong = {}, []
+    for name, one in values.items():
+        try:
+            found[name] = entry(Source, SOURCES, name, one, fill=False)
+        except Misconfigured as exc:
+            wrong.append(exc.message)
+    if wrong:
+        raise Misconfigured("\n".join(wrong))
+    if not found:
+        raise Misconfigured("no source is named")
+    return found
+
+
+def _check(wanted: Iterable[Source], everyone: list[Source], targets: list[Target]) -> None:
+    """Raise Misconfigured with a line for each reason why one of the sources can't be used."""
+    wrong = [f"source {one.name}: {why}" for one in wanted for why in checks.problems(one, everyone, targets)]
+    if wrong:
+        raise Misconfigured("\n".join(wrong))
+
+
+async def _save(office: Office, source: Source, before: Source | None, action: str) -> None:
+    if action != "unchanged":
+        for one in await KEPT.documents(office.client, [source.name]):
+            if one.block_type and one.block_type.slug != source.get_block_type_slug():  # it is to be replaced
+                await office.client.delete_block_document(one.id)
+        await source.asave(source.name, overwrite=True, client=office.client)
+        await recorded.source_changed(office, source.name, action, differing(source, before))
+    await batches.deploy(office.client, source, before)
+    # Whoever applies a source says that its folder is the right one, wherever it lies now.
+    await asyncio.to_thread(_read, office, lambda book: book.moved(source.name))
+
+
+async def remove_source(office: Office, name: str) -> dict[str, Any]:
+    """Remove a source, and what is known of its units; no file is touched, and what is under way goes on."""
+    source = await _load(office, name)
+    await _remove(office, source.name, f"{source.type_name}/{source.name}")
+    return {"name": source.name, "action": "removed"}
+
+
+async def _remove(office: Office, name: str, qualified: str) -> None:
+    await KEPT.remove(office.client, qualified)
+    await batches.withdraw(office.client, name)
+    await asyncio.to_thread(_read, office, lambda book: book.forget(name))
+    await asyncio.to_thread(shutil.rmtree, office.home.root / "sources" / name, ignore_errors=True)
+    await recorded.source_removed(office, name)
+
+
+async def enable_source(office: Office, name: str, enabled: bool = True) -> dict[str, Any]:
+    """Let a source take part again, or pause it: of a paused one nothing is dispatched, moved or deleted."""
+    source = await _load(office, name, secrets=True)
+    source.enabled = enabled
+    await source.asave(source.name, overwrite=True, client=office.client)
+    await batches.pause(office.client, source)
+    action = "resumed" if enabled else "paused"
+    await recorded.source_changed(office, source.name, action, ["enabled"])
+    return {"name": source.name, "action": action}
+
+
+async def sweep_source(office: Office, name: str) -> dict[str, Any]:
+    """Begin a sweep of a source now."""
+    source = await _load(office, name)
+    if not source.enabled:
+        raise Misconfigured(f"is paused: `talaria source resume {source.name}` first", source.name)
+    flow_run = await batches.start(office.client, source.name, office.user)
+    return {"name": source.name, "action": "swept", "flow_run_id": str(flow_run.id)}
+
+
+async def retry_source(office: Office, name: str, unit: str = "") -> dict[str, Any]:
+    """Have units that failed, or are held, dispatched again by the next sweep: one, or all of them."""
+    source = await _load(office, name)
+
+    def forget(book: Sourcebook) -> int:
+        rows = book.units(source.name, UnitState.FAILED, UnitState.HELD).values()
+        chosen = [one.unit for one in rows if unit in ("", one.unit, one.shown)]
+        if not chosen:
+            what = f"no unit {unit}" if unit else "no unit"
+            raise NotFound(f"{what} has failed or is held", source.name)
+        return book.forget(source.name, chosen)
+
+    count = await asyncio.to_thread(_read, office, forget)
+    if source.enabled:
+        await batches.start(office.client, source.name, office.user)
+    return {"name": source.name, "action": f"{count} units are dispatched again"}
+
+
+async def test_source(office: Office, name: str) -> dict[str, Any]:
+    """Look whether a source can be used, and what the next sweep would find; nothing is dispatched or moved."""
+    source = await _load(office, name)
+    sources = [one for one in await KEPT.all(office.client) if isinstance(one, Source)]
+    return await asyncio.to_thread(_tested, office, source, sources, await _targets(office))
+
+
+def _tested(office: Office, source: Source, sources: list[Source], targets: list[Target]) -> dict[str, Any]:
+    found: Counter[str] = Counter({"ready": 0, "settling": 0, "known": 0, "files": 0})
+    with Ledger(office.home.ledger) as ledger:
+        row, known = ledger.sources.sweep(source.name), ledger.sources.units(source.name)
+        wrong = checks.problems(source, sources, targets, row.mount)
+        try:
+            for unit in units.units(source, ledger) if not wrong else ():
+                found["files"] += unit.files
+                before = known.get(unit.key)
+                if before and before.fingerprint == unit.fingerprint:
+                    found["known"] += 1
+                else:
+                    settled = unit.newest + float(getattr(source, "settle_s", 0.0)) <= time.time()
+                    found["ready" if unit.complete or settled else "settling"] += 1
+        except DispatchError as exc:
+            wrong.append(exc.message)
+    return {"name": source.name, "ok": not wrong, "problems": wrong, "units": dict(found)}
+
+
+async def _load(office: Office, name: str, *, secrets: bool = False) -> Source:
+    (source,) = await KEPT.load(office.client, [name], secrets=secrets)
+    return source
+
+
+async def _targets(office: Office) -> list[Target]:
+    return [one for one in await TARGETS.all(office.client) if isinstance(one, Target)]
+
+
+def _read(office: Office, work: Callable[[Sourcebook], Any]) -> Any:
+    with Ledger(office.home.ledger) as ledger:
+        return work(ledger.sources)
+
+
+def _time(seconds: float) -> str | None:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds") if seconds else None

@@ -1,0 +1,260 @@
+"""What becomes of the files of a unit that has been delivered: moved, or deleted, if every target has confirmed them.
+
+A file goes only if nothing at all has happened to it since the sweep that dispatched it (its length, times and inode
+are those that the sweep saw), and if the ledger says that every target has confirmed a file of this path, length and
+time. It is looked at by its descriptor, gets a name of ours, is looked at again, and goes: what somebody puts in its
+place meanwhile is never touched. What a kill leaves under our name is dealt with by the next sweep.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import uuid
+from collections import Counter
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from blocks.source import After, Source
+from protocols.files.tree import NO_LINK, Tree, parent
+from tasks.sources.inbox import MARKER, TAKEN
+from transfer import roots
+from transfer.beneath import FOLDER, PATH_ONLY, above
+from transfer.content import copy_bytes, same_content
+from transfer.fingerprint import Fingerprint
+from transfer.layout import names
+from transfer.oserrors import words_of
+from transfer.plan import Item, scan
+from transfer.unitlist import FileFacts, ListedUnit
+
+NOT_CONFIRMED = "not confirmed by every target"
+TOUCHED = "something has happened to it since it was dispatched"
+MOST_NAMES = 1000  # tried for a file whose name is taken where it is moved to
+_NAME_BYTES = 255
+
+
+@dataclass
+class Finished:
+    """What has become of a unit's files.
+
+    Attributes:
+        fingerprint: of those that are left, of the ones that were dispatched.
+        kept: how many were left, by the reason.
+    """
+
+    fingerprint: str
+    gone: int = 0
+    kept: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def words(self) -> str:
+        """Why files were left, in a sentence; "" if none was."""
+        return "; ".join(f"{count} files stay: {why}" for why, count in self.kept.items())
+
+
+class _Stays(Exception):
+    """A file is left where it is; the text says why."""
+
+
+def finish(
+    source: Source,
+    folder: str,
+    unit: ListedUnit,
+    fingerprint: str,
+    confirmed: Callable[[FileFacts], bool],
+    check: Callable[[], None] = lambda: None,
+) -> Finished:
+    """Move or delete the files of a unit, as its source says; may be repeated after a kill.
+
+    Args:
+        folder: that of the source, without links.
+        fingerprint: that of the unit when it was dispatched.
+        confirmed: returns True if every target has confirmed a file.
+        check: called between files; may raise to stop.
+    """
+    mark = Fingerprint.parse(fingerprint)
+    done = Finished(fingerprint)
+    if source.leaving.after is After.LEAVE:
+        return done
+    moving = source.leaving.after is After.MOVE
+    finals = _finals(source, folder, unit) if moving else {}
+    with ExitStack() as stack:
+        fd = roots.sources().open(folder, FOLDER)
+        stack.callback(os.close, fd)
+        tree = stack.enter_context(Tree(Path(source.leaving.move_to))) if moving else None
+        for one in unit.files:
+            check()
+            inside = one.path[len(folder.rstrip("/")) + 1 :]
+            try:
+                _let_go(fd, inside, one, confirmed, tree, finals.get(one.path, inside))
+            except _Stays as exc:
+                done.kept[str(exc)] += 1
+            except OSError as exc:
+                done.kept[words_of(exc)] += 1
+            else:
+                done.gone += 1
+                mark.take(_name(unit, one.path), one.size, one.mtime_ns)
+        if is_folder(unit):
+            with suppress(OSError):
+                _clear(fd, unit.paths[0][len(folder.rstrip("/")) + 1 :])
+    done.fingerprint = str(mark)
+    return done
+
+
+def _name(unit: ListedUnit, path: str) -> str:
+    """Return by which path a file counts in the fingerprint of its unit."""
+    return path.removeprefix(f"{unit.paths[0]}/") if is_folder(unit) else path
+
+
+def _let_go(
+    root: int, inside: str, one: FileFacts, confirmed: Callable[[FileFacts], bool], tree: Tree | None, final: str
+) -> None:
+    """Move or delete one file.
+
+    Raises:
+        _Stays: it must not go. OSError: it can't.
+    """
+    if not confirmed(one):
+        raise _Stays(NOT_CONFIRMED)
+    try:
+        with above(root, inside) as (folder, name):
+            taken = TAKEN + name
+            if len(os.fsencode(taken)) > _NAME_BYTES:
+                raise _Stays("its name is too long to be handled safely")
+            _take(folder, name, taken, one)
+            try:
+                if tree is None:
+                    os.unlink(taken, dir_fd=folder)
+                else:
+                    _move(folder, taken, tree, final)
+            except BaseException:
+                _put_back(folder, taken, name)
+                raise
+    except FileNotFoundError:
+        return  # it is gone: an earlier sweep, or somebody else, was faster
+
+
+def _take(folder: int, name: str, taken: str, one: FileFacts) -> None:
+    """Give a file our own name, if it is what was dispatched."""
+    with suppress(FileNotFoundError):
+        left = os.stat(taken, dir_fd=folder, follow_symlinks=False)  # by a kill, after it was looked at
+        if (left.st_size, left.st_mtime_ns, left.st_ino) == (one.size, one.mtime_ns, one.inode):
+            return
+        _put_back(folder, taken, name)
+        raise _Stays(TOUCHED)
+    fd = os.open(name, PATH_ONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+    try:
+        if not one.is_still(os.fstat(fd)):
+            raise _Stays(TOUCHED)
+        os.rename(name, taken, src_dir_fd=folder, dst_dir_fd=folder)
+        now, still = os.stat(taken, dir_fd=folder, follow_symlinks=False), os.fstat(fd)
+        same = os.path.samestat(now, still) and (still.st_size, still.st_mtime_ns) == (one.size, one.mtime_ns)
+    finally:
+        os.close(fd)
+    if not same:
+        _put_back(folder, taken, name)
+        raise _Stays(TOUCHED)
+
+
+def _put_back(folder: int, taken: str, name: str) -> None:
+    """Give a file its own name again, or one beside it if that is taken; it is never put in the place of another."""
+    for number in range(MOST_NAMES):
+        free = name if not number else f"{name}.{number}"
+        try:
+            os.link(taken, free, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=False)
+        except FileExistsError:
+            continue
+        except FileNotFoundError:
+            return
+        except OSError as exc:
+            if exc.errno not in NO_LINK:
+                raise
+            with suppress(FileNotFoundError):
+                os.stat(free, dir_fd=folder, follow_symlinks=False)
+                continue
+            os.rename(taken, free, src_dir_fd=folder, dst_dir_fd=folder)
+            return
+        os.unlink(taken, dir_fd=folder)
+        return
+
+
+def _move(folder: int, taken: str, tree: Tree, final: str) -> None:
+    """Move a file into a tree; what has its name there stays, unless it has the same content."""
+    tree.make_folders(parent(final))
+    stem, dot, suffix = final.rpartition(".") if "." in final.rpartition("/")[2] else (final, "", "")
+    fd = os.open(taken, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+    try:
+        for number in range(MOST_NAMES):
+            place = final if not number else f"{stem}.{number}{dot}{suffix}"
+            if _placed(fd, folder, taken, tree, place):
+                tree.flush(parent(place))
+                os.unlink(taken, dir_fd=folder)
+                return
+    finally:
+        os.close(fd)
+    raise OSError(errno.EEXIST, os.strerror(errno.EEXIST), final)
+
+
+def _placed(fd: int, folder: int, taken: str, tree: Tree, place: str) -> bool:
+    """Return True if a file's content has a name in a tree now; False if something else has that name."""
+    with suppress(FileNotFoundError), tree.opened(place, os.O_RDONLY | os.O_NONBLOCK) as there:
+        return same_content(fd, there)
+    with above(tree.fd, place) as (other, name):
+        try:
+            os.link(taken, name, src_dir_fd=folder, dst_dir_fd=other, follow_symlinks=False)
+        except FileExistsError:
+            return False
+        except OSError as exc:
+            if exc.errno not in NO_LINK:
+                raise
+        else:
+            return True
+    part = "/".join(filter(None, (parent(place), f".talaria-{uuid.uuid4().hex[:16]}")))
+    info = os.fstat(fd)
+    try:
+        with tree.opened(part, os.O_RDWR | os.O_CREAT | os.O_EXCL) as writer:
+            copy_bytes(fd, writer)
+            os.utime(writer, ns=(info.st_atime_ns, info.st_mtime_ns))
+            os.fsync(writer)
+            if not same_content(fd, writer):
+                raise OSError(errno.EIO, "the copy differs from the file", place)
+        return tree.move_file(part, place)
+    finally:
+        with suppress(FileNotFoundError):
+            tree.unlink(part)
+
+
+def _finals(source: Source, folder: str, unit: ListedUnit) -> Mapping[str, str]:
+    """Return where files are moved to, by their paths; those that are not in it keep their path in the inbox."""
+    if not source.leaving.move_layout or not unit.files:
+        return {}
+    plan = scan(unit.paths, source.globs)
+    root = str(plan.root).rstrip("/")
+    return {f"{root}/{path}": f"{below}/{path}" for path, below in names(plan, source.leaving.move_layout).items()}
+
+
+def _clear(root: int, inside: str) -> None:
+    """Remove a unit's folder if nothing is in it any more, but folders, and the marker of whoever sent it."""
+    with above(root, inside) as (higher, name):
+        path = f"/proc/self/fd/{higher}/{name}"
+        found = [(below, files) for below, _, files in os.walk(path, topdown=False)]
+        if any(set(files) - ({MARKER} if below == path else set()) for below, files in found):
+            return
+        for below, files in found:
+            for one in files:
+                Path(below, one).unlink()
+            Path(below).rmdir()
+
+
+def is_folder(unit: ListedUnit) -> bool:
+    """Return True if a unit is one folder, and not some files."""
+    return len(unit.paths) == 1 and not any(one.path == unit.paths[0] for one in unit.files)
+
+
+def shown_in(unit: ListedUnit) -> Callable[[str], str]:
+    """Return what returns by which path the ledger knows a file of a unit."""
+    above_all = os.path.commonpath([one.rpartition("/")[0] or "/" for one in unit.paths])
+    skip = len((unit.paths[0] if is_folder(unit) else above_all).rstrip("/")) + 1
+    return lambda path: Item(path[skip:], 0, 0).shown

@@ -1,0 +1,186 @@
+"""Whether a source can be used: looked at when it is applied, tested, and before anything of it is touched.
+
+A folder that is not there, or lies on a share that is not mounted, would look like one from which all has gone. One
+that overlaps a folder target, or another source, would send, or delete, what Talaria has put there itself.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from blocks import Source, Target
+from blocks.inbox import InboxSource
+from blocks.list_source import ListSource
+from blocks.source import After
+from tasks.names import split
+from tasks.sources import inbox
+from tasks.targets import check_destination, check_source
+from transfer import roots
+from transfer.beneath import resolved
+from transfer.errors import DispatchError
+
+MOUNTS, PLANNED = Path("/proc/self/mountinfo"), Path("/etc/fstab")
+
+
+def problems(source: Source, sources: Iterable[Source], targets: Iterable[Target], mount: str = "") -> list[str]:
+    """Return why a source can't be used, each reason a sentence; nothing if it can.
+
+    Args:
+        sources: all that are saved, or about to be.
+        targets: all that are saved.
+        mount: the file system that its folder lay on before; "" if that is not known.
+    """
+    known = {one.name: one for one in targets}
+    found = list(_of_targets(source, known))
+    if isinstance(source, InboxSource):
+        found += _of_folder(source, mount)
+    if isinstance(source, ListSource):
+        found += _of_file(source)
+    for folder in source.folders:
+        real = resolved(folder)
+        for other in sources:
+            if other.name != source.name:
+                found += (
+                    f"{folder} and {one} of source {other.name} overlap: each file must have one source"
+                    for one in (*other.folders, *_moved_to(other))
+                    if overlap(real, resolved(one))
+                )
+        for target in known.values():
+            place = folder_of(target)
+            if place and overlap(real, resolved(place)):
+                found.append(
+                    f"{folder} and {place} of target {target.name} overlap: what is delivered would come again"
+                )
+    for one in _moved_to(source):
+        found += (
+            f"move_to: {one} and {folder} of source {other.name} overlap: what is moved would come again"
+            for other in sources
+            for folder in other.folders
+            if overlap(resolved(one), resolved(folder))
+        )
+    return list(dict.fromkeys(found))
+
+
+def _of_targets(source: Source, known: dict[str, Target]) -> Iterator[str]:
+    for written in source.reaches:
+        type_name, name = split(written)
+        target = known.get(name)
+        if target is None or type_name not in (None, target.type_name):
+            there = f"there are: {', '.join(sorted(known))}" if known else "there are none yet"
+            yield f"no target named {written}; {there}"
+            continue
+        try:
+            if target.enabled:  # what goes to one that is not waits for it
+                check_destination(target)
+        except DispatchError as exc:
+            yield f"target {name} {exc.message}"
+    query = getattr(source, "query", "")
+    if query:
+        target = known.get(split(query)[1])
+        try:
+            if target is None:
+                yield f"no target named {query}"
+            else:
+                check_source(target)
+        except DispatchError as exc:
+            yield f"target {query} {exc.message}"
+
+
+def _of_folder(source: InboxSource, mount: str) -> Iterator[str]:
+    folder = source.folder
+    try:
+        inbox.real_folder(folder)
+    except DispatchError as exc:
+        missing = not_mounted(folder)
+        yield f"{exc.message}{f': {missing} is not mounted' if missing else ''}"
+        return
+    if missing := not_mounted(folder):
+        yield f"{folder}: lies on {missing}, which is not mounted"
+    elif mount and mounted_at(folder) != mount:
+        yield (
+            f"{folder}: lies on another file system than when it was applied ({mounted_at(folder)}, and not {mount}): "
+            "is its share mounted? If that is as it should be, apply the source again"
+        )
+    if source.after is not After.LEAVE and not os.access(folder, os.W_OK | os.X_OK):
+        yield f"{folder}: can't be written to by this user, so that nothing can be moved or deleted"
+    if source.after is After.MOVE:
+        try:
+            roots.places().check(source.move_to)
+        except DispatchError as exc:
+            yield f"move_to: {exc.message}"
+            return
+        if not Path(source.move_to).is_dir():
+            yield f"move_to: {source.move_to}: is not a folder"
+        elif not os.access(source.move_to, os.W_OK | os.X_OK):
+            yield f"move_to: {source.move_to}: can't be written to by this user"
+
+
+def _of_file(source: ListSource) -> Iterator[str]:
+    path = source.file
+    try:
+        fd = roots.sources().open(path)
+    except DispatchError as exc:
+        yield exc.message
+        return
+    except OSError as exc:
+        yield f"{path}: {exc.strerror}"
+        return
+    os.close(fd)
+    if not Path(path).is_file():
+        yield f"{path}: is not a file"
+    if not os.access(Path(path).parent, os.W_OK | os.X_OK):
+        yield f"{path}: the report beside it can't be written by this user"
+
+
+def _moved_to(source: Source) -> tuple[str, ...]:
+    return (source.leaving.move_to,) if source.leaving.move_to else ()
+
+
+def folder_of(target: Target) -> str:
+    """Return the folder on this machine that a target keeps what it gets in; "" if it has none."""
+    if target.type_name == "folder":
+        return str(getattr(target, "folder", ""))
+    url = str(getattr(target, "url", ""))
+    return unquote(urlsplit(url).path) if url.startswith("file:") else ""
+
+
+def overlap(one: str, other: str) -> bool:
+    """Return True if one of two real paths is the other, or lies in it."""
+    return roots.is_in(one, other) or roots.is_in(other, one)
+
+
+def mounted_at(path: str) -> str:
+    """Return the file system that a path lies on, as in `nfs4 server:/export /mnt/share`; "" if that is not known."""
+    try:
+        lines = MOUNTS.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    except OSError:
+        return ""
+    real, best, found = resolved(path), "", ""
+    for line in lines:  # proc_pid_mountinfo(5)
+        before, _, after = line.partition(" - ")
+        fields, kind = before.split(), after.split()
+        place = _unescaped(fields[4])
+        if roots.is_in(real, place) and len(place) >= len(best):  # the last one covers those before it
+            best, found = place, f"{kind[0]} {_unescaped(kind[1])} {place}"
+    return found
+
+
+def not_mounted(path: str) -> str:
+    """Return the place on the way to a path where a file system should be mounted, and is not; "" if there is none."""
+    try:
+        lines = PLANNED.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+        there = {_unescaped(line.split()[4]) for line in MOUNTS.read_text(errors="surrogateescape").splitlines()}
+    except OSError:
+        return ""
+    planned = [_unescaped(line.split()[1]) for line in lines if len(line.split()) > 1 and not line.startswith("#")]
+    real = resolved(path)
+    ways = [one for one in planned if one.startswith("/") and roots.is_in(real, one.rstrip("/") or "/")]
+    return next((one for one in ways if one not in there and one != "/"), "")
+
+
+def _unescaped(field: str) -> str:
+    r"""Return a field of mountinfo or fstab, in which blanks are written as \040."""
+    return field.encode("utf-8", "surrogateescape").decode("unicode_escape") if "\\" in field else field

@@ -1,0 +1,108 @@
+"""One run of the flow `batch`: the sweep of a source, with a row for what it made, and a reason if it could not."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+from collections.abc import Callable
+from typing import Any
+
+from prefect import get_client
+from prefect.artifacts import acreate_table_artifact
+from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.objects import State as RunState
+from prefect.context import FlowRunContext
+from prefect.states import Cancelled as RunCancelled
+from prefect.states import Completed, Failed
+
+from blocks import Source, Target
+from tasks.dispatch import running
+from tasks.happened import happened
+from tasks.sources import checks
+from tasks.sources.runs import PrefectDispatching
+from tasks.sources.saved import KEPT
+from tasks.sources.sweep import Sweep, Swept
+from tasks.targets import TARGETS
+from transfer.errors import Cancelled, DispatchError, Misconfigured
+from transfer.home import Home, locked
+from transfer.ledger import Ledger
+from transfer.sourcebook import SweepRow
+
+AT = "@"  # in the name of a queue, before the host that it is of
+
+
+async def sweep(name: str) -> RunState[Any]:
+    """Look through a source; return the state in which the run ends."""
+    context = FlowRunContext.get()
+    flow_run = context.flow_run if context else None
+    if flow_run is None:
+        raise RuntimeError("a sweep runs inside a flow run")
+    home, cancelled = Home.current(), running.flag(str(flow_run.id))
+
+    def check() -> None:
+        if cancelled.is_set():
+            raise Cancelled("the sweep was stopped")
+
+    try:
+        with Ledger(home.ledger) as ledger:
+            return await _swept(name, home, ledger, flow_run, check)
+    except Cancelled as error:
+        return RunCancelled(message=error.message)
+    except DispatchError as error:
+        return Failed(message=str(error))
+    finally:
+        running.forget(str(flow_run.id))
+
+
+async def _swept(name: str, home: Home, ledger: Ledger, flow_run: FlowRun, check: Callable[[], None]) -> RunState[Any]:
+    async with get_client() as client:
+        source, sources, targets = await everything(client, name)
+        if not source.enabled:
+            return Completed(message="the source is paused: nothing was done")
+        folder = home.root / "locks"
+        folder.mkdir(exist_ok=True, mode=0o700)
+        with locked(folder / f"source-{source.name}", fcntl.LOCK_EX | fcntl.LOCK_NB) as mine:
+            if mine is None:
+                return Completed(message="another sweep of it is running: nothing was done")
+            host = (flow_run.work_queue_name or "").partition(AT)
+            dispatching = PrefectDispatching(client, home, source.name, f"{AT}{host[2]}" if host[2] else "")
+            before = ledger.sources.sweep(source.name)
+            try:
+                wrong = await asyncio.to_thread(checks.problems, source, sources, targets, before.mount)
+                if wrong:
+                    raise Misconfigured("; ".join(wrong), source.name)
+                by_name = {one.name: one for one in targets}
+                done = await Sweep(source, by_name, home, ledger, dispatching, check).run()
+            except DispatchError as error:
+                if not isinstance(error, Cancelled):
+                    _stuck(ledger, source, before, error.message)
+                raise
+            mount = await asyncio.to_thread(_mount, source)
+            ledger.sources.swept(source.name, SweepRow(mount, 0.0, done.next, done.waiting, ""))
+    if done.runs:
+        await _link(source, done)
+    return Completed(message=done.words)
+
+
+def _mount(source: Source) -> str:
+    return checks.mounted_at(source.folders[0]) if source.folders else ""
+
+
+def _stuck(ledger: Ledger, source: Source, before: SweepRow, words: str) -> None:
+    """Keep why a source can't be looked through, and say it once."""
+    ledger.sources.swept(source.name, SweepRow(before.mount, 0.0, 0.0, before.waiting, words))
+    if words != before.detail:
+        happened(ledger, "source.stuck", {"source": source.name}, "", words)
+
+
+async def _link(source: Source, done: Swept) -> None:
+    rows = [{"dispatch": f"[{run}](/runs/flow-run/{run})", "units": count} for run, count in done.runs.items()]
+    await acreate_table_artifact(rows, f"dispatches-of-{source.name}", f"{source.name}: {done.words}")
+
+
+async def everything(client: Any, name: str) -> tuple[Source, list[Source], list[Target]]:
+    """Return a source, all sources, and all targets; those that are broken take no part."""
+    (source,) = await KEPT.load(client, [name], secrets=False)
+    sources = [one for one in await KEPT.all(client) if isinstance(one, Source)]
+    targets = [one for one in await TARGETS.all(client, used=source.reaches) if isinstance(one, Target)]
+    return source, sources, targets

@@ -1,0 +1,96 @@
+"""The dispatches and retrievals of sources as Prefect's runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
+from datetime import UTC, datetime
+from typing import Any
+from uuid import UUID
+
+from prefect.client.orchestration import PrefectClient
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.states import Scheduled
+
+from tasks.dispatch import kept
+from tasks.sources.ways import EndedRun
+from transfer import live
+from transfer.home import Home
+
+PAGE = 200  # runs a request; Prefect's own limit
+# What has not ended for us: a process that is alive takes up a crashed run.
+STOPPED = (StateType.FAILED, StateType.CANCELLED)
+
+
+class PrefectDispatching:
+    """Creates and looks at runs, by a client of the server; as `tasks.sources.ways.Dispatching`.
+
+    Args:
+        source: name of the source.
+        host: end of the names of the queues whose runs stay on this host; "" where any may have them.
+    """
+
+    def __init__(self, client: PrefectClient, home: Home, source: str, host: str = "") -> None:
+        self.client, self.home, self.source, self.host = client, home, source, host
+
+    async def create(self, batch: str, parameters: Mapping[str, Any]) -> str:
+        flow = "retrieve" if "source" in parameters else "dispatch"
+        deployment = await self.client.read_deployment_by_name(f"{flow}/talaria")
+        flow_run = await self.client.create_flow_run_from_deployment(
+            deployment.id,
+            parameters=dict(parameters),
+            name=f"to {', '.join(parameters['targets'])} from {self.source}",
+            work_queue_name=f"{parameters['priority']}{self.host}",
+            state=Scheduled(scheduled_time=datetime.now(UTC)),
+            idempotency_key=f"source:{batch}",
+            labels={live.BY: f"source {self.source}"},
+            tags=["talaria", f"source:{self.source}"],
+        )
+        return str(flow_run.id)
+
+    async def ended(self, runs: Collection[str]) -> Mapping[str, EndedRun]:
+        there = {str(one.id): one for one in await self._read(runs)}
+        found = {}
+        for run in runs:
+            flow_run = there.get(run)
+            if flow_run is None:
+                found[run] = EndedRun(gone=True)
+            elif _has_ended(flow_run):
+                message = (flow_run.state and flow_run.state.message) or ""
+                found[run] = EndedRun(False, message, await self._studies(flow_run))
+        return found
+
+    async def any_ended(self, runs: Collection[str]) -> bool:
+        """Return True if one of some runs has ended, or is gone."""
+        there = await self._read(runs)
+        return len(there) < len(set(runs)) or any(_has_ended(one) for one in there)
+
+    async def going(self, runs: Collection[str]) -> set[str]:
+        found = await self._read(runs)
+        return {str(one.id) for one in found if one.state and one.state.type not in STOPPED}
+
+    async def _read(self, runs: Collection[str]) -> list[FlowRun]:
+        ids, found = [UUID(one) for one in runs], list[FlowRun]()
+        for at in range(0, len(ids), PAGE):
+            page = FlowRunFilter(id=FlowRunFilterId(any_=ids[at : at + PAGE]))
+            found += await self.client.read_flow_runs(flow_run_filter=page, limit=PAGE)
+        return found
+
+    async def _studies(self, flow_run: FlowRun) -> dict[str, dict[str, Any]]:
+        """Return the rows of a run's receipts, by study: those on this machine, or else the server's."""
+        document: dict[str, Any] | None = None
+        with suppress(OSError, ValueError):
+            document = json.loads(self.home.receipt(str(flow_run.id)).read_text(encoding="utf-8"))
+        document = document or await kept.read(self.client, flow_run.id) or {}
+        return {str(row["study"]): row for row in _rows(document.get("studies", ()))}
+
+
+def _has_ended(flow_run: FlowRun) -> bool:
+    state = flow_run.state
+    return state is not None and (state.is_completed() or state.type in STOPPED)
+
+
+def _rows(rows: Iterable[Any]) -> Iterable[dict[str, Any]]:
+    return (row for row in rows if isinstance(row, dict) and "study" in row)

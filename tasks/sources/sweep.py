@@ -1,0 +1,338 @@
+"""A sweep: one look through a source. What has been delivered is settled, what is ready is dispatched.
+
+A unit's row is saved before its run is created, with the mark of the list that names it. A sweep that is killed in
+between leaves a row without a run, for which the next one creates the run: the mark is its idempotency key.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from blocks import Source, Target
+from blocks.inbox import Late
+from blocks.source import After
+from tasks.happened import happened
+from tasks.names import split
+from tasks.sources import after, inbox, units
+from tasks.sources.units import Unit
+from tasks.sources.ways import Dispatching, EndedRun
+from transfer import unitlist
+from transfer.errors import DispatchError, Misconfigured
+from transfer.home import Home
+from transfer.ledger import Ledger
+from transfer.plan import Origin
+from transfer.receipt import Level, State
+from transfer.sourcebook import SweepRow, UnitRow, UnitState
+from transfer.unitlist import FileFacts, ListedUnit
+
+FLOOD = 250  # units of one dispatch: its receipts stay handy, and one that fails is soon seen
+LEVELS = list(Level)
+DAY_S = 86_400.0
+KEPT_S = 30 * DAY_S  # for which it is remembered what was done with units that are there no more
+LATE = "files came after it was dispatched; `talaria source retry` dispatches it again"
+
+
+@dataclass
+class Swept:
+    """What a sweep has done.
+
+    Attributes:
+        runs: of the dispatches that it made: how many units each has.
+        waiting: how many units have not settled yet.
+        next: when one of them may be ready, in seconds since the epoch; 0 for none.
+        counts: how many units came into each state.
+    """
+
+    runs: dict[str, int] = field(default_factory=dict)
+    waiting: int = 0
+    next: float = 0.0
+    counts: dict[UnitState, int] = field(default_factory=lambda: defaultdict(int))
+
+    @property
+    def words(self) -> str:
+        """What was done, in a sentence."""
+        said = [f"{sum(self.runs.values())} dispatched"] if self.runs else []
+        said += [f"{count} {state}" for state, count in self.counts.items() if state is not UnitState.DELIVERED]
+        said += [f"{self.waiting} not settled yet"] if self.waiting else []
+        return ", ".join(said) or "nothing new"
+
+
+@dataclass
+class _Batch:
+    """Units that become one dispatch."""
+
+    mark: str
+    writer: unitlist.Writer
+    parameters: dict[str, Any]
+    rows: list[UnitRow] = field(default_factory=list)
+
+
+class Sweep:
+    """One look through a source.
+
+    Args:
+        targets: those that are saved, by name.
+        check: called between units and files; may raise to stop.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        targets: Mapping[str, Target],
+        home: Home,
+        ledger: Ledger,
+        dispatching: Dispatching,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.source, self.targets, self.home, self.ledger = source, targets, home, ledger
+        self.book, self.dispatching, self.check = ledger.sources, dispatching, check
+        self.done = Swept()
+
+    async def run(self) -> Swept:
+        """Settle what has ended, then dispatch what is ready.
+
+        Raises:
+            DispatchError: the source can't be looked through.
+        """
+        await self.settle()
+        for batch in await asyncio.to_thread(self._look):
+            await self._create(batch.mark, batch.parameters, len(batch.rows))
+        return self.done
+
+    # ---- what was dispatched before
+
+    async def settle(self) -> None:
+        """See what has become of the units that were dispatched, and of the files of those that were delivered."""
+        rows = self.book.units(self.source.name, UnitState.DISPATCHED, UnitState.FAILED, UnitState.DELIVERED)
+        by_run: dict[str, list[UnitRow]] = defaultdict(list)
+        failed: dict[str, list[UnitRow]] = defaultdict(list)
+        delivered = []
+        for row in rows.values():
+            if row.state is UnitState.DELIVERED:
+                delivered.append((row, None))
+            elif row.state is UnitState.FAILED:
+                failed[row.run].append(row)
+            else:
+                by_run[row.run].append(row)
+        for run in await self.dispatching.going([run for run in failed if run]) if failed else ():
+            by_run[run] += failed[run]
+        for mark in {row.batch for row in by_run.pop("", ())}:
+            await self._create_again(mark)
+        ended = await self.dispatching.ended(list(by_run)) if by_run else {}
+        for run, end in ended.items():
+            await asyncio.to_thread(self._settle, by_run[run], end)
+        if delivered:  # a sweep was killed before it had dealt with their files
+            again = await self.dispatching.ended(list({row.run for row, _ in delivered}))
+            for row, _ in delivered:
+                await asyncio.to_thread(self._let_go, [row], again.get(row.run, EndedRun(gone=True)))
+
+    def _settle(self, rows: list[UnitRow], end: EndedRun) -> None:
+        if end.gone:  # its run was removed: what has arrived is in the ledger, the rest is dispatched again
+            self.book.forget(self.source.name, [row.unit for row in rows])
+            return
+        arrived, failed = [], []
+        for row in rows:
+            why = _failure(end.studies.get(row.unit), end.message)
+            if why:
+                failed.append(row.now(UnitState.FAILED, why))
+            else:
+                arrived.append(row.now(UnitState.DELIVERED))
+        self.book.save(self.source.name, [*failed, *arrived])
+        new = [one for one in failed if any(row.unit == one.unit and row.state is not one.state for row in rows)]
+        if new:
+            self.done.counts[UnitState.FAILED] += len(new)
+            self._stuck(f"{len(new)} units were not delivered", new[0].run, new)
+        self._let_go(arrived, end)
+
+    def _let_go(self, rows: Collection[UnitRow], end: EndedRun) -> None:
+        """Move or delete the files of units that were delivered, if every target has confirmed them."""
+        name, done = self.source.name, UnitState.DONE
+        folder = units.root(self.source) if rows else ""
+        self.done.counts[done] += len(rows)
+        if not folder or self.source.leaving.after is After.LEAVE:
+            self.book.save(name, [row.now(done, batch="") for row in rows])
+            return
+        for mark in {row.batch for row in rows}:
+            listed, asked = self._listed(mark), unitlist.kept(unitlist.place(self.home, name, mark)) or {}
+            for row in rows:
+                self.check()
+                if row.batch == mark and row.unit not in listed:  # the list is gone: nobody knows what the files were
+                    self.book.save(name, [row.now(done, "its files stay: the list of them is gone", batch="")])
+                elif row.batch == mark:
+                    unit, study = listed[row.unit], end.studies.get(row.unit) or {}
+                    confirmed = self._confirmed(unit, study, asked)
+                    left = after.finish(self.source, folder, unit, row.fingerprint, confirmed, self.check)
+                    self.book.save(name, [row.now(done, left.words, batch="", fingerprint=left.fingerprint)])
+
+    def _listed(self, mark: str) -> dict[str, ListedUnit]:
+        try:
+            return {one.key: one for one in unitlist.read(unitlist.place(self.home, self.source.name, mark))}
+        except DispatchError:
+            return {}
+
+    def _confirmed(
+        self, unit: ListedUnit, study: Mapping[str, Any], asked: Mapping[str, Any]
+    ) -> Callable[[FileFacts], bool]:
+        """Return what says whether every target has confirmed a file, at the level that it demands.
+
+        These are the targets that it was sent to, and those that its source has now.
+        """
+        held = []
+        origin = Origin(*(str(asked.get(name, "")) for name in ("sender_aet", "receiver_aet", "sender_host")))
+        names = {*self.source.targets, *asked.get("targets", ()), *study.get("targets", ())}
+        for name in {split(one)[1] for one in names}:
+            target, receipt = self.targets.get(name), study.get("targets", {}).get(name)
+            if target is None or receipt is None or receipt["state"] != State.DELIVERED:
+                return lambda one: False
+            if LEVELS.index(Level(receipt["verified"])) < LEVELS.index(target.verify):
+                return lambda one: False
+            held.append(self.ledger.arrived(str(study["dispatch_id"]), name, target.endpoint_for(origin)))
+        shown = after.shown_in(unit)
+        return lambda one: bool(held) and all(there.get(shown(one.path)) == (one.size, one.mtime_ns) for there in held)
+
+    # ---- what is there
+
+    def _look(self) -> list[_Batch]:
+        """Look through the source, write down what is ready, and return it."""
+        source = self.source
+        known, now = self.book.units(source.name), time.time()
+        open_: dict[tuple[Any, ...], _Batch] = {}
+        whole: list[_Batch] = []
+        held, seen = [], set()
+        try:
+            for unit in units.units(source, self.ledger, self.check):
+                seen.add(unit.key)
+                row = known.get(unit.key)
+                if row and (row.state is UnitState.DISPATCHED or row.fingerprint == unit.fingerprint):
+                    continue
+                if not self._is_ready(unit, now):
+                    continue
+                late = row and row.state in (UnitState.DELIVERED, UnitState.DONE, UnitState.HELD)
+                policy = getattr(source, "late", Late.APPEND) if late else Late.APPEND
+                if policy is Late.HOLD:
+                    held.append(self._row(unit, UnitState.HELD, LATE))
+                    continue
+                listed = self._as_listed(unit)
+                if listed is None:
+                    self._wait(now)
+                    continue
+                key = unit.targets, unit.origin, policy is Late.RESEND
+                batch = open_.get(key) or open_.setdefault(key, self._batch(*key))
+                batch.writer.add(listed)
+                batch.rows.append(self._row(unit, UnitState.DISPATCHED, "", batch.mark))
+                if len(batch.rows) >= FLOOD:
+                    whole.append(self._close(open_.pop(key)))
+            whole += [self._close(one) for one in open_.values()]
+        except BaseException:
+            for one in open_.values():
+                one.writer.abandon()
+            raise
+        if held:
+            self.book.save(source.name, held)
+            self.done.counts[UnitState.HELD] += len(held)
+            self._stuck(f"{len(held)} units got files after they were dispatched", held[0].fingerprint, held)
+        self._tidy(known, seen, now)
+        return whole
+
+    def _is_ready(self, unit: Unit, now: float) -> bool:
+        settle_s = float(getattr(self.source, "settle_s", 0.0))
+        if unit.complete or unit.newest + settle_s <= now:
+            return True
+        self._wait(unit.newest + settle_s)
+        return False
+
+    def _wait(self, until: float) -> None:
+        self.done.waiting += 1
+        self.done.next = min(self.done.next or until, until)
+
+    def _as_listed(self, unit: Unit) -> ListedUnit | None:
+        """Return a unit with the facts of its files; None if it has changed since it was looked at."""
+        folder = units.root(self.source)
+        if not folder:
+            return ListedUnit(unit.key, unit.paths)
+        facts, mark = inbox.facts_of(unit, self.source)
+        return ListedUnit(unit.key, unit.paths, folder, tuple(facts)) if mark == unit.fingerprint else None
+
+    def _row(self, unit: Unit, state: UnitState, detail: str, batch: str = "") -> UnitRow:
+        return UnitRow(unit.key, unit.name, state, unit.fingerprint, unit.files, batch, "", detail)
+
+    def _batch(self, targets: tuple[str, ...], origin: Origin, force: bool) -> _Batch:
+        if not targets:
+            raise Misconfigured("no route leads to a target")
+        mark = uuid.uuid4().hex
+        writer = unitlist.Writer(unitlist.place(self.home, self.source.name, mark))
+        parameters = {
+            "paths": [str(writer.path)],
+            "targets": list(targets),
+            "exclude": self.source.exclude,
+            "priority": str(self.source.priority),
+            "sender_aet": origin.sender_aet,
+            "receiver_aet": origin.receiver_aet,
+            "sender_host": origin.sender_host,
+            "force": force,
+            "each": "unit",
+        }
+        return _Batch(mark, writer, parameters)
+
+    def _close(self, batch: _Batch) -> _Batch:
+        batch.writer.close()
+        unitlist.keep(batch.writer.path, batch.parameters)
+        self.book.save(self.source.name, batch.rows)
+        return batch
+
+    async def _create(self, mark: str, parameters: Mapping[str, Any], count: int) -> None:
+        run = await self.dispatching.create(mark, parameters)
+        self.book.run_created(self.source.name, mark, run)
+        self.done.runs[run] = self.done.runs.get(run, 0) + count
+
+    async def _create_again(self, mark: str) -> None:
+        """Create the run of a batch of which nobody knows whether it was created."""
+        rows = [row for row in self.book.units(self.source.name, UnitState.DISPATCHED).values() if row.batch == mark]
+        parameters = unitlist.kept(unitlist.place(self.home, self.source.name, mark))
+        if parameters is None:
+            self.book.forget(self.source.name, [row.unit for row in rows])
+        else:
+            await self._create(mark, parameters, len(rows))
+
+    def _tidy(self, known: Mapping[str, UnitRow], seen: set[str], now: float) -> None:
+        """Forget units that are long gone, and lists that nobody needs."""
+        name = self.source.name
+        old = [
+            row.unit
+            for row in known.values()
+            if row.state is UnitState.DONE and row.unit not in seen and row.time < now - KEPT_S
+        ]
+        if old:
+            self.book.forget(name, old)
+        there = unitlist.batches(self.home, name)
+        if there:
+            used = {row.batch for row in self.book.units(name).values()}
+            for mark, path in there.items():
+                if mark not in used:
+                    unitlist.remove(path)
+
+    def _stuck(self, words: str, key: str, rows: Collection[UnitRow]) -> None:
+        about = {"source": self.source.name, "units": len(rows)}
+        happened(self.ledger, "source.stuck", about, f"{self.source.name}/{key}", words)
+
+
+def _failure(study: Mapping[str, Any] | None, message: str) -> str:
+    """Return why a unit was not delivered; "" if it was."""
+    if study is None:
+        return message or "its dispatch did not begin"
+    bad = {name: one for name, one in study["targets"].items() if one["state"] != State.DELIVERED}
+    if not bad and study["targets"]:
+        return ""
+    said = [f"{name}: {one.get('error') or one['state']}" for name, one in bad.items()]
+    return "; ".join(said) or message or "its dispatch did not begin"
+
+
+def problem_row(before: SweepRow, detail: str) -> SweepRow:
+    """Return the row of a sweep that could not look through its source."""
+    return SweepRow(before.mount, 0.0, 0.0, before.waiting, detail)

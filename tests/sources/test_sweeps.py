@@ -1,0 +1,248 @@
+"""Sweeps of an inbox: what is ready, what was sent, what comes late, what fails, and what becomes of the files."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from talaria.testing import studies as material
+from tests.sources.bench import Bench
+from transfer.errors import Misconfigured, NotFound
+from transfer.ledger import Ledger
+
+
+@pytest.fixture(autouse=True)
+def _without_a_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TALARIA_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("tasks.happened.emit_event", lambda *args, **more: None)  # it would start one
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    return Bench(tmp_path)
+
+
+def names(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def delivered(bench: Bench, target: str = "shelf") -> int:
+    return sum(not one.endswith(".complete") for one in names(bench.at(target)))
+
+
+def told(bench: Bench) -> list[dict[str, Any]]:
+    with Ledger(bench.home.ledger) as ledger:
+        rows = ledger._db.execute("SELECT about FROM happenings WHERE event='source.stuck'")
+        return [row[0] for row in rows]
+
+
+def test_each_folder_is_sent_once(bench: Bench) -> None:
+    for number in range(3):
+        material.ct(bench.inbox / f"s{number}", 2)
+    done = bench.sweep()
+    assert sum(done.runs.values()) == 3 and len(done.runs) == 1, "one flood for all"
+    assert not bench.sweep().runs, "while they are under way"
+    bench.dispatch()
+    bench.sweep()
+    assert bench.states() == dict.fromkeys(("s0", "s1", "s2"), "done") and delivered(bench) == 6
+    again = bench.sweep()
+    assert again.words == "nothing new" and not bench.asked
+    assert names(bench.inbox) == {f"s{n}/{one.name}" for n in range(3) for one in (bench.inbox / f"s{n}").iterdir()}
+
+
+def test_what_may_still_be_written_to_waits(bench: Bench) -> None:
+    bench.source = bench.named(settle_s=1000)
+    material.ct(bench.inbox / "copied", 1)
+    begun = time.time()
+    done = bench.sweep()
+    assert not done.runs and done.waiting == 1 and begun + 990 < done.next < time.time() + 1000
+    (bench.inbox / "copied" / ".complete").touch()
+    assert bench.sweep().runs, "its sender says that it is complete"
+    bench.dispatch()
+    material.ct(bench.inbox / "copied", 1, first=7)
+    assert not bench.sweep().runs, "a file that is younger than the marker is not what it was about"
+
+
+def test_a_copy_that_keeps_its_times_is_as_young_as_it_is(bench: Bench) -> None:
+    bench.source = bench.named(settle_s=1000)
+    (path,) = material.ct(bench.inbox / "copied", 1)
+    os.utime(path, (1, 1))
+    assert bench.sweep().waiting == 1
+
+
+@pytest.mark.parametrize(("late", "sent"), [("append", 3), ("resend", 3), ("hold", 2)])
+def test_files_that_come_late(bench: Bench, late: str, sent: int) -> None:
+    bench.source = bench.named(late=late)
+    uids = {"study": material.uid(56), "series": material.uid(56)}
+    material.ct(bench.inbox / "s", 2, **uids)
+    bench.all()
+    material.ct(bench.inbox / "s", 1, **uids, first=9)
+    bench.sweep()
+    forced = [asked["force"] for asked in bench.asked.values()]
+    assert forced == {"append": [False], "resend": [True], "hold": []}[late]
+    bench.dispatch()
+    bench.sweep()
+    assert bench.states() == {"s": "held" if late == "hold" else "done"} and delivered(bench) == sent
+    bench.sweep()
+    assert len(told(bench)) == (late == "hold"), "once, and not at each sweep"
+    with Ledger(bench.home.ledger) as ledger:
+        ledger.sources.forget("box", ["s"])  # as `talaria source retry` does
+    bench.all()
+    assert delivered(bench) == 3
+
+
+def test_what_fails_stays_and_is_told_once(bench: Bench) -> None:
+    bench.source = bench.named(after="delete")
+    material.ct(bench.inbox / "s", 2)
+    bench.down = {"shelf"}
+    bench.sweep()
+    (run, asked), *_ = bench.asked.items()
+    bench.dispatch()
+    bench.sweep()
+    (row,) = bench.rows().values()
+    assert row.state == "failed" and "shelf: " in row.detail
+    for _ in range(3):
+        assert not bench.sweep().runs
+    assert len(told(bench)) == 1 and len(names(bench.inbox)) == 2
+    bench.down = set()
+    bench.again(run, asked)  # `talaria jobs retry`
+    bench.sweep()
+    bench.dispatch()
+    bench.sweep()
+    assert bench.states() == {"s": "done"} and not names(bench.inbox) and delivered(bench) == 2
+
+
+def test_only_what_every_target_has_confirmed_goes(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, "one", "two", after="delete", exclude="*.txt")
+    material.ct(bench.inbox / "s", 2)
+    (bench.inbox / "s" / "note.txt").write_text("of the sender's")
+    bench.down = {"two"}
+    bench.all()
+    assert bench.states() == {"s": "failed"} and len(names(bench.inbox)) == 3 and delivered(bench, "one") == 2
+    bench.down = set()
+    material.ct(bench.inbox / "s", 1, first=8)
+    bench.all()
+    assert names(bench.inbox) == {"s/note.txt"}, "what is not sent is not deleted"
+    assert delivered(bench, "one") == 3 == delivered(bench, "two")
+    assert bench.sweep().words == "nothing new"
+
+
+def test_a_target_that_verified_less_than_it_should_keeps_the_files(bench: Bench) -> None:
+    bench.source = bench.named(after="delete")
+    material.ct(bench.inbox / "s", 1)
+    bench.sweep()
+    bench.dispatch()
+    bench.targets["shelf"] = bench.target("shelf", verify="proven")  # asked for after it was sent
+    bench.sweep()
+    (row,) = bench.rows().values()
+    assert names(bench.inbox) and "not confirmed by every target" in row.detail
+
+
+@pytest.mark.parametrize("edit", ["content", "times", "replaced", "elsewhere", "another"])
+def test_what_was_edited_after_it_was_sent_stays(bench: Bench, edit: str) -> None:
+    bench.source = bench.named(after="delete")
+    (path,) = material.ct(bench.inbox / "s", 1)
+    bench.sweep()
+    bench.dispatch()
+    info = path.stat()
+    match edit:
+        case "content" | "times":
+            data = bytearray(path.read_bytes())
+            data[-1] ^= edit == "content"
+            path.write_bytes(data)
+            os.utime(path, ns=(info.st_atime_ns, info.st_mtime_ns))  # as some programs do
+        case "replaced":
+            shutil.copy2(path, path.with_suffix(".new"))
+            path.with_suffix(".new").rename(path)
+        case "elsewhere":
+            bench.targets["shelf"] = bench.target("shelf", folder=str(bench.folder / "sent"))
+        case "another":
+            bench.targets["cloud"] = bench.target("cloud")
+            bench.source = bench.named(after="delete")
+    bench.sweep()
+    assert path.exists()
+    assert "files stay" in bench.rows()["s"].detail
+
+
+@pytest.mark.parametrize("layout", ["", "{StudyInstanceUID}"])
+def test_moved_files_keep_what_is_there(bench: Bench, layout: str) -> None:
+    bench.source = bench.named(after="move", move_to=str(bench.folder / "sent"), move_layout=layout)
+    path = material.dicom(bench.inbox / "s" / "a.dcm", study="1.2.3")
+    data, place = path.read_bytes(), bench.folder / "sent" / ("1.2.3" if layout else "s")
+    place.mkdir()
+    (place / path.name).write_bytes(b"somebody else's")
+    bench.all()
+    assert not names(bench.inbox) and not (bench.inbox / "s").exists()
+    assert (place / path.name).read_bytes() == b"somebody else's"
+    (other,) = [one for one in place.iterdir() if one.name != path.name]
+    assert other.read_bytes() == data and other.stat().st_nlink == 1
+
+
+@pytest.mark.parametrize("unit", ["study", "series"])
+def test_loose_files_are_grouped_by_their_uids(bench: Bench, unit: str) -> None:
+    bench.source = bench.named(unit=unit, after="delete")
+    for number, where in enumerate(("", "a", "a/b")):
+        for series in ("1.2.1", "1.2.2"):
+            material.dicom(bench.inbox / where / f"{number}{series}.dcm", study="1.2", series=series)
+    material.dicom(bench.inbox / "other.dcm", study="1.3", series="1.3.1")
+    (bench.inbox / "note.txt").write_text("no DICOM")
+    bench.sweep()
+    expected = {"1.2", "1.3"} if unit == "study" else {"1.2.1", "1.2.2", "1.3.1"}
+    assert set(bench.states()) == expected
+    bench.dispatch()
+    bench.sweep()
+    assert delivered(bench) == 7 and names(bench.inbox) == {"note.txt"}
+    material.dicom(bench.inbox / "late.dcm", study="1.2", series="1.2.1")
+    bench.all()
+    assert delivered(bench) == 8 and names(bench.inbox) == {"note.txt"}
+
+
+def test_a_sweep_that_was_killed_before_its_run_was_created(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    material.ct(bench.inbox / "s", 1)
+
+    async def killed(batch: str, parameters: Any) -> str:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bench, "create", killed)
+        with pytest.raises(KeyboardInterrupt):
+            bench.sweep()
+    assert bench.states() == {"s": "dispatched"} and not bench.asked
+    assert bench.sweep().runs
+    bench.dispatch()
+    bench.sweep()
+    assert bench.states() == {"s": "done"} and delivered(bench) == 1
+
+
+def test_a_run_that_was_removed_is_made_again(bench: Bench) -> None:
+    material.ct(bench.inbox / "s", 1)
+    bench.sweep()
+    bench.asked.clear()
+    bench.sweep()
+    bench.dispatch()
+    bench.sweep()
+    assert bench.states() == {"s": "done"} and delivered(bench) == 1
+
+
+def test_an_inbox_that_is_gone_is_not_an_empty_one(bench: Bench) -> None:
+    material.ct(bench.inbox / "s", 1)
+    bench.all()
+    bench.inbox.rename(bench.folder / "unmounted")
+    with pytest.raises(NotFound, match="no such file or folder"):
+        bench.sweep()
+    bench.inbox.write_text("a file")
+    with pytest.raises(Misconfigured, match="is not a folder"):
+        bench.sweep()
+    assert bench.states() == {"s": "done"}
+
+
+def test_lists_that_nobody_needs_go(bench: Bench) -> None:
+    material.ct(bench.inbox / "s", 1)
+    bench.all()
+    bench.sweep()
+    assert not names(bench.home.root / "sources")

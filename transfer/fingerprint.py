@@ -1,0 +1,48 @@
+"""Fingerprints of sets of files, to which files can be added, and from which they can be taken, one at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+
+_BITS = 128
+
+
+@dataclass(slots=True)
+class Fingerprint:
+    """Stands for a set of files by their paths, sizes and times; their order doesn't matter.
+
+    Attributes:
+        files: how many there are.
+        newest_ns: when something of them changed last, nanoseconds since the epoch; taking a file leaves it.
+    """
+
+    files: int = 0
+    total: int = 0
+    newest_ns: int = 0
+
+    @classmethod
+    def parse(cls, text: str) -> Fingerprint:
+        """Return what `str` has written."""
+        files, _, total = text.partition(":")
+        return cls(int(files or 0), int(total or "0", 16))
+
+    def __str__(self) -> str:
+        return f"{self.files}:{self.total:x}"
+
+    def add(self, path: str, size: int, mtime_ns: int, ctime_ns: int = 0) -> None:
+        """Add a file."""
+        self.files += 1
+        self.total = (self.total + _mark(path, size, mtime_ns)) % (1 << _BITS)
+        self.newest_ns = max(self.newest_ns, ctime_ns or mtime_ns)
+
+    def take(self, path: str, size: int, mtime_ns: int) -> None:
+        """Take a file away that is one of them."""
+        self.files -= 1
+        self.total = (self.total - _mark(path, size, mtime_ns)) % (1 << _BITS)
+
+
+def _mark(path: str, size: int, mtime_ns: int) -> int:
+    data = b"%b\0%d\0%d" % (os.fsencode(path), size, mtime_ns)
+    return int.from_bytes(hashlib.blake2b(data, digest_size=_BITS // 8).digest(), "big")

@@ -1,0 +1,124 @@
+"""The lists of units that sweeps write and dispatches read: in each line a unit, with what each of its files was."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from transfer import roots
+from transfer.errors import Misconfigured
+from transfer.home import Home, private
+from transfer.ledger import write_json
+
+
+@dataclass(frozen=True, slots=True)
+class FileFacts:
+    """A file as a sweep saw it; the path is absolute. What still has all of this has still its content."""
+
+    path: str
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+    inode: int
+
+    def is_still(self, now: os.stat_result) -> bool:
+        """Return True if nothing has happened to the file since: not even to its permissions, or number of links."""
+        return (now.st_size, now.st_mtime_ns, now.st_ctime_ns, now.st_ino) == (
+            self.size,
+            self.mtime_ns,
+            self.ctime_ns,
+            self.inode,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ListedUnit:
+    """A unit that is dispatched.
+
+    Attributes:
+        within: the folder, without links, that its files must lie in; "" if they were asked for by their own paths.
+    """
+
+    key: str
+    paths: tuple[str, ...]
+    within: str = ""
+    files: tuple[FileFacts, ...] = ()
+
+
+def place(home: Home, source: str, batch: str) -> Path:
+    """Return the path of a list."""
+    return home.root / "sources" / source / "batches" / f"{batch}.jsonl"
+
+
+def batches(home: Home, source: str) -> dict[str, Path]:
+    """Return the lists of a source that are there, by their marks."""
+    folder = place(home, source, "x").parent
+    return {path.stem: path for path in folder.glob("*.jsonl")} if folder.is_dir() else {}
+
+
+def keep(path: Path, parameters: Mapping[str, Any]) -> None:
+    """Keep beside a list what its dispatch is asked for, so that it can be created after a crash."""
+    write_json(path.with_suffix(".json"), dict(parameters))
+
+
+def kept(path: Path) -> dict[str, Any] | None:
+    """Return what the dispatch of a list is asked for; None if the list, or that, is gone."""
+    try:
+        found = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and path.exists() else None
+
+
+def remove(path: Path) -> None:
+    """Remove a list."""
+    for one in (path.with_suffix(".json"), path):
+        one.unlink(missing_ok=True)
+
+
+class Writer:
+    """Writes a list, unit by unit; it is whole, and on the disk, when it is closed. A context manager."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self.path = path
+        self._part = path.with_suffix(".part")
+        self._file: IO[str] = open(self._part, "w", encoding="ascii", opener=private)  # noqa: SIM115 - closed by `close`
+
+    def add(self, unit: ListedUnit) -> None:
+        """Write a unit."""
+        files = [(one.path, one.size, one.mtime_ns, one.ctime_ns, one.inode) for one in unit.files]
+        line = {"key": unit.key, "paths": unit.paths, "within": unit.within, "files": files}
+        self._file.write(json.dumps(line) + "\n")  # ASCII: names that are not UTF-8 keep their surrogates as escapes
+
+    def close(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        os.replace(self._part, self.path)
+
+    def abandon(self) -> None:
+        """Remove what was written."""
+        self._file.close()
+        self._part.unlink(missing_ok=True)
+
+
+def read(path: Path | str) -> Iterator[ListedUnit]:
+    """Yield the units of a list.
+
+    Raises:
+        NotFound, Denied: as of what is sent. Misconfigured: it is no such list.
+    """
+    fd = roots.sources().open(path)
+    with open(fd, encoding="ascii", errors="strict") as file:
+        try:
+            for line in file:
+                one = json.loads(line)
+                files = tuple(FileFacts(*facts) for facts in one["files"])
+                yield ListedUnit(str(one["key"]), tuple(map(str, one["paths"])), str(one["within"]), files)
+        except (ValueError, KeyError, TypeError) as exc:
+            raise Misconfigured(f"{path}: is no list of a source's units") from exc
