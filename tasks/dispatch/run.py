@@ -15,7 +15,6 @@ from uuid import UUID
 from prefect import get_client
 from prefect.client.schemas.objects import State as RunState
 from prefect.context import FlowRunContext
-from prefect.exceptions import Abort
 from prefect.logging import get_run_logger
 from prefect.states import AwaitingRetry, Cancelled, Completed, Failed, Scheduled
 
@@ -51,7 +50,6 @@ from transfer.studies import Each, listed
 R = TypeVar("R")
 LOOK_S = 0.25  # between two looks at the cancel flag
 GRACE_S = 3  # for a driver to stop by itself before it is cancelled; a cancelled run ends within 5
-LOST = "this process has lost its lease on the run, which another one takes up"
 SLOT_S = 2.0  # how long a run waits for a slot, where no other one rests for it; then it rests, too
 TURN_S = 15.0  # after which a run looks again for a slot, for each that stands in line before it
 TURNS_S = 600.0  # and at most after this
@@ -359,8 +357,7 @@ class Dispatch:
             dispatch_id: of the plan; "" if nothing was read in this part.
             new: the receipts of this part.
         """
-        if running.lost(self.flow_run_id):
-            raise Abort(LOST)
+        running.still_ours(self.flow_run_id)
         dispatch_id = dispatch_id or str(self.rest.document["dispatch_id"])
         receipts = self._receipts(new)
         state = overall([receipt.state for receipt in receipts])

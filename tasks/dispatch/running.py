@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import timedelta
 
+from prefect.exceptions import Abort
+
 PAUSING = "Pausing"  # name of the state of a run that is to pause
 PAUSED = "Paused"  # and of one that has: scheduled for a time that does not come
 UNTIL_RESUMED = timedelta(days=3650)
@@ -122,6 +124,16 @@ def lose_all() -> None:
 def lost(flow_run_id: str) -> bool:
     """Return True if a run, which went on here, is or may be somebody else's."""
     return flow_run_id in _lost or _past()
+
+
+def still_ours(flow_run_id: str) -> None:
+    """Check that a run is this process's to say anything of.
+
+    Raises:
+        Abort: it is, or may be, somebody else's.
+    """
+    if lost(flow_run_id):
+        raise Abort("this process has lost its lease on the run, which another one takes up")
 
 
 def regained(flow_run_id: str) -> None:

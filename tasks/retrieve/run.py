@@ -300,6 +300,7 @@ class Retrieval:
 
     async def conclude(self) -> RunState[Any]:
         """Save the result and return the state in which the flow run ends."""
+        running.still_ours(self.flow_run_id)
         state = state_of(self.job)
         unfinished = (
             any(one.stage in (Stage.FOUND, Stage.WHOLE) for one in self.job.studies.values()) or self.job.pending

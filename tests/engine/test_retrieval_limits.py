@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -18,12 +19,13 @@ from uuid import uuid4
 
 import pytest
 from prefect.client.schemas.objects import State
+from prefect.exceptions import Abort
 from prefect.states import Completed, Failed, Scheduled
 
 from blocks.base import Target
 from imaging.query import Query
 from talaria.testing import studies
-from tasks.dispatch import audited
+from tasks.dispatch import audited, running
 from tasks.retrieve import moving
 from tasks.retrieve import run as engine
 from tasks.retrieve.job import Stage, Study
@@ -332,3 +334,17 @@ def test_the_query_of_a_wish_is_looked_at_before_anything_begins() -> None:
 
     with pytest.raises(Misconfigured, match="20240231 is not a date"):
         Wish("src", targets=("a",), filters=Query(StudyDate="20240231")).numbers()
+
+
+def test_a_process_that_has_lost_its_lease_says_nothing_more_of_the_run(tmp_path: Path) -> None:
+    run_id = str(uuid4())
+    one = Retrieval(run_id, Wish("pacs", accessions="A1", into=str(tmp_path)), dicom_target(1), Home.current(), Sent)
+    running.lose_all()
+    try:
+        with pytest.raises(Abort, match="lost its lease"):
+            asyncio.run(one.conclude())
+    finally:
+        running.hold_until(math.inf)
+        running.regained(run_id)
+        running.forget(run_id)
+    assert not Home.current().receipt(run_id).exists() and not one.job.ended
