@@ -7,12 +7,13 @@ BIGINT or DOUBLE PRECISION, and lists come as JSON (`LISTED`).
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 BUSY_S = 30  # how long a writer waits for another process's commit, or for a server that is away
 AGAIN_S = 0.5  # between two attempts to reach one
+WAIT_S = 0.2  # between two attempts to take a lock that another host holds
 SET_UP = 0x74616C61  # key of the advisory lock under which tables are made
 PREFIXES = ("postgresql://", "postgres://", "postgresql+psycopg://")
 # A host that is gone without a word is noticed within these, which is before a lease ends.
@@ -89,6 +91,15 @@ class Database(Protocol):
 
     def reading(self) -> Any:
         """Keep other threads from this connection during the block, in which rows are fetched."""
+
+    def exclusive(self, name: str, check: Callable[[], None]) -> AbstractContextManager[None]:
+        """Wait for a lock that processes of other hosts may hold, and hold it during the block.
+
+        It ends with the process, or its connection. Processes of one state directory have their own (`Home.exclusive`).
+
+        Args:
+            check: called while waiting; may raise to give up.
+        """
 
     def time(self) -> float:
         """Return what the database's clock says, in seconds since the epoch."""
@@ -161,6 +172,9 @@ class Sqlite:
 
     def reading(self) -> Any:
         return self._lock
+
+    def exclusive(self, name: str, check: Callable[[], None]) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def time(self) -> float:
         return time.time()
@@ -238,9 +252,31 @@ class Postgresql:
     def reading(self) -> Any:
         return self._lock
 
+    @contextmanager
+    def exclusive(self, name: str, check: Callable[[], None]) -> Iterator[None]:
+        key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], signed=True)
+        try:
+            held = self._engine.connect()  # the lock is the connection's
+        except _lost() as exc:
+            raise _unreachable(exc) from exc
+        with held:
+            try:
+                while not held.exec_driver_sql("SELECT pg_try_advisory_lock(%s)", (key,)).scalar_one():
+                    check()
+                    time.sleep(WAIT_S)
+            except _lost() as exc:
+                raise _unreachable(exc) from exc
+            try:
+                yield
+            finally:
+                try:
+                    held.exec_driver_sql("SELECT pg_advisory_unlock(%s)", (key,))
+                except _lost():
+                    held.invalidate()  # it broke meanwhile, and the lock went with it
+
     def time(self) -> float:
-        # Its own clock goes on by ours, not to be asked for each row; CLOCK_MONOTONIC knows no steps.
-        return self._ahead + time.monotonic()
+        # Its own clock goes on by ours, not to be asked for each row.
+        return self._ahead + _now()
 
     def close(self) -> None:
         """Leave the connection to the next ledger of this process."""
@@ -335,11 +371,11 @@ def _set_up(url: str, tables: Tables) -> tuple[Engine, float]:
                     connection.execute(text(f"INSERT INTO version VALUES ({tables.version}) ON CONFLICT DO NOTHING"))  # noqa: S608
                     for statement in tables.statements:
                         connection.execute(text(_dialect(statement)))
-            if _known.get((url, tables), (0.0, 0.0))[0] < time.monotonic() - SYNC_S:
+            if _known.get((url, tables), (0.0, 0.0))[0] < _now() - SYNC_S:
                 with engine.connect() as connection:
-                    asked = time.monotonic()
+                    asked = _now()
                     now = connection.execute(text("SELECT extract(epoch FROM clock_timestamp())")).scalar_one()
-                    _known[url, tables] = time.monotonic(), float(now) - (asked + time.monotonic()) / 2
+                    _known[url, tables] = _now(), float(now) - (asked + _now()) / 2
         except _lost() as exc:
             raise _unreachable(exc) from exc
         except ProgrammingError as exc:  # no right to make the tables
@@ -349,6 +385,11 @@ def _set_up(url: str, tables: Tables) -> tuple[Engine, float]:
 
 SYNC_S = 60.0  # for how long it is known how far a database's clock is ahead
 _known: dict[tuple[str, Tables], tuple[float, float]] = {}  # when that was asked, and the answer
+
+
+def _now() -> float:
+    """Return a clock that knows no steps and goes on while the machine sleeps, in seconds."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def _dialect(schema: str) -> str:

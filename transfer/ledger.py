@@ -11,7 +11,7 @@ import json
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -110,6 +110,10 @@ class Ledger:
     def now(self) -> float:
         """Return the time by the database's clock, in seconds since the epoch."""
         return self._db.time()
+
+    def exclusive(self, name: str, check: Callable[[], None]) -> AbstractContextManager[None]:
+        """Hold a lock that other hosts share, if they share the ledger; `check`, called while waiting, may raise."""
+        return self._db.exclusive(name, check)
 
     @contextmanager
     def together(self) -> Iterator[None]:

@@ -10,7 +10,8 @@ import hashlib
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
 from itertools import groupby
@@ -138,7 +139,7 @@ class Delivery:
         mark = progress.done, progress.moved
         try:
             # The same dispatch to the same place, started twice: the second waits, then finds all of it done.
-            with self.home.exclusive(self._lock("push"), PushReport(cancelled=self.cancelled).check):
+            with self._alone("push", PushReport(cancelled=self.cancelled).check):
                 if self._before is None:
                     self._since = self.ledger.now()
                     self._begin()
@@ -292,7 +293,7 @@ class Delivery:
         report = PushReport(cancelled=self.cancelled)
         # The same dispatch, started twice: the second waits, then finds that it has been run.
         try:
-            with self.home.exclusive(self._lock("hook"), report.check):
+            with self._alone("hook", report.check):
                 if not self._hook_is_done():
                     self._run_hook(report)
         except HookFailed:
@@ -340,8 +341,12 @@ class Delivery:
             self.hook = "done"
         return self.hook == "done"
 
-    def _lock(self, what: str) -> str:
-        return hashlib.sha256("\0".join((*self.key, what)).encode()).hexdigest()[:24]
+    @contextmanager
+    def _alone(self, what: str, check: Callable[[], None]) -> Iterator[None]:
+        """Keep every other process, also of another host, from doing the same for this dispatch during the block."""
+        name = hashlib.sha256("\0".join((*self.key, what)).encode()).hexdigest()[:24]
+        with self.home.exclusive(name, check), self.ledger.exclusive(name, check):
+            yield
 
     def receipt(self, *, waiting: bool = False) -> Receipt:
         """Return the receipt of all attempts of this run; before the first one, of what is there already.

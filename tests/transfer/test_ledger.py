@@ -332,3 +332,49 @@ def test_no_error_shows_the_password_of_its_database(url: str, postgres: Postgre
         Ledger(url.format(f"127.0.0.1:{postgres.port}"))
     assert "hunter2" not in "".join(traceback.format_exception(raised.value))
     assert isinstance(raised.value, Misconfigured) or "password authentication failed" in str(raised.value)
+
+
+def test_one_host_at_a_time_does_the_same_for_a_dispatch(postgres: PostgreSql) -> None:
+    """By a lock of the shared database: it goes with its holder's connection."""
+    database = postgres.new()
+    order: list[str] = []
+
+    def second() -> None:
+        with Ledger(database) as ledger, ledger.exclusive("push", lambda: order.append("waits")):
+            order.append("second")
+
+    class GivenUp(Exception):
+        pass
+
+    def give_up() -> None:
+        raise GivenUp
+
+    with Ledger(database) as ledger:
+        with ledger.exclusive("push", give_up):
+            thread = threading.Thread(target=second)
+            thread.start()
+            while "waits" not in order:
+                assert thread.is_alive()
+            with Ledger(database) as other, pytest.raises(GivenUp), other.exclusive("push", give_up):
+                pass
+            with Ledger(database) as other, other.exclusive("hook", give_up):
+                order.append("another lock")
+            order.append("first")
+        thread.join(30)
+        assert [one for one in order if one != "waits"] == ["another lock", "first", "second"]
+        # A holder that dies keeps nobody out.
+        script = f"""
+            import os
+            from transfer.ledger import Ledger
+            with Ledger({database!r}).exclusive("push", lambda: None):
+                os._exit(9)
+        """
+        ran = subprocess.run([sys.executable, "-P", "-c", textwrap.dedent(script)], check=False)
+        assert ran.returncode == 9
+        end = time.monotonic() + 30
+
+        def not_for_ever() -> None:
+            assert time.monotonic() < end
+
+        with ledger.exclusive("push", not_for_ever):
+            pass
