@@ -14,7 +14,7 @@ from blocks.base import ICONS, check_host
 from blocks.dicom import AET_CHARS, check_aet
 from blocks.dicom_tls import TlsProfile
 from blocks.fields import BYTES, SECONDS, Group, about
-from blocks.source import Source, checked_names
+from blocks.source import After, Leaving, Source, checked_names
 
 MOST_ASSOCIATIONS = 64  # at once, unless the source says otherwise
 
@@ -173,7 +173,7 @@ router = DicomSource.load("BLOCK_NAME")
     )
     settle_s: float = Field(
         default=60,
-        ge=1,
+        ge=0,
         le=604_800,
         description="Seconds without a new instance after which a study is complete.",
         title="Complete after",
@@ -240,6 +240,10 @@ router = DicomSource.load("BLOCK_NAME")
         return tuple(dict.fromkeys((*self.targets, *(name for route in self.routes for name in route.targets))))
 
     @property
+    def leaving(self) -> Leaving:
+        return Leaving(After.DELETE)
+
+    @property
     def place(self) -> tuple[str, int]:
         """Address and port that are listened on; sources that share them have one listener."""
         return self.host, self.port
@@ -284,7 +288,7 @@ def clashes(sources: Iterable[Source]) -> dict[str, str]:
     for one in sources:
         if not isinstance(one, DicomSource):
             continue
-        why = next((why for other in seen if (why := _clash(one, other))), "")
+        why = next((why for other in seen if (why := clash(one, other))), "")
         if why:
             wrong[one.name] = why
         else:
@@ -292,7 +296,8 @@ def clashes(sources: Iterable[Source]) -> dict[str, str]:
     return wrong
 
 
-def _clash(one: DicomSource, other: DicomSource) -> str:
+def clash(one: DicomSource, other: DicomSource) -> str:
+    """Return why a source can't listen beside another one, in a sentence; "" if it can."""
     if one.port != other.port:
         return ""
     if one.host != other.host:

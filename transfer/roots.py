@@ -27,7 +27,7 @@ _MEANING = {
 # Of the state directory: what a retrieval fetched, and sends; what was kept of a dispatch that was given up; what was
 # received, and what was uploaded; the lists of the units of a source that a dispatch sends.
 SPOOLS = re.compile(
-    r"(retrievals/[^/]+/spool|failed/[^/]+/files|received/[^/]+/[^/.][^/]*|uploads/[^/]+/files|sources/[^/]+/batches)(/|$)"
+    r"(retrievals/[^/]+/spool|failed/[^/]+/files|received/[^/.][^/]*|uploads/[^/]+/files|sources/[^/]+/batches)(/|$)"
 )
 SPOOLED = ("retrievals", "failed", "received", "uploads", "sources")
 

@@ -21,7 +21,7 @@ from transfer.plan import Origin
 
 FOLDER = "received"  # in the state directory
 SEPARATOR = "+"
-REPORTS = ".reports"  # in a source's folder: commitments that the sender has not been told of
+REPORTS = ".reports"  # beside the folders of sources: commitments that the sender has not been told of
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,11 @@ class Spool:
     """The folder of one source."""
 
     folder: Path
+
+    @property
+    def reports(self) -> Path:
+        """The folder of reports of storage commitment that wait to be sent."""
+        return self.folder.parent / REPORTS / self.folder.name
 
     def prepare(self) -> None:
         """Make the folder, so that it is there after a power cut too.

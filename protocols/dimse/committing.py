@@ -197,8 +197,9 @@ class Reports:
         """Keep a report on disk, and send it soon."""
         now = time.time()
         if not folder.is_dir():
-            folder.mkdir(mode=0o700, exist_ok=True)
-            sync(folder.parent)
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for made in (folder.parent.parent, folder.parent):
+                sync(made)
         path = folder / f"{report['transaction']}.json"
         part = path.with_suffix(".part")
         with open(os.open(part, os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_CLOEXEC, 0o600), "w") as file:

@@ -27,7 +27,7 @@ from protocols.dimse.scp import Caller, Refusal, ServedAssociation
 from protocols.dimse.stream import CommandSet
 from protocols.files import durable, partial
 from transfer.content import same_content
-from transfer.spool import REPORTS, ReceivedUnit, Spool, sync
+from transfer.spool import ReceivedUnit, Spool, sync
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +138,7 @@ class Reception:
         with self._lock:
             for unit, _, changed in self.spool.units():
                 self._heard.setdefault(unit, now - max(0.0, clock - changed))
-        self.reports.take_up(self.spool.folder / REPORTS)
+        self.reports.take_up(self.spool.reports)
 
     @property
     def associations(self) -> int:
@@ -250,7 +250,7 @@ class SpoolVisit:
         self._begun = time.monotonic()
         self._depot = SpoolDepot(self)
         to = ReportTo(reception.terms.aet, caller.calling, caller.host, report_port)
-        self._commitments = Commitments(reception.holds, to, reception.reports, reception.spool.folder / REPORTS)
+        self._commitments = Commitments(reception.holds, to, reception.reports, reception.spool.reports)
 
     def depot(self, request: CommandSet) -> tuple[Depot | None, int]:
         """Return the folder for an instance, or None and the status to refuse it with."""

@@ -17,6 +17,7 @@ from protocols.dimse.committing import Reports
 from protocols.dimse.intake import KnownSender, ListenerDesk, Reception, Terms
 from protocols.dimse.scp import StorageScp
 from protocols.net.tls import Tls
+from tasks.sources.dicom import security
 from transfer.errors import Misconfigured
 from transfer.home import Home
 from transfer.oserrors import words_of
@@ -133,20 +134,20 @@ class Listeners:
 
     def _listen(self, place: tuple[str, int], sources: list[DicomSource]) -> str:
         """Listen at a place for its sources; return why that is not possible, "" if it is."""
-        port, security = self._ports.get(place), sources[0].security
+        port, wanted = self._ports.get(place), sources[0].security
         receptions = [self._receptions[one.name] for one in sources]
         idle_timeout_s = max(one.idle_timeout_s for one in sources)
         try:
             if port is None:
                 desk = ListenerDesk()
                 desk.seat(receptions)
-                tls = _tls(sources[0]).server() if security else None
-                scp = StorageScp(*place, "", desk, tls, idle_timeout_s, tls_only=bool(security))
-                self._ports[place] = port = _Port(desk, scp, security, receptions)
+                tls = security(sources[0]).server() if wanted else None
+                scp = StorageScp(*place, "", desk, tls, idle_timeout_s, tls_only=bool(wanted))
+                self._ports[place] = port = _Port(desk, scp, wanted, receptions)
                 logger.info("listening on port %d for %s", place[1], ", ".join(one.aet for one in sources))
-            elif port.security != security:
-                tls = _tls(sources[0]).server() if security else None
-                port.scp.tls, port.scp.tls_only, port.security = tls, bool(security), security
+            elif port.security != wanted:
+                tls = security(sources[0]).server() if wanted else None
+                port.scp.tls, port.scp.tls_only, port.security = tls, bool(wanted), wanted
         except Misconfigured as exc:
             if port is not None:  # with the former certificate, nobody would know that the new one is of no use
                 self._end(place)
@@ -169,7 +170,7 @@ class Listeners:
     def _security_of(self, aet: str) -> Tls | None:
         """Return the settings of TLS for reports that an AE title of ours sends."""
         source = next((one for one in self._sources.values() if one.aet == aet), None)
-        return _tls(source) if source is not None and source.security else None
+        return security(source) if source is not None and source.security else None
 
     def _status_of(self, source: DicomSource) -> dict[str, Any]:
         found: dict[str, Any] = {"port": source.port, "aet": source.aet}
@@ -206,15 +207,4 @@ def terms(source: DicomSource) -> Terms:
         most=source.max_associations,
         keep_free=source.keep_free,
         open=source.enabled,
-    )
-
-
-def _tls(source: DicomSource) -> Tls:
-    return Tls(
-        ca=source.ca_cert,
-        cert=source.tls_cert,
-        key=source.tls_key.get_secret_value(),
-        key_password=source.tls_key_password.get_secret_value(),
-        verify_hostname=False,
-        profile=str(source.tls_profile),
     )

@@ -1,8 +1,8 @@
 """The process that listens for modalities: waits until there is a DICOM source, then receives for all of them.
 
 As long as there is none, it imports nothing and looks at the server now and then. Sources that are added, changed,
-paused or removed are taken up while it runs. What it has received since it began stands in `listening.json` of the
-state directory, for metrics.
+paused or removed are taken up while it runs. What it has received since it began stands in a file
+(`tasks.sources.listening`), for metrics.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Collection
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -38,8 +37,6 @@ TICK_S = 0.25  # between two looks at what has become complete
 STATUS_S = 1.0  # between two writings of the status, if it has changed
 DRAIN_S = 15.0  # for associations to end when somebody wants us to stop
 SWEEP_S = 2.0  # between two sweeps of one source
-MISSING_S = 20.0  # the same where a source has no deployment yet
-STATUS = "listening.json"
 OURS = ("127.0.0.1", "::1", "localhost")  # where the embedded server is
 
 
@@ -93,10 +90,12 @@ def _listen(asked: _Asked) -> None:
 
     with staying():
         from talaria.engine.listeners import Listeners
+        from tasks.sources import listening
         from transfer.home import Home
         from transfer.ledger import Ledger
 
     home = Home.current()
+    listening.clear(home)  # of one that was killed
 
     def delivered(uids: Collection[str], targets: Collection[str]) -> set[str]:
         with Ledger(home.ledger) as ledger:
@@ -108,7 +107,7 @@ def _listen(asked: _Asked) -> None:
     finally:
         logger.info("no longer listening: open associations may end by themselves")
         listeners.close(DRAIN_S, lambda: asked.times >= 2)
-        (home.root / STATUS).unlink(missing_ok=True)
+        listening.clear(home)
 
 
 class _Watch:
@@ -178,40 +177,22 @@ class _Watch:
 
     async def _sweep(self, client: PrefectClient, name: str) -> None:
         """Start the run that dispatches what is complete."""
-        from prefect.exceptions import ObjectNotFound
+        from talaria.engine import batches
+        from transfer.errors import DispatchError
 
         try:
-            deployment = await client.read_deployment_by_name(f"batch/{name}")
-        except ObjectNotFound:  # it is made when the source is saved, or was removed with it
-            if name in self._listeners.status():
-                self._due[name] = time.monotonic() + MISSING_S
-            else:
-                self._due.pop(name, None)
-            return
-        await client.create_flow_run_from_deployment(deployment.id)
+            await batches.start(client, name)
+        except DispatchError as exc:  # it was removed, or is broken
+            logger.warning("source %s can't be swept: %s", name, exc.message)
         self._due.pop(name, None)
 
     def _write(self) -> None:
         """Write the status, if it has changed."""
-        from transfer.ledger import write_json
+        from tasks.sources import listening
 
         status = json.dumps(self._listeners.status(), sort_keys=True)
         self._written = time.monotonic()
         if status != self._status:
             about = {"pid": os.getpid(), "time": time.time(), "sources": json.loads(status)}
-            write_json(self._home.root / STATUS, about)
+            listening.write(self._home, about)
             self._status = status
-
-
-def status(home: Path) -> dict[str, Any]:
-    """Return the last status; nothing if no process listens.
-
-    Each source, by name: `port`, `aet`, `state` (listening, paused, failed), `error`, `associations` (open now),
-    `receiving` (units that are not complete), `full`, and `totals` since the process began: associations, instances,
-    bytes, duplicates, versions, failed, refused (by reason).
-    """
-    try:
-        found: dict[str, Any] = json.loads((home / STATUS).read_text(encoding="utf-8"))["sources"]
-    except (OSError, ValueError, KeyError):
-        return {}
-    return found

@@ -141,7 +141,11 @@ def _made(values: dict[str, Any]) -> dict[str, Source]:
 
 def _check(wanted: Iterable[Source], everyone: list[Source], targets: list[Target]) -> None:
     """Raise Misconfigured with a line for each reason why one of the sources can't be used."""
-    wrong = [f"source {one.name}: {why}" for one in wanted for why in checks.problems(one, everyone, targets)]
+    wrong = [
+        f"source {one.name}: {why}"
+        for one in wanted
+        for why in (*checks.problems(one, everyone, targets), *checks.of_listener(one, everyone))
+    ]
     if wrong:
         raise Misconfigured("\n".join(wrong))
 
@@ -223,6 +227,7 @@ def _tested(office: Office, source: Source, sources: list[Source], targets: list
     with Ledger(office.home.ledger) as ledger:
         row, known = ledger.sources.sweep(source.name), ledger.sources.units(source.name)
         wrong = checks.problems(source, sources, targets, row.mount)
+        wrong += checks.of_listener(source, sources, office.home)
         try:
             for unit in units.units(source, ledger) if not wrong else ():
                 found["files"] += unit.files

@@ -12,15 +12,17 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from blocks import Source, Target
+from blocks.dicom_source import DicomSource
 from blocks.inbox import InboxSource
 from blocks.list_source import ListSource
 from blocks.source import After
 from tasks.names import split
-from tasks.sources import inbox
+from tasks.sources import dicom, inbox, listening
 from tasks.targets import check_destination, check_source
 from transfer import roots
 from transfer.beneath import resolved
 from transfer.errors import DispatchError
+from transfer.home import Home
 
 MOUNTS, PLANNED = Path("/proc/self/mountinfo"), Path("/etc/fstab")
 
@@ -61,6 +63,20 @@ def problems(source: Source, sources: Iterable[Source], targets: Iterable[Target
             for folder in other.folders
             if overlap(resolved(one), resolved(folder))
         )
+    return list(dict.fromkeys(found))
+
+
+def of_listener(source: Source, sources: Iterable[Source], home: Home | None = None) -> list[str]:
+    """Return why a DICOM source can't listen, each reason a sentence; what it has received is dispatched all the same.
+
+    Args:
+        home: of the process that listens, which knows more; None if the source is about to be saved.
+    """
+    if not isinstance(source, DicomSource):
+        return []
+    found = list(dicom.problems(source, sources))
+    if home is not None and source.enabled:
+        found += filter(None, [listening.trouble(home, source.name)])
     return list(dict.fromkeys(found))
 
 

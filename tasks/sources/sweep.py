@@ -204,7 +204,8 @@ class Sweep:
         known, now = self.book.units(source.name), time.time()
         open_: dict[tuple[Any, ...], _Batch] = {}
         whole: list[_Batch] = []
-        held, seen = [], set()
+        held: dict[str, list[UnitRow]] = defaultdict(list)
+        seen = set()
         try:
             for unit in units.units(source, self.ledger, self.check):
                 seen.add(unit.key)
@@ -215,8 +216,9 @@ class Sweep:
                     continue
                 late = row and row.state in (UnitState.DELIVERED, UnitState.DONE, UnitState.HELD)
                 policy = getattr(source, "late", Late.APPEND) if late else Late.APPEND
-                if policy is Late.HOLD:
-                    held.append(self._row(unit, UnitState.HELD, LATE))
+                if unit.problem or policy is Late.HOLD:
+                    why = unit.problem or LATE
+                    held[why].append(self._row(unit, UnitState.HELD, why))
                     continue
                 listed = self._as_listed(unit)
                 if listed is None:
@@ -233,10 +235,10 @@ class Sweep:
             for one in open_.values():
                 one.writer.abandon()
             raise
-        if held:
-            self.book.save(source.name, held)
-            self.done.counts[UnitState.HELD] += len(held)
-            self._stuck(f"{len(held)} units got files after they were dispatched", held[0].fingerprint, held)
+        for why, rows in held.items():
+            self.book.save(source.name, rows)
+            self.done.counts[UnitState.HELD] += len(rows)
+            self._stuck(f"{len(rows)} units are held: {why}", rows[0].fingerprint, rows)
         self._tidy(known, seen, now)
         return whole
 

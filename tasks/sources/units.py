@@ -13,7 +13,7 @@ from transfer.ledger import Ledger
 from transfer.plan import Origin
 
 # Where the function `units` of each type is, and `root` where its files lie in a folder of its own.
-_MODULES = {"inbox": "tasks.sources.inbox"}
+_MODULES = {"dicom": "tasks.sources.dicom", "inbox": "tasks.sources.inbox"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,6 @@ from talaria.testing.process import free_port, until
 from tests.protocols.intake import AET, listening
 from tests.targets.dicom import dicom_target
 from transfer.receipt import Level
-from transfer.spool import REPORTS
 
 CT = "1.2.840.10008.5.1.4.1.1.2"
 
@@ -123,7 +122,7 @@ def test_the_report_comes_on_a_new_association_where_the_sender_listens(tmp_path
         assert modality.heard.wait(60)
         [report] = modality.reports
         assert report.TransactionUID == asked.TransactionUID and uids(report, "ReferencedSOPSequence") == {here}
-        until(lambda: not list((there.folder / REPORTS).iterdir()))
+        until(lambda: not list(there.reception.spool.reports.iterdir()))
 
 
 def test_a_report_that_nobody_took_outlives_the_process(tmp_path: Path) -> None:

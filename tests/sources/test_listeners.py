@@ -70,7 +70,7 @@ def sends(port: int, called: str) -> bool:
         ({"peers": [{"host": "a b"}]}, "is not a host name"),
         ({"host": "a b"}, "is not a host name"),
         ({"port": 70_000}, "port"),
-        ({"settle_s": 0}, "settle_s"),
+        ({"settle_s": -1}, "settle_s"),
         ({"tls_key": "k"}, "tls_key is set without tls_cert"),
         ({"ca_cert": "k"}, "ca_cert is set without tls_cert"),
     ],

@@ -1,0 +1,142 @@
+"""The units of a DICOM source: what its listener has received, each with its sender, and with the routes that take it.
+
+A unit goes as a whole to the source's targets and to those of each route that one of its series fits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from blocks.base import MASK
+from blocks.dicom_source import DicomSource, Route, clash
+from blocks.source import Source
+from imaging.charset import decoded
+from imaging.header import Damaged, NotDicom, read_elements
+from protocols.net.tls import Tls
+from tasks.sources.inbox import look
+from tasks.sources.units import Unit
+from transfer.errors import DispatchError
+from transfer.home import Home
+from transfer.ledger import Ledger
+from transfer.plan import Item
+from transfer.spool import FOLDER, ReceivedUnit, Spool, remove
+
+CHARSET, STUDY_DESCRIPTION, SERIES_DESCRIPTION = 0x00080005, 0x00081030, 0x0008103E
+NO_ROUTE = "no route takes it: add one that does, or name targets for all"
+
+
+def root(source: DicomSource) -> str:
+    """Return the folder, without links, that what a source receives lies in until it is delivered."""
+    return str((Home.current().root / FOLDER / source.name).resolve())
+
+
+def units(source: DicomSource, ledger: Ledger, check: Callable[[], None]) -> Iterator[Unit]:
+    """Yield the units of a DICOM source; as `tasks.sources.units.units`."""
+    for received, folder, changed in Spool(Path(root(source))).units():
+        check()
+        mark, _ = look(str(folder), source.globs)
+        if not mark.files:
+            remove(folder)  # all of it was delivered; what comes just now makes it again
+            continue
+        targets = _targets(source, received, folder, check)
+        yield Unit(
+            key=Item(folder.name, 0, 0).shown,
+            paths=(str(folder),),
+            fingerprint=str(mark) if targets else f"{mark}:{_mark_of(source)}",  # other routes may take it
+            newest=max(changed, mark.newest_ns / 1e9),  # the folder's time is kept young while something is coming
+            files=mark.files,
+            origin=received.origin,
+            targets=targets,
+            problem="" if targets else NO_ROUTE,
+            shown=shown(received),
+        )
+
+
+def _mark_of(source: DicomSource) -> str:
+    """Return a mark of a source's routes."""
+    text = json.dumps([route.model_dump() for route in source.routes])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def problems(source: DicomSource, sources: Iterable[Source]) -> Iterator[str]:
+    """Yield why a source can't listen, each reason a sentence; whether its port is free is seen when it does.
+
+    Args:
+        sources: all that are saved, or about to be.
+    """
+    for other in sources:
+        if isinstance(other, DicomSource) and other.name != source.name and (why := clash(source, other)):
+            yield why
+    if source.tls_cert and source.tls_key.get_secret_value() != MASK:
+        try:
+            security(source).server()
+        except DispatchError as exc:
+            yield exc.message
+
+
+def security(source: DicomSource) -> Tls:
+    """Return the settings of TLS of a source; it checks no names, as senders come from anywhere."""
+    return Tls(
+        ca=source.ca_cert,
+        cert=source.tls_cert,
+        key=source.tls_key.get_secret_value(),
+        key_password=source.tls_key_password.get_secret_value(),
+        verify_hostname=False,
+        profile=str(source.tls_profile),
+    )
+
+
+def shown(unit: ReceivedUnit) -> str:
+    """Return what people see of a unit."""
+    again = f", version {unit.version}" if unit.version > 1 else ""
+    return f"{unit.uid} from {unit.calling} at {unit.host}{again}"
+
+
+def _targets(source: DicomSource, unit: ReceivedUnit, folder: Path, check: Callable[[], None]) -> tuple[str, ...]:
+    """Return the targets of a unit, those of the source first."""
+    routes = [route for route in source.routes if route.fits_titles(unit.calling, unit.called)]
+    taken = [route for route in routes if not route.reads]
+    doubtful = [route for route in routes if route.reads]
+    if doubtful:
+        taken += _reading(doubtful, folder, check)
+    in_order = (name for route in routes if route in taken for name in route.targets)
+    return tuple(dict.fromkeys((*source.targets, *in_order)))
+
+
+def _reading(routes: list[Route], folder: Path, check: Callable[[], None]) -> list[Route]:
+    """Return the routes that one of a unit's instances fits; a look at each series, until all have been found."""
+    taken: list[Route] = []
+    seen: set[tuple[str, str, str]] = set()
+    with os.scandir(folder) as entries:
+        names = [entry.name for entry in entries]
+    for name in names:
+        check()
+        facts = None
+        with suppress(OSError, Damaged, NotDicom):  # delivered and removed meanwhile; the dispatch says what is wrong
+            facts = _facts(folder / name)
+        if facts is None or facts in seen:
+            continue
+        seen.add(facts)
+        taken += [route for route in routes if route not in taken and route.fits(*facts)]
+        if len(taken) == len(routes):
+            break
+    return taken
+
+
+def _facts(path: Path) -> tuple[str, str, str]:
+    """Return an instance's modality, study description and series description."""
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        header, found = read_elements(fd, os.fstat(fd).st_size, (STUDY_DESCRIPTION, SERIES_DESCRIPTION))
+    finally:
+        os.close(fd)
+    charset = found.get(CHARSET, b"")
+    study, series = (
+        decoded(found.get(tag, b""), charset).strip(" \0") for tag in (STUDY_DESCRIPTION, SERIES_DESCRIPTION)
+    )
+    return header.Modality, study, series

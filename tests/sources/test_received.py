@@ -1,0 +1,196 @@
+"""What a DICOM source has received: its units, their origin and routes, dispatched and removed, and never lost."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from blocks.dicom_source import DicomSource
+from talaria.testing import studies
+from tests.protocols.intake import listening
+from tests.protocols.test_dimse_intake import associated, stored
+from tests.sources.bench import Bench
+from transfer.ledger import Ledger
+from transfer.spool import ReceivedUnit, Spool
+
+UIDS = {"study": "1.2.3", "series": "1.2.3.4"}
+
+
+@pytest.fixture(autouse=True)
+def _without_a_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TALARIA_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("tasks.happened.emit_event", lambda *args, **more: None)  # it would start one
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    one = Bench(tmp_path, "pacs", "archive", "other")
+    one.source = router()
+    return one
+
+
+def router(**fields: Any) -> DicomSource:
+    return DicomSource(**{"targets": ["archive"], "settle_s": 0, "aet": "ROUTER", **fields}).named("box")
+
+
+def spool(bench: Bench) -> Spool:
+    return Spool(bench.home.root / "received" / "box")
+
+
+def receive(bench: Bench, *, calling: str = "CT1", version: int = 1, study: str = "1.2.3", **values: Any) -> Path:
+    """Put an instance where the listener does."""
+    unit = ReceivedUnit(calling, "ROUTER", "10.1.2.3", study, version)
+    ds = studies.dataset(study=study, **values)
+    return studies.write(spool(bench).folder / unit.name / f"{ds.SOPInstanceUID}.dcm", studies.encoded(ds))
+
+
+def kept(bench: Bench, target: str) -> int:
+    return sum(path.is_file() and path.suffix == ".dcm" for path in bench.at(target).rglob("*"))
+
+
+def told(bench: Bench) -> list[str]:
+    with Ledger(bench.home.ledger) as ledger:
+        rows = ledger._db.execute("SELECT about FROM happenings WHERE event='source.stuck'")
+        return [json.loads(row[0])["words"] for row in rows]
+
+
+def test_what_was_received_is_dispatched_with_its_origin_and_removed(bench: Bench) -> None:
+    for number in range(3):
+        receive(bench, InstanceNumber=number)
+    bench.sweep()
+    [asked] = bench.asked.values()
+    assert (asked["sender_aet"], asked["receiver_aet"], asked["sender_host"]) == ("CT1", "ROUTER", "10.1.2.3")
+    assert asked["targets"] == ["archive"]
+    bench.dispatch()
+    bench.sweep()
+    assert kept(bench, "archive") == 3 and set(bench.states().values()) == {"done"}
+    assert list(spool(bench).folder.iterdir()) == []
+    assert not bench.sweep().runs
+
+
+def test_senders_are_dispatched_apart(bench: Bench) -> None:
+    receive(bench, calling="CT1")
+    receive(bench, calling="CT2")
+    bench.sweep()
+    assert sorted(asked["sender_aet"] for asked in bench.asked.values()) == ["CT1", "CT2"]
+
+
+@pytest.mark.parametrize(
+    ("routes", "targets"),
+    [
+        ([{"targets": ["pacs"]}], ["archive", "pacs"]),
+        ([{"modality": "CT", "targets": ["pacs"]}], ["archive", "pacs"]),
+        ([{"modality": "MR", "targets": ["pacs"]}], ["archive"]),
+        ([{"modality": "SR", "targets": ["pacs"]}, {"calling": "CT*", "targets": ["other"]}],
+         ["archive", "pacs", "other"]),
+        ([{"calling": "MR*", "targets": ["pacs"]}, {"called": "ROUTER", "targets": ["other"]}], ["archive", "other"]),
+        ([{"study_description": "*tho?ax*", "targets": ["pacs"]}], ["archive", "pacs"]),
+        ([{"study_description": "*thorax*", "calling": "MR1", "targets": ["pacs"]}], ["archive"]),
+        ([{"series_description": "lung", "modality": "SR", "targets": ["pacs"]}], ["archive"]),
+        ([{"series_description": "müll*", "targets": ["pacs"]}], ["archive", "pacs"]),
+    ],
+)  # fmt: skip
+def test_a_study_goes_as_a_whole_where_one_of_its_series_fits(
+    bench: Bench, routes: list[dict[str, Any]], targets: list[str]
+) -> None:
+    bench.source = router(routes=routes)
+    receive(bench, Modality="CT", StudyDescription="CT Thorax", SeriesDescription="Lung")
+    receive(
+        bench,
+        Modality="SR",
+        StudyDescription="CT Thorax",
+        SeriesDescription="Müller",
+        SpecificCharacterSet="ISO_IR 192",
+    )
+    bench.sweep()
+    [asked] = bench.asked.values()
+    assert asked["targets"] == targets
+    bench.dispatch()
+    bench.sweep()
+    assert [kept(bench, name) for name in targets] == [2] * len(targets)
+    assert list(spool(bench).folder.iterdir()) == []
+
+
+def test_a_study_that_no_route_takes_stays_and_is_reported_once(bench: Bench) -> None:
+    bench.source = router(targets=[], routes=[{"modality": "MR", "targets": ["pacs"]}])
+    path = receive(bench, Modality="CT")
+    for _ in range(3):
+        assert not bench.sweep().runs
+    assert path.is_file() and set(bench.states().values()) == {"held"}
+    [words] = told(bench)
+    assert "no route takes it" in words
+    bench.source = router(targets=[], routes=[{"modality": "MR,CT", "targets": ["pacs"]}])
+    bench.all()
+    assert kept(bench, "pacs") == 1 and not path.exists()
+
+
+def test_what_a_target_does_not_take_stays(bench: Bench) -> None:
+    bench.source = router(targets=["pacs", "archive"])
+    bench.down = {"pacs"}
+    path = receive(bench)
+    bench.all()
+    assert path.is_file() and set(bench.states().values()) == {"failed"} and kept(bench, "archive") == 1
+    assert not bench.sweep().runs, "it is not tried again and again"
+
+
+def test_what_comes_late_is_dispatched_too(bench: Bench) -> None:
+    receive(bench)
+    bench.sweep()
+    receive(bench)  # while the first is under way
+    bench.dispatch()
+    bench.all()
+    bench.all()
+    assert kept(bench, "archive") == 2
+    receive(bench)  # and long after
+    bench.all()
+    assert kept(bench, "archive") == 3 and list(spool(bench).folder.iterdir()) == []
+
+
+def test_versions_of_an_instance_are_all_dispatched(bench: Bench) -> None:
+    """Into one folder by dispatch: both are there."""
+    bench.targets["archive"] = bench.target("archive", layout="{dispatch_id}")
+    uid = studies.uid()
+    receive(bench, SOPInstanceUID=uid, InstanceNumber=1)
+    receive(bench, SOPInstanceUID=uid, InstanceNumber=2, version=2)
+    bench.all()
+    assert kept(bench, "archive") == 2 and list(spool(bench).folder.iterdir()) == []
+
+
+def test_what_the_listener_has_confirmed_arrives(bench: Bench) -> None:
+    """From an association to a target, by what each leaves for the other."""
+    with listening(bench.home.root, settle_s=0) as there:
+        folder = there.folder
+        assoc = associated(there.port)
+        ds = studies.dataset()
+        assert stored(assoc, ds) == 0
+        assoc.release()
+    bench.source = router().named("ct")
+    bench.all()
+    assert kept(bench, "archive") == 1 and list(folder.iterdir()) == []
+    with Ledger(bench.home.ledger) as ledger:
+        uid = str(ds.SOPInstanceUID)
+        assert ledger.confirmed_instances([uid, "1.2.3"], ["archive"]) == {uid}
+        assert ledger.confirmed_instances([uid], ["pacs"]) == set()
+
+
+def test_what_is_no_unit_is_left_alone(bench: Bench) -> None:
+    for name in (".reports", "a+b", "CT1+ROUTER+10.1.2.3+1.2+x"):
+        (spool(bench).folder / name).mkdir(parents=True)
+        studies.dicom(spool(bench).folder / name / "1.dcm")
+    assert not bench.sweep().runs and bench.states() == {}
+
+
+@pytest.mark.parametrize(
+    "unit",
+    [
+        ReceivedUnit("CT 1", "ROUTER", "10.1.2.3", "1.2.3"),
+        ReceivedUnit("A+B/..", ".", "fe80::1%eth0", "..", 7),
+        ReceivedUnit("%2E", "*", "::1", "1" * 64, 12),
+    ],
+)
+def test_the_name_of_a_folder_says_what_a_unit_is(unit: ReceivedUnit) -> None:
+    assert ReceivedUnit.parse(unit.name) == unit
+    assert "/" not in unit.name and not unit.name.startswith(".") and len(unit.name) < 250
