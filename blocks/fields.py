@@ -25,6 +25,8 @@ class Group(StrEnum):
     SECURITY = "Security"
     JUMP_HOST = "Jump host"
     USE = "Use"
+    HEARD = "What it hears of"
+    MESSAGES = "Messages"
     READY = "When it is ready"
     SCHEDULE = "Schedule"
     NAMES = "Names"

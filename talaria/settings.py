@@ -92,6 +92,9 @@ class Settings(BaseSettings):
     places: str = Field(
         default="", description="Folders below which folder targets, file:// targets and retrievals may write."
     )
+    notify_commands: str = Field(
+        default="", description="Folder of the programs that rules of type command may run; empty for none."
+    )
 
     audit_syslog: str = Field(default="", description="Syslog server for audit messages over TLS, host or host:port.")
     audit_syslog_ca: str = Field(default="", description="PEM file of the authority that its certificate is from.")
@@ -144,7 +147,9 @@ def load_settings() -> Settings:
     }
     for name, value in folders.items():
         os.environ[name] = os.pathsep.join(roots.parse(name, value))
-    audit = ("audit_syslog", "audit_syslog_ca", "audit_syslog_cert", "audit_syslog_key")
+    if settings.notify_commands and not Path(settings.notify_commands).is_absolute():
+        raise ValueError(f"setting notify_commands: it must be an absolute path{_WHERE}")
+    audit = ("notify_commands", "audit_syslog", "audit_syslog_ca", "audit_syslog_cert", "audit_syslog_key")
     for name in ("scp_aet", "scp_port", "scp_host", "spool_limit", *KEEP, *audit):
         os.environ[f"TALARIA_{name.upper()}"] = str(getattr(settings, name))
     return settings

@@ -1,4 +1,4 @@
-"""The names of targets and of sources: each name means one of them, whatever its type."""
+"""The names of targets, of sources and of rules: each name means one of them, whatever its type."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Iterable, Sequence
 
 from prefect.client.schemas.objects import BlockDocument
 
-from blocks import SOURCES, TYPES
+from blocks import RULES, SOURCES, TYPES
 from transfer.errors import Misconfigured
 
-SLUGS = {cls.get_block_type_slug(): name for name, cls in (*TYPES.items(), *SOURCES.items())}
+SLUGS = {cls.get_block_type_slug(): name for name, cls in (*TYPES.items(), *SOURCES.items(), *RULES.items())}
 
 
 def type_of(document: BlockDocument) -> str:

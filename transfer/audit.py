@@ -49,6 +49,7 @@ class Event(StrEnum):
     TARGET_REMOVED = "target-removed"
     SOURCE_CHANGED = "source-changed"
     SOURCE_REMOVED = "source-removed"
+    RULE_CHANGED = "rule-changed"  # who is written to, and when
     DISPATCH = "dispatch"  # somebody asked for one, or to cancel or retry it
     DELIVERY_BEGUN = "delivery-begun"
     DELIVERY = "delivery"  # and how it ended

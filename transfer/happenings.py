@@ -156,6 +156,12 @@ class Happenings:
                 ).rowcount
         return changed == 1
 
+    def standing(self, subject: str) -> str:
+        """Return the state of something; "" if none is known."""
+        with self._db.reading():
+            row = self._db.execute("SELECT state FROM standing WHERE subject=?", (subject,)).fetchone()
+        return str(row[0]) if row else ""
+
     # ---- read
 
     def totals(self, host: str) -> list[Total]:

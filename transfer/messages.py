@@ -126,6 +126,15 @@ class Messages:
                 mine.append(one)
         return mine
 
+    def due(self) -> bool:
+        """Return True if a message may have to be sent now."""
+        now = self._db.time()
+        with self._db.reading():
+            row = self._db.execute(
+                "SELECT 1 FROM messages WHERE state='open' AND due<=? AND claimed<=? LIMIT 1", (now, now)
+            ).fetchone()
+        return row is not None
+
     def settle(self, one: StoredMessage, state: str, error: str = "", again: float = 0.0) -> None:
         """Note how a try of a message ended, unless somebody else has claimed it since.
 

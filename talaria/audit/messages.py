@@ -43,6 +43,7 @@ FORMS: dict[str, AuditForm] = {
     Event.TARGET_REMOVED: AuditForm(ALERT, "E", AuditCode("110128", "Network Configuration")),
     Event.SOURCE_CHANGED: AuditForm(ALERT, "E", AuditCode("110128", "Network Configuration")),
     Event.SOURCE_REMOVED: AuditForm(ALERT, "E", AuditCode("110128", "Network Configuration")),
+    Event.RULE_CHANGED: AuditForm(ALERT, "E", AuditCode("110136", "Security Roles Changed")),
     Event.LOST: AuditForm(ALERT, "E", AuditCode("110133", "Audit Recording Stopped")),
     Event.DELIVERY_BEGUN: AuditForm(AuditCode("110102", "Begin Transferring DICOM Instances"), "E"),
     Event.DELIVERY: AuditForm(AuditCode("110104", "DICOM Instances Transferred"), "C"),

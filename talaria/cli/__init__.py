@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from talaria.cli import audit, jobs, query, quick, retrieve, send, serve, source, target, user
+from talaria.cli import audit, jobs, notify, query, quick, retrieve, send, serve, source, target, user
 
 quick.install()
 app = typer.Typer(
@@ -43,6 +43,7 @@ def _main(
 
 app.add_typer(target.app, name="target")
 app.add_typer(source.app, name="source")
+app.add_typer(notify.app, name="notify")
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(audit.app, name="audit")
 app.add_typer(user.user, name="user")

@@ -31,6 +31,7 @@ from talaria.front.keys import Door, KeyRing
 from talaria.front.offered import OfferedNames
 from talaria.front.remote import RemotePrefect
 from talaria.front.upstream import Upstream
+from talaria.notify.notifier import Notifier
 from talaria.settings import worker_auth
 from transfer.home import Home
 
@@ -111,6 +112,7 @@ class Front:
         reach = Reach(
             shared(self.upstream), home, embedded=not orders.upstream, url=orders.upstream, upstream=self.upstream
         )
+        self._reach = reach
         own = [*pages.routes(reach), *routes(reach), *metrics.routes(reach, orders.certificate)]
         behind = OfferedNames(self.upstream, reach.office_in)
         self.app = build(KeyRing(home), door, self.upstream, own, self.heard, behind)
@@ -125,12 +127,13 @@ class Front:
         if self.inner:
             self.server.other = _Other(_config(self.app, lifespan="off"))
             tasks.append(asyncio.create_task(self.server.other.serve([self.inner])))
-        besides = [asyncio.create_task(self._renew()), asyncio.create_task(self._keep())]
+        besides = [asyncio.create_task(one) for one in (self._renew(), self._keep(), self._notify())]
         try:
             await asyncio.gather(*tasks)
         finally:
             for task in besides:
                 task.cancel()
+            await asyncio.wait(besides)
             self.heard.close()
 
     def _fail(self) -> None:
@@ -142,6 +145,12 @@ class Front:
         await asyncio.sleep(FIRST_S)
         retention = await asyncio.to_thread(importlib.import_module, "talaria.engine.retention")  # with all of Prefect
         await retention.keep(self.home, self.upstream.client, embedded=not self.orders.upstream)
+
+    async def _notify(self) -> None:
+        """Write to people when something happens."""
+        upstream, certificate = self.upstream, self.orders.certificate
+        ready = lambda: upstream.state == "ready"  # noqa: E731
+        await Notifier(self.home, upstream.client, self._reach.client, ready, certificate).run()
 
     async def _renew(self) -> None:
         """Load the certificate's files again when they have changed; keep the old ones if the new are not valid."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
-from talaria.service import Office, dispatches, jobs, retrievals, sources, status, targets
+from talaria.service import Office, dispatches, jobs, retrievals, rules, sources, status, targets
 
 CALLS: dict[str, Callable[..., Awaitable[dict[str, Any]]]] = {
     "list_targets": targets.list_targets,
@@ -25,6 +25,12 @@ CALLS: dict[str, Callable[..., Awaitable[dict[str, Any]]]] = {
     "test_source": sources.test_source,
     "sweep_source": sources.sweep_source,
     "retry_source": sources.retry_source,
+    "list_rules": rules.list_rules,
+    "show_rule": rules.show_rule,
+    "apply_rules": rules.apply_rules,
+    "remove_rule": rules.remove_rule,
+    "test_rule": rules.test_rule,
+    "rule_types": rules.rule_types,
     "create_dispatch": dispatches.create_dispatch,
     "plan_dispatch": dispatches.plan_dispatch,
     "find_matches": retrievals.find_matches,

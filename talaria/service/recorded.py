@@ -45,5 +45,10 @@ async def source_removed(office: Office, name: str) -> None:
     await _record(office, Event.SOURCE_REMOVED, source=name)
 
 
+async def rule_changed(office: Office, name: str, change: str, fields: list[str]) -> None:
+    """Record a change of a rule: `created`, `updated`, `removed`; names of fields only."""
+    await _record(office, Event.RULE_CHANGED, rule=name, change=change, fields=fields)
+
+
 async def _record(office: Office, event: Event, **details: Any) -> None:
     await asyncio.to_thread(lambda: record(event, office.user, address=office.address, **details))

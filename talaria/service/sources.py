@@ -11,10 +11,10 @@ from datetime import UTC, datetime
 from typing import Any
 
 from blocks import SOURCES, Source, Target
-from blocks.fields import facts as form_facts
 from talaria.engine import batches
 from talaria.service import Office, recorded
-from talaria.targetfile import action_for, differing, entry, field_names, values_of
+from talaria.service.fields import field_facts
+from talaria.targetfile import action_for, differing, entry, values_of
 from tasks.documents import Broken
 from tasks.sources import checks, units
 from tasks.sources.saved import KEPT
@@ -30,21 +30,7 @@ async def source_types(office: Office | None = None) -> dict[str, Any]:
     """Return the types of source, and their fields."""
     found = {}
     for name, cls in SOURCES.items():
-        fields = {
-            field: {
-                "description": cls.model_fields[field].description,
-                "required": cls.model_fields[field].is_required(),
-                "secret": field in cls.secret_fields(),
-                "title": shown.title,
-                "group": shown.group,
-                "tier": shown.tier,
-                "unit": shown.unit,
-                "placeholder": shown.placeholder,
-            }
-            for field in field_names(cls)
-            for shown in (form_facts(cls, field),)
-        }
-        found[name] = {"fields": fields}
+        found[name] = {"fields": field_facts(cls)}
     return {"types": found}
 
 

@@ -8,12 +8,12 @@ from datetime import UTC, datetime
 from typing import Any
 
 from blocks import REFUSED, TYPES, Target
-from blocks.fields import facts as form_facts
 from blocks.named import check_name
 from talaria.engine.registry import CHECKS, workers
 from talaria.engine.runs import at_rest, create
 from talaria.service import Office, recorded
-from talaria.targetfile import action_for, differing, field_names, make, values_of
+from talaria.service.fields import field_facts
+from talaria.targetfile import action_for, differing, make, values_of
 from tasks import DRIVERS
 from tasks import targets as saved
 from tasks.checking import check_target, keep, last_checks, result_of_run
@@ -43,21 +43,6 @@ def _types() -> dict[str, Any]:
             driver = DRIVERS.get(name)
         except Misconfigured as exc:  # its extra is not installed, or another package's driver is broken
             driver, problem = None, exc.message
-        fields = {
-            field: {
-                "description": cls.model_fields[field].description,
-                "required": cls.model_fields[field].is_required(),
-                "secret": field in cls.secret_fields(),
-                "title": shown.title,
-                "group": shown.group,
-                "tier": shown.tier,
-                "unit": shown.unit,
-                "placeholder": shown.placeholder,
-                "aims": field in cls.leads_secrets_to(),
-            }
-            for field in field_names(cls)
-            for shown in (form_facts(cls, field),)
-        }
         abilities = (
             {}
             if driver is None
@@ -71,7 +56,7 @@ def _types() -> dict[str, Any]:
             }
         )
         why = {"problem": problem} if problem else {}
-        found[name] = {"works": driver is not None, **why, **abilities, "fields": fields}
+        found[name] = {"works": driver is not None, **why, **abilities, "fields": field_facts(cls)}
     return {"types": found, "refused": REFUSED}
 
 

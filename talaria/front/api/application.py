@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from starlette.routing import BaseRoute, Mount
 
 from talaria import __version__
-from talaria.front.api import dispatches, errors, events, jobs, queries, sources, targets
+from talaria.front.api import dispatches, errors, events, jobs, queries, rules, sources, targets
 from talaria.front.api import health as healths
 from talaria.front.api.asking import Reach
 from transfer.home import Home
@@ -86,7 +86,7 @@ def _application(reach: Reach) -> FastAPI:
     )
     app.router.route_class = errors.Answering
     app.state.reach = reach
-    for part in (healths, targets, sources, dispatches, queries, jobs, events):
+    for part in (healths, targets, sources, rules, dispatches, queries, jobs, events):
         part.add_to(app)
     healths.open_to_viewers(app)
     errors.add_to(app)

@@ -1,0 +1,138 @@
+"""`talaria notify`: rules that write to people when something happens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from talaria.cli.access import api
+from talaria.cli.output import DONE, NOT_ALL, print_json, table
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,  # Rich takes 0.2 s to print a help
+    help="Write to people when something happens: by webhook, e-mail or a command.\n\n"
+    "Example: talaria notify apply talaria.yaml",
+)
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")]
+Name = Annotated[str, typer.Argument(help="Name of the rule, or its type and name as in email/ops.")]
+
+
+@app.command(epilog="Example: talaria notify types --json")
+def types(as_json: Json = False) -> None:
+    """List the types of rule with their fields, and what rules may hear of."""
+    with api(saved=False) as access:
+        document = access.call("rule_types")
+    if as_json:
+        print_json(document)
+        return
+    rows = [
+        [name, ", ".join(field + ("*" if facts["required"] else "") for field, facts in one["fields"].items())]
+        for name, one in document["types"].items()
+    ]
+    table("Types (fields with * are required)", ["type", "fields"], rows)
+    print(f"events: {', '.join(document['events'])}")
+
+
+@app.command(epilog="Example: talaria notify apply talaria.yaml --dry-run")
+def apply(
+    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="YAML file with a mapping `notify`.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be done.")] = False,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Replace rules of another type that have the same name.")
+    ] = False,
+    prune: Annotated[bool, typer.Option("--prune", help="Remove the rules that the file doesn't list.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Create or update the rules listed in a file; all of them or, if one is wrong, none."""
+    from talaria.configfile import read_filled
+
+    values = read_filled(file, "notify")
+    with api() as access:
+        done = access.call("apply_rules", rules=values, dry_run=dry_run, replace=replace, prune=prune)
+    if as_json:
+        print_json(done)
+        return
+    for one in done["rules"]:
+        print(f"{one['name']}: {'would be ' if dry_run and one['action'] != 'unchanged' else ''}{one['action']}")
+
+
+@app.command("list", epilog="Example: talaria notify list --json")
+def list_(as_json: Json = False) -> None:
+    """List all rules, each with its last message."""
+    with api() as access:
+        document = access.call("list_rules")
+    if as_json:
+        print_json(document)
+        return
+    rows = [
+        [
+            one["name"],
+            one["type"],
+            {True: "yes", False: "no", None: ""}[one["enabled"]],
+            one["leads_to"],
+            one["broken"] or ", ".join(one.get("on", ["all but dispatch.delivered"])),
+            _last(one["last"]),
+        ]
+        for one in document["rules"]
+    ]
+    table("", ["name", "type", "enabled", "to", "events", "last message"], rows)
+
+
+@app.command(epilog="Example: talaria notify show ops")
+def show(name: Name, as_json: Json = False) -> None:
+    """Show one rule's settings, without secrets, and its newest messages with why they could not be sent."""
+    with api() as access:
+        values = access.call("show_rule", name=name)
+    if as_json:
+        print_json(values)
+        return
+    messages = values.pop("messages")
+    for field, value in values.items():
+        print(f"{field}: {value}")
+    for one in messages:
+        to = f" to {one['recipient']}" if one["recipient"] else ""
+        print(f"message {one['number']}{to}: {_last(one)}")
+
+
+@app.command(epilog="Example: talaria notify test ops --to me@example.org")
+def test(
+    name: Name,
+    to: Annotated[str, typer.Option(help="Of an e-mail rule, the address that gets the test message.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Send a test message by a saved rule, from where `talaria up` runs."""
+    with api() as access:
+        done = access.call("test_rule", name=name, to=to)
+    if as_json:
+        print_json(done)
+    else:
+        for one in done["recipients"]:
+            where = f"{done['name']}: {one['recipient']}" if one["recipient"] else done["name"]
+            print(f"{where}: {'sent' if one['ok'] else one['detail']}")
+    raise typer.Exit(DONE if done["ok"] else NOT_ALL)
+
+
+@app.command(epilog="Example: talaria notify remove ops")
+def remove(name: Name, as_json: Json = False) -> None:
+    """Remove a rule, and what it has not sent yet."""
+    with api() as access:
+        done = access.call("remove_rule", name=name)
+    if as_json:
+        print_json(done)
+    else:
+        print(f"{done['name']}: {done['action']}")
+
+
+def _last(message: dict[str, Any] | None) -> str:
+    """Return how a message stands, in a few words."""
+    if message is None:
+        return ""
+    what = f"{message['state']}, {message['count']} happened"
+    if message["state"] == "sent":
+        return f"{what}, {message['ended']}"
+    why = f": {message['error']}" if message["error"] else ""
+    when = f", tried again {message['due']}" if message["tries"] else f", due {message['due']}"
+    return what + (when if message["due"] else "") + why

@@ -1,0 +1,132 @@
+"""Looks for what nobody reports by itself: dispatches that are late, certificates that expire, disks that are low.
+
+Only for rules that hear of it. What is seen by several hosts, or again, happens once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection, Iterable
+from datetime import UTC, datetime, timedelta
+
+from prefect.client.orchestration import PrefectClient
+from prefect.client.schemas.filters import (
+    DeploymentFilter,
+    DeploymentFilterId,
+    FlowRunFilter,
+    FlowRunFilterExpectedStartTime,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+)
+from prefect.client.schemas.objects import TERMINAL_STATES, FlowRun, StateType
+from prefect.client.schemas.sorting import FlowRunSort
+
+from blocks import Target
+from blocks.rule import Rule, RuleEvent
+from talaria.engine import runs
+from talaria.engine.registry import deployed
+from talaria.metrics import certificates, disks
+from tasks.checking import last_checks
+from tasks.dispatch import rest, running
+from tasks.happened import happened
+from tasks.targets import all_targets
+from transfer.home import Home, host_name
+from transfer.ledger import Ledger
+
+PAGE, MOST_RUNS = 200, 2000  # of those that have not ended, the oldest
+DAYS = (1, 7, 30)  # before a certificate expires, when that is told
+OFFPEAK = "offpeak"
+NOT_ENDED = [state for state in StateType if state not in TERMINAL_STATES]
+
+
+async def look(client: PrefectClient, home: Home, ledger: Ledger, rules: Iterable[Rule], certificate: str) -> None:
+    """Look once.
+
+    Args:
+        certificate: file of the front door's certificate, "" for none.
+    """
+    at_work = [rule for rule in rules if rule.enabled]
+    heard = {event for rule in at_work for event in rule.on}
+    if RuleEvent.LATE in heard:
+        await _late(client, ledger, {rule.late_s for rule in at_work if RuleEvent.LATE in rule.on})
+    if not heard & {RuleEvent.CERTIFICATE, RuleEvent.DISK}:
+        return
+    saved = await all_targets(client)
+    targets = [one for one in saved if isinstance(one, Target)]
+    if RuleEvent.CERTIFICATE in heard:
+        checks = await last_checks(client, saved)
+        known = await asyncio.to_thread(certificates.known, certificate, targets, checks)
+        await asyncio.to_thread(_expiring, ledger, known)
+    if RuleEvent.DISK in heard:
+        spaces = await asyncio.to_thread(disks.spaces, home, targets)
+        wanted = {rule.free_percent for rule in at_work if RuleEvent.DISK in rule.on}
+        await asyncio.to_thread(_low, ledger, spaces, wanted)
+
+
+async def _late(client: PrefectClient, ledger: Ledger, seconds: Collection[int]) -> None:
+    now, found = datetime.now(UTC), list[FlowRun]()
+    before = {"before_": now - timedelta(seconds=min(seconds))}
+    deployment = await deployed(client, "dispatch")
+    while len(found) < MOST_RUNS:
+        page = await client.read_flow_runs(
+            deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=[deployment.id])),
+            flow_run_filter=FlowRunFilter(
+                state=FlowRunFilterState(type=FlowRunFilterStateType(any_=NOT_ENDED)),
+                expected_start_time=FlowRunFilterExpectedStartTime.model_validate(before),
+            ),
+            sort=FlowRunSort.EXPECTED_START_TIME_ASC,
+            limit=PAGE,
+            offset=len(found),
+        )
+        found += page
+        if len(page) < PAGE:
+            break
+    for run in found:
+        begin = run.expected_start_time
+        for late_s in seconds if begin and not _waits_rightly(run) else ():
+            if begin is not None and (now - begin).total_seconds() > late_s:
+                await asyncio.to_thread(_say_late, ledger, run, late_s)
+
+
+def _waits_rightly(run: FlowRun) -> bool:
+    """Return True if people have set that a run waits: for off-peak hours, a target's hours, or that it is resumed."""
+    said = (run.state and run.state.message) or ""
+    paused = run.state_name in (running.PAUSED, running.PAUSING) or bool(run.state and run.state.is_paused())
+    return paused or said.startswith(rest.WAITS) or run.parameters.get("priority") == OFFPEAK
+
+
+def _say_late(ledger: Ledger, run: FlowRun, late_s: int) -> None:
+    for name in {str(one).rpartition("/")[2] for one in run.parameters.get("targets") or ()}:
+        known = {"target": name, "run": str(run.id), "dispatch": runs.dispatch_of(run), "late_s": late_s}
+        happened(ledger, RuleEvent.LATE, known, key=f"late/{run.id}/{name}/{late_s}")
+
+
+def _expiring(ledger: Ledger, known: Iterable[certificates.KnownCertificate]) -> None:
+    for one in known:
+        front = one.whose == certificates.SERVER  # each host has its own
+        subject = f"certificate/{host_name() if front else ''}/{one.of}/{one.whose}"
+        days = next((days for days in DAYS if one.days <= days), None)
+        before = ledger.happenings.standing(subject)
+        if days is None:
+            if before and one.days > max(DAYS) + 1:  # renewed; what is known of a peer's is known to a day
+                ledger.happenings.stands(subject, "")
+        elif (not before or days < int(before)) and ledger.happenings.stands(subject, str(days)):
+            about = {"of" if front else "target": one.of, "whose": one.whose, "days": max(0, int(one.days))}
+            happened(ledger, RuleEvent.CERTIFICATE, about)
+
+
+def _low(ledger: Ledger, spaces: Iterable[disks.DiskSpace], wanted: Collection[float]) -> None:
+    """Say which disks are low: once a day, as long as they are."""
+    today = datetime.now(UTC).date()
+    for space in spaces:
+        for percent in wanted:
+            if space.percent < percent:
+                ours = space.of == disks.STATE
+                about = {
+                    "of" if ours else "target": f"{disks.STATE} of {host_name()}" if ours else space.of,
+                    "percent": round(space.percent, 1),
+                    "free_percent": percent,
+                    "free": space.free,
+                    "size": space.size,
+                }
+                happened(ledger, RuleEvent.DISK, about, key=f"disk/{host_name()}/{space.of}/{percent}/{today}")

@@ -1,0 +1,85 @@
+"""Messages as JSON to a web server, signed as Standard Webhooks 1.0.0 has it (github.com/standard-webhooks)."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import hmac
+import json
+import logging
+import time
+
+import httpx
+
+from blocks.rule import WebhookRule
+from protocols.net.tls import Tls
+from talaria import __version__
+from talaria.notify.errors import NotSent
+from talaria.notify.words import Letter
+from transfer.errors import DispatchError
+
+KEY = "whsec_"  # begins a key in base64
+MOST_AFTER_S = 86_400.0
+logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs URLs, which may hold a key
+
+
+async def post(rule: WebhookRule, one: Letter) -> None:
+    """Post a message; return when the server has answered with success.
+
+    Raises:
+        NotSent: it can't be reached, or answers otherwise.
+    """
+    body = json.dumps(one.document, ensure_ascii=False).encode()
+    try:
+        context = Tls(ca=rule.ca_cert).client()
+        async with (
+            # Neither redirects nor proxies and credentials of the environment: it goes where the rule says.
+            httpx.AsyncClient(
+                verify=context, follow_redirects=False, trust_env=False, timeout=rule.timeout_s
+            ) as client,
+            client.stream("POST", rule.url.get_secret_value(), content=body, headers=_headers(rule, one, body)) as got,
+        ):
+            status, said = got.status_code, f"it answers {got.status_code} {got.reason_phrase}".rstrip()
+            after, location = got.headers.get("retry-after", ""), got.headers.get("location")
+    except httpx.TimeoutException as exc:
+        raise NotSent(f"no answer within {rule.timeout_s:g} s") from exc
+    except httpx.HTTPError as exc:
+        raise NotSent(f"it can't be reached: {exc or type(exc).__name__}") from exc
+    except DispatchError as exc:
+        raise NotSent(exc.message) from exc
+    if 300 <= status < 400 and location:
+        raise NotSent(f"{said}, which leads elsewhere: redirects are not followed, correct url")
+    if not 200 <= status < 300:
+        raise NotSent(said, min(float(after), MOST_AFTER_S) if after.isdecimal() else 0.0)
+
+
+def _headers(rule: WebhookRule, one: Letter, body: bytes) -> dict[str, str]:
+    now = str(int(time.time()))
+    found = {
+        "Content-Type": "application/json",
+        "User-Agent": f"talaria/{__version__}",
+        "webhook-id": one.id,
+        "webhook-timestamp": now,
+    }
+    if secret := rule.secret.get_secret_value():
+        found["webhook-signature"] = signature(secret, one.id, now, body)
+    if token := rule.token.get_secret_value():
+        found["Authorization"] = f"Bearer {token}"
+    return found
+
+
+def signature(secret: str, message: str, time: str, body: bytes) -> str:
+    """Return the signature of a message.
+
+    Raises:
+        NotSent: a key that begins with whsec_ is not base64.
+    """
+    key = secret.encode()
+    if secret.startswith(KEY):
+        try:
+            key = base64.b64decode(secret.removeprefix(KEY), validate=True)
+        except binascii.Error as exc:
+            raise NotSent("secret begins with whsec_, and what follows is not base64: correct secret") from exc
+    digest = hmac.digest(key, f"{message}.{time}.".encode() + body, hashlib.sha256)
+    return f"v1,{base64.b64encode(digest).decode('ascii')}"

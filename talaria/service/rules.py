@@ -1,0 +1,189 @@
+"""Rules that write to people: listed, shown, applied, removed and tested."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from datetime import UTC, datetime
+from typing import Any
+
+from blocks import RULES, Rule
+from blocks.named import EMAIL
+from blocks.rule import CommandRule, EmailRule, RuleEvent
+from talaria.notify.command import allowed
+from talaria.notify.errors import NotSent
+from talaria.notify.sending import send
+from talaria.notify.words import letter
+from talaria.service import Office, recorded
+from talaria.service.fields import field_facts
+from talaria.targetfile import action_for, differing, entry, values_of
+from tasks.documents import Broken
+from tasks.rules import SAVED_RULES
+from transfer.errors import Misconfigured
+from transfer.home import Home, host_name
+from transfer.ledger import Ledger
+from transfer.messages import OPEN, StoredMessage
+
+SHOWN = 20  # messages of a rule
+
+
+async def rule_types(office: Office | None = None) -> dict[str, Any]:
+    """Return the types of rule with their fields, and the events that rules may hear of."""
+    types = {name: {"fields": field_facts(cls)} for name, cls in RULES.items()}
+    return {"types": types, "events": [str(event) for event in RuleEvent]}
+
+
+async def list_rules(office: Office) -> dict[str, Any]:
+    """Return all rules, each with its last message; one whose settings are not valid with the reason."""
+    names = [str(document.name) for document in await SAVED_RULES.documents(office.client)]
+    found = await SAVED_RULES.all(office.client, used=names)  # with secrets: of a webhook's URL its host is shown
+    return {"rules": await asyncio.to_thread(_listed, office.home, found)}
+
+
+def _listed(home: Home, found: list[Rule | Broken]) -> list[dict[str, Any]]:
+    with Ledger(home.ledger) as ledger:
+        counts = ledger.messages.counts()
+        rows = []
+        for one in found:
+            last = ledger.messages.newest(one.name, 1)
+            waiting = counts.get((one.name, OPEN), 0) + counts.get((one.name, "late"), 0)
+            if isinstance(one, Broken):
+                values: dict[str, Any] = {"type": one.type_name}
+                known: dict[str, Any] = {"broken": one.reason, "enabled": None, "leads_to": ""}
+            else:
+                values = values_of(one, secrets=True)
+                known = {"broken": None, "enabled": one.enabled, "leads_to": one.leads_to}
+            about = {"waiting": waiting, "last": _message(last[0]) if last else None}
+            rows.append({"name": one.name, **values, **known, **about})
+    return rows
+
+
+async def show_rule(office: Office, name: str) -> dict[str, Any]:
+    """Return a rule's settings, secrets masked, and its newest messages."""
+    (rule,) = await SAVED_RULES.load(office.client, [name], secrets=False)
+
+    def read() -> list[dict[str, Any]]:
+        with Ledger(office.home.ledger) as ledger:
+            return [_message(one) for one in ledger.messages.newest(rule.name, SHOWN)]
+
+    hidden = {"block_type_slug", *rule.secret_fields()}
+    every = {key: value for key, value in rule.model_dump(mode="json").items() if key not in hidden}
+    return {"name": rule.name} | every | values_of(rule, secrets=True) | {"messages": await asyncio.to_thread(read)}
+
+
+def _message(one: StoredMessage) -> dict[str, Any]:
+    return {
+        "recipient": one.recipient,
+        "number": one.number,
+        "state": one.state,
+        "made": _time(one.made),
+        "due": _time(one.due) if one.state == OPEN else None,
+        "ended": _time(one.ended),
+        "tries": one.tries,
+        "count": sum(entry["count"] for entry in one.body.get("entries", {}).values()),
+        "error": one.error or None,
+    }
+
+
+def _time(seconds: float) -> str | None:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds") if seconds else None
+
+
+async def apply_rules(
+    office: Office, rules: dict[str, Any], dry_run: bool = False, replace: bool = False, prune: bool = False
+) -> dict[str, Any]:
+    """Create or update rules; all of them or, if one is wrong, none. Arguments as of `apply_targets`."""
+    wanted, wrong = dict[str, Rule](), []
+    for name, values in rules.items():
+        try:
+            wanted[name] = entry(Rule, RULES, name, values, fill=False)
+            _check(wanted[name])
+        except Misconfigured as exc:
+            wrong.append(exc.message)
+    if wrong:
+        raise Misconfigured("\n".join(wrong))
+    if not wanted:
+        raise Misconfigured("no rule is named")
+    there = await SAVED_RULES.all(office.client, used=wanted)
+    actions = {name: action_for(rule, there, replace=replace) for name, rule in wanted.items()}
+    old = [one for one in there if prune and one.name not in wanted]
+    for name, action in actions.items() if not dry_run else ():
+        if action == "replaced":
+            for one in [one for one in there if one.name == name and one.type_name != wanted[name].type_name]:
+                await SAVED_RULES.remove(office.client, f"{one.type_name}/{name}")
+        if action != "unchanged":
+            await wanted[name].asave(name, overwrite=True, client=office.client)
+            await _hurry(office, name)
+            before = next((one for one in there if one.name == name and isinstance(one, Rule)), None)
+            await recorded.rule_changed(office, name, action, differing(wanted[name], before))
+    for one in old if not dry_run else ():
+        await _remove(office, f"{one.type_name}/{one.name}")
+    actions |= {one.name: "removed" for one in old}
+    return {"dry_run": dry_run, "rules": [{"name": name, "action": action} for name, action in actions.items()]}
+
+
+def _check(rule: Rule) -> None:
+    """Raise Misconfigured if a rule would run what this machine does not allow."""
+    if isinstance(rule, CommandRule):
+        try:
+            allowed(rule.command)
+        except NotSent as exc:
+            raise Misconfigured(f"rule {rule.name}: {exc}") from exc
+
+
+async def _hurry(office: Office, name: str) -> None:
+    """Let messages that could not be sent be tried at once with the rule as it is now."""
+
+    def hurry() -> None:
+        with Ledger(office.home.ledger) as ledger:
+            ledger.messages.hurry(name)
+
+    await asyncio.to_thread(hurry)
+
+
+async def remove_rule(office: Office, name: str) -> dict[str, Any]:
+    """Remove a rule, and what it has not sent yet."""
+    return {"name": await _remove(office, name), "action": "removed"}
+
+
+async def _remove(office: Office, name: str) -> str:
+    removed = await SAVED_RULES.remove(office.client, name)
+
+    def drop() -> None:
+        with Ledger(office.home.ledger) as ledger:
+            ledger.messages.drop(removed)
+
+    await asyncio.to_thread(drop)
+    await recorded.rule_changed(office, removed, "removed", [])
+    return removed
+
+
+async def test_rule(office: Office, name: str, to: str = "") -> dict[str, Any]:
+    """Send a test message by a saved rule, from the server's machine, at once; it is tried once.
+
+    Args:
+        to: of an e-mail rule, the address that gets it instead of those of the rule.
+    """
+    (rule,) = await SAVED_RULES.load(office.client, [name])
+    recipients = [""]
+    if isinstance(rule, EmailRule):
+        if to and not EMAIL.fullmatch(to):
+            raise ValueError(f"{to!r} is not an e-mail address")
+        recipients = [to] if to else rule.to
+        if not recipients:
+            raise Misconfigured(f"rule {rule.name} writes to contacts only: say to whom the test goes")
+    elif to:
+        raise ValueError(f"rule {rule.name} is no e-mail rule: it has one destination")
+    tries = [_tried(office, rule, recipient) for recipient in recipients]
+    found = await asyncio.gather(*tries)
+    return {"name": rule.name, "ok": all(one["ok"] for one in found), "recipients": list(found)}
+
+
+async def _tried(office: Office, rule: Rule, recipient: str) -> dict[str, Any]:
+    message = StoredMessage(rule.name, recipient, 0, made=time.time())
+    detail = ""
+    try:
+        await send(rule, letter(message, office.home.identity()[:8], host_name(), test=True))
+    except NotSent as exc:
+        detail = str(exc)
+    return {"recipient": recipient, "ok": not detail, "detail": detail}

@@ -1,0 +1,258 @@
+"""Rules as people make them, and the messages of a running `talaria up`: to a mail server and a web server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import httpx
+import pytest
+import yaml
+from prefect import get_client
+from prefect.context import refresh_global_settings_context
+
+from blocks.rule import WebhookRule
+from talaria.metrics import disks
+from talaria.notify import lookout
+from talaria.notify.lookout import look
+from talaria.settings import client_environment
+from talaria.testing import studies
+from talaria.testing.process import free_port
+from tests.engine.material import dicom, folder, later
+from tests.servers.certificates import Authority
+from tests.servers.receiver import Receiver, receiver
+from tests.servers.smtp import PASSWORD, USER, MailServer, smtp
+from tests.servers.up import Talaria
+from transfer.happenings import Happening
+from transfer.home import Home
+from transfer.ledger import Ledger
+
+KEY = "a-signing-key"
+
+
+@pytest.fixture(scope="module")
+def mail(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MailServer]:
+    with smtp(tmp_path_factory.mktemp("mail")) as one:
+        yield one
+
+
+@pytest.fixture
+def hook() -> Iterator[Receiver]:
+    with receiver() as one:
+        yield one
+
+
+@pytest.fixture
+def rules(up: Talaria, mail: MailServer, hook: Receiver, tmp_path: Path) -> Iterator[Path]:
+    """A file with two rules, applied; they are removed at the end, to tell nothing of other tests."""
+    at_once = {"group_s": 0, "every_s": 0}
+    path = tmp_path / "talaria.yaml"
+    ops = {
+        "type": "email", "host": "localhost", "port": mail.port, "ca_cert": str(mail.ca), "user": USER,
+        "password": "${MAIL_PASSWORD}", "sender": "talaria@example.org", "to": ["team@example.org"], "contact": True,
+    }  # fmt: skip
+    web = {"type": "webhook", "url": hook.url, "secret": "${HOOK_KEY}", "on": ["dispatch.failed", "dispatch.delivered"]}
+    # Folders of names that no other test's targets have.
+    named = {"targets": ["notified-*"]} | at_once
+    path.write_text(
+        yaml.safe_dump(
+            {
+                "targets": {"notified-good": folder(tmp_path / "good")},
+                "notify": {"ops": ops | named, "web": web | named},
+            }
+        )
+    )
+    env = {"MAIL_PASSWORD": PASSWORD, "HOOK_KEY": KEY}
+    applied = up.here("notify", "apply", str(path), "--json", env=env)
+    assert applied.returncode == 0, applied.stderr
+    assert [one["action"] for one in json.loads(applied.stdout)["rules"]] == ["created", "created"]
+    again = json.loads(up.here("notify", "apply", str(path), "--json", env=env).stdout)
+    assert [one["action"] for one in again["rules"]] == ["unchanged", "unchanged"]
+    yield path
+    for name in ("ops", "web"):
+        up.told("notify", "remove", name)
+    assert up.told("notify", "list")["rules"] == []
+
+
+def failing(up: Talaria, tmp_path: Path, name: str = "gone") -> str:
+    """Send a study to a target that fails, and to one that doesn't."""
+    source = tmp_path / studies.PATIENT_NAME.replace("^", "_")
+    if not source.exists():
+        studies.ct(source, 2)
+    gone = folder(tmp_path / name, max_attempts=1, retry_delay_s=0, contact="gone@example.org")
+    up.apply(notified_gone=gone, notified_good=folder(tmp_path / "good"))
+    (tmp_path / name).rmdir()
+    return str(up.told("send", str(source), "--to", "notified-gone,notified-good", code=1)["flow_run_id"])
+
+
+def test_a_failure_is_told_by_mail_to_team_and_contact_and_by_webhook(
+    up: Talaria, rules: Path, mail: MailServer, hook: Receiver, tmp_path: Path
+) -> None:
+    run = failing(up, tmp_path)
+    up.until(lambda: mail.to("team@example.org") and mail.to("gone@example.org"))
+    # One message or two: what ends within a second of each other may be collected together.
+    up.until(lambda: {one["event"] for got in hook.taken for one in got.document["events"]} >= {
+        "dispatch.failed", "dispatch.delivered"})  # fmt: skip
+    for recipient in ("team@example.org", "gone@example.org"):
+        text = mail.to(recipient)[0].get_content()
+        assert "notified-gone: a dispatch failed" in text and run in text
+    told = "".join(message.as_string() for _, message in mail.messages) + "".join(
+        got.body.decode() for got in hook.taken
+    )
+    assert not any(private in told for private in studies.PHI) and str(tmp_path) not in told
+    assert all(got.headers["webhook-signature"].startswith("v1,") for got in hook.taken)
+
+    listed = up.told("notify", "list")["rules"]
+    places = {one["name"]: (one["type"], one["leads_to"]) for one in listed}
+    assert places == {
+        "ops": ("email", "team@example.org, contacts"),
+        "web": ("webhook", hook.url.removesuffix("/hook")),
+    }
+    up.until(lambda: up.told("notify", "show", "web")["messages"][0]["state"] == "sent")
+    shown = up.told("notify", "show", "ops")
+    assert set(shown["password"]) == {"*"} and shown["to"] == ["team@example.org"]
+    every = json.dumps([listed, shown, up.told("notify", "show", "web")]) + up.here("notify", "list").stdout
+    assert PASSWORD not in every and KEY not in every and hook.url not in every
+    changed = [one for one in up.told("audit", "show", "--last", "1000")["entries"] if one["event"] == "rule-changed"]
+    assert {one["details"]["rule"] for one in changed} >= {"ops", "web"} and PASSWORD not in json.dumps(changed)
+
+    tested = up.told("notify", "test", "ops", "--to", "me@example.org")
+    assert tested["recipients"] == [{"recipient": "me@example.org", "ok": True, "detail": ""}]
+    assert "test of the rule ops" in mail.to("me@example.org")[0]["Subject"]
+    hook.status = 503
+    failed = up.told("notify", "test", "web", code=1)
+    assert not failed["ok"] and "answers 503" in failed["recipients"][0]["detail"]
+
+
+def test_a_message_that_was_on_its_way_when_the_server_was_killed_is_sent_once(
+    up: Talaria, rules: Path, hook: Receiver, tmp_path: Path
+) -> None:
+    hook.hold.set()
+    run = failing(up, tmp_path)
+    up.until(lambda: hook.asked)
+    up.child("talaria.front").kill()
+    hook.hold.clear()
+
+    def told() -> list[str]:
+        return [
+            got.headers["webhook-id"]
+            for got in hook.taken
+            if run in got.body.decode() and "dispatch.failed" in got.body.decode()
+        ]
+
+    up.until(told)
+    up.until(lambda: all(one["state"] == "sent" for one in up.told("notify", "show", "web")["messages"]))
+    assert len(set(told())) == 1
+
+
+def test_wrong_rules_are_refused_with_a_sentence_and_without_their_secrets(up: Talaria, tmp_path: Path) -> None:
+    path = tmp_path / "rules.yaml"
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"type": "webhook", "url": "ftp://h", "secret": "swordfish"}, "url is not a web address"),
+        ({"type": "emial"}, "did you mean email?"),
+        ({"type": "email", "host": "m", "sender": "a@b.c", "recipients": ["x@y.z"]}, "unknown field 'recipients'"),
+        ({"type": "command", "command": "page"}, "TALARIA_NOTIFY_COMMANDS"),
+        ({"type": "webhook", "url": "http://h/", "on": ["dispatch.lost"]}, "on"),
+    ]
+    for values, words in wrong:
+        path.write_text(yaml.safe_dump({"notify": {"ops": values}}))
+        ran = up.here("notify", "apply", str(path))
+        assert ran.returncode == 2 and words in ran.stderr and "swordfish" not in ran.stderr, ran.stderr
+    path.write_text(yaml.safe_dump({"targets": {}}))
+    assert "names no rule" in up.here("notify", "apply", str(path)).stderr
+    assert up.here("notify", "show", "nobody").returncode == 2
+    assert {"webhook", "email", "command"} == set(up.told("notify", "types")["types"])
+
+
+# ---- what nobody reports
+
+
+@pytest.fixture
+def prefect(up: Talaria) -> Iterator[None]:
+    """This process as a client of the server of `up`."""
+    with mock.patch.dict(os.environ, {**up.env, **client_environment(Home(up.home), up.url)}):
+        refresh_global_settings_context()
+        yield
+    refresh_global_settings_context()
+
+
+def looked(up: Talaria, rule: WebhookRule, times: int = 2, certificate: str = "") -> list[Happening]:
+    """What is found when somebody looks several times, in a ledger of its own."""
+
+    async def case() -> list[Happening]:
+        async with get_client() as client:
+            with Ledger(up.folder / f"looked-{time.time_ns()}.sqlite") as ledger:
+                for _ in range(times):
+                    await look(client, Home(up.home), ledger, [rule.named("ops")], certificate)
+                return ledger.happenings.waiting(100)
+
+    return asyncio.run(case())
+
+
+def test_a_dispatch_that_has_not_ended_in_time_is_late_once_unless_people_have_set_that_it_waits(
+    up: Talaria, prefect: None, tmp_path: Path
+) -> None:
+    studies.ct(tmp_path / "study", 1)
+    dead = dicom(free_port(), max_attempts=9, retry_delay_s=3600, retry_max_delay_s=3600)
+    up.apply(dead_slow=dead, shut=folder(tmp_path / "shut", window=later(5)))
+    run = up.told("send", str(tmp_path / "study"), "--to", "dead-slow", "--no-wait")["flow_run_id"]
+    shut = up.told("send", str(tmp_path / "study"), "--to", "shut", "--no-wait")["flow_run_id"]
+
+    def late(seconds: int) -> list[dict[str, Any]]:
+        rule = WebhookRule(url="http://h/", on=["dispatch.late"], late_s=seconds)
+        return [one.about for one in looked(up, rule) if one.about["run"] in (run, shut)]
+
+    try:
+        up.until(lambda: (up.run(shut)["state"].get("message") or "").startswith("waits"))
+        up.until(lambda: any(one["run"] == run for one in late(1)))
+        (one,) = late(1)
+        assert one == one | {"target": "dead-slow", "late_s": 1, "run": run}
+        assert late(86_400) == []
+    finally:
+        for one in (run, shut):
+            up.here("jobs", "cancel", one)
+
+
+def test_a_certificate_is_told_of_30_7_and_1_days_before_it_expires_once_each(
+    up: Talaria, prefect: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leaf = Authority(tmp_path / "ca").leaf("front")
+    rule = WebhookRule(url="http://h/", on=["certificate.expires"]).named("ops")
+    found: list[int] = []
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        known = lookout.certificates.known(str(leaf.cert), [], {})
+        end = known[0].expires
+        for days in (60, 29.5, 29, 6.5, 0.5, 0.4, -1):
+            monkeypatch.setattr(lookout.certificates.time, "time", lambda days=days: end - days * 86_400)
+            lookout._expiring(ledger, known)
+            found.append(len(ledger.happenings.waiting(100)))
+        monkeypatch.undo()
+        happened = ledger.happenings.waiting(100)
+    assert found == [0, 1, 1, 2, 3, 3, 3]
+    assert [one.about["days"] for one in happened] == [29, 6, 0]
+    assert all(rule.hears(one.event, one.about) and one.about["whose"] == "server" for one in happened)
+
+
+def test_a_disk_is_low_below_the_rule_s_share_and_told_of_once_a_day(
+    up: Talaria, prefect: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rule = WebhookRule(url="http://h/", on=["disk.low"], free_percent=99.999)
+    of_state = [one for one in looked(up, rule, times=3) if str(one.about.get("of", "")).startswith(disks.STATE)]
+    assert len(of_state) == 1 and of_state[0].about["percent"] < 99.999
+    assert looked(up, WebhookRule(url="http://h/", on=["disk.low"], free_percent=0.001)) == []
+
+
+def test_rules_need_their_role(up: Talaria) -> None:
+    token = up.told("token", "create", "--role", "viewer", "--name", f"rules-{time.time_ns()}")["token"]
+    url = f"http://127.0.0.1:{up.port}/talaria/api/v1"
+    with httpx.Client(headers={"Authorization": f"Bearer {token}"}, trust_env=False, timeout=300) as viewer:
+        assert viewer.get(f"{url}/rules").status_code == 200
+        assert viewer.post(f"{url}/rules", json={"rules": {}}).status_code == 403
+        assert viewer.post(f"{url}/rules/ops/test").status_code == 403
+        assert viewer.delete(f"{url}/rules/ops").status_code == 403

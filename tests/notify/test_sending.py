@@ -1,0 +1,260 @@
+"""Messages at real servers: a mail server with TLS and login, a web server, a program; and what can go wrong there."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import hmac
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from blocks.rule import CommandRule, EmailRule, Rule, WebhookRule
+from talaria.notify import sending
+from talaria.notify.errors import NotSent
+from talaria.notify.words import Letter, letter
+from talaria.testing.process import free_port
+from tests.servers.certificates import Authority
+from tests.servers.receiver import Receiver, receiver
+from tests.servers.smtp import PASSWORD, USER, MailServer, smtp
+from transfer.messages import StoredMessage
+
+TO = "team@example.org"
+
+
+def made(recipient: str = TO, number: int = 7) -> Letter:
+    entry = {"event": "dispatch.failed", "target": "pacs", "cause": "outage", "count": 2, "first": 1.7e9, "last": 1.7e9}
+    body = {"entries": {"x": entry}}
+    return letter(StoredMessage("ops", recipient, number, body=body, made=time.time()), "home", "host-1")
+
+
+def send(rule: Rule, one: Letter | None = None) -> None:
+    asyncio.run(sending.send(rule.named("ops"), one or made()))
+
+
+def failure(rule: Rule, one: Letter | None = None) -> NotSent:
+    with pytest.raises(NotSent) as found:
+        send(rule, one)
+    return found.value
+
+
+# ---- e-mail
+
+
+@pytest.fixture(scope="module", params=["starttls", "tls"])
+def shared(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[MailServer, str]]:
+    with smtp(tmp_path_factory.mktemp("mail"), request.param) as one:
+        yield one, request.param
+
+
+@pytest.fixture
+def mail(shared: tuple[MailServer, str]) -> tuple[MailServer, dict[str, Any]]:
+    one, security = shared
+    one.messages.clear()
+    one.refused.clear()
+    one.asked.clear()
+    one.answer, one.delay_s = "", 0.0
+    return one, {
+        "host": "localhost", "port": one.port, "security": security, "ca_cert": str(one.ca), "user": USER,
+        "password": PASSWORD, "sender": "talaria@example.org", "to": [TO],
+    }  # fmt: skip
+
+
+def test_an_e_mail_arrives_over_tls_with_a_login(mail: tuple[MailServer, dict[str, Any]]) -> None:
+    server, fields = mail
+    send(EmailRule(**fields))
+    (message,) = server.to(TO)
+    assert message["From"] == "talaria@example.org" and message["To"] == TO
+    assert message["Subject"] == "[Talaria host-1] pacs: 2 dispatches failed (outage)"
+    assert message["Message-ID"] == "<home-ops-7@example.org>" and message["Auto-Submitted"] == "auto-generated"
+    assert "may pass by itself" in message.get_content()
+
+
+def test_a_wrong_password_a_refused_recipient_and_a_refused_message_are_told_in_words(
+    mail: tuple[MailServer, dict[str, Any]],
+) -> None:
+    server, fields = mail
+    words = str(failure(EmailRule(**fields | {"password": "wrong-secret"})))
+    assert "refuses the login: 535" in words and "wrong-secret" not in words
+    server.refused.add("gone@example.org")
+    assert "refuses the recipient: 550 5.1.1 no such user here" in str(
+        failure(EmailRule(**fields), made("gone@example.org"))
+    )
+    server.answer = "452 4.2.2 mailbox is full"
+    assert "refuses the message: 452 4.2.2 mailbox is full" in str(failure(EmailRule(**fields)))
+    assert server.messages == []
+
+
+def test_a_mail_server_is_trusted_only_by_its_certificate(
+    mail: tuple[MailServer, dict[str, Any]], tmp_path: Path
+) -> None:
+    server, fields = mail
+    other = Authority(tmp_path / "other")
+    words = str(failure(EmailRule(**fields | {"ca_cert": str(other.ca)})))
+    assert "its certificate is not trusted" in words and "ca_cert" in words
+    assert server.asked == []  # nothing was said before
+
+
+def test_a_mail_server_that_is_down_silent_or_slow_costs_a_try(
+    mail: tuple[MailServer, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, fields = mail
+    assert "can't be reached" in str(failure(EmailRule(**fields | {"port": free_port()})))
+    server.delay_s = 3600
+    assert "no answer within 0.5 s" in str(failure(EmailRule(**fields | {"timeout_s": 0.5})))
+    monkeypatch.setattr(sending, "MOST_S", 0.5)
+    assert "it took longer" in str(failure(EmailRule(**fields | {"timeout_s": 60})))
+
+
+def test_a_server_without_starttls_gets_neither_password_nor_message(tmp_path: Path) -> None:
+    with smtp(tmp_path, "none", login=False) as server:
+        fields = {"host": "127.0.0.1", "port": server.port, "sender": "talaria@example.org", "to": [TO]}
+        assert "STARTTLS" in str(failure(EmailRule(**fields, user=USER, password=PASSWORD)))
+        assert server.asked == []
+        send(EmailRule(**fields, security="none"))
+        assert len(server.to(TO)) == 1
+
+
+# ---- webhooks
+
+
+@pytest.fixture
+def hook() -> Iterator[Receiver]:
+    with receiver() as one:
+        yield one
+
+
+def test_a_webhook_is_signed_and_its_id_is_the_same_in_each_try(hook: Receiver) -> None:
+    rule = WebhookRule(url=hook.url, secret="whsec_" + base64.b64encode(b"key of ours").decode(), token="tok")
+    for _ in range(2):
+        send(rule, made(""))
+    one, two = hook.taken
+    assert one.headers["webhook-id"] == two.headers["webhook-id"] == one.document["id"] == "home-ops-7"
+    signed = f"{one.headers['webhook-id']}.{one.headers['webhook-timestamp']}.".encode() + one.body
+    expected = base64.b64encode(hmac.digest(b"key of ours", signed, hashlib.sha256)).decode()
+    assert one.headers["webhook-signature"] == f"v1,{expected}"
+    assert one.headers["authorization"] == "Bearer tok" and one.headers["content-type"] == "application/json"
+    assert one.document["events"][0]["target"] == "pacs" and one.document["events"][0]["count"] == 2
+    assert abs(int(one.headers["webhook-timestamp"]) - time.time()) < 300
+
+
+def test_a_webhook_with_a_plain_key_and_one_without(hook: Receiver) -> None:
+    send(WebhookRule(url=hook.url, secret="plain"), made(""))
+    send(WebhookRule(url=hook.url), made(""))
+    one, two = hook.taken
+    signed = f"{one.headers['webhook-id']}.{one.headers['webhook-timestamp']}.".encode() + one.body
+    expected = base64.b64encode(hmac.digest(b"plain", signed, hashlib.sha256)).decode()
+    assert one.headers["webhook-signature"] == f"v1,{expected}" and "webhook-signature" not in two.headers
+
+
+def test_answers_other_than_success_are_failures_and_redirects_lead_nowhere(hook: Receiver) -> None:
+    rule = WebhookRule(url=hook.url + "?key=hidden-key", token="hidden-token")
+    hook.status = 500
+    assert "answers 500" in str(failure(rule))
+    hook.status, hook.retry_after = 429, "120"
+    refused = failure(rule)
+    assert "answers 429" in str(refused) and refused.after_s == 120
+    with receiver() as elsewhere:
+        hook.status, hook.location = 307, elsewhere.url
+        words = str(failure(rule))
+        assert "redirects are not followed" in words and elsewhere.url not in words
+        assert elsewhere.asked == []
+    assert "hidden" not in words
+
+
+def test_a_receiver_that_is_down_silent_or_not_trusted(hook: Receiver, tmp_path: Path) -> None:
+    assert "can't be reached" in str(failure(WebhookRule(url=f"http://127.0.0.1:{free_port()}/")))
+    hook.hold.set()
+    assert "no answer within 0.3 s" in str(failure(WebhookRule(url=hook.url, timeout_s=0.3)))
+    authority = Authority(tmp_path / "ca")
+    with receiver(authority) as secured:
+        send(WebhookRule(url=secured.url, ca_cert=str(authority.ca)), made(""))
+        assert len(secured.taken) == 1
+        assert "certificate" in str(failure(WebhookRule(url=secured.url)))
+        assert len(secured.asked) == 1
+
+
+def test_the_environment_s_proxy_gets_nothing(hook: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
+    with receiver() as proxy:
+        for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+            monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.port}")
+        send(WebhookRule(url=hook.url), made(""))
+        assert len(hook.taken) == 1 and proxy.asked == []
+
+
+# ---- commands
+
+
+@pytest.fixture
+def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "programs"
+    folder.mkdir(mode=0o755)
+    monkeypatch.setenv("TALARIA_NOTIFY_COMMANDS", str(folder))
+    return folder
+
+
+def program(folder: Path, text: str, name: str = "page") -> CommandRule:
+    path = folder / name
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return CommandRule(command=name, arguments=["one", "two; touch evil"])
+
+
+def test_a_program_gets_the_message_and_nothing_of_our_environment(
+    programs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PREFECT_SERVER_ENCRYPTION_KEY", "swordfish")
+    out = tmp_path / "out"
+    rule = program(programs, f'cat > {out}; env > {out}.env; printf "%s|" "$@" > {out}.args')
+    send(rule, made(""))
+    assert json.loads(out.read_text())["events"][0]["cause"] == "outage"
+    env = Path(f"{out}.env").read_text()
+    assert "swordfish" not in env and "TALARIA_RULE=ops" in env
+    assert Path(f"{out}.args").read_text() == "one|two; touch evil|"
+
+
+def test_a_program_that_fails_or_hangs_is_killed_with_all_that_it_started(programs: Path, tmp_path: Path) -> None:
+    words = str(failure(program(programs, "echo no pager; exit 3")))
+    assert "ended with exit code 3: no pager" in words
+    pid = tmp_path / "pid"
+    rule = program(programs, f"sleep 3600 & echo $! > {pid}.part; mv {pid}.part {pid}; wait", "hangs")
+    rule.timeout_s = 2.0
+    assert "had not ended after 2 s" in str(failure(rule))
+    child = int(pid.read_text())
+    end = time.monotonic() + 60
+    while _runs(child) and time.monotonic() < end:
+        time.sleep(0.01)
+    assert not _runs(child)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_only_programs_of_the_administrator_s_folder_are_run(
+    programs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rule = program(programs, "true")
+    send(rule)
+    (programs / "page").chmod(0o777)
+    assert "can be changed by other users" in str(failure(rule))
+    (programs / "page").chmod(0o644)
+    assert "no program that can be run" in str(failure(rule))
+    assert "has no program other" in str(failure(CommandRule(command="other")))
+    monkeypatch.delenv("TALARIA_NOTIFY_COMMANDS")
+    assert "TALARIA_NOTIFY_COMMANDS" in str(failure(rule))
+    for name in ("../page", "/bin/sh", ".hidden", "a/b", ""):
+        with pytest.raises(ValueError, match="command"):
+            CommandRule(command=name)
+    assert os.listdir(programs) == ["page"]
