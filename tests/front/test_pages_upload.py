@@ -15,6 +15,7 @@ from tests.engine.material import folder, study
 from tests.front.people import Person, person, words
 from tests.servers.up import talaria
 from tests.transfer.test_uploads import archived
+from transfer.uploads import BrowserUpload
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -100,6 +101,8 @@ def test_an_upload_that_breaks_off_goes_on_where_it_was_and_is_sent_once(place: 
     for stranger in person(place.up, Role.ADMIN):
         for method, path in (("GET", one), ("POST", f"{one}/send")):
             assert stranger.client.request(method, path).status_code == 404
+    with BrowserUpload(place.up.home / "uploads" / answer.json()["id"], "").held():  # a first request still unpacks
+        assert operator.client.post(f"{one}/send").status_code == 503
     leads = {operator.client.post(f"{one}/send").json()["location"] for _ in range(2)}
     assert len(leads) == 1
     delivered(operator, leads.pop(), "2 of 2")  # each folder was a study

@@ -17,14 +17,14 @@ from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from talaria.front.access import Role, needs
-from talaria.front.api.errors import answer_to, said
+from talaria.front.api.errors import AWAY, WRONG, answer_to, said
 from talaria.front.pages.incoming import FormOfFiles
 from talaria.front.pages.sending import PRIORITIES
 from talaria.front.pages.site import Site, shown, size, who
 from talaria.front.pages.targets import rows
 from talaria.front.pages.texts import text
 from transfer import uploads
-from transfer.errors import Misconfigured
+from transfer.errors import Busy, Misconfigured, Permanent, Rejected
 from transfer.uploads import BrowserUpload
 
 PATH = "/talaria/upload"
@@ -42,6 +42,10 @@ def answered(endpoint: Answer) -> Answer:
     async def safe(self: Any, request: Request) -> Response:
         try:
             return await endpoint(self, request)
+        except Rejected as exc:  # by us, of what was uploaded: to try again won't help
+            return said(WRONG, str(exc))
+        except Busy as exc:
+            return said(AWAY, str(exc))
         except Exception as exc:
             return said(*answer_to(exc))
 
@@ -97,21 +101,23 @@ class UploadPages:
         await asyncio.to_thread(uploads.tidy, self.home, 0.0)
         upload = await asyncio.to_thread(uploads.begin, self.home, who(request).name, [], {})
         form = None
-        try:
-            form = FormOfFiles(request.headers.get("content-type", ""), upload.content)
-            await _written(request, form.write)
-            form.close()
-            asked = _asked({name: values[-1] for name, values in form.fields.items()}, form.fields.get("to", []))
-            if not form.files:
-                raise Misconfigured(text("upload.nothing"))  # noqa: TRY301 - as any other thing that is wrong
-            upload.files, upload.asked = form.files, asked
-            leads = await self._sent(office, upload)
-        except Exception as exc:
-            if form is not None:
+        with upload.held():
+            try:
+                form = FormOfFiles(request.headers.get("content-type", ""), upload.content)
+                await _written(request, form.write)
                 form.close()
-            await asyncio.to_thread(shutil.rmtree, upload.folder, ignore_errors=True)
-            status, words = answer_to(exc)
-            return await self._form(request, words, status, form.fields.get("to") if form else None)
+                asked = _asked({name: values[-1] for name, values in form.fields.items()}, form.fields.get("to", []))
+                if not form.files:
+                    raise Misconfigured(text("upload.nothing"))  # noqa: TRY301 - as any other thing that is wrong
+                upload.files, upload.asked = form.files, asked
+                leads = await self._sent(office, upload)
+            except Exception as exc:
+                if form is not None:
+                    form.close()
+                if not upload.sending:
+                    await asyncio.to_thread(shutil.rmtree, upload.folder, ignore_errors=True)
+                status, words = answer_to(exc)
+                return await self._form(request, words, status, form.fields.get("to") if form else None)
         return RedirectResponse(leads, 303)
 
     @needs(Role.OPERATOR)
@@ -156,7 +162,8 @@ class UploadPages:
     async def state(self, request: Request) -> Response:
         """Return how many bytes of each file are there."""
         upload = await asyncio.to_thread(self._upload, request)
-        return JSONResponse({"have": await asyncio.to_thread(upload.sizes), "run": upload.run})
+        have = await asyncio.to_thread(upload.sizes)
+        return JSONResponse({"have": have, "whole": upload.unpacked, "run": upload.run})
 
     @needs(Role.OPERATOR)
     @answered
@@ -177,14 +184,17 @@ class UploadPages:
     @answered
     async def send(self, request: Request) -> Response:
         """Send an upload that is whole; once, however often it is asked for."""
-        upload = await asyncio.to_thread(self._upload, request)
-        leads = f"/talaria/dispatches/{upload.run}" if upload.run else ""
-        return JSONResponse({"location": leads or await self._sent(await self.site.office(request), upload)})
+        office, upload = await self.site.office(request), await asyncio.to_thread(self._upload, request)
+        with upload.held():
+            upload = await asyncio.to_thread(self._upload, request)  # as whoever held it before has left it
+            leads = f"/talaria/dispatches/{upload.run}" if upload.run else await self._sent(office, upload)
+        return JSONResponse({"location": leads})
 
     def _upload(self, request: Request) -> BrowserUpload:
         return uploads.find(self.home, request.path_params["id"], who(request).name)
 
     async def _sent(self, office: Any, upload: BrowserUpload) -> str:
+        """Send an upload, which nobody else works on; return where its dispatch is shown."""
         from talaria.service.dispatches import create_dispatch
 
         if not office.embedded:
@@ -196,7 +206,14 @@ class UploadPages:
         await asyncio.to_thread(upload.unpack)
         asked = {name: value for name, value in upload.asked.items() if name != "to"}
         paths = [str(await asyncio.to_thread(upload.top) if asked["each"] else upload.content)]
-        done = await create_dispatch(office, paths, upload.asked["to"], key=upload.id, **asked)
+        upload.sending = True
+        await asyncio.to_thread(upload.save)
+        try:
+            done = await create_dispatch(office, paths, upload.asked["to"], key=upload.id, **asked)
+        except (Permanent, ValueError):  # else a run may have been made, which needs the files
+            upload.sending = False
+            await asyncio.to_thread(upload.save)
+            raise
         upload.run = done["flow_run_id"]
         await asyncio.to_thread(upload.save)
         return f"/talaria/dispatches/{upload.run}"

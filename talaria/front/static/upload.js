@@ -56,11 +56,12 @@
   });
 
   class Refused extends Error {}
+  class Away extends Error {}
   const call = async (method, path, options = {}) => {
     const answer = await fetch(path, {method, ...options});
     const body = await answer.json().catch(() => ({}));
     if (answer.ok) return body;
-    if (answer.status >= 500 || answer.status === 408) throw new Error("away");
+    if (answer.status >= 500 || answer.status === 408) throw new Away(body.error || "");
     const refused = new Refused(body.error || answer.statusText);
     refused.status = answer.status;
     throw refused;
@@ -71,7 +72,7 @@
     for (let pause = 1; ; pause = Math.min(30, pause * 2)) {
       try { return await work(); } catch (error) {
         if (error instanceof Refused) throw error;
-        bar.querySelector("[data-words]").textContent = words.again;
+        bar.querySelector("[data-words]").textContent = (error instanceof Away && error.message) || words.again;
         await wait(pause);
       }
     }
@@ -98,7 +99,7 @@
   };
 
   const upload = async (files, asked) => {
-    const {id, have, run} = await patiently(() => begun(files, asked));
+    const {id, have, whole, run} = await patiently(() => begun(files, asked));
     const total = sum(files), at = performance.now(), before = have.reduce((one, two) => one + two, 0);
     const told = () => {
       const done = have.reduce((one, two) => one + two, 0), seconds = (performance.now() - at) / 1000;
@@ -130,7 +131,7 @@
         } while (have[number] < file.size);
       }
     };
-    if (!run) await Promise.all(Array.from({length: AT_ONCE}, work));
+    if (!run && !whole) await Promise.all(Array.from({length: AT_ONCE}, work));
     bar.querySelector("[data-words]").textContent = words.sending;
     return patiently(() => call("POST", `/talaria/uploads/${id}/send`));
   };
