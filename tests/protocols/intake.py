@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import socket
+import struct
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from pydicom.dataset import Dataset
 
 from imaging.header import read_header
 from protocols.dimse.committing import Reports
 from protocols.dimse.intake import ListenerDesk, Reception, Terms
 from protocols.dimse.scp import StorageScp
+from talaria.testing import studies
+from tests.servers import wire
 from transfer.spool import ReceivedUnit, Spool
 
 AET = "ROUTER"
@@ -33,6 +39,67 @@ def lying(folder: Path) -> dict[str, list[bytes]]:
 def stray(folder: Path) -> list[str]:
     """What lies in a source's folder that is no unit: nothing should."""
     return [path.name for path in folder.iterdir() if ReceivedUnit.parse(path.name) is None]
+
+
+class PlainSender:
+    """An association for CT images in explicit VR little endian, which is cut off by a kill without any fuss.
+
+    Raises:
+        OSError: from whatever is called, once the other side is gone.
+    """
+
+    def __init__(self, port: int, calling: str = "CT1", called: str = AET) -> None:
+        self._sock = socket.create_connection(("127.0.0.1", port), 60)
+        inner = wire.item(0x30, b"1.2.840.10008.5.1.4.1.1.2") + wire.item(0x40, wire.EXPLICIT.encode())
+        user = wire.item(0x51, struct.pack(">I", 0)) + wire.item(0x52, b"1.2.3")
+        items = wire.item(0x10, b"1.2.840.10008.3.1.1.1") + wire.item(0x20, b"\1\0\0\0" + inner)
+        titles = called.encode().ljust(16) + calling.encode().ljust(16)
+        body = struct.pack(">HH32s32x", 1, 0, titles) + items + wire.item(0x50, user)
+        self._sock.sendall(struct.pack(">BxI", 1, len(body)) + body)
+        if self._pdu()[0] != 2:
+            raise ConnectionRefusedError("the association was not accepted")
+
+    def store(self, ds: Dataset) -> int:
+        """Store an instance; return the status."""
+        command = wire.encode_command(
+            {
+                0x00000002: wire.padded(str(ds.SOPClassUID)),
+                0x00000100: struct.pack("<H", 1),
+                0x00000110: struct.pack("<H", 1),
+                0x00000700: struct.pack("<H", 0),
+                0x00000800: struct.pack("<H", 1),
+                0x00001000: wire.padded(str(ds.SOPInstanceUID)),
+            }
+        )
+        data = wire.encode_dataset(ds, wire.EXPLICIT)
+        self._sock.sendall(wire.p_data(1, command) + wire.p_data(1, data, command=False))
+        return wire.number(wire.decode_command(self._pdu()[1][6:])[0x00000900])
+
+    def _pdu(self) -> tuple[int, bytes]:
+        kind, length = struct.unpack(">BxI", self._exactly(6))
+        return kind, self._exactly(length)
+
+    def _exactly(self, count: int) -> bytes:
+        data = b""
+        while len(data) < count:
+            piece = self._sock.recv(count - len(data))
+            if not piece:
+                raise ConnectionResetError("the other side hung up")
+            data += piece
+        return data
+
+    def close(self) -> None:
+        self._sock.close()
+
+
+def store_until_cut_off(port: int, confirmed: set[str], calling: str, called: str = AET) -> None:
+    """Store one instance after the other of one study; those that are confirmed get into the set."""
+    with suppress(OSError), closing(PlainSender(port, calling, called)) as sender:
+        study = studies.uid()
+        while True:
+            ds = studies.dataset(study=study)
+            if sender.store(ds) == 0:
+                confirmed.add(str(ds.SOPInstanceUID))
 
 
 @dataclass

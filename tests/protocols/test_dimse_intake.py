@@ -28,7 +28,7 @@ from talaria.testing import studies
 from talaria.testing.harness import attempt
 from talaria.testing.process import program, until
 from talaria.testing.relay import relay
-from tests.protocols.intake import AET, Listening, listening, lying, stray
+from tests.protocols.intake import AET, Listening, listening, lying, store_until_cut_off, stray
 from tests.targets.dicom import dicom_target
 from tests.targets.dicom_tls import KEY_PASSWORD, certificates, tls_target
 from transfer.errors import Busy, DispatchError
@@ -397,20 +397,6 @@ with listening(Path(sys.argv[1]), most=64) as there:
 def test_killed_at_any_moment_what_was_answered_is_there(tmp_path: Path) -> None:
     """Four senders, and a kill in the middle of what they send, twice."""
     confirmed: set[str] = set()
-    lock = threading.Lock()
-
-    def send(port: int, number: int) -> None:
-        assoc = associated(port, calling=f"CT{number}")
-        while assoc.is_established:
-            ds = studies.dataset()
-            try:
-                status = stored(assoc, ds)
-            except (AttributeError, ValueError, RuntimeError):  # no answer any more
-                return
-            if status == 0:
-                with lock:
-                    confirmed.add(str(ds.SOPInstanceUID))
-
     for run in range(2):
         before = len(confirmed)
         with subprocess.Popen(
@@ -420,7 +406,7 @@ def test_killed_at_any_moment_what_was_answered_is_there(tmp_path: Path) -> None
             port = int(child.stdout.readline())
             with ThreadPoolExecutor(4) as pool:
                 for number in range(4):
-                    pool.submit(send, port, number)
+                    pool.submit(store_until_cut_off, port, confirmed, f"CT{number}")
                 until(lambda: len(confirmed) >= before + 20 + 17 * run)  # noqa: B023
                 child.send_signal(signal.SIGKILL)
         there = lying(tmp_path / "home" / "received" / "ct")
