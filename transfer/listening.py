@@ -1,14 +1,18 @@
 """How listeners for modalities are doing, for whoever looks at this machine: one small file for each, replaced whole.
 
-TALARIA_HOME/listening/<port>.json
+TALARIA_HOME/listening/
+├── <port>.json       counts since the listener began
+└── sources.json      of each DICOM source: its port, AE title, state, and why it does not listen
 """
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from transfer.home import Home
 from transfer.live import replace
@@ -51,9 +55,41 @@ def forget(home: Home, port: int) -> None:
 def listeners(home: Home) -> list[ListenerStatus]:
     """Return what is known of the listeners that are at work, by port."""
     found = []
-    for path in sorted((home.root / "listening").glob("*.json")):
+    for path in sorted((home.root / "listening").glob("[0-9]*.json")):
         with suppress(OSError, ValueError, TypeError):
             one = ListenerStatus(**json.loads(path.read_bytes()))
             if one.time > time.time() - STALE_S:
                 found.append(one)
     return sorted(found, key=lambda one: one.port)
+
+
+def write_sources(home: Home, pid: int, sources: Mapping[str, Any]) -> None:
+    """Replace what is known of the sources that a process listens for, by name."""
+    with suppress(OSError):
+        replace(home.root / "listening" / "sources.json", {"pid": pid, "sources": dict(sources)})
+
+
+def sources(home: Home) -> dict[str, Any] | None:
+    """Return what a process says of the sources that it listens for, by name; None if none does.
+
+    Of each: `port`, `aet`, `state` (listening, paused, failed), `error`, `associations` (open now), `receiving` (units
+    that are not complete), `full` (whether the disk is), and `totals` since the process began.
+    """
+    try:
+        return dict(json.loads((home.root / "listening" / "sources.json").read_bytes())["sources"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def trouble(home: Home, name: str) -> str:
+    """Return why a source does not listen, in a sentence; "" if it does."""
+    there = sources(home)
+    if there is None:
+        return "nobody listens: `talaria up` does not run, or has not begun to"
+    return str(there[name].get("error", "")) if name in there else "it does not listen yet"
+
+
+def clear(home: Home) -> None:
+    """Remove all of it: nobody listens any more."""
+    for path in (home.root / "listening").glob("*.json"):
+        path.unlink(missing_ok=True)

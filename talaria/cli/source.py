@@ -16,7 +16,7 @@ from talaria.console import say
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,  # Rich takes 0.2 s to print a help
-    help="Create, show, test, pause and remove sources: inboxes and lists.\n\n"
+    help="Create, show, test, pause and remove sources: inboxes, lists and DICOM listeners.\n\n"
     "Example: talaria source apply targets.yaml",
 )
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")]

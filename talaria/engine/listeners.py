@@ -20,6 +20,7 @@ from protocols.net.tls import Tls
 from tasks.sources.dicom import security
 from transfer.errors import Misconfigured
 from transfer.home import Home
+from transfer.listening import ListenerStatus
 from transfer.oserrors import words_of
 from transfer.spool import FOLDER, ReceivedUnit, Spool
 
@@ -95,6 +96,24 @@ class Listeners:
     def status(self) -> dict[str, Any]:
         """Return what metrics and people want to know of each source; totals count since the process began."""
         return {name: self._status_of(one) for name, one in self._sources.items()}
+
+    def counts(self) -> list[ListenerStatus]:
+        """Return what each port has seen since the process began; for metrics."""
+        found = []
+        for (_, number), port in self._ports.items():
+            counts = [one.counts for one in port.receptions]
+            found.append(
+                ListenerStatus(
+                    port=number,
+                    associations=sum(one.associations for one in port.receptions),
+                    accepted=sum(one.associations for one in counts),
+                    refused=sum(one.refused.total() for one in counts) + port.desk.unknown,
+                    instances=sum(one.instances for one in counts),
+                    bytes=sum(one.bytes for one in counts),
+                    time=time.time(),
+                )
+            )
+        return found
 
     def close(self, wait_s: float, hurried: Callable[[], bool] = lambda: False) -> None:
         """Stop listening; associations have some seconds to end by themselves.

@@ -1,8 +1,8 @@
 """The process that listens for modalities: waits until there is a DICOM source, then receives for all of them.
 
 As long as there is none, it imports nothing and looks at the server now and then. Sources that are added, changed,
-paused or removed are taken up while it runs. What it has received since it began stands in a file
-(`tasks.sources.listening`), for metrics.
+paused or removed are taken up while it runs. What it has received since it began stands in files
+(`transfer.listening`), for metrics.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ logger = logging.getLogger("talaria.listening")
 SLUG = "dicom-source"
 LOOK_S = 2.0  # between two looks at the server's sources
 TICK_S = 0.25  # between two looks at what has become complete
-STATUS_S = 1.0  # between two writings of the status, if it has changed
+STATUS_S = 2.0  # between two writings of the status
 DRAIN_S = 15.0  # for associations to end when somebody wants us to stop
 SWEEP_S = 2.0  # between two sweeps of one source
 OURS = ("127.0.0.1", "::1", "localhost")  # where the embedded server is
@@ -90,7 +90,7 @@ def _listen(asked: _Asked) -> None:
 
     with staying():
         from talaria.engine.listeners import Listeners
-        from tasks.sources import listening
+        from transfer import listening
         from transfer.home import Home
         from transfer.ledger import Ledger
 
@@ -118,6 +118,7 @@ class _Watch:
         self._known: Any = None  # the documents that the listeners were made of
         self._due: dict[str, float] = {}  # sources with something to dispatch; `time.monotonic` of the next try
         self._status = ""
+        self._ports: set[int] = set()
         self._looked = self._written = 0.0
 
     async def run(self) -> None:
@@ -187,12 +188,18 @@ class _Watch:
         self._due.pop(name, None)
 
     def _write(self) -> None:
-        """Write the status, if it has changed."""
-        from tasks.sources import listening
+        """Write the counts, and what is known of the sources if it has changed."""
+        from transfer import listening
 
+        counts = self._listeners.counts()
+        for one in counts:
+            listening.write(self._home, one)
+        ports = {one.port for one in counts}
+        for port in self._ports - ports:
+            listening.forget(self._home, port)
+        self._ports = ports
         status = json.dumps(self._listeners.status(), sort_keys=True)
         self._written = time.monotonic()
         if status != self._status:
-            about = {"pid": os.getpid(), "time": time.time(), "sources": json.loads(status)}
-            listening.write(self._home, about)
+            listening.write_sources(self._home, os.getpid(), json.loads(status))
             self._status = status

@@ -17,9 +17,9 @@ from blocks.inbox import InboxSource
 from blocks.list_source import ListSource
 from blocks.source import After
 from tasks.names import split
-from tasks.sources import dicom, inbox, listening
+from tasks.sources import dicom, inbox
 from tasks.targets import check_destination, check_source
-from transfer import roots
+from transfer import listening, roots
 from transfer.beneath import resolved
 from transfer.errors import DispatchError
 from transfer.home import Home

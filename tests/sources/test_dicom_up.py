@@ -16,6 +16,8 @@ from tests.protocols.intake import store_until_cut_off
 from tests.protocols.test_dimse_intake import associated, data_set, instance_of, sent, stored
 from tests.servers.scp import scp
 from tests.servers.up import Talaria
+from transfer.home import Home
+from transfer.listening import listeners
 
 SETTLE_S = 1
 
@@ -97,6 +99,8 @@ def test_a_node_behind_talaria_sees_the_modality(listener: Listener, tmp_path: P
         assert listener.up.told("source", "test", "ct")["ok"]
         stranger = associated(port, calling="MR1", called="ROUTER")
         assert stranger.is_rejected
+        home = Home(listener.up.home)
+        listener.up.until(lambda: any(one.instances == 3 and one.refused == 1 for one in listeners(home)))
 
 
 def test_sources_are_changed_and_paused_while_they_run(listener: Listener) -> None:
