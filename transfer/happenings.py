@@ -21,6 +21,9 @@ CREATE TABLE IF NOT EXISTS totals (
 CREATE TABLE IF NOT EXISTS ends (
   flow_run_id TEXT NOT NULL, target TEXT NOT NULL, state TEXT NOT NULL,
   PRIMARY KEY (flow_run_id, target)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS hours (
+  hour BIGINT NOT NULL, target TEXT NOT NULL, state TEXT NOT NULL, dispatches BIGINT NOT NULL,
+  bytes DOUBLE PRECISION NOT NULL, last DOUBLE PRECISION NOT NULL, PRIMARY KEY (hour, target, state)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS standing (
   subject TEXT PRIMARY KEY, state TEXT NOT NULL, since DOUBLE PRECISION NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS happenings (
@@ -31,6 +34,7 @@ CREATE TABLE IF NOT EXISTS happenings (
 DISPATCHES, ITEMS, BYTES, SECONDS, SECONDS_WITHIN = "dispatches", "items", "bytes", "seconds", "seconds_within"
 BOUNDS_S = (1.0, 5.0, 15.0, 60.0, 300.0, 1800.0, 7200.0, 43_200.0)  # of a histogram: an upload, a night
 BEYOND = "+Inf"
+HOUR_S = 3600
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,24 @@ class Happening:
     time: float
     event: str
     about: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class HourSum:
+    """What ended at a target within an hour, in one state.
+
+    Attributes:
+        hour: number of the hour since the epoch.
+        bytes: that were sent.
+        last: when the last of the dispatches ended, seconds since the epoch.
+    """
+
+    hour: int
+    target: str
+    state: str
+    dispatches: int
+    bytes: float
+    last: float
 
 
 @dataclass(frozen=True)
@@ -117,6 +139,12 @@ class Happenings:
             for (name, label), value in sums.items():
                 if value:
                     self._add(host, name, target, label, value)
+            now = self._db.time()
+            self._db.execute(
+                "INSERT INTO hours VALUES (?,?,?,1,?,?) ON CONFLICT (hour, target, state) DO UPDATE SET"
+                " dispatches=hours.dispatches+1, bytes=hours.bytes+excluded.bytes, last=excluded.last",
+                (int(now // HOUR_S), target, state, float(size), now),
+            )
             return self.happened(event, about)
 
     def _add(self, host: str, name: str, target: str, label: str, value: float) -> None:
@@ -172,6 +200,30 @@ class Happenings:
             ).fetchall()
         return [Total(*row) for row in rows]
 
+    def hours(self, since: float, target: str = "") -> list[HourSum]:
+        """Return what ended at targets, hour by hour, since a time (seconds since the epoch); at all hosts.
+
+        Args:
+            target: only at this one.
+        """
+        with self._db.reading():
+            rows = self._db.execute(
+                "SELECT hour, target, state, dispatches, bytes, last FROM hours WHERE hour>=? AND (?='' OR target=?)"
+                " ORDER BY hour, target, state",
+                (int(since // HOUR_S), target, target),
+            ).fetchall()
+        return [HourSum(*row) for row in rows]
+
+    def days(self, since: float) -> list[HourSum]:
+        """Return what ended at each target since a time, summed up; `hour` is the first one's."""
+        with self._db.reading():
+            rows = self._db.execute(
+                "SELECT min(hour), target, state, sum(dispatches), sum(bytes), max(last) FROM hours WHERE hour>=?"
+                " GROUP BY target, state ORDER BY target, state",
+                (int(since // HOUR_S),),
+            ).fetchall()
+        return [HourSum(hour, target, state, int(count), size, last) for hour, target, state, count, size, last in rows]
+
     def waiting(self, limit: int) -> list[Happening]:
         """Return what nobody has taken, the oldest first."""
         with self._db.reading():
@@ -197,6 +249,7 @@ class Happenings:
 
     def prune(self, before: float) -> int:
         """Forget what happened before a time (seconds since the epoch); return how many rows."""
+        self._db.execute("DELETE FROM hours WHERE hour < ?", (int(before // HOUR_S),))
         return self._db.execute("DELETE FROM happenings WHERE time < ?", (before,)).rowcount
 
 

@@ -51,7 +51,7 @@ OF_OLD = (
     f" attempts, time FROM hooks WHERE destination LIKE '%/%' AND dispatch_id NOT LIKE '{AT}%' ORDER BY time",
     f"DELETE FROM hooks WHERE destination LIKE '%/%' AND dispatch_id NOT LIKE '{AT}%'",  # noqa: S608
 )
-VERSION = 3  # 0 is that of the ledgers before they had one; 1 had no tables of what happened, 2 none of sources
+VERSION = 4  # 0: ledgers before they had one; 1 had no tables of what happened, 2 none of sources, 3 none of hours
 TABLES = Tables(SCHEMA + confirmed.TABLE + happenings.TABLE + messages.TABLE + sourcebook.TABLES, VERSION, OF_OLD)
 
 

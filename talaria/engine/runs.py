@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any, Protocol, TypeVar
 from uuid import UUID
+from weakref import WeakKeyDictionary
 
 from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.filters import (
@@ -46,6 +48,7 @@ POLL_S = 0.25
 PAGE = 200  # runs a request; Prefect's own limit
 SHOWN_JOBS = 5  # candidates that a message lists
 UNDER_WAY = (StateType.PENDING, StateType.RUNNING, StateType.CANCELLING)
+KNOWN_S = 30.0  # for which the id of a deployment is taken for known: somebody may remove it, and we make it anew
 GIVEN_UP = (StateType.FAILED, StateType.CRASHED)
 SOON_S = 20  # a next attempt further away than this is not waited for
 
@@ -258,7 +261,7 @@ async def jobs(
         like: only those whose names hold this: a dispatch's has its id and its targets.
         since: only those that were to begin after this.
     """
-    ids = [(await deployed(client, name)).id for name in flows]
+    ids = await _deployments(client, flows)
     return await client.read_flow_runs(
         deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=ids)),
         flow_run_filter=_wanted(states, like, since),
@@ -276,12 +279,24 @@ async def count(
     since: datetime | None = None,
 ) -> int:
     """Return how many runs `jobs` would return without a limit."""
-    ids = [(await deployed(client, name)).id for name in flows]
+    ids = await _deployments(client, flows)
     body = {
         "flow_runs": _wanted(states, like, since).model_dump(mode="json"),
         "deployments": DeploymentFilter(id=DeploymentFilterId(any_=ids)).model_dump(mode="json"),
     }
     return int((await client.request("POST", "/flow_runs/count", json=body)).json())
+
+
+_ids: WeakKeyDictionary[PrefectClient, dict[str, tuple[float, UUID]]] = WeakKeyDictionary()
+
+
+async def _deployments(client: PrefectClient, flows: tuple[str, ...]) -> list[UUID]:
+    """Return the ids of our deployments of some flows; a client asks for each now and then only."""
+    known, now = _ids.setdefault(client, {}), time.monotonic()
+    for name in flows:
+        if name not in known or now - known[name][0] > KNOWN_S:
+            known[name] = now, (await deployed(client, name)).id
+    return [known[name][1] for name in flows]
 
 
 def _wanted(states: tuple[StateType, ...], like: str, since: datetime | None) -> FlowRunFilter:

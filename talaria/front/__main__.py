@@ -24,6 +24,7 @@ from talaria.front.access import Role
 from talaria.front.api import routes, shared
 from talaria.front.api.asking import Reach
 from talaria.front.app import build
+from talaria.front.changes import ChangeCount, WatchedUpstream
 from talaria.front.embedded import EmbeddedPrefect, load
 from talaria.front.heard import AuditWriter
 from talaria.front.impatient import ImpatientProtocol
@@ -104,13 +105,20 @@ class Front:
             proxy_role=Role.of(orders.proxy_role) if orders.proxy_role else None,
             inner_port=inner.getsockname()[1] if inner else 0,
         )
-        self.upstream: Upstream = (
+        changes = ChangeCount()
+        prefect: Upstream = (
             RemotePrefect(orders.upstream, os.environ.get("PREFECT_API_AUTH_STRING", ""))
             if orders.upstream
             else EmbeddedPrefect(worker_auth(home), load, self._fail)
         )
+        self.upstream: Upstream = WatchedUpstream(prefect, changes)
         reach = Reach(
-            shared(self.upstream), home, embedded=not orders.upstream, url=orders.upstream, upstream=self.upstream
+            shared(self.upstream),
+            home,
+            embedded=not orders.upstream,
+            url=orders.upstream,
+            upstream=self.upstream,
+            changes=changes,
         )
         self._reach = reach
         own = [*pages.routes(reach), *routes(reach), *metrics.routes(reach, orders.certificate)]

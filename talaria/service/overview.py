@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from prefect.client.schemas.filters import (
-    DeploymentFilter,
-    DeploymentFilterId,
-    FlowRunFilter,
-    FlowRunFilterExpectedStartTime,
-)
 from prefect.client.schemas.objects import TERMINAL_STATES, FlowRun, StateType
-from prefect.client.schemas.sorting import FlowRunSort
 from pydantic import SecretStr
 
 from blocks import Target
-from talaria.engine.registry import deployed
 from talaria.engine.runs import jobs
 from talaria.service import Office
-from talaria.service.jobs import line
+from transfer.happenings import HOUR_S, HourSum
+from transfer.ledger import Ledger
 
 DAY = timedelta(days=1)
-PAGE, MOST = 200, 1000  # runs a request, and in all
+PAGE = 200  # runs a request
 NOT_ENDED = tuple(state for state in StateType if state not in TERMINAL_STATES)
-ENDED_WELL, ENDED_BADLY = ("COMPLETED",), ("FAILED", "CRASHED")
+GOOD, BAD = "delivered", ("partial", "failed")  # states of a dispatch at a target
 
 
 @dataclass
@@ -34,8 +28,9 @@ class Activity:
     """What a target had to do in the last day, in dispatches.
 
     Attributes:
-        last: when the newest one began, ISO 8601; "" if there was none.
+        last: when the newest one ended, ISO 8601; "" if there was none.
         waiting: those that have not ended.
+        good, bad: those that were delivered, and that were not, or not wholly.
     """
 
     last: str = ""
@@ -44,50 +39,91 @@ class Activity:
     bad: int = 0
 
 
-async def last_day(office: Office) -> list[FlowRun]:
-    """Return the dispatches of the last day, newest first: the newest thousand, if there are more."""
-    deployment = await deployed(office.client, "dispatch")
-    since = FlowRunFilterExpectedStartTime.model_validate({"after_": datetime.now(UTC) - DAY})
+@dataclass(frozen=True)
+class Day:
+    """What was sent to a target on one day of the server's zone.
+
+    Attributes:
+        date: ISO 8601.
+        bytes: that were sent.
+    """
+
+    date: str
+    good: int
+    bad: int
+    bytes: float
+
+
+async def not_ended(office: Office, most: int | None = None) -> list[FlowRun]:
+    """Return all dispatches that have not ended, or so many of them."""
     found: list[FlowRun] = []
-    while len(found) < MOST:
-        page = await office.client.read_flow_runs(
-            deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=[deployment.id])),
-            flow_run_filter=FlowRunFilter(expected_start_time=since),
-            sort=FlowRunSort.EXPECTED_START_TIME_DESC,
-            limit=PAGE,
-            offset=len(found),
-        )
+    while most is None or len(found) < most:
+        limit = PAGE if most is None else min(PAGE, most - len(found))
+        page = await jobs(office.client, limit, len(found), flows=("dispatch",), states=NOT_ENDED)
         found += page
-        if len(page) < PAGE:
+        if len(page) < limit:
             break
     return found
 
 
-async def not_ended(office: Office) -> list[FlowRun]:
-    """Return all dispatches that have not ended."""
+async def to_target(office: Office, name: str, limit: int) -> list[FlowRun]:
+    """Return the newest dispatches to a target."""
     found: list[FlowRun] = []
-    while page := await jobs(office.client, PAGE, len(found), flows=("dispatch",), states=NOT_ENDED):
-        found += page
+    seen, page = 0, 2 * limit
+    while len(found) < limit and seen < PAGE:  # names that only hold this one are left out
+        alike = await jobs(office.client, page, seen, flows=("dispatch",), like=name)
+        found += [run for run in alike if name in names_of(run)]
+        seen += len(alike)
+        if len(alike) < page:
+            break
+    return found[:limit]
+
+
+async def activity(office: Office, waiting: Iterable[FlowRun] = ()) -> dict[str, Activity]:
+    """Return what each target had to do in the last day, by its name, as the ledger counts it.
+
+    Args:
+        waiting: dispatches that have not ended.
+    """
+    found: dict[str, Activity] = {}
+    for one in await asyncio.to_thread(_sums, office):
+        shown = found.setdefault(one.target, Activity())
+        shown.last = max(shown.last, datetime.fromtimestamp(one.last, UTC).isoformat(timespec="seconds"))
+        shown.good += one.dispatches if one.state == GOOD else 0
+        shown.bad += one.dispatches if one.state in BAD else 0
+    for run in waiting:
+        for name in names_of(run):
+            found.setdefault(name, Activity()).waiting += 1
     return found
+
+
+def _sums(office: Office) -> list[HourSum]:
+    with Ledger(office.home.ledger) as ledger:
+        return ledger.happenings.days((datetime.now(UTC) - DAY).timestamp())
+
+
+async def days(office: Office, name: str, count: int) -> list[Day]:
+    """Return what was sent to a target on each of the last days, today at the end."""
+
+    def read() -> list[HourSum]:
+        with Ledger(office.home.ledger) as ledger:
+            return ledger.happenings.hours((datetime.now(UTC) - count * DAY).timestamp(), name)
+
+    today = datetime.now().astimezone().date()
+    dates = [(today - timedelta(days=back)).isoformat() for back in range(count - 1, -1, -1)]
+    found = {date: Day(date, 0, 0, 0.0) for date in dates}
+    for one in await asyncio.to_thread(read):
+        date = datetime.fromtimestamp(one.hour * HOUR_S, UTC).astimezone().date().isoformat()
+        if (before := found.get(date)) is not None:
+            good = before.good + (one.dispatches if one.state == GOOD else 0)
+            bad = before.bad + (one.dispatches if one.state in BAD else 0)
+            found[date] = Day(date, good, bad, before.bytes + one.bytes)
+    return list(found.values())
 
 
 def names_of(run: FlowRun) -> list[str]:
     """Return the names of a dispatch's targets, without their types; whoever made the run may have written anything."""
     return [str(one).rpartition("/")[2] for one in run.parameters.get("targets") or ()]
-
-
-def by_target(runs: Iterable[FlowRun]) -> dict[str, Activity]:
-    """Return what each target had to do, by its name."""
-    found: dict[str, Activity] = {}
-    for run in runs:
-        state = run.state.type.value if run.state else ""
-        for name in names_of(run):
-            one = found.setdefault(name, Activity())
-            one.last = one.last or str(line(run)["begun"] or "")
-            one.good += state in ENDED_WELL
-            one.bad += state in ENDED_BADLY
-            one.waiting += bool(run.state and not run.state.is_final())
-    return found
 
 
 def leads_to(target: Target) -> str:

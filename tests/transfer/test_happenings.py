@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -195,3 +196,19 @@ def test_a_ledger_of_the_version_before_gets_the_tables(tmp_path: Path) -> None:
     with Ledger(path) as ledger:
         assert ended(ledger, "r1")
         assert ledger._db.execute("SELECT count(*) FROM runs").fetchone() == (1,)
+
+
+def test_what_ended_is_summed_up_by_hours_and_days(where: Path | str) -> None:
+    with Ledger(where) as ledger:
+        for run, state in (("r1", "failed"), ("r2", "delivered"), ("r3", "delivered")):
+            ledger.run_begins(run, "one")
+            assert ended(ledger, run, state)
+            assert not ended(ledger, run, state)
+        now = time.time()
+        sums_of = {(one.target, one.state): (one.dispatches, one.bytes) for one in ledger.happenings.days(now - 7200)}
+        assert sums_of == {("pacs", "failed"): (1, 1000), ("pacs", "delivered"): (2, 2000)}
+        hours = ledger.happenings.hours(now - 7200, "pacs")
+        assert sum(one.dispatches for one in hours) == 3 and all(abs(one.last - now) < 600 for one in hours)
+        assert ledger.happenings.hours(now - 7200, "other") == [] and ledger.happenings.days(now + 7200) == []
+        ledger.happenings.prune(now + 7200)
+        assert ledger.happenings.days(0) == []

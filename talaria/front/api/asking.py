@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import Depends, FastAPI, Header, Request
@@ -16,6 +16,7 @@ from talaria import __version__
 from talaria.front.access import SCOPE_KEY, Identity, Role, role_of
 from talaria.front.api.answers import ProblemAnswer
 from talaria.front.api.errors import Forbidden, answer_to
+from talaria.front.changes import ChangeCount
 from talaria.front.subscription import Ended
 from talaria.service import Office
 from transfer.home import Home
@@ -32,13 +33,18 @@ Event = tuple[str, dict[str, Any]] | tuple[str, dict[str, Any], str]  # its name
 
 @dataclass(frozen=True)
 class Reach:
-    """How the API reaches what it needs; `app.state.reach`."""
+    """How the API reaches what it needs; `app.state.reach`.
+
+    Attributes:
+        changes: of saved targets, that go through this process.
+    """
 
     client: Callable[[], Awaitable[PrefectClient]]
     home: Home
     embedded: bool
     url: str
     upstream: Upstream | None = None
+    changes: ChangeCount = field(default_factory=ChangeCount)
 
     @property
     def prefect(self) -> Upstream:

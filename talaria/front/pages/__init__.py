@@ -24,7 +24,8 @@ from talaria.front.pages.uploading import UploadPages
 
 def routes(reach: Reach) -> list[BaseRoute]:
     """Return the routes of all pages."""
-    site, checks = Site(reach), Checks()
+    site = Site(reach)
+    checks = Checks(site.changed)
     return [
         *DispatchPages(site).routes(),
         *DispatchPage(site).routes(),

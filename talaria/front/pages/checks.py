@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,8 +46,10 @@ class Check:
 class Checks:
     """The tests that have been started from pages of this server."""
 
-    def __init__(self) -> None:
+    def __init__(self, ended: Callable[[], None] = lambda: None) -> None:
+        """`ended` is called when a test has ended."""
         self._found: dict[str, Check] = {}
+        self._ended = ended
 
     def start(
         self, name: str, by: str, back: str, contact: str, events: AsyncIterator[tuple[str, dict[str, Any]]]
@@ -66,7 +68,7 @@ class Checks:
             raise Misconfigured(text("test.many"))
         check = Check(secrets.token_urlsafe(16), name, by, back, contact)
         self._found[check.id] = check
-        check.task = asyncio.create_task(_follow(check, events))
+        check.task = asyncio.create_task(_follow(check, events, self._ended))
         return check
 
     def find(self, key: str, by: str) -> Check | None:
@@ -75,7 +77,7 @@ class Checks:
         return found if found and found.by == by else None
 
 
-async def _follow(check: Check, events: AsyncIterator[tuple[str, dict[str, Any]]]) -> None:
+async def _follow(check: Check, events: AsyncIterator[tuple[str, dict[str, Any]]], ended: Callable[[], None]) -> None:
     try:
         async for kind, document in events:
             if kind == "probe":
@@ -86,6 +88,7 @@ async def _follow(check: Check, events: AsyncIterator[tuple[str, dict[str, Any]]
     except Exception as exc:
         check.problem = answer_to(exc)[1]
     finally:
+        ended()
         check.over = True
 
 

@@ -16,7 +16,6 @@ from talaria.front.access import Role, needs
 from talaria.front.pages.acting import act, actions, send_to
 from talaria.front.pages.dispatches import KINDS, LIST
 from talaria.front.pages.site import Site, fields, is_part, saved_as, shown, size, who
-from talaria.front.pages.targets import rows
 from talaria.front.pages.texts import text
 from transfer.errors import Misconfigured
 from transfer.tables import csv_text
@@ -61,7 +60,7 @@ class DispatchPage:
         live = run["ended"] is None
         asked = who(request).role >= Role.OPERATOR and not (live and is_part(request))
         speeds = await jobs.how_far(office, flow_run) if live else {}
-        others = [row["name"] for row in await rows(office) if _may_get(row, run)] if asked else []
+        others = [row["name"] for row in await self.site.rows(office) if _may_get(row, run)] if asked else []
         events = await timeline(office, run["id"])
         given = {name: request.query_params.get(name, "") for name in ("target", "outcome", "q", "offset")}
         items = [one for one in _items(document) if _matches(one, given)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import urlencode
@@ -13,13 +14,13 @@ from starlette.routing import BaseRoute, Route
 from talaria.front.access import Role, needs
 from talaria.front.pages.acting import ACTIONS, act, send_to
 from talaria.front.pages.site import Site, fields, moment, shown
-from talaria.front.pages.targets import rows
 from talaria.front.pages.texts import text
 from transfer.errors import DispatchError, Misconfigured
 
 LIST = "/talaria/dispatches"
 KINDS = ("dispatch",)
 SHOWN = 50  # dispatches a page
+RUNNING = 20  # on the home page
 MOST = 500  # that one press of a button changes
 FILTERS = {
     "": (),
@@ -57,12 +58,11 @@ class DispatchPages:
     async def home(self, request: Request) -> Response:
         """Show what needs attention, what runs, and the last day."""
         from talaria.engine.registry import workers
-        from talaria.service import overview
         from talaria.service.jobs import line
 
         office = await self.site.office(request)
-        day, targets = await overview.last_day(office), await rows(office)
-        bad = sum(1 for run in day if run.state and run.state.type.value in overview.ENDED_BADLY)
+        targets, day = await self.site.rows(office), (await self.site.activity(office)).values()
+        bad = sum(one.bad for one in day)
         attention = [(row["path"], _attention(row)) for row in targets if row["state"] in ("open", "broken", "failing")]
         attention += [(f"{LIST}?state=failed&days=1", text("home.failed", count=bad))] if bad else []
         return self.site.page(
@@ -70,8 +70,8 @@ class DispatchPages:
             "home.html",
             attention=attention,
             first=not targets,
-            jobs=[line(run) for run in day if run.state and not run.state.is_final()][:20],
-            good=sum(1 for run in day if run.state and run.state.is_completed()),
+            jobs=[line(run) for run in (await self.site.waiting(office))[:RUNNING]],
+            good=sum(one.good for one in day),
             bad=bad,
             workers=len(await workers(office.client)),
         )
@@ -88,19 +88,22 @@ class DispatchPages:
         offset = request.query_params.get("offset", "0")
         if not offset.isdecimal():
             raise Misconfigured(text("dispatches.nothing"))
-        wanted = _wanted(given)
-        found = await runs.jobs(office.client, SHOWN + 1, int(offset), flows=KINDS, **wanted)
+        wanted, targets = _wanted(given), await self.site.rows(office)
+        found, count = await asyncio.gather(
+            runs.jobs(office.client, SHOWN + 1, int(offset), flows=KINDS, **wanted),
+            runs.count(office.client, KINDS, **wanted),
+        )
         return self.site.page(
             request,
             "dispatches.html",
             jobs=[line(run) for run in found[:SHOWN]],
-            count=await runs.count(office.client, KINDS, **wanted),
+            count=count,
             given=given,
             query=urlencode({key: value for key, value in given.items() if value}),
             states=[(one, text(f"filter.{one}")) for one in FILTERS],
             days=[(one, text(f"days.{one}")) for one in DAYS],
             actions=ACTIONS,
-            others=[row["name"] for row in await rows(office) if row["enabled"] and row["direction"] != "query"],
+            others=[row["name"] for row in targets if row["enabled"] and row["direction"] != "query"],
             offset=int(offset),
             more=len(found) > SHOWN,
         )

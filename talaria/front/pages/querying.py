@@ -18,7 +18,6 @@ from talaria.front.api.errors import answer_to
 from talaria.front.pages.searches import Search, Searches
 from talaria.front.pages.sending import browse
 from talaria.front.pages.site import Site, fields, saved_as, shown, who, with_file
-from talaria.front.pages.targets import rows
 from talaria.front.pages.texts import text
 from transfer import roots
 from transfer.accessions import accessions, from_bytes
@@ -33,7 +32,6 @@ FIELDS = ("source", "accessions", *KEYS, *LINES, "level", *WHERE, "key")
 LEVELS = ("study", "series")
 SHOWN = 1000  # matches on a page
 MOST_FIELDS = SHOWN + 100  # one for each match that is picked
-RECENT = 10
 COLUMNS = {
     "study": (
         "AccessionNumber", "PatientName", "PatientID", "StudyDate", "ModalitiesInStudy", "StudyDescription", "instances"
@@ -171,6 +169,7 @@ class QueryPages:
             key=asked["key"],  # a double click fetches once
             **keys,
         )
+        self.site.fetched.note()
         return RedirectResponse(f"/talaria/retrievals/{done['flow_run_id']}", 303)
 
     async def _form(
@@ -182,12 +181,8 @@ class QueryPages:
         status: int = 200,
         browsed: str | None = None,
     ) -> Response:
-        from talaria.engine import runs
-        from talaria.service.jobs import line
-
         office = await self.site.office(request)
-        recent = await runs.jobs(office.client, RECENT, flows=("retrieve",))
-        every = await rows(office)
+        every = await self.site.rows(office)
         listing, wrong = await browse(office, roots.places, browsed)
         return self.site.page(
             request,
@@ -200,7 +195,7 @@ class QueryPages:
             browsable=office.embedded,
             listing=listing,
             problem=problem or wrong,
-            jobs=[line(run) for run in recent],
+            jobs=await self.site.retrievals(office),
         )
 
     async def _matches(
@@ -217,7 +212,7 @@ class QueryPages:
         office = await self.site.office(request)
         listing, wrong = await browse(office, roots.places, browsed)
         asked, columns = search.asked if asked is None else asked, COLUMNS[search.level]
-        every = await rows(office) if search.over else []
+        every = await self.site.rows(office) if search.over else []
         lines = [
             (at, search.is_sure(one) if marked is None else at in marked, [_shown(one.get(name)) for name in columns])
             for at, one in enumerate(search.matches[:SHOWN])

@@ -15,7 +15,6 @@ from starlette.routing import BaseRoute, Route
 from talaria.front.access import Role, needs
 from talaria.front.api.errors import answer_to
 from talaria.front.pages.site import Site, fields, shown, size
-from talaria.front.pages.targets import rows
 from talaria.front.pages.texts import text
 from talaria.service import Conflict, Office
 from transfer import roots
@@ -96,7 +95,7 @@ class SendingPages:
     ) -> Response:
         office = await self.site.office(request)
         chosen = sent.get("to", "").split("\n")
-        targets = [row for row in await rows(office) if row["enabled"] and row["direction"] != "query"]
+        targets = [row for row in await self.site.rows(office) if row["enabled"] and row["direction"] != "query"]
         listing, wrong = await browse(office, roots.sources, browsed)
         return self.site.page(
             request,

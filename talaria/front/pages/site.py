@@ -15,12 +15,17 @@ from starlette.responses import HTMLResponse, Response
 from talaria.front.access import SCOPE_KEY, Identity, Role
 from talaria.front.api.asking import Reach
 from talaria.front.api.errors import answer_to
+from talaria.front.changes import ChangeCount
+from talaria.front.pages.rows import FRESH_S, SAVED_S, Kept, read_fetched, read_targets, read_waiting, shown_as_rows
 from talaria.front.pages.texts import job_kind, text
 from talaria.front.static import asset, type_icon
 from talaria.service import Office
 
 if TYPE_CHECKING:
     from jinja2 import Environment
+    from prefect.client.schemas.objects import FlowRun
+
+    from talaria.service.overview import Activity
 
 FORM_BYTES = 256 << 10  # keys and certificates as text are the longest
 FILE_BYTES = 4 << 20  # a list of a hundred thousand accession numbers
@@ -74,10 +79,40 @@ class Site:
 
     def __init__(self, reach: Reach) -> None:
         self.reach = reach
+        # Where Prefect runs elsewhere, targets are changed without us.
+        self._targets = Kept(read_targets, reach.changes, SAVED_S if reach.embedded else FRESH_S)
+        self._rows = Kept(self._read_rows, reach.changes)
+        self._waiting, self.fetched = Kept(read_waiting, ChangeCount()), ChangeCount()
+        self._fetched = Kept(read_fetched, self.fetched)
 
     async def office(self, request: Request) -> Office:
         """Return the office of whoever asks."""
         return await self.reach.office(request, who(request))
+
+    async def rows(self, office: Office) -> list[dict[str, Any]]:
+        """Return all targets as lists show them."""
+        return await self._rows.get(office)
+
+    async def _read_rows(self, office: Office) -> list[dict[str, Any]]:
+        return await shown_as_rows(office, await self._targets.get(office))
+
+    async def waiting(self, office: Office) -> list[FlowRun]:
+        """Return dispatches that have not ended, the newest first."""
+        return await self._waiting.get(office)
+
+    async def retrievals(self, office: Office) -> list[dict[str, Any]]:
+        """Return the newest retrievals."""
+        return await self._fetched.get(office)
+
+    async def activity(self, office: Office) -> dict[str, Activity]:
+        """Return what each target had to do in the last day, by its name."""
+        from talaria.service import overview
+
+        return await overview.activity(office, await self._waiting.get(office))
+
+    def changed(self) -> None:
+        """Let targets be read anew: something about them has changed that is not saved with them."""
+        self.reach.changes.note()
 
     def page(self, request: Request, template: str, /, *, status: int = 200, **values: Any) -> HTMLResponse:
         """Return a whole page, in the frame that all have.

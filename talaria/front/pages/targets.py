@@ -11,11 +11,13 @@ from starlette.routing import BaseRoute, Route
 
 from talaria.front.access import Role, needs
 from talaria.front.pages.checks import Check, Checks
+from talaria.front.pages.plot import plotted
 from talaria.front.pages.site import Site, fields, is_part, render, shown, who
 from talaria.front.pages.texts import text
 from transfer.errors import Misconfigured, NotFound
 
 LIST = "/talaria/targets"
+DAYS = 14  # of the plot
 STATES = ("open", "failing", "broken", "unchecked", "ready", "off")  # the order in which people want to see them
 SORTS = ("state", "name", "type")
 SAID = ("changed", "added", "renamed", "enabled", "disabled", "removed")
@@ -47,8 +49,10 @@ class TargetPages:
         from talaria.service import overview
 
         office = await self.site.office(request)
-        activity = overview.by_target(await overview.last_day(office))
-        found = [row | {"activity": activity.get(row["name"], overview.Activity())} for row in await rows(office)]
+        activity = await self.site.activity(office)
+        found = [
+            row | {"activity": activity.get(row["name"], overview.Activity())} for row in await self.site.rows(office)
+        ]
         given = {name: request.query_params.get(name, "") for name in ("q", "type", "direction", "state", "sort")}
         return self.site.page(
             request,
@@ -73,8 +77,7 @@ class TargetPages:
         from talaria.service.jobs import line
 
         office, ref = await self.site.office(request), ref_of(request)
-        row, target = await _found(office, ref)
-        runs = [run for run in await overview.last_day(office) if row["name"] in overview.names_of(run)]
+        row, target = _found(await self.site.rows(office), ref)
         return self.site.page(
             request,
             "target.html",
@@ -83,8 +86,9 @@ class TargetPages:
             target=target,
             loops=bool(target and is_loopback(target.node)),
             groups=settings(target) if target else [],
-            recent=[line(run) for run in runs[:10]],
-            activity=overview.by_target(runs).get(row["name"], overview.Activity()),
+            recent=[line(run) for run in await overview.to_target(office, row["name"], 10)],
+            activity=(await self.site.activity(office)).get(row["name"], overview.Activity()),
+            plot=plotted(await overview.days(office, row["name"], DAYS)),
             said=_said(request),
             problem=problem,
             **{"in_use": [], **more},
@@ -97,7 +101,7 @@ class TargetPages:
         from talaria.service import targets
 
         office, ref = await self.site.office(request), ref_of(request)
-        row, target = await _found(office, ref)
+        row, target = _found(await self.site.rows(office), ref)
         contact = target.contact if target else ""
         events = targets.test_targets(office, ref)
         return begun(request, self.checks.start(row["name"], who(request).name, row["path"], contact, events))
@@ -147,7 +151,7 @@ class TargetPages:
         from talaria.service.jobs import line
 
         office, ref = await self.site.office(request), ref_of(request)
-        row, _ = await _found(office, ref)
+        row, _ = _found(await self.site.rows(office), ref)
         users = [line(run) for run in await overview.not_ended(office) if row["name"] in overview.names_of(run)]
         if users:
             return await self._shown(request, text("target.delete_used"), 409, in_use=users)
@@ -189,48 +193,15 @@ def _said(request: Request) -> str:
     return text(f"said.{word}") if word in SAID else ""
 
 
-async def rows(office: Any) -> list[dict[str, Any]]:
-    """Return all targets as the list shows them."""
-    from blocks import Target
-    from talaria.service import overview, targets
-    from tasks.targets import all_targets
-
-    found = await all_targets(office.client)
-    entries = await targets.entries(office, found)
-    names = [one.name for one in found]
-    shown = []
-    for one, entry in zip(found, entries, strict=True):
-        twice = names.count(one.name) > 1
-        path = f"{LIST}/{quote(one.name, safe='')}" + (f"?type={quote(one.type_name, safe='')}" if twice else "")
-        whole = one if isinstance(one, Target) else None
-        shown.append(
-            entry
-            | {"state": _state(entry), "path": path, "target": whole}
-            | {"leads_to": overview.leads_to(whole) if whole else "", "contact": whole.contact if whole else ""}
-        )
-    return shown
-
-
-async def _found(office: Any, ref: str) -> tuple[dict[str, Any], Any]:
+def _found(every: list[dict[str, Any]], ref: str) -> tuple[dict[str, Any], Any]:
     """Return one target as the list shows it, and itself with its secrets masked; None for one that is broken."""
     kind, _, name = ref.rpartition("/")
-    found = [row for row in await rows(office) if row["name"] == name and kind in ("", row["type"])]
+    found = [row for row in every if row["name"] == name and kind in ("", row["type"])]
     if not found:
         raise NotFound(f"no target named {name}")
     if len(found) > 1:
         raise Misconfigured(f"several targets are named {name}: rename or remove one of each in the list")
     return found[0], found[0]["target"]
-
-
-def _state(entry: dict[str, Any]) -> str:
-    if entry["broken"]:
-        return "broken"
-    if not entry["enabled"]:
-        return "off"
-    if entry["breaker"]["state"] == "open":
-        return "open"
-    check = entry["last_check"]
-    return "unchecked" if check is None else "ready" if check["ok"] else "failing"
 
 
 def _matches(row: dict[str, Any], given: dict[str, str]) -> bool:

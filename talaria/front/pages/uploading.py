@@ -21,7 +21,6 @@ from talaria.front.api.errors import AWAY, WRONG, answer_to, said
 from talaria.front.pages.incoming import FormOfFiles
 from talaria.front.pages.sending import PRIORITIES
 from talaria.front.pages.site import Site, shown, size, who
-from talaria.front.pages.targets import rows
 from talaria.front.pages.texts import text
 from transfer import uploads
 from transfer.errors import Busy, Misconfigured, Permanent, Rejected
@@ -80,7 +79,7 @@ class UploadPages:
         self, request: Request, problem: str = "", status: int = 200, chosen: list[str] | None = None
     ) -> Response:
         office = await self.site.office(request)
-        targets = [row for row in await rows(office) if row["enabled"] and row["direction"] != "query"]
+        targets = [row for row in await self.site.rows(office) if row["enabled"] and row["direction"] != "query"]
         return self.site.page(
             request,
             "upload.html",

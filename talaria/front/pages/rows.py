@@ -1,0 +1,113 @@
+"""All targets as lists show them; what lists show is read once for many views, and again as soon as it is changed."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from urllib.parse import quote
+
+from talaria.front.changes import ChangeCount
+
+if TYPE_CHECKING:
+    from prefect.client.schemas.objects import FlowRun
+
+    from blocks import Target
+    from talaria.service import Office
+    from tasks.documents import Broken
+
+T = TypeVar("T")
+LIST = "/talaria/targets"
+FRESH_S = 3.0  # what is younger is shown as it is: tests by others and breakers show after this
+SAVED_S = 60.0  # the same of the settings of targets, whose changes go through this process
+RECENT = 10  # retrievals on the Query page
+MOST_WAITING = 1000  # that are counted for each target
+STALE_S = 60.0  # what is older is not shown at all; between the two, it is read again meanwhile
+
+
+class Kept(Generic[T]):
+    """What was read a moment ago, for many views."""
+
+    def __init__(self, read: Callable[[Office], Awaitable[T]], changes: ChangeCount, fresh_s: float = FRESH_S) -> None:
+        """`changes` says when it has to be read again, `fresh_s` after which time it is read again meanwhile."""
+        self._read_anew, self._changes, self.fresh_s = read, changes, fresh_s
+        self._value: T | None = None
+        self._at, self._seen = float("-inf"), -1  # when they were read, and after which change
+        self._reading: asyncio.Task[None] | None = None
+
+    async def get(self, office: Office) -> T:
+        """Return it: no change that was noted before is missing."""
+        while True:
+            age = time.monotonic() - self._at
+            if self._value is not None and self._seen == self._changes.count and age < STALE_S + self.fresh_s:
+                if age >= self.fresh_s and self._reading is None:
+                    self._begin(office)
+                return self._value
+            await asyncio.shield(self._reading or self._begin(office))
+
+    def _begin(self, office: Office) -> asyncio.Task[None]:
+        self._reading = task = asyncio.create_task(self._read(office))
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())  # whoever waits for it hears of it
+        return task
+
+    async def _read(self, office: Office) -> None:
+        seen, at = self._changes.count, time.monotonic()
+        try:
+            self._value = await self._read_anew(office)
+            self._at, self._seen = at, seen
+        finally:
+            self._reading = None
+
+
+async def read_targets(office: Office) -> list[Target | Broken]:
+    """Return all saved targets."""
+    from tasks.targets import all_targets
+
+    return await all_targets(office.client)
+
+
+async def shown_as_rows(office: Office, found: list[Target | Broken]) -> list[dict[str, Any]]:
+    """Return targets as the list shows them, as they are now."""
+    from blocks import Target
+    from talaria.service import overview, targets
+
+    entries = await targets.entries(office, found)
+    names = [one.name for one in found]
+    shown = []
+    for one, entry in zip(found, entries, strict=True):
+        twice = names.count(one.name) > 1
+        path = f"{LIST}/{quote(one.name, safe='')}" + (f"?type={quote(one.type_name, safe='')}" if twice else "")
+        whole = one if isinstance(one, Target) else None
+        shown.append(
+            entry
+            | {"state": _state(entry), "path": path, "target": whole}
+            | {"leads_to": overview.leads_to(whole) if whole else "", "contact": whole.contact if whole else ""}
+        )
+    return shown
+
+
+async def read_fetched(office: Office) -> list[dict[str, Any]]:
+    """Return the newest retrievals, as lists show them."""
+    from talaria.engine import runs
+    from talaria.service.jobs import line
+
+    return [line(run) for run in await runs.jobs(office.client, RECENT, flows=("retrieve",))]
+
+
+async def read_waiting(office: Office) -> list[FlowRun]:
+    """Return dispatches that have not ended, the newest of them."""
+    from talaria.service import overview
+
+    return await overview.not_ended(office, MOST_WAITING)
+
+
+def _state(entry: dict[str, Any]) -> str:
+    if entry["broken"]:
+        return "broken"
+    if not entry["enabled"]:
+        return "off"
+    if entry["breaker"]["state"] == "open":
+        return "open"
+    check = entry["last_check"]
+    return "unchecked" if check is None else "ready" if check["ok"] else "failing"

@@ -1,0 +1,106 @@
+"""What lists show is read once for many views, and again as soon as something is changed; and plots of days."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from talaria.front.changes import ChangeCount, WatchedUpstream
+from talaria.front.pages.plot import HEIGHT, plotted
+from talaria.front.pages.rows import Kept
+from talaria.service.overview import Day
+from tests.front.door import Echo
+
+OFFICE: Any = None
+
+
+class Source:
+    """Counts how often it is read, and waits in between until it may go on."""
+
+    def __init__(self) -> None:
+        self.begun, self.may, self.again = 0, asyncio.Event(), asyncio.Event()
+        self.may.set()
+
+    async def read(self, office: Any) -> int:
+        self.begun += 1
+        found = self.begun
+        if found > 1:
+            self.again.set()
+        await self.may.wait()
+        return found
+
+
+def test_many_views_are_one_reading_and_a_change_is_never_missed() -> None:
+    async def case() -> None:
+        source, changes = Source(), ChangeCount()
+        kept = Kept(source.read, changes)
+        assert await asyncio.gather(*(kept.get(OFFICE) for _ in range(5))) == [1] * 5
+        assert await kept.get(OFFICE) == 1
+        changes.note()
+        source.may.clear()
+        slow = asyncio.create_task(kept.get(OFFICE))
+        await source.again.wait()
+        changes.note()  # while it is read: that reading may have missed it
+        source.may.set()
+        assert await slow == 3
+        kept.fresh_s = 0.0
+        assert await kept.get(OFFICE) == 3  # at once, and read again meanwhile
+        assert kept._reading is not None
+        await kept._reading
+        assert await kept.get(OFFICE) == 4
+
+    asyncio.run(case())
+
+
+def test_an_error_of_a_reading_is_that_of_whoever_waits_and_the_next_one_reads_again() -> None:
+    async def case() -> None:
+        source = Source()
+
+        async def read(office: Any) -> int:
+            if await source.read(office) == 1:
+                raise OSError("away")
+            return 2
+
+        kept = Kept(read, ChangeCount())
+        with pytest.raises(OSError, match="away"):
+            await kept.get(OFFICE)
+        assert await kept.get(OFFICE) == 2
+
+    asyncio.run(case())
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "changes"),
+    [
+        ("POST", "/api/block_documents/", 1),
+        ("PATCH", "/api/block_documents/x", 1),
+        ("DELETE", "/api/block_documents/x", 1),
+        ("POST", "/api/block_documents/filter", 0),
+        ("GET", "/api/block_documents/x", 0),
+        ("POST", "/api/flow_runs/", 0),
+    ],
+)
+def test_changes_of_saved_blocks_are_noticed(method: str, path: str, changes: int) -> None:
+    count = ChangeCount()
+    watched = WatchedUpstream(Echo(), count)  # type: ignore[arg-type]
+    scope = {"type": "http", "method": method, "path": path, "headers": []}
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: Any) -> None:
+        return None
+
+    asyncio.run(watched(scope, receive, send))
+    assert count.count == changes
+
+
+def test_a_bar_is_seen_however_small_its_part_is() -> None:
+    plot = plotted([Day("2026-11-28", 0, 0, 0.0), Day("2026-11-29", 9999, 1, 5.0)])
+    empty, full = plot.bars
+    assert (empty.good_height, empty.bad_height) == (0, 0) and plot.most == 10_000
+    assert full.bad_height >= 2 and full.good_height + full.bad_height == HEIGHT and full.bad_y == 0
+    assert full.good_y == full.bad_y + full.bad_height and full.x == plot.width // 2
+    assert plotted([]).most == 0
