@@ -96,6 +96,7 @@ class Settings(BaseSettings):
         default="", description="Folder of the programs that rules of type command may run; empty for none."
     )
 
+    log_json: bool = Field(default=False, description="Whether logs are JSON, one object per line.")
     audit_syslog: str = Field(default="", description="Syslog server for audit messages over TLS, host or host:port.")
     audit_syslog_ca: str = Field(default="", description="PEM file of the authority that its certificate is from.")
     audit_syslog_cert: str = Field(default="", description="PEM file of our certificate, where it wants one.")
@@ -149,6 +150,7 @@ def load_settings() -> Settings:
         os.environ[name] = os.pathsep.join(roots.parse(name, value))
     if settings.notify_commands and not Path(settings.notify_commands).is_absolute():
         raise ValueError(f"setting notify_commands: it must be an absolute path{_WHERE}")
+    os.environ["TALARIA_LOG_JSON"] = "1" if settings.log_json else ""
     audit = ("notify_commands", "audit_syslog", "audit_syslog_ca", "audit_syslog_cert", "audit_syslog_key")
     for name in ("scp_aet", "scp_port", "scp_host", "spool_limit", *KEEP, *audit):
         os.environ[f"TALARIA_{name.upper()}"] = str(getattr(settings, name))

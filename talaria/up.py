@@ -15,7 +15,7 @@ from typing import Any
 
 import httpx
 
-from talaria import __version__, listener
+from talaria import __version__, console, listener
 from talaria.console import say
 from talaria.entrance import entrance
 from talaria.errors import ServerError
@@ -42,6 +42,7 @@ def up(settings: Settings, home: Home, host: str, port: int, workers: int, *, au
         ServerError: the server can't be started or reached.
         ValueError: an open address was asked for without what must be set for it.
     """
+    console.as_json = settings.log_json
     url = os.environ.get("PREFECT_API_URL", "").rstrip("/")
     given = listener.from_systemd()
     if given:

@@ -351,6 +351,12 @@ class Ledger:
             )
         return plan
 
+    def dispatch_of(self, flow_run_id: str) -> str:
+        """Return the id of a run's dispatch; "" if none is known."""
+        with self._db.reading():
+            row = self._db.execute("SELECT dispatch_id FROM runs WHERE flow_run_id=?", (flow_run_id,)).fetchone()
+        return str(row[0]) if row else ""
+
     def run_ends(self, flow_run_id: str, owner: str | None = None, *, taken_up: bool = False) -> None:
         """Note that a flow run is over, however it ended.
 

@@ -13,7 +13,6 @@ import json
 import logging
 import os
 import signal
-import sys
 import threading
 import time
 import urllib.error
@@ -22,6 +21,8 @@ from collections.abc import Collection
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
+
+from talaria import logs
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import PrefectClient
@@ -57,7 +58,7 @@ class _Asked:
 def main() -> None:
     """Listen until SIGTERM: no new associations then, the second time open ones are broken."""
     asked = _Asked()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logs.set_up()
     logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for each look at the server
     while not _is_wanted():
         if asked.event.wait(LOOK_S):

@@ -37,8 +37,9 @@ from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.exceptions import ObjectNotFound, PrefectException
 from prefect.states import AwaitingRetry, Cancelled, Failed, Scheduled
 
+from talaria import logs
 from talaria.audit.forward import forwarding
-from talaria.engine import hosts, lanes
+from talaria.engine import hosts, lanes, logged
 from talaria.engine.due import Due, is_check
 from talaria.engine.recovery import abandoned, elsewhere, settle, taken_over
 from talaria.engine.registry import CHECKS
@@ -211,9 +212,11 @@ class Worker:
                 settled = True
             else:
                 self._claimed.add(flow_run.id)
+                logged.begins(flow_run)
                 if hosts.must_stay(flow_run):
                     await self.client.update_flow_run_labels(flow_run.id, {hosts.HOST: host_name()})
                 state = await self._in_lane(flow, flow_run)
+                logged.ends(flow_run, state, self.ledger)
                 settled = state is not None and (state.is_final() or state.is_scheduled() or state.is_paused())
                 if state is not None and state.is_scheduled():
                     self._set_alarm(state.state_details.scheduled_time)
@@ -477,4 +480,5 @@ async def work(pool: str, limit: int) -> None:
 
 def main() -> None:
     """Entry point of a worker process."""
+    logs.set_up()
     asyncio.run(work(POOL, int(os.environ.get("TALARIA_LIMIT", "8"))))

@@ -19,6 +19,7 @@ from typing import Any
 
 import uvicorn
 
+from talaria import logs
 from talaria.front import metrics, pages
 from talaria.front.access import Role
 from talaria.front.api import routes, shared
@@ -157,7 +158,13 @@ class Front:
     async def _notify(self) -> None:
         """Write to people when something happens."""
         upstream, certificate = self.upstream, self.orders.certificate
-        ready = lambda: upstream.state == "ready"  # noqa: E731
+
+        def ready() -> bool:
+            if upstream.state != "ready":
+                return False
+            logs.set_up()  # Prefect's own handlers are there now
+            return True
+
         await Notifier(self.home, upstream.client, self._reach.client, ready, certificate).run()
 
     async def _renew(self) -> None:
@@ -205,6 +212,7 @@ def _mark(path: Path) -> tuple[int, int, int] | None:
 
 def main() -> None:
     """Serve with the orders in the environment."""
+    logs.set_up()
     orders = Orders(**json.loads(os.environ.pop(ORDERS)))
     front: Front | None = None
 
