@@ -97,6 +97,12 @@ class _Families(Collector):
                   (((disk.of,), disk.free) for disk in one.disks))  # fmt: skip
         yield _by("talaria_disk_size_bytes", "All space there.", ["of"],
                   (((disk.of,), disk.size) for disk in one.disks))  # fmt: skip
+        at_work = [(name, it) for name, it in one.received.items() if it["state"] != "paused"]
+        yield _by("talaria_listener_up", "Whether it listens for a source that is not paused.", ["source"],
+                  (((name,), it["state"] == "listening") for name, it in at_work))  # fmt: skip
+        for key, words in (("receiving", "Units that are not complete."), ("full", "1 if the disk is too full.")):
+            yield _by(f"talaria_listener_{key}", words, ["source"],
+                      (((name,), it[key]) for name, it in at_work if key in it))  # fmt: skip
         yield _by("talaria_listener_associations", "Open associations of a listener.", ["port"],
                   (((str(it.port),), it.associations) for it in one.listeners))  # fmt: skip
         counted = CounterMetricFamily("talaria_listener_requests", "Associations that peers have asked for.",

@@ -70,6 +70,7 @@ class Figures:
         ledger, prefect: whether they answered; what is theirs is missing if not.
         sizes: bytes, by what.
         messages: numbers, by rule and state.
+        received: what is said of DICOM sources (`transfer.listening`), by name.
     """
 
     ledger: bool = False
@@ -85,6 +86,7 @@ class Figures:
     sizes: dict[str, int] = field(default_factory=dict)
     staged: int = 0
     listeners: list[ListenerStatus] = field(default_factory=list)
+    received: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 class Gatherer:
@@ -143,7 +145,7 @@ class Gatherer:
             )
         found.certificates = certificates.known(self._certificate, targets, checks)
         found.disks = disks.spaces(home, targets)
-        found.listeners = listening.listeners(home)
+        found.listeners, found.received = listening.listeners(home), listening.sources(home) or {}
         found.staged, staged = _staged(home.staging)
         found.sizes = {"staging": staged, "failed": deadletters.used(home)}
         for name, path in (("ledger", home.root / "ledger.sqlite"), ("prefect", home.root / "prefect" / "prefect.db")):

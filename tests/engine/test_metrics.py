@@ -140,3 +140,13 @@ def test_of_many_targets_those_with_few_dispatches_are_counted_together() -> Non
     found = values(exposed(Figures(ledger=True, totals=totals), "")[0].decode())
     counted = {key[-1]: value for key, value in found.items() if key[0] == "talaria_dispatches_total"}
     assert len(counted) == MOST_TARGETS + 1 and counted[OTHERS] == 500 and counted["t0"] == 2
+
+
+def test_a_source_that_nobody_listens_for_is_shown_and_a_paused_one_is_not() -> None:
+    ct = {"port": 11112, "aet": "CT", "state": "listening", "associations": 2, "receiving": 1, "full": False}
+    mr = {"port": 11112, "aet": "MR", "state": "failed", "error": "the port is taken"}
+    figures = Figures(received={"ct": ct, "mr": mr, "us": {"state": "paused"}})
+    found = values(exposed(figures, "")[0].decode())
+    up = {key[1]: value for key, value in found.items() if key[0] == "talaria_listener_up"}
+    assert up == {"ct": 1, "mr": 0}
+    assert found["talaria_listener_receiving", "ct"] == 1 and found["talaria_listener_full", "ct"] == 0
