@@ -19,12 +19,12 @@ import logging
 import os
 import secrets
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import Any
+from typing import IO, Any
 
 from transfer.home import Home
 from transfer.oserrors import user
@@ -32,7 +32,7 @@ from transfer.oserrors import user
 logger = logging.getLogger(__name__)
 
 FIRST = "0" * 64  # what the first entry is chained to
-TAIL_BYTES = 1 << 16  # read to find the last entry; longer ones are not written
+TAIL_BYTES = 1 << 16  # read to find the last entry, and at once from the end; longer ones are not written
 TEXT_CHARS = 500  # of one value in an entry
 
 
@@ -265,6 +265,54 @@ def entries(trail: Trail) -> Iterator[dict[str, Any]]:
             with suppress(ValueError):
                 if isinstance(document := json.loads(line), dict):
                     yield document
+
+
+def latest(
+    trail: Trail, wanted: Callable[[dict[str, Any]], bool], count: int, most: int, end: int | None = None
+) -> tuple[list[dict[str, Any]], int]:
+    """Return the last entries that are wanted, the newest first, without reading those before them.
+
+    Args:
+        count: entries that are returned, at most.
+        most: bytes of the trail that are looked through, about.
+        end: byte of the trail before which to begin; None for its end.
+
+    Returns:
+        The entries, and the `end` from which to go on to older ones; 0 where there are none.
+
+    Raises:
+        OSError: it can't be read.
+    """
+    found: list[dict[str, Any]] = []
+    with suppress(FileNotFoundError), open(trail.path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        end = size if end is None else min(end, size)
+        for at, line in _backwards(file, end):
+            with suppress(ValueError):
+                if isinstance(document := json.loads(line), dict) and wanted(document):
+                    found.append(document)
+            if len(found) >= count or end - at >= most:
+                return found, at
+    return found, 0
+
+
+def _backwards(file: IO[bytes], end: int) -> Iterator[tuple[int, bytes]]:
+    """Yield the lines of a file before a byte, the last first, and where each begins."""
+    begun = b""  # what a line that began in an earlier block ends with
+    while end > 0:
+        at = max(0, end - TAIL_BYTES)
+        file.seek(at)
+        data = file.read(end - at) + begun
+        first, *lines = data.split(b"\n")
+        where = at + len(data)
+        for line in reversed(lines):
+            where -= len(line)
+            yield where, line
+            where -= 1
+        begun = first if len(first) <= 2 * TAIL_BYTES else b""  # longer than any entry
+        if not at:
+            yield 0, begun
+        end = at
 
 
 def verify(trail: Trail, head: str = "") -> tuple[int, str, list[Fault]]:

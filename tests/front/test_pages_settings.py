@@ -16,9 +16,10 @@ from talaria.front import pages
 from talaria.front.access import Role, role_of
 from talaria.front.api import shared
 from talaria.front.api.asking import Reach
+from talaria.front.pages import settings
 from tests.front.door import PASSWORD, Echo, FrontDoor
 from tests.front.people import fields, words
-from transfer.audit import Trail, entries
+from transfer.audit import Event, Trail, entries, record
 from transfer.home import Home
 
 BASE = "http://127.0.0.1:4200"
@@ -87,6 +88,9 @@ def test_one_s_own_password_is_changed_and_ends_the_sessions(house: House) -> No
 
     run(house, "vera", case)
     assert [(one["who"], one["details"]["change"]) for one in house.audit()] == [("vera", "password")]
+    tries = [one for one in entries(Trail(house.door.home)) if one["event"] == "refused"]
+    assert len(tries) >= 3  # of the password now: before it was changed, and after
+    assert {(one["who"], one["result"], one["details"]["change"]) for one in tries} == {("vera", "serious", "password")}
 
 
 def test_an_admin_adds_changes_and_removes_users_but_not_himself(house: House) -> None:
@@ -110,14 +114,15 @@ def test_an_admin_adds_changes_and_removes_users_but_not_himself(house: House) -
         await change(do="password", name="olga", password=NEW)
         for form in ({"do": "role", "role": "viewer"}, {"do": "remove"}):
             assert "another admin has to do that" in words(await change(422, name="adam", **form))
+        assert "with the one that you have now" in words(await change(422, name="adam", do="password", password=NEW))
         page = (await client.get("/talaria/settings/users")).text
-        assert page.count('value="remove"') == 2
+        assert page.count('value="remove"') == page.count('value="password"') == 2
         await change(do="remove", name="paul")
 
     run(house, "adam", case)
     users = {one.name: one.role for one in house.door.keys.users.all()}
     assert users == {"adam": Role.ADMIN, "olga": Role.ADMIN}
-    assert house.door.keys.users.verify("olga", NEW)
+    assert house.door.keys.users.verify("olga", NEW) and house.door.keys.users.verify("adam", PASSWORD)
     changes = [(one["who"], one["details"]["change"], one["details"]["name"]) for one in house.audit()]
     assert changes == [
         ("adam", "added", "olga"), ("adam", "added", "paul"), ("adam", "role", "olga"), ("adam", "password", "olga"),
@@ -161,6 +166,43 @@ def test_the_audit_trail_is_read_filtered_and_verified(house: House) -> None:
         assert "not as it was written" in words((await client.post("/talaria/settings/audit")).text)
 
     run(house, "adam", case)
+
+
+def test_the_audit_trail_is_read_from_its_end_page_by_page(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    house.add("adam", Role.ADMIN)
+    monkeypatch.setattr(settings, "SHOWN", 3)
+    monkeypatch.setattr(settings, "LOOKED_B", 2000)
+    for number in range(20):
+        record(Event.QUERY if number else Event.STARTED, "olga", number=number)
+
+    async def case(client: httpx.AsyncClient) -> None:
+        async def pages(path: str) -> list[list[str]]:
+            found = []
+            for _ in range(40):
+                page = (await client.get(path)).text
+                found.append(re.findall(r"number: (\d+)", page))
+                if not (older := re.search(r'href="([^"]+before=\d+)"', page)):
+                    return found
+                path = unescape(older[1])
+            raise AssertionError(found)
+
+        found = await pages("/talaria/settings/audit?who=olga")
+        assert [number for some in found for number in some] == [str(number) for number in range(19, -1, -1)]
+        assert found[0] == ["19", "18", "17"] and len(found) >= 7
+        found = await pages("/talaria/settings/audit?event=started&who=olga")
+        assert found[-1] == ["0"] and len(found) > 2 and not any(found[:-1])
+        for before in ("0", "99999999999", "x", "²"):
+            assert (await client.get(f"/talaria/settings/audit?before={before}")).status_code == 200
+        await asyncio.to_thread(added, Path(Trail(house.door.home).path))
+        assert "eve" in words((await client.get("/talaria/settings/audit")).text)
+        assert "not as it was written" in words((await client.post("/talaria/settings/audit")).text)
+
+    run(house, "adam", case)
+
+
+def added(trail: Path) -> None:
+    strange = b'{"time": 5, "details": "x"}\n{}\n[]\n' + b"x" * 1_000_000 + b'\n{"time": "once", "who": "eve"}\n'
+    trail.write_bytes(trail.read_bytes() + strange)
 
 
 def altered(trail: Path) -> None:

@@ -54,6 +54,29 @@ def test_without_a_name_it_is_this_process_user(trail: Trail) -> None:
     assert entry["who"].endswith(" (local)")
 
 
+@pytest.mark.parametrize("block", [1, 7, 300, 1 << 16])
+def test_it_is_read_from_its_end(ten: Trail, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    monkeypatch.setattr(audit, "TAIL_BYTES", max(block, 200))
+    every, wanted = list(audit.entries(ten))[::-1], lambda entry: entry["n"] % 2 == 0
+    end, found = None, list[dict[str, Any]]()
+    while end != 0:
+        some, end = audit.latest(ten, wanted, 2, block, end)
+        assert len(some) <= 2
+        found += some
+    assert found == [one for one in every if wanted(one)]
+    assert audit.latest(ten, lambda _: True, 100, 1 << 20) == (every, 0)
+
+
+def test_no_line_is_too_long_to_read_it_from_its_end(trail: Trail) -> None:
+    assert audit.latest(trail, lambda _: True, 1, 1) == ([], 0)
+    record(Event.QUERY, "anna")
+    with open(trail.path, "ab") as file:
+        file.write(b"x" * 1_000_000 + b"\n")
+    record(Event.LOGIN, "anna")
+    found, _ = audit.latest(trail, lambda _: True, 5, 2_000_000)
+    assert [one["event"] for one in found] == ["login", "query"]
+
+
 def test_a_whole_chain(ten: Trail) -> None:
     number, head, wrong = verify(ten)
     assert (number, wrong) == (10, [])

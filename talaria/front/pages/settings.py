@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections import deque
 from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import urlencode
@@ -19,12 +18,13 @@ from talaria.front.pages.site import Site, fields, shown, who
 from talaria.front.pages.texts import text
 from talaria.front.tokens import Tokens, seconds_of
 from talaria.front.users import Users
-from transfer.audit import Event, Trail, entries, record, verify
+from transfer.audit import AuditResult, Event, Trail, latest, record, verify
 from transfer.errors import Misconfigured
 
 PATH = "/talaria/settings"
 ROLES = (Role.VIEWER, Role.OPERATOR, Role.ADMIN)
 SHOWN = 200  # entries of the audit trail
+LOOKED_B = 4 << 20  # of the trail, that one page looks through for those that a filter leaves
 AGES = ("30d", "90d", "365d", "never")
 SAID = ("added", "removed", "role", "password", "revoked")
 
@@ -78,6 +78,7 @@ class SettingsPages:
         self.attempts.begin(address, me.name)
         new = sent.get("new", "")
         if not await asyncio.to_thread(self.users.verify, me.name, sent.get("now", "")):
+            await self._record(request, "password", me.name, refused=True)
             return self._own(request, text("settings.wrong_password"), 422)
         self.attempts.forget(address, me.name)
         if new != sent.get("again", ""):
@@ -117,8 +118,10 @@ class SettingsPages:
         name, action = sent.get("name", "").strip(), sent.get("do", "")
         given = sent.get("password", "")
         try:
-            if action in ("role", "remove") and name == who(request).name:
-                return self._users(request, text("settings.yourself"), 422)
+            if action in ("role", "password", "remove") and name == who(request).name:
+                return self._users(
+                    request, text("settings.yours" if action == "password" else "settings.yourself"), 422
+                )
             if action == "add":
                 role, secret = Role.of(sent.get("role", "")), None if sent.get("proxy") else given
                 await asyncio.to_thread(self.users.add, name, role, secret)
@@ -204,33 +207,51 @@ class SettingsPages:
         given = {name: request.query_params.get(name, "").strip() for name in ("who", "event")}
         if given["event"] and given["event"] not in set(Event):
             raise Misconfigured(text("audit.nothing"))
-        found = await asyncio.to_thread(_newest, Trail(self.site.reach.home), given)
+        before = request.query_params.get("before", "")
+        end = int(before) if before.isdecimal() and before.isascii() else None
+        found, older = await asyncio.to_thread(_newest, Trail(self.site.reach.home), given, end)
         return self.site.page(
             request,
             "audit.html",
-            entries=[one | {"more": _details(one.get("details", {}))} for one in found],
+            entries=found,
+            older=older,
+            query=urlencode({key: value for key, value in given.items() if value}),
+            earlier=end is not None,
             given=given,
             events=sorted(Event),
             checked=checked,
         )
 
-    async def _record(self, request: Request, what: str, name: str, **details: Any) -> None:
+    async def _record(self, request: Request, what: str, name: str, *, refused: bool = False, **details: Any) -> None:
         address = request.client.host if request.client else ""
         by = who(request).name
-        await asyncio.to_thread(
-            lambda: record(Event.USER_CHANGED, by, address=address, change=what, name=name, **details)
-        )
+        event, result = (Event.USER_CHANGED, AuditResult.SUCCESS)
+        if refused:
+            event, result = (Event.REFUSED, AuditResult.SERIOUS)
+        await asyncio.to_thread(lambda: record(event, by, result, address=address, change=what, name=name, **details))
 
 
-def _newest(trail: Trail, given: dict[str, str]) -> list[dict[str, Any]]:
-    """Return the newest entries that a filter leaves, the newest first."""
-    wanted = (one for one in entries(trail) if all(not value or one.get(key) == value for key, value in given.items()))
-    return list(deque(wanted, SHOWN))[::-1]
+def _newest(trail: Trail, given: dict[str, str], end: int | None) -> tuple[list[dict[str, str]], int]:
+    """Return the newest entries that a filter leaves, the newest first, as the page shows them; and where to go on."""
+    found, older = latest(
+        trail,
+        lambda one: all(not value or one.get(key) == value for key, value in given.items()),
+        SHOWN,
+        LOOKED_B,
+        end,
+    )
+    return [_shown(one) for one in found], older
 
 
-def _details(details: dict[str, Any]) -> str:
-    words = json.dumps(details, ensure_ascii=False, separators=(", ", ": "))
-    return words[1:-1].replace('"', "")
+def _shown(entry: dict[str, Any]) -> dict[str, str]:
+    """Return an entry as text; where the trail was altered, anything may be in it, or missing."""
+    row = {name: str(entry.get(name, "")) for name in ("time", "event", "who", "result", "source")}
+    try:
+        datetime.fromisoformat(row["time"])
+    except ValueError:
+        row["time"] = ""
+    words = json.dumps(entry.get("details", {}), ensure_ascii=False, separators=(", ", ": "))
+    return row | {"more": words[1:-1].replace('"', "")}
 
 
 def _time(seconds: float | None) -> str:

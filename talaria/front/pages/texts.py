@@ -323,6 +323,8 @@ TEXTS = {
     "settings.wait": "Too many attempts: wait {seconds} seconds.",
     "settings.wrong_password": "The password now is wrong.",
     "settings.not_same": "The two new passwords are not the same.",
+    "settings.yours": "your own password is changed under Settings, with the one that you have now",
+    "settings.own_password": "Change your own under Settings",
     "settings.yourself": "another admin has to do that: you could lock yourself out",
     "settings.name": "Name",
     "settings.role_of": "Role of {name}",
@@ -365,6 +367,7 @@ TEXTS = {
     "audit.from": "From",
     "audit.more": "Details",
     "audit.nothing": "No entry matches.",
+    "audit.nothing_here": "No entry of these matches; there are older ones.",
     # dispatches
     "dispatches": "Dispatches",
     "dispatches.empty": "Nothing has been dispatched yet.",
