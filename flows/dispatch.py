@@ -44,7 +44,7 @@ async def dispatch(
             paths, which list studies, or each `unit` of a source, for sweeps; empty if all is one.
     """
     try:
-        await name_run(unplanned(paths, targets))
+        await name_run(unplanned(targets))
         check_asked(paths, targets)
         async with dispatching(targets, priority) as running:
             if not await running.goes_on():

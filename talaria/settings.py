@@ -21,6 +21,7 @@ from transfer.validation import what_is_wrong
 from transfer.window import DispatchWindow
 
 KEEP = ("keep_days", "keep_limit", "keep_failed_days")  # bounds of what is remembered
+EVENTS_S = 86_400  # for how long what a follower of events has missed is looked up
 POOL = "talaria"  # the work pool at the server that workers take runs from
 NO_PROXY = ("no_proxy", "NO_PROXY")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -213,6 +214,7 @@ def server_environment(home: Home, url: str) -> dict[str, str]:
         "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
         "PREFECT_LOGGING_SERVER_LEVEL": "WARNING",
         "PREFECT_SERVER_API_CSRF_PROTECTION_ENABLED": "false",
+        "PREFECT_EVENTS_MAXIMUM_WEBSOCKET_BACKFILL": f"PT{EVENTS_S}S",
         # Also a request that the gate forgot would need it.
         "PREFECT_SERVER_API_AUTH_STRING": worker_auth(home),
     }

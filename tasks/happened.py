@@ -64,9 +64,20 @@ def cause_of(receipt: Receipt, error: BaseException | None, *, dead: bool = Fals
 
 
 def dispatch_ended(
-    ledger: Ledger, run: str, dispatch_id: str, receipt: Receipt, cause: Cause, paths: Iterable[str] = ()
+    ledger: Ledger,
+    run: str,
+    dispatch_id: str,
+    receipt: Receipt,
+    cause: Cause,
+    paths: Iterable[str] = (),
+    *,
+    at_first: bool = False,
 ) -> None:
-    """Say how a dispatch ended at a target; once, also if its run was killed before it could end."""
+    """Say how a dispatch ended at a target; once, also if its run was killed before it could end.
+
+    Args:
+        at_first: whether it is said only if no end at this target has been said, as of one that was delivered before.
+    """
     paths = list(paths)
     counts = {str(kind): count for kind, count in receipt.counts.items()} | {"unsent": receipt.unsent}
     facts = receipt.facts()
@@ -82,7 +93,7 @@ def dispatch_ended(
     hidden = _hidden(receipt.error or "", paths)
     host = host_name() if ledger.shared else ""
     what = host, run, receipt.target, state, counts, receipt.bytes, receipt.seconds
-    if ledger.happenings.ended(*what, f"dispatch.{state}", about | hidden):
+    if ledger.happenings.ended(*what, f"dispatch.{state}", about | hidden, at_first=at_first):
         _say(f"dispatch.{state}", about)
 
 
@@ -94,7 +105,7 @@ def dispatch_refused(ledger: Ledger, run: str, targets: Iterable[str], error: Ba
         stopped = State.CANCELLED if cancelled else None
         words = error.message if isinstance(error, DispatchError) else f"unexpected {type(error).__name__}"
         receipt = Receipt(target, (), attempts=0, error=words, stopped=stopped)
-        dispatch_ended(ledger, run, "", receipt, Cause.NONE if cancelled else cause, paths)
+        dispatch_ended(ledger, run, "", receipt, Cause.NONE if cancelled else cause, paths, at_first=True)
 
 
 def target_stands(ledger: Ledger, target: str, *, up: bool, about: Mapping[str, Any]) -> None:

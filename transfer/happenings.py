@@ -117,18 +117,21 @@ class Happenings:
         seconds: float,
         event: str,
         about: Mapping[str, Any],
+        *,
+        at_first: bool = False,
     ) -> bool:
         """Record and count how a dispatch ended at a target; return False if this end of its run is known already.
 
         Args:
+            at_first: whether it counts only where no other end is known, either.
             host: whose totals it adds to; "" where no other host shares the ledger.
             items: how many, by outcome.
             size: bytes that were sent.
         """
         with self._db.writing():
+            otherwise = "NOTHING" if at_first else "UPDATE SET state=excluded.state WHERE ends.state<>excluded.state"
             new = self._db.execute(
-                "INSERT INTO ends VALUES (?,?,?) ON CONFLICT (flow_run_id, target) DO UPDATE SET state=excluded.state"
-                " WHERE ends.state<>excluded.state",
+                f"INSERT INTO ends VALUES (?,?,?) ON CONFLICT (flow_run_id, target) DO {otherwise}",  # noqa: S608
                 (run, target, state),
             ).rowcount
             if new != 1:

@@ -357,14 +357,15 @@ class Ledger:
             row = self._db.execute("SELECT dispatch_id FROM runs WHERE flow_run_id=?", (flow_run_id,)).fetchone()
         return str(row[0]) if row else ""
 
-    def run_ends(self, flow_run_id: str, owner: str | None = None, *, taken_up: bool = False) -> None:
+    def run_ends(self, flow_run_id: str, owner: str | None = None, *, goes_on: bool = False) -> None:
         """Note that a flow run is over, however it ended.
 
         Args:
             owner: only if the run is still this one's; None for whoever has it.
-            taken_up: whether it goes on where its process was killed: what was said of its end is not said again.
+            goes_on: whether it is only a part of it, or it goes on where its process was killed: what was said of its
+                ends is not said again.
         """
-        if not taken_up:
+        if not goes_on:
             self.happenings.run_over(flow_run_id, owner)
         self._db.execute(
             "UPDATE runs SET ended=? WHERE flow_run_id=? AND owner=coalesce(?,owner)",

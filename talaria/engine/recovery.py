@@ -72,7 +72,7 @@ async def recover(client: PrefectClient, home: Home, pool: str, *, alone: bool) 
                 continue
             if again := await _take_up(client, run_id):
                 taken.append(run_id)
-            ledger.run_ends(run_id, taken_up=again)
+            ledger.run_ends(run_id, goes_on=again)
         living = set(ledger.unfinished())
         await asyncio.to_thread(clear_staging, home, ledger)
     if alone and not living:
@@ -111,7 +111,7 @@ async def abandoned(client: PrefectClient, home: Home, ledger: Ledger, pending: 
                 continue
             if again := await _take_up(client, run_id):
                 taken.append(run_id)
-            ledger.run_ends(run_id, owner, taken_up=again)
+            ledger.run_ends(run_id, owner, goes_on=again)
     return taken
 
 
@@ -125,7 +125,7 @@ async def taken_over(client: PrefectClient, ledger: Ledger, owner: str, alive: C
         if former != owner and not alive(former) and ledger.run_claimed(run_id, owner, alive):
             if again := await _take_up(client, run_id):
                 taken.append(run_id)
-            ledger.run_ends(run_id, owner, taken_up=again)
+            ledger.run_ends(run_id, owner, goes_on=again)
     return taken
 
 

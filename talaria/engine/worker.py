@@ -47,7 +47,7 @@ from talaria.engine.sweeping import keep_sweeping
 from talaria.engine.table import flow_at
 from talaria.engine.watch import RESUMING, StateChange, watch
 from talaria.settings import POOL
-from tasks.dispatch import line, progress, running
+from tasks.dispatch import line, progress, rest, running
 from transfer.errors import Unreachable
 from transfer.home import Home, host_name
 from transfer.lease import Lease, living
@@ -239,7 +239,7 @@ class Worker:
         """Note in the ledger that a run of ours has ended, or here that this is still to be done."""
         self._unended[run_id] = owner
         try:
-            self.ledger.run_ends(str(run_id), owner)
+            self.ledger.run_ends(str(run_id), owner, goes_on=rest.rests(self.home, str(run_id)))
         except (Unreachable, sqlite3.Error) as exc:  # if we die: whoever takes it up finds that it has ended
             logger.warning("the end of run %s can't be noted yet: %s", run_id, exc)
         else:

@@ -74,7 +74,7 @@ async def create_dispatch(
         "copy_first": copy_first,
         "each": each,
     }
-    name = unplanned(paths, targets)
+    name = unplanned(targets)
     flow_run = await queued(office, "dispatch", parameters, name, priority, key, what="dispatch", show_plan=planned)
     fresh = not flow_run.run_count and not runs.under_way(flow_run)  # not made before, with the same key
     document = await _planned(office, flow_run) if planned and fresh and not each else None
@@ -138,7 +138,7 @@ async def _read_here(office: Office, flow_run: FlowRun) -> dict[str, Any]:
         return whole(plan.dispatch_id, str(flow_run.id), State.WAITING, receipts)
 
     document = await asyncio.to_thread(read)
-    name = name_of(document["dispatch_id"], asked["paths"], asked["targets"])
+    name = name_of(document["dispatch_id"], asked["targets"])
     await office.client.update_flow_run(flow_run.id, name=name)
     return document
 

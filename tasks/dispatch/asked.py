@@ -15,7 +15,6 @@ from transfer.errors import Misconfigured
 from transfer.plan import DISPATCH_ID_CHARS
 
 UNPLANNED = "to "  # begins the name of a run whose files have not been read
-NAME_CHARS = 120  # of what a name says of the files
 _MADE_UP = re.compile(r"[a-z]+-[a-z]+")  # what Prefect calls a run that was given no name
 _NAMED = re.compile(rf"([0-9a-f]{{{DISPATCH_ID_CHARS}}}) to ")
 
@@ -35,15 +34,18 @@ def check_asked(paths: Sequence[str], targets: Sequence[str]) -> None:
             raise Misconfigured(f"paths: {path!r} is not an absolute path")
 
 
-def unplanned(paths: Sequence[str], targets: Sequence[str]) -> str:
-    """Return the name of a dispatch's run before its files are read: the worker puts the dispatch id in front."""
+def unplanned(targets: Sequence[str]) -> str:
+    """Return the name of a dispatch's run before its files are read: the worker puts the dispatch id in front.
+
+    It names no file: names of folders are often patients', and runs' names stand in events.
+    """
     names = list(dict.fromkeys(split(name)[1] for name in targets if name.strip(" /")))
-    return f"{UNPLANNED}{', '.join(names)}{_what(paths)}"
+    return f"{UNPLANNED}{', '.join(names)}"
 
 
-def name_of(dispatch_id: str, paths: Sequence[str], targets: Sequence[str]) -> str:
-    """Return the name of a dispatch's run: what it is, where to, and of which files."""
-    return f"{dispatch_id} {unplanned(paths, targets)}"
+def name_of(dispatch_id: str, targets: Sequence[str]) -> str:
+    """Return the name of a dispatch's run: what it sends, and where to."""
+    return f"{dispatch_id} {unplanned(targets)}"
 
 
 def dispatch_in(name: str) -> str:
@@ -54,7 +56,7 @@ def dispatch_in(name: str) -> str:
 
 def retrieval_name(source: str, targets: Sequence[str], into: str) -> str:
     """Return the name of a retrieval's run."""
-    where = ", ".join(targets) or into
+    where = ", ".join(targets) or ("a folder" if into else "")
     return f"from {source} to {where}" if where else f"from {source}"
 
 
@@ -76,12 +78,3 @@ async def name_run(name: str) -> None:
         return
     async with get_client() as client:
         await patiently(lambda: client.update_flow_run(flow_run.id, name=flow_run.name))
-
-
-def _what(paths: Sequence[str]) -> str:
-    named = [Path(path).name or path for path in paths if path.strip()]
-    if not named:
-        return ""
-    first = named[0] if len(named[0]) <= NAME_CHARS else f"{named[0][:NAME_CHARS]}…"
-    more = f" and {len(named) - 1} more" if len(named) > 1 else ""
-    return f": {first}{more}"

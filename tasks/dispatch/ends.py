@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import sqlite3
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 from prefect.context import FlowRunContext
 
@@ -15,6 +17,8 @@ from transfer.home import Home
 from transfer.ledger import Ledger
 from transfer.receipt import Receipt, State
 
+UNKNOWN = "(unknown)"  # counts for targets that are not there
+_known: ContextVar[tuple[str, ...]] = ContextVar("targets", default=())
 logger = logging.getLogger(__name__)
 
 
@@ -26,21 +30,37 @@ def say_ended(
     Args:
         dead: the names of targets that a test found not to answer.
     """
-    run_id, _, paths = _asked()
+    run_id, paths = _asked()
     errors = {delivery.target.name: delivery.error for delivery in deliveries}
-    for receipt in receipts:
-        name = receipt.target
-        if (name in dead or name in errors) and receipt.state is not State.WAITING:
-            cause = cause_of(receipt, errors.get(name), dead=name in dead)
-            dispatch_ended(ledger, run_id, dispatch_id, receipt, cause, paths)
+    with _unsaid_is_no_failure(run_id):
+        for receipt in receipts:
+            name = receipt.target
+            if (name in dead or name in errors) and receipt.state is not State.WAITING:
+                cause = cause_of(receipt, errors.get(name), dead=name in dead)
+                dispatch_ended(ledger, run_id, dispatch_id, receipt, cause, paths)
 
 
 def say_refused(error: BaseException) -> None:
-    """Say that the run of this context could not begin; where that can't be said, the run ends all the same."""
-    run_id, targets, paths = _asked()
+    """Say that the run of this context could not begin, or go on: for each target for which no end has been said.
+
+    Targets that it names and that are not known to be there count as one: their names may be anything.
+    """
+    run_id, paths = _asked()
+    if run_id:
+        with _unsaid_is_no_failure(run_id), Ledger(Home.current().ledger) as ledger:
+            dispatch_refused(ledger, run_id, _known.get() or (UNKNOWN,), error, paths)
+
+
+def knows(targets: Iterable[str]) -> None:
+    """Note the names of the targets of the run of this context: they are there."""
+    _known.set(tuple(targets))
+
+
+@contextmanager
+def _unsaid_is_no_failure(run_id: str) -> Iterator[None]:
+    """Let a run end as it does where that can't be said."""
     try:
-        with Ledger(Home.current().ledger) as ledger:
-            dispatch_refused(ledger, run_id, targets, error, paths)
+        yield
     except (DispatchError, OSError, sqlite3.Error) as exc:
         logger.warning("the end of run %s is not known to others: %s", run_id, exc)
 
@@ -53,11 +73,10 @@ def sentence(receipt: Receipt) -> str:
     return f"{receipt.target} {receipt.state}: " + ", ".join([counts or "nothing", *rest])
 
 
-def _asked() -> tuple[str, list[str], list[str]]:
-    """Return the id of this context's run, the names of its targets, and its paths; no targets if it is no dispatch."""
+def _asked() -> tuple[str, list[str]]:
+    """Return the id of this context's run and its paths; "" if it is no dispatch."""
     context = FlowRunContext.get()
     asked = (context and context.parameters) or {}
     if context is None or context.flow_run is None or "source" in asked:
-        return "", [], []
-    targets = [str(name).strip().rpartition("/")[2] for name in asked.get("targets") or ()]
-    return str(context.flow_run.id), list(dict.fromkeys(targets)), [str(one) for one in asked.get("paths") or ()]
+        return "", []
+    return str(context.flow_run.id), [str(one) for one in asked.get("paths") or ()]

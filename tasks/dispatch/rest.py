@@ -110,6 +110,11 @@ def save(home: Home, run_id: str, rest: Rest) -> None:
     )
 
 
+def rests(home: Home, run_id: str) -> bool:
+    """Return True if a run has ended a part of it only."""
+    return _path(home, run_id).exists()
+
+
 def forget(home: Home, run_id: str) -> None:
     """Remove what a run has left behind: it is over, or begins anew."""
     with suppress(OSError):

@@ -23,7 +23,7 @@ from tasks import DRIVERS
 from tasks.dispatch import audited, breaker, line, rest, running
 from tasks.dispatch.asked import UNPLANNED
 from tasks.dispatch.delivery import Delivery, summary
-from tasks.dispatch.ends import say_ended, say_refused, sentence
+from tasks.dispatch.ends import knows, say_ended, say_refused, sentence
 from tasks.dispatch.flood import Flood, Studies, rows
 from tasks.dispatch.hours import opens
 from tasks.dispatch.patience import is_outage, patiently
@@ -370,7 +370,6 @@ class Dispatch:
                 studies = rows(self.studies, self.deliveries, studies or ())
             what = self.home, dispatch_id, self.flow_run_id, state, receipts, outputs
             await patiently(lambda: report(*what, brief=brief, studies=studies))
-        if new or self._failed:
             said = self.ledger, dispatch_id, receipts, self.deliveries, self._failed
             await asyncio.to_thread(say_ended, *said)
         message = "; ".join(sentence(receipt) for receipt in receipts)
@@ -441,6 +440,7 @@ async def dispatching(targets: list[str], priority: str) -> AsyncIterator[Dispat
         raise RuntimeError("a dispatch runs inside a flow run")
     flow_run_id, home = str(context.flow_run.id), Home.current()
     chosen = await patiently(lambda: _load(targets))
+    knows(target.name for target in chosen)
     for target in chosen:
         if target.enabled:
             check_destination(target)

@@ -65,7 +65,7 @@ def test_a_run_that_others_make_says_what_it_is_and_where_to(
     up.until(lambda: up.run(run)["state_type"] == "COMPLETED")
     listed = next(one for one in up.told("jobs", "list", "--json")["jobs"] if one["id"] == run)
     assert listed["dispatch_id"]
-    assert up.run(run)["name"] == f"{listed['dispatch_id']} to named: study 7{behind}"
+    assert up.run(run)["name"] == f"{listed['dispatch_id']} to named{behind}"
 
 
 def test_a_form_offers_the_names_of_targets(up: Talaria, tmp_path: Path) -> None:

@@ -162,10 +162,10 @@ class Full(Ledger):
 
     full = True
 
-    def run_ends(self, *what: Any) -> None:
+    def run_ends(self, *what: Any, **more: Any) -> None:
         if self.full:
             raise sqlite3.OperationalError("database or disk is full")
-        super().run_ends(*what)
+        super().run_ends(*what, **more)
 
 
 @pytest.mark.parametrize("broken", [True, False])

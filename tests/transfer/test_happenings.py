@@ -22,11 +22,11 @@ def sums(ledger: Ledger, host: str = "") -> dict[tuple[str, str], float]:
     return {(one.name, one.label): one.value for one in ledger.happenings.totals(host)}
 
 
-def test_an_end_is_counted_and_kept_once_also_if_its_run_is_killed_and_taken_up(where: Path | str) -> None:
+def test_an_end_is_counted_and_kept_once_also_if_its_run_is_killed_and_goes_on(where: Path | str) -> None:
     with Ledger(where) as ledger:
         ledger.run_begins("r1", "one")
         assert ended(ledger, "r1")
-        ledger.run_ends("r1", taken_up=True)  # as recovery does
+        ledger.run_ends("r1", goes_on=True)  # as recovery does
         ledger.run_begins("r1", "two")
         assert not ended(ledger, "r1")
         assert sums(ledger) == {

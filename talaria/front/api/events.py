@@ -13,12 +13,13 @@ from talaria.front.access import Role, needs
 from talaria.front.api.asking import Event, Reach, Who, add, streamed
 from talaria.front.subscription import Events, subscribed
 from talaria.front.upstream import Upstream
-from talaria.settings import POOL
+from talaria.settings import EVENTS_S, POOL
 
 RUN, OURS = "prefect.flow-run.", "talaria."
 HEARTBEAT = f"{RUN}heartbeat"
 KEPT_S = 8.0  # after which Prefect has kept an event: it writes those of five seconds together
 BOTH_S = 1.0  # how long two subscriptions are heard, so that nothing happens between them
+KEPT = timedelta(seconds=EVENTS_S)
 FOR_EVER = timedelta(days=3650)
 SOME_S = 2.0  # servers' clocks: how long before the last event that was seen the events of a follower begin again
 KINDS = {"dispatch": "dispatch", "retrieve": "retrieval", "find": "query", "check": "check", "batch": "batch"}
@@ -37,8 +38,9 @@ LastSeen = Annotated[
 async def follow_all(request: Request, who: Who, last_event_id: LastSeen = "") -> StreamingResponse:
     """Send server-sent events of all that happens, for ever: `run` when the state of a run changes, and `talaria.*`.
 
-    The first is `open`: nothing that happens after it is left out. Each of the others has an `id`; a follower that was
-    cut off sends the last one as `Last-Event-ID`.
+    The first is `open`. Each of the others has an `id`; a follower that was cut off sends the last one as
+    `Last-Event-ID`, and gets what has happened since, events of the last seconds before it perhaps once more. `missed`
+    in `open` says that it was away for longer than events are looked up.
     """
     reach: Reach = request.app.state.reach
     return await streamed(_events(reach.prefect, last_event_id))
@@ -53,9 +55,9 @@ async def _events(prefect: Upstream, last: str) -> AsyncIterator[Event]:
         "occurred": {"since": begin.isoformat(), "until": (now + FOR_EVER).isoformat()},  # else it is until now
     }
     async with subscribed(prefect, about, earlier=since is not None) as events:
-        yield "open", {"time": now.isoformat()}
+        yield "open", {"time": now.isoformat(), "missed": since is not None and since < now - KEPT}
         async for one in events if since is None else _also_late(events, prefect, about):
-            if one["id"] == seen or (since and _time(one["occurred"]) < since):
+            if one["id"] == seen:
                 continue
             shown = _run(one) if one["event"].startswith(RUN) else _ours(one)
             if shown is not None:
