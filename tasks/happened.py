@@ -145,9 +145,10 @@ def _say(event: str, about: Mapping[str, Any]) -> None:
     name = str(about.get("target") or about.get("source") or about.get("of") or "")
     kind = "target" if "target" in about else "source" if "source" in about else event.partition(".")[0]
     # Within a run, Prefect adds the run, its deployment and its flow as related resources.
+    cause = {"talaria.cause": str(about["cause"])} if about.get("cause") else {}  # automations match labels only
     emit_event(
         PREFIX + event,
-        resource={"prefect.resource.id": f"{PREFIX}{kind}.{name}", "prefect.resource.name": name},
+        resource={"prefect.resource.id": f"{PREFIX}{kind}.{name}", "prefect.resource.name": name} | cause,
         payload={key: value for key, value in about.items() if value is not None},
     )
     words = f"{event}: {name}" + (f" ({about['cause']})" if about.get("cause") else "")
