@@ -25,6 +25,7 @@ class NamedBlock(Block, ABC):
 
     type_name: ClassVar[str] = ""  # in a file of targets and sources
     word: ClassVar[str] = ""  # what messages call it: a target, a source
+    seen_to_by: ClassVar[str] = ""  # the command of `talaria` for them; the word if there is no other
 
     @property
     def name(self) -> str:

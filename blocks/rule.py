@@ -41,6 +41,7 @@ class Rule(NamedBlock, ABC):
     """
 
     word: ClassVar[str] = "rule"
+    seen_to_by: ClassVar[str] = "notify"
     _block_schema_capabilities: ClassVar[list[str]] = ["talaria-rule"]
 
     on: list[RuleEvent] = Field(

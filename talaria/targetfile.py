@@ -88,7 +88,7 @@ def entry(
     known = field_names(cls)
     for field in fields:
         if field not in known:
-            hint = meant(field, known) or f"`talaria {kind.word} types` lists the fields"
+            hint = meant(field, known) or f"`talaria {kind.seen_to_by or kind.word} types` lists the fields"
             raise Misconfigured(f"{what}: unknown field {field[:SHOWN]!r} of type {wanted}: {hint}")
     if fill:
         fields = {field: filled(value, f"{what}: {field}", folder) for field, value in fields.items()}

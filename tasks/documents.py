@@ -126,7 +126,8 @@ class Documents(Generic[B]):
 
     async def _none(self, client: PrefectClient, names: Iterable[str]) -> NotFound:
         known, word = sorted(str(document.name) for document in await self.documents(client)), self.kind.word
-        there = f"there are: {', '.join(known)}" if known else f"there are none yet: `talaria {word} apply FILE.yaml`"
+        command = f"`talaria {self.kind.seen_to_by or word} apply FILE.yaml`"
+        there = f"there are: {', '.join(known)}" if known else f"there are none yet: {command}"
         return NotFound(f"no {word} named {', '.join(names)}; {there}")
 
     async def _made(self, client: PrefectClient, document: BlockDocument, *, known: bool) -> B:

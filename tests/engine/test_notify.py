@@ -248,6 +248,14 @@ def test_a_disk_is_low_below_the_rule_s_share_and_told_of_once_a_day(
     assert looked(up, WebhookRule(url="http://h/", on=["disk.low"], free_percent=0.001)) == []
 
 
+def test_a_rule_that_is_not_there_is_named_with_the_command_that_makes_rules(up: Talaria) -> None:
+    for name in [one["name"] for one in up.told("notify", "list")["rules"]]:
+        up.told("notify", "remove", name)
+    asked = up.here("notify", "test", "nobody")
+    assert asked.returncode == 2
+    assert "no rule named nobody; there are none yet: `talaria notify apply FILE.yaml`" in asked.stderr
+
+
 def test_rules_need_their_role(up: Talaria) -> None:
     token = up.told("token", "create", "--role", "viewer", "--name", f"rules-{time.time_ns()}")["token"]
     url = f"http://127.0.0.1:{up.port}/talaria/api/v1"
