@@ -18,6 +18,7 @@ import logging
 import re
 from collections.abc import Iterable, Mapping
 from enum import StrEnum
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,12 @@ from prefect.events import emit_event
 from transfer.errors import Cancelled, DispatchError, Retryable
 from transfer.home import host_name
 from transfer.ledger import Ledger
+from transfer.outcome import Kind
 from transfer.receipt import Receipt, State
 
 PREFIX = "talaria."
 MOST_PATHS = 20  # of one dispatch
+MOST_NAMES = 10_000  # of files that are looked for in a sentence
 WORDS_CHARS = 300
 PATH = re.compile(r"(?<![a-z]:)(?<!/)[/\\]")  # a slash that is not of a URL's beginning
 logger = logging.getLogger("talaria.state")
@@ -90,7 +93,8 @@ def dispatch_ended(
         "run": run,
     }
     state = str(receipt.state)
-    hidden = _hidden(receipt.error or "", paths)
+    odd = (item.path for item in receipt.items if item.outcome is not Kind.DELIVERED)
+    hidden = _hidden(receipt.error or "", paths, islice(odd, MOST_NAMES))
     host = host_name() if ledger.shared else ""
     what = host, run, receipt.target, state, counts, receipt.bytes, receipt.seconds
     if ledger.happenings.ended(*what, f"dispatch.{state}", about | hidden, at_first=at_first):
@@ -131,10 +135,14 @@ def happened(ledger: Ledger, event: str, about: Mapping[str, Any], key: str = ""
     return True
 
 
-def _hidden(words: str, paths: Iterable[str]) -> dict[str, Any]:
-    """Return the parts of a happening that may name paths: `words` without `plain`, if they can't be shown to all."""
+def _hidden(words: str, paths: Iterable[str], files: Iterable[str] = ()) -> dict[str, Any]:
+    """Return the parts of a happening that may name paths: `words` without `plain`, if they can't be shown to all.
+
+    Args:
+        files: that words may be about.
+    """
     known = [str(one) for one in paths]
-    names = {Path(one).name for one in known} - {""}
+    names = {Path(one).name for one in (*known, *files)} - {""}
     words = " ".join(words.split())[:WORDS_CHARS]
     plain = not PATH.search(words) and not any(name in words for name in names)
     return {"paths": known[:MOST_PATHS], "words": words, "plain": plain}
