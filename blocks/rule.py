@@ -128,6 +128,10 @@ class Rule(NamedBlock, ABC):
         """Where messages go, for lists: without secrets."""
         return ""
 
+    def writes_to(self, recipient: str) -> bool:
+        """Return True if a recipient may hear of something by this rule; "" is the one destination of most types."""
+        return not recipient
+
     def hears(self, event: str, about: dict[str, Any]) -> bool:
         """Return True if the rule hears of something that has happened."""
         if not self.enabled or event not in self.on:
@@ -289,6 +293,9 @@ class EmailRule(Rule):
     @property
     def leads_to(self) -> str:
         return ", ".join([*self.to, *(["contacts"] if self.contact else [])])
+
+    def writes_to(self, recipient: str) -> bool:
+        return recipient in self.to or (self.contact and bool(recipient))
 
     @property
     def address(self) -> tuple[str, int]:

@@ -151,7 +151,7 @@ def load_settings() -> Settings:
         os.environ[name] = os.pathsep.join(roots.parse(name, value))
     if settings.notify_commands and not Path(settings.notify_commands).is_absolute():
         raise ValueError(f"setting notify_commands: it must be an absolute path{_WHERE}")
-    os.environ["TALARIA_LOG_JSON"] = "1" if settings.log_json else ""
+    os.environ["TALARIA_LOG_JSON"] = "yes" if settings.log_json else "no"
     audit = ("notify_commands", "audit_syslog", "audit_syslog_ca", "audit_syslog_cert", "audit_syslog_key")
     for name in ("scp_aet", "scp_port", "scp_host", "spool_limit", *KEEP, *audit):
         os.environ[f"TALARIA_{name.upper()}"] = str(getattr(settings, name))

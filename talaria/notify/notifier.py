@@ -183,6 +183,8 @@ class Notifier:
         try:
             if rule is None or not rule.enabled:
                 state, error = OPEN, self._broken.get(one.rule, "the rule is disabled")
+            elif not rule.writes_to(one.recipient):
+                state, error = FAILED, "the rule does not write to this recipient any more"
             else:
                 await send(rule, letter(one, self.home.identity()[:8], host_name()))
         except NotSent as exc:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
 from talaria import logs
+from talaria.settings import load_settings
 from talaria.testing import studies
 from talaria.testing.process import free_port
 from tests.engine.material import dicom, folder
@@ -114,3 +117,15 @@ def test_an_error_s_trace_stays_in_its_line_and_text_stays_text(
             logging.getLogger(name).setLevel(logging.NOTSET)
         logging.root.handlers[:] = root
         assert logger.handlers == handlers and sys.stderr
+
+
+def test_settings_that_were_applied_can_be_read_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As the processes do that `talaria up` starts."""
+    monkeypatch.chdir(tmp_path)
+    for value, expected in (("no", False), ("yes", True)):
+        with mock.patch.dict(os.environ, {"TALARIA_LOG_JSON": value, "TALARIA_HOME": str(tmp_path)}):
+            assert [load_settings().log_json for _ in range(2)] == [expected, expected]
+            assert logs.as_json() is expected
+    with mock.patch.dict(os.environ, {"TALARIA_HOME": str(tmp_path)}):
+        first = load_settings()
+        assert load_settings() == first and not first.log_json

@@ -224,6 +224,20 @@ def test_one_recipient_that_is_refused_does_not_hold_up_the_other(home: Home, tm
     assert states["team@example.org"] == (SENT, "") and "refuses the recipient" in states["gone@example.org"][1]
 
 
+def test_who_is_no_recipient_any_more_is_not_written_to(home: Home, tmp_path: Path) -> None:
+    with smtp(tmp_path / "mail") as server:
+        rule = EmailRule(
+            host="localhost", port=server.port, ca_cert=str(server.ca), user=USER, password=PASSWORD,
+            sender="talaria@example.org", to=["gone@example.org"], **AT_ONCE,
+        ).named("ops")  # fmt: skip
+        with Ledger(home.ledger) as ledger:
+            failed(ledger, 1)
+            collect(ledger, [rule], {})
+        rule.to = ["team@example.org"]
+        running(Alone(home, rule), until=lambda: newest(home).state == "failed")
+        assert server.asked == [] and "does not write to this recipient any more" in newest(home).error
+
+
 def test_a_slow_receiver_holds_up_no_other_rule(home: Home, hook: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(notifier, "STOP_S", 0.1)
     with receiver() as slow:
