@@ -134,6 +134,18 @@ class Sourcebook:
                 found.setdefault(source, set()).add(run)
         return found
 
+    def run_again(self) -> dict[str, set[str]]:
+        """Return the runs of each source that have ended once more since a unit of theirs was seen to have failed."""
+        found: dict[str, set[str]] = {}
+        with self._db.reading():
+            for source, run in self._db.execute(
+                "SELECT DISTINCT units.source, units.run FROM units JOIN runs ON runs.flow_run_id=units.run"
+                " WHERE units.state=? AND runs.ended > units.time",
+                (str(UnitState.FAILED),),
+            ):
+                found.setdefault(source, set()).add(run)
+        return found
+
     def save(self, source: str, rows: Iterable[UnitRow]) -> None:
         """Save rows, all of them or none."""
         now = self._db.time()

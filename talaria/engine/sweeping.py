@@ -156,6 +156,9 @@ class _Sweeping:
             going = PrefectDispatching(self.client, self.home, name)
             if await going.any_ended([run for run in runs if run]):
                 one.soon(0.0)
+        for name in await asyncio.to_thread(self.ledger.sources.run_again):
+            if one := self.watched.get(name):
+                one.soon(0.0)
 
     async def _begin(self, name: str, one: _Watched) -> None:
         if one.run is not None:

@@ -120,7 +120,9 @@ class Sweep:
                 failed[row.run].append(row)
             else:
                 by_run[row.run].append(row)
-        for run in await self.dispatching.going([run for run in failed if run]) if failed else ():
+        anew = self.book.run_again().get(self.source.name, set()) if failed else set()
+        anew |= set(await self.dispatching.going([run for run in failed if run]) if failed else ())
+        for run in anew & failed.keys():
             by_run[run] += failed[run]
         for mark in {row.batch for row in by_run.pop("", ())}:
             await self._create_again(mark)
