@@ -26,6 +26,7 @@ from talaria.engine import hosts
 from talaria.engine.table import OF_SOURCES
 from talaria.settings import POOL
 from tasks.sources.saved import KEPT
+from transfer.home import Home
 
 WHEN = ("cron", "interval_s", "rrule", "timezone")  # the fields of a source's schedule
 OPEN = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
@@ -46,7 +47,8 @@ async def deploy(client: PrefectClient, source: Source, before: Source | None = 
         "enforce_parameter_schema": True,
         "parameter_openapi_schema": form(flow),
         "work_pool_name": POOL,
-        "work_queue_name": hosts.queue_for("normal", {"paths": list(source.folders)}),
+        # What has no folder of its own lies in the state directory, which no other host has.
+        "work_queue_name": hosts.queue_for("normal", {"paths": [*source.folders] or [str(Home.current().root)]}),
     }
     there = await _deployment(client, source.name)
     if there is None:
@@ -61,6 +63,8 @@ async def deploy(client: PrefectClient, source: Source, before: Source | None = 
             **ours,
         )
         return
+    if before is None and hosts.of_queue(there.work_queue_name):
+        del ours["work_queue_name"]  # a host that just starts is not the one that it was applied on
     await client.request("PATCH", "/deployments/{id}", path_params={"id": there.id}, json=ours)
     if before is not None and any(getattr(source, name) != getattr(before, name) for name in WHEN):
         for one in await client.read_deployment_schedules(there.id):
@@ -124,6 +128,12 @@ async def schedule_of(client: PrefectClient, name: str) -> list[str]:
     """Return the schedules that a source's deployment has now, in words."""
     there = await _deployment(client, name)
     return [_words(one.schedule) + ("" if one.active else ", paused") for one in there.schedules] if there else []
+
+
+async def host_of(client: PrefectClient, name: str) -> str:
+    """Return the host that a source belongs to, which is the one that it was applied on; "" for all, or any."""
+    there = await _deployment(client, name)
+    return hosts.of_queue(there.work_queue_name) if there else ""
 
 
 async def deploy_all(client: PrefectClient) -> None:

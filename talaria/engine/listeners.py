@@ -6,7 +6,9 @@ association; those that are under way are never broken for it.
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import time
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
@@ -172,7 +174,7 @@ class Listeners:
                 self._end(place)
             return exc.message
         except OSError as exc:
-            return f"can't listen on {place[0] or 'all addresses'}, port {place[1]}: {exc.strerror or exc}"
+            return f"can't listen on {place[0] or 'all addresses'}, port {place[1]}: {_words(exc)}"
         port.scp.idle_timeout_s = idle_timeout_s
         port.receptions = receptions
         port.desk.seat(receptions)
@@ -201,7 +203,7 @@ class Listeners:
             found |= {
                 "associations": one.associations,
                 "receiving": one.receiving,
-                "full": one.full,
+                "full": not one.has_room(),
                 "totals": {
                     "associations": counts.associations,
                     "instances": counts.instances,
@@ -213,6 +215,13 @@ class Listeners:
                 },
             }
         return found
+
+
+def _words(exc: OSError) -> str:
+    """Return why a port can't be had; Python's own words repeat the address."""
+    if exc.errno in (errno.EACCES, errno.EPERM):
+        return "not allowed to this user: ports below 1024 need CAP_NET_BIND_SERVICE"
+    return os.strerror(exc.errno) if exc.errno and exc.errno > 0 else str(exc)
 
 
 def terms(source: DicomSource) -> Terms:

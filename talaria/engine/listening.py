@@ -120,6 +120,7 @@ class _Watch:
         self._due: dict[str, float] = {}  # sources with something to dispatch; `time.monotonic` of the next try
         self._status = ""
         self._ports: set[int] = set()
+        self._full: set[str] = set()
         self._looked = self._written = 0.0
 
     async def run(self) -> None:
@@ -138,6 +139,7 @@ class _Watch:
                     await self._guarded(self._sweep(client, name), f"source {name} can't be swept now")
                 if now - self._written >= STATUS_S:
                     self._write()
+                    await asyncio.to_thread(self._say_who_is_full)
                 await asyncio.sleep(TICK_S)
 
     async def _guarded(self, call: Any, words: str) -> None:
@@ -163,6 +165,8 @@ class _Watch:
             return
         sources = []
         for document in documents:
+            if not await self._is_ours(client, str(document.name)):
+                continue
             try:
                 made = KEPT.made_of(document)
             except Misconfigured as exc:
@@ -171,11 +175,22 @@ class _Watch:
                 continue
             if isinstance(made, DicomSource):
                 sources.append(made)
+        before = dict(self._listeners.troubles)
         await asyncio.to_thread(self._listeners.apply, sources)
+        for name, why in self._listeners.troubles.items():
+            if before.get(name) != why:
+                await asyncio.to_thread(self._stuck, name, f"does not listen: {why}")
         if known != self._known:
             for one in sources:  # of one that was paused, or just changed its routes, something may wait
                 self._due.setdefault(one.name, time.monotonic())
         self._known = known
+
+    async def _is_ours(self, client: PrefectClient, name: str) -> bool:
+        """Return True if a source is to be listened for on this host: where several share a ledger, one host does."""
+        from talaria.engine import batches, hosts
+        from transfer.home import host_name
+
+        return not hosts.several() or await batches.host_of(client, name) in ("", host_name())
 
     async def _sweep(self, client: PrefectClient, name: str) -> None:
         """Start the run that dispatches what is complete."""
@@ -187,6 +202,24 @@ class _Watch:
         except DispatchError as exc:  # it was removed, or is broken
             logger.warning("source %s can't be swept: %s", name, exc.message)
         self._due.pop(name, None)
+
+    def _say_who_is_full(self) -> None:
+        """Say once of each source that its disk has no room, until it has some again."""
+        full = {name for name, one in self._listeners.status().items() if one.get("full")}
+        for name in full - self._full:
+            self._stuck(name, "accepts nothing: the disk of the state directory has too little room")
+        self._full = full
+
+    def _stuck(self, name: str, words: str) -> None:
+        """Say that a source needs a person."""
+        from tasks.happened import happened
+        from transfer.ledger import Ledger
+
+        try:
+            with Ledger(self._home.ledger) as ledger:
+                happened(ledger, "source.stuck", {"source": name}, "", words)
+        except Exception:  # the disk may be full, or the database away: the listener goes on
+            logger.exception("source %s: %s", name, words)
 
     def _write(self) -> None:
         """Write the counts, and what is known of the sources if it has changed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from talaria.testing import studies
 from talaria.testing.harness import attempt
 from talaria.testing.process import free_port, until
 from tests.protocols.intake import AET, listening
+from tests.servers.orthanc import shared_orthanc
 from tests.targets.dicom import dicom_target
 from transfer.receipt import Level
 
@@ -191,3 +193,24 @@ def test_a_sender_that_proposes_its_role(tmp_path: Path) -> None:
         assert modality.heard.wait(60)
         assert modality.events == [2]
         assoc.release()
+
+
+def test_orthanc_sends_and_asks_for_commitment(tmp_path: Path) -> None:
+    """It takes the report on a new association."""
+    server = shared_orthanc()
+    files = studies.ct(tmp_path / "study", 3)
+    for path in files:
+        server.request("POST", "/instances", path.read_bytes())
+    with listening(tmp_path / "home", senders=(KnownSender(server.aet, "127.0.0.1", server.dicom_port),)) as there:
+        server.know(AET, there.port)
+        resources = server.get("/instances")
+        server.request("POST", f"/modalities/{AET.lower()}/store", json.dumps(resources).encode())
+        assert there.reception.counts.instances == 3
+        lost = studies.uid()
+        instances = [[CT, uid] for uid in (*sorted(server.uids()), lost)]
+        asked = json.dumps({"DicomInstances": instances}).encode()
+        made = json.loads(server.request("POST", f"/modalities/{AET.lower()}/storage-commitment", asked))
+        until(lambda: server.get(made["Path"])["Status"] != "Pending")
+        answer = server.get(made["Path"])
+        assert {one["SOPInstanceUID"] for one in answer["Success"]} == server.uids()
+        assert {one["SOPInstanceUID"] for one in answer["Failures"]} == {lost}

@@ -163,7 +163,7 @@ def test_a_port_that_is_taken_is_tried_again(listeners: Listeners) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         listeners.apply([source("ct", port)])
-        assert f"can't listen on 127.0.0.1, port {port}: Address already in use" in listeners.troubles["ct"]
+        assert listeners.troubles["ct"] == f"can't listen on 127.0.0.1, port {port}: Address already in use"
         assert listeners.status()["ct"]["state"] == "failed"
     listeners.apply([source("ct", port)])
     assert listeners.troubles == {} and sends(port, "CT")
