@@ -12,12 +12,17 @@ from prefect.client.schemas.sorting import LogSort
 
 from talaria.service import Office
 
-PAGE, MOST = 200, 1000  # lines a request, and in all; later ones are in Prefect
+MOST = 200  # lines of logs, which one request brings; earlier ones are in Prefect
 BAD = ("FAILED", "CRASHED")
 
 
-async def timeline(office: Office, run_id: str) -> list[dict[str, Any]]:
-    """Return what happened to a run, oldest first: `time` (ISO 8601), `kind` (`state`, `info`, `warning`), `words`."""
+async def timeline(office: Office, run_id: str) -> tuple[list[dict[str, Any]], bool]:
+    """Return what happened to a run, oldest first: `time` (ISO 8601), `kind` (`state`, `info`, `warning`), `words`.
+
+    Returns:
+        The events, and whether earlier ones are left out; of the logs, the newest are there.
+    """
+    logs = await _logs(office, UUID(run_id))
     events = [
         {
             "time": state.timestamp.isoformat(timespec="milliseconds"),
@@ -34,17 +39,12 @@ async def timeline(office: Office, run_id: str) -> list[dict[str, Any]]:
             "words": "",
             "more": one.message,
         }
-        for one in await _logs(office, UUID(run_id))
+        for one in logs
     ]
-    return sorted(events, key=lambda event: str(event["time"]))
+    return sorted(events, key=lambda event: str(event["time"])), len(logs) >= MOST
 
 
 async def _logs(office: Office, run_id: UUID) -> list[Log]:
+    """Return the newest lines of a run's log, the newest first."""
     wanted = LogFilter(flow_run_id=LogFilterFlowRunId(any_=[run_id]), level=LogFilterLevel(ge_=logging.INFO))
-    found: list[Log] = []
-    while len(found) < MOST:
-        page = await office.client.read_logs(wanted, limit=PAGE, offset=len(found), sort=LogSort.TIMESTAMP_ASC)
-        found += page
-        if len(page) < PAGE:
-            break
-    return found
+    return await office.client.read_logs(wanted, limit=MOST, sort=LogSort.TIMESTAMP_DESC)

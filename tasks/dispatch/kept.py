@@ -67,11 +67,20 @@ async def read(client: PrefectClient, flow_run_id: UUID) -> dict[str, Any] | Non
         mark = parts[min(parts)].metadata_ or {}
         if len(parts) < int(mark["parts"]):
             continue  # its writer was killed
-        data = zlib.decompress(base64.b64decode("".join(str(parts[number].data) for number in sorted(parts))))
-        if hashlib.sha256(data).hexdigest() == mark["sha256"]:
-            document: dict[str, Any] = json.loads(data)
+        texts = [str(parts[number].data) for number in sorted(parts)]
+        document = await asyncio.to_thread(_document, texts, str(mark["sha256"]))
+        if document is not None:
             return document
     return None
+
+
+def _document(texts: list[str], digest: str) -> dict[str, Any] | None:
+    """Return the document that parts hold together; None if it is another."""
+    data = zlib.decompress(base64.b64decode("".join(texts)))
+    if hashlib.sha256(data).hexdigest() != digest:
+        return None
+    document: dict[str, Any] = json.loads(data)
+    return document
 
 
 async def _parts(client: PrefectClient, flow_run_id: UUID) -> list[Artifact]:

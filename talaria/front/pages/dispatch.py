@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections import Counter
 from collections.abc import Mapping
@@ -61,33 +62,27 @@ class DispatchPage:
         asked = who(request).role >= Role.OPERATOR and not (live and is_part(request))
         speeds = await jobs.how_far(office, flow_run) if live else {}
         others = [row["name"] for row in await self.site.rows(office) if _may_get(row, run)] if asked else []
-        events = await timeline(office, run["id"])
+        events, cut = await timeline(office, run["id"])
         given = {name: request.query_params.get(name, "") for name in ("target", "outcome", "q", "offset")}
-        items = [one for one in _items(document) if _matches(one, given)]
-        offset = int(given["offset"]) if given["offset"].isdecimal() else 0
+        # In a thread: there may be a hundred thousand items, and this process answers workers, too.
+        content = await asyncio.to_thread(_content, document, given, items=not (live and is_part(request)))
         return self.site.page(
             request,
             "dispatch.html",
             status=status,
             run=run,
-            parts=[_part(name, one) for name, one in document["targets"].items()],
-            studies=[_study(row) for row in sorted(document.get("studies", ()), key=_is_delivered)[:STUDIES]],
-            more_studies=max(0, len(document.get("studies", ())) - STUDIES),
             progress=[_speed(name, part) for name, part in speeds.items()],
             live=live,
             part=is_part(request),
             actions=actions(run),
             others=others,
             events=events[-EVENTS:],
-            more_events=max(0, len(events) - EVENTS),
-            items=items[offset : offset + ITEMS],
-            count=len(items),
-            offset=offset,
+            more_events=cut or len(events) > EVENTS,
             given=given,
             query=urlencode({key: value for key, value in given.items() if value and key != "offset"}),
             targets=list(document["targets"]),
-            outcomes=sorted({one["outcome"] for one in _items(document)}),
             problem=problem,
+            **content,
         )
 
     @needs(Role.VIEWER)
@@ -95,14 +90,16 @@ class DispatchPage:
     async def receipt(self, request: Request) -> Response:
         """Return the receipt with every item, to be saved."""
         document = await self._receipt(request)
-        return saved_as(f"{_name(document)}.json", "application/json", json.dumps(document, indent=1))
+        return saved_as(
+            f"{_name(document)}.json", "application/json", await asyncio.to_thread(json.dumps, document, indent=1)
+        )
 
     @needs(Role.VIEWER)
     @shown
     async def table(self, request: Request) -> Response:
         """Return the receipt as CSV: a line for each item and target."""
         document = await self._receipt(request)
-        return saved_as(f"{_name(document)}.csv", "text/csv", csv_text(COLUMNS, _items(document)))
+        return saved_as(f"{_name(document)}.csv", "text/csv", await asyncio.to_thread(_csv, document))
 
     async def _receipt(self, request: Request) -> dict[str, Any]:
         from talaria.service import jobs
@@ -156,6 +153,32 @@ def _part(name: str, receipt: dict[str, Any]) -> dict[str, Any]:
         "total": len(receipt["items"]),
         "reasons": [(*key, count) for key, count in reasons.most_common(20)],
     }
+
+
+def _content(document: Mapping[str, Any], given: dict[str, str], *, items: bool) -> dict[str, Any]:
+    """Return what the page shows of a receipt.
+
+    Args:
+        given: the filter of the items.
+        items: whether they are shown; a part of a page that is asked for every two seconds has none.
+    """
+    every = _items(document) if items else []
+    found = [one for one in every if _matches(one, given)]
+    offset = int(given["offset"]) if given["offset"].isdecimal() else 0
+    studies = document.get("studies", ())
+    return {
+        "parts": [_part(name, one) for name, one in document["targets"].items()],
+        "studies": [_study(row) for row in sorted(studies, key=_is_delivered)[:STUDIES]],
+        "more_studies": max(0, len(studies) - STUDIES),
+        "items": found[offset : offset + ITEMS],
+        "count": len(found),
+        "offset": offset,
+        "outcomes": sorted({one["outcome"] for one in every}),
+    }
+
+
+def _csv(document: Mapping[str, Any]) -> str:
+    return csv_text(COLUMNS, _items(document))
 
 
 def _items(document: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import urlencode
@@ -12,16 +13,19 @@ from starlette.responses import RedirectResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from talaria.front.access import Role, needs
+from talaria.front.api.errors import AWAY, answer_to
 from talaria.front.pages.acting import ACTIONS, act, send_to
 from talaria.front.pages.site import Site, fields, moment, shown
 from talaria.front.pages.texts import text
-from transfer.errors import DispatchError, Misconfigured
+from transfer.errors import Misconfigured
 
 LIST = "/talaria/dispatches"
 KINDS = ("dispatch",)
 SHOWN = 50  # dispatches a page
+PAGE = 200  # runs that are asked for at once
 RUNNING = 20  # on the home page
 MOST = 500  # that one press of a button changes
+MOST_LEFT = 5000  # that it can go on with: their ids stand in the page's form
 FILTERS = {
     "": (),
     "failed": ("FAILED", "CRASHED"),
@@ -116,32 +120,52 @@ class DispatchPages:
 
         office, sent = await self.site.office(request), await fields(request, several=("pick",))
         given, action = _given(sent), sent.get("do", "")
-        picked = sent.get("pick", "").split()[:MOST]
+        picked, others = list(dict.fromkeys(sent.get("pick", "").split())), 0
         if sent.get("all"):
-            picked = []
-            while len(picked) < MOST and (
-                page := await runs.jobs(
-                    office.client, min(200, MOST - len(picked)), len(picked), flows=KINDS, **_wanted(given)
-                )
-            ):
-                picked += [str(run.id) for run in page]
-        done, refused = list[str](), list[tuple[str, str]]()
-        for job in picked:
+            wanted = _wanted(given)
+            picked = await _matching(office.client, wanted)
+            others = max(0, await runs.count(office.client, KINDS, **wanted) - len(picked))
+        ask = action == "cancel" and bool(sent.get("all"))
+        done, refused, problem = list[str](), list[tuple[str, str]](), ""
+        left = deque(picked)
+        while left and not ask and not problem and len(done) + len(refused) < MOST:
+            job = left.popleft()
             try:
                 await (
                     send_to(office, job, sent.get("to", "")) if action == "send" else act(office, job, action, KINDS)
                 )
                 done.append(job)
-            except (DispatchError, ValueError) as exc:  # this one's state does not allow it; the others go on
-                refused.append((job, str(exc)))
+            except Exception as exc:  # this one's state does not allow it; the others go on
+                status, words = answer_to(exc)
+                refused.append((job, words))
+                problem = words if status == AWAY else ""  # so it would be for all that are left
         return self.site.page(
             request,
             "many.html",
             what=text(f"dispatch.{action}") if action in (*ACTIONS, "send") else "",
             done=done,
             refused=refused,
+            left=list(left),
+            next=min(MOST, len(left)),
+            others=others,
+            problem=problem,
+            ask=ask,
+            sent={name: sent.get(name, "") for name in ("do", "to")} | given,
             back=f"{LIST}?{urlencode(given)}",
         )
+
+
+async def _matching(client: Any, wanted: dict[str, Any]) -> list[str]:
+    """Return the ids of the runs that a filter leaves, the newest first, each once, at most MOST_LEFT."""
+    from talaria.engine import runs
+
+    found, offset = dict[str, None](), 0
+    while len(found) < MOST_LEFT and (page := await runs.jobs(client, PAGE, offset, flows=KINDS, **wanted)):
+        found |= {str(run.id): None for run in page}  # one that is made meanwhile moves the others on
+        offset += len(page)
+        if len(page) < PAGE:
+            break
+    return list(found)[:MOST_LEFT]
 
 
 def _given(sent: dict[str, str]) -> dict[str, str]:
