@@ -124,7 +124,7 @@ def parse(setting: str, text: str) -> tuple[str, ...]:
     for one in folders:
         if not os.path.isabs(one):
             raise ValueError(f"{setting}: {one} is not an absolute path")
-    return folders
+    return tuple(os.path.normpath("/" + one.lstrip("/")) for one in folders)
 
 
 def _of(setting: str) -> Roots:

@@ -150,7 +150,7 @@ class BrowserUpload:
                     if (made := aside / str(number)).exists():  # else the archive was empty
                         made.rename(self.content / into)
             except OSError as exc:
-                raise _trouble(exc) from exc
+                raise trouble(exc) from exc
             finally:
                 shutil.rmtree(aside, ignore_errors=True)
             self.unpacked = True
@@ -215,7 +215,7 @@ class Appending:
                 count = os.pwrite(self._fd, view, self.offset)
                 view, self.offset, self._left = view[count:], self.offset + count, self._left - count
         except OSError as exc:
-            raise _trouble(exc) from exc
+            raise trouble(exc) from exc
 
     def close(self) -> None:
         with suppress(OSError):
@@ -350,7 +350,7 @@ def _gone() -> NotFound:
     return NotFound("this upload is not known any more: begin it again")
 
 
-def _trouble(exc: OSError) -> Busy | Rejected:
+def trouble(exc: OSError) -> Busy | Rejected:
     """Return what to say where the disk fails, without any path.
 
     Raises:

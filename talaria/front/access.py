@@ -61,11 +61,16 @@ NOBODY = Identity("", Role.NOBODY, "")
 ACTING: ContextVar[Identity] = ContextVar("talaria.acting", default=NOBODY)
 
 
-def needs(role: Role) -> Callable[[F], F]:
-    """Declare the role that an endpoint needs; one without a declaration is for admins."""
+def needs(role: Role, *, bounds_body: bool = False) -> Callable[[F], F]:
+    """Declare the role that an endpoint needs; one without a declaration is for admins.
+
+    Args:
+        bounds_body: whether it ends a body that is too long itself, as it comes in; else the gate does, at a length
+            that fits into the memory.
+    """
 
     def mark(endpoint: F) -> F:
-        endpoint.role = role  # type: ignore[attr-defined]
+        endpoint.role, endpoint.bounds_body = role, bounds_body  # type: ignore[attr-defined]
         return endpoint
 
     return mark
@@ -76,19 +81,24 @@ def role_of(route: BaseRoute) -> Role:
     return Role(getattr(getattr(route, "endpoint", None), "role", Role.ADMIN))
 
 
-def required(routes: Iterable[BaseRoute], scope: dict[str, Any]) -> Role | None:
-    """Return the role that the route of a request needs, None if the request is for none of these routes.
+def bounds_body(route: BaseRoute | None) -> bool:
+    """Return True if what answers at a route ends a body that is too long itself."""
+    return bool(getattr(getattr(route, "endpoint", None), "bounds_body", False))
 
-    A known path with another method gets the route's role, so that only those who may use it see 405.
+
+def found(routes: Iterable[BaseRoute], scope: dict[str, Any]) -> BaseRoute | None:
+    """Return the route of a request, None if the request is for none of these routes.
+
+    A known path with another method gets the route, so that only those who may use it see 405.
     """
-    partly: Role | None = None
+    partly: BaseRoute | None = None
     for route in routes:
         match, child = route.matches(scope)
         if match is Match.NONE:
             continue
         if isinstance(route, Mount) and route.routes:
-            return required(route.routes, {**scope, **child})
+            return found(route.routes, {**scope, **child})
         if match is Match.FULL:
-            return role_of(route)
-        partly = role_of(route) if partly is None else partly
+            return route
+        partly = route if partly is None else partly
     return partly

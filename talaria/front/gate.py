@@ -20,7 +20,7 @@ from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import BaseRoute
 
 from talaria.front import prefect_rules
-from talaria.front.access import ACTING, NOBODY, SCOPE_KEY, Identity, Role, required
+from talaria.front.access import ACTING, NOBODY, SCOPE_KEY, Identity, Role, bounds_body, found, role_of
 from talaria.front.changed import change_for, changed
 from talaria.front.dress import dressed, safe_host
 from talaria.front.keys import Door, KeyRing, header_of
@@ -111,11 +111,12 @@ class Gate:
         try:
             asker = self._asker(scope)
             who = asker.who
-            need = required(self.routes, dict(scope)) if is_own(path) else prefect_rules.role_for(method, path)
+            route = found(self.routes, dict(scope)) if is_own(path) else None
+            need = role_of(route) if route else Role.VIEWER if is_own(path) else prefect_rules.role_for(method, path)
             self._admit(scope, asker, Role.VIEWER if need is None else need)
             passed = {**scope, SCOPE_KEY: who, "talaria.secure": asker.secure, "talaria.local": asker.local}
             passed["talaria.cookie"] = asker.cookie
-            if who.role < Role.WORKER:
+            if who.role < Role.WORKER and not bounds_body(route):
                 receive = _bounded(scope["headers"], receive)
             if not is_own(path):
                 passed["headers"] = self._with_credential(scope["headers"], who)

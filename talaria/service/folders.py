@@ -50,6 +50,8 @@ def listing(roots: Roots, path: str) -> Listing:
     if not path:
         if len(tops) > 1:
             return Listing("", entries=[Entry(one, one, folder=True) for one in tops if Path(one).is_dir()])
+        if not tops:
+            raise Denied(f"{roots.setting} names no folder that can be looked into")
         path = tops[0]
     path = os.path.normpath(path)
     try:

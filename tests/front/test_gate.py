@@ -262,7 +262,15 @@ def test_no_body_fills_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     async def read(request: Request) -> Response:
         return JSONResponse({"body": (await request.body()).decode()})
 
-    door = FrontDoor(tmp_path / "home", [Route("/talaria/api/v1/read", read, methods=["POST"])])
+    @needs(Role.OPERATOR, bounds_body=True)
+    async def keep(request: Request) -> Response:
+        return JSONResponse({"count": len(await request.body())})
+
+    routes = [
+        Route("/talaria/api/v1/read", read, methods=["POST"]),
+        Route("/talaria/upload", keep, methods=["POST"]),
+    ]
+    door = FrontDoor(tmp_path / "home", routes)
 
     async def pieces(count: int) -> AsyncIterator[bytes]:
         for _ in range(count):
@@ -278,6 +286,12 @@ def test_no_body_fills_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
                 asked.clear()
                 assert (await client.post(path, content=pieces(1000), headers=headers)).status_code == 413
                 assert len(asked) <= 11
+            long = b"x" * 200_000
+            kept = await client.post("/talaria/upload", content=long, headers=door.token(Role.OPERATOR))
+            assert kept.json() == {"count": len(long)}
+            asked.clear()
+            refused = await client.post("/talaria/upload", content=pieces(1000), headers=door.token(Role.VIEWER))
+            assert refused.status_code == 403 and len(asked) <= 11
             if not path.startswith("/talaria"):
                 assert (await client.post(path, content=b"x" * 100_001, headers=door.worker)).status_code == 200
 

@@ -59,6 +59,7 @@ def test_a_form_of_files_and_an_archive_is_sent_without_scripts(place: SimpleNam
         ([("files", ("../1.dcm", b"x"))], "arch", "name that can't be used"),
         ([("files", ("1.dcm", b"x")), ("files", ("1.dcm", b"y"))], "arch", "have the same name"),
         ([("files", ("1.zip", b"x"))], "arch", "can't be unpacked"),
+        ([("files", ("1.dcm", b"x" * (17 << 20)))], "nobody", "no target named nobody"),  # more than fits into memory
     ],
 )
 def test_what_can_t_be_taken_is_said_and_nothing_is_kept(
@@ -69,7 +70,7 @@ def test_what_can_t_be_taken_is_said_and_nothing_is_kept(
 
     before = kept()
     answer = place.operator.client.post("/talaria/upload", data={"to": to}, files=files)
-    assert answer.status_code in (422, 502) and said in words(answer.text), words(answer.text)
+    assert answer.status_code in (404, 422, 502) and said in words(answer.text), words(answer.text)
     assert kept() == before
 
 
@@ -122,3 +123,6 @@ def test_what_could_not_be_sent_is_refused_before_anything_is_uploaded(place: Si
     ):
         answer = client.post("/talaria/uploads", json=sent)
         assert (answer.status_code, said in answer.json()["error"]) == (status, True), answer.text
+    for length, status in ((17 << 20, 404), (33 << 20, 422)):  # of the list of files
+        content = b'{"files": [["a", 1]], "to": ["nobody"]}' + b" " * length
+        assert client.post("/talaria/uploads", content=content).status_code == status

@@ -31,6 +31,7 @@ class FormOfFiles:
         self.fields: dict[str, list[str]] = {}
         self.files: list[tuple[str, int]] = []
         self._folder, self._left, self._kept = folder, uploads.limit(), 0
+        self._all = uploads.limit() + uploads.MOST_FILES * 2 * uploads.PATH_B  # with what stands before each file
         self._header, self._value, self._part = b"", b"", b""
         self._name, self._path = "", ""
         self._file: BinaryIO | None = None
@@ -51,9 +52,15 @@ class FormOfFiles:
         """Take a piece of the form.
 
         Raises:
-            ValueError: it is no form; Misconfigured, Rejected, OSError: a file can't be taken.
+            ValueError: it is no form; Misconfigured, Rejected, Busy: a file can't be taken.
         """
-        self._parser.write(data)
+        self._all -= len(data)
+        if self._all < 0:
+            uploads.check([("x", uploads.limit() + 1)])
+        try:
+            self._parser.write(data)
+        except OSError as exc:
+            raise uploads.trouble(exc) from exc
 
     def close(self) -> None:
         """End the file that is open, if one is."""
@@ -103,6 +110,7 @@ class FormOfFiles:
         self._left -= size
         if self._left < 0:
             uploads.check([("x", uploads.limit() + 1)])
+        uploads.room(self._folder, size)
         self._file.write(data[start:end])
         path, before = self.files[-1]
         self.files[-1] = path, before + size

@@ -92,7 +92,7 @@ class UploadPages:
             problem=problem,
         )
 
-    @needs(Role.OPERATOR)
+    @needs(Role.OPERATOR, bounds_body=True)
     @shown
     async def whole(self, request: Request) -> Response:
         """Take all files in one form, and send them."""
@@ -119,7 +119,7 @@ class UploadPages:
                 return await self._form(request, words, status, form.fields.get("to") if form else None)
         return RedirectResponse(leads, 303)
 
-    @needs(Role.OPERATOR)
+    @needs(Role.OPERATOR, bounds_body=True)
     @answered
     async def begin(self, request: Request) -> Response:
         """Announce an upload: its files with their sizes, and where they go."""
