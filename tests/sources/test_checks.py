@@ -1,0 +1,143 @@
+"""What is wrong with a source is said in a sentence, before anything of it is touched."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from blocks import Source, Target
+from blocks.dicom import DicomTarget
+from blocks.dicomweb import DicomWebTarget
+from blocks.folder import FolderTarget
+from blocks.inbox import InboxSource
+from blocks.list_source import ListSource
+from tasks.sources import checks
+
+Place = Callable[[str], str]
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+    monkeypatch.setenv("TALARIA_HOME", str(tmp_path / "home"))
+    for name in ("in", "in/below", "sent", "shelf", "home"):
+        (tmp_path / name).mkdir()
+    return lambda name: str(tmp_path / name)
+
+
+def targets(place: Place) -> list[Target]:
+    return [
+        FolderTarget(folder=place("shelf")).named("shelf"),
+        DicomTarget(host="h", aet_target="A", direction="query").named("asked"),
+    ]
+
+
+def inbox(place: Place, name: str = "box", **fields: Any) -> InboxSource:
+    return InboxSource(**{"folder": place("in"), "targets": ["shelf"], **fields}).named(name)
+
+
+def wrong(place: Place, *sources: Source, more: tuple[Target, ...] = (), mount: str = "") -> list[str]:
+    found = checks.problems(sources[0], sources, [*targets(place), *more], mount)
+    return [one.replace(f"{place('x')[:-1]}", "") for one in found]
+
+
+def test_a_good_one(place: Place) -> None:
+    assert wrong(place, inbox(place), inbox(place, "other", folder=place("sent"))) == []
+    assert wrong(place, inbox(place, after="move", move_to=place("sent"))) == []
+
+
+def test_targets_that_are_not_there_or_not_for_this(place: Place) -> None:
+    assert wrong(place, inbox(place, targets=["shelf", "pacs"])) == ["no target named pacs; there are: asked, shelf"]
+    assert wrong(place, inbox(place, targets=["dicom/shelf"])) == [
+        "no target named dicom/shelf; there are: asked, shelf"
+    ]
+    (words,) = wrong(place, inbox(place, targets=["asked"]))
+    assert words.startswith("target asked has direction query")
+
+
+@pytest.mark.parametrize(
+    ("folder", "words"),
+    [("nowhere", "nowhere: no such file or folder"), ("file", "file: is not a folder"), ("home", "state directory")],
+)
+def test_a_folder_that_is_none(place: Place, folder: str, words: str) -> None:
+    Path(place("file")).write_text("a file")
+    (found,) = wrong(place, inbox(place, folder=place(folder)))
+    assert words in found
+
+
+def test_a_folder_that_may_not_be_sent_from(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TALARIA_SOURCES", place("sent"))
+    monkeypatch.setenv("TALARIA_PLACES", place("shelf"))
+    assert wrong(place, inbox(place)) == ["in: lies below no folder of TALARIA_SOURCES"]
+    moving = inbox(place, folder=place("sent"), after="move", move_to=place("in"))
+    assert wrong(place, moving) == ["move_to: in: lies below no folder of TALARIA_PLACES"]
+
+
+def test_a_folder_that_can_not_be_written_to(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    access = os.access
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: str(path) != place("in") and access(path, mode)
+    )  # also of root
+    assert wrong(place, inbox(place)) == []
+    (words,) = wrong(place, inbox(place, after="delete"))
+    assert words == "in: can't be written to by this user, so that nothing can be moved or deleted"
+
+
+@pytest.mark.parametrize("move_to", ["nothing", "file"])
+def test_a_place_to_move_to_that_is_no_folder(place: Place, move_to: str) -> None:
+    Path(place("file")).write_text("a file")
+    assert wrong(place, inbox(place, after="move", move_to=place(move_to))) == [f"move_to: {move_to}: is not a folder"]
+
+
+@pytest.mark.parametrize("way", ["", "link/"])
+def test_loops(place: Place, way: str) -> None:
+    if way:
+        os.symlink(place(""), place("link"))
+    (two,) = wrong(place, inbox(place), inbox(place, "other", folder=place(f"{way}in/below")))
+    assert two == f"in and {way}in/below of source other overlap: each file must have one source"
+    shelf = FolderTarget(folder=place(f"{way}in/below")).named("inside")
+    (loop,) = wrong(place, inbox(place), more=(shelf,))
+    assert loop == f"in and {way}in/below of target inside overlap: what is delivered would come again"
+    web = DicomWebTarget(url=f"file://{place(f'{way}in')}").named("web")
+    (loop,) = wrong(place, inbox(place, folder=place("in/below")), more=(web,))
+    assert "of target web overlap" in loop
+    (back,) = wrong(place, inbox(place, after="move", move_to=place(f"{way}in/below")))
+    assert back == f"move_to: {way}in/below and in of source box overlap: what is moved would come again"
+    other = inbox(place, "other", folder=place("sent"), after="move", move_to=place(f"{way}in/below"))
+    assert any("overlap" in one for one in wrong(place, inbox(place), other))
+
+
+def test_a_share_that_is_not_mounted(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    share = place("in").replace(" ", "\\040")
+    planned = tmp_path / "fstab"
+    planned.write_text(f"# file systems\nserver:/export {share} nfs defaults 0 0\nUUID=1 / ext4 defaults 0 1\n")
+    monkeypatch.setattr(checks, "PLANNED", planned)
+    assert wrong(place, inbox(place, folder=place("in/below"))) == ["in/below: lies on in, which is not mounted"]
+    assert wrong(place, inbox(place, folder=place("in/gone"))) == ["in/gone: no such file or folder: in is not mounted"]
+    mounts = tmp_path / "mountinfo"
+    mounts.write_text(f"1 0 8:1 / / rw - ext4 /dev/sda1 rw\n2 1 0:9 / {share} rw shared:1 - nfs4 server:/export rw\n")
+    monkeypatch.setattr(checks, "MOUNTS", mounts)
+    assert wrong(place, inbox(place)) == []
+    assert checks.mounted_at(place("in/below")) == f"nfs4 server:/export {place('in')}"
+    planned.write_text("")
+    mounts.write_text("1 0 8:1 / / rw - ext4 /dev/sda1 rw\n")
+    (words,) = wrong(place, inbox(place), mount=f"nfs4 server:/export {place('in')}")
+    assert "lies on another file system than when it was applied (ext4 /dev/sda1 /" in words
+
+
+def test_a_list(place: Place) -> None:
+    Path(place("todo.csv")).write_text("/data/a\n")
+
+    def listed(**fields: Any) -> ListSource:
+        return ListSource(**{"file": place("todo.csv"), "targets": ["shelf"], **fields}).named("todo")
+
+    assert wrong(place, listed()) == []
+    assert wrong(place, listed(file=place("nothing.csv"))) == ["nothing.csv: no such file or folder"]
+    assert wrong(place, listed(file=place("in"))) == ["in: is not a file"]
+    assert wrong(place, listed(query="asked")) == []
+    assert wrong(place, listed(query="pacs")) == ["no target named pacs"]
+    (words,) = wrong(place, listed(query="shelf", targets=["asked"]))[1:] or [""]
+    assert "can't be queried" in words
