@@ -168,7 +168,7 @@ def _words(schedule: Any) -> str:
         case CronSchedule():
             return f"cron {schedule.cron} {schedule.timezone or 'UTC'}"
         case RRuleSchedule():
-            return f"{schedule.rrule} {schedule.timezone or 'UTC'}"
+            return f"{schedule.rrule.rpartition(chr(10))[2]} {schedule.timezone or 'UTC'}"
         case IntervalSchedule():
             return f"every {schedule.interval.total_seconds():.0f} s"
         case _:

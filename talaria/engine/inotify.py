@@ -27,12 +27,16 @@ except (AttributeError, OSError):  # not Linux
 class FolderWatch:
     """Watches a folder and those below it, until it is garbage collected.
 
+    Args:
+        name: only this file in the folder, and no folder below it.
+
     Attributes:
         blind: whether something may happen that is not noticed: there are too many folders, or events were lost.
     """
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, name: str = "") -> None:
         self._folders: dict[int, str] = {}
+        self._name = name
         self._fd = _init(os.O_NONBLOCK | os.O_CLOEXEC) if _init else -1
         self.blind = self._fd < 0
         if self._fd >= 0:
@@ -51,6 +55,8 @@ class FolderWatch:
                 self.blind = self.blind or os.path.lexists(path)
                 continue
             self._folders[number] = path
+            if self._name:
+                return
             with suppress(OSError), os.scandir(path) as listing:
                 stack += (one.path for one in listing if one.is_dir(follow_symlinks=False))
 
@@ -71,7 +77,8 @@ class FolderWatch:
                     elif mask & IN_IGNORED:
                         self._folders.pop(number, None)
                         continue
-                    elif mask & IN_ISDIR and number in self._folders:
+                    elif mask & IN_ISDIR and number in self._folders and not self._name:
                         self._add(f"{self._folders[number]}/{name}")
-                    found.append(name)
+                    if self._name in ("", name):
+                        found.append(name)
         return found

@@ -21,6 +21,7 @@ from prefect.client.schemas.objects import StateType
 from prefect.exceptions import ObjectNotFound, PrefectException
 
 from blocks import Source
+from blocks.list_source import ListSource
 from talaria.engine import batches
 from talaria.engine.inotify import FolderWatch
 from tasks.sources.inbox import MARKER
@@ -127,7 +128,12 @@ class _Sweeping:
         return source.watched and bool(getattr(source, "watch", True))
 
     def _watches(self, source: Source) -> list[FolderWatch]:
-        return [FolderWatch(folder) for folder in source.folders] if self._is_watched(source) else []
+        if not self._is_watched(source):
+            return []
+        if isinstance(source, ListSource):
+            folder, _, name = source.file.rpartition("/")
+            return [FolderWatch(folder or "/", name)]
+        return [FolderWatch(folder) for folder in source.folders]
 
     def _listen(self, one: _Watched) -> None:
         for folder in one.folders:

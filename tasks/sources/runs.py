@@ -84,7 +84,21 @@ class PrefectDispatching:
         with suppress(OSError, ValueError):
             document = json.loads(self.home.receipt(str(flow_run.id)).read_text(encoding="utf-8"))
         document = document or await kept.read(self.client, flow_run.id) or {}
+        if "accessions" in document:
+            return _of_numbers(document)
         return {str(row["study"]): row for row in _rows(document.get("studies", ()))}
+
+
+def _of_numbers(document: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the rows of a retrieval by accession number: one is delivered if all its studies are."""
+    found: dict[str, dict[str, Any]] = {}
+    for row in (*document.get("studies", ()), *document["accessions"]):
+        number, state = str(row["accession"]), str(row["state"])
+        before = found.get(number)
+        if before is None or state != "delivered":
+            outcome = {"state": state, "error": str(row["reason"]) or state}
+            found[number] = {"study": number, "dispatch_id": "", "targets": {str(document["source"]): outcome}}
+    return found
 
 
 def _has_ended(flow_run: FlowRun) -> bool:

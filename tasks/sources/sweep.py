@@ -16,6 +16,7 @@ from typing import Any
 
 from blocks import Source, Target
 from blocks.inbox import Late
+from blocks.list_source import ListSource
 from blocks.source import After
 from tasks.happened import happened
 from tasks.names import split
@@ -103,6 +104,7 @@ class Sweep:
         await self.settle()
         for batch in await asyncio.to_thread(self._look):
             await self._create(batch.mark, batch.parameters, len(batch.rows))
+        await asyncio.to_thread(units.report, self.source, self.ledger)
         return self.done
 
     # ---- what was dispatched before
@@ -286,6 +288,12 @@ class Sweep:
 
     def _close(self, batch: _Batch) -> _Batch:
         batch.writer.close()
+        if isinstance(self.source, ListSource) and self.source.query:
+            batch.parameters = {
+                "source": self.source.query,
+                "accessions": "\n".join(f'"{row.unit}"' for row in batch.rows),
+                **{name: batch.parameters[name] for name in ("targets", "priority")},
+            }
         unitlist.keep(batch.writer.path, batch.parameters)
         self.book.save(self.source.name, batch.rows)
         return batch

@@ -13,7 +13,7 @@ from transfer.ledger import Ledger
 from transfer.plan import Origin
 
 # Where the function `units` of each type is, and `root` where its files lie in a folder of its own.
-_MODULES = {"dicom": "tasks.sources.dicom", "inbox": "tasks.sources.inbox"}
+_MODULES = {"dicom": "tasks.sources.dicom", "inbox": "tasks.sources.inbox", "list": "tasks.sources.lines"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +70,17 @@ def root(source: Source) -> str:
     """
     found = getattr(_module(source), "root", None)
     return str(found(source)) if found else ""
+
+
+def report(source: Source, ledger: Ledger) -> None:
+    """Write what became of each unit, for those sources that have a file for it.
+
+    Raises:
+        Busy, Denied: it can't be written.
+    """
+    write = getattr(_module(source), "report", None)
+    if write:
+        write(source, ledger.sources.units(source.name))
 
 
 def _module(source: Source) -> Any:

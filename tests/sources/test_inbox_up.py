@@ -12,6 +12,8 @@ import pytest
 import yaml
 
 from talaria.testing import studies as material
+from tests.engine.material import source, study
+from tests.servers.qr import archive
 from tests.servers.up import Talaria
 
 
@@ -94,3 +96,81 @@ def test_studies_of_an_inbox_are_delivered_and_deleted(inboxes: Inboxes) -> None
     assert listed["units"]["done"] == 3 and listed["enabled"]
     shutil.rmtree(box / "settling")
     assert os.listdir(box) == []
+
+
+@pytest.mark.slow
+def test_a_thousand_studies_in_one_sweep_arrive(inboxes: Inboxes) -> None:
+    box, shelf = inboxes.make("box", "shelf")
+    inboxes.up.apply(shelf={"type": "folder", "folder": str(shelf), "layout": "{StudyInstanceUID}"})
+    for number in range(1000):
+        material.ct(box / f"s{number}", 1)
+    inboxes.apply(
+        thousand={"type": "inbox", "folder": str(box), "targets": ["shelf"], "after": "delete", "settle_s": 0}
+    )
+    inboxes.up.until(lambda: inboxes.state("thousand") == {"done": 1000}, 600)
+    assert not files(box) and len(files(shelf)) == 1000
+
+
+def test_what_can_not_be_is_refused_before_anything_is_touched(inboxes: Inboxes) -> None:
+    box, shelf = inboxes.make("box", "shelf")
+    inboxes.up.apply(shelf={"type": "folder", "folder": str(shelf)})
+    good = {"type": "inbox", "folder": str(box), "targets": ["shelf"], "after": "delete", "settle_s": 0}
+    material.ct(box / "s", 1)
+    wrong = inboxes.apply(2, good=good, bad={"type": "inbox", "folder": str(box / "s"), "targets": ["nobody"]})
+    assert "source good: " in wrong and "overlap" in wrong
+    assert "source bad: no target named nobody; there are: " in wrong
+    assert inboxes.up.told("source", "list")["sources"] == [], "all of them or none"
+    inboxes.apply(good=good)
+    inboxes.until("good", done=1)
+    assert not files(box)
+    box.rename(box.with_name("unmounted"))
+    inboxes.up.here("source", "sweep", "good")
+    inboxes.up.until(lambda: "no such file or folder" in inboxes.up.told("source", "show", "good")["problem"])
+    tested = inboxes.up.told("source", "test", "good", code=1)
+    assert not tested["ok"] and "no such file or folder" in tested["problems"][0]
+
+
+def test_a_schedule_is_prefects_and_what_people_change_of_it_stays(inboxes: Inboxes) -> None:
+    box, shelf = inboxes.make("box", "shelf")
+    inboxes.up.apply(shelf={"type": "folder", "folder": str(shelf)})
+    night = {"type": "inbox", "folder": str(box), "targets": ["shelf"], "watch": False, "timezone": "Europe/Berlin"}
+    inboxes.apply(night=night | {"cron": "0 2 * * *"})
+    there = inboxes.up.api("GET", "/deployments/name/batch/night")
+    (schedule,) = there["schedules"]
+    assert schedule["schedule"] == {"cron": "0 2 * * *", "timezone": "Europe/Berlin", "day_or": True}
+    assert schedule["active"] and there["parameters"] == {"source": "night"}
+    changed = {"schedule": {"cron": "30 4 * * *", "timezone": "Europe/Berlin"}, "active": True}
+    inboxes.up.api("PATCH", f"/deployments/{there['id']}/schedules/{schedule['id']}", **changed)
+    inboxes.apply(night=night | {"cron": "0 2 * * *", "description": "another word"})
+    assert inboxes.up.told("source", "show", "night")["schedule"] == ["cron 30 4 * * * Europe/Berlin"]
+    inboxes.apply(night=night | {"rrule": "FREQ=WEEKLY;BYDAY=SA"})
+    assert inboxes.up.told("source", "show", "night")["schedule"] == ["FREQ=WEEKLY;BYDAY=SA Europe/Berlin"]
+    inboxes.apply(night=night | {"interval_s": 10})
+    material.ct(box / "s", 1)
+    os.utime(box / "s", (1, 1))
+    assert inboxes.up.told("source", "pause", "night")["action"] == "paused"
+    assert inboxes.up.api("GET", "/deployments/name/batch/night")["paused"]
+    assert inboxes.up.here("source", "sweep", "night").returncode == 2
+    inboxes.up.told("source", "resume", "night")
+    inboxes.apply(night=night | {"interval_s": 10, "settle_s": 0})
+    inboxes.until("night", done=1)  # by the schedule alone
+    inboxes.up.told("source", "remove", "night")
+    inboxes.names.remove("night")
+    found = inboxes.up.api("POST", "/deployments/filter", deployments={"name": {"any_": ["night"]}})
+    assert not found and (box / "s").is_dir()
+
+
+def test_a_list_of_accession_numbers_is_fetched_and_sent(inboxes: Inboxes) -> None:
+    (shelf,) = inboxes.make("shelf")
+    listed = inboxes.folder / "todo.csv"
+    listed.write_text("Accession Number;remark\nA1;\nA2;\nNOPE;\n")
+    with archive([one for number in ("A1", "A2") for one in study(number, 1, 2)]) as peer:
+        inboxes.up.apply(shelf={"type": "folder", "folder": str(shelf)}, asked=source(peer))
+        inboxes.apply(todo={"type": "list", "file": str(listed), "targets": ["shelf"], "query": "asked", "at_once": 2})
+        inboxes.until("todo", done=2, failed=1)
+        assert len(files(shelf)) == 4
+        report = listed.with_name("todo.csv.report.csv")
+        inboxes.up.until(lambda: "NOPE,failed" in report.read_text())
+        assert "A1,delivered" in report.read_text() and "A2,delivered" in report.read_text()
+        (shown,) = inboxes.up.told("source", "show", "todo")["attention"]
+        assert "the source has no study that matches" in shown["detail"]

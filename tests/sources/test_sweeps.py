@@ -246,3 +246,15 @@ def test_lists_that_nobody_needs_go(bench: Bench) -> None:
     bench.all()
     bench.sweep()
     assert not names(bench.home.root / "sources")
+
+
+@pytest.mark.parametrize("unit", ["folder", "study"])
+def test_a_thousand_studies_in_one_sweep(bench: Bench, unit: str) -> None:
+    bench.source = bench.named(unit=unit, after="delete")
+    for number in range(1000):
+        material.ct(bench.inbox / f"s{number}", 1)
+    done = bench.sweep()
+    assert sorted(done.runs.values()) == [250] * 4
+    assert bench.sweep().words == "nothing new"
+    with Ledger(bench.home.ledger) as ledger:
+        assert ledger.sources.counts() == {"box": {"dispatched": 1000}}
