@@ -47,11 +47,28 @@ def document(path: Path, section: str = "targets") -> dict[Any, Any]:
         Misconfigured: the file can't be read, is not such a file, or has no such section.
     """
     try:
-        document = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 - a SafeLoader
+        text = path.read_text(encoding="utf-8")
     except OSError as exc:
         raise Misconfigured(f"{path}: {exc.strerror}") from exc
     except UnicodeDecodeError as exc:
         raise Misconfigured(f"{path}: is not UTF-8 text") from exc
+    found: dict[Any, Any] = sections(text, str(path)).get(section, {})
+    if not found:
+        raise Misconfigured(f"{path}: names no {SECTIONS[section]}")
+    return found
+
+
+def sections(text: str, path: str) -> dict[str, dict[Any, Any]]:
+    """Return the sections of a file's text, as they stand there.
+
+    Args:
+        path: what messages call the file.
+
+    Raises:
+        Misconfigured: it is not such a file.
+    """
+    try:
+        document = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
     except (yaml.YAMLError, ValueError, RecursionError) as exc:
         raise Misconfigured(f"{path}: {what_is_wrong_with_yaml(exc)}") from None  # its own words hold the source
     keys = " or ".join(f"`{name}`" for name in SECTIONS)
@@ -62,10 +79,7 @@ def document(path: Path, section: str = "targets") -> dict[Any, Any]:
             raise Misconfigured(f"{path}: unknown key {str(name)[:SHOWN]!r}: expected {keys}")
         if not isinstance(entries, dict):
             raise Misconfigured(f"{path}: `{name}` must be a mapping of names to {SECTIONS[name]}s")
-    found: dict[Any, Any] = document.get(section, {})
-    if not found:
-        raise Misconfigured(f"{path}: names no {SECTIONS[section]}")
-    return found
+    return document
 
 
 def read_filled(path: Path, section: str = "targets") -> dict[str, Any]:

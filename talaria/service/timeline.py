@@ -14,6 +14,7 @@ from talaria.service import Office
 
 MOST = 200  # lines of logs, which one request brings; earlier ones are in Prefect
 BAD = ("FAILED", "CRASHED")
+NOISE = ("Beginning flow run", "Finished in state")  # Prefect's own words for what the states say
 
 
 async def timeline(office: Office, run_id: str) -> tuple[list[dict[str, Any]], bool]:
@@ -40,6 +41,7 @@ async def timeline(office: Office, run_id: str) -> tuple[list[dict[str, Any]], b
             "more": one.message,
         }
         for one in logs
+        if not one.message.startswith(NOISE)
     ]
     return sorted(events, key=lambda event: str(event["time"])), len(logs) >= MOST
 

@@ -19,13 +19,13 @@ from transfer.home import Home
 class Person:
     """Somebody who reads pages and sends their forms; nothing is known but what stands in them."""
 
-    def __init__(self, up: Talaria, role: Role) -> None:
+    def __init__(self, up: Talaria, role: Role, name: str = "") -> None:
         self.home = up.home
         self.base = up.url.removesuffix("/api")
         self.client = httpx.Client(
             base_url=self.base, timeout=120, trust_env=False, headers={"Accept": "text/html", "Origin": self.base}
         )
-        name = f"{role.label}-{id(self)}"
+        name = name or f"{role.label}-{id(self)}"
         Users(Home(up.home)).add(name, role, PASSWORD)
         form = {"user": name, "password": PASSWORD, "next": "/talaria/"}
         assert self.client.post("/talaria/login", data=form).status_code == 303
@@ -46,8 +46,8 @@ class Person:
         return fields(self.get(path))
 
 
-def person(up: Talaria, role: Role) -> Iterator[Person]:
-    found = Person(up, role)
+def person(up: Talaria, role: Role, name: str = "") -> Iterator[Person]:
+    found = Person(up, role, name)
     yield found
     found.client.close()
 

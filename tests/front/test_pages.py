@@ -291,7 +291,7 @@ def test_folders_are_browsed_and_each_folder_is_a_study_of_its_own(
     leads = operator.post("/talaria/send", {**form, "do": "send"})
     until(lambda: 'hx-trigger="load' not in operator.get(leads), as_loaded(120))
     page = words(operator.get(leads))
-    assert "Studies" in page and "2 of 2 delivered" in page
+    assert "Studies" in page and "2 of 2 delivered" in page and "Items: 2" in page
     for path, said in ((tmp_path / "nowhere", "no such file"), (Path(operator.home), "state directory")):
         assert said in words(operator.post("/talaria/send", {**form, "open": str(path)}, 200))
 

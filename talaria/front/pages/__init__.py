@@ -13,11 +13,13 @@ from talaria.front.pages.checks import Checks
 from talaria.front.pages.dispatch import DispatchPage
 from talaria.front.pages.dispatches import DispatchPages
 from talaria.front.pages.editing import EditingPages
+from talaria.front.pages.importing import ImportPages
 from talaria.front.pages.querying import QueryPages
 from talaria.front.pages.retrievals import RetrievalPages
 from talaria.front.pages.sending import SendingPages
 from talaria.front.pages.settings import SettingsPages
 from talaria.front.pages.site import Site
+from talaria.front.pages.sources import NotificationPages, SourcePages
 from talaria.front.pages.targets import TargetPages
 from talaria.front.pages.uploading import UploadPages
 
@@ -33,6 +35,9 @@ def routes(reach: Reach) -> list[BaseRoute]:
         *UploadPages(site).routes(),
         *QueryPages(site).routes(),
         *RetrievalPages(site).routes(),
+        *ImportPages(site).routes(),
+        *SourcePages(site).routes(),
+        *NotificationPages(site).routes(),
         *SettingsPages(site).routes(),
         *EditingPages(site, checks).routes(),
         *TargetPages(site, checks).routes(),

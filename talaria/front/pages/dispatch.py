@@ -25,7 +25,7 @@ ITEMS = 200  # on a page
 STUDIES = 200  # of a flood
 EVENTS = 200  # of the time line, the newest
 DELIVERED = ("delivered", "already")
-COLUMNS = ("target", "study", "item", "sop_instance_uid", "outcome", "reason")
+COLUMNS = ("target", "item", "sop_instance_uid", "outcome", "reason")
 
 
 class DispatchPage:
@@ -184,23 +184,16 @@ def _csv(document: Mapping[str, Any]) -> str:
 def _items(document: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return every item at every target, those that are not plainly delivered first."""
     found = [
-        {"target": name, "study": "", "item": item["path"], "sop_instance_uid": item["sop_instance_uid"]}
+        {"target": name, "item": item["path"], "sop_instance_uid": item["sop_instance_uid"]}
         | {"outcome": item["outcome"], "reason": item["detail"]}
         for name, receipt in document["targets"].items()
         for item in receipt["items"]
-    ]
-    found += [
-        {"target": name, "study": row["study"], "item": item["path"], "sop_instance_uid": item["sop_instance_uid"]}
-        | {"outcome": item["outcome"], "reason": item["detail"]}
-        for row in document.get("studies", ())
-        for name, receipt in row["targets"].items()
-        for item in receipt.get("items", ())
     ]
     return sorted(found, key=lambda one: one["outcome"] in DELIVERED)
 
 
 def _matches(item: dict[str, Any], given: dict[str, str]) -> bool:
-    words = f"{item['study']} {item['item']} {item['reason']} {item['sop_instance_uid']}".casefold()
+    words = f"{item['item']} {item['reason']} {item['sop_instance_uid']}".casefold()
     same = all(not given[name] or given[name] == item[name] for name in ("target", "outcome"))
     return same and given["q"].strip().casefold() in words
 

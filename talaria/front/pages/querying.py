@@ -214,7 +214,7 @@ class QueryPages:
         asked, columns = search.asked if asked is None else asked, COLUMNS[search.level]
         every = await self.site.rows(office) if search.over else []
         lines = [
-            (at, search.is_sure(one) if marked is None else at in marked, [_shown(one.get(name)) for name in columns])
+            (at, search.is_sure(one) if marked is None else at in marked, [_read(one, name) for name in columns])
             for at, one in enumerate(search.matches[:SHOWN])
         ]
         answer = self.site.page(
@@ -284,6 +284,13 @@ def _destinations(every: list[dict[str, Any]], chosen: str) -> list[tuple[str, s
 
 def _quoted(number: str) -> str:
     return f'"{number}"' if {",", ";", " "} & {*number} else number
+
+
+def _read(match: Mapping[str, Any], name: str) -> str:
+    """Return a value as people read it."""
+    value = _shown(match.get(name))
+    plain = name == "StudyDate" and len(value) == 8 and value.isdecimal()
+    return f"{value[:4]}-{value[4:6]}-{value[6:]}" if plain else value
 
 
 def _shown(value: Any) -> str:

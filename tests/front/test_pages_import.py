@@ -1,0 +1,165 @@
+"""Import of files by a page, and the pages of sources and notifications, at a server that runs, without scripts."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+
+from talaria import mercure
+from talaria.front.access import Role
+from talaria.testing.process import as_loaded, free_port, until
+from tests.engine.material import folder, study
+from tests.front.people import Person, fields, person, words
+from tests.servers.up import Talaria, talaria
+
+pytestmark = pytest.mark.timeout(600)
+SECRET = "swordfish"
+MERCURE = {
+    "appliance_name": "x",
+    "targets": {
+        "PACS Main": {
+            "target_type": "dicom", "ip": "10.1.2.3", "port": "104", "aet_target": "MAIN", "aet_source": "MERC",
+            "contact": "team@example.org", "comment": "ours", "direction": "both",
+        },
+        "tls": {"target_type": "dicomtls", "ip": "h", "port": "2762", "aet_target": "T", "tls_cert": "/c",
+                "tls_key": "/k", "ca_cert": "/ca"},
+        "web": {"target_type": "dicomweb", "url": "https://x.example.org", "http_user": "u", "http_password": SECRET},
+        "files": {"target_type": "sftp", "host": "h", "user": "u", "password": SECRET, "folder": "in", "odd": 1},
+        "shell": {"target_type": "rsync", "host": "h", "user": "u", "folder": "in", "run_on_complete": True},
+        "bucket": {"target_type": "s3", "region": "eu", "bucket": "scans", "prefix": "p", "access_key_id": "A",
+                   "secret_access_key": SECRET},
+        "trial": {"target_type": "xnat", "host": "https://x", "user": "u", "password": SECRET, "project_id": "T7"},
+        "dir": {"target_type": "folder", "folder": "/tmp", "exclusion_filter": "*.png"},
+        "none": {"target_type": "dummy"},
+    },
+    "rules": {"a": {}},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
+    root = tmp_path_factory.mktemp("import")
+    with talaria(root) as up:
+        people = {role: person(up, role) for role in (Role.VIEWER, Role.OPERATOR, Role.ADMIN)}
+        viewer, operator, admin = (next(one) for one in people.values())
+        yield SimpleNamespace(up=up, root=root, viewer=viewer, operator=operator, admin=admin)
+        for one in people.values():
+            next(one, None)
+
+
+def preview(admin: Person, content: Any, status: int = 200) -> str:
+    text = content if isinstance(content, str) else yaml.safe_dump(content)
+    return admin.post("/talaria/import", {"content": text}, status)
+
+
+def take_over(admin: Person, page: str) -> str:
+    (leads,) = re.findall(r'action="(/talaria/import/[^"]+)"', page)
+    return admin.post(leads, {}, 200)
+
+
+def test_a_mercure_configuration_is_shown_and_taken_over(place: SimpleNamespace) -> None:
+    admin, up = place.admin, place.up
+    listed = {"file": ("mercure.json", json.dumps(MERCURE).encode(), "application/json")}
+    page = admin.client.post("/talaria/import", data={"content": ""}, files=listed).text
+    said = words(page)
+    assert SECRET not in page
+    assert "PACS Main is called pacs-main here" in said and "files: odd does not come along" in said
+    assert "no type like mercure's dummy" in said and "rules do not come along: 1" in said
+    assert said.count("created") == 8 and up.json("target", "list")["targets"] == []
+    (leads,) = re.findall(r'action="(/talaria/import/[^"]+)"', page)
+    for other in person(up, Role.ADMIN):
+        other.post(leads, {}, 404)
+    assert "It was imported." in words(take_over(admin, page))
+    admin.post(leads, {}, 404)
+    saved = {one["name"]: one for one in up.json("target", "list")["targets"]}
+    assert {name: one["type"] for name, one in saved.items()} == {
+        "pacs-main": "dicom", "tls": "dicom-tls", "web": "dicomweb", "files": "sftp", "shell": "rsync", "bucket": "s3",
+        "trial": "xnat", "dir": "folder",
+    }  # fmt: skip
+    pacs = up.json("target", "show", "pacs-main")
+    assert (pacs["host"], pacs["port"], pacs["aet_target"], pacs["aet_source"]) == ("10.1.2.3", 104, "MAIN", "MERC")
+    assert (pacs["contact"], pacs["description"], pacs["direction"]) == ("team@example.org", "ours", "both")
+    assert up.json("target", "show", "shell")["on_complete"] and up.json("target", "show", "dir")["exclude"] == "*.png"
+    assert "pacs-main" in admin.get("/talaria/targets")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("", "nothing to import"),
+        ("targets: [", "the file:"),
+        ("x: {}", "unknown key 'x'"),
+        ({"targets": {"a": {"type": "folder", "folder": "${HOME}"}}}, "only `talaria target apply` fills in"),
+        ({"targets": {"a": {"type": "sftp", "host": "h", "password": "file:/etc/passwd"}}}, "a: password: only"),
+        ({"targets": {"a": {"type": "folder", "folder": "relative"}}}, "a: folder"),
+        ({"targets": {"a": 7}}, "a: expected fields"),
+        ({"sources": {"s": {"type": "inbox", "folder": "/tmp", "targets": ["nobody"]}}}, "nobody"),
+    ],
+)
+def test_a_file_that_can_t_be_meant_is_refused_and_stays_in_the_form(
+    place: SimpleNamespace, content: Any, said: str
+) -> None:
+    page = preview(place.admin, content, 422)
+    assert said in words(page), words(page)
+    assert fields(page)["content"].strip() == (content if isinstance(content, str) else yaml.safe_dump(content)).strip()
+    for one in (place.viewer, place.operator):
+        one.get("/talaria/import", 403)
+
+
+def test_a_source_is_imported_tested_paused_edited_swept_and_deleted(place: SimpleNamespace) -> None:
+    up: Talaria = place.up
+    admin, operator, viewer = place.admin, place.operator, place.viewer
+    inbox = place.root / "inbox"
+    (inbox / "one").mkdir(parents=True)
+    (inbox / "one" / "1.dcm").write_bytes(study("S1", series=1, each=1)[0])
+    new = {
+        "targets": {"arch": folder(place.root / "arch")},
+        "sources": {
+            "day": {"type": "inbox", "folder": str(inbox), "targets": ["arch"], "settle_s": 0, "enabled": False}
+        },
+    }
+    page = preview(admin, new)
+    assert "looked at when its targets are there" in words(page)
+    assert "day inbox created" in words(take_over(admin, page))
+    assert "day" in viewer.get("/talaria/sources") and "Paused" in words(viewer.get("/talaria/sources"))
+    page = viewer.get("/talaria/sources/day")
+    assert str(inbox) in page and "/test" not in page
+    viewer.post("/talaria/sources/day/test", {}, 403)
+    operator.post("/talaria/sources/day/enable", {"enabled": "true"}, 403)
+    assert "It can be used." in words(operator.post("/talaria/sources/day/test", {}, 200))
+    assert "is paused" in words(operator.post("/talaria/sources/day/sweep", {}, 409))
+    text = fields(admin.get("/talaria/import?source=day"))["content"]
+    edited = yaml.safe_load(text)
+    edited["sources"]["day"] |= {"enabled": True, "description": "of the day"}
+    assert "updated" in words(take_over(admin, preview(admin, edited)))
+    assert up.json("source", "show", "day")["settings"]["description"] == "of the day"
+    assert operator.post("/talaria/sources/day/sweep", {}).endswith("said=swept")
+    until(lambda: list((place.root / "arch").rglob("*.dcm")), as_loaded(120))
+    assert admin.post("/talaria/sources/day/enable", {"enabled": "false"}).endswith("said=paused")
+    assert admin.post("/talaria/sources/day/remove", {}).endswith("said=removed")
+    assert "There are no sources." in words(viewer.get("/talaria/sources"))
+
+
+def test_a_rule_is_imported_tested_and_deleted(place: SimpleNamespace) -> None:
+    rule = {"type": "webhook", "url": f"http://127.0.0.1:{free_port()}/{SECRET}", "on": ["dispatch.failed"]}
+    take_over(place.admin, preview(place.admin, {"notify": {"chat": rule}}))
+    for path in ("", "/chat"):
+        page = place.viewer.get(f"/talaria/notifications{path}")
+        assert "chat" in page and SECRET not in page
+    place.operator.post("/talaria/notifications/chat/test", {}, 403)
+    tested = place.admin.post("/talaria/notifications/chat/test", {}, 200)
+    assert "can't be reached" in words(tested) and SECRET not in tested
+    assert place.admin.post("/talaria/notifications/chat/remove", {}).endswith("said=removed")
+    assert "There are no rules." in words(place.viewer.get("/talaria/notifications"))
+
+
+def test_only_a_mercure_configuration_is_taken_for_one() -> None:
+    assert mercure.is_mercure(MERCURE)
+    for other in (None, [], {}, {"targets": []}, {"targets": {"a": 1}}, {"targets": {"a": {"type": "folder"}}}):
+        assert not mercure.is_mercure(other)
