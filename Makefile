@@ -13,7 +13,7 @@ endif
 # Containers often set it: then each start of a program compiles hundreds of modules, which is half of what it costs.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install tools demo test test-all lint compiled lock vendor servers clean
+.PHONY: install tools demo test test-all lint compiled lock vendor servers screenshots clean
 .DELETE_ON_ERROR:
 
 # What the product needs to run, all types of target.
@@ -51,6 +51,11 @@ VENDOR := talaria/front/static/vendor
 vendor:
 	cd $(VENDOR) && npm pack --silent "htmx.org@$$(sed -n 's/^version = "\(.*\)"/\1/p' vendor.toml)" >/dev/null
 	cd $(VENDOR) && tar -xzf htmx.org-*.tgz --strip-components=2 package/dist/htmx.min.js && rm htmx.org-*.tgz
+
+# Pictures of every page, for docs/pages.md: light, and some dark and as wide as a phone. To look at each page in each
+# form: python -m tests.front.screenshots FOLDER --every
+screenshots: tools servers
+	$(BIN)/python -m tests.front.screenshots docs/pages
 
 demo: install
 	$(BIN)/talaria demo

@@ -31,9 +31,11 @@ if [ -n "$missing" ]; then
     # shellcheck disable=SC2086
     $run env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $missing >/dev/null
 fi
-# A store that damages what it gets over TLS: the lock names versions and hashes, the registry is the configured one.
-store=$(dirname "$0")/s3rver
-if ! cmp -s "$store/package-lock.json" "$store/node_modules/.installed"; then
-    npm ci --silent --ignore-scripts --no-audit --no-fund --prefix "$store" >/dev/null
-    cp "$store/package-lock.json" "$store/node_modules/.installed"
-fi
+# A store that damages what it gets over TLS, and what looks for barriers in pages: locks name versions and hashes, the
+# registry is the configured one.
+for store in "$(dirname "$0")/s3rver" "$(dirname "$0")/../front/axe"; do
+    if ! cmp -s "$store/package-lock.json" "$store/node_modules/.installed"; then
+        npm ci --silent --ignore-scripts --no-audit --no-fund --prefix "$store" >/dev/null
+        cp "$store/package-lock.json" "$store/node_modules/.installed"
+    fi
+done
