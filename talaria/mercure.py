@@ -5,22 +5,25 @@ from __future__ import annotations
 import re
 from typing import Any
 
-# mercure's type, ours, and mercure's fields by ours.
+from blocks import TYPES
+
+# mercure's fields by ours.
 _AT = {"host": "ip", "port": "port", "aet_target": "aet_target", "aet_source": "aet_source"}
 _AET = {"pass_sender_aet": "pass_sender_aet", "pass_receiver_aet": "pass_receiver_aet"}
 _SSH = {"host": "host", "user": "user", "password": "password", "folder": "folder"}
-TYPES: dict[str, tuple[str, dict[str, str]]] = {
-    "dicom": ("dicom", _AT | _AET),
-    "dicomtls": ("dicom-tls", _AT | _AET | {"tls_key": "tls_key", "tls_cert": "tls_cert", "ca_cert": "ca_cert"}),
-    "sftp": ("sftp", _SSH),
-    "rsync": ("rsync", _SSH | {"on_complete": "run_on_complete"}),
-    "xnat": ("xnat", {"project_id": "project_id", "host": "host", "user": "user", "password": "password"}),
-    "dicomweb": ("dicomweb", {name: name for name in (
-        "url", "qido_url_prefix", "wado_url_prefix", "stow_url_prefix", "access_token", "http_user", "http_password",
-    )}),
-    "s3": ("s3", {name: name for name in ("region", "bucket", "prefix", "access_key_id", "secret_access_key")}),
-    "folder": ("folder", {"folder": "folder", "exclude": "exclusion_filter"}),
-}  # fmt: skip
+_WEB = ("url", "qido_url_prefix", "wado_url_prefix", "stow_url_prefix", "access_token", "http_user", "http_password")
+_S3 = ("region", "bucket", "prefix", "access_key_id", "secret_access_key")
+# By mercure's type, which is ours without dashes.
+FIELDS: dict[str, dict[str, str]] = {
+    "dicom": _AT | _AET,
+    "dicomtls": _AT | _AET | {name: name for name in ("tls_key", "tls_cert", "ca_cert")},
+    "sftp": _SSH,
+    "rsync": _SSH | {"on_complete": "run_on_complete"},
+    "xnat": {name: name for name in ("project_id", "host", "user", "password")},
+    "dicomweb": {name: name for name in _WEB},
+    "s3": {name: name for name in _S3},
+    "folder": {"folder": "folder", "exclude": "exclusion_filter"},
+}
 COMMON = {"contact": "contact", "description": "comment"}
 DIRECTIONS = {"push": "store", "pull": "query", "both": "both"}
 
@@ -41,9 +44,10 @@ def targets(document: dict[str, Any]) -> tuple[dict[str, dict[str, Any]], list[s
     """
     found: dict[str, dict[str, Any]] = {}
     notes: list[str] = []
+    ours = {name.replace("-", ""): name for name in TYPES}
     for given, one in document["targets"].items():
         kind = str(one.get("target_type", ""))
-        if kind not in TYPES:
+        if kind not in FIELDS:
             notes.append(f"{given}: there is no type like mercure's {kind or 'target without a type'}")
             continue
         name = _name(str(given))
@@ -52,15 +56,14 @@ def targets(document: dict[str, Any]) -> tuple[dict[str, dict[str, Any]], list[s
             continue
         if name != given:
             notes.append(f"{given} is called {name} here")
-        ours, fields = TYPES[kind]
-        fields = fields | COMMON
+        fields = FIELDS[kind] | COMMON
         values = {field: one[theirs] for field, theirs in fields.items() if one.get(theirs) not in (None, "")}
         direction = DIRECTIONS.get(str(one.get("direction") or ""))
         if direction and direction != "store":
             values["direction"] = direction
         known = {*fields.values(), "target_type", "direction"}
         notes += [f"{given}: {field} does not come along" for field in sorted(set(one) - known) if one[field]]
-        found[name] = {"type": ours, **values}
+        found[name] = {"type": ours[kind], **values}
     for section in ("rules", "modules"):
         if document.get(section):
             notes.append(f"{section} do not come along: {len(document[section])}")
