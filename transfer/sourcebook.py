@@ -165,7 +165,7 @@ class Sourcebook:
         self._db.execute("UPDATE units SET run=? WHERE source=? AND batch=?", (run, source, batch))
 
     def forget(self, source: str, units: Iterable[str] | None = None) -> int:
-        """Forget units, or all that is known of a source; return how many rows."""
+        """Forget units, or all that is known of a source but what is under way; return how many units."""
         with self._db.writing():
             if units is not None:
                 return sum(
@@ -174,7 +174,8 @@ class Sourcebook:
                 )
             for table in ("headers", "sweeps"):
                 self._db.execute(f"DELETE FROM {table} WHERE source=?", (source,))  # noqa: S608 - ours
-            return self._db.execute("DELETE FROM units WHERE source=?", (source,)).rowcount
+            going = str(UnitState.DISPATCHED)
+            return self._db.execute("DELETE FROM units WHERE source=? AND state<>?", (source, going)).rowcount
 
     # ---- headers of loose files
 

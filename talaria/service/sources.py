@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -19,6 +18,7 @@ from tasks.documents import Broken
 from tasks.sources import checks, units
 from tasks.sources.saved import KEPT
 from tasks.targets import TARGETS
+from transfer import unitlist
 from transfer.errors import DispatchError, Misconfigured, NotFound
 from transfer.ledger import Ledger
 from transfer.sourcebook import Sourcebook, UnitState
@@ -158,9 +158,17 @@ async def remove_source(office: Office, name: str) -> dict[str, Any]:
 async def _remove(office: Office, name: str, qualified: str) -> None:
     await KEPT.remove(office.client, qualified)
     await batches.withdraw(office.client, name)
-    await asyncio.to_thread(_read, office, lambda book: book.forget(name))
-    await asyncio.to_thread(shutil.rmtree, office.home.root / "sources" / name, ignore_errors=True)
+    await asyncio.to_thread(_read, office, lambda book: _forget(office, book, name))
     await recorded.source_removed(office, name)
+
+
+def _forget(office: Office, book: Sourcebook, name: str) -> None:
+    """Forget a source, but not what is under way: its runs go on, and a source of its name would see how they end."""
+    book.forget(name)
+    used = {row.batch for row in book.units(name).values()}
+    for mark, path in unitlist.batches(office.home, name).items():
+        if mark not in used:
+            unitlist.remove(path)
 
 
 async def enable_source(office: Office, name: str, enabled: bool = True) -> dict[str, Any]:

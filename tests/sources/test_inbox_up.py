@@ -174,3 +174,22 @@ def test_a_list_of_accession_numbers_is_fetched_and_sent(inboxes: Inboxes) -> No
         assert "A1,delivered" in report.read_text() and "A2,delivered" in report.read_text()
         (shown,) = inboxes.up.told("source", "show", "todo")["attention"]
         assert "the source has no study that matches" in shown["detail"]
+
+
+@pytest.mark.slow  # a run waits a minute for a target that is disabled
+def test_what_is_under_way_goes_on_when_its_source_is_removed(inboxes: Inboxes) -> None:
+    box, shelf = inboxes.make("box", "shelf")
+    target = {"type": "folder", "folder": str(shelf), "layout": "{StudyInstanceUID}"}
+    inboxes.up.apply(shelf=target)
+    assert inboxes.up.here("target", "disable", "shelf").returncode == 0  # what goes to it waits
+    gone = {"type": "inbox", "folder": str(box), "targets": ["shelf"], "after": "delete", "settle_s": 0}
+    material.ct(box / "s", 2)
+    inboxes.apply(gone=gone)
+    inboxes.until("gone", dispatched=1)
+    assert inboxes.up.told("source", "remove", "gone")["action"] == "removed"
+    assert inboxes.up.here("target", "enable", "shelf").returncode == 0
+    inboxes.up.until(lambda: len(files(shelf)) == 2)
+    assert len(files(box)) == 2, "nobody asks any more that they go"
+    inboxes.apply(gone=gone)
+    inboxes.until("gone", done=1)
+    assert not files(box) and len(files(shelf)) == 2
