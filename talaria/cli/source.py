@@ -10,6 +10,7 @@ import typer
 
 from talaria.cli import remote
 from talaria.cli.access import api
+from talaria.cli.kinds import apply_file, print_types
 from talaria.cli.output import DONE, NOT_ALL, print_json, table
 from talaria.console import say
 
@@ -40,11 +41,7 @@ def types(as_json: Json = False) -> None:
     if as_json:
         print_json(document)
         return
-    rows = [
-        [name, ", ".join(field + ("*" if facts["required"] else "") for field, facts in one["fields"].items())]
-        for name, one in document["types"].items()
-    ]
-    table("Types (fields with * are required)", ["type", "fields"], rows)
+    print_types(document["types"])
 
 
 @app.command(epilog="Example: talaria source apply targets.yaml --dry-run")
@@ -58,16 +55,7 @@ def apply(
     as_json: Json = False,
 ) -> None:
     """Create or update the sources listed in a file; all of them or, if one is wrong, none."""
-    from talaria.configfile import read_filled
-
-    values = read_filled(file, "sources")
-    with api() as access:
-        done = access.call("apply_sources", sources=values, dry_run=dry_run, replace=replace, prune=prune)
-    if as_json:
-        print_json(done)
-        return
-    for one in done["sources"]:
-        print(f"{one['name']}: {'would be ' if dry_run and one['action'] != 'unchanged' else ''}{one['action']}")
+    apply_file(file, "sources", "sources", dry_run=dry_run, replace=replace, prune=prune, as_json=as_json)
 
 
 @app.command("list", epilog="Example: talaria source list --json")

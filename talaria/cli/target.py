@@ -10,6 +10,7 @@ import typer
 
 from talaria.cli import remote
 from talaria.cli.access import api
+from talaria.cli.kinds import apply_file
 from talaria.cli.output import DONE, NOT_ALL, checked, enabled, print_json, table
 from talaria.console import say
 
@@ -70,16 +71,7 @@ def apply(
     as_json: Json = False,
 ) -> None:
     """Create or update the targets listed in a file; all of them or, if one is wrong, none."""
-    from talaria.configfile import read_filled
-
-    values = read_filled(file)
-    with api() as access:
-        done = access.call("apply_targets", targets=values, dry_run=dry_run, replace=replace, prune=prune)
-    if as_json:
-        print_json(done)
-        return
-    for one in done["targets"]:
-        print(f"{one['name']}: {'would be ' if dry_run and one['action'] != 'unchanged' else ''}{one['action']}")
+    apply_file(file, "targets", "targets", dry_run=dry_run, replace=replace, prune=prune, as_json=as_json)
 
 
 @app.command("list", epilog="Example: talaria target list --json")
