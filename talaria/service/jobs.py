@@ -16,7 +16,7 @@ from prefect.exceptions import PrefectException
 from talaria.engine import recovery, runs
 from talaria.service import Conflict, Office, recorded
 from talaria.settings import POOL
-from tasks.dispatch import kept, progress, rest
+from tasks.dispatch import kept, progress, rest, running
 from tasks.dispatch.audited import requester
 from tasks.names import split
 from tasks.retrieve.job import Job, folder_of
@@ -220,7 +220,8 @@ def _retrieved(office: Office, flow_run: FlowRun) -> dict[str, Any] | None:
     if not folder_of(office.home, str(flow_run.id)).is_dir():
         return None
     job = Job.load(office.home, str(flow_run.id), accessions(flow_run.parameters.get("accessions", "")))
-    return whole_of(job, str(flow_run.id), flow_run.parameters.get("source", ""), outcome(flow_run, "delivered"))
+    state = "paused" if flow_run.state_name == running.PAUSED else outcome(flow_run, "delivered")
+    return whole_of(job, str(flow_run.id), flow_run.parameters.get("source", ""), state)
 
 
 def _nothing(flow_run: FlowRun, kind: str) -> dict[str, Any]:
