@@ -20,7 +20,12 @@ DAY_S = 86_400.0
 FRONT = "front-door"  # what ours is called; no target can have this name and be `whose` "server"
 OWN, PEER, SERVER = "own", "peer", "server"  # whose it is
 PEER_DAYS = re.compile(r"expires in (-?\d+) days")  # in the probe `tls` of a check (protocols.net.tls.peer_facts)
+EXPIRED = "certificate has expired"  # where the check ended with it
 MOST_BYTES = 1 << 20  # of a file of certificates
+
+
+# By target and endpoint: a check that ends before it sees the certificate must not end the alarm about it.
+_seen: dict[tuple[str, str], float] = {}
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ def known(front: str, targets: Iterable[Target], checks: Mapping[str, Mapping[st
         own = str(getattr(target, "tls_cert", "") or "")
         if own and (end := _end(own)) is not None:
             found.append(KnownCertificate(target.name, OWN, end))
-        if (end := _end_of_peer(checks.get(target.name))) is not None:
+        if (end := _last_end_of_peer(target, checks.get(target.name))) is not None:
             found.append(KnownCertificate(target.name, PEER, end))
     return found
 
@@ -76,8 +81,19 @@ def _read(path: str) -> bytes:
         return file.read(MOST_BYTES)
 
 
+def _last_end_of_peer(target: Target, check: Mapping[str, Any] | None) -> float | None:
+    """Return when a peer's certificate expires, as the last check says that came so far, at the same place."""
+    key = target.name, target.endpoint_for()
+    if (end := _end_of_peer(check)) is not None:
+        _seen[key] = end
+    return _seen.get(key)
+
+
 def _end_of_peer(check: Mapping[str, Any] | None) -> float | None:
     for probe in (check or {}).get("probes", ()):
-        if match := PEER_DAYS.search(str(probe.get("detail", ""))):
-            return datetime.fromisoformat(str((check or {})["time"])).timestamp() + int(match[1]) * DAY_S
+        detail, time_ = str(probe.get("detail", "")), str((check or {})["time"])
+        if match := PEER_DAYS.search(detail):
+            return datetime.fromisoformat(time_).timestamp() + int(match[1]) * DAY_S
+        if EXPIRED in detail:
+            return datetime.fromisoformat(time_).timestamp()
     return None

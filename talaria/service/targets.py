@@ -19,11 +19,13 @@ from tasks import targets as saved
 from tasks.checking import check_target, keep, last_checks, result_of_run
 from tasks.dispatch import breaker
 from tasks.documents import Broken
+from tasks.names import split
 from tasks.targets import all_targets, facts, load
 from transfer import live
 from transfer.errors import Misconfigured
 from transfer.health import Probe, watched
 from transfer.home import Home
+from transfer.ledger import Ledger
 
 Event = tuple[str, dict[str, Any]]
 LOOK_S = 0.1  # between two looks at a check that runs
@@ -147,6 +149,7 @@ def made(values: dict[str, Any]) -> dict[str, Target]:
 async def remove_target(office: Office, name: str) -> dict[str, Any]:
     """Remove a target; what was delivered stays in the ledger."""
     await saved.remove(office.client, name)
+    await _forget_standing(office, name)
     await recorded.target_removed(office, name)
     return {"name": name, "action": "removed"}
 
@@ -159,8 +162,19 @@ async def rename_target(office: Office, name: str, to: str) -> dict[str, Any]:
         raise ValueError(f"a target named {to} is there already")
     await saved.save(office.client, target, to)
     await saved.remove(office.client, name)
+    await _forget_standing(office, name)
     await recorded.target_changed(office, to, f"renamed from {name}", ["name"])
     return {"name": to, "action": f"renamed from {name}"}
+
+
+async def _forget_standing(office: Office, name: str) -> None:
+    """Forget that a target is down which is not there any more: another one may get its name."""
+
+    def forget() -> None:
+        with Ledger(office.home.ledger) as ledger:
+            ledger.happenings.stands(f"target/{split(name)[1]}", "up", at_first=False)
+
+    await asyncio.to_thread(forget)
 
 
 async def enable_target(office: Office, name: str, enabled: bool = True) -> dict[str, Any]:

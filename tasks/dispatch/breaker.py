@@ -31,6 +31,8 @@ from transfer.live import replace
 LIMIT = 5  # failures in a row, of any dispatches
 FIRST_S, LONGEST_S = 1.0, 300.0  # at least, and at most, between two tests; the target's own delays lie between
 DEAD = (Unreachable, TimedOut)  # errors that count
+UP_S = 60.0  # between two looks whether another host has said that a target is down
+_up: dict[str, float] = {}  # when each was looked at
 logger = logging.getLogger(__name__)
 
 
@@ -81,6 +83,7 @@ def failed(home: Home, target: Target, error: DispatchError, reason: str) -> Bre
             one.until = one.tested + max(FIRST_S, later)
         replace(_path(home, target), asdict(one))
     if opens:
+        _up.pop(target.name, None)
         _say(home, target, one, up=False)
     return one
 
@@ -95,6 +98,9 @@ def answered(home: Home, target: Target) -> None:
         if one.opened:
             line.wake(queue(target), target.max_dispatches)
             return
+    elif isinstance(home.ledger, str) and _up.get(target.name, 0.0) < time.monotonic() - UP_S:
+        _say(home, target, Breaker(""), up=True)  # if another host has said that it is down
+        _up[target.name] = time.monotonic()
     line.wake(queue(target))
 
 
