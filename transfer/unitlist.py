@@ -54,6 +54,11 @@ def place(home: Home, source: str, batch: str) -> Path:
     return home.root / "sources" / source / "batches" / f"{batch}.jsonl"
 
 
+def changed(home: Home) -> Path:
+    """Return the file that is touched when a source is changed on this machine, so that nobody need ask often."""
+    return home.root / "sources" / ".changed"  # no source has such a name
+
+
 def batches(home: Home, source: str) -> dict[str, Path]:
     """Return the lists of a source that are there, by their marks."""
     folder = place(home, source, "x").parent

@@ -27,12 +27,14 @@ from talaria.engine.inotify import FolderWatch
 from tasks.sources.inbox import MARKER
 from tasks.sources.runs import PrefectDispatching
 from tasks.sources.saved import KEPT
+from transfer import unitlist
 from transfer.errors import DispatchError
 from transfer.home import Home, locked
 from transfer.ledger import Ledger
 
 LOOK_S = 0.5  # between two looks at what has happened in the folders, and at the ledger
-SAVED_S = 5.0  # between two looks at which sources there are
+SAVED_S = 60.0  # between two looks at which sources there are, unless one was changed on this machine
+TURN_S = 5.0  # between two attempts to be the one that does so
 ENDED_S = 2.0  # between two looks at runs that are under way
 NET_S = 600.0  # after which a watched source is swept whatever was noticed
 BLIND_S = 60.0  # and where not all is noticed
@@ -75,7 +77,7 @@ async def keep_sweeping(client: PrefectClient, home: Home, ledger: Ledger) -> No
             with locked(folder / "sweeping", fcntl.LOCK_EX | fcntl.LOCK_NB) as mine:
                 if mine is not None:
                     await _Sweeping(client, home, ledger).serve()
-        await asyncio.sleep(SAVED_S)
+        await asyncio.sleep(TURN_S)
 
 
 class _Sweeping:
@@ -83,6 +85,7 @@ class _Sweeping:
         self.client, self.home, self.ledger = client, home, ledger
         self.watched: dict[str, _Watched] = {}
         self._saved = self._ended = 0.0
+        self._changed = -1
 
     async def serve(self) -> None:
         while True:
@@ -92,14 +95,15 @@ class _Sweeping:
                 logger.debug("sources were not looked at: %s", exc)
             except Exception:  # whatever it is, the others go on
                 logger.exception("sources were not looked at")
-                await asyncio.sleep(SAVED_S)
+                await asyncio.sleep(TURN_S)
             await asyncio.sleep(LOOK_S)
 
     async def _look(self) -> None:
         now = time.monotonic()
-        if now - self._saved >= SAVED_S:
-            self._saved = now
+        stamp = self._stamp()
+        if now - self._saved >= SAVED_S or stamp != self._changed:
             await self._read_sources()
+            self._saved, self._changed = now, stamp
         if not self.watched:
             return
         for one in self.watched.values():
@@ -110,6 +114,12 @@ class _Sweeping:
         for name, one in self.watched.items():
             if one.due <= time.monotonic() and one.begun + CALM_S <= time.monotonic():
                 await self._begin(name, one)
+
+    def _stamp(self) -> int:
+        try:
+            return unitlist.changed(self.home).stat().st_mtime_ns
+        except OSError:
+            return 0
 
     async def _read_sources(self) -> None:
         """See which sources there are; begin to watch those that are new or have changed."""

@@ -144,8 +144,16 @@ async def _save(office: Office, source: Source, before: Source | None, action: s
         await source.asave(source.name, overwrite=True, client=office.client)
         await recorded.source_changed(office, source.name, action, differing(source, before))
     await batches.deploy(office.client, source, before)
+    _say_changed(office)
     # Whoever applies a source says that its folder is the right one, wherever it lies now.
     await asyncio.to_thread(_read, office, lambda book: book.moved(source.name))
+
+
+def _say_changed(office: Office) -> None:
+    """Let the worker that begins sweeps look at once; one of another machine does within a minute."""
+    path = unitlist.changed(office.home)
+    path.parent.mkdir(mode=0o700, exist_ok=True)
+    path.touch(0o600)
 
 
 async def remove_source(office: Office, name: str) -> dict[str, Any]:
@@ -159,6 +167,7 @@ async def _remove(office: Office, name: str, qualified: str) -> None:
     await KEPT.remove(office.client, qualified)
     await batches.withdraw(office.client, name)
     await asyncio.to_thread(_read, office, lambda book: _forget(office, book, name))
+    _say_changed(office)
     await recorded.source_removed(office, name)
 
 
@@ -177,6 +186,7 @@ async def enable_source(office: Office, name: str, enabled: bool = True) -> dict
     source.enabled = enabled
     await source.asave(source.name, overwrite=True, client=office.client)
     await batches.pause(office.client, source)
+    _say_changed(office)
     action = "resumed" if enabled else "paused"
     await recorded.source_changed(office, source.name, action, ["enabled"])
     return {"name": source.name, "action": action}

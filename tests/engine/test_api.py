@@ -76,7 +76,8 @@ def test_a_dispatch_takes_few_calls_of_the_api(up: Talaria, tmp_path: Path) -> N
         assert up.told("send", str(tmp_path / f"study{number}"), "--to", "archive")["state"] == "delivered"
     made = calls(up, since)
     for call in CALLS:
-        assert made.count(call) == DISPATCHES * CALLS.count(call), made
+        by_chance = call == "POST /block_documents/filter"  # each minute it is looked which sources there are
+        assert 0 <= made.count(call) - DISPATCHES * CALLS.count(call) <= by_chance, made
     # Looks for runs, and logs in bulk; the net below the events, and heartbeats, come by time.
     others = sorted({call for call in made if call not in CALLS})
     by_time = ["POST /flow_runs/filter", "POST /logs/", "POST /work_pools/talaria/workers/heartbeat"]
