@@ -132,18 +132,17 @@ class _Watch:
                 if now - self._looked >= LOOK_S:
                     await self._guarded(self._look(client), "the sources can't be read")
                     self._looked = time.monotonic()
-                for name in self._listeners.settled():
-                    self._due.setdefault(name, now)
+                await self._guarded(self._settle(now), "what is complete can't be seen")
                 for name in [name for name, at in self._due.items() if at <= now]:
                     self._due[name] = now + SWEEP_S
                     await self._guarded(self._sweep(client, name), f"source {name} can't be swept now")
                 if now - self._written >= STATUS_S:
-                    self._write()
-                    await asyncio.to_thread(self._say_who_is_full)
+                    self._written = now
+                    await self._guarded(self._tell(), "the status can't be written")
                 await asyncio.sleep(TICK_S)
 
     async def _guarded(self, call: Any, words: str) -> None:
-        """Await a call to the server; that is away now and then, and what it was for is tried again."""
+        """Await what may fail (the server is away, a disk is full) and is tried again; whoever sends goes on."""
         import httpx
         from prefect.exceptions import PrefectException
 
@@ -151,6 +150,16 @@ class _Watch:
             await asyncio.wait_for(call, 60)
         except (httpx.HTTPError, PrefectException, TimeoutError) as exc:
             logger.warning("%s: %s", words, type(exc).__name__)
+        except Exception:  # whatever it is, it must not end the associations that are open
+            logger.exception("%s", words)
+
+    async def _settle(self, now: float) -> None:
+        for name in self._listeners.settled():
+            self._due.setdefault(name, now)
+
+    async def _tell(self) -> None:
+        self._write()
+        await asyncio.to_thread(self._say_who_is_full)
 
     async def _look(self, client: PrefectClient) -> None:
         from blocks.dicom_source import DicomSource
@@ -233,7 +242,6 @@ class _Watch:
             listening.forget(self._home, port)
         self._ports = ports
         status = json.dumps(self._listeners.status(), sort_keys=True)
-        self._written = time.monotonic()
         if status != self._status:
             listening.write_sources(self._home, os.getpid(), json.loads(status))
             self._status = status

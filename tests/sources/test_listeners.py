@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
+import os
 import socket
+import threading
 from collections.abc import Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +17,7 @@ from pydantic import ValidationError
 
 from blocks import SOURCES
 from blocks.dicom_source import DicomSource, Route, clashes
+from talaria.engine import listening as engine
 from talaria.engine.listeners import Listeners
 from talaria.testing import studies
 from talaria.testing.harness import attempt
@@ -197,3 +203,36 @@ def test_what_is_complete_is_named_by_its_source(listeners: Listeners) -> None:
     assert sends(port, "CT") and listeners.settled() == {}
     listeners._receptions["ct"].terms = listeners._receptions["ct"].terms.__class__(name="ct", aet="CT", settle_s=0)
     assert list(listeners.settled()) == ["ct"]
+
+
+# ---- what goes wrong beside it
+
+
+def test_a_full_disk_does_not_end_the_listener(listeners: Listeners, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does a server that answers nonsense: who has an association keeps it, and is told what is to be told."""
+    port = free_port()
+    listeners.apply([source("ct", port)])
+    failed: set[str] = set()
+    asked = type("Asked", (), {"event": threading.Event(), "times": 0})()
+
+    def full(what: str) -> None:
+        failed.add(what)
+        if failed == {"settled", "status", "server"}:
+            asked.event.set()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    class Client:
+        def __getattr__(self, name: str) -> None:
+            full("server")
+
+    @asynccontextmanager
+    async def client() -> Any:
+        yield Client()
+
+    monkeypatch.setattr("prefect.get_client", client)
+    for name in ("settled", "status"):
+        monkeypatch.setattr(listeners, name, lambda what=name: full(what))
+    assoc = associated(port, called="CT")
+    asyncio.run(engine._Watch(listeners, listeners._home, asked).run())
+    assert stored(assoc, studies.dataset()) == 0
+    assoc.release()
