@@ -27,10 +27,12 @@ from protocols.dimse.scp import Caller, Refusal, ServedAssociation
 from protocols.dimse.stream import CommandSet
 from protocols.files import durable, partial
 from transfer.content import same_content
+from transfer.errors import Busy
 from transfer.spool import ReceivedUnit, Spool, sync
 
 logger = logging.getLogger(__name__)
 
+LOOK_BYTES = 1 << 20  # of one association, between two looks at the room that is left
 TOUCH_S = 1.0  # between two marks that a unit is still being received
 
 
@@ -74,7 +76,7 @@ class Terms:
         settle_s: seconds of silence after which a unit is complete.
         most: associations at once.
         keep_free: bytes that must stay free on the disk.
-        open: whether anything is accepted now.
+        open: whether anything is accepted now; if not, that holds for associations that are open as well.
     """
 
     name: str
@@ -254,7 +256,7 @@ class SpoolVisit:
 
     def depot(self, request: CommandSet) -> tuple[Depot | None, int]:
         """Return the folder for an instance, or None and the status to refuse it with."""
-        if not self.reception.has_room():
+        if not (self.reception.terms.open and self.reception.has_room()):
             self.reception.count(failed=1)
             return None, OUT_OF_RESOURCES
         self.receiving = True
@@ -288,6 +290,15 @@ class SpoolDepot(Depot):
         self._visit, self._reception = visit, visit.reception
         self._durably = visit.reception.durably
         self._unit = ReceivedUnit(visit.caller.calling, visit.caller.called, visit.caller.host, "")
+        self._unlooked = 0  # bytes
+
+    def wrote(self, count: int) -> None:
+        """Look for room now and then: nobody knows how long a data set is before it has ended."""
+        self._unlooked += count
+        if self._unlooked >= LOOK_BYTES:
+            self._unlooked = 0
+            if not self._reception.has_room():
+                self.failure = Busy(f"{self.folder} has too little room")
 
     def keep(self, part: partial.PartialFile, size: int, uid: str, seen: Header | None) -> tuple[int, Header | None]:
         """Give a whole file its name, unless the same content has it; one with another content gets it elsewhere."""

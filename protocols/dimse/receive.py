@@ -137,6 +137,9 @@ class Depot:
                 return NOT_AUTHORISED, None
         return SUCCESS, header
 
+    def wrote(self, count: int) -> None:
+        """Note that some bytes of an instance are written; may set `failure`, so that the rest is dropped."""
+
     def note(self, part: partial.PartialFile, size: int, header: Header) -> None:
         """Count an instance that has got its name."""
         item = Item(f"{header.SOPInstanceUID}.dcm", size, os.fstat(part.fd).st_mtime_ns, header)
@@ -274,6 +277,8 @@ def _write(fd: int, pieces: list[bytes | memoryview], count: int, depot: Depot) 
             done += os.writev(fd, [piece for piece in rest if piece])
     except OSError as exc:
         depot.failure = partial.failure(depot.folder, exc)
+    else:
+        depot.wrote(count)
     return count
 
 

@@ -58,6 +58,14 @@ OTHERS = (
     "1.2.840.10008.1.40", "1.2.840.10008.1.42",
 )  # fmt: skip
 
+# Storage of what belongs to a study, though it is named as the services above are.
+STORED = frozenset((
+    "1.2.840.10008.5.1.4.1.1.200.1", "1.2.840.10008.5.1.4.1.1.200.2", "1.2.840.10008.5.1.4.1.1.200.3",
+    "1.2.840.10008.5.1.4.1.1.200.7", "1.2.840.10008.5.1.4.1.1.200.8", "1.2.840.10008.5.1.4.34.1",
+    "1.2.840.10008.5.1.4.34.7", "1.2.840.10008.5.1.4.34.10", "1.2.840.10008.5.1.1.27", "1.2.840.10008.5.1.1.29",
+    "1.2.840.10008.5.1.1.30",
+))  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Caller:
@@ -173,7 +181,12 @@ class StorageScp:
                 logger.warning("connection from %s closed: too many that have not asked for an association", host)
                 sock.close()
                 continue
-            threading.Thread(target=self._run, args=(sock, host), name="store", daemon=True).start()
+            try:
+                threading.Thread(target=self._run, args=(sock, host), name="store", daemon=True).start()
+            except RuntimeError as exc:  # this process, or its user, may have no more threads now
+                logger.warning("connection from %s closed: %s", host, exc)
+                self._settled(host)
+                self._over(sock)
 
     def _settled(self, host: str) -> None:
         """Note that a connection is admitted, or has ended."""
@@ -198,10 +211,14 @@ class StorageScp:
         except Exception:
             logger.exception("association from %s ended", host)
         finally:
-            with self._lock:
-                self._open -= {sock, served}
-                self._served -= 1
-            served.close()
+            self._over(sock, served)
+
+    def _over(self, *socks: socket.socket) -> None:
+        """Close a connection, under its TLS too."""
+        with self._lock:
+            self._open.difference_update(socks)
+            self._served -= 1
+        for sock in reversed(socks):
             sock.close()
 
     def _begin(self, sock: socket.socket, host: str) -> tuple[socket.socket, ServedAssociation | None]:
@@ -299,7 +316,7 @@ class ServedAssociation:
             self.stream.skip()
             self.respond(request, status)
             if status == OUT_OF_RESOURCES:
-                raise Busy("there is no room for instances")
+                raise Busy("no instances are accepted now")
         else:
             depot.heard = self.stream.heard  # it may have come with its request
             self.depot = depot
@@ -351,6 +368,6 @@ def _choose(services: frozenset[str], abstract: str, offered: tuple[str, ...]) -
     """Return the first offered syntax, for any SOP class of the storage service; an uncompressed one for others."""
     if abstract in services:
         return next((syntax for syntax in offered if syntax in UNCOMPRESSED), acceptance.NO_SYNTAX)
-    if abstract.startswith(OTHERS):
+    if abstract.startswith(OTHERS) and abstract not in STORED:
         return acceptance.NO_CLASS
     return offered[0] if offered else acceptance.NO_SYNTAX

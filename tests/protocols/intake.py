@@ -61,6 +61,11 @@ class PlainSender:
 
     def store(self, ds: Dataset) -> int:
         """Store an instance; return the status."""
+        self.begin(ds)
+        return self.end(wire.encode_dataset(ds, wire.EXPLICIT))
+
+    def begin(self, ds: Dataset) -> None:
+        """Ask to store an instance, whose data set follows by `more` and `end`."""
         command = wire.encode_command(
             {
                 0x00000002: wire.padded(str(ds.SOPClassUID)),
@@ -71,8 +76,16 @@ class PlainSender:
                 0x00001000: wire.padded(str(ds.SOPInstanceUID)),
             }
         )
-        data = wire.encode_dataset(ds, wire.EXPLICIT)
-        self._sock.sendall(wire.p_data(1, command) + wire.p_data(1, data, command=False))
+        self._sock.sendall(wire.p_data(1, command))
+
+    def more(self, data: bytes, size: int = 65_536) -> None:
+        """Send a part of a data set, which is not the last, in PDUs of this size."""
+        for at in range(0, len(data), size):
+            self._sock.sendall(wire.p_data(1, data[at : at + size], command=False, last=False))
+
+    def end(self, data: bytes) -> int:
+        """Send the last part of a data set; return the status."""
+        self._sock.sendall(wire.p_data(1, data, command=False))
         return wire.number(wire.decode_command(self._pdu()[1][6:])[0x00000900])
 
     def _pdu(self) -> tuple[int, bytes]:

@@ -10,25 +10,28 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
 import pydicom
 import pytest
+from pydicom._uid_dict import UID_dictionary
 from pydicom.dataset import Dataset
 from pydicom.uid import UID
 from pynetdicom import AE
 
 from imaging.header import read_header
-from protocols.dimse.intake import KnownSender
-from protocols.dimse.scp import Caller
+from protocols.dimse import acceptance
+from protocols.dimse.commitment import PUSH_MODEL
+from protocols.dimse.intake import LOOK_BYTES, KnownSender
+from protocols.dimse.scp import MOST_NEW_OF_ONE, Caller, _choose
 from protocols.net.tls import Tls
 from talaria.testing import studies
 from talaria.testing.harness import attempt
 from talaria.testing.process import program, until
 from talaria.testing.relay import relay
-from tests.protocols.intake import AET, Listening, listening, lying, store_until_cut_off, stray
+from tests.protocols.intake import AET, Listening, PlainSender, listening, lying, store_until_cut_off, stray
 from tests.targets.dicom import dicom_target
 from tests.targets.dicom_tls import KEY_PASSWORD, certificates, tls_target
 from transfer.errors import Busy, DispatchError
@@ -227,6 +230,19 @@ def test_other_services_are_refused_by_context(tmp_path: Path) -> None:
         assoc.release()
 
 
+def test_every_storage_class_of_the_standard_is_accepted() -> None:
+    """All that belong to a study, by pydicom's dictionary: a scanner keeps a whole study back for one of them."""
+    asked = {
+        uid: name
+        for uid, (name, kind, *_) in UID_dictionary.items()
+        if kind == "SOP Class" and "Storage" in name and "Storage Commitment" not in name
+    }
+    refused = {name for uid, name in asked.items() if _choose(frozenset(), uid, (CT,)) != CT}
+    assert refused == {"Hanging Protocol Storage", "Color Palette Storage"} and len(asked) > 150  # of no study
+    for other in (PUSH_MODEL, "1.2.840.10008.5.1.4.1.2.2.1", "1.2.840.10008.5.1.4.34.6.1", "1.2.840.10008.5.1.1.9"):
+        assert _choose(frozenset(), other, (CT,)) == acceptance.NO_CLASS
+
+
 # ---- limits
 
 
@@ -248,13 +264,13 @@ def test_too_many_associations_are_asked_to_come_again(tmp_path: Path) -> None:
             one.release()
 
 
-def test_a_paused_source_asks_to_come_again_and_finishes_what_is_under_way(tmp_path: Path) -> None:
+def test_a_paused_source_takes_nothing_more_and_asks_to_come_again(tmp_path: Path) -> None:
     with listening(tmp_path / "home") as there:
         assoc = associated(there.port)
         there.change(open=False)
-        assert stored(assoc, studies.dataset()) == 0
-        assert refusal(associated(there.port)) == (2, 3, 1)
-        assoc.release()
+        assert stored(assoc, studies.dataset()) == 0xA700
+        until(lambda: there.reception.associations == 0)
+        assert refusal(associated(there.port)) == (2, 3, 1) and lying(there.folder) == {}
         there.change(open=True)
         again = associated(there.port)
         assert again.is_established
@@ -317,6 +333,44 @@ def test_no_room_while_an_association_is_open(tmp_path: Path) -> None:
         assert stored(assoc, studies.dataset()) == 0xA700
         until(lambda: not assoc.is_established)  # sources go on through A700
         assert len(lying(there.folder)) == 1 and there.reception.full
+
+
+def test_room_is_looked_for_while_a_data_set_comes(tmp_path: Path) -> None:
+    """Nobody knows how long a data set is: what has no end is dropped while the disk has still room for others."""
+    with listening(tmp_path / "home") as there, closing(PlainSender(there.port)) as sender:
+        sender.begin(studies.dataset())
+        sender.more(bytes(LOOK_BYTES))
+        [visit] = there.reception._visits
+        until(lambda: visit.receiving)
+        assert visit._depot.failure is None
+        there.change(keep_free=1 << 60)
+        sender.more(bytes(2 * LOOK_BYTES))
+        until(lambda: visit._depot.failure is not None)
+        assert sender.end(bytes(8)) == 0xA700
+        until(lambda: there.reception.associations == 0)
+        assert lying(there.folder) == {} and stray(there.folder) == []
+
+
+# ---- threads
+
+
+def test_a_listener_without_threads_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit of threads costs the connections that come meanwhile, and no others."""
+    start = threading.Thread.start
+
+    def refused(thread: threading.Thread) -> None:
+        if thread.name == "store":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with listening(tmp_path / "home") as there:
+        with monkeypatch.context() as limited:
+            limited.setattr(threading.Thread, "start", refused)
+            for _ in range(MOST_NEW_OF_ONE + 1):  # they must not count as open either
+                with socket.create_connection(("127.0.0.1", there.port), 30) as sock, suppress(ConnectionResetError):
+                    assert sock.recv(1) == b""
+            until(lambda: there.scp.connections == 0)
+        assert_works(there)
 
 
 # ---- TLS
