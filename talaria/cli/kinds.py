@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from talaria.cli import remote
 from talaria.cli.access import api
 from talaria.cli.output import print_json, table
 
@@ -29,6 +32,25 @@ def apply_file(
         return
     for one in done[kind]:
         print(f"{one['name']}: {'would be ' if dry_run and one['action'] != 'unchanged' else ''}{one['action']}")
+
+
+def types_of(kind: str, module: str) -> dict[str, Any]:
+    """Return what the server that runs says of the types of a kind; where none runs, what this process knows.
+
+    Args:
+        kind: `target`, `source` or `rule`.
+        module: of `talaria.service`, which has the operation.
+    """
+    there = remote.found()
+    if there is not None:
+        with suppress(remote.NoApi), there:
+            known: dict[str, Any] = there.call(f"{kind}_types")
+            return known
+    import asyncio
+
+    operation = getattr(importlib.import_module(f"talaria.service.{module}"), f"{kind}_types")
+    here: dict[str, Any] = asyncio.run(operation())
+    return here
 
 
 def print_types(types: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from talaria.cli.access import api
-from talaria.cli.kinds import apply_file, print_types
+from talaria.cli.kinds import apply_file, print_types, types_of
 from talaria.cli.output import DONE, NOT_ALL, print_json, table
 
 app = typer.Typer(
@@ -24,8 +24,7 @@ Name = Annotated[str, typer.Argument(help="Name of the rule, or its type and nam
 @app.command(epilog="Example: talaria notify types --json")
 def types(as_json: Json = False) -> None:
     """List the types of rule with their fields, and what rules may hear of."""
-    with api(saved=False) as access:
-        document = access.call("rule_types")
+    document = types_of("rule", "rules")
     if as_json:
         print_json(document)
         return

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from talaria.cli import remote
 from talaria.cli.access import api
-from talaria.cli.kinds import apply_file, print_types
+from talaria.cli.kinds import apply_file, print_types, types_of
 from talaria.cli.output import DONE, NOT_ALL, print_json, table
 from talaria.console import say
 
@@ -27,17 +25,7 @@ Name = Annotated[str, typer.Argument(help="Name of the source.")]
 @app.command(epilog="Example: talaria source types --json")
 def types(as_json: Json = False) -> None:
     """List the types of source, and their fields."""
-    import asyncio
-
-    there = remote.found()
-    document: dict[str, Any] = {}
-    if there is not None:
-        with suppress(remote.NoApi), there:
-            document = there.call("source_types")
-    if not document:  # no server is needed
-        from talaria.service.sources import source_types
-
-        document = asyncio.run(source_types())
+    document = types_of("source", "sources")
     if as_json:
         print_json(document)
         return

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from talaria.cli import remote
 from talaria.cli.access import api
-from talaria.cli.kinds import apply_file
+from talaria.cli.kinds import apply_file, types_of
 from talaria.cli.output import DONE, NOT_ALL, checked, enabled, print_json, table
 from talaria.console import say
 
@@ -26,17 +24,7 @@ Name = Annotated[str, typer.Argument(help="Name of the target, or its type and n
 @app.command(epilog="Example: talaria target types --json")
 def types(as_json: Json = False) -> None:
     """List the types of target: what each can do, and its fields."""
-    import asyncio
-
-    there = remote.found()
-    document: dict[str, Any] = {}
-    if there is not None:
-        with suppress(remote.NoApi), there:
-            document = there.call("target_types")
-    if not document:  # no server is needed
-        from talaria.service.targets import target_types
-
-        document = asyncio.run(target_types())
+    document = types_of("target", "targets")
     found, refused = document["types"], document["refused"]
     if as_json:
         print_json(document)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from talaria import __version__
+from talaria.cli.kinds import types_of
 from tests.servers.api import SECRET, Api, api, events
 
 HEAVY = (
@@ -221,3 +222,15 @@ def test_whoever_listens_in_the_server_s_place_gets_no_token(tmp_path: Path) -> 
         with api(tmp_path / "home", {("GET", "/targets"): [(200, {"targets": []})]}, record=elsewhere) as one:
             ran = run(one, "target", "list")
             assert ran.returncode == 3 and "not our server" in ran.stderr and not one.asked
+
+
+@pytest.mark.parametrize(
+    ("kind", "module", "some"),
+    [("target", "targets", "dicom"), ("source", "sources", "inbox"), ("rule", "rules", "email")],
+)
+def test_types_are_known_without_a_server(
+    kind: str, module: str, some: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TALARIA_HOME", str(tmp_path / "none"))
+    assert some in types_of(kind, module)["types"]
+    assert not (tmp_path / "none").exists()
