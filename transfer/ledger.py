@@ -257,15 +257,21 @@ class Ledger:
                 found[item.path] = row[2]
         return found
 
-    def confirmed_instances(self, uids: Iterable[str], destinations: Iterable[str]) -> set[str]:
-        """Return those of some SOP Instance UIDs that one of these targets has confirmed, in any dispatch."""
+    def confirmed_instances(self, uids: Iterable[str], destination: str, endpoint: str) -> set[str]:
+        """Return those of some SOP Instance UIDs that a target has confirmed at an endpoint, in any dispatch.
+
+        What it keeps under another UID, or has confirmed without naming it, is not among them.
+        """
+        found = set()
         with self._db.reading():
-            rows = self._db.execute(
-                f"SELECT DISTINCT sop_instance_uid FROM items WHERE sop_instance_uid IN ({self._db.LISTED})"  # noqa: S608
-                f" AND destination IN ({self._db.LISTED}) AND outcome IN ({self._db.LISTED})",
-                tuple(json.dumps(sorted(one)) for one in (set(uids), set(destinations), ARRIVED)),
-            )
-            return {uid for (uid,) in rows}
+            for uid, outcome, detail in self._db.execute(
+                f"SELECT sop_instance_uid, outcome, detail FROM items WHERE sop_instance_uid IN ({self._db.LISTED})"  # noqa: S608
+                f" AND destination=? AND endpoint=? AND outcome IN ({self._db.LISTED})",
+                (json.dumps(sorted(set(uids))), destination, endpoint, json.dumps(sorted(ARRIVED))),
+            ):
+                if not Outcome(Kind(outcome), detail).elsewhere:
+                    found.add(uid)
+        return found
 
     def arrived(self, dispatch_id: str, destination: str, endpoint: str) -> dict[str, tuple[int, int]]:
         """Return length and time, by path, of the files of a dispatch that an endpoint has confirmed."""

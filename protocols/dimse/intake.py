@@ -28,6 +28,7 @@ from protocols.dimse.stream import CommandSet
 from protocols.files import durable, partial
 from transfer.content import same_content
 from transfer.errors import Busy
+from transfer.plan import Origin
 from transfer.spool import ReceivedUnit, Spool, sync
 
 logger = logging.getLogger(__name__)
@@ -111,12 +112,13 @@ class Reception:
     """Receives for one source, over all its associations; safe to use from several threads.
 
     Args:
-        delivered: returns those of some SOP instance UIDs that are confirmed by whom the source sends to.
+        delivered: returns those of some SOP instance UIDs that all have confirmed whom the source sends to what comes
+            from a sender.
         reports: sends reports of storage commitment to senders that await them on an association of ours.
     """
 
     def __init__(
-        self, terms: Terms, spool: Spool, delivered: Callable[[Collection[str]], set[str]], reports: Reports
+        self, terms: Terms, spool: Spool, delivered: Callable[[Origin, Collection[str]], set[str]], reports: Reports
     ) -> None:
         self.terms, self.spool, self.reports = terms, spool, reports
         self.counts = Counts()
@@ -218,7 +220,7 @@ class Reception:
                 del self._heard[unit]
         return done
 
-    def holds(self, instances: Mapping[str, str]) -> set[str]:
+    def holds(self, origin: Origin, instances: Mapping[str, str]) -> set[str]:
         """Return the UIDs of instances that lie here on disk, or that everybody has confirmed."""
         wanted = {f"{uid}.dcm": uid for uid in instances}
         found: set[str] = set()
@@ -231,7 +233,7 @@ class Reception:
                     found |= here
             if len(found) == len(wanted):
                 return found
-        return found | self._delivered(instances.keys() - found)
+        return found | self._delivered(origin, instances.keys() - found)
 
 
 class SpoolVisit:
@@ -252,7 +254,10 @@ class SpoolVisit:
         self._begun = time.monotonic()
         self._depot = SpoolDepot(self)
         to = ReportTo(reception.terms.aet, caller.calling, caller.host, report_port)
-        self._commitments = Commitments(reception.holds, to, reception.reports, reception.spool.reports)
+        origin = Origin(caller.calling, caller.called, caller.host)
+        self._commitments = Commitments(
+            lambda asked: reception.holds(origin, asked), to, reception.reports, reception.spool.reports
+        )
 
     def depot(self, request: CommandSet) -> tuple[Depot | None, int]:
         """Return the folder for an instance, or None and the status to refuse it with."""

@@ -1,7 +1,8 @@
 """The ports that DICOM sources listen on: opened, changed and closed as the sources are, without Prefect.
 
 One port has one listener, whose sources differ in their AE titles. What changes while it runs holds for the next
-association; those that are under way are never broken for it.
+association; those that are under way are never broken for it, but one of a source that is gone, or paused, is told to
+come again later (A700).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from blocks.dicom_source import DicomSource, DicomUnit, clashes
@@ -24,12 +25,13 @@ from transfer.errors import Misconfigured
 from transfer.home import Home
 from transfer.listening import ListenerStatus
 from transfer.oserrors import words_of
+from transfer.plan import Origin
 from transfer.spool import FOLDER, ReceivedUnit, Spool
 
 logger = logging.getLogger(__name__)
 
 LOOK_S = 0.1  # between two looks at associations that are to end
-Delivered = Callable[[Collection[str], Collection[str]], set[str]]
+Delivered = Callable[[DicomSource, Origin, Collection[str]], set[str]]
 
 
 @dataclass
@@ -46,13 +48,14 @@ class Listeners:
     """All listeners of this process.
 
     Args:
-        delivered: returns those of some SOP Instance UIDs that one of some targets, given by name, has confirmed.
+        delivered: returns those of some SOP Instance UIDs, of a sender, that all whom a source sends them to have
+            confirmed.
 
     Attributes:
         troubles: why a source does not listen, in a sentence, by its name.
     """
 
-    def __init__(self, home: Home, delivered: Delivered = lambda uids, targets: set()) -> None:
+    def __init__(self, home: Home, delivered: Delivered = lambda source, origin, uids: set()) -> None:
         self.troubles: dict[str, str] = {}
         self._home, self._delivered = home, delivered
         self._sources: dict[str, DicomSource] = {}
@@ -82,6 +85,8 @@ class Listeners:
             if why := self._listen(place, here):
                 troubles |= dict.fromkeys((one.name for one in here), why)
         for name in set(self._receptions) - set(self._sources):
+            # Nobody would dispatch what still came on its associations.
+            self._receptions[name].terms = replace(self._receptions[name].terms, open=False)
             if not self._receptions[name].associations:
                 del self._receptions[name]
         for name, why in troubles.items():
@@ -145,9 +150,9 @@ class Listeners:
         spool = Spool(self._home.root / FOLDER / source.name)
         name = source.name
 
-        def delivered(uids: Collection[str]) -> set[str]:
+        def delivered(origin: Origin, uids: Collection[str]) -> set[str]:
             there = self._sources.get(name)
-            return self._delivered(uids, there.reaches) if there and uids else set()
+            return self._delivered(there, origin, uids) if there and uids else set()
 
         made = Reception(terms(source), spool, delivered, self._reports)
         made.prepare()

@@ -27,8 +27,11 @@ from talaria import logs
 if TYPE_CHECKING:
     from prefect.client.orchestration import PrefectClient
 
+    from blocks import Target
+    from blocks.dicom_source import DicomSource
     from talaria.engine.listeners import Listeners
     from transfer.home import Home
+    from transfer.plan import Origin
 
 logger = logging.getLogger("talaria.listening")
 
@@ -37,6 +40,7 @@ LOOK_S = 2.0  # between two looks at the server's sources
 TICK_S = 0.25  # between two looks at what has become complete
 STATUS_S = 2.0  # between two writings of the status
 DRAIN_S = 15.0  # for associations to end when somebody wants us to stop
+ASK_S = 20.0  # for the server to say which targets there are
 SWEEP_S = 2.0  # between two sweeps of one source
 OURS = ("127.0.0.1", "::1", "localhost")  # where the embedded server is
 
@@ -91,6 +95,7 @@ def _listen(asked: _Asked) -> None:
 
     with staying():
         from talaria.engine.listeners import Listeners
+        from tasks.sources.dicom import confirmed
         from transfer import listening
         from transfer.home import Home
         from transfer.ledger import Ledger
@@ -98,13 +103,15 @@ def _listen(asked: _Asked) -> None:
     home = Home.current()
     listening.clear(home)  # of one that was killed
 
-    def delivered(uids: Collection[str], targets: Collection[str]) -> set[str]:
+    def delivered(source: DicomSource, origin: Origin, uids: Collection[str]) -> set[str]:
+        targets = watch.targets()
         with Ledger(home.ledger) as ledger:
-            return ledger.confirmed_instances(uids, targets)
+            return confirmed(source, origin, uids, targets, ledger)
 
     listeners = Listeners(home, delivered)
+    watch = _Watch(listeners, home, asked)
     try:
-        asyncio.run(_Watch(listeners, home, asked).run())
+        asyncio.run(watch.run())
     finally:
         logger.info("no longer listening: open associations may end by themselves")
         listeners.close(DRAIN_S, lambda: asked.times >= 2)
@@ -121,12 +128,30 @@ class _Watch:
         self._status = ""
         self._ports: set[int] = set()
         self._full: set[str] = set()
+        self._orphans: set[str] = set()
         self._looked = self._written = 0.0
+        self._client: PrefectClient | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def targets(self) -> dict[str, Target]:
+        """Return the targets as they are saved now, by name; nothing if the server is away. For other threads."""
+        from blocks import Target
+        from tasks.targets import TARGETS
+
+        try:
+            if self._client is None or self._loop is None:
+                return {}
+            asking = asyncio.run_coroutine_threadsafe(TARGETS.all(self._client), self._loop)
+            return {one.name: one for one in asking.result(ASK_S) if isinstance(one, Target)}
+        except Exception:  # then nothing counts as delivered: the sender keeps it, and asks again
+            logger.exception("the targets can't be read")
+            return {}
 
     async def run(self) -> None:
         from prefect import get_client
 
         async with get_client() as client:
+            self._client, self._loop = client, asyncio.get_running_loop()
             while not self._asked.event.is_set():
                 now = time.monotonic()
                 if now - self._looked >= LOOK_S:
@@ -190,6 +215,7 @@ class _Watch:
             if before.get(name) != why:
                 await asyncio.to_thread(self._stuck, name, f"does not listen: {why}")
         if known != self._known:
+            await asyncio.to_thread(self._say_what_lies, {str(one.name) for one in documents})
             for one in sources:  # of one that was paused, or just changed its routes, something may wait
                 self._due.setdefault(one.name, time.monotonic())
         self._known = known
@@ -211,6 +237,20 @@ class _Watch:
         except DispatchError as exc:  # it was removed, or is broken
             logger.warning("source %s can't be swept: %s", name, exc.message)
         self._due.pop(name, None)
+
+    def _say_what_lies(self, names: set[str]) -> None:
+        """Say once of what was received for a source that is not there any more that nobody dispatches it."""
+        from tasks.sources.dicom import orphans
+
+        there = orphans(self._home, names)
+        for name, count in there.items():
+            if name not in self._orphans:
+                self._stuck(
+                    name,
+                    f"{count} units that it received lie in {self._home.root / 'received' / name}, and there is no such"
+                    " DICOM source: apply one of that name to have them dispatched, or remove the folder",
+                )
+        self._orphans = set(there)
 
     def _say_who_is_full(self) -> None:
         """Say once of each source that its disk has no room, until it has some again."""

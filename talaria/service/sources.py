@@ -102,6 +102,10 @@ async def apply_sources(
     targets = await _targets(office)
     everyone = [*wanted.values(), *kept]
     await asyncio.to_thread(_check, wanted.values(), everyone, targets)
+    leaving = [one.name for one in old]
+    leaving += [one.name for one in there if one.name in wanted and one.type_name != wanted[one.name].type_name]
+    for name in leaving:
+        await asyncio.to_thread(checks.check_removal, office.home, name)
     for name, action in actions.items() if not dry_run else ():
         before = next((one for one in there if one.name == name and isinstance(one, Source)), None)
         await _save(office, wanted[name], before, action)
@@ -157,8 +161,13 @@ def _say_changed(office: Office) -> None:
 
 
 async def remove_source(office: Office, name: str) -> dict[str, Any]:
-    """Remove a source, and what is known of its units; no file is touched, and what is under way goes on."""
+    """Remove a source, and what is known of its units; no file is touched, and what is under way goes on.
+
+    Raises:
+        Misconfigured: it has received what is not delivered yet.
+    """
     source = await _load(office, name)
+    await asyncio.to_thread(checks.check_removal, office.home, source.name)
     await _remove(office, source.name, f"{source.type_name}/{source.name}")
     return {"name": source.name, "action": "removed"}
 

@@ -21,8 +21,9 @@ from tasks.sources import dicom, inbox
 from tasks.targets import check_destination, check_source
 from transfer import listening, roots
 from transfer.beneath import resolved
-from transfer.errors import DispatchError
+from transfer.errors import DispatchError, Misconfigured
 from transfer.home import Home
+from transfer.spool import FOLDER
 
 MOUNTS, PLANNED = Path("/proc/self/mountinfo"), Path("/etc/fstab")
 
@@ -78,6 +79,20 @@ def of_listener(source: Source, sources: Iterable[Source], home: Home | None = N
     if home is not None and source.enabled:
         found += filter(None, [listening.trouble(home, source.name)])
     return list(dict.fromkeys(found))
+
+
+def check_removal(home: Home, name: str) -> None:
+    """Check that a source has nothing that only it would deliver.
+
+    Raises:
+        Misconfigured: what senders were told is kept would lie there for ever.
+    """
+    if count := dicom.waiting(home, name):
+        raise Misconfigured(
+            f"{count} units that it received are not delivered yet: let its senders send elsewhere, and wait until"
+            f" they are, or move {home.root / FOLDER / name} away",
+            name,
+        )
 
 
 def _of_targets(source: Source, known: dict[str, Target]) -> Iterator[str]:

@@ -8,22 +8,24 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from blocks import Target
 from blocks.base import MASK
 from blocks.dicom_source import DicomSource, Route, clash
 from blocks.source import Source
 from imaging.charset import decoded
 from imaging.header import Damaged, NotDicom, read_elements
 from protocols.net.tls import Tls
+from tasks.names import split
 from tasks.sources.inbox import look
 from tasks.sources.units import Unit
 from transfer.errors import DispatchError
 from transfer.home import Home
 from transfer.ledger import Ledger
-from transfer.plan import Item
+from transfer.plan import Item, Origin
 from transfer.spool import FOLDER, ReceivedUnit, Spool, remove
 
 CHARSET, STUDY_DESCRIPTION, SERIES_DESCRIPTION = 0x00080005, 0x00081030, 0x0008103E
@@ -95,6 +97,51 @@ def shown(unit: ReceivedUnit) -> str:
     """Return what people see of a unit."""
     again = f", version {unit.version}" if unit.version > 1 else ""
     return f"{unit.uid} from {unit.calling} at {unit.host}{again}"
+
+
+def confirmed(
+    source: DicomSource, origin: Origin, uids: Collection[str], targets: Mapping[str, Target], ledger: Ledger
+) -> set[str]:
+    """Return those of some SOP Instance UIDs that all have confirmed whom a source sends what a sender sends it to.
+
+    Each target must have confirmed them where it is now. Of routes that look into studies nobody knows which took an
+    instance that is not there any more: all targets of one of them must have it, if it has no others.
+
+    Args:
+        targets: those that are saved, by name.
+    """
+    routes = [route for route in source.routes if route.fits_titles(origin.sender_aet, origin.receiver_aet)]
+    certain = {*source.targets, *(name for route in routes if not route.reads for name in route.targets)}
+    either = [set(route.targets) for route in routes] if not certain else [certain]
+
+    def held_by_all(names: Iterable[str]) -> set[str]:
+        held = set(uids)
+        for name in {split(one)[1] for one in names}:
+            target = targets.get(name)
+            held = ledger.confirmed_instances(held, name, target.endpoint_for(origin)) if target and held else set()
+        return held
+
+    return set[str]().union(*map(held_by_all, either))
+
+
+def waiting(home: Home, name: str) -> int:
+    """Return how many units a DICOM source has received that are not delivered, whether it is there or not."""
+    return sum(any(folder.iterdir()) for _, folder, _ in Spool(home.root / FOLDER / name).units())
+
+
+def orphans(home: Home, names: Collection[str]) -> dict[str, int]:
+    """Return how many units lie in the folders of sources that are not there any more, by the names that they had.
+
+    Args:
+        names: of all DICOM sources.
+    """
+    folder = home.root / FOLDER
+    there = (
+        [one.name for one in folder.iterdir() if one.is_dir() and not one.name.startswith(".")]
+        if folder.is_dir()
+        else []
+    )
+    return {name: count for name in sorted(there) if name not in names and (count := waiting(home, name))}
 
 
 def _targets(source: DicomSource, unit: ReceivedUnit, folder: Path, check: Callable[[], None]) -> tuple[str, ...]:

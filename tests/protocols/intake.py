@@ -18,6 +18,7 @@ from protocols.dimse.intake import ListenerDesk, Reception, Terms
 from protocols.dimse.scp import StorageScp
 from talaria.testing import studies
 from tests.servers import wire
+from transfer.plan import Origin
 from transfer.spool import ReceivedUnit, Spool
 
 AET = "ROUTER"
@@ -143,7 +144,7 @@ def listening(home: Path, *, reports: Reports | None = None, scp: Any = None, **
     sends = reports or Reports()
     delivered: set[str] = set()
 
-    def confirmed(uids: Collection[str]) -> set[str]:
+    def confirmed(origin: Origin, uids: Collection[str]) -> set[str]:
         return delivered & set(uids)
 
     reception = Reception(

@@ -10,10 +10,14 @@ import pytest
 
 from blocks.dicom_source import DicomSource
 from talaria.testing import studies
+from tasks.sources.checks import check_removal
+from tasks.sources.dicom import confirmed, orphans
 from tests.protocols.intake import listening
 from tests.protocols.test_dimse_intake import associated, stored
 from tests.sources.bench import Bench
+from transfer.errors import Misconfigured
 from transfer.ledger import Ledger
+from transfer.plan import Origin
 from transfer.spool import ReceivedUnit, Spool
 
 UIDS = {"study": "1.2.3", "series": "1.2.3.4"}
@@ -172,8 +176,33 @@ def test_what_the_listener_has_confirmed_arrives(bench: Bench) -> None:
     assert kept(bench, "archive") == 1 and list(folder.iterdir()) == []
     with Ledger(bench.home.ledger) as ledger:
         uid = str(ds.SOPInstanceUID)
-        assert ledger.confirmed_instances([uid, "1.2.3"], ["archive"]) == {uid}
-        assert ledger.confirmed_instances([uid], ["pacs"]) == set()
+        where = bench.targets["archive"].endpoint_for()
+        assert ledger.confirmed_instances([uid, "1.2.3"], "archive", where) == {uid}
+        origin = Origin("CT1", "ROUTER", "127.0.0.1")
+
+        def committed(saved: Any = bench.targets, **fields: Any) -> bool:
+            return confirmed(router(**fields), origin, [uid, "1.2.3"], saved, ledger) == {uid}
+
+        both = [{"modality": "CT", "targets": ["pacs"]}, {"targets": ["archive"], "modality": "MR"}]
+        assert committed() and committed(routes=both[:1]) and committed(targets=["folder/archive"])
+        assert committed(targets=[], routes=both)
+        assert not committed(targets=[], routes=both[:1])
+        assert not committed(targets=["archive", "pacs"])  # one of two
+        assert not committed(routes=[{"calling": "CT*", "targets": ["pacs"]}])
+        assert committed(routes=[{"calling": "MR*", "targets": ["pacs"]}])
+        assert not committed({})  # it is not there any more
+        assert not committed({"archive": bench.target("archive", layout="{PatientID}")})  # it was moved
+
+
+def test_a_source_for_which_units_wait_is_not_removed(bench: Bench) -> None:
+    check_removal(bench.home, "box")
+    receive(bench)
+    with pytest.raises(Misconfigured, match="1 units that it received are not delivered yet"):
+        check_removal(bench.home, "box")
+    assert orphans(bench.home, {"box"}) == {} and orphans(bench.home, {"other"}) == {"box": 1}
+    bench.all()
+    check_removal(bench.home, "box")
+    assert orphans(bench.home, set()) == {}
 
 
 def test_what_is_no_unit_is_left_alone(bench: Bench) -> None:

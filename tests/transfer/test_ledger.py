@@ -20,12 +20,13 @@ from typing import Any
 import psycopg
 import pytest
 
+from imaging.header import Header
 from talaria.testing import studies
 from talaria.testing.process import as_loaded
 from tests.servers.postgresql import PostgreSql
 from transfer.errors import DispatchError, Misconfigured
 from transfer.ledger import HookRow, Ledger, write_json
-from transfer.outcome import ALREADY, DELIVERED, Kind, Outcome
+from transfer.outcome import ALREADY, DELIVERED, ELSEWHERE, Kind, Outcome
 from transfer.plan import Item, Plan, scan
 from transfer.receipt import ItemResult
 
@@ -68,6 +69,26 @@ def test_keeps_several_with_one_commit_or_none_of_them(where: Path | str) -> Non
             ledger.record("d", "pacs", "e", ITEMS[2], DELIVERED)
             raise RuntimeError("midway")
         assert set(ledger.outcomes("d", "pacs", ITEMS)) == {"a/0.dcm", "a/1.dcm"}
+
+
+def test_which_instances_a_target_has_confirmed_where_it_is(where: Path | str) -> None:
+    outcomes = (
+        (DELIVERED, "e"),
+        (ALREADY, "e"),
+        (REJECTED, "e"),
+        (Outcome(Kind.WARNING, ELSEWHERE), "e"),
+        (DELIVERED, "x"),
+    )
+    items = [
+        Item(str(number), 1, 1, Header("1.2", f"1.{number}", "1.2.840.10008.1.2", "1", "1", 0)) for number in range(5)
+    ]
+    with Ledger(where) as ledger:
+        for item, (outcome, endpoint) in zip(items, outcomes, strict=True):
+            ledger.record("d", "pacs", endpoint, item, outcome)
+        uids = [f"1.{n}" for n in range(6)]
+        assert ledger.confirmed_instances(uids, "pacs", "e") == {"1.0", "1.1"}
+        assert ledger.confirmed_instances(uids[1:], "pacs", "e") == {"1.1"}
+        assert ledger.confirmed_instances(uids, "archive", "e") == ledger.confirmed_instances([], "pacs", "e") == set()
 
 
 def test_a_row_is_about_the_file_as_it_was(where: Path | str) -> None:
