@@ -105,8 +105,7 @@ class SendingPages:
             targets=[(row["name"], row["type"], row["leads_to"], row["name"] in chosen) for row in targets],
             priorities=PRIORITIES,
             each=[(one, text(f"send.each.{one}")) for one in EACH],
-            parts=[] if plan is None else [_part(name, one) for name, one in plan["targets"].items()],
-            studies=(plan or {}).get("studies", [])[:SHOWN],
+            **planned(plan),
             planned=plan is not None,
             browsable=office.embedded,  # else the paths are another machine's
             listing=listing,
@@ -142,6 +141,14 @@ def _check(paths: list[str], targets: list[str]) -> None:
         raise ValueError(text("send.no_target"))
     if wrong := [path for path in paths if not Path(path).is_absolute()]:
         raise ValueError(text("send.relative", path=wrong[0]))
+
+
+def planned(plan: dict[str, Any] | None) -> dict[str, Any]:
+    """Return what a page shows of a plan, None if there is none: the studies, and what goes to each target."""
+    return {
+        "parts": [_part(name, one) for name, one in (plan or {"targets": {}})["targets"].items()],
+        "studies": (plan or {}).get("studies", [])[:SHOWN],
+    }
 
 
 def _part(name: str, planned: dict[str, Any]) -> dict[str, Any]:

@@ -41,6 +41,9 @@ WORK = {
     # uploads
     "upload": "Upload files",
     "upload.do": "Upload and send",
+    "upload.look": "Upload, and show what would be sent",
+    "upload.plan": "What would be sent",
+    "upload.planned": "All files are here; nothing is sent yet. What is not sent within a day is removed.",
     "upload.files": "Files of your computer",
     "upload.folder": "A folder, with all that is below it",
     "upload.single": "Or single files; archives (.zip) are unpacked",

@@ -19,7 +19,7 @@ from starlette.routing import BaseRoute, Route
 from talaria.front.access import Role, needs
 from talaria.front.api.errors import AWAY, WRONG, answer_to, said
 from talaria.front.pages.incoming import FormOfFiles
-from talaria.front.pages.sending import PRIORITIES
+from talaria.front.pages.sending import PRIORITIES, planned
 from talaria.front.pages.site import Site, shown, size, who
 from talaria.front.pages.texts import text
 from transfer import uploads
@@ -66,6 +66,8 @@ class UploadPages:
             Route("/talaria/uploads", self.begin, methods=["POST"]),
             Route(one, self.state, methods=["GET"]),
             Route(f"{one}/send", self.send, methods=["POST"]),
+            Route(f"{one}/plan", self.plan, methods=["GET"]),
+            Route(f"{one}/plan", self.send_planned, methods=["POST"]),
             Route(f"{one}/{{number}}", self.piece, methods=["POST"]),
         ]
 
@@ -109,7 +111,12 @@ class UploadPages:
                 if not form.files:
                     raise Misconfigured(text("upload.nothing"))  # noqa: TRY301 - as any other thing that is wrong
                 upload.files, upload.asked = form.files, asked
-                leads = await self._sent(office, upload)
+                if form.fields.get("do") == ["plan"]:
+                    await asyncio.to_thread(upload.save)
+                    await self._made(office, upload)
+                    leads = f"/talaria/uploads/{upload.id}/plan"
+                else:
+                    leads = await self._sent(office, upload)
             except Exception as exc:
                 if form is not None:
                     form.close()
@@ -183,11 +190,34 @@ class UploadPages:
     @answered
     async def send(self, request: Request) -> Response:
         """Send an upload that is whole; once, however often it is asked for."""
+        return JSONResponse({"location": await self._once(request)})
+
+    @needs(Role.OPERATOR)
+    @shown
+    async def plan(self, request: Request) -> Response:
+        """Show what would be sent of an upload that is whole, and what is left out and why."""
+        from talaria.service.dispatches import plan_dispatch
+
+        office, upload = await self.site.office(request), await asyncio.to_thread(self._upload, request)
+        if upload.run:
+            return RedirectResponse(f"/talaria/dispatches/{upload.run}", 303)
+        with upload.held():
+            paths = await self._made(office, upload)
+            asked = {name: upload.asked[name] for name in ("exclude", "each")}
+            plan = await plan_dispatch(office, paths, upload.asked["to"], **asked)
+        return self.site.page(request, "upload_plan.html", id=upload.id, **planned(plan))
+
+    @needs(Role.OPERATOR)
+    @shown
+    async def send_planned(self, request: Request) -> Response:
+        """Send an upload whose plan was shown; once, however often it is asked for."""
+        return RedirectResponse(await self._once(request), 303)
+
+    async def _once(self, request: Request) -> str:
         office, upload = await self.site.office(request), await asyncio.to_thread(self._upload, request)
         with upload.held():
             upload = await asyncio.to_thread(self._upload, request)  # as whoever held it before has left it
-            leads = f"/talaria/dispatches/{upload.run}" if upload.run else await self._sent(office, upload)
-        return JSONResponse({"location": leads})
+            return f"/talaria/dispatches/{upload.run}" if upload.run else await self._sent(office, upload)
 
     def _upload(self, request: Request) -> BrowserUpload:
         return uploads.find(self.home, request.path_params["id"], who(request).name)
@@ -196,15 +226,8 @@ class UploadPages:
         """Send an upload, which nobody else works on; return where its dispatch is shown."""
         from talaria.service.dispatches import create_dispatch
 
-        if not office.embedded:
-            raise Misconfigured(text("upload.elsewhere"))
-        if count := await asyncio.to_thread(upload.missing):
-            raise Misconfigured(text("upload.missing", count=count))
-        if not upload.asked["to"]:
-            raise Misconfigured(text("send.no_target"))
-        await asyncio.to_thread(upload.unpack)
+        paths = await self._made(office, upload)
         asked = {name: value for name, value in upload.asked.items() if name != "to"}
-        paths = [str(await asyncio.to_thread(upload.top) if asked["each"] else upload.content)]
         upload.sending = True
         await asyncio.to_thread(upload.save)
         try:
@@ -216,6 +239,17 @@ class UploadPages:
         upload.run = done["flow_run_id"]
         await asyncio.to_thread(upload.save)
         return f"/talaria/dispatches/{upload.run}"
+
+    async def _made(self, office: Any, upload: BrowserUpload) -> list[str]:
+        """Unpack an upload that is whole, which nobody else works on; return the paths that are to be sent."""
+        if not office.embedded:
+            raise Misconfigured(text("upload.elsewhere"))
+        if count := await asyncio.to_thread(upload.missing):
+            raise Misconfigured(text("upload.missing", count=count))
+        if not upload.asked["to"]:
+            raise Misconfigured(text("send.no_target"))
+        await asyncio.to_thread(upload.unpack)
+        return [str(await asyncio.to_thread(upload.top) if upload.asked["each"] else upload.content)]
 
 
 def _asked(sent: dict[str, str], to: list[str]) -> dict[str, Any]:

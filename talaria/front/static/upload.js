@@ -98,7 +98,7 @@
     return {id: made.id, have: files.map(() => 0), run: ""};
   };
 
-  const upload = async (files, asked) => {
+  const upload = async (files, asked, looked) => {
     const {id, have, whole, run} = await patiently(() => begun(files, asked));
     const total = sum(files), at = performance.now(), before = have.reduce((one, two) => one + two, 0);
     const told = () => {
@@ -133,6 +133,7 @@
     };
     if (!run && !whole) await Promise.all(Array.from({length: AT_ONCE}, work));
     bar.querySelector("[data-words]").textContent = words.sending;
+    if (looked) return {location: `/talaria/uploads/${id}/plan`};
     return patiently(() => call("POST", `/talaria/uploads/${id}/send`));
   };
 
@@ -148,7 +149,7 @@
     bar.hidden = false;
     try {
       if (!files.length) throw new Refused(words.none);
-      const {location} = await upload(files, asked);
+      const {location} = await upload(files, asked, event.submitter?.value === "plan");
       localStorage.removeItem(KEPT);
       busy = false;
       window.location.assign(location);
