@@ -9,6 +9,9 @@ from urllib.parse import urlsplit
 
 from playwright.sync_api import Page, sync_playwright
 
+WAIT_MS = 120_000
+VIOLATIONS = "addEventListener('securitypolicyviolation', event => console.error('CSP ' + event.violatedDirective))"
+
 
 @contextmanager
 def chromium() -> Iterator[tuple[Page, set[str]]]:

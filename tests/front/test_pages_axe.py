@@ -8,9 +8,8 @@ from urllib.parse import urlsplit
 import pytest
 from playwright.sync_api import Page
 
-from tests.front.browser import chromium
+from tests.front.browser import VIOLATIONS, WAIT_MS, chromium
 from tests.front.scene import Scene, log_in, scene, search
-from tests.front.test_pages_browser import VIOLATIONS, WAIT_MS
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 AXE = Path(__file__).with_name("axe") / "node_modules" / "axe-core" / "axe.min.js"

@@ -10,14 +10,12 @@ from playwright.sync_api import Page, expect
 
 from talaria.front.access import Role
 from talaria.front.users import Users
-from tests.front.browser import chromium
+from tests.front.browser import VIOLATIONS, WAIT_MS, chromium
 from tests.front.door import PASSWORD
 from tests.servers.up import talaria
 from transfer.home import Home
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
-WAIT_MS = 120_000
-VIOLATIONS = "addEventListener('securitypolicyviolation', event => console.error('CSP ' + event.violatedDirective))"
 
 
 def test_a_target_is_added_tested_and_deleted_with_mouse_and_keyboard(tmp_path: Path) -> None:

@@ -20,8 +20,8 @@ from talaria.engine import runs
 from talaria.front.access import Role
 from talaria.front.pages import dispatch, dispatches
 from talaria.service import Office, jobs, retrievals, timeline
+from tests.front.house import House, run
 from tests.front.people import fields, words
-from tests.front.test_pages_settings import House, run
 from transfer.errors import Misconfigured
 from transfer.home import Home
 

@@ -4,62 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable, Coroutine
 from html import unescape
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 
-from talaria.front import pages
 from talaria.front.access import Role, role_of
-from talaria.front.api import shared
-from talaria.front.api.asking import Reach
 from talaria.front.pages import settings
-from tests.front.door import PASSWORD, Echo, FrontDoor
+from tests.front.door import PASSWORD
+from tests.front.house import House, run
 from tests.front.people import fields, words
 from transfer.audit import Event, Trail, entries, record
-from transfer.home import Home
 
-BASE = "http://127.0.0.1:4200"
 NEW = "another-good-password"
 ROOT = Path(__file__).parents[2]
-
-
-class House:
-    """A front door without a Prefect, and browsers of people who have logged in."""
-
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir(mode=0o700)
-        reach = Reach(shared(Echo()), Home(folder), embedded=True, url="")  # type: ignore[arg-type]
-        self.door = FrontDoor(folder, pages.routes(reach))
-
-    def add(self, name: str, role: Role) -> None:
-        self.door.keys.users.add(name, role, PASSWORD)
-
-    async def log_in(self, client: httpx.AsyncClient, name: str, password: str = PASSWORD) -> int:
-        form = {"user": name, "password": password, "next": "/talaria/settings"}
-        return (await client.post("/talaria/login", data=form)).status_code
-
-    def audit(self) -> list[dict[str, Any]]:
-        return [one for one in entries(Trail(self.door.home)) if one["event"] == "user-changed"]
 
 
 @pytest.fixture
 def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> House:
     monkeypatch.setenv("TALARIA_HOME", str(tmp_path / "home"))
     return House(tmp_path / "home")
-
-
-def run(house: House, name: str, case: Callable[[httpx.AsyncClient], Coroutine[Any, Any, None]]) -> None:
-    async def whole() -> None:
-        async with house.door.browser() as client:
-            client.headers.update({"Accept": "text/html", "Origin": BASE})
-            assert await house.log_in(client, name) == 303
-            await case(client)
-
-    asyncio.run(whole())
 
 
 def test_one_s_own_password_is_changed_and_ends_the_sessions(house: House) -> None:

@@ -12,8 +12,8 @@ from blocks.folder import FolderTarget
 from talaria.front.access import Role
 from talaria.service import dispatches
 from tests.engine.material import study
+from tests.front.house import House, run
 from tests.front.people import words
-from tests.front.test_pages_settings import House, run
 from tests.transfer.test_uploads import archived
 
 
