@@ -18,6 +18,7 @@ import pytest
 
 from talaria.front.api import PATH, application
 from talaria.testing import studies
+from talaria.testing.process import free_port
 from tests.engine.material import files, folder, later, placed, source, study
 from tests.servers.qr import archive
 from tests.servers.up import Talaria
@@ -25,7 +26,7 @@ from transfer.home import Home
 
 pytestmark = pytest.mark.timeout(600)
 CREATES, CLIENTS = 60, 16
-SOURCES = (
+OTHERS = (
     ("GET", "/sources", None),
     ("GET", "/source-types", None),
     ("GET", "/sources/box", None),
@@ -34,6 +35,11 @@ SOURCES = (
     ("POST", "/sources/box/sweep", None),
     ("POST", "/sources/box/retry", {}),
     ("DELETE", "/sources/box", None),
+    ("GET", "/rules", None),
+    ("GET", "/rule-types", None),
+    ("GET", "/rules/team", None),
+    ("POST", "/rules/team/test", None),
+    ("DELETE", "/rules/team", None),
 )
 SLOW = 40_000  # bytes a second
 SEEN = set[str]()  # operations whose answers have been compared with their description
@@ -398,7 +404,9 @@ def test_every_route_answers_as_it_is_described(up: Talaria, api: httpx.Client, 
     (tmp_path / "inbox").mkdir()
     box = {"box": {"type": "inbox", "folder": str(tmp_path / "inbox"), "targets": ["archive"], "interval_s": 3600}}
     assert api.post("/sources", json={"sources": box}).status_code == 200
-    for method, path, asked in SOURCES:
+    team = {"team": {"type": "webhook", "url": f"http://127.0.0.1:{free_port()}/"}}
+    assert api.post("/rules", json={"rules": team}).status_code == 200
+    for method, path, asked in OTHERS:
         assert api.request(method, path, json=asked).status_code == (404 if path.endswith("retry") else 200), path
     assert api.delete("/targets/net").status_code == 200
     every = {one["operationId"] for methods in description()["paths"].values() for one in methods.values()}
