@@ -66,7 +66,7 @@ class ReceivedUnit:
         version = parts[4] if len(parts) == 5 else "1"
         if not (version.isascii() and version.isdigit()):
             return None
-        calling, called, host, uid = (unquote(part) for part in parts[:4])
+        calling, called, host, uid = (unquote(part, encoding="latin-1") for part in parts[:4])
         unit = ReceivedUnit(calling, called, host, uid, int(version))
         return unit if unit.name == name else None
 
@@ -141,5 +141,5 @@ def sync(folder: Path | str) -> None:
 
 def _quoted(text: str) -> str:
     """Return text without separators, and without a dot at its beginning, which would hide a folder."""
-    made = quote(text, safe=" ")
+    made = quote(text, safe=" ", encoding="latin-1", errors="replace")  # as AE titles come: three bytes a letter
     return f"%2E{made[1:]}" if made.startswith(".") else made

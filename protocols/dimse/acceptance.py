@@ -106,4 +106,6 @@ def _uid(raw: bytes) -> str:
 
 
 def _title(raw: bytes) -> str:
-    return raw.decode("ascii", "replace").strip("\0 ")
+    """Return an AE title; other letters than PS3.5 allows stay apart, what would break a line of a log doesn't."""
+    text = raw.decode("latin-1").strip("\0 ")
+    return "".join(one if one.isprintable() else "?" for one in text)

@@ -8,6 +8,7 @@ Source: PS3.4 Annex J (Storage Commitment Push Model), PS3.7 sections 10.1.1 and
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -45,6 +46,7 @@ from protocols.dimse.stream import (
 from protocols.dimse.transport import Peer
 from protocols.net import tls
 from transfer.errors import Cancelled, DispatchError
+from transfer.oserrors import words_of
 from transfer.spool import sync
 
 if TYPE_CHECKING:
@@ -58,7 +60,9 @@ REQUESTED_CLASS, EVENT_TYPE, REQUESTED_INSTANCE, ACTION_TYPE = 0x0003, 0x1002, 0
 ALL_KEPT, SOME_FAILED = 1, 2  # event types, PS3.4 table J.3-2
 NO_SUCH_OBJECT = 0x0112  # failure reason, PS3.3 section C.14.1.1
 PROCESSING_FAILURE, NO_SUCH_INSTANCE, NO_SUCH_CLASS, NO_SUCH_ACTION = 0x0110, 0x0112, 0x0118, 0x0123  # PS3.7 Annex C
+RESOURCE_LIMITATION = 0x0213
 MOST_REQUEST = 1 << 24  # bytes; 100,000 instances
+MOST_WAITING = 10_000  # reports; who asks then is told to ask again
 PATIENCE_S = 3.0  # for the sender to end its association before its report comes on another one
 WAITS_S = (5.0, 30.0, 120.0, 600.0, 3600.0)  # before a report is tried again, the last until it is given up
 GIVEN_UP_S = 86_400.0  # after its request: senders ask again by then
@@ -86,12 +90,18 @@ class Commitments:
     Args:
         holds: returns which instances (SOP class by UID) are kept.
         folder: where reports wait that go to an association of their own.
+        has_room: whether its disk has room for one more.
     """
 
     def __init__(
-        self, holds: Callable[[Mapping[str, str]], set[str]], to: ReportTo, reports: Reports, folder: Path
+        self,
+        holds: Callable[[Mapping[str, str]], set[str]],
+        to: ReportTo,
+        reports: Reports,
+        folder: Path,
+        has_room: Callable[[], bool],
     ) -> None:
-        self._holds, self._to, self._reports, self._folder = holds, to, reports, folder
+        self._holds, self._to, self._reports, self._folder, self._has_room = holds, to, reports, folder, has_room
         self._message = 0
         self._waiting: dict[int, str] = {}  # transactions that were reported on here, by message
 
@@ -108,8 +118,8 @@ class Commitments:
         report = {}
         if status == 0:
             report = _outcome(transaction, instances, self._holds(instances))
-            if self._to.port:
-                self._reports.put(self._folder, self._to, report)
+            if self._to.port and not self._is_put(report):
+                status = RESOURCE_LIMITATION
         answer: dict[int, int | str | bytes] = {
             AFFECTED_CLASS: PUSH_MODEL,
             FIELD: N_ACTION_RSP,
@@ -126,6 +136,17 @@ class Commitments:
             syntax = association.contexts[request.context][1]
             association.stream.send(_event(request.context, self._message, report, syntax, association.max_pdu))
         return True
+
+    def _is_put(self, report: dict[str, Any]) -> bool:
+        """Return whether a report will be sent; if not, the sender is to ask again later."""
+        if self._has_room() and self._reports.waiting < MOST_WAITING:
+            try:
+                self._reports.put(self._folder, self._to, report)
+            except OSError as exc:
+                logger.warning("no report of storage commitment can be kept: %s", words_of(exc))
+            else:
+                return True
+        return False
 
     def _read(self, association: ServedAssociation, request: CommandSet) -> tuple[int, str, dict[str, str]]:
         """Return the status to answer with, the transaction, and its instances: SOP class by UID."""
@@ -194,21 +215,27 @@ class Reports:
         self._thread: threading.Thread | None = None
 
     def put(self, folder: Path, to: ReportTo, report: dict[str, Any]) -> None:
-        """Keep a report on disk, and send it soon."""
+        """Keep a report on disk, and send it soon, in place of one on the same transaction that waits.
+
+        Raises:
+            OSError: it can't be written.
+        """
         now = time.time()
         if not folder.is_dir():
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             for made in (folder.parent.parent, folder.parent):
                 sync(made)
-        path = folder / f"{report['transaction']}.json"
+        who = "\0".join((to.calling, to.called, to.host, str(to.port), str(report["transaction"])))
+        path = folder / f"{hashlib.sha256(who.encode()).hexdigest()[:32]}.json"  # others may make up the same UID
         part = path.with_suffix(".part")
-        with open(os.open(part, os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_CLOEXEC, 0o600), "w") as file:
-            json.dump({"to": asdict(to), "report": report, "asked": now}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-        sync(folder)
-        self._add(_Due(path, to, report, now, time.monotonic() + PATIENCE_S))
+        with self._changed:  # the report before, on the same transaction, may have just been answered
+            with open(os.open(part, os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_CLOEXEC, 0o600), "w") as file:
+                json.dump({"to": asdict(to), "report": report, "asked": now}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
+            sync(folder)
+            self._add(_Due(path, to, report, now, time.monotonic() + PATIENCE_S))
 
     def take_up(self, folder: Path) -> None:
         """Send what waited when the process ended."""
@@ -242,10 +269,12 @@ class Reports:
 
     def _add(self, due: _Due) -> None:
         with self._changed:
-            self._due.setdefault(due.path, due)
+            self._due[due.path] = due
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="commitment-reports", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name="commitment-reports", daemon=True)
+                with suppress(RuntimeError):  # no more threads now: the next report begins it
+                    thread.start()
+                    self._thread = thread
             self._changed.notify()
 
     def _run(self) -> None:
@@ -258,24 +287,28 @@ class Reports:
                 if due is None or (wait is not None and wait > 0):
                     self._changed.wait(wait)
                     continue
-            if self._sent(due) or time.time() - due.asked > GIVEN_UP_S:
-                with suppress(OSError):
-                    due.path.unlink()
-                with self._changed:
-                    self._due.pop(due.path, None)
-            else:
-                due.at = time.monotonic() + WAITS_S[min(due.tries, len(WAITS_S) - 1)]
-                due.tries += 1
+            isover = self._sent(due) or time.time() - due.asked > GIVEN_UP_S
+            with self._changed:
+                if not isover:
+                    due.at = time.monotonic() + WAITS_S[min(due.tries, len(WAITS_S) - 1)]
+                    due.tries += 1
+                elif self._due.get(due.path) is due:  # else another took its place meanwhile
+                    with suppress(OSError):
+                        due.path.unlink()
+                    del self._due[due.path]
 
     def _sent(self, due: _Due) -> bool:
         to = due.to
-        peer = Peer(to.host, to.port, to.called, to.calling, CONNECT_S, IDLE_S, tls=self._security(to.calling))
         try:
+            peer = Peer(to.host, to.port, to.called, to.calling, CONNECT_S, IDLE_S, tls=self._security(to.calling))
             status = _report(peer, due.report, self._check)
         except Cancelled:
             return False
         except DispatchError as exc:
             logger.warning("a report of storage commitment waits: %s", exc.message)
+            return False
+        except Exception:  # whatever it is, it must not keep the others
+            logger.exception("a report of storage commitment to %s waits", to.called)
             return False
         if status:
             logger.warning("%s answered a report of storage commitment with %04X", to.called, status)

@@ -34,6 +34,7 @@ from transfer.spool import ReceivedUnit, Spool, sync
 logger = logging.getLogger(__name__)
 
 LOOK_BYTES = 1 << 20  # of one association, between two looks at the room that is left
+FRESH_S, AGAIN_S, GOOD_S = 30.0, 5.0, 600.0  # for which a name counts as found, as not found, as found before
 TOUCH_S = 1.0  # between two marks that a unit is still being received
 
 
@@ -49,8 +50,8 @@ class KnownSender:
     host: str = ""
     port: int = 0
 
-    def matches(self, caller: Caller) -> bool:
-        """Return True if a caller is meant."""
+    def matches(self, caller: Caller) -> bool | None:
+        """Return True if a caller is meant; None if nobody can tell now whose address it has."""
         if self.aet and not fnmatchcase(caller.calling, self.aet):
             return False
         if not self.host:
@@ -62,7 +63,8 @@ class KnownSender:
         try:
             return there in ipaddress.ip_network(self.host, strict=False)
         except ValueError:
-            return there in _addresses(self.host)
+            known = _addresses(self.host)
+            return None if known is None else there in known
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,10 @@ class Reception:
     def admit(self, caller: Caller) -> SpoolVisit | Refusal:
         """Admit a caller's association, or refuse it, for ever or for now."""
         terms = self.terms
-        sender = next((one for one in terms.senders if one.matches(caller)), None)
+        found = [(one.matches(caller), one) for one in terms.senders]
+        sender = next((one for meant, one in found if meant), None)
+        if sender is None and any(meant is None for meant, _ in found):
+            return self._refused(caller, "name", scp.CONGESTED)  # many senders give up for good where it is for good
         if sender is None and terms.senders:
             return self._refused(caller, "sender", scp.CALLING_UNKNOWN)
         if not terms.open:
@@ -256,7 +261,11 @@ class SpoolVisit:
         to = ReportTo(reception.terms.aet, caller.calling, caller.host, report_port)
         origin = Origin(caller.calling, caller.called, caller.host)
         self._commitments = Commitments(
-            lambda asked: reception.holds(origin, asked), to, reception.reports, reception.spool.reports
+            lambda asked: reception.holds(origin, asked),
+            to,
+            reception.reports,
+            reception.spool.reports,
+            reception.has_room,
         )
 
     def depot(self, request: CommandSet) -> tuple[Depot | None, int]:
@@ -309,8 +318,6 @@ class SpoolDepot(Depot):
         """Give a whole file its name, unless the same content has it; one with another content gets it elsewhere."""
         status, header = self.identified(part, size, uid, seen)
         if header is None:
-            self._visit.receiving = False
-            self._reception.count(failed=1)
             return status, None
         group = header.SeriesInstanceUID if self._reception.terms.by_series else header.StudyInstanceUID
         if group != self._unit.uid:
@@ -332,14 +339,20 @@ class SpoolDepot(Depot):
                     continue
                 isnew = False
             break
-        if isnew:
-            durably.named(f"{self.path}/{unit.name}")
-        else:
-            sync(f"{self.path}/{unit.name}")  # who sent it first may still be waiting for that
+        with suppress(FileNotFoundError):  # it was delivered and removed already
+            if isnew:
+                durably.named(f"{self.path}/{unit.name}")
+            else:
+                sync(f"{self.path}/{unit.name}")  # who sent it first may still be waiting for that
         self._reception.kept(unit, isnew=isnew)
         self._visit.unit = unit
-        self._visit.receiving = False
         return SUCCESS, header if isnew else None
+
+    def answering(self, status: int) -> None:
+        """Note that an instance is all there, or dropped."""
+        self._visit.receiving = False
+        if status != SUCCESS:
+            self._reception.count(failed=1)
 
     @staticmethod
     def _same(part: partial.PartialFile, size: int, other: Path) -> bool | None:
@@ -381,10 +394,35 @@ class ListenerDesk:
         return reception.admit(caller)
 
 
-def _addresses(host: str) -> set[ipaddress.IPv4Address | ipaddress.IPv6Address]:
-    """Return the addresses of a host; nothing if its name is not known now."""
-    try:
-        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    except OSError:
-        return set()
-    return {ipaddress.ip_address(str(address[0]).partition("%")[0]) for *_, address in found}
+@dataclass(frozen=True)
+class _Looked:
+    """What the name of a host was last found to mean.
+
+    Attributes:
+        addresses: as known last; None if they never were.
+        until: `time.monotonic` until which nobody asks again.
+        good_until: until which the addresses count, though nobody can tell now.
+    """
+
+    addresses: frozenset[ipaddress.IPv4Address | ipaddress.IPv6Address] | None
+    until: float
+    good_until: float
+
+
+_looked: dict[str, _Looked] = {}  # by name; a resolver that hangs costs each association seconds
+
+
+def _addresses(host: str) -> frozenset[ipaddress.IPv4Address | ipaddress.IPv6Address] | None:
+    """Return the addresses of a host; None if its name means nothing now, nor did some minutes ago."""
+    now, before = time.monotonic(), _looked.get(host)
+    if before is None or now >= before.until:
+        try:
+            found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+        except OSError:
+            good_until = before.good_until if before else 0.0
+            before = _Looked(before.addresses if before and now < good_until else None, now + AGAIN_S, good_until)
+        else:
+            there = frozenset(ipaddress.ip_address(str(address[0]).partition("%")[0]) for *_, address in found)
+            before = _Looked(there, now + FRESH_S, now + GOOD_S)
+        _looked[host] = before
+    return before.addresses

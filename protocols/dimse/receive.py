@@ -140,6 +140,9 @@ class Depot:
     def wrote(self, count: int) -> None:
         """Note that some bytes of an instance are written; may set `failure`, so that the rest is dropped."""
 
+    def answering(self, status: int) -> None:
+        """Note that nothing more comes of an instance; its sender is about to be told."""
+
     def note(self, part: partial.PartialFile, size: int, header: Header) -> None:
         """Count an instance that has got its name."""
         item = Item(f"{header.SOPInstanceUID}.dcm", size, os.fstat(part.fd).st_mtime_ns, header)
@@ -209,6 +212,7 @@ def receive(
     uid, sop_class = request.uid(AFFECTED_INSTANCE), request.sop_class
     if not sop_class or not UID.fullmatch(uid):
         stream.skip()
+        depot.answering(INVALID_INSTANCE)
         respond(request, INVALID_INSTANCE)
         return INVALID_INSTANCE
     try:
@@ -216,6 +220,7 @@ def receive(
     except OSError as exc:
         depot.failure = partial.failure(depot.folder, exc)
         stream.skip()
+        depot.answering(OUT_OF_RESOURCES)
         respond(request, OUT_OF_RESOURCES)
         return OUT_OF_RESOURCES
     header = None
@@ -229,6 +234,7 @@ def receive(
                 status, header = depot.keep(part, size, uid, seen)
         except OSError as exc:
             depot.failure = partial.failure(depot.folder, exc)
+        depot.answering(status)
         respond(request, status)
     finally:
         try:

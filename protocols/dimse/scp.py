@@ -7,6 +7,7 @@ one for what it asked for, a listener for modalities another (`protocols.dimse.i
 
 from __future__ import annotations
 
+import errno
 import logging
 import socket
 import ssl
@@ -46,6 +47,7 @@ HANDSHAKE_S = 10  # for a peer to shake hands and to ask for an association, all
 MOST_NEW, MOST_NEW_OF_ONE = 256, 32  # connections that have not been admitted yet: of all peers, of one address
 IDLE_S = 60  # silence on an association after which it is ended
 BACKLOG = 128
+RESPONSE, C_CANCEL_RQ, UNRECOGNIZED = 0x8000, 0x0FFF, 0x0211  # PS3.7 Annexes C and E
 TLS_HANDSHAKE = b"\x16"  # how a TLS connection begins (RFC 8446 section 5.1)
 Refusal = tuple[int, int, int]  # of an association, PS3.8 table 9-21: result, source, reason
 CALLED_UNKNOWN, CALLING_UNKNOWN = (1, 1, 7), (1, 1, 3)  # permanent, by the user
@@ -129,8 +131,7 @@ class StorageScp:
         self._lock = threading.Lock()
         self._open: set[socket.socket] = set()
         self._new: Counter[str] = Counter()  # connections that have not been admitted yet, by address
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
+        self._listener = _listener(host, port)
         self.port = int(self._listener.getsockname()[1])
         self._thread = threading.Thread(target=self._accept, name="storage-scp", daemon=True)
         self._thread.start()
@@ -298,8 +299,8 @@ class ServedAssociation:
                     self._store(request)
                 elif request.kind == C_ECHO_RQ:
                     self._answer_echo(request)
-                elif not self.visit.serve(self, request) and request.has_dataset:
-                    stream.skip()
+                elif not self.visit.serve(self, request):
+                    self._answer_unknown(request)
         except Released:
             stream.send(RELEASE_RP_PDU)
         except (DispatchError, OSError):
@@ -330,6 +331,21 @@ class ServedAssociation:
         if self.depot is not None:
             self.depot.heard = self.stream.heard
 
+    def _answer_unknown(self, request: CommandSet) -> None:
+        """Answer a request that nobody serves, so that its sender doesn't wait; answers and cancellations have none."""
+        if request.has_dataset:
+            self.stream.skip()
+        kind = request.kind
+        if kind is None or kind & RESPONSE or kind == C_CANCEL_RQ:
+            return
+        answer: dict[int, int | str | bytes] = {
+            FIELD: kind | RESPONSE,
+            RESPONDED_TO: request.number(MESSAGE_ID) or 0,
+            DATASET_TYPE: NO_DATASET,
+            STATUS: UNRECOGNIZED,
+        }
+        self.stream.send(pdus(request.context, encoded(answer), None, self.max_pdu))
+
     def _answer_echo(self, request: CommandSet) -> None:
         answer: dict[int, int | str | bytes] = {
             AFFECTED_CLASS: VERIFICATION,
@@ -339,6 +355,22 @@ class ServedAssociation:
             STATUS: 0,
         }
         self.stream.send(pdus(request.context, encoded(answer), None, self.max_pdu))
+
+
+def _listener(host: str, port: int) -> socket.socket:
+    """Listen; "" is all addresses, of IPv6 too where this machine has it.
+
+    Raises:
+        OSError: the port can't be listened on.
+    """
+    if not host and socket.has_dualstack_ipv6():
+        try:
+            return socket.create_server((host, port), family=socket.AF_INET6, backlog=BACKLOG, dualstack_ipv6=True)
+        except OSError as exc:
+            if exc.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):  # it is switched off
+                raise
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host, port), family=family, backlog=BACKLOG)
 
 
 def _request(sock: socket.socket, end: float) -> bytes:

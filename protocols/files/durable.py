@@ -58,12 +58,12 @@ class OneCommit:
     """
 
     def __init__(self, part: PartialFile) -> None:
-        self._fd = part.fd
+        self._part = part  # whose descriptor may be another one, once it has its name
         fs.write_back(part.fd)
 
     def named(self, folder: str) -> None:
         """Flush the file, and its name with it."""
-        os.fsync(self._fd)
+        os.fsync(self._part.fd)
 
 
 class Volatile:

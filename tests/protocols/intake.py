@@ -49,12 +49,12 @@ class PlainSender:
         OSError: from whatever is called, once the other side is gone.
     """
 
-    def __init__(self, port: int, calling: str = "CT1", called: str = AET) -> None:
-        self._sock = socket.create_connection(("127.0.0.1", port), 60)
+    def __init__(self, port: int, calling: str | bytes = "CT1", called: str = AET, *, host: str = "127.0.0.1") -> None:
+        self._sock = socket.create_connection((host, port), 60)
         inner = wire.item(0x30, b"1.2.840.10008.5.1.4.1.1.2") + wire.item(0x40, wire.EXPLICIT.encode())
         user = wire.item(0x51, struct.pack(">I", 0)) + wire.item(0x52, b"1.2.3")
         items = wire.item(0x10, b"1.2.840.10008.3.1.1.1") + wire.item(0x20, b"\1\0\0\0" + inner)
-        titles = called.encode().ljust(16) + calling.encode().ljust(16)
+        titles = called.encode().ljust(16) + (calling.encode() if isinstance(calling, str) else calling).ljust(16)
         body = struct.pack(">HH32s32x", 1, 0, titles) + items + wire.item(0x50, user)
         self._sock.sendall(struct.pack(">BxI", 1, len(body)) + body)
         if self._pdu()[0] != 2:
@@ -65,7 +65,7 @@ class PlainSender:
         self.begin(ds)
         return self.end(wire.encode_dataset(ds, wire.EXPLICIT))
 
-    def begin(self, ds: Dataset) -> None:
+    def begin(self, ds: Dataset, uid: str = "") -> None:
         """Ask to store an instance, whose data set follows by `more` and `end`."""
         command = wire.encode_command(
             {
@@ -74,10 +74,17 @@ class PlainSender:
                 0x00000110: struct.pack("<H", 1),
                 0x00000700: struct.pack("<H", 0),
                 0x00000800: struct.pack("<H", 1),
-                0x00001000: wire.padded(str(ds.SOPInstanceUID)),
+                0x00001000: wire.padded(uid or str(ds.SOPInstanceUID)),
             }
         )
         self._sock.sendall(wire.p_data(1, command))
+
+    def ask(self, kind: int) -> tuple[int, int]:
+        """Send a request of another kind; return the answer's kind and status."""
+        command = {0x00000100: struct.pack("<H", kind), 0x00000110: struct.pack("<H", 1)}
+        self._sock.sendall(wire.p_data(1, wire.encode_command(command | {0x00000800: struct.pack("<H", 0x0101)})))
+        answer = wire.decode_command(self._pdu()[1][6:])
+        return wire.number(answer[0x00000100]), wire.number(answer[0x00000900])
 
     def more(self, data: bytes, size: int = 65_536) -> None:
         """Send a part of a data set, which is not the last, in PDUs of this size."""

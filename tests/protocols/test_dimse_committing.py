@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,7 @@ from tests.protocols.intake import AET, listening
 from tests.servers.orthanc import shared_orthanc
 from tests.targets.dicom import dicom_target
 from transfer.receipt import Level
+from transfer.spool import Spool
 
 CT = "1.2.840.10008.5.1.4.1.1.2"
 
@@ -141,6 +143,56 @@ def test_a_report_that_nobody_took_outlives_the_process(tmp_path: Path) -> None:
         assert modality.heard.wait(60)
         assert uids(modality.reports[0], "ReferencedSOPSequence") == {here}
         until(lambda: not again.reception.reports.waiting)
+
+
+def test_who_asks_again_gets_the_new_report_and_nobody_gets_anothers(tmp_path: Path) -> None:
+    """Two senders that made up the same transaction UID, and one that has sent meanwhile what it missed."""
+    modality, port = Modality(), free_port()
+    with listening(tmp_path / "home", senders=(KnownSender("", "", port),)) as there:
+        other = Modality("CT9")
+        late, transaction = studies.uid(), studies.uid()
+        for one in (modality, other):
+            assoc = one.associate(there.port)
+            assert ask(assoc, request(late, transaction=transaction)) == 0
+            assoc.release()
+        until(lambda: there.reception.associations == 0)
+        assert there.reception.reports.waiting == 2
+        there.delivered.add(late)
+        assoc = modality.associate(there.port)
+        assert ask(assoc, request(late, transaction=transaction)) == 0
+        assert there.reception.reports.waiting == 2
+        with modality.listening(port):
+            assoc.release()
+            until(lambda: any(uids(one, "ReferencedSOPSequence") == {late} for one in modality.reports))
+
+
+def test_no_report_keeps_the_others(tmp_path: Path) -> None:
+    """One that nobody can make sense of lies there first."""
+    modality, port = Modality(), free_port()
+    folder = Spool(tmp_path / "home" / "received" / "ct").reports
+    folder.mkdir(parents=True)
+    to = {"calling": AET, "called": "CT1", "host": "127.0.0.1", "port": port}
+    (folder / "1.json").write_text(json.dumps({"to": to, "report": {"transaction": "1.2"}, "asked": time.time()}))
+    with (
+        modality.listening(port),
+        listening(tmp_path / "home", senders=(KnownSender("", "", port),)) as there,
+    ):
+        until(lambda: any(one.tries for one in there.reception.reports._due.values()))
+        assoc = modality.associate(there.port)
+        here = stored(assoc)
+        assert ask(assoc, request(here)) == 0
+        assoc.release()
+        assert modality.heard.wait(60) and uids(modality.reports[0], "ReferencedSOPSequence") == {here}
+
+
+def test_without_room_for_a_report_the_sender_asks_again(tmp_path: Path) -> None:
+    modality = Modality()
+    with listening(tmp_path / "home", senders=(KnownSender("", "", free_port()),)) as there:
+        assoc = modality.associate(there.port)
+        here = stored(assoc)
+        there.change(keep_free=1 << 60)
+        assert ask(assoc, request(here)) == 0x0213 and there.reception.reports.waiting == 0
+        assoc.release()
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,11 @@ import socket
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +24,10 @@ from pydicom.uid import UID
 from pynetdicom import AE
 
 from imaging.header import read_header
-from protocols.dimse import acceptance
+from protocols.dimse import acceptance, intake
 from protocols.dimse.commitment import PUSH_MODEL
 from protocols.dimse.intake import LOOK_BYTES, KnownSender
-from protocols.dimse.scp import MOST_NEW_OF_ONE, Caller, _choose
+from protocols.dimse.scp import CALLING_UNKNOWN, CONGESTED, MOST_NEW_OF_ONE, Caller, StorageScp, _choose
 from protocols.net.tls import Tls
 from talaria.testing import studies
 from talaria.testing.harness import attempt
@@ -200,11 +202,12 @@ def test_a_remover_and_many_senders_lose_nothing(tmp_path: Path) -> None:
         (KnownSender("CT1", "127.0.0.1"), True),
         (KnownSender("CT1", "10.0.0.0/8"), False),
         (KnownSender("CT1", "localhost"), True),
-        (KnownSender("CT1", "no-such-host.invalid"), False),
+        (KnownSender("CT1", "no-such-host.invalid"), None),
+        (KnownSender("MR1", "no-such-host.invalid"), False),
         (KnownSender("CT1", "::1"), False),
     ],
 )
-def test_who_may_send(rule: KnownSender, taken: bool) -> None:
+def test_who_may_send(rule: KnownSender, taken: bool | None) -> None:
     assert rule.matches(Caller(AET, "CT1", "127.0.0.1")) is taken
 
 
@@ -219,6 +222,68 @@ def test_others_are_refused_for_good(tmp_path: Path) -> None:
         assert assoc.is_established
         assoc.release()
         assert there.reception.counts.refused == {"sender": 1} and there.desk.unknown == 1
+
+
+def test_a_name_that_nobody_knows_now_is_no_refusal_for_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    there, asked = {"ct.example": "127.0.0.1"}, Counter[str]()
+
+    def found(host: str, *args: Any, **more: Any) -> Any:
+        asked[host] += 1
+        if host not in there:
+            raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (there[host], 0))]
+
+    monkeypatch.setattr(intake, "_looked", {})
+    rule, caller = KnownSender("CT*", "ct.example"), Caller(AET, "CT1", "127.0.0.1")
+    with listening(tmp_path / "home", senders=(rule,)) as here:
+        monkeypatch.setattr(socket, "getaddrinfo", found)
+        assert rule.matches(caller) and rule.matches(caller) and asked == {"ct.example": 1}
+        del there["ct.example"]
+        monkeypatch.setattr(intake, "AGAIN_S", 0.0)
+        intake._looked["ct.example"] = replace(intake._looked["ct.example"], until=0.0)
+        assert rule.matches(caller) and asked == {"ct.example": 2}  # it was there some minutes ago
+        intake._looked["ct.example"] = replace(intake._looked["ct.example"], good_until=0.0)
+        assert here.desk.admit(caller) == CONGESTED and here.reception.counts.refused == {"name": 1}
+        there["ct.example"] = "10.1.2.3"
+        assert here.desk.admit(caller) == CALLING_UNKNOWN
+
+
+def test_what_nobody_serves_is_answered(tmp_path: Path) -> None:
+    with listening(tmp_path / "home") as there, closing(PlainSender(there.port)) as sender:
+        assert sender.ask(0x0020) == (0x8020, 0x0211)  # C-FIND
+        assert sender.store(studies.dataset()) == 0
+
+
+def test_letters_that_no_title_may_have(tmp_path: Path) -> None:
+    with listening(tmp_path / "home") as there:
+        for title in (b"\xc4" * 16, b"\xd6" * 16):
+            with closing(PlainSender(there.port, title)) as sender:
+                assert sender.store(studies.dataset(study=f"1.{'2' * 62}")) == 0
+        assert {unit.calling for unit, _, _ in Spool(there.folder).units()} == {"Ä" * 16, "Ö" * 16}
+        with closing(PlainSender(there.port, b"CT\n1")):
+            assert "CT?1" in {visit.caller.calling for visit in there.reception._visits}
+
+
+def test_an_instance_without_a_uid_keeps_no_unit_from_being_complete(tmp_path: Path) -> None:
+    ds = studies.dataset()
+    with listening(tmp_path / "home", settle_s=0) as there, closing(PlainSender(there.port)) as sender:
+        assert sender.store(ds) == 0
+        sender.begin(ds, "1.x")
+        assert sender.end(bytes(8)) == 0x0117
+        assert len(there.reception.settled()) == 1 and there.reception.counts.failed == 1
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this machine has no IPv6")
+def test_all_addresses_are_those_of_both_kinds(tmp_path: Path) -> None:
+    with listening(tmp_path / "home") as there:
+        scp = StorageScp("", 0, "", there.desk)
+        try:
+            for address in ("127.0.0.1", "::1"):
+                with closing(PlainSender(scp.port, host=address)) as sender:
+                    assert sender.store(studies.dataset()) == 0
+        finally:
+            scp.close()
+        assert {unit.host for unit, _, _ in Spool(there.folder).units()} == {"127.0.0.1", "::1"}
 
 
 def test_other_services_are_refused_by_context(tmp_path: Path) -> None:
