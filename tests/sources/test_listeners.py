@@ -10,12 +10,12 @@ import threading
 from collections.abc import Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from pydantic import ValidationError
 
-from blocks import SOURCES
+from blocks import SOURCES, FolderTarget
 from blocks.dicom_source import DicomSource, Route, clashes
 from talaria.engine import listening as engine
 from talaria.engine.listeners import Listeners
@@ -28,6 +28,7 @@ from tests.targets.dicom import dicom_target
 from tests.targets.dicom_tls import certificates, tls_target
 from transfer.home import Home
 from transfer.receipt import State
+from transfer.spool import ReceivedUnit
 
 
 def source(name: str, port: int, **fields: Any) -> DicomSource:
@@ -236,3 +237,49 @@ def test_a_full_disk_does_not_end_the_listener(listeners: Listeners, monkeypatch
     asyncio.run(engine._Watch(listeners, listeners._home, asked).run())
     assert stored(assoc, studies.dataset()) == 0
     assoc.release()
+
+
+def watching(listeners: Listeners) -> engine._Watch:
+    return engine._Watch(listeners, listeners._home, type("Asked", (), {"event": threading.Event(), "times": 0})())
+
+
+def test_associations_ask_for_the_targets_as_they_are_now(
+    listeners: Listeners, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From threads of their own; whom nobody can name now has confirmed nothing."""
+    watch, saved = watching(listeners), [FolderTarget(folder="/data").named("archive"), object()]
+
+    async def every(client: Any) -> list[Any]:
+        if not saved:
+            raise TimeoutError
+        return saved
+
+    monkeypatch.setattr("tasks.targets.TARGETS.all", every)
+    assert watch.targets() == {}  # it has not begun
+
+    async def ask() -> None:
+        watch._client, watch._loop = cast("Any", object()), asyncio.get_running_loop()
+        found = await asyncio.to_thread(watch.targets)
+        assert set(found) == {"archive"}
+        saved.clear()
+        assert await asyncio.to_thread(watch.targets) == {}
+
+    asyncio.run(ask())
+
+
+def test_what_was_received_for_a_source_that_is_gone_is_said_once(
+    listeners: Listeners, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watch, said = watching(listeners), list[str]()
+    monkeypatch.setattr(watch, "_stuck", lambda name, words: said.append(f"{name}: {words}"))
+    folder = listeners._home.root / "received"
+    for name in ("there", "gone", "empty", ".reports"):
+        (folder / name / ReceivedUnit("CT1", "CT", "::1", "1.2").name).mkdir(parents=True)
+        if name != "empty":
+            studies.dicom(folder / name / ReceivedUnit("CT1", "CT", "::1", "1.2").name / "1.dcm")
+    for _ in range(2):
+        watch._say_what_lies({"there"})
+    [words] = said
+    assert words.startswith(
+        f"gone: 1 units that it received lie in {folder / 'gone'}, and there is no such DICOM source"
+    )
