@@ -263,6 +263,7 @@ def lying() -> bytes:
         (archived(x=b"1")[:-10], "can't be unpacked"),
         (b"no archive", "can't be unpacked"),
     ],
+    ids=["above", "absolute", "large", "no room", "link", "lying", "cut off", "none"],  # an archive holds the time
 )
 def test_an_archive_that_could_do_harm_is_refused_and_leaves_nothing(
     home: Home, monkeypatch: pytest.MonkeyPatch, content: bytes, said: str
