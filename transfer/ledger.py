@@ -273,15 +273,38 @@ class Ledger:
                     found.add(uid)
         return found
 
-    def arrived(self, dispatch_id: str, destination: str, endpoint: str) -> dict[str, tuple[int, int]]:
-        """Return length and time, by path, of the files of a dispatch that an endpoint has confirmed."""
+    def arrived(
+        self, dispatch_id: str, destination: str, endpoint: str, *, own_place: bool
+    ) -> dict[str, tuple[int, int, str]]:
+        """Return what an endpoint has confirmed of a dispatch's files, and holds as far as is known.
+
+        Args:
+            own_place: whether the dispatch has a place of its own there, into which no other one puts anything.
+
+        Returns:
+            By path: length, time, and the SHA-256 of the content that is there, "" where the dispatch itself has
+            brought it. Not what another content has replaced since, or may have.
+        """
+        arrived = json.dumps([str(kind) for kind in ARRIVED])
+        brought = (
+            "''" if own_place else "CASE WHEN c.dispatch_id=i.dispatch_id AND c.path=i.path THEN '' ELSE c.sha256 END"
+        )
+        held = (
+            ""
+            if own_place
+            else " JOIN confirmed c ON c.endpoint=i.endpoint AND c.item IN (i.path, i.sop_instance_uid)"
+            " AND c.size=i.size AND c.mtime_ns=i.mtime_ns AND (c.sha256<>'' OR c.dispatch_id=i.dispatch_id AND"
+            f" c.path=i.path) AND c.outcome IN ({self._db.LISTED})"
+        )
+        asked = (dispatch_id, destination, endpoint, arrived)
         with self._db.reading():
             rows = self._db.execute(
-                "SELECT path, size, mtime_ns FROM items WHERE dispatch_id=? AND destination=? AND endpoint=?"  # noqa: S608
-                f" AND outcome IN ({self._db.LISTED})",
-                (dispatch_id, destination, endpoint, json.dumps([str(kind) for kind in ARRIVED])),
+                f"SELECT i.path, i.size, i.mtime_ns, {brought} FROM items i{held}"  # noqa: S608
+                f" WHERE i.dispatch_id=? AND i.destination=? AND i.endpoint=? AND i.outcome IN ({self._db.LISTED})"
+                " ORDER BY 4 DESC",  # what the dispatch itself has brought comes last, and counts
+                asked if own_place else (arrived, *asked),
             )
-            return {path: (size, mtime_ns) for path, size, mtime_ns in rows}
+            return {path: (size, mtime_ns, sha256) for path, size, mtime_ns, sha256 in rows}
 
     def results(self, dispatch_id: str) -> dict[str, list[ItemResult]]:
         """Return all rows of a dispatch by destination."""

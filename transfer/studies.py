@@ -39,12 +39,15 @@ class FloodStudy:
         paths: its files and folders.
         problem: why it can't be sent; "" if nothing is wrong so far.
         within: the folder, without links, that its files must lie in; "" if they were asked for by their own paths.
+        mark: of what its files were when they were listed; "" if that is not known. Files that are others by that are
+            another dispatch, also where names, lengths, times and UIDs are the same.
     """
 
     name: str
     paths: tuple[str, ...]
     problem: str = ""
     within: str = ""
+    mark: str = ""
 
     def read(self, exclude: tuple[str, ...], origin: Origin, check: Callable[[], None] = lambda: None) -> Plan:
         """Plan its files, as `scan` does.
@@ -57,6 +60,9 @@ class FloodStudy:
         plan = scan(self.paths, exclude, origin, check)
         if self.within and not all(roots.is_in(source, self.within) for source in plan.sources):
             raise Rejected(LEADS_OUT)
+        if self.mark:
+            of_both = hashlib.sha256(f"{plan.dispatch_id}\0{self.mark}".encode())
+            plan = replace(plan, dispatch_id=of_both.hexdigest()[:DISPATCH_ID_CHARS])
         return plan
 
 
@@ -77,7 +83,7 @@ def listed(paths: Iterable[str], each: Each, exclude: tuple[str, ...] = ()) -> l
         elif each is Each.LINE:
             found += _lines(path)
         elif each is Each.UNIT:
-            found += (FloodStudy(one.key, one.paths, within=one.within) for one in unitlist.read(path))
+            found += (FloodStudy(one.key, one.paths, within=one.within, mark=one.mark) for one in unitlist.read(path))
         else:
             found += _folders(path, exclude, "" if len(given) == 1 else path.rstrip("/") + "/")
     if not found:

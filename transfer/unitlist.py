@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -47,6 +48,15 @@ class ListedUnit:
     paths: tuple[str, ...]
     within: str = ""
     files: tuple[FileFacts, ...] = ()
+
+    @property
+    def mark(self) -> str:
+        """A mark of what its files were: of their paths, lengths, times and inodes; "" if it lists none."""
+        digest = hashlib.sha256()
+        for one in sorted(self.files, key=lambda one: one.path):
+            facts = f"{one.path}\0{one.size} {one.mtime_ns} {one.ctime_ns} {one.inode}\n"
+            digest.update(facts.encode("utf-8", "surrogateescape"))
+        return digest.hexdigest() if self.files else ""
 
 
 def place(home: Home, source: str, batch: str) -> Path:

@@ -19,6 +19,7 @@ from transfer.outcome import Kind, Outcome
 from transfer.plan import Item, Plan
 
 MARK_CHARS = 24  # hexadecimal, of a place, whose name may be a patient's
+OWN = "{dispatch_id}"  # in the template of a place
 CHUNK = 10_000  # items that are looked up at once
 SUMS = 500  # that are saved with one commit
 
@@ -41,7 +42,7 @@ class Known:
         check: Callable[[], None],
     ) -> None:
         self._ledger, self._key, self._plan, self._check = ledger, key, plan, check
-        self._template = target.place_template or ("{dispatch_id}" if facts.keeps_names else "")
+        self._template = _template(target, facts)
         self._by_path = facts.keeps_names
         self._place = _mark(self._template) if self._template else ""
         self._sums: dict[str, str] = {}  # by path, of what was read
@@ -52,7 +53,7 @@ class Known:
     @property
     def _is_own_place(self) -> bool:
         """Whether the place is this dispatch's own, so that nobody else looks at it."""
-        return "{dispatch_id}" in self._template
+        return OWN in self._template
 
     @cached_property
     def _places(self) -> dict[str, str]:
@@ -168,6 +169,15 @@ class Known:
             if spot := self._spot(item):
                 for value in self._sum(item, in_memory=True):
                     yield spot, item, value
+
+
+def is_own_place(target: Target, facts: Facts) -> bool:
+    """Return True if each dispatch has a place of its own at a target."""
+    return OWN in _template(target, facts)
+
+
+def _template(target: Target, facts: Facts) -> str:
+    return target.place_template or (OWN if facts.keeps_names else "")
 
 
 def _mark(text: str) -> str:

@@ -7,6 +7,7 @@ between leaves a row without a run, for which the next one creates the run: the 
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 import uuid
 from collections import defaultdict
@@ -18,12 +19,15 @@ from blocks import Source, Target
 from blocks.inbox import Late
 from blocks.list_source import ListSource
 from blocks.source import After
+from tasks import DRIVERS
+from tasks.dispatch.known import is_own_place
 from tasks.happened import happened
 from tasks.names import split
 from tasks.sources import after, inbox, units
 from tasks.sources.units import Unit
 from tasks.sources.ways import Dispatching, EndedRun
 from transfer import unitlist
+from transfer.content import sha256
 from transfer.errors import DispatchError, Misconfigured
 from transfer.home import Home
 from transfer.ledger import Ledger
@@ -196,9 +200,10 @@ class Sweep:
                 return lambda one: False
             if LEVELS.index(Level(receipt["verified"])) < LEVELS.index(target.verify):
                 return lambda one: False
-            held.append(self.ledger.arrived(str(study["dispatch_id"]), name, target.endpoint_for(origin)))
+            what = str(study["dispatch_id"]), name, target.endpoint_for(origin)
+            held.append(self.ledger.arrived(*what, own_place=is_own_place(target, DRIVERS.of(target).facts)))
         shown = after.shown_in(unit)
-        return lambda one: bool(held) and all(there.get(shown(one.path)) == (one.size, one.mtime_ns) for there in held)
+        return lambda one: bool(held) and all(_holds(there.get(shown(one.path)), one) for there in held)
 
     # ---- what is there
 
@@ -348,3 +353,16 @@ def _failure(study: Mapping[str, Any] | None, message: str) -> str:
 def problem_row(before: SweepRow, detail: str) -> SweepRow:
     """Return the row of a sweep that could not look through its source."""
     return SweepRow(before.mount, 0.0, 0.0, before.waiting, detail)
+
+
+def _holds(there: tuple[int, int, str] | None, one: FileFacts) -> bool:
+    """Return True if a target is known to hold what a file has: by its sum, where another dispatch brought it."""
+    if there is None or there[:2] != (one.size, one.mtime_ns):
+        return False
+    if not there[2]:
+        return True
+    try:
+        with open(one.path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NOFOLLOW)) as file:
+            return sha256(file.fileno()) == there[2]
+    except OSError:
+        return False

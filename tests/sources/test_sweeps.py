@@ -12,6 +12,7 @@ import pytest
 
 from talaria.testing import studies as material
 from tests.sources.bench import Bench
+from transfer import confirmed
 from transfer.errors import Misconfigured, NotFound
 from transfer.ledger import Ledger
 
@@ -169,7 +170,7 @@ def test_what_was_edited_after_it_was_sent_stays(bench: Bench, edit: str) -> Non
     assert "files stay" in bench.rows()["s"].detail
 
 
-@pytest.mark.parametrize("layout", ["", "{StudyInstanceUID}"])
+@pytest.mark.parametrize("layout", ["{dispatch_id}", "{StudyInstanceUID}"])
 def test_moved_files_keep_what_is_there(bench: Bench, layout: str) -> None:
     bench.source = bench.named(after="move", move_to=str(bench.folder / "sent"), move_layout=layout)
     path = material.dicom(bench.inbox / "s" / "a.dcm", study="1.2.3")
@@ -258,3 +259,40 @@ def test_a_thousand_studies_in_one_sweep(bench: Bench, unit: str) -> None:
     assert bench.sweep().words == "nothing new"
     with Ledger(bench.home.ledger) as ledger:
         assert ledger.sources.counts() == {"box": {"dispatched": 1000}}
+
+
+def test_what_a_target_may_not_hold_any_more_stays(bench: Bench) -> None:
+    """Another dispatch has replaced it there, or pushed at the same time."""
+    bench.source = bench.named(after="delete")
+    material.ct(bench.inbox / "s", 2)
+    bench.sweep()
+    bench.dispatch()
+    with Ledger(bench.home.ledger) as ledger:
+        endpoint = bench.targets["shelf"].endpoint_for()
+        for place, item in ledger._db.execute("SELECT place, item FROM confirmed").fetchall():
+            confirmed.withdraw(ledger._db, endpoint, [confirmed.Spot(place, item)], ledger.now())
+    bench.sweep()
+    assert len(names(bench.inbox)) == 2
+    (row,) = bench.rows().values()
+    assert row.state == "done" and row.detail
+
+
+@pytest.mark.parametrize("layout", ["{dispatch_id}", "{StudyInstanceUID}"])
+def test_other_content_under_the_same_name_length_time_and_uid_is_sent_before_it_goes(
+    bench: Bench, layout: str
+) -> None:
+    bench.targets["shelf"] = bench.target("shelf", layout=layout)
+    bench.source = bench.named(after="delete")
+    (path,) = material.ct(bench.inbox / "s", 1)
+    first = path.read_bytes()
+    second = first.replace(first[-64:], bytes(byte ^ 1 for byte in first[-64:]))
+    assert len(second) == len(first) and second != first
+    for content in (first, second):
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
+        os.utime(path, (1_700_000_000, 1_700_000_000))
+        bench.all()
+        there = [one.read_bytes() for one in bench.at("shelf").rglob("*.dcm")]
+        assert content in there or path.exists(), "nothing is deleted that isn't there"
+        assert content in there
+        shutil.rmtree(path.parent, ignore_errors=True)
