@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import os
 import stat
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from itertools import groupby
 from pathlib import Path
 
@@ -23,12 +26,17 @@ from transfer.errors import Denied, Misconfigured, NotFound
 from transfer.fingerprint import Fingerprint
 from transfer.globs import is_excluded
 from transfer.ledger import Ledger
+from transfer.oserrors import words_of
 from transfer.plan import OWN_NAMES, Item
-from transfer.sourcebook import LooseFile
+from transfer.sourcebook import LooseFile, UnitState
 from transfer.unitlist import FileFacts
 
 MARKER = ".complete"
 TAKEN = ".talaria-taken-"  # before the name of a file that is just being moved or deleted
+# The keys of loose files that are in no study or series, and are told of; no UID looks like these.
+DAMAGED, UNREAD = "damaged files", "files that can't be read"
+AHEAD_S = 300.0  # by which a file's time may lie ahead of our clock, if `settle_s` is less
+NAMED = 3  # files that are named of those that are told of
 
 
 def units(source: InboxSource, ledger: Ledger, check: Callable[[], None]) -> Iterator[Unit]:
@@ -78,7 +86,18 @@ def of_folders(folder: str, source: Source, check: Callable[[], None]) -> Iterat
         if mark.files:
             newest = mark.newest_ns / 1e9
             key = Item(name, 0, 0).shown
-            yield Unit(key, (path,), str(mark), newest, mark.files, source.origin, source.reaches, complete)
+            unit = Unit(key, (path,), str(mark), newest, mark.files, source.origin, source.reaches, complete)
+            yield _in_time(unit, source)
+
+
+def _in_time(unit: Unit, source: Source) -> Unit:
+    """Return a unit; with its problem if it would not settle, as something of it changed in the future."""
+    ahead = unit.newest - time.time()
+    if unit.complete or ahead <= max(AHEAD_S, float(getattr(source, "settle_s", 0.0))):
+        return unit
+    when = datetime.fromtimestamp(unit.newest, UTC)
+    why = f"it was changed in the future, at {when:%Y-%m-%d %H:%M} UTC: the clock of its server is wrong, or ours"
+    return replace(unit, fingerprint=f"{unit.fingerprint}:ahead", complete=True, problem=why)  # another one in time
 
 
 def look(path: str, exclude: tuple[str, ...], facts: list[FileFacts] | None = None) -> tuple[Fingerprint, bool]:
@@ -108,7 +127,7 @@ def look(path: str, exclude: tuple[str, ...], facts: list[FileFacts] | None = No
                 if is_excluded(entry.name, names):
                     continue
                 if stat.S_ISDIR(info.st_mode):
-                    mark.newest_ns = max(mark.newest_ns, info.st_mtime_ns)
+                    mark.newest_ns = max(mark.newest_ns, info.st_ctime_ns)  # `cp -a` sets the other one
                     stack.append(relative)
                     continue
                 mark.add(relative, info.st_size, info.st_mtime_ns, info.st_ctime_ns)
@@ -144,61 +163,138 @@ def _facts(path: str, info: os.stat_result) -> FileFacts:
 # ---- loose files
 
 
+@dataclass
+class _Unread:
+    """What could not be read, by paths as they are remembered; a folder's ends with a slash, the inbox's is empty."""
+
+    files: set[str] = field(default_factory=set)
+    folders: set[str] = field(default_factory=set)
+    why: str = ""
+
+    def has(self, path: str) -> bool:
+        """Return True if nobody knows now what is at a path."""
+        return path in self.files or path.startswith(tuple(self.folders))
+
+    def unit(self, source: InboxSource) -> Unit:
+        """Return what people are told; it is no unit that could be dispatched."""
+        paths, mark = sorted(self.files | self.folders), Fingerprint()
+        for path in paths:
+            mark.add(path, 0, 0)
+        why = f"{len(paths)} files or folders can't be read: {self.why}"
+        return _told(UNREAD, paths, mark, why, source)
+
+
 def _of_uids(folder: str, source: InboxSource, ledger: Ledger, check: Callable[[], None]) -> Iterator[Unit]:
-    """Read the headers of what is new, then yield a unit for each UID."""
-    name = source.name
+    """Read the headers of what is new, then yield a unit for each UID, and one for what is to be told."""
+    name, unread, told = source.name, _Unread(), set[str]()
     gone = ledger.sources.folders(name)
-    for below, entries in _folders(folder, source.globs):
+    for below, entries in _folders(folder, source.globs, unread):
         check()
-        gone.discard(below)
-        known = ledger.sources.files(name, below)
+        kept = _remembered(below)
+        gone.discard(kept)
+        known = ledger.sources.files(name, kept)
         new = []
         for entry in entries:
-            with suppress(OSError):
+            called = _remembered(entry.name)
+            old = known.get(called)
+            try:
                 info = entry.stat(follow_symlinks=False)
-                old = known.pop(entry.name, None)
                 facts = info.st_size, info.st_mtime_ns, info.st_ctime_ns
                 if old is None or (old.size, old.mtime_ns, old.ctime_ns) != facts:
                     check()
-                    new.append(LooseFile(entry.name, *facts, _uid(entry.path, source)))
+                    new.append(LooseFile(called, *facts, _uid(entry.path, source)))
+            except FileNotFoundError:
+                continue
+            except OSError as exc:  # of a share, maybe: read again by the next sweep
+                unread.files.add(_joined(kept, called))
+                unread.why = words_of(exc)
+            known.pop(called, None)
         if new or known:
-            ledger.sources.note(name, below, new, known)
-    for below in gone:
-        ledger.sources.note(name, below, (), ledger.sources.files(name, below))
+            ledger.sources.note(name, kept, new, known)
+    for kept in gone:
+        if not unread.has(f"{kept}/"):
+            ledger.sources.note(name, kept, (), ledger.sources.files(name, kept))
     for uid, files in groupby(ledger.sources.by_uid(name), key=lambda one: one.uid):
         check()
-        mark, paths = Fingerprint(), []
+        mark, paths, is_known = Fingerprint(), [], True
         for one in files:
-            paths.append("/".join(part for part in (folder, one.folder, one.name) if part))
+            inside = _joined(one.folder, one.name)
+            is_known = is_known and not unread.has(inside)
+            paths.append(_joined(folder.rstrip("/"), _path(inside)))
             mark.add(paths[-1], one.size, one.mtime_ns, one.ctime_ns)
-        yield Unit(uid, tuple(paths), str(mark), mark.newest_ns / 1e9, mark.files, source.origin, source.reaches)
+        if uid == DAMAGED:
+            told.add(uid)
+            inside_of = len(folder.rstrip("/")) + 1
+            why = f"{len(paths)} files are damaged, not whole, or without the UID of a {source.unit}"
+            yield _told(uid, [one[inside_of:] for one in paths], mark, why, source)
+        elif is_known:  # what can't be read now may belong to it, too, but nobody knows that
+            unit = Unit(uid, tuple(paths), str(mark), mark.newest_ns / 1e9, mark.files, source.origin, source.reaches)
+            yield _in_time(unit, source)
+    if unread.why:
+        told.add(UNREAD)
+        yield unread.unit(source)
+    if well := {DAMAGED, UNREAD} & ledger.sources.units(name, UnitState.HELD).keys() - told:
+        ledger.sources.forget(name, well)
 
 
-def _folders(folder: str, exclude: tuple[str, ...]) -> Iterator[tuple[str, list[os.DirEntry[str]]]]:
-    """Yield each folder, relative to the inbox, with its plain files."""
+def _told(key: str, paths: list[str], mark: Fingerprint, why: str, source: InboxSource) -> Unit:
+    """Return a unit that is held, and names some of its files, relative to the inbox."""
+    more = f" and {len(paths) - NAMED} more" if len(paths) > NAMED else ""
+    shown = f"{key}: {', '.join(Item(one, 0, 0).shown or '.' for one in paths[:NAMED])}{more}"
+    newest = mark.newest_ns / 1e9
+    return Unit(key, (), str(mark), newest, len(paths), source.origin, source.reaches, problem=why, shown=shown)
+
+
+def _remembered(name: str) -> str:
+    """Return a name, or path, as the ledger's text: whole, one line, and another one for each name."""
+    if name.isprintable() and "\\" not in name:
+        return name
+    return name.encode("unicode_escape", "surrogatepass").decode("ascii")
+
+
+def _path(remembered: str) -> str:
+    """Return the name, or path, that `_remembered` was given."""
+    return remembered.encode("ascii").decode("unicode_escape") if "\\" in remembered else remembered
+
+
+def _joined(*parts: str) -> str:
+    return "/".join(filter(None, parts))
+
+
+def _folders(folder: str, exclude: tuple[str, ...], unread: _Unread) -> Iterator[tuple[str, list[os.DirEntry[str]]]]:
+    """Yield each folder, relative to the inbox, with its plain files; add those that can't be read."""
     stack, names = [""], (*exclude, *OWN_NAMES)
     while stack:
         below = stack.pop()
+        prefix = f"{below}/" if below else ""
         try:
             with os.scandir(f"{folder}/{below}" if below else folder) as listing:
-                entries = [one for one in listing if not is_excluded(one.name, names) and one.name.isprintable()]
-        except OSError:
+                entries = [one for one in listing if not is_excluded(one.name, names)]
+            stack += [f"{prefix}{one.name}" for one in entries if one.is_dir(follow_symlinks=False)]
+            found = [one for one in entries if one.is_file(follow_symlinks=False)]
+        except (FileNotFoundError, NotADirectoryError):
             continue
-        prefix = f"{below}/" if below else ""
-        stack += (f"{prefix}{one.name}" for one in entries if one.is_dir(follow_symlinks=False))
-        yield below, [one for one in entries if one.is_file(follow_symlinks=False)]
+        except OSError as exc:
+            unread.folders.add(_remembered(prefix))
+            unread.why = words_of(exc)
+            continue
+        yield below, found
 
 
 def _uid(path: str, source: InboxSource) -> str:
-    """Return the UID of the study or series that a file belongs to; "" if it is not DICOM (yet)."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError:
-        return ""
+    """Return the UID of the study or series that a file belongs to; "" if it is not DICOM (yet).
+
+    Raises:
+        OSError: it can't be read now.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         header = read_header(fd, os.fstat(fd).st_size)
-    except (NotDicom, Damaged, OSError):
+    except NotDicom:
         return ""
+    except Damaged:
+        return DAMAGED
     finally:
         os.close(fd)
-    return header.StudyInstanceUID if source.unit is InboxUnit.STUDY else header.SeriesInstanceUID
+    uid = header.StudyInstanceUID if source.unit is InboxUnit.STUDY else header.SeriesInstanceUID
+    return uid or DAMAGED

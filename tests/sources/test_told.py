@@ -1,0 +1,133 @@
+"""What of an inbox can't be dispatched as it is: nothing of it is passed over in silence, or for ever."""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from talaria.testing import studies as material
+from tasks.sources import inbox
+from tests.sources.bench import Bench
+from transfer.ledger import Ledger
+
+STRANGE = ("Muster\u3000Taro/a.dcm", "M\udcfcller/b.dcm", "no\u00a0break.dcm", "no\udca0break.dcm", "a\\x20b/c\nd.dcm")
+
+
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    monkeypatch.setenv("TALARIA_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("tasks.happened.emit_event", lambda *args, **more: None)  # it would start a server
+    return Bench(tmp_path, unit="study")
+
+
+def delivered(bench: Bench) -> int:
+    return sum(path.is_file() and path.name != inbox.MARKER for path in bench.at("shelf").rglob("*"))
+
+
+def told(bench: Bench) -> int:
+    with Ledger(bench.home.ledger) as ledger:
+        return len(list(ledger._db.execute("SELECT about FROM happenings WHERE event='source.stuck'")))
+
+
+def unreadable(monkeypatch: pytest.MonkeyPatch, which: Path) -> None:
+    """Let the file system fail at a file or folder, as a share does that is away for a moment."""
+    read, look = inbox.read_header, os.scandir
+
+    def fails() -> OSError:
+        return OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def read_header(fd: int, size: int) -> Any:
+        if which.is_file() and os.path.samestat(os.fstat(fd), which.stat()):
+            raise fails()
+        return read(fd, size)
+
+    def scandir(path: Any) -> Any:
+        if path == str(which):
+            raise fails()
+        return look(path)
+
+    monkeypatch.setattr(inbox, "read_header", read_header)
+    monkeypatch.setattr(inbox.os, "scandir", scandir)
+
+
+def test_a_file_that_could_not_be_read_once_is_read_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = material.dicom(bench.inbox / "a.dcm", study="1.2")
+    with monkeypatch.context() as patch:
+        unreadable(patch, path)
+        assert not bench.sweep().runs and not bench.sweep().runs
+    (row,) = bench.rows().values()
+    assert row.state == "held" and "1 files or folders can't be read: Input/output error" in row.detail
+    assert "a.dcm" in row.shown and told(bench) == 1, "once, and not at each sweep"
+    bench.all()
+    assert bench.states() == {"1.2": "done"} and delivered(bench) == 1
+
+
+def test_files_of_a_folder_that_can_not_be_read_are_not_gone(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.source = bench.named(unit="study", late="hold")
+    for name in ("a/b/1.dcm", "a/2.dcm", "3.dcm"):
+        material.dicom(bench.inbox / name, study="1.2")
+    bench.all()
+    with monkeypatch.context() as patch:
+        unreadable(patch, bench.inbox / "a")
+        material.dicom(bench.inbox / "4.dcm", study="1.3")
+        bench.sweep()
+    assert bench.states() == {"1.2": "done", "1.3": "dispatched", inbox.UNREAD: "held"}
+    bench.dispatch()
+    bench.sweep()
+    assert bench.states() == {"1.2": "done", "1.3": "done"} and delivered(bench) == 4
+
+
+def test_damaged_files_are_told_until_they_are_whole(bench: Bench) -> None:
+    whole = material.dicom(bench.inbox / "a.dcm", study="1.2").read_bytes()
+    (bench.inbox / "a.dcm").write_bytes(whole[:-10])
+    material.dicom(bench.inbox / "none.dcm", study=" ")
+    (bench.inbox / "note.txt").write_text("no DICOM")
+    for _ in range(2):
+        assert not bench.sweep().runs
+    (row,) = bench.rows().values()
+    assert row.state == "held" and "2 files are damaged" in row.detail and told(bench) == 1
+    assert row.shown == f"{inbox.DAMAGED}: a.dcm, none.dcm"
+    (bench.inbox / "none.dcm").unlink()
+    (bench.inbox / "a.dcm").write_bytes(whole)
+    bench.all()
+    assert bench.states() == {"1.2": "done"} and delivered(bench) == 1
+
+
+def test_names_that_can_not_be_shown_are_names(bench: Bench) -> None:
+    bench.source = bench.named(unit="study", after="delete")
+    for number, name in enumerate(STRANGE):
+        material.dicom(bench.inbox / name, study=f"1.2.{number}")
+    bench.sweep()
+    assert not bench.sweep().runs, "all of them are known"
+    bench.dispatch()
+    bench.sweep()
+    assert set(bench.states().values()) == {"done"} and delivered(bench) == len(STRANGE)
+    assert not any(path.is_file() for path in bench.inbox.rglob("*"))
+
+
+def test_a_folder_that_keeps_a_wrong_time_settles(bench: Bench) -> None:
+    bench.source = bench.named()
+    material.ct(bench.inbox / "s" / "below", 1)
+    os.utime(bench.inbox / "s" / "below", (1, time.time() + 1e8))  # as `cp -a` does
+    assert bench.sweep().runs
+
+
+@pytest.mark.parametrize("unit", ["folder", "study"])
+def test_what_was_changed_in_the_future_is_told(bench: Bench, monkeypatch: pytest.MonkeyPatch, unit: str) -> None:
+    bench.source = bench.named(unit=unit)
+    material.dicom(bench.inbox / "s" / "a.dcm", study="1.2")
+    with monkeypatch.context() as patch:
+        for module in ("inbox", "sweep"):
+            patch.setattr(f"tasks.sources.{module}.time", SimpleNamespace(time=lambda: time.time() - 3600))
+        for _ in range(2):
+            assert not bench.sweep().runs
+    (row,) = bench.rows().values()
+    assert row.state == "held" and "changed in the future" in row.detail and told(bench) == 1
+    bench.all()
+    assert set(bench.states().values()) == {"done"} and delivered(bench) == 1, "when its time has come"
