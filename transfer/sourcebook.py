@@ -135,7 +135,10 @@ class Sourcebook:
         return found
 
     def run_again(self) -> dict[str, set[str]]:
-        """Return the runs of each source that have ended once more since a unit of theirs was seen to have failed."""
+        """Return the runs of each source that have ended once more since a unit of theirs was seen to have failed.
+
+        Of some it was only a part that ended, and they go on.
+        """
         found: dict[str, set[str]] = {}
         with self._db.reading():
             for source, run in self._db.execute(

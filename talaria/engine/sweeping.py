@@ -172,8 +172,10 @@ class _Sweeping:
             going = PrefectDispatching(self.client, self.home, name)
             if await going.any_ended([run for run in runs if run]):
                 one.soon(0.0)
-        for name in await asyncio.to_thread(self.ledger.sources.run_again):
-            if one := self.watched.get(name):
+        for name, again in (await asyncio.to_thread(self.ledger.sources.run_again)).items():
+            one = self.watched.get(name)
+            # A part of a run may have ended that waits now, for hours: a sweep would see nothing new.
+            if one and await PrefectDispatching(self.client, self.home, name).any_ended(again):
                 one.soon(0.0)
 
     async def _begin(self, name: str, one: _Watched) -> None:
