@@ -26,7 +26,6 @@ from talaria.engine import hosts
 from talaria.engine.table import OF_SOURCES
 from talaria.settings import POOL
 from tasks.sources.saved import KEPT
-from transfer.home import Home
 
 WHEN = ("cron", "interval_s", "rrule", "timezone")  # the fields of a source's schedule
 OPEN = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
@@ -47,8 +46,8 @@ async def deploy(client: PrefectClient, source: Source, before: Source | None = 
         "enforce_parameter_schema": True,
         "parameter_openapi_schema": form(flow),
         "work_pool_name": POOL,
-        # What has no folder of its own lies in the state directory, which no other host has.
-        "work_queue_name": hosts.queue_for("normal", {"paths": [*source.folders] or [str(Home.current().root)]}),
+        # Its lock, and the lists of what is under way, lie in the state directory, which no other host has.
+        "work_queue_name": hosts.own("normal") if hosts.several() else "normal",
     }
     there = await _deployment(client, source.name)
     if there is None:
@@ -131,7 +130,7 @@ async def schedule_of(client: PrefectClient, name: str) -> list[str]:
 
 
 async def host_of(client: PrefectClient, name: str) -> str:
-    """Return the host that a source belongs to, which is the one that it was applied on; "" for all, or any."""
+    """Return the host that a source belongs to, which is the one that it was applied on; "" where there is only one."""
     there = await _deployment(client, name)
     return hosts.of_queue(there.work_queue_name) if there else ""
 

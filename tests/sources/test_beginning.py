@@ -1,4 +1,4 @@
-"""When a sweep begins."""
+"""When a sweep begins, and on which host."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ from pathlib import Path
 from typing import Any, cast
 from uuid import UUID, uuid4
 
+import pytest
+from prefect.client.schemas.actions import DeploymentScheduleCreate
 from prefect.client.schemas.objects import FlowRun, State
+from prefect.exceptions import ObjectNotFound
 from prefect.states import Completed, Failed, Running, Scheduled
 
 from blocks.inbox import InboxSource
+from talaria.engine import batches
 from talaria.engine.sweeping import _Sweeping, _Watched
 from transfer.home import Home
 from transfer.ledger import Ledger
@@ -20,13 +24,24 @@ NEVER = float("inf")
 
 
 class Server:
-    """What is asked of a server about a run."""
+    """What is asked of a server about a run, and about the deployment of a source."""
 
     def __init__(self, run: UUID | None = None) -> None:
         self.run, self.state = run, cast(State[Any] | None, None)
+        self.created: dict[str, Any] = {}
 
     async def read_flow_runs(self, **asked: Any) -> list[FlowRun]:
         return [FlowRun(id=self.run, flow_id=uuid4(), state=self.state)] if self.run and self.state else []
+
+    async def read_deployment_by_name(self, name: str) -> Any:
+        raise ObjectNotFound(KeyError(name))
+
+    async def create_flow(self, flow: Any) -> UUID:
+        return uuid4()
+
+    async def create_deployment(self, *, schedules: list[DeploymentScheduleCreate], **fields: Any) -> UUID:
+        self.created = fields
+        return uuid4()
 
 
 def box(folder: Path) -> InboxSource:
@@ -52,3 +67,15 @@ def test_a_run_that_goes_on_begins_no_sweep_when_a_part_of_it_ends(tmp_path: Pat
         assert not is_due(Scheduled()) and not is_due(Running())
         assert is_due(Failed()) and is_due(Completed()), "it has ended once more"
         assert is_due(None), "it was removed"
+
+
+@pytest.mark.parametrize(("ledger", "queue"), [("postgresql://database/talaria", "normal@here"), ("", "normal")])
+def test_sweeps_stay_on_the_host_that_has_their_lists(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ledger: str, queue: str
+) -> None:
+    monkeypatch.setenv("TALARIA_LEDGER", ledger)
+    monkeypatch.setenv("TALARIA_HOST_NAME", "here")
+    monkeypatch.setenv("TALARIA_SHARED_SOURCES", str(tmp_path))
+    server = Server()
+    asyncio.run(batches.deploy(cast(Any, server), box(tmp_path)))
+    assert server.created["work_queue_name"] == queue
