@@ -3,7 +3,8 @@
 A file goes only if nothing at all has happened to it since the sweep that dispatched it (its length, times and inode
 are those that the sweep saw), and if the ledger says that every target has confirmed a file of this path, length and
 time. It is looked at by its descriptor, gets a name of ours, is looked at again, and goes: what somebody puts in its
-place meanwhile is never touched. What a kill leaves under our name is dealt with by the next sweep.
+place meanwhile is never touched. What a kill leaves under our name goes, or
+gets its own name again, with the next sweep.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from transfer.unitlist import FileFacts, ListedUnit
 
 NOT_CONFIRMED = "not confirmed by every target"
 TOUCHED = "something has happened to it since it was dispatched"
+OUTSIDE = "it lies outside the source's folder"
 MOST_NAMES = 1000  # tried for a file whose name is taken where it is moved to
 _NAME_BYTES = 255
 
@@ -86,7 +88,7 @@ def finish(
         tree = stack.enter_context(Tree(Path(source.leaving.move_to))) if moving else None
         for one in unit.files:
             check()
-            inside = one.path[len(folder.rstrip("/")) + 1 :]
+            inside = _inside(folder, one.path)
             try:
                 _let_go(fd, inside, one, confirmed, tree, finals.get(one.path, inside))
             except _Stays as exc:
@@ -96,11 +98,27 @@ def finish(
             else:
                 done.gone += 1
                 mark.take(_name(unit, one.path), one.size, one.mtime_ns)
-        if is_folder(unit):
+        if is_folder(unit) and (inside := _inside(folder, unit.paths[0])):
             with suppress(OSError):
-                _clear(fd, unit.paths[0][len(folder.rstrip("/")) + 1 :])
+                _clear(fd, inside)
     done.fingerprint = str(mark)
     return done
+
+
+def restore(folder: str, unit: ListedUnit) -> None:
+    """Give the files of a unit that a kill has left under our name their own again."""
+    fd = roots.sources().open(folder, FOLDER)
+    try:
+        for inside in (_inside(folder, one.path) for one in unit.files):
+            with suppress(OSError), above(fd, inside) as (at, name):
+                _put_back(at, TAKEN + name, name)
+    finally:
+        os.close(fd)
+
+
+def _inside(folder: str, path: str) -> str:
+    """Return a path relative to the folder that it lies in; "" if it lies elsewhere."""
+    return path[len(folder.rstrip("/")) + 1 :] if roots.is_in(path, folder) else ""
 
 
 def _name(unit: ListedUnit, path: str) -> str:
@@ -116,46 +134,55 @@ def _let_go(
     Raises:
         _Stays: it must not go. OSError: it can't.
     """
-    if not confirmed(one):
-        raise _Stays(NOT_CONFIRMED)
+    if not inside:
+        raise _Stays(OUTSIDE)
     try:
         with above(root, inside) as (folder, name):
             taken = TAKEN + name
             if len(os.fsencode(taken)) > _NAME_BYTES:
                 raise _Stays("its name is too long to be handled safely")
-            _take(folder, name, taken, one)
             try:
+                _take(folder, name, taken, one, confirmed)
                 if tree is None:
                     os.unlink(taken, dir_fd=folder)
                 else:
                     _move(folder, taken, tree, final)
             except BaseException:
-                _put_back(folder, taken, name)
+                _put_back(folder, taken, name)  # also what a kill has left
                 raise
     except FileNotFoundError:
         return  # it is gone: an earlier sweep, or somebody else, was faster
 
 
-def _take(folder: int, name: str, taken: str, one: FileFacts) -> None:
-    """Give a file our own name, if it is what was dispatched."""
-    with suppress(FileNotFoundError):
+def _take(folder: int, name: str, taken: str, one: FileFacts, confirmed: Callable[[FileFacts], bool]) -> None:
+    """Give a file our own name, if it is what was dispatched and may go.
+
+    Raises:
+        _Stays: it must not go; it may have our name. OSError: it can't be looked at, or renamed.
+    """
+    if not confirmed(one):
+        raise _Stays(NOT_CONFIRMED)
+    try:
         left = os.stat(taken, dir_fd=folder, follow_symlinks=False)  # by a kill, after it was looked at
-        if (left.st_size, left.st_mtime_ns, left.st_ino) == (one.size, one.mtime_ns, one.inode):
-            return
-        _put_back(folder, taken, name)
+    except FileNotFoundError:
+        same = _renamed(folder, name, taken, one)
+    else:
+        same = (left.st_size, left.st_mtime_ns, left.st_ino) == (one.size, one.mtime_ns, one.inode)
+    if not same:
         raise _Stays(TOUCHED)
+
+
+def _renamed(folder: int, name: str, taken: str, one: FileFacts) -> bool:
+    """Give a file our own name; return False if it, or another one, is not what was dispatched."""
     fd = os.open(name, PATH_ONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
     try:
         if not one.is_still(os.fstat(fd)):
-            raise _Stays(TOUCHED)
+            return False
         os.rename(name, taken, src_dir_fd=folder, dst_dir_fd=folder)
         now, still = os.stat(taken, dir_fd=folder, follow_symlinks=False), os.fstat(fd)
-        same = os.path.samestat(now, still) and (still.st_size, still.st_mtime_ns) == (one.size, one.mtime_ns)
+        return os.path.samestat(now, still) and (still.st_size, still.st_mtime_ns) == (one.size, one.mtime_ns)
     finally:
         os.close(fd)
-    if not same:
-        _put_back(folder, taken, name)
-        raise _Stays(TOUCHED)
 
 
 def _put_back(folder: int, taken: str, name: str) -> None:
@@ -228,9 +255,10 @@ def _placed(fd: int, folder: int, taken: str, tree: Tree, place: str) -> bool:
 
 def _finals(source: Source, folder: str, unit: ListedUnit) -> Mapping[str, str]:
     """Return where files are moved to, by their paths; those that are not in it keep their path in the inbox."""
-    if not source.leaving.move_layout or not unit.files:
+    there = [one for one in unit.paths if os.path.lexists(one)]  # the rest went before a kill, or by somebody else
+    if not source.leaving.move_layout or not any(os.path.lexists(one.path) for one in unit.files):
         return {}
-    plan = scan(unit.paths, source.globs)
+    plan = scan(there, source.globs)
     root = str(plan.root).rstrip("/")
     return {f"{root}/{path}": f"{below}/{path}" for path, below in names(plan, source.leaving.move_layout).items()}
 

@@ -12,6 +12,7 @@ import time
 import uuid
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,9 +29,10 @@ from tasks.sources.units import Unit
 from tasks.sources.ways import Dispatching, EndedRun
 from transfer import unitlist
 from transfer.content import sha256
-from transfer.errors import DispatchError, Misconfigured
+from transfer.errors import Cancelled, DispatchError, Misconfigured, Permanent
 from transfer.home import Home
 from transfer.ledger import Ledger
+from transfer.oserrors import words_of
 from transfer.plan import Origin
 from transfer.receipt import Level, State
 from transfer.sourcebook import SweepRow, UnitRow, UnitState
@@ -138,7 +140,7 @@ class Sweep:
         if delivered:  # a sweep was killed before it had dealt with their files
             again = await self.dispatching.ended(list({row.run for row, _ in delivered}))
             for row, _ in delivered:
-                await asyncio.to_thread(self._let_go, [row], again.get(row.run, EndedRun(gone=True)))
+                await asyncio.to_thread(self._let_go, [row], again.get(row.run, EndedRun(gone=True)), killed=True)
 
     def _settle(self, rows: list[UnitRow], end: EndedRun) -> None:
         if end.gone:  # its run was removed: what has arrived is in the ledger, the rest is dispatched again
@@ -158,25 +160,58 @@ class Sweep:
             self._stuck(f"{len(new)} units were not delivered", new[0].run, new)
         self._let_go(arrived, end)
 
-    def _let_go(self, rows: Collection[UnitRow], end: EndedRun) -> None:
-        """Move or delete the files of units that were delivered, if every target has confirmed them."""
+    def _let_go(self, rows: Collection[UnitRow], end: EndedRun, *, killed: bool = False) -> None:
+        """Move or delete the files of units that were delivered, if every target has confirmed them.
+
+        Args:
+            killed: whether another sweep has begun with it: it may have left files under our name.
+        """
         name, done = self.source.name, UnitState.DONE
-        folder = units.root(self.source) if rows else ""
-        self.done.counts[done] += len(rows)
-        if not folder or self.source.leaving.after is After.LEAVE:
+        folder, leave = units.root(self.source) if rows else "", self.source.leaving.after is After.LEAVE
+        if not folder or (leave and not killed):
+            self.done.counts[done] += len(rows)
             self.book.save(name, [row.now(done, batch="") for row in rows])
             return
         for mark in {row.batch for row in rows}:
             listed, asked = self._listed(mark), unitlist.kept(unitlist.place(self.home, name, mark)) or {}
             for row in rows:
+                if row.batch != mark:
+                    continue
                 self.check()
-                if row.batch == mark and row.unit not in listed:  # the list is gone: nobody knows what the files were
-                    self.book.save(name, [row.now(done, "its files stay: the list of them is gone", batch="")])
-                elif row.batch == mark:
-                    unit, study = listed[row.unit], end.studies.get(row.unit) or {}
-                    confirmed = self._confirmed(unit, study, asked)
-                    left = after.finish(self.source, folder, unit, row.fingerprint, confirmed, self.check)
-                    self.book.save(name, [row.now(done, left.words, batch="", fingerprint=left.fingerprint)])
+                if row.unit in listed:
+                    now = self._finished(row, folder, listed[row.unit], end.studies.get(row.unit) or {}, asked)
+                else:  # the list is gone: nobody knows what the files were
+                    words = "" if leave else "its files stay: the list of them is gone"
+                    now = row.now(done, words, batch="")
+                self.done.counts[done] += now.state is done
+                self.book.save(name, [now])
+
+    def _finished(
+        self, row: UnitRow, folder: str, unit: ListedUnit, study: Mapping[str, Any], asked: Mapping[str, Any]
+    ) -> UnitRow:
+        """Move or delete the files of one unit; return its row after that.
+
+        Raises:
+            DispatchError: the source can't be looked through, or the sweep was stopped.
+        """
+        done = UnitState.DONE
+        try:
+            if self.source.leaving.after is After.LEAVE:
+                after.restore(folder, unit)
+                return row.now(done, batch="")
+            confirmed = self._confirmed(unit, study, asked)
+            left = after.finish(self.source, folder, unit, row.fingerprint, confirmed, self.check)
+        except Cancelled:
+            raise
+        except (DispatchError, OSError) as exc:
+            units.root(self.source)  # raises if all of the source is away, and not only something of this unit
+            with suppress(DispatchError, OSError):
+                after.restore(folder, unit)
+            words = words_of(exc) if isinstance(exc, OSError) else exc.message
+            if not isinstance(exc, Permanent):
+                return row.now(row.state, f"tried again with the next sweep: {words}")
+            return row.now(done, f"its files stay: {words}", batch="")
+        return row.now(done, left.words, batch="", fingerprint=left.fingerprint)
 
     def _listed(self, mark: str) -> dict[str, ListedUnit]:
         try:

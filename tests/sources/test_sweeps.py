@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 
 from talaria.testing import studies as material
+from tasks.sources import after
+from tasks.sources.inbox import TAKEN
 from tests.sources.bench import Bench
 from transfer import confirmed
-from transfer.errors import Misconfigured, NotFound
+from transfer.errors import Denied, Interrupted, Misconfigured, NotFound
 from transfer.ledger import Ledger
 
 
@@ -170,7 +172,118 @@ def test_what_was_edited_after_it_was_sent_stays(bench: Bench, edit: str) -> Non
     assert "files stay" in bench.rows()["s"].detail
 
 
-@pytest.mark.parametrize("layout", ["{dispatch_id}", "{StudyInstanceUID}"])
+@pytest.mark.parametrize("unit", ["folder", "study"])
+@pytest.mark.parametrize("gone", ["all", "one", "killed at the end", "killed", "killed under our name"])
+def test_a_unit_whose_files_are_gone_stops_nothing(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, unit: str, gone: str
+) -> None:
+    sent = bench.folder / "sent"
+    bench.source = bench.named(after="move", move_to=str(sent), move_layout="{StudyInstanceUID}", unit=unit)
+    first, second = material.ct(bench.inbox / "s", 2, study=material.uid(56))
+    bench.sweep()
+    bench.dispatch()
+    if gone == "all":
+        shutil.rmtree(bench.inbox / "s")
+    elif gone == "one":
+        first.unlink()
+    else:
+        _killed_after_its_files(bench, monkeypatch)
+        for path in (first, second) if gone == "killed at the end" else (first,):
+            path.unlink()
+        if gone == "killed under our name":
+            second.rename(second.with_name(f"{TAKEN}{second.name}"))
+    material.ct(bench.inbox / "other", 1)
+    assert bench.sweep().runs, "what came meanwhile is dispatched"
+    bench.dispatch()
+    bench.sweep()
+    assert set(bench.states().values()) == {"done"} and not names(bench.inbox)
+    assert len(names(sent)) == 1 + (gone in ("one", "killed", "killed under our name"))
+
+
+def _killed_after_its_files(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sweep, and kill it when it is about to deal with files of units that were delivered."""
+    with monkeypatch.context() as patch:
+        patch.setattr("tasks.sources.after.finish", _killed)
+        with pytest.raises(KeyboardInterrupt):
+            bench.sweep()
+
+
+def _killed(*args: Any) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("error", "state"),
+    [(Denied("not allowed"), "done"), (Interrupted("not now"), "delivered"), (OSError(5, "not now"), "delivered")],
+)
+def test_what_goes_wrong_with_one_unit_stops_no_other(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, error: Exception, state: str
+) -> None:
+    bench.source = bench.named(after="delete")
+    for name in ("bad", "good"):
+        material.ct(bench.inbox / name, 1)
+    bench.sweep()
+    bench.dispatch()
+    finish = after.finish
+
+    def broken(source: Any, folder: Any, unit: Any, *more: Any) -> Any:
+        if unit.key == "bad":
+            raise error
+        return finish(source, folder, unit, *more)
+
+    monkeypatch.setattr("tasks.sources.after.finish", broken)
+    material.ct(bench.inbox / "new", 1)
+    assert bench.sweep().runs
+    rows = bench.rows()
+    assert (rows["bad"].state, rows["good"].state) == (state, "done")
+    assert rows["bad"].detail.partition(": ")[2]
+    assert all(name.startswith(("bad/", "new/")) for name in names(bench.inbox))
+    monkeypatch.undo()
+    monkeypatch.setattr("tasks.happened.emit_event", lambda *args, **more: None)
+    monkeypatch.setenv("TALARIA_HOME", str(bench.home.root))
+    bench.sweep()
+    assert any(name.startswith("bad/") for name in names(bench.inbox)) is (state == "done")
+
+
+@pytest.mark.parametrize("change", ["target", "verify", "run", "leave"])
+def test_what_a_kill_left_under_our_name_gets_its_own_again(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    bench.source = bench.named(after="delete")
+    (path,) = material.ct(bench.inbox / "s", 1)
+    bench.sweep()
+    bench.dispatch()
+    _killed_after_its_files(bench, monkeypatch)
+    path.rename(path.with_name(f"{TAKEN}{path.name}"))
+    match change:
+        case "target":
+            bench.targets["cloud"] = bench.target("cloud")
+            bench.source = bench.named(after="delete")
+        case "verify":
+            bench.targets["shelf"] = bench.target("shelf", verify="proven")
+        case "run":
+            bench.done.clear()
+        case "leave":
+            bench.source = bench.named()
+    bench.sweep()
+    assert names(bench.inbox) == {f"s/{path.name}"} and bench.states() == {"s": "done"}
+    assert bench.rows()["s"].detail == ("" if change == "leave" else "1 files stay: not confirmed by every target")
+
+
+@pytest.mark.parametrize("after", ["delete", "move"])
+def test_files_of_another_folder_stay_with_words(bench: Bench, after: str) -> None:
+    more = {"after": after, "move_to": str(bench.folder / "sent") if after == "move" else ""}
+    bench.source = bench.named(**more)
+    (path,) = material.ct(bench.inbox / "s", 1)
+    bench.sweep()
+    bench.dispatch()
+    (bench.folder / "elsewhere").mkdir()
+    bench.source = bench.named(**more, folder=str(bench.folder / "elsewhere"))
+    bench.sweep()
+    assert path.exists() and bench.rows()["s"].detail == "1 files stay: it lies outside the source's folder"
+
+
+@pytest.mark.parametrize("layout", ["", "{StudyInstanceUID}"])
 def test_moved_files_keep_what_is_there(bench: Bench, layout: str) -> None:
     bench.source = bench.named(after="move", move_to=str(bench.folder / "sent"), move_layout=layout)
     path = material.dicom(bench.inbox / "s" / "a.dcm", study="1.2.3")
