@@ -3,7 +3,7 @@
 A file goes only if nothing at all has happened to it since the sweep that dispatched it (its length, times and inode
 are those that the sweep saw), and if the ledger says that every target has confirmed a file of this path, length and
 time. It is looked at by its descriptor, gets a name of ours, is looked at again, and goes: what somebody puts in its
-place meanwhile is never touched. What a kill leaves under our name goes, or
+place meanwhile is never touched, nor what somebody has open for writing. What a kill leaves under our name goes, or
 gets its own name again, with the next sweep.
 """
 
@@ -20,6 +20,7 @@ from pathlib import Path
 
 from blocks.source import After, Source
 from protocols.files.tree import NO_LINK, Tree, parent
+from tasks.sources import writers
 from tasks.sources.inbox import MARKER, TAKEN
 from transfer import roots
 from transfer.beneath import FOLDER, PATH_ONLY, above
@@ -32,6 +33,7 @@ from transfer.unitlist import FileFacts, ListedUnit
 
 NOT_CONFIRMED = "not confirmed by every target"
 TOUCHED = "something has happened to it since it was dispatched"
+WRITTEN = "it is still open for writing"
 OUTSIDE = "it lies outside the source's folder"
 MOST_NAMES = 1000  # tried for a file whose name is taken where it is moved to
 _NAME_BYTES = 255
@@ -170,6 +172,8 @@ def _take(folder: int, name: str, taken: str, one: FileFacts, confirmed: Callabl
         same = (left.st_size, left.st_mtime_ns, left.st_ino) == (one.size, one.mtime_ns, one.inode)
     if not same:
         raise _Stays(TOUCHED)
+    if writers.name_is_written(taken, folder):
+        raise _Stays(WRITTEN)
 
 
 def _renamed(folder: int, name: str, taken: str, one: FileFacts) -> bool:

@@ -24,7 +24,7 @@ from tasks import DRIVERS
 from tasks.dispatch.known import is_own_place
 from tasks.happened import happened
 from tasks.names import split
-from tasks.sources import after, inbox, units
+from tasks.sources import after, inbox, units, writers
 from tasks.sources.units import Unit
 from tasks.sources.ways import Dispatching, EndedRun
 from transfer import unitlist
@@ -42,6 +42,7 @@ FLOOD = 250  # units of one dispatch: its receipts stay handy, and one that fail
 LEVELS = list(Level)
 DAY_S = 86_400.0
 KEPT_S = 30 * DAY_S  # for which it is remembered what was done with units that are there no more
+OPEN_S = 60.0  # after which a unit is looked at again that somebody writes to; a watch sees sooner that this has ended
 LATE = "files came after it was dispatched; `talaria source retry` dispatches it again"
 
 
@@ -267,6 +268,9 @@ class Sweep:
                 listed = self._as_listed(unit)
                 if listed is None:
                     self._wait(now)
+                    continue
+                if writers.any_is_written(listed.within, (one.path for one in listed.files)):
+                    self._wait(now + OPEN_S)
                     continue
                 key = unit.targets, unit.origin, policy is Late.RESEND
                 batch = open_.get(key) or open_.setdefault(key, self._batch(*key))

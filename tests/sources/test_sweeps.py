@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from talaria.testing import studies as material
-from tasks.sources import after
+from tasks.sources import after, writers
 from tasks.sources.inbox import TAKEN
 from tests.sources.bench import Bench
 from transfer import confirmed
@@ -170,6 +170,55 @@ def test_what_was_edited_after_it_was_sent_stays(bench: Bench, edit: str) -> Non
     bench.sweep()
     assert path.exists()
     assert "files stay" in bench.rows()["s"].detail
+
+
+@pytest.mark.parametrize("unit", ["folder", "study"])
+def test_a_file_that_somebody_has_open_for_writing_is_not_dispatched(bench: Bench, unit: str) -> None:
+    bench.source = bench.named(after="delete", unit=unit)
+    first, second = material.ct(bench.inbox / "s", 2)
+    with second.open("ab"), first.open("rb"):
+        done = bench.sweep()
+        assert not done.runs and done.waiting == 1 and done.next > time.time() + 30, "looked at again, but not at once"
+    bench.all()
+    assert delivered(bench) == 2 and not names(bench.inbox)
+
+
+@pytest.mark.parametrize("after", ["delete", "move"])
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_file_that_is_written_to_again_is_not_deleted(bench: Bench, after: str, killed: bool) -> None:
+    bench.source = bench.named(after=after, move_to=str(bench.folder / "sent") if after == "move" else "")
+    (path,) = material.ct(bench.inbox / "s", 1)
+    bench.sweep()
+    bench.dispatch()
+    with path.open("ab") as writer:
+        if killed:
+            path.rename(path.with_name(f"{TAKEN}{path.name}"))
+        bench.sweep()
+        writer.write(b"\0" * 8)
+    assert bench.rows()["s"].detail == "1 files stay: it is still open for writing"
+    assert names(bench.inbox) == {f"s/{path.name}"} and path.read_bytes().endswith(b"\0" * 8)
+    bench.all()
+    assert not names(bench.inbox), "when it is whole, it is sent again, and goes"
+
+
+def test_no_lease_is_no_sign_of_a_writer_on_shares(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    (path,) = material.ct(bench.inbox / "s", 1)
+    with path.open("ab"):
+        assert writers.name_is_written(str(path))
+        monkeypatch.setattr(writers, "kind", lambda folder: "nfs4")
+        assert not writers.name_is_written(str(path)) and bench.sweep().runs
+
+
+def test_a_lease_does_not_stay(tmp_path: Path) -> None:
+    """Whoever opens the file next would wait for it, and its break would be a signal to us."""
+    path = tmp_path / "a"
+    path.write_bytes(b"a")
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        assert not writers.is_written(fd)
+        os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
+    finally:
+        os.close(fd)
 
 
 @pytest.mark.parametrize("unit", ["folder", "study"])
