@@ -57,11 +57,11 @@ def test_a_scraper_with_a_token_gets_figures_that_prometheus_takes(up: Talaria, 
     secured = {"tls_cert": str(leaf.cert), "tls_key": str(leaf.key), "ca_cert": str(authority.ca)}
     up.apply(
         measured=folder(tmp_path / "measured"),
-        gone=folder(tmp_path / "lost", max_attempts=1, retry_delay_s=0),
+        unmeasured=folder(tmp_path / "lost", max_attempts=1, retry_delay_s=0),
         secured={"type": "dicom-tls", "host": "127.0.0.1", "port": 1, "aet_target": "PACS", **secured},
     )
     (tmp_path / "lost").rmdir()
-    sent = up.told("send", str(source), "--to", "measured,gone", code=1)
+    sent = up.told("send", str(source), "--to", "measured,unmeasured", code=1)
 
     assert httpx.get(f"http://127.0.0.1:{up.port}/metrics", trust_env=False).status_code == 401
     assert scraped(up, "tal_00000000_" + "x" * 43).status_code == 401
@@ -79,7 +79,7 @@ def test_a_scraper_with_a_token_gets_figures_that_prometheus_takes(up: Talaria, 
     assert found["talaria_prefect_up",] == found["talaria_ledger_up",] == 1
     assert found["talaria_dispatches_total", "delivered", "measured"] == 1
     assert found["talaria_dispatches_total", "failed", "measured"] == 0  # so that a first failure is an increase
-    assert found["talaria_dispatches_total", "failed", "gone"] == 1
+    assert found["talaria_dispatches_total", "failed", "unmeasured"] == 1
     assert found["talaria_items_total", "delivered", "measured"] == 3
     assert found["talaria_bytes_total", "delivered", "measured"] == sent["targets"]["measured"]["bytes"]
     seconds = sent["targets"]["measured"]["seconds"]

@@ -463,7 +463,7 @@ def test_one_that_is_cancelled_while_another_run_has_the_script_is_cancelled(
     install(target)
     one = delivery(target, study, ledger, tmp_path)
     one.push()
-    with one.home.exclusive(one._lock("hook"), PushReport().check):
+    with one._alone("hook", PushReport().check):
         threading.Timer(0.3, one.cancelled.set).start()
         with pytest.raises(Cancelled):
             one.run_hook()
