@@ -242,7 +242,8 @@ def _told(key: str, paths: list[str], mark: Fingerprint, why: str, source: Inbox
     more = f" and {len(paths) - NAMED} more" if len(paths) > NAMED else ""
     shown = f"{key}: {', '.join(Item(one, 0, 0).shown or '.' for one in paths[:NAMED])}{more}"
     newest = mark.newest_ns / 1e9
-    return Unit(key, (), str(mark), newest, len(paths), source.origin, source.reaches, problem=why, shown=shown)
+    unit = Unit(key, (), str(mark), newest, len(paths), source.origin, source.reaches, problem=why, shown=shown)
+    return _in_time(unit, source)
 
 
 def _remembered(name: str) -> str:

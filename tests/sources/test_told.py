@@ -118,10 +118,12 @@ def test_a_folder_that_keeps_a_wrong_time_settles(bench: Bench) -> None:
     assert bench.sweep().runs
 
 
-@pytest.mark.parametrize("unit", ["folder", "study"])
+@pytest.mark.parametrize("unit", ["folder", "study", "damaged"])
 def test_what_was_changed_in_the_future_is_told(bench: Bench, monkeypatch: pytest.MonkeyPatch, unit: str) -> None:
-    bench.source = bench.named(unit=unit)
-    material.dicom(bench.inbox / "s" / "a.dcm", study="1.2")
+    bench.source = bench.named(unit=unit.replace("damaged", "study"))
+    path = material.dicom(bench.inbox / "s" / "a.dcm", study="1.2")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-10] if unit == "damaged" else whole)
     with monkeypatch.context() as patch:
         for module in ("inbox", "sweep"):
             patch.setattr(f"tasks.sources.{module}.time", SimpleNamespace(time=lambda: time.time() - 3600))
@@ -129,5 +131,6 @@ def test_what_was_changed_in_the_future_is_told(bench: Bench, monkeypatch: pytes
             assert not bench.sweep().runs
     (row,) = bench.rows().values()
     assert row.state == "held" and "changed in the future" in row.detail and told(bench) == 1
+    path.write_bytes(whole)
     bench.all()
     assert set(bench.states().values()) == {"done"} and delivered(bench) == 1, "when its time has come"
