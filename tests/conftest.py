@@ -138,6 +138,8 @@ _mounting: list[str] = []
 _ended: dict[str, str] = {}  # by node id: "" for a test that passed, else what was wrong
 
 
+# In a file whose tests start a server and a worker.
+STARTS = re.compile(r"\btalaria\(|\bTalaria\(|\bup: Talaria\b")
 # What such a test finds depends on who runs it: root, or a user whom others' files are closed to.
 USERS = re.compile(r"\b(chmod|chown|geteuid|getuid|setuid|as_nobody|unshare|IS_ROOT|temporary_user|getpwuid)\b")
 USERS_FIXTURES = {"as_nobody", "disk", "open_folder", "public"}
@@ -201,7 +203,7 @@ def _dealt(items: list[pytest.Item], processes: int) -> list[pytest.Item]:
     for item in items:
         files.setdefault(item.path, []).append(item)
     shared = {path for path in files if path.parent.name == "engine"}
-    own = {path for path in files if any("up" in getattr(item, "fixturenames", ()) for item in files[path])}
+    own = {path for path in files if STARTS.search(path.read_text("utf-8"))}
     long = sorted(shared | own, key=lambda path: (path not in shared, -len(files[path]), path))
     shares: list[list[pytest.Item]] = [[] for _ in range(max(1, processes // 2))]
     for path in long:
