@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
+from uuid import uuid4
 
 import pytest
 import yaml
@@ -114,35 +116,36 @@ def test_a_file_that_can_t_be_meant_is_refused_and_stays_in_the_form(
 def test_a_source_is_imported_tested_paused_edited_swept_and_deleted(place: SimpleNamespace) -> None:
     up: Talaria = place.up
     admin, operator, viewer = place.admin, place.operator, place.viewer
-    inbox = place.root / "inbox"
+    name = f"day-{uuid4().hex[:8]}"  # another one if the test is run again
+    inbox = place.root / name
     (inbox / "one").mkdir(parents=True)
     (inbox / "one" / "1.dcm").write_bytes(study("S1", series=1, each=1)[0])
     new = {
-        "targets": {"arch": folder(place.root / "arch")},
-        "sources": {
-            "day": {"type": "inbox", "folder": str(inbox), "targets": ["arch"], "settle_s": 0, "enabled": False}
-        },
+        "targets": {name: folder(place.root / "arch" / name)},
+        "sources": {name: {"type": "inbox", "folder": str(inbox), "targets": [name], "settle_s": 0, "enabled": False}},
     }
     page = preview(admin, new)
     assert "looked at when its targets are there" in words(page)
-    assert "day inbox created" in words(take_over(admin, page))
-    assert "day" in viewer.get("/talaria/sources") and "Paused" in words(viewer.get("/talaria/sources"))
-    page = viewer.get("/talaria/sources/day")
+    assert f"{name} inbox created" in words(take_over(admin, page))
+    assert name in viewer.get("/talaria/sources") and "Paused" in words(viewer.get("/talaria/sources"))
+    page = viewer.get(f"/talaria/sources/{name}")
     assert str(inbox) in page and "/test" not in page
-    viewer.post("/talaria/sources/day/test", {}, 403)
-    operator.post("/talaria/sources/day/enable", {"enabled": "true"}, 403)
-    assert "It can be used." in words(operator.post("/talaria/sources/day/test", {}, 200))
-    assert "is paused" in words(operator.post("/talaria/sources/day/sweep", {}, 409))
-    text = fields(admin.get("/talaria/import?source=day"))["content"]
+    viewer.post(f"/talaria/sources/{name}/test", {}, 403)
+    operator.post(f"/talaria/sources/{name}/enable", {"enabled": "true"}, 403)
+    assert "It can be used." in words(operator.post(f"/talaria/sources/{name}/test", {}, 200))
+    assert "is paused" in words(operator.post(f"/talaria/sources/{name}/sweep", {}, 409))
+    text = fields(admin.get(f"/talaria/import?source={name}"))["content"]
     edited = yaml.safe_load(text)
-    edited["sources"]["day"] |= {"enabled": True, "description": "of the day"}
+    edited["sources"][name] |= {"enabled": True, "description": "of the day"}
     assert "updated" in words(take_over(admin, preview(admin, edited)))
-    assert up.json("source", "show", "day")["settings"]["description"] == "of the day"
-    assert operator.post("/talaria/sources/day/sweep", {}).endswith("said=swept")
-    until(lambda: list((place.root / "arch").rglob("*.dcm")), as_loaded(120))
-    assert admin.post("/talaria/sources/day/enable", {"enabled": "false"}).endswith("said=paused")
-    assert admin.post("/talaria/sources/day/remove", {}).endswith("said=removed")
-    assert "There are no sources." in words(viewer.get("/talaria/sources"))
+    assert up.json("source", "show", name)["settings"]["description"] == "of the day"
+    assert operator.post(f"/talaria/sources/{name}/sweep", {}).endswith("said=swept")
+    there = place.root / "arch" / name
+    # os.walk passes over folders that are renamed while it looks.
+    until(lambda: [one for _, _, found in os.walk(there) for one in found if ".dcm" in one], as_loaded(120))
+    assert admin.post(f"/talaria/sources/{name}/enable", {"enabled": "false"}).endswith("said=paused")
+    assert admin.post(f"/talaria/sources/{name}/remove", {}).endswith("said=removed")
+    assert name not in viewer.get("/talaria/sources")
 
 
 def test_a_rule_is_imported_tested_and_deleted(place: SimpleNamespace) -> None:
