@@ -35,7 +35,7 @@ from transfer.ledger import Ledger
 from transfer.oserrors import words_of
 from transfer.plan import Origin
 from transfer.receipt import Level, State
-from transfer.sourcebook import SweepRow, UnitRow, UnitState
+from transfer.sourcebook import UnitRow, UnitState
 from transfer.unitlist import FileFacts, ListedUnit
 
 FLOOD = 250  # units of one dispatch: its receipts stay handy, and one that fails is soon seen
@@ -387,11 +387,6 @@ def _failure(study: Mapping[str, Any] | None, message: str) -> str:
         return ""
     said = [f"{name}: {one.get('error') or one['state']}" for name, one in bad.items()]
     return "; ".join(said) or message or "its dispatch did not begin"
-
-
-def problem_row(before: SweepRow, detail: str) -> SweepRow:
-    """Return the row of a sweep that could not look through its source."""
-    return SweepRow(before.mount, 0.0, 0.0, before.waiting, detail)
 
 
 def _holds(there: tuple[int, int, str] | None, one: FileFacts) -> bool:
