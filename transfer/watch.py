@@ -6,25 +6,14 @@ made or removed, as every other dispatch of the same files does.
 
 from __future__ import annotations
 
-import ctypes
-import os
-import struct
 import threading
-import weakref
-from contextlib import suppress
 from typing import Any
+
+from transfer.inotify import IN_Q_OVERFLOW, events, opened
+from transfer.inotify import add as _add
 
 IN_MODIFY = 0x2
 IN_ATTRIB = 0x4  # permissions, times, number of links
-IN_Q_OVERFLOW = 0x4000
-READ_BYTES = 65_536
-_EVENT = struct.Struct("iIII")  # watch, mask, cookie, length of the name that follows
-
-try:
-    _libc: Any = ctypes.CDLL(None, use_errno=True)
-    _init, _add = _libc.inotify_init1, _libc.inotify_add_watch
-except (AttributeError, OSError):  # not Linux
-    _init = _add = None
 
 
 class Watch:
@@ -39,9 +28,7 @@ class Watch:
         self._events: dict[int, int] = {}  # all that has happened, by watch
         self._lost = False
         self._lock = threading.Lock()
-        self._fd = _init(os.O_NONBLOCK | os.O_CLOEXEC) if _init else -1
-        if self._fd >= 0:
-            weakref.finalize(self, os.close, self._fd)  # also while the interpreter ends, where __del__ fails
+        self._fd = opened(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()  # a copy in another process would know nothing
@@ -49,7 +36,7 @@ class Watch:
     def add(self, name: str, path: str) -> None:
         """Watch the file at `path`, under a name of its own."""
         if self._fd >= 0:
-            number = _add(self._fd, os.fsencode(path), IN_MODIFY | IN_ATTRIB)
+            number = _add(self._fd, path, IN_MODIFY | IN_ATTRIB)
             if number >= 0:
                 self._numbers[name] = number
 
@@ -69,11 +56,6 @@ class Watch:
             return self._events.get(number, 0) & (IN_MODIFY | IN_ATTRIB) != IN_ATTRIB
 
     def _read(self) -> None:
-        with suppress(BlockingIOError):
-            while data := os.read(self._fd, READ_BYTES):
-                at = 0
-                while at < len(data):
-                    number, mask, _, length = _EVENT.unpack_from(data, at)
-                    at += _EVENT.size + length
-                    self._lost = self._lost or bool(mask & IN_Q_OVERFLOW)
-                    self._events[number] = self._events.get(number, 0) | mask
+        for number, mask, _ in events(self._fd):
+            self._lost = self._lost or bool(mask & IN_Q_OVERFLOW)
+            self._events[number] = self._events.get(number, 0) | mask

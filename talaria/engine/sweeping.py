@@ -23,7 +23,7 @@ from prefect.exceptions import ObjectNotFound, PrefectException
 from blocks import Source
 from blocks.list_source import ListSource
 from talaria.engine import batches
-from talaria.engine.inotify import FolderWatch
+from talaria.engine.folderwatch import FolderWatch
 from tasks.sources.inbox import MARKER
 from tasks.sources.runs import PrefectDispatching
 from tasks.sources.saved import KEPT
