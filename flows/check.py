@@ -15,6 +15,7 @@ from tasks.dispatch.asked import name_run
 from tasks.targets import load
 from transfer.errors import DispatchError
 from transfer.home import Home
+from transfer.ledger import Ledger
 
 
 @flow(name="check", persist_result=False)
@@ -34,6 +35,7 @@ async def check(target: str) -> State[Any]:
         return Failed(message=str(error))
     await report_health(found, health)
     if health.ok:
-        await asyncio.to_thread(breaker.answered, Home.current(), found)
+        with Ledger(Home.current().ledger) as ledger:
+            await asyncio.to_thread(breaker.answered, ledger, found)
     bad = ", ".join(probe.name for probe in health.probes if probe.result == "failed" and not probe.informative)
     return Completed(message="healthy") if health.ok else Failed(message=f"failed: {bad}")

@@ -6,7 +6,6 @@ TALARIA_HOME (default ~/.talaria, mode 0700)
 ├── receipts/         one JSON file per flow run
 ├── progress/         how far each flow run is that runs, or has just ended
 ├── waiting/          what flow runs that wait have achieved
-├── breakers/         one file per target that does not answer
 ├── listening/        one file per listener that is at work
 ├── uploads/          one folder per upload: what people send from their browsers
 ├── staging/          one folder per running flow run

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-from transfer import confirmed, happenings, messages, sourcebook
+from transfer import confirmed, happenings, messages, sourcebook, waits
 from transfer.confirmed import Confirmation, Spot
 from transfer.database import Tables, opened
 from transfer.happenings import Happenings
@@ -25,6 +25,7 @@ from transfer.outcome import ARRIVED, Kind, Outcome
 from transfer.plan import Item, Plan
 from transfer.receipt import ItemResult
 from transfer.sourcebook import Sourcebook
+from transfer.waits import Waits
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS items (
@@ -51,8 +52,10 @@ OF_OLD = (
     f" attempts, time FROM hooks WHERE destination LIKE '%/%' AND dispatch_id NOT LIKE '{AT}%' ORDER BY time",
     f"DELETE FROM hooks WHERE destination LIKE '%/%' AND dispatch_id NOT LIKE '{AT}%'",  # noqa: S608
 )
-VERSION = 4  # 0: ledgers before they had one; 1 had no tables of what happened, 2 none of sources, 3 none of hours
-TABLES = Tables(SCHEMA + confirmed.TABLE + happenings.TABLE + messages.TABLE + sourcebook.TABLES, VERSION, OF_OLD)
+# 0: ledgers before they had one; 1 had no tables of what happened, 2 none of sources, 3 none of hours, 4 none of waits
+VERSION = 5
+OTHERS = confirmed.TABLE + happenings.TABLE + messages.TABLE + sourcebook.TABLES + waits.TABLES
+TABLES = Tables(SCHEMA + OTHERS, VERSION, OF_OLD)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,12 +94,13 @@ class Ledger:
         happenings: what people want to hear of, and totals.
         messages: what is written to them.
         sources: what is known of sources.
+        waits: who waits at a target, and which targets do not answer.
     """
 
     def __init__(self, where: Path | str) -> None:
         self._db = opened(where, TABLES)
         self.happenings, self.messages = Happenings(self._db), Messages(self._db)
-        self.sources = Sourcebook(self._db)
+        self.sources, self.waits = Sourcebook(self._db), Waits(self._db)
 
     def close(self) -> None:
         self._db.close()
@@ -468,7 +472,7 @@ class Ledger:
             others += sum(self._db.execute(delete, (one,)).rowcount for delete in deletions for one in ids)
             scripts = "DELETE FROM hooks WHERE substr(dispatch_id, 1, ?)=? AND time < ?"
             others += self._db.execute(scripts, (len(AT), AT, before)).rowcount
-            others += self.happenings.prune(before) + self.messages.prune(before)
+            others += self.happenings.prune(before) + self.messages.prune(before) + self.waits.prune(before)
             return others + confirmed.prune(self._db, before)
 
 

@@ -85,7 +85,6 @@ class Worker:
         self._more = False  # runs may wait for a place to be free
         self._unended: dict[UUID, str] = {}  # runs whose end the ledger has not taken yet, with their owner
         self._resumed: set[UUID] = set()  # runs of ours that somebody has let go on before they had come to rest
-        self._early: set[UUID] = set()  # runs of ours that are to come back at once when their part has ended
         self._checks: set[UUID] = set()  # those of ours that are checks
         self._check_waits = False
         self._awaited: dict[UUID, float] = {}  # runs that events have named and no look has found, and until when
@@ -198,7 +197,7 @@ class Worker:
 
     async def _run(self, flow_run: FlowRun) -> None:
         """Run one flow run in a thread, to its end."""
-        run_id, settled, more, owner = str(flow_run.id), False, True, self.lease.owner
+        run_id, settled, more, rests, owner = str(flow_run.id), False, True, False, self.lease.owner
         running.regained(run_id)  # before it is claimed: it may be lost at any time from then on
         running.flag(run_id)
         try:
@@ -219,6 +218,7 @@ class Worker:
                 logged.ends(flow_run, state, self.ledger)
                 settled = state is not None and (state.is_final() or state.is_scheduled() or state.is_paused())
                 if state is not None and state.is_scheduled():
+                    rests = True
                     self._set_alarm(state.state_details.scheduled_time)
             if settled:
                 self._ends(flow_run.id, owner)
@@ -231,7 +231,7 @@ class Worker:
                     await settle(run_id)
                     self._ends(flow_run.id, owner)
             finally:  # whatever happens, its place is free
-                self._leaves(flow_run.id)
+                self._leaves(flow_run.id, rests)
                 if (self._more or self._check_waits) and more:
                     self._wake.set()
 
@@ -249,7 +249,7 @@ class Worker:
         for run_id in [one for one in self._unended if one not in self.active]:
             self._ends(run_id, self._unended[run_id])
 
-    def _leaves(self, run_id: UUID) -> None:
+    def _leaves(self, run_id: UUID, rests: bool) -> None:
         """Free the place of a run, which may be for us again at once."""
         running.forget(str(run_id))
         self._claimed.discard(run_id)
@@ -258,9 +258,9 @@ class Worker:
         if run_id in self._resumed:
             self._resumed.discard(run_id)
             self._do(self._go_on(run_id))
-        if run_id in self._early:
-            self._early.discard(run_id)
-            self._do(self._bring_forward(run_id))
+        with suppress(*LOST):
+            if rests and self.ledger.waits.heard(str(run_id)):  # called while it was on its way to rest
+                self._do(self._bring_forward(run_id))
 
     async def _in_lane(self, flow: Flow[..., Any], flow_run: FlowRun) -> State[Any] | None:
         lane = self._lanes.pop() if self._lanes else lanes.Lane("run")
@@ -385,9 +385,7 @@ class Worker:
 
     def _called_back(self, run_id: UUID) -> None:
         """Let a run that rests come back before its time: what it waits for is there."""
-        if run_id in self.active:
-            self._early.add(run_id)
-        else:
+        if run_id not in self.active:  # else it looks, when it has come to rest, whether it was called
             self._do(self._bring_forward(run_id))
 
     async def _bring_forward(self, run_id: UUID) -> None:
@@ -395,8 +393,11 @@ class Worker:
             state = (await self.client.read_flow_run(run_id)).state
         except ObjectNotFound:
             state = None
-        if state is None or not state.is_scheduled() or state.name == running.PAUSED:
-            await asyncio.to_thread(line.gone, str(run_id))
+        over = state is None or state.is_final() or state.is_cancelling() or state.is_paused()
+        if state is None or over or state.name == running.PAUSED:
+            await asyncio.to_thread(line.gone, self.ledger, str(run_id))
+            return
+        if not state.is_scheduled():  # it is under way, at another worker, which looks when it rests
             return
         now: State[Any] = AwaitingRetry(scheduled_time=datetime.now(UTC), message=state.message)
         await self.client.set_flow_run_state(run_id, now, force=True)
@@ -417,6 +418,9 @@ class Worker:
     async def _look(self) -> None:
         """Ask the server for what events should have reported."""
         await self._set_alarms()
+        for called in await asyncio.to_thread(self.ledger.waits.unheard, line.LOST_S):
+            if UUID(called) not in self.active and self.ledger.waits.heard(called):
+                await self._bring_forward(UUID(called))
         await self._heed(list(self.active))
         states = [StateType.CANCELLING, StateType.PENDING]
         found = await self.client.read_flow_runs(

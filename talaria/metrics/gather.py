@@ -33,6 +33,7 @@ from transfer.happenings import Total
 from transfer.home import Home, host_name
 from transfer.ledger import Ledger
 from transfer.listening import ListenerStatus
+from transfer.waits import Breaker
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import PrefectClient
@@ -126,18 +127,20 @@ class Gatherer:
 
     def _from_here(self, found: Figures, saved: Iterable[Target | Broken], checks: dict[str, dict[str, Any]]) -> None:
         home, targets = self._home, [one for one in saved if isinstance(one, Target)]
+        breakers: dict[str, Breaker] = {}
         with suppress(DispatchError, OSError, sqlite3.Error), Ledger(home.ledger) as ledger:
             found.totals = ledger.happenings.totals(host_name() if ledger.shared else "")
             found.messages = ledger.messages.counts()
+            breakers = breaker.every(ledger, targets)
             found.ledger = True
         for one in saved:
-            known = breaker.read(home, one) if isinstance(one, Target) else None
+            known = breakers.get(one.name)
             healthy = bool(checks[one.name]["ok"]) if one.name in checks else None
             found.targets.append(
                 TargetLook(
                     one.name,
                     isinstance(one, Target) and one.enabled,
-                    known is None,
+                    not isinstance(one, Target),
                     bool(known and known.opened),
                     known.failures if known else 0,
                     healthy,

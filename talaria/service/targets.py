@@ -26,6 +26,7 @@ from transfer.errors import Misconfigured
 from transfer.health import Probe, watched
 from transfer.home import Home
 from transfer.ledger import Ledger
+from transfer.waits import Breaker
 
 Event = tuple[str, dict[str, Any]]
 LOOK_S = 0.1  # between two looks at a check that runs
@@ -70,17 +71,22 @@ async def list_targets(office: Office) -> dict[str, Any]:
 async def entries(office: Office, found: Sequence[Target | Broken]) -> list[dict[str, Any]]:
     """Return saved targets as a list shows them."""
     checks = await last_checks(office.client, found)
-    return [_entry(one, checks.get(one.name), office.home) for one in found]
+    breakers = await asyncio.to_thread(_breakers, office.home, [one for one in found if isinstance(one, Target)])
+    return [_entry(one, checks.get(one.name), breakers.get(one.name)) for one in found]
 
 
-def _entry(one: Target | Broken, check: dict[str, Any] | None, home: Home) -> dict[str, Any]:
+def _breakers(home: Home, found: list[Target]) -> dict[str, Breaker]:
+    with Ledger(home.ledger) as ledger:
+        return breaker.every(ledger, found)
+
+
+def _entry(one: Target | Broken, check: dict[str, Any] | None, known: Breaker | None) -> dict[str, Any]:
     state = None if check is None else {"ok": check["ok"], "time": check["time"]}
     values = values_of(one, secrets=True) if isinstance(one, Target) else {}
-    return {"name": one.name, **values, **facts(one), "last_check": state, "breaker": _breaker(one, home)}
+    return {"name": one.name, **values, **facts(one), "last_check": state, "breaker": _shown(known)}
 
 
-def _breaker(one: Target | Broken, home: Home) -> dict[str, Any]:
-    known = breaker.read(home, one) if isinstance(one, Target) else None
+def _shown(known: Breaker | None) -> dict[str, Any]:
     if known is None or not known.opened:
         return {"state": "closed"}
     times = {"since": known.opened, "next_test": known.until}

@@ -3,112 +3,102 @@
 After LIMIT failures in a row a target's breaker opens: dispatches to it wait, and one run at a time tests whether it is
 back; the first answer closes it.
 
-One small file for each such target in `TALARIA_HOME/breakers`, for all workers of this machine. A target whose settings
-have changed since begins anew.
+What is known stands in the ledger's database, for all workers, of all hosts that share it. A target whose settings
+have changed since begins anew. Where the database can't be asked, no target counts as dead.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
-import json
 import logging
 import sqlite3
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from contextlib import ExitStack, contextmanager, suppress
 
 from blocks.base import Target
 from tasks.dispatch import line
 from tasks.happened import target_stands
 from transfer.errors import DispatchError, TimedOut, Unreachable
-from transfer.home import Home, locked
+from transfer.home import Home
 from transfer.ledger import Ledger
-from transfer.live import replace
+from transfer.waits import Breaker
 
 LIMIT = 5  # failures in a row, of any dispatches
 FIRST_S, LONGEST_S = 1.0, 300.0  # at least, and at most, between two tests; the target's own delays lie between
 DEAD = (Unreachable, TimedOut)  # errors that count
-UP_S = 60.0  # between two looks whether another host has said that a target is down
-_up: dict[str, float] = {}  # when each was looked at
+LOST = (DispatchError, OSError, sqlite3.Error)  # of the ledger's database
 logger = logging.getLogger(__name__)
 
 
-@dataclass
-class Breaker:
-    """What is known of a target that did not answer.
-
-    Attributes:
-        mark: of its settings then.
-        failures: in a row.
-        opened: when that were too many, in seconds since the epoch; 0 if they are not.
-        tested: when it was tried last.
-        until: when it is tested again.
-        reason: what the last failure was.
-    """
-
-    mark: str
-    failures: int = 0
-    opened: float = 0.0
-    tested: float = 0.0
-    until: float = 0.0
-    reason: str = ""
+class _Taken(Exception):
+    """Another run tests a target."""
 
 
-def read(home: Home, target: Target) -> Breaker:
+def read(ledger: Ledger, target: Target) -> Breaker:
     """Return the state of a target's breaker."""
-    mark = _mark(target)
-    with suppress(OSError, ValueError, TypeError):
-        found = Breaker(**json.loads(_path(home, target).read_bytes()))
-        if found.mark == mark:
-            return found
-    return Breaker(mark)
+    with suppress(*LOST):
+        return _of(target, ledger.waits.breaker(target.name))
+    return Breaker(target.name, "")
 
 
-def failed(home: Home, target: Target, error: DispatchError, reason: str) -> Breaker:
-    """Count a failure, if it is one of those that a dead target causes; return the state then."""
+def every(ledger: Ledger, targets: list[Target]) -> dict[str, Breaker]:
+    """Return the state of the breakers of targets, by name."""
+    with suppress(*LOST):
+        known = ledger.waits.breakers()
+        return {one.name: _of(one, known.get(one.name)) for one in targets}
+    return {one.name: Breaker(one.name, "") for one in targets}
+
+
+def failed(ledger: Ledger, target: Target, error: DispatchError, reason: str) -> None:
+    """Count a failure, if it is one of those that a dead target causes."""
     if not isinstance(error, DEAD):
-        return read(home, target)
-    with locked(_lock(home, target, "lock"), fcntl.LOCK_EX):
-        one = read(home, target)
-        opens = one.failures + 1 >= LIMIT and not one.opened
-        one.failures, one.tested, one.reason = one.failures + 1, time.time(), reason
+        return
+    try:
+        with ledger.together():
+            one = ledger.waits.count(target.name, _mark(target), reason)
+            opens = one.failures >= LIMIT and not one.opened
+            if opens:
+                one.opened = one.tested
+            if one.opened:
+                longest = min(LONGEST_S, target.retry_max_delay_s)
+                later = min(longest, target.retry_delay_s * 2 ** min(one.failures - LIMIT, 20))
+                one.until = one.tested + max(FIRST_S, later)
+                ledger.waits.save(one)
         if opens:
-            one.opened = one.tested
-        if one.opened:
-            longest = min(LONGEST_S, target.retry_max_delay_s)
-            later = min(longest, target.retry_delay_s * 2 ** min(one.failures - LIMIT, 20))
-            one.until = one.tested + max(FIRST_S, later)
-        replace(_path(home, target), asdict(one))
-    if opens:
-        _up.pop(target.name, None)
-        _say(home, target, one, up=False)
-    return one
+            _say(ledger, one, up=False)
+    except LOST as exc:
+        logger.warning("that %s does not answer can't be noted: %s", target.name, exc)
 
 
-def answered(home: Home, target: Target) -> None:
+def answered(ledger: Ledger, target: Target) -> None:
     """Note that a target answers; wake what waits for that."""
-    if _path(home, target).exists():
-        with locked(_lock(home, target, "lock"), fcntl.LOCK_EX):
-            one = read(home, target)
-            _path(home, target).unlink(missing_ok=True)
-        _say(home, target, one, up=True)  # also if it was open before its settings changed
-        if one.opened:
-            line.wake(queue(target), target.max_dispatches)
-            return
-    elif isinstance(home.ledger, str) and _up.get(target.name, 0.0) < time.monotonic() - UP_S:
-        _say(home, target, Breaker(""), up=True)  # if another host has said that it is down
-        _up[target.name] = time.monotonic()
-    line.wake(queue(target))
+    try:
+        one = ledger.waits.answers(target.name)
+        if one:
+            _say(ledger, one, up=True)  # also if it was open before its settings changed
+        line.wake(ledger, queue(target), target.max_dispatches if one and one.opened else 1)
+    except LOST as exc:
+        logger.warning("that %s answers can't be noted: %s", target.name, exc)
 
 
 @contextmanager
-def testing(home: Home, target: Target) -> Iterator[bool]:
-    """Be the one that tests a target during the block; yields False if another run does."""
-    with locked(_lock(home, target, "test"), fcntl.LOCK_EX | fcntl.LOCK_NB) as mine:
-        yield mine is not None
+def testing(home: Home, ledger: Ledger, target: Target) -> Iterator[bool]:
+    """Be the one that tests a target during the block; yields False if another run, of any host, does."""
+
+    def give_up() -> None:
+        raise _Taken
+
+    what = f"test {target.name}"
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(home.exclusive(hashlib.sha256(what.encode()).hexdigest()[:24], give_up))
+            stack.enter_context(ledger.exclusive(what, give_up))
+        except (_Taken, *LOST):
+            stack.close()
+            mine = False
+        else:
+            mine = True
+        yield mine
 
 
 def queue(target: Target) -> str:
@@ -116,24 +106,15 @@ def queue(target: Target) -> str:
     return f"{target.name}?"
 
 
-def _lock(home: Home, target: Target, what: str) -> Path:
-    path = _path(home, target).with_suffix(f".{what}")
-    path.parent.mkdir(exist_ok=True, mode=0o700)
-    return path
+def _of(target: Target, found: Breaker | None) -> Breaker:
+    mark = _mark(target)
+    return found if found and found.mark == mark else Breaker(target.name, mark)
 
 
-def _say(home: Home, target: Target, one: Breaker, *, up: bool) -> None:
-    """Say that a target does not answer, or answers again; where that fails, no dispatch does."""
-    try:
-        with Ledger(home.ledger) as ledger:
-            target_stands(ledger, target.name, up=up, about={"failures": one.failures, "since": one.opened})
-    except (DispatchError, OSError, sqlite3.Error) as exc:
-        logger.warning("that %s is %s can't be said: %s", target.name, "up" if up else "down", exc)
+def _say(ledger: Ledger, one: Breaker, *, up: bool) -> None:
+    """Say that a target does not answer, or answers again."""
+    target_stands(ledger, one.target, up=up, about={"failures": one.failures, "since": one.opened})
 
 
 def _mark(target: Target) -> str:
     return hashlib.sha256(target.model_dump_json().encode()).hexdigest()[:24]  # secrets are masked in it
-
-
-def _path(home: Home, target: Target) -> Path:
-    return home.root / "breakers" / f"{target.name}.json"

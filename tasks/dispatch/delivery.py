@@ -206,7 +206,7 @@ class Delivery:
             self.futile,
             self.failures,
             self._since,
-            time.time() if self.attempts > left.attempts else left.tried,
+            self.ledger.now() if self.attempts > left.attempts else left.tried,
             left.since,
             self.again.timestamp() if self.again else 0.0,
             type(self.error).__name__ if self.error else "",

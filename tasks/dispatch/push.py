@@ -55,7 +55,7 @@ def push_task(delivery: Delivery) -> Task[[Delivery], Any]:
         if not delivery.may_go_on:
             return None
         seconds = delay_before(max(2, delivery.futile + 1), target, error)
-        if delivery.may_rest and (seconds > NEAR_S or breaker.read(delivery.home, target).opened):
+        if delivery.may_rest and (seconds > NEAR_S or breaker.read(delivery.ledger, target).opened):
             delivery.again = datetime.now(UTC) + timedelta(seconds=seconds)
             return None
         return seconds
@@ -90,9 +90,9 @@ async def push(delivery: Delivery) -> Receipt:
     except DispatchError as exc:
         logger.warning("%s: %s", target.name, delivery.failures[-1])
         if delivery.futile > futile:
-            await asyncio.to_thread(breaker.failed, delivery.home, target, exc, exc.message)
+            await asyncio.to_thread(breaker.failed, delivery.ledger, target, exc, exc.message)
         raise
-    await asyncio.to_thread(breaker.answered, delivery.home, target)
+    await asyncio.to_thread(breaker.answered, delivery.ledger, target)
     counts = ", ".join(f"{count} {kind}" for kind, count in receipt.counts.items() if count)
     logger.info("%s: %s, %d bytes in %.1f s", target.name, counts or "nothing to do", receipt.bytes, receipt.seconds)
     return receipt

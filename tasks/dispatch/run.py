@@ -122,31 +122,30 @@ class Dispatch:
 
     async def _is_dead(self, target: Target) -> bool:
         """Return True if a target's breaker is open: the run waits for it then, and has tested it if it was time."""
-        one = breaker.read(self.home, target)
+        one = await asyncio.to_thread(breaker.read, self.ledger, target)
         if not one.opened:
             return False
         left, pause_s = self._left(target), breaker.FIRST_S
-        if one.until <= time.time():
-            with breaker.testing(self.home, target) as mine:
+        if one.until <= self.ledger.now():
+            with breaker.testing(self.home, self.ledger, target) as mine:
                 if not mine:  # whoever tests it wakes us if it answers
                     pause_s = min(target.idle_timeout_s, breaker.LONGEST_S)
-                elif breaker.read(self.home, target).until <= time.time() and await self._tested(target) is None:
+                elif breaker.read(self.ledger, target).until <= self.ledger.now() and not await self._tested(target):
                     return False
-        one = breaker.read(self.home, target)
+        one = await asyncio.to_thread(breaker.read, self.ledger, target)
         if not one.opened:
             return False
         if not self.rest.document:  # it has just come: tests from now on are attempts of its own
-            left.tried = left.tried or time.time()
+            left.tried = left.tried or self.ledger.now()
         elif one.tested > left.tried:
             self._count(target, Unreachable(one.reason))
             if target.name not in self.waits:
                 return True
-        until, left.again = max(one.until, time.time() + pause_s), 0.0
+        until, left.again = max(one.until, self.ledger.now() + pause_s), 0.0
         turn, queue = line.turn(left.tried, self.priority), breaker.queue(target)
-        until += line.before(queue, self.flow_run_id, turn) * APART_S
-        line.join(queue, self.flow_run_id, turn, until)
-        since = datetime.fromtimestamp(one.opened, UTC)
-        what = f"{target.name} to answer, which it hasn't since {since:%H:%M:%S} UTC"
+        until += self.ledger.waits.before(queue, self.flow_run_id, turn) * APART_S
+        self.ledger.waits.join(queue, self.flow_run_id, turn, until)
+        what = f"{target.name} to answer, which it hasn't since {datetime.fromtimestamp(one.opened, UTC):%H:%M:%S} UTC"
         self.waits[target.name] = Wait(datetime.fromtimestamp(until, UTC), what)
         return True
 
@@ -157,16 +156,16 @@ class Dispatch:
         except DispatchError as exc:
             error = exc
         if not isinstance(error, breaker.DEAD):
-            await asyncio.to_thread(breaker.answered, self.home, target)
+            await asyncio.to_thread(breaker.answered, self.ledger, target)
             return error if isinstance(error, Busy) else None
         words = Quiet(target).text(error.message)
-        await asyncio.to_thread(breaker.failed, self.home, target, error, words)
+        await asyncio.to_thread(breaker.failed, self.ledger, target, error, words)
         return error
 
     def _count(self, target: Target, error: DispatchError) -> None:
         """Count a test as a failed attempt, without files."""
         left = self._left(target)
-        left.attempts, left.futile, left.tried = left.attempts + 1, left.futile + 1, time.time()
+        left.attempts, left.futile, left.tried = left.attempts + 1, left.futile + 1, self.ledger.now()
         left.error, words = type(error).__name__, " ".join(Quiet(target).text(error.message).split())
         possible = left.attempts - left.futile + target.max_attempts
         left.failures.append(f"attempt {left.attempts} of {possible} failed: {words}")
@@ -185,11 +184,11 @@ class Dispatch:
 
     def _stand_in_line(self, target: Target) -> None:
         left = self._left(target)
-        left.since = left.since or time.time()
+        left.since = left.since or self.ledger.now()
         turn = line.turn(left.since, self.priority)
-        before = line.before(target.name, self.flow_run_id, turn)
-        until = time.time() + min(TURNS_S, TURN_S * (before + 1))
-        line.join(target.name, self.flow_run_id, turn, until)
+        before = self.ledger.waits.before(target.name, self.flow_run_id, turn)
+        until = self.ledger.now() + min(TURNS_S, TURN_S * (before + 1))
+        self.ledger.waits.join(target.name, self.flow_run_id, turn, until)
         self.waits[target.name] = Wait(datetime.fromtimestamp(until, UTC), f"a slot at {target.name}")
 
     async def _slot(self, target: Target) -> AsyncExitStack:
@@ -200,13 +199,14 @@ class Dispatch:
         """
         left, wait_s = self._left(target), None
         if line.may_rest():
-            if line.before(target.name, self.flow_run_id, line.turn(left.since or time.time(), self.priority)):
+            turn = line.turn(left.since or self.ledger.now(), self.priority)
+            if self.ledger.waits.before(target.name, self.flow_run_id, turn):
                 raise NoSlot(target.name)
             wait_s = 0.0 if left.since else SLOT_S
         async with AsyncExitStack() as stack:
             client = await stack.enter_async_context(get_client())
-            await stack.enter_async_context(slots(client, target, wait_s=wait_s))
-            line.leave(target.name, self.flow_run_id)
+            await stack.enter_async_context(slots(client, target, wait_s=wait_s, ledger=self.ledger))
+            self.ledger.waits.leave(target.name, self.flow_run_id)
             left.since = 0.0
             return stack.pop_all()
 

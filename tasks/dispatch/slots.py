@@ -8,6 +8,7 @@ thread, for each slot.
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from uuid import UUID
@@ -19,6 +20,8 @@ from prefect.exceptions import PrefectException
 from blocks.base import Target
 from tasks.dispatch import line
 from tasks.targets import limit, limit_name
+from transfer.errors import DispatchError
+from transfer.ledger import Ledger
 
 LEASE_S = 60  # a killed worker's slot is free again after this
 WAIT_S = 2.0  # between two tries to get a slot, unless one becomes free in this process
@@ -34,12 +37,13 @@ _waiting: dict[str, set[tuple[asyncio.AbstractEventLoop, asyncio.Event]]] = {}
 
 @asynccontextmanager
 async def slots(
-    client: PrefectClient, target: Target, count: int = 1, wait_s: float | None = None
+    client: PrefectClient, target: Target, count: int = 1, wait_s: float | None = None, ledger: Ledger | None = None
 ) -> AsyncIterator[None]:
     """Wait for slots of a target, and hold them while the block runs.
 
     Args:
         wait_s: the longest wait in seconds; None for as long as it takes.
+        ledger: in which those stand that are to be woken when the slots are free again.
 
     Raises:
         NoSlot: none has become free in that time.
@@ -52,6 +56,9 @@ async def slots(
     finally:
         renewing.cancel()
         await _given_back(client, target, lease)
+        if ledger is not None:
+            with suppress(DispatchError, sqlite3.Error):  # then they come by themselves
+                await asyncio.shield(asyncio.to_thread(line.wake, ledger, target.name, count))
 
 
 async def _taken(client: PrefectClient, target: Target, count: int, wait_s: float | None) -> UUID:
@@ -101,7 +108,6 @@ async def _given_back(client: PrefectClient, target: Target, lease: UUID) -> Non
     for loop, event in list(_waiting.get(limit_name(target), ())):
         with suppress(RuntimeError):  # its loop has just been closed
             loop.call_soon_threadsafe(event.set)
-    line.wake(target.name)
 
 
 async def _renew(client: PrefectClient, lease: UUID) -> None:

@@ -43,6 +43,7 @@ from transfer.errors import Cancelled as DispatchCancelled
 from transfer.errors import DispatchError, Misconfigured
 from transfer.home import Home
 from transfer.layout import sanitised
+from transfer.ledger import Ledger
 from transfer.query import study_tests
 
 R = TypeVar("R")
@@ -172,9 +173,10 @@ class Retrieval:
         count = min(self.source.concurrency, self.source.max_dispatches)
 
         async def run() -> R:
-            async with get_client() as client, slots(client, self.source, count):
-                begun.append(True)
-                return await asyncio.to_thread(work)
+            with Ledger(self.home.ledger) as ledger:
+                async with get_client() as client, slots(client, self.source, count, ledger=ledger):
+                    begun.append(True)
+                    return await asyncio.to_thread(work)
 
         begun: list[bool] = []
         return await self._stoppable(patiently(run, lambda: bool(begun)), begun)

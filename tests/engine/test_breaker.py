@@ -1,49 +1,185 @@
-"""What is said of a target that is down: once, by whichever host sees it, and until one sees that it answers."""
+"""Targets that are down, and who waits at them: all hosts of a ledger see the same, whichever host noticed it."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from blocks.folder import FolderTarget
-from tasks.dispatch import breaker
+from tasks.dispatch import breaker, line
 from tests.servers.postgresql import postgresql
-from transfer.errors import Unreachable
+from transfer.errors import Denied, TimedOut, Unreachable
 from transfer.home import Home
 from transfer.ledger import Ledger
+from transfer.waits import LATE_S
+
+
+@pytest.fixture(scope="module")
+def database() -> Iterator[str]:
+    with postgresql() as server:
+        yield server.new()
+
+
+@pytest.fixture(params=["one host", "two hosts"])
+def hosts(
+    request: pytest.FixtureRequest, tmp_path: Path, database: str, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[tuple[Home, Ledger], tuple[Home, Ledger]]]:
+    """Two processes, with their state directory and their ledger: of one host, or of two that share a database."""
+    monkeypatch.setattr("tasks.happened.emit_event", lambda *_, **__: None)
+    shared = request.param == "two hosts"
+    homes = [Home(tmp_path / "one"), Home(tmp_path / ("other" if shared else "one"))]
+    for home in homes:
+        home.root.mkdir(exist_ok=True)
+    where: list[Any] = [database if shared else home.root / "ledger.sqlite" for home in homes]
+    with Ledger(where[0]) as one, Ledger(where[1]) as other:
+        yield (homes[0], one), (homes[1], other)
 
 
 @pytest.fixture
-def url(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    with postgresql() as server:
-        found = server.new()
-        monkeypatch.setenv("TALARIA_LEDGER", found)
-        yield found
+def target(tmp_path: Path, request: pytest.FixtureRequest) -> FolderTarget:
+    return FolderTarget(folder=str(tmp_path), max_dispatches=3).named(f"shelf-{abs(hash(request.node.name))}")
 
 
-def said(url: str) -> list[str]:
-    with Ledger(url) as ledger:
-        return [one.event for one in ledger.happenings.waiting(100)]
+@pytest.fixture
+def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The runs that a worker has been told to bring forward."""
+    found: list[str] = []
+    monkeypatch.setattr(line, "_waker", found.append)
+    return found
 
 
-def test_another_host_s_answer_ends_what_a_host_that_is_gone_has_said(
-    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("tasks.happened.emit_event", lambda *_, **__: None)
-    monkeypatch.setattr(breaker.line, "wake", lambda *_: None)
-    target = FolderTarget(folder=str(tmp_path)).named("shelf")
-    one, other = Home(tmp_path / "one"), Home(tmp_path / "other")
-    for home in (one, other):
-        home.root.mkdir()
-    for _ in range(breaker.LIMIT):
-        breaker.failed(one, target, Unreachable("no route"), "no route")
-    assert said(url) == ["target.down"]
-    monkeypatch.setattr(breaker, "_up", {})  # the other host's process
+def said(ledger: Ledger, target: FolderTarget) -> list[str]:
+    return [one.event for one in ledger.happenings.waiting(100) if one.about["target"] == target.name]
+
+
+def test_failures_count_wherever_they_are_seen_and_the_first_answer_ends_it(hosts: Any, target: FolderTarget) -> None:
+    (_, one), (_, other) = hosts
+    for number in range(breaker.LIMIT):
+        assert not breaker.read(one, target).opened and not breaker.read(other, target).opened
+        breaker.failed((one, other)[number % 2], target, Unreachable("no route"), "no route")
+        breaker.failed(one, target, Denied("wrong password"), "wrong password")  # it does answer
+    for ledger in (one, other):
+        found = breaker.read(ledger, target)
+        assert (found.failures, found.reason) == (breaker.LIMIT, "no route") and found.opened and found.until
+        assert breaker.every(ledger, [target])[target.name] == found
+    assert said(one, target) == ["target.down"]
     for _ in range(3):
         breaker.answered(other, target)
-    assert said(url) == ["target.down", "target.up"]
+    assert not breaker.read(one, target).failures and said(one, target) == ["target.down", "target.up"]
     for _ in range(breaker.LIMIT):
-        breaker.failed(other, target, Unreachable("no route"), "no route")
-    assert said(url) == ["target.down", "target.up", "target.down"]
+        breaker.failed(other, target, TimedOut("silent"), "silent")
+    assert said(one, target) == ["target.down", "target.up", "target.down"]
+
+
+def test_a_target_whose_settings_have_changed_begins_anew(hosts: Any, target: FolderTarget) -> None:
+    (_, one), (_, other) = hosts
+    for _ in range(breaker.LIMIT + 1):
+        breaker.failed(one, target, Unreachable("no route"), "no route")
+    changed = target.model_copy(update={"max_attempts": 77}).named(target.name)
+    assert not breaker.read(other, changed).opened
+    breaker.failed(other, changed, Unreachable("no route"), "no route")
+    found = breaker.read(one, changed)
+    assert (found.failures, found.opened, found.until) == (1, 0, 0)
+
+
+def test_failures_at_the_same_moment_all_count_and_one_of_them_opens_it(hosts: Any, target: FolderTarget) -> None:
+    (_, one), (_, other) = hosts
+    with ThreadPoolExecutor(8) as pool:
+        for number in range(24):
+            pool.submit(breaker.failed, (one, other)[number % 2], target, Unreachable("no route"), "no route")
+    assert breaker.read(one, target).failures == 24
+    assert said(other, target) == ["target.down"]
+
+
+def test_one_run_at_a_time_tests_a_target_wherever_it_runs(hosts: Any, target: FolderTarget) -> None:
+    (home, one), (second, other) = hosts
+    with breaker.testing(home, one, target) as mine:
+        assert mine
+        with breaker.testing(second, other, target) as too:
+            assert not too
+        with breaker.testing(second, other, target.named("another")) as too:
+            assert too
+    with breaker.testing(second, other, target) as mine:
+        assert mine
+
+
+def test_who_waits_is_called_in_turn_by_whoever_frees_a_slot(
+    hosts: Any, target: FolderTarget, called: list[str]
+) -> None:
+    (_, one), (_, other) = hosts
+    name, later = target.name, one.now() + 600
+    one.waits.join(name, "normal", line.turn(1000.0, "normal"), later)
+    other.waits.join(name, "offpeak", line.turn(990.0, "offpeak"), later)
+    other.waits.join(name, "urgent", line.turn(1500.0, "urgent"), later)
+    assert [one.waits.before(name, run, turn) for run, turn in (("urgent", 900), ("normal", 1000), ("new", 1600))] == [
+        0,
+        1,
+        3,
+    ]
+    line.wake(one, name)
+    assert called == ["urgent"]
+    line.wake(other, name)  # a second slot is free before the first has come
+    assert called == ["urgent", "normal"]
+    assert one.waits.before(name, "offpeak", 1590) == 2  # they have not come yet
+    for run in ("urgent", "normal"):
+        other.waits.leave(name, run)
+    assert one.waits.before(name, "offpeak", 1590) == 0
+    one.waits.join(name, "gone", 2000.0, later)
+    line.gone(other, "offpeak")  # it was cancelled: whoever stands behind it is called instead
+    assert called[2:] == ["gone"]
+    line.wake(one, name)
+    assert len(called) == 3
+
+
+def test_a_call_that_nobody_passed_on_is_found_by_any_worker(hosts: Any, target: FolderTarget) -> None:
+    (_, one), (_, other) = hosts
+    one.waits.join(target.name, "run", 1.0, one.now() + 600)
+    assert not other.waits.heard("run") and "run" not in other.waits.unheard(0.0)
+    line.wake(other, target.name)  # a process without a worker
+    until = threading.Event()
+    while "run" not in one.waits.unheard(0.0):
+        until.wait(0.01)
+    assert "run" not in one.waits.unheard(3600.0)
+    assert one.waits.heard("run") and not other.waits.heard("run")
+    one.waits.join(target.name, "run", 1.0, one.now() + 600)  # it came, and got nothing
+    assert "run" not in one.waits.unheard(-1.0)
+    line.gone(one, "run")
+
+
+def test_who_should_have_come_long_ago_keeps_nobody_waiting(
+    hosts: Any, target: FolderTarget, called: list[str]
+) -> None:
+    (_, one), (_, other) = hosts
+    one.waits.join(target.name, "lost", 1.0, one.now() - LATE_S - 1)
+    one.waits.join(target.name, "run", 2.0, one.now() + 600)
+    assert other.waits.before(target.name, "run", 2.0) == 0
+    line.wake(other, target.name, target.max_dispatches)
+    assert called == ["run"]
+    other.prune(one.now() - 1)
+    assert one.waits.gone("lost") == [] and one.waits.gone("run") == [target.name]
+
+
+def test_an_answer_calls_as_many_as_the_target_takes(hosts: Any, target: FolderTarget, called: list[str]) -> None:
+    (_, one), (_, other) = hosts
+    for number in range(5):
+        one.waits.join(breaker.queue(target), f"{target.name}{number}", number, one.now() + 600)
+    for _ in range(breaker.LIMIT):
+        breaker.failed(one, target, Unreachable("no route"), "no route")
+    breaker.answered(other, target)
+    assert called == [f"{target.name}{number}" for number in range(3)]
+    breaker.answered(other, target)  # the next push that succeeds calls one more
+    assert len(called) == 4
+
+
+def test_no_dispatch_fails_since_the_database_can_t_be_asked(tmp_path: Path, target: FolderTarget) -> None:
+    home = Home(tmp_path)
+    ledger = Ledger(home.root / "ledger.sqlite")
+    ledger.close()
+    breaker.failed(ledger, target, Unreachable("no route"), "no route")
+    breaker.answered(ledger, target)
+    assert not breaker.read(ledger, target).opened and not breaker.every(ledger, [target])[target.name].opened
