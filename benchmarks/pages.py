@@ -1,10 +1,11 @@
 """Our own pages with many targets and dispatches: the server's time for each, and when a browser first paints it.
 
-    python -m benchmarks.pages [--targets 500] [--dispatches 50000] [--rounds 20]
+    python -m benchmarks.pages [--targets 500] [--dispatches 50000] [--rounds 20] [--folder DIR]
 
 A `talaria up` runs on loopback, on a state directory of its own, whose database is filled before it starts: targets of
 type folder, dispatches of the last 30 days to one of them each, a tenth failed, 200 waiting. Server time is from a
-request's first byte to its answer's last, over a connection that is kept, in turn over all pages. First paint is what
+request's first byte to its answer's last, over a connection that is kept, in turn over all pages. CPU is what all
+processes of the server have used meanwhile, which other work on the machine changes little. First paint is what
 Chromium reports (`first-contentful-paint`), page by page, each in a new tab with nothing cached but what it loaded.
 """
 
@@ -23,7 +24,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -49,17 +50,23 @@ def main() -> None:
     parser.add_argument("--targets", type=int, default=500)
     parser.add_argument("--dispatches", type=int, default=50_000)
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--folder", type=Path, help="keep the state directory there, or use the one that is there")
     parser.add_argument("--no-paint", action="store_true", help="leave the browser out")
     given = parser.parse_args()
     print(machine(), flush=True)
     with tempfile.TemporaryDirectory(prefix="talaria-pages-") as folder:
-        root = Path(folder)
-        with up(root) as environment:
-            run = prepared(root, environment, given.targets)
-        filled(root / "home", given.targets, given.dispatches, run)
+        root: Path = given.folder or Path(folder)
+        mark = root / "run"
+        if not mark.exists():
+            root.mkdir(exist_ok=True)
+            with up(root) as environment:
+                run = prepared(root, environment, given.targets)
+            filled(root / "home", given.targets, given.dispatches, run)
+            mark.write_text(run)
+        run = mark.read_text()
         with up(root) as environment:
             base = f"http://127.0.0.1:{environment['PORT']}"
-            served(base, run, given.rounds)
+            served(base, run, given.rounds, int(environment["SERVER"]))
             if not given.no_paint:
                 painted(base, run)
 
@@ -78,7 +85,7 @@ def up(root: Path) -> Iterator[dict[str, str]]:
             process.until(lambda: b"ready:" in log.read_bytes() or running.poll() is not None, 300)
             if running.poll() is not None:
                 raise RuntimeError(log.read_text())
-            yield environment
+            yield environment | {"SERVER": str(running.pid)}
         finally:
             process.stop(running)
 
@@ -135,26 +142,41 @@ def filled(home: Path, targets: int, dispatches: int, run: str) -> None:
             db.executemany(f"INSERT INTO {table} ({names}) VALUES ({marks})", rows)
 
 
-def served(base: str, run: str, rounds: int) -> None:
+def cpu_ms(server: int) -> float:
+    """Return the CPU time that a process and those that it has started have used so far."""
+    parents, family = dict[int, int](), {server}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has ended
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+    while more := {one for one, parent in parents.items() if parent in family} - family:
+        family |= more
+    ran = (one.read_text() for process in family for one in Path(f"/proc/{process}").glob("task/*/schedstat"))
+    return sum(int(one.split()[0]) for one in ran) / 1e6
+
+
+def served(base: str, run: str, rounds: int, server: int) -> None:
     """Print the server's time for each page."""
     times: dict[str, list[float]] = {path: [] for path in PAGES}
+    works: dict[str, list[float]] = {path: [] for path in PAGES}
     with httpx.Client(
         base_url=base, timeout=300, trust_env=False, headers={"Accept": "text/html", "Origin": base}
     ) as web:
         web.post("/talaria/login", data={"user": "anna", "password": PASSWORD, "next": "/"})
         for number in range(rounds + 1):
             for path in PAGES:
-                begun = time.perf_counter()
+                used, begun = cpu_ms(server), time.perf_counter()
                 answer = web.get(path.format(run=run))
                 took = 1000 * (time.perf_counter() - begun)
                 if answer.status_code != 200:
                     raise RuntimeError(f"{path}: {answer.status_code}")
                 if number:  # the first loads templates
                     times[path].append(took)
-    print(f"\n| page | median, ms | p95, ms (aim {AIM_MS}) |\n|---|---:|---:|")
+                    works[path].append(cpu_ms(server) - used)
+    print(f"\n| page | median, ms | p95, ms (aim {AIM_MS}) | CPU, median, ms |\n|---|---:|---:|---:|")
     for path, found in times.items():
         p95 = statistics.quantiles(found, n=20)[-1]
-        print(f"| `{path}` | {statistics.median(found):.0f} | {p95:.0f}{' **' if p95 > AIM_MS else ''} |", flush=True)
+        mark, work = " **" if p95 > AIM_MS else "", statistics.median(works[path])
+        print(f"| `{path}` | {statistics.median(found):.0f} | {p95:.0f}{mark} | {work:.0f} |", flush=True)
 
 
 def painted(base: str, run: str) -> None:

@@ -16,9 +16,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-from transfer import confirmed, happenings, messages, sourcebook, waits
+from transfer import confirmed, deliveries, happenings, messages, sourcebook, waits
 from transfer.confirmed import Confirmation, Spot
 from transfer.database import Tables, opened
+from transfer.deliveries import Deliveries
 from transfer.happenings import Happenings
 from transfer.messages import Messages
 from transfer.outcome import ARRIVED, Kind, Outcome
@@ -52,9 +53,10 @@ OF_OLD = (
     f" attempts, time FROM hooks WHERE destination LIKE '%/%' AND dispatch_id NOT LIKE '{AT}%' ORDER BY time",
     f"DELETE FROM hooks WHERE destination LIKE '%/%' AND dispatch_id NOT LIKE '{AT}%'",  # noqa: S608
 )
-# 0: ledgers before they had one; 1 had no tables of what happened, 2 none of sources, 3 none of hours, 4 none of waits
-VERSION = 5
-OTHERS = confirmed.TABLE + happenings.TABLE + messages.TABLE + sourcebook.TABLES + waits.TABLES
+# 0: ledgers before they had one; 1 had no tables of what happened, 2 none of sources, 3 none of hours, 4 none of waits,
+# 5 none of deliveries
+VERSION = 6
+OTHERS = confirmed.TABLE + happenings.TABLE + messages.TABLE + sourcebook.TABLES + waits.TABLES + deliveries.TABLE
 TABLES = Tables(SCHEMA + OTHERS, VERSION, OF_OLD)
 
 
@@ -95,12 +97,14 @@ class Ledger:
         messages: what is written to them.
         sources: what is known of sources.
         waits: who waits at a target, and which targets do not answer.
+        deliveries: how those of each run stood last, in a line.
     """
 
     def __init__(self, where: Path | str) -> None:
         self._db = opened(where, TABLES)
         self.happenings, self.messages = Happenings(self._db), Messages(self._db)
         self.sources, self.waits = Sourcebook(self._db), Waits(self._db)
+        self.deliveries = Deliveries(self._db)
 
     def close(self) -> None:
         self._db.close()
@@ -473,6 +477,7 @@ class Ledger:
             scripts = "DELETE FROM hooks WHERE substr(dispatch_id, 1, ?)=? AND time < ?"
             others += self._db.execute(scripts, (len(AT), AT, before)).rowcount
             others += self.happenings.prune(before) + self.messages.prune(before) + self.waits.prune(before)
+            others += self.deliveries.prune(before)
             return others + confirmed.prune(self._db, before)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, Protocol, TypeVar
 from uuid import UUID
@@ -21,6 +21,7 @@ from prefect.client.schemas.filters import (
     DeploymentFilterId,
     FlowRunFilter,
     FlowRunFilterExpectedStartTime,
+    FlowRunFilterId,
     FlowRunFilterName,
     FlowRunFilterState,
     FlowRunFilterStateType,
@@ -253,6 +254,7 @@ async def jobs(
     states: tuple[StateType, ...] = (),
     like: str = "",
     since: datetime | None = None,
+    ids: Sequence[str] | None = None,
 ) -> list[FlowRun]:
     """Return the newest runs of some flows, dispatches and retrievals unless others are named.
 
@@ -260,11 +262,12 @@ async def jobs(
         states: only those that are in one of these.
         like: only those whose names hold this: a dispatch's has its id and its targets.
         since: only those that were to begin after this.
+        ids: only these.
     """
-    ids = await _deployments(client, flows)
+    deployments = await _deployments(client, flows)
     return await client.read_flow_runs(
-        deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=ids)),
-        flow_run_filter=_wanted(states, like, since),
+        deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=deployments)),
+        flow_run_filter=_wanted(states, like, since, ids),
         sort=FlowRunSort.EXPECTED_START_TIME_DESC,
         limit=limit,
         offset=offset,
@@ -277,12 +280,13 @@ async def count(
     states: tuple[StateType, ...] = (),
     like: str = "",
     since: datetime | None = None,
+    ids: Sequence[str] | None = None,
 ) -> int:
     """Return how many runs `jobs` would return without a limit."""
-    ids = await _deployments(client, flows)
+    deployments = await _deployments(client, flows)
     body = {
-        "flow_runs": _wanted(states, like, since).model_dump(mode="json"),
-        "deployments": DeploymentFilter(id=DeploymentFilterId(any_=ids)).model_dump(mode="json"),
+        "flow_runs": _wanted(states, like, since, ids).model_dump(mode="json"),
+        "deployments": DeploymentFilter(id=DeploymentFilterId(any_=deployments)).model_dump(mode="json"),
     }
     return int((await client.request("POST", "/flow_runs/count", json=body)).json())
 
@@ -299,8 +303,11 @@ async def _deployments(client: PrefectClient, flows: tuple[str, ...]) -> list[UU
     return [known[name][1] for name in flows]
 
 
-def _wanted(states: tuple[StateType, ...], like: str, since: datetime | None) -> FlowRunFilter:
+def _wanted(
+    states: tuple[StateType, ...], like: str, since: datetime | None, ids: Sequence[str] | None
+) -> FlowRunFilter:
     return FlowRunFilter(
+        id=None if ids is None else FlowRunFilterId(any_=[UUID(one) for one in ids]),
         state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[*states])) if states else None,
         name=FlowRunFilterName(like_=like) if like else None,
         expected_start_time=FlowRunFilterExpectedStartTime.model_validate({"after_": since}) if since else None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sqlite3
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -11,11 +12,13 @@ from contextvars import ContextVar
 from prefect.context import FlowRunContext
 
 from tasks.dispatch.delivery import Delivery
-from tasks.happened import cause_of, dispatch_ended, dispatch_refused
-from transfer.errors import DispatchError
+from tasks.happened import WORDS_CHARS, cause_of, dispatch_ended, dispatch_refused
+from transfer.deliveries import Standing
+from transfer.errors import Cancelled, DispatchError
 from transfer.home import Home
 from transfer.ledger import Ledger
-from transfer.receipt import Receipt, State
+from transfer.outcome import ARRIVED, Kind
+from transfer.receipt import Receipt, State, overall
 
 UNKNOWN = "(unknown)"  # counts for targets that are not there
 _known: ContextVar[tuple[str, ...]] = ContextVar("targets", default=())
@@ -33,6 +36,8 @@ def say_ended(
     run_id, paths = _asked()
     errors = {delivery.target.name: delivery.error for delivery in deliveries}
     with _unsaid_is_no_failure(run_id):
+        states = [receipt.state for receipt in receipts]
+        ledger.deliveries.stand(run_id, overall(states), (standing(receipt) for receipt in receipts))
         for receipt in receipts:
             name = receipt.target
             if (name in dead or name in errors) and receipt.state is not State.WAITING:
@@ -48,6 +53,12 @@ def say_refused(error: BaseException) -> None:
     run_id, paths = _asked()
     if run_id:
         with _unsaid_is_no_failure(run_id), Ledger(Home.current().ledger) as ledger:
+            state = State.CANCELLED if isinstance(error, Cancelled) else State.FAILED
+            words = error.message if isinstance(error, DispatchError) else ""
+            known = ledger.deliveries.of([run_id]).get(run_id, {})
+            left = [one for one in _known.get() if one not in known or known[one].state == State.WAITING]
+            if left:  # what an earlier part of it has brought stays
+                ledger.deliveries.stand(run_id, state, [Standing(name, state, 0, 0, words) for name in left])
             dispatch_refused(ledger, run_id, _known.get() or (UNKNOWN,), error, paths)
 
 
@@ -63,6 +74,22 @@ def _unsaid_is_no_failure(run_id: str) -> Iterator[None]:
         yield
     except (DispatchError, OSError, sqlite3.Error) as exc:
         logger.warning("the end of run %s is not known to others: %s", run_id, exc)
+
+
+def standing(receipt: Receipt) -> Standing:
+    """Return a receipt as lists show it, with the reason that most of what is missing has."""
+    counts = receipt.counts
+    reasons = Counter(item.detail for item in receipt.items if item.outcome is Kind.REJECTED and item.detail)
+    words = receipt.error or ""
+    if not words and reasons:
+        reason, count = reasons.most_common(1)[0]
+        words = f"{reason} ({count} files)" if count > 1 else reason
+        words += f", and {len(reasons) - 1} other reasons" if len(reasons) > 1 else ""
+    if not words and receipt.hook == "failed":
+        words = "the script at the end failed"
+    arrived = sum(counts[kind] for kind in ARRIVED)
+    items = len(receipt.items) - counts[Kind.SKIPPED] + receipt.missing
+    return Standing(receipt.target, str(receipt.state), items, arrived, " ".join(words.split())[:WORDS_CHARS])
 
 
 def sentence(receipt: Receipt) -> str:

@@ -273,6 +273,35 @@ def test_many_dispatches_are_retried_and_sent_elsewhere_at_once(
     assert "No dispatch matches." in words(operator.get("/talaria/dispatches?q=nothing-like-it"))
 
 
+def test_a_row_says_how_a_dispatch_stands_at_each_target_and_why(
+    operator: Person, admin: Person, tmp_path: Path
+) -> None:
+    added(admin, tmp_path, "rows"), added(admin, tmp_path, "rows-too")
+    (tmp_path / "rows-too").rename(tmp_path / "away")  # until the target is repaired
+    form = operator.form("/talaria/send") | {"paths": str(written(tmp_path / "r", "R1")), "to": ["rows", "rows-too"]}
+    leads = operator.post("/talaria/send", {**form, "do": "send"})
+    only = sent(operator, tmp_path / "r", "rows-too", key="another")
+
+    def row(query: str, of: str = leads) -> str:
+        found = [one for one in operator.get(f"/talaria/dispatches?{query}").split("<tr>") if of in one]
+        return words(found[0]) if found else ""
+
+    until(lambda: "rows Delivered" in row("target=rows"), as_loaded(120))
+    until(lambda: "rows-too Failed" in row("state=partial&target=rows&days=1"), as_loaded(120))
+    shown = row("state=failed&target=rows-too")
+    assert "mount the share" in shown and "In part" in shown
+    assert row("target=rows-too", only) and not row("target=rows", only) and not row("state=partial", only)
+    assert not row("state=delivered") and row("state=failed&q=rows", only)
+    (tmp_path / "away").rename(tmp_path / "rows-too")
+    operator.post(f"{leads}/retry", {})
+    until(lambda: row("state=delivered&target=rows").count("Delivered") == 3, as_loaded(120))
+    assert not row("state=partial")
+    # All that match are those to this target only.
+    query = fields(operator.get("/talaria/dispatches?target=rows"))
+    answer = operator.post("/talaria/dispatches", {**query, "all": "true", "do": "pause"}, 200)
+    assert "Not possible: 1." in words(answer)
+
+
 def test_folders_are_browsed_and_each_folder_is_a_study_of_its_own(
     operator: Person, admin: Person, tmp_path: Path
 ) -> None:

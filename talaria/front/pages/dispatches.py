@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
 from starlette.requests import Request
@@ -17,7 +17,12 @@ from talaria.front.api.errors import AWAY, answer_to
 from talaria.front.pages.acting import ACTIONS, act, send_to
 from talaria.front.pages.site import Site, fields, moment, shown
 from talaria.front.pages.texts import text
+from talaria.service import Office
 from transfer.errors import Misconfigured
+from transfer.ledger import Ledger
+
+if TYPE_CHECKING:
+    from prefect.client.schemas.objects import FlowRun
 
 LIST = "/talaria/dispatches"
 KINDS = ("dispatch",)
@@ -29,12 +34,14 @@ MOST_LEFT = 5000  # that it can go on with: their ids stand in the page's form
 FILTERS = {
     "": (),
     "failed": ("FAILED", "CRASHED"),
+    "partial": ("FAILED", "CRASHED"),  # and in part delivered, as the ledger knows
     "waiting": ("SCHEDULED", "PENDING", "PAUSED"),
     "running": ("RUNNING",),
     "delivered": ("COMPLETED",),
     "cancelled": ("CANCELLED",),
 }
 DAYS = ("", "1", "7", "30")
+FIELDS = ("state", "q", "target", "days")  # of the filter
 
 
 class DispatchPages:
@@ -62,7 +69,7 @@ class DispatchPages:
     async def home(self, request: Request) -> Response:
         """Show what needs attention, what runs, and the last day."""
         from talaria.engine.registry import workers
-        from talaria.service.jobs import line
+        from talaria.service import standings
 
         office = await self.site.office(request)
         targets, day = await self.site.rows(office), (await self.site.activity(office)).values()
@@ -74,7 +81,7 @@ class DispatchPages:
             "home.html",
             attention=attention,
             first=not targets,
-            jobs=[line(run) for run in (await self.site.waiting(office))[:RUNNING]],
+            jobs=await standings.lines(office, (await self.site.waiting(office))[:RUNNING]),
             good=sum(one.good for one in day),
             bad=bad,
             workers=len(await workers(office.client)),
@@ -84,24 +91,24 @@ class DispatchPages:
     @shown
     async def every(self, request: Request) -> Response:
         """Show the newest dispatches, or those that the filter leaves; the filter stands in the address."""
-        from talaria.engine import runs
-        from talaria.service.jobs import line
+        from talaria.service import standings
 
         office = await self.site.office(request)
         given = _given(dict(request.query_params))
         offset = request.query_params.get("offset", "0")
         if not offset.isdecimal():
             raise Misconfigured(text("dispatches.nothing"))
-        wanted, targets = _wanted(given), await self.site.rows(office)
-        found, count = await asyncio.gather(
-            runs.jobs(office.client, SHOWN + 1, int(offset), flows=KINDS, **wanted),
-            runs.count(office.client, KINDS, **wanted),
+        wanted, targets = await _wanted(office, given), await self.site.rows(office)
+        (found, following), count = await asyncio.gather(
+            _page(office.client, int(offset), given["target"], wanted),
+            _count(office.client, given["target"], [row["name"] for row in targets], wanted),
         )
         return self.site.page(
             request,
             "dispatches.html",
-            jobs=[line(run) for run in found[:SHOWN]],
+            jobs=await standings.lines(office, found),
             count=count,
+            names=sorted({row["name"] for row in targets} | {given["target"]} - {""}),
             given=given,
             query=urlencode({key: value for key, value in given.items() if value}),
             states=[(one, text(f"filter.{one}")) for one in FILTERS],
@@ -109,22 +116,21 @@ class DispatchPages:
             actions=ACTIONS,
             others=[row["name"] for row in targets if row["enabled"] and row["direction"] != "query"],
             offset=int(offset),
-            more=len(found) > SHOWN,
+            following=following,
         )
 
     @needs(Role.OPERATOR)
     @shown
     async def many(self, request: Request) -> Response:
         """Retry, cancel, pause, resume or send elsewhere what was picked, or all that the filter leaves now."""
-        from talaria.engine import runs
-
         office, sent = await self.site.office(request), await fields(request, several=("pick",))
         given, action = _given(sent), sent.get("do", "")
         picked, others = list(dict.fromkeys(sent.get("pick", "").split())), 0
         if sent.get("all"):
-            wanted = _wanted(given)
-            picked = await _matching(office.client, wanted)
-            others = max(0, await runs.count(office.client, KINDS, **wanted) - len(picked))
+            wanted = await _wanted(office, given)
+            names = [row["name"] for row in await self.site.rows(office)] if given["target"] else []
+            picked = await _matching(office.client, given["target"], wanted)
+            others = max(0, (await _count(office.client, given["target"], names, wanted) or 0) - len(picked))
         ask = action == "cancel" and bool(sent.get("all"))
         done, refused, problem = list[str](), list[tuple[str, str]](), ""
         left = deque(picked)
@@ -155,13 +161,43 @@ class DispatchPages:
         )
 
 
-async def _matching(client: Any, wanted: dict[str, Any]) -> list[str]:
+async def _page(client: Any, offset: int, target: str, wanted: dict[str, Any]) -> tuple[list[FlowRun], int]:
+    """Return the runs of a page of the list that begins at an offset, and where the next one begins; 0 if nowhere."""
+    from talaria.engine import runs
+    from talaria.service.overview import names_of
+
+    found: list[FlowRun] = []
+    while True:
+        limit = PAGE if target else SHOWN + 1
+        page = await runs.jobs(client, limit, offset, flows=KINDS, **wanted)
+        for at, run in enumerate(page):
+            if not target or target in names_of(run):  # other names may hold this one
+                if len(found) == SHOWN:
+                    return found, offset + at
+                found.append(run)
+        offset += len(page)
+        if len(page) < limit:
+            return found, 0
+
+
+async def _count(client: Any, target: str, names: list[str], wanted: dict[str, Any]) -> int | None:
+    """Return how many runs a filter leaves; None where runs to targets of like names can't be told apart by it."""
+    from talaria.engine import runs
+
+    if target and (wanted["like"] != target or any(target in name for name in names if name != target)):
+        return None
+    return await runs.count(client, KINDS, **wanted)
+
+
+async def _matching(client: Any, target: str, wanted: dict[str, Any]) -> list[str]:
     """Return the ids of the runs that a filter leaves, the newest first, each once, at most MOST_LEFT."""
     from talaria.engine import runs
+    from talaria.service.overview import names_of
 
     found, offset = dict[str, None](), 0
     while len(found) < MOST_LEFT and (page := await runs.jobs(client, PAGE, offset, flows=KINDS, **wanted)):
-        found |= {str(run.id): None for run in page}  # one that is made meanwhile moves the others on
+        # One that is made meanwhile moves the others on.
+        found |= {str(run.id): None for run in page if not target or target in names_of(run)}
         offset += len(page)
         if len(page) < PAGE:
             break
@@ -174,17 +210,26 @@ def _given(sent: dict[str, str]) -> dict[str, str]:
     Raises:
         Misconfigured: there is no such state or time.
     """
-    given = {name: sent.get(name, "").strip() for name in ("state", "q", "days")}
+    given = {name: sent.get(name, "").strip() for name in FIELDS}
     if given["state"] not in FILTERS or given["days"] not in DAYS:
         raise Misconfigured(text("dispatches.nothing"))
     return given
 
 
-def _wanted(given: dict[str, str]) -> dict[str, Any]:
+async def _wanted(office: Office, given: dict[str, str]) -> dict[str, Any]:
+    """Return what a filter asks Prefect for; runs to its target are those of these that name it."""
     from prefect.client.schemas.objects import StateType
 
-    since = datetime.now(UTC) - timedelta(days=int(given["days"])) if given["days"] else None
-    return {"states": tuple(StateType(one) for one in FILTERS[given["state"]]), "like": given["q"], "since": since}
+    def partial() -> list[str]:
+        with Ledger(office.home.ledger) as ledger:
+            return ledger.deliveries.newest("partial", MOST_LEFT)
+
+    return {
+        "states": tuple(StateType(one) for one in FILTERS[given["state"]]),
+        "like": given["q"] or given["target"],
+        "since": datetime.now(UTC) - timedelta(days=int(given["days"])) if given["days"] else None,
+        "ids": await asyncio.to_thread(partial) if given["state"] == "partial" else None,
+    }
 
 
 def _attention(row: dict[str, Any]) -> str:

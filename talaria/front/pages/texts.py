@@ -222,6 +222,7 @@ def job_kind(state: str) -> str:
         "rejected": "failed",
         "missing": "failed",
         "running": "running",
+        "paused": "paused",
         "retrying": "running",
         "cancelled": "cancelled",
     }
