@@ -126,13 +126,13 @@ class _Delivery:
     def _import_and_report(self, lacking: list[Item], before: Held) -> None:
         """Import what XNAT lacks: at once, or in parts if that was tried before and failed, or fails now."""
         unanswered = self.shared.report.unanswered
+        fresh = Held() if self.target.overwrite is Overwrite.DELETE else before  # what is there is to be replaced
         if len(lacking) == 1 or all(unanswered[item.path] for item in lacking):
-            self._import_groups(lacking, before)
+            self._import_groups(lacking, fresh)
             return
         try:
             self._import_group(lacking, before)
         except RefusedWhole:
-            fresh = Held() if self.target.overwrite is Overwrite.DELETE else before
             self._import_groups(lacking, fresh, again=True)
 
     def _import_group(self, items: list[Item], before: Held) -> Held:

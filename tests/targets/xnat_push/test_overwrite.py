@@ -97,3 +97,14 @@ def test_strict_scans_are_rejected_in_xnats_words(server: Xnat, study: Path) -> 
     assert set(sent.rejected) == {"CT0003.dcm"}
     assert "Session already contains a scan (1) with the same UID and number" in sent.rejected["CT0003.dcm"]
     assert "CONFLICT" in sent.rejected["CT0003.dcm"]
+
+
+def test_delete_replaces_a_single_file(server: Xnat, study: Path) -> None:
+    [path] = studies.ct(study, 1)
+    target = xnat_target(server.url, overwrite="delete")
+    attempt(target, study).require()
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    sent = attempt(target, study)
+    assert all_of(sent, Kind.DELIVERED)
+    assert server.instances()[_sop(sent, path.name)] == path.read_bytes()
