@@ -108,10 +108,15 @@ def _close(opened: list[tuple[str, int]]) -> None:
 
 @dataclass(frozen=True)
 class InPlace:
-    """The files that a staged plan reads where they lie: below `root`, and within the sources."""
+    """The files that a staged plan reads where they lie: below `root`, and within the sources.
+
+    Attributes:
+        untouched: whether nothing of theirs may change, their number of links neither.
+    """
 
     root: Path
     sources: Sources
+    untouched: bool = False
 
     def open(self, path: str, flags: int = os.O_RDONLY | os.O_NONBLOCK) -> int:
         """Open a file by its path relative to the root; OSError with ELOOP if it leads out of the sources."""

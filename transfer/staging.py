@@ -75,7 +75,7 @@ def stage(plan: Plan, into: Path, check: Callable[[], None] = lambda: None, way:
         raise
     in_place = None
     if any(item.in_place for item in items):
-        in_place = InPlace(plan.root, sources)  # closed with the last plan that has it
+        in_place = InPlace(plan.root, sources, way is Way.PLACE)  # closed with the last plan that has it
     else:
         sources.close()
     return replace(plan, root=into, items=tuple(items), sources=(), in_place=in_place)

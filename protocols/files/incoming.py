@@ -145,6 +145,7 @@ class Incoming:
         self._throttle = Throttle(style.bandwidth_limit)
         # A hard link shares owner and permissions with the source: none of its own can be given to it.
         self._linking = style.link and style.mode is None and style.group is None
+        self._linking &= not (plan.in_place and plan.in_place.untouched)
         self._linked: list[tuple[Item, os.stat_result]] = []  # each as it was then
         self._kinds = {place.above: "" for place in where.values()}
         for place in set(where.values()):
