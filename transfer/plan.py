@@ -93,12 +93,17 @@ class Item:
     def shown(self) -> str:
         """The path for logs, JSON and the ledger: valid UTF-8, one line, different for different paths.
 
-        What can't be shown is escaped as in Python; a backslash of the name itself is doubled.
+        What can't be shown is escaped as in Python; a backslash of the name itself is doubled. `\\xa0` stands for a
+        byte that is not UTF-8, and the character of that number is `\\u00a0`.
         """
         if self.path.isprintable() and "\\" not in self.path:
             return self.path
         safe = self.path.replace("\\", "\\\\").encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in safe)
+        return "".join(c if c.isprintable() else _escaped(c) for c in safe)
+
+
+def _escaped(char: str) -> str:
+    return f"\\u{ord(char):04x}" if "\x80" <= char <= "\xff" else repr(char)[1:-1]
 
 
 def header_of(item: Item) -> Header:

@@ -220,7 +220,7 @@ def _of_uids(folder: str, source: InboxSource, ledger: Ledger, check: Callable[[
         for one in files:
             inside = _joined(one.folder, one.name)
             is_known = is_known and not unread.has(inside)
-            paths.append(_joined(folder.rstrip("/"), _path(inside)))
+            paths.append(_joined(folder.rstrip("/"), _path(one.folder), _path(one.name)))
             mark.add(paths[-1], one.size, one.mtime_ns, one.ctime_ns)
         if uid == DAMAGED:
             told.add(uid)

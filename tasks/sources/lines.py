@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+import re
 import stat
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -26,6 +27,7 @@ from transfer.studies import LIST_BYTES
 from transfer.tables import csv_text
 
 ONCE = "listed"  # as fingerprint: a line doesn't change
+BLANKS, ENDS = " \t\r", re.compile(r"\r\n|\r|\n")  # of lines; any other letter may belong to a name
 COLUMNS = ("listed", "state", "detail", "run")
 
 
@@ -86,7 +88,8 @@ def _decoded(raw: bytes) -> str:
 def _column(text: str, source: ListSource) -> list[str]:
     """Return the values of a list: its lines, or those of one column of a CSV file."""
     if not source.column and not source.file.lower().endswith((".csv", ".tsv")):
-        return [line.strip() for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+        found = (line.strip(BLANKS) for line in ENDS.split(text))
+        return [line for line in found if line and not line.startswith("#")]
     first = text.lstrip().partition("\n")[0]
     delimiter = max(";\t,", key=first.count)
     rows = [row for row in csv.reader(io.StringIO(text), delimiter=delimiter) if any(cell.strip() for cell in row)]
@@ -101,7 +104,7 @@ def _column(text: str, source: ListSource) -> list[str]:
         at, folder = 0, Path(source.file).parent
         if not titles[0].startswith("/") and not os.path.lexists(folder / titles[0]):
             rows = rows[1:]  # a line of names
-    return [value for row in rows if len(row) > at and (value := row[at].strip())]
+    return [value for row in rows if len(row) > at and (value := row[at].strip(BLANKS))]
 
 
 def report_of(source: ListSource) -> Path:

@@ -52,6 +52,20 @@ def test_each_line_is_dispatched_once_and_so_many_at_once(tmp_path: Path) -> Non
     assert report(source)["data/late"] == "delivered" and bench.sweep().words == "nothing new"
 
 
+@pytest.mark.parametrize("name", ["todo.txt", "todo.csv"])
+def test_paths_with_names_of_any_kind(tmp_path: Path, name: str) -> None:
+    bench = Bench(tmp_path)
+    odd = ["\xa0", "\udca0", "a\u2028b", "a\x85", "a\udc85", "ü", "a\\xa0"]
+    for one in odd:
+        material.ct(tmp_path / "data" / one, 1)
+    text = "path\n" * name.endswith("csv") + "".join(f"data/{one}\n" for one in odd)
+    (tmp_path / name).write_bytes(text.encode("utf-8", "surrogateescape"))
+    bench.source = source = ListSource(file=str(tmp_path / name), targets=["shelf"]).named("box")
+    bench.all()
+    assert len(report(source)) == len(odd) and set(report(source).values()) == {"delivered"}, report(source)
+    assert sum(path.is_file() for path in bench.at("shelf").rglob("*.dcm")) == len(odd)
+
+
 @pytest.mark.parametrize(
     ("name", "text", "fields", "found"),
     [

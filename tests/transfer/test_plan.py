@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from imaging.header import Header, read_header
@@ -121,6 +121,7 @@ def test_odd_names(tmp_path: Path) -> None:
             assert os.fstat(fd).st_size == item.size
 
 
+@example(["\xa0", "\udca0", "\\xa0", "\\u00a0", "\x85", "\udc85"])  # what can't be shown, and bytes that are not UTF-8
 @given(st.lists(st.text(alphabet="ab\\\n\x01\u202e\udce9ü", min_size=1, max_size=6), unique=True, max_size=8))
 def test_shown_tells_paths_apart(names: list[str]) -> None:
     """The ledger keys its rows by what is shown."""
