@@ -98,7 +98,16 @@ def find(db: Statements, listed: str, endpoint: str, spots: Iterable[Spot]) -> d
 
 
 def record(
-    db: Statements, endpoint: str, spot: Spot, dispatch_id: str, item: Item, outcome: Outcome, since: float, now: float
+    db: Statements,
+    endpoint: str,
+    spot: Spot,
+    dispatch_id: str,
+    item: Item,
+    outcome: Outcome,
+    since: float,
+    now: float,
+    *,
+    by_uid: bool = False,
 ) -> None:
     """Save what an outcome says about what is at a spot.
 
@@ -107,6 +116,8 @@ def record(
 
     Args:
         since: when this push began, in seconds since the epoch.
+        by_uid: whether a target that has something "already" knows it by its UID only: where other contents of it were
+            confirmed, that says nothing about this one.
     """
     here = (endpoint, spot.place, spot.name)
     file = (item.size, item.mtime_ns)
@@ -116,6 +127,8 @@ def record(
         return
     if outcome.kind is Kind.ALREADY:
         db.execute(f"DELETE FROM confirmed WHERE {_HERE} AND size=?", (*here, NOTHING))  # noqa: S608
+        if by_uid and _holds_others(db, here, file, dispatch_id, item):
+            return
     else:
         # Files of one dispatch that share a UID, the same instance in other wrapping, don't replace each other.
         rows = db.execute(
@@ -135,6 +148,17 @@ def record(
         " time=excluded.time",
         row,
     )
+
+
+def _holds_others(
+    db: Statements, here: tuple[str, str, str], file: tuple[int, int], dispatch_id: str, item: Item
+) -> bool:
+    """Return True if a spot has confirmed contents, and a file's own is not known to be among them."""
+    rows = db.execute(
+        f"SELECT size, mtime_ns FROM confirmed WHERE {_HERE} AND NOT (dispatch_id=? AND path<>?)",  # noqa: S608
+        (*here, dispatch_id, item.shown),
+    ).fetchall()
+    return bool(rows) and file not in {tuple(row) for row in rows}
 
 
 def withdraw(db: Statements, endpoint: str, spots: Iterable[Spot], now: float) -> None:

@@ -170,12 +170,15 @@ class Ledger:
         outcome: Outcome,
         spot: Spot | None = None,
         since: float = 0.0,
+        *,
+        by_uid: bool = False,
     ) -> None:
         """Save an item's outcome; return when it is committed.
 
         Args:
             spot: where the item belongs, if other dispatches may find it there.
             since: when this push began, in seconds since the epoch.
+            by_uid: whether the target looks at UIDs, and not at contents, to see what it has already.
         """
         if spot is None:
             with self._db.reading():
@@ -183,7 +186,7 @@ class Ledger:
             return
         with self._db.writing():
             self._record(dispatch_id, destination, endpoint, item, outcome)
-            confirmed.record(self._db, endpoint, spot, dispatch_id, item, outcome, since, self.now())
+            confirmed.record(self._db, endpoint, spot, dispatch_id, item, outcome, since, self.now(), by_uid=by_uid)
 
     def _record(self, dispatch_id: str, destination: str, endpoint: str, item: Item, outcome: Outcome) -> None:
         uid = item.header.SOPInstanceUID if item.header else ""

@@ -194,8 +194,10 @@ class _WatchedLedger(Ledger):
         outcome: Outcome,
         spot: Spot | None = None,
         since: float = 0.0,
+        *,
+        by_uid: bool = False,
     ) -> None:
-        super().record(dispatch_id, destination, endpoint, item, outcome, spot, since)
+        super().record(dispatch_id, destination, endpoint, item, outcome, spot, since, by_uid=by_uid)
         if self.listener and since:  # reported, and not found in the ledger
             self.listener.record(item, outcome)
 

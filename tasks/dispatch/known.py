@@ -149,7 +149,7 @@ class Known:
         """Save an item's outcome; return when it is committed."""
         # What the target is not to get says nothing about what it has.
         spot = None if outcome.kind is Kind.SKIPPED or item.problem else self._spot(item)
-        self._ledger.record(*self._key, item, outcome, spot, since)
+        self._ledger.record(*self._key, item, outcome, spot, since, by_uid=not self._by_path)
         if spot and outcome.arrived:
             self._unread.append(item)
 

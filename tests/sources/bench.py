@@ -120,7 +120,9 @@ class Bench:
                 found = listed(asked["paths"], Each.UNIT, globs)
             except DispatchError as exc:
                 return EndedRun(message=exc.message)
-            studies = Studies(found, globs, origin, self.home.staging / run, stop, Way.PLACE, len(asked["targets"]))
+            by_name = any(DRIVERS.of(self.targets[name]).facts.by_name for name in asked["targets"])
+            way = Way.COPY if by_name else Way.PLACE  # as `tasks.dispatch.run` has it
+            studies = Studies(found, globs, origin, self.home.staging / run, stop, way, len(asked["targets"]))
             floods = []
             for name in asked["targets"]:
                 target = self.targets[name]
