@@ -22,6 +22,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from prefect.context import FlowRunContext
 from prefect.events import emit_event
 
 from transfer.errors import Cancelled, DispatchError, Retryable
@@ -153,10 +154,13 @@ def _say(event: str, about: Mapping[str, Any]) -> None:
     name = str(about.get("target") or about.get("source") or about.get("of") or "")
     kind = "target" if "target" in about else "source" if "source" in about else event.partition(".")[0]
     # Within a run, Prefect adds the run, its deployment and its flow as related resources.
+    run = str(about.get("run") or "") if FlowRunContext.get() is None else ""
+    related = [{"prefect.resource.id": f"prefect.flow-run.{run}", "prefect.resource.role": "flow-run"}] if run else []
     cause = {"talaria.cause": str(about["cause"])} if about.get("cause") else {}  # automations match labels only
     emit_event(
         PREFIX + event,
         resource={"prefect.resource.id": f"{PREFIX}{kind}.{name}", "prefect.resource.name": name} | cause,
+        related=related,
         payload={key: value for key, value in about.items() if value is not None},
     )
     words = f"{event}: {name}" + (f" ({about['cause']})" if about.get("cause") else "")

@@ -35,6 +35,9 @@ DISPATCHES, ITEMS, BYTES, SECONDS, SECONDS_WITHIN = "dispatches", "items", "byte
 BOUNDS_S = (1.0, 5.0, 15.0, 60.0, 300.0, 1800.0, 7200.0, 43_200.0)  # of a histogram: an upload, a night
 BEYOND = "+Inf"
 HOUR_S = 3600
+CANCELLED = (
+    "cancelled/"  # begins what stands of a run: the cancellation that was said, for which no process was at work
+)
 
 
 @dataclass(frozen=True)
@@ -170,6 +173,10 @@ class Happenings:
                 (run, owner),
             )
 
+    def may_end_again(self, run: str, state: str) -> None:
+        """Forget where a run has ended in a state: the same may be said of it again."""
+        self._db.execute("DELETE FROM ends WHERE flow_run_id=? AND state=?", (run, state))
+
     def stands(self, subject: str, state: str, *, at_first: bool = True) -> bool:
         """Note the state of something that all hosts see; return True if it was another one.
 
@@ -253,6 +260,10 @@ class Happenings:
     def prune(self, before: float) -> int:
         """Forget what happened before a time (seconds since the epoch); return how many rows."""
         self._db.execute("DELETE FROM hours WHERE hour < ?", (int(before // HOUR_S),))
+        self._db.execute("DELETE FROM ends WHERE flow_run_id NOT IN (SELECT flow_run_id FROM runs)")
+        self._db.execute(
+            "DELETE FROM standing WHERE since < ? AND substr(subject, 1, ?)=?", (before, len(CANCELLED), CANCELLED)
+        )
         return self._db.execute("DELETE FROM happenings WHERE time < ?", (before,)).rowcount
 
 

@@ -39,7 +39,7 @@ from prefect.states import AwaitingRetry, Cancelled, Failed, Scheduled
 
 from talaria import logs
 from talaria.audit.forward import forwarding
-from talaria.engine import hosts, lanes, logged
+from talaria.engine import cancelled, hosts, lanes, logged
 from talaria.engine.due import Due, is_check
 from talaria.engine.recovery import abandoned, elsewhere, settle, taken_over
 from talaria.engine.registry import CHECKS
@@ -91,6 +91,7 @@ class Worker:
         self._alarms = False  # whether their time may not have come yet
         self._flows: dict[UUID, tuple[float, Flow[..., Any] | None, str]] = {}  # by deployment, with the time
         self._jobs: set[asyncio.Task[None]] = set()
+        self._looked_back = -cancelled.EACH_S  # for runs that were cancelled while they waited, in monotonic seconds
 
     async def serve(self) -> None:
         """Work until it is cancelled."""
@@ -318,6 +319,8 @@ class Worker:
             self._do(self._wake_late(change.run_id))
         elif change.type == "CANCELLING" or change.is_resumption:
             self._do(self._look_after(change))
+        elif change.type == "CANCELLED":
+            self._do(cancelled.was_cancelled(self.client, self.ledger, change.run_id))
 
     def _do(self, work: Any) -> None:
         async def guarded() -> None:
@@ -413,6 +416,10 @@ class Worker:
             self._wake.set()
             with suppress(*LOST):
                 await self._look()
+                if time.monotonic() > self._looked_back + cancelled.EACH_S:
+                    back = cancelled.ON if self._looked_back > 0 else cancelled.AT_FIRST
+                    await cancelled.look(self.client, self.ledger, self.pool, back)
+                    self._looked_back = time.monotonic()
             progress.clear(self.home, lambda run_id: run_id in map(str, self.active))
 
     async def _look(self) -> None:

@@ -8,13 +8,16 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
+from typing import Any
 
 from prefect.context import FlowRunContext
 
 from tasks.dispatch.delivery import Delivery
-from tasks.happened import WORDS_CHARS, cause_of, dispatch_ended, dispatch_refused
+from tasks.happened import WORDS_CHARS, Cause, cause_of, dispatch_ended, dispatch_refused
 from transfer.deliveries import Standing
 from transfer.errors import Cancelled, DispatchError
+from transfer.happenings import CANCELLED
 from transfer.home import Home
 from transfer.ledger import Ledger
 from transfer.outcome import ARRIVED, Kind
@@ -60,6 +63,28 @@ def say_refused(error: BaseException) -> None:
             if left:  # what an earlier part of it has brought stays
                 ledger.deliveries.stand(run_id, state, [Standing(name, state, 0, 0, words) for name in left])
             dispatch_refused(ledger, run_id, _known.get() or (UNKNOWN,), error, paths)
+
+
+def say_cancelled(
+    ledger: Ledger, run_id: str, mark: str, targets: Iterable[str], paths: list[str], document: dict[str, Any]
+) -> None:
+    """Say that a run was cancelled while it waited, of each target for which it still had something to do; once.
+
+    Args:
+        mark: names this cancellation; the run may be retried, and cancelled again.
+        document: its receipts so far; {} if it has none.
+    """
+    so_far = document.get("targets", {})
+    with _unsaid_is_no_failure(run_id), ledger.together():
+        if not ledger.happenings.stands(f"{CANCELLED}{run_id}", mark):
+            return
+        for name in targets:
+            receipt = Receipt.from_json(name, so_far[name]) if name in so_far else Receipt(name, (), attempts=0)
+            if name not in so_far or receipt.stopped:
+                ended = replace(receipt, stopped=State.CANCELLED)
+                dispatch_id = str(document.get("dispatch_id", ""))
+                dispatch_ended(ledger, run_id, dispatch_id, ended, Cause.NONE, paths, at_first=True)
+        ledger.happenings.may_end_again(run_id, str(State.CANCELLED))
 
 
 def knows(targets: Iterable[str]) -> None:

@@ -1,0 +1,87 @@
+"""Says of dispatches that were cancelled while they waited, in a queue or at rest, that this was their end.
+
+A run that is cancelled while a worker executes it says so itself. Of one that waits, the server sets the state and
+nobody is at work: a worker that hears of it, of whichever host, says it; once, however many hear.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import UTC, datetime, timedelta
+from uuid import UUID
+
+from prefect.client.orchestration import PrefectClient
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterEndTime,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+    WorkPoolFilter,
+    WorkPoolFilterName,
+)
+from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.client.schemas.sorting import FlowRunSort
+from prefect.exceptions import ObjectNotFound
+
+from tasks.dispatch import kept
+from tasks.dispatch.ends import UNKNOWN, say_cancelled
+from tasks.names import split
+from tasks.paging import every
+from tasks.targets import load
+from transfer.errors import DispatchError
+from transfer.ledger import Ledger
+
+AT_FIRST = timedelta(days=1)  # how far back a worker that begins looks
+ON = timedelta(minutes=15)  # and afterwards, each EACH_S, for events that were lost
+EACH_S = 300.0
+STOPPED = (StateType.CANCELLED, StateType.CANCELLING)
+WAITED = (StateType.SCHEDULED, StateType.PENDING, StateType.PAUSED)
+
+
+async def was_cancelled(client: PrefectClient, ledger: Ledger, run_id: UUID) -> None:
+    """Say that a run has ended, if it is a dispatch that was cancelled while it waited."""
+    try:
+        flow_run = await client.read_flow_run(run_id)
+    except ObjectNotFound:
+        return
+    await _look_at(client, ledger, flow_run)
+
+
+async def look(client: PrefectClient, ledger: Ledger, pool: str, back: timedelta) -> None:
+    """Say so of all that were cancelled within a while."""
+    found = await every(
+        client.read_flow_runs,
+        flow_run_filter=FlowRunFilter(
+            state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.CANCELLED])),
+            end_time=FlowRunFilterEndTime.model_validate({"after_": datetime.now(UTC) - back}),
+        ),
+        work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=[pool])),
+        sort=FlowRunSort.ID_DESC,
+    )
+    for flow_run in found:
+        await _look_at(client, ledger, flow_run)
+
+
+async def _look_at(client: PrefectClient, ledger: Ledger, flow_run: FlowRun) -> None:
+    state, run_id, asked = flow_run.state, str(flow_run.id), flow_run.parameters
+    if state is None or state.type is not StateType.CANCELLED or not asked.get("paths") or not asked.get("targets"):
+        return
+    mark = str(state.id)
+    if ledger.happenings.standing(f"cancelled/{run_id}") == mark or run_id in ledger.unfinished():
+        return
+    states = sorted(await client.read_flow_run_states(flow_run.id), key=lambda one: one.timestamp)
+    before = [one.type for one in states if one.type not in STOPPED]
+    if not before or before[-1] not in WAITED:
+        return
+    document = await kept.read(client, flow_run.id) or {}
+    names = [await _known(client, str(name)) for name in asked["targets"]]
+    paths = [str(one) for one in asked["paths"]]
+    await asyncio.to_thread(say_cancelled, ledger, run_id, mark, list(dict.fromkeys(names)), paths, document)
+
+
+async def _known(client: PrefectClient, name: str) -> str:
+    try:
+        await load(client, [name], secrets=False)
+    except DispatchError:
+        return UNKNOWN
+    return split(name)[1]

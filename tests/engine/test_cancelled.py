@@ -1,0 +1,102 @@
+"""A dispatch that is cancelled while it waits ends like any other: it is counted, and said, once for each target."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from talaria.testing import studies
+from tests.engine.material import folder, go_on, later
+from tests.servers.up import Talaria
+from transfer.happenings import DISPATCHES, ITEMS
+from transfer.ledger import Ledger
+
+pytestmark = pytest.mark.timeout(600)
+FAR = {"max_attempts": 9, "retry_delay_s": 3600, "retry_max_delay_s": 86_400}
+
+
+def ends(up: Talaria, run_id: str) -> list[dict[str, Any]]:
+    """What Prefect's events say of a run's ends."""
+    about = {"event": {"prefix": ["talaria.dispatch."]}, "related": {"id": [f"prefect.flow-run.{run_id}"]}}
+    return [
+        {"event": one["event"], **one["payload"]} for one in up.api("POST", "/events/filter", filter=about)["events"]
+    ]
+
+
+def totals(up: Talaria, target: str) -> dict[tuple[str, str], float]:
+    with Ledger(up.home / "ledger.sqlite") as ledger:
+        found = [one for one in ledger.happenings.totals("") if one.target == target]
+    return {(one.name, one.label): one.value for one in found if one.name in (DISPATCHES, ITEMS)}
+
+
+def test_one_that_waits_in_the_queue_is_counted_once_each_time(up: Talaria, tmp_path: Path) -> None:
+    studies.ct(tmp_path / "study", 2)
+    up.apply(unbegun=folder(tmp_path / "unbegun"), unbegun_too=folder(tmp_path / "too"))
+    deployment = up.api("GET", "/deployments/name/dispatch/talaria")["id"]
+    asked = {"paths": [str(tmp_path / "study")], "targets": ["unbegun", "unbegun-too"]}
+    later_on = {"type": "SCHEDULED", "state_details": {"scheduled_time": "2099-01-01T00:00:00Z"}}
+    body = {"parameters": asked, "state": later_on}
+    run = up.api("POST", f"/deployments/{deployment}/create_flow_run", **body)["id"]
+    assert up.told("jobs", "cancel", run)["action"] in ("cancelled", "cancelling")
+    up.until(lambda: up.run(run)["state_type"] == "CANCELLED" and len(ends(up, run)) == 2)
+    for one in ends(up, run):
+        assert (one["event"], one["cause"], one["attempts"]) == ("talaria.dispatch.cancelled", "", 0)
+        assert totals(up, one["target"]) == {(DISPATCHES, "cancelled"): 1}
+    # Somebody lets it wait once more, and cancels it again, by Prefect's own API.
+    up.api("POST", f"/flow_runs/{run}/set_state", state=later_on, force=True)
+    up.api("POST", f"/flow_runs/{run}/set_state", state={"type": "CANCELLED"}, force=True)
+    up.until(lambda: len(ends(up, run)) == 4)
+    assert totals(up, "unbegun") == {(DISPATCHES, "cancelled"): 2}
+    # At last it runs.
+    up.told("jobs", "retry", run)
+    up.until(lambda: len(ends(up, run)) == 6)
+    assert totals(up, "unbegun") == {
+        (DISPATCHES, "cancelled"): 2,
+        (DISPATCHES, "delivered"): 1,
+        (ITEMS, "delivered"): 2,
+    }
+
+
+def test_of_one_that_rests_only_the_targets_it_waits_for_have_ended_so(up: Talaria, tmp_path: Path) -> None:
+    studies.ct(tmp_path / "study", 2)
+    dead = {"type": "dicom", "host": "127.0.0.1", "port": 1, "aet_target": "PACS", **FAR}
+    up.apply(reached=folder(tmp_path / "reached"), unreached=dead, shut=folder(tmp_path / "shut", window=later(3)))
+    run = up.told("send", str(tmp_path / "study"), "--to", "reached,unreached,shut", "--no-wait")["flow_run_id"]
+    up.until(lambda: up.run(run)["state_name"] == "AwaitingRetry" and ends(up, run))
+    assert [(one["target"], one["event"]) for one in ends(up, run)] == [("reached", "talaria.dispatch.delivered")]
+    up.told("jobs", "cancel", run)
+    up.until(lambda: len(ends(up, run)) == 3)
+    found = {one["target"]: one for one in ends(up, run)}
+    assert {name: one["event"].rpartition(".")[2] for name, one in found.items()} == {
+        "reached": "delivered", "unreached": "cancelled", "shut": "cancelled",
+    }  # fmt: skip
+    assert (found["unreached"]["attempts"], found["unreached"]["unsent"]) == (1, 2)
+    assert totals(up, "reached") == {(DISPATCHES, "delivered"): 1, (ITEMS, "delivered"): 2}
+    assert totals(up, "unreached") == {(DISPATCHES, "cancelled"): 1, (ITEMS, "unsent"): 2}
+    shown = up.told("jobs", "show", run)["targets"]
+    assert [one["state"] for one in shown.values()] == ["delivered", "cancelled", "cancelled"]
+
+
+def test_one_that_is_paused_is_counted_and_one_that_runs_not_twice(up: Talaria, tmp_path: Path) -> None:
+    studies.ct(tmp_path / "study", 40)
+    slow = {"bandwidth_limit": 2000, "concurrency": 1}
+    up.apply(halted=folder(tmp_path / "halted", **slow), stopped=folder(tmp_path / "stopped", **slow))
+    runs = {
+        name: up.told("send", str(tmp_path / "study"), "--to", name, "--no-wait")["flow_run_id"]
+        for name in ("halted", "stopped")
+    }
+    for name in runs:
+        up.until(lambda name=name: list((tmp_path / name).iterdir()))  # type: ignore[misc]
+    up.told("jobs", "pause", runs["halted"])
+    up.until(lambda: up.run(runs["halted"])["state_name"] == "Paused")
+    assert not ends(up, runs["halted"])
+    for run in runs.values():
+        up.told("jobs", "cancel", run)
+    up.until(lambda: all(up.run(run)["state_type"] == "CANCELLED" and ends(up, run) for run in runs.values()))
+    # What waits in the queue behind them is heard of after them: by then, nothing more has been said.
+    go_on(up, runs["halted"])
+    up.api("POST", f"/flow_runs/{runs['halted']}/set_state", state={"type": "CANCELLED"}, force=True)
+    up.until(lambda: len(ends(up, runs["halted"])) >= 2)
+    assert totals(up, "stopped")[DISPATCHES, "cancelled"] == len(ends(up, runs["stopped"])) == 1
