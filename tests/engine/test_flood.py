@@ -468,10 +468,18 @@ def test_a_folder_of_studies_goes_as_one_run(up: Talaria, tmp_path: Path) -> Non
         ended = [one["details"] for one in trail if one["event"] == "delivery" and one["result"] == "success"]
         assert {row["dispatch_id"] for row in rows.values()} - {""} <= {one["dispatch"] for one in ended}
         material.ct(many / "empty", 1)
+        once = up.told("jobs", "retry", result["flow_run_id"], "--only", "pacs", code=None)
+        assert (once["targets"]["pacs"]["already"], once["targets"]["pacs"]["delivered"]) == (36, 1)
+        assert once["targets"]["archive"] == result["targets"]["archive"]
+        assert {row["study"]: row["targets"]["archive"]["state"] for row in once["studies"]} == {
+            row["study"]: row["targets"]["archive"]["state"] for row in result["studies"]
+        }
+        assert len(pacs.files()) == 37 and once["state"] == "partial"
         up.told("jobs", "retry", result["flow_run_id"])
         up.until(lambda: up.run(result["flow_run_id"])["state"]["name"] == "Completed")
         again = up.told("jobs", "show", result["flow_run_id"])
-        assert (again["targets"]["pacs"]["already"], again["targets"]["pacs"]["delivered"]) == (36, 1)
+        assert (again["targets"]["pacs"]["already"], again["targets"]["pacs"]["delivered"]) == (37, 0)
+        assert (again["targets"]["archive"]["already"], again["targets"]["archive"]["delivered"]) == (36, 1)
         assert again["dispatch_id"] == result["dispatch_id"] and len(pacs.files()) == 37
     assert not list((up.home / "staging").iterdir())
 
