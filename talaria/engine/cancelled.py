@@ -7,6 +7,7 @@ nobody is at work: a worker that hears of it, of whichever host, says it; once, 
 from __future__ import annotations
 
 import asyncio
+import time
 from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
@@ -47,19 +48,29 @@ async def was_cancelled(client: PrefectClient, ledger: Ledger, run_id: UUID) -> 
     await _look_at(client, ledger, flow_run)
 
 
-async def look(client: PrefectClient, ledger: Ledger, pool: str, back: timedelta) -> None:
-    """Say so of all that were cancelled within a while."""
-    found = await every(
-        client.read_flow_runs,
-        flow_run_filter=FlowRunFilter(
-            state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.CANCELLED])),
-            end_time=FlowRunFilterEndTime.model_validate({"after_": datetime.now(UTC) - back}),
-        ),
-        work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=[pool])),
-        sort=FlowRunSort.ID_DESC,
-    )
-    for flow_run in found:
-        await _look_at(client, ledger, flow_run)
+class LookingBack:
+    """Says so of those whose event was lost, or came while no worker was there."""
+
+    def __init__(self) -> None:
+        self._next = 0.0  # in monotonic seconds
+        self._back = AT_FIRST
+
+    async def look(self, client: PrefectClient, ledger: Ledger, pool: str) -> None:
+        """Look for them, if it is time."""
+        if time.monotonic() < self._next:
+            return
+        found = await every(
+            client.read_flow_runs,
+            flow_run_filter=FlowRunFilter(
+                state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.CANCELLED])),
+                end_time=FlowRunFilterEndTime.model_validate({"after_": datetime.now(UTC) - self._back}),
+            ),
+            work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=[pool])),
+            sort=FlowRunSort.ID_DESC,
+        )
+        for flow_run in found:
+            await _look_at(client, ledger, flow_run)
+        self._next, self._back = time.monotonic() + EACH_S, ON
 
 
 async def _look_at(client: PrefectClient, ledger: Ledger, flow_run: FlowRun) -> None:

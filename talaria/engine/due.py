@@ -8,6 +8,7 @@ they would get a slot at a target: by the time since which they wait, `urgent` a
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
@@ -36,6 +37,7 @@ class Due:
         self._queues: dict[UUID, str] = {}  # of all hosts and of this one, where there are several; asked each while
         self._asked = 0.0
         self._look_again = 0.0  # for runs that were passed over, in monotonic seconds
+        self._look_beyond = 0.0  # and for those behind the runs of other hosts
 
     async def found(self, *, checks: bool, others: bool) -> list[FlowRun]:
         """Return the runs that are due, the first one first.
@@ -64,6 +66,26 @@ class Due:
             found += await self.scheduled(before=now - timedelta(seconds=ahead), queue=queue)
         self._look_again = 0.0 if found else time.monotonic() + PASSED_S
         return found
+
+    async def beyond(self, is_here: Callable[[FlowRun], bool]) -> list[FlowRun]:
+        """Return runs for this host behind so many for others that one answer of the server holds none of ours.
+
+        Of those that were to begin at the same moment as the last of so many, some may be passed over.
+        """
+        if time.monotonic() < self._look_beyond:
+            return []
+        now, found = datetime.now(UTC), dict[UUID, FlowRun]()
+        for queue in ("urgent", *LOWER):
+            after, page = None, list[FlowRun]()
+            while len(found) < self.limit and (not page or len(page) >= MOST):
+                page = await self.scheduled(before=now, after=after, queue=queue, limit=MOST)
+                found |= {one.id: one for one in page if is_here(one)}
+                after = page[-1].next_scheduled_start_time if page else None
+                if after is None:
+                    break
+                after += timedelta(microseconds=1)
+        self._look_beyond = 0.0 if found else time.monotonic() + PASSED_S
+        return sorted(found.values(), key=turn)
 
     async def scheduled(
         self, *, before: datetime, after: datetime | None = None, queue: str = "", limit: int | None = None

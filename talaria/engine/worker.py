@@ -40,7 +40,7 @@ from prefect.states import AwaitingRetry, Cancelled, Failed, Scheduled
 from talaria import logs
 from talaria.audit.forward import forwarding
 from talaria.engine import cancelled, hosts, lanes, logged
-from talaria.engine.due import Due, is_check
+from talaria.engine.due import MOST, Due, is_check
 from talaria.engine.recovery import abandoned, elsewhere, settle, taken_over
 from talaria.engine.registry import CHECKS
 from talaria.engine.sweeping import keep_sweeping
@@ -91,7 +91,7 @@ class Worker:
         self._alarms = False  # whether their time may not have come yet
         self._flows: dict[UUID, tuple[float, Flow[..., Any] | None, str]] = {}  # by deployment, with the time
         self._jobs: set[asyncio.Task[None]] = set()
-        self._looked_back = -cancelled.EACH_S  # for runs that were cancelled while they waited, in monotonic seconds
+        self._looking_back = cancelled.LookingBack()
 
     async def serve(self) -> None:
         """Work until it is cancelled."""
@@ -142,9 +142,12 @@ class Worker:
                 continue
             if self.draining:
                 return
-            here = [one for one in found if one.id in self.active or hosts.is_here(one)]
+            here = [one for one in found if self._is_here(one)]
             missed = places > 0 and len(found) >= self.due.limit + self.due.elsewhere
-            self.due.elsewhere, found = len(found) - len(here), here
+            if len(found) >= MOST and not here:
+                with suppress(*LOST):
+                    here = await self.due.beyond(self._is_here)
+            self.due.elsewhere, found = max(0, len(found) - len(here)), here
             if missed and self.due.elsewhere and not found:
                 self._wake.set()  # behind those that are for others, there may be some for us
             begun = self._begin([one for one in found if one.id not in self.active], places)
@@ -155,6 +158,9 @@ class Worker:
                     self._not_found()
             if not begun:
                 await asyncio.sleep(CALM_S)
+
+    def _is_here(self, flow_run: FlowRun) -> bool:
+        return flow_run.id in self.active or hosts.is_here(flow_run)
 
     def _begin(self, found: list[FlowRun], places: int) -> int:
         """Begin as many runs as there are places for; return how many."""
@@ -416,10 +422,7 @@ class Worker:
             self._wake.set()
             with suppress(*LOST):
                 await self._look()
-                if time.monotonic() > self._looked_back + cancelled.EACH_S:
-                    back = cancelled.ON if self._looked_back > 0 else cancelled.AT_FIRST
-                    await cancelled.look(self.client, self.ledger, self.pool, back)
-                    self._looked_back = time.monotonic()
+                await self._looking_back.look(self.client, self.ledger, self.pool)
             progress.clear(self.home, lambda run_id: run_id in map(str, self.active))
 
     async def _look(self) -> None:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+from uuid import UUID, uuid4
 
 import pytest
+from prefect.client.orchestration import PrefectClient
+from prefect.client.schemas.objects import FlowRun, State
+from prefect.states import AwaitingRetry, Cancelled, Cancelling, Completed, Running, Scheduled
 
+from talaria.engine import cancelled
 from talaria.testing import studies
+from tasks.dispatch.ends import UNKNOWN
 from tests.engine.material import folder, go_on, later
 from tests.servers.up import Talaria
-from transfer.happenings import DISPATCHES, ITEMS
+from transfer.errors import NotFound
+from transfer.happenings import CANCELLED, DISPATCHES, ITEMS
 from transfer.ledger import Ledger
 
 pytestmark = pytest.mark.timeout(600)
@@ -100,3 +108,55 @@ def test_one_that_is_paused_is_counted_and_one_that_runs_not_twice(up: Talaria, 
     up.api("POST", f"/flow_runs/{runs['halted']}/set_state", state={"type": "CANCELLED"}, force=True)
     up.until(lambda: len(ends(up, runs["halted"])) >= 2)
     assert totals(up, "stopped")[DISPATCHES, "cancelled"] == len(ends(up, runs["stopped"])) == 1
+
+
+class Server:
+    """As far as runs go that were cancelled."""
+
+    def __init__(self, *runs: tuple[FlowRun, list[State[Any]]]) -> None:
+        self.runs = {run.id: (run, states) for run, states in runs}
+        self.asked = 0
+
+    async def read_flow_runs(self, *, offset: int, limit: int, **_: Any) -> list[FlowRun]:
+        self.asked += 1
+        return [run for run, _ in self.runs.values()][offset : offset + limit]
+
+    async def read_flow_run_states(self, run_id: UUID) -> list[State[Any]]:
+        return self.runs[run_id][1]
+
+    async def read_artifacts(self, **_: Any) -> list[Any]:
+        return []
+
+
+def a_run(*states: State[Any], **parameters: Any) -> tuple[FlowRun, list[State[Any]]]:
+    return FlowRun(flow_id=uuid4(), parameters=parameters, state=states[-1]), list(states)
+
+
+def test_those_whose_event_was_lost_are_found_by_a_look_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def load(client: Any, names: list[str], secrets: bool) -> None:
+        if names == ["gone"]:
+            raise NotFound("no target gone")
+
+    monkeypatch.setattr(cancelled, "load", load)
+    monkeypatch.setattr("tasks.happened.emit_event", lambda *_, **__: None)
+    asked = {"paths": ["/study"], "targets": ["folder-target/pacs"]}
+    waited = a_run(Scheduled(), Cancelling(), Cancelled(), **asked)
+    server = Server(
+        waited,
+        a_run(Scheduled(), Running(), Cancelling(), Cancelled(), **asked),  # it has said so itself
+        a_run(Scheduled(), Running(), AwaitingRetry(), Cancelled(), paths=["/study"], targets=["gone"]),
+        a_run(Scheduled(), Cancelled(), source="pacs", accessions="1", targets=["pacs"]),  # a retrieval
+        a_run(Scheduled(), Completed(), **asked),
+    )
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        back = cancelled.LookingBack()
+        for look in (back, back, cancelled.LookingBack()):  # once more, too soon; and another worker
+            asyncio.run(look.look(cast(PrefectClient, server), ledger, "pool"))
+        found = {(one.target, one.label): one.value for one in ledger.happenings.totals("") if one.name == DISPATCHES}
+        assert found == {("pacs", "cancelled"): 1, (UNKNOWN, "cancelled"): 1} and server.asked == 2
+        assert [one.event for one in ledger.happenings.waiting(9)] == ["dispatch.cancelled"] * 2
+        # What is kept to say it once is forgotten with the rest.
+        run_id, state = waited[0].id, waited[0].state
+        assert ledger.happenings.standing(f"{CANCELLED}{run_id}") == str(state and state.id)
+        ledger.prune(ledger.now() + 1)
+        assert not ledger.happenings.standing(f"{CANCELLED}{run_id}")

@@ -14,7 +14,7 @@ import pytest
 from prefect.client.orchestration import PrefectClient
 
 from talaria.engine.asgi import Message
-from talaria.engine.due import Due
+from talaria.engine.due import MOST, Due
 from talaria.engine.priority import QueueOfPriority
 from talaria.engine.registry import QUEUES
 from talaria.testing import studies
@@ -43,11 +43,13 @@ class Server:
     ) -> httpx.Response:
         assert (method, path_params) == ("POST", {"name": "pool"}) and path.endswith("/get_scheduled_flow_runs")
         queues, before = json.get("work_queue_names") or ORDER, datetime.fromisoformat(json["scheduled_before"])
+        after = datetime.fromisoformat(json.get("scheduled_after", "2000-01-01T00:00:00+00:00"))
+        assert json["limit"] <= MOST
         self.asked.append(",".join(json.get("work_queue_names", ["all"])))
         due = [
             (ORDER.index(queue), time, one)
             for queue, one in self.runs
-            if queue in queues and (time := datetime.fromisoformat(one["next_scheduled_start_time"])) <= before
+            if queue in queues and after <= (time := datetime.fromisoformat(one["next_scheduled_start_time"])) <= before
         ]
         ids = {"work_pool_id": str(uuid4()), "work_queue_id": str(uuid4())}
         found = [ids | {"flow_run": one} for _, _, one in sorted(due, key=lambda one: one[:2])][: json["limit"]]
@@ -96,6 +98,27 @@ def test_a_check_is_found_where_there_is_no_room_for_it() -> None:
     assert names(server.due(), checks=True, others=False) == ["check"] and server.asked == ["checks"]
     server.asked.clear()
     assert names(server.due(), others=False) == [] and server.asked == []
+
+
+def test_a_run_is_found_behind_any_number_that_are_for_other_hosts() -> None:
+    server = Server()
+    for number in range(2 * MOST + 10):
+        server.add(f"theirs{number}", "urgent", 60 + number / 1000, priority="urgent")
+    for number in range(MOST + 10):
+        server.add(f"theirs too{number}", "normal", 60, priority="normal")  # at the same moment
+    server.add("ours", "normal", 30, priority="normal")
+    server.add("ours too", "urgent", 50, priority="urgent")
+    due = server.due()
+
+    def beyond() -> list[str]:
+        return [one.name for one in asyncio.run(due.beyond(lambda one: one.name.startswith("ours")))]
+
+    assert beyond() == ["ours too", "ours"] and beyond() == ["ours too", "ours"]
+    server.runs = [(queue, one) for queue, one in server.runs if not one["name"].startswith("ours")]
+    assert beyond() == []
+    server.add("ours", "offpeak", 1, priority="offpeak")
+    asked = len(server.asked)
+    assert beyond() == [] and len(server.asked) == asked  # there was nobody a moment ago: it does not ask each time
 
 
 @pytest.mark.parametrize("pool", ["talaria", "other"])
