@@ -66,7 +66,7 @@ def say_refused(error: BaseException) -> None:
 
 
 def say_cancelled(
-    ledger: Ledger, run_id: str, mark: str, targets: Iterable[str], paths: list[str], document: dict[str, Any]
+    ledger: Ledger, run_id: str, mark: str, targets: Sequence[str], paths: list[str], document: dict[str, Any]
 ) -> None:
     """Say that a run was cancelled while it waited, of each target for which it still had something to do; once.
 
@@ -85,6 +85,11 @@ def say_cancelled(
                 dispatch_id = str(document.get("dispatch_id", ""))
                 dispatch_ended(ledger, run_id, dispatch_id, ended, Cause.NONE, paths, at_first=True)
         ledger.happenings.may_end_again(run_id, str(State.CANCELLED))
+        known = ledger.deliveries.of([run_id]).get(run_id, {})
+        state = str(State.CANCELLED)
+        stood = [known.get(name, Standing(name, state, 0, 0, "")) for name in targets if name != UNKNOWN]
+        stands = [replace(one, state=state) if one.state == State.WAITING else one for one in stood]
+        ledger.deliveries.stand(run_id, state, stands)
 
 
 def knows(targets: Iterable[str]) -> None:

@@ -17,6 +17,7 @@ from talaria.testing import studies
 from tasks.dispatch.ends import UNKNOWN
 from tests.engine.material import folder, go_on, later
 from tests.servers.up import Talaria
+from transfer.deliveries import WHOLE
 from transfer.errors import NotFound
 from transfer.happenings import CANCELLED, DISPATCHES, ITEMS
 from transfer.ledger import Ledger
@@ -85,6 +86,12 @@ def test_of_one_that_rests_only_the_targets_it_waits_for_have_ended_so(up: Talar
     assert totals(up, "unreached") == {(DISPATCHES, "cancelled"): 1, (ITEMS, "unsent"): 2}
     shown = up.told("jobs", "show", run)["targets"]
     assert [one["state"] for one in shown.values()] == ["delivered", "cancelled", "cancelled"]
+    with Ledger(up.home / "ledger.sqlite") as ledger:
+        stand = ledger.deliveries.of([run])[run]
+    assert (stand["reached"].state, stand["unreached"].state, stand[WHOLE].state) == (
+        "delivered", "cancelled", "cancelled",
+    )  # fmt: skip
+    assert (stand[WHOLE].arrived, stand["unreached"].items) == (2, 2)
 
 
 def test_one_that_is_paused_is_counted_and_one_that_runs_not_twice(up: Talaria, tmp_path: Path) -> None:
@@ -155,6 +162,8 @@ def test_those_whose_event_was_lost_are_found_by_a_look_back(tmp_path: Path, mon
         found = {(one.target, one.label): one.value for one in ledger.happenings.totals("") if one.name == DISPATCHES}
         assert found == {("pacs", "cancelled"): 1, (UNKNOWN, "cancelled"): 1} and server.asked == 2
         assert [one.event for one in ledger.happenings.waiting(9)] == ["dispatch.cancelled"] * 2
+        (stand,) = ledger.deliveries.of([str(waited[0].id)]).values()
+        assert {name: one.state for name, one in stand.items()} == {WHOLE: "cancelled", "pacs": "cancelled"}
         # What is kept to say it once is forgotten with the rest.
         run_id, state = waited[0].id, waited[0].state
         assert ledger.happenings.standing(f"{CANCELLED}{run_id}") == str(state and state.id)
