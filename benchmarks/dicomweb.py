@@ -176,7 +176,8 @@ def dicomweb_client_wado(url: str, into: str, user: str = "", password: str = ""
 
 def body_by_ours(url: str, body: str) -> None:
     """Our HTTP client, with a prepared body read in pieces of 1 MiB, as all of the following."""
-    from protocols.http.session import Session, WebOrigin
+    from protocols.http.origin import WebOrigin
+    from protocols.http.session import Session
     from protocols.net.tls import Tls
 
     path = next(Path(body).iterdir())

@@ -7,7 +7,8 @@ import ssl
 from collections.abc import Callable
 from functools import partial
 
-from protocols.http.session import Session, WebOrigin
+from protocols.http.origin import WebOrigin
+from protocols.http.session import Session
 from protocols.net.connection import connect, resolve_within, shown
 from protocols.net.tls import peer_facts
 from transfer.health import Health

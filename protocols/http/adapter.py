@@ -18,8 +18,9 @@ from requests.adapters import BaseAdapter
 from requests.structures import CaseInsensitiveDict
 
 from protocols.http.answer import Answer
+from protocols.http.exchange import Body, Content
 from protocols.http.multipart import parameters
-from protocols.http.session import Body, Content, Session
+from protocols.http.session import Session
 
 ANSWER_BYTES = 256 << 20  # a listing of a million files is smaller
 # What our client sets itself, by what it really does.
@@ -29,7 +30,7 @@ OWN_FIELDS = frozenset(("host", "content-length", "transfer-encoding", "connecti
 class Adapter(BaseAdapter):
     """Sends a `requests` session's requests to one origin.
 
-    A body that is not bytes must be one of `protocols.http.session`, and have a length for `requests` to see
+    A body that is not bytes must be one of `protocols.http.exchange`, and have a length for `requests` to see
     (`__len__`).
     """
 

@@ -15,7 +15,9 @@ from dataclasses import dataclass, field
 from urllib.parse import quote_plus, urlencode, urlsplit
 
 from protocols.http.answer import Answer
-from protocols.http.session import Content, Session, WebOrigin
+from protocols.http.exchange import Content
+from protocols.http.origin import WebOrigin
+from protocols.http.session import Session
 from protocols.net import words
 from protocols.net.connection import SLICE_S
 from protocols.net.hiding import secret_forms

@@ -19,8 +19,8 @@ from botocore.config import Config
 from botocore.exceptions import NoCredentialsError
 
 from protocols.http.head import Fields
+from protocols.http.origin import WebOrigin
 from protocols.http.proxy import Proxy
-from protocols.http.session import WebOrigin
 from protocols.net.tls import Tls
 
 DEFAULT_REGION = "us-east-1"
@@ -180,10 +180,13 @@ def answer_of(request: AWSPreparedRequest, status: int, headers: Fields, body: b
 
 
 def _loaded() -> Any:
-    """Load boto3's description of S3, which takes 0.06 s, together with this module, so that no push waits for it."""
+    """Load boto3's data about S3 and regions, 0.1 s, together with this module, so that no push waits for it."""
     loader = botocore.session.Session().get_component("data_loader")  # keeps what it has read
     for name in ("service-2", "endpoint-rule-set-1"):
         loader.load_service_model("s3", name)
+    loader.load_data_with_path("endpoints")  # as a client loads it, which keeps it by the call
+    for name in ("partitions", "sdk-default-configuration"):
+        loader.load_data(name)
     return loader
 
 

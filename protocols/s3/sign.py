@@ -12,6 +12,7 @@ import hmac
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from urllib.parse import quote
 
 UNSIGNED = "UNSIGNED-PAYLOAD"  # in place of the body's SHA-256
@@ -26,6 +27,11 @@ class Credentials:
     access_key: str
     secret_key: str = field(repr=False)
     token: str | None = field(default=None, repr=False)
+
+
+@lru_cache(maxsize=4)
+def _stamp(seconds: int) -> str:
+    return time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(seconds))
 
 
 class Signer:
@@ -54,23 +60,27 @@ class Signer:
             sha256: of the body, hexadecimal, or UNSIGNED.
             now: seconds since the epoch, if not the present.
         """
-        stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(now))
+        stamp = _stamp(int(time.time() if now is None else now))
         fields = {**headers, "host": host, "x-amz-content-sha256": sha256, "x-amz-date": stamp}
         if credentials.token:
             fields["x-amz-security-token"] = credentials.token
         names = sorted(fields)
         encoded = quote(path, safe="/" + UNRESERVED)
-        arguments = "&".join(f"{quote(k, safe=UNRESERVED)}={quote(query[k], safe=UNRESERVED)}" for k in sorted(query))
-        canonical = "\n".join(
-            (method, encoded, arguments, *(f"{n}:{fields[n].strip()}" for n in names), "", ";".join(names), sha256)
-        )
+        arguments = ""
+        if query:
+            arguments = "&".join(
+                f"{quote(k, safe=UNRESERVED)}={quote(query[k], safe=UNRESERVED)}" for k in sorted(query)
+            )
+        listed = ";".join(names)
+        lines = [f"{name}:{fields[name].strip()}" for name in names]
+        canonical = "\n".join((method, encoded, arguments, *lines, "", listed, sha256))
         scope = f"{stamp[:8]}/{self.region}/{self.service}/aws4_request"
         text = "\n".join(("AWS4-HMAC-SHA256", stamp, scope, hashlib.sha256(canonical.encode()).hexdigest()))
         signature = hmac.digest(self._key_of(credentials.secret_key, stamp[:8]), text.encode(), "sha256").hex()
         del fields["host"]  # the connection adds it
         fields["authorization"] = (
             f"AWS4-HMAC-SHA256 Credential={credentials.access_key}/{scope}, "
-            f"SignedHeaders={';'.join(names)}, Signature={signature}"
+            f"SignedHeaders={listed}, Signature={signature}"
         )
         return encoded + (f"?{arguments}" if arguments else ""), fields
 

@@ -21,8 +21,10 @@ from botocore.awsrequest import AWSPreparedRequest, AWSResponse
 from botocore.exceptions import ClientError
 
 from protocols.http.answer import Answer
+from protocols.http.exchange import Content
 from protocols.http.head import Fields
-from protocols.http.session import Content, Session, WebOrigin
+from protocols.http.origin import WebOrigin
+from protocols.http.session import Begun, Session
 from protocols.s3.client import BucketAccount, BucketSettings, answer_of
 from protocols.s3.error import StoreError
 from protocols.s3.sign import EMPTY_SHA256, UNSIGNED, Credentials, Signer
@@ -81,6 +83,21 @@ class Payload:
 
     def sent(self, count: int) -> None:
         self._moved(count)
+
+
+class SentObject:
+    """An object that was sent; the store's answer is still to be read: call `fields` or `leave`, exactly once."""
+
+    def __init__(self, begun: Begun, refused: Callable[[Answer, bytes], StoreError]) -> None:
+        self._begun, self._refused = begun, refused
+        self.leave = begun.leave
+
+    def fields(self) -> Fields:
+        """Return the head of the answer; raises as `Store.call`, and is not repeated."""
+        answer, body = self._begun.read(ERROR_BYTES)
+        if answer.status >= 300:
+            raise self._refused(answer, body)
+        return answer.headers
 
 
 class Store:
@@ -268,6 +285,11 @@ class Store:
             answer.read(ERROR_BYTES)
             return answer.headers
 
+    def begin(self, key: str, payload: Payload, headers: Mapping[str, str], sha256: str) -> SentObject:
+        """Send an object, whose answer is read later; raises as `call`."""
+        path, fields = self._signed("PUT", key, {}, headers, sha256)
+        return SentObject(self._session.begin("PUT", path, fields, payload), self._refused)
+
     def head(self, key: str, headers: Mapping[str, str] | None = None) -> StoredObject | None:
         """Return what the store says about an object, None if there is none; raises as `call`."""
         try:
@@ -305,19 +327,26 @@ class Store:
         """Send a signed request, and repeat it while the store is busy; yields an answer that is not an error."""
 
         def once() -> tuple[ExitStack, Answer]:
-            path, fields = self._signer.signed(
-                self._credentials(), method, self.origin.authority, self._aim.base + key, query, headers, sha256
-            )
+            path, fields = self._signed(method, key, query, headers, sha256)
             with ExitStack() as stack:
                 answer = stack.enter_context(self._session.request(method, path, fields, body))
                 if answer.status >= 300:
-                    answered = b"" if method == "HEAD" else answer.read(ERROR_BYTES)
-                    raise StoreError.of_answer(answer.status, answer.headers, answered, self._settings.hidden)
+                    raise self._refused(answer, b"" if method == "HEAD" else answer.read(ERROR_BYTES))
                 return stack.pop_all(), answer
 
         stack, answer = self._patiently(once, tries)
         with stack:
             yield answer
+
+    def _signed(
+        self, method: str, key: str, query: Mapping[str, str], headers: Mapping[str, str], sha256: str
+    ) -> tuple[str, dict[str, str]]:
+        return self._signer.signed(
+            self._credentials(), method, self.origin.authority, self._aim.base + key, query, headers, sha256
+        )
+
+    def _refused(self, answer: Answer, body: bytes) -> StoreError:
+        return StoreError.of_answer(answer.status, answer.headers, body, self._settings.hidden)
 
     def _credentials(self) -> Credentials:
         now = self._account.credentials.get_frozen_credentials()  # renewed before they expire

@@ -26,7 +26,7 @@ import requests
 from requests.auth import HTTPBasicAuth
 
 from protocols.http.adapter import Adapter
-from protocols.http.session import Body
+from protocols.http.exchange import Body
 from protocols.http.session import Session as Http
 from protocols.xnat.answers import (
     ArchivePlace,

@@ -23,8 +23,10 @@ from protocols.dicomweb.service import Service
 from protocols.dicomweb.stow import StowPush
 from protocols.dicomweb.wado import WadoRetrieval, WadoSeries
 from protocols.http.answer import Answer
+from protocols.http.exchange import Content
 from protocols.http.oauth import ClientCredentials, Fixed
-from protocols.http.session import Authorizer, Content, Session, WebOrigin
+from protocols.http.origin import WebOrigin
+from protocols.http.session import Authorizer, Session
 from protocols.net import tls
 from tasks.dicomweb import folder as dicomweb_folder
 from tasks.driver import Driver, Facts

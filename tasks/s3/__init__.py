@@ -13,8 +13,8 @@ from urllib.parse import urlsplit
 from pydantic import SecretStr
 
 from blocks.s3 import Checksum, S3Target
+from protocols.http.origin import WebOrigin
 from protocols.http.proxy import Proxy
-from protocols.http.session import WebOrigin
 from protocols.net.hiding import hiding, quieted
 from protocols.net.tls import Tls
 from protocols.s3.client import AWS, BucketSettings

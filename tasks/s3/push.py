@@ -15,32 +15,30 @@ import json
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
+from contextlib import suppress
+from dataclasses import dataclass
 
 from blocks.s3 import S3Target
 from imaging.header import BEGINNING_BYTES, other_instance
 from protocols.s3.checksums import Mismatch
 from protocols.s3.error import StoreError
 from protocols.s3.keys import MAX_KEY_BYTES, content_type, keys, under
-from protocols.s3.store import LONGEST_PAUSE_S, SHA256_FIELD, TRIES, Payload, Store, StoredObject
+from protocols.s3.store import LONGEST_PAUSE_S, SHA256_FIELD, TRIES, Payload, SentObject, Store, StoredObject
 from protocols.s3.upload import Upload, stale
 from tasks.s3.errors import errors, of, only_denied
+from tasks.s3.lanes import FOR_NOW, Lanes
 from tasks.s3.large import Large
 from tasks.s3.pace import useful
 from tasks.s3.support import Supports
 from tasks.s3.verify import Sums, Verifier
 from transfer.errors import (
     Busy,
-    Denied,
     DispatchError,
     Interrupted,
-    Misconfigured,
-    NotFound,
     Rejected,
     Retryable,
-    TimedOut,
 )
 from transfer.fanout import each
 from transfer.layout import OTHER_INSTANCE
@@ -53,11 +51,6 @@ MARKER = ".complete"
 MANIFEST = ".talaria-manifest-{}.json"
 LARGE_AT_ONCE = 2  # while the parts of one large file are sent, the next one is hashed
 ABORT_S = 3.0  # for giving up what is unfinished, though the dispatch was cancelled
-IN_A_ROW = 6  # failures in a row that are put down to objects; a lost link breaks all connections at once
-REFUSED_IN_A_ROW = 3  # likewise, refusals for good, as long as the store has taken nothing
-PASS_OVER = 3  # failures in a row after which the last objects come first: neighbours are alike
-FOR_NOW = (Busy, Interrupted, TimedOut)  # may be a matter of one object
-FOR_GOOD = (Denied, NotFound, Misconfigured)  # may be a matter of one key, as a policy or a gateway has it
 _ENCODED = json.JSONEncoder(ensure_ascii=False).encode
 REPLACED = Outcome(Kind.WARNING, "replaced another object of this key")
 
@@ -82,11 +75,7 @@ class S3Push:
         self._there: dict[str, int] | None = {}  # size by key; None if the bucket may not be listed
         self._written: set[str] = set()  # folders that something was put into
         self._notes: list[str] = []
-        self._aside: list[tuple[Item, DispatchError]] = []  # what failed for now, and how
-        self._in_a_row = 0  # failures without a success in between
-        self._taken = 0  # objects that the store has taken
-        self._failed = threading.Event()
-        self._first: BaseException | None = None
+        self._lanes = Lanes(report, target.concurrency)
         self._lock = threading.Lock()
         self._local = threading.local()
 
@@ -198,9 +187,7 @@ class S3Push:
 
     def check(self) -> None:
         """Raise if this push is to stop, or has failed in another thread."""
-        if self._failed.is_set():
-            raise _Stopped
-        self.report.check()
+        self._lanes.check()
 
     def _each(self, items: Iterable[Item], work: Callable[[Item], None]) -> None:
         """Call a function with each item, in several threads."""
@@ -214,65 +201,18 @@ class S3Push:
 
         each(items, one, self.target.concurrency, "s3-ask")
 
-    def _guard(self, work: Callable[[Item], None], waiting: deque[Item]) -> None:
-        """Work through items that several threads share; the first error stops all of them."""
-        try:
-            while True:
-                self.check()
-                with self._lock:
-                    if not waiting:
-                        return
-                    passed_over = self._in_a_row > (PASS_OVER if self._taken else 1)
-                    item = waiting.pop() if passed_over else waiting.popleft()
-                self._try(work, item)
-        except _Stopped:
-            pass
-        except BaseException as exc:
-            with self._lock:
-                self._first = self._first or exc
-            self._failed.set()
-
-    def _try(self, work: Callable[[Item], None], item: Item) -> None:
-        """Send an item; if that fails, set it aside, unless nothing else gets through either."""
-        try:
-            work(item)
-        except Rejected as exc:
-            self.report(item, Outcome(Kind.REJECTED, exc.message))
-        except (*FOR_NOW, *FOR_GOOD) as exc:
-            at_once = self.target.concurrency
-            if exc.retryable:
-                exc.item = exc.item or item.shown
-                self.report.unanswered[item.path] += 1
-            self.report.put_off[item.path] = exc.message
-            with self._lock:
-                self._aside.append((item, exc))
-                self._in_a_row += 1
-                most = max(IN_A_ROW, at_once) if exc.retryable or self._taken else at_once + REFUSED_IN_A_ROW
-                if self._in_a_row > most:
-                    raise
-            return
-        with self._lock:
-            self._in_a_row = 0
-
     def _send_aside(self) -> None:
-        """Send again, one by one, what failed for now; raise the first error of those that fail again.
-
-        Reject what was refused for good, if the store has taken anything else.
-        """
+        """Send again, one by one, what failed for now; raise the first error of those that fail again."""
         failed: list[DispatchError] = []
-        for item, error in self._aside:
-            if not error.retryable:
-                if not self._taken:
-                    raise error
-                self.report(item, Outcome(Kind.REJECTED, error.message))
-                continue
+        for item, error in self._lanes.set_aside():
             wait_s = error.retry_after if isinstance(error, Busy) else 0.0
             if self._is_large(item) or (wait_s or 0) > LONGEST_PAUSE_S:  # the next attempt goes on with its parts
                 failed.append(error)
                 continue
             self.store.pause(wait_s)
             try:
-                self._send_small(item)
+                if (sending := self._begin_small(item)) is not None:
+                    sending.end()
             except Rejected as exc:
                 self.report(item, Outcome(Kind.REJECTED, exc.message))
             except FOR_NOW as exc:
@@ -281,17 +221,6 @@ class S3Push:
                 failed.append(exc)
         if failed:
             raise failed[0]
-
-    @contextmanager
-    def _stopping(self) -> Iterator[None]:
-        """Raise what a thread has raised; stop all threads if this one is interrupted."""
-        try:
-            yield
-        except BaseException:
-            self._failed.set()
-            raise
-        if self._first:
-            raise self._first
 
     # ---- sending
 
@@ -306,22 +235,24 @@ class S3Push:
         with (
             ThreadPoolExecutor(self.target.concurrency, "s3-put") as self.pool,
             ThreadPoolExecutor(LARGE_AT_ONCE, "s3-large") as captains,
-            self._stopping(),
+            self._lanes.stopping(),
         ):
-            futures = [captains.submit(self._guard, self._send_large, deque([item])) for item in large]
-            count = useful(
-                small, self.target.concurrency, lambda: self._guard(self._send_small, deque([waiting.popleft()]))
-            )
+            futures = [captains.submit(self._lanes.run, self._send_large, deque([item])) for item in large]
+            begin, most = self._begin_small, self.target.concurrency
+            count = useful(small, most, lambda: self._lanes.run(begin, deque([waiting.popleft()])))
             for _ in range(min(count, len(waiting))):
-                futures.append(self.pool.submit(self._guard, self._send_small, waiting))
+                futures.append(self.pool.submit(self._lanes.run, begin, waiting, ahead=2 * count <= most))
             wait(futures)
         self._send_aside()
         for item in items:  # uploads that were not resumed
             for left in self.unfinished.pop(self.keys[item.path], ()):
                 self.forget(self.keys[item.path], left)
 
-    def _send_small(self, item: Item) -> None:
+    def _begin_small(self, item: Item) -> _UnansweredFile | None:
+        """Send a file that fits into memory; None if it is there already."""
         key = self._checked_key(item)
+        local = self._local.__dict__  # the last file's content stays until it has been answered
+        local["buffer"], local["spare"] = local.get("spare", bytearray()), local.get("buffer", bytearray())
         with self.plan.open(item) as fd:
             data = self.read(item, fd, 0, item.size)
             self.plan.check(item, fd)
@@ -330,11 +261,18 @@ class S3Push:
         digest = support.algorithm.of(data) if support.algorithm else None
         self.sums[item.path] = Sums.of(sha256, digest)
         if self._is_there(item, sha256):
-            return
+            return None
         self._spare(item, bytes(data[:BEGINNING_BYTES]))
         self._unmark(item)
-        self.put(key, data, self.headers(item, sha256), sha256, digest, item)
-        self._report_arrival(item)
+        headers = self.headers(item, sha256) | support.header(digest)
+        with errors(self.store.where, item.shown):
+            sent = self.store.begin(key, self.payload(data), headers, sha256)
+        return _UnansweredFile(self, item, key, data, headers, sha256, digest, sent)
+
+    def end_small(self, sending: _UnansweredFile) -> None:
+        """Read the answer about a file that was sent, and report it."""
+        self.put(sending.key, sending.data, sending.headers, sending.sha256, sending.digest, sending.item, sending.sent)
+        self._report_arrival(sending.item)
 
     def _send_large(self, item: Item) -> None:
         key = self._checked_key(item)
@@ -361,9 +299,19 @@ class S3Push:
         return {"content-type": kind, SHA256_FIELD: sha256, **self.supports.headers}
 
     def put(
-        self, key: str, data: memoryview, headers: dict[str, str], sha256: str, digest: bytes | None, item: Item | None
+        self,
+        key: str,
+        data: memoryview,
+        headers: dict[str, str],
+        sha256: str,
+        digest: bytes | None,
+        item: Item | None,
+        sent: SentObject | None = None,
     ) -> None:
         """Put an object from memory; put it a second time if the store got something else.
+
+        Args:
+            sent: if it was sent a first time already.
 
         Raises:
             Rejected: it did so again, or keeps something else, which is then removed.
@@ -373,11 +321,15 @@ class S3Push:
         for last in (False, True):
             try:
                 with errors(self.store.where, shown):
+                    if sent is not None:
+                        reported = sent.fields()
+                        break
                     payload = self.payload(data) if item else Payload(data)
                     # An item that the store wants later is put aside, and sent once more.
                     reported = self.store.put(key, payload, headers, sha256, tries=1 if item else TRIES)
                 break
             except Mismatch as exc:
+                sent = None
                 if last:
                     raise Rejected(f"the store got other bytes than were sent: {exc}", item=shown) from exc
         try:
@@ -415,8 +367,7 @@ class S3Push:
             upload.abort()
 
     def _report_arrival(self, item: Item) -> None:
-        with self._lock:
-            self._taken += 1
+        self._lanes.took()
         replaced = self._there is not None and self.keys[item.path] in self._there
         self.report(item, REPLACED if replaced else DELIVERED)
 
@@ -495,5 +446,21 @@ class S3Push:
             raise Interrupted(f"{self.store.where}: {exc.message}") from exc
 
 
-class _Stopped(Exception):
-    """This thread stops because another one failed."""
+@dataclass(frozen=True, slots=True)
+class _UnansweredFile:
+    """A file that was sent, and whose answer is still to be read."""
+
+    push: S3Push
+    item: Item
+    key: str
+    data: memoryview
+    headers: dict[str, str]
+    sha256: str
+    digest: bytes | None
+    sent: SentObject
+
+    def end(self) -> None:
+        self.push.end_small(self)
+
+    def leave(self) -> None:
+        self.sent.leave()

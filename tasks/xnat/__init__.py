@@ -13,8 +13,8 @@ from contextlib import ExitStack, contextmanager
 from urllib.parse import urlsplit
 
 from blocks.xnat import XnatTarget
+from protocols.http.origin import WebOrigin
 from protocols.http.session import Session as Http
-from protocols.http.session import WebOrigin
 from protocols.net.tls import Tls
 from protocols.net.words import clean
 from protocols.xnat.answers import XnatRefused

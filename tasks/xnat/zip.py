@@ -34,7 +34,7 @@ WAIT_S = 0.2  # between two looks at whether to stop
 
 
 class ZipBody:
-    """A body for `protocols.http.session`, for any number of requests one after the other. Use it in a `with` block.
+    """A body for `protocols.http.exchange`, for any number of requests one after the other. Use it in a `with` block.
 
     A file that differs from the planned one stops the request before its last byte, so that no server ever gets a whole
     zip with it.

@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from protocols.http import session as http
-from protocols.http.session import Content, Session, WebOrigin
+from protocols.http import exchange as http
+from protocols.http.exchange import Content
+from protocols.http.origin import WebOrigin
+from protocols.http.session import Session
 from protocols.net.tls import Tls
 from transfer.errors import Interrupted
 
@@ -87,7 +89,7 @@ def test_a_post_that_may_have_been_carried_out_is_not_sent_again(
     monkeypatch: pytest.MonkeyPatch, stale_s: float
 ) -> None:
     """RFC 9110 section 9.2.2. The server closes a connection that was used before, after the whole body."""
-    monkeypatch.setattr(http, "STALE_S", stale_s)
+    monkeypatch.setattr("protocols.http.session.STALE_S", stale_s)
     with peer() as server, Session(server.origin) as session:
         server.script = [OK, b""]
         ask(session, "POST", b"first")
@@ -100,7 +102,7 @@ def test_a_post_that_may_have_been_carried_out_is_not_sent_again(
 
 @pytest.mark.parametrize("body", [None, b""])
 def test_a_post_without_a_body_is_not_sent_again_either(monkeypatch: pytest.MonkeyPatch, body: bytes | None) -> None:
-    monkeypatch.setattr(http, "STALE_S", 60.0)
+    monkeypatch.setattr("protocols.http.session.STALE_S", 60.0)
     with peer() as server, Session(server.origin) as session:
         server.script = [OK, b""]
         ask(session, "GET")
@@ -111,7 +113,7 @@ def test_a_post_without_a_body_is_not_sent_again_either(monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("method", ["GET", "DELETE"])
 def test_what_may_be_repeated_is_sent_again(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
-    monkeypatch.setattr(http, "STALE_S", 0.0)
+    monkeypatch.setattr("protocols.http.session.STALE_S", 0.0)
     with peer() as server, Session(server.origin) as session:
         server.script = [OK, b""]
         ask(session, "GET")
@@ -121,7 +123,7 @@ def test_what_may_be_repeated_is_sent_again(monkeypatch: pytest.MonkeyPatch, met
 
 
 def test_a_body_is_not_sent_twice_because_a_connection_was_idle(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http, "STALE_S", 0.0)
+    monkeypatch.setattr("protocols.http.session.STALE_S", 0.0)
     with peer() as server, Session(server.origin) as session:
         server.script = [OK, b""]
         ask(session, "GET")
@@ -132,7 +134,7 @@ def test_a_body_is_not_sent_twice_because_a_connection_was_idle(monkeypatch: pyt
 
 
 def test_a_post_of_which_no_body_went_out_is_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http, "STALE_S", 60.0)
+    monkeypatch.setattr("protocols.http.session.STALE_S", 60.0)
     with peer() as server, Session(server.origin) as session:
         server.heads = [None, b"", b"HTTP/1.1 100 Continue\r\n\r\n"]
         ask(session, "GET")

@@ -11,9 +11,10 @@ from contextlib import contextmanager, suppress
 import pytest
 
 from protocols.http import answer as answers
+from protocols.http import exchange as http
 from protocols.http import head
-from protocols.http import session as http
-from protocols.http.session import Session, WebOrigin
+from protocols.http.origin import WebOrigin
+from protocols.http.session import Session
 from protocols.net import connection
 from protocols.net.tls import Tls
 from transfer.errors import DispatchError, Interrupted, TimedOut

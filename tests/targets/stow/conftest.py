@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from protocols.dicomweb import stow
-from protocols.http import session as http
+from protocols.http import exchange as http
 from talaria.testing import studies
 from tests.servers.dicomweb import Scripted, scripted
 from transfer.plan import Plan, scan

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from protocols.dicomweb import stow
-from protocols.http import session as http
 from talaria.testing import studies
 from talaria.testing.harness import attempt, sending
 from tasks.dicomweb import driver
@@ -196,7 +195,7 @@ def test_a_batch_that_may_have_been_taken_is_asked_for(
     server: Scripted, plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The connection has been idle, and goes after the whole body (RFC 9110 section 9.2.2)."""
-    monkeypatch.setattr(http, "STALE_S", 0.0)
+    monkeypatch.setattr("protocols.http.session.STALE_S", 0.0)
 
     def taken(request: Request) -> Reply:
         server._store(request)
