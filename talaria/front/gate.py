@@ -11,6 +11,7 @@ import base64
 import json
 import logging
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
@@ -24,6 +25,7 @@ from talaria.front.access import ACTING, NOBODY, SCOPE_KEY, Identity, Role, boun
 from talaria.front.changed import change_for, changed
 from talaria.front.dress import dressed, safe_host
 from talaria.front.keys import Door, KeyRing, header_of
+from talaria.front.lasting import STILL, run_while
 from talaria.front.origin import host_is_ours, proves_same_origin, why_foreign
 from talaria.listener import is_loopback
 
@@ -64,6 +66,13 @@ class _Asker:
     local: bool
     secure: bool
     cookie: str = ""
+
+
+@dataclass
+class _FirstWord:
+    """What the first message of a websocket has said: by which token it is opened; "" before that, or for none."""
+
+    token: str = ""
 
 
 def is_own(path: str) -> bool:
@@ -131,13 +140,21 @@ class Gate:
                 self.refused(who, f"{method} {path}", exc.why)
             await self._refuse(scope, receive, out, exc)
             return
-        token = ACTING.set(who)
+        token, before = ACTING.set(who), STILL.set(lambda: self._is_still(scope, who))
         try:
             await self.app(passed, receive, out)
         except HTTPException as exc:  # of `_bounded`, where what is behind doesn't answer it
             await self._refuse(scope, receive, out, _Refused(exc.status_code, exc.detail))
         finally:
             ACTING.reset(token)
+            STILL.reset(before)
+
+    def _is_still(self, scope: Message, who: Identity) -> bool:
+        """Return True if a request that goes on would be let in now as the one that it was."""
+        try:
+            return self._asker(scope).who == who
+        except _Refused:
+            return False
 
     def _asker(self, scope: Message) -> _Asker:
         """Return who sends the request.
@@ -251,7 +268,17 @@ class Gate:
             await send({"type": "websocket.close", "code": 1008, "reason": ""})
             return
         passed = {**scope, SCOPE_KEY: asker.who, "headers": self._with_credential(scope["headers"], asker.who)}
-        await self.app(passed, self._first_word(receive, asker, need, known=known), send)
+        word = _FirstWord()
+
+        def still() -> bool:
+            if known:
+                return self._is_still(scope, asker.who)
+            return not word.token or self._may(word.token, asker.local, need)
+
+        opened = self.app(passed, self._first_word(receive, asker, need, word, known=known), send)
+        if not await run_while(opened, still):
+            with suppress(Exception):  # it has just been closed
+                await send({"type": "websocket.close", "code": 1008, "reason": ""})
 
     def _may_open(self, scope: Message, asker: _Asker, need: Role) -> bool:
         """Return True if the client may open the websocket, False if the first message decides that.
@@ -270,7 +297,7 @@ class Gate:
             raise _Refused(403, f"needs the role {need.label}")
         return False
 
-    def _first_word(self, receive: Receive, asker: _Asker, need: Role, *, known: bool) -> Receive:
+    def _first_word(self, receive: Receive, asker: _Asker, need: Role, first: _FirstWord, *, known: bool) -> Receive:
         """Return a `receive` that puts Prefect's credential into the first message, if its sender has the role.
 
         By this message, `{"type": "auth", "token": …}`, Prefect's clients identify themselves; without a valid token
@@ -291,7 +318,8 @@ class Gate:
             text = message.get("text") or (message.get("bytes") or b"").decode("utf-8", "replace")
             try:
                 word = json.loads(text)
-                may = known or self._may(str(word.get("token") or ""), asker.local, need)
+                first.token = str(word.get("token") or "")
+                may = known or self._may(first.token, asker.local, need)
             except (ValueError, AttributeError, OSError, RecursionError):
                 word, may = {}, False
             auth = {"type": "auth", "token": (self.credential or "none") if may else ""}

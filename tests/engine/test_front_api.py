@@ -8,6 +8,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from contextlib import ExitStack
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,16 @@ from typing import Any
 import httpx
 import jsonschema
 import pytest
+from websockets import ConnectionClosed, Subprotocol
+from websockets.sync.client import connect
 
+from talaria.front.access import Identity, Role
 from talaria.front.api import PATH, application
+from talaria.front.keys import KeyRing
+from talaria.front.lasting import MOST_OF_ONE
+from talaria.front.sessions import COOKIE
 from talaria.testing import studies
-from talaria.testing.process import free_port
+from talaria.testing.process import free_port, until
 from tests.engine.material import files, folder, later, placed, source, study
 from tests.servers.qr import archive
 from tests.servers.up import Talaria
@@ -174,6 +181,73 @@ def test_scripts_hear_all_that_happens_and_what_they_have_missed(
     hear(missed, headers={"Last-Event-ID": last})
     assert last not in {number for number, _, _ in seen}
     assert "Scheduled" in [one["state"] for _, name, one in seen if name == "run" and one["id"] == missed]
+
+
+@pytest.mark.timeout(120)
+def test_a_stream_ends_soon_after_its_reader_may_hear_no_more(up: Talaria) -> None:
+    """A token that is revoked, a user who is removed, a session that has ended: read from the file, by any process."""
+    base, password = f"http://127.0.0.1:{up.port}/talaria", "correct horse battery"
+    home = Home(up.home)
+    keys = KeyRing(home)
+    made, token = keys.tokens.create(Role.VIEWER, None, "screen")
+    for name in ("gone", "left"):
+        keys.users.add(f"hears-{name}", Role.VIEWER, password)
+    cookies = {name: keys.session_for(Identity(f"hears-{name}", Role.VIEWER, "session")) for name in ("gone", "left")}
+    with ExitStack() as stack:
+        heard = {}
+        for name, headers in {
+            "token": {"Authorization": f"Bearer {token}"},
+            "gone": {"Cookie": f"{COOKIE}={cookies['gone']}"},
+            "left": {"Cookie": f"{COOKIE}={cookies['left']}"},
+        }.items():
+            one = stack.enter_context(httpx.Client(headers=headers, timeout=60, trust_env=False))
+            answer = stack.enter_context(one.stream("GET", f"{base}/api/v1/events"))
+            heard[name] = events(answer)
+            assert next(heard[name])[0] == "open"
+        address = f"ws://127.0.0.1:{up.port}/api/events/out"
+        opened = [
+            stack.enter_context(connect(address, subprotocols=[Subprotocol("prefect")], additional_headers=more))
+            for more in ({"Authorization": f"Bearer {token}"}, {})
+        ]
+        for one in opened:
+            one.send(json.dumps({"type": "auth", "token": token}))
+            assert json.loads(one.recv(30))["type"] == "auth_success"
+            one.send(json.dumps({"type": "filter", "filter": {}}))
+        for name, end in {
+            "token": lambda: keys.tokens.revoke(made.id),
+            "gone": lambda: keys.users.remove("hears-gone"),
+            "left": lambda: keys.sessions.end(str(cookies["left"])),
+        }.items():
+            end()
+            *_, (last, words) = heard[name]
+            assert last == "error" and words["status"] == 401, words
+        for one in opened:
+            with pytest.raises(ConnectionClosed):
+                while True:
+                    one.recv(30)
+            assert one.close_code == 1008
+
+
+@pytest.mark.timeout(120)
+def test_so_many_streams_are_open_at_once_and_no_more(up: Talaria) -> None:
+    keys = KeyRing(Home(up.home))
+    token = keys.tokens.create(Role.VIEWER, None, "many")[1]
+    headers, url = {"Authorization": f"Bearer {token}"}, f"http://127.0.0.1:{up.port}/talaria/api/v1/events"
+    with ExitStack() as stack:
+        one = stack.enter_context(httpx.Client(headers=headers, timeout=60, trust_env=False))
+        streams = [stack.enter_context(one.stream("GET", url)) for _ in range(MOST_OF_ONE)]
+        assert {answer.status_code for answer in streams} == {200}
+        answer = one.get(url)
+        assert answer.status_code == 429 and f"{MOST_OF_ONE} streams" in answer.json()["error"]
+        with client(up) as other, other.stream("GET", "/events") as heard:
+            assert heard.status_code == 200, "somebody else's count for themselves"
+        streams[0].close()
+
+        def again() -> bool:
+            with one.stream("GET", url) as answer:
+                return answer.status_code == 200
+
+        until(again)
 
 
 def test_an_event_id_that_is_none_is_refused(api: httpx.Client) -> None:

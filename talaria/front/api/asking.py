@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 from fastapi import Depends, FastAPI, Header, Request
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict
+from starlette.types import Receive, Scope, Send
 
 from talaria import __version__
-from talaria.front.access import SCOPE_KEY, Identity, Role, role_of
+from talaria.front.access import ACTING, SCOPE_KEY, Identity, Role, role_of
 from talaria.front.api.answers import ProblemAnswer
 from talaria.front.api.errors import Forbidden, answer_to
 from talaria.front.changes import ChangeCount
+from talaria.front.lasting import LOOK_S, STILL, STREAMS
 from talaria.front.subscription import Ended
 from talaria.service import Office
 from transfer.home import Home
@@ -147,26 +149,63 @@ def add(
     )
 
 
+class _Stream(StreamingResponse):
+    """A stream that is counted while it is open."""
+
+    def __init__(self, who: str, *args: Any, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self._who = who
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            STREAMS.leave(self._who)
+
+
 async def streamed(events: AsyncIterator[Event]) -> StreamingResponse:
-    """Return events as server-sent events; an error before the first of them becomes an ordinary error answer."""
-    first = await anext(events, None)
-    return StreamingResponse(
-        _lines(first, events),
+    """Return events as server-sent events; an error before the first of them becomes an ordinary error answer.
+
+    Raises:
+        TooMany: its reader, or all together, have as many streams open as they may.
+    """
+    who = ACTING.get().name
+    STREAMS.enter(who)
+    try:
+        first = await anext(events, None)
+    except BaseException:
+        STREAMS.leave(who)
+        raise
+    return _Stream(
+        who,
+        _lines(first, events, STILL.get()),
         media_type="text/event-stream",
         headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no", "Talaria-Version": __version__},
     )
 
 
-async def _lines(first: Event | None, events: AsyncIterator[Event]) -> AsyncIterator[str]:
-    """Yield events as text, and a comment after a while without any; an error ends the stream as the event `error`."""
-    event, coming = first, None
+async def _lines(first: Event | None, events: AsyncIterator[Event], still: Callable[[], bool]) -> AsyncIterator[str]:
+    """Yield events as text, and a comment after a while without any; an error ends the stream as the event `error`.
+
+    Args:
+        still: returns whether its reader would be let in now; if not, that is such an error.
+    """
+    loop = asyncio.get_running_loop()
+    event, coming, looked = first, None, loop.time()
     try:
         while event is not None:
             number = f"id: {event[2]}\n" if len(event) > 2 else ""
             yield f"{number}event: {event[0]}\ndata: {json.dumps(event[1])}\n\n"
-            coming = asyncio.ensure_future(anext(events, None))
-            while not (await asyncio.wait([coming], timeout=BEAT_S))[0]:
-                yield ": still here\n\n"
+            coming, said = asyncio.ensure_future(anext(events, None)), loop.time()
+            there = False
+            while not there:
+                there = bool((await asyncio.wait([coming], timeout=max(0.0, looked + LOOK_S - loop.time())))[0])
+                if loop.time() - looked >= LOOK_S:
+                    looked = loop.time()
+                    _check(still)
+                if not there and loop.time() - said >= BEAT_S:
+                    said = loop.time()
+                    yield ": still here\n\n"
             event = coming.result()
     except Exception as exc:
         status, words = answer_to(exc)
@@ -174,3 +213,8 @@ async def _lines(first: Event | None, events: AsyncIterator[Event]) -> AsyncIter
     finally:
         if coming is not None:
             coming.cancel()
+
+
+def _check(still: Callable[[], bool]) -> None:
+    if not still():
+        raise Forbidden("log in again, or send another token: this login is not valid any more", 401)

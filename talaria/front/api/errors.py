@@ -13,6 +13,7 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
 from talaria import __version__
+from talaria.front.lasting import TooMany
 from talaria.front.subscription import Ended
 from talaria.service import Conflict
 from transfer.errors import Denied, DispatchError, Misconfigured, NotFound
@@ -34,7 +35,7 @@ class Forbidden(Exception):
 
 def answer_to(exc: BaseException) -> tuple[int, str]:
     """Return the status and the line of words for an error; an unexpected one is named by its type only."""
-    if isinstance(exc, Forbidden):
+    if isinstance(exc, Forbidden | TooMany):
         return exc.status, str(exc)
     if isinstance(exc, NotFound):
         return MISSING, str(exc)
