@@ -8,6 +8,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Collection, Iterable
 from datetime import UTC, datetime, timedelta
+from itertools import pairwise
+from typing import Any
 
 from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.filters import (
@@ -18,7 +20,7 @@ from prefect.client.schemas.filters import (
     FlowRunFilterState,
     FlowRunFilterStateType,
 )
-from prefect.client.schemas.objects import TERMINAL_STATES, FlowRun, StateType
+from prefect.client.schemas.objects import TERMINAL_STATES, FlowRun, State, StateType
 from prefect.client.schemas.sorting import FlowRunSort
 
 from blocks import Target
@@ -82,10 +84,30 @@ async def _late(client: PrefectClient, ledger: Ledger, seconds: Collection[int])
         if len(page) < PAGE:
             break
     for run in found:
-        begin = run.expected_start_time
-        for late_s in seconds if begin and not _waits_rightly(run) else ():
-            if begin is not None and (now - begin).total_seconds() > late_s:
-                await asyncio.to_thread(_say_late, ledger, run, late_s)
+        planned = run.expected_start_time
+        if planned is None or _waits_rightly(run):
+            continue
+        states = await client.read_flow_run_states(run.id) if run.run_count else []
+        begin = asked_for(states) or planned
+        for late_s in seconds:
+            if (now - begin).total_seconds() > late_s:
+                again = "" if begin == planned else f"/{begin.timestamp():.0f}"
+                await asyncio.to_thread(_say_late, ledger, run, late_s, again)
+
+
+def asked_for(states: Iterable[State[Any]]) -> datetime | None:
+    """Return when somebody has last asked that a run begin again: it had ended, or was paused; None for never.
+
+    What goes on by itself does not count: the end of a wait, or of a crash.
+    """
+    in_order = sorted(states, key=lambda one: one.timestamp)
+    asked = None
+    for before, after in pairwise(in_order):
+        ended = before.is_final() and not before.is_crashed()
+        paused = before.name == running.PAUSED or before.is_paused()
+        if (ended or paused) and after.name != before.name and not after.is_final():
+            asked = max(after.timestamp, after.state_details.scheduled_time or after.timestamp)
+    return asked
 
 
 def _waits_rightly(run: FlowRun) -> bool:
@@ -95,10 +117,15 @@ def _waits_rightly(run: FlowRun) -> bool:
     return paused or said.startswith(rest.WAITS) or run.parameters.get("priority") == OFFPEAK
 
 
-def _say_late(ledger: Ledger, run: FlowRun, late_s: int) -> None:
+def _say_late(ledger: Ledger, run: FlowRun, late_s: int, again: str) -> None:
+    """Say that a run is late, once.
+
+    Args:
+        again: names the time at which it was asked for again; "" for the first one.
+    """
     for name in {str(one).rpartition("/")[2] for one in run.parameters.get("targets") or ()}:
         known = {"target": name, "run": str(run.id), "dispatch": runs.dispatch_of(run), "late_s": late_s}
-        happened(ledger, RuleEvent.LATE, known, key=f"late/{run.id}/{name}/{late_s}")
+        happened(ledger, RuleEvent.LATE, known, key=f"late/{run.id}/{name}/{late_s}{again}")
 
 
 def _expiring(ledger: Ledger, known: Iterable[certificates.KnownCertificate]) -> None:
