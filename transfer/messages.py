@@ -3,15 +3,20 @@
 A message collects what happens until it is due, and does not change any more once it was tried. Of one rule and
 recipient, a later message waits until the earlier one has ended. Who sends one claims it for a while; a claim of a
 process that was killed ends by itself, or when that process's successor begins.
+
+A rule that can't be loaded has one row more, number 0: what has happened meanwhile, until the rule can say what it
+hears of.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from transfer.database import Database
+from transfer.happenings import Happening
 
 TABLE = """
 CREATE TABLE IF NOT EXISTS messages (
@@ -21,6 +26,8 @@ CREATE TABLE IF NOT EXISTS messages (
   PRIMARY KEY (rule, recipient, number)) WITHOUT ROWID;
 """
 OPEN, SENT, FAILED = "open", "sent", "failed"  # states
+KEPT = "kept"  # of the row with what has happened while a rule could not be loaded
+MOST_KEPT = 1000  # happenings of one such rule, the newest
 _KEY = "rule=? AND recipient=? AND number=?"
 _COLUMNS = "rule, recipient, number, state, body, version, made, due, tries, ended, error"
 
@@ -99,6 +106,61 @@ class Messages:
         if saved.rowcount != 1:
             raise Overtaken
 
+    def keep(self, rule: str, happened: Iterable[Happening]) -> int:
+        """Keep what has happened for a rule that can't be loaded, within a block of `writing`.
+
+        Returns:
+            How many happenings were dropped, the oldest, as there is room for `MOST_KEPT` only.
+
+        Raises:
+            Overtaken: another process has kept something meanwhile.
+        """
+        row = self._kept(rule)
+        new = [[one.id, one.time, one.event, one.about] for one in happened]
+        if not new:
+            return 0
+        all_ = [*(json.loads(row[0]) if row else ()), *new]
+        body = json.dumps(all_[-MOST_KEPT:])
+        if row:
+            saved = self._db.execute(
+                f"UPDATE messages SET body=?, version=version+1 WHERE {_KEY} AND version=?",  # noqa: S608 - ours
+                (body, rule, "", 0, row[1]),
+            )
+        else:
+            saved = self._db.execute(
+                "INSERT INTO messages VALUES (?,'',0,?,?,1,?,0,0,0,'','',0) ON CONFLICT DO NOTHING",
+                (rule, KEPT, body, self._db.time()),
+            )
+        if saved.rowcount != 1:
+            raise Overtaken
+        return max(0, len(all_) - MOST_KEPT)
+
+    def keeping(self) -> set[str]:
+        """Return the names of the rules for which something is kept."""
+        with self._db.reading():
+            return {row[0] for row in self._db.execute("SELECT rule FROM messages WHERE state=?", (KEPT,))}
+
+    def take_up(self, rule: str) -> list[Happening]:
+        """Return what was kept for a rule, and keep it no longer; within a block of `writing`.
+
+        Raises:
+            Overtaken: another process has kept something meanwhile.
+        """
+        row = self._kept(rule)
+        if row is None:
+            return []
+        gone = self._db.execute(f"DELETE FROM messages WHERE {_KEY} AND version=?", (rule, "", 0, row[1]))  # noqa: S608
+        if gone.rowcount != 1:
+            raise Overtaken
+        return [Happening(*one) for one in json.loads(row[0])]
+
+    def _kept(self, rule: str) -> Any:
+        with self._db.reading():
+            return self._db.execute(
+                f"SELECT body, version FROM messages WHERE {_KEY}",  # noqa: S608 - ours
+                (rule, "", 0),
+            ).fetchone()
+
     def claimed(self, claimant: str, seconds: float, limit: int) -> list[StoredMessage]:
         """Claim messages that are due; the first of each rule and recipient.
 
@@ -164,7 +226,7 @@ class Messages:
         """Return the newest messages of a rule, the last one first."""
         with self._db.reading():
             rows = self._db.execute(
-                f"SELECT {_COLUMNS} FROM messages WHERE rule=? ORDER BY made DESC, number DESC LIMIT ?",  # noqa: S608
+                f"SELECT {_COLUMNS} FROM messages WHERE rule=? AND number>0 ORDER BY made DESC, number DESC LIMIT ?",  # noqa: S608
                 (rule, limit),
             ).fetchall()
         return [_message(row) for row in rows]
@@ -174,23 +236,24 @@ class Messages:
         late = "CASE WHEN state='open' AND error<>'' THEN 'late' ELSE state END"
         with self._db.reading():
             rows = self._db.execute(
-                f"SELECT rule, {late}, count(*) FROM messages GROUP BY rule, {late}"  # noqa: S608 - ours
+                f"SELECT rule, {late}, count(*) FROM messages WHERE number>0 GROUP BY rule, {late}"  # noqa: S608 - ours
             ).fetchall()
         return {(rule, state): int(count) for rule, state, count in rows}
 
     def prune(self, before: float) -> int:
         """Forget messages that ended before a time (seconds since the epoch), but not the last; return how many."""
         return self._db.execute(
-            "DELETE FROM messages WHERE state<>'open' AND ended<? AND EXISTS (SELECT 1 FROM messages AS later"
-            " WHERE later.rule=messages.rule AND later.recipient=messages.recipient"
-            " AND later.number>messages.number)",
+            "DELETE FROM messages WHERE number>0 AND state<>'open' AND ended<?"
+            " AND EXISTS (SELECT 1 FROM messages AS later WHERE later.rule=messages.rule"
+            " AND later.recipient=messages.recipient AND later.number>messages.number)",
             (before,),
         ).rowcount
 
     def _newest(self, rule: str, recipient: str) -> StoredMessage | None:
         with self._db.reading():
             row = self._db.execute(
-                f"SELECT {_COLUMNS} FROM messages WHERE rule=? AND recipient=? ORDER BY number DESC LIMIT 1",  # noqa: S608
+                f"SELECT {_COLUMNS} FROM messages WHERE rule=? AND recipient=? AND number>0"  # noqa: S608 - ours
+                " ORDER BY number DESC LIMIT 1",
                 (rule, recipient),
             ).fetchone()
         return _message(row) if row else None

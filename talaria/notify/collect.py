@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import logging
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from blocks.rule import EmailRule, Rule
@@ -26,26 +27,29 @@ SHOWN_PATHS = 20
 MOST_ENTRIES = 200  # of one message; what is beyond is counted in the last one
 OTHERS = "others"
 TAKEN = 500  # happenings at once
+logger = logging.getLogger("talaria.notify")
 
 
-def collect(ledger: Ledger, rules: Iterable[Rule], contacts: Mapping[str, str]) -> int:
+def collect(ledger: Ledger, rules: Iterable[Rule], contacts: Mapping[str, str], broken: Collection[str] = ()) -> int:
     """Take what has happened and put it into messages, all in one transaction; return how much was taken.
 
     Args:
         contacts: e-mail addresses of contacts, by `target/NAME` and `source/NAME`.
+        broken: names of rules that can't be loaded: what has happened is kept for them, up to a number.
 
     Raises:
         Overtaken: another process has collected meanwhile; nothing is taken then.
     """
-    found = ledger.happenings.waiting(TAKEN)
-    if not found:
+    rules, found, kept = list(rules), ledger.happenings.waiting(TAKEN), ledger.messages.keeping()
+    if not found and not kept & {rule.name for rule in rules}:
         return 0
-    rules = list(rules)
     with ledger.together():
         mine = ledger.happenings.take(found)
+        lost = {name: ledger.messages.keep(name, mine) for name in broken}
         groups: dict[tuple[str, str], tuple[Rule, list[Happening]]] = {}
-        for one in mine:
-            for rule in rules:
+        for rule in rules:
+            earlier = ledger.messages.take_up(rule.name) if rule.name in kept else ()
+            for one in (*earlier, *mine):
                 for recipient in recipients(rule, one, contacts) if rule.hears(one.event, one.about) else ():
                     groups.setdefault((rule.name, recipient), (rule, []))[1].append(one)
         for (name, recipient), (rule, happened) in groups.items():
@@ -53,6 +57,11 @@ def collect(ledger: Ledger, rules: Iterable[Rule], contacts: Mapping[str, str]) 
             for one in happened:
                 add(message.body, one, paths=rule.paths)
             ledger.messages.save(message)
+    for name, count in lost.items():
+        if count:
+            logger.warning(
+                "rule %s can't be loaded: %d happenings more than are kept for it are forgotten", name, count
+            )
     return len(found)
 
 

@@ -126,6 +126,7 @@ class Notifier:
         """Return the saved rules, with their secrets; Prefect's client and our types are loaded if there are any."""
         answer = await self.raw.post("/block_documents/filter", json=RULES_FILTER)
         if not answer.raise_for_status().json():
+            self._broken = {}
             return []
         client = await self.client()
         from blocks.rule import Rule
@@ -151,7 +152,7 @@ class Notifier:
         taken, overtaken = True, 0
         while taken and overtaken < TRIES:
             try:
-                taken = bool(await asyncio.to_thread(collect, ledger, rules, contacts))
+                taken = bool(await asyncio.to_thread(collect, ledger, rules, contacts, self._broken))
             except Overtaken:
                 overtaken += 1
 

@@ -28,7 +28,7 @@ from tests.servers.smtp import PASSWORD, USER, smtp
 from transfer import database
 from transfer.home import Home
 from transfer.ledger import Ledger
-from transfer.messages import OPEN, SENT, StoredMessage
+from transfer.messages import MOST_KEPT, OPEN, SENT, StoredMessage
 
 AT_ONCE = {"group_s": 0, "every_s": 0}
 
@@ -352,3 +352,37 @@ def test_a_rule_that_can_t_work_is_refused_without_its_secrets(cls: Any, fields:
     with pytest.raises(ValueError, match=words) as found:
         cls(**fields)
     assert "swordfish" not in str(found.value).replace("dispatch.swordfish", "")
+
+
+def test_what_happens_while_a_rule_can_not_be_loaded_is_told_by_it_later(home: Home, hook: Receiver) -> None:
+    ops, other = webhook(hook), webhook(hook, "other", targets=["archive"])
+    with Ledger(home.ledger) as ledger:
+        failed(ledger, 3)
+        failed(ledger, 2, target="archive")
+        assert collect(ledger, [ops], {}, {"other"}) == 5
+        failed(ledger, 1, target="archive")
+        assert collect(ledger, [ops], {}, {"other"}) == 1
+        assert not ledger.messages.newest("other", 9) and ("other", "kept") not in ledger.messages.counts()
+        ledger.messages.prune(time.time() + 60)
+        collect(ledger, [ops, other], {})
+        assert collect(ledger, [ops, other], {}) == 0 and not ledger.messages.keeping()
+        (one,) = ledger.messages.newest("other", 9)
+        (entry,) = one.body["entries"].values()
+        assert (entry["target"], entry["count"]) == ("archive", 3)
+        assert sum(entry["count"] for entry in ledger.messages.newest("ops", 1)[0].body["entries"].values()) == 6
+
+
+def test_what_is_kept_for_a_rule_that_can_not_be_loaded_is_bounded(home: Home, hook: Receiver) -> None:
+    with Ledger(home.ledger) as ledger:
+        failed(ledger, MOST_KEPT)
+        failed(ledger, 7, target="newest")
+        while collect(ledger, [], {}, {"ops"}):
+            pass
+        while collect(ledger, [webhook(hook)], {}):
+            pass
+        counts = {one["target"]: one["count"] for one in ledger.messages.newest("ops", 1)[0].body["entries"].values()}
+        assert counts == {"pacs": MOST_KEPT - 7, "newest": 7}
+        failed(ledger, 1)
+        collect(ledger, [], {}, {"ops"})
+        ledger.messages.drop("ops")  # the rule is removed
+        assert not ledger.messages.keeping()
