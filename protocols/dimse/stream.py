@@ -40,6 +40,7 @@ ORIGINATOR, ORIGINATOR_ID = 0x1030, 0x1031
 _SLICE = struct.pack("ll", int(SLICE_S), int(SLICE_S % 1 * 1e6))  # struct timeval
 _ELEMENT = struct.Struct("<HHI")
 _PDU, _PDV = struct.Struct(">BxI"), struct.Struct(">IBB")
+_NOT_NOW = (BlockingIOError, TimeoutError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
 class Released(Exception):
@@ -304,45 +305,54 @@ class Stream:
         Raises:
             TimedOut: the peer is silent. Interrupted: the connection ended.
         """
-        if self._begin == self._end:
-            self._begin = self._end = 0
-        elif self._begin:
-            left = self._end - self._begin
-            self._memory[:left] = self._memory[self._begin : self._end]
-            self._begin, self._end = 0, left
-        count = self._receive()
+        begin, end = self._begin, self._end
+        if begin:
+            self._begin = 0
+            if begin < end:
+                self._memory[: end - begin] = self._memory[begin:end]
+            end -= begin
+        limited = self.throttle.limit
+        room = self._view[end : end + self.throttle.piece if limited else BUFFER]
+        if not self._answered and self._plain:
+            # A peer with Nagle's algorithm waits for our ACK of a small piece, which we'd delay by 40 ms; the
+            # kernel forgets this setting, so that it is made each time. What we have sent since was an ACK too.
+            self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+        self._answered = False
+        self._end = end
+        try:
+            count = self.sock.recv_into(room)
+        except OSError as exc:
+            count = self._receive(room, exc)
+        if not count:
+            raise Interrupted(f"{self.where}: the peer closed the connection")
         self._end += count
         self.heard = time.monotonic()
         self.moved(count)
-        wait = self.throttle.delay(count) if self.throttle.limit else 0.0
+        if limited:
+            self._slow_down(count)
+
+    def _slow_down(self, count: int) -> None:
+        wait = self.throttle.delay(count)
         while wait > 0:
             self.check()
             time.sleep(min(wait, SLICE_S))
             wait -= SLICE_S
 
-    def _receive(self) -> int:
-        begun = time.monotonic()
-        room = self._view[self._end :]
-        if self.throttle.limit:
-            room = room[: self.throttle.piece]
+    def _receive(self, room: memoryview, exc: OSError) -> int:
+        """Wait for bytes that didn't come at once, as `exc` says."""
+        begun = time.monotonic() - SLICE_S
         while True:
-            if self._plain and not self._answered:
-                # A peer with Nagle's algorithm waits for our ACK of a small piece, which we'd delay by 40 ms; the
-                # kernel forgets this setting, so that it is made each time. What we have sent since was an ACK too.
-                self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
-            self._answered = False
-            try:
-                count = self.sock.recv_into(room)
-            except (BlockingIOError, TimeoutError, ssl.SSLWantReadError, ssl.SSLWantWriteError) as exc:
-                self.check()
-                if time.monotonic() - max(begun, self.heard, self.quiet()) >= self.idle_timeout_s:
-                    raise TimedOut(f"{self.where}: the peer was silent for {self.idle_timeout_s:g} s") from exc
-                continue
-            except OSError as exc:
+            if not isinstance(exc, _NOT_NOW):
                 raise Interrupted(f"{self.where}: the connection broke: {exc.strerror or exc}") from exc
-            if count == 0:
-                raise Interrupted(f"{self.where}: the peer closed the connection")
-            return count
+            self.check()
+            if time.monotonic() - max(begun, self.heard, self.quiet()) >= self.idle_timeout_s:
+                raise TimedOut(f"{self.where}: the peer was silent for {self.idle_timeout_s:g} s") from exc
+            if self._plain:
+                self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+            try:
+                return self.sock.recv_into(room)
+            except OSError as again:
+                exc = again
 
     def command(self) -> CommandSet:
         """Wait for the next command set.
@@ -409,7 +419,7 @@ class Stream:
         while left:
             try:
                 count = self.sock.send(left)
-            except (BlockingIOError, TimeoutError, ssl.SSLWantReadError, ssl.SSLWantWriteError) as exc:
+            except _NOT_NOW as exc:
                 self.check()
                 if time.monotonic() - last >= self.idle_timeout_s:
                     raise TimedOut(f"{self.where}: the peer took no bytes for {self.idle_timeout_s:g} s") from exc
