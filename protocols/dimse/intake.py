@@ -33,7 +33,8 @@ from transfer.spool import ReceivedUnit, Spool, sync
 
 logger = logging.getLogger(__name__)
 
-LOOK_BYTES = 1 << 20  # of one association, between two looks at the room that is left
+# Of one association, between two looks at the room that is left: a look takes as long as a tenth of a small instance.
+LOOK_BYTES, LOOK_S = 1 << 20, 0.1
 FRESH_S, AGAIN_S, GOOD_S = 30.0, 5.0, 600.0  # for which a name counts as found, as not found, as found before
 TOUCH_S = 1.0  # between two marks that a unit is still being received
 
@@ -198,11 +199,16 @@ class Reception:
         with self._lock:
             self._visits.discard(visit)
 
-    def count(self, **more: int) -> None:
-        """Add to the counts."""
+    def failed(self) -> None:
+        """Count an instance that was answered with another status than 0000."""
         with self._lock:
-            for name, number in more.items():
-                setattr(self.counts, name, getattr(self.counts, name) + number)
+            self.counts.failed += 1
+
+    def received(self, size: int) -> None:
+        """Count an instance of so many bytes."""
+        with self._lock:
+            self.counts.instances += 1
+            self.counts.bytes += size
 
     def kept(self, unit: ReceivedUnit, *, isnew: bool) -> None:
         """Note that an instance of a unit is on disk."""
@@ -270,8 +276,8 @@ class SpoolVisit:
 
     def depot(self, request: CommandSet) -> tuple[Depot | None, int]:
         """Return the folder for an instance, or None and the status to refuse it with."""
-        if not (self.reception.terms.open and self.reception.has_room()):
-            self.reception.count(failed=1)
+        if not (self.reception.terms.open and self._depot.has_room()):
+            self.reception.failed()
             return None, OUT_OF_RESOURCES
         self.receiving = True
         return self._depot, SUCCESS
@@ -283,6 +289,7 @@ class SpoolVisit:
     def ended(self) -> None:
         """Note that the association is over."""
         self.receiving = False
+        self._depot.close()
         self.reception.left(self)
         self._commitments.ended()
         logger.info(
@@ -305,14 +312,24 @@ class SpoolDepot(Depot):
         self._durably = visit.reception.durably
         self._unit = ReceivedUnit(visit.caller.calling, visit.caller.called, visit.caller.host, "")
         self._unlooked = 0  # bytes
+        self._look_at = 0.0  # `time.monotonic` from which on what was seen last no longer holds
+        self._terms: Terms | None = None  # under which that was
+
+    def has_room(self) -> bool:
+        """Return True if the disk has room for one more, as far as was seen a moment ago."""
+        now = time.monotonic()
+        if self._unlooked < LOOK_BYTES and now < self._look_at and self._terms is self._reception.terms:
+            return True
+        self._terms = self._reception.terms
+        has = self._reception.has_room()
+        self._unlooked, self._look_at = 0, now + LOOK_S if has else 0.0
+        return has
 
     def wrote(self, count: int) -> None:
         """Look for room now and then: nobody knows how long a data set is before it has ended."""
         self._unlooked += count
-        if self._unlooked >= LOOK_BYTES:
-            self._unlooked = 0
-            if not self._reception.has_room():
-                self.failure = Busy(f"{self.folder} has too little room")
+        if self._unlooked >= LOOK_BYTES and not self.has_room():
+            self.failure = Busy(f"{self.folder} has too little room")
 
     def keep(self, part: partial.PartialFile, size: int, uid: str, seen: Header | None) -> tuple[int, Header | None]:
         """Give a whole file its name, unless the same content has it; one with another content gets it elsewhere."""
@@ -352,7 +369,7 @@ class SpoolDepot(Depot):
         """Note that an instance is all there, or dropped."""
         self._visit.receiving = False
         if status != SUCCESS:
-            self._reception.count(failed=1)
+            self._reception.failed()
 
     @staticmethod
     def _same(part: partial.PartialFile, size: int, other: Path) -> bool | None:
@@ -370,7 +387,7 @@ class SpoolDepot(Depot):
         """Count an instance that has got its name."""
         self._visit.instances += 1
         self._visit.bytes += size
-        self._reception.count(instances=1, bytes=size)
+        self._reception.received(size)
 
 
 class ListenerDesk:

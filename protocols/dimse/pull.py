@@ -223,6 +223,7 @@ class Pull:
         try:
             yield depot
         finally:
+            depot.close()
             one.refused.update(depot.refused)
             depot.settle(self.report.check)
 

@@ -33,8 +33,10 @@ from protocols.dimse.stream import (
 )
 from protocols.files import filesystem as fs
 from protocols.files import partial
+from protocols.files.durable import DurableWay, way_of
 from transfer.errors import DispatchError, Interrupted
 from transfer.plan import Item
+from transfer.spool import sync
 
 SUCCESS, OUT_OF_RESOURCES, MISMATCH, CANNOT_UNDERSTAND = 0x0000, 0xA700, 0xA900, 0xC000  # PS3.4 table B.2-1
 INVALID_INSTANCE, NOT_AUTHORISED = 0x0117, 0x0124  # PS3.7 Annex C
@@ -72,7 +74,41 @@ class Depot:
         self._meta: dict[tuple[str, str, int], tuple[bytes, bytes]] = {}
         self.path = str(self.folder)
         self.glance = Glance()
-        self._directory: _Directory | None = None
+        self._found_way: DurableWay | None = None
+        self._blanks: list[partial.PartialFile] = []
+        self._closed = False
+
+    def blank(self) -> partial.PartialFile:
+        """Return a file for an instance: one that was made before it came, if there is one.
+
+        Raises:
+            OSError: it can't be made.
+        """
+        try:
+            return self._blanks.pop()
+        except IndexError:
+            return partial.PartialFile(self.path)
+
+    def prepare(self) -> None:
+        """Make a file for the next instance, while its sender is preparing it."""
+        if self._closed:
+            return
+        try:
+            part = partial.PartialFile(self.path)
+        except OSError:
+            return  # whoever needs it will say so
+        self._blanks.append(part)
+        if not part.is_hidden or self._closed:  # others would see it, and might take it for a leftover
+            self.close()
+
+    def close(self) -> None:
+        """Give up what was made for instances that don't come; those that do are received all the same."""
+        self._closed = True
+        while True:
+            try:
+                self._blanks.pop().close()
+            except IndexError:
+                return
 
     def meta(self, sop_class: str, uid: str, syntax: str) -> bytes:
         """Return the preamble and file meta information (PS3.10 section 7.1)."""
@@ -103,10 +139,11 @@ class Depot:
         if uid in self.here:
             return SUCCESS, None  # a second copy
         if self.durable:
-            os.fdatasync(part.fd)
-        part.keep(f"{uid}.dcm")
-        if self.durable:
-            self._sync_folder()
+            made = self._way(part)
+            part.keep(f"{uid}.dcm")
+            made.named(self.path)
+        else:
+            part.keep(f"{uid}.dcm")
         with self._lock:
             if uid in self.here:
                 return SUCCESS, None
@@ -154,12 +191,11 @@ class Depot:
         with self._lock:
             self.refused[why] = self.refused.get(why, 0) + 1
 
-    def _sync_folder(self) -> None:
-        directory = self._directory
-        if directory is None:
-            fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            directory = self._directory = _Directory(fd)
-        os.fsync(directory.fd)
+    @property
+    def _way(self) -> DurableWay:
+        if self._found_way is None:
+            self._found_way = way_of(self.folder)
+        return self._found_way
 
     def settle(self, check: Callable[[], None] = lambda: None) -> None:
         """Flush everything that was received to disk at once, which costs one commit of the file system's journal.
@@ -185,17 +221,7 @@ class Depot:
                     os.fdatasync(fd)
                 finally:
                     os.close(fd)
-            self._sync_folder()
-
-
-class _Directory:
-    """An open directory, closed with the last reference: an association may still write when its retrieval ended."""
-
-    def __init__(self, fd: int) -> None:
-        self.fd = fd
-
-    def __del__(self) -> None:
-        os.close(self.fd)
+            sync(self.folder)
 
 
 def receive(
@@ -216,7 +242,7 @@ def receive(
         respond(request, INVALID_INSTANCE)
         return INVALID_INSTANCE
     try:
-        part = partial.PartialFile(depot.path)
+        part = depot.blank()
     except OSError as exc:
         depot.failure = partial.failure(depot.folder, exc)
         stream.skip()
@@ -242,6 +268,8 @@ def receive(
                 depot.note(part, size, header)
         finally:
             part.close()
+    if status == SUCCESS:
+        depot.prepare()
     return status
 
 

@@ -16,6 +16,7 @@ from typing import Protocol
 
 from protocols.files import filesystem as fs
 from protocols.files.partial import PartialFile
+from transfer.spool import sync
 
 
 class Named(Protocol):
@@ -43,11 +44,7 @@ class AnyFileSystem:
 
     def named(self, folder: str) -> None:
         """Flush the folder."""
-        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        sync(folder)
 
 
 class OneCommit:

@@ -79,6 +79,11 @@ class PartialFile:
                 raise
             self._path, self.fd = create(Path(folder))
 
+    @property
+    def is_hidden(self) -> bool:
+        """Whether it has no name at all."""
+        return self._path is None
+
     def keep(self, name: str, *, replace: bool = True) -> None:
         """Give the file its name, below its folder, replacing one that has it.
 

@@ -416,6 +416,58 @@ def test_room_is_looked_for_while_a_data_set_comes(tmp_path: Path) -> None:
         assert lying(there.folder) == {} and stray(there.folder) == []
 
 
+def test_room_is_looked_for_after_a_while_and_after_many_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others write to the disk as well; but a look for each small instance takes a tenth of its time."""
+    with listening(tmp_path / "home") as there:
+        looks: list[bool] = []
+        real = there.reception.has_room
+        monkeypatch.setattr(there.reception, "has_room", lambda: looks.append(True) or real())
+        monkeypatch.setattr(intake, "LOOK_S", 3600.0)
+        assoc = associated(there.port)
+        assert [stored(assoc, studies.dataset()) for _ in range(3)] == [0, 0, 0]
+        assert len(looks) == 2  # before the association, and before its first instance
+        monkeypatch.setattr(intake, "LOOK_BYTES", 1)
+        assert stored(assoc, studies.dataset()) == 0
+        monkeypatch.setattr(intake, "LOOK_BYTES", LOOK_BYTES)
+        count = len(looks)
+        assert count > 2
+        monkeypatch.setattr(intake, "LOOK_S", 0.0)
+        there.change(keep_free=1)
+        assert [stored(assoc, studies.dataset()) for _ in range(3)] == [0, 0, 0]
+        assert len(looks) == count + 3
+        assoc.release()
+
+
+def test_the_next_file_is_made_while_its_sender_prepares_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One file for each open association, which nobody sees, and which is gone with the association."""
+    with listening(tmp_path / "home") as there:
+        assoc = associated(there.port)
+        assert nameless(there.folder) == 0
+        for _ in range(2):
+            assert stored(assoc, studies.dataset()) == 0
+            until(lambda: nameless(there.folder) == 1)
+        assert stray(there.folder) == []
+        assoc.release()
+        until(lambda: there.reception.associations == 0)
+        assert nameless(there.folder) == 0 and len(lying(there.folder)) == 2
+        monkeypatch.setattr(os, "O_TMPFILE", 0)  # so that open(2) of the folder fails as on a file system without it
+        assoc = associated(there.port)
+        assert [stored(assoc, studies.dataset()) for _ in range(2)] == [0, 0]
+        until(lambda: stray(there.folder) == [])  # a visible one is not kept for later
+        assoc.release()
+        assert len(lying(there.folder)) == 4
+
+
+def nameless(folder: Path) -> int:
+    """How many files without a name, of those in a folder, this process has open."""
+    found = 0
+    for link in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):
+            target = os.readlink(link)
+            found += target.startswith(f"{folder}/") and target.endswith(" (deleted)")
+    return found
+
+
 # ---- threads
 
 
