@@ -9,6 +9,7 @@ Source: PS3.3 section C.12.1.1.2 (the terms), PS3.5 section 6.1.2 (code extensio
 from __future__ import annotations
 
 import re
+from functools import partial
 
 ESC = b"\x1b"
 LATIN = "latin-1"
@@ -54,6 +55,8 @@ _ESCAPES = {
     b"-T": (1, "iso8859-11"),
     b"-b": (1, "iso8859-15"),
 }
+# What text can be written in, by the same number: ASCII where the term names no more, all of what code extensions add.
+_HELD = _G1 | {"": "ascii", "6": "ascii", "87": "iso2022_jp", "159": "iso2022_jp_2"}
 _PARTS = re.compile(rb"(\x1b(?:\$[()][A-D]|\$B|[()][BIJ]|-[A-Zb]))|([\x80-\xff]+)|([^\x1b\x80-\xff]+)|(\x1b)")
 NAME_DELIMITERS = frozenset(b"\\^=\t\n\f\r")
 TEXT_DELIMITERS = frozenset(b"\\\t\n\f\r")
@@ -94,3 +97,22 @@ def _extended(raw: bytes, first: str, delimiters: frozenset[int]) -> str:
             if not delimiters.isdisjoint(low):
                 g1 = first
     return "".join(text)
+
+
+def lacking(text: str, charset: str) -> frozenset[str]:
+    """Return the letters of a text that a character set doesn't have; none if the character set is not known.
+
+    Args:
+        charset: the value of Specific Character Set, several terms with a backslash between them.
+    """
+    terms = [term.strip(" \0") for term in charset.split("\\")]
+    codecs = {_ALONE.get(term) or _HELD.get(term.rpartition(" ")[2], "utf-8") for term in terms}
+    return frozenset(letter for letter in text if not any(map(partial(_has, letter), codecs)))
+
+
+def _has(letter: str, codec: str) -> bool:
+    try:
+        letter.encode(codec)
+    except UnicodeEncodeError:
+        return False
+    return True

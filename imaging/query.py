@@ -36,10 +36,12 @@ class Match:
     Attributes:
         attributes: values by DICOM keyword, as the peer gave them.
         instances: how many instances the peer announces; None if it doesn't say.
+        note: what people must know of the values, "" if nothing; names no patient.
     """
 
     attributes: dict[str, Any] = field(repr=False)
     instances: int | None = None
+    note: str = ""
 
     @property
     def StudyInstanceUID(self) -> str:
@@ -51,7 +53,7 @@ class Match:
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON of one match in `query --json`."""
-        return {**self.attributes, "instances": self.instances}
+        return {**self.attributes, "instances": self.instances, **({"note": self.note} if self.note else {})}
 
 
 def listed(value: str) -> list[str]:

@@ -15,6 +15,7 @@ from typing import Any
 
 from imaging import json as dicomjson
 from imaging.json import keyworded
+from imaging.loss import may_be, wanted
 from imaging.match import Test, has_wild_cards, in_days, is_universal
 from imaging.query import Match, Query, count, listed, text
 from protocols.dicomweb import service as dicomweb
@@ -34,6 +35,8 @@ CASED = ("StudyDescription", "SeriesDescription")  # match in the case that they
 # Values that no study has: a server that finds something with them ignores the key.
 NO_VALUE, NO_DATE = "NO SUCH VALUE 7Q", "18000101"
 NAME_TRIES = 5  # with up to so many empty components less one at its end, as some write names (PS3.5 section 6.2.1)
+
+MOST_READ = 500  # instances, for results that are shown without some letters
 
 _LEVELS = (("studies", "StudyInstanceUID"), ("series", "SeriesInstanceUID"), ("instances", "SOPInstanceUID"))
 
@@ -116,6 +119,8 @@ class _Finder:
     def __init__(self, archive: Archive, query: Query) -> None:
         self.archive, self.query = archive, query
         self._study_tests, self._series_tests = study_tests(query), series_tests(query)
+        self._wanted = wanted(query)
+        self._read = 0  # instances that were read, as results didn't show all letters
         self._matched: dict[tuple[str, ...], bool] = {}  # whether the server matches a key, by level and key
         self._stars: dict[str, bool] = {}  # whether it takes wild cards in a key
 
@@ -159,6 +164,8 @@ class _Finder:
                 yield values
             elif not any(keyword in values for keyword, _ in failed):
                 open_.append((values, failed))
+            elif self._shows_less(values, failed):
+                yield from self._as_stored(search, values, failed)
         for values, failed in open_:
             if any(keyword in given for keyword, _ in failed):
                 continue  # it answers that of others, so this one has no value
@@ -283,6 +290,34 @@ class _Finder:
         return next(self.series_of(study), None) is not None
 
     # ---- what an answer lacks
+
+    def _shows_less(self, values: dict[str, Any], failed: Iterable[tuple[str, Test]]) -> bool:
+        """Return True if letters that a result can't show may be all that it lacks (Orthanc leaves them out)."""
+        charset = text(values.get("SpecificCharacterSet"))
+        return all(
+            may_be(keyword, self._wanted.get(keyword, ()), text(values.get(keyword)), charset) for keyword, _ in failed
+        )
+
+    def _as_stored(
+        self, search: PagedSearch, values: dict[str, Any], failed: list[tuple[str, Test]]
+    ) -> Iterator[dict[str, Any]]:
+        """Yield a result with the values of one of its instances, if these match.
+
+        Raises:
+            Misconfigured: the server shows none, or there are too many of such results.
+        """
+        uid = str(values.get(_LEVELS[len(search.segments) // 2][1], ""))
+        self._read += 1
+        below = self._below(search.segments, uid) if self._read <= MOST_READ else None
+        keywords = [keyword for keyword, _ in failed]
+        if below is None:
+            service = self.archive.service
+            raise Misconfigured(
+                f"{service.where}{service.path(service.qido, *search.segments)}: the server shows "
+                f"{', '.join(keywords)} without some letters: narrow the query, by date for instance"
+            )
+        if all(test(text(below.get(keyword))) for keyword, test in failed):
+            yield values | {keyword: below[keyword] for keyword in keywords}
 
     def _below(self, segments: tuple[str, ...], uid: str) -> dict[str, Any] | None:
         """Return the values of one instance of a study or series; None if the server doesn't show any."""

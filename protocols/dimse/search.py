@@ -8,17 +8,20 @@ query on this side, by the rules of `imaging.match`; an answer that may be cut s
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from imaging.loss import wanted
 from imaging.match import in_days
 from imaging.query import Match, Query, count, listed, text
 from protocols.dimse.accessions import Accessions
 from protocols.dimse.below import InParts
+from protocols.dimse.doubts import UID_LIST, Doubts
 from protocols.dimse.identifier import encodings
 from protocols.dimse.parts import PREFIXED, SPLITTERS, Splitter, by_prefix, by_time, outside
 from protocols.dimse.probes import CAPS, Probes
 from protocols.dimse.query import PATIENT_ROOT_FIND, Finder
+from protocols.dimse.wording import worded
 from transfer.errors import Busy, DispatchError, Misconfigured
 from transfer.query import series_tests, study_tests
 
@@ -35,11 +38,7 @@ SERIES_FIELDS = (
 )  # fmt: skip
 IMAGE_FIELDS = ("SOPInstanceUID", "SOPClassUID", "AvailableTransferSyntaxUID", "InstanceNumber")
 OPTIONAL = ("ModalitiesInStudy", "StudyDescription")  # keys that may be left out where a peer refuses them
-TEXTS = ("PatientName", "PatientID", "StudyDescription")
-LATIN = 0x24F  # the last of its letters in Unicode; others may stand in a second or third form of a name
-SINGLE = re.compile(r"\*?\?[*?]*")  # a wild card for one character, with those around it
 EXACT = ("StudyInstanceUID", "AccessionNumber")  # keys that narrow a search so far that nothing is cut short
-UID_LIST = 50  # UIDs in one query
 MOST_STALE = 3  # studies that announce more series than they have, after which a peer's counts say nothing
 MAX_DEPTH = 60  # of parts of parts
 MOST_DOUBTED = 300  # queries for what nothing but a usual number of answers makes doubtful
@@ -56,6 +55,7 @@ class PeerSearch:
         self._doubted = 0  # queries that were spent on answers which only their number makes doubtful
         self._stale = 0  # studies that announced more series than there were
         self._patients: dict[str, str] = {}  # PatientID by study, for peers of Patient Root
+        self._notes: dict[str, str] = {}  # what is not shown of a study or series, by UID
 
     def find(self, query: Query) -> Iterator[Match]:
         """Yield the studies or series that match, each once.
@@ -67,17 +67,42 @@ class PeerSearch:
         for study in self._studies(query):
             if query.level == "series":
                 for series in self.series(study, query):
-                    yield Match({**study, **series}, count(series.get("NumberOfSeriesRelatedInstances")))
+                    instances = count(series.get("NumberOfSeriesRelatedInstances"))
+                    yield Match({**study, **series}, instances, self._note(study, series))
             elif self._has_series(study, of_series, query):
-                yield Match(study, count(study.get("NumberOfStudyRelatedInstances")))
+                yield Match(study, count(study.get("NumberOfStudyRelatedInstances")), self._note(study))
+
+    def _note(self, *answers: Answer) -> str:
+        uids = [str(one.get(uid)) for one in answers for uid in ("StudyInstanceUID", "SeriesInstanceUID")]
+        return "; ".join(dict.fromkeys(self._notes[uid] for uid in uids if uid in self._notes))
 
     def series(self, study: Answer, query: Query) -> Iterator[Answer]:
         """Yield the series of a study that match a query."""
-        tests = series_tests(query)
+        tests = dict(series_tests(query))
+        doubts = self._doubts("SeriesInstanceUID", query, {"StudyInstanceUID": str(study["StudyInstanceUID"])})
         for found in self._all_series(study):
-            self._require(found, dict(tests))
-            if all(test(text(found.get(keyword))) for keyword, test in tests):
+            self._require(found, tests)
+            failed = _failed(found, tests)
+            if failed:
+                doubts.add(found, failed)
+            else:
                 yield found
+        yield from self._matched(doubts)
+
+    def _doubts(self, unique: str, query: Query, above: Mapping[str, str]) -> Doubts:
+        """Return a place for answers that may match, though they don't show it."""
+
+        def ask(keys: dict[str, str], charset: str) -> Iterable[Answer]:
+            if unique == "StudyInstanceUID":
+                return self._at_study_level(keys, charset)
+            return self.answers("SERIES", {**above, **keys}, SERIES_FIELDS, charset=charset)
+
+        return Doubts(ask, unique, wanted(query), self.finder.peer.where)
+
+    def _matched(self, doubts: Doubts, seen: Iterable[str] = ()) -> Iterator[Answer]:
+        for one in doubts.matched(seen):
+            self._notes |= doubts.notes
+            yield one
 
     def _all_series(self, study: Answer) -> list[Answer]:
         """Return the series of a study, asked for in parts if the study announces more than come at once.
@@ -144,19 +169,25 @@ class PeerSearch:
         return list(parts.found.values()), whole
 
     def answers(
-        self, level: str, keys: Mapping[str, str], fields: tuple[str, ...], unique: dict[str, Answer] | None = None
+        self,
+        level: str,
+        keys: Mapping[str, str],
+        fields: tuple[str, ...],
+        unique: dict[str, Answer] | None = None,
+        charset: str = "",
     ) -> list[Answer]:
         """Return everything below a study or a series, each once.
 
         Args:
             unique: takes the answers as they come.
+            charset: of the keys.
         """
         keys = dict(keys)
         if self.finder.root == PATIENT_ROOT_FIND:
             keys["PatientID"] = self._patients.get(keys["StudyInstanceUID"], "")
         name = fields[0]
         unique = {} if unique is None else unique
-        for one in self.finder.ask_for(level, keys, fields):
+        for one in self.finder.ask_for(level, keys, fields, charset):
             uid = str(one.get(name, ""))
             if not uid:
                 raise Misconfigured(f"{self.finder.peer.where}: the peer answers at level {level} without {name}")
@@ -171,6 +202,7 @@ class PeerSearch:
 
     def _studies(self, query: Query) -> Iterator[Answer]:
         tests = study_tests(query)
+        doubts = self._doubts("StudyInstanceUID", query, {})
         seen: set[str] = set()
         for sent, study in self._candidates(query):
             uid = str(study.get("StudyInstanceUID", ""))
@@ -181,10 +213,14 @@ class PeerSearch:
             if uid in seen:
                 continue
             self._require(study, known)
-            if all(test(text(study.get(keyword))) for keyword, test in known.items()):
+            self._patients[uid] = str(study.get("PatientID", ""))
+            failed = _failed(study, known)
+            if failed:
+                doubts.add(study, failed)
+            else:
                 seen.add(uid)
-                self._patients[uid] = str(study.get("PatientID", ""))
                 yield study
+        yield from self._matched(doubts, seen)
 
     def _candidates(self, query: Query) -> Iterator[tuple[Mapping[str, str], Answer]]:
         """Yield studies that may match, with the keys that the peer was asked to match."""
@@ -272,10 +308,7 @@ class PeerSearch:
 
         Nothing shows in which character sets a peer reads queries, or has stored its names.
         """
-        # To some a ? is one byte (Orthanc), so that it passes over letters that are not ASCII.
-        keys = {key: SINGLE.sub("*", value) if key in TEXTS else value for key, value in keys.items()}
-        if "PatientName" in keys:
-            keys["PatientName"] = _any_form(keys["PatientName"])
+        keys = {key: worded(key, value) for key, value in keys.items()}
         foreign = "".join(dict.fromkeys("".join(value for value in keys.values() if not value.isascii())))
         if not foreign:
             yield keys, ""
@@ -455,13 +488,9 @@ class PeerSearch:
         return any(True for _ in self.series(study, query))
 
 
-def _any_form(name: str) -> str:
-    """Return a pattern for a name with and without empty parts at its end, and its other forms (PS3.5 section 6.2).
-
-    Peers that compare names as text (dcmqrscp) take Doe^Jane and Doe^Jane^^^ for two, and see one form only.
-    """
-    begin = "*" if any(ord(letter) > LATIN for letter in name) else ""
-    return re.sub(r"\*+", "*", f"{begin}{name.rstrip('^=')}*")
+def _failed(answer: Answer, tests: Mapping[str, Any]) -> list[str]:
+    """Return the keywords of the tests that an answer doesn't pass."""
+    return [keyword for keyword, test in tests.items() if not test(text(answer.get(keyword)))]
 
 
 class _Ignored(Exception):

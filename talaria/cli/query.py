@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from enum import StrEnum
 from typing import Annotated, Any
 
@@ -51,6 +52,8 @@ def query(
         table("", list(columns), [[_shown(one.get(column)) for column in columns] for one in found])
         many = "study" if len(found) == 1 else "studies"
         say(f"{len(found)} {many if level is QueryLevel.STUDY else 'series'}")
+    for note, count in Counter(one["note"] for one in found if "note" in one).items():
+        say(f"{count} of them: {note}")
     return DONE if found else NOT_ALL
 
 

@@ -159,6 +159,15 @@ def test_a_patients_name_is_in_no_run(up: Talaria, tmp_path: Path) -> None:
         assert not any(value in logs for value in studies.PHI)
 
 
+def test_a_name_that_the_archive_does_not_show_in_full_is_found_and_that_is_said(up: Talaria) -> None:
+    names = study("K1", SpecificCharacterSet="ISO_IR 192", PatientName="Павлов^Иван")
+    with archive([*names, *study("K2")], answer_charset=("ISO_IR 100", "ISO_IR 100")) as peer:
+        up.apply(src=source(peer))
+        ran = up.here("query", "src", "--patient-name", "Павлов*")
+        assert ran.returncode == 0 and "K1" in ran.stdout and "K2" not in ran.stdout
+        assert "1 study\n1 of them: the peer matches PatientName, and shows it in ISO_IR 100" in ran.stderr
+
+
 def test_of_a_patients_studies_only_those_that_a_file_lists_come(up: Talaria, tmp_path: Path) -> None:
     (tmp_path / "list.csv").write_text('H1\n"H 2"\n')
     with archive([*study("H1"), *study("H 2"), *study("H3")]) as peer:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import struct
+from contextlib import AbstractContextManager
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydicom.dataset import Dataset
 
 from imaging.query import Match, Query
 from protocols.dimse import identifier, parts
@@ -393,6 +397,44 @@ def test_names_are_shown_right_though_the_character_set_is_called_another(encode
     data = files(1, SpecificCharacterSet="ISO_IR 100", PatientName="Müller^Jörg")
     with archive(data, answer_charset=(encoded, called)) as peer:
         assert [match.attributes["PatientName"] for match in found(peer, Query())] == ["Müller^Jörg"]
+
+
+def shown_in_latin_1(**settings: Any) -> AbstractContextManager[Archive]:
+    """An archive that writes ? for letters that Latin-1 doesn't have; two of its studies have such names."""
+    names = ("Павлов^Иван", "Doe^Jane", "Петров^Илья", "")
+    made = files(4, SpecificCharacterSet="ISO_IR 192", PatientName=lambda n: names[n])
+    return archive(made, answer_charset=("ISO_IR 100", "ISO_IR 100"), **settings)
+
+
+@pytest.mark.parametrize("lists", [True, False])
+def test_names_that_a_peer_matches_and_does_not_show_are_found(lists: bool) -> None:
+    def refuses(request: Request) -> int:
+        many = request.keys.get("StudyInstanceUID", "")
+        return 0 if lists or isinstance(many, str) else 0xC320
+
+    with shown_in_latin_1(refuses=refuses) as peer:
+        assert accessions(found(peer, Query(PatientName="Павлов^Иван"))) == ["A0000"]
+        assert accessions(found(peer, Query(PatientName="П*"))) == ["A0000", "A0002"]
+        assert accessions(found(peer, Query(PatientName="Жуков*"))) == []
+        asked = len(peer.asked(FIND))
+        assert accessions(found(peer, Query(PatientName="Doe*"))) == ["A0001"]
+        assert len(peer.asked(FIND)) == asked + 1  # what shows all that it was asked for costs nothing
+
+
+@pytest.mark.parametrize("how", ["ignored", "dropped", "replaced"])
+def test_letters_that_a_peer_neither_shows_nor_looks_at_are_an_error_not_nothing_found(how: str) -> None:
+    def misread(keys: Dataset) -> None:
+        pattern = str(keys.get("PatientName", ""))
+        if not pattern.isascii():
+            keys.PatientName = re.sub(r"[^\x00-\x7f]", "?" if how == "replaced" else "", pattern)
+
+    settings_ = {"ignores": frozenset(("PatientName",))} if how == "ignored" else {"misreads": misread}
+    with shown_in_latin_1(**settings_) as peer:
+        for name in ("Павлов^Иван", "П*"):
+            with pytest.raises(Misconfigured, match="shows PatientName without some of its letters"):
+                found(peer, Query(PatientName=name))
+        assert accessions(found(peer, Query(PatientName="Doe^Jane"))) == ["A0001"]
+        assert accessions(found(peer, Query(PatientName="Müller"))) == []
 
 
 def test_a_peer_of_patient_root_only_is_asked_below_its_patients() -> None:

@@ -18,7 +18,9 @@ from io import BytesIO
 from typing import Any
 
 import pydicom
+from pydicom.charset import convert_encodings
 from pydicom.dataset import Dataset
+from pydicom.valuerep import PersonName
 
 from imaging.header import read_header
 from tests.servers import wire
@@ -110,8 +112,10 @@ class Archive(Scp):
         limit: how many answers C-FIND gives at most; `limit_status` is what it says then.
         leaves_out: keywords that are in no answer.
         ignores: keywords that are not matched.
+        misreads: changes the keys of a query as it is read.
         refuses: returns the status to refuse a query with, 0 to answer it.
-        answer_charset: how answers are encoded, and how that is called in them (None: not at all).
+        answer_charset: how answers are encoded, with ? for what that lacks, and how that is called in them (None: not
+            at all).
         announced_series: how many series it says that each study has; None for the truth.
         ports: of move destinations by AE title.
         store_answers: statuses of C-STORE, in order.
@@ -122,6 +126,7 @@ class Archive(Scp):
     limit_status: int = 0
     leaves_out: frozenset[str] = frozenset()
     ignores: frozenset[str] = frozenset()
+    misreads: Callable[[Dataset], None] = lambda keys: None
     refuses: Callable[[Request], int] = lambda request: 0
     answer_charset: tuple[str, str | None] | None = None
     on_get: Callable[[Request, list[Instance]], Steps] | None = None
@@ -168,6 +173,7 @@ class _Connection(Connection):
         if kind not in (FIND, GET, MOVE):
             return
         keys = wire.decode_dataset(data, self.contexts[context][1])
+        peer.misreads(keys)
         proposal = self.association.proposal
         assert proposal is not None
         with peer.lock:
@@ -241,7 +247,11 @@ class _Connection(Connection):
             elif keyword == "QueryRetrieveLevel":
                 answer.QueryRetrieveLevel = keys.QueryRetrieveLevel
             else:
-                setattr(answer, keyword, first.get(keyword, None))
+                value = first.get(keyword, None)
+                if charset is not None and isinstance(value, str | PersonName):
+                    codec = convert_encodings(charset[0])[0]
+                    value = str(value).encode(codec, "replace").decode(codec)
+                setattr(answer, keyword, value)
         return answer
 
     def _matches(self, ds: Dataset, keys: Dataset, only: tuple[str, ...] = ()) -> bool:

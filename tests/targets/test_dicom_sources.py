@@ -28,6 +28,7 @@ from tests.servers.qr import Instance as Held
 from tests.servers.qr import Last, Request, Send, Steps, archive, sends
 from tests.servers.qrscp import qrscp
 from tests.servers.steps import Silence
+from tests.targets import letters
 from tests.targets.dicom import dicom_target
 from tests.targets.dicom_tls import certificates, tls_target
 from tests.targets.pulling import AET, assert_agrees, datasets, port_of_moves, store, study
@@ -85,6 +86,20 @@ def test_searches_of_orthanc(folder: Path, tmp_path: Path) -> None:
         target = dicom_target(server.dicom_port, aet_target=server.aet, direction="both", idle_timeout_s=60)
         assert attempt(target, folder).require().state is State.DELIVERED
         assert wrong(target, searching.queries()) == {}
+
+
+def test_names_that_orthanc_shows_without_some_letters_are_found() -> None:
+    """It leaves out what Latin-1 doesn't have, unless it is told to answer otherwise."""
+    server = shared_orthanc()
+    letters.fill(server)
+    target = dicom_target(server.dicom_port, aet_target=server.aet, direction="query")
+    assert letters.wrong(lambda query: find(target, query)) == {}
+    [match] = find(target, Query(PatientName="Павлов^Иван"))
+    assert match.to_json()["note"] == (
+        "the peer matches PatientName, and shows it in ISO_IR 100, without the other letters"
+    )
+    [match] = find(target, Query(PatientName="Doe^Jane"))
+    assert "note" not in match.to_json()
 
 
 def test_the_query_scp_of_pynetdicom(tmp_path: Path, port: int, monkeypatch: pytest.MonkeyPatch) -> None:

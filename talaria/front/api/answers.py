@@ -345,6 +345,7 @@ class MatchAnswer(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     instances: int | None = Field(description="Null where the peer does not count.")
+    note: str = Field("", description="What is not shown in full; names no patient. Not there if there is nothing.")
 
 
 class MatchesAnswer(ExactAnswer):

@@ -6,6 +6,7 @@ Patients' identifiers stand here only. What is asked comes in by POST, so that i
 from __future__ import annotations
 
 import secrets
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -226,6 +227,7 @@ class QueryPages:
             lines=lines,
             cut=max(0, len(search.matches) - SHOWN),
             missing=search.missing if search.over and not search.problem else [],
+            notes=Counter(one["note"] for one in search.matches if "note" in one),
             doubtful=sorted(search.doubtful) if search.numbers else [],
             values={name: asked.get(name, "") for name in WHERE} | {"key": secrets.token_urlsafe(12)},
             targets=_destinations(every, asked.get("to", "")),

@@ -105,6 +105,7 @@ WORK = {
     "matches.count": "Found: {count}",
     "matches.cut": "The first {count} are shown: ask for less, or save the table.",
     "matches.missing": "Not found: {numbers}",
+    "matches.note": "{count} of them: {note}",
     "matches.doubtful": "Several studies have the number {numbers}: choose which to fetch.",
     "matches.pick": "Fetch {what}",
     "matches.picked": "Pick",

@@ -13,6 +13,7 @@ from talaria.testing import studies
 from talaria.testing.harness import attempt
 from tasks.dicomweb import driver, find, retrieve
 from tests.servers.orthanc import Orthanc
+from tests.targets import letters
 from tests.targets.dicomweb_query.fetching import orthanc_target
 from tests.targets.dicomweb_query.finding import files
 from transfer.outcome import Kind
@@ -53,6 +54,15 @@ def test_orthanc_find(orthanc: Orthanc, tmp_path: Path) -> None:
     assert match.instances == 1
     assert match.attributes["SeriesDescription"] == "T1, axial"
     assert match.attributes["StudyDescription"] == "Study 0"
+
+
+def test_names_that_orthanc_shows_without_some_letters_are_found(orthanc: Orthanc) -> None:
+    """It leaves out what Latin-1 doesn't have, unless it is told to answer otherwise."""
+    letters.fill(orthanc)
+    target = orthanc_target(orthanc)
+    assert letters.wrong(lambda query: find(target, query)) == {}
+    [match] = find(target, Query(PatientName="Павлов^Иван"))
+    assert match.attributes["PatientName"] == "Павлов^Иван"
 
 
 def test_orthanc_pages(orthanc: Orthanc, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
