@@ -16,6 +16,8 @@ from transfer.errors import Busy, Misconfigured
 Answer = dict[str, Any]
 Ask = Callable[[dict[str, str]], list[Answer]]
 
+# Numbers at which peers stop without a word.
+CAPS = frozenset((5, 10, 20, 25, 30, 50, 100, 150, 200, 250, 300, 400, 500, 1000, 1500, 2000, 2500, 3000, 5000))
 MOST_NUMBERS = 1000  # queries for one study or series
 BEYOND = 10  # numbers behind the last one that are asked for
 SAMPLE = 2  # numbers before, between and behind those that are known, which show whether there is more

@@ -17,7 +17,8 @@ DAY_S = 86_400
 # With what an identifier or a name may begin, or go on; the others are wild cards, or end a value.
 SIGNS = string.digits + string.ascii_uppercase + string.ascii_lowercase + "-_./ ^#+:,()=&@'!$%;<>[]{}|~`\""
 PREFIXED = ("PatientID", "AccessionNumber", "PatientName")
-LONGEST = 12  # characters of a prefix
+UID_SIGNS = string.digits + "."
+LONGEST, LONGEST_UID = 12, 64  # characters of a prefix
 # Defined terms, retired ones too (PS3.3 section C.7.3.1.1.1).
 MODALITIES = (
     "CT", "MR", "CR", "DX", "US", "MG", "NM", "PT", "XA", "RF", "OT", "SC", "SR", "PR", "KO", "SEG", "RTSTRUCT",
@@ -41,9 +42,13 @@ def by_date(keys: Keys, found: Sequence[dict[str, Any]]) -> list[Keys]:
 def by_closed_date(keys: Keys, found: Sequence[dict[str, Any]]) -> list[Keys]:
     """Halve the dates, for peers that don't accept a period with an open side."""
     halves = _halves(keys, found)
-    return [
-        keys | {"StudyDate": f"{date_text(begin or date.min)}-{date_text(end or date.max)}"} for begin, end in halves
-    ]
+    return [keys | {"StudyDate": closed(f"{date_text(begin)}-{date_text(end)}")} for begin, end in halves]
+
+
+def closed(period: str) -> str:
+    """Return a period with both ends."""
+    begin, _, end = period.partition("-")
+    return f"{begin or date_text(date.min)}-{end or date_text(date.max)}"
 
 
 def _halves(keys: Keys, found: Sequence[dict[str, Any]]) -> list[tuple[date | None, date | None]]:
@@ -79,16 +84,16 @@ def by_time(keys: Keys, found: Sequence[dict[str, Any]]) -> list[Keys]:
     ]
 
 
-def by_prefix(key: str) -> Splitter:
+def by_prefix(key: str, signs: str = SIGNS, longest: int = LONGEST) -> Splitter:
     """Return a splitter by the next character of an identifier."""
 
     def split(keys: Keys, found: Sequence[dict[str, Any]]) -> list[Keys]:
         value = keys.get(key, "*")
-        if not value.endswith("*") or value.count("*") > 1 or "?" in value or len(value) > LONGEST:
+        if not value.endswith("*") or value.count("*") > 1 or "?" in value or len(value) > longest:
             return []
         prefix = value[:-1]
         exact = [keys | {key: prefix}] if prefix else []
-        return exact + [keys | {key: f"{prefix}{sign}*"} for sign in SIGNS]
+        return exact + [keys | {key: f"{prefix}{sign}*"} for sign in signs]
 
     return split
 
@@ -101,6 +106,7 @@ def by_modality(keys: Keys, found: Sequence[dict[str, Any]]) -> list[Keys]:
 
 
 SPLITTERS: tuple[Splitter, ...] = (by_date, by_closed_date, by_time, by_modality, *map(by_prefix, PREFIXED))
+BY_UID = by_prefix("StudyInstanceUID", UID_SIGNS, LONGEST_UID)  # the last resort: few peers take wild cards in UIDs
 
 
 def outside(part: Keys, whole: Keys, found: Sequence[dict[str, Any]]) -> bool:

@@ -1,27 +1,25 @@
-"""Shows whether a peer has more studies than it gave without saying so: parts of the same are asked for again.
+"""Shows whether a peer has more studies than it gave without saying so: halves of the same are asked for again.
 
-A peer that stops at a number of answers gives the first ones that it has. So others come where the query is narrowed to
-one end of the dates that it gave, or to what is beyond; to the times of day, if all are of one day.
+A peer that stops at a number of answers has given as many at least. So each half that brings fewer is whole, and both
+together show whether that was all.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 from imaging.query import text
-from protocols.dimse.parts import LAST_S, clock, date_text, day_of, outside, seconds, shortest
+from protocols.dimse.parts import LAST_S, clock, closed, date_text, day_of, outside, seconds, shortest
 from transfer.errors import Busy, Misconfigured
 
 Answer = dict[str, Any]
 Keys = dict[str, str]
 
 MOST_PROBED = 5000  # answers; whether more than these are all is not looked into
-# Numbers at which peers stop without a word.
-CAPS = frozenset((5, 10, 20, 25, 30, 50, 100, 150, 200, 250, 300, 400, 500, 1000, 1500, 2000, 2500, 3000, 5000))
 
 
 @dataclass(frozen=True)
@@ -42,68 +40,63 @@ class Probes:
         """Return the values that answers have, in order; those without one aside."""
         return sorted({text(one.get(keyword)) for one in self.found} - {""})
 
-    def show_more(self) -> bool:
-        """Return True if the peer has more than it gave."""
+    def show_more(self) -> bool | None:
+        """Return whether the peer has more than it gave; None if neither date nor time of day show it."""
         if not 2 <= len(self.found) <= MOST_PROBED:
             return False
         dates, times = self.values("StudyDate"), self.values("StudyTime")
         if not dates or not all(re.fullmatch(r"\d{8}", date) for date in dates):
-            return False
+            return None
         first, dash, last = self.keys.get("StudyDate", "-").partition("-")
         if dash and not first == last != "":
-            begin, end = day_of(dates[0]), day_of(dates[-1])
-            before, behind = (
-                date_text(day + timedelta(days)) if day and 1 < day.year < 9999 else ""
-                for day, days in ((begin, -1), (end, 1))
-            )
-            if self._more_of("StudyDate", dates, before, behind):
+            low, high = day_of(dates[0]), day_of(dates[-1])
+            if not low or not high or low.year == 1 or high.year == 9999:
+                return None
+            if len(dates) > 1:
+                middle = day_of(self._middle("StudyDate", dates)) or low
+                return self._by_date(f"{first}-{date_text(middle)}", f"{date_text(middle + timedelta(1))}-{last}")
+            before, behind = date_text(low - timedelta(1)), date_text(high + timedelta(1))
+            sides = [f"{first}-{before}"] if not first or first <= before else []
+            sides += [f"{behind}-{last}"] if not last or behind <= last else []
+            if self._by_date(*sides):
                 return True
-        if len(dates) > 1 or not times or not all(re.fullmatch(r"\d{2,6}(\.\d+)?", time) for time in times):
-            return False
-        low, high = seconds(times[0]), seconds(times[-1])
-        before, behind = f"{clock(low - 1)}.999999" if low else "", shortest(high + 1) if high < LAST_S else ""
-        return self._more_of("StudyTime", times, before, behind)
+        if len(times) < 2 or not all(re.fullmatch(r"\d{2,6}(\.\d+)?", time) for time in times):
+            return None
+        low_s, _, high_s = self.keys.get("StudyTime", "-").partition("-")
+        at = min(seconds(self._middle("StudyTime", times)), LAST_S - 1)
+        halves = f"{low_s}-{clock(at)}.999999", f"{shortest(at + 1)}-{high_s}"
+        return self._in_parts([{"StudyDate": dates[0], "StudyTime": half} for half in halves])
 
-    def _more_of(self, key: str, values: list[str], before: str, behind: str) -> bool:
-        """Ask for both ends of the values; where that brings as many as the whole, beyond them, too."""
-        low, _, high = self.keys.get(key, "-").partition("-")
-        if before and low > before:
-            before = ""
-        if behind and high and high < behind:
-            behind = ""
-        probes = [
-            (f"{low}-{values[0]}", before and f"{low}-{before}"),
-            (f"{values[-1]}-{high}", behind and f"{behind}-{high}"),
-        ]
-        if len(self.found) in CAPS:
-            probes.append((f"{low}-{values[len(values) // 2]}", ""))
-        for period, beyond in probes:
-            for one in filter(None, (period, beyond)):
-                count, other = self._part(key, one)
-                if other:
-                    return True
-                if count < 0:
-                    return False
-                if count < len(self.found):
-                    break
-        return False
+    def _middle(self, key: str, values: Sequence[str]) -> str:
+        """Return the value at which the answers are halved as evenly as they can be."""
+        every = sorted(text(one.get(key)) for one in self.found if one.get(key))
+        middle = every[(len(every) - 1) // 2]
+        return middle if middle != values[-1] else values[-2]
 
-    def _part(self, key: str, period: str) -> tuple[int, bool]:
-        """Return how many answers a part of the query has, -1 if the peer ignores the key; and whether one is new."""
+    def _by_date(self, *periods: str) -> bool | None:
+        parts = [{"StudyDate": period} for period in periods]
+        more = self._in_parts(parts)
+        if more is None and any(one.startswith("-") or one.endswith("-") for one in periods):
+            more = self._in_parts([{"StudyDate": closed(one)} for one in periods])  # some refuse open ones
+        return more
+
+    def _in_parts(self, parts: Sequence[Keys]) -> bool | None:
+        """Return whether parts of the query bring what it didn't; None if the peer doesn't look at their keys."""
         known = {text(one.get("StudyInstanceUID")) for one in self.found}
-        part = self.keys | {key: period}
-        answers = self.ask(part)
-        count = 0
-        try:
-            for one in answers:
-                count += 1
-                if text(one.get("StudyInstanceUID")) not in known:
-                    return count, True
-                if outside(part, self.keys, [one]):
-                    return -1, False
-        except (Busy, Misconfigured):
-            return -1, False
-        finally:
-            for _ in answers:  # the association is in use until the last has come
-                pass
-        return count, False
+        for part in parts:
+            count, answers = 0, self.ask(self.keys | part)
+            try:
+                for one in answers:
+                    count += 1
+                    if text(one.get("StudyInstanceUID")) not in known:
+                        return None if outside(self.keys | part, self.keys, [one]) else True
+                    if outside(self.keys | part, self.keys, [one]):
+                        return None
+            except (Busy, Misconfigured):
+                return None
+            finally:
+                for _ in answers:  # the association is in use until the last has come
+                    pass
+            if count >= len(self.found):
+                return None
+        return False

@@ -15,12 +15,11 @@ from imaging.loss import wanted
 from imaging.match import in_days
 from imaging.query import Match, Query, count, listed, text
 from protocols.dimse.accessions import Accessions
-from protocols.dimse.below import InParts
-from protocols.dimse.doubts import UID_LIST, Doubts
+from protocols.dimse.below import CAPS, InParts
 from protocols.dimse.identifier import encodings
-from protocols.dimse.parts import PREFIXED, SPLITTERS, Splitter, by_prefix, by_time, outside
-from protocols.dimse.probes import CAPS, Probes
 from protocols.dimse.query import PATIENT_ROOT_FIND, Finder
+from protocols.dimse.unshown import UID_LIST, UnshownLetters
+from protocols.dimse.whole import HasMore, WholeSearch
 from protocols.dimse.wording import worded
 from transfer.errors import Busy, DispatchError, Misconfigured
 from transfer.query import series_tests, study_tests
@@ -40,9 +39,6 @@ IMAGE_FIELDS = ("SOPInstanceUID", "SOPClassUID", "AvailableTransferSyntaxUID", "
 OPTIONAL = ("ModalitiesInStudy", "StudyDescription")  # keys that may be left out where a peer refuses them
 EXACT = ("StudyInstanceUID", "AccessionNumber")  # keys that narrow a search so far that nothing is cut short
 MOST_STALE = 3  # studies that announce more series than they have, after which a peer's counts say nothing
-MAX_DEPTH = 60  # of parts of parts
-MOST_DOUBTED = 300  # queries for what nothing but a usual number of answers makes doubtful
-MOST_UNDATED = 3000  # queries for one identifier, in search of studies without a date
 
 
 class PeerSearch:
@@ -51,8 +47,7 @@ class PeerSearch:
     def __init__(self, finder: Finder) -> None:
         self.finder = finder
         self._refused: set[str] = set()  # optional keys that this peer doesn't take
-        self._limit = 0  # number of answers at which this peer was seen to stop without a word
-        self._doubted = 0  # queries that were spent on answers which only their number makes doubtful
+        self._whole = WholeSearch(self._at_study_level, finder.peer.where, stops=finder.root != PATIENT_ROOT_FIND)
         self._stale = 0  # studies that announced more series than there were
         self._patients: dict[str, str] = {}  # PatientID by study, for peers of Patient Root
         self._notes: dict[str, str] = {}  # what is not shown of a study or series, by UID
@@ -89,7 +84,7 @@ class PeerSearch:
                 yield found
         yield from self._matched(doubts)
 
-    def _doubts(self, unique: str, query: Query, above: Mapping[str, str]) -> Doubts:
+    def _doubts(self, unique: str, query: Query, above: Mapping[str, str]) -> UnshownLetters:
         """Return a place for answers that may match, though they don't show it."""
 
         def ask(keys: dict[str, str], charset: str) -> Iterable[Answer]:
@@ -97,9 +92,9 @@ class PeerSearch:
                 return self._at_study_level(keys, charset)
             return self.answers("SERIES", {**above, **keys}, SERIES_FIELDS, charset=charset)
 
-        return Doubts(ask, unique, wanted(query), self.finder.peer.where)
+        return UnshownLetters(ask, unique, wanted(query), self.finder.peer.where)
 
-    def _matched(self, doubts: Doubts, seen: Iterable[str] = ()) -> Iterator[Answer]:
+    def _matched(self, doubts: UnshownLetters, seen: Iterable[str] = ()) -> Iterator[Answer]:
         for one in doubts.matched(seen):
             self._notes |= doubts.notes
             yield one
@@ -108,7 +103,7 @@ class PeerSearch:
         """Return the series of a study, asked for in parts if the study announces more than come at once.
 
         Raises:
-            _CutShort: the peer has more than it gives.
+            HasMore: the peer has more than it gives.
         """
         keys = {"StudyInstanceUID": str(study["StudyInstanceUID"])}
         first = self.answers("SERIES", keys, SERIES_FIELDS)
@@ -122,7 +117,7 @@ class PeerSearch:
             parts.by_number()
         if not parts.whole:
             if parts.cut or (at_limit and not parts.heeded):
-                raise _CutShort(
+                raise HasMore(
                     f"{self.finder.peer.where}: the peer gives {len(parts.found)} series of a study and has more: it "
                     f"announces {announced}"
                 )
@@ -324,8 +319,8 @@ class PeerSearch:
             try:
                 if most or any(key in keys and not re.search(r"[*?]", keys[key]) for key in EXACT):
                     return list(self._at_study_level(keys, charset, most))
-                return self._whole(keys, charset, SPLITTERS)
-            except _CutShort:
+                return self._whole.answers(keys, charset)
+            except HasMore:
                 raise
             except Misconfigured:
                 optional = next((key for key in OPTIONAL if key in keys), None)
@@ -349,134 +344,6 @@ class PeerSearch:
             for study in self.finder.ask_for("STUDY", rest | {"PatientID": patient_id}, STUDY_FIELDS, charset):
                 yield {"PatientID": patient_id} | study
 
-    # ---- answers that are cut short
-
-    def _whole(
-        self,
-        keys: dict[str, str],
-        charset: str,
-        splitters: tuple[Splitter, ...],
-        above: dict[str, str] | None = None,
-        depth: int = 0,
-        limit: int = 0,
-    ) -> list[Answer]:
-        """Return all answers to a query, asked in parts if the peer doesn't give them at once.
-
-        Args:
-            above: the query of which this is a part.
-            limit: number at which the peer is suspected to stop; 0 if that is any usual one.
-
-        Raises:
-            _Ignored: the peer answers the part like the whole.
-            Misconfigured: there is more than the peer gives, and no way to ask for it.
-        """
-        found: list[Answer] = []
-        busy: Busy | None = None
-        try:
-            found.extend(self._at_study_level(keys, charset))
-        except Busy as exc:
-            # It gave some and then had enough, or it says at once that there are too many.
-            busy = exc
-        uids = frozenset(str(one.get("StudyInstanceUID", "")) for one in found)
-        if above is not None and outside(keys, above, found):
-            raise _Ignored
-        suspected = False
-        if busy is None:
-            probes = self._probes(keys, charset, found)
-            if probes.show_more():
-                self._limit = min(self._limit or len(found), len(found))
-            else:
-                days, most = probes.values("StudyDate"), self._limit or limit
-                suspected = len(days) < 2 <= len(found) and (len(found) >= most if most else len(found) in CAPS)
-                if not suspected or (not self._limit and self._doubted >= MOST_DOUBTED):
-                    return found
-                if days and all(one.get("StudyDate") for one in found):
-                    keys = keys | {"StudyDate": days[0]}
-                if len(probes.values("StudyTime")) < 2:
-                    splitters = tuple(one for one in splitters if one is not by_time)
-            limit = limit or len(found)
-        for place, splitter in enumerate(splitters):
-            parts = splitter(keys, found)
-            if not parts or depth >= MAX_DEPTH:
-                continue
-            self._doubted += len(parts) if suspected else 0
-            try:
-                rest = splitters[place:], keys, depth + 1, limit
-                got = [one for part in parts for one in self._whole(part, charset, *rest)]
-            except _Ignored:
-                continue
-            except Misconfigured as exc:
-                if isinstance(exc, _CutShort):
-                    raise
-                continue  # it doesn't take this key, or no range or wild card in it
-            came = {str(one.get("StudyInstanceUID", "")) for one in got}
-            if suspected and not self._limit and came > uids:
-                self._limit = len(found)  # it does stop there: now parts that bring as many are looked into to the end
-                return self._whole(keys, charset, splitters, above, depth, limit)
-            if uids <= came:
-                return got if "StudyDate" in keys or "StudyDate" not in parts[0] else got + self._undated(keys, charset)
-        if suspected and not self._limit:
-            return found
-        if busy is not None and not found:
-            raise busy
-        raise _CutShort(f"{self.finder.peer.where}: the peer gives {len(found)} answers and has more: narrow the query")
-
-    def _undated(self, keys: dict[str, str], charset: str) -> list[Answer]:
-        """Return the studies without a date, which are in no period and can't be asked for.
-
-        Everything is asked for again by what one identifier begins with, to the end, and roughly by what the others do:
-        one of them may be empty.
-
-        Raises:
-            _CutShort: the peer doesn't look at what identifiers begin with, or that takes too many queries.
-        """
-        found: list[Answer] = []
-        whole = False
-        for key in PREFIXED:
-            whole = self._undated_by(key, keys, charset, found, roughly=whole) or whole
-        if not whole:
-            raise _CutShort(
-                f"{self.finder.peer.where}: the peer doesn't give all answers at once, and whether it has studies "
-                "without a date can't be found out: give a study date, or a period"
-            )
-        return found
-
-    def _undated_by(
-        self, first: str, keys: dict[str, str], charset: str, found: list[Answer], *, roughly: bool
-    ) -> bool:
-        """Add the studies without a date, by what an identifier begins with; return True if these are all.
-
-        Args:
-            roughly: look only into those parts of the answers further in which there are such studies.
-        """
-        order = [by_prefix(key) for key in (first, *(key for key in PREFIXED if key != first))]
-        left = [(keys, part) for part in order[0](keys, [])]
-        asked = 0
-        while left:
-            above, part = left.pop()
-            answers: list[Answer] = []
-            try:
-                answers.extend(self._at_study_level(part, charset))
-                cut = self._probes(part, charset, answers).show_more()
-            except Busy:
-                cut = True
-            except Misconfigured:  # it takes no wild cards
-                return False
-            asked += 1
-            undated = [one for one in answers if not one.get("StudyDate")]
-            found += undated
-            if outside(part, above, answers) or asked > MOST_UNDATED:
-                return False
-            if cut and (undated or not roughly):
-                smaller = next(filter(None, (split(part, answers) for split in order)), [])
-                if not smaller:
-                    return False
-                left += [(part, one) for one in smaller]
-        return asked > 0
-
-    def _probes(self, keys: dict[str, str], charset: str, found: list[Answer]) -> Probes:
-        return Probes(lambda part: self._at_study_level(part, charset), keys, found)
-
     def _has_series(self, study: Answer, tests: dict[str, Any], query: Query) -> bool:
         """Return True if one series of a study passes all tests that a query has for series."""
         if not tests:
@@ -491,11 +358,3 @@ class PeerSearch:
 def _failed(answer: Answer, tests: Mapping[str, Any]) -> list[str]:
     """Return the keywords of the tests that an answer doesn't pass."""
     return [keyword for keyword, test in tests.items() if not test(text(answer.get(keyword)))]
-
-
-class _Ignored(Exception):
-    """A part of a query was answered like the whole."""
-
-
-class _CutShort(Misconfigured):
-    """The peer has more than it gives."""

@@ -15,8 +15,9 @@ from pydicom.dataset import Dataset
 from imaging.query import Match, Query
 from protocols.dimse import identifier, parts
 from protocols.dimse.query import finder
-from protocols.dimse.search import MOST_DOUBTED, PeerSearch
+from protocols.dimse.search import PeerSearch
 from protocols.dimse.transport import Peer
+from protocols.dimse.whole import MOST_DOUBTED
 from talaria.testing import studies
 from tests.servers import wire
 from tests.servers.qr import FIND, Archive, Request, archive
@@ -181,13 +182,42 @@ def test_matches_of_one_day_beyond_a_limit_that_a_peer_does_not_mention_are_foun
         assert len(found(peer, query)) == 12
 
 
+@pytest.mark.parametrize("limit", [5, 7])
 @pytest.mark.parametrize(("key", "day"), [("Modality", "20240101"), ("PatientID", "20240101"), ("PatientID", "")])
-def test_matches_of_one_time_beyond_a_usual_limit_are_found_by_what_else_there_is(key: str, day: str) -> None:
+def test_matches_of_one_time_beyond_a_limit_are_found_by_what_else_there_is(key: str, day: str, limit: int) -> None:
     changes: dict[str, object] = {"StudyDate": day, "StudyTime": "120000" if day else "", "PatientID": "P"}
     changes[key] = (lambda n: ("CT", "MR", "US", "CR")[n % 4]) if key == "Modality" else lambda n: f"{n:02}"
     ignored = IDENTIFIERS - {"ModalitiesInStudy" if key == "Modality" else key}
-    with archive(files(12, **changes), limit=5, ignores=ignored) as peer:
+    with archive(files(12, **changes), limit=limit, ignores=ignored) as peer:
         assert len(found(peer, Query(StudyDate=day))) == 12
+
+
+def test_matches_beyond_a_limit_are_found_by_uid_where_nothing_else_tells_them_apart() -> None:
+    changes = {"StudyTime": "120000", "PatientID": "P", "AccessionNumber": "A", "PatientName": "N"}
+    made = files(12, StudyDate="20240101", StudyInstanceUID=lambda n: f"1.2.840.{n % 5}.{n}", **changes)
+    with archive(made, limit=7, limit_status=0xA700, wild_uids=True) as peer:
+        assert len(found(peer, Query(StudyDate="20240101"))) == 12
+
+
+@pytest.mark.parametrize("limit", [5, 7])
+def test_matches_beyond_a_limit_are_found_though_the_peer_looks_at_no_dates(limit: int) -> None:
+    made = files(12, StudyDate=lambda n: f"202401{n % 3 + 1:02}", StudyTime="")
+    with archive(made, limit=limit, ignores=frozenset(("StudyDate",))) as peer:
+        assert len(found(peer, Query())) == 12
+        assert len(found(peer, Query(StudyDate="20240101-20240102"))) == 8
+
+
+def test_matches_beyond_a_limit_are_found_where_only_a_day_in_the_middle_has_more() -> None:
+    days = ["20240101", "20240103", *(["20240102"] * 10)]
+    with archive(files(12, StudyDate=lambda n: days[n], StudyTime=lambda n: f"{n:02}"), limit=7) as peer:
+        assert len(found(peer, Query(StudyDate="2024-"))) == 12
+
+
+def test_matches_that_nothing_tells_apart_cost_little_where_the_peer_gives_more_for_the_days_around() -> None:
+    made = files(17, StudyDate=lambda n: "20240101" if n < 7 else "20240102", StudyTime="")
+    with archive(made) as peer:
+        assert len(found(peer, Query(StudyDate="20240101"))) == 7
+        assert len(peer.asked(FIND)) == 2
 
 
 def test_matches_that_nothing_tells_apart_are_an_error_where_the_peer_was_seen_to_stop_at_as_many() -> None:
@@ -200,7 +230,7 @@ def test_matches_that_nothing_tells_apart_are_an_error_where_the_peer_was_seen_t
 def test_as_many_matches_of_one_time_as_a_usual_limit_are_no_error() -> None:
     with archive(files(5, StudyDate="20240101", StudyTime="120000"), ignores=IDENTIFIERS) as peer:
         assert len(found(peer, Query(StudyDate="20240101"))) == 5
-        assert len(peer.asked(FIND)) < 45
+        assert len(peer.asked(FIND)) < 60
     alike = files(5, StudyDate="20240101", StudyTime="120000", PatientID="P", AccessionNumber="A", PatientName="N")
     with archive(alike) as peer:
         assert len(found(peer, Query(StudyDate="20240101"))) == 5

@@ -112,6 +112,7 @@ class Archive(Scp):
         limit: how many answers C-FIND gives at most; `limit_status` is what it says then.
         leaves_out: keywords that are in no answer.
         ignores: keywords that are not matched.
+        wild_uids: whether UIDs may have wild cards.
         misreads: changes the keys of a query as it is read.
         refuses: returns the status to refuse a query with, 0 to answer it.
         answer_charset: how answers are encoded, with ? for what that lacks, and how that is called in them (None: not
@@ -126,6 +127,7 @@ class Archive(Scp):
     limit_status: int = 0
     leaves_out: frozenset[str] = frozenset()
     ignores: frozenset[str] = frozenset()
+    wild_uids: bool = False
     misreads: Callable[[Dataset], None] = lambda keys: None
     refuses: Callable[[Request], int] = lambda request: 0
     answer_charset: tuple[str, str | None] | None = None
@@ -266,7 +268,7 @@ class _Connection(Connection):
                 study = [one.ds for one in self.peer.instances if one.ds.StudyInstanceUID == ds.StudyInstanceUID]
                 if str(wanted) not in {one.Modality for one in study}:
                     return False
-            elif element.VR == "UI":
+            elif element.VR == "UI" and not (self.peer.wild_uids and "*" in str(wanted)):
                 if str(value) not in ([str(wanted)] if isinstance(wanted, str) else list(map(str, wanted))):
                     return False
             elif element.VR in ("DA", "TM"):

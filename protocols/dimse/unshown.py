@@ -23,7 +23,7 @@ Ask = Callable[[Keys, str], Iterable[Answer]]  # keys, and the character set tha
 UID_LIST = 50  # UIDs in one query
 
 
-class Doubts:
+class UnshownLetters:
     """The doubtful answers to one query.
 
     Args:
