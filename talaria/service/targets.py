@@ -68,11 +68,15 @@ async def list_targets(office: Office) -> dict[str, Any]:
     return {"targets": await entries(office, await all_targets(office.client))}
 
 
-async def entries(office: Office, found: Sequence[Target | Broken]) -> list[dict[str, Any]]:
-    """Return saved targets as a list shows them."""
+async def entries(office: Office, found: Sequence[Target | Broken], *, settings: bool = True) -> list[dict[str, Any]]:
+    """Return saved targets as a list shows them.
+
+    Args:
+        settings: whether what each is set to stands there, too.
+    """
     checks = await last_checks(office.client, found)
     breakers = await asyncio.to_thread(_breakers, office.home, [one for one in found if isinstance(one, Target)])
-    return [_entry(one, checks.get(one.name), breakers.get(one.name)) for one in found]
+    return [_entry(one, checks.get(one.name), breakers.get(one.name), settings=settings) for one in found]
 
 
 def _breakers(home: Home, found: list[Target]) -> dict[str, Breaker]:
@@ -80,9 +84,11 @@ def _breakers(home: Home, found: list[Target]) -> dict[str, Breaker]:
         return breaker.every(ledger, found)
 
 
-def _entry(one: Target | Broken, check: dict[str, Any] | None, known: Breaker | None) -> dict[str, Any]:
+def _entry(
+    one: Target | Broken, check: dict[str, Any] | None, known: Breaker | None, *, settings: bool
+) -> dict[str, Any]:
     state = None if check is None else {"ok": check["ok"], "time": check["time"]}
-    values = values_of(one, secrets=True) if isinstance(one, Target) else {}
+    values = values_of(one, secrets=True) if settings and isinstance(one, Target) else {}
     return {"name": one.name, **values, **facts(one), "last_check": state, "breaker": _shown(known)}
 
 

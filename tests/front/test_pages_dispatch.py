@@ -130,10 +130,18 @@ def test_items_are_made_once_beside_the_loop_and_not_for_a_part(house: House, mo
 
         return answer
 
+    run_now = SimpleNamespace(id=uuid4(), state_id=uuid4())
+    read = list[str]()
+
+    async def result(*_: Any) -> dict[str, Any]:
+        read.append(str(run_now.state_id))
+        return receipt(3)
+
     monkeypatch.setattr(dispatch, "_items", items)
-    monkeypatch.setattr(jobs, "found", answering(None))
+    monkeypatch.setattr(jobs, "found", answering(run_now))
     monkeypatch.setattr(jobs, "line", lambda _: line)
-    monkeypatch.setattr(jobs, "result", answering(receipt(3)))
+    monkeypatch.setattr(jobs, "result", result)
+    monkeypatch.setattr(jobs, "job_receipt", answering(receipt(3)))
     monkeypatch.setattr(jobs, "how_far", answering({}))
     monkeypatch.setattr(timeline, "timeline", answering(([], True)))
     monkeypatch.setattr(dispatch.Site, "rows", answering([]))
@@ -144,6 +152,10 @@ def test_items_are_made_once_beside_the_loop_and_not_for_a_part(house: House, mo
         assert made == [False]
         part = (await client.get(f"{LIST}/d1", headers={"HX-Request": "true"})).text
         assert "no image" in part and "2.dcm" not in part and made == [False]
+        # The next look finds the run in the same state: its receipt is not read again until that changes.
+        assert (await client.get(f"{LIST}/d1", headers={"HX-Request": "true"})).text == part and len(read) == 2
+        run_now.state_id = uuid4()
+        assert "no image" in (await client.get(f"{LIST}/d1", headers={"HX-Request": "true"})).text and len(read) == 3
         assert "2.dcm" in (await client.get(f"{LIST}/d1/receipt.csv")).text
         assert "2.dcm" in (await client.get(f"{LIST}/d1/receipt")).text
         assert made == [False, False]

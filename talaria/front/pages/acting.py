@@ -2,12 +2,68 @@
 
 from __future__ import annotations
 
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable
+from typing import Any, ClassVar
+from urllib.parse import quote
 
+from starlette.requests import Request
+from starlette.responses import RedirectResponse, Response
+from starlette.routing import BaseRoute, Route
+
+from talaria.front.access import Role, needs
+from talaria.front.pages.site import Site, shown
 from talaria.front.pages.texts import text
 from transfer.errors import Misconfigured
 
 ACTIONS = ("retry", "resume", "pause", "cancel")
+
+
+class JobPage(ABC):
+    """The page of one dispatch or retrieval: shown by `one`, and what its buttons do.
+
+    Attributes:
+        where: its address without the id.
+        kinds: of jobs that it shows.
+    """
+
+    where: ClassVar[str]
+    kinds: ClassVar[tuple[str, ...]]
+
+    def __init__(self, site: Site) -> None:
+        self.site = site
+
+    def routes(self) -> list[BaseRoute]:
+        """Return the routes."""
+        one = f"{self.where}/{{id}}"
+        return [
+            Route(one, self.one, methods=["GET"]),
+            *self.more(one),
+            Route(f"{one}/{{action}}", self.act, methods=["POST"]),
+        ]
+
+    @abstractmethod
+    def more(self, one: str) -> list[BaseRoute]:
+        """Return the routes that only this kind of job has, below its address."""
+
+    @abstractmethod
+    def one(self, request: Request) -> Awaitable[Response]:
+        """Show the job; each kind for the role that may see it."""
+
+    @abstractmethod
+    async def _shown(self, request: Request, problem: str = "", status: int = 200) -> Response:
+        """Return the page, with what was wrong about the last press of a button."""
+
+    @needs(Role.OPERATOR)
+    @shown
+    async def act(self, request: Request) -> Response:
+        """Retry, cancel, pause or resume the job."""
+        job = request.path_params["id"]
+        try:
+            await act(await self.site.office(request), job, request.path_params["action"], self.kinds)
+        except Misconfigured as exc:  # it has ended meanwhile, perhaps
+            return await self._shown(request, exc.message, 409)
+        return RedirectResponse(f"{self.where}/{quote(job)}", 303)
 
 
 def actions(run: dict[str, Any]) -> list[str]:

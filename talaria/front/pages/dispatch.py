@@ -4,45 +4,50 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Mapping
-from typing import Any
-from urllib.parse import quote, urlencode
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlencode
 
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from talaria.front.access import Role, needs
-from talaria.front.pages.acting import act, actions, send_to
+from talaria.front.pages.acting import JobPage, actions, send_to
 from talaria.front.pages.dispatches import KINDS, LIST
 from talaria.front.pages.site import Site, fields, is_part, saved_as, shown, size, who
 from talaria.front.pages.texts import text
 from transfer.errors import Misconfigured
 from transfer.tables import csv_text
 
+if TYPE_CHECKING:
+    from prefect.client.schemas.objects import FlowRun
+
+    from talaria.service import Office
+
 ITEMS = 200  # on a page
 STUDIES = 200  # of a flood
 EVENTS = 200  # of the time line, the newest
+REMEMBERED = 100  # runs whose pages are looked at, and the parts that change with their states only
 DELIVERED = ("delivered", "already")
 COLUMNS = ("target", "item", "sop_instance_uid", "outcome", "reason")
 
 
-class DispatchPage:
+class DispatchPage(JobPage):
     """One dispatch."""
 
-    def __init__(self, site: Site) -> None:
-        self.site = site
+    where, kinds = LIST, KINDS
 
-    def routes(self) -> list[BaseRoute]:
-        """Return the routes."""
-        one = f"{LIST}/{{id}}"
+    def __init__(self, site: Site) -> None:
+        super().__init__(site)
+        self._parts: OrderedDict[tuple[str, str], dict[str, Any]] = OrderedDict()  # by run and its state's id
+
+    def more(self, one: str) -> list[BaseRoute]:
         return [
-            Route(one, self.one, methods=["GET"]),
             Route(f"{one}/receipt", self.receipt, methods=["GET"]),
             Route(f"{one}/receipt.csv", self.table, methods=["GET"]),
             Route(f"{one}/send", self.send, methods=["POST"]),
-            Route(f"{one}/{{action}}", self.act, methods=["POST"]),
         ]
 
     @needs(Role.VIEWER)
@@ -57,15 +62,14 @@ class DispatchPage:
 
         office, job = await self.site.office(request), request.path_params["id"]
         flow_run = await jobs.found(office, job, KINDS)
-        run, document = jobs.line(flow_run), await jobs.result(office, flow_run)
+        run = jobs.line(flow_run)
         live = run["ended"] is None
         asked = who(request).role >= Role.OPERATOR and not (live and is_part(request))
         speeds = await jobs.how_far(office, flow_run) if live else {}
         others = [row["name"] for row in await self.site.rows(office) if _may_get(row, run)] if asked else []
         events, cut = await timeline(office, run["id"])
         given = {name: request.query_params.get(name, "") for name in ("target", "outcome", "q", "offset")}
-        # In a thread: there may be a hundred thousand items, and this process answers workers, too.
-        content = await asyncio.to_thread(_content, document, given, items=not (live and is_part(request)))
+        content = await self._content(office, flow_run, given, items=not (live and is_part(request)))
         return self.site.page(
             request,
             "dispatch.html",
@@ -80,10 +84,35 @@ class DispatchPage:
             more_events=cut or len(events) > EVENTS,
             given=given,
             query=urlencode({key: value for key, value in given.items() if value and key != "offset"}),
-            targets=list(document["targets"]),
+            targets=[part["name"] for part in content["parts"]],
             problem=problem,
             **content,
         )
+
+    async def _content(
+        self, office: Office, flow_run: FlowRun, given: dict[str, str], *, items: bool
+    ) -> dict[str, Any]:
+        """Return what the page shows of a receipt.
+
+        Args:
+            given: the filter of the items.
+            items: whether they are shown. A part of a page that is asked for every two seconds has none, and its
+                receipt is not read again: a run writes one when it ends or rests, and has another state then.
+        """
+        from talaria.service import jobs
+
+        key = str(flow_run.id), str(flow_run.state_id)
+        if not items and key in self._parts:
+            self._parts.move_to_end(key)
+            return self._parts[key]
+        document = await jobs.result(office, flow_run)
+        # In a thread: there may be a hundred thousand items, and this process answers workers, too.
+        content = await asyncio.to_thread(_content, document, given, items=items)
+        if not items:
+            self._parts[key] = content
+            while len(self._parts) > REMEMBERED:
+                self._parts.popitem(last=False)
+        return content
 
     @needs(Role.VIEWER)
     @shown
@@ -105,17 +134,6 @@ class DispatchPage:
         from talaria.service import jobs
 
         return await jobs.job_receipt(await self.site.office(request), request.path_params["id"], kinds=KINDS)
-
-    @needs(Role.OPERATOR)
-    @shown
-    async def act(self, request: Request) -> Response:
-        """Retry, cancel, pause or resume a dispatch."""
-        job = request.path_params["id"]
-        try:
-            await act(await self.site.office(request), job, request.path_params["action"], KINDS)
-        except Misconfigured as exc:  # it has ended meanwhile, perhaps
-            return await self._shown(request, exc.message, 409)
-        return RedirectResponse(f"{LIST}/{quote(job)}", 303)
 
     @needs(Role.OPERATOR)
     @shown

@@ -41,6 +41,8 @@ FILTERS = {
     "cancelled": ("CANCELLED",),
 }
 DAYS = ("", "1", "7", "30")
+USUAL_DAYS = "7"  # where nobody has said otherwise: a search of years takes its time
+OPEN = ("waiting", "running")  # however old they are
 FIELDS = ("state", "q", "target", "days")  # of the filter
 
 
@@ -110,7 +112,8 @@ class DispatchPages:
             count=count,
             names=sorted({row["name"] for row in targets} | {given["target"]} - {""}),
             given=given,
-            query=urlencode({key: value for key, value in given.items() if value}),
+            query=urlencode({key: value for key, value in given.items() if value or key == "days"}),
+            every=urlencode({**given, "days": ""}),
             states=[(one, text(f"filter.{one}")) for one in FILTERS],
             days=[(one, text(f"days.{one}")) for one in DAYS],
             actions=ACTIONS,
@@ -211,6 +214,8 @@ def _given(sent: dict[str, str]) -> dict[str, str]:
         Misconfigured: there is no such state or time.
     """
     given = {name: sent.get(name, "").strip() for name in FIELDS}
+    if "days" not in sent and given["state"] not in OPEN:
+        given["days"] = USUAL_DAYS
     if given["state"] not in FILTERS or given["days"] not in DAYS:
         raise Misconfigured(text("dispatches.nothing"))
     return given

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from typing import Any
-from urllib.parse import quote
 
 from starlette.requests import Request
-from starlette.responses import RedirectResponse, Response
+from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from talaria.front.access import Role, needs
-from talaria.front.pages.acting import act, actions
-from talaria.front.pages.site import Site, saved_as, shown
-from transfer.errors import Misconfigured
+from talaria.front.pages.acting import JobPage, actions
+from talaria.front.pages.site import saved_as, shown
 from transfer.tables import csv_text
 
 LIST = "/talaria/retrievals"
@@ -23,20 +21,13 @@ COLUMNS = ("accession", "study", "state", "instances", "missing", "bytes", "reas
 STATES = ("failed", "missing", "partial", "waiting", "delivered")  # the order in which people want to see them
 
 
-class RetrievalPages:
+class RetrievalPages(JobPage):
     """One retrieval. Those who may not query do not see its accession numbers."""
 
-    def __init__(self, site: Site) -> None:
-        self.site = site
+    where, kinds = LIST, KINDS
 
-    def routes(self) -> list[BaseRoute]:
-        """Return the routes."""
-        one = f"{LIST}/{{id}}"
-        return [
-            Route(one, self.one, methods=["GET"]),
-            Route(f"{one}/csv", self.table, methods=["GET"]),
-            Route(f"{one}/{{action}}", self.act, methods=["POST"]),
-        ]
+    def more(self, one: str) -> list[BaseRoute]:
+        return [Route(f"{one}/csv", self.table, methods=["GET"])]
 
     @needs(Role.OPERATOR)
     @shown
@@ -80,17 +71,6 @@ class RetrievalPages:
         document = await jobs.job_receipt(await self.site.office(request), request.path_params["id"], kinds=KINDS)
         name = f"retrieval-{document['flow_run_id'][:8]}.csv"
         return saved_as(name, "text/csv", csv_text(COLUMNS, rows(document)))
-
-    @needs(Role.OPERATOR)
-    @shown
-    async def act(self, request: Request) -> Response:
-        """Retry, cancel, pause or resume a retrieval."""
-        job = request.path_params["id"]
-        try:
-            await act(await self.site.office(request), job, request.path_params["action"], KINDS)
-        except Misconfigured as exc:  # it has ended meanwhile, perhaps
-            return await self._shown(request, exc.message, 409)
-        return RedirectResponse(f"{LIST}/{quote(job)}", 303)
 
 
 def rows(document: dict[str, Any]) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from urllib.parse import quote
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 LIST = "/talaria/targets"
 FRESH_S = 3.0  # what is younger is shown as it is: tests by others and breakers show after this
-SAVED_S = 60.0  # the same of the settings of targets, whose changes go through this process
+SAVED_S = 600.0  # the same of the settings of targets, whose changes go through this process, which hears of each
 RECENT = 10  # retrievals on the Query page
 MOST_WAITING = 1000  # that are counted for each target
 STALE_S = 60.0  # what is older is not shown at all; between the two, it is read again meanwhile
@@ -72,11 +73,11 @@ async def shown_as_rows(office: Office, found: list[Target | Broken]) -> list[di
     from blocks import Target
     from talaria.service import overview, targets
 
-    entries = await targets.entries(office, found)
-    names = [one.name for one in found]
+    entries = await targets.entries(office, found, settings=False)
+    names = Counter(one.name for one in found)
     shown = []
     for one, entry in zip(found, entries, strict=True):
-        twice = names.count(one.name) > 1
+        twice = names[one.name] > 1
         path = f"{LIST}/{quote(one.name, safe='')}" + (f"?type={quote(one.type_name, safe='')}" if twice else "")
         whole = one if isinstance(one, Target) else None
         shown.append(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from talaria.service import Office
 
 if TYPE_CHECKING:
     from jinja2 import Environment
+    from markupsafe import Markup
     from prefect.client.schemas.objects import FlowRun
 
     from talaria.service.overview import Activity
@@ -48,8 +49,16 @@ def templates() -> Environment:
         auto_reload=False,
     )
     found.globals |= {"t": text, "asset": asset, "type_icon": type_icon, "job_kind": job_kind}
-    found.filters |= {"moment": moment, "size": size, "path": functools.partial(quote, safe="")}
+    found.filters |= {"moment": moment, "size": size, "path": functools.partial(quote, safe=""), "options": options}
     return found
+
+
+def options(names: Iterable[str], chosen: str = "") -> Markup:
+    """Return the options of a select; of five hundred names a template's loop would be half of a page's time."""
+    from markupsafe import Markup, escape
+
+    words = ((escape(name), " selected" if name == chosen else "") for name in names)
+    return Markup("".join(f"<option{mark}>{name}</option>" for name, mark in words))  # noqa: S704 - each is escaped
 
 
 def render(template: str, status: int = 200, /, **values: Any) -> HTMLResponse:

@@ -266,6 +266,7 @@ WORK = {
     # dispatches
     "dispatches": "Dispatches",
     "dispatches.empty": "Nothing has been dispatched yet.",
+    "dispatches.any_time": "Look at any time",
     "dispatches.nothing": "No dispatch matches.",
     "dispatches.count": "Dispatches: {count}",
     "dispatches.search": "Dispatch id or target",
