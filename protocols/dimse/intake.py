@@ -131,6 +131,7 @@ class Reception:
         self._lock = threading.Lock()
         self._visits: set[SpoolVisit] = set()
         self._heard: dict[ReceivedUnit, float] = {}
+        self._versions: dict[ReceivedUnit, int] = {}  # the highest, by the first; of the few that have any
 
     def prepare(self) -> None:
         """Make the folder, and take up what was received before.
@@ -145,6 +146,7 @@ class Reception:
         with self._lock:
             for unit, _, changed in self.spool.units():
                 self._heard.setdefault(unit, now - max(0.0, clock - changed))
+                self._count_version(unit)
         self.reports.take_up(self.spool.reports)
 
     @property
@@ -216,6 +218,28 @@ class Reception:
             self._heard[unit] = time.monotonic()
             self.counts.duplicates += not isnew
             self.counts.versions += isnew and unit.version > 1
+            self._count_version(unit)
+
+    def _count_version(self, unit: ReceivedUnit) -> None:
+        if unit.version > 1:
+            first = replace(unit, version=1)
+            self._versions[first] = max(unit.version, self._versions.get(first, 1))
+
+    def last_with(self, uid: str, first: ReceivedUnit) -> ReceivedUnit:
+        """Return the last version of a unit that has an instance, behind which another content belongs.
+
+        Args:
+            first: the unit's first version, which is returned if none has it.
+        """
+        highest = self._versions.get(first, 1)
+        if highest == 1:
+            return first
+        later = [replace(first, version=version) for version in range(highest, 1, -1)]
+        if not any((self.spool.folder / unit.name).exists() for unit in later):  # all of them were delivered
+            with self._lock:
+                if self._versions.get(first) == highest:
+                    del self._versions[first]
+        return next((unit for unit in later if (self.spool.folder / unit.name / f"{uid}.dcm").exists()), first)
 
     def settled(self) -> list[ReceivedUnit]:
         """Return the units that have become complete since the last call; those that are being received are not."""
@@ -339,7 +363,7 @@ class SpoolDepot(Depot):
         group = header.SeriesInstanceUID if self._reception.terms.by_series else header.StudyInstanceUID
         if group != self._unit.uid:
             self._unit = replace(self._unit, uid=group)
-        unit, isnew = self._unit, True
+        unit, isnew = self._reception.last_with(uid, self._unit), True
         durably = self._durably(part)
         while True:
             try:

@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from blocks import Target
@@ -21,7 +22,7 @@ from imaging.header import Damaged, NotDicom, read_elements
 from protocols.net.tls import Tls
 from tasks.names import split
 from tasks.sources.inbox import look
-from tasks.sources.units import Unit
+from tasks.sources.units import Unit, in_time
 from transfer.errors import DispatchError
 from transfer.home import Home
 from transfer.ledger import Ledger
@@ -39,15 +40,20 @@ def root(source: DicomSource) -> str:
 
 def units(source: DicomSource, ledger: Ledger, check: Callable[[], None]) -> Iterator[Unit]:
     """Yield the units of a DICOM source; as `tasks.sources.units.units`."""
-    for received, folder, changed in Spool(Path(root(source))).units():
+    there = sorted(Spool(Path(root(source))).units(), key=lambda one: one[0].version)
+    earlier: dict[ReceivedUnit, tuple[str, ...]] = {}
+    for received, folder, changed in there:
         check()
         mark, _ = look(str(folder), source.globs)
         if not mark.files:
             remove(folder)  # all of it was delivered; what comes just now makes it again
             continue
         targets = _targets(source, received, folder, check)
-        yield Unit(
-            key=Item(folder.name, 0, 0).shown,
+        key, first = Item(folder.name, 0, 0).shown, replace(received, version=1)
+        after = earlier.get(first, ())
+        earlier[first] = (*after, key)
+        unit = Unit(
+            key=key,
             paths=(str(folder),),
             fingerprint=str(mark) if targets else f"{mark}:{_mark_of(source)}",  # other routes may take it
             newest=max(changed, mark.newest_ns / 1e9),  # the folder's time is kept young while something is coming
@@ -56,7 +62,9 @@ def units(source: DicomSource, ledger: Ledger, check: Callable[[], None]) -> Ite
             targets=targets,
             problem="" if targets else NO_ROUTE,
             shown=shown(received),
+            after=after,
         )
+        yield in_time(unit, source)
 
 
 def _mark_of(source: DicomSource) -> str:

@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import os
 import stat
-import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 
 from blocks.inbox import InboxSource, InboxUnit
 from blocks.source import Source
 from imaging.header import Damaged, NotDicom, read_header
-from tasks.sources.units import Unit
+from tasks.sources.units import Unit, in_time
 from transfer import roots
 from transfer.beneath import FOLDER, resolved
 from transfer.errors import Denied, Misconfigured, NotFound
@@ -35,7 +33,6 @@ MARKER = ".complete"
 TAKEN = ".talaria-taken-"  # before the name of a file that is just being moved or deleted
 # The keys of loose files that are in no study or series, and are told of; no UID looks like these.
 DAMAGED, UNREAD = "damaged files", "files that can't be read"
-AHEAD_S = 300.0  # by which a file's time may lie ahead of our clock, if `settle_s` is less
 NAMED = 3  # files that are named of those that are told of
 
 
@@ -87,17 +84,7 @@ def of_folders(folder: str, source: Source, check: Callable[[], None]) -> Iterat
             newest = mark.newest_ns / 1e9
             key = Item(name, 0, 0).shown
             unit = Unit(key, (path,), str(mark), newest, mark.files, source.origin, source.reaches, complete)
-            yield _in_time(unit, source)
-
-
-def _in_time(unit: Unit, source: Source) -> Unit:
-    """Return a unit; with its problem if it would not settle, as something of it changed in the future."""
-    ahead = unit.newest - time.time()
-    if unit.complete or ahead <= max(AHEAD_S, float(getattr(source, "settle_s", 0.0))):
-        return unit
-    when = datetime.fromtimestamp(unit.newest, UTC)
-    why = f"it was changed in the future, at {when:%Y-%m-%d %H:%M} UTC: the clock of its server is wrong, or ours"
-    return replace(unit, fingerprint=f"{unit.fingerprint}:ahead", complete=True, problem=why)  # another one in time
+            yield in_time(unit, source)
 
 
 def look(path: str, exclude: tuple[str, ...], facts: list[FileFacts] | None = None) -> tuple[Fingerprint, bool]:
@@ -229,7 +216,7 @@ def _of_uids(folder: str, source: InboxSource, ledger: Ledger, check: Callable[[
             yield _told(uid, [one[inside_of:] for one in paths], mark, why, source)
         elif is_known:  # what can't be read now may belong to it, too, but nobody knows that
             unit = Unit(uid, tuple(paths), str(mark), mark.newest_ns / 1e9, mark.files, source.origin, source.reaches)
-            yield _in_time(unit, source)
+            yield in_time(unit, source)
     if unread.why:
         told.add(UNREAD)
         yield unread.unit(source)
@@ -243,7 +230,7 @@ def _told(key: str, paths: list[str], mark: Fingerprint, why: str, source: Inbox
     shown = f"{key}: {', '.join(Item(one, 0, 0).shown or '.' for one in paths[:NAMED])}{more}"
     newest = mark.newest_ns / 1e9
     unit = Unit(key, (), str(mark), newest, len(paths), source.origin, source.reaches, problem=why, shown=shown)
-    return _in_time(unit, source)
+    return in_time(unit, source)
 
 
 def _remembered(name: str) -> str:

@@ -13,7 +13,7 @@ import uuid
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from blocks import Source, Target
@@ -43,6 +43,8 @@ LEVELS = list(Level)
 DAY_S = 86_400.0
 KEPT_S = 30 * DAY_S  # for which it is remembered what was done with units that are there no more
 OPEN_S = 60.0  # after which a unit is looked at again that somebody writes to; a watch sees sooner that this has ended
+ARRIVED = (UnitState.DELIVERED, UnitState.DONE)
+AHEAD = ":ahead"  # after the fingerprint of a unit whose times lie in the future
 LATE = "files came after it was dispatched; `talaria source retry` dispatches it again"
 
 
@@ -250,20 +252,33 @@ class Sweep:
         open_: dict[tuple[Any, ...], _Batch] = {}
         whole: list[_Batch] = []
         held: dict[str, list[UnitRow]] = defaultdict(list)
-        seen = set()
+        seen, coming = set[str](), set[str]()  # units that are there, and those that are, or will be, under way
         try:
             for unit in units.units(source, self.ledger, self.check):
                 seen.add(unit.key)
                 row = known.get(unit.key)
-                if row and (row.state is UnitState.DISPATCHED or row.fingerprint == unit.fingerprint):
+                if row and row.state is UnitState.DISPATCHED:
+                    coming.add(unit.key)
                     continue
-                if not self._is_ready(unit, now):
+                if row and row.fingerprint == unit.fingerprint:
                     continue
-                late = row and row.state in (UnitState.DELIVERED, UnitState.DONE, UnitState.HELD)
+                coming.add(unit.key)
+                if unit.ahead and not self._has_stayed(unit, row, now):
+                    if row is None or row.fingerprint != f"{unit.fingerprint}{AHEAD}" or row.time > now:
+                        marked = replace(unit, fingerprint=f"{unit.fingerprint}{AHEAD}")
+                        held[unit.ahead].append(self._held(marked, row, unit.ahead))
+                    continue
+                if not unit.ahead and not self._is_ready(unit, now):
+                    continue
+                if coming.intersection(unit.after):
+                    self._wait(now + OPEN_S)  # the end of their run is seen sooner
+                    continue
+                late = row and (row.state in ARRIVED or (row.state is UnitState.HELD and row.run))
                 policy = getattr(source, "late", Late.APPEND) if late else Late.APPEND
                 if unit.problem or policy is Late.HOLD:
                     why = unit.problem or LATE
-                    held[why].append(self._row(unit, UnitState.HELD, why))
+                    coming.discard(unit.key)
+                    held[why].append(self._held(unit, row, why))
                     continue
                 listed = self._as_listed(unit)
                 if listed is None:
@@ -297,6 +312,15 @@ class Sweep:
         self._wait(unit.newest + settle_s)
         return False
 
+    def _has_stayed(self, unit: Unit, row: UnitRow | None, now: float) -> bool:
+        """Return True if a unit whose times lie in the future has stayed as it is since a sweep saw it so."""
+        settle_s = float(getattr(self.source, "settle_s", 0.0))
+        since = row.time if row and row.fingerprint == f"{unit.fingerprint}{AHEAD}" else now
+        if since != now and since + settle_s <= now:
+            return True
+        self._wait(min(since, now) + settle_s)
+        return False
+
     def _wait(self, until: float) -> None:
         self.done.waiting += 1
         self.done.next = min(self.done.next or until, until)
@@ -311,6 +335,11 @@ class Sweep:
 
     def _row(self, unit: Unit, state: UnitState, detail: str, batch: str = "") -> UnitRow:
         return UnitRow(unit.key, unit.name, state, unit.fingerprint, unit.files, batch, "", detail)
+
+    def _held(self, unit: Unit, row: UnitRow | None, why: str) -> UnitRow:
+        """Return the row of a unit that is held; it names the run that has dispatched it before, if there was one."""
+        before = row.run if row and row.state is not UnitState.FAILED else ""
+        return replace(self._row(unit, UnitState.HELD, why), run=before)
 
     def _batch(self, targets: tuple[str, ...], origin: Origin, force: bool) -> _Batch:
         if not targets:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from importlib import import_module
 from typing import Any
 
@@ -12,6 +14,7 @@ from transfer.errors import Misconfigured
 from transfer.ledger import Ledger
 from transfer.plan import Origin
 
+AHEAD_S = 300.0  # by which a file's time may lie ahead of our clock, if `settle_s` is less
 # Where the function `units` of each type is, and `root` where its files lie in a folder of its own.
 _MODULES = {"dicom": "tasks.sources.dicom", "inbox": "tasks.sources.inbox", "list": "tasks.sources.lines"}
 
@@ -31,6 +34,8 @@ class Unit:
         complete: whether its sender says so, so that it need not settle.
         problem: why it can't be dispatched, in a sentence; "" if nothing is wrong.
         shown: what people see of it; the key if empty.
+        ahead: why its times don't say whether it has settled, in a sentence; "" if they do.
+        after: the keys of those that must not be dispatched at the same time, or later: earlier versions of the same.
     """
 
     key: str
@@ -43,6 +48,8 @@ class Unit:
     complete: bool = False
     problem: str = ""
     shown: str = ""
+    ahead: str = ""
+    after: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -50,8 +57,18 @@ class Unit:
         return self.shown or self.key
 
 
+def in_time(unit: Unit, source: Source) -> Unit:
+    """Return a unit; with a reason if something of it changed in the future, so that it would not settle for long."""
+    ahead = unit.newest - time.time()
+    if unit.complete or ahead <= max(AHEAD_S, float(getattr(source, "settle_s", 0.0))):
+        return unit
+    when = datetime.fromtimestamp(unit.newest, UTC)
+    why = f"it was changed in the future, at {when:%Y-%m-%d %H:%M} UTC: the clock of its server is wrong, or ours"
+    return replace(unit, ahead=f"{why}; it goes when nothing of it has changed for as long as its source demands")
+
+
 def units(source: Source, ledger: Ledger, check: Callable[[], None] = lambda: None) -> Iterable[Unit]:
-    """Yield what a source holds now, ready or not, in no order.
+    """Yield what a source holds now, ready or not; in no order, but after those units that one must come after.
 
     Args:
         check: called between folders; may raise to stop.

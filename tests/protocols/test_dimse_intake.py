@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -123,7 +124,8 @@ def test_series_apart(tmp_path: Path) -> None:
 # ---- the same again, and the same with another content
 
 
-def test_nothing_that_came_twice_is_lost(tmp_path: Path) -> None:
+def test_nothing_that_came_twice_is_lost_and_the_last_is_the_highest_version(tmp_path: Path) -> None:
+    """Also where an earlier content comes again, or the first version has been delivered and removed meanwhile."""
     ds = studies.dataset(InstanceNumber=1)
     with listening(tmp_path / "home") as there:
         assoc = associated(there.port)
@@ -131,12 +133,20 @@ def test_nothing_that_came_twice_is_lost(tmp_path: Path) -> None:
             ds.InstanceNumber = number
             assert stored(assoc, ds) == 0
         assoc.release()
-        [versions] = lying(there.folder).values()
-        assert len(versions) == 3
-        units = sorted(unit.version for unit, _, _ in Spool(there.folder).units())
-        assert units == [1, 2, 3]
+        assert len(lying(there.folder)[str(ds.SOPInstanceUID)]) == 5
+        units = {unit.version: folder for unit, folder, _ in Spool(there.folder).units()}
+        numbers = {one: pydicom.dcmread(next(units[one].iterdir())).InstanceNumber for one in sorted(units)}
+        assert numbers == {1: 1, 2: 2, 3: 1, 4: 2, 5: 3}
         counts = there.reception.counts
-        assert (counts.instances, counts.duplicates, counts.versions) == (3, 3, 2)
+        assert (counts.instances, counts.duplicates, counts.versions) == (5, 1, 4)
+        shutil.rmtree(units[1])
+        for _ in range(2):  # the second time by a listener that was started again
+            assoc, ds.InstanceNumber = associated(there.port), ds.InstanceNumber + 1
+            assert stored(assoc, ds) == 0
+            assoc.release()
+            there.reception._versions.clear()
+            there.reception.prepare()
+        assert sorted(unit.version for unit, _, _ in Spool(there.folder).units()) == [2, 3, 4, 5, 6, 7]
 
 
 def test_a_folder_that_was_delivered_and_removed_is_made_again(tmp_path: Path) -> None:

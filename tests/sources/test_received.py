@@ -160,7 +160,36 @@ def test_versions_of_an_instance_are_all_dispatched(bench: Bench) -> None:
     receive(bench, SOPInstanceUID=uid, InstanceNumber=1)
     receive(bench, SOPInstanceUID=uid, InstanceNumber=2, version=2)
     bench.all()
+    bench.all()
     assert kept(bench, "archive") == 2 and list(spool(bench).folder.iterdir()) == []
+
+
+def test_versions_go_one_after_the_other_as_received_and_the_last_one_stays(bench: Bench) -> None:
+    uid = studies.uid()
+    for number in (1, 2, 3):
+        path = receive(bench, SOPInstanceUID=uid, InstanceNumber=number, version=number)
+    last = path.read_bytes()
+    receive(bench, calling="CT2")
+    assert sum(bench.sweep().runs.values()) == 2, "the first version, and what another has sent"
+    assert not bench.sweep().runs, "while it is under way"
+    for _ in range(2):
+        bench.dispatch()
+        assert sum(bench.sweep().runs.values()) == 1
+    bench.dispatch()
+    bench.sweep()
+    assert list(spool(bench).folder.iterdir()) == []
+    assert last in [one.read_bytes() for one in bench.at("archive").rglob("*.dcm")]
+
+
+def test_a_version_that_was_not_taken_does_not_hold_up_the_next(bench: Bench) -> None:
+    uid = studies.uid()
+    receive(bench, SOPInstanceUID=uid, InstanceNumber=1)
+    bench.down = {"archive"}
+    bench.all()
+    bench.down = set()
+    receive(bench, SOPInstanceUID=uid, InstanceNumber=2, version=2)
+    bench.all()
+    assert sorted(bench.states().values()) == ["done", "failed"] and kept(bench, "archive") == 1
 
 
 def test_what_the_listener_has_confirmed_arrives(bench: Bench) -> None:

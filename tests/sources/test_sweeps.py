@@ -99,6 +99,39 @@ def test_files_that_come_late(bench: Bench, late: str, sent: int) -> None:
     assert delivered(bench) == 3
 
 
+@pytest.mark.parametrize("late", ["append", "resend", "hold"])
+@pytest.mark.parametrize("unit", ["folder", "study"])
+def test_what_was_changed_in_the_future_goes_once_when_it_has_stayed_as_it_is(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, unit: str, late: str
+) -> None:
+    """By the clock of a server that is a year ahead, or by ours before it was set right."""
+    clock, passed = time.time, -365 * 86_400
+    monkeypatch.setattr(time, "time", lambda: clock() + passed)
+    bench.source = bench.named(settle_s=1000, late=late, unit=unit, after="delete")
+    uids = {"study": material.uid(56), "series": material.uid(56)}
+    material.ct(bench.inbox / "s", 2, **uids)
+
+    def swept() -> int:
+        return sum(bench.sweep().runs.values())
+
+    assert [swept(), swept()] == [0, 0] and set(bench.states().values()) == {"held"} and len(told(bench)) == 1
+    passed += 990
+    material.ct(bench.inbox / "s", 1, first=7, **uids)
+    passed += 20
+    assert [swept(), swept()] == [0, 0], "it has changed again"
+    passed += 1010
+    assert swept() == 1 and [asked["force"] for asked in bench.asked.values()] == [False]
+    bench.dispatch()
+    assert [swept(), swept()] == [0, 0] and set(bench.states().values()) == {"done"} and not names(bench.inbox)
+    material.ct(bench.inbox / "s", 1, first=9, **uids)
+    assert swept() == 0
+    passed += 1010
+    assert swept() == (late != "hold")
+    assert set(bench.states().values()) == {"held" if late == "hold" else "dispatched"}
+    passed += 1010
+    assert swept() == 0
+
+
 def test_what_fails_stays_and_is_told_once(bench: Bench) -> None:
     bench.source = bench.named(after="delete")
     material.ct(bench.inbox / "s", 2)
