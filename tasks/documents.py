@@ -72,7 +72,7 @@ class Documents(Generic[B]):
             body["offset"] += PAGE
 
     async def all(self, client: PrefectClient, used: Iterable[str] = ()) -> list[B | Broken]:
-        """Return every saved block, by name; a Broken for one that can't be loaded.
+        """Return every saved block by name, the newest of a name last; a Broken for one that can't be loaded.
 
         Args:
             used: the names of those that are loaded with their secrets; of others, secrets that are set are masked.
@@ -81,12 +81,12 @@ class Documents(Generic[B]):
         if names := {str(document.name) for document in there.values()} & set(used):
             there |= {document.id: document for document in await self.documents(client, names, secrets=True)}
         found: list[B | Broken] = []
-        for document in there.values():
+        for document in sorted(there.values(), key=lambda one: (str(one.name), _made_at(one))):
             try:
                 found.append(await self._made(client, document, known=document.name in names))
             except Misconfigured as exc:
                 found.append(Broken(str(document.name), type_of(document), exc.message, document.created))
-        return sorted(found, key=lambda one: one.name)
+        return found
 
     async def load(self, client: PrefectClient, names: Iterable[str], *, secrets: bool = True) -> list[B]:
         """Load blocks by name, or by `type/name`, in that order, each once.
@@ -172,6 +172,10 @@ class Documents(Generic[B]):
         if not isinstance(made, self.kind):
             raise Misconfigured(f"is not a {self.kind.word}", str(document.name))
         return made
+
+
+def _made_at(document: BlockDocument) -> float:
+    return document.created.timestamp() if document.created else 0.0
 
 
 def _may_be_the_mask(document: BlockDocument, exc: BaseException | None) -> bool:

@@ -18,6 +18,7 @@ from talaria.service import Office, recorded
 from talaria.service.fields import field_facts
 from talaria.targetfile import action_for, differing, entry, values_of
 from tasks.documents import Broken
+from tasks.names import type_of
 from tasks.rules import SAVED_RULES
 from transfer.errors import Misconfigured
 from transfer.home import Home, host_name
@@ -60,15 +61,27 @@ def _listed(home: Home, found: list[Rule | Broken]) -> list[dict[str, Any]]:
 
 async def show_rule(office: Office, name: str) -> dict[str, Any]:
     """Return a rule's settings, secrets masked, and its newest messages."""
+    rule = await load_rule(office, name)
+    hidden = {"block_type_slug", *rule.secret_fields()}
+    every = {key: value for key, value in rule.model_dump(mode="json").items() if key not in hidden}
+    messages = await messages_of(office, rule.name)
+    return {"name": rule.name} | every | values_of(rule, secrets=True) | {"messages": messages}
+
+
+async def load_rule(office: Office, name: str) -> Rule:
+    """Return a rule, secrets masked."""
     (rule,) = await SAVED_RULES.load(office.client, [name], secrets=False)
+    return rule
+
+
+async def messages_of(office: Office, name: str) -> list[dict[str, Any]]:
+    """Return the newest messages of a rule."""
 
     def read() -> list[dict[str, Any]]:
         with Ledger(office.home.ledger) as ledger:
-            return [_message(one) for one in ledger.messages.newest(rule.name, SHOWN)]
+            return [_message(one) for one in ledger.messages.newest(name, SHOWN)]
 
-    hidden = {"block_type_slug", *rule.secret_fields()}
-    every = {key: value for key, value in rule.model_dump(mode="json").items() if key not in hidden}
-    return {"name": rule.name} | every | values_of(rule, secrets=True) | {"messages": await asyncio.to_thread(read)}
+    return await asyncio.to_thread(read)
 
 
 def _message(one: StoredMessage) -> dict[str, Any]:
@@ -108,18 +121,50 @@ async def apply_rules(
     actions = {name: action_for(rule, there, replace=replace) for name, rule in wanted.items()}
     old = [one for one in there if prune and one.name not in wanted]
     for name, action in actions.items() if not dry_run else ():
-        if action == "replaced":
-            for one in [one for one in there if one.name == name and one.type_name != wanted[name].type_name]:
-                await SAVED_RULES.remove(office.client, f"{one.type_name}/{name}")
         if action != "unchanged":
-            await wanted[name].asave(name, overwrite=True, client=office.client)
-            await _hurry(office, name)
             before = next((one for one in there if one.name == name and isinstance(one, Rule)), None)
-            await recorded.rule_changed(office, name, action, differing(wanted[name], before))
+            await save_rule(office, wanted[name], before, action)
     for one in old if not dry_run else ():
         await _remove(office, f"{one.type_name}/{one.name}")
     actions |= {one.name: "removed" for one in old}
     return {"dry_run": dry_run, "rules": [{"name": name, "action": action} for name, action in actions.items()]}
+
+
+async def save_rule(office: Office, rule: Rule, before: Rule | None, action: str) -> None:
+    """Save a rule; those of other types that have its name are removed.
+
+    It is saved before they are removed: at every moment there is a rule of this name, so that what happens meanwhile
+    is told. As long as there are two, the newer one counts (`talaria.notify.notifier`).
+
+    Args:
+        before: what it was.
+        action: `created`, `updated`, `replaced`, `paused` or `resumed`.
+    """
+    await rule.asave(rule.name, overwrite=True, client=office.client)
+    for document in await SAVED_RULES.documents(office.client, [rule.name]):
+        if type_of(document) != rule.type_name:
+            await office.client.delete_block_document(document.id)
+    await _hurry(office, rule.name)
+    await recorded.rule_changed(office, rule.name, action, differing(rule, before))
+
+
+async def enable_rule(office: Office, name: str, enabled: bool = True) -> dict[str, Any]:
+    """Let a rule write again, or pause it: what happens meanwhile is told to nobody by it."""
+    (rule,) = await SAVED_RULES.load(office.client, [name])
+    before = rule.model_copy()
+    rule.enabled = enabled
+    action = "resumed" if enabled else "paused"
+    await save_rule(office, rule, before, action)
+    return {"name": rule.name, "action": action}
+
+
+async def problems_of(office: Office, rule: Rule) -> list[str]:
+    """Return why a rule that is about to be saved can't be used, each reason a sentence."""
+    try:
+        _check(rule)
+    except Misconfigured as exc:
+        return [exc.message.removeprefix(f"rule {rule.name}: ")]
+    return []
 
 
 def _check(rule: Rule) -> None:
@@ -165,6 +210,11 @@ async def test_rule(office: Office, name: str, to: str = "") -> dict[str, Any]:
         to: of an e-mail rule, the address that gets it instead of those of the rule.
     """
     (rule,) = await SAVED_RULES.load(office.client, [name])
+    return await test_unsaved(office, rule, to)
+
+
+async def test_unsaved(office: Office, rule: Rule, to: str = "") -> dict[str, Any]:
+    """Send a test message by a rule that need not be saved. Arguments and answer as of `test_rule`."""
     recipients = [""]
     if isinstance(rule, EmailRule):
         if to and not EMAIL.fullmatch(to):

@@ -15,12 +15,16 @@ import httpx
 import pytest
 import yaml
 from prefect import get_client
+from prefect.client.orchestration import PrefectClient
 from prefect.context import refresh_global_settings_context
 
-from blocks.rule import WebhookRule
+from blocks.rule import CommandRule, Rule, WebhookRule
 from talaria.metrics import disks
 from talaria.notify import lookout
 from talaria.notify.lookout import look
+from talaria.notify.notifier import Notifier
+from talaria.service import Office
+from talaria.service import rules as saving
 from talaria.settings import client_environment
 from talaria.testing import studies
 from talaria.testing.process import free_port
@@ -237,6 +241,41 @@ def test_a_certificate_is_told_of_30_7_and_1_days_before_it_expires_once_each(
     assert found == [0, 1, 1, 2, 3, 3, 3]
     assert [one.about["days"] for one in happened] == [29, 6, 0]
     assert all(rule.hears(one.event, one.about) and one.about["whose"] == "server" for one in happened)
+
+
+def test_a_rule_that_is_replaced_by_one_of_another_type_is_there_at_every_moment(
+    up: Talaria, prefect: None, hook: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What happens while two types have its name is collected once, by the new one; after that, the old one is gone."""
+
+    async def case() -> None:
+        async with get_client() as client, httpx.AsyncClient() as raw:
+            office, seen = Office(client, Home(up.home)), list[list[Rule]]()
+
+            async def got() -> PrefectClient:
+                return client
+
+            notifier = Notifier(Home(up.home), raw, got, lambda: True)
+            monkeypatch.setattr(notifier, "raw", client._client)
+            old = CommandRule(command="page", targets=["nothing-*"])
+            await saving.save_rule(office, old.named("replaced"), None, "created")
+            removed = client.delete_block_document
+
+            async def look(number: Any) -> None:
+                seen.append(await notifier._rules())
+                await removed(number)
+
+            monkeypatch.setattr(client, "delete_block_document", look)
+            new = {"replaced": {"type": "webhook", "url": hook.url, "targets": ["nothing-*"]}}
+            done = await saving.apply_rules(office, new, replace=True)
+            assert done["rules"] == [{"name": "replaced", "action": "replaced"}] and len(seen) == 1
+            seen.append(await notifier._rules())
+            for found in seen:
+                assert [type(one) for one in found if one.name == "replaced"] == [WebhookRule]
+            monkeypatch.undo()
+            await saving.remove_rule(office, "replaced")
+
+    asyncio.run(case())
 
 
 def test_a_disk_is_low_below_the_rule_s_share_and_told_of_once_a_day(
