@@ -36,6 +36,8 @@ from transfer.ledger import write_json
 
 KEY = "check-"  # before a target's name: the key of its checks' artifacts
 HEALTHY = "healthy"
+COLUMNS = ("name", "result", "ms", "detail")
+MORE: dict[str, Any] = {"error": "", "remedy": "", "facts": {}}  # what older checks don't have
 
 
 def check_target(target: Target) -> Health:
@@ -79,7 +81,11 @@ def shown_live() -> Iterator[None]:
 
 async def report_health(target: Target, health: Health) -> None:
     """Save the result of a check as an artifact of the run."""
-    probes = health.to_json(target.name)["probes"]
+    # What a step does not have is left out: a table in Prefect's UI shows a column for each key.
+    probes = [
+        {key: value for key, value in probe.items() if value not in ("", {}) or key in COLUMNS}
+        for probe in health.to_json(target.name)["probes"]
+    ]
     await acreate_table_artifact(probes, f"{KEY}{target.name}", HEALTHY if health.ok else "not healthy")
 
 
@@ -126,6 +132,7 @@ def _document(artifact: Artifact | ArtifactCollection) -> dict[str, Any]:
     probes = artifact.data if isinstance(artifact.data, list) else json.loads(str(artifact.data))
     time = (artifact.created or datetime.now(UTC)).isoformat()
     name = str(artifact.key).removeprefix(KEY)
+    probes = [MORE | probe for probe in probes]
     return {"name": name, "ok": artifact.description == HEALTHY, "probes": probes, "time": time}
 
 
@@ -146,7 +153,7 @@ def _kept_here(name: str) -> dict[str, Any] | None:
     except OSError:
         return None
     document: dict[str, Any] = json.loads(text)
-    return document
+    return document | {"probes": [MORE | probe for probe in document["probes"]]}
 
 
 def _path(name: str) -> Path:

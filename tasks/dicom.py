@@ -170,6 +170,7 @@ def _probe(health: Health, target: DicomTarget) -> Association | None:
             made.release()
             raise Misconfigured(f"{peer.where}: the peer accepted the association, but none of what was offered")
         association, probe.detail = made, "; ".join([_accepted(made, tried) + note, *_legacy(target)])
+        probe.facts["transfer_syntaxes"] = [names([one]) for one in _syntaxes(made)]
     if association is None:
         return None
     with health.probe("echo"):
@@ -218,12 +219,17 @@ def _negotiate(sock: socket.socket, peer: Peer) -> tuple[Association, tuple[str,
 def _accepted(association: Association, tried: Sequence[str]) -> str:
     """Return a sentence on the storage contexts that a peer accepts."""
     stored = {abstract for abstract, _ in association.accepted} - {VERIFICATION}
-    syntaxes = {syntax for abstract, syntax in association.accepted if abstract != VERIFICATION}
     refused = [each for each in tried if each not in stored]
     text = f"accepts {len(stored)} of {len(tried)} storage classes tried"
     if refused:
         text += f" (not {names(refused)})"
-    return f"{text}; transfer syntaxes: {names(s for s in CHECKED_SYNTAXES if s in syntaxes)}"
+    return f"{text}; transfer syntaxes: {names(_syntaxes(association))}"
+
+
+def _syntaxes(association: Association) -> list[str]:
+    """Return the transfer syntaxes that a peer accepts for storage, in the order in which they were tried."""
+    found = {syntax for abstract, syntax in association.accepted if abstract != VERIFICATION}
+    return [one for one in CHECKED_SYNTAXES if one in found]
 
 
 def _legacy(target: DicomTarget) -> tuple[str, ...]:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import socket
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 
 from protocols.http.origin import WebOrigin
 from protocols.http.session import Session
 from protocols.net.connection import connect, resolve_within, shown
-from protocols.net.tls import peer_facts
-from transfer.health import Health
+from protocols.net.tls import certificate, certificate_shown, peer_facts
+from transfer.errors import DispatchError, NotTrusted
+from transfer.health import Health, Probe
 
 EARLIER = "an earlier probe failed"
 
@@ -49,14 +51,34 @@ def reach(
         if greeting is not None:
             probe.detail = greeting(sock)
     if health.ok and sock is not None and shake is not None:
-        with health.probe("tls") as probe:
+        with health.probe("tls") as probe, _with_certificate(probe, host, port, timeout_s):
             wrapped = shake(sock)
-            sock, probe.detail = wrapped, peer_facts(wrapped)
+            sock = wrapped
+            _seen(probe, wrapped)
     if health.ok:
         return sock
     if sock is not None:
         sock.close()
     return None
+
+
+def _seen(probe: Probe, sock: ssl.SSLSocket) -> None:
+    """Note whom we have shaken hands with."""
+    probe.detail = peer_facts(sock)
+    if found := certificate(sock.getpeercert(binary_form=True) or b""):
+        probe.facts["certificate"] = found
+
+
+@contextmanager
+def _with_certificate(probe: Probe, host: str, port: int, timeout_s: float) -> Iterator[None]:
+    """Note also a certificate that is not trusted: people must see it to decide. It is asked for once more."""
+    try:
+        yield
+    except NotTrusted:
+        with suppress(DispatchError, OSError):
+            if found := certificate_shown(connect(host, port, timeout_s), host):
+                probe.facts["certificate"] = found
+        raise
 
 
 def reach_web(health: Health, origin: WebOrigin) -> None:
@@ -68,7 +90,8 @@ def reach_web(health: Health, origin: WebOrigin) -> None:
         if health.ok and sock is not None and secure:
             with health.probe("tls") as probe:
                 wrapped = origin.shake(sock, go_on)
-                sock, probe.detail = wrapped, peer_facts(wrapped)
+                sock = wrapped
+                _seen(probe, wrapped)
     else:
         shake = partial(origin.shake, check=go_on) if secure else None
         sock = reach(health, origin.host, origin.port, origin.connect_timeout_s, shake=shake)

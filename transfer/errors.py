@@ -109,3 +109,27 @@ class Rejected(Permanent):
 
 class Cancelled(DispatchError):
     """Somebody asked the dispatch to stop; what was confirmed stays confirmed."""
+
+
+# What somebody can do about an error that ends a test, where its own message does not say more.
+REMEDIES: dict[type[DispatchError], str] = {
+    Unreachable: "Check host and port, that the service runs there, and that no firewall is between it and the machine "
+    "that sends.",
+    TimedOut: "Something takes connections there but does not answer: check that the port is that of this service, and "
+    "whether the service hangs.",
+    Busy: "Wait and test again; if it stays so, let fewer dispatches or connections go there at once.",
+    Interrupted: "Test again; if it breaks each time, look into the log of the other side and at firewalls between.",
+    Misconfigured: "Correct the settings of the target.",
+    NotTrusted: "Compare the certificate or key with what its operator tells you by another way; if it is the right "
+    "one, enter it, or the authority behind it, in the target's settings.",
+    Denied: "Check user, password, key, token or AE titles, and ask the operator of the other side for the rights.",
+    NotFound: "Create it at the other side, or correct its name in the target's settings.",
+    Rejected: "The other side refuses what was written to try it: ask its operator what it accepts.",
+    Cancelled: "Test again: somebody has stopped it.",
+    DispatchError: "This should not happen: look into the log of the machine that sends.",
+}
+
+
+def known_as(error: DispatchError) -> type[DispatchError]:
+    """Return the class of this module that says what somebody can do about an error: its own, or one above it."""
+    return next(cls for cls in type(error).__mro__ if cls in REMEDIES)

@@ -9,24 +9,35 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
-from transfer.errors import DispatchError
+from transfer.errors import REMEDIES, DispatchError, known_as
 
 OK, FAILED, SKIPPED = "ok", "failed", "skipped"
 
 
 @dataclass
 class Probe:
-    """One step of a check: its result, how long it took (milliseconds), and the peer's own words if it failed."""
+    """One step of a check: its result, how long it took (milliseconds), and the peer's own words if it failed.
+
+    Attributes:
+        error: class of the error that it failed with, one of `transfer.errors`.
+        remedy: what somebody can do about it, in a sentence.
+        facts: what was learned of the peer: `certificate` (subject, issuer, names, expires, days, fingerprint),
+            `transfer_syntaxes` (names of those that it accepts).
+    """
 
     name: str
     result: str = OK
     ms: float = 0.0
     detail: str = ""
     informative: bool = False  # a failure doesn't make the target unhealthy (ping)
+    error: str = ""
+    remedy: str = ""
+    facts: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return the probe as it stands in the JSON of `target test`."""
-        return {"name": self.name, "result": self.result, "ms": self.ms, "detail": self.detail}
+        known = {"name": self.name, "result": self.result, "ms": self.ms, "detail": self.detail}
+        return known | {"error": self.error, "remedy": self.remedy, "facts": self.facts}
 
 
 _watcher: ContextVar[Callable[[Probe], None] | None] = ContextVar("watcher", default=None)
@@ -66,6 +77,8 @@ class Health:
             yield probe
         except DispatchError as exc:
             probe.result, probe.detail = FAILED, exc.message
+            known = known_as(exc)
+            probe.error, probe.remedy = known.__name__, REMEDIES[known]
             if not informative and self.error is None:
                 self.error = exc
         finally:

@@ -5,7 +5,9 @@ Sources: PS3.15 Annex B.9 and B.10 (BCP 195 profiles), RFC 9325 (BCP 195), RFC 8
 
 from __future__ import annotations
 
+import hashlib
 import os
+import socket
 import ssl
 import time
 import warnings
@@ -18,6 +20,7 @@ from typing import Any
 from transfer.errors import Denied, DispatchError, Interrupted, Misconfigured, NotTrusted
 
 DAY_S = 86_400
+MOST_CHARS, MOST_NAMES = 300, 50  # of what a peer's certificate says
 # TLS 1.2 suites of RFC 9325 section 4.2: forward secrecy and authenticated encryption. TLS 1.3 has no others.
 STRICT_SUITES = "ECDHE+AESGCM:DHE+AESGCM"
 # Beside them, for peers of the first BCP 195 profile (RFC 7525): ChaCha20, and CBC with SHA-2.
@@ -309,3 +312,50 @@ def peer_facts(sock: ssl.SSLSocket) -> str:
         days = (ssl.cert_time_to_seconds(cert["notAfter"]) - time.time()) / DAY_S
         parts.append(f"expires in {days:.0f} days")
     return ", ".join(parts)
+
+
+def certificate(der: bytes) -> dict[str, Any]:
+    """Return what people compare of a certificate; {} if it can't be read.
+
+    Returns:
+        `subject`, `issuer`, `names` (hosts and addresses that it is for), `expires` (ISO 8601), `days` until then (less
+        than 0: since then), `fingerprint` (SHA-256, in pairs of digits as openssl writes it).
+    """
+    from cryptography import x509  # for checks only
+
+    try:
+        found = x509.load_der_x509_certificate(der)
+        ends = found.not_valid_after_utc
+        subject, issuer = found.subject.rfc4514_string(), found.issuer.rfc4514_string()
+        named = found.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        names = [str(one.value) for one in named if isinstance(one, x509.DNSName | x509.IPAddress)]
+    except x509.ExtensionNotFound:
+        names = []
+    except ValueError:
+        return {}
+    print_ = hashlib.sha256(der).hexdigest().upper()
+    return {
+        "subject": subject[:MOST_CHARS],
+        "issuer": issuer[:MOST_CHARS],
+        "names": [one[:MOST_CHARS] for one in names[:MOST_NAMES]],
+        "expires": ends.isoformat(timespec="seconds"),
+        "days": int((ends.timestamp() - time.time()) // DAY_S),
+        "fingerprint": ":".join(print_[at : at + 2] for at in range(0, len(print_), 2)),
+    }
+
+
+def certificate_shown(sock: socket.socket, host: str) -> dict[str, Any]:
+    """Return the certificate that a peer shows, whoever vouches for it; nothing is sent there. {} if it shows none.
+
+    Args:
+        sock: a new connection, which is closed.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    try:
+        with context.wrap_socket(sock, server_hostname=host) as wrapped:
+            return certificate(wrapped.getpeercert(binary_form=True) or b"")
+    except (OSError, ValueError):
+        sock.close()
+        return {}

@@ -169,6 +169,8 @@ def test(
                 probe = event["probe"]
                 line = f"{event['name']}: {probe['name']}: {probe['result']}, {probe['ms']:.0f} ms"
                 print(f"{line}: {probe['detail']}" if probe["detail"] else line, flush=True)
+                if probe["remedy"]:
+                    print(f"{event['name']}: {probe['name']}: {probe['remedy']}", flush=True)
     if as_json:
         print_json(found[0] if name and found else {"targets": found})
     if not found:

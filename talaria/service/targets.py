@@ -22,14 +22,15 @@ from tasks.documents import Broken
 from tasks.names import split
 from tasks.targets import all_targets, facts, load
 from transfer import live
-from transfer.errors import Misconfigured
-from transfer.health import Probe, watched
+from transfer.errors import REMEDIES, Misconfigured
+from transfer.health import FAILED, Probe, watched
 from transfer.home import Home
 from transfer.ledger import Ledger
 from transfer.waits import Breaker
 
 Event = tuple[str, dict[str, Any]]
 LOOK_S = 0.1  # between two looks at a check that runs
+SETTINGS = "settings"  # the step that fails where these are not valid
 STATE_S = 0.5  # and at the state of its run
 
 
@@ -158,6 +159,17 @@ def made(values: dict[str, Any]) -> dict[str, Target]:
     return found
 
 
+async def save_target(office: Office, target: Target, before: Target | None, change: str) -> None:
+    """Save a target as somebody has edited it.
+
+    Args:
+        before: what it was.
+        change: `created` or `updated`.
+    """
+    await saved.save(office.client, target, target.name)
+    await recorded.target_changed(office, target.name, change, differing(target, before))
+
+
 async def remove_target(office: Office, name: str) -> dict[str, Any]:
     """Remove a target; what was delivered stays in the ledger."""
     await saved.remove(office.client, name)
@@ -224,7 +236,7 @@ async def test_targets(office: Office, name: str | None = None) -> AsyncIterator
     found += await load(office.client, [name], secrets=False) if name else await all_targets(office.client)
     for one in found:
         if isinstance(one, Broken):
-            for event in _ended(_failed(one.name, "settings", one.reason)):
+            for event in _ended(_failed(one.name, SETTINGS, one.reason)):
                 yield event
         elif name or one.enabled:
             here = office.alone or not await workers(office.client)
@@ -250,7 +262,7 @@ async def _check_saved(office: Office, target: Target) -> AsyncIterator[Event]:
     try:
         (whole,) = await load(office.client, [f"{target.type_name}/{target.name}"])
     except Misconfigured as exc:  # one of its secrets is not valid, or it is gone
-        for event in _ended(_failed(target.name, "settings", exc.message)):
+        for event in _ended(_failed(target.name, SETTINGS, exc.message)):
             yield event
         return
     async for event in _check_here(whole, saved=True):
@@ -304,7 +316,10 @@ async def _check_there(office: Office, target: Target) -> AsyncIterator[Event]:
 
 def _failed(name: str, probe: str, why: str) -> dict[str, Any]:
     """Return the result for a target that could not be checked."""
-    return {"name": name, "ok": False, "probes": [{"name": probe, "result": "failed", "ms": 0.0, "detail": why}]}
+    failed = Probe(probe, FAILED, detail=why)
+    if probe == SETTINGS:
+        failed.error, failed.remedy = Misconfigured.__name__, REMEDIES[Misconfigured]
+    return {"name": name, "ok": False, "probes": [failed.to_json()]}
 
 
 def _ended(document: dict[str, Any], shown: Collection[str] = ()) -> Iterator[Event]:

@@ -9,16 +9,19 @@ import functools
 import json
 import os
 import ssl
+import subprocess
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography import x509
 
 from talaria.testing import studies
 from talaria.testing.harness import Sent, attempt
@@ -142,6 +145,20 @@ def refused(
     return sent
 
 
+def shown_by(leaf: Leaf) -> dict[str, Any]:
+    """What openssl says of a certificate, as the facts of a check have it."""
+    found = {}
+    for name in ("subject", "issuer", "fingerprint"):
+        asked = ["openssl", "x509", "-in", str(leaf.cert), "-noout", f"-{name}", "-sha256", "-nameopt", "RFC2253"]
+        said = subprocess.run(asked, check=True, capture_output=True, text=True).stdout
+        found[name] = said.strip().partition("=")[2]
+    dated = x509.load_pem_x509_certificate(leaf.cert.read_bytes())
+    named = dated.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    ends = dated.not_valid_after_utc
+    days = (ends - datetime.now(UTC)).days
+    return found | {"names": [str(one.value) for one in named], "expires": ends.isoformat(), "days": days}
+
+
 # ---- what works
 
 
@@ -159,6 +176,10 @@ def test_mutual(start: Start, study: Path, tmp_path: Path) -> None:
         assert "server" in detail, "whose certificate it is"
         assert "expires in" in detail
         assert len(server.uids()) == 3
+        facts = {name: one for probe in health.probes for name, one in probe.facts.items()}
+        assert facts["certificate"] == shown_by(certificates().server)
+        assert facts["certificate"]["names"] and facts["certificate"]["days"] > 0
+        assert "Explicit VR Little Endian" in facts["transfer_syntaxes"]
 
 
 @every_server
@@ -276,7 +297,8 @@ def test_unknown_authority(start: Start, study: Path, tmp_path: Path) -> None:
 @every_server
 def test_expired(start: Start, study: Path, tmp_path: Path) -> None:
     with start(tmp_path / "server", more().expired) as server:
-        refused(tls_target(server.port, aet_target=server.aet), study, NotTrusted, "expired")
+        target = tls_target(server.port, aet_target=server.aet)
+        refused(target, study, NotTrusted, "expired")
         assert not server.uids()
 
 

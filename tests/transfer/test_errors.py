@@ -38,3 +38,17 @@ def test_text() -> None:
     assert str(errors.Denied("no")) == "no"
     assert str(errors.Denied("no", "pacs")) == "pacs: no"
     assert str(errors.Rejected("no", item="1.dcm")) == "no (1.dcm)"
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_each_has_a_remedy_that_is_a_sentence(kind: type[errors.DispatchError]) -> None:
+    class Special(kind):  # type: ignore[misc, valid-type]
+        """What a protocol makes of it."""
+
+    known = errors.known_as(Special("no"))
+    assert known is (kind if kind in errors.REMEDIES else errors.DispatchError)
+    assert errors.REMEDIES[known].endswith(".") and errors.REMEDIES[known][0].isupper()
+
+
+def test_every_class_that_is_raised_has_a_remedy_of_its_own() -> None:
+    assert set(CLASSES) - set(errors.REMEDIES) == {errors.Retryable, errors.Permanent}

@@ -32,6 +32,26 @@ class HealthAnswer(ExactAnswer):
 # ---- targets
 
 
+class CertificateAnswer(ExactAnswer):
+    """A certificate that a peer has shown."""
+
+    subject: str
+    issuer: str
+    names: list[str] = Field(description="Hosts and addresses that it is for.")
+    expires: str
+    days: int = Field(description="Until it expires; less than 0 since then.")
+    fingerprint: str = Field(description="SHA-256.")
+
+
+class ProbeFactsAnswer(BaseModel):
+    """What a step has found out about a peer; a key is there where it has."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    certificate: CertificateAnswer | None = None
+    transfer_syntaxes: list[str] | None = Field(default=None, description="Names of those that it accepts.")
+
+
 class ProbeAnswer(ExactAnswer):
     """One step of a check."""
 
@@ -39,6 +59,9 @@ class ProbeAnswer(ExactAnswer):
     result: str = Field(description="ok, failed or skipped.")
     ms: float
     detail: str
+    error: str = Field(description="Class of the error that it failed with; empty if it did not.")
+    remedy: str = Field(description="What somebody can do about it, in a sentence.")
+    facts: ProbeFactsAnswer
 
 
 class CheckedAnswer(ExactAnswer):

@@ -17,6 +17,7 @@ from tests.servers.dicomweb import Reply, Scripted, scripted
 from tests.targets.dicomweb import dicomweb_target
 from tests.targets.dicomweb_target.services import PASSWORD
 from transfer.errors import (
+    REMEDIES,
     Busy,
     Denied,
     Misconfigured,
@@ -79,7 +80,12 @@ def test_tls_not_trusted(ca: Authority, plan: Plan, tmp_path: Path, kind: str) -
         assert type(sent.error) is NotTrusted
         health = check(target)
         assert type(health.error) is NotTrusted
-        assert [probe.name for probe in health.probes if probe.result == "failed"] == ["tls"]
+        (failed,) = [probe for probe in health.probes if probe.result == "failed"]
+        assert (failed.name, failed.error, failed.remedy) == ("tls", "NotTrusted", REMEDIES[NotTrusted])
+        # It is shown all the same, for people to compare; nothing was sent there for that.
+        shown = failed.facts["certificate"]
+        assert shown["names"] == ["elsewhere.example"] if kind == "name" else "127.0.0.1" in shown["names"]
+        assert (shown["days"] < 0) is (kind == "expired")
         assert not server.requests
 
 
