@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import re
 from abc import ABC
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
-from typing import Any, ClassVar
+from typing import ClassVar
 from urllib.parse import urlsplit
 
 from pydantic import Field, PrivateAttr, SecretStr, field_validator, model_validator
-from pydantic_core import to_jsonable_python
 
-from blocks.fields import BYTES_PER_S, SECONDS, TIMES, Group, about, ordered
+from blocks.fields import BYTES_PER_S, SECONDS, TIMES, Group, about
 from blocks.named import NamedBlock
 from transfer.globs import patterns
 from transfer.layout import fields_of
@@ -26,7 +24,7 @@ from transfer.plan import Origin
 from transfer.receipt import Level
 from transfer.window import DispatchWindow
 
-MOVED = "type it again: the target leads elsewhere now, and a stored secret never goes to another place"
+MOVED = "type it again: the connection leads elsewhere now, and a stored secret never goes to another place"
 HOST = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?\.?|\[?[0-9A-Fa-f:.]+(%[A-Za-z0-9_.-]+)?\]?")
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 NO_ORIGIN = Origin()
@@ -79,10 +77,6 @@ class Target(NamedBlock, ABC):
 
     word: ClassVar[str] = "target"
     can_query: ClassVar[bool] = False  # whether `query` and `both` are directions of this type
-    where: ClassVar[tuple[str, ...]] = ()  # the fields that say where the data goes
-    host_in: ClassVar[str] = ""  # the field that names the host, alone or in a URL
-    # The fields that decide who is sent the secrets; () for `where` and all that is about the connection.
-    aims: ClassVar[tuple[str, ...]] = ()
     _made: datetime | None = PrivateAttr(None)
     _block_schema_capabilities: ClassVar[list[str]] = ["talaria-target"]
 
@@ -237,25 +231,6 @@ class Target(NamedBlock, ABC):
         value = str(getattr(self, self.host_in) or "") if self.host_in else ""
         return (urlsplit(value).hostname or "") if "://" in value else value
 
-    @classmethod
-    @functools.cache
-    def leads_secrets_to(cls) -> frozenset[str]:
-        """Return the fields that decide who is sent the secrets; () for a type without any.
-
-        Stored secrets are void as soon as one of these differs from the saved one: else whoever may edit a target
-        reads its secrets by pointing it at himself.
-        """
-        if not cls.secret_fields():
-            return frozenset()
-        connection = {one.name for one in ordered(cls) if one.group == Group.CONNECTION}
-        named = set(cls.aims or (*cls.where, cls.host_in, *connection))
-        return frozenset(named & cls.model_fields.keys())
-
-    @classmethod
-    def leads_elsewhere(cls, before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
-        """Return True if a change of values leads a target's secrets to another place than they were given for."""
-        return any(_plain(cls, before, name) != _plain(cls, after, name) for name in cls.leads_secrets_to())
-
     @property
     def stores(self) -> bool:
         return self.direction is not Direction.QUERY
@@ -283,14 +258,6 @@ class Target(NamedBlock, ABC):
         if self.retry_max_delay_s < self.retry_delay_s:
             raise ValueError("retry_max_delay_s must not be less than retry_delay_s")
         return self
-
-
-def _plain(cls: type[Target], values: Mapping[str, Any], name: str) -> Any:
-    """Return one of a target's values as it is saved, or its default; None for nothing, however that is written."""
-    field = cls.model_fields[name]
-    default = None if field.is_required() else field.get_default(call_default_factory=True)
-    value = values.get(name, default)
-    return (value.get_secret_value() if isinstance(value, SecretStr) else to_jsonable_python(value)) or None
 
 
 @contextmanager

@@ -77,7 +77,9 @@ class Route(BaseModel):
     series_description: str = Field(
         default="", title="Series description", description="Pattern of it, as in *lung*, whatever its case."
     )
-    targets: list[str] = Field(title="Targets", description="Names of the targets.")
+    targets: list[str] = Field(
+        title="Targets", description="Names of the targets.", json_schema_extra=about(Group.USE, names="target")
+    )
 
     @field_validator("targets")
     @classmethod

@@ -1,4 +1,4 @@
-"""What forms need to know of a target's fields: label, group, order, unit; for Prefect's forms and our pages."""
+"""What forms need to know of fields: label, group, order, unit; for Prefect's forms and our pages."""
 
 from __future__ import annotations
 
@@ -55,7 +55,8 @@ class FieldFacts:
         tier: whether it is shown at once, or only to those who look for it.
         unit: what its number counts; "" for none.
         placeholder: an example, shown where nothing has been written.
-        lines: whether its text may have several lines.
+        lines: whether its text may have several lines; of a list, whether only lines are between its parts.
+        names: of what it holds names: `target`, `source`; "" for other texts.
     """
 
     name: str
@@ -65,6 +66,7 @@ class FieldFacts:
     unit: str
     placeholder: str
     lines: bool
+    names: str = ""
 
 
 def about(
@@ -74,6 +76,7 @@ def about(
     unit: str = "",
     placeholder: str = "",
     lines: bool = False,
+    names: str = "",
     at: int = 0,
 ) -> dict[str, Any]:
     """Return the `json_schema_extra` of a field that says how forms show it, beside its `title`.
@@ -85,6 +88,7 @@ def about(
     extra |= {"at": at} if at else {}
     extra |= {"unit": unit} if unit else {}
     extra |= {"lines": True} if lines else {}
+    extra |= {"names": names} if names else {}
     return extra | ({"placeholder": placeholder} if placeholder else {})
 
 
@@ -102,6 +106,7 @@ def facts(model: type[BaseModel], name: str) -> FieldFacts:
         unit=str(extra.get("unit", SECONDS if name.endswith("_s") else BYTES if name.endswith("_bytes") else "")),
         placeholder=str(extra.get("placeholder", "")),
         lines=bool(extra.get("lines", False)),
+        names=str(extra.get("names", "")),
     )
 
 
@@ -157,7 +162,7 @@ def in_order(schema: dict[str, Any], model: type[BaseModel]) -> dict[str, Any]:
     properties: dict[str, Any] = schema.get("properties", {})
     sorted_ones: dict[str, Any] = {}
     for position, one in enumerate(ordered(model, properties)):
-        shown = _plain({key: value for key, value in properties[one.name].items() if key != "at"})
+        shown = _plain({key: value for key, value in properties[one.name].items() if key not in ("at", "names")})
         sorted_ones[one.name] = shown | {"title": one.title, "position": position}
     return schema | {"properties": sorted_ones | {name: properties[name] for name in properties.keys() - sorted_ones}}
 

@@ -45,7 +45,7 @@ backlog = ListSource.load("BLOCK_NAME")
         default="",
         description="Name of the target that the accession numbers are fetched from; empty if the file lists paths.",
         title="Fetch from",
-        json_schema_extra=about(Group.CONNECTION, placeholder="pacs"),
+        json_schema_extra=about(Group.CONNECTION, placeholder="pacs", names="target"),
     )
     at_once: int = Field(
         default=10,

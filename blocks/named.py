@@ -1,17 +1,19 @@
-"""What is saved under a name of its own, as a Prefect block: a target, or a source. No input or output here."""
+"""What is saved under a name of its own, as a Prefect block: a target, a source or a rule. No input or output here."""
 
 from __future__ import annotations
 
 import functools
 import re
 from abc import ABC
+from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 from prefect.blocks.core import Block
 from prefect.client.schemas.objects import BlockDocument
 from pydantic import ConfigDict, SecretStr, field_validator, model_validator
+from pydantic_core import to_jsonable_python
 
-from blocks.fields import in_order
+from blocks.fields import Group, in_order, ordered
 
 NAME = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?")  # what Prefect allows for a block document
 EMAIL = re.compile(r"[^@\s,;<>]+@[^@\s,;<>]+")
@@ -26,6 +28,10 @@ class NamedBlock(Block, ABC):
     type_name: ClassVar[str] = ""  # in a file of targets and sources
     word: ClassVar[str] = ""  # what messages call it: a target, a source
     seen_to_by: ClassVar[str] = ""  # the command of `talaria` for them; the word if there is no other
+    where: ClassVar[tuple[str, ...]] = ()  # the fields that say where the data goes
+    host_in: ClassVar[str] = ""  # the field that names the host, alone or in a URL
+    # The fields that decide who is sent the secrets; () for `where` and all that is about the connection.
+    aims: ClassVar[tuple[str, ...]] = ()
 
     @property
     def name(self) -> str:
@@ -52,6 +58,25 @@ class NamedBlock(Block, ABC):
 
     def _event_method_called_resources(self) -> None:
         """Let Prefect emit no event for each block that is read: a list of 500 targets would be 500 events to store."""
+
+    @classmethod
+    @functools.cache
+    def leads_secrets_to(cls) -> frozenset[str]:
+        """Return the fields that decide who is sent the secrets; () for a type without any.
+
+        Stored secrets are void as soon as one of these differs from the saved one: else whoever may edit a target, or
+        a rule, reads its secrets by pointing it at himself.
+        """
+        if not cls.secret_fields():
+            return frozenset()
+        connection = {one.name for one in ordered(cls) if one.group == Group.CONNECTION}
+        named = set(cls.aims or (*cls.where, cls.host_in, *connection))
+        return frozenset(named & cls.model_fields.keys())
+
+    @classmethod
+    def leads_elsewhere(cls, before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
+        """Return True if a change of values leads the secrets to another place than they were given for."""
+        return any(_plain(cls, before, name) != _plain(cls, after, name) for name in cls.leads_secrets_to())
 
     @classmethod
     def model_json_schema(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -84,6 +109,14 @@ class NamedBlock(Block, ABC):
         if value and not EMAIL.fullmatch(value):
             raise ValueError(f"{value!r} is not an e-mail address: write it as in pacs-team@example.org")
         return value
+
+
+def _plain(cls: type[NamedBlock], values: Mapping[str, Any], name: str) -> Any:
+    """Return one of a block's values as it is saved, or its default; None for nothing, however that is written."""
+    field = cls.model_fields[name]
+    default = None if field.is_required() else field.get_default(call_default_factory=True)
+    value = values.get(name, default)
+    return (value.get_secret_value() if isinstance(value, SecretStr) else to_jsonable_python(value)) or None
 
 
 def check_name(name: str) -> str:

@@ -55,13 +55,13 @@ class Rule(NamedBlock, ABC):
         default=[],
         description="Names of targets, with * for any letters; where there are some, it hears of nothing about others.",
         title="Targets",
-        json_schema_extra=about(Group.HEARD, placeholder="pacs, archive-*"),
+        json_schema_extra=about(Group.HEARD, placeholder="pacs, archive-*", names="target"),
     )
     sources: list[str] = Field(
         default=[],
         description="Names of sources, with * for any letters; where there are some, it hears of no stuck others.",
         title="Sources",
-        json_schema_extra=about(Group.HEARD, advanced=True),
+        json_schema_extra=about(Group.HEARD, advanced=True, names="source"),
     )
     late_s: int = Field(
         default=3600,
@@ -154,6 +154,7 @@ class WebhookRule(Rule):
     _block_type_slug = "webhook-rule"
     _logo_url = HttpUrl(LOGO)
     type_name: ClassVar[str] = "webhook"
+    aims: ClassVar[tuple[str, ...]] = ("url", "ca_cert")
 
     url: SecretStr = Field(
         description="Where messages are posted to; kept secret, as it often holds a key.",
@@ -233,6 +234,7 @@ class EmailRule(Rule):
     _block_type_slug = "email-rule"
     _logo_url = HttpUrl(LOGO)
     type_name: ClassVar[str] = "email"
+    aims: ClassVar[tuple[str, ...]] = ("host", "port", "security", "ca_cert")
 
     host: str = Field(
         description="Name or address of the mail server.",
@@ -361,7 +363,7 @@ class CommandRule(Rule):
         max_length=100,
         description="What is passed to it, as it is: no shell reads it. Everybody on the machine can see it.",
         title="Arguments",
-        json_schema_extra=about(Group.CONNECTION, advanced=True),
+        json_schema_extra=about(Group.CONNECTION, advanced=True, lines=True),
     )
 
     @property

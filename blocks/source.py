@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -62,7 +63,7 @@ class Source(NamedBlock, ABC):
         default=[],
         description="Names of the targets that each study is sent to.",
         title="Targets",
-        json_schema_extra=about(Group.USE),
+        json_schema_extra=about(Group.USE, names="target"),
     )
     enabled: bool = Field(
         default=True,
@@ -120,6 +121,12 @@ class Source(NamedBlock, ABC):
         title="Time zone",
         json_schema_extra=about(Group.SCHEDULE, advanced=True, placeholder="Europe/Berlin"),
     )
+
+    @classmethod
+    @functools.cache
+    def leads_secrets_to(cls) -> frozenset[str]:
+        """Return nothing: what is secret of a source is the key of its own port, which is sent to nobody."""
+        return frozenset()
 
     @property
     def globs(self) -> tuple[str, ...]:

@@ -119,6 +119,7 @@ class Front:
             embedded=not orders.upstream,
             url=orders.upstream,
             upstream=self.upstream,
+            certificate=orders.certificate,
             changes=changes,
         )
         self._reach = reach

@@ -1,4 +1,4 @@
-"""Targets that people save through Prefect's pages and API are judged as ours are: what is not valid is refused.
+"""What people save through Prefect's pages and API is judged as on ours: a target, source or rule must be valid.
 
 Prefect itself compares a document with nothing: a wrong AE title was saved, and the target listed as broken afterwards.
 """
@@ -14,9 +14,10 @@ from uuid import UUID
 
 from pydantic import ValidationError
 
-from blocks import TYPES, Target
+from blocks import RULES, SOURCES, TYPES
 from blocks.base import MASK, MOVED, masked_secrets
 from blocks.fields import facts, in_titles
+from blocks.named import NamedBlock
 from talaria.engine.asgi import BODY_BYTES, Application, Message, Receive, Send, again, asking, read, refuse
 from talaria.front.access import SCOPE_KEY, Identity, Role
 from transfer.validation import what_is_wrong
@@ -25,11 +26,12 @@ _DOCUMENT = re.compile(r"/api/block_documents/([0-9a-fA-F-]{32,36})/?")
 _NEW, _EDIT = re.compile(r"/blocks/catalog/([^/]+)/create$"), re.compile(r"/blocks/block/([0-9a-fA-F-]{32,36})/edit$")
 _FORM = "/api/ui/schemas/validate"
 _logger = logging.getLogger("talaria.front")
+_TYPES: tuple[type[NamedBlock], ...] = (*TYPES.values(), *SOURCES.values(), *RULES.values())
 _KIND = "__prefect_kind"  # of a value that is not given but referred to, or written as JSON
 
 
 class ValidTargets:
-    """Prefect's application; refuses targets that are not valid, and lets its forms say at which field."""
+    """Prefect's application; refuses what is not valid, and lets its forms say at which field."""
 
     def __init__(self, app: Application) -> None:
         self.app = app
@@ -67,7 +69,7 @@ class ValidTargets:
             await self.app(scope, again(body, receive), send)
 
     async def _judged(self, scope: Message, given: Any) -> dict[str, Any] | None:
-        """Return Prefect's answer about the values in a form; None if the form is none of a target.
+        """Return Prefect's answer about the values in a form; None if the form is none of ours.
 
         Prefect would compare them with the schema: it takes no null for a secret that is not set, as it is saved.
         """
@@ -127,12 +129,12 @@ class ValidTargets:
         return _sentence(cls, after)
 
 
-def _type_of(slug: str) -> type[Target] | None:
-    return next((cls for cls in TYPES.values() if cls.get_block_type_slug() == slug), None)
+def _type_of(slug: str) -> type[NamedBlock] | None:
+    return next((cls for cls in _TYPES if cls.get_block_type_slug() == slug), None)
 
 
-def _errors(cls: type[Target], values: dict[str, Any]) -> list[Any]:
-    """Return what is wrong with the values of a target, as pydantic gives it; references are not followed."""
+def _errors(cls: type[NamedBlock], values: dict[str, Any]) -> list[Any]:
+    """Return what is wrong with the values of a block, as pydantic gives it; references are not followed."""
     if any(isinstance(value, dict) and {"$ref", _KIND} & value.keys() for value in values.values()):
         return []
     try:
@@ -140,17 +142,17 @@ def _errors(cls: type[Target], values: dict[str, Any]) -> list[Any]:
     except ValidationError as exc:
         return exc.errors(include_input=False, include_url=False)
     except Exception:  # of another package's making
-        _logger.exception("a target of type %s can't be judged", cls.type_name)
+        _logger.exception("%s of type %s can't be judged", cls.word, cls.type_name)
     return []
 
 
-def _sentence(cls: type[Target], values: dict[str, Any]) -> str:
+def _sentence(cls: type[NamedBlock], values: dict[str, Any]) -> str:
     errors = _errors(cls, values)
-    return f"the target is not valid: {what_is_wrong(errors, cls.model_fields)}" if errors else ""
+    return f"the {cls.word} is not valid: {what_is_wrong(errors, cls.model_fields)}" if errors else ""
 
 
-def _judged(cls: type[Target], values: dict[str, Any]) -> dict[str, Any]:
-    """Return Prefect's answer about the values in a target's form."""
+def _judged(cls: type[NamedBlock], values: dict[str, Any]) -> dict[str, Any]:
+    """Return Prefect's answer about the values in a block's form."""
     with masked_secrets():
         errors = _errors(cls, values)
     masked = {name for name in cls.secret_fields() if values.get(name) == MASK}
@@ -163,7 +165,7 @@ def _judged(cls: type[Target], values: dict[str, Any]) -> dict[str, Any]:
     return {"errors": [{"property": name, "errors": words} for name, words in found.items()], "valid": not found}
 
 
-def _named(cls: type[Target], message: str) -> str:
+def _named(cls: type[NamedBlock], message: str) -> str:
     """Return the field that an error of several fields names first, or the first of all."""
     words = re.findall(r"\w+", message)
     return next((word for word in words if word in cls.model_fields), next(iter(cls.model_fields)))

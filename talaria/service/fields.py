@@ -11,7 +11,7 @@ from talaria.targetfile import field_names
 
 def field_facts(cls: type[NamedBlock]) -> dict[str, Any]:
     """Return what a form must know of each field of a type, by its name."""
-    aims: frozenset[str] = getattr(cls, "leads_secrets_to", frozenset)()
+    aims = cls.leads_secrets_to()
     return {
         name: {
             "description": cls.model_fields[name].description,

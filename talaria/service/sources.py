@@ -15,6 +15,7 @@ from talaria.service import Office, recorded
 from talaria.service.fields import field_facts
 from talaria.targetfile import action_for, differing, entry, values_of
 from tasks.documents import Broken
+from tasks.names import pick, split, type_of
 from tasks.sources import checks, units
 from tasks.sources.saved import KEPT
 from tasks.targets import TARGETS
@@ -63,7 +64,7 @@ async def show_source(office: Office, name: str, given: bool = False) -> dict[st
     Args:
         given: only the settings that are not the defaults.
     """
-    source = await _load(office, name)
+    source = await load_source(office, name)
     values: dict[str, Any] = values_of(source, secrets=True)
     if not given:
         hidden = {"block_type_slug", *source.secret_fields()}
@@ -108,7 +109,7 @@ async def apply_sources(
         await asyncio.to_thread(checks.check_removal, office.home, name)
     for name, action in actions.items() if not dry_run else ():
         before = next((one for one in there if one.name == name and isinstance(one, Source)), None)
-        await _save(office, wanted[name], before, action)
+        await save_source(office, wanted[name], before, action)
     for one in old if not dry_run else ():
         await _remove(office, one.name, f"{one.type_name}/{one.name}")
     actions |= {one.name: "removed" for one in old}
@@ -131,16 +132,28 @@ def _made(values: dict[str, Any]) -> dict[str, Source]:
 
 def _check(wanted: Iterable[Source], everyone: list[Source], targets: list[Target]) -> None:
     """Raise Misconfigured with a line for each reason why one of the sources can't be used."""
-    wrong = [
-        f"source {one.name}: {why}"
-        for one in wanted
-        for why in (*checks.problems(one, everyone, targets), *checks.of_listener(one, everyone))
-    ]
+    wrong = [f"source {one.name}: {why}" for one in wanted for why in _wrong_with(one, everyone, targets)]
     if wrong:
         raise Misconfigured("\n".join(wrong))
 
 
-async def _save(office: Office, source: Source, before: Source | None, action: str) -> None:
+def _wrong_with(source: Source, everyone: list[Source], targets: list[Target]) -> list[str]:
+    return [*checks.problems(source, everyone, targets), *checks.of_listener(source, everyone)]
+
+
+async def problems_of(office: Office, source: Source) -> list[str]:
+    """Return why a source that is about to be saved can't be used, each reason a sentence."""
+    others = [one for one in await KEPT.all(office.client) if isinstance(one, Source) and one.name != source.name]
+    return await asyncio.to_thread(_wrong_with, source, [source, *others], await _targets(office))
+
+
+async def save_source(office: Office, source: Source, before: Source | None, action: str) -> None:
+    """Save a source, and what follows from it: its schedule, and who looks through it.
+
+    Args:
+        before: what it was.
+        action: `created`, `updated`, `replaced` or `unchanged`.
+    """
     if action != "unchanged":
         for one in await KEPT.documents(office.client, [source.name]):
             if one.block_type and one.block_type.slug != source.get_block_type_slug():  # it is to be replaced
@@ -166,10 +179,14 @@ async def remove_source(office: Office, name: str) -> dict[str, Any]:
     Raises:
         Misconfigured: it has received what is not delivered yet.
     """
-    source = await _load(office, name)
-    await asyncio.to_thread(checks.check_removal, office.home, source.name)
-    await _remove(office, source.name, f"{source.type_name}/{source.name}")
-    return {"name": source.name, "action": "removed"}
+    document = pick(name, await KEPT.documents(office.client, [split(name)[1]]))  # also one that is broken
+    if document is None:
+        await load_source(office, name)  # says which there are
+    else:
+        name = str(document.name)
+        await asyncio.to_thread(checks.check_removal, office.home, name)
+        await _remove(office, name, f"{type_of(document)}/{name}")
+    return {"name": name, "action": "removed"}
 
 
 async def _remove(office: Office, name: str, qualified: str) -> None:
@@ -191,7 +208,7 @@ def _forget(office: Office, book: Sourcebook, name: str) -> None:
 
 async def enable_source(office: Office, name: str, enabled: bool = True) -> dict[str, Any]:
     """Let a source take part again, or pause it: of a paused one nothing is dispatched, moved or deleted."""
-    source = await _load(office, name, secrets=True)
+    source = await load_source(office, name, secrets=True)
     source.enabled = enabled
     await source.asave(source.name, overwrite=True, client=office.client)
     await batches.pause(office.client, source)
@@ -203,7 +220,7 @@ async def enable_source(office: Office, name: str, enabled: bool = True) -> dict
 
 async def sweep_source(office: Office, name: str) -> dict[str, Any]:
     """Begin a sweep of a source now."""
-    source = await _load(office, name)
+    source = await load_source(office, name)
     if not source.enabled:
         raise Misconfigured(f"is paused: `talaria source resume {source.name}` first", source.name)
     flow_run = await batches.start(office.client, source.name, office.user)
@@ -212,7 +229,7 @@ async def sweep_source(office: Office, name: str) -> dict[str, Any]:
 
 async def retry_source(office: Office, name: str, unit: str = "") -> dict[str, Any]:
     """Have units that failed, or are held, dispatched again by the next sweep: one, or all of them."""
-    source = await _load(office, name)
+    source = await load_source(office, name)
 
     def forget(book: Sourcebook) -> int:
         rows = book.units(source.name, UnitState.FAILED, UnitState.HELD).values()
@@ -230,9 +247,13 @@ async def retry_source(office: Office, name: str, unit: str = "") -> dict[str, A
 
 async def test_source(office: Office, name: str) -> dict[str, Any]:
     """Look whether a source can be used, and what the next sweep would find; nothing is dispatched or moved."""
-    source = await _load(office, name)
-    sources = [one for one in await KEPT.all(office.client) if isinstance(one, Source)]
-    return await asyncio.to_thread(_tested, office, source, sources, await _targets(office))
+    return await test_unsaved(office, await load_source(office, name))
+
+
+async def test_unsaved(office: Office, source: Source) -> dict[str, Any]:
+    """Look whether a source that need not be saved can be used. Answers as `test_source`."""
+    others = [one for one in await KEPT.all(office.client) if isinstance(one, Source) and one.name != source.name]
+    return await asyncio.to_thread(_tested, office, source, [source, *others], await _targets(office))
 
 
 def _tested(office: Office, source: Source, sources: list[Source], targets: list[Target]) -> dict[str, Any]:
@@ -255,7 +276,8 @@ def _tested(office: Office, source: Source, sources: list[Source], targets: list
     return {"name": source.name, "ok": not wrong, "problems": wrong, "units": dict(found)}
 
 
-async def _load(office: Office, name: str, *, secrets: bool = False) -> Source:
+async def load_source(office: Office, name: str, *, secrets: bool = False) -> Source:
+    """Return a saved source; its secrets are masked where they are not wanted."""
     (source,) = await KEPT.load(office.client, [name], secrets=secrets)
     return source
 

@@ -41,7 +41,7 @@ class Person:
         assert answer.status_code == status, (path, answer.status_code, words(answer.text)[:600])
         return str(answer.headers.get("location", answer.text))
 
-    def form(self, path: str) -> dict[str, str]:
+    def form(self, path: str) -> dict[str, Any]:
         """Return the fields of a page's form as it is shown."""
         return fields(self.get(path))
 
@@ -52,14 +52,19 @@ def person(up: Talaria, role: Role, name: str = "") -> Iterator[Person]:
     found.client.close()
 
 
-def fields(page: str) -> dict[str, str]:
-    found: dict[str, str] = {}
+def fields(page: str) -> dict[str, Any]:
+    """Return what a browser sends of a page's forms; of boxes with one name, a list of those that are picked."""
+    found: dict[str, Any] = {}
     for tag in re.findall(r"<input [^>]*>", page):
         about = dict(re.findall(r'([a-z-]+)="([^"]*)"', tag))
         if about.get("type") in ("checkbox", "radio") and " checked" not in tag:
             continue
         if "name" in about:
-            found[about["name"]] = unescape(about.get("value", ""))
+            value, name = unescape(about.get("value", "")), about["name"]
+            several = about.get("type") == "checkbox" and name in found
+            found[name] = (
+                [*(found[name] if isinstance(found[name], list) else [found[name]]), value] if several else value
+            )
     for name, body in re.findall(r'<select [^>]*name="([^"]+)"[^>]*>(.*?)</select>', page, re.S):
         chosen = re.search(r'<option(?: value="([^"]*)")? selected>([^<]*)', body)
         if chosen:

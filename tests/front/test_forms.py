@@ -6,14 +6,39 @@ import json
 from typing import Any
 
 import pytest
-from pydantic import SecretStr
+from pydantic import SecretStr, ValidationError
 
-from blocks import TYPES
-from talaria.front.pages import forms
+from blocks import RULES, SOURCES, TYPES
+from blocks.named import NamedBlock
+from talaria.front.pages import forms, shown_settings
 from talaria.front.pages.texts import TEXTS, text
 from tests.targets.fields import NEEDED
+from transfer.validation import what_is_wrong
 
 SECRET = "swordfish"
+
+
+# The most that a form of sources and rules has to bring back.
+WHOLE: dict[str, tuple[type[NamedBlock], dict[str, Any]]] = {
+    "inbox": (
+        SOURCES["inbox"],
+        {"folder": "/data/in", "targets": ["a", "b"], "interval_s": 300, "description": "x\ny"},
+    ),
+    "list": (SOURCES["list"], {"file": "/data/todo.csv", "query": "pacs", "targets": ["a"], "at_once": 3}),
+    "listener": (
+        SOURCES["dicom"],
+        {
+            "routes": [{"targets": ["a", "b"], "modality": "CT,MR"}, {"targets": ["c"], "called": "ROUTER"}],
+            "peers": [{"aet": "CT*", "host": "10.1.0.0/16", "port": 104}, {"aet": "MR 1"}],
+        },
+    ),
+    "webhook": (RULES["webhook"], {"url": "https://a.example/", "on": ["target.down", "disk.low"], "targets": ["a-*"]}),
+    "email": (RULES["email"], {"host": "mail.example", "sender": "a@b.org", "to": ["c@d.org", "e@f.org"]}),
+    "command": (
+        RULES["command"],
+        {"command": "page", "arguments": ["--to=a, b", "", " two  blanks ", '"quoted"', "two\nlines", "\u00a0"]},
+    ),
+}
 
 
 def inputs(groups: list[forms.FieldGroup]) -> dict[str, forms.Input]:
@@ -28,6 +53,10 @@ def sent(groups: list[forms.FieldGroup]) -> dict[str, str]:
             found |= {name: "true"} if one.on else {}
         elif one.kind == "secret":
             found |= {name: "", f"{name}.do": "keep"} if one.stored else {name: ""}
+        elif one.kind == "choices":
+            found |= {name: "\n".join(one.chosen)} if one.chosen else {}
+        elif one.kind == "rows":
+            found |= {part.name: part.value for row in one.rows for part in row}
         else:
             found |= {name: one.value} | ({f"{name}.unit": one.unit} if one.units else {})
     return found
@@ -42,6 +71,56 @@ def test_a_form_that_is_sent_as_it_was_shown_changes_nothing(kind: str) -> None:
     assert secrets == {}
     again = cls(**values, **{name: one for name, one in NEEDED[kind].items() if name in cls.secret_fields()})
     assert again.model_dump(mode="json") == target.model_dump(mode="json")
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+def test_lists_and_rows_come_back_as_they_were_shown(kind: str) -> None:
+    cls, given = WHOLE[kind]
+    before = cls(**given)
+    shown = forms.form(cls, before.model_dump(mode="json"), stored=cls.secret_fields())
+    values, secrets = forms.read(cls, sent(shown))
+    again = cls(**values, **{name: one for name, one in given.items() if name in cls.secret_fields()})
+    assert secrets == {} and again.model_dump(mode="json") == before.model_dump(mode="json")
+    assert shown_settings.differences(cls, values, before) == []
+    # What was typed wrongly is shown as it was typed, at the same places.
+    typed = forms.form(cls, forms.typed(cls, sent(shown)), stored=cls.secret_fields())
+    assert {name: one.value for name, one in inputs(typed).items()} == {
+        name: one.value for name, one in inputs(shown).items()
+    }
+
+
+def test_names_are_told_apart_by_lines_and_commas() -> None:
+    values, _ = forms.read(SOURCES["inbox"], {"targets": " a , b\n\n c,\n"})
+    assert values["targets"] == ["a", "b", "c"]
+
+
+def test_what_is_wrong_in_a_row_stands_in_that_row() -> None:
+    cls = SOURCES["dicom"]
+    form = {"targets": "a", "peers.0.aet": "", "peers.3.aet": "CT", "peers.3.port": "many", "peers.7.host": "10.0/99"}
+    form |= {"routes.1.modality": "CT", "peers.2.port": "0"}
+    values, _ = forms.read(cls, form)
+    assert values["peers"] == [{"aet": "CT", "port": "many"}, {"host": "10.0/99"}]
+    with pytest.raises(ValidationError) as raised:
+        cls(**values)
+    errors = [(dict(one), what_is_wrong([one], cls.model_fields)) for one in raised.value.errors()]
+    found = forms.by_field(cls, errors)
+    assert found.keys() == {"peers.0.port", "peers.1.host", "routes.0.targets"}
+    assert found["routes.0.targets"] == ["is required"] and "is not a network" in found["peers.1.host"][0]
+    assert ("peers.1.host", f"Who may send, line 2: Host: {found['peers.1.host'][0]}") in forms.summary(cls, found)
+    (shown,) = [
+        one
+        for one in inputs(forms.form(cls, forms.typed(cls, form), around=forms.Around(found))).values()
+        if one.name == "peers"
+    ]
+    assert [[part.value for part in row] for row in shown.rows][:2] == [["CT", "", "many"], ["", "10.0/99", "0"]]
+    assert shown.wrong and shown.rows[1][1].problems == found["peers.1.host"]
+
+
+@pytest.mark.parametrize("value", ["text", 3, None, [1, "a"], [{"aet": ["x"]}], {"a": 1}])
+def test_what_was_stored_wrongly_can_be_shown_to_be_mended(value: Any) -> None:
+    for name in ("inbox", "listener", "email"):
+        cls, _ = WHOLE[name]
+        assert forms.form(cls, dict.fromkeys(cls.model_fields, value))
 
 
 @pytest.mark.parametrize("kind", NEEDED)
@@ -125,7 +204,7 @@ def test_what_is_wrong_stands_at_the_field_that_it_names() -> None:
 
 def test_settings_of_a_target_show_no_secret_and_no_default() -> None:
     target = TYPES["sftp"](**NEEDED["sftp"], password=SECRET)
-    shown = [one for _, found in forms.settings(target) for one in found]
+    shown = [one for _, found in shown_settings.settings(target) for one in found]
     assert [one.value for one in shown if one.secret] == [""]
     assert SECRET not in str(shown) and "files.example.org" in [one.value for one in shown]
 

@@ -38,6 +38,7 @@ class Reach:
     """How the API reaches what it needs; `app.state.reach`.
 
     Attributes:
+        certificate: file of the front door's certificate, "" for none.
         changes: of saved targets, that go through this process.
     """
 
@@ -46,6 +47,7 @@ class Reach:
     embedded: bool
     url: str
     upstream: Upstream | None = None
+    certificate: str = ""
     changes: ChangeCount = field(default_factory=ChangeCount)
 
     @property

@@ -12,14 +12,15 @@ from talaria.front.api.asking import Reach
 from talaria.front.pages.checks import Checks
 from talaria.front.pages.dispatch import DispatchPage
 from talaria.front.pages.dispatches import DispatchPages
-from talaria.front.pages.editing import EditingPages
+from talaria.front.pages.editing import RULE, SOURCE, TARGET, EditingPages
 from talaria.front.pages.importing import ImportPages
+from talaria.front.pages.notifications import NotificationPages
 from talaria.front.pages.querying import QueryPages
 from talaria.front.pages.retrievals import RetrievalPages
 from talaria.front.pages.sending import SendingPages
 from talaria.front.pages.settings import SettingsPages
 from talaria.front.pages.site import Site
-from talaria.front.pages.sources import NotificationPages, SourcePages
+from talaria.front.pages.sources import SourcePages
 from talaria.front.pages.targets import TargetPages
 from talaria.front.pages.uploading import UploadPages
 
@@ -39,6 +40,6 @@ def routes(reach: Reach) -> list[BaseRoute]:
         *SourcePages(site).routes(),
         *NotificationPages(site).routes(),
         *SettingsPages(site).routes(),
-        *EditingPages(site, checks).routes(),
+        *(route for subject in (TARGET, SOURCE, RULE) for route in EditingPages(site, checks, subject).routes()),
         *TargetPages(site, checks).routes(),
     ]

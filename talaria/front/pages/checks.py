@@ -9,7 +9,11 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from starlette.requests import Request
+from starlette.responses import RedirectResponse, Response
+
 from talaria.front.api.errors import answer_to
+from talaria.front.pages.site import is_part, render
 from talaria.front.pages.texts import TITLES, text
 from transfer.errors import Misconfigured
 
@@ -75,6 +79,13 @@ class Checks:
         """Return a test of this user; None if there is none."""
         found = self._found.get(key)
         return found if found and found.by == by else None
+
+
+def begun(request: Request, check: Check) -> Response:
+    """Return the answer to a request that has started a test: its section, or the way to its page."""
+    return (
+        render("check.html", check=check) if is_part(request) else RedirectResponse(f"/talaria/checks/{check.id}", 303)
+    )
 
 
 async def _follow(check: Check, events: AsyncIterator[tuple[str, dict[str, Any]]], ended: Callable[[], None]) -> None:

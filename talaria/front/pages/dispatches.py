@@ -15,7 +15,8 @@ from starlette.routing import BaseRoute, Route
 from talaria.front.access import Role, needs
 from talaria.front.api.errors import AWAY, answer_to
 from talaria.front.pages.acting import ACTIONS, act, send_to
-from talaria.front.pages.site import Site, fields, moment, shown
+from talaria.front.pages.editing import SOURCE, TARGET
+from talaria.front.pages.site import Site, fields, moment, shown, size
 from talaria.front.pages.texts import text
 from talaria.service import Office
 from transfer.errors import Misconfigured
@@ -23,6 +24,9 @@ from transfer.ledger import Ledger
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import FlowRun
+
+if TYPE_CHECKING:
+    from talaria.service.attention import Attention
 
 LIST = "/talaria/dispatches"
 KINDS = ("dispatch",)
@@ -78,6 +82,7 @@ class DispatchPages:
         bad = sum(one.bad for one in day)
         attention = [(row["path"], _attention(row)) for row in targets if row["state"] in ("open", "broken", "failing")]
         attention += [(f"{LIST}?state=failed&days=1", text("home.failed", count=bad))] if bad else []
+        attention += [_need(one) for one in await self.site.needs(office)]
         return self.site.page(
             request,
             "home.html",
@@ -235,6 +240,18 @@ async def _wanted(office: Office, given: dict[str, str]) -> dict[str, Any]:
         "since": datetime.now(UTC) - timedelta(days=int(given["days"])) if given["days"] else None,
         "ids": await asyncio.to_thread(partial) if given["state"] == "partial" else None,
     }
+
+
+def _need(one: Attention) -> tuple[str, str]:
+    """Return where to look, "" where no page is, and what is the matter."""
+    values = {"name": one.name, "why": one.why, "count": one.count, "percent": f"{one.percent:.1f}"}
+    key = f"home.{one.need}"
+    if one.need.startswith("source."):
+        return SOURCE.one(one.name), text(key, **values)
+    if one.need.startswith("certificate."):
+        return TARGET.one(one.name) if one.name else "", text(key + (".over" if one.count < 0 else ""), **values)
+    page = TARGET.one(one.name) if one.name else ""
+    return page, text(key if one.name else f"{key}.own", size=size(one.free), **values)
 
 
 def _attention(row: dict[str, Any]) -> str:

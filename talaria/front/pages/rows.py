@@ -47,6 +47,13 @@ class Kept(Generic[T]):
                 return self._value
             await asyncio.shield(self._reading or self._begin(office))
 
+    async def soon(self, office: Office, wait_s: float) -> T | None:
+        """Return it, or after some seconds what was known of it before; None if nothing was."""
+        try:
+            return await asyncio.wait_for(self.get(office), wait_s)
+        except TimeoutError:  # the reading goes on
+            return self._value
+
     def _begin(self, office: Office) -> asyncio.Task[None]:
         self._reading = task = asyncio.create_task(self._read(office))
         task.add_done_callback(lambda done: done.cancelled() or done.exception())  # whoever waits for it hears of it

@@ -26,11 +26,14 @@ if TYPE_CHECKING:
     from markupsafe import Markup
     from prefect.client.schemas.objects import FlowRun
 
+    from talaria.service.attention import Attention
     from talaria.service.overview import Activity
 
 FORM_BYTES = 256 << 10  # keys and certificates as text are the longest
 FILE_BYTES = 4 << 20  # a list of a hundred thousand accession numbers
 FIELDS = 300
+NEEDS_S = 10.0  # how old the news on the home page of sources, certificates and disks may be
+WAIT_S = 1.0  # for them: a share whose server is gone takes longer
 TEMPLATES = Path(__file__).parent.parent / "templates"
 Page = Callable[[Any, Request], Awaitable[Response]]
 
@@ -93,6 +96,7 @@ class Site:
         self._rows = Kept(self._read_rows, reach.changes)
         self._waiting, self.fetched = Kept(read_waiting, ChangeCount()), ChangeCount()
         self._fetched = Kept(read_fetched, self.fetched)
+        self._needs = Kept(self._read_needs, reach.changes, NEEDS_S)
 
     async def office(self, request: Request) -> Office:
         """Return the office of whoever asks."""
@@ -104,6 +108,15 @@ class Site:
 
     async def _read_rows(self, office: Office) -> list[dict[str, Any]]:
         return await shown_as_rows(office, await self._targets.get(office))
+
+    async def needs(self, office: Office) -> list[Attention]:
+        """Return what needs somebody besides targets and dispatches, as it was some seconds ago."""
+        return await self._needs.soon(office, WAIT_S) or []
+
+    async def _read_needs(self, office: Office) -> list[Attention]:
+        from talaria.service import attention
+
+        return await attention.needed(office, await self._targets.get(office), self.reach.certificate)
 
     async def waiting(self, office: Office) -> list[FlowRun]:
         """Return dispatches that have not ended, the newest first."""
@@ -244,3 +257,14 @@ def shown(page: Page) -> Page:
             return site.page(request, "error.html", status=status, words=words)
 
     return answered
+
+
+def kind_of(request: Request) -> str:
+    """Return the type that an address names beside the name; "" where the name is enough."""
+    return request.query_params.get("type", "")
+
+
+def ref_of(request: Request) -> str:
+    """Return what names that of which a page is: its name, with its type before it where several have that name."""
+    kind, name = kind_of(request), request.path_params["name"]
+    return f"{kind}/{name}" if kind else str(name)

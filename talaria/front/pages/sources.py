@@ -1,22 +1,23 @@
-"""Pages of sources and of notifications: what there is, how it is, and what their buttons do."""
+"""Pages of sources: what there is, how it is, and what their buttons do. Add and Edit are in `editing.py`."""
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from typing import Any
-from urllib.parse import quote, urlencode
+from urllib.parse import urlencode
 
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from talaria.front.access import Role, needs
-from talaria.front.pages.site import Site, fields, shown
+from talaria.front.pages.editing import SOURCE, with_paths
+from talaria.front.pages.site import Site, fields, kind_of, ref_of, shown
 from talaria.front.pages.texts import text
-from transfer.errors import DispatchError
+from transfer.errors import DispatchError, NotFound
 
-LIST, RULES = "/talaria/sources", "/talaria/notifications"
-SAID = ("paused", "resumed", "swept", "retried", "removed")
+LIST = SOURCE.pages
+SAID = ("added", "changed", "paused", "resumed", "swept", "retried", "removed")
 
 
 class SourcePages:
@@ -45,7 +46,9 @@ class SourcePages:
         from talaria.service import sources
 
         found = (await sources.list_sources(await self.site.office(request)))["sources"]
-        return self.site.page(request, "sources.html", rows=[_row(one) for one in found], said=_said(request))
+        return self.site.page(
+            request, "sources.html", rows=with_paths(SOURCE, [_row(one) for one in found]), said=_said(request)
+        )
 
     @needs(Role.VIEWER)
     @shown
@@ -56,18 +59,25 @@ class SourcePages:
     async def _shown(
         self, request: Request, problem: str = "", status: int = 200, tested: dict[str, Any] | None = None
     ) -> Response:
+        from talaria.front.pages.shown_settings import settings, title_of
         from talaria.service import sources
 
-        office, name = await self.site.office(request), request.path_params["name"]
-        document = await sources.show_source(office, name, given=True)
-        row = next(one for one in (await sources.list_sources(office))["sources"] if one["name"] == document["name"])
+        office, ref = await self.site.office(request), ref_of(request)
+        row = next((_row(one) for one in await _alike(office, ref)), None)
+        if row is None:
+            raise NotFound(text("sources.no_such", name=ref))
+        source = None if row["broken"] else await sources.load_source(office, ref)
+        document = await sources.show_source(office, ref, given=True) if source else {"attention": []}
         return self.site.page(
             request,
             "source.html",
             status=status,
-            source=document,
-            row=_row(row),
-            settings=[(key, _words(value)) for key, value in document["settings"].items() if key != "type"],
+            document=document,
+            row=row,
+            source=source,
+            type_title=title_of(type(source)) if source else row["type"],
+            groups=settings(source) if source else [],
+            query=f"?{urlencode({'type': kind})}" if (kind := kind_of(request)) else "",
             tested=tested,
             said=_said(request),
             problem=problem,
@@ -80,7 +90,7 @@ class SourcePages:
         from talaria.service import sources
 
         office = await self.site.office(request)
-        return await self._shown(request, tested=await sources.test_source(office, request.path_params["name"]))
+        return await self._shown(request, tested=await sources.test_source(office, ref_of(request)))
 
     @needs(Role.OPERATOR)
     @shown
@@ -114,83 +124,29 @@ class SourcePages:
         """Remove a source; no file is touched."""
         from talaria.service import sources
 
-        await sources.remove_source(await self.site.office(request), request.path_params["name"])
+        try:
+            await sources.remove_source(await self.site.office(request), ref_of(request))
+        except DispatchError as exc:  # it has received what is not delivered yet
+            return await self._shown(request, exc.message, 409)
         return RedirectResponse(f"{LIST}?{urlencode({'said': 'removed'})}", 303)
 
     async def _done(
         self, request: Request, call: Callable[..., Awaitable[dict[str, Any]]], word: str, *arguments: Any
     ) -> Response:
-        name = request.path_params["name"]
         try:
-            await call(await self.site.office(request), name, *arguments)
+            await call(await self.site.office(request), ref_of(request), *arguments)
         except DispatchError as exc:  # its state does not allow that
             return await self._shown(request, exc.message, 409)
-        return RedirectResponse(f"{LIST}/{quote(name, safe='')}?{urlencode({'said': word})}", 303)
+        return RedirectResponse(SOURCE.one(request.path_params["name"], kind_of(request), said=word), 303)
 
 
-class NotificationPages:
-    """Rules that write to people."""
+async def _alike(office: Any, ref: str) -> list[dict[str, Any]]:
+    """Return the sources that a name, perhaps with its type before it, means."""
+    from talaria.service import sources
 
-    def __init__(self, site: Site) -> None:
-        self.site = site
-
-    def routes(self) -> list[BaseRoute]:
-        """Return the routes."""
-        one = f"{RULES}/{{name}}"
-        return [
-            Route(RULES, self.every, methods=["GET"]),
-            Route(one, self.one, methods=["GET"]),
-            Route(f"{one}/test", self.test, methods=["POST"]),
-            Route(f"{one}/remove", self.remove, methods=["POST"]),
-        ]
-
-    @needs(Role.VIEWER)
-    @shown
-    async def every(self, request: Request) -> Response:
-        """Show all rules, each with its last message."""
-        from talaria.service import rules
-
-        found = (await rules.list_rules(await self.site.office(request)))["rules"]
-        return self.site.page(request, "notifications.html", rows=found, said=_said(request))
-
-    @needs(Role.VIEWER)
-    @shown
-    async def one(self, request: Request) -> Response:
-        """Show a rule and its newest messages."""
-        return await self._shown(request)
-
-    async def _shown(self, request: Request, tested: dict[str, Any] | None = None, problem: str = "") -> Response:
-        from talaria.service import rules
-
-        office = await self.site.office(request)
-        document = await rules.show_rule(office, request.path_params["name"])
-        hidden = ("name", "type", "messages")
-        settings = [(key, _words(value)) for key, value in document.items() if key not in hidden and _words(value)]
-        return self.site.page(
-            request, "notification.html", rule=document, settings=settings, tested=tested, problem=problem
-        )
-
-    @needs(Role.ADMIN)
-    @shown
-    async def test(self, request: Request) -> Response:
-        """Send a test message by a rule."""
-        from talaria.service import rules
-
-        office, to = await self.site.office(request), (await fields(request)).get("to", "").strip()
-        try:
-            tested = await rules.test_rule(office, request.path_params["name"], to)
-        except (DispatchError, ValueError) as exc:
-            return await self._shown(request, problem=str(exc))
-        return await self._shown(request, tested)
-
-    @needs(Role.ADMIN)
-    @shown
-    async def remove(self, request: Request) -> Response:
-        """Remove a rule, and what it has not sent yet."""
-        from talaria.service import rules
-
-        await rules.remove_rule(await self.site.office(request), request.path_params["name"])
-        return RedirectResponse(f"{RULES}?{urlencode({'said': 'removed'})}", 303)
+    kind, _, name = ref.rpartition("/")
+    found = (await sources.list_sources(office))["sources"]
+    return [one for one in found if one["name"] == name and kind in ("", one["type"])]
 
 
 def _row(one: dict[str, Any]) -> dict[str, Any]:
@@ -198,14 +154,6 @@ def _row(one: dict[str, Any]) -> dict[str, Any]:
     state = "broken" if one["broken"] else "off" if not one["enabled"] else "failing" if one["problem"] else "ready"
     units = {name: count for name, count in one["units"].items() if count}
     return one | {"state": state, "units": units, "targets": one.get("targets", [])}
-
-
-def _words(value: Any) -> str:
-    if isinstance(value, list):
-        return ", ".join(_words(one) for one in value)
-    if isinstance(value, dict):
-        return ", ".join(f"{key}: {_words(one)}" for key, one in value.items())
-    return "" if value is None else str(value)
 
 
 def _said(request: Request) -> str:

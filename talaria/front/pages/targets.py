@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from typing import Any
-from urllib.parse import quote, urlencode
+from urllib.parse import urlencode
 
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from talaria.front.access import Role, needs
-from talaria.front.pages.checks import Check, Checks
+from talaria.front.pages.checks import Checks, begun
+from talaria.front.pages.editing import TARGET
 from talaria.front.pages.plot import plotted
-from talaria.front.pages.site import Site, fields, is_part, render, shown, who
+from talaria.front.pages.site import Site, fields, is_part, kind_of, ref_of, render, shown, who
 from talaria.front.pages.texts import text
 from transfer.errors import Misconfigured, NotFound
 
-LIST = "/talaria/targets"
+LIST = TARGET.pages
 DAYS = 14  # of the plot
 STATES = ("open", "failing", "broken", "unchecked", "ready", "off")  # the order in which people want to see them
 SORTS = ("state", "name", "type")
@@ -71,7 +72,7 @@ class TargetPages:
         return await self._shown(request)
 
     async def _shown(self, request: Request, problem: str = "", status: int = 200, **more: Any) -> Response:
-        from talaria.front.pages.forms import settings
+        from talaria.front.pages.shown_settings import settings
         from talaria.listener import is_loopback
         from talaria.service import overview
         from talaria.service.jobs import line
@@ -91,7 +92,7 @@ class TargetPages:
             plot=plotted(await overview.days(office, row["name"], DAYS)),
             said=_said(request),
             problem=problem,
-            **{"in_use": [], **more},
+            **{"used": None, **more},
         )
 
     @needs(Role.OPERATOR)
@@ -128,7 +129,7 @@ class TargetPages:
 
         on = (await fields(request)).get("enabled") == "true"
         done = await targets.enable_target(await self.site.office(request), ref_of(request), on)
-        return to(done["name"], kind_of(request), said="enabled" if on else "disabled")
+        return _to(done["name"], kind_of(request), said="enabled" if on else "disabled")
 
     @needs(Role.ADMIN)
     @shown
@@ -137,54 +138,43 @@ class TargetPages:
         from talaria.service import targets
 
         name = (await fields(request)).get("to", "").strip()
+        if (refused := await self._used(request, "target.rename_used")) is not None:
+            return refused
         try:
             done = await targets.rename_target(await self.site.office(request), ref_of(request), name)
         except ValueError as exc:
             return await self._shown(request, str(exc), 422)
-        return to(done["name"], said="renamed")
+        return _to(done["name"], said="renamed")
 
     @needs(Role.ADMIN)
     @shown
     async def delete(self, request: Request) -> Response:
-        """Delete a target that no dispatch waits for."""
-        from talaria.service import overview, targets
-        from talaria.service.jobs import line
+        """Delete a target that nothing uses."""
+        from talaria.service import targets
 
+        if (refused := await self._used(request, "target.delete_used")) is not None:
+            return refused
         office, ref = await self.site.office(request), ref_of(request)
-        row, _ = _found(await self.site.rows(office), ref)
-        users = [line(run) for run in await overview.not_ended(office) if row["name"] in overview.names_of(run)]
-        if users:
-            return await self._shown(request, text("target.delete_used"), 409, in_use=users)
         done = await targets.remove_target(office, ref)
         return RedirectResponse(f"{LIST}?{urlencode({'said': 'removed', 'name': done['name']})}", 303)
 
+    async def _used(self, request: Request, why: str) -> Response | None:
+        """Return the page of a target that something uses, with what does; None if nothing does."""
+        from talaria.service.jobs import line
+        from talaria.service.uses import uses_of
 
-def begun(request: Request, check: Check) -> Response:
-    """Return the answer to a request that has started a test: its section, or the way to its page."""
-    return (
-        render("check.html", check=check) if is_part(request) else RedirectResponse(f"/talaria/checks/{check.id}", 303)
-    )
-
-
-def to(name: str, kind: str = "", **words: str) -> RedirectResponse:
-    """Return the way to a target's page, which says what has been done.
-
-    Args:
-        kind: its type, where several have the name.
-    """
-    query = urlencode(words | ({"type": kind} if kind else {}))
-    return RedirectResponse(f"{LIST}/{quote(name, safe='')}" + (f"?{query}" if query else ""), 303)
+        office = await self.site.office(request)
+        row, _ = _found(await self.site.rows(office), ref_of(request))
+        found = await uses_of(office, row["name"])
+        if not found:
+            return None
+        used = {"runs": [line(run) for run in found.runs], "sources": found.sources, "schedules": found.schedules}
+        return await self._shown(request, text(why), 409, used=used)
 
 
-def kind_of(request: Request) -> str:
-    """Return the type that an address names beside the name; "" where the name is enough."""
-    return request.query_params.get("type", "")
-
-
-def ref_of(request: Request) -> str:
-    """Return what names the target of a page: its name, with its type before it where several have that name."""
-    kind, name = kind_of(request), request.path_params["name"]
-    return f"{kind}/{name}" if kind else str(name)
+def _to(name: str, kind: str = "", **words: str) -> RedirectResponse:
+    """Return the way to a target's page, which says what has been done."""
+    return RedirectResponse(TARGET.one(name, kind, **words), 303)
 
 
 def _said(request: Request) -> str:
