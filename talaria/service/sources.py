@@ -93,14 +93,22 @@ async def apply_sources(
     dry_run: bool = False,
     replace: bool = False,
     prune: bool = False,
+    *,
+    beside: Iterable[Target] = (),
 ) -> dict[str, Any]:
-    """Create or update sources; all of them or, if one is wrong, none."""
+    """Create or update sources; all of them or, if one is wrong, none.
+
+    Args:
+        beside: targets that are about to be saved: a look (`dry_run`) takes them for saved.
+    """
     wanted = _made(sources)
     there = await KEPT.all(office.client, used=wanted)
     actions = {name: action_for(source, there, replace=replace) for name, source in wanted.items()}
     old = [one for one in there if prune and one.name not in wanted]
     kept = [one for one in there if isinstance(one, Source) and one.name not in wanted and one not in old]
-    targets = await _targets(office)
+    coming = list(beside)
+    names = {one.name for one in coming}
+    targets = [*coming, *(one for one in await _targets(office) if one.name not in names)]
     everyone = [*wanted.values(), *kept]
     await asyncio.to_thread(_check, wanted.values(), everyone, targets)
     leaving = [one.name for one in old]

@@ -6,19 +6,25 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from uuid import uuid4
 
+import httpx
 import pytest
 import yaml
 
 from talaria import mercure
 from talaria.front.access import Role
+from talaria.front.pages import importing
 from talaria.testing.process import as_loaded, free_port, until
 from tests.engine.material import folder, study
+from tests.front.house import House, run
 from tests.front.people import Person, fields, person, words
 from tests.servers.up import Talaria, talaria
+from transfer.errors import Misconfigured
 
 pytestmark = pytest.mark.timeout(600)
 SECRET = "swordfish"
@@ -101,6 +107,15 @@ def test_a_mercure_configuration_is_shown_and_taken_over(place: SimpleNamespace)
         ({"targets": {"a": {"type": "folder", "folder": "relative"}}}, "a: folder"),
         ({"targets": {"a": 7}}, "a: expected fields"),
         ({"sources": {"s": {"type": "inbox", "folder": "/tmp", "targets": ["nobody"]}}}, "nobody"),
+        # What is wrong in one section is said before another is saved, and all of it at once.
+        (
+            {
+                "targets": {"half": {"type": "folder", "folder": "/srv/half"}},
+                "sources": {"s": {"type": "inbox", "folder": "/tmp", "targets": ["half", "nobody"]}},
+                "notify": {"chat": {"type": "webhook"}},
+            },
+            "nobody",
+        ),
     ],
 )
 def test_a_file_that_can_t_be_meant_is_refused_and_stays_in_the_form(
@@ -109,6 +124,9 @@ def test_a_file_that_can_t_be_meant_is_refused_and_stays_in_the_form(
     page = preview(place.admin, content, 422)
     assert said in words(page), words(page)
     assert fields(page)["content"].strip() == (content if isinstance(content, str) else yaml.safe_dump(content)).strip()
+    if isinstance(content, dict) and "notify" in content:
+        assert "chat" in words(page)
+        place.admin.get("/talaria/targets/half", 404)
     for one in (place.viewer, place.operator):
         one.get("/talaria/import", 403)
 
@@ -125,7 +143,7 @@ def test_a_source_is_imported_tested_paused_edited_swept_and_deleted(place: Simp
         "sources": {name: {"type": "inbox", "folder": str(inbox), "targets": [name], "settle_s": 0, "enabled": False}},
     }
     page = preview(admin, new)
-    assert "looked at when its targets are there" in words(page)
+    assert words(page).count("created") == 2 and "nothing is saved yet" in words(page)
     assert f"{name} inbox created" in words(take_over(admin, page))
     assert name in viewer.get("/talaria/sources") and "Paused" in words(viewer.get("/talaria/sources"))
     page = viewer.get(f"/talaria/sources/{name}")
@@ -146,6 +164,58 @@ def test_a_source_is_imported_tested_paused_edited_swept_and_deleted(place: Simp
     assert admin.post(f"/talaria/sources/{name}/enable", {"enabled": "false"}).endswith("said=paused")
     assert admin.post(f"/talaria/sources/{name}/remove", {}).endswith("said=removed")
     assert name not in viewer.get("/talaria/sources")
+
+
+def test_an_import_that_was_possible_and_is_not_any_more_saves_nothing(place: SimpleNamespace) -> None:
+    admin, name = place.admin, f"late-{uuid4().hex[:8]}"
+    for part in ("in", "out"):
+        (place.root / name / part).mkdir(parents=True)
+    up: Talaria = place.up
+    up.apply(**{name: folder(place.root / name / "out")})
+    new = {
+        "targets": {f"{name}-new": folder(place.root / name / "out")},
+        "sources": {name: {"type": "inbox", "folder": str(place.root / name / "in"), "targets": [name]}},
+    }
+    page = preview(admin, new)
+    up.json("target", "rename", name, f"{name}-other")
+    (leads,) = re.findall(r'action="(/talaria/import/[^"]+)"', page)
+    page = admin.post(leads, {}, 422)
+    assert "Nothing was imported" in words(page) and words(page).count("Not saved") == 2 and name in words(page)
+    admin.get(f"/talaria/targets/{name}-new", 404)
+    up.json("target", "rename", f"{name}-other", name)
+    assert "It was imported." in words(take_over(admin, page))  # as it was kept
+
+
+def test_of_an_import_that_breaks_off_is_said_what_was_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TALARIA_HOME", str(tmp_path / "home"))
+    house = House(tmp_path / "home")
+    house.add("anna", Role.ADMIN)
+    saved, broken = set[str](), [True]
+
+    async def apply(section: str, office: Any, entries: dict[str, Any], dry_run: bool = False, **_: Any) -> Any:
+        if not dry_run and section == "sources" and broken:
+            raise Misconfigured(f"{broken.pop()}: its folder is gone")
+        rows = [{"name": one, "action": "unchanged" if one in saved else "created"} for one in entries]
+        saved.update(() if dry_run else entries)
+        return {"rules" if section == "notify" else section: rows}
+
+    monkeypatch.setattr(importing, "calls", lambda: {one: partial(apply, one) for one in importing.SECTIONS})
+    new = {
+        "targets": {"nas": folder(tmp_path)},
+        "sources": {"inbox": {"type": "inbox", "folder": "/x", "targets": ["nas"]}},
+        "notify": {"chat": {"type": "webhook"}},
+    }
+
+    async def case(client: httpx.AsyncClient) -> None:
+        page = (await client.post("/talaria/import", data={"content": yaml.safe_dump(new)})).text
+        (leads,) = re.findall(r'action="(/talaria/import/[^"]+)"', page)
+        page = words((await client.post(leads)).text)
+        assert "Not all of it was imported" in page and "its folder is gone" in page
+        assert "nas folder created Saved" in page and "inbox inbox created Not saved" in page
+        assert "chat webhook created Not saved" in page and saved == {"nas"}
+        assert "It was imported." in words((await client.post(leads)).text) and saved == {"nas", "inbox", "chat"}
+
+    run(house, "anna", case)
 
 
 def test_a_rule_is_imported_tested_and_deleted(place: SimpleNamespace) -> None:

@@ -9,7 +9,8 @@ import asyncio
 import json
 import re
 import secrets
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import yaml
@@ -21,9 +22,12 @@ from talaria.front.access import Role, needs
 from talaria.front.api.errors import answer_to
 from talaria.front.pages.site import Site, shown, who, with_file
 from talaria.front.pages.texts import text
+from talaria.service import Office
 from transfer.errors import Misconfigured, NotFound
 
 PATH = "/talaria/import"
+SECTIONS = ("targets", "sources", "notify")  # the order in which they are saved: sources name targets
+UNCHANGED = "unchanged"
 KEPT_S = 600  # between the preview and the change
 MOST = 20  # previews of all users
 FILLED = re.compile(r"^file:(?!//)|\$\{")  # what only a command fills in, on the machine where it runs
@@ -41,6 +45,27 @@ class Preview:
     by: str
     sections: dict[str, dict[str, Any]] = field(repr=False)
     notes: list[str]
+
+    def every(self) -> list[tuple[str, str, Any]]:
+        """Return section, name and values of each entry."""
+        return [(section, *entry) for section in SECTIONS for entry in self.sections.get(section, {}).items()]
+
+
+@dataclass(frozen=True)
+class Row:
+    """An entry of a file.
+
+    Attributes:
+        kind: its type.
+        action: what the import changes.
+        saved: whether that was done; None if nobody knows.
+    """
+
+    section: str
+    name: str
+    kind: str
+    action: str
+    saved: bool | None = True
 
 
 class ImportPages:
@@ -82,7 +107,7 @@ class ImportPages:
         content = sent.get("content", "")
         try:
             sections, notes = read(uploaded.decode("utf-8-sig") if uploaded else content)
-            changes = await self._applied(request, sections, dry_run=True)
+            changes = await looked(await self.site.office(request), sections)
         except UnicodeDecodeError:
             return self._form(request, content, text("import.no_text"), 422)
         except Exception as exc:
@@ -93,44 +118,94 @@ class ImportPages:
             del self._previews[next(iter(self._previews))]
         self._previews[key] = Preview(who(request).name, sections, notes)
         asyncio.get_running_loop().call_later(KEPT_S, self._previews.pop, key, None)
-        return self.site.page(request, "imported.html", changes=changes, notes=notes, key=key)
+        return self._shown(request, changes, notes, key, preview=True)
 
     @needs(Role.ADMIN)
     @shown
     async def take_over(self, request: Request) -> Response:
-        """Change what the preview has shown."""
-        kept = self._previews.get(request.path_params["id"])
+        """Change what the preview has shown: all of it, or say what was saved and what was not."""
+        key = request.path_params["id"]
+        kept = self._previews.get(key)
         if kept is None or kept.by != who(request).name:
             raise NotFound(text("import.gone"))
-        changes = await self._applied(request, kept.sections, dry_run=False)
-        self._previews.pop(request.path_params["id"], None)
-        return self.site.page(request, "imported.html", changes=changes, notes=kept.notes, key="")
-
-    async def _applied(
-        self, request: Request, sections: dict[str, dict[str, Any]], *, dry_run: bool
-    ) -> list[tuple[str, str, str, str]]:
-        """Return section, name, type and action of each entry; without `dry_run`, it has been made so.
-
-        Sources and rules of a file that also names new targets can only be looked at whole once those are there.
-        """
-        from talaria.service import rules, sources, targets
-
         office = await self.site.office(request)
-        calls = {"targets": targets.apply_targets, "sources": sources.apply_sources, "notify": rules.apply_rules}
-        new = set(sections.get("targets", {}))
-        found: list[tuple[str, str, str, str]] = []
-        for section, call in calls.items():
-            entries = sections.get(section)
-            if not entries:
-                continue
-            kinds = {name: str(values.get("type", "")) for name, values in entries.items()}
-            if section == "sources" and dry_run and new:
-                found += [(section, name, kinds[name], text("import.later")) for name in entries]
-                continue
-            done = await call(office, entries, dry_run)
-            rows = done["rules" if section == "notify" else section]
-            found += [(section, row["name"], kinds.get(row["name"], ""), row["action"]) for row in rows]
-        return found
+        try:
+            before = await looked(office, kept.sections)
+        except Exception as exc:  # something has changed since the preview
+            status, words = answer_to(exc)
+            rows = [Row(section, name, kind(values), "", False) for section, name, values in kept.every()]
+            return self._shown(request, rows, kept.notes, key, words, status)
+        try:
+            for section in SECTIONS:
+                if kept.sections.get(section):
+                    await calls()[section](office, kept.sections[section])
+        except Exception as exc:
+            status, words = answer_to(exc)
+            return self._shown(request, await _what_was_saved(office, kept, before), kept.notes, key, words, status)
+        self._previews.pop(key, None)
+        return self._shown(request, before, kept.notes)
+
+    def _shown(
+        self,
+        request: Request,
+        rows: list[Row],
+        notes: list[str],
+        key: str = "",
+        problem: str = "",
+        status: int = 200,
+        *,
+        preview: bool = False,
+    ) -> Response:
+        page: dict[str, Any] = {"changes": rows, "notes": notes, "key": key, "problem": problem, "preview": preview}
+        return self.site.page(request, "imported.html", status=status, **page)
+
+
+def calls() -> dict[str, Callable[..., Awaitable[dict[str, Any]]]]:
+    """Return what saves the entries of each section."""
+    from talaria.service import rules, sources, targets
+
+    return {"targets": targets.apply_targets, "sources": sources.apply_sources, "notify": rules.apply_rules}
+
+
+def kind(values: Any) -> str:
+    """Return the type that an entry names."""
+    return str(values.get("type", "")) if isinstance(values, dict) else ""
+
+
+async def looked(office: Office, sections: Mapping[str, dict[str, Any]]) -> list[Row]:
+    """Return what each entry of a file would change, sources looked at as if the file's targets were saved.
+
+    Raises:
+        Misconfigured: all that is wrong, each in a line; as it is looked at, nothing is saved.
+    """
+    from talaria.service import targets
+
+    found, wrong, coming = list[Row](), list[str](), list[Any]()
+    for section in SECTIONS:
+        entries = sections.get(section)
+        if not entries:
+            continue
+        more = {"beside": coming} if section == "sources" else {}
+        try:
+            coming = [*targets.made(entries).values()] if section == "targets" else coming
+            done = await calls()[section](office, entries, True, **more)
+        except Misconfigured as exc:
+            wrong.append(exc.message)
+            continue
+        rows = done["rules" if section == "notify" else section]
+        found += [Row(section, row["name"], kind(entries.get(row["name"])), row["action"]) for row in rows]
+    if wrong:
+        raise Misconfigured("\n".join(wrong))
+    return found
+
+
+async def _what_was_saved(office: Office, kept: Preview, before: list[Row]) -> list[Row]:
+    """Return the rows of an import that was not done wholly: an entry that would change nothing any more is saved."""
+    try:
+        now = {(row.section, row.name): row.action for row in await looked(office, kept.sections)}
+    except Exception:  # the server is away: nobody knows
+        return [replace(row, saved=None) for row in before]
+    return [replace(row, saved=now.get((row.section, row.name)) == UNCHANGED) for row in before]
 
 
 def read(content: str) -> tuple[dict[str, dict[str, Any]], list[str]]:
