@@ -216,6 +216,11 @@ class Target(NamedBlock, ABC):
         return []
 
     @property
+    def of_origin(self) -> dict[str, str]:
+        """What a study's origin must say for this target, by the fields of `Origin`; each with the reason."""
+        return {}
+
+    @property
     def place_template(self) -> str:
         """The template of the place that an item gets below the endpoint; "" where the endpoint is one place."""
         return str(getattr(self, "layout", ""))

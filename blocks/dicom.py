@@ -159,6 +159,15 @@ pacs = DicomTarget.load("BLOCK_NAME")
         """The node's host; "" if it is known only when a study has come from it."""
         return "" if self.host == SENDER else super().node
 
+    @property
+    def of_origin(self) -> dict[str, str]:
+        needed = {
+            "sender_host": ("host is sender", self.host == SENDER),
+            "sender_aet": ("pass_sender_aet is on", self.pass_sender_aet),
+            "receiver_aet": ("pass_receiver_aet is on", self.pass_receiver_aet),
+        }
+        return {field: why for field, (why, is_on) in needed.items() if is_on}
+
     def places(self, origin: Origin) -> list[str]:
         """Return the sender's address and the AE title that it called, as far as the target uses them."""
         found = [f"sender_host={origin.sender_host.strip().lower()}"] if self.host == SENDER else []

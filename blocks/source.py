@@ -12,7 +12,8 @@ from zoneinfo import ZoneInfo
 
 from pydantic import Field, field_validator, model_validator
 
-from blocks.base import CONTROL, ICONS
+from blocks.base import CONTROL, ICONS, check_host
+from blocks.dicom import check_aet
 from blocks.fields import SECONDS, Group, about
 from blocks.named import NamedBlock
 from transfer.globs import patterns
@@ -237,6 +238,16 @@ class FileSource(Source, ABC):
     @property
     def origin(self) -> Origin:
         return Origin(self.sender_aet, self.receiver_aet, self.sender_host)
+
+    @field_validator("sender_aet", "receiver_aet")
+    @classmethod
+    def _title(cls, value: str) -> str:
+        return check_aet(value) if value.strip() else ""
+
+    @field_validator("sender_host")
+    @classmethod
+    def _host(cls, value: str) -> str:
+        return check_host(value) if value.strip() else ""
 
     @model_validator(mode="after")
     def _to_somebody(self) -> Self:

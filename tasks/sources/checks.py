@@ -15,7 +15,7 @@ from blocks import Source, Target
 from blocks.dicom_source import DicomSource
 from blocks.inbox import InboxSource
 from blocks.list_source import ListSource
-from blocks.source import After
+from blocks.source import After, FileSource
 from tasks.names import split
 from tasks.sources import dicom, inbox
 from tasks.targets import check_destination, check_source
@@ -108,6 +108,10 @@ def _of_targets(source: Source, known: dict[str, Target]) -> Iterator[str]:
                 check_destination(target)
         except DispatchError as exc:
             yield f"target {name} {exc.message}"
+        if isinstance(source, FileSource) and not getattr(source, "query", ""):  # who is queried is the origin
+            for field, why in target.of_origin.items():
+                if not getattr(source.origin, field):
+                    yield f"target {name}: {why}, but nobody knows where files come from: give the source {field}"
     query = getattr(source, "query", "")
     if query:
         target = known.get(split(query)[1])

@@ -58,6 +58,22 @@ def test_targets_that_are_not_there_or_not_for_this(place: Place) -> None:
     assert words.startswith("target asked has direction query")
 
 
+def test_targets_that_must_know_where_a_study_comes_from(place: Place) -> None:
+    node = DicomTarget(host="sender", aet_target="A", pass_sender_aet=True, pass_receiver_aet=True).named("node")
+    assert wrong(place, inbox(place, targets=["node"]), more=(node,)) == [
+        f"target node: {why}, but nobody knows where files come from: give the source {field}"
+        for field, why in (
+            ("sender_host", "host is sender"),
+            ("sender_aet", "pass_sender_aet is on"),
+            ("receiver_aet", "pass_receiver_aet is on"),
+        )
+    ]
+    origin = {"sender_host": "h", "sender_aet": "CT1", "receiver_aet": "ROUTER"}
+    assert wrong(place, inbox(place, targets=["node"], **origin), more=(node,)) == []
+    with pytest.raises(ValueError, match="16 characters"):
+        inbox(place, sender_aet="A" * 17)
+
+
 @pytest.mark.parametrize(
     ("folder", "words"),
     [("nowhere", "nowhere: no such file or folder"), ("file", "file: is not a folder"), ("home", "state directory")],
