@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import re
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +15,7 @@ from talaria.front.access import Role
 from talaria.testing.process import as_loaded, until
 from tests.engine.material import folder, placed, source, study
 from tests.front.people import Person, fields, person, words
-from tests.servers.qr import Instance, archive
+from tests.servers.qr import GET, Instance, Request, Steps, archive, sends
 from tests.servers.up import talaria
 
 pytestmark = pytest.mark.timeout(600)
@@ -107,6 +109,50 @@ def test_a_list_is_uploaded_and_fetched_without_looking_then_retried(place: Simp
         assert answer.headers["cache-control"] == "no-store"
     assert "is not paused" in words(operator.post(f"{job}/resume", {}, 409))
     assert operator.post(f"{job}/retry", {}) == job
+
+
+def test_a_retrieval_is_paused_resumed_cancelled_and_retried_by_its_page(
+    place: SimpleNamespace, tmp_path: Path
+) -> None:
+    operator: Person = place.operator
+    slow = threading.Event()  # a peer that takes its time for each series
+
+    def script(request: Request, found: list[Instance]) -> Steps:
+        slow.wait(0.1)
+        return sends(found)
+
+    with archive(study("P1", series=40, each=1), on_get=script) as peer:
+        place.up.apply(slow=source(peer, concurrency=1))
+        form = operator.form("/talaria/query") | {"source": "slow", "accessions": "P1", "into": str(tmp_path / "in")}
+        job = operator.post("/talaria/query", {**form, "do": "fetch"})
+
+        def buttons() -> set[str]:
+            return set(re.findall(rf"{job}/(\w+)", operator.get(job))) - {"csv"}
+
+        until(lambda: peer.asked(GET), as_loaded(120))
+        assert buttons() == {"pause", "cancel"}
+        operator.post(f"{job}/pause", {})
+        until(lambda: buttons() == {"resume", "cancel"}, as_loaded(120))
+        got = len(peer.asked(GET))
+        assert got < 40 and "Paused" in words(operator.get(job))
+        (row,) = csv.DictReader(operator.get(f"{job}/csv").splitlines())
+        assert (row["accession"], row["state"]) == ("P1", "waiting")
+        operator.post(f"{job}/resume", {})
+        until(lambda: len(peer.asked(GET)) > got, as_loaded(120))
+        operator.post(f"{job}/cancel", {})
+        until(lambda: buttons() == {"retry"}, as_loaded(120))
+        assert len(peer.asked(GET)) < 40 and "Cancelled" in words(operator.get(job))
+        slow.set()
+        operator.post(f"{job}/retry", {})
+        until(lambda: "Delivered: 1" in words(operator.get(job)), as_loaded(120))
+        assert len(placed(tmp_path / "in")["P1"]) == 40
+
+
+def test_a_retrieval_waits_for_the_quiet_hours(place: SimpleNamespace, tmp_path: Path) -> None:
+    operator: Person = place.operator
+    form = operator.form("/talaria/query") | {"source": "src", "accessions": "01", "into": str(tmp_path / "in")}
+    job = operator.post("/talaria/query", {**form, "do": "fetch", "off_peak": "true"})
+    assert place.up.run(job.rpartition("/")[2])["work_queue_name"].endswith("offpeak")
 
 
 @pytest.mark.parametrize(

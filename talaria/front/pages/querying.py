@@ -106,22 +106,25 @@ class QueryPages:
     @needs(Role.OPERATOR)
     @shown
     async def found(self, request: Request) -> Response:
-        """Show what a search has found, or that it still asks."""
-        return await self._matches(request, self._search(request))
+        """Show a page of what a search has found, or that it still asks."""
+        return await self._matches(request, self._search(request), first=_first(dict(request.query_params)))
 
     @needs(Role.OPERATOR)
     @shown
     async def picked(self, request: Request) -> Response:
-        """Fetch the matches that were picked, or show their series."""
+        """Fetch the matches that were picked, on all pages; or show their series, or another page."""
         search, office = self._search(request), await self.site.office(request)
         sent = await fields(request, several=("to", "pick"), most=MOST_FIELDS)
-        marked = {int(one) for one in sent.get("pick", "").split() if one.isdecimal()}
+        first = _first(sent)
+        search.pick(first, first + SHOWN, (int(one) for one in sent.get("pick", "").split() if one.isdecimal()))
+        if "page" in sent:
+            return await self._matches(request, search, self._asked(search, sent), first=_first(sent, "page"))
         everything = sent.get("do") == "all"
-        chosen = [one for at, one in enumerate(search.matches) if everything or at in marked]
-        asked = {**search.asked, **{name: sent.get(name, "").strip() for name in (*WHERE, "key")}}
+        chosen = [one for at, one in enumerate(search.matches) if everything or at in search.picked]
+        asked = self._asked(search, sent)
         if "open" in sent or "add" in sent:
             asked["into"] = sent.get("add", asked["into"])
-            return await self._matches(request, search, asked, marked, browsed=sent.get("open"))
+            return await self._matches(request, search, asked, first=first, browsed=sent.get("open"))
         try:
             keys = _of_picked(chosen, search.level, asked)
             if sent.get("do") == "series":
@@ -134,7 +137,11 @@ class QueryPages:
             return await self._fetch(office, asked, keys)
         except Exception as exc:
             status, words = answer_to(exc)
-            return await self._matches(request, search, asked, marked, problem=words, status=status)
+            return await self._matches(request, search, asked, first=first, problem=words, status=status)
+
+    def _asked(self, search: Search, sent: Mapping[str, str]) -> dict[str, str]:
+        """Return the fields of a search, with where its form says that the matches are to go."""
+        return {**search.asked, **{name: sent.get(name, "").strip() for name in (*WHERE, "key")}}
 
     @needs(Role.OPERATOR)
     @shown
@@ -204,8 +211,8 @@ class QueryPages:
         request: Request,
         search: Search,
         asked: Mapping[str, str] | None = None,
-        marked: set[int] | None = None,
         *,
+        first: int = 0,
         problem: str = "",
         status: int = 200,
         browsed: str | None = None,
@@ -214,9 +221,10 @@ class QueryPages:
         listing, wrong = await browse(office, roots.places, browsed)
         asked, columns = search.asked if asked is None else asked, COLUMNS[search.level]
         every = await self.site.rows(office) if search.over else []
+        first = first if first < len(search.matches) else 0
         lines = [
-            (at, search.is_sure(one) if marked is None else at in marked, [_read(one, name) for name in columns])
-            for at, one in enumerate(search.matches[:SHOWN])
+            (at, at in search.picked, [_read(one, name) for name in columns])
+            for at, one in enumerate(search.matches[first : first + SHOWN], first)
         ]
         answer = self.site.page(
             request,
@@ -225,7 +233,9 @@ class QueryPages:
             search=search,
             columns=[text(f"dicom.{name}") for name in columns],
             lines=lines,
-            cut=max(0, len(search.matches) - SHOWN),
+            first=first,
+            size=SHOWN,
+            elsewhere=sum(not first <= at < first + SHOWN for at in search.picked),
             missing=search.missing if search.over and not search.problem else [],
             notes=Counter(one["note"] for one in search.matches if "note" in one),
             doubtful=sorted(search.doubtful) if search.numbers else [],
@@ -238,6 +248,12 @@ class QueryPages:
         if not search.over:
             answer.headers["refresh"] = "2"  # without scripts
         return answer
+
+
+def _first(sent: Mapping[str, str], name: str = "first") -> int:
+    """Return the number of the first match of a page, counted from 0."""
+    given = sent.get(name, "")
+    return int(given) // SHOWN * SHOWN if given.isdecimal() and len(given) < 10 else 0
 
 
 def _keys(asked: Mapping[str, str]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,7 @@ class Search:
         asked: the fields of the form that it was asked with, so that it can be changed.
         numbers: accession numbers that were asked for.
         matches: as the peer gave them, with `instances`.
+        picked: which of them are to be fetched; at first those that are surely meant.
         problem: why it found nothing out.
     """
 
@@ -36,6 +37,7 @@ class Search:
     asked: Mapping[str, str] = field(repr=False)
     numbers: tuple[str, ...]
     matches: list[dict[str, Any]] = field(default_factory=list, repr=False)
+    picked: set[int] = field(default_factory=set, repr=False)
     over: bool = False
     problem: str = ""
     task: asyncio.Task[None] | None = None
@@ -62,10 +64,15 @@ class Search:
             studies.setdefault(_plain(one.get("AccessionNumber")), set()).add(str(one.get("StudyInstanceUID")))
         return {number for number, uids in studies.items() if number and len(uids) > 1}
 
-    def is_sure(self, match: Mapping[str, Any]) -> bool:
-        """Return True if a match is what was asked for by its number, and no other study has that number."""
-        number = _plain(match.get("AccessionNumber"))
-        return bool(self.numbers) and number in {_plain(one) for one in self.numbers} - self.doubtful
+    def sure(self) -> set[int]:
+        """Return which matches are what was asked for by their number, where no other study has that number."""
+        sure = {_plain(one) for one in self.numbers} - self.doubtful
+        return {at for at, one in enumerate(self.matches) if _plain(one.get("AccessionNumber")) in sure}
+
+    def pick(self, first: int, after: int, picked: Iterable[int]) -> None:
+        """Note which of a page's matches were picked; those of other pages stay as they are."""
+        chosen = {at for at in picked if first <= at < min(after, len(self.matches))}
+        self.picked = {at for at in self.picked if not first <= at < after} | chosen
 
 
 class Searches:
@@ -101,6 +108,7 @@ class Searches:
     async def _follow(self, search: Search, answer: Awaitable[dict[str, Any]]) -> None:
         try:
             search.matches = (await answer)["matches"]
+            search.picked = search.sure()
         except Exception as exc:
             search.problem = answer_to(exc)[1]
         finally:
