@@ -11,6 +11,7 @@ from typing import ClassVar, Self
 from pydantic import BaseModel, ConfigDict, Field, HttpUrl, SecretStr, field_validator, model_validator
 
 from blocks.base import ICONS, check_host
+from blocks.credentials import ShowsCertificate, authorities, certificate, key_password, private_key
 from blocks.dicom import AET_CHARS, check_aet
 from blocks.dicom_tls import TlsProfile
 from blocks.fields import BYTES, SECONDS, Group, about
@@ -113,7 +114,7 @@ class Route(BaseModel):
         return all(not pattern or fnmatchcase(text.casefold(), pattern.casefold()) for text, pattern in described)
 
 
-class DicomSource(Source):
+class DicomSource(Source, ShowsCertificate):
     """A DICOM listener: modalities send to it by C-STORE, and may ask it for storage commitment.
 
     Instances are kept as sent, in any transfer syntax and of any SOP class, and are on disk before they are confirmed.
@@ -204,31 +205,10 @@ router = DicomSource.load("BLOCK_NAME")
         title="Keep free",
         json_schema_extra=about(Group.LIMITS, advanced=True, unit=BYTES),
     )
-    tls_cert: str = Field(
-        default="",
-        description="Our certificate with its chain: path of a PEM file, or its text; with it, only TLS is accepted.",
-        title="Our certificate",
-        json_schema_extra=about(Group.SECURITY, placeholder="path or -----BEGIN CERTIFICATE-----", at=1, lines=True),
-    )
-    tls_key: SecretStr = Field(
-        default=SecretStr(""),
-        description="Private key of our certificate: path of a PEM file, or its text.",
-        title="Our key",
-        json_schema_extra=about(Group.SECURITY, placeholder="path or -----BEGIN PRIVATE KEY-----", at=2, lines=True),
-    )
-    tls_key_password: SecretStr = Field(
-        default=SecretStr(""),
-        description="Password of an encrypted private key.",
-        title="Password of our key",
-        json_schema_extra=about(Group.SECURITY, at=3),
-    )
-    ca_cert: str = Field(
-        default="",
-        description="Certificates that are trusted to vouch for senders: path of a PEM file or folder, or PEM text; "
-        "empty for the system's trust store.",
-        title="Trust these authorities",
-        json_schema_extra=about(Group.SECURITY, placeholder="path or -----BEGIN CERTIFICATE-----", lines=True),
-    )
+    tls_cert: str = certificate("", more="; with it, only TLS is accepted")
+    tls_key: SecretStr = private_key()
+    tls_key_password: SecretStr = key_password()
+    ca_cert: str = authorities("senders")
     tls_profile: TlsProfile = Field(
         default=TlsProfile.BCP195,
         description="Secure connection profile: bcp195, bcp195-nondowngrading for the strictest suites only, or legacy "
@@ -275,9 +255,7 @@ router = DicomSource.load("BLOCK_NAME")
         return self
 
     @model_validator(mode="after")
-    def _key_with_cert(self) -> Self:
-        if self.tls_key.get_secret_value() and not self.tls_cert:
-            raise ValueError("tls_key is set without tls_cert: set both, or none")
+    def _authorities_with_cert(self) -> Self:
         if self.ca_cert and not self.tls_cert:
             raise ValueError("ca_cert is set without tls_cert: only TLS has certificates to check")
         return self

@@ -5,9 +5,10 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import ClassVar
 
-from pydantic import Field, HttpUrl, SecretStr, model_validator
+from pydantic import Field, HttpUrl, SecretStr
 
 from blocks.base import ICONS
+from blocks.credentials import ShowsCertificate, authorities, certificate, key_password, private_key
 from blocks.dicom import DicomTarget
 from blocks.fields import Group, about
 
@@ -20,7 +21,7 @@ class TlsProfile(StrEnum):
     LEGACY = "legacy"
 
 
-class DicomTlsTarget(DicomTarget):
+class DicomTlsTarget(DicomTarget, ShowsCertificate):
     """A PACS, a modality or any other DICOM node that is reached over TLS, by the BCP 195 profiles of PS3.15.
 
     The node's certificate is verified against `ca_cert`, or the system's trust store; a certificate of our own is
@@ -48,31 +49,10 @@ pacs = DicomTlsTarget.load("BLOCK_NAME")
         title="Port",
         json_schema_extra=about(Group.CONNECTION, placeholder="2762"),
     )
-    tls_key: SecretStr = Field(
-        default=SecretStr(""),
-        description="Private key of our certificate: path of a PEM file, or its text.",
-        title="Our key",
-        json_schema_extra=about(Group.SECURITY, placeholder="path or -----BEGIN PRIVATE KEY-----", at=2, lines=True),
-    )
-    tls_cert: str = Field(
-        default="",
-        description="Our certificate with its chain, if the node asks for one: path of a PEM file, or its text.",
-        title="Our certificate",
-        json_schema_extra=about(Group.SECURITY, placeholder="path or -----BEGIN CERTIFICATE-----", at=1, lines=True),
-    )
-    tls_key_password: SecretStr = Field(
-        default=SecretStr(""),
-        description="Password of an encrypted private key.",
-        title="Password of our key",
-        json_schema_extra=about(Group.SECURITY, at=3),
-    )
-    ca_cert: str = Field(
-        default="",
-        description="Certificates that are trusted to vouch for the node: path of a PEM file or folder, or PEM text; "
-        "empty for the system's trust store.",
-        title="Trust these authorities",
-        json_schema_extra=about(Group.SECURITY, placeholder="path or -----BEGIN CERTIFICATE-----", lines=True),
-    )
+    tls_key: SecretStr = private_key()
+    tls_cert: str = certificate(", if the node asks for one")
+    tls_key_password: SecretStr = key_password()
+    ca_cert: str = authorities("the node")
     tls_profile: TlsProfile = Field(
         default=TlsProfile.BCP195,
         description="Secure connection profile: bcp195, bcp195-nondowngrading for the strictest suites only, or legacy "
@@ -86,9 +66,3 @@ pacs = DicomTlsTarget.load("BLOCK_NAME")
         title="Check the name in the certificate",
         json_schema_extra=about(Group.SECURITY, advanced=True),
     )
-
-    @model_validator(mode="after")
-    def _key_with_cert(self) -> DicomTlsTarget:
-        if self.tls_key.get_secret_value() and not self.tls_cert:
-            raise ValueError("tls_key is set without tls_cert: set both, or none")
-        return self

@@ -9,6 +9,14 @@ from urllib.parse import unquote, urlsplit
 from pydantic import Field, HttpUrl, SecretStr, field_validator, model_validator
 
 from blocks.base import CONTROL, ICONS
+from blocks.credentials import (
+    ShowsCertificate,
+    authorities,
+    certificate,
+    checked_token,
+    key_password,
+    private_key,
+)
 from blocks.fields import BYTES, Group, about
 from blocks.proxied import Proxied
 from blocks.urls import check_url
@@ -16,7 +24,7 @@ from blocks.urls import check_url
 CREDENTIALS = "http_user and http_password"
 
 
-class DicomWebTarget(Proxied):
+class DicomWebTarget(Proxied, ShowsCertificate):
     """A DICOMweb server: STOW-RS to send, QIDO-RS to query, WADO-RS to retrieve. Or a local folder of DICOM files.
 
     Requests are authorized by user and password, by a fixed token, or by a token from OAuth2 client credentials.
@@ -102,37 +110,10 @@ archive = DicomWebTarget.load("BLOCK_NAME")
         title="Scopes",
         json_schema_extra=about(Group.SIGN_IN, placeholder="separated by blanks"),
     )
-    ca_cert: str = Field(
-        default="",
-        description="Certificates that are trusted to vouch for the server: path of a PEM file or folder, or PEM text; "
-        "empty for the system's trust store.",
-        title="Trust these authorities",
-        json_schema_extra=about(
-            Group.SECURITY, advanced=True, placeholder="path or -----BEGIN CERTIFICATE-----", lines=True
-        ),
-    )
-    tls_cert: str = Field(
-        default="",
-        description="Our certificate with its chain, if the server asks for one: path of a PEM file, or its text.",
-        title="Our certificate",
-        json_schema_extra=about(
-            Group.SECURITY, advanced=True, placeholder="path or -----BEGIN CERTIFICATE-----", at=1, lines=True
-        ),
-    )
-    tls_key: SecretStr = Field(
-        default=SecretStr(""),
-        description="Private key of our certificate: path of a PEM file, or its text.",
-        title="Our key",
-        json_schema_extra=about(
-            Group.SECURITY, advanced=True, placeholder="path or -----BEGIN PRIVATE KEY-----", at=2, lines=True
-        ),
-    )
-    tls_key_password: SecretStr = Field(
-        default=SecretStr(""),
-        description="Password of an encrypted private key.",
-        title="Password of our key",
-        json_schema_extra=about(Group.SECURITY, advanced=True, at=3),
-    )
+    ca_cert: str = authorities("the server", advanced=True)
+    tls_cert: str = certificate(", if the server asks for one", advanced=True)
+    tls_key: SecretStr = private_key(advanced=True)
+    tls_key_password: SecretStr = key_password(advanced=True)
     batch_bytes: int = Field(
         default=20_000_000,
         ge=1,
@@ -194,11 +175,7 @@ archive = DicomWebTarget.load("BLOCK_NAME")
     @field_validator("access_token")
     @classmethod
     def _token(cls, value: SecretStr) -> SecretStr:
-        token = value.get_secret_value().strip()
-        if not token.isascii() or not token.isprintable() or " " in token:
-            # The value itself must not show up in the message.
-            raise ValueError("is not valid as a token: paste it without line breaks and the word Bearer")
-        return SecretStr(token)
+        return checked_token(value)
 
     @model_validator(mode="after")
     def _one_authorization(self) -> DicomWebTarget:
@@ -222,8 +199,6 @@ archive = DicomWebTarget.load("BLOCK_NAME")
             raise ValueError("token_url needs client_id and client_secret")
         if any(client) and not self.token_url:
             raise ValueError("client_id and client_secret need token_url")
-        if self.tls_key.get_secret_value() and not self.tls_cert:
-            raise ValueError("tls_key is set without tls_cert: set both, or none")
         if used and self.folder is not None:
             raise ValueError(f"{used[0]} has no meaning for a folder: remove it")
         return self

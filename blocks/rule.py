@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, HttpUrl, SecretStr, field_validator, model_validator
 
 from blocks.base import CONTROL, ICONS, MASK, check_host, is_masked
+from blocks.credentials import checked_token
 from blocks.fields import SECONDS, Group, about
 from blocks.named import EMAIL, NamedBlock
 
@@ -147,6 +148,16 @@ class Rule(NamedBlock, ABC):
         return not (self.sources and event == RuleEvent.STUCK) or any(fnmatchcase(source, one) for one in self.sources)
 
 
+def _authorities() -> Any:
+    """Return the field of those that may vouch for the other side."""
+    return Field(
+        default="",
+        description="Authorities that may vouch for the server: path of a PEM file, or its text; empty: the system's.",
+        title="Trusted authorities",
+        json_schema_extra=about(Group.TRUST, advanced=True, lines=True),
+    )
+
+
 class WebhookRule(Rule):
     """Messages as JSON to a web server, signed as Standard Webhooks has it; redirects are not followed."""
 
@@ -173,12 +184,7 @@ class WebhookRule(Rule):
         title="Token",
         json_schema_extra=about(Group.SIGN_IN, advanced=True),
     )
-    ca_cert: str = Field(
-        default="",
-        description="Authorities that may vouch for the server: path of a PEM file, or its text; empty: the system's.",
-        title="Trusted authorities",
-        json_schema_extra=about(Group.TRUST, advanced=True, lines=True),
-    )
+    ca_cert: str = _authorities()
 
     @property
     def leads_to(self) -> str:
@@ -205,6 +211,11 @@ class WebhookRule(Rule):
             raise ValueError("url must not hold a user or password: set token")
         check_host(host)
         return SecretStr(text)
+
+    @field_validator("token")
+    @classmethod
+    def _token(cls, value: SecretStr) -> SecretStr:
+        return checked_token(value)
 
     @model_validator(mode="after")
     def _safe(self) -> WebhookRule:
@@ -267,12 +278,7 @@ class EmailRule(Rule):
         title="Password",
         json_schema_extra=about(Group.SIGN_IN),
     )
-    ca_cert: str = Field(
-        default="",
-        description="Authorities that may vouch for the server: path of a PEM file, or its text; empty: the system's.",
-        title="Trusted authorities",
-        json_schema_extra=about(Group.TRUST, advanced=True, lines=True),
-    )
+    ca_cert: str = _authorities()
     sender: str = Field(
         description="E-mail address that messages come from.",
         title="From",
