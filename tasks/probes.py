@@ -76,7 +76,7 @@ def _with_certificate(probe: Probe, host: str, port: int, timeout_s: float) -> I
         yield
     except NotTrusted:
         with suppress(DispatchError, OSError):
-            if found := certificate_shown(connect(host, port, timeout_s), host):
+            if found := certificate_shown(connect(host, port, timeout_s), host, timeout_s):
                 probe.facts["certificate"] = found
         raise
 

@@ -344,12 +344,14 @@ def certificate(der: bytes) -> dict[str, Any]:
     }
 
 
-def certificate_shown(sock: socket.socket, host: str) -> dict[str, Any]:
+def certificate_shown(sock: socket.socket, host: str, timeout_s: float) -> dict[str, Any]:
     """Return the certificate that a peer shows, whoever vouches for it; nothing is sent there. {} if it shows none.
 
     Args:
         sock: a new connection, which is closed.
+        timeout_s: for each part of the answer.
     """
+    sock.settimeout(timeout_s)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
