@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from talaria.testing.process import as_loaded, free_port, until
 from tests.engine.material import dicom, folder, source, study
 from tests.front.door import PASSWORD
 from tests.front.people import Person, person
+from tests.servers.certificates import Authority
+from tests.servers.dicomweb import scripted
 from tests.servers.qr import archive
 from tests.servers.up import Talaria, talaria
 
@@ -43,8 +46,16 @@ def scene(root: Path) -> Iterator[Scene]:
     there = [
         study(f"20261{n:03}", PatientName=f"DOE^{name}", StudyDescription="Thorax") for n, name in enumerate("ABC")
     ]
-    with talaria(root) as up, archive([one for each in there for one in each]) as peer:
+    shown = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    leaf = Authority(root / "authority").leaf("web")
+    shown.load_cert_chain(leaf.cert, leaf.key)
+    with (
+        talaria(root) as up,
+        archive([one for each in there for one in each]) as peer,
+        scripted(shown) as web,
+    ):
         up.apply(
+            web={"type": "dicomweb", "url": web.url.replace("http:", "https:"), "description": "Of another hospital"},
             research=folder(root / "research", contact="lab@example.org", description="Studies of trial 7"),
             **{"pacs-main": dicom(free_port(), contact="pacs@example.org"), "archive": source(peer)},
             **{"old-archive": folder(root / "old") | {"enabled": False}},
@@ -76,16 +87,17 @@ def worked(admin: Person, root: Path) -> dict[str, str]:
     bad = admin.post("/talaria/send", {**form, "key": "bad", "paths": str(root / "data" / "CT_1"), "to": "pacs-main"})
     query = admin.form("/talaria/query") | {"source": "archive", "accessions": "20261000\nNOPE", "to": "research"}
     fetched = admin.post("/talaria/query", {**query, "do": "fetch"})
-    test = admin.post("/talaria/targets/pacs-main/test", {})
+    tests = [admin.post(f"/talaria/targets/{name}/test", {}) for name in ("pacs-main", "web")]
     ended = [good, flood, bad, fetched]
     until(lambda: not any('hx-trigger="load' in admin.get(path) for path in ended), as_loaded(120))
-    until(lambda: "Testing" not in re.sub("<[^>]+>", "", admin.get(test)), as_loaded(120))
+    until(lambda: not any("Testing" in re.sub("<[^>]+>", "", admin.get(test)) for test in tests), as_loaded(120))
     return {
         "home": "/talaria/",
         "targets": "/talaria/targets",
         "target": "/talaria/targets/research",
         "target-failing": "/talaria/targets/pacs-main",
-        "test": test,
+        "test": tests[0],
+        "test-certificate": tests[1],
         "add-target": "/talaria/add-target",
         "target-form": "/talaria/add-target/dicom",
         "target-edit": "/talaria/targets/research/edit",
@@ -99,8 +111,14 @@ def worked(admin: Person, root: Path) -> dict[str, str]:
         "retrieval": fetched,
         "sources": "/talaria/sources",
         "source": "/talaria/sources/inbox",
+        "add-source": "/talaria/add-source",
+        "source-form": "/talaria/add-source/dicom",
+        "source-edit": "/talaria/sources/inbox/edit",
         "notifications": "/talaria/notifications",
         "notification": "/talaria/notifications/chat",
+        "add-rule": "/talaria/add-rule",
+        "rule-form": "/talaria/add-rule/email",
+        "rule-edit": "/talaria/notifications/chat/edit",
         "import": "/talaria/import",
         "settings": "/talaria/settings",
         "users": "/talaria/settings/users",

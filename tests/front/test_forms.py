@@ -11,7 +11,7 @@ from pydantic import SecretStr, ValidationError
 from blocks import RULES, SOURCES, TYPES
 from blocks.named import NamedBlock
 from talaria.front.pages import forms, shown_settings
-from talaria.front.pages.texts import TEXTS, text
+from talaria.front.pages.texts import TEXTS, option_label, text
 from tests.targets.fields import NEEDED
 from transfer.validation import what_is_wrong
 
@@ -87,6 +87,11 @@ def test_lists_and_rows_come_back_as_they_were_shown(kind: str) -> None:
     assert {name: one.value for name, one in inputs(typed).items()} == {
         name: one.value for name, one in inputs(shown).items()
     }
+
+
+def test_every_event_has_words_of_its_own() -> None:
+    shown = inputs(forms.form(RULES["email"], {}))["on"]
+    assert len({option_label(one) for one in shown.options} - {*shown.options}) == len(shown.options)
 
 
 def test_names_are_told_apart_by_lines_and_commas() -> None:

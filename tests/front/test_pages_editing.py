@@ -183,7 +183,7 @@ def test_a_notification_is_added_tested_changed_paused_and_deleted(
     one = "/talaria/notifications/chat"
     page = admin.get(one)
     assert "Ready" in words(page) and "stored, not shown" in page and SECRET not in page and hook.url not in page
-    assert "Events target.down" in words(page)
+    assert "Events A target does not answer any more" in words(page)
     assert "The test message was sent." in words(admin.post(f"{one}/test", {}, 200)) and len(hook.taken) == 2
 
     # Another URL, or another authority that vouches for it, voids the key; typed again it may go there.

@@ -60,6 +60,35 @@ WORKS = words(
 )
 OPEN = {"/api/health", "/api/ready"}
 
+# Every page of ours, and every button on it (POST), by the role that it needs.
+LOOK_AT = words(
+    """
+    GET: / dispatches dispatches/{id} dispatches/{id}/receipt dispatches/{id}/receipt.csv notifications
+    notifications/{name} settings sources sources/{name} targets targets/{name}
+    POST: settings/password
+    """
+)
+WORK_ON = words(
+    """
+    GET: checks/{id} query query/{id} query/{id}/csv retrievals/{id} retrievals/{id}/csv send upload uploads/{id}
+    uploads/{id}/plan
+    POST: dispatches dispatches/{id}/send dispatches/{id}/{action} query query/{id} retrievals/{id}/{action} send
+    sources/{name}/retry sources/{name}/sweep sources/{name}/test targets/{name}/test upload uploads uploads/{id}/plan
+    uploads/{id}/send uploads/{id}/{number}
+    """
+)
+CHANGE = words(
+    """
+    GET: add-rule add-rule/{type} add-source add-source/{type} add-target add-target/{type} import
+    notifications/{name}/duplicate notifications/{name}/edit settings/audit settings/tokens settings/users
+    sources/{name}/duplicate sources/{name}/edit targets/{name}/duplicate targets/{name}/edit
+    POST: add-rule/{type} add-source/{type} add-target/{type} import import/{id} notifications/{name}/edit
+    notifications/{name}/enable notifications/{name}/remove notifications/{name}/test settings/audit settings/tokens
+    settings/users sources/{name}/edit sources/{name}/enable sources/{name}/remove targets/{name}/delete
+    targets/{name}/edit targets/{name}/enable targets/{name}/rename
+    """
+)
+
 
 def walk(routes: list[Any], before: str = "") -> Iterator[tuple[str, list[str], str]]:
     """Yield kind (`http`, `websocket`), methods and path of every route, whatever holds it."""
@@ -201,3 +230,17 @@ def declared(routes: list[Any], before: str = "") -> Iterator[tuple[str, str, Ro
         else:
             for method in sorted(route.methods - {"HEAD"}):
                 yield method, before + re.sub(r":\w+}", "}", route.path), role_of(route)
+
+
+def test_every_page_and_button_stands_in_the_table_of_roles(tmp_path: Path) -> None:
+    """And the gate refuses them to whoever has less: the test above walks the same routes."""
+    table: dict[tuple[str, str], Role] = {("GET", "/talaria"): Role.VIEWER}
+    for role, listed in ((Role.VIEWER, LOOK_AT), (Role.OPERATOR, WORK_ON), (Role.ADMIN, CHANGE)):
+        method = ""
+        for word in listed:
+            if word.endswith(":"):
+                method = word.removesuffix(":")
+            else:
+                table[method, f"/talaria/{word.removeprefix('/')}"] = role
+    reach = Reach(shared(Echo()), Home(tmp_path), embedded=True, url="")  # type: ignore[arg-type]
+    assert {(method, path): role for method, path, role in declared(pages.routes(reach))} == table

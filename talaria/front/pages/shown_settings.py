@@ -11,7 +11,7 @@ from pydantic import SecretStr
 from blocks.fields import facts, groups
 from blocks.named import NamedBlock
 from talaria.front.pages.forms import UNITS, as_row, kind_of, row_of, scaled, written
-from talaria.front.pages.texts import text
+from talaria.front.pages.texts import option_label, text
 
 APART = ("enabled", "contact", "description")  # shown elsewhere
 
@@ -61,6 +61,8 @@ def in_words(cls: type[NamedBlock], name: str, value: Any) -> str:
             )
             for row in rows
         )
+    if kind == "choices":
+        return ", ".join(option_label(written(one)) for one in value or ())
     if isinstance(value, list | tuple):
         return _listed(value)
     number, unit = scaled(value, UNITS[known.unit]) if known.unit in UNITS else (written(value), "")

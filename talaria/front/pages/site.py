@@ -17,7 +17,7 @@ from talaria.front.api.asking import Reach
 from talaria.front.api.errors import answer_to
 from talaria.front.changes import ChangeCount
 from talaria.front.pages.rows import FRESH_S, SAVED_S, Kept, read_fetched, read_targets, read_waiting, shown_as_rows
-from talaria.front.pages.texts import job_kind, text
+from talaria.front.pages.texts import job_kind, option_label, text
 from talaria.front.static import asset, type_icon
 from talaria.service import Office
 
@@ -51,7 +51,13 @@ def templates() -> Environment:
         lstrip_blocks=True,
         auto_reload=False,
     )
-    found.globals |= {"t": text, "asset": asset, "type_icon": type_icon, "job_kind": job_kind}
+    found.globals |= {
+        "t": text,
+        "asset": asset,
+        "type_icon": type_icon,
+        "job_kind": job_kind,
+        "option_label": option_label,
+    }
     found.filters |= {"moment": moment, "size": size, "path": functools.partial(quote, safe=""), "options": options}
     return found
 

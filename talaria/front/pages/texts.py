@@ -246,6 +246,11 @@ def text(key: str, /, **values: Any) -> str:
     return TEXTS[key].format(**values) if values else TEXTS[key]
 
 
+def option_label(value: str) -> str:
+    """Return what people call one of the values that may be chosen; itself, where there is no other word."""
+    return TEXTS.get(f"option.{value}", value)
+
+
 def job_kind(state: str) -> str:
     """Return how a state of a run, or of a receipt, is shown."""
     low = str(state).lower()
