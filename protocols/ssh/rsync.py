@@ -228,6 +228,7 @@ class Rsync:
             "--8-bit-output",
             "--from0",
             "--files-from=-",
+            "--copy-links",  # a source may consist of links to what is open (`tasks.rsync.names`); no other has any
             f"--timeout={idle_s}",
             *options,
             f"--rsync-path=echo {word}; rsync",

@@ -25,6 +25,7 @@ from protocols.ssh.shell import Shell
 from protocols.ssh.words import short
 from tasks import ssh
 from tasks.driver import Driver, Facts
+from tasks.rsync.names import DESCRIPTORS, Names
 from tasks.rsync.scripts import (
     FINISH,
     INCOMPLETE,
@@ -127,9 +128,10 @@ def push(target: RsyncTarget, plan: Plan, report: PushReport) -> Receipt:
         quieted(hide, target.name),
         SshClient(ssh.login(target), hide, report.check) as client,
         Shell(client, report.check) as shell,
+        Names(plan) as names,
     ):
         rsync = Rsync(client, lambda: shell.banner, target.bandwidth_limit, target.compress, report.check, report.moved)
-        return _Push(target, plan, report, shell, rsync).run()
+        return _Push(target, plan, report, shell, rsync, names).run()
 
 
 @dataclass
@@ -144,9 +146,12 @@ class _Folder:
 
 
 class _Push:
-    def __init__(self, target: RsyncTarget, plan: Plan, report: PushReport, shell: Shell, rsync: Rsync) -> None:
+    def __init__(
+        self, target: RsyncTarget, plan: Plan, report: PushReport, shell: Shell, rsync: Rsync, names: Names
+    ) -> None:
         self.hide = shell.client.hide
         self.target, self.plan, self.report, self.shell, self.rsync = target, plan, report, shell, rsync
+        self.names = names
         self.incoming = f".incoming-{plan.dispatch_id}"
         self.base = target.folder  # absolute once the server has said where it is
         self.placed: set[int] = set()  # numbers of the folders that an earlier attempt has made visible
@@ -269,7 +274,7 @@ class _Push:
         largest = max(item.size for item in items)
         sparse = any(self.is_sparse(item) for item in items)
         paths = [item.path for item in items]
-        return self.rsync.send(self.plan.root, paths, place, largest=largest, there=there, sparse=sparse)
+        return self.rsync.send(self.names.folder(items), paths, place, largest=largest, there=there, sparse=sparse)
 
     def is_sparse(self, item: Item) -> bool:
         try:
@@ -283,7 +288,7 @@ class _Push:
         rsync sends one file after the other, in an order of its own: the first that has not arrived is suspected.
         """
         by_path = {item.path: item for item in folder.pending}
-        _, paths = self.rsync.differing(self.plan.root, by_path, place, there=there)
+        _, paths = self.rsync.differing(self.names.folder(folder.pending), by_path, place, there=there)
         if more := next((path for path in paths if path not in self.broke), None):
             self.broke.add(more)
         return [by_path[path] for path in paths if path in self.broke]
@@ -306,7 +311,7 @@ class _Push:
         error = result.failure()
         if isinstance(error, Busy):
             raise error
-        again, paths = self.rsync.differing(self.plan.root, [item.path for item in items], place, there=there)
+        again, paths = self.rsync.differing(self.names.folder(items), [item.path for item in items], place, there=there)
         if again.code not in (0, *PARTLY):
             raise _lost(again.failure())
         if len(paths) == len(items) and isinstance(error, Denied):
@@ -406,7 +411,7 @@ class _Push:
             if not items:
                 continue
             result, paths = self.rsync.differing(
-                self.plan.root,
+                self.names.folder(there),
                 items,
                 ssh.under(self.target.folder, folder.name),
                 checksum=wanted is Level.PROVEN,
@@ -471,6 +476,6 @@ driver = Driver(
         resumes=True,
         atomic_replace=True,
         verifies_by=(Level.ACCEPTED, Level.LISTED, Level.PROVEN),
-        by_name=True,
+        by_name=not DESCRIPTORS.is_dir(),
     ),
 )
