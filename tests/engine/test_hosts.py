@@ -6,6 +6,7 @@ import os
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,12 @@ import pytest
 
 from talaria.testing import studies
 from talaria.testing.process import as_loaded
+from talaria.testing.relay import relay
+from tasks.dispatch.breaker import LIMIT as LIMIT_OF_BREAKER
+from tests.servers.dcmtk import storescp
 from tests.servers.prefect_servers import Servers, prefect_servers
 from tests.servers.scp import scp
+from tests.servers.up import Talaria
 
 DISPATCHES = int(os.environ.get("TALARIA_TEST_DISPATCHES", "1000"))
 LEASE_S = 20
@@ -100,3 +105,47 @@ def test_a_server_and_a_host_die_and_nothing_is_lost_or_sent_twice(tmp_path: Pat
         assert set(sink.repeated) <= unheard and len(sink.repeated) <= 2 * LIMIT
         assert unfinished(servers) == []
         assert states(servers, 1) == Counter({"COMPLETED": DISPATCHES})
+
+
+def test_hosts_share_what_they_know_of_a_target_and_the_line_before_it(tmp_path: Path) -> None:
+    """What one host finds dead the other doesn't try, and a slot that one gives back goes to who waits at the other."""
+    with (
+        storescp(tmp_path / "pacs") as pacs,
+        relay(pacs.port, stall_after=0) as link,
+        prefect_servers(tmp_path, 1) as servers,
+        servers.host("first", 0) as first,
+        servers.host("second", 0) as second,
+    ):
+        studies.ct(tmp_path / "long", 40)
+        studies.ct(tmp_path / "short", 1)
+        silent = {"type": "dicom", "host": "127.0.0.1", "port": link.port, "aet_target": "STORESCP", "max_attempts": 50}
+        waits = {"retry_delay_s": 5, "idle_timeout_s": 1, "max_dispatches": 8}
+        (tmp_path / "busy").mkdir()
+        busy = {"type": "folder", "folder": str(tmp_path / "busy"), "max_dispatches": 1, "concurrency": 1}
+        first.apply(silent=silent | waits, busy=busy | {"bandwidth_limit": 1024})
+
+        def state(run_id: str) -> Any:
+            return servers.api("GET", f"/flow_runs/{run_id}", 0)["state"]
+
+        def send(host: Talaria, study: str, to: str) -> str:
+            return str(host.told("send", str(tmp_path / study), "--to", to, "--no-wait")["flow_run_id"])
+
+        def breaker(host: Talaria) -> Any:
+            return {one["name"]: one["breaker"] for one in host.told("target", "list")["targets"]}["silent"]
+
+        holds = send(first, "long", "busy")
+        runs = [send(first, "short", "silent") for _ in range(LIMIT_OF_BREAKER)]
+        second.until(lambda: breaker(first)["state"] == "open", 180)
+        assert breaker(second) == breaker(first) and breaker(second)["failures"] >= LIMIT_OF_BREAKER
+        runs.append(send(second, "short", "silent"))
+        second.until(lambda: "silent to answer, which it hasn't since" in (state(runs[-1])["message"] or ""))
+        second.until(lambda: state(holds)["type"] == "RUNNING" and list((tmp_path / "busy").iterdir()))
+        waiting = send(second, "short", "busy")
+        second.until(lambda: "a slot at busy" in (state(waiting)["message"] or ""))
+        first.told("jobs", "cancel", holds)
+        second.until(lambda: state(waiting)["type"] == "COMPLETED")
+        names = [one["name"] for one in servers.api("GET", f"/flow_run_states/?flow_run_id={waiting}", 0)]
+        assert ("AwaitingRetry", "AwaitingRetry") in pairwise(names), names  # called while it rested
+        link.stall_after = None
+        second.until(lambda: all(state(run)["type"] == "COMPLETED" for run in runs), 180)
+        assert breaker(first) == breaker(second) == {"state": "closed"}
