@@ -25,7 +25,7 @@ from protocols.ssh.shell import Shell
 from protocols.ssh.words import short
 from tasks import ssh
 from tasks.driver import Driver, Facts
-from tasks.rsync.names import DESCRIPTORS, Names
+from tasks.rsync.names import DESCRIPTORS, NamedFiles
 from tasks.rsync.scripts import (
     FINISH,
     INCOMPLETE,
@@ -128,7 +128,7 @@ def push(target: RsyncTarget, plan: Plan, report: PushReport) -> Receipt:
         quieted(hide, target.name),
         SshClient(ssh.login(target), hide, report.check) as client,
         Shell(client, report.check) as shell,
-        Names(plan) as names,
+        NamedFiles(plan) as names,
     ):
         rsync = Rsync(client, lambda: shell.banner, target.bandwidth_limit, target.compress, report.check, report.moved)
         return _Push(target, plan, report, shell, rsync, names).run()
@@ -147,7 +147,7 @@ class _Folder:
 
 class _Push:
     def __init__(
-        self, target: RsyncTarget, plan: Plan, report: PushReport, shell: Shell, rsync: Rsync, names: Names
+        self, target: RsyncTarget, plan: Plan, report: PushReport, shell: Shell, rsync: Rsync, names: NamedFiles
     ) -> None:
         self.hide = shell.client.hide
         self.target, self.plan, self.report, self.shell, self.rsync = target, plan, report, shell, rsync

@@ -40,7 +40,7 @@ while True:
 """
 
 
-class Names:
+class NamedFiles:
     """A folder in which a plan's files have their names. A context manager.
 
     Where all are staged, it is the staging folder; else one of links, below it.

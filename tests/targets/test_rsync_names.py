@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from tasks.rsync import names as module
-from tasks.rsync.names import AT_ONCE, Names
+from tasks.rsync.names import AT_ONCE, NamedFiles
 from transfer.errors import Busy
 from transfer.plan import Item, Plan, scan
 from transfer.staging import Way, stage
@@ -45,7 +45,7 @@ def test_it_reads_what_was_opened_although_another_file_or_a_link_has_its_name_n
     plan = in_place(tmp_path, 6)
     (tmp_path / "secret").write_bytes(b"not ours")
     here = len(os.listdir("/proc/self/fd"))
-    with Names(plan) as names:
+    with NamedFiles(plan) as names:
         folder = names.folder(plan.items)
         assert folder != plan.root and plan.root in folder.parents
         assert len(os.listdir("/proc/self/fd")) < here + 6  # they are open elsewhere
@@ -64,7 +64,7 @@ def test_what_has_changed_before_it_was_opened_has_no_name(tmp_path: Path) -> No
     (tmp_path / "study/002.bin").write_bytes(b"longer than before")
     (tmp_path / "study/deeper/down/001.bin").unlink()
     (tmp_path / "study/deeper/down/001.bin").symlink_to("/etc/passwd")
-    with Names(plan) as names:
+    with NamedFiles(plan) as names:
         assert read(names.folder(plan.items), plan.items) == {"000.bin": b"0"}
 
 
@@ -72,7 +72,7 @@ def test_what_is_staged_needs_no_links(tmp_path: Path) -> None:
     (tmp_path / "study").mkdir()
     (tmp_path / "study/one.bin").write_bytes(b"1")
     plan = stage(scan([tmp_path / "study"]), tmp_path / "staged")
-    with Names(plan) as names:
+    with NamedFiles(plan) as names:
         assert names.folder(plan.items) == plan.root and not holders()
 
 
@@ -81,7 +81,7 @@ def test_more_files_than_one_process_may_have_open(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(module, "HOLDER", module.HOLDER.replace("(most, most)", "(16, 16)"))
     assert "(16, 16)" in module.HOLDER and few in module.HOLDER
     plan = in_place(tmp_path, 40)
-    with Names(plan) as names:
+    with NamedFiles(plan) as names:
         some: list[Item] = [item for item in plan.items if item.path < "030"]
         first = names.folder(some)
         assert names.folder(plan.items) == first  # the others' names come to it
@@ -91,7 +91,7 @@ def test_more_files_than_one_process_may_have_open(tmp_path: Path, monkeypatch: 
 
 def test_none_may_be_open_any_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "HOLDER", module.HOLDER.replace("(most, most)", "(3, 3)"))
-    with pytest.raises(Busy, match="open files"), Names(in_place(tmp_path)) as names:
+    with pytest.raises(Busy, match="open files"), NamedFiles(in_place(tmp_path)) as names:
         names.folder(names._plan.items)
     assert not holders()
 
@@ -102,11 +102,11 @@ def test_who_keeps_them_open_ends_with_us(tmp_path: Path) -> None:
     script = f"""
         import os
         from pathlib import Path
-        from tasks.rsync.names import Names
+        from tasks.rsync.names import NamedFiles
         from transfer.plan import scan
         from transfer.staging import Way, stage
         plan = stage(scan([{str(tmp_path / "study")!r}]), Path({str(tmp_path / "again")!r}), way=Way.PLACE)
-        names = Names(plan)
+        names = NamedFiles(plan)
         names.folder(plan.items)
         print(names._holder.pid, flush=True)
         os.kill(os.getpid(), 9)
