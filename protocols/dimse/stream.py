@@ -20,7 +20,7 @@ from functools import cached_property
 
 from imaging.header import UID
 from protocols.dimse.association import aborted
-from protocols.dimse.message import ABORT, COMMAND, LAST, NO_DATASET, P_DATA_TF, RELEASE_RQ, header
+from protocols.dimse.message import ABORT, COMMAND, HEADERS, LAST, NO_DATASET, P_DATA_TF, RELEASE_RQ, header
 from protocols.net.connection import SLICE_S
 from transfer.errors import Interrupted, TimedOut
 from transfer.throttle import Throttle
@@ -39,7 +39,7 @@ ORIGINATOR, ORIGINATOR_ID = 0x1030, 0x1031
 
 _SLICE = struct.pack("ll", int(SLICE_S), int(SLICE_S % 1 * 1e6))  # struct timeval
 _ELEMENT = struct.Struct("<HHI")
-_PDU, _PDV = struct.Struct(">BxI"), struct.Struct(">IBB")
+_PDU, _PDV, _MESSAGE = struct.Struct(">BxI"), struct.Struct(">IBB"), struct.Struct(">BxIIBB")
 _NOT_NOW = (BlockingIOError, TimeoutError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
@@ -360,6 +360,17 @@ class Stream:
         Raises:
             As `piece` and `fill`; Interrupted for a data set without a command.
         """
+        begin, end = self._begin, self._end
+        if begin == end:
+            self.fill()
+            begin, end = self._begin, self._end
+        if end - begin > HEADERS and not (self._pdu_left or self._pdv_left):
+            # Most are alone in their PDU, which has come whole.
+            kind, length, fragment, context, control = _MESSAGE.unpack_from(self._memory, begin)
+            after = begin + 6 + length
+            if kind == P_DATA_TF and control == COMMAND | LAST and 6 < length == fragment + 4 and after <= end:
+                self._begin, self.context, self.is_command, self.last = after, context, True, True
+                return self._commands.read(bytes(self._view[begin + HEADERS : after]), context)
         collected = bytearray()
         while True:
             view = self.piece()
@@ -426,6 +437,8 @@ class Stream:
                 continue
             except OSError as exc:
                 raise self._broken(exc) from exc
+            if count == len(left):
+                break
             left = left[count:]
             last = time.monotonic()
         self.torn = False
