@@ -5,6 +5,7 @@ The writer holds a lock on its file, which the kernel releases with the process:
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import os
@@ -15,6 +16,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from transfer.errors import Busy, DispatchError, Misconfigured
 from transfer.oserrors import FULL, words_of
@@ -22,6 +24,14 @@ from transfer.oserrors import FULL, words_of
 NAME = re.compile(r"\.talaria-[0-9a-f]{16}")  # other files of ours begin alike
 # What open(2) says of O_TMPFILE where a file system, or the kernel, has none; NFS and old overlays among them.
 NO_UNNAMED = (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOSYS)
+# linkat(2) of an open file takes a third less time without the way by /proc; Linux before 6.10 lets only root do that.
+_HERE, _EMPTY_PATH = -100, 0x1000
+_LINKAT: Any = None
+try:
+    _LINKAT = ctypes.CDLL(None, use_errno=True).linkat
+    _LINKAT.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_int)
+except (AttributeError, OSError):
+    pass
 STALE_S = 3600  # where the file system has no locks, older ones count as left behind
 
 
@@ -63,7 +73,7 @@ def create(folder: Path) -> tuple[Path, int]:
 class PartialFile:
     """A file without a name until it is whole: nobody sees it, and a killed process leaves nothing of it.
 
-    Where the file system doesn't support that (or there is no /proc to name it by), a file made by `create`.
+    Where the file system doesn't support that (or there is nothing to name it by), a file made by `create`.
 
     Raises:
         OSError: it can't be made.
@@ -113,6 +123,11 @@ class PartialFile:
         self._path = None
 
     def _link(self, path: str) -> None:
+        if _LINKAT is not None:
+            if not _LINKAT(self.fd, b"", _HERE, os.fsencode(path), _EMPTY_PATH):
+                return
+            if ctypes.get_errno() == errno.EEXIST:
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
         # With a descriptor of a folder, which an absolute path makes of no account, Python follows the link of /proc.
         os.link(f"/proc/self/fd/{self.fd}", path, src_dir_fd=self.fd, follow_symlinks=True)
 
