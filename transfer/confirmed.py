@@ -125,11 +125,11 @@ def record(
         if db.execute(f"DELETE FROM confirmed WHERE {_HERE} AND size=? AND mtime_ns=?", (*here, *file)).rowcount:  # noqa: S608
             withdraw(db, endpoint, (spot,), now)
         return
-    if outcome.kind is Kind.ALREADY:
+    if outcome.kind is Kind.ALREADY or outcome.found:
         db.execute(f"DELETE FROM confirmed WHERE {_HERE} AND size=?", (*here, NOTHING))  # noqa: S608
         if by_uid and _holds_others(db, here, file, dispatch_id, item):
             return
-    else:
+    if outcome.kind is not Kind.ALREADY:
         # Files of one dispatch that share a UID, the same instance in other wrapping, don't replace each other.
         rows = db.execute(
             f"DELETE FROM confirmed WHERE {_HERE} AND NOT (size=? AND mtime_ns=?)"  # noqa: S608

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 
@@ -24,10 +24,16 @@ ARRIVED = frozenset((Kind.DELIVERED, Kind.WARNING, Kind.ALREADY))
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The peer's last word on one item. `detail` is its reason, free of patients' data."""
+    """The peer's last word on one item.
+
+    Attributes:
+        detail: its reason, free of patients' data.
+        found: whether it is taken for delivered because the peer says that it has it, after a try without an answer.
+    """
 
     kind: Kind
     detail: str = ""
+    found: bool = field(default=False, compare=False)
 
     @property
     def arrived(self) -> bool:

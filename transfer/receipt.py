@@ -220,7 +220,7 @@ class PushReport:
     def __call__(self, item: Item, outcome: Outcome) -> None:
         """Report an item's outcome: once per item, after the peer's confirmation."""
         if outcome.kind is Kind.ALREADY and item.path in self.unanswered:
-            outcome = Outcome(Kind.DELIVERED, outcome.detail)
+            outcome = Outcome(Kind.DELIVERED, outcome.detail, found=True)
         with self._lock:
             if item.path in self.outcomes:
                 raise RuntimeError(f"second outcome for {item.shown}")

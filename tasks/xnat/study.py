@@ -473,10 +473,9 @@ class _Delivery:
                 self.shared.report.revoke(item, f"delivered earlier, but not there: {seen}")
 
     def _report(self, delivered: Iterable[Item] = (), warning: str = "") -> None:
-        """Report pending items that XNAT has; those that this run sent count as delivered, not as already there."""
+        """Report pending items that XNAT has."""
         shared = self.shared
-        unanswered = shared.report.unanswered
-        outcomes = {item.path: DELIVERED if item.path in unanswered else ALREADY for item in self.already}
+        outcomes = {item.path: ALREADY for item in self.already}
         fine = Outcome(Kind.WARNING, warning) if warning else DELIVERED
         outcomes |= dict.fromkeys((item.path for item in delivered), fine)
         outcomes |= {path: Outcome(Kind.REJECTED, why) for path, why in self.rejected.items()}

@@ -7,6 +7,7 @@ import sqlite3
 import subprocess
 import sys
 import textwrap
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from transfer.errors import Misconfigured
 from transfer.ledger import VERSION, HookRow, Ledger
 from transfer.outcome import ALREADY, DELIVERED, Kind, Outcome
 from transfer.plan import Item
+from transfer.receipt import PushReport
 
 SPOT = Spot("", "1.2.3")
 A = Item("a.dcm", 100, 1_700_000_000_123_456_789)
@@ -83,6 +85,22 @@ def test_a_peer_that_says_it_has_the_other_content_as_well_keeps_both(where: Pat
         ledger.record("d2", "pacs", "e", B, ALREADY, SPOT)
         assert held(ledger, A)
         assert held(ledger, B)
+
+
+@pytest.mark.parametrize("tries", [0, 1])
+def test_a_peer_that_knows_instances_by_uid_does_not_confirm_another_content(where: Path | str, tries: int) -> None:
+    """Not after a try without an answer either, which the peer may not have carried out."""
+    with Ledger(where) as ledger:
+        ledger.record("d1", "pacs", "e", A, DELIVERED, SPOT, by_uid=True)
+
+        def record(item: Item, outcome: Outcome) -> None:
+            ledger.record("d2", "pacs", "e", item, outcome, SPOT, since=float("inf"), by_uid=True)
+
+        report = PushReport(record, unanswered=Counter(dict.fromkeys([B.path], tries)) if tries else None)
+        report(B, ALREADY)
+        assert report.outcomes[B.path].kind is (Kind.DELIVERED if tries else Kind.ALREADY)
+        assert held(ledger, A)
+        assert not held(ledger, B)
 
 
 def test_files_of_one_dispatch_that_hold_the_same_instance_do_not_replace_each_other(where: Path | str) -> None:
