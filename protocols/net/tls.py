@@ -12,6 +12,7 @@ import ssl
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -323,15 +324,15 @@ def certificate(der: bytes) -> dict[str, Any]:
     """
     from cryptography import x509  # for checks only
 
+    names: list[str] = []
     try:
         found = x509.load_der_x509_certificate(der)
         ends = found.not_valid_after_utc
         subject, issuer = found.subject.rfc4514_string(), found.issuer.rfc4514_string()
-        named = found.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-        names = [str(one.value) for one in named if isinstance(one, x509.DNSName | x509.IPAddress)]
-    except x509.ExtensionNotFound:
-        names = []
-    except ValueError:
+        with suppress(x509.ExtensionNotFound, x509.DuplicateExtension, x509.UnsupportedGeneralNameType, ValueError):
+            named = found.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+            names = [str(one.value) for one in named if isinstance(one, x509.DNSName | x509.IPAddress)]
+    except (x509.InvalidVersion, ValueError):
         return {}
     print_ = hashlib.sha256(der).hexdigest().upper()
     return {
