@@ -41,9 +41,13 @@ def collect(ledger: Ledger, rules: Iterable[Rule], contacts: Mapping[str, str], 
         Overtaken: another process has collected meanwhile; nothing is taken then.
     """
     rules, found, kept = list(rules), ledger.happenings.waiting(TAKEN), ledger.messages.keeping()
-    if not found and not kept & {rule.name for rule in rules}:
+    known = {rule.name for rule in rules}
+    gone = kept - known - set(broken)  # removed while they could not be loaded
+    if not found and not kept & known and not gone:
         return 0
     with ledger.together():
+        for name in gone:
+            ledger.messages.drop(name)
         mine = ledger.happenings.take(found)
         lost = {name: ledger.messages.keep(name, mine) for name in broken}
         groups: dict[tuple[str, str], tuple[Rule, list[Happening]]] = {}

@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from typing import Any
+from uuid import UUID
 
 from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.filters import (
@@ -39,6 +40,8 @@ PAGE, MOST_RUNS = 200, 2000  # of those that have not ended, the oldest
 DAYS = (1, 7, 30)  # before a certificate expires, when that is told
 OFFPEAK = "offpeak"
 NOT_ENDED = [state for state in StateType if state not in TERMINAL_STATES]
+
+_asked: dict[UUID, tuple[UUID | None, datetime | None]] = {}  # by run: its state, and what its states said then
 
 
 async def look(client: PrefectClient, home: Home, ledger: Ledger, rules: Iterable[Rule], certificate: str) -> None:
@@ -87,12 +90,24 @@ async def _late(client: PrefectClient, ledger: Ledger, seconds: Collection[int])
         planned = run.expected_start_time
         if planned is None or _waits_rightly(run):
             continue
-        states = await client.read_flow_run_states(run.id) if run.run_count else []
-        begin = asked_for(states) or planned
+        begin = await _asked_again(client, run) or planned
         for late_s in seconds:
             if (now - begin).total_seconds() > late_s:
                 again = "" if begin == planned else f"/{begin.timestamp():.0f}"
                 await asyncio.to_thread(_say_late, ledger, run, late_s, again)
+
+
+async def _asked_again(client: PrefectClient, run: FlowRun) -> datetime | None:
+    """Return what `asked_for` says of a run; its states are read again only after one has been added."""
+    if not run.run_count:
+        return None
+    state_id, asked = _asked.get(run.id, (None, None))
+    if state_id != run.state_id or state_id is None:
+        asked = asked_for(await client.read_flow_run_states(run.id))
+        while len(_asked) >= MOST_RUNS:
+            del _asked[next(iter(_asked))]
+        _asked[run.id] = run.state_id, asked
+    return asked
 
 
 def asked_for(states: Iterable[State[Any]]) -> datetime | None:

@@ -26,6 +26,7 @@ from transfer.ledger import Ledger
 from transfer.messages import OPEN, StoredMessage
 
 SHOWN = 20  # messages of a rule
+PAUSING = ("resumed", "paused")
 
 
 async def rule_types(office: Office | None = None) -> dict[str, Any]:
@@ -131,7 +132,7 @@ async def apply_rules(
 
 
 async def save_rule(office: Office, rule: Rule, before: Rule | None, action: str) -> None:
-    """Save a rule; those of other types that have its name are removed.
+    """Save a rule; those of other types that have its name are removed, unless it is only paused or resumed.
 
     It is saved before they are removed: at every moment there is a rule of this name, so that what happens meanwhile
     is told. As long as there are two, the newer one counts (`talaria.notify.notifier`).
@@ -142,8 +143,9 @@ async def save_rule(office: Office, rule: Rule, before: Rule | None, action: str
     """
     await rule.asave(rule.name, overwrite=True, client=office.client)
     for document in await SAVED_RULES.documents(office.client, [rule.name]):
-        if type_of(document) != rule.type_name:
+        if type_of(document) != rule.type_name and action not in PAUSING:
             await office.client.delete_block_document(document.id)
+            await recorded.rule_changed(office, rule.name, "removed", [])
     await _hurry(office, rule.name)
     await recorded.rule_changed(office, rule.name, action, differing(rule, before))
 
@@ -153,7 +155,7 @@ async def enable_rule(office: Office, name: str, enabled: bool = True) -> dict[s
     (rule,) = await SAVED_RULES.load(office.client, [name])
     before = rule.model_copy()
     rule.enabled = enabled
-    action = "resumed" if enabled else "paused"
+    action = PAUSING[not enabled]
     await save_rule(office, rule, before, action)
     return {"name": rule.name, "action": action}
 

@@ -273,7 +273,12 @@ def test_a_rule_that_is_replaced_by_one_of_another_type_is_there_at_every_moment
             for found in seen:
                 assert [type(one) for one in found if one.name == "replaced"] == [WebhookRule]
             monkeypatch.undo()
-            await saving.remove_rule(office, "replaced")
+            # Two, as a crash in between leaves them: pausing one is no reason to remove the other.
+            await old.named("replaced").asave("replaced", overwrite=True, client=client)
+            await saving.enable_rule(office, "command/replaced", enabled=False)
+            assert len(await saving.SAVED_RULES.documents(client, ["replaced"])) == 2
+            for kind in ("command", "webhook"):
+                await saving.remove_rule(office, f"{kind}/replaced")
 
     asyncio.run(case())
 

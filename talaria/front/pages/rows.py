@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 LIST = "/talaria/targets"
 FRESH_S = 3.0  # what is younger is shown as it is: tests by others and breakers show after this
-SAVED_S = 600.0  # the same of the settings of targets, whose changes go through this process, which hears of each
+SAVED_S = 60.0  # the same of the settings of targets: changes go through this process, or through another host's door
 RECENT = 10  # retrievals on the Query page
 MOST_WAITING = 1000  # that are counted for each target
 STALE_S = 60.0  # what is older is not shown at all; between the two, it is read again meanwhile
