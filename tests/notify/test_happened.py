@@ -22,7 +22,7 @@ OUTAGES = (Unreachable, TimedOut, Busy, Interrupted)
 def said(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """The payloads of events for Prefect."""
     found: list[dict[str, Any]] = []
-    monkeypatch.setattr(happened, "emit_event", lambda event, resource, payload: found.append(payload))
+    monkeypatch.setattr(happened, "emit_event", lambda event, resource, related, payload: found.append(payload))
     return found
 
 
