@@ -5,6 +5,7 @@
     │   ├── Unreachable    no connection: refused, no route, name not resolved
     │   ├── TimedOut       connected, but idle for longer than allowed
     │   ├── Busy           the peer asks to come back later (retry_after, seconds)
+    │   │   └── DiskFull   no room where it is written, on this machine
     │   └── Interrupted    the link broke midway
     ├── Permanent          the same call will fail again until somebody changes something
     │   ├── Misconfigured  the target's settings are wrong
@@ -77,6 +78,10 @@ class Busy(Retryable):
     ) -> None:
         super().__init__(message, target, item)
         self.retry_after = retry_after
+
+
+class DiskFull(Busy):
+    """The file system that is written to, on this machine, has no room."""
 
 
 class Interrupted(Retryable):

@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from transfer.errors import Busy, DispatchError, Misconfigured
+from transfer.errors import DiskFull, DispatchError, Misconfigured
 from transfer.oserrors import FULL, words_of
 
 NAME = re.compile(r"\.talaria-[0-9a-f]{16}")  # other files of ours begin alike
@@ -40,7 +40,7 @@ def writing(folder: Path) -> Iterator[None]:
     """Raise an OSError of the written folder as our own error, so that it differs from one of a file that is read.
 
     Raises:
-        Busy: it is full. Misconfigured: it can't be written to; the caller chose it.
+        DiskFull: it is full. Misconfigured: it can't be written to; the caller chose it.
     """
     try:
         yield
@@ -50,7 +50,7 @@ def writing(folder: Path) -> Iterator[None]:
 
 def failure(folder: Path, exc: OSError) -> DispatchError:
     """Return our error for an OSError of the folder; see `writing`."""
-    kind = Busy if exc.errno in FULL else Misconfigured
+    kind = DiskFull if exc.errno in FULL else Misconfigured
     return kind(f"can't write to {folder}: {words_of(exc)}")
 
 

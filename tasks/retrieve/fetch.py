@@ -15,7 +15,7 @@ from tasks.dispatch.push import delay_before
 from tasks.quiet import Quiet
 from tasks.retrieve.job import Job, Stage, Study, size_of
 from transfer import stopping
-from transfer.errors import Cancelled, DispatchError, NotFound, Retryable
+from transfer.errors import Cancelled, DiskFull, DispatchError, NotFound, Retryable
 from transfer.receipt import PushReport, Receipt, State
 
 R = TypeVar("R")
@@ -54,6 +54,8 @@ class Fetcher:
             try:
                 with self.quiet.errors():
                     return work()
+            except DiskFull:
+                raise  # trying again makes no room
             except Retryable as exc:
                 attempt += 1
                 if attempt > self.source.max_attempts or self.paused.is_set():
@@ -133,12 +135,12 @@ class Fetcher:
         """Fetch a study into a folder; `study` keeps the result. A pause leaves it as it is.
 
         Raises:
-            Cancelled: somebody asked for it.
+            Cancelled: somebody asked for it. DiskFull: there is no room; what came is kept.
         """
         for attempt in range(1, PARTIAL_TRIES + 1):
             try:
                 receipt = self.patiently(lambda: self._fetch(study, folder))
-            except Cancelled:
+            except (Cancelled, DiskFull):
                 raise
             except DispatchError as exc:
                 if self.paused.is_set() and exc.retryable:

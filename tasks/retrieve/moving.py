@@ -16,7 +16,7 @@ from protocols.files.tree import Tree, parent
 from transfer import roots
 from transfer.beneath import above
 from transfer.content import copy_bytes
-from transfer.errors import Busy, Misconfigured
+from transfer.errors import DiskFull, Misconfigured
 from transfer.layout import sanitised
 from transfer.oserrors import FULL, words_of
 
@@ -65,7 +65,7 @@ def move_into(folder: Path, into: Path, name: str) -> int:
         name: name of the study's folder: its accession number or its UID.
 
     Raises:
-        Busy: there is no room. Misconfigured: the folder can't be written to. Denied: it lies where it may not.
+        DiskFull: there is no room. Misconfigured: the folder can't be written to. Denied: it lies where it may not.
     """
     series, finals = "", dict[Path, str]()
     changed: dict[str, None] = {}
@@ -86,7 +86,7 @@ def move_into(folder: Path, into: Path, name: str) -> int:
             for one in changed:
                 tree.flush(one)
     except OSError as exc:
-        kind = Busy if exc.errno in FULL else Misconfigured
+        kind = DiskFull if exc.errno in FULL else Misconfigured
         raise kind(f"can't write to {into}{_obstacle(into, series, exc)}: {words_of(exc)}") from exc
     return len(finals)
 

@@ -40,7 +40,7 @@ from tasks.retrieve.report import RetrievalProgress, document, part_of, report, 
 from tasks.targets import check_destination, check_source, load
 from transfer.accessions import accessions
 from transfer.errors import Cancelled as DispatchCancelled
-from transfer.errors import DispatchError, Misconfigured
+from transfer.errors import DiskFull, DispatchError, Misconfigured
 from transfer.home import Home
 from transfer.layout import sanitised
 from transfer.ledger import Ledger
@@ -104,6 +104,7 @@ class Retrieval:
         self._senders = asyncio.Semaphore(DISPATCHES)
         self._handing_on: set[asyncio.Task[None]] = set()
         self._waits = False  # whether a target can't be sent to now
+        self._full = ""  # why nothing more can be fetched: the disk is full, and nothing under way will make room
 
     # ---- the whole
 
@@ -144,12 +145,12 @@ class Retrieval:
             if study.stage is Stage.DELIVERED and folder.is_dir():
                 await asyncio.to_thread(discard, folder)
             if study.stage is Stage.FOUND:
-                if self._stopped() or self._held_up():
+                if self._stopped() or self._held_up() or self._full:
                     continue
                 try:
                     if not await self._room() or not await self._pace() or self._stopped() or self._held_up():
                         continue
-                    await self._in_a_slot(partial(self.fetcher.fetch, study, folder))
+                    await self._fetch_one(study, folder)
                 except DispatchCancelled:
                     continue
                 self.job.save()
@@ -157,6 +158,22 @@ class Retrieval:
                 task = asyncio.create_task(self._hand_on(study, folder))
                 self._handing_on.add(task)
                 task.add_done_callback(self._handing_on.discard)
+
+    async def _fetch_one(self, study: Study, folder: Path) -> None:
+        """Fetch a study; on a full disk, go on as soon as others that are sent on have made room, or end the fetching.
+
+        Raises:
+            DispatchCancelled: somebody asked for it.
+        """
+        while not self._full and not self._stopped():
+            try:
+                await self._in_a_slot(partial(self.fetcher.fetch, study, folder))
+                break
+            except DiskFull as exc:
+                if self._handing_on:
+                    await asyncio.wait(self._handing_on, return_when=asyncio.FIRST_COMPLETED)
+                elif not self._drop():
+                    self._full = exc.message
 
     def _stopped(self) -> bool:
         return self.cancelled.is_set() or self.paused.is_set()
@@ -262,6 +279,7 @@ class Retrieval:
                     await self._dispatch(study, folder)
             except DispatchError as exc:
                 study.stage, study.reason = Stage.FAILED, exc.message
+                self._full = exc.message if isinstance(exc, DiskFull) else self._full
             except Exception as exc:  # what one study meets must not end the others
                 get_run_logger().exception("study %s could not be sent on", study.study)
                 study.stage, study.reason = Stage.FAILED, f"unexpected {type(exc).__name__}: see the run's log"
@@ -313,6 +331,8 @@ class Retrieval:
             state = "paused"
         elif unfinished and self.again:
             state = "waiting"
+        elif unfinished and self._full:
+            self.job.error = self._full
         self.job.ended = state not in ("paused", "waiting")
         self.job.save()
         await patiently(lambda: report(self.home, self.job, self.flow_run_id, self.source.name, state))

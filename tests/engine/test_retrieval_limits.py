@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import math
+import shutil
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -25,6 +26,7 @@ from prefect.states import Completed, Failed, Scheduled
 from blocks.base import Target
 from imaging.query import Query
 from talaria.testing import studies
+from talaria.testing.process import until
 from tasks.dispatch import audited, running
 from tasks.retrieve import moving
 from tasks.retrieve import run as engine
@@ -32,6 +34,7 @@ from tasks.retrieve.job import Stage, Study
 from tasks.retrieve.run import Retrieval, Wish
 from tests.servers.qr import FIND, GET, Archive, Instance, Last, Request, Send, Steps, archive
 from tests.targets.dicom import dicom_target
+from transfer.errors import DiskFull
 from transfer.home import Home
 
 RUN = "00000000-0000-4000-8000-000000000001"
@@ -307,9 +310,7 @@ def test_what_was_brought_before_a_folder_was_full_is_not_fetched_again(
         first.rename(hidden)
         count = really(folder, into, name)
         hidden.rename(first)
-        from transfer.errors import Busy
-
-        raise Busy(f"can't write to {into}: no space left on device, after {count}")
+        raise DiskFull(f"can't write to {into}: no space left on device, after {count}")
 
     with archive(study("S1", 4)) as peer:
         monkeypatch.setattr(engine, "move_into", full)
@@ -327,6 +328,52 @@ def test_what_was_brought_before_a_folder_was_full_is_not_fetched_again(
         assert there.keys() == {each.uid for each in peer.instances}
         [row] = engine.document(again.job, RUN, "src", "delivered")["studies"]
         assert row["instances"] == 4 and row["bytes"] == sum(path.stat().st_size for path in there.values())
+
+
+@pytest.mark.mounts
+def test_a_full_disk_ends_the_fetching_at_once_and_a_retry_goes_on_there(
+    disk: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not study after study, each with all its attempts: nothing makes room meanwhile."""
+
+    async def report(*_: Any) -> None:
+        pass
+
+    monkeypatch.setattr(engine, "report", report)
+    monkeypatch.setattr(audited, "retrieval_ends", lambda *_: None)
+    into = disk("size=200k") / "in"  # five of six instances
+    wish: dict[str, Any] = {"targets": (), "into": str(into), "source_fields": {"max_attempts": 50}}
+    with archive([*three(), *study("S4")]) as peer:
+        one = made(peer, numbers="S1 S2 S3 S4", **wish)
+        asyncio.run(one.run())
+        asyncio.run(one.conclude())
+        assert stages(one) == dict.fromkeys(("S1", "S2"), Stage.DELIVERED) | dict.fromkeys(("S3", "S4"), Stage.FOUND)
+        assert one.job.ended and "No space left on device: make room" in one.job.error
+        assert len(peer.asked(GET)) == 3
+        for name in ("S1", "S2"):
+            shutil.rmtree(into / name)
+        again = made(peer, numbers="S1 S2 S3 S4", **wish)
+        asyncio.run(again.run())
+        assert set(stages(again).values()) == {Stage.DELIVERED} and not again.job.error
+        assert {path.name for path in into.iterdir()} == {"S3", "S4", *(p.name for p in into.glob(".talaria-*"))}
+        assert [request.level for request in peer.asked(GET)[3:]] == ["IMAGE", "SERIES"]  # what had come is kept
+
+
+@pytest.mark.mounts
+def test_fetching_goes_on_when_what_is_sent_on_has_made_room(
+    disk: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TALARIA_HOME", str(disk("size=240k")))
+
+    async def when_it_is_full(paths: list[str], targets: list[str], **_: Any) -> State[Any]:
+        await asyncio.to_thread(until, lambda: 0xA700 in peer.store_answers)
+        return Completed()
+
+    with archive(three()) as peer:
+        one = made(peer, when_it_is_full)
+        asyncio.run(one.run())
+        assert set(stages(one).values()) == {Stage.DELIVERED}
+        assert 0xA700 in peer.store_answers
 
 
 def test_the_query_of_a_wish_is_looked_at_before_anything_begins() -> None:
