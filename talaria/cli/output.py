@@ -45,7 +45,7 @@ def wrong_use(message: str) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    line = " ".join(message.split())
+    line = "; ".join(" ".join(one.split()) for one in message.splitlines() if one.strip())
     if "--json" in sys.argv:  # stdout is one JSON document, also now
         print_json({"error": line})
     print(f"talaria: {line}", file=sys.stderr)

@@ -17,7 +17,7 @@ from blocks.inbox import InboxSource
 from blocks.list_source import ListSource
 from blocks.source import After, FileSource
 from tasks.names import split
-from tasks.sources import dicom, inbox
+from tasks.sources import dicom, inbox, lines
 from tasks.targets import check_destination, check_source
 from transfer import listening, roots
 from transfer.beneath import resolved
@@ -164,8 +164,10 @@ def _of_file(source: ListSource) -> Iterator[str]:
         yield f"{path}: {exc.strerror}"
         return
     os.close(fd)
-    if not Path(path).is_file():
-        yield f"{path}: is not a file"
+    try:
+        lines.lines(source)  # that it is a list, and has the column
+    except DispatchError as exc:
+        yield exc.message
     if not os.access(Path(path).parent, os.W_OK | os.X_OK):
         yield f"{path}: the report beside it can't be written by this user"
 
