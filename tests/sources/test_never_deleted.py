@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,11 @@ from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as st
 
 from talaria.testing import studies as material
+from tasks import DRIVERS
+from tasks.dispatch.delivery import Delivery
 from tests.sources.bench import Bench
 from transfer.ledger import Ledger
+from transfer.plan import scan
 
 PHASES = (Phase.explicit, Phase.reuse, Phase.generate)  # to make a failure shorter takes minutes
 KILLED = 9  # exit code of a process that ended in the middle of a system call
@@ -38,6 +42,8 @@ STEPS = st.one_of(
     st.tuples(st.just("repoint"), st.sampled_from(TARGETS)),
     st.tuples(st.just("targets"), st.sampled_from([("one",), ("two",), TARGETS])),
     st.tuples(st.just("forget"), UNITS),
+    st.tuples(st.just("others"), UNITS, NAMES, st.sampled_from(TARGETS)),
+    st.tuples(st.just("late"), st.sampled_from(["append", "resend", "hold"])),
 )
 
 
@@ -47,7 +53,8 @@ class World:
     def __init__(self, folder: Path, after: str, unit: str) -> None:
         self.bench = Bench(folder, *TARGETS)
         self.fields = {"after": after, "unit": unit, "move_to": str(folder / "sent") if after == "move" else ""}
-        self.bench.source = self.bench.named(**self.fields)
+        self.settings: dict[str, Any] = {}
+        self._set()
         self.before: dict[Path, bytes] = {}
         self.number = 0
         self.uids = {name: (material.uid(56), material.uid(56)) for name in ("s0", "s1")}
@@ -187,7 +194,27 @@ class World:
         self.bench.targets[name] = self.bench.target(name, folder=str(place))
 
     def _targets(self, names: tuple[str, ...]) -> None:
-        self.bench.source = self.bench.named(**self.fields, targets=[*names])
+        self._set(targets=[*names])
+
+    def _late(self, late: str) -> None:
+        self._set(late=late)
+
+    def _set(self, **settings: Any) -> None:
+        self.settings |= settings
+        self.bench.source = self.bench.named(**self.fields, **self.settings)
+
+    def _others(self, unit: str, name: str, target: str) -> None:
+        """Somebody else sends another content of an instance, by the same path, to one of the targets."""
+        path = self._path(unit, name)
+        if path.exists():
+            self.number += 1
+            data = bytearray(path.read_bytes())
+            data[-3] ^= 1
+            material.write(self.bench.folder / "others" / str(self.number) / name, bytes(data))
+            plan = scan([self.bench.folder / "others" / str(self.number)])
+            one = self.bench.targets[target]
+            with Ledger(self.bench.home.ledger) as ledger:
+                Delivery(DRIVERS.of(one), one, plan, ledger, self.bench.home, threading.Event()).push()
 
     def _forget(self, unit: str) -> None:
         with Ledger(self.bench.home.ledger) as ledger:
