@@ -52,7 +52,7 @@ class Known:
 
     @property
     def _is_own_place(self) -> bool:
-        """Whether the place is this dispatch's own, so that nobody else looks at it."""
+        """Whether the place is this dispatch's own, so that it takes nothing that others have sent for its own."""
         return OWN in self._template
 
     @cached_property
@@ -63,10 +63,10 @@ class Known:
         return {path: marks[folder] for path, folder in folders.items()}
 
     def _spot(self, item: Item) -> Spot | None:
-        """Return where an item belongs; None if no other dispatch can find it there."""
-        if self._is_own_place:
-            return None
+        """Return where an item belongs; None if no other dispatch touches what is there."""
         if self._by_path:
+            if self._is_own_place:
+                return None
             return Spot(self._places[item.path], item.shown) if item.path in self._places else None
         return Spot(self._place, item.header.SOPInstanceUID) if item.header else None
 
@@ -172,8 +172,8 @@ class Known:
 
 
 def is_own_place(target: Target, facts: Facts) -> bool:
-    """Return True if each dispatch has a place of its own at a target."""
-    return OWN in _template(target, facts)
+    """Return True if each dispatch has a place of its own at a target, where no other one replaces anything."""
+    return facts.keeps_names and OWN in _template(target, facts)
 
 
 def _template(target: Target, facts: Facts) -> str:

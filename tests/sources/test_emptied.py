@@ -111,6 +111,27 @@ def test_what_has_gone_is_there(tmp_path: Path, module: str, server: str, fields
             assert not unit.exists() and there(harness, bench, plan)["0.dcm"] == pixels(other), bench.rows()
 
 
+def test_of_two_units_with_one_instance_only_what_is_there_goes(tmp_path: Path) -> None:
+    """XNAT has one file of an instance, and replaces it, though each dispatch sends all that it has."""
+    for name in ("bench", "peer"):
+        (tmp_path / name).mkdir()
+    with import_module("tests.targets.xnat").HARNESSES["xnat-stand-in"](tmp_path / "peer") as harness:
+        bench = Bench(tmp_path / "bench")
+        settings = {"max_attempts": 1, "retry_delay_s": 0, "overwrite": Overwrite.DELETE}
+        target: Any = harness.target.model_copy(update=settings).named("shelf")
+        bench.targets = {"shelf": target}
+        bench.source = bench.named(after="delete")
+        data = material.ct_bytes()
+        for number, name in enumerate("st"):
+            material.write(bench.inbox / name / "0.dcm", bytes([*data[:-2], number, number]))
+            bench.sweep()
+        bench.dispatch()
+        bench.sweep()
+        [held] = harness.read_back(scan([bench.inbox])).values()
+        left = [one.read_bytes() for one in bench.inbox.rglob("*.dcm")]
+        assert set(bench.states().values()) == {"done"} and len(left) == 1 and held != left[0], bench.rows()
+
+
 ODD = ["\xa0", "\udca0", "a\xadb", "a\udcadb", "a\nb", "a\\nb", "\u2028", " a ", "a\\xa0", "-rf", "ü", "u\u0308", "*"]
 
 
