@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 import os
 import sqlite3
 import threading
@@ -28,9 +29,10 @@ AGAIN_S = 0.5  # between two attempts to reach one
 WAIT_S = 0.2  # between two attempts to take a lock that another host holds
 SET_UP = 0x74616C61  # key of the advisory lock under which tables are made
 PREFIXES = ("postgresql://", "postgres://", "postgresql+psycopg://")
-# A host that is gone without a word is noticed within these, which is before a lease ends.
+# A server that is gone without a word is noticed within these.
 KEEPALIVE = {"connect_timeout": 10, "keepalives_idle": 5, "keepalives_interval": 3, "keepalives_count": 3}
 KEEPALIVE |= {"tcp_user_timeout": 15_000}  # milliseconds
+LEASE_S = 30.0  # how long a host's runs are its own without a word of it, unless TALARIA_LEASE says otherwise
 
 
 @dataclass(frozen=True)
@@ -327,6 +329,23 @@ def _words(exc: Exception) -> str:
     return str(getattr(exc, "orig", None) or type(exc).__name__).strip().partition("\n")[0]
 
 
+def lease_s() -> float:
+    """Return the seconds after which another host takes up the runs of one that is silent."""
+    return float(os.environ.get("TALARIA_LEASE") or LEASE_S)
+
+
+def _options() -> dict[str, Any]:
+    """Return how the server is to serve a connection of ours.
+
+    That a client's host has lost power, the server finds out by itself, after two hours unless it is asked to look
+    sooner, and holds the client's locks until then. Here it does after two thirds of a lease at the earliest, when a
+    host that is only cut off has stopped sending (`transfer.lease`), and before the lease ends.
+    """
+    each = math.ceil(lease_s() / 6)
+    times = {"tcp_keepalives_idle": each, "tcp_keepalives_interval": each, "tcp_keepalives_count": 4}
+    return {"search_path": "talaria", **times, "tcp_user_timeout": 5 * each * 1000}
+
+
 @functools.cache
 def _engine(url: str) -> Engine:
     """Return this process's connections to a database."""
@@ -335,6 +354,7 @@ def _engine(url: str) -> Engine:
 
     if not url.startswith(PREFIXES):
         raise Misconfigured("the ledger's URL must begin with postgresql://")
+    options = " ".join(f"-c {name}={value}" for name, value in _options().items())
     try:
         parts = make_url(url).set(drivername="postgresql+psycopg")
         return create_engine(
@@ -344,7 +364,7 @@ def _engine(url: str) -> Engine:
             pool_size=4,
             max_overflow=60,
             hide_parameters=True,  # in messages of errors
-            connect_args=KEEPALIVE | {"options": "-c search_path=talaria", "application_name": "talaria"},
+            connect_args=KEEPALIVE | {"options": options, "application_name": "talaria"},
         )
     except (ArgumentError, NoSuchModuleError, ModuleNotFoundError, ValueError) as exc:
         why = "install the extra `postgresql`" if isinstance(exc, ModuleNotFoundError) else "it is not a valid URL"

@@ -9,18 +9,17 @@ send beside it.
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from typing import Self
 
+from transfer.database import lease_s
 from transfer.errors import DispatchError
 from transfer.home import Home, host_name
 from transfer.ledger import Ledger
 
-LEASE_S = 30.0  # unless TALARIA_LEASE says otherwise
 BEATS = 6  # in a lease: how often it is renewed
 USED = 2 / 3  # of a lease, after which its owner stops if it could not be renewed
 logger = logging.getLogger(__name__)
@@ -60,7 +59,7 @@ class Lease:
         self, home: Home, label: str, until: Callable[[float], None], lost: Callable[[], None], *, seconds: float = 0.0
     ) -> None:
         self._home, self._label, self._until, self._lost = home, label, until, lost
-        self._seconds = seconds or float(os.environ.get("TALARIA_LEASE") or LEASE_S)
+        self._seconds = seconds or lease_s()
         self._end, self._mine = threading.Event(), ExitStack()
         self.owner = ""
 

@@ -24,6 +24,7 @@ from imaging.header import Header
 from talaria.testing import studies
 from talaria.testing.process import as_loaded
 from tests.servers.postgresql import PostgreSql
+from transfer import database, lease
 from transfer.errors import DispatchError, Misconfigured
 from transfer.ledger import HookRow, Ledger, write_json
 from transfer.outcome import ALREADY, DELIVERED, ELSEWHERE, Kind, Outcome
@@ -355,13 +356,27 @@ def test_no_error_shows_the_password_of_its_database(url: str, postgres: Postgre
     assert isinstance(raised.value, Misconfigured) or "password authentication failed" in str(raised.value)
 
 
+def test_the_server_gives_back_the_locks_of_a_host_that_lost_power_before_its_lease_ends(postgres: PostgreSql) -> None:
+    """Not before such a host, if it is only cut off, has stopped sending; nor two hours later, as systems do."""
+    url = postgres.new()
+    Ledger(url).close()
+    with database._engine(url).connect() as connection:
+        shown = ("tcp_keepalives_idle", "tcp_keepalives_interval", "tcp_keepalives_count", "tcp_user_timeout")
+        idle, each, count, unanswered = (
+            int(connection.exec_driver_sql(f"SELECT setting FROM pg_settings WHERE name='{one}'").scalar_one())
+            for one in shown
+        )
+    assert database.lease_s() * lease.USED <= each * count
+    assert idle + each * count <= database.lease_s() and unanswered == (idle + each * count) * 1000
+
+
 def test_one_host_at_a_time_does_the_same_for_a_dispatch(postgres: PostgreSql) -> None:
     """By a lock of the shared database: it goes with its holder's connection."""
-    database = postgres.new()
+    url = postgres.new()
     order: list[str] = []
 
     def second() -> None:
-        with Ledger(database) as ledger, ledger.exclusive("push", lambda: order.append("waits")):
+        with Ledger(url) as ledger, ledger.exclusive("push", lambda: order.append("waits")):
             order.append("second")
 
     class GivenUp(Exception):
@@ -370,15 +385,15 @@ def test_one_host_at_a_time_does_the_same_for_a_dispatch(postgres: PostgreSql) -
     def give_up() -> None:
         raise GivenUp
 
-    with Ledger(database) as ledger:
+    with Ledger(url) as ledger:
         with ledger.exclusive("push", give_up):
             thread = threading.Thread(target=second)
             thread.start()
             while "waits" not in order:
                 assert thread.is_alive()
-            with Ledger(database) as other, pytest.raises(GivenUp), other.exclusive("push", give_up):
+            with Ledger(url) as other, pytest.raises(GivenUp), other.exclusive("push", give_up):
                 pass
-            with Ledger(database) as other, other.exclusive("hook", give_up):
+            with Ledger(url) as other, other.exclusive("hook", give_up):
                 order.append("another lock")
             order.append("first")
         thread.join(30)
@@ -387,7 +402,7 @@ def test_one_host_at_a_time_does_the_same_for_a_dispatch(postgres: PostgreSql) -
         script = f"""
             import os
             from transfer.ledger import Ledger
-            with Ledger({database!r}).exclusive("push", lambda: None):
+            with Ledger({url!r}).exclusive("push", lambda: None):
                 os._exit(9)
         """
         ran = subprocess.run([sys.executable, "-P", "-c", textwrap.dedent(script)], check=False)
