@@ -7,19 +7,20 @@ import logging
 import time
 from collections.abc import Callable
 from functools import partial
-from urllib.parse import parse_qs
 
 import anyio.to_thread
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from talaria.front.access import SCOPE_KEY, Identity, Role, needs
+from talaria.front.formdata import NoForm, urlencoded
 from talaria.front.keys import KeyRing
 from talaria.front.sessions import COOKIE, LIFETIME_S, SAFE_COOKIE
 from talaria.front.static import asset
 
 FORM_BYTES = 8192
+FIELDS = 10
 WINDOW_S = 300  # in which failed logins count
 FROM_ONE_ADDRESS = 20
 OF_ONE_NAME = 5
@@ -107,8 +108,9 @@ class Pages:
     @needs(Role.NOBODY)
     async def log_in(self, request: Request) -> Response:
         """Begin a session, or show the form again."""
-        form = await _form(request)
-        if form is None:
+        try:
+            form = {name: values[0] for name, values in (await urlencoded(request, FORM_BYTES, FIELDS)).items()}
+        except NoForm:
             return _page("/", "This is not the login form.", 400)
         name, password, goal = form.get("user", "").strip(), form.get("password", ""), _inside(form.get("next", ""))
         address = request.client.host if request.client else ""
@@ -172,20 +174,6 @@ def _framed(title: str, action: str, inner: str, status: int = 200) -> HTMLRespo
         ),
         status,
     )
-
-
-async def _form(request: Request) -> dict[str, str] | None:
-    """Return the fields of a form; None if it is not a form, or too long."""
-    body = b""
-    try:
-        async for piece in request.stream():
-            body += piece
-            if len(body) > FORM_BYTES:
-                return None
-        fields = parse_qs(body.decode(), keep_blank_values=True, max_num_fields=10, strict_parsing=bool(body))
-    except (UnicodeDecodeError, ValueError, ClientDisconnect):
-        return None
-    return {key: values[0] for key, values in fields.items() if len(values) == 1}
 
 
 def _inside(goal: str) -> str:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import parse_qs, quote
+from urllib.parse import quote
 
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
 from talaria.front.access import SCOPE_KEY, Identity, Role
 from talaria.front.api.asking import Reach
 from talaria.front.api.errors import answer_to
 from talaria.front.changes import ChangeCount
+from talaria.front.formdata import NoForm, body, once, urlencoded
 from talaria.front.pages.rows import FRESH_S, SAVED_S, Kept, read_fetched, read_targets, read_waiting, shown_as_rows
 from talaria.front.pages.texts import job_kind, option_label, text
 from talaria.front.static import asset, type_icon
@@ -177,12 +179,8 @@ async def fields(request: Request, several: tuple[str, ...] = (), most: int = FI
     Raises:
         ValueError: it is not a form, or too long.
     """
-    try:
-        body = await _body(request, FORM_BYTES)
-        found = parse_qs(body.decode(), keep_blank_values=True, max_num_fields=most, strict_parsing=bool(body))
-    except (UnicodeDecodeError, ClientDisconnect) as exc:
-        raise ValueError(text("error.no_form")) from exc
-    return _joined(found, several)
+    with _in_words(FORM_BYTES):
+        return _joined(await urlencoded(request, FORM_BYTES, most, several))
 
 
 async def with_file(request: Request, name: str, several: tuple[str, ...] = ()) -> tuple[dict[str, str], bytes]:
@@ -201,14 +199,15 @@ async def with_file(request: Request, name: str, several: tuple[str, ...] = ()) 
     from starlette.formparsers import MultiPartException, MultiPartParser
 
     async def pieces() -> AsyncGenerator[bytes, None]:
-        yield body
+        yield sent
         yield b""
 
+    with _in_words(FILE_BYTES):
+        sent = await body(request, FILE_BYTES)
     try:
-        body = await _body(request, FILE_BYTES)
         parser = MultiPartParser(request.headers, pieces(), max_files=1, max_fields=FIELDS, max_part_size=FILE_BYTES)
         form = await parser.parse()
-    except (MultiPartException, ClientDisconnect, KeyError) as exc:
+    except (MultiPartException, KeyError) as exc:
         raise ValueError(text("error.no_form")) from exc
     found: dict[str, list[str]] = {}
     content = b""
@@ -218,22 +217,21 @@ async def with_file(request: Request, name: str, several: tuple[str, ...] = ()) 
         else:
             found.setdefault(key, []).append(value)
     await form.close()
-    return _joined(found, several), content
+    with _in_words(FILE_BYTES):
+        return _joined(once(found, several)), content
 
 
-async def _body(request: Request, most: int) -> bytes:
-    body = bytearray()
-    async for piece in request.stream():
-        body += piece
-        if len(body) > most:
-            raise ValueError(text("error.long_form", count=most))
-    return bytes(body)
+@contextmanager
+def _in_words(most: int) -> Iterator[None]:
+    """Say what is wrong about a form."""
+    try:
+        yield
+    except NoForm as exc:
+        raise ValueError(text("error.long_form", count=most) if exc.long else text("error.no_form")) from exc
 
 
-def _joined(found: Mapping[str, list[str]], several: tuple[str, ...]) -> dict[str, str]:
-    return {
-        key: "\n".join(values if key in several else values[-1:]).replace("\r\n", "\n") for key, values in found.items()
-    }
+def _joined(found: Mapping[str, list[str]]) -> dict[str, str]:
+    return {key: "\n".join(values).replace("\r\n", "\n") for key, values in found.items()}
 
 
 def saved_as(name: str, kind: str, content: str) -> Response:
