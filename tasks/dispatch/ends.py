@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
+from textwrap import shorten
 from typing import Any
 
 from prefect.context import FlowRunContext
@@ -119,7 +120,8 @@ def standing(receipt: Receipt) -> Standing:
         words = "the script at the end failed"
     arrived = sum(counts[kind] for kind in ARRIVED)
     items = len(receipt.items) - counts[Kind.SKIPPED] + receipt.missing
-    return Standing(receipt.target, str(receipt.state), items, arrived, " ".join(words.split())[:WORDS_CHARS])
+    words = shorten(words, WORDS_CHARS, placeholder=" …")
+    return Standing(receipt.target, str(receipt.state), items, arrived, words)
 
 
 def sentence(receipt: Receipt) -> str:

@@ -15,6 +15,7 @@ from talaria.front.access import Role
 from talaria.testing.process import as_loaded, free_port, until
 from tests.engine.material import dicom, study
 from tests.front.people import Person, fields, person, words
+from tests.servers.openssh import shared
 from tests.servers.up import Talaria, talaria
 
 pytestmark = pytest.mark.timeout(600)
@@ -252,6 +253,20 @@ def test_what_happened_to_a_dispatch_and_to_each_item(
     assert {one["item"]: one["target"] for one in table}["'=note.txt"] == "items" and len(table) == 4
 
 
+def test_what_the_script_at_the_end_said_is_in_the_time_line(up: Talaria, operator: Person, tmp_path: Path) -> None:
+    server, folder = shared(), tmp_path / "in"
+    folder.mkdir()
+    script = folder / "mercure_complete.sh"
+    script.write_text(f"#!/bin/sh\necho 'imported as no. 7 {XSS}'\n")
+    script.chmod(0o755)
+    at = {"host": "127.0.0.1", "port": server.port, "user": server.user, "folder": str(folder)}
+    keys = {"host_key": server.host_keys[0], "private_key": str(server.key)}
+    up.apply(scripted={"type": "sftp", "on_complete": True, **at, **keys})
+    leads = sent(operator, written(tmp_path / "study", "H1"), "scripted")
+    until(lambda: "it said: imported as no. 7" in words(operator.get(leads)), as_loaded(60))  # logs come seconds later
+    assert XSS not in operator.get(leads)
+
+
 def test_many_dispatches_are_retried_and_sent_elsewhere_at_once(
     operator: Person, admin: Person, tmp_path: Path
 ) -> None:
@@ -290,6 +305,7 @@ def test_a_row_says_how_a_dispatch_stands_at_each_target_and_why(
     until(lambda: "rows-too Failed" in row("state=partial&target=rows&days=1"), as_loaded(120))
     shown = row("state=failed&target=rows-too")
     assert "mount the share" in shown and "In part" in shown
+    assert "/talaria/targets/rows-too" in operator.get(leads)
     assert row("target=rows-too", only) and not row("target=rows", only) and not row("state=partial", only)
     assert not row("state=delivered") and row("state=failed&q=rows", only)
     (tmp_path / "away").rename(tmp_path / "rows-too")

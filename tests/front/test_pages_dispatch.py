@@ -130,7 +130,7 @@ def test_items_are_made_once_beside_the_loop_and_not_for_a_part(house: House, mo
 
         return answer
 
-    run_now = SimpleNamespace(id=uuid4(), state_id=uuid4())
+    run_now = SimpleNamespace(id=uuid4(), state_id=uuid4(), state=None)
     read = list[str]()
 
     async def result(*_: Any) -> dict[str, Any]:
@@ -152,10 +152,15 @@ def test_items_are_made_once_beside_the_loop_and_not_for_a_part(house: House, mo
         assert made == [False]
         part = (await client.get(f"{LIST}/d1", headers={"HX-Request": "true"})).text
         assert "no image" in part and "2.dcm" not in part and made == [False]
+        assert 'id="items"' not in part  # what is filtered there stays while it runs
         # The next look finds the run in the same state: its receipt is not read again until that changes.
         assert (await client.get(f"{LIST}/d1", headers={"HX-Request": "true"})).text == part and len(read) == 2
         run_now.state_id = uuid4()
         assert "no image" in (await client.get(f"{LIST}/d1", headers={"HX-Request": "true"})).text and len(read) == 3
+        line["ended"] = "2026-01-01T00:00:00+00:00"
+        over = (await client.get(f"{LIST}/d1", headers={"HX-Request": "true"})).text
+        assert 'id="items"' in over and "2.dcm" in over  # as the receipt has them at the end
+        made.pop()
         assert "2.dcm" in (await client.get(f"{LIST}/d1/receipt.csv")).text
         assert "2.dcm" in (await client.get(f"{LIST}/d1/receipt")).text
         assert made == [False, False]

@@ -57,6 +57,7 @@ class DispatchPage(JobPage):
         return await self._shown(request)
 
     async def _shown(self, request: Request, problem: str = "", status: int = 200) -> Response:
+        from talaria.engine.runs import under_way
         from talaria.service import jobs
         from talaria.service.timeline import timeline
 
@@ -65,7 +66,8 @@ class DispatchPage(JobPage):
         run = jobs.line(flow_run)
         live = run["ended"] is None
         asked = who(request).role >= Role.OPERATOR and not (live and is_part(request))
-        speeds = await jobs.how_far(office, flow_run) if live else {}
+        # Of one that waits for its next part, what is there is the last one's.
+        speeds = await jobs.how_far(office, flow_run) if under_way(flow_run) else {}
         others = [row["name"] for row in await self.site.rows(office) if _may_get(row, run)] if asked else []
         events, cut = await timeline(office, run["id"])
         given = {name: request.query_params.get(name, "") for name in ("target", "outcome", "q", "offset")}
