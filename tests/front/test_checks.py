@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
+from blocks import TYPES
 from talaria.front.pages.checks import Check, _shown
+from talaria.front.pages.shown_settings import in_labels
 from talaria.front.pages.site import render
 from tests.front.people import words
 from transfer.errors import Denied
@@ -33,6 +35,13 @@ def test_a_step_that_failed_is_shown_with_what_to_do_about_it() -> None:
     shown = words(page(*(one.to_json() for one in health.probes)))
     assert "failed Signed in" in shown and "530 Login incorrect Check user, password" in shown
     assert "not run May write" in shown and "an earlier probe failed" in shown
+
+
+def test_fields_are_named_as_forms_name_them() -> None:
+    words = in_labels(TYPES["dicomweb"])
+    said = _shown(probe(detail="unknown authority: set ca_cert to it, not other_name", remedy="Set tls_cert."), words)
+    assert said["detail"] == "unknown authority: set “Trust these authorities” to it, not other_name"
+    assert said["remedy"] == "Set “Our certificate”."
 
 
 @pytest.mark.parametrize(("days", "said", "opened"), [(400, "400 days left", False), (9, "9 days left", True),

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from talaria.front.access import Role
+from talaria.front.pages.site import size
 from talaria.testing.process import as_loaded, free_port, until
 from tests.engine.material import dicom, study
 from tests.front.people import Person, fields, person, words
@@ -206,7 +207,12 @@ def test_a_study_is_planned_sent_and_seen(operator: Person, admin: Person, tmp_p
     until(lambda: "3 of 3 delivered" in words(operator.get(leads)), as_loaded(120))
     assert len(list(folder.rglob("*.dcm"))) == 3
     assert operator.client.get(f"{leads}/receipt").json()["targets"]["kept"]["delivered"] == 3
-    assert leads in operator.get("/talaria/dispatches") and leads in operator.get("/talaria/targets/kept")
+    page = operator.get("/talaria/targets/kept")
+    assert leads in operator.get("/talaria/dispatches") and leads in page
+    assert "Last dispatch Completed" in words(page) and page.count('class="plot"') == 2  # how many, and how much
+    today = page.partition('id="days-table"')[2].partition("<tbody>")[2].partition("</tr>")[0]
+    sent = sum(one.stat().st_size for one in source.iterdir())
+    assert words(today).split()[1:] == ["1", "0", *size(sent).split()]
     assert "No dispatch matches. Look at any time" in words(operator.get("/talaria/dispatches?state=failed"))
     assert operator.post(f"{leads}/retry", {}) == leads
 

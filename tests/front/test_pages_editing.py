@@ -295,3 +295,29 @@ def test_roles_see_and_may_what_is_theirs(place: SimpleNamespace, hook: Receiver
             getattr(place, who).post(f"/talaria/{path}/roles/edit", {}, 403)
     place.admin.post("/talaria/sources/roles/remove", {})
     place.admin.post("/talaria/notifications/roles/remove", {})
+
+
+ODD = {
+    "script": XSS,
+    "quotes": "\"'><script>alert(1)</script>",
+    "template": "{{ 7 * 7 }} {% raw %} %s {0}",
+    "no-break": "a\u00a0b\u2028c",
+    "right-to-left": "\u202eevil\u202c \u05d0\u05d1",
+    "long": "x" * 8_000,  # a form may have 256 KiB
+    "nul": "a\0b",
+}
+
+
+@pytest.mark.parametrize("value", ODD.values(), ids=ODD)
+@pytest.mark.parametrize("path", ["add-source/dicom", "add-source/list", "add-rule/email", "add-rule/command"])
+def test_strange_values_come_back_as_they_were_typed_and_break_nothing(admin: Person, path: str, value: str) -> None:
+    """In every field at once; nothing is saved, and no field shows it as anything but text."""
+    form = admin.form(f"/talaria/{path}")
+    odd = {name: value for name in form if not name.endswith(".unit") and name not in ("base", "version", "stored")}
+    page = admin.post(f"/talaria/{path}", {**odd, "do": "save"}, 422)
+    assert "49" not in words(page) and XSS not in page and "<script>alert" not in page
+    assert page.count("<h1") == 1 and "data-errors" in page
+    shown = fields(page)
+    assert shown["name"] == value.strip()
+    inside = shown["description"].replace("\r\n", "\n")
+    assert inside == value or (value == ODD["nul"] and "a" in inside)

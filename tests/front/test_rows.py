@@ -103,4 +103,5 @@ def test_a_bar_is_seen_however_small_its_part_is() -> None:
     assert (empty.good_height, empty.bad_height) == (0, 0) and plot.most == 10_000
     assert full.bad_height >= 2 and full.good_height + full.bad_height == HEIGHT and full.bad_y == 0
     assert full.good_y == full.bad_y + full.bad_height and full.x == plot.width // 2
+    assert (empty.sent_height, full.sent_height, full.sent_y, plot.most_bytes) == (0, HEIGHT, 0, 5.0)
     assert plotted([]).most == 0

@@ -32,6 +32,7 @@ class Check:
         back: path of the page that leads back to the target.
         probes: as they have been made, for the page.
         problem: why it did not run to its end.
+        words: makes of what a step says, which may name fields, what people call them.
     """
 
     id: str
@@ -39,6 +40,7 @@ class Check:
     by: str
     back: str
     contact: str = ""
+    words: Callable[[str], str] = str
     probes: list[dict[str, Any]] = field(default_factory=list)
     over: bool = False
     ok: bool = False
@@ -56,9 +58,15 @@ class Checks:
         self._ended = ended
 
     def start(
-        self, name: str, by: str, back: str, contact: str, events: AsyncIterator[tuple[str, dict[str, Any]]]
+        self,
+        name: str,
+        by: str,
+        back: str,
+        contact: str,
+        events: AsyncIterator[tuple[str, dict[str, Any]]],
+        words: Callable[[str], str] = str,
     ) -> Check:
-        """Start a test; returns at once.
+        """Start a test; returns at once. Arguments as the attributes of a Check.
 
         Raises:
             Misconfigured: this user has started many that have not ended.
@@ -70,7 +78,7 @@ class Checks:
             del self._found[key]
         if sum(1 for one in self._found.values() if one.by == by and not one.over) >= AT_ONCE:
             raise Misconfigured(text("test.many"))
-        check = Check(secrets.token_urlsafe(16), name, by, back, contact)
+        check = Check(secrets.token_urlsafe(16), name, by, back, contact, words)
         self._found[check.id] = check
         check.task = asyncio.create_task(_follow(check, events, self._ended))
         return check
@@ -92,7 +100,7 @@ async def _follow(check: Check, events: AsyncIterator[tuple[str, dict[str, Any]]
     try:
         async for kind, document in events:
             if kind == "probe":
-                check.probes.append(_shown(document["probe"]))
+                check.probes.append(_shown(document["probe"], check.words))
             elif kind == "result":
                 check.ok = bool(document["ok"])
         check.problem = "" if check.probes else "no step was made"
@@ -103,7 +111,8 @@ async def _follow(check: Check, events: AsyncIterator[tuple[str, dict[str, Any]]
         check.over = True
 
 
-def _shown(probe: dict[str, Any]) -> dict[str, Any]:
+def _shown(probe: dict[str, Any], words: Callable[[str], str] = str) -> dict[str, Any]:
     hint = probe["name"] in HINTS
     kind = "skipped" if hint and probe["result"] == "failed" else probe["result"]
-    return {**probe, "title": TITLES.get(probe["name"], probe["name"]), "hint": hint, "kind": kind}
+    shown = {"detail": words(probe["detail"]), "remedy": words(probe["remedy"])}
+    return {**probe, **shown, "title": TITLES.get(probe["name"], probe["name"]), "hint": hint, "kind": kind}

@@ -171,6 +171,7 @@ class EditingPages:
         self, request: Request, office: Office, cls: type[NamedBlock], sent: dict[str, str], draft: Draft, name: str
     ) -> Response:
         """Test what a form holds: a target step by step, others while it is waited for."""
+        from talaria.front.pages.shown_settings import in_labels
         from talaria.service import editing, rules, sources, targets
 
         block = await editing.drafted(office, draft, named=False)
@@ -178,7 +179,8 @@ class EditingPages:
             back = request.url.path + (f"?{request.url.query}" if request.url.query else "")
             events = targets.test_unsaved(block)
             shown_as = draft.name or cls.type_name
-            return begun(request, self.checks.start(shown_as, who(request).name, back, block.contact, events))
+            by, words = who(request).name, in_labels(cls)
+            return begun(request, self.checks.start(shown_as, by, back, block.contact, events, words))
         tested: dict[str, Any] = {}
         try:
             if problems := await self.subject.kind.problems(office, block):

@@ -23,6 +23,8 @@ class Bar:
     good_height: int
     bad_y: int
     bad_height: int
+    sent_y: int
+    sent_height: int
 
 
 @dataclass(frozen=True)
@@ -31,24 +33,28 @@ class Plot:
 
     Attributes:
         most: dispatches of the highest bar.
+        most_bytes: of the day on which most was sent.
     """
 
     bars: list[Bar]
     width: int
     height: int
     most: int
+    most_bytes: float
 
 
 def plotted(days: Sequence[Day]) -> Plot:
     """Return the plot of some days; one that had anything at all has a bar that can be seen."""
     most = max((day.good + day.bad for day in days), default=0)
+    most_bytes = max((day.bytes for day in days), default=0.0)
 
-    def high(count: int) -> int:
+    def high(count: float, most: float = most) -> int:
         return max(LINE, round(HEIGHT * count / most)) if count else 0
 
     bars = []
     for number, day in enumerate(days):
         good, bad = high(day.good), high(day.bad)
         good = min(good, HEIGHT - bad)
-        bars.append(Bar(day, number * WIDTH, HEIGHT - good, good, HEIGHT - good - bad, bad))
-    return Plot(bars, len(days) * WIDTH, HEIGHT, most)
+        sent = high(day.bytes, most_bytes)
+        bars.append(Bar(day, number * WIDTH, HEIGHT - good, good, HEIGHT - good - bad, bad, HEIGHT - sent, sent))
+    return Plot(bars, len(days) * WIDTH, HEIGHT, most, most_bytes)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import SecretStr
 
-from blocks.fields import facts, groups
+from blocks.fields import facts, groups, in_titles
 from blocks.named import NamedBlock
 from talaria.front.pages.forms import UNITS, as_row, kind_of, row_of, scaled, written
 from talaria.front.pages.texts import option_label, text
@@ -83,6 +83,11 @@ def differences(cls: type[NamedBlock], mine: Mapping[str, Any], theirs: object) 
         if yours != others and written(value) != written(getattr(theirs, name)):
             found.append((facts(cls, name).title, yours, others))
     return found
+
+
+def in_labels(cls: type[NamedBlock]) -> Callable[[str], str]:
+    """Return what puts labels in the place of a type's fields in a message."""
+    return lambda message: in_titles(cls, message, "“{}”")
 
 
 def first_line(cls: type[NamedBlock]) -> str:

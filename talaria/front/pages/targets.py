@@ -99,13 +99,15 @@ class TargetPages:
     @shown
     async def test(self, request: Request) -> Response:
         """Start a test of a saved target; show its steps as they are made."""
+        from talaria.front.pages.shown_settings import in_labels
         from talaria.service import targets
 
         office, ref = await self.site.office(request), ref_of(request)
         row, target = _found(await self.site.rows(office), ref)
         contact = target.contact if target else ""
         events = targets.test_targets(office, ref)
-        return begun(request, self.checks.start(row["name"], who(request).name, row["path"], contact, events))
+        words = in_labels(type(target)) if target else str
+        return begun(request, self.checks.start(row["name"], who(request).name, row["path"], contact, events, words))
 
     @needs(Role.OPERATOR)
     @shown

@@ -109,7 +109,7 @@
       buttons[at].focus();
     });
     box.prepend(list);
-    const wrong = parts.findIndex(part => part.querySelector("[aria-invalid]"));
+    const wrong = parts.findIndex(part => part.querySelector("[aria-invalid],[data-wrong]"));
     show(Math.max(0, wrong));
   });
 
