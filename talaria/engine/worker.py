@@ -402,11 +402,12 @@ class Worker:
             state = (await self.client.read_flow_run(run_id)).state
         except ObjectNotFound:
             state = None
-        over = state is None or state.is_final() or state.is_cancelling() or state.is_paused()
-        if state is None or over or state.name == running.PAUSED:
+        if state is not None and (state.is_running() or state.is_pending()):
+            return  # it is under way, at another worker, which looks when it rests
+        if (
+            state is None or state.name != AwaitingRetry().name
+        ):  # somebody has ended it, or let it wait for something else
             await asyncio.to_thread(line.gone, self.ledger, str(run_id))
-            return
-        if not state.is_scheduled():  # it is under way, at another worker, which looks when it rests
             return
         now: State[Any] = AwaitingRetry(scheduled_time=datetime.now(UTC), message=state.message)
         await self.client.set_flow_run_state(run_id, now, force=True)

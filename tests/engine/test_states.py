@@ -110,6 +110,32 @@ def test_a_state_that_is_set_while_a_run_sends_stops_it_and_stays(
             assert receipt["state"] == "delivered" and receipt["delivered"] == COUNT
 
 
+def test_a_state_that_is_set_while_a_run_rests_stays_and_who_waits_behind_it_is_called(
+    up: Talaria, tmp_path: Path
+) -> None:
+    """Where all of them stand in line for a slot, and it is free at last."""
+    for number in range(len(STATES) + 1):
+        studies.ct(tmp_path / f"short{number}", 1)
+    studies.ct(tmp_path / "long", COUNT)
+    line = folder(tmp_path / "line", max_dispatches=1, concurrency=1)
+    up.apply(line=line | {"bandwidth_limit": SLOW})
+
+    def send(study: str) -> str:
+        return str(up.told("send", str(tmp_path / study), "--to", "line", "--no-wait")["flow_run_id"])
+
+    holds = send("long")
+    up.until(lambda: instances(tmp_path / "line"))
+    runs = {name: send(f"short{number}") for number, name in enumerate([*STATES, "neighbour"])}
+    up.until(lambda: all("a slot at line" in (up.run(run)["state"]["message"] or "") for run in runs.values()))
+    for name in STATES:
+        put(up, runs[name], name)
+    up.told("jobs", "cancel", holds)
+    up.until(lambda: named(up, runs["neighbour"]) == "Completed")
+    assert [named(up, runs[name]) for name in STATES] == list(STATES)
+    assert all(up.run(runs[name])["run_count"] <= 2 for name in STATES if name)  # none has begun again for the slot
+    assert len(list((tmp_path / "line").glob("*/.complete"))) == 1  # the neighbour's
+
+
 def test_runs_that_are_resumed_while_they_stop_for_their_pause_go_on(up: Talaria, tmp_path: Path) -> None:
     pauses = [(name, after) for after in (0.0, 0.15, 0.4) for name in ("Suspended", "Paused")]
     up.apply(**{f"r{n}": folder(tmp_path / str(n), bandwidth_limit=5_000, concurrency=1) for n in range(len(pauses))})
