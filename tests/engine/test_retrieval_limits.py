@@ -349,14 +349,15 @@ def test_a_full_disk_ends_the_fetching_at_once_and_a_retry_goes_on_there(
         asyncio.run(one.conclude())
         assert stages(one) == dict.fromkeys(("S1", "S2"), Stage.DELIVERED) | dict.fromkeys(("S3", "S4"), Stage.FOUND)
         assert one.job.ended and "No space left on device: make room" in one.job.error
-        assert len(peer.asked(GET)) == 3
+        asked = len(peer.asked(GET))
+        assert asked in (3, 4)  # twice for the third study, if another was still being moved
         for name in ("S1", "S2"):
             shutil.rmtree(into / name)
         again = made(peer, numbers="S1 S2 S3 S4", **wish)
         asyncio.run(again.run())
         assert set(stages(again).values()) == {Stage.DELIVERED} and not again.job.error
         assert {path.name for path in into.iterdir()} == {"S3", "S4", *(p.name for p in into.glob(".talaria-*"))}
-        assert [request.level for request in peer.asked(GET)[3:]] == ["IMAGE", "SERIES"]  # what had come is kept
+        assert [request.level for request in peer.asked(GET)[asked:]] == ["IMAGE", "SERIES"]  # what had come is kept
 
 
 @pytest.mark.mounts
