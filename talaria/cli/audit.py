@@ -7,13 +7,12 @@ from typing import Annotated
 
 import typer
 
-from talaria.cli.output import DONE, NOT_ALL, print_json
+from talaria.cli.output import DONE, NOT_ALL, Json, print_json
 from talaria.console import say
 from transfer.audit import Trail, entries, verify
 from transfer.home import Home
 
 app = typer.Typer(no_args_is_help=True, help="Look at the audit trail: who did what.")
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")]
 
 
 @app.command(epilog="Example: talaria audit show --last 20 --who anna")

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from talaria.cli.access import Access, api
-from talaria.cli.output import print_json, table
+from talaria.cli.output import Json, print_json, table
 from talaria.cli.retrieve import finish as finish_retrieval
 from talaria.cli.retrieve import show_result
 from talaria.cli.send import finish, show_receipt
@@ -17,7 +17,6 @@ app = typer.Typer(
     rich_markup_mode=None,  # Rich takes 0.2 s to print a help
     help="List, show, retry, send, pause, resume and cancel dispatches and retrievals.\n\nExample: talaria jobs list",
 )
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")]
 Job = Annotated[str, typer.Argument(help="Id of the run (or its beginning), or of the dispatch.")]
 
 

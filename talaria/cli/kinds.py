@@ -5,33 +5,46 @@ from __future__ import annotations
 import importlib
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from talaria.cli import remote
 from talaria.cli.access import api
-from talaria.cli.output import print_json, table
+from talaria.cli.output import Json, print_json, table
 
 
-def apply_file(
-    file: Path, kind: str, section: str, *, dry_run: bool, replace: bool, prune: bool, as_json: bool
-) -> None:
-    """Create or update what a file lists, and print what was done with each.
+def add_apply(app: typer.Typer, kind: str, section: str, example: str) -> None:
+    """Add the command `apply`, which creates or updates what a file lists.
 
     Args:
         kind: `targets`, `sources` or `rules`, as the API calls them.
         section: the key of the file that they stand under.
+        example: for its help.
     """
-    from talaria.configfile import read_filled
+    words = f"Create or update the {kind} listed in a file under `{section}`; all of them or, if one is wrong, none."
 
-    values = read_filled(file, section)
-    options: dict[str, Any] = {"dry_run": dry_run, "replace": replace, "prune": prune}
-    with api() as access:
-        done = access.call(f"apply_{kind}", **{kind: values}, **options)
-    if as_json:
-        print_json(done)
-        return
-    for one in done[kind]:
-        print(f"{one['name']}: {'would be ' if dry_run and one['action'] != 'unchanged' else ''}{one['action']}")
+    @app.command("apply", help=words, epilog=f"Example: {example}")
+    def apply(
+        file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="YAML file.")],
+        dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be done.")] = False,
+        replace: Annotated[
+            bool, typer.Option("--replace", help="Replace those of another type that have the same name.")
+        ] = False,
+        prune: Annotated[bool, typer.Option("--prune", help="Remove those that the file doesn't list.")] = False,
+        as_json: Json = False,
+    ) -> None:
+        from talaria.configfile import read_filled
+
+        values = read_filled(file, section)
+        options: dict[str, Any] = {"dry_run": dry_run, "replace": replace, "prune": prune}
+        with api() as access:
+            done = access.call(f"apply_{kind}", **{kind: values}, **options)
+        if as_json:
+            print_json(done)
+            return
+        for one in done[kind]:
+            print(f"{one['name']}: {'would be ' if dry_run and one['action'] != 'unchanged' else ''}{one['action']}")
 
 
 def types_of(kind: str, module: str) -> dict[str, Any]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from talaria.cli.access import api
-from talaria.cli.kinds import apply_file, print_types, types_of
-from talaria.cli.output import DONE, NOT_ALL, print_json, table
+from talaria.cli.kinds import add_apply, print_types, types_of
+from talaria.cli.output import DONE, NOT_ALL, Json, print_json, table
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -17,7 +16,6 @@ app = typer.Typer(
     help="Write to people when something happens: by webhook, e-mail or a command.\n\n"
     "Example: talaria notify apply talaria.yaml",
 )
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")]
 Name = Annotated[str, typer.Argument(help="Name of the rule, or its type and name as in email/ops.")]
 
 
@@ -32,18 +30,7 @@ def types(as_json: Json = False) -> None:
     print(f"events: {', '.join(document['events'])}")
 
 
-@app.command(epilog="Example: talaria notify apply talaria.yaml --dry-run")
-def apply(
-    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="YAML file with a mapping `notify`.")],
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be done.")] = False,
-    replace: Annotated[
-        bool, typer.Option("--replace", help="Replace rules of another type that have the same name.")
-    ] = False,
-    prune: Annotated[bool, typer.Option("--prune", help="Remove the rules that the file doesn't list.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Create or update the rules listed in a file; all of them or, if one is wrong, none."""
-    apply_file(file, "rules", "notify", dry_run=dry_run, replace=replace, prune=prune, as_json=as_json)
+add_apply(app, "rules", "notify", "talaria notify apply talaria.yaml --dry-run")
 
 
 @app.command("list", epilog="Example: talaria notify list --json")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import sys
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -13,6 +13,7 @@ from talaria.errors import Refused, ServerError
 from transfer.errors import Denied, DispatchError, Misconfigured, NotFound
 from transfer.validation import plain
 
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")]
 WIDE = 200  # columns of a table that goes to no terminal
 NARROW = 8  # columns below which none is folded
 DONE, NOT_ALL, WRONG_USE, NO_SERVER = 0, 1, 2, 3

@@ -10,7 +10,7 @@ import typer
 
 from talaria.cli.access import api
 from talaria.cli.keys import Keys, with_keys
-from talaria.cli.output import DONE, NOT_ALL, print_json, table
+from talaria.cli.output import DONE, NOT_ALL, Json, print_json, table
 from talaria.console import say
 
 COLUMNS = {
@@ -26,9 +26,6 @@ class QueryLevel(StrEnum):
 
     STUDY = "study"
     SERIES = "series"
-
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")]
 
 
 def add_to(app: typer.Typer) -> None:

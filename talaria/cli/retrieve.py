@@ -10,8 +10,7 @@ import typer
 from talaria.cli.access import Access, api
 from talaria.cli.follow import follow
 from talaria.cli.keys import Keys, with_keys
-from talaria.cli.output import DONE, NOT_ALL, print_json, table
-from talaria.cli.query import Json
+from talaria.cli.output import DONE, NOT_ALL, Json, print_json, table
 from talaria.console import say
 
 

@@ -11,7 +11,7 @@ import typer
 
 from talaria.cli.access import Access, api
 from talaria.cli.follow import follow
-from talaria.cli.output import DONE, NOT_ALL, print_json, table
+from talaria.cli.output import DONE, NOT_ALL, Json, print_json, table
 from talaria.console import say
 from transfer.errors import NotFound
 
@@ -70,7 +70,7 @@ def send(
     all_items: Annotated[
         bool, typer.Option("--all-items", help="List every item in the JSON, delivered ones too.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Send files and folders to one or more targets, and wait for the receipts."""
     names = list(dict.fromkeys(name.strip() for part in to for name in part.split(",") if name.strip()))

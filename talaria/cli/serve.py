@@ -11,12 +11,11 @@ import typer
 
 from talaria.cli import remote
 from talaria.cli.access import api
-from talaria.cli.output import DONE, NO_SERVER, NOT_ALL, checked, enabled, print_json, table
+from talaria.cli.output import DONE, NO_SERVER, NOT_ALL, Json, checked, enabled, print_json, table
 from talaria.console import say
 from talaria.errors import Refused, ServerError
 from transfer.home import Home
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")]
 _AGE = re.compile(r"(\d+)([dhm])")
 _SECONDS = {"d": 86_400, "h": 3_600, "m": 60}
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from talaria.cli.access import api
-from talaria.cli.kinds import apply_file, print_types, types_of
-from talaria.cli.output import DONE, NOT_ALL, print_json, table
+from talaria.cli.kinds import add_apply, print_types, types_of
+from talaria.cli.output import DONE, NOT_ALL, Json, print_json, table
 from talaria.console import say
 
 app = typer.Typer(
@@ -18,7 +17,6 @@ app = typer.Typer(
     help="Create, show, test, pause and remove sources: inboxes, lists and DICOM listeners.\n\n"
     "Example: talaria source apply targets.yaml",
 )
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")]
 Name = Annotated[str, typer.Argument(help="Name of the source.")]
 
 
@@ -32,18 +30,7 @@ def types(as_json: Json = False) -> None:
     print_types(document["types"])
 
 
-@app.command(epilog="Example: talaria source apply targets.yaml --dry-run")
-def apply(
-    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="YAML file with a mapping `sources`.")],
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be done.")] = False,
-    replace: Annotated[
-        bool, typer.Option("--replace", help="Replace sources of another type that have the same name.")
-    ] = False,
-    prune: Annotated[bool, typer.Option("--prune", help="Remove the sources that the file doesn't list.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Create or update the sources listed in a file; all of them or, if one is wrong, none."""
-    apply_file(file, "sources", "sources", dry_run=dry_run, replace=replace, prune=prune, as_json=as_json)
+add_apply(app, "sources", "sources", "talaria source apply targets.yaml --dry-run")
 
 
 @app.command("list", epilog="Example: talaria source list --json")

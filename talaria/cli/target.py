@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from talaria.cli.access import api
-from talaria.cli.kinds import apply_file, types_of
-from talaria.cli.output import DONE, NOT_ALL, checked, enabled, print_json, table
+from talaria.cli.kinds import add_apply, types_of
+from talaria.cli.output import DONE, NOT_ALL, Json, checked, enabled, print_json, table
 from talaria.console import say
 
 app = typer.Typer(
@@ -17,7 +17,6 @@ app = typer.Typer(
     rich_markup_mode=None,  # Rich takes 0.2 s to print a help
     help="Create, show, test and remove targets.\n\nExample: talaria target apply targets.yaml",
 )
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")]
 Name = Annotated[str, typer.Argument(help="Name of the target, or its type and name as in dicom/pacs.")]
 
 
@@ -48,18 +47,7 @@ def types(as_json: Json = False) -> None:
         say(f"talaria: type {name} can't be used: {reason}")
 
 
-@app.command(epilog="Example: talaria target apply targets.yaml --dry-run")
-def apply(
-    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="YAML file with a mapping `targets`.")],
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be done.")] = False,
-    replace: Annotated[
-        bool, typer.Option("--replace", help="Replace targets of another type that have the same name.")
-    ] = False,
-    prune: Annotated[bool, typer.Option("--prune", help="Remove the targets that the file doesn't list.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Create or update the targets listed in a file; all of them or, if one is wrong, none."""
-    apply_file(file, "targets", "targets", dry_run=dry_run, replace=replace, prune=prune, as_json=as_json)
+add_apply(app, "targets", "targets", "talaria target apply targets.yaml --dry-run")
 
 
 @app.command("list", epilog="Example: talaria target list --json")

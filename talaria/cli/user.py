@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from talaria.cli.output import print_json, table
+from talaria.cli.output import Json, print_json, table
 from talaria.console import say
 from transfer.home import Home
 
@@ -24,7 +24,6 @@ token = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Tokens for scripts; a token is shown once, when it is made."
 )
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")]
 Name = Annotated[str, typer.Argument(help="Name of the user.")]
 RoleOption = Annotated[str, typer.Option("--role", help="viewer (look), operator (dispatch, test) or admin (targets).")]
 
