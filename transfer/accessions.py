@@ -26,6 +26,8 @@ _TWO_WORDS = re.compile(
     r"\A[\s\"']*(accession|acc\.?)[ _]+(numbers?|no\.?|nr\.?|id|#)[\"']?\s*(?::|(?=[\n\r,;\t]))", re.IGNORECASE
 )
 _SEPARATOR = re.compile(r"""\A["']?sep=.["']?[ \t]*\r?\n""")  # a line that some spreadsheets write first
+_RULE = re.compile(r"(?m)^[ \t]*\|?[ \t]*:?-{2,}:?[ \t]*(?:[|+][-:+| \t]*)\r?$")  # below the titles of a table in text
+_ROWS = re.compile(r"(?m)^\(\d+ rows?\)\r?$")  # the last line of one that a database prints
 _SHORTENED = re.compile(r"(?<![\w.+-])\d(?:[.,]\d+)?E\+\d+(?!\w)")
 STANDARD_INPUT = Path("-")
 BOMS = ((b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"))
@@ -43,6 +45,11 @@ def accessions(text: str) -> tuple[str, ...]:
     """
     found: dict[str, None] = {}
     text = _BLANK_LINES.sub("", _SEPARATOR.sub("", _UNSEEN.sub("", text.lstrip("\ufeff"))))
+    if "|" in text and _RULE.search(text):  # as wikis and databases print tables
+        text = "\n".join(
+            line.strip().strip("|").replace("|", "\t") for line in _ROWS.sub("", _RULE.sub("", text)).splitlines()
+        )
+        text = _BLANK_LINES.sub("", text)
     column = _column(text)
     shortened = _SHORTENED.search("\n".join(column) if column else text)
     if shortened:
@@ -117,7 +124,7 @@ def _values(text: str) -> list[str]:
     for quoted, plain in re.findall(r'"([^"\n\r]*)"|([^"]+)', _titled(text)):
         parts = [quoted] if quoted else _BETWEEN.split(plain)
         values += [part.strip().strip(QUOTES).strip() for part in parts]
-    return [value for value in values if value]
+    return [value for value in values if any(map(str.isalnum, value))]  # not what is left between two quotes
 
 
 def _titled(text: str) -> str:

@@ -50,6 +50,11 @@ from transfer.errors import Misconfigured
         ("sep=;\r\n;;\r\nName;Accession\r\nx;A1\r\n", ("A1",)),
         ("Worklist of 2024-01-01\n\nAccession;Name\nA1;Meier\nA2;Huber", ("A1", "A2")),
         ('"List, all",,\r\n,,\r\nName,Accession No.,Date\r\n"Meier, Hans",A1,2024\r\n', ("A1",)),
+        ('"A1\n","A2"', ("A1", "A2")),
+        # Tables as wikis and databases print them.
+        ("| Accession | Name |\n|:---|---|\n| A1 | Meier |\r\n| A 2 | x |\n", ("A1", "A 2")),
+        (" name  | accession \n-------+------\n Meier | A1\n x     | A2\n(2 rows)\n", ("A1", "A2")),
+        ("A|1", ("A|1",)),
         ("\u200eA1\u200f\n\u202aA2\u202c", ("A1", "A2")),
         ("A1\uff0cA2\u3001A3\uff1bA4", ("A1", "A2", "A3", "A4")),
         ("Accession Number:\nA1\nA2", ("A1", "A2")),
