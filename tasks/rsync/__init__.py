@@ -257,6 +257,7 @@ class _Push:
                 raise _lost(error)
             else:
                 items.append(item)
+        missing |= self.names.lacking
         for item in self.unchanged(items, self.reject):
             if item.path in missing:
                 self.reject(item, missing[item.path])
@@ -407,11 +408,15 @@ class _Push:
         for folder in self.folders:
             # What can't be compared any more is taken back.
             there = self.unchanged(filter(self.has_arrived, folder.items), self.report.revoke)
-            items = {item.path: item for item in there}
+            named = self.names.folder(there)
+            for item in there:
+                if item.path in self.names.lacking:
+                    self.report.revoke(item, self.names.lacking[item.path])
+            items = {item.path: item for item in there if item.path not in self.names.lacking}
             if not items:
                 continue
             result, paths = self.rsync.differing(
-                self.names.folder(there),
+                named,
                 items,
                 ssh.under(self.target.folder, folder.name),
                 checksum=wanted is Level.PROVEN,

@@ -8,6 +8,7 @@ open, as many as the system grants: here, so many would be in everybody's way.
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import subprocess
@@ -18,12 +19,14 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Self
 
+from transfer.beneath import is_link_error
 from transfer.errors import Busy, Rejected
 from transfer.oserrors import kind_of, words_of
-from transfer.plan import Item, Plan
+from transfer.plan import CHANGED, Item, Plan
 from transfer.staging import discard
 
-AT_ONCE = 200  # descriptors in one message; the system takes 253
+AT_ONCE = 50  # descriptors that are open here at a time, and in one message; the system takes 253
+NONE_LEFT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # says nothing about the file
 DESCRIPTORS = Path("/proc/self/fd")  # is there where a process's descriptors have names
 PREFIX = ".talaria-names-"
 # Ends with the process that it serves, whose end of the socket is closed then.
@@ -44,12 +47,17 @@ class NamedFiles:
     """A folder in which a plan's files have their names. A context manager.
 
     Where all are staged, it is the staging folder; else one of links, below it.
+
+    Attributes:
+        lacking: by path, why a file has no name there: it has changed, or can't be opened.
     """
 
     def __init__(self, plan: Plan) -> None:
         self._plan, self._stack = plan, ExitStack()
         self._folder: Path | None = None
         self._known: set[str] = set()
+        self._holders: list[subprocess.Popen[bytes]] = []
+        self.lacking: dict[str, str] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -58,11 +66,16 @@ class NamedFiles:
         self._stack.close()
 
     def folder(self, items: Iterable[Item]) -> Path:
-        """Return the folder; some items have their names there now, except those that have changed.
+        """Return the folder; some items have their names there now, except those that are `lacking`.
 
         Raises:
             Busy: there is no room for links, or the system grants no more open files.
         """
+        if any(one.poll() is not None for one in self._holders):  # killed: the links lead nowhere
+            self._stack.close()
+            self._folder = None
+            self._known.clear()
+            self._holders.clear()
         items = [item for item in items if item.path not in self._known]
         if self._folder is None and not any(item.in_place for item in items):
             return self._plan.root
@@ -91,24 +104,29 @@ class NamedFiles:
         self._stack.callback(self._asked.close)
         with there:
             argv = [sys.executable, "-I", "-S", "-c", HOLDER]
-            process = subprocess.Popen(argv, stdin=there.fileno(), stdout=subprocess.DEVNULL)
-        self._holder = self._stack.enter_context(process)
+            process = subprocess.Popen(argv, stdin=there.fileno(), stdout=subprocess.DEVNULL, start_new_session=True)
+        self._holders.append(self._stack.enter_context(process))
         self._answers = self._stack.enter_context(self._asked.makefile("r", encoding="ascii"))
-        self._stack.callback(self._asked.shutdown, socket.SHUT_RDWR)
+        self._stack.callback(_end, self._asked)
 
     def _link_in_place(self, items: list[Item]) -> None:
         opened: list[tuple[Item, int]] = []
         try:
             for item in items:
-                with suppress(OSError):  # it is gone, or leads out: rsync finds no such file
+                self.lacking.pop(item.path, None)
+                try:
                     opened.append((item, self._plan.descriptor(item)))
+                except OSError as exc:
+                    if exc.errno in NONE_LEFT:
+                        raise
+                    self.lacking[item.path] = CHANGED if is_link_error(exc) else f"can't be read: {exc.strerror}"
             good = [(item, fd) for item, fd in opened if self._is_same(item, fd)]
             fresh = False
             while good:
                 socket.send_fds(self._asked, [b"."], [fd for _, fd in good])
                 numbers = self._answers.readline().split()
                 for (item, _), number in zip(good, numbers, strict=False):
-                    self._link(item, f"/proc/{self._holder.pid}/fd/{number}")
+                    self._link(item, f"/proc/{self._holders[-1].pid}/fd/{number}")
                 good = good[len(numbers) :]
                 if good and fresh and not numbers:
                     raise Busy("the system grants no more open files (ulimit -n)")
@@ -122,7 +140,8 @@ class NamedFiles:
     def _is_same(self, item: Item, fd: int) -> bool:
         try:
             self._plan.check(item, fd)
-        except Rejected:
+        except Rejected as exc:
+            self.lacking[item.path] = exc.message
             return False
         return True
 
@@ -132,3 +151,9 @@ class NamedFiles:
             path.parent.mkdir(parents=True, mode=0o700)
         path.symlink_to(to)
         self._known.add(item.path)
+
+
+def _end(asked: socket.socket) -> None:
+    """Let the process at the other end of a socket end, unless it has ended."""
+    with suppress(OSError):
+        asked.shutdown(socket.SHUT_RDWR)

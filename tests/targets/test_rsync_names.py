@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import textwrap
@@ -12,8 +13,10 @@ from typing import Any
 import psutil
 import pytest
 
+from talaria.testing.harness import attempt
 from tasks.rsync import names as module
 from tasks.rsync.names import AT_ONCE, NamedFiles
+from tests.targets.rsync import HARNESSES
 from transfer.errors import Busy
 from transfer.plan import Item, Plan, scan
 from transfer.staging import Way, stage
@@ -68,6 +71,70 @@ def test_what_has_changed_before_it_was_opened_has_no_name(tmp_path: Path) -> No
         assert read(names.folder(plan.items), plan.items) == {"000.bin": b"0"}
 
 
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE])
+def test_a_file_that_can_not_be_opened_is_named_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    refuse(monkeypatch, "002.bin", number)
+    plan = in_place(tmp_path)
+    with NamedFiles(plan) as names:
+        assert set(read(names.folder(plan.items), plan.items)) == {"000.bin", "deeper/down/001.bin"}
+        assert names.lacking == {"002.bin": f"can't be read: {os.strerror(number)}"}
+        monkeypatch.undo()
+        assert set(read(names.folder(plan.items), plan.items)) == {item.path for item in plan.items}
+        assert not names.lacking
+
+
+def test_no_file_is_passed_over_because_too_many_are_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse(monkeypatch, "002.bin", errno.EMFILE)
+    with pytest.raises(Busy, match="open files"), NamedFiles(in_place(tmp_path)) as names:
+        names.folder(names._plan.items)
+
+
+def test_names_are_given_anew_when_who_kept_them_was_killed(tmp_path: Path) -> None:
+    plan = in_place(tmp_path)
+    with NamedFiles(plan) as names:
+        names.folder(plan.items)
+        for one in holders():
+            one.kill()
+            psutil.wait_procs([one], 60)
+        assert len(read(names.folder(plan.items), plan.items)) == 3
+    assert not holders()
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_file_that_can_not_be_opened_is_never_delivered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, earlier: bool
+) -> None:
+    """In a new folder, and in one that an earlier attempt has placed, whose files are not counted."""
+    plan = in_place(tmp_path, 4)
+    plan = plan.narrowed([item for item in plan.items if item.in_place])
+    last = plan.items[-1]
+    with HARNESSES["rsync-openssh"](tmp_path) as harness:
+        done: list[str] = []
+        if earlier:
+            first = plan.narrowed(plan.items[:-1], lacks=1)
+            attempt(harness.target, first).require()
+            done = [item.path for item in first.items]
+        refuse(monkeypatch, last.path, errno.EACCES)
+        sent = attempt(harness.target, plan, done=done)
+        monkeypatch.undo()
+        assert set(sent.rejected) == {last.path}
+        assert set(harness.read_back(plan)) == {item.path for item in plan.items} - {last.path}
+
+
+def refuse(monkeypatch: pytest.MonkeyPatch, path: str, number: int) -> None:
+    """Let one file not be opened; what looks at it without opening it sees nothing of that."""
+    real = Plan.descriptor
+
+    def descriptor(self: Plan, item: Item, flags: int = os.O_RDONLY | os.O_NONBLOCK) -> int:
+        if item.path == path and not flags & os.O_PATH:
+            raise OSError(number, os.strerror(number))
+        return real(self, item, flags)
+
+    monkeypatch.setattr(Plan, "descriptor", descriptor)
+
+
 def test_what_is_staged_needs_no_links(tmp_path: Path) -> None:
     (tmp_path / "study").mkdir()
     (tmp_path / "study/one.bin").write_bytes(b"1")
@@ -108,7 +175,7 @@ def test_who_keeps_them_open_ends_with_us(tmp_path: Path) -> None:
         plan = stage(scan([{str(tmp_path / "study")!r}]), Path({str(tmp_path / "again")!r}), way=Way.PLACE)
         names = NamedFiles(plan)
         names.folder(plan.items)
-        print(names._holder.pid, flush=True)
+        print(names._holders[-1].pid, flush=True)
         os.kill(os.getpid(), 9)
     """
     with psutil.Popen([sys.executable, "-P", "-c", textwrap.dedent(script)], stdout=-1, text=True) as process:
