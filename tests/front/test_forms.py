@@ -32,6 +32,13 @@ WHOLE: dict[str, tuple[type[NamedBlock], dict[str, Any]]] = {
             "peers": [{"aet": "CT*", "host": "10.1.0.0/16", "port": 104}, {"aet": "MR 1"}],
         },
     ),
+    "many": (
+        SOURCES["dicom"],
+        {
+            "routes": [{"targets": ["a"], "modality": "CT", "calling": str(number)} for number in range(60)],
+            "peers": [{"aet": f"S{number}"} for number in range(70)],
+        },
+    ),
     "webhook": (RULES["webhook"], {"url": "https://a.example/", "on": ["target.down", "disk.low"], "targets": ["a-*"]}),
     "email": (RULES["email"], {"host": "mail.example", "sender": "a@b.org", "to": ["c@d.org", "e@f.org"]}),
     "command": (
@@ -117,7 +124,7 @@ def test_what_is_wrong_in_a_row_stands_in_that_row() -> None:
         for one in inputs(forms.form(cls, forms.typed(cls, form), around=forms.Around(found))).values()
         if one.name == "peers"
     ]
-    assert [[part.value for part in row] for row in shown.rows][:2] == [["CT", "", "many"], ["", "10.0/99", "0"]]
+    assert [[part.value for part in row] for row in shown.rows][:2] == [["CT", "", "many"], ["", "10.0/99", ""]]
     assert shown.wrong and shown.rows[1][1].problems == found["peers.1.host"]
 
 

@@ -26,7 +26,7 @@ SIZES = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 TIMES = {"s": 1, "min": 60, "h": 3600}
 UNITS = {BYTES: SIZES, BYTES_PER_S: SIZES, SECONDS: TIMES}
 LISTS = ("list", "choices", "rows")  # kinds of fields that hold several values
-MOST_ROWS = 40  # of one field: a form has so many values that a request may bring
+MOST_ROWS = 40  # of one field that empty ones are added to; those that are there are all shown
 
 
 @dataclass
@@ -194,6 +194,9 @@ def _fill(one: Input, about: FieldInfo, value: Any, around: Around) -> None:
             [_input(model, name, row, around, before=f"{one.name}.{number}.") for name in model.model_fields]
             for number, row in enumerate(rows)
         ]
+        for part in (part for row in one.rows for part in row):
+            if part.kind == "number" and part.value == written(model.model_fields[part.name.split(".")[-1]].default):
+                part.value = ""
 
 
 def kind_of(about: FieldInfo) -> tuple[str, list[str]]:
@@ -321,7 +324,7 @@ def _rows(model: type[BaseModel], name: str, sent: Mapping[str, str]) -> list[tu
         if any(one.strip() not in ("", default[key]) for key, one in given.items()):
             values = {key: _value(model, key, one, "") for key, one in given.items()}
             found.append(({key: value for key, value in values.items() if value is not ...}, given))
-    return found[:MOST_ROWS]
+    return found
 
 
 def _shown(cls: type[NamedBlock]) -> Iterable[tuple[str, FieldInfo]]:

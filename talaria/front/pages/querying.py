@@ -116,7 +116,11 @@ class QueryPages:
         search, office = self._search(request), await self.site.office(request)
         sent = await fields(request, several=("to", "pick"), most=MOST_FIELDS)
         first = _first(sent)
-        search.pick(first, first + SHOWN, (int(one) for one in sent.get("pick", "").split() if one.isdecimal()))
+        search.pick(
+            first,
+            first + SHOWN,
+            (int(one) for one in sent.get("pick", "").split() if one.isdecimal() and len(one) < 10),
+        )
         if "page" in sent:
             return await self._matches(request, search, self._asked(search, sent), first=_first(sent, "page"))
         everything = sent.get("do") == "all"

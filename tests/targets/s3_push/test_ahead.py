@@ -32,7 +32,7 @@ def test_the_next_one_comes_before_the_answer(store: Stub, study: Path, concurre
 
     def fault(request: Request) -> None:
         if request.operation == "Put" and request.key.endswith("CT0001.dcm"):
-            together.append(second.wait(10 if ahead else 0.5))
+            together.append(second.wait(60 if ahead else 0.5))
         elif request.operation == "Put" and request.key.endswith("CT0002.dcm"):
             second.set()
 
