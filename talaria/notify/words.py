@@ -8,6 +8,7 @@ from typing import Any
 
 from transfer.messages import StoredMessage
 
+TIMES = ("first", "last", "since")  # of an entry, in seconds since the epoch
 CAUSES = {
     "outage": "it does not answer, breaks off, or is busy: this may pass by itself",
     "refused": "settings, a password, a certificate or a place are not accepted: somebody must change something",
@@ -114,7 +115,7 @@ def _line(entry: dict[str, Any]) -> str:
     if counts:
         parts.append(f"Items: {', '.join(counts)}.")
     if entry.get("late_s"):
-        parts.append(f"Late is what has not ended {entry['late_s']} s after it was to begin.")
+        parts.append(f"Late is what has not ended {entry['late_s']} s after it was to begin, or was asked for again.")
     if entry.get("whose"):
         whose = {"peer": "shown by it", "own": "shown to it by us", "server": "of our front door"}
         parts.append(f"The certificate is {whose.get(entry['whose'], entry['whose'])}.")
@@ -130,7 +131,7 @@ def _line(entry: dict[str, Any]) -> str:
 
 
 def _document(entry: dict[str, Any]) -> dict[str, Any]:
-    return entry | {"first": _time(entry["first"]), "last": _time(entry["last"])}
+    return entry | {key: _time(entry[key]) for key in TIMES if entry.get(key)}
 
 
 def _place(entry: dict[str, Any]) -> int:

@@ -386,3 +386,12 @@ def test_what_is_kept_for_a_rule_that_can_not_be_loaded_is_bounded(home: Home, h
         collect(ledger, [], {}, {"ops"})
         collect(ledger, [], {})  # the rule is removed
         assert not ledger.messages.keeping()
+
+
+def test_times_in_a_webhook_are_written_alike(home: Home, hook: Receiver) -> None:
+    rule = webhook(hook, on=["target.down"])
+    with Ledger(home.ledger) as ledger:
+        ledger.happenings.happened("target.down", {"target": "pacs", "failures": 5, "since": 1_795_980_902.6})
+        collect(ledger, [rule], {})
+        (entry,) = letter(ledger.messages.newest("ops", 1)[0], "home", "host").document["events"]
+    assert entry["since"] == "2026-11-29T19:35:02Z" and entry["first"].endswith("Z") and entry["last"].endswith("Z")
