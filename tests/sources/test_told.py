@@ -125,7 +125,7 @@ def test_what_was_changed_in_the_future_is_told(bench: Bench, monkeypatch: pytes
     whole = path.read_bytes()
     path.write_bytes(whole[:-10] if unit == "damaged" else whole)
     with monkeypatch.context() as patch:
-        for module in ("inbox", "sweep"):
+        for module in ("units", "sweep"):
             patch.setattr(f"tasks.sources.{module}.time", SimpleNamespace(time=lambda: time.time() - 3600))
         for _ in range(2):
             assert not bench.sweep().runs
