@@ -35,11 +35,11 @@ from prefect.client.schemas.filters import (
 )
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.exceptions import ObjectNotFound, PrefectException
-from prefect.states import AwaitingRetry, Cancelled, Failed, Scheduled
+from prefect.states import Cancelled, Failed, Scheduled
 
 from talaria import logs
 from talaria.audit.forward import forwarding
-from talaria.engine import cancelled, hosts, lanes, logged
+from talaria.engine import called, cancelled, hosts, lanes, logged
 from talaria.engine.due import MOST, Due, is_check
 from talaria.engine.recovery import abandoned, elsewhere, settle, taken_over
 from talaria.engine.registry import CHECKS
@@ -218,6 +218,8 @@ class Worker:
                 settled = True
             else:
                 self._claimed.add(flow_run.id)
+                with suppress(*LOST):
+                    self.ledger.waits.heard(run_id)  # if it is called from now on, that is for when it rests
                 logged.begins(flow_run)
                 if hosts.must_stay(flow_run):
                     await self.client.update_flow_run_labels(flow_run.id, {hosts.HOST: host_name()})
@@ -266,7 +268,7 @@ class Worker:
             self._resumed.discard(run_id)
             self._do(self._go_on(run_id))
         with suppress(*LOST):
-            if rests and self.ledger.waits.heard(str(run_id)):  # called while it was on its way to rest
+            if rests and str(run_id) in self.ledger.waits.unheard(0.0):  # called while it was on its way to rest
                 self._do(self._bring_forward(run_id))
 
     async def _in_lane(self, flow: Flow[..., Any], flow_run: FlowRun) -> State[Any] | None:
@@ -362,6 +364,8 @@ class Worker:
             state = states.get(run_id)
             if state is not None and (state.is_paused() or state.name == running.PAUSING):
                 running.pause(str(run_id)).set()
+            elif state is not None and state.name == called.RESTS:
+                pass  # called when it had begun by itself: it goes on, and is looked after once more when it has ended
             elif state is None or state.type not in (StateType.PENDING, StateType.RUNNING):
                 running.flag(str(run_id)).set()
 
@@ -398,19 +402,12 @@ class Worker:
             self._do(self._bring_forward(run_id))
 
     async def _bring_forward(self, run_id: UUID) -> None:
-        try:
-            state = (await self.client.read_flow_run(run_id)).state
-        except ObjectNotFound:
-            state = None
-        if state is not None and (state.is_running() or state.is_pending()):
-            return  # it is under way, at another worker, which looks when it rests
-        if (
-            state is None or state.name != AwaitingRetry().name
-        ):  # somebody has ended it, or let it wait for something else
-            await asyncio.to_thread(line.gone, self.ledger, str(run_id))
-            return
-        now: State[Any] = AwaitingRetry(scheduled_time=datetime.now(UTC), message=state.message)
-        await self.client.set_flow_run_state(run_id, now, force=True)
+        await called.bring_forward(self.client, self.ledger, run_id, self._has_begun)
+
+    def _has_begun(self, run_id: UUID) -> bool:
+        """Return True if another process, of any host, has just taken a run."""
+        owner = self.ledger.unfinished().get(str(run_id))  # ours is not active then, but its end could not be noted
+        return bool(owner and owner != self.lease.owner and self.alive(owner))
 
     # ---- the net
 
@@ -429,9 +426,9 @@ class Worker:
     async def _look(self) -> None:
         """Ask the server for what events should have reported."""
         await self._set_alarms()
-        for called in await asyncio.to_thread(self.ledger.waits.unheard, line.LOST_S):
-            if UUID(called) not in self.active and self.ledger.waits.heard(called):
-                await self._bring_forward(UUID(called))
+        for run_id in map(UUID, await asyncio.to_thread(self.ledger.waits.unheard, line.LOST_S)):
+            if run_id not in self.active and not await called.waits_elsewhere(self.client, self.ledger, run_id):
+                await self._bring_forward(run_id)
         await self._heed(list(self.active))
         states = [StateType.CANCELLING, StateType.PENDING]
         found = await self.client.read_flow_runs(

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 from uuid import UUID, uuid4
 
+import httpx
 import pytest
 from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.objects import FlowRun, State, StateType
-from prefect.states import Cancelling, Running
+from prefect.states import AwaitingRetry, Cancelling, Running
 
-from talaria.engine import hosts
+from talaria.engine import called, hosts
 from talaria.engine.recovery import TAKEN_BY, TAKEN_UP, _take_up, elsewhere, taken_over
 from talaria.engine.watch import StateChange
 from talaria.engine.worker import LOST, Worker
+from tasks.dispatch import line, running
 from transfer.errors import Unreachable
 from transfer.home import Home
 from transfer.lease import Lease, living
@@ -83,6 +86,9 @@ class Server:
     async def read_flow_run(self, run_id: UUID) -> FlowRun:
         return self.run
 
+    async def read_flow_runs(self, **_: Any) -> list[FlowRun]:
+        return [self.run]
+
     async def read_flow_run_states(self, run_id: UUID) -> list[State[Any]]:
         return self.before
 
@@ -139,6 +145,96 @@ def test_a_cancelled_run_is_left_to_the_host_whose_lease_holds(tmp_path: Path) -
         ledger.resign("theirs")
         asyncio.run(worker._look_after(change))
         assert [state.type for state in server.set] == [StateType.CANCELLED] and ledger.unfinished() == {}
+
+
+def resting(run: FlowRun, seconds: float) -> FlowRun:
+    """A run that rests, and begins by itself after so many seconds."""
+    begins = datetime.now(UTC) + timedelta(seconds=seconds)
+    run.state = AwaitingRetry(scheduled_time=begins)
+    run.state_name, run.next_scheduled_start_time = run.state.name, begins
+    return run
+
+
+def test_a_run_that_has_begun_by_itself_is_not_called(tmp_path: Path) -> None:
+    """The server says later than the ledger that it runs: the call would take that state away."""
+    home, run = Home(tmp_path), resting(a_run("normal"), 60)
+    server = Server(run)
+    with Shared(tmp_path / "ledger.sqlite") as ledger:
+        lease = cast(Lease, SimpleNamespace(owner="ours"))
+        worker = Worker(cast(PrefectClient, server), "talaria", home, ledger, lease, limit=0)
+        ledger.enroll("theirs", "another state directory", "there", 60.0)
+        ledger.run_begins(str(run.id), "theirs")
+        asyncio.run(worker._bring_forward(run.id))
+        assert server.set == []
+        ledger.run_ends(str(run.id))
+        asyncio.run(worker._bring_forward(run.id))
+        assert [state.name for state in server.set] == [AwaitingRetry().name]
+
+
+def test_a_run_that_was_called_too_late_goes_on(tmp_path: Path) -> None:
+    home, run = Home(tmp_path), resting(a_run("normal"), 0)
+    server = Server(run)
+
+    async def heed() -> bool:
+        worker.active[run.id] = cast(Any, asyncio.current_task())
+        worker._claimed.add(run.id)
+        try:
+            await worker._heed([run.id])
+            return running.flag(str(run.id)).is_set()
+        finally:
+            running.forget(str(run.id))
+
+    with Shared(tmp_path / "ledger.sqlite") as ledger:
+        worker = Worker(cast(PrefectClient, server), "talaria", home, ledger, cast(Lease, None), limit=0)
+        assert not asyncio.run(heed())
+        run.state = Cancelling()
+        assert asyncio.run(heed())
+
+
+def test_who_stands_behind_a_run_of_a_silent_host_is_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone, here = resting(a_run("normal@there"), 60), resting(a_run("normal@here"), 60)
+    woken: list[str] = []
+    monkeypatch.setattr(line, "_waker", woken.append)
+    with Shared(tmp_path / "ledger.sqlite") as ledger:
+        for turn, run in enumerate((gone, here)):
+            ledger.waits.join("pacs", str(run.id), turn, ledger.now() + 60)
+        line.wake(ledger, "pacs")
+        assert woken == [str(gone.id)]
+        server = cast(PrefectClient, Server(gone))
+        assert not asyncio.run(called.waits_elsewhere(server, ledger, gone.id))  # the call itself was lost
+        resting(gone, -1)
+        assert asyncio.run(called.waits_elsewhere(server, ledger, gone.id))
+        assert woken == [str(gone.id), str(here.id)]
+        resting(here, -1)  # there is no place for it yet
+        assert asyncio.run(called.waits_elsewhere(cast(PrefectClient, Server(here)), ledger, here.id))
+        assert ledger.waits.gone(str(here.id)) == ["pacs"] and not ledger.waits.gone(str(gone.id))
+
+
+def test_a_call_counts_until_the_server_has_heard_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home, run = Home(tmp_path), resting(a_run("normal"), 60)
+
+    class Silent(Server):
+        async def set_flow_run_state(self, run_id: UUID, state: State[Any], force: bool = False) -> None:
+            raise httpx.ConnectError("no server")
+
+    with Shared(tmp_path / "ledger.sqlite") as ledger:
+        lease = cast(Lease, SimpleNamespace(owner="ours"))
+        worker = Worker(cast(PrefectClient, Silent(run)), "talaria", home, ledger, lease, limit=0)
+        ledger.waits.join("pacs", str(run.id), 1.0, ledger.now() + 60)
+        ledger.waits.call("pacs", 1)
+
+        monkeypatch.setattr(line, "LOST_S", -1.0)
+        monkeypatch.setattr(worker, "_set_alarms", _nothing)
+        with pytest.raises(httpx.ConnectError):
+            asyncio.run(worker._look())
+        assert ledger.waits.unheard(-1.0) == [str(run.id)]
+        worker.client = cast(PrefectClient, server := Server(run))
+        asyncio.run(worker._bring_forward(run.id))
+        assert len(server.set) == 1
+
+
+async def _nothing() -> None:
+    """Stands for what is not looked at here."""
 
 
 def test_of_a_silent_host_s_runs_each_is_taken_up_once(tmp_path: Path) -> None:

@@ -1,0 +1,57 @@
+"""Runs that rest and are called before their time: what they wait for is there (`tasks.dispatch.line`)."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any
+from uuid import UUID
+
+from prefect.client.orchestration import PrefectClient
+from prefect.client.schemas.objects import State
+from prefect.exceptions import ObjectNotFound
+from prefect.states import AwaitingRetry
+
+from talaria.engine import hosts
+from tasks.dispatch import line
+from transfer.ledger import Ledger
+
+RESTS = str(AwaitingRetry().name)  # name of the state of a run that rests
+
+
+async def bring_forward(client: PrefectClient, ledger: Ledger, run_id: UUID, has_begun: Callable[[UUID], bool]) -> None:
+    """Let a run that rests begin now; one that rests no more leaves its lines to those behind it.
+
+    That it was called stays noted until it begins: if the server can't be reached here, the next look calls it again.
+
+    Args:
+        has_begun: whether a process has taken it already, by the ledger, where it stands before the server says so.
+    """
+    try:
+        state = (await client.read_flow_run(run_id)).state
+    except ObjectNotFound:
+        state = None
+    if state is not None and (state.is_running() or state.is_pending()):
+        return  # it is under way, at another worker, which looks when it rests
+    if state is None or state.name != RESTS:  # somebody has ended it, or let it wait for something else
+        await asyncio.to_thread(line.gone, ledger, str(run_id))
+        return
+    if await asyncio.to_thread(has_begun, run_id):  # its own time has come
+        return
+    now: State[Any] = AwaitingRetry(scheduled_time=datetime.now(UTC), message=state.message)
+    await client.set_flow_run_state(run_id, now, force=True)
+
+
+async def waits_elsewhere(client: PrefectClient, ledger: Ledger, run_id: UUID) -> bool:
+    """Return True if a run that was called is due and has not come; if its host is silent, the next one is called."""
+    try:
+        flow_run = await client.read_flow_run(run_id)
+    except ObjectNotFound:
+        return False
+    due = flow_run.next_scheduled_start_time
+    if flow_run.state_name != RESTS or due is None or due > datetime.now(UTC):
+        return False
+    if hosts.where_it_waits(flow_run) or not hosts.is_here(flow_run):  # else a worker here has no place for it yet
+        await asyncio.to_thread(line.gone, ledger, str(run_id))
+    return True
