@@ -15,7 +15,6 @@ from tasks.dispatch.asked import name_run
 from tasks.targets import load
 from transfer.errors import DispatchError
 from transfer.home import Home
-from transfer.ledger import Ledger
 
 
 @flow(name="check", persist_result=False)
@@ -35,7 +34,6 @@ async def check(target: str) -> State[Any]:
         return Failed(message=str(error))
     await report_health(found, health)
     if health.ok:
-        with Ledger(Home.current().ledger) as ledger:
-            await asyncio.to_thread(breaker.answered, ledger, found)
+        await asyncio.to_thread(breaker.has_answered, Home.current(), found)
     bad = ", ".join(probe.name for probe in health.probes if probe.result == "failed" and not probe.informative)
     return Completed(message="healthy") if health.ok else Failed(message=f"failed: {bad}")

@@ -24,7 +24,6 @@ from tasks.targets import all_targets, facts, load
 from transfer import live
 from transfer.errors import REMEDIES, Misconfigured
 from transfer.health import FAILED, Probe, watched
-from transfer.home import Home
 from transfer.ledger import Ledger
 from transfer.waits import Breaker
 
@@ -76,13 +75,8 @@ async def entries(office: Office, found: Sequence[Target | Broken], *, settings:
         settings: whether what each is set to stands there, too.
     """
     checks = await last_checks(office.client, found)
-    breakers = await asyncio.to_thread(_breakers, office.home, [one for one in found if isinstance(one, Target)])
+    breakers = await asyncio.to_thread(breaker.every_of, office.home, [one for one in found if isinstance(one, Target)])
     return [_entry(one, checks.get(one.name), breakers.get(one.name), settings=settings) for one in found]
-
-
-def _breakers(home: Home, found: list[Target]) -> dict[str, Breaker]:
-    with Ledger(home.ledger) as ledger:
-        return breaker.every(ledger, found)
 
 
 def _entry(

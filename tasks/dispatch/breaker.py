@@ -81,6 +81,22 @@ def answered(ledger: Ledger, target: Target) -> None:
         logger.warning("that %s answers can't be noted: %s", target.name, exc)
 
 
+def every_of(home: Home, targets: list[Target]) -> dict[str, Breaker]:
+    """Return the state of the breakers of targets as `every` does, from a ledger that is opened for that."""
+    with suppress(*LOST), Ledger(home.ledger) as ledger:
+        return every(ledger, targets)
+    return {one.name: Breaker(one.name, "") for one in targets}
+
+
+def has_answered(home: Home, target: Target) -> None:
+    """Note that a target answers as `answered` does, in a ledger that is opened for that."""
+    try:
+        with Ledger(home.ledger) as ledger:
+            answered(ledger, target)
+    except LOST as exc:
+        logger.warning("that %s answers can't be noted: %s", target.name, exc)
+
+
 @contextmanager
 def testing(home: Home, ledger: Ledger, target: Target) -> Iterator[bool]:
     """Be the one that tests a target during the block; yields False if another run, of any host, does."""

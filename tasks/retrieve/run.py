@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -27,6 +27,7 @@ from blocks.base import Target
 from blocks.dicom import DicomTarget
 from imaging.query import Query
 from tasks.dispatch import audited, running
+from tasks.dispatch.breaker import LOST
 from tasks.dispatch.hours import opens
 from tasks.dispatch.patience import patiently
 from tasks.dispatch.progress import live
@@ -190,7 +191,10 @@ class Retrieval:
         count = min(self.source.concurrency, self.source.max_dispatches)
 
         async def run() -> R:
-            with Ledger(self.home.ledger) as ledger:
+            with ExitStack() as stack:
+                ledger = None
+                with suppress(*LOST):  # then who waits for the slots comes by himself
+                    ledger = stack.enter_context(Ledger(self.home.ledger))
                 async with get_client() as client, slots(client, self.source, count, ledger=ledger):
                     begun.append(True)
                     return await asyncio.to_thread(work)

@@ -183,3 +183,14 @@ def test_no_dispatch_fails_since_the_database_can_t_be_asked(tmp_path: Path, tar
     breaker.failed(ledger, target, Unreachable("no route"), "no route")
     breaker.answered(ledger, target)
     assert not breaker.read(ledger, target).opened and not breaker.every(ledger, [target])[target.name].opened
+
+
+def test_a_ledger_that_can_t_be_opened_keeps_no_list_and_no_check_from_its_end(
+    tmp_path: Path, target: FolderTarget, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TALARIA_LEDGER", "postgresql://nobody@127.0.0.1:1/none")
+    home = Home(tmp_path)
+    with pytest.raises(Unreachable):
+        Ledger(home.ledger)
+    assert not breaker.every_of(home, [target])[target.name].opened
+    breaker.has_answered(home, target)
