@@ -123,6 +123,7 @@ REMEDIES: dict[type[DispatchError], str] = {
     TimedOut: "Something takes connections there but does not answer: check that the port is that of this service, and "
     "whether the service hangs.",
     Busy: "Wait and test again; if it stays so, let fewer dispatches or connections go there at once.",
+    DiskFull: "Make room where it is written, on the machine that receives it.",
     Interrupted: "Test again; if it breaks each time, look into the log of the other side and at firewalls between.",
     Misconfigured: "Correct the settings of the target.",
     NotTrusted: "Compare the certificate or key with what its operator tells you by another way; if it is the right "

@@ -37,7 +37,7 @@ from tasks.quiet import Quiet
 from tasks.targets import check_destination, load
 from transfer import deadletters
 from transfer import live as shown
-from transfer.errors import Busy, Denied, DispatchError, Unreachable
+from transfer.errors import Busy, Denied, DiskFull, DispatchError, Unreachable
 from transfer.errors import Cancelled as DispatchCancelled
 from transfer.globs import patterns
 from transfer.home import Home
@@ -54,7 +54,7 @@ SLOT_S = 2.0  # how long a run waits for a slot, where no other one rests for it
 TURN_S = 15.0  # after which a run looks again for a slot, for each that stands in line before it
 TURNS_S = 600.0  # and at most after this
 APART_S = 0.25  # between the returns of runs that wait for the same target to answer
-TESTED = (*breaker.DEAD, Busy)  # after one of these a target is tested before its files are read again
+TESTED = (*breaker.DEAD, Busy, DiskFull)  # after one of these a target is tested before its files are read again
 
 
 class Dispatch:

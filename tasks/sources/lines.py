@@ -98,7 +98,10 @@ def _column(text: str, source: ListSource) -> list[str]:
     titles = [cell.strip() for cell in rows[0]]
     if source.column:
         if source.column not in titles:
-            raise Misconfigured(f"{source.file}: has no column {source.column}; it has {', '.join(titles)}")
+            # Not what they are: where a file has no line of names, they are a patient's.
+            raise Misconfigured(
+                f"{source.file}: none of the {len(titles)} columns of its first line is {source.column}"
+            )
         at, rows = titles.index(source.column), rows[1:]
     else:
         at, folder = 0, Path(source.file).parent

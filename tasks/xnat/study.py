@@ -126,14 +126,14 @@ class _Delivery:
     def _import_and_report(self, lacking: list[Item], before: Held) -> None:
         """Import what XNAT lacks: at once, or in parts if that was tried before and failed, or fails now."""
         unanswered = self.shared.report.unanswered
-        fresh = Held() if self.target.overwrite is Overwrite.DELETE else before  # what is there is to be replaced
+        anew = self.target.overwrite is Overwrite.DELETE
         if len(lacking) == 1 or all(unanswered[item.path] for item in lacking):
-            self._import_groups(lacking, fresh)
+            self._import_groups(lacking, before, anew=anew)
             return
         try:
             self._import_group(lacking, before)
         except RefusedWhole:
-            self._import_groups(lacking, fresh, again=True)
+            self._import_groups(lacking, before, again=True, anew=anew)
 
     def _import_group(self, items: list[Item], before: Held) -> Held:
         """Import items and report their outcomes; return what XNAT has then, as far as that is known.
@@ -150,11 +150,12 @@ class _Delivery:
         self._report()
         return before
 
-    def _import_groups(self, items: list[Item], before: Held, *, again: bool = False) -> Held:
+    def _import_groups(self, items: list[Item], before: Held, *, again: bool = False, anew: bool = False) -> Held:
         """Import items in parts, so that in the end a file that XNAT refuses, or fails at, affects no other.
 
         Args:
             again: whether this attempt has sent them before, together, and XNAT has refused that: few are sent alone.
+            anew: whether what is there is to be replaced; from the first import on, what is there has been sent.
 
         Raises:
             Retryable: what went wrong with a part; the next attempt makes smaller ones of it.
@@ -170,7 +171,7 @@ class _Delivery:
         for start in range(0, len(ordered), size):
             group = ordered[start : start + size]
             # With an earlier part XNAT may have archived what had come of this one in a broken import.
-            lacking = before.lacks(group, self.whole)
+            lacking = {item.path: "" for item in group} if anew else before.lacks(group, self.whole)
             self.already += (item for item in group if item.path not in lacking)
             group = [item for item in group if item.path in lacking]
             if not group:
@@ -185,7 +186,8 @@ class _Delivery:
                         if again:
                             refused.append((group, exc))
                             continue
-                        before = self._import_groups(group, before, again=True)
+                        before = self._import_groups(group, before, again=True, anew=anew)
+                    anew = False
                     self.name = self.shared.names.name(self.study)  # from the first on, there is a session
                 failed = 0
                 taken += any(item.path not in self.rejected for item in group)

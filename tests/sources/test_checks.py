@@ -153,7 +153,7 @@ def test_a_list(place: Place) -> None:
     assert wrong(place, listed()) == []
     assert wrong(place, listed(file=place("nothing.csv"))) == ["nothing.csv: no such file or folder"]
     assert wrong(place, listed(file=place("in"))) == ["in: is not a file"]
-    assert wrong(place, listed(column="nope")) == ["todo.csv: has no column nope; it has /data/a"]
+    assert wrong(place, listed(column="nope")) == ["todo.csv: none of the 1 columns of its first line is nope"]
     assert wrong(place, listed(query="asked")) == []
     assert wrong(place, listed(query="pacs")) == ["no target named pacs"]
     (words,) = wrong(place, listed(query="shelf", targets=["asked"]))[1:] or [""]

@@ -88,5 +88,5 @@ def test_accession_numbers(tmp_path: Path) -> None:
 
 
 def test_a_column_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(Misconfigured, match="has no column path; it has id, place"):
+    with pytest.raises(Misconfigured, match="none of the 2 columns of its first line is path"):
         lines.lines(listed(tmp_path / "a.csv", "id,place\n1,/a\n", column="path"))
