@@ -115,13 +115,13 @@ def test_a_retrieval_is_paused_resumed_cancelled_and_retried_by_its_page(
     place: SimpleNamespace, tmp_path: Path
 ) -> None:
     operator: Person = place.operator
-    slow = threading.Event()  # a peer that takes its time for each series
+    permits = threading.Semaphore(1)  # of a peer that sends a series for each
 
     def script(request: Request, found: list[Instance]) -> Steps:
-        slow.wait(0.1)
+        permits.acquire(timeout=as_loaded(120))
         return sends(found)
 
-    with archive(study("P1", series=40, each=1), on_get=script) as peer:
+    with archive(study("P1", series=9, each=1), on_get=script) as peer:
         place.up.apply(slow=source(peer, concurrency=1))
         form = operator.form("/talaria/query") | {"source": "slow", "accessions": "P1", "into": str(tmp_path / "in")}
         job = operator.post("/talaria/query", {**form, "do": "fetch"})
@@ -129,23 +129,24 @@ def test_a_retrieval_is_paused_resumed_cancelled_and_retried_by_its_page(
         def buttons() -> set[str]:
             return set(re.findall(rf"{job}/(\w+)", operator.get(job))) - {"csv"}
 
-        until(lambda: peer.asked(GET), as_loaded(120))
+        until(lambda: len(peer.asked(GET)) > 1, as_loaded(120))
         assert buttons() == {"pause", "cancel"}
         operator.post(f"{job}/pause", {})
+        permits.release()
         until(lambda: buttons() == {"resume", "cancel"}, as_loaded(120))
         got = len(peer.asked(GET))
-        assert got < 40 and "Paused" in words(operator.get(job))
+        assert got < 9 and "Paused" in words(operator.get(job))
         (row,) = csv.DictReader(operator.get(f"{job}/csv").splitlines())
         assert (row["accession"], row["state"]) == ("P1", "waiting")
         operator.post(f"{job}/resume", {})
         until(lambda: len(peer.asked(GET)) > got, as_loaded(120))
         operator.post(f"{job}/cancel", {})
         until(lambda: buttons() == {"retry"}, as_loaded(120))
-        assert len(peer.asked(GET)) < 40 and "Cancelled" in words(operator.get(job))
-        slow.set()
+        assert len(peer.asked(GET)) < 9 and "Cancelled" in words(operator.get(job))
+        permits.release(100)
         operator.post(f"{job}/retry", {})
         until(lambda: "Delivered: 1" in words(operator.get(job)), as_loaded(120))
-        assert len(placed(tmp_path / "in")["P1"]) == 40
+        assert len(placed(tmp_path / "in")["P1"]) == 9
 
 
 def test_a_retrieval_waits_for_the_quiet_hours(place: SimpleNamespace, tmp_path: Path) -> None:
