@@ -167,13 +167,14 @@ class Retrieval:
             DispatchCancelled: somebody asked for it.
         """
         while not self._full and not self._stopped():
+            others = set(self._handing_on)
             try:
                 await self._in_a_slot(partial(self.fetcher.fetch, study, folder))
                 break
             except DiskFull as exc:
-                if self._handing_on:
-                    await asyncio.wait(self._handing_on, return_when=asyncio.FIRST_COMPLETED)
-                elif not self._drop():
+                if others and others <= self._handing_on:  # none of them has ended meanwhile
+                    await asyncio.wait(others, return_when=asyncio.FIRST_COMPLETED)
+                elif not others and not self._drop():
                     self._full = exc.message
 
     def _stopped(self) -> bool:
