@@ -65,7 +65,10 @@ def associated(port: int, *, calling: str = "CT1", called: str = AET, classes: t
     ae.acse_timeout = ae.dimse_timeout = ae.network_timeout = 60
     for each in classes:
         ae.add_requested_context(UID(each))
-    return ae.associate("127.0.0.1", port, ae_title=called)
+    assoc = ae.associate("127.0.0.1", port, ae_title=called)
+    # pynetdicom returns as soon as it has hung up, which may be before it notes that it was refused.
+    until(lambda: assoc.is_established or assoc.is_rejected or assoc.is_aborted)
+    return assoc
 
 
 def stored(assoc: Any, ds: Dataset) -> int:

@@ -22,7 +22,7 @@ from protocols.dimse.get import Retriever
 from protocols.dimse.moves import DESK, MoveDesk
 from talaria.cli.target import types
 from talaria.testing import studies
-from talaria.testing.process import as_loaded, free_port
+from talaria.testing.process import as_loaded, free_port, until
 from talaria.testing.relay import relay
 from tasks import DRIVERS
 from tasks.dicom import check, find, retrieve
@@ -520,6 +520,7 @@ def test_nobody_else_gets_an_association(tmp_path: Path, port: int) -> None:
         ae = AE("X")
         ae.add_requested_context("1.2.840.10008.1.1")
         assoc = ae.associate("127.0.0.1", port, ae_title="WRONG")
+        until(lambda: assoc.is_established or assoc.is_rejected or assoc.is_aborted)
         refused.append(assoc.is_rejected)
         return sends(found)
 
