@@ -11,7 +11,7 @@ from starlette.routing import BaseRoute, Route
 
 from talaria.front.access import Role, needs
 from talaria.front.pages.editing import RULE, with_paths
-from talaria.front.pages.site import Site, fields, kind_of, ref_of, shown
+from talaria.front.pages.site import Site, fields, kind_of, ref_of, said_of, shown
 from talaria.front.pages.texts import text
 from transfer.errors import DispatchError, NotFound
 
@@ -44,7 +44,9 @@ class NotificationPages:
 
         found = (await rules.list_rules(await self.site.office(request)))["rules"]
         rows = with_paths(RULE, [one | {"state": _state(one)} for one in found])
-        return self.site.page(request, "notifications.html", rows=rows, said=_said(request))
+        return self.site.page(
+            request, "notifications.html", rows=rows, said=said_of(request, "notifications.said", SAID)
+        )
 
     @needs(Role.VIEWER)
     @shown
@@ -76,7 +78,7 @@ class NotificationPages:
             messages=await rules.messages_of(office, name),
             query=f"?{urlencode({'type': kind})}" if kind else "",
             tested=tested,
-            said=_said(request),
+            said=said_of(request, "notifications.said", SAID),
             problem=problem,
         )
 
@@ -124,8 +126,3 @@ def _state(row: dict[str, Any]) -> str:
     if not row["enabled"]:
         return "off"
     return "failing" if row["last"] and row["last"]["error"] else "ready"
-
-
-def _said(request: Request) -> str:
-    word = request.query_params.get("said", "")
-    return text(f"notifications.said.{word}") if word in SAID else ""

@@ -14,7 +14,7 @@ from starlette.routing import BaseRoute, Route
 
 from talaria.front.access import Role, needs
 from talaria.front.login import Attempts
-from talaria.front.pages.site import Site, fields, shown, who
+from talaria.front.pages.site import Site, fields, said_of, shown, who
 from talaria.front.pages.texts import text
 from talaria.front.tokens import Tokens, seconds_of
 from talaria.front.users import Users
@@ -106,7 +106,7 @@ class SettingsPages:
             users=self.users.all(),
             roles=[role.label for role in ROLES],
             sent={"name": sent.get("name", ""), "role": sent.get("role", "viewer")},
-            said=_said(request),
+            said=said_of(request, "settings.said", SAID),
             problem=problem,
         )
 
@@ -166,7 +166,7 @@ class SettingsPages:
             roles=[role.label for role in ROLES],
             ages=[(one, text(f"age.{one}")) for one in AGES],
             secret=secret,
-            said=_said(request),
+            said=said_of(request, "settings.said", SAID),
             problem=problem,
         )
 
@@ -256,8 +256,3 @@ def _shown(entry: dict[str, Any]) -> dict[str, str]:
 
 def _time(seconds: float | None) -> str:
     return "" if seconds is None else datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
-
-
-def _said(request: Request) -> str:
-    word = request.query_params.get("said", "")
-    return text(f"settings.said.{word}") if word in SAID else ""

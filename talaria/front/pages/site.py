@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -266,6 +266,12 @@ def shown(page: Page) -> Page:
 def kind_of(request: Request) -> str:
     """Return the type that an address names beside the name; "" where the name is enough."""
     return request.query_params.get("type", "")
+
+
+def said_of(request: Request, texts: str, words: Container[str]) -> str:
+    """Return what a page says of what was just done, which its address names by one of some words; "" for nothing."""
+    word = request.query_params.get("said", "")
+    return text(f"{texts}.{word}") if word in words else ""
 
 
 def ref_of(request: Request) -> str:

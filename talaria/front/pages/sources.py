@@ -12,7 +12,7 @@ from starlette.routing import BaseRoute, Route
 
 from talaria.front.access import Role, needs
 from talaria.front.pages.editing import SOURCE, with_paths
-from talaria.front.pages.site import Site, fields, kind_of, ref_of, shown
+from talaria.front.pages.site import Site, fields, kind_of, ref_of, said_of, shown
 from talaria.front.pages.texts import text
 from transfer.errors import DispatchError, NotFound
 
@@ -47,7 +47,10 @@ class SourcePages:
 
         found = (await sources.list_sources(await self.site.office(request)))["sources"]
         return self.site.page(
-            request, "sources.html", rows=with_paths(SOURCE, [_row(one) for one in found]), said=_said(request)
+            request,
+            "sources.html",
+            rows=with_paths(SOURCE, [_row(one) for one in found]),
+            said=said_of(request, "sources.said", SAID),
         )
 
     @needs(Role.VIEWER)
@@ -79,7 +82,7 @@ class SourcePages:
             groups=settings(source) if source else [],
             query=f"?{urlencode({'type': kind})}" if (kind := kind_of(request)) else "",
             tested=tested,
-            said=_said(request),
+            said=said_of(request, "sources.said", SAID),
             problem=problem,
         )
 
@@ -154,8 +157,3 @@ def _row(one: dict[str, Any]) -> dict[str, Any]:
     state = "broken" if one["broken"] else "off" if not one["enabled"] else "failing" if one["problem"] else "ready"
     units = {name: count for name, count in one["units"].items() if count}
     return one | {"state": state, "units": units, "targets": one.get("targets", [])}
-
-
-def _said(request: Request) -> str:
-    word = request.query_params.get("said", "")
-    return text(f"sources.said.{word}") if word in SAID else ""

@@ -13,7 +13,7 @@ from talaria.front.access import Role, needs
 from talaria.front.pages.checks import Checks, begun
 from talaria.front.pages.editing import TARGET
 from talaria.front.pages.plot import plotted
-from talaria.front.pages.site import Site, fields, is_part, kind_of, ref_of, render, shown, who
+from talaria.front.pages.site import Site, fields, is_part, kind_of, ref_of, render, said_of, shown, who
 from talaria.front.pages.texts import text
 from transfer.errors import Misconfigured, NotFound
 
@@ -62,7 +62,7 @@ class TargetPages:
             rows=_sorted([row for row in found if _matches(row, given)], given["sort"]),
             filter=given,
             choices=_choices(found),
-            said=_said(request),
+            said=said_of(request, "said", SAID),
         )
 
     @needs(Role.VIEWER)
@@ -90,7 +90,7 @@ class TargetPages:
             recent=[line(run) for run in await overview.to_target(office, row["name"], 10)],
             activity=(await self.site.activity(office)).get(row["name"], overview.Activity()),
             plot=plotted(await overview.days(office, row["name"], DAYS)),
-            said=_said(request),
+            said=said_of(request, "said", SAID),
             problem=problem,
             **{"used": None, **more},
         )
@@ -177,12 +177,6 @@ class TargetPages:
 def _to(name: str, kind: str = "", **words: str) -> RedirectResponse:
     """Return the way to a target's page, which says what has been done."""
     return RedirectResponse(TARGET.one(name, kind, **words), 303)
-
-
-def _said(request: Request) -> str:
-    """Return what a page says has just been done; only words of ours."""
-    word = request.query_params.get("said", "")
-    return text(f"said.{word}") if word in SAID else ""
 
 
 def _found(every: list[dict[str, Any]], ref: str) -> tuple[dict[str, Any], Any]:
