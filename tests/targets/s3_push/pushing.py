@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from blocks.s3 import S3Target
-from talaria.testing.harness import Sent
+from talaria.testing import studies
+from talaria.testing.harness import Sent, attempt
 from tests.servers.s3_stub import Misdeed, Refusal, Request, Stub
 from tests.targets.s3 import PREFIX, files_of, stub_target
+from transfer.errors import Busy, Interrupted
 from transfer.plan import Plan
 from transfer.receipt import State
 
@@ -56,6 +58,31 @@ def assert_whole(store: Stub, sent: Sent) -> None:
     assert files_of(store.objects("lab"), sent.plan) == contents(sent.plan)
     assert f"{PREFIX}/{sent.plan.dispatch_id}/.complete" in store.objects("lab")
     assert not store.uploads
+
+
+# Of an object, or of its answer, and of nothing else.
+ALONE = (Refusal(503, "SlowDown"), Refusal(500, "InternalError"), Misdeed(reset_after=100), Misdeed(silent=True))
+
+
+def assert_failures_cost_themselves_alone(
+    store: Stub, study: Path, answer: Refusal | Misdeed, concurrency: int
+) -> None:
+    """Some of twenty objects fail, each at most twice, and all others arrive; nothing is marked."""
+    studies.ct(study, 20)
+    bad = {f"CT{number:04}.dcm" for number in (1, 2, 9, 20)}
+
+    def fault(request: Request) -> Misdeed | None:
+        return on("Put", answer)(request) if request.key.rsplit("/", 1)[-1] in bad else None
+
+    store.fault = fault
+    sent = attempt(target(store, concurrency=concurrency), study)
+    assert isinstance(sent.error, Busy | Interrupted)
+    assert sent.error.item in bad
+    # What was carried out without an answer is found to be there.
+    assert sent.arrived >= {item.path for item in sent.plan.items} - bad
+    for item in sent.plan.items:
+        assert store.count("Put", f"{PREFIX}/{sent.plan.dispatch_id}/{item.path}") <= 2
+    assert not marked(store)
 
 
 def contents(plan: Plan) -> dict[str, bytes]:

@@ -13,9 +13,8 @@ from talaria.testing.harness import attempt, sending
 from talaria.testing.process import as_loaded
 from tasks.s3 import S3Push
 from tests.servers.s3_stub import Misdeed, Refusal, Request, Stub
-from tests.targets.s3 import PREFIX
-from tests.targets.s3_push.pushing import assert_whole, marked, on, target
-from transfer.errors import Busy, Cancelled, Interrupted
+from tests.targets.s3_push.pushing import ALONE, assert_failures_cost_themselves_alone, assert_whole, on, target
+from transfer.errors import Cancelled, Interrupted
 from transfer.outcome import Kind
 
 
@@ -66,24 +65,9 @@ def test_an_object_whose_request_is_redirected_arrives(store: Stub, study: Path)
     assert_whole(store, attempt(target(store), study))
 
 
-@pytest.mark.parametrize(
-    "answer", [Refusal(503, "SlowDown"), Refusal(500, "InternalError"), Misdeed(reset_after=100), Misdeed(silent=True)]
-)
+@pytest.mark.parametrize("answer", ALONE)
 def test_objects_that_fail_alone_cost_themselves_alone(store: Stub, study: Path, answer: Refusal | Misdeed) -> None:
-    studies.ct(study, 20)
-    bad = {f"CT{number:04}.dcm" for number in (1, 2, 9, 20)}
-
-    def fault(request: Request) -> Misdeed | None:
-        return on("Put", answer)(request) if request.key.rsplit("/", 1)[-1] in bad else None
-
-    store.fault = fault
-    sent = attempt(target(store), study)
-    assert isinstance(sent.error, Busy | Interrupted)
-    assert sent.error.item in bad
-    assert sent.arrived >= {item.path for item in sent.plan.items} - bad
-    for item in sent.plan.items:
-        assert store.count("Put", f"{PREFIX}/{sent.plan.dispatch_id}/{item.path}") <= 2
-    assert not marked(store)
+    assert_failures_cost_themselves_alone(store, study, answer, 4)
 
 
 def test_one_that_is_refused_is_rejected_alone(store: Stub, study: Path) -> None:

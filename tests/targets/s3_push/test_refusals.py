@@ -10,9 +10,18 @@ import pytest
 from talaria.testing import studies
 from talaria.testing.harness import attempt, sending
 from talaria.testing.process import as_loaded, free_port
-from tests.servers.s3_stub import Misdeed, Refusal, Request, Stub, stub
+from tests.servers.s3_stub import Misdeed, Refusal, Stub, stub
 from tests.targets.s3 import PREFIX, files_of
-from tests.targets.s3_push.pushing import assert_whole, contents, large, marked, on, target
+from tests.targets.s3_push.pushing import (
+    ALONE,
+    assert_failures_cost_themselves_alone,
+    assert_whole,
+    contents,
+    large,
+    marked,
+    on,
+    target,
+)
 from transfer.errors import (
     Busy,
     Denied,
@@ -93,27 +102,11 @@ def test_a_busy_store_is_asked_again_and_then_left_to_the_dispatch(store: Stub, 
 
 
 @pytest.mark.parametrize("concurrency", [1, 4])
-@pytest.mark.parametrize(
-    "answer", [Refusal(503, "SlowDown"), Refusal(500, "InternalError"), Misdeed(reset_after=100), Misdeed(silent=True)]
-)
+@pytest.mark.parametrize("answer", ALONE)
 def test_objects_that_fail_alone_cost_themselves_alone(
     store: Stub, study: Path, answer: Refusal | Misdeed, concurrency: int
 ) -> None:
-    studies.ct(study, 20)
-    bad = {f"CT{number:04}.dcm" for number in (1, 2, 9, 20)}
-
-    def fault(request: Request) -> Misdeed | None:
-        return on("Put", answer)(request) if request.key.rsplit("/", 1)[-1] in bad else None
-
-    store.fault = fault
-    sent = attempt(target(store, concurrency=concurrency), study)
-    assert isinstance(sent.error, Busy | Interrupted)
-    assert sent.error.item in bad
-    # What was carried out without an answer is found to be there.
-    assert sent.arrived >= {item.path for item in sent.plan.items} - bad
-    for item in sent.plan.items:
-        assert store.count("Put", f"{PREFIX}/{sent.plan.dispatch_id}/{item.path}") <= 2
-    assert not marked(store)
+    assert_failures_cost_themselves_alone(store, study, answer, concurrency)
 
 
 def test_a_store_that_takes_nothing_is_left_in_peace(store: Stub, study: Path) -> None:
