@@ -69,7 +69,7 @@ class Glance:
             instance = _first(head, _INSTANCE + vr, after, beginning)[0]
         if not (study and series and sop_class and instance):
             return None
-        return Header(sop_class, instance, syntax, study, series, offset, explicit=explicit)
+        return Header.of(sop_class, instance, syntax, study, series, offset, explicit=explicit)
 
     def _pair(self, sop_class: str, instance: str, *, explicit: bool) -> bytes:
         """Return the elements of class and instance as they follow each other in most data sets."""

@@ -70,7 +70,7 @@ def shown_live() -> Iterator[None]:
 
     def show(probe: Probe) -> None:
         probes.append(probe.to_json())
-        live.write(home, run_id, live.PROBES, {"probes": probes})
+        live.write(home, run_id, live.PROBES, [json.dumps({"probes": probes}).encode()])
 
     try:
         with watched(show):

@@ -130,11 +130,13 @@ def names(plan: Plan, template: str, is_taken: Callable[[str], bool] = lambda fo
     fields = [name for name in fields_of(template) if name != "dispatch_id"]
     nearest = _Nearest(plan) if fields else None
     values: dict[str, tuple[str, ...]] = {}
+    known: dict[tuple[str, ...], tuple[str, ...]] = {}  # in memory once
     for item in plan.items:
         source = item if item.header or nearest is None else nearest(item)
         header = source.header if source else None
-        values[item.path] = tuple(str(getattr(header, name, "") or "") for name in fields)
-    unique = sorted(set(values.values()))  # a few folders for thousands of items
+        one = tuple(str(getattr(header, name, "") or "") for name in fields)
+        values[item.path] = known.setdefault(one, one)
+    unique = sorted(known)  # a few folders for thousands of items
     made = _folders(template, [dict(zip(fields, one, strict=True)) for one in unique], plan.dispatch_id, is_taken)
     by_values = dict(zip(unique, made, strict=True))
     return {path: by_values[one] for path, one in values.items()}

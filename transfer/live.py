@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,19 +21,23 @@ BY = "talaria.by"  # label of a run: who asked for it
 SHOW_PLAN = "talaria.show-plan"  # label of a run that is to show its plan
 
 
-def write(home: Home, run_id: str, kind: str, document: dict[str, Any]) -> None:
-    """Replace what a run found. A disk that is full costs the sight of it, not the run."""
+def write(home: Home, run_id: str, kind: str, pieces: Iterable[bytes]) -> None:
+    """Replace what a run found, a JSON document in pieces. A full disk costs the sight of it, not the run."""
     with suppress(OSError):
-        replace(_path(home, run_id, kind), document)
+        _replace(_path(home, run_id, kind), pieces)
 
 
 def replace(path: Path, document: dict[str, Any]) -> None:
     """Write a file as a whole: whoever reads sees the old one or the new one. Only this user may read it."""
+    _replace(path, [json.dumps(document).encode()])
+
+
+def _replace(path: Path, pieces: Iterable[bytes]) -> None:
     part = path.with_suffix(".part")
     flags = os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_CLOEXEC
     path.parent.mkdir(exist_ok=True, mode=0o700)
-    with open(os.open(part, flags, 0o600), "w", encoding="utf-8") as file:
-        json.dump(document, file)
+    with open(os.open(part, flags, 0o600), "wb") as file:
+        file.writelines(pieces)
     part.replace(path)
 
 

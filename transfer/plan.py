@@ -222,15 +222,18 @@ class Plan:
         moved = item.in_place and is_link_error(exc)  # something else is in its place
         return Rejected(CHANGED if moved else f"can't be read: {exc.strerror}", item=item.shown)
 
-    def is_same(self, item: Item, now: os.stat_result, since: os.stat_result | None = None) -> bool:
-        """Return True if a file's facts are those that it had when it was planned, or at `since`.
+    def is_same(self, item: Item, now: os.stat_result, since: tuple[int, int] | None = None) -> bool:
+        """Return True if a file's facts are those that it had when it was planned; if `since`, then later.
 
         A program that writes to a file may restore its times, but not the time of their change (ctime). Making or
         removing a hard link changes ctime too, and doesn't count.
+
+        Args:
+            since: its ctime and number of links then.
         """
         if (now.st_size, now.st_mtime_ns) != (item.size, item.mtime_ns):
             return False
-        ctime, links = (since.st_ctime_ns, since.st_nlink) if since else (item.ctime_ns, item.links)
+        ctime, links = since or (item.ctime_ns, item.links)
         if not ctime or now.st_ctime_ns == ctime:
             return True
         if item.in_place and now.st_ino != item.inode:

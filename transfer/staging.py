@@ -43,7 +43,8 @@ def stage(plan: Plan, into: Path, check: Callable[[], None] = lambda: None, way:
     """Bring the plan's files into the folder `into`; return the plan of the staged files.
 
     A file that changed since it was planned, or can't be read, keeps its place in the plan with a `problem`.
-    The folder must not exist, or be left over from this dispatch; the caller removes it with `discard`.
+    The folder must not exist, or be left over from this dispatch; the caller removes it with `discard`. Of a plan that
+    the caller keeps no name for, each item is forgotten as its file is brought: there are never two sets of them.
 
     Args:
         check: called between files, and between pieces of those that are copied; may raise to stop.
@@ -63,13 +64,14 @@ def stage(plan: Plan, into: Path, check: Callable[[], None] = lambda: None, way:
         if kind is None:
             raise
         raise kind(f"can't stage files in {into.parent}: {words_of(exc)}") from exc
-    items = []
     sources = Sources(plan.sources or (resolved(plan.root),))
+    items = list(plan.items)
+    plan = replace(plan, items=())
     try:
         with _Staging(plan, into, sources, way, check) as staging:
-            for item in plan.items:
+            for number, item in enumerate(items):
                 check()
-                items.append(item if item.problem else staging.bring(item))
+                items[number] = item if item.problem else staging.bring(item)
     except BaseException:
         sources.close()
         raise

@@ -281,7 +281,7 @@ def fetch(
 
 def _item(one: HeldInstance) -> Item:
     uid = one.SOPInstanceUID
-    header = Header(one.SOPClassUID, uid, one.TransferSyntaxUID, one.StudyInstanceUID, one.SeriesInstanceUID, 0)
+    header = Header.of(one.SOPClassUID, uid, one.TransferSyntaxUID, one.StudyInstanceUID, one.SeriesInstanceUID, 0)
     return Item(f"{sanitised(uid)}.dcm", 0, 0, header)
 
 

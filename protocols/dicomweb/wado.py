@@ -243,7 +243,7 @@ class WadoRetrieval:
         items = dict(self._here)
         for uid, one in sorted(self._missing.items()):
             if uid not in items and not self.report.pausing.is_set():
-                items[uid] = Item(f"{uid}.dcm", 0, 0, Header("", uid, "", one.study, one.uid, 0))
+                items[uid] = Item(f"{uid}.dcm", 0, 0, Header.of("", uid, "", one.study, one.uid, 0))
                 text = self._refused.get(uid, "listed by the server, but not given")
                 self.report(items[uid], Outcome(Kind.REJECTED, text))
         return Plan("", self.folder, tuple(sorted(items.values(), key=lambda item: item.path)))

@@ -168,7 +168,7 @@ class Pull:
         """Report what a series lacks, and the peer's words about it."""
         last = one.answers[-1] if one.answers else None
         for uid in self._missing(one):
-            items[uid] = Item(f"{uid}.dcm", 0, 0, Header("", uid, "", one.study, one.uid, 0))
+            items[uid] = Item(f"{uid}.dcm", 0, 0, Header.of("", uid, "", one.study, one.uid, 0))
             text = "listed by the peer, but not given" + (f" ({last})" if last else "")
             self.report(items[uid], Outcome(Kind.REJECTED, text))
         for why, count in one.refused.items():

@@ -146,7 +146,7 @@ class Incoming:
         # A hard link shares owner and permissions with the source: none of its own can be given to it.
         self._linking = style.link and style.mode is None and style.group is None
         self._linking &= not (plan.in_place and plan.in_place.untouched)
-        self._linked: list[tuple[Item, os.stat_result]] = []  # each as it was then
+        self._linked: list[tuple[Item, tuple[int, int]]] = []  # each with its ctime and links then
         self._kinds = {place.above: "" for place in where.values()}
         for place in set(where.values()):
             self._kinds[place.above] = self._kinds[place.above] or fs.kind(place.tree.root / place.above)
@@ -270,12 +270,11 @@ class Incoming:
 
     def _resumed(self, items: list[Item]) -> frozenset[str]:
         """Return the paths of the items that an earlier attempt has written; remove what else it left."""
-        wanted = {self.kept(item): item for item in items}
+        places = [place for place in set(self.where.values()) if place.tree.is_folder(place.files)]
+        wanted = {self.kept(item): item for item in items} if places else {}
         found: set[str] = set()
-        for place in set(self.where.values()):
+        for place in places:
             tree = place.tree
-            if not tree.is_folder(place.files):
-                continue
             tree.remove(place.parts)
             for kept in list(tree.files(place.files)):
                 if kept in wanted and self._is_whole(wanted[kept], kept):
@@ -371,11 +370,11 @@ class Incoming:
         if not os.path.samestat(made, os.fstat(reader)):
             tree.unlink(kept)
             raise Rejected(CHANGED, item=item.shown)
-        self._linked.append((item, made))
+        self._linked.append((item, (made.st_ctime_ns, made.st_nlink)))
         self.report.moved(item.size)  # no byte goes anywhere: nothing to throttle
         return True
 
-    def _check_link(self, item: Item, made: os.stat_result) -> None:
+    def _check_link(self, item: Item, made: tuple[int, int]) -> None:
         """Look once more, just before it is seen, whether what a link shares with the source is still the same."""
         tree, kept = self._tree(item), self.kept(item)
         if not self.plan.is_same(item, tree.stat(kept), made):

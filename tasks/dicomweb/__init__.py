@@ -44,7 +44,7 @@ BOGUS = "1.2.826.0.1.3680043.8.498.0"  # a UID below pydicom's root that no obje
 # What a server may answer to a STOW request without instances: all of these come from a STOW service.
 STOW_ANSWERS = frozenset((200, 201, 202, 204, 400, 406, 409, 411, 422))
 # A part that can't be stored, for servers that answer so to a request without any.
-PARTS = {500: b"nothing", 415: preamble_and_meta(Header("", "", "1.2.840.10008.1.2.1", "", "", 0))}
+PARTS = {500: b"nothing", 415: preamble_and_meta(Header.of("", "", "1.2.840.10008.1.2.1", "", "", 0))}
 WADO_TRIES = 3  # of a list that a retrieval needs, over links that break
 WADO_NONE = frozenset((204, 400, 404, 406, 409, 410))  # for an instance that isn't there
 

@@ -173,8 +173,8 @@ class Delivery:
                 items = plan.items
                 if self._stumbled:
                     items = tuple(sorted(items, key=lambda item: item.shown in self._stumbled))
-                receipt = self.driver.push(self.target, plan.narrowed(items, done, rejected=rejected), report)
-                self._last = replace(receipt, items=())
+                narrowed = plan.narrowed(items, done, rejected=rejected)
+                self._last = replace(self.driver.push(self.target, narrowed, report), items=())
         except DispatchError as exc:
             self.quiet.error(exc)
             exc.target = exc.target or self.target.name
@@ -378,9 +378,10 @@ class Delivery:
                 size += item.size
             rows.append(_result(item, outcome))
         rows += [_result(item, outcome) for item, outcome in self.refused.items()]
+        rows.sort(key=lambda row: row.path)
         return Receipt(
             self.target.name,
-            tuple(sorted(rows, key=lambda row: row.path)),
+            tuple(rows),
             size,
             0.0 if self._begun is None else max(0.0, self._ended - self._begun),
             self._last.verified if self._last else Level.ACCEPTED,

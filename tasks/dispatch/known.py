@@ -145,6 +145,11 @@ class Known:
             self._sums[item.path] = value
         yield self._sums[item.path]
 
+    def _sum_once(self, item: Item) -> Iterator[str]:
+        """Yield the same for what nobody will ask for again: of 100,000 files the sums would be 20 MB."""
+        yield from self._sum(item, in_memory=True)
+        self._sums.pop(item.path, None)
+
     def record(self, item: Item, outcome: Outcome, since: float) -> None:
         """Save an item's outcome; return when it is committed."""
         # What the target is not to get says nothing about what it has.
@@ -167,7 +172,7 @@ class Known:
         for item in items:
             self._check()
             if spot := self._spot(item):
-                for value in self._sum(item, in_memory=True):
+                for value in self._sum_once(item):
                     yield spot, item, value
 
 

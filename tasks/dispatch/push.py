@@ -18,7 +18,6 @@ from blocks.base import Target
 from tasks.dispatch import breaker
 from tasks.dispatch.delivery import MAX_ATTEMPTS, Delivery
 from transfer.errors import Busy, DispatchError, Retryable
-from transfer.receipt import Receipt
 
 NEAR_S = 1.0  # a run waits so long for its next attempt; for a later one it ends its part
 MAX_RETRY_AFTER_S = 86_400  # a peer that asks for more than a day means "don't"
@@ -81,8 +80,11 @@ def hook_task(delivery: Delivery) -> Task[[Delivery], Any]:
 
 
 @task(cache_policy=NO_CACHE, persist_result=False)
-async def push(delivery: Delivery) -> Receipt:
-    """Push the items that have no outcome yet to the delivery's target."""
+async def push(delivery: Delivery) -> None:
+    """Push the items that have no outcome yet to the delivery's target.
+
+    Its receipt is the delivery's: what a task returns, Prefect keeps until the run ends.
+    """
     logger = get_run_logger()
     target, futile = delivery.target, delivery.futile
     try:
@@ -95,7 +97,6 @@ async def push(delivery: Delivery) -> Receipt:
     await asyncio.to_thread(breaker.answered, delivery.ledger, target)
     counts = ", ".join(f"{count} {kind}" for kind, count in receipt.counts.items() if count)
     logger.info("%s: %s, %d bytes in %.1f s", target.name, counts or "nothing to do", receipt.bytes, receipt.seconds)
-    return receipt
 
 
 @task(cache_policy=NO_CACHE, persist_result=False)

@@ -29,7 +29,7 @@ from tasks.dispatch.hours import opens
 from tasks.dispatch.patience import is_outage, patiently
 from tasks.dispatch.progress import Live, live
 from tasks.dispatch.push import delay_before, failure_of, hook_task, push_task
-from tasks.dispatch.report import document, progress_shown, report
+from tasks.dispatch.report import pieces, progress_shown, report
 from tasks.dispatch.rest import Left, Wait
 from tasks.dispatch.slots import NoSlot, slots
 from tasks.dispatch.stage import Staged, keep_dead_letter, plan_and_stage, stage_files
@@ -280,7 +280,7 @@ class Dispatch:
                 await patiently(lambda: client.update_flow_run(flow_run.id, name=f"{plan.dispatch_id} {flow_run.name}"))
         if flow_run.labels.get(shown.SHOW_PLAN):
             receipts = [delivery.receipt(waiting=True) for delivery in self.deliveries]
-            whole = document(plan.dispatch_id, self.flow_run_id, State.WAITING, receipts)
+            whole = pieces(plan.dispatch_id, self.flow_run_id, State.WAITING, receipts)
             await asyncio.to_thread(shown.write, self.home, self.flow_run_id, shown.PLAN, whole)
 
     async def _deliver(self, delivery: Delivery) -> None:

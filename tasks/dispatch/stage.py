@@ -43,9 +43,10 @@ def plan_and_stage(
         if cancelled.is_set():
             raise Cancelled("the dispatch was cancelled")
 
-    plan = scan(paths, patterns(exclude), origin, check)
+    found = [scan(paths, patterns(exclude), origin, check)]  # a list, to hand the plan over without keeping it
+    root = found[0].root
     check()  # if the run has ended meanwhile, nobody else removes the folder
-    return Staged(stage(plan, into, check, way), plan.root)
+    return Staged(stage(found.pop(), into, check, way), root)
 
 
 def keep_dead_letter(home: Home, run_id: str, staged: Staged | None, again: Callable[[], Staged]) -> None:

@@ -50,7 +50,7 @@ uids = st.integers(1, 10**20).map(lambda number: f"2.25.{number}")
 def study_of(
     uid: str, patient: str = "P", date: str = "20240229", time: str = "101112", sop: str = "2.25.1.9"
 ) -> XnatStudy:
-    header = Header("1.2.840.10008.5.1.4.1.1.2", sop, "1.2.840.10008.1.2.1", uid, uid + ".1", 300, PatientID=patient,
+    header = Header.of("1.2.840.10008.5.1.4.1.1.2", sop, "1.2.840.10008.1.2.1", uid, uid + ".1", 300, PatientID=patient,
                     StudyDate=date, StudyTime=time)  # fmt: skip
     item = Item("1.dcm", 1, 1, header)
     return XnatStudy(uid, (item,), (item,))
@@ -151,7 +151,9 @@ def test_dates_fall_back() -> None:
 
 def test_a_value_comes_from_any_file_of_the_study() -> None:
     study = study_of("2.25.7", "A", "", "")
-    second = replace(study.items[0], path="2.dcm", header=replace(header_of(study.items[0]), StudyDate="20210405"))
+    header = header_of(study.items[0])
+    dated = replace(header, shared=replace(header.shared, StudyDate="20210405"))
+    second = replace(study.items[0], path="2.dcm", header=dated)
     values = values_of(replace(study, items=(study.items[0], second)), "")
     assert values["StudyDate"] == "20210405"
 

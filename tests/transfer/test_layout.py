@@ -108,8 +108,9 @@ def test_refuses_templates(template: str) -> None:
 
 
 def item(path: str, **values: str) -> Item:
-    header = Header("1.2", "1.2.3", "1.2.840.10008.1.2.1", "1.2.3.4", "1.2.3.4.5", 300)
-    return Item(path, 1, 1, replace(header, **values))  # type: ignore[arg-type]
+    uid = values.pop("SOPInstanceUID", "1.2.3")
+    header = Header.of("1.2", uid, "1.2.840.10008.1.2.1", "1.2.3.4", "1.2.3.4.5", 300)
+    return Item(path, 1, 1, replace(header, shared=replace(header.shared, **values)))  # type: ignore[arg-type]
 
 
 def plan_of(*items: Item) -> Plan:

@@ -81,7 +81,8 @@ def test_which_instances_a_target_has_confirmed_where_it_is(where: Path | str) -
         (DELIVERED, "x"),
     )
     items = [
-        Item(str(number), 1, 1, Header("1.2", f"1.{number}", "1.2.840.10008.1.2", "1", "1", 0)) for number in range(5)
+        Item(str(number), 1, 1, Header.of("1.2", f"1.{number}", "1.2.840.10008.1.2", "1", "1", 0))
+        for number in range(5)
     ]
     with Ledger(where) as ledger:
         for item, (outcome, endpoint) in zip(items, outcomes, strict=True):

@@ -1,0 +1,63 @@
+"""How much memory a dispatch takes for a file: what is known of each is kept once, and without what nobody asks for."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import tracemalloc
+from pathlib import Path
+
+import pytest
+
+from blocks.folder import FolderTarget
+from talaria.testing import studies
+from tasks import DRIVERS
+from tasks.dispatch.delivery import Delivery
+from tasks.dispatch.report import pieces
+from tasks.dispatch.stage import plan_and_stage
+from transfer.home import Home
+from transfer.ledger import Ledger, write_whole
+from transfer.outcome import Kind
+from transfer.plan import Origin
+from transfer.receipt import Receipt
+
+FILES = 400
+MOST_BYTES = 870  # for each, of Python's own objects; benchmarks/around.py measures what a process takes beside them
+
+
+def dispatched(source: Path, folder: Path) -> tuple[Receipt, int]:
+    """Dispatch a study to a folder as a run does; return the receipt, and the most memory that it took, in bytes."""
+    folder.mkdir()
+    (folder / "archive").mkdir()
+    home, stop = Home(folder / "home"), threading.Event()
+    home.root.mkdir()
+    target = FolderTarget(folder=str(folder / "archive"))
+    target.named("archive")
+    with Ledger(home.ledger) as ledger:
+        gc.collect()
+        tracemalloc.start()
+        try:
+            before, _ = tracemalloc.get_traced_memory()
+            staged = plan_and_stage([str(source)], "", Origin(), home.staging / "run", stop)
+            delivery = Delivery(DRIVERS.of(target), target, staged.plan, ledger, home, stop)
+            waiting = [delivery.receipt(waiting=True)]
+            write_whole(folder / "plan.json", pieces(staged.plan.dispatch_id, "run", waiting[0].state, waiting))
+            del waiting
+            delivery.push()
+            receipt = delivery.receipt()
+            write_whole(home.receipt("run"), pieces(staged.plan.dispatch_id, "run", receipt.state, [receipt]))
+            _, most = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    return receipt, most - before
+
+
+def test_a_file_takes_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transfer.receipt.PIECE_ITEMS", 10)  # few, as for many files
+    studies.ct(tmp_path / "few", 3, side=8)
+    studies.ct(tmp_path / "many", FILES + 3, side=8)
+    dispatched(tmp_path / "few", tmp_path / "first")  # what is loaded once is not counted
+    _, few = dispatched(tmp_path / "few", tmp_path / "second")
+    receipt, many = dispatched(tmp_path / "many", tmp_path / "third")
+    assert receipt.counts[Kind.DELIVERED] == FILES + 3
+    assert (many - few) / FILES < MOST_BYTES
