@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 from imaging import match
 from imaging.charset import lacking
+from imaging.match import trimmed
 from imaging.query import Query
 
 WANTED = ("PatientName", "PatientID", "AccessionNumber", "StudyDescription", "SeriesDescription")
@@ -33,8 +34,8 @@ def wanted(query: Query) -> dict[str, tuple[str, ...]]:
 def may_be(keyword: str, values: Sequence[str], shown: str, charset: str) -> list[str]:
     """Return the wanted values that a shown value may be, with letters of its own that are not shown.
 
-    A wanted value must have letters that the character set lacks. What is left of it must show, or, where that is
-    nothing, the shown value must have a part without any letters.
+    A wanted value must have letters that the character set lacks, or a `?` where one of them may stand. What is left of
+    it must show, or, where that is nothing, the shown value must have a part without any letters.
 
     Args:
         values: those of a query's key.
@@ -43,13 +44,23 @@ def may_be(keyword: str, values: Sequence[str], shown: str, charset: str) -> lis
     found = []
     for value in values:
         lost = frozenset() if value.isascii() else lacking(value, charset)
-        if not lost:
+        if not lost and not (is_hazy(keyword, value) and charset and lacking(_OTHERS, charset)):
             continue
         left = "".join(letter for letter in value if letter not in lost)
         telling = any(map(str.isalnum, left)) or shows_loss(keyword, shown)
         if telling and _matches(keyword, left, _REPLACEMENTS.sub("", shown)):
             found.append(value)
     return found
+
+
+def is_hazy(keyword: str, value: str) -> bool:
+    """Return True if a wanted value is a pattern in which `?` may stand for a letter that is not shown."""
+    return keyword in PATTERNS and "?" in value
+
+
+def shape(shown: str) -> str:
+    """Return a pattern for as many letters as are shown, which finds no value that has more of them."""
+    return re.sub(r"[^\^=]", "?", shown.strip())
 
 
 def shows_loss(keyword: str, shown: str) -> bool:
@@ -87,7 +98,24 @@ def _other(letter: str, value: str, codec: str, pool: str) -> str:
 
 def _matches(keyword: str, left: str, shown: str) -> bool:
     if keyword in PATTERNS:
-        test = PATTERNS[keyword](left.replace("?", "*"))
-        return any(map(test, (shown, *(shown.split("=") if keyword == "PatientName" else ()))))
+        parts = {shown, *(shown.split("=") if keyword == "PatientName" else ())}
+        return any(_may_show(trimmed(left).strip().casefold(), trimmed(part).strip().casefold()) for part in parts)
     left, shown = left.strip(), shown.strip()
     return left == shown if keyword in CASED else left.casefold() == shown.casefold()
+
+
+def _may_show(pattern: str, shown: str) -> bool:
+    """Return True if a value that a pattern matches can be shown so: each `?` may be a letter that is left out."""
+    places = _skipping(pattern, {0})
+    for letter in shown:
+        passed = {at for at in places if at < len(pattern) and pattern[at] in ("*", "?", letter)}
+        places = _skipping(pattern, {at if pattern[at] == "*" else at + 1 for at in passed})
+    return len(pattern) in places
+
+
+def _skipping(pattern: str, places: set[int]) -> set[int]:
+    for at in sorted(places):
+        while at < len(pattern) and pattern[at] in "*?":
+            at += 1
+            places.add(at)
+    return places

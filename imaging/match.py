@@ -93,16 +93,16 @@ def like(pattern: str) -> Test:
 
 def named(pattern: str) -> Test:
     """Return a test for a person's name, with wild cards."""
-    test = like(_trimmed(pattern))
+    test = like(trimmed(pattern))
 
     def matches(value: str) -> bool:
-        names = [_trimmed(name) for name in value.split("\\")]
-        return any(test(name) or ("=" in name and any(map(test, map(_trimmed, name.split("="))))) for name in names)
+        names = [trimmed(name) for name in value.split("\\")]
+        return any(test(name) or ("=" in name and any(map(test, map(trimmed, name.split("="))))) for name in names)
 
     return matches
 
 
-def _trimmed(name: str) -> str:
+def trimmed(name: str) -> str:
     """Return a name without the delimiters at the end of its groups, and without empty groups at its end."""
     return "=".join(group.strip().rstrip("^ ") for group in name.split("=")).rstrip("=")
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from imaging import json as dicomjson
 from imaging.json import keyworded
-from imaging.loss import may_be, wanted
+from imaging.loss import is_hazy, may_be, shape, wanted
 from imaging.match import Test, has_wild_cards, in_days, is_universal
 from imaging.query import Match, Query, count, listed, text
 from protocols.dicomweb import service as dicomweb
@@ -307,6 +307,8 @@ class _Finder:
             Misconfigured: the server shows none, or there are too many of such results.
         """
         uid = str(values.get(_LEVELS[len(search.segments) // 2][1], ""))
+        if any(self._has_no_more(uid, keyword, text(values.get(keyword))) for keyword, _ in failed):
+            return
         self._read += 1
         below = self._below(search.segments, uid) if self._read <= MOST_READ else None
         keywords = [keyword for keyword, _ in failed]
@@ -318,6 +320,21 @@ class _Finder:
             )
         if all(test(text(below.get(keyword))) for keyword, test in failed):
             yield values | {keyword: below[keyword] for keyword in keywords}
+
+    def _has_no_more(self, uid: str, keyword: str, shown: str) -> bool:
+        """Return True if the server finds a study by the number of letters that it shows: then there are no others."""
+        if not any(is_hazy(keyword, value) for value in self._wanted[keyword]) or not shape(shown).strip("^="):
+            return False
+
+        def finds(pattern: str) -> bool:
+            keys = (("StudyInstanceUID", uid), (keyword, pattern))
+            rows = PagedSearch(self.archive, ("studies",), keys).page(1, 0).rows
+            return any(dicomjson.text(row, STUDY_UID) == uid for row in rows)
+
+        try:
+            return finds(shape(shown)) and not finds(f"?{shape(shown)}")
+        except (NotFound, Misconfigured, RequestRefused):
+            return False
 
     def _below(self, segments: tuple[str, ...], uid: str) -> dict[str, Any] | None:
         """Return the values of one instance of a study or series; None if the server doesn't show any."""

@@ -21,6 +21,7 @@ LIST = 100  # values in one query
 WILD = 2  # characters at the end for which a wild card stands
 GROUP = 4  # numbers that make a wild card worth while
 MOST = 2000  # answers to a wild card; more are no help
+ALONE = re.compile(r"[*?\\]|[^\x00-\x7f]")  # what makes a number one that is asked for alone
 TRIALS = 2  # wild cards that may bring nothing before no more are tried
 
 
@@ -45,8 +46,8 @@ class Accessions:
                 for sent, one in self._alone(number):
                     hit = hit or (number if _number(one) == number else "")
                     yield sent, one
-            plain = [number for number in left if not re.search(r"[*?\\]", number)]
-            if hit and len(plain) > FEW and not re.search(r"[*?\\]", hit):
+            plain = [number for number in left if not ALONE.search(number)]
+            if hit and len(plain) > FEW and not ALONE.search(hit):
                 yield from self._by_list_or_wild_card(plain, hit)
             left = [number for number in left if number not in self._found]
         for number in left:

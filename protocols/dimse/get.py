@@ -139,6 +139,35 @@ class Retriever(Conversation):
             elif command.kind not in (C_GET_RSP, C_STORE_RQ) and command.has_dataset:
                 self._skip()
 
+    def beginning(self, keys: Mapping[str, str], most: int) -> tuple[bytes, str]:
+        """Request instances (C-GET), and return how the data set of the first begins, and its transfer syntax.
+
+        The association is of no use after that. What is returned is empty if nothing comes.
+
+        Args:
+            most: bytes after which no more is read.
+
+        Raises:
+            Interrupted, TimedOut: the association ended.
+        """
+        elements: dict[int, int | str | bytes] = {AFFECTED_CLASS: self.root, FIELD: C_GET_RQ, PRIORITY: MEDIUM}
+        self.ask(self._context, elements, self._identifier(keys))
+        while True:
+            command = self.command()
+            if command.kind == C_STORE_RQ and command.has_dataset:
+                begin = b""
+                while len(begin) < most:
+                    view = self.stream.piece()
+                    if view is None:
+                        self.stream.fill()
+                        continue
+                    begin += view
+                    if self.stream.last:
+                        break
+                return begin, self._syntaxes.get(command.context, "")
+            if command.kind == C_GET_RSP and self._answer(command, keys):
+                return b"", ""
+
     def _store(self, command: CommandSet, depot: Depot) -> None:
         # On whatever context it comes, and whatever roles were granted: peers leave those items out.
         syntax = self._syntaxes.get(command.context)

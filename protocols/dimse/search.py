@@ -14,6 +14,7 @@ from typing import Any
 from imaging.loss import wanted
 from imaging.match import in_days
 from imaging.query import Match, Query, count, listed, text
+from protocols.dimse import stored
 from protocols.dimse.accessions import Accessions
 from protocols.dimse.below import CAPS, InParts
 from protocols.dimse.identifier import encodings
@@ -92,7 +93,22 @@ class PeerSearch:
                 return self._at_study_level(keys, charset)
             return self.answers("SERIES", {**above, **keys}, SERIES_FIELDS, charset=charset)
 
-        return UnshownLetters(ask, unique, wanted(query), self.finder.peer.where)
+        return UnshownLetters(ask, unique, wanted(query), self.finder.peer.where, lambda one: self._stored(one, above))
+
+    def _stored(self, answer: Answer, above: Mapping[str, str]) -> Answer | None:
+        """Return the values of an instance of a study or a series; None if the peer gives none."""
+        keys = {key: str(answer.get(key, "")) for key in ("StudyInstanceUID", "SeriesInstanceUID", "PatientID")}
+        keys = {key: value for key, value in (keys | dict(above)).items() if value}
+        if "SeriesInstanceUID" not in keys:
+            series = self.answers("SERIES", {"StudyInstanceUID": keys["StudyInstanceUID"]}, SERIES_FIELDS)
+            if not series:
+                return None
+            keys["SeriesInstanceUID"] = str(series[0]["SeriesInstanceUID"])
+        images, _ = self.images(keys["StudyInstanceUID"], keys["SeriesInstanceUID"], keys.get("PatientID", ""))
+        one = images[0] if images else {}
+        keys["SOPInstanceUID"] = text(one.get("SOPInstanceUID"))
+        classes = filter(None, (text(one.get("SOPClassUID")),))
+        return stored.values(self.finder.peer, keys, tuple(classes), self.finder.stream.check)
 
     def _matched(self, doubts: UnshownLetters, seen: Iterable[str] = ()) -> Iterator[Answer]:
         for one in doubts.matched(seen):

@@ -1,6 +1,7 @@
 """Answers that a peer shows with fewer letters than the query asks for: the peer is asked whether it matches them.
 
-Orthanc answers in Latin-1 unless told otherwise, and leaves all other letters out. It matches by what it has stored.
+Orthanc answers in Latin-1 unless told otherwise, and leaves all other letters out. It matches by what it has stored,
+but finds none of these letters by a `?`. Whether one stands there is read in an instance.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from contextlib import suppress
 from typing import Any
 
 from imaging.charset import lacking
-from imaging.loss import may_be, others
+from imaging.loss import PATTERNS, is_hazy, may_be, others, shape
 from imaging.query import text
 from protocols.dimse.identifier import ENCODINGS, encodings
 from protocols.dimse.wording import forms, worded
@@ -21,6 +22,7 @@ Keys = dict[str, str]
 Ask = Callable[[Keys, str], Iterable[Answer]]  # keys, and the character set that they are written in
 
 UID_LIST = 50  # UIDs in one query
+MOST_READ = 200  # instances, for one query
 
 
 class UnshownLetters:
@@ -31,13 +33,22 @@ class UnshownLetters:
         unique: keyword of the UID by which the answers are asked for again.
         wanted: what is asked for, by keyword.
         where: the peer, for messages.
+        stored: reads the values of an answer in one of its instances; returns None if the peer gives none.
 
     Attributes:
         notes: what is not shown of an answer, by UID.
     """
 
-    def __init__(self, ask: Ask, unique: str, wanted: Mapping[str, Sequence[str]], where: str) -> None:
-        self._ask, self._unique, self._wanted, self._where = ask, unique, wanted, where
+    def __init__(
+        self,
+        ask: Ask,
+        unique: str,
+        wanted: Mapping[str, Sequence[str]],
+        where: str,
+        stored: Callable[[Answer], Answer | None],
+    ) -> None:
+        self._ask, self._unique, self._wanted, self._where, self._stored = ask, unique, wanted, where, stored
+        self._instances: dict[str, Answer | None] = {}  # what was read of one, by UID
         self._kept: dict[str, tuple[Answer, dict[str, list[str]]]] = {}
         self._takes_lists = False
         self.notes: dict[str, str] = {}
@@ -77,13 +88,19 @@ class UnshownLetters:
             for uid in left:
                 answer, open_ = self._kept[uid]
                 charset = text(answer.get("SpecificCharacterSet")).replace("\\", ", ") or "ASCII"
+                how = "matches" if self._instances.get(uid) is None else "has"
                 self.notes[uid] = (
-                    f"the peer matches {' and '.join(open_)}, and shows it in {charset}, without the other letters"
+                    f"the peer {how} {' and '.join(open_)}, and shows it in {charset}, without the other letters"
                 )
                 yield answer
 
     def _matched_by(self, keyword: str, uids: list[str]) -> set[str]:
-        """Return those that the peer finds by what is asked for, and not by other letters in its place."""
+        """Return those that the peer finds by what is asked for, and not by other letters in its place.
+
+        Their answers get the values that were asked for, or those that are stored, in the place of what is shown.
+        """
+        if any(is_hazy(keyword, value) for value in self._wanted[keyword]):
+            return self._stored_with(keyword, uids)
         passed: set[str] = set()
         open_: set[str] = set()  # of which nothing is known yet
         for value in dict.fromkeys(value for uid in uids for value in self._kept[uid][1][keyword]):
@@ -94,11 +111,48 @@ class UnshownLetters:
             found, unknown = self._found_by(keyword, value, lost, some)
             passed |= found
             open_ |= unknown
+            if keyword not in PATTERNS:  # what is found by such a value has it
+                for uid in found:
+                    self._kept[uid][0][keyword] = value
         if any(text(self._kept[uid][0].get(keyword)) for uid in open_ - passed):
             raise Misconfigured(
                 f"{self._where}: the peer shows {keyword} without some of its letters, and doesn't look at them: "
                 f"leave it out of the query"
             )
+        return passed
+
+    def _stored_with(self, keyword: str, uids: list[str]) -> set[str]:
+        """Return those of which an instance shows what is asked for.
+
+        Raises:
+            Misconfigured: the peer gives no instance of one, or there are too many to read.
+        """
+        shapes: dict[str, list[str]] = {}
+        for uid in uids:
+            shapes.setdefault(shape(text(self._kept[uid][0].get(keyword))), []).append(uid)
+        complete: set[str] = set()  # those that have no more letters than are shown
+        for one, alike in shapes.items():
+            with suppress(Misconfigured):
+                found = self._come(keyword, [one], "", alike) if one.strip("^=") else set()
+                complete |= found - self._come(keyword, [f"?{one}"], "", sorted(found))  # which of two lengths it heeds
+        tests = [PATTERNS[keyword](value) for value in self._wanted[keyword]]
+        passed: set[str] = set()
+        for uid in uids:
+            if uid in complete:
+                continue
+            answer = self._kept[uid][0]
+            if uid not in self._instances:
+                self._instances[uid] = self._stored(answer) if len(self._instances) < MOST_READ else None
+            stored = self._instances[uid]
+            if stored is None:
+                raise Misconfigured(
+                    f"{self._where}: the peer shows {keyword} without some letters, so that what stands for ? is not "
+                    f"known: narrow the query, or write * for ?"
+                )
+            value = text(stored.get(keyword))
+            if any(test(value) for test in tests):
+                passed.add(uid)
+                answer[keyword] = value
         return passed
 
     def _found_by(self, keyword: str, value: str, lost: frozenset[str], uids: list[str]) -> tuple[set[str], set[str]]:

@@ -20,7 +20,7 @@ from protocols.dimse.transport import Peer
 from protocols.dimse.whole import MOST_DOUBTED
 from talaria.testing import studies
 from tests.servers import wire
-from tests.servers.qr import FIND, Archive, Request, archive
+from tests.servers.qr import FIND, Archive, Last, Request, archive
 from tests.servers.steps import REFUSED_CLASS
 from transfer.errors import Busy, DispatchError, Interrupted, Misconfigured
 
@@ -533,3 +533,16 @@ def test_answers_of_one_query_may_each_have_a_character_set(syntax: str) -> None
             data = identifier.built(keys, charset, syntax)
             found = answers.read(data)
             assert found == identifier.read(data, syntax) and found["PatientName"] == name
+
+
+def test_what_stands_for_a_single_wild_card_is_read_in_an_instance_where_it_is_not_shown() -> None:
+    names = ("Łukasz^A", "ukasz^B", "ŁŻukasz^C", "aukasz^D")
+    made = files(4, SpecificCharacterSet="ISO_IR 192", PatientName=lambda n: names[n])
+    with archive(made, answer_charset=("ISO_IR 100", "ISO_IR 100")) as peer:
+        peer.refuses = lambda request: 0xC000 if "?" in str(request.keys.get("PatientName", "")) else 0
+        assert accessions(found(peer, Query(PatientName="?ukasz*"))) == ["A0000", "A0003"]
+        assert accessions(found(peer, Query(PatientName="?Żukasz*"))) == ["A0002"]
+        assert accessions(found(peer, Query(PatientName="??ukasz*"))) == ["A0002"]
+        peer.on_get = lambda request, matches: [Last(0xA900)]
+        with pytest.raises(Misconfigured, match=r"what stands for \? is not known: narrow the query, or write \*"):
+            found(peer, Query(PatientName="??ukasz*"))

@@ -88,12 +88,15 @@ def test_searches_of_orthanc(folder: Path, tmp_path: Path) -> None:
         assert wrong(target, searching.queries()) == {}
 
 
-def test_names_that_orthanc_shows_without_some_letters_are_found() -> None:
+def test_names_that_orthanc_shows_without_some_letters_are_found(tmp_path: Path) -> None:
     """It leaves out what Latin-1 doesn't have, unless it is told to answer otherwise."""
     server = shared_orthanc()
     letters.fill(server)
     target = dicom_target(server.dicom_port, aet_target=server.aet, direction="query")
     assert letters.wrong(lambda query: find(target, query)) == {}
+    job = letters.searched(target, tmp_path)
+    assert sorted(one.accession for one in job.studies.values()) == sorted(["0", letters.NUMBER, "7"])
+    assert job.missing == ["x"]
     [match] = find(target, Query(PatientName="Павлов^Иван"))
     assert match.to_json()["note"] == (
         "the peer matches PatientName, and shows it in ISO_IR 100, without the other letters"

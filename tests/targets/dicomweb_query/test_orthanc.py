@@ -56,11 +56,14 @@ def test_orthanc_find(orthanc: Orthanc, tmp_path: Path) -> None:
     assert match.attributes["StudyDescription"] == "Study 0"
 
 
-def test_names_that_orthanc_shows_without_some_letters_are_found(orthanc: Orthanc) -> None:
+def test_names_that_orthanc_shows_without_some_letters_are_found(orthanc: Orthanc, tmp_path: Path) -> None:
     """It leaves out what Latin-1 doesn't have, unless it is told to answer otherwise."""
     letters.fill(orthanc)
     target = orthanc_target(orthanc)
     assert letters.wrong(lambda query: find(target, query)) == {}
+    job = letters.searched(target, tmp_path)
+    assert sorted(one.accession for one in job.studies.values()) == sorted(["0", letters.NUMBER, "7"])
+    assert job.missing == ["x"]
     [match] = find(target, Query(PatientName="Павлов^Иван"))
     assert match.attributes["PatientName"] == "Павлов^Иван"
 
