@@ -47,6 +47,14 @@ def add_apply(app: typer.Typer, kind: str, section: str, example: str) -> None:
             print(f"{one['name']}: {'would be ' if dry_run and one['action'] != 'unchanged' else ''}{one['action']}")
 
 
+def print_done(done: dict[str, Any], as_json: bool) -> None:
+    """Print what was done with one of them."""
+    if as_json:
+        print_json(done)
+    else:
+        print(f"{done['name']}: {done['action']}")
+
+
 def types_of(kind: str, module: str) -> dict[str, Any]:
     """Return what the server that runs says of the types of a kind; where none runs, what this process knows.
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from talaria.cli.access import api
-from talaria.cli.kinds import add_apply, print_types, types_of
+from talaria.cli.kinds import add_apply, print_done, print_types, types_of
 from talaria.cli.output import DONE, NOT_ALL, Json, print_json, table
 
 app = typer.Typer(
@@ -45,7 +45,7 @@ def list_(as_json: Json = False) -> None:
         [
             one["name"],
             one["type"],
-            {True: "yes", False: "no", None: ""}[one["enabled"]],
+            "broken" if one["broken"] else "yes" if one["enabled"] else "paused",
             one["leads_to"],
             one["broken"] or ", ".join(one.get("on", ["all but dispatch.delivered"])),
             _last(one["last"]),
@@ -89,15 +89,25 @@ def test(
     raise typer.Exit(DONE if done["ok"] else NOT_ALL)
 
 
+@app.command(epilog="Example: talaria notify pause ops")
+def pause(name: Name, as_json: Json = False) -> None:
+    """Pause a rule: what happens meanwhile is told to nobody by it, and what it has not sent waits."""
+    with api() as access:
+        print_done(access.call("enable_rule", name=name, enabled=False), as_json)
+
+
+@app.command(epilog="Example: talaria notify resume ops")
+def resume(name: Name, as_json: Json = False) -> None:
+    """Let a paused rule write again."""
+    with api() as access:
+        print_done(access.call("enable_rule", name=name, enabled=True), as_json)
+
+
 @app.command(epilog="Example: talaria notify remove ops")
 def remove(name: Name, as_json: Json = False) -> None:
     """Remove a rule, and what it has not sent yet."""
     with api() as access:
-        done = access.call("remove_rule", name=name)
-    if as_json:
-        print_json(done)
-    else:
-        print(f"{done['name']}: {done['action']}")
+        print_done(access.call("remove_rule", name=name), as_json)
 
 
 def _last(message: dict[str, Any] | None) -> str:

@@ -52,6 +52,7 @@ ROUTES: dict[str, tuple[str, str]] = {
     "show_rule": ("GET", "/rules/{name}"),
     "apply_rules": ("POST", "/rules"),
     "remove_rule": ("DELETE", "/rules/{name}"),
+    "enable_rule": ("POST", "/rules/{name}/enable"),
     "test_rule": ("POST", "/rules/{name}/test"),
     "rule_types": ("GET", "/rule-types"),
     "create_dispatch": ("POST", "/dispatches"),

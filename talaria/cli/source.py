@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from talaria.cli.access import api
-from talaria.cli.kinds import add_apply, print_types, types_of
+from talaria.cli.kinds import add_apply, print_done, print_types, types_of
 from talaria.cli.output import DONE, NOT_ALL, Json, print_json, table
 from talaria.console import say
 
@@ -95,21 +95,21 @@ def test(name: Name, as_json: Json = False) -> None:
 def pause(name: Name, as_json: Json = False) -> None:
     """Pause a source: nothing of it is dispatched, moved or deleted; what is under way goes on."""
     with api() as access:
-        _done(access.call("enable_source", name=name, enabled=False), as_json)
+        print_done(access.call("enable_source", name=name, enabled=False), as_json)
 
 
 @app.command(epilog="Example: talaria source resume inbox")
 def resume(name: Name, as_json: Json = False) -> None:
     """Let a paused source take part again."""
     with api() as access:
-        _done(access.call("enable_source", name=name, enabled=True), as_json)
+        print_done(access.call("enable_source", name=name, enabled=True), as_json)
 
 
 @app.command(epilog="Example: talaria source sweep inbox")
 def sweep(name: Name, as_json: Json = False) -> None:
     """Look through a source now, whatever its schedule."""
     with api() as access:
-        _done(access.call("sweep_source", name=name), as_json)
+        print_done(access.call("sweep_source", name=name), as_json)
 
 
 @app.command(epilog="Example: talaria source retry inbox")
@@ -120,24 +120,17 @@ def retry(
 ) -> None:
     """Have units that failed, or are held, dispatched again."""
     with api() as access:
-        _done(access.call("retry_source", name=name, unit=unit), as_json)
+        print_done(access.call("retry_source", name=name, unit=unit), as_json)
 
 
 @app.command(epilog="Example: talaria source remove inbox")
 def remove(name: Name, as_json: Json = False) -> None:
     """Remove a source; no file is touched, and what is under way goes on."""
     with api() as access:
-        _done(access.call("remove_source", name=name), as_json)
+        print_done(access.call("remove_source", name=name), as_json)
 
 
 def _counts(one: dict[str, Any]) -> str:
     found = [f"{count} {state}" for state, count in one["units"].items() if count]
     found += [f"{one['waiting']} not settled"] if one["waiting"] else []
     return ", ".join(found) or "none"
-
-
-def _done(done: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        print_json(done)
-    else:
-        print(f"{done['name']}: {done['action']}")

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from talaria.cli.access import api
-from talaria.cli.kinds import add_apply, types_of
+from talaria.cli.kinds import add_apply, print_done, types_of
 from talaria.cli.output import DONE, NOT_ALL, Json, checked, enabled, print_json, table
 from talaria.console import say
 
@@ -89,7 +89,7 @@ def show(name: Name, as_json: Json = False) -> None:
 def remove(name: Name, as_json: Json = False) -> None:
     """Remove a target; what was delivered stays in the ledger."""
     with api() as access:
-        _done(access.call("remove_target", name=name), as_json)
+        print_done(access.call("remove_target", name=name), as_json)
 
 
 @app.command(epilog="Example: talaria target rename pacs archive-pacs")
@@ -100,21 +100,21 @@ def rename(
 ) -> None:
     """Give a target another name."""
     with api() as access:
-        _done(access.call("rename_target", name=old, to=new), as_json)
+        print_done(access.call("rename_target", name=old, to=new), as_json)
 
 
 @app.command(epilog="Example: talaria target enable pacs")
 def enable(name: Name, as_json: Json = False) -> None:
     """Let a target take part again."""
     with api() as access:
-        _done(access.call("enable_target", name=name, enabled=True), as_json)
+        print_done(access.call("enable_target", name=name, enabled=True), as_json)
 
 
 @app.command(epilog="Example: talaria target disable pacs")
 def disable(name: Name, as_json: Json = False) -> None:
     """Take a target out: dispatches to it are refused, queued ones wait."""
     with api() as access:
-        _done(access.call("enable_target", name=name, enabled=False), as_json)
+        print_done(access.call("enable_target", name=name, enabled=False), as_json)
 
 
 @app.command(epilog="Example: talaria target export > targets.yaml")
@@ -174,13 +174,6 @@ def _of_file(file: Path, name: str | None) -> dict[str, Any]:
     if name is not None and name not in values:
         raise NotFound(f"{file} has no target named {name}; it has {', '.join(values)}")
     return {key: one for key, one in values.items() if name in (None, key)}
-
-
-def _done(done: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        print_json(done)
-    else:
-        print(f"{done['name']}: {done['action']}")
 
 
 def _place(values: dict[str, Any]) -> str:

@@ -184,7 +184,7 @@ class Notifier:
             return
         try:
             if rule is None or not rule.enabled:
-                state, error = OPEN, self._broken.get(one.rule, "the rule is disabled")
+                state, error = OPEN, self._broken.get(one.rule, "the rule is paused")
             elif not rule.writes_to(one.recipient):
                 state, error = FAILED, "the rule does not write to this recipient any more"
             else:

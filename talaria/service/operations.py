@@ -29,6 +29,7 @@ CALLS: dict[str, Callable[..., Awaitable[dict[str, Any]]]] = {
     "show_rule": rules.show_rule,
     "apply_rules": rules.apply_rules,
     "remove_rule": rules.remove_rule,
+    "enable_rule": rules.enable_rule,
     "test_rule": rules.test_rule,
     "rule_types": rules.rule_types,
     "create_dispatch": dispatches.create_dispatch,

@@ -300,6 +300,32 @@ def test_a_rule_that_is_not_there_is_named_with_the_command_that_makes_rules(up:
     assert "no rule named nobody; there are none yet: `talaria notify apply FILE.yaml`" in asked.stderr
 
 
+def test_a_rule_is_paused_and_resumed_by_command_and_by_the_api(up: Talaria, hook: Receiver, tmp_path: Path) -> None:
+    path = tmp_path / "rules.yaml"
+    path.write_text(yaml.safe_dump({"notify": {"halted": {"type": "webhook", "url": hook.url, "targets": ["no-*"]}}}))
+    assert up.here("notify", "apply", str(path)).returncode == 0
+
+    def listed() -> dict[str, Any]:
+        (one,) = [one for one in up.told("notify", "list")["rules"] if one["name"] == "halted"]
+        return one
+
+    assert up.told("notify", "pause", "halted") == {"name": "halted", "action": "paused"}
+    assert listed()["enabled"] is False and listed()["targets"] == ["no-*"]
+    assert "paused" in up.here("notify", "list").stdout
+    assert up.told("notify", "resume", "webhook/halted") == {"name": "halted", "action": "resumed"}
+    assert listed()["enabled"] is True
+    refused = up.here("notify", "pause", "nobody")
+    assert refused.returncode == 2 and "no rule named nobody" in refused.stderr
+
+    url = f"http://127.0.0.1:{up.port}/talaria/api/v1/rules/halted/enable"
+    auth = tuple((up.home / "api.auth").read_text().strip().split(":", 1))
+    answer = httpx.post(url, json={"enabled": False}, auth=auth, trust_env=False, timeout=300)  # type: ignore[arg-type]
+    assert answer.json() == {"name": "halted", "action": "paused"} and listed()["enabled"] is False
+    entries = up.told("audit", "show", "--event", "rule-changed", "--last", "3")["entries"]
+    assert [one["details"]["change"] for one in entries] == ["paused", "resumed", "paused"]
+    up.told("notify", "remove", "halted")
+
+
 def test_rules_need_their_role(up: Talaria) -> None:
     token = up.told("token", "create", "--role", "viewer", "--name", f"rules-{time.time_ns()}")["token"]
     url = f"http://127.0.0.1:{up.port}/talaria/api/v1"
@@ -307,4 +333,5 @@ def test_rules_need_their_role(up: Talaria) -> None:
         assert viewer.get(f"{url}/rules").status_code == 200
         assert viewer.post(f"{url}/rules", json={"rules": {}}).status_code == 403
         assert viewer.post(f"{url}/rules/ops/test").status_code == 403
+        assert viewer.post(f"{url}/rules/ops/enable", json={"enabled": False}).status_code == 403
         assert viewer.delete(f"{url}/rules/ops").status_code == 403

@@ -93,6 +93,7 @@ def test_every_route_declares_its_role_and_holds_to_it(app: FastAPI) -> None:
                 below = Role(needed - 1)
                 assert ask(app, method, path, below, json={}).status_code in (401, 403), path
     changes = {"POST /targets", "DELETE /targets/{name:path}", "POST /target-tests/unsaved"}
+    changes |= {f"POST /{kind}/{{name:path}}/enable" for kind in ("targets", "sources", "rules")}
     for route in app.routes:
         if any(f"{method} {route.path}" in changes for method in getattr(route, "methods", ())):  # type: ignore[attr-defined]
             assert role_of(route) is Role.ADMIN

@@ -301,7 +301,7 @@ def test_messages_of_a_removed_rule_are_forgotten_and_of_a_disabled_one_kept(hom
         Alone(home, webhook(hook, enabled=False)),
         until=lambda: newest(home).tries and not _has(home, "gone"),
     )
-    assert newest(home).error == "the rule is disabled" and hook.asked == []
+    assert newest(home).error == "the rule is paused" and hook.asked == []
     running(Alone(home, webhook(hook)), until=lambda: hook.taken)
 
 

@@ -24,6 +24,12 @@ class ApplyRules(RequestBody):
     prune: bool = Field(default=False, description="Remove the rules that are not listed.")
 
 
+class EnableRule(RequestBody):
+    """Whether a rule writes."""
+
+    enabled: bool = True
+
+
 class TestMessage(RequestBody):
     """To whom a test message goes."""
 
@@ -72,6 +78,14 @@ async def remove_rule(asked: Asked, name: str) -> dict[str, Any]:
     return await rules.remove_rule(await asked(), name)
 
 
+@needs(Role.ADMIN)
+async def enable_rule(asked: Asked, name: str, body: EnableRule) -> dict[str, Any]:
+    """Let a rule write again, or pause it: what happens meanwhile is told to nobody by it."""
+    from talaria.service import rules
+
+    return await rules.enable_rule(await asked(), name, body.enabled)
+
+
 @needs(Role.OPERATOR)
 async def test_rule(asked: Asked, name: str, body: TestMessage | None = None) -> dict[str, Any]:
     """Send a test message by a saved rule, at once; answers how that went for each recipient."""
@@ -86,5 +100,6 @@ def add_to(app: FastAPI) -> None:
     add(app, "POST", "/rules", apply_rules, answer=rule_answers.AppliedRulesAnswer)
     add(app, "GET", "/rule-types", rule_types, answer=rule_answers.RuleTypesAnswer)
     add(app, "POST", "/rules/{name:path}/test", test_rule, answer=rule_answers.RuleTestAnswer)
+    add(app, "POST", "/rules/{name:path}/enable", enable_rule, answer=answers.TargetChangeAnswer)
     add(app, "GET", "/rules/{name:path}", show_rule, answer=rule_answers.RuleSettingsAnswer)
     add(app, "DELETE", "/rules/{name:path}", remove_rule, answer=answers.TargetChangeAnswer)
