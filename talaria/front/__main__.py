@@ -32,6 +32,7 @@ from talaria.front.impatient import ImpatientProtocol
 from talaria.front.keys import Door, KeyRing
 from talaria.front.offered import OfferedNames
 from talaria.front.remote import RemotePrefect
+from talaria.front.removed import UsedTargets
 from talaria.front.upstream import Upstream
 from talaria.notify.notifier import Notifier
 from talaria.settings import worker_auth
@@ -124,7 +125,7 @@ class Front:
         )
         self._reach = reach
         own = [*pages.routes(reach), *routes(reach), *metrics.routes(reach, orders.certificate)]
-        behind = OfferedNames(self.upstream, reach.office_in)
+        behind = UsedTargets(OfferedNames(self.upstream, reach.office_in), reach.office_in)
         self.app = build(KeyRing(home), door, self.upstream, own, self.heard, behind)
 
     async def serve(self) -> None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Conflict(Misconfigured):
-    """An idempotency key was used for something else."""
+    """What there is does not allow it: an idempotency key was used for something else, a target is in use."""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from talaria.engine.registry import CHECKS, workers
 from talaria.engine.runs import at_rest, create
 from talaria.service import Office, recorded
 from talaria.service.fields import field_facts
+from talaria.service.uses import check_unused
 from talaria.targetfile import action_for, differing, make, values_of
 from tasks import DRIVERS
 from tasks import targets as saved
@@ -117,11 +118,16 @@ async def apply_targets(
     replace: bool = False,
     prune: bool = False,
 ) -> dict[str, Any]:
-    """Create or update targets; all of them or, if one is wrong, none."""
+    """Create or update targets; all of them or, if one is wrong, none.
+
+    Raises:
+        InUse: something uses those that would be removed.
+    """
     wanted = made(targets)
     there = await all_targets(office.client, used=wanted)
     actions = {name: action_for(target, there, replace=replace) for name, target in wanted.items()}
     old = [one for one in there if prune and one.name not in wanted]
+    await check_unused(office.client, {one.name for one in old}, "removed")
     for name, action in actions.items() if not dry_run else ():
         if action != "unchanged":
             await saved.save(office.client, wanted[name], name, replace=replace)
@@ -165,7 +171,12 @@ async def save_target(office: Office, target: Target, before: Target | None, cha
 
 
 async def remove_target(office: Office, name: str) -> dict[str, Any]:
-    """Remove a target; what was delivered stays in the ledger."""
+    """Remove a target; what was delivered stays in the ledger.
+
+    Raises:
+        InUse: a dispatch or retrieval that has not ended, a source or a schedule names it.
+    """
+    await check_unused(office.client, [name], "removed")
     await saved.remove(office.client, name)
     await _forget_standing(office, name)
     await recorded.target_removed(office, name)
@@ -173,9 +184,15 @@ async def remove_target(office: Office, name: str) -> dict[str, Any]:
 
 
 async def rename_target(office: Office, name: str, to: str) -> dict[str, Any]:
-    """Give a target another name."""
+    """Give a target another name.
+
+    Raises:
+        InUse: as of `remove_target`.
+        ValueError: that name is not valid, or is taken.
+    """
     check_name(to)
     (target,) = await load(office.client, [name])
+    await check_unused(office.client, [name], "renamed")
     if await saved.documents(office.client, [to]):
         raise ValueError(f"a target named {to} is there already")
     await saved.save(office.client, target, to)

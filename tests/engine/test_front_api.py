@@ -46,6 +46,7 @@ OTHERS = (
     ("GET", "/rule-types", None),
     ("GET", "/rules/team", None),
     ("POST", "/rules/team/test", None),
+    ("POST", "/rules/team/enable", {"enabled": False}),
     ("DELETE", "/rules/team", None),
 )
 SLOW = 40_000  # bytes a second
@@ -413,6 +414,7 @@ def test_the_trail_says_who_asked_for_what(up: Talaria, api: httpx.Client, tmp_p
     made = api.post("/dispatches", json={"paths": [str(tmp_path / "study")], "targets": ["audited"]}).json()
     run_id = made["flow_run_id"]
     assert api.post(f"/dispatches/{run_id}/cancel").status_code == 200
+    followed(api, f"/dispatches/{run_id}/events")  # as long as it has not ended, its target is in use
     assert api.post("/targets/audited/enable", json={"enabled": False}).status_code == 200
     assert api.post("/targets/audited/rename", json={"to": "audited-too"}).status_code == 200
     assert api.delete("/targets/audited-too").status_code == 200
@@ -482,6 +484,7 @@ def test_every_route_answers_as_it_is_described(up: Talaria, api: httpx.Client, 
     assert api.post("/rules", json={"rules": team}).status_code == 200
     for method, path, asked in OTHERS:
         assert api.request(method, path, json=asked).status_code == (404 if path.endswith("retry") else 200), path
+    followed(api, f"/retrievals/{retrieval}/events")  # as long as it has not ended, its source is in use
     assert api.delete("/targets/net").status_code == 200
     every = {one["operationId"] for methods in description()["paths"].values() for one in methods.values()}
     streams = {one for one in every if one.startswith("follow_")} | {"test_targets", "test_values"}

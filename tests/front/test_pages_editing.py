@@ -8,7 +8,9 @@ from html import unescape
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
+import yaml
 
 from talaria.front.access import Role
 from talaria.testing import studies
@@ -248,13 +250,36 @@ def test_a_target_that_is_used_is_neither_deleted_nor_renamed_and_says_by_what(
 
     def refused(*said: str) -> None:
         for path, form in (("delete", {}), ("rename", {"to": "other"})):
-            page = words(admin.post(f"/talaria/targets/{name}/{path}", form, 409))
-            assert all(one in page for one in said), page
+            page = admin.post(f"/talaria/targets/{name}/{path}", form, 409)
+            assert all(one in words(page) or one in page for one in said), words(page)  # an id, in its link
+        # By commands, the API and Prefect's pages it is refused with the same words.
+        used = f"{name} can't be removed while it is used by "
+        asked = {
+            used: up.here("target", "remove", f"dicom/{name}"),
+            used.replace("removed", "renamed"): up.here("target", "rename", name, "other"),
+        }
+        for why, ran in asked.items():
+            assert ran.returncode == 2 and why in ran.stderr, ran.stderr
+            assert all(one.casefold().replace("of the", "of") in ran.stderr for one in said[1:]), ran.stderr
+        base, auth = f"http://127.0.0.1:{up.port}", tuple((up.home / "api.auth").read_text().strip().split(":", 1))
+        (document,) = up.api("POST", "/block_documents/filter", block_documents={"name": {"any_": [name]}})
+        for path, key in (
+            (f"/talaria/api/v1/targets/{name}", "error"),
+            (f"/api/block_documents/{document['id']}", "detail"),
+            (f"/api/block_types/{document['block_type_id']}", "detail"),
+        ):
+            answer = httpx.delete(base + path, auth=auth, trust_env=False, timeout=300)  # type: ignore[arg-type]
+            assert answer.status_code == 409 and used in answer.json()[key], answer.text
 
     (place.root / "feeds").mkdir()
     given = {"name": "feeds", "folder": str(place.root / "feeds"), "targets": f"kept, dicom/{name}"}
     added(admin, "source", "inbox", **given)
     refused("as long as this uses it", "Source feeds")
+    pruned = place.root / "pruned.yaml"
+    pruned.write_text(yaml.safe_dump({"targets": {"kept": folder(place.root / "kept")}}))
+    for more in ((), ("--dry-run",)):
+        ran = up.here("target", "apply", str(pruned), "--prune", *more)
+        assert ran.returncode == 2 and f"{name} can't be removed while it is used by source feeds" in ran.stderr
     study = place.root / "study"
     studies.ct(study, 1)
     form = admin.form("/talaria/send") | {"paths": str(study), "to": name, "do": "send"}
@@ -262,9 +287,7 @@ def test_a_target_that_is_used_is_neither_deleted_nor_renamed_and_says_by_what(
     flow = up.api("GET", f"/flow_runs/{run}")
     schedule = {"schedule": {"interval": 864_000}, "active": False, "parameters": {"targets": [name], "paths": ["/x"]}}
     made = up.as_worker("POST", f"/deployments/{flow['deployment_id']}/schedules", [schedule])
-    refused(
-        "Source feeds", flow["parameters"].get("dispatch_id") or run[:8], "Schedule of the deployment dispatch/talaria"
-    )
+    refused("as long as this uses it", "Source feeds", run[:8], "Schedule of the deployment dispatch/talaria")
     up.as_worker("DELETE", f"/deployments/{flow['deployment_id']}/schedules/{made[0]['id']}", {})
     admin.post("/talaria/sources/feeds/remove", {})
     admin.post(f"/talaria/dispatches/{run}/cancel", {})

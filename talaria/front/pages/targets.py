@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
 from starlette.requests import Request
@@ -16,6 +16,9 @@ from talaria.front.pages.plot import plotted
 from talaria.front.pages.site import Site, fields, is_part, kind_of, ref_of, render, said_of, shown, who
 from talaria.front.pages.texts import text
 from transfer.errors import Misconfigured, NotFound
+
+if TYPE_CHECKING:
+    from talaria.service.uses import Uses
 
 LIST = TARGET.pages
 DAYS = 14  # of the plot
@@ -138,12 +141,13 @@ class TargetPages:
     async def rename(self, request: Request) -> Response:
         """Give a target another name."""
         from talaria.service import targets
+        from talaria.service.uses import InUse
 
         name = (await fields(request)).get("to", "").strip()
-        if (refused := await self._used(request, "target.rename_used")) is not None:
-            return refused
         try:
             done = await targets.rename_target(await self.site.office(request), ref_of(request), name)
+        except InUse as exc:
+            return await self._used(request, exc.uses, "target.rename_used")
         except ValueError as exc:
             return await self._shown(request, str(exc), 422)
         return _to(done["name"], said="renamed")
@@ -153,24 +157,19 @@ class TargetPages:
     async def delete(self, request: Request) -> Response:
         """Delete a target that nothing uses."""
         from talaria.service import targets
+        from talaria.service.uses import InUse
 
-        if (refused := await self._used(request, "target.delete_used")) is not None:
-            return refused
-        office, ref = await self.site.office(request), ref_of(request)
-        done = await targets.remove_target(office, ref)
+        try:
+            done = await targets.remove_target(await self.site.office(request), ref_of(request))
+        except InUse as exc:
+            return await self._used(request, exc.uses, "target.delete_used")
         return RedirectResponse(f"{LIST}?{urlencode({'said': 'removed', 'name': done['name']})}", 303)
 
-    async def _used(self, request: Request, why: str) -> Response | None:
-        """Return the page of a target that something uses, with what does; None if nothing does."""
+    async def _used(self, request: Request, uses: Uses, why: str) -> Response:
+        """Return the page of a target that something uses, with what does."""
         from talaria.service.jobs import line
-        from talaria.service.uses import uses_of
 
-        office = await self.site.office(request)
-        row, _ = _found(await self.site.rows(office), ref_of(request))
-        found = await uses_of(office, row["name"])
-        if not found:
-            return None
-        used = {"runs": [line(run) for run in found.runs], "sources": found.sources, "schedules": found.schedules}
+        used = {"runs": [line(run) for run in uses.runs], "sources": uses.sources, "schedules": uses.schedules}
         return await self._shown(request, text(why), 409, used=used)
 
 
