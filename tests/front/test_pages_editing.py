@@ -308,7 +308,7 @@ def test_roles_see_and_may_what_is_theirs(place: SimpleNamespace, hook: Receiver
         ("operator", "/talaria/sources/roles"): {"test", "sweep"},
         ("admin", "/talaria/sources/roles"): {"test", "sweep"} | changes,
         ("viewer", "/talaria/notifications/roles"): set(),
-        ("operator", "/talaria/notifications/roles"): set(),
+        ("operator", "/talaria/notifications/roles"): {"test"},
         ("admin", "/talaria/notifications/roles"): {"test"} | changes,
     }
     for path in ("sources", "notifications"):

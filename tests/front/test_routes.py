@@ -73,8 +73,8 @@ WORK_ON = words(
     GET: checks/{id} query query/{id} query/{id}/csv retrievals/{id} retrievals/{id}/csv send upload uploads/{id}
     uploads/{id}/plan
     POST: dispatches dispatches/{id}/send dispatches/{id}/{action} query query/{id} retrievals/{id}/{action} send
-    sources/{name}/retry sources/{name}/sweep sources/{name}/test targets/{name}/test upload uploads uploads/{id}/plan
-    uploads/{id}/send uploads/{id}/{number}
+    notifications/{name}/test sources/{name}/retry sources/{name}/sweep sources/{name}/test targets/{name}/test upload
+    uploads uploads/{id}/plan uploads/{id}/send uploads/{id}/{number}
     """
 )
 CHANGE = words(
@@ -83,7 +83,7 @@ CHANGE = words(
     notifications/{name}/duplicate notifications/{name}/edit settings/audit settings/tokens settings/users
     sources/{name}/duplicate sources/{name}/edit targets/{name}/duplicate targets/{name}/edit
     POST: add-rule/{type} add-source/{type} add-target/{type} import import/{id} notifications/{name}/edit
-    notifications/{name}/enable notifications/{name}/remove notifications/{name}/test settings/audit settings/tokens
+    notifications/{name}/enable notifications/{name}/remove settings/audit settings/tokens
     settings/users sources/{name}/edit sources/{name}/enable sources/{name}/remove targets/{name}/delete
     targets/{name}/edit targets/{name}/enable targets/{name}/rename
     """
