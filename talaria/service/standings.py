@@ -1,4 +1,4 @@
-"""How dispatches stand at each of their targets, as lists show them: delivered, partial, failed, waiting, under way."""
+"""How dispatches and retrievals stand, and dispatches at each target, in the words of receipts, and as `running`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from prefect.client.schemas.objects import FlowRun, StateType
 
-from talaria.engine.runs import GIVEN_UP, UNDER_WAY
+from talaria.engine.runs import GIVEN_UP, UNDER_WAY, kind_of
 from talaria.service import Office
 from talaria.service.jobs import line
 from talaria.service.overview import names_of
@@ -22,12 +22,11 @@ ENDED = {StateType.COMPLETED: "delivered", StateType.CANCELLED: "cancelled"}  # 
 
 
 async def lines(office: Office, found: Sequence[FlowRun]) -> list[dict[str, Any]]:
-    """Return dispatches as lists show them, each with `standing`, its state as a whole, `at`, and `says`, what else
-    there is to say.
+    """Return dispatches and retrievals as lists show them, each with `standing`, its state as a whole, `at`, and
+    `says`, what else there is to say.
 
-    `at` has for each target its `name`, `state`, `words` (why what is missing is missing) and, under way, `percent`.
-
-    A dispatch whose ledger is another's, or that ended before it could note anything, has what its run says.
+    `at` has for each target of a dispatch its `name`, `state`, `words` (why what is missing is missing) and, under way,
+    `percent`. A dispatch whose ledger is another's, or that ended before it could note anything, has what its run says.
     """
 
     def read() -> tuple[dict[str, dict[str, Standing]], dict[str, dict[str, Any]]]:
@@ -48,14 +47,33 @@ async def lines(office: Office, found: Sequence[FlowRun]) -> list[dict[str, Any]
     return shown
 
 
+def by_receipt(run: FlowRun, document: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
+    """Return how a dispatch or retrieval stands as a whole, and a dispatch at each target of its receipt."""
+    targets: Mapping[str, Any] = document.get("targets", {})
+    states = {WHOLE: document["state"], **{name: one["state"] for name, one in targets.items()}}
+    known = {name: Standing(name, state, 0, 0, "") for name, state in states.items()}
+    rests = _rests(known)
+    at = {name: str(_at(name, run, known[name], None, rests=rests)["state"]) for name in targets}
+    return _whole(run, known), at
+
+
 def _standing(run: FlowRun, known: Mapping[str, Standing], look: Mapping[str, Any]) -> dict[str, Any]:
     parts: Mapping[str, Any] = look.get("parts", {})
-    # A run that has ended and is tried again has nothing that waits in what it noted.
-    rests = any(one.state == State.WAITING for one in known.values())
-    at = [_at(name, run, known.get(name), parts.get(name), rests=rests) for name in names_of(run)]
+    names = names_of(run) if kind_of(run) == "dispatch" else ()
+    rests = _rests(known)
+    at = [_at(name, run, known.get(name), parts.get(name), rests=rests) for name in names]
+    return {"at": at, "standing": _whole(run, known)}
+
+
+def _rests(known: Mapping[str, Standing]) -> bool:
+    """Return True if a run has noted that it goes on: one that has ended and is tried again has not."""
+    return any(one.state == State.WAITING for one in known.values())
+
+
+def _whole(run: FlowRun, known: Mapping[str, Standing]) -> str:
     whole = known[WHOLE].state if WHOLE in known else ""
     # Of the run's own end, only a failure has two meanings.
-    return {"at": at, "standing": _now(run, whole if whole == State.PARTIAL and run.state_type in GIVEN_UP else "")}
+    return _now(run, whole if whole == State.PARTIAL and run.state_type in GIVEN_UP else "")
 
 
 def _at(

@@ -346,6 +346,7 @@ class Retrieval:
                 self._folders.rmdir()
                 self._spool.rmdir()
         if self.job.ended:
+            await asyncio.to_thread(self._stand, state)
             brought = [one.study for one in self.job.studies.values() if one.stage is Stage.DELIVERED]
             await asyncio.to_thread(
                 audited.retrieval_ends, self.source, state, brought, self.wish.into, self.flow_run_id, self.who
@@ -360,6 +361,10 @@ class Retrieval:
         if state == "cancelled":
             return Cancelled(message=message)
         return Completed(message=message) if state == "delivered" else Failed(message=message)
+
+    def _stand(self, state: str) -> None:
+        with Ledger(self.home.ledger) as ledger:
+            ledger.deliveries.stand(self.flow_run_id, state, ())
 
 
 @asynccontextmanager

@@ -208,7 +208,7 @@ def test_a_study_is_planned_sent_and_seen(operator: Person, admin: Person, tmp_p
     until(lambda: "3 of 3 delivered" in words(operator.get(leads)), as_loaded(120))
     assert len(list(folder.rglob("*.dcm"))) == 3
     assert operator.client.get(f"{leads}/receipt").json()["targets"][name]["delivered"] == 3
-    until(lambda: "Last dispatch Completed" in words(operator.get(f"/talaria/targets/{name}")), as_loaded(120))
+    until(lambda: "Last dispatch Delivered" in words(operator.get(f"/talaria/targets/{name}")), as_loaded(120))
     page = operator.get(f"/talaria/targets/{name}")
     assert leads in operator.get("/talaria/dispatches") and leads in page
     assert page.count('class="plot"') == 2  # how many, and how much
@@ -216,7 +216,7 @@ def test_a_study_is_planned_sent_and_seen(operator: Person, admin: Person, tmp_p
     sent = sum(one.stat().st_size for one in source.iterdir())
     assert words(today).split()[1:] == ["1", "0", *size(sent).split()]
     assert "No dispatch matches. Look at any time" in words(operator.get("/talaria/dispatches?state=failed"))
-    assert operator.post(f"{leads}/retry", {}) == leads
+    assert "nothing is missing" in operator.post(f"{leads}/retry", {}, 409)
 
 
 def sent(operator: Person, source: Path, to: str, **more: str) -> str:
@@ -253,8 +253,9 @@ def test_what_happened_to_a_dispatch_and_to_each_item(
     operator.post(f"{leads}/retry", {})
     until(lambda: "4 of 4 delivered" in words(operator.get(leads)), as_loaded(120))
     page = operator.get(leads)
-    states = re.findall(r"<strong>(\w+)</strong>", page.partition('class="events"')[2])
-    assert states[0] == "Scheduled" and states.index("Failed") < states.index("AwaitingRetry") < len(states) - 1
+    states = re.findall(r"<strong>([^<]+)</strong>", page.partition('class="events"')[2])
+    assert states[0] == "Waits for its turn"
+    assert states.index("Ended") < states.index("Waits to go on") < len(states) - 1
     assert "Items: 4" in words(page) and "Items: 1" in words(operator.get(f"{leads}?q=note"))
     assert "Items: 0" in words(operator.get(f"{leads}?outcome=rejected&q=nothing"))
     table = list(csv.DictReader(operator.get(f"{leads}/receipt.csv").splitlines()))
@@ -290,9 +291,13 @@ def test_many_dispatches_are_retried_and_sent_elsewhere_at_once(
     # All that match, as the server finds them; what has ended can't be paused, and each says so.
     answer = operator.post("/talaria/dispatches", {**form, "all": "true", "do": "pause"}, 200)
     assert "Done: 0. Not possible: 2." in words(answer) and words(answer).count("has ended") == 2
-    assert "Not possible: 0." in words(
-        operator.post("/talaria/dispatches", {**form, "pick": first, "do": "retry"}, 200)
-    )
+    # Nothing of these is missing: no retry is offered, and one that is asked for says so, and does nothing.
+    answer = words(operator.post("/talaria/dispatches", {**form, "pick": [first, second], "do": "retry"}, 200))
+    assert "Done: 0. Not possible: 0. Left out, as nothing is missing: 2." in answer
+    assert answer.count("nothing is missing: all of it was delivered") == 2
+    page = operator.get(leads[0])
+    assert "/retry" not in page and ">Delivered<" in page.replace("</svg>", ">") and "Completed" not in page
+    assert "nothing is missing" in operator.post(f"{leads[0]}/retry", {}, 409)
     assert "No dispatch matches." in words(operator.get("/talaria/dispatches?q=nothing-like-it"))
 
 
@@ -312,8 +317,10 @@ def test_a_row_says_how_a_dispatch_stands_at_each_target_and_why(
     until(lambda: "rows Delivered" in row("target=rows"), as_loaded(120))
     until(lambda: "rows-too Failed" in row("state=partial&target=rows&days=1"), as_loaded(120))
     shown = row("state=failed&target=rows-too")
-    assert "mount the share" in shown and "In part" in shown
-    assert "/talaria/targets/rows-too" in operator.get(leads)
+    assert "mount the share" in shown and "Partial" in shown
+    page = operator.get(leads)  # its page says it in the same words
+    assert "Partial · Dispatch" in page and f"{leads}/retry" in page and "/talaria/targets/rows-too" in page
+    assert "rows Delivered" in words(page) and "rows-too Failed" in words(page)
     assert row("target=rows-too", only) and not row("target=rows", only) and not row("state=partial", only)
     assert not row("state=delivered") and row("state=failed&q=rows", only)
     (tmp_path / "away").rename(tmp_path / "rows-too")

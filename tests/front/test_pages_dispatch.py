@@ -130,7 +130,7 @@ def test_items_are_made_once_beside_the_loop_and_not_for_a_part(house: House, mo
 
         return answer
 
-    run_now = SimpleNamespace(id=uuid4(), state_id=uuid4(), state=None)
+    run_now = SimpleNamespace(id=uuid4(), state_id=uuid4(), state=None, state_type=None, state_name="Running")
     read = list[str]()
 
     async def result(*_: Any) -> dict[str, Any]:

@@ -103,7 +103,14 @@ def test_a_list_is_uploaded_and_fetched_without_looking_then_retried(place: Simp
     assert answer.status_code == 303, words(answer.text)[:400]
     job = answer.headers["location"]
     page = ended(operator, job)
-    assert "Delivered: 2" in words(page) and "Not found: 1" in words(page)
+    assert "Delivered: 2" in words(page) and "Missing: 1" in words(page)
+    # Its page and the list say with one word how it stands.
+    assert "Partial · Retrieval" in words(page)
+
+    def listed_as() -> str:
+        return next((words(one) for one in operator.get("/talaria/query").split("<tr>") if job in one), "")
+
+    until(lambda: listed_as().startswith("Partial"), as_loaded(60))
     assert "NOPE" in operator.get(f"{job}?state=missing") and "NOPE" not in operator.get(f"{job}?state=delivered")
     for answer in (operator.client.get(job), operator.client.get(f"{job}/csv")):
         assert answer.headers["cache-control"] == "no-store"

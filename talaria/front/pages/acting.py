@@ -16,6 +16,7 @@ from talaria.front.pages.site import Site, shown
 from talaria.front.pages.texts import text
 from transfer.errors import Misconfigured
 
+DELIVERED = "delivered"  # as a whole: nothing is missing
 ACTIONS = ("retry", "resume", "pause", "cancel")
 
 
@@ -66,24 +67,33 @@ class JobPage(ABC):
         return RedirectResponse(f"{self.where}/{quote(job)}", 303)
 
 
-def actions(run: dict[str, Any]) -> list[str]:
-    """Return what can be done with a run, the most likely first."""
-    if run["ended"] is not None:
-        return ["retry"]
-    return ["resume", "cancel"] if str(run["state"]).lower() == "paused" else ["pause", "cancel"]
+class NothingMissing(Misconfigured):
+    """A retry would do nothing."""
+
+
+def actions(standing: str, *, ended: bool) -> list[str]:
+    """Return what can be done with a job that stands so, the most likely first."""
+    if ended:
+        return [] if standing == DELIVERED else ["retry"]
+    return ["resume", "cancel"] if standing == "paused" else ["pause", "cancel"]
 
 
 async def act(office: Any, job: str, action: str, kinds: tuple[str, ...]) -> None:
     """Retry, cancel, pause or resume a job.
 
     Raises:
+        NothingMissing: it is to be retried, and everything has arrived.
         Misconfigured: its state does not allow that.
     """
+    from prefect.client.schemas.objects import StateType
+
     from talaria.service import jobs
 
     calls = {"retry": jobs.retry_job, "cancel": jobs.cancel_job, "pause": jobs.pause_job, "resume": jobs.resume_job}
     if action not in calls:
         raise Misconfigured(text("error"))
+    if action == "retry" and (await jobs.found(office, job, kinds)).state_type is StateType.COMPLETED:
+        raise NothingMissing(text("dispatch.nothing_missing"))
     await calls[action](office, job, kinds=kinds)
 
 

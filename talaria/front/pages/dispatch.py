@@ -17,7 +17,7 @@ from talaria.front.access import Role, needs
 from talaria.front.pages.acting import JobPage, actions, send_to
 from talaria.front.pages.dispatches import KINDS, LIST
 from talaria.front.pages.site import Site, fields, is_part, saved_as, shown, size, who
-from talaria.front.pages.texts import text
+from talaria.front.pages.texts import happened, text
 from transfer.errors import Misconfigured
 from transfer.tables import csv_text
 
@@ -30,7 +30,8 @@ ITEMS = 200  # on a page
 STUDIES = 200  # of a flood
 EVENTS = 200  # of the time line, the newest
 REMEMBERED = 100  # runs whose pages are looked at, and the parts that change with their states only
-DELIVERED = ("delivered", "already")
+DELIVERED = ("delivered", "warning", "already")  # outcomes of items that are there
+PLAIN = ("delivered", "already")  # and of those of which there is nothing to say
 COLUMNS = ("target", "item", "sop_instance_uid", "outcome", "reason")
 
 
@@ -58,7 +59,7 @@ class DispatchPage(JobPage):
 
     async def _shown(self, request: Request, problem: str = "", status: int = 200) -> Response:
         from talaria.engine.runs import under_way
-        from talaria.service import jobs
+        from talaria.service import jobs, standings
         from talaria.service.timeline import timeline
 
         office, job = await self.site.office(request), request.path_params["id"]
@@ -72,23 +73,25 @@ class DispatchPage(JobPage):
         events, cut = await timeline(office, run["id"])
         given = {name: request.query_params.get(name, "") for name in ("target", "outcome", "q", "offset")}
         content = await self._content(office, flow_run, given, items=not (live and is_part(request)))
+        whole, at = standings.by_receipt(flow_run, content["document"])
         return self.site.page(
             request,
             "dispatch.html",
             status=status,
-            run=run,
+            run=run | {"standing": whole},
+            at=at,
             progress=[_speed(name, part) for name, part in speeds.items()],
             live=live,
             part=is_part(request),
-            actions=actions(run),
+            actions=actions(whole, ended=not live),
             others=others,
-            events=events[-EVENTS:],
+            events=[one | {"words": happened(one["words"])} for one in events[-EVENTS:]],
             more_events=cut or len(events) > EVENTS,
             given=given,
             query=urlencode({key: value for key, value in given.items() if value and key != "offset"}),
             targets=[part["name"] for part in content["parts"]],
             problem=problem,
-            **content,
+            **{name: value for name, value in content.items() if name != "document"},
         )
 
     async def _content(
@@ -159,18 +162,19 @@ def _may_get(row: dict[str, Any], run: dict[str, Any]) -> bool:
 
 def _part(name: str, receipt: dict[str, Any]) -> dict[str, Any]:
     """Return the receipt of one target as the page shows it: reasons are counted, the most frequent first."""
-    items = [item for item in receipt["items"] if item["outcome"] not in DELIVERED]
+    items = [item for item in receipt["items"] if item["outcome"] not in PLAIN]
+    skipped = sum(1 for item in items if item["outcome"] == "skipped")
     reasons = Counter((item["outcome"], item["detail"]) for item in items)
     return {
         "name": name,
-        "state": receipt["state"],
         "error": receipt.get("error") or "",
         "notes": receipt.get("notes") or [],
         "hook": receipt.get("hook", "none"),
         "attempts": receipt.get("attempts", 0),
         "size": size(receipt.get("bytes", 0)),
         "delivered": sum(1 for item in receipt["items"] if item["outcome"] in DELIVERED),
-        "total": len(receipt["items"]),
+        "total": len(receipt["items"]) - skipped,
+        "skipped": skipped,
         "reasons": [(*key, count) for key, count in reasons.most_common(20)],
     }
 
@@ -186,7 +190,9 @@ def _content(document: Mapping[str, Any], given: dict[str, str], *, items: bool)
     found = [one for one in every if _matches(one, given)]
     offset = int(given["offset"]) if given["offset"].isdecimal() else 0
     studies = document.get("studies", ())
+    states = {name: {"state": one["state"]} for name, one in document["targets"].items()}
     return {
+        "document": {"state": document["state"], "targets": states},
         "parts": [_part(name, one) for name, one in document["targets"].items()],
         "studies": [_study(row) for row in sorted(studies, key=_is_delivered)[:STUDIES]],
         "more_studies": max(0, len(studies) - STUDIES),
@@ -209,7 +215,7 @@ def _items(document: Mapping[str, Any]) -> list[dict[str, Any]]:
         for name, receipt in document["targets"].items()
         for item in receipt["items"]
     ]
-    return sorted(found, key=lambda one: one["outcome"] in DELIVERED)
+    return sorted(found, key=lambda one: one["outcome"] in PLAIN)
 
 
 def _matches(item: dict[str, Any], given: dict[str, str]) -> bool:

@@ -14,7 +14,7 @@ from starlette.routing import BaseRoute, Route
 
 from talaria.front.access import Role, needs
 from talaria.front.api.errors import AWAY, answer_to
-from talaria.front.pages.acting import ACTIONS, act, send_to
+from talaria.front.pages.acting import ACTIONS, NothingMissing, act, send_to
 from talaria.front.pages.editing import SOURCE, TARGET
 from talaria.front.pages.site import Site, fields, moment, shown, size
 from talaria.front.pages.texts import text
@@ -140,15 +140,17 @@ class DispatchPages:
             picked = await _matching(office.client, given["target"], wanted)
             others = max(0, (await _count(office.client, given["target"], names, wanted) or 0) - len(picked))
         ask = action == "cancel" and bool(sent.get("all"))
-        done, refused, problem = list[str](), list[tuple[str, str]](), ""
+        done, skipped, refused, problem = list[str](), list[str](), list[tuple[str, str]](), ""
         left = deque(picked)
-        while left and not ask and not problem and len(done) + len(refused) < MOST:
+        while left and not ask and not problem and len(done) + len(skipped) + len(refused) < MOST:
             job = left.popleft()
             try:
                 await (
                     send_to(office, job, sent.get("to", "")) if action == "send" else act(office, job, action, KINDS)
                 )
                 done.append(job)
+            except NothingMissing:
+                skipped.append(job)
             except Exception as exc:  # this one's state does not allow it; the others go on
                 status, words = answer_to(exc)
                 refused.append((job, words))
@@ -158,6 +160,7 @@ class DispatchPages:
             "many.html",
             what=text(f"dispatch.{action}") if action in (*ACTIONS, "send") else "",
             done=done,
+            skipped=skipped,
             refused=refused,
             left=list(left),
             next=min(MOST, len(left)),

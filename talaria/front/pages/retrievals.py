@@ -36,7 +36,7 @@ class RetrievalPages(JobPage):
         return await self._shown(request)
 
     async def _shown(self, request: Request, problem: str = "", status: int = 200) -> Response:
-        from talaria.service import jobs
+        from talaria.service import jobs, standings
 
         office, state = await self.site.office(request), request.query_params.get("state", "")
         job = request.path_params["id"]
@@ -44,13 +44,14 @@ class RetrievalPages(JobPage):
         lines = rows(document)
         found = [one for one in lines if not state or one["state"] == state]
         counts = Counter(str(one["state"]) for one in lines)
-        run = document["run"]
+        run, flow_run = document["run"], await jobs.found(office, job, KINDS)
+        whole, _ = standings.by_receipt(flow_run, document)
         return self.site.page(
             request,
             "retrieval.html",
             status=status,
-            run=run,
-            into=(await jobs.found(office, job, KINDS)).parameters.get("into", ""),
+            run=run | {"standing": whole},
+            into=flow_run.parameters.get("into", ""),
             error=document["error"],
             lines=found[:SHOWN],
             cut=max(0, len(found) - SHOWN),
@@ -58,7 +59,7 @@ class RetrievalPages(JobPage):
             state=state,
             percent=next(iter(document["progress"].values()), 0.0),
             live=run["ended"] is None,
-            actions=actions(run),
+            actions=actions(whole, ended=run["ended"] is not None),
             problem=problem,
         )
 

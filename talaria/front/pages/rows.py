@@ -98,9 +98,9 @@ async def shown_as_rows(office: Office, found: list[Target | Broken]) -> list[di
 async def read_fetched(office: Office) -> list[dict[str, Any]]:
     """Return the newest retrievals, as lists show them."""
     from talaria.engine import runs
-    from talaria.service.jobs import line
+    from talaria.service import standings
 
-    return [line(run) for run in await runs.jobs(office.client, RECENT, flows=("retrieve",))]
+    return await standings.lines(office, await runs.jobs(office.client, RECENT, flows=("retrieve",)))
 
 
 async def read_waiting(office: Office) -> list[FlowRun]:

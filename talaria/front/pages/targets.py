@@ -77,11 +77,12 @@ class TargetPages:
     async def _shown(self, request: Request, problem: str = "", status: int = 200, **more: Any) -> Response:
         from talaria.front.pages.shown_settings import settings
         from talaria.listener import is_loopback
-        from talaria.service import overview
-        from talaria.service.jobs import line
+        from talaria.service import overview, standings
 
         office, ref = await self.site.office(request), ref_of(request)
         row, target = _found(await self.site.rows(office), ref)
+        recent = await standings.lines(office, await overview.to_target(office, row["name"], 10))
+        last = next((part["state"] for one in recent[:1] for part in one["at"] if part["name"] == row["name"]), "")
         return self.site.page(
             request,
             "target.html",
@@ -90,7 +91,8 @@ class TargetPages:
             target=target,
             loops=bool(target and is_loopback(target.node)),
             groups=settings(target) if target else [],
-            recent=[line(run) for run in await overview.to_target(office, row["name"], 10)],
+            recent=recent,
+            last=last,
             activity=(await self.site.activity(office)).get(row["name"], overview.Activity()),
             plot=plotted(await overview.days(office, row["name"], DAYS)),
             said=said_of(request, "said", SAID),
@@ -167,9 +169,10 @@ class TargetPages:
 
     async def _used(self, request: Request, uses: Uses, why: str) -> Response:
         """Return the page of a target that something uses, with what does."""
-        from talaria.service.jobs import line
+        from talaria.service import standings
 
-        used = {"runs": [line(run) for run in uses.runs], "sources": uses.sources, "schedules": uses.schedules}
+        runs = await standings.lines(await self.site.office(request), uses.runs)
+        used = {"runs": runs, "sources": uses.sources, "schedules": uses.schedules}
         return await self._shown(request, text(why), 409, used=used)
 
 

@@ -67,7 +67,7 @@ TEXTS = {
     "home.certificate.server.over": "The certificate of this server is over",
     "home.disk": "{name}: {percent} % of its disk is free ({size})",
     "home.disk.own": "{percent} % of the state directory's disk is free ({size})",
-    "home.failed": "Failed dispatches of the last day: {count}",
+    "home.failed": "Failed or partial dispatches of the last day: {count}",
     # targets
     "targets": "Targets",
     "targets.add": "Add target",
@@ -254,21 +254,29 @@ def option_label(value: str) -> str:
     return TEXTS.get(f"option.{value}", value)
 
 
+KINDS = {
+    "delivered": "delivered",
+    "already": "delivered",
+    "done": "delivered",
+    "partial": "partial",
+    "warning": "partial",
+    "held": "partial",
+    "failed": "failed",
+    "rejected": "failed",
+    "missing": "failed",
+    "running": "running",
+    "dispatched": "running",
+    "paused": "paused",
+    "cancelled": "cancelled",
+    "skipped": "cancelled",
+}
+
+
 def job_kind(state: str) -> str:
-    """Return how a state of a run, or of a receipt, is shown."""
-    low = str(state).lower()
-    kinds = {
-        "completed": "delivered",
-        "delivered": "delivered",
-        "already": "delivered",
-        "partial": "partial",
-        "failed": "failed",
-        "crashed": "failed",
-        "rejected": "failed",
-        "missing": "failed",
-        "running": "running",
-        "paused": "paused",
-        "retrying": "running",
-        "cancelled": "cancelled",
-    }
-    return kinds.get(low, "waiting")
+    """Return how a state of a dispatch, a study, a unit or an item is shown: the sign beside the word."""
+    return KINDS.get(state, "waiting")
+
+
+def happened(state: str) -> str:
+    """Return what has happened to a run when it got a state of Prefect's; how a job stands has words of its own."""
+    return TEXTS.get(f"happened.{state}", state)
