@@ -21,6 +21,8 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+from tests.dealing import Dealer, ordered, unit_of
+
 # What passes once passes again: `make test` draws the same examples each time, `make test-all` new ones.
 hypothesis.settings.register_profile("same", derandomize=True, database=None)
 hypothesis.settings.load_profile("same")
@@ -138,9 +140,7 @@ _mounting: list[str] = []
 _ended: dict[str, str] = {}  # by node id: "" for a test that passed, else what was wrong
 
 
-# In a file whose tests start a server and a worker.
-STARTS = re.compile(r"\btalaria\(|\bTalaria\(|\bup: Talaria\b")
-# What such a test finds depends on who runs it: root, or a user whom others' files are closed to.
+# What a test finds depends on who runs it: root, or a user whom others' files are closed to.
 USERS = re.compile(r"\b(chmod|chown|geteuid|getuid|setuid|as_nobody|unshare|IS_ROOT|temporary_user|getpwuid)\b")
 USERS_FIXTURES = {"as_nobody", "disk", "open_folder", "public"}
 OF_EVERY_SERVER = ("test_check_ok", "test_push_then_read_back_equal")  # of the suite: that the server starts at all
@@ -189,32 +189,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     yield
     processes = getattr(config, "workerinput", {}).get("workercount", 1)
     if processes > 1:
-        items[:] = _dealt(items, processes)
+        place = ordered(item.nodeid for item in items)
+        items.sort(key=lambda item: place[unit_of(item.nodeid)])
 
 
-def _dealt(items: list[pytest.Item], processes: int) -> list[pytest.Item]:
-    """Return tests in an order that has half of pytest-xdist's processes begin with a share of what takes longest.
-
-    A process gets one part of all tests, and takes from the end of another's when it is through with its own. Left
-    for the end, the tests that wait for a server and a worker would be taken by all at once, each starting its own;
-    a start takes a processor for eight seconds. Those of one file, and of the folder that shares one, stay together.
-    """
-    files: dict[Path, list[pytest.Item]] = {}
-    for item in items:
-        files.setdefault(item.path, []).append(item)
-    shared = {path for path in files if path.parent.name == "engine"}
-    own = {path for path in files if STARTS.search(path.read_text("utf-8"))}
-    long = sorted(shared | own, key=lambda path: (path not in shared, -len(files[path]), path))
-    shares: list[list[pytest.Item]] = [[] for _ in range(max(1, processes // 2))]
-    for path in long:
-        min(shares, key=len).extend(files.pop(path))
-    rest = [item for file in files.values() for item in file]
-    size, order = len(items) // processes, list[pytest.Item]()
-    for share in shares:
-        room = max(0, size - len(share))
-        order += [*share, *rest[:room]]
-        del rest[:room]
-    return order + rest
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> Dealer | None:
+    """Deal tests out in our own way, unless another one is asked for."""
+    return Dealer(config, log) if config.getvalue("dist") == "loadscope" else None
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
