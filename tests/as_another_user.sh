@@ -28,7 +28,7 @@ if ! runuser -u "$user" -- test -x "$python"; then
     python=$other
 fi
 cd "$place/tree"
-make --silent PYTHON="$python" tools
+env -u MAKEFLAGS make --silent PYTHON="$python" tools
 # What is compiled already is good for any interpreter of the same kind, which compares time and size. What pytest
 # compiles is not: tracebacks would name files that are closed to that user.
 (cd "$tree" && find .venv/lib imaging transfer protocols blocks tasks flows talaria -name '*.pyc' ! -name '*-pytest-*' -print0 |
@@ -40,4 +40,6 @@ run() {
     runuser -u "$user" -- env -u XDG_RUNTIME_DIR -u XDG_CACHE_HOME -u XDG_CONFIG_HOME -u TMPDIR \
         HOME="$place/home" USER="$user" LOGNAME="$user" .venv/bin/python -m pytest "$@"
 }
-run "$@" || { [ $? = 1 ] && run "$@" --numprocesses 0 --last-failed --last-failed-no-failures none; }
+# What fails twice is run alone, after the run that this one goes beside.
+run "$@" || { [ $? = 1 ] && flock "$tree/.cache/at-work" true &&
+    run "$@" --numprocesses 0 --last-failed --last-failed-no-failures none; }
