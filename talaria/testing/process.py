@@ -124,9 +124,21 @@ def server(
 def until(condition: Callable[[], object], seconds: float = 60) -> None:
     """Wait for a condition; fail the test if it doesn't come true."""
     end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"waited {seconds} s in vain"
-        time.sleep(0.02)
+    while True:
+        asked = time.monotonic()
+        if condition():
+            return
+        now = time.monotonic()
+        assert now < end, f"waited {seconds} s in vain"
+        time.sleep(pause(now - asked))
+
+
+def pause(took_s: float) -> float:
+    """Return after how many seconds to ask again what took so long to answer.
+
+    A server that is asked all the time does little else.
+    """
+    return min(0.5, max(0.02, 6 * took_s))
 
 
 def open_descriptors() -> Counter[str]:

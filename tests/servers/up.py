@@ -24,7 +24,7 @@ from prefect.context import refresh_global_settings_context
 
 from talaria.__main__ import main
 from talaria.server import send_what_is_queued
-from talaria.testing.process import as_loaded, free_port, stop
+from talaria.testing.process import as_loaded, free_port, pause, stop
 
 READY_S = 300  # the first start migrates the database
 COMMAND_S = 300
@@ -157,7 +157,7 @@ class Talaria:
                 raise AssertionError(f"talaria up ended:\n{self.log.read_text()}")
             if now > end:
                 raise AssertionError(f"waited {seconds} s in vain:\n{self.log.read_text()[-3000:]}")
-            time.sleep(min(0.5, max(0.05, 5 * (now - asked))))  # a server that is asked all the time does little else
+            time.sleep(pause(now - asked))
 
     def __call__(self, *args: str, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
         """Run a command to its end."""
