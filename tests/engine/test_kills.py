@@ -25,7 +25,6 @@ from tests.servers.up import Talaria
 WORKER, SERVER = "talaria.engine.worker", "talaria.front"
 # What is killed, in any order; one of the worker costs some 3 s of CPU, of the server 10, of the machine 25.
 ROUND = ("server", "machine", "both") + 17 * ("worker",)
-SHORT = ROUND[:8]  # all kinds, within what `make test` may take
 EACH, FILES = 2, 4  # dispatches before each kill, instances of each
 SLOW_S = 0.03  # for an instance, at the peer
 WAIT_S = 300  # until the runs go on after a kill; a server starts in 10 where nothing else runs
@@ -93,12 +92,11 @@ def open_runs(up: Talaria) -> int:
         return int(ledger.execute("SELECT COUNT(*) FROM runs WHERE ended IS NULL").fetchone()[0])
 
 
-@pytest.mark.parametrize("kills", [len(SHORT), pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [len(ROUND), pytest.param(200, marks=pytest.mark.slow)])
 @pytest.mark.timeout(7200)
 def test_every_run_ends_and_nothing_is_lost_or_sent_twice(tmp_path: Path, kills: int) -> None:
     seed = random.SystemRandom().randrange(1 << 32)
     print(f"seed {seed}")
-    each_round = SHORT if kills == len(SHORT) else ROUND
     chance = random.Random(seed)
     came: defaultdict[str, list[float]] = defaultdict(list)  # when an instance reached the peer, each time
 
@@ -116,7 +114,7 @@ def test_every_run_ends_and_nothing_is_lost_or_sent_twice(tmp_path: Path, kills:
             with closing(Sender(up)) as sender:
                 order: list[str] = []
                 for _ in range(kills):
-                    order = order or chance.sample(each_round, len(each_round))
+                    order = order or chance.sample(ROUND, len(ROUND))
                     for _ in range(EACH):
                         sender.send("pacs")
                     if chance.random() < 0.3:  # a run that is being stopped ends, too

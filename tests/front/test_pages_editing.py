@@ -331,16 +331,8 @@ ODD = {
 }
 
 
-@pytest.mark.parametrize(
-    ("path", "value"),
-    [("add-source/dicom", value) for value in ODD.values()]
-    + [
-        (path, ODD[kind])
-        for path in ("add-source/list", "add-rule/email", "add-rule/command")
-        for kind in ("script", "no-break")
-    ],
-    ids=[*ODD, *(f"{where}-{kind}" for where in ("list", "email", "command") for kind in ("script", "no-break"))],
-)
+@pytest.mark.parametrize("value", ODD.values(), ids=ODD)
+@pytest.mark.parametrize("path", ["add-source/dicom", "add-source/list", "add-rule/email", "add-rule/command"])
 def test_strange_values_come_back_as_they_were_typed_and_break_nothing(admin: Person, path: str, value: str) -> None:
     """In every field at once; nothing is saved, and no field shows it as anything but text."""
     form = admin.form(f"/talaria/{path}")
