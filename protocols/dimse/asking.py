@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 from imaging.transcode import fallbacks
 from protocols.dimse import contexts
-from protocols.dimse.association import MAX_CONTEXTS, Association, associate
+from protocols.dimse.association import MAX_CONTEXTS, Association, negotiate
 from protocols.dimse.contexts import UNCOMPRESSED, Pair
-from protocols.dimse.transport import VERIFICATION, Peer
+from protocols.dimse.transport import VERIFICATION, Peer, connect
 from transfer.errors import Cancelled, DispatchError, TimedOut
 
 WINDOW = 16  # operations outstanding, if the peer grants it: hides 16 round trips, and repeats at most 16 instances
@@ -55,6 +55,7 @@ class Asking:
     Attributes:
         granted: the most storage contexts that the peer has answered.
         alive: whether it has answered any request.
+        connected: whether the last request came so far that the peer has seen its contexts.
         apart: whether each SOP class is asked for alone.
         hopeless: why no association is granted for instances of these pairs.
     """
@@ -62,7 +63,7 @@ class Asking:
     def __init__(self, peer: Peer, policy: str, *, silent: bool = False) -> None:
         self.peer, self.policy = peer, policy
         self.granted = 0
-        self.alive = self.apart = False
+        self.alive = self.connected = self.apart = False
         self.hopeless: dict[Pair, DispatchError] = {}
         self._room = 0
         self._slowest = 0.0  # seconds that an answer took
@@ -83,8 +84,11 @@ class Asking:
             As `association.associate`.
         """
         begun = time.monotonic()
+        self.connected = False
+        sock = connect(self.peer, check)
+        self.connected = True
         try:
-            made = associate(self.peer, wanted, check, window=WINDOW, patience=self.patience)
+            made = negotiate(sock, self.peer, wanted, check, window=WINDOW, patience=self.patience)
         except TimedOut:
             self._silent = True
             raise

@@ -243,6 +243,8 @@ class Fleet:
             if again is not None:
                 self._refusals.append(exc)
                 return again
+            if isinstance(exc, TimedOut) and not asking.connected:
+                raise  # it didn't even shake hands: to ask for less costs as much again
             # Where there is but one pair, the next request is the one for next to nothing.
             if about_contexts(exc) and (not self._several or asking.answers(self.report.check)):
                 raise _TurnedAway(exc) from exc

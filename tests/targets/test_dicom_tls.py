@@ -482,9 +482,16 @@ def test_no_suite_is_named_where_suites_are_not_the_matter(study: Path) -> None:
 
 
 def test_silent_peer_is_TimedOut_within_the_connect_timeout(study: Path) -> None:
-    with scp(on_connect=lambda number: Silence()) as peer:
+    tries: list[int] = []
+
+    def silent(number: int) -> Silence:
+        tries.append(number)
+        return Silence()
+
+    with scp(on_connect=silent) as peer:
         sent = attempt(tls_target(peer.port, connect_timeout_s=1.5), study)
     assert isinstance(sent.error, TimedOut), repr(sent.error)
+    assert len(tries) == 2  # the second asks whether it speaks DICOM without TLS
     assert sent.seconds < as_loaded(1.5 + SLACK_S)
 
 
