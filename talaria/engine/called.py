@@ -17,6 +17,7 @@ from talaria.engine import hosts
 from tasks.dispatch import line
 from transfer.ledger import Ledger
 
+MARGIN_S = 0.1  # after that time, for the clocks of two machines
 RESTS = str(AwaitingRetry().name)  # name of the state of a run that rests
 
 
@@ -43,8 +44,21 @@ async def bring_forward(client: PrefectClient, ledger: Ledger, run_id: UUID, has
     await client.set_flow_run_state(run_id, now, force=True)
 
 
+async def call(client: PrefectClient, ledger: Ledger, run_id: UUID, has_begun: Callable[[UUID], bool]) -> None:
+    """Let a run that rests begin now; if it is for another host, and doesn't begin soon, call the next one.
+
+    That host may be silent, or have no place for it: what it was called for, a slot, isn't kept free until it has. It
+    keeps its turn for when it comes.
+    """
+    await bring_forward(client, ledger, run_id, has_begun)
+    if hosts.several():
+        await asyncio.sleep(line.LOST_S + MARGIN_S)
+        if str(run_id) in await asyncio.to_thread(ledger.waits.unheard, line.LOST_S):
+            await waits_elsewhere(client, ledger, run_id)
+
+
 async def waits_elsewhere(client: PrefectClient, ledger: Ledger, run_id: UUID) -> bool:
-    """Return True if a run that was called is due and has not come; if its host is silent, the next one is called."""
+    """Return True if a run that was called is due and has not come; if its host doesn't begin it, the next one is called."""
     try:
         flow_run = await client.read_flow_run(run_id)
     except ObjectNotFound:
@@ -52,6 +66,6 @@ async def waits_elsewhere(client: PrefectClient, ledger: Ledger, run_id: UUID) -
     due = flow_run.next_scheduled_start_time
     if flow_run.state_name != RESTS or due is None or due > datetime.now(UTC):
         return False
-    if hosts.where_it_waits(flow_run) or not hosts.is_here(flow_run):  # else a worker here has no place for it yet
+    if hosts.where_it_waits(flow_run) or not hosts.is_here(flow_run):  # else it is for this host's next free place
         await asyncio.to_thread(line.gone, ledger, str(run_id))
     return True

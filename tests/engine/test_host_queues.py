@@ -210,6 +210,32 @@ def test_who_stands_behind_a_run_of_a_silent_host_is_called(tmp_path: Path, monk
         assert ledger.waits.gone(str(here.id)) == ["pacs"] and not ledger.waits.gone(str(gone.id))
 
 
+def test_a_host_without_places_holds_up_nobody_behind_its_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of its runs is passed over soon after it was called, and not at the next look at the server."""
+    there, behind = [resting(a_run("normal@there"), 60) for _ in range(3)], resting(a_run("normal@here"), 60)
+    by_id = {str(run.id): run for run in (*there, behind)}
+    woken: list[str] = []
+
+    class Servers(Server):
+        async def read_flow_run(self, run_id: UUID) -> FlowRun:
+            return by_id[str(run_id)]
+
+        async def set_flow_run_state(self, run_id: UUID, state: State[Any], force: bool = False) -> None:
+            resting(by_id[str(run_id)], -1)  # it is due, and nobody takes it
+
+    monkeypatch.setattr(line, "_waker", woken.append)
+    monkeypatch.setattr(line, "LOST_S", -called.MARGIN_S)
+    with Shared(tmp_path / "ledger.sqlite") as ledger:
+        for turn, run in enumerate(by_id.values()):
+            ledger.waits.join("pacs", str(run.id), turn, ledger.now() + 60)
+        line.wake(ledger, "pacs")
+        server = cast(PrefectClient, Servers(behind))
+        for at in range(len(by_id)):
+            assert woken == list(by_id)[: at + 1]
+            asyncio.run(called.call(server, ledger, UUID(woken[at]), lambda run_id: False))
+        assert ledger.waits.gone(str(behind.id)) == ["pacs"]  # this host takes it as soon as it has a place
+
+
 def test_a_call_counts_until_the_server_has_heard_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     home, run = Home(tmp_path), resting(a_run("normal"), 60)
 
