@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from transfer.outcome import ARRIVED, Kind, Outcome
 from transfer.plan import Item
 
-TABLE = """
+TABLES = """
 CREATE TABLE IF NOT EXISTS confirmed (
   endpoint TEXT NOT NULL, place TEXT NOT NULL, item TEXT NOT NULL, size BIGINT NOT NULL, mtime_ns BIGINT NOT NULL,
   sha256 TEXT NOT NULL, outcome TEXT NOT NULL, detail TEXT NOT NULL, dispatch_id TEXT NOT NULL, path TEXT NOT NULL,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from transfer.database import Database
 
-TABLE = """
+TABLES = """
 CREATE TABLE IF NOT EXISTS deliveries (
   flow_run_id TEXT NOT NULL, target TEXT NOT NULL, state TEXT NOT NULL, items BIGINT NOT NULL, arrived BIGINT NOT NULL,
   words TEXT NOT NULL, time DOUBLE PRECISION NOT NULL, PRIMARY KEY (flow_run_id, target)) WITHOUT ROWID;

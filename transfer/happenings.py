@@ -14,7 +14,7 @@ from typing import Any
 
 from transfer.database import Database
 
-TABLE = """
+TABLES = """
 CREATE TABLE IF NOT EXISTS totals (
   host TEXT NOT NULL, name TEXT NOT NULL, target TEXT NOT NULL, label TEXT NOT NULL,
   value DOUBLE PRECISION NOT NULL, PRIMARY KEY (host, name, target, label)) WITHOUT ROWID;

@@ -36,7 +36,7 @@ def living(home: Home, ledger: Ledger) -> Callable[[str], bool]:
         return home.alive
 
     def alive(owner: str) -> bool:
-        held = ledger.holder(owner)
+        held = ledger.runs.holder(owner)
         # Of our own state directory we know more: the kernel, at once.
         return held is not None and held.live and (held.home != home.identity() or home.alive(owner))
 
@@ -88,7 +88,7 @@ class Lease:
             owner = mine.enter_context(self._home.owner(self._label))
             if self._ledger.shared:
                 asked = now()
-                self._ledger.enroll(owner, self._home.identity(), host_name(), self._seconds)
+                self._ledger.runs.enroll(owner, self._home.identity(), host_name(), self._seconds)
                 self._deadline = asked + self._seconds * USED
                 self._until(self._deadline)
             self.owner, self._mine = owner, mine.pop_all()
@@ -97,7 +97,7 @@ class Lease:
         while not self._end.wait(self._seconds / BEATS):
             asked = now()
             try:
-                kept = asked < self._deadline and self._ledger.renew(self.owner, self._seconds)
+                kept = asked < self._deadline and self._ledger.runs.renew(self.owner, self._seconds)
             except Exception as exc:  # whatever it is, this thread must go on
                 said = None if isinstance(exc, DispatchError) else exc
                 logger.warning("the lease on this process's runs can't be renewed: %s", exc, exc_info=said)
@@ -131,6 +131,6 @@ class Lease:
     def _resign(self, owner: str) -> None:
         """End a lease, unless that can't be said: it ends by itself."""
         try:
-            self._ledger.resign(owner)
+            self._ledger.runs.resign(owner)
         except Exception as exc:
             logger.debug("the lease's end can't be noted: %s", exc)

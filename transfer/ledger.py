@@ -12,19 +12,20 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from transfer import confirmed, deliveries, happenings, messages, sourcebook, waits
+from transfer import confirmed, deliveries, happenings, messages, runs, sourcebook, waits
 from transfer.confirmed import Confirmation, Spot
 from transfer.database import Tables, opened
 from transfer.deliveries import Deliveries
 from transfer.happenings import Happenings
 from transfer.messages import Messages
 from transfer.outcome import ARRIVED, Kind, Outcome
-from transfer.plan import Item, Plan
+from transfer.plan import Item
 from transfer.receipt import ItemResult
+from transfer.runs import Runs
 from transfer.sourcebook import Sourcebook
 from transfer.waits import Waits
 
@@ -38,11 +39,6 @@ CREATE TABLE IF NOT EXISTS hooks (
   dispatch_id TEXT NOT NULL, destination TEXT NOT NULL, endpoint TEXT NOT NULL,
   outcome TEXT NOT NULL, exit_code INTEGER, output TEXT NOT NULL, attempts INTEGER NOT NULL,
   time DOUBLE PRECISION NOT NULL, PRIMARY KEY (dispatch_id, destination)) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS runs (
-  flow_run_id TEXT PRIMARY KEY, dispatch_id TEXT NOT NULL, owner TEXT NOT NULL,
-  begun DOUBLE PRECISION NOT NULL, ended DOUBLE PRECISION) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS owners (
-  owner TEXT PRIMARY KEY, home TEXT NOT NULL, host TEXT NOT NULL, until DOUBLE PRECISION NOT NULL) WITHOUT ROWID;
 """
 # Rows about the script of a folder belong to the place, not to the dispatch that ran it: their dispatch_id is this
 # and the endpoint, their destination is the target's name, a slash, and a mark of the folder.
@@ -56,8 +52,8 @@ OF_OLD = (
 # 0: ledgers before they had one; 1 had no tables of what happened, 2 none of sources, 3 none of hours, 4 none of waits,
 # 5 none of deliveries
 VERSION = 6
-OTHERS = confirmed.TABLE + happenings.TABLE + messages.TABLE + sourcebook.TABLES + waits.TABLES + deliveries.TABLE
-TABLES = Tables(SCHEMA + OTHERS, VERSION, OF_OLD)
+OTHERS = runs, confirmed, happenings, messages, sourcebook, waits, deliveries
+TABLES = Tables(SCHEMA + "".join(one.TABLES for one in OTHERS), VERSION, OF_OLD)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,15 +67,6 @@ class HookRow:
     exit_code: int | None
     output: str
     attempts: int
-
-
-@dataclass(frozen=True, slots=True)
-class Holder:
-    """A process that has, or had, a lease (`transfer.lease`): of which state directory, and whether it has it still."""
-
-    home: str
-    host: str
-    live: bool
 
 
 class Ledger:
@@ -98,13 +85,14 @@ class Ledger:
         sources: what is known of sources.
         waits: who waits at a target, and which targets do not answer.
         deliveries: how those of each run stood last, in a line.
+        runs: which process runs what.
     """
 
     def __init__(self, where: Path | str) -> None:
         self._db = opened(where, TABLES)
         self.happenings, self.messages = Happenings(self._db), Messages(self._db)
         self.sources, self.waits = Sourcebook(self._db), Waits(self._db)
-        self.deliveries = Deliveries(self._db)
+        self.deliveries, self.runs = Deliveries(self._db), Runs(self._db, self.happenings)
 
     def close(self) -> None:
         self._db.close()
@@ -350,107 +338,10 @@ class Ledger:
                 (dispatch_id, destination, endpoint, outcome, exit_code, output, self.now()),
             )
 
-    def run_begins(self, flow_run_id: str, owner: str) -> None:
-        """Note which process runs a flow run; its dispatch id, if it has one, stays."""
-        with self._db.reading():
-            self._db.execute(
-                "INSERT INTO runs VALUES (?,'',?,?,NULL) ON CONFLICT (flow_run_id) DO UPDATE SET"
-                " owner=excluded.owner, begun=excluded.begun, ended=NULL",
-                (flow_run_id, owner, self.now()),
-            )
-
-    def run_claimed(self, flow_run_id: str, owner: str, alive: Callable[[str], bool]) -> bool:
-        """Note that a process is about to run a flow run, unless a living one has it; return whether it may."""
-        row = self._db.execute("SELECT owner, ended FROM runs WHERE flow_run_id=?", (flow_run_id,)).fetchone()
-        if row and row[1] is None and row[0] and alive(row[0]):
-            return False
-        if self.shared and not alive(owner):  # its lease has ended while it looked
-            return False
-        claimed = self._db.execute(
-            "INSERT INTO runs VALUES (?,'',?,?,NULL) ON CONFLICT (flow_run_id) DO UPDATE SET"
-            " owner=excluded.owner, begun=excluded.begun, ended=NULL"
-            # Not another's, who was faster; our own is there if the answer to the first attempt got lost.
-            " WHERE runs.ended IS NOT NULL OR runs.owner='' OR runs.owner=? OR runs.owner=excluded.owner",
-            (flow_run_id, owner, self.now(), row[0] if row else ""),
-        )
-        return claimed.rowcount == 1
-
-    def same_dispatch(self, flow_run_id: str, plan: Plan) -> Plan:
-        """Return the plan with the dispatch id that its flow run had when it first ran.
-
-        A run that is taken up again continues its own dispatch, even if a file has changed since.
-        """
-        with self._db.reading():
-            row = self._db.execute("SELECT dispatch_id FROM runs WHERE flow_run_id=?", (flow_run_id,)).fetchone()
-            if row and row[0]:
-                return replace(plan, dispatch_id=row[0])
-            self._db.execute(
-                "INSERT INTO runs VALUES (?,?,'',?,NULL)"
-                " ON CONFLICT (flow_run_id) DO UPDATE SET dispatch_id=excluded.dispatch_id",
-                (flow_run_id, plan.dispatch_id, self.now()),
-            )
-        return plan
-
-    def dispatch_of(self, flow_run_id: str) -> str:
-        """Return the id of a run's dispatch; "" if none is known."""
-        with self._db.reading():
-            row = self._db.execute("SELECT dispatch_id FROM runs WHERE flow_run_id=?", (flow_run_id,)).fetchone()
-        return str(row[0]) if row else ""
-
-    def run_ends(self, flow_run_id: str, owner: str | None = None, *, goes_on: bool = False) -> None:
-        """Note that a flow run is over, however it ended.
-
-        Args:
-            owner: only if the run is still this one's; None for whoever has it.
-            goes_on: whether it is only a part of it, or it goes on where its process was killed: what was said of its
-                ends is not said again.
-        """
-        if not goes_on:
-            self.happenings.run_over(flow_run_id, owner)
-        self._db.execute(
-            "UPDATE runs SET ended=? WHERE flow_run_id=? AND owner=coalesce(?,owner)",
-            (self.now(), flow_run_id, owner),
-        )
-
-    def unfinished(self) -> dict[str, str]:
-        """Return the owner, by flow run id, of every run that has begun and not ended."""
-        with self._db.reading():
-            return dict(self._db.execute("SELECT flow_run_id, owner FROM runs WHERE ended IS NULL"))
-
     @property
     def shared(self) -> bool:
         """Whether several hosts share it, so that leases say who is alive."""
         return self._db.shared
-
-    def enroll(self, owner: str, home: str, host: str, seconds: float) -> None:
-        """Give a process a lease."""
-        self._db.execute(
-            f"INSERT INTO owners VALUES (?,?,?,{self._db.NOW}+?) ON CONFLICT (owner) DO NOTHING",  # noqa: S608 - ours
-            (owner, home, host, seconds),
-        )
-
-    def renew(self, owner: str, seconds: float) -> bool:
-        """Renew a lease; return False if it has ended, for ever."""
-        now = self._db.NOW
-        return (
-            self._db.execute(
-                f"UPDATE owners SET until={now}+? WHERE owner=? AND until>{now}",  # noqa: S608 - ours
-                (seconds, owner),
-            ).rowcount
-            == 1
-        )
-
-    def resign(self, owner: str) -> None:
-        """End a lease."""
-        self._db.execute("UPDATE owners SET until=0 WHERE owner=?", (owner,))
-
-    def holder(self, owner: str) -> Holder | None:
-        """Return who has, or had, a lease."""
-        row = self._db.execute(
-            f"SELECT home, host, until>{self._db.NOW} FROM owners WHERE owner=?",  # noqa: S608 - ours
-            (owner,),
-        ).fetchone()
-        return Holder(row[0], row[1], bool(row[2])) if row else None
 
     def prune(self, before: float, keep: Iterable[str] = ()) -> int:
         """Delete dispatches and other runs that ended before a time (seconds since the epoch); return how many rows.
@@ -470,12 +361,7 @@ class Ledger:
                 "DELETE FROM hooks WHERE dispatch_id=?",
                 "DELETE FROM runs WHERE dispatch_id=?",
             )
-            # Checks, queries and retrievals have a row as runs, and nothing else.
-            others = self._db.execute("DELETE FROM runs WHERE dispatch_id='' AND ended < ?", (before,)).rowcount
-            self._db.execute(
-                "DELETE FROM owners WHERE until < ? AND owner NOT IN (SELECT owner FROM runs WHERE ended IS NULL)",
-                (before,),
-            )
+            others = self.runs.prune(before)
             others += sum(self._db.execute(delete, (one,)).rowcount for delete in deletions for one in ids)
             scripts = "DELETE FROM hooks WHERE substr(dispatch_id, 1, ?)=? AND time < ?"
             others += self._db.execute(scripts, (len(AT), AT, before)).rowcount

@@ -18,7 +18,7 @@ from typing import Any
 from transfer.database import Database
 from transfer.happenings import Happening
 
-TABLE = """
+TABLES = """
 CREATE TABLE IF NOT EXISTS messages (
   rule TEXT NOT NULL, recipient TEXT NOT NULL, number BIGINT NOT NULL, state TEXT NOT NULL, body TEXT NOT NULL,
   version BIGINT NOT NULL, made DOUBLE PRECISION NOT NULL, due DOUBLE PRECISION NOT NULL, tries BIGINT NOT NULL,

@@ -99,6 +99,10 @@ class Waits:
             gone = self._db.execute("DELETE FROM breakers WHERE target=?", (target,)).rowcount
         return found if gone else None
 
+    def forget(self, target: str) -> None:
+        """Forget what is known of a target that is not there any more: another one may get its name."""
+        self._db.execute("DELETE FROM breakers WHERE target=?", (target,))
+
     # ---- lines of those who wait
 
     def join(self, line: str, run: str, turn: float, until: float) -> None:
@@ -172,5 +176,6 @@ class Waits:
         return self._db.execute("UPDATE lines SET called=0, until=? WHERE run=? AND called>0", (now, run)).rowcount > 0
 
     def prune(self, before: float) -> int:
-        """Forget who should have come before a time; return how many rows."""
-        return self._db.execute("DELETE FROM lines WHERE until < ?", (before,)).rowcount
+        """Forget who should have come before a time, and targets not tried since; return how many rows."""
+        breakers = self._db.execute("DELETE FROM breakers WHERE tested < ? AND until < ?", (before, before)).rowcount
+        return breakers + self._db.execute("DELETE FROM lines WHERE until < ?", (before,)).rowcount

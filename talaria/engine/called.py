@@ -58,7 +58,7 @@ async def call(client: PrefectClient, ledger: Ledger, run_id: UUID, has_begun: C
 
 
 async def waits_elsewhere(client: PrefectClient, ledger: Ledger, run_id: UUID) -> bool:
-    """Return True if a run that was called is due and has not come; if its host doesn't begin it, the next one is called."""
+    """Return True if a run that was called is due and has not come; if it is for another host, call the next one."""
     try:
         flow_run = await client.read_flow_run(run_id)
     except ObjectNotFound:

@@ -16,7 +16,7 @@ def clear_staging(home: Home, ledger: Ledger) -> int:
     """Remove the staging folders of runs that no process runs any more; return how many there were."""
     # Listed first: a run is in the ledger before it has a folder.
     folders = list(home.staging.iterdir()) if home.staging.is_dir() else []
-    living = {run_id for run_id, owner in ledger.unfinished().items() if home.alive(owner)}
+    living = {run_id for run_id, owner in ledger.runs.unfinished().items() if home.alive(owner)}
     orphans = [folder for folder in folders if folder.name not in living]
     for folder in orphans:
         discard(folder)
@@ -54,7 +54,7 @@ def clear(
             old.append(path)
             path.unlink(missing_ok=True)
             path.with_suffix(".csv").unlink(missing_ok=True)
-    kept |= {run_id for run_id, owner in ledger.unfinished().items() if home.alive(owner)}
+    kept |= {run_id for run_id, owner in ledger.runs.unfinished().items() if home.alive(owner)}
     for state in (home.root / "retrievals").glob("*/job.json"):
         if state.stat().st_mtime < before and state.parent.name not in kept:
             discard(state.parent)

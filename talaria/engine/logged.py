@@ -20,7 +20,7 @@ def ends(flow_run: FlowRun, state: State[Any] | None, ledger: Ledger) -> None:
     """Say in which state a run has ended, or waits. Without its message, which may name paths."""
     name = str(state.name) if state else "unknown"
     kind = state.type.value.lower() if state else "unknown"
-    dispatch = ledger.dispatch_of(str(flow_run.id)) or runs.dispatch_of(flow_run)
+    dispatch = ledger.runs.dispatch_of(str(flow_run.id)) or runs.dispatch_of(flow_run)
     until = state.state_details.scheduled_time if state else None
     about = _about(flow_run, dispatch) | {"state": name, "until": until.isoformat() if until else None}
     changed(f"run.{kind}", f"run {flow_run.id} is {name}", **about)

@@ -65,15 +65,15 @@ async def recover(client: PrefectClient, home: Home, pool: str, *, alone: bool) 
             return taken
         # Asked first: a run is in the ledger before it is under way at the server.
         lost = await _under_way(client, pool) if alone else set()
-        owners, alive = ledger.unfinished(), lease.living(home, ledger)
+        owners, alive = ledger.runs.unfinished(), lease.living(home, ledger)
         lost = {run_id for run_id in lost | set(owners) if not (owners.get(run_id) and alive(owners[run_id]))}
         for run_id in lost:
             if run_id not in owners and await elsewhere(client, await client.read_flow_run(UUID(run_id)), online=False):
                 continue
             if again := await _take_up(client, run_id):
                 taken.append(run_id)
-            ledger.run_ends(run_id, goes_on=again)
-        living = set(ledger.unfinished())
+            ledger.runs.ends(run_id, goes_on=again)
+        living = set(ledger.runs.unfinished())
         await asyncio.to_thread(clear_staging, home, ledger)
     if alone and not living:
         await _free_slots(client)
@@ -100,7 +100,7 @@ async def abandoned(client: PrefectClient, home: Home, ledger: Ledger, pending: 
     with locked(home.root / "abandoned.lock", fcntl.LOCK_EX | fcntl.LOCK_NB) as mine:
         for flow_run, state in old if mine else ():
             run_id, said = str(flow_run.id), state.message or ""
-            owner = ledger.unfinished().get(run_id)
+            owner = ledger.runs.unfinished().get(run_id)
             if owner and lease.living(home, ledger)(owner):
                 continue
             # Where it names nobody, it may be any worker's.
@@ -111,7 +111,7 @@ async def abandoned(client: PrefectClient, home: Home, ledger: Ledger, pending: 
                 continue
             if again := await _take_up(client, run_id):
                 taken.append(run_id)
-            ledger.run_ends(run_id, owner, goes_on=again)
+            ledger.runs.ends(run_id, owner, goes_on=again)
     return taken
 
 
@@ -121,11 +121,11 @@ async def taken_over(client: PrefectClient, ledger: Ledger, owner: str, alive: C
     Of several who see it, one does so: who becomes the run's owner in the ledger.
     """
     taken = []
-    for run_id, former in ledger.unfinished().items():
-        if former != owner and not alive(former) and ledger.run_claimed(run_id, owner, alive):
+    for run_id, former in ledger.runs.unfinished().items():
+        if former != owner and not alive(former) and ledger.runs.claimed(run_id, owner, alive):
             if again := await _take_up(client, run_id):
                 taken.append(run_id)
-            ledger.run_ends(run_id, owner, goes_on=again)
+            ledger.runs.ends(run_id, owner, goes_on=again)
     return taken
 
 

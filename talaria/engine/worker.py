@@ -209,7 +209,7 @@ class Worker:
         running.flag(run_id)
         try:
             settled, more = True, False  # where it still runs, and its next time has come, an event says when it may
-            if not self.ledger.run_claimed(run_id, owner, self.alive):
+            if not self.ledger.runs.claimed(run_id, owner, self.alive):
                 return
             settled, more = False, True
             self._unended.pop(flow_run.id, None)
@@ -248,7 +248,7 @@ class Worker:
         """Note in the ledger that a run of ours has ended, or here that this is still to be done."""
         self._unended[run_id] = owner
         try:
-            self.ledger.run_ends(str(run_id), owner, goes_on=rest.rests(self.home, str(run_id)))
+            self.ledger.runs.ends(str(run_id), owner, goes_on=rest.rests(self.home, str(run_id)))
         except (Unreachable, sqlite3.Error) as exc:  # if we die: whoever takes it up finds that it has ended
             logger.warning("the end of run %s can't be noted yet: %s", run_id, exc)
         else:
@@ -379,12 +379,12 @@ class Worker:
                 break
         else:
             return
-        owner = self.ledger.unfinished().get(run_id)
+        owner = self.ledger.runs.unfinished().get(run_id)
         if self.alive(owner) if owner else await elsewhere(self.client, flow_run, online=True):
             return
         if state.is_cancelling():  # while it waited for its next attempt
             await self.client.set_flow_run_state(flow_run.id, Cancelled(), force=True)
-            self.ledger.run_ends(run_id)
+            self.ledger.runs.ends(run_id)
         elif state.is_running():  # it ended when it was paused
             await self.client.set_flow_run_state(flow_run.id, _resuming(), force=True)
 
@@ -406,7 +406,8 @@ class Worker:
 
     def _has_begun(self, run_id: UUID) -> bool:
         """Return True if another process, of any host, has just taken a run."""
-        owner = self.ledger.unfinished().get(str(run_id))  # ours is not active then, but its end could not be noted
+        # Ours is not active then, but its end could not be noted.
+        owner = self.ledger.runs.unfinished().get(str(run_id))
         return bool(owner and owner != self.lease.owner and self.alive(owner))
 
     # ---- the net

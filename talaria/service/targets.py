@@ -204,10 +204,12 @@ async def rename_target(office: Office, name: str, to: str) -> dict[str, Any]:
 
 async def _forget_standing(office: Office, name: str) -> None:
     """Forget that a target is down which is not there any more: another one may get its name."""
+    target = split(name)[1]
 
     def forget() -> None:
         with Ledger(office.home.ledger) as ledger:
-            ledger.happenings.stands(f"target/{split(name)[1]}", "up", at_first=False)
+            ledger.happenings.stands(f"target/{target}", "up", at_first=False)
+            ledger.waits.forget(target)
 
     await asyncio.to_thread(forget)
 

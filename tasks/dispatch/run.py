@@ -222,7 +222,7 @@ class Dispatch:
             globs = patterns(exclude)
             studies = await asyncio.to_thread(listed, paths, Each(each), globs)
             self.studies = Studies(studies, globs, origin, self.staging, self.cancelled, way, len(self._open))
-            return self.ledger.same_dispatch(self.flow_run_id, self.studies.plan)
+            return self.ledger.runs.same_dispatch(self.flow_run_id, self.studies.plan)
         paths = await asyncio.to_thread(deadletters.instead, self.home, self.flow_run_id, paths)
         try:
             staged = await self._stoppable(stage_files(paths, exclude, origin, self.staging, self.cancelled, way))
@@ -233,7 +233,7 @@ class Dispatch:
         except DispatchCancelled as exc:
             raise self._stopped_early() from exc
         self.staged = staged
-        return self.ledger.same_dispatch(self.flow_run_id, staged.plan)
+        return self.ledger.runs.same_dispatch(self.flow_run_id, staged.plan)
 
     def _stopped_early(self, did: str = "read its files") -> DispatchCancelled:
         if self.paused.is_set():
@@ -454,9 +454,9 @@ async def dispatching(targets: list[str], priority: str) -> AsyncIterator[Dispat
         stack.push_async_callback(dispatch.release)
         dispatch.who = audited.requester(context.flow_run)
         # A part of another run belongs to that run's process; no other may take its staging folder for an orphan.
-        owner = ledger.unfinished().get(running.whole())
+        owner = ledger.runs.unfinished().get(running.whole())
         if owner:
-            ledger.run_begins(flow_run_id, owner)
+            ledger.runs.begins(flow_run_id, owner)
         try:
             yield dispatch
         except DispatchError as exc:
@@ -470,7 +470,7 @@ async def dispatching(targets: list[str], priority: str) -> AsyncIterator[Dispat
             await asyncio.to_thread(discard, dispatch.staging)
             running.forget(flow_run_id)
             if owner:
-                ledger.run_ends(flow_run_id)
+                ledger.runs.ends(flow_run_id)
 
 
 async def _load(names: list[str]) -> list[Target]:

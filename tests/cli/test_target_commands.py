@@ -14,6 +14,8 @@ import yaml
 
 from talaria.testing import studies
 from tests.servers.up import Talaria, talaria
+from transfer.home import Home
+from transfer.ledger import Ledger
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -140,7 +142,11 @@ def test_targets_are_renamed_disabled_exported_and_removed(up: Talaria, tmp_path
     # What was exported is what is there, as soon as its secrets are put in again.
     document["targets"]["cloud"]["secret_access_key"] = "very secret"
     assert apply(up, **document["targets"]) == {"b": "unchanged", "cloud": "unchanged"}
-    assert up.told("target", "remove", "b") == {"name": "b", "action": "removed"}
+    with Ledger(Home(up.home).ledger) as ledger:
+        with ledger.together():
+            ledger.waits.count("b", "its settings", "no route")
+        assert up.told("target", "remove", "b") == {"name": "b", "action": "removed"}
+        assert ledger.waits.breaker("b") is None
     apply(up, a=first, b=first)
     # A new target begins without the checks of one that had its name.
     assert all(one["last_check"] is None for one in up.told("target", "list")["targets"] if one["name"] in ("a", "b"))

@@ -55,7 +55,7 @@ class Server:
 def look(server: Server, home: Home, owner: str = "") -> list[str]:
     with Ledger(home.ledger) as ledger:
         if owner:
-            ledger.run_begins(str(server.id), owner)
+            ledger.runs.begins(str(server.id), owner)
         return asyncio.run(abandoned(cast(PrefectClient, server), home, ledger, [server.run]))
 
 

@@ -76,6 +76,20 @@ def test_failures_count_wherever_they_are_seen_and_the_first_answer_ends_it(host
     assert said(one, target) == ["target.down", "target.up", "target.down"]
 
 
+def test_what_is_known_of_a_target_goes_with_it_or_with_time(hosts: Any, target: FolderTarget) -> None:
+    (_, one), (_, other) = hosts
+    old = f"{target.name}-old"
+    for name in (target.name, old):
+        with one.together():
+            one.waits.count(name, "its settings", "no route")
+    other.waits.forget(target.name)
+    assert one.waits.breaker(target.name) is None and one.waits.breaker(old)
+    one.prune(one.now() - 60)
+    assert other.waits.breaker(old)
+    one.prune(one.now() + 1)
+    assert other.waits.breaker(old) is None
+
+
 def test_a_target_whose_settings_have_changed_begins_anew(hosts: Any, target: FolderTarget) -> None:
     (_, one), (_, other) = hosts
     for _ in range(breaker.LIMIT + 1):

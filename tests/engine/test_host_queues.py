@@ -25,6 +25,7 @@ from transfer.errors import Unreachable
 from transfer.home import Home
 from transfer.lease import Lease, living
 from transfer.ledger import Ledger
+from transfer.runs import Runs
 
 
 @pytest.fixture(autouse=True)
@@ -138,13 +139,13 @@ def test_a_cancelled_run_is_left_to_the_host_whose_lease_holds(tmp_path: Path) -
     server, change = Server(run), StateChange(run.id, "CANCELLING", "Cancelling", "")
     with Shared(tmp_path / "ledger.sqlite") as ledger:
         worker = Worker(cast(PrefectClient, server), "talaria", home, ledger, cast(Lease, None), limit=0)
-        ledger.enroll("theirs", "another state directory", "there", 60.0)
-        ledger.run_begins(str(run.id), "theirs")
+        ledger.runs.enroll("theirs", "another state directory", "there", 60.0)
+        ledger.runs.begins(str(run.id), "theirs")
         asyncio.run(worker._look_after(change))
         assert server.set == []
-        ledger.resign("theirs")
+        ledger.runs.resign("theirs")
         asyncio.run(worker._look_after(change))
-        assert [state.type for state in server.set] == [StateType.CANCELLED] and ledger.unfinished() == {}
+        assert [state.type for state in server.set] == [StateType.CANCELLED] and ledger.runs.unfinished() == {}
 
 
 def resting(run: FlowRun, seconds: float) -> FlowRun:
@@ -162,11 +163,11 @@ def test_a_run_that_has_begun_by_itself_is_not_called(tmp_path: Path) -> None:
     with Shared(tmp_path / "ledger.sqlite") as ledger:
         lease = cast(Lease, SimpleNamespace(owner="ours"))
         worker = Worker(cast(PrefectClient, server), "talaria", home, ledger, lease, limit=0)
-        ledger.enroll("theirs", "another state directory", "there", 60.0)
-        ledger.run_begins(str(run.id), "theirs")
+        ledger.runs.enroll("theirs", "another state directory", "there", 60.0)
+        ledger.runs.begins(str(run.id), "theirs")
         asyncio.run(worker._bring_forward(run.id))
         assert server.set == []
-        ledger.run_ends(str(run.id))
+        ledger.runs.ends(str(run.id))
         asyncio.run(worker._bring_forward(run.id))
         assert [state.name for state in server.set] == [AwaitingRetry().name]
 
@@ -268,26 +269,26 @@ def test_of_a_silent_host_s_runs_each_is_taken_up_once(tmp_path: Path) -> None:
     run.state = Running()
     server = Server(run)
     with Shared(tmp_path / "ledger.sqlite") as ledger, home.owner("ours") as ours:
-        ledger.enroll(ours, home.identity(), "here", 60.0)
-        ledger.enroll("gone", "another state directory", "there", -1.0)
-        ledger.enroll("theirs", "another state directory", "there", 60.0)
-        ledger.run_begins(str(run.id), "gone")
-        ledger.run_begins(str(other.id), "theirs")
+        ledger.runs.enroll(ours, home.identity(), "here", 60.0)
+        ledger.runs.enroll("gone", "another state directory", "there", -1.0)
+        ledger.runs.enroll("theirs", "another state directory", "there", 60.0)
+        ledger.runs.begins(str(run.id), "gone")
+        ledger.runs.begins(str(other.id), "theirs")
         alive = living(home, ledger)
         assert asyncio.run(taken_over(cast(PrefectClient, server), ledger, ours, alive)) == [str(run.id)]
         assert asyncio.run(taken_over(cast(PrefectClient, server), ledger, ours, alive)) == []
-        assert ledger.unfinished() == {str(other.id): "theirs"} and len(server.set) == 1
+        assert ledger.runs.unfinished() == {str(other.id): "theirs"} and len(server.set) == 1
 
 
-class Full(Ledger):
-    """A ledger whose disk is full for a while."""
+class Full(Runs):
+    """Those of a ledger whose disk is full for a while."""
 
     full = True
 
-    def run_ends(self, *what: Any, **more: Any) -> None:
+    def ends(self, *what: Any, **more: Any) -> None:
         if self.full:
             raise sqlite3.OperationalError("database or disk is full")
-        super().run_ends(*what, **more)
+        super().ends(*what, **more)
 
 
 @pytest.mark.parametrize("broken", [True, False])
@@ -310,24 +311,23 @@ def test_a_run_whose_end_cannot_be_noted_gives_its_place_back(
         worker = Worker(cast(PrefectClient, Server(run)), "talaria", home, ledger, cast(Lease, lease), limit=0)
         worker.active[run.id] = asyncio.create_task(worker._run(run))
         await worker.active[run.id]
-        assert not worker.active and len(settled) == broken and ledger.unfinished() == {str(run.id): "ours"}
+        assert not worker.active and len(settled) == broken and ledger.runs.unfinished() == {str(run.id): "ours"}
         worker._end_late()
-        assert ledger.unfinished()
-        ledger.full = False
+        assert ledger.runs.unfinished()
+        full.full = False
         worker._end_late()
-        assert not ledger.unfinished() and not worker._unended
+        assert not ledger.runs.unfinished() and not worker._unended
 
     lease = SimpleNamespace(owner="ours")
-    with Full(tmp_path / "ledger.sqlite") as ledger:
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        ledger.runs = full = Full(ledger._db, ledger.happenings)
         asyncio.run(work())
 
 
-class Away(Ledger):
-    """A ledger whose database can't be reached."""
+class Away(Runs):
+    """Those of a ledger whose database can't be reached."""
 
-    shared = True
-
-    def run_claimed(self, *_: Any) -> bool:
+    def claimed(self, *_: Any) -> bool:
         raise Unreachable("the ledger's database can't be reached")
 
     def unfinished(self) -> dict[str, str]:
@@ -349,8 +349,9 @@ def test_a_worker_outlives_a_database_that_is_away(tmp_path: Path, monkeypatch: 
         await worker.active[run.id]
         assert not worker.active and settled == []  # it may be another's
         with pytest.raises(LOST):
-            ledger.unfinished()
+            ledger.runs.unfinished()
 
     lease = SimpleNamespace(owner="ours")
-    with Away(tmp_path / "ledger.sqlite") as ledger:
+    with Shared(tmp_path / "ledger.sqlite") as ledger:
+        ledger.runs = Away(ledger._db, ledger.happenings)
         asyncio.run(work())

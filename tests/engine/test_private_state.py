@@ -166,7 +166,7 @@ def test_what_a_process_makes_in_the_state_directory_is_for_nobody_else(
             assert pseudonym("12345")
             write_json(home.receipt("run"), {})
             with Ledger(home.ledger) as ledger:
-                ledger.run_begins("run", "owner")
+                ledger.runs.begins("run", "owner")
                 found = list(home.root.rglob("*"))
                 assert len(found) > 8
                 for path in found:

@@ -48,10 +48,10 @@ def ended(home: Home, plan: Plan, run_id: str, days: float, monkeypatch: pytest.
     (item,) = plan.items
     with Ledger(home.ledger) as ledger, monkeypatch.context() as past:
         past.setattr("time.time", lambda: now - days * DAY_S)
-        ledger.run_begins(run_id, "gone")
-        ledger.same_dispatch(run_id, replace(plan, dispatch_id=f"dispatch-{run_id}"))
+        ledger.runs.begins(run_id, "gone")
+        ledger.runs.same_dispatch(run_id, replace(plan, dispatch_id=f"dispatch-{run_id}"))
         ledger.record(f"dispatch-{run_id}", "archive", "folder", item, Outcome(Kind.DELIVERED))
-        ledger.run_ends(run_id)
+        ledger.runs.ends(run_id)
     for path in (home.receipt(run_id), home.root / "retrievals" / run_id / "job.json"):
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps("x" * size))

@@ -52,7 +52,7 @@ def test_a_run_that_goes_on_begins_no_sweep_when_a_part_of_it_ends(tmp_path: Pat
     run = uuid4()
     server = Server(run)
     with Ledger(tmp_path / "ledger") as ledger:
-        ledger.run_begins(str(run), "somebody")
+        ledger.runs.begins(str(run), "somebody")
         ledger.sources.save("box", [UnitRow("s", "s", UnitState.FAILED, "1:1", run=str(run))])
         sweeping = _Sweeping(cast(Any, server), Home(tmp_path), ledger)
         watched = sweeping.watched["box"] = _Watched(box(tmp_path), due=NEVER)
@@ -63,7 +63,7 @@ def test_a_run_that_goes_on_begins_no_sweep_when_a_part_of_it_ends(tmp_path: Pat
             return watched.due < NEVER
 
         assert not is_due(Failed()), "its end was seen"
-        ledger.run_ends(str(run), goes_on=True)  # somebody retried it, and it waits for its hours
+        ledger.runs.ends(str(run), goes_on=True)  # somebody retried it, and it waits for its hours
         assert not is_due(Scheduled()) and not is_due(Running())
         assert is_due(Failed()) and is_due(Completed()), "it has ended once more"
         assert is_due(None), "it was removed"

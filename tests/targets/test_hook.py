@@ -435,7 +435,7 @@ def test_it_is_run_again_for_a_folder_into_which_a_file_has_come_since(
     def retried() -> Delivery:
         one = delivery(target, tmp_path / "study", ledger, tmp_path)
         return Delivery(
-            one.driver, target, ledger.same_dispatch("run", one.plan), ledger, one.home, threading.Event()
+            one.driver, target, ledger.runs.same_dispatch("run", one.plan), ledger, one.home, threading.Event()
         )  # as when a run is retried
 
     first = retried()

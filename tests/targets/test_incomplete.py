@@ -54,9 +54,9 @@ def delivery(harness: Harness, study: Path, ledger: Ledger, tmp_path: Path, agai
     (tmp_path / "home").mkdir(exist_ok=True)
     plan = scan([study])
     if again:  # as when a run is retried
-        plan = ledger.same_dispatch("run", plan)
+        plan = ledger.runs.same_dispatch("run", plan)
     else:
-        ledger.same_dispatch("run", plan)
+        ledger.runs.same_dispatch("run", plan)
     return Delivery(harness.driver, harness.target, plan, ledger, Home(tmp_path / "home"), threading.Event())
 
 

@@ -199,7 +199,7 @@ def test_what_was_confirmed_long_ago_is_forgotten_with_its_dispatch(where: Path 
     with Ledger(where) as ledger:
         ledger.record("old", "pacs", "e", A, DELIVERED, SPOT)
         ledger.record("waiting", "pacs", "e", A, DELIVERED, Spot("", "2"))
-        ledger.run_begins("run", "me")
+        ledger.runs.begins("run", "me")
         ledger._db.execute("UPDATE runs SET dispatch_id='waiting'")
         ledger.prune(ledger.now() + 60)
         assert not held(ledger, A)

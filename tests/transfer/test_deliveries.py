@@ -51,4 +51,4 @@ def test_a_ledger_of_the_version_before_gets_the_table(tmp_path: Path) -> None:
         ledger._db.execute("PRAGMA user_version=5")
     with Ledger(path) as ledger:
         ledger.deliveries.stand("r1", "partial", [GOOD])
-        assert ledger.dispatch_of("r1") == "d1"
+        assert ledger.runs.dispatch_of("r1") == "d1"

@@ -24,10 +24,10 @@ def sums(ledger: Ledger, host: str = "") -> dict[tuple[str, str], float]:
 
 def test_an_end_is_counted_and_kept_once_also_if_its_run_is_killed_and_goes_on(where: Path | str) -> None:
     with Ledger(where) as ledger:
-        ledger.run_begins("r1", "one")
+        ledger.runs.begins("r1", "one")
         assert ended(ledger, "r1")
-        ledger.run_ends("r1", goes_on=True)  # as recovery does
-        ledger.run_begins("r1", "two")
+        ledger.runs.ends("r1", goes_on=True)  # as recovery does
+        ledger.runs.begins("r1", "two")
         assert not ended(ledger, "r1")
         assert sums(ledger) == {
             (DISPATCHES, "failed"): 1, (BYTES, "failed"): 1000, ("seconds", "failed"): 7.0,
@@ -35,16 +35,16 @@ def test_an_end_is_counted_and_kept_once_also_if_its_run_is_killed_and_goes_on(w
         }  # fmt: skip
         assert [one.about for one in ledger.happenings.waiting(9)] == [{"run": "r1"}]
         assert ended(ledger, "r1", "delivered")  # taken up, it ended otherwise
-        ledger.run_ends("r1", "another")  # not its owner
+        ledger.runs.ends("r1", "another")  # not its owner
         assert not ended(ledger, "r1", "delivered")
 
 
 def test_an_end_counts_again_when_its_run_was_over_and_is_retried(where: Path | str) -> None:
     with Ledger(where) as ledger:
         for _ in range(2):
-            ledger.run_begins("r1", "one")
+            ledger.runs.begins("r1", "one")
             assert ended(ledger, "r1")
-            ledger.run_ends("r1", "one")
+            ledger.runs.ends("r1", "one")
         assert sums(ledger)[DISPATCHES, "failed"] == 2
         assert len(ledger.happenings.waiting(9)) == 2
 
@@ -201,7 +201,7 @@ def test_a_ledger_of_the_version_before_gets_the_tables(tmp_path: Path) -> None:
 def test_what_ended_is_summed_up_by_hours_and_days(where: Path | str) -> None:
     with Ledger(where) as ledger:
         for run, state in (("r1", "failed"), ("r2", "delivered"), ("r3", "delivered")):
-            ledger.run_begins(run, "one")
+            ledger.runs.begins(run, "one")
             assert ended(ledger, run, state)
             assert not ended(ledger, run, state)
         now = time.time()

@@ -21,6 +21,7 @@ from transfer import database
 from transfer.home import Home
 from transfer.lease import Lease, living
 from transfer.ledger import Ledger
+from transfer.runs import Runs
 
 SECONDS = as_loaded(2)  # of a lease: what shares a processor may be late
 
@@ -47,53 +48,53 @@ def test_a_run_that_another_host_has_is_its_own_until_its_lease_ends(url: str, t
     with Ledger(url) as ledger, leased(second) as ours:
         with leased(first) as theirs:
             alive = living(second, ledger)
-            assert ledger.run_claimed("r", theirs.owner, living(first, ledger))
-            assert alive(theirs.owner) and not ledger.run_claimed("r", ours.owner, alive)
-            ledger.run_ends("r", ours.owner)  # who has it not ends nothing
-            assert ledger.unfinished() == {"r": theirs.owner}
+            assert ledger.runs.claimed("r", theirs.owner, living(first, ledger))
+            assert alive(theirs.owner) and not ledger.runs.claimed("r", ours.owner, alive)
+            ledger.runs.ends("r", ours.owner)  # who has it not ends nothing
+            assert ledger.runs.unfinished() == {"r": theirs.owner}
         assert not alive(theirs.owner)
-        assert ledger.run_claimed("r", ours.owner, alive)
-        ledger.run_ends("r", theirs.owner)
-        assert ledger.unfinished() == {"r": ours.owner}
+        assert ledger.runs.claimed("r", ours.owner, alive)
+        ledger.runs.ends("r", theirs.owner)
+        assert ledger.runs.unfinished() == {"r": ours.owner}
 
 
 def test_a_lease_that_has_ended_never_comes_back(url: str) -> None:
     with Ledger(url) as ledger:
-        ledger.enroll("late", "home", "host", -1.0)
-        ledger.enroll("late", "home", "host", 60.0)
-        assert not ledger.renew("late", 60.0)
-        ledger.enroll("good", "home", "host", 60.0)
-        assert ledger.renew("good", 60.0)
-        ledger.resign("good")
-        assert not ledger.renew("good", 60.0)
+        ledger.runs.enroll("late", "home", "host", -1.0)
+        ledger.runs.enroll("late", "home", "host", 60.0)
+        assert not ledger.runs.renew("late", 60.0)
+        ledger.runs.enroll("good", "home", "host", 60.0)
+        assert ledger.runs.renew("good", 60.0)
+        ledger.runs.resign("good")
+        assert not ledger.runs.renew("good", 60.0)
 
 
 def test_the_clock_of_the_database_decides(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = host(tmp_path, "first"), host(tmp_path, "second")
     with Ledger(url) as ledger, leased(first) as theirs:
-        assert ledger.run_claimed("r", theirs.owner, living(first, ledger))
+        assert ledger.runs.claimed("r", theirs.owner, living(first, ledger))
         true = ledger.now()
         for minutes in (-60, 60):
             with monkeypatch.context() as off:
                 off.setattr(time, "time", lambda minutes=minutes: true + 60 * minutes)
                 assert abs(ledger.now() - true) < 60
                 with leased(second) as ours:
-                    assert not ledger.run_claimed("r", ours.owner, living(second, ledger))
+                    assert not ledger.runs.claimed("r", ours.owner, living(second, ledger))
 
 
 def test_of_many_who_take_over_one_does(url: str, tmp_path: Path) -> None:
     homes = [host(tmp_path, f"host-{number}") for number in range(4)]
     with Ledger(url) as ledger:
-        ledger.enroll("gone", "another", "host", -1.0)
+        ledger.runs.enroll("gone", "another", "host", -1.0)
         for number in range(10):
-            ledger.run_begins(f"r{number}", "gone")
+            ledger.runs.begins(f"r{number}", "gone")
     ready, taken = threading.Barrier(len(homes)), list[str]()
 
     def take(home: Home) -> None:
         with Ledger(url) as ledger, leased(home) as lease:
             alive = living(home, ledger)
             ready.wait()
-            taken.extend(f"r{number}" for number in range(10) if ledger.run_claimed(f"r{number}", lease.owner, alive))
+            taken.extend(f"r{number}" for number in range(10) if ledger.runs.claimed(f"r{number}", lease.owner, alive))
             ready.wait()
 
     threads = [threading.Thread(target=take, args=(home,)) for home in homes]
@@ -106,26 +107,26 @@ def test_of_many_who_take_over_one_does(url: str, tmp_path: Path) -> None:
 
 def test_no_error_ends_the_renewals(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     errors: list[Exception] = [OSError("no descriptor left"), RuntimeError("a bug"), RuntimeError("another")]
-    enroll = Ledger.enroll
+    enroll = Runs.enroll
 
     def fails(*_: object) -> bool:
         if len(errors) > 1:
             raise errors.pop()
         return False
 
-    def fails_once(ledger: Ledger, *what: Any) -> None:
+    def fails_once(runs: Runs, *what: Any) -> None:
         if errors:
             raise errors.pop()
-        enroll(ledger, *what)
+        enroll(runs, *what)
 
     with leased(host(tmp_path, "first"), seconds=0.6) as lease, Ledger(url) as ledger:
         first = lease.owner
         with monkeypatch.context() as broken:
-            broken.setattr(Ledger, "renew", fails)
-            broken.setattr(Ledger, "enroll", fails_once)
+            broken.setattr(Runs, "renew", fails)
+            broken.setattr(Runs, "enroll", fails_once)
             until(lambda: lease.owner != first, as_loaded(30))
         assert not errors
-        until(lambda: (former := ledger.holder(first)) is not None and not former.live, as_loaded(30))
+        until(lambda: (former := ledger.runs.holder(first)) is not None and not former.live, as_loaded(30))
 
 
 PUSHER = textwrap.dedent("""
@@ -141,7 +142,7 @@ PUSHER = textwrap.dedent("""
         with Ledger(home.ledger) as ledger:
             first = lease.owner
             flag = running.flag("r")
-            assert ledger.run_claimed("r", first, living(home, ledger))
+            assert ledger.runs.claimed("r", first, living(home, ledger))
             print(first, flush=True)
             while not flag.is_set():
                 print("sent", flush=True)
@@ -176,15 +177,15 @@ def test_a_process_that_was_paused_sends_nothing_more_and_becomes_another_owner(
     assert pusher.stdout.readline() == "sent\n"
     with Ledger(url) as ledger, leased(home) as ours:
         alive = living(home, ledger)
-        assert not ledger.run_claimed("r", ours.owner, alive)
+        assert not ledger.runs.claimed("r", ours.owner, alive)
         pusher.send_signal(signal.SIGSTOP)
-        until(lambda: ledger.run_claimed("r", ours.owner, alive), as_loaded(SECONDS + 10))
+        until(lambda: ledger.runs.claimed("r", ours.owner, alive), as_loaded(SECONDS + 10))
         pusher.send_signal(signal.SIGCONT)
         said = [line for line in pusher.stdout if line != "sent\n"]
         stopped, another = said
         assert stopped == "stopped True\n"
         assert another.split()[0] != owner and another.split()[1] == "True"
-        assert ledger.unfinished() == {"r": ours.owner}
+        assert ledger.runs.unfinished() == {"r": ours.owner}
 
 
 def test_a_killed_host_s_runs_are_free_when_its_lease_ends(
@@ -198,4 +199,4 @@ def test_a_killed_host_s_runs_are_free_when_its_lease_ends(
         pusher.kill()
         # Its own state directory knows at once; another one when the lease has ended.
         until(lambda: not living(Home(tmp_path / "pusher"), ledger)(owner), as_loaded(5))
-        until(lambda: ledger.run_claimed("r", ours.owner, alive), as_loaded(SECONDS + 10))
+        until(lambda: ledger.runs.claimed("r", ours.owner, alive), as_loaded(SECONDS + 10))

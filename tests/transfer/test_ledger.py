@@ -161,42 +161,42 @@ def test_hooks(where: Path | str) -> None:
 def test_runs(where: Path | str) -> None:
     plan = Plan("first", Path("/x"), ITEMS)
     with Ledger(where) as ledger:
-        ledger.run_begins("r1", "owner-1")
-        ledger.run_begins("r2", "owner-2")
-        assert ledger.same_dispatch("r1", plan).dispatch_id == "first"
+        ledger.runs.begins("r1", "owner-1")
+        ledger.runs.begins("r2", "owner-2")
+        assert ledger.runs.same_dispatch("r1", plan).dispatch_id == "first"
         # Taken up again by another process, after a file has changed: still the same dispatch.
-        ledger.run_begins("r1", "owner-3")
-        assert ledger.same_dispatch("r1", replace(plan, dispatch_id="second")).dispatch_id == "first"
-        assert ledger.unfinished() == {"r1": "owner-3", "r2": "owner-2"}
-        ledger.run_ends("r1")
-        assert ledger.unfinished() == {"r2": "owner-2"}
+        ledger.runs.begins("r1", "owner-3")
+        assert ledger.runs.same_dispatch("r1", replace(plan, dispatch_id="second")).dispatch_id == "first"
+        assert ledger.runs.unfinished() == {"r1": "owner-3", "r2": "owner-2"}
+        ledger.runs.ends("r1")
+        assert ledger.runs.unfinished() == {"r2": "owner-2"}
 
 
 def test_a_run_that_a_living_process_has_is_nobody_else_s(where: Path | str) -> None:
     living = {"first", "second"}
     with Ledger(where) as ledger, Ledger(where) as other:
-        assert ledger.run_claimed("r", "first", living.__contains__)
-        assert not other.run_claimed("r", "second", living.__contains__)
-        assert not ledger.run_claimed("r", "first", living.__contains__)  # it runs already
-        assert other.unfinished() == {"r": "first"}
+        assert ledger.runs.claimed("r", "first", living.__contains__)
+        assert not other.runs.claimed("r", "second", living.__contains__)
+        assert not ledger.runs.claimed("r", "first", living.__contains__)  # it runs already
+        assert other.runs.unfinished() == {"r": "first"}
         living.remove("first")
-        assert other.run_claimed("r", "second", living.__contains__)
-        assert ledger.unfinished() == {"r": "second"}
-        other.run_ends("r")
+        assert other.runs.claimed("r", "second", living.__contains__)
+        assert ledger.runs.unfinished() == {"r": "second"}
+        other.runs.ends("r")
         living.add("third")
-        assert ledger.run_claimed("r", "third", living.__contains__)
+        assert ledger.runs.claimed("r", "third", living.__contains__)
 
 
 def test_a_claim_whose_answer_got_lost_is_a_claim(where: Path | str) -> None:
     with Ledger(where) as ledger:
-        ledger.run_begins("r", "gone")
+        ledger.runs.begins("r", "gone")
 
         def alive(owner: str) -> bool:
-            ledger.run_begins("r", "me")  # as the first attempt has left it
+            ledger.runs.begins("r", "me")  # as the first attempt has left it
             return owner == "me"
 
-        assert ledger.run_claimed("r", "me", alive)
-        assert ledger.unfinished() == {"r": "me"}
+        assert ledger.runs.claimed("r", "me", alive)
+        assert ledger.runs.unfinished() == {"r": "me"}
 
 
 def test_prune_forgets_whole_dispatches_that_are_over(where: Path | str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,8 +207,8 @@ def test_prune_forgets_whole_dispatches_that_are_over(where: Path | str, monkeyp
             ledger.record(dispatch, "pacs", "e", ITEMS[0], DELIVERED)
         monkeypatch.setattr(Ledger, "now", lambda self: now)
         ledger.record("mixed", "pacs", "e", ITEMS[1], DELIVERED)
-        ledger.run_begins("r", "owner")
-        ledger.same_dispatch("r", Plan("running", Path("/x"), ()))
+        ledger.runs.begins("r", "owner")
+        ledger.runs.same_dispatch("r", Plan("running", Path("/x"), ()))
         assert ledger.prune(now - 10) == 1
         assert not ledger.results("old")
         assert all(ledger.results(dispatch) for dispatch in ("new", "mixed", "running"))
@@ -219,12 +219,12 @@ def test_prune_forgets_runs_that_are_no_dispatches(where: Path | str, monkeypatc
     with Ledger(where) as ledger:
         now = time.time()
         for run, age, over in (("old", 50, True), ("new", 1, True), ("runs", 50, False)):
-            monkeypatch.setattr(Ledger, "now", lambda self, age=age: now - age)
-            ledger.run_begins(run, "owner")
+            monkeypatch.setattr(ledger._db, "time", lambda age=age: now - age)
+            ledger.runs.begins(run, "owner")
             if over:
-                ledger.run_ends(run)
+                ledger.runs.ends(run)
         assert ledger.prune(now - 10) == 1
-        assert ledger.unfinished() == {"runs": "owner"}
+        assert ledger.runs.unfinished() == {"runs": "owner"}
         assert ledger.prune(now - 10) == 0 and ledger.prune(now) == 1
 
 
@@ -333,15 +333,15 @@ def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
 def test_a_second_process_that_closes_the_ledger_leaves_it_to_the_first(path: Path) -> None:
     """POSIX drops the locks of a process that closes any descriptor of a file: SQLite's must stay."""
     with Ledger(path) as worker, Ledger(path) as run:
-        run.run_begins("run", "owner")
+        run.runs.begins("run", "owner")
         subprocess.run([sys.executable, "-c", CLOSES, str(path)], check=True)
         with Ledger(path) as next_run:
-            next_run.run_begins("next", "owner")
+            next_run.runs.begins("next", "owner")
             subprocess.run([sys.executable, "-c", CLOSES, str(path)], check=True)
-            run.run_ends("run")
-        assert worker.unfinished() == {"next": "owner"}
+            run.runs.ends("run")
+        assert worker.runs.unfinished() == {"next": "owner"}
     with Ledger(path) as ledger:
-        assert ledger.unfinished() == {"next": "owner"}
+        assert ledger.runs.unfinished() == {"next": "owner"}
 
 
 CLOSES = "import sys; from pathlib import Path; from transfer.ledger import Ledger; Ledger(Path(sys.argv[1])).close()"

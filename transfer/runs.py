@@ -1,0 +1,145 @@
+"""Which process runs which flow run, and which processes may, in the ledger's database.
+
+A row for each run says who has it, and which dispatch it is; one for each owner, until when its lease lasts. What
+follows from it is decided by who asks (`transfer.lease`, `talaria.engine.recovery`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from transfer.database import Database
+from transfer.happenings import Happenings
+from transfer.plan import Plan
+
+TABLES = """
+CREATE TABLE IF NOT EXISTS runs (
+  flow_run_id TEXT PRIMARY KEY, dispatch_id TEXT NOT NULL, owner TEXT NOT NULL,
+  begun DOUBLE PRECISION NOT NULL, ended DOUBLE PRECISION) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS owners (
+  owner TEXT PRIMARY KEY, home TEXT NOT NULL, host TEXT NOT NULL, until DOUBLE PRECISION NOT NULL) WITHOUT ROWID;
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """A process that has, or had, a lease (`transfer.lease`): of which state directory, and whether it has it still."""
+
+    home: str
+    host: str
+    live: bool
+
+
+class Runs:
+    """The tables of a ledger that is open; as safe to share as that is."""
+
+    def __init__(self, db: Database, happenings: Happenings) -> None:
+        self._db, self._happenings = db, happenings
+
+    def begins(self, flow_run_id: str, owner: str) -> None:
+        """Note which process runs a flow run; its dispatch id, if it has one, stays."""
+        with self._db.reading():
+            self._db.execute(
+                "INSERT INTO runs VALUES (?,'',?,?,NULL) ON CONFLICT (flow_run_id) DO UPDATE SET"
+                " owner=excluded.owner, begun=excluded.begun, ended=NULL",
+                (flow_run_id, owner, self._db.time()),
+            )
+
+    def claimed(self, flow_run_id: str, owner: str, alive: Callable[[str], bool]) -> bool:
+        """Note that a process is about to run a flow run, unless a living one has it; return whether it may."""
+        row = self._db.execute("SELECT owner, ended FROM runs WHERE flow_run_id=?", (flow_run_id,)).fetchone()
+        if row and row[1] is None and row[0] and alive(row[0]):
+            return False
+        if self._db.shared and not alive(owner):  # its lease has ended while it looked
+            return False
+        claimed = self._db.execute(
+            "INSERT INTO runs VALUES (?,'',?,?,NULL) ON CONFLICT (flow_run_id) DO UPDATE SET"
+            " owner=excluded.owner, begun=excluded.begun, ended=NULL"
+            # Not another's, who was faster; our own is there if the answer to the first attempt got lost.
+            " WHERE runs.ended IS NOT NULL OR runs.owner='' OR runs.owner=? OR runs.owner=excluded.owner",
+            (flow_run_id, owner, self._db.time(), row[0] if row else ""),
+        )
+        return claimed.rowcount == 1
+
+    def same_dispatch(self, flow_run_id: str, plan: Plan) -> Plan:
+        """Return the plan with the dispatch id that its flow run had when it first ran.
+
+        A run that is taken up again continues its own dispatch, even if a file has changed since.
+        """
+        with self._db.reading():
+            row = self._db.execute("SELECT dispatch_id FROM runs WHERE flow_run_id=?", (flow_run_id,)).fetchone()
+            if row and row[0]:
+                return replace(plan, dispatch_id=row[0])
+            self._db.execute(
+                "INSERT INTO runs VALUES (?,?,'',?,NULL)"
+                " ON CONFLICT (flow_run_id) DO UPDATE SET dispatch_id=excluded.dispatch_id",
+                (flow_run_id, plan.dispatch_id, self._db.time()),
+            )
+        return plan
+
+    def dispatch_of(self, flow_run_id: str) -> str:
+        """Return the id of a run's dispatch; "" if none is known."""
+        with self._db.reading():
+            row = self._db.execute("SELECT dispatch_id FROM runs WHERE flow_run_id=?", (flow_run_id,)).fetchone()
+        return str(row[0]) if row else ""
+
+    def ends(self, flow_run_id: str, owner: str | None = None, *, goes_on: bool = False) -> None:
+        """Note that a flow run is over, however it ended.
+
+        Args:
+            owner: only if the run is still this one's; None for whoever has it.
+            goes_on: whether it is only a part of it, or it goes on where its process was killed: what was said of its
+                ends is not said again.
+        """
+        if not goes_on:
+            self._happenings.run_over(flow_run_id, owner)
+        self._db.execute(
+            "UPDATE runs SET ended=? WHERE flow_run_id=? AND owner=coalesce(?,owner)",
+            (self._db.time(), flow_run_id, owner),
+        )
+
+    def unfinished(self) -> dict[str, str]:
+        """Return the owner, by flow run id, of every run that has begun and not ended."""
+        with self._db.reading():
+            return dict(self._db.execute("SELECT flow_run_id, owner FROM runs WHERE ended IS NULL"))
+
+    def enroll(self, owner: str, home: str, host: str, seconds: float) -> None:
+        """Give a process a lease."""
+        self._db.execute(
+            f"INSERT INTO owners VALUES (?,?,?,{self._db.NOW}+?) ON CONFLICT (owner) DO NOTHING",  # noqa: S608 - ours
+            (owner, home, host, seconds),
+        )
+
+    def renew(self, owner: str, seconds: float) -> bool:
+        """Renew a lease; return False if it has ended, for ever."""
+        now = self._db.NOW
+        return (
+            self._db.execute(
+                f"UPDATE owners SET until={now}+? WHERE owner=? AND until>{now}",  # noqa: S608 - ours
+                (seconds, owner),
+            ).rowcount
+            == 1
+        )
+
+    def resign(self, owner: str) -> None:
+        """End a lease."""
+        self._db.execute("UPDATE owners SET until=0 WHERE owner=?", (owner,))
+
+    def holder(self, owner: str) -> Holder | None:
+        """Return who has, or had, a lease."""
+        row = self._db.execute(
+            f"SELECT home, host, until>{self._db.NOW} FROM owners WHERE owner=?",  # noqa: S608 - ours
+            (owner,),
+        ).fetchone()
+        return Holder(row[0], row[1], bool(row[2])) if row else None
+
+    def prune(self, before: float) -> int:
+        """Forget runs that have no dispatch, and owners, that ended before a time; return how many runs."""
+        # Checks, queries and retrievals have a row as runs, and nothing else.
+        count = self._db.execute("DELETE FROM runs WHERE dispatch_id='' AND ended < ?", (before,)).rowcount
+        self._db.execute(
+            "DELETE FROM owners WHERE until < ? AND owner NOT IN (SELECT owner FROM runs WHERE ended IS NULL)",
+            (before,),
+        )
+        return count
