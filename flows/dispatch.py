@@ -32,16 +32,16 @@ async def dispatch(
 
     Args:
         paths: files and folders on the worker's machine.
-        targets: names of targets, as `pacs` or `dicom-target/pacs`.
+        targets: names of targets, as pacs or dicom-target/pacs.
         exclude: comma-separated globs of names of files and folders that are not sent to any target.
-        priority: `urgent` ignores the windows of targets, `offpeak` waits for the off-peak hours.
+        priority: urgent ignores the windows of targets, offpeak waits for the off-peak hours.
         sender_aet: AE title of whom the study came from, for targets that pass it on.
         receiver_aet: AE title that the sender called, for targets that pass it on.
         sender_host: host of whom the study came from, for targets that send back.
         force: send again what the ledger says has arrived.
         copy_first: copy the files before they are sent, so that they may be changed meanwhile.
-        each: what is a study of its own: each `folder` directly below the paths, each `path`, each `line` of the
-            paths, which list studies, or each `unit` of a source, for sweeps; empty if all is one.
+        each: what is a study of its own: each folder directly below the paths, each path, each line of the
+            paths, which list studies, or each unit of a source, for sweeps; empty if all is one.
     """
     try:
         await name_run(unplanned(targets))

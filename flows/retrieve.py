@@ -38,14 +38,14 @@ async def retrieve(
         source: name of the target to query and pull from.
         accessions: accession numbers as copied from a list or a spreadsheet: separated by commas, blanks or new lines.
         targets: names of the targets to deliver to; leave empty to use a folder.
-        into: folder on the worker's machine, for `<accession>/<series>/<instance>.dcm`; leave empty to use targets.
+        into: folder on the worker's machine, for <accession>/<series>/<instance>.dcm; leave empty to use targets.
         study_uids: Study Instance UIDs, instead of accession numbers.
         series_uid: only this series.
         study_date: only studies of this date, as 20240131, or range, as 20240101-20240131, 20240101- or -20240131.
         modality: only series of this modality, as CT.
         study_descriptions: only studies with one of these descriptions, in the same case.
         series_descriptions: only series with one of these descriptions, in the same case.
-        priority: `offpeak` fetches within the off-peak hours only.
+        priority: offpeak fetches within the off-peak hours only.
         studies_per_hour: fetch no more studies than this in an hour; 0 for no limit.
     """
     filters = query_of(

@@ -119,7 +119,10 @@ class _Plainly(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         args = record.args if isinstance(record.args, tuple) else ()
         if any(isinstance(arg, DispatchError) for arg in args) and "Retry" in str(record.msg):
-            record.msg, record.args = "the next attempt begins %s", args[-1:]
+            begins = str(args[-1])  # "0.157654317 second(s) from now", or "immediately"
+            seconds = begins.removesuffix(" second(s) from now")
+            when = begins if seconds == begins else f"in {float(seconds):.1f} s"
+            record.msg, record.args = "the next attempt begins %s", (when,)
         return not (record.exc_info and isinstance(record.exc_info[1], DispatchError))
 
 
