@@ -37,8 +37,11 @@ def main(folder: Path, *, every: bool) -> None:
                     search(page, one)
                 page.wait_for_load_state("networkidle")
                 tall = min(TALLEST, int(page.evaluate("document.documentElement.scrollHeight")))
-                clip = {"x": 0, "y": 0, "width": width, "height": tall}
-                page.screenshot(path=folder / f"{name}-{form}.png", full_page=True, clip=clip)  # type: ignore[arg-type]
+                page.set_viewport_size(
+                    {"width": width, "height": tall}
+                )  # so that what sticks to its end covers nothing
+                page.screenshot(path=folder / f"{name}-{form}.png")
+                page.set_viewport_size({"width": width, "height": height})
 
 
 if __name__ == "__main__":

@@ -77,9 +77,10 @@ def render(template: str, status: int = 200, /, **values: Any) -> HTMLResponse:
     return HTMLResponse(templates().get_template(template).render(**values), status)
 
 
-def moment(value: str | None) -> str:
-    """Return a time in UTC as people read it; the page's script shows it in the reader's zone."""
-    return datetime.fromisoformat(value).astimezone(UTC).strftime("%d %b %Y %H:%M UTC") if value else ""
+def moment(value: str | None, exact: bool = False) -> str:
+    """Return a time in UTC as people read it, perhaps with seconds; the page's script shows it in the reader's zone."""
+    form = "%d %b %Y %H:%M:%S UTC" if exact else "%d %b %Y %H:%M UTC"
+    return datetime.fromisoformat(value).astimezone(UTC).strftime(form) if value else ""
 
 
 def size(count: float) -> str:

@@ -50,7 +50,7 @@ TEXTS = {
     "home.calm": "Nothing needs attention.",
     "home.running": "Running and waiting",
     "home.idle": "Nothing is running or waiting.",
-    "home.workers": "{count} workers online",
+    "home.workers": "Workers online: {count}",
     "home.no_worker": "No worker is online: nothing is sent until one is.",
     "home.first": "Three steps: add a target, test it, send a study.",
     "home.broken": "{name}: its settings are not valid: {why}",

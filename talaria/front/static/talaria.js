@@ -9,7 +9,8 @@
     const time = new Date(one.dateTime);
     if (isNaN(time)) return;
     one.title = one.title || one.textContent;
-    one.textContent = time.toLocaleString([], {dateStyle: "medium", timeStyle: "short"});
+    const timeStyle = one.dataset.exact === undefined ? "short" : "medium";
+    one.textContent = time.toLocaleString([], {dateStyle: "medium", timeStyle});
   });
 
   const announce = words => { document.getElementById("said").textContent = words; };
