@@ -6,6 +6,8 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
 from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute
 
 from talaria.front import prefect_rules, static
@@ -13,6 +15,7 @@ from talaria.front.access import SCOPE_KEY, Identity
 from talaria.front.gate import Application, Gate, Message, Receive, Send, is_own
 from talaria.front.keys import Door, KeyRing
 from talaria.front.login import Pages
+from talaria.front.plain import refusal, wants_page
 from talaria.front.upstream import Upstream
 
 Heard = Callable[[str, str, str], None]  # what happened, to or by whom, and where or why
@@ -42,7 +45,7 @@ def build(
         async with upstream.running():
             yield
 
-    ours = Starlette(routes=own, lifespan=lifespan)
+    ours = Starlette(routes=own, lifespan=lifespan, exception_handlers={404: _nothing})
     ours.state.upstream = upstream
     ours.router.redirect_slashes = False
 
@@ -59,6 +62,13 @@ def build(
         heard("refused", who.name, f"{what}: {why}")
 
     return Gate(split, own, keys, door, upstream.credential, refused)
+
+
+async def _nothing(request: Request, exc: Exception) -> Response:
+    """Answer that there is nothing at an address."""
+    if wants_page(request.scope):
+        return refusal("there is no such page", 404)
+    return JSONResponse({"error": "there is nothing here", "detail": "Not Found"}, 404)
 
 
 def _noted(send: Send, done: Callable[[], None]) -> Send:

@@ -27,6 +27,7 @@ from talaria.front.dress import dressed, safe_host
 from talaria.front.keys import Door, KeyRing, header_of
 from talaria.front.lasting import STILL, run_while
 from talaria.front.origin import host_is_ours, proves_same_origin, why_foreign
+from talaria.front.plain import refusal, wants_page
 from talaria.listener import is_loopback
 
 Message = MutableMapping[str, Any]
@@ -241,12 +242,13 @@ class Gate:
     async def _refuse(self, scope: Message, receive: Receive, send: Send, exc: _Refused) -> None:
         answer: Response = JSONResponse({"error": exc.why, "detail": exc.why}, exc.status)
         if exc.status == 401:
-            accept = next((value for key, value in scope["headers"] if key == b"accept"), b"")
-            if scope["method"] == "GET" and b"text/html" in accept and not scope["path"].startswith("/api/"):
+            if wants_page(scope):
                 asked = scope["path"] + (f"?{scope['query_string'].decode('latin-1')}" if scope["query_string"] else "")
                 answer = RedirectResponse(f"{OWN}/login?next={quote(asked, safe='')}", 303)
             else:
                 answer.headers["www-authenticate"] = 'Bearer realm="talaria"'
+        elif exc.status == 403 and is_own(scope["path"]) and wants_page(scope) and not _is_api(scope["path"]):
+            answer = refusal(exc.why, exc.status)
         answer.headers["connection"] = "close"  # else a body that was not read would be taken for the next request
         await answer(scope, receive, send)
 
@@ -331,6 +333,10 @@ class Gate:
     def _may(self, text: str, local: bool, need: Role) -> bool:
         who = self.keys.of_text(text, local=local) if text else None
         return who is not None and who.role >= need
+
+
+def _is_api(path: str) -> bool:
+    return path.startswith(f"{OWN}/api/")
 
 
 def _bounded(headers: list[tuple[bytes, bytes]], receive: Receive) -> Receive:

@@ -16,8 +16,8 @@ from starlette.routing import BaseRoute, Route
 from talaria.front.access import SCOPE_KEY, Identity, Role, needs
 from talaria.front.formdata import NoForm, urlencoded
 from talaria.front.keys import KeyRing
+from talaria.front.plain import plain
 from talaria.front.sessions import COOKIE, LIFETIME_S, SAFE_COOKIE
-from talaria.front.static import asset
 
 FORM_BYTES = 8192
 FIELDS = 10
@@ -27,12 +27,6 @@ OF_ONE_NAME = 5
 REMEMBERED = 10_000  # addresses and names; then the oldest are forgotten
 _logger = logging.getLogger("talaria.front")
 
-PAGE = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>Talaria: {title}</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<link rel="icon" href="{icon}" type="image/svg+xml"><link rel="stylesheet" href="{style}"></head>
-<body class="door"><main><form method="post" action="{action}"><h1>Talaria</h1>{inner}</form></main></body></html>
-"""
 LOGIN = """{alert}
 <input type="hidden" name="next" value="{next}">
 <label>User <input name="user" autocomplete="username" autofocus></label>
@@ -168,12 +162,7 @@ def _page(goal: str, alert: str = "", status: int = 200) -> HTMLResponse:
 
 
 def _framed(title: str, action: str, inner: str, status: int = 200) -> HTMLResponse:
-    return HTMLResponse(
-        PAGE.format(
-            title=title, action=action, inner=inner, style=asset("talaria.css"), icon=asset("icons/talaria.svg")
-        ),
-        status,
-    )
+    return plain(title, f'<form class="box" method="post" action="{action}"><h1>Talaria</h1>{inner}</form>', status)
 
 
 def _inside(goal: str) -> str:

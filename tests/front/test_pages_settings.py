@@ -58,6 +58,25 @@ def test_one_s_own_password_is_changed_and_ends_the_sessions(house: House) -> No
     assert {(one["who"], one["result"], one["details"]["change"]) for one in tries} == {("vera", "serious", "password")}
 
 
+def test_whoever_may_not_see_a_page_or_asks_for_none_gets_a_page_that_says_so(house: House) -> None:
+    house.add("vera", Role.VIEWER)
+
+    async def case(client: httpx.AsyncClient) -> None:
+        for path, status, said in (
+            ("/talaria/settings/users", 403, "needs the role admin: vera has viewer"),
+            ("/talaria/send", 403, "needs the role operator: vera has viewer"),
+            ("/talaria/targets/a/<b>", 404, "there is no such page"),
+            ("/talaria/nothing", 404, "there is no such page"),
+        ):
+            answer = await client.get(path)
+            assert answer.status_code == status and words(answer.text).endswith(f"Talaria {said} Home page")
+            assert answer.headers["content-security-policy"] and 'href="/talaria/"' in answer.text
+            script = await client.get(path, headers={"Accept": "application/json"})
+            assert script.status_code == status and script.json()["error"]
+
+    run(house, "vera", case)
+
+
 def test_an_admin_adds_changes_and_removes_users_but_not_himself(house: House) -> None:
     house.add("adam", Role.ADMIN)
 
