@@ -25,6 +25,7 @@ from protocols.dimse.stream import (
     FIELD,
     MAX_LIST,
     PRIORITY,
+    REMAINING,
     STATUS,
     WARNING,
     CommandSet,
@@ -40,6 +41,7 @@ STUDY_ROOT_GET, PATIENT_ROOT_GET = "1.2.840.10008.5.1.4.1.2.2.3", "1.2.840.10008
 STUDY_ROOT_MOVE, PATIENT_ROOT_MOVE = "1.2.840.10008.5.1.4.1.2.2.2", "1.2.840.10008.5.1.4.1.2.1.2"
 C_GET_RQ, C_GET_RSP, C_MOVE_RQ, C_MOVE_RSP = 0x0010, 0x8010, 0x0021, 0x8021
 DESTINATION_UNKNOWN, WARNINGS = 0xA801, 0xB000
+INSTANCE_BYTES = 384  # of a response, a request and an instance together; only the smallest instances have fewer
 UNSUPPORTED = (0x0122, 0x0211)  # PS3.7 Annex C: SOP class not supported, unrecognised operation
 
 _numbers = itertools.count(int(time.time()) % 30_000)  # message ids of moves: no two of this process at once alike
@@ -130,13 +132,19 @@ class Retriever(Conversation):
         """
         elements: dict[int, int | str | bytes] = {AFFECTED_CLASS: self.root, FIELD: C_GET_RQ, PRIORITY: MEDIUM}
         self.ask(self._context, elements, self._identifier(keys))
+        left = 0  # instances that will come, as the peer says
         while True:
+            self.stream.expect(INSTANCE_BYTES if left > 0 else 1)
             command = self.command()
             if command.kind == C_STORE_RQ:
                 self._store(command, depot)
-            elif command.kind == C_GET_RSP and (answer := self._answer(command, keys)):
-                return answer
-            elif command.kind not in (C_GET_RSP, C_STORE_RQ) and command.has_dataset:
+                left -= 1
+            elif command.kind == C_GET_RSP:
+                left = command.number(REMAINING) or 0
+                if answer := self._answer(command, keys):
+                    self.stream.expect(1)
+                    return answer
+            elif command.has_dataset:
                 self._skip()
 
     def beginning(self, keys: Mapping[str, str], most: int) -> tuple[bytes, str]:

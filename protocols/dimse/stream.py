@@ -29,12 +29,14 @@ BUFFER = 1 << 18  # bytes; more only helps instances of hundreds of megabytes
 MAX_COMMAND = 1 << 16  # bytes; command sets have some hundred
 MAX_IDENTIFIER = 1 << 20  # bytes; answers to C-FIND have some thousand
 MAX_LIST = 1 << 24  # bytes; UIDs of the instances that failed, 64 bytes each
+SOON_S = 0.02  # half of the time for which Linux puts off an acknowledgement
+MOST_LATE = 2  # in a row; one may be the machine's fault
 SHORT_PDU = 10  # bytes of the PDUs that end an association
 
 AFFECTED_CLASS, FIELD, MESSAGE_ID, RESPONDED_TO = 0x0002, 0x0100, 0x0110, 0x0120
 DESTINATION, PRIORITY, DATASET_TYPE, STATUS = 0x0600, 0x0700, 0x0800, 0x0900
 COMMENT, AFFECTED_INSTANCE = 0x0902, 0x1000
-COMPLETED, FAILED, WARNING = 0x1021, 0x1022, 0x1023
+REMAINING, COMPLETED, FAILED, WARNING = 0x1020, 0x1021, 0x1022, 0x1023
 ORIGINATOR, ORIGINATOR_ID = 0x1030, 0x1031
 
 _SLICE = struct.pack("ll", int(SLICE_S), int(SLICE_S % 1 * 1e6))  # struct timeval
@@ -212,6 +214,8 @@ class Stream:
         self._control = 0
         self.context = 0
         self.is_command = self.last = False
+        self._expected = self._low_water = 1
+        self._late = 0  # waits in a row for what didn't come at once
         self.heard = time.monotonic()
         self.torn = False
         self._answered = False  # whether we have sent something since something came
@@ -299,8 +303,25 @@ class Stream:
             raise Released
         raise Interrupted(f"{self.where}: {aborted(body[2], body[3])}")
 
-    def fill(self) -> None:
+    def expect(self, count: int) -> None:
+        """Let `command` wait until so many bytes are there, as messages that come one behind the other would wake us
+        two or three times; 1 for any.
+
+        Not from a peer that lets us wait: it may be waiting for our acknowledgement (Nagle's algorithm).
+        """
+        self._expected = count if self._late < MOST_LATE else 1
+
+    def _await_command(self) -> None:
+        before = self.heard
+        self.fill(self._expected)
+        if self._expected > 1:
+            self._late = self._late + 1 if self.heard - before > SOON_S else 0
+
+    def fill(self, least: int = 1) -> None:
         """Wait for bytes and read them; what `piece` returned before is no longer valid.
+
+        Args:
+            least: how many bytes to wait for, at most SLICE_S.
 
         Raises:
             TimedOut: the peer is silent. Interrupted: the connection ended.
@@ -319,6 +340,9 @@ class Stream:
             self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
         self._answered = False
         self._end = end
+        if least != self._low_water and self._plain:
+            self._low_water = least
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, least)
         try:
             count = self.sock.recv_into(room)
         except OSError as exc:
@@ -362,7 +386,7 @@ class Stream:
         """
         begin, end = self._begin, self._end
         if begin == end:
-            self.fill()
+            self._await_command()
             begin, end = self._begin, self._end
         if end - begin > HEADERS and not (self._pdu_left or self._pdv_left):
             # Most are alone in their PDU, which has come whole.

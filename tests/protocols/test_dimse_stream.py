@@ -18,6 +18,7 @@ from protocols.dimse.stream import (
     DATASET_TYPE,
     FIELD,
     MESSAGE_ID,
+    MOST_LATE,
     PRIORITY,
     Released,
     Stream,
@@ -120,3 +121,24 @@ def test_any_cut_brings_the_same_messages(
 def test_what_is_no_command_set_ends_the_association(pdu: bytes, whole: bool) -> None:
     with pytest.raises(Interrupted):
         reading(pdu, [len(pdu) if whole else 1]).command()
+
+
+def test_a_peer_that_waits_for_us_is_not_made_to_wait_again_and_again() -> None:
+    """It sends no more before our acknowledgement, which doesn't leave before we have read (Nagle's algorithm)."""
+    low_waters = []
+    message = as_pdus([(request(1, "1.2.3"), COMMAND)], 1, 1000, 1)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        near = socket.create_connection(listening.getsockname())
+        with near, listening.accept()[0] as far:
+            stream = Stream(near, "peer", 60.0)
+            for _ in range(MOST_LATE + 1):
+                stream.expect(10 * len(message))
+                far.sendall(message)
+                assert stream.command().uid(AFFECTED_INSTANCE) == "1.2.3"
+                low_waters.append(near.getsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT))
+            stream.expect(1)
+            far.sendall(message + message[:20])
+            assert stream.command().uid(AFFECTED_INSTANCE) == "1.2.3"
+            far.sendall(message[20:])
+            assert stream.command().uid(AFFECTED_INSTANCE) == "1.2.3"
+    assert low_waters == [10 * len(message)] * MOST_LATE + [1]
