@@ -248,6 +248,8 @@ class _Finder:
             [("AccessionNumber", value.strip()) for value in dict.fromkeys(query.AccessionNumber) if value.strip()],
             [("StudyInstanceUID", value) for value in studies],
         ]
+        if all(lists) and len(lists[0]) > 1:
+            lists = lists[1:]  # each is narrow enough; what it finds is compared with the other
         if not any(lists):  # else the search is narrow enough
             lists.append([("StudyDescription", value.strip()) for value in query.StudyDescription if value.strip()])
         for choice in itertools.product(*(values for values in lists if values)):

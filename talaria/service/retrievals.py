@@ -152,7 +152,7 @@ async def create_retrieval(
         uids = await asyncio.to_thread(lambda: [match.StudyInstanceUID for match in find(origin, query)])
         if not uids:
             raise ValueError("nothing matches the query")
-        parameters |= {"study_uids": uids, "accessions": ""}
+        parameters["study_uids"] = uids  # the numbers stay: those of no such study are missing
     elif not any(parameters[name] for name in SELECTIVE):
         raise ValueError("nothing to look for: give accession numbers, UIDs, a date, a patient or a description")
     name = retrieval_name(source, parameters["targets"], into)

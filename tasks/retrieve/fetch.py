@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from blocks.base import Target
-from imaging.query import Match, Query
+from imaging.query import Match, Query, listed
 from tasks import DRIVERS
 from tasks.dispatch.push import delay_before
 from tasks.quiet import Quiet
@@ -118,7 +118,10 @@ class Fetcher:
 
     def search(self) -> None:
         """Find studies by the other keys than accession numbers."""
-        self._take(self.patiently(lambda: self.find([])))
+        found = self.patiently(lambda: self.find([]))
+        self._take(found)
+        seen = {match.StudyInstanceUID for match in found}
+        self.job.unknown = [uid for uid in dict.fromkeys(listed(self.filters.StudyInstanceUID)) if uid not in seen]
         self.job.searched = True
         self.job.save()
 

@@ -64,6 +64,7 @@ class Job:
     Attributes:
         pending: accession numbers that have not been searched for.
         missing: accession numbers for which the source has no match.
+        unknown: study UIDs that were asked for and for which the source has no match.
         failed: accession numbers whose search failed, with the reason.
         searched: whether a search by other keys has been made.
         ended: whether it has ended; a run after that is a retry.
@@ -73,6 +74,7 @@ class Job:
     folder: Path
     pending: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
     searched: bool = False
     error: str = ""
@@ -100,6 +102,7 @@ class Job:
             document = {
                 "pending": self.pending,
                 "missing": self.missing,
+                "unknown": self.unknown,
                 "failed": self.failed,
                 "searched": self.searched,
                 "error": self.error,
@@ -120,13 +123,14 @@ class Job:
             if one.stage in (Stage.PARTIAL, Stage.FAILED):
                 one.stage = Stage.WHOLE if one.came_whole else Stage.FOUND
                 one.reason = one.dispatch = ""
-        self.searched = self.searched and bool(self.studies)
+        self.searched = self.searched and bool(self.studies) and not self.unknown
 
     @property
     def whole(self) -> bool:
         """Whether everything that was asked for has been delivered."""
         delivered = all(one.stage is Stage.DELIVERED for one in self.studies.values())
-        return delivered and bool(self.studies) and not (self.pending or self.missing or self.failed or self.error)
+        rest = self.pending or self.missing or self.unknown or self.failed or self.error
+        return delivered and bool(self.studies) and not rest
 
 
 def folder_of(home: Home, flow_run_id: str) -> Path:

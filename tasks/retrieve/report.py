@@ -23,6 +23,7 @@ from transfer.ledger import write_json
 from transfer.tables import csv_text
 
 COLUMNS = ("accession", "study", "state", "instances", "missing", "bytes", "reason")
+NO_MATCH = "the source has no study that matches"
 SHOWN_ROWS = 2000  # of the artifact; the files have all
 
 
@@ -34,9 +35,10 @@ def state_of(job: Job) -> str:
 
 
 def rows(job: Job) -> list[dict[str, Any]]:
-    """Return one row per study, and per accession number without one."""
+    """Return one row per study, and per accession number or study UID without one."""
     found = [_row(one) for one in job.studies.values()]
-    found += [_of_number(number, "missing", "the source has no study that matches") for number in job.missing]
+    found += [_of_number(number, "missing", NO_MATCH) for number in job.missing]
+    found += [_of_number("", "missing", NO_MATCH) | {"study": uid} for uid in job.unknown]
     found += [_of_number(number, "failed", reason) for number, reason in job.failed.items()]
     found += [_of_number(number, "waiting", "not searched for yet") for number in job.pending]
     return found
@@ -64,14 +66,14 @@ def _of_number(number: str, state: str, reason: str) -> dict[str, Any]:
 def document(job: Job, flow_run_id: str, source: str, state: str) -> dict[str, Any]:
     """Return the JSON of `retrieve --json`."""
     every = rows(job)
-    found = [one for one in every if one["study"]]
+    found = [one for one in every if one["study"] in job.studies]
     return {
         "flow_run_id": flow_run_id,
         "source": source,
         "state": state,
         "found": len(found),
         "delivered": sum(one["state"] == "delivered" for one in found),
-        "missing": [one["accession"] for one in every if one["state"] == "missing"],
+        "missing": [one["accession"] or one["study"] for one in every if one["state"] == "missing"],
         "partial": [one["accession"] or one["study"] for one in found if one["state"] == "partial"],
         "failed": [one["accession"] or one["study"] for one in every if one["state"] == "failed"],
         "waiting": [one["accession"] or one["study"] for one in every if one["state"] == "waiting"],
@@ -80,7 +82,7 @@ def document(job: Job, flow_run_id: str, source: str, state: str) -> dict[str, A
             one | {"notes": job.studies[one["study"]].notes, "targets": job.studies[one["study"]].targets}
             for one in found
         ],
-        "accessions": [one for one in every if not one["study"]],
+        "accessions": [one for one in every if one["study"] not in job.studies],
     }
 
 
@@ -110,8 +112,8 @@ def _write(path: Path, text: str) -> None:
 def part_of(job: Job, source: str) -> Part:
     """Return how far a retrieval has come."""
     done = sum(one.stage not in (Stage.FOUND, Stage.WHOLE) for one in job.studies.values())
-    done += len(job.missing) + len(job.failed)
-    total = len(job.studies) + len(job.missing) + len(job.failed) + len(job.pending)
+    done += len(job.missing) + len(job.unknown) + len(job.failed)
+    total = len(job.studies) + len(job.missing) + len(job.unknown) + len(job.failed) + len(job.pending)
     percent = 100 * done / total if total else 0.0
     return Part(total, done, 0, 0, percent, f"{done} of {total} studies from {source}")
 

@@ -125,7 +125,7 @@ class Retrieval:
         try:
             while self.job.pending and not self.paused.is_set():
                 await self._in_a_slot(self.fetcher.find_pending)
-            if not self.job.searched and not self.wish.accessions.strip() and not self.job.studies:
+            if not self.job.searched and not self.wish.accessions.strip():
                 await self._in_a_slot(self.fetcher.search)
                 if not self.job.studies:
                     self.job.error = "nothing matches the query"

@@ -169,13 +169,30 @@ def test_a_name_that_the_archive_does_not_show_in_full_is_found_and_that_is_said
 
 
 def test_of_a_patients_studies_only_those_that_a_file_lists_come(up: Talaria, tmp_path: Path) -> None:
-    (tmp_path / "list.csv").write_text('H1\n"H 2"\n')
+    (tmp_path / "list.csv").write_text('H1\n"H 2"\nH9')
     with archive([*study("H1"), *study("H 2"), *study("H3")]) as peer:
         up.apply(src=source(peer))
         arguments = ["--accession-file", str(tmp_path / "list.csv"), "--patient-name", studies.PATIENT_NAME]
-        result = up.told("retrieve", "src", *arguments, "--into", str(tmp_path / "into"))
-        assert result["delivered"] == 2
+        result = up.told("retrieve", "src", *arguments, "--into", str(tmp_path / "into"), code=1)
+        assert (result["delivered"], result["missing"]) == (2, ["H9"])
         assert placed(tmp_path / "into").keys() == {"H1", "H 2"}
+
+
+def test_a_study_uid_that_nothing_matches_is_missing_until_a_retry_finds_it(up: Talaria, tmp_path: Path) -> None:
+    with archive([*study("L1"), *study("L2")]) as peer:
+        up.apply(src=source(peer))
+        uids = list(dict.fromkeys(str(one.ds.StudyInstanceUID) for one in peer.instances))
+        later = [one for one in peer.instances if one.ds.StudyInstanceUID == uids[1]]
+        peer.instances = [one for one in peer.instances if one not in later]
+        into = str(tmp_path / "into")
+        result = up.told("retrieve", "src", "--study-uid", ",".join([*uids, uids[0]]), "--into", into, code=1)
+        assert (result["state"], result["found"], result["missing"]) == ("partial", 1, [uids[1]])
+        [row] = result["accessions"]
+        assert (row["study"], row["state"]) == (uids[1], "missing")
+        peer.instances += later
+        again = up.told("jobs", "retry", result["flow_run_id"])
+        assert (again["state"], again["delivered"], again["missing"]) == ("delivered", 2, [])
+        assert placed(tmp_path / "into").keys() == {"L1", "L2"}
 
 
 def test_a_search_as_a_run_lists_uids_and_no_patient(up: Talaria) -> None:

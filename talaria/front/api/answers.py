@@ -315,7 +315,7 @@ class DispatchPlanAnswer(ExactAnswer):
 
 
 class AccessionAnswer(ExactAnswer):
-    """What became of an accession number that has no study."""
+    """What became of an accession number, or of a study UID that was asked for, that has no study."""
 
     accession: str
     study: str
