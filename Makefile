@@ -70,10 +70,11 @@ lint: tools
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 
-# Tests wait for servers more than they compute: six at a time, on two cores. What fails is run once more, and listed
+# Tests wait for servers more than they compute: eight at a time, on two cores. What fails is run once more, and listed
 # ("RERUN") where it passes then: a test that is not steady, or a race in the product, for somebody to look into.
 # What fails twice is run alone, in a process of its own.
-PARALLEL := --numprocesses 6 --dist loadscope --reruns 1
+PROCESSES := 8
+PARALLEL := --numprocesses $(PROCESSES) --dist loadscope --reruns 1
 PYTEST := $(BIN)/python -m pytest
 THOROUGH := --timeout 1800 --hypothesis-profile default
 ALONE := --numprocesses 0 --last-failed --last-failed-no-failures none

@@ -1,7 +1,7 @@
 """Deals tests out to the processes of pytest-xdist: what shares a server to one of them, what takes longest first.
 
-A unit is what one process runs in a row: the tests of a file, in the conformance suite those of one harness. Half of
-the processes begin with units that start Talaria, which takes a processor for eight seconds each time and much of
+A unit is what one process runs in a row: the tests of a file, in the conformance suite those of one harness. Some
+of the processes begin with units that start Talaria, which takes a processor for eight seconds each time and much of
 it after that; the others with those that wait for their peers. Who is through with his kind helps with the other.
 """
 
@@ -22,6 +22,7 @@ OFFERS = re.compile(r"^def up\(", re.MULTILINE)
 HARNESS = re.compile(r"::\w+\[(.+?)(-proven|-accepted)?\]$")
 # Few tests, some of which take a minute or more; other units come in the order of how many tests they have.
 LONG = ("tests/engine/test_kills.py", "tests/targets/test_dicom_files.py", "tests/targets/test_dicom_kinds.py")
+HEAVY = 3 / 8  # of the processes begin with what starts Talaria: about a third of the time of all tests is theirs
 
 
 def unit_of(test: str) -> str:
@@ -91,7 +92,7 @@ class Dealer(LoadScopeScheduling):
         return unit_of(nodeid)
 
     def _assign_work_unit(self, node: Any) -> None:
-        heavy = self.nodes.index(node) < max(1, self.numnodes // 2)
+        heavy = self.nodes.index(node) < max(1, int(self.numnodes * HEAVY))
         root: Path = self.config.rootpath
         unit = next_unit(list(self.workqueue), self._begun, self._homes.get(node), heavy, root)
         self._homes[node] = home_of(unit, root)

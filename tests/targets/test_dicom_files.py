@@ -87,7 +87,7 @@ def test_pydicoms_files(kind: str, plan: Plan, tmp_path: Path) -> None:
         theirs = with_dcmsend(plan, port)
     assert len(theirs) > 150
     with receiver(kind, tmp_path / "ours") as (port, aet, files):
-        sent = attempt(dicom_target(port, aet_target=aet, idle_timeout_s=20), plan)
+        sent = attempt(dicom_target(port, aet_target=aet, idle_timeout_s=5), plan)
         assert sent.require().state is State.PARTIAL
         held = files()  # type: ignore[operator]
     assert_whole(sent, held)
