@@ -23,10 +23,11 @@ from protocols.dimse.contexts import UNCOMPRESSED, names
 from protocols.dimse.find import CannotList, Stored, missing
 from protocols.dimse.fleet import Fleet
 from protocols.dimse.listener import Listener
+from protocols.dimse.message import VERIFICATION
 from protocols.dimse.ports import shared
 from protocols.dimse.query import STUDY_ROOT_FIND, finder
 from protocols.dimse.search import PeerSearch
-from protocols.dimse.transport import VERIFICATION, Peer
+from protocols.dimse.transport import Peer
 from protocols.net import tls
 from tasks import dicom_pull
 from tasks.driver import Driver, Facts

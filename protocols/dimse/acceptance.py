@@ -6,7 +6,7 @@ import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from pynetdicom import PYNETDICOM_IMPLEMENTATION_UID, PYNETDICOM_IMPLEMENTATION_VERSION
+from protocols.dimse.message import IMPLEMENTATION_UID, IMPLEMENTATION_VERSION
 
 REQUEST, ACCEPT, REJECT = 0x01, 0x02, 0x03
 FIXED = 68  # bytes before the first item: protocol version, AE titles, reserved
@@ -72,8 +72,8 @@ def acceptance(
         if result == ACCEPTED:
             accepted[number] = abstract, syntax
         items.append(_item(ANSWERED, bytes((number, 0, result, 0)) + _item(SYNTAX, syntax.encode("ascii", "replace"))))
-    user = _item(MAX_LENGTH, struct.pack(">I", max_pdu)) + _item(IMPLEMENTATION, PYNETDICOM_IMPLEMENTATION_UID.encode())
-    user += _item(VERSION, PYNETDICOM_IMPLEMENTATION_VERSION.encode())
+    user = _item(MAX_LENGTH, struct.pack(">I", max_pdu)) + _item(IMPLEMENTATION, IMPLEMENTATION_UID.encode())
+    user += _item(VERSION, IMPLEMENTATION_VERSION.encode())
     made = struct.pack(">HH", 1, 0) + body[4:FIXED] + b"".join(items) + _item(USER, user)
     return _pdu(ACCEPT, made), accepted
 

@@ -17,7 +17,8 @@ from imaging.transcode import fallbacks
 from protocols.dimse import contexts
 from protocols.dimse.association import MAX_CONTEXTS, Association, negotiate
 from protocols.dimse.contexts import UNCOMPRESSED, Pair
-from protocols.dimse.transport import VERIFICATION, Peer, connect
+from protocols.dimse.message import VERIFICATION
+from protocols.dimse.transport import Peer, connect
 from transfer.errors import Cancelled, DispatchError, TimedOut
 
 WINDOW = 16  # operations outstanding, if the peer grants it: hides 16 round trips, and repeats at most 16 instances

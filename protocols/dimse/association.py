@@ -20,7 +20,8 @@ from pynetdicom.association import Association as PynetdicomAssociation
 from pynetdicom.pdu_primitives import AsynchronousOperationsWindowNegotiation
 from pynetdicom.presentation import PresentationContext
 
-from protocols.dimse.entity import ABORT_REASONS, REASONS, Entity, LentSocket
+from protocols.dimse.entity import REASONS, Entity, LentSocket
+from protocols.dimse.message import aborted
 from protocols.dimse.transport import PLAIN_ALERT, Peer, connect, speaks_tls
 from protocols.net import tls
 from protocols.net.connection import SLICE_S
@@ -415,10 +416,3 @@ def rejection(peer: Peer, result: int, source: int, reason: int) -> DispatchErro
         return Busy(f"{peer.where}: association rejected for now: {words}")
     remedy = REMEDIES.get((source, reason), "")
     return Misconfigured(f"{peer.where}: association rejected: {words}{remedy}")
-
-
-def aborted(source: int, reason: int) -> str:
-    """Return the meaning of an A-ABORT in words (PS3.8 section 9.3.8)."""
-    if source == 0:
-        return "the peer aborted the association"
-    return f"the peer's provider aborted the association ({ABORT_REASONS.get(reason, 'no reason given')})"

@@ -14,11 +14,11 @@ from imaging.transcode import Converted, NoRoom, converted, fallbacks
 from protocols.dimse.association import Association
 from protocols.dimse.backlog import Backlog
 from protocols.dimse.contexts import Pair, of_class
-from protocols.dimse.message import Response
+from protocols.dimse.message import VERIFICATION, Response
 from protocols.dimse.pace import Pace
 from protocols.dimse.status import Meaning, meaning
 from protocols.dimse.store import Changed, OutgoingInstance, ReleasedByPeer, Sender
-from protocols.dimse.transport import VERIFICATION, Peer
+from protocols.dimse.transport import Peer
 from protocols.net.hiding import identifying
 from protocols.net.words import clean
 from transfer.errors import Busy, Denied, DispatchError, Interrupted, Rejected, TimedOut

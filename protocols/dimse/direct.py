@@ -15,8 +15,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from pynetdicom import PYNETDICOM_IMPLEMENTATION_UID, PYNETDICOM_IMPLEMENTATION_VERSION
-
 from protocols.dimse import answer
 from protocols.dimse.association import (
     MIN_PDU,
@@ -29,9 +27,19 @@ from protocols.dimse.association import (
     too_small,
 )
 from protocols.dimse.entity import HEAD, HEAD_BYTES
-from protocols.dimse.message import ABORT, P_DATA_TF, RELEASE_RP, RELEASE_RP_PDU, RELEASE_RQ, RELEASE_RQ_PDU
+from protocols.dimse.message import (
+    ABORT,
+    ABORT_PDU,
+    IMPLEMENTATION_UID,
+    IMPLEMENTATION_VERSION,
+    P_DATA_TF,
+    RELEASE_RP,
+    RELEASE_RP_PDU,
+    RELEASE_RQ,
+    RELEASE_RQ_PDU,
+)
 from protocols.dimse.stream import SHORT_PDU, Stream
-from protocols.dimse.transport import ABORT_PDU, Peer, connect, hang_up
+from protocols.dimse.transport import Peer, connect, hang_up
 from transfer.errors import DispatchError, Interrupted, TimedOut
 from transfer.throttle import Throttle
 
@@ -171,12 +179,12 @@ def request(peer: Peer, contexts: Sequence[tuple[str, Sequence[str]]], providers
         items.append(answer.item(PROPOSED, bytes((number, 0, 0, 0)) + inner))
     user = [
         answer.item(answer.MAX_LENGTH, struct.pack(">I", peer.max_pdu)),
-        answer.item(answer.IMPLEMENTATION, PYNETDICOM_IMPLEMENTATION_UID.encode("ascii")),
+        answer.item(answer.IMPLEMENTATION, IMPLEMENTATION_UID.encode("ascii")),
     ]
     for abstract in providers:
         raw = abstract.encode("ascii")
         user.append(answer.item(answer.ROLE, struct.pack(">H", len(raw)) + raw + b"\0\1"))
-    user.append(answer.item(VERSION, PYNETDICOM_IMPLEMENTATION_VERSION.encode("ascii")))
+    user.append(answer.item(VERSION, IMPLEMENTATION_VERSION.encode("ascii")))
     items.append(answer.item(answer.USER, b"".join(user)))
     titles = b"".join(title.encode("ascii").ljust(16) for title in (peer.called, peer.calling))
     body = struct.pack(">HH", 1, 0) + titles + bytes(32) + b"".join(items)

@@ -21,6 +21,7 @@ from pynetdicom.association import Association
 from pynetdicom.transport import T_CONNECT, AddressInformation, AssociationSocket
 
 from protocols.dimse.answer import tidied
+from protocols.dimse.message import ABORT_REASONS
 from protocols.dimse.transport import hang_up, poll
 
 REACTOR_S = 0.001  # how often pynetdicom's threads look for work
@@ -40,15 +41,6 @@ REASONS = {
     (2, 2): "protocol version not supported",
     (3, 1): "temporary congestion",
     (3, 2): "local limit exceeded",
-}
-# PS3.8 table 9-26: why the peer's provider aborted.
-ABORT_REASONS = {
-    0: "no reason given",
-    1: "unrecognised PDU",
-    2: "unexpected PDU",
-    4: "unrecognised PDU parameter",
-    5: "unexpected PDU parameter",
-    6: "invalid PDU parameter value",
 }
 
 

@@ -20,8 +20,9 @@ from protocols.dimse.association import Association, about_contexts
 from protocols.dimse.backlog import PAUSE_S, Backlog, Suspect
 from protocols.dimse.contexts import UNCOMPRESSED, names, of_class
 from protocols.dimse.conveyor import Conveyor, pair
+from protocols.dimse.message import VERIFICATION
 from protocols.dimse.pace import Pace
-from protocols.dimse.transport import VERIFICATION, Peer
+from protocols.dimse.transport import Peer
 from protocols.net.connection import SLICE_S
 from transfer.duplicates import Duplicates
 from transfer.errors import Busy, Cancelled, Denied, DispatchError, Interrupted, Retryable, TimedOut

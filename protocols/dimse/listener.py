@@ -15,7 +15,7 @@ from pynetdicom.association import Association
 from pynetdicom.transport import RequestHandler, ThreadedAssociationServer
 
 from protocols.dimse.contexts import UNCOMPRESSED
-from protocols.dimse.transport import VERIFICATION
+from protocols.dimse.message import VERIFICATION
 from protocols.net.connection import SLICE_S
 
 HANDSHAKE_S = 10  # for a peer to begin, and to shake hands

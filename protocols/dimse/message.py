@@ -20,9 +20,29 @@ C_ECHO_RQ, C_ECHO_RSP = 0x0030, 0x8030
 NO_DATASET = 0x0101
 RELEASE_RQ_PDU = b"\x05\x00\x00\x00\x00\x04\x00\x00\x00\x00"
 RELEASE_RP_PDU = b"\x06\x00\x00\x00\x00\x04\x00\x00\x00\x00"
+ABORT_PDU = b"\x07\0\0\0\0\4\0\0\0\0"
+VERIFICATION = "1.2.840.10008.1.1"  # SOP class of C-ECHO
+# As whom we associate and write files: as pynetdicom, which does so too. It is not imported here, because processes
+# that only receive can do without its 60 MiB.
+IMPLEMENTATION_UID, IMPLEMENTATION_VERSION = "1.2.826.0.1.3680043.9.3811.3.0.4", "PYNETDICOM_304"
+ABORT_REASONS = {  # PS3.8 table 9-26: why the provider of a peer aborted
+    0: "no reason given",
+    1: "unrecognised PDU",
+    2: "unexpected PDU",
+    4: "unrecognised PDU parameter",
+    5: "unexpected PDU parameter",
+    6: "invalid PDU parameter value",
+}
 
 _HEAD = struct.Struct("<HHI")
 _FRAGMENT = struct.Struct(">BxIIBB")
+
+
+def aborted(source: int, reason: int) -> str:
+    """Return the meaning of an A-ABORT in words (PS3.8 section 9.3.8)."""
+    if source == 0:
+        return "the peer aborted the association"
+    return f"the peer's provider aborted the association ({ABORT_REASONS.get(reason, 'no reason given')})"
 
 
 def header(length: int, context: int, control: int) -> bytes:
@@ -86,7 +106,7 @@ class StoreCommand:
 def echo_pdu(context: int, message_id: int) -> bytes:
     """Return a C-ECHO-RQ (PS3.7 table 9.3-12) as one PDU."""
     command = (
-        _element(0x0002, _uid("1.2.840.10008.1.1"))
+        _element(0x0002, _uid(VERIFICATION))
         + _element(0x0100, struct.pack("<H", C_ECHO_RQ))
         + _element(0x0110, struct.pack("<H", message_id))
         + _element(0x0800, struct.pack("<H", NO_DATASET))

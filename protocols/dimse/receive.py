@@ -14,11 +14,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pynetdicom import PYNETDICOM_IMPLEMENTATION_UID, PYNETDICOM_IMPLEMENTATION_VERSION
-
 from imaging.glance import HEAD_BYTES, Glance
 from imaging.header import UID, Damaged, Header, NotDicom, read_header
-from protocols.dimse.message import C_STORE_RSP, HEADERS, NO_DATASET
+from protocols.dimse.message import C_STORE_RSP, HEADERS, IMPLEMENTATION_UID, IMPLEMENTATION_VERSION, NO_DATASET
 from protocols.dimse.stream import (
     AFFECTED_CLASS,
     AFFECTED_INSTANCE,
@@ -374,6 +372,6 @@ def _uid_element(element: int, uid: str) -> bytes:
 
 _PREAMBLE = bytes(128) + b"DICM" + struct.pack("<HH2sH", 2, 0, b"UL", 4)
 _VERSION = struct.pack("<HH2sHI", 2, 1, b"OB", 0, 2) + b"\0\1"
-_NAME = PYNETDICOM_IMPLEMENTATION_VERSION.encode("ascii")
+_NAME = IMPLEMENTATION_VERSION.encode("ascii")
 _NAME += b" " * (len(_NAME) % 2)
-_OURS = _uid_element(0x12, PYNETDICOM_IMPLEMENTATION_UID) + struct.pack("<HH2sH", 2, 0x13, b"SH", len(_NAME)) + _NAME
+_OURS = _uid_element(0x12, IMPLEMENTATION_UID) + struct.pack("<HH2sH", 2, 0x13, b"SH", len(_NAME)) + _NAME

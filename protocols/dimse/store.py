@@ -23,8 +23,8 @@ from dataclasses import dataclass, field
 from typing import Self
 
 from protocols.dimse import message
-from protocols.dimse.association import RELEASE_S, Association, aborted
-from protocols.dimse.message import Response, StoreCommand
+from protocols.dimse.association import RELEASE_S, Association
+from protocols.dimse.message import Response, StoreCommand, aborted
 from protocols.net import tls
 from protocols.net.connection import SLICE_S
 from transfer.errors import DispatchError, Interrupted, TimedOut

@@ -15,12 +15,13 @@ import struct
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
+from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 
 from imaging.header import UID
-from protocols.dimse.association import aborted
-from protocols.dimse.message import ABORT, COMMAND, HEADERS, LAST, NO_DATASET, P_DATA_TF, RELEASE_RQ, header
+from protocols.dimse.message import ABORT, COMMAND, HEADERS, LAST, NO_DATASET, P_DATA_TF, RELEASE_RQ, aborted, header
 from protocols.net.connection import SLICE_S
 from transfer.errors import Interrupted, TimedOut
 from transfer.throttle import Throttle
@@ -193,6 +194,7 @@ class Stream:
         heard: when something last came from the peer; `time.monotonic`.
         quiet: called when nothing came for a while; returns when something was heard elsewhere (`time.monotonic`).
         context, is_command, last: of the piece that `piece` returned; `last` with the end of its message part.
+        buffer: bytes that are read at once at most.
         torn: whether the connection is in the middle of a PDU that we send, so that an abort can't be sent.
     """
 
@@ -204,9 +206,10 @@ class Stream:
     quiet: Callable[[], float] = lambda: 0.0
     moved: Callable[[int], None] = lambda count: None
     what: str = "message"
+    buffer: int = BUFFER
 
     def __post_init__(self) -> None:
-        self._memory = bytearray(BUFFER)
+        self._memory = mmap(-1, self.buffer, MAP_PRIVATE | MAP_ANONYMOUS)  # what nothing was read into takes no memory
         self._view = memoryview(self._memory)
         self._commands = Commands()
         self._begin = self._end = 0
@@ -227,6 +230,12 @@ class Stream:
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _SLICE)
         else:
             self.sock.settimeout(SLICE_S)
+
+    def close(self) -> None:
+        """Give the buffer's memory back now, not when somebody looks for garbage; the connection stays as it is."""
+        with suppress(BufferError):  # a part of it is still held by a traceback
+            self._view.release()
+            self._memory.close()
 
     @property
     def ahead(self) -> bytes:
@@ -330,10 +339,10 @@ class Stream:
         if begin:
             self._begin = 0
             if begin < end:
-                self._memory[: end - begin] = self._memory[begin:end]
+                self._view[: end - begin] = self._view[begin:end]  # which may overlap
             end -= begin
         limited = self.throttle.limit
-        room = self._view[end : end + self.throttle.piece if limited else BUFFER]
+        room = self._view[end : end + self.throttle.piece if limited else self.buffer]
         if not self._answered and self._plain:
             # A peer with Nagle's algorithm waits for our ACK of a small piece, which we'd delay by 40 ms; the
             # kernel forgets this setting, so that it is made each time. What we have sent since was an ACK too.

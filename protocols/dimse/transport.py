@@ -12,18 +12,17 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from pydicom.uid import UID
-from pynetdicom import PYNETDICOM_IMPLEMENTATION_UID, build_context
+from pynetdicom import build_context
 from pynetdicom._globals import APPLICATION_CONTEXT_NAME
 from pynetdicom.pdu import A_ASSOCIATE_RQ
 from pynetdicom.pdu_primitives import A_ASSOCIATE, ImplementationClassUIDNotification, MaximumLengthNotification
 
+from protocols.dimse.message import ABORT_PDU, IMPLEMENTATION_UID, VERIFICATION
 from protocols.net import connection, tls
 from transfer.errors import Denied, DispatchError, Interrupted, Misconfigured, TimedOut
 
-VERIFICATION = "1.2.840.10008.1.1"
 PROBE_S = 3  # for a second opinion on what a port speaks
 VERDICT_S = 0.3  # a peer that takes our certificate may stay silent; one that doesn't says so at once
-ABORT_PDU = b"\x07\0\0\0\0\4\0\0\0\0"
 PLAIN_ALERT = b"\x15\x03"  # how a TLS alert begins (RFC 8446 section 5.1): what a TLS peer answers to a plain request
 
 
@@ -184,7 +183,7 @@ def speaks_dicom(peer: Peer) -> bool:
     context.context_id = 1
     request.presentation_context_definition_list = [context]
     limit, implementation = MaximumLengthNotification(), ImplementationClassUIDNotification()
-    implementation.implementation_class_uid = UID(PYNETDICOM_IMPLEMENTATION_UID)
+    implementation.implementation_class_uid = UID(IMPLEMENTATION_UID)
     request.user_information = [limit, implementation]
     try:
         with connect_tcp(peer) as sock:

@@ -18,7 +18,8 @@ import pytest
 
 from protocols.dimse.association import associate
 from protocols.dimse.contexts import UNCOMPRESSED
-from protocols.dimse.transport import VERIFICATION, Peer
+from protocols.dimse.message import VERIFICATION
+from protocols.dimse.transport import Peer
 from talaria.testing import studies
 from talaria.testing.harness import Sent, attempt
 from talaria.testing.process import as_loaded, free_port
