@@ -7,8 +7,8 @@ as Talaria does. Neither flushes anything; Talaria answers when data and name of
 PDUs in memory and waits for each answer. Candidates take turns, ratios are those of a round; between two runs the
 folder is emptied and the disk has written what it holds. On a disk files are emptied and put aside, not removed: ext4
 without a journal looks for inodes beside those that were given up in the last half minute, which took whoever came next
-up to 1 ms for each file. CPU is the receiver's, with its children. Memory is what the listener takes above itself
-before the run.
+up to 1 ms for each file. CPU is the receiver's, with all processes below it. Memory is what the listener and
+these take above what they took when nothing had come yet.
 """
 
 from __future__ import annotations
@@ -39,22 +39,25 @@ from tests.servers import wire
 AET = "DST"
 ASSOCIATIONS = (1, 16, 50)
 MEMORY = "/dev/shm"
-PEAK = "VmHWM:"
 NUMBERS = itertools.count()  # of files that were put aside
 
 
 def listen(folder: Path) -> None:
     """Receive as the product's process does, until somebody ends it."""
     from protocols.dimse.committing import Reports
-    from protocols.dimse.intake import ListenerDesk, Reception, Terms
+    from protocols.dimse.intake import ListenerDesk, Reception
+    from protocols.dimse.keeping import Terms
+    from protocols.dimse.receivers import Receivers
     from protocols.dimse.scp import StorageScp
     from transfer.spool import Spool
 
-    reception = Reception(Terms("ct", AET, most=64, keep_free=0), Spool(folder), lambda uids: set(), Reports())
+    receivers = Receivers()
+    terms = Terms("ct", AET, most=64, keep_free=0)
+    reception = Reception(terms, Spool(folder), lambda origin, uids: set(), Reports(), receivers.versions)
     reception.prepare()
     desk = ListenerDesk()
     desk.seat([reception])
-    print(StorageScp("127.0.0.1", 0, "", desk).port, flush=True)
+    print(StorageScp("127.0.0.1", 0, "", desk, lend=receivers.lend).port, flush=True)
     threading.Event().wait()
 
 
@@ -132,28 +135,54 @@ def talaria(folder: Path) -> Iterator[tuple[int, psutil.Process]]:
         port = int(child.stdout.readline())
         while not listening(port):
             time.sleep(0.01)
+        time.sleep(1)  # until what it has started has imported what it needs
         yield port, psutil.Process(child.pid)
     finally:
         child.kill()
         child.wait()
 
 
-def measured(folder: Path, server: tuple[int, psutil.Process], associations: int, count: int, size: int) -> Run:
-    """Send, count what lies there, and return wall time, the receiver's CPU, and what it took in memory, MiB."""
+def measured(
+    folder: Path, server: tuple[int, psutil.Process], idle_mib: float, associations: int, count: int, size: int
+) -> Run:
+    """Send, count what lies there, and return wall time, the receiver's CPU, and what it took above idle, MiB."""
     port, process = server
-    Path(f"/proc/{process.pid}/clear_refs").write_text("5")  # the peak begins anew
-    before, cpu = _peak(process), _children_cpu(process)
+    _begin_peak(process)
+    cpu = _cpu(process)
     argv = [sys.executable, "-m", "benchmarks.receive", "--task=send", *map(str, (port, associations, count, size))]
     wall_s = run(argv).wall_s
     there = sum(len(files) for _, _, files in os.walk(folder))
     if there != count // associations * associations:
         raise RuntimeError(f"{there} files of {count}")
-    return Run(wall_s, _children_cpu(process) - cpu, _peak(process) - before)
+    return Run(wall_s, _cpu(process) - cpu, _peak(process) - idle_mib)
+
+
+def _tree(process: psutil.Process) -> list[psutil.Process]:
+    return [process, *process.children(recursive=True)]
+
+
+def _cpu(process: psutil.Process) -> float:
+    """Seconds that a process and all below it have used, those too that have ended."""
+    below = sum(sum(one.cpu_times()[:2]) for one in process.children(recursive=True) if one.ppid() != process.pid)
+    return _children_cpu(process) + below
+
+
+def _begin_peak(process: psutil.Process) -> None:
+    for one in _tree(process):
+        Path(f"/proc/{one.pid}/clear_refs").write_text("5")
 
 
 def _peak(process: psutil.Process) -> float:
-    lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(PEAK))
+    """The most that a process and all below it have held since their peaks began anew, what they share once, MiB."""
+    return sum(
+        _kib(one, "smaps_rollup", "Pss:") + _kib(one, "status", "VmHWM:") - _kib(one, "status", "VmRSS:")
+        for one in _tree(process)
+    ) / 1024  # fmt: skip
+
+
+def _kib(process: psutil.Process, table: str, key: str) -> int:
+    lines = Path(f"/proc/{process.pid}/{table}").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key))
 
 
 def compare(name: str, associations: int, rounds: int, root: Path) -> None:
@@ -182,7 +211,8 @@ def compare(name: str, associations: int, rounds: int, root: Path) -> None:
             os.sync()
 
         def candidate(folder: Path, server: tuple[int, psutil.Process]) -> Callable[[], Run]:
-            return partial(measured, folder, server, associations, count, size)
+            _begin_peak(server[1])
+            return partial(measured, folder, server, _peak(server[1]), associations, count, size)
 
         candidates = {
             "talaria": candidate(ours, one),

@@ -4,5 +4,7 @@ connection      transport, entity, association (pynetdicom), direct (bytes), ans
 C-STORE         fleet (all associations), backlog, conveyor (one association), store (bytes), pace, status
 C-FIND          query, search, parts, accessions, identifier, find (what a peer has of what was sent)
 C-GET, C-MOVE   pull, series, offers, get, receive, moves, scp (our Storage SCP), acceptance
+modalities      intake (who, and what is complete), senders, served (one association), keeping (names on disk),
+                receivers (processes that receive beside the listener), receiver (one of them), committing
 commitment      commitment, listener, ports
 """

@@ -50,7 +50,7 @@ from transfer.oserrors import words_of
 from transfer.spool import sync
 
 if TYPE_CHECKING:
-    from protocols.dimse.scp import ServedAssociation
+    from protocols.dimse.served import ServedAssociation
 
 __all__ = ["PUSH_MODEL", "Commitments", "ReportTo", "Reports"]
 logger = logging.getLogger(__name__)

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from protocols.dimse.receive import NOT_AUTHORISED, Depot
-from protocols.dimse.scp import CALLING_UNKNOWN, Caller, Refusal, ServedAssociation
+from protocols.dimse.scp import CALLING_UNKNOWN, Refusal
+from protocols.dimse.served import Caller, ServedAssociation
 from protocols.dimse.stream import AFFECTED_INSTANCE, ORIGINATOR, ORIGINATOR_ID, CommandSet
 
 

@@ -1,4 +1,4 @@
-"""The Storage SCP: receives instances from peers, in threads of its own, one per association.
+"""The Storage SCP: receives instances from peers, in threads of its own, one per association, or lends associations.
 
 It negotiates by itself, so that no library is between the connection and the file, and accepts every SOP class and
 transfer syntax as it is sent. Who may send what, and where it goes, is decided by its `Desk`: a retrieval by C-MOVE has
@@ -15,30 +15,16 @@ import struct
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
 from protocols.dimse import acceptance
 from protocols.dimse.contexts import UNCOMPRESSED
-from protocols.dimse.message import C_ECHO_RQ, C_ECHO_RSP, C_STORE_RQ, NO_DATASET, RELEASE_RP_PDU
-from protocols.dimse.receive import OUT_OF_RESOURCES, Depot, Responder, receive
-from protocols.dimse.stream import (
-    AFFECTED_CLASS,
-    DATASET_TYPE,
-    FIELD,
-    MESSAGE_ID,
-    RESPONDED_TO,
-    STATUS,
-    CommandSet,
-    Released,
-    Stream,
-    encoded,
-    pdus,
-)
-from protocols.dimse.transport import ABORT_PDU, VERIFICATION
-from transfer.errors import Busy, Cancelled, DispatchError, Interrupted
+from protocols.dimse.message import ABORT_PDU
+from protocols.dimse.served import Accepted, Caller, ServedAssociation, Visit
+from transfer.errors import Cancelled, DispatchError, Interrupted
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +33,6 @@ HANDSHAKE_S = 10  # for a peer to shake hands and to ask for an association, all
 MOST_NEW, MOST_NEW_OF_ONE = 256, 32  # connections that have not been admitted yet: of all peers, of one address
 IDLE_S = 60  # silence on an association after which it is ended
 BACKLOG = 128
-RESPONSE, C_CANCEL_RQ, UNRECOGNIZED = 0x8000, 0x0FFF, 0x0211  # PS3.7 Annexes C and E
 TLS_HANDSHAKE = b"\x16"  # how a TLS connection begins (RFC 8446 section 5.1)
 Refusal = tuple[int, int, int]  # of an association, PS3.8 table 9-21: result, source, reason
 CALLED_UNKNOWN, CALLING_UNKNOWN = (1, 1, 7), (1, 1, 3)  # permanent, by the user
@@ -69,37 +54,20 @@ STORED = frozenset((
 ))  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Caller:
-    """The peer that has opened an association: AE titles and address."""
-
-    called: str
-    calling: str
-    host: str
-
-
-class Visit(Protocol):
-    """What is decided of one association that was admitted."""
-
-    @property
-    def services(self) -> frozenset[str]:
-        """Abstract syntaxes that are accepted besides storage and verification."""
-
-    def depot(self, request: CommandSet) -> tuple[Depot | None, int]:
-        """Return the folder for an instance, or None and the status to refuse it with."""
-
-    def serve(self, association: ServedAssociation, request: CommandSet) -> bool:
-        """Serve a request of another service, and read its data set; return False if it is of none that we know."""
-
-    def ended(self) -> None:
-        """Note that the association is over."""
-
-
 class Desk(Protocol):
     """Decides what a Storage SCP accepts."""
 
     def admit(self, caller: Caller) -> Visit | Refusal:
         """Return what is to be decided of this peer's association, or why it may have none now."""
+
+
+class Lend(Protocol):
+    """Has an accepted association served elsewhere, if it returns True: `over` is called at its end then.
+
+    Instead of that, `back` may be called if nothing at all was read from it: it is served here then.
+    """
+
+    def __call__(self, accepted: Accepted, over: Callable[[], None], back: Callable[[], None], /) -> bool: ...
 
 
 class StorageScp:
@@ -108,6 +76,7 @@ class StorageScp:
     Args:
         aet: our AE title; "" if the desk knows by which we may be called.
         tls_only: whether a peer without TLS is hung up on.
+        lend: has associations served by others, of which those that it does not take are served here.
 
     Raises:
         OSError: the port can't be listened on.
@@ -123,9 +92,11 @@ class StorageScp:
         idle_timeout_s: float = IDLE_S,
         *,
         tls_only: bool = False,
+        lend: Lend | None = None,
     ) -> None:
         self.aet, self.desk, self.tls, self.tls_only = aet, desk, tls, tls_only
         self.idle_timeout_s = idle_timeout_s
+        self._lend = lend
         self._closed, self._deaf = threading.Event(), threading.Event()
         self._served = 0
         self._lock = threading.Lock()
@@ -197,22 +168,48 @@ class StorageScp:
                 del self._new[host]
 
     def _run(self, sock: socket.socket, host: str) -> None:
-        served = sock
+        served, accepted = sock, None
         try:
             with ExitStack() as new:
                 new.callback(self._settled, host)
-                served, association = self._begin(sock, host)
-            if association is not None:
-                try:
-                    association.run()
-                finally:
-                    association.visit.ended()
+                end = time.monotonic() + HANDSHAKE_S
+                served = self._secured(sock)
+                accepted = self._accepted(served, host, end)
         except (OSError, DispatchError) as exc:
             logger.info("association from %s ended: %s", host, exc)
         except Exception:
             logger.exception("association from %s ended", host)
-        finally:
+        if accepted is None:
             self._over(sock, served)
+        elif self._lend is None or not self._lend(
+            accepted, partial(self._ended, accepted, sock), partial(self._serve_after_all, accepted, sock)
+        ):
+            self._serve(accepted, sock)
+
+    def _serve(self, accepted: Accepted, sock: socket.socket) -> None:
+        try:
+            ServedAssociation(accepted, self.check).run()
+        except (OSError, DispatchError) as exc:
+            logger.info("association from %s ended: %s", accepted.caller.host, exc)
+        except Exception:
+            logger.exception("association from %s ended", accepted.caller.host)
+        finally:
+            self._ended(accepted, sock)
+
+    def _serve_after_all(self, accepted: Accepted, sock: socket.socket) -> None:
+        try:
+            threading.Thread(target=self._serve, args=(accepted, sock), name="store", daemon=True).start()
+        except RuntimeError as exc:
+            logger.warning("association from %s ended: %s", accepted.caller.host, exc)
+            self._ended(accepted, sock)
+
+    def _ended(self, accepted: Accepted, sock: socket.socket) -> None:
+        try:
+            accepted.visit.ended()
+        except Exception:
+            logger.exception("the end of an association from %s", accepted.caller.host)
+        finally:
+            self._over(sock, accepted.sock)
 
     def _over(self, *socks: socket.socket) -> None:
         """Close a connection, under its TLS too."""
@@ -222,13 +219,12 @@ class StorageScp:
         for sock in reversed(socks):
             sock.close()
 
-    def _begin(self, sock: socket.socket, host: str) -> tuple[socket.socket, ServedAssociation | None]:
-        """Read an association request; return the connection under its TLS, and the association if it is admitted.
+    def _secured(self, sock: socket.socket) -> socket.socket:
+        """Return a new connection, under TLS if the peer begins with that.
 
         Raises:
-            OSError, Interrupted: the peer does not request one in time.
+            OSError, Interrupted: the handshake fails, or TLS is demanded.
         """
-        end = time.monotonic() + HANDSHAKE_S
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.settimeout(HANDSHAKE_S)
         first = sock.recv(1, socket.MSG_PEEK)
@@ -238,123 +234,37 @@ class StorageScp:
             sock = self.tls.wrap_socket(sock, server_side=True)
             with self._lock:
                 self._open.add(sock)
+        return sock
+
+    def _accepted(self, sock: socket.socket, host: str, end: float) -> Accepted | None:
+        """Read an association request until `end` (`time.monotonic`), and answer it; return the association, if any.
+
+        Raises:
+            OSError, Interrupted: the peer does not request one in time.
+        """
         body = _request(sock, end)
         try:
             asked = acceptance.proposal(body)
         except ValueError:
             sock.sendall(ABORT_PDU)
-            return sock, None
+            return None
         caller = Caller(asked.called, asked.calling, host)
         visit = CALLED_UNKNOWN if self.aet and asked.called != self.aet else self.desk.admit(caller)
         if isinstance(visit, tuple):
             sock.sendall(acceptance.rejection(*visit))
-            return sock, None
+            return None
         try:
             answer, contexts = acceptance.acceptance(body, asked, partial(_choose, visit.services), MAX_PDU)
             sock.sendall(answer)
-            return sock, ServedAssociation(self, sock, caller, visit, asked.max_pdu, contexts)
         except BaseException:
             visit.ended()
             raise
+        return Accepted(sock, caller, visit, asked.max_pdu, contexts, self.idle_timeout_s)
 
     def check(self) -> None:
         """Raise Cancelled once the SCP is closed."""
         if self._closed.is_set():
             raise Cancelled("the Storage SCP is closed")
-
-    def stream(self, sock: socket.socket, caller: Caller) -> Stream:
-        """Return a connection as messages."""
-        return Stream(sock, f"{caller.calling} at {caller.host}", self.idle_timeout_s, self.check)
-
-
-class ServedAssociation:
-    """One association of a peer's, from its acceptance to its end.
-
-    Attributes:
-        contexts: abstract and transfer syntax of what was accepted, by context id.
-        max_pdu: the largest PDU that the peer takes, bytes; 0 for any.
-    """
-
-    def __init__(
-        self,
-        scp: StorageScp,
-        sock: socket.socket,
-        caller: Caller,
-        visit: Visit,
-        max_pdu: int,
-        contexts: dict[int, tuple[str, str]],
-    ) -> None:
-        self.visit, self.caller, self.contexts, self.max_pdu = visit, caller, contexts, max_pdu
-        self.stream = scp.stream(sock, caller)
-        self.respond = Responder(self.stream, self.max_pdu)
-        self.depot: Depot | None = None  # for the instance that is being received
-        self.stream.moved = self._moved
-
-    def run(self) -> None:
-        stream = self.stream
-        try:
-            while True:
-                request = stream.command()
-                if request.kind == C_STORE_RQ:
-                    self._store(request)
-                elif request.kind == C_ECHO_RQ:
-                    self._answer_echo(request)
-                elif not self.visit.serve(self, request):
-                    self._answer_unknown(request)
-        except Released:
-            stream.send(RELEASE_RP_PDU)
-        except (DispatchError, OSError):
-            if not stream.torn:
-                with suppress(OSError):
-                    stream.sock.sendall(ABORT_PDU)
-            raise
-
-    def _store(self, request: CommandSet) -> None:
-        if request.context not in self.contexts or not request.has_dataset:
-            raise Interrupted(f"{self.stream.where}: a request in a context that was not accepted")
-        depot, status = self.visit.depot(request)
-        if depot is None:
-            self.stream.skip()
-            self.respond(request, status)
-            if status == OUT_OF_RESOURCES:
-                raise Busy("no instances are accepted now")
-        else:
-            depot.heard = self.stream.heard  # it may have come with its request
-            self.depot = depot
-            status = receive(self.stream, request, self.contexts[request.context][1], depot, self.respond)
-            self.depot = None
-        if status == OUT_OF_RESOURCES and depot is not None and depot.failure is not None:
-            # Sources go on through A700; a full disk must not take the rest of the study one by one.
-            raise depot.failure
-
-    def _moved(self, count: int) -> None:
-        if self.depot is not None:
-            self.depot.heard = self.stream.heard
-
-    def _answer_unknown(self, request: CommandSet) -> None:
-        """Answer a request that nobody serves, so that its sender doesn't wait; answers and cancellations have none."""
-        if request.has_dataset:
-            self.stream.skip()
-        kind = request.kind
-        if kind is None or kind & RESPONSE or kind == C_CANCEL_RQ:
-            return
-        answer: dict[int, int | str | bytes] = {
-            FIELD: kind | RESPONSE,
-            RESPONDED_TO: request.number(MESSAGE_ID) or 0,
-            DATASET_TYPE: NO_DATASET,
-            STATUS: UNRECOGNIZED,
-        }
-        self.stream.send(pdus(request.context, encoded(answer), None, self.max_pdu))
-
-    def _answer_echo(self, request: CommandSet) -> None:
-        answer: dict[int, int | str | bytes] = {
-            AFFECTED_CLASS: VERIFICATION,
-            FIELD: C_ECHO_RSP,
-            RESPONDED_TO: request.number(MESSAGE_ID) or 0,
-            DATASET_TYPE: NO_DATASET,
-            STATUS: 0,
-        }
-        self.stream.send(pdus(request.context, encoded(answer), None, self.max_pdu))
 
 
 def _listener(host: str, port: int) -> socket.socket:

@@ -17,8 +17,11 @@ from typing import Any
 
 from blocks.dicom_source import DicomSource, DicomUnit, clashes
 from protocols.dimse.committing import Reports
-from protocols.dimse.intake import KnownSender, ListenerDesk, Reception, Terms
+from protocols.dimse.intake import ListenerDesk, Reception
+from protocols.dimse.keeping import Terms
+from protocols.dimse.receivers import Receivers
 from protocols.dimse.scp import StorageScp
+from protocols.dimse.senders import KnownSender
 from protocols.net.tls import Tls
 from tasks.sources.dicom import security
 from transfer.errors import Misconfigured
@@ -50,14 +53,20 @@ class Listeners:
     Args:
         delivered: returns those of some SOP Instance UIDs, of a sender, that all whom a source sends them to have
             confirmed.
+        receivers: who serves associations where several are open; closed with the listeners.
 
     Attributes:
         troubles: why a source does not listen, in a sentence, by its name.
     """
 
-    def __init__(self, home: Home, delivered: Delivered = lambda source, origin, uids: set()) -> None:
+    def __init__(
+        self,
+        home: Home,
+        delivered: Delivered = lambda source, origin, uids: set(),
+        receivers: Receivers | None = None,
+    ) -> None:
         self.troubles: dict[str, str] = {}
-        self._home, self._delivered = home, delivered
+        self._home, self._delivered, self._receivers = home, delivered, receivers
         self._sources: dict[str, DicomSource] = {}
         self._receptions: dict[str, Reception] = {}
         self._ports: dict[tuple[str, int], _Port] = {}
@@ -89,6 +98,9 @@ class Listeners:
             self._receptions[name].terms = replace(self._receptions[name].terms, open=False)
             if not self._receptions[name].associations:
                 del self._receptions[name]
+        if self._receivers is not None:
+            for reception in self._receptions.values():
+                self._receivers.inform(reception)
         for name, why in troubles.items():
             if self.troubles.get(name) != why:
                 logger.error("source %s does not listen: %s", name, why)
@@ -98,6 +110,8 @@ class Listeners:
         """Return the units that have become complete since the last call, by the names of their sources."""
         found = {name: one.settled() for name, one in list(self._receptions.items())}
         self._ending = [scp for scp in self._ending if scp.connections]
+        if self._receivers is not None:
+            self._receivers.tidy()
         return {name: units for name, units in found.items() if units}
 
     def status(self) -> dict[str, Any]:
@@ -135,6 +149,8 @@ class Listeners:
             time.sleep(LOOK_S)
         for scp in self._ending:
             scp.close()
+        if self._receivers is not None:
+            self._receivers.close()
         self._reports.close()
 
     def _reception(self, source: DicomSource) -> Reception:
@@ -154,7 +170,8 @@ class Listeners:
             there = self._sources.get(name)
             return self._delivered(there, origin, uids) if there and uids else set()
 
-        made = Reception(terms(source), spool, delivered, self._reports)
+        versions = self._receivers.versions if self._receivers is not None else None
+        made = Reception(terms(source), spool, delivered, self._reports, versions)
         made.prepare()
         return made
 
@@ -168,7 +185,8 @@ class Listeners:
                 desk = ListenerDesk()
                 desk.seat(receptions)
                 tls = security(sources[0]).server() if wanted else None
-                scp = StorageScp(*place, "", desk, tls, idle_timeout_s, tls_only=bool(wanted))
+                lend = self._receivers.lend if self._receivers is not None else None
+                scp = StorageScp(*place, "", desk, tls, idle_timeout_s, tls_only=bool(wanted), lend=lend)
                 self._ports[place] = port = _Port(desk, scp, wanted, receptions)
                 logger.info("listening on port %d for %s", place[1], ", ".join(one.aet for one in sources))
             elif port.security != wanted:

@@ -94,6 +94,7 @@ def _listen(asked: _Asked) -> None:
     from talaria.imports import staying
 
     with staying():
+        from protocols.dimse.receivers import Receivers
         from talaria.engine.listeners import Listeners
         from tasks.sources.dicom import confirmed
         from transfer import listening
@@ -108,7 +109,7 @@ def _listen(asked: _Asked) -> None:
         with Ledger(home.ledger) as ledger:
             return confirmed(source, origin, uids, targets, ledger)
 
-    listeners = Listeners(home, delivered)
+    listeners = Listeners(home, delivered, Receivers())
     watch = _Watch(listeners, home, asked)
     try:
         asyncio.run(watch.run())

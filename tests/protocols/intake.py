@@ -14,7 +14,9 @@ from pydicom.dataset import Dataset
 
 from imaging.header import read_header
 from protocols.dimse.committing import Reports
-from protocols.dimse.intake import ListenerDesk, Reception, Terms
+from protocols.dimse.intake import ListenerDesk, Reception
+from protocols.dimse.keeping import Terms
+from protocols.dimse.receivers import Receivers
 from protocols.dimse.scp import StorageScp
 from talaria.testing import studies
 from tests.servers import wire
@@ -146,7 +148,9 @@ class Listening:
 
 
 @contextmanager
-def listening(home: Path, *, reports: Reports | None = None, scp: Any = None, **terms: Any) -> Iterator[Listening]:
+def listening(
+    home: Path, *, reports: Reports | None = None, scp: Any = None, receivers: Receivers | None = None, **terms: Any
+) -> Iterator[Listening]:
     """Listen on a free port, for one source named `ct`, until the block ends."""
     sends = reports or Reports()
     delivered: set[str] = set()
@@ -155,13 +159,17 @@ def listening(home: Path, *, reports: Reports | None = None, scp: Any = None, **
         return delivered & set(uids)
 
     reception = Reception(
-        Terms(**{"name": "ct", "aet": AET, "keep_free": 0, **terms}), Spool(home / "received" / "ct"), confirmed, sends
+        Terms(**{"name": "ct", "aet": AET, "keep_free": 0, **terms}),
+        Spool(home / "received" / "ct"),
+        confirmed,
+        sends,
+        receivers.versions if receivers else None,
     )
     home.mkdir(exist_ok=True)
     reception.prepare()
     desk = ListenerDesk()
     desk.seat([reception])
-    server = StorageScp("127.0.0.1", 0, "", desk, **(scp or {}))
+    server = StorageScp("127.0.0.1", 0, "", desk, **(scp or {}), lend=receivers.lend if receivers else None)
     try:
         yield Listening(server, desk, reception, delivered)
     finally:

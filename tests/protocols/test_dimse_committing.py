@@ -17,7 +17,7 @@ from pynetdicom import AE, build_role, evt
 
 from protocols.dimse.commitment import PUSH_MODEL, PUSH_MODEL_INSTANCE
 from protocols.dimse.committing import Reports
-from protocols.dimse.intake import KnownSender
+from protocols.dimse.senders import KnownSender
 from talaria.testing import studies
 from talaria.testing.harness import attempt
 from talaria.testing.process import free_port, until

@@ -25,10 +25,12 @@ from pydicom.uid import UID
 from pynetdicom import AE
 
 from imaging.header import read_header
-from protocols.dimse import acceptance, intake
+from protocols.dimse import acceptance, keeping, senders
 from protocols.dimse.commitment import PUSH_MODEL
-from protocols.dimse.intake import LOOK_BYTES, KnownSender
-from protocols.dimse.scp import CALLING_UNKNOWN, CONGESTED, MOST_NEW_OF_ONE, Caller, StorageScp, _choose
+from protocols.dimse.keeping import LOOK_BYTES
+from protocols.dimse.scp import CALLING_UNKNOWN, CONGESTED, MOST_NEW_OF_ONE, StorageScp, _choose
+from protocols.dimse.senders import KnownSender
+from protocols.dimse.served import Caller
 from protocols.net.tls import Tls
 from talaria.testing import studies
 from talaria.testing.harness import attempt
@@ -246,16 +248,16 @@ def test_a_name_that_nobody_knows_now_is_no_refusal_for_good(tmp_path: Path, mon
             raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (there[host], 0))]
 
-    monkeypatch.setattr(intake, "_looked", {})
+    monkeypatch.setattr(senders, "_looked", {})
     rule, caller = KnownSender("CT*", "ct.example"), Caller(AET, "CT1", "127.0.0.1")
     with listening(tmp_path / "home", senders=(rule,)) as here:
         monkeypatch.setattr(socket, "getaddrinfo", found)
         assert rule.matches(caller) and rule.matches(caller) and asked == {"ct.example": 1}
         del there["ct.example"]
-        monkeypatch.setattr(intake, "AGAIN_S", 0.0)
-        intake._looked["ct.example"] = replace(intake._looked["ct.example"], until=0.0)
+        monkeypatch.setattr(senders, "AGAIN_S", 0.0)
+        senders._looked["ct.example"] = replace(senders._looked["ct.example"], until=0.0)
         assert rule.matches(caller) and asked == {"ct.example": 2}  # it was there some minutes ago
-        intake._looked["ct.example"] = replace(intake._looked["ct.example"], good_until=0.0)
+        senders._looked["ct.example"] = replace(senders._looked["ct.example"], good_until=0.0)
         assert here.desk.admit(caller) == CONGESTED and here.reception.counts.refused == {"name": 1}
         there["ct.example"] = "10.1.2.3"
         assert here.desk.admit(caller) == CALLING_UNKNOWN
@@ -434,17 +436,17 @@ def test_room_is_looked_for_after_a_while_and_after_many_bytes(tmp_path: Path, m
     with listening(tmp_path / "home") as there:
         looks: list[bool] = []
         real = there.reception.has_room
-        monkeypatch.setattr(there.reception, "has_room", lambda: looks.append(True) or real())
-        monkeypatch.setattr(intake, "LOOK_S", 3600.0)
+        monkeypatch.setattr(there.reception, "has_room", lambda: bool(looks.append(True)) or real())  # type: ignore[func-returns-value]
+        monkeypatch.setattr(keeping, "LOOK_S", 3600.0)
         assoc = associated(there.port)
         assert [stored(assoc, studies.dataset()) for _ in range(3)] == [0, 0, 0]
         assert len(looks) == 2  # before the association, and before its first instance
-        monkeypatch.setattr(intake, "LOOK_BYTES", 1)
+        monkeypatch.setattr(keeping, "LOOK_BYTES", 1)
         assert stored(assoc, studies.dataset()) == 0
-        monkeypatch.setattr(intake, "LOOK_BYTES", LOOK_BYTES)
+        monkeypatch.setattr(keeping, "LOOK_BYTES", LOOK_BYTES)
         count = len(looks)
         assert count > 2
-        monkeypatch.setattr(intake, "LOOK_S", 0.0)
+        monkeypatch.setattr(keeping, "LOOK_S", 0.0)
         there.change(keep_free=1)
         assert [stored(assoc, studies.dataset()) for _ in range(3)] == [0, 0, 0]
         assert len(looks) == count + 3
@@ -571,8 +573,9 @@ def test_what_was_received_before_is_taken_up(tmp_path: Path) -> None:
 CHILD = """
 import sys, threading
 from pathlib import Path
+from protocols.dimse.receivers import Receivers
 from tests.protocols.intake import listening
-with listening(Path(sys.argv[1]), most=64) as there:
+with listening(Path(sys.argv[1]), most=64, receivers=Receivers()) as there:
     print(there.port, flush=True)
     threading.Event().wait()
 """
