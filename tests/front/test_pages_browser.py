@@ -82,6 +82,7 @@ def walk(page: Page, base: str, folder: Path) -> None:
     page.get_by_role("link", name="archive").click()
 
     page.get_by_role("link", name="Delete").click()
+    expect(page.get_by_role("button", name="Cancel")).to_be_focused()  # Enter deletes nothing by mistake
     page.keyboard.press("Escape")
     expect(page.get_by_role("dialog")).to_be_hidden()
     page.get_by_role("link", name="Delete").click()
