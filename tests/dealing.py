@@ -99,3 +99,21 @@ class Dealer(LoadScopeScheduling):
         self._begun.add(self._homes[node])
         self.workqueue.move_to_end(unit, last=False)
         super()._assign_work_unit(node)
+
+    def _reschedule(self, node: Any) -> None:
+        if node in self.registered_collections:  # else it is there for one that died, and has not collected yet
+            super()._reschedule(node)
+
+    def remove_node(self, node: Any) -> str | None:
+        """Give others what a process that has died, or ended, leaves; return the test that it died of, or None.
+
+        That test has failed: it would end one process after the other.
+        """
+        left: dict[str, dict[str, bool]] = self.assigned_work.pop(node)
+        ended_by = next((test for unit in left.values() for test, done in unit.items() if not done), None)
+        if ended_by is not None:
+            left[unit_of(ended_by)][ended_by] = True
+            self.workqueue.update({name: unit for name, unit in left.items() if not all(unit.values())})
+            for other in self.nodes:
+                self._reschedule(other)
+        return ended_by

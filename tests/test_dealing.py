@@ -14,6 +14,7 @@ from tests.dealing import LONG, Dealer, ordered, unit_of
 
 ROOT = Path(__file__).parents[1]
 OFFER, SHARE, OWN = "def up():\n", "def test_it(up: Talaria) -> None:\n", "with talaria(tmp_path) as one:\n"
+REST = "def test_it() -> None:\n"
 
 
 class Process:
@@ -30,38 +31,57 @@ class Process:
         self.shutting_down = True
 
 
-def dealt(root: Path, tests: list[str], processes: int) -> list[list[str]]:
-    """Run tests, each process one of them in turn; return what each process has run."""
-    place = ordered(tests)
-    tests = sorted(tests, key=lambda test: place[unit_of(test)])
-    option = SimpleNamespace(loadscopereorder=True, tx=["popen"] * processes)
-    config: Any = SimpleNamespace(option=option, rootpath=root, getvalue=lambda name: getattr(option, name))
-    dealer = Dealer(config, Producer("test", enabled=False))
-    nodes: Any = [Process() for _ in range(processes)]
-    for node in nodes:
-        dealer.add_node(node)
-        dealer.add_node_collection(node, tests)
-    dealer.schedule()
-    ran: list[list[str]] = [[] for _ in nodes]
-    while not dealer.tests_finished or any(len(done) < len(node.given) for node, done in zip(nodes, ran, strict=True)):
-        for node, done in zip(nodes, ran, strict=True):
-            if len(done) < len(node.given):
-                test = node.given[len(done)]
-                done.append(tests[test])
-                dealer.mark_test_complete(node, test)
-    return ran
+class Run:
+    """A run of tests in a folder of files."""
+
+    def __init__(self, root: Path, tests: list[str], processes: int) -> None:
+        place = ordered(tests)
+        self.tests = sorted(tests, key=lambda test: place[unit_of(test)])
+        option = SimpleNamespace(loadscopereorder=True, tx=["popen"] * processes)
+        config: Any = SimpleNamespace(option=option, rootpath=root, getvalue=lambda name: getattr(option, name))
+        self.dealer = Dealer(config, Producer("test", enabled=False))
+        self.ran: dict[Any, list[str]] = {}
+        for process in [Process() for _ in range(processes)]:
+            self.join(process)
+            self.collected(process)
+
+    def join(self, process: Any) -> None:
+        self.ran[process] = []
+        self.dealer.add_node(process)
+
+    def collected(self, process: Any) -> None:
+        self.dealer.add_node_collection(process, self.tests)
+        if self.dealer.collection_is_completed:
+            self.dealer.schedule()
+
+    def turn(self) -> bool:
+        """Let each process run its next test; return False if there was none."""
+        ready = [one for one in self.dealer.nodes if len(self.ran[one]) < len(one.given)]
+        for one in ready:
+            number = one.given[len(self.ran[one])]
+            self.ran[one].append(self.tests[number])
+            self.dealer.mark_test_complete(one, number)
+        return bool(ready)
+
+
+def written(root: Path, **texts: str) -> list[str]:
+    """Write files of tests; return the ids of six tests of each."""
+    for path, text in texts.items():
+        (root / path).parent.mkdir(exist_ok=True)
+        (root / path).write_text(text)
+    return [f"{path}::test_{n}" for path in texts if "test_" in path for n in range(6)]
 
 
 def test_files_that_share_a_server_stay_together_and_what_starts_one_begins_with_some_processes(
     tmp_path: Path,
 ) -> None:
     texts = {f"shared/test_{n}.py": SHARE for n in range(6)} | {f"own/test_{n}.py": OWN for n in range(4)}
-    texts |= {f"rest/test_{n}.py": "def test_it() -> None:\n" for n in range(30)} | {"shared/conftest.py": OFFER}
-    for path, text in texts.items():
-        (tmp_path / path).parent.mkdir(exist_ok=True)
-        (tmp_path / path).write_text(text)
-    tests = [f"{path}::test_{n}" for path in texts if "test_" in path for n in range(6)]
-    ran = dealt(tmp_path, tests, 8)
+    texts |= {f"rest/test_{n}.py": REST for n in range(30)} | {"shared/conftest.py": OFFER}
+    tests = written(tmp_path, **texts)
+    run = Run(tmp_path, tests, 8)
+    while run.turn():
+        pass
+    ran = list(run.ran.values())
     assert sorted(test for each in ran for test in each) == sorted(tests)
     where = defaultdict(set)
     for number, each in enumerate(ran):
@@ -72,6 +92,25 @@ def test_files_that_share_a_server_stay_together_and_what_starts_one_begins_with
     assert {number for path, at in where.items() if path.startswith("own/") for number in at} <= {0, 1, 2}
     for each in ran:  # who has begun with a server goes on with it
         assert len([home for home, _ in groupby(each, lambda test: test.startswith("shared/")) if home]) <= 1
+
+
+def test_what_a_process_leaves_that_dies_is_run_by_others_but_for_what_it_died_of(tmp_path: Path) -> None:
+    tests = written(tmp_path, **{f"test_{n}.py": REST for n in range(8)})
+    run = Run(tmp_path, tests, 2)
+    for _ in range(3):
+        assert run.turn()
+    dead = run.dealer.nodes[0]
+    died_of = run.dealer.remove_node(dead)
+    assert died_of == run.tests[dead.given[3]]
+    another = Process()
+    run.join(another)
+    assert run.turn()  # of the one that is left
+    run.collected(another)
+    while run.turn():
+        pass
+    assert len(run.ran[another]) > 6
+    assert sorted([died_of, *(test for each in run.ran.values() for test in each)]) == sorted(tests)
+    assert run.dealer.tests_finished and all(one.shutting_down for one in run.dealer.nodes)
 
 
 def test_the_conformance_suite_is_dealt_out_by_harness() -> None:
