@@ -256,7 +256,7 @@ class PushReport:
     def check(self) -> None:
         """Raise Cancelled if the dispatch is to stop; call this between items and between pieces of large ones."""
         if self.cancelled.is_set():
-            raise Cancelled("the dispatch was cancelled")
+            raise Cancelled(f"the dispatch was {'paused' if self.pausing.is_set() else 'cancelled'}")
 
     def receipt(
         self, target: str, plan: Plan, verified: Level = Level.ACCEPTED, notes: tuple[str, ...] = ()

@@ -190,6 +190,7 @@ def test_a_dispatch_is_paused_after_the_items_under_way_and_goes_on_there(up: Ta
     shown = up.told("jobs", "show", run_id)
     receipt = shown["targets"]["archive"]
     assert (receipt["state"], receipt["unsent"]) == ("waiting", COUNT) and 0 < came < COUNT  # no folder of half a study
+    assert receipt["error"] == "the dispatch was paused"
     assert up.run(run_id)["state"]["type"] == StateType.SCHEDULED.value
     assert "paused already" in up.here("jobs", "pause", run_id).stderr
     up.apply(archive=slow | {"bandwidth_limit": None})
