@@ -42,7 +42,8 @@ async def lines(office: Office, found: Sequence[FlowRun]) -> list[dict[str, Any]
     known, looks = await asyncio.to_thread(read)
     shown = [line(run) | _standing(run, known.get(str(run.id), {}), looks.get(str(run.id), {})) for run in found]
     for run, entry in zip(found, shown, strict=True):
-        said = all(part["words"] or part["state"] == "delivered" for part in entry["at"])
+        # Of a retrieval, and of what names no target, only the run says why.
+        said = bool(entry["at"]) and all(part["words"] or part["state"] == "delivered" for part in entry["at"])
         entry["says"] = _awaited(run) if entry["ended"] is None else "" if said else entry["message"]
     return shown
 

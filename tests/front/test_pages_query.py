@@ -111,6 +111,7 @@ def test_a_list_is_uploaded_and_fetched_without_looking_then_retried(place: Simp
         return next((words(one) for one in operator.get("/talaria/query").split("<tr>") if job in one), "")
 
     until(lambda: listed_as().startswith("Partial"), as_loaded(60))
+    assert "2 studies found, 2 delivered, 1 missing" in listed_as()
     assert "NOPE" in operator.get(f"{job}?state=missing") and "NOPE" not in operator.get(f"{job}?state=delivered")
     for answer in (operator.client.get(job), operator.client.get(f"{job}/csv")):
         assert answer.headers["cache-control"] == "no-store"
