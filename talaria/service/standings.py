@@ -73,8 +73,9 @@ def _rests(known: Mapping[str, Standing]) -> bool:
 
 def _whole(run: FlowRun, known: Mapping[str, Standing]) -> str:
     whole = known[WHOLE].state if WHOLE in known else ""
-    # Of the run's own end, only a failure has two meanings.
-    return _now(run, whole if whole == State.PARTIAL and run.state_type in GIVEN_UP else "")
+    # Of the run's own end, a failure has two meanings; and Completed may have been set by somebody at Prefect.
+    counts = whole == State.PARTIAL if run.state_type in GIVEN_UP else run.state_type == StateType.COMPLETED
+    return _now(run, whole if counts else "")
 
 
 def _at(
@@ -92,13 +93,15 @@ def _at(
 
 
 def _now(run: FlowRun, state: str) -> str:
-    """Return a state as it is now: what waited when its run was stopped waits no more.
+    """Return a state as it is now: what waited when its run was stopped waits no more, and has not arrived.
 
     Args:
         state: as it was noted; "" if nothing was, or it counts no more.
     """
     if run.state is not None and run.state.is_final():
-        return state if state and state != State.WAITING else ENDED.get(run.state.type, "failed")
+        if state not in ("", State.WAITING, "paused"):
+            return state
+        return "failed" if state and run.state.is_completed() else ENDED.get(run.state.type, "failed")
     if state and state != State.WAITING:
         return state
     if run.state_name == running.PAUSED:
