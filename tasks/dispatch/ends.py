@@ -39,7 +39,7 @@ def say_ended(
     """
     run_id, paths = _asked()
     errors = {delivery.target.name: delivery.error for delivery in deliveries}
-    with _unsaid_is_no_failure(run_id):
+    with unsaid_is_no_failure(run_id):
         states = [receipt.state for receipt in receipts]
         ledger.deliveries.stand(run_id, overall(states), (standing(receipt) for receipt in receipts))
         for receipt in receipts:
@@ -56,7 +56,7 @@ def say_refused(error: BaseException) -> None:
     """
     run_id, paths = _asked()
     if run_id:
-        with _unsaid_is_no_failure(run_id), Ledger(Home.current().ledger) as ledger:
+        with unsaid_is_no_failure(run_id), Ledger(Home.current().ledger) as ledger:
             state = State.CANCELLED if isinstance(error, Cancelled) else State.FAILED
             words = error.message if isinstance(error, DispatchError) else ""
             known = ledger.deliveries.of([run_id]).get(run_id, {})
@@ -76,7 +76,7 @@ def say_cancelled(
         document: its receipts so far; {} if it has none.
     """
     so_far = document.get("targets", {})
-    with _unsaid_is_no_failure(run_id), ledger.together():
+    with unsaid_is_no_failure(run_id), ledger.together():
         if not ledger.happenings.stands(f"{CANCELLED}{run_id}", mark):
             return
         for name in targets:
@@ -99,7 +99,7 @@ def knows(targets: Iterable[str]) -> None:
 
 
 @contextmanager
-def _unsaid_is_no_failure(run_id: str) -> Iterator[None]:
+def unsaid_is_no_failure(run_id: str) -> Iterator[None]:
     """Let a run end as it does where that can't be said."""
     try:
         yield

@@ -28,6 +28,7 @@ from blocks.dicom import DicomTarget
 from imaging.query import Query
 from tasks.dispatch import audited, running
 from tasks.dispatch.breaker import LOST
+from tasks.dispatch.ends import unsaid_is_no_failure
 from tasks.dispatch.hours import opens
 from tasks.dispatch.patience import patiently
 from tasks.dispatch.progress import live
@@ -363,7 +364,7 @@ class Retrieval:
         return Completed(message=message) if state == "delivered" else Failed(message=message)
 
     def _stand(self, state: str) -> None:
-        with Ledger(self.home.ledger) as ledger:
+        with unsaid_is_no_failure(self.flow_run_id), Ledger(self.home.ledger) as ledger:
             ledger.deliveries.stand(self.flow_run_id, state, ())
 
 

@@ -34,6 +34,7 @@ from tasks.retrieve.job import Stage, Study
 from tasks.retrieve.run import Retrieval, Wish
 from tests.servers.qr import FIND, GET, Archive, Instance, Last, Request, Send, Steps, archive
 from tests.targets.dicom import dicom_target
+from transfer.audit import Trail, entries
 from transfer.errors import DiskFull
 from transfer.home import Home
 
@@ -240,6 +241,24 @@ def test_deliveries_of_a_retrieval_are_recorded_as_asked_for_by_whom_it_was() ->
     labelled = SimpleNamespace(labels={"talaria.by": "bert"}, created_by=SimpleNamespace(display_value="worker"))
     with audited.on_behalf_of("anna"):
         assert audited.requester(labelled) == "bert"
+
+
+def test_a_ledger_that_is_away_at_the_end_costs_a_retrieval_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it brought is there, and the audit trail says so."""
+
+    async def report(*of_the_run: Any) -> None:
+        pass
+
+    monkeypatch.setattr(engine, "report", report)
+    with archive(study("S1")) as peer:
+        one = made(peer, numbers="S1")
+        asyncio.run(one.run())
+        one.home.ledger.unlink(missing_ok=True)
+        one.home.ledger.mkdir()
+        state = asyncio.run(one.conclude())
+    assert state.is_completed() and one.job.ended, state.message
+    ended = [entry for entry in entries(Trail(one.home)) if entry["event"] == "retrieval"]
+    assert [entry["details"]["state"] for entry in ended] == ["delivered"]
 
 
 def test_a_retry_asks_only_for_what_did_not_succeed() -> None:
