@@ -48,6 +48,7 @@ _INSPECTED = re.compile(r"/api/(?:block_documents|block_types)(?:/.*)?")
 _STATES = ("SCHEDULED", "CANCELLING", "PAUSED")
 # What the audit trail has an entry for: targets are Prefect's blocks.
 _TARGETS = re.compile(r"/api/block_documents(?:/.*)?")
+_OF_TARGETS = re.compile(r"/api/block_(?:types|schemas)/.*")  # which go with them
 _NO = ("false", "0", "off", "no", "n", "f", "")
 
 
@@ -76,6 +77,8 @@ def recorded(method: str, path: str, role: Role) -> str:
         return ""
     if _TARGETS.fullmatch(path):
         return "target removed" if method == "DELETE" else "target changed"
+    if method == "DELETE" and _OF_TARGETS.fullmatch(path):
+        return "target removed"
     return "run changed" if _OPERATES.fullmatch(path) or path.startswith("/api/flow_runs/") else ""
 
 

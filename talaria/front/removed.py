@@ -10,7 +10,7 @@ from talaria.engine.asgi import Application, Message, Receive, Send, refuse
 from talaria.front.access import SCOPE_KEY, Identity, Role
 from talaria.front.offered import OfficeOf
 
-_REMOVES = re.compile(r"/api/block_(documents|types)/([0-9a-fA-F-]{32,36})/?")
+_REMOVES = re.compile(r"/api/block_(documents|types|schemas)/([0-9a-fA-F-]{32,36})/?")
 
 
 class UsedTargets:
@@ -31,7 +31,7 @@ class UsedTargets:
             await self.app(scope, receive, send)
 
     async def _why_not(self, scope: Message, what: str, number: str) -> str:
-        """Return why a block document, or all of a block type, must stay; "" if it may go."""
+        """Return why a block document, or all of a block type or of one of its schemas, must stay; "" if it may go."""
         from talaria.service.uses import InUse, check_unused
         from tasks.targets import documents
 
@@ -40,8 +40,11 @@ class UsedTargets:
             wanted = UUID(number)
         except ValueError:
             return ""  # Prefect's to refuse
-        there = await documents(office.client)
-        gone = [one for one in there if wanted == (one.id if what == "documents" else one.block_type_id)]
+        gone = [
+            one
+            for one in await documents(office.client)
+            if wanted == {"documents": one.id, "types": one.block_type_id, "schemas": one.block_schema_id}[what]
+        ]
         try:
             await check_unused(office.client, [str(one.name) for one in gone], "removed")
         except InUse as exc:

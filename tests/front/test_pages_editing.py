@@ -267,6 +267,7 @@ def test_a_target_that_is_used_is_neither_deleted_nor_renamed_and_says_by_what(
             (f"/talaria/api/v1/targets/{name}", "error"),
             (f"/api/block_documents/{document['id']}", "detail"),
             (f"/api/block_types/{document['block_type_id']}", "detail"),
+            (f"/api/block_schemas/{document['block_schema_id']}", "detail"),
         ):
             answer = httpx.delete(base + path, auth=auth, trust_env=False, timeout=300)  # type: ignore[arg-type]
             assert answer.status_code == 409 and used in answer.json()[key], answer.text
