@@ -150,7 +150,7 @@ class Retrieval:
                 if self._stopped() or self._held_up() or self._full:
                     continue
                 try:
-                    if not await self._room() or not await self._pace() or self._stopped() or self._held_up():
+                    if not await self._room(study) or not await self._pace() or self._stopped() or self._held_up():
                         continue
                     await self._fetch_one(study, folder)
                 except DispatchCancelled:
@@ -222,15 +222,17 @@ class Retrieval:
 
     # ---- between two studies
 
-    async def _room(self) -> bool:
-        """Wait until there is room for another study: fetching waits for sending.
+    async def _room(self, study: Study) -> bool:
+        """Wait until there is room for a study, beside what is here of it: fetching waits for sending.
 
         Returns:
             False if what fills it waits for a target.
         """
-        while self._held() >= self._limit and not self._stopped():
+        while self._held(study) >= self._limit and not self._stopped():
             if not self._handing_on:
                 if not self._drop():
+                    if not any(one.stage is Stage.WHOLE for one in self.job.studies.values()):
+                        return True  # it is filled by what an earlier run left of others, whose turn comes
                     later = datetime.now(UTC) + timedelta(seconds=LATER_S)
                     self.again = self.again or later
                     return False
@@ -238,9 +240,10 @@ class Retrieval:
             await asyncio.wait(self._handing_on, timeout=LOOK_S, return_when=asyncio.FIRST_COMPLETED)
         return True
 
-    def _held(self) -> int:
-        """Return how many bytes have been fetched and are still here."""
-        return sum(size_of(folder)[1] for folder in self._folders.glob("*"))
+    def _held(self, study: Study) -> int:
+        """Return how many bytes of other studies have been fetched and are still here."""
+        own = self._folder(study)
+        return sum(size_of(folder)[1] for folder in self._folders.glob("*") if folder != own)
 
     def _drop(self) -> bool:
         """Delete the files of one failed study, to make room; a retry then fetches them again."""

@@ -90,9 +90,9 @@ def test_fetching_waits_for_sending_where_the_spool_is_full(monkeypatch: pytest.
     waits = asyncio.Event()
     really = Retrieval._room
 
-    async def room(self: Retrieval) -> bool:
+    async def room(self: Retrieval, study: Study) -> bool:
         waits.set()
-        return await really(self)
+        return await really(self, study)
 
     async def send(paths: list[str], targets: list[str], **_: Any) -> State[Any]:
         fetched_at_begin.append(len(peer.asked(GET)))
@@ -130,6 +130,29 @@ def test_what_waits_for_a_target_fills_the_spool_and_the_run_goes_on_later(monke
         asyncio.run(later.run())
         assert stages(later) == dict.fromkeys(("S1", "S2", "S3"), Stage.DELIVERED)
         assert len(peer.asked(GET)) == 3
+
+
+def test_what_is_here_of_partial_studies_does_not_keep_their_retry_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TALARIA_SPOOL_LIMIT", "1")
+    files = [*study("S1"), *study("S2")]
+    lost = [Instance.of(file).uid for file in files[::2]]
+
+    def script(request: Request, found: list[Instance]) -> Steps:
+        there = [one for one in found if one.uid not in lost]
+        failed = len(found) - len(there)
+        return [*map(Send, there), Last(0xB000 if failed else 0, len(there), failed, 0)]
+
+    with archive(files, on_get=script) as peer:
+        first = made(peer, numbers="S1 S2", source_fields={"retry_delay_s": 0})
+        asyncio.run(first.run())
+        assert stages(first) == dict.fromkeys(("S1", "S2"), Stage.PARTIAL)
+        assert [path.suffix for path in first._folders.rglob("*.*")].count(".dcm") == 1  # the first made room
+        first.job.ended = True
+        first.job.save()
+        lost.clear()
+        again = made(peer, numbers="S1 S2")
+        asyncio.run(again.run())
+    assert stages(again) == dict.fromkeys(("S1", "S2"), Stage.DELIVERED) and again.again is None
 
 
 def test_what_waits_for_a_target_does_not_keep_the_next_study_from_being_fetched(
