@@ -307,12 +307,15 @@ class Pull:
         if one.doubtful and not one.listed:
             with self._lock:
                 self._jobs.append(one)
+        elif not (self._moves or one.moves) and not all(one.has_class(uid, one.asked) for uid in self._missing(one)):
+            self._put_back(one)  # for an association with contexts for the others
 
     # ---- C-GET
 
     def _by_get(self, one: PulledSeries) -> None:
         """Retrieve series on one association by C-GET, beginning with this one."""
-        pairs = pairs_for(one.classes() or dict.fromkeys(USUAL_CLASSES, ()))
+        pairs = pairs_for(one.classes(self._missing(one) or None) or dict.fromkeys(USUAL_CLASSES, ()))
+        one.asked.update(sop_class for sop_class, _ in pairs)
         with _association():
             retriever = getter(self.peer, pairs, self.report.check, self._throttle, self.report.moved)
         if not (retriever.root and retriever.stores):
@@ -400,8 +403,9 @@ class Pull:
             yield whole
             if not one.all_listed and self._lacks(one):
                 yield whole
+        held = {sop_class for sop_class, _ in retriever.pairs}
         for step in (UID_LIST, 1):
-            missing = self._missing(one)
+            missing = [uid for uid in self._missing(one) if not held or one.has_class(uid, held)]
             if step == 1 and len(missing) > UID_LIST:
                 return  # what is missing of lists is missing
             for start in range(0, len(missing), step):

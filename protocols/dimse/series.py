@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 
 from imaging.header import UID
@@ -29,6 +29,7 @@ class PulledSeries:
         is_part: whether it is to be asked for by `images` only.
         answers: the peer's final responses.
         refused: how many instances were not taken, by reason.
+        asked: SOP classes for which contexts were requested; an association has not room for any number.
     """
 
     study: str
@@ -45,16 +46,28 @@ class PulledSeries:
     is_part: bool = False
     answers: list[FinalResponse] = field(default_factory=list)
     refused: Counter[str] = field(default_factory=Counter)
+    asked: set[str] = field(default_factory=set)
 
-    def classes(self) -> dict[str, tuple[str, ...]]:
-        """Return the SOP classes of its instances, with the syntaxes that the peer names: as listed, or as usual."""
+    def classes(self, of: Collection[str] | None = None) -> dict[str, tuple[str, ...]]:
+        """Return the SOP classes of its instances, with the syntaxes that the peer names: as listed, or as usual.
+
+        Args:
+            of: only those of these instances, and those that were not `asked` for first.
+        """
         found: dict[str, dict[str, None]] = {}
-        for sop_class, syntaxes in (self.images or {}).values():
+        images = self.images or {}
+        listed = images.values() if of is None else [images[uid] for uid in of if uid in images]
+        for sop_class, syntaxes in listed if of is None else sorted(listed, key=lambda one: one[0] in self.asked):
             if UID.fullmatch(sop_class):
                 found.setdefault(sop_class, {}).update(dict.fromkeys(syntaxes))
         if not found and self.modality in CLASSES_OF:
             return dict.fromkeys(CLASSES_OF[self.modality], ())
         return {sop_class: tuple(syntaxes) for sop_class, syntaxes in found.items()}
+
+    def has_class(self, uid: str, classes: Collection[str]) -> bool:
+        """Return False if an instance is listed with another SOP class than these."""
+        sop_class = (self.images or {}).get(uid, ("", ()))[0]
+        return not UID.fullmatch(sop_class) or sop_class in classes
 
     def part(self, uids: Iterable[str]) -> PulledSeries:
         """Return some instances of a listed series as a job of their own, whose answers are the series'."""

@@ -306,16 +306,19 @@ def test_every_syntax_is_kept_as_sent(name: str, tmp_path: Path) -> None:
         assert_agrees(receipt, tmp_path / "in", peer)
 
 
-def test_private_classes_and_more_contexts_than_one_association_holds(tmp_path: Path) -> None:
-    uid = studies.uid()
+@pytest.mark.parametrize(("count", "together"), [(90, False), (260, True)], ids=["series", "one series"])
+def test_private_classes_and_more_contexts_than_one_association_holds(
+    count: int, together: bool, tmp_path: Path
+) -> None:
+    uid, series = studies.uid(), studies.uid()
     files = []
-    for number in range(90):
-        ds = studies.dataset(study=uid, series=studies.uid(), SOPClassUID=f"1.2.826.0.1.3680043.9.9999.{number + 1}")
-        ds.file_meta.MediaStorageSOPClassUID = ds.SOPClassUID
+    for number in range(count):
+        ds = studies.dataset(study=uid, series=series if together else studies.uid())
+        ds.SOPClassUID = ds.file_meta.MediaStorageSOPClassUID = f"1.2.826.0.1.3680043.9.9999.{number + 1}"
         files.append(studies.encoded(ds))
     with archive(files) as peer:
         receipt = pull(peer, tmp_path / "in")
-        assert receipt.state is State.DELIVERED and receipt.counts[Kind.DELIVERED] == 90
+        assert receipt.state is State.DELIVERED and receipt.counts[Kind.DELIVERED] == count
         assert_agrees(receipt, tmp_path / "in", peer)
 
 
