@@ -59,8 +59,11 @@ def is_hazy(keyword: str, value: str) -> bool:
 
 
 def shape(shown: str) -> str:
-    """Return a pattern for as many letters as are shown, which finds no value that has more of them."""
-    return re.sub(r"[^\^=]", "?", shown.strip())
+    """Return a pattern for as many letters as are shown, which finds no value that has more of them.
+
+    It is empty where a sign that stands for a letter is shown: there as many letters don't mean the same ones.
+    """
+    return "" if _REPLACEMENTS.search(shown) else re.sub(r"[^\^=]", "?", shown.strip())
 
 
 def shows_loss(keyword: str, shown: str) -> bool:

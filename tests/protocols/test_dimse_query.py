@@ -546,3 +546,12 @@ def test_what_stands_for_a_single_wild_card_is_read_in_an_instance_where_it_is_n
         peer.on_get = lambda request, matches: [Last(0xA900)]
         with pytest.raises(Misconfigured, match=r"what stands for \? is not known: narrow the query, or write \*"):
             found(peer, Query(PatientName="??ukasz*"))
+
+
+def test_what_a_peer_shows_in_place_of_a_letter_is_no_letter_of_its_own() -> None:
+    names = ("Łukasz^A", "Żukasz^A", "Łukasz^AB", "Łukaszek^A")
+    made = files(4, SpecificCharacterSet="ISO_IR 192", PatientName=lambda n: names[n])
+    with archive(made, answer_charset=("ISO_IR 100", "ISO_IR 100")) as peer:
+        assert accessions(found(peer, Query(PatientName="Łukas?^A"))) == ["A0000"]
+        assert accessions(found(peer, Query(PatientName="Łuk??z*"))) == ["A0000", "A0002", "A0003"]
+        assert accessions(found(peer, Query(PatientName="Łukasz^?"))) == ["A0000"]

@@ -193,6 +193,7 @@ class Scripted:
         ignores: of `limit`, `offset`, `filters`, `includefield`.
         rejects: query parameters that get 400.
         repeats: beyond the last page comes the first one again.
+        shown_in: character set in which results of searches are shown, with U+FFFD for what it lacks; "" for any.
         withheld: instances that are listed, but not given out.
         gives: how WADO answers: `multipart`, `single`, `chunked`, `closing`.
         uri: path of a WADO-URI service; then there is no WADO-RS, which is answered with `no_rs`.
@@ -216,6 +217,7 @@ class Scripted:
     ignores: set[str] = field(default_factory=set)
     rejects: set[str] = field(default_factory=set)
     repeats: bool = False
+    shown_in: str = ""
     withheld: set[str] = field(default_factory=set)
     kept: dict[tuple[Any, ...], list[dict[str, Any]]] = field(default_factory=dict)
     gives: str = "multipart"
@@ -354,6 +356,8 @@ class Scripted:
             return Reply(204)
         if "includefield" in self.ignores | self.rejects:
             page = [{tag: element for tag, element in one.items() if tag not in EXTRA} for one in page]
+        if self.shown_in:
+            page = [_shown(one, self.shown_in) for one in page]
         return Reply(200, as_json([{key: value for key, value in one.items() if value} for one in page]))
 
     def _all(self, segments: list[str]) -> list[dict[str, Any]]:
@@ -461,6 +465,23 @@ def _match(level: str, group: list[Any]) -> dict[str, Any]:
     elif level == "series":
         found["00201209"] = {"vr": "IS", "Value": [len(group)]}
     return found
+
+
+def _shown(one: dict[str, Any], charset: str) -> dict[str, Any]:
+    codec = pydicom.charset.convert_encodings(charset)[0]
+
+    def lossy(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: lossy(inner) for key, inner in value.items()}
+        if not isinstance(value, str):
+            return value
+        return "".join(letter if letter.encode(codec, "ignore") else "\ufffd" for letter in value)
+
+    shown = {
+        tag: element | ({"Value": [lossy(value) for value in element["Value"]]} if "Value" in element else {})
+        for tag, element in one.items()
+    }
+    return {"00080005": {"vr": "CS", "Value": [charset]}, **shown}
 
 
 def _passes(one: dict[str, Any], query: list[tuple[str, str]]) -> bool:

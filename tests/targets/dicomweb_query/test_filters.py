@@ -162,3 +162,18 @@ def test_prefixes(server: Scripted, tmp_path: Path) -> None:
     assert receipt.state is State.DELIVERED
     with pytest.raises(NotFound):
         list(find(dicomweb_target(base), Query()))
+
+
+def test_what_a_server_shows_in_place_of_a_letter_is_no_letter_of_its_own(server: Scripted) -> None:
+    server.shown_in = "ISO_IR 100"
+    names = ("Łukasz^A", "Żukasz^A", "Łukasz^AB", "Łukaszek^A")
+    hold(
+        server,
+        *(
+            studies.dataset(SpecificCharacterSet="ISO_IR 192", PatientName=name, AccessionNumber=f"A{number}")
+            for number, name in enumerate(names)
+        ),
+    )
+    for name, wanted in {"Łukas?^A": {"A0"}, "Łuk??z*": {"A0", "A2", "A3"}, "Łukasz^?": {"A0"}}.items():
+        matches = found(server, Query(PatientName=name))
+        assert {match.attributes["AccessionNumber"] for match in matches} == wanted, name
