@@ -163,18 +163,25 @@ class Retriever(Conversation):
         while True:
             command = self.command()
             if command.kind == C_STORE_RQ and command.has_dataset:
-                begin = b""
-                while len(begin) < most:
-                    view = self.stream.piece()
-                    if view is None:
-                        self.stream.fill()
-                        continue
-                    begin += view
-                    if self.stream.last:
-                        break
-                return begin, self._syntaxes.get(command.context, "")
+                return self._begin(most), self._syntaxes.get(command.context, "")
             if command.kind == C_GET_RSP and self._answer(command, keys):
                 return b"", ""
+
+    def _begin(self, most: int) -> bytes:
+        begin = b""
+        try:
+            while len(begin) < most:
+                view = self.stream.piece()
+                if view is None:
+                    self.stream.fill()
+                    continue
+                begin += view
+                if self.stream.last:
+                    break
+        except Released as exc:
+            self.released = True
+            raise Interrupted(f"{self.peer.where}: the peer released the association") from exc
+        return begin
 
     def _store(self, command: CommandSet, depot: Depot) -> None:
         # On whatever context it comes, and whatever roles were granted: peers leave those items out.

@@ -10,7 +10,7 @@ from protocols.dimse.contexts import UNCOMPRESSED
 from protocols.dimse.get import PATIENT_ROOT_GET, getter
 from protocols.dimse.offers import USUAL_CLASSES, pairs_for
 from protocols.dimse.transport import Peer
-from transfer.errors import DispatchError
+from transfer.errors import Permanent
 from transfer.throttle import Throttle
 
 BEGINNING = 65_536  # bytes of a data set in which its study is described
@@ -25,6 +25,9 @@ def values(
     Args:
         keys: UIDs of study, series and, where known, instance; of a patient, where the peer needs it.
         classes: SOP classes that it may have; empty if they are not known.
+
+    Raises:
+        Retryable: the peer can't be asked now, or the link broke. Cancelled: by `check`.
     """
     level = "IMAGE" if keys.get("SOPInstanceUID") else "SERIES"
     pairs = [pair for pair in pairs_for(dict.fromkeys(classes or USUAL_CLASSES, ())) if pair[1] not in UNREADABLE]
@@ -36,7 +39,7 @@ def values(
         asked = {key: value for key, value in keys.items() if key != "PatientID" or retriever.root == PATIENT_ROOT_GET}
         with retriever:
             begin, syntax = retriever.beginning(asked | {"QueryRetrieveLevel": level}, BEGINNING)
-    except DispatchError:
+    except Permanent:  # what it refuses; a link that breaks, or a stop, says nothing about the instance
         return None
     explicit = identifier.EXPLICIT_LITTLE  # as all syntaxes are that compress pixels
     return identifier.read(begin, syntax if syntax in UNCOMPRESSED else explicit) if begin else None

@@ -14,15 +14,16 @@ from pydicom.dataset import Dataset
 
 from imaging.query import Match, Query
 from protocols.dimse import identifier, parts
+from protocols.dimse.message import C_STORE_RQ, RELEASE_RQ_PDU
 from protocols.dimse.query import finder
 from protocols.dimse.search import PeerSearch
 from protocols.dimse.transport import Peer
 from protocols.dimse.whole import MOST_DOUBTED
 from talaria.testing import studies
 from tests.servers import wire
-from tests.servers.qr import FIND, Archive, Last, Request, archive
-from tests.servers.steps import REFUSED_CLASS
-from transfer.errors import Busy, DispatchError, Interrupted, Misconfigured
+from tests.servers.qr import FIND, GET, Archive, Last, Request, archive
+from tests.servers.steps import REFUSED_CLASS, Abort, Raw, Reset, Silence, Step
+from transfer.errors import Busy, Cancelled, DispatchError, Interrupted, Misconfigured
 
 STUDY_ROOT = "1.2.840.10008.5.1.4.1.2.2.1"
 IDENTIFIERS = frozenset(("ModalitiesInStudy", "PatientID", "PatientName", "AccessionNumber"))
@@ -555,3 +556,36 @@ def test_what_a_peer_shows_in_place_of_a_letter_is_no_letter_of_its_own() -> Non
         assert accessions(found(peer, Query(PatientName="Łukas?^A"))) == ["A0000"]
         assert accessions(found(peer, Query(PatientName="Łuk??z*"))) == ["A0000", "A0002", "A0003"]
         assert accessions(found(peer, Query(PatientName="Łukasz^?"))) == ["A0000"]
+
+
+def cut_by_a_release() -> list[Step]:
+    """How an instance begins, and behind that a request to release the association."""
+    command = wire.encode_command({0x00000100: struct.pack("<H", C_STORE_RQ), 0x00000800: struct.pack("<H", 1)})
+    return [Raw(wire.p_data(1, command) + wire.p_data(1, bytes(8), command=False, last=False) + RELEASE_RQ_PDU)]
+
+
+@pytest.mark.parametrize("steps", [[Reset()], [Abort()], cut_by_a_release()], ids=["reset", "abort", "release"])
+def test_a_link_that_breaks_while_an_instance_is_read_says_nothing_about_the_query(steps: list[Step]) -> None:
+    with hiding_a_letter() as peer:
+        peer.on_get = lambda request, matches: steps
+        with pytest.raises(Interrupted):
+            found(peer, Query(PatientName="Łuk??z*"))
+        peer.on_get = None
+        assert accessions(found(peer, Query(PatientName="Łuk??z*"))) == ["A0000"]
+
+
+def test_a_search_is_cancelled_while_an_instance_is_read() -> None:
+    def check() -> None:
+        if peer.asked(GET):
+            raise Cancelled("stopped")
+
+    with hiding_a_letter() as peer:
+        peer.on_get = lambda request, matches: [Silence()]
+        with finder(Peer("127.0.0.1", peer.port, idle_timeout_s=60), check) as asked, pytest.raises(Cancelled):
+            list(PeerSearch(asked).find(Query(PatientName="Łuk??z*")))
+
+
+def hiding_a_letter() -> AbstractContextManager[Archive]:
+    """An archive of one study that shows ? for the first letter of its name."""
+    made = files(1, SpecificCharacterSet="ISO_IR 192", PatientName="Łukasz^A")
+    return archive(made, answer_charset=("ISO_IR 100", "ISO_IR 100"))
