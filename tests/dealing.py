@@ -20,8 +20,18 @@ STARTS = re.compile(r"\btalaria\(|\bTalaria\(|\bup: Talaria\b")
 SHARES = re.compile(r"def test_\w+\([^)]*\bup: Talaria\b")
 OFFERS = re.compile(r"^def up\(", re.MULTILINE)
 HARNESS = re.compile(r"::\w+\[(.+?)(-proven|-accepted)?\]$")
-# Few tests, some of which take a minute or more; other units come in the order of how many tests they have.
-LONG = ("tests/engine/test_kills.py", "tests/targets/test_dicom_files.py", "tests/targets/test_dicom_kinds.py")
+# Few tests for the time they take; other units come in the order of how many tests they have.
+LONG = (
+    "tests/engine/test_kills.py",
+    "tests/protocols/test_dimse_wire.py",
+    "tests/targets/dicom_peers/test_associations.py",
+    "tests/targets/folder_push/test_disk.py",
+    "tests/targets/test_dicom_files.py",
+    "tests/targets/test_dicom_kinds.py",
+    "tests/targets/test_dicom_sources.py",
+    "tests/targets/test_dicomweb_searches.py",
+    "tests/targets/test_ninth.py",
+)
 HEAVY = 3 / 8  # of the processes begin with what starts Talaria: about a third of the time of all tests is theirs
 
 
