@@ -133,6 +133,7 @@ class Receiving:
         self._lock = threading.Lock()
         self._visits: set[SpoolVisit] = set()
         self._heard: dict[ReceivedUnit, float] = {}
+        self._touched: dict[ReceivedUnit, float] = {}  # as still being received, within the last TOUCH_S
         self._shared, self._seen = versions, b""
         self._versions: dict[ReceivedUnit, int] = {}  # the highest, by the first; of the few that have any
 
@@ -220,9 +221,12 @@ class Receiving:
     def _hear_busy(self, now: float) -> None:
         """Note, under the lock, that the units of which an instance is on its way go on."""
         for unit in {visit.unit for visit in self._visits if visit.receiving and visit.unit is not None}:
-            if now - self._heard.get(unit, 0.0) >= TOUCH_S:
-                self.spool.touch(unit)
-                self._heard[unit] = now
+            self._heard[unit] = now
+            if now - self._touched.get(unit, 0.0) >= TOUCH_S:
+                self._touched[unit] = now
+                with suppress(OSError):  # it is a mark for whoever looks at the folder, no more
+                    self.spool.touch(unit)
+        self._touched = {unit: at for unit, at in self._touched.items() if now - at < TOUCH_S}
 
     def news(self) -> News | None:
         """Return what has come since the last call, for whoever gathers it; None if nothing has."""

@@ -149,14 +149,19 @@ class Receiver:
     def _over(self, sock: socket.socket, number: int, visit: SpoolVisit | None) -> None:
         """Close a connection, which the listener has open as well, and report the end of its association."""
         if visit is not None:
-            visit.ended()
+            try:
+                visit.ended()
+            except Exception:
+                logger.exception("the end of an association")
         with suppress(OSError):
             sock.shutdown(socket.SHUT_RDWR)
         sock.close()
         with self._lock:
             self._open -= 1
-            self._send_news()
-            self._say("over", number, *((visit.instances, visit.bytes) if visit is not None else (0, 0)))
+            try:
+                self._send_news()
+            finally:
+                self._say("over", number, *((visit.instances, visit.bytes) if visit is not None else (0, 0)))
 
     def _report(self) -> None:
         never = threading.Event()
@@ -164,9 +169,12 @@ class Receiver:
             self._busy.wait()
             never.wait(REPORT_S)
             with self._lock:
-                self._send_news()
                 if not self._open:
                     self._busy.clear()
+                try:
+                    self._send_news()
+                except Exception:  # whatever it is, it must not end this thread
+                    logger.exception("what has come can't be reported now")
 
     def _send_news(self) -> None:
         for folder, source in self._sources.items():

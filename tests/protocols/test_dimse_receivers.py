@@ -106,6 +106,24 @@ def test_who_is_stuck_goes_on_with_nothing_after_a_pause(tmp_path: Path) -> None
         others.close()
 
 
+def test_what_is_being_received_elsewhere_is_not_complete(others: Receivers, tmp_path: Path) -> None:
+    with listening(tmp_path / "home", receivers=others, settle_s=3600) as there, ExitStack() as stack:
+        _, sender = (stack.enter_context(closing(PlainSender(there.port))) for _ in range(2))
+        study = studies.uid(56)
+        assert sender.store(studies.dataset(study=study)) == 0
+        until(lambda: there.reception.receiving == 1)
+        sender.begin(studies.dataset(study=study))  # a long instance of the same study
+        sender.more(bytes(64))
+        [(unit, path, _)] = Spool(there.folder).units()
+        os.utime(path, (1, 1))
+        heard = there.reception._heard[unit]
+        until(lambda: there.reception._heard[unit] > heard and path.stat().st_mtime > 1)
+        there.folder.rename(tmp_path / "away")
+        there.folder.write_bytes(b"")  # so that nothing can be marked there any more
+        stack.close()
+        until(lambda: there.scp.connections == 0)
+
+
 def test_commitment_is_asked_of_the_listener_itself(others: Receivers, tmp_path: Path) -> None:
     with listening(tmp_path / "home", receivers=others) as there, closing(PlainSender(there.port)):
         assoc = associated(there.port, classes=(CT, PUSH_MODEL))
