@@ -74,11 +74,16 @@ class Deliveries:
         return found
 
     def newest(self, state: str, limit: int, target: str = WHOLE) -> list[str]:
-        """Return the ids of the runs that stand so, as a whole or at a target; those that came to it last."""
+        """Return the ids of the dispatches that stand so, as a whole or at a target; those that came to it last.
+
+        Retrievals, which have a row as a whole only, are none.
+        """
         with self._db.reading():
             rows = self._db.execute(
-                "SELECT flow_run_id FROM deliveries WHERE target=? AND state=? ORDER BY time DESC LIMIT ?",
-                (target, state, limit),
+                "SELECT flow_run_id FROM deliveries AS one WHERE target=? AND state=? AND EXISTS"
+                " (SELECT 1 FROM deliveries AS part WHERE part.flow_run_id=one.flow_run_id AND part.target<>?)"
+                " ORDER BY time DESC LIMIT ?",
+                (target, state, WHOLE, limit),
             ).fetchall()
         return [str(row[0]) for row in rows]
 

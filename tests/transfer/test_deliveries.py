@@ -29,7 +29,11 @@ def test_runs_are_found_by_how_they_stand(where: Path | str) -> None:
         for run in ("r1", "r2", "r3"):
             ledger.deliveries.stand(run, "partial", [GOOD, BAD])
         ledger.deliveries.stand("r2", "delivered", [GOOD, replace(BAD, state="delivered")])
-        assert set(ledger.deliveries.newest("partial", 9)) == {"r1", "r3"}
+        for retrieval in ("r4", "r5"):
+            ledger.deliveries.stand(retrieval, "partial", [])
+        assert (
+            set(ledger.deliveries.newest("partial", 9)) == set(ledger.deliveries.newest("partial", 2)) == {"r1", "r3"}
+        )
         assert len(ledger.deliveries.newest("partial", 1)) == 1
         assert ledger.deliveries.newest("delivered", 9, "pacs") == ["r2"]
 
