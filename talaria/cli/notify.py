@@ -91,7 +91,7 @@ def test(
 
 @app.command(epilog="Example: talaria notify pause ops")
 def pause(name: Name, as_json: Json = False) -> None:
-    """Pause a rule: what happens meanwhile is told to nobody by it, and what it has not sent waits."""
+    """Pause a rule: it writes of nothing that happens meanwhile; what it has not sent waits, three days at most."""
     with api() as access:
         print_done(access.call("enable_rule", name=name, enabled=False), as_json)
 
