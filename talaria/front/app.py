@@ -12,7 +12,7 @@ from starlette.routing import BaseRoute
 
 from talaria.front import prefect_rules, static
 from talaria.front.access import SCOPE_KEY, Identity
-from talaria.front.gate import Application, Gate, Message, Receive, Send, is_own
+from talaria.front.gate import Application, Gate, Message, Receive, Send, is_api, is_own
 from talaria.front.keys import Door, KeyRing
 from talaria.front.login import Pages
 from talaria.front.plain import refusal, wants_page
@@ -66,7 +66,7 @@ def build(
 
 async def _nothing(request: Request, exc: Exception) -> Response:
     """Answer that there is nothing at an address."""
-    if wants_page(request.scope):
+    if wants_page(request.scope) and not is_api(request.scope["path"]):
         return refusal("there is no such page", 404)
     return JSONResponse({"error": "there is nothing here", "detail": "Not Found"}, 404)
 

@@ -247,7 +247,7 @@ class Gate:
                 answer = RedirectResponse(f"{OWN}/login?next={quote(asked, safe='')}", 303)
             else:
                 answer.headers["www-authenticate"] = 'Bearer realm="talaria"'
-        elif exc.status == 403 and is_own(scope["path"]) and wants_page(scope) and not _is_api(scope["path"]):
+        elif exc.status == 403 and is_own(scope["path"]) and wants_page(scope) and not is_api(scope["path"]):
             answer = refusal(exc.why, exc.status)
         answer.headers["connection"] = "close"  # else a body that was not read would be taken for the next request
         await answer(scope, receive, send)
@@ -335,7 +335,8 @@ class Gate:
         return who is not None and who.role >= need
 
 
-def _is_api(path: str) -> bool:
+def is_api(path: str) -> bool:
+    """Return True for paths of our own API, which answers no pages."""
     return path.startswith(f"{OWN}/api/")
 
 

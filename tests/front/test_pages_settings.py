@@ -73,6 +73,8 @@ def test_whoever_may_not_see_a_page_or_asks_for_none_gets_a_page_that_says_so(ho
             assert answer.headers["content-security-policy"] and 'href="/talaria/"' in answer.text
             script = await client.get(path, headers={"Accept": "application/json"})
             assert script.status_code == status and script.json()["error"]
+        of_the_api = await client.get("/talaria/api/v1/nothing")  # which answers no pages, whatever is accepted
+        assert of_the_api.status_code == 404 and of_the_api.json()["error"] == "there is nothing here"
 
     run(house, "vera", case)
 
