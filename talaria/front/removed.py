@@ -1,4 +1,7 @@
-"""What people remove through Prefect's pages and API: a target that something uses stays, as on our own pages."""
+"""What people remove through Prefect's pages and API: a target that something uses stays, as on our own pages.
+
+Of one that goes, nobody remembers that it was down.
+"""
 
 from __future__ import annotations
 
@@ -25,28 +28,48 @@ class UsedTargets:
         if not removes or who is None or who.role >= Role.WORKER:  # our own processes have looked
             await self.app(scope, receive, send)
             return
-        if why := await self._why_not(scope, removes[1], removes[2]):
-            await refuse(send, 409, why)
-        else:
-            await self.app(scope, receive, send)
-
-    async def _why_not(self, scope: Message, what: str, number: str) -> str:
-        """Return why a block document, or all of a block type or of one of its schemas, must stay; "" if it may go."""
-        from talaria.service.uses import InUse, check_unused
-        from tasks.targets import documents
-
         office: Any = await self.office_of(scope)
-        try:
-            wanted = UUID(number)
-        except ValueError:
-            return ""  # Prefect's to refuse
-        gone = [
-            one
-            for one in await documents(office.client)
-            if wanted == {"documents": one.id, "types": one.block_type_id, "schemas": one.block_schema_id}[what]
-        ]
-        try:
-            await check_unused(office.client, [str(one.name) for one in gone], "removed")
-        except InUse as exc:
-            return exc.message
-        return ""
+        gone = await _which(office.client, removes[1], removes[2])
+        if why := await _why_not(office.client, gone):
+            await refuse(send, 409, why)
+            return
+        removed = False
+
+        async def sent(message: Message) -> None:
+            nonlocal removed
+            removed = removed or (message["type"] == "http.response.start" and message["status"] < 300)
+            await send(message)
+
+        await self.app(scope, receive, sent)
+        if removed:
+            from talaria.service.targets import forget_standing
+
+            for name in gone:
+                await forget_standing(office, name)
+
+
+async def _which(client: Any, what: str, number: str) -> list[str]:
+    """Return the targets, with their types, that go with a block document, a block type or one of its schemas."""
+    from tasks.names import qualified
+    from tasks.targets import documents
+
+    try:
+        wanted = UUID(number)
+    except ValueError:
+        return []  # Prefect's to refuse
+    return [
+        qualified(one)
+        for one in await documents(client)
+        if wanted == {"documents": one.id, "types": one.block_type_id, "schemas": one.block_schema_id}[what]
+    ]
+
+
+async def _why_not(client: Any, names: list[str]) -> str:
+    """Return why targets must stay; "" if they may go."""
+    from talaria.service.uses import InUse, check_unused
+
+    try:
+        await check_unused(client, names, "removed")
+    except InUse as exc:
+        return exc.message
+    return ""

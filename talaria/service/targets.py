@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Collection, Iterator, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
@@ -127,7 +128,7 @@ async def apply_targets(
     there = await all_targets(office.client, used=wanted)
     actions = {name: action_for(target, there, replace=replace) for name, target in wanted.items()}
     old = [one for one in there if prune and one.name not in wanted]
-    await check_unused(office.client, {one.name for one in old}, "removed")
+    await check_unused(office.client, {f"{one.type_name}/{one.name}" for one in old}, "removed")
     for name, action in actions.items() if not dry_run else ():
         if action != "unchanged":
             await saved.save(office.client, wanted[name], name, replace=replace)
@@ -135,6 +136,7 @@ async def apply_targets(
             await recorded.target_changed(office, name, action, differing(wanted[name], before))
     for one in old if not dry_run else ():
         await saved.remove(office.client, f"{one.type_name}/{one.name}")
+        await forget_standing(office, one.name)
         await recorded.target_removed(office, one.name)
     actions |= {one.name: "removed" for one in old}
     return {"dry_run": dry_run, "targets": [{"name": name, "action": action} for name, action in actions.items()]}
@@ -178,7 +180,7 @@ async def remove_target(office: Office, name: str) -> dict[str, Any]:
     """
     await check_unused(office.client, [name], "removed")
     await saved.remove(office.client, name)
-    await _forget_standing(office, name)
+    await forget_standing(office, name)
     await recorded.target_removed(office, name)
     return {"name": name, "action": "removed"}
 
@@ -197,17 +199,20 @@ async def rename_target(office: Office, name: str, to: str) -> dict[str, Any]:
         raise ValueError(f"a target named {to} is there already")
     await saved.save(office.client, target, to)
     await saved.remove(office.client, name)
-    await _forget_standing(office, name)
+    await forget_standing(office, name)
     await recorded.target_changed(office, to, f"renamed from {name}", ["name"])
     return {"name": to, "action": f"renamed from {name}"}
 
 
-async def _forget_standing(office: Office, name: str) -> None:
-    """Forget that a target is down which is not there any more: another one may get its name."""
+async def forget_standing(office: Office, name: str) -> None:
+    """Forget that a target is down which is not there any more: another one may get its name.
+
+    Where the ledger is away, that is forgotten with what is older than the retention.
+    """
     target = split(name)[1]
 
     def forget() -> None:
-        with Ledger(office.home.ledger) as ledger:
+        with suppress(*breaker.LOST), Ledger(office.home.ledger) as ledger:
             ledger.happenings.stands(f"target/{target}", "up", at_first=False)
             ledger.waits.forget(target)
 

@@ -14,7 +14,8 @@ from talaria.engine.runs import jobs, kind_of
 from talaria.service import Conflict
 from talaria.service.names import NAMED
 from talaria.service.overview import NOT_ENDED, PAGE
-from tasks.names import split
+from tasks.documents import Broken
+from tasks.names import SLUGS, split, type_of
 from tasks.paging import every
 from tasks.sources.saved import KEPT
 from tasks.targets import documents
@@ -58,16 +59,23 @@ async def check_unused(client: PrefectClient, names: Collection[str], done: str)
     """Refuse what would take targets from those who use them.
 
     Args:
-        names: of targets, perhaps with their types; where two types have a name, either may go: it is refused
-            everywhere until one of them has gone.
+        names: of targets, with their types where several have a name (one without a type is refused everywhere until
+            the others have gone). Of those, one that is named with its type is used; by its name alone, all together.
         done: what is to be done with them, as in "removed".
 
     Raises:
         InUse: something uses them; the message names all of them, and what uses each.
     """
-    plain = {split(name)[1] for name in names}
-    there = [str(document.name) for document in await documents(client, plain)]
-    found = await uses_of(client, {name for name in plain if there.count(name) == 1})
+    given = [split(name) for name in names]
+    going: dict[str, set[str] | None] = {}
+    there = await documents(client, {name for _, name in given})
+    for name in {name for _, name in given}:
+        types = {type_of(document) for document in there if document.name == name}
+        named = {kind for kind, one in given if one == name}
+        chosen = types if len(types) == 1 and None in named else {kind for kind in types if kind in named}
+        if chosen:
+            going[name] = None if chosen == types else chosen
+    found = await _uses_of(client, going)
     if not found:
         return
     lines = [f"{name} can't be {done} while it is used by {one}" for name, one in found.items()]
@@ -76,37 +84,57 @@ async def check_unused(client: PrefectClient, names: Collection[str], done: str)
     raise error
 
 
-async def uses_of(client: PrefectClient, names: Collection[str]) -> dict[str, Uses]:
-    """Return what uses targets, by the name of each that something uses."""
-    found = {name: Uses() for name in sorted(names)}
+async def _uses_of(client: PrefectClient, going: Mapping[str, Collection[str] | None]) -> dict[str, Uses]:
+    """Return what uses targets, by the name of each that something uses.
+
+    Args:
+        going: by name, the types of those whose uses count; None for all.
+    """
+    found = {name: Uses() for name in sorted(going)}
+
+    def meant(written: Iterable[Any]) -> set[str]:
+        """Return which of them are named."""
+        pairs = [
+            (SLUGS.get(kind, kind), name) for kind, _, name in (str(one).strip().rpartition("/") for one in written)
+        ]
+        return {name for kind, name in pairs if name in going and ((types := going[name]) is None or kind in types)}
+
     offset = 0
     while found and (page := await jobs(client, PAGE, offset, flows=RUNS, states=NOT_ENDED)):
         for run in page:
-            for name in _named(run.parameters, NAMED["retrieve"]) & found.keys():
+            for name in meant(_named(run.parameters, NAMED["retrieve"])):
                 found[name].runs.append(run)
         offset += len(page)
         if len(page) < PAGE:
             break
-    for source in await KEPT.all(client) if found else ():
-        for name in _of_source(source) & found.keys() if isinstance(source, Source) else ():
-            found[name].sources.append(source.name)
+    for source, written in await _sources(client) if found else ():
+        for name in meant(written):
+            found[name].sources.append(source)
     flows = {one.id: one.name for one in await every(client.read_flows)} if found else {}
     for one in await every(client.read_deployments) if found else ():
         flow = flows.get(one.flow_id, "")
         given = [{**one.parameters, **(each.parameters or {})} for each in one.schedules]
-        for name in set[str]().union(*(_named(each, NAMED.get(flow, ())) for each in given)) & found.keys():
+        for name in meant(name for each in given for name in _named(each, NAMED.get(flow, ()))):
             found[name].schedules.append((str(one.id), f"{flow}/{one.name}"))
     return {name: uses for name, uses in found.items() if uses}
 
 
-def _of_source(source: Source) -> set[str]:
-    return _named({"targets": [*source.reaches, getattr(source, "query", "")]}, ("targets",))
+async def _sources(client: PrefectClient) -> list[tuple[str, list[Any]]]:
+    """Return the name of each source, and the targets that it names, as it writes them."""
+    there = await KEPT.all(client)
+    found = [(one.name, [*one.reaches, getattr(one, "query", "")]) for one in there if isinstance(one, Source)]
+    broken = {one.name for one in there if isinstance(one, Broken)}
+    for document in await KEPT.documents(client, broken) if broken else ():  # somebody may mend it
+        routes = document.data.get("routes")
+        parts = [document.data, *(one for one in (routes if isinstance(routes, list) else ()) if isinstance(one, dict))]
+        found.append((str(document.name), [name for part in parts for name in _named(part, ("targets", "query"))]))
+    return found
 
 
-def _named(parameters: Mapping[str, Any], keys: Iterable[str]) -> set[str]:
-    """Return the names in a run's parameters, without their types; whoever made it may have written anything."""
-    found: set[str] = set()
+def _named(parameters: Mapping[str, Any], keys: Iterable[str]) -> list[Any]:
+    """Return the names in a run's parameters, as written: whoever made it may have written anything."""
+    found: list[Any] = []
     for key in keys:
         value = parameters.get(key)
-        found |= {str(one).rpartition("/")[2] for one in (value if isinstance(value, list) else [value]) if one}
+        found += [one for one in (value if isinstance(value, list) else [value]) if one]
     return found

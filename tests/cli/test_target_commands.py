@@ -144,10 +144,12 @@ def test_targets_are_renamed_disabled_exported_and_removed(up: Talaria, tmp_path
     assert apply(up, **document["targets"]) == {"b": "unchanged", "cloud": "unchanged"}
     with Ledger(Home(up.home).ledger) as ledger:
         with ledger.together():
-            ledger.waits.count("b", "its settings", "no route")
+            for name in ("b", "cloud"):
+                ledger.waits.count(name, "its settings", "no route")
         assert up.told("target", "remove", "b") == {"name": "b", "action": "removed"}
         assert ledger.waits.breaker("b") is None
-    apply(up, a=first, b=first)
+        apply(up, "--prune", a=first, b=first)
+        assert ledger.waits.breaker("cloud") is None
     # A new target begins without the checks of one that had its name.
     assert all(one["last_check"] is None for one in up.told("target", "list")["targets"] if one["name"] in ("a", "b"))
 

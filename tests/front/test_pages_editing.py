@@ -19,6 +19,8 @@ from tests.engine.material import dicom, folder
 from tests.front.people import Person, fields, person, words
 from tests.servers.receiver import Receiver, receiver
 from tests.servers.up import talaria
+from transfer.home import Home
+from transfer.ledger import Ledger
 
 pytestmark = pytest.mark.timeout(600)
 SECRET = "swordfish"
@@ -234,6 +236,8 @@ def test_what_is_stored_wrongly_is_shown_mended_and_deleted(place: SimpleNamespa
     page = admin.get(one)
     assert "its settings are not valid" in words(page) and XSS not in page
     assert "odd: its settings are not valid" in words(admin.get("/talaria/"))
+    # It will be mended: what it names is used.
+    assert 'href="/talaria/sources/odd"' in admin.post("/talaria/targets/kept/delete", {}, 409)
     form = admin.form(f"{one}/edit")
     assert form["folder"] == "relative" and form["targets"] == f"kept\n{XSS}"
     fixed = {**form, "folder": str(place.root / "odd"), "targets": "kept", "do": "save"}
@@ -293,6 +297,17 @@ def test_a_target_that_is_used_is_neither_deleted_nor_renamed_and_says_by_what(
     admin.post("/talaria/sources/feeds/remove", {})
     admin.post(f"/talaria/dispatches/{run}/cancel", {})
     until(lambda: admin.client.post(f"/talaria/targets/{name}/delete", data={}).status_code == 303, as_loaded(120))
+    # One that goes through Prefect's API takes with it that it was down.
+    up.apply(used=folder(place.root / "used"))
+    with Ledger(Home(up.home).ledger) as ledger:
+        with ledger.together():
+            ledger.waits.count(name, "its settings", "no route")
+        (document,) = up.api("POST", "/block_documents/filter", block_documents={"name": {"any_": [name]}})
+        auth = tuple((up.home / "api.auth").read_text().strip().split(":", 1))
+        url = f"http://127.0.0.1:{up.port}/api/block_documents/{document['id']}"
+        answer = httpx.delete(url, auth=auth, trust_env=False, timeout=300)  # type: ignore[arg-type]
+        assert answer.status_code == 204, answer.text
+        until(lambda: ledger.waits.breaker(name) is None, as_loaded(60))
 
 
 def test_roles_see_and_may_what_is_theirs(place: SimpleNamespace, hook: Receiver) -> None:
