@@ -17,7 +17,7 @@ from typing import Any
 from xdist.scheduler.loadscope import LoadScopeScheduling
 
 STARTS = re.compile(r"\btalaria\(|\bTalaria\(|\bup: Talaria\b")
-SHARES = re.compile(r"def test_\w+\([^)]*\bup: Talaria\b")
+SHARES = re.compile(r"(?:def test_|@pytest\.fixture.*\ndef )\w+\([^)]*\bup: Talaria\b")
 OFFERS = re.compile(r"^def up\(", re.MULTILINE)
 HARNESS = re.compile(r"::\w+\[(.+?)(-proven|-accepted)?\]$")
 # Few tests for the time they take; other units come in the order of how many tests they have.

@@ -76,6 +76,7 @@ def test_files_that_share_a_server_stay_together_and_what_starts_one_begins_with
     tmp_path: Path,
 ) -> None:
     texts = {f"shared/test_{n}.py": SHARE for n in range(6)} | {f"own/test_{n}.py": OWN for n in range(4)}
+    texts["shared/test_fixture.py"] = "@pytest.fixture\ndef inbox(tmp_path: Path, up: Talaria) -> None:\n"
     texts |= {f"rest/test_{n}.py": REST for n in range(30)} | {"shared/conftest.py": OFFER}
     tests = written(tmp_path, **texts)
     run = Run(tmp_path, tests, 8)
