@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,13 +14,11 @@ from uuid import UUID
 from prefect.artifacts import acreate_table_artifact
 from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.filters import (
-    ArtifactCollectionFilter,
-    ArtifactCollectionFilterKey,
     ArtifactFilter,
     ArtifactFilterFlowRunId,
     ArtifactFilterKey,
 )
-from prefect.client.schemas.objects import Artifact, ArtifactCollection
+from prefect.client.schemas.objects import Artifact
 from prefect.client.schemas.sorting import ArtifactCollectionSort, ArtifactSort
 from prefect.context import FlowRunContext
 
@@ -27,7 +26,6 @@ from blocks.base import Target
 from protocols.net.ping import Ping
 from tasks import DRIVERS
 from tasks.documents import Broken
-from tasks.paging import every
 from tasks.quiet import Quiet
 from transfer import live
 from transfer.health import FAILED, OK, SKIPPED, Health, Probe, watched
@@ -36,6 +34,11 @@ from transfer.ledger import write_json
 
 KEY = "check-"  # before a target's name: the key of its checks' artifacts
 HEALTHY = "healthy"
+NEW, PAGE = (
+    20,
+    50,
+)  # artifacts a request: of a look for new ones, and of all; a server that answers them does nothing else
+WHOLE_S = 600.0  # between two readings of all: what was removed is known until then
 COLUMNS = ("name", "result", "ms", "detail")
 MORE: dict[str, Any] = {"error": "", "remedy": "", "facts": {}}  # what older checks don't have
 
@@ -101,15 +104,50 @@ async def result_of_run(client: PrefectClient, flow_run_id: UUID, name: str) -> 
     return _document(found[0]) if found else None
 
 
+class LastChecks:
+    """The last checks of all targets, for whoever asks for them again and again: only new ones are read again."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[str, dict[str, Any] | None]] = {}  # by key: the artifact's id, and the check
+        self._whole = float("-inf")  # when all were read
+
+    async def read(self, client: PrefectClient, targets: Iterable[Target | Broken]) -> dict[str, dict[str, Any]]:
+        """Return them as `last_checks` does."""
+        made, now = {target.name: target.made for target in targets}, time.monotonic()
+        whole = now - self._whole > WHOLE_S
+        known = {} if whole else dict(self._known)
+        limit, offset = PAGE if whole else NEW, 0
+        body = {"artifacts": {"key": {"like_": KEY}}, "sort": ArtifactCollectionSort.UPDATED_DESC, "limit": limit}
+        while True:
+            page = (await client.request("POST", "/artifacts/latest/filter", json=body | {"offset": offset})).json()
+            news = [one for one in page if known.get(one["key"], ("",))[0] != one["latest_id"]]
+            known |= {one["key"]: (one["latest_id"], _collected(one)) for one in news}
+            if len(page) < limit or not news:  # the newest come first
+                break
+            offset += limit
+        self._known, self._whole = known, now if whole else self._whole  # only now: a part is not all
+        return _latest({one["name"]: one for _, one in known.values() if one and one["name"] in made}, made)
+
+
+def _collected(newest: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the check in the newest artifact of a key, as the server answers it; None if it is a stranger's.
+
+    `created` is that of the first artifact with this key.
+    """
+    if not newest["key"].startswith(KEY):
+        return None
+    with suppress(ValueError, TypeError):  # whoever makes artifacts may give them any key
+        return _document(Artifact.model_construct(**newest | {"created": datetime.fromisoformat(newest["updated"])}))
+    return None
+
+
 async def last_checks(client: PrefectClient, targets: Iterable[Target | Broken]) -> dict[str, dict[str, Any]]:
     """Return the last check, by name, of the targets that were checked since they were made: by a run, or from here."""
-    made = {target.name: target.made for target in targets}
-    latest = await every(
-        client.read_latest_artifacts,
-        artifact_filter=ArtifactCollectionFilter(key=ArtifactCollectionFilterKey(any_=[KEY + name for name in made])),
-        sort=ArtifactCollectionSort.ID_DESC,
-    )
-    found = {str(one.key).removeprefix(KEY): _document(one) for one in latest}
+    return await LastChecks().read(client, targets)
+
+
+def _latest(found: dict[str, dict[str, Any]], made: Mapping[str, datetime | None]) -> dict[str, dict[str, Any]]:
+    """Return those of targets that were made at such a time, with what is kept here."""
     for name in made.keys() & _names_here():
         here = _kept_here(name)
         if here and (name not in found or _time(here) > _time(found[name])):
@@ -128,10 +166,12 @@ def keep(target: Target, health: Health) -> dict[str, Any]:
     return document
 
 
-def _document(artifact: Artifact | ArtifactCollection) -> dict[str, Any]:
+def _document(artifact: Artifact) -> dict[str, Any]:
     probes = artifact.data if isinstance(artifact.data, list) else json.loads(str(artifact.data))
     time = (artifact.created or datetime.now(UTC)).isoformat()
     name = str(artifact.key).removeprefix(KEY)
+    if not isinstance(probes, list) or not all(isinstance(probe, dict) for probe in probes):
+        raise TypeError("not the table of a check")
     probes = [MORE | probe for probe in probes]
     return {"name": name, "ok": artifact.description == HEALTHY, "probes": probes, "time": time}
 

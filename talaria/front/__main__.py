@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import importlib
 import json
 import logging
@@ -41,6 +42,8 @@ from transfer.home import Home
 ORDERS = "TALARIA_FRONT"  # the variable that says what is to be served
 KEEP_ALIVE_S = 5
 GRACE_S = 5  # for answers under way, at the end
+LOADED_S = 0.5  # between two looks whether Prefect's server is loaded
+GARBAGE = (20_000, 20, 20)  # gc.set_threshold: the usual (700, 10, 10) go through all that is kept at every second page
 FIRST_S = 60  # before what is old is looked for
 LOOK_S = 5  # between two checks whether the certificate has been renewed
 _logger = logging.getLogger("talaria.front")
@@ -107,13 +110,13 @@ class Front:
             proxy_role=Role.of(orders.proxy_role) if orders.proxy_role else None,
             inner_port=inner.getsockname()[1] if inner else 0,
         )
-        changes = ChangeCount()
+        changes, run_changes = ChangeCount(), ChangeCount()
         prefect: Upstream = (
             RemotePrefect(orders.upstream, os.environ.get("PREFECT_API_AUTH_STRING", ""))
             if orders.upstream
             else EmbeddedPrefect(worker_auth(home), load, self._fail)
         )
-        self.upstream: Upstream = WatchedUpstream(prefect, changes)
+        self.upstream: Upstream = WatchedUpstream(prefect, changes, run_changes)
         reach = Reach(
             shared(self.upstream),
             home,
@@ -122,6 +125,7 @@ class Front:
             upstream=self.upstream,
             certificate=orders.certificate,
             changes=changes,
+            run_changes=run_changes,
         )
         self._reach = reach
         own = [*pages.routes(reach), *routes(reach), *metrics.routes(reach, orders.certificate)]
@@ -153,8 +157,12 @@ class Front:
 
     async def _keep(self) -> None:
         """Keep what is remembered within its bounds."""
+        while self.upstream.state == "starting":  # noqa: ASYNC110 - a thread loads it
+            await asyncio.sleep(LOADED_S)
+        _set_aside()
         await asyncio.sleep(FIRST_S)
         retention = await asyncio.to_thread(importlib.import_module, "talaria.engine.retention")  # with all of Prefect
+        _set_aside()  # and what the first pages have loaded
         await retention.keep(self.home, self.upstream.client, embedded=not self.orders.upstream)
 
     async def _notify(self) -> None:
@@ -188,6 +196,16 @@ class Front:
                 continue
             seen = now
             _logger.warning("the certificate has been renewed")
+
+
+def _set_aside() -> None:
+    """Let the collector of garbage never look again at what is there now.
+
+    Modules and their classes are a million objects: to go through them took 0.1 s each time, and nobody got an answer.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*GARBAGE)
 
 
 def _config(app: Any, *, lifespan: Any, **tls: Any) -> uvicorn.Config:

@@ -1,4 +1,4 @@
-"""How often Prefect's server was asked to change a saved target: what was read of them before is not shown after."""
+"""How often Prefect's server was asked to change a saved target, or a run: what was read before is read again."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     from talaria.front.gate import Message, Receive, Send
     from talaria.front.upstream import Upstream
 
-_READS = re.compile(r"/(filter|count|paginate)$")
+_READS = re.compile(r"/(filter|count|paginate|history|lateness)$")
+_RUNS = re.compile(r"/(flow_runs|create_flow_run)(/|$)")
 
 
 class ChangeCount:
@@ -25,10 +26,10 @@ class ChangeCount:
 
 
 class WatchedUpstream:
-    """A Prefect server whose changes of saved blocks are counted."""
+    """A Prefect server whose changes of saved blocks are counted, and those of runs."""
 
-    def __init__(self, upstream: Upstream, changes: ChangeCount) -> None:
-        self._upstream, self._changes = upstream, changes
+    def __init__(self, upstream: Upstream, changes: ChangeCount, runs: ChangeCount | None = None) -> None:
+        self._upstream, self._changes, self._runs = upstream, changes, runs or ChangeCount()
         self.credential, self.client = upstream.credential, upstream.client
 
     @property
@@ -43,7 +44,8 @@ class WatchedUpstream:
         try:
             await self._upstream(scope, receive, send)
         finally:
-            if scope["type"] == "http" and scope["method"] != "GET":
-                path = scope["path"]
-                if "/block_" in path and not _READS.search(path.rstrip("/")):
+            if scope["type"] == "http" and scope["method"] != "GET" and not _READS.search(scope["path"].rstrip("/")):
+                if "/block_" in scope["path"]:
                     self._changes.note()
+                elif _RUNS.search(scope["path"]):
+                    self._runs.note()

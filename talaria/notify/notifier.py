@@ -133,9 +133,8 @@ class Notifier:
         from tasks.rules import SAVED_RULES
 
         said = set(self._broken)
-        names = [str(document.name) for document in await SAVED_RULES.documents(client)]
         # While one is replaced by one of another type, there are two: what happens then is told once, by the newer.
-        found = [*{one.name: one for one in await SAVED_RULES.all(client, used=names)}.values()]
+        found = [*{one.name: one for one in await SAVED_RULES.all(client, used=None)}.values()]
         self._broken = {one.name: one.reason for one in found if not isinstance(one, Rule)}
         for name in self._broken.keys() - said:
             logger.warning("rule %s: %s", name, self._broken[name])

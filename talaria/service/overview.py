@@ -18,7 +18,8 @@ from transfer.happenings import HOUR_S, HourSum
 from transfer.ledger import Ledger
 
 DAY = timedelta(days=1)
-PAGE = 200  # runs a request
+PAGE = 200  # runs that are looked through
+FEW = 50  # runs a request: meanwhile a server answers nobody else
 NOT_ENDED = tuple(state for state in StateType if state not in TERMINAL_STATES)
 GOOD, BAD = "delivered", ("partial", "failed")  # states of a dispatch at a target
 
@@ -58,7 +59,7 @@ async def not_ended(office: Office, most: int | None = None) -> list[FlowRun]:
     """Return all dispatches that have not ended, or so many of them."""
     found: list[FlowRun] = []
     while most is None or len(found) < most:
-        limit = PAGE if most is None else min(PAGE, most - len(found))
+        limit = FEW if most is None else min(FEW, most - len(found))
         page = await jobs(office.client, limit, len(found), flows=("dispatch",), states=NOT_ENDED)
         found += page
         if len(page) < limit:

@@ -18,7 +18,7 @@ from talaria.service.uses import check_unused
 from talaria.targetfile import action_for, differing, make, values_of
 from tasks import DRIVERS
 from tasks import targets as saved
-from tasks.checking import check_target, keep, last_checks, result_of_run
+from tasks.checking import LastChecks, check_target, keep, result_of_run
 from tasks.dispatch import breaker
 from tasks.documents import Broken
 from tasks.names import split
@@ -70,13 +70,16 @@ async def list_targets(office: Office) -> dict[str, Any]:
     return {"targets": await entries(office, await all_targets(office.client))}
 
 
-async def entries(office: Office, found: Sequence[Target | Broken], *, settings: bool = True) -> list[dict[str, Any]]:
+async def entries(
+    office: Office, found: Sequence[Target | Broken], *, settings: bool = True, known: LastChecks | None = None
+) -> list[dict[str, Any]]:
     """Return saved targets as a list shows them.
 
     Args:
         settings: whether what each is set to stands there, too.
+        known: the checks that whoever asks has read before.
     """
-    checks = await last_checks(office.client, found)
+    checks = await (known or LastChecks()).read(office.client, found)
     breakers = await asyncio.to_thread(breaker.every_of, office.home, [one for one in found if isinstance(one, Target)])
     return [_entry(one, checks.get(one.name), breakers.get(one.name), settings=settings) for one in found]
 

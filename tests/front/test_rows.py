@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from talaria.front.changes import ChangeCount, WatchedUpstream
+from talaria.front.pages import rows
 from talaria.front.pages.plot import HEIGHT, plotted
 from talaria.front.pages.rows import Kept
 from talaria.service.overview import Day
@@ -80,11 +81,55 @@ def test_an_error_of_a_reading_is_that_of_whoever_waits_and_the_next_one_reads_a
         ("POST", "/api/block_documents/filter", 0),
         ("GET", "/api/block_documents/x", 0),
         ("POST", "/api/flow_runs/", 0),
+        ("POST", "/api/work_pools/talaria/get_scheduled_flow_runs", 0),
     ],
 )
 def test_changes_of_saved_blocks_are_noticed(method: str, path: str, changes: int) -> None:
-    count = ChangeCount()
-    watched = WatchedUpstream(Echo(), count)  # type: ignore[arg-type]
+    assert noticed(method, path)[0] == changes
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "changes"),
+    [
+        ("POST", "/api/flow_runs/", 1),
+        ("PATCH", "/api/flow_runs/x", 1),
+        ("DELETE", "/api/flow_runs/x", 1),
+        ("POST", "/api/flow_runs/x/set_state", 1),
+        ("POST", "/api/flow_runs/bulk_delete", 1),
+        ("POST", "/api/deployments/x/create_flow_run", 1),
+        ("POST", "/api/flow_runs/filter", 0),
+        ("POST", "/api/flow_runs/count", 0),
+        ("POST", "/api/ui/flow_runs/history", 0),
+        ("GET", "/api/flow_runs/x", 0),
+        ("POST", "/api/work_pools/talaria/get_scheduled_flow_runs", 0),
+        ("POST", "/api/block_documents/", 0),
+    ],
+)
+def test_changes_of_runs_are_noticed(method: str, path: str, changes: int) -> None:
+    assert noticed(method, path)[1] == changes
+
+
+def test_what_nothing_has_changed_is_read_again_after_a_while_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def case() -> None:
+        source, ages = Source(), ChangeCount()
+        kept = Kept(source.read, ChangeCount(), 0.0, ages)
+        assert await kept.get(OFFICE) == 1
+        assert await kept.get(OFFICE) == 1 and kept._reading is None
+        ages.note()
+        assert await kept.get(OFFICE) == 1 and kept._reading is not None  # at once, and read again meanwhile
+        await kept._reading
+        assert await kept.get(OFFICE) == 2 and kept._reading is None
+        monkeypatch.setattr(rows, "QUIET_S", 0.0)
+        assert await kept.get(OFFICE) == 2 and kept._reading is not None
+        await kept._reading
+
+    asyncio.run(case())
+
+
+def noticed(method: str, path: str) -> tuple[int, int]:
+    """The changes of blocks and of runs that a request counts for."""
+    count, runs = ChangeCount(), ChangeCount()
+    watched = WatchedUpstream(Echo(), count, runs)  # type: ignore[arg-type]
     scope = {"type": "http", "method": method, "path": path, "headers": []}
 
     async def receive() -> Any:
@@ -94,7 +139,7 @@ def test_changes_of_saved_blocks_are_noticed(method: str, path: str, changes: in
         return None
 
     asyncio.run(watched(scope, receive, send))
-    assert count.count == changes
+    return count.count, runs.count
 
 
 def test_a_bar_is_seen_however_small_its_part_is() -> None:

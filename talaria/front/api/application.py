@@ -57,7 +57,8 @@ def _client(prefect: Any, credential: str) -> PrefectClient:
 
     from talaria.service import operations  # noqa: F401 - and the drivers as long again
 
-    return PrefectClient(prefect, auth_string=credential or None)
+    plain = {"headers": {"Accept-Encoding": "identity"}}  # within a process nothing gets sooner there for being packed
+    return PrefectClient(prefect, auth_string=credential or None, httpx_settings=plain)
 
 
 def application(

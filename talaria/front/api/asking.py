@@ -39,7 +39,7 @@ class Reach:
 
     Attributes:
         certificate: file of the front door's certificate, "" for none.
-        changes: of saved targets, that go through this process.
+        changes, run_changes: of saved targets and of runs, that go through this process.
     """
 
     client: Callable[[], Awaitable[PrefectClient]]
@@ -49,6 +49,7 @@ class Reach:
     upstream: Upstream | None = None
     certificate: str = ""
     changes: ChangeCount = field(default_factory=ChangeCount)
+    run_changes: ChangeCount = field(default_factory=ChangeCount)
 
     @property
     def prefect(self) -> Upstream:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from talaria.service.attention import Attention
     from talaria.service.overview import Activity
+    from tasks.checking import LastChecks
 
 FORM_BYTES = 256 << 10  # keys and certificates as text are the longest
 FILE_BYTES = 4 << 20  # a list of a hundred thousand accession numbers
@@ -100,10 +101,12 @@ class Site:
 
     def __init__(self, reach: Reach) -> None:
         self.reach = reach
-        # Where Prefect runs elsewhere, targets are changed without us.
+        # Where Prefect runs elsewhere, targets and runs are changed without us.
         self._targets = Kept(read_targets, reach.changes, SAVED_S if reach.embedded else FRESH_S)
         self._rows = Kept(self._read_rows, reach.changes)
-        self._waiting, self.fetched = Kept(read_waiting, ChangeCount()), ChangeCount()
+        self._checks: LastChecks | None = None
+        ages = reach.run_changes if reach.embedded else None
+        self._waiting, self.fetched = Kept(read_waiting, ChangeCount(), ages=ages), ChangeCount()
         self._fetched = Kept(read_fetched, self.fetched)
         self._needs = Kept(self._read_needs, reach.changes, NEEDS_S)
 
@@ -116,7 +119,11 @@ class Site:
         return await self._rows.get(office)
 
     async def _read_rows(self, office: Office) -> list[dict[str, Any]]:
-        return await shown_as_rows(office, await self._targets.get(office))
+        if self._checks is None:
+            from tasks.checking import LastChecks
+
+            self._checks = LastChecks()
+        return await shown_as_rows(office, await self._targets.get(office), self._checks)
 
     async def needs(self, office: Office) -> list[Attention]:
         """Return what needs somebody besides targets and dispatches, as it was some seconds ago."""

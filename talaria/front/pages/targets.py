@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
@@ -13,14 +14,17 @@ from talaria.front.access import Role, needs
 from talaria.front.pages.checks import Checks, begun
 from talaria.front.pages.editing import TARGET
 from talaria.front.pages.plot import plotted
-from talaria.front.pages.site import Site, fields, is_part, kind_of, ref_of, render, said_of, shown, who
+from talaria.front.pages.site import Site, fields, is_part, kind_of, ref_of, render, said_of, shown, templates, who
 from talaria.front.pages.texts import text
 from transfer.errors import Misconfigured, NotFound
 
 if TYPE_CHECKING:
+    from markupsafe import Markup
+
     from talaria.service.uses import Uses
 
 LIST = TARGET.pages
+ROWS = 2000  # of the list, that are kept as they were shown
 DAYS = 14  # of the plot
 STATES = ("open", "failing", "broken", "unchecked", "ready", "off")  # the order in which people want to see them
 SORTS = ("state", "name", "type")
@@ -62,7 +66,7 @@ class TargetPages:
             request,
             "targets.html",
             every=len(found),
-            rows=_sorted([row for row in found if _matches(row, given)], given["sort"]),
+            rows=[_in_list(row) for row in _sorted([row for row in found if _matches(row, given)], given["sort"])],
             filter=given,
             choices=_choices(found),
             said=said_of(request, "said", SAID),
@@ -203,6 +207,34 @@ def _sorted(found: list[dict[str, Any]], by: str) -> list[dict[str, Any]]:
     if by == "type":
         return sorted(found, key=lambda row: (row["type"], row["name"]))
     return sorted(found, key=lambda row: row["name"] if by == "name" else (STATES.index(row["state"]), row["name"]))
+
+
+def _in_list(row: dict[str, Any]) -> Markup:
+    """Return a target's row in the list."""
+    check, did = row["last_check"], row["activity"]
+    told = (check["ok"], check["time"]) if check else None
+    words = (str(row[key]) for key in ("state", "name", "path", "type", "leads_to", "direction"))
+    return _row(*words, told, did.last, did.waiting, did.good, did.bad)
+
+
+@functools.lru_cache(ROWS)
+def _row(
+    state: str,
+    name: str,
+    path: str,
+    type_name: str,
+    leads_to: str,
+    direction: str,
+    check: tuple[bool, str] | None,
+    last: str,
+    waiting: int,
+    good: int,
+    bad: int,
+) -> Markup:
+    """Return a row: of five hundred, to make them anew was four fifths of the page's time, and few change."""
+    from markupsafe import Markup
+
+    return Markup(templates().get_template("target_row.html").render(**locals()))  # noqa: S704 - a template has made it
 
 
 def _choices(found: list[dict[str, Any]]) -> list[tuple[str, str, list[tuple[str, str]]]]:
