@@ -1,5 +1,5 @@
-"""The embedded server's application: Prefect's own, with unique names of targets, queues by priority, schedules, and
-SQLite's writers in turn.
+"""The embedded server's application: Prefect's own, with unique names of targets, queues by priority, schedules, an
+index for lists of runs, and SQLite's writers in turn.
 
 Prefect begins nearly every transaction DEFERRED. One that reads and then writes while another has written meanwhile
 ends at once, whatever the time-out (SQLITE_BUSY_SNAPSHOT), and the server answers 503. One that begins IMMEDIATE waits.
@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 from prefect.server.database.configurations import SQLITE_BEGIN_MODE, AioSqliteConfiguration
 
 from talaria.engine.asgi import Application
+from talaria.engine.database import add_search, keep_caches_small, let_types_name_their_operators, make_index_at_start
 from talaria.engine.priority import QueueOfPriority
 from talaria.engine.unique import UniqueNames
 
@@ -31,8 +32,12 @@ def create_app() -> tuple[Application, Any]:
     from prefect.server.api.server import create_app as prefects_own
 
     let_writers_wait()
+    let_types_name_their_operators()
     let_schedules_make_runs()
+    keep_caches_small()
     prefect = prefects_own()
+    make_index_at_start(prefect)
+    add_search(prefect)
     return QueueOfPriority(UniqueNames(prefect)), prefect
 
 

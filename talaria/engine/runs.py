@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, Protocol, TypeVar
+from urllib.parse import quote
 from uuid import UUID
 from weakref import WeakKeyDictionary
 
@@ -20,6 +21,7 @@ from prefect.client.schemas.filters import (
     DeploymentFilter,
     DeploymentFilterId,
     FlowRunFilter,
+    FlowRunFilterDeploymentId,
     FlowRunFilterExpectedStartTime,
     FlowRunFilterId,
     FlowRunFilterName,
@@ -28,10 +30,11 @@ from prefect.client.schemas.filters import (
 )
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.client.schemas.sorting import ArtifactSort, FlowRunSort
-from prefect.exceptions import ObjectNotFound
+from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.states import AwaitingRetry, Cancelled, Cancelling, Scheduled
 
 from talaria.engine import hosts, lanes
+from talaria.engine.listed import listed
 from talaria.engine.recovery import settle
 from talaria.engine.registry import deployed
 from talaria.engine.table import FLOWS
@@ -45,6 +48,7 @@ from transfer.ledger import Ledger
 
 R = TypeVar("R")
 
+BEGINNING = "/talaria/flow_run_ids/{beginning}"  # a search that our embedded server adds to Prefect's API
 POLL_S = 0.25
 PAGE = 200  # runs a request; Prefect's own limit
 SHOWN_JOBS = 5  # candidates that a message lists
@@ -264,14 +268,9 @@ async def jobs(
         since: only those that were to begin after this.
         ids: only these.
     """
-    deployments = await _deployments(client, flows)
-    return await client.read_flow_runs(
-        deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=deployments)),
-        flow_run_filter=_wanted(states, like, since, ids),
-        sort=FlowRunSort.EXPECTED_START_TIME_DESC,
-        limit=limit,
-        offset=offset,
-    )
+    body = await _asked(client, flows, _wanted(states, like, since, ids))
+    body |= {"sort": FlowRunSort.EXPECTED_START_TIME_DESC, "limit": limit, "offset": offset}
+    return listed((await client.request("POST", "/flow_runs/filter", json=body)).json())
 
 
 async def count(
@@ -283,12 +282,21 @@ async def count(
     ids: Sequence[str] | None = None,
 ) -> int:
     """Return how many runs `jobs` would return without a limit."""
-    deployments = await _deployments(client, flows)
-    body = {
-        "flow_runs": _wanted(states, like, since, ids).model_dump(mode="json"),
-        "deployments": DeploymentFilter(id=DeploymentFilterId(any_=deployments)).model_dump(mode="json"),
-    }
+    body = await _asked(client, flows, _wanted(states, like, since, ids))
     return int((await client.request("POST", "/flow_runs/count", json=body)).json())
+
+
+async def _asked(client: PrefectClient, flows: tuple[str, ...], wanted: FlowRunFilter) -> dict[str, Any]:
+    """Return what a request for runs of some flows asks for, as the database finds it soonest."""
+    deployments = await _deployments(client, flows)
+    if len(deployments) == 1:  # the order in which they are wanted is that of an index, if there is one
+        wanted.deployment_id = FlowRunFilterDeploymentId(any_=deployments)
+        return {"flow_runs": wanted.model_dump(mode="json", exclude_none=True)}
+    of_several = DeploymentFilter(id=DeploymentFilterId(any_=deployments))
+    return {
+        "flow_runs": wanted.model_dump(mode="json", exclude_none=True),
+        "deployments": of_several.model_dump(mode="json", exclude_none=True),
+    }
 
 
 _ids: WeakKeyDictionary[PrefectClient, dict[str, tuple[float, UUID]]] = WeakKeyDictionary()
@@ -326,17 +334,31 @@ async def find(client: PrefectClient, job: str, flows: tuple[str, ...] = ("dispa
         return await client.read_flow_run(UUID(job))
     except (ValueError, ObjectNotFound):
         pass
-    found = [
-        run async for run in _all_jobs(client, flows) if str(run.id).startswith(job) or job in ("", dispatch_of(run))
-    ]
+    found = await _meant(client, job, flows) if job else await jobs(client, SHOWN_JOBS, flows=flows)
     if not found and job:
         raise NotFound(f"no job {job}: `talaria jobs list` shows them")
     if len(found) == 1 and job:
         return found[0]
-    more = f", and {len(found) - SHOWN_JOBS} more" if len(found) > SHOWN_JOBS else ""
+    several = len(found) if job else await count(client, flows)
+    more = f", and {several - SHOWN_JOBS} more" if several > SHOWN_JOBS else ""
     candidates = ", ".join(f"{run.id} ({run.state_name})" for run in found[:SHOWN_JOBS]) or "there are none"
-    what = f"{job} means {len(found)} jobs" if job else "no job is named"
+    what = f"{job} means {several} jobs" if job else "no job is named"
     raise Misconfigured(f"{what}: {candidates}{more}")
+
+
+async def _meant(client: PrefectClient, job: str, flows: tuple[str, ...]) -> list[FlowRun]:
+    """Return the runs of a dispatch, or those whose ids begin so, the newest first."""
+    try:
+        path: Any = BEGINNING.format(beginning=quote(job, safe=""))
+        answer = await client.request("GET", path)
+    except (ObjectNotFound, PrefectHTTPStatusError):  # a Prefect server elsewhere has no such path
+        every = [run async for run in _all_jobs(client, flows)]
+        return [run for run in every if str(run.id).startswith(job) or dispatch_of(run) == job]
+    found = [run for run in await jobs(client, PAGE, flows=flows, like=job) if dispatch_of(run) == job]
+    if ids := answer.json():
+        known = {run.id for run in found}
+        found += [run for run in await jobs(client, PAGE, flows=flows, ids=ids) if run.id not in known]
+    return found
 
 
 async def _all_jobs(client: PrefectClient, flows: tuple[str, ...]) -> AsyncIterator[FlowRun]:

@@ -7,18 +7,32 @@ import inspect
 import os
 import re
 import signal
+import sqlite3
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
 import pytest
+from prefect.client.orchestration import PrefectClient
+from prefect.client.schemas.objects import FlowRun
+from prefect.server.database import provide_database_interface
 from prefect.server.database.configurations import SQLITE_BEGIN_MODE, AioSqliteConfiguration, BaseDatabaseConfiguration
+from prefect.server.schemas.filters import FlowRunFilter
+from prefect.server.schemas.sorting import FlowRunSort
+from sqlalchemy import func, select
+from sqlalchemy.dialects import sqlite
 
-from talaria.engine import api
+from talaria.engine import api, database, runs
+from talaria.engine.listed import listed
+from talaria.service.jobs import line
 from talaria.testing import studies
+from tasks.checking import LastChecks
+from tasks.dispatch.audited import requester
+from tasks.targets import all_targets
 from tests.servers.up import Talaria
 
 MARKS = ("talaria.engine.worker", "talaria.front")
@@ -129,6 +143,100 @@ def test_a_flood_is_answered_without_503_and_schedules_survive(up: Talaria) -> N
     assert [one["schedule"]["cron"] for one in again["schedules"]] == ["0 2 * * *"]
     assert again["entrypoint"] == deployment["entrypoint"]
     assert again["parameter_openapi_schema"] == deployment["parameter_openapi_schema"]
+
+
+def plans(up: Talaria, like: str) -> list[list[str]]:
+    """How SQLite finds a page of dispatches whose names hold this, and how many they are."""
+    database.let_types_name_their_operators()  # else SQLAlchemy warns, which is an error here
+    prefects = provide_database_interface()
+    (deployment,) = up.api("POST", "/deployments/filter", flows={"name": {"any_": ["dispatch"]}})
+    wanted = FlowRunFilter.model_validate(
+        {
+            "deployment_id": {"any_": [deployment["id"]]},
+            "name": {"like_": like},
+            "state": {"type": {"any_": ["FAILED"]}},
+        }
+    )
+    chosen = wanted.as_sql_filter()
+    page = (
+        select(prefects.FlowRun).where(chosen).order_by(*FlowRunSort.EXPECTED_START_TIME_DESC.as_sql_sort()).limit(51)
+    )
+    found = []
+    with closing(sqlite3.connect(f"file:{up.database}?mode=ro", uri=True)) as db:
+        for query in (page, select(func.count(None)).select_from(prefects.FlowRun).where(chosen)):
+            text = str(query.compile(dialect=sqlite.dialect(), compile_kwargs={"render_postcompile": True}))
+            rows = db.execute(f"EXPLAIN QUERY PLAN {text}", ["x"] * text.count("?"))
+            found.append([row[3] for row in rows])
+    return found
+
+
+def test_lists_of_runs_are_read_from_our_index(up: Talaria) -> None:
+    page, count = plans(up, "target-007")
+    assert len(page) == 1 and f"USING INDEX {database.INDEX} (deployment_id=?" in page[0]  # and nothing is sorted
+    assert len(count) == 1 and f"USING COVERING INDEX {database.INDEX}" in count[0]
+
+
+def test_runs_that_lists_show_are_those_that_prefect_s_client_makes(up: Talaria) -> None:
+    documents = up.api("POST", "/flow_runs/filter", limit=200)
+    later = {"type": "SCHEDULED", "state_details": {"scheduled_time": "2126-11-29T12:00:00.5Z"}}
+    documents.append({**documents[0], "state": documents[0]["state"] | later, "state_type": "SCHEDULED"})
+    for ours, document in zip(listed(documents), documents, strict=True):
+        theirs = FlowRun.model_validate(document)
+        assert line(ours) == line(theirs) and requester(ours) == "talaria"
+        for name in ("id", "state_id", "deployment_id", "state_type", "expected_start_time", "end_time", "labels"):
+            assert getattr(ours, name) == getattr(theirs, name)
+        assert ours.state and theirs.state and ours.state.is_final() == theirs.state.is_final()
+        assert ours.state.timestamp == theirs.state.timestamp
+        assert (runs.at_rest(ours), runs.under_way(ours)) == (runs.at_rest(theirs), runs.under_way(theirs))
+
+
+def test_a_run_is_found_by_the_beginning_of_its_id_and_by_its_dispatch(up: Talaria) -> None:
+    ended, ours = {"state": {"type": {"any_": ["COMPLETED"]}}}, {"name": {"any_": ["dispatch"]}}
+    (one,) = up.api("POST", "/flow_runs/filter", limit=1, flow_runs=ended, flows=ours)
+    dispatch = one["name"].partition(" ")[0]
+    for text in (one["id"][:-1], one["id"][:-1].upper(), dispatch):
+        assert up.told("jobs", "show", text)["run"]["id"] == one["id"]
+    assert one["id"] in up.api("GET", f"/talaria/flow_run_ids/{one['id'][:2]}")
+    for text in ("x", "0" * 37, "%25", one["id"][1:]):
+        assert up.api("GET", f"/talaria/flow_run_ids/{text}") == []
+    assert "no job x" in up.here("jobs", "show", "x").stderr
+
+
+def test_the_last_check_is_the_last_one_however_often_it_is_asked_for(up: Talaria, tmp_path: Path) -> None:
+    user, _, password = (up.home / "api.auth").read_text().strip().partition(":")
+    known = LastChecks()
+
+    async def last() -> dict[str, Any]:
+        async with PrefectClient(up.url, auth_string=f"{user}:{password}") as client:
+            found = await all_targets(client)
+            first, again = await LastChecks().read(client, found), await known.read(client, found)
+            assert first == again
+            return again["checked"]
+
+    up.apply(checked={"type": "folder", "folder": str(tmp_path)})
+    assert up.told("target", "test", "checked")["ok"]
+    before = asyncio.run(last())
+    tmp_path.rmdir()
+    assert not up.told("target", "test", "checked", code=1)["ok"]
+    after = asyncio.run(last())
+    assert before["ok"] and not after["ok"] and after["time"] >= before["time"]
+    (newest,) = up.api("POST", "/artifacts/latest/filter", artifacts={"key": {"any_": ["check-checked"]}})
+    assert datetime.fromisoformat(after["time"]) == datetime.fromisoformat(newest["updated"]).replace(microsecond=0)
+
+
+def test_a_connection_to_the_database_keeps_few_of_its_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(AioSqliteConfiguration, "setup_sqlite", AioSqliteConfiguration.setup_sqlite)
+    assert list(inspect.signature(AioSqliteConfiguration.setup_sqlite).parameters) == ["self", "conn", "record"]
+    database.keep_caches_small()
+
+    async def pages() -> int:
+        engine = await AioSqliteConfiguration(f"sqlite+aiosqlite:///{tmp_path}/some.db").engine()
+        async with engine.connect() as connection:
+            found = (await connection.exec_driver_sql("PRAGMA cache_size")).scalar_one()
+        await engine.dispose()
+        return int(found)
+
+    assert asyncio.run(pages()) == -database.CACHE_KIB
 
 
 def test_up_starts_both_again_when_worker_and_server_die_together(up: Talaria) -> None:
