@@ -19,7 +19,7 @@ import logging
 import os
 import secrets
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -268,7 +268,12 @@ def entries(trail: Trail) -> Iterator[dict[str, Any]]:
 
 
 def latest(
-    trail: Trail, wanted: Callable[[dict[str, Any]], bool], count: int, most: int, end: int | None = None
+    trail: Trail,
+    wanted: Callable[[dict[str, Any]], bool],
+    count: int,
+    most: int,
+    end: int | None = None,
+    words: Sequence[str] = (),
 ) -> tuple[list[dict[str, Any]], int]:
     """Return the last entries that are wanted, the newest first, without reading those before them.
 
@@ -276,6 +281,7 @@ def latest(
         count: entries that are returned, at most.
         most: bytes of the trail that are looked through, about.
         end: byte of the trail before which to begin; None for its end.
+        words: that the text of each has that is wanted; others are not even parsed.
 
     Returns:
         The entries, and the `end` from which to go on to older ones; 0 where there are none.
@@ -287,9 +293,12 @@ def latest(
     with suppress(FileNotFoundError), open(trail.path, "rb") as file:
         size = file.seek(0, os.SEEK_END)
         end = size if end is None else min(end, size)
+        needed = [word.encode() for word in words]
         for at, line in _backwards(file, end):
             with suppress(ValueError):
-                if isinstance(document := json.loads(line), dict) and wanted(document):
+                if not all(word in line for word in needed):
+                    pass
+                elif isinstance(document := json.loads(line), dict) and wanted(document):
                     found.append(document)
             if len(found) >= count or end - at >= most:
                 return found, at

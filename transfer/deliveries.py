@@ -73,17 +73,20 @@ class Deliveries:
             found.setdefault(run, {})[one.target] = one
         return found
 
-    def newest(self, state: str, limit: int, target: str = WHOLE) -> list[str]:
+    def newest(self, state: str, limit: int, target: str = WHOLE, since: float = 0.0) -> list[str]:
         """Return the ids of the dispatches that stand so, as a whole or at a target; those that came to it last.
 
         Retrievals, which have a row as a whole only, are none.
+
+        Args:
+            since: only those that came to it since then, in seconds since the epoch.
         """
         with self._db.reading():
             rows = self._db.execute(
-                "SELECT flow_run_id FROM deliveries AS one WHERE target=? AND state=? AND EXISTS"
+                "SELECT flow_run_id FROM deliveries AS one WHERE target=? AND state=? AND time>=? AND EXISTS"
                 " (SELECT 1 FROM deliveries AS part WHERE part.flow_run_id=one.flow_run_id AND part.target<>?)"
                 " ORDER BY time DESC LIMIT ?",
-                (target, state, WHOLE, limit),
+                (target, state, since, WHOLE, limit),
             ).fetchall()
         return [str(row[0]) for row in rows]
 

@@ -65,6 +65,7 @@ def test_it_is_read_from_its_end(ten: Trail, monkeypatch: pytest.MonkeyPatch, bl
         found += some
     assert found == [one for one in every if wanted(one)]
     assert audit.latest(ten, lambda _: True, 100, 1 << 20) == (every, 0)
+    assert audit.latest(ten, lambda _: True, 100, 1 << 20, words=['"n":3', "anna"])[0] == [every[-3]]
 
 
 def test_no_line_is_too_long_to_read_it_from_its_end(trail: Trail) -> None:

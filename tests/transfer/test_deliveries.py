@@ -36,6 +36,8 @@ def test_runs_are_found_by_how_they_stand(where: Path | str) -> None:
         )
         assert len(ledger.deliveries.newest("partial", 1)) == 1
         assert ledger.deliveries.newest("delivered", 9, "pacs") == ["r2"]
+        assert set(ledger.deliveries.newest("partial", 9, since=ledger.now() - 60)) == {"r1", "r3"}
+        assert ledger.deliveries.newest("partial", 9, since=ledger.now() + 60) == []
 
 
 def test_what_is_old_is_forgotten(where: Path | str) -> None:

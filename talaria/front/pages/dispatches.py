@@ -178,8 +178,8 @@ async def _page(client: Any, offset: int, target: str, wanted: dict[str, Any]) -
     from talaria.service.overview import names_of
 
     found: list[FlowRun] = []
+    limit = SHOWN + 1
     while True:
-        limit = PAGE if target else SHOWN + 1
         page = await runs.jobs(client, limit, offset, flows=KINDS, **wanted)
         for at, run in enumerate(page):
             if not target or target in names_of(run):  # other names may hold this one
@@ -189,6 +189,7 @@ async def _page(client: Any, offset: int, target: str, wanted: dict[str, Any]) -
         offset += len(page)
         if len(page) < limit:
             return found, 0
+        limit = PAGE  # some are not to this target
 
 
 async def _count(client: Any, target: str, names: list[str], wanted: dict[str, Any]) -> int | None:
@@ -233,14 +234,17 @@ async def _wanted(office: Office, given: dict[str, str]) -> dict[str, Any]:
     """Return what a filter asks Prefect for; runs to its target are those of these that name it."""
     from prefect.client.schemas.objects import StateType
 
+    since = datetime.now(UTC) - timedelta(days=int(given["days"])) if given["days"] else None
+
     def partial() -> list[str]:
         with Ledger(office.home.ledger) as ledger:
-            return ledger.deliveries.newest("partial", MOST_LEFT)
+            # Whatever was to begin since then stands so since a later time.
+            return ledger.deliveries.newest("partial", MOST_LEFT, since=since.timestamp() if since else 0.0)
 
     return {
         "states": tuple(StateType(one) for one in FILTERS[given["state"]]),
         "like": given["q"] or given["target"],
-        "since": datetime.now(UTC) - timedelta(days=int(given["days"])) if given["days"] else None,
+        "since": since,
         "ids": await asyncio.to_thread(partial) if given["state"] == "partial" else None,
     }
 

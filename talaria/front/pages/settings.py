@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import urlencode
@@ -27,6 +28,7 @@ SHOWN = 200  # entries of the audit trail
 LOOKED_B = 4 << 20  # of the trail, that one page looks through for those that a filter leaves
 AGES = ("30d", "90d", "365d", "never")
 SAID = ("added", "removed", "role", "password", "revoked")
+_PLAIN = re.compile(r"[A-Za-z0-9@._ -]+")  # what JSON writes as it is
 
 
 class SettingsPages:
@@ -239,6 +241,7 @@ def _newest(trail: Trail, given: dict[str, str], end: int | None) -> tuple[list[
         SHOWN,
         LOOKED_B,
         end,
+        [value for value in given.values() if _PLAIN.fullmatch(value)],
     )
     return [_shown(one) for one in found], older
 
