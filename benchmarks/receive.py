@@ -24,7 +24,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -163,26 +163,32 @@ def _tree(process: psutil.Process) -> list[psutil.Process]:
 
 def _cpu(process: psutil.Process) -> float:
     """Seconds that a process and all below it have used, those too that have ended."""
-    below = sum(sum(one.cpu_times()[:2]) for one in process.children(recursive=True) if one.ppid() != process.pid)
-    return _children_cpu(process) + below
+    used = _children_cpu(process)
+    for one in process.children(recursive=True):
+        with suppress(psutil.Error):
+            used += 0 if one.ppid() == process.pid else sum(one.cpu_times()[:2])
+    return used
 
 
 def _begin_peak(process: psutil.Process) -> None:
     for one in _tree(process):
-        Path(f"/proc/{one.pid}/clear_refs").write_text("5")
+        with suppress(OSError):  # it has ended
+            Path(f"/proc/{one.pid}/clear_refs").write_text("5")
 
 
 def _peak(process: psutil.Process) -> float:
     """The most that a process and all below it have held since their peaks began anew, what they share once, MiB."""
-    return sum(
-        _kib(one, "smaps_rollup", "Pss:") + _kib(one, "status", "VmHWM:") - _kib(one, "status", "VmRSS:")
-        for one in _tree(process)
-    ) / 1024  # fmt: skip
+    kib = 0
+    for one in _tree(process):
+        with suppress(OSError):
+            peak = _kib(one, "status", "VmHWM:") - _kib(one, "status", "VmRSS:")
+            kib += _kib(one, "smaps_rollup", "Pss:") + peak
+    return kib / 1024
 
 
 def _kib(process: psutil.Process, table: str, key: str) -> int:
     lines = Path(f"/proc/{process.pid}/{table}").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(key))
+    return next((int(line.split()[1]) for line in lines if line.startswith(key)), 0)
 
 
 def compare(name: str, associations: int, rounds: int, root: Path) -> None:
