@@ -276,7 +276,10 @@ class Receivers:
             logger.error("a process that receives has ended, and with it %d associations", broken)
         if wanted or lent:  # it may have kept what it has not told of
             for reception in receiver.receptions.values():
-                reception.look()
+                try:
+                    reception.look()
+                except Exception:  # a folder that has gone, or a disk: the associations are over all the same
+                    logger.exception("what %s has received can't be looked for now", reception.terms.name)
         for one in lent:
             (one.over if receiver.isready else one.back)()
 

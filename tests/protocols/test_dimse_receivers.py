@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
@@ -11,7 +12,9 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from pathlib import Path
+from unittest import mock
 
+import psutil
 import pynetdicom
 import pytest
 
@@ -92,6 +95,7 @@ def test_who_is_stuck_goes_on_with_nothing_after_a_pause(tmp_path: Path) -> None
             [stuck] = of(others)
             os.kill(stuck, signal.SIGSTOP)
             try:
+                until(lambda: psutil.Process(stuck).status() == psutil.STATUS_STOPPED)
                 for room in range(1, 10_000):
                     there.change(keep_free=room)
                     others.inform(there.reception)
@@ -171,6 +175,22 @@ def test_who_receives_is_killed_and_the_others_go_on(others: Receivers, tmp_path
         assert confirmed | later <= set(lying(there.folder)) and stray(there.folder) == []
         there.change(settle_s=0)
         assert {one.calling for one in there.reception.settled()} == {"HERE", *(f"CT{n}" for n in range(5))}
+
+
+def test_who_receives_is_killed_while_nothing_can_be_looked_for_on_disk(
+    others: Receivers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its associations are over for the listener, too, which has their connections open."""
+    with listening(tmp_path / "home", receivers=others) as there, ExitStack() as stack:
+        first, second = (stack.enter_context(closing(PlainSender(there.port))) for _ in range(2))
+        assert {one.store(studies.dataset()) for one in (first, second)} == {0}
+        monkeypatch.setattr(there.reception, "look", mock.Mock(side_effect=OSError(errno.EIO, "an error of the disk")))
+        for pid in of(others):
+            os.kill(pid, signal.SIGKILL)
+        with pytest.raises(OSError):
+            second.store(studies.dataset())
+        until(lambda: there.reception.associations == 1)
+        assert first.store(studies.dataset()) == 0
 
 
 def test_the_forker_is_killed(tmp_path: Path) -> None:
