@@ -197,10 +197,30 @@ async def _cancel(client: PrefectClient, run_id: UUID) -> str:
     flow_run = await client.read_flow_run(run_id)
     if flow_run.state is None or flow_run.state.is_final():
         return str(flow_run.state_name)
-    # Nobody runs what is only scheduled.
-    state: State[Any] = Cancelled() if flow_run.state.type is StateType.SCHEDULED else Cancelling()
-    await client.set_flow_run_state(run_id, state, force=state.type is StateType.CANCELLED)
+    if flow_run.state.type is StateType.SCHEDULED:
+        if await _kept_waiting(client, run_id, Cancelled()):
+            return "Cancelled"
+        flow_run = await client.read_flow_run(run_id)
+        if flow_run.state is not None and flow_run.state.is_final() and not flow_run.state.is_cancelled():
+            return str(flow_run.state_name)
+    state: State[Any] = Cancelling()
+    await client.set_flow_run_state(run_id, state, force=flow_run.state is not None and flow_run.state.is_cancelled())
     return str(state.name)
+
+
+async def _kept_waiting(client: PrefectClient, run_id: UUID, state: State[Any]) -> bool:
+    """Give a run that nobody executes a state in which it does not begin.
+
+    Returns:
+        False if a process had just taken it: Prefect lets that one go on to Running, whatever is set before.
+    """
+    ours = (await client.set_flow_run_state(run_id, state, force=True)).state
+    before: StateType | None = None
+    for one in await client.read_flow_run_states(run_id):
+        if ours is not None and one.id == ours.id:
+            break
+        before = one.type
+    return before not in UNDER_WAY
 
 
 async def retry(client: PrefectClient, run_id: UUID) -> FlowRun:
@@ -226,8 +246,12 @@ async def pause(client: PrefectClient, run_id: UUID) -> str:
         raise Misconfigured(f"run {run_id} is paused already: {flow_run.state_name}")
     if state.type is StateType.SCHEDULED:
         state = Scheduled(scheduled_time=datetime.now(UTC) + running.UNTIL_RESUMED, name=running.PAUSED)
-    else:
-        state = State(type=StateType.RUNNING, name=running.PAUSING)
+        if await _kept_waiting(client, run_id, state):
+            return str(state.name)
+        state = (await client.read_flow_run(run_id)).state
+        if state is not None and state.is_final():
+            return str(state.name)
+    state = State(type=StateType.RUNNING, name=running.PAUSING)
     await client.set_flow_run_state(run_id, state, force=True)
     return str(state.name)
 

@@ -5,22 +5,25 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from unittest import mock
+from uuid import UUID
 
 import pytest
 from prefect import get_client
+from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.context import refresh_global_settings_context
 from prefect.exceptions import ObjectNotFound
-from prefect.states import Pending
+from prefect.states import Pending, Scheduled
 
 from flows.dispatch import dispatch
-from talaria.engine import lanes
+from talaria.engine import lanes, runs
 from talaria.testing import studies
+from tasks.dispatch import running
 from tests.servers.up import Talaria
 
 pytestmark = pytest.mark.timeout(600)
@@ -176,6 +179,27 @@ def test_a_state_that_is_set_before_a_run_begins_keeps_it_from_beginning(
     assert named(up, str(flow_run.id)) == name
     assert ended is None or ended.name == name
     assert not instances(tmp_path / "archive")
+
+
+def test_a_run_that_a_process_takes_while_it_is_cancelled_or_paused_is_told_so(up: Talaria, here: None) -> None:
+    """What is set in between would be lost, for Prefect lets a run begin that was cancelled."""
+
+    async def told(act: Callable[[PrefectClient, UUID], Awaitable[str]], reads: int) -> list[str | None]:
+        async with get_client() as client:
+            later = Scheduled(scheduled_time=datetime.now(UTC) + timedelta(hours=5))
+            waits = await client.create_flow_run(dispatch, parameters={"paths": [], "targets": []}, state=later)
+            await client.set_flow_run_state(waits.id, Pending(), force=True)
+            read, stale = client.read_flow_run, [waits] * reads
+
+            async def late(run_id: UUID) -> FlowRun:
+                return stale.pop() if stale else await read(run_id)
+
+            with mock.patch.object(client, "read_flow_run", late):
+                said = await act(client, waits.id)
+            return [said, (await client.read_flow_run(waits.id)).state_name]
+
+    assert asyncio.run(told(runs.cancel, 2)) == ["Cancelling"] * 2
+    assert asyncio.run(told(runs.pause, 1)) == [running.PAUSING] * 2
 
 
 def test_a_dispatch_is_paused_after_the_items_under_way_and_goes_on_there(up: Talaria, tmp_path: Path) -> None:
