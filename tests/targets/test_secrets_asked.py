@@ -26,7 +26,7 @@ PROXY = f"http://user:{SECRET}@proxy.example.org:3128"
 
 
 class Server:
-    """What Prefect's server answers to requests for block documents; keeps what was asked."""
+    """What Prefect's server answers to requests for block documents (keeps what was asked) and for checks."""
 
     def __init__(self, *there: Target) -> None:
         self.documents = []
@@ -39,6 +39,8 @@ class Server:
         self.asked: list[dict[str, Any]] = []
 
     async def request(self, method: str, path: str, json: dict[str, Any]) -> httpx.Response:
+        if path == "/artifacts/latest/filter":  # the last checks: there were none
+            return httpx.Response(200, json=[])
         assert (method, path) == ("POST", "/block_documents/filter")
         self.asked.append(json)
         names = json["block_documents"].get("name", {}).get("any_")
@@ -53,9 +55,6 @@ class Server:
         return {
             name: obfuscate(value) if name in secret and value is not None else value for name, value in data.items()
         }
-
-    async def read_latest_artifacts(self, **_: Any) -> list[Any]:
-        return []
 
     @property
     def told(self) -> list[list[str] | None]:
