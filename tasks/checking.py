@@ -34,10 +34,8 @@ from transfer.ledger import write_json
 
 KEY = "check-"  # before a target's name: the key of its checks' artifacts
 HEALTHY = "healthy"
-NEW, PAGE = (
-    20,
-    50,
-)  # artifacts a request: of a look for new ones, and of all; a server that answers them does nothing else
+NEW = 20  # artifacts a request of a look for new ones
+PAGE = 50  # the same, of all: meanwhile a server answers nobody else
 WHOLE_S = 600.0  # between two readings of all: what was removed is known until then
 COLUMNS = ("name", "result", "ms", "detail")
 MORE: dict[str, Any] = {"error": "", "remedy": "", "facts": {}}  # what older checks don't have
