@@ -23,11 +23,13 @@ _BLANK_LINES = re.compile(r"\A(?:[ \t,;]*\r?\n)+")
 MOST_ABOVE = 20  # lines above a table, as a report's title
 _AS_TEXT = re.compile(r'(?<![^\s,;"])="([^"\n\r]*)"')  # how spreadsheets write a text that looks like a number: ="0012"
 _TWO_WORDS = re.compile(
-    r"\A[\s\"']*(accession|acc\.?)[ _]+(numbers?|no\.?|nr\.?|id|#)[\"']?\s*(?::|(?=[\n\r,;\t]))", re.IGNORECASE
+    r"^[\s\"']*(accession|acc\.?)[ _\u00a0]+(numbers?|no\.?|nr\.?|id|#)[\"']?[^\S\n\r]*(?::|(?=[\n\r,;\t]))",
+    re.IGNORECASE | re.MULTILINE,
 )
 _SEPARATOR = re.compile(r"""\A["']?sep=.["']?[ \t]*\r?\n""")  # a line that some spreadsheets write first
 _RULE = re.compile(r"(?m)^[ \t]*\|?[ \t]*:?-{2,}:?[ \t]*(?:[|+][-:+| \t]*)\r?$")  # below the titles of a table in text
 _ROWS = re.compile(r"(?m)^\(\d+ rows?\)\r?$")  # the last line of one that a database prints
+_COUNTED = re.compile(r"(?m)^[ \t]*(\d+)[.)][ \t]+(?=\S)")  # what stands before each line of a numbered list
 _SHORTENED = re.compile(r"(?<![\w.+-])\d(?:[.,]\d+)?E\+\d+(?!\w)")
 STANDARD_INPUT = Path("-")
 BOMS = ((b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"))
@@ -50,6 +52,9 @@ def accessions(text: str) -> tuple[str, ...]:
             line.strip().strip("|").replace("|", "\t") for line in _ROWS.sub("", _RULE.sub("", text)).splitlines()
         )
         text = _BLANK_LINES.sub("", text)
+    lines = text.strip().splitlines()
+    if [mark[1] if (mark := _COUNTED.match(line)) else "" for line in lines] == [*map(str, range(1, len(lines) + 1))]:
+        text = _COUNTED.sub("", text)
     column = _column(text)
     shortened = _SHORTENED.search("\n".join(column) if column else text)
     if shortened:
@@ -74,7 +79,7 @@ def _column(text: str) -> list[str]:
     That is the column with the title, which may stand below other lines, or the first one where no column has it.
     """
     first = text.partition("\n")[0]
-    for sign in ("\t", ";", ","):
+    for sign in ("\t", ";", ",", "|"):
         if sign not in text:
             continue
         try:
@@ -86,10 +91,40 @@ def _column(text: str) -> list[str]:
         rows = [[_cell(cell) for cell in row] for row in rows if any(cell.strip() for cell in row)]
         if len(rows) < 2:
             continue
-        top, at = _titled_column(rows) or (0, 0 if sign in first and _is_table(rows) else None)
-        if at is not None:
-            return [row[at] for row in rows[top + 1 :] if len(row) > at and row[at]]
+        titled = _titled_column(rows)
+        if titled:
+            return _titled_values(rows, *titled)
+        if sign in first and sign != "|" and _is_table(rows):
+            return [row[0] for row in rows[1:] if row[0]]
     return []
+
+
+def _titled_values(rows: list[list[str]], top: int, at: int) -> list[str]:
+    """Return what belongs to a title: what stands below it or, in a table on its side, beside it; none if it is the
+    title of a list, which has numbers in the title's own line as well."""
+    title, below = rows[top], rows[top + 1 :]
+    column = [row[at] for row in below if len(row) > at and row[at]]
+    beside = [cell for cell in title[at + 1 :] if cell]
+    if any(title[:at]) or not beside or not all(re.search(r"\d", cell) and " " not in cell for cell in beside):
+        return column
+    if any(map(_is_title, column)):  # a label in each line
+        return []
+    if not any(re.search(r"\d", cell) for cell in column):
+        return beside
+    others = [cell for row in below for cell in row[at + 1 :] if cell]
+    known = {form for number in _numbers(column) for form in _forms(number)}
+    alike = all(known & _forms(number) for number in _numbers([*beside, *others]))
+    alone = not any(len(row) > at + 1 for row in below)
+    return [] if alike or alone else column
+
+
+def _numbers(cells: list[str]) -> list[str]:
+    return [number for cell in cells for number in _BETWEEN.split(cell) if number]
+
+
+def _forms(number: str) -> set[str]:
+    """Return what numbers of one kind have in common: the letters, or where letters and digits stand."""
+    return {re.sub(r"\d+", "9", number.casefold()), re.sub(r"[^\W\d_]", "a", re.sub(r"\d", "9", number))}
 
 
 def _titled_column(rows: list[list[str]]) -> tuple[int, int] | None:
@@ -107,6 +142,7 @@ def _cell(text: str) -> str:
 
 
 def _is_title(text: str) -> bool:
+    """Return True if a text is a title of such a column, whatever signs and digits it has besides."""
     return re.sub(r"[^a-z]", "", text.lower()) in TITLES
 
 
@@ -128,12 +164,12 @@ def _values(text: str) -> list[str]:
 
 
 def _titled(text: str) -> str:
-    """Return the text with a title of two words joined into one, so that it is recognised as a title."""
-    return _TWO_WORDS.sub("accessionnumber", text)
+    """Return the text with titles of two words joined into one, so that they are recognised as titles."""
+    return _TWO_WORDS.sub("accessionnumber ", text)
 
 
 def from_file(path: Path) -> tuple[str, ...]:
-    """Return the accession numbers of a text file, UTF-8, UTF-16 or Latin-1; `-` is standard input.
+    """Return the accession numbers of a text file, UTF-8, UTF-16 or Windows-1252; `-` is standard input.
 
     Raises:
         Misconfigured: it can't be read, or is not text.
@@ -159,5 +195,5 @@ def from_bytes(raw: bytes, name: str) -> tuple[str, ...]:
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError:
-        text = raw.decode("latin-1")
+        text = raw.decode("cp1252", "replace")
     return accessions(text)

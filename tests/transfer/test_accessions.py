@@ -60,6 +60,27 @@ from transfer.errors import Misconfigured
         ("Accession Number:\nA1\nA2", ("A1", "A2")),
         ("Accession number: A1, A2", ("A1", "A2")),
         ("Accession: A1, A2", ("A1", "A2")),
+        ("Accession|Name\nA1|x\nA2|y", ("A1", "A2")),
+        # The title of a list stands beside its first numbers.
+        ("Accession;A1\nA2,A3", ("A1", "A2", "A3")),
+        ("Accession Number; A1\r\nA2, A3, A4\r\nA5\r\n", ("A1", "A2", "A3", "A4", "A5")),
+        ("Accession,A1\nA2;A3", ("A1", "A2", "A3")),
+        ("Accession\tA1\nA2,A3", ("A1", "A2", "A3")),
+        ("Accession;A1\nA2\nA3", ("A1", "A2", "A3")),
+        ("Accession;A1;A2\nA3;A4", ("A1", "A2", "A3", "A4")),
+        ("Accession;A1;A2\nA3;;", ("A1", "A2", "A3")),
+        ("Accession;A9,B10\nA11,B12\nA13;X14", ("A9", "B10", "A11", "B12", "A13", "X14")),
+        ("Acc\u00a0No;0012\n\n0013,0014;0015", ("0012", "0013", "0014", "0015")),
+        ("Accession;A1\nAccession;A2", ("A1", "A2")),
+        ("Accession Number: A1\nAccession Number:A2", ("A1", "A2")),
+        ("1. A1\n2. A2\n3. A3", ("A1", "A2", "A3")),
+        ("1. A1\n3. A2", ("1.", "A1", "3.", "A2")),
+        # A table on its side, and titles that hold digits.
+        ("Accession;A1;A2\nName;Meier;Huber\nDate;20240101;20240102", ("A1", "A2")),
+        ("Accession;T1;T2\n1001;yes;3\n1002;no;4", ("1001", "1002")),
+        ("Accession;T1\nA1;3\nA2;4", ("A1", "A2")),
+        ("Accession;Column1\r\nA1;\r\nA2;\r\n", ("A1", "A2")),
+        ("Accession;Phase 1\nA1\nA2", ("A1", "A2")),
         # No tables: lists in several lines.
         ("A1,A2\nA3,A4", ("A1", "A2", "A3", "A4")),
         ("X,Y\nZ,W", ("X", "Y", "Z", "W")),
@@ -90,10 +111,18 @@ def test_two_thousand_in_one_list() -> None:
     assert accessions("\n".join(numbers)) == numbers
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "latin-1"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "latin-1", "cp1252"])
 def test_files_in_every_usual_encoding(encoding: str, tmp_path: Path) -> None:
-    (tmp_path / "list.txt").write_bytes("A\u00e41\r\nA2\r\n".encode(encoding))
-    assert from_file(tmp_path / "list.txt") == ("A\u00e41", "A2")
+    (tmp_path / "list.txt").write_bytes("A\u00e41\r\nA2\u00a0A3\r\n".encode(encoding))
+    assert from_file(tmp_path / "list.txt") == ("A\u00e41", "A2", "A3")
+
+
+def test_what_excel_saves_as_unicode_text_and_word_with_its_quotes(tmp_path: Path) -> None:
+    table = 'Name\tAccession Number\r\n"Meier, Hans"\t0012\r\nHuber\t\r\n\u5929\t0013\r\n'
+    (tmp_path / "list.txt").write_bytes(table.encode("utf-16"))
+    assert from_file(tmp_path / "list.txt") == ("0012", "0013")
+    (tmp_path / "list.txt").write_bytes("\u201c0012\u201d, \u201e0013\u201c \u2022 0014".encode("cp1252"))
+    assert from_file(tmp_path / "list.txt") == ("0012", "0013", "0014")
 
 
 def test_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
