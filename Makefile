@@ -71,10 +71,10 @@ lint: tools
 	$(BIN)/mypy
 
 # Tests wait for servers more than they compute: eight at a time, on two cores. What fails is run once more, and listed
-# ("RERUN") where it passes then: a test that is not steady, or a race in the product, for somebody to look into.
-# What fails twice is run alone, in a process of its own.
+# ("RERUN", and what went wrong) where it passes then: a test that is not steady, or a race in the product, for somebody
+# to look into. What fails twice is run alone, in a process of its own.
 PROCESSES := 8
-PARALLEL := --numprocesses $(PROCESSES) --dist loadscope --reruns 1
+PARALLEL := --numprocesses $(PROCESSES) --dist loadscope --reruns 1 --rerun-show-tracebacks
 PYTEST := $(BIN)/python -m pytest
 THOROUGH := --timeout 1800 --hypothesis-profile default
 ALONE := --numprocesses 0 --last-failed --last-failed-no-failures none
