@@ -44,11 +44,35 @@ def stray(folder: Path) -> list[str]:
     return [path.name for path in folder.iterdir() if ReceivedUnit.parse(path.name) is None]
 
 
+class Refused(ConnectionRefusedError):
+    """There is no association.
+
+    Attributes:
+        why: result, source and reason of a rejection, PS3.8 table 9-21; () where it is none.
+    """
+
+    def __init__(self, kind: int, answer: bytes) -> None:
+        super().__init__(f"the association was not accepted: PDU {kind}, {answer.hex()}")
+        self.why = tuple(answer[1:4]) if kind == 3 else ()
+
+
+def refusal(port: int, calling: str = "CT1", called: str = AET) -> tuple[int, ...]:
+    """Ask for an association, which must be rejected; return result, source and reason.
+
+    For pynetdicom it is aborted, where the answer is here before one of its threads has looked whether it is connected.
+    """
+    try:
+        PlainSender(port, calling, called).close()
+    except Refused as exc:
+        return exc.why
+    raise AssertionError("an association was given")
+
+
 class PlainSender:
     """An association for CT images in explicit VR little endian, which is cut off by a kill without any fuss.
 
     Raises:
-        OSError: from whatever is called, once the other side is gone.
+        Refused: no association is given. OSError: from whatever is called, once the other side is gone.
     """
 
     def __init__(self, port: int, calling: str | bytes = "CT1", called: str = AET, *, host: str = "127.0.0.1") -> None:
@@ -59,8 +83,10 @@ class PlainSender:
         titles = called.encode().ljust(16) + (calling.encode() if isinstance(calling, str) else calling).ljust(16)
         body = struct.pack(">HH32s32x", 1, 0, titles) + items + wire.item(0x50, user)
         self._sock.sendall(struct.pack(">BxI", 1, len(body)) + body)
-        if self._pdu()[0] != 2:
-            raise ConnectionRefusedError("the association was not accepted")
+        kind, answer = self._pdu()
+        if kind != 2:
+            self.close()
+            raise Refused(kind, answer)
 
     def store(self, ds: Dataset) -> int:
         """Store an instance; return the status."""

@@ -23,8 +23,8 @@ from protocols.dimse.commitment import PUSH_MODEL
 from protocols.dimse.receivers import Receivers
 from talaria.testing import studies
 from talaria.testing.process import until
-from tests.protocols.intake import PlainSender, listening, lying, store_until_cut_off, stray
-from tests.protocols.test_dimse_intake import CHILD, CT, associated, refusal, stored
+from tests.protocols.intake import PlainSender, listening, lying, refusal, store_until_cut_off, stray
+from tests.protocols.test_dimse_intake import CHILD, CT, associated, stored
 from transfer.spool import Spool
 
 
@@ -49,7 +49,7 @@ def is_there(pid: int) -> bool:
 def test_associations_that_are_open_at_once_are_spread(others: Receivers, tmp_path: Path) -> None:
     with listening(tmp_path / "home", receivers=others, most=6, settle_s=3600) as there, ExitStack() as stack:
         senders = [stack.enter_context(closing(PlainSender(there.port, f"CT{n}"))) for n in range(6)]
-        assert refusal(associated(there.port)) == (2, 3, 2)  # a limit of all processes
+        assert refusal(there.port) == (2, 3, 2)  # a limit of all processes
         sent = [studies.dataset() for _ in range(18)]
         assert {senders[at % 6].store(ds) for at, ds in enumerate(sent)} == {0}
         assert senders[5].ask(0x0030) == (0x8030, 0)  # C-ECHO

@@ -14,7 +14,7 @@ import yaml
 
 from talaria.testing import studies
 from talaria.testing.process import free_port, listening
-from tests.protocols.intake import store_until_cut_off
+from tests.protocols.intake import refusal, store_until_cut_off
 from tests.protocols.test_dimse_intake import associated, data_set, instance_of, sent, stored
 from tests.servers.scp import scp
 from tests.servers.up import Talaria
@@ -101,8 +101,7 @@ def test_a_node_behind_talaria_sees_the_modality(listener: Listener, tmp_path: P
         shown = listener.up.told("source", "show", "ct")
         assert shown["units"]["done"] == 1 and not shown["attention"]
         assert listener.up.told("source", "test", "ct")["ok"]
-        stranger = associated(port, calling="MR1", called="ROUTER")
-        assert stranger.is_rejected
+        assert refusal(port, "MR1") == (1, 1, 3)
         home = Home(listener.up.home)
         listener.up.until(lambda: any(one.instances == 3 and one.refused == 1 for one in listeners(home)))
 

@@ -22,8 +22,8 @@ from talaria.engine.listeners import Listeners
 from talaria.testing import studies
 from talaria.testing.harness import attempt
 from talaria.testing.process import free_port, listening, until
-from tests.protocols.intake import lying
-from tests.protocols.test_dimse_intake import associated, refusal, sent, stored
+from tests.protocols.intake import lying, refusal
+from tests.protocols.test_dimse_intake import associated, sent, stored
 from tests.targets.dicom import dicom_target
 from tests.targets.dicom_tls import certificates, tls_target
 from transfer.home import Home
@@ -143,7 +143,7 @@ def test_sources_come_change_and_go(listeners: Listeners, tmp_path: Path) -> Non
     assert len(lying(received / "ct")) == len(lying(received / "mr")) == 2
     listeners.apply([source("ct", other, enabled=False)])
     assert not listening(port)
-    assert refusal(associated(other, called="CT")) == (2, 3, 1)
+    assert refusal(other, called="CT") == (2, 3, 1)
     assert listeners.status()["ct"]["state"] == "paused"
     assert listeners.status()["ct"]["totals"]["refused"] == {"paused": 1}
     listeners.apply([])
