@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection, CursorResult, Engine
 
 BUSY_S = 30  # how long a writer waits for another process's commit, or for a server that is away
+AT_ONCE_S = 0.02  # between two attempts to change a new file of SQLite's that another process changes as well
 AGAIN_S = 0.5  # between two attempts to reach one
 WAIT_S = 0.2  # between two attempts to take a lock that another host holds
 SET_UP = 0x74616C61  # key of the advisory lock under which tables are made
@@ -132,13 +133,25 @@ class Sqlite:
             os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600))
         self._lock = threading.RLock()
         self._db = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
-        self._db.execute("PRAGMA journal_mode=WAL")
-        self._db.execute("PRAGMA synchronous=NORMAL")
         try:
+            self._write_ahead()
+            self._db.execute("PRAGMA synchronous=NORMAL")
             self._set_up(tables)
         except BaseException:
             self._db.close()
             raise
+
+    def _write_ahead(self) -> None:
+        """Begin write-ahead logging; of processes that do so at once with a new file, SQLite may refuse one at once."""
+        end = time.monotonic() + BUSY_S
+        while True:
+            try:
+                self._db.execute("PRAGMA journal_mode=WAL")
+                return
+            except sqlite3.OperationalError as exc:
+                if exc.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > end:
+                    raise
+            time.sleep(AT_ONCE_S)
 
     def _set_up(self, tables: Tables) -> None:
         """Make the tables, or bring those of an older Talaria up to date: at once, or not at all."""

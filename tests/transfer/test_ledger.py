@@ -14,6 +14,7 @@ import time
 import traceback
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -291,6 +292,24 @@ def test_processes_share_it(where: Path | str) -> None:
         assert process.returncode == 0
     with Ledger(where) as ledger:
         assert {name: len(rows) for name, rows in ledger.results("d").items()} == {f"t{n}": 150 for n in range(3)}
+
+
+def test_a_new_file_that_another_process_changes_is_waited_for(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = list[str]()
+
+    class Busy(sqlite3.Connection):
+        def execute(self, statement: str, *given: Any) -> sqlite3.Cursor:
+            if "journal_mode" in statement and len(refused) < 2:
+                refused.append(statement)
+                error = sqlite3.OperationalError("database is locked")
+                error.sqlite_errorcode = sqlite3.SQLITE_BUSY_RECOVERY
+                raise error
+            return super().execute(statement, *given)
+
+    monkeypatch.setattr(database.sqlite3, "connect", partial(sqlite3.connect, factory=Busy))
+    with Ledger(path) as ledger:
+        ledger.record("d", "pacs", "e", ITEMS[0], DELIVERED)
+    assert len(refused) == 2 and rows(path, "PRAGMA journal_mode") == [("wal",)]
 
 
 @pytest.mark.parametrize("after", [1, 333])
