@@ -99,6 +99,13 @@ class Runs:
             (self._db.time(), flow_run_id, owner),
         )
 
+    def owner_of(self, flow_run_id: str) -> str | None:
+        """Return the owner of a run that has begun and not ended; None for any other."""
+        statement = "SELECT owner FROM runs WHERE flow_run_id=? AND ended IS NULL"
+        with self._db.reading():
+            row = self._db.execute(statement, (flow_run_id,)).fetchone()
+        return str(row[0]) if row else None
+
     def unfinished(self) -> dict[str, str]:
         """Return the owner, by flow run id, of every run that has begun and not ended."""
         with self._db.reading():

@@ -78,7 +78,7 @@ async def _look_at(client: PrefectClient, ledger: Ledger, flow_run: FlowRun) -> 
     if state is None or state.type is not StateType.CANCELLED or not asked.get("paths") or not asked.get("targets"):
         return
     mark = str(state.id)
-    if ledger.happenings.standing(f"cancelled/{run_id}") == mark or run_id in ledger.runs.unfinished():
+    if ledger.happenings.standing(f"cancelled/{run_id}") == mark or ledger.runs.owner_of(run_id) is not None:
         return
     states = sorted(await client.read_flow_run_states(flow_run.id), key=lambda one: one.timestamp)
     before = [one.type for one in states if one.type not in STOPPED]

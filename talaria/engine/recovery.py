@@ -100,7 +100,7 @@ async def abandoned(client: PrefectClient, home: Home, ledger: Ledger, pending: 
     with locked(home.root / "abandoned.lock", fcntl.LOCK_EX | fcntl.LOCK_NB) as mine:
         for flow_run, state in old if mine else ():
             run_id, said = str(flow_run.id), state.message or ""
-            owner = ledger.runs.unfinished().get(run_id)
+            owner = ledger.runs.owner_of(run_id)
             if owner and lease.living(home, ledger)(owner):
                 continue
             # Where it names nobody, it may be any worker's.

@@ -379,7 +379,7 @@ class Worker:
                 break
         else:
             return
-        owner = self.ledger.runs.unfinished().get(run_id)
+        owner = self.ledger.runs.owner_of(run_id)
         if self.alive(owner) if owner else await elsewhere(self.client, flow_run, online=True):
             return
         if state.is_cancelling():  # while it waited for its next attempt
@@ -407,7 +407,7 @@ class Worker:
     def _has_begun(self, run_id: UUID) -> bool:
         """Return True if another process, of any host, has just taken a run."""
         # Ours is not active then, but its end could not be noted.
-        owner = self.ledger.runs.unfinished().get(str(run_id))
+        owner = self.ledger.runs.owner_of(str(run_id))
         return bool(owner and owner != self.lease.owner and self.alive(owner))
 
     # ---- the net

@@ -454,7 +454,7 @@ async def dispatching(targets: list[str], priority: str) -> AsyncIterator[Dispat
         stack.push_async_callback(dispatch.release)
         dispatch.who = audited.requester(context.flow_run)
         # A part of another run belongs to that run's process; no other may take its staging folder for an orphan.
-        owner = ledger.runs.unfinished().get(running.whole())
+        owner = ledger.runs.owner_of(running.whole())
         if owner:
             ledger.runs.begins(flow_run_id, owner)
         try:

@@ -170,6 +170,7 @@ def test_runs(where: Path | str) -> None:
         assert ledger.runs.same_dispatch("r1", replace(plan, dispatch_id="second")).dispatch_id == "first"
         assert ledger.runs.unfinished() == {"r1": "owner-3", "r2": "owner-2"}
         ledger.runs.ends("r1")
+        assert [ledger.runs.owner_of(run) for run in ("r1", "r2", "r3")] == [None, "owner-2", None]
         assert ledger.runs.unfinished() == {"r2": "owner-2"}
 
 
