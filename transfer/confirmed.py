@@ -193,17 +193,6 @@ def sum_up(db: Statements, endpoint: str, dispatch_id: str, sums: Iterable[tuple
         )
 
 
-def prune(db: Statements, before: float) -> int:
-    """Forget what was confirmed before a time, unless the dispatch that says so is remembered; return how many rows."""
-    return int(
-        db.execute(
-            "DELETE FROM confirmed WHERE time < ?"
-            " AND NOT EXISTS (SELECT 1 FROM items WHERE items.dispatch_id=confirmed.dispatch_id)",
-            (before,),
-        ).rowcount
-    )
-
-
 def same(confirmations: Iterable[Confirmation], item: Item, sha256: Iterator[str]) -> Confirmation | None:
     """Return the confirmation that is about a file's content.
 

@@ -24,6 +24,7 @@ from transfer.happenings import Happenings
 from transfer.messages import Messages
 from transfer.outcome import ARRIVED, Kind, Outcome
 from transfer.plan import Item
+from transfer.pruning import prune_confirmed, prune_dispatches
 from transfer.receipt import ItemResult
 from transfer.runs import Runs
 from transfer.sourcebook import Sourcebook
@@ -346,28 +347,20 @@ class Ledger:
     def prune(self, before: float, keep: Iterable[str] = ()) -> int:
         """Delete dispatches and other runs that ended before a time (seconds since the epoch); return how many rows.
 
+        Others may write meanwhile: it is done in portions (`transfer.pruning`).
+
         Args:
             keep: ids of flow runs that go on later: what they have sent is not forgotten.
         """
-        with self._db.writing():
-            old = (
-                "SELECT dispatch_id FROM items GROUP BY dispatch_id HAVING MAX(time) < ?"  # noqa: S608 - ours
-                " EXCEPT SELECT dispatch_id FROM runs"
-                f" WHERE ended IS NULL OR flow_run_id IN ({self._db.LISTED})"
-            )
-            ids = [row[0] for row in self._db.execute(old, (before, json.dumps([*keep])))]
-            deletions = (
-                "DELETE FROM items WHERE dispatch_id=?",
-                "DELETE FROM hooks WHERE dispatch_id=?",
-                "DELETE FROM runs WHERE dispatch_id=?",
-            )
-            others = self.runs.prune(before)
-            others += sum(self._db.execute(delete, (one,)).rowcount for delete in deletions for one in ids)
-            scripts = "DELETE FROM hooks WHERE substr(dispatch_id, 1, ?)=? AND time < ?"
-            others += self._db.execute(scripts, (len(AT), AT, before)).rowcount
-            others += self.happenings.prune(before) + self.messages.prune(before) + self.waits.prune(before)
-            others += self.deliveries.prune(before)
-            return others + confirmed.prune(self._db, before)
+        others = (self.runs, self.happenings, self.messages, self.waits, self.deliveries)
+        dispatches = prune_dispatches(self._db, before, keep)
+        scripts = "DELETE FROM hooks WHERE substr(dispatch_id, 1, ?)=? AND time < ?"
+        return (
+            dispatches
+            + sum(one.prune(before) for one in others)
+            + self._db.execute(scripts, (len(AT), AT, before)).rowcount
+            + prune_confirmed(self._db, before)
+        )
 
 
 def write_json(path: Path, document: dict[str, Any]) -> None:

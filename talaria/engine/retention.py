@@ -47,11 +47,11 @@ async def keep(home: Home, client: httpx.AsyncClient, *, embedded: bool) -> None
         embedded: whether its database is ours to clear.
     """
     settings = load_settings()
-    age, failed = settings.keep_days * DAY_S, settings.keep_failed_days * DAY_S
+    age, failed, last = settings.keep_days * DAY_S, settings.keep_failed_days * DAY_S, math.inf
     while True:
         try:
-            runs = await _unfinished(client)
-            await tidy(home, age, settings.keep_limit, runs, vacuum if embedded else None, failed_age=failed)
+            runs, clear = await _unfinished(client), vacuum if embedded else None
+            last = await tidy(home, age, settings.keep_limit, runs, clear, failed_age=failed, last=last)
         except Exception:  # whatever it is, nothing else depends on it
             logger.exception("what is old could not be cleared: tried again in an hour")
         await asyncio.sleep(EVERY_S)
@@ -65,6 +65,7 @@ async def tidy(
     vacuum: Vacuum | None = None,
     *,
     failed_age: float = math.inf,
+    last: float = math.inf,
 ) -> float:
     """Forget what is older than `age` seconds, and more if the rest takes more than `limit` bytes.
 
@@ -72,6 +73,8 @@ async def tidy(
         open_runs: ids of runs that have not ended.
         vacuum: clears Prefect's database of what is older than so many seconds.
         failed_age: that of the files of dispatches that were given up, if it is shorter.
+        last: the age that was kept the last time, where the first step begins: what is older has gone. Each step looks
+            through all that is kept.
 
     Returns:
         The age that was kept.
@@ -84,7 +87,7 @@ async def tidy(
         size = await asyncio.to_thread(used, home)
         if size <= limit or kept <= YOUNGEST_S:
             break
-        kept = max(kept * STEP, YOUNGEST_S)
+        kept = max(min(kept * STEP, last), YOUNGEST_S)
     if kept < age:
         logger.warning("TALARIA_KEEP_LIMIT is reached: what is older than %.0f hours is forgotten", kept / 3600)
     return kept

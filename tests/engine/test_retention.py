@@ -13,6 +13,7 @@ from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any, cast
 
 import httpx
 import pytest
@@ -101,6 +102,34 @@ def test_the_oldest_goes_sooner_where_all_takes_too_much(
     # What is hours old stays in any case.
     assert asyncio.run(retention.tidy(home, 90 * DAY_S, 1, {"waits"})) == retention.YOUNGEST_S
     assert left(home) == {"waits", "now"}
+
+
+def test_the_steps_begin_where_the_last_look_ended(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each looks through all that is kept, and from 90 days to hours there are 31."""
+    looks, aged = list[float](), list[list[float]]()
+
+    async def clear(age: float) -> None:
+        if age == 90 * DAY_S:
+            aged.append([])
+        aged[-1].append(age)
+
+    async def nothing_open(client: httpx.AsyncClient) -> set[str]:
+        return set()
+
+    async def tidied(*given: Any, **more: Any) -> float:
+        looks.append(kept := await tidy(*given, **more))
+        if len(looks) == 2:
+            raise asyncio.CancelledError
+        return kept
+
+    tidy = retention.tidy
+    for name, one in {"vacuum": clear, "_unfinished": nothing_open, "tidy": tidied, "EVERY_S": 0.0}.items():
+        monkeypatch.setattr(retention, name, one)
+    monkeypatch.setattr("talaria.engine.retention.used", lambda home: 2 * 10 * 1024**3)
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(retention.keep(home, cast(httpx.AsyncClient, None), embedded=True))
+    assert looks == [retention.YOUNGEST_S] * 2
+    assert len(aged[0]) > 20 and aged[1] == [90 * DAY_S, retention.YOUNGEST_S]
 
 
 def test_a_long_log_begins_anew(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
