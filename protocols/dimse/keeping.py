@@ -21,7 +21,7 @@ from imaging.header import Header
 from protocols.dimse.receive import OUT_OF_RESOURCES, SUCCESS, Depot
 from protocols.dimse.served import Caller, ServedAssociation
 from protocols.dimse.stream import CommandSet
-from protocols.files import durable, partial
+from protocols.files import durable
 from transfer.content import same_content
 from transfer.errors import Busy
 from transfer.spool import ReceivedUnit, Spool, sync
@@ -128,7 +128,7 @@ class Receiving:
     def __init__(self, terms: Terms, spool: Spool, versions: Versions | None = None) -> None:
         self.terms, self.spool = terms, spool
         self.counts = Counts()
-        self.durably: durable.DurableWay = durable.AnyFileSystem
+        self.way: type[durable.DurableFile] = durable.DurableFile
         self.full = False  # whether the disk was, when somebody looked last
         self._lock = threading.Lock()
         self._visits: set[SpoolVisit] = set()
@@ -143,7 +143,7 @@ class Receiving:
         Raises:
             OSError: it can't be written to.
         """
-        self.durably = durable.way_of(self.spool.folder)
+        self.way = durable.way_of(self.spool.folder)
 
     def visit(self, caller: Caller) -> SpoolVisit:
         """Return what an association that was admitted belongs to."""
@@ -281,7 +281,7 @@ class SpoolDepot(Depot):
     def __init__(self, visit: SpoolVisit) -> None:
         super().__init__(visit.reception.spool.folder)
         self._visit, self._reception = visit, visit.reception
-        self._durably = visit.reception.durably
+        self._found_way = visit.reception.way
         self._unit = ReceivedUnit(visit.caller.calling, visit.caller.called, visit.caller.host, "")
         self._unlooked = 0  # bytes
         self._look_at = 0.0  # `time.monotonic` from which on what was seen last no longer holds
@@ -303,7 +303,7 @@ class SpoolDepot(Depot):
         if self._unlooked >= LOOK_BYTES and not self.has_room():
             self.failure = Busy(f"{self.folder} has too little room")
 
-    def keep(self, part: partial.PartialFile, size: int, uid: str, seen: Header | None) -> tuple[int, Header | None]:
+    def keep(self, part: durable.DurableFile, size: int, uid: str, seen: Header | None) -> tuple[int, Header | None]:
         """Give a whole file its name, unless the same content has it; one with another content gets it elsewhere."""
         status, header = self.identified(part, size, uid, seen)
         if header is None:
@@ -312,7 +312,7 @@ class SpoolDepot(Depot):
         if group != self._unit.uid:
             self._unit = replace(self._unit, uid=group)
         unit, isnew = self._reception.last_with(uid, self._unit), True
-        durably = self._durably(part)
+        part.written()
         while True:
             try:
                 part.keep(f"{unit.name}/{uid}.dcm", replace=False)
@@ -330,7 +330,7 @@ class SpoolDepot(Depot):
             break
         with suppress(FileNotFoundError):  # it was delivered and removed already
             if isnew:
-                durably.named(f"{self.path}/{unit.name}")
+                part.named(f"{self.path}/{unit.name}")
             else:
                 sync(f"{self.path}/{unit.name}")  # who sent it first may still be waiting for that
         self._reception.kept(unit, isnew=isnew)
@@ -344,7 +344,7 @@ class SpoolDepot(Depot):
             self._reception.failed()
 
     @staticmethod
-    def _same(part: partial.PartialFile, size: int, other: Path) -> bool | None:
+    def _same(part: durable.DurableFile, size: int, other: Path) -> bool | None:
         """Return whether another file has the same content; None if it is not there any more."""
         try:
             fd = os.open(other, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -355,7 +355,7 @@ class SpoolDepot(Depot):
         finally:
             os.close(fd)
 
-    def note(self, part: partial.PartialFile, size: int, header: Header) -> None:
+    def note(self, part: durable.DurableFile, size: int, header: Header) -> None:
         """Count an instance that has got its name."""
         self._visit.instances += 1
         self._visit.bytes += size

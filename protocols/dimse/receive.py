@@ -31,7 +31,7 @@ from protocols.dimse.stream import (
 )
 from protocols.files import filesystem as fs
 from protocols.files import partial
-from protocols.files.durable import DurableWay, way_of
+from protocols.files.durable import DurableFile, VolatileFile, way_of
 from transfer.errors import DispatchError, Interrupted
 from transfer.plan import Item
 from transfer.spool import sync
@@ -72,11 +72,18 @@ class Depot:
         self._meta: dict[tuple[str, str, int], tuple[bytes, bytes]] = {}
         self.path = str(self.folder)
         self.glance = Glance()
-        self._found_way: DurableWay | None = None
-        self._blanks: list[partial.PartialFile] = []
+        self._found_way: type[DurableFile] | None = None
+        self._blanks: list[DurableFile] = []
         self._closed = False
 
-    def blank(self) -> partial.PartialFile:
+    @property
+    def way(self) -> type[DurableFile]:
+        """How files become durable here."""
+        if self._found_way is None:
+            self._found_way = way_of(self.folder) if self.durable else VolatileFile
+        return self._found_way
+
+    def blank(self) -> DurableFile:
         """Return a file for an instance: one that was made before it came, if there is one.
 
         Raises:
@@ -85,14 +92,14 @@ class Depot:
         try:
             return self._blanks.pop()
         except IndexError:
-            return partial.PartialFile(self.path)
+            return self.way(self.path)
 
     def prepare(self) -> None:
         """Make a file for the next instance, while its sender is preparing it."""
         if self._closed:
             return
         try:
-            part = partial.PartialFile(self.path)
+            part = self.way(self.path)
         except OSError:
             return  # whoever needs it will say so
         self._blanks.append(part)
@@ -122,7 +129,7 @@ class Depot:
             self._meta[sop_class, syntax, len(raw)] = around
         return around[0] + raw + around[1]
 
-    def keep(self, part: partial.PartialFile, size: int, uid: str, seen: Header | None) -> tuple[int, Header | None]:
+    def keep(self, part: DurableFile, size: int, uid: str, seen: Header | None) -> tuple[int, Header | None]:
         """Give a whole file its name, if it is wanted and not there yet.
 
         Args:
@@ -136,21 +143,16 @@ class Depot:
             return status, None
         if uid in self.here:
             return SUCCESS, None  # a second copy
-        if self.durable:
-            made = self._way(part)
-            part.keep(f"{uid}.dcm")
-            made.named(self.path)
-        else:
-            part.keep(f"{uid}.dcm")
+        part.written()
+        part.keep(f"{uid}.dcm")
+        part.named(self.path)
         with self._lock:
             if uid in self.here:
                 return SUCCESS, None
             self.here.add(uid)
         return SUCCESS, header
 
-    def identified(
-        self, part: partial.PartialFile, size: int, uid: str, seen: Header | None
-    ) -> tuple[int, Header | None]:
+    def identified(self, part: DurableFile, size: int, uid: str, seen: Header | None) -> tuple[int, Header | None]:
         """Return the header of a whole file, if it is the instance that its request names, and wanted.
 
         Returns:
@@ -178,7 +180,7 @@ class Depot:
     def answering(self, status: int) -> None:
         """Note that nothing more comes of an instance; its sender is about to be told."""
 
-    def note(self, part: partial.PartialFile, size: int, header: Header) -> None:
+    def note(self, part: DurableFile, size: int, header: Header) -> None:
         """Count an instance that has got its name."""
         item = Item(f"{header.SOPInstanceUID}.dcm", size, os.fstat(part.fd).st_mtime_ns, header)
         if not self.durable:
@@ -188,12 +190,6 @@ class Depot:
     def _count(self, why: str) -> None:
         with self._lock:
             self.refused[why] = self.refused.get(why, 0) + 1
-
-    @property
-    def _way(self) -> DurableWay:
-        if self._found_way is None:
-            self._found_way = way_of(self.folder)
-        return self._found_way
 
     def settle(self, check: Callable[[], None] = lambda: None) -> None:
         """Flush everything that was received to disk at once, which costs one commit of the file system's journal.
@@ -252,7 +248,7 @@ def receive(
     try:
         try:
             meta = depot.meta(sop_class, uid, syntax)
-            size, head = _spool(stream, part.fd, depot, meta)
+            size, head = _spool(stream, part, depot, meta)
             if depot.failure is None:
                 seen = depot.glance(head, size - len(meta), syntax, len(meta), (sop_class, uid))
                 status, header = depot.keep(part, size, uid, seen)
@@ -271,7 +267,7 @@ def receive(
     return status
 
 
-def _spool(stream: Stream, fd: int, depot: Depot, meta: bytes) -> tuple[int, bytes]:
+def _spool(stream: Stream, part: DurableFile, depot: Depot, meta: bytes) -> tuple[int, bytes]:
     """Write a data set while it arrives; return the size of the file, and the first bytes of the data set."""
     pieces: list[bytes | memoryview] = [meta]
     waiting = len(meta)
@@ -280,7 +276,7 @@ def _spool(stream: Stream, fd: int, depot: Depot, meta: bytes) -> tuple[int, byt
     while True:
         view = stream.piece()
         if view is None or len(pieces) >= PIECES:
-            size += _write(fd, pieces, waiting, depot)
+            size = _write(part, pieces, size, waiting, depot)
             pieces.clear()
             waiting = 0
             if view is None:
@@ -293,25 +289,27 @@ def _spool(stream: Stream, fd: int, depot: Depot, meta: bytes) -> tuple[int, byt
         pieces.append(view)
         waiting += len(view)
         if stream.last:
-            return size + _write(fd, pieces, waiting, depot), head
+            return _write(part, pieces, size, waiting, depot), head
 
 
-def _write(fd: int, pieces: list[bytes | memoryview], count: int, depot: Depot) -> int:
+def _write(part: DurableFile, pieces: list[bytes | memoryview], size: int, count: int, depot: Depot) -> int:
+    """Write so many bytes behind `size` that are there, unless the depot has failed; return the size then."""
     if not count or depot.failure is not None:
-        return 0
+        return size
     try:
-        done = os.writev(fd, pieces)
+        done = os.writev(part.fd, pieces)
         while done < count:  # a disk that is almost full takes what fits
             rest, skip = [], done
             for piece in pieces:
                 rest.append(piece[min(skip, len(piece)) :])
                 skip -= min(skip, len(piece))
-            done += os.writev(fd, [piece for piece in rest if piece])
+            done += os.writev(part.fd, [piece for piece in rest if piece])
+        part.wrote(size + count)
     except OSError as exc:
         depot.failure = partial.failure(depot.folder, exc)
     else:
         depot.wrote(count)
-    return count
+    return size + count
 
 
 def response(request: CommandSet, status: int) -> bytes:

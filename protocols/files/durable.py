@@ -1,85 +1,97 @@
-"""Makes a file without a name, its data and then its name, survive a power cut, at the cost that its file system asks.
+"""Files without a name whose data and then name survive a power cut, at the cost that their file system asks.
 
 In this order, so that nothing half written ever has a name:
 
-    way = way_of(folder)
-    made = way(part)           # the data is on its way to the disk for good
+    part = way_of(folder)(folder)
+    part.wrote(end)            # as often as something was written: the disk begins with it
+    part.written()             # the data is on its way to the disk for good
     part.keep(name)
-    made.named(folder)         # the name is there too
+    part.named(folder)         # the name is there too
 """
 
 from __future__ import annotations
 
 import os
+from mmap import PAGESIZE
 from pathlib import Path
-from typing import Protocol
 
 from protocols.files import filesystem as fs
 from protocols.files.partial import PartialFile
 from transfer.spool import sync
 
-
-class Named(Protocol):
-    """A file whose data has been written."""
-
-    def named(self, folder: str) -> None:
-        """Wait until the name that it has got in a folder is on disk, and with it all that belongs to the file."""
+AHEAD_BYTES = 1 << 17  # of a file that is still being written, which the disk gets at once
 
 
-class DurableWay(Protocol):
-    """Writes the data of a file, which has no name yet.
+class DurableFile(PartialFile):
+    """A file that is flushed, and then its folder: what POSIX demands."""
 
-    Raises:
-        OSError: it can't be written.
-    """
+    def wrote(self, end: int) -> None:
+        """Note that all is written up to this offset, behind which more may come.
 
-    def __call__(self, part: PartialFile, /) -> Named: ...
+        Raises:
+            OSError: what came before can't be stored.
+        """
 
+    def written(self) -> None:
+        """Write the data, all of which is there, to the disk.
 
-class AnyFileSystem:
-    """Flushes the file, then its folder: what POSIX demands."""
-
-    def __init__(self, part: PartialFile) -> None:
-        os.fdatasync(part.fd)
+        Raises:
+            OSError: it can't be written.
+        """
+        os.fdatasync(self.fd)
 
     def named(self, folder: str) -> None:
-        """Flush the folder."""
+        """Wait until the name that the file has got in a folder is on disk, and with it all that belongs to the file.
+
+        Raises:
+            OSError: it can't be written.
+        """
         sync(folder)
 
 
-class OneCommit:
-    """Writes the data, and commits length and name together: takes two thirds of the time.
+class OneCommit(DurableFile):
+    """Writes the data while it comes, and commits length and name together: takes half the time.
 
     The data has left our memory before the file has a name; fsync(2) then has the disk keep it, and the journal's
     commit, which holds length and name. A power cut before that leaves no name.
     """
 
-    def __init__(self, part: PartialFile) -> None:
-        self._part = part  # whose descriptor may be another one, once it has its name
-        fs.write_back(part.fd)
+    _ahead = 0  # offset up to which the disk was given the data
+
+    def wrote(self, end: int) -> None:
+        """Have the disk begin with whole pages; the last one may be written to again."""
+        if end - self._ahead >= AHEAD_BYTES:
+            end -= end % PAGESIZE
+            fs.begin_write_back(self.fd, self._ahead, end - self._ahead)
+            self._ahead = end
+
+    def written(self) -> None:
+        """Wait for the data, without what describes it."""
+        fs.write_back(self.fd)
 
     def named(self, folder: str) -> None:
         """Flush the file, and its name with it."""
-        os.fsync(self._part.fd)
+        os.fsync(self.fd)
 
 
-class Volatile:
-    """Does nothing, on a file system in memory."""
+class VolatileFile(DurableFile):
+    """A file that nobody waits for: on a file system in memory, or where all are flushed together later."""
 
-    def __init__(self, part: PartialFile) -> None: ...
+    def written(self) -> None:
+        """Do nothing."""
 
     def named(self, folder: str) -> None:
         """Do nothing."""
 
 
-def way_of(folder: Path) -> DurableWay:
+def way_of(folder: Path) -> type[DurableFile]:
     """Return how files become durable in a folder."""
     kind = fs.kind(folder)
     if kind in fs.VOLATILE:
-        return Volatile
+        return VolatileFile
     if kind in fs.NAMED_WITH_FILE and _can_write_back(folder):
         return OneCommit
-    return AnyFileSystem
+    return DurableFile
 
 
 def _can_write_back(folder: Path) -> bool:

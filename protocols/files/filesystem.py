@@ -19,7 +19,7 @@ from transfer.content import READ_BYTES
 
 T = TypeVar("T")
 
-_WAIT_WRITE_WAIT = 1 | 2 | 4  # flags of sync_file_range(2): before, write, after
+_WRITE, _WAIT_WRITE_WAIT = 2, 1 | 2 | 4  # flags of sync_file_range(2): 1 waits before, 4 after
 _SYNC_FILE_RANGE: Any = None
 try:
     _SYNC_FILE_RANGE = ctypes.CDLL(None, use_errno=True).sync_file_range
@@ -132,9 +132,22 @@ def write_back(fd: int) -> None:
     Raises:
         OSError: it can't be written, or the system has no such call.
     """
+    _sync_file_range(fd, 0, 0, _WAIT_WRITE_WAIT)
+
+
+def begin_write_back(fd: int, begin: int, count: int) -> None:
+    """Have a part of a file written to the disk, and don't wait for that, unless the disk has enough to do already.
+
+    Raises:
+        OSError: as of `write_back`, which fails as well then.
+    """
+    _sync_file_range(fd, begin, count, _WRITE)
+
+
+def _sync_file_range(fd: int, begin: int, count: int, flags: int) -> None:
     if _SYNC_FILE_RANGE is None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-    if _SYNC_FILE_RANGE(fd, 0, 0, _WAIT_WRITE_WAIT):
+    if _SYNC_FILE_RANGE(fd, begin, count, flags):
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
 

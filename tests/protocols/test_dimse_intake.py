@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
@@ -31,6 +32,7 @@ from protocols.dimse.keeping import LOOK_BYTES
 from protocols.dimse.scp import CALLING_UNKNOWN, CONGESTED, MOST_NEW_OF_ONE, StorageScp, _choose
 from protocols.dimse.senders import KnownSender
 from protocols.dimse.served import Caller
+from protocols.files import durable, filesystem
 from protocols.net.tls import Tls
 from talaria.testing import studies
 from talaria.testing.harness import attempt
@@ -391,6 +393,25 @@ def test_a_full_disk(tmp_path: Path, disk: Callable[[str], Path]) -> None:
             path.unlink()
         receipt = attempt(dicom_target(there.port, aet_target=AET), tmp_path / "study" / "1.dcm").require()
         assert receipt.state is State.DELIVERED and len(lying(there.folder)) == 1
+
+
+def test_a_disk_that_fails_while_a_data_set_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it can't begin to write is dropped to its end, and answered A700."""
+
+    def failing(fd: int, begin: int, count: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with listening(tmp_path / "home") as there:
+        there.reception.way = durable.OneCommit
+        with closing(PlainSender(there.port)) as sender:
+            assert sender.store(studies.dataset()) == 0  # a small one
+            monkeypatch.setattr(filesystem, "begin_write_back", failing)
+            ds = studies.dataset()
+            ds.Rows = ds.Columns = 1024
+            ds.PixelData = bytes(1 << 21)
+            assert sender.store(ds) == 0xA700
+            until(lambda: there.reception.associations == 0)
+        assert len(lying(there.folder)) == 1 and stray(there.folder) == []
 
 
 def test_no_room_while_an_association_is_open(tmp_path: Path) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+from mmap import PAGESIZE
 from pathlib import Path
 
 import pytest
 
 from protocols.files import durable
 from protocols.files import filesystem as fs
+from protocols.files.durable import AHEAD_BYTES
 from protocols.files.partial import PartialFile
 
 
@@ -17,14 +20,14 @@ from protocols.files.partial import PartialFile
     [
         ("ext4", durable.OneCommit),
         ("xfs", durable.OneCommit),
-        ("btrfs", durable.AnyFileSystem),
-        ("nfs4", durable.AnyFileSystem),
-        ("", durable.AnyFileSystem),
-        ("tmpfs", durable.Volatile),
+        ("btrfs", durable.DurableFile),
+        ("nfs4", durable.DurableFile),
+        ("", durable.DurableFile),
+        ("tmpfs", durable.VolatileFile),
     ],
 )
 def test_each_file_system_gets_what_it_needs(
-    kind: str, way: durable.DurableWay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, way: type[durable.DurableFile], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fs, "kind", lambda folder: kind)
     assert durable.way_of(tmp_path) is way
@@ -39,28 +42,60 @@ def test_each_file_system_gets_what_it_needs(
         monkeypatch.setattr(os, name, noted)
     written: list[int] = []
     monkeypatch.setattr(fs, "write_back", lambda fd: written.append(len(list(tmp_path.iterdir()))))
-    part = PartialFile(tmp_path)
+    part = way(tmp_path)
     os.write(part.fd, b"data")
-    made = way(part)
+    part.wrote(4)
+    part.written()
     part.keep("1.dcm", replace=False)
-    made.named(str(tmp_path))
+    part.named(str(tmp_path))
     part.close()
     assert (tmp_path / "1.dcm").read_bytes() == b"data"
     assert (
         flushed
         == {
             durable.OneCommit: ["fsync of file, 1 named"],
-            durable.AnyFileSystem: ["fdatasync of file, 0 named", "fsync of folder, 1 named"],
-            durable.Volatile: [],
+            durable.DurableFile: ["fdatasync of file, 0 named", "fsync of folder, 1 named"],
+            durable.VolatileFile: [],
         }[way]
-    )  # type: ignore[index]
+    )
     assert written == ([0] if way is durable.OneCommit else [])  # the data before the name
+
+
+def test_the_disk_begins_while_data_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With whole pages, each once, behind each other; a small file is left to the end."""
+    begun: list[tuple[int, int]] = []
+    real = fs.begin_write_back
+
+    def noted(fd: int, begin: int, count: int) -> None:
+        begun.append((begin, count))
+        real(fd, begin, count)
+
+    monkeypatch.setattr(fs, "begin_write_back", noted)
+    data = os.urandom(3 * AHEAD_BYTES + 4321)
+    for name, size in (("large", len(data)), ("small", AHEAD_BYTES - 1)):
+        part, size_now = durable.OneCommit(tmp_path), 0
+        begun.clear()
+        for step in itertools.cycle((312, 65_530, 131_060)):
+            size_now += os.write(part.fd, data[size_now : min(size, size_now + step)])
+            part.wrote(size_now)
+            if size_now == size:
+                break
+        at = 0
+        for begin, count in begun:
+            assert begin == at and count > 0 and count % PAGESIZE == 0
+            at += count
+        assert size - AHEAD_BYTES < at <= size
+        part.written()
+        part.keep(name)
+        part.named(str(tmp_path))
+        part.close()
+        assert (tmp_path / name).read_bytes() == data[:size]
 
 
 def test_a_system_without_the_call_gets_the_usual_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fs, "kind", lambda folder: "ext4")
     monkeypatch.setattr(fs, "_SYNC_FILE_RANGE", None)
-    assert durable.way_of(tmp_path) is durable.AnyFileSystem
+    assert durable.way_of(tmp_path) is durable.DurableFile
     assert not list(tmp_path.iterdir())
 
 
