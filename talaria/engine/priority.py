@@ -6,6 +6,7 @@ import json
 import re
 from typing import Any
 
+from talaria.engine import hosts
 from talaria.engine.asgi import BODY_BYTES, Application, Message, Receive, Send, again, asking, read, refuse
 from talaria.engine.registry import CHECKS, QUEUES
 from talaria.settings import POOL
@@ -15,7 +16,10 @@ _CREATES = re.compile(r"/api(/deployments/[0-9a-fA-F-]{32,36})/create_flow_run(?
 
 
 class QueueOfPriority:
-    """Prefect's application; a run of ours that is created goes into the queue that its parameter `priority` names."""
+    """Prefect's application; a run of ours that is created goes into the queue that its parameter `priority` names.
+
+    One that names a host's queue goes into that host's: what its paths mean on another host may be another patient's.
+    """
 
     def __init__(self, app: Application) -> None:
         self.app = app
@@ -47,13 +51,19 @@ def _queued(body: bytes) -> bytes | None:
     try:
         document = json.loads(body)
         runs: list[Any] = document if isinstance(document, list) else [document]
-        wrong = [run for run in runs if run.get("work_queue_name") != _priority(run) in PRIORITIES]
+        queues = [_queue(run) for run in runs]
     except (ValueError, AttributeError, TypeError):
         return None
-    for run in wrong:
-        run["work_queue_name"] = _priority(run)
+    wrong = [(run, queue) for run, queue in zip(runs, queues, strict=True) if run.get("work_queue_name") != queue]
+    for run, queue in wrong:
+        run["work_queue_name"] = queue
     return json.dumps(document).encode() if wrong else None
 
 
-def _priority(run: Any) -> Any:
-    return (run.get("parameters") or {}).get("priority")
+def _queue(run: Any) -> Any:
+    """Return the queue that a run belongs in: that of its priority, of the same host; the one it names if it has none."""
+    named, priority = run.get("work_queue_name"), (run.get("parameters") or {}).get("priority")
+    if priority not in PRIORITIES:
+        return named
+    host = hosts.of_queue(named)
+    return f"{priority}{hosts.AT}{host}" if host else priority

@@ -146,6 +146,9 @@ def test_a_run_is_created_in_the_queue_of_its_priority(pool: str, path: str) -> 
     for queue in ({}, {"work_queue_name": "normal"}):
         run = asyncio.run(created({"parameters": {"priority": "urgent"}} | queue))
         assert run.get("work_queue_name") == ("urgent" if ours else queue.get("work_queue_name"))
+    for queue in ("urgent@there", "normal@there"):  # files of another host are not those that this one has there
+        run = asyncio.run(created({"parameters": {"priority": "urgent"}, "work_queue_name": queue}))
+        assert run["work_queue_name"] == ("urgent@there" if ours else queue)
     for odd in ({}, {"parameters": None}, {"parameters": {"priority": []}}, {"parameters": {"priority": "checks"}}):
         assert asyncio.run(created(odd)) == odd
 
