@@ -2,7 +2,8 @@
 
 A run whose files lie in folders that every host has (TALARIA_SHARED_SOURCES) goes into the pool's ordinary queues. Any
 other one goes into a queue of the host that was asked for it, `normal@HOST`, of which only that host's workers take.
-What somebody puts into an ordinary queue by Prefect's own means is begun by a host that has its files, and stays there.
+What somebody puts into an ordinary queue by Prefect's own means is begun by a host that has its files, and stays there;
+so does a retrieval, which has fetched studies there, and goes on elsewhere only if that host dies.
 """
 
 from __future__ import annotations
@@ -57,7 +58,13 @@ def must_stay(flow_run: FlowRun) -> bool:
     """Return True if a run that begins here may go on nowhere else, and nothing says so yet."""
     if not several() or of_queue(flow_run.work_queue_name) or flow_run.labels.get(HOST):
         return False
-    return not _everywhere(_paths(flow_run.parameters))
+    return _fetches(flow_run.parameters) or not _everywhere(_paths(flow_run.parameters))
+
+
+def may_leave(flow_run: FlowRun) -> bool:
+    """Return True if a run stays with its host only for what it has fetched there, and may begin anew on another."""
+    bound = flow_run.labels.get(HOST) and not of_queue(flow_run.work_queue_name)
+    return bool(bound) and _everywhere(_paths(flow_run.parameters))
 
 
 def where_it_waits(flow_run: FlowRun) -> str:
@@ -71,6 +78,11 @@ def _paths(parameters: Mapping[str, Any]) -> list[str]:
     found = parameters.get("paths") or []
     into = parameters.get("into")
     return [*([found] if isinstance(found, str) else map(str, found)), *([str(into)] if into else [])]
+
+
+def _fetches(parameters: Mapping[str, Any]) -> bool:
+    """Return True for a retrieval, whose next part needs what the one before has fetched, and where it was."""
+    return bool(parameters.get("source") and (parameters.get("targets") or parameters.get("into")))
 
 
 def _everywhere(paths: list[str]) -> bool:

@@ -61,7 +61,7 @@ def _queued(body: bytes) -> bytes | None:
 
 
 def _queue(run: Any) -> Any:
-    """Return the queue that a run belongs in: that of its priority, of the same host; the one it names if it has none."""
+    """Return the queue that a run belongs in: of its priority, and its host; that which it names if it has none."""
     named, priority = run.get("work_queue_name"), (run.get("parameters") or {}).get("priority")
     if priority not in PRIORITIES:
         return named

@@ -196,8 +196,11 @@ async def _take_up(client: PrefectClient, run_id: str) -> bool:
         paused: State[Any] = Scheduled(scheduled_time=datetime.now(UTC) + UNTIL_RESUMED, name=PAUSED)
         await client.set_flow_run_state(flow_run.id, paused, force=True)
         return False
-    await client.update_flow_run_labels(flow_run.id, {CRASHES: crashes + 1})
+    labels: dict[str, Any] = {CRASHES: crashes + 1}
     other = hosts.where_it_waits(flow_run)
+    if other and hosts.may_leave(flow_run):
+        other, labels[hosts.HOST] = "", ""
+    await client.update_flow_run_labels(flow_run.id, labels)
     message = f"{TAKEN_UP}; waits for {other}, where its files are" if other else TAKEN_UP
     await client.set_flow_run_state(
         flow_run.id, AwaitingRetry(scheduled_time=datetime.now(UTC), message=message), force=True

@@ -77,6 +77,43 @@ def test_a_run_in_the_queue_of_all_begins_where_its_files_are(shared: Path, tmp_
     assert hosts.is_here(a_run("normal@here", tmp_path / "missing"))
 
 
+def a_retrieval(queue: str = "normal", label: str = "", **parameters: Any) -> FlowRun:
+    run = a_run(queue, label=label)
+    run.parameters = {"source": "pacs", "accessions": "A1 A2"} | parameters
+    return run
+
+
+def test_a_retrieval_stays_with_the_host_that_has_fetched_for_it(shared: Path, tmp_path: Path) -> None:
+    """At each of its rests the other host took it, and fetched from the first study on."""
+    for wish in ({"targets": ["archive"]}, {"into": str(shared / "new")}, {"into": str(tmp_path)}):
+        assert hosts.must_stay(a_retrieval(**wish))
+        assert not hosts.must_stay(a_retrieval(label="here", **wish))  # it is said already
+        assert not hosts.must_stay(a_retrieval("normal@here", **wish))
+        assert hosts.is_here(a_retrieval(label="here", **wish)) and not hosts.is_here(
+            a_retrieval(label="there", **wish)
+        )
+    assert not hosts.must_stay(a_retrieval()) and not hosts.must_stay(a_run("normal", shared))  # a query
+
+
+def test_a_retrieval_of_a_dead_host_begins_anew_wherever_its_folder_is(shared: Path, tmp_path: Path) -> None:
+    """As a dispatch of shared files does; where it writes to a folder of that host's, it waits for it."""
+    for wish, free in (
+        ({"targets": ["archive"]}, True),
+        ({"into": str(shared)}, True),
+        ({"into": str(tmp_path)}, False),
+    ):
+        run = a_retrieval(label="there", **wish)
+        run.state = Running()
+        server = Server(run)
+        assert asyncio.run(_take_up(cast(PrefectClient, server), str(run.id)))
+        assert (run.labels[hosts.HOST] == "") is free and hosts.is_here(run) is free
+        assert ("waits for there" in (server.set[0].message or "")) is not free
+    own = a_retrieval(label="here", targets=["archive"])  # a worker died, and its host lives
+    own.state = Running()
+    asyncio.run(_take_up(cast(PrefectClient, Server(own)), str(own.id)))
+    assert own.labels[hosts.HOST] == "here"
+
+
 class Server:
     """What is asked of a server about one run; no other worker is online."""
 
@@ -98,6 +135,7 @@ class Server:
 
     async def update_flow_run_labels(self, run_id: UUID, labels: dict[str, Any]) -> None:
         assert run_id == self.run.id
+        self.run.labels.update(labels)
 
     async def set_flow_run_state(self, run_id: UUID, state: State[Any], force: bool = False) -> None:
         self.set.append(state)
