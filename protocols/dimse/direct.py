@@ -45,6 +45,7 @@ from transfer.throttle import Throttle
 
 REQUEST, ACCEPTANCE, REJECTION = 0x01, 0x02, 0x03
 MAX_ACCEPTANCE = 1 << 17  # bytes; 128 contexts take 12 kB
+MOST_DRAINED = 1 << 24  # bytes that a peer may still send after an abort; who sends more hasn't looked at it
 PROPOSED, ABSTRACT, VERSION = 0x20, 0x30, 0x55
 
 
@@ -97,8 +98,13 @@ class DirectAssociation(Negotiated):
             if kind == RELEASE_RP:
                 return
 
-    def abort(self) -> None:
-        """End the association at once."""
+    def abort(self, *, until_closed: bool = False) -> None:
+        """End the association at once.
+
+        Args:
+            until_closed: whether to wait a little for the peer to close the connection: it may have no room for another
+                association before.
+        """
         if self.stream.torn:
             self.drop()
             return
@@ -107,6 +113,8 @@ class DirectAssociation(Negotiated):
             self.stream.idle_timeout_s = min(RELEASE_S, self.peer.idle_timeout_s)
             with suppress(DispatchError):
                 self.stream.send(ABORT_PDU)
+                if until_closed:
+                    self.stream.drain(MOST_DRAINED)
         self.close()
 
     def close(self) -> None:

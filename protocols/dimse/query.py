@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any, Self
 
@@ -140,12 +140,31 @@ class Finder(Conversation):
     def __init__(self, association: DirectAssociation, check: Callable[[], None] = lambda: None) -> None:
         super().__init__(association, check)
         self.quickest_s = association.round_trip_s
+        self._take(association)
+
+    def _take(self, association: DirectAssociation) -> None:
+        """Use an association."""
+        self.association, self.stream = association, association.stream
         roots = [root for root in (STUDY_ROOT_FIND, PATIENT_ROOT_FIND) if association.context(root) is not None]
         self.root = roots[0]
         context = association.context(self.root)
         assert context is not None  # noqa: S101 - one of those that were accepted
         self._context = context
         self._syntax = next(syntax for (root, syntax), number in association.accepted.items() if number == context)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Give the association up during the block, so that another can have its place, and associate anew after it.
+
+        Not while answers are expected. A peer may allow one association, and a target limits how many it gets.
+
+        Raises:
+            As `finder`.
+        """
+        self.association.release()
+        yield
+        self._take(_associated(self.peer, self._check))
+        self.__enter__()
 
     def ask_for(
         self, level: str, keys: Mapping[str, str], wanted: Sequence[str] = (), charset: str = "", most: int = 0
@@ -207,9 +226,13 @@ def finder(peer: Peer, check: Callable[[], None] = lambda: None) -> Finder:
     Raises:
         Misconfigured: it accepts neither Study Root nor Patient Root C-FIND. Others: as `associate`.
     """
+    return Finder(_associated(peer, check), check)
+
+
+def _associated(peer: Peer, check: Callable[[], None]) -> DirectAssociation:
     association = associate(peer, [(STUDY_ROOT_FIND, UNCOMPRESSED), (PATIENT_ROOT_FIND, UNCOMPRESSED)], check)
     if not association.accepted:
         raise Misconfigured(
             f"{peer.where}: the peer accepts neither Study Root nor Patient Root C-FIND: it can't be queried"
         )
-    return Finder(association, check)
+    return association

@@ -11,14 +11,15 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from imaging.loss import wanted
-from imaging.match import in_days
+from imaging.loss import WANTED, wanted
+from imaging.match import Test, in_days
 from imaging.query import Match, Query, count, listed, text
 from protocols.dimse import stored
 from protocols.dimse.accessions import Accessions
 from protocols.dimse.below import CAPS, InParts
 from protocols.dimse.identifier import encodings
 from protocols.dimse.query import PATIENT_ROOT_FIND, Finder
+from protocols.dimse.unsaid import DESCRIPTIONS, UnsaidDescriptions
 from protocols.dimse.unshown import UID_LIST, UnshownLetters
 from protocols.dimse.whole import HasMore, WholeSearch
 from protocols.dimse.wording import worded
@@ -52,6 +53,10 @@ class PeerSearch:
         self._stale = 0  # studies that announced more series than there were
         self._patients: dict[str, str] = {}  # PatientID by study, for peers of Patient Root
         self._notes: dict[str, str] = {}  # what is not shown of a study or series, by UID
+        self._study_descriptions, self._series_descriptions = (
+            UnsaidDescriptions(keyword, unique, self._stored, finder.peer.where)
+            for keyword, unique in zip(DESCRIPTIONS, ("StudyInstanceUID", "SeriesInstanceUID"), strict=True)
+        )
 
     def find(self, query: Query) -> Iterator[Match]:
         """Yield the studies or series that match, each once.
@@ -76,12 +81,13 @@ class PeerSearch:
         """Yield the series of a study that match a query."""
         tests = dict(series_tests(query))
         doubts = self._doubts("SeriesInstanceUID", query, {"StudyInstanceUID": str(study["StudyInstanceUID"])})
-        for found in self._all_series(study):
-            self._require(found, tests)
-            failed = _failed(found, tests)
-            if failed:
-                doubts.add(found, failed)
-            else:
+        every = self._all_series(study)
+        for found in every:
+            found["StudyInstanceUID"] = str(study["StudyInstanceUID"])
+        self._series_descriptions.fill(every, tests)
+        self._notes |= self._series_descriptions.notes
+        for found in every:
+            if self._passes(found, tests, doubts):
                 yield found
         yield from self._matched(doubts)
 
@@ -93,22 +99,35 @@ class PeerSearch:
                 return self._at_study_level(keys, charset)
             return self.answers("SERIES", {**above, **keys}, SERIES_FIELDS, charset=charset)
 
-        return UnshownLetters(ask, unique, wanted(query), self.finder.peer.where, lambda one: self._stored(one, above))
+        def read(answer: Answer) -> Answer | None:
+            return self._stored([{**above, **answer}])[0]
 
-    def _stored(self, answer: Answer, above: Mapping[str, str]) -> Answer | None:
-        """Return the values of an instance of a study or a series; None if the peer gives none."""
-        keys = {key: str(answer.get(key, "")) for key in ("StudyInstanceUID", "SeriesInstanceUID", "PatientID")}
-        keys = {key: value for key, value in (keys | dict(above)).items() if value}
-        if "SeriesInstanceUID" not in keys:
-            series = self.answers("SERIES", {"StudyInstanceUID": keys["StudyInstanceUID"]}, SERIES_FIELDS)
-            if not series:
-                return None
-            keys["SeriesInstanceUID"] = str(series[0]["SeriesInstanceUID"])
-        images, _ = self.images(keys["StudyInstanceUID"], keys["SeriesInstanceUID"], keys.get("PatientID", ""))
+        return UnshownLetters(ask, unique, wanted(query), self.finder.peer.where, read)
+
+    def _stored(self, answers: list[Answer]) -> list[Answer | None]:
+        """Return the values of an instance of each study or series; None for one of which the peer gives none."""
+        asked, check = [self._instance(answer) for answer in answers], self.finder.stream.check
+        with self.finder.aside():
+            return [keys and stored.values(self.finder.peer, keys, classes, check) for keys, classes in asked]
+
+    def _instance(self, answer: Answer) -> tuple[dict[str, str] | None, tuple[str, ...]]:
+        """Return the UIDs of an instance of a study or a series, and its SOP class if the peer lists it."""
+        study, series = str(answer["StudyInstanceUID"]), text(answer.get("SeriesInstanceUID"))
+        if not series:
+            every = self.answers("SERIES", {"StudyInstanceUID": study}, SERIES_FIELDS)
+            if not every:
+                return None, ()
+            series = str(every[0]["SeriesInstanceUID"])
+        images, _ = self.images(study, series, self._patients.get(study, ""))
         one = images[0] if images else {}
-        keys["SOPInstanceUID"] = text(one.get("SOPInstanceUID"))
+        keys = {
+            "StudyInstanceUID": study,
+            "SeriesInstanceUID": series,
+            "PatientID": self._patients.get(study, ""),
+            "SOPInstanceUID": text(one.get("SOPInstanceUID")),
+        }
         classes = filter(None, (text(one.get("SOPClassUID")),))
-        return stored.values(self.finder.peer, keys, tuple(classes), self.finder.stream.check)
+        return {key: value for key, value in keys.items() if value}, tuple(classes)
 
     def _matched(self, doubts: UnshownLetters, seen: Iterable[str] = ()) -> Iterator[Answer]:
         for one in doubts.matched(seen):
@@ -140,13 +159,23 @@ class PeerSearch:
             self._stale += 1
         return list(parts.found.values())
 
-    def _require(self, found: Answer, tests: Mapping[str, Any]) -> None:
-        """Raise if the query needs values that the peer doesn't give: "nothing found" would be wrong."""
+    def _passes(self, found: Answer, tests: Mapping[str, Test], doubts: UnshownLetters) -> bool:
+        """Return True if an answer passes all tests; one that may, though it doesn't show it, is kept among `doubts`.
+
+        Raises:
+            Misconfigured: the answer lacks what the query needs: "nothing found" would be wrong.
+        """
+        failed = [keyword for keyword, test in tests.items() if keyword in found and not test(text(found[keyword]))]
         lacking = [keyword for keyword in tests if keyword not in found]
-        if lacking:
+        if lacking and all(keyword in WANTED for keyword in failed):
+            read = ", and it gives no instance to read it in" if {*lacking} & {*DESCRIPTIONS} else ""
             raise Misconfigured(
-                f"{self.finder.peer.where}: the peer's answers have no {', '.join(lacking)}: the query can't ask for it"
+                f"{self.finder.peer.where}: the peer's answers have no {', '.join(lacking)}{read}: the query can't ask "
+                "for it"
             )
+        if failed:
+            doubts.add(found, failed)
+        return not failed
 
     def images(
         self, study: str, series: str, patient: str = "", *, announced: int | None = None, doubtful: bool = False
@@ -212,23 +241,28 @@ class PeerSearch:
     # ---- studies
 
     def _studies(self, query: Query) -> Iterator[Answer]:
-        tests = study_tests(query)
+        tests = dict(study_tests(query))
         doubts = self._doubts("StudyInstanceUID", query, {})
+        descriptions = self._study_descriptions
         seen: set[str] = set()
+        late: dict[str, tuple[Mapping[str, str], Answer]] = {}  # without a description, until all answers are here
         for sent, study in self._candidates(query):
             uid = str(study.get("StudyInstanceUID", ""))
             if not uid:
                 raise Misconfigured(f"{self.finder.peer.where}: the peer answers without Study Instance UIDs")
-            # What the peer leaves out of its answer, though it was asked to match it, it is trusted with.
-            known = {keyword: test for keyword, test in tests if keyword in study or keyword not in sent}
-            if uid in seen:
+            if uid in seen or uid in late:
                 continue
-            self._require(study, known)
             self._patients[uid] = str(study.get("PatientID", ""))
-            failed = _failed(study, known)
-            if failed:
-                doubts.add(study, failed)
-            else:
+            descriptions.see(study)
+            if descriptions.keyword in tests and descriptions.lacks(study):
+                late[uid] = sent, study
+            elif self._passes(study, _untrusted(tests, study, sent), doubts):
+                seen.add(uid)
+                yield study
+        descriptions.fill([study for _, study in late.values()], tests)
+        self._notes |= descriptions.notes
+        for uid, (sent, study) in late.items():
+            if self._passes(study, _untrusted(tests, study, sent), doubts):
                 seen.add(uid)
                 yield study
         yield from self._matched(doubts, seen)
@@ -371,6 +405,6 @@ class PeerSearch:
         return any(True for _ in self.series(study, query))
 
 
-def _failed(answer: Answer, tests: Mapping[str, Any]) -> list[str]:
-    """Return the keywords of the tests that an answer doesn't pass."""
-    return [keyword for keyword, test in tests.items() if not test(text(answer.get(keyword)))]
+def _untrusted(tests: Mapping[str, Test], study: Answer, sent: Mapping[str, str]) -> dict[str, Test]:
+    """Return the tests that a study must pass: what it lacks, though the peer was asked to match it, is trusted."""
+    return {keyword: test for keyword, test in tests.items() if keyword in study or keyword not in sent}

@@ -39,6 +39,7 @@ def values(
         asked = {key: value for key, value in keys.items() if key != "PatientID" or retriever.root == PATIENT_ROOT_GET}
         with retriever:
             begin, syntax = retriever.beginning(asked | {"QueryRetrieveLevel": level}, BEGINNING)
+            retriever.association.abort(until_closed=True)
     except Permanent:  # what it refuses; a link that breaks, or a stop, says nothing about the instance
         return None
     explicit = identifier.EXPLICIT_LITTLE  # as all syntaxes are that compress pixels

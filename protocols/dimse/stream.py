@@ -449,6 +449,13 @@ class Stream:
             elif self.last:
                 return
 
+    def drain(self, most: int) -> None:
+        """Drop what comes until the peer closes the connection (Interrupted), is silent (TimedOut), or sent so much."""
+        while most > 0:
+            self._begin = self._end = 0
+            self.fill()
+            most -= self._end
+
     # ---- writing
 
     def send(self, data: bytes) -> None:

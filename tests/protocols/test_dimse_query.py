@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from pydicom.dataset import Dataset
 
 from imaging.query import Match, Query
-from protocols.dimse import identifier, parts
+from protocols.dimse import identifier, parts, unsaid
+from protocols.dimse.get import PATIENT_ROOT_GET, STUDY_ROOT_GET
 from protocols.dimse.message import C_STORE_RQ, RELEASE_RQ_PDU
 from protocols.dimse.query import finder
 from protocols.dimse.search import PeerSearch
@@ -338,11 +339,68 @@ def test_keys_that_a_peer_ignores_are_matched_here() -> None:
         assert accessions(found(peer, Query(AccessionNumber=("A0001", "A0004")))) == ["A0001", "A0004"]
 
 
-def test_a_filter_on_what_answers_lack_is_an_error_not_nothing_found() -> None:
-    with archive(files(2), leaves_out=frozenset(("SeriesDescription",))) as peer:
-        with pytest.raises(Misconfigured, match="SeriesDescription"):
+def no_get(context: wire.Context) -> str | int:
+    return REFUSED_CLASS if context.abstract_syntax in (STUDY_ROOT_GET, PATIENT_ROOT_GET) else context.offered[0]
+
+
+def described() -> list[bytes]:
+    """Four studies of one series each, of which half are said to be of the thorax; one series has no description."""
+    series = ("T1", "T2 axial", "", "T1")
+    return files(4, StudyDescription=lambda n: "Thorax" if n % 2 else "Kopf", SeriesDescription=lambda n: series[n])
+
+
+@pytest.mark.parametrize("way", ["leaves_out", "blanks"])
+def test_descriptions_that_answers_lack_are_read_in_an_instance(way: str) -> None:
+    with archive(described(), ignores=frozenset(unsaid.DESCRIPTIONS), **{way: frozenset(unsaid.DESCRIPTIONS)}) as peer:
+        matches = found(peer, Query(SeriesDescription=("T1", "T3"), level="series"))
+        assert accessions(matches) == ["A0000", "A0003"]
+        assert {one.attributes["SeriesDescription"] for one in matches} == {"T1"}
+        assert {one.note for one in matches} == {"the peer doesn't show SeriesDescription: it was read in an instance"}
+        assert len(peer.asked(GET)) == 4 and {one.level for one in peer.asked(GET)} == {"IMAGE"}
+        assert accessions(found(peer, Query(SeriesDescription=("T2 axial",)))) == ["A0001"]
+        assert accessions(found(peer, Query(StudyDescription=("Thorax",)))) == ["A0001", "A0003"]
+        both = Query(StudyDescription=("Thorax",), SeriesDescription=("T1",), AccessionNumber=("A0000", "A0003"))
+        assert accessions(found(peer, both)) == ["A0003"]
+        assert not found(peer, Query(SeriesDescription=("t1",), StudyDescription=("Thorax",)))
+        before = len(peer.asked(GET))
+        assert not found(peer, Query(SeriesDescription=("T1",), Modality="MR", AccessionNumber=("A0000",)))
+        assert not found(peer, Query(StudyDescription=("Kopf",), StudyDate="19000101"))
+        assert len(peer.asked(GET)) == before  # what another key leaves out need not be read
+        assert peer.most_open == 1  # the peer may allow one association, and a target one at a time
+        assert len(found(peer, Query(level="series"))) == 4
+
+
+def test_descriptions_that_are_empty_where_others_are_shown_are_not_looked_for() -> None:
+    with archive(described()) as peer:
+        assert accessions(found(peer, Query(SeriesDescription=("T1",), level="series"))) == ["A0000", "A0003"]
+        assert not peer.asked(GET)
+
+
+def test_some_instances_without_description_show_that_empty_ones_are_empty() -> None:
+    with archive(series(30, SeriesDescription="")) as peer:
+        assert not found(peer, Query(SeriesDescription=("T1",)))
+        assert len(peer.asked(GET)) == unsaid.AT_ONCE
+
+
+def test_a_filter_on_what_neither_answers_nor_instances_show_is_an_error_not_nothing_found() -> None:
+    lacking = frozenset(unsaid.DESCRIPTIONS)
+    with archive(files(2, StudyDescription="Kopf"), leaves_out=lacking, accept=no_get) as peer:
+        with pytest.raises(Misconfigured, match="have no SeriesDescription, and it gives no instance to read it in"):
             found(peer, Query(SeriesDescription=("x",), level="series"))
         assert len(found(peer, Query(level="series"))) == 2
+        # What it is asked to match, and does not show, it is trusted with.
+        assert len(found(peer, Query(StudyDescription=("Kopf",)))) == 2
+        assert not found(peer, Query(StudyDescription=("Thorax",)))
+
+
+def test_more_instances_than_can_be_read_for_a_filter_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unsaid, "MOST_READ", 3)
+    with archive(described(), leaves_out=frozenset(("SeriesDescription",))) as peer:
+        with pytest.raises(Misconfigured, match="more than 3 instances would have to be read for it: narrow the query"):
+            found(peer, Query(SeriesDescription=("T1",), AccessionNumber=("A0000", "A0001", "A0002", "A0003")))
+        assert accessions(found(peer, Query(SeriesDescription=("T1",), AccessionNumber=("A0000", "A0001")))) == [
+            "A0000"
+        ]
 
 
 def test_counts_that_answers_lack_are_not_known() -> None:

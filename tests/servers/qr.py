@@ -112,6 +112,7 @@ class Archive(Scp):
         limit: how many answers C-FIND gives at most; `limit_status` is what it says then.
         leaves_out: keywords that are in no answer.
         ignores: keywords that are not matched.
+        blanks: keywords that are not matched, and empty in answers.
         wild_uids: whether UIDs may have wild cards.
         misreads: changes the keys of a query as it is read.
         refuses: returns the status to refuse a query with, 0 to answer it.
@@ -127,6 +128,7 @@ class Archive(Scp):
     limit_status: int = 0
     leaves_out: frozenset[str] = frozenset()
     ignores: frozenset[str] = frozenset()
+    blanks: frozenset[str] = frozenset()
     wild_uids: bool = False
     misreads: Callable[[Dataset], None] = lambda keys: None
     refuses: Callable[[Request], int] = lambda request: 0
@@ -246,6 +248,8 @@ class _Connection(Connection):
             elif keyword == "ModalitiesInStudy":
                 same = [o.ds for o in self.peer.instances if o.ds.StudyInstanceUID == first.StudyInstanceUID]
                 answer.ModalitiesInStudy = sorted({ds.Modality for ds in same})
+            elif keyword in self.peer.blanks:
+                setattr(answer, keyword, "")
             elif keyword == "QueryRetrieveLevel":
                 answer.QueryRetrieveLevel = keys.QueryRetrieveLevel
             else:
@@ -259,7 +263,8 @@ class _Connection(Connection):
     def _matches(self, ds: Dataset, keys: Dataset, only: tuple[str, ...] = ()) -> bool:
         for element in keys:
             keyword, wanted = element.keyword, element.value
-            if not wanted or keyword in ("QueryRetrieveLevel", "SpecificCharacterSet", *self.peer.ignores):
+            unheeded = ("QueryRetrieveLevel", "SpecificCharacterSet", *self.peer.ignores, *self.peer.blanks)
+            if not wanted or keyword in unheeded:
                 continue
             if only and keyword not in only:
                 continue
