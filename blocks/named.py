@@ -52,6 +52,16 @@ class NamedBlock(Block, ABC):
 
     @classmethod
     @functools.cache
+    def _fields_with_secrets(cls) -> frozenset[str]:
+        """Return the names of the fields that are secret, or hold something that is."""
+        return frozenset(path.partition(".")[0] for path in cls.model_json_schema().get("secret_fields", []))
+
+    def _field_has_secrets(self, field_name: str) -> bool:
+        """Return True if a field is secret or holds something that is; Prefect makes the schema for each field anew."""
+        return field_name in self._fields_with_secrets()
+
+    @classmethod
+    @functools.cache
     def get_block_type_slug(cls) -> str:
         """Return the mark of its type; asked for six times a block, each of which searched the disk for a module."""
         return super().get_block_type_slug()
