@@ -134,6 +134,8 @@ class Sqlite:
         self._lock = threading.RLock()
         self._db = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
         try:
+            if not self._db.execute("PRAGMA page_count").fetchone()[0]:  # a new file: what goes can be given back
+                self._db.execute("PRAGMA auto_vacuum=INCREMENTAL")
             self._write_ahead()
             self._db.execute("PRAGMA synchronous=NORMAL")
             self._set_up(tables)

@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 from prefect.server.database.configurations import SQLITE_BEGIN_MODE, AioSqliteConfiguration
 
 from talaria.engine.asgi import Application
-from talaria.engine.database import add_search, keep_caches_small, let_types_name_their_operators, make_index_at_start
+from talaria.engine.database import add_search, let_types_name_their_operators, make_index_at_start, set_sqlite_up
 from talaria.engine.priority import QueueOfPriority
 from talaria.engine.unique import UniqueNames
 
@@ -34,7 +34,7 @@ def create_app() -> tuple[Application, Any]:
     let_writers_wait()
     let_types_name_their_operators()
     let_schedules_make_runs()
-    keep_caches_small()
+    set_sqlite_up()
     prefect = prefects_own()
     make_index_at_start(prefect)
     add_search(prefect)

@@ -1,4 +1,4 @@
-"""Prefect's database as the embedded server has it: an index for our lists of runs, a search, and small caches.
+"""Prefect's database as the embedded server has it: an index for our lists of runs, a search, and its settings.
 
 Prefect's own indexes know neither the names of runs nor the order within a deployment, so a page of a list, its count
 or a search by a part of a name read tens of thousands of whole rows; ours has all that they look at.
@@ -34,14 +34,17 @@ _prefects_setup = AioSqliteConfiguration.setup_sqlite
 _logger = logging.getLogger("talaria.front")
 
 
-def keep_caches_small() -> None:
-    """Let each connection of this process to a file of SQLite's hold some of its pages only."""
+def set_sqlite_up() -> None:
+    """Let files of SQLite's give back what is free, and each connection to one hold some of its pages only."""
     AioSqliteConfiguration.setup_sqlite = _setup_sqlite  # type: ignore[method-assign]
 
 
 def _setup_sqlite(self: AioSqliteConfiguration, conn: DBAPIConnection, record: ConnectionPoolEntry) -> None:
-    _prefects_setup(self, conn, record)
     cursor = conn.cursor()
+    cursor.execute("PRAGMA page_count")
+    if cursor.fetchone() == (0,):  # a new file: later, it would have to be written anew
+        cursor.execute("PRAGMA auto_vacuum = INCREMENTAL")
+    _prefects_setup(self, conn, record)
     cursor.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
     cursor.close()
 

@@ -11,16 +11,16 @@ import logging
 import math
 import os
 import shutil
-import sqlite3
 import time
 from collections.abc import Awaitable, Callable, Collection
-from contextlib import closing, suppress
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
 import httpx
 from prefect.client.schemas.objects import TERMINAL_STATES, StateType
 
+from talaria.engine.freed import give_back, taken
 from talaria.engine.leftovers import clear
 from talaria.settings import load_settings
 from transfer import deadletters
@@ -67,7 +67,7 @@ async def tidy(
     failed_age: float = math.inf,
     last: float = math.inf,
 ) -> float:
-    """Forget what is older than `age` seconds, and more if the rest takes more than `limit` bytes.
+    """Forget what is older than `age` seconds, and more if the rest takes more than `limit` bytes; free the disk of it.
 
     Args:
         open_runs: ids of runs that have not ended.
@@ -88,6 +88,8 @@ async def tidy(
         if size <= limit or kept <= YOUNGEST_S:
             break
         kept = max(min(kept * STEP, last), YOUNGEST_S)
+    for path in _databases(home):
+        await asyncio.to_thread(give_back, path)
     if kept < age:
         logger.warning("TALARIA_KEEP_LIMIT is reached: what is older than %.0f hours is forgotten", kept / 3600)
     return kept
@@ -118,21 +120,15 @@ async def vacuum(age: float) -> None:
 
 def used(home: Home) -> int:
     """Return the bytes of what is kept: databases, without pages that are free again, receipts, and dead letters."""
-    found = sum(
-        _pages(path) for path in (home.root / "prefect" / "prefect.db", home.root / "ledger.sqlite") if path.exists()
-    )
+    found = sum(taken(path) for path in _databases(home))
     for path in home.receipt("").parent.glob("*"):
         with suppress(FileNotFoundError):
             found += path.stat().st_size
     return found + deadletters.used(home)
 
 
-def _pages(database: Path) -> int:
-    with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True, timeout=60)) as db:
-        (pages,), (free,), (size,) = (
-            db.execute(f"PRAGMA {name}").fetchone() for name in ("page_count", "freelist_count", "page_size")
-        )
-    return int((pages - free) * size)
+def _databases(home: Home) -> list[Path]:
+    return [path for path in (home.root / "prefect" / "prefect.db", home.root / "ledger.sqlite") if path.exists()]
 
 
 def _forget(home: Home, age: float, open_runs: Collection[str], failed_age: float) -> None:

@@ -26,7 +26,7 @@ from prefect.server.schemas.sorting import FlowRunSort
 from sqlalchemy import func, select
 from sqlalchemy.dialects import sqlite
 
-from talaria.engine import api, database, runs
+from talaria.engine import api, database, freed, runs
 from talaria.engine.listed import listed
 from talaria.service.jobs import line
 from talaria.testing import studies
@@ -135,6 +135,8 @@ def test_a_flood_is_answered_without_503_and_schedules_survive(up: Talaria) -> N
     assert not [call for call in calls(up) if call.endswith(" 503")]
     schedule = {"schedule": {"cron": "0 2 * * *", "timezone": "Europe/Berlin"}, "active": True}
     httpx.post(f"{path}/schedules", json=[schedule], auth=(user, password), timeout=300).raise_for_status()
+    planned = {"flow_runs": {"deployment_id": {"any_": [deployment["id"]]}}, "sort": "EXPECTED_START_TIME_DESC"}
+    up.until(lambda: any(run["auto_scheduled"] for run in up.api("POST", "/flow_runs/filter", **planned)))
     up.api("PATCH", f"/deployments/{deployment['id']}", description="changed by somebody")
     up.stop()
     up.start()
@@ -224,19 +226,24 @@ def test_the_last_check_is_the_last_one_however_often_it_is_asked_for(up: Talari
     assert datetime.fromisoformat(after["time"]) == datetime.fromisoformat(newest["updated"]).replace(microsecond=0)
 
 
-def test_a_connection_to_the_database_keeps_few_of_its_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_how_a_file_of_sqlite_s_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connection keeps few of its pages, and a new file gives back those that are free."""
     monkeypatch.setattr(AioSqliteConfiguration, "setup_sqlite", AioSqliteConfiguration.setup_sqlite)
     assert list(inspect.signature(AioSqliteConfiguration.setup_sqlite).parameters) == ["self", "conn", "record"]
-    database.keep_caches_small()
+    database.set_sqlite_up()
+    with closing(sqlite3.connect(tmp_path / "old.db")) as old:
+        old.execute("CREATE TABLE there (x)")
 
-    async def pages() -> int:
-        engine = await AioSqliteConfiguration(f"sqlite+aiosqlite:///{tmp_path}/some.db").engine()
+    async def found(name: str) -> list[int]:
+        engine = await AioSqliteConfiguration(f"sqlite+aiosqlite:///{tmp_path}/{name}.db").engine()
         async with engine.connect() as connection:
-            found = (await connection.exec_driver_sql("PRAGMA cache_size")).scalar_one()
+            asked = [f"PRAGMA {one}" for one in ("cache_size", "auto_vacuum")]
+            values = [(await connection.exec_driver_sql(one)).scalar_one() for one in asked]
         await engine.dispose()
-        return int(found)
+        return values
 
-    assert asyncio.run(pages()) == -database.CACHE_KIB
+    assert asyncio.run(found("new")) == asyncio.run(found("new")) == [-database.CACHE_KIB, freed.INCREMENTAL]
+    assert asyncio.run(found("old")) == [-database.CACHE_KIB, 0]
 
 
 def test_up_starts_both_again_when_worker_and_server_die_together(up: Talaria) -> None:

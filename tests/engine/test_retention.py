@@ -18,7 +18,7 @@ from typing import Any, cast
 import httpx
 import pytest
 
-from talaria.engine import retention
+from talaria.engine import freed, retention
 from talaria.testing import studies
 from tests.servers.up import Talaria
 from transfer.home import Home
@@ -130,6 +130,37 @@ def test_the_steps_begin_where_the_last_look_ended(home: Home, monkeypatch: pyte
         asyncio.run(retention.keep(home, cast(httpx.AsyncClient, None), embedded=True))
     assert looks == [retention.YOUNGEST_S] * 2
     assert len(aged[0]) > 20 and aged[1] == [90 * DAY_S, retention.YOUNGEST_S]
+
+
+def test_the_disk_of_what_has_gone_is_given_back(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(freed, "PORTION", 10)
+
+    async def vacuum(_: float) -> None:
+        with closing(sqlite3.connect(prefects)) as db, db:
+            db.execute("DELETE FROM items")
+
+    ours, prefects = home.root / "ledger.sqlite", home.root / "prefect/prefect.db"
+    prefects.parent.mkdir()
+    for path in (ours, prefects):
+        with Ledger(path), closing(sqlite3.connect(path)) as db, db:
+            rows = ((str(number), "x" * 1000) for number in range(2000))
+            db.executemany("INSERT INTO items VALUES ('old',?,?,'e',1,1,'','delivered','',1,1)", rows)
+    before = [path.stat().st_size for path in (ours, prefects)]
+    asyncio.run(retention.tidy(home, DAY_S, 1 << 30, (), vacuum))
+    for path, size in zip((ours, prefects), before, strict=True):
+        assert size > 2_000_000 > 300_000 > path.stat().st_size
+        assert freed.taken(path) <= path.stat().st_size <= freed.taken(path) / (1 - freed.SPARE) + 4096
+
+
+def test_a_file_that_was_made_before_stays_as_long_as_it_is(tmp_path: Path) -> None:
+    with closing(sqlite3.connect(tmp_path / "old # 1.db")) as db:
+        db.execute("CREATE TABLE many (x)")
+        db.executemany("INSERT INTO many VALUES (?)", [("x" * 4000,)] * 100)
+        db.execute("DELETE FROM many")
+        db.commit()
+    size = (tmp_path / "old # 1.db").stat().st_size
+    assert freed.give_back(tmp_path / "old # 1.db") == 0 and freed.taken(tmp_path / "old # 1.db") < size / 10
+    assert (tmp_path / "old # 1.db").stat().st_size == size
 
 
 def test_a_long_log_begins_anew(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
