@@ -93,11 +93,11 @@ def made(root: Path, targets: int, dispatches: int) -> dict[str, str]:
 
 
 @contextmanager
-def up(root: Path) -> Iterator[dict[str, str]]:
-    """Run `talaria up` until the block ends; yields the environment of its commands."""
+def up(root: Path, **more: str) -> Iterator[dict[str, str]]:
+    """Run `talaria up`, with more variables, until the block ends; yields the environment of its commands."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "TALARIA_"))}
     port = process.free_port()
-    environment = kept | {"TALARIA_HOME": str(root / "home"), "HOME": str(root), "PORT": str(port)}
+    environment = kept | {"TALARIA_HOME": str(root / "home"), "HOME": str(root), "PORT": str(port)} | more
     log = root / "up.log"
     with log.open("wb") as out:
         command = [sys.executable, "-m", "talaria", "up", "--port", str(port)]
