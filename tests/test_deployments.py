@@ -1,4 +1,7 @@
-"""Files of `deployments/` are what Docker Compose, Kubernetes and systemd take, and hold what the product has."""
+"""Files of `deployments/` are what Docker Compose, Kubernetes and systemd take, and what they start is let start.
+
+`tests/engine/test_deployed.py` starts all of it.
+"""
 
 from __future__ import annotations
 
@@ -7,22 +10,47 @@ import os
 import re
 import shutil
 import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from importlib.resources import files
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest import mock
 
 import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
 
-from talaria.settings import Settings
+from talaria.__main__ import main
+from talaria.engine.registry import description_of, queue_of
+from talaria.engine.table import FLOWS
+from talaria.entrance import entrance
+from talaria.listener import is_loopback
+from talaria.settings import POOL, Settings
+from tests.deployed import COMPOSE, FOLDER, MANIFESTS, Started, below, composed, image, of_kind, pods, unit
+from transfer.home import Home
 
-FOLDER = Path(__file__).parents[1] / "deployments"
 KUBERNETES = "1.31"
-COMPOSE = yaml.safe_load((FOLDER / "compose.yaml").read_text())
-MANIFESTS: list[dict[str, Any]] = list(yaml.safe_load_all((FOLDER / "kubernetes.yaml").read_text()))
+ROOT = FOLDER.parent
+PREFECTS = 45  # connections that a Prefect server takes at most: pools of 15 for its API and its services
+HOST_ENV = {"PREFECT_API_AUTH_STRING": "talaria:lab", "TALARIA_LEDGER": "postgresql://talaria:lab@database/talaria"}
+UNITS = {
+    "talaria.service": unit("talaria.service", given={}),
+    "talaria-host.conf": unit("talaria.service", "talaria-host.conf", given=HOST_ENV),
+}
+HOSTS = {
+    name: one
+    for name, one in [
+        *((f"compose {name}", one) for name, one in composed().items()),
+        *((f"kubernetes {name}", one) for name, one in pods().items()),
+        ("image", image()),
+        *UNITS.items(),
+    ]
+    if one.command[:2] == ["talaria", "up"]
+}
 
 
 def test_compose_takes_its_file() -> None:
@@ -30,9 +58,11 @@ def test_compose_takes_its_file() -> None:
     jsonschema.Draft7Validator(schema).validate(COMPOSE)
     for one in COMPOSE["services"].values():  # what a schema can't say
         assert set(one.get("depends_on", {})) <= set(COMPOSE["services"])
-        assert set(one["networks"]) <= set(COMPOSE["networks"])
+        assert set(one.get("networks", ())) <= set(COMPOSE["networks"]) and ("networks" in one) != (
+            "network_mode" in one
+        )
         mounted = [str(volume).partition(":")[0] for volume in one.get("volumes", [])]
-        assert all(name in COMPOSE["volumes"] or name.startswith("${SOURCES") for name in mounted)
+        assert all(name in COMPOSE["volumes"] or name in ("${SOURCES", "${ARCHIVE") for name in mounted)
 
 
 @pytest.mark.parametrize("manifest", MANIFESTS, ids=lambda one: f"{one['kind']}-{one['metadata']['name']}")
@@ -64,7 +94,7 @@ def test_every_setting_that_they_name_is_one() -> None:
 
 
 def test_both_say_the_same_of_prefect_s_servers() -> None:
-    (config,) = [one["data"] for one in MANIFESTS if one["kind"] == "ConfigMap"]
+    (config,) = [one["data"] for one in of_kind("ConfigMap") if one["metadata"]["name"] == "prefect-server"]
     compose = COMPOSE["services"]["server-a"]["environment"]
     assert config.items() <= compose.items()
     assert set(compose) - set(config) == {
@@ -72,6 +102,105 @@ def test_both_say_the_same_of_prefect_s_servers() -> None:
         "PREFECT_SERVER_API_AUTH_STRING",
         "PREFECT_SERVER_ENCRYPTION_KEY",
     }
+
+
+def test_the_unit_of_a_server_has_what_the_others_have() -> None:
+    text = (FOLDER / "talaria-prefect-server.service").read_text()
+    ours = unit("talaria-prefect-server.service", given={}).env
+    compose = composed()["server-a"].env
+    assert {name: value for name, value in ours.items() if name != "PREFECT_HOME"}.items() <= compose.items()
+    named = set(re.findall(r"PREFECT_\w+", text)) | {
+        name for name in compose if "redis" in name.lower() + compose[name]
+    }
+    assert named >= {name for name in compose if name.startswith("PREFECT_")}
+
+
+def test_prefect_deploy_makes_the_deployments_that_up_makes() -> None:
+    document = yaml.safe_load((FOLDER / "prefect.yaml").read_text())
+    made = {one["entrypoint"]: one for one in document["deployments"]}
+    for name, (flow, entrypoint) in FLOWS.items():
+        assert made.pop(entrypoint) == {
+            "name": "talaria",
+            "entrypoint": entrypoint,
+            "description": description_of(flow),
+            "tags": ["talaria"],
+            "enforce_parameter_schema": True,
+            "work_pool": {"name": POOL, "work_queue_name": queue_of(name)},
+        }
+    assert not made
+
+
+@pytest.mark.usefixtures("quick_passwords")
+@pytest.mark.parametrize("name", HOSTS)
+def test_what_runs_talaria_is_let_start(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its whole environment, up to where the server would be started; no other host lets anybody in."""
+    one = below(tmp_path, HOSTS[name])
+    monkeypatch.setenv("TALARIA_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    for before in one.before:
+        if before.command[0] != "prefect":
+            said(before)
+    with mock.patch.dict(os.environ, one.env), mock.patch("talaria.up.up") as up:
+        assert commanded(one.command) == 0
+        (settings, home, host, port, workers), auth = up.call_args.args, up.call_args.kwargs["auth"]
+        way = entrance(settings, home, host, port, auth=auth, upstream=one.env.get("PREFECT_API_URL", ""))
+    assert workers == (1 if name in ("image", "talaria.service") else 2) and way.auth
+    front = name in ("compose host-a", "kubernetes talaria")
+    assert front != is_loopback(host) and front == bool(way.peers) == bool(way.hosts)
+    if one.shared:
+        folders = {part for key in ("TALARIA_SOURCES", "TALARIA_PLACES") for part in one.env[key].split(":")}
+        assert folders == set(one.shared)
+
+
+def commanded(command: list[str]) -> int:
+    """Run a command of ours in this process, with its environment; return its exit code."""
+    with mock.patch.object(sys, "argv", command):
+        try:
+            main()
+        except SystemExit as exc:
+            return int(exc.code or 0)
+    return 0
+
+
+def said(one: Started) -> None:
+    """Run a shell's line, which puts a password into a command of ours."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    subprocess.run(one.command, env={**os.environ, "PATH": path, **one.env}, check=True, capture_output=True)
+
+
+def test_the_state_directory_can_be_made_in_a_volume_whose_root_is_somebody_else_s(
+    open_folder: Path, as_nobody: Callable[[], AbstractContextManager[None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = {name: one for name, one in HOSTS.items() if one.volumes}
+    assert len(kept) == 4
+    for name, one in kept.items():
+        (path,) = one.volumes
+        volume = open_folder / name
+        volume.mkdir()
+        volume.chmod(0o2777)  # as Kubernetes leaves it: root's, and the pod's group may write
+        monkeypatch.setenv("TALARIA_HOME", str(volume / Path(one.env["TALARIA_HOME"]).relative_to(path)))
+        with as_nobody():
+            assert Home.current().root.stat().st_uid == os.geteuid()
+
+
+def test_an_image_takes_what_a_clone_has_and_nothing_that_was_made() -> None:
+    ignored = {one.strip("/").removeprefix("**/") for one in (ROOT / ".dockerignore").read_text().split("\n")}
+    made = {one.strip("/") for one in (ROOT / ".gitignore").read_text().split()}
+    assert ignored >= made | {".git"}
+    assert not ignored & {path.name for path in (ROOT / "talaria").iterdir() if path.name != "__pycache__"}
+
+
+def test_the_image_has_the_prefect_redis_that_is_tested() -> None:
+    (version,) = re.findall(r"prefect-redis==([\d.]+)", (FOLDER / "Dockerfile").read_text())
+    assert f'name = "prefect-redis"\nversion = "{version}"\n' in (ROOT / "uv.lock").read_text()
+
+
+def test_postgresql_has_connections_for_all() -> None:
+    """As docs/scaling.md reckons."""
+    command = COMPOSE["services"]["postgres"]["command"]
+    (most,) = [int(one.removeprefix("max_connections=")) for one in command if one.startswith("max_connections=")]
+    hosts, workers, limit = 2, 2, Settings.model_fields["limit"].default
+    assert most >= hosts * workers * (2 * limit + 2) + 2 * PREFECTS
 
 
 def test_systemd_takes_the_unit_of_a_server(tmp_path: Path) -> None:

@@ -6,12 +6,10 @@ import re
 from pathlib import Path
 
 import pytest
-import yaml
 from typer.main import get_command
 
 from blocks import EXTENSIONS, TYPES, Target
 from talaria.cli import app
-from talaria.engine.table import FLOWS
 from talaria.targetfile import field_names
 from tasks import DRIVERS
 
@@ -52,9 +50,3 @@ def test_every_command_is_documented() -> None:
         assert f"`talaria {name}" in text or f"talaria {name} " in text, name
         for sub in getattr(command, "commands", {}):
             assert re.search(rf"`(talaria {name} )?{sub}\b", text), f"{name} {sub}"
-
-
-def test_the_deployment_file_names_our_flows() -> None:
-    document = yaml.safe_load((ROOT / "deployments/prefect.yaml").read_text())
-    ours = {entrypoint for _, entrypoint in FLOWS.values()}
-    assert {one["entrypoint"] for one in document["deployments"]} == ours

@@ -35,12 +35,16 @@ def add(
     no_password: Annotated[
         bool, typer.Option("--no-password", help="Known by the header of a trusted proxy alone.")
     ] = False,
+    if_missing: Annotated[bool, typer.Option("--if-missing", help="Leave one who is there as they are.")] = False,
     as_json: Json = False,
 ) -> None:
     """Add a user; the password is asked for, or is the first line of stdin."""
     from talaria.front.access import Role
 
     users, given = _users(), Role.of(role)
+    if if_missing and (there := users.role_of(name)) is not None:
+        _done({"name": name, "role": there.label, "action": "none"}, f"{name}: is there already", as_json)
+        return
     users.check(name)
     users.add(name, given, None if no_password else _password())
     _record("added", name, role=given.label)

@@ -119,9 +119,8 @@ async def _pool(client: PrefectClient) -> WorkPool:
 
 async def _deployment(client: PrefectClient, name: str, flow: Flow[..., Any], entrypoint: str) -> None:
     """Create a deployment, or update our part of it: creating it again would delete its schedules."""
-    queue = CHECKS if name == "check" else "normal"
+    queue, description = queue_of(name), description_of(flow)
     flow_id = await client.create_flow(flow)
-    description = (flow.description or "").split("\n\n")[0]
     schema = form(flow)
     try:
         there = await client.read_deployment_by_name(f"{name}/talaria")
@@ -149,6 +148,16 @@ async def _deployment(client: PrefectClient, name: str, flow: Flow[..., Any], en
         enforce_parameter_schema=True,
         tags=["talaria"],
     )
+
+
+def queue_of(name: str) -> str:
+    """Return the queue that the runs of a deployment come into where nobody says another."""
+    return CHECKS if name == "check" else "normal"
+
+
+def description_of(flow: Flow[..., Any]) -> str:
+    """Return what is said of a flow's deployment."""
+    return (flow.description or "").split("\n\n")[0]
 
 
 def form(flow: Flow[..., Any]) -> dict[str, Any]:

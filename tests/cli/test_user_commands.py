@@ -48,6 +48,18 @@ def test_users_are_added_changed_and_removed(one: Talaria, monkeypatch: pytest.M
     assert len((one.home / "audit" / "trail.jsonl").read_text().splitlines()) == 5
 
 
+def test_a_script_that_sets_up_a_machine_adds_a_user_once(one: Talaria, monkeypatch: pytest.MonkeyPatch) -> None:
+    add = ("user", "add", "admin", "--role", "admin", "--if-missing")
+    assert typed(one, monkeypatch, f"{PASSWORD}\n", *add)["action"] == "added"
+    typed(one, monkeypatch, "another password\n", "user", "passwd", "admin")
+    again = typed(one, monkeypatch, f"{PASSWORD}\n", "user", "add", "admin", "--if-missing")
+    assert again == {"name": "admin", "role": "admin", "action": "none"}
+    keys = KeyRing(Home(one.home))
+    assert keys.of_login("admin", "another password", local=False)
+    assert not keys.of_login("admin", PASSWORD, local=False)
+    assert len((one.home / "audit" / "trail.jsonl").read_text().splitlines()) == 2
+
+
 def test_what_can_t_be_is_said_in_one_line(one: Talaria, monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = [
         ("short\n", ("user", "add", "anna"), "10 to 1024 characters"),
