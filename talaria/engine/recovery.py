@@ -47,6 +47,7 @@ TAKEN_BY = "taken by "  # begins what the state of a Pending run says, then come
 ABANDONED_S = 120.0  # after which a run should have begun; Prefect takes a worker for offline after 90 s
 TAKEN_UP = "taken up after a crash"  # what the state of a run says that is back in the queue
 logger = logging.getLogger(__name__)
+_taking_over: set[str] = set()  # the runs that this process takes over just now
 
 
 async def recover(client: PrefectClient, home: Home, pool: str, *, alone: bool) -> list[str]:
@@ -115,17 +116,36 @@ async def abandoned(client: PrefectClient, home: Home, ledger: Ledger, pending: 
     return taken
 
 
-async def taken_over(client: PrefectClient, ledger: Ledger, owner: str, alive: Callable[[str], bool]) -> list[str]:
-    """Put the runs of owners back into the queue whose leases have ended, on whichever host; return their ids.
+async def taken_over(
+    client: PrefectClient, ledger: Ledger, owner: str, alive: Callable[[str], bool], at_work: Callable[[str], bool]
+) -> list[str]:
+    """Put runs back into the queue that nobody executes; return their ids.
 
-    Of several who see it, one does so: who becomes the run's owner in the ledger.
+    Those of owners whose leases have ended, on whichever host, and our own that the server was not there to settle, or
+    to take over. Of several who see one, one does so: who becomes, or is, its owner in the ledger, until it is done.
+
+    Args:
+        at_work: whether this process executes a run, or has settled it.
     """
     taken = []
     for run_id, former in ledger.runs.unfinished().items():
-        if former != owner and not alive(former) and ledger.runs.claimed(run_id, owner, alive):
+        if at_work(run_id) or run_id in _taking_over:
+            continue
+        if former == owner:  # by now it may have ended, and be another's
+            mine = ledger.runs.unfinished().get(run_id) == owner
+        else:
+            mine = ledger.shared and not alive(former) and ledger.runs.claimed(run_id, owner, alive)
+        if not mine:
+            continue
+        _taking_over.add(run_id)
+        try:
             if again := await _take_up(client, run_id):
                 taken.append(run_id)
             ledger.runs.ends(run_id, owner, goes_on=again)
+        except (httpx.HTTPError, PrefectException) as exc:  # it stays ours until the next look
+            logger.warning("run %s can't be taken over yet: %s", run_id, exc)
+        finally:
+            _taking_over.discard(run_id)
     return taken
 
 
@@ -152,21 +172,26 @@ async def taken_up(client: PrefectClient, pool: str) -> list[str]:
     return [str(run.id) for run in queued if run.state and (run.state.message or "").startswith(TAKEN_UP)]
 
 
-async def settle(run_id: str) -> None:
+async def settle(run_id: str) -> bool:
     """Make sure that a run which has ended in this process has also ended at the server.
 
     An engine that lost its server may leave a run in Running: then it is put back into the queue. Waits for the
     server if it is away.
+
+    Returns:
+        False if it is away for so long that this is left to `taken_over`, or to `recover`: the ledger must not have it
+        that the run has ended.
     """
     end = time.monotonic() + PATIENCE_S
     while time.monotonic() < end:
         try:
             async with get_client() as client:
                 await _take_up(client, run_id)
-            return
+            return True
         except (httpx.HTTPError, PrefectException):
             await asyncio.sleep(2)
     logger.error("run %s could not be settled: the server is away", run_id)
+    return False
 
 
 async def _take_up(client: PrefectClient, run_id: str) -> bool:

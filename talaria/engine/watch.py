@@ -6,10 +6,14 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
 from uuid import UUID
 
+from prefect.client.schemas.objects import State
 from prefect.events.clients import get_events_subscriber
 from prefect.events.filters import EventAnyResourceFilter, EventFilter, EventNameFilter
+from prefect.states import Scheduled
 
 RUN = "prefect.flow-run."
 QUEUE = "work-queue"  # role of the queue of a run, among the resources that are related to its events
@@ -39,6 +43,11 @@ class StateChange:
     def is_resumption(self) -> bool:
         """Whether somebody has let a paused run go on."""
         return self.before == "PAUSED" and (self.type == "RUNNING" or self.name == RESUMING)
+
+
+def resuming() -> State[Any]:
+    """Return the state that lets a paused run go on."""
+    return Scheduled(scheduled_time=datetime.now(UTC), name=RESUMING)
 
 
 async def watch(

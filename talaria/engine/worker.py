@@ -35,7 +35,7 @@ from prefect.client.schemas.filters import (
 )
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.exceptions import ObjectNotFound, PrefectException
-from prefect.states import Cancelled, Failed, Scheduled
+from prefect.states import Cancelled, Failed
 
 from talaria import logs
 from talaria.audit.forward import forwarding
@@ -45,7 +45,7 @@ from talaria.engine.recovery import abandoned, elsewhere, settle, taken_over
 from talaria.engine.registry import CHECKS
 from talaria.engine.sweeping import keep_sweeping
 from talaria.engine.table import flow_at
-from talaria.engine.watch import RESUMING, StateChange, watch
+from talaria.engine.watch import StateChange, resuming, watch
 from talaria.settings import POOL
 from tasks.dispatch import line, progress, rest, running
 from transfer.errors import Unreachable
@@ -236,8 +236,8 @@ class Worker:
             logger.exception("run %s ended with an error of the engine", run_id)
         finally:
             try:
-                if not settled and not running.lost(run_id) and not (self.draining and running.stopping()):
-                    await settle(run_id)
+                left = running.lost(run_id) or (self.draining and running.stopping())
+                if not settled and not left and await settle(run_id):
                     self._ends(flow_run.id, owner)
             finally:  # whatever happens, its place is free
                 self._leaves(flow_run.id, rests)
@@ -386,13 +386,13 @@ class Worker:
             await self.client.set_flow_run_state(flow_run.id, Cancelled(), force=True)
             self.ledger.runs.ends(run_id)
         elif state.is_running():  # it ended when it was paused
-            await self.client.set_flow_run_state(flow_run.id, _resuming(), force=True)
+            await self.client.set_flow_run_state(flow_run.id, resuming(), force=True)
 
     async def _go_on(self, run_id: UUID) -> None:
         """Start a run again that was resumed before it had come to rest."""
         state = (await self.client.read_flow_run(run_id)).state
         if state is not None and (state.is_running() or state.is_paused() or state.name == running.PAUSED):
-            await self.client.set_flow_run_state(run_id, _resuming(), force=True)
+            await self.client.set_flow_run_state(run_id, resuming(), force=True)
         else:
             self._wake.set()  # it may be due already
 
@@ -414,6 +414,7 @@ class Worker:
 
     async def _look_again(self) -> None:
         while True:
+            self._do(self._take_over())
             seconds = NET_S if running.WATCHED.is_set() else BLIND_S
             await asyncio.sleep(seconds * random.uniform(0.9, 1.1))  # noqa: S311 - spreads load
             self._check_waits = True  # an event may have been lost
@@ -442,8 +443,13 @@ class Worker:
                 await self._look_after(StateChange(flow_run.id, "CANCELLING", "Cancelling", ""))
         pending = [flow_run for flow_run in found if flow_run.state and flow_run.state.is_pending()]
         await abandoned(self.client, self.home, self.ledger, pending)
-        if self.ledger.shared:
-            await taken_over(self.client, self.ledger, self.lease.owner, self.alive)
+
+    async def _take_over(self) -> None:
+        """Put runs back into the queue that nobody executes."""
+        await taken_over(self.client, self.ledger, self.lease.owner, self.alive, self._at_work)
+
+    def _at_work(self, run_id: str) -> bool:
+        return UUID(run_id) in self.active or UUID(run_id) in self._unended
 
     async def _beat(self) -> None:
         """Send the server a heartbeat."""
@@ -451,10 +457,6 @@ class Worker:
             with suppress(*LOST):
                 await self.client.send_worker_heartbeat(self.pool, self.name, HEARTBEAT_S)
             await asyncio.sleep(HEARTBEAT_S)
-
-
-def _resuming() -> State[Any]:
-    return Scheduled(scheduled_time=datetime.now(UTC), name=RESUMING)
 
 
 async def work(pool: str, limit: int) -> None:

@@ -14,6 +14,7 @@ import httpx
 import pytest
 from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.objects import FlowRun, State, StateType
+from prefect.exceptions import ObjectNotFound
 from prefect.states import AwaitingRetry, Cancelling, Running
 
 from talaria.engine import called, hosts
@@ -312,10 +313,120 @@ def test_of_a_silent_host_s_runs_each_is_taken_up_once(tmp_path: Path) -> None:
         ledger.runs.enroll("theirs", "another state directory", "there", 60.0)
         ledger.runs.begins(str(run.id), "gone")
         ledger.runs.begins(str(other.id), "theirs")
-        alive = living(home, ledger)
-        assert asyncio.run(taken_over(cast(PrefectClient, server), ledger, ours, alive)) == [str(run.id)]
-        assert asyncio.run(taken_over(cast(PrefectClient, server), ledger, ours, alive)) == []
+        assert look_over(server, ledger, ours, home) == [str(run.id)]
+        assert look_over(server, ledger, ours, home) == []
         assert ledger.runs.unfinished() == {str(other.id): "theirs"} and len(server.set) == 1
+
+
+def look_over(server: Server, ledger: Ledger, ours: str, home: Home, at_work: tuple[UUID, ...] = ()) -> list[str]:
+    busy = {str(run_id) for run_id in at_work}
+    return asyncio.run(
+        taken_over(cast(PrefectClient, server), ledger, ours, living(home, ledger), lambda run_id: run_id in busy)
+    )
+
+
+class Failing(Server):
+    """A server that is away at first, or does not know a run any more when its label is set."""
+
+    def __init__(self, run: FlowRun, *errors: Exception) -> None:
+        super().__init__(run)
+        self.errors = list(errors)
+
+    async def update_flow_run_labels(self, run_id: UUID, labels: dict[str, Any]) -> None:
+        if self.errors:
+            raise self.errors.pop()
+        await super().update_flow_run_labels(run_id, labels)
+
+
+@pytest.mark.parametrize("error", [httpx.ConnectError("away"), ObjectNotFound(http_exc=RuntimeError("404"))])
+def test_a_run_that_the_server_is_not_there_to_take_over_is_looked_at_again(tmp_path: Path, error: Exception) -> None:
+    """It was ours in the ledger from then on, and nobody's: it stayed Running for as long as this worker lived."""
+    home, run, behind = Home(tmp_path), a_run("normal"), a_run("normal")
+    run.state = behind.state = Running()
+    server = Failing(run, error)
+    with Shared(tmp_path / "ledger.sqlite") as ledger, home.owner("ours") as ours:
+        ledger.runs.enroll(ours, home.identity(), "here", 60.0)
+        ledger.runs.enroll("gone", "another state directory", "there", -1.0)
+        for one in (run, behind):
+            ledger.runs.begins(str(one.id), "gone")
+        first = look_over(server, ledger, ours, home)
+        assert len(first) == 1 and len(ledger.runs.unfinished()) == 1  # one run's error keeps no other waiting
+        assert sorted([*first, *look_over(server, ledger, ours, home)]) == sorted([str(run.id), str(behind.id)])
+        assert not ledger.runs.unfinished()
+
+
+@pytest.mark.parametrize("shares", [True, False])
+def test_a_run_whose_server_was_away_when_it_ended_is_put_back_when_it_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shares: bool
+) -> None:
+    """For longer than its end waits: the ledger had it that it had ended, and it stayed Running for good."""
+    home, run = Home(tmp_path), a_run("normal")
+    run.state = Running()
+    server = Server(run)
+
+    async def away(run_id: str) -> bool:
+        return False
+
+    async def breaks(self: Worker, flow_run: FlowRun) -> None:
+        raise httpx.ConnectError("no server")
+
+    monkeypatch.setattr("talaria.engine.worker.settle", away)
+    monkeypatch.setattr(Worker, "_flow_of", breaks)
+
+    async def work() -> None:
+        worker = Worker(cast(PrefectClient, server), "talaria", home, ledger, cast(Lease, lease), limit=0)
+        worker.active[run.id] = asyncio.create_task(worker._run(run))
+        await worker.active[run.id]
+        assert not worker.active and ledger.runs.unfinished() == {str(run.id): ours}
+        worker.active[run.id] = cast(Any, asyncio.current_task())  # while it runs, it is not looked at
+        await worker._take_over()
+        assert server.set == []
+        worker.active.clear()
+        await worker._take_over()
+        assert [state.type for state in server.set] == [StateType.SCHEDULED] and not ledger.runs.unfinished()
+
+    with (Shared if shares else Ledger)(tmp_path / "ledger.sqlite") as ledger, home.owner("ours") as ours:
+        ledger.runs.enroll(ours, home.identity(), "here", 60.0)
+        lease = SimpleNamespace(owner=ours)
+        asyncio.run(work())
+
+
+def test_two_looks_at_the_same_time_take_a_run_of_ours_over_once(tmp_path: Path) -> None:
+    home, run = Home(tmp_path), a_run("normal")
+    run.state = Running()
+
+    class Slow(Server):
+        async def read_flow_run(self, run_id: UUID) -> FlowRun:
+            await asyncio.sleep(0)
+            return await super().read_flow_run(run_id)
+
+    server = Slow(run)
+
+    async def both() -> list[list[str]]:
+        looks = (taken_over(cast(PrefectClient, server), ledger, ours, home.alive, lambda _: False) for _ in range(2))
+        return await asyncio.gather(*looks)
+
+    with Ledger(tmp_path / "ledger.sqlite") as ledger, home.owner("ours") as ours:
+        ledger.runs.begins(str(run.id), ours)
+        assert sorted(asyncio.run(both())) == [[], [str(run.id)]] and len(server.set) == 1
+        assert not ledger.runs.unfinished()
+
+
+def test_a_run_that_has_ended_since_a_look_began_is_left_alone(tmp_path: Path) -> None:
+    home, run, ended = Home(tmp_path), a_run("normal"), str(UUID(int=2**128 - 1))
+    run.state = Running()
+
+    class Slow(Server):
+        async def read_flow_run(self, run_id: UUID) -> FlowRun:
+            ledger.runs.begins(ended, "theirs")
+            return await super().read_flow_run(run_id)
+
+    with Ledger(tmp_path / "ledger.sqlite") as ledger, home.owner("ours") as ours:
+        for run_id in (str(run.id), ended):
+            ledger.runs.begins(run_id, ours)
+        assert list(ledger.runs.unfinished()) == [str(run.id), ended]
+        assert look_over(Slow(run), ledger, ours, home) == [str(run.id)]
+        assert ledger.runs.unfinished() == {ended: "theirs"}
 
 
 class Full(Runs):
@@ -335,8 +446,9 @@ def test_a_run_whose_end_cannot_be_noted_gives_its_place_back(
 ) -> None:
     home, run, settled = Home(tmp_path), a_run("normal"), list[str]()
 
-    async def settle(run_id: str) -> None:
+    async def settle(run_id: str) -> bool:
         settled.append(run_id)
+        return True
 
     async def no_flow(self: Worker, flow_run: FlowRun) -> None:
         if broken:
@@ -376,8 +488,9 @@ def test_a_worker_outlives_a_database_that_is_away(tmp_path: Path, monkeypatch: 
     """A run that can't be claimed gives its place back, and the look for runs of dead hosts is made again."""
     home, run, settled = Home(tmp_path), a_run("normal"), list[str]()
 
-    async def settle(run_id: str) -> None:
+    async def settle(run_id: str) -> bool:
         settled.append(run_id)
+        return True
 
     monkeypatch.setattr("talaria.engine.worker.settle", settle)
 
