@@ -98,6 +98,7 @@ class Lease:
             asked = now()
             try:
                 kept = asked < self._deadline and self._ledger.runs.renew(self.owner, self._seconds)
+                kept = kept and now() < self._deadline  # else the answer came when runs had stopped already
             except Exception as exc:  # whatever it is, this thread must go on
                 said = None if isinstance(exc, DispatchError) else exc
                 logger.warning("the lease on this process's runs can't be renewed: %s", exc, exc_info=said)
@@ -123,6 +124,8 @@ class Lease:
                 logger.warning("no new lease: %s", exc, exc_info=said)
                 self._end.wait(self._seconds / BEATS)
             else:
+                self._lost()  # what has begun meanwhile, as the former one's
+                self._until(self._deadline)
                 self._resign(former)
                 break
         with suppress(OSError):

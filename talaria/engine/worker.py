@@ -209,7 +209,7 @@ class Worker:
         running.flag(run_id)
         try:
             settled, more = True, False  # where it still runs, and its next time has come, an event says when it may
-            if not self.ledger.runs.claimed(run_id, owner, self.alive):
+            if not self.ledger.runs.claimed(run_id, owner, self.alive) or owner != self.lease.owner:
                 return
             settled, more = False, True
             self._unended.pop(flow_run.id, None)

@@ -22,7 +22,7 @@ UNTIL_RESUMED = timedelta(days=3650)
 # Set while the server's events report changes of runs to this process.
 WATCHED = threading.Event()
 
-_lock = threading.Lock()
+_lock = threading.RLock()  # held by `asked`, which looks at flags, whose look may lose all runs
 _lost: set[str] = set()
 _until = math.inf
 
@@ -114,16 +114,20 @@ def hold_until(moment: float) -> None:
 def lose_all() -> None:
     """Stop every run of this process for good: it is somebody else's, and nothing more may be said of it here."""
     global _until
+    _lose()
+    _until = math.inf
+
+
+def _lose() -> None:
     with _lock:
         _lost.update(_flags)
         for event in _flags.values():
             event.set()
-    _until = math.inf
 
 
 def lost(flow_run_id: str) -> bool:
     """Return True if a run, which went on here, is or may be somebody else's."""
-    return flow_run_id in _lost or _past()
+    return _past() or flow_run_id in _lost
 
 
 def still_ours(flow_run_id: str) -> None:
@@ -142,4 +146,8 @@ def regained(flow_run_id: str) -> None:
 
 
 def _past() -> bool:
-    return time.clock_gettime(time.CLOCK_BOOTTIME) > _until  # as transfer.lease.now
+    """Return True if the lease may have ended; then the runs are lost for good, for whoever looked has stopped."""
+    past = time.clock_gettime(time.CLOCK_BOOTTIME) > _until  # as transfer.lease.now
+    if past:
+        _lose()
+    return past

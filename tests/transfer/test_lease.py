@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prefect.exceptions import Abort
 
 from talaria.testing.process import as_loaded, until
+from tasks.dispatch import running
 from tests.servers.postgresql import PostgreSql
 from transfer import database
 from transfer.home import Home
-from transfer.lease import Lease, living
+from transfer.lease import Lease, living, now
 from transfer.ledger import Ledger
 from transfer.runs import Runs
 
@@ -127,6 +129,53 @@ def test_no_error_ends_the_renewals(url: str, tmp_path: Path, monkeypatch: pytes
             until(lambda: lease.owner != first, as_loaded(30))
         assert not errors
         until(lambda: (former := ledger.runs.holder(first)) is not None and not former.live, as_loaded(30))
+
+
+@pytest.fixture
+def flag() -> Iterator[threading.Event]:
+    """That of a run of this process."""
+    yield running.flag("r")
+    running.lose_all()
+    running.regained("r")
+    running.forget("r")
+
+
+def test_a_run_that_has_been_stopped_is_not_ours_again(flag: threading.Event) -> None:
+    """A driver that found the flag set once ended its run as Cancelled, for at the end it was this process's again."""
+    running.hold_until(now() - 0.001)
+    assert flag.is_set()
+    running.hold_until(now() + 60)  # the answer to a renewal came late
+    assert flag.is_set() and running.lost("r") and running.asked("r")
+    with pytest.raises(Abort):
+        running.still_ours("r")
+    assert not running.flag("begun since").is_set() and not running.lost("begun since")
+    running.forget("begun since")
+
+
+def test_a_renewal_that_is_answered_too_late_ends_the_lease(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the connection broke without a word, and the database was asked again on another one."""
+    late, lost, renew = threading.Event(), list[str](), Runs.renew
+    deadline = list[float]()
+
+    def renewed(runs: Runs, owner: str, seconds: float) -> bool:
+        kept = renew(runs, owner, seconds)
+        if not late.is_set():
+            late.set()
+            until(lambda: now() > deadline[-1], as_loaded(30))
+        return kept
+
+    monkeypatch.setattr(Runs, "renew", renewed)
+    home = host(tmp_path, "first")
+    with Lease(home, "test", deadline.append, lambda: lost.append(lease.owner), seconds=1.0) as lease:
+        first = lease.owner
+        until(lambda: lease.owner != first, as_loaded(60))
+        # Before another one is begun, and again for what has begun since then.
+        until(lambda: len(lost) > 1, as_loaded(30))
+        assert lost[0] == first and lost[1] == lease.owner
+        with Ledger(url) as ledger:
+            until(lambda: not living(home, ledger)(first), as_loaded(30))
 
 
 PUSHER = textwrap.dedent("""
