@@ -1,4 +1,4 @@
-"""What goes wrong around a dispatch rather than in it."""
+"""What goes wrong around a dispatch rather than in it, and how errors are told."""
 
 
 class ServerError(Exception):
@@ -11,3 +11,8 @@ class Refused(Exception):
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
         self.code = code
+
+
+def one_line(message: str) -> str:
+    """Return a message of several lines, each of which says what is wrong, as one."""
+    return "; ".join(" ".join(one.split()) for one in message.splitlines() if one.strip())

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from talaria.errors import Refused, ServerError
+from talaria.errors import Refused, ServerError, one_line
 from transfer.errors import Denied, DispatchError, Misconfigured, NotFound
 from transfer.validation import plain
 
@@ -46,7 +46,7 @@ def wrong_use(message: str) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    line = "; ".join(" ".join(one.split()) for one in message.splitlines() if one.strip())
+    line = one_line(message)
     if "--json" in sys.argv:  # stdout is one JSON document, also now
         print_json({"error": line})
     print(f"talaria: {line}", file=sys.stderr)

@@ -47,7 +47,7 @@ def list_(as_json: Json = False) -> None:
             one["type"],
             "broken" if one["broken"] else "yes" if one["enabled"] else "paused",
             str(one.get("folder") or one.get("file") or one.get("port") or ""),
-            ", ".join(one.get("targets", ())),
+            ", ".join(dict.fromkeys([*one.get("targets", ()), *_routed(one)])),
             _counts(one),
             one["broken"] or one["problem"] or one["last_sweep"] or "never",
         ]
@@ -66,7 +66,7 @@ def show(name: Name, as_json: Json = False) -> None:
         return
     print(f"name: {document['name']}")
     for field, value in document["settings"].items():
-        print(f"{field}: {value}")
+        print(f"{field}: {_shown(value)}")
     print(f"schedule: {'; '.join(document['schedule']) or 'none'}")
     print(f"last sweep: {document['last_sweep'] or 'never'}")
     print(f"units: {_counts(document)}")
@@ -134,3 +134,17 @@ def _counts(one: dict[str, Any]) -> str:
     found = [f"{count} {state}" for state, count in one["units"].items() if count]
     found += [f"{one['waiting']} not settled"] if one["waiting"] else []
     return ", ".join(found) or "none"
+
+
+def _routed(one: dict[str, Any]) -> list[str]:
+    """Return the targets that routes of a source name."""
+    return [target for route in one.get("routes", ()) for target in route["targets"]]
+
+
+def _shown(value: Any) -> str:
+    """Return a setting as people read it: of peers and routes only what they say."""
+    if isinstance(value, dict):
+        return ", ".join(f"{field} {_shown(one)}" for field, one in value.items() if one)
+    if isinstance(value, list):
+        return ("; " if any(isinstance(one, dict) for one in value) else ", ").join(map(_shown, value))
+    return str(value)

@@ -55,6 +55,7 @@ SHOWN_JOBS = 5  # candidates that a message lists
 UNDER_WAY = (StateType.PENDING, StateType.RUNNING, StateType.CANCELLING)
 KNOWN_S = 30.0  # for which the id of a deployment is taken for known: somebody may remove it, and we make it anew
 GIVEN_UP = (StateType.FAILED, StateType.CRASHED)
+GOES_ON = ": it goes on by itself, soon after a good `talaria target test` of the target that it waits for"
 SOON_S = 20  # a next attempt further away than this is not waited for
 
 
@@ -226,7 +227,8 @@ async def retry(client: PrefectClient, run_id: UUID) -> FlowRun:
     """Put a run that has ended back into the queue, under its own id."""
     flow_run = await client.read_flow_run(run_id)
     if flow_run.state is None or not flow_run.state.is_final():
-        raise Misconfigured(f"run {run_id} has not ended: {flow_run.state_name}")
+        waits = flow_run.state is not None and flow_run.state.type is StateType.SCHEDULED
+        raise Misconfigured(f"run {run_id} has not ended: {flow_run.state_name}{GOES_ON if waits else ''}")
     await client.set_flow_run_state(run_id, AwaitingRetry(scheduled_time=datetime.now(UTC)), force=True)
     return await client.read_flow_run(run_id)
 

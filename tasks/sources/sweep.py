@@ -160,7 +160,8 @@ class Sweep:
         new = [one for one in failed if any(row.unit == one.unit and row.state is not one.state for row in rows)]
         if new:
             self.done.counts[UnitState.FAILED] += len(new)
-            self._stuck(f"{len(new)} units were not delivered", new[0].run, new)
+            count = "1 unit was" if len(new) == 1 else f"{len(new)} units were"
+            self._stuck(f"{count} not delivered", new[0].run, new)
         self._let_go(arrived, end)
 
     def _let_go(self, rows: Collection[UnitRow], end: EndedRun, *, killed: bool = False) -> None:

@@ -167,6 +167,32 @@ def test_a_refusal_is_one_line_and_the_code_that_it_deserves(status: int, code: 
     assert json.loads(ran.stdout) == {"error": "no target named pacs; there are: a, b"}
 
 
+def test_a_source_is_shown_as_people_read_it(tmp_path: Path) -> None:
+    """Targets that only routes name are its targets too; of peers and routes there is what they say, no more."""
+    routes = [
+        {"called": "", "calling": "", "modality": "CT", "targets": ["pacs", "cloud"]},
+        {"called": "", "calling": "", "modality": "", "targets": ["archive", "pacs"]},
+    ]
+    settings = {"aet": "ROUTER", "peers": [{"aet": "CT*", "host": "10.1.0.0/16", "port": 0}], "routes": routes}
+    named = {"name": "ct", "type": "dicom", "enabled": True, "broken": None, "problem": "", "last_sweep": None}
+    document = {**named, "units": {"done": 2}, "waiting": 0}
+    shown = {**document, "settings": {**settings, "targets": ["mirror"]}, "schedule": [], "attention": []}
+    answers = {
+        ("GET", "/sources"): [(200, {"sources": [{**document, **settings, "port": 11113}]})],
+        ("GET", "/sources/ct"): [(200, shown)],
+    }
+    with api(tmp_path / "home", answers) as one:
+        listed, told = run(one, "source", "list"), run(one, "source", "show", "ct")
+    assert (listed.returncode, told.returncode, words(listed), words(told)) == (0, 0, [], [])
+    assert "pacs, cloud, archive" in listed.stdout and "2 done" in listed.stdout
+    assert told.stdout.splitlines()[1:5] == [
+        "aet: ROUTER",
+        "peers: aet CT*, host 10.1.0.0/16",
+        "routes: modality CT, targets pacs, cloud; targets archive, pacs",
+        "targets: mirror",
+    ]
+
+
 def test_what_is_not_there_for_a_moment_is_waited_for_and_made_once(tmp_path: Path) -> None:
     (tmp_path / "study").mkdir()
     answers = {key: list(value) for key, value in SEND.items()}

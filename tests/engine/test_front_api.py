@@ -413,6 +413,7 @@ def test_the_trail_says_who_asked_for_what(up: Talaria, api: httpx.Client, tmp_p
         assert api.post("/targets", json={"targets": {"audited": one}}).status_code == 200
     made = api.post("/dispatches", json={"paths": [str(tmp_path / "study")], "targets": ["audited"]}).json()
     run_id = made["flow_run_id"]
+    until(lambda: "it goes on by itself" in api.post(f"/dispatches/{run_id}/retry").json()["error"])
     assert api.post(f"/dispatches/{run_id}/cancel").status_code == 200
     followed(api, f"/dispatches/{run_id}/events")  # as long as it has not ended, its target is in use
     assert api.post("/targets/audited/enable", json={"enabled": False}).status_code == 200

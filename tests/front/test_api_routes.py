@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from fastapi import FastAPI
 from talaria.cli import remote
 from talaria.front import api
 from talaria.front.access import SCOPE_KEY, Identity, Role, role_of
-from talaria.front.api.errors import answer_to
+from talaria.front.api.errors import answer_to, said
 from transfer.errors import Busy, Denied, Misconfigured, NotFound, Unreachable
 from transfer.home import Home
 
@@ -143,3 +144,8 @@ def test_errors_have_one_form(app: FastAPI) -> None:
 )
 def test_an_error_becomes_a_status_and_its_own_words(error: Exception, status: int, words: str) -> None:
     assert answer_to(error) == (status, words)
+
+
+def test_reasons_are_told_apart_in_one_line() -> None:
+    answer = said(400, "source a: no target named x\n source b: a  route to nobody \n")
+    assert json.loads(answer.body) == {"error": "source a: no target named x; source b: a route to nobody"}

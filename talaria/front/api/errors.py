@@ -13,6 +13,7 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
 from talaria import __version__
+from talaria.errors import one_line
 from talaria.front.lasting import TooMany
 from talaria.front.subscription import Ended
 from talaria.service import Conflict
@@ -95,4 +96,4 @@ def add_to(app: FastAPI) -> None:
 def said(status: int, words: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
     """Return an answer that says what is wrong."""
     more = {"Talaria-Version": __version__, **(headers or {})}
-    return JSONResponse({"error": " ".join(words.split())}, status, headers=more)
+    return JSONResponse({"error": one_line(words)}, status, headers=more)
