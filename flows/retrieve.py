@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal
 
 from prefect import flow
@@ -11,6 +12,7 @@ from flows.dispatch import dispatch
 from tasks.dispatch.asked import name_run, retrieval_name
 from tasks.dispatch.run import refusal
 from tasks.retrieve.asked import given, query_of
+from tasks.retrieve.dispatches import dispatched
 from tasks.retrieve.run import Wish, retrieving
 from transfer.errors import DispatchError
 
@@ -60,7 +62,7 @@ async def retrieve(
     wish = Wish(source.strip(), tuple(names), into.strip(), accessions, filters, priority, studies_per_hour)
     try:
         await name_run(retrieval_name(wish.source, wish.targets, wish.into))
-        async with retrieving(wish, dispatch) as running:
+        async with retrieving(wish, partial(dispatched, dispatch)) as running:
             await running.run()
             return await running.conclude()
     except DispatchError as error:

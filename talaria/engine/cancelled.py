@@ -1,7 +1,8 @@
 """Says of dispatches that were cancelled while they waited, in a queue or at rest, that this was their end.
 
 A run that is cancelled while a worker executes it says so itself. Of one that waits, the server sets the state and
-nobody is at work: a worker that hears of it, of whichever host, says it; once, however many hear.
+nobody is at work: a worker that hears of it, of whichever host, says it; once, however many hear. What waits of a
+retrieval is cancelled with it.
 """
 
 from __future__ import annotations
@@ -28,8 +29,10 @@ from tasks.dispatch import kept
 from tasks.dispatch.ends import UNKNOWN, say_cancelled
 from tasks.names import split
 from tasks.paging import every
+from tasks.retrieve.dispatches import end_waiting
 from tasks.targets import load
 from transfer.errors import DispatchError
+from transfer.home import Home
 from transfer.ledger import Ledger
 
 AT_FIRST = timedelta(days=1)  # how far back a worker that begins looks
@@ -75,7 +78,12 @@ class LookingBack:
 
 async def _look_at(client: PrefectClient, ledger: Ledger, flow_run: FlowRun) -> None:
     state, run_id, asked = flow_run.state, str(flow_run.id), flow_run.parameters
-    if state is None or state.type is not StateType.CANCELLED or not asked.get("paths") or not asked.get("targets"):
+    if state is None or state.type is not StateType.CANCELLED or not asked.get("targets"):
+        return
+    if asked.get("source"):
+        await end_waiting(client, Home.current(), run_id)
+        return
+    if not asked.get("paths"):
         return
     mark = str(state.id)
     if ledger.happenings.standing(f"cancelled/{run_id}") == mark or ledger.runs.owner_of(run_id) is not None:

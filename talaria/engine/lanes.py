@@ -71,6 +71,8 @@ class RunClient(Client):
         run_id = UUID(str(flow_run_id))
         if running.lost(str(run_id)):
             raise Abort(f"run {run_id} is another process's now")
+        if state.type is StateType.PENDING:  # a part of a run that goes on: its whole is asked, not this one
+            return await super().set_flow_run_state(run_id, state, force)
         if state.type is not StateType.RUNNING or running.asked(str(run_id)) or not running.WATCHED.is_set():
             try:
                 now = (await self.read_flow_run(run_id)).state

@@ -398,7 +398,9 @@ class Worker:
 
     def _called_back(self, run_id: UUID) -> None:
         """Let a run that rests come back before its time: what it waits for is there."""
-        if run_id not in self.active:  # else it looks, when it has come to rest, whether it was called
+        if run_id in self.active:
+            running.call(str(run_id)).set()  # it also looks, when it has come to rest, whether it was called
+        else:
             self._do(called.call(self.client, self.ledger, run_id, self._has_begun))
 
     async def _bring_forward(self, run_id: UUID) -> None:

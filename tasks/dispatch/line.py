@@ -26,7 +26,12 @@ def serve(waker: Callable[[str], None] | None) -> None:
 
 def may_rest() -> bool:
     """Return True if a run of this context may end its part while it waits: a worker will run it again."""
-    return _waker is not None and not running.whole()
+    return _waker is not None
+
+
+def stands(run_id: str) -> str:
+    """Return the id under which a run of this context stands in lines: that of the run that it is a part of, if any."""
+    return running.whole() or run_id
 
 
 def turn(since: float, priority: str) -> float:

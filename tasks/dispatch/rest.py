@@ -138,5 +138,12 @@ def message(waits: Iterable[Wait], receipts: str) -> str:
     return f"{how} {at} {day}{first:%H:%M:%S} UTC: {', '.join(one.what for one in found)}; {receipts}"
 
 
+def awaited(said: str) -> str:
+    """Return what a run waits for, by such a message; "" if it is none."""
+    if not said.startswith((TRIES_AGAIN, WAITS)):
+        return ""
+    return said.partition(" UTC: ")[2].partition("; ")[0]
+
+
 def _path(home: Home, run_id: str) -> Path:
     return home.waiting / f"{run_id}.json"

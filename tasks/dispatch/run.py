@@ -72,7 +72,7 @@ class Dispatch:
         self.deliveries: list[Delivery] = []
         self.studies: Studies | None = None  # of a flood
         self.staged: Staged | None = None  # of any other
-        self.rest = rest.Rest() if running.whole() else rest.load(home, flow_run_id)
+        self.rest, self.in_line = rest.load(home, flow_run_id), line.stands(flow_run_id)
         self.waits: dict[str, Wait] = {}  # by target
         self._held: dict[str, AsyncExitStack] = {}  # slots that were taken before the files are staged, by target
         self._failed: dict[str, tuple[str, bool]] = {}  # targets that a test found dead: why, whether it was the last
@@ -143,8 +143,8 @@ class Dispatch:
                 return True
         until, left.again = max(one.until, self.ledger.now() + pause_s), 0.0
         turn, queue = line.turn(left.tried, self.priority), breaker.queue(target)
-        until += self.ledger.waits.before(queue, self.flow_run_id, turn) * APART_S
-        self.ledger.waits.join(queue, self.flow_run_id, turn, until)
+        until += self.ledger.waits.before(queue, self.in_line, turn) * APART_S
+        self.ledger.waits.join(queue, self.in_line, turn, until)
         what = f"{target.name} to answer, which it hasn't since {datetime.fromtimestamp(one.opened, UTC):%H:%M:%S} UTC"
         self.waits[target.name] = Wait(datetime.fromtimestamp(until, UTC), what)
         return True
@@ -186,9 +186,9 @@ class Dispatch:
         left = self._left(target)
         left.since = left.since or self.ledger.now()
         turn = line.turn(left.since, self.priority)
-        before = self.ledger.waits.before(target.name, self.flow_run_id, turn)
+        before = self.ledger.waits.before(target.name, self.in_line, turn)
         until = self.ledger.now() + min(TURNS_S, TURN_S * (before + 1))
-        self.ledger.waits.join(target.name, self.flow_run_id, turn, until)
+        self.ledger.waits.join(target.name, self.in_line, turn, until)
         self.waits[target.name] = Wait(datetime.fromtimestamp(until, UTC), f"a slot at {target.name}")
 
     async def _slot(self, target: Target) -> AsyncExitStack:
@@ -200,13 +200,13 @@ class Dispatch:
         left, wait_s = self._left(target), None
         if line.may_rest():
             turn = line.turn(left.since or self.ledger.now(), self.priority)
-            if self.ledger.waits.before(target.name, self.flow_run_id, turn):
+            if self.ledger.waits.before(target.name, self.in_line, turn):
                 raise NoSlot(target.name)
             wait_s = 0.0 if left.since else SLOT_S
         async with AsyncExitStack() as stack:
             client = await stack.enter_async_context(get_client())
             await stack.enter_async_context(slots(client, target, wait_s=wait_s, ledger=self.ledger))
-            self.ledger.waits.leave(target.name, self.flow_run_id)
+            self.ledger.waits.leave(target.name, self.in_line)
             left.since = 0.0
             return stack.pop_all()
 
@@ -470,7 +470,7 @@ async def dispatching(targets: list[str], priority: str) -> AsyncIterator[Dispat
             await asyncio.to_thread(discard, dispatch.staging)
             running.forget(flow_run_id)
             if owner:
-                ledger.runs.ends(flow_run_id)
+                ledger.runs.ends(flow_run_id, goes_on=rest.rests(home, flow_run_id))
 
 
 async def _load(names: list[str]) -> list[Target]:

@@ -42,6 +42,7 @@ class _Flag(threading.Event):
 
 _flags: dict[str, threading.Event] = {}
 _pauses: dict[str, threading.Event] = {}
+_calls: dict[str, threading.Event] = {}
 _whole: ContextVar[str] = ContextVar("whole", default="")
 _stopping = threading.Event()
 
@@ -73,6 +74,12 @@ def pause(flow_run_id: str) -> threading.Event:
         return _pauses.setdefault(flow_run_id, threading.Event())
 
 
+def call(flow_run_id: str) -> threading.Event:
+    """Return the flag that says to a run that is under way: what a part of it waits for is there."""
+    with _lock:
+        return _calls.setdefault(flow_run_id, threading.Event())
+
+
 def asked(flow_run_id: str) -> bool:
     """Return True if a run has been asked to stop or to pause."""
     with _lock:
@@ -84,6 +91,7 @@ def forget(flow_run_id: str) -> None:
     with _lock:
         _flags.pop(flow_run_id, None)
         _pauses.pop(flow_run_id, None)
+        _calls.pop(flow_run_id, None)
 
 
 def running() -> list[str]:

@@ -38,6 +38,7 @@ class Study:
         notes: how it was fetched.
         targets: state by target, as its dispatch left it.
         dispatch: flow run of the dispatch that sends it.
+        again: when that may go on, in seconds since the epoch; 0 if it does not wait.
     """
 
     study: str
@@ -50,6 +51,7 @@ class Study:
     notes: list[str] = field(default_factory=list)
     targets: dict[str, str] = field(default_factory=dict)
     dispatch: str = ""
+    again: float = 0.0
 
     @property
     def came_whole(self) -> bool:
@@ -120,6 +122,7 @@ class Job:
         self.pending = [*self.pending, *self.missing, *self.failed]
         self.missing, self.failed, self.error = [], {}, ""
         for one in self.studies.values():
+            one.again = 0.0
             if one.stage in (Stage.PARTIAL, Stage.FAILED):
                 one.stage = Stage.WHOLE if one.came_whole else Stage.FOUND
                 one.reason = one.dispatch = ""

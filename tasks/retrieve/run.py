@@ -26,15 +26,17 @@ from prefect.states import AwaitingRetry, Cancelled, Completed, Failed, Schedule
 from blocks.base import Target
 from blocks.dicom import DicomTarget
 from imaging.query import Query
-from tasks.dispatch import audited, running
+from tasks.dispatch import audited, rest, running
 from tasks.dispatch.breaker import LOST
 from tasks.dispatch.ends import unsaid_is_no_failure
 from tasks.dispatch.hours import opens
 from tasks.dispatch.patience import patiently
 from tasks.dispatch.progress import live
 from tasks.dispatch.report import updated
+from tasks.dispatch.rest import Wait
 from tasks.dispatch.run import LOOK_S
 from tasks.dispatch.slots import slots
+from tasks.retrieve.dispatches import end_waiting
 from tasks.retrieve.fetch import Fetcher
 from tasks.retrieve.job import Job, Stage, Study, discard, folder_of, size_of
 from tasks.retrieve.moving import check_into, is_moved, move_into, spool_in
@@ -55,7 +57,7 @@ SPOOL_LIMIT = 20 << 30  # bytes, unless TALARIA_SPOOL_LIMIT says otherwise
 DISPATCHES = 2  # studies that are handed on at once
 GRACE_S = 4  # for a driver to stop by itself when the run is cancelled
 HELD_S = 600.0  # for which a run waits in its worker for the next study; longer, and it gives its place back
-LATER_S = 60.0  # until a dispatch is looked at again that waits for its target
+LATER_S = 60.0  # until a study is looked at again of which nobody knows what it waits for
 
 
 @dataclass(frozen=True)
@@ -91,21 +93,25 @@ class Wish:
 class Retrieval:
     """A retrieval within a flow run; made by `retrieving`."""
 
-    def __init__(self, flow_run_id: str, wish: Wish, source: Target, home: Home, send: Send) -> None:
+    def __init__(
+        self, flow_run_id: str, wish: Wish, source: Target, home: Home, send: Send, at_once: int = DISPATCHES
+    ) -> None:
         self.flow_run_id, self.wish, self.source, self.home, self._send = flow_run_id, wish, source, home, send
         self.who = ""  # who asked for it, for the audit trail
         self.cancelled, self.paused = running.flag(flow_run_id), running.pause(flow_run_id)
         self.job = Job.load(home, flow_run_id, wish.numbers())
         self.job.again()
         self.fetcher = Fetcher(source, wish.filters, self.job, self.cancelled, self.paused)
-        self.again: datetime | None = None  # when what waits may go on
+        self._waits: list[Wait] = []  # for what it waits itself; its studies may wait for more
         inside = spool_in(Path(wish.into), f".talaria-{flow_run_id[:8]}") if wish.into else None
         self._spool = inside or folder_of(home, flow_run_id)
         self._folders = self._spool / "spool"  # holds one for each study that has been fetched and not handed on
         self._limit = int(os.environ.get("TALARIA_SPOOL_LIMIT") or SPOOL_LIMIT)
-        self._senders = asyncio.Semaphore(DISPATCHES)
-        self._handing_on: set[asyncio.Task[None]] = set()
-        self._waits = False  # whether a target can't be sent to now
+        self._senders = asyncio.Semaphore(at_once)
+        self._handing_on: dict[str, asyncio.Task[None]] = {}  # by study
+        self._called = running.call(flow_run_id)
+        self._in_vain: list[Study] = []  # were gone on with in this round, and still wait
+        self._next_round = 0.0  # when those that wait are gone on with again, in seconds since the epoch
         self._full = ""  # why nothing more can be fetched: the disk is full, and nothing under way will make room
 
     # ---- the whole
@@ -118,9 +124,10 @@ class Retrieval:
             shown.parts = lambda: {self.source.name: part_of(self.job, self.source.name)}
             if not self._held_up():
                 await self._find()
+            self._go_on(every=True)
             await self._fetch()
             while self._handing_on:
-                await asyncio.wait(self._handing_on)
+                await self._one_is_handed_on()
 
     async def _find(self) -> None:
         try:
@@ -139,6 +146,7 @@ class Retrieval:
     async def _fetch(self) -> None:
         """Fetch study after study; send each on as soon as it is complete."""
         for study in list(self.job.studies.values()):
+            self._go_on()
             folder = self._folder(study)
             if study.stage is Stage.WHOLE and not any(folder.glob("*.dcm")):
                 # A kill between the last move and the note of it; else its files are gone, and it is fetched again.
@@ -156,10 +164,8 @@ class Retrieval:
                 except DispatchCancelled:
                     continue
                 self.job.save()
-            if study.stage is Stage.WHOLE and not self.cancelled.is_set():
-                task = asyncio.create_task(self._hand_on(study, folder))
-                self._handing_on.add(task)
-                task.add_done_callback(self._handing_on.discard)
+            if study.stage is Stage.WHOLE and not study.again:
+                self._begin_to_hand_on(study)
 
     async def _fetch_one(self, study: Study, folder: Path) -> None:
         """Fetch a study; on a full disk, go on as soon as others that are sent on have made room, or end the fetching.
@@ -168,12 +174,12 @@ class Retrieval:
             DispatchCancelled: somebody asked for it.
         """
         while not self._full and not self._stopped():
-            others = set(self._handing_on)
+            others = set(self._handing_on.values())
             try:
                 await self._in_a_slot(partial(self.fetcher.fetch, study, folder))
                 break
             except DiskFull as exc:
-                if others and others <= self._handing_on:  # none of them has ended meanwhile
+                if others and others <= set(self._handing_on.values()):  # none of them has ended meanwhile
                     await asyncio.wait(others, return_when=asyncio.FIRST_COMPLETED)
                 elif not others and not self._drop():
                     self._full = exc.message
@@ -185,7 +191,7 @@ class Retrieval:
         """Return whether the source must not be asked now; if so, the run continues later."""
         opening = opens(self.source, self.wish.priority)
         if opening:
-            self.again = min(self.again or opening, opening)
+            self._waits.append(Wait(opening, f"the hours of {self.source.name}", soon=False))
         return opening is not None
 
     async def _in_a_slot(self, work: Callable[[], R]) -> R:
@@ -231,13 +237,10 @@ class Retrieval:
         while self._held(study) >= self._limit and not self._stopped():
             if not self._handing_on:
                 if not self._drop():
-                    if not any(one.stage is Stage.WHOLE for one in self.job.studies.values()):
-                        return True  # it is filled by what an earlier run left of others, whose turn comes
-                    later = datetime.now(UTC) + timedelta(seconds=LATER_S)
-                    self.again = self.again or later
-                    return False
+                    # Else it is filled by what an earlier run left of others, whose turn comes.
+                    return not any(one.stage is Stage.WHOLE for one in self.job.studies.values())
                 continue
-            await asyncio.wait(self._handing_on, timeout=LOOK_S, return_when=asyncio.FIRST_COMPLETED)
+            await self._one_is_handed_on()
         return True
 
     def _held(self, study: Study) -> int:
@@ -267,17 +270,60 @@ class Retrieval:
         while (left := min(self.job.next_study - time.time(), each)) > 0 and not self._stopped():
             if left > HELD_S and not self._handing_on:
                 later = datetime.now(UTC) + timedelta(seconds=left)
-                self.again = min(self.again or later, later)
+                self._waits.append(Wait(later, "the next study of this hour", soon=False))
                 return False
             await asyncio.sleep(min(left, LOOK_S))
+            self._go_on()
         self.job.next_study = time.time() + each
         return True
 
     # ---- handing on
 
+    def _begin_to_hand_on(self, study: Study) -> None:
+        if study.study in self._handing_on or self.cancelled.is_set():
+            return
+        task = asyncio.create_task(self._hand_on(study, self._folder(study)))
+        self._handing_on[study.study] = task
+        task.add_done_callback(lambda _: self._handing_on.pop(study.study))
+
+    async def _one_is_handed_on(self) -> None:
+        """Wait until one that is being handed on is, or for LOOK_S; go on with those that wait."""
+        await asyncio.wait(self._handing_on.values(), timeout=LOOK_S, return_when=asyncio.FIRST_COMPLETED)
+        self._go_on()
+
+    def _go_on(self, *, every: bool = False) -> None:
+        """Go on with the dispatches whose time has come, the longest first; where a few wait on, the others do, too.
+
+        Args:
+            every: also with those whose time has not come: windows may have been changed, targets enabled.
+        """
+        if self._called.is_set():  # there is a place at a target, or it answers again
+            self._called.clear()
+            self._next_round = 0.0
+            for one in self._waiting():
+                one.again = 1.0 if one.reason.startswith(rest.TRIES_AGAIN) else one.again
+        now = time.time()
+        due = [one for one in self._waiting() if every or one.again <= now] if now >= self._next_round else []
+        if due and not self._stopped():
+            self._in_vain.clear()
+            for one in due:
+                self._begin_to_hand_on(one)
+
+    def _waiting(self) -> list[Study]:
+        """Return the studies whose dispatches wait, in the order of their times."""
+        found = [one for one in self.job.studies.values() if one.stage is Stage.WHOLE and one.again]
+        return sorted(found, key=lambda one: one.again)
+
+    def _first(self) -> Study | None:
+        """Return the study to go on with first: none of those whose time has come, and that wait behind others."""
+        now = time.time()
+        found = [one for one in self._waiting() if one in self._in_vain or one.again > now]
+        return found[0] if found else None
+
     async def _hand_on(self, study: Study, folder: Path) -> None:
         async with self._senders:
-            if self.cancelled.is_set() or (self._waits and study.dispatch):  # nothing has changed for it
+            waited = study.again
+            if self.cancelled.is_set() or (waited and len(self._in_vain) >= DISPATCHES):  # nothing has changed for it
                 return
             try:
                 if self.wish.into:
@@ -294,30 +340,42 @@ class Retrieval:
                 study.stage, study.reason = Stage.FAILED, f"unexpected {type(exc).__name__}: see the run's log"
             self.job.save()
             if study.stage is Stage.DELIVERED:
+                self._in_vain.clear()
                 await asyncio.to_thread(discard, folder)
+            elif waited and study.again:
+                self._in_vain.append(study)
+                first = self._first()
+                self._next_round = first.again if first else 0.0
 
     async def _dispatch(self, study: Study, folder: Path) -> None:
         """Send a study in a dispatch of its own, with the queried node as its origin."""
+        waited, study.again = bool(study.again), 0.0
+
+        def begins(run_id: str) -> None:
+            study.dispatch = run_id
+            self.job.save()
+
         try:
             with running.part_of(self.flow_run_id), audited.on_behalf_of(self.who):
                 state = await self._send(
                     [str(folder)],
                     list(self.wish.targets),
+                    whole=self.flow_run_id,
+                    former=study.dispatch,
+                    waited=waited,
+                    begins=begins,
                     sender_aet=self.source.aet_target if isinstance(self.source, DicomTarget) else "",
                     sender_host=self.source.node,
-                    return_state=True,
                 )
         except (Pause, Abort) as exc:  # no Exceptions: they would end us with it
             study.stage, study.reason = Stage.FAILED, f"its dispatch was stopped by somebody else: {exc}"
             return
-        study.dispatch = str(state.state_details.flow_run_id or "")
         study.targets = _targets(self.home, study.dispatch)
         if state.type is StateType.COMPLETED:
             study.stage, study.reason = Stage.DELIVERED, ""
         elif state.type is StateType.SCHEDULED:
-            begin = state.state_details.scheduled_time or datetime.now(UTC) + timedelta(seconds=LATER_S)
-            self.again = min(self.again or begin, begin)
-            self._waits = True
+            later = datetime.now(UTC) + timedelta(seconds=LATER_S)
+            study.again = (state.state_details.scheduled_time or later).timestamp()
             study.reason = state.message or "waits for its target"
         elif not self.cancelled.is_set():
             study.stage, study.reason = Stage.FAILED, state.message or "the dispatch failed"
@@ -327,10 +385,20 @@ class Retrieval:
 
     # ---- the end
 
+    @property
+    def waits(self) -> list[Wait]:
+        """For what it waits, if that is all that is left to do."""
+        first = self._first() or next(iter(self._waiting()), None)
+        if first is None:
+            return self._waits
+        soon = first.reason.startswith(rest.TRIES_AGAIN)
+        one = Wait(datetime.fromtimestamp(first.again, UTC), rest.awaited(first.reason) or "its targets", soon)
+        return [*self._waits, one]
+
     async def conclude(self) -> RunState[Any]:
         """Save the result and return the state in which the flow run ends."""
         running.still_ours(self.flow_run_id)
-        state = state_of(self.job)
+        state, waits = state_of(self.job), self.waits
         unfinished = (
             any(one.stage in (Stage.FOUND, Stage.WHOLE) for one in self.job.studies.values()) or self.job.pending
         )
@@ -338,7 +406,7 @@ class Retrieval:
             state = "cancelled"
         elif unfinished and self.paused.is_set():
             state = "paused"
-        elif unfinished and self.again:
+        elif unfinished and waits:
             state = "waiting"
         elif unfinished and self._full:
             self.job.error = self._full
@@ -350,6 +418,7 @@ class Retrieval:
                 self._folders.rmdir()
                 self._spool.rmdir()
         if self.job.ended:
+            await self._end_waiting()
             await asyncio.to_thread(self._stand, state)
             brought = [one.study for one in self.job.studies.values() if one.stage is Stage.DELIVERED]
             await asyncio.to_thread(
@@ -360,11 +429,17 @@ class Retrieval:
             return Scheduled(
                 scheduled_time=datetime.now(UTC) + running.UNTIL_RESUMED, name=running.PAUSED, message=message
             )
-        if state == "waiting" and self.again:
-            return AwaitingRetry(scheduled_time=self.again, message=message)
+        if state == "waiting":
+            first = min(wait.until for wait in waits)
+            return AwaitingRetry(scheduled_time=first, message=rest.message(waits, message))
         if state == "cancelled":
             return Cancelled(message=message)
         return Completed(message=message) if state == "delivered" else Failed(message=message)
+
+    async def _end_waiting(self) -> None:
+        if any(one.dispatch and one.stage is Stage.WHOLE for one in self.job.studies.values()):
+            async with get_client() as client:
+                await patiently(lambda: end_waiting(client, self.home, self.flow_run_id))
 
     def _stand(self, state: str) -> None:
         with unsaid_is_no_failure(self.flow_run_id), Ledger(self.home.ledger) as ledger:
@@ -393,7 +468,8 @@ async def retrieving(wish: Wish, send: Send) -> AsyncIterator[Retrieval]:
     executor = ThreadPoolExecutor(8, thread_name_prefix="retrieve")
     asyncio.get_running_loop().set_default_executor(executor)
     try:
-        retrieval = Retrieval(flow_run_id, wish, source, home, send)
+        at_once = min([DISPATCHES, *(target.max_dispatches for target in targets)])  # none waits for another one
+        retrieval = Retrieval(flow_run_id, wish, source, home, send, at_once)
         retrieval.who = audited.requester(context.flow_run)
         yield retrieval
     finally:

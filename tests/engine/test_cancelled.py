@@ -124,7 +124,9 @@ class Server:
         self.runs = {run.id: (run, states) for run, states in runs}
         self.asked = 0
 
-    async def read_flow_runs(self, *, offset: int, limit: int, **_: Any) -> list[FlowRun]:
+    async def read_flow_runs(self, *, flow_run_filter: Any, offset: int, limit: int, **_: Any) -> list[FlowRun]:
+        if flow_run_filter.parent_flow_run_id:  # nothing waits of a retrieval
+            return []
         self.asked += 1
         return [run for run, _ in self.runs.values()][offset : offset + limit]
 

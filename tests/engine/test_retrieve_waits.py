@@ -1,0 +1,84 @@
+"""Retrievals that wait, for their targets or their source: each study goes on in its own run, and nothing is held."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from talaria.testing import studies
+from tests.engine.material import files, folder, go_on, later, source, study
+from tests.servers.qr import GET, archive
+from tests.servers.up import Talaria
+
+pytestmark = pytest.mark.timeout(600)
+RESTS = "AwaitingRetry"
+
+
+def parts(up: Talaria, run_id: str) -> dict[str, dict[str, Any]]:
+    """The dispatches of a retrieval, by the folder of their study."""
+    found = up.api("POST", "/flow_runs/filter", flow_runs={"parent_flow_run_id": {"any_": [run_id]}})
+    assert len({one["parameters"]["paths"][0] for one in found}) == len(found), "a study has more than one run"
+    return {Path(one["parameters"]["paths"][0]).name: one for one in found}
+
+
+def left(up: Talaria, run_id: str) -> bool:
+    """Return whether a run has left something behind for its next part."""
+    return (up.home / "waiting" / f"{run_id}.json").exists()
+
+
+def rests(up: Talaria, run_id: str, not_as: str = "") -> str:
+    """Wait until it rests; return the id of that state."""
+
+    def at_rest() -> bool:
+        run = up.run(run_id)
+        return bool(run["state_name"] == RESTS and run["state"]["id"] != not_as)
+
+    up.until(at_rest, 60)
+    return str(up.run(run_id)["state"]["id"])
+
+
+def test_what_waits_goes_on_in_its_own_run_and_is_paused_resumed_and_delivered(up: Talaria, tmp_path: Path) -> None:
+    with archive([*study("V1", series=1), *study("V2", series=1), *study("V3", series=1)]) as peer:
+        up.apply(src=source(peer), by_night=folder(tmp_path / "night", window=later(2)))
+        arguments = ["retrieve", "src", "--accession", "V1 V2 V3", "--to", "by-night", "--no-wait"]
+        run_id = up.told(*arguments)["flow_run_id"]
+        first = rests(up, run_id)
+        assert "the hours of by-night" in up.run(run_id)["state"]["message"]
+        begun = parts(up, run_id)
+        assert {str(one.ds.StudyInstanceUID) for one in peer.instances} == begun.keys()
+        assert {one["state_name"] for one in begun.values()} == {RESTS}
+        # Its second part gives its place back, too.
+        up.told("jobs", "pause", run_id)
+        up.told("jobs", "resume", run_id, code=None)
+        second = rests(up, run_id, first)
+        up.apply(by_night=folder(tmp_path / "night"))
+        go_on(up, run_id)
+        up.until(lambda: up.run(run_id)["state_type"] == "COMPLETED", 60)
+        assert second != up.run(run_id)["state"]["id"]
+        ended = parts(up, run_id)
+        assert {uid: one["id"] for uid, one in ended.items()} == {uid: one["id"] for uid, one in begun.items()}
+        assert {one["state_type"] for one in ended.values()} == {"COMPLETED"}
+        sent = {name: one for name, one in files(tmp_path / "night").items() if name.endswith(".dcm")}
+        assert {Path(name).stem for name in sent} == {one.uid for one in peer.instances}
+        assert len(peer.asked(GET)) == 3 and not any(left(up, one["id"]) for one in ended.values())
+        shown = up.told("jobs", "show", run_id)
+        assert {one["targets"]["by-night"] for one in shown["studies"]} == {"delivered"}
+
+
+def test_a_retrieval_that_is_cancelled_takes_what_waits_with_it_and_a_retry_sends_it(
+    up: Talaria, tmp_path: Path
+) -> None:
+    with archive([*study("X1", series=1), *study("X2", series=1)]) as peer:
+        up.apply(src=source(peer), shut=folder(tmp_path / "shut", window=later(2)))
+        arguments = ["retrieve", "src", "--accession", "X1 X2", "--to", "shut", "--no-wait"]
+        run_id = up.told(*arguments)["flow_run_id"]
+        rests(up, run_id)
+        up.told("jobs", "cancel", run_id)
+        up.until(lambda: {one["state_type"] for one in parts(up, run_id).values()} == {"CANCELLED"}, 60)
+        up.until(lambda: not any(left(up, one["id"]) for one in parts(up, run_id).values()), 60)
+        up.apply(shut=folder(tmp_path / "shut"))
+        assert up.told("jobs", "retry", run_id)["delivered"] == 2
+        assert len(peer.asked(GET)) == 2
+        assert not any(value in str(up.run(run_id)) for value in studies.PHI)
