@@ -13,7 +13,8 @@ from tasks.dispatch.asked import name_run, retrieval_name
 from tasks.dispatch.run import refusal
 from tasks.retrieve.asked import given, query_of
 from tasks.retrieve.dispatches import dispatched
-from tasks.retrieve.run import Wish, retrieving
+from tasks.retrieve.run import retrieving
+from tasks.retrieve.wish import Wish
 from transfer.errors import DispatchError
 
 

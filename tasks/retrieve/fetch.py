@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from prefect.logging import get_run_logger
+
 from blocks.base import Target
 from imaging.query import Match, Query, listed
 from tasks import DRIVERS
@@ -86,9 +88,7 @@ class Fetcher:
 
     def find_pending(self) -> None:
         """Search for the accession numbers that have not been searched for; the job keeps each result."""
-        batch = self.job.pending[:BATCH]
-        self._find(batch)
-        self.job.pending = self.job.pending[len(batch) :]
+        self._find(self.job.pending[:BATCH])
         self.job.save()
 
     def _find(self, batch: list[str]) -> None:
@@ -97,8 +97,11 @@ class Fetcher:
         except Cancelled:
             raise
         except DispatchError as exc:
+            if exc.retryable and self.paused.is_set():
+                raise Cancelled("the retrieval is paused") from exc  # and goes on with them when it is resumed
             if len(batch) == 1 or exc.retryable or self._fails_alike(batch[0], exc):
                 self.job.failed |= dict.fromkeys(batch, exc.message)
+                self._done(batch)
                 return
             # One of them is to blame: it must not take the others with it.
             middle = len(batch) // 2
@@ -108,6 +111,11 @@ class Fetcher:
         self._take(found)
         seen = {number.strip().casefold() for match in found for number in _numbers(match)}
         self.job.missing += [number for number in batch if number.strip().casefold() not in seen]
+        self._done(batch)
+
+    def _done(self, batch: list[str]) -> None:
+        known = set(batch)
+        self.job.pending = [number for number in self.job.pending if number not in known]
 
     def _fails_alike(self, number: str, exc: DispatchError) -> bool:
         try:
@@ -151,6 +159,10 @@ class Fetcher:
                 here, _ = size_of(folder)
                 study.stage, study.reason = (Stage.PARTIAL if here else Stage.FAILED), exc.message
                 study.instances = here
+                return
+            except Exception as exc:  # what one study meets must not end the others
+                get_run_logger().exception("study %s could not be fetched", study.study)
+                study.stage, study.reason = Stage.FAILED, f"unexpected {type(exc).__name__}: see the run's log"
                 return
             if receipt.state is State.DELIVERED or self.paused.is_set() or attempt == PARTIAL_TRIES:
                 break

@@ -9,7 +9,6 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager, suppress
-from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -25,7 +24,6 @@ from prefect.states import AwaitingRetry, Cancelled, Completed, Failed, Schedule
 
 from blocks.base import Target
 from blocks.dicom import DicomTarget
-from imaging.query import Query
 from tasks.dispatch import audited, rest, running
 from tasks.dispatch.breaker import LOST
 from tasks.dispatch.ends import unsaid_is_no_failure
@@ -41,14 +39,13 @@ from tasks.retrieve.fetch import Fetcher
 from tasks.retrieve.job import Job, Stage, Study, discard, folder_of, size_of
 from tasks.retrieve.moving import check_into, is_moved, move_into, spool_in
 from tasks.retrieve.report import RetrievalProgress, document, part_of, report, state_of
+from tasks.retrieve.wish import Wish
 from tasks.targets import check_destination, check_source, load
-from transfer.accessions import accessions
 from transfer.errors import Cancelled as DispatchCancelled
-from transfer.errors import DiskFull, DispatchError, Misconfigured
+from transfer.errors import DiskFull, DispatchError
 from transfer.home import Home
 from transfer.layout import sanitised
 from transfer.ledger import Ledger
-from transfer.query import study_tests
 
 R = TypeVar("R")
 Send = Callable[..., Awaitable[RunState[Any]]]  # the flow of a dispatch
@@ -60,36 +57,6 @@ HELD_S = 600.0  # for which a run waits in its worker for the next study; longer
 LATER_S = 60.0  # until a study is looked at again of which nobody knows what it waits for
 
 
-@dataclass(frozen=True)
-class Wish:
-    """What a retrieval was asked for."""
-
-    source: str
-    targets: tuple[str, ...] = ()
-    into: str = ""
-    accessions: str = ""
-    filters: Query = field(default_factory=Query)
-    priority: str = "normal"
-    studies_per_hour: int = 0
-
-    def numbers(self) -> tuple[str, ...]:
-        """Return the accession numbers of the list, each once.
-
-        Raises:
-            Misconfigured: there is nothing to look for, or no place to bring it to.
-        """
-        found = accessions(self.accessions)
-        keys = ("StudyInstanceUID", "SeriesInstanceUID", "StudyDate", "PatientID", "PatientName", "StudyDescription")
-        if not found and not any(getattr(self.filters, key) for key in keys):
-            raise Misconfigured("nothing to look for: give accession numbers, study UIDs, dates or descriptions")
-        if bool(self.targets) == bool(self.into):
-            raise Misconfigured("give either targets or a folder to bring the studies to")
-        if self.into and not Path(self.into).is_absolute():
-            raise Misconfigured(f"{self.into}: give the folder's absolute path")
-        study_tests(self.filters)
-        return found
-
-
 class Retrieval:
     """A retrieval within a flow run; made by `retrieving`."""
 
@@ -99,10 +66,11 @@ class Retrieval:
         self.flow_run_id, self.wish, self.source, self.home, self._send = flow_run_id, wish, source, home, send
         self.who = ""  # who asked for it, for the audit trail
         self.cancelled, self.paused = running.flag(flow_run_id), running.pause(flow_run_id)
-        self.job = Job.load(home, flow_run_id, wish.numbers())
+        self._numbers = wish.numbers()
+        self.job = Job.load(home, flow_run_id, self._numbers)
         self.job.again()
         self.fetcher = Fetcher(source, wish.filters, self.job, self.cancelled, self.paused)
-        self._waits: list[Wait] = []  # for what it waits itself; its studies may wait for more
+        self._waits: dict[str, Wait] = {}  # for what it waits itself; its studies may wait for more
         inside = spool_in(Path(wish.into), f".talaria-{flow_run_id[:8]}") if wish.into else None
         self._spool = inside or folder_of(home, flow_run_id)
         self._folders = self._spool / "spool"  # holds one for each study that has been fetched and not handed on
@@ -124,6 +92,7 @@ class Retrieval:
             shown.parts = lambda: {self.source.name: part_of(self.job, self.source.name)}
             if not self._held_up():
                 await self._find()
+            await self._look_over()
             self._go_on(every=True)
             await self._fetch()
             while self._handing_on:
@@ -133,27 +102,38 @@ class Retrieval:
         try:
             while self.job.pending and not self.paused.is_set():
                 await self._in_a_slot(self.fetcher.find_pending)
-            if not self.job.searched and not self.wish.accessions.strip():
+            if self._to_search and not self.paused.is_set():
                 await self._in_a_slot(self.fetcher.search)
                 if not self.job.studies:
                     self.job.error = "nothing matches the query"
         except DispatchCancelled:
             pass
         except DispatchError as exc:
-            self.job.error = exc.message
+            if not (exc.retryable and self.paused.is_set()):  # else it goes on with that when it is resumed
+                self.job.error = exc.message
         self.job.save()
+
+    @property
+    def _to_search(self) -> bool:
+        """Whether it is to search by other keys than accession numbers, and has not."""
+        return not (self.job.searched or self.job.error or self._numbers)
+
+    async def _look_over(self) -> None:
+        """Compare what the job knows with what is here: a kill may have come between a step and the note of it."""
+        for study in self.job.studies.values():
+            folder = self._folder(study)
+            if study.stage is Stage.WHOLE and not any(folder.glob("*.dcm")):
+                # Moved, and not noted; else its files are gone, and it is fetched again.
+                study.stage, study.again = (Stage.DELIVERED if is_moved(folder) else Stage.FOUND), 0.0
+                self.job.save()
+            if study.stage is Stage.DELIVERED and folder.is_dir():
+                await asyncio.to_thread(discard, folder)
 
     async def _fetch(self) -> None:
         """Fetch study after study; send each on as soon as it is complete."""
         for study in list(self.job.studies.values()):
             self._go_on()
             folder = self._folder(study)
-            if study.stage is Stage.WHOLE and not any(folder.glob("*.dcm")):
-                # A kill between the last move and the note of it; else its files are gone, and it is fetched again.
-                study.stage = Stage.DELIVERED if is_moved(folder) else Stage.FOUND
-                self.job.save()
-            if study.stage is Stage.DELIVERED and folder.is_dir():
-                await asyncio.to_thread(discard, folder)
             if study.stage is Stage.FOUND:
                 if self._stopped() or self._held_up() or self._full:
                     continue
@@ -191,7 +171,7 @@ class Retrieval:
         """Return whether the source must not be asked now; if so, the run continues later."""
         opening = opens(self.source, self.wish.priority)
         if opening:
-            self._waits.append(Wait(opening, f"the hours of {self.source.name}", soon=False))
+            self._wait_for(f"the hours of {self.source.name}", opening)
         return opening is not None
 
     async def _in_a_slot(self, work: Callable[[], R]) -> R:
@@ -270,7 +250,7 @@ class Retrieval:
         while (left := min(self.job.next_study - time.time(), each)) > 0 and not self._stopped():
             if left > HELD_S and not self._handing_on:
                 later = datetime.now(UTC) + timedelta(seconds=left)
-                self._waits.append(Wait(later, "the next study of this hour", soon=False))
+                self._wait_for("the next study of this hour", later)
                 return False
             await asyncio.sleep(min(left, LOOK_S))
             self._go_on()
@@ -385,23 +365,25 @@ class Retrieval:
 
     # ---- the end
 
+    def _wait_for(self, what: str, until: datetime, *, soon: bool = False) -> None:
+        self._waits[what] = Wait(until, what, soon)
+
     @property
     def waits(self) -> list[Wait]:
         """For what it waits, if that is all that is left to do."""
         first = self._first() or next(iter(self._waiting()), None)
         if first is None:
-            return self._waits
+            return [*self._waits.values()]
         soon = first.reason.startswith(rest.TRIES_AGAIN)
         one = Wait(datetime.fromtimestamp(first.again, UTC), rest.awaited(first.reason) or "its targets", soon)
-        return [*self._waits, one]
+        return [*self._waits.values(), one]
 
     async def conclude(self) -> RunState[Any]:
         """Save the result and return the state in which the flow run ends."""
         running.still_ours(self.flow_run_id)
         state, waits = state_of(self.job), self.waits
-        unfinished = (
-            any(one.stage in (Stage.FOUND, Stage.WHOLE) for one in self.job.studies.values()) or self.job.pending
-        )
+        left = any(one.stage in (Stage.FOUND, Stage.WHOLE) for one in self.job.studies.values())
+        unfinished = left or self.job.pending or self._to_search
         if self.cancelled.is_set():
             state = "cancelled"
         elif unfinished and self.paused.is_set():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import math
 import shutil
 import time
@@ -30,8 +31,10 @@ from talaria.testing.process import until
 from tasks.dispatch import audited, running
 from tasks.retrieve import moving
 from tasks.retrieve import run as engine
+from tasks.retrieve.fetch import Fetcher
 from tasks.retrieve.job import Stage, Study
-from tasks.retrieve.run import Retrieval, Wish
+from tasks.retrieve.run import Retrieval
+from tasks.retrieve.wish import Wish
 from tests.servers.qr import FIND, GET, Archive, Instance, Last, Request, Send, Steps, archive
 from tests.targets.dicom import dicom_target
 from transfer.audit import Trail, entries
@@ -55,6 +58,8 @@ def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(Retrieval, "_in_a_slot", in_a_slot)
     monkeypatch.setattr(engine.RetrievalProgress, "show", show)
     monkeypatch.setenv("TALARIA_HOME", str(tmp_path / "home"))
+    running.forget(RUN)  # each test's is another one
+    running.regained(RUN)
 
 
 def study(accession: str, count: int = 2) -> list[bytes]:
@@ -442,3 +447,72 @@ def test_a_process_that_has_lost_its_lease_says_nothing_more_of_the_run(tmp_path
         running.regained(run_id)
         running.forget(run_id)
     assert not Home.current().receipt(run_id).exists() and not one.job.ended
+
+
+@pytest.fixture
+def concluded(monkeypatch: pytest.MonkeyPatch) -> Callable[[Retrieval], State[Any]]:
+    """Runs a retrieval to its end, which nobody hears of; returns its state."""
+
+    async def report(*of_the_run: Any) -> None:
+        pass
+
+    async def whole(one: Retrieval) -> State[Any]:
+        await one.run()
+        return await one.conclude()
+
+    monkeypatch.setattr(engine, "report", report)
+    monkeypatch.setattr(audited, "retrieval_ends", lambda *_: None)
+    return lambda one: asyncio.run(whole(one))
+
+
+def by_other_keys(peer: Archive) -> dict[str, Any]:
+    return {"numbers": "", "filters": Query(StudyInstanceUID=str(peer.instances[0].ds.StudyInstanceUID))}
+
+
+def test_a_search_by_other_keys_waits_for_the_hours_of_its_source_too(
+    concluded: Callable[[Retrieval], State[Any]],
+) -> None:
+    with archive(study("S1")) as peer:
+        state = concluded(made(peer, source_fields={"window": window(2)}, **by_other_keys(peer)))
+        assert state.name == "AwaitingRetry" and "the hours of " in str(state.message) and not peer.requests
+        later = made(peer, **by_other_keys(peer))
+        assert concluded(later).is_completed() and stages(later) == {"S1": Stage.DELIVERED}
+
+
+@pytest.mark.parametrize("keys", ["numbers", "uid"])
+def test_a_pause_while_the_source_is_away_makes_no_failures_and_resume_goes_on(
+    keys: str, concluded: Callable[[Retrieval], State[Any]]
+) -> None:
+    with archive(study("S1")) as peer:
+        wish = by_other_keys(peer) if keys == "uid" else {"numbers": "S1"}
+        busy = made(peer, source_fields={"retry_delay_s": 3600, "retry_max_delay_s": 3600}, **wish)
+
+        def refuses(request: Request) -> int:
+            busy.paused.set()
+            return 0xA700
+
+        peer.refuses = refuses
+        assert concluded(busy).name == running.PAUSED
+        assert not busy.job.ended and not busy.job.failed and not busy.job.error
+        running.forget(RUN)
+        peer.refuses = lambda request: 0
+        resumed = made(peer, **wish)
+        assert concluded(resumed).is_completed() and stages(resumed) == {"S1": Stage.DELIVERED}
+
+
+def test_what_one_study_meets_unexpectedly_ends_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    really = Fetcher._fetch
+
+    def fetch(self: Fetcher, study: Study, folder: Path) -> Any:
+        if study.accession == "S2":
+            raise RuntimeError("a driver's bug, with DOE^JANE in it")
+        return really(self, study, folder)
+
+    monkeypatch.setattr(Fetcher, "_fetch", fetch)
+    monkeypatch.setattr("tasks.retrieve.fetch.get_run_logger", lambda: logging.getLogger("test"))
+    with archive(three()) as peer:
+        one = made(peer)
+        asyncio.run(one.run())
+        assert stages(one) == {"S1": Stage.DELIVERED, "S2": Stage.FAILED, "S3": Stage.DELIVERED}
+        [reason] = [each.reason for each in one.job.studies.values() if each.reason]
+        assert reason == "unexpected RuntimeError: see the run's log"
