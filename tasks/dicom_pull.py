@@ -76,7 +76,7 @@ def retrieve(
                 _list(search, one)
     plan = pull.run()
     receipt = report.receipt(name, plan, Level.ACCEPTED if pull.unproven else Level.LISTED, tuple(pull.notes))
-    return compared(receipt, plan, series, of_studies(query, matches), pull.unproven)
+    return compared(receipt, plan, series, of_studies(query, matches), pull.unproven, pull.elsewhere)
 
 
 def granted(peer: Peer) -> str:

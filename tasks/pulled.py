@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Protocol
 
 from imaging.query import Match, Query, count
@@ -39,6 +40,7 @@ def compared(
     series: Iterable[Announced],
     studies: Mapping[str, int | None],
     unproven: Collection[str] = (),
+    elsewhere: Mapping[str, int] = MappingProxyType({}),
 ) -> Receipt:
     """Return a receipt in which instances that were announced and did not come count as missing.
 
@@ -46,8 +48,9 @@ def compared(
         plan: every instance that is listed, whether it came or not.
         studies: as `of_studies` returns it.
         unproven: series that nothing shows to be whole.
+        elsewhere: how many instances of a series came in another one, which has them as well.
     """
-    seen = Counter(item.header.SeriesInstanceUID for item in plan.items if item.header)
+    seen = Counter(item.header.SeriesInstanceUID for item in plan.items if item.header) + Counter(elsewhere)
     short, notes = 0, []
     known: Counter[str] = Counter()  # instances by study that came, or are missed already
     for one in series:

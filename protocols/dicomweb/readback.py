@@ -7,33 +7,27 @@ whole data set is.
 
 from __future__ import annotations
 
-import os
 import tempfile
 import time
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import closing
 from enum import Enum
 from pathlib import Path
 
-from pydicom.filereader import read_dataset
-from pydicom.tag import BaseTag
-
-from imaging.header import DEFLATED_LITTLE, EXPLICIT_BIG, IMPLICIT_LITTLE, Header
+from imaging.header import Header
 from protocols.dicomweb import qido, wado
 from protocols.dicomweb import service as dicomweb
 from protocols.dicomweb.pages import Archive, CutShort
 from protocols.dicomweb.service import Service
 from protocols.dicomweb.stow_body import uid_of
+from protocols.files.alike import equal, pixel_data
 from transfer.errors import Cancelled, Denied, DispatchError, Misconfigured, NotFound, Rejected
 from transfer.fanout import each
 from transfer.plan import Item, Plan
 
 LISTED_WAIT_S = 20.0  # how long a server may take until what it took shows up in its searches
 FIRST_WAIT_S = 0.25  # doubles with each look
-COMPARE_BYTES = 1 << 20
-PIXELS = frozenset((0x7FE00008, 0x7FE00009, 0x7FE00010))  # float, double float and integer pixel data
 
 
 class Unverifiable(Exception):
@@ -165,40 +159,9 @@ def _compare(service: Service, plan: Plan, item: Item, folder: Path, check: Call
 def _verdict(ours: int, sent: Header, theirs: int, got: Header, check: Callable[[], None]) -> Verdict:
     if got.TransferSyntaxUID != sent.TransferSyntaxUID:
         return Verdict.UNLIKE
-    if _same(ours, sent.dataset_offset, theirs, got.dataset_offset, check):
+    if equal(ours, sent.dataset_offset, theirs, got.dataset_offset, check):
         return Verdict.SAME
-    pixels = [_pixel_data(fd, header) for fd, header in ((ours, sent), (theirs, got))]
+    pixels = [pixel_data(fd, header) for fd, header in ((ours, sent), (theirs, got))]
     if pixels[0] is None or pixels[1] is None:
         return Verdict.UNLIKE
-    return Verdict.CHANGED if _same(ours, pixels[0], theirs, pixels[1], check) else Verdict.OTHER
-
-
-def _same(ours: int, at: int, theirs: int, there: int, check: Callable[[], None]) -> bool:
-    """Return True if two files are equal from these positions to their ends."""
-    while True:
-        check()
-        piece = os.pread(ours, COMPARE_BYTES, at)
-        if piece != os.pread(theirs, COMPARE_BYTES, there):
-            return False
-        if not piece:
-            return True
-        at, there = at + len(piece), there + len(piece)
-
-
-def _pixel_data(fd: int, header: Header) -> int | None:
-    """Return the position of the pixel data (or what stands for it); None if none is found."""
-    syntax = header.TransferSyntaxUID
-    if syntax == DEFLATED_LITTLE:
-        return None
-    with open(os.dup(fd), "rb") as file, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        file.seek(header.dataset_offset)
-        found: list[int] = []
-
-        def at_pixels(tag: BaseTag, vr: str | None, length: int) -> bool:
-            if tag in PIXELS:
-                found.append(tag)
-            return tag in PIXELS
-
-        read_dataset(file, syntax == IMPLICIT_LITTLE, syntax != EXPLICIT_BIG, stop_when=at_pixels, specific_tags=[])
-        return file.tell() if found else None
+    return Verdict.CHANGED if equal(ours, pixels[0], theirs, pixels[1], check) else Verdict.OTHER

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from imaging.header import Header
+from protocols.dimse.copies import Copies
 from protocols.dimse.get import (
     DESTINATION_UNKNOWN,
     PATIENT_ROOT_GET,
@@ -86,6 +87,7 @@ class Pull:
 
     Attributes:
         notes: what went otherwise than announced, and how it was retrieved, for people.
+        elsewhere: how many instances of a series are here once only, in another series, which has them as well.
         unproven: series of which nobody says how many instances they have, and the peer doesn't say that all came.
     """
 
@@ -105,6 +107,7 @@ class Pull:
         self.peer, self.series, self.folder, self.report = peer, list(series), folder, report
         self.notes: list[str] = []
         self.unproven: list[str] = []
+        self.elsewhere: Counter[str] = Counter()
         self._lister, self._associations, self._far = lister, associations, far
         self._throttle, self._destination = throttle, destination
         self._lock = threading.Lock()
@@ -119,7 +122,7 @@ class Pull:
         self._led = False
         self._open = threading.Event()  # the first association is there, or will never be
         self._current: dict[int, PulledSeries] = {}  # by thread
-        self._uids: dict[str, set[str]] = {one.uid: set() for one in self.series}
+        self._copies = Copies(folder, self._here, self._count, report.check)
 
     def look(self) -> None:
         """Find the instances that are in the folder already."""
@@ -129,7 +132,7 @@ class Pull:
         wanted = {one.uid for one in self.series}
         for uid, series, item in here(self.folder, wanted, self.report.check):
             self._here[uid] = item
-            self._uids[series].add(uid)
+            self._copies.uids.add(uid)
             self._counts[series] += 1
             self.report(item, ALREADY)
         for one in self.series:
@@ -154,7 +157,7 @@ class Pull:
             in_threads(self._work, max(1, min(self._associations, len(self._jobs))), "pull")
         if self._given_up and not self._here:
             raise gravest(self._given_up)
-        self._uids.clear()
+        self._copies.uids.clear()
         items = self._here  # no copy: there may be many
         for one in self.series:
             self._conclude(one, items)
@@ -167,12 +170,19 @@ class Pull:
     def _conclude(self, one: PulledSeries, items: dict[str, Item]) -> None:
         """Report what a series lacks, and the peer's words about it."""
         last = one.answers[-1] if one.answers else None
-        for uid in self._missing(one):
+        missing = self._missing(one)
+        for uid in missing:
+            if uid in items:  # one that is not the same: what of the series is here says how many are missing
+                one.announced = one.announced or len(one.images or ())
+                continue
             items[uid] = Item(f"{uid}.dcm", 0, 0, Header.of("", uid, "", one.study, one.uid, 0))
             text = "listed by the peer, but not given" + (f" ({last})" if last else "")
             self.report(items[uid], Outcome(Kind.REJECTED, text))
         for why, count in one.refused.items():
             self.notes.append(f"series {one.uid}: {count} instances were not taken: {why}")
+        if count := len(self._copies.elsewhere[one.uid]):
+            self.elsewhere[one.uid] = count
+            self.notes.append(f"series {one.uid}: {count} instances are in another series as well, and come once")
         if not one.all_listed and one.announced is None and not (last is None or last.whole):
             self.unproven.append(one.uid)
             self.notes.append(f"series {one.uid}: the peer does not say what it has, nor that all came: {last}")
@@ -195,7 +205,7 @@ class Pull:
 
     def _missing(self, one: PulledSeries) -> list[str]:
         """Return the instances that the peer lists and that are not here."""
-        return sorted(uid for uid in one.images or () if uid not in self._here)
+        return sorted(uid for uid in one.images or () if not self._copies.has(one.uid, uid))
 
     def _lacks(self, one: PulledSeries) -> bool:
         """Return True if something of a series is not here, as far as is known."""
@@ -212,6 +222,10 @@ class Pull:
             self._counts[item.header.SeriesInstanceUID] += 1
         self.report(item, DELIVERED)
 
+    def _count(self, series: str) -> None:
+        with self._lock:
+            self._counts[series] += 1
+
     @contextmanager
     def _depot(self, one: PulledSeries, *, durable: bool) -> Iterator[Depot]:
         def refuse(header: Header) -> str:
@@ -219,7 +233,15 @@ class Pull:
                 return ""
             return "" if one.images and header.SOPInstanceUID in one.images else "of another series than was asked for"
 
-        depot = Depot(self.folder, refuse, self._keep, durable=durable, here=self._uids[one.uid])
+        depot = Depot(
+            self.folder,
+            refuse,
+            self._keep,
+            durable=durable,
+            here=self._copies.uids,
+            lock=self._copies.lock,
+            second=partial(self._copies.second, one.uid),
+        )
         try:
             yield depot
         finally:

@@ -49,6 +49,8 @@ class Depot:
     Args:
         refuse: returns why an instance is not wanted, "" if it is.
         kept: called with each instance that has got its name; may raise to end the association.
+        here: the instances that have their names; several depots of one folder share it, and its lock.
+        second: returns why a second copy of one is not taken, "" if there is no need of it.
         durable: whether file and name must be on disk before an instance counts; if not, `settle` flushes them.
 
     Attributes:
@@ -64,6 +66,8 @@ class Depot:
     failure: DispatchError | None = None
     refused: dict[str, int] = field(default_factory=dict)
     here: set[str] = field(default_factory=set)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    second: Callable[[DurableFile, Header], str] = lambda part, header: ""
     heard: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
@@ -141,15 +145,23 @@ class Depot:
         status, header = self.identified(part, size, uid, seen)
         if header is None:
             return status, None
-        if uid in self.here:
-            return SUCCESS, None  # a second copy
-        part.written()
-        part.keep(f"{uid}.dcm")
-        part.named(self.path)
-        with self._lock:
-            if uid in self.here:
-                return SUCCESS, None
+        with self.lock:
+            second = uid in self.here
             self.here.add(uid)
+        if second:
+            why = self.second(part, header)
+            if not why:
+                return SUCCESS, None
+            self._count(why)
+            return NOT_AUTHORISED, None
+        try:
+            part.written()
+            part.keep(f"{uid}.dcm")
+            part.named(self.path)
+        except BaseException:
+            with self.lock:
+                self.here.discard(uid)
+            raise
         return SUCCESS, header
 
     def identified(self, part: DurableFile, size: int, uid: str, seen: Header | None) -> tuple[int, Header | None]:

@@ -77,6 +77,32 @@ def test_everything_comes_and_the_choice_is_told(way: str, tmp_path: Path, port:
         assert again.counts[Kind.ALREADY] == 6 and len(peer.asked(GET if way == "get" else MOVE)) == 2
 
 
+@pytest.mark.parametrize("way", ["get", "move"])
+@pytest.mark.parametrize("alike", [True, False], ids=["copied", "other"])
+def test_one_uid_in_two_series_comes_once_and_what_differs_is_not_taken_for_it(
+    way: str, alike: bool, tmp_path: Path, port: int
+) -> None:
+    uid, first, second = studies.uid(), studies.uid(), studies.uid()
+    files = [studies.dataset(study=uid, series=first) for _ in range(2)]
+    copies = [studies.dataset(study=uid, series=second, SOPInstanceUID=one.SOPInstanceUID) for one in files]
+    if not alike:
+        copies[0].PixelData = bytes(len(copies[0].PixelData))
+    held = [studies.encoded(one) for one in (*files, *copies, studies.dataset(study=uid, series=second))]
+    refused = GETS if way == "move" else ()
+    with archive(held, accept=only(refused), ports={AET: port}) as peer:
+        for _ in range(2):  # what is here already is as much as what comes
+            receipt = pull(peer, tmp_path / "in", concurrency=1)
+            assert receipt.state is (State.DELIVERED if alike else State.PARTIAL), receipt.notes
+            assert datasets(tmp_path / "in").keys() == {one.uid for one in peer.instances}
+            said = "; ".join(receipt.notes)
+            if alike:
+                assert receipt.unsent == 0
+                assert f"series {second}: 2 instances are in another series as well, and come once" in said
+            else:
+                assert receipt.unsent == 1
+                assert "were not taken: another instance of the same UID is in series " in said
+
+
 # What a peer does wrong in the first retrieval of a series, and what must come of it.
 def half_then(*last: Any) -> Callable[[Request, list[Instance]], Steps]:
     return lambda request, found: [*(Send(one) for one in found[: len(found) // 2]), *last]
