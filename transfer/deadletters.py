@@ -2,9 +2,11 @@
 
     TALARIA_HOME/failed/<flow run id>/
     ├── source.json   the folder that the files' paths were relative to
+    ├── lent          is there if another dispatch was to read these files
     └── files/        what was staged: links to the files, which cost no room while the source exists
 
-Only what was staged as a whole is kept. It goes with the retention, or when the dispatch is delivered after all.
+Only what was staged as a whole is kept. It goes with the retention, or when the dispatch is delivered after all; where
+another dispatch was to send it elsewhere, with the retention alone, and not while that one has not ended.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -20,6 +22,8 @@ from transfer.home import Home
 from transfer.live import replace
 from transfer.plan import Plan
 from transfer.staging import discard
+
+FAILED, FILES, LENT = "failed", "files", "lent"
 
 
 def keep(home: Home, run_id: str, plan: Plan, source: Path) -> bool:
@@ -30,22 +34,25 @@ def keep(home: Home, run_id: str, plan: Plan, source: Path) -> bool:
         source: the folder that their paths were relative to.
     """
     folder = _folder(home, run_id)
-    if source == folder / "files":
+    if source == folder / FILES:
         return True  # it was read from here, and stays
     if not plan.items or any(item.in_place or item.problem for item in plan.items):
         return False
+    lent = (folder / LENT).exists()
     discard(folder)
     folder.parent.mkdir(mode=0o700, exist_ok=True)
     folder.mkdir(mode=0o700)
+    if lent:
+        (folder / LENT).touch(0o600)
     replace(folder / "source.json", {"source": os.fsencode(source).hex()})
-    os.rename(plan.root, folder / "files")
+    os.rename(plan.root, folder / FILES)
     return True
 
 
 def instead(home: Home, run_id: str, paths: Sequence[str]) -> list[str]:
     """Return what to read instead of a run's paths: what was kept, if the source has not all of it any more."""
     folder = _folder(home, run_id)
-    files = folder / "files"
+    files = folder / FILES
     try:
         source = os.fsdecode(bytes.fromhex(json.loads((folder / "source.json").read_bytes())["source"]))
     except (OSError, ValueError, KeyError, TypeError):
@@ -58,19 +65,38 @@ def instead(home: Home, run_id: str, paths: Sequence[str]) -> list[str]:
     return list(paths)
 
 
+def lend(home: Home, run_id: str, paths: Sequence[str]) -> list[str]:
+    """Return what another dispatch is to read, as `instead`; it may wait for long, and find it then all the same."""
+    found = instead(home, run_id, paths)
+    if found != list(paths):
+        (_folder(home, run_id) / LENT).touch(0o600)
+    return found
+
+
+def read_by(paths: Iterable[str]) -> set[str]:
+    """Return the ids of the runs whose kept files a dispatch of these paths reads."""
+    found = set()
+    for path in map(Path, paths):
+        if path.name == FILES and path.parent.parent.name == FAILED:
+            found.add(path.parent.name)
+    return found
+
+
 def forget(home: Home, run_id: str) -> None:
-    """Remove what was kept of a run."""
-    discard(_folder(home, run_id))
+    """Remove what was kept of a run, unless another one may still read it."""
+    folder = _folder(home, run_id)
+    if not (folder / LENT).exists():
+        discard(folder)
 
 
 def clear(home: Home, before: float, keep: Collection[str] = ()) -> int:
     """Remove what was kept before a time (seconds since the epoch); return of how many runs.
 
     Args:
-        keep: ids of runs that have not ended.
+        keep: ids of runs that have not ended, or whose files are read by such.
     """
     old = []
-    for folder in (home.root / "failed").glob("*"):
+    for folder in (home.root / FAILED).glob("*"):
         with suppress(FileNotFoundError):
             if folder.name not in keep and folder.stat().st_mtime < min(before, time.time()):
                 old.append(folder)
@@ -82,7 +108,7 @@ def clear(home: Home, before: float, keep: Collection[str] = ()) -> int:
 def used(home: Home) -> int:
     """Return the bytes that are kept here alone: of files that their source has not any more."""
     found = 0
-    for above, _, names in os.walk(home.root / "failed"):
+    for above, _, names in os.walk(home.root / FAILED):
         for name in names:
             with suppress(FileNotFoundError):
                 info = os.lstat(os.path.join(above, name))
@@ -91,4 +117,4 @@ def used(home: Home) -> int:
 
 
 def _folder(home: Home, run_id: str) -> Path:
-    return home.root / "failed" / run_id
+    return home.root / FAILED / run_id

@@ -145,11 +145,15 @@ def _forget(home: Home, age: float, open_runs: Collection[str], failed_age: floa
 
 
 async def _unfinished(client: httpx.AsyncClient) -> set[str]:
-    found: set[str] = set()
+    """Return the ids of runs that have not ended, and of those whose kept files they are to send."""
+    found, count = set[str](), 0
     while True:
-        body = {"flow_runs": {"state": {"type": {"any_": OPEN}}}, "limit": PAGE, "offset": len(found)}
+        body = {"flow_runs": {"state": {"type": {"any_": OPEN}}}, "limit": PAGE, "offset": count}
         answer = await client.post("/flow_runs/filter", json={**body, "sort": "ID_DESC"})
         page = answer.raise_for_status().json()
-        found |= {one["id"] for one in page}
+        for one in page:
+            paths = one["parameters"].get("paths")
+            found |= {one["id"], *deadletters.read_by(paths if isinstance(paths, list) else ())}
+        count += len(page)
         if len(page) < PAGE:
             return found

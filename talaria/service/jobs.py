@@ -126,7 +126,7 @@ async def send_job(office: Office, job: str, to: list[str]) -> dict[str, Any]:
 
     flow_run = await found(office, job, ("dispatch",))
     asked = {key: value for key, value in flow_run.parameters.items() if key not in ("targets", "force")}
-    asked["paths"] = await asyncio.to_thread(deadletters.instead, office.home, str(flow_run.id), asked["paths"])
+    asked["paths"] = await asyncio.to_thread(deadletters.lend, office.home, str(flow_run.id), asked["paths"])
     return await create_dispatch(office, targets=to, **asked)
 
 

@@ -174,7 +174,10 @@ def test_a_long_log_begins_anew(home: Home, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_runs_that_have_not_ended_are_asked_for_page_by_page() -> None:
-    runs = [{"id": str(number)} for number in range(2 * retention.PAGE + 1)]
+    runs: list[dict[str, Any]] = [{"id": str(number), "parameters": {}} for number in range(2 * retention.PAGE + 1)]
+    # What is kept of a run that has ended, and is to be sent by another one.
+    runs[-1]["parameters"] = {"paths": ["/state/failed/given-up/files", "/data"]}
+    runs[0]["parameters"] = {"paths": "odd"}
 
     def answer(request: httpx.Request) -> httpx.Response:
         asked = json.loads(request.content)
@@ -186,7 +189,7 @@ def test_runs_that_have_not_ended_are_asked_for_page_by_page() -> None:
         async with httpx.AsyncClient(transport=httpx.MockTransport(answer), base_url="http://there/api") as client:
             return await retention._unfinished(client)
 
-    assert asyncio.run(ask()) == {run["id"] for run in runs}
+    assert asyncio.run(ask()) == {run["id"] for run in runs} | {"given-up"}
 
 
 def test_old_runs_go_with_all_that_belongs_to_them(up: Talaria, tmp_path: Path) -> None:

@@ -102,3 +102,26 @@ def test_nothing_else_of_the_state_directory_is_sent(home: Home, tmp_path: Path)
     for path in (home.root / "failed", home.root / "failed" / RUN, home.root / "failed" / RUN / "source.json"):
         with pytest.raises(Denied, match="state directory"):
             scan([str(path)])
+
+
+def test_what_another_dispatch_is_to_send_stays_when_its_own_is_delivered(home: Home, tmp_path: Path) -> None:
+    """It waited for the night, and at noon a retry of the first one took the last copy away."""
+    studies.ct(tmp_path / "study", 2)
+    given_up(home, tmp_path / "study")
+    assert deadletters.lend(home, RUN, [str(tmp_path / "study")]) == [str(tmp_path / "study")]
+    deadletters.forget(home, RUN)  # nobody reads it: the source is there
+    assert not (home.root / "failed" / RUN).exists()
+    given_up(home, tmp_path / "study")
+    shutil.rmtree(tmp_path / "study")
+    paths = deadletters.lend(home, RUN, [str(tmp_path / "study")])
+    deadletters.forget(home, RUN)
+    assert len(scan(paths).items) == 2
+    # Also where its own fails once more meanwhile, from a source that is there again.
+    studies.ct(tmp_path / "study", 2)
+    given_up(home, tmp_path / "study")
+    shutil.rmtree(tmp_path / "study")
+    deadletters.forget(home, RUN)
+    assert len(scan(paths).items) == 2
+    assert deadletters.read_by([*paths, str(tmp_path / "study"), "/", "files"]) == {RUN}
+    assert deadletters.clear(home, time.time() + 9, deadletters.read_by(paths)) == 0  # it still waits
+    assert deadletters.clear(home, time.time() + 9) == 1
