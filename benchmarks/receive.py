@@ -3,12 +3,14 @@
     .venv/bin/python -m benchmarks.receive [--rounds 5] [--set small] [--associations 1] [--disk /var/tmp]
 
 Two anchors, `storescp --fork` as it comes, which parses and re-encodes what it gets, and with `+B`, which keeps bytes
-as Talaria does. Neither flushes anything; Talaria answers when data and name of a file are on disk. The sender has its
-PDUs in memory and waits for each answer. Candidates take turns, ratios are those of a round; between two runs the
-folder is emptied and the disk has written what it holds. On a disk files are emptied and put aside, not removed: ext4
-without a journal looks for inodes beside those that were given up in the last half minute, which took whoever came next
-up to 1 ms for each file. CPU is the receiver's, with all processes below it. Memory is what the listener and
-these take above what they took when nothing had come yet.
+as Talaria does. Neither flushes anything; Talaria answers when data and name of a file are on disk. What that costs
+by itself is "writing alone": a process that writes, flushes and names as many files of this size, one behind the
+other in as many threads as there are associations, with nothing else to do; nobody who answers for each instance can
+be faster on this disk. The sender has its PDUs in memory and waits for each answer. Candidates take turns, ratios are
+those of a round; between two runs the folder is emptied and the disk has written what it holds. On a disk files are
+emptied and put aside, not removed: ext4 without a journal looks for inodes beside those that were given up in the
+last half minute, which took whoever came next up to 1 ms for each file. CPU is the receiver's, with all processes
+below it. Memory is what the listener and these take above what they took when nothing had come yet.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ from tests.servers import wire
 AET = "DST"
 ASSOCIATIONS = (1, 16, 50)
 MEMORY = "/dev/shm"
+ALONE = "writing alone"
 NUMBERS = itertools.count()  # of files that were put aside
 
 
@@ -86,6 +89,36 @@ def send(port: int, associations: int, count: int, size: int) -> None:
         sock.sendall(b"\5\0\0\0\0\4\0\0\0\0")
         sock.recv(10)
         sock.close()
+    if failed:
+        raise failed[0]
+
+
+def write(folder: Path, threads: int, count: int, size: int) -> None:
+    """Write files from memory, each flushed and named before the next of its thread; as many threads at once."""
+    from protocols.files.durable import way_of
+
+    way, data = way_of(folder), memoryview(os.urandom(size))
+    failed: list[BaseException] = []
+
+    def keep(thread: int) -> None:
+        try:
+            for number in range(count // threads):
+                part = way(folder)
+                for at in range(0, size, PDU):
+                    part.wrote(at + os.write(part.fd, data[at : at + PDU]))
+                part.written()
+                part.keep(f"{thread}.{number}", replace=False)
+                part.named(str(folder))
+                part.close()
+        except BaseException as exc:
+            failed.append(exc)
+
+    running = [threading.Thread(target=keep, args=(thread,)) for thread in range(threads)]
+    with section():
+        for one in running:
+            one.start()
+        for one in running:
+            one.join()
     if failed:
         raise failed[0]
 
@@ -149,12 +182,26 @@ def measured(
     port, process = server
     _begin_peak(process)
     cpu = _cpu(process)
-    argv = [sys.executable, "-m", "benchmarks.receive", "--task=send", *map(str, (port, associations, count, size))]
-    wall_s = run(argv).wall_s
-    there = sum(len(files) for _, _, files in os.walk(folder))
-    if there != count // associations * associations:
-        raise RuntimeError(f"{there} files of {count}")
+    wall_s = task("send", port, associations, count, size).wall_s
+    check(folder, count)
     return Run(wall_s, _cpu(process) - cpu, _peak(process) - idle_mib)
+
+
+def writing_alone(folder: Path, associations: int, count: int, size: int) -> Run:
+    done = task("write", folder, associations, count, size)
+    check(folder, count)
+    return done
+
+
+def task(name: str, *arguments: object) -> Run:
+    """Run a function of this module in a fresh interpreter."""
+    return run([sys.executable, "-m", "benchmarks.receive", f"--task={name}", *map(str, arguments)])
+
+
+def check(folder: Path, count: int) -> None:
+    there = sum(len(files) for _, _, files in os.walk(folder))
+    if there != count:
+        raise RuntimeError(f"{there} files of {count}")
 
 
 def _tree(process: psutil.Process) -> list[psutil.Process]:
@@ -197,15 +244,15 @@ def compare(name: str, associations: int, rounds: int, root: Path) -> None:
     count -= count % associations
     where = "in memory" if str(root).startswith(MEMORY) else "on disk"
     print(f"\n## {name}, {where}: {count} instances of {size / MB:.2f} MB over {associations} associations")
-    ours, plain, kept, aside = (root / each for each in ("ours", "plain", "kept", "aside"))
+    ours, plain, kept, alone, aside = (root / each for each in ("ours", "plain", "kept", "alone", "aside"))
     aside.mkdir(exist_ok=True)
     with (
-        emptied(ours), emptied(plain), emptied(kept),
+        emptied(ours), emptied(plain), emptied(kept), emptied(alone),
         talaria(ours) as one, storescp(plain) as two, storescp(kept, "+B") as three,
     ):  # fmt: skip
 
         def clear() -> None:
-            for folder in (ours, plain, kept):
+            for folder in (ours, plain, kept, alone):
                 for path in sorted(folder.rglob("*"), reverse=True):
                     if path.is_dir():
                         path.rmdir()
@@ -224,8 +271,9 @@ def compare(name: str, associations: int, rounds: int, root: Path) -> None:
             "talaria": candidate(ours, one),
             "storescp --fork": candidate(plain, two),
             "storescp --fork +B": candidate(kept, three),
+            ALONE: partial(writing_alone, alone, associations, count, size),
         }
-        show(in_turn(candidates, rounds, clear), count * size, ("storescp --fork", "storescp --fork +B"))
+        show(in_turn(candidates, rounds, clear), count * size, ("storescp --fork", "storescp --fork +B", ALONE))
 
 
 def main() -> None:
@@ -241,6 +289,8 @@ def main() -> None:
         listen(Path(args.arguments[0]))
     elif args.task == "send":
         send(*map(int, args.arguments))
+    elif args.task == "write":
+        write(Path(args.arguments[0]), *map(int, args.arguments[1:]))
     else:
         print(f"{machine()}, load {os.getloadavg()[0]:.1f}")
         for base in (args.disk, MEMORY):
