@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from mmap import PAGESIZE
 from pathlib import Path
 
@@ -90,6 +93,41 @@ def test_the_disk_begins_while_data_comes(tmp_path: Path, monkeypatch: pytest.Mo
         part.named(str(tmp_path))
         part.close()
         assert (tmp_path / name).read_bytes() == data[:size]
+
+
+@pytest.mark.mounts
+@pytest.mark.skipif(not (os.geteuid() == 0 and os.path.exists("/dev/loop-control")), reason="needs a loop device")
+@pytest.mark.parametrize("journal", ["has_journal", "^has_journal"])
+def test_a_copy_of_the_disk_has_what_was_named(journal: str, tmp_path: Path) -> None:
+    """As a power cut would leave it: each file that was waited for is there and whole, what still comes has no name."""
+    data = {str(size): os.urandom(size) for size in (1, 4096, 30_001, 3 * AHEAD_BYTES + 4321, 1_500_000)}
+    image, copy, there = tmp_path / "disk", tmp_path / "copy", tmp_path / "there"
+    there.mkdir()
+    with image.open("wb") as file:
+        file.truncate(1 << 26)
+    subprocess.run(["mkfs.ext4", "-q", "-F", "-O", journal, image], check=True, env={"PATH": "/usr/sbin:/sbin"})
+    subprocess.run(["mount", "-o", "loop", image, there], check=True)
+    way = durable.way_of(there)
+    assert way is durable.OneCommit
+
+    def keep(name: str) -> None:
+        part = way(there)
+        for at in range(0, len(data[name]), 65_530):
+            part.wrote(at + os.write(part.fd, data[name][at : at + 65_530]))
+        part.written()
+        part.keep(name, replace=False)
+        part.named(str(there))
+        part.close()
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(keep, data))
+    coming = way(there)
+    coming.wrote(os.write(coming.fd, bytes(2 * AHEAD_BYTES)))
+    shutil.copyfile(image, copy)
+    coming.close()
+    subprocess.run(["umount", there], check=True)
+    subprocess.run(["mount", "-o", "loop", copy, there], check=True)
+    assert {path.name: path.read_bytes() for path in there.iterdir() if path.is_file()} == data
 
 
 def test_a_system_without_the_call_gets_the_usual_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
