@@ -105,8 +105,16 @@ def clear(home: Home, before: float, keep: Collection[str] = ()) -> int:
     return len(old)
 
 
+def kept(home: Home) -> set[str]:
+    """Return the ids of the runs of which something is kept."""
+    return {folder.name for folder in (home.root / "failed").glob("*")}
+
+
 def used(home: Home) -> int:
-    """Return the bytes that are kept here alone: of files that their source has not any more."""
+    """Return the bytes that are kept here alone: of files that their source has not any more.
+
+    Of files that could not be linked, but frozen by a reflink, it is more: they share their blocks with the source's.
+    """
     found = 0
     for above, _, names in os.walk(home.root / FAILED):
         for name in names:

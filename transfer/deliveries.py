@@ -90,6 +90,13 @@ class Deliveries:
             ).fetchall()
         return [str(row[0]) for row in rows]
 
-    def prune(self, before: float) -> int:
-        """Forget what was noted before a time (seconds since the epoch); return how many rows."""
-        return self._db.execute("DELETE FROM deliveries WHERE time < ?", (before,)).rowcount
+    def prune(self, before: float, keep: Iterable[str] = ()) -> int:
+        """Forget what was noted before a time (seconds since the epoch); return how many rows.
+
+        Args:
+            keep: ids of flow runs that go on later.
+        """
+        return self._db.execute(
+            f"DELETE FROM deliveries WHERE time < ? AND flow_run_id NOT IN ({self._db.LISTED})",  # noqa: S608 - ours
+            (before, json.dumps([*keep])),
+        ).rowcount

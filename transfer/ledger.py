@@ -24,7 +24,7 @@ from transfer.happenings import Happenings
 from transfer.messages import Messages
 from transfer.outcome import ARRIVED, Kind, Outcome
 from transfer.plan import Item
-from transfer.pruning import prune_confirmed, prune_dispatches
+from transfer.pruning import prune_confirmed, prune_dispatches, prune_runs
 from transfer.receipt import ItemResult
 from transfer.runs import Runs
 from transfer.sourcebook import Sourcebook
@@ -51,8 +51,8 @@ OF_OLD = (
     f"DELETE FROM hooks WHERE destination LIKE '%/%' AND dispatch_id NOT LIKE '{AT}%'",  # noqa: S608
 )
 # 0: ledgers before they had one; 1 had no tables of what happened, 2 none of sources, 3 none of hours, 4 none of waits,
-# 5 none of deliveries
-VERSION = 6
+# 5 none of deliveries, 6 none of the studies of floods
+VERSION = 7
 OTHERS = runs, confirmed, happenings, messages, sourcebook, waits, deliveries
 TABLES = Tables(SCHEMA + "".join(one.TABLES for one in OTHERS), VERSION, OF_OLD)
 
@@ -352,12 +352,15 @@ class Ledger:
         Args:
             keep: ids of flow runs that go on later: what they have sent is not forgotten.
         """
-        others = (self.runs, self.happenings, self.messages, self.waits, self.deliveries)
-        dispatches = prune_dispatches(self._db, before, keep)
+        keep = [*keep]
+        dispatches = prune_dispatches(self._db, before, keep) + prune_runs(self._db, before, keep)
+        self.runs.prune_owners(before)
+        others = self.happenings, self.messages, self.waits
         scripts = "DELETE FROM hooks WHERE substr(dispatch_id, 1, ?)=? AND time < ?"
         return (
             dispatches
             + sum(one.prune(before) for one in others)
+            + self.deliveries.prune(before, keep)
             + self._db.execute(scripts, (len(AT), AT, before)).rowcount
             + prune_confirmed(self._db, before)
         )

@@ -23,9 +23,10 @@ def prune_dispatches(db: Database, before: float, keep: Iterable[str]) -> int:
         keep: ids of flow runs that go on later: their dispatches stay.
     """
     kept, count = json.dumps([*keep]), 0
+    on = f"ended IS NULL OR flow_run_id IN ({db.LISTED})"
     old = (
-        " GROUP BY dispatch_id HAVING MAX(time) < ? AND dispatch_id NOT IN"  # noqa: S608 - ours
-        f" (SELECT dispatch_id FROM runs WHERE ended IS NULL OR flow_run_id IN ({db.LISTED}))"
+        f" GROUP BY dispatch_id HAVING MAX(time) < ? AND dispatch_id NOT IN (SELECT dispatch_id FROM runs WHERE {on}"  # noqa: S608 - ours
+        f" UNION ALL SELECT dispatch_id FROM studies WHERE flow_run_id IN (SELECT flow_run_id FROM runs WHERE {on}))"
     )
     still_old = f"SELECT dispatch_id FROM items WHERE dispatch_id IN ({db.LISTED}){old}"  # noqa: S608 - ours
     rows = (
@@ -33,12 +34,12 @@ def prune_dispatches(db: Database, before: float, keep: Iterable[str]) -> int:
         f" FROM items WHERE dispatch_id IN ({db.LISTED}) LIMIT ?)"
     )
     with db.reading():  # all of it is looked at, which takes seconds where there are millions, and holds up nobody
-        found = db.execute(f"SELECT dispatch_id, COUNT(*) FROM items{old}", (before, kept)).fetchall()  # noqa: S608
+        found = db.execute(f"SELECT dispatch_id, COUNT(*) FROM items{old}", (before, kept, kept)).fetchall()  # noqa: S608
     for portion in _portions(found):
         gone = PORTION
         while gone == PORTION:  # else they are all gone
             with _in_turn(db):
-                asked = json.dumps(portion), before, kept
+                asked = json.dumps(portion), before, kept, kept
                 ids = json.dumps([row[0] for row in db.execute(still_old, asked).fetchall()])
                 for table in ("hooks", "runs"):
                     statement = f"DELETE FROM {table} WHERE dispatch_id IN ({db.LISTED})"  # noqa: S608 - ours
@@ -68,6 +69,37 @@ def _portions(dispatches: Iterable[tuple[str, int]]) -> Iterator[list[str]]:
         rows += count
     if portion:
         yield portion
+
+
+def prune_runs(db: Database, before: float, keep: Iterable[str]) -> int:
+    """Delete runs that ended before a time and of whose dispatch nothing is kept; return how many.
+
+    Such are checks and queries, floods, whose studies are dispatches of their own, and what never sent anything.
+
+    Args:
+        keep: ids of flow runs that go on later.
+    """
+    listed = f"flow_run_id IN ({db.LISTED})"
+    with db.reading():
+        found = db.execute(
+            f"SELECT flow_run_id FROM runs WHERE ended < ? AND NOT {listed}"  # noqa: S608 - ours
+            " AND NOT EXISTS (SELECT 1 FROM items WHERE items.dispatch_id=runs.dispatch_id)",
+            (before, json.dumps([*keep])),
+        ).fetchall()
+    count = 0
+    still = f"SELECT flow_run_id FROM runs WHERE {listed} AND ended < ?"  # noqa: S608 - ours
+    studies = (
+        "DELETE FROM studies WHERE (flow_run_id, dispatch_id) IN (SELECT flow_run_id, dispatch_id"  # noqa: S608
+        f" FROM studies WHERE flow_run_id IN ({still}) LIMIT ?)"
+    )
+    for at in range(0, len(found), PORTION):
+        ids, gone = json.dumps([row[0] for row in found[at : at + PORTION]]), PORTION
+        while gone == PORTION:
+            with _in_turn(db):
+                gone = db.execute(studies, (ids, before, PORTION)).rowcount
+        with _in_turn(db):
+            count += db.execute(f"DELETE FROM runs WHERE {listed} AND ended < ?", (ids, before)).rowcount  # noqa: S608
+    return count
 
 
 def prune_confirmed(db: Database, before: float) -> int:

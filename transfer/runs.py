@@ -1,7 +1,7 @@
 """Which process runs which flow run, and which processes may, in the ledger's database.
 
-A row for each run says who has it, and which dispatch it is; one for each owner, until when its lease lasts. What
-follows from it is decided by who asks (`transfer.lease`, `talaria.engine.recovery`).
+A row for each run says who has it, and which dispatch it is, or which ones a flood has begun; one for each owner, until
+when its lease lasts. What follows from it is decided by who asks (`transfer.lease`, `talaria.engine.recovery`).
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ TABLES = """
 CREATE TABLE IF NOT EXISTS runs (
   flow_run_id TEXT PRIMARY KEY, dispatch_id TEXT NOT NULL, owner TEXT NOT NULL,
   begun DOUBLE PRECISION NOT NULL, ended DOUBLE PRECISION) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS studies (
+  flow_run_id TEXT NOT NULL, dispatch_id TEXT NOT NULL, PRIMARY KEY (flow_run_id, dispatch_id)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS owners (
   owner TEXT PRIMARY KEY, home TEXT NOT NULL, host TEXT NOT NULL, until DOUBLE PRECISION NOT NULL) WITHOUT ROWID;
 """
@@ -77,6 +79,16 @@ class Runs:
                 (flow_run_id, plan.dispatch_id, self._db.time()),
             )
         return plan
+
+    def begins_study(self, flow_run_id: str, dispatch_id: str) -> None:
+        """Note a dispatch that a run has begun beside others: nothing of it is forgotten while the run goes on."""
+        self._db.execute("INSERT INTO studies VALUES (?,?) ON CONFLICT DO NOTHING", (flow_run_id, dispatch_id))
+
+    def newest(self) -> float:
+        """Return when a run began last, in seconds since the epoch; 0 if none is known."""
+        with self._db.reading():
+            (found,) = self._db.execute("SELECT max(begun) FROM runs").fetchone()
+        return float(found or 0)
 
     def dispatch_of(self, flow_run_id: str) -> str:
         """Return the id of a run's dispatch; "" if none is known."""
@@ -141,12 +153,9 @@ class Runs:
         ).fetchone()
         return Holder(row[0], row[1], bool(row[2])) if row else None
 
-    def prune(self, before: float) -> int:
-        """Forget runs that have no dispatch, and owners, that ended before a time; return how many runs."""
-        # Checks, queries and retrievals have a row as runs, and nothing else.
-        count = self._db.execute("DELETE FROM runs WHERE dispatch_id='' AND ended < ?", (before,)).rowcount
-        self._db.execute(
+    def prune_owners(self, before: float) -> int:
+        """Forget owners that ended before a time; return how many."""
+        return self._db.execute(
             "DELETE FROM owners WHERE until < ? AND owner NOT IN (SELECT owner FROM runs WHERE ended IS NULL)",
             (before,),
-        )
-        return count
+        ).rowcount

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from contextlib import suppress
 from typing import Annotated, Any
 
@@ -121,10 +120,10 @@ def prune(
     age = _AGE.fullmatch(older_than)
     if not age:
         raise ValueError(f"--older-than {older_than!r}: expected a number and d, h or m, as in 30d")
-    before = time.time() - int(age[1]) * _SECONDS[age[2]]
     load_settings()
     home = Home.current()
     with Ledger(home.ledger) as ledger:
+        before = ledger.now() - int(age[1]) * _SECONDS[age[2]]
         rows = ledger.prune(before, waiting(home))
         receipts, orphans, indexes = clear(home, ledger, before)
     if as_json:

@@ -11,17 +11,18 @@ import logging
 import math
 import os
 import shutil
-import time
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator
 from contextlib import suppress
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
+from uuid import UUID
 
 import httpx
 from prefect.client.schemas.objects import TERMINAL_STATES, StateType
 
 from talaria.engine.freed import give_back, taken
-from talaria.engine.leftovers import clear
+from talaria.engine.leftovers import clear, waiting
 from talaria.settings import load_settings
 from transfer import deadletters
 from transfer.home import Home
@@ -35,7 +36,8 @@ EVENTS_S = 7 * DAY_S  # events are kept no longer
 LOG_BYTES = 32 << 20  # of a log file, before it begins anew
 PAGE = 200  # runs a request; Prefect's own limit
 OPEN = [one.value for one in StateType if one not in TERMINAL_STATES]
-Vacuum = Callable[[float], Awaitable[None]]
+RUNS = 20  # deleted with one commit, and what belongs to them
+Vacuum = Callable[[float, Collection[str]], Awaitable[None]]
 logger = logging.getLogger("talaria.retention")
 
 
@@ -71,19 +73,23 @@ async def tidy(
 
     Args:
         open_runs: ids of runs that have not ended.
-        vacuum: clears Prefect's database of what is older than so many seconds.
-        failed_age: that of the files of dispatches that were given up, if it is shorter.
+        vacuum: clears Prefect's database of what is older than so many seconds, but for some runs.
+        failed_age: that of the files of dispatches that were given up. They go at that age whatever takes too much, and
+            what is known of their runs not before them: else nobody could try these again.
         last: the age that was kept the last time, where the first step begins: what is older has gone. Each step looks
             through all that is kept.
 
     Returns:
-        The age that was kept.
+        The age that was kept: infinite where nothing has begun for longer, and nothing is forgotten.
     """
     kept = age
+    if await asyncio.to_thread(_is_all_old, home, age):
+        logger.warning("nothing has begun for longer than is remembered, or the clock is wrong: nothing is forgotten")
+        return math.inf
     while True:
-        await asyncio.to_thread(_forget, home, kept, open_runs, min(kept, failed_age))
+        await asyncio.to_thread(_forget, home, kept, open_runs, failed_age)
         if vacuum:
-            await vacuum(kept)
+            await vacuum(kept, deadletters.kept(home))
         size = await asyncio.to_thread(used, home)
         if size <= limit or kept <= YOUNGEST_S:
             break
@@ -95,48 +101,84 @@ async def tidy(
     return kept
 
 
-async def vacuum(age: float) -> None:
-    """Delete ended runs, with all that belongs to them, and events from Prefect's database in this process."""
+async def vacuum(age: float, keep: Collection[str] = ()) -> None:
+    """Delete ended runs, with all that belongs to them, and events from Prefect's database in this process.
+
+    Args:
+        keep: ids of runs that stay.
+    """
     from prefect.server.database import provide_database_interface
     from prefect.server.services import db_vacuum
-    from prefect.settings import (
-        PREFECT_SERVER_EVENTS_RETENTION_PERIOD,
-        PREFECT_SERVER_SERVICES_DB_VACUUM_RETENTION_PERIOD,
-        temporary_settings,
-    )
+    from prefect.settings import PREFECT_SERVER_EVENTS_RETENTION_PERIOD, temporary_settings
 
-    bounds = {
-        PREFECT_SERVER_SERVICES_DB_VACUUM_RETENTION_PERIOD: timedelta(seconds=age),
-        PREFECT_SERVER_EVENTS_RETENTION_PERIOD: timedelta(seconds=min(age, EVENTS_S)),
-    }
     db = provide_database_interface()
-    with temporary_settings(bounds):
-        await db_vacuum.vacuum_old_flow_runs(db=db)
+    with temporary_settings({PREFECT_SERVER_EVENTS_RETENTION_PERIOD: timedelta(seconds=min(age, EVENTS_S))}):
+        await _delete_runs(db, datetime.now(UTC) - timedelta(seconds=age), keep)
         await db_vacuum.vacuum_orphaned_logs(db=db)
         await db_vacuum.vacuum_orphaned_artifacts(db=db)
         await db_vacuum.vacuum_stale_artifact_collections(db=db)
         await db_vacuum.vacuum_old_events(db=db)
 
 
+async def _delete_runs(db: Any, before: datetime, keep: Collection[str]) -> None:
+    """Delete what Prefect's own vacuum would of runs that ended before a time, but for some, which that can't keep."""
+    from sqlalchemy import delete, select
+
+    run = db.FlowRun
+    old = (
+        run.parent_task_run_id.is_(None),
+        run.state_type.in_(TERMINAL_STATES),
+        run.end_time < before,
+        run.id.not_in(list(_ids(keep))),
+    )
+    while True:
+        async with db.session_context(begin_transaction=True, with_for_update=True) as session:
+            ids = (await session.scalars(select(run.id).where(*old).limit(RUNS))).all()
+            await session.execute(delete(run).where(run.id.in_(ids)))
+        for table in (db.Log, db.Artifact) if ids else ():
+            async with db.session_context(begin_transaction=True, with_for_update=True) as session:
+                await session.execute(delete(table).where(table.flow_run_id.in_(ids)))
+        if len(ids) < RUNS:
+            return
+
+
+def _ids(names: Iterable[str]) -> Iterator[UUID]:
+    for name in names:
+        with suppress(ValueError):  # a folder that is not ours
+            yield UUID(name)
+
+
 def used(home: Home) -> int:
-    """Return the bytes of what is kept: databases, without pages that are free again, receipts, and dead letters."""
+    """Return the bytes of what is kept: databases, without pages that are free again, and receipts.
+
+    Files of dispatches that were given up are bounded by their age alone: where they take much, forgetting what was
+    delivered would make nothing smaller.
+    """
     found = sum(taken(path) for path in _databases(home))
     for path in home.receipt("").parent.glob("*"):
         with suppress(FileNotFoundError):
             found += path.stat().st_size
-    return found + deadletters.used(home)
+    return found
 
 
 def _databases(home: Home) -> list[Path]:
     return [path for path in (home.root / "prefect" / "prefect.db", home.root / "ledger.sqlite") if path.exists()]
 
 
-def _forget(home: Home, age: float, open_runs: Collection[str], failed_age: float) -> None:
-    now = time.time()
-    before = now - age
+def _is_all_old(home: Home, age: float) -> bool:
+    """Return True if all that is known would be forgotten at once, as by a clock that is years ahead."""
     with Ledger(home.ledger) as ledger:
-        ledger.prune(before, open_runs)
-        clear(home, ledger, before, open_runs, now - failed_age)
+        newest = ledger.runs.newest()
+        return 0 < newest < ledger.now() - age
+
+
+def _forget(home: Home, age: float, open_runs: Collection[str], failed_age: float) -> None:
+    with Ledger(home.ledger) as ledger:
+        now = ledger.now()
+        deadletters.clear(home, now - failed_age, {*open_runs, *waiting(home)})
+        keep = {*open_runs, *deadletters.kept(home)}
+        ledger.prune(now - age, keep)
+        clear(home, ledger, now - age, keep, now - failed_age)
     for log in (home.root / "logs").glob("*.log"):
         if log.stat().st_size > LOG_BYTES:
             shutil.copyfile(log, log.with_suffix(".log.1"))

@@ -199,6 +199,7 @@ class Flood(Delivery):
                 exc.target = self.target.name
                 self._stumbles(study, Receipt(self.target.name, (), error=exc.message, missing=1), exc)
                 return
+            self.ledger.runs.begins_study(self.run, plan.dispatch_id)
             delivery = self._delivery(study, plan)
             audited.delivery_begins(delivery, self.run, self.who)
             try:

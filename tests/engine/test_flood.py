@@ -89,6 +89,8 @@ def test_each_study_is_the_dispatch_that_it_would_be_alone(tmp_path: Path) -> No
     assert [row["dispatch_id"] for row in found] == alone
     assert all(row["targets"]["shelf"]["delivered"] == 2 and row["state"] == "delivered" for row in found)
     assert [len(bench.ledger.results(one)["shelf"]) for one in alone] == [2] * 5
+    noted = bench.ledger._db.execute("SELECT flow_run_id, dispatch_id FROM studies").fetchall()
+    assert sorted(noted) == sorted(("run", one) for one in alone)  # and so not forgotten while it goes on
     assert not list(bench.staging.iterdir())
     again = bench.flood().push()
     assert again.counts[Kind.ALREADY] == 10 and again.counts[Kind.DELIVERED] == 0

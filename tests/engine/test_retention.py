@@ -77,7 +77,7 @@ def test_what_is_old_goes_unless_it_goes_on(home: Home, plan: Plan, monkeypatch:
     os.utime(home.root / "waiting" / "waits.json", (1, 1))
     aged = list[float]()
 
-    async def vacuum(age: float) -> None:
+    async def vacuum(age: float, keep: object) -> None:
         aged.append(age)
 
     kept = asyncio.run(retention.tidy(home, 90 * DAY_S, 1 << 30, {"waits"}, vacuum))
@@ -85,6 +85,30 @@ def test_what_is_old_goes_unless_it_goes_on(home: Home, plan: Plan, monkeypatch:
     assert (home.root / "waiting" / "waits.json").exists()
     asyncio.run(retention.tidy(home, 90 * DAY_S, 1 << 30, ()))
     assert left(home) == {"young"} and not (home.root / "waiting" / "waits.json").exists()
+
+
+def test_a_clock_that_is_years_ahead_forgets_nothing(
+    home: Home, plan: Plan, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for run_id, days in (("old", 91), ("young", 0.1)):
+        ended(home, plan, run_id, days, monkeypatch)
+    now = time.time()
+    with monkeypatch.context() as ahead:
+        ahead.setattr("time.time", lambda: now + 4000 * DAY_S)
+        asyncio.run(retention.tidy(home, 90 * DAY_S, 1, ()))
+    assert left(home) == {"old", "young"} and "the clock is wrong" in caplog.text
+    asyncio.run(retention.tidy(home, 90 * DAY_S, 1 << 30, ()))
+    assert left(home) == {"young"}
+
+
+def test_the_clock_of_a_ledger_that_is_shared_decides(home: Home, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of what lies beside it: this host's clock may be ahead."""
+    ended(home, plan, "young", 1, monkeypatch)
+    now = time.time()
+    monkeypatch.setattr(Ledger, "now", lambda self: now)
+    monkeypatch.setattr("time.time", lambda: now + 4000 * DAY_S)
+    asyncio.run(retention.tidy(home, 90 * DAY_S, 1 << 30, ()))
+    assert left(home) == {"young"}
 
 
 def test_the_oldest_goes_sooner_where_all_takes_too_much(
@@ -108,7 +132,7 @@ def test_the_steps_begin_where_the_last_look_ended(home: Home, monkeypatch: pyte
     """Each looks through all that is kept, and from 90 days to hours there are 31."""
     looks, aged = list[float](), list[list[float]]()
 
-    async def clear(age: float) -> None:
+    async def clear(age: float, keep: object) -> None:
         if age == 90 * DAY_S:
             aged.append([])
         aged[-1].append(age)
@@ -135,7 +159,7 @@ def test_the_steps_begin_where_the_last_look_ended(home: Home, monkeypatch: pyte
 def test_the_disk_of_what_has_gone_is_given_back(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(freed, "PORTION", 10)
 
-    async def vacuum(_: float) -> None:
+    async def vacuum(_: float, keep: object) -> None:
         with closing(sqlite3.connect(prefects)) as db, db:
             db.execute("DELETE FROM items")
 
@@ -199,6 +223,7 @@ def test_old_runs_go_with_all_that_belongs_to_them(up: Talaria, tmp_path: Path) 
     opens, closes = (datetime.now(UTC) + timedelta(hours=hours) for hours in (2, 3))
     up.apply(archive=archive, later=archive | {"window": f"{opens:%H:%M}-{closes:%H:%M}"})
     run = up.told("send", str(tmp_path / "study"), "--to", "archive")["flow_run_id"]
+    kept = up.told("send", str(tmp_path / "study"), "--to", "archive")["flow_run_id"]  # as if it had been given up
     waits = up.told("send", str(tmp_path / "study"), "--to", "later", "--no-wait")["flow_run_id"]
     up.until(lambda: up.run(waits)["state"]["name"] == "AwaitingRetry")
     up.until(lambda: up.api("POST", "/logs/filter", logs={"flow_run_id": {"any_": [run]}}))  # they come in bulk
@@ -214,16 +239,17 @@ def test_old_runs_go_with_all_that_belongs_to_them(up: Talaria, tmp_path: Path) 
 
         assert all(count(table, run) for table in of_the_run) and count("events")
         past = "2020-01-01 00:00:00.000000"
-        db.execute("UPDATE flow_run SET end_time=? WHERE id IN (?,?)", (past, run, waits))
+        db.execute("UPDATE flow_run SET end_time=? WHERE id IN (?,?,?)", (past, run, waits, kept))
         for table in ("events", "event_resources"):
             db.execute(f"UPDATE {table} SET occurred=?", (past,))
         db.commit()
         # In a process of its own, as Prefect's server leaves connections open.
-        vacuum = f"import asyncio; from talaria.engine.retention import vacuum; asyncio.run(vacuum({DAY_S}))"
+        done = f"asyncio.run(vacuum({DAY_S}, ['{kept}', 'no id']))"
+        vacuum = f"import asyncio; from talaria.engine.retention import vacuum; {done}"
         there = {**os.environ, "PREFECT_API_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{copy}"}
         subprocess.run([sys.executable, "-P", "-c", vacuum], env=there, check=True)
         assert not count("flow_run", run, "id") and not any(count(table, run) for table in of_the_run)
-        assert count("flow_run", waits, "id") == 1 and count("flow_run_state", waits)
+        assert all(count("flow_run", one, "id") == 1 and count("flow_run_state", one) for one in (waits, kept))
         assert not count("events") and not count("event_resources")
 
 
@@ -235,5 +261,30 @@ def test_files_of_what_was_given_up_have_a_time_of_their_own(home: Home) -> None
         os.utime(folder.parent, (now - days * DAY_S,) * 2)
     asyncio.run(retention.tidy(home, 90 * DAY_S, 1 << 30, {"open"}, failed_age=14 * DAY_S))
     assert {path.name for path in (home.root / "failed").iterdir()} == {"open", "young"}
-    asyncio.run(retention.tidy(home, DAY_S, 1 << 30, {"open"}, failed_age=14 * DAY_S))  # what is forgotten has no files
-    assert {path.name for path in (home.root / "failed").iterdir()} == {"open"}
+    asyncio.run(retention.tidy(home, DAY_S, 1, {"open"}, failed_age=14 * DAY_S))
+    assert {path.name for path in (home.root / "failed").iterdir()} == {"open", "young"}
+
+
+def test_files_of_what_was_given_up_cost_nobody_s_history(
+    home: Home, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However much they take; and what is needed to try again stays with them, also where the limit is reached."""
+    for run_id, days in (("delivered", 5), ("given up", 5), ("long ago", 20)):
+        ended(home, plan, run_id, days, monkeypatch)
+    ended(home, plan, "now", 0.01, monkeypatch)
+    for run_id, days in (("given up", 5), ("long ago", 20)):
+        kept = home.root / "failed" / run_id / "files"
+        kept.mkdir(parents=True)
+        (kept / "big").write_bytes(b"x" * (1 << 20))
+        os.utime(kept.parent, (time.time() - days * DAY_S,) * 2)
+    limit = retention.used(home) + (1 << 19)
+    spared = list[object]()
+
+    async def vacuum(age: float, keep: object) -> None:
+        spared.append(keep)
+
+    asyncio.run(retention.tidy(home, 90 * DAY_S, limit, (), vacuum, failed_age=14 * DAY_S))
+    assert left(home) == {"delivered", "given up", "long ago", "now"}
+    assert [path.name for path in (home.root / "failed").iterdir()] == ["given up"] and spared == [{"given up"}]
+    asyncio.run(retention.tidy(home, 90 * DAY_S, 1, (), failed_age=14 * DAY_S))
+    assert left(home) == {"given up", "now"} and (home.root / "failed" / "given up" / "files" / "big").exists()

@@ -58,3 +58,14 @@ def test_a_ledger_of_the_version_before_gets_the_table(tmp_path: Path) -> None:
     with Ledger(path) as ledger:
         ledger.deliveries.stand("r1", "partial", [GOOD])
         assert ledger.runs.dispatch_of("r1") == "d1"
+
+
+def test_a_ledger_of_version_6_gets_the_table_of_studies(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.sqlite"
+    with Ledger(path) as ledger:
+        ledger._db.execute("DROP TABLE studies")
+        ledger.runs.begins("flood", "me")
+        ledger._db.execute("PRAGMA user_version=6")
+    with Ledger(path) as ledger:
+        ledger.runs.begins_study("flood", "d1")
+        assert ledger.runs.unfinished() == {"flood": "me"}

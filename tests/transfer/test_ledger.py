@@ -26,6 +26,7 @@ from talaria.testing import studies
 from talaria.testing.process import as_loaded
 from tests.servers.postgresql import PostgreSql
 from transfer import database, lease
+from transfer.deliveries import Standing
 from transfer.errors import DispatchError, Misconfigured
 from transfer.ledger import HookRow, Ledger, write_json
 from transfer.outcome import ALREADY, DELIVERED, ELSEWHERE, Kind, Outcome
@@ -217,17 +218,58 @@ def test_prune_forgets_whole_dispatches_that_are_over(where: Path | str, monkeyp
         assert len(ledger.results("mixed")["pacs"]) == 2
 
 
-def test_prune_forgets_runs_that_are_no_dispatches(where: Path | str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prune_forgets_runs_of_whose_dispatch_nothing_is_kept(
+    where: Path | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Checks, what never sent anything, and floods, whose own id has no items."""
     with Ledger(where) as ledger:
         now = time.time()
-        for run, age, over in (("old", 50, True), ("new", 1, True), ("runs", 50, False)):
+        for run, dispatch, age, over in (
+            ("check", "", 50, True),
+            ("new check", "", 1, True),
+            ("running", "", 50, False),
+            ("never sent", "d", 50, True),
+            ("waits", "", 50, True),
+            ("has sent", "s", 50, True),
+        ):
             monkeypatch.setattr(ledger._db, "time", lambda age=age: now - age)
             ledger.runs.begins(run, "owner")
+            if dispatch:
+                ledger.runs.same_dispatch(run, Plan(dispatch, Path("/x"), ()))
             if over:
                 ledger.runs.ends(run)
-        assert ledger.prune(now - 10) == 1
-        assert ledger.runs.unfinished() == {"runs": "owner"}
-        assert ledger.prune(now - 10) == 0 and ledger.prune(now) == 1
+        monkeypatch.setattr(ledger._db, "time", lambda: now - 1)
+        ledger.record("s", "pacs", "e", ITEMS[0], DELIVERED)
+        assert ledger.prune(now - 10, ["waits"]) == 2
+        left = {row[0] for row in ledger._db.execute("SELECT flow_run_id FROM runs")}
+        assert left == {"new check", "running", "waits", "has sent"}
+        assert ledger.prune(now - 10, ["waits"]) == 0 and ledger.runs.newest() == now - 1
+        ledger.prune(now + 10)
+        assert {row[0] for row in ledger._db.execute("SELECT flow_run_id FROM runs")} == {"running"}
+
+
+def test_prune_keeps_what_a_flood_has_sent_that_goes_on(where: Path | str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Ledger(where) as ledger:
+        now = time.time()
+        monkeypatch.setattr(ledger._db, "time", lambda: now - 50)
+        for flood in ("runs", "rests", "over"):
+            ledger.runs.begins(flood, "owner")
+            ledger.runs.same_dispatch(flood, Plan(f"all of {flood}", Path("/x"), ()))
+            for study in ("first", "second", "first"):
+                ledger.runs.begins_study(flood, f"{flood} {study}")
+                ledger.record(f"{flood} {study}", "pacs", "e", ITEMS[0], DELIVERED)
+            ledger.deliveries.stand(flood, "waiting", [Standing("pacs", "waiting", 3, 2, "")])
+        for flood in ("rests", "over"):
+            ledger.runs.ends(flood)
+        monkeypatch.setattr(ledger._db, "time", lambda: now)
+        ledger.prune(now - 10, ["rests", "runs"])
+        assert all(ledger.results(f"{flood} {study}") for flood in ("runs", "rests") for study in ("first", "second"))
+        assert not ledger.results("over first") and not ledger.deliveries.of(["over"])
+        assert ledger.deliveries.of(["rests", "runs"]).keys() == {"rests", "runs"}
+        assert not [row for row in ledger._db.execute("SELECT * FROM studies") if row[0] == "over"]
+        ledger.runs.ends("runs")
+        ledger.prune(now + 10)
+        assert not ledger._db.execute("SELECT * FROM studies").fetchall() and not ledger.results("runs first")
 
 
 def test_only_its_owner_may_read_it(path: Path) -> None:
