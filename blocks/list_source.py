@@ -65,6 +65,8 @@ backlog = ListSource.load("BLOCK_NAME")
     def _whole(self) -> Self:
         if self.query and self.priority is SourcePriority.URGENT:
             raise ValueError("priority: what is fetched has priority normal or offpeak")
+        if self.query and self.copy_first:
+            raise ValueError("copy_first: what is fetched is nobody else's to write to")
         if self.query and self.query in self.targets:
             raise ValueError(f"query: {self.query} is among the targets: nothing is sent to where it comes from")
         return self

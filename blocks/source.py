@@ -216,6 +216,12 @@ class Source(NamedBlock, ABC):
 class FileSource(Source, ABC):
     """A source of files that somebody puts there, and of which only he can say where they come from."""
 
+    copy_first: bool = Field(
+        default=False,
+        description="Whether files are copied before they are sent, so that they may be written to meanwhile.",
+        title="Copy first",
+        json_schema_extra=about(Group.SENT, advanced=True),
+    )
     sender_aet: str = Field(
         default="",
         description="AE title of whom the studies come from, for targets that pass it on.",

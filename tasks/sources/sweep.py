@@ -19,7 +19,7 @@ from typing import Any
 from blocks import Source, Target
 from blocks.inbox import Late
 from blocks.list_source import ListSource
-from blocks.source import After
+from blocks.source import After, FileSource
 from tasks import DRIVERS
 from tasks.dispatch.known import is_own_place
 from tasks.happened import happened
@@ -356,6 +356,7 @@ class Sweep:
             "receiver_aet": origin.receiver_aet,
             "sender_host": origin.sender_host,
             "force": force,
+            "copy_first": isinstance(self.source, FileSource) and self.source.copy_first,
             "each": "unit",
         }
         return _Batch(mark, writer, parameters)

@@ -100,6 +100,8 @@ def test_a_list_that_can_not_be() -> None:
         entry(Source, SOURCES, "backlog", values | {"query": "pacs"}, fill=False)
     with pytest.raises(Misconfigured, match="normal or offpeak"):
         entry(Source, SOURCES, "backlog", values | {"query": "other", "priority": "urgent"}, fill=False)
+    with pytest.raises(Misconfigured, match="copy_first: what is fetched"):
+        entry(Source, SOURCES, "backlog", values | {"query": "other", "copy_first": True}, fill=False)
     with pytest.raises(Misconfigured, match="unknown field 'files' of type list: did you mean file"):
         entry(Source, SOURCES, "backlog", {"type": "list", "files": SECRET, "targets": ["pacs"]}, fill=False)
     with pytest.raises(Misconfigured, match="use at most 60 characters"):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from talaria.testing import studies as material
+from tasks import DRIVERS
 from tasks.sources import after, writers
 from tasks.sources.inbox import TAKEN
 from tests.sources.bench import Bench
@@ -232,6 +234,32 @@ def test_a_file_that_is_written_to_again_is_not_deleted(bench: Bench, after: str
     assert names(bench.inbox) == {f"s/{path.name}"} and path.read_bytes().endswith(b"\0" * 8)
     bench.all()
     assert not names(bench.inbox), "when it is whole, it is sent again, and goes"
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_an_inbox_that_is_written_to_meanwhile_may_copy_first(bench: Bench, first: bool) -> None:
+    """What was there when its turn came arrives, and what has come since follows; else it waits for the next sweep."""
+    bench.source = bench.named(after="delete", copy_first=first)
+    (path,) = material.ct(bench.inbox / "s", 1)
+    before = path.read_bytes()
+    changed = bytes([*before[:-1], before[-1] ^ 1])
+    shelf = DRIVERS.of(bench.targets["shelf"])
+
+    def push(target: Any, plan: Any, report: Any) -> Any:
+        path.write_bytes(changed)  # in place, so that a link would see it
+        return shelf.push(target, plan, report)
+
+    bench.drivers["shelf"] = replace(shelf, push=push)
+    bench.sweep()
+    bench.dispatch()
+    arrived = [one.read_bytes() for one in bench.at("shelf").rglob("*.dcm")]
+    assert arrived == ([before] if first else [])
+    del bench.drivers["shelf"]
+    bench.sweep()
+    assert path.read_bytes() == changed, "what nobody has confirmed stays"
+    bench.dispatch()
+    bench.all()
+    assert changed in [one.read_bytes() for one in bench.at("shelf").rglob("*.dcm")] and not names(bench.inbox)
 
 
 def test_no_lease_is_no_sign_of_a_writer_on_shares(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
