@@ -6,6 +6,7 @@ import csv
 import io
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from transfer.errors import Misconfigured
@@ -45,7 +46,6 @@ def accessions(text: str) -> tuple[str, ...]:
         Misconfigured: a value is not an accession number (too long, or with control characters or a backslash), or no
             longer one (1.23E+11).
     """
-    found: dict[str, None] = {}
     text = _BLANK_LINES.sub("", _SEPARATOR.sub("", _UNSEEN.sub("", text.lstrip("\ufeff"))))
     if "|" in text and _RULE.search(text):  # as wikis and databases print tables
         text = "\n".join(
@@ -56,21 +56,42 @@ def accessions(text: str) -> tuple[str, ...]:
     if [mark[1] if (mark := _COUNTED.match(line)) else "" for line in lines] == [*map(str, range(1, len(lines) + 1))]:
         text = _COUNTED.sub("", text)
     column = _column(text)
-    shortened = _SHORTENED.search("\n".join(column) if column else text)
-    if shortened:
-        raise Misconfigured(
-            f"{shortened[0]} is what a spreadsheet has left of a long number: format that column as text"
-        )
-    for value in column or _values(text):
-        if len(value) > MOST_CHARS or "\\" in value or not value.isprintable():
-            raise Misconfigured(
-                f"an accession number must have at most {MOST_CHARS} printable characters, no backslash"
-            )
-        found[value] = None
+    _check_shortened("\n".join(column) if column else text)
+    found = dict.fromkeys(_checked(value) for value in column or _values(text))
     first = next(iter(found), "")
     if _is_title(first) and not re.search(r"\d", first) and len(found) > 1:
         del found[first]
     return tuple(found)
+
+
+def of_cells(cells: Iterable[str]) -> tuple[str, ...]:
+    """Return the accession numbers of the cells of a table's column, each of which holds one, or nothing.
+
+    Raises:
+        Misconfigured: as `accessions`.
+    """
+    values = [_cell(_UNSEEN.sub("", cell)) for cell in cells]
+    _check_shortened("\n".join(values))
+    return tuple(dict.fromkeys(_checked(value) for value in values if value))
+
+
+def pasted(numbers: Iterable[str]) -> str:
+    """Return numbers as a text of which `accessions` makes the same."""
+    return "\n".join(one if accessions(one) == (one,) else f'"{one}"' for one in numbers)
+
+
+def _check_shortened(text: str) -> None:
+    shortened = _SHORTENED.search(text)
+    if shortened:
+        raise Misconfigured(
+            f"{shortened[0]} is what a spreadsheet has left of a long number: format that column as text"
+        )
+
+
+def _checked(value: str) -> str:
+    if len(value) > MOST_CHARS or "\\" in value or not value.isprintable():
+        raise Misconfigured(f"an accession number must have at most {MOST_CHARS} printable characters, no backslash")
+    return value
 
 
 def _column(text: str) -> list[str]:
@@ -187,13 +208,21 @@ def from_bytes(raw: bytes, name: str) -> tuple[str, ...]:
     Raises:
         Misconfigured: it is not text, or holds what is no accession number.
     """
+    return accessions(text_of(raw, name))
+
+
+def text_of(raw: bytes, name: str) -> str:
+    """Return a file's content as text, without a byte-order mark: UTF-8, UTF-16 or Windows-1252.
+
+    Raises:
+        Misconfigured: it is not text.
+    """
     for bom, encoding in BOMS:
         if raw.startswith(bom):
-            return accessions(raw.decode(encoding, "replace"))
+            return raw.decode(encoding, "replace")
     if b"\0" in raw:
         raise Misconfigured(f"{name} is not a text file: save the list as text or CSV")
     try:
-        text = raw.decode("utf-8-sig")
+        return raw.decode("utf-8-sig")
     except UnicodeDecodeError:
-        text = raw.decode("cp1252", "replace")
-    return accessions(text)
+        return raw.decode("cp1252", "replace")

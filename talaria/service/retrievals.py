@@ -21,7 +21,7 @@ from tasks.dispatch.asked import retrieval_name
 from tasks.retrieve.asked import query_of
 from tasks.retrieve.moving import check_into
 from tasks.targets import check_destination, check_source, load
-from transfer.accessions import accessions
+from transfer.accessions import accessions, pasted
 
 _SEARCHES = ThreadPoolExecutor(8, thread_name_prefix="search")  # at once, of all users
 
@@ -87,7 +87,7 @@ async def create_query(office: Office, source: str, key: str = "", **keys: Any) 
     check_source(target)
     parameters = {
         "source": source,
-        "accessions": _lines(query.AccessionNumber),
+        "accessions": pasted(query.AccessionNumber),
         "study_uids": listed(query.StudyInstanceUID),
         "study_date": query.StudyDate,
         "modality": query.Modality,
@@ -124,7 +124,7 @@ async def create_retrieval(
         raise ValueError("give either --to NAME or --into FOLDER")
     parameters: dict[str, Any] = {
         "source": source,
-        "accessions": _lines(numbers),
+        "accessions": pasted(numbers),
         "targets": list(dict.fromkeys(targets)),
         "into": into,
         "study_uids": listed(wanted.StudyInstanceUID),
@@ -164,7 +164,3 @@ async def _queued(
 ) -> dict[str, Any]:
     flow_run = await queued(office, flow, parameters, name, queue, key)
     return {"run": line(flow_run)} | await result(office, flow_run)
-
-
-def _lines(numbers: Sequence[str]) -> str:
-    return "\n".join(f'"{one}"' if {",", ";", " "} & {*one} else one for one in numbers)

@@ -10,14 +10,16 @@ import io
 import os
 import re
 import stat
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from blocks.list_source import ListSource
 from tasks.sources.units import Unit
+from tasks.sources.writers import is_written
 from transfer import roots
-from transfer.accessions import BOMS, from_bytes
+from transfer.accessions import BOMS, accessions, of_cells, text_of
 from transfer.errors import Busy, Denied, DispatchError, Misconfigured
 from transfer.ledger import Ledger
 from transfer.oserrors import FULL, words_of
@@ -26,23 +28,36 @@ from transfer.sourcebook import UnitRow, UnitState
 from transfer.studies import LIST_BYTES
 from transfer.tables import csv_text
 
+SETTLE_S = 5.0  # without a change, after which a last line without an end is taken for whole
+TITLES = frozenset(
+    ("path", "paths", "file", "files", "folder", "folders", "study", "studies", "directory", "name", "id")
+)
 ONCE = "listed"  # as fingerprint: a line doesn't change
+LINE_ENDS = "\r\n"
 BLANKS, ENDS = " \t\r", re.compile(r"\r\n|\r|\n")  # of lines; any other letter may belong to a name
 COLUMNS = ("listed", "state", "detail", "run")
 
 
 def units(source: ListSource, ledger: Ledger, check: Callable[[], None]) -> Iterator[Unit]:
-    """Yield the lines that were dispatched before, and as many others as there is room for beside those under way."""
+    """Yield the lines that were dispatched before, and as many others as there is room for beside those under way.
+
+    A last line that doesn't end, and what it changes, is ready when nobody has written to the list for a while.
+    """
     rows = ledger.sources.units(source.name)
     room = source.at_once - sum(row.state is UnitState.DISPATCHED for row in rows.values())
-    for key, path in lines(source):
+    text, changed = _read(source)
+    whole = text[: max(text.rfind(end) for end in LINE_ENDS) + 1]
+    every = dict(_listed(text, source))
+    complete = every if len(whole) == len(text) else dict(_listed(whole, source))
+    for key, path in every.items():
         check()
         if key not in rows:
             room -= 1
             if room < 0:
                 continue
-        paths = (path,) if path else ()
-        yield Unit(key, paths, ONCE, 0.0, 0, source.origin, source.reaches, complete=True)
+        paths, ready = (path,) if path else (), key in complete
+        settled = 0.0 if ready else changed + SETTLE_S
+        yield Unit(key, paths, ONCE, settled, 0, source.origin, source.reaches, complete=ready)
 
 
 def lines(source: ListSource) -> list[tuple[str, str]]:
@@ -51,33 +66,48 @@ def lines(source: ListSource) -> list[tuple[str, str]]:
     Raises:
         NotFound, Denied, Misconfigured: the list can't be read, or is none.
     """
-    raw = _read(source.file)
+    return list(_listed(_read(source)[0], source))
+
+
+def _listed(text: str, source: ListSource) -> Iterator[tuple[str, str]]:
     if source.query:
-        text = raw if not source.column else "\n".join(_column(_decoded(raw), source)).encode("utf-8", "replace")
-        return [(number, "") for number in from_bytes(text, source.file)]
+        numbers = of_cells(_column(text, source)) if source.column else accessions(text)
+        yield from ((number, "") for number in numbers)
+        return
     folder = source.file.rpartition("/")[0]
-    found: dict[str, str] = {}
-    for value in _column(_decoded(raw), source):
+    keys, paths = set[str](), set[str]()
+    for value in _column(text, source):
         path = value if value.startswith("/") else f"{folder}/{value}"
-        found.setdefault(Item(value, 0, 0).shown, path)
-    return list(found.items())
+        key = Item(value, 0, 0).shown
+        if key not in keys and path.rstrip("/") not in paths:
+            yield key, path
+        keys.add(key)
+        paths.add(path.rstrip("/"))
 
 
-def _read(path: str) -> bytes:
+def _read(source: ListSource) -> tuple[str, float]:
+    """Return the text of a list, and when it was changed last, in seconds since the epoch: now, if it is being written.
+
+    Raises:
+        NotFound, Denied, Misconfigured: as `lines`.
+    """
+    path = source.file
     try:
         fd = roots.sources().open(path)
     except OSError as exc:
         raise Denied(f"{path}: {words_of(exc)}") from exc
     try:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
             raise Misconfigured(f"{path}: is not a file")
+        changed = max(status.st_mtime, time.time()) if is_written(fd) else status.st_mtime
         with open(fd, "rb", closefd=False) as file:
             data = file.read(LIST_BYTES + 1)
     finally:
         os.close(fd)
     if len(data) > LIST_BYTES:
         raise Misconfigured(f"{path}: a list has at most {LIST_BYTES >> 20} MiB")
-    return data
+    return (text_of(data, path) if source.query else _decoded(data)), changed
 
 
 def _decoded(raw: bytes) -> str:
@@ -90,9 +120,13 @@ def _column(text: str, source: ListSource) -> list[str]:
     if not source.column and not source.file.lower().endswith((".csv", ".tsv")):
         found = (line.strip(BLANKS) for line in ENDS.split(text))
         return [line for line in found if line and not line.startswith("#")]
-    first = text.lstrip().partition("\n")[0]
+    first = ENDS.split(text.lstrip(), maxsplit=1)[0]
     delimiter = max(";\t,", key=first.count)
-    rows = [row for row in csv.reader(io.StringIO(text), delimiter=delimiter) if any(cell.strip() for cell in row)]
+    try:
+        rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter))
+    except csv.Error as exc:
+        raise Misconfigured(f"{source.file}: is no valid CSV: {exc}") from exc
+    rows = [row for row in rows if any(cell.strip() for cell in row)]
     if not rows:
         return []
     titles = [cell.strip() for cell in rows[0]]
@@ -104,10 +138,24 @@ def _column(text: str, source: ListSource) -> list[str]:
             )
         at, rows = titles.index(source.column), rows[1:]
     else:
-        at, folder = 0, Path(source.file).parent
-        if not titles[0].startswith("/") and not os.path.lexists(folder / titles[0]):
-            rows = rows[1:]  # a line of names
+        at = 0
+        if _is_title(titles[0], [row[0].strip() for row in rows[1:]], Path(source.file).parent):
+            rows = rows[1:]
     return [value for row in rows if len(row) > at and (value := row[at].strip(BLANKS))]
+
+
+def _is_title(text: str, others: list[str], folder: Path) -> bool:
+    """Return True if the first value of a column of paths is its title, and not a path like the others that is gone."""
+    if "/" in text or os.path.lexists(folder / text):
+        return False
+    if text.casefold() in TITLES or not others:
+        return text.casefold() in TITLES
+    return not any(_form(text) == _form(other) for other in others)
+
+
+def _form(value: str) -> str:
+    """Return what the names of a series of folders have in common, whatever their numbers and last letters."""
+    return re.sub(r"\d+|[^\W\d_]$", "9", value.casefold())
 
 
 def report_of(source: ListSource) -> Path:

@@ -59,7 +59,12 @@ class PrefectDispatching:
                 found[run] = EndedRun(gone=True)
             elif _has_ended(flow_run):
                 message = (flow_run.state and flow_run.state.message) or ""
-                found[run] = EndedRun(False, message, await self._studies(flow_run))
+                document = await self._receipts(flow_run)
+                if "accessions" in document:
+                    found[run] = EndedRun(False, message, numbers=_of_numbers(document))
+                else:
+                    studies = {str(row["study"]): row for row in _rows(document.get("studies", ()))}
+                    found[run] = EndedRun(False, message, studies)
         return found
 
     async def any_ended(self, runs: Collection[str]) -> bool:
@@ -78,22 +83,19 @@ class PrefectDispatching:
             found += await self.client.read_flow_runs(flow_run_filter=page, limit=PAGE)
         return found
 
-    async def _studies(self, flow_run: FlowRun) -> dict[str, dict[str, Any]]:
-        """Return the rows of a run's receipts, by study: those on this machine, or else the server's."""
+    async def _receipts(self, flow_run: FlowRun) -> dict[str, Any]:
+        """Return a run's receipts, or the result of a retrieval: those on this machine, or else the server's."""
         document: dict[str, Any] | None = None
         with suppress(OSError, ValueError):
             document = json.loads(self.home.receipt(str(flow_run.id)).read_text(encoding="utf-8"))
-        document = document or await kept.read(self.client, flow_run.id) or {}
-        if "accessions" in document:
-            return _of_numbers(document)
-        return {str(row["study"]): row for row in _rows(document.get("studies", ()))}
+        return document or await kept.read(self.client, flow_run.id) or {}
 
 
 def _of_numbers(document: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the rows of a retrieval by accession number: one is delivered if all its studies are."""
+    """Return the rows of a retrieval by accession number, in lower case: one is delivered if all its studies are."""
     found: dict[str, dict[str, Any]] = {}
     for row in (*document.get("studies", ()), *document["accessions"]):
-        number, state = str(row["accession"]), str(row["state"])
+        number, state = str(row["accession"]).strip().casefold(), str(row["state"])
         before = found.get(number)
         if before is None or state != "delivered":
             outcome = {"state": state, "error": str(row["reason"]) or state}

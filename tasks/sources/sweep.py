@@ -28,6 +28,7 @@ from tasks.sources import after, inbox, units, writers
 from tasks.sources.units import Unit
 from tasks.sources.ways import Dispatching, EndedRun
 from transfer import unitlist
+from transfer.accessions import pasted
 from transfer.content import sha256
 from transfer.errors import Cancelled, DispatchError, Misconfigured, Permanent
 from transfer.home import Home
@@ -151,7 +152,7 @@ class Sweep:
             return
         arrived, failed = [], []
         for row in rows:
-            why = _failure(end.studies.get(row.unit), end.message)
+            why = _failure(end.study(row.unit), end.message)
             if why:
                 failed.append(row.now(UnitState.FAILED, why))
             else:
@@ -183,7 +184,7 @@ class Sweep:
                     continue
                 self.check()
                 if row.unit in listed:
-                    now = self._finished(row, folder, listed[row.unit], end.studies.get(row.unit) or {}, asked)
+                    now = self._finished(row, folder, listed[row.unit], end.study(row.unit) or {}, asked)
                 else:  # the list is gone: nobody knows what the files were
                     words = "" if leave else "its files stay: the list of them is gone"
                     now = row.now(done, words, batch="")
@@ -366,7 +367,7 @@ class Sweep:
         if isinstance(self.source, ListSource) and self.source.query:
             batch.parameters = {
                 "source": self.source.query,
-                "accessions": "\n".join(f'"{row.unit}"' for row in batch.rows),
+                "accessions": pasted(row.unit for row in batch.rows),
                 **{name: batch.parameters[name] for name in ("targets", "priority")},
             }
         unitlist.keep(batch.writer.path, batch.parameters)

@@ -15,11 +15,18 @@ class EndedRun:
         gone: whether it was removed from the server, so that nothing is known of it.
         message: of its last state.
         studies: of its receipts, the row of each unit, by the unit's key.
+        numbers: of a retrieval, that of each accession number, in lower case: archives write numbers in a case of their
+            own.
     """
 
     gone: bool = False
     message: str = ""
     studies: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    numbers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def study(self, unit: str) -> Mapping[str, Any] | None:
+        """Return the row of a unit; None if the run has none."""
+        return self.studies.get(unit) or self.numbers.get(unit.strip().casefold())
 
 
 class Dispatching(Protocol):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,13 @@ import pytest
 from blocks.list_source import ListSource
 from talaria.testing import studies as material
 from tasks.sources import lines
+from tasks.sources.runs import _of_numbers
+from tasks.sources.sweep import _failure
+from tasks.sources.ways import EndedRun
 from tests.sources.bench import Bench
+from transfer.accessions import accessions, pasted
 from transfer.errors import Misconfigured
+from transfer.ledger import Ledger
 
 
 @pytest.fixture(autouse=True)
@@ -90,3 +97,74 @@ def test_accession_numbers(tmp_path: Path) -> None:
 def test_a_column_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(Misconfigured, match="none of the 2 columns of its first line is path"):
         lines.lines(listed(tmp_path / "a.csv", "id,place\n1,/a\n", column="path"))
+
+
+def test_cells_of_a_column_are_whole_numbers(tmp_path: Path) -> None:
+    """Blanks, commas and letters beyond ASCII belong to the number: parts of it would be other patients' studies."""
+    text = 'Größe;Acc\n1;A 123\n2;"B,7"\n3;="0012"\n4;MÜ1\n5;A 123\n6;\n'
+    path = tmp_path / "a.csv"
+    for encoding in ("utf-8", "latin-1", "utf-16"):
+        path.write_bytes(text.encode(encoding))
+        for column, wanted in (("Acc", ["A 123", "B,7", "0012", "MÜ1"]), ("Größe", [*"123456"])):
+            source = ListSource(file=str(path), targets=["shelf"], query="pacs", column=column).named("box")
+            assert [key for key, _ in lines.lines(source)] == wanted
+    numbers = ("A 123", "B,7", "A\uff0c1", "1. A1", "C3")
+    assert accessions(pasted(numbers)) == numbers
+
+
+def test_a_line_that_is_being_written_waits_until_it_is_whole(tmp_path: Path) -> None:
+    for name in ("s1", "s10", "s2"):
+        material.ct(tmp_path / name, 1)
+    bench = Bench(tmp_path)
+    bench.source = source = listed(tmp_path / "todo.txt", "s2\ns1")
+    with (tmp_path / "todo.txt").open("a") as file:  # a block of an export ends in the middle of s10
+        os.utime(tmp_path / "todo.txt", (1, 1))
+        swept = bench.sweep()
+        assert swept.waiting == 1 and swept.next > time.time()
+        assert bench.states() == {"s2": "dispatched"}
+        file.write("0")
+    assert not bench.sweep().runs, "written a moment ago"
+    os.utime(tmp_path / "todo.txt", (1, 1))
+    bench.all()
+    bench.sweep()
+    assert report(source) == {"s2": "delivered", "s10": "delivered"}
+    numbers = listed(tmp_path / "numbers.csv", "Accession Number\n471123\n4711", query="pacs")
+    with Ledger(bench.home.ledger) as ledger:
+        assert [unit.key for unit in lines.units(numbers, ledger, lambda: None) if unit.complete] == ["471123"]
+        os.utime(tmp_path / "numbers.csv", (1, 1))
+        assert [unit.newest < time.time() for unit in lines.units(numbers, ledger, lambda: None)] == [True, True]
+
+
+def test_a_path_that_is_named_twice_is_one_unit(tmp_path: Path) -> None:
+    source = listed(tmp_path / "todo.txt", f"s1\n{tmp_path}/s1\ns1/\ns2\n")
+    assert lines.lines(source) == [("s1", f"{tmp_path}/s1"), ("s2", f"{tmp_path}/s2")]
+
+
+def test_csv_of_old_spreadsheets_and_what_is_no_csv(tmp_path: Path) -> None:
+    source = listed(tmp_path / "a.csv", "path;x\r/a;1\r/b;2\r")
+    assert [path for _, path in lines.lines(source)] == ["/a", "/b"]
+    with pytest.raises(Misconfigured, match=r"a.csv: is no valid CSV"):
+        lines.lines(listed(tmp_path / "a.csv", 'path,x\n"' + "x" * 200_000))
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("study-a\nstudy-b\n", ["study-a", "study-b"]),  # neither is there
+        ("Pat1,x\nPat2,y\n", ["Pat1", "Pat2"]),
+        ("Study\nstudy-a\n", ["study-a"]),
+        ("folder;note\nstudy-a;x\n", ["study-a"]),
+        ("Where it lies\nstudy-a\n", ["study-a"]),
+    ],
+)
+def test_a_first_path_that_is_gone_is_no_title(tmp_path: Path, text: str, found: list[str]) -> None:
+    assert [key for key, _ in lines.lines(listed(tmp_path / "a.csv", text))] == found
+
+
+def test_numbers_of_an_archive_in_another_case_are_those_of_the_list() -> None:
+    ok = {"accession": "ACC1", "state": "delivered", "reason": ""}
+    bad = {"accession": "A2 ", "state": "partial", "reason": "1 missing"}
+    end = EndedRun(numbers=_of_numbers({"source": "pacs", "studies": [ok, bad], "accessions": []}))
+    assert [_failure(end.study(number), "") for number in ("acc1", "Acc1", "A2", "A3")] == [
+        "", "", "pacs: 1 missing", "its dispatch did not begin",
+    ]  # fmt: skip
