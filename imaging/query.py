@@ -66,6 +66,11 @@ def text(value: Any) -> str:
     return "\\".join(str(one) for one in value) if isinstance(value, list) else "" if value is None else str(value)
 
 
+def counted(number: int, level: str = "study") -> str:
+    """Return a number of studies or series in words."""
+    return f"{number} {level if level == 'series' or number == 1 else 'studies'}"
+
+
 def count(value: Any) -> int | None:
     """Return a value as a number; None if it is not one."""
     try:

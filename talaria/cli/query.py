@@ -40,6 +40,8 @@ def query(
     as_json: Json = False,
 ) -> int:
     """List the studies or series that a target has."""
+    from imaging.query import counted
+
     with api() as access:
         found = access.call("find_matches", source=name, level=str(level), **keys.given())["matches"]
     if as_json:
@@ -47,8 +49,7 @@ def query(
     else:
         columns = COLUMNS[str(level)]
         table("", list(columns), [[_shown(one.get(column)) for column in columns] for one in found])
-        many = "study" if len(found) == 1 else "studies"
-        say(f"{len(found)} {many if level is QueryLevel.STUDY else 'series'}")
+        say(counted(len(found), str(level)))
     for note, count in Counter(one["note"] for one in found if "note" in one).items():
         say(f"{count} of them: {note}")
     return DONE if found else NOT_ALL

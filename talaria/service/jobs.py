@@ -20,6 +20,7 @@ from tasks.dispatch import kept, progress, rest, running
 from tasks.dispatch.audited import requester
 from tasks.names import split
 from tasks.retrieve.job import Job, folder_of
+from tasks.retrieve.report import cancelled
 from tasks.retrieve.report import document as whole_of
 from transfer import deadletters
 from transfer.accessions import accessions
@@ -206,6 +207,8 @@ async def result(office: Office, flow_run: FlowRun) -> dict[str, Any]:
             document = json.loads(office.home.receipt(str(flow_run.id)).read_text(encoding="utf-8"))
     if document is None:
         document = _nothing(flow_run, kind)
+    if state and state.type.value == "CANCELLED" and kind == "retrieval":
+        return cancelled(document) if document["waiting"] else document | {"state": "cancelled"}
     if state and state.type.value == "CANCELLED":  # what waited when it was cancelled waits no more
         parts = [document]
         for one in (document, *document.get("studies", ())) if kind == "dispatch" else ():
@@ -230,7 +233,8 @@ def _nothing(flow_run: FlowRun, kind: str) -> dict[str, Any]:
     common = {"flow_run_id": str(flow_run.id), "state": outcome(flow_run, "delivered"), "error": error}
     if kind == "dispatch":
         return {"dispatch_id": runs.dispatch_of(flow_run), **common, "targets": {}}
-    lists: dict[str, Any] = {name: [] for name in ("missing", "partial", "failed", "waiting", "studies", "accessions")}
+    names = ("missing", "partial", "failed", "waiting", "cancelled", "studies", "accessions")
+    lists: dict[str, Any] = {name: [] for name in names}
     more = {"source": flow_run.parameters.get("source", ""), "found": 0, "delivered": 0, "state": outcome(flow_run)}
     return {**common, **more, **lists}
 

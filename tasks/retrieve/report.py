@@ -14,6 +14,7 @@ from uuid import UUID
 from prefect import get_client
 from prefect.artifacts import acreate_progress_artifact, acreate_table_artifact, aupdate_progress_artifact
 
+from imaging.query import counted
 from tasks.dispatch import kept
 from tasks.dispatch.progress import Part
 from tasks.dispatch.report import has_run_before
@@ -23,6 +24,7 @@ from transfer.ledger import write_json
 from transfer.tables import csv_text
 
 COLUMNS = ("accession", "study", "state", "instances", "missing", "bytes", "reason")
+UNSEARCHED = "not searched for"
 NO_MATCH = "the source has no study that matches"
 SHOWN_ROWS = 2000  # of the artifact; the files have all
 
@@ -34,18 +36,29 @@ def state_of(job: Job) -> str:
     return "partial" if any(one.stage is Stage.DELIVERED for one in job.studies.values()) else "failed"
 
 
-def rows(job: Job) -> list[dict[str, Any]]:
-    """Return one row per study, and per accession number or study UID without one."""
-    found = [_row(one) for one in job.studies.values()]
+def rows(job: Job, state: str) -> list[dict[str, Any]]:
+    """Return one row per study, and per accession number or study UID without one.
+
+    Args:
+        state: of the retrieval; what is neither fetched nor sent on when that ends waits no more.
+    """
+    left = "cancelled" if state == "cancelled" else "failed" if job.ended else "waiting"
+    found = [_row(one, left, job.error) for one in job.studies.values()]
     found += [_of_number(number, "missing", NO_MATCH) for number in job.missing]
     found += [_of_number("", "missing", NO_MATCH) | {"study": uid} for uid in job.unknown]
     found += [_of_number(number, "failed", reason) for number, reason in job.failed.items()]
-    found += [_of_number(number, "waiting", "not searched for yet") for number in job.pending]
+    why = f"{UNSEARCHED} yet" if left == "waiting" else job.error or UNSEARCHED
+    found += [_of_number(number, left, why) for number in job.pending]
     return found
 
 
-def _row(one: Study) -> dict[str, Any]:
-    state = "waiting" if one.stage in (Stage.FOUND, Stage.WHOLE) else str(one.stage)
+def _row(one: Study, left: str, error: str) -> dict[str, Any]:
+    state, why = str(one.stage), one.reason
+    if one.stage in (Stage.FOUND, Stage.WHOLE):
+        state = left
+        if left != "waiting":  # it may have said for what it waits
+            undone = "not fetched" if one.stage is Stage.FOUND else "fetched, and not sent on"
+            why = error if left == "failed" and error else undone
     return {
         "accession": one.accession,
         "study": one.study,
@@ -53,7 +66,7 @@ def _row(one: Study) -> dict[str, Any]:
         "instances": one.instances,
         "missing": one.missing,
         "bytes": one.bytes,
-        "reason": one.reason,
+        "reason": why,
     }
 
 
@@ -65,7 +78,7 @@ def _of_number(number: str, state: str, reason: str) -> dict[str, Any]:
 
 def document(job: Job, flow_run_id: str, source: str, state: str) -> dict[str, Any]:
     """Return the JSON of `retrieve --json`."""
-    every = rows(job)
+    every = rows(job, state)
     found = [one for one in every if one["study"] in job.studies]
     return {
         "flow_run_id": flow_run_id,
@@ -77,6 +90,7 @@ def document(job: Job, flow_run_id: str, source: str, state: str) -> dict[str, A
         "partial": [one["accession"] or one["study"] for one in found if one["state"] == "partial"],
         "failed": [one["accession"] or one["study"] for one in every if one["state"] == "failed"],
         "waiting": [one["accession"] or one["study"] for one in every if one["state"] == "waiting"],
+        "cancelled": [one["accession"] or one["study"] for one in every if one["state"] == "cancelled"],
         "error": job.error or None,
         "studies": [
             one | {"notes": job.studies[one["study"]].notes, "targets": job.studies[one["study"]].targets}
@@ -84,6 +98,18 @@ def document(job: Job, flow_run_id: str, source: str, state: str) -> dict[str, A
         ],
         "accessions": [one for one in every if one["study"] not in job.studies],
     }
+
+
+def cancelled(document: dict[str, Any]) -> dict[str, Any]:
+    """Return the result of a retrieval that was cancelled while it waited, in which nothing waits any more."""
+    found = {name: [_stopped(one) for one in document[name]] for name in ("studies", "accessions")}
+    return document | found | {"state": "cancelled", "waiting": [], "cancelled": document["waiting"]}
+
+
+def _stopped(row: dict[str, Any]) -> dict[str, Any]:
+    if row["state"] != "waiting":
+        return row
+    return row | {"state": "cancelled", "reason": "" if row["study"] else UNSEARCHED}
 
 
 def csv_path(home: Home, flow_run_id: str) -> Path:
@@ -98,8 +124,9 @@ async def report(home: Home, job: Job, flow_run_id: str, source: str, state: str
     async with get_client() as client:
         await kept.keep(client, UUID(flow_run_id), [json.dumps(whole).encode()], again=has_run_before())
     path = csv_path(home, flow_run_id)
-    _write(path, csv_text(COLUMNS, rows(job)))
-    shown = rows(job)[:SHOWN_ROWS]
+    every = rows(job, state)
+    _write(path, csv_text(COLUMNS, every))
+    shown = every[:SHOWN_ROWS]
     await acreate_table_artifact(shown, "retrieval", f"retrieval from {source}: {state}; all of it: {path}")
 
 
@@ -115,7 +142,7 @@ def part_of(job: Job, source: str) -> Part:
     done += len(job.missing) + len(job.unknown) + len(job.failed)
     total = len(job.studies) + len(job.missing) + len(job.unknown) + len(job.failed) + len(job.pending)
     percent = 100 * done / total if total else 0.0
-    return Part(total, done, 0, 0, percent, f"{done} of {total} studies from {source}")
+    return Part(total, done, 0, 0, percent, f"{done} of {counted(total)} from {source}")
 
 
 class RetrievalProgress:

@@ -24,6 +24,7 @@ from prefect.states import AwaitingRetry, Cancelled, Completed, Failed, Schedule
 
 from blocks.base import Target
 from blocks.dicom import DicomTarget
+from imaging.query import counted
 from tasks.dispatch import audited, rest, running
 from tasks.dispatch.breaker import LOST
 from tasks.dispatch.ends import unsaid_is_no_failure
@@ -472,6 +473,7 @@ def _targets(home: Home, dispatch: str) -> dict[str, str]:
 
 
 def _sentence(document: dict[str, Any]) -> str:
-    counts = [f"{document['found']} studies found, {document['delivered']} delivered"]
-    counts += [f"{len(document[key])} {key}" for key in ("missing", "partial", "failed", "waiting") if document[key]]
+    counts = [f"{counted(document['found'])} found, {document['delivered']} delivered"]
+    keys = ("missing", "partial", "failed", "waiting", "cancelled")
+    counts += [f"{len(document[key])} {key}" for key in keys if document[key]]
     return "; ".join([", ".join(counts), *([document["error"]] if document["error"] else [])])

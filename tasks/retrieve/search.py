@@ -12,7 +12,7 @@ from prefect.context import FlowRunContext
 from prefect.states import Completed, Failed
 
 from blocks.base import Target
-from imaging.query import Match, Query
+from imaging.query import Match, Query, counted
 from tasks import DRIVERS
 from tasks.dispatch import audited
 from tasks.dispatch.patience import patiently
@@ -32,7 +32,7 @@ async def search(source: str, query: Query) -> State[Any]:
     target = await patiently(lambda: _load(source))
     check_source(target)
     found = await asyncio.to_thread(_find, target, query, getattr(FlowRunContext.get(), "flow_run", None))
-    words = f"{len(found)} {'series' if query.level == 'series' else 'studies'} at {target.name}"
+    words = f"{counted(len(found), query.level)} at {target.name}"
     rows = [_row(match) for match in found[:MOST_ROWS]]
     await patiently(lambda: acreate_table_artifact(rows, "matches", words))
     return Completed(message=words) if found else Failed(message=f"nothing matches at {target.name}")

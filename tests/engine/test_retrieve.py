@@ -284,6 +284,8 @@ def test_cancelling_releases_the_association_within_seconds_and_a_retry_fetches_
         up.told("jobs", "cancel", queued["flow_run_id"])
         assert peer.wait_closed()
         up.until(lambda: up.run(queued["flow_run_id"])["state_type"] == "CANCELLED", 60)
+        shown = up.told("jobs", "show", queued["flow_run_id"])
+        assert (shown["state"], shown["cancelled"], shown["waiting"]) == ("cancelled", ["E1"], [])
         result = up.told("jobs", "retry", queued["flow_run_id"])
         assert result["state"] == "delivered" and len(placed(tmp_path / "into")["E1"]) == 4
         assert peer.asked(GET)[1].level == "IMAGE"  # what had come is not fetched again

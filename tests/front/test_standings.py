@@ -48,7 +48,7 @@ def test_a_list_says_why_a_run_failed_where_no_target_does(tmp_path: Path) -> No
     why = "no source named pacs"
     assert says(tmp_path, run(Failed(message=why), **SOURCE)) == why
     assert says(tmp_path, run(Failed(message=why), **SOURCE), "failed") == why
-    assert says(tmp_path, run(Completed(message="1 studies found"), **SOURCE), "delivered") == "1 studies found"
+    assert says(tmp_path, run(Completed(message="1 study found"), **SOURCE), "delivered") == "1 study found"
     assert says(tmp_path, run(Failed(message=why), paths=["/x"], targets=[])) == why
 
 

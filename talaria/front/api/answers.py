@@ -345,6 +345,7 @@ class RetrievalAnswer(ExactAnswer):
     partial: list[str]
     failed: list[str]
     waiting: list[str]
+    cancelled: list[str] = Field(default=[], description="What waited when it was cancelled.")
     error: str | None
     studies: list[StudyAnswer]
     accessions: list[AccessionAnswer]

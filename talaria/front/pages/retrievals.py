@@ -18,7 +18,14 @@ LIST = "/talaria/retrievals"
 KINDS = ("retrieval",)
 SHOWN = 500  # studies on a page
 COLUMNS = ("accession", "study", "state", "instances", "missing", "bytes", "reason")
-STATES = ("failed", "missing", "partial", "waiting", "delivered")  # the order in which people want to see them
+STATES = (
+    "failed",
+    "missing",
+    "partial",
+    "cancelled",
+    "waiting",
+    "delivered",
+)  # the order in which people want to see them
 
 
 class RetrievalPages(JobPage):
