@@ -450,8 +450,8 @@ class Worker:
         """Put runs back into the queue that nobody executes."""
         await taken_over(self.client, self.ledger, self.lease.owner, self.alive, self._at_work)
 
-    def _at_work(self, run_id: str) -> bool:
-        return UUID(run_id) in self.active or UUID(run_id) in self._unended
+    def _at_work(self, run_id: str) -> bool:  # a part of a retrieval has a flag of its own
+        return run_id in running.running() or UUID(run_id) in self.active or UUID(run_id) in self._unended
 
     async def _beat(self) -> None:
         """Send the server a heartbeat."""

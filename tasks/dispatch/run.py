@@ -468,9 +468,11 @@ async def dispatching(targets: list[str], priority: str) -> AsyncIterator[Dispat
             raise
         finally:
             await asyncio.to_thread(discard, dispatch.staging)
-            running.forget(flow_run_id)
-            if owner:
-                ledger.runs.ends(flow_run_id, goes_on=rest.rests(home, flow_run_id))
+            try:
+                if owner:
+                    ledger.runs.ends(flow_run_id, goes_on=rest.rests(home, flow_run_id))
+            finally:  # only now: what is ours in the ledger and not at work is taken for left
+                running.forget(flow_run_id)
 
 
 async def _load(names: list[str]) -> list[Target]:
