@@ -213,6 +213,9 @@ def server_environment(home: Home, url: str) -> dict[str, str]:
         "PREFECT_UI_API_URL": "/api",
         "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
         "PREFECT_LOGGING_SERVER_LEVEL": "WARNING",
+        # Else each change of a task run's state is a transaction of its own.
+        "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE": "200",
+        "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_FLUSH_INTERVAL": "1",
         "PREFECT_SERVER_API_CSRF_PROTECTION_ENABLED": "false",
         "PREFECT_EVENTS_MAXIMUM_WEBSOCKET_BACKFILL": f"PT{EVENTS_S}S",
         # Also a request that the gate forgot would need it.

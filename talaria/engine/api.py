@@ -15,8 +15,10 @@ from weakref import WeakKeyDictionary
 
 from prefect.server.database.configurations import SQLITE_BEGIN_MODE, AioSqliteConfiguration
 
+from talaria.engine import leaner
 from talaria.engine.asgi import Application
 from talaria.engine.database import add_search, let_types_name_their_operators, make_index_at_start, set_sqlite_up
+from talaria.engine.onestep import make_statements_one_step
 from talaria.engine.priority import QueueOfPriority
 from talaria.engine.unique import UniqueNames
 
@@ -35,7 +37,13 @@ def create_app() -> tuple[Application, Any]:
     let_types_name_their_operators()
     let_schedules_make_runs()
     set_sqlite_up()
+    make_statements_one_step()
+    leaner.look_up_the_database_once()
+    leaner.check_schemas_once()
+    leaner.write_events_alike()
     prefect = prefects_own()
+    leaner.look_at_requests_plainly(prefect)
+    leaner.ask_dependencies_here()
     make_index_at_start(prefect)
     add_search(prefect)
     return QueueOfPriority(UniqueNames(prefect)), prefect

@@ -23,10 +23,13 @@ from prefect.server.database import provide_database_interface
 from prefect.server.database.configurations import SQLITE_BEGIN_MODE, AioSqliteConfiguration, BaseDatabaseConfiguration
 from prefect.server.schemas.filters import FlowRunFilter
 from prefect.server.schemas.sorting import FlowRunSort
+from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
+from prefect.states import AwaitingRetry, Pending, Running
 from sqlalchemy import func, select
 from sqlalchemy.dialects import sqlite
 
-from talaria.engine import api, database, freed, runs
+from flows.dispatch import dispatch
+from talaria.engine import api, database, freed, lanes, runs
 from talaria.engine.listed import listed
 from talaria.service.jobs import line
 from talaria.testing import studies
@@ -40,10 +43,9 @@ pytestmark = pytest.mark.timeout(600)
 
 
 DISPATCHES = 4
-# What a dispatch of one target costs: its claim, Running, its reading then and at its end, its end; its target; a place
-# and that place given back; the receipt, for commands and for people.
+# What a dispatch of one target costs: its claim, Running, its reading at its end, its end; its target; a place and that
+# place given back; the receipt, for commands and for people.
 CALLS = [
-    "GET /flow_runs/ID",
     "GET /flow_runs/ID",
     "PATCH /flow_runs/ID",  # its name, when the files have been read
     "POST /artifacts/",
@@ -97,6 +99,28 @@ def test_a_dispatch_takes_few_calls_of_the_api(up: Talaria, tmp_path: Path) -> N
     by_time = ["POST /flow_runs/filter", "POST /logs/", "POST /work_pools/talaria/workers/heartbeat"]
     assert set(others) <= {LOOKS, *by_time}
     assert made.count(LOOKS) <= 3 * DISPATCHES
+
+
+def test_a_run_that_begins_is_known_as_the_server_has_it(up: Talaria) -> None:
+    changing = {"updated", "total_run_time", "estimated_run_time", "estimated_start_time_delta"}
+
+    async def begun() -> None:
+        async with lanes.client(lanes.RunClient) as client:
+            assert isinstance(client, lanes.RunClient)
+            asked = {"paths": ["/x"], "targets": ["y"]}
+            run_id = (await client.create_flow_run(dispatch, parameters=asked, state=Pending())).id
+            for count in (1, 2):
+                client.begins(await client.read_flow_run(run_id))
+                await client.set_flow_run_state(run_id, Running())
+                ours, theirs = await client.read_flow_run(run_id), await client.read_flow_run(run_id)
+                assert ours.model_dump(exclude=changing) == theirs.model_dump(exclude=changing)
+                assert theirs.run_count == count
+                await client.set_flow_run_state(run_id, AwaitingRetry(scheduled_time=datetime.now(UTC)))
+                await lanes.Client.set_flow_run_state(client, run_id, Pending())
+
+    auth = (up.home / "worker.auth").read_text().strip()
+    with temporary_settings({PREFECT_API_URL: up.url, PREFECT_API_AUTH_STRING: auth}):
+        asyncio.run(begun())
 
 
 def test_the_private_name_is_still_prefect_s() -> None:
@@ -216,6 +240,7 @@ def test_the_last_check_is_the_last_one_however_often_it_is_asked_for(up: Talari
             return again["checked"]
 
     up.apply(checked={"type": "folder", "folder": str(tmp_path)})
+    up.until(lambda: up.told("status", code=None)["workers"])  # else the check is made here, and no run's
     assert up.told("target", "test", "checked")["ok"]
     before = asyncio.run(last())
     tmp_path.rmdir()
