@@ -8,7 +8,8 @@ from prefect import flow
 from prefect.client.schemas.objects import State
 
 from tasks.dispatch.asked import check_asked, name_run, unplanned
-from tasks.dispatch.run import dispatching, refusal
+from tasks.dispatch.ends import refusal
+from tasks.dispatch.run import dispatching
 from transfer.errors import DispatchError
 from transfer.plan import Origin
 
@@ -47,7 +48,7 @@ async def dispatch(
         await name_run(unplanned(targets))
         check_asked(paths, targets)
         async with dispatching(targets, priority) as running:
-            if not await running.goes_on():
+            if not await running.goes_on(paths, exclude, each):
                 return await running.conclude()
             origin = Origin(sender_aet, receiver_aet, sender_host)
             plan = await running.stage(paths, exclude, origin, copy_first, each)

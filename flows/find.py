@@ -8,7 +8,7 @@ from prefect import flow
 from prefect.client.schemas.objects import State
 
 from tasks.dispatch.asked import name_run
-from tasks.dispatch.run import refusal
+from tasks.dispatch.ends import refusal
 from tasks.retrieve.asked import query_of
 from tasks.retrieve.search import search
 from transfer.accessions import accessions as numbers

@@ -10,7 +10,7 @@ from prefect.client.schemas.objects import State
 
 from flows.dispatch import dispatch
 from tasks.dispatch.asked import name_run, retrieval_name
-from tasks.dispatch.run import refusal
+from tasks.dispatch.ends import refusal
 from tasks.retrieve.asked import given, query_of
 from tasks.retrieve.dispatches import dispatched
 from tasks.retrieve.run import retrieving

@@ -139,6 +139,12 @@ class Waits:
             ).fetchone()
         return int(count)
 
+    def lines(self) -> set[str]:
+        """Return the names of the lines in which somebody stands."""
+        with self._db.reading():
+            rows = self._db.execute("SELECT DISTINCT line FROM lines WHERE until>?", (self._db.time() - LATE_S,))
+            return {str(row[0]) for row in rows}
+
     def call(self, line: str, count: int) -> list[str]:
         """Call the first runs of a line, so many of those that nobody has called; return them."""
         now = self._db.time()

@@ -34,6 +34,7 @@ class Due:
     def __init__(self, client: PrefectClient, pool: str, limit: int) -> None:
         self.client, self.pool, self.limit = client, pool, limit
         self.elsewhere = 0  # how many runs stand in ordinary queues whose files are on other hosts
+        self.aside = 0  # how many are about to rest, and need no place
         self._queues: dict[UUID, str] = {}  # of all hosts and of this one, where there are several; asked each while
         self._asked = 0.0
         self._look_again = 0.0  # for runs that were passed over, in monotonic seconds
@@ -91,7 +92,7 @@ class Due:
         self, *, before: datetime, after: datetime | None = None, queue: str = "", limit: int | None = None
     ) -> list[FlowRun]:
         """Return runs that are to begin within a time; none if somebody has removed the pool or the queue."""
-        most = limit or min(MOST, self.limit + self.elsewhere)
+        most = limit or min(MOST, self.limit + self.elsewhere + self.aside)
         body: dict[str, Any] = {"limit": most, "scheduled_before": before.isoformat()}
         body |= {"scheduled_after": after.isoformat()} if after else {}
         if queue or hosts.several():

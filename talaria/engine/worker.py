@@ -34,17 +34,18 @@ from prefect.client.schemas.filters import (
     WorkPoolFilterName,
 )
 from prefect.client.schemas.objects import FlowRun, State, StateType
-from prefect.exceptions import ObjectNotFound, PrefectException
-from prefect.states import Cancelled, Failed
+from prefect.exceptions import PrefectException
+from prefect.states import Cancelled
 
 from talaria import logs
 from talaria.audit.forward import forwarding
 from talaria.engine import called, cancelled, hosts, lanes, logged
+from talaria.engine.aside import Aside
 from talaria.engine.due import MOST, Due, is_check
 from talaria.engine.recovery import abandoned, elsewhere, settle, taken_over
 from talaria.engine.registry import CHECKS
 from talaria.engine.sweeping import keep_sweeping
-from talaria.engine.table import flow_at
+from talaria.engine.table import Flows
 from talaria.engine.watch import StateChange, resuming, watch
 from talaria.settings import POOL
 from tasks.dispatch import line, progress, rest, running
@@ -60,7 +61,6 @@ HEARTBEAT_S = 30.0  # Prefect takes a worker for offline after three of them
 HEED_S = 0.1  # before a run is asked after whose state has changed: it ends, most often, and is gone by then
 LATE_S = (0.5, 2.0)  # after which an event is looked into again: the server sends it before its transaction ends
 CALM_S = 0.05  # after a look that found nothing: what woke us need not be ours
-DEPLOYED_S = 60.0  # how long it is known which flow a deployment is of
 READY_LANES = 2
 CHECKS_AT_ONCE = 2  # beside the dispatches: who tests a target does not wait for their places
 # The server, or the ledger's database, which may be busy or its disk full.
@@ -89,9 +89,10 @@ class Worker:
         self._check_waits = False
         self._awaited: dict[UUID, float] = {}  # runs that events have named and no look has found, and until when
         self._alarms = False  # whether their time may not have come yet
-        self._flows: dict[UUID, tuple[float, Flow[..., Any] | None, str]] = {}  # by deployment, with the time
+        self._flows = Flows(client)
         self._jobs: set[asyncio.Task[None]] = set()
         self._looking_back = cancelled.LookingBack()
+        self._aside = Aside(client, home, ledger)
 
     async def serve(self) -> None:
         """Work until it is cancelled."""
@@ -129,7 +130,8 @@ class Worker:
             self._wake.clear()
             if self.draining:
                 return
-            places = self.limit - len(self.active) + len(self._checks)
+            places = self.limit - len(self.active) + len(self._checks) + len(self._aside.runs)
+            self.due.aside = len(self._aside.runs)
             if places <= 0 and not (self._check_waits and len(self._checks) < CHECKS_AT_ONCE):
                 self._more = True
                 continue
@@ -163,11 +165,17 @@ class Worker:
         return flow_run.id in self.active or hosts.is_here(flow_run)
 
     def _begin(self, found: list[FlowRun], places: int) -> int:
-        """Begin as many runs as there are places for; return how many."""
+        """Begin as many runs as there are places for, and those that need none; return how many."""
+        aside = set[UUID]()
+        with suppress(*LOST):
+            aside = self._aside.chosen(found)
         room, begun = CHECKS_AT_ONCE - len(self._checks), 0
         for flow_run in found:
             self._awaited.pop(flow_run.id, None)
-            if is_check(flow_run):
+            if flow_run.id in aside:
+                self._aside.runs.add(flow_run.id)
+                self._wake.set()  # there may be others behind it
+            elif is_check(flow_run):
                 if room <= 0:
                     continue
                 room -= 1
@@ -209,11 +217,15 @@ class Worker:
         running.flag(run_id)
         try:
             settled, more = True, False  # where it still runs, and its next time has come, an event says when it may
+            rest_at_once = await self._aside.look(flow_run) if flow_run.id in self._aside.runs else None
+            if flow_run.id in self._aside.runs and rest_at_once is None:
+                self._wake.set()  # it needs a place
+                return
             if not self.ledger.runs.claimed(run_id, owner, self.alive) or owner != self.lease.owner:
                 return
             settled, more = False, True
             self._unended.pop(flow_run.id, None)
-            flow = await self._flow_of(flow_run)
+            flow = await self._flows.of(flow_run)
             if flow is None or not await lanes.claim(self.client, flow_run.id, self.name):
                 settled = True
             else:
@@ -223,7 +235,10 @@ class Worker:
                 logged.begins(flow_run)
                 if hosts.must_stay(flow_run):
                     await self.client.update_flow_run_labels(flow_run.id, {hosts.HOST: host_name()})
-                state = await self._in_lane(flow, flow_run)
+                if rest_at_once:
+                    state: State[Any] | None = await self._aside.rest(flow_run, rest_at_once)
+                else:
+                    state = await self._in_lane(flow, flow_run)
                 logged.ends(flow_run, state, self.ledger)
                 settled = state is not None and (state.is_final() or state.is_scheduled() or state.is_paused())
                 if state is not None and state.is_scheduled():
@@ -264,6 +279,7 @@ class Worker:
         self._claimed.discard(run_id)
         del self.active[run_id]
         self._checks.discard(run_id)
+        self._aside.leaves(run_id)
         if run_id in self._resumed:
             self._resumed.discard(run_id)
             self._do(self._go_on(run_id))
@@ -278,25 +294,6 @@ class Worker:
         finally:
             if not lane.broken:
                 self._lanes.append(lane)
-
-    async def _flow_of(self, flow_run: FlowRun) -> Flow[..., Any] | None:
-        """Return the flow to run; if its deployment names none of ours, fail the run and return None."""
-        deployment_id = flow_run.deployment_id
-        known = self._flows.get(deployment_id) if deployment_id else None
-        if known is None or known[0] < time.monotonic() - DEPLOYED_S:
-            entrypoint = "none"
-            with suppress(ObjectNotFound):
-                if deployment_id:
-                    entrypoint = str((await self.client.read_deployment(deployment_id)).entrypoint)
-            known = time.monotonic(), flow_at(entrypoint), entrypoint
-            if deployment_id:
-                self._flows[deployment_id] = known
-        _, flow, entrypoint = known
-        if flow is None:
-            # To be allowed to create deployments must not mean to run code of one's own on this machine.
-            why = f"its deployment's entry point, {entrypoint}, is not one of Talaria's flows"
-            await self.client.set_flow_run_state(flow_run.id, Failed(message=f"Not run: {why}."), force=True)
-        return flow
 
     # ---- what others make of runs
 

@@ -60,6 +60,15 @@ def retrieval_name(source: str, targets: Sequence[str], into: str) -> str:
     return f"from {source} to {where}" if where else f"from {source}"
 
 
+def name_for(own: str, name: str) -> str:
+    """Return the name that a run gets which says what it does; "" if its own one stays."""
+    if dispatch_in(own) or own.startswith(UNPLANNED):
+        return ""
+    if _MADE_UP.fullmatch(own):
+        return name
+    return f"{name} ({own})" if name.startswith(UNPLANNED) else ""
+
+
 async def name_run(name: str) -> None:
     """Give the current run a name that says what it does, if whoever started it gave it none.
 
@@ -67,14 +76,11 @@ async def name_run(name: str) -> None:
     """
     context = FlowRunContext.get()
     flow_run = context.flow_run if context else None
-    if flow_run is None or dispatch_in(flow_run.name) or flow_run.name.startswith(UNPLANNED):
+    if flow_run is None:
         return
-    own = flow_run.name
-    if _MADE_UP.fullmatch(own):
-        flow_run.name = name
-    elif name.startswith(UNPLANNED):
-        flow_run.name = f"{name} ({own})"
-    else:
+    new = name_for(flow_run.name, name)
+    if not new:
         return
+    flow_run.name = new
     async with get_client() as client:
         await patiently(lambda: client.update_flow_run(flow_run.id, name=flow_run.name))

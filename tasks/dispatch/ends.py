@@ -9,15 +9,19 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
+from datetime import UTC, datetime
 from textwrap import shorten
 from typing import Any
 
+from prefect import states
+from prefect.client.schemas.objects import State as RunState
 from prefect.context import FlowRunContext
 
+from tasks.dispatch import audited, running
 from tasks.dispatch.delivery import Delivery
 from tasks.happened import WORDS_CHARS, Cause, cause_of, dispatch_ended, dispatch_refused
 from transfer.deliveries import Standing
-from transfer.errors import Cancelled, DispatchError
+from transfer.errors import Cancelled, Denied, DispatchError
 from transfer.happenings import CANCELLED
 from transfer.home import Home
 from transfer.ledger import Ledger
@@ -27,6 +31,10 @@ from transfer.receipt import Receipt, State, overall
 UNKNOWN = "(unknown)"  # counts for targets that are not there
 _known: ContextVar[tuple[str, ...]] = ContextVar("targets", default=())
 logger = logging.getLogger(__name__)
+
+
+class Paused(Cancelled):
+    """The dispatch was paused."""
 
 
 def say_ended(
@@ -130,6 +138,24 @@ def sentence(receipt: Receipt) -> str:
     rest = [receipt.error] if receipt.error else []
     rest += [f"hook {receipt.hook}"] if receipt.hook == "failed" else []
     return f"{receipt.target} {receipt.state}: " + ", ".join([counts or "nothing", *rest])
+
+
+def paused(message: str) -> RunState[Any]:
+    """Return the state of a run that goes on when somebody resumes it."""
+    never = datetime.now(UTC) + running.UNTIL_RESUMED
+    return states.Scheduled(scheduled_time=never, name=running.PAUSED, message=message)
+
+
+def refusal(error: DispatchError) -> RunState[Any]:
+    """Return the state of a run that could not begin, or was stopped before it began."""
+    if isinstance(error, Paused):
+        return paused(error.message)
+    say_refused(error)
+    if isinstance(error, Denied):
+        run = getattr(FlowRunContext.get(), "flow_run", None)
+        audited.refused(str(error), str(getattr(run, "id", "")), audited.requester(run), target=error.target)
+    stopped = isinstance(error, Cancelled)
+    return states.Cancelled(message=str(error)) if stopped else states.Failed(message=str(error))
 
 
 def _asked() -> tuple[str, list[str]]:

@@ -79,14 +79,16 @@ class Rest:
     """What a run has left behind.
 
     Attributes:
-        document: its receipts so far; {} for a run that has not rested.
+        document: its receipts so far; {} for a run that has not rested, or has read no files.
         left: by target.
         artifacts: ids of its progress artifacts, by target.
+        unread: whether it has read no files yet, so that it has no receipts.
     """
 
     document: dict[str, Any] = field(default_factory=dict)
     left: dict[str, Left] = field(default_factory=dict)
     artifacts: dict[str, str] = field(default_factory=dict)
+    unread: bool = False
 
     def studies(self, target: str) -> Sequence[dict[str, Any]]:
         """Return the rows of a flood's studies, if it has begun at a target; where it is retried, it begins anew."""
@@ -97,17 +99,17 @@ def load(home: Home, run_id: str) -> Rest:
     """Return what a run has left behind; an empty one if it is not known, and then the ledger knows what arrived."""
     with suppress(OSError, ValueError, TypeError, KeyError):
         kept = json.loads(_path(home, run_id).read_bytes())
-        document = json.loads(home.receipt(run_id).read_bytes())
-        return Rest(document, {name: Left(**one) for name, one in kept["left"].items()}, kept["artifacts"])
+        left = {name: Left(**one) for name, one in kept["left"].items()}
+        if kept.get("unread"):
+            return Rest(left=left, unread=True)
+        return Rest(json.loads(home.receipt(run_id).read_bytes()), left, kept["artifacts"])
     return Rest()
 
 
 def save(home: Home, run_id: str, rest: Rest) -> None:
     """Keep what a run leaves behind; its receipts are a file of their own."""
-    replace(
-        _path(home, run_id),
-        {"left": {name: asdict(one) for name, one in rest.left.items()}, "artifacts": rest.artifacts},
-    )
+    left = {name: asdict(one) for name, one in rest.left.items()}
+    replace(_path(home, run_id), {"left": left, "artifacts": rest.artifacts, "unread": rest.unread})
 
 
 def rests(home: Home, run_id: str) -> bool:

@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
-from datetime import UTC, datetime
 from typing import Any, TypeVar
 from uuid import UUID
 
@@ -16,16 +15,15 @@ from prefect import get_client
 from prefect.client.schemas.objects import State as RunState
 from prefect.context import FlowRunContext
 from prefect.logging import get_run_logger
-from prefect.states import AwaitingRetry, Cancelled, Completed, Failed, Scheduled
+from prefect.states import AwaitingRetry, Cancelled, Completed, Failed
 
 from blocks.base import Target
 from tasks import DRIVERS
-from tasks.dispatch import audited, breaker, line, rest, running
+from tasks.dispatch import audited, breaker, line, rest, running, waiting
 from tasks.dispatch.asked import UNPLANNED
 from tasks.dispatch.delivery import Delivery, summary
-from tasks.dispatch.ends import knows, say_ended, say_refused, sentence
+from tasks.dispatch.ends import Paused, knows, paused, say_ended, say_refused, sentence
 from tasks.dispatch.flood import Flood, Studies, rows
-from tasks.dispatch.hours import opens
 from tasks.dispatch.patience import is_outage, patiently
 from tasks.dispatch.progress import Live, live
 from tasks.dispatch.push import delay_before, failure_of, hook_task, push_task
@@ -37,7 +35,7 @@ from tasks.quiet import Quiet
 from tasks.targets import check_destination, load
 from transfer import deadletters
 from transfer import live as shown
-from transfer.errors import Busy, Denied, DiskFull, DispatchError, Unreachable
+from transfer.errors import Busy, DiskFull, DispatchError, Unreachable
 from transfer.errors import Cancelled as DispatchCancelled
 from transfer.globs import patterns
 from transfer.home import Home
@@ -51,9 +49,6 @@ R = TypeVar("R")
 LOOK_S = 0.25  # between two looks at the cancel flag
 GRACE_S = 3  # for a driver to stop by itself before it is cancelled; a cancelled run ends within 5
 SLOT_S = 2.0  # how long a run waits for a slot, where no other one rests for it; then it rests, too
-TURN_S = 15.0  # after which a run looks again for a slot, for each that stands in line before it
-TURNS_S = 600.0  # and at most after this
-APART_S = 0.25  # between the returns of runs that wait for the same target to answer
 TESTED = (*breaker.DEAD, Busy, DiskFull)  # after one of these a target is tested before its files are read again
 
 
@@ -86,12 +81,16 @@ class Dispatch:
         waiting = {*self.waits, *self._failed}
         return [one for one in self.targets if not self._left(one).ended and one.name not in waiting]
 
-    async def goes_on(self) -> bool:
-        """Return True if there is something to do; False if a run that comes back must wait on, or is over.
+    async def goes_on(self, paths: list[str], exclude: str, each: str) -> bool:
+        """Return True if there is something to do; False if the run must wait, or is over.
 
-        Looks at the targets alone: what waits for one that is dead is neither read nor staged again.
+        Looks at the targets alone: what waits is neither read nor staged, once or again. Of files that have not been
+        read it is made sure that there are any.
+
+        Raises:
+            NotFound, Denied, Misconfigured: there is nothing to send.
         """
-        if not self.rest.document:
+        if self._is_new and (each or running.whole() or not line.may_rest() or _shows_its_plan()):
             return True
         try:
             looks = asyncio.gather(*(self._look(target) for target in self._open))
@@ -100,12 +99,20 @@ class Dispatch:
             if not self.cancelled.is_set():
                 raise
             raise self._stopped_early("waited") from exc
-        return bool(self._open)
+        if self._open or not self._is_new:
+            return bool(self._open)
+        await asyncio.to_thread(waiting.can_be_read, self.home, self.flow_run_id, paths, exclude)
+        return any(last for _, last in self._failed.values())  # for the receipts
+
+    @property
+    def _is_new(self) -> bool:
+        """Whether the run has read no files yet."""
+        return not self.rest.document
 
     async def _look(self, target: Target) -> None:
         """Look whether a run may push to a target; one that comes back tests it, or takes a slot of it."""
         left, name = self._left(target), target.name
-        opening = self._opening(target)
+        opening = waiting.for_its_hours(target, self.priority)
         if opening:
             self.waits[name] = opening
         elif (self.rest.document or line.may_rest()) and await self._is_dead(target):
@@ -119,6 +126,8 @@ class Dispatch:
                 self._held[name] = await patiently(lambda: self._slot(target))
             except NoSlot:
                 self._stand_in_line(target)
+        elif self._is_new and line.may_rest() and self._others_wait(target):
+            self._stand_in_line(target)
 
     async def _is_dead(self, target: Target) -> bool:
         """Return True if a target's breaker is open: the run waits for it then, and has tested it if it was time."""
@@ -135,18 +144,14 @@ class Dispatch:
         one = await asyncio.to_thread(breaker.read, self.ledger, target)
         if not one.opened:
             return False
-        if not self.rest.document:  # it has just come: tests from now on are attempts of its own
-            left.tried = left.tried or self.ledger.now()
+        if not left.tried:  # it has just come: tests from now on are attempts of its own
+            left.tried = self.ledger.now()
         elif one.tested > left.tried:
             self._count(target, Unreachable(one.reason))
             if target.name not in self.waits:
                 return True
-        until, left.again = max(one.until, self.ledger.now() + pause_s), 0.0
-        turn, queue = line.turn(left.tried, self.priority), breaker.queue(target)
-        until += self.ledger.waits.before(queue, self.in_line, turn) * APART_S
-        self.ledger.waits.join(queue, self.in_line, turn, until)
-        what = f"{target.name} to answer, which it hasn't since {datetime.fromtimestamp(one.opened, UTC):%H:%M:%S} UTC"
-        self.waits[target.name] = Wait(datetime.fromtimestamp(until, UTC), what)
+        what = self.ledger, target, self.in_line, self.priority, left, one, pause_s
+        self.waits[target.name] = waiting.for_an_answer(*what)
         return True
 
     async def _tested(self, target: Target) -> DispatchError | None:
@@ -175,21 +180,12 @@ class Dispatch:
             left.again = time.time() + delay_before(left.futile + 1, target, error)
             self.waits[target.name] = rest.next_attempt(target.name, left.again)
 
-    def _opening(self, target: Target) -> Wait | None:
-        opening = opens(target, self.priority)
-        if opening is None:
-            return None
-        what = f"the hours of {target.name}" if target.enabled else f"{target.name} to be enabled"
-        return Wait(opening, what, soon=False)
-
     def _stand_in_line(self, target: Target) -> None:
         left = self._left(target)
-        left.since = left.since or self.ledger.now()
-        turn = line.turn(left.since, self.priority)
-        before = self.ledger.waits.before(target.name, self.in_line, turn)
-        until = self.ledger.now() + min(TURNS_S, TURN_S * (before + 1))
-        self.ledger.waits.join(target.name, self.in_line, turn, until)
-        self.waits[target.name] = Wait(datetime.fromtimestamp(until, UTC), f"a slot at {target.name}")
+        self.waits[target.name] = waiting.for_a_slot(self.ledger, target, self.in_line, self.priority, left)
+
+    def _others_wait(self, target: Target) -> bool:
+        return waiting.others_stand_in_line(self.ledger, target, self.in_line, self.priority)
 
     async def _slot(self, target: Target) -> AsyncExitStack:
         """Take a slot of a target: at once or soon where a run can rest, else as soon as there is one.
@@ -237,7 +233,7 @@ class Dispatch:
 
     def _stopped_early(self, did: str = "read its files") -> DispatchCancelled:
         if self.paused.is_set():
-            return _Paused(f"the dispatch was paused while it {did}")
+            return Paused(f"the dispatch was paused while it {did}")
         return DispatchCancelled(f"the dispatch was cancelled while it {did}")
 
     async def deliver(self, plan: Plan, force: bool) -> list[Receipt]:
@@ -246,7 +242,8 @@ class Dispatch:
         Returns:
             The receipts of the targets for which something was to be done.
         """
-        self.deliveries = [self._delivery(target, plan, force) for target in self._open]
+        left = [one for one in self.targets if not self._left(one).ended] if self._is_new else self._open
+        self.deliveries = [self._delivery(target, plan, force) for target in left]
         for delivery in self.deliveries:
             delivery.may_rest = line.may_rest()
             await asyncio.to_thread(delivery.resume, self._left(delivery.target))
@@ -278,18 +275,21 @@ class Dispatch:
         if flow_run.name.startswith(UNPLANNED):
             async with get_client() as client:
                 await patiently(lambda: client.update_flow_run(flow_run.id, name=f"{plan.dispatch_id} {flow_run.name}"))
-        if flow_run.labels.get(shown.SHOW_PLAN):
+        if _shows_its_plan():
             receipts = [delivery.receipt(waiting=True) for delivery in self.deliveries]
             whole = pieces(plan.dispatch_id, self.flow_run_id, State.WAITING, receipts)
             await asyncio.to_thread(shown.write, self.home, self.flow_run_id, shown.PLAN, whole)
 
     async def _deliver(self, delivery: Delivery) -> None:
         target, logger = delivery.target, get_run_logger()
-        if not self.rest.document:  # one that comes back has looked before it read its files
+        known = {*self.waits, *self._failed, *self._held}
+        if self._is_new and target.name not in known:  # once more, since it has read its files meanwhile
             await self._look(target)
         if target.name in self.waits:
             delivery.stopped = State.WAITING
             logger.info("%s: waits until %s", target.name, self.waits[target.name].until.isoformat())
+            return
+        if target.name in self._failed:
             return
         began = delivery.attempts
         try:
@@ -358,6 +358,9 @@ class Dispatch:
             new: the receipts of this part.
         """
         running.still_ours(self.flow_run_id)
+        if not dispatch_id and self._is_new:
+            return waiting.unread(self.home, self.ledger, self.flow_run_id, self.rest, self.waits)
+        self.rest.unread = False
         dispatch_id = dispatch_id or str(self.rest.document["dispatch_id"])
         receipts = self._receipts(new)
         state = overall([receipt.state for receipt in receipts])
@@ -460,7 +463,7 @@ async def dispatching(targets: list[str], priority: str) -> AsyncIterator[Dispat
         try:
             yield dispatch
         except DispatchError as exc:
-            if not isinstance(exc, _Paused):
+            if not isinstance(exc, Paused):
                 await asyncio.to_thread(rest.forget, home, flow_run_id)
             raise
         except Exception as exc:  # a fault of ours
@@ -475,27 +478,11 @@ async def dispatching(targets: list[str], priority: str) -> AsyncIterator[Dispat
                 running.forget(flow_run_id)
 
 
+def _shows_its_plan() -> bool:
+    run = getattr(FlowRunContext.get(), "flow_run", None)
+    return bool(run and run.labels.get(shown.SHOW_PLAN))
+
+
 async def _load(names: list[str]) -> list[Target]:
     async with get_client() as client:
         return await load(client, names)
-
-
-class _Paused(DispatchCancelled):
-    """The dispatch was paused."""
-
-
-def paused(message: str) -> RunState[Any]:
-    """Return the state of a run that goes on when somebody resumes it."""
-    never = datetime.now(UTC) + running.UNTIL_RESUMED
-    return Scheduled(scheduled_time=never, name=running.PAUSED, message=message)
-
-
-def refusal(error: DispatchError) -> RunState[Any]:
-    """Return the state of a run that could not begin, or was stopped before it began."""
-    if isinstance(error, _Paused):
-        return paused(error.message)
-    say_refused(error)
-    if isinstance(error, Denied):
-        run = getattr(FlowRunContext.get(), "flow_run", None)
-        audited.refused(str(error), str(getattr(run, "id", "")), audited.requester(run), target=error.target)
-    return Cancelled(message=str(error)) if isinstance(error, DispatchCancelled) else Failed(message=str(error))

@@ -14,9 +14,12 @@ import pytest
 
 from talaria.testing import studies
 from talaria.testing.relay import relay
+from tasks.dispatch.breaker import LIMIT
+from tests.engine.material import later
 from tests.servers.dcmtk import storescp
 from tests.servers.dicomweb import Reply, scripted
 from tests.servers.up import Talaria
+from transfer.ledger import Ledger
 
 pytestmark = pytest.mark.timeout(600)
 DEAD = 10  # dispatches; a worker runs eight at once
@@ -76,6 +79,93 @@ def test_dispatches_to_dead_targets_hold_up_no_other(up: Talaria, tmp_path: Path
         assert not (up.home / "staging" / run).exists()
     shown = up.told("jobs", "show", waiting[0])["targets"]["dead"]
     assert (shown["state"], shown["attempts"], shown["unsent"]) == ("waiting", 1, 2) and shown["error"]
+
+
+def create(up: Talaria, paths: list[Path], to: str) -> str:
+    """Create a dispatch as any client of Prefect's does, which waits for no plan."""
+    deployment = up.api("GET", "/deployments/name/dispatch/talaria")["id"]
+    asked = {"paths": [str(one) for one in paths], "targets": to.split(",")}
+    return str(up.api("POST", f"/deployments/{deployment}/create_flow_run", parameters=asked)["id"])
+
+
+def states(up: Talaria, run_id: str) -> list[str]:
+    found = up.api("GET", f"/flow_run_states/?flow_run_id={run_id}")
+    return [one["name"] for one in sorted(found, key=lambda one: str(one["timestamp"]))]
+
+
+def down(up: Talaria, study: Path, **target: dict[str, Any]) -> None:
+    """Save a target that does not answer, and let dispatches find that out."""
+    (name,) = target
+    up.apply(**target)
+    for _ in range(LIMIT):
+        create(up, [study], name)
+    up.until(lambda: breaker(up, name)["state"] == "open")
+
+
+def test_what_comes_for_a_dead_target_rests_without_a_thread_and_without_its_files(up: Talaria, tmp_path: Path) -> None:
+    studies.ct(tmp_path / "study", 2)
+    (tmp_path / "empty").mkdir()
+    down(up, tmp_path / "study", gone=dead(1))
+    run = create(up, [tmp_path / "study"], "gone")
+    refused = {"no such file": tmp_path / "missing", "nothing to send": tmp_path / "empty"}
+    wrong = {why: create(up, [path], "gone") for why, path in refused.items()} | {
+        "no target named": create(up, [tmp_path / "study"], "gone,unheard-of")
+    }
+    up.until(lambda: up.run(run)["state"]["name"] == "AwaitingRetry")
+    for why, one in wrong.items():  # said at once, as of any other target
+        up.until(lambda one=one: up.run(one)["state"]["type"] == "FAILED")  # type: ignore[misc]
+        assert why in up.run(one)["state"]["message"]
+    known = up.run(run)
+    assert states(up, run) == ["Scheduled", "Pending", "AwaitingRetry"] and known["name"] == "to gone"
+    message = (
+        r"tries again at [-0-9: ]+ UTC: gone to answer, which it hasn't since [0-9:]+ UTC; its files have not been"
+    )
+    assert re.match(message, known["state"]["message"])
+    assert artifacts(up, run) == 0 and not (up.home / "staging" / run).exists()
+    assert up.told("jobs", "show", run)["state"] == "waiting"
+    with storescp(tmp_path / "pacs") as pacs:
+        up.apply(gone=dead(pacs.port, aet_target="STORESCP"))
+        go_on(up, run)
+        up.until(lambda: up.run(run)["state"]["type"] == "COMPLETED")
+        assert len(pacs.names()) == 2 and up.run(run)["run_count"] == 1
+
+
+def test_what_rests_unread_counts_its_attempts_and_ends_with_its_files_kept(up: Talaria, tmp_path: Path) -> None:
+    studies.ct(tmp_path / "study", 2)
+    down(up, tmp_path / "study", lost=dead(1, max_attempts=2))
+    run = create(up, [tmp_path / "study"], "lost")
+    up.until(lambda: up.run(run)["state"]["name"] == "AwaitingRetry")
+    for attempts in (1, 2):
+        with Ledger(up.home / "ledger.sqlite") as ledger, ledger.together():
+            one = ledger.waits.breaker("lost")
+            assert one
+            one.until = 0.0  # it is time for a test
+            ledger.waits.save(one)
+        go_on(up, run)
+        up.until(lambda attempts=attempts: up.run(run)["run_count"] == attempts)  # type: ignore[misc]
+        up.until(lambda: up.run(run)["state"]["type"] in ("SCHEDULED", "FAILED"))
+    assert up.run(run)["state"]["type"] == "FAILED"
+    shown = up.told("jobs", "show", run)["targets"]["lost"]
+    assert (shown["state"], shown["attempts"], shown["unsent"]) == ("failed", 2, 2) and shown["error"]
+    assert (up.home / "failed" / run).exists() and not (up.home / "staging" / run).exists()
+
+
+def test_a_closed_window_is_waited_for_without_reading_the_files(up: Talaria, tmp_path: Path) -> None:
+    studies.ct(tmp_path / "study", 2)
+    up.apply(shut=folder(tmp_path / "shut", window=later(2)), open=folder(tmp_path / "open"))
+    missing = create(up, [tmp_path / "missing"], "shut")
+    run = create(up, [tmp_path / "study"], "shut")
+    both = create(up, [tmp_path / "study"], "shut,open")
+    up.until(lambda: up.run(missing)["state"]["type"] == "FAILED")
+    up.until(lambda: rests(up, run, 1) and rests(up, both, 1))
+    assert len(files(tmp_path / "open")) == 2 and up.told("jobs", "show", both)["targets"]["shut"]["unsent"] == 2
+    assert up.run(run)["state"]["message"].endswith("the hours of shut; its files have not been read yet")
+    assert artifacts(up, run) == 0 and not (up.home / "receipts" / f"{run}.json").exists()
+    up.apply(shut=folder(tmp_path / "shut"))
+    for one in (run, both):
+        go_on(up, one)
+        up.until(lambda one=one: up.run(one)["state"]["type"] == "COMPLETED")  # type: ignore[misc]
+    assert [one["delivered"] for one in up.told("jobs", "show", run)["targets"].values()] == [2]
 
 
 def test_a_run_comes_back_for_the_dead_target_alone_and_reads_nothing_for_it(up: Talaria, tmp_path: Path) -> None:

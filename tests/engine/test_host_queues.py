@@ -19,6 +19,7 @@ from prefect.states import AwaitingRetry, Cancelling, Running
 
 from talaria.engine import called, hosts
 from talaria.engine.recovery import TAKEN_BY, TAKEN_UP, _take_up, elsewhere, taken_over
+from talaria.engine.table import Flows
 from talaria.engine.watch import StateChange
 from talaria.engine.worker import LOST, Worker
 from tasks.dispatch import line, running
@@ -454,12 +455,12 @@ def test_a_run_whose_end_cannot_be_noted_gives_its_place_back(
         settled.append(run_id)
         return True
 
-    async def no_flow(self: Worker, flow_run: FlowRun) -> None:
+    async def no_flow(self: Flows, flow_run: FlowRun) -> None:
         if broken:
             raise RuntimeError("an error of the engine")
 
     monkeypatch.setattr("talaria.engine.worker.settle", settle)
-    monkeypatch.setattr(Worker, "_flow_of", no_flow)
+    monkeypatch.setattr(Flows, "of", no_flow)
 
     async def work() -> None:
         worker = Worker(cast(PrefectClient, Server(run)), "talaria", home, ledger, cast(Lease, lease), limit=0)

@@ -1,0 +1,63 @@
+"""Runs that can't do anything now: they rest at once, one after another, without a place, a thread or their files.
+
+Else a flood of dispatches to a target that does not answer takes the time of those to others.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+from uuid import UUID
+
+from prefect.client.orchestration import PrefectClient
+from prefect.client.schemas.objects import FlowRun, State
+
+from talaria.engine import hosts
+from tasks.dispatch import asked, waiting
+from transfer.home import Home
+from transfer.ledger import Ledger
+
+Rests = Callable[[], State[Any]]
+
+
+class Aside:
+    """Those of a worker's runs that need no place.
+
+    Attributes:
+        runs: their ids.
+    """
+
+    def __init__(self, client: PrefectClient, home: Home, ledger: Ledger) -> None:
+        self.client, self.home, self.ledger = client, home, ledger
+        self.runs: set[UUID] = set()
+        self._begin: set[UUID] = set()  # those that looked so, and have to begin all the same
+        self._turn = asyncio.Lock()
+
+    def chosen(self, found: list[FlowRun]) -> set[UUID]:
+        """Return the ids of those of some runs that may have to wait, as far as the ledger alone says that."""
+        new = [one for one in found if one.id not in self._begin and not hosts.must_stay(one)]
+        return {one.id for one in waiting.may_wait(self.ledger, new, self.home)}
+
+    async def look(self, flow_run: FlowRun) -> Rests | None:
+        """Return what lets a run rest; None if it has to begin, and needs a place for that."""
+        async with self._turn:
+            rests = await waiting.ahead(self.client, self.home, self.ledger, flow_run)
+        if rests is None:
+            self._begin.add(flow_run.id)
+        return rests
+
+    async def rest(self, flow_run: FlowRun, rests: Rests) -> State[Any]:
+        """Let a run of ours rest; return the state that it has then, which somebody else may have set."""
+        if name := asked.name_for(flow_run.name, asked.unplanned([str(one) for one in flow_run.parameters["targets"]])):
+            await self.client.update_flow_run(flow_run.id, name=name)
+        state = await asyncio.to_thread(rests)
+        result = await self.client.set_flow_run_state(flow_run.id, state)
+        return result.state or state
+
+    def leaves(self, run_id: UUID) -> None:
+        """Forget a run that has gone from the worker; one that has to begin is known until it has."""
+        if run_id in self.runs:
+            self.runs.discard(run_id)
+        else:
+            self._begin.discard(run_id)
