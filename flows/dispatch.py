@@ -7,7 +7,7 @@ from typing import Any, Literal
 from prefect import flow
 from prefect.client.schemas.objects import State
 
-from tasks.dispatch.asked import check_asked, name_run, unplanned
+from tasks.dispatch.asked import Naming, check_asked, unplanned
 from tasks.dispatch.ends import refusal
 from tasks.dispatch.run import dispatching
 from transfer.errors import DispatchError
@@ -45,14 +45,14 @@ async def dispatch(
             paths, which list studies, or each unit of a source, for sweeps; empty if all is one.
     """
     try:
-        await name_run(unplanned(targets))
-        check_asked(paths, targets)
-        async with dispatching(targets, priority) as running:
-            if not await running.goes_on(paths, exclude, each):
-                return await running.conclude()
-            origin = Origin(sender_aet, receiver_aet, sender_host)
-            plan = await running.stage(paths, exclude, origin, copy_first, each)
-            receipts = await running.deliver(plan, force)
-            return await running.conclude(plan.dispatch_id, receipts)
+        async with Naming(unplanned(targets)) as naming:
+            check_asked(paths, targets)
+            async with dispatching(targets, priority, naming) as running:
+                if not await running.goes_on(paths, exclude, each):
+                    return await running.conclude()
+                origin = Origin(sender_aet, receiver_aet, sender_host)
+                plan = await running.stage(paths, exclude, origin, copy_first, each)
+                receipts = await running.deliver(plan, force)
+                return await running.conclude(plan.dispatch_id, receipts)
     except DispatchError as error:
         return refusal(error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from tasks.names import split
 from transfer.errors import Misconfigured
 from transfer.plan import DISPATCH_ID_CHARS
 
+NAMED_S = 1.0  # after which a run gets its name though its files are still read
 UNPLANNED = "to "  # begins the name of a run whose files have not been read
 _MADE_UP = re.compile(r"[a-z]+-[a-z]+")  # what Prefect calls a run that was given no name
 _NAMED = re.compile(rf"([0-9a-f]{{{DISPATCH_ID_CHARS}}}) to ")
@@ -67,6 +69,50 @@ def name_for(own: str, name: str) -> str:
     if _MADE_UP.fullmatch(own):
         return name
     return f"{name} ({own})" if name.startswith(UNPLANNED) else ""
+
+
+class Naming:
+    """Names a dispatch's run: with its id, when its files have been read; without, when that takes long or is never.
+
+    So most runs are named once, and their files don't wait for it.
+    """
+
+    def __init__(self, name: str) -> None:
+        context = FlowRunContext.get()
+        self._run = context.flow_run if context else None
+        self._name, self._turn = name_for(self._run.name, name) if self._run else "", asyncio.Lock()
+        if self._run and self._name:
+            self._run.name = self._name
+        self._task: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Naming:
+        if self._name:
+            self._task = asyncio.create_task(self._later())
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        if self._task:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+            await self._say("")
+
+    async def _later(self) -> None:
+        await asyncio.sleep(NAMED_S)
+        await self._say("")
+
+    async def known(self, dispatch_id: str) -> None:
+        """Put the dispatch's id into the run's name, if that says what it does and has none."""
+        await self._say(dispatch_id)
+
+    async def _say(self, dispatch_id: str) -> None:
+        run = self._run
+        async with self._turn:
+            if run is None or not run.name.startswith(UNPLANNED) or not (dispatch_id or self._name):
+                return
+            name = f"{dispatch_id} {run.name}".strip()
+            async with get_client() as client:
+                await asyncio.shield(patiently(lambda: client.update_flow_run(run.id, name=name)))
+            run.name, self._name = name, ""
 
 
 async def name_run(name: str) -> None:

@@ -6,21 +6,23 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 from typing import Any, TypeVar
 from uuid import UUID
 
+import httpx
 from prefect import get_client
 from prefect.client.schemas.objects import State as RunState
 from prefect.context import FlowRunContext
+from prefect.exceptions import PrefectException
 from prefect.logging import get_run_logger
 from prefect.states import AwaitingRetry, Cancelled, Completed, Failed
 
 from blocks.base import Target
 from tasks import DRIVERS
 from tasks.dispatch import audited, breaker, line, rest, running, waiting
-from tasks.dispatch.asked import UNPLANNED
+from tasks.dispatch.asked import Naming
 from tasks.dispatch.delivery import Delivery, summary
 from tasks.dispatch.ends import Paused, knows, paused, say_ended, say_refused, sentence
 from tasks.dispatch.flood import Flood, Studies, rows
@@ -56,12 +58,19 @@ class Dispatch:
     """A dispatch to several targets within a flow run; made by `dispatching`."""
 
     def __init__(
-        self, flow_run_id: str, targets: Sequence[Target], home: Home, ledger: Ledger, shown_live: Live, priority: str
+        self,
+        flow_run_id: str,
+        targets: Sequence[Target],
+        home: Home,
+        ledger: Ledger,
+        shown_live: Live,
+        naming: Naming,
+        priority: str,
     ) -> None:
         self.flow_run_id, self.targets, self.home, self.ledger = flow_run_id, targets, home, ledger
         self.priority = priority
         self.who = ""  # who asked for it, for the audit trail
-        self.live = shown_live
+        self.live, self.naming = shown_live, naming
         self.cancelled, self.paused = running.flag(flow_run_id), running.pause(flow_run_id)
         self.staging = home.staging / flow_run_id
         self.deliveries: list[Delivery] = []
@@ -248,10 +257,13 @@ class Dispatch:
             delivery.may_rest = line.may_rest()
             await asyncio.to_thread(delivery.resume, self._left(delivery.target))
         before = [delivery.attempts for delivery in self.deliveries]
-        await self._name(plan)
+        naming = asyncio.create_task(self._name(plan))
         artifacts = {name: UUID(one) for name, one in self.rest.artifacts.items()}
         async with progress_shown(self.deliveries, self.live, artifacts):
-            await asyncio.gather(*(self._deliver(delivery) for delivery in self.deliveries))
+            try:
+                await asyncio.gather(*(self._deliver(delivery) for delivery in self.deliveries))
+            finally:
+                await naming
         self.rest.artifacts = {name: str(one) for name, one in artifacts.items()}
         receipts = [delivery.receipt() for delivery in self.deliveries]
         for delivery, receipt, attempts in zip(self.deliveries, receipts, before, strict=True):
@@ -267,18 +279,13 @@ class Dispatch:
         return Flood(driver, target, self.studies, *where, *run, paused=paused, force=force)
 
     async def _name(self, plan: Plan) -> None:
-        """Put the dispatch's id into the run's name, if the run was created before it was known; show the plan."""
-        context = FlowRunContext.get()
-        flow_run = context.flow_run if context else None
-        if flow_run is None:
-            return
-        if flow_run.name.startswith(UNPLANNED):
-            async with get_client() as client:
-                await patiently(lambda: client.update_flow_run(flow_run.id, name=f"{plan.dispatch_id} {flow_run.name}"))
+        """Show the plan, to who asked for that; put the dispatch's id into the run's name."""
         if _shows_its_plan():
             receipts = [delivery.receipt(waiting=True) for delivery in self.deliveries]
             whole = pieces(plan.dispatch_id, self.flow_run_id, State.WAITING, receipts)
             await asyncio.to_thread(shown.write, self.home, self.flow_run_id, shown.PLAN, whole)
+        with suppress(httpx.HTTPError, PrefectException):  # no reason not to deliver
+            await self.naming.known(plan.dispatch_id)
 
     async def _deliver(self, delivery: Delivery) -> None:
         target, logger = delivery.target, get_run_logger()
@@ -432,7 +439,7 @@ class Dispatch:
 
 
 @asynccontextmanager
-async def dispatching(targets: list[str], priority: str) -> AsyncIterator[Dispatch]:
+async def dispatching(targets: list[str], priority: str, naming: Naming) -> AsyncIterator[Dispatch]:
     """Load the targets and open the ledger for the current flow run; remove its staging folder at the end.
 
     Raises:
@@ -453,7 +460,7 @@ async def dispatching(targets: list[str], priority: str) -> AsyncIterator[Dispat
     async with AsyncExitStack() as stack:
         ledger = stack.enter_context(Ledger(home.ledger))
         shown_live = await stack.enter_async_context(live(home, flow_run_id))
-        dispatch = Dispatch(flow_run_id, chosen, home, ledger, shown_live, priority)
+        dispatch = Dispatch(flow_run_id, chosen, home, ledger, shown_live, naming, priority)
         stack.push_async_callback(dispatch.release)
         dispatch.who = audited.requester(context.flow_run)
         # A part of another run belongs to that run's process; no other may take its staging folder for an orphan.

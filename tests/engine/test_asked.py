@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
 
 from talaria.testing import studies
+from tasks.dispatch import asked
 from tests.engine.material import folder
 from tests.servers.up import Talaria
+from transfer.plan import DISPATCH_ID_CHARS
 
 
 @pytest.fixture
@@ -79,3 +83,56 @@ def test_a_form_offers_the_names_of_targets(up: Talaria, tmp_path: Path) -> None
     assert {"kept", "asked"} <= {*checked["target"]["enum"]}
     # A target that was added a moment ago may be named: the names are none of what the server itself enforces.
     assert "enum" not in deployment(up, "retrieve")["parameter_openapi_schema"]["properties"]["targets"]["items"]
+
+
+ID = "0" * DISPATCH_ID_CHARS
+
+
+class Renamed:
+    """A client that knows how a run was named."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.renamed = asyncio.Event()
+
+    async def __aenter__(self) -> Renamed:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        pass
+
+    async def update_flow_run(self, run_id: str, name: str) -> None:
+        self.names.append(name)
+        self.renamed.set()
+
+
+@pytest.mark.parametrize(
+    ("own", "dispatch_id", "soon", "names"),
+    [
+        ("quick-fox", ID, False, [f"{ID} to pacs"]),
+        ("quick-fox", ID, True, ["to pacs", f"{ID} to pacs"]),
+        ("quick-fox", "", False, ["to pacs"]),
+        ("nightly", ID, False, [f"{ID} to pacs (nightly)"]),
+        ("to pacs", ID, False, [f"{ID} to pacs"]),
+        ("to pacs", "", True, []),
+        (f"{ID} to pacs", ID, True, []),
+    ],
+    ids=["once", "slow", "refused", "its maker's", "without id", "with nothing more", "with its id"],
+)
+def test_a_run_is_named_once_unless_its_files_take_long(
+    monkeypatch: pytest.MonkeyPatch, own: str, dispatch_id: str, soon: bool, names: list[str]
+) -> None:
+    client, run = Renamed(), SimpleNamespace(id="x", name=own)
+    monkeypatch.setattr(asked, "get_client", lambda: client)
+    monkeypatch.setattr(asked, "FlowRunContext", SimpleNamespace(get=lambda: SimpleNamespace(flow_run=run)))
+    monkeypatch.setattr(asked, "NAMED_S", 0 if soon else 3600)
+
+    async def named() -> None:
+        async with asked.Naming("to pacs") as naming:
+            if soon and names:
+                await client.renamed.wait()
+            if dispatch_id:
+                await naming.known(dispatch_id)
+
+    asyncio.run(named())
+    assert client.names == names and run.name == (names or [own])[-1]
