@@ -19,6 +19,7 @@ PLAN, PROBES = "plan", "probes"  # kinds: what a dispatch is going to do; the st
 
 BY = "talaria.by"  # label of a run: who asked for it
 SHOW_PLAN = "talaria.show-plan"  # label of a run that is to show its plan
+SAVED = "Talaria-Saved"  # header of the server's answers to workers: a mark that changes when a saved block does
 
 
 def write(home: Home, run_id: str, kind: str, pieces: Iterable[bytes]) -> None:

@@ -37,7 +37,9 @@ from prefect.states import AwaitingRetry, Pending
 
 from talaria.engine.recovery import TAKEN_BY, TAKEN_UP
 from tasks.dispatch import running
+from tasks.dispatch.lately import Hearing
 from transfer.home import host_name
+from transfer.live import SAVED
 
 READY_S = 60
 KEEP_S = 4  # a connection that was idle for longer is not used again: the server closes it after 5
@@ -45,17 +47,22 @@ KEEP_S = 4  # a connection that was idle for longer is not used again: the serve
 OURS = (StateType.PENDING, StateType.RUNNING, StateType.CANCELLING)
 
 
-class Client(PrefectClient):
+class Client(Hearing):
     """Prefect's client, with this process's TLS context."""
 
     def __init__(self) -> None:
         api = get_current_settings().api
+
+        async def heard(response: httpx.Response) -> None:
+            self.saved = response.headers.get(SAVED, "")
+
         super().__init__(
             str(api.url),
             auth_string=api.auth_string.get_secret_value() if api.auth_string else None,
             api_key=api.key.get_secret_value() if api.key else None,
             httpx_settings={
                 "verify": _tls(),
+                "event_hooks": {"response": [heard]},
                 # To compress for one's own machine takes longer than to carry it.
                 **({"headers": {"Accept-Encoding": "identity"}} if _is_here(str(api.url)) else {}),
                 "limits": httpx.Limits(max_connections=16, max_keepalive_connections=8, keepalive_expiry=KEEP_S),

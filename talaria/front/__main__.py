@@ -27,7 +27,7 @@ from talaria.front.api import routes, shared
 from talaria.front.api.asking import Reach
 from talaria.front.app import build
 from talaria.front.changes import ChangeCount, WatchedUpstream
-from talaria.front.embedded import EmbeddedPrefect, load
+from talaria.front.embedded import EmbeddedPrefect, is_sqlite, load
 from talaria.front.heard import AuditWriter
 from talaria.front.impatient import ImpatientProtocol
 from talaria.front.keys import Door, KeyRing
@@ -116,7 +116,9 @@ class Front:
             if orders.upstream
             else EmbeddedPrefect(worker_auth(home), load, self._fail)
         )
-        self.upstream: Upstream = WatchedUpstream(prefect, changes, run_changes)
+        self.upstream: Upstream = WatchedUpstream(
+            prefect, changes, run_changes, lambda: not orders.upstream and is_sqlite()
+        )
         reach = Reach(
             shared(self.upstream),
             home,

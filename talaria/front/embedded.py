@@ -103,6 +103,13 @@ def load() -> tuple[Application, Any]:
     return ValidTargets(app), prefect
 
 
+def is_sqlite() -> bool:
+    """Return True if the embedded server's database is a file of SQLite's, which no other server has."""
+    from prefect.settings import PREFECT_API_DATABASE_CONNECTION_URL
+
+    return str(PREFECT_API_DATABASE_CONNECTION_URL.value()).startswith("sqlite")
+
+
 def say_who(prefect: Any) -> None:
     """Let Prefect record in `created_by` who creates a run, a deployment or the like."""
     from prefect.server.api import dependencies

@@ -26,6 +26,7 @@ from tasks.dispatch.asked import Naming
 from tasks.dispatch.delivery import Delivery, summary
 from tasks.dispatch.ends import Paused, knows, paused, say_ended, say_refused, sentence
 from tasks.dispatch.flood import Flood, Studies, rows
+from tasks.dispatch.lately import loaded
 from tasks.dispatch.patience import is_outage, patiently
 from tasks.dispatch.progress import Live, live
 from tasks.dispatch.push import delay_before, failure_of, hook_task, push_task
@@ -34,7 +35,7 @@ from tasks.dispatch.rest import Left, Wait
 from tasks.dispatch.slots import NoSlot, slots
 from tasks.dispatch.stage import Staged, keep_dead_letter, plan_and_stage, stage_files
 from tasks.quiet import Quiet
-from tasks.targets import check_destination, load
+from tasks.targets import check_destination
 from transfer import deadletters
 from transfer import live as shown
 from transfer.errors import Busy, DiskFull, DispatchError, Unreachable
@@ -492,4 +493,4 @@ def _shows_its_plan() -> bool:
 
 async def _load(names: list[str]) -> list[Target]:
     async with get_client() as client:
-        return await load(client, names)
+        return await loaded(client, names)

@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 
+from talaria.front.access import SCOPE_KEY, Identity, Role
 from talaria.front.changes import ChangeCount, WatchedUpstream
 from talaria.front.pages import rows
 from talaria.front.pages.plot import HEIGHT, plotted
 from talaria.front.pages.rows import Kept
 from talaria.service.overview import Day
 from tests.front.door import Echo
+from transfer.live import SAVED
 
 OFFICE: Any = None
 
@@ -140,6 +142,43 @@ def noticed(method: str, path: str) -> tuple[int, int]:
 
     asyncio.run(watched(scope, receive, send))
     return count.count, runs.count
+
+
+def test_workers_are_told_with_each_answer_whether_a_saved_block_was_changed() -> None:
+    """Before its sender knows, and only where nobody else changes them."""
+    who = {"worker": Identity("", Role.WORKER), "admin": Identity("", Role.ADMIN)}
+    seen: list[tuple[str, int]] = []
+
+    async def asked(watched: WatchedUpstream, method: str, path: str, role: str) -> str:
+        scope = {"type": "http", "method": method, "path": path, "headers": [], SCOPE_KEY: who[role]}
+        heads: list[Any] = []
+
+        async def receive() -> Any:
+            return {"type": "http.request", "body": b"", "more_body": False}
+
+        async def send(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                heads.extend(message["headers"])
+                seen.append((method, count.count))
+
+        await watched(scope, receive, send)
+        return next((value.decode() for key, value in heads if key == SAVED.lower().encode()), "")
+
+    async def case() -> None:
+        run, block = "/api/flow_runs/x/set_state", "/api/block_documents/x"
+        alone = WatchedUpstream(Echo(), count, alone=lambda: True)  # type: ignore[arg-type]
+        first = await asked(alone, "POST", run, "worker")
+        assert first and await asked(alone, "GET", run, "worker") == first
+        assert await asked(alone, "PATCH", block, "admin") == "" and seen[-1] == ("PATCH", 1)
+        again = await asked(alone, "POST", run, "worker")
+        assert again != first and await asked(alone, "POST", "/api/block_documents/filter", "worker") == again
+        restarted = WatchedUpstream(Echo(), count, alone=lambda: True)  # type: ignore[arg-type]
+        assert await asked(restarted, "POST", run, "worker") not in ("", first, again)
+        shared = WatchedUpstream(Echo(), count)  # type: ignore[arg-type]
+        assert await asked(shared, "POST", run, "worker") == ""
+
+    count = ChangeCount()
+    asyncio.run(case())
 
 
 def test_a_bar_is_seen_however_small_its_part_is() -> None:
