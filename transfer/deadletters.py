@@ -107,7 +107,7 @@ def clear(home: Home, before: float, keep: Collection[str] = ()) -> int:
 
 def kept(home: Home) -> set[str]:
     """Return the ids of the runs of which something is kept."""
-    return {folder.name for folder in (home.root / "failed").glob("*")}
+    return {folder.name for folder in (home.root / FAILED).glob("*")}
 
 
 def used(home: Home) -> int:
