@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from unittest import mock
 
 import pytest
-from prefect.blocks.core import Block
+from prefect.blocks.core import Block, block_schema_to_key
 from pydantic import BaseModel, Field, SecretStr
 
 from blocks import RULES, SOURCES, TYPES, Target
@@ -84,14 +84,16 @@ class Nested(Elsewhere):
 
 
 @pytest.mark.parametrize("cls", [*TYPES.values(), *SOURCES.values(), *RULES.values(), Elsewhere, Nested])
-def test_prefect_asks_for_secret_fields_without_a_new_schema_for_each(cls: type[NamedBlock]) -> None:
-    """Which took a third of a second whenever a target was saved. The name is a private one of Prefect's."""
+def test_prefect_asks_for_secret_fields_and_keys_without_a_new_schema_for_each(cls: type[NamedBlock]) -> None:
+    """Which took a third of a second whenever a target was saved. The names are private ones of Prefect's."""
     one, names = cls.model_construct(), list(cls.model_fields)
     expected = [Block._field_has_secrets(one, name) for name in names]
     assert any(expected) or not cls.secret_fields()
+    key = block_schema_to_key(cls._to_block_schema())
     assert [one._field_has_secrets(name) for name in names] == expected
     with mock.patch.object(cls, "model_json_schema", side_effect=AssertionError):
         assert [one._field_has_secrets(name) for name in names] == expected
+        assert cls.__dispatch_key__() == key
 
 
 def test_a_form_begins_with_the_connection_and_ends_with_the_information() -> None:
