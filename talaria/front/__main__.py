@@ -8,14 +8,13 @@ import importlib
 import json
 import logging
 import os
+import signal
 import socket
 import ssl
-import sys
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import uvicorn
@@ -73,25 +72,16 @@ class Orders:
 
 
 class _Server(uvicorn.Server):
-    """A server that stops the other one, of the inner socket, together with itself."""
+    """A server that leaves signals to the process: uvicorn's own raises them again when it has stopped.
 
-    other: uvicorn.Server | None = None
+    Nothing would be done after that: what was just heard would be missing in the audit trail, and the other socket's
+    answers would break off.
+    """
 
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        super().handle_exit(sig, frame)
-        self.stop()
-
-    def stop(self) -> None:
-        """Let both servers finish the answers that are under way, and end."""
-        for one in (self, self.other):
-            if one:
-                one.should_exit = True
-
-
-class _Other(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
-        yield  # they are the first server's
+        """Do nothing."""
+        yield
 
 
 class Front:
@@ -140,22 +130,30 @@ class Front:
         if self.orders.certificate:
             tls = {"ssl_certfile": self.orders.certificate, "ssl_keyfile": self.orders.key, "ssl_keyfile_password": ""}
         self.server = _Server(_config(self.app, lifespan="on", **tls))
+        self._servers = [self.server]
         tasks = [asyncio.create_task(self.server.serve([self.outer]))]
         if self.inner:
-            self.server.other = _Other(_config(self.app, lifespan="off"))
-            tasks.append(asyncio.create_task(self.server.other.serve([self.inner])))
+            self._servers.append(_Server(_config(self.app, lifespan="off")))
+            tasks.append(asyncio.create_task(self._servers[-1].serve([self.inner])))
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, self._stop)
         besides = [asyncio.create_task(one) for one in (self._renew(), self._keep(), self._notify())]
         try:
             await asyncio.gather(*tasks)
         finally:
             for task in besides:
                 task.cancel()
+            await asyncio.to_thread(self.heard.close)
             await asyncio.wait(besides)
-            self.heard.close()
+
+    def _stop(self) -> None:
+        """Let the servers finish the answers that are under way, and end."""
+        for one in self._servers:
+            one.should_exit = True
 
     def _fail(self) -> None:
         self.failed = True
-        self.server.stop()
+        self._stop()
 
     async def _keep(self) -> None:
         """Keep what is remembered within its bounds."""
@@ -244,8 +242,9 @@ def main() -> None:
         await front.serve()
         return front.failed
 
-    if asyncio.run(serve()):
-        sys.exit(3)
+    failed = asyncio.run(serve())
+    logging.shutdown()
+    os._exit(3 if failed else 0)  # all is done: libraries' threads, and a million objects, are not waited for
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
 import os
 import shutil
@@ -243,6 +244,22 @@ def test_what_is_heard_goes_into_the_audit_trail(run: Callable[..., Process]) ->
         ("login", "anna", "serious"), ("login", "talaria", "success"), ("refused", "talaria", "serious"),
     ]  # fmt: skip
     assert PASSWORD not in json.dumps(trail) and line.partition(":")[2] not in json.dumps(trail)
+
+
+def test_what_was_heard_is_written_before_the_process_ends(run: Callable[..., Process]) -> None:
+    """However long the disk takes; here somebody else writes to the trail."""
+    one = run()
+    with httpx.Client(base_url=f"http://127.0.0.1:{one.port}", timeout=60, trust_env=False) as client:
+        client.get("/talaria/health")
+        trail = one.home / "audit" / "trail.jsonl"
+        trail.parent.mkdir(mode=0o700, exist_ok=True)
+        with socket.create_connection(("127.0.0.1", one.port), 60) as idle, trail.open("a") as held:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            client.post("/talaria/login", data={"user": "anna", "password": PASSWORD})
+            one.process.terminate()
+            assert idle.recv(1) == b""  # it serves nobody any more
+    assert one.process.wait(60) == 0
+    assert [json.loads(line)["event"] for line in trail.read_text().splitlines()] == ["login"]
 
 
 def test_strangers_do_not_fill_the_disk() -> None:
