@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from pathlib import Path
@@ -15,8 +16,9 @@ from protocols.dimse.pace import LOOK_S, Pace
 from protocols.dimse.transport import Peer
 from talaria.testing import studies
 from talaria.testing.harness import attempt
+from talaria.testing.process import until
 from tests.servers.scp import scp
-from tests.servers.steps import Wait
+from tests.servers.steps import Script, Store, Wait
 from tests.targets.dicom import dicom_target
 from transfer.meter import Meter
 from transfer.plan import scan
@@ -96,9 +98,19 @@ def test_a_meter_tells_work_from_waiting() -> None:
 
 
 @pytest.mark.parametrize("concurrency", [1, 2, 6])
-def test_a_slow_peer_gets_as_many_as_are_allowed(concurrency: int, tmp_path: Path) -> None:
+def test_a_slow_peer_gets_as_many_as_are_allowed(
+    concurrency: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     studies.ct(tmp_path, 40)
-    with scp(on_store=lambda store: [Wait(0.05), 0]) as peer:
+    monkeypatch.setattr(Pace, "hang", lambda self: 0)  # it is slow, and goes on
+    stored = itertools.count()
+
+    def store(request: Store) -> Script:
+        if next(stored) >= 20:  # what is left waits for those that were asked for: to open them takes its time
+            until(lambda: peer.most_open == concurrency)
+        return [Wait(0.05), 0]
+
+    with scp(on_store=store) as peer:
         attempt(dicom_target(peer.port, aet_target=peer.aet, concurrency=concurrency), scan([tmp_path])).require()
         assert peer.most_open == concurrency
 
