@@ -17,17 +17,11 @@ from talaria.testing.process import as_loaded, free_port, until
 from tests.engine.material import dicom, study
 from tests.front.people import Person, fields, person, words
 from tests.servers.openssh import shared
-from tests.servers.up import Talaria, talaria
+from tests.servers.up import Talaria
 
 pytestmark = pytest.mark.timeout(600)
 SECRET = "swordfish"
 XSS = '<img src=x onerror="alert(1)">'
-
-
-@pytest.fixture(scope="module")
-def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Talaria]:
-    with talaria(tmp_path_factory.mktemp("pages")) as found:
-        yield found
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +127,7 @@ def test_a_secret_is_never_shown_and_never_goes_to_another_place(admin: Person, 
     admin.post("/talaria/add-target/sftp", {**copy, "name": "copied", "do": "save"})
     retyped = {**copy, "name": "other", "host": "127.0.0.2", "password": "other", "password.do": "replace"}
     admin.post("/talaria/add-target/sftp", {**retyped, "do": "save"})
-    shown = up.json("target", "show", "copied")
+    shown = up.told("target", "show", "copied")
     assert set(shown["password"]) == {"*"}
 
 
@@ -150,12 +144,12 @@ def test_what_a_form_does_not_change_stays_as_it_is(admin: Person, up: Talaria) 
     up.apply(web=web, lines=sftp | {"description": "two\nlines"})
     for name in ("web", "lines"):
         admin.post(f"/talaria/targets/{name}/enable", {"enabled": "false"})
-        before = up.json("target", "show", name)
+        before = up.told("target", "show", name)
         form = admin.form(f"/talaria/targets/{name}/edit")
         assert admin.post(f"/talaria/targets/{name}/edit", {**form, "contact": "a@b.org", "do": "save"}).endswith(
             "changed"
         )
-        after = up.json("target", "show", name)
+        after = up.told("target", "show", name)
         assert after == before | {"contact": "a@b.org"} and after["enabled"] is False
         copy = admin.form(f"/talaria/targets/{name}/duplicate")
         kind = "dicomweb" if name == "web" else "sftp"

@@ -18,7 +18,7 @@ from talaria.testing.process import as_loaded, free_port, until
 from tests.engine.material import dicom, folder
 from tests.front.people import Person, fields, person, words
 from tests.servers.receiver import Receiver, receiver
-from tests.servers.up import talaria
+from tests.servers.up import Talaria
 from transfer.home import Home
 from transfer.ledger import Ledger
 
@@ -28,15 +28,14 @@ XSS = '<img src=x onerror="alert(1)">'
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
+def place(up: Talaria, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
     root = tmp_path_factory.mktemp("editing")
-    with talaria(root) as up:
-        up.apply(kept=folder(root / "kept"), second=folder(root / "second"))
-        people = {role: person(up, role) for role in (Role.VIEWER, Role.OPERATOR, Role.ADMIN)}
-        viewer, operator, admin = (next(one) for one in people.values())
-        yield SimpleNamespace(up=up, root=root, viewer=viewer, operator=operator, admin=admin)
-        for one in people.values():
-            next(one, None)
+    up.apply(kept=folder(root / "kept"), second=folder(root / "second"))
+    people = {role: person(up, role) for role in (Role.VIEWER, Role.OPERATOR, Role.ADMIN)}
+    viewer, operator, admin = (next(one) for one in people.values())
+    yield SimpleNamespace(up=up, root=root, viewer=viewer, operator=operator, admin=admin)
+    for one in people.values():
+        next(one, None)
 
 
 @pytest.fixture
@@ -86,7 +85,7 @@ def test_a_source_is_added_tested_changed_paused_duplicated_and_deleted(place: S
     assert "It can be used." in words(tested) and fields(tested)["settle_s"] == "5"
     assert admin.form(f"{one}/edit") == form
     assert admin.post(f"{one}/edit", {**changed, "do": "save"}) == f"{one}?said=changed"
-    shown = place.up.json("source", "show", "ward")["settings"]
+    shown = place.up.told("source", "show", "ward")["settings"]
     assert (shown["targets"], shown["settle_s"], shown["contact"]) == (["kept", "second"], 5.0, "ward@example.org")
 
     admin.post(f"{one}/enable", {"enabled": "false"})
@@ -142,7 +141,7 @@ def test_a_listener_s_senders_and_routes_are_rows(place: SimpleNamespace, admin:
     assert 'id="routes.1.targets-problem"' in page and 'id="peers.1.host-problem"' in page
     good = fields(page) | {"routes.1.targets": "second, kept", "peers.1.host": ""}
     assert admin.post("/talaria/add-source/dicom", {**good, "do": "save"}).endswith("said=added")
-    shown = place.up.json("source", "show", "router")["settings"]
+    shown = place.up.told("source", "show", "router")["settings"]
     assert [(one["modality"], one["called"], one["targets"]) for one in shown["routes"]] == [
         ("CT", "", ["kept"]), ("", "ROUTER", ["second", "kept"])]  # fmt: skip
     assert [(one["aet"], one["host"]) for one in shown["peers"]] == [("CT*", "10.1.0.0/16")]
@@ -153,7 +152,7 @@ def test_a_listener_s_senders_and_routes_are_rows(place: SimpleNamespace, admin:
     admin.post(
         "/talaria/sources/router/edit", {**before, "routes.0.modality": "", "routes.0.targets": "", "do": "save"}
     )
-    assert len(place.up.json("source", "show", "router")["settings"]["routes"]) == 1
+    assert len(place.up.told("source", "show", "router")["settings"]["routes"]) == 1
     admin.post("/talaria/sources/router/remove", {})
 
 
@@ -201,14 +200,14 @@ def test_a_notification_is_added_tested_changed_paused_and_deleted(
     assert 'id="url-problem"' in page and 'id="secret-problem"' in page
     retyped = {**other, "secret": "new", "secret.do": "replace", "on": ["target.down", "target.up"]}
     assert admin.post(f"{one}/edit", {**retyped, "do": "save"}).endswith("said=changed")
-    assert place.up.json("notify", "show", "chat")["on"] == ["target.down", "target.up"] and len(hook.taken) == 2
+    assert place.up.told("notify", "show", "chat")["on"] == ["target.down", "target.up"] and len(hook.taken) == 2
     page = admin.post(f"{one}/edit", {**admin.form(f"{one}/edit"), "on": [], "do": "save"}, 422)
     assert 'id="on-problem"' in page and "must not be empty" in words(page)
 
     assert admin.post(f"{one}/enable", {"enabled": "false"}).endswith("said=paused")
-    assert "Paused" in words(admin.get(one)) and place.up.json("notify", "show", "chat")["enabled"] is False
+    assert "Paused" in words(admin.get(one)) and place.up.told("notify", "show", "chat")["enabled"] is False
     admin.post(f"{one}/edit", {**admin.form(f"{one}/edit"), "description": XSS, "do": "save"})
-    assert place.up.json("notify", "show", "chat")["enabled"] is False and XSS not in admin.get(one)
+    assert place.up.told("notify", "show", "chat")["enabled"] is False and XSS not in admin.get(one)
     assert admin.post(f"{one}/enable", {"enabled": "true"}).endswith("said=resumed")
     changes = words(admin.get("/talaria/settings/audit?event=rule-changed"))
     assert all(word in changes for word in ("created", "updated", "paused", "resumed"))

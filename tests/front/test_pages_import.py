@@ -23,7 +23,7 @@ from talaria.testing.process import as_loaded, free_port, until
 from tests.engine.material import folder, study
 from tests.front.house import House, run
 from tests.front.people import Person, fields, person, words
-from tests.servers.up import Talaria, talaria
+from tests.servers.up import Talaria
 from transfer.errors import Misconfigured
 
 pytestmark = pytest.mark.timeout(600)
@@ -51,14 +51,13 @@ MERCURE: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
+def place(up: Talaria, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
     root = tmp_path_factory.mktemp("import")
-    with talaria(root) as up:
-        people = {role: person(up, role) for role in (Role.VIEWER, Role.OPERATOR, Role.ADMIN)}
-        viewer, operator, admin = (next(one) for one in people.values())
-        yield SimpleNamespace(up=up, root=root, viewer=viewer, operator=operator, admin=admin)
-        for one in people.values():
-            next(one, None)
+    people = {role: person(up, role) for role in (Role.VIEWER, Role.OPERATOR, Role.ADMIN)}
+    viewer, operator, admin = (next(one) for one in people.values())
+    yield SimpleNamespace(up=up, root=root, viewer=viewer, operator=operator, admin=admin)
+    for one in people.values():
+        next(one, None)
 
 
 def preview(admin: Person, content: Any, status: int = 200) -> str:
@@ -79,20 +78,20 @@ def test_a_mercure_configuration_is_shown_and_taken_over(place: SimpleNamespace)
     assert SECRET not in page
     assert "PACS Main is called pacs-main here" in said and "files: odd does not come along" in said
     assert "no type like mercure's dummy" in said and "rules do not come along: 1" in said
-    assert said.count("created") == 8 and up.json("target", "list")["targets"] == []
+    assert said.count("created") == 8 and up.told("target", "list")["targets"] == []
     (leads,) = re.findall(r'action="(/talaria/import/[^"]+)"', page)
     for other in person(up, Role.ADMIN):
         other.post(leads, {}, 404)
     assert "It was imported." in words(take_over(admin, page))
     admin.post(leads, {}, 404)
-    saved = {one["name"]: one for one in up.json("target", "list")["targets"]}
+    saved = {one["name"]: one for one in up.told("target", "list")["targets"]}
     kinds = {name.lower().replace(" ", "-"): one["target_type"] for name, one in MERCURE["targets"].items()}
     del kinds["none"]
     assert {name: one["type"].replace("-", "") for name, one in saved.items()} == kinds
-    pacs = up.json("target", "show", "pacs-main")
+    pacs = up.told("target", "show", "pacs-main")
     assert (pacs["host"], pacs["port"], pacs["aet_target"], pacs["aet_source"]) == ("10.1.2.3", 104, "MAIN", "MERC")
     assert (pacs["contact"], pacs["description"], pacs["direction"]) == ("team@example.org", "ours", "both")
-    assert up.json("target", "show", "shell")["on_complete"] and up.json("target", "show", "dir")["exclude"] == "*.png"
+    assert up.told("target", "show", "shell")["on_complete"] and up.told("target", "show", "dir")["exclude"] == "*.png"
     assert "pacs-main" in admin.get("/talaria/targets")
 
 
@@ -156,7 +155,7 @@ def test_a_source_is_imported_tested_paused_edited_swept_and_deleted(place: Simp
     edited = yaml.safe_load(text)
     edited["sources"][name] |= {"enabled": True, "description": "of the day"}
     assert "updated" in words(take_over(admin, preview(admin, edited)))
-    assert up.json("source", "show", name)["settings"]["description"] == "of the day"
+    assert up.told("source", "show", name)["settings"]["description"] == "of the day"
     assert operator.post(f"/talaria/sources/{name}/sweep", {}).endswith("said=swept")
     there = place.root / "arch" / name
     # os.walk passes over folders that are renamed while it looks.
@@ -177,12 +176,12 @@ def test_an_import_that_was_possible_and_is_not_any_more_saves_nothing(place: Si
         "sources": {name: {"type": "inbox", "folder": str(place.root / name / "in"), "targets": [name]}},
     }
     page = preview(admin, new)
-    up.json("target", "rename", name, f"{name}-other")
+    up.told("target", "rename", name, f"{name}-other")
     (leads,) = re.findall(r'action="(/talaria/import/[^"]+)"', page)
     page = admin.post(leads, {}, 422)
     assert "Nothing was imported" in words(page) and words(page).count("Not saved") == 2 and name in words(page)
     admin.get(f"/talaria/targets/{name}-new", 404)
-    up.json("target", "rename", f"{name}-other", name)
+    up.told("target", "rename", f"{name}-other", name)
     assert "It was imported." in words(take_over(admin, page))  # as it was kept
 
 

@@ -13,7 +13,7 @@ from talaria.front.access import Role
 from talaria.testing.process import as_loaded, until
 from tests.engine.material import folder, study
 from tests.front.people import Person, person, words
-from tests.servers.up import talaria
+from tests.servers.up import Talaria
 from tests.transfer.test_uploads import archived
 from transfer.uploads import BrowserUpload
 
@@ -21,13 +21,12 @@ pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
+def place(up: Talaria, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
     root = tmp_path_factory.mktemp("upload")
-    with talaria(root) as up:
-        up.apply(arch=folder(root / "arch"), other=folder(root / "other"))
-        people = person(up, Role.OPERATOR)
-        yield SimpleNamespace(up=up, root=root, operator=next(people), arch=root / "arch")
-        next(people, None)
+    up.apply(arch=folder(root / "arch"), other=folder(root / "other"))
+    people = person(up, Role.OPERATOR)
+    yield SimpleNamespace(up=up, root=root, operator=next(people), arch=root / "arch")
+    next(people, None)
 
 
 def delivered(operator: Person, leads: str, count: str) -> None:
