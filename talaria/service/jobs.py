@@ -25,6 +25,7 @@ from tasks.retrieve.report import document as whole_of
 from transfer import deadletters
 from transfer.accessions import accessions
 from transfer.errors import Misconfigured, NotFound
+from transfer.receipt import Receipt, State
 
 KINDS = {"dispatch": "dispatch", "retrieval": "retrieve", "query": "find"}  # of jobs, and the flows that they run
 JOBS = ("dispatch", "retrieval")
@@ -232,11 +233,20 @@ def _nothing(flow_run: FlowRun, kind: str) -> dict[str, Any]:
     error = flow_run.state.message if flow_run.state else None
     common = {"flow_run_id": str(flow_run.id), "state": outcome(flow_run, "delivered"), "error": error}
     if kind == "dispatch":
-        return {"dispatch_id": runs.dispatch_of(flow_run), **common, "targets": {}}
+        return {"dispatch_id": runs.dispatch_of(flow_run), **common, "targets": _unread(flow_run)}
     names = ("missing", "partial", "failed", "waiting", "cancelled", "studies", "accessions")
     lists: dict[str, Any] = {name: [] for name in names}
     more = {"source": flow_run.parameters.get("source", ""), "found": 0, "delivered": 0, "state": outcome(flow_run)}
     return {**common, **more, **lists}
+
+
+def _unread(flow_run: FlowRun) -> dict[str, Any]:
+    """Return the receipts of a dispatch that rests and has read no files; none if it doesn't rest."""
+    if flow_run.state is None or not rest.awaited(flow_run.state.message or ""):
+        return {}
+    names = dict.fromkeys(split(str(name))[1] for name in flow_run.parameters.get("targets") or ())
+    waiting = (Receipt(name, (), attempts=0, stopped=State.WAITING) for name in names)
+    return {one.target: one.to_json(all_items=True) for one in waiting}
 
 
 async def _matches(office: Office, flow_run: FlowRun) -> dict[str, Any]:

@@ -109,7 +109,7 @@ class Naming:
         async with self._turn:
             if run is None or not run.name.startswith(UNPLANNED) or not (dispatch_id or self._name):
                 return
-            name = f"{dispatch_id} {run.name}".strip()
+            name = f"{dispatch_id} {run.name}" if dispatch_id else run.name
             async with get_client() as client:
                 await asyncio.shield(patiently(lambda: client.update_flow_run(run.id, name=name)))
             run.name, self._name = name, ""

@@ -122,7 +122,8 @@ def test_what_comes_for_a_dead_target_rests_without_a_thread_and_without_its_fil
     )
     assert re.match(message, known["state"]["message"])
     assert artifacts(up, run) == 0 and not (up.home / "staging" / run).exists()
-    assert up.told("jobs", "show", run)["state"] == "waiting"
+    shown = up.told("jobs", "show", run)
+    assert shown["state"] == shown["targets"]["gone"]["state"] == "waiting"
     with storescp(tmp_path / "pacs") as pacs:
         up.apply(gone=dead(pacs.port, aet_target="STORESCP"))
         go_on(up, run)
