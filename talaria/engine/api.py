@@ -1,5 +1,5 @@
-"""The embedded server's application: Prefect's own, with unique names of targets, queues by priority, schedules, an
-index for lists of runs, and SQLite's writers in turn.
+"""The embedded server's application: Prefect's own, with unique names of targets, queues by priority, an index for
+lists of runs, and SQLite's writers in turn.
 
 Prefect begins nearly every transaction DEFERRED. One that reads and then writes while another has written meanwhile
 ends at once, whatever the time-out (SQLITE_BUSY_SNAPSHOT), and the server answers 503. One that begins IMMEDIATE waits.
@@ -35,7 +35,6 @@ def create_app() -> tuple[Application, Any]:
 
     let_writers_wait()
     let_types_name_their_operators()
-    let_schedules_make_runs()
     set_sqlite_up()
     make_statements_one_step()
     leaner.look_up_the_database_once()
@@ -53,21 +52,6 @@ def let_writers_wait() -> None:
     """Make every transaction of this process that may write wait for those before it, first come, first served."""
     # A private name of Prefect's: tests/engine/test_api.py fails when it changes.
     AioSqliteConfiguration.begin_transaction = _begin_transaction  # type: ignore[method-assign]
-
-
-def let_schedules_make_runs() -> None:
-    """Let Prefect 3.8 insert the runs of schedules with SQLAlchemy 2.1, which it allows.
-
-    It inserts them with computed properties among their values. SQLAlchemy 2.0 ignored these; 2.1 refuses them, with an
-    error that only the server's log sees, and no schedule ever makes a run.
-    """
-    from prefect.server.database.orm_models import FlowRun
-    from sqlalchemy import inspect
-    from sqlalchemy.ext.hybrid import hybrid_property
-
-    for one in inspect(FlowRun).all_orm_descriptors:
-        if isinstance(one, hybrid_property) and one.bulk_dml_setter is None:
-            one.bulk_dml_setter = lambda cls, values, value: None
 
 
 @asynccontextmanager

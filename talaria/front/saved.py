@@ -76,7 +76,7 @@ class ValidTargets:
         schema, values = given["schema"], given["values"]
         slug = str(schema.get("block_type_slug") or "")
         if not slug and "properties" not in schema:
-            # The forms of blocks give the values once more in the schema's place (Prefect 3.8.8): the page is asked.
+            # The forms of blocks give the values once more in the schema's place (Prefect 3.9.1): the page is asked.
             slug = await self._slug_of_page(scope)
         cls = _type_of(slug)
         if cls is None or any(isinstance(value, dict) and {"$ref", _KIND} & value.keys() for value in values.values()):

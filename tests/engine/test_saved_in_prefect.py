@@ -98,7 +98,7 @@ def named(name: str) -> dict[str, Any]:
 
 
 def judged(up: Talaria, slug: str, values: dict[str, Any], page: str = "") -> dict[str, list[str]]:
-    """What Prefect's form shows at its fields; on a page of Prefect 3.8.8, the schema is not the schema."""
+    """What Prefect's form shows at its fields; on a page of Prefect 3.9.1, the schema is not the schema."""
     _, (schema, *_) = schema_of(up, slug)
     body = {"schema": values if page else schema["fields"], "values": values}
     base = up.url.removesuffix("/api")

@@ -27,7 +27,7 @@ def words(text: str) -> list[str]:
     return text.split()
 
 
-# What a viewer may call, one by one, as Prefect 3.8 has them: the list that the rules are held against.
+# What a viewer may call, one by one, as Prefect 3.9 has them: the list that the rules are held against.
 READS = words(
     """
     flows/count flows/filter flows/paginate flow_runs/count flow_runs/lateness flow_runs/history flow_runs/filter
