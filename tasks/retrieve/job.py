@@ -70,6 +70,7 @@ class Job:
         failed: accession numbers whose search failed, with the reason.
         searched: whether a search by other keys has been made.
         ended: whether it has ended; a run after that is a retry.
+        since: since when it waits for slots of its source, in seconds since the epoch; 0 if it doesn't.
         next_study: seconds since the epoch before which no study is fetched, for the limit of studies per hour.
     """
 
@@ -81,6 +82,7 @@ class Job:
     searched: bool = False
     error: str = ""
     ended: bool = False
+    since: float = 0.0
     next_study: float = 0.0
     studies: dict[str, Study] = field(default_factory=dict)
 
@@ -109,6 +111,7 @@ class Job:
                 "searched": self.searched,
                 "error": self.error,
                 "ended": self.ended,
+                "since": self.since,
                 "next_study": self.next_study,
                 "studies": {uid: asdict(one) for uid, one in self.studies.items()},
             }

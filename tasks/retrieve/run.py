@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, asynccontextmanager, suppress
+from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -26,20 +26,20 @@ from blocks.base import Target
 from blocks.dicom import DicomTarget
 from imaging.query import counted
 from tasks.dispatch import audited, rest, running
-from tasks.dispatch.breaker import LOST
 from tasks.dispatch.ends import unsaid_is_no_failure
 from tasks.dispatch.hours import opens
 from tasks.dispatch.patience import patiently
 from tasks.dispatch.progress import live
 from tasks.dispatch.report import updated
 from tasks.dispatch.rest import Wait
-from tasks.dispatch.run import LOOK_S
-from tasks.dispatch.slots import slots
+from tasks.dispatch.run import LOOK_S, SLOT_S
+from tasks.dispatch.slots import NoSlot
 from tasks.retrieve.dispatches import end_waiting
 from tasks.retrieve.fetch import Fetcher
 from tasks.retrieve.job import Job, Stage, Study, discard, folder_of, size_of
 from tasks.retrieve.moving import check_into, is_moved, move_into, spool_in
 from tasks.retrieve.report import RetrievalProgress, document, part_of, report, state_of
+from tasks.retrieve.turn import Turn
 from tasks.retrieve.wish import Wish
 from tasks.targets import check_destination, check_source, load
 from transfer.errors import Cancelled as DispatchCancelled
@@ -78,6 +78,8 @@ class Retrieval:
         self._limit = int(os.environ.get("TALARIA_SPOOL_LIMIT") or SPOOL_LIMIT)
         self._senders = asyncio.Semaphore(at_once)
         self._handing_on: dict[str, asyncio.Task[None]] = {}  # by study
+        self._turn = Turn(source, flow_run_id, self.job, home, wish.priority)
+        self._no_slot = False  # whether others have the source's slots, and it rests until they have gone
         self._called = running.call(flow_run_id)
         self._in_vain: list[Study] = []  # were gone on with in this round, and still wait
         self._next_round = 0.0  # when those that wait are gone on with again, in seconds since the epoch
@@ -95,9 +97,12 @@ class Retrieval:
                 await self._find()
             await self._look_over()
             self._go_on(every=True)
-            await self._fetch()
-            while self._handing_on:
-                await self._one_is_handed_on()
+            try:
+                await self._fetch()
+                while self._handing_on:
+                    await self._one_is_handed_on()
+            finally:
+                await self._turn.give_back()
 
     async def _find(self) -> None:
         try:
@@ -107,7 +112,7 @@ class Retrieval:
                 await self._in_a_slot(self.fetcher.search)
                 if not self.job.studies:
                     self.job.error = "nothing matches the query"
-        except DispatchCancelled:
+        except (DispatchCancelled, NoSlot):
             pass
         except DispatchError as exc:
             if not (exc.retryable and self.paused.is_set()):  # else it goes on with that when it is resumed
@@ -142,7 +147,7 @@ class Retrieval:
                     if not await self._room(study) or not await self._pace() or self._stopped() or self._held_up():
                         continue
                     await self._fetch_one(study, folder)
-                except DispatchCancelled:
+                except (DispatchCancelled, NoSlot):
                     continue
                 self.job.save()
             if study.stage is Stage.WHOLE and not study.again:
@@ -160,6 +165,7 @@ class Retrieval:
                 await self._in_a_slot(partial(self.fetcher.fetch, study, folder))
                 break
             except DiskFull as exc:
+                await self._turn.give_back()
                 if others and others <= set(self._handing_on.values()):  # none of them has ended meanwhile
                     await asyncio.wait(others, return_when=asyncio.FIRST_COMPLETED)
                 elif not others and not self._drop():
@@ -173,25 +179,28 @@ class Retrieval:
         opening = opens(self.source, self.wish.priority)
         if opening:
             self._wait_for(f"the hours of {self.source.name}", opening)
-        return opening is not None
+        return opening is not None or self._no_slot
 
     async def _in_a_slot(self, work: Callable[[], R]) -> R:
-        """Do blocking work as soon as the source's concurrency limit has room."""
-        count = min(self.source.concurrency, self.source.max_dispatches)
+        """Do blocking work while the slots of the source are held.
 
-        async def run() -> R:
-            with ExitStack() as stack:
-                ledger = None
-                with suppress(*LOST):  # then who waits for the slots comes by himself
-                    ledger = stack.enter_context(Ledger(self.home.ledger))
-                async with get_client() as client, slots(client, self.source, count, ledger=ledger):
-                    begun.append(True)
-                    return await asyncio.to_thread(work)
+        Raises:
+            NoSlot: there are none, and nothing else is under way for which it would stay.
+        """
+        while True:
+            try:
+                await self._stoppable(patiently(self._turn.take), begun=False)
+                break
+            except NoSlot:
+                until = await asyncio.to_thread(self._turn.stand_in_line)
+                if not self._handing_on:
+                    self._wait_for(f"a slot at {self.source.name}", datetime.fromtimestamp(until, UTC), soon=True)
+                    self._no_slot = True
+                    raise
+                await self._one_is_handed_on(SLOT_S)
+        return await self._stoppable(asyncio.to_thread(work), begun=True)
 
-        begun: list[bool] = []
-        return await self._stoppable(patiently(run, lambda: bool(begun)), begun)
-
-    async def _stoppable(self, work: Awaitable[R], begun: list[bool]) -> R:
+    async def _stoppable(self, work: Awaitable[R], *, begun: bool) -> R:
         """Wait for work; when the run is cancelled, let the work stop by itself."""
         task = asyncio.ensure_future(work)
         while not (await asyncio.wait([task], timeout=LOOK_S))[0]:
@@ -253,6 +262,7 @@ class Retrieval:
                 later = datetime.now(UTC) + timedelta(seconds=left)
                 self._wait_for("the next study of this hour", later)
                 return False
+            await self._turn.give_back()
             await asyncio.sleep(min(left, LOOK_S))
             self._go_on()
         self.job.next_study = time.time() + each
@@ -267,9 +277,11 @@ class Retrieval:
         self._handing_on[study.study] = task
         task.add_done_callback(lambda _: self._handing_on.pop(study.study))
 
-    async def _one_is_handed_on(self) -> None:
-        """Wait until one that is being handed on is, or for LOOK_S; go on with those that wait."""
-        await asyncio.wait(self._handing_on.values(), timeout=LOOK_S, return_when=asyncio.FIRST_COMPLETED)
+    async def _one_is_handed_on(self, longest_s: float = LOOK_S) -> None:
+        """Wait until one that is being handed on is, but no longer than that; go on with those that wait."""
+        await self._turn.give_back()
+        if under_way := list(self._handing_on.values()):  # it may have ended meanwhile
+            await asyncio.wait(under_way, timeout=longest_s, return_when=asyncio.FIRST_COMPLETED)
         self._go_on()
 
     def _go_on(self, *, every: bool = False) -> None:

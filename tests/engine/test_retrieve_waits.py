@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from talaria.testing import studies
-from tests.engine.material import files, folder, go_on, later, source, study
-from tests.servers.qr import GET, archive
+from tests.engine.material import files, folder, go_on, later, placed, source, study
+from tests.servers.qr import GET, Instance, Request, Steps, archive, sends
 from tests.servers.up import Talaria
 
 pytestmark = pytest.mark.timeout(600)
@@ -71,14 +72,43 @@ def test_a_retrieval_that_is_cancelled_takes_what_waits_with_it_and_a_retry_send
     up: Talaria, tmp_path: Path
 ) -> None:
     with archive([*study("X1", series=1), *study("X2", series=1)]) as peer:
-        up.apply(src=source(peer), shut=folder(tmp_path / "shut", window=later(2)))
-        arguments = ["retrieve", "src", "--accession", "X1 X2", "--to", "shut", "--no-wait"]
+        away = {"type": "dicom", "host": "127.0.0.1", "port": 1, "aet_target": "PACS"}
+        away |= {"max_attempts": 9, "retry_delay_s": 3600, "retry_max_delay_s": 3600}
+        up.apply(src=source(peer), shut=folder(tmp_path / "shut", window=later(2)), away=away)
+        arguments = ["retrieve", "src", "--accession", "X1 X2", "--to", "shut,away", "--no-wait"]
         run_id = up.told(*arguments)["flow_run_id"]
         rests(up, run_id)
+        assert "the next attempt at away" in up.run(run_id)["state"]["message"]
         up.told("jobs", "cancel", run_id)
         up.until(lambda: {one["state_type"] for one in parts(up, run_id).values()} == {"CANCELLED"}, 60)
         up.until(lambda: not any(left(up, one["id"]) for one in parts(up, run_id).values()), 60)
-        up.apply(shut=folder(tmp_path / "shut"))
+        up.apply(shut=folder(tmp_path / "shut"), away=folder(tmp_path / "back"))
         assert up.told("jobs", "retry", run_id)["delivered"] == 2
         assert len(peer.asked(GET)) == 2
         assert not any(value in str(up.run(run_id)) for value in studies.PHI)
+
+
+def test_a_retrieval_rests_while_another_has_its_source_and_comes_when_that_one_has_gone(
+    up: Talaria, tmp_path: Path
+) -> None:
+    held, let_go = threading.Event(), threading.Event()
+
+    def script(request: Request, found: list[Instance]) -> Steps:
+        held.set()
+        if not let_go.wait(240):
+            raise AssertionError("nobody let it go on")
+        return sends(found)
+
+    with archive([*study("Y1", series=1), *study("Y2", series=1)], on_get=script) as peer:
+        up.apply(src=source(peer, concurrency=1, max_dispatches=1, idle_timeout_s=300))
+        asked = [
+            ["retrieve", "src", "--accession", number, "--into", str(tmp_path / "into")] for number in ("Y1", "Y2")
+        ]
+        first = up.told(*asked[0], "--no-wait")["flow_run_id"]
+        assert held.wait(120)
+        second = up.told(*asked[1], "--no-wait")["flow_run_id"]
+        rests(up, second)
+        assert "a slot at src" in up.run(second)["state"]["message"]
+        let_go.set()
+        up.until(lambda: [up.run(one)["state_type"] for one in (first, second)] == ["COMPLETED"] * 2, 60)
+        assert placed(tmp_path / "into").keys() == {"Y1", "Y2"}

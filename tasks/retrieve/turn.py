@@ -1,0 +1,75 @@
+"""A retrieval's turn at its source: it holds the slots over several studies, then lets those go first who wait."""
+
+from __future__ import annotations
+
+import time
+from contextlib import AsyncExitStack, suppress
+
+from prefect import get_client
+
+from blocks.base import Target
+from tasks.dispatch import line
+from tasks.dispatch.breaker import LOST
+from tasks.dispatch.run import SLOT_S
+from tasks.dispatch.slots import NoSlot, slots
+from tasks.dispatch.waiting import TURN_S, TURNS_S
+from tasks.retrieve.job import Job
+from transfer.home import Home
+from transfer.ledger import Ledger
+
+HOLD_S = 60.0  # each change costs a part of a run, a second or so
+
+
+class Turn:
+    """The slots of one source that a retrieval holds, or stands in line for."""
+
+    def __init__(self, source: Target, flow_run_id: str, job: Job, home: Home, priority: str) -> None:
+        self.source, self.flow_run_id, self.job, self.home, self.priority = source, flow_run_id, job, home, priority
+        self._held: AsyncExitStack | None = None
+        self._ends = 0.0
+
+    async def take(self) -> None:
+        """Hold the slots: at once or soon where the run can rest, else as soon as there are some.
+
+        Raises:
+            NoSlot: others have them, or wait for them.
+        """
+        if self._held and time.monotonic() < self._ends:
+            return
+        await self.give_back()
+        count = min(self.source.concurrency, self.source.max_dispatches)
+        async with AsyncExitStack() as stack:
+            ledger, wait_s = None, None
+            with suppress(*LOST):  # then who waits for the slots comes by himself
+                ledger = stack.enter_context(Ledger(self.home.ledger))
+                if line.may_rest():
+                    if ledger.waits.before(self.source.name, self.flow_run_id, self._turn(ledger)):
+                        raise NoSlot(self.source.name)
+                    wait_s = 0.0 if self.job.since else SLOT_S
+            client = await stack.enter_async_context(get_client())
+            await stack.enter_async_context(slots(client, self.source, count, wait_s, ledger))
+            if ledger and self.job.since:
+                with suppress(*LOST):
+                    ledger.waits.leave(self.source.name, self.flow_run_id)
+            self.job.since, self._ends = 0.0, time.monotonic() + HOLD_S
+            self._held = stack.pop_all()
+
+    async def give_back(self) -> None:
+        """Give the slots to whoever is the first in line."""
+        held, self._held = self._held, None
+        if held:
+            await held.aclose()
+
+    def stand_in_line(self) -> float:
+        """Wait for the slots; return when to look again, in seconds since the epoch."""
+        with suppress(*LOST), Ledger(self.home.ledger) as ledger:
+            self.job.since = self.job.since or ledger.now()
+            turn = self._turn(ledger)
+            before = ledger.waits.before(self.source.name, self.flow_run_id, turn)
+            until = ledger.now() + min(TURNS_S, TURN_S * (before + 1))
+            ledger.waits.join(self.source.name, self.flow_run_id, turn, until)
+            return until
+        return time.time() + TURN_S
+
+    def _turn(self, ledger: Ledger) -> float:
+        return line.turn(self.job.since or ledger.now(), self.priority)
