@@ -51,17 +51,17 @@ async def retrieve(
         priority: offpeak fetches within the off-peak hours only.
         studies_per_hour: fetch no more studies than this in an hour; 0 for no limit.
     """
-    filters = query_of(
-        study_uids=study_uids,
-        series_uid=series_uid,
-        study_date=study_date,
-        modality=modality,
-        study_descriptions=study_descriptions,
-        series_descriptions=series_descriptions,
-    )
-    names = dict.fromkeys(given(targets))
-    wish = Wish(source.strip(), tuple(names), into.strip(), accessions, filters, priority, studies_per_hour)
     try:
+        filters = query_of(
+            study_uids=study_uids,
+            series_uid=series_uid,
+            study_date=study_date,
+            modality=modality,
+            study_descriptions=study_descriptions,
+            series_descriptions=series_descriptions,
+        )
+        names = dict.fromkeys(given(targets))
+        wish = Wish(source.strip(), tuple(names), into.strip(), accessions, filters, priority, studies_per_hour)
         await name_run(retrieval_name(wish.source, wish.targets, wish.into))
         async with retrieving(wish, partial(dispatched, dispatch)) as running:
             await running.run()

@@ -18,8 +18,8 @@ TITLES = frozenset((
     "accession", "accessionnumber", "accessionno", "accessionnr", "accessionid", "accno", "accnr", "accnum", "acc",
     "accessions", "accessionnumbers", "accnumber", "studyaccessionnumber",
 ))  # fmt: skip
-_BETWEEN = re.compile(r"[\s,;\u00a0\u200b\ufeff\u2060\uff0c\uff1b\u3001]+")
-_UNSEEN = re.compile(r"[\u200e\u200f\u061c\u202a-\u202e\u2066-\u2069]")  # directions of writing: no part of a number
+BETWEEN = re.compile(r"[\s,;\u00a0\u200b\ufeff\u2060\uff0c\uff1b\u3001]+")
+UNSEEN = re.compile(r"[\u200e\u200f\u061c\u202a-\u202e\u2066-\u2069]")  # directions of writing: no part of a number
 _BLANK_LINES = re.compile(r"\A(?:[ \t,;]*\r?\n)+")
 MOST_ABOVE = 20  # lines above a table, as a report's title
 _AS_TEXT = re.compile(r'(?<![^\s,;"])="([^"\n\r]*)"')  # how spreadsheets write a text that looks like a number: ="0012"
@@ -46,7 +46,7 @@ def accessions(text: str) -> tuple[str, ...]:
         Misconfigured: a value is not an accession number (too long, or with control characters or a backslash), or no
             longer one (1.23E+11).
     """
-    text = _BLANK_LINES.sub("", _SEPARATOR.sub("", _UNSEEN.sub("", text.lstrip("\ufeff"))))
+    text = _BLANK_LINES.sub("", _SEPARATOR.sub("", UNSEEN.sub("", text.lstrip("\ufeff"))))
     if "|" in text and _RULE.search(text):  # as wikis and databases print tables
         text = "\n".join(
             line.strip().strip("|").replace("|", "\t") for line in _ROWS.sub("", _RULE.sub("", text)).splitlines()
@@ -70,7 +70,7 @@ def of_cells(cells: Iterable[str]) -> tuple[str, ...]:
     Raises:
         Misconfigured: as `accessions`.
     """
-    values = [_cell(_UNSEEN.sub("", cell)) for cell in cells]
+    values = [_cell(UNSEEN.sub("", cell)) for cell in cells]
     _check_shortened("\n".join(values))
     return tuple(dict.fromkeys(_checked(value) for value in values if value))
 
@@ -140,7 +140,7 @@ def _titled_values(rows: list[list[str]], top: int, at: int) -> list[str]:
 
 
 def _numbers(cells: list[str]) -> list[str]:
-    return [number for cell in cells for number in _BETWEEN.split(cell) if number]
+    return [number for cell in cells for number in BETWEEN.split(cell) if number]
 
 
 def _forms(number: str) -> set[str]:
@@ -179,7 +179,7 @@ def _values(text: str) -> list[str]:
     values: list[str] = []
     text = _AS_TEXT.sub(r'"\1"', text)
     for quoted, plain in re.findall(r'"([^"\n\r]*)"|([^"]+)', _titled(text)):
-        parts = [quoted] if quoted else _BETWEEN.split(plain)
+        parts = [quoted] if quoted else BETWEEN.split(plain)
         values += [part.strip().strip(QUOTES).strip() for part in parts]
     return [value for value in values if any(map(str.isalnum, value))]  # not what is left between two quotes
 

@@ -81,13 +81,14 @@ def built(keys: Mapping[str, str], charset: str, syntax: str) -> bytes:
     """Return an identifier of these keys, values by keyword, in order of their tags.
 
     Args:
-        charset: Specific Character Set of the values, "" if they are ASCII.
+        charset: Specific Character Set of the values; "" for the most likely one, if they are not ASCII.
         syntax: explicit or implicit VR little endian.
 
     Raises:
         UnicodeError, ValueError: the character set doesn't have a character.
     """
     values = dict(keys)
+    charset = charset or encodings("".join(value for value in values.values() if not value.isascii()))[0]
     if charset:
         values["SpecificCharacterSet"] = charset
     explicit = syntax == EXPLICIT_LITTLE

@@ -52,6 +52,7 @@ class PeerSearch:
         self._whole = WholeSearch(self._at_study_level, finder.peer.where, stops=finder.root != PATIENT_ROOT_FIND)
         self._stale = 0  # studies that announced more series than there were
         self._patients: dict[str, str] = {}  # PatientID by study, for peers of Patient Root
+        self._charsets: dict[str, str] = {}  # in which it was found, by PatientID
         self._notes: dict[str, str] = {}  # what is not shown of a study or series, by UID
         self._study_descriptions, self._series_descriptions = (
             UnsaidDescriptions(keyword, unique, self._stored, finder.peer.where)
@@ -225,6 +226,7 @@ class PeerSearch:
         keys = dict(keys)
         if self.finder.root == PATIENT_ROOT_FIND:
             keys["PatientID"] = self._patients.get(keys["StudyInstanceUID"], "")
+            charset = charset or self._charsets.get(keys["PatientID"], "")
         name = fields[0]
         unique = {} if unique is None else unique
         for one in self.finder.ask_for(level, keys, fields, charset):
@@ -391,8 +393,14 @@ class PeerSearch:
             for one in self.finder.ask_for("PATIENT", patient, ("PatientID", "PatientName"), charset)
         ]
         for patient_id in dict.fromkeys(filter(None, ids)):
-            for study in self.finder.ask_for("STUDY", rest | {"PatientID": patient_id}, STUDY_FIELDS, charset):
-                yield {"PatientID": patient_id} | study
+            below = rest | {"PatientID": patient_id}
+            # In which character set a peer reads an ID that it has given, nothing shows.
+            foreign = "".join(value for value in below.values() if not value.isascii())
+            for one in [charset] if patient_id.isascii() else encodings(foreign):
+                if found := list(self.finder.ask_for("STUDY", below, STUDY_FIELDS, one)):
+                    self._charsets[patient_id] = one
+                    yield from ({"PatientID": patient_id} | study for study in found)
+                    break
 
     def _has_series(self, study: Answer, tests: dict[str, Any], query: Query) -> bool:
         """Return True if one series of a study passes all tests that a query has for series."""

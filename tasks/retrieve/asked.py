@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from imaging.header import UID
 from imaging.query import Query
+from transfer.accessions import BETWEEN, UNSEEN
+from transfer.errors import Misconfigured
 
 
 def given(values: Iterable[str]) -> list[str]:
@@ -25,7 +28,14 @@ def query_of(
     series_descriptions: Sequence[str] = (),
     level: str = "study",
 ) -> Query:
-    """Return the query for what was filled in; UIDs may be pasted as a list, descriptions are taken as they are."""
+    """Return the query for what was filled in; UIDs may be pasted as a list, descriptions are taken as they are.
+
+    Raises:
+        Misconfigured: a value can't be what its field is for.
+    """
+    codes = UNSEEN.sub("", modality).strip()
+    if not codes.isascii():
+        raise Misconfigured("a modality is a code in Latin letters, as CT: one of these letters is none, or not seen")
     return Query(
         AccessionNumber=accessions,
         PatientID=patient_id.strip(),
@@ -33,7 +43,7 @@ def query_of(
         StudyInstanceUID=_uids(study_uids),
         SeriesInstanceUID=_uids([series_uid]),
         StudyDate=study_date.strip(),
-        Modality=modality.strip(),
+        Modality=codes,
         StudyDescription=tuple(one for one in study_descriptions if one.strip()),
         SeriesDescription=tuple(one for one in series_descriptions if one.strip()),
         level=level,
@@ -41,4 +51,7 @@ def query_of(
 
 
 def _uids(given: Iterable[str]) -> str:
-    return ",".join(uid for line in given for uid in line.replace(",", " ").split())
+    found = [uid for line in given for uid in BETWEEN.split(UNSEEN.sub("", line)) if uid]
+    if not all(UID.fullmatch(uid) for uid in found):
+        raise Misconfigured("a UID has digits and dots only, at most 64: one of those that are asked for is none")
+    return ",".join(found)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
 from imaging.query import Query
 from talaria.cli.keys import Keys
 from tasks.retrieve.asked import query_of
+from transfer.errors import Misconfigured
 
 
 def test_options_list_descriptions_and_the_api_takes_each_as_it_is() -> None:
@@ -19,3 +22,12 @@ def test_blanks_ask_for_nothing_and_uids_may_be_pasted() -> None:
     made = query_of(study_uids=["1.2, 1.3", "1.4\n1.5"], series_uid=" 1.6\n1.7 ", patient_name=" Doe^Jane ")
     assert (made.StudyInstanceUID, made.SeriesInstanceUID) == ("1.2,1.3,1.4,1.5", "1.6,1.7")
     assert made.PatientName == "Doe^Jane"
+
+
+def test_what_mails_add_to_uids_is_dropped_and_what_can_be_no_uid_or_code_is_refused() -> None:
+    made = query_of(study_uids=["\u202a1.2.3\u200b\u00a01.4;1.5\ufeff"], modality="CT\u200e")
+    assert (made.StudyInstanceUID, made.Modality) == ("1.2.3,1.4,1.5", "CT")
+    for wrong in ({"study_uids": ["1.2.3", "Müller"]}, {"series_uid": "1.2\u0663"}, {"modality": "\u0421T"}):
+        with pytest.raises(Misconfigured) as caught:
+            query_of(**wrong)
+        assert "Müller" not in str(caught.value)

@@ -533,8 +533,9 @@ def test_a_peer_of_patient_root_only_is_asked_below_its_patients() -> None:
     def accept(context: wire.Context) -> str | int:
         return REFUSED_CLASS if context.abstract_syntax == STUDY_ROOT else context.offered[0]
 
-    with archive(files(3), refuses=refuses, accept=accept) as peer:
-        assert accessions(found(peer, Query(level="series"))) == ["A0000", "A0001", "A0002"]
+    foreign = studies.dataset(PatientID="Ä1", AccessionNumber="A9", SpecificCharacterSet="ISO_IR 100")
+    with archive([*files(3), studies.encoded(foreign)], refuses=refuses, accept=accept) as peer:
+        assert accessions(found(peer, Query(level="series"))) == ["A0000", "A0001", "A0002", "A9"]
         assert accessions(found(peer, Query(PatientID="01"))) == ["A0001"]
 
 
