@@ -32,6 +32,7 @@ from protocols.net import tls
 from tasks import dicom_pull
 from tasks.driver import Driver, Facts
 from tasks.probes import reach
+from tasks.quiet import Quiet
 from transfer import stopping
 from transfer.errors import DispatchError, Misconfigured, TimedOut
 from transfer.health import Health
@@ -348,6 +349,7 @@ def retrieve(target: DicomTarget, query: Query, folder: Path, report: PushReport
             name=target.name,
             associations=min(target.concurrency, target.max_dispatches),
             bandwidth_limit=target.bandwidth_limit,
+            quote=Quiet(target).text,
         )
     except DispatchError as exc:
         exc.target = exc.target or target.name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,11 +11,14 @@ from imaging.query import Match, Query, text
 from protocols.dimse.contexts import UNCOMPRESSED
 from protocols.dimse.direct import associate
 from protocols.dimse.get import PATIENT_ROOT_GET, PATIENT_ROOT_MOVE, STUDY_ROOT_GET, STUDY_ROOT_MOVE
-from protocols.dimse.pull import MoveDestination, Pull
+from protocols.dimse.moves import MoveDestination
+from protocols.dimse.pull import Pull
 from protocols.dimse.query import finder
 from protocols.dimse.search import PeerSearch
 from protocols.dimse.series import PulledSeries
 from protocols.dimse.transport import Peer
+from protocols.net.hiding import date_forms, forms
+from protocols.net.words import clean
 from tasks.pulled import compared, of_studies
 from transfer.errors import Misconfigured, NotFound
 from transfer.receipt import Level, PushReport, Receipt
@@ -42,8 +46,12 @@ def retrieve(
     name: str,
     associations: int,
     bandwidth_limit: int | None,
+    quote: Callable[[str], str],
 ) -> Receipt:
     """Fetch what matches into a folder, as `<SOP instance UID>.dcm`; what is there already is not fetched again.
+
+    Args:
+        quote: returns what may be said of the peer's own words, by the target's settings.
 
     Raises:
         NotFound: nothing matches.
@@ -69,6 +77,7 @@ def retrieve(
             throttle=Throttle(bandwidth_limit),
             destination=destination(),
             far=asked.quickest_s > FAR_S,
+            quote=_without_patients(matches, quote),
         )
         pull.look()
         for one in series:
@@ -77,6 +86,17 @@ def retrieve(
     plan = pull.run()
     receipt = report.receipt(name, plan, Level.ACCEPTED if pull.unproven else Level.LISTED, tuple(pull.notes))
     return compared(receipt, plan, series, of_studies(query, matches), pull.unproven, pull.elsewhere)
+
+
+def _without_patients(matches: Iterable[Match], quote: Callable[[str], str]) -> Callable[[str], str]:
+    """Return `quote` for the words of a peer that may name the patients of what it was asked for."""
+    named: set[str] = set()
+    for one in matches:
+        named |= forms(text(one.attributes.get("PatientName"))) | date_forms(
+            text(one.attributes.get("PatientBirthDate"))
+        )
+        named.add(text(one.attributes.get("PatientID")))
+    return lambda words: quote(clean(words, named - {""}))
 
 
 def granted(peer: Peer) -> str:

@@ -10,9 +10,11 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 from imaging.header import Header
+from protocols.dimse.receive import Depot
 from protocols.files.alike import same
 from protocols.files.durable import DurableFile
 from transfer.plan import Item
@@ -41,6 +43,13 @@ class Copies:
         self.lock = threading.Lock()
         self.elsewhere: defaultdict[str, set[str]] = defaultdict(set)
         self._folder, self._here, self._counts, self._check = folder, here, counts, check
+
+    def depot(
+        self, series: str, refuse: Callable[[Header], str], kept: Callable[[Item], None], *, durable: bool
+    ) -> Depot:
+        """Return a place for the instances of one series."""
+        second = partial(self.second, series)
+        return Depot(self._folder, refuse, kept, durable, here=self.uids, lock=self.lock, second=second)
 
     def has(self, series: str, uid: str) -> bool:
         """Return True if an instance of a series is here, in that series or in another one."""

@@ -14,6 +14,15 @@ from protocols.dimse.served import Caller, ServedAssociation
 from protocols.dimse.stream import AFFECTED_INSTANCE, ORIGINATOR, ORIGINATOR_ID, CommandSet
 
 
+@dataclass(frozen=True)
+class MoveDestination:
+    """The destination of C-MOVE: our Storage SCP, as the peer knows it. Port 0: none, so C-MOVE can't be used."""
+
+    aet: str = "TALARIA"
+    port: int = 0
+    host: str = ""  # address to listen on, "" for all
+
+
 @dataclass(eq=False)
 class Expected:
     """One C-MOVE that is under way.

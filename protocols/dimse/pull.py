@@ -7,7 +7,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from protocols.dimse.get import (
     mover,
     next_message_id,
 )
-from protocols.dimse.moves import DESK, Expected, addresses
+from protocols.dimse.moves import DESK, Expected, MoveDestination, addresses
 from protocols.dimse.offers import USUAL_CLASSES, pairs_for
 from protocols.dimse.ports import shared
 from protocols.dimse.receive import Depot
@@ -47,15 +47,6 @@ PART = 25  # instances that are worth an association of their own
 LATE_S = 3.0  # for what is still on its way when a source says that a move is done
 LOOK_S = 0.05
 PORT_S = 30  # for another process to give up the Storage SCP's port
-
-
-@dataclass(frozen=True)
-class MoveDestination:
-    """The destination of C-MOVE: our Storage SCP, as the peer knows it. Port 0: none, so C-MOVE can't be used."""
-
-    aet: str = "TALARIA"
-    port: int = 0
-    host: str = ""  # address to listen on, "" for all
 
 
 class _NoRoom(Exception):
@@ -83,6 +74,7 @@ class Pull:
     Args:
         lister: asks the peer what a series has, on an association of its own, and notes it there.
         associations: how many at most at once.
+        quote: returns what may be said of a peer's own words.
         far: whether the way to the peer is long, so that a series is worth several associations.
 
     Attributes:
@@ -103,13 +95,14 @@ class Pull:
         throttle: Throttle,
         destination: MoveDestination,
         far: bool = False,
+        quote: Callable[[str], str] = str,
     ) -> None:
         self.peer, self.series, self.folder, self.report = peer, list(series), folder, report
         self.notes: list[str] = []
         self.unproven: list[str] = []
         self.elsewhere: Counter[str] = Counter()
         self._lister, self._associations, self._far = lister, associations, far
-        self._throttle, self._destination = throttle, destination
+        self._throttle, self._destination, self._quote = throttle, destination, quote
         self._lock = threading.Lock()
         self._here: dict[str, Item] = {}
         self._counts: Counter[str] = Counter()
@@ -233,15 +226,7 @@ class Pull:
                 return ""
             return "" if one.images and header.SOPInstanceUID in one.images else "of another series than was asked for"
 
-        depot = Depot(
-            self.folder,
-            refuse,
-            self._keep,
-            durable=durable,
-            here=self._copies.uids,
-            lock=self._copies.lock,
-            second=partial(self._copies.second, one.uid),
-        )
+        depot = self._copies.depot(one.uid, refuse, self._keep, durable=durable)
         try:
             yield depot
         finally:
@@ -399,7 +384,7 @@ class Pull:
         refusals, last = 0, None
         with self._depot(one, durable=False) as depot:
             for keys in self._requests(one, retriever):
-                last = retriever.get(keys, depot)
+                last = self._quoted(retriever.get(keys, depot))
                 one.answers.append(last)
                 self._got = self._got or bool(self._counts[one.uid])
                 error = failure(self.peer, last)
@@ -414,6 +399,9 @@ class Pull:
             return False
         self._weigh(one)
         return True
+
+    def _quoted(self, answer: FinalResponse) -> FinalResponse:
+        return replace(answer, comment=self._quote(answer.comment)) if answer.comment else answer
 
     def _requests(self, one: PulledSeries, retriever: Retriever) -> Iterator[dict[str, str]]:
         """Yield the keys of requests: for the series, then for what is still missing, in lists and one by one."""
@@ -477,7 +465,7 @@ class Pull:
                 number = next_message_id()
                 expected = Expected(frozenset((self.peer.calling, self.peer.called)), number, hosts, instances, depot)
                 with DESK.expecting(expected):
-                    answer = retriever.move(keys, self._destination.aet, number, expected.last_heard)
+                    answer = self._quoted(retriever.move(keys, self._destination.aet, number, expected.last_heard))
                     one.answers.append(answer)
                     error = failure(self.peer, answer, self._destination.aet)
                     # A peer that has moved something knows where to; some call any failure so.

@@ -99,6 +99,7 @@ class Last:
     warning: int | None = None
     remaining: int | None = None
     uids: tuple[str, ...] = ()
+    comment: str = ""
 
 
 Steps = Sequence[Send | Last | Step]
@@ -341,7 +342,9 @@ class _Connection(Connection):
         }
         counters = {0x1020: last.remaining, 0x1021: last.completed, 0x1022: last.failed, 0x1023: last.warning}
         elements |= {tag: struct.pack("<H", value) for tag, value in counters.items() if value is not None}
-        out = wire.p_data(context, wire.encode_command(elements))
+        if last.comment:
+            elements[0x00000902] = (last.comment + " " * (len(last.comment) % 2)).encode()
+        out = wire.p_data(context, wire.encode_command(dict(sorted(elements.items()))))
         if data:
             out += wire.p_data(context, data, command=False)
         self.write(out)

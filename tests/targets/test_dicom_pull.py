@@ -103,6 +103,25 @@ def test_one_uid_in_two_series_comes_once_and_what_differs_is_not_taken_for_it(
                 assert "were not taken: another instance of the same UID is in series " in said
 
 
+@pytest.mark.parametrize("way", ["get", "move"])
+@pytest.mark.parametrize("quotes", ["short", "none"])
+def test_a_peers_words_are_said_as_its_target_allows_and_name_no_patient(
+    way: str, quotes: str, tmp_path: Path, port: int
+) -> None:
+    comment = f"can't give {studies.PATIENT_NAME} of {studies.PATIENT_ID}"
+
+    def script(request: Request, found: list[Instance]) -> Steps:
+        return [*(Send(one) for one in found[1:]), Last(0xB000, len(found) - 1, 1, 0, comment=comment)]
+
+    refused = GETS if way == "move" else ()
+    with archive(study(), accept=only(refused), on_get=script, on_move=script, ports={AET: port}) as peer:
+        receipt = pull(peer, tmp_path / "in", quote_peer=quotes)
+        said = "; ".join([*receipt.notes, *(item.detail for item in receipt.items)])
+        assert receipt.state is State.PARTIAL and "B000" in said
+        assert not any(value in said for value in studies.PHI)
+        assert ("can't give" in said) == (quotes == "short")
+
+
 # What a peer does wrong in the first retrieval of a series, and what must come of it.
 def half_then(*last: Any) -> Callable[[Request, list[Instance]], Steps]:
     return lambda request, found: [*(Send(one) for one in found[: len(found) // 2]), *last]
