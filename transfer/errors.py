@@ -11,6 +11,7 @@
     │   ├── Misconfigured  the target's settings are wrong
     │   ├── NotTrusted     certificate or host key not accepted
     │   ├── Denied         authenticated or authorised: no
+    │   │   └── Unread     part of a source can't be read: what was not found may be there
     │   ├── NotFound       bucket, project, folder or study does not exist
     │   └── Rejected       this item only; the other items go on
     └── Cancelled          somebody asked the dispatch to stop
@@ -102,6 +103,10 @@ class NotTrusted(Permanent):
 
 class Denied(Permanent):
     """The peer refuses these credentials, or this operation to them."""
+
+
+class Unread(Denied):
+    """Part of a source can't be read: what was found is whole, what was not may be in that part."""
 
 
 class NotFound(Permanent):

@@ -11,8 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from blocks.base import Target
 from imaging.match import of_study
-from imaging.query import Query, listed
+from imaging.query import Match, Query, listed
 from talaria.service import Office
 from talaria.service.jobs import line, queued, result
 from tasks import DRIVERS
@@ -20,6 +21,7 @@ from tasks.dispatch import audited
 from tasks.dispatch.asked import retrieval_name
 from tasks.retrieve.asked import query_of
 from tasks.retrieve.moving import check_into
+from tasks.retrieve.search import matches
 from tasks.targets import check_destination, check_source, load
 from transfer.accessions import accessions, pasted
 
@@ -57,13 +59,18 @@ async def find_matches(office: Office, source: str, **keys: Any) -> dict[str, An
     query = _query(**keys)
     (target,) = await load(office.client, [source])
     check_source(target)
+    return {"matches": [match.to_json() for match in await _asked(office, target, query)]}
+
+
+async def _asked(office: Office, target: Target, query: Query) -> list[Match]:
+    """Ask a target what it has, and note in the audit trail that somebody did."""
     find = DRIVERS.of(target).find
     assert find is not None  # noqa: S101 - check_source has seen it
 
-    def ask() -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] | None = None
+    def ask() -> list[Match]:
+        found: list[Match] | None = None
         try:
-            found = [match.to_json() for match in find(target, query)]
+            found = matches(find(target, query))
         finally:
             asked = [name for name, value in vars(query).items() if value and name != "level"]
             audited.queried(target, asked, None if found is None else len(found), "", office.user)
@@ -71,7 +78,7 @@ async def find_matches(office: Office, source: str, **keys: Any) -> dict[str, An
 
     # Not among the threads that everything else shares: a peer that accepts and is silent would keep them.
     asked = functools.partial(contextvars.copy_context().run, ask)
-    return {"matches": await asyncio.get_running_loop().run_in_executor(_SEARCHES, asked)}
+    return await asyncio.get_running_loop().run_in_executor(_SEARCHES, asked)
 
 
 async def create_query(office: Office, source: str, key: str = "", **keys: Any) -> dict[str, Any]:
@@ -146,10 +153,8 @@ async def create_retrieval(
     for target in await load(office.client, parameters["targets"], secrets=False) if targets else ():
         check_destination(target)
     if asks:  # no patient's name or ID gets into a run's parameters
-        find = DRIVERS.of(origin).find
-        assert find is not None  # noqa: S101 - check_source has seen it
         query = replace(wanted, AccessionNumber=numbers)
-        uids = await asyncio.to_thread(lambda: [match.StudyInstanceUID for match in find(origin, query)])
+        uids = [match.StudyInstanceUID for match in await _asked(office, origin, query)]
         if not uids:
             raise ValueError("nothing matches the query")
         parameters["study_uids"] = uids  # the numbers stay: those of no such study are missing

@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from blocks.dicomweb import DicomWebTarget
-from imaging.query import Match, Query
+from imaging.query import Match, Query, listed, text
 from protocols.dicomfolder.folder import DicomFolder, IndexReport
 from protocols.dicomfolder.store import FolderPush, fetch
 from protocols.files import filesystem as fs
@@ -23,7 +23,7 @@ from protocols.files.incoming import Style
 from protocols.files.tree import Tree
 from tasks.filesystem import file_errors
 from transfer.beneath import FOLDER
-from transfer.errors import Busy, Denied, Interrupted, Misconfigured, NotFound
+from transfer.errors import Busy, Denied, Interrupted, Misconfigured, NotFound, Unread
 from transfer.health import Health
 from transfer.home import Home
 from transfer.oserrors import user
@@ -133,10 +133,20 @@ def push(target: DicomWebTarget, plan: Plan, report: PushReport) -> Receipt:
 
 
 def find(target: DicomWebTarget, query: Query) -> Iterator[Match]:
-    """Yield the studies or series that match, as the folder is now."""
+    """Yield the studies or series that match, as the folder is now.
+
+    Raises:
+        Unread: after all matches, if something that is asked for may be where nothing can be read.
+    """
+    asked = {one.strip().casefold() for one in (*query.AccessionNumber, *listed(query.StudyInstanceUID))} - {""}
+    found: set[str] = set()
     with file_errors(target), opened(target) as folder:
-        yield from folder.find(query)
+        for match in folder.find(query):
+            found |= {text(match.attributes.get("AccessionNumber")).casefold(), match.StudyInstanceUID}
+            yield match
         _log(target, folder.report)
+        if folder.report.unreadable and (asked - found or not asked):
+            raise Unread(f"{_unreadable(folder.report)}: it may be there", target.name)
 
 
 # ---- retrieve
@@ -164,8 +174,8 @@ def _log(target: DicomWebTarget, report: IndexReport) -> None:
         "%s: headers of %d files read, %d files unchanged, %d gone", target.url, report.read, report.unchanged,
         report.removed,
     )  # fmt: skip
-    for level, text in _passed_over(report):
-        logger.log(level, "%s: %s", target.url, text)
+    for level, words in _passed_over(report):
+        logger.log(level, "%s: %s", target.url, words)
 
 
 def _passed_over(report: IndexReport) -> Iterator[tuple[int, str]]:
@@ -177,5 +187,8 @@ def _passed_over(report: IndexReport) -> Iterator[tuple[int, str]]:
     if report.links:
         yield logging.INFO, f"{report.links} symbolic links are not followed"
     if report.unreadable:
-        text = f"{report.unreadable} files or folders can't be read by user {user()}: what is in them is left out"
-        yield logging.WARNING, text
+        yield logging.WARNING, f"{_unreadable(report)}: what is in them is left out"
+
+
+def _unreadable(report: IndexReport) -> str:
+    return f"{report.unreadable} files or folders can't be read by user {user()}"

@@ -17,7 +17,7 @@ from tasks.dispatch.push import delay_before
 from tasks.quiet import Quiet
 from tasks.retrieve.job import Job, Stage, Study, size_of
 from transfer import stopping
-from transfer.errors import Cancelled, DiskFull, DispatchError, NotFound, Retryable
+from transfer.errors import Cancelled, DiskFull, DispatchError, NotFound, Retryable, Unread
 from transfer.receipt import PushReport, Receipt, State
 
 R = TypeVar("R")
@@ -41,6 +41,7 @@ class Fetcher:
         self.cancelled, self.paused = cancelled, paused
         self.driver = DRIVERS.of(source)
         self.quiet = Quiet(source)
+        self.unread = ""  # why what the last search did not find may be there all the same
 
     def report(self) -> PushReport:
         return PushReport(cancelled=self.cancelled, pausing=self.paused)
@@ -79,12 +80,17 @@ class Fetcher:
             query = Query(**{**self.filters.__dict__, "AccessionNumber": tuple(accessions)})
         find = self.driver.find
         assert find is not None  # noqa: S101 - `check_source` has seen it
-        with stopping.stoppable(self.report().check):
-            found = []
-            for match in find(self.source, query):
-                self.report().check()
-                found.append(match)
-            return found
+        found: list[Match] = []
+        self.unread = ""
+        try:
+            with stopping.stoppable(self.report().check):
+                for match in find(self.source, query):
+                    self.report().check()
+                    found.append(match)
+        except Unread as exc:
+            self.quiet.error(exc)
+            self.unread = exc.message
+        return found
 
     def find_pending(self) -> None:
         """Search for the accession numbers that have not been searched for; the job keeps each result."""
@@ -110,7 +116,11 @@ class Fetcher:
             return
         self._take(found)
         seen = {number.strip().casefold() for match in found for number in _numbers(match)}
-        self.job.missing += [number for number in batch if number.strip().casefold() not in seen]
+        unseen = [number for number in batch if number.strip().casefold() not in seen]
+        if self.unread:  # they may be there
+            self.job.failed |= dict.fromkeys(unseen, self.unread)
+        else:
+            self.job.missing += unseen
         self._done(batch)
 
     def _done(self, batch: list[str]) -> None:
@@ -128,6 +138,9 @@ class Fetcher:
         """Find studies by the other keys than accession numbers."""
         found = self.patiently(lambda: self.find([]))
         self._take(found)
+        if self.unread:  # it is not known what there is
+            self.job.error = self.unread
+            return
         seen = {match.StudyInstanceUID for match in found}
         self.job.unknown = [uid for uid in dict.fromkeys(listed(self.filters.StudyInstanceUID)) if uid not in seen]
         self.job.searched = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
 from typing import Any
 
 from prefect import get_client
@@ -18,6 +19,7 @@ from tasks.dispatch import audited
 from tasks.dispatch.patience import patiently
 from tasks.quiet import Quiet
 from tasks.targets import check_source, load
+from transfer.errors import Unread
 
 SHOWN = ("AccessionNumber", "StudyInstanceUID", "SeriesInstanceUID", "StudyDate", "Modality", "ModalitiesInStudy")
 MOST_ROWS = 2000  # of the artifact
@@ -50,11 +52,26 @@ def _find(target: Target, query: Query, flow_run: Any) -> list[Match]:
     found: list[Match] | None = None
     try:
         with Quiet(target).errors():
-            found = list(find(target, query))
+            found = matches(find(target, query))
     finally:
         keys = [name for name, value in vars(query).items() if value and name != "level"]
         count = None if found is None else len(found)
         audited.queried(target, keys, count, str(getattr(flow_run, "id", "")), audited.requester(flow_run))
+    return found
+
+
+def matches(answers: Iterator[Match]) -> list[Match]:
+    """Return all that a source finds.
+
+    Raises:
+        Unread: part of the source can't be read, and nothing is found elsewhere.
+    """
+    found: list[Match] = []
+    try:
+        found.extend(answers)  # keeps what came before an error
+    except Unread:
+        if not found:
+            raise
     return found
 
 

@@ -396,6 +396,11 @@ def test_queries_and_retrievals(up: Talaria, api: httpx.Client, tmp_path: Path) 
         made = api.post("/retrievals", json={"source": "src", "numbers": ["Q1"], "into": into}).json()
         ended = followed(api, f"/retrievals/{made['flow_run_id']}/events")[-1][1]
         assert ended["state"] == "delivered" and set(placed(tmp_path / "into")) == {"Q1"}
+        whose = {"source": "src", "into": into, "patient_name": "Nobody^At^All"}
+        assert api.post("/retrievals", json=whose).status_code == 422
+        trail = up.told("audit", "show", "--last", "50")["entries"]
+        assert "PatientName" in [one for one in trail if one["event"] == "query"][-1]["details"]["keys"]
+        assert not any("Nobody" in json.dumps(one) for one in trail)
         assert api.post("/retrievals", json={"source": "src", "into": into}).status_code == 422
         assert api.get(f"/retrievals/{made['flow_run_id']}").json()["run"]["kind"] == "retrieval"
 

@@ -15,16 +15,20 @@ import pytest
 
 from blocks.dicomweb import DicomWebTarget
 from imaging.query import Query
+from protocols.dicomfolder import scan as scan_module
 from protocols.files import partial
 from protocols.files.tree import Tree
 from talaria.testing import studies
 from talaria.testing.harness import attempt
 from tasks import DRIVERS
+from tasks.retrieve.fetch import Fetcher
+from tasks.retrieve.job import Job
+from tasks.retrieve.search import matches as found_by
 from tests.protocols.dicomfolder.mixture import mixed, upload
 from tests.servers.orthanc import shared_orthanc
 from tests.targets.dicomweb_file import held, seen, target
 from transfer.beneath import open_beneath
-from transfer.errors import Busy, Cancelled, Denied, Interrupted, Misconfigured, NotFound, Unreachable
+from transfer.errors import Busy, Cancelled, Denied, Interrupted, Misconfigured, NotFound, Unreachable, Unread
 from transfer.outcome import Kind
 from transfer.plan import scan
 from transfer.receipt import Level, PushReport, Receipt, State
@@ -342,6 +346,34 @@ def test_what_can_not_be_read_is_in_the_notes(tmp_path: Path) -> None:
         receipt = retrieve(target(root), tmp_path / "into")
     assert receipt.counts[Kind.DELIVERED] == 2
     assert any("can't be read" in note for note in receipt.notes)
+
+
+def test_what_may_be_where_nothing_can_be_read_is_not_called_missing(tmp_path: Path) -> None:
+    series(tmp_path / "source", 1, AccessionNumber="SEEN")
+    series(tmp_path / "source" / "shut", 1, AccessionNumber="UNSEEN")
+    really = scan_module._list
+
+    def listed(tree: Tree, path: bytes) -> Any:
+        if path == b"shut":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return really(tree, path)
+
+    source = target(tmp_path / "source")
+    job = Job(tmp_path / "job", pending=["SEEN", "unseen", "NONE"])
+    with mock.patch.object(scan_module, "_list", listed):
+        fetcher = Fetcher(source, Query(), job, threading.Event(), threading.Event())
+        fetcher.find_pending()
+        assert [one.accession for one in job.studies.values()] == ["SEEN"] and not job.missing and not job.pending
+        assert job.failed.keys() == {"unseen", "NONE"}
+        assert all("can't be read" in why and "it may be there" in why for why in job.failed.values())
+        by_date = Fetcher(source, Query(StudyDate="19000101-"), Job(tmp_path / "other"), *[threading.Event()] * 2)
+        by_date.search()
+        assert "can't be read" in by_date.job.error and len(by_date.job.studies) == 1
+        assert len(found_by(driver.find(source, Query(StudyDate="19000101-")))) == 1  # type: ignore[misc]
+        with pytest.raises(Unread):
+            found_by(driver.find(source, Query(AccessionNumber=("UNSEEN",))))  # type: ignore[misc]
+        find(source, AccessionNumber=("SEEN",))
+    assert [one["AccessionNumber"] for one in find(source, AccessionNumber=("UNSEEN",))] == ["UNSEEN"]
 
 
 def test_what_is_passed_over_is_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
