@@ -112,6 +112,14 @@ def _stopped(row: dict[str, Any]) -> dict[str, Any]:
     return row | {"state": "cancelled", "reason": "" if row["study"] else UNSEARCHED}
 
 
+def sentence(document: dict[str, Any]) -> str:
+    """Return such a document in a line, for the state of its run."""
+    counts = [f"{counted(document['found'])} found, {document['delivered']} delivered"]
+    keys = ("missing", "partial", "failed", "waiting", "cancelled")
+    counts += [f"{len(document[key])} {key}" for key in keys if document[key]]
+    return "; ".join([", ".join(counts), *([document["error"]] if document["error"] else [])])
+
+
 def csv_path(home: Home, flow_run_id: str) -> Path:
     """Return the path of a retrieval's CSV file."""
     return home.receipt(flow_run_id).with_suffix(".csv")

@@ -13,18 +13,19 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
+from uuid import UUID
 
+import httpx
 from prefect import get_client
 from prefect.client.schemas.objects import State as RunState
 from prefect.client.schemas.objects import StateType
 from prefect.context import FlowRunContext
-from prefect.exceptions import Abort, Pause
+from prefect.exceptions import Abort, Pause, PrefectException
 from prefect.logging import get_run_logger
 from prefect.states import AwaitingRetry, Cancelled, Completed, Failed, Scheduled
 
 from blocks.base import Target
 from blocks.dicom import DicomTarget
-from imaging.query import counted
 from tasks.dispatch import audited, rest, running
 from tasks.dispatch.ends import unsaid_is_no_failure
 from tasks.dispatch.hours import opens
@@ -38,7 +39,7 @@ from tasks.retrieve.dispatches import end_waiting
 from tasks.retrieve.fetch import Fetcher
 from tasks.retrieve.job import Job, Stage, Study, discard, folder_of, size_of
 from tasks.retrieve.moving import check_into, is_moved, move_into, spool_in
-from tasks.retrieve.report import RetrievalProgress, document, part_of, report, state_of
+from tasks.retrieve.report import RetrievalProgress, document, part_of, report, sentence, state_of
 from tasks.retrieve.turn import Turn
 from tasks.retrieve.wish import Wish
 from tasks.targets import check_destination, check_source, load
@@ -397,7 +398,10 @@ class Retrieval:
         state, waits = state_of(self.job), self.waits
         left = any(one.stage in (Stage.FOUND, Stage.WHOLE) for one in self.job.studies.values())
         unfinished = left or self.job.pending or self._to_search
-        if self.cancelled.is_set():
+        taken_up = self.cancelled.is_set() and running.stopping() and not await self._is_cancelled_by_somebody()
+        if taken_up:  # its process ends, and another one goes on with it
+            state = "waiting"
+        elif self.cancelled.is_set():
             state = "cancelled"
         elif unfinished and self.paused.is_set():
             state = "paused"
@@ -419,17 +423,24 @@ class Retrieval:
             await asyncio.to_thread(
                 audited.retrieval_ends, self.source, state, brought, self.wish.into, self.flow_run_id, self.who
             )
-        message = _sentence(document(self.job, self.flow_run_id, self.source.name, state))
+        message = sentence(document(self.job, self.flow_run_id, self.source.name, state))
         if state == "paused":
             return Scheduled(
                 scheduled_time=datetime.now(UTC) + running.UNTIL_RESUMED, name=running.PAUSED, message=message
             )
-        if state == "waiting":
+        if state == "waiting" and not taken_up:
             first = min(wait.until for wait in waits)
             return AwaitingRetry(scheduled_time=first, message=rest.message(waits, message))
-        if state == "cancelled":
+        if state == "cancelled" or taken_up:  # of which the engine makes that it goes on
             return Cancelled(message=message)
         return Completed(message=message) if state == "delivered" else Failed(message=message)
+
+    async def _is_cancelled_by_somebody(self) -> bool:
+        with suppress(httpx.HTTPError, PrefectException):
+            async with get_client() as client:
+                state = (await client.read_flow_run(UUID(self.flow_run_id))).state
+                return state is not None and (state.is_cancelling() or state.is_cancelled())
+        return False
 
     async def _end_waiting(self) -> None:
         if any(one.dispatch and one.stage is Stage.WHOLE for one in self.job.studies.values()):
@@ -482,10 +493,3 @@ def _targets(home: Home, dispatch: str) -> dict[str, str]:
     except OSError:
         return {}
     return {name: str(one["state"]) for name, one in document["targets"].items()}
-
-
-def _sentence(document: dict[str, Any]) -> str:
-    counts = [f"{counted(document['found'])} found, {document['delivered']} delivered"]
-    keys = ("missing", "partial", "failed", "waiting", "cancelled")
-    counts += [f"{len(document[key])} {key}" for key in keys if document[key]]
-    return "; ".join([", ".join(counts), *([document["error"]] if document["error"] else [])])

@@ -500,6 +500,26 @@ def test_a_pause_while_the_source_is_away_makes_no_failures_and_resume_goes_on(
         assert concluded(resumed).is_completed() and stages(resumed) == {"S1": Stage.DELIVERED}
 
 
+@pytest.mark.parametrize("asked", [True, False], ids=["cancelled", "stopped"])
+def test_a_process_that_ends_says_of_no_retrieval_that_it_was_cancelled(
+    asked: bool, concluded: Callable[[Retrieval], State[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+
+    async def by_somebody(self: Retrieval) -> bool:
+        return asked
+
+    monkeypatch.setattr(running, "stopping", lambda: True)
+    monkeypatch.setattr(Retrieval, "_is_cancelled_by_somebody", by_somebody)
+    monkeypatch.setattr(audited, "retrieval_ends", lambda source, state, *_: said.append(state))
+    with archive(study("S1")) as peer:
+        one = made(peer)
+        one.cancelled.set()
+        assert concluded(one).is_cancelled()  # which the engine lets go on, unless somebody asked for it
+        assert (one.job.ended, said) == (asked, ["cancelled"] if asked else [])
+        running.forget(RUN)
+
+
 def test_what_one_study_meets_unexpectedly_ends_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     really = Fetcher._fetch
 

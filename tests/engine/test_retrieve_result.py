@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from tasks.retrieve.job import Job, Stage, Study
-from tasks.retrieve.report import cancelled, document, part_of
-from tasks.retrieve.run import _sentence
+from tasks.retrieve.report import cancelled, document, part_of, sentence
 
 
 def halfway(folder: Path, **fields: object) -> Job:
@@ -22,7 +21,7 @@ def test_what_is_still_to_come_waits(tmp_path: Path) -> None:
     assert result["waiting"] == ["A2", "A3", "A4"] and result["cancelled"] == result["failed"] == []
     assert [one["state"] for one in result["studies"]] == ["delivered", "waiting", "waiting"]
     assert [one["reason"] for one in result["accessions"]] == ["not searched for yet"]
-    assert _sentence(result) == "3 studies found, 1 delivered, 3 waiting"
+    assert sentence(result) == "3 studies found, 1 delivered, 3 waiting"
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["while it ran", "while it waited"])
@@ -35,7 +34,7 @@ def test_what_was_to_come_is_cancelled_with_its_retrieval(tmp_path: Path, late: 
     rows = [*result["studies"], *result["accessions"]]
     assert [one["state"] for one in rows] == ["delivered", "cancelled", "cancelled", "cancelled"]
     assert not any("yet" in one["reason"] for one in rows)
-    assert _sentence(result) == "3 studies found, 1 delivered, 3 cancelled"
+    assert sentence(result) == "3 studies found, 1 delivered, 3 cancelled"
 
 
 def test_what_an_end_left_undone_has_failed_and_says_why(tmp_path: Path) -> None:
@@ -48,5 +47,5 @@ def test_what_an_end_left_undone_has_failed_and_says_why(tmp_path: Path) -> None
 
 def test_one_study_is_not_called_studies(tmp_path: Path) -> None:
     job = Job(tmp_path, studies={"1.1": Study("1.1", "A1")})
-    assert _sentence(document(job, "run", "pacs", "waiting")) == "1 study found, 0 delivered, 1 waiting"
+    assert sentence(document(job, "run", "pacs", "waiting")) == "1 study found, 0 delivered, 1 waiting"
     assert part_of(job, "pacs").words == "0 of 1 study from pacs"
