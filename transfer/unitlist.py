@@ -15,6 +15,8 @@ from transfer.errors import Misconfigured
 from transfer.home import Home, private
 from transfer.ledger import write_json
 
+PART = ".part"  # of a list that is being written
+
 
 @dataclass(frozen=True, slots=True)
 class FileFacts:
@@ -89,6 +91,12 @@ def kept(path: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) and path.exists() else None
 
 
+def tidy(home: Home, source: str) -> None:
+    """Remove what writers of a source's lists have left that were killed; only while nobody writes one."""
+    for part in place(home, source, "x").parent.glob(f"*{PART}"):
+        part.unlink(missing_ok=True)
+
+
 def remove(path: Path) -> None:
     """Remove a list."""
     for one in (path.with_suffix(".json"), path):
@@ -101,7 +109,7 @@ class Writer:
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.path = path
-        self._part = path.with_suffix(".part")
+        self._part = path.with_suffix(PART)
         self._file: IO[str] = open(self._part, "w", encoding="ascii", opener=private)  # noqa: SIM115 - closed by `close`
 
     def add(self, unit: ListedUnit) -> None:

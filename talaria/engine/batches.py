@@ -6,13 +6,19 @@ source itself gets another schedule.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Any
+from uuid import UUID
 
 from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.actions import DeploymentScheduleCreate
-from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId, FlowRunFilter, FlowRunFilterState
+from prefect.client.schemas.filters import (
+    DeploymentFilter,
+    DeploymentFilterId,
+    FlowRunFilter,
+    FlowRunFilterExpectedStartTime,
+    FlowRunFilterState,
+)
 from prefect.client.schemas.filters import FlowRunFilterStateType as OfType
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.responses import DeploymentResponse
@@ -97,10 +103,8 @@ async def start(client: PrefectClient, name: str, by: str = "") -> FlowRun:
         await deploy(client, (await KEPT.load(client, [name], secrets=False))[0])
         there = await _deployment(client, name)
     assert there is not None  # noqa: S101 - for the type checker
-    for one in await sweeps(client, name, [StateType.SCHEDULED, StateType.PENDING]):
-        begin = one.state.state_details.scheduled_time if one.state else None
-        if begin is None or begin <= datetime.now(UTC):
-            return one
+    if waiting := await _waiting(client, there.id):
+        return waiting
     return await client.create_flow_run_from_deployment(
         there.id,
         parameters={"source": name},
@@ -110,17 +114,18 @@ async def start(client: PrefectClient, name: str, by: str = "") -> FlowRun:
     )
 
 
-async def sweeps(client: PrefectClient, name: str, states: Iterable[StateType], limit: int = 10) -> list[FlowRun]:
-    """Return the newest sweeps of a source that are in some states."""
-    there = await _deployment(client, name)
-    if there is None:
-        return []
-    return await client.read_flow_runs(
-        deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=[there.id])),
-        flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=OfType(any_=[*states]))),
+async def _waiting(client: PrefectClient, deployment_id: UUID) -> FlowRun | None:
+    """Return a sweep that is due and has not begun; a schedule's later ones are no such."""
+    found = await client.read_flow_runs(
+        deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=[deployment_id])),
+        flow_run_filter=FlowRunFilter(
+            state=FlowRunFilterState(type=OfType(any_=[StateType.SCHEDULED, StateType.PENDING])),
+            expected_start_time=FlowRunFilterExpectedStartTime.model_validate({"before_": datetime.now(UTC)}),
+        ),
         sort=FlowRunSort.EXPECTED_START_TIME_DESC,
-        limit=limit,
+        limit=1,
     )
+    return found[0] if found else None
 
 
 async def schedule_of(client: PrefectClient, name: str) -> list[str]:

@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from tasks.sources.units import Unit, in_time
 from transfer.errors import DispatchError
 from transfer.home import Home
 from transfer.ledger import Ledger
+from transfer.oserrors import words_of
 from transfer.plan import Item, Origin
 from transfer.spool import FOLDER, ReceivedUnit, Spool, remove
 
@@ -48,23 +48,31 @@ def units(source: DicomSource, ledger: Ledger, check: Callable[[], None]) -> Ite
         if not mark.files:
             remove(folder)  # all of it was delivered; what comes just now makes it again
             continue
-        targets = _targets(source, received, folder, check)
+        targets, unread = _targets(source, received, folder, check)
         key, first = Item(folder.name, 0, 0).shown, replace(received, version=1)
         after = earlier.get(first, ())
         earlier[first] = (*after, key)
+        why = "" if targets else NO_ROUTE
         unit = Unit(
             key=key,
             paths=(str(folder),),
-            fingerprint=str(mark) if targets else f"{mark}:{_mark_of(source)}",  # other routes may take it
+            fingerprint=_fingerprint(source, str(mark), targets, unread),
             newest=max(changed, mark.newest_ns / 1e9),  # the folder's time is kept young while something is coming
             files=mark.files,
             origin=received.origin,
             targets=targets,
-            problem="" if targets else NO_ROUTE,
+            problem=f"an instance that its routes depend on can't be read: {unread}" if unread else why,
             shown=shown(received),
             after=after,
         )
         yield in_time(unit, source)
+
+
+def _fingerprint(source: DicomSource, mark: str, targets: tuple[str, ...], unread: str) -> str:
+    """Return a unit's fingerprint; another one while it is held, so that it is looked at again when this may end."""
+    if unread:
+        return f"{mark}:unread"
+    return mark if targets else f"{mark}:{_mark_of(source)}"  # other routes may take it
 
 
 def _mark_of(source: DicomSource) -> str:
@@ -134,7 +142,15 @@ def confirmed(
 
 def waiting(home: Home, name: str) -> int:
     """Return how many units a DICOM source has received that are not delivered, whether it is there or not."""
-    return sum(any(folder.iterdir()) for _, folder, _ in Spool(home.root / FOLDER / name).units())
+    return sum(_holds_something(folder) for _, folder, _ in Spool(home.root / FOLDER / name).units())
+
+
+def _holds_something(folder: Path) -> bool:
+    """Return True if something lies in a unit's folder; a sweep may remove it just now."""
+    try:
+        return any(folder.iterdir())
+    except FileNotFoundError:
+        return False
 
 
 def orphans(home: Home, names: Collection[str]) -> dict[str, int]:
@@ -152,35 +168,46 @@ def orphans(home: Home, names: Collection[str]) -> dict[str, int]:
     return {name: count for name in sorted(there) if name not in names and (count := waiting(home, name))}
 
 
-def _targets(source: DicomSource, unit: ReceivedUnit, folder: Path, check: Callable[[], None]) -> tuple[str, ...]:
-    """Return the targets of a unit, those of the source first."""
+def _targets(
+    source: DicomSource, unit: ReceivedUnit, folder: Path, check: Callable[[], None]
+) -> tuple[tuple[str, ...], str]:
+    """Return the targets of a unit, those of the source first, and why nobody knows all of them now; "" if all are."""
     routes = [route for route in source.routes if route.fits_titles(unit.calling, unit.called)]
     taken = [route for route in routes if not route.reads]
     doubtful = [route for route in routes if route.reads]
-    if doubtful:
-        taken += _reading(doubtful, folder, check)
+    fitting, unread = _reading(doubtful, folder, check) if doubtful else ([], "")
+    taken += fitting
     in_order = (name for route in routes if route in taken for name in route.targets)
-    return tuple(dict.fromkeys((*source.targets, *in_order)))
+    return tuple(dict.fromkeys((*source.targets, *in_order))), unread
 
 
-def _reading(routes: list[Route], folder: Path, check: Callable[[], None]) -> list[Route]:
-    """Return the routes that one of a unit's instances fits; a look at each series, until all have been found."""
+def _reading(routes: list[Route], folder: Path, check: Callable[[], None]) -> tuple[list[Route], str]:
+    """Return the routes that one of a unit's instances fits; a look at each series, until all have been found.
+
+    Returns:
+        Also why an instance that another route may fit can't be read now; "" if there is none.
+    """
     taken: list[Route] = []
+    unread = ""
     seen: set[tuple[str, str, str]] = set()
     with os.scandir(folder) as entries:
         names = [entry.name for entry in entries]
     for name in names:
         check()
         facts = None
-        with suppress(OSError, Damaged, NotDicom):  # delivered and removed meanwhile; the dispatch says what is wrong
+        try:
             facts = _facts(folder / name)
+        except (FileNotFoundError, Damaged, NotDicom):  # removed meanwhile; the dispatch says what is wrong
+            continue
+        except OSError as exc:
+            unread = words_of(exc)
         if facts is None or facts in seen:
             continue
         seen.add(facts)
         taken += [route for route in routes if route not in taken and route.fits(*facts)]
         if len(taken) == len(routes):
-            break
-    return taken
+            return taken, ""
+    return taken, unread
 
 
 def _facts(path: Path) -> tuple[str, str, str]:

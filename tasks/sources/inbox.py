@@ -107,19 +107,25 @@ def look(path: str, exclude: tuple[str, ...], facts: list[FileFacts] | None = No
             continue
         for entry in entries:
             relative = f"{below}/{entry.name}" if below else entry.name
-            with suppress(FileNotFoundError):
+            try:
                 info = entry.stat(follow_symlinks=False)
-                if entry.name == MARKER and not below:
-                    marked_ns = max(info.st_mtime_ns, info.st_ctime_ns)
-                if is_excluded(entry.name, names):
-                    continue
-                if stat.S_ISDIR(info.st_mode):
-                    mark.newest_ns = max(mark.newest_ns, info.st_ctime_ns)  # `cp -a` sets the other one
-                    stack.append(relative)
-                    continue
-                mark.add(relative, info.st_size, info.st_mtime_ns, info.st_ctime_ns)
-                if facts is not None and stat.S_ISREG(info.st_mode):
-                    facts.append(_facts(f"{path}/{relative}", info))
+            except FileNotFoundError:
+                continue
+            except OSError:  # a folder that lists its names only, a share: as above
+                if not is_excluded(entry.name, names):
+                    mark.add(relative, 0, 0)
+                continue
+            if entry.name == MARKER and not below:
+                marked_ns = max(info.st_mtime_ns, info.st_ctime_ns)
+            if is_excluded(entry.name, names):
+                continue
+            if stat.S_ISDIR(info.st_mode):
+                mark.newest_ns = max(mark.newest_ns, info.st_ctime_ns)  # `cp -a` sets the other one
+                stack.append(relative)
+                continue
+            mark.add(relative, info.st_size, info.st_mtime_ns, info.st_ctime_ns)
+            if facts is not None and stat.S_ISREG(info.st_mode):
+                facts.append(_facts(f"{path}/{relative}", info))
     return mark, bool(marked_ns) and marked_ns >= mark.newest_ns
 
 

@@ -68,20 +68,26 @@ async def _swept(name: str, home: Home, ledger: Ledger, flow_run: FlowRun, check
             dispatching = PrefectDispatching(client, home, source.name, f"{AT}{host[2]}" if host[2] else "")
             before = ledger.sources.sweep(source.name)
             try:
-                wrong = await asyncio.to_thread(checks.problems, source, sources, targets, before.mount)
-                if wrong:
-                    raise Misconfigured("; ".join(wrong), source.name)
+                await asyncio.to_thread(_check, source, sources, targets, before)
                 by_name = {one.name: one for one in targets}
                 done = await Sweep(source, by_name, home, ledger, dispatching, check).run()
-            except DispatchError as error:
-                if not isinstance(error, Cancelled):
-                    _stuck(ledger, source, before, error.message)
+            except Cancelled:
+                raise
+            except Exception as error:
+                unexpected = f"unexpected {type(error).__name__}: see the log of its sweep"
+                _stuck(ledger, source, before, error.message if isinstance(error, DispatchError) else unexpected)
                 raise
             mount = await asyncio.to_thread(_mount, source)
             ledger.sources.swept(source.name, SweepRow(mount, 0.0, done.next, done.waiting, ""))
     if done.runs:
         await _link(source, done)
     return Completed(message=done.words)
+
+
+def _check(source: Source, sources: list[Source], targets: list[Target], before: SweepRow) -> None:
+    """Raise Misconfigured, with all reasons, if a source can't be swept."""
+    if wrong := checks.problems(source, sources, targets, before.mount):
+        raise Misconfigured("; ".join(wrong), source.name)
 
 
 def _mount(source: Source) -> str:

@@ -398,6 +398,7 @@ class Sweep:
         ]
         if old:
             self.book.forget(name, old)
+        unitlist.tidy(self.home, name)
         there = unitlist.batches(self.home, name)
         if there:
             used = {row.batch for row in self.book.units(name).values()}

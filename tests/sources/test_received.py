@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +118,26 @@ def test_a_study_goes_as_a_whole_where_one_of_its_series_fits(
     bench.sweep()
     assert [kept(bench, name) for name in targets] == [2] * len(targets)
     assert list(spool(bench).folder.iterdir()) == []
+
+
+def test_a_study_waits_whose_routes_nobody_knows_while_it_can_not_be_read(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.source = router(routes=[{"modality": "CT", "targets": ["pacs"]}])
+    path = receive(bench, Modality="CT")
+
+    def fails(*args: Any) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tasks.sources.dicom.read_elements", fails)
+        for _ in range(2):
+            assert not bench.sweep().runs, "it would go to the archive alone, and be removed"
+    assert set(bench.states().values()) == {"held"} and path.is_file()
+    [words] = told(bench)
+    assert "can't be read: Too many open files" in words
+    bench.all()
+    assert (kept(bench, "pacs"), kept(bench, "archive")) == (1, 1) and not path.exists()
 
 
 def test_a_study_that_no_route_takes_stays_and_is_reported_once(bench: Bench) -> None:

@@ -16,7 +16,7 @@ from tasks import DRIVERS
 from tasks.sources import after, writers
 from tasks.sources.inbox import TAKEN
 from tests.sources.bench import Bench
-from transfer import confirmed
+from transfer import confirmed, unitlist
 from transfer.errors import Denied, Interrupted, Misconfigured, NotFound
 from transfer.ledger import Ledger
 
@@ -353,6 +353,15 @@ def test_what_goes_wrong_with_one_unit_stops_no_other(
     monkeypatch.setenv("TALARIA_HOME", str(bench.home.root))
     bench.sweep()
     assert any(name.startswith("bad/") for name in names(bench.inbox)) is (state == "done")
+
+
+def test_a_list_that_a_kill_left_half_written_goes(bench: Bench) -> None:
+    half = unitlist.place(bench.home, "box", "half").with_suffix(unitlist.PART)
+    half.parent.mkdir(parents=True)
+    half.write_text("{")
+    material.ct(bench.inbox / "s", 1)
+    bench.all()
+    assert not half.exists() and set(bench.states().values()) == {"done"}
 
 
 @pytest.mark.parametrize("change", ["target", "verify", "run", "leave"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -66,6 +67,30 @@ def test_a_file_that_could_not_be_read_once_is_read_again(bench: Bench, monkeypa
     assert "a.dcm" in row.shown and told(bench) == 1, "once, and not at each sweep"
     bench.all()
     assert bench.states() == {"1.2": "done"} and delivered(bench) == 1
+
+
+def test_a_folder_that_only_lists_its_names_holds_up_no_other(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.source = bench.named(unit="folder")
+    for name in ("a/1.dcm", "b/2.dcm"):
+        material.dicom(bench.inbox / name)
+    look = os.scandir
+
+    class Entry:
+        name, path = "1.dcm", str(bench.inbox / "a/1.dcm")
+
+        def stat(self, *, follow_symlinks: bool) -> os.stat_result:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    def scandir(path: Any) -> Any:
+        return nullcontext([Entry()]) if str(path) == str(bench.inbox / "a") else look(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(inbox.os, "scandir", scandir)
+        bench.sweep()
+    assert bench.states()["b"] == "dispatched", "without a traceback"
+    bench.dispatch()
+    bench.all()
+    assert bench.states() == {"a": "done", "b": "done"} and delivered(bench) == 2
 
 
 def test_files_of_a_folder_that_can_not_be_read_are_not_gone(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
