@@ -5,7 +5,6 @@ TALARIA_HOME (default ~/.talaria, mode 0700)
 ├── identity          a name for this directory, where several share a ledger
 ├── receipts/         one JSON file per flow run
 ├── progress/         how far each flow run is that runs, or has just ended
-├── waiting/          what flow runs that wait have achieved
 ├── listening/        one file per listener that is at work
 ├── uploads/          one folder per upload: what people send from their browsers
 ├── staging/          one folder per running flow run
@@ -79,11 +78,6 @@ class Home:
     @property
     def staging(self) -> Path:
         return self.root / "staging"
-
-    @property
-    def waiting(self) -> Path:
-        """The folder of what runs that wait leave behind for their next part."""
-        return self.root / "waiting"
 
     @contextmanager
     def owner(self, label: str = "") -> Iterator[str]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from transfer import confirmed, deliveries, happenings, messages, runs, sourcebook, waits
+from transfer import confirmed, deliveries, happenings, messages, rests, runs, sourcebook, waits
 from transfer.confirmed import Confirmation, Spot
 from transfer.database import Tables, opened
 from transfer.deliveries import Deliveries
@@ -26,6 +26,7 @@ from transfer.outcome import ARRIVED, Kind, Outcome
 from transfer.plan import Item
 from transfer.pruning import prune_confirmed, prune_dispatches, prune_runs
 from transfer.receipt import ItemResult
+from transfer.rests import Rests
 from transfer.runs import Runs
 from transfer.sourcebook import Sourcebook
 from transfer.waits import Waits
@@ -51,9 +52,9 @@ OF_OLD = (
     f"DELETE FROM hooks WHERE destination LIKE '%/%' AND dispatch_id NOT LIKE '{AT}%'",  # noqa: S608
 )
 # 0: ledgers before they had one; 1 had no tables of what happened, 2 none of sources, 3 none of hours, 4 none of waits,
-# 5 none of deliveries, 6 none of the studies of floods
-VERSION = 7
-OTHERS = runs, confirmed, happenings, messages, sourcebook, waits, deliveries
+# 5 none of deliveries, 6 none of the studies of floods, 7 none of rests
+VERSION = 8
+OTHERS = runs, confirmed, happenings, messages, sourcebook, waits, deliveries, rests
 TABLES = Tables(SCHEMA + "".join(one.TABLES for one in OTHERS), VERSION, OF_OLD)
 
 
@@ -87,6 +88,7 @@ class Ledger:
         waits: who waits at a target, and which targets do not answer.
         deliveries: how those of each run stood last, in a line.
         runs: which process runs what.
+        rests: what runs that wait have left behind.
     """
 
     def __init__(self, where: Path | str) -> None:
@@ -94,6 +96,7 @@ class Ledger:
         self.happenings, self.messages = Happenings(self._db), Messages(self._db)
         self.sources, self.waits = Sourcebook(self._db), Waits(self._db)
         self.deliveries, self.runs = Deliveries(self._db), Runs(self._db, self.happenings)
+        self.rests = Rests(self._db)
 
     def close(self) -> None:
         self._db.close()

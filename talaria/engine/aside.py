@@ -37,7 +37,7 @@ class Aside:
     def chosen(self, found: list[FlowRun]) -> set[UUID]:
         """Return the ids of those of some runs that may have to wait, as far as the ledger alone says that."""
         new = [one for one in found if one.id not in self._begin and not hosts.must_stay(one)]
-        return {one.id for one in waiting.may_wait(self.ledger, new, self.home)}
+        return {one.id for one in waiting.may_wait(self.ledger, new)}
 
     async def look(self, flow_run: FlowRun) -> Rests | None:
         """Return what lets a run rest; None if it has to begin, and needs a place for that."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from contextlib import suppress
 
 from protocols.dicomfolder.indexes import clear_indexes
 from transfer import deadletters, uploads
@@ -25,7 +24,8 @@ def clear_staging(home: Home, ledger: Ledger) -> int:
 
 def waiting(home: Home) -> set[str]:
     """Return the ids of the runs that wait for their next part, and have left behind what it must know."""
-    return {path.stem for path in home.waiting.glob("*.json")}
+    with Ledger(home.ledger) as ledger:
+        return ledger.rests.runs()
 
 
 def clear(
@@ -40,12 +40,9 @@ def clear(
     Returns:
         How many receipts, staging folders, and unused indexes of read-only folders.
     """
-    for run_id in waiting(home) - {*keep}:
-        path = home.waiting / f"{run_id}.json"
-        with suppress(FileNotFoundError):  # the run goes on just now
-            if path.stat().st_mtime < before:
-                path.unlink()
-    kept = {*keep, *waiting(home)}
+    ledger.rests.prune(before, keep)
+    discard(home.root / "waiting")  # where an earlier Talaria had what runs left behind
+    kept = {*keep, *ledger.rests.runs()}
     uploads.tidy(home, before, kept)
     deadletters.clear(home, max(before, failed_before), kept)
     old = []

@@ -112,7 +112,7 @@ def run_here(access: Runner, flow_run: FlowRun) -> None:
                 ledger.runs.begins(run_id, lease.owner)
                 asyncio.run(lanes.run_here(flow, flow_run))
                 if not running.lost(run_id) and asyncio.run(settle(run_id)):
-                    ledger.runs.ends(run_id, lease.owner, goes_on=rest.rests(access.home, run_id))
+                    ledger.runs.ends(run_id, lease.owner, goes_on=rest.rests(ledger, run_id))
             # It may wait for a window that opens soon, or have lost its server: there is no worker to take it up.
             flow_run = access.run(_when_due, flow_run.id)
             if at_rest(flow_run) or flow_run.state is None or flow_run.state.is_final():

@@ -263,7 +263,7 @@ class Worker:
         """Note in the ledger that a run of ours has ended, or here that this is still to be done."""
         self._unended[run_id] = owner
         try:
-            self.ledger.runs.ends(str(run_id), owner, goes_on=rest.rests(self.home, str(run_id)))
+            self.ledger.runs.ends(str(run_id), owner, goes_on=rest.rests(self.ledger, str(run_id)))
         except (Unreachable, sqlite3.Error) as exc:  # if we die: whoever takes it up finds that it has ended
             logger.warning("the end of run %s can't be noted yet: %s", run_id, exc)
         else:
@@ -444,7 +444,6 @@ class Worker:
         await abandoned(self.client, self.home, self.ledger, pending)
 
     async def _take_over(self) -> None:
-        """Put runs back into the queue that nobody executes."""
         await taken_over(self.client, self.ledger, self.lease.owner, self.alive, self._at_work)
 
     def _at_work(self, run_id: str) -> bool:  # a part of a retrieval has a flag of its own

@@ -25,6 +25,7 @@ from tasks.retrieve.report import document as whole_of
 from transfer import deadletters
 from transfer.accessions import accessions
 from transfer.errors import Misconfigured, NotFound
+from transfer.ledger import Ledger
 from transfer.receipt import Receipt, State
 
 KINDS = {"dispatch": "dispatch", "retrieval": "retrieve", "query": "find"}  # of jobs, and the flows that they run
@@ -107,7 +108,7 @@ async def retry_job(office: Office, job: str, kinds: tuple[str, ...] = tuple(KIN
         only: of a dispatch, the one target that is tried again.
 
     Raises:
-        Misconfigured: it is not one of the job's targets, or its receipts are not on this machine.
+        Misconfigured: it is not one of the job's targets, or its receipts are not there any more.
     """
     flow_run = await found(office, job, kinds)
     run_id = str(flow_run.id)
@@ -116,10 +117,17 @@ async def retry_job(office: Office, job: str, kinds: tuple[str, ...] = tuple(KIN
         if runs.kind_of(flow_run) != "dispatch" or only not in targets:
             raise Misconfigured(f"{only} is not one of the targets of {run_id}: {', '.join(targets)}")
     if flow_run.state and flow_run.state.is_final():
-        rest.forget(office.home, run_id)  # it begins anew
-        if only and not rest.leave_out(office.home, run_id, [name for name in targets if name != only]):
-            raise Misconfigured(f"the receipts of {run_id} are not on this machine: retry all of it")
+        if only and await rest.receipts(office.client, office.home, run_id) is None:
+            raise Misconfigured(f"the receipts of {run_id} are not there any more: retry all of it")
+        await asyncio.to_thread(_begin_anew, office, run_id)
+        if only or flow_run.labels.get(rest.ONLY):  # to whichever host runs it
+            await office.client.update_flow_run_labels(flow_run.id, {rest.ONLY: only})
     return await _done(office, await runs.retry(office.client, flow_run.id), "retry", "queued")
+
+
+def _begin_anew(office: Office, run_id: str) -> None:
+    with Ledger(office.home.ledger) as ledger:
+        rest.forget(ledger, run_id)
 
 
 async def send_job(office: Office, job: str, to: list[str]) -> dict[str, Any]:

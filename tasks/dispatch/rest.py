@@ -1,8 +1,8 @@
 """What a dispatch that waits leaves behind for its next part, so that it holds nothing meanwhile.
 
-A run that can't go on for a while ends its part: no thread, no slot of a target, no staged file is kept.
-`TALARIA_HOME/waiting/<flow run id>.json` says what it has achieved; names of files
-stand in it, as in a receipt.
+A run that can't go on for a while ends its part: no thread, no slot of a target, no staged file is kept. What it has
+achieved stands in the ledger (`transfer.rests`), for whichever host has its next part; names of files stand in it, as
+in a receipt. Its receipts so far are a file of the host that had the last part, and the server's.
 """
 
 from __future__ import annotations
@@ -12,12 +12,18 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
+from uuid import UUID
 
+from prefect import get_client
+from prefect.client.orchestration import PrefectClient
+from prefect.client.schemas.objects import FlowRun
+
+from tasks.dispatch import kept as kept_receipts
 from transfer.home import Home
-from transfer.live import replace
+from transfer.ledger import Ledger
 
+ONLY = "talaria.only"  # label of a run that is retried: the one target that is tried again; "" for all
 TRIES_AGAIN = "tries again"  # begins the message of a run that waits for something that may come soon
 WAITS = "waits"  # and of one that waits for a time that people have set
 
@@ -83,52 +89,87 @@ class Rest:
         left: by target.
         artifacts: ids of its progress artifacts, by target.
         unread: whether it has read no files yet, so that it has no receipts.
+        kept: whether the ledger has it.
     """
 
     document: dict[str, Any] = field(default_factory=dict)
     left: dict[str, Left] = field(default_factory=dict)
     artifacts: dict[str, str] = field(default_factory=dict)
     unread: bool = False
+    kept: bool = False
 
     def studies(self, target: str) -> Sequence[dict[str, Any]]:
         """Return the rows of a flood's studies, if it has begun at a target; where it is retried, it begins anew."""
         return self.document.get("studies", ()) if target in self.left and self.left[target].begun else ()
 
 
-def load(home: Home, run_id: str) -> Rest:
-    """Return what a run has left behind; an empty one if it is not known, and then the ledger knows what arrived."""
-    with suppress(OSError, ValueError, TypeError, KeyError):
-        kept = json.loads(_path(home, run_id).read_bytes())
+async def load(home: Home, ledger: Ledger, flow_run: FlowRun, targets: Iterable[str]) -> Rest:
+    """Return what a run has left behind; an empty one if it is not known, and then the ledger knows what arrived.
+
+    Args:
+        targets: of the run; where its label says that one alone is tried again, nothing is left to do for the others.
+    """
+    async with get_client() as client:
+        return await load_with(client, home, ledger, flow_run, targets)
+
+
+async def load_with(
+    client: PrefectClient, home: Home, ledger: Ledger, flow_run: FlowRun, targets: Iterable[str]
+) -> Rest:
+    """Return the same by a client of the server."""
+    run_id = str(flow_run.id)
+    if only := str(flow_run.labels.get(ONLY) or ""):
+        left = {name: Left(ended=True) for name in targets if name != only}
+        rest = Rest(await receipts(client, home, run_id) or {}, left, kept=True)
+        save(home, ledger, run_id, rest)
+        await client.update_flow_run_labels(flow_run.id, {ONLY: ""})  # its next parts, and retries, go by what is kept
+        return rest
+    row = ledger.rests.of(run_id)
+    if row is None:
+        return Rest()
+    with suppress(ValueError, TypeError, KeyError):
+        where, kept = row[0], json.loads(row[1])
         left = {name: Left(**one) for name, one in kept["left"].items()}
         if kept.get("unread"):
-            return Rest(left=left, unread=True)
-        return Rest(json.loads(home.receipt(run_id).read_bytes()), left, kept["artifacts"])
-    return Rest()
+            return Rest(left=left, unread=True, kept=True)
+        document = await receipts(client, home, run_id, here=where == home.identity())
+        if document is not None:
+            return Rest(document, left, kept["artifacts"], kept=True)
+    return Rest(kept=True)
 
 
-def save(home: Home, run_id: str, rest: Rest) -> None:
-    """Keep what a run leaves behind; its receipts are a file of their own."""
+async def receipts(client: PrefectClient, home: Home, run_id: str, *, here: bool = False) -> dict[str, Any] | None:
+    """Return a run's receipts so far; None if there are none.
+
+    Args:
+        here: whether this host had its last part; else its file may be of an earlier one, and the server's comes first.
+    """
+    found = _copy(home, run_id) if here else None
+    return found or await kept_receipts.read(client, UUID(run_id)) or _copy(home, run_id)
+
+
+def _copy(home: Home, run_id: str) -> dict[str, Any] | None:
+    with suppress(OSError, ValueError):
+        document: dict[str, Any] = json.loads(home.receipt(run_id).read_bytes())
+        return document
+    return None
+
+
+def save(home: Home, ledger: Ledger, run_id: str, rest: Rest) -> None:
+    """Keep what a run leaves behind, whose receipts are here."""
     left = {name: asdict(one) for name, one in rest.left.items()}
-    replace(_path(home, run_id), {"left": left, "artifacts": rest.artifacts, "unread": rest.unread})
+    kept = {"left": left, "artifacts": rest.artifacts, "unread": rest.unread}
+    ledger.rests.keep(run_id, home.identity(), json.dumps(kept))
 
 
-def rests(home: Home, run_id: str) -> bool:
+def rests(ledger: Ledger, run_id: str) -> bool:
     """Return True if a run has ended a part of it only."""
-    return _path(home, run_id).exists()
+    return ledger.rests.of(run_id) is not None
 
 
-def forget(home: Home, run_id: str) -> None:
+def forget(ledger: Ledger, run_id: str) -> None:
     """Remove what a run has left behind: it is over, or begins anew."""
-    with suppress(OSError):
-        _path(home, run_id).unlink()
-
-
-def leave_out(home: Home, run_id: str, targets: Iterable[str]) -> bool:
-    """Let a run that has ended do no more for some targets when it runs again; return False if it left no receipts."""
-    if not home.receipt(run_id).exists():
-        return False
-    save(home, run_id, Rest(left={name: Left(ended=True) for name in targets}))
-    return True
+    ledger.rests.forget(run_id)
 
 
 def message(waits: Iterable[Wait], receipts: str) -> str:
@@ -145,7 +186,3 @@ def awaited(said: str) -> str:
     if not said.startswith((TRIES_AGAIN, WAITS)):
         return ""
     return said.partition(" UTC: ")[2].partition("; ")[0]
-
-
-def _path(home: Home, run_id: str) -> Path:
-    return home.waiting / f"{run_id}.json"

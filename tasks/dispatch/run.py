@@ -77,7 +77,7 @@ class Dispatch:
         self.deliveries: list[Delivery] = []
         self.studies: Studies | None = None  # of a flood
         self.staged: Staged | None = None  # of any other
-        self.rest, self.in_line = rest.load(home, flow_run_id), line.stands(flow_run_id)
+        self.rest, self.in_line = rest.Rest(), line.stands(flow_run_id)
         self.waits: dict[str, Wait] = {}  # by target
         self._held: dict[str, AsyncExitStack] = {}  # slots that were taken before the files are staged, by target
         self._failed: dict[str, tuple[str, bool]] = {}  # targets that a test found dead: why, whether it was the last
@@ -388,9 +388,9 @@ class Dispatch:
             for delivery in self.deliveries:
                 name = delivery.target.name
                 self.rest.left[name] = delivery.leave(self._left(delivery.target))
-            await asyncio.to_thread(rest.save, self.home, self.flow_run_id, self.rest)
-        else:
-            await asyncio.to_thread(rest.forget, self.home, self.flow_run_id)
+            await asyncio.to_thread(rest.save, self.home, self.ledger, self.flow_run_id, self.rest)
+        elif self.rest.kept:
+            await asyncio.to_thread(rest.forget, self.ledger, self.flow_run_id)
         if self.paused.is_set() and any(delivery.stopped is State.WAITING for delivery in self.deliveries):
             return paused(message)
         if rests:
@@ -449,7 +449,7 @@ async def dispatching(targets: list[str], priority: str, naming: Naming) -> Asyn
     context = FlowRunContext.get()
     if context is None or context.flow_run is None:
         raise RuntimeError("a dispatch runs inside a flow run")
-    flow_run_id, home = str(context.flow_run.id), Home.current()
+    flow_run, flow_run_id, home = context.flow_run, str(context.flow_run.id), Home.current()
     chosen = await patiently(lambda: _load(targets))
     knows(target.name for target in chosen)
     for target in chosen:
@@ -460,10 +460,13 @@ async def dispatching(targets: list[str], priority: str, naming: Naming) -> Asyn
     asyncio.get_running_loop().set_default_executor(executor)
     async with AsyncExitStack() as stack:
         ledger = stack.enter_context(Ledger(home.ledger))
+        # After its end is noted there: what is ours in it and not at work is taken for left.
+        stack.callback(running.forget, flow_run_id)
         shown_live = await stack.enter_async_context(live(home, flow_run_id))
         dispatch = Dispatch(flow_run_id, chosen, home, ledger, shown_live, naming, priority)
         stack.push_async_callback(dispatch.release)
-        dispatch.who = audited.requester(context.flow_run)
+        dispatch.rest = await patiently(lambda: rest.load(home, ledger, flow_run, [one.name for one in chosen]))
+        dispatch.who = audited.requester(flow_run)
         # A part of another run belongs to that run's process; no other may take its staging folder for an orphan.
         owner = ledger.runs.owner_of(running.whole())
         if owner:
@@ -472,18 +475,15 @@ async def dispatching(targets: list[str], priority: str, naming: Naming) -> Asyn
             yield dispatch
         except DispatchError as exc:
             if not isinstance(exc, Paused):
-                await asyncio.to_thread(rest.forget, home, flow_run_id)
+                await asyncio.to_thread(rest.forget, ledger, flow_run_id)
             raise
         except Exception as exc:  # a fault of ours
             await asyncio.to_thread(say_refused, exc)
             raise
         finally:
             await asyncio.to_thread(discard, dispatch.staging)
-            try:
-                if owner:
-                    ledger.runs.ends(flow_run_id, goes_on=rest.rests(home, flow_run_id))
-            finally:  # only now: what is ours in the ledger and not at work is taken for left
-                running.forget(flow_run_id)
+            if owner:
+                ledger.runs.ends(flow_run_id, goes_on=rest.rests(ledger, flow_run_id))
 
 
 def _shows_its_plan() -> bool:

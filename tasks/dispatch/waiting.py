@@ -86,7 +86,7 @@ def can_be_read(home: Home, run_id: str, paths: list[str], exclude: str) -> None
 def unread(home: Home, ledger: Ledger, run_id: str, left: Rest, waits: dict[str, Wait]) -> State[Any]:
     """Note that a run waits whose files have not been read; return its state."""
     left.unread = True
-    rest.save(home, run_id, left)
+    rest.save(home, ledger, run_id, left)
     waiting = str(Stands.WAITING)
     ledger.deliveries.stand(run_id, waiting, [Standing(name, waiting, 0, 0, "") for name in waits])
     first = min(wait.until for wait in waits.values())
@@ -94,9 +94,9 @@ def unread(home: Home, ledger: Ledger, run_id: str, left: Rest, waits: dict[str,
     return AwaitingRetry(scheduled_time=first, message=rest.message(waits.values(), "; ".join([UNREAD, *failed])))
 
 
-def may_wait(ledger: Ledger, found: Sequence[FlowRun], home: Home) -> list[FlowRun]:
+def may_wait(ledger: Ledger, found: Sequence[FlowRun]) -> list[FlowRun]:
     """Return those of some runs that have just come, to targets that can't be tried now, as far as names say that."""
-    new = [one for one in found if _is_new(home, one)]
+    new = [one for one in found if _is_new(ledger, one)]
     if not new:
         return []
     now = ledger.now()
@@ -105,14 +105,14 @@ def may_wait(ledger: Ledger, found: Sequence[FlowRun], home: Home) -> list[FlowR
     return [one for one in new if {split(str(name))[1] for name in one.parameters["targets"]} <= known]
 
 
-def _is_new(home: Home, flow_run: FlowRun) -> bool:
+def _is_new(ledger: Ledger, flow_run: FlowRun) -> bool:
     """Return True for a dispatch of one study, none of whose parts has begun, and whose plan nobody waits for."""
     asked = flow_run.parameters
     names, paths = asked.get("targets"), asked.get("paths")
     if not isinstance(names, list) or not isinstance(paths, list) or not names or not paths or asked.get("each"):
         return False
     return (
-        not flow_run.run_count and not flow_run.labels.get(shown.SHOW_PLAN) and not rest.rests(home, str(flow_run.id))
+        not flow_run.run_count and not flow_run.labels.get(shown.SHOW_PLAN) and not rest.rests(ledger, str(flow_run.id))
     )
 
 

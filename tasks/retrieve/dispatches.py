@@ -27,6 +27,7 @@ from tasks.dispatch import rest
 from tasks.dispatch.patience import patiently
 from tasks.paging import every
 from transfer.home import Home
+from transfer.ledger import Ledger
 
 ENDED = "its retrieval has ended"  # what the state of a dispatch says that waited until then
 
@@ -80,7 +81,9 @@ async def end_waiting(client: PrefectClient, home: Home, whole: str) -> None:
     )
     for one in waiting:
         await client.set_flow_run_state(one.id, Cancelled(message=ENDED), force=True)
-        rest.forget(home, str(one.id))
+    with Ledger(home.ledger) as ledger:
+        for one in waiting:
+            rest.forget(ledger, str(one.id))
 
 
 async def _known(client: PrefectClient, run_id: str) -> FlowRun | None:

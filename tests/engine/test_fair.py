@@ -8,7 +8,7 @@ import re
 import shutil
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -52,11 +52,12 @@ def rests(up: Talaria, run_id: str, times: int) -> bool:
 
 def go_on(up: Talaria, run_id: str) -> None:
     """Let the time come for which a run waits."""
-    path = up.home / "waiting" / f"{run_id}.json"
-    kept = json.loads(path.read_text())
-    for left in kept["left"].values():
-        left["again"] = 0
-    path.write_text(json.dumps(kept))
+    with Ledger(up.home / "ledger.sqlite") as ledger:
+        home, kept = cast(tuple[str, str], ledger.rests.of(run_id))
+        document = json.loads(kept)
+        for left in document["left"].values():
+            left["again"] = 0
+        ledger.rests.keep(run_id, home, json.dumps(document))
     soon = {"scheduled_time": datetime.now(UTC).isoformat()}
     state = {"type": "SCHEDULED", "name": "AwaitingRetry", "state_details": soon}
     up.api("POST", f"/flow_runs/{run_id}/set_state", state=state, force=True)
@@ -198,7 +199,8 @@ def test_a_run_comes_back_for_the_dead_target_alone_and_reads_nothing_for_it(up:
     assert arrived == {
         name: [p.stat().st_mtime_ns for p in (tmp_path / name).rglob("*.dcm")] for name in ("one", "two")
     }
-    assert not (up.home / "waiting" / f"{run}.json").exists()
+    with Ledger(up.home / "ledger.sqlite") as ledger:
+        assert ledger.rests.of(run) is None
 
 
 def test_a_target_that_stays_busy_is_asked_again_without_reading_the_files(up: Talaria, tmp_path: Path) -> None:

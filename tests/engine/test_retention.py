@@ -73,8 +73,9 @@ def left(home: Home) -> set[str]:
 def test_what_is_old_goes_unless_it_goes_on(home: Home, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     for run_id, days in (("old", 91), ("waits", 91), ("young", 89)):
         ended(home, plan, run_id, days, monkeypatch)
-    (home.root / "waiting" / "waits.json").write_text("{}")
-    os.utime(home.root / "waiting" / "waits.json", (1, 1))
+    with Ledger(home.ledger) as ledger:
+        ledger.rests.keep("waits", home.identity(), "{}")
+        ledger._db.execute("UPDATE rests SET time=1")
     aged = list[float]()
 
     async def vacuum(age: float, keep: object) -> None:
@@ -82,9 +83,11 @@ def test_what_is_old_goes_unless_it_goes_on(home: Home, plan: Plan, monkeypatch:
 
     kept = asyncio.run(retention.tidy(home, 90 * DAY_S, 1 << 30, {"waits"}, vacuum))
     assert left(home) == {"waits", "young"} and kept == 90 * DAY_S and aged == [kept]
-    assert (home.root / "waiting" / "waits.json").exists()
+    with Ledger(home.ledger) as ledger:
+        assert ledger.rests.runs() == {"waits"}
     asyncio.run(retention.tidy(home, 90 * DAY_S, 1 << 30, ()))
-    assert left(home) == {"young"} and not (home.root / "waiting" / "waits.json").exists()
+    with Ledger(home.ledger) as ledger:
+        assert left(home) == {"young"} and ledger.rests.runs() == set()
 
 
 def test_a_clock_that_is_years_ahead_forgets_nothing(

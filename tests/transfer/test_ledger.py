@@ -477,3 +477,16 @@ def test_one_host_at_a_time_does_the_same_for_a_dispatch(postgres: PostgreSql) -
 
         with ledger.exclusive("push", not_for_ever):
             pass
+
+
+def test_what_runs_leave_behind_is_kept_until_it_is_old(where: Path | str) -> None:
+    with Ledger(where) as ledger:
+        assert ledger.rests.of("r") is None and ledger.rests.runs() == set()
+        for number in range(2):
+            ledger.rests.keep("r", "home", str(number))
+        ledger.rests.keep("s", "home", "{}")
+        assert ledger.rests.of("r") == ("home", "1") and ledger.rests.runs() == {"r", "s"}
+        later = ledger.now() + 60
+        assert ledger.rests.prune(0.0) == 0 and ledger.rests.prune(later, ["s"]) == 1
+        ledger.rests.forget("s")
+        assert ledger.rests.runs() == set()
