@@ -130,7 +130,7 @@ def prepared(root: Path, environment: Mapping[str, str]) -> dict[str, str]:
 
 def filled(home: Path, targets: int, dispatches: int, run: str) -> None:
     """Copy what was made, at a server that has stopped, until there are so many targets and dispatches."""
-    copies = list(_copies(dispatches))
+    copies = sorted(_copies(dispatches), key=lambda one: one.ahead)  # as they came: what is old lies together
     with closing(sqlite3.connect(home / "prefect" / "prefect.db")) as db, db:
         db.create_function("made", 2, _made, deterministic=True)
         db.create_function("moved", 2, _moved, deterministic=True)
