@@ -368,11 +368,11 @@ def test_a_run_whose_server_was_away_when_it_ended_is_put_back_when_it_is_there(
     async def away(run_id: str) -> bool:
         return False
 
-    async def breaks(self: Worker, flow_run: FlowRun) -> None:
+    async def breaks(self: Flows, flow_run: FlowRun) -> None:
         raise httpx.ConnectError("no server")
 
     monkeypatch.setattr("talaria.engine.worker.settle", away)
-    monkeypatch.setattr(Worker, "_flow_of", breaks)
+    monkeypatch.setattr(Flows, "of", breaks)
 
     async def work() -> None:
         worker = Worker(cast(PrefectClient, server), "talaria", home, ledger, cast(Lease, lease), limit=0)
