@@ -124,22 +124,21 @@ async def _delete_runs(db: Any, before: datetime, keep: Collection[str]) -> None
     """Delete what Prefect's own vacuum would of runs that ended before a time, but for some, which that can't keep."""
     from sqlalchemy import delete, select
 
-    run = db.FlowRun
-    old = (
-        run.parent_task_run_id.is_(None),
-        run.state_type.in_(TERMINAL_STATES),
-        run.end_time < before,
-        run.id.not_in(list(_ids(keep))),
-    )
+    run, kept, last = db.FlowRun, set(_ids(keep)), UUID(int=0)
+    old = run.parent_task_run_id.is_(None), run.state_type.in_(TERMINAL_STATES), run.end_time < before
     while True:
         async with db.session_context(begin_transaction=True, with_for_update=True) as session:
-            ids = (await session.scalars(select(run.id).where(*old).limit(RUNS))).all()
+            found = (
+                await session.scalars(select(run.id).where(*old, run.id > last).order_by(run.id).limit(RUNS))
+            ).all()
+            ids = [one for one in found if one not in kept]  # a statement has no room for any number of them
             await session.execute(delete(run).where(run.id.in_(ids)))
         for table in (db.Log, db.Artifact) if ids else ():
             async with db.session_context(begin_transaction=True, with_for_update=True) as session:
                 await session.execute(delete(table).where(table.flow_run_id.in_(ids)))
-        if len(ids) < RUNS:
+        if len(found) < RUNS:
             return
+        last = found[-1]
 
 
 def _ids(names: Iterable[str]) -> Iterator[UUID]:

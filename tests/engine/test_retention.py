@@ -247,8 +247,9 @@ def test_old_runs_go_with_all_that_belongs_to_them(up: Talaria, tmp_path: Path) 
             db.execute(f"UPDATE {table} SET occurred=?", (past,))
         db.commit()
         # In a process of its own, as Prefect's server leaves connections open.
-        done = f"asyncio.run(vacuum({DAY_S}, ['{kept}', 'no id']))"
-        vacuum = f"import asyncio; from talaria.engine.retention import vacuum; {done}"
+        many = "[str(UUID(int=number)) for number in range(300_000)]"  # more than a statement has room for
+        done = f"asyncio.run(vacuum({DAY_S}, ['{kept}', 'no id', *{many}]))"
+        vacuum = f"import asyncio; from uuid import UUID; from talaria.engine.retention import vacuum; {done}"
         there = {**os.environ, "PREFECT_API_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{copy}"}
         subprocess.run([sys.executable, "-P", "-c", vacuum], env=there, check=True)
         assert not count("flow_run", run, "id") and not any(count(table, run) for table in of_the_run)
