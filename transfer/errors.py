@@ -134,6 +134,7 @@ REMEDIES: dict[type[DispatchError], str] = {
     NotTrusted: "Compare the certificate or key with what its operator tells you by another way; if it is the right "
     "one, enter it, or the authority behind it, in the target's settings.",
     Denied: "Check user, password, key, token or AE titles, and ask the operator of the other side for the rights.",
+    Unread: "Let the user who runs Talaria read all that lies there, and check that the share is mounted.",
     NotFound: "Create it at the other side, or correct its name in the target's settings.",
     Rejected: "The other side refuses what was written to try it: ask its operator what it accepts.",
     Cancelled: "Test again: somebody has stopped it.",
