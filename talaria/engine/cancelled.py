@@ -1,8 +1,8 @@
-"""Says of dispatches that were cancelled while they waited, in a queue or at rest, that this was their end.
+"""Says of dispatches that ended while nobody was at work that this was their end.
 
-A run that is cancelled while a worker executes it says so itself. Of one that waits, the server sets the state and
-nobody is at work: a worker that hears of it, of whichever host, says it; once, however many hear. What waits of a
-retrieval is cancelled with it.
+A run that is cancelled while a worker executes it says so itself. Of one that waits, in a queue or at rest, the server
+sets the state and nobody is at work: a worker that hears of it, of whichever host, says it; once, however many hear.
+What waits of a retrieval is cancelled with it. So it is with a run that is given up, as too many workers died with it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import ObjectNotFound
 
 from tasks.dispatch import kept
-from tasks.dispatch.ends import UNKNOWN, say_cancelled
+from tasks.dispatch.ends import UNKNOWN, say_stopped, unsaid_is_no_failure
 from tasks.names import split
 from tasks.paging import every
 from tasks.retrieve.dispatches import end_waiting
@@ -92,10 +92,29 @@ async def _look_at(client: PrefectClient, ledger: Ledger, flow_run: FlowRun) -> 
     before = [one.type for one in states if one.type not in STOPPED]
     if not before or before[-1] not in WAITED:
         return
+    await _say(client, ledger, flow_run, mark)
+
+
+async def was_given_up(client: PrefectClient, flow_run: FlowRun, why: str) -> None:
+    """Say that a run is given up in the state in which it was found, if it is a dispatch; once.
+
+    Args:
+        why: in a sentence.
+    """
+    home, asked = Home.current(), flow_run.parameters
+    if asked.get("source") and asked.get("targets"):
+        await end_waiting(client, home, str(flow_run.id))
+    elif asked.get("paths") and asked.get("targets"):
+        with unsaid_is_no_failure(str(flow_run.id)), Ledger(home.ledger) as ledger:
+            await _say(client, ledger, flow_run, str(flow_run.state and flow_run.state.id), why)
+
+
+async def _say(client: PrefectClient, ledger: Ledger, flow_run: FlowRun, mark: str, given_up: str = "") -> None:
     document = await kept.read(client, flow_run.id) or {}
-    names = [await _known(client, str(name)) for name in asked["targets"]]
-    paths = [str(one) for one in asked["paths"]]
-    await asyncio.to_thread(say_cancelled, ledger, run_id, mark, list(dict.fromkeys(names)), paths, document)
+    names = [await _known(client, str(name)) for name in flow_run.parameters["targets"]]
+    paths = [str(one) for one in flow_run.parameters["paths"]]
+    what = ledger, str(flow_run.id), mark, list(dict.fromkeys(names)), paths, document
+    await asyncio.to_thread(say_stopped, *what, given_up=given_up)
 
 
 async def _known(client: PrefectClient, name: str) -> str:

@@ -30,7 +30,7 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import ObjectNotFound, PrefectException
-from prefect.states import AwaitingRetry, Cancelled, Crashed, Scheduled
+from prefect.states import AwaitingRetry, Cancelled, Failed, Scheduled
 
 from talaria.engine import hosts
 from talaria.engine.leftovers import clear_staging
@@ -41,7 +41,9 @@ from transfer.home import Home, host_name, locked
 from transfer.ledger import Ledger
 
 MAX_CRASHES = 20  # a run that crashed that often is left for people to look at
-CRASHES = "talaria.crashes"  # label of a run: how often it was taken up
+CRASHES = "talaria.crashes"  # label of a run: how often it was taken up, since somebody has begun it
+CRASHED = "talaria.crashed"  # label of a run: when it was taken up last, in seconds since 1970
+APART_S = 86_400.0  # crashes further apart are not one's own: a long run meets those of others
 PATIENCE_S = 600  # how long a run's end waits for a server that is away
 TAKEN_BY = "taken by "  # begins what the state of a Pending run says, then comes the name of a process
 ABANDONED_S = 120.0  # after which a run should have begun; Prefect takes a worker for offline after 90 s
@@ -211,17 +213,17 @@ async def _take_up(client: PrefectClient, run_id: str) -> bool:
     if flow_run.parent_task_run_id is not None:  # a part of a run that is taken up itself, and makes it anew
         await client.set_flow_run_state(flow_run.id, Cancelled(message="its run was taken up again"), force=True)
         return False
-    crashes = int(str(flow_run.labels.get(CRASHES, 0)))
+    now, crashes = time.time(), int(str(flow_run.labels.get(CRASHES, 0)))
+    if now - float(str(flow_run.labels.get(CRASHED, now))) > APART_S:
+        crashes = 0
     if crashes >= MAX_CRASHES:
-        why = f"its worker or server died {crashes} times while it ran: look why, then retry it"
-        if not state.is_final():
-            await client.set_flow_run_state(flow_run.id, Crashed(message=why), force=True)
+        await _give_up(client, flow_run, crashes)
         return False
     if state.name == PAUSING:  # it was killed before it had paused
         paused: State[Any] = Scheduled(scheduled_time=datetime.now(UTC) + UNTIL_RESUMED, name=PAUSED)
         await client.set_flow_run_state(flow_run.id, paused, force=True)
         return False
-    labels: dict[str, Any] = {CRASHES: crashes + 1}
+    labels: dict[str, Any] = {CRASHES: crashes + 1, CRASHED: now}
     other = hosts.where_it_waits(flow_run)
     if other and hosts.may_leave(flow_run):
         other, labels[hosts.HOST] = "", ""
@@ -231,6 +233,16 @@ async def _take_up(client: PrefectClient, run_id: str) -> bool:
         flow_run.id, AwaitingRetry(scheduled_time=datetime.now(UTC), message=message), force=True
     )
     return True
+
+
+async def _give_up(client: PrefectClient, flow_run: FlowRun, crashes: int) -> None:
+    """Let a run fail that may be what kills its workers; say so before, so that it is said in any case."""
+    from talaria.engine.cancelled import was_given_up  # imports every driver, and every command imports this module
+
+    why = f"given up: its worker or server died {crashes} times while it ran: look why, then retry it"
+    await was_given_up(client, flow_run, why)
+    await client.set_flow_run_state(flow_run.id, Failed(message=why), force=True)
+    await client.update_flow_run_labels(flow_run.id, {CRASHES: 0})  # where somebody retries it, it counts anew
 
 
 async def _under_way(client: PrefectClient, pool: str) -> set[str]:

@@ -35,9 +35,10 @@ from prefect.states import AwaitingRetry, Cancelled, Cancelling, Scheduled
 
 from talaria.engine import hosts, lanes
 from talaria.engine.listed import listed
-from talaria.engine.recovery import settle
+from talaria.engine.recovery import CRASHES, settle
 from talaria.engine.registry import deployed
 from talaria.engine.table import FLOWS
+from tasks.crashed import is_over
 from tasks.dispatch import rest, running
 from tasks.dispatch.asked import dispatch_in
 from transfer import live
@@ -146,8 +147,7 @@ def at_rest(flow_run: FlowRun) -> bool:
             return False
         begin = state.state_details.scheduled_time
         return begin is not None and begin > datetime.now(UTC) + timedelta(seconds=SOON_S)
-    # A process that is alive takes up a crashed run.
-    return state.is_final() and state.type is not StateType.CRASHED
+    return is_over(state)
 
 
 def under_way(flow_run: FlowRun) -> bool:
@@ -229,6 +229,8 @@ async def retry(client: PrefectClient, run_id: UUID) -> FlowRun:
     if flow_run.state is None or not flow_run.state.is_final():
         waits = flow_run.state is not None and flow_run.state.type is StateType.SCHEDULED
         raise Misconfigured(f"run {run_id} has not ended: {flow_run.state_name}{GOES_ON if waits else ''}")
+    if flow_run.labels.get(CRASHES):
+        await client.update_flow_run_labels(run_id, {CRASHES: 0})
     await client.set_flow_run_state(run_id, AwaitingRetry(scheduled_time=datetime.now(UTC)), force=True)
     return await client.read_flow_run(run_id)
 

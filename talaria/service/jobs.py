@@ -16,11 +16,12 @@ from prefect.exceptions import PrefectException
 from talaria.engine import recovery, runs
 from talaria.service import Conflict, Office, recorded
 from talaria.settings import POOL
+from tasks.crashed import is_over
 from tasks.dispatch import kept, progress, rest, running
 from tasks.dispatch.audited import requester
 from tasks.names import split
 from tasks.retrieve.job import Job, folder_of
-from tasks.retrieve.report import cancelled
+from tasks.retrieve.report import cancelled, given_up
 from tasks.retrieve.report import document as whole_of
 from transfer import deadletters
 from transfer.accessions import accessions
@@ -216,14 +217,23 @@ async def result(office: Office, flow_run: FlowRun) -> dict[str, Any]:
             document = json.loads(office.home.receipt(str(flow_run.id)).read_text(encoding="utf-8"))
     if document is None:
         document = _nothing(flow_run, kind)
-    if state and state.type.value == "CANCELLED" and kind == "retrieval":
-        return cancelled(document) if document["waiting"] else document | {"state": "cancelled"}
-    if state and state.type.value == "CANCELLED":  # what waited when it was cancelled waits no more
-        parts = [document]
-        for one in (document, *document.get("studies", ())) if kind == "dispatch" else ():
-            parts += [one, *one["targets"].values()]
-        for part in [part for part in parts if part["state"] in ("waiting", "paused")]:
-            part["state"] = "cancelled"
+    return settled(flow_run, kind, document)
+
+
+def settled(flow_run: FlowRun, kind: str, document: dict[str, Any]) -> dict[str, Any]:
+    """Return a result in which nothing waits any more, if its run was cancelled while it waited, or was given up."""
+    state = flow_run.state
+    if state is None or state.is_completed() or not is_over(state):
+        return document
+    if kind == "retrieval":
+        if state.is_cancelled():
+            return cancelled(document) if document["waiting"] else document | {"state": "cancelled"}
+        return given_up(document, state.message or "failed") if document["waiting"] else document
+    parts = [document]
+    for one in (document, *document.get("studies", ())) if kind == "dispatch" else ():
+        parts += [one, *one["targets"].values()]
+    for part in [part for part in parts if part["state"] in ("waiting", "paused")]:
+        part["state"] = "cancelled" if state.is_cancelled() else "failed"
     return document
 
 

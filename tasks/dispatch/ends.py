@@ -74,31 +74,41 @@ def say_refused(error: BaseException) -> None:
             dispatch_refused(ledger, run_id, _known.get() or (UNKNOWN,), error, paths)
 
 
-def say_cancelled(
-    ledger: Ledger, run_id: str, mark: str, targets: Sequence[str], paths: list[str], document: dict[str, Any]
+def say_stopped(
+    ledger: Ledger,
+    run_id: str,
+    mark: str,
+    targets: Sequence[str],
+    paths: list[str],
+    document: dict[str, Any],
+    *,
+    given_up: str = "",
 ) -> None:
     """Say that a run was cancelled while it waited, of each target for which it still had something to do; once.
 
     Args:
         mark: names this cancellation; the run may be retried, and cancelled again.
         document: its receipts so far; {} if it has none.
+        given_up: why it has failed instead, if it was given up after a crash; its receipts may be of an earlier time.
     """
-    so_far = document.get("targets", {})
+    so_far, end = document.get("targets", {}), State.FAILED if given_up else State.CANCELLED
     with unsaid_is_no_failure(run_id), ledger.together():
         if not ledger.happenings.stands(f"{CANCELLED}{run_id}", mark):
             return
         for name in targets:
             receipt = Receipt.from_json(name, so_far[name]) if name in so_far else Receipt(name, (), attempts=0)
-            if name not in so_far or receipt.stopped:
-                ended = replace(receipt, stopped=State.CANCELLED)
-                dispatch_id = str(document.get("dispatch_id", ""))
-                dispatch_ended(ledger, run_id, dispatch_id, ended, Cause.NONE, paths, at_first=True)
-        ledger.happenings.may_end_again(run_id, str(State.CANCELLED))
+            if name not in so_far or receipt.stopped or (given_up and receipt.state is not State.DELIVERED):
+                ended = replace(receipt, stopped=end, error=given_up or receipt.error)
+                dispatch_id, cause = str(document.get("dispatch_id", "")), Cause.UNEXPECTED if given_up else Cause.NONE
+                dispatch_ended(ledger, run_id, dispatch_id, ended, cause, paths, at_first=True)
+        ledger.happenings.may_end_again(run_id, str(end))
         known = ledger.deliveries.of([run_id]).get(run_id, {})
-        state = str(State.CANCELLED)
-        stood = [known.get(name, Standing(name, state, 0, 0, "")) for name in targets if name != UNKNOWN]
-        stands = [replace(one, state=state) if one.state == State.WAITING else one for one in stood]
-        ledger.deliveries.stand(run_id, state, stands)
+        words = shorten(given_up, WORDS_CHARS, placeholder=" …")
+        stood = [known.get(name, Standing(name, State.WAITING, 0, 0, "")) for name in targets if name != UNKNOWN]
+        ends = [replace(one, state=str(end), words=words or one.words) for one in stood]
+        stands = [new if old.state == State.WAITING else old for old, new in zip(stood, ends, strict=True)]
+        whole = overall([State(one.state) for one in stands] or [end]) if given_up else end
+        ledger.deliveries.stand(run_id, whole, stands)
 
 
 def knows(targets: Iterable[str]) -> None:

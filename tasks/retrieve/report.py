@@ -106,6 +106,16 @@ def cancelled(document: dict[str, Any]) -> dict[str, Any]:
     return document | found | {"state": "cancelled", "waiting": [], "cancelled": document["waiting"]}
 
 
+def given_up(document: dict[str, Any], why: str) -> dict[str, Any]:
+    """Return the result of a retrieval that was given up, in which what waited has failed for that reason."""
+    found = {
+        name: [one | {"state": "failed", "reason": why} if one["state"] == "waiting" else one for one in document[name]]
+        for name in ("studies", "accessions")
+    }
+    left = [*document["failed"], *document["waiting"]]
+    return document | found | {"state": "failed", "error": why, "waiting": [], "failed": left}
+
+
 def _stopped(row: dict[str, Any]) -> dict[str, Any]:
     if row["state"] != "waiting":
         return row

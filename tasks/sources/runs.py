@@ -11,17 +11,16 @@ from uuid import UUID
 
 from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
-from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.client.schemas.objects import FlowRun
 from prefect.states import Scheduled
 
+from tasks.crashed import is_over
 from tasks.dispatch import kept
 from tasks.sources.ways import EndedRun
 from transfer import live
 from transfer.home import Home
 
 PAGE = 200  # runs a request; Prefect's own limit
-# What has not ended for us: a process that is alive takes up a crashed run.
-STOPPED = (StateType.FAILED, StateType.CANCELLED)
 
 
 class PrefectDispatching:
@@ -57,7 +56,7 @@ class PrefectDispatching:
             flow_run = there.get(run)
             if flow_run is None:
                 found[run] = EndedRun(gone=True)
-            elif _has_ended(flow_run):
+            elif is_over(flow_run.state):
                 message = (flow_run.state and flow_run.state.message) or ""
                 document = await self._receipts(flow_run)
                 if "accessions" in document:
@@ -70,11 +69,11 @@ class PrefectDispatching:
     async def any_ended(self, runs: Collection[str]) -> bool:
         """Return True if one of some runs has ended, or is gone."""
         there = await self._read(runs)
-        return len(there) < len(set(runs)) or any(_has_ended(one) for one in there)
+        return len(there) < len(set(runs)) or any(is_over(one.state) for one in there)
 
     async def going(self, runs: Collection[str]) -> set[str]:
         found = await self._read(runs)
-        return {str(one.id) for one in found if one.state and one.state.type not in STOPPED}
+        return {str(one.id) for one in found if one.state and (one.state.is_completed() or not is_over(one.state))}
 
     async def _read(self, runs: Collection[str]) -> list[FlowRun]:
         ids, found = [UUID(one) for one in runs], list[FlowRun]()
@@ -101,11 +100,6 @@ def _of_numbers(document: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             outcome = {"state": state, "error": str(row["reason"]) or state}
             found[number] = {"study": number, "dispatch_id": "", "targets": {str(document["source"]): outcome}}
     return found
-
-
-def _has_ended(flow_run: FlowRun) -> bool:
-    state = flow_run.state
-    return state is not None and (state.is_completed() or state.type in STOPPED)
 
 
 def _rows(rows: Iterable[Any]) -> Iterable[dict[str, Any]]:

@@ -1,0 +1,186 @@
+"""Runs that have crashed: they are taken up, but not for ever, and who follows one hears of its end."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, cast
+from uuid import UUID, uuid4
+
+import pytest
+from prefect.client.orchestration import PrefectClient
+from prefect.client.schemas.objects import FlowRun, State, StateType
+from prefect.states import Completed, Crashed, Failed, Running
+
+from talaria.engine import cancelled
+from talaria.engine.recovery import CRASHED, CRASHES, MAX_CRASHES, _take_up
+from talaria.engine.runs import at_rest, retry
+from talaria.service.jobs import settled
+from talaria.testing import studies
+from tasks.crashed import TAKEN_UP_WITHIN
+from tasks.sources.runs import PrefectDispatching
+from tests.engine.material import folder
+from tests.servers.up import Talaria
+from transfer.deliveries import WHOLE
+from transfer.happenings import DISPATCHES
+from transfer.home import Home
+from transfer.ledger import Ledger
+
+ASKED = {"paths": ["/study"], "targets": ["folder-target/pacs", "archive"]}
+BEFORE = datetime.now(UTC) - TAKEN_UP_WITHIN - timedelta(minutes=1)
+
+
+class Server:
+    """What is asked of a server about one run."""
+
+    def __init__(self, state: State[Any], crashes: int = 0, ago_s: float = 60.0, **parameters: Any) -> None:
+        labels = {CRASHES: crashes, CRASHED: time.time() - ago_s} if crashes else {}
+        self.run = FlowRun(flow_id=uuid4(), parameters=parameters, state=state, labels=labels)
+        self.set: list[State[Any]] = []
+
+    async def read_flow_run(self, run_id: UUID) -> FlowRun:
+        return self.run
+
+    async def read_flow_runs(self, *, flow_run_filter: Any, **_: Any) -> list[FlowRun]:
+        return [] if flow_run_filter.parent_flow_run_id else [self.run]  # nothing waits of a retrieval
+
+    async def read_artifacts(self, **_: Any) -> list[Any]:
+        return []
+
+    async def update_flow_run_labels(self, run_id: UUID, labels: dict[str, Any]) -> None:
+        self.run.labels.update(labels)
+
+    async def set_flow_run_state(self, run_id: UUID, state: State[Any], force: bool = False) -> None:
+        self.set.append(state)
+        self.run.state = state
+
+    def take_up(self) -> bool:
+        return asyncio.run(_take_up(cast(PrefectClient, self), str(self.run.id)))
+
+    def asks(self) -> PrefectDispatching:
+        return PrefectDispatching(cast(PrefectClient, self), Home.current(), "inbox")
+
+
+@pytest.fixture
+def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def load(client: Any, names: list[str], secrets: bool) -> None:
+        """Know every target."""
+
+    monkeypatch.setenv("TALARIA_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(cancelled, "load", load)
+    monkeypatch.setattr("tasks.happened.emit_event", lambda *_, **__: None)
+
+
+def test_a_dispatch_that_kills_its_workers_ends_and_is_said_to_have_failed_once(alone: None) -> None:
+    server = Server(Running(), MAX_CRASHES, **ASKED)
+    run = str(server.run.id)
+    with Ledger(Home.current().ledger) as ledger:
+        state = server.run.state
+        for _ in range(2):  # its worker died before the server had heard of it
+            server.run.state, server.run.labels[CRASHES] = state, MAX_CRASHES
+            assert not server.take_up()
+        happened = ledger.happenings.waiting(9)
+        assert [(one.event, one.about["target"], one.about["cause"]) for one in happened] == [
+            ("dispatch.failed", "pacs", "unexpected"),
+            ("dispatch.failed", "archive", "unexpected"),
+        ]
+        assert all("died 20 times" in one.about["words"] for one in happened)
+        found = {(one.target, one.label): one.value for one in ledger.happenings.totals("") if one.name == DISPATCHES}
+        assert found == {("pacs", "failed"): 1, ("archive", "failed"): 1}
+        stands = ledger.deliveries.of([run])[run]
+        assert {name: one.state for name, one in stands.items()} == {
+            WHOLE: "failed", "pacs": "failed", "archive": "failed",
+        }  # fmt: skip
+        assert "died 20 times" in stands["pacs"].words
+    assert [state.type for state in server.set] == [StateType.FAILED] * 2
+    assert (server.set[0].message or "").startswith("given up: its worker or server died 20 times")
+
+
+def test_one_that_was_given_up_is_taken_up_no_more_and_a_retry_counts_anew(alone: None) -> None:
+    server = Server(Running(), MAX_CRASHES, **ASKED)
+    assert not server.take_up() and not server.take_up() and len(server.set) == 1
+    asyncio.run(retry(cast(PrefectClient, server), server.run.id))
+    server.run.state = Running()
+    assert server.take_up() and server.run.labels[CRASHES] == 1
+
+
+@pytest.mark.parametrize("state", [Failed(), Crashed()], ids=["failed", "crashed"])
+def test_a_retry_forgets_earlier_crashes(state: State[Any]) -> None:
+    server = Server(state, 5, **ASKED)
+    asyncio.run(retry(cast(PrefectClient, server), server.run.id))
+    assert server.run.labels[CRASHES] == 0
+
+
+def test_crashes_of_a_long_run_count_only_while_each_follows_within_a_day() -> None:
+    server = Server(Running(), MAX_CRASHES, ago_s=25 * 3600, **ASKED)
+    assert server.take_up() and server.run.labels[CRASHES] == 1
+    server.run.state = Running()
+    assert server.take_up() and server.run.labels[CRASHES] == 2
+
+
+def test_a_retrieval_that_kills_its_workers_ends_too(alone: None) -> None:
+    server = Server(Running(), MAX_CRASHES, source="pacs", accessions="A1", targets=["archive"])
+    assert not server.take_up() and server.set[0].type is StateType.FAILED
+    with Ledger(Home.current().ledger) as ledger:
+        assert not ledger.happenings.waiting(9)
+
+
+@pytest.mark.parametrize(
+    ("state", "over"),
+    [
+        (Crashed(), False),  # a process that lives takes it up
+        (Crashed(timestamp=BEFORE), True),  # none has: somebody has set it so
+        (Failed(), True),
+        (Completed(), True),
+        (Running(), False),
+    ],
+    ids=["crashed just now", "stayed crashed", "failed", "completed", "running"],
+)
+def test_who_follows_a_run_that_stays_crashed_hears_of_its_end(alone: None, state: State[Any], over: bool) -> None:
+    server = Server(state, **ASKED)
+    run = str(server.run.id)
+    assert at_rest(server.run) is over
+    assert asyncio.run(server.asks().any_ended([run])) is over
+    assert (run in asyncio.run(server.asks().ended([run]))) is over
+    # What its source takes for failed is looked at again only while its run may still bring it.
+    assert (run in asyncio.run(server.asks().going([run]))) is (not over or state.is_completed())
+
+
+def test_nothing_waits_of_a_dispatch_that_was_given_up() -> None:
+    part = {"state": "waiting", "error": None}
+    document = {"state": "waiting", "targets": {"pacs": part, "archive": {"state": "delivered", "error": None}}}
+    result = settled(FlowRun(flow_id=uuid4(), state=Failed(message="given up: look why")), "dispatch", document)
+    assert [result["state"], *(one["state"] for one in result["targets"].values())] == ["failed", "failed", "delivered"]
+    rows = [{"state": "waiting", "study": "1.2", "reason": ""}, {"state": "delivered", "study": "1.3", "reason": ""}]
+    document = {"state": "waiting", "waiting": ["A1"], "failed": [], "studies": rows, "accessions": [], "error": None}
+    result = settled(FlowRun(flow_id=uuid4(), state=Failed(message="given up: look why")), "retrieval", document)
+    assert (result["state"], result["waiting"], result["failed"]) == ("failed", [], ["A1"])
+    assert [one["state"] for one in result["studies"]] == ["failed", "delivered"]
+    assert result["studies"][0]["reason"] == "given up: look why"
+
+
+@pytest.mark.timeout(600)
+def test_a_run_at_which_its_worker_dies_once_more_ends_for_who_follows_it(up: Talaria, tmp_path: Path) -> None:
+    studies.ct(tmp_path / "study", 40)
+    up.apply(deadly=folder(tmp_path / "deadly", bandwidth_limit=2000, concurrency=1))
+    follows = up.background("send", str(tmp_path / "study"), "--to", "deadly")
+    up.until(lambda: list((tmp_path / "deadly").iterdir()))
+    found = up.api("POST", "/flow_runs/filter", sort="START_TIME_DESC")
+    (run,) = (one["id"] for one in found if one["parameters"].get("targets") == ["deadly"])
+    up.api("PATCH", f"/flow_runs/{run}/labels", **{CRASHES: MAX_CRASHES, CRASHED: time.time()})
+    up.child("talaria.engine.worker").kill()
+    up.until(lambda: follows.poll() is not None)
+    assert follows.returncode == 1
+    assert up.run(run)["state_type"] == "FAILED"
+    shown = up.told("jobs", "show", run)
+    assert shown["state"] == "failed" and "died 20 times" in shown["error"]
+    about = {"event": {"prefix": ["talaria.dispatch."]}, "related": {"id": [f"prefect.flow-run.{run}"]}}
+    up.until(lambda: up.api("POST", "/events/filter", filter=about)["events"])
+    assert [one["event"] for one in up.api("POST", "/events/filter", filter=about)["events"]] == [
+        "talaria.dispatch.failed"
+    ]
+    # Its files are sent where somebody retries it: what came is not sent again.
+    up.apply(deadly=folder(tmp_path / "deadly"))
+    assert up.told("jobs", "retry", run)["targets"]["deadly"]["state"] == "delivered"
