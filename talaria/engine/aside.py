@@ -36,16 +36,14 @@ class Aside:
 
     def chosen(self, found: list[FlowRun]) -> set[UUID]:
         """Return the ids of those of some runs that may have to wait, as far as the ledger alone says that."""
+        self._begin &= {one.id for one in found}
         new = [one for one in found if one.id not in self._begin and not hosts.must_stay(one)]
         return {one.id for one in waiting.may_wait(self.ledger, new)}
 
     async def look(self, flow_run: FlowRun) -> Rests | None:
         """Return what lets a run rest; None if it has to begin, and needs a place for that."""
         async with self._turn:
-            rests = await waiting.ahead(self.client, self.home, self.ledger, flow_run)
-        if rests is None:
-            self._begin.add(flow_run.id)
-        return rests
+            return await waiting.ahead(self.client, self.home, self.ledger, flow_run)
 
     async def rest(self, flow_run: FlowRun, rests: Rests) -> State[Any]:
         """Let a run of ours rest; return the state that it has then, which somebody else may have set."""
@@ -55,9 +53,13 @@ class Aside:
         result = await self.client.set_flow_run_state(flow_run.id, state)
         return result.state or state
 
-    def leaves(self, run_id: UUID) -> None:
-        """Forget a run that has gone from the worker; one that has to begin is known until it has."""
-        if run_id in self.runs:
-            self.runs.discard(run_id)
-        else:
+    def leaves(self, run_id: UUID, rests: bool) -> None:
+        """Forget a run that has gone from the worker; one that did not come to rest needs a place the next time.
+
+        So does one that could not be looked at, or could not be claimed: else it would be tried again without a pause.
+        """
+        if run_id not in self.runs:
             self._begin.discard(run_id)
+        elif not rests:
+            self._begin.add(run_id)
+        self.runs.discard(run_id)

@@ -279,7 +279,7 @@ class Worker:
         self._claimed.discard(run_id)
         del self.active[run_id]
         self._checks.discard(run_id)
-        self._aside.leaves(run_id)
+        self._aside.leaves(run_id, rests)
         if run_id in self._resumed:
             self._resumed.discard(run_id)
             self._do(self._go_on(run_id))

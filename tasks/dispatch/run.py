@@ -112,6 +112,8 @@ class Dispatch:
         if self._open or not self._is_new:
             return bool(self._open)
         await asyncio.to_thread(waiting.can_be_read, self.home, self.flow_run_id, paths, exclude)
+        if self.cancelled.is_set() or self.paused.is_set():  # a short look ends before it is told
+            raise self._stopped_early("waited")
         return any(last for _, last in self._failed.values())  # for the receipts
 
     @property

@@ -1,0 +1,52 @@
+"""Runs that can't do anything now: who is looked at without a place, and who hears of a pause before they rest."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+from uuid import uuid4
+
+import pytest
+from prefect.client.schemas.objects import FlowRun
+
+from blocks.folder import FolderTarget
+from talaria.engine.aside import Aside
+from talaria.testing import studies
+from tasks.dispatch import line, running, waiting
+from tasks.dispatch.run import Dispatch, Paused
+from tests.engine.material import later
+from transfer.home import Home
+from transfer.ledger import Ledger
+
+
+def test_what_did_not_come_to_rest_takes_a_place_the_next_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It could not be looked at, or belongs to another worker: looked at again and again, it would stop the others."""
+    monkeypatch.setattr(waiting, "may_wait", lambda ledger, found: found)
+    found = [FlowRun(id=uuid4(), flow_id=uuid4()) for _ in range(2)]
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        aside = Aside(cast(Any, None), Home(tmp_path), ledger)
+        aside.runs = aside.chosen(found)
+        assert aside.runs == {one.id for one in found}
+        aside.leaves(found[0].id, rests=True)
+        aside.leaves(found[1].id, rests=False)
+        assert not aside.runs and aside.chosen(found) == {found[0].id}
+        aside.leaves(found[1].id, rests=False)  # it has had its place
+        assert aside.chosen(found) == {one.id for one in found}
+
+
+@pytest.mark.parametrize("flag", ["paused", "cancelled"])
+def test_a_run_hears_of_it_before_it_rests_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag: str) -> None:
+    monkeypatch.setattr(line, "may_rest", lambda: True)
+    studies.ct(tmp_path / "study", 1)
+    target = FolderTarget(folder=str(tmp_path), window=later(2)).named("archive")
+    run_id = str(uuid4())
+    (running.pause if flag == "paused" else running.flag)(run_id).set()
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        none = cast(Any, SimpleNamespace())
+        dispatch = Dispatch(run_id, [target], Home(tmp_path), ledger, none, none, "normal")
+        with pytest.raises(Exception, match=f"was {flag} while it waited") as caught:
+            asyncio.run(dispatch.goes_on([str(tmp_path / "study")], "", ""))
+    assert isinstance(caught.value, Paused) is (flag == "paused")
+    running.forget(run_id)
