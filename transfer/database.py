@@ -377,7 +377,7 @@ def _engine(url: str) -> Engine:
             isolation_level="AUTOCOMMIT",
             pool_pre_ping=True,
             pool_size=4,
-            max_overflow=60,
+            max_overflow=-1,  # who waits for another's connection would wait for what it holds; the server has a limit
             hide_parameters=True,  # in messages of errors
             connect_args=KEEPALIVE | {"options": options, "application_name": "talaria"},
         )

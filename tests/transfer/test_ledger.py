@@ -12,7 +12,7 @@ import textwrap
 import threading
 import time
 import traceback
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -431,6 +431,14 @@ def test_the_server_gives_back_the_locks_of_a_host_that_lost_power_before_its_le
         )
     assert database.lease_s() * lease.USED <= each * count
     assert idle + each * count <= database.lease_s() and unanswered == (idle + each * count) * 1000
+
+
+def test_a_process_holds_as_many_locks_as_it_pushes_at_once(postgres: PostgreSql) -> None:
+    """Eight floods to two targets each, which take four studies at once, beside what records them."""
+    with Ledger(postgres.new()) as ledger, ExitStack() as held:
+        for number in range(8 * 2 * 4 + 8):
+            held.enter_context(ledger.exclusive(f"push {number}", lambda: None))
+        assert ledger.now() > 0
 
 
 def test_one_host_at_a_time_does_the_same_for_a_dispatch(postgres: PostgreSql) -> None:
