@@ -106,27 +106,27 @@ def down(up: Talaria, study: Path, **target: dict[str, Any]) -> None:
 def test_what_comes_for_a_dead_target_rests_without_a_thread_and_without_its_files(up: Talaria, tmp_path: Path) -> None:
     studies.ct(tmp_path / "study", 2)
     (tmp_path / "empty").mkdir()
-    down(up, tmp_path / "study", gone=dead(1))
-    run = create(up, [tmp_path / "study"], "gone")
+    down(up, tmp_path / "study", away=dead(1))
+    run = create(up, [tmp_path / "study"], "away")
     refused = {"no such file": tmp_path / "missing", "nothing to send": tmp_path / "empty"}
-    wrong = {why: create(up, [path], "gone") for why, path in refused.items()} | {
-        "no target named": create(up, [tmp_path / "study"], "gone,unheard-of")
+    wrong = {why: create(up, [path], "away") for why, path in refused.items()} | {
+        "no target named": create(up, [tmp_path / "study"], "away,unheard-of")
     }
     up.until(lambda: up.run(run)["state"]["name"] == "AwaitingRetry")
     for why, one in wrong.items():  # said at once, as of any other target
         up.until(lambda one=one: up.run(one)["state"]["type"] == "FAILED")  # type: ignore[misc]
         assert why in up.run(one)["state"]["message"]
     known = up.run(run)
-    assert states(up, run) == ["Scheduled", "Pending", "AwaitingRetry"] and known["name"] == "to gone"
+    assert states(up, run) == ["Scheduled", "Pending", "AwaitingRetry"] and known["name"] == "to away"
     message = (
-        r"tries again at [-0-9: ]+ UTC: gone to answer, which it hasn't since [0-9:]+ UTC; its files have not been"
+        r"tries again at [-0-9: ]+ UTC: away to answer, which it hasn't since [0-9:]+ UTC; its files have not been"
     )
     assert re.match(message, known["state"]["message"])
     assert artifacts(up, run) == 0 and not (up.home / "staging" / run).exists()
     shown = up.told("jobs", "show", run)
-    assert shown["state"] == shown["targets"]["gone"]["state"] == "waiting"
+    assert shown["state"] == shown["targets"]["away"]["state"] == "waiting"
     with storescp(tmp_path / "pacs") as pacs:
-        up.apply(gone=dead(pacs.port, aet_target="STORESCP"))
+        up.apply(away=dead(pacs.port, aet_target="STORESCP"))
         go_on(up, run)
         up.until(lambda: up.run(run)["state"]["type"] == "COMPLETED")
         assert len(pacs.names()) == 2 and up.run(run)["run_count"] == 1
@@ -134,12 +134,12 @@ def test_what_comes_for_a_dead_target_rests_without_a_thread_and_without_its_fil
 
 def test_what_rests_unread_counts_its_attempts_and_ends_with_its_files_kept(up: Talaria, tmp_path: Path) -> None:
     studies.ct(tmp_path / "study", 2)
-    down(up, tmp_path / "study", lost=dead(1, max_attempts=2))
-    run = create(up, [tmp_path / "study"], "lost")
+    down(up, tmp_path / "study", mute=dead(1, max_attempts=2))
+    run = create(up, [tmp_path / "study"], "mute")
     up.until(lambda: up.run(run)["state"]["name"] == "AwaitingRetry")
     for attempts in (1, 2):
         with Ledger(up.home / "ledger.sqlite") as ledger, ledger.together():
-            one = ledger.waits.breaker("lost")
+            one = ledger.waits.breaker("mute")
             assert one
             one.until = 0.0  # it is time for a test
             ledger.waits.save(one)
@@ -147,7 +147,7 @@ def test_what_rests_unread_counts_its_attempts_and_ends_with_its_files_kept(up: 
         up.until(lambda attempts=attempts: up.run(run)["run_count"] == attempts)  # type: ignore[misc]
         up.until(lambda: up.run(run)["state"]["type"] in ("SCHEDULED", "FAILED"))
     assert up.run(run)["state"]["type"] == "FAILED"
-    shown = up.told("jobs", "show", run)["targets"]["lost"]
+    shown = up.told("jobs", "show", run)["targets"]["mute"]
     assert (shown["state"], shown["attempts"], shown["unsent"]) == ("failed", 2, 2) and shown["error"]
     assert (up.home / "failed" / run).exists() and not (up.home / "staging" / run).exists()
 

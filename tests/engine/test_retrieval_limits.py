@@ -6,7 +6,6 @@ The engine by itself, without a server: the dispatch of each study is the test's
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import math
 import shutil
@@ -203,10 +202,10 @@ def test_no_more_studies_in_an_hour_than_allowed() -> None:
         return [*(Send(one) for one in found), Last(0, len(found), 0, 0)]
 
     with archive(three(), on_get=script) as peer:
-        one = made(peer, studies_per_hour=7200)
+        one, start = made(peer, studies_per_hour=7200), time.monotonic()
         asyncio.run(one.run())
     assert stages(one) == dict.fromkeys(("S1", "S2", "S3"), Stage.DELIVERED)
-    assert all(later - earlier > 0.4 for earlier, later in itertools.pairwise(begun))
+    assert all(at - start >= 0.5 * earlier for earlier, at in enumerate(begun))  # a busy machine only makes it later
 
 
 def test_a_long_wait_for_the_next_study_holds_no_worker(monkeypatch: pytest.MonkeyPatch) -> None:
