@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 from uuid import UUID, uuid4
@@ -128,17 +130,20 @@ def test_a_retrieval_that_kills_its_workers_ends_too(alone: None) -> None:
 
 
 @pytest.mark.parametrize(
-    ("state", "over"),
+    ("made", "over"),
     [
-        (Crashed(), False),  # a process that lives takes it up
-        (Crashed(timestamp=BEFORE), True),  # none has: somebody has set it so
-        (Failed(), True),
-        (Completed(), True),
-        (Running(), False),
+        (Crashed, False),  # a process that lives takes it up
+        (partial(Crashed, timestamp=BEFORE), True),  # none has: somebody has set it so
+        (Failed, True),
+        (Completed, True),
+        (Running, False),
     ],
     ids=["crashed just now", "stayed crashed", "failed", "completed", "running"],
 )
-def test_who_follows_a_run_that_stays_crashed_hears_of_its_end(alone: None, state: State[Any], over: bool) -> None:
+def test_who_follows_a_run_that_stays_crashed_hears_of_its_end(
+    alone: None, made: Callable[[], State[Any]], over: bool
+) -> None:
+    state = made()  # now, not when tests are collected
     server = Server(state, **ASKED)
     run = str(server.run.id)
     assert at_rest(server.run) is over
