@@ -101,6 +101,7 @@ class Front:
             inner_port=inner.getsockname()[1] if inner else 0,
         )
         changes, run_changes = ChangeCount(), ChangeCount()
+        self._changes = changes
         prefect: Upstream = (
             RemotePrefect(orders.upstream, os.environ.get("PREFECT_API_AUTH_STRING", ""))
             if orders.upstream
@@ -175,7 +176,8 @@ class Front:
             logs.set_up()  # Prefect's own handlers are there now
             return True
 
-        await Notifier(self.home, upstream.client, self._reach.client, ready, certificate).run()
+        client, saved = self._reach.client, self._changes
+        await Notifier(self.home, upstream.client, client, ready, certificate, lambda: saved.count).run()
 
     async def _renew(self) -> None:
         """Load the certificate's files again when they have changed; keep the old ones if the new are not valid."""

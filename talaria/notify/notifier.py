@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 LOOK_S = 1.0  # between two looks into the ledger
 WATCH_S = 60.0  # between two looks for what nobody reports
-CONTACTS_S = 30.0  # how long contacts are known
+CONTACTS_S = 30.0  # how long contacts are known, where nothing says that they have changed
 CLAIM_S = 180.0  # of a message: longer than one try may take
 AT_ONCE = 8  # messages that are being sent
 FIRST_S, LONGEST_S = 15.0, 3600.0  # before a second try, doubled with each one, and at most
@@ -47,6 +47,7 @@ class Notifier:
         client: returns the client that does.
         ready: returns whether Prefect's server answers.
         certificate: file of the front door's certificate, "" for none.
+        saved: returns another number when something saved was changed through this process.
     """
 
     def __init__(
@@ -56,8 +57,10 @@ class Notifier:
         client: Callable[[], Awaitable[PrefectClient]],
         ready: Callable[[], bool],
         certificate: str = "",
+        saved: Callable[[], int] = int,
     ) -> None:
         self.home, self.raw, self.client, self.ready, self.certificate = home, raw, client, ready, certificate
+        self.saved, self._contacts_of = saved, 0
         self._sending: set[asyncio.Task[None]] = set()  # and the step that is under way
         self._ledger: Ledger | None = None
         self._contacts: dict[str, str] = {}
@@ -158,7 +161,8 @@ class Notifier:
 
     async def _known_contacts(self) -> dict[str, str]:
         """Return the contacts of targets and sources, by `target/NAME` and `source/NAME`."""
-        if time.monotonic() - self._contacts_at >= CONTACTS_S:
+        saved = self.saved()
+        if saved != self._contacts_of or time.monotonic() - self._contacts_at >= CONTACTS_S:
             from blocks import Source, Target
             from tasks.sources.saved import KEPT
             from tasks.targets import TARGETS
@@ -167,7 +171,7 @@ class Notifier:
             found = [*await TARGETS.all(client), *await KEPT.all(client)]
             known = [one for one in found if isinstance(one, Source | Target) and one.contact]
             self._contacts = {f"{one.word}/{one.name}": one.contact for one in known}
-            self._contacts_at = time.monotonic()
+            self._contacts_at, self._contacts_of = time.monotonic(), saved
         return self._contacts
 
     async def _send(self, ledger: Ledger, one: StoredMessage, rules: list[Rule]) -> None:

@@ -10,11 +10,12 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
 
+from blocks.folder import FolderTarget
 from blocks.rule import CommandRule, EmailRule, Rule, WebhookRule
 from talaria.notify import notifier
 from talaria.notify.collect import collect
@@ -144,6 +145,26 @@ def test_rules_hear_of_what_they_name(home: Home) -> None:
     assert every.hears("dispatch.failed", {"target": "x"}) and not every.hears("dispatch.delivered", {"target": "x"})
     assert every.hears("dispatch.late", {"late_s": 3600}) and not every.hears("dispatch.late", {"late_s": 60})
     assert not WebhookRule(url="http://h/", enabled=False).hears("dispatch.failed", {"target": "x"})
+
+
+def test_the_contact_of_a_target_that_was_just_saved_is_known(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    there: list[Any] = [FolderTarget(folder="/a", contact="a@example.org").named("one")]
+
+    async def all_of(*args: Any) -> list[Any]:
+        return there
+
+    async def none(*args: Any) -> list[Any]:
+        return []
+
+    monkeypatch.setattr("tasks.targets.TARGETS.all", all_of)
+    monkeypatch.setattr("tasks.sources.saved.KEPT.all", none)
+    changed = [0]
+    notifier = Notifier(home, cast(Any, None), cast(Any, none), lambda: True, saved=lambda: changed[0])
+    assert asyncio.run(notifier._known_contacts()) == {"target/one": "a@example.org"}
+    there.append(FolderTarget(folder="/b", contact="b@example.org").named("two"))
+    assert "target/two" not in asyncio.run(notifier._known_contacts()), "they are not asked for each second"
+    changed[0] += 1
+    assert asyncio.run(notifier._known_contacts())["target/two"] == "b@example.org"
 
 
 def test_contacts_hear_of_their_own_target_and_the_others_of_all(home: Home, tmp_path: Path) -> None:
