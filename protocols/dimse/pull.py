@@ -191,10 +191,7 @@ class Pull:
     def _divided(self, one: PulledSeries) -> list[PulledSeries]:
         missing = self._missing(one)
         parts = self._parts(len(missing)) if self._far and one.all_listed else 1
-        if parts == 1:
-            return [one]
-        each = -(-len(missing) // parts)
-        return [one.part(missing[start : start + each]) for start in range(0, len(missing), each)]
+        return [one] if parts == 1 else one.divided(missing, parts)
 
     def _missing(self, one: PulledSeries) -> list[str]:
         """Return the instances that the peer lists and that are not here."""

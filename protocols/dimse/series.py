@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 from imaging.header import UID
@@ -69,7 +69,8 @@ class PulledSeries:
         sop_class = (self.images or {}).get(uid, ("", ()))[0]
         return not UID.fullmatch(sop_class) or sop_class in classes
 
-    def part(self, uids: Iterable[str]) -> PulledSeries:
-        """Return some instances of a listed series as a job of their own, whose answers are the series'."""
-        images = {uid: (self.images or {})[uid] for uid in uids}
-        return replace(self, announced=None, images=images, is_part=True)
+    def divided(self, uids: Sequence[str], count: int) -> list[PulledSeries]:
+        """Return some instances of a listed series as so many jobs of their own, whose answers are the series'."""
+        images, each = self.images or {}, -(-len(uids) // count)
+        parts = ({uid: images[uid] for uid in uids[start : start + each]} for start in range(0, len(uids), each))
+        return [replace(self, announced=None, images=one, is_part=True) for one in parts]
