@@ -6,6 +6,8 @@ when its lease lasts. What follows from it is decided by who asks (`transfer.lea
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -22,6 +24,8 @@ CREATE TABLE IF NOT EXISTS studies (
 CREATE TABLE IF NOT EXISTS owners (
   owner TEXT PRIMARY KEY, home TEXT NOT NULL, host TEXT NOT NULL, until DOUBLE PRECISION NOT NULL) WITHOUT ROWID;
 """
+APART_S = 1.0  # by which two hosts may differ in what they take for the database's time
+STEP_S = 60.0  # an end that is further ahead was noted before the clock was set back
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,21 +52,34 @@ class Runs:
                 (flow_run_id, owner, self._db.time()),
             )
 
-    def claimed(self, flow_run_id: str, owner: str, alive: Callable[[str], bool]) -> bool:
-        """Note that a process is about to run a flow run, unless a living one has it; return whether it may."""
+    def claimed(self, flow_run_id: str, owner: str, alive: Callable[[str], bool], found: float | None = None) -> bool:
+        """Note that a process is about to run a flow run, unless a living one has it; return whether it may.
+
+        Args:
+            found: when it was asked for at the server, in monotonic seconds: what another process has ended since then
+                only looked as if it were to be run.
+        """
         row = self._db.execute("SELECT owner, ended FROM runs WHERE flow_run_id=?", (flow_run_id,)).fetchone()
         if row and row[1] is None and row[0] and alive(row[0]):
             return False
         if self._db.shared and not alive(owner):  # its lease has ended while it looked
             return False
+        now = self._db.time()
+        before = math.inf if found is None else now - (time.monotonic() - found) - (APART_S if self._db.shared else 0.0)
         claimed = self._db.execute(
             "INSERT INTO runs VALUES (?,'',?,?,NULL) ON CONFLICT (flow_run_id) DO UPDATE SET"
             " owner=excluded.owner, begun=excluded.begun, ended=NULL"
+            " WHERE runs.ended<? OR runs.ended>?"
             # Not another's, who was faster; our own is there if the answer to the first attempt got lost.
-            " WHERE runs.ended IS NOT NULL OR runs.owner='' OR runs.owner=? OR runs.owner=excluded.owner",
-            (flow_run_id, owner, self._db.time(), row[0] if row else ""),
+            " OR (runs.ended IS NULL AND (runs.owner='' OR runs.owner=? OR runs.owner=excluded.owner))",
+            (flow_run_id, owner, now, before, now + STEP_S, row[0] if row else ""),
         )
         return claimed.rowcount == 1
+
+    def is_over(self, flow_run_id: str) -> bool:
+        """Return True if a run, or a part of it, has been begun and has ended."""
+        row = self._db.execute("SELECT ended FROM runs WHERE flow_run_id=?", (flow_run_id,)).fetchone()
+        return bool(row and row[0] is not None)
 
     def same_dispatch(self, flow_run_id: str, plan: Plan) -> Plan:
         """Return the plan with the dispatch id that its flow run had when it first ran.

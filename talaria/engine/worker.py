@@ -135,6 +135,7 @@ class Worker:
             if places <= 0 and not (self._check_waits and len(self._checks) < CHECKS_AT_ONCE):
                 self._more = True
                 continue
+            asked = time.monotonic()
             try:
                 found = await self.due.found(checks=self._check_waits, others=places > 0)
             except LOST as exc:
@@ -152,7 +153,7 @@ class Worker:
             self.due.elsewhere, found = max(0, len(found) - len(here)), here
             if missed and self.due.elsewhere and not found:
                 self._wake.set()  # behind those that are for others, there may be some for us
-            begun = self._begin([one for one in found if one.id not in self.active], places)
+            begun = self._begin([one for one in found if one.id not in self.active], places, asked)
             self._check_waits = any(is_check(one) and one.id not in self.active for one in found)
             if places > 0:
                 self._more = len(found) > begun or len(found) >= self.limit
@@ -164,12 +165,12 @@ class Worker:
     def _is_here(self, flow_run: FlowRun) -> bool:
         return flow_run.id in self.active or hosts.is_here(flow_run)
 
-    def _begin(self, found: list[FlowRun], places: int) -> int:
+    def _begin(self, found: list[FlowRun], places: int, asked: float) -> int:
         """Begin as many runs as there are places for, and those that need none; return how many."""
         aside = set[UUID]()
         with suppress(*LOST):
             aside = self._aside.chosen(found)
-        room, begun = CHECKS_AT_ONCE - len(self._checks), 0
+        room, before = CHECKS_AT_ONCE - len(self._checks), len(self.active)
         for flow_run in found:
             self._awaited.pop(flow_run.id, None)
             if flow_run.id in aside:
@@ -184,9 +185,8 @@ class Worker:
                 continue
             else:
                 places -= 1
-            self.active[flow_run.id] = asyncio.create_task(self._run(flow_run))
-            begun += 1
-        return begun
+            self.active[flow_run.id] = asyncio.create_task(self._run(flow_run, asked))
+        return len(self.active) - before
 
     def _not_found(self) -> None:
         """Set alarms for what events have named and a look did not find: its time has not come."""
@@ -210,8 +210,8 @@ class Worker:
 
     # ---- one run
 
-    async def _run(self, flow_run: FlowRun) -> None:
-        """Run one flow run in a thread, to its end."""
+    async def _run(self, flow_run: FlowRun, asked: float | None = None) -> None:
+        """Run one flow run in a thread, to its end; `asked`: since when it may have been ended elsewhere."""
         run_id, settled, more, rests, owner = str(flow_run.id), False, True, False, self.lease.owner
         running.regained(run_id)  # before it is claimed: it may be lost at any time from then on
         running.flag(run_id)
@@ -221,7 +221,9 @@ class Worker:
             if flow_run.id in self._aside.runs and rest_at_once is None:
                 self._wake.set()  # it needs a place
                 return
-            if not self.ledger.runs.claimed(run_id, owner, self.alive) or owner != self.lease.owner:
+            if not self.ledger.runs.claimed(run_id, owner, self.alive, asked) or owner != self.lease.owner:
+                if self.ledger.runs.is_over(run_id):  # since we looked; if it has more to do, the next look finds it
+                    self._do(self._wake_late(flow_run.id))
                 return
             settled, more = False, True
             self._unended.pop(flow_run.id, None)
@@ -317,7 +319,6 @@ class Worker:
             if change.type not in ("PENDING", "RUNNING") or change.name == running.PAUSING:
                 self._do(self._heed_soon(change.run_id))
         elif change.type == "SCHEDULED":
-            self._awaited[change.run_id] = time.monotonic() + sum(LATE_S) + 1
             self._alarms = True
             self._check_waits = self._check_waits or change.queue == CHECKS
             self._wake.set()
@@ -337,7 +338,8 @@ class Worker:
         task.add_done_callback(self._jobs.discard)
 
     async def _wake_late(self, run_id: UUID) -> None:
-        """Look again for a run that was not among those that are due."""
+        """Look again for a run if it was not among those that are due."""
+        self._awaited[run_id] = time.monotonic() + sum(LATE_S) + 1
         for seconds in LATE_S:
             await asyncio.sleep(seconds)
             if run_id in self._awaited:

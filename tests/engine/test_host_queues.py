@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -476,6 +477,30 @@ def test_a_run_whose_end_cannot_be_noted_gives_its_place_back(
     lease = SimpleNamespace(owner="ours")
     with Ledger(tmp_path / "ledger.sqlite") as ledger:
         ledger.runs = full = Full(ledger._db, ledger.happenings)
+        asyncio.run(work())
+
+
+def test_a_run_that_another_process_has_ended_meanwhile_is_not_run_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was found while the other one had it; the server lets one that is Completed become Pending."""
+    home, run = Home(tmp_path), a_run("normal")
+    server = Server(run)
+    monkeypatch.setattr("talaria.engine.worker.LATE_S", (0.0,))
+
+    async def work() -> None:
+        worker = Worker(cast(PrefectClient, server), "talaria", home, ledger, cast(Lease, lease), limit=1)
+        asked = time.monotonic()
+        ledger.runs.begins(str(run.id), "another process")
+        ledger.runs.ends(str(run.id), "another process")
+        worker._begin([run], 1, asked)
+        await worker.active[run.id]
+        assert server.set == [] and not worker.active and not ledger.runs.unfinished()
+        await asyncio.gather(*worker._jobs)
+        assert worker._wake.is_set()  # if it only rests, and its time has come, it is found again
+
+    lease = SimpleNamespace(owner="ours")
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
         asyncio.run(work())
 
 

@@ -190,6 +190,27 @@ def test_a_run_that_a_living_process_has_is_nobody_else_s(where: Path | str) -> 
         assert ledger.runs.claimed("r", "third", living.__contains__)
 
 
+def test_a_run_that_has_ended_since_it_was_found_is_nobody_s(
+    where: Path | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another host had ended it by then; Prefect lets a run that is Completed begin once more."""
+    with Ledger(where) as ledger:
+
+        def claimed(seconds_ago: float) -> bool:
+            return ledger.runs.claimed("r", "me", lambda owner: owner == "me", time.monotonic() - seconds_ago)
+
+        assert not ledger.runs.is_over("r") and claimed(5)
+        assert not ledger.runs.is_over("r")
+        ledger.runs.ends("r")
+        assert not claimed(5) and ledger.runs.is_over("r") and not ledger.runs.unfinished()
+        now = ledger.now()
+        monkeypatch.setattr(ledger.runs._db, "time", lambda: now + 10)  # found anew after that, as when it is retried
+        assert claimed(5) and ledger.runs.unfinished() == {"r": "me"}
+        ledger.runs.ends("r")
+        monkeypatch.setattr(ledger.runs._db, "time", lambda: now - 3600)  # the clock was set back
+        assert claimed(5)
+
+
 def test_a_claim_whose_answer_got_lost_is_a_claim(where: Path | str) -> None:
     with Ledger(where) as ledger:
         ledger.runs.begins("r", "gone")
