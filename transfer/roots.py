@@ -38,12 +38,13 @@ class Roots:
 
     Attributes:
         setting: the variable that names them.
-        folders: absolute; `/` where the variable is not set. Of the state directory, only spools of retrievals, dead
-            letters and received units count.
+        folders: absolute; `/` where the variable is not set.
+        spools: whether spools of retrievals, dead letters and received units count, of the state directory.
     """
 
     setting: str
     folders: tuple[str, ...]
+    spools: bool = False
 
     def open(self, path: str | os.PathLike[str], flags: int = os.O_RDONLY | os.O_NONBLOCK) -> int:
         """Open a path, links on it followed once; return a descriptor of what surely lies below a root.
@@ -86,7 +87,7 @@ class Roots:
             raise
 
     def _root_of(self, real: str, path: str | os.PathLike[str]) -> str:
-        if is_private(real):
+        if is_private(real) if self.spools else is_in(real, state_folder()):
             raise Denied(f"{os.fspath(path)}: lies in Talaria's state directory, which holds secrets")
         for root in self.folders:
             if is_in(real, base := resolved(root)):
@@ -137,11 +138,11 @@ def _of(setting: str) -> Roots:
 def sources() -> Roots:
     """Return where may be sent from: also what was retrieved, kept, received or uploaded in the state directory."""
     made = _of(SOURCES)
-    return Roots(SOURCES, (*made.folders, *(os.path.join(state_folder(), name) for name in SPOOLED)))
+    return Roots(SOURCES, (*made.folders, *(os.path.join(state_folder(), name) for name in SPOOLED)), spools=True)
 
 
 def places() -> Roots:
-    """Return where may be written to."""
+    """Return where may be written to: nowhere in the state directory, whose spools hold the last copy of studies."""
     return _of(PLACES)
 
 

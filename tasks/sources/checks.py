@@ -1,7 +1,8 @@
 """Whether a source can be used: looked at when it is applied, tested, and before anything of it is touched.
 
 A folder that is not there, or lies on a share that is not mounted, would look like one from which all has gone. One
-that overlaps a folder target, or another source, would send, or delete, what Talaria has put there itself.
+that overlaps a folder target, another source, or the state directory would send, or delete, what Talaria has put there
+itself.
 """
 
 from __future__ import annotations
@@ -44,6 +45,10 @@ def problems(source: Source, sources: Iterable[Source], targets: Iterable[Target
         found += _of_file(source)
     for folder in source.folders:
         real = resolved(folder)
+        if overlap(real, roots.state_folder()):
+            found.append(
+                f"{folder}: lies in Talaria's state directory, or holds it: what others have yet to deliver lies there"
+            )
         for other in sources:
             if other.name != source.name:
                 found += (
@@ -58,6 +63,8 @@ def problems(source: Source, sources: Iterable[Source], targets: Iterable[Target
                     f"{folder} and {place} of target {target.name} overlap: what is delivered would come again"
                 )
     for one in _moved_to(source):
+        if roots.is_in(roots.state_folder(), resolved(one)):  # one that lies in it is refused as a place to write to
+            found.append(f"move_to: {one}: holds Talaria's state directory")
         found += (
             f"move_to: {one} and {folder} of source {other.name} overlap: what is moved would come again"
             for other in sources

@@ -80,8 +80,25 @@ def test_targets_that_must_know_where_a_study_comes_from(place: Place) -> None:
 )
 def test_a_folder_that_is_none(place: Place, folder: str, words: str) -> None:
     Path(place("file")).write_text("a file")
-    (found,) = wrong(place, inbox(place, folder=place(folder)))
-    assert words in found
+    found = wrong(place, inbox(place, folder=place(folder)))
+    assert words in found[0]
+
+
+@pytest.mark.parametrize("unit", ["folder", "study"])
+@pytest.mark.parametrize("folder", ["home/received/ct", "home/failed/1/files", "home/uploads/1/files", ""])
+def test_what_others_have_not_delivered_yet_is_nobody_s_inbox(place: Place, folder: str, unit: str) -> None:
+    Path(place(folder)).mkdir(parents=True, exist_ok=True)
+    os.symlink(place(folder) or "/", place("link"))
+    for way in (place(folder), place("link")):
+        found = wrong(place, inbox(place, folder=way, unit=unit, after="delete"))
+        assert any("state directory" in one for one in found), found
+
+
+@pytest.mark.parametrize("move_to", ["home/received/ct", "home/failed/1/files", "home", ""])
+def test_nothing_is_moved_among_what_others_have_not_delivered_yet(place: Place, move_to: str) -> None:
+    Path(place(move_to)).mkdir(parents=True, exist_ok=True)
+    found = wrong(place, inbox(place, after="move", move_to=place(move_to)))
+    assert any(one.startswith("move_to: ") and "state directory" in one for one in found), found
 
 
 def test_a_folder_that_may_not_be_sent_from(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -158,6 +158,8 @@ def test_of_the_state_directory_only_what_was_retrieved_is_a_source(
         with pytest.raises(Denied, match="state directory"):
             roots.sources().open(path)
     os.close(roots.sources().open(spool))
+    with pytest.raises(Denied, match="state directory"):  # sent from, and never written to
+        roots.places().check(spool)
     studies.ct(spool, 2)
     assert len(scan([spool]).items) == 2
     with Sources([str(spool)]) as sources:
