@@ -145,3 +145,8 @@ REMEDIES: dict[type[DispatchError], str] = {
 def known_as(error: DispatchError) -> type[DispatchError]:
     """Return the class of this module that says what somebody can do about an error: its own, or one above it."""
     return next(cls for cls in type(error).__mro__ if cls in REMEDIES)
+
+
+def error_named(name: str) -> type[DispatchError]:
+    """Return the class of this module with a name; that of all of them if there is none."""
+    return next((cls for cls in REMEDIES if cls.__name__ == name), DispatchError)

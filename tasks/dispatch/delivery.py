@@ -96,6 +96,7 @@ class Delivery:
         self.futile = 0  # how many of them did not get further
         self.failures: list[str] = []  # a sentence on each failed attempt
         self.error: DispatchError | None = None
+        self.heard = False  # whether an attempt has got answers for what was pending
         self.hook = "none"
         self.hook_output = ""
         self.hook_result = ""  # how it ended, in a sentence without its output
@@ -175,6 +176,7 @@ class Delivery:
                     items = tuple(sorted(items, key=lambda item: item.shown in self._stumbled))
                 narrowed = plan.narrowed(items, done, rejected=rejected)
                 self._last = replace(self.driver.push(self.target, narrowed, report), items=())
+                self.heard = bool(narrowed.pending)
         except DispatchError as exc:
             self.quiet.error(exc)
             exc.target = exc.target or self.target.name
@@ -247,6 +249,11 @@ class Delivery:
     def ends(self) -> None:
         """Count the delivery's time up to now."""
         self._ended = time.monotonic()
+
+    @property
+    def reason(self) -> DispatchError | None:
+        """Why it ended as it did; None if it is delivered, or single items were rejected."""
+        return self.error
 
     @property
     def may_go_on(self) -> bool:

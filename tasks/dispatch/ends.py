@@ -46,7 +46,7 @@ def say_ended(
         dead: the names of targets that a test found not to answer.
     """
     run_id, paths = _asked()
-    errors = {delivery.target.name: delivery.error for delivery in deliveries}
+    errors = {delivery.target.name: delivery.reason for delivery in deliveries}
     with unsaid_is_no_failure(run_id):
         states = [receipt.state for receipt in receipts]
         ledger.deliveries.stand(run_id, overall(states), (standing(receipt) for receipt in receipts))

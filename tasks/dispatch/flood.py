@@ -22,7 +22,7 @@ from tasks.dispatch.delivery import SHOWN_FAILURES, Delivery, HookFailed, summar
 from tasks.dispatch.push import failure_of
 from tasks.dispatch.rest import Left
 from tasks.driver import Driver
-from transfer.errors import Cancelled, DispatchError, Retryable, Unreachable
+from transfer.errors import Cancelled, DispatchError, Interrupted, Retryable, TimedOut, Unreachable, error_named
 from transfer.fanout import each
 from transfer.home import Home
 from transfer.ledger import Ledger
@@ -141,6 +141,8 @@ class Flood(Delivery):
         self._open_hooks = [name for name, one in self._settled.items() if one.hook == "failed"]
         self._hook_error: DispatchError | None = None  # of this part's first runs of scripts
         self._why: DispatchError | None = None  # what the last study failed for that is tried again
+        self._given_up: DispatchError | None = None  # what a study failed for that is not; the worst of all
+        self._heard = False  # whether some study's files were answered for in this attempt
         self._in_row = 0  # studies that have failed since one arrived
         self._guard = threading.Lock()
         self.progress.items, self.progress.size = len(studies.all), 0
@@ -150,13 +152,15 @@ class Flood(Delivery):
         """Make one attempt at every study that is not settled.
 
         Raises:
-            DispatchError: the target failed as such, or some studies are to be tried again.
+            DispatchError: the target failed as such, some studies are to be tried again, or some were given up and
+                the target has answered for no other one.
         """
         self.attempts += 1
         self.error = self._why = None
+        self._heard = False
         self._since = self._since or self.ledger.now()  # the rows are compared with it
         self._begun = self._begun or time.monotonic()
-        self._in_row, settled = 0, len(self._settled)
+        self._in_row, done = 0, self._done
         try:
             waiting = [study for study in self.studies.all if study.name not in self._settled]
             threads = max(1, min(self.target.concurrency, AT_ONCE, len(waiting)))
@@ -171,13 +175,15 @@ class Flood(Delivery):
             each(waiting, self._deliver, threads, f"flood-{self.target.name}")
             if self._why:
                 raise self._why
+            if self._given_up and not self._heard:
+                raise self._given_up
         except DispatchError as exc:
             self.quiet.error(exc)
             exc.target = exc.target or self.target.name
             self.error = exc
             if isinstance(exc, Cancelled):
                 self.stopped = State.CANCELLED
-            self.futile += len(self._settled) == settled
+            self.futile += self._done == done
             self.failures.append(self._failure(exc))
             raise
         finally:
@@ -195,7 +201,10 @@ class Flood(Delivery):
                 plan = stack.enter_context(self.studies.staged(study))
             except Cancelled:
                 raise
-            except DispatchError as exc:
+            except DispatchError as error:
+                # A share that is away where files are read says nothing of the target.
+                lost = isinstance(error, Unreachable | TimedOut)
+                exc = Interrupted(error.message, item=error.item) if lost else error
                 exc.target = self.target.name
                 self._stumbles(study, Receipt(self.target.name, (), error=exc.message, missing=1), exc)
                 return
@@ -217,6 +226,7 @@ class Flood(Delivery):
                 self._fails(study, delivery.receipt(), delivery.error)
             else:
                 self._settles(study, delivery.receipt())
+                self._heard = self._heard or delivery.heard
                 self._in_row = 0
             finally:
                 receipt = self._settled.get(study.name) or self._partly.get(study.name) or delivery.receipt()
@@ -252,9 +262,36 @@ class Flood(Delivery):
         self._tries[study.name] += 1
         if not isinstance(error, Retryable) or self._tries[study.name] >= self.target.max_attempts:
             self._settles(study, receipt)
+            self._given_up = max(self._given_up or error, error, key=_severity)
         else:
             self._partly[study.name] = receipt
             self._why = error
+
+    @property
+    def _done(self) -> int:
+        """How many studies are settled that have arrived, or were answered for."""
+        return sum(not one.error for one in self._settled.values())
+
+    @property
+    def may_go_on(self) -> bool:
+        """Whether another attempt is left, and a study for it."""
+        return super().may_go_on and len(self._settled) < len(self.studies.all)
+
+    @property
+    def reason(self) -> DispatchError | None:
+        """Why it ended as it did: the target failed, or the worst of what studies were given up for."""
+        return self.error or self._given_up
+
+    def leave(self, left: Left) -> Left:
+        """Return what the next part of its run must know."""
+        given_up = type(self._given_up).__name__ if self._given_up else ""
+        return replace(super().leave(left), given_up=given_up or left.given_up)
+
+    def resume(self, left: Left) -> None:
+        """Go on where an earlier part of its run left off."""
+        super().resume(left)
+        if left.begun and left.given_up:
+            self._given_up = error_named(left.given_up)("an earlier part of its run gave up studies", self.target.name)
 
     # ---- scripts
 
@@ -337,8 +374,11 @@ class Flood(Delivery):
         stopped = State.WAITING if waiting else self.stopped
         bad = {name: one for name, one in found.items() if one.error and one.state is not State.WAITING}
         error = self.error.message if self.error else None
-        if not error and bad:
-            error = f"{len(bad)} of {len(found)} studies were not delivered, see the notes"
+        if bad and (not error or self.error is self._given_up):
+            reasons = {one.error for one in bad.values()}
+            count = f"{len(bad)} of {len(found)} studies were not delivered"
+            error = f"{count}: {reasons.pop()}" if len(reasons) == 1 else f"{count}, see the notes"
+            error = next(iter(bad.values())).error if len(found) == 1 else error
         hooks = {one.hook for one in found.values()}
         notes = [f"{name}: {one.error}" for name, one in itertools.islice(bad.items(), SHOWN_FAILURES)]
         if len(bad) > SHOWN_FAILURES:
@@ -364,6 +404,11 @@ class Flood(Delivery):
             stopped,
             sum(one.missing for one in found.values()),
         )
+
+
+def _severity(error: DispatchError) -> tuple[bool, bool]:
+    """Rank an error by who must do something: a fault of ours, then what somebody must change, then outages."""
+    return type(error) is DispatchError, not isinstance(error, Retryable)
 
 
 def rows(studies: Studies, deliveries: Sequence[Delivery], before: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

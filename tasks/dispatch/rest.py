@@ -58,6 +58,7 @@ class Left:
         since: when it began to wait for a slot; 0 if it doesn't.
         again: when its next attempt may begin.
         error: the name of the class of its last error.
+        given_up: that of what studies of a flood were given up for.
         ended: whether nothing is left to do.
         hook_tries: how often the target's script has failed; then everything has arrived, `verified` says how surely.
     """
@@ -78,6 +79,7 @@ class Left:
     hook_tries: int = 0
     verified: str = "accepted"
     notes: list[str] = field(default_factory=list)
+    given_up: str = ""
 
 
 @dataclass

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import logging
 import shutil
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +20,31 @@ from blocks.folder import FolderTarget
 from blocks.sftp import SftpTarget
 from talaria.testing import studies as material
 from talaria.testing.process import free_port
+from tasks.dispatch import breaker
 from tasks.dispatch.delivery import HookFailed
 from tasks.dispatch.flood import Flood, Studies, rows
+from tasks.dispatch.push import push as push_once
 from tasks.dispatch.rest import Left, Rest
 from tasks.driver import Driver, Facts, HookResult
+from tasks.happened import Cause, cause_of
 from tests.engine.material import dicom, files, folder
 from tests.servers.dcmtk import storescp
 from tests.servers.scp import scp
 from tests.servers.steps import Store
 from tests.servers.up import Talaria
-from transfer.errors import Cancelled, Denied, Interrupted, Misconfigured, NotFound, Unreachable
+from transfer.errors import (
+    Busy,
+    Cancelled,
+    Denied,
+    DispatchError,
+    Interrupted,
+    Misconfigured,
+    NotFound,
+    NotTrusted,
+    Retryable,
+    TimedOut,
+    Unreachable,
+)
 from transfer.health import Health
 from transfer.home import Home
 from transfer.ledger import Ledger
@@ -165,10 +183,13 @@ def test_a_study_is_given_up_after_the_attempts_of_its_target(tmp_path: Path) ->
     bench = Bench(tmp_path, push, max_attempts=2)
     stubborn = scan([bench.root / "s2"]).dispatch_id
     flood = bench.flood()
-    with pytest.raises(Interrupted):
-        flood.push()
-    receipt = flood.push()
-    assert receipt.state is State.PARTIAL
+    for _ in range(2):
+        assert flood.may_go_on
+        with pytest.raises(Interrupted):
+            flood.push()
+    receipt = flood.receipt()
+    assert not flood.may_go_on and receipt.state is State.PARTIAL
+    assert receipt.error == "1 of 3 studies were not delivered: broke off"
     assert states(flood) == {"s0": "delivered", "s1": "delivered", "s2": "failed"}
 
 
@@ -355,11 +376,113 @@ def test_what_has_failed_is_tried_again_by_a_retry_and_not_by_the_next_part(tmp_
 
     bench = Bench(tmp_path, push, concurrency=1)
     first = bench.flood()
-    assert first.push().state is State.FAILED
+    with pytest.raises(Misconfigured):
+        first.push()
+    assert first.receipt().error == "2 of 2 studies were not delivered: not so"
     left = Rest({"studies": rows(first.studies, [first], [])}, {"shelf": Left(begun=begun), "other": Left(ended=True)})
     bench.driver = Driver(FolderTarget, lambda target: Health(), all_of_it, facts=Facts())
     again = bench.flood(list(left.studies("shelf")))
     assert again.push().state is (State.FAILED if begun else State.DELIVERED)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize(
+    ("error", "cause"),
+    [
+        (Denied("no"), Cause.REFUSED),
+        (NotTrusted("no"), Cause.REFUSED),
+        (NotFound("no"), Cause.REFUSED),
+        (Unreachable("no"), Cause.OUTAGE),
+        (TimedOut("no"), Cause.OUTAGE),
+        (Interrupted("no"), Cause.OUTAGE),
+        (Busy("no"), Cause.OUTAGE),
+        (RuntimeError("no"), Cause.UNEXPECTED),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+def test_why_few_studies_failed_is_said_as_of_one_that_is_sent_alone(
+    tmp_path: Path, error: Exception, cause: Cause, count: int
+) -> None:
+    """A source's dispatch is mostly of one study."""
+    made(tmp_path / "many", count, files=1)
+
+    def push(target: FolderTarget, plan: Plan, report: PushReport) -> Receipt:
+        raise error
+
+    flood = Bench(tmp_path, push, concurrency=1, max_attempts=3).flood()
+    for number in range(3):
+        assert flood.may_go_on or (number and not isinstance(error, Retryable))
+        with pytest.raises(DispatchError):
+            flood.push()
+        if not isinstance(error, Retryable):
+            break
+    receipt = flood.receipt()
+    assert not flood.may_go_on or not isinstance(error, Retryable)
+    assert receipt.state is State.FAILED and cause_of(receipt, flood.reason) is cause
+    assert "unexpected RuntimeError" in str(receipt.error) if cause is Cause.UNEXPECTED else "no" in str(receipt.error)
+    assert flood.futile == flood.attempts
+
+
+def test_of_studies_that_failed_beside_others_the_worst_is_the_cause(tmp_path: Path) -> None:
+    made(tmp_path / "many", 4, files=1)
+
+    def push(target: FolderTarget, plan: Plan, report: PushReport) -> Receipt:
+        if error := errors.get(plan.dispatch_id):
+            raise error
+        return all_of_it(target, plan, report)
+
+    bench = Bench(tmp_path, push, concurrency=1, max_attempts=1)
+    ids = [scan([bench.root / f"s{number}"]).dispatch_id for number in range(4)]
+    errors: dict[str, Exception] = {ids[0]: TimedOut("silent"), ids[1]: Denied("not you")}
+    flood = bench.flood()
+    receipt = flood.push()  # the target has answered for others: it is not to blame
+    assert receipt.state is State.PARTIAL and cause_of(receipt, flood.reason) is Cause.REFUSED
+    assert receipt.error == "2 of 4 studies were not delivered, see the notes"
+    parts = bench.flood(rows(flood.studies, [flood], []))
+    parts.resume(Left(**json.loads(json.dumps(asdict(flood.leave(Left()))))))
+    assert cause_of(receipt, parts.reason) is Cause.REFUSED  # also after the run has rested
+    errors[ids[3]] = RuntimeError("a bug")
+    flood = bench.flood(force=True)
+    assert cause_of(flood.push(), flood.reason) is Cause.UNEXPECTED
+
+
+def test_a_share_that_is_away_where_studies_are_read_is_not_the_targets_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made(tmp_path / "many", 1, files=1)
+    flood = Bench(tmp_path, all_of_it).flood()
+
+    def away(*what: Any) -> Plan:
+        raise Unreachable("the host is down")
+
+    monkeypatch.setattr(Studies, "_stage", away)
+    with pytest.raises(Interrupted, match="the host is down") as raised:
+        flood.push()
+    assert not isinstance(raised.value, breaker.DEAD)
+
+
+def test_a_silent_target_is_dead_after_as_many_dispatches_of_one_study_as_of_any(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever attempts a dispatch has: none of them counts as an answer."""
+    monkeypatch.setattr("tasks.happened.emit_event", lambda *args, **more: None)  # it would start a server
+    monkeypatch.setattr("tasks.dispatch.push.get_run_logger", lambda: logging.getLogger(__name__))
+    made(tmp_path / "many", 1, files=1)
+
+    def push(target: FolderTarget, plan: Plan, report: PushReport) -> Receipt:
+        raise TimedOut("silent")
+
+    bench = Bench(tmp_path, push, max_attempts=2)
+    for _ in range(3):
+        flood = bench.flood()
+        while flood.may_go_on:
+            with pytest.raises(TimedOut):
+                asyncio.run(push_once.fn(flood))
+    found = breaker.read(bench.ledger, bench.target)
+    assert found.failures == 6 and found.opened
+    bench.driver = Driver(FolderTarget, lambda target: Health(), all_of_it, facts=Facts())
+    asyncio.run(push_once.fn(bench.flood()))
+    assert not breaker.read(bench.ledger, bench.target).failures
 
 
 # ---- what is a study
