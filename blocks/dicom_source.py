@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterable
 from enum import StrEnum
 from fnmatch import fnmatchcase
 from typing import ClassVar, Self
@@ -259,36 +258,6 @@ router = DicomSource.load("BLOCK_NAME")
         if self.ca_cert and not self.tls_cert:
             raise ValueError("ca_cert is set without tls_cert: only TLS has certificates to check")
         return self
-
-
-def clashes(sources: Iterable[Source]) -> dict[str, str]:
-    """Return why some of these sources can't listen beside those before them: a sentence by the source's name."""
-    wrong: dict[str, str] = {}
-    seen: list[DicomSource] = []
-    for one in sources:
-        if not isinstance(one, DicomSource):
-            continue
-        why = next((why for other in seen if (why := clash(one, other))), "")
-        if why:
-            wrong[one.name] = why
-        else:
-            seen.append(one)
-    return wrong
-
-
-def clash(one: DicomSource, other: DicomSource) -> str:
-    """Return why a source can't listen beside another one, in a sentence; "" if it can."""
-    if one.port != other.port:
-        return ""
-    if one.host != other.host:
-        if one.host and other.host:
-            return ""
-        return f"port {one.port}: {other.name} listens on it at another address: give both the same host, or two ports"
-    if one.aet == other.aet:
-        return f"AE title {one.aet} on port {one.port} is that of {other.name}: each source on a port needs its own"
-    if one.security != other.security:
-        return f"port {one.port}: {other.name} listens on it with other settings of TLS: they belong to the port"
-    return ""
 
 
 def _pattern(value: str) -> str:

@@ -67,6 +67,11 @@ backlog = ListSource.load("BLOCK_NAME")
             raise ValueError("priority: what is fetched has priority normal or offpeak")
         if self.query and self.copy_first:
             raise ValueError("copy_first: what is fetched is nobody else's to write to")
-        if self.query and self.query in self.targets:
+        if self.query and _name(self.query) in map(_name, self.targets):
             raise ValueError(f"query: {self.query} is among the targets: nothing is sent to where it comes from")
         return self
+
+
+def _name(written: str) -> str:
+    """Return the name of a target as it is without its type, as in `dicom/pacs`."""
+    return written.strip().rpartition("/")[2]

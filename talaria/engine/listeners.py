@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from blocks.dicom_source import DicomSource, DicomUnit, clashes
+from blocks.dicom_source import DicomSource, DicomUnit
 from protocols.dimse.committing import Reports
 from protocols.dimse.intake import ListenerDesk, Reception
 from protocols.dimse.keeping import Terms
@@ -24,6 +24,7 @@ from protocols.dimse.scp import StorageScp
 from protocols.dimse.senders import KnownSender
 from protocols.net.tls import Tls
 from tasks.sources.dicom import security
+from tasks.sources.ports import clashes
 from transfer.errors import Misconfigured
 from transfer.home import Home
 from transfer.listening import ListenerStatus
@@ -119,16 +120,18 @@ class Listeners:
         return {name: self._status_of(one) for name, one in self._sources.items()}
 
     def counts(self) -> list[ListenerStatus]:
-        """Return what each port has seen since the process began; for metrics."""
+        """Return what each port, at all its addresses, has seen since the process began; for metrics."""
         found = []
-        for (_, number), port in self._ports.items():
-            counts = [one.counts for one in port.receptions]
+        for number in sorted({number for _, number in self._ports}):
+            ports = [port for (_, one), port in self._ports.items() if one == number]
+            receptions = [one for port in ports for one in port.receptions]
+            counts = [one.counts for one in receptions]
             found.append(
                 ListenerStatus(
                     port=number,
-                    associations=sum(one.associations for one in port.receptions),
+                    associations=sum(one.associations for one in receptions),
                     accepted=sum(one.associations for one in counts),
-                    refused=sum(one.refused.total() for one in counts) + port.desk.unknown,
+                    refused=sum(one.refused.total() for one in counts) + sum(port.desk.unknown for port in ports),
                     instances=sum(one.instances for one in counts),
                     bytes=sum(one.bytes for one in counts),
                     time=time.time(),

@@ -18,7 +18,7 @@ from blocks.inbox import InboxSource
 from blocks.list_source import ListSource
 from blocks.source import After, FileSource
 from tasks.names import split
-from tasks.sources import dicom, inbox, lines
+from tasks.sources import dicom, inbox, lines, ports
 from tasks.targets import check_destination, check_source
 from transfer import listening, roots
 from transfer.beneath import resolved
@@ -43,6 +43,8 @@ def problems(source: Source, sources: Iterable[Source], targets: Iterable[Target
         found += _of_folder(source, mount)
     if isinstance(source, ListSource):
         found += _of_file(source)
+    if isinstance(source, DicomSource):
+        found += ports.loops(source, sources, known)
     for folder in source.folders:
         real = resolved(folder)
         if overlap(real, roots.state_folder()):

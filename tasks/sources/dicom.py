@@ -14,13 +14,14 @@ from pathlib import Path
 
 from blocks import Target
 from blocks.base import MASK
-from blocks.dicom_source import DicomSource, Route, clash
+from blocks.dicom_source import DicomSource, Route
 from blocks.source import Source
 from imaging.charset import decoded
 from imaging.header import Damaged, NotDicom, read_elements
 from protocols.net.tls import Tls
 from tasks.names import split
 from tasks.sources.inbox import look
+from tasks.sources.ports import clash
 from tasks.sources.units import Unit, in_time
 from transfer.errors import DispatchError
 from transfer.home import Home

@@ -16,7 +16,7 @@ import pytest
 from pydantic import ValidationError
 
 from blocks import SOURCES, FolderTarget
-from blocks.dicom_source import DicomSource, Route, clashes
+from blocks.dicom_source import DicomSource, Route
 from talaria.engine import listening as engine
 from talaria.engine.listeners import Listeners
 from talaria.testing import studies
@@ -116,17 +116,6 @@ def test_routes_by_titles() -> None:
     assert not route.fits_titles("CT1", "OTHER") and not route.fits_titles("MR1", "ROUTER")
 
 
-def test_what_can_not_listen_beside_another() -> None:
-    made = certificates()
-    tls = {"tls_cert": str(made.server.cert), "tls_key": str(made.server.key)}
-    first = source("a", 104, aet="X")
-    assert clashes([first, source("b", 104, aet="Y"), source("c", 105, aet="X")]) == {}
-    assert "is that of a: each source" in clashes([first, source("b", 104, aet="X")])["b"]
-    assert "other settings of TLS" in clashes([first, source("b", 104, aet="Y", **tls)])["b"]
-    assert "another address" in clashes([first, source("b", 104, aet="Y", host="")])["b"]
-    assert clashes([first, source("b", 104, aet="Y", host="127.0.0.2")]) == {}
-
-
 # ---- the ports
 
 
@@ -148,6 +137,15 @@ def test_sources_come_change_and_go(listeners: Listeners, tmp_path: Path) -> Non
     assert listeners.status()["ct"]["totals"]["refused"] == {"paused": 1}
     listeners.apply([])
     assert not listening(other) and listeners.status() == {}
+
+
+def test_one_port_at_two_addresses_is_counted_together(listeners: Listeners) -> None:
+    port = free_port()
+    listeners.apply([source("ct", port), source("mr", port, host="127.0.0.2"), source("xa", port, host="localhost")])
+    assert set(listeners.troubles) == {"xa"} and "give both the same host" in listeners.troubles["xa"]
+    for host, aet in (("127.0.0.1", "CT"), ("127.0.0.2", "MR")):
+        assert sent("echoscu", "-aec", aet, host, str(port)).returncode == 0
+    assert [(one.port, one.accepted) for one in listeners.counts()] == [(port, 2)]
 
 
 def test_associations_outlive_what_is_changed_and_removed(listeners: Listeners, tmp_path: Path) -> None:

@@ -96,8 +96,9 @@ def test_an_inbox_keeps_what_it_is_given() -> None:
 
 def test_a_list_that_can_not_be() -> None:
     values = {"type": "list", "file": "/data/todo.csv", "targets": ["pacs"]}
-    with pytest.raises(Misconfigured, match="source backlog: query: pacs is among the targets"):
-        entry(Source, SOURCES, "backlog", values | {"query": "pacs"}, fill=False)
+    for query, target in (("pacs", "pacs"), ("pacs", "dicom/pacs"), ("dicom/pacs", "pacs")):
+        with pytest.raises(Misconfigured, match=f"source backlog: query: {query} is among the targets"):
+            entry(Source, SOURCES, "backlog", values | {"query": query, "targets": [target]}, fill=False)
     with pytest.raises(Misconfigured, match="normal or offpeak"):
         entry(Source, SOURCES, "backlog", values | {"query": "other", "priority": "urgent"}, fill=False)
     with pytest.raises(Misconfigured, match="copy_first: what is fetched"):
