@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
@@ -14,6 +13,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.states import AwaitingRetry
 
 from talaria.engine import hosts
+from talaria.engine.due import come
 from tasks.dispatch import line
 from transfer.ledger import Ledger
 
@@ -40,7 +40,7 @@ async def bring_forward(client: PrefectClient, ledger: Ledger, run_id: UUID, has
         return
     if await asyncio.to_thread(has_begun, run_id):  # its own time has come
         return
-    now: State[Any] = AwaitingRetry(scheduled_time=datetime.now(UTC), message=state.message)
+    now: State[Any] = AwaitingRetry(scheduled_time=come(ledger), message=state.message)
     await client.set_flow_run_state(run_id, now, force=True)
 
 
@@ -64,7 +64,7 @@ async def waits_elsewhere(client: PrefectClient, ledger: Ledger, run_id: UUID) -
     except ObjectNotFound:
         return False
     due = flow_run.next_scheduled_start_time
-    if flow_run.state_name != RESTS or due is None or due > datetime.now(UTC):
+    if flow_run.state_name != RESTS or due is None or due > come(ledger):
         return False
     if hosts.where_it_waits(flow_run) or not hosts.is_here(flow_run):  # else it is for this host's next free place
         await asyncio.to_thread(line.gone, ledger, str(run_id))

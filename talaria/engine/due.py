@@ -21,9 +21,11 @@ from prefect.client.schemas.responses import WorkerFlowRunResponse
 from talaria.engine import hosts
 from talaria.engine.registry import CHECKS, queues
 from tasks.dispatch import line
+from transfer.ledger import Ledger
 
 PASSED_S = 15.0  # between two looks for runs in lower queues that were passed over
 QUEUES_S = 60.0  # for how long it is known which queues there are
+APART_S = 1.0  # by which clocks may differ without meaning it
 MOST = 200  # runs that Prefect returns at once
 LOWER = ("normal", "offpeak")  # queues, below "urgent"
 
@@ -31,8 +33,8 @@ LOWER = ("normal", "offpeak")  # queues, below "urgent"
 class Due:
     """The runs of a work pool that are to begin now, as many as a worker of `limit` places may want."""
 
-    def __init__(self, client: PrefectClient, pool: str, limit: int) -> None:
-        self.client, self.pool, self.limit = client, pool, limit
+    def __init__(self, client: PrefectClient, pool: str, limit: int, ledger: Ledger) -> None:
+        self.client, self.pool, self.limit, self.ledger = client, pool, limit, ledger
         self.elsewhere = 0  # how many runs stand in ordinary queues whose files are on other hosts
         self.aside = 0  # how many are about to rest, and need no place
         self._queues: dict[UUID, str] = {}  # of all hosts and of this one, where there are several; asked each while
@@ -47,7 +49,7 @@ class Due:
             checks: whether a check may be among them that dispatches leave no room for.
             others: whether there is a place for anything else.
         """
-        now, found = datetime.now(UTC), list[FlowRun]()
+        now, found = come(self.ledger), list[FlowRun]()
         if others:
             found += await self.scheduled(before=now)
             if len(found) >= self.limit:
@@ -75,7 +77,7 @@ class Due:
         """
         if time.monotonic() < self._look_beyond:
             return []
-        now, found = datetime.now(UTC), dict[UUID, FlowRun]()
+        now, found = come(self.ledger), dict[UUID, FlowRun]()
         for queue in ("urgent", *LOWER):
             after, page = None, list[FlowRun]()
             while len(found) < self.limit and (not page or len(page) >= MOST):
@@ -115,6 +117,15 @@ class Due:
         if self._asked < time.monotonic() - QUEUES_S or not self._queues:
             self._queues, self._asked = await queues(self.client), time.monotonic()
         return self._queues
+
+
+def come(ledger: Ledger) -> datetime:
+    """Return the time, or that of the ledger's database if this host's clock is ahead of it.
+
+    Else the host would begin runs too early, and the server would let them wait, with their places.
+    """
+    now, theirs = time.time(), ledger.now()
+    return datetime.fromtimestamp(theirs if now - theirs > APART_S else now, UTC)
 
 
 def turn(flow_run: FlowRun) -> float:

@@ -113,7 +113,7 @@ class RunClient(Client):
                 return OrchestrationResult(state=now, status=SetStateStatus.REJECT, details=why)
             if running.stopping() and state.is_cancelled() and now is not None and not now.is_cancelling():
                 # Nobody wants it cancelled: its process ends, and another one goes on with it.
-                state = AwaitingRetry(scheduled_time=datetime.now(UTC), message=TAKEN_UP)
+                state = AwaitingRetry(scheduled_time=min(datetime.now(UTC), now.timestamp), message=TAKEN_UP)
         result: OrchestrationResult[Any] = await super().set_flow_run_state(run_id, state, force)
         if begun is not None and begun.id == run_id:
             self._begun = _running(begun, result)

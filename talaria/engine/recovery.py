@@ -229,9 +229,8 @@ async def _take_up(client: PrefectClient, run_id: str) -> bool:
         other, labels[hosts.HOST] = "", ""
     await client.update_flow_run_labels(flow_run.id, labels)
     message = f"{TAKEN_UP}; waits for {other}, where its files are" if other else TAKEN_UP
-    await client.set_flow_run_state(
-        flow_run.id, AwaitingRetry(scheduled_time=datetime.now(UTC), message=message), force=True
-    )
+    at_once = min(datetime.now(UTC), state.timestamp)  # by the server's clock, where ours is ahead
+    await client.set_flow_run_state(flow_run.id, AwaitingRetry(scheduled_time=at_once, message=message), force=True)
     return True
 
 

@@ -6,7 +6,6 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
@@ -14,6 +13,9 @@ from prefect.client.schemas.objects import State
 from prefect.events.clients import get_events_subscriber
 from prefect.events.filters import EventAnyResourceFilter, EventFilter, EventNameFilter
 from prefect.states import Scheduled
+
+from talaria.engine.due import come
+from transfer.ledger import Ledger
 
 RUN = "prefect.flow-run."
 QUEUE = "work-queue"  # role of the queue of a run, among the resources that are related to its events
@@ -45,9 +47,9 @@ class StateChange:
         return self.before == "PAUSED" and (self.type == "RUNNING" or self.name == RESUMING)
 
 
-def resuming() -> State[Any]:
+def resuming(ledger: Ledger) -> State[Any]:
     """Return the state that lets a paused run go on."""
-    return Scheduled(scheduled_time=datetime.now(UTC), name=RESUMING)
+    return Scheduled(scheduled_time=come(ledger), name=RESUMING)
 
 
 async def watch(

@@ -18,7 +18,7 @@ import signal
 import sqlite3
 import time
 from contextlib import suppress
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
@@ -41,7 +41,7 @@ from talaria import logs
 from talaria.audit.forward import forwarding
 from talaria.engine import called, cancelled, hosts, lanes, logged
 from talaria.engine.aside import Aside
-from talaria.engine.due import MOST, Due, is_check
+from talaria.engine.due import MOST, Due, come, is_check
 from talaria.engine.recovery import abandoned, elsewhere, settle, taken_over
 from talaria.engine.registry import CHECKS
 from talaria.engine.sweeping import keep_sweeping
@@ -74,7 +74,7 @@ class Worker:
     def __init__(self, client: PrefectClient, pool: str, home: Home, ledger: Ledger, lease: Lease, limit: int) -> None:
         self.client, self.pool, self.home, self.ledger, self.lease = client, pool, home, ledger, lease
         self.alive = living(home, ledger)
-        self.limit, self.due = limit, Due(client, pool, limit)
+        self.limit, self.due = limit, Due(client, pool, limit, ledger)
         self.name = lanes.name()
         self.draining = False
         self.active: dict[UUID, asyncio.Task[None]] = {}
@@ -197,13 +197,13 @@ class Worker:
 
     async def _set_alarms(self) -> None:
         """Set alarms for the runs that wait for their time."""
-        now = datetime.now(UTC)
+        now = come(self.ledger)
         soon = await self.due.scheduled(after=now, before=now + timedelta(seconds=SOON_S), limit=200)
         for begin in {flow_run.next_scheduled_start_time for flow_run in soon}:
             self._set_alarm(begin)
 
     def _set_alarm(self, begin: datetime | None) -> None:
-        if begin is None or (seconds := begin.timestamp() - time.time()) <= 0:
+        if begin is None or (seconds := (begin - come(self.ledger)).total_seconds()) <= 0:
             self._wake.set()
         elif seconds < SOON_S:
             asyncio.get_running_loop().call_later(seconds + 0.001, self._wake.set)
@@ -385,13 +385,13 @@ class Worker:
             await self.client.set_flow_run_state(flow_run.id, Cancelled(), force=True)
             self.ledger.runs.ends(run_id)
         elif state.is_running():  # it ended when it was paused
-            await self.client.set_flow_run_state(flow_run.id, resuming(), force=True)
+            await self.client.set_flow_run_state(flow_run.id, resuming(self.ledger), force=True)
 
     async def _go_on(self, run_id: UUID) -> None:
         """Start a run again that was resumed before it had come to rest."""
         state = (await self.client.read_flow_run(run_id)).state
         if state is not None and (state.is_running() or state.is_paused() or state.name == running.PAUSED):
-            await self.client.set_flow_run_state(run_id, resuming(), force=True)
+            await self.client.set_flow_run_state(run_id, resuming(self.ledger), force=True)
         else:
             self._wake.set()  # it may be due already
 

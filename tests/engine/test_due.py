@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 from uuid import uuid4
 
@@ -19,6 +21,7 @@ from talaria.engine.priority import QueueOfPriority
 from talaria.engine.registry import QUEUES
 from talaria.testing import studies
 from tests.servers.up import Talaria
+from transfer.ledger import Ledger
 
 LIMIT = 4
 ORDER = list(QUEUES)
@@ -31,12 +34,13 @@ class Server:
         self.now = datetime.now(UTC)
         self.runs: list[tuple[str, dict[str, Any]]] = []
         self.asked: list[str] = []
+        self.ledger = cast(Ledger, SimpleNamespace(now=time.time))
 
     def add(self, name: str, queue: str, minutes: float, **parameters: Any) -> None:
         """A run that has waited so many minutes in a queue."""
-        time = (self.now - timedelta(minutes=minutes)).isoformat()
+        begin = (self.now - timedelta(minutes=minutes)).isoformat()
         flow_run = {"id": str(uuid4()), "name": name, "flow_id": str(uuid4()), "parameters": parameters}
-        self.runs.append((queue, flow_run | {"next_scheduled_start_time": time}))
+        self.runs.append((queue, flow_run | {"next_scheduled_start_time": begin}))
 
     async def request(
         self, method: str, path: str, path_params: dict[str, str], json: dict[str, Any]
@@ -47,16 +51,17 @@ class Server:
         assert json["limit"] <= MOST
         self.asked.append(",".join(json.get("work_queue_names", ["all"])))
         due = [
-            (ORDER.index(queue), time, one)
+            (ORDER.index(queue), begin, one)
             for queue, one in self.runs
-            if queue in queues and after <= (time := datetime.fromisoformat(one["next_scheduled_start_time"])) <= before
+            if queue in queues
+            and after <= (begin := datetime.fromisoformat(one["next_scheduled_start_time"])) <= before
         ]
         ids = {"work_pool_id": str(uuid4()), "work_queue_id": str(uuid4())}
         found = [ids | {"flow_run": one} for _, _, one in sorted(due, key=lambda one: one[:2])][: json["limit"]]
         return httpx.Response(200, json=found)
 
     def due(self) -> Due:
-        return Due(cast(PrefectClient, self), "pool", LIMIT)
+        return Due(cast(PrefectClient, self), "pool", LIMIT, self.ledger)
 
 
 def names(due: Due, *, checks: bool = False, others: bool = True) -> list[str]:
@@ -69,6 +74,17 @@ def test_priority_decides_whatever_the_queue() -> None:
     server.add("old", "normal", 3, priority="normal")
     server.add("now", "normal", 1, priority="urgent")
     assert names(server.due()) == ["now", "old", "off"] and server.asked == ["all"]
+
+
+@pytest.mark.parametrize(("ahead_s", "found"), [(60, ["past"]), (0, ["past", "soon"]), (-60, ["past", "soon"])])
+def test_a_host_whose_clock_is_ahead_begins_nothing_too_early(ahead_s: int, found: list[str]) -> None:
+    """The server would let it wait until its time has come, with its place."""
+    server = Server()
+    server.ledger = cast(Ledger, SimpleNamespace(now=lambda: time.time() - ahead_s))
+    server.add("past", "normal", 2)
+    server.add("soon", "normal", 0.5)  # by this host's clock its time came half a minute ago
+    server.add("later", "normal", -0.5)
+    assert names(server.due()) == found
 
 
 @pytest.mark.parametrize(("queue", "minutes"), [("normal", 10), ("offpeak", 20)])

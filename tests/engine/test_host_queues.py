@@ -213,6 +213,19 @@ def test_a_run_that_has_begun_by_itself_is_not_called(tmp_path: Path) -> None:
         assert [state.name for state in server.set] == [AwaitingRetry().name]
 
 
+def test_a_host_whose_clock_is_ahead_calls_nobody_for_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the server's clock the run, or one of a worker that died, would wait as long as that."""
+    run, ahead = resting(a_run("normal"), 3600), time.time() + 60
+    server = Server(run)
+    with Shared(tmp_path / "ledger.sqlite") as ledger:
+        monkeypatch.setattr(ledger, "now", lambda: ahead - 120)
+        asyncio.run(called.bring_forward(cast(PrefectClient, server), ledger, run.id, lambda run_id: False))
+        run.state = Running(timestamp=datetime.fromtimestamp(ahead - 120, UTC))
+        asyncio.run(_take_up(cast(PrefectClient, server), str(run.id)))
+    begins = [state.state_details.scheduled_time for state in server.set]
+    assert len(begins) == 2 and all(one and one.timestamp() <= ahead - 119 for one in begins)
+
+
 def test_a_run_that_was_called_too_late_goes_on(tmp_path: Path) -> None:
     home, run = Home(tmp_path), resting(a_run("normal"), 0)
     server = Server(run)
