@@ -118,6 +118,7 @@ class Sweep:
         """
         await self.settle()
         for batch in await asyncio.to_thread(self._look):
+            self.check()  # the next sweep creates what is left
             await self._create(batch.mark, batch.parameters, len(batch.rows))
         await asyncio.to_thread(units.report, self.source, self.ledger)
         return self.done
