@@ -16,6 +16,7 @@ import stat
 import threading
 import unicodedata
 import uuid
+from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -146,7 +147,9 @@ class Incoming:
         # A hard link shares owner and permissions with the source: none of its own can be given to it.
         self._linking = style.link and style.mode is None and style.group is None
         self._linking &= not (plan.in_place and plan.in_place.untouched)
-        self._linked: list[tuple[Item, tuple[int, int]]] = []  # each with its ctime and links then
+        self._linked: list[Item] = []
+        self._made = array("q")  # for each of them, the ctime and the number of links that it had then
+        self._lock = threading.Lock()
         self._kinds = {place.above: "" for place in where.values()}
         for place in set(where.values()):
             self._kinds[place.above] = self._kinds[place.above] or fs.kind(place.tree.root / place.above)
@@ -178,8 +181,9 @@ class Incoming:
         copying = [item for item in items if item.path not in resumed]
         self._need_room(copying)
         self.in_threads(copying, self._copy)
-        for item, made in self._linked:
-            self._check_link(item, made)
+        for number, item in enumerate(self._linked):
+            self._check_link(item, (self._made[2 * number], self._made[2 * number + 1]))
+        self._linked, self._made = [], array("q")  # of a million files, they are 24 MB
         here = [item for item in items if item.path not in self.report.outcomes and item not in self._aside]
         self._flush(here)
         return here
@@ -370,7 +374,9 @@ class Incoming:
         if not os.path.samestat(made, os.fstat(reader)):
             tree.unlink(kept)
             raise Rejected(CHANGED, item=item.shown)
-        self._linked.append((item, (made.st_ctime_ns, made.st_nlink)))
+        with self._lock:
+            self._linked.append(item)
+            self._made.extend((made.st_ctime_ns, made.st_nlink))
         self.report.moved(item.size)  # no byte goes anywhere: nothing to throttle
         return True
 
