@@ -1,7 +1,7 @@
 """The engine: our worker beside Prefect's process worker, on the same flow, at one server, to the same sink.
 
     python -m benchmarks.engine [--single 10] [--many 40] [--process-single 3] [--process-many 4] [--flood 200]
-                                [--idle 60]
+                                [--idle 60] [--postgresql]
 
 Each dispatch is 3 small CT images to a DICOM sink that throws them away (benchmarks/discard.c), behind a relay that
 notes when the first byte comes. `first` is from the API's answer to the creation until then, `done` until the run's
@@ -9,6 +9,9 @@ final state, by its own time: the server is asked seldom, for that costs it CPU,
 its runs, one dispatch at a time. CPU is that of all processes while many are there at once, creation and what is sent
 in bulk afterwards included. A flood is so many studies in one run, to the sink and to a folder at once. Last comes what
 server, worker and `talaria up` use while nothing is to be done.
+
+With --postgresql the server's database is Debian's PostgreSQL, whose commits wait for the disk; then the dispatches a
+second that server and PostgreSQL have CPU for on each core are said, too (aim: 5).
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -36,6 +39,7 @@ import psutil
 from benchmarks.dicom import discard
 from benchmarks.measure import machine
 from talaria.testing import process, studies
+from tests.servers.postgresql import postgresql
 
 FILES = 3
 LOGS = {  # each call of the API in a line of the log
@@ -95,25 +99,34 @@ class Way:
     rate: float = 0.0
     server_cpu: float = 0.0
     worker_cpu: float = 0.0
+    database_cpu: float = 0.0
 
     def row(self) -> str:
         numbers = (statistics.median(self.first), max(self.first), statistics.median(self.done))
         times = " | ".join(f"{number:.2f}" for number in numbers)
         return (
             f"| {self.name} | {times} | {self.calls:.1f} | {self.rate:.2f} "
-            f"| {self.server_cpu:.2f} | {self.worker_cpu:.2f} |"
+            f"| {self.server_cpu:.2f} | {self.worker_cpu:.2f} | {self.database_cpu:.2f} |"
         )
 
 
 class Bench:
-    """A running `talaria up`, and what is asked of it."""
+    """A running `talaria up`, and what is asked of it.
 
-    def __init__(self, root: Path, relay: Relay) -> None:
+    Args:
+        database: URL of Prefect's database, "" for SQLite.
+        database_pid: of the process that started it.
+    """
+
+    def __init__(self, root: Path, relay: Relay, database: str = "", database_pid: int = 0) -> None:
         self.root, self.relay, self.home = root, relay, root / "home"
         self.home.mkdir()
         self.port = process.free_port()
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "TALARIA_"))}
         self.env = kept | LOGS | {"TALARIA_HOME": str(self.home), "HOME": str(root)}
+        if database:
+            self.env["PREFECT_API_DATABASE_CONNECTION_URL"] = database
+        self.database_pid = database_pid
         self.made = 0
 
     @contextmanager
@@ -145,8 +158,11 @@ class Bench:
         return answer.json() if answer.content else None
 
     def family(self) -> dict[str, list[psutil.Process]]:
-        """The server, our worker, and what starts them."""
+        """The server, our worker, what starts them, and PostgreSQL's processes."""
         found: dict[str, list[psutil.Process]] = {"server": [], "worker": []}
+        if self.database_pid:
+            first = psutil.Process(self.database_pid)
+            found["PostgreSQL"] = [first, *first.children(recursive=True)]
         for child in psutil.Process(self.process.pid).children(recursive=True):
             found["worker" if "talaria.engine.worker" in " ".join(child.cmdline()) else "server"].append(child)
         return found | {"up": [psutil.Process(self.process.pid)]}
@@ -181,7 +197,8 @@ class Bench:
         way.rate = many / (_ended(found[0]) - begun)
         time.sleep(SETTLE_S)
         after = self._cpu(way)
-        way.server_cpu, way.worker_cpu = ((b - a) / many for a, b in zip(before, after, strict=True))
+        used = ((b - a) / many for a, b in zip(before, after, strict=True))
+        way.server_cpu, way.worker_cpu, way.database_cpu = used
 
     def flood(self, way: Way, count: int) -> str:
         """Send many studies in one run; return a sentence on it."""
@@ -197,7 +214,7 @@ class Bench:
         if ended["state"]["type"] != "COMPLETED":
             raise RuntimeError(f"flood: {ended['state']}")
         time.sleep(SETTLE_S)
-        server, worker = ((b - a) / count * 1000 for a, b in zip(before, self._cpu(way), strict=True))
+        server, worker, _ = ((b - a) / count * 1000 for a, b in zip(before, self._cpu(way), strict=True))
         return (
             f"flood of {count} studies: {seconds:.1f} s, {count / seconds:.0f} studies/s, "
             f"{_calls(way.log) - calls} calls; CPU for a study: worker {worker:.0f} ms, server {server:.1f} ms"
@@ -216,8 +233,11 @@ class Bench:
         way.first.append(min(self.relay.first) - created)
         way.done.append(_ended(ended) - created)
 
-    def _cpu(self, way: Way) -> tuple[float, float]:
-        return sum(map(_seconds, self.family()["server"])), sum(map(_seconds, way.workers()))
+    def _cpu(self, way: Way) -> tuple[float, float, float]:
+        found = self.family()
+        parts = found["server"], way.workers(), found.get("PostgreSQL", [])
+        server, worker, database = (sum(map(_seconds, part)) for part in parts)
+        return server, worker, database
 
 
 def _ended(flow_run: Any) -> float:
@@ -283,9 +303,16 @@ def main() -> None:
         ("idle", 60),
     ):
         parser.add_argument(f"--{name}", type=int, default=count)
+    parser.add_argument("--postgresql", action="store_true", help="let Prefect's database be PostgreSQL")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="talaria-bench-") as name, discard(Path(name) / "sink") as (port, _):
-        bench = Bench(Path(name), Relay(port))
+    with ExitStack() as stack:
+        name = stack.enter_context(tempfile.TemporaryDirectory(prefix="talaria-bench-"))
+        port, _ = stack.enter_context(discard(Path(name) / "sink"))
+        database, pid = "", 0
+        if options.postgresql:
+            server = stack.enter_context(postgresql(durable=True))
+            database, pid = server.new().replace("://", "+asyncpg://"), server.pid
+        bench = Bench(Path(name), Relay(port), database, pid)
         with bench.up():
             (ours,) = bench.ask("POST", "/deployments/filter", {"flows": {"name": {"any_": ["dispatch"]}}})
             talaria = Way(
@@ -303,12 +330,18 @@ def main() -> None:
             time.sleep(options.idle)
             idle = {what: sum(map(_seconds, found)) - before[what] for what, found in bench.family().items()}
         print(f"{machine()}, load {os.getloadavg()[0]:.1f}\n")
-        print("| way | first s | worst s | done s | calls | dispatches/s | CPU server s | CPU worker s |")
-        print("|---|---|---|---|---|---|---|---|")
+        columns = "first s | worst s | done s | calls | dispatches/s | CPU server s | CPU worker s | CPU PostgreSQL s"
+        print(f"| way | {columns} |")
+        print("|---|---|---|---|---|---|---|---|---|")
         print("\n".join(way.row() for way in ways))
         if len(ways) > 1:
             print(
                 f"\nfirst byte: {statistics.median(ways[1].first) / statistics.median(talaria.first):.0f} times as soon"
+            )
+        if options.postgresql:
+            each = talaria.server_cpu + talaria.database_cpu
+            print(
+                f"\nserver and PostgreSQL: {each:.2f} s of CPU for a dispatch, so {1 / each:.1f} a second on each core"
             )
         if flood:
             print(f"\n{flood}")

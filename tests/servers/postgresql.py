@@ -21,10 +21,15 @@ from talaria.testing.process import free_port, server
 
 @dataclass
 class PostgreSql:
-    """A server; its user may do everything there."""
+    """A server; its user may do everything there.
+
+    Attributes:
+        pid: of the process that started all the others.
+    """
 
     port: int
     password: str
+    pid: int = 0
     _numbers: Iterator[int] = field(default_factory=itertools.count)
 
     def url(self, database: str = "postgres", driver: str = "") -> str:
@@ -50,8 +55,12 @@ def _programs() -> Path:
 
 
 @contextmanager
-def postgresql() -> Iterator[PostgreSql]:
-    """Run a server until the block ends; it refuses root, and runs as `postgres` then."""
+def postgresql(*, durable: bool = False) -> Iterator[PostgreSql]:
+    """Run a server until the block ends; it refuses root, and runs as `postgres` then.
+
+    Args:
+        durable: whether a commit waits for the disk.
+    """
     programs, one = _programs(), PostgreSql(free_port(), secrets.token_hex(8))
     folder = Path(tempfile.mkdtemp(prefix="talaria-postgresql-"))  # pytest's own may not be read by that user
     try:
@@ -68,7 +77,7 @@ def postgresql() -> Iterator[PostgreSql]:
             "listen_addresses": "127.0.0.1",
             "port": one.port,
             "unix_socket_directories": folder,
-            "fsync": "off",
+            "fsync": "on" if durable else "off",
             "max_connections": 300,
         }
         argv = [*become, str(programs / "postgres"), "-D", str(folder / "data")]
@@ -82,6 +91,7 @@ def postgresql() -> Iterator[PostgreSql]:
             return True
 
         with server(argv, one.port, folder / "log", ready=ready, cwd=folder) as process:
+            one.pid = process.pid
             try:
                 yield one
             finally:
