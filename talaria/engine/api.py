@@ -42,6 +42,7 @@ def create_app() -> tuple[Application, Any]:
     leaner.write_events_alike()
     prefect = prefects_own()
     leaner.look_at_requests_plainly(prefect)
+    leaner.note_polls_seldom(prefect)
     leaner.ask_dependencies_here()
     make_index_at_start(prefect)
     add_search(prefect)

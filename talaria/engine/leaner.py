@@ -10,11 +10,13 @@ import base64
 import functools
 import hmac
 import json
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware
+from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from talaria.engine.asgi import Application, Message, Receive, Send
@@ -25,7 +27,8 @@ if TYPE_CHECKING:
 
 OPEN = ("/health", "/ready")  # below Prefect's API, for probes: they need no password
 TYPE, TOKEN = "default_content_type", "token_validation"  # names of the functions that look at each request
-MOST = 64  # schemas of parameters that are known to be valid
+MOST = 64  # schemas of parameters that are known to be valid, and sets of queues that are known to be polled
+POLLED_S = 10.0  # for which queues and deployments count as just polled; after 60 Prefect takes them for not ready
 
 
 def ask_dependencies_here() -> None:
@@ -124,6 +127,57 @@ async def _write_events(session: AsyncSession, events: list[ReceivedEvent]) -> N
                 # Else it would be made into one statement of all rows again.
                 insert = db.queries.insert(table).execution_options(dml_strategy="raw")
                 await session.execute(insert, rows)
+
+
+def note_polls_seldom(prefect: Any) -> None:
+    """Let it be noted each POLLED_S, and not with each poll, that a worker polls its queues.
+
+    Prefect notes it by two tasks of its task queue, with a transaction each: they took longer than the poll.
+    """
+    from prefect.server.api import dependencies
+
+    noted: dict[tuple[str, ...], float] = {}
+
+    def docket(request: Request) -> Any:
+        return _Seldom(theirs(request), noted)
+
+    theirs = dependencies.docket
+    docket.__annotations__["request"] = Request  # FastAPI looks at it, and not at what its name stands for
+    prefect.api_app.dependency_overrides[theirs] = docket
+
+
+class _Seldom:
+    """Prefect's task queue, which takes notes of the same polls once in a while.
+
+    Args:
+        noted: until when nothing has to be noted, by what has been polled.
+    """
+
+    def __init__(self, docket: Any, noted: dict[tuple[str, ...], float]) -> None:
+        self._docket, self._noted = docket, noted
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._docket, name)
+
+    def add(self, function: Any, *args: Any, **options: Any) -> Callable[..., Any]:
+        from prefect.server.models.deployments import mark_deployments_ready
+        from prefect.server.models.work_queues import mark_work_queues_ready
+
+        theirs: Callable[..., Any] = self._docket.add(function, *args, **options)
+        if function not in (mark_work_queues_ready, mark_deployments_ready):
+            return theirs
+
+        async def seldom(**asked: Any) -> Any:
+            polled = [str(one) for name, ids in asked.items() if name != "ready_work_queue_ids" for one in ids]
+            what, now = (function.__name__, *sorted(polled)), time.monotonic()
+            if not asked.get("ready_work_queue_ids") and self._noted.get(what, 0.0) > now:
+                return None
+            if len(self._noted) >= MOST:
+                self._noted.clear()
+            self._noted[what] = now + POLLED_S
+            return await theirs(**asked)
+
+        return seldom
 
 
 def look_at_requests_plainly(prefect: Any) -> None:

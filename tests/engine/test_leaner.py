@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 from uuid import uuid4
 
 import httpx
@@ -23,10 +24,16 @@ from aiosqlite.core import Connection
 from fastapi import Depends, FastAPI
 from fastapi.dependencies import utils
 from prefect import flow, results
+from prefect.server.api import dependencies as api_dependencies
+from prefect.server.api import work_queues
+from prefect.server.api import workers as polls
+from prefect.server.api.flow_runs import delete_flow_run_logs
 from prefect.server.database import dependencies
 from prefect.server.database.configurations import SQLITE_BEGIN_MODE, AioSqliteConfiguration
 from prefect.server.events.schemas.events import ReceivedEvent
 from prefect.server.events.storage import database as events
+from prefect.server.models.deployments import mark_deployments_ready
+from prefect.server.models.work_queues import mark_work_queues_ready
 from prefect.settings import PREFECT_API_URL, PREFECT_SERVER_API_AUTH_STRING, temporary_settings
 from prefect.utilities.schema_tools import validation
 from sqlalchemy import Column, Integer, MetaData, Table, Text, func, insert, select, update
@@ -311,3 +318,42 @@ def test_where_results_lie_is_known_without_a_client(monkeypatch: pytest.MonkeyP
     with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:1/api"}):
         stores: list[Any] = [results.get_result_store().update_for_flow(nothing, _sync=True) for _ in range(3)]
     assert {str(one.result_storage.basepath) for one in stores} == {str(tmp_path)} and len(made) <= 1
+
+
+def test_polls_are_noted_once_in_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Prefect's routes give to its task queue, by names of theirs, and what else they give it."""
+    for route in (polls.get_scheduled_flow_runs, work_queues.read_work_queue_runs):
+        assert {"mark_work_queues_ready", "mark_deployments_ready"} <= {*inspect.unwrap(route).__code__.co_names}
+    given: list[tuple[str, Any]] = []
+
+    class Queue:
+        def add(self, function: Any, key: str = "") -> Any:
+            async def noted(**asked: Any) -> None:
+                given.append((function.__name__, asked))
+
+            return noted
+
+    app = FastAPI()
+    leaner.note_polls_seldom(SimpleNamespace(api_app=app))
+    docket = app.dependency_overrides[api_dependencies.docket]
+    request = cast(Any, SimpleNamespace(app=SimpleNamespace(state=SimpleNamespace(docket=Queue()))))
+    queue, other = uuid4(), uuid4()
+
+    def polled(*queues: Any, ready: tuple[Any, ...] = ()) -> list[str]:
+        async def poll() -> None:
+            theirs = docket(request)
+            mark = {"polled_work_queue_ids": [*queues], "ready_work_queue_ids": [*ready]}
+            await theirs.add(mark_work_queues_ready, key="queues")(**mark)
+            await theirs.add(mark_deployments_ready, key="deployments")(work_queue_ids=[*queues])
+            await theirs.add(delete_flow_run_logs, key="logs")(flow_run_id=queue)
+
+        given.clear()
+        asyncio.run(poll())
+        return [name for name, _ in given]
+
+    every = ["mark_work_queues_ready", "mark_deployments_ready", "delete_flow_run_logs"]
+    assert polled(queue) == every and polled(queue) == every[2:]
+    assert polled(queue, other) == every  # which have not been polled
+    assert polled(queue, ready=(queue,)) == [every[0], every[2]]  # it was not ready: that is noted at once
+    monkeypatch.setattr(leaner, "POLLED_S", 0.0)
+    assert polled(other) == every and polled(other) == every
