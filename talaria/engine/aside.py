@@ -6,19 +6,22 @@ Else a flood of dispatches to a target that does not answer takes the time of th
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections import deque
 from typing import Any
 from uuid import UUID
 
 from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.objects import FlowRun, State
+from prefect.client.schemas.responses import SetStateStatus
 
-from talaria.engine import hosts
+from talaria.engine import called, hosts
+from talaria.engine.watch import StateChange
 from tasks.dispatch import asked, waiting
+from tasks.dispatch.waiting import UnreadRest
 from transfer.home import Home
 from transfer.ledger import Ledger
 
-Rests = Callable[[], State[Any]]
+STATES = 500  # that are remembered: their events come within a second or two
 
 
 class Aside:
@@ -26,6 +29,7 @@ class Aside:
 
     Attributes:
         runs: their ids.
+        states: ids of the last states of runs that need no look: in which they were found, or let rest.
     """
 
     def __init__(self, client: PrefectClient, home: Home, ledger: Ledger) -> None:
@@ -33,25 +37,36 @@ class Aside:
         self.runs: set[UUID] = set()
         self._begin: set[UUID] = set()  # those that looked so, and have to begin all the same
         self._turn = asyncio.Lock()
+        self.states = deque[UUID | None](maxlen=STATES)
 
     def chosen(self, found: list[FlowRun]) -> set[UUID]:
         """Return the ids of those of some runs that may have to wait, as far as the ledger alone says that."""
+        self.states.extend(one.state_id for one in found)
         self._begin &= {one.id for one in found}
         new = [one for one in found if one.id not in self._begin and not hosts.must_stay(one)]
         return {one.id for one in waiting.may_wait(self.ledger, new)}
 
-    async def look(self, flow_run: FlowRun) -> Rests | None:
+    async def look(self, flow_run: FlowRun) -> UnreadRest | None:
         """Return what lets a run rest; None if it has to begin, and needs a place for that."""
         async with self._turn:
-            return await waiting.ahead(self.client, self.home, self.ledger, flow_run)
+            return await waiting.ahead(self.client, self.home, self.ledger, flow_run.parameters, str(flow_run.id))
 
-    async def rest(self, flow_run: FlowRun, rests: Rests) -> State[Any]:
+    async def rest(self, flow_run: FlowRun, rests: UnreadRest) -> State[Any]:
         """Let a run of ours rest; return the state that it has then, which somebody else may have set."""
         if name := asked.name_for(flow_run.name, asked.unplanned([str(one) for one in flow_run.parameters["targets"]])):
             await self.client.update_flow_run(flow_run.id, name=name)
-        state = await asyncio.to_thread(rests)
+        state = await asyncio.to_thread(rests.state, self.ledger, str(flow_run.id))
         result = await self.client.set_flow_run_state(flow_run.id, state)
+        if result.state and result.status is SetStateStatus.ACCEPT:
+            self.states.append(result.state.id)
         return result.state or state
+
+    def knows(self, change: StateChange) -> bool:
+        """Return True if an event says nothing new: of a state that was seen here, or of a run that began resting.
+
+        When that is due is found in time by looks that no event causes (`talaria.engine.resting`).
+        """
+        return change.state in self.states or (not change.before and change.name == called.RESTS)
 
     def leaves(self, run_id: UUID, rests: bool) -> None:
         """Forget a run that has gone from the worker; one that did not come to rest needs a place the next time.

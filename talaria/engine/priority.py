@@ -1,16 +1,22 @@
-"""Puts runs into the queue of their priority, also for Prefect's own pages and clients, which name none, or another."""
+"""Puts runs into the queue of their priority, and names dispatches, also for Prefect's own pages and clients.
+
+These name no queue, or another; and a name that a run has from its beginning is one call less when it begins, or rests.
+"""
 
 from __future__ import annotations
 
 import json
 import re
+import time
 from typing import Any
 
 from talaria.engine import hosts
 from talaria.engine.asgi import BODY_BYTES, Application, Message, Receive, Send, again, asking, read, refuse
 from talaria.engine.registry import CHECKS, QUEUES
 from talaria.settings import POOL
+from tasks.dispatch.asked import name_for, unplanned
 
+KNOWN_S = 30.0  # for which a deployment is taken for ours, or not: somebody may give it another pool
 PRIORITIES = QUEUES.keys() - {CHECKS}
 _CREATES = re.compile(r"/api(/deployments/[0-9a-fA-F-]{32,36})/create_flow_run(?:/bulk)?/?")
 
@@ -19,10 +25,12 @@ class QueueOfPriority:
     """Prefect's application; a run of ours that is created goes into the queue that its parameter `priority` names.
 
     One that names a host's queue goes into that host's: what its paths mean on another host may be another patient's.
+    A dispatch gets a name that says where to.
     """
 
     def __init__(self, app: Application) -> None:
         self.app = app
+        self._known: dict[str, tuple[float, bool]] = {}  # by deployment: until when, and whether it is ours
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         creates = _CREATES.fullmatch(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
@@ -33,7 +41,7 @@ class QueueOfPriority:
         if body is None:
             await refuse(send, 413, f"runs of more than {BODY_BYTES} bytes")
             return
-        changed = _queued(body)
+        changed = _put_right(body)
         if changed is not None and await self._is_ours(scope, creates[1]):
             body = changed
             headers = [(key, value) for key, value in scope["headers"] if key != b"content-length"]
@@ -41,22 +49,33 @@ class QueueOfPriority:
         await self.app(scope, again(body, receive), send)
 
     async def _is_ours(self, scope: Message, deployment: str) -> bool:
+        now = time.monotonic()
+        until, ours = self._known.get(deployment, (0.0, False))
+        if until > now:
+            return ours
         async with asking(self.app, scope) as client:
             found = await client.get(deployment)
-        return found.status_code == 200 and found.json().get("work_pool_name") == POOL
+        if found.status_code != 200:  # it may be there for others, or soon
+            return False
+        ours = bool(found.json().get("work_pool_name") == POOL)
+        self._known = {key: known for key, known in self._known.items() if known[0] > now}
+        self._known[deployment] = now + KNOWN_S, ours
+        return ours
 
 
-def _queued(body: bytes) -> bytes | None:
-    """Return the body with the queue of each run's priority; None if it is right as it is, or Prefect's to refuse."""
+def _put_right(body: bytes) -> bytes | None:
+    """Return the body with each run's queue and name; None if they are right, or it is Prefect's to refuse."""
     try:
         document = json.loads(body)
         runs: list[Any] = document if isinstance(document, list) else [document]
-        queues = [_queue(run) for run in runs]
+        right = [{"work_queue_name": _queue(run), "name": _name(run)} for run in runs]
     except (ValueError, AttributeError, TypeError):
         return None
-    wrong = [(run, queue) for run, queue in zip(runs, queues, strict=True) if run.get("work_queue_name") != queue]
-    for run, queue in wrong:
-        run["work_queue_name"] = queue
+    wrong = False
+    for run, values in zip(runs, right, strict=True):
+        for key, value in values.items():
+            if run.get(key) != value:
+                run[key], wrong = value, True
     return json.dumps(document).encode() if wrong else None
 
 
@@ -67,3 +86,13 @@ def _queue(run: Any) -> Any:
         return named
     host = hosts.of_queue(named)
     return f"{priority}{hosts.AT}{host}" if host else priority
+
+
+def _name(run: Any) -> Any:
+    """Return the name of a run: for a dispatch one that says where to, else that which it has."""
+    own, parameters = run.get("name"), run.get("parameters") or {}
+    paths, targets = parameters.get("paths"), parameters.get("targets")
+    if not isinstance(paths, list) or not isinstance(targets, list) or not all(isinstance(one, str) for one in targets):
+        return own
+    name = unplanned(targets)
+    return name_for(own, name) or own if isinstance(own, str) and own else name

@@ -33,6 +33,7 @@ class StateChange:
     Attributes:
         before: type of the state before, "" if there was none.
         queue: name of the queue that it stands in.
+        state: the state's id.
     """
 
     run_id: UUID
@@ -40,6 +41,7 @@ class StateChange:
     name: str
     before: str
     queue: str = ""
+    state: UUID | None = None
 
     @property
     def is_resumption(self) -> bool:
@@ -86,6 +88,7 @@ async def watch(
                                 (one.get("prefect.resource.name") or "" for one in event.related if one.role == QUEUE),
                                 "",
                             ),
+                            event.id,
                         )
                     )
         except Exception as exc:  # whatever it is: the server is away, or refuses the subscription

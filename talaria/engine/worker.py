@@ -61,6 +61,7 @@ HEARTBEAT_S = 30.0  # Prefect takes a worker for offline after three of them
 HEED_S = 0.1  # before a run is asked after whose state has changed: it ends, most often, and is gone by then
 LATE_S = (0.5, 2.0)  # after which an event is looked into again: the server sends it before its transaction ends
 CALM_S = 0.05  # after a look that found nothing: what woke us need not be ours
+BUSY_S = 0.1  # between two looks while something is under way: what comes meanwhile is found at once
 READY_LANES = 2
 CHECKS_AT_ONCE = 2  # beside the dispatches: who tests a target does not wait for their places
 # The server, or the ledger's database, which may be busy or its disk full.
@@ -159,8 +160,7 @@ class Worker:
                 self._more = len(found) > begun or len(found) >= self.limit
                 if len(found) < self.limit:
                     self._not_found()
-            if not begun:
-                await asyncio.sleep(CALM_S)
+            await asyncio.sleep(BUSY_S if len(self.active) > begun else 0.0 if begun else CALM_S)
 
     def _is_here(self, flow_run: FlowRun) -> bool:
         return flow_run.id in self.active or hosts.is_here(flow_run)
@@ -318,7 +318,7 @@ class Worker:
                 self._resumed.discard(change.run_id)
             if change.type not in ("PENDING", "RUNNING") or change.name == running.PAUSING:
                 self._do(self._heed_soon(change.run_id))
-        elif change.type == "SCHEDULED":
+        elif change.type == "SCHEDULED" and not self._aside.knows(change):
             self._alarms = True
             self._check_waits = self._check_waits or change.queue == CHECKS
             self._wake.set()

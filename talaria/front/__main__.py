@@ -27,6 +27,7 @@ from talaria.front.api.asking import Reach
 from talaria.front.app import build
 from talaria.front.changes import ChangeCount, WatchedUpstream
 from talaria.front.embedded import EmbeddedPrefect, is_sqlite, load
+from talaria.front.gate import Application
 from talaria.front.heard import AuditWriter
 from talaria.front.impatient import ImpatientProtocol
 from talaria.front.keys import Door, KeyRing
@@ -105,7 +106,7 @@ class Front:
         prefect: Upstream = (
             RemotePrefect(orders.upstream, os.environ.get("PREFECT_API_AUTH_STRING", ""))
             if orders.upstream
-            else EmbeddedPrefect(worker_auth(home), load, self._fail)
+            else EmbeddedPrefect(worker_auth(home), self._load, self._fail)
         )
         self.upstream: Upstream = WatchedUpstream(
             prefect, changes, run_changes, lambda: not orders.upstream and is_sqlite()
@@ -124,6 +125,18 @@ class Front:
         own = [*pages.routes(reach), *routes(reach), *metrics.routes(reach, orders.certificate)]
         behind = UsedTargets(OfferedNames(self.upstream, reach.office_in), reach.office_in)
         self.app = build(KeyRing(home), door, self.upstream, own, self.heard, behind)
+
+    def _load(self) -> tuple[Application, Any]:
+        """Return Prefect's application in this process, and the FastAPI within it; what can't be sent rests at once."""
+        app, prefect = load()
+        from talaria.engine.resting import Resting, expect_what_rests_now
+
+        expect_what_rests_now()
+
+        def mark() -> str:
+            return f"{self._changes.count}" if is_sqlite() else ""
+
+        return Resting(app, self.home, self._reach.client, mark), prefect
 
     async def serve(self) -> None:
         """Serve until SIGTERM."""

@@ -6,6 +6,8 @@ was loaded while that stayed the same is what it would return again.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from prefect.client.orchestration import PrefectClient
 
 from blocks.base import Target
@@ -26,18 +28,25 @@ class Hearing(PrefectClient):
     saved = ""
 
 
-async def loaded(client: PrefectClient, names: list[str]) -> list[Target]:
+async def loaded(client: PrefectClient, names: list[str], marked: Callable[[], str] | None = None) -> list[Target]:
     """Load targets as `tasks.targets.load` does, without a call if they are known.
+
+    Args:
+        marked: returns the mark, where this process is the server; None for that of the client's last answer.
 
     Raises:
         NotFound, Misconfigured: as `load` does.
     """
-    mark, key = _mark(client), tuple(names)
+
+    def now() -> str:
+        return marked() if marked else _mark(client)
+
+    mark, key = now(), tuple(names)
     there = _known.get(key)
     if there and mark and there[0] == mark:
         return [one.model_copy(deep=True) for one in there[1]]
     found = await load(client, names)
-    if mark and _mark(client) == mark:  # nothing was changed while they were read
+    if mark and now() == mark:  # nothing was changed while they were read
         if len(_known) >= MOST:
             _known.clear()
         _known[key] = mark, [one.model_copy(deep=True) for one in found]

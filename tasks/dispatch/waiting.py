@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -15,9 +16,8 @@ from prefect.states import AwaitingRetry
 from blocks.base import Target
 from tasks.dispatch import breaker, line, rest
 from tasks.dispatch.hours import opens
+from tasks.dispatch.lately import loaded
 from tasks.dispatch.rest import Left, Rest, Wait
-from tasks.names import split
-from tasks.targets import check_destination, load
 from transfer import deadletters, plan
 from transfer import live as shown
 from transfer.deliveries import Standing
@@ -44,12 +44,17 @@ def for_its_hours(target: Target, priority: str) -> Wait | None:
 
 
 def for_a_slot(ledger: Ledger, target: Target, run_id: str, priority: str, left: Left) -> Wait:
-    """Let a run stand in line for a slot of a target; return what it waits for."""
+    """Let a run stand in line for a slot of a target; return what it waits for.
+
+    Args:
+        run_id: "" for one that has yet to be created.
+    """
     left.since = left.since or ledger.now()
     turn = line.turn(left.since, priority)
     before = ledger.waits.before(target.name, run_id, turn)
     until = ledger.now() + min(TURNS_S, TURN_S * (before + 1))
-    ledger.waits.join(target.name, run_id, turn, until)
+    if run_id:
+        ledger.waits.join(target.name, run_id, turn, until)
     return Wait(datetime.fromtimestamp(until, UTC), f"a slot at {target.name}")
 
 
@@ -59,12 +64,14 @@ def for_an_answer(
     """Let a run stand in line for a target that does not answer; return what it waits for.
 
     Args:
+        run_id: "" for one that has yet to be created.
         pause_s: the least time, in seconds, until it comes back by itself.
     """
     until, left.again = max(one.until, ledger.now() + pause_s), 0.0
     turn, queue = line.turn(left.tried, priority), breaker.queue(target)
     until += ledger.waits.before(queue, run_id, turn) * APART_S
-    ledger.waits.join(queue, run_id, turn, until)
+    if run_id:
+        ledger.waits.join(queue, run_id, turn, until)
     what = f"{target.name} to answer, which it hasn't since {datetime.fromtimestamp(one.opened, UTC):%H:%M:%S} UTC"
     return Wait(datetime.fromtimestamp(until, UTC), what)
 
@@ -77,58 +84,101 @@ def others_stand_in_line(ledger: Ledger, target: Target, run_id: str, priority: 
 def can_be_read(home: Home, run_id: str, paths: list[str], exclude: str) -> None:
     """Make sure that a run has something to send, without reading any file.
 
+    Args:
+        run_id: "" if it is about to be created.
+
     Raises:
         NotFound, Denied, Misconfigured: as `scan` does.
     """
-    plan.look(deadletters.instead(home, run_id, paths), patterns(exclude))
+    plan.look(deadletters.instead(home, run_id, paths) if run_id else paths, patterns(exclude))
 
 
 def unread(home: Home, ledger: Ledger, run_id: str, left: Rest, waits: dict[str, Wait]) -> State[Any]:
     """Note that a run waits whose files have not been read; return its state."""
     left.unread = True
-    rest.save(home, ledger, run_id, left)
-    waiting = str(Stands.WAITING)
-    ledger.deliveries.stand(run_id, waiting, [Standing(name, waiting, 0, 0, "") for name in waits])
+    if run_id:
+        rest.save(home, ledger, run_id, left)
+        waiting = str(Stands.WAITING)
+        ledger.deliveries.stand(run_id, waiting, [Standing(name, waiting, 0, 0, "") for name in waits])
     first = min(wait.until for wait in waits.values())
     failed = [f"{name}: {one.failures[-1]}" for name, one in left.left.items() if one.failures]
     return AwaitingRetry(scheduled_time=first, message=rest.message(waits.values(), "; ".join([UNREAD, *failed])))
 
 
-def may_wait(ledger: Ledger, found: Sequence[FlowRun]) -> list[FlowRun]:
-    """Return those of some runs that have just come, to targets that can't be tried now, as far as names say that."""
-    new = [one for one in found if _is_new(ledger, one)]
-    if not new:
-        return []
+def untried(ledger: Ledger) -> set[str]:
+    """Return the names of the targets that can't be tried now, or have others in line, and of lines besides."""
     now = ledger.now()
     dead = {name for name, one in ledger.waits.breakers().items() if one.opened and one.until > now}
-    known = dead | ledger.waits.lines()
-    return [one for one in new if {split(str(name))[1] for name in one.parameters["targets"]} <= known]
+    return dead | ledger.waits.lines()
 
 
-def _is_new(ledger: Ledger, flow_run: FlowRun) -> bool:
-    """Return True for a dispatch of one study, none of whose parts has begun, and whose plan nobody waits for."""
-    asked = flow_run.parameters
+def may_rest(asked: Mapping[str, Any], known: Collection[str]) -> bool:
+    """Return True for the parameters of a dispatch of one study to such targets alone, as far as names say that."""
     names, paths = asked.get("targets"), asked.get("paths")
     if not isinstance(names, list) or not isinstance(paths, list) or not names or not paths or asked.get("each"):
         return False
-    return (
-        not flow_run.run_count and not flow_run.labels.get(shown.SHOW_PLAN) and not rest.rests(ledger, str(flow_run.id))
-    )
+    return all(isinstance(one, str) and one.strip().rpartition("/")[2] in known for one in names)
+
+
+def may_wait(ledger: Ledger, found: Sequence[FlowRun]) -> list[FlowRun]:
+    """Return those of some runs that have just come, to targets that can't be tried now, as far as names say that."""
+    new = [one for one in found if not one.run_count and not one.labels.get(shown.SHOW_PLAN)]
+    known = untried(ledger) if new else ()
+    return [one for one in new if may_rest(one.parameters, known) and not rest.rests(ledger, str(one.id))]
+
+
+@dataclass(frozen=True)
+class UnreadRest:
+    """What lets a run rest before its files are read: the targets that it waits for, and the breakers of those."""
+
+    home: Home
+    targets: Sequence[Target]
+    breakers: Mapping[str, Breaker]
+    priority: str
+
+    def state(self, ledger: Ledger, run_id: str = "") -> State[Any]:
+        """Return the state of a run that waits, and note what for, so that it is called.
+
+        Args:
+            run_id: "" for one that has yet to be created, of which nothing can be noted.
+        """
+        left, waits = Rest(), dict[str, Wait]()
+        for target in self.targets:
+            mine, one = left.left.setdefault(target.name, Left()), self.breakers[target.name]
+            what = ledger, target, run_id, self.priority, mine
+            if one.opened:
+                mine.tried = ledger.now()
+                waits[target.name] = for_an_answer(*what, one, breaker.FIRST_S)
+            else:
+                waits[target.name] = for_a_slot(*what)
+        return unread(self.home, ledger, run_id, left, waits)
+
+    def is_over(self, ledger: Ledger) -> bool:
+        """Return True if one of the targets answers again that did not."""
+        now = breaker.every(ledger, [*self.targets])
+        return any(one.opened and not now[name].opened for name, one in self.breakers.items())
 
 
 async def ahead(
-    client: PrefectClient, home: Home, ledger: Ledger, flow_run: FlowRun
-) -> Callable[[], State[Any]] | None:
+    client: PrefectClient,
+    home: Home,
+    ledger: Ledger,
+    asked: Mapping[str, Any],
+    run_id: str = "",
+    mark: Callable[[], str] | None = None,
+) -> UnreadRest | None:
     """Return what lets a run rest that has just come; None if it has to begin, if only to be refused.
 
-    What is returned notes what the run waits for, and returns its state.
+    Args:
+        asked: its parameters.
+        run_id: "" if it is about to be created.
+        mark: as for `loaded`.
     """
-    asked, run_id = flow_run.parameters, str(flow_run.id)
     priority = str(asked.get("priority") or "normal")
     try:
-        targets = await load(client, [str(one) for one in asked["targets"]], secrets=False)
-        for target in targets:
-            check_destination(target)
+        targets = await loaded(client, [str(one) for one in asked["targets"]], mark)
+        if not all(target.enabled and target.stores for target in targets):  # to be refused
+            return None
         paths = [str(one) for one in asked["paths"]]
         await asyncio.to_thread(can_be_read, home, run_id, paths, str(asked.get("exclude") or ""))
         breakers, now = breaker.every(ledger, targets), ledger.now()
@@ -139,17 +189,4 @@ async def ahead(
             return None
     except (DispatchError, OSError, sqlite3.Error):
         return None
-
-    def rests() -> State[Any]:
-        left, waits = Rest(), dict[str, Wait]()
-        for target in targets:
-            mine, one = left.left.setdefault(target.name, Left()), breakers[target.name]
-            what = ledger, target, run_id, priority, mine
-            if one.opened:
-                mine.tried = now
-                waits[target.name] = for_an_answer(*what, one, breaker.FIRST_S)
-            else:
-                waits[target.name] = for_a_slot(*what)
-        return unread(home, ledger, run_id, left, waits)
-
-    return rests
+    return UnreadRest(home, targets, breakers, priority)
