@@ -36,11 +36,20 @@ def restarted(up: Talaria) -> float:
 
 
 def dispatched(up: Talaria, deployment: str, sources: list[Path], count: int) -> None:
-    """Make so many dispatches, and wait for their end."""
-    ended = {"flow_runs": {"state": {"type": {"any_": ["COMPLETED", "FAILED", "CRASHED"]}}}}
-    ended |= {"deployments": {"id": {"any_": [deployment]}}}
-    before, made = int(up.api("POST", "/flow_runs/count", **ended)), 0
-    while (done := int(up.api("POST", "/flow_runs/count", **ended)) - before) < count:
+    """Make so many dispatches, and wait for their end.
+
+    Raises:
+        RuntimeError: one has failed, so that the figures would say nothing.
+    """
+
+    def ended(*states: str) -> int:
+        asked = {"flow_runs": {"state": {"type": {"any_": states}}}, "deployments": {"id": {"any_": [deployment]}}}
+        return int(up.api("POST", "/flow_runs/count", **asked))
+
+    before, made = ended("COMPLETED"), 0
+    while (done := ended("COMPLETED") - before) < count:
+        if bad := ended("FAILED", "CRASHED", "CANCELLED"):
+            raise RuntimeError(f"{bad} dispatches have not ended well")
         for _ in range(min(count - made, AT_ONCE - (made - done))):
             asked = {"paths": [str(sources[made % len(sources)])], "targets": ["shelf"], "force": True}
             up.api("POST", f"/deployments/{deployment}/create_flow_run", parameters=asked)

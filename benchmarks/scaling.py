@@ -32,14 +32,20 @@ def cpu(processes: list[psutil.Process]) -> float:
     return found
 
 
-def family(pid: int) -> list[psutil.Process]:
-    one = psutil.Process(pid)
-    return [one, *one.children(recursive=True)]
+def completed(servers: Servers) -> int:
+    """Return how many dispatches have ended well.
 
+    Raises:
+        RuntimeError: one has not, so that the figures would say nothing.
+    """
 
-def ended(servers: Servers) -> int:
-    final = {"flow_runs": {"state": {"type": {"any_": ["COMPLETED", "FAILED", "CRASHED"]}}}}
-    return int(servers.api("POST", "/flow_runs/count", 1, final | {"flows": {"name": {"any_": ["dispatch"]}}}))
+    def count(*states: str) -> int:
+        asked = {"flow_runs": {"state": {"type": {"any_": states}}}, "flows": {"name": {"any_": ["dispatch"]}}}
+        return int(servers.api("POST", "/flow_runs/count", 1, asked))
+
+    if bad := count("FAILED", "CRASHED", "CANCELLED"):
+        raise RuntimeError(f"{bad} dispatches have not ended well")
+    return count("COMPLETED")
 
 
 def measured(servers: Servers, up: Talaria, sources: list[Path], begun: int) -> str:
@@ -52,7 +58,7 @@ def measured(servers: Servers, up: Talaria, sources: list[Path], begun: int) -> 
     for source in sources:
         body = {"parameters": {"paths": [str(source)], "targets": ["sink"], "force": True}, "name": "to sink"}
         servers.api("POST", f"/deployments/{dispatch}/create_flow_run", 1, body)
-    while ended(servers) < begun + len(sources):
+    while completed(servers) < begun + len(sources):
         time.sleep(0.2)
     seconds, after = time.monotonic() - since, [cpu([one for one in part if one.is_running()]) for part in parts]
     each = [(late - early) / len(sources) for early, late in zip(before, after, strict=True)]

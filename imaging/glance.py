@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 
-from imaging.header import BEGINNING_BYTES, EXPLICIT_LITTLE, IMPLICIT_LITTLE, MAX_UID_CHARS, UID, Header
+from imaging.header import BEGINNING_BYTES, EXPLICIT_LITTLE, IMPLICIT_LITTLE, MAX_UID_CHARS, UID, Header, Shared
 
 HEAD_BYTES = 16_384  # of a data set, in which what stands before the pixels ends
 SHIFT = 64  # bytes by which the header of an instance is longer or shorter than that of the one before
@@ -24,6 +24,7 @@ class Glance:
     def __init__(self) -> None:
         self._pairs: dict[tuple[str, int, bool], bytes] = {}  # the class, and how an instance begins
         self._before: dict[str, tuple[bytes, int, int, str, str]] = {}  # by transfer syntax
+        self._last: tuple[tuple[str, str, str, str, int], Shared] | None = None  # what was returned before, in parts
 
     def __call__(
         self, head: bytes, length: int, syntax: str, offset: int, likely: tuple[str, str] = ("", "")
@@ -69,7 +70,12 @@ class Glance:
             instance = _first(head, _INSTANCE + vr, after, beginning)[0]
         if not (study and series and sop_class and instance):
             return None
-        return Header.of(sop_class, instance, syntax, study, series, offset, explicit=explicit)
+        common, last = (sop_class, syntax, study, series, offset), self._last
+        if last is not None and last[0] == common:
+            return Header(instance, last[1])
+        header = Header.of(sop_class, instance, syntax, study, series, offset, explicit=explicit)
+        self._last = common, header.shared
+        return header
 
     def _pair(self, sop_class: str, instance: str, *, explicit: bool) -> bytes:
         """Return the elements of class and instance as they follow each other in most data sets."""

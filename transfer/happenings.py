@@ -200,6 +200,14 @@ class Happenings:
             row = self._db.execute("SELECT state FROM standing WHERE subject=?", (subject,)).fetchone()
         return str(row[0]) if row else ""
 
+    def standings(self, begins: str) -> dict[str, str]:
+        """Return the states of all subjects that begin so."""
+        with self._db.reading():
+            rows = self._db.execute(
+                "SELECT subject, state FROM standing WHERE substr(subject, 1, ?)=?", (len(begins), begins)
+            ).fetchall()
+        return {str(row[0]): str(row[1]) for row in rows}
+
     # ---- read
 
     def totals(self, host: str) -> list[Total]:

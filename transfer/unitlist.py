@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -145,3 +145,15 @@ def read(path: Path | str) -> Iterator[ListedUnit]:
                 yield ListedUnit(str(one["key"]), tuple(map(str, one["paths"])), str(one["within"]), files)
         except (ValueError, KeyError, TypeError) as exc:
             raise Misconfigured(f"{path}: is no list of a source's units") from exc
+
+
+def amend(path: Path, facts: Mapping[str, FileFacts]) -> None:
+    """Write a list anew, with what some files are now, by path; what it was stays if that can't be written."""
+    writer = Writer(path)
+    try:
+        for unit in read(path):
+            writer.add(replace(unit, files=tuple(facts.get(one.path, one) for one in unit.files)))
+        writer.close()
+    except BaseException:
+        writer.abandon()
+        raise

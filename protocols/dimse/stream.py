@@ -120,26 +120,23 @@ class Commands:
         self._raw = b""
         self._command = CommandSet()
         self._values = (0, 0, 0, 0)  # begin and end of message ID and instance UID, if they are in this order
+        self._same = (b"", b"", b"")  # what stands before, between and behind these
 
     def read(self, raw: bytes, context: int) -> CommandSet:
         """Return what `decoded` does; not to be changed."""
-        before = self._raw
-        if raw == before and context == self._command.context:
+        if raw == self._raw and context == self._command.context:
             return self._command
         begin, end, uid, uid_end = self._values
-        if (
-            uid_end
-            and len(raw) == len(before)
-            and raw[:begin] == before[:begin]
-            and raw[end:uid] == before[end:uid]
-            and raw[uid_end:] == before[uid_end:]
-        ):
+        before, between, behind = self._same
+        alike = uid_end and len(raw) == len(self._raw) and raw.startswith(before) and raw.endswith(behind)
+        if alike and raw.startswith(between, end):
             command = self._command.following(raw[begin:end], raw[uid:uid_end])
             command.context = context
             self._command, self._raw = command, raw
             return command
         self._command, self._raw = decoded(raw, context), raw
-        self._values = self._found(raw)
+        self._values = begin, end, uid, uid_end = self._found(raw)
+        self._same = raw[:begin], raw[end:uid], raw[uid_end:]
         return self._command
 
     def _found(self, raw: bytes) -> tuple[int, int, int, int]:
@@ -464,14 +461,15 @@ class Stream:
         Raises:
             TimedOut: the peer accepts none. Interrupted: the connection ended.
         """
-        left = memoryview(data)
-        last = time.monotonic()
+        left: bytes | memoryview = data
+        last = 0.0
         self.torn = True
         while left:
             try:
                 count = self.sock.send(left)
             except _NOT_NOW as exc:
                 self.check()
+                last = last or time.monotonic() - SLICE_S
                 if time.monotonic() - last >= self.idle_timeout_s:
                     raise TimedOut(f"{self.where}: the peer took no bytes for {self.idle_timeout_s:g} s") from exc
                 continue
@@ -479,7 +477,7 @@ class Stream:
                 raise self._broken(exc) from exc
             if count == len(left):
                 break
-            left = left[count:]
+            left = memoryview(left)[count:]
             last = time.monotonic()
         self.torn = False
         self._answered = True

@@ -28,7 +28,7 @@ NO_UNNAMED = (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOSYS)
 _HERE, _EMPTY_PATH = -100, 0x1000
 _LINKAT: Any = None
 try:
-    _LINKAT = ctypes.CDLL(None, use_errno=True).linkat
+    _LINKAT = ctypes.CDLL(None).linkat  # without errno: to keep it for us takes as long as all the rest
     _LINKAT.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_int)
 except (AttributeError, OSError):
     pass
@@ -123,12 +123,10 @@ class PartialFile:
         self._path = None
 
     def _link(self, path: str) -> None:
-        if _LINKAT is not None:
-            if not _LINKAT(self.fd, b"", _HERE, os.fsencode(path), _EMPTY_PATH):
-                return
-            if ctypes.get_errno() == errno.EEXIST:
-                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
-        # With a descriptor of a folder, which an absolute path makes of no account, Python follows the link of /proc.
+        if _LINKAT is not None and not _LINKAT(self.fd, b"", _HERE, os.fsencode(path), _EMPTY_PATH):
+            return
+        # By /proc, which also says why it fails: if the name is taken, for one. With a descriptor of a folder, which
+        # an absolute path makes of no account, Python follows the link there.
         os.link(f"/proc/self/fd/{self.fd}", path, src_dir_fd=self.fd, follow_symlinks=True)
 
     def _copy(self) -> None:

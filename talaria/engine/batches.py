@@ -15,6 +15,8 @@ from prefect.client.schemas.actions import DeploymentScheduleCreate
 from prefect.client.schemas.filters import (
     DeploymentFilter,
     DeploymentFilterId,
+    FlowFilter,
+    FlowFilterName,
     FlowRunFilter,
     FlowRunFilterExpectedStartTime,
     FlowRunFilterState,
@@ -31,6 +33,7 @@ from blocks import Source
 from talaria.engine import hosts
 from talaria.engine.table import OF_SOURCES
 from talaria.settings import POOL
+from tasks.paging import every
 from tasks.sources.saved import KEPT
 
 WHEN = ("cron", "interval_s", "rrule", "timezone")  # the fields of a source's schedule
@@ -134,10 +137,10 @@ async def schedule_of(client: PrefectClient, name: str) -> list[str]:
     return [_words(one.schedule) + ("" if one.active else ", paused") for one in there.schedules] if there else []
 
 
-async def host_of(client: PrefectClient, name: str) -> str:
-    """Return the host that a source belongs to, which is the one that it was applied on; "" where there is only one."""
-    there = await _deployment(client, name)
-    return hosts.of_queue(there.work_queue_name) if there else ""
+async def hosts_of(client: PrefectClient) -> dict[str, str]:
+    """Return the host that each source belongs to, by its name; only of those that have one of their own."""
+    found = await every(client.read_deployments, flow_filter=FlowFilter(name=FlowFilterName(any_=["batch"])))
+    return {one.name: host for one in found if (host := hosts.of_queue(one.work_queue_name))}
 
 
 async def deploy_all(client: PrefectClient) -> None:

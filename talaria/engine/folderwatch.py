@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
+from pathlib import Path
 
 from transfer.inotify import IN_Q_OVERFLOW, add, events, opened
 
@@ -26,7 +27,8 @@ class FolderWatch:
 
     def __init__(self, folder: str, name: str = "") -> None:
         self._folders: dict[int, str] = {}
-        self._name = name
+        self._name, self._folder = name, folder
+        self._identity = _identity(folder)
         self._fd = opened(self)
         self.blind = self._fd < 0
         if self._fd >= 0:
@@ -49,6 +51,14 @@ class FolderWatch:
             with suppress(OSError), os.scandir(path) as listing:
                 stack += (one.path for one in listing if one.is_dir(follow_symlinks=False))
 
+    @property
+    def is_stale(self) -> bool:
+        """Whether another folder has come into the place of the one that is watched, or a file system over it.
+
+        No event says so: a folder that is renamed or removed takes its watches along.
+        """
+        return _identity(self._folder) != self._identity
+
     def names(self) -> list[str]:
         """Return the names of what has come, was written, or has gone, since the last call."""
         found: list[str] = []
@@ -65,3 +75,12 @@ class FolderWatch:
             if self._name in ("", name):
                 found.append(name)
         return found
+
+
+def _identity(folder: str) -> tuple[int, int] | None:
+    """Return what no other folder has; None if it can't be looked at."""
+    try:
+        there = Path(folder).stat()
+    except OSError:
+        return None
+    return there.st_dev, there.st_ino

@@ -17,7 +17,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -26,6 +26,7 @@ from talaria import logs
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import PrefectClient
+    from prefect.client.schemas.objects import BlockDocument
 
     from blocks import Target
     from blocks.dicom_source import DicomSource
@@ -42,6 +43,7 @@ STATUS_S = 2.0  # between two writings of the status
 DRAIN_S = 15.0  # for associations to end when somebody wants us to stop
 ASK_S = 20.0  # for the server to say which targets there are
 SWEEP_S = 2.0  # between two sweeps of one source
+LIES_S = 60.0  # between two looks at what lies there that no source of this host has received
 OURS = ("127.0.0.1", "::1", "localhost")  # where the embedded server is
 
 
@@ -130,7 +132,7 @@ class _Watch:
         self._ports: set[int] = set()
         self._full: set[str] = set()
         self._orphans: set[str] = set()
-        self._looked = self._written = 0.0
+        self._looked = self._written = self._lies_next = 0.0
         self._client: PrefectClient | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -188,24 +190,38 @@ class _Watch:
         await asyncio.to_thread(self._say_who_is_full)
 
     async def _look(self, client: PrefectClient) -> None:
-        from blocks.dicom_source import DicomSource
         from tasks.sources.saved import KEPT
-        from transfer.errors import Misconfigured
 
         documents = [
             one for one in await KEPT.documents(client, secrets=True) if one.block_type and one.block_type.slug == SLUG
         ]
-        known = [(one.id, one.name, one.data) for one in documents]
-        if known == self._known and not self._listeners.troubles:
-            return
+        elsewhere = await self._elsewhere(client) if documents else {}
+        # Whoever applies a source on another host moves it there, and changes nothing else.
+        known = [(one.id, one.name, one.data, elsewhere.get(str(one.name))) for one in documents]
+        is_new = known != self._known
+        if is_new or self._listeners.troubles:
+            await self._apply([one for one in documents if str(one.name) not in elsewhere], is_new)
+        self._known = known
+        if is_new or time.monotonic() >= self._lies_next:
+            self._lies_next = time.monotonic() + LIES_S
+            await asyncio.to_thread(self._say_what_lies, {str(one.name) for one in documents}, elsewhere)
+
+    async def _apply(self, documents: Iterable[BlockDocument], is_new: bool) -> None:
+        """Listen for the sources of these documents, and for no others.
+
+        Args:
+            is_new: whether one of them has changed since the last time.
+        """
+        from blocks.dicom_source import DicomSource
+        from tasks.sources.saved import KEPT
+        from transfer.errors import Misconfigured
+
         sources = []
         for document in documents:
-            if not await self._is_ours(client, str(document.name)):
-                continue
             try:
                 made = KEPT.made_of(document)
             except Misconfigured as exc:
-                if known != self._known:
+                if is_new:
                     logger.warning("source %s does not listen: %s", document.name, exc.message)
                 continue
             if isinstance(made, DicomSource):
@@ -215,18 +231,18 @@ class _Watch:
         for name, why in self._listeners.troubles.items():
             if before.get(name) != why:
                 await asyncio.to_thread(self._stuck, name, f"does not listen: {why}")
-        if known != self._known:
-            await asyncio.to_thread(self._say_what_lies, {str(one.name) for one in documents})
+        if is_new:
             for one in sources:  # of one that was paused, or just changed its routes, something may wait
                 self._due.setdefault(one.name, time.monotonic())
-        self._known = known
 
-    async def _is_ours(self, client: PrefectClient, name: str) -> bool:
-        """Return True if a source is to be listened for on this host: where several share a ledger, one host does."""
+    async def _elsewhere(self, client: PrefectClient) -> dict[str, str]:
+        """Return the sources that other hosts listen for, each with its host: of several with one ledger, one does."""
         from talaria.engine import batches, hosts
         from transfer.home import host_name
 
-        return not hosts.several() or await batches.host_of(client, name) in ("", host_name())
+        if not hosts.several():
+            return {}
+        return {name: host for name, host in (await batches.hosts_of(client)).items() if host != host_name()}
 
     async def _sweep(self, client: PrefectClient, name: str) -> None:
         """Start the run that dispatches what is complete."""
@@ -239,18 +255,32 @@ class _Watch:
             logger.warning("source %s can't be swept: %s", name, exc.message)
         self._due.pop(name, None)
 
-    def _say_what_lies(self, names: set[str]) -> None:
-        """Say once of what was received for a source that is not there any more that nobody dispatches it."""
-        from tasks.sources.dicom import orphans
+    def _say_what_lies(self, names: Collection[str], elsewhere: Mapping[str, str]) -> None:
+        """Say once of what was received for a source that is gone, or another host's, that nobody dispatches it.
 
-        there = orphans(self._home, names)
+        Args:
+            names: of all DICOM sources.
+            elsewhere: the hosts of those that are not this one's.
+        """
+        from tasks.sources.dicom import orphans
+        from transfer.home import host_name
+
+        there = orphans(self._home, {one for one in names if one not in elsewhere})
         for name, count in there.items():
             if name not in self._orphans:
-                self._stuck(
-                    name,
-                    f"{count} units that it received lie in {self._home.root / 'received' / name}, and there is no such"
-                    " DICOM source: apply one of that name to have them dispatched, or remove the folder",
-                )
+                lie = f"{count} units that it received lie in {self._home.root / 'received' / name}"
+                if name in names:
+                    self._stuck(
+                        name,
+                        f"{lie} on the host {host_name()}, and the source was moved to {elsewhere[name]}: apply it on"
+                        f" {host_name()} to have them dispatched, and then where it is to be",
+                    )
+                else:
+                    self._stuck(
+                        name,
+                        f"{lie}, and there is no such DICOM source: apply one of that name to have them dispatched, or"
+                        " remove the folder",
+                    )
         self._orphans = set(there)
 
     def _say_who_is_full(self) -> None:

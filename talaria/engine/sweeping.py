@@ -38,6 +38,7 @@ TURN_S = 5.0  # between two attempts to be the one that does so
 ENDED_S = 2.0  # between two looks at runs that are under way
 NET_S = 600.0  # after which a watched source is swept whatever was noticed
 BLIND_S = 60.0  # and where not all is noticed
+STALE_S = 5.0  # for a folder to say which one it is
 CALM_S = 1.0  # between two sweeps of a source
 LOST = (httpx.HTTPError, PrefectException, OSError, DispatchError, sqlite3.Error)
 logger = logging.getLogger("talaria.sources")
@@ -50,6 +51,7 @@ class _Watched:
     Attributes:
         due: when it is to be swept next, in monotonic seconds.
         run: its last sweep that was begun here.
+        look: the last one whether its folders are those that are watched; it may take as long as a share hangs.
     """
 
     source: Source
@@ -58,10 +60,18 @@ class _Watched:
     begun: float = 0.0
     run: UUID | None = None
     known_next: float = 0.0
+    look: asyncio.Future[bool] | None = None
 
     def soon(self, seconds: float) -> None:
         """Have it swept within some seconds, if it was to be later."""
         self.due = min(self.due, time.monotonic() + seconds)
+
+    async def is_stale(self) -> bool:
+        """Return True if a folder of it is not the one any more that is watched."""
+        if self.look is None or self.look.done():  # a share that hangs has one thread of ours, not one at each look
+            self.look = asyncio.ensure_future(asyncio.to_thread(lambda: any(one.is_stale for one in self.folders)))
+        done, _ = await asyncio.wait([self.look], timeout=STALE_S)
+        return bool(done) and self.look.result()
 
     @property
     def settle_s(self) -> float:
@@ -128,7 +138,7 @@ class _Sweeping:
             del self.watched[name]
         for name, source in found.items():
             old = self.watched.get(name)
-            if old is None or old.source != source:
+            if old is None or old.source != source or await old.is_stale():
                 net = time.monotonic() if self._is_watched(source) else float("inf")
                 watches = await asyncio.to_thread(self._watches, source)
                 self.watched[name] = _Watched(source, watches, net, old.begun if old else 0.0)

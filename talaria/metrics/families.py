@@ -12,8 +12,8 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from talaria import __version__
-from talaria.metrics.certificates import DAY_S
 from talaria.metrics.gather import Figures
+from talaria.metrics.peers import DAY_S
 from transfer.happenings import BEYOND, BOUNDS_S, BYTES, DISPATCHES, ITEMS, SECONDS, SECONDS_WITHIN, Total
 from transfer.outcome import Kind
 from transfer.receipt import State
@@ -77,7 +77,7 @@ class _Families(Collector):
                   (((target.name,), target.open) for target in targets))  # fmt: skip
         yield _by("talaria_breaker_failures", "Failures of a target in a row.", ["target"],
                   (((target.name,), target.failures) for target in targets))  # fmt: skip
-        yield _by("talaria_certificate_expires_seconds", "Until a certificate expires: shown by us, or by the peer.",
+        yield _by("talaria_certificate_expires_seconds", "Until a certificate expires: shown by us, or a peer.",
                   ["of", "whose"],
                   (((cert.of, cert.whose), cert.days * DAY_S) for cert in one.certificates))  # fmt: skip
 

@@ -16,9 +16,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from blocks.base import Target
+from blocks import Source, Target
 from talaria.engine.registry import workers
-from talaria.metrics import certificates, disks
+from talaria.metrics import certificates, disks, peers
 from talaria.metrics.certificates import KnownCertificate
 from talaria.metrics.disks import DiskSpace
 from talaria.settings import POOL
@@ -26,6 +26,7 @@ from tasks.checking import last_checks
 from tasks.dispatch import breaker
 from tasks.documents import Broken
 from tasks.paging import every
+from tasks.sources.saved import KEPT
 from tasks.targets import all_targets
 from transfer import deadletters, listening
 from transfer.errors import DispatchError
@@ -111,6 +112,7 @@ class Gatherer:
     async def _gather(self) -> Figures:
         found = Figures()
         saved: list[Target | Broken] = []
+        sources: list[Source] = []
         checks: dict[str, dict[str, Any]] = {}
         with suppress(TimeoutError):  # and whatever else a client of Prefect raises, below
             async with asyncio.timeout(PREFECT_S):
@@ -118,20 +120,28 @@ class Gatherer:
                     client = await self._client()
                     saved = await all_targets(client)
                     checks = await last_checks(client, saved)
+                    sources = [one for one in await KEPT.all(client) if isinstance(one, Source)]
                     await _from_prefect(client, found)
                     found.prefect = True
                 except Exception:  # noqa: S110 - it is away or starts: `prefect` says so
                     pass
-        await asyncio.to_thread(self._from_here, found, saved, checks)
+        await asyncio.to_thread(self._from_here, found, saved, checks, sources)
         return found
 
-    def _from_here(self, found: Figures, saved: Iterable[Target | Broken], checks: dict[str, dict[str, Any]]) -> None:
+    def _from_here(
+        self,
+        found: Figures,
+        saved: Iterable[Target | Broken],
+        checks: dict[str, dict[str, Any]],
+        sources: Iterable[Source],
+    ) -> None:
         home, targets = self._home, [one for one in saved if isinstance(one, Target)]
         breakers: dict[str, Breaker] = {}
         with suppress(DispatchError, OSError, sqlite3.Error), Ledger(home.ledger) as ledger:
             found.totals = ledger.happenings.totals(host_name() if ledger.shared else "")
             found.messages = ledger.messages.counts()
             breakers = breaker.every(ledger, targets)
+            found.certificates = certificates.known(self._certificate, targets, checks, sources, ledger)
             found.ledger = True
         for one in saved:
             known = breakers.get(one.name)
@@ -146,7 +156,9 @@ class Gatherer:
                     healthy,
                 )
             )
-        found.certificates = certificates.known(self._certificate, targets, checks)
+        if not found.ledger:
+            found.certificates = certificates.known(self._certificate, targets, checks, sources)
+        peers.ask_again(home, targets)
         found.disks = disks.spaces(home, targets)
         found.listeners, found.received = listening.listeners(home), listening.sources(home) or {}
         found.staged, staged = _staged(home.staging)

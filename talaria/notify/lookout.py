@@ -24,14 +24,15 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import TERMINAL_STATES, FlowRun, State, StateType
 from prefect.client.schemas.sorting import FlowRunSort
 
-from blocks import Target
+from blocks import Source, Target
 from blocks.rule import Rule, RuleEvent
 from talaria.engine import runs
 from talaria.engine.registry import deployed
-from talaria.metrics import certificates, disks
+from talaria.metrics import certificates, disks, peers
 from tasks.checking import last_checks
 from tasks.dispatch import rest, running
 from tasks.happened import happened
+from tasks.sources.saved import KEPT
 from tasks.targets import all_targets
 from transfer.home import Home, host_name
 from transfer.ledger import Ledger
@@ -60,8 +61,10 @@ async def look(client: PrefectClient, home: Home, ledger: Ledger, rules: Iterabl
     targets = [one for one in saved if isinstance(one, Target)]
     if RuleEvent.CERTIFICATE in heard:
         checks = await last_checks(client, saved)
-        known = await asyncio.to_thread(certificates.known, certificate, targets, checks)
+        sources = [one for one in await KEPT.all(client) if isinstance(one, Source)]
+        known = await asyncio.to_thread(certificates.known, certificate, targets, checks, sources, ledger)
         await asyncio.to_thread(_expiring, ledger, known)
+        peers.ask_again(home, targets)
     if RuleEvent.DISK in heard:
         spaces = await asyncio.to_thread(disks.spaces, home, targets)
         wanted = {rule.free_percent for rule in at_work if RuleEvent.DISK in rule.on}
@@ -153,7 +156,8 @@ def _expiring(ledger: Ledger, known: Iterable[certificates.KnownCertificate]) ->
             if before and one.days > max(DAYS) + 1:  # renewed; what is known of a peer's is known to a day
                 ledger.happenings.stands(subject, "")
         elif (not before or days < int(before)) and ledger.happenings.stands(subject, str(days)):
-            about = {"of" if front else "target": one.of, "whose": one.whose, "days": max(0, int(one.days))}
+            of = "of" if front else "source" if one.whose == certificates.LISTENER else "target"
+            about = {of: one.of, "whose": one.whose, "days": max(0, int(one.days))}
             happened(ledger, RuleEvent.CERTIFICATE, about)
 
 

@@ -9,6 +9,12 @@ from typing import Any
 from transfer.messages import StoredMessage
 
 TIMES = ("first", "last", "since")  # of an entry, in seconds since the epoch
+WHOSE = {
+    "peer": "shown by it",
+    "own": "shown to it by us",
+    "server": "of our front door",
+    "listener": "shown by its listener",
+}
 CAUSES = {
     "outage": "it does not answer, breaks off, or is busy: this may pass by itself",
     "refused": "settings, a password, a certificate or a place are not accepted: somebody must change something",
@@ -117,8 +123,7 @@ def _line(entry: dict[str, Any]) -> str:
     if entry.get("late_s"):
         parts.append(f"Late is what has not ended {entry['late_s']} s after it was to begin, or was asked for again.")
     if entry.get("whose"):
-        whose = {"peer": "shown by it", "own": "shown to it by us", "server": "of our front door"}
-        parts.append(f"The certificate is {whose.get(entry['whose'], entry['whose'])}.")
+        parts.append(f"The certificate is {WHOSE.get(entry['whose'], entry['whose'])}.")
     if entry.get("words"):
         parts.append(f"It says: {entry['words']}")
     if entry.get("paths"):

@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from blocks import Target
+from blocks import Source, Target
 from talaria.metrics import certificates, disks
 from talaria.service import Office, sources
 from tasks.checking import last_checks
 from tasks.documents import Broken
+from tasks.sources.saved import KEPT
 from transfer import listening
 from transfer.home import Home
+from transfer.ledger import Ledger
 
 DAYS = 30  # before the end of a certificate
 FREE_PERCENT = 10.0  # of a disk; as rules have it where nothing else is set
@@ -27,6 +29,7 @@ class Need(StrEnum):
     SOURCE_BROKEN = "source.broken"
     SOURCE_STUCK = "source.stuck"
     SOURCE_UNITS = "source.units"
+    SOURCE_CERTIFICATE = "source.certificate"
     CERTIFICATE_OWN = "certificate.own"
     CERTIFICATE_PEER = "certificate.peer"
     CERTIFICATE_SERVER = "certificate.server"
@@ -62,10 +65,13 @@ async def needed(office: Office, saved: Sequence[Target | Broken], certificate: 
     rows = (await sources.list_sources(office))["sources"]
     checks = await last_checks(office.client, saved)
     targets = [one for one in saved if isinstance(one, Target)]
+    there = [one for one in await KEPT.all(office.client) if isinstance(one, Source)]
 
     def looked() -> list[Attention]:
         found = [*_sources(office.home, rows)]
-        found += sorted(_certificates(certificates.known(certificate, targets, checks)), key=lambda one: one.count)
+        with Ledger(office.home.ledger) as ledger:
+            known = certificates.known(certificate, targets, checks, there, ledger)
+        found += sorted(_certificates(known), key=lambda one: one.count)
         return [*found, *_disks(disks.spaces(office.home, targets))]
 
     return await asyncio.to_thread(looked)
@@ -90,6 +96,7 @@ def _certificates(known: Sequence[certificates.KnownCertificate]) -> Iterator[At
         certificates.OWN: Need.CERTIFICATE_OWN,
         certificates.PEER: Need.CERTIFICATE_PEER,
         certificates.SERVER: Need.CERTIFICATE_SERVER,
+        certificates.LISTENER: Need.SOURCE_CERTIFICATE,
     }
     for one in known:
         if one.days <= DAYS:

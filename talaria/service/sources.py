@@ -10,7 +10,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 from blocks import SOURCES, Source, Target
-from talaria.engine import batches
+from blocks.dicom_source import DicomSource
+from talaria.engine import batches, hosts
 from talaria.service import Office, recorded
 from talaria.service.fields import field_facts
 from talaria.targetfile import action_for, differing, entry, values_of
@@ -21,6 +22,7 @@ from tasks.sources.saved import KEPT
 from tasks.targets import TARGETS
 from transfer import unitlist
 from transfer.errors import DispatchError, Misconfigured, NotFound
+from transfer.home import host_name
 from transfer.ledger import Ledger
 from transfer.sourcebook import Sourcebook, UnitState
 
@@ -111,10 +113,8 @@ async def apply_sources(
     targets = [*coming, *(one for one in await _targets(office) if one.name not in names)]
     everyone = [*wanted.values(), *kept]
     await asyncio.to_thread(_check, wanted.values(), everyone, targets)
-    leaving = [one.name for one in old]
-    leaving += [one.name for one in there if one.name in wanted and one.type_name != wanted[one.name].type_name]
-    for name in leaving:
-        await asyncio.to_thread(checks.check_removal, office.home, name)
+    for one in (*old, *(one for one in there if one.name in wanted and one.type_name != wanted[one.name].type_name)):
+        await check_removal(office, one.name, one.type_name)
     for name, action in actions.items() if not dry_run else ():
         before = next((one for one in there if one.name == name and isinstance(one, Source)), None)
         await save_source(office, wanted[name], before, action)
@@ -185,16 +185,33 @@ async def remove_source(office: Office, name: str) -> dict[str, Any]:
     """Remove a source, and what is known of its units; no file is touched, and what is under way goes on.
 
     Raises:
-        Misconfigured: it has received what is not delivered yet.
+        Misconfigured: it has received what is not delivered yet, or only another host knows.
     """
     document = pick(name, await KEPT.documents(office.client, [split(name)[1]]))  # also one that is broken
     if document is None:
         await load_source(office, name)  # says which there are
     else:
         name = str(document.name)
-        await asyncio.to_thread(checks.check_removal, office.home, name)
+        await check_removal(office, name, type_of(document))
         await _remove(office, name, f"{type_of(document)}/{name}")
     return {"name": name, "action": "removed"}
+
+
+async def check_removal(office: Office, name: str, type_name: str) -> None:
+    """Check that a source has nothing that only it would deliver.
+
+    Raises:
+        Misconfigured: there is something, or only another host knows.
+    """
+    if type_name == DicomSource.type_name and hosts.several():
+        host = (await batches.hosts_of(office.client)).get(name, "")
+        if host not in ("", host_name()):
+            raise Misconfigured(
+                f"the host {host} listens for it, and only {host} knows whether all that it received is delivered:"
+                " remove it there, or apply it here first",
+                name,
+            )
+    await asyncio.to_thread(checks.check_removal, office.home, name)
 
 
 async def _remove(office: Office, name: str, qualified: str) -> None:

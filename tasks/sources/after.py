@@ -15,7 +15,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from blocks.source import After, Source
@@ -25,9 +25,10 @@ from tasks.sources.inbox import MARKER, TAKEN
 from transfer import roots
 from transfer.beneath import FOLDER, PATH_ONLY, above
 from transfer.content import copy_bytes, same_content
+from transfer.errors import Permanent, Retryable
 from transfer.fingerprint import Fingerprint
 from transfer.layout import names
-from transfer.oserrors import words_of
+from transfer.oserrors import kind_of, words_of
 from transfer.plan import Item, scan
 from transfer.unitlist import FileFacts, ListedUnit
 
@@ -46,11 +47,17 @@ class Finished:
     Attributes:
         fingerprint: of those that are left, of the ones that were dispatched.
         kept: how many were left, by the reason.
+        passing: how many of them for a reason that passes by itself, as a full disk does.
+        failed: what the file system said, of whichever file.
+        put_back: the facts of files that had our name for a moment, which changed their ctime, by path.
     """
 
     fingerprint: str
     gone: int = 0
     kept: Counter[str] = field(default_factory=Counter)
+    passing: int = 0
+    failed: str = ""
+    put_back: dict[str, FileFacts] = field(default_factory=dict)
 
     @property
     def words(self) -> str:
@@ -92,11 +99,14 @@ def finish(
             check()
             inside = _inside(folder, one.path)
             try:
-                _let_go(fd, inside, one, confirmed, tree, finals.get(one.path, inside))
+                _let_go(fd, inside, one, confirmed, tree, finals.get(one.path, inside), done.put_back)
             except _Stays as exc:
                 done.kept[str(exc)] += 1
+                done.passing += str(exc) == WRITTEN
             except OSError as exc:
-                done.kept[words_of(exc)] += 1
+                done.failed = words_of(exc)
+                done.kept[done.failed] += 1
+                done.passing += passes(exc)
             else:
                 done.gone += 1
                 mark.take(_name(unit, one.path), one.size, one.mtime_ns)
@@ -105,6 +115,11 @@ def finish(
                 _clear(fd, inside)
     done.fingerprint = str(mark)
     return done
+
+
+def passes(exc: OSError) -> bool:
+    """Return True if what a file system says may pass by itself: a full disk, a share that is away, an input error."""
+    return issubclass(kind_of(exc) or Permanent, Retryable)
 
 
 def restore(folder: str, unit: ListedUnit) -> None:
@@ -129,9 +144,15 @@ def _name(unit: ListedUnit, path: str) -> str:
 
 
 def _let_go(
-    root: int, inside: str, one: FileFacts, confirmed: Callable[[FileFacts], bool], tree: Tree | None, final: str
+    root: int,
+    inside: str,
+    one: FileFacts,
+    confirmed: Callable[[FileFacts], bool],
+    tree: Tree | None,
+    final: str,
+    back: dict[str, FileFacts],
 ) -> None:
-    """Move or delete one file.
+    """Move or delete one file; if it can't go, though it may, keep what it is then in `back`.
 
     Raises:
         _Stays: it must not go. OSError: it can't.
@@ -143,14 +164,19 @@ def _let_go(
             taken = TAKEN + name
             if len(os.fsencode(taken)) > _NAME_BYTES:
                 raise _Stays("its name is too long to be handled safely")
+            held = False
             try:
                 _take(folder, name, taken, one, confirmed)
+                held = True
+                _check_writers(folder, taken)
                 if tree is None:
                     os.unlink(taken, dir_fd=folder)
                 else:
                     _move(folder, taken, tree, final)
             except BaseException:
                 _put_back(folder, taken, name)  # also what a kill has left
+                if held:
+                    _note(folder, name, one, back)
                 raise
     except FileNotFoundError:
         return  # it is gone: an earlier sweep, or somebody else, was faster
@@ -172,8 +198,19 @@ def _take(folder: int, name: str, taken: str, one: FileFacts, confirmed: Callabl
         same = (left.st_size, left.st_mtime_ns, left.st_ino) == (one.size, one.mtime_ns, one.inode)
     if not same:
         raise _Stays(TOUCHED)
+
+
+def _check_writers(folder: int, taken: str) -> None:
     if writers.name_is_written(taken, folder):
         raise _Stays(WRITTEN)
+
+
+def _note(folder: int, name: str, one: FileFacts, back: dict[str, FileFacts]) -> None:
+    """Keep what a file is that was found unchanged and has its own name again; nothing if it is another one."""
+    with suppress(OSError):
+        now = os.stat(name, dir_fd=folder, follow_symlinks=False)
+        if (now.st_size, now.st_mtime_ns, now.st_ino) == (one.size, one.mtime_ns, one.inode):
+            back[one.path] = replace(one, ctime_ns=now.st_ctime_ns)
 
 
 def _renamed(folder: int, name: str, taken: str, one: FileFacts) -> bool:

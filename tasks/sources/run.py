@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
-from collections.abc import Callable
+import threading
+import time
 from typing import Any
 
+import httpx
 from prefect import get_client
 from prefect.artifacts import acreate_table_artifact
+from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.objects import State as RunState
 from prefect.context import FlowRunContext
+from prefect.exceptions import PrefectException
 from prefect.states import Cancelled as RunCancelled
 from prefect.states import Completed, Failed
 
@@ -23,12 +27,15 @@ from tasks.sources.runs import PrefectDispatching
 from tasks.sources.saved import KEPT
 from tasks.sources.sweep import Sweep, Swept
 from tasks.targets import TARGETS
-from transfer.errors import Cancelled, DispatchError, Misconfigured
+from transfer import unitlist
+from transfer.errors import Cancelled, DispatchError, Misconfigured, NotFound
 from transfer.home import Home, locked
 from transfer.ledger import Ledger
 from transfer.sourcebook import SweepRow
 
 AT = "@"  # in the name of a queue, before the host that it is of
+LOOK_S = 0.5  # between two looks whether a source was changed on this machine
+ELSEWHERE_S = 60.0  # and whether it was from another one
 
 
 async def sweep(name: str) -> RunState[Any]:
@@ -37,15 +44,10 @@ async def sweep(name: str) -> RunState[Any]:
     flow_run = context.flow_run if context else None
     if flow_run is None:
         raise RuntimeError("a sweep runs inside a flow run")
-    home, cancelled = Home.current(), running.flag(str(flow_run.id))
-
-    def check() -> None:
-        if cancelled.is_set():
-            raise Cancelled("the sweep was stopped")
-
+    home = Home.current()
     try:
         with Ledger(home.ledger) as ledger:
-            return await _swept(name, home, ledger, flow_run, check)
+            return await _swept(name, home, ledger, flow_run, _Wish(running.flag(str(flow_run.id))))
     except Cancelled as error:
         return RunCancelled(message=error.message)
     except DispatchError as error:
@@ -54,7 +56,61 @@ async def sweep(name: str) -> RunState[Any]:
         running.forget(str(flow_run.id))
 
 
-async def _swept(name: str, home: Home, ledger: Ledger, flow_run: FlowRun, check: Callable[[], None]) -> RunState[Any]:
+class _Wish:
+    """Whether a sweep is still wanted, as it began: nobody has stopped it, nor paused or removed its source.
+
+    Args:
+        stopped: set when somebody stops the run.
+    """
+
+    def __init__(self, stopped: threading.Event) -> None:
+        self._stopped, self._over = stopped, ""
+
+    def check(self) -> None:
+        """Raise Cancelled if it is not; for any thread."""
+        if self._stopped.is_set():
+            raise Cancelled("the sweep was stopped")
+        if self._over:
+            raise Cancelled(self._over)
+
+    async def follow(self, client: PrefectClient, home: Home, source: Source) -> None:
+        """See, until it is cancelled, whether the source is still what the sweep has begun with."""
+        seen, asked = _changed(home), time.monotonic()
+        while not self._over:
+            await asyncio.sleep(LOOK_S)
+            now = _changed(home)
+            if now == seen and time.monotonic() - asked < ELSEWHERE_S:
+                continue
+            try:
+                self._over = await _why_over(client, source)
+            except (httpx.HTTPError, PrefectException):  # the server is away
+                continue
+            seen, asked = now, time.monotonic()
+
+
+def _changed(home: Home) -> int:
+    try:
+        return unitlist.changed(home).stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
+async def _why_over(client: PrefectClient, source: Source) -> str:
+    """Return why a sweep that has begun with a source must not go on; "" if it may."""
+    try:
+        (now,) = await KEPT.load(client, [source.name], secrets=False)
+    except NotFound:
+        return "the source was removed"
+    except DispatchError as exc:
+        return f"the source was changed: {exc.message}"
+    if not now.enabled:
+        return "the source was paused"
+    if now.leaving != source.leaving:
+        return "what becomes of files that were delivered was changed: the next sweep goes on"
+    return ""
+
+
+async def _swept(name: str, home: Home, ledger: Ledger, flow_run: FlowRun, wish: _Wish) -> RunState[Any]:
     async with get_client() as client:
         source, sources, targets = await everything(client, name)
         if not source.enabled:
@@ -67,16 +123,19 @@ async def _swept(name: str, home: Home, ledger: Ledger, flow_run: FlowRun, check
             host = (flow_run.work_queue_name or "").partition(AT)
             dispatching = PrefectDispatching(client, home, source.name, f"{AT}{host[2]}" if host[2] else "")
             before = ledger.sources.sweep(source.name)
+            following = asyncio.create_task(wish.follow(client, home, source))
             try:
                 await asyncio.to_thread(_check, source, sources, targets, before)
                 by_name = {one.name: one for one in targets}
-                done = await Sweep(source, by_name, home, ledger, dispatching, check).run()
+                done = await Sweep(source, by_name, home, ledger, dispatching, wish.check).run()
             except Cancelled:
                 raise
             except Exception as error:
                 unexpected = f"unexpected {type(error).__name__}: see the log of its sweep"
                 _stuck(ledger, source, before, error.message if isinstance(error, DispatchError) else unexpected)
                 raise
+            finally:
+                following.cancel()
             mount = await asyncio.to_thread(_mount, source)
             ledger.sources.swept(source.name, SweepRow(mount, 0.0, done.next, done.waiting, ""))
     if done.runs:

@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from typing import Any
 
 from blocks import Source, Target
@@ -44,8 +45,10 @@ LEVELS = list(Level)
 DAY_S = 86_400.0
 KEPT_S = 30 * DAY_S  # for which it is remembered what was done with units that are there no more
 OPEN_S = 60.0  # after which a unit is looked at again that somebody writes to; a watch sees sooner that this has ended
+AGAIN_S = 300.0  # and one whose files a full disk, or a share that is away, kept from going
 ARRIVED = (UnitState.DELIVERED, UnitState.DONE)
 AHEAD = ":ahead"  # after the fingerprint of a unit whose times lie in the future
+LATER = "tried again with the next sweep: "
 LATE = "files came after it was dispatched; `talaria source retry` dispatches it again"
 
 
@@ -104,6 +107,8 @@ class Sweep:
         self.source, self.targets, self.home, self.ledger = source, targets, home, ledger
         self.book, self.dispatching, self.check = ledger.sources, dispatching, check
         self.done = Swept()
+        self._put_back = dict[str, FileFacts]()  # what files of the list at hand are now that could not go
+        self._open = dict[str, str]()  # units of whose files some are to go with a later sweep, with the reason
 
     async def run(self) -> Swept:
         """Settle what has ended, then dispatch what is ready.
@@ -113,6 +118,7 @@ class Sweep:
         """
         await self.settle()
         for batch in await asyncio.to_thread(self._look):
+            self.check()  # the next sweep creates what is left
             await self._create(batch.mark, batch.parameters, len(batch.rows))
         await asyncio.to_thread(units.report, self.source, self.ledger)
         return self.done
@@ -127,7 +133,9 @@ class Sweep:
         delivered = []
         for row in rows.values():
             if row.state is UnitState.DELIVERED:
-                delivered.append((row, None))
+                delivered.append(row)
+                if row.detail.startswith(LATER):
+                    self._open[row.unit] = row.detail
             elif row.state is UnitState.FAILED:
                 failed[row.run].append(row)
             else:
@@ -141,9 +149,9 @@ class Sweep:
         ended = await self.dispatching.ended(list(by_run)) if by_run else {}
         for run, end in ended.items():
             await asyncio.to_thread(self._settle, by_run[run], end)
-        if delivered:  # a sweep was killed before it had dealt with their files
-            again = await self.dispatching.ended(list({row.run for row, _ in delivered}))
-            for row, _ in delivered:
+        if delivered:  # a sweep was killed before it had dealt with their files, or could not
+            again = await self.dispatching.ended(list({row.run for row in delivered}))
+            for row in delivered:
                 await asyncio.to_thread(self._let_go, [row], again.get(row.run, EndedRun(gone=True)), killed=True)
 
     def _settle(self, rows: list[UnitRow], end: EndedRun) -> None:
@@ -178,18 +186,28 @@ class Sweep:
             self.book.save(name, [row.now(done, batch="") for row in rows])
             return
         for mark in {row.batch for row in rows}:
-            listed, asked = self._listed(mark), unitlist.kept(unitlist.place(self.home, name, mark)) or {}
-            for row in rows:
-                if row.batch != mark:
-                    continue
-                self.check()
-                if row.unit in listed:
-                    now = self._finished(row, folder, listed[row.unit], end.study(row.unit) or {}, asked)
-                else:  # the list is gone: nobody knows what the files were
-                    words = "" if leave else "its files stay: the list of them is gone"
-                    now = row.now(done, words, batch="")
-                self.done.counts[done] += now.state is done
-                self.book.save(name, [now])
+            try:
+                self._let_go_of([row for row in rows if row.batch == mark], mark, folder, end, leave=leave)
+            finally:
+                if self._put_back:
+                    unitlist.amend(unitlist.place(self.home, name, mark), self._put_back)
+                    self._put_back.clear()
+
+    def _let_go_of(self, rows: list[UnitRow], mark: str, folder: str, end: EndedRun, *, leave: bool) -> None:
+        """Do so with the units of one list."""
+        name, done = self.source.name, UnitState.DONE
+        listed, asked = self._listed(mark), unitlist.kept(unitlist.place(self.home, name, mark)) or {}
+        for row in rows:
+            self.check()
+            if row.unit in listed:
+                now = self._finished(row, folder, listed[row.unit], end.study(row.unit) or {}, asked)
+            else:  # the list is gone: nobody knows what the files were
+                words = "" if leave else "its files stay: the list of them is gone"
+                now = row.now(done, words, batch="")
+            if now.state is done:
+                self.done.counts[done] += 1
+                self._open.pop(row.unit, None)
+            self.book.save(name, [now])
 
     def _finished(
         self, row: UnitRow, folder: str, unit: ListedUnit, study: Mapping[str, Any], asked: Mapping[str, Any]
@@ -206,17 +224,45 @@ class Sweep:
                 return row.now(done, batch="")
             confirmed = self._confirmed(unit, study, asked)
             left = after.finish(self.source, folder, unit, row.fingerprint, confirmed, self.check)
+            self._put_back |= left.put_back if left.passing else {}
         except Cancelled:
             raise
         except (DispatchError, OSError) as exc:
             units.root(self.source)  # raises if all of the source is away, and not only something of this unit
             with suppress(DispatchError, OSError):
                 after.restore(folder, unit)
-            words = words_of(exc) if isinstance(exc, OSError) else exc.message
-            if not isinstance(exc, Permanent):
-                return row.now(row.state, f"tried again with the next sweep: {words}")
+            if isinstance(exc, OSError):
+                words, passes = words_of(exc), after.passes(exc)
+            else:
+                words, passes = exc.message, not isinstance(exc, Permanent)
+            if passes:
+                return self._goes_later(row, words, words)
+            self._stays(words)
             return row.now(done, f"its files stay: {words}", batch="")
+        if left.passing:  # with its fingerprint, and its list, as they were: what has gone counts when all is done
+            return self._goes_later(row, left.words, left.failed)
+        if left.failed:
+            self._stays(left.failed)
         return row.now(done, left.words, batch="", fingerprint=left.fingerprint)
+
+    def _goes_later(self, row: UnitRow, words: str, failed: str) -> UnitRow:
+        """Return the row of a unit whose files go with a later sweep; say so of the first one, if something failed.
+
+        Args:
+            failed: what the file system said; "" if somebody just writes to a file.
+        """
+        detail = f"{LATER}{words}"
+        told = {*self._open.values()}
+        self._open[row.unit] = detail
+        self._wait(time.time() + (AGAIN_S if failed else OPEN_S))
+        if failed and not any(failed in one for one in told):
+            self._stuck(f"files of delivered units stay for now: {failed}", "", [row])
+        return row.now(row.state, detail)
+
+    def _stays(self, failed: str) -> None:
+        """Say, once a day, that files of delivered units can't be moved or deleted."""
+        words = f"files of delivered units stay, which `talaria source show` lists: {failed}"
+        self._stuck(words, f"stays/{failed}/{datetime.now(UTC).date()}", [])
 
     def _listed(self, mark: str) -> dict[str, ListedUnit]:
         try:
@@ -262,7 +308,7 @@ class Sweep:
                 if row and row.state is UnitState.DISPATCHED:
                     coming.add(unit.key)
                     continue
-                if row and row.fingerprint == unit.fingerprint:
+                if row and (row.fingerprint == unit.fingerprint or unit.key in self._open):
                     continue
                 coming.add(unit.key)
                 if unit.ahead and not self._has_stayed(unit, row, now):
@@ -408,7 +454,7 @@ class Sweep:
 
     def _stuck(self, words: str, key: str, rows: Collection[UnitRow]) -> None:
         about = {"source": self.source.name, "units": len(rows)}
-        happened(self.ledger, "source.stuck", about, f"{self.source.name}/{key}", words)
+        happened(self.ledger, "source.stuck", about, f"{self.source.name}/{key}" if key else "", words)
 
 
 def _failure(study: Mapping[str, Any] | None, message: str) -> str:

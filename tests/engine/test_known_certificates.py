@@ -1,32 +1,140 @@
-"""How long a peer's certificate is known to be valid, whatever its last check came to."""
+"""How long certificates are valid, as far as is known: whatever the last check of a target came to, or without one."""
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+import ssl
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from socket import create_server
+from typing import Any
 
 import pytest
 
+from blocks.base import Target
+from blocks.dicom_source import DicomSource
 from blocks.dicom_tls import DicomTlsTarget
-from talaria.metrics import certificates
+from blocks.dicomweb import DicomWebTarget
+from blocks.rule import WebhookRule
+from talaria.metrics import certificates, peers
+from talaria.notify import lookout
+from talaria.testing.process import free_port, until
+from tests.servers.certificates import Authority, Leaf
+from transfer.home import Home
+from transfer.ledger import Ledger
 
 NOW = datetime(2026, 11, 1, tzinfo=UTC)
 
 
-def check(detail: str) -> dict[str, object]:
-    return {"time": NOW.isoformat(), "probes": [{"name": "tls", "result": "ok", "detail": detail}]}
+def check(detail: str, time: datetime = NOW) -> dict[str, object]:
+    return {"time": time.isoformat(), "probes": [{"name": "tls", "result": "ok", "detail": detail}]}
 
 
-def test_a_check_that_fails_before_it_does_not_end_what_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(certificates, "_seen", {})
-    target = DicomTlsTarget(host="pacs.example.org", port=2762, aet_target="PACS").named("pacs")
+def pacs(**fields: Any) -> DicomTlsTarget:
+    return DicomTlsTarget(**{"host": "pacs.example.org", "aet_target": "PACS", **fields}).named("pacs")
+
+
+@contextmanager
+def shows(leaf: Leaf) -> Iterator[int]:
+    """A server that shakes hands and says nothing; yields its port."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(leaf.cert, leaf.key)
+
+    def serve() -> None:
+        with suppress(OSError):
+            while True:
+                sock, _ = server.accept()
+                with suppress(OSError), context.wrap_socket(sock, server_side=True) as wrapped:
+                    wrapped.recv(1)
+
+    with create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield server.getsockname()[1]
+
+
+def test_a_check_that_fails_before_it_does_not_end_what_is_known(tmp_path: Path) -> None:
+    """Nor does its removal, nor the end of the process that saw it."""
 
     def ends(one: DicomTlsTarget, detail: str) -> list[float]:
-        found = certificates.known("", [one], {"pacs": check(detail)})
+        checks = {"pacs": check(detail)} if detail else {}
+        with Ledger(tmp_path / "ledger.sqlite") as ledger:
+            found = certificates.known("", [one], checks, (), ledger)
         return [(cert.expires - NOW.timestamp()) / certificates.DAY_S for cert in found]
 
-    assert ends(target, "connection refused") == []
-    assert ends(target, "TLS 1.3; certificate expires in 9 days") == [9]
-    assert ends(target, "connection refused") == [9]
-    assert ends(target, "the peer's certificate has expired: it must be renewed there") == [0]
-    elsewhere = DicomTlsTarget(host="other.example.org", port=2762, aet_target="PACS").named("pacs")
-    assert ends(elsewhere, "connection refused") == []
+    assert ends(pacs(), "connection refused") == []
+    assert ends(pacs(), "TLS 1.3; certificate expires in 9 days") == [9]
+    assert ends(pacs(), "connection refused") == ends(pacs(), "") == [9]
+    assert ends(pacs(host="other.example.org"), "connection refused") == []
+
+
+def test_what_was_seen_last_counts(tmp_path: Path) -> None:
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        for day, detail, end in (
+            (0, "expires in 9 days", 9),
+            (2, "the peer's certificate has expired: it must be renewed there", 2),
+            (1, "expires in 400 days", 2),
+            (3, "expires in 400 days", 403),
+        ):
+            checks = {"pacs": check(detail, NOW + timedelta(days=day))}
+            (found,) = certificates.known("", [pacs()], checks, (), ledger)
+            assert (found.expires - NOW.timestamp()) / certificates.DAY_S == end
+
+
+@pytest.mark.parametrize("web", [False, True])
+def test_a_certificate_is_seen_without_a_check_and_a_renewed_one_within_a_day(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, web: bool
+) -> None:
+    authority, home = Authority(tmp_path / "ca"), Home(tmp_path)
+    monkeypatch.setattr(peers, "_tried", {})
+    with shows(authority.leaf("old", expired=True)) as old, shows(authority.leaf("new")) as new:
+
+        def target(port: int) -> Target:
+            if web:
+                return DicomWebTarget(url=f"https://127.0.0.1:{port}/dicom").named("pacs")
+            return pacs(host="127.0.0.1", port=port)
+
+        def known(port: int) -> list[float]:
+            with Ledger(home.ledger) as ledger:
+                return [one.days for one in certificates.known("", [target(port)], {}, (), ledger)]
+
+        peers.ask_again(home, [target(old)])
+        until(lambda: bool(known(old)))
+        assert known(old)[0] < 0 and known(new) == []
+        with Ledger(home.ledger) as ledger:
+            mark = peers.subject(target(old))
+            monkeypatch.setattr(peers, "subject", lambda one: mark)  # another certificate at the same place
+            peers.ask(ledger, [target(new)])
+            assert known(new)[0] < 0, "not asked again on the same day"
+            seen = peers.kept(ledger)[mark]
+            peers.keep(ledger, target(new), peers.SeenCertificate(seen.expires, seen.seen - peers.DAY_S - 60))
+            peers.ask(ledger, [target(new)])
+            assert 19 < known(new)[0] < 20
+            peers.ask(ledger, [target(free_port())])
+        assert 19 < known(new)[0] < 20
+
+
+def test_a_target_that_shows_none_is_not_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "_tried", {})
+    plain = DicomWebTarget(url="http://127.0.0.1:1/dicom").named("plain")
+    off = pacs(host="127.0.0.1", port=1, enabled=False)
+    peers.ask_again(Home(tmp_path), [plain, off])
+    assert not peers._tried and not (tmp_path / "ledger.sqlite").exists()
+
+
+def test_the_certificate_of_a_listener_is_known_and_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tasks.happened.emit_event", lambda *args, **more: None)  # it would start a server
+    leaf = Authority(tmp_path / "ca").leaf("router")
+    fields = {"tls_cert": str(leaf.cert), "tls_key": str(leaf.key)}
+    source = DicomSource(aet="ROUTER", targets=["pacs"], **fields).named("ct")
+    rule = WebhookRule(url="http://h/", on=["certificate.expires"], sources=["ct"]).named("ops")
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        known = certificates.known("", [], {}, [source], ledger)
+        assert [(one.of, one.whose) for one in known] == [("ct", certificates.LISTENER)] and 19 < known[0].days < 20
+        lookout._expiring(ledger, known)
+        lookout._expiring(ledger, known)
+        (one,) = ledger.happenings.waiting(9)
+    assert one.about | {"source": "ct", "whose": "listener", "days": 19} == one.about
+    assert rule.hears(one.event, one.about)

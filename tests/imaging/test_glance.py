@@ -114,17 +114,20 @@ def test_a_length_beyond_the_head_shows_nothing() -> None:
 
 
 def test_instances_of_series_after_series_are_known_each() -> None:
+    """Of one class and series, of another, and in files that begin otherwise."""
     glance = Glance()
     for number in range(40):
         series = f"1.2.{number // 8}"
+        sop_class = "1.2.840.10008.5.1.4.1.1.2" + ".1" * (number % 3 // 2)
         with studies.quiet():
             ds = studies.dataset(
                 study="1.2.3", series=series, SOPInstanceUID=f"1.2.3.{10 ** (number % 8)}", InstanceNumber=10**number,
-                StationName="x" * (number % 16),
+                StationName="x" * (number % 16), SOPClassUID=sop_class,
             )  # fmt: skip
             del ds.DataSetTrailingPadding
             file = studies.encoded(ds)
         header = walked(file)
         data = file[header.dataset_offset :]
-        seen = glance(data[:HEAD_BYTES], len(data), header.TransferSyntaxUID, header.dataset_offset)
-        assert seen is not None and uids(seen) == uids(header)
+        offset = header.dataset_offset + number % 2
+        seen = glance(data[:HEAD_BYTES], len(data), header.TransferSyntaxUID, offset)
+        assert seen is not None and uids(seen) == uids(header) and seen.dataset_offset == offset

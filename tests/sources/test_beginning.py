@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from pathlib import Path
 from typing import Any, cast
 from uuid import UUID, uuid4
@@ -15,6 +16,8 @@ from prefect.states import Completed, Failed, Running, Scheduled
 
 from blocks.inbox import InboxSource
 from talaria.engine import batches
+from talaria.engine import sweeping as module
+from talaria.engine.folderwatch import FolderWatch
 from talaria.engine.sweeping import _Sweeping, _Watched
 from transfer.home import Home
 from transfer.ledger import Ledger
@@ -67,6 +70,65 @@ def test_a_run_that_goes_on_begins_no_sweep_when_a_part_of_it_ends(tmp_path: Pat
         assert not is_due(Scheduled()) and not is_due(Running())
         assert is_due(Failed()) and is_due(Completed()), "it has ended once more"
         assert is_due(None), "it was removed"
+
+
+@pytest.mark.parametrize("how", ["renamed", "gone", "late"])
+def test_a_folder_that_was_made_again_is_watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    """A mount over it is the same to us: another folder of that name."""
+    inbox, saved = tmp_path / "inbox", [box(tmp_path / "inbox")]
+
+    async def every(client: Any) -> list[Any]:
+        return saved
+
+    monkeypatch.setattr("tasks.sources.saved.KEPT.all", every)
+    if how != "late":
+        inbox.mkdir()
+    with Ledger(tmp_path / "ledger") as ledger:
+        sweeping = _Sweeping(cast(Any, Server()), Home(tmp_path), ledger)
+
+        def read() -> _Watched:
+            asyncio.run(sweeping._read_sources())
+            return sweeping.watched["box"]
+
+        first = read()
+        first.due = NEVER
+        assert read() is first and first.due == NEVER
+        if how == "renamed":
+            inbox.rename(tmp_path / "old")
+        elif how == "gone":
+            (tmp_path / "other").mkdir()  # else the new one may get the number of the old one
+            inbox.rmdir()
+            (tmp_path / "other").rename(inbox)
+        inbox.mkdir(exist_ok=True)
+        now = read()
+        assert now.due < NEVER, "what has come meanwhile is looked at"
+        now.due = NEVER
+        (inbox / "study").mkdir()
+        sweeping._listen(now)
+        assert now.due < NEVER and not any(one.blind for one in now.folders)
+        assert read() is now
+
+
+def test_a_share_that_hangs_takes_one_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    over, looks = threading.Event(), list[int]()
+
+    class Hangs(FolderWatch):
+        @property
+        def is_stale(self) -> bool:
+            looks.append(1)
+            return over.wait(120)
+
+    async def ask() -> None:
+        watched = _Watched(box(tmp_path), [Hangs(str(tmp_path))])
+        for _ in range(3):
+            assert not await watched.is_stale()
+        assert len(looks) == 1
+        monkeypatch.setattr(module, "STALE_S", 120.0)
+        over.set()
+        assert await watched.is_stale()
+
+    monkeypatch.setattr(module, "STALE_S", 0.01)
+    asyncio.run(ask())
 
 
 @pytest.mark.parametrize(("ledger", "queue"), [("postgresql://database/talaria", "normal@here"), ("", "normal")])

@@ -276,8 +276,46 @@ def test_what_was_received_for_a_source_that_is_gone_is_said_once(
         if name != "empty":
             studies.dicom(folder / name / ReceivedUnit("CT1", "CT", "::1", "1.2").name / "1.dcm")
     for _ in range(2):
-        watch._say_what_lies({"there"})
+        watch._say_what_lies({"there"}, {})
     [words] = said
     assert words.startswith(
         f"gone: 1 units that it received lie in {folder / 'gone'}, and there is no such DICOM source"
     )
+
+
+def test_a_source_that_is_moved_to_another_host_leaves_this_one(
+    listeners: Listeners, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever applies it there changes nothing else of it: two hosts went on listening, and one dispatched."""
+    monkeypatch.setenv("TALARIA_LEDGER", "postgresql://database/talaria")
+    monkeypatch.setenv("TALARIA_HOST_NAME", "here")
+    watch, said, port = watching(listeners), list[str](), free_port()
+    one, hosts = source("ct", port), {"ct": "here"}
+    kind = type("Kind", (), {"slug": "dicom-source"})
+    saved = type("Document", (), {"id": 1, "name": "ct", "data": {}, "block_type": kind})
+
+    async def documents(client: Any, **asked: Any) -> list[Any]:
+        return [saved]
+
+    async def hosts_of(client: Any) -> dict[str, str]:
+        return hosts
+
+    monkeypatch.setattr("tasks.sources.saved.KEPT.documents", documents)
+    monkeypatch.setattr("tasks.sources.saved.KEPT.made_of", lambda document: one)
+    monkeypatch.setattr("talaria.engine.batches.hosts_of", hosts_of)
+    monkeypatch.setattr(watch, "_stuck", lambda name, words: said.append(f"{name}: {words}"))
+
+    def look() -> None:
+        asyncio.run(watch._look(cast("Any", object())))
+
+    look()
+    assert sends(port, "CT") and not said
+    for host, is_here in (("there", False), ("here", True), ("there", False)):
+        hosts["ct"] = host
+        look()
+        assert listening(port) is is_here
+    assert len(said) == 2 and said[0] == said[1]
+    assert said[0].startswith(f"ct: 1 units that it received lie in {listeners._home.root / 'received' / 'ct'}")
+    assert "the source was moved to there: apply it on here" in said[0]
+    look()
+    assert len(said) == 2

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from blocks.dicom_source import DicomSource
+from talaria.service import Office, sources
 from talaria.testing import studies
 from tasks.sources.checks import check_removal
 from tasks.sources.dicom import confirmed, orphans
@@ -254,6 +256,27 @@ def test_a_source_for_which_units_wait_is_not_removed(bench: Bench) -> None:
     bench.all()
     check_removal(bench.home, "box")
     assert orphans(bench.home, set()) == {}
+
+
+def test_what_another_host_has_received_is_that_host_s_to_say(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def hosts_of(client: Any) -> dict[str, str]:
+        return {"box": "there"}
+
+    def ask(type_name: str = "dicom") -> None:
+        asyncio.run(sources.check_removal(Office(cast("Any", object()), bench.home), "box", type_name))
+
+    monkeypatch.setattr("talaria.engine.batches.hosts_of", hosts_of)
+    monkeypatch.setenv("TALARIA_HOST_NAME", "here")
+    ask()
+    monkeypatch.setenv("TALARIA_LEDGER", "postgresql://database/talaria")
+    with pytest.raises(Misconfigured, match="only there knows whether all that it received is delivered"):
+        ask()
+    ask("inbox")
+    monkeypatch.setenv("TALARIA_HOST_NAME", "there")
+    ask()
+    receive(bench)
+    with pytest.raises(Misconfigured, match="1 units that it received are not delivered yet"):
+        ask()
 
 
 def test_what_is_no_unit_is_left_alone(bench: Bench) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import time
@@ -15,6 +16,7 @@ from talaria.testing import studies as material
 from tasks import DRIVERS
 from tasks.sources import after, writers
 from tasks.sources.inbox import TAKEN
+from tasks.sources.sweep import LATER
 from tests.sources.bench import Bench
 from transfer import confirmed, unitlist
 from transfer.errors import Denied, Interrupted, Misconfigured, NotFound
@@ -230,10 +232,74 @@ def test_a_file_that_is_written_to_again_is_not_deleted(bench: Bench, after: str
             path.rename(path.with_name(f"{TAKEN}{path.name}"))
         bench.sweep()
         writer.write(b"\0" * 8)
-    assert bench.rows()["s"].detail == "1 files stay: it is still open for writing"
+    assert bench.rows()["s"].detail == f"{LATER}1 files stay: it is still open for writing"
     assert names(bench.inbox) == {f"s/{path.name}"} and path.read_bytes().endswith(b"\0" * 8)
     bench.all()
     assert not names(bench.inbox), "when it is whole, it is sent again, and goes"
+
+
+def test_a_file_that_was_only_open_for_writing_goes_with_a_later_sweep(bench: Bench) -> None:
+    bench.source = bench.named(after="delete")
+    (path,) = material.ct(bench.inbox / "s", 1)
+    bench.sweep()
+    bench.dispatch()
+    with path.open("ab"):
+        done = bench.sweep()
+        assert done.waiting == 1 and done.next > time.time() + 30 and not told(bench)
+    bench.sweep()
+    assert not names(bench.inbox) and bench.states() == {"s": "done"} and delivered(bench) == 1
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EBUSY, errno.ENOTCONN])
+@pytest.mark.parametrize("late", ["append", "hold"])
+def test_what_a_full_disk_or_a_share_keeps_from_being_moved_goes_later(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, error: int, late: str
+) -> None:
+    """It is said once, and what has gone meanwhile is neither missed nor taken for a change."""
+    bench.source = bench.named(after="move", move_to=str(bench.folder / "sent"), late=late)
+    for name in ("s", "t"):
+        material.ct(bench.inbox / name, 3)
+    bench.sweep()
+    bench.dispatch()
+    move, moved = after._move, list[str]()
+
+    def fails(folder: int, taken: str, tree: Any, final: str) -> None:
+        if len(moved) >= 2:
+            raise OSError(error, os.strerror(error))
+        move(folder, taken, tree, final)
+        moved.append(final)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(after, "_move", fails)
+        for _ in range(3):
+            done = bench.sweep()
+            assert not done.runs and done.waiting == 2 and done.next > time.time() + 60
+    rows = bench.rows()
+    assert {str(row.state) for row in rows.values()} == {"delivered"} and len(names(bench.inbox)) == 4
+    assert all(row.detail.startswith(LATER) and os.strerror(error) in row.detail for row in rows.values())
+    assert len(told(bench)) == 1
+    bench.sweep()
+    assert set(bench.states().values()) == {"done"} and not names(bench.inbox) and not bench.asked
+    assert len(names(bench.folder / "sent")) == 6 and not any(row.detail for row in bench.rows().values())
+    material.ct(bench.inbox / "s", 1, first=9)
+    bench.all()
+    assert len(told(bench)) == 1 + (late == "hold")
+
+
+def test_that_files_may_not_be_deleted_is_said(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.source = bench.named(after="delete")
+    for name in ("s", "t"):
+        material.ct(bench.inbox / name, 2)
+
+    def refused(*what: Any) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(after, "_take", refused)
+    bench.all()
+    bench.sweep()
+    assert set(bench.states().values()) == {"done"} and len(names(bench.inbox)) == 4
+    (words,) = told(bench)
+    assert "files of delivered units stay" in words and "Permission denied" in words
 
 
 @pytest.mark.parametrize("first", [False, True])

@@ -59,6 +59,8 @@ TEXTS = {
     "home.source.broken": "Source {name}: {why}",
     "home.source.stuck": "Source {name}: {why}",
     "home.source.units": "Source {name}: {count} units failed or are held",
+    "home.source.certificate": "Source {name}: the certificate of its listener ends in {count} days",
+    "home.source.certificate.over": "Source {name}: the certificate of its listener is over",
     "home.certificate.own": "{name}: the certificate that we show it ends in {count} days",
     "home.certificate.own.over": "{name}: the certificate that we show it is over",
     "home.certificate.peer": "{name}: its certificate ends in {count} days",

@@ -1,0 +1,157 @@
+"""A sweep that runs ends where its source is paused, removed, or no longer to delete: what is left stays as it is."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from threading import Event
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from blocks.source import Source
+from talaria.testing import studies as material
+from talaria.testing.process import until
+from tasks.sources import after, run
+from tests.sources.bench import Bench
+from transfer import unitlist
+from transfer.errors import Cancelled, NotFound
+from transfer.ledger import Ledger
+
+
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    monkeypatch.setenv("TALARIA_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("tasks.happened.emit_event", lambda *args, **more: None)  # it would start a server
+    return Bench(tmp_path, after="delete")
+
+
+def swept(bench: Bench, monkeypatch: pytest.MonkeyPatch, saved: list[Source]) -> None:
+    """Run one sweep as the flow does, of a source that is saved as `saved` has it meanwhile."""
+
+    async def load(client: Any, names: list[str], **asked: Any) -> list[Source]:
+        if not saved:
+            raise NotFound("no source named box")
+        return saved[-1:]
+
+    async def everything(client: Any, name: str) -> tuple[Source, list[Source], list[Any]]:
+        return bench.source, [bench.source], list(bench.targets.values())
+
+    @asynccontextmanager
+    async def client() -> Any:
+        yield object()
+
+    monkeypatch.setattr(run, "get_client", client)
+    monkeypatch.setattr(run, "everything", everything)
+    monkeypatch.setattr(run.KEPT, "load", load)
+    monkeypatch.setattr(run, "PrefectDispatching", lambda *args: bench)
+    monkeypatch.setattr(run, "_link", lambda source, done: asyncio.sleep(0))
+    with Ledger(bench.home.ledger) as ledger:
+        ours = cast(Any, SimpleNamespace(work_queue_name="normal"))
+        asyncio.run(run._swept("box", bench.home, ledger, ours, run._Wish(Event())))
+
+
+def change(bench: Bench, saved: list[Source], to: list[Source]) -> None:
+    """Save a source while a sweep of it runs, as commands and pages do."""
+    saved[:] = to
+    path = unitlist.changed(bench.home)
+    path.parent.mkdir(exist_ok=True)
+    path.touch()
+
+
+@pytest.mark.parametrize(
+    ("to", "words"),
+    [
+        (lambda bench: [bench.named(after="delete", enabled=False)], "the source was paused"),
+        (lambda bench: [], "the source was removed"),
+        (lambda bench: [bench.named(after="leave")], "was changed: the next sweep goes on"),
+    ],
+    ids=["paused", "removed", "left alone"],
+)
+def test_nothing_more_is_deleted(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, to: Callable[[Bench], list[Source]], words: str
+) -> None:
+    for number in range(3):
+        material.ct(bench.inbox / f"s{number}", 2)
+    bench.sweep()
+    bench.dispatch()
+    saved, finish, times = [bench.source], after.finish, list[int]()
+
+    def finishing(*given: Any) -> Any:
+        done = finish(*given)
+        times.append(1)
+        change(bench, saved, to(bench))
+        check: Callable[[], None] = given[-1]
+
+        def is_over() -> bool:
+            try:
+                check()
+            except Cancelled:
+                return True
+            return False
+
+        until(is_over)
+        return done
+
+    monkeypatch.setattr(after, "finish", finishing)
+    with pytest.raises(Cancelled, match=words):
+        swept(bench, monkeypatch, saved)
+    assert len(times) == 1 and len(list(bench.inbox.rglob("*.dcm"))) == 4
+    monkeypatch.setattr(after, "finish", finish)
+    saved[:] = [bench.source]
+    swept(bench, monkeypatch, saved)
+    assert list(bench.inbox.rglob("*.dcm")) == []
+
+
+def test_nothing_more_is_dispatched_and_what_was_chosen_is_by_the_next_sweep(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    material.ct(bench.inbox / "one", 1)
+    saved, close = [bench.source], run.Sweep._close
+    wishes: list[run._Wish] = []
+    made = run._Wish.__init__
+
+    def wish(self: run._Wish, stopped: Event) -> None:
+        made(self, stopped)
+        wishes.append(self)
+
+    def closing(self: run.Sweep, batch: Any) -> Any:
+        done = close(self, batch)
+        change(bench, saved, [bench.named(after="delete", enabled=False)])
+        until(lambda: bool(wishes[-1]._over))
+        return done
+
+    monkeypatch.setattr(run._Wish, "__init__", wish)
+    monkeypatch.setattr(run.Sweep, "_close", closing)
+    with pytest.raises(Cancelled, match="the source was paused"):
+        swept(bench, monkeypatch, saved)
+    assert bench.asked == {} and bench.states() == {"one": "dispatched"}
+    monkeypatch.setattr(run.Sweep, "_close", close)
+    saved[:] = [bench.source]
+    swept(bench, monkeypatch, saved)
+    (asked,) = cast("list[Mapping[str, Any]]", list(bench.asked.values()))
+    assert asked["targets"] == ["shelf"]
+
+
+def test_another_change_does_not_end_a_sweep(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    material.ct(bench.inbox / "one", 1)
+    asked, saved, close = list[bool](), [bench.source], run.Sweep._close
+    why_over = run._why_over
+
+    async def asking(client: Any, source: Source) -> str:
+        found = await why_over(client, source)
+        asked.append(True)
+        return found
+
+    def closing(self: run.Sweep, batch: Any) -> Any:
+        change(bench, saved, [bench.named(after="delete", description="another")])
+        until(lambda: bool(asked))
+        return close(self, batch)
+
+    monkeypatch.setattr(run, "_why_over", asking)
+    monkeypatch.setattr(run.Sweep, "_close", closing)
+    swept(bench, monkeypatch, saved)
+    assert len(bench.asked) == 1
