@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from blocks.dicom_source import DicomSource, DicomUnit
@@ -45,6 +46,7 @@ class _Port:
     desk: ListenerDesk
     scp: StorageScp
     security: tuple[str, ...]
+    files: tuple[object, ...] = ()  # what the files of its certificate, key and authorities were when they were read
     receptions: list[Reception] = field(default_factory=list)
 
 
@@ -106,6 +108,26 @@ class Listeners:
             if self.troubles.get(name) != why:
                 logger.error("source %s does not listen: %s", name, why)
         self.troubles = troubles
+
+    def renew(self) -> dict[str, str]:
+        """Show the certificates whose files were renewed, from the next association on.
+
+        Returns:
+            Why a renewed one can't be used, by the names of its sources; the former one is shown until it can.
+        """
+        troubles: dict[str, str] = {}
+        for place, port in self._ports.items():
+            here = [one for one in self._sources.values() if one.place == place and one.security == port.security]
+            files = _files(port.security)
+            if not here or files == port.files:
+                continue
+            try:
+                port.scp.tls, port.files = security(here[0]).server(), files
+            except Misconfigured as exc:  # perhaps half of it is written
+                troubles |= dict.fromkeys((one.name for one in here), exc.message)
+            else:
+                logger.info("port %d shows its renewed certificate", place[1])
+        return troubles
 
     def settled(self) -> dict[str, list[ReceivedUnit]]:
         """Return the units that have become complete since the last call, by the names of their sources."""
@@ -181,6 +203,7 @@ class Listeners:
     def _listen(self, place: tuple[str, int], sources: list[DicomSource]) -> str:
         """Listen at a place for its sources; return why that is not possible, "" if it is."""
         port, wanted = self._ports.get(place), sources[0].security
+        files = _files(wanted)  # before they are read: what is renewed meanwhile is seen then
         receptions = [self._receptions[one.name] for one in sources]
         idle_timeout_s = max(one.idle_timeout_s for one in sources)
         try:
@@ -190,11 +213,11 @@ class Listeners:
                 tls = security(sources[0]).server() if wanted else None
                 lend = self._receivers.lend if self._receivers is not None else None
                 scp = StorageScp(*place, "", desk, tls, idle_timeout_s, tls_only=bool(wanted), lend=lend)
-                self._ports[place] = port = _Port(desk, scp, wanted, receptions)
+                self._ports[place] = port = _Port(desk, scp, wanted, files, receptions)
                 logger.info("listening on port %d for %s", place[1], ", ".join(one.aet for one in sources))
             elif port.security != wanted:
                 tls = security(sources[0]).server() if wanted else None
-                port.scp.tls, port.scp.tls_only, port.security = tls, bool(wanted), wanted
+                port.scp.tls, port.scp.tls_only, port.security, port.files = tls, bool(wanted), wanted, files
         except Misconfigured as exc:
             if port is not None:  # with the former certificate, nobody would know that the new one is of no use
                 self._end(place)
@@ -241,6 +264,19 @@ class Listeners:
                 },
             }
         return found
+
+
+def _files(security: tuple[str, ...]) -> tuple[object, ...]:
+    """Return marks of the files that settings of TLS name: others if one of them is replaced, or written to."""
+    found = list[object]()
+    for one in security:
+        try:
+            info = Path(one).stat()
+        except (OSError, ValueError):  # it is PEM text, a profile, or gone
+            found.append(None)
+        else:
+            found.append((info.st_dev, info.st_ino, info.st_mtime_ns, info.st_size))
+    return tuple(found)
 
 
 def _words(exc: OSError) -> str:

@@ -38,6 +38,7 @@ logger = logging.getLogger("talaria.listening")
 
 SLUG = "dicom-source"
 LOOK_S = 2.0  # between two looks at the server's sources
+RENEW_S = 60.0  # between two looks at the files of certificates
 TICK_S = 0.25  # between two looks at what has become complete
 STATUS_S = 2.0  # between two writings of the status
 DRAIN_S = 15.0  # for associations to end when somebody wants us to stop
@@ -128,6 +129,8 @@ class _Watch:
         self._listeners, self._home, self._asked = listeners, home, asked
         self._known: Any = None  # the documents that the listeners were made of
         self._due: dict[str, float] = {}  # sources with something to dispatch; `time.monotonic` of the next try
+        self._unfit: dict[str, tuple[str, bool]] = {}  # renewed certificates: why not, and whether it was seen before
+        self._renew_next = 0.0
         self._status = ""
         self._ports: set[int] = set()
         self._full: set[str] = set()
@@ -202,9 +205,22 @@ class _Watch:
         if is_new or self._listeners.troubles:
             await self._apply([one for one in documents if str(one.name) not in elsewhere], is_new)
         self._known = known
+        await self._renew()
         if is_new or time.monotonic() >= self._lies_next:
             self._lies_next = time.monotonic() + LIES_S
             await asyncio.to_thread(self._say_what_lies, {str(one.name) for one in documents}, elsewhere)
+
+    async def _renew(self) -> None:
+        """Show renewed certificates; say once of one that can't be used that it can't, if it stays so."""
+        if time.monotonic() < self._renew_next:
+            return
+        self._renew_next = time.monotonic() + RENEW_S
+        troubles = await asyncio.to_thread(self._listeners.renew)
+        for name, why in troubles.items():
+            if self._unfit.get(name) == (why, False):
+                words = f"its renewed certificate can't be used, the former one is shown: {why}"
+                await asyncio.to_thread(self._stuck, name, words)
+        self._unfit = {name: (why, name in self._unfit) for name, why in troubles.items()}
 
     async def _apply(self, documents: Iterable[BlockDocument], is_new: bool) -> None:
         """Listen for the sources of these documents, and for no others.

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -17,6 +18,7 @@ from pydantic import ValidationError
 
 from blocks import SOURCES, FolderTarget
 from blocks.dicom_source import DicomSource, Route
+from protocols.net.tls import certificate_shown
 from talaria.engine import listening as engine
 from talaria.engine.listeners import Listeners
 from talaria.testing import studies
@@ -24,6 +26,7 @@ from talaria.testing.harness import attempt
 from talaria.testing.process import free_port, listening, until
 from tests.protocols.intake import lying, refusal
 from tests.protocols.test_dimse_intake import associated, sent, stored
+from tests.servers.certificates import Authority
 from tests.targets.dicom import dicom_target
 from tests.targets.dicom_tls import certificates, tls_target
 from transfer.home import Home
@@ -194,6 +197,42 @@ def test_tls_comes_and_goes_with_the_settings(listeners: Listeners, tmp_path: Pa
     assert "/nowhere.pem" in listeners.troubles["ct"] and not listening(port)
     listeners.apply([source("ct", port)])
     assert attempt(dicom_target(port, aet_target="CT"), tmp_path / "study").require().state is State.DELIVERED
+
+
+def test_a_renewed_certificate_is_shown_when_it_is_whole(listeners: Listeners, tmp_path: Path) -> None:
+    authority, port = Authority(tmp_path / "ca"), free_port()
+    old, new = authority.leaf("old"), authority.leaf("new")
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    for one, path in ((old.cert, cert), (old.key, key)):
+        path.write_bytes(one.read_bytes())
+    tls = {"tls_cert": str(cert), "tls_key": str(key), "ca_cert": str(authority.ca)}
+
+    def shown() -> str:
+        found = certificate_shown(socket.create_connection(("127.0.0.1", port)), "127.0.0.1", 30)
+        return str(found["subject"])
+
+    listeners.apply([source("ct", port, **tls), source("mr", port, **tls)])
+    assert listeners.renew() == {} and "old" in shown()
+    (tmp_path / "part").write_bytes(new.cert.read_bytes())
+    (tmp_path / "part").rename(cert)  # as certbot does; the key follows
+    for _ in range(2):
+        assert listeners.renew() == dict.fromkeys(("ct", "mr"), "tls_key does not belong to tls_cert")
+        assert "old" in shown()
+    key.write_bytes(new.key.read_bytes())
+    assert listeners.renew() == {} and "new" in shown()
+    listeners.apply([source("ct", port, **tls)])
+    assert "new" in shown() and listeners.renew() == {}
+
+
+def test_that_a_renewed_certificate_stays_unfit_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [{"ct": "no"}, {}, {"ct": "no"}, {"ct": "no"}, {"ct": "no"}, {}]
+    said = list[str]()
+    monkeypatch.setattr(engine, "RENEW_S", 0.0)
+    watch = engine._Watch(cast("Any", SimpleNamespace(renew=lambda: found.pop(0))), Home(tmp_path), cast("Any", None))
+    monkeypatch.setattr(watch, "_stuck", lambda name, words: said.append(words))
+    while found:
+        asyncio.run(watch._renew())
+    assert said == ["its renewed certificate can't be used, the former one is shown: no"]
 
 
 def test_what_is_complete_is_named_by_its_source(listeners: Listeners) -> None:
