@@ -21,6 +21,7 @@ from transfer.errors import (
     Denied,
     DispatchError,
     Interrupted,
+    LedgerAway,
     Misconfigured,
     NotFound,
     NotTrusted,
@@ -71,7 +72,8 @@ class Quiet:
     def error(self, exc: DispatchError) -> None:
         """Take it out of an error, and out of what it came from, which is logged with it."""
         message = self.hide(exc.message)
-        exc.message = message if self._quotes else _with_codes(_meaning(exc), message)
+        quoted = self._quotes or isinstance(exc, LedgerAway)  # which is nothing that a peer has said
+        exc.message = message if quoted else _with_codes(_meaning(exc), message)
         exc.args = (exc.message,)
         exc.__cause__ = None
         exc.__suppress_context__ = True

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from transfer.errors import Misconfigured, Unreachable
+from transfer.errors import LedgerAway, Misconfigured
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection, CursorResult, Engine
@@ -206,7 +206,7 @@ class Postgresql:
 
     Raises:
         Misconfigured: the URL is none of PostgreSQL's, or the server refuses what it asks for.
-        Unreachable: the server can't be reached.
+        LedgerAway: the server can't be reached.
     """
 
     NOW = "CAST(extract(epoch FROM clock_timestamp()) AS DOUBLE PRECISION)"
@@ -229,13 +229,13 @@ class Postgresql:
                     self._let_go()
                     # Done twice, each of the ledger's statements leaves what it leaves done once.
                     if self._within or time.monotonic() > end:
-                        raise _unreachable(exc) from exc
+                        raise _away(exc) from exc
                     time.sleep(AGAIN_S)
 
     def _executed(self, statement: str, parameters: Sequence[Any] = ()) -> Rows:
         if self._held is None:
             if self._within:  # the connection is gone, and what had been done in the block
-                raise Unreachable("the connection to the ledger's database broke")
+                raise LedgerAway("the connection to the ledger's database broke")
             self._held = self._engine.connect()
         # PostgreSQL's texts hold no NUL; nothing but a peer's own words could have one.
         given = tuple(one.replace("\0", "") if isinstance(one, str) else one for one in parameters)
@@ -260,7 +260,7 @@ class Postgresql:
                 yield
                 self.execute("COMMIT")
             except BaseException:
-                with suppress(Unreachable):  # then nothing of it is there either
+                with suppress(LedgerAway):  # then nothing of it is there either
                     self.execute("ROLLBACK")
                 raise
             finally:
@@ -275,14 +275,14 @@ class Postgresql:
         try:
             held = self._engine.connect()  # the lock is the connection's
         except _lost() as exc:
-            raise _unreachable(exc) from exc
+            raise _away(exc) from exc
         with held:
             try:
                 while not held.exec_driver_sql("SELECT pg_try_advisory_lock(%s)", (key,)).scalar_one():
                     check()
                     time.sleep(WAIT_S)
             except _lost() as exc:
-                raise _unreachable(exc) from exc
+                raise _away(exc) from exc
             try:
                 yield
             finally:
@@ -335,8 +335,8 @@ def _lost() -> tuple[type[Exception], ...]:
     return OperationalError, InterfaceError
 
 
-def _unreachable(exc: Exception) -> Unreachable:
-    return Unreachable(f"the ledger's database can't be reached: {_words(exc)}")
+def _away(exc: Exception) -> LedgerAway:
+    return LedgerAway(f"the ledger's database can't be reached: {_words(exc)}")
 
 
 def _words(exc: Exception) -> str:
@@ -412,7 +412,7 @@ def _set_up(url: str, tables: Tables) -> tuple[Engine, float]:
                     now = connection.execute(text("SELECT extract(epoch FROM clock_timestamp())")).scalar_one()
                     _known[url, tables] = _now(), float(now) - (asked + _now()) / 2
         except _lost() as exc:
-            raise _unreachable(exc) from exc
+            raise _away(exc) from exc
         except ProgrammingError as exc:  # no right to make the tables
             raise Misconfigured(f"the ledger's tables can't be made: {_words(exc)}") from exc
         return engine, _known[url, tables][1]

@@ -6,7 +6,8 @@
     │   ├── TimedOut       connected, but idle for longer than allowed
     │   ├── Busy           the peer asks to come back later (retry_after, seconds)
     │   │   └── DiskFull   no room where it is written, on this machine
-    │   └── Interrupted    the link broke midway
+    │   ├── Interrupted    the link broke midway
+    │   └── LedgerAway     the ledger's database can't be reached: it says nothing of the target
     ├── Permanent          the same call will fail again until somebody changes something
     │   ├── Misconfigured  the target's settings are wrong
     │   ├── NotTrusted     certificate or host key not accepted
@@ -89,6 +90,10 @@ class Interrupted(Retryable):
     """The link broke midway; what was confirmed before stays confirmed."""
 
 
+class LedgerAway(Retryable):
+    """The ledger's database can't be reached, or has lost what was under way: nothing of that is the target's fault."""
+
+
 class Permanent(DispatchError):
     """The same call fails again until somebody changes something."""
 
@@ -130,6 +135,7 @@ REMEDIES: dict[type[DispatchError], str] = {
     Busy: "Wait and test again; if it stays so, let fewer dispatches or connections go there at once.",
     DiskFull: "Make room where it is written, on the machine that receives it.",
     Interrupted: "Test again; if it breaks each time, look into the log of the other side and at firewalls between.",
+    LedgerAway: "Look whether the database that TALARIA_LEDGER names runs, takes connections, and has any to spare.",
     Misconfigured: "Correct the settings of the target.",
     NotTrusted: "Compare the certificate or key with what its operator tells you by another way; if it is the right "
     "one, enter it, or the authority behind it, in the target's settings.",

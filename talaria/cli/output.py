@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from talaria.errors import Refused, ServerError, one_line
-from transfer.errors import Denied, DispatchError, Misconfigured, NotFound
+from transfer.errors import Denied, DispatchError, LedgerAway, Misconfigured, NotFound
 from transfer.validation import plain
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")]
@@ -25,6 +25,8 @@ def exit_code_of(exc: BaseException) -> int:
         return _fail("interrupted", NOT_ALL)
     if isinstance(exc, Misconfigured | NotFound | Denied | ValueError):
         return _fail(str(exc), WRONG_USE)
+    if isinstance(exc, LedgerAway):
+        return _fail(str(exc), NO_SERVER)
     if isinstance(exc, DispatchError):
         return _fail(str(exc), NOT_ALL)
     if isinstance(exc, Refused):

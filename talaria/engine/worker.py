@@ -49,7 +49,7 @@ from talaria.engine.table import Flows
 from talaria.engine.watch import StateChange, resuming, watch
 from talaria.settings import POOL
 from tasks.dispatch import line, progress, rest, running
-from transfer.errors import Unreachable
+from transfer.errors import LedgerAway
 from transfer.home import Home, host_name
 from transfer.lease import Lease, living
 from transfer.ledger import Ledger
@@ -65,7 +65,7 @@ BUSY_S = 0.1  # between two looks while something is under way: what comes meanw
 READY_LANES = 2
 CHECKS_AT_ONCE = 2  # beside the dispatches: who tests a target does not wait for their places
 # The server, or the ledger's database, which may be busy or its disk full.
-LOST = (httpx.HTTPError, PrefectException, OSError, Unreachable, sqlite3.OperationalError)
+LOST = (httpx.HTTPError, PrefectException, OSError, LedgerAway, sqlite3.OperationalError)
 logger = logging.getLogger("prefect.worker")
 
 
@@ -266,7 +266,7 @@ class Worker:
         self._unended[run_id] = owner
         try:
             self.ledger.runs.ends(str(run_id), owner, goes_on=rest.rests(self.ledger, str(run_id)))
-        except (Unreachable, sqlite3.Error) as exc:  # if we die: whoever takes it up finds that it has ended
+        except (LedgerAway, sqlite3.Error) as exc:  # if we die: whoever takes it up finds that it has ended
             logger.warning("the end of run %s can't be noted yet: %s", run_id, exc)
         else:
             del self._unended[run_id]

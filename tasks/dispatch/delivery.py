@@ -22,7 +22,7 @@ from tasks.dispatch.known import Known
 from tasks.dispatch.rest import Left
 from tasks.driver import Driver, Facts
 from tasks.quiet import Quiet
-from transfer.errors import Cancelled, DispatchError, Retryable
+from transfer.errors import Cancelled, DispatchError, LedgerAway, Retryable
 from transfer.globs import excluded
 from transfer.home import Home
 from transfer.layout import names
@@ -93,7 +93,7 @@ class Delivery:
         self.plan = plan.narrowed(wanted, lacks=lacking(self.refused))
         self.quiet = Quiet(target, self.plan)
         self.attempts = 0
-        self.futile = 0  # how many of them did not get further
+        self.futile = 0  # how many of them the target is to blame for, and did not get further
         self.failures: list[str] = []  # a sentence on each failed attempt
         self.error: DispatchError | None = None
         self.heard = False  # whether an attempt has got answers for what was pending
@@ -185,7 +185,7 @@ class Delivery:
             self.error = exc
             if isinstance(exc, Cancelled):
                 self.stopped = State.CANCELLED
-            self.futile += not self._got_further(*mark)
+            self.futile += not self._got_further(*mark) and not isinstance(exc, LedgerAway)
             self.failures.append(self._failure(exc))
             raise
         finally:

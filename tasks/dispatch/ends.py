@@ -17,11 +17,11 @@ from prefect import states
 from prefect.client.schemas.objects import State as RunState
 from prefect.context import FlowRunContext
 
-from tasks.dispatch import audited, running
+from tasks.dispatch import audited, line, rest, running
 from tasks.dispatch.delivery import Delivery
 from tasks.happened import WORDS_CHARS, Cause, cause_of, dispatch_ended, dispatch_refused
 from transfer.deliveries import Standing
-from transfer.errors import Cancelled, Denied, DispatchError
+from transfer.errors import Cancelled, Denied, DispatchError, LedgerAway
 from transfer.happenings import CANCELLED
 from transfer.home import Home
 from transfer.ledger import Ledger
@@ -157,9 +157,15 @@ def paused(message: str) -> RunState[Any]:
 
 
 def refusal(error: DispatchError) -> RunState[Any]:
-    """Return the state of a run that could not begin, or was stopped before it began."""
+    """Return the state of a run that could not begin, or was stopped before it began.
+
+    Where the ledger's database is away, nothing can be known or noted: the run comes back, and nobody is told.
+    """
     if isinstance(error, Paused):
         return paused(error.message)
+    if isinstance(error, LedgerAway) and line.may_rest():
+        wait = rest.for_the_ledger()
+        return states.AwaitingRetry(scheduled_time=wait.until, message=rest.message([wait], error.message))
     say_refused(error)
     if isinstance(error, Denied):
         run = getattr(FlowRunContext.get(), "flow_run", None)

@@ -22,7 +22,16 @@ from tasks.dispatch.delivery import SHOWN_FAILURES, Delivery, HookFailed, summar
 from tasks.dispatch.push import failure_of
 from tasks.dispatch.rest import Left
 from tasks.driver import Driver
-from transfer.errors import Cancelled, DispatchError, Interrupted, Retryable, TimedOut, Unreachable, error_named
+from transfer.errors import (
+    Cancelled,
+    DispatchError,
+    Interrupted,
+    LedgerAway,
+    Retryable,
+    TimedOut,
+    Unreachable,
+    error_named,
+)
 from transfer.fanout import each
 from transfer.home import Home
 from transfer.ledger import Ledger
@@ -183,7 +192,7 @@ class Flood(Delivery):
             self.error = exc
             if isinstance(exc, Cancelled):
                 self.stopped = State.CANCELLED
-            self.futile += self._done == done
+            self.futile += self._done == done and not isinstance(exc, LedgerAway)
             self.failures.append(self._failure(exc))
             raise
         finally:
@@ -250,7 +259,7 @@ class Flood(Delivery):
     def _fails(self, study: FloodStudy, receipt: Receipt, error: DispatchError) -> None:
         """Keep that a study failed at the target; raise if the target is to blame."""
         self._in_row += 1
-        if isinstance(error, Unreachable):
+        if isinstance(error, Unreachable | LedgerAway):
             self._partly[study.name] = receipt
             raise error
         self._stumbles(study, receipt, error)

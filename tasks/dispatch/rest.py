@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
@@ -23,6 +23,7 @@ from tasks.dispatch import kept as kept_receipts
 from transfer.home import Home
 from transfer.ledger import Ledger
 
+LEDGER_S = 20.0  # after which a run looks again for the ledger's database; its statements have waited for longer
 ONLY = "talaria.only"  # label of a run that is retried: the one target that is tried again; "" for all
 TRIES_AGAIN = "tries again"  # begins the message of a run that waits for something that may come soon
 WAITS = "waits"  # and of one that waits for a time that people have set
@@ -47,6 +48,11 @@ def next_attempt(target: str, again: float, script: int = 0) -> Wait:
     """Return the wait for a target's next attempt, or the next run of its script, at a time since the epoch."""
     what = "run of the script" if script else "attempt"
     return Wait(datetime.fromtimestamp(again, UTC), f"the next {what} at {target}")
+
+
+def for_the_ledger() -> Wait:
+    """Return the wait for the ledger's database to be there again."""
+    return Wait(datetime.now(UTC) + timedelta(seconds=LEDGER_S), "the ledger's database")
 
 
 @dataclass

@@ -38,7 +38,7 @@ from tasks.quiet import Quiet
 from tasks.targets import check_destination
 from transfer import deadletters
 from transfer import live as shown
-from transfer.errors import Busy, DiskFull, DispatchError, Unreachable
+from transfer.errors import Busy, DiskFull, DispatchError, LedgerAway, Unreachable
 from transfer.errors import Cancelled as DispatchCancelled
 from transfer.globs import patterns
 from transfer.home import Home
@@ -322,6 +322,9 @@ class Dispatch:
                     target.name, delivery.again.timestamp(), delivery.hook_tries
                 )
                 return
+            if isinstance(exc, LedgerAway) and line.may_rest() and not self.cancelled.is_set():
+                delivery.stopped, self.waits[target.name] = State.WAITING, rest.for_the_ledger()
+                return
             if delivery.hook == "failed" or (is_outage(exc) and delivery.receipt().state is State.DELIVERED):
                 return
             if delivery.error is None:
@@ -476,7 +479,7 @@ async def dispatching(targets: list[str], priority: str, naming: Naming) -> Asyn
         try:
             yield dispatch
         except DispatchError as exc:
-            if not isinstance(exc, Paused):
+            if not isinstance(exc, Paused | LedgerAway):
                 await asyncio.to_thread(rest.forget, ledger, flow_run_id)
             raise
         except Exception as exc:  # a fault of ours
