@@ -39,11 +39,13 @@ class Aside:
         self._turn = asyncio.Lock()
         self.states = deque[UUID | None](maxlen=STATES)
 
-    def chosen(self, found: list[FlowRun]) -> set[UUID]:
+    async def chosen(self, found: list[FlowRun]) -> set[UUID]:
         """Return the ids of those of some runs that may have to wait, as far as the ledger alone says that."""
         self.states.extend(one.state_id for one in found)
         self._begin &= {one.id for one in found}
-        new = [one for one in found if one.id not in self._begin and not hosts.must_stay(one)]
+        new = [one for one in found if one.id not in self._begin]
+        stay = await hosts.must_stay(*new)
+        new = [one for one in new if one.id not in stay]
         return {one.id for one in waiting.may_wait(self.ledger, new)}
 
     async def look(self, flow_run: FlowRun) -> UnreadRest | None:

@@ -66,6 +66,6 @@ async def waits_elsewhere(client: PrefectClient, ledger: Ledger, run_id: UUID) -
     due = flow_run.next_scheduled_start_time
     if flow_run.state_name != RESTS or due is None or due > come(ledger):
         return False
-    if hosts.where_it_waits(flow_run) or not hosts.is_here(flow_run):  # else it is for this host's next free place
+    if not await hosts.here([flow_run]):  # else it is for this host's next free place
         await asyncio.to_thread(line.gone, ledger, str(run_id))
     return True

@@ -8,7 +8,7 @@ they would get a slot at a target: by the time since which they wait, `urgent` a
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
@@ -70,10 +70,13 @@ class Due:
         self._look_again = 0.0 if found else time.monotonic() + PASSED_S
         return found
 
-    async def beyond(self, is_here: Callable[[FlowRun], bool]) -> list[FlowRun]:
+    async def beyond(self, here: Callable[[list[FlowRun]], Awaitable[list[FlowRun]]]) -> list[FlowRun]:
         """Return runs for this host behind so many for others that one answer of the server holds none of ours.
 
         Of those that were to begin at the same moment as the last of so many, some may be passed over.
+
+        Args:
+            here: returns those of some runs that may begin on this host.
         """
         if time.monotonic() < self._look_beyond:
             return []
@@ -82,7 +85,7 @@ class Due:
             after, page = None, list[FlowRun]()
             while len(found) < self.limit and (not page or len(page) >= MOST):
                 page = await self.scheduled(before=now, after=after, queue=queue, limit=MOST)
-                found |= {one.id: one for one in page if is_here(one)}
+                found |= {one.id: one for one in await here(page)}
                 after = page[-1].next_scheduled_start_time if page else None
                 if after is None:
                     break

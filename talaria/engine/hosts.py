@@ -9,14 +9,16 @@ so does a retrieval, which has fetched studies there, and goes on elsewhere only
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 from prefect.client.schemas.objects import FlowRun
 
 from transfer import roots
 from transfer.home import host_name
+from transfer.silent import looked
 
 HOST = "talaria.host"  # label of a run: where its files are, whatever its queue
 AT = "@"  # between a queue's name and its host's
@@ -38,38 +40,48 @@ def of_queue(queue: str | None) -> str:
     return (queue or "").rpartition(AT)[2] if AT in (queue or "") else ""
 
 
-def queue_for(queue: str, parameters: Mapping[str, Any]) -> str:
+async def queue_for(queue: str, parameters: Mapping[str, Any]) -> str:
     """Return the queue for a run of these parameters that this host is asked for."""
-    return own(queue) if several() and not _everywhere(_paths(parameters)) else queue
+    return queue if not several() or await _everywhere(_paths(parameters)) else own(queue)
 
 
-def is_here(flow_run: FlowRun) -> bool:
-    """Return True if a run may begin on this host: its files are here, as far as they aren't everywhere."""
-    if not several() or of_queue(flow_run.work_queue_name):
-        return True
-    bound = str(flow_run.labels.get(HOST, ""))
-    if bound:
-        return bound == host_name()
-    paths = _paths(flow_run.parameters)
-    return _everywhere(paths) or all(os.path.lexists(one) for one in paths)
+async def here(flow_runs: Iterable[FlowRun]) -> list[FlowRun]:
+    """Return the runs that may begin on this host: their files are here, as far as they aren't everywhere.
+
+    Those whose file system does not answer may not.
+    """
+    found = [*flow_runs]
+    if not several():
+        return found
+    unsaid = {one.id: _paths(one.parameters) for one in found if not _host(one)}
+    known = await _looked(path for paths in unsaid.values() for path in paths)
+
+    def is_here(one: FlowRun) -> bool:
+        if one.id not in unsaid:
+            return _host(one) == host_name()
+        answers = [known.get(path, (False, False)) for path in unsaid[one.id]]
+        return all(shared for shared, _ in answers) or all(there for _, there in answers)
+
+    return [one for one in found if is_here(one)]
 
 
-def must_stay(flow_run: FlowRun) -> bool:
-    """Return True if a run that begins here may go on nowhere else, and nothing says so yet."""
-    if not several() or of_queue(flow_run.work_queue_name) or flow_run.labels.get(HOST):
-        return False
-    return _fetches(flow_run.parameters) or not _everywhere(_paths(flow_run.parameters))
+async def must_stay(*flow_runs: FlowRun) -> set[UUID]:
+    """Return the ids of those of some runs that, once begun here, may go on nowhere else, where nothing says so yet."""
+    unsaid = [one for one in flow_runs if several() and not _host(one)]
+    known = await _looked(path for one in unsaid for path in _paths(one.parameters))
+    shared = {path for path, (is_shared, _) in known.items() if is_shared}
+    return {one.id for one in unsaid if _fetches(one.parameters) or not shared.issuperset(_paths(one.parameters))}
 
 
-def may_leave(flow_run: FlowRun) -> bool:
+async def may_leave(flow_run: FlowRun) -> bool:
     """Return True if a run stays with its host only for what it has fetched there, and may begin anew on another."""
     bound = flow_run.labels.get(HOST) and not of_queue(flow_run.work_queue_name)
-    return bool(bound) and _everywhere(_paths(flow_run.parameters))
+    return bool(bound) and await _everywhere(_paths(flow_run.parameters))
 
 
 def where_it_waits(flow_run: FlowRun) -> str:
     """Return the other host that a run waits for; "" if this one, or any, may run it."""
-    host = of_queue(flow_run.work_queue_name) or str(flow_run.labels.get(HOST, ""))
+    host = _host(flow_run)
     return "" if host == host_name() or not several() else host
 
 
@@ -85,8 +97,29 @@ def _fetches(parameters: Mapping[str, Any]) -> bool:
     return bool(parameters.get("source") and (parameters.get("targets") or parameters.get("into")))
 
 
-def _everywhere(paths: list[str]) -> bool:
+def _host(flow_run: FlowRun) -> str:
+    """Return the host that alone may run a run, by its queue or its label; "" if nothing says so."""
+    return of_queue(flow_run.work_queue_name) or str(flow_run.labels.get(HOST) or "")
+
+
+async def _everywhere(paths: list[str]) -> bool:
     """Return True if paths lie in folders that every host has; links count as what they point at."""
-    shared = [os.path.realpath(one) for one in roots.parse(SHARED, os.environ.get(SHARED, ""))]
-    real = [os.path.realpath(Path(one).expanduser()) for one in paths]
-    return all(any(one == root or one.startswith(root.rstrip("/") + "/") for root in shared) for one in real)
+    known = await _looked(paths)
+    return all(path in known and known[path][0] for path in paths)
+
+
+async def _looked(paths: Iterable[str]) -> dict[str, tuple[bool, bool]]:
+    """Return of each path whose file system answers whether it lies in a folder that every host has, and is there."""
+    named = roots.parse(SHARED, os.environ.get(SHARED, ""))
+    _real.update(await looked(os.path.realpath, (one for one in named if one not in _real)))
+    shared = [_real.get(one, one) for one in named]
+
+    def look(path: str) -> tuple[bool, bool]:
+        real = os.path.realpath(Path(path).expanduser())
+        is_shared = any(real == root or real.startswith(root.rstrip("/") + "/") for root in shared)
+        return is_shared, os.path.lexists(path)
+
+    return await looked(look, paths)
+
+
+_real: dict[str, str] = {}  # what folders that every host has are without links; asked once, as one may be silent later

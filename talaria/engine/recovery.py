@@ -225,7 +225,7 @@ async def _take_up(client: PrefectClient, run_id: str) -> bool:
         return False
     labels: dict[str, Any] = {CRASHES: crashes + 1, CRASHED: now}
     other = hosts.where_it_waits(flow_run)
-    if other and hosts.may_leave(flow_run):
+    if other and await hosts.may_leave(flow_run):
         other, labels[hosts.HOST] = "", ""
     await client.update_flow_run_labels(flow_run.id, labels)
     message = f"{TAKEN_UP}; waits for {other}, where its files are" if other else TAKEN_UP

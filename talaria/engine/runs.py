@@ -84,7 +84,7 @@ async def create(
         deployment.id,
         parameters=parameters,
         name=name,
-        work_queue_name=hosts.queue_for(queue, parameters),
+        work_queue_name=await hosts.queue_for(queue, parameters),
         state=Scheduled(scheduled_time=begin or datetime.now(UTC)),
         idempotency_key=key,
         labels=({live.BY: by} if by else {}) | ({live.SHOW_PLAN: True} if show_plan else {}),

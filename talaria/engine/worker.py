@@ -146,15 +146,15 @@ class Worker:
                 continue
             if self.draining:
                 return
-            here = [one for one in found if self._is_here(one)]
+            here = await self._here(found)
             missed = places > 0 and len(found) >= self.due.limit + self.due.elsewhere
             if len(found) >= MOST and not here:
                 with suppress(*LOST):
-                    here = await self.due.beyond(self._is_here)
+                    here = await self.due.beyond(self._here)
             self.due.elsewhere, found = max(0, len(found) - len(here)), here
             if missed and self.due.elsewhere and not found:
                 self._wake.set()  # behind those that are for others, there may be some for us
-            begun = self._begin([one for one in found if one.id not in self.active], places, asked)
+            begun = await self._begin([one for one in found if one.id not in self.active], places, asked)
             self._check_waits = any(is_check(one) and one.id not in self.active for one in found)
             if places > 0:
                 self._more = len(found) > begun or len(found) >= self.limit
@@ -162,14 +162,15 @@ class Worker:
                     self._not_found()
             await asyncio.sleep(BUSY_S if len(self.active) > begun else 0.0 if begun else CALM_S)
 
-    def _is_here(self, flow_run: FlowRun) -> bool:
-        return flow_run.id in self.active or hosts.is_here(flow_run)
+    async def _here(self, found: list[FlowRun]) -> list[FlowRun]:
+        ids = {one.id for one in await hosts.here(one for one in found if one.id not in self.active)}
+        return [one for one in found if one.id in ids or one.id in self.active]
 
-    def _begin(self, found: list[FlowRun], places: int, asked: float) -> int:
+    async def _begin(self, found: list[FlowRun], places: int, asked: float) -> int:
         """Begin as many runs as there are places for, and those that need none; return how many."""
         aside = set[UUID]()
         with suppress(*LOST):
-            aside = self._aside.chosen(found)
+            aside = await self._aside.chosen(found)
         room, before = CHECKS_AT_ONCE - len(self._checks), len(self.active)
         for flow_run in found:
             self._awaited.pop(flow_run.id, None)
@@ -235,7 +236,7 @@ class Worker:
                 with suppress(*LOST):
                     self.ledger.waits.heard(run_id)  # if it is called from now on, that is for when it rests
                 logged.begins(flow_run)
-                if hosts.must_stay(flow_run):
+                if await hosts.must_stay(flow_run):
                     await self.client.update_flow_run_labels(flow_run.id, {hosts.HOST: host_name()})
                 if rest_at_once:
                     state: State[Any] | None = await self._aside.rest(flow_run, rest_at_once)

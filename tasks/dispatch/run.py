@@ -105,13 +105,14 @@ class Dispatch:
         try:
             looks = asyncio.gather(*(self._look(target) for target in self._open))
             await self._stoppable(looks, idle=lambda: True)
+            if self._open or not self._is_new:
+                return bool(self._open)
+            reads = asyncio.to_thread(waiting.can_be_read, self.home, self.flow_run_id, paths, exclude)
+            await self._stoppable(reads, idle=lambda: True)
         except asyncio.CancelledError as exc:
             if not self.cancelled.is_set():
                 raise
             raise self._stopped_early("waited") from exc
-        if self._open or not self._is_new:
-            return bool(self._open)
-        await asyncio.to_thread(waiting.can_be_read, self.home, self.flow_run_id, paths, exclude)
         if self.cancelled.is_set() or self.paused.is_set():  # a short look ends before it is told
             raise self._stopped_early("waited")
         return any(last for _, last in self._failed.values())  # for the receipts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sqlite3
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from transfer.globs import patterns
 from transfer.home import Home
 from transfer.ledger import Ledger
 from transfer.receipt import State as Stands
+from transfer.silent import looked
 from transfer.waits import Breaker
 
 TURN_S = 15.0  # after which a run looks again for a slot, for each that stands in line before it
@@ -180,6 +182,8 @@ async def ahead(
         if not all(target.enabled and target.stores for target in targets):  # to be refused
             return None
         paths = [str(one) for one in asked["paths"]]
+        if len(await looked(os.path.lexists, paths)) < len({*paths}):
+            return None
         await asyncio.to_thread(can_be_read, home, run_id, paths, str(asked.get("exclude") or ""))
         breakers, now = breaker.every(ledger, targets), ledger.now()
         for target in targets:

@@ -6,7 +6,7 @@ import asyncio
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import pytest
 from prefect.client.schemas.objects import FlowRun
@@ -27,13 +27,17 @@ def test_what_did_not_come_to_rest_takes_a_place_the_next_time(tmp_path: Path, m
     found = [FlowRun(id=uuid4(), flow_id=uuid4()) for _ in range(2)]
     with Ledger(tmp_path / "ledger.sqlite") as ledger:
         aside = Aside(cast(Any, None), Home(tmp_path), ledger)
-        aside.runs = aside.chosen(found)
+
+        def chosen() -> set[UUID]:
+            return asyncio.run(aside.chosen(found))
+
+        aside.runs = chosen()
         assert aside.runs == {one.id for one in found}
         aside.leaves(found[0].id, rests=True)
         aside.leaves(found[1].id, rests=False)
-        assert not aside.runs and aside.chosen(found) == {found[0].id}
+        assert not aside.runs and chosen() == {found[0].id}
         aside.leaves(found[1].id, rests=False)  # it has had its place
-        assert aside.chosen(found) == {one.id for one in found}
+        assert chosen() == {one.id for one in found}
 
 
 @pytest.mark.parametrize("flag", ["paused", "cancelled"])

@@ -13,7 +13,7 @@ import pytest
 from blocks.folder import FolderTarget
 from tasks.dispatch import breaker, line
 from tests.servers.postgresql import postgresql
-from transfer.errors import Denied, TimedOut, Unreachable
+from transfer.errors import Denied, LedgerAway, TimedOut, Unreachable
 from transfer.home import Home
 from transfer.ledger import Ledger
 from transfer.waits import LATE_S
@@ -204,7 +204,7 @@ def test_a_ledger_that_can_t_be_opened_keeps_no_list_and_no_check_from_its_end(
 ) -> None:
     monkeypatch.setenv("TALARIA_LEDGER", "postgresql://nobody@127.0.0.1:1/none")
     home = Home(tmp_path)
-    with pytest.raises(Unreachable):
+    with pytest.raises(LedgerAway):
         Ledger(home.ledger)
     assert not breaker.every_of(home, [target])[target.name].opened
     breaker.has_answered(home, target)

@@ -14,6 +14,7 @@ from uuid import uuid4
 import httpx
 import pytest
 from prefect.client.orchestration import PrefectClient
+from prefect.client.schemas.objects import FlowRun
 
 from talaria.engine.asgi import Message
 from talaria.engine.due import MOST, Due
@@ -127,7 +128,10 @@ def test_a_run_is_found_behind_any_number_that_are_for_other_hosts() -> None:
     due = server.due()
 
     def beyond() -> list[str]:
-        return [one.name for one in asyncio.run(due.beyond(lambda one: one.name.startswith("ours")))]
+        async def here(runs: list[FlowRun]) -> list[FlowRun]:
+            return [one for one in runs if one.name.startswith("ours")]
+
+        return [one.name for one in asyncio.run(due.beyond(here))]
 
     assert beyond() == ["ours too", "ours"] and beyond() == ["ours too", "ours"]
     server.runs = [(queue, one) for queue, one in server.runs if not one["name"].startswith("ours")]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sqlite3
+import threading
 import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -23,8 +25,10 @@ from talaria.engine.recovery import TAKEN_BY, TAKEN_UP, _take_up, elsewhere, tak
 from talaria.engine.table import Flows
 from talaria.engine.watch import StateChange
 from talaria.engine.worker import LOST, Worker
+from talaria.testing.process import until
 from tasks.dispatch import line, running
-from transfer.errors import Unreachable
+from transfer import silent
+from transfer.errors import LedgerAway
 from transfer.home import Home
 from transfer.lease import Lease, living
 from transfer.ledger import Ledger
@@ -42,6 +46,18 @@ def shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+def queue_for(queue: str, parameters: dict[str, Any]) -> str:
+    return asyncio.run(hosts.queue_for(queue, parameters))
+
+
+def is_here(flow_run: FlowRun) -> bool:
+    return asyncio.run(hosts.here([flow_run])) == [flow_run]
+
+
+def must_stay(flow_run: FlowRun) -> bool:
+    return asyncio.run(hosts.must_stay(flow_run)) == {flow_run.id}
+
+
 def a_run(queue: str, *paths: Path, label: str = "") -> FlowRun:
     labels: dict[str, Any] = {hosts.HOST: label} if label else {}
     return FlowRun(
@@ -50,34 +66,56 @@ def a_run(queue: str, *paths: Path, label: str = "") -> FlowRun:
 
 
 def test_what_every_host_has_goes_into_the_queue_of_all(shared: Path, tmp_path: Path) -> None:
-    assert hosts.queue_for("urgent", {"paths": [str(shared / "study")]}) == "urgent"
-    assert hosts.queue_for("normal", {"paths": [str(shared / "a"), str(tmp_path / "b")]}) == "normal@here"
-    assert hosts.queue_for("normal", {"paths": [str(shared / ".." / "b")]}) == "normal@here"
-    assert hosts.queue_for("normal", {"source": "pacs", "targets": ["archive"]}) == "normal"
-    assert hosts.queue_for("normal", {"source": "pacs", "into": str(tmp_path)}) == "normal@here"
+    assert queue_for("urgent", {"paths": [str(shared / "study")]}) == "urgent"
+    assert queue_for("normal", {"paths": [str(shared / "a"), str(tmp_path / "b")]}) == "normal@here"
+    assert queue_for("normal", {"paths": [str(shared / ".." / "b")]}) == "normal@here"
+    assert queue_for("normal", {"source": "pacs", "targets": ["archive"]}) == "normal"
+    assert queue_for("normal", {"source": "pacs", "into": str(tmp_path)}) == "normal@here"
 
 
 def test_a_link_in_a_shared_folder_counts_as_what_it_points_at(shared: Path, tmp_path: Path) -> None:
     (shared / "link").symlink_to(tmp_path)
-    assert hosts.queue_for("normal", {"paths": [str(shared / "link")]}) == "normal@here"
+    assert queue_for("normal", {"paths": [str(shared / "link")]}) == "normal@here"
 
 
 def test_alone_a_host_has_no_queue_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TALARIA_LEDGER")
-    assert hosts.queue_for("normal", {"paths": [str(tmp_path)]}) == "normal"
-    assert hosts.is_here(a_run("normal", tmp_path / "missing"))
+    assert queue_for("normal", {"paths": [str(tmp_path)]}) == "normal"
+    assert is_here(a_run("normal", tmp_path / "missing"))
 
 
 def test_a_run_in_the_queue_of_all_begins_where_its_files_are(shared: Path, tmp_path: Path) -> None:
-    assert hosts.is_here(a_run("normal", shared / "anything"))
-    assert hosts.is_here(a_run("normal", tmp_path))
-    assert not hosts.is_here(a_run("normal", tmp_path, tmp_path / "missing"))
+    assert is_here(a_run("normal", shared / "anything"))
+    assert is_here(a_run("normal", tmp_path))
+    assert not is_here(a_run("normal", tmp_path, tmp_path / "missing"))
     # Once begun at one host, it goes on there.
-    assert not hosts.is_here(a_run("normal", tmp_path, label="there"))
-    assert hosts.is_here(a_run("normal", tmp_path / "missing", label="here"))
-    assert hosts.must_stay(a_run("normal", tmp_path)) and not hosts.must_stay(a_run("normal", shared))
+    assert not is_here(a_run("normal", tmp_path, label="there"))
+    assert is_here(a_run("normal", tmp_path / "missing", label="here"))
+    assert must_stay(a_run("normal", tmp_path)) and not must_stay(a_run("normal", shared))
     # What was put into this host's queue fails here if it is missing, and waits nowhere.
-    assert hosts.is_here(a_run("normal@here", tmp_path / "missing"))
+    assert is_here(a_run("normal@here", tmp_path / "missing"))
+
+
+def test_a_share_that_does_not_answer_keeps_no_other_run_from_its_beginning(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A look into it stopped the worker's loop: no cancel was heeded, and nothing else began."""
+    dead, there, answers = tmp_path / "dead", os.path.lexists, threading.Event()
+
+    def hangs(path: str) -> bool:
+        return answers.wait() if str(path).startswith(str(dead)) else there(path)
+
+    monkeypatch.setattr(silent, "LOOK_S", 1.0)
+    monkeypatch.setattr(os.path, "lexists", hangs)
+    runs = [a_run("normal", one) for one in (tmp_path, dead / "a", dead / "b", shared)]
+    here, gone = [runs[0], runs[3]], [runs[1], runs[2]]
+    try:
+        for _ in range(2):
+            assert asyncio.run(hosts.here(runs)) == here
+        assert asyncio.run(hosts.must_stay(*runs)) == {runs[0].id, *(one.id for one in gone)}
+    finally:
+        answers.set()
+    until(lambda: asyncio.run(hosts.here(runs)) == runs)
 
 
 def a_retrieval(queue: str = "normal", label: str = "", **parameters: Any) -> FlowRun:
@@ -89,13 +127,13 @@ def a_retrieval(queue: str = "normal", label: str = "", **parameters: Any) -> Fl
 def test_a_retrieval_stays_with_the_host_that_has_fetched_for_it(shared: Path, tmp_path: Path) -> None:
     """At each of its rests the other host took it, and fetched from the first study on."""
     for wish in ({"targets": ["archive"]}, {"into": str(shared / "new")}, {"into": str(tmp_path)}):
-        assert hosts.must_stay(a_retrieval(**wish))
-        assert not hosts.must_stay(a_retrieval(label="here", **wish))  # it is said already
-        assert not hosts.must_stay(a_retrieval("normal@here", **wish))
-        assert hosts.is_here(a_retrieval(label="here", **wish)) and not hosts.is_here(
+        assert must_stay(a_retrieval(**wish))
+        assert not must_stay(a_retrieval(label="here", **wish))  # it is said already
+        assert not must_stay(a_retrieval("normal@here", **wish))
+        assert is_here(a_retrieval(label="here", **wish)) and not is_here(
             a_retrieval(label="there", **wish)
         )
-    assert not hosts.must_stay(a_retrieval()) and not hosts.must_stay(a_run("normal", shared))  # a query
+    assert not must_stay(a_retrieval()) and not must_stay(a_run("normal", shared))  # a query
 
 
 def test_a_retrieval_of_a_dead_host_begins_anew_wherever_its_folder_is(shared: Path, tmp_path: Path) -> None:
@@ -109,7 +147,7 @@ def test_a_retrieval_of_a_dead_host_begins_anew_wherever_its_folder_is(shared: P
         run.state = Running()
         server = Server(run)
         assert asyncio.run(_take_up(cast(PrefectClient, server), str(run.id)))
-        assert (run.labels[hosts.HOST] == "") is free and hosts.is_here(run) is free
+        assert (run.labels[hosts.HOST] == "") is free and is_here(run) is free
         assert ("waits for there" in (server.set[0].message or "")) is not free
     own = a_retrieval(label="here", targets=["archive"])  # a worker died, and its host lives
     own.state = Running()
@@ -521,10 +559,10 @@ class Away(Runs):
     """Those of a ledger whose database can't be reached."""
 
     def claimed(self, *_: Any) -> bool:
-        raise Unreachable("the ledger's database can't be reached")
+        raise LedgerAway("the ledger's database can't be reached")
 
     def unfinished(self) -> dict[str, str]:
-        raise Unreachable("the ledger's database can't be reached")
+        raise LedgerAway("the ledger's database can't be reached")
 
 
 def test_a_worker_outlives_a_database_that_is_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

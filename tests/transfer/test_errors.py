@@ -31,6 +31,7 @@ def test_retry_after_survives_pickle() -> None:
 def test_which_are_worth_another_attempt() -> None:
     assert {one.__name__ for one in CLASSES if one.retryable} == {
         "Retryable", "Unreachable", "TimedOut", "Busy", "DiskFull", "Interrupted",
+        "LedgerAway",
     }  # fmt: skip
 
 

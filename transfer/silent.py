@@ -1,0 +1,103 @@
+"""Looks at paths that may lie in a share whose server is away: the kernel answers nothing then, and ends no thread.
+
+Whoever looks waits for a moment only, and nobody looks there again while such a look goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import re
+import threading
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from typing import Any, Generic, TypeVar
+
+LOOK_S = 2.0  # for a file system to answer
+MOUNTS = "/proc/self/mounts"
+logger = logging.getLogger(__name__)
+R = TypeVar("R")
+
+
+async def looked(look: Callable[[str], R], paths: Iterable[str]) -> dict[str, R]:
+    """Look at paths, one after another, in a thread; return what `look` returns of each whose file system answers.
+
+    Raises:
+        Exception: what `look` raises.
+    """
+    found, left = dict[str, R](), list(dict.fromkeys(paths))
+    while left := [one for one in left if not _is_silent(one)]:
+        looking = _Look(look, left)
+        await looking.wait()
+        if looking.error is not None:
+            raise looking.error
+        answers = dict(looking.answers)
+        found |= answers
+        left = left[len(answers) :]
+        if left:
+            where = _where(left.pop(0))
+            _silent[where] = looking
+            logger.warning("the file system of %s does not answer: what lies there is not looked at meanwhile", where)
+    return found
+
+
+class _Look(Generic[R]):
+    """A thread that looks, until it is given up."""
+
+    def __init__(self, look: Callable[[str], R], paths: list[str]) -> None:
+        self._look, self._paths = look, paths
+        self.answers: dict[str, R] = {}
+        self.error: Exception | None = None
+        self.is_over = False
+        self._given_up = False
+
+    async def wait(self) -> None:
+        """Wait as long as it gets on."""
+        loop, ended = asyncio.get_running_loop(), asyncio.Event()
+
+        def main() -> None:
+            self._main()
+            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(ended.set)
+
+        threading.Thread(target=main, name="look", daemon=True).start()
+        count = -1
+        while not ended.is_set() and len(self.answers) > count:
+            count = len(self.answers)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(ended.wait(), LOOK_S)
+        self._given_up = True
+
+    def _main(self) -> None:
+        try:
+            for path in self._paths:
+                answer = self._look(path)
+                if self._given_up:
+                    break
+                self.answers[path] = answer
+        except Exception as exc:
+            self.error = exc
+        self.is_over = True
+
+
+_silent: dict[str, _Look[Any]] = {}  # looks that go on, by the folder in which nobody else is to look
+
+
+def _is_silent(path: str) -> bool:
+    for where in [where for where, looking in _silent.items() if looking.is_over]:
+        del _silent[where]
+    return any(_is_below(os.path.abspath(path), where) for where in _silent)
+
+
+def _where(path: str) -> str:
+    """Return where what a path names is mounted, as far as its name says that; its folder, if that is the root."""
+    path, found = os.path.abspath(path), "/"
+    with suppress(OSError), open(MOUNTS, encoding="utf-8", errors="surrogateescape") as lines:
+        mounts = [re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), line.split(" ")[1]) for line in lines]
+        found = max((one for one in mounts if _is_below(path, one)), key=len, default="/")
+    return found if found != "/" else os.path.dirname(path)
+
+
+def _is_below(path: str, folder: str) -> bool:
+    return path == folder or path.startswith(folder.rstrip("/") + "/")
