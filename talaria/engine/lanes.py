@@ -35,6 +35,7 @@ from prefect.flow_engine import run_flow
 from prefect.settings import get_current_settings
 from prefect.states import AwaitingRetry, Pending
 
+from talaria.engine.called import RESTS
 from talaria.engine.recovery import TAKEN_BY, TAKEN_UP
 from tasks.dispatch import running
 from tasks.dispatch.lately import Hearing
@@ -111,7 +112,9 @@ class RunClient(Client):
             if now is not None and now.type not in OURS:
                 why = StateRejectDetails(reason=f"somebody has set it {now.name} meanwhile")
                 return OrchestrationResult(state=now, status=SetStateStatus.REJECT, details=why)
-            if running.stopping() and state.is_cancelled() and now is not None and not now.is_cancelling():
+            if state.name == RESTS and now is not None and now.name == running.PAUSING:
+                state = running.paused(state.message or "")  # it came to rest before it heard of that
+            elif running.stopping() and state.is_cancelled() and now is not None and not now.is_cancelling():
                 # Nobody wants it cancelled: its process ends, and another one goes on with it.
                 state = AwaitingRetry(scheduled_time=min(datetime.now(UTC), now.timestamp), message=TAKEN_UP)
         result: OrchestrationResult[Any] = await super().set_flow_run_state(run_id, state, force)

@@ -27,14 +27,14 @@ from prefect.client.schemas.filters import (
     WorkPoolFilter,
     WorkPoolFilterName,
 )
-from prefect.client.schemas.objects import FlowRun, State, StateType
+from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import ObjectNotFound, PrefectException
-from prefect.states import AwaitingRetry, Cancelled, Failed, Scheduled
+from prefect.states import AwaitingRetry, Cancelled, Failed
 
 from talaria.engine import hosts
 from talaria.engine.leftovers import clear_staging
-from tasks.dispatch.running import PAUSED, PAUSING, UNTIL_RESUMED
+from tasks.dispatch.running import PAUSING, paused
 from tasks.paging import every
 from transfer import lease
 from transfer.home import Home, host_name, locked
@@ -220,8 +220,7 @@ async def _take_up(client: PrefectClient, run_id: str) -> bool:
         await _give_up(client, flow_run, crashes)
         return False
     if state.name == PAUSING:  # it was killed before it had paused
-        paused: State[Any] = Scheduled(scheduled_time=datetime.now(UTC) + UNTIL_RESUMED, name=PAUSED)
-        await client.set_flow_run_state(flow_run.id, paused, force=True)
+        await client.set_flow_run_state(flow_run.id, paused(), force=True)
         return False
     labels: dict[str, Any] = {CRASHES: crashes + 1, CRASHED: now}
     other = hosts.where_it_waits(flow_run)

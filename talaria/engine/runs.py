@@ -248,15 +248,15 @@ async def pause(client: PrefectClient, run_id: UUID) -> str:
     if state.is_paused() or state.name == running.PAUSED:
         raise Misconfigured(f"run {run_id} is paused already: {flow_run.state_name}")
     if state.type is StateType.SCHEDULED:
-        state = Scheduled(scheduled_time=datetime.now(UTC) + running.UNTIL_RESUMED, name=running.PAUSED)
-        if await _kept_waiting(client, run_id, state):
-            return str(state.name)
+        if await _kept_waiting(client, run_id, running.paused()):
+            return running.PAUSED
         state = (await client.read_flow_run(run_id)).state
         if state is not None and state.is_final():
             return str(state.name)
-    state = State(type=StateType.RUNNING, name=running.PAUSING)
-    await client.set_flow_run_state(run_id, state, force=True)
-    return str(state.name)
+    if not await _kept_waiting(client, run_id, State(type=StateType.RUNNING, name=running.PAUSING)):
+        return running.PAUSING
+    await client.set_flow_run_state(run_id, running.paused(), force=True)  # it had just come to rest, or ended
+    return running.PAUSED
 
 
 async def resume(client: PrefectClient, run_id: UUID) -> FlowRun:

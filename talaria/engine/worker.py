@@ -35,15 +35,15 @@ from prefect.client.schemas.filters import (
 )
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.exceptions import PrefectException
-from prefect.states import Cancelled
 
 from talaria import logs
 from talaria.audit.forward import forwarding
-from talaria.engine import called, cancelled, hosts, lanes, logged
+from talaria.engine import called, cancelled, hosts, lanes, logged, stray
 from talaria.engine.aside import Aside
 from talaria.engine.due import MOST, Due, come, is_check
-from talaria.engine.recovery import abandoned, elsewhere, settle, taken_over
+from talaria.engine.recovery import abandoned, settle, taken_over
 from talaria.engine.registry import CHECKS
+from talaria.engine.stray import LATE_S
 from talaria.engine.sweeping import keep_sweeping
 from talaria.engine.table import Flows
 from talaria.engine.watch import StateChange, resuming, watch
@@ -59,7 +59,6 @@ BLIND_S = 2.0  # the same while there is no subscription
 SOON_S = NET_S + 10  # a run that is to begin by then gets an alarm of its own
 HEARTBEAT_S = 30.0  # Prefect takes a worker for offline after three of them
 HEED_S = 0.1  # before a run is asked after whose state has changed: it ends, most often, and is gone by then
-LATE_S = (0.5, 2.0)  # after which an event is looked into again: the server sends it before its transaction ends
 CALM_S = 0.05  # after a look that found nothing: what woke us need not be ours
 BUSY_S = 0.1  # between two looks while something is under way: what comes meanwhile is found at once
 READY_LANES = 2
@@ -86,6 +85,7 @@ class Worker:
         self._more = False  # runs may wait for a place to be free
         self._unended: dict[UUID, str] = {}  # runs whose end the ledger has not taken yet, with their owner
         self._resumed: set[UUID] = set()  # runs of ours that somebody has let go on before they had come to rest
+        self._pausing: set[UUID] = set()  # and that somebody has asked to pause
         self._checks: set[UUID] = set()  # those of ours that are checks
         self._check_waits = False
         self._awaited: dict[UUID, float] = {}  # runs that events have named and no look has found, and until when
@@ -286,6 +286,9 @@ class Worker:
         if run_id in self._resumed:
             self._resumed.discard(run_id)
             self._do(self._go_on(run_id))
+        if run_id in self._pausing:
+            self._pausing.discard(run_id)
+            self._do(self._pause(run_id))
         with suppress(*LOST):
             if rests and str(run_id) in self.ledger.waits.unheard(0.0):  # called while it was on its way to rest
                 self._do(self._bring_forward(run_id))
@@ -317,6 +320,8 @@ class Worker:
                 self._resumed.add(change.run_id)
             elif change.type == "PAUSED":
                 self._resumed.discard(change.run_id)
+            if change.name == running.PAUSING:
+                self._pausing.add(change.run_id)
             if change.type not in ("PENDING", "RUNNING") or change.name == running.PAUSING:
                 self._do(self._heed_soon(change.run_id))
         elif change.type == "SCHEDULED" and not self._aside.knows(change):
@@ -324,6 +329,8 @@ class Worker:
             self._check_waits = self._check_waits or change.queue == CHECKS
             self._wake.set()
             self._do(self._wake_late(change.run_id))
+        elif change.name == running.PAUSING:
+            self._do(self._pause(change.run_id))
         elif change.type == "CANCELLING" or change.is_resumption:
             self._do(self._look_after(change))
         elif change.type == "CANCELLED":
@@ -370,23 +377,10 @@ class Worker:
                 running.flag(str(run_id)).set()
 
     async def _look_after(self, change: StateChange) -> None:
-        """Put a run that no process executes into the state that it belongs in."""
-        for seconds in (0.0, *LATE_S):
-            await asyncio.sleep(seconds)
-            flow_run = await self.client.read_flow_run(change.run_id)
-            state, run_id = flow_run.state, str(change.run_id)
-            if state is not None and state.type.value == change.type:
-                break
-        else:
-            return
-        owner = self.ledger.runs.owner_of(run_id)
-        if self.alive(owner) if owner else await elsewhere(self.client, flow_run, online=True):
-            return
-        if state.is_cancelling():  # while it waited for its next attempt
-            await self.client.set_flow_run_state(flow_run.id, Cancelled(), force=True)
-            self.ledger.runs.ends(run_id)
-        elif state.is_running():  # it ended when it was paused
-            await self.client.set_flow_run_state(flow_run.id, resuming(self.ledger), force=True)
+        await stray.look_after(self.client, self.ledger, self.alive, change)
+
+    async def _pause(self, run_id: UUID) -> None:
+        await stray.pause(self.client, self.ledger, self.alive, run_id)
 
     async def _go_on(self, run_id: UUID) -> None:
         """Start a run again that was resumed before it had come to rest."""

@@ -9,7 +9,6 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
-from datetime import UTC, datetime
 from textwrap import shorten
 from typing import Any
 
@@ -150,19 +149,13 @@ def sentence(receipt: Receipt) -> str:
     return f"{receipt.target} {receipt.state}: " + ", ".join([counts or "nothing", *rest])
 
 
-def paused(message: str) -> RunState[Any]:
-    """Return the state of a run that goes on when somebody resumes it."""
-    never = datetime.now(UTC) + running.UNTIL_RESUMED
-    return states.Scheduled(scheduled_time=never, name=running.PAUSED, message=message)
-
-
 def refusal(error: DispatchError) -> RunState[Any]:
     """Return the state of a run that could not begin, or was stopped before it began.
 
     Where the ledger's database is away, nothing can be known or noted: the run comes back, and nobody is told.
     """
     if isinstance(error, Paused):
-        return paused(error.message)
+        return running.paused(error.message)
     if isinstance(error, LedgerAway) and line.may_rest():
         wait = rest.for_the_ledger()
         return states.AwaitingRetry(scheduled_time=wait.until, message=rest.message([wait], error.message))

@@ -24,7 +24,7 @@ from tasks import DRIVERS
 from tasks.dispatch import audited, breaker, line, rest, running, waiting
 from tasks.dispatch.asked import Naming
 from tasks.dispatch.delivery import Delivery, summary
-from tasks.dispatch.ends import Paused, knows, paused, say_ended, say_refused, sentence
+from tasks.dispatch.ends import Paused, knows, say_ended, say_refused, sentence
 from tasks.dispatch.flood import Flood, Studies, rows
 from tasks.dispatch.lately import loaded
 from tasks.dispatch.patience import is_outage, patiently
@@ -398,7 +398,7 @@ class Dispatch:
         elif self.rest.kept:
             await asyncio.to_thread(rest.forget, self.ledger, self.flow_run_id)
         if self.paused.is_set() and any(delivery.stopped is State.WAITING for delivery in self.deliveries):
-            return paused(message)
+            return running.paused(message)
         if rests:
             first = min(wait.until for wait in self.waits.values())
             return AwaitingRetry(scheduled_time=first, message=rest.message(self.waits.values(), message))

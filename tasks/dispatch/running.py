@@ -11,9 +11,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
+from typing import Any
 
+from prefect.client.schemas.objects import State
 from prefect.exceptions import Abort
+from prefect.states import Scheduled
 
 PAUSING = "Pausing"  # name of the state of a run that is to pause
 PAUSED = "Paused"  # and of one that has: scheduled for a time that does not come
@@ -72,6 +75,11 @@ def pause(flow_run_id: str) -> threading.Event:
     """Return the flag that makes a run pause at a point from which it can continue later."""
     with _lock:
         return _pauses.setdefault(flow_run_id, threading.Event())
+
+
+def paused(message: str = "") -> State[Any]:
+    """Return the state of a run that goes on when somebody resumes it."""
+    return Scheduled(scheduled_time=datetime.now(UTC) + UNTIL_RESUMED, name=PAUSED, message=message)
 
 
 def call(flow_run_id: str) -> threading.Event:

@@ -22,7 +22,7 @@ from prefect.client.schemas.objects import StateType
 from prefect.context import FlowRunContext
 from prefect.exceptions import Abort, Pause, PrefectException
 from prefect.logging import get_run_logger
-from prefect.states import AwaitingRetry, Cancelled, Completed, Failed, Scheduled
+from prefect.states import AwaitingRetry, Cancelled, Completed, Failed
 
 from blocks.base import Target
 from blocks.dicom import DicomTarget
@@ -425,9 +425,7 @@ class Retrieval:
             )
         message = sentence(document(self.job, self.flow_run_id, self.source.name, state))
         if state == "paused":
-            return Scheduled(
-                scheduled_time=datetime.now(UTC) + running.UNTIL_RESUMED, name=running.PAUSED, message=message
-            )
+            return running.paused(message)
         if state == "waiting" and not taken_up:
             first = min(wait.until for wait in waits)
             return AwaitingRetry(scheduled_time=first, message=rest.message(waits, message))
