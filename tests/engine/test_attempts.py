@@ -19,7 +19,7 @@ from tasks.dispatch import delivery as engine
 from tasks.dispatch.delivery import Delivery
 from tasks.dispatch.push import push_task
 from tasks.driver import Driver, Facts
-from transfer.errors import Busy, DispatchError, Interrupted, Misconfigured
+from transfer.errors import Busy, DispatchError, Interrupted, LedgerAway, Misconfigured
 from transfer.health import Health
 from transfer.home import Home
 from transfer.ledger import Ledger
@@ -95,6 +95,20 @@ def test_what_gets_no_further_ends_after_max_attempts(tmp_path: Path) -> None:
     assert receipt.state is State.FAILED and receipt.attempts == 3 and receipt.unsent == 6
     assert receipt.error == "the link broke"
     assert one.failures[-1] == "attempt 3 of 3 failed: the link broke"
+
+
+def test_a_ledger_that_is_away_costs_no_attempt(tmp_path: Path) -> None:
+    away = [LedgerAway("the ledger's database can't be reached")] * 3
+
+    def push(target: FolderTarget, plan: Plan, report: PushReport) -> Receipt:
+        if away:
+            raise away.pop()
+        return after(6)(target, plan, report)
+
+    with delivery(tmp_path, push, max_attempts=1) as one:
+        delays = run(one)
+        assert (one.attempts, one.futile, len(delays)) == (4, 0, 3) and max(delays) <= 10  # as before a first retry
+        assert one.receipt().state is State.DELIVERED
 
 
 def test_a_rejection_is_a_step_too(tmp_path: Path) -> None:

@@ -63,6 +63,7 @@ def test_failures_count_wherever_they_are_seen_and_the_first_answer_ends_it(host
         assert not breaker.read(one, target).opened and not breaker.read(other, target).opened
         breaker.failed((one, other)[number % 2], target, Unreachable("no route"), "no route")
         breaker.failed(one, target, Denied("wrong password"), "wrong password")  # it does answer
+        breaker.failed(one, target, LedgerAway("no ledger"), "no ledger")  # which says nothing of it
     for ledger in (one, other):
         found = breaker.read(ledger, target)
         assert (found.failures, found.reason) == (breaker.LIMIT, "no route") and found.opened and found.until
