@@ -247,16 +247,18 @@ async def pause(client: PrefectClient, run_id: UUID) -> str:
         raise Misconfigured(f"run {run_id} has ended, or is ending: {flow_run.state_name}")
     if state.is_paused() or state.name == running.PAUSED:
         raise Misconfigured(f"run {run_id} is paused already: {flow_run.state_name}")
+    pausing: State[Any] = State(type=StateType.RUNNING, name=running.PAUSING)
     if state.type is StateType.SCHEDULED:
         if await _kept_waiting(client, run_id, running.paused()):
             return running.PAUSED
         state = (await client.read_flow_run(run_id)).state
         if state is not None and state.is_final():
             return str(state.name)
-    if not await _kept_waiting(client, run_id, State(type=StateType.RUNNING, name=running.PAUSING)):
-        return running.PAUSING
-    await client.set_flow_run_state(run_id, running.paused(), force=True)  # it had just come to rest, or ended
-    return running.PAUSED
+        await client.set_flow_run_state(run_id, pausing, force=True)
+    elif await _kept_waiting(client, run_id, pausing):  # it had just come to rest
+        await client.set_flow_run_state(run_id, running.paused(), force=True)
+        return running.PAUSED
+    return running.PAUSING
 
 
 async def resume(client: PrefectClient, run_id: UUID) -> FlowRun:

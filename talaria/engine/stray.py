@@ -56,8 +56,6 @@ async def pause(client: PrefectClient, ledger: Ledger, alive: Callable[[str], bo
             return
 
 
-async def _is_executed(
-    client: PrefectClient, ledger: Ledger, alive: Callable[[str], bool], flow_run: FlowRun
-) -> bool:
+async def _is_executed(client: PrefectClient, ledger: Ledger, alive: Callable[[str], bool], flow_run: FlowRun) -> bool:
     owner = ledger.runs.owner_of(str(flow_run.id))
     return alive(owner) if owner else await elsewhere(client, flow_run, online=True)

@@ -36,6 +36,10 @@ class Paused(Cancelled):
     """The dispatch was paused."""
 
 
+class LeftToAnother(Cancelled):
+    """The process of the dispatch ends, and another one goes on with it."""
+
+
 def say_ended(
     ledger: Ledger, dispatch_id: str, receipts: Sequence[Receipt], deliveries: Sequence[Delivery], dead: Collection[str]
 ) -> None:
@@ -156,6 +160,8 @@ def refusal(error: DispatchError) -> RunState[Any]:
     """
     if isinstance(error, Paused):
         return running.paused(error.message)
+    if isinstance(error, LeftToAnother):  # its engine makes of it that it goes on
+        return states.Cancelled(message=error.message)
     if isinstance(error, LedgerAway) and line.may_rest():
         wait = rest.for_the_ledger()
         return states.AwaitingRetry(scheduled_time=wait.until, message=rest.message([wait], error.message))

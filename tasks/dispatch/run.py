@@ -24,16 +24,18 @@ from tasks import DRIVERS
 from tasks.dispatch import audited, breaker, line, rest, running, waiting
 from tasks.dispatch.asked import Naming
 from tasks.dispatch.delivery import Delivery, summary
-from tasks.dispatch.ends import Paused, knows, say_ended, say_refused, sentence
+from tasks.dispatch.ends import LeftToAnother, Paused, knows, say_ended, say_refused, sentence
 from tasks.dispatch.flood import Flood, Studies, rows
 from tasks.dispatch.lately import loaded
+from tasks.dispatch.leaving import is_left
 from tasks.dispatch.patience import is_outage, patiently
 from tasks.dispatch.progress import Live, live
 from tasks.dispatch.push import delay_before, failure_of, hook_task, push_task
 from tasks.dispatch.report import pieces, progress_shown, report
 from tasks.dispatch.rest import Left, Wait
 from tasks.dispatch.slots import NoSlot, slots
-from tasks.dispatch.stage import Staged, keep_dead_letter, plan_and_stage, stage_files
+from tasks.dispatch.stage import Staged, keep_files, stage_files
+from tasks.dispatch.waiting import others_stand_in_line as others_stand
 from tasks.quiet import Quiet
 from tasks.targets import check_destination
 from transfer import deadletters
@@ -79,6 +81,7 @@ class Dispatch:
         self.staged: Staged | None = None  # of any other
         self.rest, self.in_line = rest.Rest(), line.stands(flow_run_id)
         self.waits: dict[str, Wait] = {}  # by target
+        self.left = False  # whether it was told to stop only because its process ends
         self._held: dict[str, AsyncExitStack] = {}  # slots that were taken before the files are staged, by target
         self._failed: dict[str, tuple[str, bool]] = {}  # targets that a test found dead: why, whether it was the last
 
@@ -105,17 +108,18 @@ class Dispatch:
         try:
             looks = asyncio.gather(*(self._look(target) for target in self._open))
             await self._stoppable(looks, idle=lambda: True)
-            if self._open or not self._is_new:
-                return bool(self._open)
-            reads = asyncio.to_thread(waiting.can_be_read, self.home, self.flow_run_id, paths, exclude)
-            await self._stoppable(reads, idle=lambda: True)
+            if self._is_new and not self._open:
+                reads = asyncio.to_thread(waiting.can_be_read, self.home, self.flow_run_id, paths, exclude)
+                await self._stoppable(reads, idle=lambda: True)
         except asyncio.CancelledError as exc:
             if not self.cancelled.is_set():
                 raise
-            raise self._stopped_early("waited") from exc
+            raise await self._stopped_early("waited") from exc
+        if self._open:
+            return True
         if self.cancelled.is_set() or self.paused.is_set():  # a short look ends before it is told
-            raise self._stopped_early("waited")
-        return any(last for _, last in self._failed.values())  # for the receipts
+            raise await self._stopped_early("waited")
+        return self._is_new and any(last for _, last in self._failed.values())  # for the receipts
 
     @property
     def _is_new(self) -> bool:
@@ -139,7 +143,7 @@ class Dispatch:
                 self._held[name] = await patiently(lambda: self._slot(target))
             except NoSlot:
                 self._stand_in_line(target)
-        elif self._is_new and line.may_rest() and self._others_wait(target):
+        elif self._is_new and line.may_rest() and others_stand(self.ledger, target, self.in_line, self.priority):
             self._stand_in_line(target)
 
     async def _is_dead(self, target: Target) -> bool:
@@ -197,9 +201,6 @@ class Dispatch:
         left = self._left(target)
         self.waits[target.name] = waiting.for_a_slot(self.ledger, target, self.in_line, self.priority, left)
 
-    def _others_wait(self, target: Target) -> bool:
-        return waiting.others_stand_in_line(self.ledger, target, self.in_line, self.priority)
-
     async def _slot(self, target: Target) -> AsyncExitStack:
         """Take a slot of a target: at once or soon where a run can rest, else as soon as there is one.
 
@@ -238,15 +239,17 @@ class Dispatch:
         except asyncio.CancelledError as exc:
             if not self.cancelled.is_set():
                 raise
-            raise self._stopped_early() from exc
+            raise await self._stopped_early() from exc
         except DispatchCancelled as exc:
-            raise self._stopped_early() from exc
+            raise await self._stopped_early() from exc
         self.staged = staged
         return self.ledger.runs.same_dispatch(self.flow_run_id, staged.plan)
 
-    def _stopped_early(self, did: str = "read its files") -> DispatchCancelled:
+    async def _stopped_early(self, did: str = "read its files") -> DispatchCancelled:
         if self.paused.is_set():
             return Paused(f"the dispatch was paused while it {did}")
+        if await is_left(self.flow_run_id):
+            return LeftToAnother(f"its process ended while the dispatch {did}")
         return DispatchCancelled(f"the dispatch was cancelled while it {did}")
 
     async def deliver(self, plan: Plan, force: bool) -> list[Receipt]:
@@ -268,6 +271,10 @@ class Dispatch:
                 await asyncio.gather(*(self._deliver(delivery) for delivery in self.deliveries))
             finally:
                 await naming
+            if self.cancelled.is_set():  # a paused one goes on when it is resumed, as one does whose process ends
+                self.left = not self.paused.is_set() and await is_left(self.flow_run_id)
+                for delivery in filter(lambda one: one.stopped, self.deliveries):
+                    delivery.stopped = State.WAITING if self.left or self.paused.is_set() else State.CANCELLED
         self.rest.artifacts = {name: str(one) for name, one in artifacts.items()}
         receipts = [delivery.receipt() for delivery in self.deliveries]
         for delivery, receipt, attempts in zip(self.deliveries, receipts, before, strict=True):
@@ -326,17 +333,17 @@ class Dispatch:
             if isinstance(exc, LedgerAway) and line.may_rest() and not self.cancelled.is_set():
                 delivery.stopped, self.waits[target.name] = State.WAITING, rest.for_the_ledger()
                 return
-            if delivery.hook == "failed" or (is_outage(exc) and delivery.receipt().state is State.DELIVERED):
+            whole = is_outage(exc) and delivery.receipt().state is State.DELIVERED
+            if whole or (delivery.hook == "failed" and not delivery.stopped):
                 return
-            if delivery.error is None:
+            if delivery.error is None and not delivery.stopped:
                 logger.exception("%s: unexpected error", target.name)
                 delivery.error = failure_of(exc, target.name)
         except asyncio.CancelledError:
             if not self.cancelled.is_set():
                 raise
-        if self.cancelled.is_set() and delivery.receipt().unsent:
-            # What came stays; a paused one goes on with the rest when it is resumed.
-            delivery.stopped = State.WAITING if self.paused.is_set() else State.CANCELLED
+        if self.cancelled.is_set() and delivery.receipt().unsent:  # what came stays
+            delivery.stopped = State.CANCELLED
             delivery.ends()
 
     async def _push(self, delivery: Delivery) -> None:
@@ -395,31 +402,21 @@ class Dispatch:
                 name = delivery.target.name
                 self.rest.left[name] = delivery.leave(self._left(delivery.target))
             await asyncio.to_thread(rest.save, self.home, self.ledger, self.flow_run_id, self.rest)
-        elif self.rest.kept:
+        elif self.rest.kept and not self.left:
             await asyncio.to_thread(rest.forget, self.ledger, self.flow_run_id)
         if self.paused.is_set() and any(delivery.stopped is State.WAITING for delivery in self.deliveries):
             return running.paused(message)
+        if self.left and any(delivery.stopped for delivery in self.deliveries):
+            return Cancelled(message=message)  # of which the engine makes that it goes on
         if rests:
             first = min(wait.until for wait in self.waits.values())
             return AwaitingRetry(scheduled_time=first, message=rest.message(self.waits.values(), message))
-        await asyncio.to_thread(self._keep_files, state, receipts)
+        staged = self.staged, self.staging, self.cancelled
+        unsent = any(one.unsent for one in receipts)
+        await asyncio.to_thread(keep_files, self.home, self.flow_run_id, *staged, state, unsent)
         if state is State.DELIVERED:
             return Completed(message=message)
         return Cancelled(message=message) if state is State.CANCELLED else Failed(message=message)
-
-    def _keep_files(self, state: State, receipts: Sequence[Receipt]) -> None:
-        """Keep the files of a run that was given up, for a retry; forget what was kept of one that succeeded."""
-        context = FlowRunContext.get()
-        asked = (context and context.parameters) or {}
-        if state is State.DELIVERED:
-            deadletters.forget(self.home, self.flow_run_id)
-        if state in (State.DELIVERED, State.CANCELLED) or asked.get("each") or running.whole():
-            return
-        if not any(one.unsent for one in receipts):
-            return
-        paths = deadletters.instead(self.home, self.flow_run_id, asked.get("paths", []))
-        what = paths, asked.get("exclude", ""), Origin(), self.staging, self.cancelled
-        keep_dead_letter(self.home, self.flow_run_id, self.staged, lambda: plan_and_stage(*what))
 
     def _receipts(self, new: Sequence[Receipt]) -> list[Receipt]:
         """Return the receipt of every target: of this part, or of the last one that had to do with it."""
@@ -480,7 +477,7 @@ async def dispatching(targets: list[str], priority: str, naming: Naming) -> Asyn
         try:
             yield dispatch
         except DispatchError as exc:
-            if not isinstance(exc, Paused | LedgerAway):
+            if not isinstance(exc, Paused | LeftToAnother | LedgerAway):
                 await asyncio.to_thread(rest.forget, ledger, flow_run_id)
             raise
         except Exception as exc:  # a fault of ours

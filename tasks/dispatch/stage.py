@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
+from prefect.context import FlowRunContext
 from prefect.logging import get_run_logger
 
+from tasks.dispatch import running
 from transfer import deadletters
 from transfer.errors import Cancelled, DispatchError
 from transfer.globs import patterns
 from transfer.home import Home
 from transfer.plan import Origin, Plan, scan
+from transfer.receipt import State
 from transfer.staging import Way, stage
 
 
@@ -49,15 +51,33 @@ def plan_and_stage(
     return Staged(stage(found.pop(), into, check, way), root)
 
 
-def keep_dead_letter(home: Home, run_id: str, staged: Staged | None, again: Callable[[], Staged]) -> None:
-    """Keep the files of a run that was given up, as far as they can be.
+def keep_files(
+    home: Home,
+    run_id: str,
+    staged: Staged | None,
+    staging: Path,
+    cancelled: threading.Event,
+    state: State,
+    unsent: bool,
+) -> None:
+    """Keep the files of this context's run if it was given up, for a retry; forget what was kept of one that succeeded.
 
     Args:
         staged: what is staged; None if the last part of the run had no files.
-        again: plans and stages them anew.
+        staging: where they are staged then.
+        state: of the run.
+        unsent: whether some of them have not been sent.
     """
+    context = FlowRunContext.get()
+    asked = (context and context.parameters) or {}
+    if state is State.DELIVERED:
+        deadletters.forget(home, run_id)
+    if state in (State.DELIVERED, State.CANCELLED) or asked.get("each") or running.whole() or not unsent:
+        return
     with suppress(DispatchError, OSError):  # the source is gone, or there is no room
-        staged = staged or again()
+        if staged is None:
+            paths = deadletters.instead(home, run_id, asked.get("paths", []))
+            staged = plan_and_stage(paths, asked.get("exclude", ""), Origin(), staging, cancelled)
         deadletters.keep(home, run_id, staged.plan, staged.source)
 
 

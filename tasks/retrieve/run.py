@@ -13,14 +13,12 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
-from uuid import UUID
 
-import httpx
 from prefect import get_client
 from prefect.client.schemas.objects import State as RunState
 from prefect.client.schemas.objects import StateType
 from prefect.context import FlowRunContext
-from prefect.exceptions import Abort, Pause, PrefectException
+from prefect.exceptions import Abort, Pause
 from prefect.logging import get_run_logger
 from prefect.states import AwaitingRetry, Cancelled, Completed, Failed
 
@@ -29,6 +27,7 @@ from blocks.dicom import DicomTarget
 from tasks.dispatch import audited, rest, running
 from tasks.dispatch.ends import unsaid_is_no_failure
 from tasks.dispatch.hours import opens
+from tasks.dispatch.leaving import is_left
 from tasks.dispatch.patience import patiently
 from tasks.dispatch.progress import live
 from tasks.dispatch.report import updated
@@ -398,7 +397,7 @@ class Retrieval:
         state, waits = state_of(self.job), self.waits
         left = any(one.stage in (Stage.FOUND, Stage.WHOLE) for one in self.job.studies.values())
         unfinished = left or self.job.pending or self._to_search
-        taken_up = self.cancelled.is_set() and running.stopping() and not await self._is_cancelled_by_somebody()
+        taken_up = self.cancelled.is_set() and await is_left(self.flow_run_id)
         if taken_up:  # its process ends, and another one goes on with it
             state = "waiting"
         elif self.cancelled.is_set():
@@ -432,13 +431,6 @@ class Retrieval:
         if state == "cancelled" or taken_up:  # of which the engine makes that it goes on
             return Cancelled(message=message)
         return Completed(message=message) if state == "delivered" else Failed(message=message)
-
-    async def _is_cancelled_by_somebody(self) -> bool:
-        with suppress(httpx.HTTPError, PrefectException):
-            async with get_client() as client:
-                state = (await client.read_flow_run(UUID(self.flow_run_id))).state
-                return state is not None and (state.is_cancelling() or state.is_cancelled())
-        return False
 
     async def _end_waiting(self) -> None:
         if any(one.dispatch and one.stage is Stage.WHOLE for one in self.job.studies.values()):

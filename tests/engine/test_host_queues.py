@@ -130,9 +130,7 @@ def test_a_retrieval_stays_with_the_host_that_has_fetched_for_it(shared: Path, t
         assert must_stay(a_retrieval(**wish))
         assert not must_stay(a_retrieval(label="here", **wish))  # it is said already
         assert not must_stay(a_retrieval("normal@here", **wish))
-        assert is_here(a_retrieval(label="here", **wish)) and not is_here(
-            a_retrieval(label="there", **wish)
-        )
+        assert is_here(a_retrieval(label="here", **wish)) and not is_here(a_retrieval(label="there", **wish))
     assert not must_stay(a_retrieval()) and not must_stay(a_run("normal", shared))  # a query
 
 

@@ -27,7 +27,7 @@ from blocks.base import Target
 from imaging.query import Query
 from talaria.testing import studies
 from talaria.testing.process import until
-from tasks.dispatch import audited, running
+from tasks.dispatch import audited, leaving, running
 from tasks.retrieve import moving
 from tasks.retrieve import run as engine
 from tasks.retrieve.fetch import Fetcher
@@ -505,11 +505,11 @@ def test_a_process_that_ends_says_of_no_retrieval_that_it_was_cancelled(
 ) -> None:
     said: list[str] = []
 
-    async def by_somebody(self: Retrieval) -> bool:
+    async def by_somebody(run_id: str) -> bool:
         return asked
 
     monkeypatch.setattr(running, "stopping", lambda: True)
-    monkeypatch.setattr(Retrieval, "_is_cancelled_by_somebody", by_somebody)
+    monkeypatch.setattr(leaving, "is_cancelled", by_somebody)
     monkeypatch.setattr(audited, "retrieval_ends", lambda source, state, *_: said.append(state))
     with archive(study("S1")) as peer:
         one = made(peer)

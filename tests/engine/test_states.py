@@ -18,13 +18,15 @@ from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.context import refresh_global_settings_context
 from prefect.exceptions import ObjectNotFound
-from prefect.states import Pending, Scheduled
+from prefect.states import Cancelling, Pending, Scheduled
 
 from flows.dispatch import dispatch
 from talaria.engine import lanes, runs
 from talaria.testing import studies
 from tasks.dispatch import running
+from tests.engine.material import later
 from tests.servers.up import Talaria
+from transfer.ledger import Ledger
 
 pytestmark = pytest.mark.timeout(600)
 COUNT, SLOW = 40, 2_000  # files of 7 kB, and bytes per second: more than two minutes
@@ -181,14 +183,71 @@ def test_a_state_that_is_set_before_a_run_begins_keeps_it_from_beginning(
     assert not instances(tmp_path / "archive")
 
 
+@pytest.mark.parametrize("asked", [True, False], ids=["cancelled", "stopped"])
+def test_a_process_that_ends_says_of_no_dispatch_that_it_was_cancelled(
+    up: Talaria, here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: bool
+) -> None:
+    """As at a second Ctrl-C: another process goes on with it."""
+    name = f"left-{asked}".lower()
+    studies.ct(tmp_path / "study", COUNT)
+    up.apply(**{name: folder(tmp_path / name, bandwidth_limit=SLOW, concurrency=1)})
+
+    async def part() -> str:
+        async with get_client() as client:
+            parameters = {"paths": [str(tmp_path / "study")], "targets": [name]}
+            flow_run = await client.create_flow_run(dispatch, parameters=parameters, state=Pending())
+            runs_here = asyncio.create_task(lanes.run_here(dispatch, flow_run))
+            while not instances(tmp_path / name):
+                assert not runs_here.done()
+                await asyncio.sleep(0.05)
+            if asked:
+                await client.set_flow_run_state(flow_run.id, Cancelling(), force=True)
+            monkeypatch.setattr(running, "stopping", lambda: True)
+            running.flag(str(flow_run.id)).set()
+            await runs_here
+            return str(flow_run.id)
+
+    run_id = asyncio.run(part())
+    assert named(up, run_id) == ("Cancelled" if asked else "AwaitingRetry")
+    receipt = up.told("jobs", "show", run_id)["targets"][name]
+    assert receipt["state"] == ("cancelled" if asked else "waiting")
+    with Ledger(up.home / "ledger.sqlite") as ledger:
+        said = [one.event for one in ledger.happenings.waiting(1000) if one.about.get("target") == name]
+    assert said == (["dispatch.cancelled"] if asked else [])
+    assert not (up.home / "failed" / run_id).exists()
+
+
+def test_a_run_that_comes_to_rest_just_when_it_is_to_pause_is_paused(up: Talaria, tmp_path: Path) -> None:
+    """Whichever of the two states came first, nobody executed it any more: it went on, or stayed about to pause."""
+    studies.ct(tmp_path / "study", 1)
+    up.apply(resting=folder(tmp_path / "resting", window=later(2)))
+    found = []
+    for order in (["Pausing"], ["Pausing", "AwaitingRetry"]):
+        run = up.told("send", str(tmp_path / "study"), "--to", "resting", "--no-wait", "--force")["flow_run_id"]
+        up.until(lambda run=run: named(up, run) == "AwaitingRetry")  # type: ignore[misc]
+        for name in order:
+            kind = {"type": "RUNNING"} if name == "Pausing" else {"type": "SCHEDULED", "state_details": LATER}
+            up.api("POST", f"/flow_runs/{run}/set_state", state={"name": name, **kind}, force=True)
+        found.append(run)
+    up.until(lambda: all(named(up, run) == "Paused" for run in found), 60)
+    for run in found:
+        up.told("jobs", "resume", run, "--no-wait")
+    up.until(lambda: all(named(up, run) == "AwaitingRetry" for run in found), 60)
+
+
 def test_a_run_that_a_process_takes_while_it_is_cancelled_or_paused_is_told_so(up: Talaria, here: None) -> None:
     """What is set in between would be lost, for Prefect lets a run begin that was cancelled."""
 
-    async def told(act: Callable[[PrefectClient, UUID], Awaitable[str]], reads: int) -> list[str | None]:
+    async def told(
+        act: Callable[[PrefectClient, UUID], Awaitable[str]], reads: int, *, rests: bool = False
+    ) -> list[str | None]:
         async with get_client() as client:
             later = Scheduled(scheduled_time=datetime.now(UTC) + timedelta(hours=5))
             waits = await client.create_flow_run(dispatch, parameters={"paths": [], "targets": []}, state=later)
             await client.set_flow_run_state(waits.id, Pending(), force=True)
+            if rests:
+                waits = await client.read_flow_run(waits.id)
+                await client.set_flow_run_state(waits.id, later, force=True)
             read, stale = client.read_flow_run, [waits] * reads
 
             async def late(run_id: UUID) -> FlowRun:
@@ -200,6 +259,7 @@ def test_a_run_that_a_process_takes_while_it_is_cancelled_or_paused_is_told_so(u
 
     assert asyncio.run(told(runs.cancel, 2)) == ["Cancelling"] * 2
     assert asyncio.run(told(runs.pause, 1)) == [running.PAUSING] * 2
+    assert asyncio.run(told(runs.pause, 1, rests=True)) == [running.PAUSED] * 2  # it has just come to rest
 
 
 def test_a_dispatch_is_paused_after_the_items_under_way_and_goes_on_there(up: Talaria, tmp_path: Path) -> None:
