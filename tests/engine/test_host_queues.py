@@ -542,7 +542,7 @@ def test_a_run_that_another_process_has_ended_meanwhile_is_not_run_again(
         asked = time.monotonic()
         ledger.runs.begins(str(run.id), "another process")
         ledger.runs.ends(str(run.id), "another process")
-        worker._begin([run], 1, asked)
+        await worker._begin([run], 1, asked)
         await worker.active[run.id]
         assert server.set == [] and not worker.active and not ledger.runs.unfinished()
         await asyncio.gather(*worker._jobs)
