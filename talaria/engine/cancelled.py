@@ -25,7 +25,7 @@ from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import ObjectNotFound
 
-from tasks.dispatch import kept
+from tasks.dispatch import kept, rest
 from tasks.dispatch.ends import UNKNOWN, say_stopped, unsaid_is_no_failure
 from tasks.names import split
 from tasks.paging import every
@@ -93,6 +93,7 @@ async def _look_at(client: PrefectClient, ledger: Ledger, flow_run: FlowRun) -> 
     if not before or before[-1] not in WAITED:
         return
     await _say(client, ledger, flow_run, mark)
+    await asyncio.to_thread(rest.forget, ledger, run_id)  # whoever retries it begins anew
 
 
 async def was_given_up(client: PrefectClient, flow_run: FlowRun, why: str) -> None:
@@ -107,6 +108,7 @@ async def was_given_up(client: PrefectClient, flow_run: FlowRun, why: str) -> No
     elif asked.get("paths") and asked.get("targets"):
         with unsaid_is_no_failure(str(flow_run.id)), Ledger(home.ledger) as ledger:
             await _say(client, ledger, flow_run, str(flow_run.state and flow_run.state.id), why)
+            await asyncio.to_thread(rest.forget, ledger, str(flow_run.id))
 
 
 async def _say(client: PrefectClient, ledger: Ledger, flow_run: FlowRun, mark: str, given_up: str = "") -> None:

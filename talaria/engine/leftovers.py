@@ -40,7 +40,8 @@ def clear(
     Returns:
         How many receipts, staging folders, and unused indexes of read-only folders.
     """
-    ledger.rests.prune(before, keep)
+    # Of runs whose files another host may keep, where several share the ledger, that stays as long as these.
+    ledger.rests.prune(min(before, failed_before) if ledger.shared else before, keep)
     discard(home.root / "waiting")  # where an earlier Talaria had what runs left behind
     kept = {*keep, *ledger.rests.runs()}
     uploads.tidy(home, before, kept)

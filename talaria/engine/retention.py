@@ -87,7 +87,7 @@ async def tidy(
         logger.warning("nothing has begun for longer than is remembered, or the clock is wrong: nothing is forgotten")
         return math.inf
     while True:
-        await asyncio.to_thread(_forget, home, kept, open_runs, failed_age)
+        await asyncio.to_thread(_forget, home, kept, open_runs, failed_age, max(age, failed_age))
         if vacuum:
             await vacuum(kept, deadletters.kept(home))
         size = await asyncio.to_thread(used, home)
@@ -171,12 +171,16 @@ def _is_all_old(home: Home, age: float) -> bool:
         return 0 < newest < ledger.now() - age
 
 
-def _forget(home: Home, age: float, open_runs: Collection[str], failed_age: float) -> None:
+def _forget(home: Home, age: float, open_runs: Collection[str], failed_age: float, shared_age: float) -> None:
+    """Forget what is older than `age`; of a ledger that several hosts share, what is older than `shared_age`.
+
+    No host knows of which runs the others keep files, and what takes too much here isn't in that ledger.
+    """
     with Ledger(home.ledger) as ledger:
         now = ledger.now()
         deadletters.clear(home, now - failed_age, {*open_runs, *waiting(home)})
         keep = {*open_runs, *deadletters.kept(home)}
-        ledger.prune(now - age, keep)
+        ledger.prune(now - (shared_age if ledger.shared else age), keep)
         clear(home, ledger, now - age, keep, now - failed_age)
     for log in (home.root / "logs").glob("*.log"):
         if log.stat().st_size > LOG_BYTES:

@@ -29,6 +29,7 @@ from tasks.paging import every
 from transfer.home import Home
 from transfer.ledger import Ledger
 
+WAITING = StateType.SCHEDULED, StateType.PAUSED, StateType.PENDING
 ENDED = "its retrieval has ended"  # what the state of a dispatch says that waited until then
 
 
@@ -71,12 +72,15 @@ async def dispatched(
 
 
 async def end_waiting(client: PrefectClient, home: Home, whole: str) -> None:
-    """Cancel the dispatches of a retrieval that wait: it has ended, and nobody goes on with them."""
+    """Cancel the dispatches of a retrieval that wait: it has ended, and nobody goes on with them.
+
+    So are those that are Pending: a worker was killed between making one and beginning it.
+    """
     waiting = await every(
         client.read_flow_runs,
         flow_run_filter=FlowRunFilter(
             parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=[UUID(whole)]),
-            state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED, StateType.PAUSED])),
+            state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[*WAITING])),
         ),
     )
     for one in waiting:

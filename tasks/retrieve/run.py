@@ -416,7 +416,9 @@ class Retrieval:
                 self._folders.rmdir()
                 self._spool.rmdir()
         if self.job.ended:
-            await self._end_waiting()
+            if any(one.dispatch for one in self.job.studies.values()):
+                async with get_client() as client:
+                    await patiently(lambda: end_waiting(client, self.home, self.flow_run_id))
             await asyncio.to_thread(self._stand, state)
             brought = [one.study for one in self.job.studies.values() if one.stage is Stage.DELIVERED]
             await asyncio.to_thread(
@@ -431,11 +433,6 @@ class Retrieval:
         if state == "cancelled" or taken_up:  # of which the engine makes that it goes on
             return Cancelled(message=message)
         return Completed(message=message) if state == "delivered" else Failed(message=message)
-
-    async def _end_waiting(self) -> None:
-        if any(one.dispatch and one.stage is Stage.WHOLE for one in self.job.studies.values()):
-            async with get_client() as client:
-                await patiently(lambda: end_waiting(client, self.home, self.flow_run_id))
 
     def _stand(self, state: str) -> None:
         with unsaid_is_no_failure(self.flow_run_id), Ledger(self.home.ledger) as ledger:

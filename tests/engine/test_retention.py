@@ -90,6 +90,26 @@ def test_what_is_old_goes_unless_it_goes_on(home: Home, plan: Plan, monkeypatch:
         assert left(home) == {"young"} and ledger.rests.runs() == set()
 
 
+def test_what_several_hosts_share_stays_as_long_as_files_that_another_one_may_keep(
+    home: Home, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It can't know of which runs: they would have been sent again whole."""
+    for run_id, days in (("old", 20), ("given up", 10), ("young", 0.01)):
+        ended(home, plan, run_id, days, monkeypatch)
+        with Ledger(home.ledger) as ledger, monkeypatch.context() as past:
+            now = time.time()
+            past.setattr("time.time", lambda now=now, days=days: now - days * DAY_S)
+            ledger.rests.keep(run_id, "another host", "{}")
+    monkeypatch.setattr(Ledger, "shared", True)
+    asyncio.run(retention.tidy(home, 5 * DAY_S, 1, (), failed_age=14 * DAY_S))
+    with Ledger(home.ledger) as ledger:
+        assert ledger.rests.runs() == {"given up", "young"}
+        assert {one for one in ("old", "given up", "young") if ledger.results(f"dispatch-{one}")} == {
+            "given up",
+            "young",
+        }
+
+
 def test_a_clock_that_is_years_ahead_forgets_nothing(
     home: Home, plan: Plan, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -24,8 +24,11 @@ from flows.dispatch import dispatch
 from talaria.engine import lanes, runs
 from talaria.testing import studies
 from tasks.dispatch import running
+from tasks.retrieve import dispatches
 from tests.engine.material import later
 from tests.servers.up import Talaria
+from transfer.happenings import DISPATCHES
+from transfer.home import Home
 from transfer.ledger import Ledger
 
 pytestmark = pytest.mark.timeout(600)
@@ -183,6 +186,21 @@ def test_a_state_that_is_set_before_a_run_begins_keeps_it_from_beginning(
     assert not instances(tmp_path / "archive")
 
 
+def test_a_dispatch_that_was_made_for_a_retrieval_and_never_began_ends_with_it(up: Talaria, here: None) -> None:
+    """Its worker was killed in between: it stayed Pending for ever."""
+
+    async def ended() -> list[str | None]:
+        async with get_client() as client:
+            parameters: dict[str, Any] = {"paths": [], "targets": []}
+            whole = await client.create_flow_run(dispatch, parameters=parameters, state=Pending())
+            made = [await dispatches._made(client, dispatch, str(whole.id), parameters) for _ in range(2)]
+            await client.set_flow_run_state(made[1].id, State(type=StateType.COMPLETED), force=True)
+            await dispatches.end_waiting(client, Home(up.home), str(whole.id))
+            return [(await client.read_flow_run(one.id)).state_name for one in made]
+
+    assert asyncio.run(ended()) == ["Cancelled", "Completed"]
+
+
 @pytest.mark.parametrize("asked", [True, False], ids=["cancelled", "stopped"])
 def test_a_process_that_ends_says_of_no_dispatch_that_it_was_cancelled(
     up: Talaria, here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: bool
@@ -212,8 +230,8 @@ def test_a_process_that_ends_says_of_no_dispatch_that_it_was_cancelled(
     receipt = up.told("jobs", "show", run_id)["targets"][name]
     assert receipt["state"] == ("cancelled" if asked else "waiting")
     with Ledger(up.home / "ledger.sqlite") as ledger:
-        said = [one.event for one in ledger.happenings.waiting(1000) if one.about.get("target") == name]
-    assert said == (["dispatch.cancelled"] if asked else [])
+        said = [one.label for one in ledger.happenings.totals("") if (one.name, one.target) == (DISPATCHES, name)]
+    assert said == (["cancelled"] if asked else [])
     assert not (up.home / "failed" / run_id).exists()
 
 
