@@ -6,7 +6,7 @@ Only for rules that hear of it. What is seen by several hosts, or again, happens
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from typing import Any
@@ -14,10 +14,11 @@ from uuid import UUID
 
 from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.filters import (
-    DeploymentFilter,
-    DeploymentFilterId,
+    FlowFilter,
+    FlowFilterName,
     FlowRunFilter,
     FlowRunFilterExpectedStartTime,
+    FlowRunFilterParentFlowRunId,
     FlowRunFilterState,
     FlowRunFilterStateType,
 )
@@ -27,11 +28,12 @@ from prefect.client.schemas.sorting import FlowRunSort
 from blocks import Source, Target
 from blocks.rule import Rule, RuleEvent
 from talaria.engine import runs
-from talaria.engine.registry import deployed
 from talaria.metrics import certificates, disks, peers
 from tasks.checking import last_checks
 from tasks.dispatch import rest, running
+from tasks.dispatch.hours import off_peak
 from tasks.happened import happened
+from tasks.paging import every
 from tasks.sources.saved import KEPT
 from tasks.targets import all_targets
 from transfer.home import Home, host_name
@@ -40,6 +42,7 @@ from transfer.ledger import Ledger
 PAGE, MOST_RUNS = 200, 2000  # of those that have not ended, the oldest
 DAYS = (1, 7, 30)  # before a certificate expires, when that is told
 OFFPEAK = "offpeak"
+FLOWS = ("dispatch", "retrieve")  # whose runs may be late: also a retrieval's dispatches, which have no deployment
 NOT_ENDED = [state for state in StateType if state not in TERMINAL_STATES]
 
 _asked: dict[UUID, tuple[UUID | None, datetime | None]] = {}  # by run: its state, and what its states said then
@@ -74,10 +77,9 @@ async def look(client: PrefectClient, home: Home, ledger: Ledger, rules: Iterabl
 async def _late(client: PrefectClient, ledger: Ledger, seconds: Collection[int]) -> None:
     now, found = datetime.now(UTC), list[FlowRun]()
     before = {"before_": now - timedelta(seconds=min(seconds))}
-    deployment = await deployed(client, "dispatch")
     while len(found) < MOST_RUNS:
         page = await client.read_flow_runs(
-            deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=[deployment.id])),
+            flow_filter=FlowFilter(name=FlowFilterName(any_=list(FLOWS))),
             flow_run_filter=FlowRunFilter(
                 state=FlowRunFilterState(type=FlowRunFilterStateType(any_=NOT_ENDED)),
                 expected_start_time=FlowRunFilterExpectedStartTime.model_validate(before),
@@ -89,15 +91,25 @@ async def _late(client: PrefectClient, ledger: Ledger, seconds: Collection[int])
         found += page
         if len(page) < PAGE:
             break
+    paused = await _parts_of(client, [run for run in found if _is_paused(run)]) if found else set()
     for run in found:
         planned = run.expected_start_time
-        if planned is None or _waits_rightly(run):
+        if planned is None or _is_paused(run) or run.id in paused:
             continue
-        begin = await _asked_again(client, run) or planned
-        for late_s in seconds:
-            if (now - begin).total_seconds() > late_s:
+        begin = late_from(run, await _asked_again(client, run) or planned, now)
+        for late_s in seconds if begin else ():
+            if begin and (now - begin).total_seconds() > late_s:
                 again = "" if begin == planned else f"/{begin.timestamp():.0f}"
                 await asyncio.to_thread(_say_late, ledger, run, late_s, again)
+
+
+async def _parts_of(client: PrefectClient, retrievals: Sequence[FlowRun]) -> set[UUID]:
+    """Return the dispatches of retrievals, which are runs of their own."""
+    if not retrievals:
+        return set()
+    parents = FlowRunFilterParentFlowRunId(any_=[one.id for one in retrievals])
+    parts = await every(client.read_flow_runs, flow_run_filter=FlowRunFilter(parent_flow_run_id=parents))
+    return {one.id for one in parts}
 
 
 async def _asked_again(client: PrefectClient, run: FlowRun) -> datetime | None:
@@ -116,7 +128,8 @@ async def _asked_again(client: PrefectClient, run: FlowRun) -> datetime | None:
 def asked_for(states: Iterable[State[Any]]) -> datetime | None:
     """Return when somebody has last asked that a run begin again: it had ended, or was paused; None for never.
 
-    What goes on by itself does not count: the end of a wait, or of a crash.
+    What goes on by itself does not count: the end of a wait, or of a crash. That of a wait for hours that people have
+    set does, from when these were to begin.
     """
     in_order = sorted(states, key=lambda one: one.timestamp)
     asked = None
@@ -125,14 +138,32 @@ def asked_for(states: Iterable[State[Any]]) -> datetime | None:
         paused = before.name == running.PAUSED or before.is_paused()
         if (ended or paused) and after.name != before.name and not after.is_final():
             asked = max(after.timestamp, after.state_details.scheduled_time or after.timestamp)
+        elif _waits_for_hours(before) and not after.is_final():
+            asked = min(after.timestamp, before.state_details.scheduled_time or after.timestamp)
     return asked
 
 
-def _waits_rightly(run: FlowRun) -> bool:
-    """Return True if people have set that a run waits: for off-peak hours, a target's hours, or that it is resumed."""
-    said = (run.state and run.state.message) or ""
-    paused = run.state_name in (running.PAUSED, running.PAUSING) or bool(run.state and run.state.is_paused())
-    return paused or said.startswith(rest.WAITS) or run.parameters.get("priority") == OFFPEAK
+def late_from(run: FlowRun, begin: datetime, now: datetime) -> datetime | None:
+    """Return since when a run should have been at work; None while it waits for hours that people have set.
+
+    Args:
+        begin: when it was to begin, or asked for again.
+    """
+    if run.state and _waits_for_hours(run.state):
+        opening = run.state.state_details.scheduled_time
+        return max(begin, opening) if opening and opening <= now else None
+    if not run.run_count and run.parameters.get("priority") == OFFPEAK:
+        begin = off_peak().opens(begin) or begin
+        return begin if begin <= now else None
+    return begin
+
+
+def _waits_for_hours(state: State[Any]) -> bool:
+    return (state.message or "").startswith(rest.WAITS)
+
+
+def _is_paused(run: FlowRun) -> bool:
+    return run.state_name in (running.PAUSED, running.PAUSING) or bool(run.state and run.state.is_paused())
 
 
 def _say_late(ledger: Ledger, run: FlowRun, late_s: int, again: str) -> None:

@@ -21,6 +21,11 @@ def opens(target: Target, priority: str, now: datetime | None = None) -> datetim
     if target.window and priority != "urgent":
         windows.append(DispatchWindow.parse(target.window))
     if priority == "offpeak":
-        windows.append(DispatchWindow.parse(os.environ.get("TALARIA_OFF_PEAK") or OFF_PEAK))
+        windows.append(off_peak())
     openings = [opening for window in windows if (opening := window.opens(now))]
     return max(openings) if openings else None
+
+
+def off_peak() -> DispatchWindow:
+    """Return the off-peak hours."""
+    return DispatchWindow.parse(os.environ.get("TALARIA_OFF_PEAK") or OFF_PEAK)

@@ -28,8 +28,9 @@ from talaria.service import rules as saving
 from talaria.settings import client_environment
 from talaria.testing import studies
 from talaria.testing.process import free_port
-from tests.engine.material import dicom, folder, later
+from tests.engine.material import dicom, folder, later, source, study
 from tests.servers.certificates import Authority
+from tests.servers.qr import archive
 from tests.servers.receiver import Receiver, receiver
 from tests.servers.smtp import PASSWORD, USER, MailServer, smtp
 from tests.servers.up import Talaria
@@ -204,23 +205,36 @@ def test_a_dispatch_that_has_not_ended_in_time_is_late_once_unless_people_have_s
 ) -> None:
     studies.ct(tmp_path / "study", 1)
     dead = dicom(free_port(), max_attempts=9, retry_delay_s=3600, retry_max_delay_s=3600)
-    up.apply(dead_slow=dead, shut=folder(tmp_path / "shut", window=later(5)))
-    run = up.told("send", str(tmp_path / "study"), "--to", "dead-slow", "--no-wait")["flow_run_id"]
-    shut = up.told("send", str(tmp_path / "study"), "--to", "shut", "--no-wait")["flow_run_id"]
+    runs: list[str] = []
 
-    def late(seconds: int) -> list[dict[str, Any]]:
+    def late(seconds: int) -> dict[str, dict[str, Any]]:
         rule = WebhookRule(url="http://h/", on=["dispatch.late"], late_s=seconds)
-        return [one.about for one in looked(up, rule) if one.about["run"] in (run, shut)]
+        return {one.about["run"]: one.about for one in looked(up, rule) if one.about["run"] in runs}
 
-    try:
-        up.until(lambda: (up.run(shut)["state"].get("message") or "").startswith("waits"))
-        up.until(lambda: any(one["run"] == run for one in late(1)))
-        (one,) = late(1)
-        assert one == one | {"target": "dead-slow", "late_s": 1, "run": run}
-        assert late(86_400) == []
-    finally:
-        for one in (run, shut):
-            up.here("jobs", "cancel", one)
+    with archive(study("L1", series=1)) as peer:
+        up.apply(dead_slow=dead, shut=folder(tmp_path / "shut", window=later(5)), src=source(peer))
+        for name in ("dead-slow", "shut"):
+            runs.append(up.told("send", str(tmp_path / "study"), "--to", name, "--no-wait")["flow_run_id"])
+        run, shut = runs
+        asked = "retrieve", "src", "--accession", "L1", "--to", "dead-slow", "--no-wait"
+        runs.append(retrieval := up.told(*asked)["flow_run_id"])
+        try:
+            up.until(lambda: (up.run(shut)["state"].get("message") or "").startswith("waits"))
+            up.until(lambda: up.run(retrieval)["state_name"] == "AwaitingRetry")
+            parents = {"parent_flow_run_id": {"any_": [retrieval]}}
+            (part,) = [one["id"] for one in up.api("POST", "/flow_runs/filter", flow_runs=parents)]
+            runs.append(part)
+            up.until(lambda: late(1).keys() == {run, retrieval, part})
+            found = late(1)
+            for one in (run, retrieval, part):
+                assert found[one] == found[one] | {"target": "dead-slow", "late_s": 1, "run": one}
+            assert late(86_400) == {}
+            up.told("jobs", "pause", retrieval)
+            up.until(lambda: up.run(retrieval)["state_name"] == "Paused")
+            up.until(lambda: late(1).keys() == {run})
+        finally:
+            for one in (run, shut, retrieval):
+                up.here("jobs", "cancel", one)
 
 
 def test_a_certificate_is_told_of_30_7_and_1_days_before_it_expires_once_each(

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
 from typing import Any
+from uuid import uuid4
 
 import pytest
-from prefect.client.schemas.objects import State
+from prefect.client.schemas.objects import FlowRun, State
 from prefect.states import AwaitingRetry, Cancelled, Crashed, Failed, Pending, Running, Scheduled
 
-from talaria.notify.lookout import asked_for
+from talaria.notify.lookout import asked_for, late_from
+from tasks.dispatch import rest
 from tasks.dispatch.running import PAUSED
 
 T = datetime(2026, 11, 29, 8, tzinfo=UTC)
 NINE = T + timedelta(hours=9)
+
+
+def waits(until: datetime) -> State[Any]:
+    """The state of a run that waits for hours that people have set."""
+    return AwaitingRetry(scheduled_time=until, message=f"{rest.WAITS} until 17:00:00 UTC: the hours of s3; nothing")
 
 
 def history(*states: State[Any]) -> list[State[Any]]:
@@ -36,8 +43,36 @@ def history(*states: State[Any]) -> list[State[Any]]:
         ([Scheduled(), Running(), Crashed(), AwaitingRetry(), Running()], None),
         ([Scheduled(), Running(), Scheduled(name=PAUSED), AwaitingRetry(), Running()], 3),
         ([Scheduled(), Running(), Failed(), AwaitingRetry(scheduled_time=NINE)], 9),
+        ([Scheduled(), waits(NINE), Running()], 2),
+        ([*(Scheduled() for _ in range(9)), waits(NINE), Running(), AwaitingRetry()], 9),
     ],
-    ids=["first", "rests", "retried", "again", "cancelled", "crashed", "resumed", "later"],
+    ids=["first", "rests", "retried", "again", "cancelled", "crashed", "resumed", "later", "let go", "opened"],
 )
 def test_late_counts_from_when_it_was_asked_for(states: list[State[Any]], hours: int | None) -> None:
     assert asked_for(history(*states)) == (None if hours is None else T + timedelta(hours=hours))
+
+
+def run(state: State[Any], count: int = 1, priority: str = "offpeak") -> FlowRun:
+    return FlowRun(flow_id=uuid4(), state=state, run_count=count, parameters={"priority": priority})
+
+
+@pytest.mark.parametrize(
+    ("one", "hours"),
+    [
+        (run(Running()), 0),
+        (run(AwaitingRetry(scheduled_time=NINE, message=f"{rest.TRIES_AGAIN} at 17:00:00 UTC: an attempt")), 0),
+        (run(waits(T + timedelta(hours=14))), None),
+        (run(waits(NINE), priority="normal"), 9),  # the hours have come, and it has not begun
+        (run(Scheduled(), 0, "normal"), 0),
+    ],
+    ids=["runs", "tries", "waits", "opened", "normal"],
+)
+def test_late_counts_while_no_hours_that_people_have_set_are_waited_for(one: FlowRun, hours: int | None) -> None:
+    assert late_from(one, T, T + timedelta(hours=12)) == (None if hours is None else T + timedelta(hours=hours))
+
+
+def test_what_has_not_begun_is_late_from_the_first_off_peak_hours_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TALARIA_OFF_PEAK", "17:00-18:00")
+    one = run(Scheduled(), 0)
+    assert late_from(one, T, NINE - timedelta(minutes=1)) is None
+    assert late_from(one, T, NINE + timedelta(hours=3)) == NINE  # also when they are over
