@@ -41,7 +41,7 @@ from transfer.staging import Way, discard, stage
 from transfer.studies import FloodStudy, flood_id
 
 AT_ONCE = 4  # studies to one target, if it takes so many connections
-IN_ROW = 3  # studies that fail one after another say that the target is to blame
+IN_ROW = 3  # studies that fail one after another say that the target is to blame, unless its check finds it well
 KEPT = 32  # staged studies that wait for the other targets; one that is late finds its study staged anew
 LEVELS = [Level.ACCEPTED, Level.LISTED, Level.PROVEN]
 logger = logging.getLogger(__name__)
@@ -152,7 +152,7 @@ class Flood(Delivery):
         self._why: DispatchError | None = None  # what the last study failed for that is tried again
         self._given_up: DispatchError | None = None  # what a study failed for that is not; the worst of all
         self._heard = False  # whether some study's files were answered for in this attempt
-        self._in_row = 0  # studies that have failed since one arrived
+        self._in_row, self._most = 0, IN_ROW  # studies that have failed since one arrived, and how many may
         self._guard = threading.Lock()
         self.progress.items, self.progress.size = len(studies.all), 0
         self.progress.add(done=len(self._settled))
@@ -169,7 +169,7 @@ class Flood(Delivery):
         self._heard = False
         self._since = self._since or self.ledger.now()  # the rows are compared with it
         self._begun = self._begun or time.monotonic()
-        self._in_row, done = 0, self._done
+        self._in_row, self._most, done = 0, IN_ROW, self._done
         try:
             waiting = [study for study in self.studies.all if study.name not in self._settled]
             threads = max(1, min(self.target.concurrency, AT_ONCE, len(waiting)))
@@ -263,8 +263,18 @@ class Flood(Delivery):
             self._partly[study.name] = receipt
             raise error
         self._stumbles(study, receipt, error)
-        if self._in_row >= IN_ROW:
+        if self._in_row < self._most:
+            return
+        if isinstance(error, Retryable) or not self._is_well():
             raise error
+        self._in_row, self._most = 0, 2 * self._most
+
+    def _is_well(self) -> bool:
+        """Return True if the target's own check finds nothing wrong: what was refused for good is then the studies'."""
+        try:
+            return self.driver.check(self._one).ok
+        except DispatchError:
+            return False
 
     def _stumbles(self, study: FloodStudy, receipt: Receipt, error: DispatchError) -> None:
         """Keep why a study failed; settle it if no other attempt may do better."""

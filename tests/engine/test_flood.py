@@ -10,7 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -202,13 +202,48 @@ def test_a_dead_target_is_not_asked_for_each_study(tmp_path: Path, error: Except
         asked.append(plan.dispatch_id)
         raise error
 
-    flood = Bench(tmp_path, push, concurrency=1).flood()
+    def check(target: FolderTarget) -> Health:
+        health = Health()
+        with health.probe("authorize"):
+            raise error
+        return health
+
+    bench = Bench(tmp_path, push, concurrency=1)
+    bench.driver = replace(bench.driver, check=check)
+    flood = bench.flood()
     with pytest.raises(type(error)):
         flood.push()
     assert len(asked) == most
     receipt = flood.receipt()
     assert receipt.state is State.FAILED and receipt.unsent >= 6
     assert set(states(flood).values()) == {"failed"}
+
+
+def test_studies_beside_one_another_that_are_refused_stop_no_other(tmp_path: Path) -> None:
+    """Their target is well: it refuses these, and a retry would come to the same ones first."""
+    made(tmp_path / "many", 16, files=1)
+    asked, checks = [], []
+
+    def push(target: FolderTarget, plan: Plan, report: PushReport) -> Receipt:
+        asked.append(plan.dispatch_id)
+        if len(asked) <= 12:
+            raise Denied("this session is locked")
+        return all_of_it(target, plan, report)
+
+    def check(target: FolderTarget) -> Health:
+        checks.append(target)
+        health = Health()
+        with health.probe("authorize"):
+            pass
+        return health
+
+    bench = Bench(tmp_path, push, concurrency=1)
+    bench.driver = replace(bench.driver, check=check)
+    flood = bench.flood()
+    flood.push()
+    assert len(asked) == 16 and sorted(states(flood).values()) == ["delivered"] * 4 + ["failed"] * 12
+    assert len(checks) == 2  # after three, and after six more
+    assert flood.receipt().state is State.PARTIAL
 
 
 def test_the_next_part_does_only_what_the_last_one_left(tmp_path: Path) -> None:
