@@ -76,17 +76,18 @@ class MoveDesk:
 
     def _of(self, caller: Caller, request: CommandSet) -> Expected | None:
         originator, number = request.text(ORIGINATOR), request.number(ORIGINATOR_ID)
-        uid = request.text(AFFECTED_INSTANCE)
         with self._lock:
-            found = [one for one in self._expected if caller.host in one.hosts]
-        if number is not None:
-            found = [one for one in found if one.message_id == number]
-        if originator:
-            found = [one for one in found if originator in one.originators]
-        named = [one for one in found if one.instances is not None and uid in one.instances]
-        if named:
-            return named[0]
-        return found[0] if len(found) == 1 else None
+            found = [
+                one
+                for one in self._expected
+                if caller.host in one.hosts
+                and (number is None or one.message_id == number)
+                and (not originator or originator in one.originators)
+            ]
+        if len(found) == 1:
+            return found[0]
+        uid = request.text(AFFECTED_INSTANCE)
+        return next((one for one in found if one.instances is not None and uid in one.instances), None)
 
 
 @dataclass(frozen=True)
