@@ -12,13 +12,16 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from imaging.header import UID, Damaged, Header, NotDicom, read_header
 from protocols.dicomfolder.folder import DicomFolder, HeldInstance
 from protocols.files import partial
+from protocols.files.alike import same
 from protocols.files.incoming import PIECE_BYTES, Incoming, Place, Style
 from protocols.files.instances import held
 from protocols.files.tree import Tree, parent
@@ -236,6 +239,19 @@ def _name(item: Item) -> str:
 # ---- out of the folder
 
 
+class Fetched(NamedTuple):
+    """What came out of a folder.
+
+    Attributes:
+        missing: instances that did not come, as others of their UIDs did.
+        notes: about instances that are in several series, for people.
+    """
+
+    plan: Plan
+    missing: int
+    notes: tuple[str, ...]
+
+
 def fetch(
     folder: DicomFolder,
     instances: Iterable[HeldInstance],
@@ -244,11 +260,11 @@ def fetch(
     *,
     threads: int,
     bandwidth_limit: int | None = None,
-) -> Plan:
+) -> Fetched:
     """Copy instances into a folder, as `<SOP instance UID>.dcm`; return them as a plan whose outcomes are reported.
 
-    What is there already is not copied again. An instance that is in several series comes once. Series by series: if
-    the retrieval is to pause, the series after the current one have no outcome.
+    What is there already is not copied again. An instance that is in several series comes once, if it is the same in
+    all of them. Series by series: if the retrieval is to pause, the series after the current one have no outcome.
 
     Raises:
         Busy, Misconfigured: `into` is full, or can't be written to.
@@ -258,9 +274,11 @@ def fetch(
         into.mkdir(parents=True, exist_ok=True)
         partial.sweep(into)
     unique: dict[str, HeldInstance] = {}
+    seconds: list[HeldInstance] = []
     for one in instances:
         report.check()
-        unique.setdefault(one.SOPInstanceUID, one)
+        if unique.setdefault(one.SOPInstanceUID, one) is not one:
+            seconds.append(one)
     series: dict[str, list[HeldInstance]] = {}
     for one in unique.values():
         series.setdefault(one.SeriesInstanceUID, []).append(one)
@@ -276,7 +294,52 @@ def fetch(
                 min(threads, len(some)),
                 "fetch",
             )
-    return Plan("", into, tuple(sorted(items, key=lambda item: item.path)))
+    plan = Plan("", into, tuple(sorted(items, key=lambda item: item.path)))
+    return Fetched(plan, *_compared(folder, seconds if not report.pausing.is_set() else (), unique, into, report))
+
+
+def _compared(
+    folder: DicomFolder,
+    seconds: Iterable[HeldInstance],
+    firsts: dict[str, HeldInstance],
+    into: Path,
+    report: PushReport,
+) -> tuple[int, tuple[str, ...]]:
+    """Compare instances whose UIDs stand for those of another series with these, as they came.
+
+    Returns:
+        How many are not the same, and what there is to say of them and of the others.
+    """
+    alike, others = Counter[str](), Counter[tuple[str, str]]()
+    for one in seconds:
+        series, other = one.SeriesInstanceUID, firsts[one.SOPInstanceUID].SeriesInstanceUID
+        if _serves(folder, one, into / _item(one).path, report):
+            alike[series] += 1
+        else:
+            others[series, other] += 1
+    notes = [
+        f"series {one}: {count} instances are in another series as well, and come once" for one, count in alike.items()
+    ]
+    notes += [
+        f"series {one}: {count} instances were not taken: another instance of the same UID is in series {other}"
+        for (one, other), count in others.items()
+    ]
+    return others.total(), tuple(notes)
+
+
+def _serves(folder: DicomFolder, one: HeldInstance, final: Path, report: PushReport) -> bool:
+    """Return True if a file that came is an instance which another series of the folder has as well."""
+    there = held(final, one.SOPInstanceUID)
+    if there is None:
+        return True  # it did not come, which its own outcome says
+    with suppress(OSError, Rejected, NotDicom, Damaged), final.open("rb") as file:
+        fd = folder.open(one)
+        try:
+            header = read_header(fd, os.fstat(fd).st_size)
+            return same(file.fileno(), header_of(there), fd, header, report.check)
+        finally:
+            os.close(fd)
+    return False
 
 
 def _item(one: HeldInstance) -> Item:

@@ -19,6 +19,7 @@ from protocols.dicomweb import service as dicomweb
 from protocols.dicomweb import wado_uri
 from protocols.dicomweb.service import Service
 from protocols.files import partial
+from protocols.files.copies import Copies
 from protocols.files.instances import here
 from protocols.http.answer import Answer
 from protocols.http.multipart import Parts, parameters
@@ -208,8 +209,10 @@ class WadoRetrieval:
         self._lock = threading.Condition()
         self._here: dict[str, Item] = {}  # by SOP instance UID
         self._counts: Counter[str] = Counter()  # of what is here, by series
-        self._missing: dict[str, WadoSeries] = {}  # what a server listed that was not here
-        self._refused: dict[str, str] = {}  # why an instance did not come
+        self._copies = Copies(folder, self._here, self._count, report.check)
+        self._missing: dict[tuple[str, str], WadoSeries] = {}  # what a server listed that was not here, by series
+        self._short: set[str] = set()  # series that lack instances of UIDs that stand for other ones in the plan
+        self._refused: dict[tuple[str, str], str] = {}  # why an instance of a series did not come
         self._lost: list[DispatchError] = []  # what broke off each time, or could not be listed
         self._vain = 0  # series that were refused as a whole
         self._denied = 0  # instances, one after the other
@@ -241,12 +244,49 @@ class WadoRetrieval:
         if self._lost:
             raise gravest(self._lost)
         items = dict(self._here)
-        for uid, one in sorted(self._missing.items()):
-            if uid not in items and not self.report.pausing.is_set():
-                items[uid] = Item(f"{uid}.dcm", 0, 0, Header.of("", uid, "", one.study, one.uid, 0))
-                text = self._refused.get(uid, "listed by the server, but not given")
-                self.report(items[uid], Outcome(Kind.REJECTED, text))
+        if not self.report.pausing.is_set():
+            self._conclude(items)
         return Plan("", self.folder, tuple(sorted(items.values(), key=lambda item: item.path)))
+
+    def _conclude(self, items: dict[str, Item]) -> None:
+        """Report what was listed and did not come, and what came once though several series have it."""
+        others: Counter[tuple[str, str]] = Counter()  # by series and reason: what is here is another one of that UID
+        for (series, uid), one in sorted(self._missing.items()):
+            if self._copies.has(series, uid):
+                continue
+            text = self._refused.get((series, uid), "listed by the server, but not given")
+            if uid in self._here:
+                others[series, text] += 1
+            if uid in items:
+                self._short.add(series)
+                continue
+            items[uid] = Item(f"{uid}.dcm", 0, 0, Header.of("", uid, "", one.study, one.uid, 0))
+            self.report(items[uid], Outcome(Kind.REJECTED, text))
+        for (series, why), count in others.items():
+            self.notes.append(f"series {series}: {count} instances were not taken: {why}")
+        for series, count in self.elsewhere.items():
+            self.notes.append(f"series {series}: {count} instances are in another series as well, and come once")
+
+    @property
+    def elsewhere(self) -> dict[str, int]:
+        """How many instances of a series are here once only, in another series, which has them as well."""
+        return {series: len(uids) for series, uids in self._copies.elsewhere.items()}
+
+    @property
+    def announced(self) -> list[WadoSeries]:
+        """The series, with the number of those listed for one that lacks some and of which the server says none."""
+        return [
+            replace(one, announced=len(self._known(one.uid)))
+            if one.uid in self._short and one.announced is None
+            else one
+            for one in self.series
+        ]
+
+    def _known(self, series: str) -> set[str]:
+        """Return the UIDs of all instances that are listed for a series, or here of it."""
+        return {uid for one, uid in self._missing if one == series} | {
+            uid for uid in self._here if self._copies.has(series, uid)
+        }
 
     def _is_whole(self, series: WadoSeries) -> bool:
         return self._counts[series.uid] > 0 and self._counts[series.uid] == series.announced
@@ -256,8 +296,14 @@ class WadoRetrieval:
         wanted = {one.uid for one in self.series}
         for uid, series, item in here(self.folder, wanted, self.report.check):
             self._here[uid] = item
+            self._copies.uids.add(uid)
             self._counts[series] += 1
             self.report(item, ALREADY)
+
+    def _count(self, series: str) -> None:
+        with self._lock:
+            self._counts[series] += 1
+            self._came, self._unable, self._denied = self._came + 1, 0, 0
 
     # ---- workers
 
@@ -309,7 +355,7 @@ class WadoRetrieval:
         again = self._one_by_one(job.series)
         if job.series.uid in self.blind - self.ended_well and self._whole and begun:
             self._fetch_whole(job)  # only its own word can show that nothing is missing
-        return [one for one in again if one.instance not in self._here]
+        return [one for one in again if not self._copies.has(one.series.uid, one.instance)]
 
     def _fetch_whole(self, job: _Job) -> DispatchError | None:
         refusal = self._fetch(job)
@@ -323,7 +369,7 @@ class WadoRetrieval:
         if isinstance(refusal, NotFound | NoService) and not by_uri and self._finds_uri(job):
             refusal = self._fetch(job)
         if isinstance(refusal, LASTING):
-            self._refused[job.instance] = refusal.message
+            self._refused[job.series.uid, job.instance] = refusal.message
             with self._lock:
                 self._denied += isinstance(refusal, Denied)
                 if self._denied >= HOPELESS and not self._came:
@@ -339,7 +385,7 @@ class WadoRetrieval:
             if job.tries + 1 < TRIES:
                 return [replace(job, tries=job.tries + 1)]
             if isinstance(refusal, Unable) and self._came:
-                self._refused[job.instance] = refusal.message
+                self._refused[job.series.uid, job.instance] = refusal.message
             else:
                 self._lost.append(refusal)
         return []
@@ -388,9 +434,9 @@ class WadoRetrieval:
         if not all(UID.fullmatch(uid) for uid in uids):
             why = f"{self.service.where}: lists an instance of series {series.uid} whose UID is not valid"
             self._lost.append(Misconfigured(why))
-        missing = sorted(uid for uid in uids if uid not in self._here and UID.fullmatch(uid))
+        missing = sorted(uid for uid in uids if not self._copies.has(series.uid, uid) and UID.fullmatch(uid))
         with self._lock:
-            self._missing.update(dict.fromkeys(missing, series))
+            self._missing.update({(series.uid, uid): series for uid in missing})
         return [_Job(series, uid) for uid in missing]
 
     def _fetch(self, job: _Job) -> DispatchError | None:
@@ -412,28 +458,44 @@ class WadoRetrieval:
                         self._keep(job, file, header)
                 except Rejected as exc:
                     if job.instance:
-                        self._refused[job.instance] = exc.message
+                        self._refused[job.series.uid, job.instance] = exc.message
                 except (Interrupted, TimedOut) as exc:
                     return exc
 
     def _keep(self, job: _Job, file: Path, header: Header) -> None:
-        """Give a whole file its name, if it is what was requested and isn't there yet."""
+        """Give a whole file its name, if it is what was requested and isn't there yet.
+
+        Raises:
+            Rejected: it is something else, or another instance of the same UID is there.
+        """
         uid = header.SOPInstanceUID
         wanted = uid == job.instance if job.instance else header.SeriesInstanceUID == job.series.uid
         if not wanted or not UID.fullmatch(uid):
             raise Rejected("the server sent another instance than the requested one")
-        with self._lock:
-            if uid in self._here:
-                return  # a second copy
-            self._here[uid] = Item(f"{uid}.dcm", 0, 0, header)
-        with partial.writing(self.folder):
-            final = file.replace(self.folder / f"{uid}.dcm")
-            info = final.stat()
+        with self._copies.lock:
+            second = uid in self._copies.uids
+            self._copies.uids.add(uid)
+        if second:
+            with file.open("rb") as copy:
+                why = self._copies.second(job.series.uid, copy.fileno(), header)
+            if why:
+                raise Rejected(why)
+            return
+        try:
+            with partial.writing(self.folder):
+                final = file.replace(self.folder / f"{uid}.dcm")
+                info = final.stat()
+        except BaseException:
+            with self._copies.lock:
+                self._copies.uids.discard(uid)
+            raise
         item = Item(final.name, info.st_size, info.st_mtime_ns, header)
-        with self._lock:
-            self._here[uid] = item
-            self._counts[job.series.uid] += 1
-            self._came, self._unable, self._denied = self._came + 1, 0, 0
+        self._here[uid] = item
+        self._count(header.SeriesInstanceUID)
+        if header.SeriesInstanceUID != job.series.uid:
+            with self._copies.lock:
+                self._copies.elsewhere[job.series.uid].add(uid)
+            self._count(job.series.uid)
         self.report(item, DELIVERED)
 
     def _pace(self, count: int) -> None:

@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 
 from imaging.header import Header
-from protocols.dimse.copies import Copies
 from protocols.dimse.get import (
     DESTINATION_UNKNOWN,
     PATIENT_ROOT_GET,
@@ -32,6 +31,7 @@ from protocols.dimse.scp import StorageScp
 from protocols.dimse.series import PulledSeries
 from protocols.dimse.transport import Peer
 from protocols.files import partial as files
+from protocols.files.copies import Copies
 from protocols.files.instances import here
 from transfer.errors import Busy, DispatchError, Interrupted, Misconfigured, TimedOut, Unreachable
 from transfer.fanout import gravest, in_threads
@@ -223,7 +223,8 @@ class Pull:
                 return ""
             return "" if one.images and header.SOPInstanceUID in one.images else "of another series than was asked for"
 
-        depot = self._copies.depot(one.uid, refuse, self._keep, durable=durable)
+        depot = Depot(self.folder, refuse, self._keep, durable, here=self._copies.uids, lock=self._copies.lock)
+        depot.second = lambda part, header: self._copies.second(one.uid, part.fd, header)
         try:
             yield depot
         finally:

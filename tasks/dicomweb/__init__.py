@@ -347,7 +347,8 @@ def retrieve(target: DicomWebTarget, query: Query, folder: Path, report: PushRep
         plan = retrieval.run()
     level = Level.ACCEPTED if retrieval.blind else Level.LISTED
     receipt = report.receipt(target.name, plan, level, tuple(retrieval.notes))
-    return compared(receipt, plan, series, of_studies(query, matches), retrieval.blind - retrieval.ended_well)
+    unproven = retrieval.blind - retrieval.ended_well
+    return compared(receipt, plan, retrieval.announced, of_studies(query, matches), unproven, retrieval.elsewhere)
 
 
 def _listed(service: Service, series: WadoSeries) -> tuple[set[str] | None, bool]:

@@ -12,6 +12,7 @@ import stat
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from blocks.dicomweb import DicomWebTarget
@@ -164,9 +165,10 @@ def retrieve(target: DicomWebTarget, query: Query, into: Path, report: PushRepor
         _log(target, folder.report)
         if not held:
             raise NotFound(f"{target.url}: nothing matches the query")
-        plan = fetch(folder, held, into, report, threads=target.concurrency, bandwidth_limit=target.bandwidth_limit)
-        notes = tuple(text for _, text in _passed_over(folder.report))
-    return report.receipt(target.name, plan, verified=Level.LISTED, notes=notes)
+        got = fetch(folder, held, into, report, threads=target.concurrency, bandwidth_limit=target.bandwidth_limit)
+        notes = (*got.notes, *(text for _, text in _passed_over(folder.report)))
+    receipt = report.receipt(target.name, got.plan, verified=Level.LISTED, notes=notes)
+    return replace(receipt, missing=receipt.missing + got.missing)
 
 
 def _log(target: DicomWebTarget, report: IndexReport) -> None:

@@ -182,7 +182,7 @@ class Scripted:
         script: replies for the next requests (of any kind, see `only`); a function may return None for "as usual".
         only: the script is for requests of this method.
         requests: all that came.
-        stored: files by SOP instance UID.
+        stored: files by SOP instance UID; one of the same UID, in another series, by anything else.
         warns, refuses: reasons for instances that are stored with a warning, or not.
         silent: instances that are stored, or refused, without a word.
         xml: STOW answers in XML.
@@ -395,7 +395,7 @@ class Scripted:
         chosen = []
         for uid, data in sorted(self.stored.items()):
             ds = _parsed(data)
-            own = {"studies": ds.StudyInstanceUID, "series": ds.SeriesInstanceUID, "instances": uid}
+            own = {"studies": ds.StudyInstanceUID, "series": ds.SeriesInstanceUID, "instances": ds.SOPInstanceUID}
             if uid not in self.withheld and all(str(own[key]) == value for key, value in wanted.items()):
                 chosen.append(data)
         if not chosen:

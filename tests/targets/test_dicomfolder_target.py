@@ -400,6 +400,23 @@ def test_index_and_copies_are_private_to_their_user(tmp_path: Path) -> None:
     assert not stat.S_IMODE(index.stat().st_mode) & 0o007
 
 
+@pytest.mark.parametrize("alike", [True, False], ids=["copied", "other"])
+def test_one_uid_in_two_series_comes_once_and_what_differs_is_not_taken_for_it(tmp_path: Path, alike: bool) -> None:
+    root, into, study = tmp_path / "root", tmp_path / "into", studies.uid()
+    uids = [studies.uid() for _ in range(2)]
+    for number, uid in enumerate(uids):
+        studies.dicom(root / "a" / f"{number}.dcm", study=study, series="1.2.1", SOPInstanceUID=uid)
+        other = {} if alike or number else {"PixelData": bytes(128 * 128 * 2)}
+        studies.dicom(root / "b" / f"{number}.dcm", study=study, series="1.2.2", SOPInstanceUID=uid, **other)
+    for _ in range(2):
+        receipt = retrieve(target(root), into)
+        assert receipt.state is (State.DELIVERED if alike else State.PARTIAL)
+        assert {path.stem for path in into.iterdir()} == set(uids) and receipt.unsent == (0 if alike else 1)
+        said = "; ".join(receipt.notes)
+        assert f"series 1.2.2: {2 if alike else 1} instances are in another series as well, and come once" in said
+        assert ("1 instances were not taken: another instance of the same UID is in series 1.2.1" in said) is not alike
+
+
 def test_a_pause_ends_after_the_running_series_and_the_rest_is_fetched_later(tmp_path: Path) -> None:
     root, into, study = tmp_path / "root", tmp_path / "into", studies.uid()
     for number in range(9):

@@ -116,6 +116,21 @@ def test_orthanc_that_loses_an_instance(orthanc: Orthanc, tmp_path: Path) -> Non
     assert {item.path for item in receipt.items if item.outcome is Kind.REJECTED} == {victim.path}
 
 
+def test_one_uid_in_two_series_comes_once(orthanc: Orthanc, tmp_path: Path) -> None:
+    study = studies.uid()
+    for number in range(3):
+        one = studies.dataset(study=study, series="1.2.8.1")
+        studies.write(tmp_path / f"{number}.dcm", studies.encoded(one))
+        one.SeriesInstanceUID = "1.2.8.2"
+        orthanc.request("POST", "/instances", studies.encoded(one))
+    target = orthanc_target(orthanc, concurrency=1)
+    attempt(target, tmp_path).require()
+    assert {match.instances for match in find(target, Query(StudyInstanceUID=study, level="series"))} == {3}
+    receipt = retrieve(target, Query(StudyInstanceUID=study), tmp_path / "out", PushReport())
+    assert receipt.state is State.DELIVERED and len(files(tmp_path / "out")) == 3, receipt.notes
+    assert "3 instances are in another series as well, and come once" in "; ".join(receipt.notes)
+
+
 def test_driver_can_query() -> None:
     assert driver.find is find
     assert driver.retrieve is retrieve

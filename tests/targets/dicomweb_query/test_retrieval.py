@@ -55,6 +55,45 @@ def test_retrieve_one_series(server: Scripted, tmp_path: Path) -> None:
     assert set(files(tmp_path / "out")) == set(uids)
 
 
+@pytest.mark.parametrize("counted", [True, False])
+@pytest.mark.parametrize("alike", [True, False], ids=["copied", "other"])
+def test_one_uid_in_two_series_comes_once_and_what_differs_is_not_taken_for_it(
+    server: Scripted, tmp_path: Path, alike: bool, counted: bool
+) -> None:
+    study, (first, second) = studies.uid(56), sorted(studies.uid(56) for _ in range(2))  # it lists them so
+    both = [studies.dataset(study=study, series=first) for _ in range(2)]
+    copies = [studies.dataset(study=study, series=second, SOPInstanceUID=one.SOPInstanceUID) for one in both]
+    if not alike:
+        copies[0].PixelData = bytes(len(copies[0].PixelData))
+    uids = hold(server, *both, *series_of(1, study=study, series=second))
+    server.stored |= {f"copy {number}": studies.encoded(one) for number, one in enumerate(copies)}
+    if not counted:
+        uncounted(server)
+    for _ in range(2):  # what is here already is as much as what comes
+        receipt = fetched(server, tmp_path / "out", concurrency=1)
+        assert receipt.state is (State.DELIVERED if alike else State.PARTIAL), receipt.notes
+        assert set(files(tmp_path / "out")) == set(uids)
+        said = "; ".join(receipt.notes)
+        assert receipt.unsent == (0 if alike else 1)
+        count = 2 if alike else 1
+        assert f"series {second}: {count} instances are in another series as well, and come once" in said
+        assert (f"another instance of the same UID is in series {first}" in said) is not alike
+
+
+def test_copies_of_a_whole_series_come_over_several_connections(server: Scripted, tmp_path: Path) -> None:
+    study, series = studies.uid(56), [studies.uid(56) for _ in range(4)]
+    first = [studies.dataset(study=study, series=series[0]) for _ in range(6)]
+    uids = hold(server, *first)
+    for number, one in enumerate(first):
+        for uid in series[1:]:
+            copy = studies.dataset(study=study, series=uid, SOPInstanceUID=one.SOPInstanceUID)
+            server.stored[f"{uid} {number}"] = studies.encoded(copy)
+    receipt = fetched(server, tmp_path / "out", concurrency=4)
+    assert receipt.state is State.DELIVERED, receipt.notes
+    assert set(files(tmp_path / "out")) == set(uids) and receipt.counts[Kind.DELIVERED] == 6
+    assert sum("6 instances are in another series as well" in note for note in receipt.notes) == 3
+
+
 def test_retrieve_nothing(server: Scripted, tmp_path: Path) -> None:
     with pytest.raises(NotFound):
         fetched(server, tmp_path, Query(AccessionNumber=("none",)))

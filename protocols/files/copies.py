@@ -10,13 +10,10 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 
 from imaging.header import Header
-from protocols.dimse.receive import Depot
 from protocols.files.alike import same
-from protocols.files.durable import DurableFile
 from transfer.plan import Item
 
 NAMED_S = 3.0  # for a file that is just getting its name
@@ -44,13 +41,6 @@ class Copies:
         self.elsewhere: defaultdict[str, set[str]] = defaultdict(set)
         self._folder, self._here, self._counts, self._check = folder, here, counts, check
 
-    def depot(
-        self, series: str, refuse: Callable[[Header], str], kept: Callable[[Item], None], *, durable: bool
-    ) -> Depot:
-        """Return a place for the instances of one series."""
-        second = partial(self.second, series)
-        return Depot(self._folder, refuse, kept, durable, here=self.uids, lock=self.lock, second=second)
-
     def has(self, series: str, uid: str) -> bool:
         """Return True if an instance of a series is here, in that series or in another one."""
         item = self._here.get(uid)
@@ -58,11 +48,12 @@ class Copies:
             return False
         return item.header.SeriesInstanceUID == series or uid in self.elsewhere[series]
 
-    def second(self, series: str, part: DurableFile, header: Header) -> str:
+    def second(self, series: str, fd: int, header: Header) -> str:
         """Return why a copy is not taken; "" if the instance that is here serves for it.
 
         Args:
             series: UID of the series that was asked for.
+            fd: of a file that holds the copy, which has no name yet.
         """
         uid, end = header.SOPInstanceUID, time.monotonic() + NAMED_S
         while (first := self._here.get(uid)) is None:
@@ -70,10 +61,10 @@ class Copies:
                 return "another one of the same UID could not be kept"
             time.sleep(LOOK_S)
             self._check()
-        if first.header is None or first.header.SeriesInstanceUID == header.SeriesInstanceUID:
+        if first.header is None or first.header.SeriesInstanceUID == series:
             return ""
         with (self._folder / first.path).open("rb") as file:
-            if not same(file.fileno(), first.header, part.fd, header, self._check):
+            if not same(file.fileno(), first.header, fd, header, self._check):
                 return f"another instance of the same UID is in series {first.header.SeriesInstanceUID}"
         with self.lock:
             new = uid not in self.elsewhere[series]
