@@ -64,7 +64,7 @@ def retrieve(
     with finder(peer, report.check) as asked:
         search = PeerSearch(asked)
         matches = list(search.find(replace(query, level="series")))
-        series = [_series(match) for match in matches]
+        series = [_series(match, search) for match in matches]
         if not series:
             raise NotFound(f"{peer.where}: nothing matches the query")
         pull = Pull(
@@ -77,7 +77,7 @@ def retrieve(
             throttle=Throttle(bandwidth_limit),
             destination=destination(),
             far=asked.quickest_s > FAR_S,
-            quote=_without_patients(matches, quote),
+            quote=without_patients(matches, quote),
         )
         pull.look()
         for one in series:
@@ -88,7 +88,7 @@ def retrieve(
     return compared(receipt, plan, series, of_studies(query, matches), pull.unproven, pull.elsewhere)
 
 
-def _without_patients(matches: Iterable[Match], quote: Callable[[str], str]) -> Callable[[str], str]:
+def without_patients(matches: Iterable[Match], quote: Callable[[str], str]) -> Callable[[str], str]:
     """Return `quote` for the words of a peer that may name the patients of what it was asked for."""
     named: set[str] = set()
     for one in matches:
@@ -99,18 +99,24 @@ def _without_patients(matches: Iterable[Match], quote: Callable[[str], str]) -> 
     return lambda words: quote(clean(words, named - {""}))
 
 
-def granted(peer: Peer) -> str:
-    """Ask for C-GET and C-MOVE; return a sentence on which of them the peer grants.
-
-    Raises:
-        Misconfigured: neither.
-    """
+def grants(peer: Peer) -> tuple[bool, bool]:
+    """Return whether the peer grants C-GET, and whether it grants C-MOVE."""
     gets, moves = (STUDY_ROOT_GET, PATIENT_ROOT_GET), (STUDY_ROOT_MOVE, PATIENT_ROOT_MOVE)
     association = associate(peer, [(root, UNCOMPRESSED) for root in (*gets, *moves)])
     try:
         has_get, has_move = (any(association.context(root) for root in roots) for roots in (gets, moves))
     finally:
         association.release()
+    return has_get, has_move
+
+
+def granted(peer: Peer) -> str:
+    """Return a sentence on which of C-GET and C-MOVE the peer grants.
+
+    Raises:
+        Misconfigured: neither.
+    """
+    has_get, has_move = grants(peer)
     at = destination()
     if has_get:
         return f"C-GET is granted, {'and C-MOVE' if has_move else 'C-MOVE is not'}"
@@ -121,12 +127,14 @@ def granted(peer: Peer) -> str:
     return f"C-MOVE is granted, C-GET is not: {at.aet}, port {at.port}, must be registered there as a destination"
 
 
-def _series(match: Match) -> PulledSeries:
+def _series(match: Match, search: PeerSearch) -> PulledSeries:
+    patient = str(match.attributes.get("PatientID", ""))
     return PulledSeries(
         match.StudyInstanceUID,
         match.SeriesInstanceUID,
         match.instances or None,  # a series without instances is none: the peer doesn't count
-        patient=str(match.attributes.get("PatientID", "")),
+        patient=patient,
+        charset=search.charset_of(patient),
         modality=str(match.attributes.get("Modality", "")),
     )
 
@@ -134,7 +142,7 @@ def _series(match: Match) -> PulledSeries:
 def _list(search: PeerSearch, one: PulledSeries) -> None:
     """Ask the peer what a series has."""
     images, one.all_listed = search.images(
-        one.study, one.uid, one.patient, announced=one.announced, doubtful=one.doubtful
+        one.study, one.uid, one.patient, charset=one.charset, announced=one.announced, doubtful=one.doubtful
     )
     one.images = {str(each["SOPInstanceUID"]): _kinds(each) for each in images} or None
     one.listed, one.proven = True, one.proven or one.doubtful

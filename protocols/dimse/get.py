@@ -121,17 +121,20 @@ class Retriever(Conversation):
         """Whether the peer accepted any storage context."""
         return bool(self._storage)
 
-    def _identifier(self, keys: Mapping[str, str]) -> bytes:
-        return identifier.built({key: value for key, value in keys.items() if value}, "", self._syntax)
+    def _identifier(self, keys: Mapping[str, str], charset: str) -> bytes:
+        return identifier.built({key: value for key, value in keys.items() if value}, charset, self._syntax)
 
-    def get(self, keys: Mapping[str, str], depot: Depot) -> FinalResponse:
+    def get(self, keys: Mapping[str, str], depot: Depot, charset: str = "") -> FinalResponse:
         """Request instances on this association (C-GET), and receive them.
+
+        Args:
+            charset: of the keys, "" for the most likely one, if they are not ASCII.
 
         Raises:
             Interrupted, TimedOut: the association ended. Busy: the disk is full.
         """
         elements: dict[int, int | str | bytes] = {AFFECTED_CLASS: self.root, FIELD: C_GET_RQ, PRIORITY: MEDIUM}
-        self.ask(self._context, elements, self._identifier(keys))
+        self.ask(self._context, elements, self._identifier(keys, charset))
         left = 0  # instances that will come, as the peer says
         while True:
             self.stream.expect(INSTANCE_BYTES if left > 0 else 1)
@@ -147,19 +150,20 @@ class Retriever(Conversation):
             elif command.has_dataset:
                 self._skip()
 
-    def beginning(self, keys: Mapping[str, str], most: int) -> tuple[bytes, str]:
+    def beginning(self, keys: Mapping[str, str], most: int, charset: str = "") -> tuple[bytes, str]:
         """Request instances (C-GET), and return how the data set of the first begins, and its transfer syntax.
 
         The association is of no use after that. What is returned is empty if nothing comes.
 
         Args:
             most: bytes after which no more is read.
+            charset: as of `get`.
 
         Raises:
             Interrupted, TimedOut: the association ended.
         """
         elements: dict[int, int | str | bytes] = {AFFECTED_CLASS: self.root, FIELD: C_GET_RQ, PRIORITY: MEDIUM}
-        self.ask(self._context, elements, self._identifier(keys))
+        self.ask(self._context, elements, self._identifier(keys, charset))
         while True:
             command = self.command()
             if command.kind == C_STORE_RQ and command.has_dataset:
@@ -197,7 +201,12 @@ class Retriever(Conversation):
             raise depot.failure  # sources go on through A700: only the end of the association stops them
 
     def move(
-        self, keys: Mapping[str, str], destination: str, message_id: int, quiet: Callable[[], float]
+        self,
+        keys: Mapping[str, str],
+        destination: str,
+        message_id: int,
+        quiet: Callable[[], float],
+        charset: str = "",
     ) -> FinalResponse:
         """Request instances to be sent to another association (C-MOVE), and wait for the final response.
 
@@ -205,6 +214,7 @@ class Retriever(Conversation):
             destination: AE title that receives them.
             message_id: by which they will be recognised.
             quiet: returns when something was last received there, so that silence here alone doesn't count.
+            charset: as of `get`.
 
         Raises:
             Interrupted, TimedOut: the association ended.
@@ -214,7 +224,7 @@ class Retriever(Conversation):
         elements: dict[int, int | str | bytes] = {
             AFFECTED_CLASS: self.root, FIELD: C_MOVE_RQ, PRIORITY: MEDIUM, DESTINATION: destination,
         }  # fmt: skip
-        self.ask(self._context, elements, self._identifier(keys))
+        self.ask(self._context, elements, self._identifier(keys, charset))
         while True:
             command = self.command()
             if command.kind == C_MOVE_RSP and (answer := self._answer(command, keys)):

@@ -382,7 +382,7 @@ class Pull:
         refusals, last = 0, None
         with self._depot(one, durable=False) as depot:
             for keys in self._requests(one, retriever):
-                last = self._quoted(retriever.get(keys, depot))
+                last = self._quoted(retriever.get(keys, depot, one.charset))
                 one.answers.append(last)
                 self._got = self._got or bool(self._counts[one.uid])
                 error = failure(self.peer, last)
@@ -463,7 +463,9 @@ class Pull:
                 number = next_message_id()
                 expected = Expected(frozenset((self.peer.calling, self.peer.called)), number, hosts, instances, depot)
                 with DESK.expecting(expected):
-                    answer = self._quoted(retriever.move(keys, self._destination.aet, number, expected.last_heard))
+                    answer = self._quoted(
+                        retriever.move(keys, self._destination.aet, number, expected.last_heard, one.charset)
+                    )
                     one.answers.append(answer)
                     error = failure(self.peer, answer, self._destination.aet)
                     # A peer that has moved something knows where to; some call any failure so.

@@ -109,7 +109,13 @@ class PeerSearch:
         """Return the values of an instance of each study or series; None for one of which the peer gives none."""
         asked, check = [self._instance(answer) for answer in answers], self.finder.stream.check
         with self.finder.aside():
-            return [keys and stored.values(self.finder.peer, keys, classes, check) for keys, classes in asked]
+            return [
+                keys
+                and stored.values(
+                    self.finder.peer, keys, classes, check, self.charset_of(str(keys.get("PatientID", "")))
+                )
+                for keys, classes in asked
+            ]
 
     def _instance(self, answer: Answer) -> tuple[dict[str, str] | None, tuple[str, ...]]:
         """Return the UIDs of an instance of a study or a series, and its SOP class if the peer lists it."""
@@ -179,15 +185,25 @@ class PeerSearch:
         return not failed
 
     def images(
-        self, study: str, series: str, patient: str = "", *, announced: int | None = None, doubtful: bool = False
+        self,
+        study: str,
+        series: str,
+        patient: str = "",
+        *,
+        charset: str = "",
+        announced: int | None = None,
+        doubtful: bool = False,
     ) -> tuple[list[Answer], bool]:
         """Return the instances of a series as far as the peer lists them, and whether these are all.
 
         Args:
+            charset: in which the peer takes the patient's ID, where another search has found that out.
             announced: how many there are, as the peer says.
             doubtful: whether the peer is to show that it doesn't stop at a limit, if it doesn't say how many there are.
         """
         self._patients.setdefault(study, patient)
+        if charset:
+            self._charsets.setdefault(patient, charset)
         keys = {"StudyInstanceUID": study, "SeriesInstanceUID": series}
         first: dict[str, Answer] = {}
         cut = False
@@ -226,7 +242,7 @@ class PeerSearch:
         keys = dict(keys)
         if self.finder.root == PATIENT_ROOT_FIND:
             keys["PatientID"] = self._patients.get(keys["StudyInstanceUID"], "")
-            charset = charset or self._charsets.get(keys["PatientID"], "")
+            charset = charset or self.charset_of(keys["PatientID"])
         name = fields[0]
         unique = {} if unique is None else unique
         for one in self.finder.ask_for(level, keys, fields, charset):
@@ -239,6 +255,10 @@ class PeerSearch:
             ):
                 unique.setdefault(uid, one)
         return list(unique.values())
+
+    def charset_of(self, patient: str) -> str:
+        """Return the character set in which the peer takes a patient's ID, as a search has shown; "" if it is ASCII."""
+        return self._charsets.get(patient, "")
 
     # ---- studies
 
@@ -382,8 +402,12 @@ class PeerSearch:
                 keys = {key: value for key, value in keys.items() if key != optional}
 
     def _at_study_level(self, keys: Mapping[str, str], charset: str, most: int = 0) -> Iterator[Answer]:
-        if self.finder.root != PATIENT_ROOT_FIND or re.fullmatch(r"[^*?]+", keys.get("PatientID", "")):
-            yield from self.finder.ask_for("STUDY", keys, STUDY_FIELDS, charset, most)
+        patient_id = keys.get("PatientID", "")
+        if self.finder.root != PATIENT_ROOT_FIND or re.fullmatch(r"[^*?]+", patient_id):
+            for study in self.finder.ask_for("STUDY", keys, STUDY_FIELDS, charset, most):
+                if not patient_id.isascii():
+                    self._charsets[patient_id] = charset
+                yield study
             return
         # Patient Root has studies below a patient only (PS3.4 section C.4.1.2.2.1).
         patient = {key: value for key, value in keys.items() if key in ("PatientID", "PatientName")}
@@ -396,11 +420,21 @@ class PeerSearch:
             below = rest | {"PatientID": patient_id}
             # In which character set a peer reads an ID that it has given, nothing shows.
             foreign = "".join(value for value in below.values() if not value.isascii())
+            failed: DispatchError | None = None
+            answered = False
             for one in [charset] if patient_id.isascii() else encodings(foreign):
-                if found := list(self.finder.ask_for("STUDY", below, STUDY_FIELDS, one)):
+                try:
+                    found = list(self.finder.ask_for("STUDY", below, STUDY_FIELDS, one))
+                except Misconfigured as exc:
+                    failed = failed or exc
+                    continue
+                answered = True
+                if found:
                     self._charsets[patient_id] = one
                     yield from ({"PatientID": patient_id} | study for study in found)
                     break
+            if failed and not answered:
+                raise failed
 
     def _has_series(self, study: Answer, tests: dict[str, Any], query: Query) -> bool:
         """Return True if one series of a study passes all tests that a query has for series."""

@@ -20,7 +20,7 @@ class PulledSeries:
     Attributes:
         announced: how many instances the peer says that it has, None if it doesn't say.
         images: what the peer lists; None if it lists nothing, or was not asked.
-        patient: Patient ID, for peers of Patient Root.
+        patient, charset: Patient ID, for peers of Patient Root, and the character set in which the peer takes it.
         listed: whether the peer was asked to list it.
         all_listed: whether `images` is all that the peer has, as far as is known.
         proven: whether that was looked into though nothing showed a limit.
@@ -37,6 +37,7 @@ class PulledSeries:
     announced: int | None = None
     images: Images | None = None
     patient: str = field(default="", repr=False)
+    charset: str = ""
     modality: str = ""
     listed: bool = False
     all_listed: bool = False

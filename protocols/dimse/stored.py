@@ -18,13 +18,14 @@ UNREADABLE = frozenset(("1.2.840.10008.1.2.2", "1.2.840.10008.1.2.1.99"))  # big
 
 
 def values(
-    peer: Peer, keys: Mapping[str, str], classes: Iterable[str], check: Callable[[], None]
+    peer: Peer, keys: Mapping[str, str], classes: Iterable[str], check: Callable[[], None], charset: str = ""
 ) -> dict[str, Any] | None:
     """Return the first values of an instance, by keyword; None if the peer gives none.
 
     Args:
         keys: UIDs of study, series and, where known, instance; of a patient, where the peer needs it.
         classes: SOP classes that it may have; empty if they are not known.
+        charset: of the patient's ID.
 
     Raises:
         Retryable: the peer can't be asked now, or the link broke. Cancelled: by `check`.
@@ -38,7 +39,7 @@ def values(
             return None
         asked = {key: value for key, value in keys.items() if key != "PatientID" or retriever.root == PATIENT_ROOT_GET}
         with retriever:
-            begin, syntax = retriever.beginning(asked | {"QueryRetrieveLevel": level}, BEGINNING)
+            begin, syntax = retriever.beginning(asked | {"QueryRetrieveLevel": level}, BEGINNING, charset)
             retriever.association.abort(until_closed=True)
     except Permanent:  # what it refuses; a link that breaks, or a stop, says nothing about the instance
         return None

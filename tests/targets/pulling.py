@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,10 +13,15 @@ from imaging.header import read_header
 from talaria.testing import studies
 from talaria.testing.process import free_port, program
 from tests.servers.qr import Archive
+from tests.servers.steps import REFUSED_CLASS
+from tests.servers.wire import Context
 from transfer.outcome import Kind
 from transfer.receipt import Receipt, State
 
 AET = "RECEIVER"
+GETS = ("1.2.840.10008.5.1.4.1.2.2.3", "1.2.840.10008.5.1.4.1.2.1.3")
+MOVES = ("1.2.840.10008.5.1.4.1.2.2.2", "1.2.840.10008.5.1.4.1.2.1.2")
+STUDY_ROOT = ("1.2.840.10008.5.1.4.1.2.2.1", "1.2.840.10008.5.1.4.1.2.2.2", "1.2.840.10008.5.1.4.1.2.2.3")
 
 
 def port_of_moves(monkeypatch: pytest.MonkeyPatch) -> int:
@@ -33,6 +40,21 @@ def study(count: int = 6, series: int = 2, name: str = "CT_small.dcm") -> list[b
         studies.encoded(studies.dataset(name, study=uid, series=uids[n % series], InstanceNumber=n))
         for n in range(count)
     ]
+
+
+def only(roots: Sequence[str]) -> Callable[[Context], str | int]:
+    """Accept everything but these models."""
+    return lambda context: REFUSED_CLASS if context.abstract_syntax in roots else context.offered[0]
+
+
+def in_latin_1(refused: Sequence[str] = ()) -> dict[str, Any]:
+    """An archive of Patient Root alone that reads Latin-1 alone, with a patient whose ID is not ASCII."""
+    ds = studies.dataset(SpecificCharacterSet="ISO_IR 100", PatientID="Müller-7")
+    return {
+        "files": [studies.encoded(ds)],
+        "accept": only((*STUDY_ROOT, *refused)),
+        "refuses": lambda request: 0xA900 if request.charset not in ("", "ISO_IR 100") else 0,
+    }
 
 
 def datasets(folder: Path) -> dict[str, bytes]:

@@ -7,7 +7,7 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -30,27 +30,29 @@ from tests.protocols.intake import refusal
 from tests.servers.dcmtk import dcmqrscp
 from tests.servers.orthanc import shared_orthanc
 from tests.servers.qr import FIND, GET, MOVE, Archive, Instance, Last, Request, Send, Steps, archive, sends
-from tests.servers.steps import REFUSED_CLASS, Abort, Silence
-from tests.servers.wire import Context
+from tests.servers.steps import Abort, Silence
 from tests.targets.dicom import dicom_target
 from tests.targets.dicom_tls import certificates, tls_target
-from tests.targets.pulling import AET, assert_agrees, datasets, port_of_moves, store, study
+from tests.targets.pulling import (
+    AET,
+    GETS,
+    MOVES,
+    assert_agrees,
+    datasets,
+    in_latin_1,
+    only,
+    port_of_moves,
+    store,
+    study,
+)
 from transfer.errors import Busy, Cancelled, DispatchError, Interrupted, Misconfigured, NotFound, TimedOut
 from transfer.outcome import Kind
 from transfer.receipt import Level, PushReport, Receipt, State
-
-GETS = ("1.2.840.10008.5.1.4.1.2.2.3", "1.2.840.10008.5.1.4.1.2.1.3")
-MOVES = ("1.2.840.10008.5.1.4.1.2.2.2", "1.2.840.10008.5.1.4.1.2.1.2")
 
 
 @pytest.fixture
 def port(monkeypatch: pytest.MonkeyPatch) -> int:
     return port_of_moves(monkeypatch)
-
-
-def only(roots: Sequence[str]) -> Callable[[Context], str | int]:
-    """Accept everything but these models."""
-    return lambda context: REFUSED_CLASS if context.abstract_syntax in roots else context.offered[0]
 
 
 def pull(peer: Archive, folder: Path, report: PushReport | None = None, **settings: Any) -> Receipt:
@@ -662,6 +664,20 @@ def test_what_types_say_of_queries_is_what_their_drivers_can(capsys: pytest.Capt
     shown = json.loads(capsys.readouterr().out)["types"]
     for name, cls in TYPES.items():
         assert shown[name]["query"] == shown[name]["pull"] == cls.can_query, name
+
+
+@pytest.mark.parametrize("way", ["get", "move"])
+@pytest.mark.parametrize("key", ["PatientID", "PatientName", "AccessionNumber"])
+def test_a_patient_s_id_is_asked_for_in_the_character_set_that_the_peer_reads(
+    way: str, key: str, tmp_path: Path, port: int
+) -> None:
+    values = {"PatientID": "Müller-7", "PatientName": studies.PATIENT_NAME, "AccessionNumber": (studies.ACCESSION,)}
+    with archive(**in_latin_1(GETS if way == "move" else ()), ports={AET: port}) as peer:
+        target = dicom_target(peer.port, aet_target=peer.aet, direction="query", idle_timeout_s=3)
+        receipt = retrieve(target, Query(**{key: values[key]}), tmp_path / "in", PushReport())  # type: ignore[arg-type]
+        assert receipt.state is State.DELIVERED, receipt.notes
+        assert {one.charset for one in peer.asked(GET if way == "get" else MOVE)} == {"ISO_IR 100"}
+        assert "ISO_IR 100" in {one.charset for one in peer.asked(FIND) if one.level == "SERIES"}
 
 
 @pytest.mark.mounts
