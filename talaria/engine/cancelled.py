@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from datetime import UTC, datetime, timedelta
+from typing import Any
 from uuid import UUID
 
 from prefect.client.orchestration import PrefectClient
@@ -30,6 +31,7 @@ from tasks.dispatch.ends import UNKNOWN, say_stopped, unsaid_is_no_failure
 from tasks.names import split
 from tasks.paging import every
 from tasks.retrieve.dispatches import end_waiting
+from tasks.retrieve.ending import end_at_rest
 from tasks.targets import load
 from transfer.errors import DispatchError
 from transfer.home import Home
@@ -78,22 +80,32 @@ class LookingBack:
 
 async def _look_at(client: PrefectClient, ledger: Ledger, flow_run: FlowRun) -> None:
     state, run_id, asked = flow_run.state, str(flow_run.id), flow_run.parameters
-    if state is None or state.type is not StateType.CANCELLED or not asked.get("targets"):
+    if state is None or state.type is not StateType.CANCELLED:
         return
-    if asked.get("source"):
+    if _is_retrieval(asked):
         await end_waiting(client, Home.current(), run_id)
+        if await _waited(client, flow_run):
+            await end_at_rest(client, Home.current(), flow_run)
         return
-    if not asked.get("paths"):
+    if not (asked.get("targets") and asked.get("paths")):
         return
     mark = str(state.id)
     if ledger.happenings.standing(f"cancelled/{run_id}") == mark or ledger.runs.owner_of(run_id) is not None:
         return
+    if await _waited(client, flow_run):
+        await _say(client, ledger, flow_run, mark)
+        await asyncio.to_thread(rest.forget, ledger, run_id)  # whoever retries it begins anew
+
+
+def _is_retrieval(asked: dict[str, Any]) -> bool:
+    return bool(asked.get("source") and (asked.get("targets") or asked.get("into")))
+
+
+async def _waited(client: PrefectClient, flow_run: FlowRun) -> bool:
+    """Return True if nobody executed a run when it was cancelled."""
     states = sorted(await client.read_flow_run_states(flow_run.id), key=lambda one: one.timestamp)
     before = [one.type for one in states if one.type not in STOPPED]
-    if not before or before[-1] not in WAITED:
-        return
-    await _say(client, ledger, flow_run, mark)
-    await asyncio.to_thread(rest.forget, ledger, run_id)  # whoever retries it begins anew
+    return bool(before) and before[-1] in WAITED
 
 
 async def was_given_up(client: PrefectClient, flow_run: FlowRun, why: str) -> None:
@@ -103,8 +115,9 @@ async def was_given_up(client: PrefectClient, flow_run: FlowRun, why: str) -> No
         why: in a sentence.
     """
     home, asked = Home.current(), flow_run.parameters
-    if asked.get("source") and asked.get("targets"):
+    if _is_retrieval(asked):
         await end_waiting(client, home, str(flow_run.id))
+        await end_at_rest(client, home, flow_run, why)
     elif asked.get("paths") and asked.get("targets"):
         with unsaid_is_no_failure(str(flow_run.id)), Ledger(home.ledger) as ledger:
             await _say(client, ledger, flow_run, str(flow_run.state and flow_run.state.id), why)

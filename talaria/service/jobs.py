@@ -20,6 +20,7 @@ from tasks.crashed import is_over
 from tasks.dispatch import kept, progress, rest, running
 from tasks.dispatch.audited import requester
 from tasks.names import split
+from tasks.retrieve.ending import mark_ended
 from tasks.retrieve.job import Job, folder_of
 from tasks.retrieve.report import cancelled, given_up
 from tasks.retrieve.report import document as whole_of
@@ -121,6 +122,8 @@ async def retry_job(office: Office, job: str, kinds: tuple[str, ...] = tuple(KIN
         if only and await rest.receipts(office.client, office.home, run_id) is None:
             raise Misconfigured(f"the receipts of {run_id} are not there any more: retry all of it")
         await asyncio.to_thread(_begin_anew, office, run_id)
+        if runs.kind_of(flow_run) == "retrieval":
+            await asyncio.to_thread(mark_ended, office.home, run_id)
         if only or flow_run.labels.get(rest.ONLY):  # to whichever host runs it
             await office.client.update_flow_run_labels(flow_run.id, {rest.ONLY: only})
     return await _done(office, await runs.retry(office.client, flow_run.id), "retry", "queued")

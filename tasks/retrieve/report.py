@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-from prefect import get_client
-from prefect.artifacts import acreate_progress_artifact, acreate_table_artifact, aupdate_progress_artifact
+from prefect.artifacts import acreate_progress_artifact, aupdate_progress_artifact
+from prefect.client.orchestration import PrefectClient
+from prefect.client.schemas.actions import ArtifactCreate
 
 from imaging.query import counted
 from tasks.dispatch import kept
@@ -135,17 +136,20 @@ def csv_path(home: Home, flow_run_id: str) -> Path:
     return home.receipt(flow_run_id).with_suffix(".csv")
 
 
-async def report(home: Home, job: Job, flow_run_id: str, source: str, state: str) -> None:
+async def report(client: PrefectClient, home: Home, job: Job, flow_run_id: str, source: str, state: str) -> None:
     """Save the result: whole at the server, JSON and CSV in the state directory, and an artifact."""
     whole = document(job, flow_run_id, source, state)
     write_json(home.receipt(flow_run_id), whole)
-    async with get_client() as client:
-        await kept.keep(client, UUID(flow_run_id), [json.dumps(whole).encode()], again=has_run_before())
+    await kept.keep(client, UUID(flow_run_id), [json.dumps(whole).encode()], again=has_run_before())
     path = csv_path(home, flow_run_id)
     every = rows(job, state)
     _write(path, csv_text(COLUMNS, every))
     shown = every[:SHOWN_ROWS]
-    await acreate_table_artifact(shown, "retrieval", f"retrieval from {source}: {state}; all of it: {path}")
+    about = f"retrieval from {source}: {state}; all of it: {path}"
+    table = ArtifactCreate(
+        type="table", key="retrieval", description=about, data=json.dumps(shown), flow_run_id=UUID(flow_run_id)
+    )
+    await client.create_artifact(table)
 
 
 def _write(path: Path, text: str) -> None:

@@ -410,7 +410,7 @@ class Retrieval:
             self.job.error = self._full
         self.job.ended = state not in ("paused", "waiting")
         self.job.save()
-        await patiently(lambda: report(self.home, self.job, self.flow_run_id, self.source.name, state))
+        await patiently(lambda: self._report(state))
         if self.wish.into:
             with suppress(OSError):  # something is left in it for a retry
                 self._folders.rmdir()
@@ -433,6 +433,10 @@ class Retrieval:
         if state == "cancelled" or taken_up:  # of which the engine makes that it goes on
             return Cancelled(message=message)
         return Completed(message=message) if state == "delivered" else Failed(message=message)
+
+    async def _report(self, state: str) -> None:
+        async with get_client() as client:
+            await report(client, self.home, self.job, self.flow_run_id, self.source.name, state)
 
     def _stand(self, state: str) -> None:
         with unsaid_is_no_failure(self.flow_run_id), Ledger(self.home.ledger) as ledger:

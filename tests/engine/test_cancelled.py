@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 from typing import Any, cast
 from uuid import UUID, uuid4
@@ -15,6 +16,7 @@ from prefect.states import AwaitingRetry, Cancelled, Cancelling, Completed, Runn
 from talaria.engine import cancelled
 from talaria.testing import studies
 from tasks.dispatch.ends import UNKNOWN
+from tasks.retrieve import ending
 from tests.engine.material import folder, go_on, later
 from tests.servers.up import Talaria
 from transfer.deliveries import WHOLE
@@ -124,7 +126,7 @@ class Server:
 
     def __init__(self, *runs: tuple[FlowRun, list[State[Any]]]) -> None:
         self.runs = {run.id: (run, states) for run, states in runs}
-        self.asked = 0
+        self.asked, self.results = 0, list[Any]()
 
     async def read_flow_runs(self, *, flow_run_filter: Any, offset: int, limit: int, **_: Any) -> list[FlowRun]:
         if flow_run_filter.parent_flow_run_id:  # nothing waits of a retrieval
@@ -136,7 +138,11 @@ class Server:
         return self.runs[run_id][1]
 
     async def read_artifacts(self, **_: Any) -> list[Any]:
-        return []
+        return [one for one in self.results if one.type == "result"]
+
+    async def create_artifact(self, artifact: Any) -> None:
+        """Take the results of a retrieval that has never begun."""
+        self.results.append(artifact)
 
 
 def a_run(*states: State[Any], **parameters: Any) -> tuple[FlowRun, list[State[Any]]]:
@@ -145,10 +151,11 @@ def a_run(*states: State[Any], **parameters: Any) -> tuple[FlowRun, list[State[A
 
 def test_those_whose_event_was_lost_are_found_by_a_look_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def load(client: Any, names: list[str], secrets: bool) -> None:
-        if names == ["gone"]:
-            raise NotFound("no target gone")
+        if names in (["gone"], ["archive"]):
+            raise NotFound(f"no target {names[0]}")
 
     monkeypatch.setattr(cancelled, "load", load)
+    monkeypatch.setattr(ending, "load", load)
     monkeypatch.setattr("tasks.happened.emit_event", lambda *_, **__: None)
     asked = {"paths": ["/study"], "targets": ["folder-target/pacs"]}
     waited = a_run(Scheduled(), Cancelling(), Cancelled(), **asked)
@@ -156,7 +163,7 @@ def test_those_whose_event_was_lost_are_found_by_a_look_back(tmp_path: Path, mon
         waited,
         a_run(Scheduled(), Running(), Cancelling(), Cancelled(), **asked),  # it has said so itself
         a_run(Scheduled(), Running(), AwaitingRetry(), Cancelled(), paths=["/study"], targets=["gone"]),
-        a_run(Scheduled(), Cancelled(), source="pacs", accessions="1", targets=["pacs"]),  # a retrieval
+        a_run(Scheduled(), Cancelled(), source="archive", accessions="1", targets=["pacs"]),  # a retrieval
         a_run(Scheduled(), Completed(), **asked),
     )
     with Ledger(tmp_path / "ledger.sqlite") as ledger:
@@ -166,6 +173,8 @@ def test_those_whose_event_was_lost_are_found_by_a_look_back(tmp_path: Path, mon
         found = {(one.target, one.label): one.value for one in ledger.happenings.totals("") if one.name == DISPATCHES}
         assert found == {("pacs", "cancelled"): 1, (UNKNOWN, "cancelled"): 1} and server.asked == 2
         assert [one.event for one in ledger.happenings.waiting(9)] == ["dispatch.cancelled"] * 2
+        [table] = [one for one in server.results if one.key == "retrieval"]  # of the retrieval, which had not begun
+        assert [row["state"] for row in json.loads(table.data)] == ["cancelled"]
         (stand,) = ledger.deliveries.of([str(waited[0].id)]).values()
         assert {name: one.state for name, one in stand.items()} == {WHOLE: "cancelled", "pacs": "cancelled"}
         # What is kept to say it once is forgotten with the rest.

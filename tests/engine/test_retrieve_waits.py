@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import threading
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,11 @@ def parts(up: Talaria, run_id: str) -> dict[str, dict[str, Any]]:
 def left(up: Talaria, run_id: str) -> bool:
     """Return whether a run has left something behind for its next part."""
     return (up.home / "waiting" / f"{run_id}.json").exists()
+
+
+def states(table: Path) -> dict[str, str]:
+    """What a retrieval's CSV says of each accession number."""
+    return {one["accession"]: one["state"] for one in csv.DictReader(table.read_text().splitlines())}
 
 
 def rests(up: Talaria, run_id: str, not_as: str = "") -> str:
@@ -75,16 +82,24 @@ def test_a_retrieval_that_is_cancelled_takes_what_waits_with_it_and_a_retry_send
         away = {"type": "dicom", "host": "127.0.0.1", "port": 1, "aet_target": "PACS"}
         away |= {"max_attempts": 9, "retry_delay_s": 3600, "retry_max_delay_s": 3600}
         up.apply(src=source(peer), shut=folder(tmp_path / "shut", window=later(2)), away=away)
-        arguments = ["retrieve", "src", "--accession", "X1 X2", "--to", "shut,away", "--no-wait"]
+        arguments = ["retrieve", "src", "--accession", "X1 X2 X3", "--to", "shut,away", "--no-wait"]
         run_id = up.told(*arguments)["flow_run_id"]
         rests(up, run_id)
         assert "the next attempt at away" in up.run(run_id)["state"]["message"]
         up.told("jobs", "cancel", run_id)
         up.until(lambda: {one["state_type"] for one in parts(up, run_id).values()} == {"CANCELLED"}, 60)
         up.until(lambda: not any(left(up, one["id"]) for one in parts(up, run_id).values()), 60)
+        # What its files say is what `jobs show` does, and its first retry asks for what was missing, too.
+        table = up.home / "receipts" / f"{run_id}.csv"
+        ended = {"X1": "cancelled", "X2": "cancelled", "X3": "missing"}
+        up.until(lambda: states(table) == ended, 60)
+        [newest] = up.api("POST", "/artifacts/latest/filter", artifacts={"key": {"any_": ["retrieval"]}}, limit=1)
+        assert {one["accession"]: one["state"] for one in json.loads(newest["data"])} == ended
+        assert up.told("jobs", "show", run_id)["cancelled"] == ["X1", "X2"]
+        peer.instances.extend(Instance.of(one) for one in study("X3", series=1))
         up.apply(shut=folder(tmp_path / "shut"), away=folder(tmp_path / "back"))
-        assert up.told("jobs", "retry", run_id)["delivered"] == 2
-        assert len(peer.asked(GET)) == 2
+        assert up.told("jobs", "retry", run_id)["delivered"] == 3
+        assert len(peer.asked(GET)) == 3
         assert not any(value in str(up.run(run_id)) for value in studies.PHI)
 
 
