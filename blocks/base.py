@@ -77,6 +77,7 @@ class Target(NamedBlock, ABC):
 
     word: ClassVar[str] = "target"
     can_query: ClassVar[bool] = False  # whether `query` and `both` are directions of this type
+    can_move: ClassVar[bool] = False  # whether a queried one sends to a third place, which must be registered there
     _made: datetime | None = PrivateAttr(None)
     _block_schema_capabilities: ClassVar[list[str]] = ["talaria-target"]
 
@@ -243,6 +244,11 @@ class Target(NamedBlock, ABC):
     @property
     def queries(self) -> bool:
         return self.direction is not Direction.STORE
+
+    @property
+    def moves(self) -> bool:
+        """Whether it is queried, and sends what it is asked for to whom it knows."""
+        return self.queries and self.can_move
 
     @property
     def globs(self) -> tuple[str, ...]:

@@ -43,6 +43,7 @@ pacs = DicomTarget.load("BLOCK_NAME")
 
     type_name: ClassVar[str] = "dicom"
     can_query: ClassVar[bool] = True
+    can_move: ClassVar[bool] = True
     where: ClassVar[tuple[str, ...]] = ("host", "port", "aet_target", "pass_receiver_aet")
     host_in: ClassVar[str] = "host"
     aims: ClassVar[tuple[str, ...]] = ("host", "port")

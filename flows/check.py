@@ -18,18 +18,20 @@ from transfer.home import Home
 
 
 @flow(name="check", persist_result=False)
-async def check(target: str) -> State[Any]:
+async def check(target: str, move: bool = False) -> State[Any]:
     """Check a target: from name resolution to what a push needs.
 
     Args:
         target: name of the target.
+        move: also have a DICOM node that is queried move one instance to Talaria, which is removed at once: it shows
+            whether the node knows where C-MOVE is to send to.
     """
     try:
         await name_run(f"check of {target.strip()}")
         async with get_client() as client:
             (found,) = await load(client, [target])
         with shown_live():
-            health = await asyncio.to_thread(check_target, found)
+            health = await asyncio.to_thread(check_target, found, move=move)
     except DispatchError as error:
         return Failed(message=str(error))
     await report_health(found, health)

@@ -41,8 +41,11 @@ COLUMNS = ("name", "result", "ms", "detail")
 MORE: dict[str, Any] = {"error": "", "remedy": "", "facts": {}}  # what older checks don't have
 
 
-def check_target(target: Target) -> Health:
+def check_target(target: Target, *, move: bool = False) -> Health:
     """Run a target's staged probes; ping its host meanwhile, which people want to see.
+
+    Args:
+        move: whether one that can move instances is to move one to us, which only shows whether it knows us.
 
     Raises:
         Misconfigured: its type has no driver.
@@ -50,6 +53,11 @@ def check_target(target: Target) -> Health:
     driver = DRIVERS.of(target)
     ping = Ping(target.node) if target.node else None
     health = driver.check(target)
+    if move and target.moves and driver.check_move is not None:
+        if health.ok:
+            driver.check_move(target, health)
+        else:
+            health.skip("move")
     quiet = Quiet(target)
     for probe in health.probes:
         if probe.result == FAILED:

@@ -29,7 +29,7 @@ from protocols.dimse.query import STUDY_ROOT_FIND, finder
 from protocols.dimse.search import PeerSearch
 from protocols.dimse.transport import Peer
 from protocols.net import tls
-from tasks import dicom_pull
+from tasks import dicom_move, dicom_pull
 from tasks.driver import Driver, Facts
 from tasks.probes import reach
 from tasks.quiet import Quiet
@@ -155,6 +155,12 @@ def _probe_queries(health: Health, peer: Peer) -> None:
         return
     with health.probe("retrieve") as probe:
         probe.detail = dicom_pull.granted(peer)
+
+
+def check_move(target: DicomTarget, health: Health) -> None:
+    """Probe whether the peer knows us as a move destination: it moves one instance to our Storage SCP."""
+    peer = _peer(target, target.host, target.aet_target, target.aet_source)
+    dicom_move.probe_move(health, peer, Quiet(target).text)
 
 
 def _probe(health: Health, target: DicomTarget) -> Association | None:
@@ -362,5 +368,6 @@ driver = Driver(
     push=push,
     find=find,
     retrieve=retrieve,
+    check_move=check_move,
     facts=Facts(dicom_only=True, reconnects=True, verifies_by=(Level.ACCEPTED, Level.LISTED, Level.PROVEN)),
 )

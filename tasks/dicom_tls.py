@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from blocks.dicom_tls import DicomTlsTarget
-from tasks.dicom import check, find, push, retrieve
+from tasks.dicom import check, check_move, find, push, retrieve
 from tasks.driver import Driver, Facts
 from transfer.receipt import Level
 
@@ -13,5 +13,6 @@ driver: Driver[DicomTlsTarget] = Driver(
     push=push,
     find=find,
     retrieve=retrieve,
+    check_move=check_move,
     facts=Facts(dicom_only=True, reconnects=True, verifies_by=(Level.ACCEPTED, Level.LISTED, Level.PROVEN)),
 )

@@ -68,6 +68,8 @@ class Driver(Generic[T]):
             when `report.check()` does; never swallows what it doesn't know.
         find: yields what matches, as the peer gives it.
         retrieve: fetches what the query names into a folder; the receipt compares with what was announced.
+        check_move: adds the probe `move` to a check that went well: whether the peer knows us as a move destination,
+            shown by a move of one instance to our Storage SCP, of which nothing is kept. Only where somebody asks.
         hook: runs the target's own script after everything is there, for every folder that is not among those given,
             and adds those for which it ended well; none of an argument's characters reaches a shell unquoted. Raises
             Retryable if it could not be run because the connection failed, Permanent if it can't be run at all.
@@ -79,4 +81,5 @@ class Driver(Generic[T]):
     find: Callable[[T, Query], Iterator[Match]] | None = None
     retrieve: Callable[[T, Query, Path, PushReport], Receipt] | None = None
     hook: Callable[[T, Plan, PushReport, Ran], HookResult] | None = None
+    check_move: Callable[[T, Health], None] | None = None
     facts: Facts = Facts()

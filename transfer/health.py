@@ -70,7 +70,10 @@ class Health:
 
     @contextmanager
     def probe(self, name: str, *, informative: bool = False) -> Iterator[Probe]:
-        """Time a probe. A DispatchError inside becomes the probe's result and does not propagate."""
+        """Time a probe. A DispatchError inside becomes the probe's result and does not propagate.
+
+        What to do about it is the error's remedy, unless the probe has been given one.
+        """
         probe = Probe(name, informative=informative)
         begun = time.monotonic()
         try:
@@ -78,7 +81,7 @@ class Health:
         except DispatchError as exc:
             probe.result, probe.detail = FAILED, exc.message
             known = known_as(exc)
-            probe.error, probe.remedy = known.__name__, REMEDIES[known]
+            probe.error, probe.remedy = known.__name__, probe.remedy or REMEDIES[known]
             if not informative and self.error is None:
                 self.error = exc
         finally:

@@ -6,12 +6,14 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from protocols.dimse.receive import NOT_AUTHORISED, Depot
 from protocols.dimse.scp import CALLING_UNKNOWN, Refusal
 from protocols.dimse.served import Caller, ServedAssociation
 from protocols.dimse.stream import AFFECTED_INSTANCE, ORIGINATOR, ORIGINATOR_ID, CommandSet
+
+MOST_NAMED = 5  # addresses that a message names
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,30 @@ class MoveDestination:
     aet: str = "TALARIA"
     port: int = 0
     host: str = ""  # address to listen on, "" for all
+
+    @property
+    def question(self) -> str:
+        """What to ask where nothing comes."""
+        return f"is {self.aet} registered there with this machine's address and port {self.port}?"
+
+
+class Strangers(set[str]):
+    """Addresses from which associations were refused while something was expected from a host.
+
+    Args:
+        host: as its peer's settings name it.
+    """
+
+    def __init__(self, host: str) -> None:
+        super().__init__()
+        self.host = host
+
+    def __str__(self) -> str:
+        """Return what to say of them, behind another sentence; "" if there were none."""
+        if not self:
+            return ""
+        some = ", ".join(sorted(self)[:MOST_NAMED])
+        return f"; associations from {some} were refused: that is no address of {self.host}, as the target names it"
 
 
 @dataclass(eq=False)
@@ -32,6 +58,7 @@ class Expected:
             the peer's own AE title, which pynetdicom's archive gives instead.
         hosts: addresses that they may come from.
         instances: their UIDs, None if they are not known.
+        strangers: takes the addresses from which associations are refused meanwhile.
     """
 
     originators: frozenset[str]
@@ -39,6 +66,7 @@ class Expected:
     hosts: frozenset[str]
     instances: frozenset[str] | None
     depot: Depot
+    strangers: set[str] = field(default_factory=set, repr=False)
 
     def last_heard(self) -> float:
         """Return when something was last received."""
@@ -67,6 +95,8 @@ class MoveDesk:
         """Admit a peer if something was requested from one at its address."""
         with self._lock:
             expected = any(caller.host in one.hosts for one in self._expected)
+            for one in self._expected if not expected else ():
+                one.strangers.add(caller.host)
         return MoveVisit(self, caller) if expected else CALLING_UNKNOWN
 
     def depot(self, caller: Caller, request: CommandSet) -> tuple[Depot | None, int]:

@@ -23,7 +23,7 @@ from protocols.dimse.get import (
     mover,
     next_message_id,
 )
-from protocols.dimse.moves import DESK, Expected, MoveDestination, addresses
+from protocols.dimse.moves import DESK, Expected, MoveDestination, Strangers, addresses
 from protocols.dimse.offers import USUAL_CLASSES, pairs_for
 from protocols.dimse.ports import shared
 from protocols.dimse.receive import Depot
@@ -79,6 +79,7 @@ class Pull:
 
     Attributes:
         notes: what went otherwise than announced, and how it was retrieved, for people.
+        strangers: whose associations were refused while moves were awaited.
         elsewhere: how many instances of a series are here once only, in another series, which has them as well.
         unproven: series of which nobody says how many instances they have, and the peer doesn't say that all came.
     """
@@ -98,8 +99,8 @@ class Pull:
         quote: Callable[[str], str] = str,
     ) -> None:
         self.peer, self.series, self.folder, self.report = peer, list(series), folder, report
-        self.notes: list[str] = []
-        self.unproven: list[str] = []
+        self.notes, self.unproven = list[str](), list[str]()
+        self.strangers = Strangers(peer.host)
         self.elsewhere: Counter[str] = Counter()
         self._lister, self._associations, self._far = lister, associations, far
         self._throttle, self._destination, self._quote = throttle, destination, quote
@@ -155,7 +156,7 @@ class Pull:
         for one in self.series:
             self._conclude(one, items)
         if self._moves:
-            self.notes.append(f"retrieved by C-MOVE to {self._destination.aet}: {self._moves}")
+            self.notes.append(f"retrieved by C-MOVE to {self._destination.aet}: {self._moves}{self.strangers}")
         elif any(one.answers and not one.moves for one in self.series):
             self.notes.append("retrieved by C-GET, which the peer grants")
         return Plan("", self.folder, tuple(sorted(items.values(), key=lambda item: item.path)))
@@ -433,7 +434,7 @@ class Pull:
                 raise error
             self._give_up(one, error)
             return
-        with self._counted(), self._listening(), retriever:
+        with self._counted(), retriever, self._listening():
             following: PulledSeries | None = one
             while following is not None:
                 self._move(retriever, following)
@@ -456,18 +457,17 @@ class Pull:
             yield
 
     def _move(self, retriever: Retriever, one: PulledSeries) -> None:
-        hosts = addresses(self.peer.host, self.peer.port)
+        whose, hosts = frozenset((self.peer.calling, self.peer.called)), addresses(self.peer.host, self.peer.port)
+        at = self._destination.aet
         instances = frozenset(one.images) if one.images and one.all_listed else None
         with self._depot(one, durable=True) as depot:
             for keys in self._requests(one, retriever):
                 number = next_message_id()
-                expected = Expected(frozenset((self.peer.calling, self.peer.called)), number, hosts, instances, depot)
+                expected = Expected(whose, number, hosts, instances, depot, self.strangers)
                 with DESK.expecting(expected):
-                    answer = self._quoted(
-                        retriever.move(keys, self._destination.aet, number, expected.last_heard, one.charset)
-                    )
+                    answer = self._quoted(retriever.move(keys, at, number, expected.last_heard, one.charset))
                     one.answers.append(answer)
-                    error = failure(self.peer, answer, self._destination.aet)
+                    error = failure(self.peer, answer, at)
                     # A peer that has moved something knows where to; some call any failure so.
                     known = any(each.status != DESTINATION_UNKNOWN for each in one.answers)
                     if error and not (known and answer.status == DESTINATION_UNKNOWN):
@@ -492,11 +492,8 @@ class Pull:
         while self._lacks(one) and expected.depot.failure is None:
             if time.monotonic() - max(ended, expected.last_heard()) >= patience:
                 if early and not self._counts[one.uid]:
-                    raise TimedOut(
-                        f"{self.peer.where}: the peer says that it has sent the series, and nothing came within "
-                        f"{patience:g} s: is {self._destination.aet} registered there with this machine's address and "
-                        f"port {self._destination.port}?"
-                    )
+                    came = f"the peer says that it has sent the series, and nothing came within {patience:g} s"
+                    raise TimedOut(f"{self.peer.where}: {came}: {self._destination.question}{self.strangers}")
                 return
             time.sleep(LOOK_S)
             self.report.check()

@@ -139,6 +139,12 @@ def test(
     file: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="Test the targets of a file, saved or not.")
     ] = None,
+    move: Annotated[
+        bool,
+        typer.Option(
+            "--move", help="Also have a DICOM node move one instance here: does it know where C-MOVE sends to?"
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Check targets step by step, where dispatches run; a probe is written where it can be removed again."""
@@ -147,7 +153,10 @@ def test(
     values = _of_file(file, name) if file else {}
     found = []
     with api(saved=file is None) as access:
-        events = access.stream("test_values", targets=values) if file else access.stream("test_targets", name=name)
+        given: dict[str, Any] = {"targets": values} if file else {"name": name}
+        if move:  # else older servers would be asked what they don't know
+            given["move"] = True
+        events = access.stream("test_values" if file else "test_targets", **given)
         for kind, event in events:
             if kind == "result":
                 found.append(event)

@@ -16,7 +16,7 @@ def clear_staging(home: Home, ledger: Ledger) -> int:
     # Listed first: a run is in the ledger before it has a folder.
     folders = list(home.staging.iterdir()) if home.staging.is_dir() else []
     living = {run_id for run_id, owner in ledger.runs.unfinished().items() if home.alive(owner)}
-    orphans = [folder for folder in folders if folder.name not in living]
+    orphans = [one for one in folders if one.name not in living and not home.alive(one.name)]  # some bear an owner's id
     for folder in orphans:
         discard(folder)
     return len(orphans)

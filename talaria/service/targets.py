@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Collection, Iterator, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
@@ -247,38 +247,57 @@ async def export_targets(office: Office) -> dict[str, Any]:
 # ---- tests
 
 
-async def test_targets(office: Office, name: str | None = None) -> AsyncIterator[Event]:
+async def test_targets(office: Office, name: str | None = None, move: bool = False) -> AsyncIterator[Event]:
     """Check a saved target, or all enabled ones: on the worker if one runs, else here.
+
+    Args:
+        move: whether those that can are to move one instance to us.
 
     Yields:
         "probe" with a target's name and a probe, as each is made; "result" with the JSON of `target test`.
+
+    Raises:
+        Misconfigured: the one that is named can't move instances.
     """
     found: list[Target | Broken] = []
     found += await load(office.client, [name], secrets=False) if name else await all_targets(office.client)
+    if name and move:
+        _check_moves(one for one in found if isinstance(one, Target))
     for one in found:
         if isinstance(one, Broken):
             for event in _ended(_failed(one.name, SETTINGS, one.reason)):
                 yield event
         elif name or one.enabled:
             here = office.alone or not await workers(office.client)
-            async for event in _check_saved(office, one) if here else _check_there(office, one):
+            async for event in _check_saved(office, one, move) if here else _check_there(office, one, move):
                 yield event
 
 
-async def test_values(office: Office, targets: dict[str, Any]) -> AsyncIterator[Event]:
-    """Check targets that are not saved, here: a secret must not become a run's parameter. Yields as `test_targets`."""
-    for target in made(targets).values():
-        async for event in test_unsaved(target):
+def _check_moves(found: Iterable[Target]) -> None:
+    for one in found:
+        if not one.moves:
+            raise Misconfigured(
+                f"{one.name}: no move can be tested: it is no DICOM node of direction query or both", one.name
+            )
+
+
+async def test_values(office: Office, targets: dict[str, Any], move: bool = False) -> AsyncIterator[Event]:
+    """Check targets that are not saved, here: a secret must not become a run's parameter. As `test_targets`."""
+    unsaved = [*made(targets).values()]
+    if move and len(unsaved) == 1:
+        _check_moves(unsaved)
+    for target in unsaved:
+        async for event in test_unsaved(target, move):
             yield event
 
 
-async def test_unsaved(target: Target) -> AsyncIterator[Event]:
+async def test_unsaved(target: Target, move: bool = False) -> AsyncIterator[Event]:
     """Check a target that is not saved, here. Yields as `test_targets`."""
-    async for event in _check_here(target, saved=False):
+    async for event in _check_here(target, saved=False, move=move):
         yield event
 
 
-async def _check_saved(office: Office, target: Target) -> AsyncIterator[Event]:
+async def _check_saved(office: Office, target: Target, move: bool) -> AsyncIterator[Event]:
     """Check a saved target here, with its secrets."""
     try:
         (whole,) = await load(office.client, [f"{target.type_name}/{target.name}"])
@@ -286,18 +305,18 @@ async def _check_saved(office: Office, target: Target) -> AsyncIterator[Event]:
         for event in _ended(_failed(target.name, SETTINGS, exc.message)):
             yield event
         return
-    async for event in _check_here(whole, saved=True):
+    async for event in _check_here(whole, saved=True, move=move):
         yield event
 
 
-async def _check_here(target: Target, *, saved: bool) -> AsyncIterator[Event]:
+async def _check_here(target: Target, *, saved: bool, move: bool) -> AsyncIterator[Event]:
     loop, probes = asyncio.get_running_loop(), asyncio.Queue[Probe]()
 
     def made_one(probe: Probe) -> None:
         loop.call_soon_threadsafe(probes.put_nowait, probe)
 
     with watched(made_one):
-        check = asyncio.create_task(asyncio.to_thread(check_target, target))
+        check = asyncio.create_task(asyncio.to_thread(check_target, target, move=move))
     shown = set()
     while not check.done() or not probes.empty():
         waiting = asyncio.create_task(probes.get())
@@ -313,9 +332,9 @@ async def _check_here(target: Target, *, saved: bool) -> AsyncIterator[Event]:
         yield event
 
 
-async def _check_there(office: Office, target: Target) -> AsyncIterator[Event]:
+async def _check_there(office: Office, target: Target, move: bool) -> AsyncIterator[Event]:
     """Let a worker check a target, with its probes as they come where it is on this machine."""
-    parameters = {"target": f"{target.type_name}/{target.name}"}
+    parameters: dict[str, Any] = {"target": f"{target.type_name}/{target.name}"} | ({"move": True} if move else {})
     run = await create(office.client, "check", parameters, f"check of {target.name}", CHECKS, by=office.user)
     shown, looked = set[str](), 0.0
     loop = asyncio.get_running_loop()

@@ -62,6 +62,8 @@ def test_a_target_is_added_tested_changed_renamed_and_deleted(admin: Person, up:
     assert "All steps succeeded." in admin.get(leads)
     assert "Ready" in admin.get("/talaria/targets")
 
+    assert "Test with a move" not in page
+
     form = admin.form("/talaria/targets/archive/edit")
     assert form["folder"] == str(folder) and form["description"] == XSS
     assert admin.post("/talaria/targets/archive/edit", {**form, "description": "ours", "do": "save"}).endswith(
@@ -226,6 +228,15 @@ def written(folder: Path, accession: str, each: int = 1) -> Path:
     for number, content in enumerate(study(accession, series=1, each=each)):
         (folder / f"{number}.dcm").write_bytes(content)
     return folder
+
+
+def test_a_node_that_is_queried_is_tested_with_a_move_where_somebody_asks_for_it(up: Talaria, operator: Person) -> None:
+    up.apply(asked=dicom(free_port(), direction="query"))
+    assert "Test with a move" in operator.get("/talaria/targets/asked")
+    for form, there in (({}, False), ({"move": "true"}, True)):
+        leads = operator.post("/talaria/targets/asked/test", form)
+        until(lambda leads=leads: over(operator.get(leads)), as_loaded(120))
+        assert ("Move to here" in words(operator.get(leads))) is there
 
 
 def test_what_happened_to_a_dispatch_and_to_each_item(

@@ -40,6 +40,7 @@ class Talaria:
         self.folder = folder
         self.home = folder / "talaria"
         self.port = free_port()
+        self.ports = {"TALARIA_SCP_PORT": str(free_port()), "TALARIA_SCP_HOST": "127.0.0.1"}  # of C-MOVE
         self.log = folder / "up.log"
         self.process: subprocess.Popen[bytes] | None = None
         self.more: dict[str, str] = {}  # variables of the environment of all that is started
@@ -50,7 +51,7 @@ class Talaria:
 
     @property
     def env(self) -> dict[str, str]:
-        return {**os.environ, "TALARIA_HOME": str(self.home), "HOME": str(self.folder), **self.more}
+        return {**os.environ, "TALARIA_HOME": str(self.home), "HOME": str(self.folder), **self.ports, **self.more}
 
     def start(self, *options: str) -> Talaria:
         """Run `talaria up`; returns when it says that it is ready."""

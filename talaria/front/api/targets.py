@@ -18,6 +18,9 @@ Values = Annotated[
 ]
 
 
+MOVE = "Also have DICOM nodes that are queried move one instance to Talaria, which is removed at once."
+
+
 class Apply(RequestBody):
     """Targets to create or update."""
 
@@ -43,6 +46,7 @@ class Unsaved(RequestBody):
     """Targets that need not be saved."""
 
     targets: Values
+    move: bool = Field(default=False, description=MOVE)
 
 
 @needs(Role.VIEWER)
@@ -115,12 +119,14 @@ async def enable_target(asked: Asked, name: str, body: Enable) -> dict[str, Any]
 
 @needs(Role.OPERATOR)
 async def test_targets(
-    asked: Asked, name: Annotated[str | None, Query(description="One target; else all enabled ones.")] = None
+    asked: Asked,
+    name: Annotated[str | None, Query(description="One target; else all enabled ones.")] = None,
+    move: Annotated[bool, Query(description=MOVE)] = False,
 ) -> StreamingResponse:
     """Check saved targets where dispatches run. Server-sent events: `probe` as each is made, `result` per target."""
     from talaria.service import targets
 
-    return await streamed(targets.test_targets(await asked(), name))
+    return await streamed(targets.test_targets(await asked(), name, move))
 
 
 @needs(Role.ADMIN)
@@ -128,7 +134,7 @@ async def test_values(asked: Asked, body: Unsaved) -> StreamingResponse:
     """Check targets without saving them, on the server's machine. Events as of a test of saved ones."""
     from talaria.service import targets
 
-    return await streamed(targets.test_values(await asked(), body.targets))
+    return await streamed(targets.test_values(await asked(), body.targets, body.move))
 
 
 def add_to(app: FastAPI) -> None:

@@ -114,7 +114,7 @@ class TargetPages:
         office, ref = await self.site.office(request), ref_of(request)
         row, target = _found(await self.site.rows(office), ref)
         contact = target.contact if target else ""
-        events = targets.test_targets(office, ref)
+        events = targets.test_targets(office, ref, (await fields(request)).get("move") == "true")
         words = in_labels(type(target)) if target else str
         return begun(request, self.checks.start(row["name"], who(request).name, row["path"], contact, events, words))
 

@@ -111,6 +111,8 @@ TEXTS = {
     "check.failed": "failed",
     # one target
     "target.test": "Test",
+    "target.test_move": "Test with a move",
+    "target.test_move_about": "Also has it move one instance here, which is removed at once: does it know us?",
     "target.edit": "Edit",
     "target.duplicate": "Duplicate",
     "target.rename": "Rename",
@@ -235,6 +237,9 @@ TITLES = {
     "checksum": "Checksums",
     "multipart": "Parts",
     "trailers": "Trailing checksums",
+    "find": "C-FIND",
+    "retrieve": "C-GET, C-MOVE",
+    "move": "Move to here",
     "qido": "Search",
     "stow": "Send",
     "wado": "Fetch",
