@@ -115,7 +115,10 @@ async def _looked(paths: Iterable[str]) -> dict[str, tuple[bool, bool]]:
     shared = [_real.get(one, one) for one in named]
 
     def look(path: str) -> tuple[bool, bool]:
-        real = os.path.realpath(Path(path).expanduser())
+        written = os.path.expanduser(path)  # noqa: PTH111 - leaves what names nobody's home as it is
+        if not Path(written).is_absolute() or "\0" in written:
+            return True, True  # it can lie nowhere: whoever begins it refuses it
+        real = os.path.realpath(written)
         is_shared = any(real == root or real.startswith(root.rstrip("/") + "/") for root in shared)
         return is_shared, os.path.lexists(path)
 

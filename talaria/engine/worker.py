@@ -169,8 +169,12 @@ class Worker:
     async def _begin(self, found: list[FlowRun], places: int, asked: float) -> int:
         """Begin as many runs as there are places for, and those that need none; return how many."""
         aside = set[UUID]()
-        with suppress(*LOST):
+        try:
             aside = await self._aside.chosen(found)
+        except LOST:
+            pass
+        except Exception:  # else one run would end the worker, which would find it again as soon as it is back
+            logger.exception("it can't be told which runs need no place: all take one")
         room, before = CHECKS_AT_ONCE - len(self._checks), len(self.active)
         for flow_run in found:
             self._awaited.pop(flow_run.id, None)

@@ -40,6 +40,15 @@ def test_what_did_not_come_to_rest_takes_a_place_the_next_time(tmp_path: Path, m
         assert chosen() == {one.id for one in found}
 
 
+@pytest.mark.parametrize("names", [[""], ["pacs", " "], ["dicom/"]])
+def test_a_run_to_a_target_without_a_name_begins_and_is_refused(tmp_path: Path, names: list[str]) -> None:
+    """A worker that ended of it would find it again, as would all others."""
+    found = [FlowRun(id=uuid4(), flow_id=uuid4(), parameters={"targets": names, "paths": ["/study"]})]
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        ledger.waits.join("pacs", str(uuid4()), 0, ledger.now() + 60)
+        assert asyncio.run(Aside(cast(Any, None), Home(tmp_path), ledger).chosen(found)) == set()
+
+
 @pytest.mark.parametrize("flag", ["paused", "cancelled"])
 def test_a_run_hears_of_it_before_it_rests_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag: str) -> None:
     monkeypatch.setattr(line, "may_rest", lambda: True)

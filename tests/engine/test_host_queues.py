@@ -21,6 +21,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.states import AwaitingRetry, Cancelling, Running
 
 from talaria.engine import called, hosts
+from talaria.engine.aside import Aside
 from talaria.engine.recovery import TAKEN_BY, TAKEN_UP, _take_up, elsewhere, taken_over
 from talaria.engine.table import Flows
 from talaria.engine.watch import StateChange
@@ -151,6 +152,14 @@ def test_a_retrieval_of_a_dead_host_begins_anew_wherever_its_folder_is(shared: P
     own.state = Running()
     asyncio.run(_take_up(cast(PrefectClient, Server(own)), str(own.id)))
     assert own.labels[hosts.HOST] == "here"
+
+
+@pytest.mark.parametrize("path", ["~nobody-of-this-host/study", "/a\0b", "study"])
+def test_what_lies_nowhere_begins_and_is_refused_there(shared: Path, path: str) -> None:
+    """A worker that can't tell where a path lies would end, and so would each that finds the run after it."""
+    run = a_run("normal")
+    run.parameters["paths"] = [path]
+    assert is_here(run)
 
 
 class Server:
@@ -551,6 +560,28 @@ def test_a_run_that_another_process_has_ended_meanwhile_is_not_run_again(
     lease = SimpleNamespace(owner="ours")
     with Ledger(tmp_path / "ledger.sqlite") as ledger:
         asyncio.run(work())
+
+
+def test_a_run_that_nobody_can_tell_about_takes_a_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home, run, begun = Home(tmp_path), a_run("normal"), list[UUID]()
+
+    async def chosen(_: Any, found: list[FlowRun]) -> set[UUID]:
+        raise RuntimeError("something of it that nobody has thought of")
+
+    async def one_run(_: Any, flow_run: FlowRun, asked: float) -> None:
+        begun.append(flow_run.id)
+
+    monkeypatch.setattr(Aside, "chosen", chosen)
+    monkeypatch.setattr(Worker, "_run", one_run)
+
+    async def work() -> None:
+        worker = Worker(cast(PrefectClient, Server(run)), "talaria", home, ledger, cast(Lease, None), limit=1)
+        assert await worker._begin([run], 1, time.monotonic()) == 1
+        await worker.active[run.id]
+
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        asyncio.run(work())
+    assert begun == [run.id]
 
 
 class Away(Runs):
