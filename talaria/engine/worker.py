@@ -35,6 +35,7 @@ from prefect.client.schemas.filters import (
 )
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.exceptions import PrefectException
+from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from talaria import logs
 from talaria.audit.forward import forwarding
@@ -57,6 +58,9 @@ from transfer.ledger import Ledger
 NET_S = 20.0  # between two looks at the server when no event comes
 BLIND_S = 2.0  # the same while there is no subscription
 SOON_S = NET_S + 10  # a run that is to begin by then gets an alarm of its own
+RETRIES = (
+    2  # of one call, after 2 and 4 s; the worker looks again by itself, and may not sleep through a server's return
+)
 HEARTBEAT_S = 30.0  # Prefect takes a worker for offline after three of them
 HEED_S = 0.1  # before a run is asked after whose state has changed: it ends, most often, and is gone by then
 CALM_S = 0.05  # after a look that found nothing: what woke us need not be ours
@@ -105,11 +109,12 @@ class Worker:
 
         line.serve(call_back)
         try:
-            async with asyncio.TaskGroup() as group:
-                group.create_task(watch(self._pool_id, self._changed, self._connected))
-                group.create_task(self._take_runs())
-                group.create_task(self._beat())
-                group.create_task(self._look_again())
+            with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: RETRIES}):  # lanes have contexts of their own
+                async with asyncio.TaskGroup() as group:
+                    group.create_task(watch(self._pool_id, self._changed, self._connected))
+                    group.create_task(self._take_runs())
+                    group.create_task(self._beat())
+                    group.create_task(self._look_again())
         finally:
             line.serve(None)
 
@@ -171,10 +176,9 @@ class Worker:
         aside = set[UUID]()
         try:
             aside = await self._aside.chosen(found)
-        except LOST:
-            pass
-        except Exception:  # else one run would end the worker, which would find it again as soon as it is back
-            logger.exception("it can't be told which runs need no place: all take one")
+        except Exception as exc:  # else one run would end the worker, which would find it again as soon as it is back
+            if not isinstance(exc, LOST):
+                logger.exception("it can't be told which runs need no place: all take one")
         room, before = CHECKS_AT_ONCE - len(self._checks), len(self.active)
         for flow_run in found:
             self._awaited.pop(flow_run.id, None)
@@ -292,7 +296,7 @@ class Worker:
             self._do(self._go_on(run_id))
         if run_id in self._pausing:
             self._pausing.discard(run_id)
-            self._do(self._pause(run_id))
+            self._do(stray.pause(self.client, self.ledger, self.alive, run_id))
         with suppress(*LOST):
             if rests and str(run_id) in self.ledger.waits.unheard(0.0):  # called while it was on its way to rest
                 self._do(self._bring_forward(run_id))
@@ -334,7 +338,7 @@ class Worker:
             self._wake.set()
             self._do(self._wake_late(change.run_id))
         elif change.name == running.PAUSING:
-            self._do(self._pause(change.run_id))
+            self._do(stray.pause(self.client, self.ledger, self.alive, change.run_id))
         elif change.type == "CANCELLING" or change.is_resumption:
             self._do(self._look_after(change))
         elif change.type == "CANCELLED":
@@ -382,9 +386,6 @@ class Worker:
 
     async def _look_after(self, change: StateChange) -> None:
         await stray.look_after(self.client, self.ledger, self.alive, change)
-
-    async def _pause(self, run_id: UUID) -> None:
-        await stray.pause(self.client, self.ledger, self.alive, run_id)
 
     async def _go_on(self, run_id: UUID) -> None:
         """Start a run again that was resumed before it had come to rest."""

@@ -8,7 +8,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 from uuid import UUID
 
@@ -18,10 +18,12 @@ from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.context import refresh_global_settings_context
 from prefect.exceptions import ObjectNotFound
+from prefect.settings import PREFECT_CLIENT_MAX_RETRIES
 from prefect.states import Cancelling, Pending, Scheduled
 
 from flows.dispatch import dispatch
 from talaria.engine import lanes, runs
+from talaria.engine.worker import RETRIES, Worker
 from talaria.testing import studies
 from tasks.dispatch import running
 from tasks.retrieve import dispatches
@@ -199,6 +201,34 @@ def test_a_dispatch_that_was_made_for_a_retrieval_and_never_began_ends_with_it(u
             return [(await client.read_flow_run(one.id)).state_name for one in made]
 
     assert asyncio.run(ended()) == ["Cancelled", "Completed"]
+
+
+def test_a_worker_does_not_sleep_through_the_return_of_its_server(
+    here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It waited as long again as the server had been away; what a run asks for still waits for that long."""
+    seen: dict[str, int] = {}
+
+    async def in_a_run(flow: Any, flow_run: Any) -> None:
+        seen["run"] = PREFECT_CLIENT_MAX_RETRIES.value()
+
+    async def looks(worker: Worker) -> None:
+        seen["worker"] = PREFECT_CLIENT_MAX_RETRIES.value()
+        await worker._in_lane(cast(Any, None), cast(Any, None))
+
+    async def nothing(*_: Any) -> None:
+        pass
+
+    monkeypatch.setattr(lanes, "run", in_a_run)
+    monkeypatch.setattr(Worker, "_take_runs", looks)
+    for name in ("_beat", "_look_again"):
+        monkeypatch.setattr(Worker, name, nothing)
+    monkeypatch.setattr("talaria.engine.worker.watch", nothing)
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        worker = Worker(cast(Any, None), "talaria", Home(tmp_path), ledger, cast(Any, None), limit=1)
+        asyncio.run(worker.serve())
+        worker.close()
+    assert seen == {"worker": RETRIES, "run": PREFECT_CLIENT_MAX_RETRIES.value()} and seen["run"] > RETRIES
 
 
 @pytest.mark.parametrize("asked", [True, False], ids=["cancelled", "stopped"])
