@@ -347,9 +347,12 @@ class Sweep:
                 one.writer.abandon()
             raise
         for why, rows in held.items():
+            # Their rows keep it from being said again, until what is wrong has passed, and comes back; those of the
+            # future are saved more than once.
+            mark = rows[0].fingerprint
+            self._stuck(f"{len(rows)} units are held: {why}", mark if mark.endswith(AHEAD) else "", rows)
             self.book.save(source.name, rows)
             self.done.counts[UnitState.HELD] += len(rows)
-            self._stuck(f"{len(rows)} units are held: {why}", rows[0].fingerprint, rows)
         self._tidy(known, seen, now)
         return whole
 

@@ -69,6 +69,22 @@ def test_a_file_that_could_not_be_read_once_is_read_again(bench: Bench, monkeypa
     assert bench.states() == {"1.2": "done"} and delivered(bench) == 1
 
 
+def test_what_can_not_be_read_again_is_told_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    material.dicom(bench.inbox / "a.dcm", study="1.2")
+    path = material.dicom(bench.inbox / "ward" / "b.dcm", study="1.3")
+    for which in (path, bench.inbox / "ward"):
+        before = told(bench)
+        for times in (1, 2):
+            with monkeypatch.context() as patch:
+                unreadable(patch, which)
+                for _ in range(2):
+                    bench.sweep()
+            assert told(bench) == before + times, "once each time"
+            bench.all()
+            assert bench.states() == {"1.2": "done", "1.3": "done"}
+            path.touch()  # or its header is known
+
+
 def test_a_folder_that_only_lists_its_names_holds_up_no_other(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     bench.source = bench.named(unit="folder")
     for name in ("a/1.dcm", "b/2.dcm"):
