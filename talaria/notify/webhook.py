@@ -13,6 +13,7 @@ import time
 import httpx
 
 from blocks.rule import WebhookRule
+from protocols.http.head import retry_after
 from protocols.net.tls import Tls
 from talaria import __version__
 from talaria.notify.errors import NotSent
@@ -51,7 +52,7 @@ async def post(rule: WebhookRule, one: Letter) -> None:
     if 300 <= status < 400 and location:
         raise NotSent(f"{said}, which leads elsewhere: redirects are not followed, correct url")
     if not 200 <= status < 300:
-        raise NotSent(said, min(float(after), MOST_AFTER_S) if after.isdecimal() else 0.0)
+        raise NotSent(said, min(retry_after(after) or 0.0, MOST_AFTER_S))
 
 
 def _headers(rule: WebhookRule, one: Letter, body: bytes) -> dict[str, str]:

@@ -10,6 +10,8 @@ import json
 import os
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +164,10 @@ def test_answers_other_than_success_are_failures_and_redirects_lead_nowhere(hook
     hook.status, hook.retry_after = 429, "120"
     refused = failure(rule)
     assert "answers 429" in str(refused) and refused.after_s == 120
+    hook.retry_after = format_datetime(datetime.now(UTC) + timedelta(hours=2), usegmt=True)
+    assert 7000 < failure(rule).after_s <= 7200, "a date, as RFC 9110 allows"
+    hook.retry_after = "soon"
+    assert failure(rule).after_s == 0
     with receiver() as elsewhere:
         hook.status, hook.location = 307, elsewhere.url
         words = str(failure(rule))
