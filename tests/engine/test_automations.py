@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 import yaml
-from prefect.server.events.schemas.automations import AutomationCore
+from prefect.server.events.schemas.automations import AutomationCore, EventTrigger
+from prefect.server.events.schemas.events import ReceivedEvent
 
 from talaria.testing import studies
 from tests.engine.material import folder
@@ -27,6 +30,25 @@ def automation(name: str) -> dict[str, Any]:
 @pytest.mark.parametrize("path", sorted(FOLDER.iterdir()), ids=lambda path: path.name)
 def test_prefect_takes_each_file(path: Path) -> None:
     AutomationCore.model_validate(automation(path.name))
+
+
+@pytest.mark.parametrize(
+    ("deployment", "flow", "retried"), [(True, "dispatch", True), (False, "dispatch", False), (True, "retrieve", False)]
+)
+def test_only_what_a_worker_takes_is_retried(deployment: bool, flow: str, retried: bool) -> None:
+    """A dispatch that belongs to a retrieval has no deployment: set to AwaitingRetry, it would wait for ever."""
+    run = {"prefect.resource.id": "prefect.flow-run.1", "prefect.run-count": "1"}
+    related = [
+        {"prefect.resource.id": "prefect.flow.1", "prefect.resource.role": "flow", "prefect.resource.name": flow}
+    ]
+    if deployment:
+        role = {"prefect.resource.role": "deployment", "prefect.resource.name": "talaria"}
+        related.append({"prefect.resource.id": "prefect.deployment.1", **role})
+    event = ReceivedEvent(
+        occurred=datetime.now(UTC), event="prefect.flow-run.Failed", resource=run, related=related, id=uuid4()
+    )
+    trigger = AutomationCore.model_validate(automation("retry-failed.yaml")).trigger
+    assert isinstance(trigger, EventTrigger) and trigger.covers(event) is retried
 
 
 @pytest.fixture
