@@ -27,6 +27,7 @@ from talaria.front.api.asking import Reach
 from talaria.front.app import build
 from talaria.front.changes import ChangeCount, WatchedUpstream
 from talaria.front.embedded import EmbeddedPrefect, is_sqlite, load
+from talaria.front.followed import FollowedSources
 from talaria.front.gate import Application
 from talaria.front.heard import AuditWriter
 from talaria.front.impatient import ImpatientProtocol
@@ -123,7 +124,8 @@ class Front:
         )
         self._reach = reach
         own = [*pages.routes(reach), *routes(reach), *metrics.routes(reach, orders.certificate)]
-        behind = UsedTargets(OfferedNames(self.upstream, reach.office_in), reach.office_in)
+        offered = OfferedNames(self.upstream, reach.office_in)
+        behind = UsedTargets(FollowedSources(offered, reach.office_in), reach.office_in)
         self.app = build(KeyRing(home), door, self.upstream, own, self.heard, behind)
 
     def _load(self) -> tuple[Application, Any]:

@@ -79,7 +79,7 @@ class ValidTargets:
             # The forms of blocks give the values once more in the schema's place (Prefect 3.9.1): the page is asked.
             slug = await self._slug_of_page(scope)
         cls = _type_of(slug)
-        if cls is None or any(isinstance(value, dict) and {"$ref", _KIND} & value.keys() for value in values.values()):
+        if cls is None or not is_given(values):
             return None
         return _judged(cls, values)
 
@@ -118,15 +118,26 @@ class ValidTargets:
         cls = _type_of(str(document["block_type"]["slug"]))
         if cls is None:
             return ""
-        before, data = document["data"], given["data"]
-        kept = {name for name in cls.secret_fields() if data.get(name) == MASK and before.get(name) is not None}
-        data = data | {name: before[name] for name in kept}
-        after = before | data if given.get("merge_existing_data", True) else data
+        before = document["data"]
+        after, kept = merged(cls, before, given)
         stored = [name for name in cls.secret_fields() if before.get(name) and after.get(name) == before[name]]
         unseen = [name for name in stored if name in kept or name not in given["data"]]
         if unseen and cls.leads_elsewhere(before, after):
             return "; ".join(f'"{facts(cls, name).title}": {MOVED}' for name in sorted(unseen))
         return _sentence(cls, after)
+
+
+def merged(cls: type[NamedBlock], before: dict[str, Any], given: Any) -> tuple[dict[str, Any], set[str]]:
+    """Return a block's values after a change of its document, and the names of secrets that came back masked."""
+    data = given["data"]
+    kept = {name for name in cls.secret_fields() if data.get(name) == MASK and before.get(name) is not None}
+    data = data | {name: before[name] for name in kept}
+    return (before | data if given.get("merge_existing_data", True) else data), kept
+
+
+def is_given(values: dict[str, Any]) -> bool:
+    """Return True if all values of a block are given, and none is referred to, or written as JSON."""
+    return not any(isinstance(value, dict) and {"$ref", _KIND} & value.keys() for value in values.values())
 
 
 def _type_of(slug: str) -> type[NamedBlock] | None:
@@ -135,7 +146,7 @@ def _type_of(slug: str) -> type[NamedBlock] | None:
 
 def _errors(cls: type[NamedBlock], values: dict[str, Any]) -> list[Any]:
     """Return what is wrong with the values of a block, as pydantic gives it; references are not followed."""
-    if any(isinstance(value, dict) and {"$ref", _KIND} & value.keys() for value in values.values()):
+    if not is_given(values):
         return []
     try:
         cls(**{name: value for name, value in values.items() if name != "block_type_slug"})

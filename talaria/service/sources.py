@@ -167,6 +167,12 @@ async def save_source(office: Office, source: Source, before: Source | None, act
             if one.block_type and one.block_type.slug != source.get_block_type_slug():  # it is to be replaced
                 await office.client.delete_block_document(one.id)
         await source.asave(source.name, overwrite=True, client=office.client)
+    await follow(office, source, before, action)
+
+
+async def follow(office: Office, source: Source, before: Source | None, action: str) -> None:
+    """See to what follows from a source's being saved. Arguments as of `save_source`."""
+    if action != "unchanged":
         await recorded.source_changed(office, source.name, action, differing(source, before))
     await batches.deploy(office.client, source, before)
     _say_changed(office)
@@ -216,6 +222,11 @@ async def check_removal(office: Office, name: str, type_name: str) -> None:
 
 async def _remove(office: Office, name: str, qualified: str) -> None:
     await KEPT.remove(office.client, qualified)
+    await forget_source(office, name)
+
+
+async def forget_source(office: Office, name: str) -> None:
+    """See to what follows from a source's being removed: it has no schedule any more, and no units."""
     await batches.withdraw(office.client, name)
     await asyncio.to_thread(_read, office, lambda book: _forget(office, book, name))
     _say_changed(office)
