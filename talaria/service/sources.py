@@ -6,11 +6,15 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from datetime import UTC, datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from blocks import SOURCES, Source, Target
 from blocks.dicom_source import DicomSource
+from blocks.inbox import InboxSource
 from talaria.engine import batches, hosts
 from talaria.service import Office, recorded
 from talaria.service.fields import field_facts
@@ -288,18 +292,27 @@ async def test_source(office: Office, name: str) -> dict[str, Any]:
 
 async def test_unsaved(office: Office, source: Source) -> dict[str, Any]:
     """Look whether a source that need not be saved can be used. Answers as `test_source`."""
-    others = [one for one in await KEPT.all(office.client) if isinstance(one, Source) and one.name != source.name]
-    return await asyncio.to_thread(_tested, office, source, [source, *others], await _targets(office))
+    saved = [one for one in await KEPT.all(office.client) if isinstance(one, Source)]
+    others = [one for one in saved if one.name != source.name]
+    before = next((one for one in saved if one.name == source.name), None)
+    return await asyncio.to_thread(_tested, office, source, [source, *others], await _targets(office), before)
 
 
-def _tested(office: Office, source: Source, sources: list[Source], targets: list[Target]) -> dict[str, Any]:
+def _tested(
+    office: Office, source: Source, sources: list[Source], targets: list[Target], saved: Source | None
+) -> dict[str, Any]:
+    """Test a source; what one that looks elsewhere than the saved one of its name finds there is not kept."""
     found: Counter[str] = Counter({"ready": 0, "settling": 0, "known": 0, "files": 0})
-    with Ledger(office.home.ledger) as ledger:
+    with ExitStack() as stack:
+        ledger = notes = stack.enter_context(Ledger(office.home.ledger))
+        if isinstance(source, InboxSource) and not _looks_as(source, saved):
+            folder = stack.enter_context(TemporaryDirectory(prefix="talaria-"))
+            notes = stack.enter_context(Ledger(Path(folder) / "notes.sqlite"))
         row, known = ledger.sources.sweep(source.name), ledger.sources.units(source.name)
         wrong = checks.problems(source, sources, targets, row.mount)
         wrong += checks.of_listener(source, sources, office.home)
         try:
-            for unit in units.units(source, ledger) if not wrong else ():
+            for unit in units.units(source, notes) if not wrong else ():
                 found["files"] += unit.files
                 before = known.get(unit.key)
                 if before and before.fingerprint == unit.fingerprint:
@@ -310,6 +323,12 @@ def _tested(office: Office, source: Source, sources: list[Source], targets: list
         except DispatchError as exc:
             wrong.append(exc.message)
     return {"name": source.name, "ok": not wrong, "problems": wrong, "units": dict(found)}
+
+
+def _looks_as(source: InboxSource, saved: Source | None) -> bool:
+    """Return True if what an inbox finds is what the saved one of its name finds."""
+    what = "folder", "unit", "exclude"
+    return isinstance(saved, InboxSource) and all(getattr(source, one) == getattr(saved, one) for one in what)
 
 
 async def load_source(office: Office, name: str, *, secrets: bool = False) -> Source:

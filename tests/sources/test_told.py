@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from blocks.inbox import InboxSource
+from talaria.service import sources
 from talaria.testing import studies as material
 from tasks.sources import inbox
 from tests.sources.bench import Bench
@@ -83,6 +85,27 @@ def test_what_can_not_be_read_again_is_told_again(bench: Bench, monkeypatch: pyt
             bench.all()
             assert bench.states() == {"1.2": "done", "1.3": "done"}
             path.touch()  # or its header is known
+
+
+def test_a_test_of_an_edited_inbox_leaves_what_is_known_of_the_saved_one(bench: Bench, tmp_path: Path) -> None:
+    """Else the next sweep would read all headers again, and hold again what is held."""
+    material.dicom(bench.inbox / "a.dcm", study="1.2")
+    bench.all()
+    material.dicom(tmp_path / "elsewhere" / "b.dcm", study="1.3")
+    targets = [*bench.targets.values()]
+
+    def known() -> list[str]:
+        with Ledger(bench.home.ledger) as ledger:
+            return [one.name for one in ledger.sources.by_uid("box")]
+
+    def tested(source: InboxSource) -> dict[str, Any]:
+        office: Any = SimpleNamespace(home=bench.home)
+        return sources._tested(office, source, [source], targets, bench.source)
+
+    saved = bench.named(unit="study")
+    assert tested(saved)["units"]["known"] == 1 and known() == ["a.dcm"]
+    edited = tested(bench.named(unit="study", folder=str(tmp_path / "elsewhere")))
+    assert edited["units"]["ready"] == 1 and edited["ok"] and known() == ["a.dcm"]
 
 
 def test_a_folder_that_only_lists_its_names_holds_up_no_other(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
