@@ -243,6 +243,9 @@ class WadoRetrieval:
             in_threads(self._work, self._concurrency, "wado")
         if self._lost:
             raise gravest(self._lost)
+        for left in self._jobs:  # by a pause: whatever else is known of the series, it is not whole
+            self.blind.add(left.series.uid)
+            self.ended_well.discard(left.series.uid)
         items = dict(self._here)
         if not self.report.pausing.is_set():
             self._conclude(items)

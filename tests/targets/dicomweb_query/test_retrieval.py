@@ -21,7 +21,7 @@ from tasks.dicomweb import retrieve
 from tests.servers.dicomweb import Reply, Request, Scripted, as_json
 from tests.targets.dicomweb import dicomweb_target
 from tests.targets.dicomweb_query.fetching import fetched, series_of
-from tests.targets.dicomweb_query.finding import PAGE, files, hold
+from tests.targets.dicomweb_query.finding import EVERYTHING, PAGE, files, hold
 from transfer.errors import Busy, Cancelled, Denied, DispatchError, Interrupted, Misconfigured, NotFound
 from transfer.outcome import Kind
 from transfer.plan import scan
@@ -92,6 +92,19 @@ def test_copies_of_a_whole_series_come_over_several_connections(server: Scripted
     assert receipt.state is State.DELIVERED, receipt.notes
     assert set(files(tmp_path / "out")) == set(uids) and receipt.counts[Kind.DELIVERED] == 6
     assert sum("6 instances are in another series as well" in note for note in receipt.notes) == 3
+
+
+def test_what_a_pause_leaves_is_missing_though_the_server_counts_nothing(server: Scripted, tmp_path: Path) -> None:
+    uids = hold(server, *series_of(10))
+    uncounted(server)
+    usual, pausing = server._retrieve, threading.Event()
+    server._retrieve = lambda segments: Reply(504) if len(segments) == 4 else usual(segments)  # type: ignore[method-assign]
+    report = PushReport(lambda item, outcome: pausing.set(), pausing=pausing)
+    receipt = retrieve(dicomweb_target(server.url, concurrency=1), EVERYTHING, tmp_path / "out", report)
+    assert receipt.state is State.PARTIAL and receipt.unsent >= 1
+    assert 0 < len(files(tmp_path / "out")) < len(uids)
+    assert fetched(server, tmp_path / "out").state is State.DELIVERED
+    assert set(files(tmp_path / "out")) == set(uids)
 
 
 def test_retrieve_nothing(server: Scripted, tmp_path: Path) -> None:
