@@ -122,11 +122,11 @@ class Conversation:
 def refusal(what: str, code: int, comment: str) -> DispatchError:
     """Return the error for a final status of C-FIND other than success (PS3.4 table C.4-1, PS3.7 Annex C)."""
     text = f"{what} answered with status {code:04X}" + (f" ({comment})" if comment else "")
-    if code & 0xFF00 == 0xA700 or code == 0x0213:
+    if code & 0xFF00 == 0xA700 or code in (0x0213, CANCELLED):  # FE00 unasked: Orthanc, where its limit is reached
         return Busy(text)
     if code == 0x0124:
         return Denied(text)
-    return Interrupted(text) if code == CANCELLED else Misconfigured(text)
+    return Misconfigured(text)
 
 
 class Finder(Conversation):

@@ -95,7 +95,7 @@ def test_series_that_are_announced_and_not_there_are_no_error_and_cost_little(co
         assert asked == 10 + 2 * (10 if count == 5 else 3)
 
 
-@pytest.mark.parametrize("status", [0xA700, 0x0000])
+@pytest.mark.parametrize("status", [0xA700, 0xFE00, 0x0000])
 @pytest.mark.parametrize("limit", [5, 7])
 def test_more_matches_than_a_peer_gives_are_asked_for_by_date(limit: int, status: int) -> None:
     days = [f"2024{month:02}{day:02}" for month in range(1, 6) for day in range(1, 9)]
@@ -554,7 +554,7 @@ def test_an_answer_that_ends_midway_is_no_answer() -> None:
     with archive(files(3), max_pdu=16_384) as peer:
         peer.write_size = 40
         assert len(found(peer, Query())) == 3
-    with archive(files(3), refuses=lambda request: 0xFE00) as peer, pytest.raises(Interrupted):
+    with archive(files(3), refuses=lambda request: 0xFE00) as peer, pytest.raises(Busy):
         found(peer, Query())
 
 
