@@ -19,6 +19,7 @@ from talaria.service.jobs import line, queued, result
 from tasks import DRIVERS
 from tasks.dispatch import audited
 from tasks.dispatch.asked import retrieval_name
+from tasks.quiet import Quiet
 from tasks.retrieve.asked import query_of
 from tasks.retrieve.moving import check_into
 from tasks.retrieve.search import matches
@@ -70,7 +71,8 @@ async def _asked(office: Office, target: Target, query: Query) -> list[Match]:
     def ask() -> list[Match]:
         found: list[Match] | None = None
         try:
-            found = matches(find(target, query))
+            with Quiet(target).errors():
+                found = matches(find(target, query))
         finally:
             asked = [name for name, value in vars(query).items() if value and name != "level"]
             audited.queried(target, asked, None if found is None else len(found), "", office.user)
