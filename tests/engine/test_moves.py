@@ -12,7 +12,8 @@ from tests.engine.material import files, folder, source, study
 from tests.servers.qr import MOVE, archive
 from tests.servers.up import Talaria
 
-pytestmark = pytest.mark.timeout(600)
+# pynetdicom, which the archive sends by, leaves the socket of a connection that is refused to the garbage collector.
+pytestmark = [pytest.mark.timeout(600), pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")]
 
 
 def steps(document: dict[str, Any]) -> dict[str, str]:
