@@ -125,13 +125,13 @@ def retrieve(url: str, into: str, user: str = "", password: str = "") -> None:
 
 def receive(url: str, into: str, user: str = "", password: str = "") -> None:
     """Our reader of an answer alone, as the driver uses it."""
-    from protocols.dicomweb import wado
+    from protocols.dicomweb import wado_request
     from tasks.dicomweb import connect
 
     with connect(_target(url, user, password)) as service, measure.section():
         count = 0
-        for content in wado.fetch(service, ("1.2.3",), lambda count: None):
-            with wado.spooled(content, Path(into)) as (file, header):
+        for content in wado_request.fetch(service, ("1.2.3",), lambda count: None):
+            with wado_request.spooled(content, Path(into)) as (file, header):
                 file.replace(Path(into) / f"{header.SOPInstanceUID}.dcm")
                 count += 1
     assert count

@@ -16,7 +16,7 @@ from enum import Enum
 from pathlib import Path
 
 from imaging.header import Header
-from protocols.dicomweb import qido, wado
+from protocols.dicomweb import qido, wado_request
 from protocols.dicomweb import service as dicomweb
 from protocols.dicomweb.pages import Archive, CutShort
 from protocols.dicomweb.service import Service
@@ -141,9 +141,9 @@ def _compare(service: Service, plan: Plan, item: Item, folder: Path, check: Call
     sent = item.header
     uids = (sent.StudyInstanceUID, sent.SeriesInstanceUID, sent.SOPInstanceUID)
     try:
-        with closing(wado.fetch(service, uids, lambda count: check())) as contents:
+        with closing(wado_request.fetch(service, uids, lambda count: check())) as contents:
             for content in contents:
-                with wado.spooled(content, folder) as (file, got):
+                with wado_request.spooled(content, folder) as (file, got):
                     if got.SOPInstanceUID == sent.SOPInstanceUID:
                         with plan.open(item) as ours, file.open("rb") as theirs:
                             return _verdict(ours, sent, theirs.fileno(), got, check)

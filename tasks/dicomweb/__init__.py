@@ -14,7 +14,7 @@ from imaging import json as dicomjson
 from imaging.header import Header
 from imaging.part10 import preamble_and_meta
 from imaging.query import Match, Query
-from protocols.dicomweb import qido, readback, wado, wado_uri
+from protocols.dicomweb import qido, readback, wado_request, wado_uri
 from protocols.dicomweb import service as dicomweb
 from protocols.dicomweb.client import DicomwebClient, RequestRefused
 from protocols.dicomweb.pages import Archive
@@ -225,18 +225,18 @@ def _probe_wado(service: Service, probe: Probe) -> None:
     """Ask for an instance and read the beginning of the answer; if none is known, ask for one that doesn't exist."""
     uids = qido.any_instance(service)
     with service.session.request(
-        "GET", wado.path(service, uids or (BOGUS,) * 3), {"Accept": wado.ACCEPTS[1]}
+        "GET", wado_request.path(service, uids or (BOGUS,) * 3), {"Accept": wado_request.ACCEPTS[1]}
     ) as answer:
         if uids and answer.status == 200:
             kind = answer.media_type
             answer.close()  # what it is is enough
-            if kind not in (wado.DICOM, "multipart/related"):
+            if kind not in (wado_request.DICOM, "multipart/related"):
                 raise Misconfigured(f"{service.where}: gives {kind or 'no type'} instead of instances")
             probe.detail = "gives instances"
         elif not uids and answer.status in WADO_NONE:
             probe.detail = f"answers {answer.status} for an instance that is not there"
         elif answer.status != 200:
-            error = service.error(answer, answer.read(), wado.path(service, uids or (BOGUS,) * 3))
+            error = service.error(answer, answer.read(), wado_request.path(service, uids or (BOGUS,) * 3))
             place = wado_uri.found(service, uids) if uids and isinstance(error, wado_uri.ABSENT) else ""
             if not place:
                 raise error
