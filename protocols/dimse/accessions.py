@@ -8,19 +8,22 @@ no list or wild card brings gets a query of its own before it counts as missing.
 from __future__ import annotations
 
 import re
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from protocols.dimse.below import CAPS
 from transfer.errors import Busy, Misconfigured
 
 Answer = dict[str, Any]
 Ask = Callable[[Mapping[str, str], int], Iterator[tuple[Mapping[str, str], Answer]]]
 
 FEW = 3  # numbers that are asked for one by one
-LIST = 100  # values in one query
+LIST = 90  # values in one query; where each brings a study, no usual limit of answers is met
 WILD = 2  # characters at the end for which a wild card stands
 GROUP = 4  # numbers that make a wild card worth while
 MOST = 2000  # answers to a wild card; more are no help
+SMALL = 20  # answers to a wild card that no peer takes for too many
 ALONE = re.compile(r"[*?\\]|[^\x00-\x7f]")  # what makes a number one that is asked for alone
 TRIALS = 2  # wild cards that may bring nothing before no more are tried
 
@@ -35,6 +38,7 @@ class Accessions:
     def __init__(self, ask: Ask) -> None:
         self._ask = ask
         self._found: set[str] = set()
+        self._given = 0  # the most answers that the peer has given to one query
 
     def find(self, numbers: list[str]) -> Iterator[tuple[Mapping[str, str], Answer]]:
         """Yield the studies, each with the keys that were sent."""
@@ -76,6 +80,12 @@ class Accessions:
         came = {_number(one) for _, one in answers}
         if hit not in came or not came <= set(values):
             return None
+        if self._may_be_cut(len(answers)):
+            if len(numbers) == 1:
+                return []  # it is asked for alone
+            half = len(numbers) // 2
+            parts = [self._list(some, hit) for some in (numbers[:half], numbers[half:])]
+            return [one for part in parts for one in part or ()]  # what a part does not bring is asked for alone
         self._found |= came
         return [(sent, one) for sent, one in answers if _number(one) != hit]
 
@@ -84,8 +94,9 @@ class Accessions:
         for number in numbers:
             if len(number) > WILD + 1:
                 groups.setdefault(number[:-WILD], []).append(number)
-        failed = 0
-        for prefix, members in groups.items():
+        failed, left = 0, deque(groups.items())
+        while left:
+            prefix, members = left.popleft()
             if len(members) < GROUP or failed >= TRIALS:
                 continue
             wanted = set(members)
@@ -97,8 +108,28 @@ class Accessions:
             failed = 0 if answers else failed + 1
             if len(every) >= MOST:
                 continue  # of some numbers, not all studies may have come
+            if len(every) > SMALL and self._may_be_cut(len(every)) and not self._gives_more(prefix[:-1], len(every)):
+                longer: dict[str, list[str]] = {}
+                for number in members:
+                    if len(number) > len(prefix) + 1:
+                        longer.setdefault(number[: len(prefix) + 1], []).append(number)
+                left += longer.items()
+                continue
             self._found |= {_number(one) for _, one in answers}
             yield from answers
+
+    def _may_be_cut(self, count: int) -> bool:
+        """Return True if a number of answers may be all that the peer gives at once, which it need not say."""
+        before, self._given = self._given, max(self._given, count)
+        return count in CAPS and count >= before
+
+    def _gives_more(self, prefix: str, count: int) -> bool:
+        try:
+            more = sum(1 for _ in self._ask({"AccessionNumber": f"{prefix}*"}, count + 1)) if prefix else 0
+        except (Misconfigured, Busy):
+            return False
+        self._given = max(self._given, more)
+        return more > count
 
 
 def _number(answer: Answer) -> str:

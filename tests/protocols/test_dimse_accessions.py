@@ -81,3 +81,23 @@ def test_two_thousand_numbers_cost_few_queries_and_what_is_missing_was_asked_for
     assert found >= set(THERE) and not found & set(ABSENT)
     assert set(ABSENT) <= set(asked)
     assert len(asked) <= most
+
+
+@pytest.mark.parametrize("takes_list", [True, False])
+@pytest.mark.parametrize("cap", [25, 50, 100])
+def test_no_study_is_lost_at_a_peer_that_stops_without_a_word(takes_list: bool, cap: int) -> None:
+    """Each number has two studies, and those of the first day come first: a number is found before all of it is."""
+    numbers, asked = THERE[:400], list[str]()
+
+    def ask(keys: Mapping[str, str], limit: int) -> Iterator[tuple[Mapping[str, str], dict[str, Any]]]:
+        value = keys["AccessionNumber"]
+        asked.append(value)
+        matching = (takes_lists if takes_list and "*" not in value else takes_one_value)(value)
+        every = [(number, day) for day in (1, 2) for number in matching]
+        for number, day in every[: min(cap, limit or cap)]:
+            yield keys, {"AccessionNumber": number, "StudyDate": f"2024010{day}"}
+
+    found = {(one["AccessionNumber"], one["StudyDate"]) for _, one in Accessions(ask).find([*numbers, "XYZ"])}
+    assert {number for number, _ in found} >= {*numbers}
+    assert all((number, f"2024010{day}") in found for number in numbers for day in (1, 2))
+    assert len(asked) < len(numbers)
