@@ -209,14 +209,12 @@ class Stream:
         self._memory = mmap(-1, self.buffer, MAP_PRIVATE | MAP_ANONYMOUS)  # what nothing was read into takes no memory
         self._view = memoryview(self._memory)
         self._commands = Commands()
-        self._begin = self._end = 0
-        self._pdu_left = self._pdv_left = 0
-        self._control = 0
-        self.context = 0
+        self._begin = self._end = self._pdu_left = self._pdv_left = 0
+        self._control = self.context = 0
         self.is_command = self.last = False
         self._expected = self._low_water = 1
         self._late = 0  # waits in a row for what didn't come at once
-        self.heard = time.monotonic()
+        self.heard = self._looked = time.monotonic()
         self.torn = False
         self._answered = False  # whether we have sent something since something came
         self._plain = not isinstance(self.sock, ssl.SSLSocket)
@@ -356,7 +354,10 @@ class Stream:
         if not count:
             raise Interrupted(f"{self.where}: the peer closed the connection")
         self._end += count
-        self.heard = time.monotonic()
+        self.heard = now = time.monotonic()
+        if now - self._looked > SLICE_S:  # a peer that goes on sending is to be stopped, too
+            self._looked = now
+            self.check()
         self.moved(count)
         if limited:
             self._slow_down(count)

@@ -24,7 +24,8 @@ from protocols.dimse.stream import (
     Stream,
     encoded,
 )
-from transfer.errors import Interrupted
+from protocols.net.connection import SLICE_S
+from transfer.errors import Cancelled, Interrupted
 
 CT = "1.2.840.10008.5.1.4.1.1.2"
 
@@ -142,3 +143,18 @@ def test_a_peer_that_waits_for_us_is_not_made_to_wait_again_and_again() -> None:
             far.sendall(message[20:])
             assert stream.command().uid(AFFECTED_INSTANCE) == "1.2.3"
     assert low_waters == [10 * len(message)] * MOST_LATE + [1]
+
+
+def test_a_peer_that_goes_on_sending_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks, now = itertools.count(1), itertools.count()
+
+    def check() -> None:
+        if next(looks) == 2:
+            raise Cancelled("somebody has cancelled it")
+
+    monkeypatch.setattr("protocols.dimse.stream.time.monotonic", lambda: next(now) * SLICE_S / 10)
+    data = as_pdus([(request(1, "1.2.3"), COMMAND)], 1, 1000, 1) * 1000
+    stream = Stream(cast(socket.socket, Cut(data, [50])), "peer", 60.0, check=check)
+    with pytest.raises(Cancelled):
+        for _ in range(1000):
+            stream.command()
