@@ -21,7 +21,7 @@ from talaria.front.pages.sending import browse
 from talaria.front.pages.site import Site, fields, saved_as, shown, who, with_file
 from talaria.front.pages.texts import text
 from transfer import roots
-from transfer.accessions import accessions, from_bytes
+from transfer.accessions import accessions, from_bytes, pasted
 from transfer.errors import NotFound
 from transfer.tables import csv_text
 
@@ -275,7 +275,7 @@ def _numbers(asked: dict[str, str], uploaded: bytes) -> tuple[str, ...]:
         raise ValueError(text("query.no_source"))
     if uploaded:
         added = from_bytes(uploaded, text("query.file"))
-        asked["accessions"] = "\n".join(_quoted(one) for one in (*accessions(asked["accessions"]), *added))
+        asked["accessions"] = pasted((*accessions(asked["accessions"]), *added))
     numbers = accessions(asked["accessions"])
     if not numbers and not any(asked[name] for name in (*KEYS, *LINES)):
         raise ValueError(text("query.nothing_asked"))
@@ -302,10 +302,6 @@ def _destinations(every: list[dict[str, Any]], chosen: str) -> list[tuple[str, s
     marked = chosen.split("\n")
     may = [row for row in every if row["enabled"] and row["direction"] != "query"]
     return [(row["name"], row["type"], row["leads_to"], row["name"] in marked) for row in may]
-
-
-def _quoted(number: str) -> str:
-    return f'"{number}"' if {",", ";", " "} & {*number} else number
 
 
 def _read(match: Mapping[str, Any], name: str) -> str:
