@@ -73,6 +73,7 @@ def move_into(folder: Path, into: Path, name: str) -> int:
         for path in sorted(folder.glob("*.dcm")):
             with path.open("rb") as file:
                 header = read_header(file.fileno(), path.stat().st_size)
+                os.fdatasync(file)  # before its name is final: else it may be empty after a power cut
             finals[path] = f"{sanitised(name)}/{sanitised(header.SeriesInstanceUID)}/{path.name}"
         with (folder / NOTES).open("a", encoding="utf-8") as notes:
             notes.writelines(f"{into / final}\n" for final in finals.values())

@@ -72,7 +72,7 @@ class Retrieval:
         self.job.again()
         self.fetcher = Fetcher(source, wish.filters, self.job, self.cancelled, self.paused)
         self._waits: dict[str, Wait] = {}  # for what it waits itself; its studies may wait for more
-        inside = spool_in(Path(wish.into), f".talaria-{flow_run_id[:8]}") if wish.into else None
+        inside = spool_in(Path(wish.into), f".talaria-{flow_run_id[-12:]}") if wish.into else None
         self._spool = inside or folder_of(home, flow_run_id)
         self._folders = self._spool / "spool"  # holds one for each study that has been fetched and not handed on
         self._limit = int(os.environ.get("TALARIA_SPOOL_LIMIT") or SPOOL_LIMIT)

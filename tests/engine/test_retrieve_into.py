@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,6 +21,22 @@ def fetched(tmp_path: Path) -> Path:
 
 def files(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_what_has_its_final_name_survives_a_power_cut(
+    tmp_path: Path, fetched: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (file,), flushed, flush = fetched.glob("*.dcm"), list[int](), os.fdatasync
+
+    def noted(one: Any) -> None:
+        flushed.append(os.fstat(one.fileno()).st_ino)
+        assert file.exists()
+        flush(one)
+
+    monkeypatch.setattr(os, "fdatasync", noted)
+    content = file.stat().st_ino
+    move_into(fetched, tmp_path / "into", "ACC")
+    assert flushed == [content]
 
 
 def test_a_study_is_brought(tmp_path: Path, fetched: Path) -> None:
