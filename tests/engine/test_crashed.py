@@ -122,9 +122,17 @@ def test_crashes_of_a_long_run_count_only_while_each_follows_within_a_day() -> N
     assert server.take_up() and server.run.labels[CRASHES] == 2
 
 
-def test_a_retrieval_that_kills_its_workers_ends_too(alone: None) -> None:
+def test_a_retrieval_that_kills_its_workers_ends_too(alone: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = list[tuple[Any, str]]()
+
+    async def end(client: Any, home: Home, flow_run: FlowRun, why: str = "") -> None:
+        said.append((flow_run.id, why))
+
+    monkeypatch.setattr(cancelled, "end_at_rest", end)
     server = Server(Running(), MAX_CRASHES, source="pacs", accessions="A1", targets=["archive"])
     assert not server.take_up() and server.set[0].type is StateType.FAILED
+    ((run, why),) = said  # its result says so, too
+    assert run == server.run.id and "given up: its worker or server died" in why
     with Ledger(Home.current().ledger) as ledger:
         assert not ledger.happenings.waiting(9)
 

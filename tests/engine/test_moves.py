@@ -20,10 +20,15 @@ def steps(document: dict[str, Any]) -> dict[str, str]:
     return {probe["name"]: probe["result"] for probe in document["probes"]}
 
 
+def instances(up: Talaria) -> set[str]:
+    return {name for name in files(up.home) if name.endswith(".dcm")}
+
+
 def test_a_worker_has_one_instance_moved_to_it_and_keeps_nothing(up: Talaria, tmp_path: Path) -> None:
     with archive(study("M1"), ports={"TALARIA": int(up.ports["TALARIA_SCP_PORT"])}) as peer:
         up.apply(moves=source(peer, idle_timeout_s=120), moves_not=folder(tmp_path / "shelf"))
         up.until(lambda: up.told("status")["workers"])
+        before = instances(up)
         assert "move" not in steps(up.told("target", "test", "moves")) and not peer.asked(MOVE)
         tested = up.told("target", "test", "moves", "--move")
         assert tested["ok"] and steps(tested)["move"] == "ok" and peer.store_answers == [0]
@@ -36,7 +41,7 @@ def test_a_worker_has_one_instance_moved_to_it_and_keeps_nothing(up: Talaria, tm
         )
         ran = up.here("target", "test", "--file", str(path), "--move")
         assert ran.returncode == 0 and "new: move: ok" in ran.stdout and "other: move" not in ran.stdout
-        assert len(peer.asked(MOVE)) == 2 and not [name for name in files(up.home) if name.endswith(".dcm")]
+        assert len(peer.asked(MOVE)) == 2 and instances(up) <= before
         refused = up.here("target", "test", "moves-not", "--move")
         assert refused.returncode == 2 and "moves-not: no move can be tested: it is no DICOM node" in refused.stderr
         assert len(peer.asked(MOVE)) == 2

@@ -11,7 +11,7 @@ import math
 import shutil
 import time
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -72,6 +72,17 @@ def source(peer: Archive, **fields: Any) -> Target:
 
 async def delivered(paths: list[str], targets: list[str], **_: Any) -> State[Any]:
     return Completed()
+
+
+def without_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is asked of Prefect's server at the end, which a process of its own would be started for."""
+
+    async def nothing(*_: Any) -> None:
+        pass
+
+    monkeypatch.setattr(engine, "get_client", nullcontext)
+    monkeypatch.setattr(engine, "report", nothing)
+    monkeypatch.setattr(engine, "end_waiting", nothing)
 
 
 def made(peer: Archive, send: Sent = delivered, numbers: str = "S1 S2 S3", **wish: Any) -> Retrieval:
@@ -277,10 +288,7 @@ def test_deliveries_of_a_retrieval_are_recorded_as_asked_for_by_whom_it_was() ->
 def test_a_ledger_that_is_away_at_the_end_costs_a_retrieval_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """What it brought is there, and the audit trail says so."""
 
-    async def report(*of_the_run: Any) -> None:
-        pass
-
-    monkeypatch.setattr(engine, "report", report)
+    without_a_server(monkeypatch)
     with archive(study("S1")) as peer:
         one = made(peer, numbers="S1")
         asyncio.run(one.run())
@@ -386,10 +394,7 @@ def test_a_full_disk_ends_the_fetching_at_once_and_a_retry_goes_on_there(
 ) -> None:
     """Not study after study, each with all its attempts: nothing makes room meanwhile."""
 
-    async def report(*_: Any) -> None:
-        pass
-
-    monkeypatch.setattr(engine, "report", report)
+    without_a_server(monkeypatch)
     monkeypatch.setattr(audited, "retrieval_ends", lambda *_: None)
     into = disk("size=200k") / "in"  # five of six instances
     wish: dict[str, Any] = {"targets": (), "into": str(into), "source_fields": {"max_attempts": 50}}
@@ -452,14 +457,11 @@ def test_a_process_that_has_lost_its_lease_says_nothing_more_of_the_run(tmp_path
 def concluded(monkeypatch: pytest.MonkeyPatch) -> Callable[[Retrieval], State[Any]]:
     """Runs a retrieval to its end, which nobody hears of; returns its state."""
 
-    async def report(*of_the_run: Any) -> None:
-        pass
-
     async def whole(one: Retrieval) -> State[Any]:
         await one.run()
         return await one.conclude()
 
-    monkeypatch.setattr(engine, "report", report)
+    without_a_server(monkeypatch)
     monkeypatch.setattr(audited, "retrieval_ends", lambda *_: None)
     return lambda one: asyncio.run(whole(one))
 

@@ -16,6 +16,7 @@ import httpx
 import pytest
 from prefect.client.schemas.sorting import LogSort
 
+from blocks.dicom import DicomTarget
 from talaria.engine import runs
 from talaria.front.access import Role
 from talaria.front.pages import dispatch, dispatches
@@ -197,7 +198,7 @@ def test_searches_at_a_silent_peer_keep_nobody_else_waiting(tmp_path: Path, monk
     answers, asked = threading.Event(), threading.Semaphore(0)
 
     async def load(*_: Any) -> list[Any]:
-        return [SimpleNamespace(name="pacs")]
+        return [DicomTarget(host="pacs", port=104, aet_target="PACS", direction="query").named("pacs")]
 
     def find(*_: Any) -> list[Any]:
         asked.release()

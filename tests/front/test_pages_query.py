@@ -100,7 +100,9 @@ def test_single_series_are_picked_and_brought_to_a_folder(place: SimpleNamespace
 def test_a_list_is_uploaded_and_fetched_without_looking_then_retried(place: SimpleNamespace) -> None:
     operator: Person = place.operator
     form = operator.form("/talaria/query") | {"source": "src", "to": "arch", "do": "fetch", "accessions": "02"}
-    listed = {"list": ("list.csv", "\ufeffAccession Number\r\n03\r\nNOPE\r\n02\uff0c03\r\n".encode(), "text/csv")}
+    listed = {
+        "list": ("list.csv", "\ufeffAccession Number,Ward\r\n03,A\r\nNOPE,A\r\n02\uff0c03,B\r\n".encode(), "text/csv")
+    }
     answer = operator.client.post("/talaria/query", data=form, files=listed)
     assert answer.status_code == 303, words(answer.text)[:400]
     job = answer.headers["location"]
