@@ -21,13 +21,18 @@ def asking(app: Application, scope: Message) -> httpx.AsyncClient:
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://talaria/api", headers=own)
 
 
-async def read(receive: Receive) -> bytes | None:
-    """Return the body of a request; None if it is too long, or its sender has gone."""
+async def read(receive: Receive, send: Send, what: str) -> bytes | None:
+    """Return the body of a request; None if it is too long, or its sender has gone, and then it is refused.
+
+    Args:
+        what: names it in the refusal, as in "runs".
+    """
     body, more = bytearray(), True
     while more:
         message = await receive()
         body += message.get("body", b"")
         if len(body) > BODY_BYTES or message["type"] == "http.disconnect":
+            await refuse(send, 413, f"{what} of more than {BODY_BYTES} bytes")
             return None
         more = message.get("more_body", False)
     return bytes(body)

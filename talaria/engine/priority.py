@@ -11,7 +11,7 @@ import time
 from typing import Any
 
 from talaria.engine import hosts
-from talaria.engine.asgi import BODY_BYTES, Application, Message, Receive, Send, again, asking, read, refuse
+from talaria.engine.asgi import Application, Message, Receive, Send, again, asking, read
 from talaria.engine.registry import CHECKS, QUEUES
 from talaria.settings import POOL
 from tasks.dispatch.asked import name_for, unplanned
@@ -37,9 +37,8 @@ class QueueOfPriority:
         if creates is None:
             await self.app(scope, receive, send)
             return
-        body = await read(receive)
+        body = await read(receive, send, "runs")
         if body is None:
-            await refuse(send, 413, f"runs of more than {BODY_BYTES} bytes")
             return
         changed = _put_right(body)
         if changed is not None and await self._is_ours(scope, creates[1]):

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from talaria.engine import hosts
-from talaria.engine.asgi import BODY_BYTES, Application, Message, Receive, Send, again, read, refuse
+from talaria.engine.asgi import Application, Message, Receive, Send, again, read
 from talaria.settings import POOL
 from transfer import live
 from transfer.errors import DispatchError
@@ -59,9 +59,8 @@ class Resting:
         if creates is None or hosts.several():
             await self.app(scope, receive, send)
             return
-        body = await read(receive)
+        body = await read(receive, send, "runs")
         if body is None:
-            await refuse(send, 413, f"runs of more than {BODY_BYTES} bytes")
             return
         asked = _asked(body)
         rests = await self._look(creates[1], asked) if asked else None

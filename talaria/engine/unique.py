@@ -11,7 +11,7 @@ from uuid import UUID
 
 from blocks.base import Target
 from blocks.source import Source
-from talaria.engine.asgi import BODY_BYTES, Application, Message, Receive, Send, again, asking, read, refuse
+from talaria.engine.asgi import Application, Message, Receive, Send, again, asking, read, refuse
 
 
 class UniqueNames:
@@ -28,9 +28,8 @@ class UniqueNames:
         if scope["type"] != "http" or (scope["method"], scope["path"].rstrip("/")) != ("POST", "/api/block_documents"):
             await self.app(scope, receive, send)
             return
-        body = await read(receive)
+        body = await read(receive, send, "a block document")
         if body is None:
-            await refuse(send, 413, f"a block document of more than {BODY_BYTES} bytes")
             return
         async with self._turn:
             taken = await self._taken(scope, body)

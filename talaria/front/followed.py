@@ -12,7 +12,7 @@ from typing import Any
 from uuid import UUID
 
 from blocks import SOURCES, Source
-from talaria.engine.asgi import BODY_BYTES, Application, Message, Receive, Send, again, read, refuse
+from talaria.engine.asgi import Application, Message, Receive, Send, again, read, refuse
 from talaria.front.access import SCOPE_KEY, Identity, Role
 from talaria.front.offered import OfficeOf
 from talaria.front.saved import is_given, merged
@@ -37,9 +37,8 @@ class FollowedSources:
         if not document and (method, path) != ("POST", "/api/block_documents"):
             await self.app(scope, receive, send)
             return
-        body = await read(receive)
+        body = await read(receive, send, "a block document")
         if body is None:
-            await refuse(send, 413, f"a block document of more than {BODY_BYTES} bytes")
             return
         office: Any = await self.office_of(scope)
         try:

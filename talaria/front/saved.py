@@ -18,7 +18,7 @@ from blocks import RULES, SOURCES, TYPES
 from blocks.base import MASK, MOVED, masked_secrets
 from blocks.fields import facts, in_titles
 from blocks.named import NamedBlock
-from talaria.engine.asgi import BODY_BYTES, Application, Message, Receive, Send, again, asking, read, refuse
+from talaria.engine.asgi import Application, Message, Receive, Send, again, asking, read, refuse
 from talaria.front.access import SCOPE_KEY, Identity, Role
 from transfer.validation import what_is_wrong
 
@@ -48,9 +48,8 @@ class ValidTargets:
         if not form and (method, path) != ("POST", "/api/block_documents") and not (method == "PATCH" and document):
             await self.app(scope, receive, send)
             return
-        body = await read(receive)
+        body = await read(receive, send, "a block document")
         if body is None:
-            await refuse(send, 413, f"a block document of more than {BODY_BYTES} bytes")
             return
         try:
             given = json.loads(body)
