@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from protocols.dimse.ports import shared
 from protocols.dimse.receive import NOT_AUTHORISED, Depot
-from protocols.dimse.scp import CALLING_UNKNOWN, Refusal
+from protocols.dimse.scp import CALLING_UNKNOWN, Refusal, StorageScp
 from protocols.dimse.served import Caller, ServedAssociation
 from protocols.dimse.stream import AFFECTED_INSTANCE, ORIGINATOR, ORIGINATOR_ID, CommandSet
+from protocols.dimse.transport import Peer
 
 MOST_NAMED = 5  # addresses that a message names
+PORT_S = 30  # for another process to give up the Storage SCP's port
 
 
 @dataclass(frozen=True)
@@ -150,3 +153,24 @@ def addresses(host: str, port: int) -> frozenset[str]:
 
 
 DESK = MoveDesk()
+
+
+@contextmanager
+def listening(at: MoveDestination, peer: Peer, check: Callable[[], None]) -> Iterator[None]:
+    """Have the Storage SCP accept what is expected of a peer, until the block ends.
+
+    Raises:
+        Misconfigured: the port can't be listened on.
+    """
+    context = peer.tls.server() if peer.tls and peer.tls.cert else None
+    with shared(
+        StorageScp,
+        at.host,
+        at.port,
+        lambda: StorageScp(at.host, at.port, at.aet, DESK, None, peer.idle_timeout_s),
+        context,
+        PORT_S,
+        check,
+        remedy=" for what C-MOVE sends, set scp_port",
+    ):
+        yield

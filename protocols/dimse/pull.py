@@ -23,11 +23,9 @@ from protocols.dimse.get import (
     mover,
     next_message_id,
 )
-from protocols.dimse.moves import DESK, Expected, MoveDestination, Strangers, addresses
+from protocols.dimse.moves import DESK, Expected, MoveDestination, Strangers, addresses, listening
 from protocols.dimse.offers import USUAL_CLASSES, pairs_for
-from protocols.dimse.ports import shared
 from protocols.dimse.receive import Depot
-from protocols.dimse.scp import StorageScp
 from protocols.dimse.series import PulledSeries
 from protocols.dimse.transport import Peer
 from protocols.files import partial as files
@@ -46,7 +44,6 @@ HOPELESS_SERIES = 2  # series that C-GET brought nothing of
 PART = 25  # instances that are worth an association of their own
 LATE_S = 3.0  # for what is still on its way when a source says that a move is done
 LOOK_S = 0.05
-PORT_S = 30  # for another process to give up the Storage SCP's port
 
 
 class _NoRoom(Exception):
@@ -434,33 +431,18 @@ class Pull:
                 raise error
             self._give_up(one, error)
             return
-        with self._counted(), retriever, self._listening():
+        with self._counted(), retriever, listening(self._destination, self.peer, self.report.check):
             following: PulledSeries | None = one
             while following is not None:
                 self._move(retriever, following)
                 following = self._next(lambda each: bool(self._moves or each.moves) and not self.wants_list(each))
-
-    @contextmanager
-    def _listening(self) -> Iterator[None]:
-        at = self._destination
-        context = self.peer.tls.server() if self.peer.tls and self.peer.tls.cert else None
-        with shared(
-            StorageScp,
-            at.host,
-            at.port,
-            lambda: StorageScp(at.host, at.port, at.aet, DESK, None, self.peer.idle_timeout_s),
-            context,
-            PORT_S,
-            self.report.check,
-            remedy=" for what C-MOVE sends, set scp_port",
-        ):
-            yield
 
     def _move(self, retriever: Retriever, one: PulledSeries) -> None:
         whose, hosts = frozenset((self.peer.calling, self.peer.called)), addresses(self.peer.host, self.peer.port)
         at = self._destination.aet
         instances = frozenset(one.images) if one.images and one.all_listed else None
         with self._depot(one, durable=True) as depot:
+            depot.throttle, depot.moved = self._throttle, self.report.moved
             for keys in self._requests(one, retriever):
                 number = next_message_id()
                 expected = Expected(whose, number, hosts, instances, depot, self.strangers)

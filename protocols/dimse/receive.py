@@ -35,10 +35,12 @@ from protocols.files.durable import DurableFile, VolatileFile, way_of
 from transfer.errors import DispatchError, Interrupted
 from transfer.plan import Item
 from transfer.spool import sync
+from transfer.throttle import Throttle
 
 SUCCESS, OUT_OF_RESOURCES, MISMATCH, CANNOT_UNDERSTAND = 0x0000, 0xA700, 0xA900, 0xC000  # PS3.4 table B.2-1
 INVALID_INSTANCE, NOT_AUTHORISED = 0x0117, 0x0124  # PS3.7 Annex C
 FEW_FILES = 16  # which are flushed one by one
+UNLIMITED = Throttle(None)
 PIECES = 512  # that writev(2) gets at once; it takes 1024
 
 
@@ -52,6 +54,7 @@ class Depot:
         here: the instances that have their names; several depots of one folder share it, and its lock.
         second: returns why a second copy of one is not taken, "" if there is no need of it.
         durable: whether file and name must be on disk before an instance counts; if not, `settle` flushes them.
+        throttle, moved: of what comes for it on associations that others open: the rate, and what is told of bytes.
 
     Attributes:
         failure: why nothing more can be written.
@@ -69,6 +72,8 @@ class Depot:
     lock: threading.Lock = field(default_factory=threading.Lock)
     second: Callable[[DurableFile, Header], str] = lambda part, header: ""
     heard: float = field(default_factory=time.monotonic)
+    throttle: Throttle = UNLIMITED
+    moved: Callable[[int], None] = lambda count: None
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()

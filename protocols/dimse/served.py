@@ -100,7 +100,7 @@ class ServedAssociation:
         where = f"{caller.calling} at {caller.host}"
         self.stream = Stream(accepted.sock, where, accepted.idle_timeout_s, check, buffer=buffer)
         self.respond = Responder(self.stream, self.max_pdu)
-        self.depot: Depot | None = None  # for the instance that is being received
+        self.depot: Depot | None = None  # of what came last
         self.stream.moved = self._moved
 
     def run(self) -> None:
@@ -135,16 +135,25 @@ class ServedAssociation:
                 raise Busy("no instances are accepted now")
         else:
             depot.heard = self.stream.heard  # it may have come with its request
-            self.depot = depot
+            if depot is not self.depot:
+                self._begin(depot)
             status = receive(self.stream, request, self.contexts[request.context][1], depot, self.respond)
-            self.depot = None
         if status == OUT_OF_RESOURCES and depot is not None and depot.failure is not None:
             # Sources go on through A700; a full disk must not take the rest of the study one by one.
             raise depot.failure
 
+    def _begin(self, depot: Depot) -> None:
+        """Receive for a depot from now on, and what was read before it was known as well, at its rate."""
+        self.depot = depot
+        self.stream.throttle = depot.throttle
+        if depot.throttle.limit:
+            depot.throttle.delay(len(self.stream.ahead))  # paid for with what comes next
+        depot.moved(len(self.stream.ahead))
+
     def _moved(self, count: int) -> None:
         if self.depot is not None:
             self.depot.heard = self.stream.heard
+            self.depot.moved(count)
 
     def _answer_unknown(self, request: CommandSet) -> None:
         """Answer a request that nobody serves, so that its sender doesn't wait; answers and cancellations have none."""

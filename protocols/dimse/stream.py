@@ -36,9 +36,8 @@ SHORT_PDU = 10  # bytes of the PDUs that end an association
 
 AFFECTED_CLASS, FIELD, MESSAGE_ID, RESPONDED_TO = 0x0002, 0x0100, 0x0110, 0x0120
 DESTINATION, PRIORITY, DATASET_TYPE, STATUS = 0x0600, 0x0700, 0x0800, 0x0900
-COMMENT, AFFECTED_INSTANCE = 0x0902, 0x1000
+COMMENT, AFFECTED_INSTANCE, ORIGINATOR, ORIGINATOR_ID = 0x0902, 0x1000, 0x1030, 0x1031
 REMAINING, COMPLETED, FAILED, WARNING = 0x1020, 0x1021, 0x1022, 0x1023
-ORIGINATOR, ORIGINATOR_ID = 0x1030, 0x1031
 
 _SLICE = struct.pack("ll", int(SLICE_S), int(SLICE_S % 1 * 1e6))  # struct timeval
 _ELEMENT = struct.Struct("<HHI")
@@ -215,8 +214,7 @@ class Stream:
         self._expected = self._low_water = 1
         self._late = 0  # waits in a row for what didn't come at once
         self.heard = self._looked = time.monotonic()
-        self.torn = False
-        self._answered = False  # whether we have sent something since something came
+        self.torn = self._answered = False  # the second: whether we have sent something since something came
         self._plain = not isinstance(self.sock, ssl.SSLSocket)
         if self._plain:
             # Time limits of the kernel's: those of Python's sockets cost a poll(2) before every call.
@@ -367,6 +365,8 @@ class Stream:
         while wait > 0:
             self.check()
             time.sleep(min(wait, SLICE_S))
+            self.heard = time.monotonic()  # it is we who are silent
+            self.moved(0)
             wait -= SLICE_S
 
     def _receive(self, room: memoryview, exc: OSError) -> int:

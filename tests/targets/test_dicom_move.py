@@ -172,7 +172,7 @@ def test_a_killed_test_leaves_nothing_for_long(tmp_path: Path, port: int) -> Non
 
 
 def test_a_port_that_is_taken_is_said(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("protocols.dimse.pull.PORT_S", 0.0)
+    monkeypatch.setattr("protocols.dimse.moves.PORT_S", 0.0)
     with archive(study(1, 1)) as peer:
         monkeypatch.setenv("TALARIA_SCP_PORT", str(peer.port))
         _, move = checked(peer.port, peer.aet)

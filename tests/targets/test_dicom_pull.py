@@ -29,7 +29,7 @@ from tasks.dicom import check, find, retrieve
 from tests.protocols.intake import refusal
 from tests.servers.dcmtk import dcmqrscp
 from tests.servers.orthanc import shared_orthanc
-from tests.servers.qr import FIND, GET, MOVE, Archive, Instance, Last, Request, Send, Steps, archive, sends
+from tests.servers.qr import FIND, GET, MOVE, Archive, Instance, Last, Request, Send, Steps, archive, send_to, sends
 from tests.servers.steps import Abort, Silence
 from tests.targets.dicom import dicom_target
 from tests.targets.dicom_tls import certificates, tls_target
@@ -540,8 +540,6 @@ def test_a_move_that_is_answered_before_anything_is_sent(tmp_path: Path, port: i
         late: list[threading.Thread] = []
 
         def script(request: Request, found: list[Instance]) -> Steps:
-            from tests.servers.qr import send_to
-
             thread = threading.Thread(target=send_to, args=(peer, request, found), daemon=True)
             late.append(thread)
             thread.start()
@@ -624,11 +622,26 @@ def test_a_pause_ends_after_the_running_series_and_the_rest_is_fetched_later(tmp
         assert len(peer.asked(GET)) == 3
 
 
-def test_bandwidth_is_limited(tmp_path: Path) -> None:
-    with archive(study(4, 1)) as peer:
+@pytest.mark.parametrize("way", ["get", "move", "move, an association for each"])
+def test_bandwidth_is_limited_and_bytes_are_counted(way: str, tmp_path: Path, port: int) -> None:
+    """Also of what a peer sends on associations of its own; what waits for its turn there is not silence."""
+    moved: list[int] = []
+
+    def script(request: Request, found: list[Instance]) -> Steps:
+        if way == "move":
+            return sends(found)
+        for one in found:  # all that is sent of one is there before anybody knows whose it is
+            send_to(peer, request, [one])
+        return [Last(0, len(found), 0, 0)]
+
+    refused = () if way == "get" else GETS
+    with archive(study(2, 1), accept=only(refused), on_move=script, ports={AET: port}) as peer:
         begun = time.monotonic()
-        assert pull(peer, tmp_path / "in", bandwidth_limit=100_000).state is State.DELIVERED
-        assert time.monotonic() - begun > 1.0  # 160 kB
+        report = PushReport(moved=moved.append)
+        receipt = pull(peer, tmp_path / "in", report, bandwidth_limit=25_000, idle_timeout_s=1)
+        assert receipt.state is State.DELIVERED
+        assert time.monotonic() - begun > 2.5  # 80 kB
+        assert sum(moved) > sum(len(one.data) for one in peer.instances)
 
 
 def test_nothing_that_matches_is_an_error(tmp_path: Path) -> None:
